@@ -1,0 +1,58 @@
+# `make help` is the menu. Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+BIN := .venv/bin
+QUESTIONS ?= 250
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test test-all lint format type golden wheel-smoke plots reasoner bench clean
+
+help: ## show this menu
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: .venv/.installed ## make .venv from the pinned versions
+
+run: .venv/.installed ## the main job: two samplers, n up to 64, table and scaling curve (QUESTIONS=250)
+	$(BIN)/ltts run -m sampler=gaussian,dropout budget=ladder n=64 task.limit=$(QUESTIONS)
+
+test: .venv/.installed ## the default test suite
+	$(BIN)/pytest
+
+test-all: .venv/.installed ## also the slow tests
+	$(BIN)/pytest -m 'not gpu and not network and not realdata'
+
+lint: .venv/.installed ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.installed ## rewrite files in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+type: .venv/.installed ## static types
+	$(BIN)/pyright
+
+golden: .venv/.installed ## rewrite the golden table; review its diff
+	LTTS_GOLDEN=write $(BIN)/pytest tests/test_golden.py
+
+wheel-smoke: .venv/.installed ## build the wheel, install it elsewhere, run it there
+	$(BIN)/pytest -m slow tests/test_wheel.py
+
+plots: .venv/.installed ## draw every finding's figure from its table
+	$(BIN)/ltts plot
+
+reasoner: .venv/.installed ## retrain the shipped reasoner (about an hour on two cores)
+	$(BIN)/ltts train-reasoner output=outputs/coconut_arith
+
+bench: .venv/.installed ## all benchmarks
+	$(BIN)/python benchmarks/randomness.py
+	$(BIN)/python benchmarks/sweep.py
+
+clean: ## remove what runs leave behind, .venv and caches included
+	rm -rf .venv outputs multirun .cache dist build .pytest_cache .ruff_cache .hypothesis

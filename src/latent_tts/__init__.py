@@ -1,0 +1,1 @@
+"""Parallel test-time scaling of latent reasoning models."""

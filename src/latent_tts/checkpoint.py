@@ -1,0 +1,201 @@
+"""Checkpoint folders: found, checked and read. Everything but `load_causal_lm` works without importing torch.
+
+A checkpoint is a folder (or a hub id) in the usual transformers layout: `config.json`, `tokenizer.json` and
+safetensors, whole or sharded. Pickles are never read here; `ltts convert` turns one into such a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latent_tts.errors import UsageError, bad_value
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedModel
+
+SHIPPED_PREFIX = "shipped:"
+WANTED_FILES = ["*.json", "*.safetensors"]
+PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def resolve(checkpoint: str, revision: str | None = None) -> Path:
+    """The local folder of a checkpoint.
+
+    Args:
+        checkpoint: a folder, `shipped:NAME` for one inside the package, or a hub id such as `owner/name`.
+        revision: a commit or tag of the hub id.
+
+    Raises:
+        UsageError: there is no such folder, and it cannot be fetched.
+    """
+    if checkpoint.startswith(SHIPPED_PREFIX):
+        name = checkpoint.removeprefix(SHIPPED_PREFIX)
+        folder = Path(str(files("latent_tts"))) / "weights" / name
+        if not folder.is_dir():
+            shipped = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and p.name[0] not in "._")
+            raise bad_value("model.checkpoint", checkpoint, f"shipped are {', '.join(shipped) or 'none'}")
+        return folder
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise bad_value("model.checkpoint", checkpoint, f"a folder is wanted; {_pickle_hint(folder)}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) or checkpoint.startswith("."):
+        raise bad_value("model.checkpoint", checkpoint, "no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
+
+    try:
+        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=WANTED_FILES))
+    except Exception as error:  # the hub client raises many kinds; all mean that the files are not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"model.checkpoint={checkpoint}: no such folder, and the hub gave no files ({reason[:160]})\n"
+            f"fetch it where there is a network (`hf download {checkpoint} --local-dir FOLDER`), "
+            "then model.checkpoint=FOLDER"
+        ) from error
+
+
+def _pickle_hint(path: Path) -> str:
+    return f"weights in a pickle are read once by `ltts convert {path} NEW_FOLDER`, then model.checkpoint=NEW_FOLDER"
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint folder, as a dict."""
+    path = folder / name
+    if not path.is_file():
+        raise bad_value("model.checkpoint", folder, f"the folder lacks {name}")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise bad_value("model.checkpoint", folder, f"{name} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise bad_value("model.checkpoint", folder, f"{name} does not hold an object")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in order; each is whole.
+
+    Raises:
+        UsageError: there are none, one is missing or cut off, or there is only a pickle.
+    """
+    if (folder / "model.safetensors.index.json").is_file():
+        shards = read_json(folder, "model.safetensors.index.json").get("weight_map", {})
+        paths = sorted({folder / name for name in shards.values()})
+    else:
+        paths = [folder / "model.safetensors"]
+    for path in paths:
+        if not path.is_file():
+            pickles = sorted(p for pattern in PICKLES for p in folder.glob(pattern))
+            hint = _pickle_hint(pickles[0]) if pickles else "no pickle either"
+            raise bad_value("model.checkpoint", folder, f"the folder lacks {path.name}; {hint}")
+        tensor_shapes(path)
+    return paths
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Names and shapes of a safetensors file, from its header; checks that the file is as long as it says."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size:
+                raise ValueError("cut off in its header")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size != 8 + length + end:
+            raise ValueError(f"{size} bytes, but {8 + length + end} announced")
+        return {name: entry["shape"] for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise bad_value("model.checkpoint", path, f"truncated or not safetensors ({error})") from error
+
+
+def digest(folder: Path) -> str:
+    """16 hex digits that stand for the weights, the shape and the tokenizer of a checkpoint."""
+    sha = hashlib.sha256()
+    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
+        with path.open("rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:16]
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The fast tokenizer of a checkpoint, without transformers."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise bad_value("model.checkpoint", folder, "the folder lacks tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise bad_value("model.checkpoint", folder, f"tokenizer.json cannot be read ({error})") from error
+
+
+def token_id(tokenizer: Tokenizer, token: str, folder: Path) -> int:
+    """The id of a special token, by name.
+
+    Raises:
+        UsageError: the tokenizer does not have it.
+    """
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise bad_value("model.checkpoint", folder, f"its tokenizer has no token {token}; is it of another family?")
+    return found
+
+
+def pickle_to_safetensors(pickle: Path, folder: Path) -> None:
+    """Read a state dict from a pickle (imports torch; nothing but tensors is unpickled) and write safetensors.
+
+    Raises:
+        UsageError: the file is no pickle of tensors.
+    """
+    import pickle as pickles
+
+    import torch
+    from safetensors.torch import save_file
+
+    try:
+        state = torch.load(pickle, map_location="cpu", weights_only=True)
+    except (pickles.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise bad_value("src", pickle, f"no pickle of tensors alone ({str(error).splitlines()[0][:120]})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors or len(tensors) != len(state):
+        raise bad_value("src", pickle, "does not hold a dict of tensors")
+    folder.mkdir(parents=True, exist_ok=True)
+    # tied weights share memory, which safetensors refuses
+    save_file({name: value.clone().contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+
+
+def load_causal_lm(folder: Path, *, device: str, dtype: str) -> PreTrainedModel:
+    """The causal LM of a checkpoint in evaluation mode, its weights cast to `dtype` (`float32`, `bfloat16`, ...).
+
+    Raises:
+        UsageError: a weight is missing or has another shape than the config says.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
+        )
+        model, info = loaded
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise bad_value("model.checkpoint", folder, f"transformers cannot load it: {first[:200]}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise bad_value("model.checkpoint", folder, f"weights are missing: {missing} ...")
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,182 @@
+"""`ltts`: a thin dispatcher. It takes the command's name and leaves the rest of the command line to Hydra."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from typing import Any
+
+from latent_tts.errors import LatentTTSError, UsageError
+
+# name: (what it does, names of its positional arguments; a trailing * takes the rest)
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "run": ("draw rollouts, pick answers, write the scaling curve", ()),
+    "train-reasoner": ("train a latent reasoner by a staged curriculum; resumable", ()),
+    "collect": ("join the metrics of run folders and say which are missing: ltts collect RUNS...", ("runs*",)),
+    "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),
+    "plot": ("draw figures from metrics tables: ltts plot RUNS_OR_CSVS...", ("runs*",)),
+    "convert": ("read a pickled checkpoint once, write safetensors: ltts convert SRC DST", ("src", "dst")),
+}
+MAX_LINES = 4
+FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
+FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--config-dir", "-cn", "--config-name"]
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = "\n".join(f"  {name:<16}{what}" for name, (what, _) in COMMANDS.items())
+    return (
+        "usage: ltts COMMAND [key=value ...] [-m]\n\n"
+        f"{lines}\n\n"
+        "`ltts COMMAND --help` shows a command's keys, `--cfg job` the config it would run with, "
+        "-m runs a job for every\ncombination of comma-separated values."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after `ltts`; None takes the process's.
+
+    Returns:
+        The exit code: 0 for success, 1 for a failure while running, 2 for something wrong on the command line.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("latent-tts"))
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        return _say(
+            UsageError(f"unknown command {name!r}; one of {', '.join(COMMANDS)}\n`ltts --help` says what each does")
+        )
+    try:
+        overrides = _overrides(name, arguments[1:])
+    except UsageError as error:
+        return _say(error)
+    return _run_hydra(name, overrides)
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def _overrides(name: str, arguments: list[str]) -> list[str]:
+    """Arguments for Hydra: `-m` goes first, where Hydra accepts it, and positional ones become overrides.
+
+    Raises:
+        UsageError: an unknown flag, or too many positional arguments.
+    """
+    multirun = [flag for flag in arguments if flag in ("-m", "--multirun")][:1]
+    names, positional, others = list(COMMANDS[name][1]), {}, []
+    expects_value = False
+    for argument in arguments:
+        if argument in ("-m", "--multirun"):
+            continue
+        if expects_value or "=" in argument.lstrip("-") or argument.startswith("-"):
+            flag = argument.split("=")[0]
+            if not expects_value and argument.startswith("-") and flag not in FLAGS + FLAGS_WITH_VALUE:
+                raise UsageError(f"{argument}: no such flag; one of {', '.join(FLAGS + FLAGS_WITH_VALUE)}")
+            others.append(argument)
+        elif names:
+            positional.setdefault(names[0].rstrip("*"), []).append("'" + argument.replace("'", "\\'") + "'")
+            if not names[0].endswith("*"):
+                names.pop(0)
+        else:
+            raise UsageError(f"ltts {name}: {argument!r} is not of the form key=value; `ltts {name} --help` lists keys")
+        expects_value = argument in FLAGS_WITH_VALUE
+    variadic = {f"{n.rstrip('*')}" for n in COMMANDS[name][1] if n.endswith("*")}
+    given = [f"{k}=[{','.join(v)}]" if k in variadic else f"{k}={v[0]}" for k, v in positional.items()]
+    return multirun + others + given
+
+
+def _run_hydra(name: str, arguments: list[str]) -> int:
+    """Hand over to Hydra, and turn what it raises into a line and an exit code."""
+    import hydra
+
+    from latent_tts import sweep
+    from latent_tts.config import conf_dir, register_schemas
+
+    module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
+    register_schemas()
+    sweep.install(say=_say, finish=getattr(module, "finish_sweep", lambda folder: None))
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
+    saved_argv, saved_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    # with the full error set, Hydra lets exceptions through instead of printing them and exiting with 1
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = [f"ltts {name}", *arguments], "1"
+    try:
+        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name.replace("-", "_"))(module.main)()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except KeyboardInterrupt:
+        print("interrupted: what was computed is kept; the same line goes on from there", file=sys.stderr)
+        return 130
+    except sweep.JobsFailed as failed:
+        return failed.exit_code
+    except Exception as error:
+        if wants_traceback:
+            raise
+        return _say(error)
+    finally:
+        sys.argv = saved_argv
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if saved_full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = saved_full
+    return 0
+
+
+def _say(error: Exception) -> int:
+    """Print an error in at most four lines; returns its exit code."""
+    lines, code = describe(error)
+    print("ltts: error: " + "\n".join(lines[:MAX_LINES]), file=sys.stderr)
+    return code
+
+
+def describe(error: Exception) -> tuple[list[str], int]:
+    """Lines that name key, value and what is allowed, and the exit code."""
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, LatentTTSError):
+        return str(error).splitlines(), error.exit_code
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return [f"{group}={option}: no such option; one of {', '.join(sorted(error.options))}"], 2
+    if isinstance(error, OverrideParseException):
+        return [f"{error.override}: not of the form key=value ({str(error).splitlines()[0]})"], 2
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        return _describe_omegaconf(error, cause), 2
+    if isinstance(error, HydraException):
+        return [line for line in str(error).splitlines() if line.strip()], 2
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return [f"{where}{error.strerror or error}"], 2 if isinstance(
+            error, FileExistsError | NotADirectoryError
+        ) else 1
+    hint = "HYDRA_FULL_ERROR=1 shows the traceback; what was computed is kept"
+    return [f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}", hint], 1
+
+
+def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
+    """A wrong key or a wrong type."""
+    first = str(cause).splitlines()[0]
+    key = cause.full_key or cause.key or ""
+    missing = re.match(r"Key '(.+?)' (?:is not in struct|not in )", first)
+    if missing:
+        parent = cause.parent_node
+        known = sorted(str(k) for k in parent) if parent is not None else []
+        return [f"{key or missing[1]}: no such key; one of {', '.join(k for k in known if k != '_target_')}"]
+    value = re.match(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", first)
+    if value:
+        return [f"{key}={value[1]}: wanted is a value of type {value[2].lower()}"]
+    return [f"{key}: {first}" if key and key not in first else first, *str(error).splitlines()[:1]][:2]

@@ -1,0 +1,34 @@
+"""`ltts collect RUNS...`: join the metrics of run folders and say which are missing."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from latent_tts import store
+from latent_tts.errors import UsageError, bad_value
+
+log = logging.getLogger(__name__)
+
+
+def main(cfg: DictConfig) -> None:
+    """Write the joined table and print its path.
+
+    Raises:
+        UsageError: a folder holds no runs, or none of them is complete.
+    """
+    folders = [folder for runs in cfg.runs for folder in store.run_folders(Path(runs))]
+    joined, left_out = store.join_metrics(list(dict.fromkeys(folders)))
+    for folder in left_out:
+        log.warning("%s is missing: the run did not complete", folder)
+    if joined.empty:
+        raise UsageError(f"runs={list(cfg.runs)}: none of {len(folders)} run folders is complete")
+    output = Path(cfg.output or "").expanduser()
+    if not cfg.output or output.is_dir():
+        raise bad_value("output", cfg.output, "the path of a CSV file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    store.write_metrics(output, joined)
+    log.info("%d of %d runs, %d rows", len(folders) - len(left_out), len(folders), len(joined))
+    print(output)

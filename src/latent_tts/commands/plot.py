@@ -1,0 +1,52 @@
+"""`ltts plot RUNS_OR_CSVS...`: draw scaling curves from metrics tables; nothing is recomputed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from omegaconf import DictConfig
+
+from latent_tts import config, plot, store
+from latent_tts.errors import UsageError, bad_value
+
+FINDINGS = "results.csv"
+
+
+def main(cfg: DictConfig) -> None:
+    """Draw one figure of everything named (`output`), or one beside each table; print the paths.
+
+    Raises:
+        UsageError: a path is no table and holds none.
+    """
+    config.require("format", cfg.format, cfg.format in ("svg", "png", "pdf"), "svg, png or pdf")
+    tables = [table for path in cfg.runs for table in find_tables(Path(path))]
+    if not tables:
+        raise bad_value("runs", list(cfg.runs), f"no {store.METRICS} or {FINDINGS} there")
+    if cfg.output is not None:
+        frames = [store.read_metrics(table) for table in tables]
+        output = Path(cfg.output).expanduser()
+        if output.suffix not in (".svg", ".png", ".pdf"):
+            raise bad_value("output", cfg.output, "a file that ends in .svg, .png or .pdf")
+        print(plot.scaling_curve(pd.concat(frames, ignore_index=True), output))
+        return
+    for table in tables:
+        name = "figure" if table.name == FINDINGS else "scaling"
+        print(plot.scaling_curve(store.read_metrics(table), table.with_name(f"{name}.{cfg.format}")))
+
+
+def find_tables(path: Path) -> list[Path]:
+    """The metrics tables of a path: the file itself, a folder's own, or those below it.
+
+    Raises:
+        UsageError: there is no such path.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise bad_value("runs", path, "no such file or folder")
+    own = [path / name for name in (FINDINGS, store.METRICS) if (path / name).is_file()]
+    found = own or sorted(p for name in (FINDINGS, store.METRICS) for p in path.rglob(name))
+    if not found:
+        raise UsageError(f"runs={path}: no {store.METRICS} or {FINDINGS} at or below it")
+    return found

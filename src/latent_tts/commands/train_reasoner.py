@@ -1,0 +1,75 @@
+"""`ltts train-reasoner`: train a COCONUT reasoner by the staged curriculum; the same line resumes a stopped run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from latent_tts import config, report
+from latent_tts.errors import UsageError, bad_value
+from latent_tts.task.arith import Arith, words
+
+log = logging.getLogger(__name__)
+INITIAL, FINISHED = "initial", "checkpoint"
+
+
+def main(cfg: DictConfig) -> None:
+    """Train, then write the checkpoint folder and print its path.
+
+    Raises:
+        UsageError: a value is not usable, or the output folder holds another run.
+        RunError: the loss stopped being finite.
+    """
+    config.require("save_every", cfg.save_every, cfg.save_every >= 1, "a number of updates, 1 or more")
+    config.require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "1 or more")
+    task = config.build("task", cfg.task)
+    if not isinstance(task, Arith):
+        raise bad_value("task", task.name, "training needs a task that writes out its steps: task=arith")
+    curriculum = config.build("curriculum", cfg.curriculum)
+    output = Path(cfg.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise bad_value("output", output, "a folder is wanted, this is a file")
+    output.mkdir(parents=True, exist_ok=True)
+    # these import torch: everything above has been checked without it
+    backbone = config.build("backbone", cfg.backbone)
+    optimization = config.build("optimization", cfg.optimization)
+    from latent_tts.training import coconut
+    from latent_tts.training.vocabulary import word_level_tokenizer
+
+    initial = Path(cfg.init).expanduser() if cfg.init else output / INITIAL
+    if not cfg.init and not (initial / "tokenizer.json").is_file():
+        backbone.create(word_level_tokenizer(words()), initial, cfg.seed)
+    adapter = config.build("model", OmegaConf.merge(cfg.model, {"checkpoint": str(initial)}))
+    adapter.check()
+    settings = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(settings, dict)
+    for key in ("output", "save_every"):  # may change between a stop and going on
+        settings.pop(key)
+    valid = replace(task, split="valid", limit=cfg.valid_questions).questions()
+    with report.progress_bar(curriculum.updates, "updates") as bar:
+        record = coconut.train(
+            adapter,
+            task.stream(),
+            valid,
+            curriculum,
+            optimization,
+            seed=cfg.seed,
+            output=output,
+            settings=json.loads(json.dumps(settings)),
+            save_every=cfg.save_every,
+            report=lambda done, record: report.show(bar, done, f"loss {record['loss']:.3f}"),
+        )
+    if "seconds" not in record:
+        raise UsageError(f"output={output}: holds no trained state, and the curriculum has no updates")
+    coconut.export(output, adapter, output / FINISHED)
+    log.info(
+        "%d updates in %.0f s, exact match on valid %.3f",
+        record["update"],
+        record["seconds"],
+        record["valid_exact_match"],
+    )
+    print(output / FINISHED)

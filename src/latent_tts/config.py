@@ -1,0 +1,222 @@
+"""Schemas of the scalar keys, the way configs become objects, and what Hydra needs to find the YAML files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from latent_tts.errors import LatentTTSError, UsageError, bad_value
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class EngineConfig:
+    """How rollouts are computed.
+
+    Attributes:
+        dtype: of weights and activations.
+        device: auto, cpu, cuda or cuda:INDEX.
+        rows: most rows of a batch; null follows from the model's width and the kind of device.
+    """
+
+    dtype: str = MISSING
+    device: str = MISSING
+    rows: int | None = MISSING
+
+
+@dataclass
+class PathsConfig:
+    """Where things are kept.
+
+    Attributes:
+        cache: of rollouts, shared by all runs.
+    """
+
+    cache: str = MISSING
+
+
+@dataclass
+class RunConfig:
+    """Keys of `ltts run`; the groups are checked by the objects they make.
+
+    Attributes:
+        n: rollouts of each question.
+        seed: of every random number.
+        max_answer_tokens: token limit of an answer.
+        keep_latents: write `latents.safetensors` beside the tables.
+    """
+
+    n: int = MISSING
+    seed: int = MISSING
+    max_answer_tokens: int = MISSING
+    keep_latents: bool = MISSING
+    engine: EngineConfig = MISSING
+    paths: PathsConfig = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+    sampler: Any = MISSING
+    budget: Any = MISSING
+    aggregator: Any = MISSING
+
+
+@dataclass
+class TrainReasonerConfig:
+    """Keys of `ltts train-reasoner`.
+
+    Attributes:
+        output: folder of the state, the loss log and the finished checkpoint; a stopped run goes on there.
+        init: checkpoint to start from; null makes a fresh backbone.
+        seed: of the weights, the questions' order and dropout.
+        save_every: updates between two saved states.
+        valid_questions: questions of `task.split=valid` for the accuracy in the log.
+    """
+
+    output: str = MISSING
+    init: str | None = MISSING
+    seed: int = MISSING
+    save_every: int = MISSING
+    valid_questions: int = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+    backbone: Any = MISSING
+    curriculum: Any = MISSING
+    optimization: Any = MISSING
+
+
+@dataclass
+class CollectConfig:
+    """Keys of `ltts collect`: run folders (or folders of them), and the table to write (null: to stdout)."""
+
+    runs: list[str] = MISSING
+    output: str | None = MISSING
+
+
+@dataclass
+class CompareConfig:
+    """Keys of `ltts compare`: two run folders (or folders of runs over seeds), and the aggregator of the accuracies."""
+
+    a: str = MISSING
+    b: str = MISSING
+
+
+@dataclass
+class PlotConfig:
+    """Keys of `ltts plot`: run folders or metrics tables, and the figure to write."""
+
+    runs: list[str] = MISSING
+    output: str | None = MISSING
+    format: str = MISSING
+
+
+@dataclass
+class ConvertConfig:
+    """Keys of `ltts convert`: a pickle (or a folder with one), and the new checkpoint folder."""
+
+    src: str = MISSING
+    dst: str = MISSING
+
+
+SCHEMAS = {
+    "run": RunConfig,
+    "train_reasoner": TrainReasonerConfig,
+    "collect": CollectConfig,
+    "compare": CompareConfig,
+    "plot": PlotConfig,
+    "convert": ConvertConfig,
+}
+
+
+def register_schemas() -> None:
+    """Make the schemas known to Hydra as `NAME_schema`."""
+    for name, schema in SCHEMAS.items():
+        ConfigStore.instance().store(f"{name}_schema", schema)
+
+
+def conf_dir() -> str:
+    """Directory of the YAML files: packaged in a wheel, `conf/` in a checkout."""
+    here = Path(__file__).resolve().parent
+    packaged = here / "conf"
+    return str(packaged if packaged.is_dir() else here.parents[1] / "conf")
+
+
+def output_dir() -> Path:
+    """The folder of the running job."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def build(group: str, node: Any) -> Any:
+    """The object that a config node describes.
+
+    Raises:
+        UsageError: the object refuses a value.
+    """
+    if not OmegaConf.is_dict(node):
+        raise bad_value(group, node, f"an option of the group, as in `{group}=NAME`")
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LatentTTSError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        raise UsageError(f"{group}: {str(error.__cause__ or error).splitlines()[0]}") from error
+
+
+def node(spec: Mapping[str, Any]) -> DictConfig:
+    """A config node from plain values, as `run.json` holds them."""
+    return OmegaConf.create(dict(spec))
+
+
+def require(key: str, value: Any, ok: bool, allowed: str) -> None:
+    """Raise the usual error unless a value is allowed."""
+    if not ok:
+        raise bad_value(key, value, allowed)
+
+
+def non_defaults(cfg: DictConfig, known: set[str]) -> str:
+    """Sorted `key=value` of the keys that differ from their defaults under the same group choices.
+
+    Args:
+        cfg: the job's config.
+        known: dotted keys (or whole nodes) that have columns of their own.
+    """
+    hydra_cfg = HydraConfig.get()
+    choices = hydra_cfg.runtime.choices
+    chosen = {str(group): choices.get(str(group)) for group in cfg}
+    overrides = [f"{group}={option}" for group, option in chosen.items() if option and "[" not in option]
+    loader = GlobalHydra.instance().config_loader()
+    defaults = loader.load_configuration(hydra_cfg.job.config_name, overrides, run_mode=RunMode.RUN)
+    before, after = _flat(defaults), _flat(cfg)
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    hidden = tuple(f"{key}." for key in known)
+    return ",".join(f"{k}={v}" for k, v in sorted(changed.items()) if k not in known and not k.startswith(hidden))
+
+
+def _flat(cfg: DictConfig) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                walk(f"{prefix}{key}.", value)
+        else:
+            flat[prefix.removesuffix(".")] = node
+
+    container = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(container, dict)
+    container.pop("hydra", None)
+    walk("", container)
+    resolved = {key: OmegaConf.select(cfg, key) for key in flat}
+    return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in resolved.items()}

@@ -1,0 +1,138 @@
+"""Shared-prefix attention: a question's prompt is kept once, each of its N rollouts adds a short suffix.
+
+`transformers` hands keyword arguments of a model call through to the attention function, so the state of a call
+travels with it and nothing is patched. A forward pass either writes the prefix (ordinary causal attention over
+right-padded prompts) or reads it and appends to the suffixes: scores against the prefix and against the own suffix are
+put side by side before one softmax, which is exact.
+
+Source: the split follows bifurcated attention (Athiwaratkun et al. 2024, arXiv 2403.08845) and Hydragen (Juravsky et
+al. 2024, arXiv 2402.05099).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+NAME = "latent_tts_shared_prefix"
+
+
+@dataclass
+class AttentionState:
+    """Keys and values of Q prefixes and of R = Q*N suffixes (H key heads, K a head's width).
+
+    Attributes:
+        lengths_Q: tokens of each prefix.
+        rollouts: N.
+        capacity: most tokens a suffix will have.
+        prefix: per layer, keys and values (Q, H, L, K), right-padded.
+        suffix: per layer, keys and values (R, H, capacity, K), allocated on first use.
+        used: tokens of every suffix so far.
+    """
+
+    lengths_Q: Tensor
+    rollouts: int
+    capacity: int
+    prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    suffix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    used: int = 0
+    reads_prefix: bool = False
+
+    def positions(self, tokens: int) -> Tensor:
+        """Position ids (R, tokens) of the next suffix tokens."""
+        start = self.lengths_Q.repeat_interleave(self.rollouts)[:, None] + self.used
+        return start + torch.arange(tokens, device=start.device)
+
+    def select(self, questions: Tensor, rows: Tensor) -> None:
+        """Keep only some questions, and of them the suffixes `rows` (the same number for each, question-major)."""
+        self.lengths_Q = self.lengths_Q[questions]
+        self.rollouts = rows.shape[0] // questions.shape[0]
+        self.prefix = [(keys[questions], values[questions]) for keys, values in self.prefix]
+        self.suffix = [(keys[rows], values[rows]) for keys, values in self.suffix]
+
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values (R, H, S, K) to a layer's suffixes; returns all of them so far."""
+        if layer == len(self.suffix):
+            shape = (key.shape[0], key.shape[1], self.capacity, key.shape[3])
+            self.suffix.append((key.new_empty(shape), value.new_empty(shape)))
+        end = self.used + key.shape[2]
+        keys, values = self.suffix[layer]
+        keys[:, :, self.used : end] = key
+        values[:, :, self.used : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    state: AttentionState,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The attention function registered with transformers.
+
+    Args:
+        module: the attention layer; its `layer_idx` names the layer.
+        query: (rows, heads, S, K).
+        key: (rows, key heads, S, K); fewer heads than `query` in grouped-query attention.
+        value: the same.
+        attention_mask: unused, transformers gives None to a function without a registered mask.
+        scaling: factor of the scores, 1/sqrt(K) if None.
+        state: where keys and values are kept.
+        **kwargs: what other attention functions read.
+
+    Returns:
+        The attended values (rows, S, heads, K), and None for the weights.
+    """
+    del attention_mask, kwargs
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    groups = query.shape[1] // key.shape[1]
+    if not state.reads_prefix:
+        assert layer == len(state.prefix)
+        state.prefix.append((key, value))
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return out.transpose(1, 2), None
+
+    rows, heads, tokens, width = query.shape
+    key_heads = key.shape[1]
+    keys, values = state._append(layer, key, value)
+    prefix_keys, prefix_values = state.prefix[layer]
+    questions, _, length, _ = prefix_keys.shape
+    scale = width**-0.5 if scaling is None else scaling
+    # query heads that share a key head become more query tokens of that head
+    own = (query * scale).view(rows, key_heads, groups * tokens, width)
+    siblings = own.view(questions, state.rollouts, key_heads, groups * tokens, width).transpose(1, 2)
+    stacked = siblings.reshape(questions, key_heads, -1, width)
+
+    before = stacked @ prefix_keys.transpose(-1, -2)  # (Q, H, N * groups * S, L)
+    padding = torch.arange(length, device=query.device) >= state.lengths_Q[:, None]
+    before = before.masked_fill(padding[:, None, None, :], float("-inf"))
+    before = before.view(questions, key_heads, state.rollouts, groups * tokens, length).transpose(1, 2)
+    before = before.reshape(rows, key_heads, groups * tokens, length)
+    after = own @ keys.transpose(-1, -2)  # (R, H, groups * S, used + S)
+    if tokens > 1:
+        future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=query.device).triu(state.used + 1)
+        after = after.masked_fill(future.repeat(groups, 1), float("-inf"))
+    weights = torch.cat([before, after], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    before, after = weights.split([length, keys.shape[2]], dim=-1)
+
+    before = before.view(questions, state.rollouts, key_heads, groups * tokens, length).transpose(1, 2)
+    out = (before.reshape(questions, key_heads, -1, length) @ prefix_values).view(siblings.shape).transpose(1, 2)
+    out = out.reshape(own.shape) + after @ values
+    return out.view(rows, heads, tokens, width).transpose(1, 2), None
+
+
+def use_shared_prefix_attention(lm: PreTrainedModel) -> None:
+    """Make a model's layers call `attend`."""
+    AttentionInterface.register(NAME, attend)
+    lm.set_attn_implementation(NAME)

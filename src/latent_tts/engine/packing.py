@@ -1,0 +1,90 @@
+"""Which rollouts share a batch: like counts and like prompt lengths together, at most `rows` rows."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from latent_tts.cost import Shape
+
+CPU_ROW_VALUES, CUDA_ROW_VALUES = 1 << 19, 1 << 22  # rows * width of a batch: see benchmarks/engine.py
+MEMORY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """A question that still needs rollouts.
+
+    Attributes:
+        row_key: what the cache calls the question.
+        question_id: keys its random numbers.
+        prompt: token ids.
+        rollouts: numbers of the rollouts to draw, ascending.
+        donor: prompt of the question whose latents it reads, for the sampler that needs one.
+    """
+
+    row_key: str
+    question_id: str
+    prompt: list[int]
+    rollouts: list[int]
+    donor: list[int] | None = None
+
+
+def default_rows(width: int, device: str) -> int:
+    """Rows of a batch, from the model's width and the kind of device alone."""
+    values = CUDA_ROW_VALUES if device.startswith("cuda") else CPU_ROW_VALUES
+    return max(64, 1 << ((values // width).bit_length() - 1))
+
+
+def row_bytes(shape: Shape, prompt: int, suffix: int, item: int, own_prompt: bool) -> int:
+    """Upper estimate of one row's bytes: keys and values, activations, logits."""
+    tokens = suffix + prompt  # a batch of many questions with one rollout each has a prefix a row
+    activations = 16 * shape.width * (prompt if own_prompt else 1) * 4
+    return shape.cache_bytes(tokens, item) + activations + 3 * 4 * shape.vocabulary
+
+
+def rows_that_fit(rows: int, bytes_a_row: int, device: str) -> int:
+    """`rows`, halved until a batch fits half of the free memory."""
+    if device.startswith("cuda"):
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    while rows > 1 and rows * bytes_a_row > MEMORY_SHARE * free:
+        rows //= 2
+    return rows
+
+
+def batches(jobs: Sequence[Job], rows: int) -> Iterator[list[Job]]:
+    """Batches of jobs with equally many rollouts each, longest prompts first (what does not fit fails at once)."""
+    pieces = [
+        Job(job.row_key, job.question_id, job.prompt, job.rollouts[start : start + rows], job.donor)
+        for job in jobs
+        for start in range(0, len(job.rollouts), rows)
+    ]
+    pieces.sort(key=lambda job: (-len(job.rollouts), -len(job.prompt), job.row_key))
+    batch: list[Job] = []
+    for piece in pieces:
+        count = len(piece.rollouts)
+        if batch and (count != len(batch[0].rollouts) or (len(batch) + 1) * count > rows):
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+def measured_flops(width: int, dtype: str, device: str) -> float:
+    """Floating-point operations a second of a matrix product of a model's width: the ceiling of any estimate."""
+    kind = getattr(torch, dtype)
+    a = torch.ones(512, width, dtype=kind, device=device)
+    b = torch.ones(width, 4 * width, dtype=kind, device=device)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        float((a @ b)[0, 0])  # reading a value waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 8.0 * 512 * width * width / best

@@ -1,0 +1,80 @@
+"""Where dropout enters: hooks on any transformer's blocks that multiply a site's output by a sampler's factors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from latent_tts.errors import RunError
+from latent_tts.rng import Draw
+from latent_tts.types import Forward, Sampler, Site
+
+# what transformers' families call a block's two branches
+BRANCHES: tuple[tuple[Site, tuple[str, ...]], ...] = (
+    ("attention", ("attn", "self_attn", "attention")),
+    ("ffn", ("mlp", "feed_forward", "ffn")),
+)
+
+
+class MaskedSites:
+    """Hooks on a backbone; they do nothing until `forward` names the pass that is about to run.
+
+    Used as a context manager: the hooks go when it ends.
+    """
+
+    def __init__(self, lm: PreTrainedModel, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._draw: Draw | None = None
+        self._forward: Forward | None = None
+        self._handles = []
+        if not sampler.random_phases:
+            return
+        blocks = find_blocks(lm)
+        self._handles.append(blocks[0].register_forward_pre_hook(self._embedding, with_kwargs=True))
+        for layer, block in enumerate(blocks):
+            for site, names in BRANCHES:
+                module = next((getattr(block, name) for name in names if hasattr(block, name)), None)
+                if module is None:
+                    raise RunError(f"sampler=dropout: {type(block).__name__} has none of {', '.join(names)} to mask")
+                self._handles.append(module.register_forward_hook(self._hook(site, layer)))
+
+    def __enter__(self) -> MaskedSites:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def about_to_run(self, draw: Draw, forward: Forward) -> None:
+        """The pass that comes next, and the rows it runs."""
+        self._draw, self._forward = draw, forward
+
+    def _apply(self, site: Site, layer: int, output: Tensor) -> Tensor:
+        if self._draw is None or self._forward is None:
+            return output
+        factors = self._sampler.factors(site, layer, self._draw, self._forward)
+        return output if factors is None else (output * factors).to(output.dtype)
+
+    def _embedding(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        del module
+        if args:
+            return (self._apply("embedding", 0, args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self._apply("embedding", 0, kwargs["hidden_states"])}
+
+    def _hook(self, site: Site, layer: int):
+        def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+            del module, args
+            if isinstance(output, tuple):
+                return (self._apply(site, layer, output[0]), *output[1:])
+            return self._apply(site, layer, output)
+
+        return hook
+
+
+def find_blocks(lm: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks of a causal LM: its one module list of `num_hidden_layers` entries."""
+    layers = lm.config.get_text_config().num_hidden_layers
+    for module in lm.base_model.children():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return module
+    raise RunError(f"{type(lm.base_model).__name__}: no module list of {layers} blocks found")

@@ -1,0 +1,37 @@
+"""Errors a user can cause. Each is one to four lines: the key, the value, what is allowed."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeGuard
+
+
+class LatentTTSError(Exception):
+    """Base of every error that is shown without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(LatentTTSError):
+    """Something the user wrote is wrong: found before any model is loaded."""
+
+    exit_code = 2
+
+
+class RunError(LatentTTSError):
+    """A failure while computing; what was computed stays on disk."""
+
+
+def bad_value(key: str, value: object, allowed: str) -> UsageError:
+    """The error for a config value out of its range."""
+    return UsageError(f"{key}={'null' if value is None else value}: {allowed}")
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a config value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a config value is an integer."""
+    return isinstance(value, int) and not isinstance(value, bool)

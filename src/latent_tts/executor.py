@@ -1,0 +1,117 @@
+"""Draws the rollouts that a cache lacks, batch by batch, keeping what is done whenever it is stopped."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from latent_tts.engine.packing import Job, batches
+from latent_tts.engine.rollout import Engine, Plan, Rollouts
+from latent_tts.rng import Draw
+from latent_tts.sampler.greedy import Greedy
+from latent_tts.store import RolloutCache
+from latent_tts.types import Sampler
+
+SECONDS_BETWEEN_PARTS = 2.0
+
+
+def fill(
+    cache: RolloutCache,
+    jobs: Sequence[Job],
+    engine: Engine,
+    sampler: Sampler,
+    *,
+    seed: int,
+    rows: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Draw every rollout of `jobs` into `cache`.
+
+    Args:
+        cache: where rows go, a part every two seconds and at the end, however it ends.
+        jobs: what to draw.
+        engine: the loaded model.
+        sampler: what makes rollouts differ.
+        seed: of the run.
+        rows: most rows of a batch.
+        progress: called with the number of rollouts of each finished batch.
+    """
+    pending: list[dict[str, Any]] = []
+    written = time.perf_counter()
+    try:
+        for batch in batches(jobs, rows):
+            pending += _draw_batch(batch, engine, sampler, seed)
+            progress(sum(len(job.rollouts) for job in batch))
+            if time.perf_counter() - written > SECONDS_BETWEEN_PARTS:
+                cache.add(pending)
+                pending, written = [], time.perf_counter()
+    finally:
+        if pending:
+            cache.add(pending)
+
+
+def _draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int) -> list[dict[str, Any]]:
+    device = engine.device
+    started = _now(device)
+    numbers = torch.tensor([job.rollouts for job in batch], device=device)
+    draw = Draw.of(seed, [job.question_id for job in batch], numbers, engine.width)
+    donor = _donor_latents(batch, engine, numbers.shape[1]) if sampler.needs_donor else None
+    rollouts = engine.roll([job.prompt for job in batch], draw, sampler, donor_RTD=donor)
+    total = numbers.numel()
+    measured = {
+        "seconds": (_now(device) - started) / total,
+        "peak_memory_bytes": _peak_memory(device),
+        "device": device.type,
+        "rows": total,
+    }
+    return _rows(batch, rollouts, measured)
+
+
+def _donor_latents(batch: list[Job], engine: Engine, rollouts: int) -> torch.Tensor:
+    """The greedy latents (R, T, D) of the donors' prompts."""
+    prompts = [job.donor for job in batch]
+    assert all(prompt is not None for prompt in prompts)
+    draw = Draw.of(0, [job.row_key for job in batch], torch.zeros(len(batch), 1, dtype=torch.long), engine.width)
+    thinker = Engine(engine.reasoner, Plan(engine.plan.latents, engine.plan.thinking_end_ids, engine.plan.eos_id, 0))
+    latents = thinker.roll(prompts, draw, Greedy()).latents_RTD  # type: ignore[arg-type]
+    return latents.to(engine.device, engine.lm.dtype).repeat_interleave(rollouts, 0)
+
+
+def _rows(batch: list[Job], rollouts: Rollouts, measured: dict[str, Any]) -> list[dict[str, Any]]:
+    latents = rollouts.latents_RTD.numpy().astype("<f4", copy=False)
+    logprob, margin = rollouts.answer_logprob_R.tolist(), rollouts.answer_margin_R.tolist()
+    stopped = rollouts.stopped_R.tolist()
+    places = [(job.row_key, number) for job in batch for number in job.rollouts]
+    return [
+        {
+            "row_key": row_key,
+            "rollout": number,
+            "answer_ids": rollouts.answer_ids[row],
+            "answer_logprob": logprob[row],
+            "answer_margin": margin[row],
+            "stop_reason": "eos" if stopped[row] else "length",
+            "latent_steps": latents.shape[1],
+            "latents": latents[row].tobytes(),
+            **measured,
+        }
+        for row, (row_key, number) in enumerate(places)
+    ]
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: of the process on the CPU, of torch's allocations on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,85 @@
+"""Rollouts to the rows of `metrics.csv`. Pure tables and arrays; nothing is drawn or loaded here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from latent_tts import stats, store
+from latent_tts.types import Aggregator, RolloutArrays
+
+
+def arrays_of(rollouts: pd.DataFrame, drawn: int) -> RolloutArrays:
+    """Arrays (Q, D) of a rollouts table that has `drawn` rows for each question, in order."""
+    predictions = rollouts["prediction"].to_numpy(dtype=object).reshape(-1, drawn)
+    codes = np.full(predictions.shape, -1, dtype=np.int64)
+    for row, values in enumerate(predictions):
+        known: dict[str, int] = {}
+        for column, value in enumerate(values):
+            if value is not None and value == value:
+                codes[row, column] = known.setdefault(value, len(known))
+    return RolloutArrays(
+        prediction_QD=codes,
+        correct_QD=rollouts["correct"].to_numpy(dtype=bool).reshape(-1, drawn),
+        answer_logprob_QD=rollouts["answer_logprob"].to_numpy(dtype=np.float64).reshape(-1, drawn),
+    )
+
+
+def metric_rows(
+    rollouts: pd.DataFrame,
+    *,
+    drawn: int,
+    reported: Sequence[int],
+    aggregators: Sequence[Aggregator],
+    diversity_Q: Sequence[float | None],
+    gflops: Sequence[tuple[float, float]],
+    run: Mapping[str, Any],
+) -> pd.DataFrame:
+    """The metrics table of a run.
+
+    Args:
+        rollouts: a rollouts table with the measured columns `seconds` and `peak_memory_bytes` beside its own.
+        drawn: rollouts of each question.
+        reported: budgets n, each at most `drawn`.
+        aggregators: which picks to report.
+        diversity_Q: each question's diversity over its drawn rollouts.
+        gflops: per question what is paid once, and what each of its rollouts adds on average.
+        run: values of the columns that all rows share.
+
+    Returns:
+        A frame with the columns of `store.METRIC_COLUMNS`.
+    """
+    arrays = arrays_of(rollouts, drawn)
+    questions = len(arrays.correct_QD)
+    weights = stats.bootstrap_weights(questions)
+    rows: list[dict[str, Any]] = []
+
+    def add(n: int, metric: str, values_Q: Any, aggregator: str = "", with_interval: bool = True) -> None:
+        values = np.asarray(values_Q, dtype=np.float64)
+        low, high = stats.interval(values, weights) if with_interval else (None, None)
+        row = {"aggregator": aggregator, "n": n, "drawn": drawn, "metric": metric, "value": values.mean()}
+        rows.append({**run, **row, "ci_low": low, "ci_high": high, "questions": questions})
+
+    def per_question(column: str) -> np.ndarray:
+        return rollouts[column].to_numpy(dtype=np.float64).reshape(-1, drawn).mean(1)
+
+    once, each = np.array(gflops, dtype=np.float64).T
+    seconds = rollouts["seconds"].sum()
+    for n in reported:
+        for aggregator in aggregators:
+            add(n, "accuracy", stats.picked_accuracy(aggregator, arrays, n), aggregator.name)
+        add(n, "coverage", stats.coverage(arrays.correct_QD, n))
+        add(n, "invalid_rate", (arrays.prediction_QD < 0).mean(1))
+        if n > 1 and all(value is not None for value in diversity_Q):
+            add(n, "diversity", diversity_Q)
+        add(n, "latent_steps", n * per_question("latent_steps"), with_interval=False)
+        add(n, "answer_tokens", n * per_question("answer_tokens"), with_interval=False)
+        add(n, "gflops", once + n * each, with_interval=False)
+        if n == drawn:  # measured for the whole budget alone
+            add(n, "seconds", np.full(questions, seconds / questions), with_interval=False)
+            add(n, "rollouts_per_second", np.full(questions, len(rollouts) / seconds), with_interval=False)
+            add(n, "peak_memory_bytes", [rollouts["peak_memory_bytes"].max()] * questions, with_interval=False)
+    return pd.DataFrame(rows, columns=store.METRIC_COLUMNS)

@@ -1,0 +1,95 @@
+"""Philox-4x32-10, the one source of randomness: a pure function from (counter, key) to 128 random bits.
+
+The same lines serve Python integers, NumPy int64 arrays and torch int64 tensors on any device, because they use
+nothing but `*`, `+`, `>>`, `&` and `^`: the integers are therefore equal everywhere. This module knows none of those
+libraries; `rng.py` turns the words into torch normals and masks.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (the Random123 constants and test vectors).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum
+from typing import Any
+
+MASK32 = 0xFFFFFFFF
+MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
+ROUNDS = 10
+
+
+class Stream(IntEnum):
+    """What a random number is for; no two uses share numbers."""
+
+    LATENT_NOISE = 0
+    DROPOUT = 1
+    TOKEN = 2
+    SUBSET = 3
+    BOOTSTRAP = 4
+    PROBLEM = 5
+    TRAINING = 6
+
+
+def key_of(seed: int, name: str) -> tuple[int, int]:
+    """The 64-bit Philox key of a (seed, name) pair as two 32-bit words; `name` is a question id or a use."""
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
+    """Ten rounds of Philox-4x32.
+
+    Args:
+        counter: four words, each an integer in [0, 2**32) or an int64 array/tensor of them; they broadcast.
+        key: two words, likewise.
+
+    Returns:
+        Four words in [0, 2**32) of the broadcast shape.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for round_ in range(ROUNDS):
+        # A signed 64-bit product wraps, but its bits are the unsigned product's; the mask after `>>` removes the sign.
+        # Low words stay unmasked where the next use is an xor that is masked afterwards.
+        product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
+        high_1, high_0 = product_1 >> 32, product_0 >> 32
+        if (
+            round_ < 3
+        ):  # words may still be smaller than the broadcast shape; after three rounds none that is written is
+            high_1, high_0 = high_1 ^ c1 ^ k0, high_0 ^ c3 ^ k1
+        else:
+            high_1 ^= c1
+            high_1 ^= k0
+            high_0 ^= c3
+            high_0 ^= k1
+        high_1 &= MASK32
+        high_0 &= MASK32
+        c0, c1, c2, c3 = high_1, product_1, high_0, product_0
+        k0, k1 = (k0 + WEYL_0) & MASK32, (k1 + WEYL_1) & MASK32
+    return c0, c1 & MASK32, c2, c3 & MASK32
+
+
+class Dice:
+    """Integers drawn one after another from the counter (stream, item): for code that rolls a few numbers in Python."""
+
+    def __init__(self, key: tuple[int, int], stream: Stream, item: int) -> None:
+        self._key, self._stream, self._item = key, stream, item
+        self._block = 0
+        self._words: list[int] = []
+
+    def below(self, bound: int) -> int:
+        """A uniform integer in [0, bound); the modulo bias is below bound / 2**32."""
+        if not self._words:
+            low, high = self._item & MASK32, self._item >> 32
+            self._words = list(philox((self._block, low, high, int(self._stream)), self._key))
+            self._block += 1
+        return self._words.pop() % bound
+
+    def between(self, low: int, high: int) -> int:
+        """A uniform integer in [low, high]."""
+        return low + self.below(high - low + 1)
+
+    def pick(self, options: Any) -> Any:
+        """A uniform element of a non-empty sequence."""
+        return options[self.below(len(options))]

@@ -1,0 +1,76 @@
+"""Metrics tables to figures. Nothing is recomputed: what is drawn is what the CSV says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from latent_tts.errors import UsageError
+from latent_tts.store import RUN_COLUMNS, whole_file
+
+CURVE = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator")]
+PANELS = (("coverage", "Coverage"), ("accuracy", "Accuracy"))
+DASHES = ("-", "--", ":", "-.")
+
+
+def scaling_curve(metrics: pd.DataFrame, path: Path) -> Path:
+    """Coverage and accuracy against n on a logarithmic axis, with 95 % bands, one colour a curve.
+
+    Args:
+        metrics: a metrics table; several runs make several curves. Where one curve has several rows at an n, those
+            with the most rollouts drawn count.
+        path: of the figure; its ending is the format.
+
+    Raises:
+        UsageError: there is nothing to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import PercentFormatter, ScalarFormatter
+
+    shown = metrics[metrics["metric"].isin([name for name, _ in PANELS])]
+    if shown.empty:
+        raise UsageError("nothing to draw: the table has neither coverage nor accuracy")
+    shown = shown.sort_values("drawn").drop_duplicates([*CURVE, "aggregator", "n", "metric"], keep="last")
+    curves = list(shown.groupby(CURVE, sort=False, dropna=False))
+    varying = [name for name in CURVE if shown[name].nunique(dropna=False) > 1]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    for (metric, title), axis in zip(PANELS, axes, strict=True):
+        for index, (values, rows) in enumerate(curves):
+            label = _label(dict(zip(CURVE, values, strict=True)), varying)
+            by_aggregator = rows[rows["metric"] == metric].groupby("aggregator", sort=True)
+            for dash, (aggregator, line) in zip(DASHES, by_aggregator, strict=False):
+                line = line.sort_values("n")
+                name = f"{label}, {aggregator}" if aggregator else label
+                axis.plot(line["n"], line["value"], dash, marker="o", markersize=3.5, color=f"C{index}", label=name)
+                axis.fill_between(
+                    line["n"], line["ci_low"], line["ci_high"], color=f"C{index}", alpha=0.12, linewidth=0
+                )
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.set_xlabel("rollouts per question (n)")
+        axis.set_title(title)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, frameon=False)
+    axes[0].set_ylabel("questions")
+    first = shown.iloc[0]
+    where = (
+        f"{first['model']} on {first['task']}/{first['split']}" if not {"model", "task", "split"} & set(varying) else ""
+    )
+    figure.suptitle(f"{where}, {int(first['questions'])} questions, 95 % intervals".lstrip(", "), fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format=path.suffix.removeprefix(".") or "png", dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _label(curve: dict, varying: list[str]) -> str:
+    """The sampler, and whatever else differs between the curves."""
+    parameter = f" {curve['sampler_param']}={curve['sampler_value']}" if curve["sampler_param"] else ""
+    others = [name for name in varying if not name.startswith("sampler")]
+    return ", ".join([f"{curve['sampler']}{parameter}", *(f"{name}={curve[name]}" for name in others if curve[name])])

@@ -1,0 +1,96 @@
+"""What a person sees: the log handler and progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def log_handler() -> logging.Handler:
+    """The console handler of Hydra's logging configs: rich, on stderr."""
+    return RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+
+
+@contextmanager
+def progress_bar(total: int, unit: str) -> Iterator[Progress]:
+    """A bar on stderr with the rate and the time left, silent when stderr is no terminal; `advance(0, k)` moves it."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        progress.add_task(unit, total=total, note="")
+        yield progress
+
+
+def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """A table on stdout: the first column to the left, the others to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console = Console()
+    if not console.is_terminal:  # a pipe has no width of its own: never cut results there
+        console = Console(width=160)
+    console.print(table)
+
+
+def percent(row: pd.Series) -> str:
+    """A fraction with its interval, in percent."""
+    if pd.isna(row["ci_low"]):
+        return f"{100 * row['value']:.1f}"
+    return f"{100 * row['value']:.1f} [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
+
+
+def print_metrics(metrics: pd.DataFrame) -> None:
+    """Accuracy, coverage and costs of each curve, a row for each n."""
+    curve = ["model", "task", "split", "sampler", "sampler_param", "sampler_value", "settings", "seed"]
+    for values, rows in metrics.groupby(curve, sort=False, dropna=False):
+        part = dict(zip(curve, values, strict=True))
+        parameter = f" {part['sampler_param']}={part['sampler_value']}" if part["sampler_param"] else ""
+        title = f"{part['model']} on {part['task']}/{part['split']}: {part['sampler']}{parameter}, seed {part['seed']}"
+        title += f", {int(rows['questions'].iloc[0])} questions" + (
+            f" ({part['settings']})" if part["settings"] else ""
+        )
+        accuracy = rows[rows["metric"] == "accuracy"]
+        names = list(dict.fromkeys(accuracy["aggregator"]))
+        lines = []
+        for (n, drawn), at in rows.groupby(["n", "drawn"], sort=True):
+            by_metric = {row["metric"]: row for _, row in at.iterrows() if row["metric"] != "accuracy"}
+            by_name = {row["aggregator"]: row for _, row in at.iterrows() if row["metric"] == "accuracy"}
+            rate = by_metric.get("rollouts_per_second")
+            lines.append(
+                [n, drawn]
+                + [percent(by_name[name]) if name in by_name else "" for name in names]
+                + [percent(by_metric["coverage"]), f"{by_metric['gflops']['value']:.3g}"]
+                + ["" if rate is None else f"{rate['value']:.0f}"]
+            )
+        print_table(
+            title, ["n", "drawn", *[f"{name} %" for name in names], "coverage %", "GFLOP/question", "rollouts/s"], lines
+        )
+
+
+def advance(progress: Progress, count: int) -> None:
+    """Move a bar on and show its rate."""
+    task = progress.tasks[0]
+    progress.advance(task.id, count)
+    progress.update(task.id, note=f"{task.completed / max(task.elapsed or 0, 1e-9):.0f}/s")
+
+
+def show(progress: Progress, done: int, note: str) -> None:
+    """Set a bar to `done` with a note beside it."""
+    progress.update(progress.tasks[0].id, completed=done, note=note)

@@ -1,0 +1,1 @@
+"""What makes rollouts differ; one option of the group `sampler` a module."""

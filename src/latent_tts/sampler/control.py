@@ -1,0 +1,56 @@
+"""`sampler=control`: ablations that ask whether the latents matter. Deterministic: one rollout a question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from latent_tts.errors import bad_value
+from latent_tts.types import Sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latent_tts.rng import Draw
+
+MODES = ("zero", "repeat", "shuffle")
+
+
+@dataclass(frozen=True)
+class Control(Sampler):
+    """Latents replaced by something that should not work as well.
+
+    Attributes:
+        mode: `zero` (every latent zero), `repeat` (h_1 at every step), or `shuffle` (the greedy latents of the next
+            question of the run; the last question takes the first one's).
+    """
+
+    mode: str
+
+    name: ClassVar[str] = "control"
+    param: ClassVar[str | None] = "mode"
+    deterministic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise bad_value("sampler.mode", self.mode, f"one of {', '.join(MODES)}")
+
+    @property
+    def value(self) -> str:
+        """The parameter shown in tables."""
+        return self.mode
+
+    @property
+    def needs_donor(self) -> bool:
+        """`shuffle` reads another question's latents."""
+        return self.mode == "shuffle"
+
+    def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
+        """The replacement of latent number `step`."""
+        if self.mode == "zero":
+            return h_RD.new_zeros(h_RD.shape)
+        if self.mode == "repeat":
+            assert draw.history_RTD is not None
+            return draw.history_RTD[:, 0] if step else h_RD
+        assert draw.donor_RTD is not None
+        return draw.donor_RTD[:, step]

@@ -1,0 +1,84 @@
+"""`sampler=dropout`: Monte Carlo dropout, the model's own kind of randomness switched on at test time.
+
+Source: You et al. (arXiv 2510.07745), section 3; ModalityDance/LatentTTS at 6657f20 for the `residual` sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+from latent_tts.errors import bad_value, is_number
+from latent_tts.types import PHASES, Forward, Phase, Sampler, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latent_tts.rng import Draw
+
+SITES: dict[str, tuple[Site, ...]] = {
+    "ffn": ("ffn",),
+    "residual": ("attention", "ffn"),
+    "residual_embedding": ("embedding", "attention", "ffn"),
+}
+BRANCH: dict[Site, int] = {"embedding": 0, "attention": 1, "ffn": 2}
+
+
+@dataclass(frozen=True)
+class Dropout(Sampler):
+    """Dropout with rate `rate`, kept values scaled by 1 / (1 - rate).
+
+    Attributes:
+        rate: share of dropped values, in [0, 1), kept to 1/65536; 0 is greedy.
+        site: `ffn` after the feed-forward of each block (the paper), `residual` both residual branches (the official
+            evaluation), `residual_embedding` also the embedding (the official annotation and best-of-N).
+        where: which forward passes are random: a list out of `prompt`, `thoughts`, `answer`. `thoughts` are the T
+            passes that make h_1..h_T, the last prompt token's first; `prompt` are the tokens before it.
+        mask: `fresh` for every forward pass, or `locked`: one for all passes and tokens of a rollout.
+    """
+
+    rate: float
+    site: str
+    where: Sequence[Phase]
+    mask: str
+
+    name: ClassVar[str] = "dropout"
+    param: ClassVar[str | None] = "rate"
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.rate) and 0 <= self.rate < 1):
+            raise bad_value("sampler.rate", self.rate, "a number in [0, 1)")
+        if self.site not in SITES:
+            raise bad_value("sampler.site", self.site, f"one of {', '.join(SITES)}")
+        if not isinstance(self.where, Sequence) or not self.where or not set(self.where) <= set(PHASES):
+            raise bad_value("sampler.where", self.where, f"a list out of {', '.join(PHASES)}")
+        if self.mask not in ("fresh", "locked"):
+            raise bad_value("sampler.mask", self.mask, "fresh or locked")
+
+    @property
+    def value(self) -> float:
+        """The parameter shown in tables."""
+        return self.rate
+
+    @property
+    def random_phases(self) -> frozenset[Phase]:
+        """The phases that run once a rollout."""
+        return frozenset(self.where) if self._threshold else frozenset()
+
+    @cached_property
+    def _threshold(self) -> int:
+        return min(round(self.rate * 65536), 65535)
+
+    def factors(self, site: Site, layer: int, draw: Draw, forward: Forward) -> Tensor | None:
+        """0 with probability `rate`, else 1 / (1 - rate)."""
+        if site not in SITES[self.site] or forward.phase not in self.random_phases:
+            return None
+        code, width = layer * len(BRANCH) + BRANCH[site], draw.width
+        if self.mask == "locked":
+            kept = draw.keep(code, 0, 1, width, self._threshold)
+        else:
+            step = forward.step + (0 if forward.phase == "prompt" else 1)
+            kept = draw.keep(code, step, forward.tokens, width, self._threshold)
+        return kept * (65536 / (65536 - self._threshold))

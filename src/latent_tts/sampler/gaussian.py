@@ -1,0 +1,50 @@
+"""`sampler=gaussian`: additive Gaussian noise on every latent that is fed back.
+
+Source: You et al. (arXiv 2510.07745), section 3: h_t + eps, eps ~ N(0, sigma^2 I), independent over steps and rollouts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from latent_tts.errors import bad_value, is_number
+from latent_tts.types import Sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latent_tts.rng import Draw
+
+
+@dataclass(frozen=True)
+class Gaussian(Sampler):
+    """Noise of standard deviation `sigma`.
+
+    Attributes:
+        sigma: in the units of the latents, 0 or more; 0 is greedy.
+        relative: `sigma` is a multiple of each latent's own root mean square instead.
+    """
+
+    sigma: float
+    relative: bool
+
+    name: ClassVar[str] = "gaussian"
+    param: ClassVar[str | None] = "sigma"
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.sigma) and self.sigma >= 0):
+            raise bad_value("sampler.sigma", self.sigma, "a finite number, 0 or more")
+
+    @property
+    def value(self) -> float:
+        """The parameter shown in tables."""
+        return self.sigma
+
+    def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
+        """`h + sigma * eps`, added in float32."""
+        if self.sigma == 0:
+            return h_RD
+        h = h_RD.float()
+        scale = self.sigma * h.square().mean(-1, keepdim=True).sqrt() if self.relative else self.sigma
+        return (h + scale * draw.normal(step, h.shape[-1])).to(h_RD.dtype)

@@ -1,0 +1,219 @@
+"""The one place that knows file names and columns: the rollout cache, `rollouts.parquet`, `metrics.csv`, `run.json`.
+
+Everything is written whole under another name and then renamed, so a file that is there is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latent_tts.errors import RunError, UsageError, bad_value
+
+ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
+# fmt: off
+ROLLOUT_COLUMNS = [
+    "question_id", "rollout", "prediction", "correct", "score", "answer_logprob", "answer_margin", "stop_reason",
+    "answer_text", "answer_ids", "answer_tokens", "latent_steps",
+]
+METRIC_COLUMNS = [
+    "run_id", "model", "checkpoint", "task", "split", "sampler", "sampler_param", "sampler_value", "settings",
+    "schedule", "search", "budget", "scorer", "aggregator", "seed", "dtype", "n", "drawn", "metric", "value",
+    "ci_low", "ci_high", "questions",
+]
+# fmt: on
+RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]  # what makes two rows belong to one curve
+PART_SCHEMA = pa.schema(
+    [
+        ("row_key", pa.string()),
+        ("rollout", pa.int32()),
+        ("answer_ids", pa.list_(pa.int32())),
+        ("answer_logprob", pa.float32()),
+        ("answer_margin", pa.float32()),
+        ("stop_reason", pa.string()),
+        ("latent_steps", pa.int32()),
+        ("latents", pa.binary()),  # float32, latent_steps x D, little-endian
+        ("seconds", pa.float64()),  # the row's share of its batch's wall-clock time
+        ("peak_memory_bytes", pa.int64()),
+        ("device", pa.string()),
+        ("rows", pa.int32()),
+    ]
+)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` when the block ends well."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """16 hex digits of a JSON-able mapping."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class RolloutCache:
+    """Rollouts with their latents, kept across runs; one folder for each thing that determines them.
+
+    A folder holds `key.json` and parts. The parts are their own manifest: each is a parquet file that is there whole
+    or not at all, and says which rollouts it has.
+    """
+
+    def __init__(self, root: Path, key: Mapping[str, Any]) -> None:
+        """Open (or make) the folder of a key.
+
+        Raises:
+            UsageError: the folder cannot be made.
+        """
+        self.folder = root / settings_digest(key)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(self.folder / "key.json") as path:
+                path.write_text(json.dumps(key, indent=1, sort_keys=True) + "\n")
+        except OSError as error:
+            raise bad_value("paths.cache", root, f"cannot be written to ({error.strerror})") from error
+
+    def present(self) -> set[tuple[str, int]]:
+        """The (row key, rollout) pairs that are there."""
+        present: set[tuple[str, int]] = set()
+        for part in self._parts():
+            columns = _read_parquet(part, ["row_key", "rollout"])
+            present.update(zip(columns["row_key"].to_pylist(), columns["rollout"].to_pylist(), strict=True))
+        return present
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Write one part."""
+        table = pa.Table.from_pylist(rows, schema=PART_SCHEMA)
+        with whole_file(self.folder / f"{uuid.uuid4().hex}.parquet") as path:
+            pq.write_table(table, path, compression="zstd", compression_level=1)
+
+    def read(self, wanted: pd.DataFrame) -> pd.DataFrame:
+        """The rows of `wanted` (columns `row_key`, `rollout`), in its order, with every other column of a part.
+
+        Raises:
+            RunError: a row is not there.
+        """
+        keys = set(wanted["row_key"])
+        frames = []
+        for part in self._parts():
+            frame = _read_parquet(part, PART_SCHEMA.names).to_pandas()
+            frames.append(frame[frame["row_key"].isin(keys)])
+        rows = pd.concat(frames) if frames else PART_SCHEMA.empty_table().to_pandas()
+        rows = rows.drop_duplicates(["row_key", "rollout"])  # two runs at once may have drawn the same rollout
+        found = wanted.merge(rows, on=["row_key", "rollout"], how="left", validate="one_to_one")
+        if found["latents"].isna().any():
+            raise RunError(f"{int(found['latents'].isna().sum())} rollouts are missing from the cache {self.folder}")
+        return found
+
+    def _parts(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("*.parquet") if not path.name.startswith("."))
+
+
+def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); remove it to draw its rollouts again"
+        ) from error
+
+
+def unpack_latents(blobs: Iterable[bytes], width: int) -> list[np.ndarray]:
+    """Latents (steps, D) of cached rows."""
+    return [np.frombuffer(blob, dtype="<f4").reshape(-1, width) for blob in blobs]
+
+
+def write_rollouts(folder: Path, rollouts: pd.DataFrame) -> None:
+    """Write `rollouts.parquet`."""
+    with whole_file(folder / ROLLOUTS) as path:
+        rollouts[ROLLOUT_COLUMNS].to_parquet(path, index=False)
+
+
+def write_latents(folder: Path, latents: list[np.ndarray]) -> None:
+    """Write `latents.safetensors`: one tensor `latents_RTD`; rows with fewer steps end in zeros."""
+    from safetensors.numpy import save_file
+
+    steps = max(len(row) for row in latents)
+    latents_RTD = np.zeros((len(latents), steps, latents[0].shape[1]), dtype=np.float32)
+    for index, row in enumerate(latents):
+        latents_RTD[index, : len(row)] = row
+    with whole_file(folder / LATENTS) as path:
+        save_file({"latents_RTD": latents_RTD}, path)
+
+
+def write_metrics(path: Path, metrics: pd.DataFrame) -> None:
+    """Write a metrics table; missing figures are empty cells."""
+    with whole_file(path) as partial:
+        metrics[METRIC_COLUMNS].to_csv(partial, index=False, float_format="%.10g")
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """Read a metrics table.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    try:
+        frame = pd.read_csv(
+            path,
+            dtype=dict.fromkeys(RUN_COLUMNS, str),
+            keep_default_na=False,
+            na_values={name: [""] for name in METRIC_COLUMNS if name not in RUN_COLUMNS},
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read as a metrics table ({error})") from error
+    missing = [name for name in METRIC_COLUMNS if name not in frame.columns]
+    if missing:
+        raise UsageError(f"{path}: not a metrics table, it lacks the columns {', '.join(missing[:5])}")
+    return frame
+
+
+def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write `run.json`, last of all: its presence means that the run is complete."""
+    with whole_file(folder / RUN_JSON) as path:
+        path.write_text(json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run folder's run ended well."""
+    return (folder / RUN_JSON).is_file()
+
+
+def run_folders(path: Path) -> list[Path]:
+    """The run folders at or below a folder: those with a `.hydra` record of a started run; in job order.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if not path.is_dir():
+        raise bad_value("runs", path, "no such folder")
+    found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir()]
+    if not found:
+        raise bad_value("runs", path, "neither a run folder nor one that holds run folders")
+    return sorted(found, key=lambda folder: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in folder.parts])
+
+
+def join_metrics(folders: list[Path]) -> tuple[pd.DataFrame, list[Path]]:
+    """The metrics of the complete run folders in one table without repeated rows, and the folders left out."""
+    complete = [folder for folder in folders if is_complete(folder) and (folder / METRICS).is_file()]
+    left_out = [folder for folder in folders if folder not in complete]
+    if not complete:
+        return pd.DataFrame(columns=METRIC_COLUMNS), left_out
+    joined = pd.concat([read_metrics(folder / METRICS) for folder in complete], ignore_index=True)
+    return joined.drop_duplicates(["run_id", "aggregator", "n", "drawn", "metric"], ignore_index=True), left_out

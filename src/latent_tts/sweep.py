@@ -1,0 +1,72 @@
+"""Sweeps (`-m`): a job that fails, even one whose config cannot be composed, does not stop the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from omegaconf import OmegaConf
+
+
+class JobsFailed(Exception):
+    """Some jobs of a sweep failed; each has been reported.
+
+    Attributes:
+        exit_code: the largest one of the failed jobs.
+    """
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"jobs failed with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+class TolerantSweeper(BasicSweeper):
+    """Hydra's basic sweeper, but each job is composed and judged on its own.
+
+    Attributes:
+        say: prints an error and returns its exit code.
+        finish: called with the sweep's folder after the last job.
+    """
+
+    say: Callable[[Exception], int]
+    finish: Callable[[Path], None]
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Launch every job that can be composed, report the rest, join what is there.
+
+        Raises:
+            JobsFailed: not every job ended well.
+        """
+        assert self.config is not None
+        assert self.launcher is not None
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        jobs = self.split_arguments(overrides, None)[0]
+        folder = Path(self.config.hydra.sweep.dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, folder / "multirun.yaml")
+        launchable, codes = [], [0]
+        for job in jobs:
+            try:
+                self.validate_batch_is_legal([job])
+                launchable.append(job)
+            except Exception as error:  # whatever composing raises is that job's failure alone
+                codes.append(type(self).say(error))
+        results = self.launcher.launch(launchable, initial_job_idx=0) if launchable else []
+        codes += [type(self).say(r._return_value) for r in results if r.status is JobStatus.FAILED]
+        type(self).finish(folder)
+        if max(codes):
+            raise JobsFailed(max(codes))
+        return results
+
+
+def install(say: Callable[[Exception], int], finish: Callable[[Path], None]) -> None:
+    """Make the sweeper known to Hydra, which the configs then name as `hydra.sweeper._target_`."""
+    TolerantSweeper.say, TolerantSweeper.finish = staticmethod(say), staticmethod(finish)
+    Plugins.instance().register(TolerantSweeper)

@@ -1,0 +1,1 @@
+"""Sets of questions and their rules for answers; one option of the group `task` a module."""

@@ -1,0 +1,165 @@
+"""`task=arith`: procedural multi-step word problems with their equation steps.
+
+Problem `i` of a seed is a pure function of (seed, i), and the hash of its text decides its split, so `train`, `valid`
+and `test` can never share a question and there is no end to `train`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+
+from latent_tts import answer
+from latent_tts.errors import bad_value, is_whole
+from latent_tts.philox import Dice, Stream, key_of
+from latent_tts.types import Question, text_digest
+
+NAMES = {"Ann": "She", "Ben": "He", "Cara": "She", "Dan": "He", "Eva": "She", "Finn": "He", "Gina": "She", "Hugo": "He"}
+ITEMS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps")
+OPENING = "{name} has {value} {items}."
+CLOSING = "How many {items} does {name} have?"
+# An operation either changes what the last person has, or compares a new person with the last one.
+CHANGES = {
+    "+": ("{pronoun} buys {value} more.", "{pronoun} finds {value} more.", "{pronoun} wins {value} more."),
+    "-": ("{pronoun} loses {value}.", "{pronoun} sells {value}.", "{pronoun} gives away {value}."),
+    "*": ("Then {pronoun} has {value} times as many.",),
+    "/": ("{pronoun} shares them among {value} and keeps one part.",),
+}
+COMPARISONS = {
+    "+": ("{new} has {value} more than {name}.",),
+    "-": ("{new} has {value} fewer than {name}.",),
+    "*": ("{new} has {value} times as many as {name}.",),
+}
+SPLITS = ("train", "valid", "test", "hard")
+DEFAULT_SIZE = 2000
+
+
+@dataclass(frozen=True)
+class Level:
+    """How hard problems are: the number of steps, and the largest operands and intermediate values."""
+
+    steps: tuple[int, ...]
+    start: int
+    addend: int
+    factor: int
+    largest: int
+
+
+STANDARD = Level(steps=(2, 3, 4, 5), start=60, addend=40, factor=5, largest=200)
+HARD = Level(steps=(6, 7, 8), start=500, addend=400, factor=9, largest=9999)
+
+
+@dataclass(frozen=True)
+class Arith:
+    """The procedural task.
+
+    Attributes:
+        split: `train`, `valid` or `test` (2 to 5 steps, values up to 200), or `hard` (6 to 8 steps, up to 9999).
+        limit: the first `limit` questions of the split; None stands for 2000.
+        steps: keep only problems with these numbers of steps; None keeps all.
+        seed: which universe of problems; the shipped reasoner was trained on 0.
+    """
+
+    split: str
+    limit: int | None
+    steps: list[int] | None
+    seed: int
+
+    name = "arith"
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise bad_value("task.split", self.split, f"one of {', '.join(SPLITS)}")
+        if self.limit is not None and not (is_whole(self.limit) and self.limit >= 1):
+            raise bad_value("task.limit", self.limit, "a positive number of questions, or null for the default")
+        allowed = self._level.steps
+        if self.steps is not None and not (
+            isinstance(self.steps, list) and self.steps and set(self.steps) <= set(allowed)
+        ):
+            raise bad_value("task.steps", self.steps, f"a list out of {list(allowed)} for split {self.split}")
+
+    @property
+    def _level(self) -> Level:
+        return HARD if self.split == "hard" else STANDARD
+
+    def questions(self) -> list[Question]:
+        """The first `limit` questions of the split, all different."""
+        return list(islice(self.stream(), self.limit or DEFAULT_SIZE))
+
+    def stream(self) -> Iterator[Question]:
+        """All questions of the split in order, without end, without repeats inside the shipped splits' sizes."""
+        key = key_of(self.seed, f"arith/{'hard' if self.split == 'hard' else 'standard'}")
+        seen: set[str] = set()
+        for index in count():
+            question = make_problem(Dice(key, Stream.PROBLEM, index), self._level)
+            if split_of(question.id) != self.split and self.split != "hard":
+                continue
+            if self.steps is not None and len(question.steps) not in self.steps:
+                continue
+            if self.split != "train":
+                if question.id in seen:
+                    continue
+                seen.add(question.id)
+            yield question
+
+    def parse(self, raw: str | None) -> str | None:
+        """The canonical number in a raw answer, None if there is none."""
+        return answer.canonical_number(raw)
+
+    def equal(self, prediction: str, gold: str) -> bool:
+        """Exact equality of canonical numbers."""
+        return prediction == gold
+
+
+def split_of(question_id: str) -> str:
+    """The split of a standard problem, from the hash of its text: a tenth each for test and valid."""
+    return {0: "test", 1: "valid"}.get(int(question_id, 16) % 10, "train")
+
+
+def make_problem(dice: Dice, level: Level) -> Question:
+    """One problem: a running value, changed by each step, every intermediate value in [1, level.largest]."""
+    names = list(NAMES)
+    name = names.pop(dice.below(len(names)))
+    items = dice.pick(ITEMS)
+    value = dice.between(2, level.start)
+    sentences = [OPENING.format(name=name, value=value, items=items)]
+    steps = []
+    for _ in range(dice.pick(level.steps)):
+        operator, operand, result = _operation(dice, level, value)
+        compare = operator in COMPARISONS and dice.below(3) == 0
+        template = dice.pick((COMPARISONS if compare else CHANGES)[operator])
+        new = names.pop(dice.below(len(names))) if compare and names else name
+        if new == name:
+            template = dice.pick(CHANGES[operator])
+        pronoun = NAMES[name] if template.startswith("{pronoun}") else NAMES[name].lower()
+        sentences.append(template.format(pronoun=pronoun, name=name, new=new, value=operand))
+        steps.append(f"<<{value}{operator}{operand}={result}>>")
+        name, value = new, result
+    sentences.append(CLOSING.format(name=name, items=items))
+    text = " ".join(sentences)
+    return Question(id=text_digest(text), text=text, answer=str(value), steps=tuple(steps))
+
+
+def _operation(dice: Dice, level: Level, value: int) -> tuple[str, int, int]:
+    """A random operation whose result stays in range: (operator, operand, result)."""
+    while True:
+        operator = dice.pick("++--*/")
+        if operator in "+-":
+            operand = dice.between(2, level.addend)
+            result = value + operand if operator == "+" else value - operand
+        else:
+            operand = dice.between(2, level.factor)
+            result = value * operand if operator == "*" else value // operand
+            if operator == "/" and result * operand != value:
+                continue
+        if 1 <= result <= level.largest:
+            return operator, operand, result
+
+
+def words() -> list[str]:
+    """Every word and sign that a problem or its steps can hold, sorted; numbers left out."""
+    texts = [OPENING, CLOSING, *(t for group in (CHANGES, COMPARISONS) for ts in group.values() for t in ts)]
+    texts += [*NAMES, *NAMES.values(), *(p.lower() for p in NAMES.values()), *ITEMS]
+    return sorted({w for text in texts for w in re.findall(r"[A-Za-z]+|[^\sA-Za-z]", re.sub(r"\{\w+\}", " ", text))})

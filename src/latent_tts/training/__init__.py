@@ -1,0 +1,1 @@
+"""Curricula, batches and the loop that train reasoners."""

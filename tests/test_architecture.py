@@ -1,0 +1,104 @@
+"""The rules of docs/architecture.md, held by reading the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src" / "latent_tts"
+ROOMS = [path.name for path in sorted((ROOT / "conf").iterdir()) if path.is_dir() and (SRC / path.name).is_dir()]
+
+# Rooms by layer, lowest first: a room imports only from lower layers, or what its own row allows beside it.
+ALLOWED = {
+    "errors": set(),
+    "philox": set(),
+    "types": {"rng"},  # for annotations alone
+    "answer": {"errors"},
+    "checkpoint": {"errors", "types"},
+    "cost": set(),
+    "rng": {"philox"},
+    "model": {"errors", "types", "checkpoint"},
+    "sampler": {"errors", "types", "rng"},
+    "task": {"errors", "types", "philox", "answer"},
+    "budget": {"errors", "types"},
+    "aggregator": {"errors", "types"},
+    "store": {"errors", "types"},
+    "stats": {"errors", "types", "philox"},
+    "metrics": {"errors", "types", "stats", "store"},
+    "plot": {"errors", "types", "store"},
+    "report": {"errors", "types"},
+    "engine": {"errors", "types", "model", "sampler", "rng", "cost"},
+    "training": {"errors", "types", "model", "task", "engine", "philox", "rng"},
+    "executor": {"errors", "types", "engine", "sampler", "rng", "store"},
+    "config": {"errors", "types"},
+    "sweep": {"errors", "types"},
+    "cli": {"errors", "types", "config", "sweep", "commands"},
+    "commands": None,  # assembles everything below it
+}
+HYDRA = {"cli", "config", "sweep", "commands"}
+TORCH = {"rng", "engine", "training", "executor"}
+
+
+def modules() -> list[Path]:
+    return sorted(path for path in SRC.rglob("*.py") if path.name != "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, *, top_level: bool = False) -> list[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    names = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SRC)))
+def test_imports_go_down_only(path):
+    room = room_of(path)
+    own = {name.split(".")[1] for name in imports(path) if name.startswith("latent_tts.")} - {room}
+    allowed = ALLOWED[room]
+    if allowed is None:
+        assert "cli" not in own
+    else:
+        assert own <= allowed, f"{room} imports {sorted(own - allowed)}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SRC)))
+def test_only_the_command_line_knows_hydra_and_only_heavy_rooms_import_torch(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    if room_of(path) not in HYDRA:
+        assert not roots & {"hydra", "omegaconf"}
+    on_import = {name.split(".")[0] for name in imports(path, top_level=True)}
+    if room_of(path) not in TORCH:
+        assert not on_import & {"torch", "transformers", "accelerate"}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SRC)))
+def test_no_file_passes_400_lines(path):
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def targets(room: str) -> dict[str, str]:
+    files = sorted((ROOT / "conf" / room).glob("*.yaml"))
+    return {file.stem: yaml.safe_load(file.read_text())["_target_"] for file in files}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_option_lives_in_its_room_and_every_module_of_a_room_is_an_option(room):
+    used = {target.rpartition(".")[0] for target in targets(room).values()}
+    assert used == {f"latent_tts.{room}.{path.stem}" for path in (SRC / room).glob("*.py") if path.stem != "__init__"}
+    assert len(targets(room)) >= 2
+
+
+def test_the_groups_are_the_rooms_that_users_know():
+    assert ROOMS == ["aggregator", "budget", "model", "sampler", "task"]

@@ -1,0 +1,68 @@
+"""Every YAML file binds to what it names, without building anything."""
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from latent_tts import config
+
+CONF = Path(config.conf_dir())
+GROUPS = {"run": ["model", "task", "sampler", "budget", "aggregator"], "train_reasoner": ["model", "task"]}
+OPTIONS = [
+    (command, group, path.stem)
+    for command, groups in GROUPS.items()
+    for group in groups
+    for path in sorted((CONF / group).glob("*.yaml"))
+]
+
+
+@pytest.fixture(autouse=True)
+def hydra_here():
+    config.register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def bind(node) -> None:
+    values = OmegaConf.to_container(node, resolve=True)
+    module, _, name = values.pop("_target_").rpartition(".")
+    inspect.signature(getattr(importlib.import_module(module), name)).bind(**values)
+
+
+@pytest.mark.parametrize(("command", "group", "option"), OPTIONS)
+def test_option_binds_to_its_target(command, group, option):
+    node = compose(command, overrides=[f"{group}={option}"])[group]
+    bind(node if group != "aggregator" else node[option])
+
+
+def test_nodes_without_a_group_bind_too():
+    cfg = compose("train_reasoner")
+    for key in ("backbone", "curriculum", "optimization"):
+        bind(cfg[key])
+
+
+@pytest.mark.parametrize("command", sorted(config.SCHEMAS))
+def test_every_command_composes_and_shows_every_key_of_its_schema(command):
+    cfg = compose(command)
+    assert set(cfg) == set(config.SCHEMAS[command].__dataclass_fields__)
+    for key in cfg:
+        assert not OmegaConf.is_missing(cfg, key) or key in ("a", "b", "src", "dst")
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_experiments_compose(experiment):
+    compose("run", overrides=[f"experiment={experiment}"])
+
+
+def test_several_aggregators_or_one_can_be_chosen():
+    assert set(compose("run").aggregator) == {"majority", "likelihood"}
+    assert set(compose("run", overrides=["aggregator=majority"]).aggregator) == {"majority"}
+
+
+def test_samplers_take_their_defaults_from_the_model():
+    cfg = compose("run", overrides=["sampler=gaussian", "model.recommended.sigma=0.25"])
+    assert cfg.sampler.sigma == 0.25

@@ -1,0 +1,93 @@
+"""Tiny random reasoners for tests: wide initial weights, so that their argmaxes vary, and prompts of plain ids."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from latent_tts.engine.rollout import Plan
+from latent_tts.rng import Draw
+from latent_tts.types import Reasoner
+
+VOCABULARY, WIDTH, POSITIONS = 61, 32, 96
+END_ID, EOS_ID = 60, 0
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,  # grouped queries
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.3,
+}
+OWN_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+def _gpt2() -> PreTrainedModel:
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_layer=3,
+        n_head=4,
+        n_positions=POSITIONS,
+        initializer_range=0.3,
+        **OWN_IDS,
+    )
+    return GPT2LMHeadModel(config)
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "gpt2": _gpt2,
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, **OWN_IDS, tie_word_embeddings=False)),
+    "llama_tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, **OWN_IDS, tie_word_embeddings=True)),
+    # heads together wider than the model, and normalised queries and keys
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, **OWN_IDS, head_dim=16, tie_word_embeddings=True)),
+}
+
+
+def reasoner(
+    family: str, dtype: torch.dtype = torch.float64, next_latent: Callable[[Tensor], Tensor] = lambda hidden: hidden
+) -> Reasoner:
+    """The same weights at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        lm = FAMILIES[family]()
+    return Reasoner(lm.to(dtype).eval().requires_grad_(False), next_latent)
+
+
+def plain_copy(lm: PreTrainedModel) -> PreTrainedModel:
+    """The model without the engine's attention."""
+    lm = copy.deepcopy(lm)
+    lm.set_attn_implementation("eager")
+    return lm
+
+
+def plan(latents: int, *, end: int = 1, eos_id: int = EOS_ID, answer: int = 6) -> Plan:
+    """A plan with `end` end-of-thinking tokens."""
+    return Plan(latents, [END_ID] * end, eos_id, answer)
+
+
+def prompts(lengths: list[int]) -> list[list[int]]:
+    """Different prompts of these lengths."""
+    return [
+        [(7 * row + 3 * place + place * place) % (VOCABULARY - 1) for place in range(n)]
+        for row, n in enumerate(lengths)
+    ]
+
+
+def draw(questions: list[str], rollouts: range, seed: int = 0) -> Draw:
+    """The random numbers of some rollouts of each question."""
+    return Draw.of(seed, questions, torch.tensor(list(rollouts)).repeat(len(questions), 1), WIDTH)
