@@ -31,7 +31,7 @@ class Row:
 
 
 class Oracle:
-    """Runs single rollouts on a copy of a reasoner's model with the eager attention of transformers."""
+    """Runs single rollouts on a copy of a reasoner's model with an attention of transformers."""
 
     def __init__(self, reasoner: Reasoner, plan: Plan) -> None:
         self.lm, self.next_latent, self.plan = plain_copy(reasoner.lm), reasoner.next_latent, plan
@@ -57,7 +57,7 @@ class Oracle:
         donor_TD: Tensor | None = None,
     ) -> Row:
         """One rollout of one prompt."""
-        steps, end_SD = self.plan.latents, self.embed(torch.tensor(self.plan.thinking_end_ids))
+        steps, end_SD = self.plan.latents, self.embed(torch.tensor(self.plan.thinking_end_ids, dtype=torch.long))
         prompt_LD = self.embed(torch.tensor(prompt))
         draw = Draw.of(seed, [question_id], torch.tensor([[rollout]]), prompt_LD.shape[1])
         draw.history_RTD = torch.zeros(1, steps, prompt_LD.shape[1], dtype=self.lm.dtype)

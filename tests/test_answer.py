@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from latent_tts.answer import canonical_number, close
 
-quick = settings(derandomize=True, deadline=None, max_examples=200)
+quick = settings(derandomize=True, deadline=None, max_examples=100)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_numbers_have_one_canonical_form(raw, canonical):
 
 
 @quick
-@given(st.text(max_size=12) | st.text("0123456789.,-+eE ", max_size=12) | st.decimals().map(str) | st.floats().map(repr))
+@given(st.text("0123456789.,-+eE_ nainf$\u0663\uff12", max_size=12) | st.decimals().map(str) | st.floats().map(repr))
 def test_a_canonical_form_is_its_own_canonical_form(raw):
     canonical = canonical_number(raw)
     if canonical is not None:
@@ -75,6 +75,7 @@ def test_whole_numbers_lose_nothing_but_commas_and_zeros(number, zeros):
         ("2", "2", 0, True),
         ("2", "2.1", 0.1, True),  # exact decimals: 2.1 - 2 in floats is larger than 0.1
         ("2.1", "2", 0.1, True),
+        ("2.3", "2", 0.3, True),
         ("2", "2.1001", 0.1, False),
         ("-1", "1", 1, False),
         ("-1", "1", 2, True),

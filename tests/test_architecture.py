@@ -33,11 +33,10 @@ ALLOWED = {
     "training": {"errors", "types", "model", "task", "engine", "philox", "rng"},
     "executor": {"errors", "types", "engine", "sampler", "rng", "store"},
     "config": {"errors", "types"},
-    "sweep": {"errors", "types"},
-    "cli": {"errors", "types", "config", "sweep", "commands"},
+    "cli": {"errors", "types", "config", "commands"},
     "commands": None,  # assembles everything below it
 }
-HYDRA = {"cli", "config", "sweep", "commands"}
+HYDRA = {"cli", "config", "commands"}
 TORCH = {"rng", "engine", "training", "executor"}
 
 

@@ -115,7 +115,7 @@ def test_noise_and_dropout_do_not_share_numbers():
 
 @pytest.mark.parametrize("blocks_at_once", [1, 24, 65536])
 def test_keep_is_the_same_whether_or_not_layers_are_announced(monkeypatch, blocks_at_once):
-    monkeypatch.setattr(rng, "BLOCKS_AT_ONCE", blocks_at_once)  # one layer, two, or all drawn together
+    monkeypatch.setattr(rng, "BLOCKS_AT_ONCE", {"cpu": blocks_at_once})  # one layer, two, or all drawn together
     announced, silent = draws(), draws()
     announced.will_mask([5, 0, 1, 9, 2])
     in_order = [(layer, 3, 2, 10) for layer in (5, 0, 1, 9, 2)]
@@ -173,9 +173,9 @@ def test_rollouts_of_a_question_may_differ_from_those_of_another():
     assert torch.equal(mixed, torch.stack([all_normals[0, 5], all_normals[0, 2], all_normals[1, 0], all_normals[1, 7]]))
 
 
-def test_a_narrower_draw_is_the_start_of_a_wider_one():
-    assert torch.equal(draws().normal(0, 5), draws().normal(0, 50)[:, :5])
-    assert torch.equal(draws().keep(0, 0, 1, 5, 30000), draws().keep(0, 0, 1, 50, 30000)[..., :5])
+def test_a_width_that_is_no_multiple_of_a_block_takes_the_start_of_its_last_one():
+    assert torch.equal(draws().normal(0, 5), draws().normal(0, 8)[:, :5])
+    assert torch.equal(draws().keep(0, 0, 1, 5, 30000), draws().keep(0, 0, 1, 8, 30000)[..., :5])
 
 
 def test_a_step_or_layer_beyond_its_bits_is_refused():

@@ -11,7 +11,7 @@ from latent_tts.aggregator.majority import Majority
 from latent_tts.types import RolloutArrays
 
 GOLD = 1
-quick = settings(derandomize=True, deadline=None, max_examples=60)
+quick = settings(derandomize=True, deadline=None, max_examples=40)
 
 
 def arrays(predictions, logprobs=None):

@@ -213,7 +213,9 @@ def test_a_name_that_reads_like_a_missing_cell_stays_a_name(tmp_path):
     assert read["split"].tolist() == ["null"] * 4
 
 
-@pytest.mark.parametrize("content", [b"", b"a,b\n1,2\n", b"\x89PNG\r\n\xff\xfe\x00", b'"open\n', b"run_id,model\nx,y,z,u\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"a,b\n1,2\n", b"\x89PNG\r\n\xff\xfe\x00", b'"open\n', b"run_id,model\nx,y,z,u\n"]
+)
 def test_other_files_are_refused_by_name(tmp_path, content):
     path = tmp_path / "other.csv"
     path.write_bytes(content)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -22,7 +22,7 @@ from latent_tts.rng import Draw
 from latent_tts.types import Reasoner
 
 VOCABULARY, WIDTH, POSITIONS = 61, 32, 96
-END_ID, EOS_ID = 60, 0
+END_ID = 60
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
@@ -34,6 +34,11 @@ SHAPE = {
     "initializer_range": 0.3,
 }
 OWN_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+# ids that the models of `reasoner` often write
+EOS_IDS = {"gpt2": 36, "llama": 26, "llama_tied": 16, "qwen3": 11}
+NEVER = -1
 
 
 def _gpt2() -> PreTrainedModel:
@@ -61,21 +66,32 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 def reasoner(
     family: str, dtype: torch.dtype = torch.float64, next_latent: Callable[[Tensor], Tensor] = lambda hidden: hidden
 ) -> Reasoner:
-    """The same weights at every call."""
+    """A reasoner, with the same weights at every call; what it computes in float64 has that precision throughout."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        lm = FAMILIES[family]()
-    return Reasoner(lm.to(dtype).eval().requires_grad_(False), next_latent)
+        lm = FAMILIES[family]().to(dtype)
+    if dtype == torch.float64:
+        _norms_of_torch(lm)
+    return Reasoner(lm.eval().requires_grad_(False), next_latent)
+
+
+def _norms_of_torch(module: nn.Module) -> None:
+    """Swap the RMS norms of transformers, which compute in float32 whatever the weights are."""
+    for name, child in module.named_children():
+        if type(child).__name__.endswith("RMSNorm"):
+            setattr(module, name, nn.RMSNorm(child.weight.shape, child.variance_epsilon, dtype=child.weight.dtype))
+        else:
+            _norms_of_torch(child)
 
 
 def plain_copy(lm: PreTrainedModel) -> PreTrainedModel:
-    """The model without the engine's attention."""
+    """The model without the engine's attention (and not `eager`, which has a softmax in float32 for Llama)."""
     lm = copy.deepcopy(lm)
-    lm.set_attn_implementation("eager")
+    lm.set_attn_implementation("sdpa")
     return lm
 
 
-def plan(latents: int, *, end: int = 1, eos_id: int = EOS_ID, answer: int = 6) -> Plan:
+def plan(latents: int, *, eos_id: int = NEVER, end: int = 1, answer: int = 6) -> Plan:
     """A plan with `end` end-of-thinking tokens."""
     return Plan(latents, [END_ID] * end, eos_id, answer)
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 from latent_tts.errors import LatentTTSError, UsageError
@@ -103,12 +104,13 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     """Hand over to Hydra, and turn what it raises into a line and an exit code."""
     import hydra
 
-    from latent_tts import sweep
+    from hydra_plugins.tolerant_sweeper import JobsFailed, TolerantSweeper
     from latent_tts.config import conf_dir, register_schemas
 
     module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
     register_schemas()
-    sweep.install(say=_say, finish=getattr(module, "finish_sweep", lambda folder: None))
+    TolerantSweeper.say = staticmethod(_say)
+    TolerantSweeper.finish = staticmethod(getattr(module, "finish_sweep", lambda folder: None))
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
     saved_argv, saved_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # with the full error set, Hydra lets exceptions through instead of printing them and exiting with 1
@@ -120,7 +122,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted: what was computed is kept; the same line goes on from there", file=sys.stderr)
         return 130
-    except sweep.JobsFailed as failed:
+    except JobsFailed as failed:
         return failed.exit_code
     except Exception as error:
         if wants_traceback:
@@ -146,11 +148,14 @@ def describe(error: Exception) -> tuple[list[str], int]:
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
+    from latent_tts.config import conf_dir
+
     if isinstance(error, LatentTTSError):
         return str(error).splitlines(), error.exit_code
-    if isinstance(error, MissingConfigException) and error.options is not None:
+    if isinstance(error, MissingConfigException):
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return [f"{group}={option}: no such option; one of {', '.join(sorted(error.options))}"], 2
+        options = sorted(path.stem for path in (Path(conf_dir()) / group).glob("*.yaml"))
+        return [f"{group}={option}: no such option; one of {', '.join(options)}"], 2
     if isinstance(error, OverrideParseException):
         return [f"{error.override}: not of the form key=value ({str(error).splitlines()[0]})"], 2
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__

@@ -59,7 +59,7 @@ def _draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int) -
     device = engine.device
     started = _now(device)
     numbers = torch.tensor([job.rollouts for job in batch], device=device)
-    draw = Draw.of(seed, [job.question_id for job in batch], numbers, engine.width)
+    draw = Draw.of(seed, [job.question_id for job in batch], numbers, engine.width, engine.blocks)
     donor = _donor_latents(batch, engine, numbers.shape[1]) if sampler.needs_donor else None
     rollouts = engine.roll([job.prompt for job in batch], draw, sampler, donor_RTD=donor)
     total = numbers.numel()

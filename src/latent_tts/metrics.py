@@ -67,7 +67,7 @@ def metric_rows(
         return rollouts[column].to_numpy(dtype=np.float64).reshape(-1, drawn).mean(1)
 
     once, each = np.array(gflops, dtype=np.float64).T
-    seconds = rollouts["seconds"].sum()
+    seconds = rollouts["seconds"].sum(skipna=False)
     for n in reported:
         for aggregator in aggregators:
             add(n, "accuracy", stats.picked_accuracy(aggregator, arrays, n), aggregator.name)

@@ -41,8 +41,9 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[An
     """Ten rounds of Philox-4x32.
 
     Args:
-        counter: four words, each an integer in [0, 2**32) or an int64 array/tensor of them; they broadcast.
-        key: two words, likewise.
+        counter: four words in [0, 2**32): all integers, or int64 arrays/tensors of one dimension or more that
+            broadcast, where words 1 and 3, and word 2 if it is 0, may also be integers.
+        key: two words, integers or the like.
 
     Returns:
         Four words in [0, 2**32) of the broadcast shape.
@@ -51,21 +52,20 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[An
     k0, k1 = key
     for round_ in range(ROUNDS):
         # A signed 64-bit product wraps, but its bits are the unsigned product's; the mask after `>>` removes the sign.
-        # Low words stay unmasked where the next use is an xor that is masked afterwards.
-        product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
-        high_1, high_0 = product_1 >> 32, product_0 >> 32
-        if (
-            round_ < 3
-        ):  # words may still be smaller than the broadcast shape; after three rounds none that is written is
-            high_1, high_0 = high_1 ^ c1 ^ k0, high_0 ^ c3 ^ k1
+        # Products stay unmasked as the next round's words 1 and 3, since those are only xored and masked later.
+        if round_ < 4:  # words may be smaller than the broadcast shape; after four rounds none is
+            c0, c2 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
+            c1, c3 = ((c2 >> 32) ^ c1 ^ k0) & MASK32, ((c0 >> 32) ^ c3 ^ k1) & MASK32
         else:
-            high_1 ^= c1
-            high_1 ^= k0
-            high_0 ^= c3
-            high_0 ^= k1
-        high_1 &= MASK32
-        high_0 &= MASK32
-        c0, c1, c2, c3 = high_1, product_1, high_0, product_0
+            c0 *= MULTIPLIER_0
+            c2 *= MULTIPLIER_1
+            c1 ^= k0
+            c1 ^= c2 >> 32
+            c1 &= MASK32
+            c3 ^= k1
+            c3 ^= c0 >> 32
+            c3 &= MASK32
+        c0, c1, c2, c3 = c1, c2, c3, c0
         k0, k1 = (k0 + WEYL_0) & MASK32, (k1 + WEYL_1) & MASK32
     return c0, c1 & MASK32, c2, c3 & MASK32
 

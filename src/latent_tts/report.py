@@ -15,8 +15,13 @@ from rich.table import Table
 
 
 def log_handler() -> logging.Handler:
-    """The console handler of Hydra's logging configs: rich, on stderr."""
-    return RichHandler(console=Console(stderr=True), show_path=False, show_time=False, markup=False)
+    """The console handler of Hydra's logging configs: rich on a terminal's stderr, plain unbroken lines on a pipe's."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        return RichHandler(console=console, show_path=False, show_time=False, markup=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    return handler
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def attend(
     questions, _, length, _ = prefix_keys.shape
     scale = width**-0.5 if scaling is None else scaling
     # query heads that share a key head become more query tokens of that head
-    own = (query * scale).view(rows, key_heads, groups * tokens, width)
+    own = (query * scale).reshape(rows, key_heads, groups * tokens, width)
     siblings = own.view(questions, state.rollouts, key_heads, groups * tokens, width).transpose(1, 2)
     stacked = siblings.reshape(questions, key_heads, -1, width)
 
@@ -123,13 +123,17 @@ def attend(
     if tokens > 1:
         future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=query.device).triu(state.used + 1)
         after = after.masked_fill(future.repeat(groups, 1), float("-inf"))
-    weights = torch.cat([before, after], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = (
+        torch.cat([before, after], dim=-1)
+        .softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))
+        .to(query.dtype)
+    )
     before, after = weights.split([length, keys.shape[2]], dim=-1)
 
     before = before.view(questions, state.rollouts, key_heads, groups * tokens, length).transpose(1, 2)
-    out = (before.reshape(questions, key_heads, -1, length) @ prefix_values).view(siblings.shape).transpose(1, 2)
+    out = (before.reshape(*stacked.shape[:3], length) @ prefix_values).view(siblings.shape).transpose(1, 2)
     out = out.reshape(own.shape) + after @ values
-    return out.view(rows, heads, tokens, width).transpose(1, 2), None
+    return out.reshape(rows, heads, tokens, width).transpose(1, 2), None
 
 
 def use_shared_prefix_attention(lm: PreTrainedModel) -> None:

@@ -66,6 +66,7 @@ class Engine:
         self.lm = reasoner.lm
         use_shared_prefix_attention(self.lm)
         self.width = int(self.lm.config.get_text_config().hidden_size)
+        self.blocks = int(self.lm.config.get_text_config().num_hidden_layers)
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +173,7 @@ class _Run:
                 self.engine.reasoner.next_latent(self.hidden_RD), self.draw, step
             )
             pending = latents_RTD[:, step, None]
-        end = torch.tensor(plan.thinking_end_ids, device=self.engine.device)
+        end = torch.tensor(plan.thinking_end_ids, dtype=torch.long, device=self.engine.device)
         end_RSD = self.embed(end).expand(rows, -1, -1)
         return latents_RTD, end_RSD if pending is None else torch.cat([pending, end_RSD], dim=1)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from latent_tts.errors import bad_value, is_number
@@ -50,9 +50,14 @@ class Dropout(Sampler):
     def __post_init__(self) -> None:
         if not (is_number(self.rate) and 0 <= self.rate < 1):
             raise bad_value("sampler.rate", self.rate, "a number in [0, 1)")
-        if self.site not in SITES:
+        if not isinstance(self.site, str) or self.site not in SITES:
             raise bad_value("sampler.site", self.site, f"one of {', '.join(SITES)}")
-        if not isinstance(self.where, Sequence) or not self.where or not set(self.where) <= set(PHASES):
+        if (
+            isinstance(self.where, str)
+            or not isinstance(self.where, Sequence)
+            or not self.where
+            or not all(phase in PHASES for phase in self.where)
+        ):
             raise bad_value("sampler.where", self.where, f"a list out of {', '.join(PHASES)}")
         if self.mask not in ("fresh", "locked"):
             raise bad_value("sampler.mask", self.mask, "fresh or locked")
@@ -75,10 +80,23 @@ class Dropout(Sampler):
         """0 with probability `rate`, else 1 / (1 - rate)."""
         if site not in SITES[self.site] or forward.phase not in self.random_phases:
             return None
-        code, width = layer * len(BRANCH) + BRANCH[site], draw.width
+        code, width = code_of(site, layer), draw.width
+        draw.will_mask(masked_codes(self.site, draw.blocks))
         if self.mask == "locked":
             kept = draw.keep(code, 0, 1, width, self._threshold)
         else:
             step = forward.step + (0 if forward.phase == "prompt" else 1)
             kept = draw.keep(code, step, forward.tokens, width, self._threshold)
         return kept * (65536 / (65536 - self._threshold))
+
+
+def code_of(site: Site, layer: int) -> int:
+    """The number of a masked place, which keys its random numbers."""
+    return layer * len(BRANCH) + BRANCH[site]
+
+
+@cache
+def masked_codes(site: str, blocks: int) -> tuple[int, ...]:
+    """The codes of the places that `site` names in a model of `blocks` blocks, in the order a pass reaches them."""
+    places = [(name, layer) for layer in range(blocks) for name in SITES[site] if name != "embedding" or layer == 0]
+    return tuple(code_of(name, layer) for name, layer in places)

@@ -35,6 +35,8 @@ class Gaussian(Sampler):
     def __post_init__(self) -> None:
         if not (is_number(self.sigma) and self.sigma >= 0):
             raise bad_value("sampler.sigma", self.sigma, "a finite number, 0 or more")
+        if not isinstance(self.relative, bool):
+            raise bad_value("sampler.relative", self.relative, "true or false")
 
     @property
     def value(self) -> float:

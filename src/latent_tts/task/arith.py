@@ -76,7 +76,7 @@ class Arith:
             raise bad_value("task.limit", self.limit, "a positive number of questions, or null for the default")
         allowed = self._level.steps
         if self.steps is not None and not (
-            isinstance(self.steps, list) and self.steps and set(self.steps) <= set(allowed)
+            isinstance(self.steps, list) and self.steps and all(step in allowed for step in self.steps)
         ):
             raise bad_value("task.steps", self.steps, f"a list out of {list(allowed)} for split {self.split}")
 
@@ -159,7 +159,7 @@ def _operation(dice: Dice, level: Level, value: int) -> tuple[str, int, int]:
 
 
 def words() -> list[str]:
-    """Every word and sign that a problem or its steps can hold, sorted; numbers left out."""
+    """Every word and sign that a problem's text can hold, sorted; numbers left out."""
     texts = [OPENING, CLOSING, *(t for group in (CHANGES, COMPARISONS) for ts in group.values() for t in ts)]
     texts += [*NAMES, *NAMES.values(), *(p.lower() for p in NAMES.values()), *ITEMS]
     return sorted({w for text in texts for w in re.findall(r"[A-Za-z]+|[^\sA-Za-z]", re.sub(r"\{\w+\}", " ", text))})

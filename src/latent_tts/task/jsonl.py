@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,18 +67,19 @@ class Jsonl:
     def _lines(self) -> Iterator[tuple[int, str]]:
         path = Path(str(self.path)).expanduser()
         try:
-            with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+            opened = gzip.open if path.suffix == ".gz" else open
+            with opened(path, "rt", encoding="utf-8") as file:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         yield number, line
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise bad_value("task.path", self.path, f"cannot be read ({error})") from error
 
     def _row(self, number: int, line: str) -> tuple[str, str, tuple[str, ...]]:
         where = f"task.path={self.path}: line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{where} is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise UsageError(f"{where} is not a JSON object with question and answer")
@@ -87,7 +89,12 @@ class Jsonl:
         gold = self.parse(str(row["answer"]))
         if gold is None:
             raise UsageError(f"{where}: the answer {str(row['answer'])!r} is not a number")
-        return str(row["question"]), gold, tuple(row.get("steps") or ())
+        text, steps = row["question"], row.get("steps") or []
+        if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:  # a lone surrogate
+            raise UsageError(f"{where}: question is not a text")
+        if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
+            raise UsageError(f"{where}: steps is not a list of texts")
+        return text, gold, tuple(steps)
 
     def parse(self, raw: str | None) -> str | None:
         """The canonical number in a raw answer, None if there is none."""

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from latent_tts.errors import RunError, bad_value
 from latent_tts.model.coconut import Coconut
 from latent_tts.philox import Stream, key_of, philox
-from latent_tts.training.curriculum import Curriculum, Stage, written_text
+from latent_tts.training.curriculum import Curriculum, Stage, step_results, written_text
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,14 @@ class Batch:
     Attributes:
         prompt_QL, written_QA: ids (int64); `written` begins with the end-of-thinking token.
         prompt_mask_QL, written_mask_QA: 1 on real tokens.
+        results_QT: the first token of each latent's step's result; past the last step, of the answer.
     """
 
     prompt_QL: torch.Tensor
     prompt_mask_QL: torch.Tensor
     written_QA: torch.Tensor
     written_mask_QA: torch.Tensor
+    results_QT: torch.Tensor
 
 
 def encode_batch(adapter: Coconut, questions: list[Question], stage: Stage) -> Batch:
@@ -92,7 +94,9 @@ def encode_batch(adapter: Coconut, questions: list[Question], stage: Stage) -> B
     ]
     prompt_QL, prompt_mask_QL = _pad(prompts, adapter.eos_id, left=True)
     written_QA, written_mask_QA = _pad([[*ids, adapter.eos_id] for ids in written], adapter.eos_id, left=False)
-    return Batch(prompt_QL, prompt_mask_QL, written_QA, written_mask_QA)
+    results = [[*step_results(q.steps), *[q.answer] * stage.latents][: stage.latents] for q in questions]
+    results_QT = torch.tensor([[adapter.tokenizer.encode(result).ids[0] for result in row] for row in results])
+    return Batch(prompt_QL, prompt_mask_QL, written_QA, written_mask_QA, results_QT)
 
 
 def _pad(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,19 +108,25 @@ def _pad(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[torch.Tenso
     return ids, mask
 
 
-def written_logits(lm: PreTrainedModel, batch: Batch, latents: int) -> torch.Tensor:
-    """Logits (Q, A-1, V) of every written token after the first, gradients flowing through the latents."""
+def training_logits(lm: PreTrainedModel, batch: Batch, latents: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (Q, A-1, V) of every written token after the first, and (Q, T, V) of what each latent would write.
+
+    Gradients flow through the latents.
+    """
     cache = DynamicCache()
     mask = batch.prompt_mask_QL
     position_Q1 = mask.sum(1, keepdim=True)
     embeddings = lm.get_input_embeddings()(batch.prompt_QL)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    backbone = lm.base_model
+    backbone, head = lm.base_model, lm.get_output_embeddings()
+    assert head is not None
+    thoughts = []
     for _ in range(latents):
         hidden = backbone(
             inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).last_hidden_state
         embeddings = hidden[:, -1:]
+        thoughts.append(embeddings)
         mask = torch.cat([mask, torch.ones_like(position_Q1)], dim=1)
         positions, position_Q1 = position_Q1, position_Q1 + 1
     # The last latent (or the prompt, where there is none) shares a pass with everything written.
@@ -127,16 +137,22 @@ def written_logits(lm: PreTrainedModel, batch: Batch, latents: int) -> torch.Ten
     hidden = backbone(
         inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
     ).last_hidden_state
-    head = lm.get_output_embeddings()
-    assert head is not None
-    return head(hidden[:, -written:])
+    return head(hidden[:, -written:]), head(torch.cat([*thoughts, hidden[:, :0]], dim=1))
 
 
-def loss_of(lm: PreTrainedModel, batch: Batch, latents: int) -> torch.Tensor:
-    """Mean cross-entropy over the written tokens (the forced end-of-thinking token is not predicted)."""
-    logits = written_logits(lm, batch, latents)
+def loss_of(lm: PreTrainedModel, batch: Batch, latents: int, step_loss: float) -> torch.Tensor:
+    """Mean cross-entropy over the written tokens, plus `step_loss` times that of the latents on their steps' results.
+
+    The forced end-of-thinking token is not predicted. The second part asks of each latent what its hidden step would
+    have come to; inference never reads it. It is a light form of the step-level supervision of SIM-CoT (Wei et al.
+    2025, arXiv 2509.20317), with the model's own head for a decoder.
+    """
+    written, thoughts = training_logits(lm, batch, latents)
     targets = batch.written_QA[:, 1:].masked_fill(batch.written_mask_QA[:, 1:] == 0, -100)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+    loss = F.cross_entropy(written.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+    if latents and step_loss:
+        loss = loss + step_loss * F.cross_entropy(thoughts.float().flatten(0, 1), batch.results_QT.flatten())
+    return loss
 
 
 @torch.no_grad()
@@ -149,7 +165,7 @@ def exact_match(lm: PreTrainedModel, adapter: Coconut, questions: list[Question]
     hits = 0
     for start in range(0, len(questions), 250):
         batch = encode_batch(adapter, questions[start : start + 250], stage)
-        predicted = written_logits(lm, batch, stage.latents).argmax(-1)
+        predicted = training_logits(lm, batch, stage.latents)[0].argmax(-1)
         right = (predicted == batch.written_QA[:, 1:]) | (batch.written_mask_QA[:, 1:] == 0)
         hits += int(right.all(1).sum())
     lm.train()
@@ -216,7 +232,7 @@ def train(
             torch.manual_seed(philox((update, 0, 0, int(Stream.TRAINING)), key)[0])
             batch = encode_batch(adapter, next(batches), stage)
             with torch.autocast("cpu", torch.bfloat16, enabled=optimization.bf16):
-                loss = loss_of(lm, batch, stage.latents)
+                loss = loss_of(lm, batch, stage.latents, curriculum.step_loss)
             if not math.isfinite(loss.item()):
                 raise RunError(f"the loss is {loss.item()} at update {update}; the last state is {output}")
             loss.backward()

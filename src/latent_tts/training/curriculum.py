@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from latent_tts.errors import bad_value
+from latent_tts.errors import bad_value, is_number
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class Curriculum:
         stage_updates: updates with 1, 2, ... latents, each hiding one step more.
         final_updates: updates with `latents` latents and no written step.
         latents: T of the trained reasoner; at least the number of stages.
+        step_loss: weight of asking each latent for the result of the step it stands for; 0 is plain COCONUT.
     """
 
     written_updates: int
     stage_updates: Sequence[int]
     final_updates: int
     latents: int
+    step_loss: float
 
     def __post_init__(self) -> None:
         for key, value in (("written_updates", self.written_updates), ("final_updates", self.final_updates)):
@@ -48,6 +50,8 @@ class Curriculum:
                 raise bad_value(f"curriculum.{key}", value, "a number of updates, 0 or more")
         if any(updates < 0 for updates in self.stage_updates):
             raise bad_value("curriculum.stage_updates", list(self.stage_updates), "numbers of updates, 0 or more")
+        if not (is_number(self.step_loss) and self.step_loss >= 0):
+            raise bad_value("curriculum.step_loss", self.step_loss, "a weight, 0 or more")
         if self.latents < max(1, len(self.stage_updates)):
             raise bad_value("model.latents", self.latents, f"at least the {len(self.stage_updates)} stages")
 
@@ -74,3 +78,8 @@ def written_text(steps: Sequence[str], answer: str, stage: Stage) -> str:
     """What stands after the end of thinking: the steps not hidden, then `### answer`."""
     shown = steps[stage.hidden_steps :] if stage.hidden_steps is not None else ()
     return "".join(f"{step}\n" for step in shown) + f"### {answer}"
+
+
+def step_results(steps: Sequence[str]) -> list[str]:
+    """What each step `<<a+b=c>>` comes to: `c`."""
+    return [step.rpartition("=")[2].removesuffix(">>") for step in steps]

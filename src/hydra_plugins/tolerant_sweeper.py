@@ -1,4 +1,7 @@
-"""Sweeps (`-m`): a job that fails, even one whose config cannot be composed, does not stop the others."""
+"""Sweeps (`-m`): a job that fails, even one whose config cannot be composed, does not stop the others.
+
+Hydra takes plugins from the namespace package `hydra_plugins` alone, hence the place of this file.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
@@ -34,7 +36,7 @@ class TolerantSweeper(BasicSweeper):
     """
 
     say: Callable[[Exception], int]
-    finish: Callable[[Path], None]
+    finish: Callable[[Path], object]
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launch every job that can be composed, report the rest, join what is there.
@@ -64,9 +66,3 @@ class TolerantSweeper(BasicSweeper):
         if max(codes):
             raise JobsFailed(max(codes))
         return results
-
-
-def install(say: Callable[[Exception], int], finish: Callable[[Path], None]) -> None:
-    """Make the sweeper known to Hydra, which the configs then name as `hydra.sweeper._target_`."""
-    TolerantSweeper.say, TolerantSweeper.finish = staticmethod(say), staticmethod(finish)
-    Plugins.instance().register(TolerantSweeper)

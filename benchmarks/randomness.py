@@ -1,0 +1,105 @@
+"""What random numbers cost: their share of a latent step of GPT-2 small.
+
+    python benchmarks/randomness.py [--rows 256] [--dtypes float32 bfloat16]
+
+Times one latent step (one token a row, 64 rollouts a question, prompts of 64 tokens, random weights) without random
+numbers, and the numbers alone that a step of each sampler needs. Bars: 5 % of a step in float32, 15 % in bfloat16.
+Prints a table, then, as the last line, JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from latent_tts.engine.attention import AttentionState, use_shared_prefix_attention
+from latent_tts.rng import Draw
+from latent_tts.sampler.dropout import Dropout
+from latent_tts.types import Forward
+
+LAYERS, WIDTH, PROMPT = 12, 768, 64
+BARS = {"float32": 0.05, "bfloat16": 0.15}
+
+
+def median_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Median wall-clock seconds of a call after two warm-ups."""
+    seconds = []
+    for index in range(repeats + 2):
+        started = time.perf_counter()
+        call()
+        if index >= 2:
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def latent_step(dtype: torch.dtype, rows: int) -> Callable[[], object]:
+    """A call that runs one clean latent step."""
+    lm = GPT2LMHeadModel(GPT2Config()).to(dtype).eval()
+    use_shared_prefix_attention(lm)
+    questions = max(1, rows // 64)
+    state = AttentionState(torch.full((questions,), PROMPT), rows // questions, capacity=8)
+    hidden = torch.randn(questions, PROMPT, WIDTH, dtype=dtype)
+    positions = torch.arange(PROMPT)[None].expand(questions, -1)
+    lm.base_model(inputs_embeds=hidden, position_ids=positions, use_cache=False, state=state)
+    state.reads_prefix = True
+    latent = torch.randn(rows, 1, WIDTH, dtype=dtype)
+
+    def step() -> None:
+        state.used = 3  # in the middle of six latents
+        lm.base_model(inputs_embeds=latent, position_ids=state.positions(1), use_cache=False, state=state)
+
+    state.used = 0
+    lm.base_model(inputs_embeds=latent.expand(-1, 3, -1), position_ids=state.positions(3), use_cache=False, state=state)
+    return step
+
+
+def masks(site: str, rows: int) -> Callable[[], object]:
+    """A call that draws every dropout decision of a step, without applying them."""
+    sampler = Dropout(0.1, site, ["thoughts"], "fresh")
+    draw = new_draw(rows)
+    places = [(layer, place) for layer in range(LAYERS) for place in ("attention", "ffn")]
+
+    def step() -> None:
+        for layer, place in places:
+            sampler.factors(place, layer, draw, Forward("thoughts", 3, 1))  # type: ignore[arg-type]
+
+    return step
+
+
+def new_draw(rows: int) -> Draw:
+    """The draws of one question's rollouts."""
+    return Draw.of(0, ["question"], torch.arange(rows)[None], WIDTH, LAYERS)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtypes", nargs="+", default=list(BARS))
+    arguments = parser.parse_args()
+    draw = new_draw(arguments.rows)
+    numbers = {
+        "gaussian": lambda: draw.normal(3, WIDTH),
+        "dropout ffn": masks("ffn", arguments.rows),
+        "dropout residual": masks("residual", arguments.rows),
+    }
+    results = []
+    for dtype in arguments.dtypes:
+        step = median_seconds(latent_step(getattr(torch, dtype), arguments.rows), arguments.repeats)
+        for name, call in numbers.items():
+            share = median_seconds(call, arguments.repeats) / step
+            results.append({"dtype": dtype, "sampler": name, "share": round(share, 4), "bar": BARS.get(dtype)})
+            print(f"{dtype:9} {name:17} step {1e3 * step:7.1f} ms   random numbers {100 * share:5.2f} % of it")
+    print(json.dumps({"rows": arguments.rows, "threads": torch.get_num_threads(), "results": results}))
+
+
+if __name__ == "__main__":
+    main()

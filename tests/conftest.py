@@ -1,0 +1,67 @@
+"""Shared fixtures: a tiny untrained reasoner, and the command line run in process."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from latent_tts import cli
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A word-level GPT-2 of one layer with random weights that writes its answers in a word or two."""
+    from latent_tts.task.arith import words
+    from latent_tts.training.backbone import Backbone
+    from latent_tts.training.vocabulary import word_level_tokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    backbone = Backbone(layers=1, width=16, heads=2, positions=128, dropout=0.1, number_scale=0.5)
+    backbone.create(word_level_tokenizer(words()), folder, seed=3)
+    return folder
+
+
+@dataclass
+class Result:
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last(self) -> Path:
+        """The path on the last line of stdout."""
+        return Path(self.out.splitlines()[-1])
+
+
+@pytest.fixture
+def ltts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Result]]:
+    """Run `ltts ARGS...` in an empty folder with a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments: object) -> Result:
+        capfd.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        logging.shutdown()
+        captured = capfd.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    handlers = logging.getLogger().handlers[:]
+    yield run
+    for handler in set(logging.getLogger().handlers) - set(handlers):
+        handler.close()
+        logging.getLogger().removeHandler(handler)
+
+
+@pytest.fixture
+def run(ltts: Callable[..., Result], checkpoint: Path) -> Callable[..., Result]:
+    """`ltts run` on the tiny reasoner and a few questions."""
+    return lambda *arguments: ltts(
+        "run", f"model.checkpoint={checkpoint}", "task.limit=6", "n=4", "max_answer_tokens=4", *arguments
+    )

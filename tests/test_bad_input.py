@@ -1,0 +1,234 @@
+"""What a user gets wrong: one to four lines with key, value and what is allowed, exit 2, nothing lost."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+
+def check(result, *words: str) -> None:
+    assert result.code == 2, result.err
+    lines = [line for line in result.err.splitlines() if line and not line.startswith("Error executing job")]
+    assert 1 <= len(lines) <= 4, result.err
+    assert "Traceback" not in result.err
+    assert "metrics.csv" not in result.out
+    for word in words:
+        assert word in " ".join(lines), f"{word!r} not in {lines}"
+
+
+def test_unknown_command(ltts):
+    check(ltts("rum"), "rum", "run, train-reasoner")
+
+
+def test_unknown_flag(ltts):
+    check(ltts("run", "--fast"), "--fast", "--cfg")
+
+
+def test_an_argument_that_is_no_override(ltts):
+    check(ltts("run", "gaussian"), "gaussian", "key=value")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sampler=nosuch"], ["sampler=nosuch", "control, dropout, gaussian, greedy"]),
+        (["model=gpt5"], ["model=gpt5", "coconut, demo_coconut"]),
+        (["aggregator=[best]"], ["aggregator=best", "likelihood, majority"]),
+        (["nn=3"], ["nn", "no such key", "n, "]),
+        (["sampler.sgima=1"], ["sampler.sgima", "rate"]),
+        (["engine.gpu=1"], ["engine.gpu", "device"]),
+        (["n=0"], ["n=0", "1 or more"]),
+        (["n=-1"], ["n=-1", "1 or more"]),
+        (["n=abc"], ["n=abc", "integer"]),
+        (["n=1.5"], ["n=1.5", "integer"]),
+        (["seed=x"], ["seed=x", "integer"]),
+        (["sampler=gaussian", "sampler.sigma=-1"], ["sampler.sigma=-1", "0 or more"]),
+        (["sampler=gaussian", "sampler.sigma=nan"], ["sampler.sigma=nan", "finite"]),
+        (["sampler=gaussian", "sampler.sigma=inf"], ["sampler.sigma=inf", "finite"]),
+        (["sampler=gaussian", "sampler.sigma=big"], ["sampler.sigma=big", "number"]),
+        (["sampler.rate=1"], ["sampler.rate=1", "[0, 1)"]),
+        (["sampler.rate=-0.1"], ["sampler.rate=-0.1", "[0, 1)"]),
+        (["sampler.site=nosuch"], ["sampler.site=nosuch", "ffn, residual"]),
+        (["sampler.where=[nowhere]"], ["sampler.where=['nowhere']", "prompt, thoughts, answer"]),
+        (["sampler.mask=old"], ["sampler.mask=old", "fresh or locked"]),
+        (["sampler=control", "sampler.mode=none"], ["sampler.mode=none", "zero, repeat, shuffle"]),
+        (["sampler=control", "sampler.mode=shuffle", "task.limit=1"], ["sampler.mode=shuffle", "two questions"]),
+        (["task.split=exam"], ["task.split=exam", "train, valid, test, hard"]),
+        (["task.limit=0"], ["task.limit=0", "positive"]),
+        (["task.steps=[9]"], ["task.steps=[9]", "[2, 3, 4, 5]"]),
+        (["model.latents=-1"], ["model.latents=-1", "0 or more"]),
+        (["model.latents=200"], ["model.latents=200", "positions"]),
+        (["max_answer_tokens=0"], ["max_answer_tokens=0", "1 or more"]),
+        (["engine.dtype=int3"], ["engine.dtype=int3", "float32, bfloat16, float16"]),
+        (["engine.rows=0"], ["engine.rows=0", "1 or more"]),
+        (["engine.device=tpu"], ["engine.device=tpu", "auto, cpu, cuda"]),
+        (["task=jsonl"], ["task.path=null", "no such file"]),
+        (["task=jsonl", "task.path=nosuch.jsonl"], ["task.path=nosuch.jsonl", "no such file"]),
+        (["model.checkpoint=no/such/folder"], ["model.checkpoint=no/such/folder", "no such folder"]),
+        (["model.checkpoint=shipped:nosuch"], ["model.checkpoint=shipped:nosuch", "shipped are"]),
+        (["experiment=nosuch"], ["experiment=nosuch", "smoke"]),
+    ],
+    ids=lambda value: " ".join(value) if value and "=" in value[0] else None,
+)
+def test_a_bad_override(run, overrides, words):
+    check(run(*overrides), *words)
+
+
+def test_cuda_where_there_is_none(run):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    check(run("engine.device=cuda"), "engine.device=cuda", "0 CUDA devices")
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path):
+    """A copy of the tiny checkpoint to be broken."""
+    return shutil.copytree(checkpoint, tmp_path / "broken")
+
+
+def test_a_truncated_checkpoint(run, broken):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    check(run(f"model.checkpoint={broken}"), "model.safetensors", "truncated")
+
+
+def test_a_checkpoint_without_weights(run, broken):
+    (broken / "model.safetensors").unlink()
+    check(run(f"model.checkpoint={broken}"), "lacks model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_checkpoint_without_a_file(run, broken, name):
+    (broken / name).unlink()
+    check(run(f"model.checkpoint={broken}"), f"lacks {name}")
+
+
+def test_a_config_that_is_not_json(run, broken):
+    (broken / "config.json").write_text("{")
+    check(run(f"model.checkpoint={broken}"), "config.json is not JSON")
+
+
+def test_a_checkpoint_without_the_latent_tokens(run, broken):
+    tokenizer = json.loads((broken / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "<|start-latent|>"]
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
+    check(run(f"model.checkpoint={broken}"), "no token <|start-latent|>")
+
+
+def test_weights_of_another_shape_than_the_config_says(run, broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    check(run(f"model.checkpoint={broken}"), "weights are missing")
+
+
+def test_a_pickle_names_convert_and_converts(run, ltts, broken, checkpoint):
+    weights = load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    torch.save(weights, broken / "pytorch_model.bin")
+    check(run(f"model.checkpoint={broken}"), "ltts convert")
+    check(run(f"model.checkpoint={broken / 'pytorch_model.bin'}"), "ltts convert")
+    assert ltts("convert", broken, "converted").code == 0
+    converted = load_file("converted/model.safetensors")
+    assert all(torch.equal(converted[name], value) for name, value in weights.items())
+    assert run("model.checkpoint=converted").code == 0
+
+
+def test_convert_refuses_what_is_no_pickle_of_tensors(ltts, broken, tmp_path):
+    (broken / "model.safetensors").unlink()
+    (broken / "pytorch_model.bin").write_bytes(b"nothing of the kind")
+    check(ltts("convert", broken, "new"), "no pickle of tensors")
+    torch.save({"lr": 0.1}, broken / "pytorch_model.bin")
+    check(ltts("convert", broken, "new"), "dict of tensors")
+    check(ltts("convert", "nowhere", "new"), "src=nowhere")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    check(ltts("convert", broken, "full"), "dst=full", "empty folder")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["holds no questions"]),
+        ('{"question": "How many?"}\n', ["line 1", "has no answer"]),
+        ('{"question": "How many?", "answer": "1"}\n{"answer": "1"}\n', ["line 2", "has no question"]),
+        ('{"question": "How many?", "answer": "1"\n', ["line 1", "is not JSON"]),
+        ('{"question": "How many?", "answer": "many"}\n', ["line 1", "'many' is not a number"]),
+        ("[1, 2]\n", ["line 1", "not a JSON object"]),
+    ],
+)
+def test_a_bad_file_of_questions(run, tmp_path, content, words):
+    (tmp_path / "q.jsonl").write_text(content)
+    check(run("task=jsonl", "task.path=q.jsonl"), "q.jsonl", *words)
+
+
+def test_a_question_longer_than_the_context(run, tmp_path):
+    text = "Ann has 3 pens. " + "She buys 2 more. " * 40
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": text, "answer": "83"}))
+    check(run("task=jsonl", "task.path=q.jsonl"), "128 positions", "Ann has 3 pens")
+
+
+def test_a_word_outside_a_word_level_vocabulary(run, tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Ann has 3 zebras.", "answer": "3"}))
+    check(run("task=jsonl", "task.path=q.jsonl"), "'zebras'", "vocabulary")
+
+
+def test_an_output_path_below_a_file(run, tmp_path):
+    (tmp_path / "file").touch()
+    check(run("hydra.run.dir=file/below"), "file")
+
+
+def test_a_cache_below_a_file(run, tmp_path):
+    (tmp_path / "file").touch()
+    check(run("paths.cache=file/below"), "paths.cache=file/below")
+
+
+def test_in_a_sweep_the_other_jobs_still_run(run):
+    result = run("n=1,abc,0,2", "-m")
+    assert result.code == 2
+    assert "n=abc" in result.err
+    assert "n=0" in result.err
+    assert result.last.is_file()
+    assert (result.last.parent / "1" / "metrics.csv").is_file() or (result.last.parent / "2" / "metrics.csv").is_file()
+
+
+def test_bad_folders_of_the_other_commands(ltts, run):
+    check(ltts("collect", "nowhere"), "runs=nowhere")
+    check(ltts("plot", "nowhere"), "runs=nowhere")
+    check(ltts("compare", "nowhere", "nothere"), "nowhere")
+    folder = run().last.parent
+    check(ltts("compare", folder, run("seed=7").last.parent), "seeds")
+    check(ltts("compare", folder, run("task.split=valid").last.parent), "other questions")
+    check(ltts("collect", folder, "output=null"), "output=null")
+    (folder / "run.json").unlink()
+    check(ltts("compare", folder, folder), "did not complete")
+    check(ltts("collect", folder), "none of 1 run folders is complete")
+
+
+def test_training_refuses_bad_values(ltts, tmp_path):
+    train = ("train-reasoner", "output=out")
+    check(ltts(*train, "backbone.heads=3"), "backbone.heads=3", "divisor")
+    check(ltts(*train, "backbone.dropout=1"), "backbone.dropout=1", "[0, 1)")
+    check(ltts(*train, "optimization.lr=0"), "optimization.lr=0", "positive")
+    check(ltts(*train, "model.latents=2"), "model.latents=2", "5 stages")
+    check(ltts(*train, "save_every=0"), "save_every=0")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "How?", "answer": "3"}))
+    check(ltts(*train, "task=jsonl", "task.path=q.jsonl", "task.split=x"), "task=arith")
+    (tmp_path / "file").touch()
+    check(ltts("train-reasoner", "output=file"), "output=file")
+
+
+def test_the_traceback_is_there_for_who_asks(run, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="n=0"):
+        run("n=0")
+
+
+def test_the_word_level_tokenizer_spells_long_numbers_and_joins_them_again(checkpoint):
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    encoding = tokenizer.encode("### 1234")
+    assert encoding.tokens == ["###", "1", "2", "3", "4"]
+    assert tokenizer.decode(encoding.ids) == "###1234"
+    assert tokenizer.encode("<<120+99=219>>").tokens == ["<<", "120", "+", "99", "=", "2", "1", "9", ">>"]

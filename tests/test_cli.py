@@ -1,0 +1,200 @@
+"""The command line from outside: what is printed, where, and with which exit code."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from latent_tts import store
+
+
+def test_help_lists_every_command_quickly_and_without_torch():
+    code = (
+        "import sys; from latent_tts import cli; cli.main(['--help']); "
+        "assert not {'torch', 'transformers', 'hydra'} & set(sys.modules)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 2  # 0.1 s on an idle machine
+    for command in ("run", "train-reasoner", "collect", "compare", "plot", "convert"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_a_commands_help_shows_its_keys_and_options(ltts):
+    result = ltts("run", "--help")
+    assert result.code == 0
+    assert "ltts run: draw rollouts" in result.out
+    assert "sampler: control, dropout, gaussian, greedy" in result.out
+
+
+def test_cfg_job_prints_the_config_and_runs_nothing(ltts, tmp_path):
+    result = ltts("run", "--cfg", "job", "n=3")
+    assert result.code == 0
+    assert "max_answer_tokens:" in result.out
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_run_ends_with_the_path_of_its_metrics_and_writes_every_table(run):
+    result = run("keep_latents=true", "budget=ladder")
+    assert result.code == 0, result.err
+    assert result.last.name == "metrics.csv"
+    folder = result.last.parent
+    rollouts = pd.read_parquet(folder / "rollouts.parquet")
+    assert list(rollouts.columns) == store.ROLLOUT_COLUMNS
+    assert len(rollouts) == 24
+    assert list(rollouts["rollout"][:5]) == [0, 1, 2, 3, 0]
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert list(metrics.columns) == store.METRIC_COLUMNS
+    assert sorted(set(metrics["n"])) == [1, 2, 4]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["rollouts"] == {"total": 24, "drawn_now": 24}
+    assert {"torch", "transformers", "python"} <= set(record["versions"])
+    assert (folder / "latents.safetensors").is_file()
+    assert (folder / "scaling.png").is_file()
+    assert (folder / "run.log").is_file()
+
+
+def test_stdout_holds_results_only_and_stderr_the_log(run):
+    result = run()
+    assert "INFO" not in result.out
+    assert "rollouts to draw" in result.err
+
+
+def test_a_second_run_draws_nothing_and_gives_the_same_tables(run):
+    first, second = run(), run()
+    record = json.loads((second.last.parent / "run.json").read_text())
+    assert record["rollouts"] == {"total": 24, "drawn_now": 0}
+    pd.testing.assert_frame_equal(pd.read_csv(first.last), pd.read_csv(second.last))
+
+
+def test_the_readmes_sweep_draws_no_rollout_twice(run, tmp_path):
+    result = run("sampler=gaussian", "sampler.sigma=0.1", "n=1,2,4", "-m")
+    assert result.code == 0, result.err
+    sweep = result.last.parent
+    drawn = [json.loads((sweep / str(job) / "run.json").read_text())["rollouts"]["drawn_now"] for job in range(3)]
+    assert drawn == [6, 6, 12]
+    joined = pd.read_csv(result.last)
+    assert sorted(set(joined["n"])) == [1, 2, 4]
+    assert (sweep / "scaling.png").is_file()
+
+
+def test_rollouts_of_a_small_budget_are_the_first_of_a_large_one(run):
+    small, large = run("n=2", "seed=5"), run("n=4", "seed=5", "paths.cache=elsewhere")
+    a = pd.read_parquet(small.last.parent / "rollouts.parquet")
+    b = pd.read_parquet(large.last.parent / "rollouts.parquet")
+    pd.testing.assert_frame_equal(
+        a.drop(columns=["answer_logprob", "answer_margin"]),
+        b[b["rollout"] < 2].drop(columns=["answer_logprob", "answer_margin"]).reset_index(drop=True),
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_the_rows_of_a_batch_do_not_change_the_rollouts(run, rows):
+    a = pd.read_parquet(run().last.parent / "rollouts.parquet")
+    b = pd.read_parquet(run(f"engine.rows={rows}", f"paths.cache=rows{rows}").last.parent / "rollouts.parquet")
+    pd.testing.assert_series_equal(a["answer_text"], b["answer_text"])
+
+
+def test_greedy_draws_one_rollout_and_says_so_once(run):
+    result = run("sampler=greedy", "n=4")
+    assert result.code == 0
+    assert result.err.count("gives the same rollout every time") == 1
+    assert len(pd.read_parquet(result.last.parent / "rollouts.parquet")) == 6
+
+
+@pytest.mark.parametrize("override", ["sampler.sigma=0", "sampler=dropout sampler.rate=0"])
+def test_no_noise_equals_greedy(run, override):
+    noisy = run("sampler=gaussian", *override.split())
+    a = pd.read_parquet(noisy.last.parent / "rollouts.parquet")
+    b = pd.read_parquet(run("sampler=greedy").last.parent / "rollouts.parquet")
+    assert list(a["answer_text"]) == [text for text in b["answer_text"] for _ in range(4)]
+
+
+@pytest.mark.parametrize("mode", ["zero", "repeat", "shuffle"])
+def test_controls_run(run, mode):
+    assert run("sampler=control", f"sampler.mode={mode}", "n=1").code == 0
+
+
+def test_settings_name_what_differs_from_the_defaults_and_has_no_column(run):
+    table = pd.read_csv(run("sampler.site=residual", "seed=2").last)
+    assert set(table["settings"]) == {"max_answer_tokens=4,sampler.site=residual,task.limit=6"}
+    assert set(table["seed"]) == {2}
+
+
+def test_a_jsonl_file_is_a_task(run, tmp_path):
+    rows = [{"question": "Ann has 3 pens. She buys 4 more. How many pens does Ann have?", "answer": 7}] * 2
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("task=jsonl", "task.path=mine.jsonl", "task.limit=null")
+    assert result.code == 0, result.err
+    ids = list(pd.read_parquet(result.last.parent / "rollouts.parquet")["question_id"].unique())
+    assert ids[1] == f"{ids[0]}-2"
+    assert set(pd.read_csv(result.last)["task"]) == {"mine"}
+
+
+def test_an_experiment_is_a_complete_setting(run):
+    assert run("experiment=smoke", "n=2").code == 0
+
+
+def test_collect_joins_what_is_complete_and_names_what_is_not(run, ltts, tmp_path):
+    first = run("seed=0")
+    second = run("seed=1")
+    (second.last.parent / "run.json").unlink()
+    result = ltts("collect", "outputs/run", "output=all.csv")
+    assert result.code == 0, result.err
+    assert "did not complete" in result.err
+    assert set(pd.read_csv(tmp_path / "all.csv")["run_id"]) == set(pd.read_csv(first.last)["run_id"])
+
+
+def test_compare_pairs_two_runs(run, ltts):
+    a, b = run("budget=ladder"), run("budget=ladder", "sampler.rate=0.5")
+    result = ltts("compare", a.last.parent, b.last.parent)
+    assert result.code == 0, result.err
+    assert "coverage" in result.out
+    assert "6 questions, 1 seeds" in result.out
+    same = ltts("compare", a.last.parent, a.last.parent)
+    assert same.out.count("0.0 [0.0, 0.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
+
+
+def test_plot_draws_from_the_table_alone(run, ltts, tmp_path):
+    table = run("budget=ladder").last
+    (tmp_path / "results.csv").write_bytes(table.read_bytes())
+    result = ltts("plot", "results.csv")
+    assert result.code == 0, result.err
+    assert (tmp_path / "figure.svg").stat().st_size > 5000
+    assert ltts("plot", table.parent, "output=here.png").last.is_file()
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_started_again_gives_equal_tables(checkpoint, tmp_path):
+    def command(cache: str) -> list[str]:
+        return [
+            sys.executable, "-c", "from latent_tts.cli import entry; entry()", "run", f"model.checkpoint={checkpoint}",
+            "task.limit=400", "n=64", "max_answer_tokens=8", "engine.rows=64", f"paths.cache={cache}",
+        ]  # fmt: skip
+
+    def parts() -> int:
+        return len(list((tmp_path / "killed").rglob("*.parquet")))
+
+    process = subprocess.Popen(command("killed"), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not parts() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    assert process.poll() is None, "ended before it could be killed"
+    process.kill()
+    process.wait()
+    assert not list((tmp_path / "outputs").rglob("run.json"))
+    outputs = []
+    for cache in ("killed", "whole"):
+        done = subprocess.run(command(cache), cwd=tmp_path, capture_output=True, text=True, check=True)
+        outputs.append(done.stdout.splitlines()[-1])
+    folders = [Path(line).parent for line in outputs]
+    drawn = json.loads((folders[0] / "run.json").read_text())["rollouts"]["drawn_now"]
+    assert 0 < drawn < 400 * 64
+    frames = [pd.read_parquet(folder / "rollouts.parquet") for folder in folders]
+    exact = [name for name in store.ROLLOUT_COLUMNS if name not in ("answer_logprob", "answer_margin")]
+    pd.testing.assert_frame_equal(frames[0][exact], frames[1][exact])
+    pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-3, atol=1e-4)

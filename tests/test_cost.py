@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from latent_tts.cost import Shape
+
+LENGTH, VOCABULARY = 12, 50
+SHAPE = Shape(layers=3, width=8, vocabulary=40, attention=8, keys=4, block_weights=500)
+lengths = st.integers(0, 200)
+
+
+def gpt2(**changes):
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **ids, attn_implementation="eager", **changes)).eval()
+
+
+def llama(**changes):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": VOCABULARY, "max_position_embeddings": 64} | changes
+    return LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="eager")).eval()
+
+
+MODELS = [
+    pytest.param(gpt2(), id="gpt2"),
+    pytest.param(gpt2(n_inner=48), id="gpt2-inner"),
+    pytest.param(llama(), id="llama"),
+    pytest.param(llama(num_key_value_heads=2), id="llama-grouped"),
+    pytest.param(llama(num_key_value_heads=1, head_dim=16), id="llama-wide-heads"),
+]
+
+
+def shape_of(lm):
+    return Shape.from_config(lm.config.to_dict())
+
+
+def counted(lm, tokens, past=None):
+    """Counted operations of the blocks and of the LM head, and the model's output."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        output = lm(torch.zeros(1, tokens, dtype=torch.long), past_key_values=past, use_cache=True)
+    counts = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
+    head = counts[f"{type(lm).__name__}.lm_head"]
+    return counts["Global"] - head, head, output
+
+
+@pytest.mark.parametrize("lm", MODELS)
+def test_a_prefill_costs_what_is_counted_less_the_masked_half(lm):
+    shape = shape_of(lm)
+    blocks, head, _ = counted(lm, LENGTH)
+    masked = shape.layers * 4 * shape.attention * LENGTH * (LENGTH - 1) / 2  # eager attention computes it nevertheless
+    assert shape.prompt_flops(LENGTH) == blocks - masked
+    assert head == 2 * LENGTH * shape.width * shape.vocabulary
+
+
+@pytest.mark.parametrize("lm", MODELS)
+def test_a_pass_after_earlier_tokens_costs_exactly_what_is_counted(lm):
+    past = counted(lm, LENGTH)[2].past_key_values
+    blocks, _, _ = counted(lm, 1, past)
+    assert shape_of(lm).pass_flops(1, LENGTH) == blocks
+
+
+@pytest.mark.parametrize("lm", MODELS)
+def test_a_rollout_costs_its_passes_and_a_head_for_each_answer_token_and_the_eos(lm):
+    shape = shape_of(lm)
+    latents, forced, answer = 3, 1, 2
+    past, total, head = counted(lm, LENGTH)[2].past_key_values, 0, 0
+    for _ in range(latents + forced + answer):
+        blocks, head, output = counted(lm, 1, past)
+        past, total = output.past_key_values, total + blocks
+    assert shape.rollout_flops(LENGTH, latents, forced, answer, own_prompt=False) == total + (answer + 1) * head
+
+
+@pytest.mark.parametrize("lm", MODELS)
+def test_cache_and_weights_take_the_bytes_of_their_tensors(lm):
+    shape = shape_of(lm)
+    past = counted(lm, LENGTH)[2].past_key_values
+    tensors = [tensor for layer in past.layers for tensor in (layer.keys, layer.values)]
+    assert shape.cache_bytes(LENGTH, 4) == sum(tensor.nbytes for tensor in tensors)
+    matrices = [p for name, p in lm.named_parameters() if p.ndim == 2 and ".embed" not in name and ".wpe" not in name]
+    assert shape.weight_bytes(4) == sum(p.nbytes for p in matrices)
+
+
+@settings(derandomize=True, deadline=None)
+@given(first=lengths, second=lengths, context=lengths)
+def test_a_pass_costs_the_same_in_two_pieces(first, second, context):
+    pieces = SHAPE.pass_flops(first, context) + SHAPE.pass_flops(second, context + first)
+    assert SHAPE.pass_flops(first + second, context) == pieces
+
+
+def test_a_prompt_of_its_own_adds_one_prefill():
+    shared, own = (SHAPE.rollout_flops(20, 6, 1, 3, own_prompt=own) for own in (False, True))
+    assert own - shared == SHAPE.prompt_flops(20)
+
+
+def test_gpt2_costs_two_operations_a_weight_and_token():
+    config = {"n_embd": 768, "n_layer": 12, "vocab_size": 50257, "n_head": 12, "n_inner": None}
+    shape = Shape.from_config(config)
+    assert shape.block_weights == 12 * 768**2
+    assert shape.pass_flops(1, 0) == pytest.approx(2 * 85e6, rel=0.01)
+    assert shape.weight_bytes(2) == pytest.approx(2 * 124e6, rel=0.01)
