@@ -1,7 +1,7 @@
 # `make help` is the menu. Everything runs in .venv, which the first target that needs it makes.
 PYTHON ?= python3
 BIN := .venv/bin
-QUESTIONS ?= 250
+QUESTIONS ?= 1000
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-all lint format type golden wheel-smoke plots reasoner bench clean
@@ -18,7 +18,7 @@ help: ## show this menu
 
 install: .venv/.installed ## make .venv from the pinned versions
 
-run: .venv/.installed ## the main job: two samplers, n up to 64, table and scaling curve (QUESTIONS=250)
+run: .venv/.installed ## the main job: two samplers, n up to 64, table and scaling curve (QUESTIONS=1000)
 	$(BIN)/ltts run -m sampler=gaussian,dropout budget=ladder n=64 task.limit=$(QUESTIONS)
 
 test: .venv/.installed ## the default test suite

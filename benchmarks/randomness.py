@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from latent_tts.engine.attention import AttentionState, use_shared_prefix_attention
 from latent_tts.rng import Draw
 from latent_tts.sampler.dropout import Dropout
-from latent_tts.types import Forward
+from latent_tts.types import Forward, Site
 
 LAYERS, WIDTH, PROMPT = 12, 768, 64
 BARS = {"float32": 0.05, "bfloat16": 0.15}
@@ -40,7 +40,8 @@ def median_seconds(call: Callable[[], object], repeats: int) -> float:
 
 def latent_step(dtype: torch.dtype, rows: int) -> Callable[[], object]:
     """A call that runs one clean latent step."""
-    lm = GPT2LMHeadModel(GPT2Config()).to(dtype).eval()
+    lm = GPT2LMHeadModel(GPT2Config(dtype=dtype)).eval()
+    lm.to(dtype=dtype)  # type: ignore[call-arg]
     use_shared_prefix_attention(lm)
     questions = max(1, rows // 64)
     state = AttentionState(torch.full((questions,), PROMPT), rows // questions, capacity=8)
@@ -63,11 +64,12 @@ def masks(site: str, rows: int) -> Callable[[], object]:
     """A call that draws every dropout decision of a step, without applying them."""
     sampler = Dropout(0.1, site, ["thoughts"], "fresh")
     draw = new_draw(rows)
-    places = [(layer, place) for layer in range(LAYERS) for place in ("attention", "ffn")]
+    sites: tuple[Site, ...] = ("attention", "ffn")
+    places: list[tuple[int, Site]] = [(layer, place) for layer in range(LAYERS) for place in sites]
 
     def step() -> None:
         for layer, place in places:
-            sampler.factors(place, layer, draw, Forward("thoughts", 3, 1))  # type: ignore[arg-type]
+            sampler.factors(place, layer, draw, Forward("thoughts", 3, 1))
 
     return step
 

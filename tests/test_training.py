@@ -18,7 +18,9 @@ from latent_tts.training import coconut
 from latent_tts.training.curriculum import Curriculum, Stage, written_text
 
 CURRICULUM = Curriculum(written_updates=3, stage_updates=[2, 2], final_updates=3, latents=3, step_loss=0.5)
-OPTIMIZATION = coconut.Optimization(batch=4, lr=1e-2, warmup=2, weight_decay=0.01, clip=1.0, bf16=False)
+OPTIMIZATION = coconut.Optimization(
+    batch=4, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False
+)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ Hydra takes plugins from the namespace package `hydra_plugins` alone, hence the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
-
-class JobsFailed(Exception):
-    """Some jobs of a sweep failed; each has been reported.
-
-    Attributes:
-        exit_code: the largest one of the failed jobs.
-    """
-
-    def __init__(self, exit_code: int) -> None:
-        super().__init__(f"jobs failed with exit code {exit_code}")
-        self.exit_code = exit_code
+from latent_tts import cli
+from latent_tts.errors import JobsFailed
 
 
 class TolerantSweeper(BasicSweeper):
-    """Hydra's basic sweeper, but each job is composed and judged on its own.
-
-    Attributes:
-        say: prints an error and returns its exit code.
-        finish: called with the sweep's folder after the last job.
-    """
-
-    say: Callable[[Exception], int]
-    finish: Callable[[Path], object]
+    """Hydra's basic sweeper, but each job is composed and judged on its own."""
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launch every job that can be composed, report the rest, join what is there.
@@ -59,10 +42,12 @@ class TolerantSweeper(BasicSweeper):
                 self.validate_batch_is_legal([job])
                 launchable.append(job)
             except Exception as error:  # whatever composing raises is that job's failure alone
-                codes.append(type(self).say(error))
+                codes.append(cli.say(error))
         results = self.launcher.launch(launchable, initial_job_idx=0) if launchable else []
-        codes += [type(self).say(r._return_value) for r in results if r.status is JobStatus.FAILED]
-        type(self).finish(folder)
+        codes += [cli.say(r._return_value) for r in results if r.status is JobStatus.FAILED]
+        command = importlib.import_module(f"latent_tts.commands.{self.config.hydra.job.name}")
+        if hasattr(command, "finish_sweep"):
+            command.finish_sweep(folder)
         if max(codes):
             raise JobsFailed(max(codes))
         return results

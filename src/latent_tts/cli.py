@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import LatentTTSError, UsageError
+from latent_tts.errors import JobsFailed, LatentTTSError, UsageError
 
 # name: (what it does, names of its positional arguments; a trailing * takes the rest)
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -56,13 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name = arguments[0]
     if name not in COMMANDS:
-        return _say(
+        return say(
             UsageError(f"unknown command {name!r}; one of {', '.join(COMMANDS)}\n`ltts --help` says what each does")
         )
     try:
         overrides = _overrides(name, arguments[1:])
     except UsageError as error:
-        return _say(error)
+        return say(error)
     return _run_hydra(name, overrides)
 
 
@@ -104,13 +104,10 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     """Hand over to Hydra, and turn what it raises into a line and an exit code."""
     import hydra
 
-    from hydra_plugins.tolerant_sweeper import JobsFailed, TolerantSweeper
     from latent_tts.config import conf_dir, register_schemas
 
     module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
     register_schemas()
-    TolerantSweeper.say = staticmethod(_say)
-    TolerantSweeper.finish = staticmethod(getattr(module, "finish_sweep", lambda folder: None))
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
     saved_argv, saved_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # with the full error set, Hydra lets exceptions through instead of printing them and exiting with 1
@@ -127,7 +124,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     except Exception as error:
         if wants_traceback:
             raise
-        return _say(error)
+        return say(error)
     finally:
         sys.argv = saved_argv
         os.environ.pop("HYDRA_FULL_ERROR")
@@ -136,7 +133,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     return 0
 
 
-def _say(error: Exception) -> int:
+def say(error: Exception) -> int:
     """Print an error in at most four lines; returns its exit code."""
     lines, code = describe(error)
     print("ltts: error: " + "\n".join(lines[:MAX_LINES]), file=sys.stderr)

@@ -98,5 +98,8 @@ def code_of(site: Site, layer: int) -> int:
 @cache
 def masked_codes(site: str, blocks: int) -> tuple[int, ...]:
     """The codes of the places that `site` names in a model of `blocks` blocks, in the order a pass reaches them."""
-    places = [(name, layer) for layer in range(blocks) for name in SITES[site] if name != "embedding" or layer == 0]
+    sites = SITES[site]
+    places: list[tuple[Site, int]] = [
+        (name, layer) for layer in range(blocks) for name in sites if name != "embedding" or layer == 0
+    ]
     return tuple(code_of(name, layer) for name, layer in places)

@@ -40,6 +40,7 @@ class Optimization:
     Attributes:
         batch: questions an update.
         lr: peak learning rate of AdamW; linear warm-up, then a cosine to a twentieth.
+        cosine_updates: length of the cosine, warm-up included; a curriculum may stop before its end.
         warmup: updates of warm-up.
         weight_decay: on matrices, as AdamW does it.
         clip: largest gradient norm.
@@ -48,23 +49,24 @@ class Optimization:
 
     batch: int
     lr: float
+    cosine_updates: int
     warmup: int
     weight_decay: float
     clip: float
     bf16: bool
 
     def __post_init__(self) -> None:
-        for key in ("batch", "lr", "warmup", "clip"):
+        for key in ("batch", "lr", "cosine_updates", "warmup", "clip"):
             if not getattr(self, key) > 0:
                 raise bad_value(f"optimization.{key}", getattr(self, key), "a positive number")
         if not self.weight_decay >= 0:
             raise bad_value("optimization.weight_decay", self.weight_decay, "0 or more")
 
-    def lr_at(self, update: int, updates: int) -> float:
-        """The learning rate of update number `update` out of `updates`."""
+    def lr_at(self, update: int) -> float:
+        """The learning rate of update number `update`, from 0."""
         if update < self.warmup:
             return self.lr * (update + 1) / self.warmup
-        done = (update - self.warmup) / max(1, updates - self.warmup)
+        done = min(1.0, (update - self.warmup) / max(1, self.cosine_updates - self.warmup))
         return self.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
@@ -238,7 +240,7 @@ def train(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(lm.parameters(), optimization.clip)
             for group in optimizer.param_groups:
-                group["lr"] = optimization.lr_at(update, updates)
+                group["lr"] = optimization.lr_at(update)
             optimizer.step()
             optimizer.zero_grad()
             record = {"update": update + 1, "loss": round(loss.item(), 5), "latents": stage.latents}
