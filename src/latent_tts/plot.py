@@ -29,7 +29,7 @@ def scaling_curve(metrics: pd.DataFrame, path: Path) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import PercentFormatter, ScalarFormatter
+    from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
     shown = metrics[metrics["metric"].isin([name for name, _ in PANELS])]
     if shown.empty:
@@ -50,8 +50,8 @@ def scaling_curve(metrics: pd.DataFrame, path: Path) -> Path:
                     line["n"], line["ci_low"], line["ci_high"], color=f"C{index}", alpha=0.12, linewidth=0
                 )
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.set_xlabel("rollouts per question (n)")
         axis.set_title(title)
         axis.grid(alpha=0.25)
