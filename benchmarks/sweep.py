@@ -1,6 +1,6 @@
 """Whether a sweep over n computes anything twice: seconds of `n=1,4,16,64 -m` against n=64 alone.
 
-    python benchmarks/sweep.py [--questions 250] [--repeats 3]
+    python benchmarks/sweep.py [--questions 1000] [--repeats 3]
 
 Each command runs as a process of its own with an empty cache, the two in turn. Bar: a ratio of at most 1.35. Prints
 a line a pair, then, as the last line, JSON.
@@ -30,7 +30,7 @@ def seconds_of(arguments: list[str]) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--questions", type=int, default=250)
+    parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     questions = f"task.limit={arguments.questions}"

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from latent_tts import config, metrics, plot, report, stats, store
 from latent_tts.cost import Shape
 from latent_tts.errors import RunError, UsageError, bad_value
-from latent_tts.types import Aggregator, Budget, ModelAdapter, Question, Sampler, Task
+from latent_tts.types import Aggregator, Budget, ModelAdapter, Question, Reasoner, Sampler, Task
 
 log = logging.getLogger(__name__)
 ENGINE_SEMANTICS = 1  # part of every cache key: raised when the same settings give other rollouts
@@ -234,7 +234,7 @@ def draw_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache,
         total, work / 1e9, work / rate, rate / 1e9,
         (rows * bytes_a_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
     )  # fmt: skip
-    reasoner = adapter.load(device=device, dtype=cfg.engine.dtype)
+    reasoner = load_once(adapter, device, cfg.engine.dtype)
     engine = Engine(reasoner, Plan(adapter.latents, adapter.thinking_end_ids, adapter.eos_id, cfg.max_answer_tokens))
     with report.progress_bar(total, "rollouts") as bar:
         try:
@@ -253,6 +253,18 @@ def draw_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache,
                 "the same line goes on from there (a smaller engine.rows needs less memory)"
             ) from error
     return total
+
+
+_loaded: dict[tuple[str, str, str, str], Reasoner] = {}
+
+
+def load_once(adapter: ModelAdapter, device: str, dtype: str) -> Reasoner:
+    """The adapter's loaded model; the last one is kept, since the jobs of a sweep mostly share it."""
+    key = (type(adapter).__name__, adapter.digest, device, dtype)
+    if key not in _loaded:
+        _loaded.clear()
+        _loaded[key] = adapter.load(device=device, dtype=dtype)
+    return _loaded[key]
 
 
 def resolve_device(wanted: str) -> str:
