@@ -17,8 +17,6 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from latent_tts.errors import LatentTTSError, UsageError, bad_value
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 @dataclass
 class EngineConfig:

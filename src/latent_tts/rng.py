@@ -84,7 +84,7 @@ class Draw:
             step: index of the pass, or 0 for all passes alike.
             tokens: S of the pass.
             width: D.
-            threshold: dropped sixteenths of a bit pattern, in [0, 65536).
+            threshold: how many of the 65536 patterns of a decision's 16 bits drop, in [0, 65536).
         """
         per_token = -(-width // DECISIONS_PER_BLOCK)
         wanted = (layer, step, tokens, width)

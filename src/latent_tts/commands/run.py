@@ -214,7 +214,8 @@ def draw_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache,
         if (key := row_key(prepared, question)) in lacking
     ]
     own_prompt = "prompt" in prepared.sampler.random_phases
-    suffix = adapter.latents + len(adapter.thinking_end_ids) + cfg.max_answer_tokens
+    forced = len(adapter.thinking_end_ids)
+    suffix = adapter.latents + forced + cfg.max_answer_tokens
     longest = max(len(job.prompt) for job in jobs)
     bytes_a_row = row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
     wanted_rows = cfg.engine.rows or default_rows(shape.width, device)
@@ -224,7 +225,7 @@ def draw_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache,
     work = sum(
         shape.prompt_flops(len(job.prompt))
         + len(job.rollouts)
-        * shape.rollout_flops(len(job.prompt), adapter.latents, 1, cfg.max_answer_tokens, own_prompt)
+        * shape.rollout_flops(len(job.prompt), adapter.latents, forced, cfg.max_answer_tokens, own_prompt)
         for job in jobs
     )
     rate = measured_flops(shape.width, cfg.engine.dtype, device)
