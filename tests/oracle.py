@@ -55,8 +55,9 @@ class Oracle:
         rollout: int,
         seed: int = 0,
         donor_TD: Tensor | None = None,
+        branch: tuple[int, Draw] | None = None,
     ) -> Row:
-        """One rollout of one prompt."""
+        """One rollout of one prompt; `branch` are other random numbers for what follows the first so many latents."""
         steps, end_SD = self.plan.latents, self.embed(torch.tensor(self.plan.thinking_end_ids, dtype=torch.long))
         prompt_LD = self.embed(torch.tensor(prompt))
         draw = Draw.of(seed, [question_id], torch.tensor([[rollout]]), prompt_LD.shape[1])
@@ -72,9 +73,18 @@ class Oracle:
             self._feed(prompt_LD[:-1], Forward("prompt", 0, len(prompt) - 1), sampler, draw)
             self._feed(prompt_LD[-1:], Forward("thoughts", 0, 1), sampler, draw)
         for step in range(steps):
-            hidden_D, _ = self._run()
+            hidden_D, logits_V = self._run()
+            if int(logits_V.argmax()) == self.plan.stop_id:
+                # the pass that carries the end of thinking has a place for the last latent of rows at their limit
+                no_latent = torch.zeros_like(prompt_LD[:1])
+                forward = Forward("answer", steps, 1 + len(end_SD))
+                self._feed(torch.cat([no_latent, end_SD]), forward, sampler, draw, leave_out=1)
+                return self._answer(draw.history_RTD[0, :step], sampler, draw)
             latent_D = sampler.latent(self.next_latent(hidden_D[None]), draw, step)[0]
             draw.history_RTD[0, step] = latent_D
+            if branch is not None and step + 1 == branch[0]:
+                branch[1].history_RTD, branch[1].donor_RTD = draw.history_RTD, draw.donor_RTD
+                draw = branch[1]
             if step + 1 < steps:
                 self._feed(latent_D[None], Forward("thoughts", step + 1, 1), sampler, draw)
             else:
@@ -82,14 +92,15 @@ class Oracle:
                 self._feed(last_SD, Forward("answer", steps, len(last_SD)), sampler, draw)
         return self._answer(draw.history_RTD[0], sampler, draw)
 
-    def _feed(self, vectors_SD: Tensor, forward: Forward, sampler: Sampler, draw: Draw) -> None:
-        """Append vectors to the sequence, with the masks of their forward pass."""
+    def _feed(self, vectors_SD: Tensor, forward: Forward, sampler: Sampler, draw: Draw, *, leave_out: int = 0) -> None:
+        """Append vectors to the sequence, with the masks of their forward pass; the first may be left out."""
         if forward.tokens == 0:
             return
-        self.fed_SD = torch.cat([self.fed_SD, vectors_SD])
+        self.fed_SD = torch.cat([self.fed_SD, vectors_SD[leave_out:]])
         for (site, layer), factors in self.factors.items():
             new = sampler.factors(site, layer, draw, forward)
-            factors.append(torch.ones_like(vectors_SD) if new is None else new[0].expand_as(vectors_SD))
+            new_SD = torch.ones_like(vectors_SD) if new is None else new[0].expand_as(vectors_SD)
+            factors.append(new_SD[leave_out:])
 
     def _run(self) -> tuple[Tensor, Tensor]:
         """The final hidden state (D) and the logits (V) of the last position, from the whole sequence."""

@@ -25,20 +25,22 @@ ALLOWED = {
     "budget": {"errors", "types"},
     "aggregator": {"errors", "types"},
     "store": {"errors", "types"},
-    "annotations": {"errors", "types", "store"},
     "stats": {"errors", "types", "philox"},
     "metrics": {"errors", "types", "stats", "store"},
     "plot": {"errors", "types", "store"},
     "report": {"errors", "types"},
     "engine": {"errors", "types", "model", "sampler", "rng", "cost"},
     "training": {"errors", "types", "model", "task", "engine", "philox", "rng"},
+    "annotations": {"errors", "types", "store"},
+    "labelling": {"errors", "types", "engine", "philox", "rng", "annotations"},
+    "search": {"errors", "types", "philox", "rng", "engine"},
     "executor": {"errors", "types", "engine", "sampler", "rng", "store"},
     "config": {"errors", "types"},
     "cli": {"errors", "types", "config", "commands"},
     "commands": None,  # assembles everything below it
 }
 HYDRA = {"cli", "config", "commands"}
-TORCH = {"rng", "engine", "training", "executor"}
+TORCH = {"rng", "engine", "training", "executor", "labelling"}
 
 
 def modules() -> list[Path]:

@@ -30,6 +30,8 @@ families = pytest.mark.parametrize("family", tiny.FAMILIES)
 two_families = pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 TOLERANCE = {"rtol": 0, "atol": 1e-9}  # of latents, in float64; logits are float32
 WHERES = [["prompt"], ["thoughts"], ["answer"], ["prompt", "thoughts"], ["thoughts", "answer"], EVERYWHERE]
+# ids that are now and then the most probable after a latent of the models of `tiny.reasoner`
+STOP_IDS = {"gpt2": 11, "llama": 6, "llama_tied": 34, "qwen3": 37}
 LENGTHS = [[1, 9, 23], [1, 1], [30, 2], [5], [6, 6]]
 
 
@@ -68,11 +70,15 @@ def check_against_oracle(family, sampler, lengths, rollouts, plan, *, check_ever
             rollout=number,
             donor_TD=donor_QTD[question],
         )
-        torch.testing.assert_close(result.latents_RTD[row], wanted.latents_TD, **TOLERANCE)
+        steps = len(wanted.latents_TD)
+        assert int(result.steps_R[row]) == steps
+        torch.testing.assert_close(result.latents_RTD[row, :steps], wanted.latents_TD, **TOLERANCE)
+        assert not result.latents_RTD[row, steps:].any()
         assert result.answer_ids[row] == wanted.answer_ids
         assert bool(result.stopped_R[row]) == wanted.stopped
         assert float(result.answer_logprob_R[row]) == pytest.approx(wanted.logprob, abs=1e-5)
         assert float(result.answer_margin_R[row]) == pytest.approx(wanted.margin, abs=1e-5)
+    return result
 
 
 def cases():
@@ -132,6 +138,15 @@ def test_the_engine_equals_the_oracle_where_latents_are_not_hidden_states():
 
 def test_the_engine_equals_the_oracle_without_end_of_thinking_tokens():
     check_against_oracle("llama", MASKS, [3, 1], 2, tiny.plan(2, end=0))
+
+
+@pytest.mark.parametrize("sampler", [NOISE, MASKS, Dropout(0.3, "ffn", ["thoughts"], "fresh")], ids=name)
+@families
+def test_the_engine_equals_the_oracle_where_rows_stop_thinking_by_a_token(family, sampler):
+    stop_id = STOP_IDS[family]
+    plan = tiny.plan(6, eos_id=tiny.EOS_IDS[family], answer=3, stop_id=stop_id)
+    result = check_against_oracle(family, sampler, [1, 9, 14], 4, plan)
+    assert len(set(result.steps_R.tolist())) > 1, "nothing to tell a fixed number of steps from"
 
 
 def assert_rows_equal(result, row, other, other_row):

@@ -18,7 +18,9 @@ from latent_tts.task.arith import Arith
 from latent_tts.training import coconut
 from latent_tts.training.curriculum import Curriculum, Stage, written_text
 
-CURRICULUM = Curriculum(written_updates=3, stage_updates=[2, 2], final_updates=3, latents=3, step_loss=0.5)
+CURRICULUM = Curriculum(
+    written_updates=3, stage_updates=[2, 2], final_updates=3, final_dropout=None, latents=3, step_loss=0.5
+)
 OPTIMIZATION = coconut.Optimization(
     batch=4, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False
 )
@@ -59,9 +61,19 @@ def test_written_text_leaves_out_the_hidden_steps():
     assert written_text(steps, "12", Stage(1, 2, None)) == "### 12"
 
 
-@pytest.mark.parametrize("wrong", [{"latents": 1}, {"final_updates": -1}, {"stage_updates": [-1]}, {"step_loss": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"latents": 1}, {"final_updates": -1}, {"stage_updates": [-1]}, {"step_loss": -1}, {"final_dropout": 1.0}]
+)
 def test_a_curriculum_refuses_bad_values(wrong):
-    values = {"written_updates": 1, "stage_updates": [1, 1], "final_updates": 1, "latents": 2, "step_loss": 0.5} | wrong
+    values = {
+        "written_updates": 1,
+        "stage_updates": [1, 1],
+        "final_updates": 1,
+        "final_dropout": None,
+        "latents": 2,
+        "step_loss": 0.5,
+    }
+    values |= wrong
     with pytest.raises(UsageError):
         Curriculum(**values)
 
@@ -102,7 +114,9 @@ def test_each_latent_is_asked_for_its_steps_result_and_then_for_the_answer(adapt
 
 
 def test_the_loss_falls(adapter, tmp_path):
-    long = Curriculum(written_updates=60, stage_updates=[], final_updates=0, latents=3, step_loss=0.0)
+    long = Curriculum(
+        written_updates=60, stage_updates=[], final_updates=0, final_dropout=None, latents=3, step_loss=0.0
+    )
     losses = []
     slower = replace(OPTIMIZATION, cosine_updates=60)
     train(

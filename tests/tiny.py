@@ -91,9 +91,9 @@ def plain_copy(lm: PreTrainedModel) -> PreTrainedModel:
     return lm
 
 
-def plan(latents: int, *, eos_id: int = NEVER, end: int = 1, answer: int = 6) -> Plan:
+def plan(latents: int, *, eos_id: int = NEVER, end: int = 1, answer: int = 6, stop_id: int | None = None) -> Plan:
     """A plan with `end` end-of-thinking tokens."""
-    return Plan(latents, [END_ID] * end, eos_id, answer)
+    return Plan(latents, [END_ID] * end, eos_id, answer, stop_id)
 
 
 def prompts(lengths: list[int]) -> list[list[int]]:

@@ -357,7 +357,7 @@ def _misfit(entry: Annotated, settings: Mapping[str, Any]) -> str | None:
     if not np.isfinite(entry.latents_NTD).all():
         return "latent_embeds is not finite"
     has_step_NT = ~np.isnan(entry.labels_NT)
-    if not has_step_NT[:, 0].all() or (has_step_NT[:, 1:] & ~has_step_NT[:, :-1]).any():
+    if (has_step_NT[:, 1:] & ~has_step_NT[:, :-1]).any():
         return "estimations has a step after one that is missing"
     if not ((entry.labels_NT >= 0) & (entry.labels_NT <= 1))[has_step_NT].all():
         return "estimations has labels outside of [0, 1]"

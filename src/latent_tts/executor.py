@@ -85,7 +85,7 @@ def _donor_latents(batch: list[Job], engine: Engine, rollouts: int) -> torch.Ten
 def _rows(batch: list[Job], rollouts: Rollouts, measured: dict[str, Any]) -> list[dict[str, Any]]:
     latents = rollouts.latents_RTD.numpy().astype("<f4", copy=False)
     logprob, margin = rollouts.answer_logprob_R.tolist(), rollouts.answer_margin_R.tolist()
-    stopped = rollouts.stopped_R.tolist()
+    stopped, steps = rollouts.stopped_R.tolist(), rollouts.steps_R.tolist()
     places = [(job.row_key, number) for job in batch for number in job.rollouts]
     return [
         {
@@ -95,8 +95,8 @@ def _rows(batch: list[Job], rollouts: Rollouts, measured: dict[str, Any]) -> lis
             "answer_logprob": logprob[row],
             "answer_margin": margin[row],
             "stop_reason": "eos" if stopped[row] else "length",
-            "latent_steps": latents.shape[1],
-            "latents": latents[row].tobytes(),
+            "latent_steps": steps[row],
+            "latents": latents[row, : steps[row]].tobytes(),
             **measured,
         }
         for row, (row_key, number) in enumerate(places)

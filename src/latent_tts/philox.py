@@ -29,6 +29,7 @@ class Stream(IntEnum):
     BOOTSTRAP = 4
     PROBLEM = 5
     TRAINING = 6
+    LINEAGE = 7
 
 
 def key_of(seed: int, name: str) -> tuple[int, int]:

@@ -31,7 +31,9 @@ class AttentionState:
         capacity: most tokens a suffix will have.
         prefix: per layer, keys and values (Q, H, L, K), right-padded.
         suffix: per layer, keys and values (R, H, capacity, K), allocated on first use.
-        used: tokens of every suffix so far.
+        used: slots of every suffix so far.
+        valid_RS: which of the slots hold something (R, capacity); None while all that are used do. Rows that think for
+            different numbers of steps go through the same slots.
     """
 
     lengths_Q: Tensor
@@ -40,19 +42,47 @@ class AttentionState:
     prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     suffix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     used: int = 0
+    valid_RS: Tensor | None = None
     reads_prefix: bool = False
 
     def positions(self, tokens: int) -> Tensor:
         """Position ids (R, tokens) of the next suffix tokens."""
-        start = self.lengths_Q.repeat_interleave(self.rollouts)[:, None] + self.used
-        return start + torch.arange(tokens, device=start.device)
+        start = self.lengths_Q.repeat_interleave(self.rollouts)[:, None]
+        if self.valid_RS is None:
+            return start + torch.arange(self.used, self.used + tokens, device=start.device)
+        counts = self.valid_RS[:, : self.used + tokens].cumsum(1)[:, self.used :]
+        return start + (counts - 1).clamp(min=0)  # the clamp is for slots that hold nothing
 
-    def select(self, questions: Tensor, rows: Tensor) -> None:
-        """Keep only some questions, and of them the suffixes `rows` (the same number for each, question-major)."""
-        self.lengths_Q = self.lengths_Q[questions]
-        self.rollouts = rows.shape[0] // questions.shape[0]
-        self.prefix = [(keys[questions], values[questions]) for keys, values in self.prefix]
-        self.suffix = [(keys[rows], values[rows]) for keys, values in self.suffix]
+    def fork(self, questions: Tensor, rows: Tensor, used: int | None = None) -> AttentionState:
+        """A state of its own with some of the questions and suffixes.
+
+        Args:
+            questions: which prefixes.
+            rows: suffixes, the same number for each of `questions`, question-major; a row may come several times.
+            used: how many slots of the suffixes to take; None takes all.
+        """
+        used = self.used if used is None else used
+
+        def part(tensor: Tensor) -> Tensor:
+            new = tensor.new_empty((rows.shape[0], *tensor.shape[1:]))
+            new[:, :, :used] = tensor[:, :, :used].index_select(0, rows)
+            return new
+
+        valid_RS = None if self.valid_RS is None else self.valid_RS[rows]
+        if valid_RS is not None:
+            valid_RS[:, used:] = True
+        everything = questions.shape[0] == self.lengths_Q.shape[0] and bool((questions.diff() == 1).all())
+        prefix = self.prefix if everything else [(keys[questions], values[questions]) for keys, values in self.prefix]
+        return AttentionState(
+            lengths_Q=self.lengths_Q[questions],
+            rollouts=rows.shape[0] // questions.shape[0],
+            capacity=self.capacity,
+            prefix=prefix,
+            suffix=[(part(keys), part(values)) for keys, values in self.suffix],
+            used=used,
+            valid_RS=valid_RS,
+            reads_prefix=self.reads_prefix,
+        )
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (R, H, S, K) to a layer's suffixes; returns all of them so far."""
@@ -123,6 +153,8 @@ def attend(
     if tokens > 1:
         future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=query.device).triu(state.used + 1)
         after = after.masked_fill(future.repeat(groups, 1), float("-inf"))
+    if state.valid_RS is not None:
+        after = after.masked_fill(~state.valid_RS[:, None, None, : keys.shape[2]], float("-inf"))
     weights = (
         torch.cat([before, after], dim=-1)
         .softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32))

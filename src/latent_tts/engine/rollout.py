@@ -1,15 +1,15 @@
 """The engine: Q prompts in, N rollouts of each out. It knows tokens and vectors, no text.
 
-One rollout is: the prompt; T latents, each the model's last hidden state fed back as the next input; the
+One rollout is: the prompt; T latents, each made from the model's last hidden state and fed back as the next input; the
 end-of-thinking tokens; an answer decoded greedily. A question's prompt is run once for its N rollouts unless the
 sampler masks it; the last prompt token belongs to each rollout if the sampler masks thoughts, because its pass makes
-h_1. The LM head runs only where an answer token is chosen.
+h_1. The LM head runs only where a token is chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,16 +27,18 @@ class Plan:
     """What a rollout of a model consists of.
 
     Attributes:
-        latents: T.
+        latents: T, or the most of them where rows stop by a token.
         thinking_end_ids: tokens forced after the last latent.
         eos_id: the token that ends an answer.
         max_answer_tokens: most tokens of an answer, the final eos not counted.
+        stop_id: a row stops thinking where this is the most probable next token; None for a fixed T.
     """
 
     latents: int
     thinking_end_ids: list[int]
     eos_id: int
     max_answer_tokens: int
+    stop_id: int | None = None
 
 
 @dataclass
@@ -44,7 +46,8 @@ class Rollouts:
     """R finished rollouts, question-major.
 
     Attributes:
-        latents_RTD: the vectors fed back, float32 on the CPU.
+        latents_RTD: the vectors fed back, float32 on the CPU; zeros from a row's own number of steps on.
+        steps_R: how many latents each row has.
         answer_ids: per row, the ids after the end of thinking, a final eos dropped.
         answer_logprob_R: summed log-probability of the answer's tokens, its eos included.
         answer_margin_R: smallest gap between the two highest logits of an answer position.
@@ -52,6 +55,7 @@ class Rollouts:
     """
 
     latents_RTD: Tensor
+    steps_R: Tensor
     answer_ids: list[list[int]]
     answer_logprob_R: Tensor
     answer_margin_R: Tensor
@@ -88,41 +92,130 @@ class Engine:
         Returns:
             The R rollouts.
         """
-        rows = draw.rollouts_R.shape[0]
         draw.donor_RTD = donor_RTD
         with MaskedSites(self.lm, sampler) as sites:
-            run = _Run(self, prompts, draw, sampler, sites, rows // len(prompts))
-            latents_RTD, ids_R1 = run.think()
-            return run.answer(latents_RTD, ids_R1)
+            return Thinking.start(self, prompts, draw, sites).think().answer()
 
 
-class _Run:
-    """The state of one call of `Engine.roll`."""
+class Thinking:
+    """R rollouts in the making: `start` runs the prompts, `think` makes the latents, `answer` decodes.
+
+    Searches and labels `fork` it between two latents. Everything happens under `torch.inference_mode` and inside the
+    `MaskedSites` of the sampler.
+
+    Attributes:
+        state: keys and values.
+        draw: random numbers of the rows.
+        latents_RTD: the latents so far, zeros elsewhere.
+        step: how many latents have been made (by the rows that still think).
+        thinking_R: rows that have not stopped by the token; None for a fixed T.
+        steps_R: latents of each row.
+    """
 
     def __init__(
-        self, engine: Engine, prompts: list[list[int]], draw: Draw, sampler: Sampler, sites: MaskedSites, rollouts: int
+        self,
+        engine: Engine,
+        sites: MaskedSites,
+        state: AttentionState,
+        draw: Draw,
+        latents_RTD: Tensor,
+        steps_R: Tensor,
+        step: int,
+        thinking_R: Tensor | None,
+        own_last: bool,
     ) -> None:
-        self.engine, self.plan, self.lm = engine, engine.plan, engine.lm
-        self.draw, self.sampler, self.sites = draw, sampler, sites
+        self.engine, self.plan, self.lm, self.sites = engine, engine.plan, engine.lm, sites
         self.embed: Callable[[Tensor], Tensor] = self.lm.get_input_embeddings()
-        device = engine.device
-        own_prompt = "prompt" in sampler.random_phases
+        self.state, self.draw, self.latents_RTD, self.steps_R = state, draw, latents_RTD, steps_R
+        self.step, self.thinking_R, self._own_last = step, thinking_R, own_last
+        self._pending_R1D: Tensor | None = latents_RTD[:, step - 1, None] if step else None
+        self._hidden_RD: Tensor | None = None
+        draw.history_RTD = latents_RTD
+
+    @classmethod
+    def start(cls, engine: Engine, prompts: list[list[int]], draw: Draw, sites: MaskedSites) -> Thinking:
+        """Run Q prompts for R = Q*N rows.
+
+        Args:
+            engine: the model.
+            prompts: Q lists of token ids, none empty.
+            draw: random numbers of the R rows, question-major.
+            sites: the sampler's hooks.
+        """
+        plan, device, phases = engine.plan, engine.device, sites.sampler.random_phases
+        rows = draw.rollouts_R.shape[0]
+        rollouts = rows // len(prompts)
+        own_prompt = "prompt" in phases
         # The last prompt token's pass makes h_1: it is the rollout's own if that pass is random.
-        own_last = self.plan.latents > 0 and (own_prompt or "thoughts" in sampler.random_phases)
+        own_last = plan.latents > 0 and (own_prompt or "thoughts" in phases)
         copies = rollouts if own_prompt else 1
         shared = [prompt[:-1] if own_last else prompt for prompt in prompts for _ in range(copies)]
         lengths = torch.tensor([len(ids) for ids in shared], device=device)
-        suffix = self.plan.latents + own_last + len(self.plan.thinking_end_ids) + self.plan.max_answer_tokens
-        self.state = AttentionState(lengths, rollouts // copies, suffix)
-        last = self._prefill(shared, lengths)
+        capacity = plan.latents + own_last + len(plan.thinking_end_ids) + plan.max_answer_tokens
+        state = AttentionState(lengths, rollouts // copies, capacity)
+        thinking_R = None
+        if plan.stop_id is not None:
+            thinking_R = torch.ones(rows, dtype=torch.bool, device=device)
+            state.valid_RS = torch.ones(rows, capacity, dtype=torch.bool, device=device)
+        latents_RTD = torch.zeros(rows, plan.latents, engine.width, dtype=engine.lm.dtype, device=device)
+        steps_R = torch.full((rows,), 0 if thinking_R is not None else plan.latents, device=device)
+        self = cls(engine, sites, state, draw, latents_RTD, steps_R, 0, thinking_R, own_last)
+        last_QD = self._prefill(shared, lengths)
         if own_last:
             ids = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-            self.hidden_RD = None
-            self.pending_R1D = self.embed(ids.repeat_interleave(rollouts))[:, None]
+            self._pending_R1D = self.embed(ids.repeat_interleave(rollouts))[:, None]
         else:
-            self.hidden_RD = last.repeat_interleave(self.state.rollouts, 0)
-            self.pending_R1D = None
-        self.state.reads_prefix = True
+            self._hidden_RD = last_QD.repeat_interleave(state.rollouts, 0)
+        state.reads_prefix = True
+        return self
+
+    def fork(self, rows: Tensor, draw: Draw, step: int | None = None) -> Thinking:
+        """Rollouts of their own that share the first latents with some of these; these stay as they are.
+
+        Args:
+            rows: which rows, those of a question side by side; a row may come several times. Cheapest if every
+                question has equally many: otherwise each row gets a copy of its prefix.
+            draw: random numbers of the new rows.
+            step: how many latents, at least 1, are shared (of use for rows that have as many); None for all.
+        """
+        step = self.step if step is None else step
+        owners = rows // self.state.rollouts
+        questions, counts = owners.unique_consecutive(return_counts=True)
+        if bool((counts != counts[0]).any()):
+            questions = owners
+        state = self.state.fork(questions, rows, step - 1 + self._own_last)
+        latents_RTD = torch.zeros_like(self.latents_RTD[:1]).repeat(rows.shape[0], 1, 1)
+        latents_RTD[:, :step] = self.latents_RTD[rows, :step]
+        thinking_R, steps_R = self.thinking_R, self.steps_R[rows]
+        if thinking_R is not None:
+            thinking_R, steps_R = steps_R >= step, steps_R.clamp(max=step)
+        if self.draw.donor_RTD is not None:
+            draw.donor_RTD = self.draw.donor_RTD[rows]
+        return Thinking(self.engine, self.sites, state, draw, latents_RTD, steps_R, step, thinking_R, self._own_last)
+
+    def think(self) -> Thinking:
+        """Make all latents that are still missing."""
+        while self.step < self.plan.latents and (self.thinking_R is None or bool(self.thinking_R.any())):
+            self.advance()
+        return self
+
+    def advance(self) -> Tensor:
+        """Make one more latent (R, D) of every row that still thinks (zeros elsewhere)."""
+        step = self.step
+        if self._pending_R1D is not None:
+            self._hidden_RD = self._feed(self._pending_R1D, Forward("thoughts", step, 1), self.thinking_R)
+        assert self._hidden_RD is not None
+        latent_RD = self.sites.sampler.latent(self.engine.reasoner.next_latent(self._hidden_RD), self.draw, step)
+        if self.thinking_R is not None:
+            head = self.lm.get_output_embeddings()
+            assert head is not None
+            self.thinking_R = self.thinking_R & (head(self._hidden_RD).argmax(-1) != self.plan.stop_id)
+            self.steps_R = self.steps_R + self.thinking_R
+            latent_RD = latent_RD * self.thinking_R[:, None]
+        self.latents_RTD[:, step] = latent_RD
+        self._pending_R1D = self.latents_RTD[:, step, None]
+        self.step += 1
+        return self.latents_RTD[:, step]
 
     def _prefill(self, prompts: list[list[int]], lengths: Tensor) -> Tensor:
         """Run the prompts, padded on the right; returns the hidden state (rows, D) of each one's last token."""
@@ -151,37 +244,30 @@ class _Run:
             inputs_embeds=embeddings, position_ids=positions, use_cache=False, state=self.state
         ).last_hidden_state
 
-    def _step(self, embeddings_RSD: Tensor, forward: Forward) -> Tensor:
-        """Append tokens to every suffix; returns the last one's hidden state (R, D)."""
+    def _feed(self, embeddings_RSD: Tensor, forward: Forward, first_valid_R: Tensor | None = None) -> Tensor:
+        """Append tokens to every suffix; returns the last one's hidden state (R, D).
+
+        In rows that `first_valid_R` excludes the first of the tokens leaves no trace.
+        """
+        if first_valid_R is not None and self.state.valid_RS is not None:
+            self.state.valid_RS[:, self.state.used] = first_valid_R
         self.sites.about_to_run(self.draw, forward)
         hidden = self._backbone(embeddings_RSD, self.state.positions(forward.tokens))
         self.state.used += forward.tokens
         return hidden[:, -1]
 
-    def think(self) -> tuple[Tensor, Tensor]:
-        """The T latents (R, T, D) of every row, and the embeddings (R, S, D) that are fed next."""
-        plan = self.plan
-        rows, width = self.draw.rollouts_R.shape[0], self.engine.width
-        latents_RTD = torch.empty(rows, plan.latents, width, dtype=self.lm.dtype, device=self.engine.device)
-        self.draw.history_RTD = latents_RTD
-        pending = self.pending_R1D
-        for step in range(plan.latents):
-            if pending is not None:
-                self.hidden_RD = self._step(pending, Forward("thoughts", step, 1))
-            assert self.hidden_RD is not None
-            latents_RTD[:, step] = self.sampler.latent(
-                self.engine.reasoner.next_latent(self.hidden_RD), self.draw, step
-            )
-            pending = latents_RTD[:, step, None]
-        end = torch.tensor(plan.thinking_end_ids, dtype=torch.long, device=self.engine.device)
-        end_RSD = self.embed(end).expand(rows, -1, -1)
-        return latents_RTD, end_RSD if pending is None else torch.cat([pending, end_RSD], dim=1)
-
-    def answer(self, latents_RTD: Tensor, embeddings_RSD: Tensor) -> Rollouts:
-        """Decode the answers; rows that finish leave the batch."""
+    def answer(self) -> Rollouts:
+        """Decode the answers; rows that finish leave the batch. Afterwards `fork` works, and nothing else."""
         plan, device, head = self.plan, self.engine.device, self.lm.get_output_embeddings()
         assert head is not None
-        rows = latents_RTD.shape[0]
+        rows = self.latents_RTD.shape[0]
+        kept = self.state, self.draw
+        self.state = replace(self.state, suffix=list(self.state.suffix))
+        end = torch.tensor(plan.thinking_end_ids, dtype=torch.long, device=device)
+        embeddings_RSD, first_valid_R = self.embed(end).expand(rows, -1, -1), None
+        if self._pending_R1D is not None:
+            embeddings_RSD = torch.cat([self._pending_R1D, embeddings_RSD], dim=1)
+            first_valid_R = self.thinking_R
         ids_RA = torch.full((rows, plan.max_answer_tokens), -1, device=device)
         lengths_R = torch.zeros(rows, dtype=torch.long, device=device)
         logprob_R = torch.zeros(rows, device=device)
@@ -191,8 +277,9 @@ class _Run:
         alive = torch.ones(rows, dtype=torch.bool, device=device)
         for position in range(plan.max_answer_tokens + 1):
             forward = Forward("answer", plan.latents + position, embeddings_RSD.shape[1])
-            logits = head(self._step(embeddings_RSD, forward)).float()
-            token = self.sampler.token(logits, self.draw, plan.latents + position)
+            logits = head(self._feed(embeddings_RSD, forward, first_valid_R)).float()
+            first_valid_R = None
+            token = self.sites.sampler.token(logits, self.draw, plan.latents + position)
             top = logits.topk(2, dim=-1).values
             chosen = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
             ended = token == plan.eos_id
@@ -211,8 +298,15 @@ class _Run:
                 break
             token, here, alive = self._leave(token, here, alive)
             embeddings_RSD = self.embed(token)[:, None]
-        answers = [ids[:length] for ids, length in zip(ids_RA.tolist(), lengths_R.tolist(), strict=True)]
-        return Rollouts(latents_RTD.float().cpu(), answers, logprob_R.cpu(), margin_R.cpu(), stopped_R.cpu())
+        self.state, self.draw = kept
+        return Rollouts(
+            latents_RTD=self.latents_RTD.float().cpu(),
+            steps_R=self.steps_R.cpu(),
+            answer_ids=[ids[:length] for ids, length in zip(ids_RA.tolist(), lengths_R.tolist(), strict=True)],
+            answer_logprob_R=logprob_R.cpu(),
+            answer_margin_R=margin_R.cpu(),
+            stopped_R=stopped_R.cpu(),
+        )
 
     def _leave(self, token: Tensor, here: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Drop finished rows once enough have finished; the rest stays a questions x rollouts grid."""
@@ -225,6 +319,6 @@ class _Run:
         # within a question the rows still alive first; finished ones fill up the shorter questions
         order = alive_QN[questions].int().argsort(dim=1, descending=True, stable=True)[:, :most]
         rows = (questions[:, None] * self.state.rollouts + order).flatten()
-        self.state.select(questions, rows)
+        self.state = self.state.fork(questions, rows)
         self.draw = self.draw.rows(rows)
         return token[rows], here[rows], alive[rows]

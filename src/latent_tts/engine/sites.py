@@ -23,7 +23,7 @@ class MaskedSites:
     """
 
     def __init__(self, lm: PreTrainedModel, sampler: Sampler) -> None:
-        self._sampler = sampler
+        self.sampler = sampler
         self._draw: Draw | None = None
         self._forward: Forward | None = None
         self._handles = []
@@ -52,7 +52,7 @@ class MaskedSites:
     def _apply(self, site: Site, layer: int, output: Tensor) -> Tensor:
         if self._draw is None or self._forward is None:
             return output
-        factors = self._sampler.factors(site, layer, self._draw, self._forward)
+        factors = self.sampler.factors(site, layer, self._draw, self._forward)
         return output if factors is None else (output * factors).to(output.dtype)
 
     def _embedding(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

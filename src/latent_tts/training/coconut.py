@@ -174,6 +174,13 @@ def exact_match(lm: PreTrainedModel, adapter: Coconut, questions: list[Question]
     return hits / len(questions)
 
 
+def set_dropout(lm: PreTrainedModel, rate: float) -> None:
+    """Give every dropout module that is in use another rate."""
+    for module in lm.modules():
+        if isinstance(module, torch.nn.Dropout) and module.p > 0:
+            module.p = rate
+
+
 def question_batches(stream: Iterator[Question], batch: int) -> Iterator[list[Question]]:
     """Batches of like length: `POOL` batches are drawn at once, sorted by length and handed out in a fixed order."""
     for pool in iter(lambda: list(islice(stream, POOL * batch)), []):
@@ -231,6 +238,8 @@ def train(
     with (output / "loss.jsonl").open("a") as loss_log:
         for update in range(done, updates):
             stage = curriculum.stage_at(update)
+            if stage.hidden_steps is None and curriculum.final_dropout is not None:
+                set_dropout(lm, curriculum.final_dropout)
             torch.manual_seed(philox((update, 0, 0, int(Stream.TRAINING)), key)[0])
             batch = encode_batch(adapter, next(batches), stage)
             with torch.autocast("cpu", torch.bfloat16, enabled=optimization.bf16):

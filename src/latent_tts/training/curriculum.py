@@ -34,6 +34,7 @@ class Curriculum:
         written_updates: updates with every step written out.
         stage_updates: updates with 1, 2, ... latents, each hiding one step more.
         final_updates: updates with `latents` latents and no written step.
+        final_dropout: dropout rate of those; null keeps the backbone's (high from the start it slows learning).
         latents: T of the trained reasoner; at least the number of stages.
         step_loss: weight of asking each latent for the result of the step it stands for; 0 is plain COCONUT.
     """
@@ -41,6 +42,7 @@ class Curriculum:
     written_updates: int
     stage_updates: Sequence[int]
     final_updates: int
+    final_dropout: float | None
     latents: int
     step_loss: float
 
@@ -52,6 +54,8 @@ class Curriculum:
             raise bad_value("curriculum.stage_updates", list(self.stage_updates), "numbers of updates, 0 or more")
         if not (is_number(self.step_loss) and self.step_loss >= 0):
             raise bad_value("curriculum.step_loss", self.step_loss, "a weight, 0 or more")
+        if self.final_dropout is not None and not (is_number(self.final_dropout) and 0 <= self.final_dropout < 1):
+            raise bad_value("curriculum.final_dropout", self.final_dropout, "in [0, 1), or null")
         if self.latents < max(1, len(self.stage_updates)):
             raise bad_value("model.latents", self.latents, f"at least the {len(self.stage_updates)} stages")
 

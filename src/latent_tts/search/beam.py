@@ -1,0 +1,165 @@
+"""`search=beam`: beam search over latents, guided by a LatentRM.
+
+The paper describes such a search and its official repository never released one, so this is our definition. A
+question's root is its prompt. At step t each beam is expanded to `candidates` continuations: its next latent is made
+`candidates` times, with random numbers keyed by (lineage of the beam, t, candidate). The first step expands the root to
+all n = beams * candidates at once. A prefix is ranked by its cumulative score, the LatentRM's step scores so far under
+`scorer.reduce`; the `beams` best survive, ties going to the lower index (better parents' children come first). With
+`diverse` each beam keeps the best of its own candidates, so that subtrees never merge (as in DVTS). After the last step
+the survivors decode their answers and are the question's rollouts, best first. A row that ended its thinking by a token
+has one continuation, itself.
+
+Every step runs n rows a question, so that the latent part costs what n independent rollouts cost.
+
+Source: You et al. (arXiv 2510.07745), section 4, for the idea; Beeching et al. 2024 ("Scaling test-time compute") for
+the diverse variant; ours for everything undefined there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from latent_tts.errors import bad_value, is_whole
+from latent_tts.philox import Stream, key_of, philox
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latent_tts.engine.rollout import Engine, Rollouts
+    from latent_tts.engine.scoring import LatentScorer
+    from latent_tts.types import Sampler
+
+
+@dataclass(frozen=True)
+class Beam:
+    """A beam search of one size.
+
+    Attributes:
+        beams: prefixes kept after every step.
+        candidates: continuations of each.
+        diverse: keep the best candidate of each beam instead of the best of all.
+    """
+
+    beams: int
+    candidates: int
+    diverse: bool
+
+    name: ClassVar[str] = "beam"
+
+    def __post_init__(self) -> None:
+        for key in ("beams", "candidates"):
+            value = getattr(self, key)
+            if not (is_whole(value) and value >= 1):
+                raise bad_value(f"search.{key}", value, "a positive integer")
+        if not isinstance(self.diverse, bool):
+            raise bad_value("search.diverse", self.diverse, "true or false")
+
+    def check(self, n: int) -> None:
+        """Raises UsageError unless n rollouts are what this search costs."""
+        if self.beams * self.candidates != n:
+            raise bad_value(
+                "n", n, f"search.beams={self.beams} times search.candidates={self.candidates}, which cost as much"
+            )
+
+    def roll(
+        self,
+        engine: Engine,
+        scorer: LatentScorer,
+        reduce: str,
+        prompts: list[list[int]],
+        question_ids: Sequence[str],
+        sampler: Sampler,
+        seed: int,
+    ) -> Rollouts:
+        """The surviving beams of Q questions, `beams` of each, question-major and best first.
+
+        Args:
+            engine: the loaded reasoner.
+            scorer: the loaded LatentRM.
+            reduce: how step scores make the score of a prefix: `sum`, `mean` or `last`.
+            prompts: Q lists of token ids.
+            question_ids: key the random numbers.
+            sampler: what makes candidates differ.
+            seed: of the run.
+        """
+        import torch
+
+        from latent_tts.engine.rollout import Thinking
+        from latent_tts.engine.sites import MaskedSites
+        from latent_tts.rng import Draw
+
+        n, device, latents = self.beams * self.candidates, engine.device, engine.plan.latents
+        keys = torch.tensor([key_of(seed, f"{question} beams") for question in question_ids], device=device)
+        owner = torch.arange(len(prompts), device=device)[:, None]
+
+        def draw_of(lineages_QC: Tensor) -> Draw:
+            keys_R2 = keys.repeat_interleave(lineages_QC.shape[1], 0)
+            return Draw(keys_R2, lineages_QC.flatten(), engine.width, engine.blocks)
+
+        with torch.inference_mode(), MaskedSites(engine.lm, sampler) as sites:
+            candidate_C = torch.arange(n, device=device)
+            lineages_QC = children(torch.zeros(len(prompts), n, dtype=torch.long, device=device), 0, candidate_C)
+            thinking = Thinking.start(engine, prompts, draw_of(lineages_QC), sites)
+            scores = scorer.open(prompts, n, latents)
+            so_far_QCT = torch.full((len(prompts), n, latents), float("nan"), dtype=torch.float64, device=device)
+            for step in range(latents):
+                latent_RD = thinking.advance()
+                step_score_QC = scorer.extend(scores, latent_RD[:, None]).view(len(prompts), n).to(device)
+                alive_QC = None if thinking.thinking_R is None else thinking.thinking_R.view(len(prompts), n)
+                if alive_QC is not None:
+                    step_score_QC = step_score_QC.masked_fill(~alive_QC, float("nan"))
+                so_far_QCT[..., step] = step_score_QC
+                rank_QC = reduced(so_far_QCT, reduce)
+                if alive_QC is not None and step:  # of a finished beam's candidates, all the same, the first
+                    again = ~alive_QC & (candidate_C % self.candidates != 0)
+                    rank_QC = rank_QC.masked_fill(again, float("-inf"))
+                kept_QB = self._best(rank_QC)
+                last = step == latents - 1
+                chosen_QC = kept_QB if last else kept_QB.repeat_interleave(self.candidates, 1)
+                rows = (owner * n + chosen_QC).flatten()
+                parents_QC = lineages_QC.gather(1, chosen_QC)
+                if not last:
+                    parents_QC = children(parents_QC, step + 1, candidate_C % self.candidates)
+                lineages_QC = parents_QC
+                thinking = thinking.fork(rows, draw_of(lineages_QC))
+                if not last:
+                    scores = scores.fork(owner[:, 0], rows)
+                    so_far_QCT = so_far_QCT.flatten(0, 1)[rows].view_as(so_far_QCT)
+            return thinking.answer()
+
+    def _best(self, rank_QC: Tensor) -> Tensor:
+        """Which candidates survive (Q, beams), best first; a tie goes to the lower index."""
+        if not self.diverse:
+            return rank_QC.argsort(dim=1, descending=True, stable=True)[:, : self.beams]
+        import torch
+
+        groups = rank_QC.view(len(rank_QC), self.beams, self.candidates)
+        best_QB = groups.argsort(dim=2, descending=True, stable=True)[..., 0]
+        survivors = best_QB + torch.arange(self.beams, device=rank_QC.device) * self.candidates
+        order = rank_QC.gather(1, survivors).argsort(dim=1, descending=True, stable=True)
+        return survivors.gather(1, order)
+
+
+def children(parents_QC: Tensor, step: int, candidate_C: Tensor) -> Tensor:
+    """Lineages of continuations: 32-bit codes, each a hash of (lineage of the parent, step, candidate).
+
+    They stand where other searches have rollout numbers. Two of the prefixes alive at one step share a code, and so
+    become the same continuation, with probability 2**-32.
+    """
+    counter = parents_QC, step, candidate_C.expand_as(parents_QC), int(Stream.LINEAGE)
+    return philox(counter, key_of(0, "lineages"))[0]
+
+
+def reduced(step_scores_QCT: Tensor, reduce: str) -> Tensor:
+    """Scores of prefixes (Q, C) from step scores, NaN at steps that a row does not have; -inf for a row with none."""
+    has = ~step_scores_QCT.isnan()
+    count_QC = has.sum(-1)
+    if reduce == "last":
+        last = step_scores_QCT.gather(-1, (count_QC - 1).clamp(min=0)[..., None])[..., 0]
+    else:
+        last = step_scores_QCT.nansum(-1)
+        if reduce == "mean":
+            last = last / count_QC.clamp(min=1)
+    return last.masked_fill(count_QC == 0, float("-inf"))
