@@ -299,8 +299,9 @@ class RolloutArrays:
 
     def questions(self, part: slice) -> RolloutArrays:
         """The same for some of the questions."""
-        arrays = (self.prediction_QD, self.correct_QD, self.answer_logprob_QD, self.score_QD)
-        return RolloutArrays(*(array[part] for array in arrays))
+        return RolloutArrays(
+            self.prediction_QD[part], self.correct_QD[part], self.answer_logprob_QD[part], self.score_QD[part]
+        )
 
 
 class Aggregator(Protocol):
