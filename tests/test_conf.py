@@ -11,7 +11,11 @@ from omegaconf import OmegaConf
 from latent_tts import config
 
 CONF = Path(config.conf_dir())
-GROUPS = {"rescore": ["scorer", "aggregator"], "run": ["model", "task", "sampler", "budget", "scorer", "aggregator"], "train_reasoner": ["model", "task"]}
+GROUPS = {
+    "rescore": ["scorer", "aggregator"],
+    "run": ["model", "task", "sampler", "budget", "scorer", "aggregator"],
+    "train_reasoner": ["model", "task"],
+}
 OPTIONS = [
     (command, group, path.stem)
     for command, groups in GROUPS.items()

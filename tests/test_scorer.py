@@ -3,6 +3,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,14 +12,18 @@ import pytest
 import torch
 
 import tiny
-from latent_tts import store
+from latent_tts import config, store
+from latent_tts.commands import scoring
+from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.scorer.auto import auto
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
+from latent_tts.task.arith import Arith
 from test_bad_input import check
 
 SCORED = {"best_of_n", "weighted"}
+WIDE = Path(__file__).parent / "parity" / "latent_rm"
 
 
 @pytest.fixture
@@ -51,11 +57,17 @@ def test_without_a_scorer_the_default_run_says_so_in_one_line_and_reports_no_sco
     assert result.err.count("scorer=auto") == 1
     assert set(metrics["aggregator"]) == {"", "majority", "likelihood"}
     assert rollouts["score"].isna().all()
-    assert "scorer=auto" not in run("scorer=none").err
+
+
+def value(table, metric, aggregator="", n=4):
+    found = table[(table["metric"] == metric) & (table["aggregator"] == aggregator) & (table["n"] == n)]
+    return found["value"].item()
 
 
 def test_a_run_with_a_scorer_reports_every_pick_from_the_same_rollouts(run, scored, latent_rm):
-    plain, _, _ = tables(run())
+    result = run("scorer=none")
+    assert "scorer=auto" not in result.err
+    plain, plain_metrics, _ = tables(result)
     rollouts, metrics, record = tables(scored("budget=ladder"))
     pd.testing.assert_frame_equal(plain.drop(columns="score"), rollouts.drop(columns="score"))
     assert rollouts["score"].notna().all()
@@ -63,98 +75,72 @@ def test_a_run_with_a_scorer_reports_every_pick_from_the_same_rollouts(run, scor
     assert set(metrics["scorer"]) == {f"latent_rm:{latent_rm}"}
     assert record["rollouts"] == {"total": 24, "drawn_now": 0, "scored_now": 24}
     best = rollouts.sort_values(["score", "rollout"], ascending=[False, True]).groupby("question_id").first()
-    at_4 = metrics[(metrics["n"] == 4) & (metrics["aggregator"] == "best_of_n")]
-    assert at_4["value"].item() == best["correct"].mean()
-
-
-def test_scores_are_kept_and_reductions_share_them(scored):
-    first, _, _ = tables(scored("scorer.reduce=sum"))
-    again, _, record = tables(scored("scorer.reduce=sum"))
-    pd.testing.assert_frame_equal(first, again)
-    assert record["rollouts"]["scored_now"] == 0
-    mean, metrics, record = tables(scored("scorer.reduce=mean"))
-    assert record["rollouts"]["scored_now"] == 0
-    np.testing.assert_allclose(mean["score"], first["score"] / 6, rtol=1e-5)
-    assert "scorer.reduce=mean" in metrics["settings"].iloc[0]
-    last, _, _ = tables(scored("scorer.reduce=last"))
-    assert not np.allclose(last["score"], mean["score"])
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_the_rows_of_a_batch_do_not_change_the_scores(scored, rows):
-    a, _, _ = tables(scored())
-    b, _, _ = tables(scored(f"engine.rows={rows}", f"paths.cache=rows{rows}"))
-    np.testing.assert_allclose(a["score"], b["score"], rtol=0, atol=1e-4)
-
-
-def test_a_scorers_cost_is_in_the_tables(run, scored):
-    _, plain, _ = tables(run())
-    _, with_scores, record = tables(scored())
-
-    def value(table, metric):
-        return table.loc[table["metric"] == metric, "value"].item()
-
+    assert value(metrics, "accuracy", "best_of_n") == best["correct"].mean()
     # the LatentRM has the reasoner's shape, but no answers to decode and no vocabulary to rank
-    assert value(plain, "gflops") < value(with_scores, "gflops") < 2 * value(plain, "gflops")
-    added = value(with_scores, "seconds") - value(plain, "seconds")
+    assert value(plain_metrics, "gflops") < value(metrics, "gflops") < 2 * value(plain_metrics, "gflops")
+    added = value(metrics, "seconds") - value(plain_metrics, "seconds")
     assert added == pytest.approx(record["seconds"]["scoring"] / 6)
 
 
-def test_official_positions_depend_on_the_longest_answer_of_the_question(scored, checkpoint, latent_rm):
-    rollouts, metrics, _ = tables(scored("scorer.positions=official", "keep_latents=true"))
-    assert "scorer.positions=official" in metrics["settings"].iloc[0]
-    correct, _, _ = tables(scored())
-    folder = max(Path("outputs/run").iterdir(), key=lambda path: (path / "latents.safetensors").exists())
-    latents = store.read_latents(folder, rollouts["latent_steps"])
-    longest = rollouts.groupby("question_id")["answer_tokens"].transform("max")
-    shift = longest - rollouts["answer_tokens"]
-    assert 0 < (shift == 0).mean() < 1, "the tiny reasoner should write answers of several lengths"
-    same = shift == 0
-    np.testing.assert_allclose(rollouts["score"][same], correct["score"][same], atol=1e-4)
-    assert (np.abs(rollouts["score"] - correct["score"])[~same] > 1e-3).all()
-    # one row by hand
-    row = int(np.flatnonzero(~same)[0])
-    adapter = Coconut("c", str(checkpoint), 6, {})
-    from latent_tts.task.arith import Arith
-
-    question = next(q for q in Arith("test", 6, [2, 3, 4, 5], 0).questions() if q.id == rollouts["question_id"][row])
-    prompt = adapter.encode(question)
-    model = LatentRM(str(latent_rm), None, "correct").load(device="cpu", dtype="float32")
-    backbone = tiny.plain_copy(model.backbone)
-    embedded = backbone.get_input_embeddings()(torch.tensor(prompt))
-    embedded = torch.cat([embedded, torch.tensor(latents[row])])[None]
-    positions = torch.arange(embedded.shape[1])[None] + int(shift[row])
-    hidden = backbone(inputs_embeds=embedded, position_ids=positions).last_hidden_state[0, len(prompt) :]
-    assert model.classifier(hidden).sum().item() == pytest.approx(rollouts["score"][row], abs=1e-4)
+def test_scores_are_kept_for_every_reduction_and_no_batch_changes_them(scored, ltts):
+    total, _, _ = tables(scored())
+    mean, metrics, record = tables(scored("scorer.reduce=mean"))
+    assert record["rollouts"]["scored_now"] == 0
+    assert "scorer.reduce=mean" in metrics["settings"].iloc[0]
+    np.testing.assert_allclose(mean["score"], total["score"] / 6, rtol=1e-5)
+    small = scored("engine.rows=3", "paths.cache=other", "scorer.reduce=last")
+    last, _, record = tables(small)
+    assert record["rollouts"]["scored_now"] == 24
+    again, _, record = tables(scored("scorer.reduce=last"))
+    assert record["rollouts"]["scored_now"] == 0
+    np.testing.assert_allclose(last["score"], again["score"], rtol=0, atol=1e-4)
+    assert not np.allclose(last["score"], mean["score"])
+    result = ltts("compare", small.last.parent, small.last.parent)
+    assert result.code == 0, result.err
+    assert "best_of_n" in result.out
+    assert "weighted" in result.out
 
 
 def test_the_weighted_vote_takes_its_temperature_from_the_scorer(run, checkpoint, tmp_path):
     folder = tiny.write_latent_rm(tmp_path / "rm", checkpoint, {"temperature": 0.125, "reduce": "mean"})
-    result = run("scorer=latent_rm", f"scorer.checkpoint={folder}", "aggregator=weighted")
-    _, metrics, record = tables(result)
+    chosen = ("scorer=latent_rm", f"scorer.checkpoint={folder}", "aggregator=weighted")
+    _, metrics, record = tables(run(*chosen))
     assert record["aggregators"]["weighted"]["temperature"] == 0.125
     assert set(metrics["aggregator"]) == {"", "weighted"}
-    own = run(
-        "scorer=latent_rm", f"scorer.checkpoint={folder}", "aggregator=weighted", "aggregator.weighted.temperature=2"
-    )
-    _, metrics, record = tables(own)
+    _, metrics, record = tables(run(*chosen, "aggregator.weighted.temperature=2"))
     assert record["aggregators"]["weighted"]["temperature"] == 2
     assert "aggregator.weighted.temperature=2" in metrics["settings"].iloc[0]
 
 
-def test_bfloat16_scores_are_close_and_kept_apart(scored):
-    a, _, _ = tables(scored())
-    b, _, _ = tables(scored("engine.dtype=bfloat16"))
-    assert len(a) == len(b)
-    assert b["score"].dtype == "Float32" or b["score"].dtype == np.float32
-
-
-def test_compare_reads_runs_with_scores(scored, ltts):
-    folder = scored().last.parent
-    result = ltts("compare", folder, folder)
-    assert result.code == 0, result.err
-    assert "best_of_n" in result.out
-    assert "weighted" in result.out
+@pytest.mark.parametrize("positions", ["correct", "official"])
+def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp_path, positions):
+    adapter = Coconut("tiny", str(checkpoint), 6, {})
+    scorer = LatentRM(str(latent_rm), None, positions)
+    questions = Arith(split="test", limit=2, steps=[2, 3, 4, 5], seed=0).questions()
+    prompts = {question.id: adapter.encode(question) for question in questions}
+    texts = ["### 12", "### 7", "5 ### 200", "### 3", "### 4", "### 1234"]
+    answer_tokens = [2, 2, 3, 2, 2, 5]  # long numbers are spelt
+    latents = list(torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(1)).numpy())
+    prepared: Any = SimpleNamespace(adapter=adapter, questions=questions, prompts=prompts, n=3)
+    prepared.row_key = lambda question: question.id
+    prepared.wanted = lambda: pd.DataFrame(
+        [(q.id, i) for q in questions for i in range(3)], columns=["row_key", "rollout"]
+    )
+    cfg = config.node({"engine": {"device": "cpu", "dtype": "float32", "rows": None}})
+    scores = scoring.score(cfg, prepared, scorer, tmp_path / "cache", texts, latents)
+    assert scores.scored_now == 6
+    assert scores.prefills == ([1, 1] if positions == "correct" else [2, 2])
+    model = scorer.load(device="cpu", dtype="float32")
+    for row, tokens in enumerate(answer_tokens):
+        longest = max(answer_tokens[:3] if row < 3 else answer_tokens[3:])
+        shift = longest - tokens if positions == "official" else 0
+        prompt = prompts[questions[row // 3].id]
+        vectors = torch.cat([model.backbone.wte(torch.tensor(prompt)), torch.tensor(latents[row])])
+        places = shift + torch.arange(len(vectors))
+        hidden = model.backbone(inputs_embeds=vectors[None], position_ids=places[None]).last_hidden_state[0]
+        assert model.classifier(hidden[len(prompt) :]).sum().item() == pytest.approx(scores.score[row], abs=1e-4)
+    again = scoring.score(cfg, prepared, scorer, tmp_path / "cache", texts, latents)
+    assert again.scored_now == 0
 
 
 def test_the_head_stays_in_float32_under_bfloat16(latent_rm):
@@ -186,9 +172,14 @@ def test_rescoring_equals_a_run_with_that_scorer_and_draws_nothing(run, scored, 
     assert direct_record["rollouts"]["scored_now"] == 0
     pd.testing.assert_frame_equal(rollouts, direct)
     pd.testing.assert_frame_equal(metrics, direct_metrics)
-    steps = pd.read_parquet(max(Path("outputs/rescore").iterdir()) / "scores.parquet")
+    folder = max(Path("outputs/rescore").iterdir())
+    steps = pd.read_parquet(folder / "scores.parquet")
     assert list(steps.columns) == ["question_id", "rollout", "score", "step_scores"]
     np.testing.assert_allclose([np.mean(row) for row in steps["step_scores"]], steps["score"], rtol=1e-5)
+    # what has been rescored can be rescored again
+    last, _, record = tables(rescore(ltts, folder, latent_rm, "scorer.reduce=last"))
+    assert record["rollouts"]["scored_now"] == 0
+    np.testing.assert_allclose([row[-1] for row in steps["step_scores"]], last["score"], rtol=1e-5)
 
 
 def test_kept_latents_are_enough_to_rescore(run, ltts, latent_rm, tmp_path):
@@ -200,40 +191,21 @@ def test_kept_latents_are_enough_to_rescore(run, ltts, latent_rm, tmp_path):
     assert metrics.loc[metrics["metric"] == "seconds", "value"].isna().all()
 
 
-def test_a_rescored_run_can_be_rescored_and_collected(run, ltts, latent_rm, checkpoint, tmp_path):
-    other = tiny.write_latent_rm(tmp_path / "other", checkpoint, seed=6)
-    source = run().last.parent
-    once = rescore(ltts, source, latent_rm).last.parent
-    twice, metrics, _ = tables(rescore(ltts, once, other))
-    straight, _, _ = tables(rescore(ltts, source, other))
-    pd.testing.assert_frame_equal(twice, straight)
-    assert set(metrics["scorer"]) == {f"latent_rm:{other}"}
-    result = ltts("collect", "outputs", "output=all.csv")
-    assert result.code == 0, result.err
-    assert len(set(pd.read_csv("all.csv")["scorer"].dropna())) == 2
-
-
-def test_rescoring_refuses_what_has_no_latents_or_no_scorer(run, ltts, latent_rm, tmp_path):
-    source = run().last.parent
+def test_rescoring_refuses_what_has_no_latents_or_no_scorer(run, ltts, latent_rm, checkpoint, tmp_path):
+    copied = shutil.copytree(checkpoint, tmp_path / "copied")
+    source = run(f"model.checkpoint={copied}").last.parent
     check(ltts("rescore", source), "scorer=auto", "scorer.checkpoint")
     check(ltts("rescore", source, "scorer=none"), "scorer=none", "scorer.checkpoint")
     check(ltts("rescore"), "run")
-    check(rescore(ltts, tmp_path / "nowhere", latent_rm), "nowhere", "run.json")
-    check(rescore(ltts, source, latent_rm, "engine.rows=0"), "engine.rows=0")
     shutil.rmtree(tmp_path / "cache")
     check(rescore(ltts, source, latent_rm), "neither in the cache", "latents.safetensors", "keep_latents=true")
+    config_json = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config_json | {"embd_pdrop": 0.3}))
+    check(rescore(ltts, source, latent_rm), "has changed since")
     (source / "run.json").write_text("{}")
     check(rescore(ltts, source, latent_rm), "lacks", "config")
     (source / "run.json").unlink()
-    check(rescore(ltts, source, latent_rm), "run.json")
-
-
-def test_rescoring_refuses_a_reasoner_that_has_changed(run, ltts, latent_rm, checkpoint, tmp_path):
-    copied = shutil.copytree(checkpoint, tmp_path / "copied")
-    source = run(f"model.checkpoint={copied}").last.parent
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps(config | {"embd_pdrop": 0.3}))
-    check(rescore(ltts, source, latent_rm), "has changed since")
+    check(rescore(ltts, source, latent_rm), str(source), "run.json")
 
 
 # Bad input
@@ -248,9 +220,9 @@ def test_rescoring_refuses_a_reasoner_that_has_changed(run, ltts, latent_rm, che
         (["scorer=latent_rm"], ["scorer.checkpoint=null", "names no LatentRM"]),
         (["scorer=latent_rm", "scorer.checkpoint=no/such/folder"], ["scorer.checkpoint=no/such/folder"]),
         (["aggregator=best_of_n"], ["aggregator=best_of_n", "needs a scorer", "scorer=auto"]),
-        (["aggregator=[majority,weighted]"], ["aggregator=weighted", "needs a scorer"]),
-        (["scorer=none", "aggregator=weighted"], ["aggregator=weighted", "needs a scorer", "scorer=none"]),
+        (["scorer=none", "aggregator=[majority,weighted]"], ["aggregator=weighted", "needs a scorer", "scorer=none"]),
         (["aggregator.weighted.temperature=0"], ["aggregator.weighted.temperature=0", "positive"]),
+        (["scorer=latent_rm", f"scorer.checkpoint={WIDE}"], ["scorer.checkpoint", "width 64", "have 16"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else None,
 )
@@ -258,25 +230,8 @@ def test_a_bad_override(run, overrides, words):
     check(run(*overrides), *words)
 
 
-def test_the_models_own_choices_reach_the_scorer(scored):
-    check(scored("scorer.reduce=max"), "scorer.reduce=max")
-    check(scored("scorer.positions=left"), "scorer.positions=left")
+def test_a_scorer_without_latents_to_score(scored):
     check(scored("model.latents=0"), "model.latents=0")
-
-
-def test_a_latent_rm_of_another_width(run, tmp_path):
-    wide = Path(__file__).parent / "parity" / "latent_rm"
-    check(run("scorer=latent_rm", f"scorer.checkpoint={wide}"), "scorer.checkpoint", "width 64", "have 16")
-
-
-def test_a_checkpoint_that_is_no_latent_rm(run, checkpoint):
-    check(run("scorer=latent_rm", f"scorer.checkpoint={checkpoint}"), "no LatentRM", "classifier.weight missing")
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_scorer_checkpoint_without_a_file(scored, latent_rm, name):
-    (latent_rm / name).unlink()
-    check(scored(), "scorer.checkpoint", f"lacks {name}")
 
 
 def test_a_truncated_scorer_checkpoint(scored, latent_rm):
@@ -285,17 +240,38 @@ def test_a_truncated_scorer_checkpoint(scored, latent_rm):
     check(scored(), "scorer.checkpoint", "truncated")
 
 
-def test_official_positions_need_a_tokenizer_and_correct_ones_do_not(scored, latent_rm):
+@pytest.fixture
+def reasoner(checkpoint):
+    return Coconut("tiny", str(checkpoint), 6, {})
+
+
+def refused(folder, reasoner, *words, reduce=None, positions="correct"):
+    with pytest.raises(UsageError) as caught:
+        LatentRM(str(folder), reduce, positions).check(reasoner, {})
+    for word in ("scorer.checkpoint", *words):
+        assert word in str(caught.value)
+
+
+def test_a_checkpoint_that_is_no_latent_rm(checkpoint, reasoner):
+    refused(checkpoint, reasoner, "no LatentRM", "classifier.weight missing")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_scorer_checkpoint_without_a_file(latent_rm, reasoner, name):
+    (latent_rm / name).unlink()
+    refused(latent_rm, reasoner, f"lacks {name}")
+
+
+def test_official_positions_need_a_tokenizer_and_correct_ones_do_not(latent_rm, reasoner):
     (latent_rm / "tokenizer.json").unlink()
-    assert scored().code == 0
-    check(scored("scorer.positions=official"), "scorer.checkpoint", "lacks tokenizer.json")
+    assert LatentRM(str(latent_rm), None, "correct").check(reasoner, {}) == []
+    refused(latent_rm, reasoner, "lacks tokenizer.json", positions="official")
 
 
-def test_too_few_positions(run, checkpoint, tmp_path):
-    folder = tiny.write_latent_rm(tmp_path / "short", checkpoint)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"n_positions": 20}))
-    check(run("scorer=latent_rm", f"scorer.checkpoint={folder}"), "has 20 positions")
+def test_too_few_positions(scored, latent_rm):
+    config_json = json.loads((latent_rm / "config.json").read_text())
+    (latent_rm / "config.json").write_text(json.dumps(config_json | {"n_positions": 20}))
+    check(scored(), "has 20 positions")
 
 
 @pytest.mark.parametrize(
@@ -306,31 +282,34 @@ def test_too_few_positions(run, checkpoint, tmp_path):
         ([], ["does not hold an object"]),
     ],
 )
-def test_a_config_that_says_nonsense(run, checkpoint, tmp_path, trained, words):
-    folder = tiny.write_latent_rm(tmp_path / "rm", checkpoint, trained)
-    check(run("scorer=latent_rm", f"scorer.checkpoint={folder}"), "scorer.checkpoint", *words)
+def test_a_config_that_says_nonsense(checkpoint, reasoner, tmp_path, trained, words):
+    refused(tiny.write_latent_rm(tmp_path / "rm", checkpoint, trained), reasoner, *words)
 
 
-def test_another_reasoner_or_sampler_than_it_was_trained_for_is_a_warning(run, checkpoint, tmp_path):
-    reasoner = Coconut("tiny", str(checkpoint), 6, {})
-    dropout = {
-        "_target_": "latent_tts.sampler.dropout.Dropout", "rate": 0.1, "site": "ffn", "where": ["thoughts"],
-        "mask": "fresh",
-    }  # fmt: skip
+DROPOUT = {"_target_": "latent_tts.sampler.dropout.Dropout", "rate": 0.1, "site": "ffn", "where": ["thoughts"]}
 
-    def warnings(trained, *arguments):
-        folder = tiny.write_latent_rm(tmp_path / "rm", checkpoint, trained)
-        result = run("scorer=latent_rm", f"scorer.checkpoint={folder}", *arguments)
-        assert result.code == 0, result.err
-        return [line for line in result.err.splitlines() if "WARNING" in line]
 
-    assert warnings({"reasoner": reasoner.digest, "sampler": dropout, "reduce": "sum"}) == []
-    (line,) = warnings({"reasoner": "0123", "reasoner_name": "another", "sampler": dropout})
-    assert "another (0123)" in line
-    assert reasoner.digest in line
-    (line,) = warnings({"reasoner": reasoner.digest, "sampler": dropout | {"rate": 0.3}})
-    assert "rate=0.3; here it is rate=0.1" in line
-    (line,) = warnings({"sampler": dropout}, "sampler=gaussian")
-    assert "sigma=None" in line
-    (line,) = warnings({"reduce": "mean"}, "scorer.reduce=sum")
-    assert "trained with mean" in line
+@pytest.mark.parametrize(
+    ("trained", "reduce", "words"),
+    [
+        ({"sampler": DROPOUT, "reduce": "sum"}, None, None),
+        ({"sampler": DROPOUT, "reduce": "mean"}, "mean", None),
+        ({"reasoner": "0123", "reasoner_name": "another"}, None, ["another (0123)", "this is tiny"]),
+        ({"sampler": DROPOUT | {"rate": 0.3}}, None, ["with rate=0.3; here it is rate=0.1"]),
+        ({"sampler": {"_target_": "Gaussian", "sigma": 0.4}}, None, ["sigma=0.4", "sigma=None"]),
+        ({"reduce": "mean"}, "sum", ["scorer.reduce=sum", "trained with mean"]),
+    ],
+)
+def test_another_use_than_it_was_trained_for_is_a_warning(checkpoint, reasoner, tmp_path, trained, reduce, words):
+    folder = tiny.write_latent_rm(tmp_path / "rm", checkpoint, {"reasoner": reasoner.digest} | trained)
+    warnings = LatentRM(str(folder), reduce, "correct").check(reasoner, DROPOUT)
+    assert len(warnings) == (words is not None)
+    for word in words or []:
+        assert word in warnings[0]
+
+
+def test_warnings_are_shown_and_the_run_goes_on(run, checkpoint, tmp_path):
+    folder = tiny.write_latent_rm(tmp_path / "rm", checkpoint, {"reasoner": "0123", "sampler": {"rate": 0.3}})
+    result = run("scorer=latent_rm", f"scorer.checkpoint={folder}", "aggregator=best_of_n")
+    assert result.code == 0, result.err
+    assert len([line for line in result.err.splitlines() if "WARNING" in line]) == 2

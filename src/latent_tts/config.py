@@ -231,9 +231,12 @@ def non_defaults(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
         cfg: the job's config.
         known: dotted keys (or whole nodes) that have columns of their own.
     """
-    choices = HydraConfig.get().runtime.choices
+    hydra_cfg = HydraConfig.get()
+    choices = hydra_cfg.runtime.choices
     chosen = {str(group): choices.get(str(group)) for group in cfg}
-    defaults = _defaults([f"{group}={option}" for group, option in chosen.items() if option and "[" not in option])
+    overrides = [f"{group}={option}" for group, option in chosen.items() if option and "[" not in option]
+    loader = GlobalHydra.instance().config_loader()
+    defaults = loader.load_configuration(hydra_cfg.job.config_name, overrides, run_mode=RunMode.RUN)
     before, after = _flat(defaults), _flat(cfg)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     hidden = tuple(f"{key}." for key in known)
@@ -245,13 +248,9 @@ def is_default(group: str, cfg: DictConfig) -> bool:
     given = HydraConfig.get().overrides.task
     if any(override.lstrip("+~").partition("=")[0] == group for override in given):
         return False
-    return set(cfg[group]) == set(_defaults([])[group])
-
-
-def _defaults(overrides: list[str]) -> DictConfig:
-    """The running command's config as it is without a user's own values."""
-    loader = GlobalHydra.instance().config_loader()
-    return loader.load_configuration(HydraConfig.get().job.config_name, overrides, run_mode=RunMode.RUN)
+    # read from the command's own file: composing the defaults again would take as long as a small run
+    own: Any = OmegaConf.load(Path(conf_dir()) / f"{HydraConfig.get().job.config_name}.yaml")
+    return any(OmegaConf.is_dict(entry) and set(entry.get(group, ())) == set(cfg[group]) for entry in own.defaults)
 
 
 def _flat(cfg: DictConfig) -> dict[str, Any]:

@@ -71,10 +71,7 @@ def load_side(key: str, path: Path) -> dict[str, dict[str, Any]]:
         runs[seed] = {
             "rollouts": pd.read_parquet(folder / store.ROLLOUTS),
             "reported": [int(n) for n in table["n"].unique()],
-            "aggregators": {
-                name: config.build(f"aggregator.{name}", config.node(spec))
-                for name, spec in aggregators
-            },
+            "aggregators": {name: config.build(f"aggregator.{name}", config.node(spec)) for name, spec in aggregators},
         }
     return runs
 
