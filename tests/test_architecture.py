@@ -21,11 +21,12 @@ ALLOWED = {
     "rng": {"philox"},
     "model": {"errors", "types", "checkpoint"},
     "sampler": {"errors", "types", "rng"},
+    "scorer": {"errors", "types", "checkpoint"},
     "task": {"errors", "types", "philox", "answer"},
     "budget": {"errors", "types"},
     "aggregator": {"errors", "types"},
     "store": {"errors", "types"},
-    "stats": {"errors", "types", "philox"},
+    "stats": {"errors", "types", "philox", "aggregator"},
     "metrics": {"errors", "types", "stats", "store"},
     "plot": {"errors", "types", "store"},
     "report": {"errors", "types"},
@@ -103,4 +104,4 @@ def test_every_option_lives_in_its_room_and_every_module_of_a_room_is_an_option(
 
 
 def test_the_groups_are_the_rooms_that_users_know():
-    assert ROOMS == ["aggregator", "budget", "model", "sampler", "task"]
+    assert ROOMS == ["aggregator", "budget", "model", "sampler", "scorer", "task"]

@@ -11,7 +11,11 @@ from omegaconf import OmegaConf
 from latent_tts import config
 
 CONF = Path(config.conf_dir())
-GROUPS = {"run": ["model", "task", "sampler", "budget", "aggregator"], "train_reasoner": ["model", "task"]}
+GROUPS = {
+    "rescore": ["scorer", "aggregator"],
+    "run": ["model", "task", "sampler", "budget", "scorer", "aggregator"],
+    "train_reasoner": ["model", "task"],
+}
 OPTIONS = [
     (command, group, path.stem)
     for command, groups in GROUPS.items()
@@ -50,7 +54,7 @@ def test_every_command_composes_and_shows_every_key_of_its_schema(command):
     cfg = compose(command)
     assert set(cfg) == set(config.SCHEMAS[command].__dataclass_fields__)
     for key in cfg:
-        assert not OmegaConf.is_missing(cfg, key) or key in ("a", "b", "src", "dst")
+        assert not OmegaConf.is_missing(cfg, key) or key in ("a", "b", "src", "dst", "run")
 
 
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
@@ -59,7 +63,7 @@ def test_experiments_compose(experiment):
 
 
 def test_several_aggregators_or_one_can_be_chosen():
-    assert set(compose("run").aggregator) == {"majority", "likelihood"}
+    assert set(compose("run").aggregator) == {"majority", "likelihood", "best_of_n", "weighted"}
     assert set(compose("run", overrides=["aggregator=majority"]).aggregator) == {"majority"}
 
 

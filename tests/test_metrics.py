@@ -19,6 +19,7 @@ def rollout_table(**columns):
         "prediction": ["1", "2", None, "3"],
         "correct": [True, False, False, True],
         "answer_logprob": [-1.0, -0.5, -0.1, -2.0],
+        "score": pd.array([None] * 4, dtype="Float32"),
         "latent_steps": [6, 6, 4, 6],
         "answer_tokens": [1, 3, 2, 2],
         "seconds": [0.5, 0.5, 1.0, 2.0],
@@ -135,11 +136,17 @@ def test_memory_that_was_not_measured_is_empty_and_not_zero():
 def test_predictions_of_questions_are_numbered_where_they_are_equal():
     predictions = ["5", None, "5", "-1", np.nan, "7", "7", "5"]
     rollouts = pd.DataFrame(
-        {"prediction": pd.Series(predictions, dtype=object), "correct": [True] * 8, "answer_logprob": np.arange(8.0)}
+        {
+            "prediction": pd.Series(predictions, dtype=object),
+            "correct": [True] * 8,
+            "answer_logprob": np.arange(8.0),
+            "score": pd.array([0.5, None, *[2.0] * 6], dtype="Float32"),
+        }
     )
     arrays = metrics.arrays_of(rollouts, 4)
     assert arrays.prediction_QD.tolist() == [[0, -1, 0, 1], [-1, 0, 0, 1]]
     assert arrays.answer_logprob_QD.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    np.testing.assert_array_equal(arrays.score_QD, [[0.5, np.nan, 2, 2], [2] * 4])
     assert arrays.correct_QD.all()
 
 

@@ -1,4 +1,4 @@
-"""The published checkpoint layout and the official implementation's numbers: tests/parity/coconut.
+"""The published checkpoint layout and the official implementation's numbers: tests/parity.
 
 Token ids are compared exactly, latents to 1e-4, and the two stochastic samplers by mean and variance over many
 rollouts against 20,000 of the official code (ModalityDance/LatentTTS at 6657f20).
@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latent_tts.engine.rollout import Engine, Plan, Rollouts
+from latent_tts.engine.scoring import LatentScorer, official_shifts
 from latent_tts.model.coconut import Coconut
 from latent_tts.rng import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
 from latent_tts.sampler.greedy import Greedy
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import Forward, Question, Reasoner, Sampler, Site
 
 FOLDER = Path(__file__).parent / "parity" / "coconut"
@@ -197,3 +199,51 @@ WRONG = {
 def test_the_statistic_rejects_wrong_sampling(model: Coconut, reasoner: Reasoner, kind: str, sampler: Sampler) -> None:
     mean, variance = fits(stochastic_latents(model, reasoner, sampler, 150), kind)
     assert not (mean.plausible and variance.plausible)
+
+
+# The LatentRM: tests/parity/latent_rm, over the latents and prompts of tests/parity/coconut
+
+SCORER = Path(__file__).parent / "parity" / "latent_rm"
+
+
+@pytest.fixture(scope="module")
+def official_scores() -> dict[str, Tensor]:
+    return load_file(SCORER / "expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def scorer() -> LatentScorer:
+    return LatentScorer(LatentRM(str(SCORER), None, "correct").load(device="cpu", dtype="float32"))
+
+
+def test_the_published_layout_of_a_latent_rm_is_read(model: Coconut) -> None:
+    latent_rm = LatentRM(str(SCORER), None, "official")
+    assert latent_rm.check(model, {}) == []
+    assert (latent_rm.temperature, latent_rm.reduction) == (1.0, "sum")
+
+
+def test_correct_positions_give_the_official_unpadded_scores(
+    scorer: LatentScorer, official_scores: dict[str, Tensor]
+) -> None:
+    steps_RT = scorer.score(EXPECTED["prompt_ids"], official_scores["latents"])
+    torch.testing.assert_close(steps_RT, official_scores["step_logits_unpadded"], rtol=0, atol=1e-4)
+    scores = LatentRM(str(SCORER), "sum", "correct").reduced(steps_RT.tolist())
+    torch.testing.assert_close(torch.tensor(scores), official_scores["scores_unpadded"].double(), rtol=0, atol=1e-4)
+
+
+def test_official_positions_give_the_official_left_padded_scores(
+    model: Coconut, scorer: LatentScorer, official_scores: dict[str, Tensor]
+) -> None:
+    latent_rm = LatentRM(str(SCORER), "sum", "official")
+    lengths = [
+        len(prompt) + LATENTS + 1 + latent_rm.text_tokens(model.answer_text(ids[LATENTS + 1 :]))
+        for prompt, ids in zip(EXPECTED["prompt_ids"], EXPECTED["generated_ids"], strict=True)
+    ]
+    texts = json.loads((SCORER / "expected.json").read_text())["texts_compat"]
+    assert lengths == [latent_rm.text_tokens(text) for text in texts]
+    shifts_Q = torch.tensor(official_shifts([lengths])[0])
+    steps_RT = scorer.score(EXPECTED["prompt_ids"], official_scores["latents"], shifts_Q=shifts_Q)
+    scores = torch.tensor(latent_rm.reduced(steps_RT.tolist()))
+    expected = official_scores["scores_left_padded_compat"].double()
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+    assert (scores - official_scores["scores_unpadded"]).abs().max() > 1  # the two modes are far apart

@@ -18,7 +18,7 @@ def arrays(predictions, logprobs=None):
     """Rollouts of questions whose right answer is GOLD; -1 is unreadable."""
     predictions = np.array(predictions, dtype=np.int64)
     logprobs = np.zeros(predictions.shape) if logprobs is None else np.array(logprobs, dtype=np.float64)
-    return RolloutArrays(predictions, predictions == GOLD, logprobs)
+    return RolloutArrays(predictions, predictions == GOLD, logprobs, np.full(predictions.shape, np.nan))
 
 
 def plain_majority(predictions, logprobs, members):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,
@@ -19,7 +23,7 @@ from transformers import (
 
 from latent_tts.engine.rollout import Plan
 from latent_tts.rng import Draw
-from latent_tts.types import Reasoner
+from latent_tts.types import Reasoner, RewardModel
 
 VOCABULARY, WIDTH, POSITIONS = 61, 32, 96
 END_ID = 60
@@ -107,3 +111,30 @@ def prompts(lengths: list[int]) -> list[list[int]]:
 def draw(questions: list[str], rollouts: range, seed: int = 0) -> Draw:
     """The random numbers of some rollouts of each question."""
     return Draw.of(seed, questions, torch.tensor(list(rollouts)).repeat(len(questions), 1), WIDTH)
+
+
+def reward_model(family: str, dtype: torch.dtype = torch.float64) -> RewardModel:
+    """A LatentRM with random weights, not those of `reasoner`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        lm = FAMILIES[family]().to(dtype)
+        head = nn.Linear(WIDTH, 1, dtype=dtype).requires_grad_(False)
+    if dtype == torch.float64:
+        _norms_of_torch(lm)
+    backbone = lm.eval().requires_grad_(False).base_model
+    return RewardModel(backbone, lambda hidden: head(hidden)[..., 0])
+
+
+def write_latent_rm(folder: Path, reasoner: Path, trained: dict | None = None, seed: int = 5) -> Path:
+    """A LatentRM's checkpoint with random weights, of the shape of a reasoner's checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(reasoner / "tokenizer.json", folder)
+    config = json.loads((reasoner / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | ({} if trained is None else {"latent_rm": trained})))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lm = GPT2LMHeadModel(GPT2Config(**config | {"initializer_range": 0.5}))
+        head = nn.Linear(lm.config.n_embd, 1)
+    weights = {name: value for name, value in lm.state_dict().items() if name != "lm_head.weight"}
+    save_file(weights | {"classifier.weight": head.weight, "classifier.bias": head.bias}, folder / "model.safetensors")
+    return folder

@@ -19,17 +19,19 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedModel
 
+MODEL_KEY = "model.checkpoint"  # the config key that errors name, unless a caller says another
 SHIPPED_PREFIX = "shipped:"
 WANTED_FILES = ["*.json", "*.safetensors"]
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def resolve(checkpoint: str, revision: str | None = None) -> Path:
+def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KEY) -> Path:
     """The local folder of a checkpoint.
 
     Args:
         checkpoint: a folder, `shipped:NAME` for one inside the package, or a hub id such as `owner/name`.
         revision: a commit or tag of the hub id.
+        key: the config key that errors name.
 
     Raises:
         UsageError: there is no such folder, and it cannot be fetched.
@@ -39,15 +41,15 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
         folder = Path(str(files("latent_tts"))) / "weights" / name
         if not folder.is_dir():
             shipped = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and p.name[0] not in "._")
-            raise bad_value("model.checkpoint", checkpoint, f"shipped are {', '.join(shipped) or 'none'}")
+            raise bad_value(key, checkpoint, f"shipped are {', '.join(shipped) or 'none'}")
         return folder
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise bad_value("model.checkpoint", checkpoint, f"a folder is wanted; {_pickle_hint(folder)}")
+        raise bad_value(key, checkpoint, f"a folder is wanted; {_pickle_hint(folder, key)}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) or checkpoint.startswith("."):
-        raise bad_value("model.checkpoint", checkpoint, "no such folder, and not a hub id of the form owner/name")
+        raise bad_value(key, checkpoint, "no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
 
     try:
@@ -55,51 +57,51 @@ def resolve(checkpoint: str, revision: str | None = None) -> Path:
     except Exception as error:  # the hub client raises many kinds; all mean that the files are not to be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"model.checkpoint={checkpoint}: no such folder, and the hub gave no files ({reason[:160]})\n"
+            f"{key}={checkpoint}: no such folder, and the hub gave no files ({reason[:160]})\n"
             f"fetch it where there is a network (`hf download {checkpoint} --local-dir FOLDER`), "
-            "then model.checkpoint=FOLDER"
+            f"then {key}=FOLDER"
         ) from error
 
 
-def _pickle_hint(path: Path) -> str:
-    return f"weights in a pickle are read once by `ltts convert {path} NEW_FOLDER`, then model.checkpoint=NEW_FOLDER"
+def _pickle_hint(path: Path, key: str) -> str:
+    return f"weights in a pickle are read once by `ltts convert {path} NEW_FOLDER`, then {key}=NEW_FOLDER"
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str, *, key: str = MODEL_KEY) -> dict[str, Any]:
     """A JSON file of a checkpoint folder, as a dict."""
     path = folder / name
     if not path.is_file():
-        raise bad_value("model.checkpoint", folder, f"the folder lacks {name}")
+        raise bad_value(key, folder, f"the folder lacks {name}")
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise bad_value("model.checkpoint", folder, f"{name} is not JSON ({error})") from error
+        raise bad_value(key, folder, f"{name} is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise bad_value("model.checkpoint", folder, f"{name} does not hold an object")
+        raise bad_value(key, folder, f"{name} does not hold an object")
     return content
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
     """The safetensors files of a checkpoint, in order; each is whole.
 
     Raises:
         UsageError: there are none, one is missing or cut off, or there is only a pickle.
     """
     if (folder / "model.safetensors.index.json").is_file():
-        shards = read_json(folder, "model.safetensors.index.json").get("weight_map", {})
+        shards = read_json(folder, "model.safetensors.index.json", key=key).get("weight_map", {})
         paths = sorted({folder / name for name in shards.values()})
     else:
         paths = [folder / "model.safetensors"]
     for path in paths:
         if not path.is_file():
             pickles = sorted(p for pattern in PICKLES for p in folder.glob(pattern))
-            hint = _pickle_hint(pickles[0]) if pickles else "no pickle either"
-            raise bad_value("model.checkpoint", folder, f"the folder lacks {path.name}; {hint}")
-        tensor_shapes(path)
+            hint = _pickle_hint(pickles[0], key) if pickles else "no pickle either"
+            raise bad_value(key, folder, f"the folder lacks {path.name}; {hint}")
+        tensor_shapes(path, key=key)
     return paths
 
 
-def tensor_shapes(path: Path) -> dict[str, list[int]]:
+def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
     """Names and shapes of a safetensors file, from its header; checks that the file is as long as it says."""
     size = path.stat().st_size
     try:
@@ -114,7 +116,7 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
             raise ValueError(f"{size} bytes, but {8 + length + end} announced")
         return {name: entry["shape"] for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise bad_value("model.checkpoint", path, f"truncated or not safetensors ({error})") from error
+        raise bad_value(key, path, f"truncated or not safetensors ({error})") from error
 
 
 def digest(folder: Path) -> str:
@@ -126,17 +128,17 @@ def digest(folder: Path) -> str:
     return sha.hexdigest()[:16]
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     """The fast tokenizer of a checkpoint, without transformers."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise bad_value("model.checkpoint", folder, "the folder lacks tokenizer.json")
+        raise bad_value(key, folder, "the folder lacks tokenizer.json")
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception
-        raise bad_value("model.checkpoint", folder, f"tokenizer.json cannot be read ({error})") from error
+        raise bad_value(key, folder, f"tokenizer.json cannot be read ({error})") from error
 
 
 def token_id(tokenizer: Tokenizer, token: str, folder: Path) -> int:
@@ -181,21 +183,34 @@ def load_causal_lm(folder: Path, *, device: str, dtype: str) -> PreTrainedModel:
     Raises:
         UsageError: a weight is missing or has another shape than the config says.
     """
+    return _load("AutoModelForCausalLM", folder, device, dtype, MODEL_KEY)
+
+
+def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrainedModel:
+    """The same without a language-model head, for checkpoints that have another head.
+
+    Raises:
+        UsageError: a weight is missing or has another shape than the config says.
+    """
+    return _load("AutoModel", folder, device, dtype, key)
+
+
+def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = getattr(transformers, auto_class).from_pretrained(
             folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
         )
         model, info = loaded
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         first = str(error).strip().splitlines()[0]
-        raise bad_value("model.checkpoint", folder, f"transformers cannot load it: {first[:200]}") from error
+        raise bad_value(key, folder, f"transformers cannot load it: {first[:200]}") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise bad_value("model.checkpoint", folder, f"weights are missing: {missing} ...")
+        raise bad_value(key, folder, f"weights are missing: {missing} ...")
     return model.to(device).eval().requires_grad_(False)

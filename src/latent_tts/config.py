@@ -65,6 +65,46 @@ class RunConfig:
     task: Any = MISSING
     sampler: Any = MISSING
     budget: Any = MISSING
+    scorer: Any = MISSING
+    aggregator: Any = MISSING
+
+
+@dataclass
+class ScoringEngineConfig:
+    """How kept rollouts are scored; the dtype is the run's.
+
+    Attributes:
+        device: auto, cpu, cuda or cuda:INDEX.
+        rows: most rows of a batch; null follows from the LatentRM's width and the kind of device.
+    """
+
+    device: str = MISSING
+    rows: int | None = MISSING
+
+
+@dataclass
+class OptionalPathsConfig:
+    """Where things are kept.
+
+    Attributes:
+        cache: of rollouts and scores; null is where the run kept its own.
+    """
+
+    cache: str | None = MISSING
+
+
+@dataclass
+class RescoreConfig:
+    """Keys of `ltts rescore`.
+
+    Attributes:
+        run: the run folder.
+    """
+
+    run: str = MISSING
+    engine: ScoringEngineConfig = MISSING
+    paths: OptionalPathsConfig = MISSING
+    scorer: Any = MISSING
     aggregator: Any = MISSING
 
 
@@ -127,6 +167,7 @@ class ConvertConfig:
 
 SCHEMAS = {
     "run": RunConfig,
+    "rescore": RescoreConfig,
     "train_reasoner": TrainReasonerConfig,
     "collect": CollectConfig,
     "compare": CompareConfig,
@@ -183,8 +224,8 @@ def require(key: str, value: Any, ok: bool, allowed: str) -> None:
         raise bad_value(key, value, allowed)
 
 
-def non_defaults(cfg: DictConfig, known: set[str]) -> str:
-    """Sorted `key=value` of the keys that differ from their defaults under the same group choices.
+def non_defaults(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
+    """The keys that differ from their defaults under the same group choices, with their values.
 
     Args:
         cfg: the job's config.
@@ -199,7 +240,17 @@ def non_defaults(cfg: DictConfig, known: set[str]) -> str:
     before, after = _flat(defaults), _flat(cfg)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     hidden = tuple(f"{key}." for key in known)
-    return ",".join(f"{k}={v}" for k, v in sorted(changed.items()) if k not in known and not k.startswith(hidden))
+    return {k: v for k, v in sorted(changed.items()) if k not in known and not k.startswith(hidden)}
+
+
+def is_default(group: str, cfg: DictConfig) -> bool:
+    """Whether nobody chose the options of a group of several: neither the command line nor an experiment."""
+    given = HydraConfig.get().overrides.task
+    if any(override.lstrip("+~").partition("=")[0] == group for override in given):
+        return False
+    # read from the command's own file: composing the defaults again would take as long as a small run
+    own: Any = OmegaConf.load(Path(conf_dir()) / f"{HydraConfig.get().job.config_name}.yaml")
+    return any(OmegaConf.is_dict(entry) and set(entry.get(group, ())) == set(cfg[group]) for entry in own.defaults)
 
 
 def _flat(cfg: DictConfig) -> dict[str, Any]:

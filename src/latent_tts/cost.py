@@ -64,6 +64,10 @@ class Shape:
         head = 2.0 * self.width * self.vocabulary * (answer + 1)
         return self.pass_flops(suffix, prompt) + head + (self.prompt_flops(prompt) if own_prompt else 0.0)
 
+    def scoring_flops(self, prompt: int, latents: float) -> float:
+        """Operations of scoring one rollout beyond the shared prefill: the latents, and one output at each."""
+        return self.pass_flops(latents, prompt) + 2.0 * self.width * latents
+
     def cache_bytes(self, tokens: int, item: int) -> int:
         """Bytes of the keys and values of `tokens` tokens at `item` bytes a number."""
         return 2 * self.layers * self.keys * tokens * item

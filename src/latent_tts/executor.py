@@ -1,20 +1,23 @@
-"""Draws the rollouts that a cache lacks, batch by batch, keeping what is done whenever it is stopped."""
+"""Draws and scores the rollouts that a cache lacks, batch by batch, keeping what is done whenever it is stopped."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from latent_tts.engine.packing import Job, batches
 from latent_tts.engine.rollout import Engine, Plan, Rollouts
+from latent_tts.engine.scoring import LatentScorer
 from latent_tts.rng import Draw
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.store import RolloutCache
+from latent_tts.store import PartCache, RolloutCache, ScoreCache
 from latent_tts.types import Sampler
 
 SECONDS_BETWEEN_PARTS = 2.0
@@ -41,11 +44,21 @@ def fill(
         rows: most rows of a batch.
         progress: called with the number of rollouts of each finished batch.
     """
+    _fill(cache, jobs, lambda batch: _draw_batch(batch, engine, sampler, seed), rows, progress)
+
+
+def _fill(
+    cache: PartCache,
+    jobs: Sequence[Job],
+    work: Callable[[list[Job]], list[dict[str, Any]]],
+    rows: int,
+    progress: Callable[[int], None],
+) -> None:
     pending: list[dict[str, Any]] = []
     written = time.perf_counter()
     try:
         for batch in batches(jobs, rows):
-            pending += _draw_batch(batch, engine, sampler, seed)
+            pending += work(batch)
             progress(sum(len(job.rollouts) for job in batch))
             if time.perf_counter() - written > SECONDS_BETWEEN_PARTS:
                 cache.add(pending)
@@ -70,6 +83,54 @@ def _draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int) -
         "rows": total,
     }
     return _rows(batch, rollouts, measured)
+
+
+def fill_scores(
+    cache: ScoreCache,
+    jobs: Sequence[Job],
+    scorer: LatentScorer,
+    latents: Mapping[tuple[str, int], NDArray[np.float32]],
+    *,
+    rows: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Score every rollout of `jobs` into `cache`.
+
+    Args:
+        cache: where step scores go, a part every two seconds and at the end, however it ends.
+        jobs: what to score; a job's rollouts share its shift.
+        scorer: the loaded LatentRM.
+        latents: of each (row key, rollout), (steps, D).
+        rows: most rows of a batch.
+        progress: called with the number of rollouts of each finished batch.
+    """
+    _fill(cache, jobs, lambda batch: _score_batch(batch, scorer, latents), rows, progress)
+
+
+def _score_batch(
+    batch: list[Job], scorer: LatentScorer, latents: Mapping[tuple[str, int], NDArray[np.float32]]
+) -> list[dict[str, Any]]:
+    started = _now(scorer.device)
+    places = [(job.row_key, number) for job in batch for number in job.rollouts]
+    steps = [len(latents[place]) for place in places]
+    width = latents[places[0]].shape[1]
+    latents_RTD = torch.zeros(len(places), max(steps), width)
+    for row, place in enumerate(places):
+        latents_RTD[row, : steps[row]] = torch.tensor(latents[place])
+    scores_RT = scorer.score(
+        [job.prompt for job in batch],
+        latents_RTD,
+        steps_R=torch.tensor(steps),
+        shifts_Q=torch.tensor([job.shift for job in batch], device=scorer.device),
+    ).tolist()
+    measured = {
+        "seconds": (_now(scorer.device) - started) / len(places),
+        "peak_memory_bytes": _peak_memory(scorer.device),
+    }
+    return [
+        {"row_key": row_key, "rollout": number, "step_scores": scores_RT[row][: steps[row]], **measured}
+        for row, (row_key, number) in enumerate(places)
+    ]
 
 
 def _donor_latents(batch: list[Job], engine: Engine, rollouts: int) -> torch.Tensor:

@@ -25,6 +25,7 @@ def arrays_of(rollouts: pd.DataFrame, drawn: int) -> RolloutArrays:
         prediction_QD=codes,
         correct_QD=rollouts["correct"].to_numpy(dtype=bool).reshape(-1, drawn),
         answer_logprob_QD=rollouts["answer_logprob"].to_numpy(dtype=np.float64).reshape(-1, drawn),
+        score_QD=rollouts["score"].to_numpy(dtype=np.float64, na_value=np.nan).reshape(-1, drawn),
     )
 
 

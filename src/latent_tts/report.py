@@ -63,7 +63,7 @@ def percent(row: pd.Series) -> str:
 
 def print_metrics(metrics: pd.DataFrame) -> None:
     """Accuracy, coverage and costs of each curve, a row for each n."""
-    curve = ["model", "task", "split", "sampler", "sampler_param", "sampler_value", "settings", "seed"]
+    curve = ["model", "task", "split", "sampler", "sampler_param", "sampler_value", "settings", "scorer", "seed"]
     for values, rows in metrics.groupby(curve, sort=False, dropna=False):
         part = dict(zip(curve, values, strict=True))
         parameter = f" {part['sampler_param']}={part['sampler_value']}" if part["sampler_param"] else ""
@@ -71,6 +71,7 @@ def print_metrics(metrics: pd.DataFrame) -> None:
         title += f", {int(rows['questions'].iloc[0])} questions" + (
             f" ({part['settings']})" if part["settings"] else ""
         )
+        title += f", scored by {part['scorer']}" if part["scorer"] else ""
         accuracy = rows[rows["metric"] == "accuracy"]
         names = list(dict.fromkeys(accuracy["aggregator"]))
         lines = []

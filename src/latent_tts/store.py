@@ -9,10 +9,10 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from latent_tts.errors import RunError, UsageError, bad_value
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
+SCORES = "scores.parquet"
 # fmt: off
 ROLLOUT_COLUMNS = [
     "question_id", "rollout", "prediction", "correct", "score", "answer_logprob", "answer_margin", "stop_reason",
@@ -50,6 +51,15 @@ PART_SCHEMA = pa.schema(
         ("rows", pa.int32()),
     ]
 )
+SCORE_SCHEMA = pa.schema(
+    [
+        ("row_key", pa.string()),
+        ("rollout", pa.int32()),
+        ("step_scores", pa.list_(pa.float32())),  # one a latent
+        ("seconds", pa.float64()),  # the row's share of its batch's wall-clock time
+        ("peak_memory_bytes", pa.int64()),
+    ]
+)
 
 
 @contextmanager
@@ -68,12 +78,14 @@ def settings_digest(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class RolloutCache:
-    """Rollouts with their latents, kept across runs; one folder for each thing that determines them.
+class PartCache:
+    """Rows (row key, rollout, ...) kept across runs; one folder for each thing that determines them.
 
     A folder holds `key.json` and parts. The parts are their own manifest: each is a parquet file that is there whole
     or not at all, and says which rollouts it has.
     """
+
+    schema: ClassVar[pa.Schema]
 
     def __init__(self, root: Path, key: Mapping[str, Any]) -> None:
         """Open (or make) the folder of a key.
@@ -99,7 +111,7 @@ class RolloutCache:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Write one part."""
-        table = pa.Table.from_pylist(rows, schema=PART_SCHEMA)
+        table = pa.Table.from_pylist(rows, schema=self.schema)
         with whole_file(self.folder / f"{uuid.uuid4().hex}.parquet") as path:
             pq.write_table(table, path, compression="zstd", compression_level=1)
 
@@ -112,17 +124,34 @@ class RolloutCache:
         keys = set(wanted["row_key"])
         frames = []
         for part in self._parts():
-            frame = _read_parquet(part, PART_SCHEMA.names).to_pandas()
+            frame = _read_parquet(part, self.schema.names).to_pandas()
             frames.append(frame[frame["row_key"].isin(keys)])
-        rows = pd.concat(frames) if frames else PART_SCHEMA.empty_table().to_pandas()
-        rows = rows.drop_duplicates(["row_key", "rollout"])  # two runs at once may have drawn the same rollout
-        found = wanted.merge(rows, on=["row_key", "rollout"], how="left", validate="one_to_one")
-        if found["latents"].isna().any():
-            raise RunError(f"{int(found['latents'].isna().sum())} rollouts are missing from the cache {self.folder}")
+        rows = pd.concat(frames) if frames else self.schema.empty_table().to_pandas()
+        rows = rows.drop_duplicates(["row_key", "rollout"])  # two runs at once may have made the same row
+        found = wanted.merge(rows, on=["row_key", "rollout"], how="left", validate="one_to_one", indicator="_found")
+        missing = int((found.pop("_found") != "both").sum())
+        if missing:
+            raise RunError(f"{missing} rollouts are missing from the cache {self.folder}")
         return found
 
     def _parts(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("*.parquet") if not path.name.startswith("."))
+
+
+class RolloutCache(PartCache):
+    """Rollouts with their latents."""
+
+    schema = PART_SCHEMA
+
+
+class ScoreCache(PartCache):
+    """Step scores of the rollouts of one `RolloutCache`, in its folder; how they are reduced is no part of them."""
+
+    schema = SCORE_SCHEMA
+
+    def __init__(self, rollouts: Path, key: Mapping[str, Any]) -> None:
+        """Open (or make) the folder of a scorer's key below the rollouts' own folder."""
+        super().__init__(rollouts / "scores", key)
 
 
 def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
@@ -145,6 +174,18 @@ def write_rollouts(folder: Path, rollouts: pd.DataFrame) -> None:
         rollouts[ROLLOUT_COLUMNS].to_parquet(path, index=False)
 
 
+def read_rollouts(folder: Path) -> pd.DataFrame:
+    """The `rollouts.parquet` of a run folder.
+
+    Raises:
+        UsageError: it is missing or cannot be read.
+    """
+    try:
+        return pd.read_parquet(folder / ROLLOUTS, columns=ROLLOUT_COLUMNS)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
 def write_latents(folder: Path, latents: list[np.ndarray]) -> None:
     """Write `latents.safetensors`: one tensor `latents_RTD`; rows with fewer steps end in zeros."""
     from safetensors.numpy import save_file
@@ -155,6 +196,32 @@ def write_latents(folder: Path, latents: list[np.ndarray]) -> None:
         latents_RTD[index, : len(row)] = row
     with whole_file(folder / LATENTS) as path:
         save_file({"latents_RTD": latents_RTD}, path)
+
+
+def read_latents(folder: Path, steps: Iterable[int]) -> list[np.ndarray]:
+    """The latents (steps, D) of each row of a run folder, from its `latents.safetensors`.
+
+    Raises:
+        UsageError: the file cannot be read, or has another number of rows.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    counts = list(steps)
+    try:
+        latents_RTD = load_file(folder / LATENTS)["latents_RTD"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise UsageError(f"{folder / LATENTS}: cannot be read ({error})") from error
+    if len(latents_RTD) != len(counts):
+        raise UsageError(f"{folder / LATENTS}: {len(latents_RTD)} rows, but {len(counts)} in {ROLLOUTS}")
+    return [row[:count] for row, count in zip(latents_RTD, counts, strict=True)]
+
+
+def write_scores(folder: Path, rollouts: pd.DataFrame, step_scores: Sequence[Sequence[float]]) -> None:
+    """Write `scores.parquet`: each rollout's score and the step scores behind it."""
+    table = rollouts[["question_id", "rollout", "score"]].assign(step_scores=pd.Series(list(step_scores)))
+    with whole_file(folder / SCORES) as path:
+        table.to_parquet(path, index=False)
 
 
 def write_metrics(path: Path, metrics: pd.DataFrame) -> None:

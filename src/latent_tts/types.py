@@ -8,7 +8,7 @@ Shape legend (tensor names end in their letters):
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
@@ -63,6 +63,19 @@ class Reasoner:
 
     lm: PreTrainedModel
     next_latent: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A loaded LatentRM.
+
+    Attributes:
+        backbone: the transformer without a language-model head, in evaluation mode.
+        classifier: turns final hidden states (..., D) into step scores (...), in float32 or wider.
+    """
+
+    backbone: PreTrainedModel
+    classifier: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -197,6 +210,51 @@ class ModelAdapter(Protocol):
         ...
 
 
+class Scorer(Protocol):
+    """Gives every latent of a rollout a step score, and the rollout a score out of them."""
+
+    @property
+    def name(self) -> str:
+        """What tables call the scorer."""
+        ...
+
+    @property
+    def positions(self) -> str:
+        """`correct` or `official`: how the positions of a row are counted."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """What identifies weights and shape."""
+        ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's `config.json`."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """Of the score-weighted vote, as chosen when the scorer was trained; 1 if nothing was chosen."""
+        ...
+
+    def check(self, reasoner: ModelAdapter, sampler: Mapping[str, Any]) -> list[str]:
+        """Read everything but the weights; raises UsageError, returns warnings."""
+        ...
+
+    def text_tokens(self, answer_text: str) -> int:
+        """How many tokens an answer's text has, special tokens left out."""
+        ...
+
+    def reduced(self, step_scores: Sequence[Floats]) -> Floats:
+        """The trajectory score (R) of each row's step scores; NaN for a row without any."""
+        ...
+
+    def load(self, *, device: str, dtype: str) -> RewardModel:
+        """Load the weights."""
+        ...
+
+
 class Task(Protocol):
     """A set of questions and its rule for answers."""
 
@@ -231,21 +289,31 @@ class RolloutArrays:
         prediction_QD: equal integers where canonical predictions of one question are equal, -1 where unreadable.
         correct_QD: whether the prediction is right.
         answer_logprob_QD: summed log-probability of the answer.
+        score_QD: trajectory score, NaN where there is none.
     """
 
     prediction_QD: NDArray[np.int64]
     correct_QD: Bools
     answer_logprob_QD: Floats
+    score_QD: Floats
 
     def questions(self, part: slice) -> RolloutArrays:
         """The same for some of the questions."""
-        return RolloutArrays(self.prediction_QD[part], self.correct_QD[part], self.answer_logprob_QD[part])
+        return RolloutArrays(
+            self.prediction_QD[part], self.correct_QD[part], self.answer_logprob_QD[part], self.score_QD[part]
+        )
 
 
 class Aggregator(Protocol):
-    """Picks one rollout's prediction out of a subset: the member with the highest value, ties to the lowest number."""
+    """Picks one rollout's prediction out of a subset: the member with the highest value, ties to the lowest number.
+
+    Attributes:
+        name: as tables show it.
+        needs_score: whether it reads `score_QD`, so that it takes a scorer.
+    """
 
     name: ClassVar[str]
+    needs_score: ClassVar[bool]
 
     def values(self, rollouts: RolloutArrays, members_SD: Bools) -> Floats:
         """How much speaks for each rollout in each subset (Q, S, D); -inf for one that cannot win."""

@@ -15,6 +15,7 @@ class Likelihood:
     """Highest summed log-probability of the answer: the free baseline every reward model must beat."""
 
     name: ClassVar[str] = "likelihood"
+    needs_score: ClassVar[bool] = False
 
     def values(self, rollouts: RolloutArrays, members_SD: Bools) -> Floats:
         """The log-probability of each rollout's answer (Q, S, D)."""

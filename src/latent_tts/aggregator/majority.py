@@ -15,6 +15,7 @@ class Majority:
     """One vote a readable rollout; unreadable ones do not vote; a tie goes to the lowest rollout number."""
 
     name: ClassVar[str] = "majority"
+    needs_score: ClassVar[bool] = False
 
     def values(self, rollouts: RolloutArrays, members_SD: Bools) -> Floats:
         """For each rollout the votes of its prediction (Q, S, D); -inf for one that cannot win."""

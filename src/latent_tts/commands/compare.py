@@ -63,16 +63,15 @@ def load_side(key: str, path: Path) -> dict[str, dict[str, Any]]:
         if not store.is_complete(folder):
             raise UsageError(f"{key}={path}: {folder} did not complete; run it again")
         table = store.read_metrics(folder / store.METRICS)
-        cfg = json.loads((folder / store.RUN_JSON).read_text())["config"]
+        record = json.loads((folder / store.RUN_JSON).read_text())
+        aggregators = record["aggregators"].items()
         seed = str(table["seed"].iloc[0])
         if seed in runs:
             raise UsageError(f"{key}={path}: holds several runs of seed {seed}; name one run folder")
         runs[seed] = {
             "rollouts": pd.read_parquet(folder / store.ROLLOUTS),
             "reported": [int(n) for n in table["n"].unique()],
-            "aggregators": {
-                name: config.build(f"aggregator.{name}", config.node(spec)) for name, spec in cfg["aggregator"].items()
-            },
+            "aggregators": {name: config.build(f"aggregator.{name}", config.node(spec)) for name, spec in aggregators},
         }
     return runs
 

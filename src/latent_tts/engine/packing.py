@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,7 @@ class Job:
         prompt: token ids.
         rollouts: numbers of the rollouts to draw, ascending.
         donor: prompt of the question whose latents it reads, for the sampler that needs one.
+        shift: added to the position ids, for scores as the official script makes them.
     """
 
     row_key: str
@@ -32,6 +33,7 @@ class Job:
     prompt: list[int]
     rollouts: list[int]
     donor: list[int] | None = None
+    shift: int = 0
 
 
 def default_rows(width: int, device: str) -> int:
@@ -61,7 +63,7 @@ def rows_that_fit(rows: int, bytes_a_row: int, device: str) -> int:
 def batches(jobs: Sequence[Job], rows: int) -> Iterator[list[Job]]:
     """Batches of jobs with equally many rollouts each, longest prompts first (what does not fit fails at once)."""
     pieces = [
-        Job(job.row_key, job.question_id, job.prompt, job.rollouts[start : start + rows], job.donor)
+        replace(job, rollouts=job.rollouts[start : start + rows])
         for job in jobs
         for start in range(0, len(job.rollouts), rows)
     ]

@@ -29,6 +29,7 @@ class Coconut:
         latents: T, the number of latent thoughts.
         recommended: `sigma` and `rate` that suit it; the sampler configs take them as defaults.
         revision: commit or tag of a hub id.
+        latent_rm: checkpoint of the LatentRM trained for it, if there is one: what `scorer` takes as its default.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Coconut:
     latents: int
     recommended: Mapping[str, float]
     revision: str | None = None
+    latent_rm: str | None = None
 
     prompt_recipe = "{question}\\n<|start-latent|>"
 

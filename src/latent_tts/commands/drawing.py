@@ -1,0 +1,139 @@
+"""Drawing what the cache lacks: which device, how many rows, what it will cost; the loaded models are kept."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig
+
+from latent_tts import report, store
+from latent_tts.commands.prepared import ITEM_BYTES, Prepared
+from latent_tts.errors import RunError, bad_value
+from latent_tts.types import ModelAdapter, Reasoner, RewardModel, Scorer
+
+log = logging.getLogger(__name__)
+
+
+def draw_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache, wanted: pd.DataFrame) -> int:
+    """Draw what the cache lacks; loads the model only if there is something. Returns how many rollouts were drawn."""
+    lacking = missing(cache, wanted, "in")
+    total = sum(map(len, lacking.values()))
+    if not total:
+        return 0
+    from latent_tts import executor
+    from latent_tts.engine.packing import Job, default_rows, measured_flops, row_bytes, rows_that_fit
+    from latent_tts.engine.rollout import Engine, Plan
+
+    device = resolve_device(cfg.engine.device)
+    shape, adapter = prepared.shape, prepared.adapter
+    jobs = [
+        Job(
+            row_key=key,
+            question_id=question.id,
+            prompt=prepared.prompts[question.id],
+            rollouts=lacking[key],
+            donor=prepared.prompts[prepared.donors[question.id].id] if prepared.donors else None,
+        )
+        for question in prepared.questions
+        if (key := prepared.row_key(question)) in lacking
+    ]
+    own_prompt = "prompt" in prepared.sampler.random_phases
+    forced = len(adapter.thinking_end_ids)
+    suffix = adapter.latents + forced + cfg.max_answer_tokens
+    longest = max(len(job.prompt) for job in jobs)
+    bytes_a_row = row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
+    wanted_rows = cfg.engine.rows or default_rows(shape.width, device)
+    rows = rows_that_fit(wanted_rows, bytes_a_row, device)
+    if rows < wanted_rows:
+        log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted_rows, rows)
+    work = sum(
+        shape.prompt_flops(len(job.prompt))
+        + len(job.rollouts)
+        * shape.rollout_flops(len(job.prompt), adapter.latents, forced, cfg.max_answer_tokens, own_prompt)
+        for job in jobs
+    )
+    rate = measured_flops(shape.width, cfg.engine.dtype, device)
+    log.info(
+        "%d rollouts to draw: at most %.3g GFLOP (every answer as long as allowed), at least %.0f s at the "
+        "%.3g GFLOP/s of this device's matrix products, about %.2g GB for a batch of %d rows and the weights",
+        total, work / 1e9, work / rate, rate / 1e9,
+        (rows * bytes_a_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
+    )  # fmt: skip
+    reasoner = load_once(adapter, device, cfg.engine.dtype)
+    engine = Engine(reasoner, Plan(adapter.latents, adapter.thinking_end_ids, adapter.eos_id, cfg.max_answer_tokens))
+    with report.progress_bar(total, "rollouts") as bar:
+        try:
+            executor.fill(
+                cache,
+                jobs,
+                engine,
+                prepared.sampler,
+                seed=cfg.seed,
+                rows=rows,
+                progress=lambda k: report.advance(bar, k),
+            )
+        except (RuntimeError, MemoryError) as error:  # what torch raises: out of memory, a failing device
+            raise RunError(
+                f"drawing rollouts failed: {str(error).splitlines()[0]}\nwhat was drawn is in {cache.folder}; "
+                "the same line goes on from there (a smaller engine.rows needs less memory)"
+            ) from error
+    return total
+
+
+def missing(cache: store.PartCache, wanted: pd.DataFrame, how: str) -> dict[str, list[int]]:
+    """Rollout numbers of each row key that a cache lacks; says how many it has (`in` it, or `scored in` it)."""
+    present = cache.present()
+    lacking: dict[str, list[int]] = {}
+    for key, rollout in wanted.itertuples(index=False):
+        if (key, rollout) not in present:
+            lacking.setdefault(key, []).append(rollout)
+    there = len(wanted) - sum(map(len, lacking.values()))
+    if there:
+        log.info("%d of %d rollouts are %s the cache %s", there, len(wanted), how, cache.folder)
+    return lacking
+
+
+_loaded: dict[str, tuple[tuple[str, ...], Any]] = {}
+
+
+def load_once(adapter: ModelAdapter, device: str, dtype: str) -> Reasoner:
+    """The adapter's loaded model; the last one is kept, since the jobs of a sweep mostly share it."""
+    return _kept("model", adapter, device, dtype)
+
+
+def load_scorer_once(scorer: Scorer, device: str, dtype: str) -> RewardModel:
+    """The same for a scorer."""
+    return _kept("scorer", scorer, device, dtype)
+
+
+def _kept(kind: str, what: ModelAdapter | Scorer, device: str, dtype: str) -> Any:
+    key = (type(what).__name__, what.digest, device, dtype)
+    if kind not in _loaded or _loaded[kind][0] != key:
+        _loaded.pop(kind, None)
+        _loaded[kind] = key, what.load(device=device, dtype=dtype)
+    return _loaded[kind][1]
+
+
+def resolve_device(wanted: str) -> str:
+    """The torch device of `engine.device`.
+
+    Raises:
+        UsageError: no such device, or CUDA is asked for and not there.
+    """
+    import torch
+
+    if wanted == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    kind, _, index = wanted.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or (kind == "cpu" and index):
+        raise bad_value("engine.device", wanted, "one of auto, cpu, cuda, cuda:INDEX")
+    if kind == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        raise bad_value(
+            "engine.device", wanted, f"this machine has {count} CUDA devices; engine.device=cpu works anywhere"
+        )
+    return f"cuda:{index or 0}"

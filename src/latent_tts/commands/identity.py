@@ -1,0 +1,106 @@
+"""What describes a run: the keys of its caches, the columns of its tables, the versions behind it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from latent_tts import config, store
+from latent_tts.commands.prepared import Prepared
+from latent_tts.types import Scorer
+
+ENGINE_SEMANTICS = 1  # part of every cache key: raised when the same settings give other rollouts
+SCORING_SEMANTICS = 1  # the same for step scores
+
+
+def cache_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
+    """Everything that determines a rollout besides its question and number."""
+    return {
+        "semantics": ENGINE_SEMANTICS,
+        "checkpoint": prepared.adapter.digest,
+        "prompt": prepared.adapter.prompt_recipe,
+        "adapter": cfg.model._target_,
+        "sampler": OmegaConf.to_container(cfg.sampler, resolve=True),
+        "latents": prepared.adapter.latents,
+        "seed": cfg.seed,
+        "schedule": "sequential",
+        "dtype": cfg.engine.dtype,
+        "max_answer_tokens": cfg.max_answer_tokens,
+    }
+
+
+def score_key(scorer: Scorer, dtype: str, n: int) -> dict[str, Any]:
+    """Everything that determines a rollout's step scores besides the rollout; in official positions also its mates."""
+    key = {
+        "semantics": SCORING_SEMANTICS,
+        "checkpoint": scorer.digest,
+        "positions": scorer.positions,
+        "dtype": dtype,
+    }
+    return key | ({"n": n} if scorer.positions == "official" else {})
+
+
+def changed_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The keys of a job that differ from their defaults and have no column of their own."""
+    aggregators = {f"aggregator.{name}._target_" for name in cfg.aggregator}
+    own_columns = {
+        "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task._target_",
+        "sampler._target_", "budget", "scorer._target_", "scorer.checkpoint", "scorer.latents", "paths",
+        "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run",
+    }  # fmt: skip
+    return config.non_defaults(cfg, own_columns | aggregators)
+
+
+def run_columns(cfg: DictConfig, prepared: Prepared, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that say which run a metrics row belongs to."""
+    sampler, scorer = prepared.sampler, prepared.scorer
+    shown = {key: value for key, value in settings.items() if key != f"sampler.{sampler.param}"}
+    columns = {
+        "model": prepared.adapter.name,
+        "checkpoint": prepared.adapter.checkpoint,
+        "task": prepared.task.name,
+        "split": prepared.task.split or "",
+        "sampler": sampler.name,
+        "sampler_param": sampler.param or "",
+        "sampler_value": "" if sampler.value is None else str(sampler.value),
+        "settings": ",".join(f"{key}={value}" for key, value in sorted(shown.items())),
+        "schedule": "",
+        "search": "",
+        "budget": prepared.budget.name,
+        "scorer": "" if scorer is None else scorer.name,
+        "seed": str(cfg.seed),
+        "dtype": cfg.engine.dtype,
+    }
+    identity = {
+        **columns,
+        "n": prepared.n,
+        "weights": prepared.adapter.digest,
+        "questions": [q.id for q in prepared.questions],
+    }
+    if scorer is not None:
+        identity["scorer_weights"] = scorer.digest
+    return {"run_id": store.settings_digest(identity)[:12], **columns}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, and the commit where there is one."""
+    names = ("latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}, **commit()}
+
+
+def commit() -> dict[str, str]:
+    """The commit of a source checkout (`-dirty` if it has changes); nothing for an installed package."""
+    import subprocess
+
+    here = Path(__file__).resolve().parents[3]
+    if not (here / ".git").exists():
+        return {}
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}

@@ -1,0 +1,155 @@
+"""What a run needs and can be had without torch: objects built from the config, questions read, everything checked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+from omegaconf import DictConfig, OmegaConf
+
+from latent_tts import config
+from latent_tts.aggregator.weighted import Weighted
+from latent_tts.cost import Shape
+from latent_tts.errors import UsageError, bad_value
+from latent_tts.scorer.none import NoScorer
+from latent_tts.types import Aggregator, Budget, ModelAdapter, Question, Sampler, Scorer, Task
+
+log = logging.getLogger(__name__)
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass
+class Prepared:
+    """The objects of a run."""
+
+    adapter: ModelAdapter
+    task: Task
+    sampler: Sampler
+    budget: Budget
+    scorer: Scorer | None
+    aggregators: list[Aggregator]
+    questions: list[Question]
+    prompts: dict[str, list[int]]
+    donors: dict[str, Question]
+    n: int
+    shape: Shape
+
+    def row_key(self, question: Question) -> str:
+        """What the cache calls a question: its id, and its donor's where it has one."""
+        donor = self.donors.get(question.id)
+        return question.id if donor is None else f"{question.id}<{donor.id}"
+
+    def wanted(self) -> pd.DataFrame:
+        """The rollouts of the run (columns `row_key`, `rollout`), in the order of its tables."""
+        pairs = [(self.row_key(question), number) for question in self.questions for number in range(self.n)]
+        return pd.DataFrame(pairs, columns=["row_key", "rollout"])
+
+
+def prepare(cfg: DictConfig) -> Prepared:
+    """Build and check everything that does not need torch.
+
+    Raises:
+        UsageError: a value, a file or a question is not usable; the message names it.
+    """
+    config.require("n", cfg.n, cfg.n >= 1, "a number of rollouts, 1 or more")
+    config.require("max_answer_tokens", cfg.max_answer_tokens, cfg.max_answer_tokens >= 1, "1 or more")
+    config.require("engine.dtype", cfg.engine.dtype, cfg.engine.dtype in ITEM_BYTES, f"one of {', '.join(ITEM_BYTES)}")
+    rows = cfg.engine.rows
+    config.require("engine.rows", rows, rows is None or rows >= 1, "1 or more, or null to let the model decide")
+    sampler: Sampler = config.build("sampler", cfg.sampler)
+    budget: Budget = config.build("budget", cfg.budget)
+    config.require(
+        "aggregator",
+        cfg.aggregator,
+        OmegaConf.is_dict(cfg.aggregator),
+        "options of the group, as in aggregator=[majority]",
+    )
+    aggregators: list[Aggregator] = [
+        config.build(f"aggregator.{name}", cfg.aggregator[name]) for name in cfg.aggregator
+    ]
+    built: Scorer | NoScorer = config.build("scorer", cfg.scorer)
+    scorer = None if isinstance(built, NoScorer) else built
+    if isinstance(built, NoScorer):
+        aggregators = _without_scores(cfg, built, aggregators)
+    task: Task = config.build("task", cfg.task)
+    adapter: ModelAdapter = config.build("model", cfg.model)
+    adapter.check()
+    if scorer is not None:
+        aggregators = _with_scores(cfg, scorer, adapter, aggregators)
+    needed = adapter.latents + len(adapter.thinking_end_ids) + cfg.max_answer_tokens
+    if needed >= adapter.positions:
+        raise bad_value(
+            "model.latents",
+            adapter.latents,
+            f"with max_answer_tokens={cfg.max_answer_tokens} a rollout needs {needed} positions "
+            f"beside the prompt, {adapter.name} has {adapter.positions}",
+        )
+    questions = task.questions()
+    prompts = {question.id: adapter.encode(question) for question in questions}
+    for question in questions:
+        if len(prompts[question.id]) + needed > adapter.positions:
+            raise UsageError(
+                f"question {question.id}: its prompt of {len(prompts[question.id])} tokens, {adapter.latents} latents "
+                f"and max_answer_tokens={cfg.max_answer_tokens} need more than the {adapter.positions} positions of "
+                f"{adapter.name}\nit begins {question.text[:60]!r}"
+            )
+    if scorer is not None:
+        longest = max(len(prompt) for prompt in prompts.values()) + adapter.latents
+        config.require(
+            "scorer.checkpoint",
+            scorer.name.partition(":")[2],
+            longest <= positions_of(scorer),
+            f"it has {positions_of(scorer)} positions, the longest prompt with its latents needs {longest}",
+        )
+    donors: dict[str, Question] = {}
+    if sampler.needs_donor:
+        if len(questions) < 2:
+            raise bad_value("sampler.mode", "shuffle", "needs at least two questions")
+        donors = {q.id: other for q, other in zip(questions, [*questions[1:], questions[0]], strict=True)}
+    n = cfg.n
+    if sampler.deterministic and n > 1:
+        log.warning("n=%d: sampler %s gives the same rollout every time, so one is drawn", n, sampler.name)
+        n = 1
+    shape = Shape.from_config(adapter.config)
+    return Prepared(adapter, task, sampler, budget, scorer, aggregators, questions, prompts, donors, n, shape)
+
+
+def _without_scores(cfg: DictConfig, built: NoScorer, aggregators: list[Aggregator]) -> list[Aggregator]:
+    """The aggregators that need no scores; those that do may be left out only where nobody asked for them.
+
+    Raises:
+        UsageError: somebody did.
+    """
+    scored = [aggregator.name for aggregator in aggregators if aggregator.needs_score]
+    why = "scorer=none" if built.reason is None else f"scorer=auto: {built.reason}"
+    if scored and not config.is_default("aggregator", cfg):
+        raise bad_value("aggregator", ",".join(scored), f"needs a scorer ({why})")
+    if built.reason is not None:
+        log.info("%s, so rollouts get no scores", why)
+    return [aggregator for aggregator in aggregators if not aggregator.needs_score]
+
+
+def _with_scores(
+    cfg: DictConfig, scorer: Scorer, adapter: ModelAdapter, aggregators: list[Aggregator]
+) -> list[Aggregator]:
+    """Check a scorer against the model; the aggregators take from it what they leave to it."""
+    if adapter.latents == 0:
+        raise bad_value("scorer", scorer.name, "a scorer scores latents, and model.latents=0")
+    sampler: Any = OmegaConf.to_container(cfg.sampler, resolve=True)
+    for warning in scorer.check(adapter, sampler):
+        log.warning("%s", warning)
+    return [
+        replace(aggregator, temperature=scorer.temperature)
+        if isinstance(aggregator, Weighted) and aggregator.temperature is None
+        else aggregator
+        for aggregator in aggregators
+    ]
+
+
+def positions_of(scorer: Scorer) -> int:
+    """The longest sequence a scorer takes."""
+    settings: Mapping[str, Any] = scorer.config
+    return int(settings.get("n_positions", settings.get("max_position_embeddings", 0)))

@@ -1,0 +1,210 @@
+"""`scorer=latent_rm`: a transformer that reads the prompt and the latents and gives every latent a score.
+
+A checkpoint has the backbone's weights under the names they have in its causal LM, `classifier.weight` (1, D),
+`classifier.bias` (1), and the backbone's `config.json`. Ones trained here add the key `latent_rm` to it: the reasoner
+and the sampler that the training rollouts came from, how steps were reduced, and the temperature of the weighted vote
+chosen on `valid`.
+
+Source: You et al. (arXiv 2510.07745), section 4; checkpoint layout of ModalityDance/LatentTTS at 6657f20. Its CODI
+variant, with a projector before the head, is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from latent_tts import checkpoint as files
+from latent_tts.errors import bad_value, is_number
+from latent_tts.types import Floats, ModelAdapter, RewardModel
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+KEY = "scorer.checkpoint"
+HEAD = {"classifier.weight", "classifier.bias"}
+REDUCTIONS = {"sum": np.sum, "mean": np.mean, "last": lambda scores: scores[-1]}
+POSITIONS = ("correct", "official")
+
+
+def checked_settings(reduce: str | None, positions: str) -> None:
+    """Raises UsageError unless both are known."""
+    if reduce is not None and str(reduce) not in REDUCTIONS:
+        raise bad_value("scorer.reduce", reduce, f"one of {', '.join(REDUCTIONS)}, or null for the LatentRM's own")
+    if str(positions) not in POSITIONS:
+        raise bad_value("scorer.positions", positions, f"one of {', '.join(POSITIONS)}")
+
+
+@dataclass(frozen=True)
+class LatentRM:
+    """A LatentRM and how its step scores are used.
+
+    Attributes:
+        checkpoint: folder, `shipped:NAME` or hub id.
+        reduce: of a row's step scores: `sum`, `mean` or `last`; None is what it was trained with, `sum` if not said.
+        positions: `correct`: positions of a row count from its own first token. `official`: they are shifted as the
+            official script's left padding shifts them, by the longest text among the rollouts of the question minus
+            the row's own, so that a score depends on the answers of all the question's rollouts.
+        revision: commit or tag of a hub id.
+    """
+
+    checkpoint: str
+    reduce: str | None
+    positions: str
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        checked_settings(self.reduce, self.positions)
+        if not isinstance(self.checkpoint, str):
+            raise bad_value(KEY, self.checkpoint, "a folder, shipped:NAME or a hub id; this model names no LatentRM")
+
+    @property
+    def name(self) -> str:
+        """What tables call the scorer."""
+        return f"latent_rm:{self.checkpoint}"
+
+    @cached_property
+    def folder(self) -> Path:
+        """The local checkpoint folder."""
+        return files.resolve(self.checkpoint, self.revision, key=KEY)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's `config.json`."""
+        return files.read_json(self.folder, "config.json", key=KEY)
+
+    @cached_property
+    def trained(self) -> dict[str, Any]:
+        """What `config.json` says about its training; empty for the published checkpoints."""
+        trained = self.config.get("latent_rm", {})
+        if not isinstance(trained, dict):
+            raise bad_value(KEY, self.folder, "the key latent_rm of config.json does not hold an object")
+        return trained
+
+    @cached_property
+    def digest(self) -> str:
+        """What identifies the weights and the shape, and the tokenizer where there is one."""
+        sha = hashlib.sha256()
+        tokenizer = [path for path in [self.folder / "tokenizer.json"] if path.is_file()]
+        for path in [self.folder / "config.json", *tokenizer, *files.weight_files(self.folder, key=KEY)]:
+            with path.open("rb") as file:
+                sha.update(hashlib.file_digest(file, "sha256").digest())
+        return sha.hexdigest()[:16]
+
+    @property
+    def temperature(self) -> float:
+        """Of the weighted vote, as chosen on `valid` when it was trained; 1 where nothing was chosen."""
+        value = self.trained.get("temperature")
+        if value is None:
+            return 1.0
+        if not (is_number(value) and value > 0):
+            raise bad_value(KEY, self.folder, f"config.json has latent_rm.temperature={value}, not a positive number")
+        return float(value)
+
+    @property
+    def reduction(self) -> str:
+        """How step scores are reduced."""
+        chosen = str(self.reduce or self.trained.get("reduce") or "sum")
+        if chosen not in REDUCTIONS:
+            raise bad_value(KEY, self.folder, f"config.json has latent_rm.reduce={chosen}, not {', '.join(REDUCTIONS)}")
+        return chosen
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, which only `positions=official` reads."""
+        return files.load_tokenizer(self.folder, key=KEY)
+
+    def check(self, reasoner: ModelAdapter, sampler: Mapping[str, Any]) -> list[str]:
+        """Read everything but the weights.
+
+        Args:
+            reasoner: whose latents are to be scored.
+            sampler: the config of the sampler that draws them.
+
+        Returns:
+            Warnings: it was trained on the rollouts of another reasoner or sampler.
+
+        Raises:
+            UsageError: a file is missing or cut off, the head is not one score, or the width is not the reasoner's.
+        """
+        shapes: dict[str, list[int]] = {}
+        for path in files.weight_files(self.folder, key=KEY):
+            shapes |= files.tensor_shapes(path, key=KEY)
+        width = _width(self.config)
+        if {name: shapes.get(name) for name in HEAD} != {"classifier.weight": [1, width], "classifier.bias": [1]}:
+            found = ", ".join(f"{name} {shapes.get(name, 'missing')}" for name in sorted(HEAD))
+            raise bad_value(KEY, self.checkpoint, f"no LatentRM of width {width}, whose head gives one score: {found}")
+        wanted = _width(reasoner.config)
+        if width != wanted:
+            raise bad_value(
+                KEY, self.checkpoint, f"a LatentRM of width {width}; the latents of {reasoner.name} have {wanted}"
+            )
+        if self.positions == "official":
+            _ = self.tokenizer
+        _ = self.reduction, self.temperature
+        return self._differences(reasoner, sampler)
+
+    def _differences(self, reasoner: ModelAdapter, sampler: Mapping[str, Any]) -> list[str]:
+        warnings = []
+        digest = self.trained.get("reasoner")
+        if digest is not None and digest != reasoner.digest:
+            name = self.trained.get("reasoner_name", "another reasoner")
+            warnings.append(
+                f"{KEY}={self.checkpoint} was trained for the reasoner {name} ({digest}), "
+                f"this is {reasoner.name} ({reasoner.digest}): its scores may mean little"
+            )
+        trained = self.trained.get("sampler")
+        if isinstance(trained, Mapping):
+            keys = [key for key in sorted({*trained, *sampler}) if trained.get(key) != sampler.get(key)]
+            if keys:
+                there, here = (", ".join(f"{key}={which.get(key)}" for key in keys) for which in (trained, sampler))
+                warnings.append(
+                    f"{KEY}={self.checkpoint} was trained on rollouts of a sampler with {there}; here it is {here}"
+                )
+        reduce = self.trained.get("reduce")
+        if self.reduce is not None and reduce is not None and reduce != self.reduce:
+            warnings.append(
+                f"scorer.reduce={self.reduce}, but {self.checkpoint} was trained with {reduce}, "
+                "and so was its temperature of the weighted vote"
+            )
+        return warnings
+
+    def text_tokens(self, answer_text: str) -> int:
+        """How many tokens an answer's text has when it is read again."""
+        return len(self.tokenizer.encode(answer_text, add_special_tokens=False).ids)
+
+    def reduced(self, step_scores: Sequence[Floats]) -> Floats:
+        """The trajectory score (R) of each row's step scores; NaN for a row without any."""
+        reduce = REDUCTIONS[self.reduction]
+        scores = [float(reduce(np.asarray(row, dtype=np.float64))) if len(row) else np.nan for row in step_scores]
+        return np.array(scores, dtype=np.float64)
+
+    def load(self, *, device: str, dtype: str) -> RewardModel:
+        """Load the weights (imports torch)."""
+        import torch
+        from safetensors import safe_open
+        from torch.nn import functional as F
+
+        backbone = files.load_backbone(self.folder, device=device, dtype=dtype, key=KEY)
+        precise = torch.promote_types(backbone.dtype, torch.float32)
+        head: dict[str, Tensor] = {}
+        for path in files.weight_files(self.folder, key=KEY):
+            with safe_open(path, framework="pt", device="cpu") as file:
+                head |= {name: file.get_tensor(name).to(device, precise) for name in HEAD & set(file.keys())}
+
+        def classifier(hidden: Tensor) -> Tensor:
+            return F.linear(hidden.to(precise), head["classifier.weight"], head["classifier.bias"])[..., 0]
+
+        return RewardModel(backbone, classifier)
+
+
+def _width(config: Mapping[str, Any]) -> int | None:
+    """D of GPT-2-like (`n_embd`) or Llama-like (`hidden_size`) configs."""
+    return config.get("n_embd", config.get("hidden_size"))
