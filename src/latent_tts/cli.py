@@ -15,6 +15,7 @@ from latent_tts.errors import JobsFailed, LatentTTSError, UsageError
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("draw rollouts, pick answers, write the scaling curve", ()),
     "rescore": ("score the rollouts of a finished run with another scorer: ltts rescore RUN", ("run",)),
+    "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
     "train-reasoner": ("train a latent reasoner by a staged curriculum; resumable", ()),
     "collect": ("join the metrics of run folders and say which are missing: ltts collect RUNS...", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),

@@ -94,6 +94,31 @@ class OptionalPathsConfig:
 
 
 @dataclass
+class AnnotateConfig:
+    """Keys of `ltts annotate`.
+
+    Attributes:
+        output: the annotation folder; the same line goes on there.
+        n: rollouts of each question.
+        completions: M, completions of each prefix.
+        keep: `mixed` or `all`: which questions get labels.
+        seed: of every random number.
+        max_answer_tokens: token limit of an answer.
+    """
+
+    output: str = MISSING
+    n: int = MISSING
+    completions: int = MISSING
+    keep: str = MISSING
+    seed: int = MISSING
+    max_answer_tokens: int = MISSING
+    engine: EngineConfig = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+    sampler: Any = MISSING
+
+
+@dataclass
 class RescoreConfig:
     """Keys of `ltts rescore`.
 
@@ -167,6 +192,7 @@ class ConvertConfig:
 
 SCHEMAS = {
     "run": RunConfig,
+    "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
     "train_reasoner": TrainReasonerConfig,
     "collect": CollectConfig,

@@ -144,6 +144,12 @@ def label_batch(
     return entries, done
 
 
+def completions_of(sampler: Sampler, engine: Engine, labelling: Labelling) -> int:
+    """Completions that a kept question takes: n for each prefix that something random follows, at most."""
+    prefixes = engine.plan.latents - (not _random_after_the_last(sampler, engine))
+    return labelling.rollouts * prefixes * labelling.completions
+
+
 def _random_after_the_last(sampler: Sampler, engine: Engine) -> bool:
     """Whether anything random follows a rollout's last latent."""
     phases = sampler.random_phases

@@ -185,6 +185,16 @@ class ModelAdapter(Protocol):
         ...
 
     @property
+    def latent_id(self) -> int:
+        """Placeholder of a latent thought where a rollout is written as ids."""
+        ...
+
+    @property
+    def stop_id(self) -> int | None:
+        """A rollout stops thinking where this token is the most probable; None for a fixed number of latents."""
+        ...
+
+    @property
     def eos_id(self) -> int:
         """The token that ends an answer."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from omegaconf import DictConfig
@@ -12,6 +12,9 @@ from latent_tts import report, store
 from latent_tts.commands.prepared import ITEM_BYTES, Prepared
 from latent_tts.errors import RunError, bad_value
 from latent_tts.types import ModelAdapter, Reasoner, RewardModel, Scorer
+
+if TYPE_CHECKING:
+    from latent_tts.engine.rollout import Plan
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +27,7 @@ def draw_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache,
         return 0
     from latent_tts import executor
     from latent_tts.engine.packing import Job, default_rows, measured_flops, row_bytes, rows_that_fit
-    from latent_tts.engine.rollout import Engine, Plan
+    from latent_tts.engine.rollout import Engine
 
     device = resolve_device(cfg.engine.device)
     shape, adapter = prepared.shape, prepared.adapter
@@ -61,8 +64,7 @@ def draw_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache,
         total, work / 1e9, work / rate, rate / 1e9,
         (rows * bytes_a_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
     )  # fmt: skip
-    reasoner = load_once(adapter, device, cfg.engine.dtype)
-    engine = Engine(reasoner, Plan(adapter.latents, adapter.thinking_end_ids, adapter.eos_id, cfg.max_answer_tokens))
+    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
     with report.progress_bar(total, "rollouts") as bar:
         try:
             executor.fill(
@@ -80,6 +82,13 @@ def draw_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache,
                 "the same line goes on from there (a smaller engine.rows needs less memory)"
             ) from error
     return total
+
+
+def plan_of(adapter: ModelAdapter, max_answer_tokens: int) -> Plan:
+    """What a rollout of the adapter's model consists of."""
+    from latent_tts.engine.rollout import Plan
+
+    return Plan(adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id)
 
 
 def missing(cache: store.PartCache, wanted: pd.DataFrame, how: str) -> dict[str, list[int]]:

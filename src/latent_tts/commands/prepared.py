@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,10 +55,7 @@ def prepare(cfg: DictConfig) -> Prepared:
         UsageError: a value, a file or a question is not usable; the message names it.
     """
     config.require("n", cfg.n, cfg.n >= 1, "a number of rollouts, 1 or more")
-    config.require("max_answer_tokens", cfg.max_answer_tokens, cfg.max_answer_tokens >= 1, "1 or more")
-    config.require("engine.dtype", cfg.engine.dtype, cfg.engine.dtype in ITEM_BYTES, f"one of {', '.join(ITEM_BYTES)}")
-    rows = cfg.engine.rows
-    config.require("engine.rows", rows, rows is None or rows >= 1, "1 or more, or null to let the model decide")
+    check_engine(cfg)
     sampler: Sampler = config.build("sampler", cfg.sampler)
     budget: Budget = config.build("budget", cfg.budget)
     config.require(
@@ -79,23 +76,9 @@ def prepare(cfg: DictConfig) -> Prepared:
     adapter.check()
     if scorer is not None:
         aggregators = _with_scores(cfg, scorer, adapter, aggregators)
-    needed = adapter.latents + len(adapter.thinking_end_ids) + cfg.max_answer_tokens
-    if needed >= adapter.positions:
-        raise bad_value(
-            "model.latents",
-            adapter.latents,
-            f"with max_answer_tokens={cfg.max_answer_tokens} a rollout needs {needed} positions "
-            f"beside the prompt, {adapter.name} has {adapter.positions}",
-        )
+    needed = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
     questions = task.questions()
-    prompts = {question.id: adapter.encode(question) for question in questions}
-    for question in questions:
-        if len(prompts[question.id]) + needed > adapter.positions:
-            raise UsageError(
-                f"question {question.id}: its prompt of {len(prompts[question.id])} tokens, {adapter.latents} latents "
-                f"and max_answer_tokens={cfg.max_answer_tokens} need more than the {adapter.positions} positions of "
-                f"{adapter.name}\nit begins {question.text[:60]!r}"
-            )
+    prompts = encode(adapter, questions, needed)
     if scorer is not None:
         longest = max(len(prompt) for prompt in prompts.values()) + adapter.latents
         config.require(
@@ -115,6 +98,48 @@ def prepare(cfg: DictConfig) -> Prepared:
         n = 1
     shape = Shape.from_config(adapter.config)
     return Prepared(adapter, task, sampler, budget, scorer, aggregators, questions, prompts, donors, n, shape)
+
+
+def check_engine(cfg: DictConfig) -> None:
+    """Raises UsageError unless the keys that every command with an engine has are usable."""
+    config.require("max_answer_tokens", cfg.max_answer_tokens, cfg.max_answer_tokens >= 1, "1 or more")
+    config.require("engine.dtype", cfg.engine.dtype, cfg.engine.dtype in ITEM_BYTES, f"one of {', '.join(ITEM_BYTES)}")
+    rows = cfg.engine.rows
+    config.require("engine.rows", rows, rows is None or rows >= 1, "1 or more, or null to let the model decide")
+
+
+def positions_beside_the_prompt(adapter: ModelAdapter, max_answer_tokens: int) -> int:
+    """Positions that a rollout needs besides its prompt.
+
+    Raises:
+        UsageError: the model has not as many.
+    """
+    needed = adapter.latents + len(adapter.thinking_end_ids) + max_answer_tokens
+    if needed >= adapter.positions:
+        raise bad_value(
+            "model.latents",
+            adapter.latents,
+            f"with max_answer_tokens={max_answer_tokens} a rollout needs {needed} positions "
+            f"beside the prompt, {adapter.name} has {adapter.positions}",
+        )
+    return needed
+
+
+def encode(adapter: ModelAdapter, questions: Sequence[Question], needed: int) -> dict[str, list[int]]:
+    """Token ids of each question's prompt, by its id.
+
+    Raises:
+        UsageError: a question cannot be read, or leaves fewer than `needed` positions.
+    """
+    prompts = {question.id: adapter.encode(question) for question in questions}
+    for question in questions:
+        if len(prompts[question.id]) + needed > adapter.positions:
+            raise UsageError(
+                f"question {question.id}: its prompt of {len(prompts[question.id])} tokens, with {needed} for latents "
+                f"and answer (model.latents, max_answer_tokens), needs more than the {adapter.positions} positions of "
+                f"{adapter.name}\nit begins {question.text[:60]!r}"
+            )
+    return prompts
 
 
 def _without_scores(cfg: DictConfig, built: NoScorer, aggregators: list[Aggregator]) -> list[Aggregator]:

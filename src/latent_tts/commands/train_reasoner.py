@@ -29,6 +29,7 @@ def main(cfg: DictConfig) -> None:
     task = config.build("task", cfg.task)
     if not isinstance(task, Arith):
         raise bad_value("task", task.name, "training needs a task that writes out its steps: task=arith")
+    config.require("task.split", task.split, task.split == "train", "train: the other splits are to report on")
     curriculum = config.build("curriculum", cfg.curriculum)
     output = Path(cfg.output).expanduser()
     if output.exists() and not output.is_dir():

@@ -39,6 +39,7 @@ class Coconut:
     revision: str | None = None
     latent_rm: str | None = None
 
+    stop_id = None  # T latents, whatever the model would rather write
     prompt_recipe = "{question}\\n<|start-latent|>"
 
     def __post_init__(self) -> None:

@@ -1,0 +1,135 @@
+"""`ltts annotate`: rollouts of training questions with step-wise labels; the same line goes on where it stopped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from latent_tts import config, report
+from latent_tts.annotations import FORMAT, AnnotationFolder
+from latent_tts.commands.drawing import load_once, plan_of, resolve_device
+from latent_tts.commands.identity import ENGINE_SEMANTICS
+from latent_tts.commands.prepared import check_engine, encode, positions_beside_the_prompt
+from latent_tts.cost import Shape
+from latent_tts.errors import RunError, bad_value
+from latent_tts.types import ModelAdapter, Question, Sampler, Task
+
+log = logging.getLogger(__name__)
+KEEP = ("mixed", "all")
+
+
+def main(cfg: DictConfig) -> None:
+    """Annotate, then print the folder.
+
+    Raises:
+        UsageError: a value or a question is not usable, or the folder holds annotations made with other settings.
+        RunError: a failure while drawing; the finished questions are kept.
+    """
+    annotate(cfg)
+    print(Path(cfg.output).expanduser())
+
+
+def annotate(cfg: DictConfig) -> Path:
+    """Label the questions that the output folder lacks; returns the folder."""
+    config.require("n", cfg.n, cfg.n >= 2, "a number of rollouts, 2 or more: labels serve to compare them")
+    config.require("completions", cfg.completions, cfg.completions >= 1, "completions of each prefix, 1 or more")
+    config.require("keep", cfg.keep, cfg.keep in KEEP, f"one of {', '.join(KEEP)}")
+    check_engine(cfg)
+    sampler: Sampler = config.build("sampler", cfg.sampler)
+    if sampler.deterministic or sampler.needs_donor:
+        raise bad_value("sampler", sampler.name, "one whose rollouts differ: gaussian or dropout")
+    task: Task = config.build("task", cfg.task)
+    adapter: ModelAdapter = config.build("model", cfg.model)
+    adapter.check()
+    if adapter.latents == 0:
+        raise bad_value("model.latents", 0, "labels are of latents: 1 or more")
+    questions = task.questions()
+    prompts = encode(adapter, questions, positions_beside_the_prompt(adapter, cfg.max_answer_tokens))
+    folder = AnnotationFolder(Path(cfg.output).expanduser(), settings(cfg, adapter, task), key="output")
+    done = folder.present()
+    left = [(place, question) for place, question in enumerate(questions) if question.id not in done]
+    if len(left) < len(questions):
+        log.info("%d of %d questions are in %s", len(questions) - len(left), len(questions), folder.path)
+    if left:
+        _label(cfg, adapter, task, sampler, folder, left, prompts)
+    counts = folder.finish()
+    log.info(
+        "%d questions labelled; without a mixed outcome and dropped: %d all right, %d all wrong",
+        counts["kept"], counts["all_correct"], counts["all_wrong"],
+    )  # fmt: skip
+    return folder.path
+
+
+def settings(cfg: DictConfig, adapter: ModelAdapter, task: Task) -> dict[str, Any]:
+    """Everything that determines an annotation besides its question."""
+    return {
+        "format": FORMAT,
+        "semantics": ENGINE_SEMANTICS,
+        "reasoner": adapter.digest,
+        "reasoner_name": adapter.name,
+        "prompt": adapter.prompt_recipe,
+        "sampler": OmegaConf.to_container(cfg.sampler, resolve=True),
+        "n": cfg.n,
+        "completions": cfg.completions,
+        "keep": cfg.keep,
+        "seed": cfg.seed,
+        "max_answer_tokens": cfg.max_answer_tokens,
+        "latents": adapter.latents,
+        "latent_id": adapter.latent_id,
+        "width": Shape.from_config(adapter.config).width,
+        "dtype": cfg.engine.dtype,
+        "task": task.name,
+        "split": task.split,
+    }
+
+
+def _label(
+    cfg: DictConfig,
+    adapter: ModelAdapter,
+    task: Task,
+    sampler: Sampler,
+    folder: AnnotationFolder,
+    questions: list[tuple[int, Question]],
+    prompts: dict[str, list[int]],
+) -> None:
+    from latent_tts.engine.packing import default_rows
+    from latent_tts.engine.rollout import Engine
+    from latent_tts.labelling import MOST_COMPLETIONS, LabelJob, Labelling, completions_of, label
+
+    for key in ("n", "completions"):
+        config.require(key, cfg[key], cfg[key] < MOST_COMPLETIONS, f"less than {MOST_COMPLETIONS}")
+
+    def is_right(question: Question, ids: list[int]) -> bool:
+        prediction = task.parse(adapter.raw_answer(adapter.answer_text(ids)))
+        return prediction is not None and task.equal(prediction, question.answer)
+
+    jobs = [LabelJob(q.id, place, prompts[q.id], lambda ids, q=q: is_right(q, ids)) for place, q in questions]
+    device = resolve_device(cfg.engine.device)
+    rows = cfg.engine.rows or default_rows(Shape.from_config(adapter.config).width, device)
+    labelling = Labelling(cfg.n, cfg.completions, cfg.keep == "all", cfg.seed, rows, adapter.latent_id)
+    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
+    a_question = completions_of(sampler, engine, labelling)
+    log.info(
+        "%d questions to annotate: n=%d rollouts each, and at most %d completions of their %d prefixes for each that "
+        "is kept: at most %d rollouts",
+        len(jobs), cfg.n, a_question, cfg.n * adapter.latents, len(jobs) * (cfg.n + a_question),
+    )  # fmt: skip
+    with report.progress_bar(len(jobs), "questions") as bar:
+        started, done, drawn = time.perf_counter(), 0, 0
+
+        def progress(questions: int, rollouts: int) -> None:
+            nonlocal done, drawn
+            done, drawn = done + questions, drawn + rollouts
+            report.show(bar, done, f"{drawn / (time.perf_counter() - started):.0f} rollouts/s")
+
+        try:
+            label(folder, jobs, engine, sampler, labelling, progress)
+        except (RuntimeError, MemoryError) as error:  # what torch raises: out of memory, a failing device
+            raise RunError(
+                f"annotating failed: {str(error).splitlines()[0]}\nfinished questions are in {folder.path}; "
+                "the same line goes on from there (a smaller engine.rows needs less memory)"
+            ) from error
