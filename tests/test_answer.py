@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_tts.answer import canonical_number, close
+from latent_tts.answer import canonical_number, canonical_words, close
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
 
@@ -84,3 +84,35 @@ def test_whole_numbers_lose_nothing_but_commas_and_zeros(number, zeros):
 )
 def test_equality_is_exact_or_within_the_tolerance(prediction, gold, tolerance, equal):
     assert close(prediction, gold, tolerance) is equal
+
+
+@quick
+@given(st.decimals(-(10**9), 10**9, places=3), st.decimals(-1, 1, places=4))
+def test_no_tolerance_and_tolerance_0_are_the_same(number, change):
+    prediction, gold = canonical_number(str(number)), canonical_number(str(number + change))
+    assert close(prediction, gold, None) == close(prediction, gold, 0) == (change == 0)
+
+
+@pytest.mark.parametrize(
+    ("raw", "canonical"),
+    [
+        ("Sally is a sterpus.", "sally is a sterpus"),
+        ("  Every\tcat  is a\ndog . ", "every cat is a dog"),
+        ("Dr. No", "dr. no"),
+        ("1,000", "1,000"),
+        ("...", None),
+        (" ", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_texts_have_one_canonical_form(raw, canonical):
+    assert canonical_words(raw) == canonical
+
+
+@quick
+@given(st.text("aA .\n\u00df\u0130", max_size=12))
+def test_case_spaces_and_final_dots_say_nothing(text):
+    canonical = canonical_words(text)
+    assert canonical_words(f" {text}. ") == canonical
+    assert canonical is None or canonical_words(canonical) == canonical

@@ -15,7 +15,8 @@ ALLOWED = {
     "errors": set(),
     "philox": set(),
     "types": {"rng"},  # for annotations alone
-    "answer": {"errors"},
+    "latex": set(),
+    "answer": {"errors", "latex"},
     "checkpoint": {"errors", "types"},
     "cost": set(),
     "rng": {"philox"},

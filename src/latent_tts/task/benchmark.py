@@ -1,0 +1,183 @@
+"""`task=gsm8k`, `gsm_hard`, `multiarith`, `svamp`, `math500`, `prosqa`: published sets, from a file or from the hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from latent_tts.answer import AnswerRule
+from latent_tts.errors import UsageError, bad_value
+from latent_tts.task.jsonl import Row, check_file, check_limit, file_rows, read_questions
+from latent_tts.types import Question
+
+log = logging.getLogger(__name__)
+FOLDER = "LTTS_DATA"
+LAYOUT = 'one {"question": ..., "answer": ...} a line'
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where one split of a published set is read from.
+
+    Attributes:
+        file: its name in the folder `LTTS_DATA`.
+        hub: id of the data set on the hub; null where there is no copy to rely on.
+        get: where to get it from when there is none, for the error.
+        subset: of the data set on the hub, null if it has none.
+        hub_split: what the hub calls the split; `a+b` joins two.
+        revision: commit or branch on the hub.
+        rows: how many questions are expected from the hub; another number is a warning.
+        question: the field that holds the question.
+        answer: the field that holds the answer.
+        marker: what stands between written steps and the answer inside that field; null: it holds the answer alone.
+        distinct: whether repeats of a question are left out.
+    """
+
+    file: str
+    hub: str | None = None
+    get: str | None = None
+    subset: str | None = None
+    hub_split: str = "test"
+    revision: str | None = None
+    rows: int | None = None
+    question: str = "question"
+    answer: str = "answer"
+    marker: str | None = None
+    distinct: bool = False
+
+    def row(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of the hub with the names of the toolkit, spaces around the texts left out."""
+        text, answer, steps = fields.get(self.question), fields.get(self.answer), []
+        if self.marker is not None and isinstance(answer, str):
+            written, _, answer = answer.rpartition(self.marker)
+            steps = re.findall(r"<<.*?>>", written)
+        return {
+            "question": text.strip() if isinstance(text, str) else text,
+            "answer": answer.strip() if isinstance(answer, str) else answer,
+            "steps": steps,
+        }
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A published set of questions.
+
+    Attributes:
+        name: what tables call the task.
+        split: one of `splits`.
+        path: a `.jsonl` or `.jsonl.gz` file to read instead; null: the split's file in the folder that the environment
+            variable `LTTS_DATA` names, and where there is none the hub.
+        limit: the first `limit` questions; null takes all.
+        answer: how answers are read: `decimal`, `latex` or `words`.
+        tolerance: largest |prediction - gold| that counts as right; null is exact.
+        splits: the fields of a `Split` by its name.
+    """
+
+    name: str
+    split: str
+    path: str | None
+    limit: int | None
+    answer: str
+    tolerance: float | None
+    splits: Mapping[str, Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        if self.split not in self.splits:
+            raise bad_value("task.split", self.split, f"one of {', '.join(self.splits)}")
+        check_limit(self.limit)
+        _ = self.rule
+        if self.path is not None:
+            check_file(self.path)
+        elif self._file is None and self._split.hub is None:
+            raise UsageError(self._how_to_get(f"task={self.name} task.split={self.split}: no copy of it is on the hub"))
+
+    @cached_property
+    def rule(self) -> AnswerRule:
+        """How answers are read and compared."""
+        return AnswerRule(self.answer, self.tolerance)
+
+    @cached_property
+    def _split(self) -> Split:
+        return Split(**self.splits[self.split])
+
+    @cached_property
+    def _file(self) -> str | None:
+        """The file to read, None for the hub.
+
+        Raises:
+            UsageError: `LTTS_DATA` names no folder.
+        """
+        folder = os.environ.get(FOLDER)
+        if self.path is not None or not folder:
+            return self.path
+        if not Path(folder).expanduser().is_dir():
+            raise bad_value(FOLDER, folder, "no such folder; it is where the files of evaluation sets lie")
+        path = Path(folder).expanduser() / self._split.file
+        return str(path) if path.is_file() else None
+
+    def _how_to_get(self, problem: str) -> str:
+        """An error in three lines: what is wrong, where the data is, how to have it read."""
+        split = self._split
+        where = f"it is {split.get}" if split.get else f"it is https://huggingface.co/datasets/{split.hub}"
+        ways = f"task.path=FILE.jsonl, or {split.file} in the folder {FOLDER} names ({LAYOUT})"
+        return f"{problem}\n{where}\nread it with {ways}"
+
+    def questions(self) -> list[Question]:
+        """The questions in their order; a repeated text gets the id suffix `-2`, `-3`, ...
+
+        Raises:
+            UsageError: the set cannot be had, or a row is not readable; it names the row.
+        """
+        if self._file is not None:
+            source, rows = f"task.path={self._file}", file_rows(self._file)
+        else:
+            source, rows = f"{self._split.hub}, split {self._split.hub_split}", self._hub_rows()
+        questions = read_questions(rows, self.rule, self.limit, source)
+        log.info("%d questions from %s", len(questions), source.removeprefix("task.path="))
+        return questions
+
+    def _hub_rows(self) -> Iterator[Row]:
+        """The rows of the split on the hub.
+
+        Raises:
+            UsageError: the hub cannot be reached, or does not have it.
+        """
+        split = self._split
+        assert split.hub is not None
+        try:
+            from datasets import load_dataset
+
+            table: Any = load_dataset(split.hub, split.subset, split=split.hub_split, revision=split.revision)
+        except Exception as error:  # of datasets, huggingface_hub, httpx, pyarrow: they share no base
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            problem = f"task={self.name}: {split.hub} cannot be read from the hub ({reason})"
+            raise UsageError(self._how_to_get(problem)) from error
+        rows: list[Row] = [
+            (f"{split.hub}@{split.revision}, split {split.hub_split}: row {number}", split.row(fields))
+            for number, fields in enumerate(table)
+        ]
+        if split.distinct:
+            first: dict[Any, Row] = {}
+            for place, row in rows:
+                first.setdefault(row["question"], (place, row))
+            rows = list(first.values())
+        if split.rows not in (None, len(rows)):
+            log.warning(
+                "task=%s: %s has %d questions at revision %s, expected are %d", self.name, split.hub, len(rows),
+                split.revision, split.rows,
+            )  # fmt: skip
+        return iter(rows)
+
+    def parse(self, raw: str | None) -> str | None:
+        """The canonical form of a raw answer, None if it cannot be read."""
+        return self.rule.parse(raw)
+
+    def equal(self, prediction: str, gold: str) -> bool:
+        """Whether a canonical prediction is right."""
+        return self.rule.equal(prediction, gold)
