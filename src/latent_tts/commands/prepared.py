@@ -57,6 +57,8 @@ def prepare(cfg: DictConfig) -> Prepared:
     config.require("n", cfg.n, cfg.n >= 1, "a number of rollouts, 1 or more")
     config.require("max_answer_tokens", cfg.max_answer_tokens, cfg.max_answer_tokens >= 1, "1 or more")
     config.require("engine.dtype", cfg.engine.dtype, cfg.engine.dtype in ITEM_BYTES, f"one of {', '.join(ITEM_BYTES)}")
+    decode = cfg.answer.decode
+    config.require("answer.decode", decode, decode in ("all", "winners"), "all or winners")
     rows = cfg.engine.rows
     config.require("engine.rows", rows, rows is None or rows >= 1, "1 or more, or null to let the model decide")
     sampler: Sampler = config.build("sampler", cfg.sampler)
@@ -79,6 +81,8 @@ def prepare(cfg: DictConfig) -> Prepared:
     adapter.check()
     if scorer is not None:
         aggregators = _with_scores(cfg, scorer, adapter, aggregators)
+    if cfg.answer.decode == "winners":
+        aggregators = _only_winners(cfg, scorer, aggregators)
     needed = adapter.latents + len(adapter.thinking_end_ids) + cfg.max_answer_tokens
     if needed >= adapter.positions:
         raise bad_value(
@@ -147,6 +151,25 @@ def _with_scores(
         else aggregator
         for aggregator in aggregators
     ]
+
+
+def _only_winners(cfg: DictConfig, scorer: Scorer | None, aggregators: list[Aggregator]) -> list[Aggregator]:
+    """What can be reported where only the best-of-n picks are decoded.
+
+    Raises:
+        UsageError: there is no scorer, or something that was asked for needs every answer.
+    """
+    if scorer is None:
+        raise bad_value("answer.decode", "winners", "needs a scorer, which finds them")
+    if scorer.positions == "official":
+        raise bad_value(
+            "scorer.positions", "official", "needs every answer, and answer.decode=winners decodes the picks alone"
+        )
+    best = [aggregator for aggregator in aggregators if aggregator.name == "best_of_n"]
+    if not best or (len(best) < len(aggregators) and not config.is_default("aggregator", cfg)):
+        names = ",".join(aggregator.name for aggregator in aggregators)
+        raise bad_value("aggregator", names, "answer.decode=winners goes with best_of_n alone; votes need every answer")
+    return best
 
 
 def positions_of(scorer: Scorer) -> int:

@@ -45,7 +45,7 @@ class Rollouts:
 
     Attributes:
         latents_RTD: the vectors fed back, float32 on the CPU.
-        answer_ids: per row, the ids after the end of thinking, a final eos dropped.
+        answer_ids: per row, the ids after the end of thinking, a final eos dropped; all empty if none was decoded.
         answer_logprob_R: summed log-probability of the answer's tokens, its eos included.
         answer_margin_R: smallest gap between the two highest logits of an answer position.
         stopped_R: whether the row ended by eos (otherwise by the token limit).
@@ -94,6 +94,20 @@ class Engine:
             run = _Run(self, prompts, draw, sampler, sites, rows // len(prompts))
             latents_RTD, ids_R1 = run.think()
             return run.answer(latents_RTD, ids_R1)
+
+    @torch.inference_mode()
+    def think(
+        self, prompts: list[list[int]], draw: Draw, sampler: Sampler, *, donor_RTD: Tensor | None = None
+    ) -> Rollouts:
+        """The same rollouts as `roll` draws, without their answers; h_T is made, but not run."""
+        rows = draw.rollouts_R.shape[0]
+        draw.donor_RTD = donor_RTD
+        with MaskedSites(self.lm, sampler) as sites:
+            latents_RTD, _ = _Run(self, prompts, draw, sampler, sites, rows // len(prompts)).think()
+        nothing_R = torch.full((rows,), float("nan"))
+        return Rollouts(
+            latents_RTD.float().cpu(), [[] for _ in range(rows)], nothing_R, nothing_R, torch.zeros(rows).bool()
+        )
 
 
 class _Run:
