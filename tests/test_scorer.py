@@ -149,6 +149,48 @@ def test_the_head_stays_in_float32_under_bfloat16(latent_rm):
     assert model.classifier(torch.ones(3, 16, dtype=torch.bfloat16)).dtype == torch.float32
 
 
+# Winners
+
+
+def test_winners_are_the_picks_of_the_same_rollouts_and_nothing_else_is_decoded(scored, ltts, latent_rm):
+    budget = ("budget=ladder", "max_answer_tokens=6")
+    everything, all_metrics, _ = tables(scored(*budget, "paths.cache=other"))
+    result = scored(*budget, "answer.decode=winners")
+    rollouts, metrics, record = tables(result)
+    np.testing.assert_allclose(rollouts["score"], everything["score"], atol=1e-4)
+    decoded = rollouts["stop_reason"] != "not_decoded"
+    assert decoded.sum() == record["rollouts"]["decoded_now"] < len(rollouts)
+    exact = ["question_id", "rollout", "prediction", "correct", "stop_reason", "answer_text", "answer_tokens"]
+    pd.testing.assert_frame_equal(rollouts.loc[decoded, exact], everything.loc[decoded, exact])
+    assert rollouts.loc[~decoded, "prediction"].isna().all()
+    assert (rollouts.loc[~decoded, "answer_tokens"] == 0).all()
+    assert set(metrics["aggregator"]) == {"", "best_of_n"}
+    assert "coverage" not in set(metrics["metric"])
+    assert "answer.decode=winners" in metrics["settings"].iloc[0]
+    for n in (1, 2, 4):
+        first = everything[everything["rollout"] < n]
+        best = first.loc[first.groupby("question_id")["score"].idxmax()]
+        assert value(metrics, "accuracy", "best_of_n", n) == best["correct"].mean()
+        assert value(metrics, "invalid_rate", n=n) == best["prediction"].isna().mean()
+        assert value(metrics, "answer_tokens", n=n) == best["answer_tokens"].mean()
+    assert value(metrics, "accuracy", "best_of_n") == value(all_metrics, "accuracy", "best_of_n")
+    assert value(metrics, "diversity") == pytest.approx(value(all_metrics, "diversity"), rel=1e-4)
+    assert value(metrics, "gflops") < value(all_metrics, "gflops")
+    folder = result.last.parent
+    check(rescore(ltts, folder, latent_rm), "answer.decode=winners")
+    check(ltts("compare", folder, folder), "answer.decode=winners")
+    again, _, record = tables(scored(*budget, "answer.decode=winners"))
+    assert record["rollouts"] == {"total": 24, "drawn_now": 0, "scored_now": 0, "decoded_now": 0}
+    pd.testing.assert_frame_equal(rollouts, again)
+
+
+def test_only_winners_of_a_scorer_can_be_decoded(run, scored):
+    check(run("answer.decode=winners"), "answer.decode=winners", "needs a scorer")
+    check(scored("answer.decode=winners", "scorer.positions=official"), "scorer.positions=official", "every answer")
+    check(scored("answer.decode=winners", "aggregator=[majority,best_of_n]"), "aggregator=majority,best_of_n")
+    check(run("answer.decode=some"), "answer.decode=some", "all or winners")
+
+
 # What `auto` takes
 
 

@@ -45,6 +45,17 @@ class PathsConfig:
 
 
 @dataclass
+class AnswerConfig:
+    """Which answers are decoded.
+
+    Attributes:
+        decode: all, or winners: only the best-of-n pick of each reported n.
+    """
+
+    decode: str = MISSING
+
+
+@dataclass
 class RunConfig:
     """Keys of `ltts run`; the groups are checked by the objects they make.
 
@@ -59,6 +70,7 @@ class RunConfig:
     seed: int = MISSING
     max_answer_tokens: int = MISSING
     keep_latents: bool = MISSING
+    answer: AnswerConfig = MISSING
     engine: EngineConfig = MISSING
     paths: PathsConfig = MISSING
     model: Any = MISSING

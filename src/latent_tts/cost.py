@@ -64,6 +64,10 @@ class Shape:
         head = 2.0 * self.width * self.vocabulary * (answer + 1)
         return self.pass_flops(suffix, prompt) + head + (self.prompt_flops(prompt) if own_prompt else 0.0)
 
+    def thinking_flops(self, prompt: int, latents: int, own_prompt: bool) -> float:
+        """The same for a rollout that ends with its last latent, which is made but not run."""
+        return self.pass_flops(max(latents - 1, 0), prompt) + (self.prompt_flops(prompt) if own_prompt else 0.0)
+
     def scoring_flops(self, prompt: int, latents: float) -> float:
         """Operations of scoring one rollout beyond the shared prefill: the latents, and one output at each."""
         return self.pass_flops(latents, prompt) + 2.0 * self.width * latents

@@ -17,7 +17,7 @@ from latent_tts.engine.rollout import Engine, Plan, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.rng import Draw
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.store import PartCache, RolloutCache, ScoreCache
+from latent_tts.store import NOT_DECODED, PartCache, RolloutCache, ScoreCache
 from latent_tts.types import Sampler
 
 SECONDS_BETWEEN_PARTS = 2.0
@@ -32,6 +32,7 @@ def fill(
     seed: int,
     rows: int,
     progress: Callable[[int], None],
+    answers: bool = True,
 ) -> None:
     """Draw every rollout of `jobs` into `cache`.
 
@@ -43,8 +44,9 @@ def fill(
         seed: of the run.
         rows: most rows of a batch.
         progress: called with the number of rollouts of each finished batch.
+        answers: whether to decode the answers, or to keep the latents alone.
     """
-    _fill(cache, jobs, lambda batch: _draw_batch(batch, engine, sampler, seed), rows, progress)
+    _fill(cache, jobs, lambda batch: _draw_batch(batch, engine, sampler, seed, answers), rows, progress)
 
 
 def _fill(
@@ -68,13 +70,14 @@ def _fill(
             cache.add(pending)
 
 
-def _draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int) -> list[dict[str, Any]]:
+def _draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int, answers: bool) -> list[dict[str, Any]]:
     device = engine.device
     started = _now(device)
     numbers = torch.tensor([job.rollouts for job in batch], device=device)
     draw = Draw.of(seed, [job.question_id for job in batch], numbers, engine.width, engine.blocks)
     donor = _donor_latents(batch, engine, numbers.shape[1]) if sampler.needs_donor else None
-    rollouts = engine.roll([job.prompt for job in batch], draw, sampler, donor_RTD=donor)
+    make = engine.roll if answers else engine.think
+    rollouts = make([job.prompt for job in batch], draw, sampler, donor_RTD=donor)
     total = numbers.numel()
     measured = {
         "seconds": (_now(device) - started) / total,
@@ -82,7 +85,7 @@ def _draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int) -
         "device": device.type,
         "rows": total,
     }
-    return _rows(batch, rollouts, measured)
+    return _rows(batch, rollouts, measured, answers)
 
 
 def fill_scores(
@@ -143,7 +146,7 @@ def _donor_latents(batch: list[Job], engine: Engine, rollouts: int) -> torch.Ten
     return latents.to(engine.device, engine.lm.dtype).repeat_interleave(rollouts, 0)
 
 
-def _rows(batch: list[Job], rollouts: Rollouts, measured: dict[str, Any]) -> list[dict[str, Any]]:
+def _rows(batch: list[Job], rollouts: Rollouts, measured: dict[str, Any], answers: bool) -> list[dict[str, Any]]:
     latents = rollouts.latents_RTD.numpy().astype("<f4", copy=False)
     logprob, margin = rollouts.answer_logprob_R.tolist(), rollouts.answer_margin_R.tolist()
     stopped, steps = rollouts.stopped_R.tolist(), rollouts.steps_R.tolist()
@@ -155,7 +158,7 @@ def _rows(batch: list[Job], rollouts: Rollouts, measured: dict[str, Any]) -> lis
             "answer_ids": rollouts.answer_ids[row],
             "answer_logprob": logprob[row],
             "answer_margin": margin[row],
-            "stop_reason": "eos" if stopped[row] else "length",
+            "stop_reason": NOT_DECODED if not answers else "eos" if stopped[row] else "length",
             "latent_steps": steps[row],
             "latents": latents[row, : steps[row]].tobytes(),
             **measured,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,63 @@ def arrays_of(rollouts: pd.DataFrame, drawn: int) -> RolloutArrays:
         answer_logprob_QD=rollouts["answer_logprob"].to_numpy(dtype=np.float64).reshape(-1, drawn),
         score_QD=rollouts["score"].to_numpy(dtype=np.float64, na_value=np.nan).reshape(-1, drawn),
     )
+
+
+@dataclass
+class WinnersAt:
+    """What a run that decodes winners alone knows at one n.
+
+    Attributes:
+        n: the first n rollouts of each question.
+        picked: the rollouts table's row of each question's pick.
+        latent_steps, diversity, gflops: of each question.
+        seconds: measured, for all questions.
+    """
+
+    n: int
+    picked: pd.DataFrame
+    latent_steps: Sequence[int]
+    diversity: Sequence[float | None]
+    gflops: Sequence[float]
+    seconds: float
+
+
+def winner_rows(figures: Sequence[WinnersAt], rollouts: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
+    """The metrics table of a run that decodes winners alone: plain figures of the first n rollouts at each n.
+
+    Args:
+        figures: at each reported n; seconds and memory are reported at the largest.
+        rollouts: the rollouts table, for `peak_memory_bytes`.
+        run: values of the columns that all rows share.
+    """
+    rows: list[dict[str, Any]] = []
+    largest = max(at.n for at in figures)
+    for at in figures:
+        questions = len(at.picked)
+        weights = stats.bootstrap_weights(questions)
+        figures_Q = {
+            "accuracy": at.picked["correct"],
+            "invalid_rate": at.picked["prediction"].isna(),
+            "diversity": at.diversity,
+            "latent_steps": at.latent_steps,
+            "answer_tokens": at.picked["answer_tokens"],
+            "gflops": at.gflops,
+        }
+        if at.n == 1 or any(value is None for value in at.diversity):
+            del figures_Q["diversity"]
+        if at.n == largest:
+            figures_Q["seconds"] = [at.seconds / questions] * questions
+            figures_Q["rollouts_per_second"] = [at.n * questions / at.seconds] * questions
+            figures_Q["peak_memory_bytes"] = [rollouts["peak_memory_bytes"].max()] * questions
+        for metric, values_Q in figures_Q.items():
+            values = np.asarray(values_Q, dtype=np.float64)
+            low, high = (None, None)
+            if metric in ("accuracy", "invalid_rate", "diversity"):
+                low, high = stats.interval(values, weights)
+            aggregator = "best_of_n" if metric == "accuracy" else ""
+            row = {"aggregator": aggregator, "n": at.n, "drawn": at.n, "metric": metric, "value": values.mean()}
+            rows.append({**run, **row, "ci_low": low, "ci_high": high, "questions": questions})
+    return pd.DataFrame(rows, columns=store.METRIC_COLUMNS)
 
 
 def metric_rows(

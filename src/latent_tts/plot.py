@@ -55,7 +55,8 @@ def scaling_curve(metrics: pd.DataFrame, path: Path) -> Path:
         axis.set_xlabel("rollouts per question (n)")
         axis.set_title(title)
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=8, frameon=False)
+        if axis.lines:
+            axis.legend(fontsize=8, frameon=False)
     axes[0].set_ylabel("questions")
     first = shown.iloc[0]
     where = (

@@ -82,7 +82,8 @@ def print_metrics(metrics: pd.DataFrame) -> None:
             lines.append(
                 [n, drawn]
                 + [percent(by_name[name]) if name in by_name else "" for name in names]
-                + [percent(by_metric["coverage"]), f"{by_metric['gflops']['value']:.3g}"]
+                + [percent(by_metric["coverage"]) if "coverage" in by_metric else ""]
+                + [f"{by_metric['gflops']['value']:.3g}"]
                 + ["" if rate is None else f"{rate['value']:.0f}"]
             )
         print_table(

@@ -23,6 +23,7 @@ from latent_tts.errors import RunError, UsageError, bad_value
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
 SCORES = "scores.parquet"
+NOT_DECODED = "not_decoded"  # the stop reason of a rollout whose answer nobody needed
 # fmt: off
 ROLLOUT_COLUMNS = [
     "question_id", "rollout", "prediction", "correct", "score", "answer_logprob", "answer_margin", "stop_reason",

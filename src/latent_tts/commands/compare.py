@@ -64,6 +64,8 @@ def load_side(key: str, path: Path) -> dict[str, dict[str, Any]]:
             raise UsageError(f"{key}={path}: {folder} did not complete; run it again")
         table = store.read_metrics(folder / store.METRICS)
         record = json.loads((folder / store.RUN_JSON).read_text())
+        if record["config"]["answer"]["decode"] == "winners":
+            raise UsageError(f"{key}={path}: {folder} decoded its winners alone (answer.decode=winners)")
         aggregators = record["aggregators"].items()
         seed = str(table["seed"].iloc[0])
         if seed in runs:

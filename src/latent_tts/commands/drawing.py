@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def draw_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache, wanted: pd.DataFrame) -> int:
-    """Draw what the cache lacks; loads the model only if there is something. Returns how many rollouts were drawn."""
+def draw_missing(
+    cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache, wanted: pd.DataFrame, *, answers: bool = True
+) -> int:
+    """Draw what the cache lacks, with or without answers; returns how many rollouts were drawn.
+
+    The model is loaded only if there is something to draw.
+    """
     lacking = missing(cache, wanted, "in")
     total = sum(map(len, lacking.values()))
     if not total:
@@ -51,12 +56,13 @@ def draw_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache,
     rows = rows_that_fit(wanted_rows, bytes_a_row, device)
     if rows < wanted_rows:
         log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted_rows, rows)
-    work = sum(
-        shape.prompt_flops(len(job.prompt))
-        + len(job.rollouts)
-        * shape.rollout_flops(len(job.prompt), adapter.latents, forced, cfg.max_answer_tokens, own_prompt)
-        for job in jobs
-    )
+
+    def each(prompt: int) -> float:
+        if answers:
+            return shape.rollout_flops(prompt, adapter.latents, forced, cfg.max_answer_tokens, own_prompt)
+        return shape.thinking_flops(prompt, adapter.latents, own_prompt)
+
+    work = sum(shape.prompt_flops(len(job.prompt)) + len(job.rollouts) * each(len(job.prompt)) for job in jobs)
     rate = measured_flops(shape.width, cfg.engine.dtype, device)
     log.info(
         "%d rollouts to draw: at most %.3g GFLOP (every answer as long as allowed), at least %.0f s at the "
@@ -75,6 +81,7 @@ def draw_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache,
                 seed=cfg.seed,
                 rows=rows,
                 progress=lambda k: report.advance(bar, k),
+                answers=answers,
             )
         except (RuntimeError, MemoryError) as error:  # what torch raises: out of memory, a failing device
             raise RunError(

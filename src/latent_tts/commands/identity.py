@@ -34,6 +34,13 @@ def cache_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def thoughts_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
+    """The same for latents without answers, which no limit of an answer determines."""
+    key = cache_key(cfg, prepared)
+    del key["max_answer_tokens"]
+    return key | {"answers": "none"}
+
+
 def score_key(scorer: Scorer, dtype: str, n: int) -> dict[str, Any]:
     """Everything that determines a rollout's step scores besides the rollout; in official positions also its mates."""
     key = {

@@ -56,6 +56,8 @@ def prepare(cfg: DictConfig) -> Prepared:
     """
     config.require("n", cfg.n, cfg.n >= 1, "a number of rollouts, 1 or more")
     check_engine(cfg)
+    decode = cfg.answer.decode
+    config.require("answer.decode", decode, decode in ("all", "winners"), "all or winners")
     sampler: Sampler = config.build("sampler", cfg.sampler)
     budget: Budget = config.build("budget", cfg.budget)
     config.require(
@@ -76,6 +78,8 @@ def prepare(cfg: DictConfig) -> Prepared:
     adapter.check()
     if scorer is not None:
         aggregators = _with_scores(cfg, scorer, adapter, aggregators)
+    if cfg.answer.decode == "winners":
+        aggregators = _only_winners(cfg, scorer, aggregators)
     needed = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
     questions = task.questions()
     prompts = encode(adapter, questions, needed)
@@ -172,6 +176,25 @@ def _with_scores(
         else aggregator
         for aggregator in aggregators
     ]
+
+
+def _only_winners(cfg: DictConfig, scorer: Scorer | None, aggregators: list[Aggregator]) -> list[Aggregator]:
+    """What can be reported where only the best-of-n picks are decoded.
+
+    Raises:
+        UsageError: there is no scorer, or something that was asked for needs every answer.
+    """
+    if scorer is None:
+        raise bad_value("answer.decode", "winners", "needs a scorer, which finds them")
+    if scorer.positions == "official":
+        raise bad_value(
+            "scorer.positions", "official", "needs every answer, and answer.decode=winners decodes the picks alone"
+        )
+    best = [aggregator for aggregator in aggregators if aggregator.name == "best_of_n"]
+    if not best or (len(best) < len(aggregators) and not config.is_default("aggregator", cfg)):
+        names = ",".join(aggregator.name for aggregator in aggregators)
+        raise bad_value("aggregator", names, "answer.decode=winners goes with best_of_n alone; votes need every answer")
+    return best
 
 
 def positions_of(scorer: Scorer) -> int:

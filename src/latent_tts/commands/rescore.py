@@ -82,6 +82,10 @@ def _record(source: Path) -> dict[str, Any]:
         needed = {"config", "cache", "settings", "checkpoint_digest"} - set(record)
     except (ValueError, TypeError) as error:
         raise bad_value("run", source, f"{store.RUN_JSON} cannot be read ({error})") from error
+    if not needed and record["config"]["answer"]["decode"] == "winners":
+        raise bad_value(
+            "run", source, "it decoded its own scorer's winners alone (answer.decode=winners); others have no answers"
+        )
     if needed:
         raise bad_value(
             "run", source, f"its {store.RUN_JSON} lacks {', '.join(sorted(needed))}; draw that run again with ltts run"

@@ -6,12 +6,13 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
 from omegaconf import DictConfig
 
 from latent_tts import config, plot, store
-from latent_tts.commands import drawing, scoring, tables
+from latent_tts.commands import drawing, scoring, tables, winners
 from latent_tts.commands.identity import cache_key, changed_settings, run_columns
-from latent_tts.commands.prepared import prepare
+from latent_tts.commands.prepared import Prepared, prepare
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,9 @@ def main(cfg: DictConfig) -> None:
     started = time.perf_counter()
     prepared = prepare(cfg)
     folder, settings = config.output_dir(), changed_settings(cfg)
+    if cfg.answer.decode == "winners":
+        _run_winners(cfg, prepared, started)
+        return
     wanted = prepared.wanted()
     cache = store.RolloutCache(Path(cfg.paths.cache).expanduser(), cache_key(cfg, prepared))
     drawn_now = drawing.draw_missing(cfg, prepared, cache, wanted)
@@ -50,6 +54,36 @@ def main(cfg: DictConfig) -> None:
         "rows": sorted({int(value) for value in rows["rows"]}),
         "rollouts": counts,
         "seconds": seconds,
+    }
+    tables.finish(folder, cfg, prepared, table, record)
+
+
+def _run_winners(cfg: DictConfig, prepared: Prepared, started: float) -> None:
+    """The same with `answer.decode=winners`."""
+    folder, settings = config.output_dir(), changed_settings(cfg)
+    drawn = winners.draw(cfg, prepared)
+    latents = store.unpack_latents(drawn.rows["latents"], prepared.shape.width)
+    rollouts = tables.rollout_table(prepared, drawn.rows)
+    table = tables.write_winner_tables(folder, prepared, rollouts, latents, drawn, run_columns(cfg, prepared, settings))
+    if cfg.keep_latents:
+        store.write_latents(folder, latents)
+    record = {
+        "cache": str(drawn.folder),
+        "settings": settings,
+        "devices": sorted(set(drawn.rows["device"])),
+        "rows": sorted({int(value) for value in drawn.rows["rows"]}),
+        "rollouts": {
+            "total": len(rollouts),
+            "drawn_now": drawn.drawn_now,
+            "scored_now": drawn.scores.scored_now,
+            "decoded_now": drawn.decoded_now,
+        },
+        "seconds": {
+            "thinking": float(drawn.rows["seconds"].sum()),
+            "scoring": float(drawn.scores.rows["seconds"].sum()),
+            "decoding": float(np.nansum(drawn.decoding)),
+            "this_command": time.perf_counter() - started,
+        },
     }
     tables.finish(folder, cfg, prepared, table, record)
 

@@ -12,6 +12,7 @@ import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts import metrics, plot, report, stats, store
+from latent_tts.commands import winners
 from latent_tts.commands.identity import versions
 from latent_tts.commands.prepared import Prepared
 from latent_tts.commands.scoring import Scores
@@ -40,6 +41,24 @@ def write_tables(
         gflops=gflops(prepared, rollouts, scores),
         run=columns,
     )
+    return _write(folder, rollouts, table)
+
+
+def write_winner_tables(
+    folder: Path,
+    prepared: Prepared,
+    rollouts: pd.DataFrame,
+    latents: Sequence[np.ndarray],
+    drawn: winners.Winners,
+    columns: Mapping[str, Any],
+) -> pd.DataFrame:
+    """The same where only winners were decoded."""
+    add_scores(rollouts, drawn.scores)
+    table = metrics.winner_rows(winners.reported(prepared, drawn, rollouts, latents), rollouts, columns)
+    return _write(folder, rollouts, table)
+
+
+def _write(folder: Path, rollouts: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     store.write_rollouts(folder, rollouts)
     store.write_metrics(folder / store.METRICS, table)
     if table["n"].nunique() > 1:
@@ -75,7 +94,10 @@ def rollout_table(prepared: Prepared, rows: pd.DataFrame) -> pd.DataFrame:
     answer_ids = [[int(token) for token in ids] for ids in rows["answer_ids"]]
     texts = [adapter.answer_text(ids) for ids in answer_ids]
     owners = [question for question in prepared.questions for _ in range(prepared.n)]
-    predictions = [task.parse(adapter.raw_answer(text)) for text in texts]
+    predictions = [
+        None if stop == store.NOT_DECODED else task.parse(adapter.raw_answer(text))
+        for stop, text in zip(rows["stop_reason"], texts, strict=True)
+    ]
     return pd.DataFrame(
         {
             "question_id": [question.id for question in owners],

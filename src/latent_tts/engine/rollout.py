@@ -45,13 +45,17 @@ class Plan:
 class Rollouts:
     """R finished rollouts, question-major.
 
-    Attributes:
-        latents_RTD: the vectors fed back, float32 on the CPU; zeros from a row's own number of steps on.
-        steps_R: how many latents each row has.
-        answer_ids: per row, the ids after the end of thinking, a final eos dropped.
-        answer_logprob_R: summed log-probability of the answer's tokens, its eos included.
-        answer_margin_R: smallest gap between the two highest logits of an answer position.
-        stopped_R: whether the row ended by eos (otherwise by the token limit).
+        Attributes:
+    <<<<<<< HEAD
+            latents_RTD: the vectors fed back, float32 on the CPU; zeros from a row's own number of steps on.
+            steps_R: how many latents each row has.
+    =======
+            latents_RTD: the vectors fed back, float32 on the CPU.
+            answer_ids: per row, the ids after the end of thinking, a final eos dropped; all empty if none was decoded.
+    >>>>>>> scorer
+            answer_logprob_R: summed log-probability of the answer's tokens, its eos included.
+            answer_margin_R: smallest gap between the two highest logits of an answer position.
+            stopped_R: whether the row ended by eos (otherwise by the token limit).
     """
 
     latents_RTD: Tensor
@@ -95,6 +99,25 @@ class Engine:
         draw.donor_RTD = donor_RTD
         with MaskedSites(self.lm, sampler) as sites:
             return Thinking.start(self, prompts, draw, sites).think().answer()
+
+    @torch.inference_mode()
+    def think(
+        self, prompts: list[list[int]], draw: Draw, sampler: Sampler, *, donor_RTD: Tensor | None = None
+    ) -> Rollouts:
+        """The same rollouts as `roll` draws, without their answers; h_T is made, but not run."""
+        draw.donor_RTD = donor_RTD
+        with MaskedSites(self.lm, sampler) as sites:
+            thinking = Thinking.start(self, prompts, draw, sites).think()
+        rows = len(thinking.steps_R)
+        nothing_R = torch.full((rows,), float("nan"))
+        return Rollouts(
+            latents_RTD=thinking.latents_RTD.float().cpu(),
+            steps_R=thinking.steps_R.cpu(),
+            answer_ids=[[] for _ in range(rows)],
+            answer_logprob_R=nothing_R,
+            answer_margin_R=nothing_R,
+            stopped_R=torch.zeros(rows, dtype=torch.bool),
+        )
 
 
 class Thinking:
