@@ -105,4 +105,4 @@ def test_every_option_lives_in_its_room_and_every_module_of_a_room_is_an_option(
 
 
 def test_the_groups_are_the_rooms_that_users_know():
-    assert ROOMS == ["aggregator", "budget", "model", "sampler", "scorer", "task"]
+    assert ROOMS == ["aggregator", "budget", "model", "sampler", "scorer", "search", "task"]

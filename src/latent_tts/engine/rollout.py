@@ -45,17 +45,13 @@ class Plan:
 class Rollouts:
     """R finished rollouts, question-major.
 
-        Attributes:
-    <<<<<<< HEAD
+    Attributes:
             latents_RTD: the vectors fed back, float32 on the CPU; zeros from a row's own number of steps on.
-            steps_R: how many latents each row has.
-    =======
-            latents_RTD: the vectors fed back, float32 on the CPU.
-            answer_ids: per row, the ids after the end of thinking, a final eos dropped; all empty if none was decoded.
-    >>>>>>> scorer
-            answer_logprob_R: summed log-probability of the answer's tokens, its eos included.
-            answer_margin_R: smallest gap between the two highest logits of an answer position.
-            stopped_R: whether the row ended by eos (otherwise by the token limit).
+        steps_R: how many latents each row has.
+        answer_ids: per row, the ids after the end of thinking, a final eos dropped; all empty if none was decoded.
+        answer_logprob_R: summed log-probability of the answer's tokens, its eos included.
+        answer_margin_R: smallest gap between the two highest logits of an answer position.
+        stopped_R: whether the row ended by eos (otherwise by the token limit).
     """
 
     latents_RTD: Tensor
