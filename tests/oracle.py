@@ -7,6 +7,7 @@ end their branches (Llama, Qwen), by hooks of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,12 +56,13 @@ class Oracle:
         rollout: int,
         seed: int = 0,
         donor_TD: Tensor | None = None,
-        branch: tuple[int, Draw] | None = None,
+        branches: Sequence[tuple[int, Draw]] = (),
     ) -> Row:
-        """One rollout of one prompt; `branch` are other random numbers for what follows the first so many latents."""
+        """One rollout of one prompt; `branches` are other random numbers for what follows the first so many latents."""
         steps, end_SD = self.plan.latents, self.embed(torch.tensor(self.plan.thinking_end_ids, dtype=torch.long))
         prompt_LD = self.embed(torch.tensor(prompt))
         draw = Draw.of(seed, [question_id], torch.tensor([[rollout]]), prompt_LD.shape[1])
+        draw = next((other for at, other in branches if at == 0), draw)
         draw.history_RTD = torch.zeros(1, steps, prompt_LD.shape[1], dtype=self.lm.dtype)
         draw.donor_RTD = None if donor_TD is None else donor_TD[None]
 
@@ -82,9 +84,10 @@ class Oracle:
                 return self._answer(draw.history_RTD[0, :step], sampler, draw)
             latent_D = sampler.latent(self.next_latent(hidden_D[None]), draw, step)[0]
             draw.history_RTD[0, step] = latent_D
-            if branch is not None and step + 1 == branch[0]:
-                branch[1].history_RTD, branch[1].donor_RTD = draw.history_RTD, draw.donor_RTD
-                draw = branch[1]
+            for at, other in branches:
+                if step + 1 == at:
+                    other.history_RTD, other.donor_RTD = draw.history_RTD, draw.donor_RTD
+                    draw = other
             if step + 1 < steps:
                 self._feed(latent_D[None], Forward("thoughts", step + 1, 1), sampler, draw)
             else:

@@ -52,7 +52,9 @@ def expected(oracle, sampler, job, rollout, steps, completions=M):
         for m in range(completions):
             number = torch.tensor([rollout * MOST_COMPLETIONS + m])
             draw = Draw(torch.tensor([key_of(0, f"{job.question_id} from {step}")]), number, tiny.WIDTH)
-            row = oracle.roll(job.prompt, sampler, question_id=job.question_id, rollout=rollout, branch=(step, draw))
+            row = oracle.roll(
+                job.prompt, sampler, question_id=job.question_id, rollout=rollout, branches=[(step, draw)]
+            )
             right.append(is_right(row.answer_ids))
         labels.append(np.mean(right))
     return labels

@@ -76,6 +76,7 @@ class RunConfig:
     model: Any = MISSING
     task: Any = MISSING
     sampler: Any = MISSING
+    search: Any = MISSING
     budget: Any = MISSING
     scorer: Any = MISSING
     aggregator: Any = MISSING

@@ -49,6 +49,34 @@ def fill(
     _fill(cache, jobs, lambda batch: _draw_batch(batch, engine, sampler, seed, answers), rows, progress)
 
 
+def fill_beams(
+    cache: RolloutCache,
+    jobs: Sequence[Job],
+    grow: Callable[[list[list[int]], list[str]], Rollouts],
+    device: torch.device,
+    *,
+    rows: int,
+    progress: Callable[[int], None],
+) -> None:
+    """Search every question of `jobs` and put its surviving beams into `cache`.
+
+    Args:
+        cache: where rows go, a part every two seconds and at the end, however it ends.
+        jobs: what to search; the rollouts of a job are the places of its beams, best first.
+        grow: the search, from prompts and question ids to the beams of each, question-major.
+        device: where it runs.
+        rows: most beams of a batch.
+        progress: called with the number of beams of each finished batch.
+    """
+
+    def work(batch: list[Job]) -> list[dict[str, Any]]:
+        started = _now(device)
+        rollouts = grow([job.prompt for job in batch], [job.question_id for job in batch])
+        return _rows(batch, rollouts, _measured(started, device, len(rollouts.steps_R)), answers=True)
+
+    _fill(cache, jobs, work, rows, progress)
+
+
 def _fill(
     cache: PartCache,
     jobs: Sequence[Job],
@@ -78,14 +106,7 @@ def _draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int, a
     donor = _donor_latents(batch, engine, numbers.shape[1]) if sampler.needs_donor else None
     make = engine.roll if answers else engine.think
     rollouts = make([job.prompt for job in batch], draw, sampler, donor_RTD=donor)
-    total = numbers.numel()
-    measured = {
-        "seconds": (_now(device) - started) / total,
-        "peak_memory_bytes": _peak_memory(device),
-        "device": device.type,
-        "rows": total,
-    }
-    return _rows(batch, rollouts, measured, answers)
+    return _rows(batch, rollouts, _measured(started, device, numbers.numel()), answers)
 
 
 def fill_scores(
@@ -126,14 +147,22 @@ def _score_batch(
         steps_R=torch.tensor(steps),
         shifts_Q=torch.tensor([job.shift for job in batch], device=scorer.device),
     ).tolist()
-    measured = {
-        "seconds": (_now(scorer.device) - started) / len(places),
-        "peak_memory_bytes": _peak_memory(scorer.device),
-    }
+    measured = _measured(started, scorer.device, len(places))
+    cost = {key: measured[key] for key in ("seconds", "peak_memory_bytes")}
     return [
-        {"row_key": row_key, "rollout": number, "step_scores": scores_RT[row][: steps[row]], **measured}
+        {"row_key": row_key, "rollout": number, "step_scores": scores_RT[row][: steps[row]], **cost}
         for row, (row_key, number) in enumerate(places)
     ]
+
+
+def _measured(started: float, device: torch.device, rows: int) -> dict[str, Any]:
+    """A row's share of what a batch took."""
+    return {
+        "seconds": (_now(device) - started) / rows,
+        "peak_memory_bytes": _peak_memory(device),
+        "device": device.type,
+        "rows": rows,
+    }
 
 
 def _donor_latents(batch: list[Job], engine: Engine, rollouts: int) -> torch.Tensor:

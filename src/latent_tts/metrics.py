@@ -101,8 +101,8 @@ def metric_rows(
 
     Args:
         rollouts: a rollouts table with the measured columns `seconds` and `peak_memory_bytes` beside its own.
-        drawn: rollouts of each question.
-        reported: budgets n, each at most `drawn`.
+        drawn: rollouts of each question in the table.
+        reported: budgets n, each at most `drawn`; or one that is larger: as many were grown, and a search left `drawn`.
         aggregators: which picks to report.
         diversity_Q: each question's diversity over its drawn rollouts.
         gflops: per question what is paid once, and what each of its rollouts adds on average.
@@ -119,7 +119,7 @@ def metric_rows(
     def add(n: int, metric: str, values_Q: Any, aggregator: str = "", with_interval: bool = True) -> None:
         values = np.asarray(values_Q, dtype=np.float64)
         low, high = stats.interval(values, weights) if with_interval else (None, None)
-        row = {"aggregator": aggregator, "n": n, "drawn": drawn, "metric": metric, "value": values.mean()}
+        row = {"aggregator": aggregator, "n": n, "drawn": max(n, drawn), "metric": metric, "value": values.mean()}
         rows.append({**run, **row, "ci_low": low, "ci_high": high, "questions": questions})
 
     def per_question(column: str) -> np.ndarray:
@@ -128,17 +128,18 @@ def metric_rows(
     once, each = np.array(gflops, dtype=np.float64).T
     seconds = rollouts["seconds"].sum(skipna=False)
     for n in reported:
+        size = min(n, drawn)
         for aggregator in aggregators:
-            add(n, "accuracy", stats.picked_accuracy(aggregator, arrays, n), aggregator.name)
-        add(n, "coverage", stats.coverage(arrays.correct_QD, n))
+            add(n, "accuracy", stats.picked_accuracy(aggregator, arrays, size), aggregator.name)
+        add(n, "coverage", stats.coverage(arrays.correct_QD, size))
         add(n, "invalid_rate", (arrays.prediction_QD < 0).mean(1))
-        if n > 1 and all(value is not None for value in diversity_Q):
+        if size > 1 and all(value is not None for value in diversity_Q):
             add(n, "diversity", diversity_Q)
         add(n, "latent_steps", n * per_question("latent_steps"), with_interval=False)
-        add(n, "answer_tokens", n * per_question("answer_tokens"), with_interval=False)
+        add(n, "answer_tokens", size * per_question("answer_tokens"), with_interval=False)
         add(n, "gflops", once + n * each, with_interval=False)
-        if n == drawn:  # measured for the whole budget alone
+        if n >= drawn:  # measured for the whole budget alone
             add(n, "seconds", np.full(questions, seconds / questions), with_interval=False)
-            add(n, "rollouts_per_second", np.full(questions, len(rollouts) / seconds), with_interval=False)
+            add(n, "rollouts_per_second", np.full(questions, questions * n / seconds), with_interval=False)
             add(n, "peak_memory_bytes", [rollouts["peak_memory_bytes"].max()] * questions, with_interval=False)
     return pd.DataFrame(rows, columns=store.METRIC_COLUMNS)

@@ -220,6 +220,21 @@ class ModelAdapter(Protocol):
         ...
 
 
+class Search(Protocol):
+    """Which rollouts of a question are grown."""
+
+    name: ClassVar[str]
+
+    @property
+    def survivors(self) -> int | None:
+        """How many rollouts of a question are left at the end; None: all n."""
+        ...
+
+    def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
+        """Raises UsageError unless the search can be run so."""
+        ...
+
+
 class Scorer(Protocol):
     """Gives every latent of a rollout a step score, and the rollout a score out of them."""
 
@@ -241,6 +256,11 @@ class Scorer(Protocol):
     @property
     def config(self) -> dict[str, Any]:
         """The checkpoint's `config.json`."""
+        ...
+
+    @property
+    def reduction(self) -> str:
+        """How step scores make the score of a rollout: `sum`, `mean` or `last`."""
         ...
 
     @property

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from latent_tts import report, store
 from latent_tts.commands.prepared import ITEM_BYTES, Prepared
 from latent_tts.errors import RunError, bad_value
+from latent_tts.search.beam import Beam
 from latent_tts.types import ModelAdapter, Reasoner, RewardModel, Scorer
 
 if TYPE_CHECKING:
@@ -89,6 +90,49 @@ def draw_missing(
                 "the same line goes on from there (a smaller engine.rows needs less memory)"
             ) from error
     return total
+
+
+def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache, wanted: pd.DataFrame) -> int:
+    """Search the questions whose beams the cache lacks; returns how many rollouts were grown."""
+    lacking = missing(cache, wanted, "in")
+    if not lacking:
+        return 0
+    from latent_tts import executor
+    from latent_tts.engine.packing import Job, default_rows
+    from latent_tts.engine.rollout import Engine
+    from latent_tts.engine.scoring import LatentScorer
+
+    search, scorer, adapter = prepared.search, prepared.scorer, prepared.adapter
+    assert isinstance(search, Beam)
+    assert scorer is not None
+    device = resolve_device(cfg.engine.device)
+    rows = cfg.engine.rows or default_rows(prepared.shape.width, device)
+    jobs = [
+        Job(question.id, question.id, prepared.prompts[question.id], list(range(search.beams)))
+        for question in prepared.questions
+        if question.id in lacking
+    ]
+    log.info("%d questions to search: %d beams of %d candidates each", len(jobs), search.beams, search.candidates)
+    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
+    judge = LatentScorer(load_scorer_once(scorer, device, cfg.engine.dtype))
+    with report.progress_bar(len(jobs) * search.beams, "beams") as bar:
+        try:
+            executor.fill_beams(
+                cache,
+                jobs,
+                lambda prompts, ids: search.roll(
+                    engine, judge, scorer.reduction, prompts, ids, prepared.sampler, cfg.seed
+                ),
+                engine.device,
+                rows=max(search.beams, rows // search.candidates),
+                progress=lambda k: report.advance(bar, k),
+            )
+        except (RuntimeError, MemoryError) as error:  # what torch raises: out of memory, a failing device
+            raise RunError(
+                f"searching failed: {str(error).splitlines()[0]}\nfinished questions are in {cache.folder}; "
+                "the same line goes on from there (a smaller engine.rows needs less memory)"
+            ) from error
+    return len(jobs) * prepared.n
 
 
 def plan_of(adapter: ModelAdapter, max_answer_tokens: int) -> Plan:

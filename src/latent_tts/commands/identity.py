@@ -34,6 +34,13 @@ def cache_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def beams_key(cfg: DictConfig, prepared: Prepared, scorer: Scorer) -> dict[str, Any]:
+    """The same for the beams that a search leaves, which the scorer determines as well."""
+    search = OmegaConf.to_container(cfg.search, resolve=True)
+    scored_by = {"scorer": score_key(scorer, cfg.engine.dtype, prepared.n), "reduce": scorer.reduction}
+    return cache_key(cfg, prepared) | {"search": search, **scored_by}
+
+
 def thoughts_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
     """The same for latents without answers, which no limit of an answer determines."""
     key = cache_key(cfg, prepared)
@@ -58,7 +65,7 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
     own_columns = {
         "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task._target_",
         "sampler._target_", "budget", "scorer._target_", "scorer.checkpoint", "scorer.latents", "paths",
-        "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run",
+        "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "search._target_",
     }  # fmt: skip
     return config.non_defaults(cfg, own_columns | aggregators)
 
@@ -77,7 +84,7 @@ def run_columns(cfg: DictConfig, prepared: Prepared, settings: Mapping[str, Any]
         "sampler_value": "" if sampler.value is None else str(sampler.value),
         "settings": ",".join(f"{key}={value}" for key, value in sorted(shown.items())),
         "schedule": "",
-        "search": "",
+        "search": "" if prepared.search.survivors is None else prepared.search.name,
         "budget": prepared.budget.name,
         "scorer": "" if scorer is None else scorer.name,
         "seed": str(cfg.seed),

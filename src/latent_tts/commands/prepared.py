@@ -15,7 +15,7 @@ from latent_tts.aggregator.weighted import Weighted
 from latent_tts.cost import Shape
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.scorer.none import NoScorer
-from latent_tts.types import Aggregator, Budget, ModelAdapter, Question, Sampler, Scorer, Task
+from latent_tts.types import Aggregator, Budget, ModelAdapter, Question, Sampler, Scorer, Search, Task
 
 log = logging.getLogger(__name__)
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -28,6 +28,7 @@ class Prepared:
     adapter: ModelAdapter
     task: Task
     sampler: Sampler
+    search: Search
     budget: Budget
     scorer: Scorer | None
     aggregators: list[Aggregator]
@@ -37,6 +38,16 @@ class Prepared:
     n: int
     shape: Shape
 
+    @property
+    def kept(self) -> int:
+        """Rollouts of each question in the tables: all n, or those that the search leaves."""
+        return self.n if self.search.survivors is None else self.search.survivors
+
+    @property
+    def reported(self) -> list[int]:
+        """The budgets that get rows in the metrics; a search that leaves few rollouts has only its own."""
+        return self.budget.reported(self.n) if self.search.survivors is None else [self.n]
+
     def row_key(self, question: Question) -> str:
         """What the cache calls a question: its id, and its donor's where it has one."""
         donor = self.donors.get(question.id)
@@ -44,7 +55,7 @@ class Prepared:
 
     def wanted(self) -> pd.DataFrame:
         """The rollouts of the run (columns `row_key`, `rollout`), in the order of its tables."""
-        pairs = [(self.row_key(question), number) for question in self.questions for number in range(self.n)]
+        pairs = [(self.row_key(question), number) for question in self.questions for number in range(self.kept)]
         return pd.DataFrame(pairs, columns=["row_key", "rollout"])
 
 
@@ -78,6 +89,15 @@ def prepare(cfg: DictConfig) -> Prepared:
     adapter.check()
     if scorer is not None:
         aggregators = _with_scores(cfg, scorer, adapter, aggregators)
+    search: Search = config.build("search", cfg.search)
+    search.check(cfg.n, sampler, scorer)
+    if search.survivors is not None:
+        config.require(
+            "budget", budget.name, budget.name == "fixed", f"fixed: search={search.name} has no figures at a smaller n"
+        )
+        config.require(
+            "answer.decode", decode, decode == "all", f"all: search={search.name} decodes the beams it keeps"
+        )
     if cfg.answer.decode == "winners":
         aggregators = _only_winners(cfg, scorer, aggregators)
     needed = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
@@ -101,7 +121,7 @@ def prepare(cfg: DictConfig) -> Prepared:
         log.warning("n=%d: sampler %s gives the same rollout every time, so one is drawn", n, sampler.name)
         n = 1
     shape = Shape.from_config(adapter.config)
-    return Prepared(adapter, task, sampler, budget, scorer, aggregators, questions, prompts, donors, n, shape)
+    return Prepared(adapter, task, sampler, search, budget, scorer, aggregators, questions, prompts, donors, n, shape)
 
 
 def check_engine(cfg: DictConfig) -> None:

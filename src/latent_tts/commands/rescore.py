@@ -86,6 +86,8 @@ def _record(source: Path) -> dict[str, Any]:
         raise bad_value(
             "run", source, "it decoded its own scorer's winners alone (answer.decode=winners); others have no answers"
         )
+    if not needed and record["config"]["search"].get("beams"):
+        raise bad_value("run", source, "its rollouts are the beams that its own scorer chose (search=beam)")
     if needed:
         raise bad_value(
             "run", source, f"its {store.RUN_JSON} lacks {', '.join(sorted(needed))}; draw that run again with ltts run"

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from latent_tts import config, plot, store
 from latent_tts.commands import drawing, scoring, tables, winners
-from latent_tts.commands.identity import cache_key, changed_settings, run_columns
+from latent_tts.commands.identity import beams_key, cache_key, changed_settings, run_columns
 from latent_tts.commands.prepared import Prepared, prepare
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,13 @@ def main(cfg: DictConfig) -> None:
         _run_winners(cfg, prepared, started)
         return
     wanted = prepared.wanted()
-    cache = store.RolloutCache(Path(cfg.paths.cache).expanduser(), cache_key(cfg, prepared))
-    drawn_now = drawing.draw_missing(cfg, prepared, cache, wanted)
+    root = Path(cfg.paths.cache).expanduser()
+    if prepared.search.survivors is None or prepared.scorer is None:
+        cache = store.RolloutCache(root, cache_key(cfg, prepared))
+        drawn_now = drawing.draw_missing(cfg, prepared, cache, wanted)
+    else:
+        cache = store.RolloutCache(root, beams_key(cfg, prepared, prepared.scorer))
+        drawn_now = drawing.search_missing(cfg, prepared, cache, wanted)
     rows = cache.read(wanted)
     latents = store.unpack_latents(rows["latents"], prepared.shape.width)
     rollouts = tables.rollout_table(prepared, rows)

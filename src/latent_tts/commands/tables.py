@@ -34,10 +34,10 @@ def write_tables(
         add_scores(rollouts, scores)
     table = metrics.metric_rows(
         rollouts,
-        drawn=prepared.n,
-        reported=prepared.budget.reported(prepared.n),
+        drawn=prepared.kept,
+        reported=prepared.reported,
         aggregators=prepared.aggregators,
-        diversity_Q=[stats.diversity(part) for part in _by_question(latents, prepared.n)],
+        diversity_Q=[stats.diversity(part) for part in _by_question(latents, prepared.kept)],
         gflops=gflops(prepared, rollouts, scores),
         run=columns,
     )
@@ -93,7 +93,7 @@ def rollout_table(prepared: Prepared, rows: pd.DataFrame) -> pd.DataFrame:
     adapter, task = prepared.adapter, prepared.task
     answer_ids = [[int(token) for token in ids] for ids in rows["answer_ids"]]
     texts = [adapter.answer_text(ids) for ids in answer_ids]
-    owners = [question for question in prepared.questions for _ in range(prepared.n)]
+    owners = [question for question in prepared.questions for _ in range(prepared.kept)]
     predictions = [
         None if stop == store.NOT_DECODED else task.parse(adapter.raw_answer(text))
         for stop, text in zip(rows["stop_reason"], texts, strict=True)
@@ -127,17 +127,20 @@ def add_scores(rollouts: pd.DataFrame, scores: Scores) -> None:
 
 
 def gflops(prepared: Prepared, rollouts: pd.DataFrame, scores: Scores | None) -> list[tuple[float, float]]:
-    """Per question: GFLOP paid once, and GFLOP that each of its rollouts adds on average."""
+    """Per question: GFLOP paid once, and GFLOP that each of its n rollouts adds on average."""
     shape, adapter = prepared.shape, prepared.adapter
     own_prompt = "prompt" in prepared.sampler.random_phases
     forced = len(adapter.thinking_end_ids)
-    answers = rollouts["answer_tokens"].to_numpy().reshape(-1, prepared.n).mean(1)
-    steps = rollouts["latent_steps"].to_numpy().reshape(-1, prepared.n).mean(1)
+    answers = rollouts["answer_tokens"].to_numpy().reshape(-1, prepared.kept).mean(1)
+    steps = rollouts["latent_steps"].to_numpy().reshape(-1, prepared.kept).mean(1)
     pairs = []
     for place, question in enumerate(prepared.questions):
         prompt = len(prepared.prompts[question.id])
         once = 0.0 if own_prompt else shape.prompt_flops(prompt)
         each = shape.rollout_flops(prompt, adapter.latents, forced, float(answers[place]), own_prompt)
+        if prepared.kept < prepared.n:  # a search: n think, those kept answer
+            thinking = shape.thinking_flops(prompt, adapter.latents, own_prompt)
+            each = thinking + (each - thinking) * prepared.kept / prepared.n
         if scores is not None and prepared.scorer is not None:
             head = Shape.from_config(prepared.scorer.config)
             each += head.scoring_flops(prompt, float(steps[place]))

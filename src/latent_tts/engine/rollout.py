@@ -46,7 +46,7 @@ class Rollouts:
     """R finished rollouts, question-major.
 
     Attributes:
-            latents_RTD: the vectors fed back, float32 on the CPU; zeros from a row's own number of steps on.
+        latents_RTD: the vectors fed back, float32 on the CPU; zeros from a row's own number of steps on.
         steps_R: how many latents each row has.
         answer_ids: per row, the ids after the end of thinking, a final eos dropped; all empty if none was decoded.
         answer_logprob_R: summed log-probability of the answer's tokens, its eos included.

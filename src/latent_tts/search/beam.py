@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from latent_tts.engine.rollout import Engine, Rollouts
     from latent_tts.engine.scoring import LatentScorer
-    from latent_tts.types import Sampler
+    from latent_tts.types import Sampler, Scorer
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,28 @@ class Beam:
         if not isinstance(self.diverse, bool):
             raise bad_value("search.diverse", self.diverse, "true or false")
 
-    def check(self, n: int) -> None:
-        """Raises UsageError unless n rollouts are what this search costs."""
+    @property
+    def survivors(self) -> int:
+        """How many rollouts of a question are left at the end."""
+        return self.beams
+
+    def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
+        """Whether the search can be run so.
+
+        Raises:
+            UsageError: there is no scorer, it needs whole answers, n rollouts are not what the search costs, or the
+                sampler gives a prefix one continuation alone.
+        """
+        if scorer is None:
+            raise bad_value("search", self.name, "a beam search needs a scorer, as in scorer=latent_rm")
+        if scorer.positions != "correct":
+            raise bad_value(
+                "scorer.positions", scorer.positions, "correct: search=beam scores before there are answers"
+            )
+        if sampler.deterministic or sampler.needs_donor:
+            raise bad_value("sampler", sampler.name, "one whose continuations differ: gaussian or dropout")
+        if getattr(sampler, "mask", "fresh") != "fresh":
+            raise bad_value("sampler.mask", "locked", "fresh: locked masks give a beam one continuation alone")
         if self.beams * self.candidates != n:
             raise bad_value(
                 "n", n, f"search.beams={self.beams} times search.candidates={self.candidates}, which cost as much"

@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from latent_tts.types import Sampler, Scorer
+
 
 @dataclass(frozen=True)
 class Independent:
     """Every rollout is grown to its end."""
 
     name: ClassVar[str] = "independent"
+    survivors: ClassVar[int | None] = None
+
+    def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
+        """Anything goes."""
