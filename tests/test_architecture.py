@@ -25,6 +25,7 @@ ALLOWED = {
     "budget": {"errors", "types"},
     "aggregator": {"errors", "types"},
     "store": {"errors", "types"},
+    "annotations": {"errors", "types", "store"},
     "stats": {"errors", "types", "philox"},
     "metrics": {"errors", "types", "stats", "store"},
     "plot": {"errors", "types", "store"},

@@ -1,0 +1,373 @@
+"""The annotation folder: rollouts of training questions with step-wise labels, what `train-rm` learns from.
+
+Shards are in the layout of the official annotation, so either project reads the other's:
+
+    {k}_on0.safetensors    {index}.input_ids (N, L) int64      prompt, latent ids, end-of-thinking ids
+                           {index}.latent_embeds (N, T, D)     the vectors that were fed back; float32
+                           {index}.estimations (N, T) float32  labels in [0, 1], -100 where a rollout has no such step
+                           {index}.corrects (N) bool           whether the rollout's own answer is right
+                           a question without a mixed outcome leaves only {index}.input_ids, a scalar 0
+
+Beside each shard lies `{k}_on0.parquet`, its part of the index. It is written after the shard: a shard without one is
+not there. `annotations.json` holds the settings that made the folder; `index.parquet` joins the parts at the end.
+
+Source: src/annotate_data.py and src/dataset.py of ModalityDance/LatentTTS at 6657f20.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from latent_tts.errors import UsageError, bad_value
+from latent_tts.store import settings_digest, whole_file
+from latent_tts.types import Bools
+
+FORMAT = 1
+SETTINGS, INDEX = "annotations.json", "index.parquet"
+NO_STEP = -100.0  # the label, on disk, of a step that a rollout does not have
+SHARD_NAME = re.compile(r"(\d+)_on(\d+)\.safetensors")
+INDEX_SCHEMA = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("index", pa.int64()),
+        ("shard", pa.string()),
+        ("rollouts", pa.int32()),
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),  # why it was dropped, null where it was kept
+        ("share_correct", pa.float64()),
+    ]
+)
+Reason = Literal["all_correct", "all_wrong"]
+Int64: TypeAlias = NDArray[np.int64]
+Float32: TypeAlias = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """A question whose rollouts are labelled.
+
+    Attributes:
+        question_id: as in `types.Question`.
+        index: place of the question among the annotated run's questions, from 0.
+        input_ids_NL: prompt, latent ids and end-of-thinking ids of each rollout; see `written_ids`.
+        latents_NTD: the latents that were fed back; zeros where a rollout has no such step.
+        labels_NT: share in [0, 1] of completions from each prefix that are right; NaN where there is no such step.
+        corrects_N: whether each rollout's own answer is right.
+    """
+
+    question_id: str
+    index: int
+    input_ids_NL: Int64
+    latents_NTD: Float32
+    labels_NT: Float32
+    corrects_N: Bools
+
+    def prompt_ids(self, latent_id: int, pad_id: int | None = None) -> list[int]:
+        """The prompt: what stands before the first latent id, without padding on the left."""
+        row = [int(token) for token in self.input_ids_NL[0]]
+        row = row[: row.index(latent_id)] if latent_id in row else row
+        start = next((place for place, token in enumerate(row) if token != pad_id), len(row))
+        return row[start:]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A question that is left out, since its rollouts are all right or all wrong.
+
+    Attributes:
+        question_id, index: as in `Annotated`.
+        reason: `all_correct` or `all_wrong`.
+        rollouts: how many were drawn.
+    """
+
+    question_id: str
+    index: int
+    reason: Reason
+    rollouts: int
+
+
+def written_ids(
+    prompt: Sequence[int], steps_N: Sequence[int], latent_id: int, end_ids: Sequence[int], pad_id: int
+) -> Int64:
+    """`input_ids` (N, L) of rollouts with `steps_N` latents each, padded on the right."""
+    rows = [[*prompt, *[latent_id] * steps, *end_ids] for steps in steps_N]
+    width = max(map(len, rows))
+    return np.array([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=np.int64)
+
+
+class AnnotationFolder:
+    """A folder of annotations, to write (one writer at a time) or to read.
+
+    Attributes:
+        path: the folder.
+        settings: what made it, `format` included; empty for a folder of official shards.
+        complete: whether `finish` was called.
+        official: there is no `annotations.json`: question ids are the indices as text.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any] | None = None, key: str = "annotations") -> None:
+        """Open a folder.
+
+        Args:
+            path: the folder; made if it is to be written and not there.
+            settings: everything JSON-able that determines the annotations (`latents` and `width` among it are held
+                against every shard); None opens the folder to read.
+            key: the config key that errors name.
+
+        Raises:
+            UsageError: it was made with other settings, is no annotation folder, or holds none.
+        """
+        self.path, self._key = path, key
+        if path.exists() and not path.is_dir():
+            raise bad_value(key, path, "a folder is wanted, this is a file")
+        self.official = not (path / SETTINGS).is_file()
+        if settings is None:
+            if not path.is_dir():
+                raise bad_value(key, path, "no such folder; `ltts annotate` makes one")
+            record = {"settings": {}, "complete": True} if self.official else self._read_settings()
+            if not self._shards():
+                raise bad_value(key, path, "an empty folder: no shards of annotations (K_on0.safetensors)")
+            self.settings, self.complete = record["settings"], bool(record["complete"])
+            return
+        self.settings, self.complete = json.loads(json.dumps({"format": FORMAT, **settings})), False
+        if self.official:
+            if self._shards():
+                raise bad_value(key, path, f"holds shards but no {SETTINGS}; choose another folder")
+            path.mkdir(parents=True, exist_ok=True)
+            self._write_settings({})
+            self.official = False
+        else:
+            record = self._read_settings()
+            self._refuse_other_settings(record["settings"])
+            self.complete = bool(record["complete"])
+        for shard in self._shards():  # stopped between a shard and its part of the index
+            if not shard.with_suffix(".parquet").is_file():
+                shard.unlink()
+
+    def present(self) -> set[str]:
+        """Ids of the questions that are done, kept or dropped."""
+        return set(self.index()["question_id"].to_pylist())
+
+    def add(self, entries: Sequence[Annotated | Dropped]) -> None:
+        """Write one shard and its part of the index.
+
+        Raises:
+            ValueError: arrays that do not fit each other or the folder's settings.
+        """
+        from safetensors.numpy import save_file
+
+        if not entries:
+            return
+        if self.complete:  # more questions than the run that finished it had
+            self.complete = False
+            self._write_settings({})
+        places = [int(match[1]) for shard in self._shards() if (match := SHARD_NAME.fullmatch(shard.name))]
+        shard = self.path / f"{max(places, default=-1) + 1}_on0.safetensors"
+        tensors, rows = {}, []
+        for entry in entries:
+            row: dict[str, Any] = {"question_id": entry.question_id, "index": entry.index, "shard": shard.name}
+            if isinstance(entry, Dropped):
+                if entry.reason not in get_args(Reason):
+                    raise ValueError(f"question {entry.question_id}: no such reason {entry.reason!r}")
+                tensors[f"{entry.index}.input_ids"] = np.array(0, dtype=np.int64)
+                share = float(entry.reason == "all_correct")
+                row |= {"rollouts": entry.rollouts, "kept": False, "reason": entry.reason, "share_correct": share}
+            else:
+                if wrong := _misfit(entry, self.settings):
+                    raise ValueError(f"question {entry.question_id}: {wrong}")
+                tensors[f"{entry.index}.input_ids"] = _plain(entry.input_ids_NL, np.int64)
+                tensors[f"{entry.index}.latent_embeds"] = _plain(entry.latents_NTD, np.float32)
+                labels_NT = np.where(np.isnan(entry.labels_NT), NO_STEP, entry.labels_NT)
+                tensors[f"{entry.index}.estimations"] = _plain(labels_NT, np.float32)
+                tensors[f"{entry.index}.corrects"] = _plain(entry.corrects_N, np.bool_)
+                share = float(entry.corrects_N.mean())
+                row |= {"rollouts": len(entry.corrects_N), "kept": True, "reason": None, "share_correct": share}
+            rows.append(row)
+        with whole_file(shard) as partial:
+            save_file(tensors, partial, metadata={"settings": settings_digest(self.settings)})
+        with whole_file(shard.with_suffix(".parquet")) as partial:
+            pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), partial)
+
+    def finish(self) -> dict[str, int]:
+        """Join the index and mark the folder complete; returns how many questions were kept, and dropped by reason."""
+        index = self.index()
+        counts = self.counts()
+        with whole_file(self.path / INDEX) as partial:
+            pq.write_table(index, partial)
+        self.complete = True
+        self._write_settings(counts)
+        return counts
+
+    def counts(self) -> dict[str, int]:
+        """How many questions were `kept`, and how many dropped, by reason."""
+        reasons = Counter(self.index()["reason"].to_pylist())
+        if self.official:
+            return {"kept": reasons[None], "dropped": reasons["unknown"]}
+        return {"kept": reasons[None], **{str(reason): reasons[reason] for reason in get_args(Reason)}}
+
+    def index(self) -> pa.Table:
+        """The index (columns of `INDEX_SCHEMA`) by ascending index, one row a question; the last shard wins.
+
+        Raises:
+            UsageError: a part cannot be read, or names a shard that is not there.
+        """
+        by_id: dict[str, dict[str, Any]] = {}
+        for row in self._official_rows() if self.official else self._part_rows():
+            by_id[row["question_id"]] = row
+        rows = sorted(by_id.values(), key=lambda row: row["index"])
+        return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+
+    def read(self) -> Iterator[Annotated]:
+        """The kept questions by ascending index.
+
+        Raises:
+            UsageError: a shard is cut off, missing, of another run, or holds tensors that do not fit.
+        """
+        opened, name = None, None
+        for row in self.index().to_pylist():
+            if not row["kept"]:
+                continue
+            if row["shard"] != name:
+                name = row["shard"]
+                opened = self._open(self.path / name)
+            yield self._annotated(opened, row)
+
+    def _annotated(self, shard: Any, row: Mapping[str, Any]) -> Annotated:
+        path, index = self.path / row["shard"], row["index"]
+        names = set(shard.keys())
+        wanted = [f"{index}.{part}" for part in ("input_ids", "latent_embeds", "estimations", "corrects")]
+        if missing := [name for name in wanted if name not in names]:
+            raise bad_value(self._key, path, f"lacks the tensor {missing[0]}")
+        try:
+            ids, latents, labels, corrects = (shard.get_tensor(name) for name in wanted)
+        except Exception as error:  # the Rust side raises its own kinds, TypeError for bfloat16 among them
+            raise bad_value(self._key, path, f"cannot be read as numpy arrays ({error})") from error
+        if ids.ndim < 2 or (ids.ndim == 2 and len(ids) == 1):  # the official layout also allows one row for all
+            ids = np.tile(ids.reshape(1, -1), (len(latents), 1))
+        labels = np.where(labels == NO_STEP, np.nan, labels)
+        entry = Annotated(
+            row["question_id"],
+            index,
+            ids.astype(np.int64),
+            latents.astype(np.float32),
+            labels.astype(np.float32),
+            corrects.astype(np.bool_),
+        )
+        if wrong := _misfit(entry, self.settings):
+            raise bad_value(self._key, path, f"question {row['question_id']} (index {index}): {wrong}")
+        return entry
+
+    def _part_rows(self) -> Iterator[dict[str, Any]]:
+        for shard in sorted(self.path.glob("*_on*.parquet"), key=_place):
+            try:
+                rows = pq.read_table(shard, schema=INDEX_SCHEMA).to_pylist()
+            except (OSError, pa.ArrowException) as error:
+                raise bad_value(self._key, shard, f"cannot be read ({str(error).splitlines()[0]})") from error
+            for row in rows:
+                if not (self.path / row["shard"]).is_file():
+                    raise bad_value(self._key, self.path, f"the index names {row['shard']}, which is not there")
+                yield row
+
+    def _official_rows(self) -> Iterator[dict[str, Any]]:
+        for shard in self._shards():
+            opened = self._open(shard)
+            names = set(opened.keys())
+            for name in sorted(names):
+                index, _, part = name.rpartition(".")
+                if part != "input_ids" or not index.isdigit():
+                    continue
+                row = {"question_id": index, "index": int(index), "shard": shard.name, "kept": False}
+                row |= {"rollouts": 0, "reason": "unknown", "share_correct": None}
+                if f"{index}.estimations" in names and f"{index}.corrects" in names:
+                    corrects = opened.get_tensor(f"{index}.corrects")
+                    row |= {"rollouts": corrects.size, "kept": True, "reason": None}
+                    row["share_correct"] = float(corrects.mean())
+                yield row
+
+    def _open(self, shard: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            opened = safe_open(shard, framework="np")
+            opened.__enter__()
+        except (SafetensorError, OSError) as error:
+            raise bad_value(self._key, shard, f"cut off, or not safetensors ({error})") from error
+        made_by = (opened.metadata() or {}).get("settings")
+        if not self.official and made_by != settings_digest(self.settings):
+            raise bad_value(self._key, shard, f"a shard of another run: its settings are not those of {SETTINGS}")
+        return opened
+
+    def _shards(self) -> list[Path]:
+        found = self.path.glob("*.safetensors") if self.path.is_dir() else []
+        return sorted((path for path in found if SHARD_NAME.fullmatch(path.name)), key=_place)
+
+    def _read_settings(self) -> dict[str, Any]:
+        path = self.path / SETTINGS
+        try:
+            record = json.loads(path.read_text())
+            if not isinstance(record["settings"], dict):
+                raise ValueError("settings is not an object")
+        except (ValueError, KeyError, TypeError) as error:
+            raise bad_value(self._key, path, f"is not the record of annotations ({error})") from error
+        if record["settings"].get("format") != FORMAT:
+            found = record["settings"].get("format")
+            raise bad_value(self._key, path, f"format {found}, this version reads format {FORMAT}")
+        return {"complete": False, **record}
+
+    def _write_settings(self, counts: Mapping[str, int]) -> None:
+        record = {"settings": self.settings, "complete": self.complete, "counts": counts}
+        with whole_file(self.path / SETTINGS) as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n")
+
+    def _refuse_other_settings(self, found: Mapping[str, Any]) -> None:
+        for name in [*self.settings, *found]:
+            ours, theirs = self.settings.get(name), found.get(name)
+            if ours != theirs:
+                raise UsageError(
+                    f"{self._key}={self.path}: was made with other settings; choose another folder or remove it\n"
+                    f"{name}: {json.dumps(theirs)} there, {json.dumps(ours)} now"
+                )
+
+
+def _misfit(entry: Annotated, settings: Mapping[str, Any]) -> str | None:
+    """What is wrong with the shapes or values of an entry."""
+    shape = entry.latents_NTD.shape
+    if len(shape) != 3 or 0 in shape:
+        return f"latent_embeds is {shape}, (rollouts, latents, width) is wanted"
+    n, latents, width = shape
+    if settings.get("width", width) != width:
+        return f"latent_embeds has width {width}, the settings say {settings['width']}"
+    if entry.labels_NT.shape != (n, latents):
+        return f"estimations is {entry.labels_NT.shape}, latent_embeds {shape}"
+    if entry.corrects_N.shape != (n,):
+        return f"corrects is {entry.corrects_N.shape}, for {n} rollouts"
+    if entry.input_ids_NL.ndim != 2 or len(entry.input_ids_NL) != n:
+        return f"input_ids is {entry.input_ids_NL.shape}, for {n} rollouts"
+    if not np.isfinite(entry.latents_NTD).all():
+        return "latent_embeds is not finite"
+    has_step_NT = ~np.isnan(entry.labels_NT)
+    if not has_step_NT[:, 0].all() or (has_step_NT[:, 1:] & ~has_step_NT[:, :-1]).any():
+        return "estimations has a step after one that is missing"
+    if not ((entry.labels_NT >= 0) & (entry.labels_NT <= 1))[has_step_NT].all():
+        return "estimations has labels outside of [0, 1]"
+    return None
+
+
+def _plain(array: np.ndarray, dtype: type) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _place(path: Path) -> tuple[int, int, str]:
+    numbers = re.match(r"(\d+)_on(\d+)", path.name)
+    return (int(numbers[1]), int(numbers[2]), path.name) if numbers else (-1, -1, path.name)
