@@ -31,7 +31,7 @@ ALLOWED = {
     "plot": {"errors", "types", "store"},
     "report": {"errors", "types"},
     "engine": {"errors", "types", "model", "sampler", "rng", "cost"},
-    "training": {"errors", "types", "model", "task", "engine", "philox", "rng"},
+    "training": {"errors", "types", "model", "task", "engine", "philox", "rng", "annotations"},
     "executor": {"errors", "types", "engine", "sampler", "rng", "store"},
     "config": {"errors", "types"},
     "cli": {"errors", "types", "config", "commands"},

@@ -11,7 +11,11 @@ from omegaconf import OmegaConf
 from latent_tts import config
 
 CONF = Path(config.conf_dir())
-GROUPS = {"run": ["model", "task", "sampler", "budget", "aggregator"], "train_reasoner": ["model", "task"]}
+GROUPS = {
+    "run": ["model", "task", "sampler", "budget", "aggregator"],
+    "train_reasoner": ["model", "task"],
+    "train_rm": ["model"],
+}
 OPTIONS = [
     (command, group, path.stem)
     for command, groups in GROUPS.items()
@@ -42,6 +46,9 @@ def test_option_binds_to_its_target(command, group, option):
 def test_nodes_without_a_group_bind_too():
     cfg = compose("train_reasoner")
     for key in ("backbone", "curriculum", "optimization"):
+        bind(cfg[key])
+    cfg = compose("train_rm")
+    for key in ("loss", "optimization"):
         bind(cfg[key])
 
 

@@ -15,6 +15,7 @@ from latent_tts.errors import JobsFailed, LatentTTSError, UsageError
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("draw rollouts, pick answers, write the scaling curve", ()),
     "train-reasoner": ("train a latent reasoner by a staged curriculum; resumable", ()),
+    "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
     "collect": ("join the metrics of run folders and say which are missing: ltts collect RUNS...", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),
     "plot": ("draw figures from metrics tables: ltts plot RUNS_OR_CSVS...", ("runs*",)),
