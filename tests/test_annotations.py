@@ -131,7 +131,7 @@ def test_official_shards_are_read_without_our_record(path, tmp_path):
     folder = AnnotationFolder(official)
     folder.check()
     assert folder.official
-    assert folder.counts() == {"kept": 3, "dropped": 2}
+    assert folder.counts() == {"kept": 3, "unknown": 2}
     read = list(folder.read())
     assert [got.question_id for got in read] == ["0", "1", "3"]
     assert (read[1].labels_NT == 0).all()

@@ -216,11 +216,10 @@ class AnnotationFolder:
         return counts
 
     def counts(self) -> dict[str, int]:
-        """How many questions were `kept`, and how many dropped, by reason."""
+        """How many questions were `kept`, and how many dropped, by reason (`unknown` in official shards)."""
         reasons = Counter(self.index()["reason"].to_pylist())
-        if self.official:
-            return {"kept": reasons[None], "dropped": reasons["unknown"]}
-        return {"kept": reasons[None], **{str(reason): reasons[reason] for reason in get_args(Reason)}}
+        names = ["unknown"] if self.official else get_args(Reason)
+        return {"kept": reasons[None], **{name: reasons[name] for name in names}}
 
     def index(self) -> pa.Table:
         """The index (columns of `INDEX_SCHEMA`) by ascending index, one row a question; the last shard wins.
@@ -231,8 +230,7 @@ class AnnotationFolder:
         by_id: dict[str, dict[str, Any]] = {}
         for row in self._official_rows() if self.official else self._part_rows():
             by_id[row["question_id"]] = row
-        rows = sorted(by_id.values(), key=lambda row: row["index"])
-        return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+        return pa.Table.from_pylist(sorted(by_id.values(), key=lambda row: row["index"]), schema=INDEX_SCHEMA)
 
     def read(self) -> Iterator[Annotated]:
         """The kept questions by ascending index; raises what `entry` raises."""
