@@ -20,7 +20,7 @@ def test_help_lists_every_command_quickly_and_without_torch():
     started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert time.perf_counter() - started < 2  # 0.1 s on an idle machine
-    for command in ("run", "train-reasoner", "collect", "compare", "plot", "convert"):
+    for command in ("run", "train-reasoner", "train-rm", "collect", "compare", "plot", "convert"):
         assert f"\n  {command} " in done.stdout
 
 

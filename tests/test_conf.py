@@ -12,9 +12,11 @@ from latent_tts import config
 
 CONF = Path(config.conf_dir())
 GROUPS = {
+    "annotate": ["model", "task", "sampler"],
     "rescore": ["scorer", "aggregator"],
-    "run": ["model", "task", "sampler", "budget", "scorer", "aggregator"],
+    "run": ["model", "task", "sampler", "search", "budget", "scorer", "aggregator"],
     "train_reasoner": ["model", "task"],
+    "train_rm": ["model"],
 }
 OPTIONS = [
     (command, group, path.stem)
@@ -46,6 +48,9 @@ def test_option_binds_to_its_target(command, group, option):
 def test_nodes_without_a_group_bind_too():
     cfg = compose("train_reasoner")
     for key in ("backbone", "curriculum", "optimization"):
+        bind(cfg[key])
+    cfg = compose("train_rm")
+    for key in ("loss", "optimization"):
         bind(cfg[key])
 
 

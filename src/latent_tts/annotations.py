@@ -10,6 +10,8 @@ Shards are in the layout of the official annotation, so either project reads the
 
 Beside each shard lies `{k}_on0.parquet`, its part of the index. It is written after the shard: a shard without one is
 not there. `annotations.json` holds the settings that made the folder; `index.parquet` joins the parts at the end.
+Of the settings, `train-rm` reads `reasoner` (digest), `reasoner_name`, `sampler`, `latent_id`; every shard has to fit
+`width`.
 
 Source: src/annotate_data.py and src/dataset.py of ModalityDance/LatentTTS at 6657f20.
 """
@@ -35,6 +37,7 @@ from latent_tts.types import Bools
 
 FORMAT = 1
 SETTINGS, INDEX = "annotations.json", "index.parquet"
+MOST_OPEN = 64  # shards kept open
 NO_STEP = -100.0  # the label, on disk, of a step that a rollout does not have
 SHARD_NAME = re.compile(r"(\d+)_on(\d+)\.safetensors")
 INDEX_SCHEMA = pa.schema(
@@ -114,6 +117,7 @@ class AnnotationFolder:
         settings: what made it, `format` included; empty for a folder of official shards.
         complete: whether `finish` was called.
         official: there is no `annotations.json`: question ids are the indices as text.
+        width: of every latent, from the settings; a reader of official shards may set it.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any] | None = None, key: str = "annotations") -> None:
@@ -121,14 +125,14 @@ class AnnotationFolder:
 
         Args:
             path: the folder; made if it is to be written and not there.
-            settings: everything JSON-able that determines the annotations (`latents` and `width` among it are held
-                against every shard); None opens the folder to read.
+            settings: everything JSON-able that determines the annotations; None opens the folder to read.
             key: the config key that errors name.
 
         Raises:
             UsageError: it was made with other settings, is no annotation folder, or holds none.
         """
         self.path, self._key = path, key
+        self._opened: dict[Path, tuple[Any, set[str]]] = {}
         if path.exists() and not path.is_dir():
             raise bad_value(key, path, "a folder is wanted, this is a file")
         self.official = not (path / SETTINGS).is_file()
@@ -139,8 +143,10 @@ class AnnotationFolder:
             if not self._shards():
                 raise bad_value(key, path, "an empty folder: no shards of annotations (K_on0.safetensors)")
             self.settings, self.complete = record["settings"], bool(record["complete"])
+            self.width: int | None = self.settings.get("width")
             return
         self.settings, self.complete = json.loads(json.dumps({"format": FORMAT, **settings})), False
+        self.width = self.settings.get("width")
         if self.official:
             if self._shards():
                 raise bad_value(key, path, f"holds shards but no {SETTINGS}; choose another folder")
@@ -184,7 +190,8 @@ class AnnotationFolder:
                 share = float(entry.reason == "all_correct")
                 row |= {"rollouts": entry.rollouts, "kept": False, "reason": entry.reason, "share_correct": share}
             else:
-                if wrong := _misfit(entry, self.settings):
+                arrays = (entry.input_ids_NL, entry.latents_NTD, entry.labels_NT, entry.corrects_N)
+                if wrong := _wrong_shapes([a.shape for a in arrays], self.width) or _wrong_values(entry):
                     raise ValueError(f"question {entry.question_id}: {wrong}")
                 tensors[f"{entry.index}.input_ids"] = _plain(entry.input_ids_NL, np.int64)
                 tensors[f"{entry.index}.latent_embeds"] = _plain(entry.latents_NTD, np.float32)
@@ -201,20 +208,18 @@ class AnnotationFolder:
 
     def finish(self) -> dict[str, int]:
         """Join the index and mark the folder complete; returns how many questions were kept, and dropped by reason."""
-        index = self.index()
         counts = self.counts()
         with whole_file(self.path / INDEX) as partial:
-            pq.write_table(index, partial)
+            pq.write_table(self.index(), partial)
         self.complete = True
         self._write_settings(counts)
         return counts
 
     def counts(self) -> dict[str, int]:
-        """How many questions were `kept`, and how many dropped, by reason."""
+        """How many questions were `kept`, and how many dropped, by reason (`unknown` in official shards)."""
         reasons = Counter(self.index()["reason"].to_pylist())
-        if self.official:
-            return {"kept": reasons[None], "dropped": reasons["unknown"]}
-        return {"kept": reasons[None], **{str(reason): reasons[reason] for reason in get_args(Reason)}}
+        names = ["unknown"] if self.official else get_args(Reason)
+        return {"kept": reasons[None], **{name: reasons[name] for name in names}}
 
     def index(self) -> pa.Table:
         """The index (columns of `INDEX_SCHEMA`) by ascending index, one row a question; the last shard wins.
@@ -225,48 +230,65 @@ class AnnotationFolder:
         by_id: dict[str, dict[str, Any]] = {}
         for row in self._official_rows() if self.official else self._part_rows():
             by_id[row["question_id"]] = row
-        rows = sorted(by_id.values(), key=lambda row: row["index"])
-        return pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+        return pa.Table.from_pylist(sorted(by_id.values(), key=lambda row: row["index"]), schema=INDEX_SCHEMA)
 
     def read(self) -> Iterator[Annotated]:
-        """The kept questions by ascending index.
+        """The kept questions by ascending index; raises what `entry` raises."""
+        for row in self.index().to_pylist():
+            if row["kept"]:
+                yield self.entry(row)
+
+    def entry(self, row: Mapping[str, Any]) -> Annotated:
+        """One kept question by its row of the index.
 
         Raises:
-            UsageError: a shard is cut off, missing, of another run, or holds tensors that do not fit.
+            UsageError: its shard is cut off, of another run, or holds tensors that do not fit.
         """
-        opened, name = None, None
-        for row in self.index().to_pylist():
-            if not row["kept"]:
-                continue
-            if row["shard"] != name:
-                name = row["shard"]
-                opened = self._open(self.path / name)
-            yield self._annotated(opened, row)
-
-    def _annotated(self, shard: Any, row: Mapping[str, Any]) -> Annotated:
-        path, index = self.path / row["shard"], row["index"]
-        names = set(shard.keys())
-        wanted = [f"{index}.{part}" for part in ("input_ids", "latent_embeds", "estimations", "corrects")]
-        if missing := [name for name in wanted if name not in names]:
-            raise bad_value(self._key, path, f"lacks the tensor {missing[0]}")
+        shard, index, names = self._fitting(row)
         try:
-            ids, latents, labels, corrects = (shard.get_tensor(name) for name in wanted)
+            ids, latents, labels, corrects = (shard.get_tensor(name) for name in names)
         except Exception as error:  # the Rust side raises its own kinds, TypeError for bfloat16 among them
-            raise bad_value(self._key, path, f"cannot be read as numpy arrays ({error})") from error
+            raise bad_value(self._key, self.path / row["shard"], f"cannot be read as numpy arrays ({error})") from error
         if ids.ndim < 2 or (ids.ndim == 2 and len(ids) == 1):  # the official layout also allows one row for all
             ids = np.tile(ids.reshape(1, -1), (len(latents), 1))
         labels = np.where(labels == NO_STEP, np.nan, labels)
-        entry = Annotated(
-            row["question_id"],
-            index,
-            ids.astype(np.int64),
-            latents.astype(np.float32),
-            labels.astype(np.float32),
-            corrects.astype(np.bool_),
-        )
-        if wrong := _misfit(entry, self.settings):
-            raise bad_value(self._key, path, f"question {row['question_id']} (index {index}): {wrong}")
+        latents, labels = latents.astype(np.float32), labels.astype(np.float32)
+        entry = Annotated(row["question_id"], index, ids.astype(np.int64), latents, labels, corrects.astype(np.bool_))
+        if wrong := _wrong_values(entry):
+            raise self._misfit(row, wrong)
         return entry
+
+    def check(self) -> None:
+        """Hold every kept question's tensors against the settings by their shapes, without reading them.
+
+        Raises:
+            UsageError: as `entry`.
+        """
+        for row in self.index().to_pylist():
+            if row["kept"]:
+                self._fitting(row)
+
+    def _fitting(self, row: Mapping[str, Any]) -> tuple[Any, int, list[str]]:
+        """The opened shard of a row, its index there, and the names of its tensors, whose shapes fit."""
+        path, index = self.path / row["shard"], row["index"]
+        if path not in self._opened:
+            if len(self._opened) >= MOST_OPEN:
+                self._opened.pop(next(iter(self._opened)))
+            opened = self._open(path)
+            self._opened[path] = opened, set(opened.keys())
+        opened, known = self._opened[path]
+        names = [f"{index}.{part}" for part in ("input_ids", "latent_embeds", "estimations", "corrects")]
+        if missing := [name for name in names if name not in known]:
+            raise self._misfit(row, f"lacks the tensor {missing[0]}")
+        ids, latents, labels, corrects = (tuple(opened.get_slice(name).get_shape()) for name in names)
+        if self.official and len(latents) == 3 and (len(ids) == 1 or ids[:1] == (1,)):
+            ids = (latents[0], ids[-1])
+        if wrong := _wrong_shapes([ids, latents, labels, corrects], self.width):
+            raise self._misfit(row, wrong)
+        return opened, index, names
+
+    def _misfit(self, row: Mapping[str, Any], wrong: str) -> UsageError:
+        return bad_value(self._key, self.path / row["shard"], f"question {row['question_id']}: {wrong}")
 
     def _part_rows(self) -> Iterator[dict[str, Any]]:
         for shard in sorted(self.path.glob("*_on*.parquet"), key=_place):
@@ -340,20 +362,25 @@ class AnnotationFolder:
                 )
 
 
-def _misfit(entry: Annotated, settings: Mapping[str, Any]) -> str | None:
-    """What is wrong with the shapes or values of an entry."""
-    shape = entry.latents_NTD.shape
-    if len(shape) != 3 or 0 in shape:
-        return f"latent_embeds is {shape}, (rollouts, latents, width) is wanted"
-    n, latents, width = shape
-    if settings.get("width", width) != width:
-        return f"latent_embeds has width {width}, the settings say {settings['width']}"
-    if entry.labels_NT.shape != (n, latents):
-        return f"estimations is {entry.labels_NT.shape}, latent_embeds {shape}"
-    if entry.corrects_N.shape != (n,):
-        return f"corrects is {entry.corrects_N.shape}, for {n} rollouts"
-    if entry.input_ids_NL.ndim != 2 or len(entry.input_ids_NL) != n:
-        return f"input_ids is {entry.input_ids_NL.shape}, for {n} rollouts"
+def _wrong_shapes(shapes: Sequence[tuple[int, ...]], wanted: int | None) -> str | None:
+    """What is wrong with the shapes of an entry's ids, latents, labels and outcomes."""
+    ids, latents, labels, corrects = shapes
+    if len(latents) != 3 or 0 in latents:
+        return f"latent_embeds is {latents}, (rollouts, latents, width) is wanted"
+    n, steps, width = latents
+    if wanted not in (None, width):
+        return f"latent_embeds has width {width}, {wanted} is wanted"
+    if labels != (n, steps):
+        return f"estimations is {labels}, latent_embeds {latents}"
+    if corrects != (n,):
+        return f"corrects is {corrects}, for {n} rollouts"
+    if len(ids) != 2 or ids[0] != n:
+        return f"input_ids is {ids}, for {n} rollouts"
+    return None
+
+
+def _wrong_values(entry: Annotated) -> str | None:
+    """What is wrong with the numbers of an entry."""
     if not np.isfinite(entry.latents_NTD).all():
         return "latent_embeds is not finite"
     has_step_NT = ~np.isnan(entry.labels_NT)

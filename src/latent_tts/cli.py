@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rescore": ("score the rollouts of a finished run with another scorer: ltts rescore RUN", ("run",)),
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
     "train-reasoner": ("train a latent reasoner by a staged curriculum; resumable", ()),
+    "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
     "collect": ("join the metrics of run folders and say which are missing: ltts collect RUNS...", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),
     "plot": ("draw figures from metrics tables: ltts plot RUNS_OR_CSVS...", ("runs*",)),

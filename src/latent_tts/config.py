@@ -171,6 +171,32 @@ class TrainReasonerConfig:
 
 
 @dataclass
+class TrainRMConfig:
+    """Keys of `ltts train-rm`.
+
+    Attributes:
+        output: folder of the states, the TensorBoard log and the finished checkpoint; a stopped run goes on there.
+        annotations: annotated questions to train on; null annotates the default ones.
+        valid_annotations: annotated questions to choose by.
+        init: the backbone's first weights, `reasoner` or `random`.
+        seed: of the head's weights and the order of questions.
+        bf16: bfloat16 autocast.
+        weights_dtype: of the checkpoint.
+    """
+
+    output: str = MISSING
+    annotations: str | None = MISSING
+    valid_annotations: str | None = MISSING
+    init: str = MISSING
+    seed: int = MISSING
+    bf16: bool = MISSING
+    weights_dtype: str = MISSING
+    model: Any = MISSING
+    loss: Any = MISSING
+    optimization: Any = MISSING
+
+
+@dataclass
 class CollectConfig:
     """Keys of `ltts collect`: run folders (or folders of them), and the table to write (null: to stdout)."""
 
@@ -208,6 +234,7 @@ SCHEMAS = {
     "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
     "train_reasoner": TrainReasonerConfig,
+    "train_rm": TrainRMConfig,
     "collect": CollectConfig,
     "compare": CompareConfig,
     "plot": PlotConfig,
