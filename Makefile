@@ -53,6 +53,7 @@ reasoner: .venv/.installed ## retrain the shipped reasoner (about an hour on two
 bench: .venv/.installed ## all benchmarks
 	$(BIN)/python benchmarks/randomness.py
 	$(BIN)/python benchmarks/sweep.py
+	$(BIN)/python benchmarks/engine.py
 
 clean: ## remove what runs leave behind, .venv and caches included
 	rm -rf .venv outputs multirun .cache dist build .pytest_cache .ruff_cache .hypothesis

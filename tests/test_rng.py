@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_tts import rng
+from latent_tts.philox import Stream, key_of, philox
 from latent_tts.rng import MAX_LAYER, MAX_STEP, Draw
 
 IDS = ["0123456789abcdef", "fedcba9876543210", "0123456789abcdef-2"]
@@ -113,9 +114,9 @@ def test_noise_and_dropout_do_not_share_numbers():
     assert largest_correlation(torch.stack([noise, keep.float()]), 0) < 4
 
 
-@pytest.mark.parametrize("blocks_at_once", [1, 24, 65536])
-def test_keep_is_the_same_whether_or_not_layers_are_announced(monkeypatch, blocks_at_once):
-    monkeypatch.setattr(rng, "BLOCKS_AT_ONCE", {"cpu": blocks_at_once})  # one layer, two, or all drawn together
+@pytest.mark.parametrize("blocks_ahead", [1, 48, 65536])
+def test_keep_is_the_same_whether_or_not_layers_are_announced(monkeypatch, blocks_ahead):
+    monkeypatch.setattr(rng, "BLOCKS_AHEAD", blocks_ahead)  # one layer, two, or all drawn together
     announced, silent = draws(), draws()
     announced.will_mask([5, 0, 1, 9, 2])
     in_order = [(layer, 3, 2, 10) for layer in (5, 0, 1, 9, 2)]
@@ -123,6 +124,32 @@ def test_keep_is_the_same_whether_or_not_layers_are_announced(monkeypatch, block
     out_of_order = [(2, 4, 1, 10), (5, 4, 1, 10), (7, 4, 1, 10), (0, 4, 1, 10), (0, 4, 1, 10), (0, 4, 1, 11)]
     for place in in_order + next_step + out_of_order:
         assert torch.equal(announced.keep(*place, 20000), silent.keep(*place, 20000)), place
+
+
+@pytest.fixture
+def two_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def words_of(row, place, count):
+    """The decisions' 16-bit words, signed, out of Philox over plain integers: each token's words 0 and 1, then 2, 3."""
+    id_, rollout = IDS[row // 3], row % 3
+    blocks = [philox((element, place, rollout, int(Stream.DROPOUT)), key_of(0, id_)) for element in range(count)]
+    halves = [[word for block in blocks for word in block[half : half + 2]] for half in (0, 2)]
+    unsigned = [part for half in halves for word in half for part in (word & 0xFFFF, word >> 16)]
+    return [value - 65536 if value >= 32768 else value for value in unsigned]
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("blocks_at_once", [1, 20, 65536])  # pieces of one row, of rows of two questions, all rows
+def test_decisions_are_philox_words_whatever_the_pieces_and_threads(monkeypatch, blocks_at_once):
+    monkeypatch.setattr(rng, "BLOCKS_AT_ONCE", {"cpu": blocks_at_once})
+    keep = draws(rollouts=3).keep(7, 2, 1, 32, 20000)[:, 0]
+    expected = [[word >= 20000 - 32768 for word in words_of(row, (7 << 16) | 2, 4)] for row in range(9)]
+    assert keep.tolist() == expected
 
 
 def test_a_threshold_may_change_between_layers_drawn_together():

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latent_tts.philox import Stream, key_of, philox
 
 DECISIONS_PER_BLOCK = 8  # a Philox block is 128 bits, a dropout decision 16
-BLOCKS_AT_ONCE = {"cpu": 1 << 16, "cuda": 1 << 22}  # on a CPU work arrays of half a MiB, which stay in its cache
+BLOCKS_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 22}  # on a CPU work arrays of 128 KiB, which stay in a core's cache
+BLOCKS_AHEAD = 1 << 20  # decisions of several places are drawn together up to 8 MiB
 MAX_STEP, MAX_LAYER = 1 << 16, 1 << 16
 
 
@@ -44,30 +49,16 @@ class Draw:
         keys = torch.tensor([key_of(seed, question_id) for question_id in question_ids], device=rollouts_QN.device)
         return cls(keys.repeat_interleave(rollouts_QN.shape[1], 0), rollouts_QN.flatten(), width, blocks)
 
-    @property
-    def _blocks_at_once(self) -> int:
-        return BLOCKS_AT_ONCE.get(self.rollouts_R.device.type, BLOCKS_AT_ONCE["cpu"])
-
     def rows(self, index_R: Tensor) -> Draw:
         """The draws of some rows."""
         return Draw(self.keys_R2[index_R], self.rollouts_R[index_R], self.width, self.blocks)
 
-    def _words(
-        self, stream: Stream, layers: Sequence[int], step: int, blocks: int, rows: slice
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Four random words (len(layers), rows, blocks), int64 in [0, 2**32)."""
-        if step >= MAX_STEP or max(layers) >= MAX_LAYER:
-            raise ValueError(f"step {step} or layer {max(layers)} does not fit its 16 bits of the counter")
-        device = self.rollouts_R.device
-        element = torch.arange(blocks, device=device)
-        place = torch.tensor([(layer << 16) | step for layer in layers], device=device)[:, None, None]
-        rollout, key = self.rollouts_R[None, rows, None], self.keys_R2[rows].T[:, None, :, None]
-        return philox((element, place, rollout, int(stream)), (key[0], key[1]))
-
     def normal(self, step: int, width: int) -> Tensor:
         """Standard normals (R, width) in float32, by Box-Muller in float64 so that devices agree."""
-        words = self._words(Stream.LATENT_NOISE, [0], step, -(-width // 4), slice(None))
-        uniform = (torch.cat(words, dim=-1)[0].to(torch.float64) + 0.5) * 2.0**-32
+        element = torch.arange(-(-width // 4), device=self.rollouts_R.device)
+        counter = (element, _place(0, step), self.rollouts_R[:, None], int(Stream.LATENT_NOISE))
+        words = philox(counter, (self.keys_R2[:, :1], self.keys_R2[:, 1:]))
+        uniform = (torch.cat(words, dim=-1).to(torch.float64) + 0.5) * 2.0**-32
         radius, angle = uniform.chunk(2, dim=-1)
         radius, angle = torch.sqrt(-2.0 * torch.log(radius)), angle * (2.0 * math.pi)
         return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[:, :width].to(torch.float32)
@@ -86,26 +77,58 @@ class Draw:
             width: D.
             threshold: how many of the 65536 patterns of a decision's 16 bits drop, in [0, 65536).
         """
-        per_token = -(-width // DECISIONS_PER_BLOCK)
-        wanted = (layer, step, tokens, width)
+        wanted = (layer, step, tokens, width, threshold)
         if wanted not in self._ahead:
-            rows = self.rollouts_R.shape[0]
-            group = max(1, self._blocks_at_once // (rows * tokens * per_token))
+            per_token = -(-width // DECISIONS_PER_BLOCK)
+            group = max(1, BLOCKS_AHEAD // (self.rollouts_R.shape[0] * tokens * per_token))
             start = list(self._layers).index(layer) if layer in self._layers else None
             layers = [layer] if start is None else list(self._layers[start : start + group])
-            halves = self._bits(layers, step, tokens, per_token)
-            self._ahead = {(code, step, tokens, width): halves[i, ..., :width] for i, code in enumerate(layers)}
-        return self._ahead.pop(wanted) >= threshold - 32768
+            kept = self._decide(layers, step, tokens, per_token, threshold)[..., :width]
+            self._ahead = {(code, *wanted[1:]): kept[:, i] for i, code in enumerate(layers)}
+        return self._ahead.pop(wanted)
 
-    def _bits(self, layers: Sequence[int], step: int, tokens: int, blocks: int) -> Tensor:
-        """Signed 16-bit words (len(layers), R, tokens, 8 * blocks), uniform over their range."""
-        total = self.rollouts_R.shape[0]
-        pairs = torch.empty(len(layers), total, tokens, 2, blocks, dtype=torch.int64, device=self.rollouts_R.device)
-        rows = max(1, self._blocks_at_once // (len(layers) * tokens * blocks))
-        for start in range(0, total, rows):
-            part = pairs[:, start : start + rows]
-            words = self._words(Stream.DROPOUT, layers, step, tokens * blocks, slice(start, start + rows))
-            first, second, third, fourth = (word.view(*part.shape[:3], blocks) for word in words)
-            torch.bitwise_or(first, second << 32, out=part[..., 0, :])
-            torch.bitwise_or(third, fourth << 32, out=part[..., 1, :])
-        return pairs.view(torch.int16).flatten(3)
+    def _decide(self, layers: Sequence[int], step: int, tokens: int, per_token: int, threshold: int) -> Tensor:
+        """Keep decisions (R, len(layers), tokens, 8 * per_token) of several places.
+
+        On a CPU NumPy computes them: the same operators with a faster product and less overhead than torch's, over
+        pieces that stay in a core's cache, and each of torch's threads takes a share of the pieces.
+        """
+        rollouts, device = self.rollouts_R.shape[0], self.rollouts_R.device
+        kept = torch.empty(rollouts, len(layers), tokens, 2, 4 * per_token, dtype=torch.bool, device=device)
+        place = torch.tensor([_place(layer, step) for layer in layers], device=device)[None, :, None]
+        inputs = (torch.arange(tokens * per_token, device=device), place, self.rollouts_R[:, None, None], self.keys_R2)
+        on_cpu = device.type == "cpu"
+        element, place, rollout, keys, out = ((x.numpy() if on_cpu else x) for x in (*inputs, kept))
+        word16: Any = np.int16 if on_cpu else torch.int16
+
+        def fill(rows: slice) -> None:
+            key = keys[rows, 0, None, None], keys[rows, 1, None, None]
+            if on_cpu and all((word == word[0]).all() for word in key):  # plain integers are faster than arrays
+                key = int(key[0][0, 0, 0]), int(key[1][0, 0, 0])
+            words = philox((element, place, rollout[rows], int(Stream.DROPOUT)), key)
+            for half in range(2):
+                pair, upper = words[2 * half : 2 * half + 2]
+                pair |= upper << 32
+                out[rows, :, :, half] = pair.view(word16).reshape(out[rows, :, :, half].shape) >= threshold - 32768
+
+        count = max(1, BLOCKS_AT_ONCE["cpu" if on_cpu else "cuda"] // (len(layers) * tokens * per_token))
+        pieces = [slice(start, start + count) for start in range(0, rollouts, count)]
+        if on_cpu and len(pieces) > 1 and torch.get_num_threads() > 1:
+            list(_workers(torch.get_num_threads()).map(fill, pieces))
+        else:
+            for rows in pieces:
+                fill(rows)
+        return kept.flatten(3)
+
+
+def _place(layer: int, step: int) -> int:
+    """The word of the counter that says where in a rollout a number is used."""
+    if step >= MAX_STEP or layer >= MAX_LAYER:
+        raise ValueError(f"step {step} or layer {layer} does not fit its 16 bits of the counter")
+    return (layer << 16) | step
+
+
+@cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Threads that draw; NumPy frees the interpreter's lock while it computes."""
+    return ThreadPoolExecutor(threads)

@@ -80,6 +80,8 @@ class Dropout(Sampler):
         """0 with probability `rate`, else 1 / (1 - rate)."""
         if site not in SITES[self.site] or forward.phase not in self.random_phases:
             return None
+        import torch
+
         code, width = code_of(site, layer), draw.width
         draw.will_mask(masked_codes(self.site, draw.blocks))
         if self.mask == "locked":
@@ -87,7 +89,8 @@ class Dropout(Sampler):
         else:
             step = forward.step + (0 if forward.phase == "prompt" else 1)
             kept = draw.keep(code, step, forward.tokens, width, self._threshold)
-        return kept * (65536 / (65536 - self._threshold))
+        # bytes turn into floats several times faster than booleans do
+        return kept.view(torch.uint8).to(torch.float32).mul_(65536 / (65536 - self._threshold))
 
 
 def code_of(site: Site, layer: int) -> int:

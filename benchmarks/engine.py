@@ -1,0 +1,341 @@
+"""The engine against the naive way and against the machine: rollouts a second, peak memory, where the time goes.
+
+    python benchmarks/engine.py [--case 4x64 16x16] [--dtype fp32 bf16] [--sampler gaussian dropout dropout_prompt]
+                                [--device cpu] [--model gpt2] [--repeats 3] [--layers 12] [--width 768]
+
+A case is questions x rollouts. Models have random weights in the shape of GPT-2 small, or of Llama-3.2-1B on CUDA. The
+lengths of prompts are quantiles of GSM8K's test questions at 1.3 tokens a word, read from `gsm8k_test.jsonl` in the
+folder LTTS_DATA, otherwise from the list below. Each rollout has 6 latents, one end token, 12 answer tokens.
+
+Each measurement is a process of its own: model, one warm-up with one latent and one answer token, repeats, of which the
+median counts. Peak memory is the process's (on CUDA torch's), and what of it came after the model was loaded. One more
+call with a stopwatch in it gives the shares of time. In the engine's process the ceiling is measured too: the model's
+own matrix products for the rows of a batch, and a copy in memory; `ceiling_share` is the latent phase's operations over
+its seconds, against that rate of products. `baseline.py` draws at most 256 rows at once on a CPU (more do not fit), and
+of a larger case just the first such part is timed. It masks the prompt in both dropout settings, as the official code.
+
+Prints a line a measurement, then, as the last line, JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+import baseline
+from baseline import seconds_of
+from latent_tts.cost import Shape
+from latent_tts.engine.packing import Job, batches, default_rows
+from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.rng import Draw
+from latent_tts.sampler.dropout import Dropout
+from latent_tts.sampler.gaussian import Gaussian
+from latent_tts.types import Reasoner, Sampler
+
+LATENTS, ANSWER, SIGMA, RATE = 6, 12, 0.1, 0.1
+CASES = ["1x1", "1x64", "16x16", "4x64", "64x64"]
+SAMPLERS: dict[str, Sampler] = {
+    "gaussian": Gaussian(SIGMA, False),
+    "dropout": Dropout(RATE, "residual", ["thoughts"], "fresh"),
+    "dropout_prompt": Dropout(RATE, "residual", ["prompt", "thoughts"], "fresh"),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BASELINE_ROWS = {"cpu": 256, "cuda": 4096}
+NO_EOS = -1
+# 1.3 tokens a word: quantiles 0, 0.05, ... 1 over GSM8K's 1319 test questions
+PROMPT_TOKENS = [20, 31, 35, 38, 40, 43, 46, 48, 51, 53, 56, 58, 61, 65, 68, 72, 77, 82, 91, 107, 213]
+
+
+def prompts(count: int, vocabulary: int) -> list[list[int]]:
+    """Invented ids, of as many lengths as there are questions, evenly spaced over the distribution."""
+    file = Path(os.environ.get("LTTS_DATA", "")) / "gsm8k_test.jsonl"
+    known: list[int] = PROMPT_TOKENS
+    if "LTTS_DATA" in os.environ and file.is_file():
+        words = [len(json.loads(line)["question"].split()) for line in file.read_text().splitlines()]
+        known = [round(1.3 * number) for number in words]
+    lengths = np.quantile(known, (np.arange(count) + 0.5) / count).round().astype(int)
+    return [[(31 * place + 7 * row) % (vocabulary - 1) for place in range(n)] for row, n in enumerate(lengths)]
+
+
+def new_model(arguments: argparse.Namespace) -> PreTrainedModel:
+    """Random weights in the shape asked for."""
+    torch.manual_seed(0)
+    if arguments.model == "gpt2":
+        heads = max(1, arguments.width // 64)
+        sizes = {"n_layer": arguments.layers, "n_embd": arguments.width, "n_head": heads, "vocab_size": 50_260}
+        lm: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes))
+    else:
+        sizes = {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128_256}
+        lm = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8, head_dim=64))
+    return cast(PreTrainedModel, lm.to(arguments.device, DTYPES[arguments.dtype[0]]).eval().requires_grad_(False))
+
+
+class Stopwatch:
+    """A sampler around another that splits the time of `Engine.roll` into phases.
+
+    Attributes:
+        seconds: of prefill, latents, answers, each without random numbers, and of those in latents and elsewhere.
+    """
+
+    def __init__(self, sampler: Sampler, lm: PreTrainedModel, latents: int, device: str) -> None:
+        self._sampler, self._last, self._device = sampler, latents - 1, device
+        self.seconds = dict.fromkeys(("prefill", "latents", "answers", "random_latents", "random"), 0.0)
+        self._phase, self._drawn, self._started = "prefill", 0.0, 0.0
+        self._hook = lm.base_model.register_forward_hook(self._after_pass, with_kwargs=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def _now(self) -> float:
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _enter(self, phase: str) -> None:
+        now = self._now()
+        self.seconds[self._phase] += now - self._started - self._drawn
+        self.seconds["random_latents" if self._phase == "latents" else "random"] += self._drawn
+        self._phase, self._started, self._drawn = phase, now, 0.0
+
+    def _timed(self, call: Callable[[], Any]) -> Any:
+        started = self._now()
+        result = call()
+        self._drawn += self._now() - started
+        return result
+
+    def _after_pass(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        del module, args, output
+        if not kwargs["state"].reads_prefix:
+            self._enter("latents")
+
+    def factors(self, *place: Any) -> Tensor | None:
+        """The other sampler's factors."""
+        return self._timed(lambda: self._sampler.factors(*place))
+
+    def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
+        """The other sampler's latent; the last one ends the phase."""
+        latent = self._timed(lambda: self._sampler.latent(h_RD, draw, step))
+        if step == self._last:
+            self._enter("answers")
+        return latent
+
+    def run(self, roll: Callable[[Sampler], object]) -> None:
+        """Time one call of `Engine.roll`."""
+        self._phase, self._started, self._drawn = "prefill", self._now(), 0.0
+        roll(cast(Sampler, self))
+        self._enter("prefill")
+
+    def close(self) -> None:
+        """Take the hook off the model."""
+        self._hook.remove()
+
+
+def product_rate(lm: PreTrainedModel, rows: int, device: str) -> float:
+    """Operations a second of the blocks' own matrix products, one after another, for so many rows."""
+    layers = [module for module in lm.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    widths = [layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0] for layer in layers]
+    inputs = {width: torch.randn(rows, width, device=device).to(lm.dtype) for width in set(widths)}
+
+    def products() -> None:
+        for layer, width in zip(layers, widths, strict=True):
+            layer(inputs[width])
+
+    products()
+    seconds = statistics.median(seconds_of(products, device) for _ in range(7))
+    return 2.0 * rows * sum(layer.weight.numel() for layer in layers) / seconds
+
+
+def copy_rate(device: str) -> float:
+    """Bytes a second, read and written, of a copy too large for any cache."""
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2.0 * source.nbytes / statistics.median(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
+
+
+def memory(device: str) -> tuple[int, int]:
+    """Bytes in use now, and the most so far."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize(), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def timed(arguments: argparse.Namespace, lm: PreTrainedModel, full: Callable, brief: Callable) -> dict[str, float]:
+    """Median seconds of a call after a brief one, and its memory."""
+    device = arguments.device
+    loaded, _ = memory(device)
+    brief()
+    seconds = statistics.median(seconds_of(full, device) for _ in range(arguments.repeats))
+    peak = memory(device)[1]
+    return {"seconds": seconds, "peak": peak, "above_model": peak - loaded}
+
+
+@torch.inference_mode()
+def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
+    """Time the engine, its phases and the machine."""
+    lm, device = new_model(arguments), arguments.device
+    questions, rollouts = map(int, arguments.case[0].split("x"))
+    sampler, width = SAMPLERS[arguments.sampler[0]], lm.config.get_text_config().hidden_size
+    vocabulary = lm.config.get_text_config().vocab_size
+    jobs = [
+        Job(str(number), str(number), prompt, list(range(rollouts)))
+        for number, prompt in enumerate(prompts(questions, vocabulary))
+    ]
+    parts = list(batches(jobs, default_rows(width, device)))
+
+    def roll(plan: Plan, part: list[Job], sampler: Sampler) -> None:
+        engine = Engine(Reasoner(lm, lambda hidden: hidden), plan)
+        numbers = torch.tensor([job.rollouts for job in part], device=device)
+        draw = Draw.of(0, [job.question_id for job in part], numbers, width, engine.blocks)
+        engine.roll([job.prompt for job in part], draw, sampler)
+
+    plan, brief = (Plan(latents, [vocabulary - 1], NO_EOS, answer) for latents, answer in ((LATENTS, ANSWER), (1, 1)))
+    result = timed(
+        arguments, lm, lambda: [roll(plan, part, sampler) for part in parts], lambda: roll(brief, parts[0], sampler)
+    )
+
+    watch = Stopwatch(sampler, lm, LATENTS, device)
+    for part in parts:
+        watch.run(partial(roll, plan, part))
+    watch.close()
+    spent = watch.seconds
+    total = sum(spent.values())
+    shape, passes = Shape.from_config(lm.config.to_dict()), LATENTS - (not sampler.random_phases)
+    flops = rollouts * sum(shape.pass_flops(passes, len(job.prompt)) for job in jobs)
+    rate = product_rate(lm, len(parts[0]) * rollouts, device)
+    return result | {
+        "rollouts_per_second": questions * rollouts / result["seconds"],
+        "prefill_share": spent["prefill"] / total,
+        "latents_share": spent["latents"] / total,
+        "random_numbers_share": (spent["random_latents"] + spent["random"]) / total,
+        "answers_share": spent["answers"] / total,
+        "ceiling_share": flops / (spent["latents"] + spent["random_latents"]) / rate,
+        "product_flops_per_second": rate,
+        "copy_bytes_per_second": copy_rate(device),
+    }
+
+
+def measure_baseline(arguments: argparse.Namespace) -> dict[str, float]:
+    """Time the naive way."""
+    lm = new_model(arguments)
+    questions, rollouts = map(int, arguments.case[0].split("x"))
+    questions_at_once = min(questions, max(1, BASELINE_ROWS[arguments.device] // rollouts))
+    vocabulary = lm.config.get_text_config().vocab_size
+    # those of a larger case whose lengths are evenly spaced as well
+    texts = prompts(questions, vocabulary)[:: questions // questions_at_once][:questions_at_once]
+    noise = {"sigma": SIGMA} if arguments.sampler[0] == "gaussian" else {"rate": RATE}
+    roll = partial(baseline.roll, lm, texts, rollouts, end_id=vocabulary - 1, **noise)
+    result = timed(
+        arguments,
+        lm,
+        lambda: roll(latents=LATENTS, answer_tokens=ANSWER),
+        lambda: roll(latents=1, answer_tokens=1),
+    )
+    return result | {"rollouts_per_second": len(texts) * rollouts / result["seconds"]}
+
+
+def one_measurement(arguments: argparse.Namespace) -> dict[str, float]:
+    """What a process of `in_a_process` does."""
+    return (measure_engine if arguments.measure == "engine" else measure_baseline)(arguments)
+
+
+def in_a_process(arguments: argparse.Namespace, what: str, case: str, sampler: str, dtype: str) -> dict[str, float]:
+    """One measurement in a process of its own."""
+    sizes = [f"--{name}={getattr(arguments, name)}" for name in ("model", "device", "repeats", "layers", "width")]
+    chosen = [f"--measure={what}", f"--case={case}", f"--sampler={sampler}", f"--dtype={dtype}"]
+    done = subprocess.run([sys.executable, __file__, *sizes, *chosen], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", default=CASES, metavar="QxN")
+    parser.add_argument("--sampler", nargs="+", default=list(SAMPLERS), choices=SAMPLERS)
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--device", default="cpu", choices=BASELINE_ROWS)
+    parser.add_argument("--model", default="gpt2", choices=["gpt2", "llama-1b"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=12, help="of the GPT-2 shape")
+    parser.add_argument("--width", type=int, default=768, help="of the GPT-2 shape")
+    parser.add_argument("--measure", choices=["engine", "baseline"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.model == "llama-1b" and arguments.device == "cpu":
+        parser.error("--model llama-1b: needs --device cuda")
+    if arguments.measure:
+        print(json.dumps(one_measurement(arguments)))
+        return
+    results = []
+    for dtype in arguments.dtype:
+        for case in arguments.case:
+            naive: dict[str, dict[str, float]] = {}  # both dropout settings share one
+            for sampler in arguments.sampler:
+                ours = in_a_process(arguments, "engine", case, sampler, dtype)
+                kind = sampler.split("_")[0]
+                if kind not in naive:
+                    naive[kind] = in_a_process(arguments, "baseline", case, sampler, dtype)
+                results.append(row(arguments, case, sampler, dtype, ours, naive[kind]))
+                print(line(results[-1]), flush=True)
+    print(json.dumps(results))
+
+
+def row(
+    arguments: argparse.Namespace, case: str, sampler: str, dtype: str, ours: dict[str, float], naive: dict[str, float]
+) -> dict[str, Any]:
+    """One result as it stands in the JSON."""
+    where = sorted(SAMPLERS[sampler].random_phases)
+    shares = {key: round(value, 4) for key, value in ours.items() if key.endswith("_share")}
+    rates = {key: round(value) for key, value in ours.items() if key.endswith("_per_second") and "roll" not in key}
+    return {
+        "case": case,
+        "model": arguments.model,
+        "sampler": sampler.split("_")[0],
+        "where": where,
+        "dtype": dtype,
+        "device": arguments.device,
+        "threads": torch.get_num_threads(),
+        "rollouts_per_second": round(ours["rollouts_per_second"], 3),
+        "baseline_rollouts_per_second": round(naive["rollouts_per_second"], 3),
+        "ratio": round(ours["rollouts_per_second"] / naive["rollouts_per_second"], 3),
+        "peak_memory_bytes": ours["peak"],
+        "baseline_peak_memory_bytes": naive["peak"],
+        "memory_above_model_bytes": ours["above_model"],
+        "baseline_memory_above_model_bytes": naive["above_model"],
+        **shares,
+        **rates,
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    """One result for people."""
+    case = f"{result['case']:6} {result['dtype']} {result['sampler']} {'+'.join(result['where'])}"
+    shares = "  ".join(
+        f"{name} {100 * result[f'{name}_share']:.0f} %" for name in ("prefill", "latents", "random_numbers", "answers")
+    )
+    return (
+        f"{case}: {result['rollouts_per_second']:.1f} rollouts/s, "
+        f"{result['ratio']:.2f} times {result['baseline_rollouts_per_second']:.1f}; peak "
+        f"{result['peak_memory_bytes'] / 2**30:.2f} of {result['baseline_peak_memory_bytes'] / 2**30:.2f} GiB; "
+        f"{100 * result['ceiling_share']:.0f} % of the products' rate; {shares}"
+    )
+
+
+if __name__ == "__main__":
+    main()

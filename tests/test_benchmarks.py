@@ -1,0 +1,55 @@
+"""The benchmarks run, on a model of one small layer, and say what they promise."""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def engine_benchmark(monkeypatch):
+    """The module, with its measurements in this process: a new one would spend its time on imports."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = importlib.import_module("engine")
+
+    def here(arguments, what, case, sampler, dtype):
+        chosen = {"measure": what, "case": [case], "sampler": [sampler], "dtype": [dtype]}
+        return module.one_measurement(argparse.Namespace(**vars(arguments) | chosen))
+
+    monkeypatch.setattr(module, "in_a_process", here)
+    monkeypatch.setattr(module, "copy_rate", lambda device: 1.0)  # copies half a GiB
+    return module
+
+
+def test_the_engine_benchmark_ends_with_its_results(engine_benchmark, capsys):
+    engine_benchmark.main(["--layers=1", "--width=32", "--repeats=1", "--case", "1x2", "--dtype", "fp32"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(result["case"], result["sampler"], result["where"]) for result in results] == [
+        ("1x2", "gaussian", []),
+        ("1x2", "dropout", ["thoughts"]),
+        ("1x2", "dropout", ["prompt", "thoughts"]),
+    ]
+    for result in results:
+        assert result["ratio"] == pytest.approx(
+            result["rollouts_per_second"] / result["baseline_rollouts_per_second"], rel=0.01
+        )
+        shares = [result[f"{part}_share"] for part in ("prefill", "latents", "random_numbers", "answers")]
+        assert sum(shares) == pytest.approx(1, abs=0.001)
+        assert min(*shares, result["ceiling_share"]) > 0
+        for key in ("peak_memory_bytes", "memory_above_model_bytes"):
+            assert result[key] >= 0
+            assert result[f"baseline_{key}"] >= 0
+        assert {"model", "dtype", "device", "product_flops_per_second", "copy_bytes_per_second"} <= result.keys()
+
+
+def test_prompts_have_the_lengths_of_the_distribution(engine_benchmark, monkeypatch):
+    monkeypatch.delenv("LTTS_DATA", raising=False)
+    lengths = [len(prompt) for prompt in engine_benchmark.prompts(64, 100)]
+    assert lengths == sorted(lengths)
+    assert 20 <= lengths[0] < 31
+    assert 107 < lengths[-1] <= 213
+    assert sum(lengths) / 64 == pytest.approx(60, abs=3)  # the mean over GSM8K's test questions
