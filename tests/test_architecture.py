@@ -17,9 +17,10 @@ ALLOWED = {
     "types": {"rng"},  # for annotations alone
     "answer": {"errors"},
     "checkpoint": {"errors", "types"},
+    "adapter": {"errors", "types", "checkpoint"},
     "cost": set(),
     "rng": {"philox"},
-    "model": {"errors", "types", "checkpoint"},
+    "model": {"errors", "types", "checkpoint", "adapter"},
     "sampler": {"errors", "types", "rng"},
     "task": {"errors", "types", "philox", "answer"},
     "budget": {"errors", "types"},
