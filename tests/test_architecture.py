@@ -17,6 +17,7 @@ ALLOWED = {
     "types": {"rng"},  # for annotations alone
     "answer": {"errors"},
     "checkpoint": {"errors", "types"},
+    "layouts": {"errors"},
     "adapter": {"errors", "types", "checkpoint"},
     "cost": set(),
     "rng": {"philox"},

@@ -86,17 +86,22 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a checkpoint.
+def is_empty_json(path: Path) -> bool:
+    """Whether a file holds nothing, or an object without keys, as some published `config.json` do."""
+    return not path.read_text().strip(" \n{}")
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The config of a checkpoint.
 
     Raises:
-        UsageError: it is missing, or empty as some published checkpoints have it.
+        UsageError: it is missing, empty or no JSON object.
     """
-    if (folder / "config.json").is_file() and not (folder / "config.json").read_text().strip(" \n{}"):
+    if (folder / name).is_file() and is_empty_json(folder / name):
         raise bad_value(
-            "model.checkpoint", folder, "config.json is empty; put the config.json of the model that was fine-tuned there"
+            "model.checkpoint", folder, f"{name} is empty; wanted is the config.json of the model that was fine-tuned"
         )
-    return read_json(folder, "config.json")
+    return read_json(folder, name)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -163,10 +168,9 @@ def load_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
 
     tensors = {}
     for path in weight_files(folder):
+        wanted = [name for name in tensor_shapes(path) if name.startswith(prefix)]
         with safe_open(path, "pt") as file:
-            for name in file.keys():
-                if name.startswith(prefix):
-                    tensors[name.removeprefix(prefix)] = file.get_tensor(name)
+            tensors |= {name.removeprefix(prefix): file.get_tensor(name) for name in wanted}
     return tensors
 
 

@@ -35,7 +35,7 @@ class Codi(CheckpointAdapter):
         """
         hidden = shapes.get(f"{PROJECTOR}1.bias", [0])[0]
         wanted = {"1.weight": [hidden, self.width], "1.bias": [hidden], "3.weight": [self.width, hidden]}
-        wanted |= dict.fromkeys(("3.bias", "4.weight", "4.bias"), [self.width])
+        wanted |= {name: [self.width] for name in ("3.bias", "4.weight", "4.bias")}
         for name, shape in wanted.items():
             found = shapes.get(PROJECTOR + name)
             if found is None:
