@@ -302,7 +302,7 @@ def test_a_tokenizer_or_config_of_another_model(ltts, base, tmp_path):
     with pytest.raises(UsageError, match="3 layers and width 32, the weights are of 2 and 32"):
         convert(coconut_state(lm), settings | {"n_layer": 3}, tokenizer, "COCONUT", ALPHA)
     tokenizer.add_tokens(["<|one-more|>"])
-    with pytest.raises(UsageError, match="of 601 tokens.* 603 rows"):
+    with pytest.raises(UsageError, match=r"of 601 tokens.* 603 rows"):
         convert(coconut_state(lm), settings, tokenizer, "COCONUT", ALPHA)
     tokenizer.add_tokens(["<|latent|>"])
     with pytest.raises(UsageError, match=r"the ids \[None, None, 601\]"):
