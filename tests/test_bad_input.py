@@ -35,7 +35,7 @@ def test_an_argument_that_is_no_override(ltts):
     ("overrides", "words"),
     [
         (["sampler=nosuch"], ["sampler=nosuch", "control, dropout, gaussian, greedy"]),
-        (["model=gpt5"], ["model=gpt5", "coconut, demo_coconut"]),
+        (["model=gpt5"], ["model=gpt5", "coconut, codi", "demo_coconut"]),
         (["aggregator=[best]"], ["aggregator=best", "likelihood, majority"]),
         (["nn=3"], ["nn", "no such key", "n, "]),
         (["sampler.sgima=1"], ["sampler.sgima", "rate"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,17 @@ from latent_tts.errors import UsageError, bad_value
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 MODEL_KEY = "model.checkpoint"  # the config key that errors name, unless a caller says another
 SHIPPED_PREFIX = "shipped:"
 WANTED_FILES = ["*.json", "*.safetensors"]
-PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_*")
+# the tensors that tell the families apart; a checkpoint with none of them is COCONUT's, a plain causal LM
+FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "classifier.": "LatentRM"}
+TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
 
 
 def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KEY) -> Path:
@@ -47,7 +53,7 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise bad_value(key, checkpoint, f"a folder is wanted; {_pickle_hint(folder, key)}")
+        raise bad_value(key, checkpoint, f"a folder is wanted; {convert_hint(folder, key)}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) or checkpoint.startswith("."):
         raise bad_value(key, checkpoint, "no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
@@ -63,8 +69,9 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
         ) from error
 
 
-def _pickle_hint(path: Path, key: str) -> str:
-    return f"weights in a pickle are read once by `ltts convert {path} NEW_FOLDER`, then {key}=NEW_FOLDER"
+def convert_hint(path: Path, key: str = MODEL_KEY) -> str:
+    """What to do with a checkpoint that is not in the layout of transformers."""
+    return f"`ltts convert {path} NEW_FOLDER` rewrites it once, then {key}=NEW_FOLDER"
 
 
 def read_json(folder: Path, name: str, *, key: str = MODEL_KEY) -> dict[str, Any]:
@@ -81,24 +88,92 @@ def read_json(folder: Path, name: str, *, key: str = MODEL_KEY) -> dict[str, Any
     return content
 
 
+def is_empty_json(path: Path) -> bool:
+    """Whether a file holds nothing, or an object without keys, as some published `config.json` do."""
+    return not path.read_text().strip(" \n{}")
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The config of a checkpoint.
+
+    Raises:
+        UsageError: it is missing, empty or no JSON object.
+    """
+    if (folder / name).is_file() and is_empty_json(folder / name):
+        raise bad_value(
+            MODEL_KEY, folder, f"{name} is empty; wanted is the config.json of the model that was fine-tuned"
+        )
+    return read_json(folder, name)
+
+
 def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
-    """The safetensors files of a checkpoint, in order; each is whole.
+    """The safetensors files of a checkpoint, in order; each is whole, and shards hold what their index says.
 
     Raises:
         UsageError: there are none, one is missing or cut off, or there is only a pickle.
     """
-    if (folder / "model.safetensors.index.json").is_file():
-        shards = read_json(folder, "model.safetensors.index.json", key=key).get("weight_map", {})
-        paths = sorted({folder / name for name in shards.values()})
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():  # the order of transformers
+        shards: dict[str, set[str]] = {WEIGHTS: set()}
     else:
-        paths = [folder / "model.safetensors"]
-    for path in paths:
+        shards = _shards(folder, key)
+    for name, tensors in shards.items():
+        path = folder / name
         if not path.is_file():
-            pickles = sorted(p for pattern in PICKLES for p in folder.glob(pattern))
-            hint = _pickle_hint(pickles[0], key) if pickles else "no pickle either"
-            raise bad_value(key, folder, f"the folder lacks {path.name}; {hint}")
-        tensor_shapes(path, key=key)
-    return paths
+            pickles = [p for pattern in PICKLES for p in sorted(folder.glob(pattern)) if p.is_file()]
+            hint = convert_hint(pickles[0], key) if pickles else "no pickle either"
+            raise bad_value(key, folder, f"the folder lacks {name}; {hint}")
+        lacking = tensors - set(tensor_shapes(path, key=key))
+        if lacking:
+            raise bad_value(key, path, f"lacks {min(lacking)}, which {INDEX} places there")
+    return [folder / name for name in shards]
+
+
+def _shards(folder: Path, key: str) -> dict[str, set[str]]:
+    """The tensors of each shard, by the index."""
+    weight_map = read_json(folder, INDEX, key=key).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise bad_value(key, folder, f"{INDEX} has no weight_map")
+    shards: dict[str, set[str]] = {}
+    for tensor, name in sorted(weight_map.items(), key=lambda item: (str(item[1]), item[0])):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise bad_value(key, folder, f"{INDEX} names {name!r}, which is no file of the folder")
+        shards.setdefault(name, set()).add(tensor)
+    return shards
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Names and shapes of all tensors of a checkpoint, from the files' headers; raises as `weight_files` does."""
+    return {name: shape for path in weight_files(folder) for name, shape in tensor_shapes(path).items()}
+
+
+def family(names: Iterable[str]) -> tuple[str, str]:
+    """The family of a checkpoint in transformers' layout, and what marks it, as in `projector.*` (empty: nothing)."""
+    names = list(names)
+    for prefix, name in FAMILIES.items():
+        if any(tensor.startswith(prefix) for tensor in names):
+            return name, f"{prefix}*"
+    return "COCONUT", ""
+
+
+def training_layout(names: Iterable[str]) -> str | None:
+    """The family whose training code named these tensors, None for transformers' own names."""
+    names = list(names)
+    for prefix, name in TRAINING_LAYOUTS.items():
+        if any(tensor.startswith(prefix) for tensor in names):
+            return name
+    return None
+
+
+def load_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors under a prefix, which is dropped from their names (imports torch)."""
+    from safetensors import safe_open
+
+    tensors = {}
+    for path in weight_files(folder):
+        wanted = [name for name in tensor_shapes(path) if name.startswith(prefix)]
+        with safe_open(path, "pt") as file:
+            tensors |= {name.removeprefix(prefix): file.get_tensor(name) for name in wanted}
+    return tensors
 
 
 def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
@@ -136,9 +211,20 @@ def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     if not path.is_file():
         raise bad_value(key, folder, "the folder lacks tokenizer.json")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception
         raise bad_value(key, folder, f"tokenizer.json cannot be read ({error})") from error
+    tokenizer.no_padding()  # a tokenizer keeps what it was last used with in training
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def eos_token(folder: Path) -> str | None:
+    """The text of the tokenizer's eos, None if its config does not say."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    token = read_json(folder, "tokenizer_config.json").get("eos_token")
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def token_id(tokenizer: Tokenizer, token: str, folder: Path) -> int:
@@ -149,12 +235,12 @@ def token_id(tokenizer: Tokenizer, token: str, folder: Path) -> int:
     """
     found = tokenizer.token_to_id(token)
     if found is None:
-        raise bad_value("model.checkpoint", folder, f"its tokenizer has no token {token}; is it of another family?")
+        raise bad_value(MODEL_KEY, folder, f"its tokenizer has no token {token}; is it of another family?")
     return found
 
 
-def pickle_to_safetensors(pickle: Path, folder: Path) -> None:
-    """Read a state dict from a pickle (imports torch; nothing but tensors is unpickled) and write safetensors.
+def read_pickle(pickle: Path) -> dict[str, Tensor]:
+    """A state dict from a pickle (imports torch; nothing but tensors is unpickled).
 
     Raises:
         UsageError: the file is no pickle of tensors.
@@ -162,7 +248,6 @@ def pickle_to_safetensors(pickle: Path, folder: Path) -> None:
     import pickle as pickles
 
     import torch
-    from safetensors.torch import save_file
 
     try:
         state = torch.load(pickle, map_location="cpu", weights_only=True)
@@ -172,9 +257,7 @@ def pickle_to_safetensors(pickle: Path, folder: Path) -> None:
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors or len(tensors) != len(state):
         raise bad_value("src", pickle, "does not hold a dict of tensors")
-    folder.mkdir(parents=True, exist_ok=True)
-    # tied weights share memory, which safetensors refuses
-    save_file({name: value.clone().contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    return tensors
 
 
 def load_causal_lm(folder: Path, *, device: str, dtype: str) -> PreTrainedModel:

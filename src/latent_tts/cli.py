@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "collect": ("join the metrics of run folders and say which are missing: ltts collect RUNS...", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),
     "plot": ("draw figures from metrics tables: ltts plot RUNS_OR_CSVS...", ("runs*",)),
-    "convert": ("read a pickled checkpoint once, write safetensors: ltts convert SRC DST", ("src", "dst")),
+    "convert": ("rewrite a pickle or a training checkpoint for ltts run: ltts convert SRC DST", ("src", "dst")),
 }
 MAX_LINES = 4
 FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]

@@ -223,10 +223,23 @@ class PlotConfig:
 
 @dataclass
 class ConvertConfig:
-    """Keys of `ltts convert`: a pickle (or a folder with one), and the new checkpoint folder."""
+    """Keys of `ltts convert`.
+
+    Attributes:
+        src: a pickle, or a folder with one or with safetensors of a training code.
+        dst: the new checkpoint folder.
+        tokenizer: folder of the backbone's tokenizer; null looks beside the weights.
+        config: the backbone's `config.json`; null looks beside the weights, then in the tokenizer's folder.
+        lora_alpha: LoRA's scale, which no file holds.
+        latents: T of training, kept in the new `config.json`; null leaves it unsaid.
+    """
 
     src: str = MISSING
     dst: str = MISSING
+    tokenizer: str | None = MISSING
+    config: str | None = MISSING
+    lora_alpha: float = MISSING
+    latents: int | None = MISSING
 
 
 SCHEMAS = {

@@ -1,46 +1,146 @@
-"""`ltts convert SRC DST`: read a pickled checkpoint once (weights only), write it as safetensors."""
+"""`ltts convert SRC DST`: rewrite a checkpoint of a training code, or a pickle, as a folder that `ltts run` reads."""
 
 from __future__ import annotations
 
+import json
+import logging
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from latent_tts import checkpoint
+from latent_tts import checkpoint, config, layouts
 from latent_tts.errors import UsageError, bad_value
 
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+COPIED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def main(cfg: DictConfig) -> None:
     """Convert and print the new folder.
 
     Raises:
-        UsageError: there is no pickle, it holds more than tensors, or the new folder is in use.
+        UsageError: there are no weights, a config or tokenizer is wanting, or the new folder is in use.
     """
     src, dst = Path(cfg.src).expanduser(), Path(cfg.dst).expanduser()
-    pickle = find_pickle(src)
+    config.require("lora_alpha", cfg.lora_alpha, cfg.lora_alpha > 0, "a positive number")
+    config.require("latents", cfg.latents, cfg.latents is None or cfg.latents >= 0, "0 or more, or null")
+    source = find_weights(src)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise bad_value("dst", dst, "a new or empty folder")
-    folder = pickle.parent
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise bad_value("src", src, f"{folder} lacks {name}, which a checkpoint folder needs beside the weights")
-    checkpoint.pickle_to_safetensors(pickle, dst)
+    beside = source if source.is_dir() else source.parent
+    folders = [Path(cfg.tokenizer).expanduser(), beside] if cfg.tokenizer else [beside]
+    if not (folders[0] / "tokenizer.json").is_file():
+        key, value = ("tokenizer", folders[0]) if cfg.tokenizer else ("src", src)
+        raise bad_value(
+            key,
+            value,
+            f"{folders[0]} lacks tokenizer.json\nname the folder of the tokenizer of the model that was fine-tuned, "
+            "as in tokenizer=FOLDER",
+        )
+    tokenizer = checkpoint.load_tokenizer(folders[0])
+    settings = find_config(cfg.config, folders)
+    state = layouts.unwrap(checkpoint.load_tensors(source, "") if source.is_dir() else checkpoint.read_pickle(source))
+    family = checkpoint.training_layout(state)
+    if family is None and source.is_dir():
+        raise bad_value("src", src, "has the tensors that `ltts run` reads already")
+    tensors, settings = convert(state, settings, tokenizer, family, cfg.lora_alpha)
+    if cfg.latents is not None:
+        settings |= {"latent_tts": {"latents": cfg.latents}}
+    write(dst, tensors, settings, tokenizer)
     for name in COPIED:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, dst / name)
+        found = [folder / name for folder in folders if (folder / name).is_file()]
+        if found:
+            shutil.copyfile(found[0], dst / name)
     print(dst)
 
 
-def find_pickle(src: Path) -> Path:
-    """The pickle at a path, or the one in a folder."""
+def find_weights(src: Path) -> Path:
+    """A pickle, or the folder of safetensors."""
     if src.is_file():
         return src
     if not src.is_dir():
         raise bad_value("src", src, "no such file or folder")
-    found = sorted({path for pattern in checkpoint.PICKLES for path in src.glob(pattern)})
-    if len(found) != 1:
-        raise UsageError(f"src={src}: {len(found)} pickles ({', '.join(p.name for p in found[:4])}); name one file")
-    return found[0]
+    if any((src / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.INDEX)):
+        return src
+    found = sorted({path for pattern in checkpoint.PICKLES for path in src.glob(pattern) if path.is_file()})
+    usual = [path for path in found if path.name == checkpoint.PICKLES[0]] or found
+    if len(usual) != 1:
+        names = f" ({', '.join(path.name for path in found[:4])})" if found else ""
+        raise UsageError(f"src={src}: neither safetensors nor one pickle but {len(found)}{names}; name one file")
+    return usual[0]
+
+
+def find_config(given: str | None, folders: list[Path]) -> dict[str, Any]:
+    """The backbone's config: the given file's, or the first one in the folders that is not empty; else empty."""
+    if given is not None:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise bad_value("config", given, "no such file; wanted is a config.json")
+        return checkpoint.read_config(path.parent, path.name)
+    for folder in folders:
+        path = folder / "config.json"
+        if path.is_file() and not checkpoint.is_empty_json(path):
+            return checkpoint.read_config(folder)
+    return {}
+
+
+def convert(
+    state: dict[str, Tensor], settings: dict[str, Any], tokenizer: Tokenizer, family: str | None, lora_alpha: float
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and config of a checkpoint that `ltts run` reads; the tokenizer gets the latent tokens it lacks.
+
+    Args:
+        state: by the training code's names, or by transformers'.
+        settings: the backbone's config; empty if there is none.
+        tokenizer: the backbone's.
+        family: the training layout, None for transformers' own.
+        lora_alpha: LoRA's scale.
+
+    Raises:
+        UsageError: the tensors, the config and the tokenizer do not fit together.
+    """
+    backbone = layouts.Backbone(state, {})
+    if family == "CODI":
+        backbone = layouts.codi_backbone(state, lora_alpha)
+    elif family == "COCONUT":
+        backbone = layouts.coconut_backbone(state)
+    if not settings:
+        raise UsageError(
+            f"config.json is missing or empty; wanted is that of {layouts.describe(backbone.tensors)}\n"
+            "give it as config=FOLDER/config.json"
+        )
+    if family is None:
+        return state, settings
+    from transformers import AutoConfig
+
+    tied = AutoConfig.for_model(**settings).tie_word_embeddings
+    tensors = layouts.settle_embeddings(backbone, tied=tied)
+    layouts.check_config(settings, tensors)
+    rows = next(tensors[name].shape[0] for name in layouts.EMBEDDINGS if name in tensors)
+    layouts.name_latent_tokens(tokenizer, family, rows=rows, vocabulary=settings.get("vocab_size"))
+    if backbone.left_out:
+        parts = ", ".join(f"{name}.* ({count})" for name, count in sorted(backbone.left_out.items()))
+        log.info("left out, since inference does not use them: %s", parts)
+    log.info("a %s checkpoint of %d tensors: model=%s", family, len(tensors), family.lower())
+    return tensors, settings | {"vocab_size": rows}
+
+
+def write(dst: Path, tensors: dict[str, Tensor], settings: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Write the new folder."""
+    from safetensors.torch import save_file
+
+    dst.mkdir(parents=True, exist_ok=True)
+    written: set[int] = set()
+    for name, tensor in tensors.items():  # tied weights share memory, which safetensors refuses
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if storage in written else tensor.contiguous()
+        written.add(storage)
+    save_file(tensors, dst / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    (dst / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    tokenizer.save(str(dst / "tokenizer.json"))

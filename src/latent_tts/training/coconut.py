@@ -306,5 +306,6 @@ def export(output: Path, adapter: Coconut, folder: Path) -> None:
     with safe_open(output / "state.safetensors", "pt") as state, torch.no_grad():
         for name, parameter in lm.named_parameters():
             parameter.copy_(state.get_tensor(f"weight.{name}"))
+    lm.config.latent_tts = {"latents": adapter.latents}  # so that a run with another number can be warned
     lm.bfloat16().save_pretrained(folder)
     shutil.copyfile(adapter.folder / "tokenizer.json", folder / "tokenizer.json")

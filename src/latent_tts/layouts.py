@@ -1,0 +1,205 @@
+"""Training layouts of checkpoints, turned into the one `ltts run` reads: transformers' names, and a family's own.
+
+COCONUT's training code saves its wrapper, with the causal LM under `base_causallm.`; CODI's has it under
+`codi.base_model.model.` with LoRA factors beside the weights, and the projector under `prj.`. SIM-CoT trains either
+with a decoder that inference does not use.
+
+Source: facebookresearch/coconut `coconut.py`, `run.py`; zhenyi4/codi `src/model.py`, `test.py`; InternLM/SIM-CoT.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from latent_tts.errors import UsageError, bad_value
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
+# in the order in which the training codes give out ids; CODI's first one is its padding token, never fed
+TOKEN_ORDER = {
+    "COCONUT": ("<|start-latent|>", "<|end-latent|>", "<|latent|>"),
+    "CODI": ("<|latent|>", "<|start-latent|>", "<|end-latent|>"),
+}
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
+PROJECTOR = {f"{old}.{part}": f"projector.{new}.{part}" for old, new in (("1", "1"), ("3", "3"), ("ln", "4"))
+             for part in ("weight", "bias")}  # fmt: skip
+WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)\.")
+BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # computed by transformers itself
+TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # GPT-2's Conv1D keeps (in, out), LoRA's factors (out, in)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The causal LM of a training layout, and what was beside it.
+
+    Attributes:
+        tensors: by transformers' names.
+        left_out: how many tensors of each other part the file has; inference does not use them.
+        embedding: another copy of the input embedding, if the file has one.
+    """
+
+    tensors: dict[str, Tensor]
+    left_out: Mapping[str, int]
+    embedding: Tensor | None = None
+
+
+def unwrap(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the prefixes of data-parallel and compiled modules."""
+    return {WRAPPERS.sub(r"\1", name): tensor for name, tensor in state.items()}
+
+
+def coconut_backbone(state: Mapping[str, Tensor]) -> Backbone:
+    """The backbone in a state dict of COCONUT's, or SIM-CoT's, training code."""
+    tensors, rest = _below("base_causallm.", state)
+    embedding = rest.pop("embedding.weight", None)
+    return Backbone(tensors, _parts(rest), embedding)
+
+
+def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> Backbone:
+    """The backbone, LoRA merged, and the projector in a state dict of CODI's, or SIM-CoT's, training code.
+
+    Args:
+        state: by the training code's names.
+        alpha: LoRA's scale, which the file does not hold; a factor pair adds alpha / rank times its product.
+
+    Raises:
+        UsageError: there is no whole projector, or a LoRA factor fits no weight.
+    """
+    tensors, rest = _below("codi.", state)
+    tensors = merge_lora({name.removeprefix("base_model.model."): value for name, value in tensors.items()}, alpha)
+    projector, rest = _below("prj.", rest)
+    if set(projector) != set(PROJECTOR):
+        raise bad_value("src", "prj.*", f"the projector has {sorted(projector)}, wanted are {sorted(PROJECTOR)}")
+    tensors |= {PROJECTOR[name]: value for name, value in projector.items()}
+    return Backbone(tensors, _parts(rest))
+
+
+def merge_lora(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Weights with their LoRA products added, in float32; weights without factors stay as they are.
+
+    Raises:
+        UsageError: a factor fits no weight.
+    """
+    factors = {name for name in state if ".lora_" in name or ".modules_to_save." in name}
+    merged, left = {}, set(factors)
+    for name, weight in state.items():
+        if name in factors:
+            continue
+        module = name.removesuffix(".base_layer.weight")
+        down, up = (f"{module}.lora_{factor}.default.weight" for factor in "AB")
+        if name.endswith(".base_layer.weight") and down in state and up in state:
+            left -= {down, up}
+            delta = state[up].float() @ state[down].float() * (alpha / state[down].shape[0])
+            delta = delta.T if module.endswith(TRANSPOSED) else delta
+            if delta.shape != weight.shape:
+                raise bad_value(
+                    "src", down, f"its product has the shape {list(delta.shape)}, {name} {list(weight.shape)}"
+                )
+            weight = weight.float() + delta
+        merged[name.replace(".base_layer.", ".")] = weight
+    if left:
+        raise bad_value("src", min(left), f"{len(left)} tensors of PEFT fit no weight of the file")
+    return merged
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors below a prefix (dropped from their names, buffers left out), and the others."""
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    others = {name: value for name, value in state.items() if not name.startswith(prefix)}
+    return {name: value for name, value in found.items() if not BUFFERS.search(name)}, others
+
+
+def _parts(rest: Mapping[str, Tensor]) -> Counter[str]:
+    return Counter(name.split(".")[0] for name in rest)
+
+
+def settle_embeddings(backbone: Backbone, *, tied: bool) -> dict[str, Tensor]:
+    """The backbone's tensors with one copy of each matrix, as transformers wants them.
+
+    Args:
+        backbone: from a training layout; a tied matrix may be there under any of its names.
+        tied: whether the config ties the LM head to the input embedding.
+
+    Raises:
+        UsageError: no copy is there, or copies of one matrix differ.
+    """
+    tensors = dict(backbone.tensors)
+    place = next((name for name in EMBEDDINGS if name in tensors), None)
+    if place is None:
+        place = EMBEDDINGS[any(name.startswith("model.") for name in tensors)]
+    copies = {place: tensors.get(place), "embedding.weight": backbone.embedding}
+    if tied:
+        copies[HEAD] = tensors.pop(HEAD, None)
+    elif HEAD not in tensors:
+        raise bad_value("src", HEAD, "is not in the file, and the config does not tie it to the input embedding")
+    present = {name: value for name, value in copies.items() if value is not None}
+    if not present:
+        raise bad_value("src", place, "the file holds no input embedding")
+    first, *others = present
+    for name in others:
+        if not present[first].equal(present[name]):
+            raise bad_value("src", name, f"differs from {first}; is tie_word_embeddings of the config right?")
+    return {**tensors, place: present[first]}
+
+
+def describe(names: Mapping[str, Tensor]) -> str:
+    """What a backbone's config must be of, in words: kind, layers and width."""
+    layers = {int(found[1]) for name in names if (found := re.search(r"\.(?:h|layers)\.(\d+)\.", name))}
+    kind = "GPT-2" if any(name.startswith("transformer.h.") for name in names) else "Llama-like model"
+    width = next((value.shape[-1] for name, value in names.items() if name in (*EMBEDDINGS, HEAD)), "unknown")
+    return f"the {kind} of {len(layers)} layers and width {width} that was fine-tuned"
+
+
+def check_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Check that a config is of these tensors.
+
+    Raises:
+        UsageError: the number of layers or the width differ.
+    """
+    layers = len({found[1] for name in tensors if (found := re.search(r"\.(?:h|layers)\.(\d+)\.", name))})
+    width = next(tensors[name].shape[1] for name in EMBEDDINGS if name in tensors)
+    said = [config.get("n_layer", config.get("num_hidden_layers")), config.get("n_embd", config.get("hidden_size"))]
+    if said != [layers, width]:
+        raise bad_value(
+            "config",
+            config.get("_name_or_path") or config.get("model_type"),
+            f"is of {said[0]} layers and width {said[1]}, the weights are of {layers} and {width}",
+        )
+
+
+def name_latent_tokens(tokenizer: Tokenizer, family: str, *, rows: int, vocabulary: int | None) -> None:
+    """Add a family's three latent tokens to the backbone's tokenizer, in the order of its training code.
+
+    Args:
+        tokenizer: the backbone's; one that has the tokens stays as it is.
+        family: COCONUT or CODI.
+        rows: of the embedding.
+        vocabulary: the backbone's own `vocab_size`, where CODI begins to count; None or `rows`: the tokenizer's size.
+
+    Raises:
+        UsageError: the ids that the tokens would get are not those of training.
+    """
+    order = TOKEN_ORDER[family]
+    known = [tokenizer.token_to_id(token) for token in order]
+    if all(token_id is not None and token_id < rows for token_id in known):
+        return
+    from tokenizers import AddedToken
+
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    first = vocabulary if family == "CODI" and vocabulary not in (None, rows) else size
+    assert first is not None
+    if any(token_id is not None for token_id in known) or size != first or first + len(order) > rows:
+        raise UsageError(
+            f"tokenizer: of {size} tokens, in which {', '.join(order)} have the ids {known}; the embedding has {rows} "
+            f"rows, and training gave these tokens the ids from {first} on\n"
+            "name the folder of the tokenizer of the model that was fine-tuned, as in tokenizer=FOLDER"
+        )
+    tokenizer.add_tokens([AddedToken(token, normalized=True, special=False) for token in order])

@@ -1,0 +1,79 @@
+"""CODI: a projection of the last hidden state is the next latent thought; T of them, then `<|end-latent|>`.
+
+Source: Shen et al. 2025 (arXiv 2502.21074); checkpoint layout, prompt and answer rule of ModalityDance/LatentTTS at
+6657f20. The original files (zen-E) and those of SIM-CoT become such checkpoints by `ltts convert`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from latent_tts import checkpoint as files
+from latent_tts.adapter import CheckpointAdapter
+from latent_tts.errors import bad_value
+from latent_tts.types import Reasoner
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROJECTOR = "projector."
+
+
+class Codi(CheckpointAdapter):
+    """Adapter of CODI checkpoints on any causal LM of transformers."""
+
+    family = "CODI"
+    question_end = ""
+
+    def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
+        """Check that the projector is whole and as wide as the backbone.
+
+        Raises:
+            UsageError: a tensor is missing, or has another shape.
+        """
+        hidden = shapes.get(f"{PROJECTOR}1.bias", [0])[0]
+        wanted = {"1.weight": [hidden, self.width], "1.bias": [hidden], "3.weight": [self.width, hidden]}
+        wanted |= {name: [self.width] for name in ("3.bias", "4.weight", "4.bias")}
+        for name, shape in wanted.items():
+            found = shapes.get(PROJECTOR + name)
+            if found is None:
+                raise bad_value("model.checkpoint", self.folder, f"the projector lacks {PROJECTOR}{name}")
+            if found != shape:
+                raise bad_value(
+                    "model.checkpoint",
+                    self.folder,
+                    f"{PROJECTOR}{name} has the shape {found}; with the backbone's width of {self.width} "
+                    f"it should be {shape}",
+                )
+
+    def raw_answer(self, answer_text: str) -> str | None:
+        """The last number of the answer text, commas removed: an optional minus, digits, an optional point, digits.
+
+        So `5-2=3` gives `3`, and `x-3` gives `-3`, as in the official evaluation.
+        """
+        numbers = re.findall(r"-?\d+\.?\d*", answer_text.replace(",", ""))
+        return numbers[-1] if numbers else None
+
+    def load(self, *, device: str, dtype: str) -> Reasoner:
+        """Load the weights (imports torch)."""
+        lm = files.load_causal_lm(self.folder, device=device, dtype=dtype)
+        return Reasoner(lm=lm, next_latent=self._projector(device, dtype))
+
+    def _projector(self, device: str, dtype: str) -> nn.Module:
+        """Linear, GELU, Linear, LayerNorm; in place of its dropout, which is for training, the identity."""
+        import torch
+        from torch import nn
+
+        tensors = files.load_tensors(self.folder, PROJECTOR)
+        hidden = tensors["1.bias"].shape[0]
+        projector = nn.Sequential(
+            nn.Identity(),
+            nn.Linear(self.width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, self.width),
+            nn.LayerNorm(self.width),
+        )
+        projector.load_state_dict(tensors)
+        return projector.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
