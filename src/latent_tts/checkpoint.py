@@ -90,7 +90,7 @@ def read_json(folder: Path, name: str, *, key: str = MODEL_KEY) -> dict[str, Any
 
 def is_empty_json(path: Path) -> bool:
     """Whether a file holds nothing, or an object without keys, as some published `config.json` do."""
-    return not path.read_text().strip(" \n{}")
+    return re.fullmatch(r"\s*(\{\s*\})?\s*", path.read_text()) is not None
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
