@@ -78,8 +78,8 @@ class Annotated:
 
     def prompt_ids(self, latent_id: int, pad_id: int | None = None) -> list[int]:
         """The prompt: what stands before the first latent id, without padding on the left."""
-        row = [int(token) for token in self.input_ids_NL[0]]
-        row = row[: row.index(latent_id)] if latent_id in row else row
+        rows = self.input_ids_NL.tolist()
+        row = next((row[: row.index(latent_id)] for row in rows if latent_id in row), rows[0])
         start = next((place for place, token in enumerate(row) if token != pad_id), len(row))
         return row[start:]
 
@@ -384,7 +384,7 @@ def _wrong_values(entry: Annotated) -> str | None:
     if not np.isfinite(entry.latents_NTD).all():
         return "latent_embeds is not finite"
     has_step_NT = ~np.isnan(entry.labels_NT)
-    if not has_step_NT[:, 0].all() or (has_step_NT[:, 1:] & ~has_step_NT[:, :-1]).any():
+    if (has_step_NT[:, 1:] & ~has_step_NT[:, :-1]).any():
         return "estimations has a step after one that is missing"
     if not ((entry.labels_NT >= 0) & (entry.labels_NT <= 1))[has_step_NT].all():
         return "estimations has labels outside of [0, 1]"
