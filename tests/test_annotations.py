@@ -68,7 +68,7 @@ def test_the_prompt_is_what_stands_before_the_latents(prompt, steps, padding):
     ids_NL = written_ids(prompt, steps, LATENT, [END, END], PAD)
     assert ids_NL.dtype == np.int64
     assert [(row == LATENT).sum() for row in ids_NL] == steps
-    if steps[0]:
+    if any(steps):
         padded = np.pad(ids_NL, ((0, 0), (padding, 0)), constant_values=PAD)
         got = Annotated("q", 0, padded, np.zeros((1, 1, 1), np.float32), np.zeros((1, 1), np.float32), np.ones(1, bool))
         assert got.prompt_ids(LATENT, PAD) == prompt

@@ -182,6 +182,21 @@ def test_a_loss_does_not_see_padding_or_the_other_questions(name, normalize):
     assert (wide.grad[:, :, 6:] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["contrastive", "bce", "last_step"])
+def test_a_rollout_or_a_question_without_a_step_teaches_nothing(name):
+    loss = RewardLoss(name, False)
+    logits, labels, correct = (torch.from_numpy(part) for part in random_batch(5))
+    labels[2], labels[3, 0] = torch.nan, torch.nan
+    logits.requires_grad_()
+    value = loss(logits, labels, correct)
+    value.backward()
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[2] == 0).all()
+    assert (logits.grad[3, 0] == 0).all()
+    others = [0, 1, 3, 4]
+    torch.testing.assert_close(value, loss(logits[others], labels[others], correct[others]) * 4 / 5)
+
+
 def test_labels_count_as_they_are_unless_normalised():
     logits, labels, correct = (torch.from_numpy(part) for part in random_batch(4))
     plain, normalized = RewardLoss("contrastive", False), RewardLoss("contrastive", True)

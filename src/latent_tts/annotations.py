@@ -78,8 +78,8 @@ class Annotated:
 
     def prompt_ids(self, latent_id: int, pad_id: int | None = None) -> list[int]:
         """The prompt: what stands before the first latent id, without padding on the left."""
-        row = [int(token) for token in self.input_ids_NL[0]]
-        row = row[: row.index(latent_id)] if latent_id in row else row
+        rows = self.input_ids_NL.tolist()
+        row = next((row[: row.index(latent_id)] for row in rows if latent_id in row), rows[0])
         start = next((place for place, token in enumerate(row) if token != pad_id), len(row))
         return row[start:]
 

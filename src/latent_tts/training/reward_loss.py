@@ -73,11 +73,11 @@ class RewardLoss:
 
 
 def summed(logits_QNT: Tensor, has_step_QNT: Tensor) -> Tensor:
-    """A rollout's score (Q, N): the sum of its steps' logits; -inf for a rollout that is padding."""
+    """A rollout's score (Q, N): the sum of its steps' logits; -inf for one without a step (padding is that too)."""
     score_QN = logits_QNT.masked_fill(~has_step_QNT, 0.0).sum(-1)
     return score_QN.masked_fill(~has_step_QNT.any(-1), -torch.inf)
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
-    """The mean over axis 1 of the values that count."""
-    return values.masked_fill(~counts, 0.0).sum(1) / counts.sum(1)
+    """The mean over axis 1 of the values that count; 0 where none does."""
+    return values.masked_fill(~counts, 0.0).sum(1) / counts.sum(1).clamp(min=1)
