@@ -227,15 +227,15 @@ def test_selection_takes_the_highest_score_and_of_equals_the_first():
 # --- the loop ---
 
 
-def train(adapter, train_path, valid_path, output, report=lambda *_: None, **changed):
+def train(adapter, train_path, valid_path, output, report=lambda *_: None, bf16=False, **changed):
     data, valid = (
         MixedQuestions(AnnotationFolder(path), adapter, adapter.latent_id, "annotations")
         for path in (train_path, valid_path)
     )
     model = reward.initial_model(adapter, "reasoner", 0)
     trainer = reward.train(
-        model, RewardLoss(changed.pop("loss", "contrastive"), False), data, valid,
-        replace(OPTIMIZATION, **changed), seed=0, bf16=False, output=output, report=report,
+        model, RewardLoss("contrastive", False), data, valid, replace(OPTIMIZATION, **changed),
+        seed=0, bf16=bf16, output=output, report=report,
     )  # fmt: skip
     return model, trainer
 
@@ -246,6 +246,15 @@ def test_a_few_updates_choose_better_than_chance(folders, tmp_path):
     assert figures["eval_selection_accuracy"] > 0.85  # chance is about a half
     best = [entry for entry in trainer.state.log_history if "eval_selection_accuracy" in entry]
     assert figures["eval_selection_accuracy"] == max(entry["eval_selection_accuracy"] for entry in best)
+
+
+def test_bfloat16_autocast_runs_and_keeps_the_weights_in_float32(folders, tmp_path):
+    model, trainer = train(*folders, tmp_path / "out", bf16=True, epochs=1)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    whole, _ = train(*folders, tmp_path / "whole", epochs=1)
+    difference = (model.classifier.weight - whole.classifier.weight).abs().max()
+    assert 0 < difference < 0.1 * whole.classifier.weight.abs().max()
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(folders, tmp_path):

@@ -219,6 +219,7 @@ def trainer_arguments(
         weight_decay=optimization.weight_decay,
         max_grad_norm=optimization.clip,
         bf16=bf16,
+        use_cpu=not torch.accelerator.is_available(),  # said, since Trainer refuses bf16 where it finds no accelerator
         seed=seed,
         eval_strategy="steps",
         eval_steps=every,
