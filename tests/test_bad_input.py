@@ -20,7 +20,7 @@ def check(result, *words: str) -> None:
 
 
 def test_unknown_command(ltts):
-    check(ltts("rum"), "rum", "run, train-reasoner")
+    check(ltts("rum"), "rum", "run, rescore")
 
 
 def test_unknown_flag(ltts):

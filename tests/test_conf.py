@@ -16,7 +16,7 @@ GROUPS = {
     "rescore": ["scorer", "aggregator"],
     "run": ["model", "task", "sampler", "search", "budget", "scorer", "aggregator"],
     "train_reasoner": ["model", "task"],
-    "train_rm": ["model"],
+    "train_rm": ["model", "sampler"],
 }
 OPTIONS = [
     (command, group, path.stem)

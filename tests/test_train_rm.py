@@ -382,7 +382,6 @@ def check(result, *words: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["annotations=null"], ["annotations=null", "annotations=FOLDER"]),
         (["valid_annotations=nosuch"], ["valid_annotations=nosuch", "no such folder"]),
         (["init=zeros"], ["init=zeros", "reasoner, random"]),
         (["weights_dtype=int8"], ["weights_dtype=int8", "float32, bfloat16"]),

@@ -178,6 +178,7 @@ class TrainRMConfig:
         output: folder of the states, the TensorBoard log and the finished checkpoint; a stopped run goes on there.
         annotations: annotated questions to train on; null annotates the default ones.
         valid_annotations: annotated questions to choose by.
+        annotate: for each of the two the split, the number of questions, n and M of the default ones.
         init: the backbone's first weights, `reasoner` or `random`.
         seed: of the head's weights and the order of questions.
         bf16: bfloat16 autocast.
@@ -187,6 +188,8 @@ class TrainRMConfig:
     output: str = MISSING
     annotations: str | None = MISSING
     valid_annotations: str | None = MISSING
+    annotate: Any = MISSING
+    sampler: Any = MISSING
     init: str = MISSING
     seed: int = MISSING
     bf16: bool = MISSING
@@ -320,6 +323,13 @@ def non_defaults(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     hidden = tuple(f"{key}." for key in known)
     return {k: v for k, v in sorted(changed.items()) if k not in known and not k.startswith(hidden)}
+
+
+def compose(command: str) -> DictConfig:
+    """The default config of another command, open to changes: for a command that runs it as one of its steps."""
+    cfg = GlobalHydra.instance().config_loader().load_configuration(command, [], run_mode=RunMode.RUN)
+    OmegaConf.set_struct(cfg, False)
+    return cfg
 
 
 def is_default(group: str, cfg: DictConfig) -> bool:

@@ -49,7 +49,7 @@ def annotate(cfg: DictConfig) -> Path:
         raise bad_value("model.latents", 0, "labels are of latents: 1 or more")
     questions = task.questions()
     prompts = encode(adapter, questions, positions_beside_the_prompt(adapter, cfg.max_answer_tokens))
-    folder = AnnotationFolder(Path(cfg.output).expanduser(), settings(cfg, adapter, task), key="output")
+    folder = AnnotationFolder(Path(cfg.output).expanduser(), settings(cfg, adapter), key="output")
     done = folder.present()
     left = [(place, question) for place, question in enumerate(questions) if question.id not in done]
     if len(left) < len(questions):
@@ -64,7 +64,7 @@ def annotate(cfg: DictConfig) -> Path:
     return folder.path
 
 
-def settings(cfg: DictConfig, adapter: ModelAdapter, task: Task) -> dict[str, Any]:
+def settings(cfg: DictConfig, adapter: ModelAdapter) -> dict[str, Any]:
     """Everything that determines an annotation besides its question."""
     return {
         "format": FORMAT,
@@ -82,8 +82,7 @@ def settings(cfg: DictConfig, adapter: ModelAdapter, task: Task) -> dict[str, An
         "latent_id": adapter.latent_id,
         "width": Shape.from_config(adapter.config).width,
         "dtype": cfg.engine.dtype,
-        "task": task.name,
-        "split": task.split,
+        "task": OmegaConf.to_container(OmegaConf.masked_copy(cfg.task, [k for k in cfg.task if k != "limit"])),
     }
 
 

@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts import config, report
 from latent_tts.annotations import AnnotationFolder
+from latent_tts.commands.annotate import annotate
+from latent_tts.commands.calibration import calibrate
 from latent_tts.cost import Shape
-from latent_tts.errors import RunError, UsageError, bad_value
+from latent_tts.errors import RunError, bad_value
 from latent_tts.store import settings_digest, whole_file
 from latent_tts.training.reward_data import MixedQuestions
 from latent_tts.training.reward_optimization import RewardOptimization
@@ -27,7 +29,6 @@ log = logging.getLogger(__name__)
 SETTINGS, STATES, FINISHED, RESULTS = "settings.json", "states", "checkpoint", "train_rm.json"
 INITS = ("reasoner", "random")
 DTYPES = ("float32", "bfloat16")
-TEMPERATURE = 1.0  # of the softmax that weighs votes, until it is calibrated
 
 
 def main(cfg: DictConfig) -> None:
@@ -61,14 +62,15 @@ def main(cfg: DictConfig) -> None:
 
 
 def annotation_folder(cfg: DictConfig, key: str) -> Path:
-    """The folder named by `annotations` or `valid_annotations`, or the default one, annotated now.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The folder named by `annotations` or `valid_annotations`; without one the default questions, annotated now."""
     if cfg[key] is not None:
         return Path(cfg[key]).expanduser()
-    raise UsageError(f"{key}=null: a folder of annotations is needed, {key}=FOLDER")
+    part, wanted = config.compose("annotate"), cfg.annotate[key]
+    part.model, part.sampler = (OmegaConf.to_container(cfg[group], resolve=True) for group in ("model", "sampler"))
+    part.seed, part.output = cfg.seed, str(Path(cfg.output).expanduser() / key)
+    part.task.split, part.task.limit = wanted.split, wanted.limit
+    part.n, part.completions = wanted.n, wanted.completions
+    return annotate(part)
 
 
 def questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestions:
@@ -183,6 +185,7 @@ def train_and_write(
     if not trainer.is_world_process_zero():
         return None
     write(model, adapter, cfg, data, loss.name, dtype, output / FINISHED)
+    temperature = calibrate(cfg, valid.folder, output / FINISHED)
     accuracy = figures[f"eval_{reward.METRIC}"]
     results = {
         "updates": trainer.state.global_step,
@@ -190,6 +193,7 @@ def train_and_write(
         "parameters": sum(p.numel() for p in model.parameters()),
         "questions": len(data),
         "valid_questions": len(valid),
+        "temperature": temperature,
         "valid_loss": figures["eval_loss"],
         "valid_chance": valid.chance,
         "valid_selection_accuracy": accuracy,
@@ -211,7 +215,6 @@ def write(
         "loss": loss,
         "init": cfg.init,
         "reduce": "sum",
-        "temperature": TEMPERATURE,
     }
     model.write(folder, adapter, dtype, record)
 
