@@ -14,6 +14,8 @@ own matrix products for the rows of a batch, and a copy in memory; `ceiling_shar
 its seconds, against that rate of products. `baseline.py` draws at most 256 rows at once on a CPU (more do not fit), and
 of a larger case just the first such part is timed. It masks the prompt in both dropout settings, as the official code.
 
+On a machine that others use, LTTS_BENCH_CLOCK=cpu with OMP_NUM_THREADS=1 counts processor seconds.
+
 Prints a line a measurement, then, as the last line, JSON.
 """
 
@@ -26,7 +28,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 import baseline
-from baseline import seconds_of
+from baseline import clock, seconds_of
 from latent_tts.cost import Shape
 from latent_tts.engine.packing import Job, batches, default_rows
 from latent_tts.engine.rollout import Engine, Plan
@@ -78,11 +79,19 @@ def new_model(arguments: argparse.Namespace) -> PreTrainedModel:
     torch.manual_seed(0)
     if arguments.model == "gpt2":
         heads = max(1, arguments.width // 64)
-        sizes = {"n_layer": arguments.layers, "n_embd": arguments.width, "n_head": heads, "vocab_size": 50_260}
-        lm: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes))
+        config = GPT2Config(n_layer=arguments.layers, n_embd=arguments.width, n_head=heads, vocab_size=50_260)
+        lm: nn.Module = GPT2LMHeadModel(config)
     else:
-        sizes = {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128_256}
-        lm = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8, head_dim=64))
+        config = LlamaConfig(
+            num_hidden_layers=16,
+            hidden_size=2048,
+            intermediate_size=8192,
+            vocab_size=128_256,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+        )
+        lm = LlamaForCausalLM(config)
     return cast(PreTrainedModel, lm.to(arguments.device, DTYPES[arguments.dtype[0]]).eval().requires_grad_(False))
 
 
@@ -95,7 +104,9 @@ class Stopwatch:
 
     def __init__(self, sampler: Sampler, lm: PreTrainedModel, latents: int, device: str) -> None:
         self._sampler, self._last, self._device = sampler, latents - 1, device
-        self.seconds = dict.fromkeys(("prefill", "latents", "answers", "random_latents", "random"), 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(
+            ("prefill", "latents", "answers", "random_latents", "random"), 0.0
+        )
         self._phase, self._drawn, self._started = "prefill", 0.0, 0.0
         self._hook = lm.base_model.register_forward_hook(self._after_pass, with_kwargs=True)
 
@@ -105,7 +116,7 @@ class Stopwatch:
     def _now(self) -> float:
         if self._device.startswith("cuda"):
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return clock()
 
     def _enter(self, phase: str) -> None:
         now = self._now()
@@ -311,6 +322,7 @@ def row(
         "dtype": dtype,
         "device": arguments.device,
         "threads": torch.get_num_threads(),
+        "clock": "cpu" if os.environ.get("LTTS_BENCH_CLOCK") == "cpu" else "wall",
         "rollouts_per_second": round(ours["rollouts_per_second"], 3),
         "baseline_rollouts_per_second": round(naive["rollouts_per_second"], 3),
         "ratio": round(ours["rollouts_per_second"] / naive["rollouts_per_second"], 3),
