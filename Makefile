@@ -4,7 +4,7 @@ BIN := .venv/bin
 QUESTIONS ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all lint format type golden wheel-smoke plots reasoner bench clean
+.PHONY: help install run test test-all lint format type golden wheel-smoke plots reasoner latent-rm bench clean
 
 help: ## show this menu
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ plots: .venv/.installed ## draw every finding's figure from its table
 
 reasoner: .venv/.installed ## retrain the shipped reasoner (about an hour on two cores)
 	$(BIN)/ltts train-reasoner output=outputs/coconut_arith
+
+latent-rm: .venv/.installed ## annotate and retrain the shipped LatentRM
+	$(BIN)/ltts train-rm output=outputs/coconut_arith_rm weights_dtype=bfloat16
 
 bench: .venv/.installed ## all benchmarks
 	$(BIN)/python benchmarks/randomness.py

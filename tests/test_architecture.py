@@ -41,6 +41,7 @@ ALLOWED = {
     "executor": {"errors", "types", "engine", "sampler", "rng", "store"},
     "config": {"errors", "types"},
     "cli": {"errors", "types", "config", "commands"},
+    "__main__": {"cli"},
     "commands": None,  # assembles everything below it
 }
 HYDRA = {"cli", "config", "commands"}

@@ -9,7 +9,7 @@ import pandas as pd
 from latent_tts.errors import UsageError
 from latent_tts.store import RUN_COLUMNS, whole_file
 
-CURVE = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator")]
+CURVE = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator", "seed")]
 PANELS = (("coverage", "Coverage"), ("accuracy", "Accuracy"))
 DASHES = ("-", "--", ":", "-.")
 
@@ -19,7 +19,8 @@ def scaling_curve(metrics: pd.DataFrame, path: Path) -> Path:
 
     Args:
         metrics: a metrics table; several runs make several curves. Where one curve has several rows at an n, those
-            with the most rollouts drawn count.
+            with the most rollouts drawn count. Runs that differ in the seed alone make one curve, of the means of
+            their values and of their bounds.
         path: of the figure; its ending is the format.
 
     Raises:
@@ -34,7 +35,11 @@ def scaling_curve(metrics: pd.DataFrame, path: Path) -> Path:
     shown = metrics[metrics["metric"].isin([name for name, _ in PANELS])]
     if shown.empty:
         raise UsageError("nothing to draw: the table has neither coverage nor accuracy")
-    shown = shown.sort_values("drawn").drop_duplicates([*CURVE, "aggregator", "n", "metric"], keep="last")
+    point = [*CURVE, "aggregator", "n", "metric"]
+    shown = shown.sort_values("drawn").drop_duplicates([*point, "seed"], keep="last")
+    seeds = shown["seed"].nunique()
+    means = {"value": "mean", "ci_low": "mean", "ci_high": "mean", "questions": "first"}
+    shown = shown.groupby(point, sort=False, dropna=False, as_index=False).agg(means)
     curves = list(shown.groupby(CURVE, sort=False, dropna=False))
     varying = [name for name in CURVE if shown[name].nunique(dropna=False) > 1]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
@@ -62,7 +67,8 @@ def scaling_curve(metrics: pd.DataFrame, path: Path) -> Path:
     where = (
         f"{first['model']} on {first['task']}/{first['split']}" if not {"model", "task", "split"} & set(varying) else ""
     )
-    figure.suptitle(f"{where}, {int(first['questions'])} questions, 95 % intervals".lstrip(", "), fontsize=10)
+    over = f"{int(first['questions'])} questions" + (f", {seeds} seeds" if seeds > 1 else "")
+    figure.suptitle(", ".join(part for part in (where, over, "95 % intervals") if part), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         figure.savefig(partial, format=path.suffix.removeprefix(".") or "png", dpi=150)

@@ -14,6 +14,7 @@ from latent_tts import config
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.cost import Shape
 from latent_tts.errors import UsageError, bad_value
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
 from latent_tts.types import Aggregator, Budget, ModelAdapter, Question, Sampler, Scorer, Search, Task
 
@@ -81,14 +82,15 @@ def prepare(cfg: DictConfig) -> Prepared:
         config.build(f"aggregator.{name}", cfg.aggregator[name]) for name in cfg.aggregator
     ]
     built: Scorer | NoScorer = config.build("scorer", cfg.scorer)
-    scorer = None if isinstance(built, NoScorer) else built
-    if isinstance(built, NoScorer):
-        aggregators = _without_scores(cfg, built, aggregators)
     task: Task = config.build("task", cfg.task)
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
-    if scorer is not None:
-        aggregators = _with_scores(cfg, scorer, adapter, aggregators)
+    if isinstance(built, LatentRM) and built.only_own and built.trained.get("reasoner") != adapter.digest:
+        built = NoScorer(f"{built.checkpoint} was trained for other weights than {adapter.checkpoint}")
+    if isinstance(built, NoScorer):
+        scorer, aggregators = None, _without_scores(cfg, built, aggregators)
+    else:
+        scorer, aggregators = built, _with_scores(cfg, built, adapter, aggregators)
     search: Search = config.build("search", cfg.search)
     search.check(cfg.n, sampler, scorer)
     if search.survivors is not None:

@@ -25,4 +25,4 @@ def auto(checkpoint: str | None, latents: int | None, reduce: str | None, positi
         return NoScorer(f"no LatentRM is shipped for this model{hint}")
     if latents == 0:
         return NoScorer("a LatentRM scores latents, and model.latents=0")
-    return LatentRM(checkpoint, reduce, positions)
+    return LatentRM(checkpoint, reduce, positions, only_own=True)

@@ -53,12 +53,14 @@ class LatentRM:
             official script's left padding shifts them, by the longest text among the rollouts of the question minus
             the row's own, so that a score depends on the answers of all the question's rollouts.
         revision: commit or tag of a hub id.
+        only_own: it is a default, which scores the reasoner it was trained for and is left out for others.
     """
 
     checkpoint: str
     reduce: str | None
     positions: str
     revision: str | None = None
+    only_own: bool = False
 
     def __post_init__(self) -> None:
         checked_settings(self.reduce, self.positions)
