@@ -209,10 +209,13 @@ class CollectConfig:
 
 @dataclass
 class CompareConfig:
-    """Keys of `ltts compare`: two run folders (or folders of runs over seeds), and the aggregator of the accuracies."""
+    """Keys of `ltts compare`: two run folders (or folders of runs over seeds), figures to hold together, a CSV."""
 
     a: str = MISSING
     b: str = MISSING
+    a_figure: str | None = MISSING
+    b_figure: str | None = MISSING
+    output: str | None = MISSING
 
 
 @dataclass

@@ -77,7 +77,10 @@ def scaling_curve(metrics: pd.DataFrame, path: Path) -> Path:
 
 
 def _label(curve: dict, varying: list[str]) -> str:
-    """The sampler, and whatever else differs between the curves."""
-    parameter = f" {curve['sampler_param']}={curve['sampler_value']}" if curve["sampler_param"] else ""
-    others = [name for name in varying if not name.startswith("sampler")]
-    return ", ".join([f"{curve['sampler']}{parameter}", *(f"{name}={curve[name]}" for name in others if curve[name])])
+    """What differs between the curves, by its value; the sampler where nothing else does."""
+    sampler = curve["sampler"] + (
+        f" {curve['sampler_param']}={curve['sampler_value']}" if curve["sampler_param"] else ""
+    )
+    others = [curve[name] for name in varying if not name.startswith("sampler") and name != "budget"]
+    sampler_varies = any(name.startswith("sampler") for name in varying)
+    return ", ".join([sampler] * (sampler_varies or not any(others)) + [str(value) for value in others if value])

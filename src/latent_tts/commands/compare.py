@@ -13,23 +13,25 @@ from omegaconf import DictConfig
 from latent_tts import config, metrics, report, stats, store
 from latent_tts.errors import UsageError
 
+COLUMNS = ["a_figure", "b_figure", "n", "a", "b", "difference", "ci_low", "ci_high", "questions", "seeds"]
+
 
 def main(cfg: DictConfig) -> None:
     """Print a table of differences; several runs on a side are its seeds.
 
     Raises:
-        UsageError: the two sides do not have the same questions and seeds, or share no budget.
+        UsageError: the two sides do not have the same questions and seeds, or share no budget, or lack a figure.
     """
     a, b = load_side("a", Path(cfg.a)), load_side("b", Path(cfg.b))
     if set(a) != set(b):
         raise UsageError(f"a has the seeds {sorted(a)}, b has {sorted(b)}: pair runs of equal seeds")
-    rows, questions = [], []
-    for name in ("coverage", *sorted(set(first(a)["aggregators"]) & set(first(b)["aggregators"]))):
+    rows, table, questions = [], [], []
+    for name_a, name_b in figures(cfg, first(a), first(b)):
         for n in sorted(set(first(a)["reported"]) & set(first(b)["reported"])):
             values_a, values_b, questions = [], [], []
             for seed in sorted(a):
-                ids_a, per_a = per_question(a[seed], name, n)
-                ids_b, per_b = per_question(b[seed], name, n)
+                ids_a, per_a = per_question(a[seed], name_a, n)
+                ids_b, per_b = per_question(b[seed], name_b, n)
                 if sorted(ids_a) != sorted(ids_b):
                     raise UsageError(f"a and b have other questions (seed {seed}); compare runs on the same ones")
                 order = {question: index for index, question in enumerate(ids_b)}
@@ -40,11 +42,36 @@ def main(cfg: DictConfig) -> None:
             left, right = np.concatenate(values_a), np.concatenate(values_b)
             mean, low, high = stats.paired_difference(left, right, clusters)
             difference = pd.Series({"value": mean, "ci_low": low, "ci_high": high})
-            rows.append([name, n, f"{100 * left.mean():.1f}", f"{100 * right.mean():.1f}", report.percent(difference)])
+            shown = name_a if name_a == name_b else f"{name_a} - {name_b}"
+            rows.append([shown, n, f"{100 * left.mean():.1f}", f"{100 * right.mean():.1f}", report.percent(difference)])
+            table.append([name_a, name_b, n, left.mean(), right.mean(), mean, low, high, len(set(ids_a)), len(a)])
     if not rows:
         raise UsageError("a and b report no n in common; draw both with budget=ladder")
     title = f"A - B in points: {len(set(questions))} questions, {len(a)} seeds; A {cfg.a}, B {cfg.b}"
     report.print_table(title, ["figure", "n", "A %", "B %", "A - B"], rows)
+    if cfg.output is not None:
+        output = Path(cfg.output).expanduser()
+        with store.whole_file(output) as partial:
+            pd.DataFrame(table, columns=COLUMNS).to_csv(partial, index=False, float_format="%.6g")
+        print(output)
+
+
+def figures(cfg: DictConfig, a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str]]:
+    """Which figure of A is held against which of B: the named ones, or each that both have against itself.
+
+    Raises:
+        UsageError: a side does not have the figure named for it.
+    """
+    if cfg.a_figure is None and cfg.b_figure is None:
+        return [
+            ("coverage", "coverage"),
+            *((name, name) for name in sorted(set(a["aggregators"]) & set(b["aggregators"]))),
+        ]
+    named = cfg.a_figure or cfg.b_figure, cfg.b_figure or cfg.a_figure
+    for key, name, side in zip(("a_figure", "b_figure"), named, (a, b), strict=True):
+        known = ["coverage", *side["aggregators"]]
+        config.require(key, name, name in known, f"one of {', '.join(known)}")
+    return [named]
 
 
 def first(side: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -82,7 +109,8 @@ def per_question(run: dict[str, Any], name: str, n: int) -> tuple[list[str], np.
     """Question ids and the figure `name` (coverage, or an aggregator's accuracy) of each at n."""
     rollouts = run["rollouts"]
     ids = list(dict.fromkeys(rollouts["question_id"]))
-    arrays = metrics.arrays_of(rollouts, len(rollouts) // len(ids))
+    drawn = len(rollouts) // len(ids)
+    arrays, n = metrics.arrays_of(rollouts, drawn), min(n, drawn)  # a search leaves fewer rollouts than it grew
     if name == "coverage":
         return ids, stats.coverage(arrays.correct_QD, n)
     return ids, stats.picked_accuracy(run["aggregators"][name], arrays, n)
