@@ -80,7 +80,8 @@ class CheckpointAdapter:
                 f"choose the model that reads it, or a {self.family} checkpoint",
             )
         self.check_tensors(shapes)
-        _ = self.start_id, self.thinking_end_ids, self.latent_id, self.eos_id, self.positions
+        self.check_tokens()
+        _ = self.thinking_end_ids, self.eos_id, self.positions
         trained = self._trained_latents
         if trained is not None and trained != self.latents:
             log.warning("model.latents=%d: %s was trained with %d", self.latents, self.checkpoint, trained)
@@ -91,6 +92,10 @@ class CheckpointAdapter:
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check the names and shapes of the family's own tensors; raises UsageError."""
+
+    def check_tokens(self) -> None:
+        """Check that the tokenizer has what prompts are made of; raises UsageError."""
+        _ = self.start_id, self.latent_id
 
     @property
     def _trained_latents(self) -> int | None:

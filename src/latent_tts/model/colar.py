@@ -1,0 +1,126 @@
+"""CoLaR: a small head on the last hidden state gives the next latent; the model itself ends its thinking with `###`.
+
+Source: Tan et al. 2025 (arXiv 2505.16552); checkpoint layout, prompt and answer rule of ModalityDance/LatentTTS at
+6657f20, where the original's learned variance has been dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from latent_tts import checkpoint as files
+from latent_tts.adapter import CheckpointAdapter
+from latent_tts.errors import bad_value, is_number, is_whole
+from latent_tts.types import Question, Reasoner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEAD = "lt_head."
+PROMPT = "Question: {question} Let's think step by step:(Thinking speed: {speed})###"
+
+
+@dataclass(frozen=True)
+class Colar(CheckpointAdapter):
+    """Adapter of CoLaR checkpoints. `latents` is the most latents of a rollout: thinking ends by `###`, or there.
+
+    Attributes:
+        thinking_speed: how many steps a latent should stand for, as the prompt asks for it; trained with 1 to 5.
+    """
+
+    thinking_speed: int = 2
+
+    family = "CoLaR"
+    question_end = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (is_whole(self.thinking_speed) and self.thinking_speed >= 1):
+            raise bad_value("model.thinking_speed", self.thinking_speed, "1 or more")
+
+    @property
+    def max_latents(self) -> int:
+        """The most latents of a rollout; at that number `###` is forced."""
+        return self.latents
+
+    @property
+    def prompt_recipe(self) -> str:
+        """A text that stands for how prompts are made."""
+        return PROMPT.format(question="{question}", speed=self.thinking_speed)
+
+    @cached_property
+    def thinking_end_ids(self) -> list[int]:
+        """`###`: the argmax after the last latent, or forced."""
+        return [files.token_id(self.tokenizer, "###", self.folder)]
+
+    @cached_property
+    def latent_std(self) -> float:
+        """What the head's output is multiplied by: the spread of the backbone's token embeddings."""
+        std = self.config.get("latent_embedding_std")
+        if not (is_number(std) and std > 0):
+            raise bad_value("model.checkpoint", self.folder, f"config.json has latent_embedding_std={std}")
+        return float(std)
+
+    def check_tokens(self) -> None:
+        """No tokens but `###`: a prompt ends in it, and latents have no written form."""
+
+    def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
+        """Check that the latent head is whole and as wide as the backbone.
+
+        Raises:
+            UsageError: a tensor is missing, or has another shape; or the config lacks the embeddings' spread.
+        """
+        _ = self.latent_std
+        hidden = shapes.get(f"{HEAD}fc.0.bias", [0])[0]
+        inner = {name: [hidden] for name in ("fc.0.bias", "fc.2.bias", "fc.3.weight", "fc.3.bias")}
+        wanted = {"fc.0.weight": [hidden, self.width], "fc.2.weight": [hidden, hidden], **inner}
+        wanted |= {"mean.weight": [self.width, hidden], "mean.bias": [self.width]}
+        for name, shape in wanted.items():
+            if shapes.get(HEAD + name) != shape:
+                raise bad_value(
+                    "model.checkpoint",
+                    self.folder,
+                    f"{HEAD}{name} has the shape {shapes.get(HEAD + name, 'of nothing: it is missing')}; with the "
+                    f"backbone's width of {self.width} it should be {shape}",
+                )
+
+    def encode(self, question: Question) -> list[int]:
+        """Token ids of the prompt, without a beginning-of-text token."""
+        text = PROMPT.format(question=question.text, speed=self.thinking_speed)
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def raw_answer(self, answer_text: str) -> str:
+        """What stands after the last `Answer:`, signs `#` at its ends and commas removed.
+
+        The official rule keeps commas, so that `1,234` is unreadable to it; they are removed here on purpose, as in the
+        rules of COCONUT and CODI.
+        """
+        return answer_text.rpartition("Answer:")[2].replace(",", "").strip("# \n")
+
+    def load(self, *, device: str, dtype: str) -> Reasoner:
+        """Load the weights (imports torch)."""
+        import torch
+        from torch import nn
+
+        lm = files.load_causal_lm(self.folder, device=device, dtype=dtype)
+        tensors = files.load_tensors(self.folder, HEAD)
+        hidden = tensors["fc.0.bias"].shape[0]
+        # names as in the files: fc.0, fc.2, fc.3 and mean
+        head = nn.ModuleDict(
+            {
+                "fc": nn.Sequential(
+                    nn.Linear(self.width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
+                ),
+                "mean": nn.Linear(hidden, self.width),
+            }
+        )
+        head.load_state_dict(tensors)
+        head.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+
+        def next_latent(hidden_RD: Tensor) -> Tensor:
+            return head["mean"](head["fc"](hidden_RD)) * self.latent_std
+
+        return Reasoner(lm=lm, next_latent=next_latent)
