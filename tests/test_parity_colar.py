@@ -1,6 +1,6 @@
 """CoLaR's published layout: prompt, latent head and answer rule against the official implementation's ids.
 
-The loop is written out plainly here: a latent while the argmax is not `###`, at most 16.
+The official code falls back into latent mode at its cap of 16 latents; there `###` is to be forced instead.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.errors import UsageError
 from latent_tts.model.colar import Colar
+from latent_tts.rng import Draw
+from latent_tts.sampler.greedy import Greedy
 from latent_tts.types import Question, Reasoner
 
 FOLDER = Path(__file__).parent / "parity" / "colar"
@@ -50,6 +54,47 @@ def test_the_speed_is_part_of_the_recipe():
     assert adapter(thinking_speed=5).prompt_recipe.endswith("(Thinking speed: 5)###")
     with pytest.raises(UsageError, match="thinking_speed=0"):
         adapter(thinking_speed=0)
+
+
+def rolled(reasoner, rows):
+    """Greedy rollouts of some prompts: ids as the official code writes them, latents as ids."""
+    model, answer = adapter(), len(EXPECTED["generated_ids"][0])
+    plan = Plan(CAP, model.thinking_end_ids, -1, answer, model.stop_id)
+    draw = Draw.of(0, [str(row) for row in rows], torch.zeros(len(rows), 1, dtype=torch.long), 64)
+    result = Engine(reasoner, plan).roll([EXPECTED["prompt_ids"][row] for row in rows], draw, Greedy())
+    return [
+        [EXPECTED["latent_id"]] * int(steps) + [EXPECTED["end_id"], *ids]
+        for steps, ids in zip(result.steps_R, result.answer_ids, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["batch", "single"])
+def test_the_engine_thinks_and_answers_like_the_official_code(together):
+    reasoner = adapter().load(device="cpu", dtype="float32")  # its own: the engine changes the attention
+    rows = range(len(EXPECTED["prompts"]))
+    written = rolled(reasoner, rows) if together else [rolled(reasoner, [row])[0] for row in rows]
+    for row in rows:
+        official = EXPECTED["generated_ids"][row]
+        if row in COMPARABLE:
+            assert written[row][: len(official)] == official
+        else:
+            assert written[row][: CAP + 1] == [EXPECTED["latent_id"]] * CAP + [EXPECTED["end_id"]]
+
+
+def test_rollouts_of_a_run_have_latents_of_their_own_number(ltts, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    questions = [text.removeprefix("Question: ").partition(" Let's think")[0] for text in EXPECTED["prompts"]]
+    file.write_text("".join(json.dumps({"question": text, "answer": "1"}) + "\n" for text in questions))
+    line = ["run", "model=colar", f"model.checkpoint={FOLDER}", "model.latents=16", "task=jsonl", f"task.path={file}"]
+    result = ltts(
+        *line, "sampler=dropout", "sampler.where=[thoughts,answer]", "n=3", "max_answer_tokens=5", "keep_latents=true"
+    )
+    assert result.code == 0, result.err
+    rollouts = pd.read_parquet(result.last.parent / "rollouts.parquet")
+    assert rollouts["latent_steps"].nunique() > 1
+    latents_RTD = load_file(result.last.parent / "latents.safetensors")["latents_RTD"]
+    used = (latents_RTD != 0).any(-1).sum(1)
+    assert used.tolist() == rollouts["latent_steps"].tolist()
 
 
 @pytest.mark.parametrize("row", COMPARABLE)

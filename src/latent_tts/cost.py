@@ -50,7 +50,7 @@ class Shape:
         """Operations of one prefill."""
         return self.pass_flops(prompt, 0)
 
-    def rollout_flops(self, prompt: int, latents: int, forced: int, answer: float, own_prompt: bool) -> float:
+    def rollout_flops(self, prompt: int, latents: float, forced: int, answer: float, own_prompt: bool) -> float:
         """Operations of one rollout beyond the shared prefill.
 
         Args:
@@ -61,10 +61,14 @@ class Shape:
             own_prompt: whether the prompt runs once a rollout.
         """
         suffix = latents + forced + answer
-        head = 2.0 * self.width * self.vocabulary * (answer + 1)
+        head = self.head_flops(answer + 1)
         return self.pass_flops(suffix, prompt) + head + (self.prompt_flops(prompt) if own_prompt else 0.0)
 
-    def thinking_flops(self, prompt: int, latents: int, own_prompt: bool) -> float:
+    def head_flops(self, tokens: float) -> float:
+        """Operations of the LM head at `tokens` positions."""
+        return 2.0 * self.width * self.vocabulary * tokens
+
+    def thinking_flops(self, prompt: int, latents: float, own_prompt: bool) -> float:
         """The same for a rollout that ends with its last latent, which is made but not run."""
         return self.pass_flops(max(latents - 1, 0), prompt) + (self.prompt_flops(prompt) if own_prompt else 0.0)
 

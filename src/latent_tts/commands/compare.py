@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> None:
             difference = pd.Series({"value": mean, "ci_low": low, "ci_high": high})
             shown = name_a if name_a == name_b else f"{name_a} - {name_b}"
             rows.append([shown, n, f"{100 * left.mean():.1f}", f"{100 * right.mean():.1f}", report.percent(difference)])
-            table.append([name_a, name_b, n, left.mean(), right.mean(), mean, low, high, len(set(ids_a)), len(a)])
+            table.append([name_a, name_b, n, left.mean(), right.mean(), mean, low, high, len(set(questions)), len(a)])
     if not rows:
         raise UsageError("a and b report no n in common; draw both with budget=ladder")
     title = f"A - B in points: {len(set(questions))} questions, {len(a)} seeds; A {cfg.a}, B {cfg.b}"
@@ -67,7 +67,7 @@ def figures(cfg: DictConfig, a: dict[str, Any], b: dict[str, Any]) -> list[tuple
             ("coverage", "coverage"),
             *((name, name) for name in sorted(set(a["aggregators"]) & set(b["aggregators"]))),
         ]
-    named = cfg.a_figure or cfg.b_figure, cfg.b_figure or cfg.a_figure
+    named = str(cfg.a_figure or cfg.b_figure), str(cfg.b_figure or cfg.a_figure)
     for key, name, side in zip(("a_figure", "b_figure"), named, (a, b), strict=True):
         known = ["coverage", *side["aggregators"]]
         config.require(key, name, name in known, f"one of {', '.join(known)}")

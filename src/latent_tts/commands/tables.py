@@ -137,9 +137,11 @@ def gflops(prepared: Prepared, rollouts: pd.DataFrame, scores: Scores | None) ->
     for place, question in enumerate(prepared.questions):
         prompt = len(prepared.prompts[question.id])
         once = 0.0 if own_prompt else shape.prompt_flops(prompt)
-        each = shape.rollout_flops(prompt, adapter.latents, forced, float(answers[place]), own_prompt)
+        each = shape.rollout_flops(prompt, float(steps[place]), forced, float(answers[place]), own_prompt)
+        if adapter.stop_id is not None:  # the head looks for the token after every latent
+            each += shape.head_flops(float(steps[place]))
         if prepared.kept < prepared.n:  # a search: n think, those kept answer
-            thinking = shape.thinking_flops(prompt, adapter.latents, own_prompt)
+            thinking = shape.thinking_flops(prompt, float(steps[place]), own_prompt)
             each = thinking + (each - thinking) * prepared.kept / prepared.n
         if scores is not None and prepared.scorer is not None:
             head = Shape.from_config(prepared.scorer.config)

@@ -57,6 +57,11 @@ class Colar(CheckpointAdapter):
         return [files.token_id(self.tokenizer, "###", self.folder)]
 
     @cached_property
+    def stop_id(self) -> int:  # type: ignore[override]
+        """`###`: a row stops thinking where it is the most probable token."""
+        return self.thinking_end_ids[0]
+
+    @cached_property
     def latent_std(self) -> float:
         """What the head's output is multiplied by: the spread of the backbone's token embeddings."""
         std = self.config.get("latent_embedding_std")
