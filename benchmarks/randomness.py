@@ -4,6 +4,7 @@
 
 Times one latent step (one token a row, 64 rollouts a question, prompts of 64 tokens, random weights) without random
 numbers, and the numbers alone that a step of each sampler needs. Bars: 5 % of a step in float32, 15 % in bfloat16.
+On a machine that others use, LTTS_BENCH_CLOCK=cpu with OMP_NUM_THREADS=1 counts processor seconds.
 Prints a table, then, as the last line, JSON.
 """
 
@@ -12,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from baseline import clock
 from latent_tts.engine.attention import AttentionState, use_shared_prefix_attention
 from latent_tts.rng import Draw
 from latent_tts.sampler.dropout import Dropout
@@ -28,13 +29,13 @@ BARS = {"float32": 0.05, "bfloat16": 0.15}
 
 
 def median_seconds(call: Callable[[], object], repeats: int) -> float:
-    """Median wall-clock seconds of a call after two warm-ups."""
+    """Median seconds of a call after two warm-ups."""
     seconds = []
     for index in range(repeats + 2):
-        started = time.perf_counter()
+        started = clock()
         call()
         if index >= 2:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(clock() - started)
     return statistics.median(seconds)
 
 
