@@ -196,7 +196,7 @@ def test_only_winners_of_a_scorer_can_be_decoded(run, scored):
 
 def test_auto_takes_a_shipped_latent_rm_alone():
     found = auto("shipped:some_rm", 6, "mean", "official")
-    assert found == LatentRM("shipped:some_rm", "mean", "official")
+    assert found == LatentRM("shipped:some_rm", "mean", "official", only_own=True)
     assert isinstance(auto("owner/name", 6, None, "correct"), NoScorer)
     assert isinstance(auto(None, 6, None, "correct"), NoScorer)
     assert isinstance(auto("shipped:some_rm", 0, None, "correct"), NoScorer)
@@ -259,7 +259,7 @@ def test_rescoring_refuses_what_has_no_latents_or_no_scorer(run, ltts, latent_rm
         (["scorer=nosuch"], ["scorer=nosuch", "auto, latent_rm, none"]),
         (["scorer.reduce=max"], ["scorer.reduce=max", "sum, mean, last"]),
         (["scorer.positions=left"], ["scorer.positions=left", "correct, official"]),
-        (["scorer=latent_rm"], ["scorer.checkpoint=null", "names no LatentRM"]),
+        (["scorer=latent_rm", "model.latent_rm=null"], ["scorer.checkpoint=null", "names no LatentRM"]),
         (["scorer=latent_rm", "scorer.checkpoint=no/such/folder"], ["scorer.checkpoint=no/such/folder"]),
         (["aggregator=best_of_n"], ["aggregator=best_of_n", "needs a scorer", "scorer=auto"]),
         (["scorer=none", "aggregator=[majority,weighted]"], ["aggregator=weighted", "needs a scorer", "scorer=none"]),

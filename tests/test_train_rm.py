@@ -349,7 +349,6 @@ def test_the_command_writes_the_published_layout(command, checkpoint, tmp_path):
         "loss": "contrastive",
         "init": "reasoner",
         "reduce": "sum",
-        "temperature": 1.0,
     }
     assert config == json.loads((checkpoint / "config.json").read_text()) | {"dtype": "bfloat16"}
     assert (tmp_path / "out/checkpoint/tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()

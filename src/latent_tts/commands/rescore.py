@@ -44,7 +44,10 @@ def main(cfg: DictConfig) -> None:
             f"{built.reason or 'nothing to do'}; name one, as in scorer=latent_rm scorer.checkpoint=FOLDER_OR_HUB_ID",
         )  # fmt: skip
     prepared = prepare(merged)
-    assert prepared.scorer is not None
+    if prepared.scorer is None:
+        raise bad_value(
+            "scorer", "auto", "the model's own was trained for other weights; name one, as in scorer.checkpoint=FOLDER"
+        )
     if prepared.adapter.digest != record["checkpoint_digest"]:
         raise UsageError(
             f"run={source}: model.checkpoint={prepared.adapter.checkpoint} has changed since that run "

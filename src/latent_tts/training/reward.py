@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -163,6 +164,9 @@ def train(
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     if not optimization.epochs:
         return trainer
+    for path in output.glob("checkpoint-*"):
+        if not _state(path):  # cut off while it was written; the Trainer would count it among those it keeps
+            shutil.rmtree(path, ignore_errors=True)  # every process of a launch comes here
     last = last_checkpoint(output)
     if last is None or not _has_ended(last, optimization):
         log = TensorBoardCallback(
