@@ -40,9 +40,9 @@ def test_the_engine_benchmark_ends_with_its_results(engine_benchmark, capsys):
         shares = [result[f"{part}_share"] for part in ("prefill", "latents", "random_numbers", "answers")]
         assert sum(shares) == pytest.approx(1, abs=0.001)
         assert min(*shares, result["ceiling_share"]) > 0
-        for key in ("peak_memory_bytes", "memory_above_model_bytes"):
-            assert result[key] >= 0
-            assert result[f"baseline_{key}"] >= 0
+        # memory above the model means nothing here, where all measurements share a process
+        assert {"memory_above_model_bytes", "baseline_memory_above_model_bytes"} <= result.keys()
+        assert min(result["peak_memory_bytes"], result["baseline_peak_memory_bytes"]) > 0
         assert {"model", "dtype", "device", "product_flops_per_second", "copy_bytes_per_second"} <= result.keys()
 
 
