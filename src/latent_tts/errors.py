@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeGuard
+
+FEWER_ROWS = " (a smaller engine.rows needs less memory)"
 
 
 class LatentTTSError(Exception):
@@ -47,3 +51,20 @@ def is_number(value: object) -> TypeGuard[float]:
 def is_whole(value: object) -> TypeGuard[int]:
     """Whether a config value is an integer."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+@contextmanager
+def computing(what: str, kept: str, hint: str = "") -> Iterator[None]:
+    """Turn what torch raises (out of memory, a failing device) into a RunError that says what is kept.
+
+    Args:
+        what: what is being done, as in `drawing rollouts`.
+        kept: what is kept and where, as in `what was drawn is in FOLDER`.
+        hint: put behind the line that says how to go on.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        raise RunError(
+            f"{what} failed: {str(error).splitlines()[0]}\n{kept}; the same line goes on from there{hint}"
+        ) from error

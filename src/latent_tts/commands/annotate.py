@@ -15,7 +15,7 @@ from latent_tts.commands.drawing import load_once, plan_of, resolve_device
 from latent_tts.commands.identity import ENGINE_SEMANTICS
 from latent_tts.commands.prepared import check_engine, encode, positions_beside_the_prompt
 from latent_tts.cost import Shape
-from latent_tts.errors import RunError, bad_value
+from latent_tts.errors import FEWER_ROWS, bad_value, computing
 from latent_tts.types import ModelAdapter, Question, Sampler, Task
 
 log = logging.getLogger(__name__)
@@ -125,10 +125,5 @@ def _label(
             done, drawn = done + questions, drawn + rollouts
             report.show(bar, done, f"{drawn / (time.perf_counter() - started):.0f} rollouts/s")
 
-        try:
+        with computing("annotating", f"finished questions are in {folder.path}", FEWER_ROWS):
             label(folder, jobs, engine, sampler, labelling, progress)
-        except (RuntimeError, MemoryError) as error:  # what torch raises: out of memory, a failing device
-            raise RunError(
-                f"annotating failed: {str(error).splitlines()[0]}\nfinished questions are in {folder.path}; "
-                "the same line goes on from there (a smaller engine.rows needs less memory)"
-            ) from error

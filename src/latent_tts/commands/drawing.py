@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from latent_tts import report, store
 from latent_tts.commands.prepared import ITEM_BYTES, Prepared
-from latent_tts.errors import RunError, bad_value
+from latent_tts.errors import FEWER_ROWS, bad_value, computing
 from latent_tts.search.beam import Beam
 from latent_tts.types import ModelAdapter, Reasoner, RewardModel, Scorer
 
@@ -73,7 +73,7 @@ def draw_missing(
     )  # fmt: skip
     engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
     with report.progress_bar(total, "rollouts") as bar:
-        try:
+        with computing("drawing rollouts", f"what was drawn is in {cache.folder}", FEWER_ROWS):
             executor.fill(
                 cache,
                 jobs,
@@ -84,11 +84,6 @@ def draw_missing(
                 progress=lambda k: report.advance(bar, k),
                 answers=answers,
             )
-        except (RuntimeError, MemoryError) as error:  # what torch raises: out of memory, a failing device
-            raise RunError(
-                f"drawing rollouts failed: {str(error).splitlines()[0]}\nwhat was drawn is in {cache.folder}; "
-                "the same line goes on from there (a smaller engine.rows needs less memory)"
-            ) from error
     return total
 
 
@@ -116,7 +111,7 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
     judge = LatentScorer(load_scorer_once(scorer, device, cfg.engine.dtype))
     with report.progress_bar(len(jobs) * search.beams, "beams") as bar:
-        try:
+        with computing("searching", f"finished questions are in {cache.folder}", FEWER_ROWS):
             executor.fill_beams(
                 cache,
                 jobs,
@@ -127,11 +122,6 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
                 rows=max(search.beams, rows // search.candidates),
                 progress=lambda k: report.advance(bar, k),
             )
-        except (RuntimeError, MemoryError) as error:  # what torch raises: out of memory, a failing device
-            raise RunError(
-                f"searching failed: {str(error).splitlines()[0]}\nfinished questions are in {cache.folder}; "
-                "the same line goes on from there (a smaller engine.rows needs less memory)"
-            ) from error
     return len(jobs) * prepared.n
 
 

@@ -15,7 +15,7 @@ from latent_tts.commands.drawing import load_scorer_once, missing, resolve_devic
 from latent_tts.commands.identity import score_key
 from latent_tts.commands.prepared import ITEM_BYTES, Prepared, positions_of
 from latent_tts.cost import Shape
-from latent_tts.errors import RunError
+from latent_tts.errors import FEWER_ROWS, RunError, computing
 from latent_tts.types import Scorer
 
 log = logging.getLogger(__name__)
@@ -141,10 +141,5 @@ def _fill(
     log.info("%d rollouts to score with %s: at most %.3g GFLOP", total, scorer.name, work / 1e9)
     model = LatentScorer(load_scorer_once(scorer, device, dtype))
     with report.progress_bar(total, "scores") as bar:
-        try:
+        with computing("scoring rollouts", f"what was scored is in {cache.folder}", FEWER_ROWS):
             executor.fill_scores(cache, jobs, model, latents, rows=rows, progress=lambda k: report.advance(bar, k))
-        except (RuntimeError, MemoryError) as error:  # what torch raises: out of memory, a failing device
-            raise RunError(
-                f"scoring rollouts failed: {str(error).splitlines()[0]}\nwhat was scored is in {cache.folder}; "
-                "the same line goes on from there (a smaller engine.rows needs less memory)"
-            ) from error

@@ -16,7 +16,7 @@ from latent_tts.annotations import AnnotationFolder
 from latent_tts.commands.annotate import annotate
 from latent_tts.commands.calibration import calibrate
 from latent_tts.cost import Shape
-from latent_tts.errors import RunError, bad_value
+from latent_tts.errors import bad_value, computing
 from latent_tts.store import settings_digest, whole_file
 from latent_tts.training.reward_data import MixedQuestions
 from latent_tts.training.reward_optimization import RewardOptimization
@@ -162,7 +162,7 @@ def train_and_write(
     started = time.perf_counter()
     updates = optimization.updates_an_epoch(len(data)) * optimization.epochs
     with report.progress_bar(updates, "updates") as bar:
-        try:
+        with computing("training", f"the states in {output / STATES} are kept"):
             trainer = reward.train(
                 model,
                 loss,
@@ -177,11 +177,6 @@ def train_and_write(
             dtype = getattr(torch, cfg.weights_dtype)
             model.round_to(dtype)
             figures = trainer.evaluate()
-        except (RuntimeError, MemoryError) as error:  # what torch raises: out of memory, a failing device
-            raise RunError(
-                f"training failed: {str(error).splitlines()[0]}\nthe states in {output / STATES} are kept; "
-                "the same line goes on from there"
-            ) from error
     if not trainer.is_world_process_zero():
         return None
     write(model, adapter, cfg, data, loss.name, dtype, output / FINISHED)
