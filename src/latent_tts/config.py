@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -320,17 +321,23 @@ def non_defaults(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
     choices = hydra_cfg.runtime.choices
     chosen = {str(group): choices.get(str(group)) for group in cfg}
     overrides = [f"{group}={option}" for group, option in chosen.items() if option and "[" not in option]
-    loader = GlobalHydra.instance().config_loader()
-    defaults = loader.load_configuration(hydra_cfg.job.config_name, overrides, run_mode=RunMode.RUN)
-    before, after = _flat(defaults), _flat(cfg)
+    sources = tuple(source.path for source in hydra_cfg.runtime.config_sources)
+    before, after = _flat(_defaults(str(hydra_cfg.job.config_name), tuple(overrides), sources)), _flat(cfg)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     hidden = tuple(f"{key}." for key in known)
     return {k: v for k, v in sorted(changed.items()) if k not in known and not k.startswith(hidden)}
 
 
-def compose(command: str) -> DictConfig:
-    """The default config of another command, open to changes: for a command that runs it as one of its steps."""
-    cfg = GlobalHydra.instance().config_loader().load_configuration(command, [], run_mode=RunMode.RUN)
+@lru_cache(maxsize=8)
+def _defaults(command: str, overrides: tuple[str, ...], sources: tuple[str, ...]) -> DictConfig:
+    """The same config again for the jobs of a sweep: composing takes as long as a small run. Not to be changed."""
+    return compose(command, overrides)
+
+
+def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The config of a command under some overrides, open to changes."""
+    loader = GlobalHydra.instance().config_loader()
+    cfg = loader.load_configuration(command, list(overrides), run_mode=RunMode.RUN)
     OmegaConf.set_struct(cfg, False)
     return cfg
 

@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts import config, metrics, stats, store
 from latent_tts.annotations import AnnotationFolder
-from latent_tts.commands import drawing, scoring, tables
-from latent_tts.commands.identity import cache_key
+from latent_tts.commands import tables
 from latent_tts.commands.prepared import prepare
+from latent_tts.commands.run import gather
 
 log = logging.getLogger(__name__)
 
@@ -34,25 +34,17 @@ def calibrate(cfg: DictConfig, valid: AnnotationFolder, checkpoint: Path) -> flo
     if "task" not in made:
         log.warning("%s does not say which task it is of: the temperature of the weighted vote stays 1", valid.path)
         return None
-    run = config.compose("run")
+    run = config.compose("run", ["scorer=latent_rm"])
     run.model = OmegaConf.to_container(cfg.model, resolve=True)
     run.task = made["task"] | {"limit": valid.index().num_rows}
     run.sampler, run.n, run.seed = made["sampler"], made["n"], made["seed"]
     run.max_answer_tokens, run.engine.dtype = made["max_answer_tokens"], made["dtype"]
-    run.scorer._target_ = "latent_tts.scorer.latent_rm.LatentRM"
     run.scorer.checkpoint = str(checkpoint)
-    del run.scorer["latents"]
     prepared = prepare(run)
-    assert prepared.scorer is not None
-    wanted = prepared.wanted()
-    cache = store.RolloutCache(Path(run.paths.cache).expanduser(), cache_key(run, prepared))
-    drawing.draw_missing(run, prepared, cache, wanted)
-    rows = cache.read(wanted)
-    rollouts = tables.rollout_table(prepared, rows)
-    latents = store.unpack_latents(rows["latents"], prepared.shape.width)
-    scores = scoring.score(run, prepared, prepared.scorer, cache.folder, list(rollouts["answer_text"]), latents)
-    tables.add_scores(rollouts, scores)
-    temperature = stats.choose_temperature(metrics.arrays_of(rollouts, prepared.n))
+    gathered = gather(run, prepared)
+    assert gathered.scores is not None
+    tables.add_scores(gathered.table, gathered.scores)
+    temperature = stats.choose_temperature(metrics.arrays_of(gathered.table, prepared.n))
     path = checkpoint / "config.json"
     record = json.loads(path.read_text())
     record["latent_rm"]["temperature"] = temperature

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from omegaconf import DictConfig
 
 from latent_tts import config, plot, store
@@ -30,37 +32,69 @@ def main(cfg: DictConfig) -> None:
     if cfg.answer.decode == "winners":
         _run_winners(cfg, prepared, started)
         return
-    wanted = prepared.wanted()
-    root = Path(cfg.paths.cache).expanduser()
-    if prepared.search.survivors is None or prepared.scorer is None:
-        cache = store.RolloutCache(root, cache_key(cfg, prepared))
-        drawn_now = drawing.draw_missing(cfg, prepared, cache, wanted)
-    else:
-        cache = store.RolloutCache(root, beams_key(cfg, prepared, prepared.scorer))
-        drawn_now = drawing.search_missing(cfg, prepared, cache, wanted)
-    rows = cache.read(wanted)
-    latents = store.unpack_latents(rows["latents"], prepared.shape.width)
-    rollouts = tables.rollout_table(prepared, rows)
-    scores = None
-    if prepared.scorer is not None:
-        scores = scoring.score(cfg, prepared, prepared.scorer, cache.folder, list(rollouts["answer_text"]), latents)
-    table = tables.write_tables(folder, prepared, rollouts, latents, scores, run_columns(cfg, prepared, settings))
+    found = gather(cfg, prepared)
+    columns = run_columns(cfg, prepared, settings)
+    table = tables.write_tables(folder, prepared, found.table, found.latents, found.scores, columns)
     if cfg.keep_latents:
-        store.write_latents(folder, latents)
-    seconds = {"drawing": float(rows["seconds"].sum()), "this_command": time.perf_counter() - started}
-    counts = {"total": len(rows), "drawn_now": drawn_now}
-    if scores is not None:
-        seconds["scoring"] = float(scores.rows["seconds"].sum())
-        counts["scored_now"] = scores.scored_now
+        store.write_latents(folder, found.latents)
+    seconds = {"drawing": float(found.rows["seconds"].sum()), "this_command": time.perf_counter() - started}
+    counts = {"total": len(found.rows), "drawn_now": found.drawn_now}
+    if found.scores is not None:
+        seconds["scoring"] = float(found.scores.rows["seconds"].sum())
+        counts["scored_now"] = found.scores.scored_now
     record = {
-        "cache": str(cache.folder),
+        "cache": str(found.folder),
         "settings": settings,
-        "devices": sorted(set(rows["device"])),
-        "rows": sorted({int(value) for value in rows["rows"]}),
+        "devices": sorted(set(found.rows["device"])),
+        "rows": sorted({int(value) for value in found.rows["rows"]}),
         "rollouts": counts,
         "seconds": seconds,
     }
     tables.finish(folder, cfg, prepared, table, record)
+
+
+@dataclass
+class Gathered:
+    """The rollouts of a run.
+
+    Attributes:
+        rows: as the cache has them.
+        table: the same as `rollouts.parquet` has them, without scores.
+        latents: of each rollout, (steps, D).
+        scores: None without a scorer.
+        folder: of the cache.
+        drawn_now: how many were not in the cache yet.
+    """
+
+    rows: pd.DataFrame
+    table: pd.DataFrame
+    latents: list[np.ndarray]
+    scores: scoring.Scores | None
+    folder: Path
+    drawn_now: int
+
+
+def gather(cfg: DictConfig, prepared: Prepared) -> Gathered:
+    """Draw and score what the cache has not got yet, then read all.
+
+    Raises:
+        RunError: a failure while drawing or scoring; what was computed stays in the cache.
+    """
+    wanted, scorer = prepared.wanted(), prepared.scorer
+    root = Path(cfg.paths.cache).expanduser()
+    if prepared.search.survivors is None or scorer is None:
+        cache = store.RolloutCache(root, cache_key(cfg, prepared))
+        drawn_now = drawing.draw_missing(cfg, prepared, cache, wanted)
+    else:
+        cache = store.RolloutCache(root, beams_key(cfg, prepared, scorer))
+        drawn_now = drawing.search_missing(cfg, prepared, cache, wanted)
+    rows = cache.read(wanted)
+    table = tables.rollout_table(prepared, rows)
+    latents = store.unpack_latents(rows["latents"], prepared.shape.width)
+    scores = None
+    if scorer is not None:
+        scores = scoring.score(cfg, prepared, scorer, cache.folder, list(table["answer_text"]), latents)
+    return Gathered(rows, table, latents, scores, cache.folder, drawn_now)
 
 
 def _run_winners(cfg: DictConfig, prepared: Prepared, started: float) -> None:
