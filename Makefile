@@ -21,8 +21,8 @@ install: .venv/.installed ## make .venv from the pinned versions
 run: .venv/.installed ## the main job: two samplers, n up to 64, table and scaling curve (QUESTIONS=1000)
 	$(BIN)/ltts run -m sampler=gaussian,dropout budget=ladder n=64 task.limit=$(QUESTIONS)
 
-test: .venv/.installed ## the default test suite
-	$(BIN)/pytest
+test: .venv/.installed ## the default test suite, a process a core
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 test-all: .venv/.installed ## also the slow tests
 	$(BIN)/pytest -m 'not gpu and not network and not realdata'

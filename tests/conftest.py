@@ -44,6 +44,8 @@ def ltts(
     """Run `ltts ARGS...` in an empty folder with a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
+    # Hydra composes once to read hydra.mode, which no config here sets, and again to run: a third of a small run
+    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
 
     def run(*arguments: object) -> Result:
         capfd.readouterr()

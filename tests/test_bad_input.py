@@ -8,15 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-
-def check(result, *words: str) -> None:
-    assert result.code == 2, result.err
-    lines = [line for line in result.err.splitlines() if line and not line.startswith("Error executing job")]
-    assert 1 <= len(lines) <= 4, result.err
-    assert "Traceback" not in result.err
-    assert "metrics.csv" not in result.out
-    for word in words:
-        assert word in " ".join(lines), f"{word!r} not in {lines}"
+from refusal import check
 
 
 def test_unknown_command(ltts):

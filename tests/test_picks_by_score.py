@@ -13,8 +13,10 @@ from latent_tts.aggregator.majority import Majority
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.errors import UsageError
 from latent_tts.types import RolloutArrays
+from tables import rollout_lists
 
 GOLD = 1
+VALUES = [-3.0, -0.5, 0.0, 0.25, 2.0, math.nan]  # scores, and none
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 
 
@@ -53,21 +55,9 @@ PICKS = [
 ]
 
 
-@st.composite
-def rollout_lists(draw):
-    """Predictions and scores (Q, D), with ties, unreadable and unscored ones."""
-    questions, drawn = draw(st.integers(1, 4)), draw(st.integers(1, 8))
-
-    def table(elements):
-        row = st.lists(elements, min_size=drawn, max_size=drawn)
-        return draw(st.lists(row, min_size=questions, max_size=questions))
-
-    return table(st.integers(-1, 3)), table(st.sampled_from([-3.0, -0.5, 0.0, 0.25, 2.0, float("nan")]))
-
-
 @pytest.mark.parametrize(("aggregator", "plain"), PICKS)
 @quick
-@given(table=rollout_lists(), data=st.data())
+@given(table=rollout_lists(VALUES), data=st.data())
 def test_picks_equal_plain_python_on_the_same_subsets(aggregator, plain, table, data):
     predictions, scores = table
     drawn = len(predictions[0])
@@ -93,7 +83,7 @@ def test_without_any_score_nothing_is_picked():
 
 
 @quick
-@given(table=rollout_lists())
+@given(table=rollout_lists(VALUES))
 def test_equal_scores_make_the_weighted_vote_a_majority_vote(table):
     predictions, _ = table
     equal = arrays(predictions, np.full(np.shape(predictions), 3.7))

@@ -9,8 +9,10 @@ from latent_tts import stats
 from latent_tts.aggregator.likelihood import Likelihood
 from latent_tts.aggregator.majority import Majority
 from latent_tts.types import RolloutArrays
+from tables import rollout_lists
 
 GOLD = 1
+VALUES = [-4.0, -2.5, -1.0, -0.5]  # log-probabilities
 quick = settings(derandomize=True, deadline=None, max_examples=40)
 
 
@@ -46,18 +48,6 @@ AGGREGATORS = [
     pytest.param(Majority(), plain_majority, id="majority"),
     pytest.param(Likelihood(), plain_likelihood, id="likelihood"),
 ]
-
-
-@st.composite
-def rollout_lists(draw):
-    """Predictions and log-probabilities (Q, D), with ties and unreadable ones."""
-    questions, drawn = draw(st.integers(1, 4)), draw(st.integers(1, 8))
-
-    def table(elements):
-        row = st.lists(elements, min_size=drawn, max_size=drawn)
-        return draw(st.lists(row, min_size=questions, max_size=questions))
-
-    return table(st.integers(-1, 3)), table(st.sampled_from([-4.0, -2.5, -1.0, -0.5]))
 
 
 # Coverage
@@ -128,7 +118,7 @@ def test_subsets_are_mostly_different():
 
 @pytest.mark.parametrize(("aggregator", "plain"), AGGREGATORS)
 @quick
-@given(table=rollout_lists())
+@given(table=rollout_lists(VALUES))
 def test_a_pick_out_of_all_rollouts_equals_plain_python(aggregator, plain, table):
     predictions, logprobs = table
     drawn = len(predictions[0])
@@ -138,7 +128,7 @@ def test_a_pick_out_of_all_rollouts_equals_plain_python(aggregator, plain, table
 
 @pytest.mark.parametrize(("aggregator", "plain"), AGGREGATORS)
 @quick
-@given(table=rollout_lists(), data=st.data())
+@given(table=rollout_lists(VALUES), data=st.data())
 def test_picks_out_of_fewer_rollouts_equal_plain_python_on_the_same_subsets(aggregator, plain, table, data):
     predictions, logprobs = table
     drawn = len(predictions[0])

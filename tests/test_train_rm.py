@@ -17,6 +17,7 @@ from latent_tts.training.reward_data import MixedQuestions, collate
 from latent_tts.training.reward_loss import RewardLoss
 from latent_tts.training.reward_model import LatentRM
 from latent_tts.training.reward_optimization import RewardOptimization
+from refusal import check
 from tiny import prompts, reasoner
 
 OPTIMIZATION = RewardOptimization(
@@ -367,15 +368,6 @@ def test_no_epochs_write_the_untrained_latent_rm(command, checkpoint, tmp_path):
     lm = load_file(checkpoint / "model.safetensors")
     assert torch.equal(weights["transformer.wpe.weight"], lm["transformer.wpe.weight"])
     assert json.loads((tmp_path / "out/train_rm.json").read_text())["updates"] == 0
-
-
-def check(result, *words: str) -> None:
-    assert result.code == 2, result.err
-    lines = [line for line in result.err.splitlines() if line and not line.startswith(("INFO", "WARNING"))]
-    assert 1 <= len(lines) <= 4, result.err
-    assert "Traceback" not in result.err
-    for word in words:
-        assert word in " ".join(lines), f"{word!r} not in {lines}"
 
 
 @pytest.mark.parametrize(
