@@ -1,0 +1,15 @@
+"""Small random tables of rollouts for property tests."""
+
+from hypothesis import strategies as st
+
+
+@st.composite
+def rollout_lists(draw, values):
+    """Predictions, -1 for unreadable ones, and a figure of each out of `values` (Q, D), with ties."""
+    questions, drawn = draw(st.integers(1, 4)), draw(st.integers(1, 8))
+
+    def table(elements):
+        row = st.lists(elements, min_size=drawn, max_size=drawn)
+        return draw(st.lists(row, min_size=questions, max_size=questions))
+
+    return table(st.integers(-1, 3)), table(st.sampled_from(values))
