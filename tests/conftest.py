@@ -44,12 +44,15 @@ def ltts(
     """Run `ltts ARGS...` in an empty folder with a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
-    # Hydra composes once to read hydra.mode, which no config here sets, and again to run: a third of a small run
-    monkeypatch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
 
     def run(*arguments: object) -> Result:
         capfd.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
+        texts = [str(argument) for argument in arguments]
+        with monkeypatch.context() as patch:
+            if not any(text.startswith("experiment=") for text in texts):
+                # composing only to read hydra.mode, which experiments alone set, takes a third of a small run
+                patch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
+            code = cli.main(texts)
         logging.shutdown()
         captured = capfd.readouterr()
         return Result(code, captured.out, captured.err)

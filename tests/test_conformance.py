@@ -70,13 +70,19 @@ def test_a_run_is_compared_with_the_figure_known_of_it(ltts, tmp_path):
     assert wrong.code == 1
     assert "DIFFERS" in wrong.out
     assert f"codi on pens/test is at {100 * accuracy:.2f} %, expected is {100 * accuracy + 2:.2f} +- 1.00" in wrong.err
-    assert (wrong.last.parent / "run.json").is_file()
+    assert (wrong.last.parent / "0" / "run.json").is_file()
     assert "Traceback" not in wrong.err
-    unknown = run(accuracy, "-m", "model.name=mine,codi")  # each job of a sweep is judged on its own
+    unknown = run(accuracy, "model.name=mine,codi")  # each job of a sweep is judged on its own
     assert unknown.code == 1
     assert "no figure is known of mine on pens/test" in unknown.err
     assert unknown.out.count("conforms") == 1
     assert unknown.last.is_file()
+
+
+def test_without_more_it_is_a_sweep_over_the_published_models_and_sets(ltts):
+    result = ltts("run", "experiment=conformance", "n=0")
+    assert result.code == 2
+    assert result.err.count("n=0: ") == 6
 
 
 FIGURE = KnownFigure("m", "t", "test", 100, 0.5, 0.02, "somebody")
@@ -108,6 +114,13 @@ def test_the_tolerance_includes_its_ends(value, conforms):
 def test_what_cannot_be_compared_is_not_judged(changes, words):
     with pytest.raises(RunError, match=words):
         judge(table(**changes), [FIGURE])
+
+
+def test_the_embedded_reasoners_figure_is_its_cards():
+    content = yaml.safe_load((CONF / "experiment" / "conformance.yaml").read_text())
+    (own,) = [row for row in content["hydra"]["callbacks"]["conformance"]["known"] if row["model"] == "demo_coconut"]
+    card = (CONF.parent / "src/latent_tts/weights/coconut_arith/README.md").read_text()
+    assert f"| greedy | {100 * own['accuracy']:.1f} [" in card
 
 
 def test_every_known_figure_is_possible_and_says_where_it_is_from():

@@ -24,6 +24,8 @@ class TolerantSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Launch every job that can be composed, report the rest, join what is there.
 
+        A parameter of the config's own sweep (`hydra.sweeper.params`) gives way to an argument of its name.
+
         Raises:
             JobsFailed: not every job ended well.
         """
@@ -31,7 +33,9 @@ class TolerantSweeper(BasicSweeper):
         assert self.launcher is not None
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        given = {argument.lstrip("+~").partition("=")[0] for argument in arguments}
+        own = [param for param in self._parse_config() if param.partition("=")[0] not in given]
+        overrides = parser.parse_overrides([*own, *arguments])
         jobs = self.split_arguments(overrides, None)[0]
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
