@@ -47,7 +47,7 @@ wheel-smoke: .venv/.installed ## build the wheel, install it elsewhere, run it t
 plots: .venv/.installed ## draw every finding's figure from its table
 	$(BIN)/ltts plot
 
-reasoner: .venv/.installed ## retrain the shipped reasoner (about an hour on two cores)
+reasoner: .venv/.installed ## retrain the shipped reasoner (half an hour to an hour on one core)
 	$(BIN)/ltts train-reasoner output=outputs/coconut_arith
 
 latent-rm: .venv/.installed ## annotate and retrain the shipped LatentRM
