@@ -130,10 +130,9 @@ class Sampler(Protocol):
         """Factors (R, S, D) for the output of a site in a forward pass, or None for all ones."""
         del site, layer, draw, forward
 
-    def token(self, logits_RV: Tensor, draw: Draw, step: int) -> Tensor:
-        """Ids (R) of the next answer tokens."""
-        del draw, step
-        return logits_RV.argmax(-1)
+    def token(self, logits_RV: Tensor, draw: Draw, step: int) -> Tensor | None:
+        """Ids (R) of the next answer tokens, or None for those of the highest logits."""
+        del logits_RV, draw, step
 
 
 class ModelAdapter(Protocol):

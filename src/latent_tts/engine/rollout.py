@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from latent_tts.engine.attention import AttentionState, use_shared_prefix_attention
+from latent_tts.engine.head import choose
 from latent_tts.engine.sites import MaskedSites
 from latent_tts.rng import Draw
 from latent_tts.types import Forward, Reasoner, Sampler
@@ -296,11 +298,11 @@ class Thinking:
         alive = torch.ones(rows, dtype=torch.bool, device=device)
         for position in range(plan.max_answer_tokens + 1):
             forward = Forward("answer", plan.latents + position, embeddings_RSD.shape[1])
-            logits = head(self._feed(embeddings_RSD, forward, first_valid_R)).float()
+            logits_RV = head(self._feed(embeddings_RSD, forward, first_valid_R))
             first_valid_R = None
-            token = self.sites.sampler.token(logits, self.draw, plan.latents + position)
-            top = logits.topk(2, dim=-1).values
-            chosen = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+            choice = choose(logits_RV, partial(self._token, plan.latents + position))
+            del logits_RV  # as large as the keys and values of a batch, and of no use in the next pass
+            token = choice.token_R
             ended = token == plan.eos_id
             if position == plan.max_answer_tokens:  # only an eos may still come
                 counts = alive & ended
@@ -309,8 +311,8 @@ class Thinking:
                 going = alive & ~ended
                 ids_RA[here[going], position] = token[going]
                 lengths_R[here[going]] += 1
-            logprob_R[here[counts]] += chosen[counts]
-            margin_R[here[counts]] = torch.minimum(margin_R[here[counts]], (top[:, 0] - top[:, 1])[counts])
+            logprob_R[here[counts]] += choice.logprob_R[counts]
+            margin_R[here[counts]] = torch.minimum(margin_R[here[counts]], choice.margin_R[counts])
             stopped_R[here[alive & ended]] = True
             alive = alive & ~ended
             if not alive.any() or position == plan.max_answer_tokens:
@@ -326,6 +328,10 @@ class Thinking:
             answer_margin_R=margin_R.cpu(),
             stopped_R=stopped_R.cpu(),
         )
+
+    def _token(self, step: int, logits_CV: Tensor, rows: slice) -> Tensor | None:
+        """The sampler's choice in some of the rows."""
+        return self.sites.sampler.token(logits_CV, self.draw.rows(rows), step)
 
     def _leave(self, token: Tensor, here: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Drop finished rows once enough have finished; the rest stays a questions x rollouts grid."""
