@@ -118,8 +118,7 @@ class Oracle:
         row = Row(latents_TD, [], 0.0, float("inf"), False)
         for position in range(plan.max_answer_tokens + 1):
             _, logits_V = self._run()
-            chosen = sampler.token(logits_V[None].float(), draw, plan.latents + position)
-            token = int(logits_V.argmax() if chosen is None else chosen)
+            token = int(sampler.token(logits_V[None], draw, plan.latents + position))
             row.stopped = token == plan.eos_id
             if row.stopped or position < plan.max_answer_tokens:
                 highest, second = logits_V.topk(2).values.tolist()

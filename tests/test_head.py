@@ -1,12 +1,15 @@
-"""Choosing tokens by pieces against the plain way, over all logits at once."""
+"""Choosing tokens piece by piece against the plain way, over all logits at once."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from latent_tts.engine import head
 from latent_tts.engine.head import BLOCK, choose
+
+D = 3
 
 
 def plain(logits_RV, token_R=None):
@@ -24,40 +27,60 @@ def assert_equal(choice, expected):
     torch.testing.assert_close(choice.logprob_R, logprob_R, rtol=1e-5, atol=1e-5)
 
 
-@settings(derandomize=True, deadline=None, max_examples=60)
+@torch.inference_mode()
+def in_pieces(values, *args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(head.VALUES_AT_ONCE, "cpu", values)
+        return choose(*args)
+
+
+def whole_numbers(lm_head, rows, levels, seed):
+    """Weights and hidden states whose logits are exact in every precision, and often equal."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lm_head.parameters():
+        parameter.data = torch.randint(-levels, levels + 1, parameter.shape, generator=generator).to(parameter.dtype)
+    return torch.randint(-levels, levels + 1, (rows, D), generator=generator).to(lm_head.weight.dtype)
+
+
+@settings(derandomize=True, deadline=None, max_examples=80)
 @given(
     rows=st.integers(1, 9),
-    vocabulary=st.one_of(st.integers(2, 200), st.sampled_from([BLOCK, 2 * BLOCK, 2 * BLOCK + 1])),
+    vocabulary=st.one_of(st.integers(2, 300), st.sampled_from([BLOCK, 2 * BLOCK, 2 * BLOCK + 1])),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
-    levels=st.sampled_from([2, 5, 1000]),
+    bias=st.booleans(),
+    levels=st.sampled_from([1, 2, 5]),
+    values=st.sampled_from([1, 600, 10**6]),
     seed=st.integers(0, 99),
 )
-def test_the_choice_is_that_of_all_logits_at_once(rows, vocabulary, dtype, levels, seed):
-    generator = torch.Generator().manual_seed(seed)
-    logits_RV = torch.randint(levels, (rows, vocabulary), generator=generator).to(dtype) * (20 / levels)
-    before = logits_RV.clone()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(head.VALUES_AT_ONCE, "cpu", 3 * vocabulary)
-        assert_equal(choose(logits_RV, lambda logits_CV, part: None), plain(logits_RV))
-    assert torch.equal(logits_RV, before)
+def test_the_highest_logits_are_those_of_all_at_once(rows, vocabulary, dtype, bias, levels, values, seed):
+    lm_head = nn.Linear(D, vocabulary, bias=bias, dtype=dtype).requires_grad_(False)
+    hidden_RD = whole_numbers(lm_head, rows, levels, seed)
+    assert_equal(in_pieces(values, lm_head, hidden_RD), plain(lm_head(hidden_RD)))
+
+
+def test_a_head_of_another_kind_is_called_as_a_whole():
+    lm_head = nn.Sequential(nn.Linear(D, 70), nn.Tanh()).requires_grad_(False)
+    hidden_RD = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
+    assert_equal(in_pieces(150, lm_head, hidden_RD), plain(lm_head(hidden_RD)))
 
 
 def test_a_token_of_the_sampler_is_reported_with_its_own_probability():
-    logits_RV = torch.randn(7, 130, generator=torch.Generator().manual_seed(0))
-    wanted_R = torch.tensor([0, 129, 64, 63, 1, 128, 5])
+    lm_head = nn.Linear(D, 130).requires_grad_(False)
+    hidden_RD = whole_numbers(lm_head, 7, 3, 0)
+    logits_RV, wanted_R = lm_head(hidden_RD), torch.tensor([0, 129, 64, 63, 1, 128, 5])
     seen = []
 
-    def token(logits_CV, part):
-        seen.append((part.start, part.stop))
-        assert torch.equal(logits_CV, logits_RV[part])
-        return wanted_R[part]
+    def token(logits_CV, rows):
+        seen.append((rows.start, rows.stop))
+        assert torch.equal(logits_CV, logits_RV[rows])
+        return wanted_R[rows]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(head.VALUES_AT_ONCE, "cpu", 2 * 130)
-        assert_equal(choose(logits_RV, token), plain(logits_RV, wanted_R))
+    assert_equal(in_pieces(2 * 130, lm_head, hidden_RD, token), plain(logits_RV, wanted_R))
     assert seen == [(0, 2), (2, 4), (4, 6), (6, 7)]
 
 
 def test_logits_far_from_zero_keep_their_probabilities():
-    logits_RV = torch.tensor([[1e4, 1e4 - 1, -1e4], [-1e4, -1e4 - 3, -2e4]])
-    assert_equal(choose(logits_RV, lambda logits_CV, part: None), plain(logits_RV))
+    lm_head = nn.Linear(1, 200, bias=False).requires_grad_(False)
+    lm_head.weight[:, 0] = torch.arange(200.0).roll(77) * 100
+    hidden_RD = torch.tensor([[1.0], [-1.0], [0.0], [0.001]])
+    assert_equal(in_pieces(64 * 4, lm_head, hidden_RD), plain(lm_head(hidden_RD)))

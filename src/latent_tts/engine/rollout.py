@@ -231,7 +231,7 @@ class Thinking:
         if self.thinking_R is not None:
             head = self.lm.get_output_embeddings()
             assert head is not None
-            self.thinking_R = self.thinking_R & (head(self._hidden_RD).argmax(-1) != self.plan.stop_id)
+            self.thinking_R = self.thinking_R & (choose(head, self._hidden_RD).token_R != self.plan.stop_id)
             self.steps_R = self.steps_R + self.thinking_R
             latent_RD = latent_RD * self.thinking_R[:, None]
         self.latents_RTD[:, step] = latent_RD
@@ -273,7 +273,8 @@ class Thinking:
 
     def answer(self) -> Rollouts:
         """Decode the answers; rows that finish leave the batch. Afterwards `fork` works, and nothing else."""
-        plan, device, head = self.plan, self.engine.device, self.lm.get_output_embeddings()
+        plan, device, sampler = self.plan, self.engine.device, self.sites.sampler
+        head = self.lm.get_output_embeddings()
         assert head is not None
         rows = self.latents_RTD.shape[0]
         kept = self.state, self.draw
@@ -292,10 +293,10 @@ class Thinking:
         alive = torch.ones(rows, dtype=torch.bool, device=device)
         for position in range(plan.max_answer_tokens + 1):
             forward = Forward("answer", plan.latents + position, embeddings_RSD.shape[1])
-            logits_RV = head(self._feed(embeddings_RSD, forward, first_valid_R))
+            hidden_RD = self._feed(embeddings_RSD, forward, first_valid_R)
             first_valid_R = None
-            choice = choose(logits_RV, partial(self._token, plan.latents + position))
-            del logits_RV  # as large as the keys and values of a batch, and of no use in the next pass
+            step = plan.latents + position
+            choice = choose(head, hidden_RD, partial(self._token, step) if sampler.chooses_tokens else None)
             token = choice.token_R
             ended = token == plan.eos_id
             if position == plan.max_answer_tokens:  # only an eos may still come
@@ -323,7 +324,7 @@ class Thinking:
             stopped_R=stopped_R.cpu(),
         )
 
-    def _token(self, step: int, logits_CV: Tensor, rows: slice) -> Tensor | None:
+    def _token(self, step: int, logits_CV: Tensor, rows: slice) -> Tensor:
         """The sampler's choice in some of the rows."""
         return self.sites.sampler.token(logits_CV, self.draw.rows(rows), step)
 
