@@ -19,7 +19,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from baseline import clock
-from latent_tts.engine.attention import AttentionState, use_shared_prefix_attention
+from latent_tts.engine.attention import AttentionState
+from latent_tts.engine.backbone import prepare
 from latent_tts.rng import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.types import Forward, Site
@@ -43,7 +44,7 @@ def latent_step(dtype: torch.dtype, rows: int) -> Callable[[], object]:
     """A call that runs one clean latent step."""
     lm = GPT2LMHeadModel(GPT2Config(dtype=dtype)).eval()
     lm.to(dtype=dtype)  # type: ignore[call-arg]
-    use_shared_prefix_attention(lm)
+    prepare(lm)
     questions = max(1, rows // 64)
     state = AttentionState(torch.full((questions,), PROMPT), rows // questions, capacity=8)
     hidden = torch.randn(questions, PROMPT, WIDTH, dtype=dtype)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tiny
+from latent_tts.engine import head, rollout
 from latent_tts.engine.rollout import Engine
 from latent_tts.sampler.control import Control
 from latent_tts.sampler.dropout import Dropout
@@ -274,12 +275,27 @@ def test_a_prompt_runs_once_a_question_unless_it_is_random(sampler, before_think
 
 
 @families
-def test_the_head_runs_only_where_an_answer_token_is_chosen(family):
-    reasoner, calls = tiny.reasoner(family), []
-    head = reasoner.lm.get_output_embeddings()
-    head.register_forward_hook(lambda _module, args, _out: calls.append(tuple(args[0].shape)))
-    roll(Engine(reasoner, tiny.plan(6, answer=2)), tiny.prompts([7, 3]), range(5), MASKS)
+def test_the_head_runs_only_where_an_answer_token_is_chosen(family, monkeypatch):
+    calls, choose = [], rollout.choose
+    monkeypatch.setattr(rollout, "choose", lambda *args: calls.append(tuple(args[1].shape)) or choose(*args))
+    roll(Engine(tiny.reasoner(family), tiny.plan(6, answer=2)), tiny.prompts([7, 3]), range(5), MASKS)
     assert calls == [(10, tiny.WIDTH)] * 3  # two tokens and the eos that might follow
+
+
+class LastTokens(Gaussian):
+    """Chooses the lowest logit of even rollouts and the highest of odd ones."""
+
+    chooses_tokens = True
+
+    def token(self, logits_RV, draw, step):
+        return torch.where(draw.rollouts_R % 2 == 0, logits_RV.argmin(-1), logits_RV.argmax(-1))
+
+
+@two_families
+def test_the_engine_equals_the_oracle_where_the_sampler_chooses_tokens(family, monkeypatch):
+    monkeypatch.setitem(head.VALUES_AT_ONCE, "cpu", 3 * tiny.VOCABULARY)
+    plan = tiny.plan(2, eos_id=tiny.EOS_IDS[family], answer=4)
+    check_against_oracle(family, LastTokens(0.5, False), [5, 2], 4, plan)
 
 
 def test_no_hook_stays_on_the_model():

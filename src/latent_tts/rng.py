@@ -49,7 +49,7 @@ class Draw:
         keys = torch.tensor([key_of(seed, question_id) for question_id in question_ids], device=rollouts_QN.device)
         return cls(keys.repeat_interleave(rollouts_QN.shape[1], 0), rollouts_QN.flatten(), width, blocks)
 
-    def rows(self, index_R: Tensor) -> Draw:
+    def rows(self, index_R: Tensor | slice) -> Draw:
         """The draws of some rows."""
         return Draw(self.keys_R2[index_R], self.rollouts_R[index_R], self.width, self.blocks)
 

@@ -121,6 +121,11 @@ class Sampler(Protocol):
         """Whether it reads the latents of another question."""
         return False
 
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether `token` is asked for answer tokens; otherwise they are those of the highest logits."""
+        return False
+
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
         """The latent (R, D) fed back in place of `h_RD`, the model's own; `step` counts from 0."""
         del draw, step
@@ -131,7 +136,7 @@ class Sampler(Protocol):
         del site, layer, draw, forward
 
     def token(self, logits_RV: Tensor, draw: Draw, step: int) -> Tensor:
-        """Ids (R) of the next answer tokens."""
+        """Ids (R) of the next answer tokens; asked only where `chooses_tokens`."""
         del draw, step
         return logits_RV.argmax(-1)
 

@@ -14,8 +14,8 @@ from latent_tts import config, store
 from latent_tts.commands.prepared import Prepared
 from latent_tts.types import Scorer
 
-ENGINE_SEMANTICS = 1  # part of every cache key: raised when the same settings give other rollouts
-SCORING_SEMANTICS = 1  # the same for step scores
+ENGINE_SEMANTICS = 2  # part of every cache key: raised when the same settings give other rollouts
+SCORING_SEMANTICS = 2  # the same for step scores
 
 
 def cache_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from latent_tts.engine.attention import AttentionState, use_shared_prefix_attention
+from latent_tts.engine import backbone
+from latent_tts.engine.attention import AttentionState
+from latent_tts.engine.head import choose
 from latent_tts.engine.sites import MaskedSites
 from latent_tts.rng import Draw
 from latent_tts.types import Forward, Reasoner, Sampler
@@ -68,7 +71,7 @@ class Engine:
     def __init__(self, reasoner: Reasoner, plan: Plan) -> None:
         self.reasoner, self.plan = reasoner, plan
         self.lm = reasoner.lm
-        use_shared_prefix_attention(self.lm)
+        backbone.prepare(self.lm)
         self.width = int(self.lm.config.get_text_config().hidden_size)
         self.blocks = int(self.lm.config.get_text_config().num_hidden_layers)
 
@@ -169,7 +172,7 @@ class Thinking:
         own_last = plan.latents > 0 and (own_prompt or "thoughts" in phases)
         copies = rollouts if own_prompt else 1
         shared = [prompt[:-1] if own_last else prompt for prompt in prompts for _ in range(copies)]
-        lengths = torch.tensor([len(ids) for ids in shared], device=device)
+        ids_QL, lengths = backbone.padded(shared, device)
         capacity = plan.latents + own_last + len(plan.thinking_end_ids) + plan.max_answer_tokens
         state = AttentionState(lengths, rollouts // copies, capacity)
         thinking_R = None
@@ -179,7 +182,7 @@ class Thinking:
         latents_RTD = torch.zeros(rows, plan.latents, engine.width, dtype=engine.lm.dtype, device=device)
         steps_R = torch.full((rows,), 0 if thinking_R is not None else plan.latents, device=device)
         self = cls(engine, sites, state, draw, latents_RTD, steps_R, 0, thinking_R, own_last)
-        last_QD = self._prefill(shared, lengths)
+        last_QD = self._prefill(ids_QL, lengths)
         if own_last:
             ids = torch.tensor([prompt[-1] for prompt in prompts], device=device)
             self._pending_R1D = self.embed(ids.repeat_interleave(rollouts))[:, None]
@@ -228,7 +231,7 @@ class Thinking:
         if self.thinking_R is not None:
             head = self.lm.get_output_embeddings()
             assert head is not None
-            self.thinking_R = self.thinking_R & (head(self._hidden_RD).argmax(-1) != self.plan.stop_id)
+            self.thinking_R = self.thinking_R & (choose(head, self._hidden_RD).token_R != self.plan.stop_id)
             self.steps_R = self.steps_R + self.thinking_R
             latent_RD = latent_RD * self.thinking_R[:, None]
         self.latents_RTD[:, step] = latent_RD
@@ -236,18 +239,15 @@ class Thinking:
         self.step += 1
         return self.latents_RTD[:, step]
 
-    def _prefill(self, prompts: list[list[int]], lengths: Tensor) -> Tensor:
-        """Run the prompts, padded on the right; returns the hidden state (rows, D) of each one's last token."""
-        longest = int(lengths.max())
+    def _prefill(self, ids_QL: Tensor, lengths: Tensor) -> Tensor:
+        """Run padded prompts; returns the hidden state (rows, D) of each one's last token."""
+        rows, longest = ids_QL.shape
         if longest == 0:  # prompts of one token that belongs to the rollouts: every layer's prefix is empty
-            return self._empty_prefix(len(prompts))
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-        positions = torch.arange(longest, device=lengths.device)[None].expand(len(prompts), -1)
+            return self._empty_prefix(rows)
+        positions = torch.arange(longest, device=lengths.device)[None].expand(rows, -1)
         self.sites.about_to_run(self.draw, Forward("prompt", 0, longest))
-        hidden = self._backbone(self.embed(ids.to(lengths.device)), positions)
-        return hidden[torch.arange(len(prompts), device=lengths.device), (lengths - 1).clamp(min=0)]
+        hidden = backbone.run(self.lm.base_model, self.embed(ids_QL), positions, self.state)
+        return hidden[torch.arange(rows, device=lengths.device), (lengths - 1).clamp(min=0)]
 
     def _empty_prefix(self, rows: int) -> Tensor:
         config = self.lm.config.get_text_config()
@@ -258,11 +258,6 @@ class Thinking:
             self.state.prefix.append((weight.new_empty(rows, heads, 0, width), weight.new_empty(rows, heads, 0, width)))
         return weight.new_empty(rows, config.hidden_size)
 
-    def _backbone(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        return self.lm.base_model(
-            inputs_embeds=embeddings, position_ids=positions, use_cache=False, state=self.state
-        ).last_hidden_state
-
     def _feed(self, embeddings_RSD: Tensor, forward: Forward, first_valid_R: Tensor | None = None) -> Tensor:
         """Append tokens to every suffix; returns the last one's hidden state (R, D).
 
@@ -271,13 +266,15 @@ class Thinking:
         if first_valid_R is not None and self.state.valid_RS is not None:
             self.state.valid_RS[:, self.state.used] = first_valid_R
         self.sites.about_to_run(self.draw, forward)
-        hidden = self._backbone(embeddings_RSD, self.state.positions(forward.tokens))
+        positions = self.state.positions(forward.tokens)
+        hidden = backbone.run(self.lm.base_model, embeddings_RSD, positions, self.state)
         self.state.used += forward.tokens
         return hidden[:, -1]
 
     def answer(self) -> Rollouts:
         """Decode the answers; rows that finish leave the batch. Afterwards `fork` works, and nothing else."""
-        plan, device, head = self.plan, self.engine.device, self.lm.get_output_embeddings()
+        plan, device, sampler = self.plan, self.engine.device, self.sites.sampler
+        head = self.lm.get_output_embeddings()
         assert head is not None
         rows = self.latents_RTD.shape[0]
         kept = self.state, self.draw
@@ -296,11 +293,11 @@ class Thinking:
         alive = torch.ones(rows, dtype=torch.bool, device=device)
         for position in range(plan.max_answer_tokens + 1):
             forward = Forward("answer", plan.latents + position, embeddings_RSD.shape[1])
-            logits = head(self._feed(embeddings_RSD, forward, first_valid_R)).float()
+            hidden_RD = self._feed(embeddings_RSD, forward, first_valid_R)
             first_valid_R = None
-            token = self.sites.sampler.token(logits, self.draw, plan.latents + position)
-            top = logits.topk(2, dim=-1).values
-            chosen = logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+            step = plan.latents + position
+            choice = choose(head, hidden_RD, partial(self._token, step) if sampler.chooses_tokens else None)
+            token = choice.token_R
             ended = token == plan.eos_id
             if position == plan.max_answer_tokens:  # only an eos may still come
                 counts = alive & ended
@@ -309,8 +306,8 @@ class Thinking:
                 going = alive & ~ended
                 ids_RA[here[going], position] = token[going]
                 lengths_R[here[going]] += 1
-            logprob_R[here[counts]] += chosen[counts]
-            margin_R[here[counts]] = torch.minimum(margin_R[here[counts]], (top[:, 0] - top[:, 1])[counts])
+            logprob_R[here[counts]] += choice.logprob_R[counts]
+            margin_R[here[counts]] = torch.minimum(margin_R[here[counts]], choice.margin_R[counts])
             stopped_R[here[alive & ended]] = True
             alive = alive & ~ended
             if not alive.any() or position == plan.max_answer_tokens:
@@ -326,6 +323,10 @@ class Thinking:
             answer_margin_R=margin_R.cpu(),
             stopped_R=stopped_R.cpu(),
         )
+
+    def _token(self, step: int, logits_CV: Tensor, rows: slice) -> Tensor:
+        """The sampler's choice in some of the rows."""
+        return self.sites.sampler.token(logits_CV, self.draw.rows(rows), step)
 
     def _leave(self, token: Tensor, here: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Drop finished rows once enough have finished; the rest stays a questions x rollouts grid."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latent_tts.engine.attention import AttentionState, use_shared_prefix_attention
+from latent_tts.engine.attention import AttentionState
+from latent_tts.engine.backbone import padded, prepare, run
 from latent_tts.types import RewardModel
 
 
@@ -18,7 +19,7 @@ class LatentScorer:
 
     def __init__(self, model: RewardModel) -> None:
         self.model, self.backbone = model, model.backbone
-        use_shared_prefix_attention(self.backbone)
+        prepare(self.backbone)
 
     @property
     def device(self) -> torch.device:
@@ -37,17 +38,13 @@ class LatentScorer:
             capacity: most latents a row will have.
             shifts_Q: what is added to the position ids of each question's tokens and latents; None adds nothing.
         """
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        ids_QL, lengths = padded(prompts, self.device)
         state = AttentionState(lengths, rollouts, capacity)
-        longest = int(lengths.max())
-        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-        positions = torch.arange(longest, device=self.device)[None].expand(len(prompts), -1)
+        positions = torch.arange(ids_QL.shape[1], device=self.device)[None].expand(len(prompts), -1)
         if shifts_Q is not None:
             last = shifts_Q[:, None] + lengths[:, None] - 1
             positions = torch.minimum(positions + shifts_Q[:, None], last)  # padding stays where there are positions
-        self._hidden(self.backbone.get_input_embeddings()(ids.to(self.device)), positions, state)
+        run(self.backbone, self.backbone.get_input_embeddings()(ids_QL), positions, state)
         state.reads_prefix = True
         return state
 
@@ -67,7 +64,7 @@ class LatentScorer:
         positions = state.positions(steps)
         if shifts_Q is not None:
             positions = positions + shifts_Q.repeat_interleave(state.rollouts)[:, None]
-        hidden_RSD = self._hidden(latents_RSD.to(self.device, self.backbone.dtype), positions, state)
+        hidden_RSD = run(self.backbone, latents_RSD.to(self.device, self.backbone.dtype), positions, state)
         state.used += steps
         return self.model.classifier(hidden_RSD)
 
@@ -97,11 +94,6 @@ class LatentScorer:
             return scores_RT
         beyond_RT = torch.arange(steps, device=scores_RT.device) >= steps_R.to(scores_RT.device)[:, None]
         return scores_RT.masked_fill(beyond_RT, float("nan"))
-
-    def _hidden(self, embeddings: Tensor, positions: Tensor, state: AttentionState) -> Tensor:
-        return self.backbone(
-            inputs_embeds=embeddings, position_ids=positions, use_cache=False, state=state
-        ).last_hidden_state
 
 
 def official_shifts(text_tokens_QN: list[list[int]]) -> list[list[int]]:
