@@ -1,0 +1,115 @@
+"""CODI's objective: the student's thoughts have to bring it to where the teacher's written steps bring the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latent_tts import checkpoint as files
+from latent_tts.adapter import CheckpointAdapter
+from latent_tts.model.codi import PROJECTOR, new_projector
+from latent_tts.training.batch import Sequences
+from latent_tts.training.coconut import Batch, CoconutObjective, encode_batch, step_results_loss, written_loss
+from latent_tts.training.curriculum import Stage, written_before_answer
+from latent_tts.training.initial import add_tensors, has_tensors
+from latent_tts.types import Question
+
+if TYPE_CHECKING:
+    from latent_tts.recipe.codi import Codi
+
+
+def add_projector(folder: Path, hidden: int | None, seed: int) -> None:
+    """Put a random projector into a checkpoint that has none.
+
+    Args:
+        folder: the checkpoint, changed in place.
+        hidden: width inside the projector; None: the backbone's.
+        seed: of its weights.
+    """
+    if has_tensors(folder, PROJECTOR):
+        return
+    config = files.read_config(folder)
+    width = int(config.get("n_embd") or config["hidden_size"])
+    torch.manual_seed(seed)
+    projector = new_projector(width, hidden or width)
+    add_tensors(folder, PROJECTOR, projector, projector=True, projector_hidden_size=hidden or width)
+
+
+def alignment(student: list[Tensor], teacher: list[Tensor], loss: str) -> Tensor:
+    """Mean over layers of the distance between hidden states (Q, D), in units of the teacher's spread.
+
+    The teacher's are constants.
+
+    Args:
+        student: a layer's hidden states at the token before the answer, for each layer.
+        teacher: the same, after written steps.
+        loss: `smooth_l1` or `l1`.
+    """
+    distance = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss}[loss]
+    pairs = [(ours.float(), theirs.detach().float()) for ours, theirs in zip(student, teacher, strict=True)]
+    return torch.stack([distance(ours, theirs) / theirs.std() for ours, theirs in pairs]).mean()
+
+
+class CodiObjective(CoconutObjective):
+    """Student, teacher and their distance.
+
+    Attributes:
+        own: the projector.
+    """
+
+    def __init__(self, adapter: CheckpointAdapter, recipe: Codi) -> None:
+        super().__init__(adapter, recipe.step_loss)
+        self.recipe = recipe
+        tensors = files.load_tensors(adapter.folder, PROJECTOR)
+        projector = new_projector(adapter.width, tensors["1.bias"].shape[0], recipe.projector_dropout)
+        projector.load_state_dict(tensors)
+        self.own = nn.ModuleDict({PROJECTOR.removesuffix("."): projector.float().train()})
+        self.next_latent = projector
+
+    def loss(self, questions: list[Question], stage: Stage) -> Tensor:
+        """In the first stage the teacher's cross-entropy; then both's and the distance, each by its weight.
+
+        Teacher and student share the pass over the prompt.
+        """
+        if not stage.latents:
+            return super().loss(questions, stage)
+        recipe, embed = self.recipe, self.lm.get_input_embeddings()
+        written_stage = Stage(0, 0, 0)
+        student = encode_batch(self.adapter, questions, stage)
+        teacher = encode_batch(self.adapter, questions, written_stage)
+        rows = Sequences(self.lm)
+        hidden = rows.feed(embed(student.prompt_QL), student.prompt_mask_QL)[:, -1:]
+        layers = rows.fork().feed_and_see(embed(teacher.written_QA[:, :-1]), teacher.written_mask_QA[:, :-1])
+        teacher_loss = self._written_loss(layers[-1], teacher)
+        before = self._before_answer(layers, questions, written_stage)
+        thoughts = [hidden]
+        for _ in range(stage.latents - 1):
+            thoughts.append(rows.feed(self.next_latent(thoughts[-1])))
+        embeddings = torch.cat([self.next_latent(thoughts[-1]), embed(student.written_QA[:, :-1])], dim=1)
+        mask = F.pad(student.written_mask_QA[:, :-1], (1, 0), value=1)
+        layers = [layer[:, 1:] for layer in rows.feed_and_see(embeddings, mask)]
+        loss = self._written_loss(layers[-1], student) + recipe.teacher_weight * teacher_loss
+        if recipe.distill_weight:
+            distance = alignment(self._before_answer(layers, questions, stage), before, recipe.distill_loss)
+            loss = loss + recipe.distill_weight * distance
+        if recipe.step_loss:
+            head = self.lm.get_output_embeddings()
+            assert head is not None
+            loss = loss + recipe.step_loss * step_results_loss(head(torch.cat(thoughts, dim=1)), student)
+        return loss
+
+    def _written_loss(self, hidden_QAD: Tensor, batch: Batch) -> Tensor:
+        """The loss, from the hidden states of all written tokens but the last."""
+        head = self.lm.get_output_embeddings()
+        assert head is not None
+        return written_loss(head(hidden_QAD[:, batch.forced - 1 :]), batch)
+
+    def _before_answer(self, layers, questions: list[Question], stage: Stage) -> list[Tensor]:
+        """Each layer's hidden states (Q, D) at the token before the answer, from those of the written tokens."""
+        encode, end = self.adapter.tokenizer.encode, len(self.adapter.thinking_end_ids)
+        place_Q = torch.tensor([end + len(encode(written_before_answer(q.steps, stage)).ids) - 1 for q in questions])
+        return [layer[torch.arange(len(questions)), place_Q] for layer in layers]
