@@ -32,6 +32,8 @@ def main(cfg: DictConfig) -> None:
     config.require("task.split", task.split, task.split == "train", "train: the other splits are to report on")
     output = Path(cfg.output).expanduser()
     initial = output / INITIAL
+    if OmegaConf.is_missing(cfg, "recipe"):
+        raise bad_value("recipe", "???", f"model={cfg.model.name} names no recipe; give one, as in recipe=coconut")
     recipe = config.build("recipe", cfg.recipe)
     adapter = config.build("model", OmegaConf.merge(cfg.model, {"checkpoint": str(initial)}))
     if recipe.family != adapter.family:

@@ -13,8 +13,8 @@ from latent_tts.errors import bad_value
 from latent_tts.training.curriculum import Recipe, Stage, check_dropout, check_updates, check_weight
 
 if TYPE_CHECKING:
-    from latent_tts.training.coconut import CoconutObjective
     from latent_tts.adapter import CheckpointAdapter
+    from latent_tts.training.coconut import CoconutObjective
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class Codi(Recipe):
 
     def objective(self, adapter: CheckpointAdapter) -> CodiObjective:
         """The model in training and its loss (imports torch)."""
-        from latent_tts.training.codi import CodiObjective
+        from latent_tts.training.codi import CodiObjective, Weights
 
-        return CodiObjective(adapter, self)
+        weights = Weights(self.teacher_weight, self.distill_weight, self.step_loss, self.distill_loss)
+        return CodiObjective(adapter, weights, self.projector_dropout)

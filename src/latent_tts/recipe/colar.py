@@ -10,24 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.training.curriculum import Recipe, Stage, check_dropout, check_updates, check_weight
+from latent_tts.training.curriculum import Recipe, SpeedStage, Stage, check_dropout, check_updates, check_weight
 
 if TYPE_CHECKING:
     from latent_tts.adapter import CheckpointAdapter
     from latent_tts.training.colar import ColarObjective
 
 PROMPT_WORDS = ("Question", ":", "Let", "'", "s", "think", "step", "by", "(", "Thinking", "speed", ")", "Answer")
-
-
-@dataclass(frozen=True)
-class SpeedStage(Stage):
-    """A stage in which a latent stands for a number of tokens.
-
-    Attributes:
-        speed: c, tokens of the written steps that are compressed into one latent.
-    """
-
-    speed: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,7 @@ class Colar(Recipe):
         from latent_tts.training.colar import ColarObjective
 
         assert isinstance(adapter, ColarAdapter)
-        return ColarObjective(adapter, self)
+        return ColarObjective(adapter, self.latent_weight, self.latent_noise)
 
     def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
         """The thinking speed."""

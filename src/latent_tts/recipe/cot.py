@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from latent_tts.training.curriculum import Recipe, Stage, check_updates
 
 if TYPE_CHECKING:
-    from latent_tts.training.coconut import CoconutObjective
     from latent_tts.adapter import CheckpointAdapter
+    from latent_tts.training.coconut import CoconutObjective
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ class Sequences:
         other = Sequences(self.lm)
         other.mask = self.mask
         for layer, (keys, values) in enumerate((part.keys, part.values) for part in self.cache.layers):
-            assert keys is not None and values is not None
+            assert keys is not None
+            assert values is not None
             other.cache.update(keys, values, layer)
         return other

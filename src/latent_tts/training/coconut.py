@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from latent_tts.adapter import CheckpointAdapter
 from latent_tts.training.batch import Sequences, padded
 from latent_tts.training.curriculum import Stage, step_results, written_text
 from latent_tts.training.initial import trainable_lm
-from latent_tts.adapter import CheckpointAdapter
 from latent_tts.types import Question
 
 

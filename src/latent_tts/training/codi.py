@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,20 @@ from latent_tts.training.curriculum import Stage, written_before_answer
 from latent_tts.training.initial import add_tensors, has_tensors
 from latent_tts.types import Question
 
-if TYPE_CHECKING:
-    from latent_tts.recipe.codi import Codi
+
+@dataclass(frozen=True)
+class Weights:
+    """What counts how much beside the student's cross-entropy, as in the recipe.
+
+    Attributes:
+        teacher, distill, step: weights of the teacher's cross-entropy, of the distance, of the latents' step results.
+        distill_loss: `smooth_l1` or `l1`.
+    """
+
+    teacher: float
+    distill: float
+    step: float
+    distill_loss: str
 
 
 def add_projector(folder: Path, hidden: int | None, seed: int) -> None:
@@ -59,13 +71,14 @@ class CodiObjective(CoconutObjective):
 
     Attributes:
         own: the projector.
+        weights: of the parts of the loss.
     """
 
-    def __init__(self, adapter: CheckpointAdapter, recipe: Codi) -> None:
-        super().__init__(adapter, recipe.step_loss)
-        self.recipe = recipe
+    def __init__(self, adapter: CheckpointAdapter, weights: Weights, projector_dropout: float) -> None:
+        super().__init__(adapter, weights.step)
+        self.weights = weights
         tensors = files.load_tensors(adapter.folder, PROJECTOR)
-        projector = new_projector(adapter.width, tensors["1.bias"].shape[0], recipe.projector_dropout)
+        projector = new_projector(adapter.width, tensors["1.bias"].shape[0], projector_dropout)
         projector.load_state_dict(tensors)
         self.own = nn.ModuleDict({PROJECTOR.removesuffix("."): projector.float().train()})
         self.next_latent = projector
@@ -77,7 +90,7 @@ class CodiObjective(CoconutObjective):
         """
         if not stage.latents:
             return super().loss(questions, stage)
-        recipe, embed = self.recipe, self.lm.get_input_embeddings()
+        weights, embed = self.weights, self.lm.get_input_embeddings()
         written_stage = Stage(0, 0, 0)
         student = encode_batch(self.adapter, questions, stage)
         teacher = encode_batch(self.adapter, questions, written_stage)
@@ -92,14 +105,14 @@ class CodiObjective(CoconutObjective):
         embeddings = torch.cat([self.next_latent(thoughts[-1]), embed(student.written_QA[:, :-1])], dim=1)
         mask = F.pad(student.written_mask_QA[:, :-1], (1, 0), value=1)
         layers = [layer[:, 1:] for layer in rows.feed_and_see(embeddings, mask)]
-        loss = self._written_loss(layers[-1], student) + recipe.teacher_weight * teacher_loss
-        if recipe.distill_weight:
-            distance = alignment(self._before_answer(layers, questions, stage), before, recipe.distill_loss)
-            loss = loss + recipe.distill_weight * distance
-        if recipe.step_loss:
+        loss = self._written_loss(layers[-1], student) + weights.teacher * teacher_loss
+        if weights.distill:
+            distance = alignment(self._before_answer(layers, questions, stage), before, weights.distill_loss)
+            loss = loss + weights.distill * distance
+        if weights.step:
             head = self.lm.get_output_embeddings()
             assert head is not None
-            loss = loss + recipe.step_loss * step_results_loss(head(torch.cat(thoughts, dim=1)), student)
+            loss = loss + weights.step * step_results_loss(head(torch.cat(thoughts, dim=1)), student)
         return loss
 
     def _written_loss(self, hidden_QAD: Tensor, batch: Batch) -> Tensor:

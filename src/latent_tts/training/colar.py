@@ -1,10 +1,9 @@
-"""CoLaR's objective: from each latent, which is a compressed stretch of the written steps, the next one is predicted."""
+"""CoLaR's objective: each latent is a compressed stretch of the written steps; from each, the next is predicted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,9 @@ from latent_tts.model.colar import HEAD, Colar, new_head
 from latent_tts.rng import Draw
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.training.batch import Sequences, padded
-from latent_tts.training.curriculum import Stage
+from latent_tts.training.curriculum import SpeedStage
 from latent_tts.training.initial import add_tensors, has_tensors, trainable_lm
 from latent_tts.types import Question, Reasoner
-
-if TYPE_CHECKING:
-    from latent_tts.recipe.colar import Colar as ColarRecipe
-    from latent_tts.recipe.colar import SpeedStage
 
 
 def add_head(folder: Path, hidden: int | None, seed: int) -> None:
@@ -106,10 +101,11 @@ class ColarObjective:
     Attributes:
         lm: the causal LM in training.
         own: the latent head.
+        latent_weight, latent_noise: as in the recipe.
     """
 
-    def __init__(self, adapter: Colar, recipe: ColarRecipe) -> None:
-        self.adapter, self.recipe = adapter, recipe
+    def __init__(self, adapter: Colar, latent_weight: float, latent_noise: float) -> None:
+        self.adapter, self.latent_weight, self.latent_noise = adapter, latent_weight, latent_noise
         self.lm = trainable_lm(adapter.folder)
         tensors = files.load_tensors(adapter.folder, HEAD)
         self.head = new_head(adapter.width, tensors["fc.0.bias"].shape[0])
@@ -126,8 +122,8 @@ class ColarObjective:
         prompt_QL, prompt_mask_QL = padded([adapter.encode(q) for q in questions], adapter.eos_id, left=True)
         gold_QSD = compressed(embed(slots.bag_QSC), slots.bag_mask_QSC)
         fed_QSD = gold_QSD
-        if self.recipe.latent_noise:
-            noise_QSD = torch.randn_like(gold_QSD) * (self.recipe.latent_noise * std)
+        if self.latent_noise:
+            noise_QSD = torch.randn_like(gold_QSD) * (self.latent_noise * std)
             fed_QSD = gold_QSD + noise_QSD * slots.latent_QS[..., None]
         rows = Sequences(self.lm)
         embeddings = torch.cat([embed(prompt_QL), fed_QSD[:, :-1]], dim=1)
@@ -136,10 +132,10 @@ class ColarObjective:
         head = self.lm.get_output_embeddings()
         assert head is not None
         loss = bag_cross_entropy(head(hidden_QSD), slots)
-        if self.recipe.latent_weight:
+        if self.latent_weight:
             predicted = self.head["mean"](self.head["fc"](hidden_QSD[slots.latent_QS]))
             gold = gold_QSD[slots.latent_QS].detach() / std
-            loss = loss + self.recipe.latent_weight * F.mse_loss(predicted.float(), gold.float())
+            loss = loss + self.latent_weight * F.mse_loss(predicted.float(), gold.float())
         return loss
 
     def _adapter(self, stage: SpeedStage) -> Colar:

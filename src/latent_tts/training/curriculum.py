@@ -11,8 +11,8 @@ from latent_tts.errors import bad_value, is_number, is_whole
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from latent_tts.training.loop import Objective
     from latent_tts.adapter import CheckpointAdapter
+    from latent_tts.training.loop import Objective
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,17 @@ class Stage:
     latents: int
     hidden_steps: int | None
     dropout: float | None = None
+
+
+@dataclass(frozen=True)
+class SpeedStage(Stage):
+    """A stage in which a latent stands for a number of tokens.
+
+    Attributes:
+        speed: c, tokens of the written steps that are compressed into one latent.
+    """
+
+    speed: int = 1
 
 
 class Recipe(Protocol):

@@ -1,4 +1,4 @@
-"""What training starts from: a checkpoint folder of the family, made out of a fresh backbone or of another checkpoint."""
+"""What training starts from: a checkpoint of the family, made out of a fresh backbone or of another checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
@@ -92,5 +91,3 @@ def named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 def has_tensors(folder: Path, prefix: str) -> bool:
     """Whether a checkpoint has tensors under a prefix."""
     return any(name.startswith(prefix) for name in files.weight_shapes(folder))
-
-

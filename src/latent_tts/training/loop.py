@@ -29,7 +29,7 @@ from latent_tts.errors import RunError, bad_value
 from latent_tts.philox import Stream, key_of, philox
 from latent_tts.training.batch import question_batches
 from latent_tts.training.curriculum import Recipe, Stage
-from latent_tts.training.initial import add_tensors, trainable_lm
+from latent_tts.training.initial import add_tensors
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
