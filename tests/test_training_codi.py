@@ -19,6 +19,7 @@ from latent_tts.training.initial import prepare
 
 VALUES = {
     "written_updates": 2,
+    "stage_updates": [],
     "final_updates": 3,
     "final_dropout": None,
     "latents": 3,
@@ -26,6 +27,7 @@ VALUES = {
     "distill_weight": 2.0,
     "distill_loss": "smooth_l1",
     "projector_hidden": 24,
+    "projector_init": "random",
     "projector_dropout": 0.0,
     "step_loss": 0.5,
 }
@@ -108,6 +110,19 @@ def test_the_first_stage_is_the_teacher_alone(folder):
     assert torch.equal(objective.loss(questions, written), coconut.loss(questions, written))
 
 
+def test_a_projector_can_start_as_the_identity(checkpoint, tmp_path):
+    prepare(
+        checkpoint, tmp_path / "initial", Recipe(**VALUES | {"projector_init": "identity", "projector_hidden": None}), 1
+    )
+    projector = adapter_of(tmp_path / "initial").load(device="cpu", dtype="float32").next_latent
+    hidden = torch.randn(5, 16)
+    torch.testing.assert_close(projector[:4](hidden), hidden)
+    spread = load_file(checkpoint / "model.safetensors")["transformer.wte.weight"].std().item()
+    assert projector(hidden).std().item() == pytest.approx(spread, rel=0.01)
+    with pytest.raises(UsageError, match=r"recipe\.projector_hidden=24: 32 or more"):
+        prepare(checkpoint, tmp_path / "narrow", Recipe(**VALUES | {"projector_init": "identity"}), 1)
+
+
 def test_the_teacher_gets_no_gradient_from_the_distance():
     student = [torch.randn(4, 6, requires_grad=True) for _ in range(2)]
     teacher = [torch.randn(4, 6, requires_grad=True) for _ in range(2)]
@@ -135,6 +150,8 @@ def test_gradients_reach_the_projector_and_the_first_latent(folder):
         {"distill_weight": "much"},
         {"distill_loss": "l2"},
         {"projector_hidden": 0},
+        {"projector_init": "zero"},
+        {"stage_updates": [-1]},
         {"projector_dropout": 1.0},
         {"projector_dropout": None},
         {"final_dropout": -0.1},
@@ -183,6 +200,7 @@ TINY = (
 def test_train_reasoner_starts_from_a_plain_lm_and_writes_a_codi_checkpoint_that_runs(ltts, checkpoint, tmp_path):
     line = (
         "train-reasoner", "model=codi", "output=out", f"init={checkpoint}", "recipe.written_updates=1",
+        "recipe.stage_updates=[1]",
         "recipe.final_updates=2", *TINY,
     )  # fmt: skip
     result = ltts(*line)

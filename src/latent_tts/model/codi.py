@@ -70,7 +70,7 @@ class Codi(CheckpointAdapter):
         return projector.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
 
 
-def new_projector(width: int, hidden: int, dropout: float = 0.0) -> nn.Module:
+def new_projector(width: int, hidden: int, dropout: float = 0.0) -> nn.Sequential:
     """Dropout, Linear, GELU, Linear, LayerNorm, with the names of the published files (imports torch)."""
     from torch import nn
 

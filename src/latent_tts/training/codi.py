@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from latent_tts import checkpoint as files
 from latent_tts.adapter import CheckpointAdapter
+from latent_tts.errors import bad_value
 from latent_tts.model.codi import PROJECTOR, new_projector
 from latent_tts.training.batch import Sequences
 from latent_tts.training.coconut import Batch, CoconutObjective, encode_batch, step_results_loss, written_loss
 from latent_tts.training.curriculum import Stage, written_before_answer
-from latent_tts.training.initial import add_tensors, has_tensors
+from latent_tts.training.initial import add_tensors, has_tensors, trainable_lm
 from latent_tts.types import Question
 
 
@@ -34,21 +35,41 @@ class Weights:
     distill_loss: str
 
 
-def add_projector(folder: Path, hidden: int | None, seed: int) -> None:
-    """Put a random projector into a checkpoint that has none.
+def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool) -> None:
+    """Put a new projector into a checkpoint that has none.
 
     Args:
         folder: the checkpoint, changed in place.
-        hidden: width inside the projector; None: the backbone's.
-        seed: of its weights.
+        hidden: width inside the projector; None: the backbone's, or twice that if `identity`.
+        seed: of its random weights.
+        identity: before its normalisation it shall change nothing, and after it be as large as the embeddings.
+
+    Raises:
+        UsageError: the projector is too narrow for the identity.
     """
     if has_tensors(folder, PROJECTOR):
         return
-    config = files.read_config(folder)
-    width = int(config.get("n_embd") or config["hidden_size"])
+    embeddings_VD = trainable_lm(folder).get_input_embeddings().weight.detach()
+    width = embeddings_VD.shape[1]
+    hidden = hidden or (2 * width if identity else width)
     torch.manual_seed(seed)
-    projector = new_projector(width, hidden or width)
-    add_tensors(folder, PROJECTOR, projector, projector=True, projector_hidden_size=hidden or width)
+    projector = new_projector(width, hidden)
+    if identity:
+        if hidden < 2 * width:
+            raise bad_value("recipe.projector_hidden", hidden, f"{2 * width} or more for projector_init=identity")
+        set_identity(projector, width, float(embeddings_VD.std()))
+    add_tensors(folder, PROJECTOR, projector, projector=True, projector_hidden_size=hidden)
+
+
+@torch.no_grad()
+def set_identity(projector: nn.Sequential, width: int, scale: float) -> None:
+    """Make both linear layers together the identity, by gelu(x) - gelu(-x) = x, and the output as large as `scale`."""
+    first, second, norm = projector[1], projector[3], projector[4]
+    both = torch.cat([torch.eye(width), -torch.eye(width)])
+    first.weight[: 2 * width], first.bias[: 2 * width] = both, 0.0
+    second.weight.zero_()
+    second.weight[:, : 2 * width], second.bias[:] = both.T, 0.0
+    norm.weight.fill_(scale)
 
 
 def alignment(student: list[Tensor], teacher: list[Tensor], loss: str) -> Tensor:
