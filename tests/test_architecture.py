@@ -35,7 +35,11 @@ ALLOWED = {
     "plot": {"errors", "types", "store"},
     "report": {"errors", "types"},
     "engine": {"errors", "types", "model", "sampler", "rng", "cost"},
-    "training": {"errors", "types", "model", "task", "engine", "philox", "rng", "annotations"},
+    "training": {
+        *("errors", "types", "checkpoint", "adapter", "model", "task", "sampler", "engine", "philox", "rng"),
+        "annotations",
+    },
+    "recipe": {"errors", "adapter", "model", "training"},
     "labelling": {"errors", "types", "engine", "philox", "rng", "annotations"},
     "search": {"errors", "types", "philox", "rng", "engine"},
     "executor": {"errors", "types", "engine", "sampler", "rng", "store"},
@@ -108,4 +112,4 @@ def test_every_option_lives_in_its_room_and_every_module_of_a_room_is_an_option(
 
 
 def test_the_groups_are_the_rooms_that_users_know():
-    assert ROOMS == ["aggregator", "budget", "model", "sampler", "scorer", "search", "task"]
+    assert ROOMS == ["aggregator", "budget", "model", "recipe", "sampler", "scorer", "search", "task"]
