@@ -30,7 +30,8 @@ class CheckpointAdapter:
         name: what tables call the model.
         checkpoint: folder, `shipped:NAME` or hub id.
         latents: T, the number of latent thoughts.
-        recommended: `sigma` and `rate` that suit it; the sampler configs take them as defaults.
+        recommended: `sigma` and `rate` that suit it, and `answer_tokens` where answers are long; the samplers'
+            configs and `max_answer_tokens` take them as defaults.
         revision: commit or tag of a hub id.
         trained_latents: T of training, by `checkpoint`; a `config.json` with `latent_tts.latents` says its own.
         latent_rm: checkpoint of the LatentRM trained for it, if there is one: what `scorer` takes as its default.
@@ -177,6 +178,10 @@ class CheckpointAdapter:
         Raises:
             UsageError: a word is not in a word-level vocabulary.
         """
+        return [*self.text_ids(question), self.start_id]
+
+    def text_ids(self, question: Question) -> list[int]:
+        """Token ids of the question and the recipe's ending; raises as `encode` does."""
         encoding = self.tokenizer.encode(question.text + self.question_end)
         unknown = self._unknown_id
         if unknown is not None and unknown in encoding.ids:
@@ -186,7 +191,7 @@ class CheckpointAdapter:
                 f"model={self.name}\na word-level model reads only the words of its own task; "
                 "use a checkpoint with a subword tokenizer"
             )
-        return [*encoding.ids, self.start_id]
+        return encoding.ids
 
     @cached_property
     def _unknown_id(self) -> int | None:

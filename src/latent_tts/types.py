@@ -121,6 +121,11 @@ class Sampler(Protocol):
         """Whether it reads the latents of another question."""
         return False
 
+    @property
+    def only_latents(self) -> bool:
+        """Whether all that it changes are latents and the passes that make them, so that it takes a model with some."""
+        return False
+
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
         """The latent (R, D) fed back in place of `h_RD`, the model's own; `step` counts from 0."""
         del draw, step

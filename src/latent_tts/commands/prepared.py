@@ -85,6 +85,11 @@ def prepare(cfg: DictConfig) -> Prepared:
     task: Task = config.build("task", cfg.task)
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
+    if adapter.latents == 0 and sampler.only_latents:
+        raise bad_value(
+            "sampler", sampler.name, f"it acts on latents, and model={adapter.name} has no latents (model.latents=0)\n"
+            "sampler=greedy goes with it; answer.temperature above 0 makes its rollouts differ",
+        )  # fmt: skip
     if isinstance(built, LatentRM) and built.only_own and built.trained.get("reasoner") != adapter.digest:
         built = NoScorer(f"{built.checkpoint} was trained for other weights than {adapter.checkpoint}")
     if isinstance(built, NoScorer):

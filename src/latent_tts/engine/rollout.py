@@ -266,8 +266,12 @@ class Thinking:
     def _feed(self, embeddings_RSD: Tensor, forward: Forward, first_valid_R: Tensor | None = None) -> Tensor:
         """Append tokens to every suffix; returns the last one's hidden state (R, D).
 
-        In rows that `first_valid_R` excludes the first of the tokens leaves no trace.
+        In rows that `first_valid_R` excludes the first of the tokens leaves no trace. Without any tokens, as where an
+        answer follows right after the prompt, that is the prompt's last one.
         """
+        if forward.tokens == 0:
+            assert self._hidden_RD is not None
+            return self._hidden_RD
         if first_valid_R is not None and self.state.valid_RS is not None:
             self.state.valid_RS[:, self.state.used] = first_valid_R
         self.sites.about_to_run(self.draw, forward)

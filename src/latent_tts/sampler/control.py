@@ -45,6 +45,11 @@ class Control(Sampler):
         """`shuffle` reads another question's latents."""
         return self.mode == "shuffle"
 
+    @property
+    def only_latents(self) -> bool:
+        """It replaces latents and nothing else."""
+        return True
+
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
         """The replacement of latent number `step`."""
         if self.mode == "zero":

@@ -72,6 +72,11 @@ class Dropout(Sampler):
         """The phases that run once a rollout."""
         return frozenset(self.where) if self._threshold else frozenset()
 
+    @property
+    def only_latents(self) -> bool:
+        """Whether `where` names the thoughts alone."""
+        return self.random_phases == {"thoughts"}
+
     @cached_property
     def _threshold(self) -> int:
         return min(round(self.rate * 65536), 65535)

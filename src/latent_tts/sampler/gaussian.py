@@ -43,6 +43,11 @@ class Gaussian(Sampler):
         """The parameter shown in tables."""
         return self.sigma
 
+    @property
+    def only_latents(self) -> bool:
+        """True unless sigma is 0."""
+        return self.sigma > 0
+
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
         """`h + sigma * eps`, added in float32."""
         if self.sigma == 0:

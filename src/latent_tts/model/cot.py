@@ -1,0 +1,66 @@
+"""Explicit chain of thought, the baseline of every latent reasoner: no latents, the steps are written out as tokens.
+
+The prompt is the question and a newline; everything after it (the steps, a line each, and `### answer`) is decoded as
+answer tokens, so `answer.temperature` samples whole chains and costs count what was written.
+
+Source: the `cot` mode of facebookresearch/coconut (`dataset.py`), whose format is kept.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from latent_tts import checkpoint as files
+from latent_tts.adapter import CheckpointAdapter
+from latent_tts.errors import UsageError, bad_value
+from latent_tts.types import Question, Reasoner
+
+
+class Cot(CheckpointAdapter):
+    """Adapter of any causal LM of transformers that writes its steps and then `### answer`. `latents` is 0."""
+
+    family = "COCONUT"  # the same files: a plain causal LM and its tokenizer
+    question_end = "\n"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.latents != 0:
+            raise bad_value("model.latents", self.latents, "0: an explicit chain of thought has no latents")
+        if not isinstance(self.checkpoint, str):
+            raise bad_value(
+                "model.checkpoint", self.checkpoint, "a folder or hub id of a model that writes steps and `### answer`"
+            )
+
+    @property
+    def prompt_recipe(self) -> str:
+        """A text that stands for how prompts are made."""
+        return "{question}\\n"
+
+    def check_tokens(self) -> None:
+        """Nothing: prompts hold no special tokens."""
+
+    @cached_property
+    def thinking_end_ids(self) -> list[int]:
+        """None: the first written token follows the prompt."""
+        return []
+
+    def encode(self, question: Question) -> list[int]:
+        """Token ids of the question and a newline.
+
+        Raises:
+            UsageError: a word is not in a word-level vocabulary, or the text has no tokens at all.
+        """
+        ids = self.text_ids(question)
+        if not ids:
+            raise UsageError(f"question {question.id}: the tokenizer of model={self.name} makes no token of its text")
+        return ids
+
+    def raw_answer(self, answer_text: str) -> str | None:
+        """What stands after the last `#` of the answer text; None where the chain came to no `#`."""
+        _, sign, answer = answer_text.rpartition("#")
+        return answer.strip() if sign else None
+
+    def load(self, *, device: str, dtype: str) -> Reasoner:
+        """Load the weights (imports torch)."""
+        lm = files.load_causal_lm(self.folder, device=device, dtype=dtype)
+        return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)
