@@ -63,6 +63,8 @@ BAD = [
     (["n=1"], ["n=1", "2 or more"]),
     (["keep=some"], ["keep=some", "mixed, all"]),
     (["sampler=greedy"], ["sampler=greedy", "gaussian or dropout"]),
+    (["sampler=greedy", "answer.temperature=1"], ["sampler=greedy", "latents differ"]),
+    (["answer.top_p=2"], ["answer.top_p=2", "(0, 1]"]),
     (["sampler=control", "sampler.mode=shuffle"], ["sampler=control"]),
     (["model.latents=0"], ["model.latents=0"]),
     (["completions=70000"], ["completions=70000", "less than 65536"]),

@@ -21,6 +21,7 @@ ALLOWED = {
     "layouts": {"errors"},
     "adapter": {"errors", "types", "checkpoint"},
     "cost": set(),
+    "decoding": {"errors", "types", "rng"},
     "rng": {"philox"},
     "model": {"errors", "types", "checkpoint", "adapter"},
     "sampler": {"errors", "types", "rng"},

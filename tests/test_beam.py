@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tiny
+from latent_tts.decoding import AnswerSampling
 from latent_tts.engine.rollout import Engine
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.philox import key_of
@@ -65,6 +66,7 @@ class ByHand:
         ("gpt2", MASKS, True, "last"),
         ("qwen3", EVERYWHERE, False, "mean"),
         ("llama", NOISE, True, "sum"),
+        ("gpt2", AnswerSampling(1.5, 0.9).over(NOISE), False, "sum"),
     ],
 )
 def test_the_search_equals_one_by_hand(family, sampler, diverse, reduce):

@@ -22,7 +22,10 @@ def adapter(folder, **more):
     return Cot(**{"name": "cot", "checkpoint": str(folder), "latents": 0, "recommended": {}} | more)
 
 
-@pytest.mark.parametrize("sampler", [Greedy(), *(Dropout(0.3, "residual", w, "fresh") for w in (["prompt"], ["answer"]))])
+SAMPLERS = [Greedy(), *(Dropout(0.3, "residual", where, "fresh") for where in (["prompt"], ["answer"]))]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_rollouts_without_latents_or_end_tokens_equal_the_oracle(family, sampler):
     plan = tiny.plan(0, end=0, eos_id=tiny.EOS_IDS[family], answer=5)
@@ -101,7 +104,9 @@ def test_a_sampler_of_latents_needs_latents(run, overrides, words):
     check(run(*overrides), *words)
 
 
-@pytest.mark.parametrize("override", ["sampler=gaussian sampler.sigma=0", "sampler=dropout sampler.where=[answer]"])
+@pytest.mark.parametrize(
+    "override", ["sampler=gaussian sampler.sigma=0", "sampler=dropout sampler.where=[answer] answer.temperature=0.5"]
+)
 def test_samplers_that_act_elsewhere_run(run, override):
     result = run("model=cot", *override.split())
     assert result.code == 0, result.err

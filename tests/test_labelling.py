@@ -6,6 +6,7 @@ import torch
 
 import tiny
 from latent_tts.annotations import AnnotationFolder, Dropped
+from latent_tts.decoding import AnswerSampling
 from latent_tts.engine.rollout import Engine
 from latent_tts.labelling import MOST_COMPLETIONS, LabelJob, Labelling, label, label_batch
 from latent_tts.philox import key_of
@@ -21,6 +22,7 @@ SAMPLERS = {
     "dropout in thoughts": Dropout(0.4, "residual", ["thoughts"], "fresh"),
     "dropout everywhere": Dropout(0.3, "residual_embedding", ["prompt", "thoughts", "answer"], "fresh"),
     "locked dropout": Dropout(0.3, "residual", ["thoughts"], "locked"),
+    "sampled answers": AnswerSampling(1.5, 0.9).over(Gaussian(1.0, False)),
 }
 STOPPING = {"gpt2": 34, "qwen3": 44}
 samplers = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())

@@ -46,8 +46,21 @@ class PathsConfig:
 
 
 @dataclass
-class AnswerConfig:
-    """Which answers are decoded.
+class AnswerSamplingConfig:
+    """How answer tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the most probable token, above 0 it is drawn.
+        top_p: share of the nucleus that is drawn from.
+    """
+
+    temperature: float = MISSING
+    top_p: float = MISSING
+
+
+@dataclass
+class AnswerConfig(AnswerSamplingConfig):
+    """How answer tokens are chosen, and which answers are decoded.
 
     Attributes:
         decode: all, or winners: only the best-of-n pick of each reported n.
@@ -126,6 +139,7 @@ class AnnotateConfig:
     keep: str = MISSING
     seed: int = MISSING
     max_answer_tokens: int = MISSING
+    answer: AnswerSamplingConfig = MISSING
     engine: EngineConfig = MISSING
     model: Any = MISSING
     task: Any = MISSING

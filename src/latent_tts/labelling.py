@@ -152,8 +152,7 @@ def completions_of(sampler: Sampler, engine: Engine, labelling: Labelling) -> in
 
 def _random_after_the_last(sampler: Sampler, engine: Engine) -> bool:
     """Whether anything random follows a rollout's last latent."""
-    phases = sampler.random_phases
-    return "answer" in phases or (engine.plan.stop_id is not None and "thoughts" in phases)
+    return sampler.random_answers or (engine.plan.stop_id is not None and "thoughts" in sampler.random_phases)
 
 
 def _completed(

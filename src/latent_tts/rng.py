@@ -63,6 +63,13 @@ class Draw:
         radius, angle = torch.sqrt(-2.0 * torch.log(radius)), angle * (2.0 * math.pi)
         return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[:, :width].to(torch.float32)
 
+    def uniform(self, step: int) -> Tensor:
+        """Uniform numbers (R) in [0, 1) in float64 with 52 random bits, one a row: what draws a token."""
+        element = torch.zeros(1, dtype=torch.long, device=self.rollouts_R.device)
+        counter = (element, _place(0, step), self.rollouts_R, int(Stream.TOKEN))
+        high, low, _, _ = philox(counter, (self.keys_R2[:, 0], self.keys_R2[:, 1]))
+        return (high << 20 | low >> 12).to(torch.float64) * 2.0**-52
+
     def will_mask(self, layers: Sequence[int]) -> None:
         """Say which layer codes a pass will ask `keep` for, in order, so that small ones are drawn together."""
         self._layers = layers

@@ -117,6 +117,11 @@ class Sampler(Protocol):
         return frozenset()
 
     @property
+    def random_answers(self) -> bool:
+        """Whether answers to the same thoughts may differ."""
+        return "answer" in self.random_phases
+
+    @property
     def needs_donor(self) -> bool:
         """Whether it reads the latents of another question."""
         return False

@@ -15,6 +15,7 @@ from latent_tts.commands.drawing import load_once, plan_of, resolve_device
 from latent_tts.commands.identity import ENGINE_SEMANTICS
 from latent_tts.commands.prepared import check_engine, encode, positions_beside_the_prompt
 from latent_tts.cost import Shape
+from latent_tts.decoding import AnswerSampling
 from latent_tts.errors import FEWER_ROWS, bad_value, computing
 from latent_tts.types import ModelAdapter, Question, Sampler, Task
 
@@ -39,9 +40,10 @@ def annotate(cfg: DictConfig) -> Path:
     config.require("completions", cfg.completions, cfg.completions >= 1, "completions of each prefix, 1 or more")
     config.require("keep", cfg.keep, cfg.keep in KEEP, f"one of {', '.join(KEEP)}")
     check_engine(cfg)
+    answers = AnswerSampling(cfg.answer.temperature, cfg.answer.top_p)
     sampler: Sampler = config.build("sampler", cfg.sampler)
     if sampler.deterministic or sampler.needs_donor:
-        raise bad_value("sampler", sampler.name, "one whose rollouts differ: gaussian or dropout")
+        raise bad_value("sampler", sampler.name, "one whose latents differ: gaussian or dropout")
     task: Task = config.build("task", cfg.task)
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
@@ -49,13 +51,13 @@ def annotate(cfg: DictConfig) -> Path:
         raise bad_value("model.latents", 0, "labels are of latents: 1 or more")
     questions = task.questions()
     prompts = encode(adapter, questions, positions_beside_the_prompt(adapter, cfg.max_answer_tokens))
-    folder = AnnotationFolder(Path(cfg.output).expanduser(), settings(cfg, adapter), key="output")
+    folder = AnnotationFolder(Path(cfg.output).expanduser(), settings(cfg, adapter, answers), key="output")
     done = folder.present()
     left = [(place, question) for place, question in enumerate(questions) if question.id not in done]
     if len(left) < len(questions):
         log.info("%d of %d questions are in %s", len(questions) - len(left), len(questions), folder.path)
     if left:
-        _label(cfg, adapter, task, sampler, folder, left, prompts)
+        _label(cfg, adapter, task, answers.over(sampler), folder, left, prompts)
     counts = folder.finish()
     log.info(
         "%d questions labelled; without a mixed outcome and dropped: %d all right, %d all wrong",
@@ -64,7 +66,7 @@ def annotate(cfg: DictConfig) -> Path:
     return folder.path
 
 
-def settings(cfg: DictConfig, adapter: ModelAdapter) -> dict[str, Any]:
+def settings(cfg: DictConfig, adapter: ModelAdapter, answers: AnswerSampling) -> dict[str, Any]:
     """Everything that determines an annotation besides its question."""
     return {
         "format": FORMAT,
@@ -78,6 +80,7 @@ def settings(cfg: DictConfig, adapter: ModelAdapter) -> dict[str, Any]:
         "keep": cfg.keep,
         "seed": cfg.seed,
         "max_answer_tokens": cfg.max_answer_tokens,
+        **({"answer": answers.settings} if answers.random else {}),
         "latents": adapter.latents,
         "latent_id": adapter.latent_id,
         "width": Shape.from_config(adapter.config).width,

@@ -78,7 +78,7 @@ def draw_missing(
                 cache,
                 jobs,
                 engine,
-                prepared.sampler,
+                prepared.answers.over(prepared.sampler),
                 seed=cfg.seed,
                 rows=rows,
                 progress=lambda k: report.advance(bar, k),
@@ -109,15 +109,14 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     ]
     log.info("%d questions to search: %d beams of %d candidates each", len(jobs), search.beams, search.candidates)
     engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
+    sampler = prepared.answers.over(prepared.sampler)
     judge = LatentScorer(load_scorer_once(scorer, device, cfg.engine.dtype))
     with report.progress_bar(len(jobs) * search.beams, "beams") as bar:
         with computing("searching", f"finished questions are in {cache.folder}", FEWER_ROWS):
             executor.fill_beams(
                 cache,
                 jobs,
-                lambda prompts, ids: search.roll(
-                    engine, judge, scorer.reduction, prompts, ids, prepared.sampler, cfg.seed
-                ),
+                lambda prompts, ids: search.roll(engine, judge, scorer.reduction, prompts, ids, sampler, cfg.seed),
                 engine.device,
                 rows=max(search.beams, rows // search.candidates),
                 progress=lambda k: report.advance(bar, k),

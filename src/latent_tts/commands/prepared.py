@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from latent_tts import config
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.cost import Shape
+from latent_tts.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
@@ -29,6 +30,7 @@ class Prepared:
     adapter: ModelAdapter
     task: Task
     sampler: Sampler
+    answers: AnswerSampling
     search: Search
     budget: Budget
     scorer: Scorer | None
@@ -71,6 +73,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     decode = cfg.answer.decode
     config.require("answer.decode", decode, decode in ("all", "winners"), "all or winners")
     sampler: Sampler = config.build("sampler", cfg.sampler)
+    answers = AnswerSampling(cfg.answer.temperature, cfg.answer.top_p)
     budget: Budget = config.build("budget", cfg.budget)
     config.require(
         "aggregator",
@@ -124,11 +127,13 @@ def prepare(cfg: DictConfig) -> Prepared:
             raise bad_value("sampler.mode", "shuffle", "needs at least two questions")
         donors = {q.id: other for q, other in zip(questions, [*questions[1:], questions[0]], strict=True)}
     n = cfg.n
-    if sampler.deterministic and n > 1:
+    if sampler.deterministic and not answers.random and n > 1:
         log.warning("n=%d: sampler %s gives the same rollout every time, so one is drawn", n, sampler.name)
         n = 1
     shape = Shape.from_config(adapter.config)
-    return Prepared(adapter, task, sampler, search, budget, scorer, aggregators, questions, prompts, donors, n, shape)
+    return Prepared(
+        adapter, task, sampler, answers, search, budget, scorer, aggregators, questions, prompts, donors, n, shape
+    )
 
 
 def check_engine(cfg: DictConfig) -> None:

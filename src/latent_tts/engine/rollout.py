@@ -1,9 +1,9 @@
 """The engine: Q prompts in, N rollouts of each out. It knows tokens and vectors, no text.
 
 One rollout is: the prompt; T latents, each made from the model's last hidden state and fed back as the next input; the
-end-of-thinking tokens; an answer decoded greedily. A question's prompt is run once for its N rollouts unless the
-sampler masks it; the last prompt token belongs to each rollout if the sampler masks thoughts, because its pass makes
-h_1. The LM head runs only where a token is chosen.
+end-of-thinking tokens; an answer, whose tokens the sampler chooses. A question's prompt is run once for its N rollouts
+unless the sampler masks it; the last prompt token belongs to each rollout if the sampler masks thoughts, because its
+pass makes h_1. The LM head runs only where a token is chosen.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Rollouts:
         latents_RTD: the vectors fed back, float32 on the CPU; zeros from a row's own number of steps on.
         steps_R: how many latents each row has.
         answer_ids: per row, the ids after the end of thinking, a final eos dropped; all empty if none was decoded.
-        answer_logprob_R: summed log-probability of the answer's tokens, its eos included.
+        answer_logprob_R: summed log-probability of the answer's tokens, its eos included: the model's own, at
+            temperature 1 and over the whole vocabulary, however the tokens were chosen.
         answer_margin_R: smallest gap between the two highest logits of an answer position.
         stopped_R: whether the row ended by eos (otherwise by the token limit).
     """
