@@ -44,6 +44,7 @@ class AttentionState:
     used: int = 0
     valid_RS: Tensor | None = None
     reads_prefix: bool = False
+    _work: Tensor | None = None
 
     def positions(self, tokens: int) -> Tensor:
         """Position ids (R, tokens) of the next suffix tokens."""
@@ -94,6 +95,18 @@ class AttentionState:
         keys[:, :, self.used : end] = key
         values[:, :, self.used : end] = value
         return keys[:, :, :end], values[:, :, :end]
+
+    def _dense(self, part: Tensor) -> Tensor:
+        """Slots of a suffix as a product takes them at once, valid until the next call.
+
+        On a CPU, products in half precision copy what has gaps, each time into new memory, whose pages cost more than
+        the copy and, of another size each time, stay in the process. Here they share one piece of memory.
+        """
+        if part.device.type != "cpu" or part.element_size() > 2 or part.is_contiguous():
+            return part
+        if self._work is None:
+            self._work = torch.empty_like(self.suffix[0][0]).flatten()
+        return self._work[: part.numel()].view(part.shape).copy_(part)
 
 
 def attend(
@@ -149,7 +162,7 @@ def attend(
     padding = torch.arange(length, device=query.device) >= state.lengths_Q[:, None]
     before.masked_fill_(padding[:, None, None, :], float("-inf"))
     # (R, H, groups * S, used + S); in this order bfloat16 products on a CPU take half the time
-    after = (keys @ own.transpose(-1, -2)).transpose(-1, -2)
+    after = (state._dense(keys) @ own.transpose(-1, -2)).transpose(-1, -2)
     if tokens > 1:
         future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=query.device).triu(state.used + 1)
         after = after.masked_fill(future.repeat(groups, 1), float("-inf"))
@@ -162,7 +175,7 @@ def attend(
 
     after = after.unflatten(2, (state.rollouts, -1)).transpose(1, 2).flatten(0, 1)  # (R, H, groups * S, used + S)
     out = (before @ prefix_values).view(siblings.shape).transpose(1, 2)
-    out = out.reshape(own.shape) + after @ values
+    out = out.reshape(own.shape) + after @ state._dense(values)
     return out.reshape(rows, heads, tokens, width).transpose(1, 2), None
 
 
