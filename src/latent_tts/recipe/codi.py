@@ -35,7 +35,7 @@ class Codi(Recipe):
         distill_weight: of the distance between the hidden states of both before the answer.
         distill_loss: `smooth_l1` or `l1`.
         projector_hidden: width inside the projector; null: the backbone's, or twice that for `identity`.
-        projector_init: `random`, or `identity`: the first latents are the hidden states, as large as embeddings.
+        projector_init: `random`, or `identity`: at first the latents are the hidden states, as COCONUT's are.
         projector_dropout: rate before the projector's first layer, while training.
         step_loss: weight of asking each latent for the result of the step it stands for; 0 is plain CODI.
     """

@@ -19,6 +19,8 @@ from latent_tts.training.curriculum import Stage, written_before_answer
 from latent_tts.training.initial import add_tensors, has_tensors, trainable_lm
 from latent_tts.types import Question
 
+SOME_TOKENS = 32
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -42,22 +44,24 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
         folder: the checkpoint, changed in place.
         hidden: width inside the projector; None: the backbone's, or twice that if `identity`.
         seed: of its random weights.
-        identity: before its normalisation it shall change nothing, and after it be as large as the embeddings.
+        identity: it shall change nothing but the size of single vectors, all made as large as hidden states are.
 
     Raises:
         UsageError: the projector is too narrow for the identity.
     """
     if has_tensors(folder, PROJECTOR):
         return
-    embeddings_VD = trainable_lm(folder).get_input_embeddings().weight.detach()
-    width = embeddings_VD.shape[1]
+    lm = trainable_lm(folder).eval()
+    width = lm.get_input_embeddings().weight.shape[1]
     hidden = hidden or (2 * width if identity else width)
     torch.manual_seed(seed)
     projector = new_projector(width, hidden)
     if identity:
         if hidden < 2 * width:
             raise bad_value("recipe.projector_hidden", hidden, f"{2 * width} or more for projector_init=identity")
-        set_identity(projector, width, float(embeddings_VD.std()))
+        with torch.no_grad():  # any tokens will do: a final norm makes hidden states about equally large
+            hidden_1SD = lm.base_model(torch.arange(SOME_TOKENS)[None]).last_hidden_state
+        set_identity(projector, width, float(hidden_1SD.std()))
     add_tensors(folder, PROJECTOR, projector, projector=True, projector_hidden_size=hidden)
 
 

@@ -41,8 +41,11 @@ def prepare(source: Path, folder: Path, recipe: Recipe, seed: int) -> None:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for path in (source / "config.json", source / "tokenizer.json", *source.glob("tokenizer_config.json")):
+        for path in (source / "tokenizer.json", *source.glob("tokenizer_config.json")):
             shutil.copyfile(path, partial / path.name)
+        config = files.read_config(source)
+        config.pop("latent_tts", None)  # what that checkpoint was trained with does not bind this training
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(files.load_tensors(source, ""), partial / files.WEIGHTS, metadata={"format": "pt"})
         add_words(partial, recipe.words, seed)
         recipe.add_own_tensors(partial, seed)
