@@ -25,6 +25,8 @@ ALLOWED = {
     "rng": {"philox"},
     "model": {"errors", "types", "checkpoint", "adapter"},
     "sampler": {"errors", "types", "rng"},
+    "thoughts": {"types"},
+    "schedule": {"errors", "types", "thoughts"},
     "scorer": {"errors", "types", "checkpoint"},
     "task": {"errors", "types", "philox", "answer"},
     "budget": {"errors", "types"},
@@ -35,7 +37,7 @@ ALLOWED = {
     "metrics": {"errors", "types", "stats", "store"},
     "plot": {"errors", "types", "store"},
     "report": {"errors", "types"},
-    "engine": {"errors", "types", "model", "sampler", "rng", "cost"},
+    "engine": {"errors", "types", "model", "sampler", "schedule", "thoughts", "rng", "cost"},
     "training": {
         *("errors", "types", "checkpoint", "adapter", "model", "task", "sampler", "engine", "philox", "rng"),
         "annotations",
@@ -113,4 +115,4 @@ def test_every_option_lives_in_its_room_and_every_module_of_a_room_is_an_option(
 
 
 def test_the_groups_are_the_rooms_that_users_know():
-    assert ROOMS == ["aggregator", "budget", "model", "recipe", "sampler", "scorer", "search", "task"]
+    assert ROOMS == ["aggregator", "budget", "model", "recipe", "sampler", "schedule", "scorer", "search", "task"]

@@ -161,6 +161,7 @@ BAD = [
     (["sampler=greedy"], ["sampler=greedy"]),
     (["sampler=dropout", "sampler.mask=locked"], ["sampler.mask=locked"]),
     (["budget=ladder"], ["budget=ladder"]),
+    (["schedule=jacobi"], ["schedule=jacobi", "search=beam"]),
     (["answer.decode=winners"], ["answer.decode=winners"]),
 ]
 

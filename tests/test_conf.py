@@ -12,9 +12,9 @@ from latent_tts import config
 
 CONF = Path(config.conf_dir())
 GROUPS = {
-    "annotate": ["model", "task", "sampler"],
+    "annotate": ["model", "task", "sampler", "schedule"],
     "rescore": ["scorer", "aggregator"],
-    "run": ["model", "task", "sampler", "search", "budget", "scorer", "aggregator"],
+    "run": ["model", "task", "sampler", "schedule", "search", "budget", "scorer", "aggregator"],
     "train_reasoner": ["model", "task", "recipe"],
     "train_rm": ["model", "sampler"],
 }

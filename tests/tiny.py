@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -95,9 +96,11 @@ def plain_copy(lm: PreTrainedModel) -> PreTrainedModel:
     return lm
 
 
-def plan(latents: int, *, eos_id: int = NEVER, end: int = 1, answer: int = 6, stop_id: int | None = None) -> Plan:
+def plan(
+    latents: int, *, eos_id: int = NEVER, end: int = 1, answer: int = 6, stop_id: int | None = None, **more: Any
+) -> Plan:
     """A plan with `end` end-of-thinking tokens."""
-    return Plan(latents, [END_ID] * end, eos_id, answer, stop_id)
+    return Plan(latents, [END_ID] * end, eos_id, answer, stop_id, **more)
 
 
 def prompts(lengths: list[int]) -> list[list[int]]:

@@ -90,6 +90,7 @@ class RunConfig:
     model: Any = MISSING
     task: Any = MISSING
     sampler: Any = MISSING
+    schedule: Any = MISSING
     search: Any = MISSING
     budget: Any = MISSING
     scorer: Any = MISSING
@@ -144,6 +145,7 @@ class AnnotateConfig:
     model: Any = MISSING
     task: Any = MISSING
     sampler: Any = MISSING
+    schedule: Any = MISSING
 
 
 @dataclass

@@ -64,6 +64,10 @@ class Shape:
         head = self.head_flops(answer + 1)
         return self.pass_flops(suffix, prompt) + head + (self.prompt_flops(prompt) if own_prompt else 0.0)
 
+    def repeated_flops(self, prompt: int, passes: list[tuple[int, int]]) -> float:
+        """Operations of what a schedule runs again: (latents, latents before them) of each pass."""
+        return sum(self.pass_flops(tokens, prompt + before) for tokens, before in passes)
+
     def head_flops(self, tokens: float) -> float:
         """Operations of the LM head at `tokens` positions."""
         return 2.0 * self.width * self.vocabulary * tokens

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from latent_tts.engine.packing import Job, batches
-from latent_tts.engine.rollout import Engine, Plan, Rollouts
+from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.rng import Draw
 from latent_tts.sampler.greedy import Greedy
@@ -170,7 +171,7 @@ def _donor_latents(batch: list[Job], engine: Engine, rollouts: int) -> torch.Ten
     prompts = [job.donor for job in batch]
     assert all(prompt is not None for prompt in prompts)
     draw = Draw.of(0, [job.row_key for job in batch], torch.zeros(len(batch), 1, dtype=torch.long), engine.width)
-    thinker = Engine(engine.reasoner, Plan(engine.plan.latents, engine.plan.thinking_end_ids, engine.plan.eos_id, 0))
+    thinker = Engine(engine.reasoner, replace(engine.plan, max_answer_tokens=0, stop_id=None))
     latents = thinker.roll(prompts, draw, Greedy()).latents_RTD  # type: ignore[arg-type]
     return latents.to(engine.device, engine.lm.dtype).repeat_interleave(rollouts, 0)
 

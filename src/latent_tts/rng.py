@@ -91,7 +91,8 @@ class Draw:
             start = list(self._layers).index(layer) if layer in self._layers else None
             layers = [layer] if start is None else list(self._layers[start : start + group])
             kept = self._decide(layers, step, tokens, per_token, threshold)[..., :width]
-            self._ahead = {(code, *wanted[1:]): kept[:, i] for i, code in enumerate(layers)}
+            # beside what is there: a pass may ask for several steps at each place
+            self._ahead |= {(code, *wanted[1:]): kept[:, i] for i, code in enumerate(layers)}
         return self._ahead.pop(wanted)
 
     def _decide(self, layers: Sequence[int], step: int, tokens: int, per_token: int, threshold: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ from latent_tts import report, store
 from latent_tts.commands.prepared import ITEM_BYTES, Prepared
 from latent_tts.errors import FEWER_ROWS, bad_value, computing
 from latent_tts.search.beam import Beam
+from latent_tts.thoughts import Schedule
 from latent_tts.types import ModelAdapter, Reasoner, RewardModel, Scorer
 
 if TYPE_CHECKING:
@@ -59,9 +61,10 @@ def draw_missing(
         log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted_rows, rows)
 
     def each(prompt: int) -> float:
+        again = shape.repeated_flops(prompt, prepared.repeated)
         if answers:
-            return shape.rollout_flops(prompt, adapter.latents, forced, cfg.max_answer_tokens, own_prompt)
-        return shape.thinking_flops(prompt, adapter.latents, own_prompt)
+            return again + shape.rollout_flops(prompt, adapter.latents, forced, cfg.max_answer_tokens, own_prompt)
+        return again + shape.thinking_flops(prompt, adapter.latents, own_prompt)
 
     work = sum(shape.prompt_flops(len(job.prompt)) + len(job.rollouts) * each(len(job.prompt)) for job in jobs)
     rate = measured_flops(shape.width, cfg.engine.dtype, device)
@@ -71,7 +74,8 @@ def draw_missing(
         total, work / 1e9, work / rate, rate / 1e9,
         (rows * bytes_a_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
     )  # fmt: skip
-    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
+    plan = plan_of(adapter, cfg.max_answer_tokens, prepared.schedule)
+    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan)
     with report.progress_bar(total, "rollouts") as bar:
         with computing("drawing rollouts", f"what was drawn is in {cache.folder}", FEWER_ROWS):
             executor.fill(
@@ -124,11 +128,14 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     return len(jobs) * prepared.n
 
 
-def plan_of(adapter: ModelAdapter, max_answer_tokens: int) -> Plan:
-    """What a rollout of the adapter's model consists of."""
+def plan_of(adapter: ModelAdapter, max_answer_tokens: int, schedule: Schedule | None = None) -> Plan:
+    """What a rollout of the adapter's model consists of; `schedule` is one latent after another unless said."""
     from latent_tts.engine.rollout import Plan
 
-    return Plan(adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id)
+    plan = Plan(adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id)
+    if schedule is None or schedule.stepwise:
+        return plan
+    return replace(plan, schedule=schedule, latent_id=adapter.latent_id)
 
 
 def missing(cache: store.PartCache, wanted: pd.DataFrame, how: str) -> dict[str, list[int]]:

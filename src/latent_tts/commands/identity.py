@@ -28,7 +28,7 @@ def cache_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
         "sampler": OmegaConf.to_container(cfg.sampler, resolve=True),
         "latents": prepared.adapter.latents,
         "seed": cfg.seed,
-        "schedule": "sequential",
+        "schedule": prepared.schedule.key,
         "dtype": cfg.engine.dtype,
         "max_answer_tokens": cfg.max_answer_tokens,
         **({"answer": prepared.answers.settings} if prepared.answers.random else {}),
@@ -68,6 +68,7 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
         "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task._target_",
         "sampler._target_", "budget", "scorer._target_", "scorer.checkpoint", "scorer.latents", "paths",
         "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "search._target_",
+        "schedule._target_",
     }  # fmt: skip
     return config.non_defaults(cfg, own_columns | aggregators)
 
@@ -85,7 +86,7 @@ def run_columns(cfg: DictConfig, prepared: Prepared, settings: Mapping[str, Any]
         "sampler_param": sampler.param or "",
         "sampler_value": "" if sampler.value is None else str(sampler.value),
         "settings": ",".join(f"{key}={value}" for key, value in sorted(shown.items())),
-        "schedule": "",
+        "schedule": prepared.schedule.name,
         "search": "" if prepared.search.survivors is None else prepared.search.name,
         "budget": prepared.budget.name,
         "scorer": "" if scorer is None else scorer.name,

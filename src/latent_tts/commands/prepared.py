@@ -17,6 +17,7 @@ from latent_tts.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
+from latent_tts.thoughts import Schedule
 from latent_tts.types import Aggregator, Budget, ModelAdapter, Question, Sampler, Scorer, Search, Task
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Prepared:
     task: Task
     sampler: Sampler
     answers: AnswerSampling
+    schedule: Schedule
     search: Search
     budget: Budget
     scorer: Scorer | None
@@ -40,6 +42,11 @@ class Prepared:
     donors: dict[str, Question]
     n: int
     shape: Shape
+
+    @property
+    def repeated(self) -> list[tuple[int, int]]:
+        """What the schedule runs beyond one latent after another."""
+        return self.schedule.repeated(self.adapter.latents)
 
     @property
     def kept(self) -> int:
@@ -93,6 +100,8 @@ def prepare(cfg: DictConfig) -> Prepared:
             "sampler", sampler.name, f"it acts on latents, and model={adapter.name} has no latents (model.latents=0)\n"
             "sampler=greedy goes with it; answer.temperature above 0 makes its rollouts differ",
         )  # fmt: skip
+    schedule: Schedule = config.build("schedule", cfg.schedule)
+    schedule.check(adapter)
     if isinstance(built, LatentRM) and built.only_own and built.trained.get("reasoner") != adapter.digest:
         built = NoScorer(f"{built.checkpoint} was trained for other weights than {adapter.checkpoint}")
     if isinstance(built, NoScorer):
@@ -102,6 +111,10 @@ def prepare(cfg: DictConfig) -> Prepared:
     search: Search = config.build("search", cfg.search)
     search.check(cfg.n, sampler, scorer)
     if search.survivors is not None:
+        config.require(
+            "schedule", schedule.name, schedule.stepwise,
+            f"sequential: search={search.name} grows rollouts latent by latent, and parallel sweeps remake them all",
+        )  # fmt: skip
         config.require(
             "budget", budget.name, budget.name == "fixed", f"fixed: search={search.name} has no figures at a smaller n"
         )
@@ -132,7 +145,20 @@ def prepare(cfg: DictConfig) -> Prepared:
         n = 1
     shape = Shape.from_config(adapter.config)
     return Prepared(
-        adapter, task, sampler, answers, search, budget, scorer, aggregators, questions, prompts, donors, n, shape
+        adapter,
+        task,
+        sampler,
+        answers,
+        schedule,
+        search,
+        budget,
+        scorer,
+        aggregators,
+        questions,
+        prompts,
+        donors,
+        n,
+        shape,
     )
 
 

@@ -105,8 +105,9 @@ def _merged(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     for key in ("scorer", "aggregator"):
         # unresolved, so that `${model...}` finds the run's model
         merged[key] = OmegaConf.create(OmegaConf.to_container(cfg[key], resolve=False))
-    # a run of before there was answer sampling says nothing about it
+    # a run of before there were answer sampling and schedules says nothing about them
     merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0}, merged.answer)
+    merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
     merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
     merged.paths.cache = cfg.paths.cache or str(Path(record["cache"]).parent)
     return merged

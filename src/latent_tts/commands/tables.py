@@ -138,6 +138,7 @@ def gflops(prepared: Prepared, rollouts: pd.DataFrame, scores: Scores | None) ->
         prompt = len(prepared.prompts[question.id])
         once = 0.0 if own_prompt else shape.prompt_flops(prompt)
         each = shape.rollout_flops(prompt, float(steps[place]), forced, float(answers[place]), own_prompt)
+        each += shape.repeated_flops(prompt, prepared.repeated)
         if adapter.stop_id is not None:  # the head looks for the token after every latent
             each += shape.head_flops(float(steps[place]))
         if prepared.kept < prepared.n:  # a search: n think, those kept answer

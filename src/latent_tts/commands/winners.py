@@ -88,10 +88,11 @@ def reported(
         gflops = []
         for question, answer in zip(prepared.questions, picked["answer_tokens"], strict=True):
             prompt = len(prepared.prompts[question.id])
-            thinking = budget * shape.thinking_flops(prompt, adapter.latents, own_prompt)
+            again = shape.repeated_flops(prompt, prepared.repeated)
+            thinking = budget * (again + shape.thinking_flops(prompt, adapter.latents, own_prompt))
             thinking += 0.0 if own_prompt else shape.prompt_flops(prompt)
             scoring_ = head.prompt_flops(prompt) + budget * head.scoring_flops(prompt, adapter.latents)
-            decoding = shape.rollout_flops(prompt, adapter.latents, forced, float(answer), own_prompt)
+            decoding = again + shape.rollout_flops(prompt, adapter.latents, forced, float(answer), own_prompt)
             decoding += 0.0 if own_prompt else shape.prompt_flops(prompt)
             gflops.append((thinking + scoring_ + decoding) / 1e9)
         groups = [latents[start : start + budget] for start in range(0, len(latents), n)]

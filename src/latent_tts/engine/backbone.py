@@ -33,6 +33,6 @@ def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
     return ids_QL.to(device), torch.tensor(lengths, device=device)
 
 
-def run(backbone: PreTrainedModel, embeddings: Tensor, positions: Tensor, state: AttentionState) -> Tensor:
+def run(backbone: nn.Module, embeddings: Tensor, positions: Tensor, state: AttentionState) -> Tensor:
     """Final hidden states (rows, S, D) of one pass, which writes the prefixes of `state` or reads them."""
     return backbone(inputs_embeds=embeddings, position_ids=positions, use_cache=False, state=state).last_hidden_state

@@ -19,9 +19,13 @@ from latent_tts.engine import backbone
 from latent_tts.engine.attention import AttentionState
 from latent_tts.engine.head import choose
 from latent_tts.engine.sites import MaskedSites
+from latent_tts.engine.sweeps import Sweeps
 from latent_tts.rng import Draw
+from latent_tts.schedule.sequential import Sequential
+from latent_tts.thoughts import Schedule
 from latent_tts.types import Forward, Reasoner, Sampler
 
+SEQUENTIAL = Sequential()
 COMPACT_BELOW = 0.75  # a batch is packed anew once it would shrink to this share of its rows
 
 
@@ -35,6 +39,8 @@ class Plan:
         eos_id: the token that ends an answer.
         max_answer_tokens: most tokens of an answer, the final eos not counted.
         stop_id: a row stops thinking where this is the most probable next token; None for a fixed T.
+        latent_id: the token that stands for a latent, where a schedule begins with it.
+        schedule: the order in which latents are made.
     """
 
     latents: int
@@ -42,6 +48,8 @@ class Plan:
     eos_id: int
     max_answer_tokens: int
     stop_id: int | None = None
+    latent_id: int | None = None
+    schedule: Schedule = SEQUENTIAL
 
 
 @dataclass
@@ -120,7 +128,7 @@ class Engine:
         )
 
 
-class Thinking:
+class Thinking(Sweeps):
     """R rollouts in the making: `start` runs the prompts, `think` makes the latents, `answer` decodes.
 
     Searches and labels `fork` it between two latents. Everything happens under `torch.inference_mode` and inside the
@@ -151,7 +159,9 @@ class Thinking:
         self.embed: Callable[[Tensor], Tensor] = self.lm.get_input_embeddings()
         self.state, self.draw, self.latents_RTD, self.steps_R = state, draw, latents_RTD, steps_R
         self.step, self.thinking_R, self._own_last = step, thinking_R, own_last
+        # what is not run yet: the last latent; after parallel sweeps also those before it that may have changed
         self._pending_R1D: Tensor | None = latents_RTD[:, step - 1, None] if step else None
+        self._unsettled = range(0)  # what comes before the last of the pending ones: thoughts that make these latents
         self._hidden_RD: Tensor | None = None
         draw.history_RTD = latents_RTD
 
@@ -218,9 +228,13 @@ class Thinking:
 
     def think(self) -> Thinking:
         """Make all latents that are still missing."""
-        while self.step < self.plan.latents and (self.thinking_R is None or bool(self.thinking_R.any())):
-            self.advance()
+        self.plan.schedule.think(self)
         return self
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a row still lacks latents."""
+        return self.step < self.plan.latents and (self.thinking_R is None or bool(self.thinking_R.any()))
 
     def advance(self) -> Tensor:
         """Make one more latent (R, D) of every row that still thinks (zeros elsewhere)."""
@@ -270,11 +284,9 @@ class Thinking:
             return self._hidden_RD
         if first_valid_R is not None and self.state.valid_RS is not None:
             self.state.valid_RS[:, self.state.used] = first_valid_R
-        self.sites.about_to_run(self.draw, forward)
-        positions = self.state.positions(forward.tokens)
-        hidden = backbone.run(self.lm.base_model, embeddings_RSD, positions, self.state)
-        self.state.used += forward.tokens
-        return hidden[:, -1]
+        thoughts = [Forward("thoughts", step, 1) for step in self._unsettled]
+        self._unsettled = range(0)
+        return self._run(embeddings_RSD, [*thoughts, replace(forward, tokens=forward.tokens - len(thoughts))])[:, -1]
 
     def answer(self) -> Rollouts:
         """Decode the answers; rows that finish leave the batch. Afterwards `fork` works, and nothing else."""

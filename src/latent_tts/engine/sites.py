@@ -26,7 +26,7 @@ class MaskedSites:
     def __init__(self, lm: PreTrainedModel, sampler: Sampler) -> None:
         self.sampler = sampler
         self._draw: Draw | None = None
-        self._forward: Forward | None = None
+        self._forwards: tuple[Forward, ...] = ()
         self._handles = []
         if not sampler.random_phases:
             return
@@ -46,18 +46,28 @@ class MaskedSites:
         for handle in self._handles:
             handle.remove()
 
-    def about_to_run(self, draw: Draw, forward: Forward) -> None:
-        """The pass that comes next, and the rows it runs."""
-        self._draw, self._forward = draw, forward
+    def about_to_run(self, draw: Draw, *forwards: Forward) -> None:
+        """The pass that comes next (or several side by side in one), and the rows it runs."""
+        self._draw, self._forwards = draw, forwards
 
     def _apply(self, site: Site, layer: int, output: Tensor) -> Tensor:
-        if self._draw is None or self._forward is None:
+        if self._draw is None:
             return output
-        factors = self.sampler.factors(site, layer, self._draw, self._forward)
-        if factors is None:
+        parts = [self.sampler.factors(site, layer, self._draw, forward) for forward in self._forwards]
+        if all(part is None for part in parts):
             return output
+        factors = self._side_by_side(parts, output)
         # multiplied in float32 at least; widening first is twice as fast as a product of two dtypes
         return (output.to(torch.promote_types(output.dtype, factors.dtype)) * factors).to(output.dtype)
+
+    def _side_by_side(self, parts: list[Tensor | None], output: Tensor) -> Tensor:
+        """The factors of all forward passes; ones where a pass has none."""
+        if len(parts) == 1 and parts[0] is not None:
+            return parts[0]
+        one = torch.ones((), device=output.device)
+        sizes = [(output.shape[0], forward.tokens, output.shape[2]) for forward in self._forwards]
+        whole = [(one if part is None else part).expand(size) for part, size in zip(parts, sizes, strict=True)]
+        return torch.cat(whole, dim=1)
 
     def _embedding(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         del module
