@@ -36,7 +36,7 @@ ALLOWED = {
     "report": {"errors", "types"},
     "engine": {"errors", "types", "model", "sampler", "rng", "cost"},
     "training": {"errors", "types", "model", "task", "engine", "philox", "rng", "annotations"},
-    "labelling": {"errors", "types", "engine", "philox", "rng", "annotations"},
+    "labelling": {"errors", "types", "engine", "philox", "rng", "store", "annotations"},
     "search": {"errors", "types", "philox", "rng", "engine"},
     "executor": {"errors", "types", "engine", "sampler", "rng", "store"},
     "config": {"errors", "types"},
