@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny untrained reasoner, and the command line run in process."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,3 +71,10 @@ def run(ltts: Callable[..., Result], checkpoint: Path) -> Callable[..., Result]:
     return lambda *arguments: ltts(
         "run", f"model.checkpoint={checkpoint}", "task.limit=6", "n=4", "max_answer_tokens=4", *arguments
     )
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with one free MiB."""
+    sysconf, values = os.sysconf, {"SC_AVPHYS_PAGES": 256, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", lambda name: values[name] if name in values else sysconf(name))

@@ -102,3 +102,15 @@ def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):
     assert scored.code == 0, scored.err
     assert "was trained" not in scored.err
     assert {"best_of_n", "weighted"} <= set(pd.read_csv(scored.last)["aggregator"])
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_rows_that_do_not_fit_are_fewer_and_that_is_said_and_recorded(annotate):
+    result = annotate("task.limit=2", "engine.rows=4096")
+    assert result.code == 0, result.err
+    assert result.err.count("engine.rows: 4096 rows do not fit half of the free memory") == 1
+    rows = json.loads((result.last / "annotations.json").read_text())["rows"]
+    assert f", {rows} do" in result.err
+    assert 1 <= rows < 4096
+    again = annotate("task.limit=2")  # nothing is left to draw
+    assert json.loads((again.last / "annotations.json").read_text())["rows"] == rows

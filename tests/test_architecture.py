@@ -43,7 +43,7 @@ ALLOWED = {
         "annotations",
     },
     "recipe": {"errors", "adapter", "model", "training"},
-    "labelling": {"errors", "types", "engine", "philox", "rng", "annotations"},
+    "labelling": {"errors", "types", "engine", "philox", "rng", "store", "annotations"},
     "search": {"errors", "types", "philox", "rng", "engine"},
     "executor": {"errors", "types", "engine", "sampler", "rng", "store"},
     "config": {"errors", "types"},

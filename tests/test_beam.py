@@ -1,5 +1,8 @@
 """Beam search against a search by hand over the one-row oracle, and through the command line."""
 
+import json
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -177,3 +180,12 @@ def test_a_beam_run_needs_a_scorer(run):
     result = run("search=beam", "sampler=gaussian", "n=16", "scorer=none")
     assert result.code == 2
     assert "search=beam" in result.err
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_rows_that_do_not_fit_are_fewer_and_that_is_said_and_recorded(beam_run):
+    result = beam_run("n=4", "search.beams=2", "search.candidates=2", "engine.rows=4096")
+    assert result.code == 0, result.err
+    lowered = int(re.search(r"engine.rows: 4096 rows do not fit half of the free memory, (\d+) do", result.err)[1])
+    recorded = json.loads((result.last.parent / "run.json").read_text())["rows"]
+    assert max(recorded) <= max(lowered // 2, 2)  # beams, of two candidates each

@@ -277,3 +277,23 @@ def test_a_path_without_runs_is_refused(tmp_path):
         store.run_folders(tmp_path)
     with pytest.raises(UsageError, match=r"^runs=.*missing: no such folder"):
         store.run_folders(tmp_path / "missing")
+
+
+def test_results_are_written_every_two_seconds_and_at_the_end_however_it_ends(monkeypatch):
+    now, parts = [0.0], []
+    monkeypatch.setattr(store.time, "perf_counter", lambda: now[0])
+
+    def interrupted():
+        with store.written_in_parts(parts.append) as take:
+            for number in range(7):
+                take([number])
+                now[0] += 0.75
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert parts == [[0, 1, 2, 3], [4, 5, 6]]
+    with store.written_in_parts(parts.append) as take:
+        now[0] += 9
+        take([])
+    assert len(parts) == 2

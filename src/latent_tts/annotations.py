@@ -10,8 +10,7 @@ Shards are in the layout of the official annotation, so either project reads the
 
 Beside each shard lies `{k}_on0.parquet`, its part of the index. It is written after the shard: a shard without one is
 not there. `annotations.json` holds the settings that made the folder; `index.parquet` joins the parts at the end.
-Of the settings, `train-rm` reads `reasoner` (digest), `reasoner_name`, `sampler`, `latent_id`; every shard has to fit
-`width`.
+`train-rm` reads of them `reasoner` (digest), `reasoner_name`, `sampler`, `latent_id`; every shard has to fit `width`.
 
 Source: src/annotate_data.py and src/dataset.py of ModalityDance/LatentTTS at 6657f20.
 """
@@ -115,10 +114,12 @@ class AnnotationFolder:
     Attributes:
         path: the folder.
         settings: what made it, `format` included; empty for a folder of official shards.
-        complete: whether `finish` was called.
+        complete, rows: whether `finish` was called; most rows of a batch of the last run, None if not known.
         official: there is no `annotations.json`: question ids are the indices as text.
         width: of every latent, from the settings; a reader of official shards may set it.
     """
+
+    rows: int | None = None
 
     def __init__(self, path: Path, settings: Mapping[str, Any] | None = None, key: str = "annotations") -> None:
         """Open a folder.
@@ -156,7 +157,7 @@ class AnnotationFolder:
         else:
             record = self._read_settings()
             self._refuse_other_settings(record["settings"])
-            self.complete = bool(record["complete"])
+            self.complete, self.rows = bool(record["complete"]), record["rows"]
         for shard in self._shards():  # stopped between a shard and its part of the index
             if not shard.with_suffix(".parquet").is_file():
                 shard.unlink()
@@ -342,13 +343,12 @@ class AnnotationFolder:
                 raise ValueError("settings is not an object")
         except (ValueError, KeyError, TypeError) as error:
             raise bad_value(self._key, path, f"is not the record of annotations ({error})") from error
-        if record["settings"].get("format") != FORMAT:
-            found = record["settings"].get("format")
+        if (found := record["settings"].get("format")) != FORMAT:
             raise bad_value(self._key, path, f"format {found}, this version reads format {FORMAT}")
-        return {"complete": False, **record}
+        return {"complete": False, "rows": None, **record}
 
     def _write_settings(self, counts: Mapping[str, int]) -> None:
-        record = {"settings": self.settings, "complete": self.complete, "counts": counts}
+        record = {"settings": self.settings, "complete": self.complete, "rows": self.rows, "counts": counts}
         with whole_file(self.path / SETTINGS) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -18,10 +18,8 @@ from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.rng import Draw
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.store import NOT_DECODED, PartCache, RolloutCache, ScoreCache
+from latent_tts.store import NOT_DECODED, PartCache, RolloutCache, ScoreCache, written_in_parts
 from latent_tts.types import Sampler
-
-SECONDS_BETWEEN_PARTS = 2.0
 
 
 def fill(
@@ -85,18 +83,10 @@ def _fill(
     rows: int,
     progress: Callable[[int], None],
 ) -> None:
-    pending: list[dict[str, Any]] = []
-    written = time.perf_counter()
-    try:
+    with written_in_parts(cache.add) as take:
         for batch in batches(jobs, rows):
-            pending += work(batch)
+            take(work(batch))
             progress(sum(len(job.rollouts) for job in batch))
-            if time.perf_counter() - written > SECONDS_BETWEEN_PARTS:
-                cache.add(pending)
-                pending, written = [], time.perf_counter()
-    finally:
-        if pending:
-            cache.add(pending)
 
 
 def _draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int, answers: bool) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ Source: You et al. (arXiv 2510.07745), section 4; src/annotate_data.py of Modali
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,9 +21,9 @@ from latent_tts.engine.rollout import Engine, Thinking
 from latent_tts.engine.sites import MaskedSites
 from latent_tts.philox import key_of
 from latent_tts.rng import Draw
+from latent_tts.store import written_in_parts
 from latent_tts.types import Bools, Sampler
 
-SECONDS_BETWEEN_SHARDS = 2.0
 MOST_COMPLETIONS = 1 << 16  # rollout number and completion number share a 32-bit counter word
 
 
@@ -84,21 +83,14 @@ def label(
         labelling: how many, and how they are keyed.
         progress: called with the numbers of questions and of rollouts (completions included) of a finished batch.
     """
-    pending: list[Annotated | Dropped] = []
-    written = time.perf_counter()
     a_batch = max(1, labelling.rows // labelling.rollouts)
     by_length = sorted(jobs, key=lambda job: (-len(job.prompt), job.index))
-    try:
+    with written_in_parts(folder.add) as take:
         for start in range(0, len(by_length), a_batch):
             batch = by_length[start : start + a_batch]
             entries, rollouts = label_batch(batch, engine, sampler, labelling)
-            pending += entries
+            take(entries)
             progress(len(batch), rollouts)
-            if time.perf_counter() - written > SECONDS_BETWEEN_SHARDS:
-                folder.add(pending)
-                pending, written = [], time.perf_counter()
-    finally:
-        folder.add(pending)
 
 
 @torch.inference_mode()
@@ -165,15 +157,12 @@ def _completed(
     for part in _parts(rows, max(1, labelling.rows // count), n):
         here: Tensor = torch.from_numpy(rows[part]).to(device).repeat_interleave(count)
         completion = torch.arange(count, device=device).repeat(len(rows[part]))
-        draw = Draw(keys[here // n], here % n * MOST_COMPLETIONS + completion, *_shape(thinking))
+        numbers, engine = here % n * MOST_COMPLETIONS + completion, thinking.engine
+        draw = Draw(keys[here // n], numbers, engine.width, engine.blocks)
         ended = thinking.fork(here, draw, step).think().answer()
         right = _are_right(jobs, (here // n).cpu().numpy(), ended.answer_ids)
         shares[part] = right.reshape(-1, count).mean(1)
     return shares
-
-
-def _shape(thinking: Thinking) -> tuple[int, int]:
-    return thinking.engine.width, thinking.engine.blocks
 
 
 def _parts(rows: np.ndarray, most: int, n: int) -> Iterator[slice]:

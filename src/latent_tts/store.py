@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from latent_tts.errors import RunError, UsageError, bad_value
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
 SCORES = "scores.parquet"
+SECONDS_BETWEEN_PARTS = 2.0
 NOT_DECODED = "not_decoded"  # the stop reason of a rollout whose answer nobody needed
 # fmt: off
 ROLLOUT_COLUMNS = [
@@ -61,6 +63,33 @@ SCORE_SCHEMA = pa.schema(
         ("peak_memory_bytes", pa.int64()),
     ]
 )
+
+
+T = TypeVar("T")
+
+
+@contextmanager
+def written_in_parts(write: Callable[[list[T]], None]) -> Iterator[Callable[[Iterable[T]], None]]:
+    """A function that takes results; `write` gets them two seconds' worth at a time, and the rest at the end.
+
+    However it ends: an interruption loses nothing that was handed over.
+    """
+    pending: list[T] = []
+    written = time.perf_counter()
+
+    def take(results: Iterable[T]) -> None:
+        nonlocal pending, written
+        pending += results
+        if pending and time.perf_counter() - written > SECONDS_BETWEEN_PARTS:
+            done, pending = pending, []
+            write(done)
+            written = time.perf_counter()
+
+    try:
+        yield take
+    finally:
+        if pending:
+            write(pending)
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts import config, report
 from latent_tts.annotations import FORMAT, AnnotationFolder
-from latent_tts.commands.drawing import load_once, plan_of, resolve_device
+from latent_tts.commands.drawing import load_once, plan_of, resolve_device, rows_of_a_batch
 from latent_tts.commands.identity import ENGINE_SEMANTICS
-from latent_tts.commands.prepared import check_engine, encode, positions_beside_the_prompt
+from latent_tts.commands.prepared import ITEM_BYTES, check_engine, encode, positions_beside_the_prompt
 from latent_tts.cost import Shape
 from latent_tts.decoding import AnswerSampling
 from latent_tts.errors import FEWER_ROWS, bad_value, computing
@@ -104,7 +104,7 @@ def _label(
     questions: list[tuple[int, Question]],
     prompts: dict[str, list[int]],
 ) -> None:
-    from latent_tts.engine.packing import default_rows
+    from latent_tts.engine.packing import row_bytes
     from latent_tts.engine.rollout import Engine
     from latent_tts.labelling import MOST_COMPLETIONS, LabelJob, Labelling, completions_of, label
 
@@ -117,7 +117,13 @@ def _label(
 
     jobs = [LabelJob(q.id, place, prompts[q.id], lambda ids, q=q: is_right(q, ids)) for place, q in questions]
     device = resolve_device(cfg.engine.device)
-    rows = cfg.engine.rows or default_rows(Shape.from_config(adapter.config).width, device)
+    shape, longest = Shape.from_config(adapter.config), max(len(job.prompt) for job in jobs)
+    suffix = adapter.latents + len(adapter.thinking_end_ids) + cfg.max_answer_tokens
+    own_prompt = "prompt" in sampler.random_phases
+    # completions are there beside the rollouts that they complete
+    bytes_a_row = 2 * row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
+    rows = rows_of_a_batch(cfg, shape, bytes_a_row, device)
+    folder.rows = rows
     labelling = Labelling(cfg.n, cfg.completions, cfg.keep == "all", cfg.seed, rows, adapter.latent_id)
     engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
     a_question = completions_of(sampler, engine, labelling)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from latent_tts import report, store
 from latent_tts.commands.prepared import ITEM_BYTES, Prepared
+from latent_tts.cost import Shape
 from latent_tts.errors import FEWER_ROWS, bad_value, computing
 from latent_tts.search.beam import Beam
 from latent_tts.thoughts import Schedule
@@ -34,7 +35,7 @@ def draw_missing(
     if not total:
         return 0
     from latent_tts import executor
-    from latent_tts.engine.packing import Job, default_rows, measured_flops, row_bytes, rows_that_fit
+    from latent_tts.engine.packing import Job, measured_flops, row_bytes
     from latent_tts.engine.rollout import Engine
 
     device = resolve_device(cfg.engine.device)
@@ -55,10 +56,7 @@ def draw_missing(
     suffix = adapter.latents + forced + cfg.max_answer_tokens
     longest = max(len(job.prompt) for job in jobs)
     bytes_a_row = row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
-    wanted_rows = cfg.engine.rows or default_rows(shape.width, device)
-    rows = rows_that_fit(wanted_rows, bytes_a_row, device)
-    if rows < wanted_rows:
-        log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted_rows, rows)
+    rows = rows_of_a_batch(cfg, shape, bytes_a_row, device)
 
     def each(prompt: int) -> float:
         again = shape.repeated_flops(prompt, prepared.repeated)
@@ -97,7 +95,7 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     if not lacking:
         return 0
     from latent_tts import executor
-    from latent_tts.engine.packing import Job, default_rows
+    from latent_tts.engine.packing import Job, row_bytes
     from latent_tts.engine.rollout import Engine
     from latent_tts.engine.scoring import LatentScorer
 
@@ -105,12 +103,18 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     assert isinstance(search, Beam)
     assert scorer is not None
     device = resolve_device(cfg.engine.device)
-    rows = cfg.engine.rows or default_rows(prepared.shape.width, device)
     jobs = [
         Job(question.id, question.id, prepared.prompts[question.id], list(range(search.beams)))
         for question in prepared.questions
         if question.id in lacking
     ]
+    longest, item = max(len(job.prompt) for job in jobs), ITEM_BYTES[cfg.engine.dtype]
+    own_prompt = "prompt" in prepared.sampler.random_phases
+    suffix = adapter.latents + len(adapter.thinking_end_ids) + cfg.max_answer_tokens
+    # a step's rows are there beside those that they were forked from, in the reasoner as in the scorer
+    bytes_a_row = 2 * row_bytes(prepared.shape, longest, suffix, item, own_prompt)
+    bytes_a_row += 2 * row_bytes(Shape.from_config(scorer.config), longest, adapter.latents, item, own_prompt=False)
+    rows = rows_of_a_batch(cfg, prepared.shape, bytes_a_row, device)
     log.info("%d questions to search: %d beams of %d candidates each", len(jobs), search.beams, search.candidates)
     engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
     sampler = prepared.answers.over(prepared.sampler)
@@ -126,6 +130,17 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
                 progress=lambda k: report.advance(bar, k),
             )
     return len(jobs) * prepared.n
+
+
+def rows_of_a_batch(cfg: DictConfig, shape: Shape, bytes_a_row: int, device: str) -> int:
+    """Rows of a batch: `engine.rows`, or what suits the model's width; fewer, and said, if they do not fit memory."""
+    from latent_tts.engine.packing import default_rows, rows_that_fit
+
+    wanted = cfg.engine.rows or default_rows(shape.width, device)
+    rows = rows_that_fit(wanted, bytes_a_row, device)
+    if rows < wanted:
+        log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted, rows)
+    return rows
 
 
 def plan_of(adapter: ModelAdapter, max_answer_tokens: int, schedule: Schedule | None = None) -> Plan:

@@ -11,7 +11,7 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from latent_tts import report, store
-from latent_tts.commands.drawing import load_scorer_once, missing, resolve_device
+from latent_tts.commands.drawing import load_scorer_once, missing, resolve_device, rows_of_a_batch
 from latent_tts.commands.identity import score_key
 from latent_tts.commands.prepared import ITEM_BYTES, Prepared, positions_of
 from latent_tts.cost import Shape
@@ -116,7 +116,7 @@ def _fill(
     shifts: dict[tuple[str, int], int],
 ) -> None:
     from latent_tts import executor
-    from latent_tts.engine.packing import Job, default_rows, row_bytes, rows_that_fit
+    from latent_tts.engine.packing import Job, row_bytes
     from latent_tts.engine.scoring import LatentScorer
 
     device, dtype = resolve_device(cfg.engine.device), cfg.engine.dtype
@@ -133,7 +133,7 @@ def _fill(
     longest, steps = max(len(job.prompt) for job in jobs), max(map(len, latents.values()))
     # a batch may hold one row a prompt
     bytes_a_row = row_bytes(shape, longest, steps, ITEM_BYTES[dtype], own_prompt=True)
-    rows = rows_that_fit(cfg.engine.rows or default_rows(shape.width, device), bytes_a_row, device)
+    rows = rows_of_a_batch(cfg, shape, bytes_a_row, device)
     work = sum(
         shape.prompt_flops(len(job.prompt)) + len(job.rollouts) * shape.scoring_flops(len(job.prompt), steps)
         for job in jobs
