@@ -62,12 +62,13 @@ reasoner-cot: $(WRITTEN) ## retrain the shipped explicit chain of thought
 	$(FROM_WRITTEN) model=cot output=outputs/cot_arith recipe.written_updates=150 \
 		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=150
 
-reasoner-codi: $(WRITTEN) ## retrain the shipped CODI reasoner
-	$(FROM_WRITTEN) model=codi output=outputs/codi_arith recipe.written_updates=0 recipe.stage_updates=[80,80,80,80,80] \
-		recipe.final_updates=550 optimization.warmup=20 optimization.cosine_updates=1000
+reasoner-codi: .venv/.installed ## retrain the shipped CODI reasoner (from the shipped COCONUT one)
+	$(BIN)/ltts train-reasoner init=shipped:coconut_arith model=codi output=outputs/codi_arith \
+		recipe.written_updates=0 recipe.stage_updates=[] recipe.final_updates=150 \
+		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=150
 
 reasoner-colar: $(WRITTEN) ## retrain the shipped CoLaR reasoner
-	$(FROM_WRITTEN) model=colar output=outputs/colar_arith model.latents=8 model.thinking_speed=8 \
+	$(FROM_WRITTEN) model=colar output=outputs/colar_arith model.latents=12 model.thinking_speed=4 \
 		recipe.written_updates=0 recipe.final_updates=600 recipe.latent_noise=0.2 \
 		optimization.warmup=20 optimization.cosine_updates=600
 

@@ -1,6 +1,7 @@
 """CODI's objective against a slow and plain one, and its training from the command line."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from latent_tts.task.arith import Arith
 from latent_tts.training import loop
 from latent_tts.training.codi import alignment
 from latent_tts.training.curriculum import Stage
-from latent_tts.training.initial import prepare
+from latent_tts.training.initial import copy_checkpoint, prepare
 
 VALUES = {
     "written_updates": 2,
@@ -36,7 +37,7 @@ VALUES = {
 @pytest.fixture(scope="module")
 def folder(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("codi") / "initial"
-    prepare(checkpoint, folder, Recipe(**VALUES), seed=1)
+    prepare(partial(copy_checkpoint, checkpoint), folder, Recipe(**VALUES), seed=1)
     return folder
 
 
@@ -111,9 +112,8 @@ def test_the_first_stage_is_the_teacher_alone(folder):
 
 
 def test_a_projector_can_start_as_the_identity(checkpoint, tmp_path):
-    prepare(
-        checkpoint, tmp_path / "initial", Recipe(**VALUES | {"projector_init": "identity", "projector_hidden": None}), 1
-    )
+    start, wide = partial(copy_checkpoint, checkpoint), {"projector_init": "identity", "projector_hidden": None}
+    prepare(start, tmp_path / "initial", Recipe(**VALUES | wide), 1)
     projector = adapter_of(tmp_path / "initial").load(device="cpu", dtype="float32").next_latent
     hidden = torch.randn(5, 16)
     torch.testing.assert_close(projector[:4](hidden), hidden)
@@ -121,7 +121,12 @@ def test_a_projector_can_start_as_the_identity(checkpoint, tmp_path):
     states = reasoner.lm.base_model(torch.arange(40, 72)[None]).last_hidden_state[0]
     torch.testing.assert_close(projector(states), states - states.mean(1, keepdim=True), rtol=0.02, atol=0.02)
     with pytest.raises(UsageError, match=r"recipe\.projector_hidden=24: 32 or more"):
-        prepare(checkpoint, tmp_path / "narrow", Recipe(**VALUES | {"projector_init": "identity"}), 1)
+        prepare(
+            partial(copy_checkpoint, checkpoint),
+            tmp_path / "narrow",
+            Recipe(**VALUES | {"projector_init": "identity"}),
+            1,
+        )
 
 
 def test_the_teacher_gets_no_gradient_from_the_distance():
@@ -212,6 +217,20 @@ def test_train_reasoner_starts_from_a_plain_lm_and_writes_a_codi_checkpoint_that
     assert config["projector_hidden_size"] == 32  # twice the width, for the identity
     run = ltts("run", "model=codi", "model.checkpoint=out/checkpoint", "model.latents=2", "task.limit=2", "n=2")
     assert run.code == 0, run.err
+
+
+def test_a_start_that_was_left_half_way_is_made_again_and_a_finished_line_does_no_harm(ltts, checkpoint, tmp_path):
+    line = (
+        "train-reasoner", "model=codi", "output=out", f"init={checkpoint}", "recipe.written_updates=1",
+        "recipe.stage_updates=[]", "recipe.final_updates=1", *TINY,
+    )  # fmt: skip
+    (tmp_path / "out/initial").mkdir(parents=True)
+    (tmp_path / "out/initial/config.json").write_text("{}")
+    assert ltts(*line).code == 0
+    assert ltts(*line).code == 0
+    result = ltts(*line, "recipe.distill_weight=3")
+    assert result.code == 2
+    assert "other settings" in result.err
 
 
 @pytest.mark.parametrize(

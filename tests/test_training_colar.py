@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from latent_tts.recipe.colar import Colar as Recipe
 from latent_tts.task.arith import Arith, words
 from latent_tts.training import loop
 from latent_tts.training.colar import compressed, slots_of
-from latent_tts.training.initial import prepare
+from latent_tts.training.initial import copy_checkpoint, prepare
 
 VALUES = {
     "written_updates": 2,
@@ -30,7 +31,7 @@ VALUES = {
 @pytest.fixture(scope="module")
 def folder(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("colar") / "initial"
-    prepare(checkpoint, folder, Recipe(**VALUES), seed=1)
+    prepare(partial(copy_checkpoint, checkpoint), folder, Recipe(**VALUES), seed=1)
     return folder
 
 

@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
             f"it trains {recipe.family} reasoners, and model={adapter.name} reads {adapter.family} checkpoints",
         )
     recipe.check(adapter)
-    source = checkpoint.resolve(str(cfg.init), key="init") if cfg.init else initial
+    source = checkpoint.resolve(str(cfg.init), key="init") if cfg.init else None
     if output.exists() and not output.is_dir():
         raise bad_value("output", output, "a folder is wanted, this is a file")
     output.mkdir(parents=True, exist_ok=True)
@@ -51,12 +51,17 @@ def main(cfg: DictConfig) -> None:
     backbone = config.build("backbone", cfg.backbone)
     optimization = config.build("optimization", cfg.optimization)
     from latent_tts.training import loop
-    from latent_tts.training.initial import prepare
+    from latent_tts.training.initial import copy_checkpoint, prepare
     from latent_tts.training.vocabulary import word_level_tokenizer
 
-    if not cfg.init and not (initial / "tokenizer.json").is_file():
-        backbone.create(word_level_tokenizer([*words(), *recipe.words]), initial, cfg.seed)
-    prepare(source, initial, recipe, cfg.seed)
+    def start(folder: Path) -> None:
+        if source is not None:
+            copy_checkpoint(source, folder)
+        else:
+            backbone.create(word_level_tokenizer([*words(), *recipe.words]), folder, cfg.seed)
+
+    if not (output / loop.STATE).is_file():
+        prepare(start, initial, recipe, cfg.seed)
     adapter.check()
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)

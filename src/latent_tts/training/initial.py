@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,30 +29,39 @@ def trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrained
     return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).train()
 
 
-def prepare(source: Path, folder: Path, recipe: Recipe, seed: int) -> None:
-    """Write the checkpoint folder that training starts from, unless it is there.
+def prepare(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:
+    """Write the checkpoint folder that training starts from, whole or not at all; an older one is replaced.
 
     Args:
-        source: a checkpoint of the family, or of a plain causal LM (which gets what the family adds); may be `folder`.
+        make: writes a checkpoint of the family, or of a plain causal LM, which then gets what the family adds.
         folder: where it is wanted.
         recipe: of the family.
         seed: of new weights.
     """
-    if source != folder:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for path in (source / "tokenizer.json", *source.glob("tokenizer_config.json")):
-            shutil.copyfile(path, partial / path.name)
-        config = files.read_config(source)
-        config.pop("latent_tts", None)  # what that checkpoint was trained with does not bind this training
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(files.load_tensors(source, ""), partial / files.WEIGHTS, metadata={"format": "pt"})
-        add_words(partial, recipe.words, seed)
-        recipe.add_own_tensors(partial, seed)
-        partial.rename(folder)
-    else:
-        recipe.add_own_tensors(folder, seed)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    make(partial)
+    add_words(partial, recipe.words, seed)
+    recipe.add_own_tensors(partial, seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def copy_checkpoint(source: Path, folder: Path) -> None:
+    """Copy the weights (one file of what may be shards), config and tokenizer of a checkpoint.
+
+    Raises:
+        UsageError: a file is missing or cut off.
+    """
+    files.load_tokenizer(source, key="init")
+    files.weight_files(source, key="init")
+    for path in (source / "tokenizer.json", *source.glob("tokenizer_config.json")):
+        shutil.copyfile(path, folder / path.name)
+    config = files.read_config(source)
+    config.pop("latent_tts", None)  # what that checkpoint was trained with does not bind this training
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(files.load_tensors(source, ""), folder / files.WEIGHTS, metadata={"format": "pt"})
 
 
 def add_words(folder: Path, words: tuple[str, ...], seed: int) -> None:

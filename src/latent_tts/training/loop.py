@@ -34,6 +34,7 @@ from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
 VALID_BATCH = 250
+STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -226,13 +227,13 @@ def _save(
     }
     partial = output / "state.partial"
     save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, output / "state.safetensors")
+    os.replace(partial, output / STATE)
 
 
 def _resume(
     trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, output: Path, settings: dict
 ) -> tuple[int, float]:
-    path = output / "state.safetensors"
+    path = output / STATE
     if not path.is_file():
         return 0, 0.0
     with safe_open(path, "pt") as state, torch.no_grad():
@@ -255,7 +256,7 @@ def _resume(
 def export(recipe: Recipe, output: Path, adapter: CheckpointAdapter, folder: Path) -> None:
     """Write the trained weights of `output` as a checkpoint folder in bfloat16, with the initial one's tokenizer."""
     objective = recipe.objective(adapter)
-    with safe_open(output / "state.safetensors", "pt") as state, torch.no_grad():
+    with safe_open(output / STATE, "pt") as state, torch.no_grad():
         for name, parameter in parameters(objective).items():
             parameter.copy_(state.get_tensor(f"weight.{name}"))
     lm = objective.lm
