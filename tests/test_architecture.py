@@ -14,16 +14,16 @@ ROOMS = [path.name for path in sorted((ROOT / "conf").iterdir()) if path.is_dir(
 ALLOWED = {
     "errors": set(),
     "philox": set(),
-    "types": {"rng"},  # for annotations alone
+    "types": {"rng", "thoughts"},  # for annotations alone
     "latex": set(),
     "answer": {"errors", "latex"},
     "checkpoint": {"errors", "types"},
     "layouts": {"errors"},
-    "adapter": {"errors", "types", "checkpoint"},
+    "adapter": {"errors", "types", "checkpoint", "thoughts"},  # thoughts for annotations alone
     "cost": set(),
     "decoding": {"errors", "types", "rng"},
     "rng": {"philox"},
-    "model": {"errors", "types", "checkpoint", "adapter"},
+    "model": {"errors", "types", "checkpoint", "adapter", "schedule"},
     "sampler": {"errors", "types", "rng"},
     "thoughts": {"types"},
     "schedule": {"errors", "types", "thoughts"},

@@ -19,6 +19,8 @@ from latent_tts.types import Question
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from latent_tts.thoughts import Schedule
+
 log = logging.getLogger(__name__)
 
 
@@ -50,6 +52,10 @@ class CheckpointAdapter:
     question_end: ClassVar[str]  # written between the question and <|start-latent|>
 
     def __post_init__(self) -> None:
+        if not isinstance(self.checkpoint, str):
+            raise bad_value(
+                "model.checkpoint", self.checkpoint, f"a folder or hub id: model={self.name} has no default"
+            )
         if not (is_whole(self.latents) and self.latents >= 0):
             raise bad_value("model.latents", self.latents, "a number of latent thoughts, 0 or more")
 
@@ -72,7 +78,7 @@ class CheckpointAdapter:
                 "model.checkpoint", self.folder, f"is in {layout}'s training layout; {files.convert_hint(self.folder)}"
             )
         found, prefix = files.family(shapes)
-        if found != self.family:
+        if not self.reads(found):
             raise bad_value(
                 "model.checkpoint",
                 self.folder,
@@ -86,6 +92,15 @@ class CheckpointAdapter:
         trained = self._trained_latents
         if trained is not None and trained != self.latents:
             log.warning("model.latents=%d: %s was trained with %d", self.latents, self.checkpoint, trained)
+
+    @property
+    def own_schedule(self) -> Schedule | None:
+        """None: the latents are made in any order that the user chooses."""
+        return None
+
+    def reads(self, family: str) -> bool:
+        """Whether it reads checkpoints of a family."""
+        return family == self.family
 
     def own_tensors(self) -> str:
         """What marks the family's tensors, as in `projector.*`; empty if it has none of its own."""

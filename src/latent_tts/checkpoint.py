@@ -27,7 +27,7 @@ WANTED_FILES = ["*.json", "*.safetensors"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_*")
 # the tensors that tell the families apart; a checkpoint with none of them is COCONUT's, a plain causal LM
-FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "classifier.": "LatentRM"}
+FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "prj.": "PCCoT", "classifier.": "LatentRM"}
 TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
 
 

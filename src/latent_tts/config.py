@@ -358,10 +358,14 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
+def is_given(group: str) -> bool:
+    """Whether the command line chooses an option of a group."""
+    return any(override.lstrip("+~").partition("=")[0] == group for override in HydraConfig.get().overrides.task)
+
+
 def is_default(group: str, cfg: DictConfig) -> bool:
     """Whether nobody chose the options of a group of several: neither the command line nor an experiment."""
-    given = HydraConfig.get().overrides.task
-    if any(override.lstrip("+~").partition("=")[0] == group for override in given):
+    if is_given(group):
         return False
     # read from the command's own file: composing the defaults again would take as long as a small run
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{HydraConfig.get().job.config_name}.yaml")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from latent_tts.rng import Draw
+    from latent_tts.thoughts import Schedule
 
 Floats: TypeAlias = NDArray[np.floating]
 Bools: TypeAlias = NDArray[np.bool_]
@@ -207,6 +208,11 @@ class ModelAdapter(Protocol):
     @property
     def stop_id(self) -> int | None:
         """A rollout stops thinking where this token is the most probable; None for a fixed number of latents."""
+        ...
+
+    @property
+    def own_schedule(self) -> Schedule | None:
+        """The schedule that is part of the model; None where the user chooses."""
         ...
 
     @property

@@ -13,11 +13,17 @@ from latent_tts import config, report
 from latent_tts.annotations import FORMAT, AnnotationFolder
 from latent_tts.commands.drawing import load_once, plan_of, resolve_device, rows_of_a_batch
 from latent_tts.commands.identity import ENGINE_SEMANTICS
-from latent_tts.commands.prepared import ITEM_BYTES, check_engine, encode, positions_beside_the_prompt
+from latent_tts.commands.prepared import (
+    ITEM_BYTES,
+    check_engine,
+    encode,
+    positions_beside_the_prompt,
+    require_steps,
+    schedule_of,
+)
 from latent_tts.cost import Shape
 from latent_tts.decoding import AnswerSampling
 from latent_tts.errors import FEWER_ROWS, bad_value, computing
-from latent_tts.thoughts import Schedule
 from latent_tts.types import ModelAdapter, Question, Sampler, Task
 
 log = logging.getLogger(__name__)
@@ -45,14 +51,10 @@ def annotate(cfg: DictConfig) -> Path:
     sampler: Sampler = config.build("sampler", cfg.sampler)
     if sampler.deterministic or sampler.needs_donor:
         raise bad_value("sampler", sampler.name, "one whose latents differ: gaussian or dropout")
-    schedule: Schedule = config.build("schedule", cfg.schedule)
-    config.require(
-        "schedule", schedule.name, schedule.stepwise,
-        "sequential: a label is of a prefix h_1..h_t, completed from there, and parallel sweeps remake all latents",
-    )  # fmt: skip
     task: Task = config.build("task", cfg.task)
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
+    require_steps(schedule_of(cfg, adapter), adapter, "a label is of a prefix h_1..h_t, completed from there")
     if adapter.latents == 0:
         raise bad_value("model.latents", 0, "labels are of latents: 1 or more")
     questions = task.questions()

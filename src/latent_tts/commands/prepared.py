@@ -100,8 +100,7 @@ def prepare(cfg: DictConfig) -> Prepared:
             "sampler", sampler.name, f"it acts on latents, and model={adapter.name} has no latents (model.latents=0)\n"
             "sampler=greedy goes with it; answer.temperature above 0 makes its rollouts differ",
         )  # fmt: skip
-    schedule: Schedule = config.build("schedule", cfg.schedule)
-    schedule.check(adapter)
+    schedule = schedule_of(cfg, adapter)
     if isinstance(built, LatentRM) and built.only_own and built.trained.get("reasoner") != adapter.digest:
         built = NoScorer(f"{built.checkpoint} was trained for other weights than {adapter.checkpoint}")
     if isinstance(built, NoScorer):
@@ -111,10 +110,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     search: Search = config.build("search", cfg.search)
     search.check(cfg.n, sampler, scorer)
     if search.survivors is not None:
-        config.require(
-            "schedule", schedule.name, schedule.stepwise,
-            f"sequential: search={search.name} grows rollouts latent by latent, and parallel sweeps remake them all",
-        )  # fmt: skip
+        require_steps(schedule, adapter, f"search={search.name} grows rollouts latent by latent")
         config.require(
             "budget", budget.name, budget.name == "fixed", f"fixed: search={search.name} has no figures at a smaller n"
         )
@@ -160,6 +156,31 @@ def prepare(cfg: DictConfig) -> Prepared:
         n,
         shape,
     )
+
+
+def schedule_of(cfg: DictConfig, adapter: ModelAdapter) -> Schedule:
+    """The schedule that was chosen, or the model's own.
+
+    Raises:
+        UsageError: the model cannot think so, or one was chosen for a model that has its own.
+    """
+    schedule: Schedule = config.build("schedule", cfg.schedule)
+    own = adapter.own_schedule
+    if own is not None:
+        chosen = config.is_given("schedule") or not schedule.stepwise
+        config.require(
+            "schedule", schedule.name, not chosen,
+            f"model={adapter.name} has its own, {own}: it is part of the model, and there is none to choose",
+        )  # fmt: skip
+        schedule = own
+    schedule.check(adapter)
+    return schedule
+
+
+def require_steps(schedule: Schedule, adapter: ModelAdapter, why: str) -> None:
+    """Raises UsageError unless the schedule makes one latent after another, which it says that something needs."""
+    key, value = ("schedule", schedule.name) if adapter.own_schedule is None else ("model", adapter.name)
+    config.require(key, value, schedule.stepwise, f"{why}, and parallel sweeps remake all latents at once")
 
 
 def check_engine(cfg: DictConfig) -> None:

@@ -26,10 +26,6 @@ class Cot(CheckpointAdapter):
         super().__post_init__()
         if self.latents != 0:
             raise bad_value("model.latents", self.latents, "0: an explicit chain of thought has no latents")
-        if not isinstance(self.checkpoint, str):
-            raise bad_value(
-                "model.checkpoint", self.checkpoint, "a folder or hub id of a model that writes steps and `### answer`"
-            )
 
     @property
     def prompt_recipe(self) -> str:
