@@ -81,11 +81,6 @@ class SampledAnswers(Sampler):
         return True
 
     @property
-    def chooses_tokens(self) -> bool:
-        """It does, so it is asked."""
-        return True
-
-    @property
     def needs_donor(self) -> bool:
         """As the sampler of latents does."""
         return self.latents.needs_donor
