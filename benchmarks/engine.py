@@ -75,8 +75,9 @@ def prompts(count: int, vocabulary: int) -> list[list[int]]:
 
 
 def new_model(arguments: argparse.Namespace) -> PreTrainedModel:
-    """Random weights in the shape asked for."""
+    """Random weights in the shape asked for, made in their own precision, as a checkpoint's are read."""
     torch.manual_seed(0)
+    torch.set_default_dtype(DTYPES[arguments.dtype[0]])
     if arguments.model == "gpt2":
         heads = max(1, arguments.width // 64)
         config = GPT2Config(n_layer=arguments.layers, n_embd=arguments.width, n_head=heads, vocab_size=50_260)
@@ -92,7 +93,8 @@ def new_model(arguments: argparse.Namespace) -> PreTrainedModel:
             head_dim=64,
         )
         lm = LlamaForCausalLM(config)
-    return cast(PreTrainedModel, lm.to(arguments.device, DTYPES[arguments.dtype[0]]).eval().requires_grad_(False))
+    torch.set_default_dtype(torch.float32)
+    return cast(PreTrainedModel, lm.to(arguments.device).eval().requires_grad_(False))
 
 
 class Stopwatch:
