@@ -154,7 +154,8 @@ def describe(error: Exception) -> tuple[list[str], int]:
         return str(error).splitlines(), error.exit_code
     if isinstance(error, MissingConfigException):
         group, _, option = str(error.missing_cfg_file).rpartition("/")
-        options = sorted(path.stem for path in (Path(conf_dir()) / group).glob("*.yaml"))
+        own = [path.stem for path in (Path(conf_dir()) / group).glob("*.yaml")]
+        options = sorted({*own, *(error.options or ())})  # Hydra's own list also has those of other packages
         return [f"{group}={option}: no such option; one of {', '.join(options)}"], 2
     if isinstance(error, OverrideParseException):
         return [f"{error.override}: not of the form key=value ({str(error).splitlines()[0]})"], 2
