@@ -22,6 +22,7 @@ VALUES = {
     "final_dropout": None,
     "speed": 5,
     "latents": 9,
+    "latent_loss": "mse",
     "latent_weight": 0.7,
     "latent_noise": 0.0,
     "head_hidden": 24,
@@ -57,7 +58,13 @@ def plain_loss(objective, adapter, questions, speed, weight):
             entropies.append(-logprob_V[bag].mean())
         for place, latent in enumerate(latents):
             predicted = objective.head["mean"](objective.head["fc"](hidden[first + place]))
-            distances.append(((predicted - latent / adapter.latent_std) ** 2).mean())
+            target = latent / adapter.latent_std
+            if "log_std" in objective.head:
+                spread = objective.head["log_std"](objective.head["fc"](hidden[first + place])).exp()
+                likelihood = torch.distributions.Normal(predicted, spread).log_prob(target) + math.log(2 * math.pi) / 2
+                distances.append(-likelihood.mean())
+            else:
+                distances.append(((predicted - target) ** 2).mean())
     return torch.stack(entropies).mean() + weight * torch.stack(distances).mean()
 
 
@@ -72,6 +79,21 @@ def test_the_loss_equals_one_without_padding(folder, stage):
     slow = plain_loss(objective, adapter_of(folder, speed), questions, speed, weight=0.7)
     fast = objective.loss(questions, recipe.stages()[stage])
     torch.testing.assert_close(fast.double(), slow, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_with_a_spread_is_trained_by_its_likelihood(folder, tmp_path):
+    recipe = Recipe(**VALUES | {"latent_loss": "nll"})
+    prepare(partial(copy_checkpoint, folder), tmp_path / "initial", recipe, seed=1)  # the head is there, its spread not
+    questions, adapter = Arith("valid", 4, None, 0).questions(), adapter_of(tmp_path / "initial")
+    objective = recipe.objective(adapter)
+    objective.lm.double().eval()
+    objective.own.double().eval()
+    torch.nn.init.normal_(objective.head["log_std"].weight, std=0.3)
+    slow = plain_loss(objective, adapter, questions, 5, weight=0.7)
+    fast = objective.loss(questions, recipe.stages()[-1])
+    torch.testing.assert_close(fast.double(), slow, rtol=1e-5, atol=1e-5)
+    kept = load_file(folder / "model.safetensors")["lt_head.mean.weight"]
+    assert torch.equal(load_file(tmp_path / "initial/model.safetensors")["lt_head.mean.weight"], kept)
 
 
 def test_a_compressed_embedding_keeps_the_spread_of_embeddings():
@@ -137,6 +159,7 @@ def test_a_word_level_vocabulary_gets_the_words_of_the_prompt_and_keeps_its_own(
         {"written_updates": -1},
         {"final_updates": 1.5},
         {"latent_weight": -1},
+        {"latent_loss": "l1"},
         {"latent_noise": "some"},
         {"head_hidden": 0},
         {"final_dropout": 1},

@@ -17,7 +17,7 @@ from latent_tts.errors import bad_value, is_number, is_whole
 from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 HEAD = "lt_head."
 PROMPT = "Question: {question} Let's think step by step:(Thinking speed: {speed})###"
@@ -108,11 +108,20 @@ class Colar(CheckpointAdapter):
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""
         import torch
+        from torch import nn
 
         lm = files.load_causal_lm(self.folder, device=device, dtype=dtype)
         tensors = files.load_tensors(self.folder, HEAD)
         hidden = tensors["fc.0.bias"].shape[0]
-        head = new_head(self.width, hidden)
+        # names as in the files: fc.0, fc.2, fc.3 and mean
+        head = nn.ModuleDict(
+            {
+                "fc": nn.Sequential(
+                    nn.Linear(self.width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
+                ),
+                "mean": nn.Linear(hidden, self.width),
+            }
+        )
         head.load_state_dict(tensors)
         head.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
 
@@ -120,15 +129,3 @@ class Colar(CheckpointAdapter):
             return head["mean"](head["fc"](hidden_RD)) * self.latent_std
 
         return Reasoner(lm=lm, next_latent=next_latent)
-
-
-def new_head(width: int, hidden: int) -> nn.ModuleDict:
-    """The latent head, with the names of the published files: fc.0, fc.2, fc.3 and mean (imports torch)."""
-    from torch import nn
-
-    return nn.ModuleDict(
-        {
-            "fc": nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden)),
-            "mean": nn.Linear(hidden, width),
-        }
-    )

@@ -29,7 +29,9 @@ class Colar(Recipe):
         final_dropout: dropout rate of those; null keeps the backbone's.
         speed: c of the trained reasoner, as its prompt says it.
         latents: the most latents of a rollout; longer steps are refused.
-        latent_weight: of the distance to the next compressed embedding; the cross-entropy counts 1.
+        latent_loss: `mse`, the squared distance to the next compressed embedding (the published checkpoint's head), or
+            `nll`, the negative log-likelihood under a Gaussian whose spread the head learns too (the original code's).
+        latent_weight: of that loss; the cross-entropy counts 1.
         latent_noise: spread of the noise added to the latents that are fed in training, in units of the embeddings'
             spread: at inference they are the model's own and not exact.
         head_hidden: width inside the latent head; null: twice the backbone's.
@@ -40,6 +42,7 @@ class Colar(Recipe):
     final_dropout: float | None
     speed: int
     latents: int
+    latent_loss: str
     latent_weight: float
     latent_noise: float
     head_hidden: int | None
@@ -51,6 +54,8 @@ class Colar(Recipe):
         check_updates("written_updates", self.written_updates)
         check_updates("final_updates", self.final_updates)
         check_dropout("final_dropout", self.final_dropout)
+        if self.latent_loss not in ("mse", "nll"):
+            raise bad_value("recipe.latent_loss", self.latent_loss, "mse or nll")
         check_weight("latent_weight", self.latent_weight)
         check_weight("latent_noise", self.latent_noise)
         if not (is_whole(self.speed) and self.speed >= 1):
@@ -69,7 +74,7 @@ class Colar(Recipe):
         """Give a checkpoint without one a random latent head, and its config the embeddings' spread (imports torch)."""
         from latent_tts.training.colar import add_head
 
-        add_head(folder, self.head_hidden, seed)
+        add_head(folder, self.head_hidden, seed, spread=self.latent_loss == "nll")
 
     def objective(self, adapter: CheckpointAdapter) -> ColarObjective:
         """The model in training and its loss (imports torch)."""

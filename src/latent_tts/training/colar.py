@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from latent_tts import checkpoint as files
 from latent_tts.engine.rollout import Engine, Plan
-from latent_tts.model.colar import HEAD, Colar, new_head
+from latent_tts.model.colar import HEAD, Colar
 from latent_tts.rng import Draw
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.training.batch import Sequences, padded
@@ -20,22 +19,47 @@ from latent_tts.training.initial import add_tensors, has_tensors, trainable_lm
 from latent_tts.types import Question, Reasoner
 
 
-def add_head(folder: Path, hidden: int | None, seed: int) -> None:
+def new_head(width: int, hidden: int, *, spread: bool) -> nn.ModuleDict:
+    """The latent head, named as its tensors in a checkpoint: fc.0, fc.2, fc.3, mean and, if wanted, log_std."""
+    layers = {
+        "fc": nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden)),
+        "mean": nn.Linear(hidden, width),
+    }
+    if spread:
+        layers["log_std"] = nn.Linear(hidden, width)
+    return nn.ModuleDict(layers)
+
+
+def add_head(folder: Path, hidden: int | None, seed: int, *, spread: bool) -> None:
     """Put a random latent head into a checkpoint that has none, and the spread of its embeddings into its config.
 
     Args:
         folder: the checkpoint, changed in place.
         hidden: width inside the head; None: twice the backbone's.
         seed: of its weights.
+        spread: the head shall have a `log_std` too; it is added to one that has none, and is 0 at first.
     """
-    if has_tensors(folder, HEAD):
+    if has_tensors(folder, f"{HEAD}log_std.") or (has_tensors(folder, HEAD) and not spread):
         return
     embeddings_VD = trainable_lm(folder).get_input_embeddings().weight.detach()
     width = embeddings_VD.shape[1]
     torch.manual_seed(seed)
-    head = new_head(width, hidden or 2 * width)
-    std = round(float(embeddings_VD.std()), 4)
-    add_tensors(folder, HEAD, head, latent_embedding_std=std, latent_intermediate_size=hidden or 2 * width)
+    hidden = hidden or 2 * width
+    if has_tensors(folder, HEAD):
+        hidden = int(files.weight_shapes(folder)[f"{HEAD}fc.0.bias"][0])
+    else:
+        add_tensors(
+            folder,
+            HEAD,
+            new_head(width, hidden, spread=False),
+            latent_embedding_std=round(float(embeddings_VD.std()), 4),
+            latent_intermediate_size=hidden,
+        )
+    if spread:
+        log_std = nn.Linear(hidden, width)
+        nn.init.zeros_(log_std.weight)
+        nn.init.zeros_(log_std.bias)
+        add_tensors(folder, f"{HEAD}log_std.", log_std)
 
 
 @dataclass(frozen=True)
@@ -108,14 +132,15 @@ class ColarObjective:
         self.adapter, self.latent_weight, self.latent_noise = adapter, latent_weight, latent_noise
         self.lm = trainable_lm(adapter.folder)
         tensors = files.load_tensors(adapter.folder, HEAD)
-        self.head = new_head(adapter.width, tensors["fc.0.bias"].shape[0])
+        self.head = new_head(adapter.width, tensors["fc.0.bias"].shape[0], spread="log_std.bias" in tensors)
         self.head.load_state_dict(tensors)
         self.own = nn.ModuleDict({HEAD.removesuffix("."): self.head.float().train()})
 
     def loss(self, questions: list[Question], stage: SpeedStage) -> Tensor:  # type: ignore[override]
-        """Cross-entropy of every slot, plus `latent_weight` times the squared distance to the next latent.
+        """Cross-entropy of every slot, plus `latent_weight` times what the latent head has against the next latent.
 
-        The distance is per element, in units of the embeddings' spread, and its targets are constants.
+        That is the mean squared distance, or for a head with a spread the negative log-likelihood (without its
+        constant), per element, in units of the embeddings' spread. The targets are constants.
         """
         adapter, embed, std = self._adapter(stage), self.lm.get_input_embeddings(), self.adapter.latent_std
         slots = slots_of(adapter, questions, stage.speed)
@@ -133,9 +158,14 @@ class ColarObjective:
         assert head is not None
         loss = bag_cross_entropy(head(hidden_QSD), slots)
         if self.latent_weight:
-            predicted = self.head["mean"](self.head["fc"](hidden_QSD[slots.latent_QS]))
-            gold = gold_QSD[slots.latent_QS].detach() / std
-            loss = loss + self.latent_weight * F.mse_loss(predicted.float(), gold.float())
+            features = self.head["fc"](hidden_QSD[slots.latent_QS])
+            gap = self.head["mean"](features).float() - gold_QSD[slots.latent_QS].detach().float() / std
+            if "log_std" in self.head:
+                log_std = self.head["log_std"](features).float()
+                distance = ((gap / log_std.exp()) ** 2 / 2 + log_std).mean()
+            else:
+                distance = (gap**2).mean()
+            loss = loss + self.latent_weight * distance
         return loss
 
     def _adapter(self, stage: SpeedStage) -> Colar:
