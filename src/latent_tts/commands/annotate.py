@@ -13,7 +13,14 @@ from latent_tts import config, report
 from latent_tts.annotations import FORMAT, AnnotationFolder
 from latent_tts.commands.drawing import load_once, plan_of, resolve_device
 from latent_tts.commands.identity import ENGINE_SEMANTICS
-from latent_tts.commands.prepared import check_engine, encode, positions_beside_the_prompt, require_steps, schedule_of
+from latent_tts.commands.prepared import (
+    check_engine,
+    check_spread,
+    encode,
+    positions_beside_the_prompt,
+    require_steps,
+    schedule_of,
+)
 from latent_tts.cost import Shape
 from latent_tts.decoding import AnswerSampling
 from latent_tts.errors import FEWER_ROWS, bad_value, computing
@@ -47,6 +54,7 @@ def annotate(cfg: DictConfig) -> Path:
     task: Task = config.build("task", cfg.task)
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
+    check_spread(sampler, adapter)
     require_steps(schedule_of(cfg, adapter), adapter, "a label is of a prefix h_1..h_t, completed from there")
     if adapter.latents == 0:
         raise bad_value("model.latents", 0, "labels are of latents: 1 or more")
