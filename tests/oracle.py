@@ -36,6 +36,7 @@ class Oracle:
 
     def __init__(self, reasoner: Reasoner, plan: Plan) -> None:
         self.lm, self.next_latent, self.plan = plain_copy(reasoner.lm), reasoner.next_latent, plan
+        self.latent_spread = reasoner.latent_spread
         self.embed = self.lm.get_input_embeddings()
         self.places = _places(self.lm)
         self.factors: dict[tuple[Site, int], list[Tensor]] = {}
@@ -82,6 +83,8 @@ class Oracle:
                 forward = Forward("answer", steps, 1 + len(end_SD))
                 self._feed(torch.cat([no_latent, end_SD]), forward, sampler, draw, leave_out=1)
                 return self._answer(draw.history_RTD[0, :step], sampler, draw)
+            if self.latent_spread is not None:
+                draw.spread_RD = self.latent_spread(hidden_D[None])
             latent_D = sampler.latent(self.next_latent(hidden_D[None]), draw, step)[0]
             draw.history_RTD[0, step] = latent_D
             for at, other in branches:

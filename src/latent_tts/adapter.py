@@ -94,6 +94,11 @@ class CheckpointAdapter:
             log.warning("model.latents=%d: %s was trained with %d", self.latents, self.checkpoint, trained)
 
     @property
+    def has_spread(self) -> bool:
+        """Whether its latent head predicts a Gaussian."""
+        return False
+
+    @property
     def own_schedule(self) -> Schedule | None:
         """None: the latents are made in any order that the user chooses."""
         return None

@@ -85,6 +85,11 @@ class SampledAnswers(Sampler):
         """As the sampler of latents does."""
         return self.latents.needs_donor
 
+    @property
+    def needs_spread(self) -> bool:
+        """As the sampler of latents does."""
+        return self.latents.needs_spread
+
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
         """The latent that the sampler of latents makes."""
         return self.latents.latent(h_RD, draw, step)

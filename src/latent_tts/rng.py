@@ -34,12 +34,14 @@ class Draw:
         blocks: number of the model's transformer blocks; only tells how far it pays to draw ahead.
         history_RTD: the latents so far of the rows, where a sampler looks back; set by the engine.
         donor_RTD: another question's latents, for the one sampler that needs them; set by the engine.
+        spread_RD: standard deviations that the model predicts for the latent in the making; set by the engine.
     """
 
     def __init__(self, keys_R2: Tensor, rollouts_R: Tensor, width: int, blocks: int = 0) -> None:
         self.keys_R2, self.rollouts_R, self.width, self.blocks = keys_R2, rollouts_R, width, blocks
         self.history_RTD: Tensor | None = None
         self.donor_RTD: Tensor | None = None
+        self.spread_RD: Tensor | None = None
         self._layers: Sequence[int] = ()
         self._ahead: dict[tuple, Tensor] = {}
 

@@ -60,10 +60,12 @@ class Reasoner:
     Attributes:
         lm: the causal LM of transformers, in evaluation mode.
         next_latent: turns final hidden states (..., D) into the latents (..., D) that are fed back.
+        latent_spread: the standard deviations (..., D) of a head that predicts a Gaussian; None where there is none.
     """
 
     lm: PreTrainedModel
     next_latent: Callable[[Tensor], Tensor]
+    latent_spread: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,11 @@ class Sampler(Protocol):
     @property
     def chooses_tokens(self) -> bool:
         """Whether `token` is asked for answer tokens; otherwise they are those of the highest logits."""
+        return False
+
+    @property
+    def needs_spread(self) -> bool:
+        """Whether it reads the spread that the model's own latent head predicts."""
         return False
 
     @property
@@ -208,6 +215,11 @@ class ModelAdapter(Protocol):
     @property
     def stop_id(self) -> int | None:
         """A rollout stops thinking where this token is the most probable; None for a fixed number of latents."""
+        ...
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether its latent head predicts a Gaussian."""
         ...
 
     @property

@@ -16,6 +16,7 @@ from latent_tts.commands.identity import ENGINE_SEMANTICS
 from latent_tts.commands.prepared import (
     ITEM_BYTES,
     check_engine,
+    check_spread,
     encode,
     positions_beside_the_prompt,
     require_steps,
@@ -54,6 +55,7 @@ def annotate(cfg: DictConfig) -> Path:
     task: Task = config.build("task", cfg.task)
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
+    check_spread(sampler, adapter)
     require_steps(schedule_of(cfg, adapter), adapter, "a label is of a prefix h_1..h_t, completed from there")
     if adapter.latents == 0:
         raise bad_value("model.latents", 0, "labels are of latents: 1 or more")

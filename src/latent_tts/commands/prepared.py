@@ -95,6 +95,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     task: Task = config.build("task", cfg.task)
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
+    check_spread(sampler, adapter)
     if adapter.latents == 0 and sampler.only_latents:
         raise bad_value(
             "sampler", sampler.name, f"it acts on latents, and model={adapter.name} has no latents (model.latents=0)\n"
@@ -156,6 +157,15 @@ def prepare(cfg: DictConfig) -> Prepared:
         n,
         shape,
     )
+
+
+def check_spread(sampler: Sampler, adapter: ModelAdapter) -> None:
+    """Raises UsageError for a sampler that reads a spread which the model does not predict."""
+    if sampler.needs_spread and not adapter.has_spread:
+        raise bad_value(
+            "sampler", sampler.name, f"the latent head of model={adapter.name} predicts no spread (one of CoLaR with "
+            "lt_head.log_std.* does)\nsampler=gaussian adds noise of a size that you choose",
+        )  # fmt: skip
 
 
 def schedule_of(cfg: DictConfig, adapter: ModelAdapter) -> Schedule:

@@ -242,7 +242,7 @@ class Thinking(Sweeps):
         if self._pending_R1D is not None:
             self._hidden_RD = self._feed(self._pending_R1D, Forward("thoughts", step, 1), self.thinking_R)
         assert self._hidden_RD is not None
-        latent_RD = self.sites.sampler.latent(self.engine.reasoner.next_latent(self._hidden_RD), self.draw, step)
+        latent_RD = self._latent(self._hidden_RD, step)
         if self.thinking_R is not None:
             head = self.lm.get_output_embeddings()
             assert head is not None

@@ -67,8 +67,14 @@ class Sweeps:
         for step in range(max(first, start), stop):
             hidden_RD = self._hidden_RD if hidden_RSD is None or step < steps[0] else hidden_RSD[:, step - steps[0]]
             assert hidden_RD is not None
-            latent_RD = self.engine.reasoner.next_latent(hidden_RD)
-            self.latents_RTD[:, step] = self.sites.sampler.latent(latent_RD, self.draw, step)
+            self.latents_RTD[:, step] = self._latent(hidden_RD, step)
+
+    def _latent(self, hidden_RD: Tensor, step: int) -> Tensor:
+        """What the model and the sampler make of the hidden states before a latent."""
+        reasoner, sampler = self.engine.reasoner, self.sites.sampler
+        if sampler.needs_spread and reasoner.latent_spread is not None:
+            self.draw.spread_RD = reasoner.latent_spread(hidden_RD)
+        return sampler.latent(reasoner.next_latent(hidden_RD), self.draw, step)
 
     def settle(self, first: int) -> None:
         """All latents are made; what would make those from `first` on, and the last one, is run before the answer."""

@@ -1,7 +1,8 @@
 """CoLaR: a small head on the last hidden state gives the next latent; the model itself ends its thinking with `###`.
 
 Source: Tan et al. 2025 (arXiv 2505.16552); checkpoint layout, prompt and answer rule of ModalityDance/LatentTTS at
-6657f20, where the original's learned variance has been dropped.
+6657f20, where the original's learned spread has been dropped. A checkpoint that has kept it (`lt_head.log_std`, beside
+`lt_head.mean` as in the original code) can be drawn from by `sampler=native`.
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ class Colar(CheckpointAdapter):
     def check_tokens(self) -> None:
         """No tokens but `###`: a prompt ends in it, and latents have no written form."""
 
+    @cached_property
+    def has_spread(self) -> bool:  # type: ignore[override]
+        """Whether the latent head has a `log_std` beside its `mean`."""
+        return f"{HEAD}log_std.weight" in files.weight_shapes(self.folder)
+
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check that the latent head is whole and as wide as the backbone.
 
@@ -82,7 +88,8 @@ class Colar(CheckpointAdapter):
         hidden = shapes.get(f"{HEAD}fc.0.bias", [0])[0]
         inner = {name: [hidden] for name in ("fc.0.bias", "fc.2.bias", "fc.3.weight", "fc.3.bias")}
         wanted = {"fc.0.weight": [hidden, self.width], "fc.2.weight": [hidden, hidden], **inner}
-        wanted |= {"mean.weight": [self.width, hidden], "mean.bias": [self.width]}
+        for layer in ("mean", "log_std") if self.has_spread else ("mean",):
+            wanted |= {f"{layer}.weight": [self.width, hidden], f"{layer}.bias": [self.width]}
         for name, shape in wanted.items():
             if shapes.get(HEAD + name) != shape:
                 raise bad_value(
@@ -109,9 +116,12 @@ class Colar(CheckpointAdapter):
         """Load the weights (imports torch)."""
         import torch
         from torch import nn
+        from torch.nn.functional import linear
 
         lm = files.load_causal_lm(self.folder, device=device, dtype=dtype)
         tensors = files.load_tensors(self.folder, HEAD)
+        kind = getattr(torch, dtype)
+        spread = {name: tensors.pop(name).to(device, kind) for name in list(tensors) if name.startswith("log_std.")}
         hidden = tensors["fc.0.bias"].shape[0]
         # names as in the files: fc.0, fc.2, fc.3 and mean
         head = nn.ModuleDict(
@@ -128,4 +138,8 @@ class Colar(CheckpointAdapter):
         def next_latent(hidden_RD: Tensor) -> Tensor:
             return head["mean"](head["fc"](hidden_RD)) * self.latent_std
 
-        return Reasoner(lm=lm, next_latent=next_latent)
+        def latent_spread(hidden_RD: Tensor) -> Tensor:
+            log_std_RD = linear(head["fc"](hidden_RD), spread["log_std.weight"], spread["log_std.bias"])
+            return log_std_RD.float().exp() * self.latent_std
+
+        return Reasoner(lm=lm, next_latent=next_latent, latent_spread=latent_spread if spread else None)
