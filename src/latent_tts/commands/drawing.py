@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -50,15 +51,15 @@ def draw_missing(
         if (key := prepared.row_key(question)) in lacking
     ]
     own_prompt = "prompt" in prepared.sampler.random_phases
-    forced = len(adapter.thinking_end_ids)
-    suffix = adapter.latents + forced + cfg.max_answer_tokens
+    chosen = cfg.max_answer_tokens - len(prepared.forced_ids)
+    suffix = adapter.latents + prepared.forced + chosen
     longest = max(len(job.prompt) for job in jobs)
     bytes_a_row = row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
     rows = rows_of_a_batch(cfg, shape, bytes_a_row, device)
 
     def each(prompt: int) -> float:
         if answers:
-            return shape.rollout_flops(prompt, adapter.latents, forced, cfg.max_answer_tokens, own_prompt)
+            return shape.rollout_flops(prompt, adapter.latents, prepared.forced, chosen, own_prompt)
         return shape.thinking_flops(prompt, adapter.latents, own_prompt)
 
     work = sum(shape.prompt_flops(len(job.prompt)) + len(job.rollouts) * each(len(job.prompt)) for job in jobs)
@@ -69,7 +70,8 @@ def draw_missing(
         total, work / 1e9, work / rate, rate / 1e9,
         (rows * bytes_a_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
     )  # fmt: skip
-    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
+    plan = plan_of(adapter, cfg.max_answer_tokens, prepared.forced_ids)
+    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan)
     with report.progress_bar(total, "rollouts") as bar:
         with computing("drawing rollouts", f"what was drawn is in {cache.folder}", FEWER_ROWS):
             executor.fill(
@@ -112,7 +114,8 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     bytes_a_row += 2 * row_bytes(Shape.from_config(scorer.config), longest, adapter.latents, item, own_prompt=False)
     rows = rows_of_a_batch(cfg, prepared.shape, bytes_a_row, device)
     log.info("%d questions to search: %d beams of %d candidates each", len(jobs), search.beams, search.candidates)
-    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
+    plan = plan_of(adapter, cfg.max_answer_tokens, prepared.forced_ids)
+    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan)
     judge = LatentScorer(load_scorer_once(scorer, device, cfg.engine.dtype))
     with report.progress_bar(len(jobs) * search.beams, "beams") as bar:
         with computing("searching", f"finished questions are in {cache.folder}", FEWER_ROWS):
@@ -140,11 +143,12 @@ def rows_of_a_batch(cfg: DictConfig, shape: Shape, bytes_a_row: int, device: str
     return rows
 
 
-def plan_of(adapter: ModelAdapter, max_answer_tokens: int) -> Plan:
+def plan_of(adapter: ModelAdapter, max_answer_tokens: int, forced_ids: Sequence[int] = ()) -> Plan:
     """What a rollout of the adapter's model consists of."""
     from latent_tts.engine.rollout import Plan
 
-    return Plan(adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id)
+    ids = list(forced_ids)
+    return Plan(adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id, ids)
 
 
 def missing(cache: store.PartCache, wanted: pd.DataFrame, how: str) -> dict[str, list[int]]:

@@ -31,6 +31,7 @@ def cache_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
         "schedule": "sequential",
         "dtype": cfg.engine.dtype,
         "max_answer_tokens": cfg.max_answer_tokens,
+        **({"forced_ids": prepared.forced_ids} if prepared.forced_ids else {}),
     }
 
 
@@ -42,9 +43,10 @@ def beams_key(cfg: DictConfig, prepared: Prepared, scorer: Scorer) -> dict[str, 
 
 
 def thoughts_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
-    """The same for latents without answers, which no limit of an answer determines."""
+    """The same for latents without answers, which nothing about answers determines."""
     key = cache_key(cfg, prepared)
     del key["max_answer_tokens"]
+    key.pop("forced_ids", None)
     return key | {"answers": "none"}
 
 

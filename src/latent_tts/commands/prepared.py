@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -38,6 +38,12 @@ class Prepared:
     donors: dict[str, Question]
     n: int
     shape: Shape
+    forced_ids: list[int] = field(default_factory=list)
+
+    @property
+    def forced(self) -> int:
+        """Tokens between thoughts and the first chosen token: end of thinking, forced beginning of the answer."""
+        return len(self.adapter.thinking_end_ids) + len(self.forced_ids)
 
     @property
     def kept(self) -> int:
@@ -103,6 +109,10 @@ def prepare(cfg: DictConfig) -> Prepared:
     if cfg.answer.decode == "winners":
         aggregators = _only_winners(cfg, scorer, aggregators)
     needed = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
+    forced_ids, most = adapter.forced_ids(cfg.answer.forced_prefix), cfg.max_answer_tokens
+    if len(forced_ids) >= most:
+        allowed = f"fewer tokens than max_answer_tokens={most}, it has {len(forced_ids)}"
+        raise bad_value("answer.forced_prefix", cfg.answer.forced_prefix, allowed)
     questions = task.questions()
     prompts = encode(adapter, questions, needed)
     if scorer is not None:
@@ -123,7 +133,9 @@ def prepare(cfg: DictConfig) -> Prepared:
         log.warning("n=%d: sampler %s gives the same rollout every time, so one is drawn", n, sampler.name)
         n = 1
     shape = Shape.from_config(adapter.config)
-    return Prepared(adapter, task, sampler, search, budget, scorer, aggregators, questions, prompts, donors, n, shape)
+    return Prepared(
+        adapter, task, sampler, search, budget, scorer, aggregators, questions, prompts, donors, n, shape, forced_ids
+    )
 
 
 def check_engine(cfg: DictConfig) -> None:

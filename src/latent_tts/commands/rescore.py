@@ -106,6 +106,8 @@ def _merged(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
         # unresolved, so that `${model...}` finds the run's model
         merged[key] = OmegaConf.create(OmegaConf.to_container(cfg[key], resolve=False))
     merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
+    # a run of before answers could have a forced beginning says nothing about it
+    merged.answer = OmegaConf.merge({"forced_prefix": ""}, merged.answer)
     merged.paths.cache = cfg.paths.cache or str(Path(record["cache"]).parent)
     return merged
 
