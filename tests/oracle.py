@@ -60,7 +60,8 @@ class Oracle:
         branches: Sequence[tuple[int, Draw]] = (),
     ) -> Row:
         """One rollout of one prompt; `branches` are other random numbers for what follows the first so many latents."""
-        steps, end_SD = self.plan.latents, self.embed(torch.tensor(self.plan.thinking_end_ids, dtype=torch.long))
+        steps, begun = self.plan.latents, len(self.plan.forced_ids)
+        end_SD = self.embed(torch.tensor(self.plan.thinking_end_ids + self.plan.forced_ids, dtype=torch.long))
         prompt_LD = self.embed(torch.tensor(prompt))
         draw = Draw.of(seed, [question_id], torch.tensor([[rollout]]), prompt_LD.shape[1])
         draw = next((other for at, other in branches if at == 0), draw)
@@ -71,7 +72,7 @@ class Oracle:
         self.factors = {place: [] for place in self.places}
         if steps == 0:
             self._feed(prompt_LD, Forward("prompt", 0, len(prompt)), sampler, draw)
-            self._feed(end_SD, Forward("answer", 0, len(end_SD)), sampler, draw)
+            self._feed(end_SD, Forward("answer", begun, len(end_SD)), sampler, draw)
         else:
             self._feed(prompt_LD[:-1], Forward("prompt", 0, len(prompt) - 1), sampler, draw)
             self._feed(prompt_LD[-1:], Forward("thoughts", 0, 1), sampler, draw)
@@ -80,7 +81,7 @@ class Oracle:
             if int(logits_V.argmax()) == self.plan.stop_id:
                 # the pass that carries the end of thinking has a place for the last latent of rows at their limit
                 no_latent = torch.zeros_like(prompt_LD[:1])
-                forward = Forward("answer", steps, 1 + len(end_SD))
+                forward = Forward("answer", steps + begun, 1 + len(end_SD))
                 self._feed(torch.cat([no_latent, end_SD]), forward, sampler, draw, leave_out=1)
                 return self._answer(draw.history_RTD[0, :step], sampler, draw)
             if self.latent_spread is not None:
@@ -95,7 +96,7 @@ class Oracle:
                 self._feed(latent_D[None], Forward("thoughts", step + 1, 1), sampler, draw)
             else:
                 last_SD = torch.cat([latent_D[None], end_SD])
-                self._feed(last_SD, Forward("answer", steps, len(last_SD)), sampler, draw)
+                self._feed(last_SD, Forward("answer", steps + begun, len(last_SD)), sampler, draw)
         return self._answer(draw.history_RTD[0], sampler, draw)
 
     def _feed(self, vectors_SD: Tensor, forward: Forward, sampler: Sampler, draw: Draw, *, leave_out: int = 0) -> None:
@@ -118,8 +119,8 @@ class Oracle:
 
     def _answer(self, latents_TD: Tensor, sampler: Sampler, draw: Draw) -> Row:
         plan = self.plan
-        row = Row(latents_TD, [], 0.0, float("inf"), False)
-        for position in range(plan.max_answer_tokens + 1):
+        row = Row(latents_TD, list(plan.forced_ids), 0.0, float("inf"), False)
+        for position in range(len(plan.forced_ids), plan.max_answer_tokens + 1):
             _, logits_V = self._run()
             token = int(sampler.token(logits_V[None], draw, plan.latents + position))
             row.stopped = token == plan.eos_id

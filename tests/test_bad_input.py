@@ -54,6 +54,8 @@ def test_an_argument_that_is_no_override(ltts):
         (["model.latents=-1"], ["model.latents=-1", "0 or more"]),
         (["model.latents=200"], ["model.latents=200", "positions"]),
         (["max_answer_tokens=0"], ["max_answer_tokens=0", "1 or more"]),
+        (["answer.forced_prefix=zzz"], ["answer.forced_prefix=zzz", "vocabulary of model=demo_coconut"]),
+        (["answer.forced_prefix='###'", "max_answer_tokens=1"], ["answer.forced_prefix", "fewer tokens", "=1"]),
         (["engine.dtype=int3"], ["engine.dtype=int3", "float32, bfloat16, float16"]),
         (["engine.rows=0"], ["engine.rows=0", "1 or more"]),
         (["engine.device=tpu"], ["engine.device=tpu", "auto, cpu, cuda"]),

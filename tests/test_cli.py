@@ -198,3 +198,16 @@ def test_killed_in_the_middle_and_started_again_gives_equal_tables(checkpoint, t
     exact = [name for name in store.ROLLOUT_COLUMNS if name not in ("answer_logprob", "answer_margin")]
     pd.testing.assert_frame_equal(frames[0][exact], frames[1][exact])
     pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_forced_prefix_begins_every_answer_and_is_a_cache_of_its_own(run):
+    plain = run("n=2", "answer.decode=all")
+    forced = run("n=2", "answer.forced_prefix='###'")
+    assert forced.code == 0, forced.err
+    rollouts = pd.read_parquet(forced.last.parent / "rollouts.parquet")
+    assert rollouts["answer_text"].str.startswith("###").all()
+    assert (rollouts["answer_tokens"] >= 1).all()
+    caches = [json.loads((result.last.parent / "run.json").read_text())["cache"] for result in (plain, forced)]
+    assert caches[0] != caches[1]
+    metrics = pd.read_csv(forced.last, keep_default_na=False)
+    assert set(metrics["settings"].str.contains("answer.forced_prefix=###")) == {True}

@@ -1,6 +1,7 @@
 """The engine against the oracle, and what must not change its results: batches, orders, counts, other rows."""
 
 import random
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -280,6 +281,22 @@ def test_the_head_runs_only_where_an_answer_token_is_chosen(family, monkeypatch)
     monkeypatch.setattr(rollout, "choose", lambda *args: calls.append(tuple(args[1].shape)) or choose(*args))
     roll(Engine(tiny.reasoner(family), tiny.plan(6, answer=2)), tiny.prompts([7, 3]), range(5), MASKS)
     assert calls == [(10, tiny.WIDTH)] * 3  # two tokens and the eos that might follow
+
+
+@pytest.mark.parametrize(("latents", "forced"), [(3, [5]), (2, [7, 9, 7]), (0, [1, 2])])
+@pytest.mark.parametrize("sampler", [NOISE, MASKS], ids=name)
+def test_the_engine_equals_the_oracle_where_answers_have_a_forced_beginning(sampler, latents, forced):
+    plan = replace(tiny.plan(latents, eos_id=tiny.EOS_IDS["gpt2"], answer=4), forced_ids=forced)
+    result = check_against_oracle("gpt2", sampler, [1, 9], 3, plan)
+    assert all(ids[: len(forced)] == forced for ids in result.answer_ids)
+
+
+def test_a_forced_beginning_takes_no_passes():
+    reasoner = tiny.reasoner("gpt2")
+    shapes = base_passes(reasoner.lm)
+    plan = replace(tiny.plan(3, answer=3), forced_ids=[4, 5])
+    roll(Engine(reasoner, plan), tiny.prompts([7]), range(5), NOISE)
+    assert shapes[-2:] == [(5, 4), (5, 1)]  # h_3, end of thinking, two forced tokens; the third token
 
 
 class LastTokens(Gaussian):

@@ -217,6 +217,19 @@ class CheckpointAdapter:
     def _unknown_id(self) -> int | None:
         return self.tokenizer.token_to_id("<|unknown|>")
 
+    def forced_ids(self, text: str) -> list[int]:
+        """Token ids of a text that every answer begins with (`answer.forced_prefix`).
+
+        Raises:
+            UsageError: the tokenizer cannot read it, or it ends the answer.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if self.answer_text(ids).strip() != text.strip() or self.eos_id in ids:
+            raise bad_value(
+                "answer.forced_prefix", text, f"text in the vocabulary of model={self.name}, without its eos"
+            )
+        return ids
+
     def answer_text(self, answer_ids: list[int]) -> str:
         """The text of answer ids, special tokens kept."""
         return self.tokenizer.decode(answer_ids, skip_special_tokens=False)

@@ -64,9 +64,11 @@ class AnswerConfig(AnswerSamplingConfig):
 
     Attributes:
         decode: all, or winners: only the best-of-n pick of each reported n.
+        forced_prefix: text that every answer begins with.
     """
 
     decode: str = MISSING
+    forced_prefix: str = MISSING
 
 
 @dataclass

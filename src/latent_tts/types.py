@@ -240,6 +240,10 @@ class ModelAdapter(Protocol):
         """Token ids of the prompt; raises UsageError for text the model cannot read."""
         ...
 
+    def forced_ids(self, text: str) -> list[int]:
+        """Ids of a text that every answer begins with; raises UsageError for one the model cannot read."""
+        ...
+
     def answer_text(self, answer_ids: list[int]) -> str:
         """Text of answer ids, special tokens kept."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,8 @@ def draw_missing(
         if (key := prepared.row_key(question)) in lacking
     ]
     own_prompt = "prompt" in prepared.sampler.random_phases
-    forced = len(adapter.thinking_end_ids)
-    suffix = adapter.latents + forced + cfg.max_answer_tokens
+    chosen = cfg.max_answer_tokens - len(prepared.forced_ids)
+    suffix = adapter.latents + prepared.forced + chosen
     longest = max(len(job.prompt) for job in jobs)
     bytes_a_row = row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
     rows = rows_of_a_batch(cfg, shape, bytes_a_row, device)
@@ -61,7 +62,7 @@ def draw_missing(
     def each(prompt: int) -> float:
         again = shape.repeated_flops(prompt, prepared.repeated)
         if answers:
-            return again + shape.rollout_flops(prompt, adapter.latents, forced, cfg.max_answer_tokens, own_prompt)
+            return again + shape.rollout_flops(prompt, adapter.latents, prepared.forced, chosen, own_prompt)
         return again + shape.thinking_flops(prompt, adapter.latents, own_prompt)
 
     work = sum(shape.prompt_flops(len(job.prompt)) + len(job.rollouts) * each(len(job.prompt)) for job in jobs)
@@ -72,7 +73,7 @@ def draw_missing(
         total, work / 1e9, work / rate, rate / 1e9,
         (rows * bytes_a_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
     )  # fmt: skip
-    plan = plan_of(adapter, cfg.max_answer_tokens, prepared.schedule)
+    plan = plan_of(adapter, cfg.max_answer_tokens, prepared.forced_ids, prepared.schedule)
     engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan)
     with report.progress_bar(total, "rollouts") as bar:
         with computing("drawing rollouts", f"what was drawn is in {cache.folder}", FEWER_ROWS):
@@ -116,7 +117,8 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     bytes_a_row += 2 * row_bytes(Shape.from_config(scorer.config), longest, adapter.latents, item, own_prompt=False)
     rows = rows_of_a_batch(cfg, prepared.shape, bytes_a_row, device)
     log.info("%d questions to search: %d beams of %d candidates each", len(jobs), search.beams, search.candidates)
-    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
+    plan = plan_of(adapter, cfg.max_answer_tokens, prepared.forced_ids)
+    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan)
     sampler = prepared.answers.over(prepared.sampler)
     judge = LatentScorer(load_scorer_once(scorer, device, cfg.engine.dtype))
     with report.progress_bar(len(jobs) * search.beams, "beams") as bar:
@@ -143,11 +145,16 @@ def rows_of_a_batch(cfg: DictConfig, shape: Shape, bytes_a_row: int, device: str
     return rows
 
 
-def plan_of(adapter: ModelAdapter, max_answer_tokens: int, schedule: Schedule | None = None) -> Plan:
+def plan_of(
+    adapter: ModelAdapter, max_answer_tokens: int, forced_ids: Sequence[int] = (), schedule: Schedule | None = None
+) -> Plan:
     """What a rollout of the adapter's model consists of; `schedule` is one latent after another unless said."""
     from latent_tts.engine.rollout import Plan
 
-    plan = Plan(adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id)
+    plan = Plan(
+        adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
+        forced_ids=list(forced_ids),
+    )  # fmt: skip
     if schedule is None or schedule.stepwise:
         return plan
     return replace(plan, schedule=schedule, latent_id=adapter.latent_id)

@@ -32,6 +32,7 @@ def cache_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
         "dtype": cfg.engine.dtype,
         "max_answer_tokens": cfg.max_answer_tokens,
         **({"answer": prepared.answers.settings} if prepared.answers.random else {}),
+        **({"forced_ids": prepared.forced_ids} if prepared.forced_ids else {}),
     }
 
 
@@ -47,6 +48,7 @@ def thoughts_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
     key = cache_key(cfg, prepared)
     del key["max_answer_tokens"]
     key.pop("answer", None)
+    key.pop("forced_ids", None)
     return key | {"answers": "none"}
 
 

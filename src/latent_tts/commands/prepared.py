@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -42,6 +42,12 @@ class Prepared:
     donors: dict[str, Question]
     n: int
     shape: Shape
+    forced_ids: list[int] = field(default_factory=list)
+
+    @property
+    def forced(self) -> int:
+        """Tokens between thoughts and the first chosen token: end of thinking, forced beginning of the answer."""
+        return len(self.adapter.thinking_end_ids) + len(self.forced_ids)
 
     @property
     def repeated(self) -> list[tuple[int, int]]:
@@ -121,6 +127,10 @@ def prepare(cfg: DictConfig) -> Prepared:
     if cfg.answer.decode == "winners":
         aggregators = _only_winners(cfg, scorer, aggregators)
     needed = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
+    forced_ids, most = adapter.forced_ids(cfg.answer.forced_prefix), cfg.max_answer_tokens
+    if len(forced_ids) >= most:
+        allowed = f"fewer tokens than max_answer_tokens={most}, it has {len(forced_ids)}"
+        raise bad_value("answer.forced_prefix", cfg.answer.forced_prefix, allowed)
     questions = task.questions()
     prompts = encode(adapter, questions, needed)
     if scorer is not None:
@@ -156,6 +166,7 @@ def prepare(cfg: DictConfig) -> Prepared:
         donors,
         n,
         shape,
+        forced_ids,
     )
 
 

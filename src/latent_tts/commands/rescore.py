@@ -109,6 +109,8 @@ def _merged(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0}, merged.answer)
     merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
     merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
+    # a run of before answers could have a forced beginning says nothing about it
+    merged.answer = OmegaConf.merge({"forced_prefix": ""}, merged.answer)
     merged.paths.cache = cfg.paths.cache or str(Path(record["cache"]).parent)
     return merged
 

@@ -130,8 +130,8 @@ def gflops(prepared: Prepared, rollouts: pd.DataFrame, scores: Scores | None) ->
     """Per question: GFLOP paid once, and GFLOP that each of its n rollouts adds on average."""
     shape, adapter = prepared.shape, prepared.adapter
     own_prompt = "prompt" in prepared.sampler.random_phases
-    forced = len(adapter.thinking_end_ids)
-    answers = rollouts["answer_tokens"].to_numpy().reshape(-1, prepared.kept).mean(1)
+    forced, begun = prepared.forced, len(prepared.forced_ids)
+    answers = rollouts["answer_tokens"].to_numpy().reshape(-1, prepared.kept).mean(1) - begun
     steps = rollouts["latent_steps"].to_numpy().reshape(-1, prepared.kept).mean(1)
     pairs = []
     for place, question in enumerate(prepared.questions):

@@ -80,7 +80,7 @@ def reported(
     n, head = prepared.n, Shape.from_config(prepared.scorer.config)
     shape, adapter = prepared.shape, prepared.adapter
     own_prompt = "prompt" in prepared.sampler.random_phases
-    forced = len(adapter.thinking_end_ids)
+    forced, begun = prepared.forced, len(prepared.forced_ids)
     figures = []
     for budget, pick in winners.picks.items():
         places = np.arange(len(pick)) * n + pick
@@ -92,7 +92,7 @@ def reported(
             thinking = budget * (again + shape.thinking_flops(prompt, adapter.latents, own_prompt))
             thinking += 0.0 if own_prompt else shape.prompt_flops(prompt)
             scoring_ = head.prompt_flops(prompt) + budget * head.scoring_flops(prompt, adapter.latents)
-            decoding = again + shape.rollout_flops(prompt, adapter.latents, forced, float(answer), own_prompt)
+            decoding = again + shape.rollout_flops(prompt, adapter.latents, forced, float(answer) - begun, own_prompt)
             decoding += 0.0 if own_prompt else shape.prompt_flops(prompt)
             gflops.append((thinking + scoring_ + decoding) / 1e9)
         groups = [latents[start : start + budget] for start in range(0, len(latents), n)]

@@ -9,7 +9,7 @@ pass makes h_1. The LM head runs only where a token is chosen.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -41,6 +41,7 @@ class Plan:
         stop_id: a row stops thinking where this is the most probable next token; None for a fixed T.
         latent_id: the token that stands for a latent, where a schedule begins with it.
         schedule: the order in which latents are made.
+        forced_ids: what every answer begins with, fewer than `max_answer_tokens`; they take no passes of their own.
     """
 
     latents: int
@@ -50,6 +51,7 @@ class Plan:
     stop_id: int | None = None
     latent_id: int | None = None
     schedule: Schedule = SEQUENTIAL
+    forced_ids: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -60,8 +62,8 @@ class Rollouts:
         latents_RTD: the vectors fed back, float32 on the CPU; zeros from a row's own number of steps on.
         steps_R: how many latents each row has.
         answer_ids: per row, the ids after the end of thinking, a final eos dropped; all empty if none was decoded.
-        answer_logprob_R: summed log-probability of the answer's tokens, its eos included: the model's own, at
-            temperature 1 and over the whole vocabulary, however the tokens were chosen.
+        answer_logprob_R: summed log-probability of the answer's tokens, its eos included and forced ones left out: the
+            model's own, at temperature 1 and over the whole vocabulary, however the tokens were chosen.
         answer_margin_R: smallest gap between the two highest logits of an answer position.
         stopped_R: whether the row ended by eos (otherwise by the token limit).
     """
@@ -296,19 +298,21 @@ class Thinking(Sweeps):
         rows = self.latents_RTD.shape[0]
         kept = self.state, self.draw
         self.state = replace(self.state, suffix=list(self.state.suffix))
-        end = torch.tensor(plan.thinking_end_ids, dtype=torch.long, device=device)
+        forced = len(plan.forced_ids)
+        end = torch.tensor([*plan.thinking_end_ids, *plan.forced_ids], dtype=torch.long, device=device)
         embeddings_RSD, first_valid_R = self.embed(end).expand(rows, -1, -1), None
         if self._pending_R1D is not None:
             embeddings_RSD = torch.cat([self._pending_R1D, embeddings_RSD], dim=1)
             first_valid_R = self.thinking_R
         ids_RA = torch.full((rows, plan.max_answer_tokens), -1, device=device)
-        lengths_R = torch.zeros(rows, dtype=torch.long, device=device)
+        ids_RA[:, :forced] = end[len(plan.thinking_end_ids) :]
+        lengths_R = torch.full((rows,), forced, device=device)
         logprob_R = torch.zeros(rows, device=device)
         margin_R = torch.full((rows,), float("inf"), device=device)
         stopped_R = torch.zeros(rows, dtype=torch.bool, device=device)
         here = torch.arange(rows, device=device)  # the original number of each row in the batch
         alive = torch.ones(rows, dtype=torch.bool, device=device)
-        for position in range(plan.max_answer_tokens + 1):
+        for position in range(forced, plan.max_answer_tokens + 1):
             forward = Forward("answer", plan.latents + position, embeddings_RSD.shape[1])
             hidden_RD = self._feed(embeddings_RSD, forward, first_valid_R)
             first_valid_R = None
