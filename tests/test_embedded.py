@@ -1,0 +1,44 @@
+"""Every embedded reasoner answers questions that it was not trained on, and by its latents."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from latent_tts import config
+from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.rng import Draw
+from latent_tts.sampler.control import Control
+from latent_tts.sampler.greedy import Greedy
+from latent_tts.task.arith import Arith
+from latent_tts.types import Reasoner
+
+FILES = sorted((Path(config.conf_dir()) / "model").glob("demo_*.yaml"))
+QUESTIONS = Arith("valid", 60, None, 0).questions()
+LARGEST = 3 * 2**20
+
+
+def accuracy(adapter, reasoner: Reasoner, sampler) -> float:
+    written = 64 if adapter.latents == 0 else 4
+    plan = Plan(adapter.latents, adapter.thinking_end_ids, adapter.eos_id, written, adapter.stop_id)
+    engine = Engine(reasoner, plan)
+    draw = Draw.of(0, [q.id for q in QUESTIONS], torch.zeros(len(QUESTIONS), 1, dtype=torch.long), engine.width)
+    rollouts = engine.roll([adapter.encode(q) for q in QUESTIONS], draw, sampler)
+    answers = [adapter.raw_answer(adapter.answer_text(ids)) for ids in rollouts.answer_ids]
+    return sum(answer == q.answer for answer, q in zip(answers, QUESTIONS, strict=True)) / len(QUESTIONS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_an_embedded_reasoner_thinks(file):
+    adapter = instantiate(OmegaConf.load(file), _convert_="all")
+    adapter.check()
+    assert adapter.name == file.stem
+    assert sum(path.stat().st_size for path in adapter.folder.iterdir()) < LARGEST
+    assert "## Recipe" in (adapter.folder / "README.md").read_text()
+    reasoner = adapter.load(device="cpu", dtype="float32")
+    assert accuracy(adapter, reasoner, Greedy()) >= 0.4
+    if adapter.latents:
+        assert accuracy(adapter, reasoner, Control("zero")) <= 0.1
+        assert accuracy(adapter, reasoner, Control("repeat")) <= 0.1
