@@ -354,4 +354,4 @@ def test_warnings_are_shown_and_the_run_goes_on(run, checkpoint, tmp_path):
     folder = tiny.write_latent_rm(tmp_path / "rm", checkpoint, {"reasoner": "0123", "sampler": {"rate": 0.3}})
     result = run("scorer=latent_rm", f"scorer.checkpoint={folder}", "aggregator=best_of_n")
     assert result.code == 0, result.err
-    assert len([line for line in result.err.splitlines() if "WARNING" in line]) == 2
+    assert result.err.count("WARNING scorer.checkpoint=") == 2

@@ -14,8 +14,8 @@ from latent_tts.model.colar import HEAD, Colar
 from latent_tts.rng import Draw
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.training.batch import Sequences, padded
-from latent_tts.training.curriculum import SpeedStage
-from latent_tts.training.initial import add_tensors, has_tensors, trainable_lm
+from latent_tts.training.curriculum import SpeedStage, Stage
+from latent_tts.training.initial import add_tensors, embedding_matrix, has_tensors, trainable_lm
 from latent_tts.types import Question, Reasoner
 
 
@@ -41,7 +41,7 @@ def add_head(folder: Path, hidden: int | None, seed: int, *, spread: bool) -> No
     """
     if has_tensors(folder, f"{HEAD}log_std.") or (has_tensors(folder, HEAD) and not spread):
         return
-    embeddings_VD = trainable_lm(folder).get_input_embeddings().weight.detach()
+    embeddings_VD = embedding_matrix(trainable_lm(folder)).detach()
     width = embeddings_VD.shape[1]
     torch.manual_seed(seed)
     hidden = hidden or 2 * width
@@ -136,14 +136,14 @@ class ColarObjective:
         self.head.load_state_dict(tensors)
         self.own = nn.ModuleDict({HEAD.removesuffix("."): self.head.float().train()})
 
-    def loss(self, questions: list[Question], stage: SpeedStage) -> Tensor:  # type: ignore[override]
+    def loss(self, questions: list[Question], stage: Stage) -> Tensor:
         """Cross-entropy of every slot, plus `latent_weight` times what the latent head has against the next latent.
 
         That is the mean squared distance, or for a head with a spread the negative log-likelihood (without its
         constant), per element, in units of the embeddings' spread. The targets are constants.
         """
         adapter, embed, std = self._adapter(stage), self.lm.get_input_embeddings(), self.adapter.latent_std
-        slots = slots_of(adapter, questions, stage.speed)
+        slots = slots_of(adapter, questions, adapter.thinking_speed)
         prompt_QL, prompt_mask_QL = padded([adapter.encode(q) for q in questions], adapter.eos_id, left=True)
         gold_QSD = compressed(embed(slots.bag_QSC), slots.bag_mask_QSC)
         fed_QSD = gold_QSD
@@ -168,13 +168,14 @@ class ColarObjective:
             loss = loss + self.latent_weight * distance
         return loss
 
-    def _adapter(self, stage: SpeedStage) -> Colar:
+    def _adapter(self, stage: Stage) -> Colar:
         """The adapter whose prompts ask for the stage's speed."""
+        assert isinstance(stage, SpeedStage)
         if stage.speed == self.adapter.thinking_speed:
             return self.adapter
         return replace(self.adapter, thinking_speed=stage.speed)
 
-    def exact_matches(self, questions: list[Question], stage: SpeedStage) -> int:  # type: ignore[override]
+    def exact_matches(self, questions: list[Question], stage: Stage) -> int:
         """How many questions are answered right by greedy rollouts of the model's own latents."""
         adapter = self._adapter(stage)
 
