@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from latent_tts.types import Question
 
@@ -68,8 +69,9 @@ class Sequences:
         """The same rows, to be gone on with in another way."""
         other = Sequences(self.lm)
         other.mask = self.mask
-        for layer, (keys, values) in enumerate((part.keys, part.values) for part in self.cache.layers):
-            assert keys is not None
-            assert values is not None
-            other.cache.update(keys, values, layer)
+        for layer, part in enumerate(self.cache.layers):
+            assert isinstance(part, DynamicLayer)
+            assert part.keys is not None
+            assert part.values is not None
+            other.cache.update(part.keys, part.values, layer)
         return other

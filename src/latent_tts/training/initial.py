@@ -29,6 +29,13 @@ def trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrained
     return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).train()
 
 
+def embedding_table(lm: PreTrainedModel) -> Tensor:
+    """The token embeddings (V, D), without gradients."""
+    layer = lm.get_input_embeddings()
+    assert isinstance(layer, nn.Embedding)
+    return layer.weight.detach()
+
+
 def prepare(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:
     """Write the checkpoint folder that training starts from, whole or not at all; an older one is replaced.
 
@@ -75,6 +82,7 @@ def add_words(folder: Path, words: tuple[str, ...], seed: int) -> None:
     torch.manual_seed(seed)
     kept = [(index, old.token_to_id(token)) for token, index in sorted(new.get_vocab().items(), key=lambda x: x[1])]
     for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+        assert isinstance(layer, nn.Embedding | nn.Linear)
         rows = torch.randn(new.get_vocab_size(), layer.weight.shape[1]) * lm.config.initializer_range
         for index, old_index in kept:
             if old_index is not None:
