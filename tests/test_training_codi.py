@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from latent_tts.training.codi import alignment
 from latent_tts.training.curriculum import Stage
 from latent_tts.training.initial import copy_checkpoint, prepare
 
-VALUES = {
+VALUES: dict[str, Any] = {
     "written_updates": 2,
     "stage_updates": [],
     "final_updates": 3,
@@ -32,6 +33,10 @@ VALUES = {
     "projector_dropout": 0.0,
     "step_loss": 0.5,
 }
+
+
+def recipe_with(changes: dict[str, Any]) -> Recipe:
+    return Recipe(**VALUES | changes)
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +118,10 @@ def test_the_first_stage_is_the_teacher_alone(folder):
 
 def test_a_projector_can_start_as_the_identity(checkpoint, tmp_path):
     start, wide = partial(copy_checkpoint, checkpoint), {"projector_init": "identity", "projector_hidden": None}
-    prepare(start, tmp_path / "initial", Recipe(**VALUES | wide), 1)
+    prepare(start, tmp_path / "initial", recipe_with(wide), 1)
     projector = adapter_of(tmp_path / "initial").load(device="cpu", dtype="float32").next_latent
     hidden = torch.randn(5, 16)
+    assert isinstance(projector, torch.nn.Sequential)
     torch.testing.assert_close(projector[:4](hidden), hidden)
     reasoner = adapter_of(tmp_path / "initial").load(device="cpu", dtype="float32")
     states = reasoner.lm.base_model(torch.arange(40, 72)[None]).last_hidden_state[0]
@@ -124,7 +130,7 @@ def test_a_projector_can_start_as_the_identity(checkpoint, tmp_path):
         prepare(
             partial(copy_checkpoint, checkpoint),
             tmp_path / "narrow",
-            Recipe(**VALUES | {"projector_init": "identity"}),
+            recipe_with({"projector_init": "identity"}),
             1,
         )
 
@@ -140,10 +146,12 @@ def test_the_teacher_gets_no_gradient_from_the_distance():
 
 def test_gradients_reach_the_projector_and_the_first_latent(folder):
     adapter, questions = adapter_of(folder), Arith("valid", 3, None, 0).questions()
-    recipe = Recipe(**VALUES | {"teacher_weight": 0.0, "step_loss": 0.0})
+    recipe = recipe_with({"teacher_weight": 0.0, "step_loss": 0.0})
     objective = recipe.objective(adapter)
     objective.loss(questions, recipe.stages()[-1]).backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in objective.own.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in objective.own.parameters()
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +174,7 @@ def test_gradients_reach_the_projector_and_the_first_latent(folder):
 def test_bad_values_are_refused_by_name(wrong):
     (key,) = wrong
     with pytest.raises(UsageError, match=rf"(recipe|model)\.{key}="):
-        Recipe(**VALUES | wrong)
+        recipe_with(wrong)
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(folder, tmp_path):

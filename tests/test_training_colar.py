@@ -3,6 +3,7 @@
 import json
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from latent_tts.training import loop
 from latent_tts.training.colar import compressed, slots_of
 from latent_tts.training.initial import copy_checkpoint, prepare
 
-VALUES = {
+VALUES: dict[str, Any] = {
     "written_updates": 2,
     "final_updates": 3,
     "final_dropout": None,
@@ -27,6 +28,10 @@ VALUES = {
     "latent_noise": 0.0,
     "head_hidden": 24,
 }
+
+
+def recipe_with(changes: dict[str, Any]) -> Recipe:
+    return Recipe(**VALUES | changes)
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +87,14 @@ def test_the_loss_equals_one_without_padding(folder, stage):
 
 
 def test_a_head_with_a_spread_is_trained_by_its_likelihood(folder, tmp_path):
-    recipe = Recipe(**VALUES | {"latent_loss": "nll"})
+    recipe = recipe_with({"latent_loss": "nll"})
     prepare(partial(copy_checkpoint, folder), tmp_path / "initial", recipe, seed=1)  # the head is there, its spread not
     questions, adapter = Arith("valid", 4, None, 0).questions(), adapter_of(tmp_path / "initial")
     objective = recipe.objective(adapter)
     objective.lm.double().eval()
     objective.own.double().eval()
-    torch.nn.init.normal_(objective.head["log_std"].weight, std=0.3)
+    for parameter in objective.head["log_std"].parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
     slow = plain_loss(objective, adapter, questions, 5, weight=0.7)
     fast = objective.loss(questions, recipe.stages()[-1])
     torch.testing.assert_close(fast.double(), slow, rtol=1e-5, atol=1e-5)
@@ -120,8 +126,10 @@ def test_the_targets_of_the_head_get_no_gradient_and_the_head_does(folder):
     recipe = Recipe(**VALUES)
     objective, questions = recipe.objective(adapter_of(folder)), Arith("valid", 3, None, 0).questions()
     objective.loss(questions, recipe.stages()[-1]).backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in objective.own.parameters())
-    noisy = Recipe(**VALUES | {"latent_noise": 0.5}).objective(adapter_of(folder))
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in objective.own.parameters()
+    )
+    noisy = recipe_with({"latent_noise": 0.5}).objective(adapter_of(folder))
     noisy.lm.eval()
     objective.lm.eval()
     torch.manual_seed(0)
@@ -168,11 +176,11 @@ def test_a_word_level_vocabulary_gets_the_words_of_the_prompt_and_keeps_its_own(
 def test_bad_values_are_refused_by_name(wrong):
     (key,) = wrong
     with pytest.raises(UsageError, match={"speed": "model.thinking_speed=", "latents": "model.latents="}.get(key, key)):
-        Recipe(**VALUES | wrong)
+        recipe_with(wrong)
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(folder, tmp_path):
-    adapter, recipe = adapter_of(folder), Recipe(**VALUES | {"latent_noise": 0.3})
+    adapter, recipe = adapter_of(folder), recipe_with({"latent_noise": 0.3})
     optimization = loop.Optimization(4, 1e-2, 10, 2, 0.01, 1.0, bf16=False)
 
     class Stop(Exception):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.training.curriculum import Recipe, SpeedStage, Stage, check_dropout, check_updates, check_weight
+from latent_tts.training.curriculum import Recipe, Stage, check_dropout, check_updates, check_weight
 
 if TYPE_CHECKING:
     from latent_tts.adapter import CheckpointAdapter
@@ -67,8 +67,8 @@ class Colar(Recipe):
 
     def stages(self) -> list[Stage]:
         """The stages in order."""
-        final = SpeedStage(self.final_updates, self.latents, None, self.final_dropout, self.speed)
-        return [SpeedStage(self.written_updates, self.latents * self.speed, None, None, 1), final]
+        final = Stage(self.final_updates, self.latents, None, self.final_dropout, self.speed)
+        return [Stage(self.written_updates, self.latents * self.speed, None, None, 1), final]
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
         """Give a checkpoint without one a random latent head, and its config the embeddings' spread (imports torch)."""

@@ -16,7 +16,7 @@ from latent_tts.model.codi import PROJECTOR, new_projector
 from latent_tts.training.batch import Sequences
 from latent_tts.training.coconut import Batch, CoconutObjective, encode_batch, step_results_loss, written_loss
 from latent_tts.training.curriculum import Stage, written_before_answer
-from latent_tts.training.initial import add_tensors, embedding_matrix, has_tensors, trainable_lm
+from latent_tts.training.initial import add_tensors, embedding_table, has_tensors, trainable_lm
 from latent_tts.types import Question
 
 SOME_TOKENS = 32
@@ -52,17 +52,17 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
     if has_tensors(folder, PROJECTOR):
         return
     lm = trainable_lm(folder).eval()
-    width = embedding_matrix(lm).shape[1]
-    hidden = hidden or (2 * width if identity else width)
+    width = embedding_table(lm).shape[1]
+    inner = hidden or (2 * width if identity else width)
     torch.manual_seed(seed)
-    projector = new_projector(width, hidden)
+    projector = new_projector(width, inner)
     if identity:
-        if hidden < 2 * width:
-            raise bad_value("recipe.projector_hidden", hidden, f"{2 * width} or more for projector_init=identity")
+        if inner < 2 * width:
+            raise bad_value("recipe.projector_hidden", inner, f"{2 * width} or more for projector_init=identity")
         with torch.no_grad():  # any tokens will do: a final norm makes hidden states about equally large
             hidden_1SD = lm.base_model(torch.arange(SOME_TOKENS)[None]).last_hidden_state
         set_identity(projector, width, float(hidden_1SD.std()))
-    add_tensors(folder, PROJECTOR, projector, projector=True, projector_hidden_size=hidden)
+    add_tensors(folder, PROJECTOR, projector, projector=True, projector_hidden_size=inner)
 
 
 @torch.no_grad()

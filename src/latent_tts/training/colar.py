@@ -14,14 +14,14 @@ from latent_tts.model.colar import HEAD, Colar
 from latent_tts.rng import Draw
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.training.batch import Sequences, padded
-from latent_tts.training.curriculum import SpeedStage, Stage
-from latent_tts.training.initial import add_tensors, embedding_matrix, has_tensors, trainable_lm
+from latent_tts.training.curriculum import Stage
+from latent_tts.training.initial import add_tensors, embedding_table, has_tensors, trainable_lm
 from latent_tts.types import Question, Reasoner
 
 
 def new_head(width: int, hidden: int, *, spread: bool) -> nn.ModuleDict:
     """The latent head, named as its tensors in a checkpoint: fc.0, fc.2, fc.3, mean and, if wanted, log_std."""
-    layers = {
+    layers: dict[str, nn.Module] = {
         "fc": nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden)),
         "mean": nn.Linear(hidden, width),
     }
@@ -41,22 +41,22 @@ def add_head(folder: Path, hidden: int | None, seed: int, *, spread: bool) -> No
     """
     if has_tensors(folder, f"{HEAD}log_std.") or (has_tensors(folder, HEAD) and not spread):
         return
-    embeddings_VD = embedding_matrix(trainable_lm(folder)).detach()
+    embeddings_VD = embedding_table(trainable_lm(folder))
     width = embeddings_VD.shape[1]
     torch.manual_seed(seed)
-    hidden = hidden or 2 * width
+    inner = hidden or 2 * width
     if has_tensors(folder, HEAD):
-        hidden = int(files.weight_shapes(folder)[f"{HEAD}fc.0.bias"][0])
+        inner = int(files.weight_shapes(folder)[f"{HEAD}fc.0.bias"][0])
     else:
         add_tensors(
             folder,
             HEAD,
-            new_head(width, hidden, spread=False),
+            new_head(width, inner, spread=False),
             latent_embedding_std=round(float(embeddings_VD.std()), 4),
-            latent_intermediate_size=hidden,
+            latent_intermediate_size=inner,
         )
     if spread:
-        log_std = nn.Linear(hidden, width)
+        log_std = nn.Linear(inner, width)
         nn.init.zeros_(log_std.weight)
         nn.init.zeros_(log_std.bias)
         add_tensors(folder, f"{HEAD}log_std.", log_std)
@@ -143,7 +143,7 @@ class ColarObjective:
         constant), per element, in units of the embeddings' spread. The targets are constants.
         """
         adapter, embed, std = self._adapter(stage), self.lm.get_input_embeddings(), self.adapter.latent_std
-        slots = slots_of(adapter, questions, adapter.thinking_speed)
+        slots = slots_of(adapter, questions, stage.speed)
         prompt_QL, prompt_mask_QL = padded([adapter.encode(q) for q in questions], adapter.eos_id, left=True)
         gold_QSD = compressed(embed(slots.bag_QSC), slots.bag_mask_QSC)
         fed_QSD = gold_QSD
@@ -170,7 +170,6 @@ class ColarObjective:
 
     def _adapter(self, stage: Stage) -> Colar:
         """The adapter whose prompts ask for the stage's speed."""
-        assert isinstance(stage, SpeedStage)
         if stage.speed == self.adapter.thinking_speed:
             return self.adapter
         return replace(self.adapter, thinking_speed=stage.speed)

@@ -24,22 +24,13 @@ class Stage:
         latents: how many latent thoughts stand before what is written.
         hidden_steps: how many leading steps are left out of what is written; None leaves out all.
         dropout: rate at every dropout in use; None keeps the backbone's.
+        speed: tokens of the written steps that a latent stands for, where latents are compressed steps (CoLaR).
     """
 
     updates: int
     latents: int
     hidden_steps: int | None
     dropout: float | None = None
-
-
-@dataclass(frozen=True)
-class SpeedStage(Stage):
-    """A stage in which a latent stands for a number of tokens.
-
-    Attributes:
-        speed: c, tokens of the written steps that are compressed into one latent.
-    """
-
     speed: int = 1
 
 

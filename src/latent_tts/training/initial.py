@@ -29,11 +29,11 @@ def trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrained
     return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).train()
 
 
-def embedding_matrix(lm: PreTrainedModel) -> nn.Parameter:
-    """Its token embeddings (V, D)."""
-    weight = lm.get_input_embeddings().weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
+def embedding_table(lm: PreTrainedModel) -> Tensor:
+    """The token embeddings (V, D), without gradients."""
+    layer = lm.get_input_embeddings()
+    assert isinstance(layer, nn.Embedding)
+    return layer.weight.detach()
 
 
 def prepare(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:
@@ -82,8 +82,7 @@ def add_words(folder: Path, words: tuple[str, ...], seed: int) -> None:
     torch.manual_seed(seed)
     kept = [(index, old.token_to_id(token)) for token, index in sorted(new.get_vocab().items(), key=lambda x: x[1])]
     for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
-        assert layer is not None
-        assert isinstance(layer.weight, nn.Parameter)
+        assert isinstance(layer, nn.Embedding | nn.Linear)
         rows = torch.randn(new.get_vocab_size(), layer.weight.shape[1]) * lm.config.initializer_range
         for index, old_index in kept:
             if old_index is not None:
