@@ -4,7 +4,8 @@ BIN := .venv/bin
 QUESTIONS ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all lint format type golden wheel-smoke plots reasoner latent-rm bench clean
+.PHONY: help install run test test-all lint format type golden wheel-smoke plots reasoner reasoner-cot reasoner-codi
+.PHONY: reasoner-colar latent-rm bench clean
 
 help: ## show this menu
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -49,6 +50,27 @@ plots: .venv/.installed ## draw every finding's figure from its table
 
 reasoner: .venv/.installed ## retrain the shipped reasoner (about an hour on two cores)
 	$(BIN)/ltts train-reasoner output=outputs/coconut_arith
+
+# the stage with every step written out, which the other embedded reasoners start from
+outputs/written_arith/checkpoint/model.safetensors: | .venv/.installed
+	$(BIN)/ltts train-reasoner recipe=cot output=outputs/written_arith
+
+FROM_WRITTEN := $(BIN)/ltts train-reasoner init=outputs/written_arith/checkpoint
+WRITTEN := outputs/written_arith/checkpoint/model.safetensors
+
+reasoner-cot: $(WRITTEN) ## retrain the shipped explicit chain of thought
+	$(FROM_WRITTEN) model=cot output=outputs/cot_arith recipe.written_updates=150 \
+		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=150
+
+reasoner-codi: .venv/.installed ## retrain the shipped CODI reasoner (from the shipped COCONUT one)
+	$(BIN)/ltts train-reasoner init=shipped:coconut_arith model=codi output=outputs/codi_arith \
+		recipe.written_updates=0 recipe.stage_updates=[] recipe.final_updates=150 \
+		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=150
+
+reasoner-colar: $(WRITTEN) ## retrain the shipped CoLaR reasoner
+	$(FROM_WRITTEN) model=colar output=outputs/colar_arith model.latents=12 model.thinking_speed=4 \
+		recipe.written_updates=0 recipe.final_updates=600 recipe.latent_noise=0.2 \
+		optimization.warmup=20 optimization.cosine_updates=600
 
 latent-rm: .venv/.installed ## annotate and retrain the shipped LatentRM
 	$(BIN)/ltts train-rm output=outputs/coconut_arith_rm weights_dtype=bfloat16

@@ -38,7 +38,11 @@ ALLOWED = {
     "plot": {"errors", "types", "store"},
     "report": {"errors", "types"},
     "engine": {"errors", "types", "model", "sampler", "schedule", "thoughts", "rng", "cost"},
-    "training": {"errors", "types", "model", "task", "engine", "philox", "rng", "annotations"},
+    "training": {
+        *("errors", "types", "checkpoint", "adapter", "model", "task", "sampler", "engine", "philox", "rng"),
+        "annotations",
+    },
+    "recipe": {"errors", "adapter", "model", "training"},
     "labelling": {"errors", "types", "engine", "philox", "rng", "annotations"},
     "search": {"errors", "types", "philox", "rng", "engine"},
     "executor": {"errors", "types", "engine", "sampler", "rng", "store"},
@@ -111,4 +115,4 @@ def test_every_option_lives_in_its_room_and_every_module_of_a_room_is_an_option(
 
 
 def test_the_groups_are_the_rooms_that_users_know():
-    assert ROOMS == ["aggregator", "budget", "model", "sampler", "schedule", "scorer", "search", "task"]
+    assert ROOMS == ["aggregator", "budget", "model", "recipe", "sampler", "schedule", "scorer", "search", "task"]

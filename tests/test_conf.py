@@ -15,7 +15,7 @@ GROUPS = {
     "annotate": ["model", "task", "sampler", "schedule"],
     "rescore": ["scorer", "aggregator"],
     "run": ["model", "task", "sampler", "schedule", "search", "budget", "scorer", "aggregator"],
-    "train_reasoner": ["model", "task"],
+    "train_reasoner": ["model", "task", "recipe"],
     "train_rm": ["model", "sampler"],
 }
 OPTIONS = [
@@ -41,17 +41,26 @@ def bind(node) -> None:
 
 @pytest.mark.parametrize(("command", "group", "option"), OPTIONS)
 def test_option_binds_to_its_target(command, group, option):
-    node = compose(command, overrides=[f"{group}={option}"])[group]
+    model = [f"model={option}"] if group == "recipe" else []  # what it reads
+    node = compose(command, overrides=[f"{group}={option}", *model])[group]
     bind(node if group != "aggregator" else node[option])
 
 
 def test_nodes_without_a_group_bind_too():
     cfg = compose("train_reasoner")
-    for key in ("backbone", "curriculum", "optimization"):
+    for key in ("backbone", "recipe", "optimization"):
         bind(cfg[key])
     cfg = compose("train_rm")
     for key in ("loss", "optimization"):
         bind(cfg[key])
+
+
+@pytest.mark.parametrize("family", ["coconut", "codi", "colar", "cot"])
+def test_a_model_takes_the_recipe_of_its_name_unless_told_another(family):
+    assert compose("train_reasoner", overrides=[f"model={family}"]).recipe._target_.startswith(
+        f"latent_tts.recipe.{family}."
+    )
+    assert compose("train_reasoner", overrides=[f"model={family}", "recipe=cot"]).recipe._target_.endswith("cot.Cot")
 
 
 @pytest.mark.parametrize("command", sorted(config.SCHEMAS))

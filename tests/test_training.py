@@ -1,4 +1,4 @@
-"""The curriculum, the latent forward pass with gradients, and a loop that can stop and go on."""
+"""COCONUT's curriculum, the latent forward pass with gradients, and a loop that can stop and go on."""
 
 import json
 from dataclasses import replace
@@ -12,18 +12,16 @@ from transformers import AutoModelForCausalLM
 from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.errors import RunError, UsageError
 from latent_tts.model.coconut import Coconut
+from latent_tts.recipe.coconut import Coconut as Recipe
 from latent_tts.rng import Draw
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.task.arith import Arith
-from latent_tts.training import coconut
-from latent_tts.training.curriculum import Curriculum, Stage, written_text
+from latent_tts.training import coconut, loop
+from latent_tts.training.batch import question_batches
+from latent_tts.training.curriculum import Stage, written_text
 
-CURRICULUM = Curriculum(
-    written_updates=3, stage_updates=[2, 2], final_updates=3, final_dropout=None, latents=3, step_loss=0.5
-)
-OPTIMIZATION = coconut.Optimization(
-    batch=4, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False
-)
+RECIPE = Recipe(written_updates=3, stage_updates=[2, 2], final_updates=3, final_dropout=None, latents=3, step_loss=0.5)
+OPTIMIZATION = loop.Optimization(batch=4, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False)
 
 
 @pytest.fixture
@@ -31,13 +29,13 @@ def adapter(checkpoint):
     return Coconut(name="tiny", checkpoint=str(checkpoint), latents=3, recommended={})
 
 
-def train(adapter, output, curriculum=CURRICULUM, optimization=OPTIMIZATION, save_every=2, report=lambda *a: None):
+def train(adapter, output, recipe=RECIPE, optimization=OPTIMIZATION, save_every=2, report=lambda *a: None):
     output.mkdir(exist_ok=True)
-    return coconut.train(
+    return loop.train(
+        recipe,
         adapter,
         Arith("train", None, None, 0).stream(),
         Arith("valid", 8, None, 0).questions(),
-        curriculum,
         optimization,
         seed=0,
         output=output,
@@ -48,10 +46,10 @@ def train(adapter, output, curriculum=CURRICULUM, optimization=OPTIMIZATION, sav
 
 
 def test_stages_hide_one_step_more_each_and_end_without_any():
-    stages = CURRICULUM.stages()
+    stages = RECIPE.stages()
     assert [(s.updates, s.latents, s.hidden_steps) for s in stages] == [(3, 0, 0), (2, 1, 1), (2, 2, 2), (3, 3, None)]
-    assert [CURRICULUM.stage_at(update).latents for update in range(10)] == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
-    assert CURRICULUM.updates == 10
+    assert [RECIPE.stage_at(update).latents for update in range(10)] == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
+    assert RECIPE.updates == 10
 
 
 def test_written_text_leaves_out_the_hidden_steps():
@@ -64,7 +62,7 @@ def test_written_text_leaves_out_the_hidden_steps():
 @pytest.mark.parametrize(
     "wrong", [{"latents": 1}, {"final_updates": -1}, {"stage_updates": [-1]}, {"step_loss": -1}, {"final_dropout": 1.0}]
 )
-def test_a_curriculum_refuses_bad_values(wrong):
+def test_a_recipe_refuses_bad_values(wrong):
     values = {
         "written_updates": 1,
         "stage_updates": [1, 1],
@@ -75,7 +73,7 @@ def test_a_curriculum_refuses_bad_values(wrong):
     }
     values |= wrong
     with pytest.raises(UsageError):
-        Curriculum(**values)
+        Recipe(**values)
 
 
 @pytest.mark.parametrize("latents", [0, 1, 3])
@@ -99,7 +97,7 @@ def test_gradients_reach_the_prompt_through_every_latent(adapter):
     questions = Arith("valid", 3, None, 0).questions()
     lm = AutoModelForCausalLM.from_pretrained(adapter.folder, dtype=torch.float32)
     batch = coconut.encode_batch(adapter, questions, Stage(1, 3, None))
-    coconut.loss_of(lm, batch, 3, step_loss=0.0).backward()
+    coconut.written_loss(coconut.training_logits(lm, batch, 3)[0], batch).backward()
     word = int(batch.prompt_QL[0, -3])
     assert lm.transformer.wte.weight.grad[word].abs().sum() > 0
 
@@ -109,14 +107,28 @@ def test_each_latent_is_asked_for_its_steps_result_and_then_for_the_answer(adapt
     batch = coconut.encode_batch(adapter, [question], Stage(1, 4, None))
     first = question.steps[0].rpartition("=")[2].removesuffix(">>")
     assert adapter.tokenizer.decode(batch.results_QT[0].tolist()) == first + question.answer * 3
-    lm = AutoModelForCausalLM.from_pretrained(adapter.folder, dtype=torch.float32).eval()
-    assert coconut.loss_of(lm, batch, 4, step_loss=1.0) > coconut.loss_of(lm, batch, 4, step_loss=0.0)
+    with_steps, without = (coconut.CoconutObjective(adapter, weight) for weight in (1.0, 0.0))
+    with_steps.lm.eval()
+    without.lm.eval()
+    losses = [objective.loss([question], Stage(1, 4, None)) for objective in (with_steps, without)]
+    assert losses[0] > losses[1]
+
+
+def test_updates_are_those_of_the_loop_before_it_was_shared_by_families(adapter, tmp_path):
+    """Losses of the first published loop, which trained the shipped reasoner, on this tiny one."""
+    losses = []
+    train(
+        adapter,
+        tmp_path / "out",
+        replace(RECIPE, final_dropout=0.3),
+        report=lambda done, record: losses.append(record["loss"]),
+    )
+    published = [7.62381, 7.09488, 6.68808, 9.02281, 8.57428, 9.12849, 9.74959, 9.78673, 9.6843, 9.35716]
+    assert losses == pytest.approx(published, rel=1e-3)
 
 
 def test_the_loss_falls(adapter, tmp_path):
-    long = Curriculum(
-        written_updates=60, stage_updates=[], final_updates=0, final_dropout=None, latents=3, step_loss=0.0
-    )
+    long = Recipe(written_updates=60, stage_updates=[], final_updates=0, final_dropout=None, latents=3, step_loss=0.0)
     losses = []
     slower = replace(OPTIMIZATION, cosine_updates=60)
     train(
@@ -159,11 +171,11 @@ def test_a_finished_run_is_not_trained_again(adapter, tmp_path):
 def test_another_runs_folder_is_refused(adapter, tmp_path):
     train(adapter, tmp_path / "out")
     with pytest.raises(UsageError, match="other settings"):
-        coconut.train(
+        loop.train(
+            RECIPE,
             adapter,
             Arith("train", None, None, 0).stream(),
             [],
-            CURRICULUM,
             OPTIMIZATION,
             seed=0,
             output=tmp_path / "out",
@@ -174,14 +186,14 @@ def test_another_runs_folder_is_refused(adapter, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(adapter, tmp_path, monkeypatch):
-    real = coconut.loss_of
+    real = coconut.CoconutObjective.loss
     calls = []
 
     def sometimes_nan(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 4 else 1.0)
 
-    monkeypatch.setattr(coconut, "loss_of", sometimes_nan)
+    monkeypatch.setattr(coconut.CoconutObjective, "loss", sometimes_nan)
     with pytest.raises(RunError, match="nan at update 3"):
         train(adapter, tmp_path / "out")
     assert (tmp_path / "out" / "state.safetensors").is_file()
@@ -190,7 +202,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(adapter, tmp_p
 def test_batches_are_of_like_length_and_lose_no_question():
     stream = Arith("train", None, None, 0).stream()
     first = list(islice(Arith("train", None, None, 0).stream(), 64))
-    batches = list(islice(coconut.question_batches(stream, 8), 8))
+    batches = list(islice(question_batches(stream, 8), 8))
     assert sorted(q.id for batch in batches for q in batch) == sorted(q.id for q in first)
     spread = [max(len(q.text) for q in batch) - min(len(q.text) for q in batch) for batch in batches]
     assert max(spread) < max(len(q.text) for q in first) - min(len(q.text) for q in first)
@@ -198,8 +210,8 @@ def test_batches_are_of_like_length_and_lose_no_question():
 
 def test_train_reasoner_writes_a_checkpoint_that_runs(ltts, tmp_path):
     line = (
-        "train-reasoner", "output=out", "curriculum.written_updates=2", "curriculum.stage_updates=[1]",
-        "curriculum.final_updates=1", "backbone.layers=1", "backbone.width=16", "backbone.heads=2",
+        "train-reasoner", "output=out", "recipe.written_updates=2", "recipe.stage_updates=[1]",
+        "recipe.final_updates=1", "backbone.layers=1", "backbone.width=16", "backbone.heads=2",
         "optimization.batch=4", "valid_questions=4",
     )  # fmt: skip
     result = ltts(*line)

@@ -181,8 +181,8 @@ class TrainReasonerConfig:
     valid_questions: int = MISSING
     model: Any = MISSING
     task: Any = MISSING
+    recipe: Any = MISSING
     backbone: Any = MISSING
-    curriculum: Any = MISSING
     optimization: Any = MISSING
 
 

@@ -1,4 +1,4 @@
-"""`ltts train-reasoner`: train a COCONUT reasoner by the staged curriculum; the same line resumes a stopped run."""
+"""`ltts train-reasoner`: train a reasoner by its family's recipe; the same line resumes a stopped run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts import config, report
+from latent_tts import checkpoint, config, report
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.task.arith import Arith, words
 
@@ -30,33 +30,50 @@ def main(cfg: DictConfig) -> None:
     if not isinstance(task, Arith):
         raise bad_value("task", task.name, "training needs a task that writes out its steps: task=arith")
     config.require("task.split", task.split, task.split == "train", "train: the other splits are to report on")
-    curriculum = config.build("curriculum", cfg.curriculum)
     output = Path(cfg.output).expanduser()
+    initial = output / INITIAL
+    if OmegaConf.is_missing(cfg, "recipe"):
+        raise bad_value("recipe", "???", f"model={cfg.model.name} names no recipe; give one, as in recipe=coconut")
+    recipe = config.build("recipe", cfg.recipe)
+    adapter = config.build("model", OmegaConf.merge(cfg.model, {"checkpoint": str(initial)}))
+    if recipe.family != adapter.family:
+        raise bad_value(
+            "recipe",
+            type(recipe).__name__.lower(),
+            f"it trains {recipe.family} reasoners, and model={adapter.name} reads {adapter.family} checkpoints",
+        )
+    recipe.check(adapter)
+    source = checkpoint.resolve(str(cfg.init), key="init") if cfg.init else None
     if output.exists() and not output.is_dir():
         raise bad_value("output", output, "a folder is wanted, this is a file")
     output.mkdir(parents=True, exist_ok=True)
     # these import torch: everything above has been checked without it
     backbone = config.build("backbone", cfg.backbone)
     optimization = config.build("optimization", cfg.optimization)
-    from latent_tts.training import coconut
+    from latent_tts.training import loop
+    from latent_tts.training.initial import copy_checkpoint, prepare
     from latent_tts.training.vocabulary import word_level_tokenizer
 
-    initial = Path(cfg.init).expanduser() if cfg.init else output / INITIAL
-    if not cfg.init and not (initial / "tokenizer.json").is_file():
-        backbone.create(word_level_tokenizer(words()), initial, cfg.seed)
-    adapter = config.build("model", OmegaConf.merge(cfg.model, {"checkpoint": str(initial)}))
+    def start(folder: Path) -> None:
+        if source is not None:
+            copy_checkpoint(source, folder)
+        else:
+            backbone.create(word_level_tokenizer([*words(), *recipe.words]), folder, cfg.seed)
+
+    if not (output / loop.STATE).is_file():
+        prepare(start, initial, recipe, cfg.seed)
     adapter.check()
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     for key in ("output", "save_every"):  # may change between a stop and going on
         settings.pop(key)
     valid = replace(task, split="valid", limit=cfg.valid_questions).questions()
-    with report.progress_bar(curriculum.updates, "updates") as bar:
-        record = coconut.train(
+    with report.progress_bar(recipe.updates, "updates") as bar:
+        record = loop.train(
+            recipe,
             adapter,
             task.stream(),
             valid,
-            curriculum,
             optimization,
             seed=cfg.seed,
             output=output,
@@ -65,8 +82,8 @@ def main(cfg: DictConfig) -> None:
             report=lambda done, record: report.show(bar, done, f"loss {record['loss']:.3f}"),
         )
     if "seconds" not in record:
-        raise UsageError(f"output={output}: holds no trained state, and the curriculum has no updates")
-    coconut.export(output, adapter, output / FINISHED)
+        raise UsageError(f"output={output}: holds no trained state, and the recipe has no updates")
+    loop.export(recipe, output, adapter, output / FINISHED)
     log.info(
         "%d updates in %.0f s, exact match on valid %.3f",
         record["update"],

@@ -62,18 +62,18 @@ class Codi(CheckpointAdapter):
         return Reasoner(lm=lm, next_latent=self._projector(device, dtype))
 
     def _projector(self, device: str, dtype: str) -> nn.Module:
-        """Linear, GELU, Linear, LayerNorm; in place of its dropout, which is for training, the identity."""
         import torch
-        from torch import nn
 
         tensors = files.load_tensors(self.folder, PROJECTOR)
-        hidden = tensors["1.bias"].shape[0]
-        projector = nn.Sequential(
-            nn.Identity(),
-            nn.Linear(self.width, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, self.width),
-            nn.LayerNorm(self.width),
-        )
+        projector = new_projector(self.width, tensors["1.bias"].shape[0])
         projector.load_state_dict(tensors)
         return projector.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+
+
+def new_projector(width: int, hidden: int, dropout: float = 0.0) -> nn.Sequential:
+    """Dropout, Linear, GELU, Linear, LayerNorm, with the names of the published files (imports torch)."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Dropout(dropout), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width), nn.LayerNorm(width)
+    )

@@ -1,14 +1,18 @@
-"""COCONUT's staged curriculum: written steps give way to latent thoughts, stage by stage.
-
-Source: Hao et al. 2024 (arXiv 2412.06769), section 3; facebookresearch/coconut, `dataset.py`.
-"""
+"""What a curriculum is made of: stages, and what is written after thinking in each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from latent_tts.errors import bad_value, is_number
+from latent_tts.errors import bad_value, is_number, is_whole
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from latent_tts.adapter import CheckpointAdapter
+    from latent_tts.training.loop import Objective
 
 
 @dataclass(frozen=True)
@@ -19,50 +23,54 @@ class Stage:
         updates: how many optimizer updates it lasts.
         latents: how many latent thoughts stand before what is written.
         hidden_steps: how many leading steps are left out of what is written; None leaves out all.
+        dropout: rate at every dropout in use; None keeps the backbone's.
     """
 
     updates: int
     latents: int
     hidden_steps: int | None
+    dropout: float | None = None
 
 
 @dataclass(frozen=True)
-class Curriculum:
-    """The stages: 0 latents with all steps written out, then k latents for the first k steps, last T latents alone.
+class SpeedStage(Stage):
+    """A stage in which a latent stands for a number of tokens.
 
     Attributes:
-        written_updates: updates with every step written out.
-        stage_updates: updates with 1, 2, ... latents, each hiding one step more.
-        final_updates: updates with `latents` latents and no written step.
-        final_dropout: dropout rate of those; null keeps the backbone's (high from the start it slows learning).
-        latents: T of the trained reasoner; at least the number of stages.
-        step_loss: weight of asking each latent for the result of the step it stands for; 0 is plain COCONUT.
+        speed: c, tokens of the written steps that are compressed into one latent.
     """
 
-    written_updates: int
-    stage_updates: Sequence[int]
-    final_updates: int
-    final_dropout: float | None
-    latents: int
-    step_loss: float
+    speed: int = 1
 
-    def __post_init__(self) -> None:
-        for key, value in (("written_updates", self.written_updates), ("final_updates", self.final_updates)):
-            if value < 0:
-                raise bad_value(f"curriculum.{key}", value, "a number of updates, 0 or more")
-        if any(updates < 0 for updates in self.stage_updates):
-            raise bad_value("curriculum.stage_updates", list(self.stage_updates), "numbers of updates, 0 or more")
-        if not (is_number(self.step_loss) and self.step_loss >= 0):
-            raise bad_value("curriculum.step_loss", self.step_loss, "a weight, 0 or more")
-        if self.final_dropout is not None and not (is_number(self.final_dropout) and 0 <= self.final_dropout < 1):
-            raise bad_value("curriculum.final_dropout", self.final_dropout, "in [0, 1), or null")
-        if self.latents < max(1, len(self.stage_updates)):
-            raise bad_value("model.latents", self.latents, f"at least the {len(self.stage_updates)} stages")
+
+class Recipe(Protocol):
+    """How the reasoners of a family are trained: stages, and the loss in each. Nothing here imports torch.
+
+    Attributes:
+        family: whose checkpoints it trains, as adapters call it.
+        words: what the adapter's prompts and answers hold beside the task's own words (for a word-level vocabulary).
+    """
+
+    family: ClassVar[str]
+    words: ClassVar[tuple[str, ...]] = ()
 
     def stages(self) -> list[Stage]:
         """The stages in order."""
-        middle = [Stage(updates, k, k) for k, updates in enumerate(self.stage_updates, start=1)]
-        return [Stage(self.written_updates, 0, 0), *middle, Stage(self.final_updates, self.latents, None)]
+        ...
+
+    def check(self, adapter: CheckpointAdapter) -> None:
+        """Raises UsageError unless the adapter and the recipe go together."""
+
+    def add_own_tensors(self, folder: Path, seed: int) -> None:
+        """Give a plain causal LM's checkpoint the family's own tensors, if it lacks them (imports torch)."""
+
+    def objective(self, adapter: CheckpointAdapter) -> Objective:
+        """The model in training and its loss (imports torch)."""
+        ...
+
+    def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
+        """What the trained checkpoint's config says under `latent_tts`, so that other values can be warned of."""
+        return {"latents": adapter.latents}
 
     @property
     def updates(self) -> int:
@@ -80,10 +88,33 @@ class Curriculum:
 
 def written_text(steps: Sequence[str], answer: str, stage: Stage) -> str:
     """What stands after the end of thinking: the steps not hidden, then `### answer`."""
+    return written_before_answer(steps, stage) + f" {answer}"
+
+
+def written_before_answer(steps: Sequence[str], stage: Stage) -> str:
+    """The same without the answer: the steps not hidden, then `###`."""
     shown = steps[stage.hidden_steps :] if stage.hidden_steps is not None else ()
-    return "".join(f"{step}\n" for step in shown) + f"### {answer}"
+    return "".join(f"{step}\n" for step in shown) + "###"
 
 
 def step_results(steps: Sequence[str]) -> list[str]:
     """What each step `<<a+b=c>>` comes to: `c`."""
     return [step.rpartition("=")[2].removesuffix(">>") for step in steps]
+
+
+def check_updates(key: str, value: object) -> None:
+    """Raise the usual error unless a value is a number of updates."""
+    if not (is_whole(value) and value >= 0):
+        raise bad_value(f"recipe.{key}", value, "a number of updates, 0 or more")
+
+
+def check_weight(key: str, value: object) -> None:
+    """Raise the usual error unless a value is the weight of a loss."""
+    if not (is_number(value) and value >= 0):
+        raise bad_value(f"recipe.{key}", value, "a weight, 0 or more")
+
+
+def check_dropout(key: str, value: object) -> None:
+    """Raise the usual error unless a value is a dropout rate or None."""
+    if value is not None and not (is_number(value) and 0 <= value < 1):
+        raise bad_value(f"recipe.{key}", value, "in [0, 1), or null")

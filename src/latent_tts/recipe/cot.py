@@ -1,0 +1,42 @@
+"""`recipe=cot`: every step written out, no latents; the explicit chain of thought, and where others can start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from latent_tts.training.curriculum import Recipe, Stage, check_updates
+
+if TYPE_CHECKING:
+    from latent_tts.adapter import CheckpointAdapter
+    from latent_tts.training.coconut import CoconutObjective
+
+
+@dataclass(frozen=True)
+class Cot(Recipe):
+    """One stage.
+
+    Attributes:
+        written_updates: updates, each with every step written out.
+    """
+
+    written_updates: int
+
+    family: ClassVar[str] = "COCONUT"  # the same files: a plain causal LM
+
+    def __post_init__(self) -> None:
+        check_updates("written_updates", self.written_updates)
+
+    def stages(self) -> list[Stage]:
+        """The one stage."""
+        return [Stage(self.written_updates, 0, 0)]
+
+    def objective(self, adapter: CheckpointAdapter) -> CoconutObjective:
+        """The model in training and its loss (imports torch)."""
+        from latent_tts.training.coconut import CoconutObjective
+
+        return CoconutObjective(adapter, step_loss=0.0)
+
+    def trained_with(self, adapter: CheckpointAdapter) -> dict[str, int]:
+        """No latents."""
+        return {"latents": 0}
