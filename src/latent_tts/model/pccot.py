@@ -120,8 +120,8 @@ class Pccot(CheckpointAdapter):
                 )
 
     def raw_answer(self, answer_text: str) -> str:
-        """All that is written after the forced prompt."""
-        return answer_text.strip()
+        """All that is written after the forced prompt, or after the last `#` of it."""
+        return answer_text.rpartition("#")[2].strip()
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""

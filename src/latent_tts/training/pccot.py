@@ -1,0 +1,112 @@
+"""PCCoT's objective: CODI's, with a student whose thoughts are made side by side, in as many sweeps as at inference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latent_tts import checkpoint as files
+from latent_tts.adapter import CheckpointAdapter
+from latent_tts.model.pccot import PROJECTION, new_projection
+from latent_tts.training.batch import Sequences
+from latent_tts.training.coconut import CoconutObjective, encode_batch, step_results_loss
+from latent_tts.training.codi import CodiObjective, Weights, alignment
+from latent_tts.training.curriculum import Stage
+from latent_tts.training.initial import add_tensors, has_tensors, trainable_lm
+from latent_tts.types import Question
+
+
+def add_projection(folder: Path, sweeps: int, seed: int, *, projection: bool) -> None:
+    """Make a checkpoint one of PCCoT: a new projection, unless it has one or is to have none, and K in its config.
+
+    Args:
+        folder: the checkpoint, changed in place.
+        sweeps: K.
+        seed: of random weights.
+        projection: whether latents are projected; otherwise they are the hidden states.
+    """
+    if projection and not has_tensors(folder, PROJECTION):
+        torch.manual_seed(seed)
+        add_tensors(folder, PROJECTION, new_projection(int(trainable_lm(folder).config.hidden_size)))
+    content = files.read_config(folder)
+    content["latent_tts"] = {**(content.get("latent_tts") or {}), "sweeps": sweeps}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+class PccotObjective(CodiObjective):
+    """Student, teacher and their distance.
+
+    Attributes:
+        own: the projection, if the checkpoint has one.
+        sweeps: K.
+    """
+
+    def __init__(self, adapter: CheckpointAdapter, weights: Weights, sweeps: int) -> None:
+        CoconutObjective.__init__(self, adapter, weights.step)
+        self.weights, self.sweeps = weights, sweeps
+        tensors = files.load_tensors(adapter.folder, PROJECTION)
+        if tensors:
+            projection = new_projection(adapter.width)
+            projection.load_state_dict(tensors)
+            self.own = nn.ModuleDict({PROJECTION.removesuffix("."): projection.float().train()})
+            self.next_latent = projection
+
+    def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
+        """The latents (Q, T, D) after K sweeps, and the hidden states (Q, T, D) that the last sweep made them from.
+
+        Args:
+            rows: the prompts, fed; they stay as they are.
+            hidden_Q1D: final hidden state of each prompt's last token, which makes the first latent in every sweep.
+            latents: T.
+        """
+        token = torch.tensor(self.adapter.latent_id)
+        latents_QTD = self.lm.get_input_embeddings()(token).expand(len(hidden_Q1D), latents, -1)
+        before_QTD = hidden_Q1D
+        for _ in range(self.sweeps):
+            before_QTD = torch.cat([hidden_Q1D, rows.fork().feed(latents_QTD)[:, :-1]], dim=1)
+            latents_QTD = self.next_latent(before_QTD)
+        return latents_QTD, before_QTD
+
+    def loss(self, questions: list[Question], stage: Stage) -> Tensor:
+        """In the first stage the teacher's cross-entropy; then both's and the distance, each by its weight."""
+        if not stage.latents:
+            return super().loss(questions, stage)
+        weights, embed, written_stage = self.weights, self.lm.get_input_embeddings(), Stage(0, 0, 0)
+        student = encode_batch(self.adapter, questions, stage)
+        teacher = encode_batch(self.adapter, questions, written_stage)
+        rows = Sequences(self.lm)
+        hidden_Q1D = rows.feed(embed(student.prompt_QL), student.prompt_mask_QL)[:, -1:]
+        layers = rows.fork().feed_and_see(embed(teacher.written_QA[:, :-1]), teacher.written_mask_QA[:, :-1])
+        loss = weights.teacher * self._written_loss(layers[-1], teacher)
+        before = self._before_answer(layers, questions, written_stage)
+        latents_QTD, thoughts_QTD = self.think(rows, hidden_Q1D, stage.latents)
+        embeddings = torch.cat([latents_QTD, embed(student.written_QA[:, :-1])], dim=1)
+        mask = F.pad(student.written_mask_QA[:, :-1], (stage.latents, 0), value=1)
+        layers = [layer[:, stage.latents :] for layer in rows.feed_and_see(embeddings, mask)]
+        loss = loss + self._written_loss(layers[-1], student)
+        if weights.distill:
+            distance = alignment(self._before_answer(layers, questions, stage), before, weights.distill_loss)
+            loss = loss + weights.distill * distance
+        if weights.step:
+            head = self.lm.get_output_embeddings()
+            assert head is not None
+            loss = loss + weights.step * step_results_loss(head(thoughts_QTD), student)
+        return loss
+
+    def exact_matches(self, questions: list[Question], stage: Stage) -> int:
+        """How many questions have all their written tokens as the argmax, after sweeps where there are latents."""
+        if not stage.latents:
+            return super().exact_matches(questions, stage)
+        embed, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
+        assert head is not None
+        batch, rows = encode_batch(self.adapter, questions, stage), Sequences(self.lm)
+        hidden_Q1D = rows.feed(embed(batch.prompt_QL), batch.prompt_mask_QL)[:, -1:]
+        latents_QTD, _ = self.think(rows, hidden_Q1D, stage.latents)
+        mask = F.pad(batch.written_mask_QA[:, :-1], (stage.latents, 0), value=1)
+        hidden = rows.feed(torch.cat([latents_QTD, embed(batch.written_QA[:, :-1])], dim=1), mask)
+        predicted = head(hidden[:, stage.latents + batch.forced - 1 :]).argmax(-1)
+        return int(((predicted == batch.targets_QA) | (batch.targets_QA == -100)).all(1).sum())
