@@ -22,7 +22,8 @@ ALLOWED = {
     "adapter": {"errors", "types", "checkpoint", "thoughts"},  # thoughts for annotations alone
     "cost": set(),
     "decoding": {"errors", "types", "rng"},
-    "rng": {"philox"},
+    "rng": {"philox", "philox_kernel"},
+    "philox_kernel": {"philox"},
     "model": {"errors", "types", "checkpoint", "adapter", "schedule"},
     "sampler": {"errors", "types", "rng"},
     "thoughts": {"types"},

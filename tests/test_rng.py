@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,13 +144,34 @@ def words_of(row, place, count):
     return [value - 65536 if value >= 32768 else value for value in unsigned]
 
 
-@pytest.mark.usefixtures("two_threads")
+@pytest.fixture(params=["numpy", "numba"])
+def on_cpu(request, monkeypatch):
+    """How decisions are computed."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+        assert rng._kernel() is not None
+    else:
+        monkeypatch.setattr(rng, "_kernel", lambda: None)
+
+
+@pytest.mark.usefixtures("two_threads", "on_cpu")
 @pytest.mark.parametrize("blocks_at_once", [1, 20, 65536])  # pieces of one row, of rows of two questions, all rows
 def test_decisions_are_philox_words_whatever_the_pieces_and_threads(monkeypatch, blocks_at_once):
     monkeypatch.setattr(rng, "BLOCKS_AT_ONCE", {"cpu": blocks_at_once})
     keep = draws(rollouts=3).keep(7, 2, 1, 32, 20000)[:, 0]
     expected = [[word >= 20000 - 32768 for word in words_of(row, (7 << 16) | 2, 4)] for row in range(9)]
     assert keep.tolist() == expected
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(("tokens", "width", "threshold"), [(3, 20, 0), (1, 8, 65535), (2, 33, 1), (1, 768, 32768)])
+def test_tokens_of_a_pass_follow_one_another(tokens, width, threshold):
+    """Decisions of token s are those of blocks s*B on, B blocks a token."""
+    keep, per_token = draws(rollouts=3).keep(7, 2, tokens, width, threshold), -(-width // 8)
+    for row in (0, 8):
+        words = np.array(words_of(row, (7 << 16) | 2, tokens * per_token)).reshape(2, tokens, 4 * per_token)
+        expected = np.concatenate([words[0], words[1]], axis=1)[:, :width] >= threshold - 32768
+        assert keep[row].tolist() == expected.tolist()
 
 
 def test_a_threshold_may_change_between_layers_drawn_together():
