@@ -8,7 +8,7 @@ QUESTIONS ?= 1000
 .PHONY: reasoner-colar latent-rm bench clean
 
 help: ## show this menu
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -55,11 +55,10 @@ reasoner: .venv/.installed ## retrain the shipped reasoner (half an hour to an h
 outputs/written_arith/checkpoint/model.safetensors: | .venv/.installed
 	$(BIN)/ltts train-reasoner recipe=cot output=outputs/written_arith
 
-FROM_WRITTEN := $(BIN)/ltts train-reasoner init=outputs/written_arith/checkpoint
 WRITTEN := outputs/written_arith/checkpoint/model.safetensors
 
 reasoner-cot: $(WRITTEN) ## retrain the shipped explicit chain of thought
-	$(FROM_WRITTEN) model=cot output=outputs/cot_arith recipe.written_updates=150 \
+	$(BIN)/ltts train-reasoner init=outputs/written_arith/checkpoint model=cot output=outputs/cot_arith recipe.written_updates=150 \
 		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=150
 
 reasoner-codi: .venv/.installed ## retrain the shipped CODI reasoner (from the shipped COCONUT one)
@@ -67,10 +66,15 @@ reasoner-codi: .venv/.installed ## retrain the shipped CODI reasoner (from the s
 		recipe.written_updates=0 recipe.stage_updates=[] recipe.final_updates=150 \
 		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=150
 
-reasoner-colar: $(WRITTEN) ## retrain the shipped CoLaR reasoner
-	$(FROM_WRITTEN) model=colar output=outputs/colar_arith model.latents=12 model.thinking_speed=4 \
-		recipe.written_updates=0 recipe.final_updates=600 recipe.latent_noise=0.2 \
-		optimization.warmup=20 optimization.cosine_updates=600
+COLAR := $(BIN)/ltts train-reasoner model=colar model.latents=12 model.thinking_speed=4 recipe.written_updates=0
+reasoner-colar: $(WRITTEN) ## retrain the shipped CoLaR reasoner (its model card says why in three parts)
+	$(COLAR) init=outputs/written_arith/checkpoint output=outputs/colar_arith_1 recipe.final_updates=350 \
+		recipe.latent_noise=0.2 optimization.warmup=20 optimization.cosine_updates=600
+	$(COLAR) init=outputs/colar_arith_1/checkpoint output=outputs/colar_arith_2 recipe.final_updates=200 \
+		recipe.latent_noise=0.1 optimization.lr=1.5e-3 optimization.warmup=10 optimization.cosine_updates=500
+	$(COLAR) init=outputs/colar_arith_2/checkpoint output=outputs/colar_arith recipe.final_updates=500 \
+		recipe.latent_noise=0.1 recipe.latent_weight=2 \
+		optimization.lr=1.5e-3 optimization.warmup=10 optimization.cosine_updates=500
 
 latent-rm: .venv/.installed ## annotate and retrain the shipped LatentRM
 	$(BIN)/ltts train-rm output=outputs/coconut_arith_rm weights_dtype=bfloat16
