@@ -16,7 +16,7 @@ def test_the_wheel_runs_from_another_folder(tmp_path):
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
     subprocess.run(build, check=True, capture_output=True, text=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    assert wheel.stat().st_size < 4_000_000
+    assert wheel.stat().st_size < 12_000_000  # five checkpoints of at most 3 MB each, compressed
     # the dependencies are this environment's; the project is the wheel's alone
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
