@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 
 from latent_tts import store
+from latent_tts.plot import scaling_curve
+from latent_tts.store import RUN_COLUMNS
 
 
 def test_help_lists_every_command_quickly_and_without_torch():
@@ -166,6 +168,36 @@ def test_plot_draws_from_the_table_alone(run, ltts, tmp_path):
     assert result.code == 0, result.err
     assert (tmp_path / "figure.svg").stat().st_size > 5000
     assert ltts("plot", table.parent, "output=here.png").last.is_file()
+    (tmp_path / "results_by_gflops.csv").write_bytes(table.read_bytes())
+    assert ltts("plot", "results_by_gflops.csv").last.name == "figure_by_gflops.svg"
+    refused = ltts("plot", table, "against=luck")
+    assert refused.code == 2
+    assert "against=luck: one of n, gflops, seconds, diversity" in refused.err
+
+
+def test_a_figure_against_diversity_has_a_point_a_value_of_the_sampler(tmp_path, monkeypatch):
+    points = {}
+    monkeypatch.setattr("matplotlib.axes.Axes.fill_between", lambda *_, **__: None)
+    plain = "matplotlib.axes.Axes.plot"
+    monkeypatch.setattr(
+        plain, lambda axis, x, y, *_, label, **__: points.setdefault(label, list(zip(x, y, strict=True)))
+    )
+    row = dict.fromkeys(RUN_COLUMNS, "") | {
+        "sampler": "gaussian",
+        "sampler_param": "sigma",
+        "seed": "0",
+        "n": 4,
+        "drawn": 4,
+    }
+    rows = [
+        row | {"run_id": f"{sigma}{seed}", "sampler_value": sigma, "seed": seed, "metric": metric, "questions": 2}
+        | dict.fromkeys(("value", "ci_low", "ci_high"), value)
+        for sigma, diversity, coverage in (("0.1", 0.2, 0.5), ("0.9", 0.4, 0.75))
+        for seed, shift in (("0", -0.1), ("1", 0.1))
+        for metric, value in (("diversity", diversity + shift), ("coverage", coverage))
+    ]  # fmt: skip
+    scaling_curve(pd.DataFrame(rows), tmp_path / "figure.svg", "diversity")
+    assert points == {"gaussian": [(pytest.approx(0.2), 0.5), (pytest.approx(0.4), 0.75)]}
 
 
 @pytest.mark.slow

@@ -244,6 +244,7 @@ class PlotConfig:
     runs: list[str] = MISSING
     output: str | None = MISSING
     format: str = MISSING
+    against: str = MISSING
 
 
 @dataclass

@@ -14,14 +14,23 @@ PANELS = (("coverage", "Coverage"), ("accuracy", "Accuracy"))
 DASHES = ("-", "--", ":", "-.")
 
 
-def scaling_curve(metrics: pd.DataFrame, path: Path) -> Path:
-    """Coverage and accuracy against n on a logarithmic axis, with 95 % bands, one colour a curve.
+AGAINST = {
+    "n": "rollouts per question (n)",
+    "gflops": "GFLOP per question",
+    "seconds": "seconds per question",
+    "diversity": "diversity of latents (mean pairwise cosine dissimilarity)",
+}
+
+
+def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path:
+    """Coverage and accuracy against n or another figure of the same rows, with 95 % bands, one colour a curve.
 
     Args:
         metrics: a metrics table; several runs make several curves. Where one curve has several rows at an n, those
             with the most rollouts drawn count. Runs that differ in the seed alone make one curve, of the means of
             their values and of their bounds.
         path: of the figure; its ending is the format.
+        against: n, a cost of each n, or `diversity`: then a curve is a sampler, with a point for each of its values.
 
     Raises:
         UsageError: there is nothing to draw.
@@ -32,32 +41,38 @@ def scaling_curve(metrics: pd.DataFrame, path: Path) -> Path:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-    shown = metrics[metrics["metric"].isin([name for name, _ in PANELS])]
+    shown = metrics[metrics["metric"].isin([name for name, _ in PANELS])].assign(x=metrics["n"])
+    if against != "n":
+        same = ["run_id", "n", "drawn"]
+        figures = metrics[metrics["metric"] == against].drop_duplicates(same).set_index(same)["value"].rename("other")
+        shown = shown.join(figures, on=same)
+        shown = shown.assign(x=shown["other"]).dropna(subset="x")
     if shown.empty:
-        raise UsageError("nothing to draw: the table has neither coverage nor accuracy")
+        raise UsageError(f"nothing to draw: the table has neither coverage nor accuracy with {against} beside it")
     point = [*CURVE, "aggregator", "n", "metric"]
     shown = shown.sort_values("drawn").drop_duplicates([*point, "seed"], keep="last")
     seeds = shown["seed"].nunique()
-    means = {"value": "mean", "ci_low": "mean", "ci_high": "mean", "questions": "first"}
+    means = {"x": "mean", "value": "mean", "ci_low": "mean", "ci_high": "mean", "questions": "first"}
     shown = shown.groupby(point, sort=False, dropna=False, as_index=False).agg(means)
-    curves = list(shown.groupby(CURVE, sort=False, dropna=False))
-    varying = [name for name in CURVE if shown[name].nunique(dropna=False) > 1]
+    kinds = [name for name in CURVE if against != "diversity" or name != "sampler_value"]
+    curves = list(shown.groupby(kinds, sort=False, dropna=False))
+    varying = [name for name in kinds if shown[name].nunique(dropna=False) > 1]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for (metric, title), axis in zip(PANELS, axes, strict=True):
         for index, (values, rows) in enumerate(curves):
-            label = _label(dict(zip(CURVE, values, strict=True)), varying)
+            label = _label(dict(zip(kinds, values, strict=True)), varying)
             by_aggregator = rows[rows["metric"] == metric].groupby("aggregator", sort=True)
             for dash, (aggregator, line) in zip(DASHES, by_aggregator, strict=False):
-                line = line.sort_values("n")
+                line = line.sort_values("x")
                 name = f"{label}, {aggregator}" if aggregator else label
-                axis.plot(line["n"], line["value"], dash, marker="o", markersize=3.5, color=f"C{index}", label=name)
+                axis.plot(line["x"], line["value"], dash, marker="o", markersize=3.5, color=f"C{index}", label=name)
                 axis.fill_between(
-                    line["n"], line["ci_low"], line["ci_high"], color=f"C{index}", alpha=0.12, linewidth=0
+                    line["x"], line["ci_low"], line["ci_high"], color=f"C{index}", alpha=0.12, linewidth=0
                 )
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}" if against == "n" else "{x:.2g}"))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axis.set_xlabel("rollouts per question (n)")
+        axis.set_xlabel(AGAINST[against])
         axis.set_title(title)
         axis.grid(alpha=0.25)
         if axis.lines:
@@ -78,9 +93,9 @@ def scaling_curve(metrics: pd.DataFrame, path: Path) -> Path:
 
 def _label(curve: dict, varying: list[str]) -> str:
     """What differs between the curves, by its value; the sampler where nothing else does."""
-    sampler = curve["sampler"] + (
-        f" {curve['sampler_param']}={curve['sampler_value']}" if curve["sampler_param"] else ""
-    )
+    sampler = curve["sampler"]
+    if curve["sampler_param"] and "sampler_value" in curve:
+        sampler += f" {curve['sampler_param']}={curve['sampler_value']}"
     others = [curve[name] for name in varying if not name.startswith("sampler") and name != "budget"]
     sampler_varies = any(name.startswith("sampler") for name in varying)
     return ", ".join([sampler] * (sampler_varies or not any(others)) + [str(value) for value in others if value])

@@ -73,7 +73,7 @@ def draw_missing(
         total, work / 1e9, work / rate, rate / 1e9,
         (rows * bytes_a_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
     )  # fmt: skip
-    plan = plan_of(adapter, cfg.max_answer_tokens, prepared.forced_ids, prepared.schedule)
+    plan = plan_of(adapter, cfg.max_answer_tokens, prepared.schedule, prepared.forced_ids)
     engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan)
     with report.progress_bar(total, "rollouts") as bar:
         with computing("drawing rollouts", f"what was drawn is in {cache.folder}", FEWER_ROWS):
@@ -117,7 +117,7 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     bytes_a_row += 2 * row_bytes(Shape.from_config(scorer.config), longest, adapter.latents, item, own_prompt=False)
     rows = rows_of_a_batch(cfg, prepared.shape, bytes_a_row, device)
     log.info("%d questions to search: %d beams of %d candidates each", len(jobs), search.beams, search.candidates)
-    plan = plan_of(adapter, cfg.max_answer_tokens, prepared.forced_ids)
+    plan = plan_of(adapter, cfg.max_answer_tokens, forced_ids=prepared.forced_ids)
     engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan)
     sampler = prepared.answers.over(prepared.sampler)
     judge = LatentScorer(load_scorer_once(scorer, device, cfg.engine.dtype))
@@ -146,7 +146,7 @@ def rows_of_a_batch(cfg: DictConfig, shape: Shape, bytes_a_row: int, device: str
 
 
 def plan_of(
-    adapter: ModelAdapter, max_answer_tokens: int, forced_ids: Sequence[int] = (), schedule: Schedule | None = None
+    adapter: ModelAdapter, max_answer_tokens: int, schedule: Schedule | None = None, forced_ids: Sequence[int] = ()
 ) -> Plan:
     """What a rollout of the adapter's model consists of; `schedule` is one latent after another unless said."""
     from latent_tts.engine.rollout import Plan

@@ -11,6 +11,7 @@ from latent_tts import config, plot, store
 from latent_tts.errors import UsageError, bad_value
 
 FINDINGS = "results.csv"
+FINDINGS_BY = "results_by_*.csv"  # drawn against what stands for the star
 
 
 def main(cfg: DictConfig) -> None:
@@ -19,6 +20,7 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: a path is no table and holds none.
     """
+    config.require("against", cfg.against, cfg.against in plot.AGAINST, f"one of {', '.join(plot.AGAINST)}")
     config.require("format", cfg.format, cfg.format in ("svg", "png", "pdf"), "svg, png or pdf")
     tables = [table for path in cfg.runs for table in find_tables(Path(path))]
     if not tables:
@@ -28,11 +30,17 @@ def main(cfg: DictConfig) -> None:
         output = Path(cfg.output).expanduser()
         if output.suffix not in (".svg", ".png", ".pdf"):
             raise bad_value("output", cfg.output, "a file that ends in .svg, .png or .pdf")
-        print(plot.scaling_curve(pd.concat(frames, ignore_index=True), output))
+        print(plot.scaling_curve(pd.concat(frames, ignore_index=True), output, cfg.against))
         return
     for table in tables:
-        name = "figure" if table.name == FINDINGS else "scaling"
-        print(plot.scaling_curve(store.read_metrics(table), table.with_name(f"{name}.{cfg.format}")))
+        name, against = "figure" if table.name == FINDINGS else "scaling", cfg.against
+        if table.match(FINDINGS_BY):
+            against = table.stem.removeprefix("results_by_")
+            config.require(
+                "runs", table, against in plot.AGAINST, f"results_by_X.csv, X one of {', '.join(plot.AGAINST)}"
+            )
+            name = f"figure_by_{against}"
+        print(plot.scaling_curve(store.read_metrics(table), table.with_name(f"{name}.{cfg.format}"), against))
 
 
 def find_tables(path: Path) -> list[Path]:
@@ -45,8 +53,9 @@ def find_tables(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise bad_value("runs", path, "no such file or folder")
-    own = [path / name for name in (FINDINGS, store.METRICS) if (path / name).is_file()]
-    found = own or sorted(p for name in (FINDINGS, store.METRICS) for p in path.rglob(name))
+    names = (FINDINGS, FINDINGS_BY, store.METRICS)
+    own = [table for name in names for table in sorted(path.glob(name))]
+    found = own or sorted(table for name in names for table in path.rglob(name))
     if not found:
         raise UsageError(f"runs={path}: no {store.METRICS} or {FINDINGS} at or below it")
     return found
