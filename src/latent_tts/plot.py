@@ -11,6 +11,7 @@ from latent_tts.store import RUN_COLUMNS, whole_file
 
 CURVE = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator", "seed")]
 PANELS = (("coverage", "Coverage"), ("accuracy", "Accuracy"))
+MOST_INSIDE = 5  # lines whose names stand inside a panel; those of more stand below it
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -57,6 +58,8 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     kinds = [name for name in CURVE if against != "diversity" or name != "sampler_value"]
     curves = list(shown.groupby(kinds, sort=False, dropna=False))
     varying = [name for name in kinds if shown[name].nunique(dropna=False) > 1]
+    if shown.groupby("model", dropna=False)["checkpoint"].nunique().max() == 1:
+        varying = [name for name in varying if name != "checkpoint"]  # the model's name says it
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for (metric, title), axis in zip(PANELS, axes, strict=True):
         for index, (values, rows) in enumerate(curves):
@@ -75,7 +78,9 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
         axis.set_xlabel(AGAINST[against])
         axis.set_title(title)
         axis.grid(alpha=0.25)
-        if axis.lines:
+        if len(axis.lines) > MOST_INSIDE:
+            axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        elif axis.lines:
             axis.legend(fontsize=8, frameon=False)
     axes[0].set_ylabel("questions")
     first = shown.iloc[0]
