@@ -16,6 +16,7 @@ from latent_tts.task.arith import Arith, words
 from latent_tts.training import loop
 from latent_tts.training.colar import compressed, slots_of
 from latent_tts.training.initial import copy_checkpoint, prepare
+from resumed import check_resume
 
 VALUES: dict[str, Any] = {
     "written_updates": 2,
@@ -180,31 +181,8 @@ def test_bad_values_are_refused_by_name(wrong):
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(folder, tmp_path):
-    adapter, recipe = adapter_of(folder), recipe_with({"latent_noise": 0.3})
-    optimization = loop.Optimization(4, 1e-2, 10, 2, 0.01, 1.0, bf16=False)
-
-    class Stop(Exception):
-        pass
-
-    def stop(done, record):
-        if done == 3:
-            raise Stop
-
-    def train(name, report=lambda *a: None):
-        (tmp_path / name).mkdir(exist_ok=True)
-        valid = Arith("valid", 4, None, 0).questions()
-        stream = Arith("train", None, None, 0).stream()
-        return loop.train(
-            recipe, adapter, stream, valid, optimization,
-            seed=0, output=tmp_path / name, settings={}, save_every=1, report=report,
-        )  # fmt: skip
-
-    with pytest.raises(Stop):
-        train("stopped", stop)
-    assert train("stopped")["update"] == train("whole")["update"] == 5
-    a, b = (load_file(tmp_path / name / "state.safetensors") for name in ("stopped", "whole"))
-    assert "weight.lt_head.mean.weight" in b
-    assert all(torch.equal(a[name], b[name]) for name in b)
+    recipe = recipe_with({"latent_noise": 0.3})
+    check_resume(recipe, adapter_of(folder), tmp_path, "weight.lt_head.mean.weight")
 
 
 def test_train_reasoner_from_scratch_writes_a_colar_checkpoint_that_runs(ltts, tmp_path):

@@ -5,13 +5,12 @@ Source: Shen et al. 2025 (arXiv 2502.21074), section 3; zhenyi4/codi, `src/model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.training.curriculum import Recipe, Stage, check_dropout, check_updates, check_weight
+from latent_tts.training.curriculum import Distilled, check_dropout
 
 if TYPE_CHECKING:
     from latent_tts.adapter import CheckpointAdapter
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Codi(Recipe):
+class Codi(Distilled):
     """The stages: every step written out (the teacher alone), then teacher and student side by side.
 
     CODI itself starts from a pretrained model and has the last stage alone. Between the two a student can be led there
@@ -40,31 +39,14 @@ class Codi(Recipe):
         step_loss: weight of asking each latent for the result of the step it stands for; 0 is plain CODI.
     """
 
-    written_updates: int
-    stage_updates: Sequence[int]
-    final_updates: int
-    final_dropout: float | None
-    latents: int
-    teacher_weight: float
-    distill_weight: float
-    distill_loss: str
     projector_hidden: int | None
     projector_init: str
     projector_dropout: float
-    step_loss: float
 
     family: ClassVar[str] = "CODI"
 
     def __post_init__(self) -> None:
-        check_updates("written_updates", self.written_updates)
-        check_updates("final_updates", self.final_updates)
-        for updates in self.stage_updates:
-            check_updates("stage_updates", updates)
-        check_dropout("final_dropout", self.final_dropout)
-        for key in ("teacher_weight", "distill_weight", "step_loss"):
-            check_weight(key, getattr(self, key))
-        if self.distill_loss not in ("smooth_l1", "l1"):
-            raise bad_value("recipe.distill_loss", self.distill_loss, "smooth_l1 or l1")
+        super().__post_init__()
         if self.projector_hidden is not None and not (is_whole(self.projector_hidden) and self.projector_hidden >= 1):
             raise bad_value("recipe.projector_hidden", self.projector_hidden, "a positive width, or null")
         if self.projector_init not in ("random", "identity"):
@@ -77,12 +59,6 @@ class Codi(Recipe):
                 "model.latents", self.latents, f"1 or more, and at least the {len(self.stage_updates)} stages"
             )
 
-    def stages(self) -> list[Stage]:
-        """The stages in order."""
-        middle = [Stage(updates, k, k) for k, updates in enumerate(self.stage_updates, start=1)]
-        final = Stage(self.final_updates, self.latents, None, self.final_dropout)
-        return [Stage(self.written_updates, 0, 0), *middle, final]
-
     def add_own_tensors(self, folder: Path, seed: int) -> None:
         """Give a checkpoint without one a new projector (imports torch)."""
         from latent_tts.training.codi import add_projector
@@ -91,7 +67,6 @@ class Codi(Recipe):
 
     def objective(self, adapter: CheckpointAdapter) -> CodiObjective:
         """The model in training and its loss (imports torch)."""
-        from latent_tts.training.codi import CodiObjective, Weights
+        from latent_tts.training.codi import CodiObjective
 
-        weights = Weights(self.teacher_weight, self.distill_weight, self.step_loss, self.distill_loss)
-        return CodiObjective(adapter, weights, self.projector_dropout)
+        return CodiObjective(adapter, self.weights(), self.projector_dropout)

@@ -5,13 +5,12 @@ Source: Wu et al. 2025 (arXiv 2506.18582), section 3; whyNLP/PCCoT, `models/mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.training.curriculum import Recipe, Stage, check_dropout, check_updates, check_weight
+from latent_tts.training.curriculum import Distilled
 
 if TYPE_CHECKING:
     from latent_tts.adapter import CheckpointAdapter
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Pccot(Recipe):
+class Pccot(Distilled):
     """The stages: every step written out (the teacher alone), then teacher and student side by side.
 
     PCCoT itself starts from a pretrained model and has the last stage alone. Between the two a student can be led
@@ -39,41 +38,22 @@ class Pccot(Recipe):
         step_loss: weight of asking each latent for the result of the step it stands for; 0 is plain PCCoT.
     """
 
-    written_updates: int
-    stage_updates: Sequence[int]
-    final_updates: int
-    final_dropout: float | None
-    latents: int
     sweeps: int
     projection: bool
-    teacher_weight: float
-    distill_weight: float
-    distill_loss: str
-    step_loss: float
 
     family: ClassVar[str] = "PCCoT"
 
     def __post_init__(self) -> None:
-        check_updates("written_updates", self.written_updates)
-        check_updates("final_updates", self.final_updates)
-        for updates in self.stage_updates:
-            check_updates("stage_updates", updates)
-        check_dropout("final_dropout", self.final_dropout)
-        for key in ("teacher_weight", "distill_weight", "step_loss"):
-            check_weight(key, getattr(self, key))
-        if self.distill_loss not in ("smooth_l1", "l1"):
-            raise bad_value("recipe.distill_loss", self.distill_loss, "smooth_l1 or l1")
+        super().__post_init__()
         if not isinstance(self.projection, bool):
             raise bad_value("recipe.projection", self.projection, "true or false")
         for key in ("latents", "sweeps"):
             if not (is_whole(getattr(self, key)) and getattr(self, key) >= 1):
                 raise bad_value(f"model.{key}", getattr(self, key), "1 or more")
 
-    def stages(self) -> list[Stage]:
-        """The stages in order."""
-        middle = [Stage(updates, self.latents, k) for k, updates in enumerate(self.stage_updates, start=1)]
-        final = Stage(self.final_updates, self.latents, None, self.final_dropout)
-        return [Stage(self.written_updates, 0, 0), *middle, final]
+    def latents_in(self, stage: int) -> int:
+        """All of them: sweeps make them together."""
+        return self.latents
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
         """Give a checkpoint without one a new projection, and its config K (imports torch)."""
@@ -83,11 +63,9 @@ class Pccot(Recipe):
 
     def objective(self, adapter: CheckpointAdapter) -> PccotObjective:
         """The model in training and its loss (imports torch)."""
-        from latent_tts.training.codi import Weights
         from latent_tts.training.pccot import PccotObjective
 
-        weights = Weights(self.teacher_weight, self.distill_weight, self.step_loss, self.distill_loss)
-        return PccotObjective(adapter, weights, self.sweeps)
+        return PccotObjective(adapter, self.weights(), self.sweeps)
 
     def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
         """T and K."""

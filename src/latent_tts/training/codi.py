@@ -111,6 +111,19 @@ class CodiObjective(CoconutObjective):
         self.own = nn.ModuleDict({PROJECTOR.removesuffix("."): projector.float().train()})
         self.next_latent = projector
 
+    def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
+        """The latents (Q, S, D) that are still to be fed, here the last one, and the hidden states (Q, T, D) of all.
+
+        Args:
+            rows: the prompts, fed; latents that are not left to be fed are fed to them.
+            hidden_Q1D: final hidden state of each prompt's last token, which makes the first latent.
+            latents: T.
+        """
+        thoughts = [hidden_Q1D]
+        for _ in range(latents - 1):
+            thoughts.append(rows.feed(self.next_latent(thoughts[-1])))
+        return self.next_latent(thoughts[-1]), torch.cat(thoughts, dim=1)
+
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
         """In the first stage the teacher's cross-entropy; then both's and the distance, each by its weight.
 
@@ -123,16 +136,15 @@ class CodiObjective(CoconutObjective):
         student = encode_batch(self.adapter, questions, stage)
         teacher = encode_batch(self.adapter, questions, written_stage)
         rows = Sequences(self.lm)
-        hidden = rows.feed(embed(student.prompt_QL), student.prompt_mask_QL)[:, -1:]
+        hidden_Q1D = rows.feed(embed(student.prompt_QL), student.prompt_mask_QL)[:, -1:]
         layers = rows.fork().feed_and_see(embed(teacher.written_QA[:, :-1]), teacher.written_mask_QA[:, :-1])
         teacher_loss = self._written_loss(layers[-1], teacher)
         before = self._before_answer(layers, questions, written_stage)
-        thoughts = [hidden]
-        for _ in range(stage.latents - 1):
-            thoughts.append(rows.feed(self.next_latent(thoughts[-1])))
-        embeddings = torch.cat([self.next_latent(thoughts[-1]), embed(student.written_QA[:, :-1])], dim=1)
-        mask = F.pad(student.written_mask_QA[:, :-1], (1, 0), value=1)
-        layers = [layer[:, 1:] for layer in rows.feed_and_see(embeddings, mask)]
+        latents_QSD, thoughts_QTD = self.think(rows, hidden_Q1D, stage.latents)
+        pending = latents_QSD.shape[1]
+        embeddings = torch.cat([latents_QSD, embed(student.written_QA[:, :-1])], dim=1)
+        mask = F.pad(student.written_mask_QA[:, :-1], (pending, 0), value=1)
+        layers = [layer[:, pending:] for layer in rows.feed_and_see(embeddings, mask)]
         loss = self._written_loss(layers[-1], student) + weights.teacher * teacher_loss
         if weights.distill:
             distance = alignment(self._before_answer(layers, questions, stage), before, weights.distill_loss)
@@ -140,7 +152,7 @@ class CodiObjective(CoconutObjective):
         if weights.step:
             head = self.lm.get_output_embeddings()
             assert head is not None
-            loss = loss + weights.step * step_results_loss(head(torch.cat(thoughts, dim=1)), student)
+            loss = loss + weights.step * step_results_loss(head(thoughts_QTD), student)
         return loss
 
     def _written_loss(self, hidden_QAD: Tensor, batch: Batch) -> Tensor:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from latent_tts.adapter import CheckpointAdapter
+    from latent_tts.training.codi import Weights
     from latent_tts.training.loop import Objective
 
 
@@ -75,6 +76,72 @@ class Recipe(Protocol):
                 return stage
             update -= stage.updates
         raise IndexError(update)
+
+
+@dataclass(frozen=True)
+class Staged(Recipe):
+    """Stages that lead from written steps to latents: all steps written, one less in each stage, at last none.
+
+    Attributes:
+        written_updates: updates with every step written out and no latents.
+        stage_updates: updates with the first 1, 2, ... steps hidden.
+        final_updates: updates with `latents` latents and no written step.
+        final_dropout: dropout rate of those; null keeps the backbone's.
+        latents: T of the trained reasoner.
+    """
+
+    written_updates: int
+    stage_updates: Sequence[int]
+    final_updates: int
+    final_dropout: float | None
+    latents: int
+
+    def __post_init__(self) -> None:
+        check_updates("written_updates", self.written_updates)
+        check_updates("final_updates", self.final_updates)
+        for updates in self.stage_updates:
+            check_updates("stage_updates", updates)
+        check_dropout("final_dropout", self.final_dropout)
+
+    def latents_in(self, stage: int) -> int:
+        """Latents of the stage that hides the first `stage` steps: one a step."""
+        return stage
+
+    def stages(self) -> list[Stage]:
+        """The stages in order."""
+        middle = [Stage(updates, self.latents_in(k), k) for k, updates in enumerate(self.stage_updates, start=1)]
+        final = Stage(self.final_updates, self.latents, None, self.final_dropout)
+        return [Stage(self.written_updates, 0, 0), *middle, final]
+
+
+@dataclass(frozen=True)
+class Distilled(Staged):
+    """The same with a teacher that writes every step beside the student that thinks; in the first stage it is alone.
+
+    Attributes:
+        teacher_weight: of the teacher's cross-entropy; the student's counts 1.
+        distill_weight: of the distance between the hidden states of both before the answer.
+        distill_loss: `smooth_l1` or `l1`.
+        step_loss: weight of asking each latent for the result of the step it stands for.
+    """
+
+    teacher_weight: float
+    distill_weight: float
+    distill_loss: str
+    step_loss: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("teacher_weight", "distill_weight", "step_loss"):
+            check_weight(key, getattr(self, key))
+        if self.distill_loss not in ("smooth_l1", "l1"):
+            raise bad_value("recipe.distill_loss", self.distill_loss, "smooth_l1 or l1")
+
+    def weights(self) -> Weights:
+        """What counts how much in the loss (imports torch)."""
+        from latent_tts.training.codi import Weights
+
+        return Weights(self.teacher_weight, self.distill_weight, self.step_loss, self.distill_loss)
 
 
 def written_text(steps: Sequence[str], answer: str, stage: Stage) -> str:

@@ -13,8 +13,8 @@ from latent_tts import checkpoint as files
 from latent_tts.adapter import CheckpointAdapter
 from latent_tts.model.pccot import PROJECTION, new_projection
 from latent_tts.training.batch import Sequences
-from latent_tts.training.coconut import CoconutObjective, encode_batch, step_results_loss
-from latent_tts.training.codi import CodiObjective, Weights, alignment
+from latent_tts.training.coconut import CoconutObjective, encode_batch
+from latent_tts.training.codi import CodiObjective, Weights
 from latent_tts.training.curriculum import Stage
 from latent_tts.training.initial import add_tensors, has_tensors, trainable_lm
 from latent_tts.types import Question
@@ -70,32 +70,6 @@ class PccotObjective(CodiObjective):
             before_QTD = torch.cat([hidden_Q1D, rows.fork().feed(latents_QTD)[:, :-1]], dim=1)
             latents_QTD = self.next_latent(before_QTD)
         return latents_QTD, before_QTD
-
-    def loss(self, questions: list[Question], stage: Stage) -> Tensor:
-        """In the first stage the teacher's cross-entropy; then both's and the distance, each by its weight."""
-        if not stage.latents:
-            return super().loss(questions, stage)
-        weights, embed, written_stage = self.weights, self.lm.get_input_embeddings(), Stage(0, 0, 0)
-        student = encode_batch(self.adapter, questions, stage)
-        teacher = encode_batch(self.adapter, questions, written_stage)
-        rows = Sequences(self.lm)
-        hidden_Q1D = rows.feed(embed(student.prompt_QL), student.prompt_mask_QL)[:, -1:]
-        layers = rows.fork().feed_and_see(embed(teacher.written_QA[:, :-1]), teacher.written_mask_QA[:, :-1])
-        loss = weights.teacher * self._written_loss(layers[-1], teacher)
-        before = self._before_answer(layers, questions, written_stage)
-        latents_QTD, thoughts_QTD = self.think(rows, hidden_Q1D, stage.latents)
-        embeddings = torch.cat([latents_QTD, embed(student.written_QA[:, :-1])], dim=1)
-        mask = F.pad(student.written_mask_QA[:, :-1], (stage.latents, 0), value=1)
-        layers = [layer[:, stage.latents :] for layer in rows.feed_and_see(embeddings, mask)]
-        loss = loss + self._written_loss(layers[-1], student)
-        if weights.distill:
-            distance = alignment(self._before_answer(layers, questions, stage), before, weights.distill_loss)
-            loss = loss + weights.distill * distance
-        if weights.step:
-            head = self.lm.get_output_embeddings()
-            assert head is not None
-            loss = loss + weights.step * step_results_loss(head(thoughts_QTD), student)
-        return loss
 
     def exact_matches(self, questions: list[Question], stage: Stage) -> int:
         """How many questions have all their written tokens as the argmax, after sweeps where there are latents."""
