@@ -1,10 +1,10 @@
 """Shared fixtures: a tiny untrained reasoner, and the command line run in process."""
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,5 +76,4 @@ def run(ltts: Callable[..., Result], checkpoint: Path) -> Callable[..., Result]:
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with one free MiB."""
-    sysconf, values = os.sysconf, {"SC_AVPHYS_PAGES": 256, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(os, "sysconf", lambda name: values[name] if name in values else sysconf(name))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 20))

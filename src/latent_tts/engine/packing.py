@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import psutil
 import torch
 
 from latent_tts.cost import Shape
@@ -51,10 +51,9 @@ def row_bytes(shape: Shape, prompt: int, suffix: int, item: int, own_prompt: boo
 
 def rows_that_fit(rows: int, bytes_a_row: int, device: str) -> int:
     """`rows`, halved until a batch fits half of the free memory."""
-    if device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # what the system keeps of files in memory makes way, so it counts as free
+    on_gpu = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
     while rows > 1 and rows * bytes_a_row > MEMORY_SHARE * free:
         rows //= 2
     return rows
