@@ -7,8 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from latent_tts import cli
+
+# commands are composed hundreds of times: libyaml reads their configs eight times as fast, and the same
+yaml.SafeLoader = yaml.CSafeLoader
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +49,7 @@ def ltts(
     """Run `ltts ARGS...` in an empty folder with a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
     def run(*arguments: object) -> Result:
         capfd.readouterr()

@@ -8,7 +8,12 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "latent_tts"
-ROOMS = [path.name for path in sorted((ROOT / "conf").iterdir()) if path.is_dir() and (SRC / path.name).is_dir()]
+SETTINGS = {"engine"}  # groups of settings alone: their options build nothing
+ROOMS = [
+    path.name
+    for path in sorted((ROOT / "conf").iterdir())
+    if path.is_dir() and (SRC / path.name).is_dir() and path.name not in SETTINGS
+]
 
 # Rooms by layer, lowest first: a room imports only from lower layers, or what its own row allows beside it.
 ALLOWED = {
@@ -47,12 +52,13 @@ ALLOWED = {
     "labelling": {"errors", "types", "engine", "philox", "rng", "store", "annotations"},
     "search": {"errors", "types", "philox", "rng", "engine"},
     "executor": {"errors", "types", "engine", "sampler", "rng", "store"},
-    "config": {"errors", "types"},
+    "schemas": set(),
+    "config": {"errors", "types", "schemas"},
     "cli": {"errors", "types", "config", "commands"},
     "__main__": {"cli"},
     "commands": None,  # assembles everything below it
 }
-HYDRA = {"cli", "config", "commands"}
+HYDRA = {"cli", "config", "schemas", "commands"}
 TORCH = {"rng", "engine", "training", "executor", "labelling"}
 
 
