@@ -58,7 +58,6 @@ SAMPLERS: dict[str, Sampler] = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BASELINE_ROWS = {"cpu": 256, "cuda": 4096}
-NO_EOS = -1
 # 1.3 tokens a word: quantiles 0, 0.05, ... 1 over GSM8K's 1319 test questions
 PROMPT_TOKENS = [20, 31, 35, 38, 40, 43, 46, 48, 51, 53, 56, 58, 61, 65, 68, 72, 77, 82, 91, 107, 213]
 
@@ -219,7 +218,7 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
         draw = Draw.of(0, [job.question_id for job in part], numbers, width, engine.blocks)
         engine.roll([job.prompt for job in part], draw, sampler)
 
-    plan, brief = (Plan(latents, [vocabulary - 1], NO_EOS, answer) for latents, answer in ((LATENTS, ANSWER), (1, 1)))
+    plan, brief = (Plan(latents, [vocabulary - 1], None, answer) for latents, answer in ((LATENTS, ANSWER), (1, 1)))
     result = timed(
         arguments, lm, lambda: [roll(plan, part, sampler) for part in parts], lambda: roll(brief, parts[0], sampler)
     )

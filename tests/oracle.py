@@ -120,7 +120,7 @@ class Oracle:
     def _answer(self, latents_TD: Tensor, sampler: Sampler, draw: Draw) -> Row:
         plan = self.plan
         row = Row(latents_TD, list(plan.forced_ids), 0.0, float("inf"), False)
-        for position in range(len(plan.forced_ids), plan.max_answer_tokens + 1):
+        for position in range(len(plan.forced_ids), plan.max_answer_tokens + (plan.eos_id is not None)):
             _, logits_V = self._run()
             token = int(sampler.token(logits_V[None], draw, plan.latents + position))
             row.stopped = token == plan.eos_id

@@ -194,6 +194,13 @@ def test_a_batch_shrinks_as_rows_finish():
     assert rows[-1] < rows[0]
 
 
+def test_without_an_eos_no_pass_looks_for_one():
+    reasoner = tiny.reasoner("gpt2")
+    shapes = base_passes(reasoner.lm)
+    roll(Engine(reasoner, tiny.plan(3, answer=4, eos_id=None)), tiny.prompts([5, 2]), range(3), NOISE)
+    assert len(shapes) == 1 + 2 + 4  # the prompt makes the first latent, the first answer token's pass runs the last
+
+
 def test_an_eos_right_after_the_last_allowed_token_counts_as_stopped():
     reasoner, prompts, eos = tiny.reasoner("gpt2"), tiny.prompts([1, 9, 4, 23, 5, 7]), tiny.EOS_IDS["gpt2"]
     long = roll(Engine(reasoner, tiny.plan(3, answer=10, eos_id=eos)), prompts, range(5), NOISE)

@@ -97,7 +97,7 @@ def plain_copy(lm: PreTrainedModel) -> PreTrainedModel:
 
 
 def plan(
-    latents: int, *, eos_id: int = NEVER, end: int = 1, answer: int = 6, stop_id: int | None = None, **more: Any
+    latents: int, *, eos_id: int | None = NEVER, end: int = 1, answer: int = 6, stop_id: int | None = None, **more: Any
 ) -> Plan:
     """A plan with `end` end-of-thinking tokens."""
     return Plan(latents, [END_ID] * end, eos_id, answer, stop_id, **more)

@@ -161,8 +161,8 @@ def _donor_latents(batch: list[Job], engine: Engine, rollouts: int) -> torch.Ten
     prompts = [job.donor for job in batch]
     assert all(prompt is not None for prompt in prompts)
     draw = Draw.of(0, [job.row_key for job in batch], torch.zeros(len(batch), 1, dtype=torch.long), engine.width)
-    thinker = Engine(engine.reasoner, replace(engine.plan, max_answer_tokens=0, stop_id=None))
-    latents = thinker.roll(prompts, draw, Greedy()).latents_RTD  # type: ignore[arg-type]
+    thinker = Engine(engine.reasoner, replace(engine.plan, stop_id=None))
+    latents = thinker.think(prompts, draw, Greedy()).latents_RTD  # type: ignore[arg-type]
     return latents.to(engine.device, engine.lm.dtype).repeat_interleave(rollouts, 0)
 
 

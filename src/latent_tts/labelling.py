@@ -122,6 +122,7 @@ def label_batch(
     latents_QNTD = rollouts.latents_RTD.numpy().reshape(len(jobs), n, engine.plan.latents, engine.width)
     labels_QNT, steps_QN = labels_RT.reshape(len(jobs), n, -1), steps_R.reshape(-1, n)
     end_ids, eos_id = engine.plan.thinking_end_ids, engine.plan.eos_id
+    assert eos_id is not None, "labels are of finished answers"
     entries: list[Annotated | Dropped] = []
     for place, job in enumerate(jobs):
         if place not in kept:

@@ -57,9 +57,15 @@ def _highest(head: nn.Linear, hidden_RD: Tensor) -> Choice:
     highest_R, second_R = torch.full((2, rows), float("-inf"), device=hidden_RD.device)
     total_R = torch.zeros_like(highest_R)  # of exp(logit - highest)
     token_R = torch.zeros(rows, dtype=torch.long, device=hidden_RD.device)
+    # all pieces share their memory: new pages for each would cost as much as the product
+    product_PR = hidden_RD.new_empty(max(map(_length, pieces)), rows)
+    float_PR = product_PR if product_PR.dtype == torch.float32 else torch.empty_like(product_PR, dtype=torch.float32)
     for piece in pieces:
+        product, logits_PR = product_PR[: _length(piece)], float_PR[: _length(piece)]
         # in this order the product needs no rearranged copy of the weights, and places lie side by side for maxima
-        logits_PR = (head.weight[piece] @ hidden_RD.t()).float()
+        torch.mm(head.weight[piece], hidden_RD.t(), out=product)
+        if logits_PR.dtype != product.dtype:
+            logits_PR.copy_(product)
         if head.bias is not None:
             logits_PR += head.bias[piece].float()[:, None]
         own_R, own_second_R, place_R = _highest_two(logits_PR)
@@ -68,6 +74,10 @@ def _highest(head: nn.Linear, hidden_RD: Tensor) -> Choice:
         token_R = torch.where(own_R > before_R, piece.start + place_R, token_R)
         total_R = total_R * (before_R - highest_R).exp_() + logits_PR.sub_(highest_R).exp_().sum(0)
     return Choice(token_R, -total_R.log_(), highest_R - second_R)
+
+
+def _length(piece: slice) -> int:
+    return piece.stop - piece.start
 
 
 def _highest_two(logits_PR: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,7 @@ class Plan:
     Attributes:
         latents: T, or the most of them where rows stop by a token.
         thinking_end_ids: tokens forced after the last latent.
-        eos_id: the token that ends an answer.
+        eos_id: the token that ends an answer; None: no token does, all have `max_answer_tokens`.
         max_answer_tokens: most tokens of an answer, the final eos not counted.
         stop_id: a row stops thinking where this is the most probable next token; None for a fixed T.
         latent_id: the token that stands for a latent, where a schedule begins with it.
@@ -46,7 +46,7 @@ class Plan:
 
     latents: int
     thinking_end_ids: list[int]
-    eos_id: int
+    eos_id: int | None
     max_answer_tokens: int
     stop_id: int | None = None
     latent_id: int | None = None
@@ -312,14 +312,14 @@ class Thinking(Sweeps):
         stopped_R = torch.zeros(rows, dtype=torch.bool, device=device)
         here = torch.arange(rows, device=device)  # the original number of each row in the batch
         alive = torch.ones(rows, dtype=torch.bool, device=device)
-        for position in range(forced, plan.max_answer_tokens + 1):
+        for position in range(forced, plan.max_answer_tokens + (plan.eos_id is not None)):
             forward = Forward("answer", plan.latents + position, embeddings_RSD.shape[1])
             hidden_RD = self._feed(embeddings_RSD, forward, first_valid_R)
             first_valid_R = None
             step = plan.latents + position
             choice = choose(head, hidden_RD, partial(self._token, step) if sampler.chooses_tokens else None)
             token = choice.token_R
-            ended = token == plan.eos_id
+            ended = torch.zeros_like(alive) if plan.eos_id is None else token == plan.eos_id
             if position == plan.max_answer_tokens:  # only an eos may still come
                 counts = alive & ended
             else:
