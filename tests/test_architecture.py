@@ -51,7 +51,7 @@ ALLOWED = {
     "recipe": {"errors", "adapter", "model", "training"},
     "labelling": {"errors", "types", "engine", "philox", "rng", "store", "annotations"},
     "search": {"errors", "types", "philox", "rng", "engine"},
-    "executor": {"errors", "types", "engine", "sampler", "rng", "store"},
+    "executor": {"errors", "types", "cost", "engine", "sampler", "rng", "store"},
     "schemas": set(),
     "config": {"errors", "types", "schemas"},
     "cli": {"errors", "types", "config", "commands"},

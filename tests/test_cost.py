@@ -2,10 +2,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from latent_tts.cost import Shape
+from latent_tts.cost import Batch, Rates, Shape, Work
+from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.rng import Draw
+from latent_tts.sampler.gaussian import Gaussian
+from latent_tts.types import Reasoner
 
 LENGTH, VOCABULARY = 12, 50
 SHAPE = Shape(layers=3, width=8, vocabulary=40, attention=8, keys=4, block_weights=500)
@@ -101,3 +106,77 @@ def test_gpt2_costs_two_operations_a_weight_and_token():
     assert shape.block_weights == 12 * 768**2
     assert shape.pass_flops(1, 0) == pytest.approx(2 * 85e6, rel=0.01)
     assert shape.weight_bytes(2) == pytest.approx(2 * 124e6, rel=0.01)
+
+
+def test_the_floor_waits_for_operations_or_for_bytes():
+    assert Rates(flops=10.0, bytes=2.0).floor([Work(30.0, 4.0), Work(5.0, 8.0)]) == 3.0 + 4.0
+
+
+@settings(derandomize=True, deadline=None)
+@given(data=st.data(), own_prompt=st.booleans(), forced=st.integers(0, 2), stop=st.booleans())
+def test_a_batch_needs_what_its_passes_need(data, own_prompt, forced, stop):
+    questions, rollouts, item = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), 2
+    rows = questions * rollouts
+    prompts_Q = data.draw(st.lists(st.integers(1, 9), min_size=questions, max_size=questions))
+    steps_R = data.draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows))
+    answers_R = data.draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows))
+    repeated = data.draw(st.sampled_from([[], [(2, 1), (1, 0)]]))
+    batch = Batch(SHAPE, item, prompts_Q, steps_R, forced, answers_R, own_prompt, repeated, stop)
+    blocks, head = SHAPE.layers * SHAPE.block_weights * item, SHAPE.width * SHAPE.vocabulary * item
+    one = SHAPE.cache_bytes(1, item)
+    prompts_R = [prompt for prompt in prompts_Q for _ in range(rollouts)]
+
+    def prefixes(going):
+        """Tokens of prompts that a pass reads for the rows that it runs."""
+        read = [prompts_R[row] for row in range(rows) if row in going]
+        if not own_prompt:
+            read = [prompts_Q[question] for question in sorted({row // rollouts for row in going})]
+        return sum(read)
+
+    everything = range(rows)
+    thoughts = sum(stop * head for _ in range(max(steps_R)))
+    for position in range(1, max(steps_R)):
+        suffixes = sum(position for steps in steps_R if steps > position)
+        thoughts += blocks + one * (prefixes(everything) + suffixes)
+    for tokens, before in repeated:
+        thoughts += blocks + one * (prefixes(everything) + rows * (before + tokens))
+    answers = 0
+    for written in range(max(answers_R) + 1):
+        going = [row for row in everything if answers_R[row] >= written]
+        suffixes = sum(steps_R[row] + forced + written for row in going)
+        answers += blocks + head + one * (prefixes(going) + suffixes)
+    prefill = blocks + one * prefixes(everything)
+    assert [work.bytes for work in batch.work()] == pytest.approx([prefill, thoughts, answers])
+
+    once = 0.0 if own_prompt else sum(map(SHAPE.prompt_flops, prompts_Q))
+    each = sum(
+        SHAPE.rollout_flops(prompt, steps, forced, answer, own_prompt)
+        + SHAPE.repeated_flops(prompt, repeated)
+        + stop * SHAPE.head_flops(steps)
+        for prompt, steps, answer in zip(prompts_R, steps_R, answers_R, strict=True)
+    )
+    assert sum(work.flops for work in batch.work()) == pytest.approx(once + each)
+
+
+def test_the_engine_does_the_operations_of_its_batch():
+    lm, latents, answer, prompts, n = gpt2(), 3, 4, [[1, 2, 3, 4, 5]] * 2, 3
+    shape = shape_of(lm)
+    engine = Engine(Reasoner(lm, lambda hidden: hidden), Plan(latents, [7], None, answer))
+    draw = Draw.of(0, ["a", "b"], torch.arange(n).repeat(2, 1), shape.width, shape.layers)
+    # the fused kernel of a CPU is not counted
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        engine.roll(prompts, draw, Gaussian(0.1, False))
+    # the token limit, not an eos, ends these answers: the last token is chosen and not run
+    least = Batch(shape, 4, [5, 5], [latents] * 6, 1, [answer - 1] * 6).work()
+    masked_in_prefill = 2 * shape.layers * 4 * shape.attention * 5 * 4 / 2
+    masked_for_the_last_latent = 6 * shape.layers * 4 * shape.attention
+    expected = sum(work.flops for work in least) + masked_in_prefill + masked_for_the_last_latent
+    assert counter.get_total_flops() == expected
+
+
+def test_scoring_reads_the_weights_twice_and_each_prompt_once():
+    prefill, steps = SHAPE.scoring_work([4, 2], [3, 3, 1, 2], item=4)
+    blocks = SHAPE.layers * SHAPE.block_weights * 4
+    assert prefill == Work(SHAPE.prompt_flops(4) + SHAPE.prompt_flops(2), blocks + SHAPE.cache_bytes(6, 4))
+    rows = [(4, 3), (4, 3), (2, 1), (2, 2)]
+    assert steps == Work(sum(SHAPE.scoring_flops(*row) for row in rows), blocks + SHAPE.cache_bytes(6 + 9, 4))

@@ -8,7 +8,7 @@ import pandas as pd
 from latent_tts import store
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics.csv"
-MEASURED = {"seconds", "rollouts_per_second", "peak_memory_bytes"}
+MEASURED = {"seconds", "floor_seconds", "gbytes", "rollouts_per_second", "peak_memory_bytes"}
 
 
 def test_the_smoke_experiment_gives_the_golden_table(ltts):

@@ -8,7 +8,7 @@ from latent_tts.aggregator.majority import Majority
 
 RUN = {"run_id": "abc", "model": "coconut", "seed": 0, "budget": "ladder"}
 ALWAYS = {"coverage", "invalid_rate", "latent_steps", "answer_tokens", "gflops"}
-MEASURED = {"seconds", "rollouts_per_second", "peak_memory_bytes"}
+MEASURED = {"seconds", "floor_seconds", "gbytes", "rollouts_per_second", "peak_memory_bytes"}
 
 
 def rollout_table(**columns):
@@ -23,6 +23,8 @@ def rollout_table(**columns):
         "latent_steps": [6, 6, 4, 6],
         "answer_tokens": [1, 3, 2, 2],
         "seconds": [0.5, 0.5, 1.0, 2.0],
+        "floor_seconds": [0.1, 0.2, 0.3, 0.4],
+        "bytes": [1e9, 2e9, 3e9, 4e9],
         "peak_memory_bytes": [10, 10, 30, 30],
     }
     return pd.DataFrame(table | columns)
@@ -85,6 +87,8 @@ def test_each_budget_has_its_rows_and_no_others(table):
         (2, "gflops", "", 19.0),
         (2, "diversity", "", 0.3),
         (2, "seconds", "", 2.0),
+        (2, "floor_seconds", "", 0.5),
+        (2, "gbytes", "", 5.0),
         (2, "rollouts_per_second", "", 1.0),
         (2, "peak_memory_bytes", "", 30.0),
     ],

@@ -1,5 +1,7 @@
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
@@ -22,6 +24,8 @@ def row(key, rollout, **changes):
         "latent_steps": 2,
         "latents": latents.tobytes(),
         "seconds": 0.125,
+        "floor_seconds": 0.25,
+        "bytes": 1e9,
         "peak_memory_bytes": 1000,
         "device": "cpu",
         "rows": 4,
@@ -69,6 +73,15 @@ def test_an_error_leaves_no_partial_file_and_the_old_one_alone(tmp_path):
 
 
 # The rollout cache
+
+
+def test_what_older_parts_did_not_measure_is_empty(cache):
+    columns = pa.Table.from_pylist([row("a", 0)], schema=store.PART_SCHEMA).drop_columns(["floor_seconds", "bytes"])
+    pq.write_table(columns, cache.folder / "older.parquet")
+    cache.add([row("a", 1)])
+    found = cache.read(wanted(("a", 0), ("a", 1)))
+    assert found["floor_seconds"].isna().tolist() == found["bytes"].isna().tolist() == [True, False]
+    assert found["answer_logprob"].notna().all()
 
 
 def test_rollouts_come_back_as_they_were_added(cache):

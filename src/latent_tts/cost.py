@@ -5,8 +5,29 @@ A multiply-add counts as two operations; norms, activations and softmax are left
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stretch of computing cannot do without: operations, and bytes read or written."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine was measured to do: operations a second of matrix products, bytes a second of a copy."""
+
+    flops: float
+    bytes: float
+
+    def floor(self, stretches: Sequence[Work]) -> float:
+        """Seconds below which no implementation gets: each stretch waits for its operations or for its bytes."""
+        return sum(max(work.flops / self.flops, work.bytes / self.bytes) for work in stretches)
 
 
 @dataclass(frozen=True)
@@ -86,4 +107,107 @@ class Shape:
 
     def weight_bytes(self, item: int) -> int:
         """Bytes of the matrices."""
-        return (self.layers * self.block_weights + self.width * self.vocabulary) * item
+        return self.block_bytes(item) + self.width * self.vocabulary * item
+
+    def block_bytes(self, item: int) -> int:
+        """Bytes of the blocks' matrices."""
+        return self.layers * self.block_weights * item
+
+    def prefill_work(self, prompts_Q: Sequence[int], copies: int, item: int) -> Work:
+        """Running prompts in one pass, each `copies` times: weights are read once, keys and values written."""
+        written = self.cache_bytes(sum(prompts_Q), item)
+        return Work(copies * sum(map(self.prompt_flops, prompts_Q)), self.block_bytes(item) + copies * written)
+
+    def scoring_work(self, prompts_Q: Sequence[int], steps_R: Sequence[int], item: int) -> list[Work]:
+        """The prompts, then the latents of all rows (question-major) in one pass."""
+        rollouts = len(steps_R) // len(prompts_Q)
+        flops = sum(self.scoring_flops(prompts_Q[row // rollouts], steps) for row, steps in enumerate(steps_R))
+        read = self.block_bytes(item) + self.cache_bytes(sum(prompts_Q) + sum(steps_R), item)
+        return [self.prefill_work(prompts_Q, 1, item), Work(flops, read)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rollouts that are drawn together, N of each of Q questions, question-major: R = Q*N rows.
+
+    Attributes:
+        shape: of the model.
+        item: bytes of a number.
+        prompts_Q: L of each question.
+        steps_R: latents of each row.
+        forced: end-of-thinking tokens and the like, fed with the last latent in one pass.
+        answers_R: answer tokens of each row without the final eos, which is chosen too; None: no answer is decoded.
+        own_prompt: whether the prompt runs once a rollout.
+        repeated: what a schedule runs again, see `Shape.repeated_flops`.
+        looks_for_stop: whether the LM head runs after every latent.
+    """
+
+    shape: Shape
+    item: int
+    prompts_Q: Sequence[int]
+    steps_R: Sequence[int]
+    forced: int
+    answers_R: Sequence[int] | None
+    own_prompt: bool = False
+    repeated: Sequence[tuple[int, int]] = ()
+    looks_for_stop: bool = False
+
+    def work(self) -> list[Work]:
+        """Prefill, thoughts and answers. In each, every pass reads the weights once for all rows.
+
+        Keys and values are read once a question for its prompt (once a row if each has its own) and once a row beyond
+        it. Activations, embeddings and logits are left out: they can stay in a cache.
+        """
+        copies = self._rollouts if self.own_prompt else 1
+        stretches = [self.shape.prefill_work(self.prompts_Q, copies, self.item), self._thoughts()]
+        return stretches if self.answers_R is None else [*stretches, self._answers(self.answers_R)]
+
+    @property
+    def _rollouts(self) -> int:
+        return len(self.steps_R) // len(self.prompts_Q)
+
+    @property
+    def _head_bytes(self) -> int:
+        return self.shape.width * self.shape.vocabulary * self.item
+
+    def _prompts_R(self) -> list[int]:
+        return [prompt for prompt in self.prompts_Q for _ in range(self._rollouts)]
+
+    def _read(self, tokens: float) -> float:
+        return self.shape.cache_bytes(1, self.item) * tokens
+
+    def _prefix(self) -> float:
+        """Bytes of all prompts' keys and values, as one pass reads them."""
+        return self._read(sum(self._prompts_R() if self.own_prompt else self.prompts_Q))
+
+    def _thoughts(self) -> Work:
+        shape, passes = self.shape, max(max(self.steps_R) - 1, 0)
+        flops = sum(
+            shape.pass_flops(max(steps - 1, 0), prompt) + shape.repeated_flops(prompt, list(self.repeated))
+            for steps, prompt in zip(self.steps_R, self._prompts_R(), strict=True)
+        )
+        suffixes = sum(max(steps - 1, 0) * steps / 2 for steps in self.steps_R)
+        suffixes += len(self.steps_R) * sum(before + tokens for tokens, before in self.repeated)
+        passes += len(self.repeated)
+        read = passes * (shape.block_bytes(self.item) + self._prefix()) + self._read(suffixes)
+        if self.looks_for_stop:
+            flops += shape.head_flops(sum(self.steps_R))
+            read += max(self.steps_R) * self._head_bytes
+        return Work(flops, read)
+
+    def _answers(self, answers_R: Sequence[int]) -> Work:
+        shape, flops, suffixes, prefixes = self.shape, 0.0, 0.0, 0.0
+        rows = zip(self._prompts_R(), self.steps_R, answers_R, strict=True)
+        for prompt, steps, answer in rows:
+            fed, before = min(steps, 1) + self.forced, max(steps - 1, 0)
+            flops += shape.pass_flops(fed + answer, prompt + before) + shape.head_flops(answer + 1)
+            first, last = before + fed, before + fed + answer
+            suffixes += (first + last) * (answer + 1) / 2
+            prefixes += self.own_prompt * (answer + 1) * prompt
+        if not self.own_prompt:  # read as long as one of its rollouts goes on
+            n = self._rollouts
+            longest_Q = (max(answers_R[place * n : (place + 1) * n]) for place in range(len(self.prompts_Q)))
+            prefixes = sum((longest + 1) * prompt for longest, prompt in zip(longest_Q, self.prompts_Q, strict=True))
+        passes = max(answers_R) + 1
+        weights = passes * (shape.block_bytes(self.item) + self._head_bytes)
+        return Work(flops, weights + self._read(prefixes + suffixes))

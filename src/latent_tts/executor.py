@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from latent_tts.cost import Batch, Rates, Shape, Work
 from latent_tts.engine.packing import Job, batches
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
@@ -30,6 +31,7 @@ def fill(
     *,
     seed: int,
     rows: int,
+    rates: Rates,
     progress: Callable[[int], None],
     answers: bool = True,
 ) -> None:
@@ -42,10 +44,11 @@ def fill(
         sampler: what makes rollouts differ.
         seed: of the run.
         rows: most rows of a batch.
+        rates: of the device.
         progress: called with the number of rollouts of each finished batch.
         answers: whether to decode the answers, or to keep the latents alone.
     """
-    _fill(cache, jobs, lambda batch: _draw_batch(batch, engine, sampler, seed, answers), rows, progress)
+    _fill(cache, jobs, lambda batch: _draw_batch(batch, engine, sampler, seed, rates, answers), rows, progress)
 
 
 def fill_beams(
@@ -89,7 +92,9 @@ def _fill(
             progress(sum(len(job.rollouts) for job in batch))
 
 
-def _draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int, answers: bool) -> list[dict[str, Any]]:
+def _draw_batch(
+    batch: list[Job], engine: Engine, sampler: Sampler, seed: int, rates: Rates, answers: bool
+) -> list[dict[str, Any]]:
     device = engine.device
     started = _now(device)
     numbers = torch.tensor([job.rollouts for job in batch], device=device)
@@ -97,7 +102,20 @@ def _draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int, a
     donor = _donor_latents(batch, engine, numbers.shape[1]) if sampler.needs_donor else None
     make = engine.roll if answers else engine.think
     rollouts = make([job.prompt for job in batch], draw, sampler, donor_RTD=donor)
-    return _rows(batch, rollouts, _measured(started, device, numbers.numel()), answers)
+    measured = _measured(started, device, numbers.numel())
+    plan, begun = engine.plan, len(engine.plan.forced_ids)
+    least = Batch(
+        shape=Shape.from_config(engine.lm.config.to_dict()),
+        item=engine.lm.dtype.itemsize,
+        prompts_Q=[len(job.prompt) for job in batch],
+        steps_R=rollouts.steps_R.tolist(),
+        forced=len(plan.thinking_end_ids) + begun,
+        answers_R=[len(ids) - begun for ids in rollouts.answer_ids] if answers else None,
+        own_prompt="prompt" in sampler.random_phases,
+        repeated=plan.schedule.repeated(plan.latents),
+        looks_for_stop=plan.stop_id is not None,
+    )
+    return _rows(batch, rollouts, measured | _least(least.work(), rates, numbers.numel()), answers)
 
 
 def fill_scores(
@@ -107,6 +125,7 @@ def fill_scores(
     latents: Mapping[tuple[str, int], NDArray[np.float32]],
     *,
     rows: int,
+    rates: Rates,
     progress: Callable[[int], None],
 ) -> None:
     """Score every rollout of `jobs` into `cache`.
@@ -117,13 +136,14 @@ def fill_scores(
         scorer: the loaded LatentRM.
         latents: of each (row key, rollout), (steps, D).
         rows: most rows of a batch.
+        rates: of the device.
         progress: called with the number of rollouts of each finished batch.
     """
-    _fill(cache, jobs, lambda batch: _score_batch(batch, scorer, latents), rows, progress)
+    _fill(cache, jobs, lambda batch: _score_batch(batch, scorer, latents, rates), rows, progress)
 
 
 def _score_batch(
-    batch: list[Job], scorer: LatentScorer, latents: Mapping[tuple[str, int], NDArray[np.float32]]
+    batch: list[Job], scorer: LatentScorer, latents: Mapping[tuple[str, int], NDArray[np.float32]], rates: Rates
 ) -> list[dict[str, Any]]:
     started = _now(scorer.device)
     places = [(job.row_key, number) for job in batch for number in job.rollouts]
@@ -139,7 +159,9 @@ def _score_batch(
         shifts_Q=torch.tensor([job.shift for job in batch], device=scorer.device),
     ).tolist()
     measured = _measured(started, scorer.device, len(places))
-    cost = {key: measured[key] for key in ("seconds", "peak_memory_bytes")}
+    shape, item = Shape.from_config(scorer.backbone.config.to_dict()), scorer.backbone.dtype.itemsize
+    least = shape.scoring_work([len(job.prompt) for job in batch], steps, item)
+    cost = {key: measured[key] for key in ("seconds", "peak_memory_bytes")} | _least(least, rates, len(places))
     return [
         {"row_key": row_key, "rollout": number, "step_scores": scores_RT[row][: steps[row]], **cost}
         for row, (row_key, number) in enumerate(places)
@@ -154,6 +176,11 @@ def _measured(started: float, device: torch.device, rows: int) -> dict[str, Any]
         "device": device.type,
         "rows": rows,
     }
+
+
+def _least(stretches: list[Work], rates: Rates, rows: int) -> dict[str, float]:
+    """A row's share of what a batch cannot do without."""
+    return {"floor_seconds": rates.floor(stretches) / rows, "bytes": sum(work.bytes for work in stretches) / rows}
 
 
 def _donor_latents(batch: list[Job], engine: Engine, rollouts: int) -> torch.Tensor:

@@ -38,7 +38,7 @@ class WinnersAt:
         n: the first n rollouts of each question.
         picked: the rollouts table's row of each question's pick.
         latent_steps, diversity, gflops: of each question.
-        seconds: measured, for all questions.
+        measured: `store.MEASURED_SUMS` of all questions.
     """
 
     n: int
@@ -46,14 +46,14 @@ class WinnersAt:
     latent_steps: Sequence[int]
     diversity: Sequence[float | None]
     gflops: Sequence[float]
-    seconds: float
+    measured: pd.Series
 
 
 def winner_rows(figures: Sequence[WinnersAt], rollouts: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
     """The metrics table of a run that decodes winners alone: plain figures of the first n rollouts at each n.
 
     Args:
-        figures: at each reported n; seconds and memory are reported at the largest.
+        figures: at each reported n; what was measured is reported at the largest.
         rollouts: the rollouts table, for `peak_memory_bytes`.
         run: values of the columns that all rows share.
     """
@@ -73,9 +73,8 @@ def winner_rows(figures: Sequence[WinnersAt], rollouts: pd.DataFrame, run: Mappi
         if at.n == 1 or any(value is None for value in at.diversity):
             del figures_Q["diversity"]
         if at.n == largest:
-            figures_Q["seconds"] = [at.seconds / questions] * questions
-            figures_Q["rollouts_per_second"] = [at.n * questions / at.seconds] * questions
-            figures_Q["peak_memory_bytes"] = [rollouts["peak_memory_bytes"].max()] * questions
+            costs = _costs(at.measured / questions, at.n, rollouts["peak_memory_bytes"].max())
+            figures_Q |= {metric: [value] * questions for metric, value in costs.items()}
         for metric, values_Q in figures_Q.items():
             values = np.asarray(values_Q, dtype=np.float64)
             low, high = (None, None)
@@ -100,7 +99,7 @@ def metric_rows(
     """The metrics table of a run.
 
     Args:
-        rollouts: a rollouts table with the measured columns `seconds` and `peak_memory_bytes` beside its own.
+        rollouts: a rollouts table with the columns `store.MEASURED` beside its own.
         drawn: rollouts of each question in the table.
         reported: budgets n, each at most `drawn`; or one that is larger: as many were grown, and a search left `drawn`.
         aggregators: which picks to report.
@@ -126,7 +125,7 @@ def metric_rows(
         return rollouts[column].to_numpy(dtype=np.float64).reshape(-1, drawn).mean(1)
 
     once, each = np.array(gflops, dtype=np.float64).T
-    seconds = rollouts["seconds"].sum(skipna=False)
+    measured = rollouts[list(store.MEASURED_SUMS)].sum(skipna=False)
     for n in reported:
         size = min(n, drawn)
         for aggregator in aggregators:
@@ -139,7 +138,17 @@ def metric_rows(
         add(n, "answer_tokens", size * per_question("answer_tokens"), with_interval=False)
         add(n, "gflops", once + n * each, with_interval=False)
         if n >= drawn:  # measured for the whole budget alone
-            add(n, "seconds", np.full(questions, seconds / questions), with_interval=False)
-            add(n, "rollouts_per_second", np.full(questions, questions * n / seconds), with_interval=False)
-            add(n, "peak_memory_bytes", [rollouts["peak_memory_bytes"].max()] * questions, with_interval=False)
+            for metric, value in _costs(measured / questions, n, rollouts["peak_memory_bytes"].max()).items():
+                add(n, metric, [value] * questions, with_interval=False)
     return pd.DataFrame(rows, columns=store.METRIC_COLUMNS)
+
+
+def _costs(each: pd.Series, n: int, peak_memory_bytes: float) -> dict[str, float]:
+    """What was measured when rollouts were drawn, from its sums for one question's n rollouts."""
+    return {
+        "seconds": each["seconds"],
+        "floor_seconds": each["floor_seconds"],
+        "gbytes": each["bytes"] / 1e9,
+        "rollouts_per_second": n / each["seconds"],
+        "peak_memory_bytes": peak_memory_bytes,
+    }

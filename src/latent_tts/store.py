@@ -38,6 +38,12 @@ METRIC_COLUMNS = [
 ]
 # fmt: on
 RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]  # what makes two rows belong to one curve
+MEASURED_SUMS = {
+    "seconds": pa.float64(),  # the row's share of its batch's wall-clock time
+    "floor_seconds": pa.float64(),  # of the least time that the device needs for the batch: see cost.py
+    "bytes": pa.float64(),  # of the bytes that the batch cannot but read or write
+}
+MEASURED = MEASURED_SUMS | {"peak_memory_bytes": pa.int64()}
 PART_SCHEMA = pa.schema(
     [
         ("row_key", pa.string()),
@@ -48,8 +54,7 @@ PART_SCHEMA = pa.schema(
         ("stop_reason", pa.string()),
         ("latent_steps", pa.int32()),
         ("latents", pa.binary()),  # float32, latent_steps x D, little-endian
-        ("seconds", pa.float64()),  # the row's share of its batch's wall-clock time
-        ("peak_memory_bytes", pa.int64()),
+        *MEASURED.items(),
         ("device", pa.string()),
         ("rows", pa.int32()),
     ]
@@ -59,8 +64,7 @@ SCORE_SCHEMA = pa.schema(
         ("row_key", pa.string()),
         ("rollout", pa.int32()),
         ("step_scores", pa.list_(pa.float32())),  # one a latent
-        ("seconds", pa.float64()),  # the row's share of its batch's wall-clock time
-        ("peak_memory_bytes", pa.int64()),
+        *MEASURED.items(),
     ]
 )
 
@@ -135,7 +139,7 @@ class PartCache:
         """The (row key, rollout) pairs that are there."""
         present: set[tuple[str, int]] = set()
         for part in self._parts():
-            columns = _read_parquet(part, ["row_key", "rollout"])
+            columns = _read_parquet(part, self.schema, ["row_key", "rollout"])
             present.update(zip(columns["row_key"].to_pylist(), columns["rollout"].to_pylist(), strict=True))
         return present
 
@@ -154,7 +158,7 @@ class PartCache:
         keys = set(wanted["row_key"])
         frames = []
         for part in self._parts():
-            frame = _read_parquet(part, self.schema.names).to_pandas()
+            frame = _read_parquet(part, self.schema, self.schema.names).to_pandas()
             frames.append(frame[frame["row_key"].isin(keys)])
         rows = pd.concat(frames) if frames else self.schema.empty_table().to_pandas()
         rows = rows.drop_duplicates(["row_key", "rollout"])  # two runs at once may have made the same row
@@ -184,9 +188,10 @@ class ScoreCache(PartCache):
         super().__init__(rollouts / "scores", key)
 
 
-def _read_parquet(path: Path, columns: list[str]) -> pa.Table:
+def _read_parquet(path: Path, schema: pa.Schema, columns: list[str]) -> pa.Table:
+    """Columns of a part; those that parts did not have yet when it was written are empty."""
     try:
-        return pq.read_table(path, columns=columns)
+        return pq.read_table(path, columns=columns, schema=schema)
     except (OSError, pa.ArrowException) as error:
         raise RunError(
             f"{path} cannot be read ({str(error).splitlines()[0]}); remove it to draw its rollouts again"

@@ -36,7 +36,7 @@ def draw_missing(
     if not total:
         return 0
     from latent_tts import executor
-    from latent_tts.engine.packing import Job, measured_flops, row_bytes
+    from latent_tts.engine.packing import Job, measured_rates, row_bytes
     from latent_tts.engine.rollout import Engine
 
     device = resolve_device(cfg.engine.device)
@@ -66,11 +66,11 @@ def draw_missing(
         return again + shape.thinking_flops(prompt, adapter.latents, own_prompt)
 
     work = sum(shape.prompt_flops(len(job.prompt)) + len(job.rollouts) * each(len(job.prompt)) for job in jobs)
-    rate = measured_flops(shape.width, cfg.engine.dtype, device)
+    rates = measured_rates(shape.width, cfg.engine.dtype, device)
     log.info(
         "%d rollouts to draw: at most %.3g GFLOP (every answer as long as allowed), at least %.0f s at the "
         "%.3g GFLOP/s of this device's matrix products, about %.2g GB for a batch of %d rows and the weights",
-        total, work / 1e9, work / rate, rate / 1e9,
+        total, work / 1e9, work / rates.flops, rates.flops / 1e9,
         (rows * bytes_a_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
     )  # fmt: skip
     plan = plan_of(adapter, cfg.max_answer_tokens, prepared.schedule, prepared.forced_ids)
@@ -84,6 +84,7 @@ def draw_missing(
                 prepared.answers.over(prepared.sampler),
                 seed=cfg.seed,
                 rows=rows,
+                rates=rates,
                 progress=lambda k: report.advance(bar, k),
                 answers=answers,
             )

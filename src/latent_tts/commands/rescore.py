@@ -138,5 +138,5 @@ def _kept(source: Path, cfg: DictConfig, prepared: Prepared) -> tuple[pd.DataFra
         raise RunError(f"run={source}: its questions are not those of its task any more")
     latents = store.read_latents(source, kept["latent_steps"])
     # what was measured when they were drawn is not kept beside the tables
-    rows = kept.assign(row_key=wanted["row_key"], seconds=np.nan, peak_memory_bytes=np.nan)
+    rows = kept.assign(row_key=wanted["row_key"], **dict.fromkeys(store.MEASURED, np.nan))
     return rows, latents, cache.folder

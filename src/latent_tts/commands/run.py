@@ -120,7 +120,7 @@ def _run_winners(cfg: DictConfig, prepared: Prepared, started: float) -> None:
         "seconds": {
             "thinking": float(drawn.rows["seconds"].sum()),
             "scoring": float(drawn.scores.rows["seconds"].sum()),
-            "decoding": float(np.nansum(drawn.decoding)),
+            "decoding": float(drawn.decoding["seconds"].sum()),
             "this_command": time.perf_counter() - started,
         },
     }

@@ -26,7 +26,7 @@ class Scores:
     """The scores of a rollouts table.
 
     Attributes:
-        rows: `step_scores`, `seconds` and `peak_memory_bytes` of each rollout, in the table's order.
+        rows: `step_scores` and what was measured of each rollout, in the table's order.
         score: the trajectory score of each.
         prefills: how many prompts the scorer ran for each question.
         scored_now: how many rollouts the cache did not have.
@@ -116,7 +116,7 @@ def _fill(
     shifts: dict[tuple[str, int], int],
 ) -> None:
     from latent_tts import executor
-    from latent_tts.engine.packing import Job, row_bytes
+    from latent_tts.engine.packing import Job, measured_rates, row_bytes
     from latent_tts.engine.scoring import LatentScorer
 
     device, dtype = resolve_device(cfg.engine.device), cfg.engine.dtype
@@ -142,4 +142,7 @@ def _fill(
     model = LatentScorer(load_scorer_once(scorer, device, dtype))
     with report.progress_bar(total, "scores") as bar:
         with computing("scoring rollouts", f"what was scored is in {cache.folder}", FEWER_ROWS):
-            executor.fill_scores(cache, jobs, model, latents, rows=rows, progress=lambda k: report.advance(bar, k))
+            rates = measured_rates(shape.width, dtype, device)
+            executor.fill_scores(
+                cache, jobs, model, latents, rows=rows, rates=rates, progress=lambda k: report.advance(bar, k)
+            )

@@ -112,8 +112,7 @@ def rollout_table(prepared: Prepared, rows: pd.DataFrame) -> pd.DataFrame:
             "answer_ids": answer_ids,
             "answer_tokens": [len(ids) for ids in answer_ids],
             "latent_steps": rows["latent_steps"].astype("int32"),
-            "seconds": rows["seconds"],
-            "peak_memory_bytes": rows["peak_memory_bytes"],
+            **{name: rows[name] for name in store.MEASURED},
         }
     )
 
@@ -121,7 +120,8 @@ def rollout_table(prepared: Prepared, rows: pd.DataFrame) -> pd.DataFrame:
 def add_scores(rollouts: pd.DataFrame, scores: Scores) -> None:
     """Put scores, and what they cost, into a rollouts table."""
     rollouts["score"] = pd.array(scores.score, dtype="Float32")
-    rollouts["seconds"] += scores.rows["seconds"].to_numpy()
+    for name in store.MEASURED_SUMS:
+        rollouts[name] += scores.rows[name].to_numpy()
     peaks = [rollouts["peak_memory_bytes"].to_numpy(dtype=float), scores.rows["peak_memory_bytes"].to_numpy()]
     rollouts["peak_memory_bytes"] = np.maximum(*peaks)
 

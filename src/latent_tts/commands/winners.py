@@ -33,7 +33,7 @@ class Winners:
         folder: cache folder of the latents.
         scores: of every rollout.
         picks: for each reported n the pick's rollout number of each question.
-        decoding: seconds that each rollout's answer took, NaN where it was not decoded.
+        decoding: `store.MEASURED_SUMS` of each rollout's answer, NaN where it was not decoded.
         drawn_now, decoded_now: how many rollouts were thought, and how many decoded.
     """
 
@@ -41,7 +41,7 @@ class Winners:
     folder: Path
     scores: scoring.Scores
     picks: dict[int, np.ndarray]
-    decoding: np.ndarray
+    decoding: pd.DataFrame
     drawn_now: int
     decoded_now: int
 
@@ -67,8 +67,7 @@ def draw(cfg: DictConfig, prepared: Prepared) -> Winners:
         for place, value in zip(places, decoded[column], strict=True):
             values[place] = value
         rows[column] = pd.Series(values, dtype=object).astype(rows[column].dtype)
-    decoding = np.full(len(rows), np.nan)
-    decoding[places] = decoded["seconds"]
+    decoding = decoded[list(store.MEASURED_SUMS)].set_axis(places).reindex(range(len(rows)))
     return Winners(rows, thoughts.folder, scores, picks, decoding, drawn_now, decoded_now)
 
 
@@ -103,7 +102,8 @@ def reported(
                 latent_steps=[sum(map(len, group)) for group in groups],
                 diversity=[stats.diversity(np.stack([r[: min(map(len, group))] for r in group])) for group in groups],
                 gflops=gflops,
-                seconds=float(rollouts["seconds"].sum() + winners.decoding[places].sum()),
+                measured=rollouts[list(store.MEASURED_SUMS)].sum(skipna=False)
+                + winners.decoding.iloc[places].sum(skipna=False),
             )
         )
     return figures

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import psutil
 import torch
 
-from latent_tts.cost import Shape
+from latent_tts.cost import Rates, Shape
 
 CPU_ROW_VALUES, CUDA_ROW_VALUES = 1 << 19, 1 << 22  # rows * width of a batch: see benchmarks/engine.py
 MEMORY_SHARE = 0.5
+COPIED = 1 << 25  # bytes
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,22 @@ def batches(jobs: Sequence[Job], rows: int) -> Iterator[list[Job]]:
         yield batch
 
 
-def measured_flops(width: int, dtype: str, device: str) -> float:
-    """Floating-point operations a second of a matrix product of a model's width: the ceiling of any estimate."""
+@lru_cache(maxsize=8)
+def measured_rates(width: int, dtype: str, device: str) -> Rates:
+    """What the device does at best: a matrix product of a model's width, and a copy too large for small caches."""
     kind = getattr(torch, dtype)
     a = torch.ones(512, width, dtype=kind, device=device)
     b = torch.ones(width, 4 * width, dtype=kind, device=device)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        float((a @ b)[0, 0])  # reading a value waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 8.0 * 512 * width * width / best
+    source = torch.ones(COPIED // 4, device=device)
+    target = torch.empty_like(source)
+
+    def best(call: Callable[[], torch.Tensor]) -> float:
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            float(call().flatten()[0])  # reading a value waits for the device
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    product, copy = best(lambda: a @ b), best(lambda: target.copy_(source))
+    return Rates(flops=8.0 * 512 * width * width / product, bytes=2.0 * COPIED / copy)
