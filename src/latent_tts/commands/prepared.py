@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import pandas as pd
@@ -210,6 +211,12 @@ def check_engine(cfg: DictConfig) -> None:
     config.require("engine.dtype", cfg.engine.dtype, cfg.engine.dtype in ITEM_BYTES, f"one of {', '.join(ITEM_BYTES)}")
     rows = cfg.engine.rows
     config.require("engine.rows", rows, rows is None or rows >= 1, "1 or more, or null to let the model decide")
+    quantize = cfg.engine.quantize
+    config.require("engine.quantize", quantize, quantize in (None, "int8", "float8"), "null, int8 or float8")
+    if quantize is not None and find_spec("torchao") is None:
+        raise bad_value("engine.quantize", quantize, "torchao is not installed: pip install 'latent-tts[quant]'")
+    fits = quantize != "float8" or cfg.engine.dtype == "bfloat16"
+    config.require("engine.quantize", quantize, fits, f"takes engine.dtype=bfloat16, not {cfg.engine.dtype}")
 
 
 def positions_beside_the_prompt(adapter: ModelAdapter, max_answer_tokens: int) -> int:
