@@ -77,47 +77,27 @@ def test_rollouts_are_close_to_those_of_the_model_as_loaded(family):
     assert 1e-4 < distance(ours, loaded) < 0.1
 
 
-@families
-def test_no_row_changes_another_rows_numbers(family):
-    x_RSD = torch.randn(6, 4, tiny.WIDTH)
-    large_RSD = torch.cat([x_RSD[:3], 100 * x_RSD[3:]])
-    for layer in (layer for layer in linears(quantised(family).lm) if layer.in_features == tiny.WIDTH):
-        together = layer(x_RSD)
-        for same in (layer(large_RSD)[:3], layer(x_RSD.flip(0)).flip(0)[:3], layer(x_RSD[:3]), layer(x_RSD[2:3])):
-            torch.testing.assert_close(same, together[3 - len(same) : 3], rtol=0, atol=0)
-        torch.testing.assert_close(layer(x_RSD[:, 1:2]), together[:, 1:2], rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(
     ("family", "sampler"), [("llama", Gaussian(0.5, False)), ("gpt2", MASKS)], ids=["noise", "masks"]
 )
 def test_rollouts_are_those_of_one_row_at_a_time(family, sampler):
-    """Rounding before a layer may move a code by one, so latents are as close as a few codes, and not closer."""
     reasoner, plan, prompts = quantised(family), tiny.plan(2, answer=1), tiny.prompts([9, 5])
     drawn = Engine(reasoner, plan).roll(prompts, tiny.draw(["a", "b"], range(2)), sampler)
     oracle = Oracle(reasoner, plan)
     for row in (0, 3):
         wanted = oracle.roll(prompts[row // 2], sampler, question_id="ab"[row // 2], rollout=row % 2).latents_TD
-        assert distance(drawn.latents_RTD[row], wanted) < 0.05
+        assert distance(drawn.latents_RTD[row], wanted) < 1e-5
         assert distance(drawn.latents_RTD[row ^ 1], wanted) > 0.2  # the other rollout of the question
 
 
 def test_a_layer_that_cannot_be_quantised_is_refused_by_name():
     lm = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=20, n_layer=1, n_head=4, n_positions=8))
-    with pytest.raises(UsageError, match=r"multiples of 8, 0\.attn\.c_attn has \(60, 20\)"):
-        quantize(lm, "int8")
+    with pytest.raises(UsageError, match=r"multiples of 16, 0\.attn\.c_attn has \(60, 20\)"):
+        quantize(lm, "float8")
     lm = tiny.reasoner("llama", torch.float32).lm
     find_blocks(lm)[1].mlp.gate_proj = nn.Bilinear(8, 8, 8)
     with pytest.raises(UsageError, match=r"1\.mlp\.gate_proj is a Bilinear"):
         quantize(lm, "int8")
-
-
-def test_a_processor_whose_int8_products_overflow_is_refused(monkeypatch):
-    check_device("int8", "cpu")
-    exact = torch._int_mm
-    monkeypatch.setattr(torch, "_int_mm", lambda a, b: exact(a, b).clamp(max=1_000_000))
-    with pytest.raises(UsageError, match=r"engine\.quantize=int8: the int8 products of cpu overflow"):
-        check_device("int8", "cpu")
 
 
 def test_float8_layers_have_a_scale_a_token(monkeypatch):
@@ -159,11 +139,8 @@ def test_a_run_reports_what_int8_gives_and_keeps_it_apart(run):
     assert ours["rollouts"]["drawn_now"] == theirs["rollouts"]["drawn_now"] == 24
     assert ours["cache"] != theirs["cache"]
     assert ours["versions"].keys() - theirs["versions"].keys() == {"torchao"}
-    assert (
-        1e-5
-        < distance(*(torch.cat([*load_file(done.last.parent / store.LATENTS).values()]) for done in (int8, loaded)))
-        < 0.1
-    )
+    ours, theirs = (load_file(done.last.parent / store.LATENTS)["latents_RTD"] for done in (int8, loaded))
+    assert 1e-5 < distance(ours, theirs) < 0.1
 
 
 def test_keys_of_runs_without_it_are_those_of_before():
