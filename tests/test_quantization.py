@@ -171,7 +171,8 @@ def test_annotations_hold_it(ltts, checkpoint, tmp_path):
     ("overrides", "words"),
     [
         (["engine.quantize=int4"], ["engine.quantize=int4", "null, int8 or float8"]),
-        (["engine.quantize=float8"], ["engine.quantize=float8", "engine.dtype=bfloat16, not float32"]),
+        (["engine.quantize=float8"], ["engine.quantize=float8", "takes engine.dtype=bfloat16"]),
+        (["engine.quantize=int8", "engine.dtype=float16"], ["takes engine.dtype=float32 or bfloat16"]),
         (
             ["engine.quantize=float8", "engine.dtype=bfloat16", "engine.device=cpu"],
             ["engine.quantize=float8", "compute capability 8.9 or more", "int8"],

@@ -42,7 +42,7 @@ def quantize(lm: PreTrainedModel, kind: str) -> None:
     """Quantise the linear layers of a causal LM's blocks in place; GPT-2's `Conv1D` become `nn.Linear` before.
 
     Args:
-        lm: on a device that `check_device` has let pass; in 16 or 32 bits for `int8`, in bfloat16 for `float8`.
+        lm: on a device that `check_device` has let pass, in bfloat16 or (`int8`) float32.
         kind: `int8` or `float8`.
 
     Raises:
