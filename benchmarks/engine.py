@@ -2,6 +2,7 @@
 
     python benchmarks/engine.py [--case 4x64 16x16] [--dtype fp32 bf16] [--sampler gaussian dropout dropout_prompt]
                                 [--device cpu] [--model gpt2] [--repeats 3] [--layers 12] [--width 768]
+                                [--quantize int8]
 
 A case is questions x rollouts. Models have random weights in the shape of GPT-2 small, or of Llama-3.2-1B on CUDA. The
 lengths of prompts are quantiles of GSM8K's test questions at 1.3 tokens a word, read from `gsm8k_test.jsonl` in the
@@ -43,6 +44,7 @@ import baseline
 from baseline import clock, seconds_of
 from latent_tts.cost import Shape
 from latent_tts.engine.packing import Job, batches, default_rows
+from latent_tts.engine.quantization import quantize
 from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.rng import Draw
 from latent_tts.sampler.dropout import Dropout
@@ -206,6 +208,8 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
     questions, rollouts = map(int, arguments.case[0].split("x"))
     sampler, width = SAMPLERS[arguments.sampler[0]], lm.config.get_text_config().hidden_size
     vocabulary = lm.config.get_text_config().vocab_size
+    if arguments.quantize is not None:
+        quantize(lm, arguments.quantize)
     jobs = [
         Job(str(number), str(number), prompt, list(range(rollouts)))
         for number, prompt in enumerate(prompts(questions, vocabulary))
@@ -271,6 +275,7 @@ def one_measurement(arguments: argparse.Namespace) -> dict[str, float]:
 def in_a_process(arguments: argparse.Namespace, what: str, case: str, sampler: str, dtype: str) -> dict[str, float]:
     """One measurement in a process of its own."""
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("model", "device", "repeats", "layers", "width")]
+    sizes += [] if arguments.quantize is None else [f"--quantize={arguments.quantize}"]
     chosen = [f"--measure={what}", f"--case={case}", f"--sampler={sampler}", f"--dtype={dtype}"]
     done = subprocess.run([sys.executable, __file__, *sizes, *chosen], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -287,6 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=12, help="of the GPT-2 shape")
     parser.add_argument("--width", type=int, default=768, help="of the GPT-2 shape")
+    parser.add_argument("--quantize", choices=["int8", "float8"], help="the engine's blocks; the naive way is not")
     parser.add_argument("--measure", choices=["engine", "baseline"], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.model == "llama-1b" and arguments.device == "cpu":
@@ -321,6 +327,7 @@ def row(
         "sampler": sampler.split("_")[0],
         "where": where,
         "dtype": dtype,
+        "quantize": arguments.quantize,
         "device": arguments.device,
         "threads": torch.get_num_threads(),
         "clock": "cpu" if os.environ.get("LTTS_BENCH_CLOCK") == "cpu" else "wall",

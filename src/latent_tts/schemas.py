@@ -16,11 +16,13 @@ class EngineConfig:
         dtype: of weights and activations.
         device: auto, cpu, cuda or cuda:INDEX.
         rows: most rows of a batch; null follows from the model's width and the kind of device.
+        quantize: null, int8 or float8: the reasoner's blocks.
     """
 
     dtype: str = MISSING
     device: str = MISSING
     rows: int | None = MISSING
+    quantize: str | None = MISSING
 
 
 @dataclass

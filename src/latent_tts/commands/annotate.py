@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts import config, report
 from latent_tts.annotations import FORMAT, AnnotationFolder
-from latent_tts.commands.drawing import load_once, plan_of, resolve_device, rows_of_a_batch
+from latent_tts.commands.drawing import engine_device, load_once, plan_of, rows_of_a_batch
 from latent_tts.commands.identity import ENGINE_SEMANTICS
 from latent_tts.commands.prepared import (
     ITEM_BYTES,
@@ -95,6 +95,7 @@ def settings(cfg: DictConfig, adapter: ModelAdapter, answers: AnswerSampling) ->
         "latent_id": adapter.latent_id,
         "width": Shape.from_config(adapter.config).width,
         "dtype": cfg.engine.dtype,
+        **({"quantize": cfg.engine.quantize} if cfg.engine.quantize is not None else {}),
         "task": OmegaConf.to_container(OmegaConf.masked_copy(cfg.task, [k for k in cfg.task if k != "limit"])),
     }
 
@@ -120,7 +121,7 @@ def _label(
         return prediction is not None and task.equal(prediction, question.answer)
 
     jobs = [LabelJob(q.id, place, prompts[q.id], lambda ids, q=q: is_right(q, ids)) for place, q in questions]
-    device = resolve_device(cfg.engine.device)
+    device = engine_device(cfg)
     shape, longest = Shape.from_config(adapter.config), max(len(job.prompt) for job in jobs)
     suffix = adapter.latents + len(adapter.thinking_end_ids) + cfg.max_answer_tokens
     own_prompt = "prompt" in sampler.random_phases
@@ -129,7 +130,7 @@ def _label(
     rows = rows_of_a_batch(cfg, shape, bytes_a_row, device)
     folder.rows = rows
     labelling = Labelling(cfg.n, cfg.completions, cfg.keep == "all", cfg.seed, rows, adapter.latent_id)
-    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan_of(adapter, cfg.max_answer_tokens))
+    engine = Engine(load_once(adapter, device, cfg), plan_of(adapter, cfg.max_answer_tokens))
     a_question = completions_of(sampler, engine, labelling)
     log.info(
         "%d questions to annotate: n=%d rollouts each, and at most %d completions of their %d prefixes for each that "

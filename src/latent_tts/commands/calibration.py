@@ -39,6 +39,7 @@ def calibrate(cfg: DictConfig, valid: AnnotationFolder, checkpoint: Path) -> flo
     run.task = made["task"] | {"limit": valid.index().num_rows}
     run.sampler, run.n, run.seed = made["sampler"], made["n"], made["seed"]
     run.max_answer_tokens, run.engine.dtype = made["max_answer_tokens"], made["dtype"]
+    run.engine.quantize = made.get("quantize")
     run.scorer.checkpoint = str(checkpoint)
     prepared = prepare(run)
     gathered = gather(run, prepared)

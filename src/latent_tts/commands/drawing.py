@@ -39,7 +39,7 @@ def draw_missing(
     from latent_tts.engine.packing import Job, measured_rates, row_bytes
     from latent_tts.engine.rollout import Engine
 
-    device = resolve_device(cfg.engine.device)
+    device = engine_device(cfg)
     shape, adapter = prepared.shape, prepared.adapter
     jobs = [
         Job(
@@ -69,12 +69,12 @@ def draw_missing(
     rates = measured_rates(shape.width, cfg.engine.dtype, device)
     log.info(
         "%d rollouts to draw: at most %.3g GFLOP (every answer as long as allowed), at least %.0f s at the "
-        "%.3g GFLOP/s of this device's matrix products, about %.2g GB for a batch of %d rows and the weights",
-        total, work / 1e9, work / rates.flops, rates.flops / 1e9,
+        "%.3g GFLOP/s of this device's %s products, about %.2g GB for a batch of %d rows and the weights",
+        total, work / 1e9, work / rates.flops, rates.flops / 1e9, cfg.engine.dtype,
         (rows * bytes_a_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
     )  # fmt: skip
     plan = plan_of(adapter, cfg.max_answer_tokens, prepared.schedule, prepared.forced_ids)
-    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan)
+    engine = Engine(load_once(adapter, device, cfg), plan)
     with report.progress_bar(total, "rollouts") as bar:
         with computing("drawing rollouts", f"what was drawn is in {cache.folder}", FEWER_ROWS):
             executor.fill(
@@ -104,7 +104,7 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     search, scorer, adapter = prepared.search, prepared.scorer, prepared.adapter
     assert isinstance(search, Beam)
     assert scorer is not None
-    device = resolve_device(cfg.engine.device)
+    device = engine_device(cfg)
     jobs = [
         Job(question.id, question.id, prepared.prompts[question.id], list(range(search.beams)))
         for question in prepared.questions
@@ -119,7 +119,7 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     rows = rows_of_a_batch(cfg, prepared.shape, bytes_a_row, device)
     log.info("%d questions to search: %d beams of %d candidates each", len(jobs), search.beams, search.candidates)
     plan = plan_of(adapter, cfg.max_answer_tokens, forced_ids=prepared.forced_ids)
-    engine = Engine(load_once(adapter, device, cfg.engine.dtype), plan)
+    engine = Engine(load_once(adapter, device, cfg), plan)
     sampler = prepared.answers.over(prepared.sampler)
     judge = LatentScorer(load_scorer_once(scorer, device, cfg.engine.dtype))
     with report.progress_bar(len(jobs) * search.beams, "beams") as bar:
@@ -174,12 +174,12 @@ def missing(cache: store.PartCache, wanted: pd.DataFrame, how: str) -> dict[str,
     return lacking
 
 
-_loaded: dict[str, tuple[tuple[str, ...], Any]] = {}
+_loaded: dict[str, tuple[tuple[str | None, ...], Any]] = {}
 
 
-def load_once(adapter: ModelAdapter, device: str, dtype: str) -> Reasoner:
-    """The adapter's loaded model; the last one is kept, since the jobs of a sweep mostly share it."""
-    return _kept("model", adapter, device, dtype)
+def load_once(adapter: ModelAdapter, device: str, cfg: DictConfig) -> Reasoner:
+    """The adapter's model, loaded and quantised; the last one is kept, since the jobs of a sweep mostly share it."""
+    return _kept("model", adapter, device, cfg.engine.dtype, cfg.engine.quantize)
 
 
 def load_scorer_once(scorer: Scorer, device: str, dtype: str) -> RewardModel:
@@ -187,12 +187,31 @@ def load_scorer_once(scorer: Scorer, device: str, dtype: str) -> RewardModel:
     return _kept("scorer", scorer, device, dtype)
 
 
-def _kept(kind: str, what: ModelAdapter | Scorer, device: str, dtype: str) -> Any:
-    key = (type(what).__name__, what.digest, device, dtype)
+def _kept(kind: str, what: ModelAdapter | Scorer, device: str, dtype: str, quantize: str | None = None) -> Any:
+    key = (type(what).__name__, what.digest, device, dtype, quantize)
     if kind not in _loaded or _loaded[kind][0] != key:
         _loaded.pop(kind, None)
-        _loaded[kind] = key, what.load(device=device, dtype=dtype)
+        loaded = what.load(device=device, dtype=dtype)
+        if quantize is not None and isinstance(loaded, Reasoner):
+            from latent_tts.engine import quantization
+
+            quantization.quantize(loaded.lm, quantize)
+        _loaded[kind] = key, loaded
     return _loaded[kind][1]
+
+
+def engine_device(cfg: DictConfig) -> str:
+    """The torch device that rollouts are drawn on.
+
+    Raises:
+        UsageError: there is no such device, or it cannot do `engine.quantize`.
+    """
+    device = resolve_device(cfg.engine.device)
+    if cfg.engine.quantize is not None:
+        from latent_tts.engine import quantization
+
+        quantization.check_device(cfg.engine.quantize, device)
+    return device
 
 
 def resolve_device(wanted: str) -> str:

@@ -33,6 +33,7 @@ def cache_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
         "max_answer_tokens": cfg.max_answer_tokens,
         **({"answer": prepared.answers.settings} if prepared.answers.random else {}),
         **({"forced_ids": prepared.forced_ids} if prepared.forced_ids else {}),
+        **({"quantize": cfg.engine.quantize} if cfg.engine.quantize is not None else {}),
     }
 
 
@@ -106,9 +107,10 @@ def run_columns(cfg: DictConfig, prepared: Prepared, settings: Mapping[str, Any]
     return {"run_id": store.settings_digest(identity)[:12], **columns}
 
 
-def versions() -> dict[str, str]:
+def versions(cfg: DictConfig) -> dict[str, str]:
     """Versions of what a result depends on, and the commit where there is one."""
-    names = ("latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core")
+    names = ["latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core"]
+    names += [] if cfg.engine.quantize is None else ["torchao"]
     return {"python": platform.python_version(), **{name: version(name) for name in names}, **commit()}
 
 

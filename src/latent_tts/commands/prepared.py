@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any
 
 import pandas as pd
@@ -22,6 +23,8 @@ from latent_tts.types import Aggregator, Budget, ModelAdapter, Question, Sampler
 
 log = logging.getLogger(__name__)
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# torchao multiplies int8 codes before their scale, too large for float16, and float8 into bfloat16 alone
+QUANTIZED_FROM = {"int8": ("float32", "bfloat16"), "float8": ("bfloat16",)}
 
 
 @dataclass
@@ -210,6 +213,14 @@ def check_engine(cfg: DictConfig) -> None:
     config.require("engine.dtype", cfg.engine.dtype, cfg.engine.dtype in ITEM_BYTES, f"one of {', '.join(ITEM_BYTES)}")
     rows = cfg.engine.rows
     config.require("engine.rows", rows, rows is None or rows >= 1, "1 or more, or null to let the model decide")
+    quantize, dtype = cfg.engine.quantize, cfg.engine.dtype
+    if quantize is None:
+        return
+    config.require("engine.quantize", quantize, quantize in QUANTIZED_FROM, "null, int8 or float8")
+    fitting = QUANTIZED_FROM[quantize]
+    config.require("engine.quantize", quantize, dtype in fitting, f"takes engine.dtype={' or '.join(fitting)}")
+    if find_spec("torchao") is None:
+        raise bad_value("engine.quantize", quantize, "torchao is not installed: pip install 'latent-tts[quant]'")
 
 
 def positions_beside_the_prompt(adapter: ModelAdapter, max_answer_tokens: int) -> int:

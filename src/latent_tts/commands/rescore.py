@@ -108,6 +108,8 @@ def _merged(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     # a run of before there were answer sampling and schedules says nothing about them
     merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0}, merged.answer)
     merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
+    # nor one of before there was quantisation
+    merged.engine = OmegaConf.merge({"quantize": None}, merged.engine)
     merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
     # a run of before answers could have a forced beginning says nothing about it
     merged.answer = OmegaConf.merge({"forced_prefix": ""}, merged.answer)

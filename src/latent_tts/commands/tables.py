@@ -79,7 +79,7 @@ def finish(folder: Path, cfg: DictConfig, prepared: Prepared, table: pd.DataFram
             },
             "checkpoint_digest": prepared.adapter.digest,
             "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest},
-            "versions": versions(),
+            "versions": versions(cfg),
             "machine": {"system": platform.platform(), "processor": platform.processor() or platform.machine()},
             **record,
         },
