@@ -17,6 +17,7 @@ GROUPS = {
     "run": ["model", "task", "sampler", "schedule", "search", "budget", "scorer", "aggregator"],
     "train_reasoner": ["model", "task", "recipe"],
     "train_rm": ["model", "sampler"],
+    "tune": ["model", "task", "sampler"],
 }
 OPTIONS = {  # the recommended settings a sampler reads differ between commands; other options stand alone
     (group, path.stem, command if group == "sampler" else ""): (command, group, path.stem)

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
     "train-reasoner": ("train a latent reasoner by a staged curriculum; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
+    "tune": ("measure which engine settings suit this machine, and keep them as engine=tuned", ()),
     "collect": ("join the metrics of run folders and say which are missing: ltts collect RUNS...", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),
     "plot": ("draw figures from metrics tables: ltts plot RUNS_OR_CSVS...", ("runs*",)),
@@ -156,7 +157,8 @@ def describe(error: Exception) -> tuple[list[str], int]:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         own = [path.stem for path in (Path(conf_dir()) / group).glob("*.yaml")]
         options = sorted({*own, *(error.options or ())})  # Hydra's own list also has those of other packages
-        return [f"{group}={option}: no such option; one of {', '.join(options)}"], 2
+        hint = ["`ltts tune` makes it"] if (group, option) == ("engine", "tuned") else []
+        return [f"{group}={option}: no such option; one of {', '.join(options)}", *hint], 2
     if isinstance(error, OverrideParseException):
         return [f"{error.override}: not of the form key=value ({str(error).splitlines()[0]})"], 2
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__

@@ -142,6 +142,31 @@ class AnnotateConfig:
 
 
 @dataclass
+class TuneConfig:
+    """Keys of `ltts tune`.
+
+    Attributes:
+        seconds: most time for measuring.
+        dtypes: values of `engine.dtype` to try.
+        n: rollouts of each question.
+        seed: of every random number.
+        max_answer_tokens: token limit of an answer.
+        output: the file to write; null is where `engine=tuned` is found.
+    """
+
+    seconds: float = MISSING
+    dtypes: list[str] = MISSING
+    n: int = MISSING
+    seed: int = MISSING
+    max_answer_tokens: int = MISSING
+    output: str | None = MISSING
+    engine: EngineConfig = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+    sampler: Any = MISSING
+
+
+@dataclass
 class RescoreConfig:
     """Keys of `ltts rescore`.
 
@@ -263,6 +288,7 @@ SCHEMAS = {
     "run": RunConfig,
     "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
+    "tune": TuneConfig,
     "train_reasoner": TrainReasonerConfig,
     "train_rm": TrainRMConfig,
     "collect": CollectConfig,
