@@ -43,9 +43,11 @@ from transformers.pytorch_utils import Conv1D
 import baseline
 from baseline import clock, seconds_of
 from latent_tts.cost import Shape
+from latent_tts.engine.packed import PackedLinear, can_be_packed
 from latent_tts.engine.packing import Job, batches, default_rows
 from latent_tts.engine.quantization import quantize
 from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.engine.sites import find_blocks
 from latent_tts.rng import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
@@ -161,18 +163,25 @@ class Stopwatch:
 
 
 def product_rate(lm: PreTrainedModel, rows: int, device: str) -> float:
-    """Operations a second of the blocks' own matrix products, one after another, for so many rows."""
-    layers = [module for module in lm.base_model.modules() if isinstance(module, nn.Linear | Conv1D)]
-    widths = [layer.in_features if isinstance(layer, nn.Linear) else layer.weight.shape[0] for layer in layers]
-    inputs = {width: torch.randn(rows, width, device=device).to(lm.dtype) for width in set(widths)}
+    """Operations a second of the blocks' own matrix products, one after another, for so many rows.
 
-    def products() -> None:
-        for layer, width in zip(layers, widths, strict=True):
-            layer(inputs[width])
+    Args:
+        lm: a model that no engine has prepared; weights are packed here, where the engine would.
+        rows: of a batch.
+        device: where it is.
+    """
+    layers = [module for module in find_blocks(lm).modules() if isinstance(module, nn.Linear | Conv1D)]
+    shapes = [layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1] for layer in layers]
+    products = [PackedLinear(layer) if can_be_packed(layer) else layer for layer in layers]
+    inputs = {width: torch.randn(rows, width, device=device).to(lm.dtype) for width, _ in shapes}
 
-    products()
-    seconds = statistics.median(seconds_of(products, device) for _ in range(7))
-    return 2.0 * rows * sum(layer.weight.numel() for layer in layers) / seconds
+    def run() -> None:
+        for product, (width, _) in zip(products, shapes, strict=True):
+            product(inputs[width])
+
+    run()
+    seconds = statistics.median(seconds_of(run, device) for _ in range(7))
+    return 2.0 * rows * sum(width * out for width, out in shapes) / seconds
 
 
 def copy_rate(device: str) -> float:
@@ -235,7 +244,7 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
     total = sum(spent.values())
     shape, passes = Shape.from_config(lm.config.to_dict()), LATENTS - (not sampler.random_phases)
     flops = rollouts * sum(shape.pass_flops(passes, len(job.prompt)) for job in jobs)
-    rate = product_rate(lm, len(parts[0]) * rollouts, device)
+    rate = product_rate(new_model(arguments), len(parts[0]) * rollouts, device)
     return result | {
         "rollouts_per_second": questions * rollouts / result["seconds"],
         "prefill_share": spent["prefill"] / total,

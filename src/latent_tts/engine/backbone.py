@@ -10,18 +10,28 @@ from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
 from latent_tts.engine.attention import AttentionState, use_shared_prefix_attention
+from latent_tts.engine.packed import PackedLinear, can_be_packed
+from latent_tts.engine.sites import find_blocks
 
 
 def prepare(lm: PreTrainedModel) -> None:
-    """Make a model's layers read shared prefixes, and GPT-2's activation one kernel instead of eight.
+    """Make a model's layers read shared prefixes, GPT-2's activation one kernel, and packed what can be packed.
 
-    The activation is the same function; in half precision it rounds once instead of after each of its eight operations.
+    All of it is the same function; in half precision GPT-2's activation rounds once instead of after each of its eight
+    operations.
     """
     use_shared_prefix_attention(lm)
-    for parent in list(lm.modules()):
-        for name, child in parent.named_children():
+    for parent in list(find_blocks(lm).modules()):
+        children = dict(parent.named_children())
+        in_front_of_gelu = None
+        for name, child in children.items():
             if type(child) is NewGELUActivation:
-                setattr(parent, name, nn.GELU(approximate="tanh"))
+                in_front_of_gelu = children.get("c_fc")
+                packed = in_front_of_gelu is not None and can_be_packed(in_front_of_gelu)
+                setattr(parent, name, nn.Identity() if packed else nn.GELU(approximate="tanh"))
+        for name, child in children.items():
+            if can_be_packed(child):
+                setattr(parent, name, PackedLinear(child, gelu=child is in_front_of_gelu))
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

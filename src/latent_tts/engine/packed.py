@@ -1,0 +1,45 @@
+"""Linear layers in bfloat16 on a CPU: weights laid out once as oneDNN's products want them, GELU taken along.
+
+Without it oneDNN rearranges a weight in every product, and GELU goes over the widest activations once more.
+"""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+ROWS = 256  # what oneDNN lays weights out for; any number of rows works
+
+
+def can_be_packed(layer: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether a layer is linear, in bfloat16 on a CPU that multiplies it, and not in training."""
+    if type(layer) not in (nn.Linear, Conv1D):
+        return False
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    # a quantised weight is a tensor of another class
+    suits = weight.dtype == torch.bfloat16 and not weight.requires_grad and type(weight.data) is Tensor
+    # operators that torch.compile's CPU code is made of, though not documented
+    there = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    return on_cpu and suits and there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class PackedLinear(nn.Module):
+    """A linear layer's product, and GPT-2's GELU of it if asked for; the given layer's weight is not kept."""
+
+    def __init__(self, layer: nn.Linear | Conv1D, *, gelu: bool = False) -> None:
+        super().__init__()
+        weight = layer.weight.t() if type(layer) is Conv1D else layer.weight
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+        self.bias = layer.bias
+        self._after = ("gelu", [], "tanh") if gelu else ("none", [], "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, *self._after)
