@@ -5,7 +5,7 @@ QUESTIONS ?= 1000
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-all lint format type golden wheel-smoke plots reasoner reasoner-cot reasoner-codi
-.PHONY: reasoner-colar latent-rm bench clean
+.PHONY: reasoner-colar reasoner-pccot latent-rm bench clean
 
 help: ## show this menu
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -65,6 +65,12 @@ reasoner-codi: .venv/.installed ## retrain the shipped CODI reasoner (from the s
 	$(BIN)/ltts train-reasoner init=shipped:coconut_arith model=codi output=outputs/codi_arith \
 		recipe.written_updates=0 recipe.stage_updates=[] recipe.final_updates=150 \
 		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=150
+
+reasoner-pccot: .venv/.installed ## retrain the shipped PCCoT reasoner (from the shipped COCONUT one)
+	$(BIN)/ltts train-reasoner init=shipped:coconut_arith model=pccot output=outputs/pccot_arith \
+		model.latents=6 model.sweeps=3 model.answer_prompt="''" recipe.projection=false \
+		recipe.written_updates=0 recipe.stage_updates=[] recipe.final_updates=400 \
+		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=400
 
 COLAR := $(BIN)/ltts train-reasoner model=colar model.latents=12 model.thinking_speed=4 recipe.written_updates=0
 reasoner-colar: $(WRITTEN) ## retrain the shipped CoLaR reasoner (its model card says why in three parts)

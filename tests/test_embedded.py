@@ -8,7 +8,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from latent_tts import config
-from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.commands.drawing import plan_of
+from latent_tts.engine.rollout import Engine
 from latent_tts.rng import Draw
 from latent_tts.sampler.control import Control
 from latent_tts.sampler.greedy import Greedy
@@ -22,8 +23,7 @@ LARGEST = 3 * 2**20
 
 def accuracy(adapter, reasoner: Reasoner, sampler) -> float:
     written = 64 if adapter.latents == 0 else 4
-    plan = Plan(adapter.latents, adapter.thinking_end_ids, adapter.eos_id, written, adapter.stop_id)
-    engine = Engine(reasoner, plan)
+    engine = Engine(reasoner, plan_of(adapter, written, adapter.own_schedule))
     draw = Draw.of(0, [q.id for q in QUESTIONS], torch.zeros(len(QUESTIONS), 1, dtype=torch.long), engine.width)
     rollouts = engine.roll([adapter.encode(q) for q in QUESTIONS], draw, sampler)
     answers = [adapter.raw_answer(adapter.answer_text(ids)) for ids in rollouts.answer_ids]
