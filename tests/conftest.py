@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny untrained reasoner, and the command line run in process."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,12 @@ from latent_tts import cli
 
 # commands are composed hundreds of times: libyaml reads their configs eight times as fast, and the same
 yaml.SafeLoader = yaml.CSafeLoader
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
