@@ -107,7 +107,7 @@ def _measure(
         check_engine(chosen)
         engine = Engine(load_once(adapter, device, chosen), plan_of(adapter, cfg.max_answer_tokens, schedule))
         a_row = row_bytes(shape, longest, suffix, ITEM_BYTES[dtype], own_prompt)
-        deadline, best = time.perf_counter() + cfg.seconds / len(cfg.dtypes), 0.0
+        deadline, best, same = time.perf_counter() + cfg.seconds / len(cfg.dtypes), 0.0, 1.0
         for rows in _rows_to_try(len(jobs) * cfg.n, a_row, device):
             taken, rollouts = _seconds(partial(_draw, engine, jobs, rows, sampler, cfg.seed), deadline)
             rate = len(rollouts.answer_ids) / taken
