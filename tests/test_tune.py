@@ -45,7 +45,7 @@ def test_the_fastest_setting_is_taken_and_a_dtype_that_changes_results_is_named(
     monkeypatch.setattr(tune, "_seconds", measured)
     result = tuned("task.limit=16", "n=16", "seconds=1000")
     assert result.code == 0, result.err
-    # a rate that falls ends a dtype: 64, 128 and 51 rollouts/s; then 128, 640, 284
+    # rollouts a second: 64, 128, 102; then 128, 640, 284
     assert drawn == [64, 128, 256] * 2
     assert [settings(result)[key] for key in ("dtype", "rows")] == ["bfloat16", 128]
     assert "engine.dtype=bfloat16 instead of float32" in result.err

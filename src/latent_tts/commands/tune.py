@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 FEWEST_ROWS = 64
 MOST_REPEATS = 3
-WORSE = 0.97  # rates below this share of the best count as worse
+WORSE, WORSE_IN_TURN = 0.97, 2  # rates below this share of the best count as worse; so many end a dtype
 
 
 @dataclass
@@ -39,7 +39,8 @@ class Setting:
     Attributes:
         dtype, rows: as in `engine`.
         rate: rollouts a second.
-        same: share of rollouts with the answer of the first dtype, by the same random numbers.
+        same: share of rollouts with the answer of the first dtype, by the same random numbers; where that had not as
+            many rows, the share at its most.
     """
 
     dtype: str
@@ -101,24 +102,27 @@ def _measure(
     longest, own_prompt = max(map(len, prompts.values())), "prompt" in sampler.random_phases
     jobs = [Job(key, key, prompt, list(range(cfg.n))) for key, prompt in prompts.items()]
     settings: list[Setting] = []
-    expected: list[list[int]] = []
+    expected: dict[int, list[list[int]]] = {}  # answers of the first dtype, by rows
     for dtype in cfg.dtypes:
         chosen: Any = OmegaConf.merge(cfg, {"engine": {"dtype": dtype}})
         check_engine(chosen)
         engine = Engine(load_once(adapter, device, chosen), plan_of(adapter, cfg.max_answer_tokens, schedule))
         a_row = row_bytes(shape, longest, suffix, ITEM_BYTES[dtype], own_prompt)
         deadline, best, same = time.perf_counter() + cfg.seconds / len(cfg.dtypes), 0.0, 1.0
+        worse = 0
         for rows in _rows_to_try(len(jobs) * cfg.n, a_row, device):
             taken, rollouts = _seconds(partial(_draw, engine, jobs, rows, sampler, cfg.seed), deadline)
             rate = len(rollouts.answer_ids) / taken
-            if rows == FEWEST_ROWS:
-                expected = expected or rollouts.answer_ids
-                pairs = zip(rollouts.answer_ids, expected, strict=True)
-                same = sum(ids == other for ids, other in pairs) / len(expected)
+            if dtype == cfg.dtypes[0]:
+                expected[rows] = rollouts.answer_ids
+            if rows in expected:
+                pairs = list(zip(rollouts.answer_ids, expected[rows], strict=True))
+                same = sum(ids == other for ids, other in pairs) / len(pairs)
             settings.append(Setting(dtype, rows, rate, same))
             log.info("%s, %d rows: %.0f rollouts/s", dtype, rows, rate)
-            worse, best = rate < WORSE * best, max(best, rate)
-            if worse or time.perf_counter() + 4 * taken > deadline:  # twice the rows, a warm-up beside them
+            worse, best = worse + 1 if rate < WORSE * best else 0, max(best, rate)
+            # twice the rows, a warm-up beside them
+            if worse == WORSE_IN_TURN or time.perf_counter() + 4 * taken > deadline:
                 break
     return settings
 
