@@ -107,11 +107,15 @@ class Shape:
 
     def weight_bytes(self, item: int) -> int:
         """Bytes of the matrices."""
-        return self.block_bytes(item) + self.width * self.vocabulary * item
+        return self.block_bytes(item) + self.head_bytes(item)
 
     def block_bytes(self, item: int) -> int:
         """Bytes of the blocks' matrices."""
         return self.layers * self.block_weights * item
+
+    def head_bytes(self, item: int) -> int:
+        """Bytes of the LM head's matrix."""
+        return self.width * self.vocabulary * item
 
     def prefill_work(self, prompts_Q: Sequence[int], copies: int, item: int) -> Work:
         """Running prompts in one pass, each `copies` times: weights are read once, keys and values written."""
@@ -166,10 +170,6 @@ class Batch:
     def _rollouts(self) -> int:
         return len(self.steps_R) // len(self.prompts_Q)
 
-    @property
-    def _head_bytes(self) -> int:
-        return self.shape.width * self.shape.vocabulary * self.item
-
     def _prompts_R(self) -> list[int]:
         return [prompt for prompt in self.prompts_Q for _ in range(self._rollouts)]
 
@@ -192,7 +192,7 @@ class Batch:
         read = passes * (shape.block_bytes(self.item) + self._prefix()) + self._read(suffixes)
         if self.looks_for_stop:
             flops += shape.head_flops(sum(self.steps_R))
-            read += max(self.steps_R) * self._head_bytes
+            read += max(self.steps_R) * shape.head_bytes(self.item)
         return Work(flops, read)
 
     def _answers(self, answers_R: Sequence[int]) -> Work:
@@ -209,5 +209,5 @@ class Batch:
             longest_Q = (max(answers_R[place * n : (place + 1) * n]) for place in range(len(self.prompts_Q)))
             prefixes = sum((longest + 1) * prompt for longest, prompt in zip(longest_Q, self.prompts_Q, strict=True))
         passes = max(answers_R) + 1
-        weights = passes * (shape.block_bytes(self.item) + self._head_bytes)
+        weights = passes * shape.weight_bytes(self.item)
         return Work(flops, weights + self._read(prefixes + suffixes))

@@ -92,17 +92,22 @@ def _fill(
             progress(sum(len(job.rollouts) for job in batch))
 
 
-def _draw_batch(
-    batch: list[Job], engine: Engine, sampler: Sampler, seed: int, rates: Rates, answers: bool
-) -> list[dict[str, Any]]:
-    device = engine.device
-    started = _now(device)
-    numbers = torch.tensor([job.rollouts for job in batch], device=device)
+def draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int, *, answers: bool = True) -> Rollouts:
+    """Draw the rollouts of a batch, or without `answers` their latents alone; what comes back lies on the CPU."""
+    numbers = torch.tensor([job.rollouts for job in batch], device=engine.device)
     draw = Draw.of(seed, [job.question_id for job in batch], numbers, engine.width, engine.blocks)
     donor = _donor_latents(batch, engine, numbers.shape[1]) if sampler.needs_donor else None
     make = engine.roll if answers else engine.think
-    rollouts = make([job.prompt for job in batch], draw, sampler, donor_RTD=donor)
-    measured = _measured(started, device, numbers.numel())
+    return make([job.prompt for job in batch], draw, sampler, donor_RTD=donor)
+
+
+def _draw_batch(
+    batch: list[Job], engine: Engine, sampler: Sampler, seed: int, rates: Rates, answers: bool
+) -> list[dict[str, Any]]:
+    started = _now(engine.device)
+    rollouts = draw_batch(batch, engine, sampler, seed, answers=answers)
+    rows = len(rollouts.answer_ids)
+    measured = _measured(started, engine.device, rows)
     plan, begun = engine.plan, len(engine.plan.forced_ids)
     least = Batch(
         shape=Shape.from_config(engine.lm.config.to_dict()),
@@ -115,7 +120,7 @@ def _draw_batch(
         repeated=plan.schedule.repeated(plan.latents),
         looks_for_stop=plan.stop_id is not None,
     )
-    return _rows(batch, rollouts, measured | _least(least.work(), rates, numbers.numel()), answers)
+    return _rows(batch, rollouts, measured | _least(least.work(), rates, rows), answers)
 
 
 def fill_scores(

@@ -105,14 +105,12 @@ def _merged(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     for key in ("scorer", "aggregator"):
         # unresolved, so that `${model...}` finds the run's model
         merged[key] = OmegaConf.create(OmegaConf.to_container(cfg[key], resolve=False))
-    # a run of before there were answer sampling and schedules says nothing about them
-    merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0}, merged.answer)
+    # a run of before there were answer sampling, forced beginnings and schedules says nothing about them
+    merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0, "forced_prefix": ""}, merged.answer)
     merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
     # nor one of before there was quantisation
     merged.engine = OmegaConf.merge({"quantize": None}, merged.engine)
     merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
-    # a run of before answers could have a forced beginning says nothing about it
-    merged.answer = OmegaConf.merge({"forced_prefix": ""}, merged.answer)
     merged.paths.cache = cfg.paths.cache or str(Path(record["cache"]).parent)
     return merged
 

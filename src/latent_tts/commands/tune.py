@@ -140,15 +140,10 @@ def _rows_to_try(rollouts: int, row_bytes: int, device: str) -> Iterator[int]:
 
 def _draw(engine: Engine, jobs: list[Job], rows: int, sampler: Sampler, seed: int) -> Rollouts:
     """One batch."""
-    import torch
-
     from latent_tts.engine.packing import batches
-    from latent_tts.rng import Draw
+    from latent_tts.executor import draw_batch
 
-    batch = next(batches(jobs, rows))
-    numbers = torch.tensor([job.rollouts for job in batch], device=engine.device)
-    draw = Draw.of(seed, [job.question_id for job in batch], numbers, engine.width, engine.blocks)
-    return engine.roll([job.prompt for job in batch], draw, sampler)  # ends on the CPU, so nothing is left to wait for
+    return draw_batch(next(batches(jobs, rows)), engine, sampler, seed)
 
 
 def _seconds(draw: Callable[[], Rollouts], deadline: float) -> tuple[float, Rollouts]:
