@@ -4,7 +4,7 @@ BIN := .venv/bin
 QUESTIONS ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all lint format type golden wheel-smoke plots reasoner reasoner-cot reasoner-codi
+.PHONY: help install run test test-slow lint format type golden wheel-smoke plots reasoner reasoner-cot reasoner-codi
 .PHONY: reasoner-colar reasoner-pccot latent-rm bench clean
 
 help: ## show this menu
@@ -25,8 +25,9 @@ run: .venv/.installed ## the main job: two samplers, n up to 64, table and scali
 test: .venv/.installed ## the default test suite, a process a core
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
-test-all: .venv/.installed ## also the slow tests
-	$(BIN)/pytest -m 'not gpu and not network and not realdata'
+test-slow: .venv/.installed ## the slow tests: long ones, and more cases of those in `make test`
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not gpu and not network and not realdata' --ignore=tests/test_wheel.py \
+		--numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 lint: .venv/.installed ## style
 	$(BIN)/ruff check .

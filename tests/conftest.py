@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,18 @@ from latent_tts import cli
 
 # commands are composed hundreds of times: libyaml reads their configs eight times as fast, and the same
 yaml.SafeLoader = yaml.CSafeLoader
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of tests marked `every_other`, the default suite runs every other case."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        if item.get_closest_marker("every_other"):
+            name = item.nodeid.partition("[")[0]
+            if cases[name] % 2:
+                item.add_marker(pytest.mark.slow)
+            cases[name] += 1
 
 
 def pytest_collection_finish() -> None:

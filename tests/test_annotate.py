@@ -72,6 +72,7 @@ BAD = [
 ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("overrides", "words"), BAD, ids=lambda value: " ".join(value))
 def test_annotate_refuses(annotate, overrides, words):
     result = annotate(*overrides, sampler=() if overrides[0].startswith("sampler") else NOISE)

@@ -65,11 +65,11 @@ class ByHand:
 @pytest.mark.parametrize(
     ("family", "sampler", "diverse", "reduce"),
     [
-        ("gpt2", NOISE, False, "sum"),
+        pytest.param("gpt2", NOISE, False, "sum", marks=pytest.mark.slow),
         ("gpt2", MASKS, True, "last"),
-        ("qwen3", EVERYWHERE, False, "mean"),
+        pytest.param("qwen3", EVERYWHERE, False, "mean", marks=pytest.mark.slow),
         ("llama", NOISE, True, "sum"),
-        ("gpt2", AnswerSampling(1.5, 0.9).over(NOISE), False, "sum"),
+        pytest.param("gpt2", AnswerSampling(1.5, 0.9).over(NOISE), False, "sum", marks=pytest.mark.slow),
     ],
 )
 def test_the_search_equals_one_by_hand(family, sampler, diverse, reduce):
@@ -169,6 +169,7 @@ BAD = [
 ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("overrides", "words"), BAD, ids=lambda value: " ".join(value))
 def test_a_beam_run_refuses(beam_run, overrides, words):
     result = beam_run("n=16", *overrides) if overrides != ["n=5"] else beam_run("n=5")

@@ -94,7 +94,7 @@ def test_rollouts_of_a_small_budget_are_the_first_of_a_large_one(run):
     )
 
 
-@pytest.mark.parametrize("rows", [1, 5, 64])
+@pytest.mark.parametrize("rows", [5, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 64))])
 def test_the_rows_of_a_batch_do_not_change_the_rollouts(run, rows):
     a = pd.read_parquet(run().last.parent / "rollouts.parquet")
     b = pd.read_parquet(run(f"engine.rows={rows}", f"paths.cache=rows{rows}").last.parent / "rollouts.parquet")
@@ -116,6 +116,7 @@ def test_no_noise_equals_greedy(run, override):
     assert list(a["answer_text"]) == [text for text in b["answer_text"] for _ in range(4)]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("mode", ["zero", "repeat", "shuffle"])
 def test_controls_run(run, mode):
     assert run("sampler=control", f"sampler.mode={mode}", "n=1").code == 0
@@ -137,6 +138,7 @@ def test_a_jsonl_file_is_a_task(run, tmp_path):
     assert set(pd.read_csv(result.last)["task"]) == {"mine"}
 
 
+@pytest.mark.slow
 def test_an_experiment_is_a_complete_setting(run):
     assert run("experiment=smoke", "n=2").code == 0
 

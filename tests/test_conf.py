@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -19,12 +21,19 @@ GROUPS = {
     "train_rm": ["model", "sampler"],
     "tune": ["model", "task", "sampler"],
 }
-OPTIONS = {  # the recommended settings a sampler reads differ between commands; other options stand alone
-    (group, path.stem, command if group == "sampler" else ""): (command, group, path.stem)
-    for command, groups in GROUPS.items()
-    for group in groups
-    for path in sorted((CONF / group).glob("*.yaml"))
-}
+
+
+def choices() -> Iterator[tuple[str, dict[str, str]]]:
+    """Commands and options such that each option comes once: a sampler, which reads the command's model, in each."""
+    seen: set[str] = set()
+    for command, groups in GROUPS.items():
+        new = [group for group in groups if group not in seen or group == "sampler"]
+        seen.update(new)
+        columns = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in new}
+        for model in columns.pop("model", []):  # alone, since samplers read it
+            yield command, {"model": model}
+        for row in zip_longest(*columns.values()):
+            yield command, {group: option for group, option in zip(columns, row, strict=True) if option is not None}
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +49,12 @@ def bind(node) -> None:
     inspect.signature(getattr(importlib.import_module(module), name)).bind(**values)
 
 
-@pytest.mark.parametrize(("command", "group", "option"), OPTIONS.values())
-def test_option_binds_to_its_target(command, group, option):
-    model = [f"model={option}"] if group == "recipe" else []  # what it reads
-    node = compose(command, overrides=[f"{group}={option}", *model])[group]
-    bind(node if group != "aggregator" else node[option])
+@pytest.mark.parametrize(("command", "options"), list(choices()), ids=str)
+def test_options_bind_to_their_targets(command, options):
+    model = {"model": options["recipe"]} if "recipe" in options else {}  # what it reads
+    cfg = compose(command, overrides=[f"{group}={option}" for group, option in (options | model).items()])
+    for group, option in options.items():
+        bind(cfg[group] if group != "aggregator" else cfg[group][option])
 
 
 def test_nodes_without_a_group_bind_too():

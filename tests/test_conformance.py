@@ -79,6 +79,7 @@ def test_a_run_is_compared_with_the_figure_known_of_it(ltts, tmp_path):
     assert unknown.last.is_file()
 
 
+@pytest.mark.slow
 def test_without_more_it_is_a_sweep_over_the_published_models_and_sets(ltts):
     result = ltts("run", "experiment=conformance", "n=0")
     assert result.code == 2

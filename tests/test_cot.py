@@ -90,6 +90,7 @@ def test_answers_may_be_as_long_as_the_model_recommends(run):
     assert "answer_tokens: 128" in result.out
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

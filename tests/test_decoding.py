@@ -132,6 +132,7 @@ def test_what_is_drawn_depends_neither_on_the_batch_nor_on_n():
 # --- runs
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

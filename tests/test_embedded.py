@@ -30,7 +30,10 @@ def accuracy(adapter, reasoner: Reasoner, sampler) -> float:
     return sum(answer == q.answer for answer, q in zip(answers, QUESTIONS, strict=True)) / len(QUESTIONS)
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=() if file.stem == "demo_coconut" else pytest.mark.slow, id=file.stem) for file in FILES],
+)
 def test_an_embedded_reasoner_thinks(file):
     adapter = instantiate(OmegaConf.load(file), _convert_="all")
     adapter.check()

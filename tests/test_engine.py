@@ -142,8 +142,15 @@ def test_the_engine_equals_the_oracle_without_end_of_thinking_tokens():
     check_against_oracle("llama", MASKS, [3, 1], 2, tiny.plan(2, end=0))
 
 
-@pytest.mark.parametrize("sampler", [NOISE, MASKS, Dropout(0.3, "ffn", ["thoughts"], "fresh")], ids=name)
-@families
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    [
+        pytest.param(family, sampler, marks=() if i % 3 == j else pytest.mark.slow)
+        for i, family in enumerate(tiny.FAMILIES)
+        for j, sampler in enumerate([NOISE, MASKS, Dropout(0.3, "ffn", ["thoughts"], "fresh")])
+    ],
+    ids=name,
+)
 def test_the_engine_equals_the_oracle_where_rows_stop_thinking_by_a_token(family, sampler):
     stop_id = STOP_IDS[family]
     plan = tiny.plan(6, eos_id=tiny.EOS_IDS[family], answer=3, stop_id=stop_id)

@@ -62,6 +62,7 @@ def expected(oracle, sampler, job, rollout, steps, completions=M):
     return labels
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("family", "sampler"),
     [*(("gpt2", sampler) for sampler in SAMPLERS.values()), ("qwen3", SAMPLERS["dropout in thoughts"])],
@@ -80,6 +81,7 @@ def test_labels_equal_the_oracle(family, sampler):
     assert len({float(x) for entry in entries for x in entry.labels_NT.flatten()}) > 2
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("family", STOPPING)
 @pytest.mark.parametrize("sampler", [SAMPLERS["gaussian"], SAMPLERS["dropout in thoughts"]], ids=["noise", "dropout"])
 def test_labels_equal_the_oracle_where_rows_stop_thinking_by_a_token(family, sampler):
@@ -104,7 +106,7 @@ def test_the_last_label_under_noise_is_the_rollouts_own_correctness_and_costs_no
 
 
 @samplers
-@pytest.mark.parametrize("rows", [1, 5, 1000])
+@pytest.mark.parametrize("rows", [5, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 1000))])
 def test_labels_do_not_depend_on_the_batch(sampler, rows, tmp_path):
     engine = Engine(tiny.reasoner("gpt2"), plan("gpt2"))
     whole, _ = label_batch(jobs(), engine, sampler, labelling())

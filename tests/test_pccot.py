@@ -170,6 +170,7 @@ def test_a_run_has_the_models_schedule_and_its_costs(pccot):
     assert "trained with" not in result.err
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("command", "overrides", "words"),
     [

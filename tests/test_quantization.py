@@ -167,6 +167,7 @@ def test_annotations_hold_it(ltts, checkpoint, tmp_path):
     check(ltts(*line), 'quantize: "int8" there', "null now")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -52,6 +52,7 @@ CASES = [
 ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("family", "latents", "extra", "sampler"), CASES, ids=name)
 def test_as_many_sweeps_as_latents_equal_the_sequential_oracle(family, latents, extra, sampler):
     rollouts = 1 if sampler.deterministic else 2
@@ -198,6 +199,7 @@ def test_a_bad_value_is_named(key, value):
         Jacobi(**{"sweeps": 2, key: value})
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

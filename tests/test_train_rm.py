@@ -370,6 +370,7 @@ def test_no_epochs_write_the_untrained_latent_rm(command, checkpoint, tmp_path):
     assert json.loads((tmp_path / "out/train_rm.json").read_text())["updates"] == 0
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -217,6 +217,7 @@ def test_a_start_that_was_left_half_way_is_made_again_and_a_finished_line_does_n
     assert "other settings" in result.err
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

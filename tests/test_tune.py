@@ -80,6 +80,7 @@ BAD = [
 ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("overrides", "words"), BAD, ids=[" ".join(overrides) for overrides, _ in BAD])
 def test_bad_values(tuned, overrides, words):
     check(tuned(*overrides), *words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from latent_tts.errors import LatentTTSError, UsageError, bad_value
 from latent_tts.schemas import SCHEMAS
 
 
+@cache
 def register_schemas() -> None:
     """Make the schemas known to Hydra as `NAME_schema`."""
     for name, schema in SCHEMAS.items():
