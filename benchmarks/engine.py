@@ -44,7 +44,7 @@ import baseline
 from baseline import clock, seconds_of
 from latent_tts.cost import Shape
 from latent_tts.engine.packed import PackedLinear, can_be_packed
-from latent_tts.engine.packing import Job, batches, default_rows
+from latent_tts.engine.packing import Job, batches, default_rows, most_prompts
 from latent_tts.engine.quantization import quantize
 from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.engine.sites import find_blocks
@@ -223,7 +223,9 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
         Job(str(number), str(number), prompt, list(range(rollouts)))
         for number, prompt in enumerate(prompts(questions, vocabulary))
     ]
-    parts = list(batches(jobs, default_rows(width, device)))
+    prompts_at_once = most_prompts(width, device)
+    rows = prompts_at_once if "prompt" in sampler.random_phases else default_rows(width, device)
+    parts = list(batches(jobs, rows, prompts_at_once))
 
     def roll(plan: Plan, part: list[Job], sampler: Sampler) -> None:
         engine = Engine(Reasoner(lm, lambda hidden: hidden), plan)
@@ -244,7 +246,7 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
     total = sum(spent.values())
     shape, passes = Shape.from_config(lm.config.to_dict()), LATENTS - (not sampler.random_phases)
     flops = rollouts * sum(shape.pass_flops(passes, len(job.prompt)) for job in jobs)
-    rate = product_rate(new_model(arguments), len(parts[0]) * rollouts, device)
+    rate = product_rate(new_model(arguments), sum(len(job.rollouts) for job in parts[0]), device)
     return result | {
         "rollouts_per_second": questions * rollouts / result["seconds"],
         "prefill_share": spent["prefill"] / total,

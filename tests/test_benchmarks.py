@@ -53,3 +53,11 @@ def test_prompts_have_the_lengths_of_the_distribution(engine_benchmark, monkeypa
     assert 20 <= lengths[0] < 31
     assert 107 < lengths[-1] <= 213
     assert sum(lengths) / 64 == pytest.approx(60, abs=3)  # the mean over GSM8K's test questions
+
+
+def test_two_dtypes_by_turns(engine_benchmark, capsys):
+    turns = importlib.import_module("turns")
+    turns.main(["--layers=1", "--width=32", "--repeats=1", "--case", "1x2", "--sampler", "gaussian"])
+    first, *shares = capsys.readouterr().out.splitlines()
+    assert first.startswith("1x2 gaussian: bf16 over fp32 ")
+    assert [line.split(":")[0] for line in shares] == ["  latents in fp32", "  latents in bf16"]

@@ -59,6 +59,8 @@ def test_among_like_counts_the_longest_prompts_come_first(jobs, rows):
 def test_a_batch_is_as_full_as_it_may_be():
     jobs = [Job(str(i), str(i), [1], [0, 1, 2], None) for i in range(7)]
     assert [len(batch) for batch in batches(jobs, 10)] == [3, 3, 1]
+    assert [len(batch) for batch in batches(jobs, 10, 2)] == [2, 2, 2, 1]
+    assert [len(batch) for batch in batches(jobs, 10, 5)] == [3, 3, 1]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from latent_tts.cost import Batch, Rates, Shape, Work
-from latent_tts.engine.packing import Job, batches
+from latent_tts.engine.packing import Job, batches, most_prompts
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.rng import Draw
@@ -48,7 +48,8 @@ def fill(
         progress: called with the number of rollouts of each finished batch.
         answers: whether to decode the answers, or to keep the latents alone.
     """
-    _fill(cache, jobs, lambda batch: _draw_batch(batch, engine, sampler, seed, rates, answers), rows, progress)
+    packed = batches(jobs, rows, most_prompts(engine.width, engine.device.type))
+    _fill(cache, packed, lambda batch: _draw_batch(batch, engine, sampler, seed, rates, answers), progress)
 
 
 def fill_beams(
@@ -76,18 +77,17 @@ def fill_beams(
         rollouts = grow([job.prompt for job in batch], [job.question_id for job in batch])
         return _rows(batch, rollouts, _measured(started, device, len(rollouts.steps_R)), answers=True)
 
-    _fill(cache, jobs, work, rows, progress)
+    _fill(cache, batches(jobs, rows), work, progress)
 
 
 def _fill(
     cache: PartCache,
-    jobs: Sequence[Job],
+    packed: Iterable[list[Job]],
     work: Callable[[list[Job]], list[dict[str, Any]]],
-    rows: int,
     progress: Callable[[int], None],
 ) -> None:
     with written_in_parts(cache.add) as take:
-        for batch in batches(jobs, rows):
+        for batch in packed:
             take(work(batch))
             progress(sum(len(job.rollouts) for job in batch))
 
@@ -144,7 +144,8 @@ def fill_scores(
         rates: of the device.
         progress: called with the number of rollouts of each finished batch.
     """
-    _fill(cache, jobs, lambda batch: _score_batch(batch, scorer, latents, rates), rows, progress)
+    packed = batches(jobs, rows, most_prompts(scorer.backbone.config.hidden_size, scorer.device.type))
+    _fill(cache, packed, lambda batch: _score_batch(batch, scorer, latents, rates), progress)
 
 
 def _score_batch(

@@ -57,7 +57,7 @@ def draw_missing(
     suffix = adapter.latents + prepared.forced + chosen
     longest = max(len(job.prompt) for job in jobs)
     bytes_a_row = row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
-    rows = rows_of_a_batch(cfg, shape, bytes_a_row, device)
+    rows = rows_of_a_batch(cfg, shape, bytes_a_row, device, own_prompt)
 
     def each(prompt: int) -> float:
         again = shape.repeated_flops(prompt, prepared.repeated)
@@ -116,7 +116,7 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     # a step's rows are there beside those that they were forked from, in the reasoner as in the scorer
     bytes_a_row = 2 * row_bytes(prepared.shape, longest, suffix, item, own_prompt)
     bytes_a_row += 2 * row_bytes(Shape.from_config(scorer.config), longest, adapter.latents, item, own_prompt=False)
-    rows = rows_of_a_batch(cfg, prepared.shape, bytes_a_row, device)
+    rows = rows_of_a_batch(cfg, prepared.shape, bytes_a_row, device, own_prompt)
     log.info("%d questions to search: %d beams of %d candidates each", len(jobs), search.beams, search.candidates)
     plan = plan_of(adapter, cfg.max_answer_tokens, forced_ids=prepared.forced_ids)
     engine = Engine(load_once(adapter, device, cfg), plan)
@@ -135,11 +135,11 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     return len(jobs) * prepared.n
 
 
-def rows_of_a_batch(cfg: DictConfig, shape: Shape, bytes_a_row: int, device: str) -> int:
+def rows_of_a_batch(cfg: DictConfig, shape: Shape, bytes_a_row: int, device: str, own_prompt: bool) -> int:
     """Rows of a batch: `engine.rows`, or what suits the model's width; fewer, and said, if they do not fit memory."""
-    from latent_tts.engine.packing import default_rows, rows_that_fit
+    from latent_tts.engine.packing import default_rows, most_prompts, rows_that_fit
 
-    wanted = cfg.engine.rows or default_rows(shape.width, device)
+    wanted = cfg.engine.rows or (most_prompts if own_prompt else default_rows)(shape.width, device)
     rows = rows_that_fit(wanted, bytes_a_row, device)
     if rows < wanted:
         log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted, rows)

@@ -140,10 +140,11 @@ def _rows_to_try(rollouts: int, row_bytes: int, device: str) -> Iterator[int]:
 
 def _draw(engine: Engine, jobs: list[Job], rows: int, sampler: Sampler, seed: int) -> Rollouts:
     """One batch."""
-    from latent_tts.engine.packing import batches
+    from latent_tts.engine.packing import batches, most_prompts
     from latent_tts.executor import draw_batch
 
-    return draw_batch(next(batches(jobs, rows)), engine, sampler, seed)
+    batch = next(batches(jobs, rows, most_prompts(engine.width, engine.device.type)))
+    return draw_batch(batch, engine, sampler, seed)
 
 
 def _seconds(draw: Callable[[], Rollouts], deadline: float) -> tuple[float, Rollouts]:

@@ -13,6 +13,7 @@ import torch
 from latent_tts.cost import Rates, Shape
 
 CPU_ROW_VALUES, CUDA_ROW_VALUES = 1 << 19, 1 << 22  # rows * width of a batch: see benchmarks/engine.py
+PROMPTS_SHARE = 8  # rows that run whole prompts are an eighth of the others: see docs/tuning.md
 MEMORY_SHARE = 0.5
 COPIED = 1 << 25  # bytes
 
@@ -44,6 +45,11 @@ def default_rows(width: int, device: str) -> int:
     return max(64, 1 << ((values // width).bit_length() - 1))
 
 
+def most_prompts(width: int, device: str) -> int:
+    """Most prompts that run at once."""
+    return default_rows(width, device) // PROMPTS_SHARE
+
+
 def row_bytes(shape: Shape, prompt: int, suffix: int, item: int, own_prompt: bool) -> int:
     """Upper estimate of one row's bytes: keys and values, activations, logits."""
     tokens = suffix + prompt  # a batch of many questions with one rollout each has a prefix a row
@@ -61,8 +67,15 @@ def rows_that_fit(rows: int, bytes_a_row: int, device: str) -> int:
     return rows
 
 
-def batches(jobs: Sequence[Job], rows: int) -> Iterator[list[Job]]:
-    """Batches of jobs with equally many rollouts each, longest prompts first (what does not fit fails at once)."""
+def batches(jobs: Sequence[Job], rows: int, prompts: int | None = None) -> Iterator[list[Job]]:
+    """Batches of jobs with equally many rollouts each, longest prompts first (what does not fit fails at once).
+
+    Args:
+        jobs: in any order.
+        rows: most rollouts of a batch.
+        prompts: most jobs of a batch; None for as many as there are rows.
+    """
+    most = rows if prompts is None else prompts
     pieces = [
         replace(job, rollouts=job.rollouts[start : start + rows])
         for job in jobs
@@ -72,7 +85,7 @@ def batches(jobs: Sequence[Job], rows: int) -> Iterator[list[Job]]:
     batch: list[Job] = []
     for piece in pieces:
         count = len(piece.rollouts)
-        if batch and (count != len(batch[0].rollouts) or (len(batch) + 1) * count > rows):
+        if batch and (count != len(batch[0].rollouts) or (len(batch) + 1) * count > rows or len(batch) == most):
             yield batch
             batch = []
         batch.append(piece)
