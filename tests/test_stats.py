@@ -216,7 +216,7 @@ def test_a_zero_vector_is_at_right_angles_to_everything():
 
 def test_identical_rollouts_have_no_diversity_at_any_scale():
     latents = np.random.default_rng(0).normal(size=(1, 3, 64)).astype(np.float32)
-    assert stats.diversity(np.repeat(latents, 8, axis=0)) == pytest.approx(0, abs=1e-12)
+    assert 0 <= stats.diversity(np.repeat(latents, 8, axis=0)) < 1e-12
     assert stats.diversity(np.concatenate([latents, 100 * latents])) == pytest.approx(0, abs=1e-12)
 
 

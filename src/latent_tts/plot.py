@@ -11,9 +11,10 @@ from latent_tts.store import RUN_COLUMNS, whole_file
 
 CURVE = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator", "seed")]
 PANELS = (("coverage", "Coverage"), ("accuracy", "Accuracy"))
+MOST_TOGETHER = 2  # models in one pair of panels; more get a pair each
 MOST_INSIDE = 5  # lines whose names stand inside a panel; those of more stand below it
 DASHES = ("-", "--", ":", "-.")
-
+UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same table gives the same file
 
 AGAINST = {
     "n": "rollouts per question (n)",
@@ -25,6 +26,8 @@ AGAINST = {
 
 def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path:
     """Coverage and accuracy against n or another figure of the same rows, with 95 % bands, one colour a curve.
+
+    More than two models are drawn below each other.
 
     Args:
         metrics: a metrics table; several runs make several curves. Where one curve has several rows at an n, those
@@ -56,12 +59,18 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     means = {"x": "mean", "value": "mean", "ci_low": "mean", "ci_high": "mean", "questions": "first"}
     shown = shown.groupby(point, sort=False, dropna=False, as_index=False).agg(means)
     kinds = [name for name in CURVE if against != "diversity" or name != "sampler_value"]
-    curves = list(shown.groupby(kinds, sort=False, dropna=False))
-    varying = [name for name in kinds if shown[name].nunique(dropna=False) > 1]
+    models = metrics["model"].unique()
+    parts = [shown] if len(models) <= MOST_TOGETHER else [shown[shown["model"] == model] for model in models]
+    varying = [name for name in kinds if any(part[name].nunique(dropna=False) > 1 for part in parts)]
     if shown.groupby("model", dropna=False)["checkpoint"].nunique().max() == 1:
         varying = [name for name in varying if name != "checkpoint"]  # the model's name says it
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    for (metric, title), axis in zip(PANELS, axes, strict=True):
+    size = (10, 4.2 if len(parts) == 1 else 2.8 * len(parts))
+    figure, grid = plt.subplots(
+        len(parts), 2, figsize=size, sharex="col", sharey=True, squeeze=False, layout="constrained"
+    )
+    for place, (axis, part) in enumerate(zip(grid.flat, [part for part in parts for _ in PANELS], strict=True)):
+        metric, title = PANELS[place % 2]
+        curves = part.groupby(kinds, sort=len(parts) > 1, dropna=False)
         for index, (values, rows) in enumerate(curves):
             label = _label(dict(zip(kinds, values, strict=True)), varying)
             by_aggregator = rows[rows["metric"] == metric].groupby("aggregator", sort=True)
@@ -75,23 +84,28 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}" if against == "n" else "{x:.2g}"))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axis.set_xlabel(AGAINST[against])
-        axis.set_title(title)
         axis.grid(alpha=0.25)
+        if axis in grid[0]:
+            axis.set_title(title)
+        if axis in grid[-1]:
+            axis.set_xlabel(AGAINST[against])
+        if axis in grid[:, 0]:
+            axis.set_ylabel("questions" if len(parts) == 1 else part["model"].iloc[0])
         if len(axis.lines) > MOST_INSIDE:
             axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         elif axis.lines:
             axis.legend(fontsize=8, frameon=False)
-    axes[0].set_ylabel("questions")
     first = shown.iloc[0]
-    where = (
-        f"{first['model']} on {first['task']}/{first['split']}" if not {"model", "task", "split"} & set(varying) else ""
-    )
+    where = ""
+    if not {"task", "split"} & set(varying):
+        where = f"{first['task']}/{first['split']}"
+        where = f"{first['model']} on {where}" if len(models) == 1 else where
     over = f"{int(first['questions'])} questions" + (f", {seeds} seeds" if seeds > 1 else "")
     figure.suptitle(", ".join(part for part in (where, over, "95 % intervals") if part), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        figure.savefig(partial, format=path.suffix.removeprefix(".") or "png", dpi=150)
+    kind = path.suffix.removeprefix(".") or "png"
+    with whole_file(path) as partial, plt.rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(partial, format=kind, dpi=150, metadata=UNDATED.get(kind))
     plt.close(figure)
     return path
 

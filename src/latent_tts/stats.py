@@ -68,7 +68,7 @@ def diversity(latents_NTD: NDArray[np.floating]) -> float | None:
     units = np.divide(latents, norms, out=np.zeros_like(latents), where=norms > 0)
     # sum over pairs of u_i . u_j, from |sum u|^2
     cosine_T = (np.square(units.sum(0)).sum(-1) - np.square(units).sum((0, 2))) / (count * (count - 1))
-    return float(1.0 - cosine_T.mean())
+    return max(0.0, float(1.0 - cosine_T.mean()))  # equal latents differ by rounding alone
 
 
 def bootstrap_weights(questions: int, clusters: NDArray[np.int64] | None = None) -> Floats:
