@@ -15,7 +15,7 @@ class EngineConfig:
     Attributes:
         dtype: of weights and activations.
         device: auto, cpu, cuda or cuda:INDEX.
-        rows: most rows of a batch; null follows from the model's width and the kind of device.
+        rows: most rows of a batch; null follows from the width, the kind of device and whether prompts are masked.
         quantize: null, int8 or float8: the reasoner's blocks.
     """
 
