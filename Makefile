@@ -90,6 +90,7 @@ bench: .venv/.installed ## all benchmarks
 	$(BIN)/python benchmarks/randomness.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/turns.py
 
 clean: ## remove what runs leave behind, .venv and caches included
 	rm -rf .venv outputs multirun .cache dist build .pytest_cache .ruff_cache .hypothesis

@@ -204,6 +204,21 @@ def test_a_figure_against_diversity_has_a_point_a_value_of_the_sampler(tmp_path,
     assert points == {"gaussian": [(pytest.approx(0.2), 0.5), (pytest.approx(0.4), 0.75)]}
 
 
+def test_more_than_two_models_have_panels_of_their_own(tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_ylabel", lambda _, text, **__: named.append(text))
+    row = dict.fromkeys(RUN_COLUMNS, "") | {"sampler": "gaussian", "seed": "0", "n": 4, "drawn": 4, "questions": 2}
+    rows = [
+        row | {"run_id": model, "model": model, "metric": metric} | dict.fromkeys(("value", "ci_low", "ci_high"), 0.5)
+        for model in ("b", "a", "d", "c")
+        for metric in ("coverage", "diversity")
+        if (model, metric) != ("d", "diversity")
+    ]
+    for against in ("n", "diversity"):
+        scaling_curve(pd.DataFrame(rows), tmp_path / f"{against}.svg", against)
+    assert [text for text in named if text] == [*"badc", *"bac"]
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_and_started_again_gives_equal_tables(checkpoint, tmp_path):
     def command(cache: str) -> list[str]:

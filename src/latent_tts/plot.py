@@ -59,7 +59,7 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     means = {"x": "mean", "value": "mean", "ci_low": "mean", "ci_high": "mean", "questions": "first"}
     shown = shown.groupby(point, sort=False, dropna=False, as_index=False).agg(means)
     kinds = [name for name in CURVE if against != "diversity" or name != "sampler_value"]
-    models = metrics["model"].unique()
+    models = [model for model in metrics["model"].unique() if model in set(shown["model"])]
     parts = [shown] if len(models) <= MOST_TOGETHER else [shown[shown["model"] == model] for model in models]
     varying = [name for name in kinds if any(part[name].nunique(dropna=False) > 1 for part in parts)]
     if shown.groupby("model", dropna=False)["checkpoint"].nunique().max() == 1:
