@@ -22,12 +22,13 @@ install: .venv/.installed ## make .venv from the pinned versions
 run: .venv/.installed ## the main job: two samplers, n up to 64, table and scaling curve (QUESTIONS=1000)
 	$(BIN)/ltts run -m sampler=gaussian,dropout budget=ladder n=64 task.limit=$(QUESTIONS)
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
+
 test: .venv/.installed ## the default test suite, a process a core
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
+	$(PYTEST)
 
 test-slow: .venv/.installed ## the slow tests: long ones, and more cases of those in `make test`
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not gpu and not network and not realdata' --ignore=tests/test_wheel.py \
-		--numprocesses=logical --maxprocesses=8 --dist=worksteal
+	$(PYTEST) -m 'slow and not gpu and not network and not realdata' --ignore=tests/test_wheel.py
 
 lint: .venv/.installed ## style
 	$(BIN)/ruff check .

@@ -77,6 +77,20 @@ def prompts(count: int, vocabulary: int) -> list[list[int]]:
     return [[(31 * place + 7 * row) % (vocabulary - 1) for place in range(n)] for row, n in enumerate(lengths)]
 
 
+def jobs_of(questions: int, rollouts: int, vocabulary: int) -> list[Job]:
+    """A case's questions."""
+    return [
+        Job(str(number), str(number), prompt, list(range(rollouts)))
+        for number, prompt in enumerate(prompts(questions, vocabulary))
+    ]
+
+
+def latent_flops(lm: PreTrainedModel, jobs: list[Job], sampler: Sampler) -> float:
+    """Operations of the latent phase."""
+    shape, passes = Shape.from_config(lm.config.to_dict()), LATENTS - (not sampler.random_phases)
+    return sum(len(job.rollouts) * shape.pass_flops(passes, len(job.prompt)) for job in jobs)
+
+
 def new_model(arguments: argparse.Namespace) -> PreTrainedModel:
     """Random weights in the shape asked for, made in their own precision, as a checkpoint's are read."""
     torch.manual_seed(0)
@@ -219,13 +233,9 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
     vocabulary = lm.config.get_text_config().vocab_size
     if arguments.quantize is not None:
         quantize(lm, arguments.quantize)
-    jobs = [
-        Job(str(number), str(number), prompt, list(range(rollouts)))
-        for number, prompt in enumerate(prompts(questions, vocabulary))
-    ]
-    prompts_at_once = most_prompts(width, device)
-    rows = prompts_at_once if "prompt" in sampler.random_phases else default_rows(width, device)
-    parts = list(batches(jobs, rows, prompts_at_once))
+    jobs = jobs_of(questions, rollouts, vocabulary)
+    rows = default_rows(width, device, "prompt" in sampler.random_phases)
+    parts = list(batches(jobs, rows, most_prompts(width, device)))
 
     def roll(plan: Plan, part: list[Job], sampler: Sampler) -> None:
         engine = Engine(Reasoner(lm, lambda hidden: hidden), plan)
@@ -244,8 +254,7 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
     watch.close()
     spent = watch.seconds
     total = sum(spent.values())
-    shape, passes = Shape.from_config(lm.config.to_dict()), LATENTS - (not sampler.random_phases)
-    flops = rollouts * sum(shape.pass_flops(passes, len(job.prompt)) for job in jobs)
+    flops = latent_flops(lm, jobs, sampler)
     rate = product_rate(new_model(arguments), sum(len(job.rollouts) for job in parts[0]), device)
     return result | {
         "rollouts_per_second": questions * rollouts / result["seconds"],

@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 import engine as bench
 from baseline import clock
-from latent_tts.cost import Shape
+from latent_tts.engine.packing import Job
 from latent_tts.engine.rollout import Engine, Plan
-from latent_tts.rng import Draw
+from latent_tts.executor import draw_batch
 from latent_tts.types import Reasoner, Sampler
 
 
@@ -36,25 +36,19 @@ class Side:
     seconds: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
 
-    def take_a_turn(self, prompts: list[list[int]], rollouts: int, sampler: Sampler) -> None:
-        """Draw all rollouts once."""
-        shape = Shape.from_config(self.unprepared.config.to_dict())
-        passes, rows = bench.LATENTS - (not sampler.random_phases), rollouts * len(prompts)
-        flops = rollouts * sum(shape.pass_flops(passes, len(prompt)) for prompt in prompts)
-        engine = Engine(
-            Reasoner(self.lm, lambda hidden: hidden), Plan(bench.LATENTS, [shape.vocabulary - 1], None, bench.ANSWER)
-        )
-        numbers, ids = torch.arange(rollouts).repeat(len(prompts), 1), [str(i) for i in range(len(prompts))]
-        draw = Draw.of(0, ids, numbers, shape.width, shape.layers)
+    def take_a_turn(self, jobs: list[Job], sampler: Sampler) -> None:
+        """Draw all rollouts once, in one batch."""
+        plan = Plan(bench.LATENTS, [int(self.lm.config.vocab_size) - 1], None, bench.ANSWER)
+        engine, rows = Engine(Reasoner(self.lm, lambda hidden: hidden), plan), sum(len(job.rollouts) for job in jobs)
         before = bench.product_rate(self.unprepared, rows, "cpu")
         watch = bench.Stopwatch(sampler, self.lm, bench.LATENTS, "cpu")
         started = clock()
-        watch.run(partial(engine.roll, prompts, draw))
+        watch.run(lambda watched: draw_batch(jobs, engine, watched, 0))
         self.seconds.append(clock() - started)
         watch.close()
         after = bench.product_rate(self.unprepared, rows, "cpu")
         latents = watch.seconds["latents"] + watch.seconds["random_latents"]
-        self.shares.append(2 * flops / latents / (before + after))
+        self.shares.append(2 * bench.latent_flops(self.lm, jobs, sampler) / latents / (before + after))
 
 
 def spread(values: Sequence[float]) -> str:
@@ -77,12 +71,12 @@ def main(argv: list[str] | None = None) -> None:
     models = {dtype: (make(), make()) for dtype, make in new.items()}
     for case in arguments.case:
         questions, rollouts = map(int, case.split("x"))
-        prompts = bench.prompts(questions, int(models["fp32"][0].config.vocab_size))
+        jobs = bench.jobs_of(questions, rollouts, int(models["fp32"][0].config.vocab_size))
         for name in arguments.sampler:
             sides = {dtype: Side(*pair) for dtype, pair in models.items()}
             for _ in range(1 + arguments.repeats):
                 for side in sides.values():
-                    side.take_a_turn(prompts, rollouts, bench.SAMPLERS[name])
+                    side.take_a_turn(jobs, bench.SAMPLERS[name])
             slow, fast = (side.seconds[1:] for side in (sides["fp32"], sides["bf16"]))
             rates = [
                 f"{dtype} {questions * rollouts / statistics.median(side.seconds[1:]):.1f}"

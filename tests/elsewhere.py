@@ -35,7 +35,7 @@ from latent_tts.decoding import AnswerSampling  # noqa: E402
 from latent_tts.engine import head  # noqa: E402
 from latent_tts.engine.rollout import Engine, Plan, Rollouts  # noqa: E402
 from latent_tts.engine.scoring import LatentScorer  # noqa: E402
-from latent_tts.labelling import LabelJob, Labelling, label_batch  # noqa: E402
+from latent_tts.labelling import label_batch  # noqa: E402
 from latent_tts.rng import Draw  # noqa: E402
 from latent_tts.sampler.control import Control  # noqa: E402
 from latent_tts.sampler.dropout import Dropout  # noqa: E402
@@ -44,6 +44,7 @@ from latent_tts.sampler.greedy import Greedy  # noqa: E402
 from latent_tts.schedule.jacobi import Jacobi  # noqa: E402
 from latent_tts.search.beam import Beam  # noqa: E402
 from latent_tts.types import Reasoner, RewardModel  # noqa: E402
+from test_labelling import jobs, labelling  # noqa: E402
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("elsewhere:0")
 head.VALUES_AT_ONCE["elsewhere"] = head.VALUES_AT_ONCE["cuda"]
@@ -147,13 +148,9 @@ def rolled(family: str, plan: Plan, sampler: Any) -> Callable[[torch.device], li
 
 
 def labelled(family: str, sampler: Any) -> Callable[[torch.device], list]:
-    prompts = tiny.prompts([9, 1])
-    jobs = [LabelJob(f"q{i}", i, prompt, lambda ids: sum(ids) % 2 == 0) for i, prompt in enumerate(prompts)]
-    labelling = Labelling(rollouts=2, completions=2, keep_all=True, seed=0, rows=64, latent_id=59)
-
     def values_on(device: torch.device) -> list:
         engine = Engine(reasoner(family, device), tiny.plan(3, eos_id=tiny.EOS_IDS[family], answer=3))
-        return [torch.from_numpy(entry.labels_NT) for entry in label_batch(jobs, engine, sampler, labelling)[0]]
+        return [torch.from_numpy(entry.labels_NT) for entry in label_batch(jobs(), engine, sampler, labelling())[0]]
 
     return values_on
 

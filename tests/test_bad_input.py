@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from marks import slow
 from refusal import check
 
 
@@ -51,24 +52,19 @@ def test_an_argument_that_is_no_override(ltts):
         (["model.checkpoint=no/such/folder"], ["model.checkpoint=no/such/folder", "no such folder"]),
         (["model.checkpoint=shipped:nosuch"], ["model.checkpoint=shipped:nosuch", "shipped are"]),
         (["experiment=nosuch"], ["experiment=nosuch", "smoke"]),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                (["n=1.5"], ["n=1.5", "integer"]),
-                (["seed=x"], ["seed=x", "integer"]),
-                (["sampler=gaussian", "sampler.sigma=inf"], ["sampler.sigma=inf", "finite"]),
-                (["sampler=gaussian", "sampler.sigma=big"], ["sampler.sigma=big", "number"]),
-                (["sampler.rate=-0.1"], ["sampler.rate=-0.1", "[0, 1)"]),
-                (["sampler.mask=old"], ["sampler.mask=old", "fresh or locked"]),
-                (["task.limit=0"], ["task.limit=0", "positive"]),
-                (["task.steps=[9]"], ["task.steps=[9]", "[2, 3, 4, 5]"]),
-                (["aggregator=[best]"], ["aggregator=best", "likelihood, majority"]),
-                (["engine.gpu=1"], ["engine.gpu", "device"]),
-                (["model.latents=-1"], ["model.latents=-1", "0 or more"]),
-                (["max_answer_tokens=0"], ["max_answer_tokens=0", "1 or more"]),
-                (["engine.rows=0"], ["engine.rows=0", "1 or more"]),
-            ]
-        ),
+        slow(["n=1.5"], ["n=1.5", "integer"]),
+        slow(["seed=x"], ["seed=x", "integer"]),
+        slow(["sampler=gaussian", "sampler.sigma=inf"], ["sampler.sigma=inf", "finite"]),
+        slow(["sampler=gaussian", "sampler.sigma=big"], ["sampler.sigma=big", "number"]),
+        slow(["sampler.rate=-0.1"], ["sampler.rate=-0.1", "[0, 1)"]),
+        slow(["sampler.mask=old"], ["sampler.mask=old", "fresh or locked"]),
+        slow(["task.limit=0"], ["task.limit=0", "positive"]),
+        slow(["task.steps=[9]"], ["task.steps=[9]", "[2, 3, 4, 5]"]),
+        slow(["aggregator=[best]"], ["aggregator=best", "likelihood, majority"]),
+        slow(["engine.gpu=1"], ["engine.gpu", "device"]),
+        slow(["model.latents=-1"], ["model.latents=-1", "0 or more"]),
+        slow(["max_answer_tokens=0"], ["max_answer_tokens=0", "1 or more"]),
+        slow(["engine.rows=0"], ["engine.rows=0", "1 or more"]),
     ],
     ids=lambda value: " ".join(value) if value and "=" in value[0] else None,
 )

@@ -17,6 +17,7 @@ from latent_tts.rng import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
 from latent_tts.search.beam import Beam, children, reduced
+from marks import slow
 from oracle import Oracle
 from test_scoring import plain
 
@@ -65,11 +66,11 @@ class ByHand:
 @pytest.mark.parametrize(
     ("family", "sampler", "diverse", "reduce"),
     [
-        pytest.param("gpt2", NOISE, False, "sum", marks=pytest.mark.slow),
+        slow("gpt2", NOISE, False, "sum"),
         ("gpt2", MASKS, True, "last"),
-        pytest.param("qwen3", EVERYWHERE, False, "mean", marks=pytest.mark.slow),
+        slow("qwen3", EVERYWHERE, False, "mean"),
         ("llama", NOISE, True, "sum"),
-        pytest.param("gpt2", AnswerSampling(1.5, 0.9).over(NOISE), False, "sum", marks=pytest.mark.slow),
+        slow("gpt2", AnswerSampling(1.5, 0.9).over(NOISE), False, "sum"),
     ],
 )
 def test_the_search_equals_one_by_hand(family, sampler, diverse, reduce):

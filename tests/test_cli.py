@@ -12,6 +12,7 @@ import pytest
 from latent_tts import store
 from latent_tts.plot import scaling_curve
 from latent_tts.store import RUN_COLUMNS
+from marks import slow
 
 
 def test_help_lists_every_command_quickly_and_without_torch():
@@ -94,7 +95,7 @@ def test_rollouts_of_a_small_budget_are_the_first_of_a_large_one(run):
     )
 
 
-@pytest.mark.parametrize("rows", [5, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 64))])
+@pytest.mark.parametrize("rows", [5, slow(1), slow(64)])
 def test_the_rows_of_a_batch_do_not_change_the_rollouts(run, rows):
     a = pd.read_parquet(run().last.parent / "rollouts.parquet")
     b = pd.read_parquet(run(f"engine.rows={rows}", f"paths.cache=rows{rows}").last.parent / "rollouts.parquet")

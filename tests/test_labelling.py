@@ -13,6 +13,7 @@ from latent_tts.philox import key_of
 from latent_tts.rng import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
+from marks import slow
 from oracle import Oracle
 
 LENGTHS = [9, 1]
@@ -106,7 +107,7 @@ def test_the_last_label_under_noise_is_the_rollouts_own_correctness_and_costs_no
 
 
 @samplers
-@pytest.mark.parametrize("rows", [5, *(pytest.param(rows, marks=pytest.mark.slow) for rows in (1, 1000))])
+@pytest.mark.parametrize("rows", [5, slow(1), slow(1000)])
 def test_labels_do_not_depend_on_the_batch(sampler, rows, tmp_path):
     engine = Engine(tiny.reasoner("gpt2"), plan("gpt2"))
     whole, _ = label_batch(jobs(), engine, sampler, labelling())

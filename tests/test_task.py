@@ -24,7 +24,7 @@ def arith(split="test", *, limit=None, steps=None, seed=0):
 
 @pytest.fixture(scope="module")
 def splits():
-    limits = {"train": 6_000}
+    limits = {"train": 20_000}
     with pytest.MonkeyPatch.context() as patch:  # the splits are sieved out of the same problems: make each once
         patch.setattr(arith_room, "Dice", lambda *place: place)
         patch.setattr(arith_room, "make_problem", cache(lambda place, level: make_problem(Dice(*place), level)))

@@ -59,7 +59,7 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     means = {"x": "mean", "value": "mean", "ci_low": "mean", "ci_high": "mean", "questions": "first"}
     shown = shown.groupby(point, sort=False, dropna=False, as_index=False).agg(means)
     kinds = [name for name in CURVE if against != "diversity" or name != "sampler_value"]
-    models = [model for model in metrics["model"].unique() if model in set(shown["model"])]
+    models = metrics.loc[metrics["model"].isin(shown["model"]), "model"].unique()
     parts = [shown] if len(models) <= MOST_TOGETHER else [shown[shown["model"] == model] for model in models]
     varying = [name for name in kinds if any(part[name].nunique(dropna=False) > 1 for part in parts)]
     if shown.groupby("model", dropna=False)["checkpoint"].nunique().max() == 1:
@@ -68,8 +68,12 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     figure, grid = plt.subplots(
         len(parts), 2, figsize=size, sharex="col", sharey=True, squeeze=False, layout="constrained"
     )
-    for place, (axis, part) in enumerate(zip(grid.flat, [part for part in parts for _ in PANELS], strict=True)):
-        metric, title = PANELS[place % 2]
+    panels = [
+        (axis, part, metric)
+        for axes, part in zip(grid, parts, strict=True)
+        for axis, (metric, _) in zip(axes, PANELS, strict=True)
+    ]
+    for axis, part, metric in panels:
         curves = part.groupby(kinds, sort=len(parts) > 1, dropna=False)
         for index, (values, rows) in enumerate(curves):
             label = _label(dict(zip(kinds, values, strict=True)), varying)
@@ -85,21 +89,18 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}" if against == "n" else "{x:.2g}"))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.grid(alpha=0.25)
-        if axis in grid[0]:
-            axis.set_title(title)
-        if axis in grid[-1]:
-            axis.set_xlabel(AGAINST[against])
-        if axis in grid[:, 0]:
-            axis.set_ylabel("questions" if len(parts) == 1 else part["model"].iloc[0])
         if len(axis.lines) > MOST_INSIDE:
             axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         elif axis.lines:
             axis.legend(fontsize=8, frameon=False)
+    for top, bottom, (_, title) in zip(grid[0], grid[-1], PANELS, strict=True):
+        top.set_title(title)
+        bottom.set_xlabel(AGAINST[against])
+    for axis, name in zip(grid[:, 0], ["questions"] if len(parts) == 1 else models, strict=True):
+        axis.set_ylabel(name)
     first = shown.iloc[0]
-    where = ""
-    if not {"task", "split"} & set(varying):
-        where = f"{first['task']}/{first['split']}"
-        where = f"{first['model']} on {where}" if len(models) == 1 else where
+    subject = f"{first['model']} on " if len(models) == 1 else ""
+    where = "" if {"task", "split"} & set(varying) else f"{subject}{first['task']}/{first['split']}"
     over = f"{int(first['questions'])} questions" + (f", {seeds} seeds" if seeds > 1 else "")
     figure.suptitle(", ".join(part for part in (where, over, "95 % intervals") if part), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -137,9 +137,9 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
 
 def rows_of_a_batch(cfg: DictConfig, shape: Shape, bytes_a_row: int, device: str, own_prompt: bool) -> int:
     """Rows of a batch: `engine.rows`, or what suits the model's width; fewer, and said, if they do not fit memory."""
-    from latent_tts.engine.packing import default_rows, most_prompts, rows_that_fit
+    from latent_tts.engine.packing import default_rows, rows_that_fit
 
-    wanted = cfg.engine.rows or (most_prompts if own_prompt else default_rows)(shape.width, device)
+    wanted = cfg.engine.rows or default_rows(shape.width, device, own_prompt)
     rows = rows_that_fit(wanted, bytes_a_row, device)
     if rows < wanted:
         log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted, rows)

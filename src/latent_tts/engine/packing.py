@@ -39,15 +39,16 @@ class Job:
     shift: int = 0
 
 
-def default_rows(width: int, device: str) -> int:
-    """Rows of a batch, from the model's width and the kind of device alone."""
+def default_rows(width: int, device: str, own_prompt: bool = False) -> int:
+    """Rows of a batch, from the model's width, the kind of device and whether each row runs a prompt of its own."""
     values = CUDA_ROW_VALUES if device.startswith("cuda") else CPU_ROW_VALUES
-    return max(64, 1 << ((values // width).bit_length() - 1))
+    rows = max(64, 1 << ((values // width).bit_length() - 1))
+    return rows // PROMPTS_SHARE if own_prompt else rows
 
 
 def most_prompts(width: int, device: str) -> int:
     """Most prompts that run at once."""
-    return default_rows(width, device) // PROMPTS_SHARE
+    return default_rows(width, device, own_prompt=True)
 
 
 def row_bytes(shape: Shape, prompt: int, suffix: int, item: int, own_prompt: bool) -> int:
