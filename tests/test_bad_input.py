@@ -196,6 +196,7 @@ def test_bad_folders_of_the_other_commands(ltts, run):
     folder = run().last.parent
     check(ltts("compare", folder, run("seed=7").last.parent), "seeds")
     check(ltts("compare", folder, run("task.split=valid").last.parent), "other questions")
+    check(ltts("compare", folder, folder, "b_n=3"), "b_n=3", "the run reports")
     check(ltts("collect", folder, "output=null"), "output=null")
     (folder / "run.json").unlink()
     check(ltts("compare", folder, folder), "did not complete")

@@ -164,6 +164,21 @@ def test_compare_pairs_two_runs(run, ltts):
     assert same.out.count("0.0 [0.0, 0.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
 
 
+def test_compare_holds_the_vote_against_one_greedy_rollout(run, ltts, tmp_path):
+    drawn, greedy = run("budget=ladder", "sampler.rate=0.5"), run("sampler=greedy", "n=1")
+    result = ltts("compare", drawn.last.parent, greedy.last.parent, "a_n=4", "b_n=1", "output=paired.csv")
+    assert result.code == 0, result.err
+    assert "4 - 1" in result.out
+    table = pd.read_csv(tmp_path / "paired.csv").set_index("a_figure")
+    accuracies = [pd.read_csv(side.last).query("metric == 'accuracy'") for side in (drawn, greedy)]
+    majority = [table.query("aggregator == 'majority'").set_index("n")["value"] for table in accuracies]
+    assert (table["a_n"] == 4).all() and (table["b_n"] == 1).all()
+    assert table["a"]["majority"] == pytest.approx(majority[0][4])
+    assert table["b"]["majority"] == pytest.approx(majority[1][1])
+    every = ltts("compare", drawn.last.parent, greedy.last.parent, "b_n=1")
+    assert all(f"{n} - 1" in every.out for n in (2, 4))
+
+
 def test_plot_draws_from_the_table_alone(run, ltts, tmp_path):
     table = run("budget=ladder").last
     (tmp_path / "results.csv").write_bytes(table.read_bytes())

@@ -244,12 +244,14 @@ class CollectConfig:
 
 @dataclass
 class CompareConfig:
-    """Keys of `ltts compare`: two run folders (or folders of runs over seeds), figures to hold together, a CSV."""
+    """Keys of `ltts compare`: two run folders (or folders of runs over seeds), figures and n to hold together, a CSV."""
 
     a: str = MISSING
     b: str = MISSING
     a_figure: str | None = MISSING
     b_figure: str | None = MISSING
+    a_n: int | None = MISSING
+    b_n: int | None = MISSING
     output: str | None = MISSING
 
 

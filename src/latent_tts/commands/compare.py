@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from omegaconf import DictConfig
 from latent_tts import config, metrics, report, stats, store
 from latent_tts.errors import UsageError
 
-COLUMNS = ["a_figure", "b_figure", "n", "a", "b", "difference", "ci_low", "ci_high", "questions", "seeds"]
+COLUMNS = ["a_figure", "b_figure", "a_n", "b_n", "a", "b", "difference", "ci_low", "ci_high", "questions", "seeds"]
 
 
 def main(cfg: DictConfig) -> None:
@@ -27,11 +28,11 @@ def main(cfg: DictConfig) -> None:
         raise UsageError(f"a has the seeds {sorted(a)}, b has {sorted(b)}: pair runs of equal seeds")
     rows, table, questions = [], [], []
     for name_a, name_b in figures(cfg, first(a), first(b)):
-        for n in sorted(set(first(a)["reported"]) & set(first(b)["reported"])):
+        for n_a, n_b in budgets(cfg, first(a), first(b)):
             values_a, values_b, questions = [], [], []
             for seed in sorted(a):
-                ids_a, per_a = per_question(a[seed], name_a, n)
-                ids_b, per_b = per_question(b[seed], name_b, n)
+                ids_a, per_a = per_question(a[seed], name_a, n_a)
+                ids_b, per_b = per_question(b[seed], name_b, n_b)
                 if sorted(ids_a) != sorted(ids_b):
                     raise UsageError(f"a and b have other questions (seed {seed}); compare runs on the same ones")
                 order = {question: index for index, question in enumerate(ids_b)}
@@ -43,10 +44,11 @@ def main(cfg: DictConfig) -> None:
             mean, low, high = stats.paired_difference(left, right, clusters)
             difference = pd.Series({"value": mean, "ci_low": low, "ci_high": high})
             shown = name_a if name_a == name_b else f"{name_a} - {name_b}"
-            rows.append([shown, n, f"{100 * left.mean():.1f}", f"{100 * right.mean():.1f}", report.percent(difference)])
-            table.append([name_a, name_b, n, left.mean(), right.mean(), mean, low, high, len(set(questions)), len(a)])
+            at = n_a if n_a == n_b else f"{n_a} - {n_b}"
+            rows.append([shown, at, f"{100 * left.mean():.1f}", f"{100 * right.mean():.1f}", report.percent(difference)])
+            table.append([name_a, name_b, n_a, n_b, left.mean(), right.mean(), mean, low, high, len(set(questions)), len(a)])
     if not rows:
-        raise UsageError("a and b report no n in common; draw both with budget=ladder")
+        raise UsageError("a and b report no n in common; draw both with budget=ladder, or name them: a_n=64 b_n=1")
     title = f"A - B in points: {len(set(questions))} questions, {len(a)} seeds; A {cfg.a}, B {cfg.b}"
     report.print_table(title, ["figure", "n", "A %", "B %", "A - B"], rows)
     if cfg.output is not None:
@@ -72,6 +74,21 @@ def figures(cfg: DictConfig, a: dict[str, Any], b: dict[str, Any]) -> list[tuple
         known = ["coverage", *side["aggregators"]]
         config.require(key, name, name in known, f"one of {', '.join(known)}")
     return [named]
+
+
+def budgets(cfg: DictConfig, a: dict[str, Any], b: dict[str, Any]) -> list[tuple[int, int]]:
+    """Which n of A is held against which of B: those named, against all of the other side, or all that both have.
+
+    Raises:
+        UsageError: a side does not report the n named for it.
+    """
+    if cfg.a_n is None and cfg.b_n is None:
+        return [(n, n) for n in sorted(set(a["reported"]) & set(b["reported"]))]
+    for key, n, side in (("a_n", cfg.a_n, a), ("b_n", cfg.b_n, b)):
+        known = ", ".join(map(str, sorted(side["reported"])))
+        config.require(key, n, n is None or n in side["reported"], f"one of {known}, which the run reports, or null")
+    sides = (sorted(side["reported"]) if n is None else [n] for n, side in ((cfg.a_n, a), (cfg.b_n, b)))
+    return list(product(*sides))
 
 
 def first(side: dict[str, dict[str, Any]]) -> dict[str, Any]:
