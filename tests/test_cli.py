@@ -172,7 +172,7 @@ def test_compare_holds_the_vote_against_one_greedy_rollout(run, ltts, tmp_path):
     table = pd.read_csv(tmp_path / "paired.csv").set_index("a_figure")
     accuracies = [pd.read_csv(side.last).query("metric == 'accuracy'") for side in (drawn, greedy)]
     majority = [table.query("aggregator == 'majority'").set_index("n")["value"] for table in accuracies]
-    assert (table["a_n"] == 4).all() and (table["b_n"] == 1).all()
+    assert (table[["a_n", "b_n"]] == [4, 1]).all(axis=None)
     assert table["a"]["majority"] == pytest.approx(majority[0][4])
     assert table["b"]["majority"] == pytest.approx(majority[1][1])
     every = ltts("compare", drawn.last.parent, greedy.last.parent, "b_n=1")

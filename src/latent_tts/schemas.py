@@ -244,7 +244,7 @@ class CollectConfig:
 
 @dataclass
 class CompareConfig:
-    """Keys of `ltts compare`: two run folders (or folders of runs over seeds), figures and n to hold together, a CSV."""
+    """Keys of `ltts compare`: two run folders (or folders of runs over seeds), what to hold together, a CSV."""
 
     a: str = MISSING
     b: str = MISSING

@@ -45,8 +45,9 @@ def main(cfg: DictConfig) -> None:
             difference = pd.Series({"value": mean, "ci_low": low, "ci_high": high})
             shown = name_a if name_a == name_b else f"{name_a} - {name_b}"
             at = n_a if n_a == n_b else f"{n_a} - {n_b}"
-            rows.append([shown, at, f"{100 * left.mean():.1f}", f"{100 * right.mean():.1f}", report.percent(difference)])
-            table.append([name_a, name_b, n_a, n_b, left.mean(), right.mean(), mean, low, high, len(set(questions)), len(a)])
+            means = [left.mean(), right.mean()]
+            rows.append([shown, at, *(f"{100 * value:.1f}" for value in means), report.percent(difference)])
+            table.append([name_a, name_b, n_a, n_b, *means, mean, low, high, len(set(questions)), len(a)])
     if not rows:
         raise UsageError("a and b report no n in common; draw both with budget=ladder, or name them: a_n=64 b_n=1")
     title = f"A - B in points: {len(set(questions))} questions, {len(a)} seeds; A {cfg.a}, B {cfg.b}"
