@@ -14,7 +14,7 @@ help: ## show this menu
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,fast,quant]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev,fast,quant]'
 	@touch $@
 
 install: .venv/.installed ## make .venv from the pinned versions

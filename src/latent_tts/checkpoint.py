@@ -25,6 +25,7 @@ MODEL_KEY = "model.checkpoint"  # the config key that errors name, unless a call
 SHIPPED_PREFIX = "shipped:"
 WANTED_FILES = ["*.json", "*.safetensors"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of PEFT
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_*")
 # the tensors that tell the families apart; a checkpoint with none of them is COCONUT's, a plain causal LM
 FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "prj.": "PCCoT", "classifier.": "LatentRM"}
@@ -119,8 +120,9 @@ def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
     for name, tensors in shards.items():
         path = folder / name
         if not path.is_file():
-            pickles = [p for pattern in PICKLES for p in sorted(folder.glob(pattern)) if p.is_file()]
-            hint = convert_hint(pickles[0], key) if pickles else "no pickle either"
+            adapter = [folder] if (folder / ADAPTER).is_file() else []
+            foreign = adapter + [p for pattern in PICKLES for p in sorted(folder.glob(pattern)) if p.is_file()]
+            hint = convert_hint(foreign[0], key) if foreign else "no pickle either"
             raise bad_value(key, folder, f"the folder lacks {name}; {hint}")
         lacking = tensors - set(tensor_shapes(path, key=key))
         if lacking:
@@ -260,13 +262,13 @@ def read_pickle(pickle: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_causal_lm(folder: Path, *, device: str, dtype: str) -> PreTrainedModel:
+def load_causal_lm(folder: Path, *, device: str, dtype: str, key: str = MODEL_KEY) -> PreTrainedModel:
     """The causal LM of a checkpoint in evaluation mode, its weights cast to `dtype` (`float32`, `bfloat16`, ...).
 
     Raises:
         UsageError: a weight is missing or has another shape than the config says.
     """
-    return _load("AutoModelForCausalLM", folder, device, dtype, MODEL_KEY)
+    return _load("AutoModelForCausalLM", folder, device, dtype, key)
 
 
 def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrainedModel:

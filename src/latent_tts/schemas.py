@@ -274,6 +274,7 @@ class ConvertConfig:
         dst: the new checkpoint folder.
         tokenizer: folder of the backbone's tokenizer; null looks beside the weights.
         config: the backbone's `config.json`; null looks beside the weights, then in the tokenizer's folder.
+        base: folder or hub id of the model that an adapter of PEFT was trained on; null takes the one that it names.
         lora_alpha: LoRA's scale, which no file holds.
         latents: T of training, kept in the new `config.json`; null leaves it unsaid.
     """
@@ -282,6 +283,7 @@ class ConvertConfig:
     dst: str = MISSING
     tokenizer: str | None = MISSING
     config: str | None = MISSING
+    base: str | None = MISSING
     lora_alpha: float = MISSING
     latents: int | None = MISSING
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from latent_tts import checkpoint, config, layouts
+from latent_tts.commands import peft_adapter
 from latent_tts.errors import UsageError, bad_value
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def main(cfg: DictConfig) -> None:
     src, dst = Path(cfg.src).expanduser(), Path(cfg.dst).expanduser()
     config.require("lora_alpha", cfg.lora_alpha, cfg.lora_alpha > 0, "a positive number")
     config.require("latents", cfg.latents, cfg.latents is None or cfg.latents >= 0, "0 or more, or null")
-    source = find_weights(src)
+    whole = src.is_dir() and (peft_adapter.is_adapter(src) or peft_adapter.is_pccot(src))
+    source = src if whole else find_weights(src)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise bad_value("dst", dst, "a new or empty folder")
     beside = source if source.is_dir() else source.parent
@@ -44,19 +46,27 @@ def main(cfg: DictConfig) -> None:
             "as in tokenizer=FOLDER",
         )
     tokenizer = checkpoint.load_tokenizer(folders[0])
-    settings = find_config(cfg.config, folders)
-    state = layouts.unwrap(checkpoint.load_tensors(source, "") if source.is_dir() else checkpoint.read_pickle(source))
-    family = checkpoint.training_layout(state)
-    if family is None and source.is_dir():
-        raise bad_value("src", src, "has the tensors that `ltts run` reads already")
-    tensors, settings = convert(state, settings, tokenizer, family, cfg.lora_alpha)
+    renamed: Mapping[str, str] = {}
+    if whole:
+        tensors, settings, tokenizer, renamed = convert_folder(src, cfg.base, tokenizer)
+    else:
+        settings = find_config(cfg.config, folders)
+        state = checkpoint.load_tensors(source, "") if source.is_dir() else checkpoint.read_pickle(source)
+        state = layouts.unwrap(state)
+        family = checkpoint.training_layout(state)
+        if family is None and source.is_dir():
+            raise bad_value("src", src, "has the tensors that `ltts run` reads already")
+        tensors, settings = convert(state, settings, tokenizer, family, cfg.lora_alpha)
     if cfg.latents is not None:
-        settings |= {"latent_tts": {"latents": cfg.latents}}
+        settings["latent_tts"] = {**settings.get("latent_tts", {}), "latents": cfg.latents}
     write(dst, tensors, settings, tokenizer)
     for name in COPIED:
         found = [folder / name for folder in folders if (folder / name).is_file()]
         if found:
-            shutil.copyfile(found[0], dst / name)
+            text = found[0].read_text()
+            for old, new in renamed.items():
+                text = text.replace(old, new)
+            (dst / name).write_text(text)
     print(dst)
 
 
@@ -129,6 +139,38 @@ def convert(
         log.info("left out, since inference does not use them: %s", parts)
     log.info("a %s checkpoint of %d tensors: model=%s", family, len(tensors), family.lower())
     return tensors, settings | {"vocab_size": rows}
+
+
+def convert_folder(
+    src: Path, base: str | None, tokenizer: Tokenizer
+) -> tuple[dict[str, Tensor], dict[str, Any], Tokenizer, Mapping[str, str]]:
+    """Tensors, config and tokenizer of a LoRA adapter merged into its model, or of PCCoT; which tokens have new names.
+
+    Args:
+        src: a folder of PEFT or of PCCoT's training code, with its own tokenizer and config.
+        base: folder or hub id of the model that was adapted; None for the one that the adapter names.
+        tokenizer: the folder's.
+
+    Raises:
+        UsageError: the adapter cannot be merged, or PCCoT's files do not say what they should.
+    """
+    if peft_adapter.is_adapter(src):
+        tensors, settings = peft_adapter.merge(src, base, tokenizer.get_vocab_size(with_added_tokens=True))
+        tensors = layouts.settle_embeddings(layouts.Backbone(tensors, {}), tied=settings["tie_word_embeddings"])
+    else:
+        tensors, settings = checkpoint.load_tensors(src, ""), checkpoint.read_config(src)
+        settings["model_type"] = str(settings.get("model_type")).removeprefix("pccot-")
+    if not peft_adapter.is_pccot(src):
+        log.info("an adapter of PEFT, merged")
+        return tensors, settings, tokenizer, {}
+    said = peft_adapter.pccot_settings(src)
+    tokenizer, renamed = peft_adapter.rename_latent_tokens(src, tokenizer)
+    log.info(
+        "a PCCoT checkpoint: model=pccot model.latents=%d model.sweeps=%d \"model.answer_prompt='%s'\"",
+        *said.values(),
+        peft_adapter.answer_prompt(src),
+    )
+    return tensors, settings | {"latent_tts": said}, tokenizer, renamed
 
 
 def write(dst: Path, tensors: dict[str, Tensor], settings: dict[str, Any], tokenizer: Tokenizer) -> None:

@@ -7,7 +7,7 @@ is no sequential run that K sweeps would approximate.
 
 A checkpoint here is a causal LM in the layout of transformers with the projection's tensors `prj.*` beside it, or
 without any where `config.json` says `latent_tts.sweeps` (the code's `use_projection=false`). The published files hold a
-LoRA adapter of PEFT; they have to be merged first.
+LoRA adapter of PEFT, which `ltts convert` merges.
 
 Source: Wu et al. 2025 (arXiv 2506.18582); whyNLP/PCCoT, `models/modeling_gpt2.py` and `models/data_processor.py`.
 """
