@@ -163,6 +163,7 @@ def edit(path: Path, **changes: object) -> None:
     [
         ("adapter_config.json", {"base_model_name_or_path": None}, ["base=null", "does not name the model"]),
         ("adapter_config.json", {"base_model_name_or_path": "nowhere"}, ["base=nowhere", "no such folder"]),
+        ("adapter_config.json", {"base_model_name_or_path": "gpt2"}, ["base=openai-community/gpt2", "the hub gave no"]),
         ("adapter_config.json", {"target_modules": ["c_attn"]}, ["does not fit", "on one side alone"]),
         ("adapter_config.json", {"target_modules": ["q_proj"]}, ["does not fit", "q_proj"]),
         ("adapter_config.json", {"r": 3}, ["does not fit", "size mismatch"]),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
+HUB_IDS = {"gpt2": "openai-community/gpt2"}  # of names without an owner, which the hub still knows
 PCCOT_ARGUMENTS = "pccot_args.json"
 TOKENS = {"bot_token_id": "<|start-latent|>", "eot_token_id": "<|end-latent|>", "latent_token_id": "<|latent|>"}
 
@@ -50,7 +51,8 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
     if not (folder / WEIGHTS).is_file():
         raise bad_value("src", folder, f"the folder lacks {WEIGHTS}")
     checkpoint.tensor_shapes(folder / WEIGHTS, key="src")
-    named = base or settings.get("base_model_name_or_path")
+    own = settings.get("base_model_name_or_path")
+    named = base or HUB_IDS.get(own, own)
     if not named:
         raise bad_value("base", "null", f"{checkpoint.ADAPTER} does not name the model that was adapted; wanted is one")
     lm: Any = checkpoint.load_causal_lm(
