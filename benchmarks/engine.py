@@ -127,7 +127,7 @@ class Stopwatch:
             ("prefill", "latents", "answers", "random_latents", "random"), 0.0
         )
         self._phase, self._drawn, self._started = "prefill", 0.0, 0.0
-        self._hook = lm.base_model.register_forward_hook(self._after_pass, with_kwargs=True)
+        self._hook = lm.base_model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
@@ -149,9 +149,9 @@ class Stopwatch:
         self._drawn += self._now() - started
         return result
 
-    def _after_pass(self, module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        del module, args, output
-        if not kwargs["state"].reads_prefix:
+    def _before_pass(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        del module, args
+        if self._phase == "prefill" and kwargs["state"].reads_prefix:
             self._enter("latents")
 
     def factors(self, *place: Any) -> Tensor | None:

@@ -32,7 +32,7 @@ torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(numbers, device=...) c
 
 import tiny  # noqa: E402
 from latent_tts.decoding import AnswerSampling  # noqa: E402
-from latent_tts.engine import head  # noqa: E402
+from latent_tts.engine import head, rollout  # noqa: E402
 from latent_tts.engine.rollout import Engine, Plan, Rollouts  # noqa: E402
 from latent_tts.engine.scoring import LatentScorer  # noqa: E402
 from latent_tts.labelling import label_batch  # noqa: E402
@@ -48,6 +48,7 @@ from test_labelling import jobs, labelling  # noqa: E402
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("elsewhere:0")
 head.VALUES_AT_ONCE["elsewhere"] = head.VALUES_AT_ONCE["cuda"]
+rollout.PROMPT_TOKENS_AT_ONCE["elsewhere"] = 40  # some of the prompts below come in pieces
 
 
 class There(Tensor):

@@ -323,6 +323,17 @@ class LastTokens(Gaussian):
 
 
 @two_families
+@pytest.mark.parametrize(("sampler", "prompts"), [(NOISE, 5), (MASKS, 15)], ids=str)
+def test_the_engine_equals_the_oracle_where_prompts_run_in_pieces(family, sampler, prompts, monkeypatch):
+    monkeypatch.setitem(rollout.PROMPT_TOKENS_AT_ONCE, "cpu", 40)
+    reasoner, lengths = tiny.reasoner(family), [1, 9, 23, 4, 2]
+    shapes = base_passes(reasoner.lm)
+    roll(Engine(reasoner, tiny.plan(1)), tiny.prompts(lengths), range(3), sampler)
+    assert [rows for rows, tokens in shapes if tokens > 20] == [1] * prompts
+    check_against_oracle(family, sampler, lengths, 3, tiny.plan(2, answer=3))
+
+
+@two_families
 def test_the_engine_equals_the_oracle_where_the_sampler_chooses_tokens(family, monkeypatch):
     monkeypatch.setitem(head.VALUES_AT_ONCE, "cpu", 3 * tiny.VOCABULARY)
     plan = tiny.plan(2, eos_id=tiny.EOS_IDS[family], answer=4)

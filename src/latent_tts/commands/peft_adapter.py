@@ -52,7 +52,7 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
         raise bad_value("src", folder, f"the folder lacks {WEIGHTS}")
     checkpoint.tensor_shapes(folder / WEIGHTS, key="src")
     own = settings.get("base_model_name_or_path")
-    named = base or HUB_IDS.get(own, own)
+    named = base or HUB_IDS.get(str(own), own)
     if not named:
         raise bad_value("base", "null", f"{checkpoint.ADAPTER} does not name the model that was adapted; wanted is one")
     lm: Any = checkpoint.load_causal_lm(

@@ -32,6 +32,7 @@ class AttentionState:
         prefix: per layer, keys and values (Q, H, L, K), right-padded.
         suffix: per layer, keys and values (R, H, capacity, K), allocated on first use.
         used: slots of every suffix so far.
+        writes: the prefixes whose prompts the pass at hand runs.
         valid_RS: which of the slots hold something (R, capacity); None while all that are used do. Rows that think for
             different numbers of steps go through the same slots.
     """
@@ -42,6 +43,7 @@ class AttentionState:
     prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     suffix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     used: int = 0
+    writes: slice = field(default_factory=lambda: slice(None))
     valid_RS: Tensor | None = None
     reads_prefix: bool = False
     _work: Tensor | None = None
@@ -84,6 +86,18 @@ class AttentionState:
             valid_RS=valid_RS,
             reads_prefix=self.reads_prefix,
         )
+
+    def _write_prefix(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep keys and values (rows, H, L, K) of some prompts.
+
+        All prefixes of a layer are one piece of memory, made before the first is written: parts that come one after
+        another would lie between what passes need in the meantime, and keep the process from giving that back.
+        """
+        if layer == len(self.prefix):
+            shape = (self.lengths_Q.shape[0], *key.shape[1:])
+            self.prefix.append((key.new_empty(shape), value.new_empty(shape)))
+        keys, values = self.prefix[layer]
+        keys[self.writes], values[self.writes] = key, value
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (R, H, S, K) to a layer's suffixes; returns all of them so far."""
@@ -139,8 +153,7 @@ def attend(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     groups = query.shape[1] // key.shape[1]
     if not state.reads_prefix:
-        assert layer == len(state.prefix)
-        state.prefix.append((key.contiguous(), value.contiguous()))  # otherwise each step's products copy them
+        state._write_prefix(layer, key, value)
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)

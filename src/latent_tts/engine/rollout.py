@@ -26,6 +26,7 @@ from latent_tts.thoughts import Schedule
 from latent_tts.types import Forward, Reasoner, Sampler
 
 SEQUENTIAL = Sequential()
+PROMPT_TOKENS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 20}  # padding counts: see docs/tuning.md
 COMPACT_BELOW = 0.75  # a batch is packed anew once it would shrink to this share of its rows
 
 
@@ -261,10 +262,17 @@ class Thinking(Sweeps):
         rows, longest = ids_QL.shape
         if longest == 0:  # prompts of one token that belongs to the rollouts: every layer's prefix is empty
             return self._empty_prefix(rows)
-        positions = torch.arange(longest, device=lengths.device)[None].expand(rows, -1)
-        self.sites.about_to_run(self.draw, Forward("prompt", 0, longest))
-        hidden = backbone.run(self.lm.base_model, self.embed(ids_QL), positions, self.state)
-        return hidden[torch.arange(rows, device=lengths.device), (lengths - 1).clamp(min=0)]
+        at_once = max(1, PROMPT_TOKENS_AT_ONCE[lengths.device.type] // longest)
+        positions = torch.arange(longest, device=lengths.device)[None]
+        last = []
+        for start in range(0, rows, at_once):
+            piece = slice(start, start + at_once)
+            embeddings, ends = self.embed(ids_QL[piece]), (lengths[piece] - 1).clamp(min=0)
+            self.state.writes = piece
+            self.sites.about_to_run(self.draw.rows(piece), Forward("prompt", 0, longest))
+            hidden = backbone.run(self.lm.base_model, embeddings, positions.expand(len(ends), -1), self.state)
+            last.append(hidden[torch.arange(len(ends), device=ends.device), ends])
+        return torch.cat(last)
 
     def _empty_prefix(self, rows: int) -> Tensor:
         config = self.lm.config.get_text_config()
