@@ -39,7 +39,7 @@ def base_model(kind: str) -> PreTrainedModel:
     return LlamaForCausalLM(config)
 
 
-def train(kind: str, folder: Path, base: Path, *, projection: bool) -> PreTrainedModel:
+def train(kind: str, folder: Path, base: Path, *, projection: bool, embeddings: bool = False) -> PreTrainedModel:
     """The folders of a base and of what PCCoT's code would save; returns the model, not merged."""
     lm = base_model(kind)
     lm.save_pretrained(base)
@@ -63,7 +63,7 @@ def train(kind: str, folder: Path, base: Path, *, projection: bool) -> PreTraine
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.3)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, save_embedding_layers=embeddings)
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -75,13 +75,17 @@ def train(kind: str, folder: Path, base: Path, *, projection: bool) -> PreTraine
     return model.eval()
 
 
-@pytest.fixture(params=[("gpt2", False), ("gpt2", True), ("llama", True)], ids=lambda case: f"{case[0]}-{case[1]}")
+# with the embeddings of all tokens in its file, as PEFT saves them where it sees that their number grew, or without
+@pytest.fixture(
+    params=[("gpt2", False, False), ("gpt2", True, True), ("llama", True, False), ("llama", False, True)], ids=str
+)
 def trained(request, tmp_path):
-    kind, projection = request.param
+    kind, projection, embeddings = request.param
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(3)
-        return train(kind, tmp_path / "adapter", tmp_path / "base", projection=projection), projection
+        sides = tmp_path / "adapter", tmp_path / "base"
+        return train(kind, *sides, projection=projection, embeddings=embeddings), projection
 
 
 def adapter(folder: str) -> Pccot:
@@ -117,7 +121,7 @@ def test_the_merged_adapter_thinks_as_the_one_beside_its_weights(trained, ltts, 
 def gpt2(tmp_path) -> Path:
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        train("gpt2", tmp_path / "adapter", tmp_path / "base", projection=False)
+        train("gpt2", tmp_path / "adapter", tmp_path / "base", projection=False, embeddings=True)
     return tmp_path / "adapter"
 
 
@@ -169,6 +173,7 @@ def edit(path: Path, **changes: object) -> None:
         ("adapter_config.json", {"r": 3}, ["does not fit", "size mismatch"]),
         ("pccot_args.json", {"num_latent_tokens": None}, ["do not say the number of latents"]),
         ("pccot_args.json", {"latent_token_id": 17}, ["latent_token_id 17", "no added token"]),
+        ("config.json", {"use_projection": True}, ["use_projection", "no weights prj"]),
         ("config.json", {"num_iterations": "three"}, ["do not say the number of sweeps"]),
     ],
     ids=str,

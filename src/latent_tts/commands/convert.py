@@ -163,7 +163,7 @@ def convert_folder(
     if not peft_adapter.is_pccot(src):
         log.info("an adapter of PEFT, merged")
         return tensors, settings, tokenizer, {}
-    said = peft_adapter.pccot_settings(src)
+    said = peft_adapter.pccot_settings(src, tensors)
     tokenizer, renamed = peft_adapter.rename_latent_tokens(src, tokenizer)
     log.info(
         "a PCCoT checkpoint: model=pccot model.latents=%d model.sweeps=%d \"model.answer_prompt='%s'\"",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,17 +73,19 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
             adapter = PeftConfig.from_pretrained(str(folder))
             adapter.base_model_name_or_path = None  # otherwise PEFT warns that the base lies elsewhere now
             model = get_peft_model(lm, adapter)
-            loaded = set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+            weights = load_file(folder / WEIGHTS)
+            loaded = set_peft_model_state_dict(model, weights)
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise bad_value("src", folder, f"the adapter does not fit base={named}: {reason[:200]}") from error
-        state = model.state_dict()
+        # rows that a tied head shares with the embedding: PEFT keeps them once, its files may hold them twice
+        state, taken = model.state_dict(), [weights[name] for name in weights.keys() - loaded.unexpected_keys]
         read = {value.data_ptr() for name, value in state.items() if name not in loaded.missing_keys}
         wanted = [name for name in loaded.missing_keys if "lora_" in name or "trainable_tokens" in name]
-        lacking = [name for name in wanted if state[name].data_ptr() not in read]  # a tied head shares the embedding's
-        if lacking or loaded.unexpected_keys:
-            place = min([*lacking, *loaded.unexpected_keys])
-            raise bad_value("src", folder, f"the adapter does not fit base={named}: {place} is on one side alone")
+        alone = [name for name in wanted if state[name].data_ptr() not in read]
+        alone += [name for name in loaded.unexpected_keys if not any(map(weights[name].equal, taken))]
+        if alone:
+            raise bad_value("src", folder, f"the adapter does not fit base={named}: {min(alone)} is on one side alone")
         merged: Any = model.merge_and_unload()
     return dict(merged.state_dict()), merged.config.to_dict()
 
@@ -93,15 +95,22 @@ def is_pccot(folder: Path) -> bool:
     return (folder / PCCOT_ARGUMENTS).is_file()
 
 
-def pccot_settings(folder: Path) -> dict[str, Any]:
+def pccot_settings(folder: Path, tensors: Iterable[str]) -> dict[str, Any]:
     """What `config.json` should say of a PCCoT model: its numbers of latents and sweeps.
 
+    Args:
+        folder: of the training code.
+        tensors: names of its weights.
+
     Raises:
-        UsageError: the folder does not say them.
+        UsageError: the folder does not say the numbers, or it lacks the projection that its config speaks of.
     """
+    config = checkpoint.read_json(folder, "config.json", key="src")
+    if config.get("use_projection") and not any(name.startswith("prj.") for name in tensors):
+        raise bad_value("src", folder, "config.json says use_projection, but there are no weights prj.*")
     found = {
         "latents": checkpoint.read_json(folder, PCCOT_ARGUMENTS, key="src").get("num_latent_tokens"),
-        "sweeps": checkpoint.read_json(folder, "config.json", key="src").get("num_iterations"),
+        "sweeps": config.get("num_iterations"),
     }
     lacking = [name for name, value in found.items() if not is_whole(value)]
     if lacking:
