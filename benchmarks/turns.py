@@ -20,7 +20,6 @@ import torch
 from transformers import PreTrainedModel
 
 import engine as bench
-from baseline import clock
 from latent_tts.engine.packing import Job
 from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.executor import draw_batch
@@ -42,10 +41,9 @@ class Side:
         engine, rows = Engine(Reasoner(self.lm, lambda hidden: hidden), plan), sum(len(job.rollouts) for job in jobs)
         before = bench.product_rate(self.unprepared, rows, "cpu")
         watch = bench.Stopwatch(sampler, self.lm, bench.LATENTS, "cpu")
-        started = clock()
         watch.run(lambda watched: draw_batch(jobs, engine, watched, 0))
-        self.seconds.append(clock() - started)
         watch.close()
+        self.seconds.append(sum(watch.seconds.values()))
         after = bench.product_rate(self.unprepared, rows, "cpu")
         latents = watch.seconds["latents"] + watch.seconds["random_latents"]
         self.shares.append(2 * bench.latent_flops(self.lm, jobs, sampler) / latents / (before + after))

@@ -11,39 +11,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.model.pccot import Pccot, new_projection
 from latent_tts.rng import Draw
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.types import Question
 from test_bad_input import check
+from test_checkpoint import edit
+from test_convert import ANSWER, FIXTURE, QUESTION, VOCABULARY, WIDTH, backbone
 from test_pccot import plainly
 
 peft = pytest.importorskip("peft")
-TOKENIZER = Path(__file__).parent / "parity" / "coconut" / "tokenizer.json"
-VOCABULARY, WIDTH, T, K, ANSWER = 600, 32, 5, 3, 4
-QUESTION = Question(id="q", text="A robe takes 2 bolts of blue fiber. How many?", answer="2")
+T, K = 5, 3
 TARGETS = {"gpt2": ["c_attn", "c_fc", "c_proj"], "llama": ["q_proj", "v_proj", "down_proj"]}
-
-
-def base_model(kind: str) -> PreTrainedModel:
-    if kind == "gpt2":
-        shape = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 128}
-        return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **shape))
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
 
 
 def train(kind: str, folder: Path, base: Path, *, projection: bool, embeddings: bool = False) -> PreTrainedModel:
     """The folders of a base and of what PCCoT's code would save; returns the model, not merged."""
-    lm = base_model(kind)
+    lm = backbone(kind, rows=VOCABULARY)
     lm.save_pretrained(base)
-    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    tokenizer = Tokenizer.from_file(str(FIXTURE))
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < VOCABULARY]
     tokenizer = Tokenizer.from_str(json.dumps(content))
@@ -64,8 +52,7 @@ def train(kind: str, folder: Path, base: Path, *, projection: bool, embeddings: 
         if parameter.requires_grad:
             parameter.data.normal_(std=0.3)
     model.save_pretrained(folder, save_embedding_layers=embeddings)
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    edit(folder / "adapter_config.json", base_model_name_or_path=str(base))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": "<|endoftext|>", "additional_special_tokens": ["<pcot.bot>"]})
@@ -130,8 +117,7 @@ def test_whole_weights_need_no_merging(gpt2, ltts, tmp_path):
     whole = shutil.copytree(tmp_path / "merged", tmp_path / "whole")
     for name in ("tokenizer.json", "tokenizer_config.json", "pccot_args.json"):
         shutil.copyfile(gpt2 / name, whole / name)
-    config = json.loads((whole / "config.json").read_text()) | {"model_type": "pccot-gpt2", "num_iterations": K}
-    (whole / "config.json").write_text(json.dumps(config))
+    edit(whole / "config.json", model_type="pccot-gpt2", num_iterations=K)
     result = ltts("convert", "whole", "again")
     assert result.code == 0, result.err
     merged, again = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
@@ -156,10 +142,6 @@ def test_an_adapter_is_no_checkpoint_and_the_line_says_what_to_do(gpt2, ltts):
 def test_without_peft_the_line_says_how_to_get_it(gpt2, ltts, monkeypatch):
     monkeypatch.setattr("latent_tts.commands.peft_adapter.find_spec", lambda name: None)
     check(ltts("convert", "adapter", "new"), "not installed", "latent-tts[convert]")
-
-
-def edit(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(

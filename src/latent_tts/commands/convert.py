@@ -154,23 +154,28 @@ def convert_folder(
     Raises:
         UsageError: the adapter cannot be merged, or PCCoT's files do not say what they should.
     """
+    renamed: Mapping[str, str] = {}
+    said, arguments = {}, None
+    if peft_adapter.is_pccot(src):  # what is cheap to check comes before any weight is read
+        arguments = checkpoint.read_json(src, peft_adapter.PCCOT_ARGUMENTS, key="src")
+        said = {"latent_tts": peft_adapter.pccot_settings(src, arguments)}
+        tokenizer, renamed = peft_adapter.rename_latent_tokens(src, arguments, tokenizer)
     if peft_adapter.is_adapter(src):
         tensors, settings = peft_adapter.merge(src, base, tokenizer.get_vocab_size(with_added_tokens=True))
         tensors = layouts.settle_embeddings(layouts.Backbone(tensors, {}), tied=settings["tie_word_embeddings"])
     else:
         tensors, settings = checkpoint.load_tensors(src, ""), checkpoint.read_config(src)
         settings["model_type"] = str(settings.get("model_type")).removeprefix("pccot-")
-    if not peft_adapter.is_pccot(src):
+    if arguments is None:
         log.info("an adapter of PEFT, merged")
-        return tensors, settings, tokenizer, {}
-    said = peft_adapter.pccot_settings(src, tensors)
-    tokenizer, renamed = peft_adapter.rename_latent_tokens(src, tokenizer)
-    log.info(
-        "a PCCoT checkpoint: model=pccot model.latents=%d model.sweeps=%d \"model.answer_prompt='%s'\"",
-        *said.values(),
-        peft_adapter.answer_prompt(src),
-    )
-    return tensors, settings | {"latent_tts": said}, tokenizer, renamed
+    else:
+        peft_adapter.check_projection(src, tensors)
+        log.info(
+            "a PCCoT checkpoint: model=pccot model.latents=%d model.sweeps=%d \"model.answer_prompt='%s'\"",
+            *said["latent_tts"].values(),
+            arguments.get("answer_prompt", ""),
+        )
+    return tensors, settings | said, tokenizer, renamed
 
 
 def write(dst: Path, tensors: dict[str, Tensor], settings: dict[str, Any], tokenizer: Tokenizer) -> None:

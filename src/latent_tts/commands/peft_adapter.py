@@ -95,43 +95,46 @@ def is_pccot(folder: Path) -> bool:
     return (folder / PCCOT_ARGUMENTS).is_file()
 
 
-def pccot_settings(folder: Path, tensors: Iterable[str]) -> dict[str, Any]:
+def pccot_settings(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What `config.json` should say of a PCCoT model: its numbers of latents and sweeps.
 
     Args:
         folder: of the training code.
-        tensors: names of its weights.
+        arguments: what its `pccot_args.json` holds.
 
     Raises:
-        UsageError: the folder does not say the numbers, or it lacks the projection that its config speaks of.
+        UsageError: the folder does not say the numbers.
     """
-    config = checkpoint.read_json(folder, "config.json", key="src")
-    if config.get("use_projection") and not any(name.startswith("prj.") for name in tensors):
-        raise bad_value("src", folder, "config.json says use_projection, but there are no weights prj.*")
-    found = {
-        "latents": checkpoint.read_json(folder, PCCOT_ARGUMENTS, key="src").get("num_latent_tokens"),
-        "sweeps": config.get("num_iterations"),
-    }
+    sweeps = checkpoint.read_json(folder, "config.json", key="src").get("num_iterations")
+    found = {"latents": arguments.get("num_latent_tokens"), "sweeps": sweeps}
     lacking = [name for name, value in found.items() if not is_whole(value)]
     if lacking:
         raise bad_value("src", folder, f"{PCCOT_ARGUMENTS} and config.json do not say the number of {lacking[0]}")
     return found
 
 
-def answer_prompt(folder: Path) -> str:
-    """What PCCoT's answers begin with."""
-    return str(checkpoint.read_json(folder, PCCOT_ARGUMENTS, key="src").get("answer_prompt", ""))
+def check_projection(folder: Path, tensors: Iterable[str]) -> None:
+    """Raises UsageError where PCCoT's config speaks of a projection and no tensor has its name."""
+    wanted = checkpoint.read_json(folder, "config.json", key="src").get("use_projection")
+    if wanted and not any(name.startswith("prj.") for name in tensors):
+        raise bad_value("src", folder, "config.json says use_projection, but there are no weights prj.*")
 
 
-def rename_latent_tokens(folder: Path, tokenizer: Tokenizer) -> tuple[Tokenizer, Mapping[str, str]]:
+def rename_latent_tokens(
+    folder: Path, arguments: Mapping[str, Any], tokenizer: Tokenizer
+) -> tuple[Tokenizer, Mapping[str, str]]:
     """PCCoT's tokenizer with its latent tokens under the names of the other families, and what was renamed.
+
+    Args:
+        folder: of the training code.
+        arguments: what its `pccot_args.json` holds.
+        tokenizer: the folder's.
 
     Raises:
         UsageError: the tokenizer does not have the tokens.
     """
     from tokenizers import Tokenizer
 
-    arguments = checkpoint.read_json(folder, PCCOT_ARGUMENTS, key="src")
     content = json.loads(tokenizer.to_str())
     added = {token["id"]: token for token in content["added_tokens"]}
     renamed = {}
