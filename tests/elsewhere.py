@@ -49,6 +49,7 @@ from test_labelling import jobs, labelling  # noqa: E402
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("elsewhere:0")
 head.VALUES_AT_ONCE["elsewhere"] = head.VALUES_AT_ONCE["cuda"]
 rollout.PROMPT_TOKENS_AT_ONCE["elsewhere"] = 40  # some of the prompts below come in pieces
+rollout.PROMPT_PADDING["elsewhere"] = 10
 
 
 class There(Tensor):

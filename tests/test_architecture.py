@@ -27,8 +27,10 @@ ALLOWED = {
     "adapter": {"errors", "types", "checkpoint", "thoughts"},  # thoughts for annotations alone
     "cost": set(),
     "decoding": {"errors", "types", "rng"},
-    "rng": {"philox", "philox_kernel"},
-    "philox_kernel": {"philox"},
+    "cpu": set(),
+    "machine_code": set(),
+    "rng": {"philox", "philox_kernel", "cpu"},
+    "philox_kernel": {"philox", "machine_code"},
     "model": {"errors", "types", "checkpoint", "adapter", "schedule"},
     "sampler": {"errors", "types", "rng"},
     "thoughts": {"types"},
@@ -43,7 +45,7 @@ ALLOWED = {
     "metrics": {"errors", "types", "stats", "store"},
     "plot": {"errors", "types", "store"},
     "report": {"errors", "types"},
-    "engine": {"errors", "types", "model", "sampler", "schedule", "thoughts", "rng", "cost"},
+    "engine": {"errors", "types", "model", "sampler", "schedule", "thoughts", "rng", "cost", "cpu", "machine_code"},
     "training": {
         *("errors", "types", "checkpoint", "adapter", "model", "task", "sampler", "engine", "philox", "rng"),
         "annotations",
@@ -59,7 +61,7 @@ ALLOWED = {
     "commands": None,  # assembles everything below it
 }
 HYDRA = {"cli", "config", "schemas", "commands"}
-TORCH = {"rng", "engine", "training", "executor", "labelling"}
+TORCH = {"cpu", "rng", "engine", "training", "executor", "labelling"}
 
 
 def modules() -> list[Path]:

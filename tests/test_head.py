@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from latent_tts import cpu
 from latent_tts.engine import head
 from latent_tts.engine.head import BLOCK, choose
 
@@ -84,3 +85,30 @@ def test_logits_far_from_zero_keep_their_probabilities():
     lm_head.weight[:, 0] = torch.arange(200.0).roll(77) * 100
     hidden_RD = torch.tensor([[1.0], [-1.0], [0.0], [0.001]])
     assert_equal(in_pieces(64 * 4, lm_head, hidden_RD), plain(lm_head(hidden_RD)))
+
+
+@pytest.mark.parametrize("bias", [False, True])  # without one, bfloat16 goes through machine code where there is some
+@pytest.mark.parametrize("compiler", ["as it is", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.inference_mode()
+def test_logits_that_rounding_makes_equal_are_ranked_in_float32(dtype, compiler, bias, monkeypatch):
+    if compiler == "none":
+        monkeypatch.setattr(cpu, "has_compiler", lambda: False)
+    generator, ties = torch.Generator().manual_seed(0), 0
+    lm_head = nn.Linear(D, 3 * BLOCK + 5, bias=bias, dtype=dtype)
+    for _ in range(200):
+        if bias:
+            lm_head.bias[:] = torch.rand(lm_head.out_features, generator=generator) * 1e-3
+        lm_head.weight[:] = torch.randn(lm_head.weight.shape, generator=generator) * 1e-3
+        hidden_RD = torch.randn(1, D, generator=generator).to(dtype)
+        near_D = 1 + torch.finfo(dtype).eps * torch.randint(-1, 2, (D,), generator=generator)
+        high = torch.randperm(lm_head.out_features, generator=generator)[:2]
+        lm_head.weight[high] = torch.stack([hidden_RD[0], hidden_RD[0] * near_D]).to(dtype)
+        logits_V = nn.functional.linear(hidden_RD, lm_head.weight, lm_head.bias)[0]
+        exact_V = lm_head.weight.double() @ hidden_RD[0].double() + (lm_head.bias.double() if bias else 0)
+        ties += int((logits_V == logits_V.max()).sum() > 1)
+        choice = in_pieces(100, lm_head, hidden_RD)
+        highest, second = exact_V.topk(2).values.tolist()
+        assert choice.margin_R.item() == pytest.approx(highest - second, abs=1e-5)
+        assert choice.token_R.item() == exact_V.argmax().item() or highest - second < 1e-5
+    assert ties > 20

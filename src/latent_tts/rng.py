@@ -7,16 +7,16 @@ restarts have no part in them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latent_tts import cpu
 from latent_tts.philox import Stream, key_of, philox
 
 DECISIONS_PER_BLOCK = 8  # a Philox block is 128 bits, a dropout decision 16
@@ -107,21 +107,24 @@ class Draw:
         """
         rollouts, device = self.rollouts_R.shape[0], self.rollouts_R.device
         kept = torch.empty(rollouts, len(layers), tokens, 2, 4 * per_token, dtype=torch.bool, device=device)
-        place = torch.tensor([_place(layer, step) for layer in layers], device=device)[None, :, None]
-        inputs = (torch.arange(tokens * per_token, device=device), place, self.rollouts_R[:, None, None], self.keys_R2)
+        place = torch.tensor([_place(layer, step) for layer in layers], device=device)
         on_cpu = device.type == "cpu"
-        kernel = _kernel() if on_cpu else None
-        element, place, rollout, keys, out = ((x.numpy() if on_cpu else x) for x in (*inputs, kept))
+        if on_cpu and cpu.has_compiler():
+            from latent_tts.philox_kernel import decide
+
+            sizes = len(layers), tokens, per_token, int(Stream.DROPOUT), threshold
+            keys_and_rollouts = self.keys_R2.contiguous(), self.rollouts_R.contiguous()
+            cpu.run(decide, rollouts, *sizes, *keys_and_rollouts, place, kept)
+            return kept.flatten(3)
+        inputs = torch.arange(tokens * per_token, device=device), place[None, :, None], self.rollouts_R[:, None, None]
+        element, places, rollout, keys, out = ((x.numpy() if on_cpu else x) for x in (*inputs, self.keys_R2, kept))
         word16: Any = np.int16 if on_cpu else torch.int16
 
         def fill(rows: slice) -> None:
-            if kernel is not None:
-                kernel(keys[rows], rollout[rows, 0, 0], place[0, :, 0], int(Stream.DROPOUT), threshold, out[rows])
-                return
             key = keys[rows, 0, None, None], keys[rows, 1, None, None]
             if on_cpu and all((word == word[0]).all() for word in key):  # plain integers are faster than arrays
                 key = int(key[0][0, 0, 0]), int(key[1][0, 0, 0])
-            words = philox((element, place, rollout[rows], int(Stream.DROPOUT)), key)
+            words = philox((element, places, rollout[rows], int(Stream.DROPOUT)), key)
             for half in range(2):
                 pair, upper = words[2 * half : 2 * half + 2]
                 pair |= upper << 32
@@ -135,16 +138,6 @@ class Draw:
             for rows in pieces:
                 fill(rows)
         return kept.flatten(3)
-
-
-@cache
-def _kernel() -> Callable[..., None] | None:
-    """Machine code for decisions on a CPU; None without numba."""
-    if find_spec("numba") is None:
-        return None
-    from latent_tts.philox_kernel import decide
-
-    return decide
 
 
 def _place(layer: int, step: int) -> int:

@@ -80,7 +80,7 @@ def settings(cfg: DictConfig, adapter: ModelAdapter, answers: AnswerSampling) ->
     """Everything that determines an annotation besides its question."""
     return {
         "format": FORMAT,
-        "semantics": ENGINE_SEMANTICS,
+        "semantics": ENGINE_SEMANTICS[cfg.engine.dtype],
         "reasoner": adapter.digest,
         "reasoner_name": adapter.name,
         "prompt": adapter.prompt_recipe,

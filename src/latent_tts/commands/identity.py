@@ -14,14 +14,15 @@ from latent_tts import config, store
 from latent_tts.commands.prepared import Prepared
 from latent_tts.types import Scorer
 
-ENGINE_SEMANTICS = 2  # part of every cache key: raised when the same settings give other rollouts
+# part of every cache key: raised when the same settings give other rollouts
+ENGINE_SEMANTICS = {"float32": 2, "bfloat16": 3, "float16": 3}
 SCORING_SEMANTICS = 2  # the same for step scores
 
 
 def cache_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
     """Everything that determines a rollout besides its question and number."""
     return {
-        "semantics": ENGINE_SEMANTICS,
+        "semantics": ENGINE_SEMANTICS[cfg.engine.dtype],
         "checkpoint": prepared.adapter.digest,
         "prompt": prepared.adapter.prompt_recipe,
         "adapter": cfg.model._target_,

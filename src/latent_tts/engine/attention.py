@@ -3,7 +3,8 @@
 `transformers` hands keyword arguments of a model call through to the attention function, so the state of a call
 travels with it and nothing is patched. A forward pass either writes the prefix (ordinary causal attention over
 right-padded prompts) or reads it and appends to the suffixes: scores against the prefix and against the own suffix are
-put side by side before one softmax, which is exact.
+put side by side before one softmax, which is exact. In bfloat16 on a CPU machine code does that where numba is
+installed.
 
 Source: the split follows bifurcated attention (Athiwaratkun et al. 2024, arXiv 2403.08845) and Hydragen (Juravsky et
 al. 2024, arXiv 2402.05099).
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
+
+from latent_tts import cpu
 
 NAME = "latent_tts_shared_prefix"
 
@@ -67,7 +70,7 @@ class AttentionState:
         used = self.used if used is None else used
 
         def part(tensor: Tensor) -> Tensor:
-            new = tensor.new_empty((rows.shape[0], *tensor.shape[1:]))
+            new = self._room_for(tensor, rows.shape[0])
             new[:, :, :used] = tensor[:, :, :used].index_select(0, rows)
             return new
 
@@ -94,16 +97,23 @@ class AttentionState:
         another would lie between what passes need in the meantime, and keep the process from giving that back.
         """
         if layer == len(self.prefix):
-            shape = (self.lengths_Q.shape[0], *key.shape[1:])
-            self.prefix.append((key.new_empty(shape), value.new_empty(shape)))
+            longest = self.prefix[0][0].shape[2] if self.prefix else max(key.shape[2], int(self.lengths_Q.max()))
+            shape = (self.lengths_Q.shape[0], key.shape[1], longest, key.shape[3])
+            self.prefix.append((key.new_zeros(shape), value.new_zeros(shape)))
         keys, values = self.prefix[layer]
-        keys[self.writes], values[self.writes] = key, value
+        keys[self.writes, :, : key.shape[2]], values[self.writes, :, : key.shape[2]] = key, value
+
+    def _room_for(self, like: Tensor, rows: int) -> Tensor:
+        """Memory for keys or values (rows, H, capacity, K); for machine code in the order (capacity, rows, H, K)."""
+        _, heads, _, width = like.shape
+        if suits_machine_code(like):
+            return like.new_empty(self.capacity, rows, heads, width).permute(1, 2, 0, 3)
+        return like.new_empty(rows, heads, self.capacity, width)
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (R, H, S, K) to a layer's suffixes; returns all of them so far."""
         if layer == len(self.suffix):
-            shape = (key.shape[0], key.shape[1], self.capacity, key.shape[3])
-            self.suffix.append((key.new_empty(shape), value.new_empty(shape)))
+            self.suffix.append((self._room_for(key, key.shape[0]), self._room_for(value, key.shape[0])))
         end = self.used + key.shape[2]
         keys, values = self.suffix[layer]
         keys[:, :, self.used : end] = key
@@ -159,26 +169,32 @@ def attend(
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
         return out.transpose(1, 2), None
 
-    rows, heads, tokens, width = query.shape
-    key_heads = key.shape[1]
     keys, values = state._append(layer, key, value)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    # query heads that share a key head become more query tokens of that head
+    grouped = query.unflatten(1, (-1, groups))
+    if suits_machine_code(query):
+        return _attended_by_machine_code(state, layer, grouped, scale), None
+    own = (grouped * scale).flatten(2, 3)
+    return _attended(state, layer, query.shape[2], own, keys, values).reshape(query.shape).transpose(1, 2), None
+
+
+def _attended(state: AttentionState, layer: int, tokens: int, own: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attended values (R, H, G*S, K) of queries like them, scaled, by keys and values of the suffixes so far."""
     prefix_keys, prefix_values = state.prefix[layer]
     questions, _, length, _ = prefix_keys.shape
-    scale = width**-0.5 if scaling is None else scaling
-    # query heads that share a key head become more query tokens of that head
-    own = (query * scale).reshape(rows, key_heads, groups * tokens, width)
-    siblings = own.view(questions, state.rollouts, key_heads, groups * tokens, width).transpose(1, 2)
-    stacked = siblings.reshape(questions, key_heads, -1, width)
+    siblings = own.unflatten(0, (questions, state.rollouts)).transpose(1, 2)
+    stacked = siblings.flatten(2, 3)
 
-    # both parts are laid out (Q, H, N * groups * S, ...): the longer one, against the prefix, needs no transposing
+    # both parts are laid out (Q, H, N*G*S, ...): the longer one, against the prefix, needs no transposing
     before = stacked @ prefix_keys.transpose(-1, -2)
-    padding = torch.arange(length, device=query.device) >= state.lengths_Q[:, None]
+    padding = torch.arange(length, device=own.device) >= state.lengths_Q[:, None]
     before.masked_fill_(padding[:, None, None, :], float("-inf"))
-    # (R, H, groups * S, used + S); in this order bfloat16 products on a CPU take half the time
+    # (R, H, G*S, used + S); in this order bfloat16 products on a CPU take half the time
     after = (state._dense(keys) @ own.transpose(-1, -2)).transpose(-1, -2)
     if tokens > 1:
-        future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=query.device).triu(state.used + 1)
-        after = after.masked_fill(future.repeat(groups, 1), float("-inf"))
+        future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=own.device).triu(state.used + 1)
+        after = after.masked_fill(future.repeat(own.shape[2] // tokens, 1), float("-inf"))
     if state.valid_RS is not None:
         after = after.masked_fill(~state.valid_RS[:, None, None, : keys.shape[2]], float("-inf"))
     after = after.unflatten(0, (questions, state.rollouts)).transpose(1, 2)
@@ -186,10 +202,32 @@ def attend(
     weights = torch.cat([before, after.reshape(*stacked.shape[:3], -1)], dim=-1).softmax(-1)
     before, after = weights.split([length, keys.shape[2]], dim=-1)
 
-    after = after.unflatten(2, (state.rollouts, -1)).transpose(1, 2).flatten(0, 1)  # (R, H, groups * S, used + S)
+    after = after.unflatten(2, (state.rollouts, -1)).transpose(1, 2).flatten(0, 1)  # (R, H, G*S, used + S)
     out = (before @ prefix_values).view(siblings.shape).transpose(1, 2)
-    out = out.reshape(own.shape) + after @ state._dense(values)
-    return out.reshape(rows, heads, tokens, width).transpose(1, 2), None
+    return out.reshape(own.shape) + after @ state._dense(values)
+
+
+def _attended_by_machine_code(state: AttentionState, layer: int, query: Tensor, scale: float) -> Tensor:
+    """Attended values (R, S, G*H, K) of queries (R, H, G, S, K); only products over prefixes are operators of torch."""
+    from latent_tts.engine.suffix_kernel import attend_suffixes
+
+    _, heads, groups, tokens, width = query.shape
+    (prefix_keys, prefix_values), (keys, values) = state.prefix[layer], state.suffix[layer]
+    questions, _, length, _ = prefix_keys.shape
+    rows_apart = query.unflatten(0, (questions, state.rollouts)).transpose(1, 2)  # (Q, H, N, G, S, K)
+    queries = torch.mul(rows_apart, scale, out=query.new_empty(rows_apart.shape)).flatten(2, 4)
+    weights, after = queries @ prefix_keys.transpose(-1, -2), torch.empty_like(queries)
+    valid = state.lengths_Q if state.valid_RS is None else state.valid_RS  # the first is not read
+    sizes = questions, state.rollouts, heads, groups * tokens, length, width, state.capacity
+    tensors = state.lengths_Q, valid, weights, queries, *(part.permute(2, 0, 1, 3) for part in (keys, values)), after
+    cpu.run(attend_suffixes, keys.shape[0], tokens, state.used, *sizes, state.valid_RS is not None, *tensors)
+    out = torch.baddbmm(after.flatten(0, 1), weights.flatten(0, 1), prefix_values.flatten(0, 1))
+    return out.view(rows_apart.shape).permute(0, 2, 4, 1, 3, 5).reshape(-1, tokens, heads * groups, width)
+
+
+def suits_machine_code(tensor: Tensor) -> bool:
+    """Whether attention over suffixes of its kind runs in machine code; float32 gains too little by it."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and cpu.has_compiler()
 
 
 def use_shared_prefix_attention(lm: PreTrainedModel) -> None:

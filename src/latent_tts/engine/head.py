@@ -13,8 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from latent_tts import cpu
+
 BLOCK = 64  # the highest logit is looked for in blocks: maxima are vectorized, places of maxima are not
 VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits of a piece
+GROUPS = 8  # of tokens, each looked at by one thread of a CPU
+LINE = 16  # numbers of a cache line
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ def choose(head: nn.Module, hidden_RD: Tensor, token: Callable[[Tensor, slice], 
 
     Args:
         head: the LM head.
-        hidden_RD: final hidden states; what is computed of logits is float32 whatever their precision.
+        hidden_RD: final hidden states; what is computed of logits is float32 whatever their precision. In half
+            precision the two highest logits are computed anew in float32, and so ranked.
         token: the ids of some rows, from their logits (float32) and which rows they are; None takes the highest
             logit, the lowest id where several are as high.
     """
@@ -54,43 +59,121 @@ def _highest(head: nn.Linear, hidden_RD: Tensor) -> Choice:
     pieces = [slice(start, min(start + at_once, whole)) for start in range(0, whole, at_once)]
     if whole < vocabulary:
         pieces.append(slice(whole, vocabulary))
-    highest_R, second_R = torch.full((2, rows), float("-inf"), device=hidden_RD.device)
-    total_R = torch.zeros_like(highest_R)  # of exp(logit - highest)
-    token_R = torch.zeros(rows, dtype=torch.long, device=hidden_RD.device)
+    on_cpu = hidden_RD.device.type == "cpu"
+    in_machine_code = on_cpu and hidden_RD.dtype == torch.bfloat16 and head.bias is None and cpu.has_compiler()
+    found = (_FoundByMachineCode if in_machine_code else _Found)(rows, hidden_RD.device)
     # all pieces share their memory: new pages for each would cost as much as the product
     product_PR = hidden_RD.new_empty(max(map(_length, pieces)), rows)
-    float_PR = product_PR if product_PR.dtype == torch.float32 else torch.empty_like(product_PR, dtype=torch.float32)
     for piece in pieces:
-        product, logits_PR = product_PR[: _length(piece)], float_PR[: _length(piece)]
+        product = product_PR[: _length(piece)]
         # in this order the product needs no rearranged copy of the weights, and places lie side by side for maxima
         torch.mm(head.weight[piece], hidden_RD.t(), out=product)
-        if logits_PR.dtype != product.dtype:
-            logits_PR.copy_(product)
-        if head.bias is not None:
-            logits_PR += head.bias[piece].float()[:, None]
-        own_R, own_second_R, place_R = _highest_two(logits_PR)
-        before_R, highest_R = highest_R, torch.maximum(highest_R, own_R)
-        second_R = torch.maximum(torch.minimum(before_R, own_R), torch.maximum(second_R, own_second_R))
-        token_R = torch.where(own_R > before_R, piece.start + place_R, token_R)
-        total_R = total_R * (before_R - highest_R).exp_() + logits_PR.sub_(highest_R).exp_().sum(0)
-    return Choice(token_R, -total_R.log_(), highest_R - second_R)
+        found.visit(product, piece.start, None if head.bias is None else head.bias[piece])
+    token_2R, logits_2R, normalizer_R = found.result()
+    if hidden_RD.dtype.itemsize < 4:
+        token_2R, logits_2R = _settled(head, hidden_RD, token_2R)
+    return Choice(token_2R[0], logits_2R[0] - normalizer_R, logits_2R[0] - logits_2R[1])
+
+
+class _Found:
+    """What has been seen of the logits of R rows: the highest two and the sum of exponentials."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.highest_2R = torch.full((2, rows), float("-inf"), device=device)
+        self.token_2R = torch.zeros(2, rows, dtype=torch.long, device=device)
+        self.total_R = torch.zeros(rows, device=device)  # of exp(logit - highest)
+        self._room = torch.empty(0, device=device)
+
+    def visit(self, product_PR: Tensor, start: int, bias_P: Tensor | None) -> None:
+        """Look at the logits of the tokens from `start` on."""
+        logits_PR = product_PR
+        if product_PR.dtype != torch.float32:
+            if self._room.numel() < product_PR.numel():
+                self._room = torch.empty_like(product_PR, dtype=torch.float32)
+            logits_PR = self._room[: len(product_PR)].copy_(product_PR)
+        if bias_P is not None:
+            logits_PR += bias_P.float()[:, None]
+        own_2R, place_2R = _highest_two(logits_PR)
+        before_R = self.highest_2R[0]
+        self.highest_2R, self.token_2R = _first_two(
+            torch.cat([self.highest_2R, own_2R]), torch.cat([self.token_2R, start + place_2R])
+        )
+        highest_R = self.highest_2R[0]
+        self.total_R = self.total_R * (before_R - highest_R).exp_() + logits_PR.sub_(highest_R).exp_().sum(0)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The two tokens of the highest logits (2, R), those logits, and the logarithm of the sum (R)."""
+        return self.token_2R, self.highest_2R, self.highest_2R[0] + self.total_R.log()
+
+
+class _FoundByMachineCode:
+    """The same for logits in bfloat16 on a CPU, seen once instead of several times."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        width = -(-rows // LINE) * LINE  # threads that write to one cache line wait for each other
+        self._highest_2GW = torch.full((2, GROUPS, width), float("-inf"), device=device)
+        self._token_2GW = torch.zeros(2, GROUPS, width, dtype=torch.int32, device=device)
+        self._total_GW = torch.zeros(GROUPS, width, device=device)
+        self._rows = rows
+
+    def visit(self, product_PR: Tensor, start: int, bias_P: Tensor | None) -> None:
+        """Look at the logits of the tokens from `start` on."""
+        from latent_tts.engine.head_kernel import visit
+
+        assert bias_P is None
+        sizes = *product_PR.shape, self._total_GW.shape[1], start
+        cpu.run(visit, GROUPS, *sizes, product_PR, *self._highest_2GW, *self._token_2GW, self._total_GW)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `_Found`."""
+        highest_2GR, token_2GR = (part[..., : self._rows] for part in (self._highest_2GW, self._token_2GW.long()))
+        token_XR, order_XR = token_2GR.flatten(0, 1).sort(0)  # so that of equal logits the lowest token is first
+        highest_2R, token_2R = _first_two(highest_2GR.flatten(0, 1).gather(0, order_XR), token_XR)
+        total_R = (self._total_GW[:, : self._rows] * (highest_2GR[0] - highest_2R[0]).exp()).sum(0)
+        return token_2R, highest_2R, highest_2R[0] + total_R.log()
+
+
+def _settled(head: nn.Linear, hidden_RD: Tensor, token_2R: Tensor) -> tuple[Tensor, Tensor]:
+    """The two tokens in the order of their logits in float32.
+
+    Rounding to half precision keeps order but makes ties, of which the lowest token would win each time: enough for
+    votes of a trained model to lose most of a point (docs/tuning.md).
+    """
+    token_2R = token_2R.sort(0).values
+    logits_2R = (head.weight[token_2R].float() * hidden_RD.float()).sum(-1)
+    if head.bias is not None:
+        logits_2R += head.bias[token_2R].float()
+    logits_2R, token_2R = _first_two(logits_2R, token_2R)
+    return token_2R, logits_2R
+
+
+def _first_two(logits_XR: Tensor, token_XR: Tensor) -> tuple[Tensor, Tensor]:
+    """The two highest logits of each column, and their tokens; of equal ones those of the first places."""
+    logits_XR, order_XR = logits_XR.sort(dim=0, descending=True, stable=True)
+    return logits_XR[:2], token_XR.gather(0, order_XR[:2])
 
 
 def _length(piece: slice) -> int:
     return piece.stop - piece.start
 
 
-def _highest_two(logits_PR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The two highest of each column, and the first place of the highest; P is below BLOCK or a multiple of it."""
+def _highest_two(logits_PR: Tensor) -> tuple[Tensor, Tensor]:
+    """The two highest of each column and their places, the first of equal highest; P is below BLOCK or a multiple."""
     logits_BKR = logits_PR.unflatten(0, (-1, min(BLOCK, logits_PR.shape[0])))
-    maxima_BR = logits_BKR.amax(1)
+    _, inside, rows = logits_BKR.shape
+    maxima_BR, row_R = logits_BKR.amax(1), torch.arange(rows, device=logits_PR.device)
     block_R = maxima_BR.argmax(0)
-    inside_RK = logits_BKR[block_R, :, torch.arange(len(block_R), device=block_R.device)]
-    place_R = inside_RK.argmax(1)
-    highest_R = inside_RK.gather(1, place_R[:, None])[:, 0]
-    others_R = maxima_BR.scatter_(0, block_R[None], float("-inf")).amax(0)
-    second_R = torch.maximum(others_R, inside_RK.scatter_(1, place_R[:, None], float("-inf")).amax(1))
-    return highest_R, second_R, block_R * logits_BKR.shape[1] + place_R
+    near_RK = logits_BKR[block_R, :, row_R]
+    place_R = near_RK.argmax(1)
+    highest_R = near_RK.gather(1, place_R[:, None])[:, 0]
+    near_RK.scatter_(1, place_R[:, None], float("-inf"))
+    maxima_BR.scatter_(0, block_R[None], near_RK.amax(1)[None])
+    second_block_R = maxima_BR.argmax(0)
+    far_RK = torch.where((second_block_R == block_R)[:, None], near_RK, logits_BKR[second_block_R, :, row_R])
+    second_place_R = far_RK.argmax(1)
+    second_R = far_RK.gather(1, second_place_R[:, None])[:, 0]
+    places_2R = torch.stack([block_R * inside + place_R, second_block_R * inside + second_place_R])
+    return torch.stack([highest_R, second_R]), places_2R
 
 
 def _chosen(logits_RV: Tensor, token: Callable[[Tensor, slice], Tensor] | None) -> Choice:

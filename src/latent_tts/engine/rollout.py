@@ -8,7 +8,7 @@ pass makes h_1. The LM head runs only where a token is chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -27,6 +27,7 @@ from latent_tts.types import Forward, Reasoner, Sampler
 
 SEQUENTIAL = Sequential()
 PROMPT_TOKENS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 20}  # padding counts: see docs/tuning.md
+PROMPT_PADDING = {"cpu": 1 << 7, "cuda": 1 << 14}  # tokens of it that cost as much as a pass of its own
 COMPACT_BELOW = 0.75  # a batch is packed anew once it would shrink to this share of its rows
 
 
@@ -259,18 +260,15 @@ class Thinking(Sweeps):
 
     def _prefill(self, ids_QL: Tensor, lengths: Tensor) -> Tensor:
         """Run padded prompts; returns the hidden state (rows, D) of each one's last token."""
-        rows, longest = ids_QL.shape
-        if longest == 0:  # prompts of one token that belongs to the rollouts: every layer's prefix is empty
-            return self._empty_prefix(rows)
-        at_once = max(1, PROMPT_TOKENS_AT_ONCE[lengths.device.type] // longest)
-        positions = torch.arange(longest, device=lengths.device)[None]
+        if ids_QL.shape[1] == 0:  # prompts of one token that belongs to the rollouts: every layer's prefix is empty
+            return self._empty_prefix(ids_QL.shape[0])
         last = []
-        for start in range(0, rows, at_once):
-            piece = slice(start, start + at_once)
-            embeddings, ends = self.embed(ids_QL[piece]), (lengths[piece] - 1).clamp(min=0)
+        for piece, longest in _pieces(lengths.tolist(), lengths.device.type):
+            embeddings, ends = self.embed(ids_QL[piece, :longest]), (lengths[piece] - 1).clamp(min=0)
+            positions = torch.arange(longest, device=ends.device).expand(len(ends), -1)
             self.state.writes = piece
             self.sites.about_to_run(self.draw.rows(piece), Forward("prompt", 0, longest))
-            hidden = backbone.run(self.lm.base_model, embeddings, positions.expand(len(ends), -1), self.state)
+            hidden = backbone.run(self.lm.base_model, embeddings, positions, self.state)
             last.append(hidden[torch.arange(len(ends), device=ends.device), ends])
         return torch.cat(last)
 
@@ -371,3 +369,15 @@ class Thinking(Sweeps):
         self.state = self.state.fork(questions, rows)
         self.draw = self.draw.rows(rows)
         return token[rows], here[rows], alive[rows]
+
+
+def _pieces(lengths: list[int], device: str) -> Iterator[tuple[slice, int]]:
+    """Prompts side by side that run together, and the longest of each piece; best sorted by length."""
+    start, total, longest = 0, 0, max(lengths[0], 1)
+    for row, length in enumerate(lengths):
+        size = (row - start + 1) * max(longest, length)
+        if row > start and (size > PROMPT_TOKENS_AT_ONCE[device] or size - total - length > PROMPT_PADDING[device]):
+            yield slice(start, row), longest
+            start, total, longest = row, 0, 1
+        total, longest = total + length, max(longest, length)
+    yield slice(start, len(lengths)), longest

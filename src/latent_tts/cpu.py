@@ -1,0 +1,68 @@
+"""Machine code on a CPU: whether there is a compiler for it, and torch's own threads to run it.
+
+After each operator torch's OpenMP threads go on spinning for a while; threads of another pool would have to fight them
+for the cores. So functions in machine code (`machine_code.py` says how they are made) are run by those very threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class MachineCode(Protocol):
+    """A function of one pointer, to int64 numbers: how many pieces are taken, how many there are, arguments."""
+
+    address: int
+    ctypes: Callable[[int], None]
+
+
+@cache
+def has_compiler() -> bool:
+    """Whether numba is installed (the extra `fast`)."""
+    return find_spec("numba") is not None
+
+
+def run(function: MachineCode, pieces: int, *arguments: Tensor | int) -> None:
+    """Let as many threads as torch uses call a function, which takes pieces of the work until none is left.
+
+    One thread alone does it where torch was not built with an OpenMP that understands GNU's calls.
+
+    Args:
+        function: what to run.
+        pieces: how many there are.
+        *arguments: numbers, and contiguous tensors on the CPU, of which the function gets the addresses.
+    """
+    numbers = [0, pieces]
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            assert argument.is_contiguous()
+            assert argument.device.type == "cpu"
+            argument = argument.data_ptr()
+        numbers.append(argument)
+    packed = (ctypes.c_int64 * len(numbers))(*numbers)
+    threads, in_parallel = min(torch.get_num_threads(), pieces), _in_parallel()
+    if in_parallel is None or threads == 1:
+        function.ctypes(ctypes.addressof(packed))
+    else:
+        in_parallel(function.address, ctypes.addressof(packed), threads, 0)
+
+
+@cache
+def _in_parallel() -> Callable[[int, int, int, int], None] | None:
+    """GNU OpenMP's call behind `#pragma omp parallel`, out of the library that torch itself uses."""
+    for library in (Path(torch.__file__).parent / "lib").glob("libtorch_global_deps.*"):
+        try:
+            call = ctypes.CDLL(str(library)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+        call.argtypes, call.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+        return call
+    return None
