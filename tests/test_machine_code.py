@@ -87,7 +87,7 @@ def widened(bits):
 
 def passes(state, inputs, dtype):
     """What a layer attends to in passes one after another."""
-    state.prefix = [tuple(part.to(dtype) for part in prefix) for prefix in state.prefix]
+    state.prefix = [[tuple(part.to(dtype) for part in piece) for piece in pieces] for pieces in state.prefix]
     attended = []
     for query, key, value in inputs:
         attended.append(attend(LAYER, *(part.to(dtype) for part in (query, key, value)), None, state=state)[0])
@@ -97,7 +97,7 @@ def passes(state, inputs, dtype):
 
 @settings(derandomize=True, deadline=None, max_examples=40)
 @given(
-    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5),
     rollouts=st.integers(1, 5),
     key_heads=st.sampled_from([1, 3]),
     groups=st.sampled_from([1, 2]),
@@ -113,7 +113,9 @@ def test_attention_is_that_of_operators(lengths, rollouts, key_heads, groups, wi
     def random(*shape):
         return torch.randn(*shape, generator=generator).to(HALF)
 
-    prefix = [tuple(random(len(lengths), key_heads, max(lengths), width) for _ in range(2))]
+    half = len(lengths) // 2
+    pieces = [part for part in (lengths[:half], lengths[half:]) if part]
+    prefix = [[tuple(random(len(part), key_heads, max(part), width) for _ in range(2)) for part in pieces]]
     heads = key_heads * groups, key_heads, key_heads
     inputs = [[random(rows, count, h, width).transpose(1, 2) for h in heads] for count in tokens]
     valid_RS = torch.rand(rows, capacity, generator=generator) < 0.6 if gaps else None
@@ -135,7 +137,7 @@ def test_forks_go_on_like_their_origins():
         return torch.randn(*shape, generator=generator).to(HALF)
 
     first, second = ([random(6, 2, 4, 8).transpose(1, 2) for _ in range(3)] for _ in range(2))
-    prefix = [(random(2, 4, 5, 8), random(2, 4, 5, 8))]
+    prefix = [[(random(1, 4, longest, 8), random(1, 4, longest, 8)) for longest in (5, 3)]]
     state = AttentionState(torch.tensor([5, 3]), 3, 4, prefix, reads_prefix=True)
     passes(state, [first], HALF)
     rows = torch.tensor([2, 0, 4, 3])

@@ -1,4 +1,4 @@
-"""Machine code on a CPU: whether there is a compiler for it, and torch's own threads to run it.
+"""What is particular to CPUs: machine code, whether there is a compiler for it, torch's own threads to run it; memory.
 
 After each operator torch's OpenMP threads go on spinning for a while; threads of another pool would have to fight them
 for the cores. So functions in machine code (`machine_code.py` says how they are made) are run by those very threads.
@@ -53,6 +53,21 @@ def run(function: MachineCode, pieces: int, *arguments: Tensor | int) -> None:
         function.ctypes(ctypes.addressof(packed))
     else:
         in_parallel(function.address, ctypes.addressof(packed), threads, 0)
+
+
+def give_memory_back() -> None:
+    """Return memory that is free to the system, as far as the C library can (GNU's), which else keeps much of it."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, TypeError, AttributeError):
+        return None
 
 
 @cache

@@ -12,7 +12,11 @@ al. 2024, arXiv 2402.05099).
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,7 +25,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from latent_tts import cpu
 
+Piece = tuple[Tensor, Tensor]
 NAME = "latent_tts_shared_prefix"
+SYSTEM_BYTES = 1 << 20  # so much memory or more is asked of the system itself
 
 
 @dataclass
@@ -32,10 +38,9 @@ class AttentionState:
         lengths_Q: tokens of each prefix.
         rollouts: N.
         capacity: most tokens a suffix will have.
-        prefix: per layer, keys and values (Q, H, L, K), right-padded.
+        prefix: per layer, keys and values (q, H, L, K) of pieces that together hold Q questions, right-padded.
         suffix: per layer, keys and values (R, H, capacity, K), allocated on first use.
         used: slots of every suffix so far.
-        writes: the prefixes whose prompts the pass at hand runs.
         valid_RS: which of the slots hold something (R, capacity); None while all that are used do. Rows that think for
             different numbers of steps go through the same slots.
     """
@@ -43,10 +48,9 @@ class AttentionState:
     lengths_Q: Tensor
     rollouts: int
     capacity: int
-    prefix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    prefix: list[list[Piece]] = field(default_factory=list)
     suffix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     used: int = 0
-    writes: slice = field(default_factory=lambda: slice(None))
     valid_RS: Tensor | None = None
     reads_prefix: bool = False
     _work: Tensor | None = None
@@ -63,7 +67,7 @@ class AttentionState:
         """A state of its own with some of the questions and suffixes.
 
         Args:
-            questions: which prefixes.
+            questions: which prefixes, in ascending order; one may come several times.
             rows: suffixes, the same number for each of `questions`, question-major; a row may come several times.
             used: how many slots of the suffixes to take; None takes all.
         """
@@ -77,38 +81,43 @@ class AttentionState:
         valid_RS = None if self.valid_RS is None else self.valid_RS[rows]
         if valid_RS is not None:
             valid_RS[:, used:] = True
-        everything = questions.shape[0] == self.lengths_Q.shape[0] and bool((questions.diff() == 1).all())
-        prefix = self.prefix if everything else [(keys[questions], values[questions]) for keys, values in self.prefix]
         return AttentionState(
             lengths_Q=self.lengths_Q[questions],
             rollouts=rows.shape[0] // questions.shape[0],
             capacity=self.capacity,
-            prefix=prefix,
+            prefix=[self._prefixes_of(questions.tolist(), pieces) for pieces in self.prefix],
             suffix=[(part(keys), part(values)) for keys, values in self.suffix],
             used=used,
             valid_RS=valid_RS,
             reads_prefix=self.reads_prefix,
         )
 
-    def _write_prefix(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep keys and values (rows, H, L, K) of some prompts.
+    def _prefixes_of(self, questions: list[int], pieces: list[Piece]) -> list[Piece]:
+        """Pieces of a layer with the prefixes of some questions."""
+        assert all(earlier <= later for earlier, later in pairwise(questions))
+        if questions == list(range(self.lengths_Q.shape[0])):
+            return pieces
+        chosen, start = [], 0
+        for keys, values in pieces:
+            end = start + keys.shape[0]
+            here = [question - start for question in questions if start <= question < end]
+            if here:
+                chosen.append((keys[here], values[here]))
+            start = end
+        return chosen
 
-        All prefixes of a layer are one piece of memory, made before the first is written: parts that come one after
-        another would lie between what passes need in the meantime, and keep the process from giving that back.
-        """
+    def _write_prefix(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep keys and values (rows, H, L, K) of the prompts that come next."""
         if layer == len(self.prefix):
-            longest = self.prefix[0][0].shape[2] if self.prefix else max(key.shape[2], int(self.lengths_Q.max()))
-            shape = (self.lengths_Q.shape[0], key.shape[1], longest, key.shape[3])
-            self.prefix.append((key.new_zeros(shape), value.new_zeros(shape)))
-        keys, values = self.prefix[layer]
-        keys[self.writes, :, : key.shape[2]], values[self.writes, :, : key.shape[2]] = key, value
+            self.prefix.append([])
+        self.prefix[layer].append((_zeros(key.shape, key).copy_(key), _zeros(value.shape, value).copy_(value)))
 
     def _room_for(self, like: Tensor, rows: int) -> Tensor:
         """Memory for keys or values (rows, H, capacity, K); for machine code in the order (capacity, rows, H, K)."""
         _, heads, _, width = like.shape
         if suits_machine_code(like):
-            return like.new_empty(self.capacity, rows, heads, width).permute(1, 2, 0, 3)
-        return like.new_empty(rows, heads, self.capacity, width)
+            return _zeros((self.capacity, rows, heads, width), like).permute(1, 2, 0, 3)
+        return _zeros((rows, heads, self.capacity, width), like)
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (R, H, S, K) to a layer's suffixes; returns all of them so far."""
@@ -175,34 +184,42 @@ def attend(
     grouped = query.unflatten(1, (-1, groups))
     if suits_machine_code(query):
         return _attended_by_machine_code(state, layer, grouped, scale), None
-    own = (grouped * scale).flatten(2, 3)
-    return _attended(state, layer, query.shape[2], own, keys, values).reshape(query.shape).transpose(1, 2), None
+    own, parts, start = (grouped * scale).flatten(2, 3), [], 0
+    for prefix in state.prefix[layer]:
+        end = start + prefix[0].shape[0]
+        rows = slice(start * state.rollouts, end * state.rollouts)
+        suffix = keys[rows], values[rows]
+        parts.append(_attended(state, slice(start, end), rows, query.shape[2], own[rows], prefix, suffix))
+        start = end
+    return torch.cat(parts).reshape(query.shape).transpose(1, 2), None
 
 
-def _attended(state: AttentionState, layer: int, tokens: int, own: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attended values (R, H, G*S, K) of queries like them, scaled, by keys and values of the suffixes so far."""
-    prefix_keys, prefix_values = state.prefix[layer]
-    questions, _, length, _ = prefix_keys.shape
-    siblings = own.unflatten(0, (questions, state.rollouts)).transpose(1, 2)
+def _attended(
+    state: AttentionState, questions: slice, rows: slice, tokens: int, own: Tensor, prefix: Piece, suffix: Piece
+) -> Tensor:
+    """Attended values (r, H, G*S, K) of scaled queries of q questions, by their prefixes and the suffixes so far."""
+    (prefix_keys, prefix_values), (keys, values) = prefix, suffix
+    count, _, length, _ = prefix_keys.shape
+    siblings = own.unflatten(0, (count, state.rollouts)).transpose(1, 2)
     stacked = siblings.flatten(2, 3)
 
-    # both parts are laid out (Q, H, N*G*S, ...): the longer one, against the prefix, needs no transposing
+    # both parts are laid out (q, H, N*G*S, ...): the longer one, against the prefix, needs no transposing
     before = stacked @ prefix_keys.transpose(-1, -2)
-    padding = torch.arange(length, device=own.device) >= state.lengths_Q[:, None]
+    padding = torch.arange(length, device=own.device) >= state.lengths_Q[questions, None]
     before.masked_fill_(padding[:, None, None, :], float("-inf"))
-    # (R, H, G*S, used + S); in this order bfloat16 products on a CPU take half the time
+    # (r, H, G*S, used + S); in this order bfloat16 products on a CPU take half the time
     after = (state._dense(keys) @ own.transpose(-1, -2)).transpose(-1, -2)
     if tokens > 1:
         future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=own.device).triu(state.used + 1)
         after = after.masked_fill(future.repeat(own.shape[2] // tokens, 1), float("-inf"))
     if state.valid_RS is not None:
-        after = after.masked_fill(~state.valid_RS[:, None, None, : keys.shape[2]], float("-inf"))
-    after = after.unflatten(0, (questions, state.rollouts)).transpose(1, 2)
+        after = after.masked_fill(~state.valid_RS[rows, None, None, : keys.shape[2]], float("-inf"))
+    after = after.unflatten(0, (count, state.rollouts)).transpose(1, 2)
     # of half precision softmax makes float32, and rounds what comes out
     weights = torch.cat([before, after.reshape(*stacked.shape[:3], -1)], dim=-1).softmax(-1)
     before, after = weights.split([length, keys.shape[2]], dim=-1)
 
-    after = after.unflatten(2, (state.rollouts, -1)).transpose(1, 2).flatten(0, 1)  # (R, H, G*S, used + S)
+    after = after.unflatten(2, (state.rollouts, -1)).transpose(1, 2).flatten(0, 1)  # (r, H, G*S, used + S)
     out = (before @ prefix_values).view(siblings.shape).transpose(1, 2)
     return out.reshape(own.shape) + after @ state._dense(values)
 
@@ -212,22 +229,39 @@ def _attended_by_machine_code(state: AttentionState, layer: int, query: Tensor, 
     from latent_tts.engine.suffix_kernel import attend_suffixes
 
     _, heads, groups, tokens, width = query.shape
-    (prefix_keys, prefix_values), (keys, values) = state.prefix[layer], state.suffix[layer]
-    questions, _, length, _ = prefix_keys.shape
-    rows_apart = query.unflatten(0, (questions, state.rollouts)).transpose(1, 2)  # (Q, H, N, G, S, K)
+    keys, values = (part.permute(2, 0, 1, 3) for part in state.suffix[layer])
+    rows_apart = query.unflatten(0, (-1, state.rollouts)).transpose(1, 2)  # (Q, H, N, G, S, K)
     queries = torch.mul(rows_apart, scale, out=query.new_empty(rows_apart.shape)).flatten(2, 4)
-    weights, after = queries @ prefix_keys.transpose(-1, -2), torch.empty_like(queries)
+    attended = torch.empty_like(queries)
     valid = state.lengths_Q if state.valid_RS is None else state.valid_RS  # the first is not read
-    sizes = questions, state.rollouts, heads, groups * tokens, length, width, state.capacity
-    tensors = state.lengths_Q, valid, weights, queries, *(part.permute(2, 0, 1, 3) for part in (keys, values)), after
-    cpu.run(attend_suffixes, keys.shape[0], tokens, state.used, *sizes, state.valid_RS is not None, *tensors)
-    out = torch.baddbmm(after.flatten(0, 1), weights.flatten(0, 1), prefix_values.flatten(0, 1))
-    return out.view(rows_apart.shape).permute(0, 2, 4, 1, 3, 5).reshape(-1, tokens, heads * groups, width)
+    sizes = state.rollouts, heads, groups * tokens, width, state.capacity, keys.shape[1], state.valid_RS is not None
+    start = 0
+    for prefix_keys, prefix_values in state.prefix[layer]:
+        count, _, length, _ = prefix_keys.shape
+        part = slice(start, start + count)
+        weights = queries[part] @ prefix_keys.transpose(-1, -2)
+        tensors = state.lengths_Q, valid, weights, queries, keys, values, attended
+        cpu.run(attend_suffixes, count * state.rollouts, tokens, state.used, start, count, length, *sizes, *tensors)
+        attended[part].flatten(0, 1).baddbmm_(weights.flatten(0, 1), prefix_values.flatten(0, 1))
+        start += count
+    return attended.view(rows_apart.shape).permute(0, 2, 4, 1, 3, 5).reshape(-1, tokens, heads * groups, width)
 
 
 def suits_machine_code(tensor: Tensor) -> bool:
     """Whether attention over suffixes of its kind runs in machine code; float32 gains too little by it."""
     return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and cpu.has_compiler()
+
+
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Memory that lasts for a batch; on a CPU straight from the system if it is much.
+
+    There it goes back at the end, while the allocator would keep the holes between what passes need in the meantime;
+    and what is never written takes no room.
+    """
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size < SYSTEM_BYTES:
+        return like.new_zeros(shape)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(shape)
 
 
 def use_shared_prefix_attention(lm: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from latent_tts import cpu
 from latent_tts.engine import backbone
 from latent_tts.engine.attention import AttentionState
 from latent_tts.engine.head import choose
@@ -28,6 +29,7 @@ from latent_tts.types import Forward, Reasoner, Sampler
 SEQUENTIAL = Sequential()
 PROMPT_TOKENS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 20}  # padding counts: see docs/tuning.md
 PROMPT_PADDING = {"cpu": 1 << 7, "cuda": 1 << 14}  # tokens of it that cost as much as a pass of its own
+PASS_BYTES = 1 << 20  # hidden states from which on what else the pass has needed is worth returning
 COMPACT_BELOW = 0.75  # a batch is packed anew once it would shrink to this share of its rows
 
 
@@ -266,10 +268,11 @@ class Thinking(Sweeps):
         for piece, longest in _pieces(lengths.tolist(), lengths.device.type):
             embeddings, ends = self.embed(ids_QL[piece, :longest]), (lengths[piece] - 1).clamp(min=0)
             positions = torch.arange(longest, device=ends.device).expand(len(ends), -1)
-            self.state.writes = piece
             self.sites.about_to_run(self.draw.rows(piece), Forward("prompt", 0, longest))
             hidden = backbone.run(self.lm.base_model, embeddings, positions, self.state)
             last.append(hidden[torch.arange(len(ends), device=ends.device), ends])
+            if hidden.device.type == "cpu" and hidden.nbytes > PASS_BYTES:
+                cpu.give_memory_back()
         return torch.cat(last)
 
     def _empty_prefix(self, rows: int) -> Tensor:
@@ -278,7 +281,9 @@ class Thinking(Sweeps):
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         weight = next(self.lm.parameters())
         for _ in range(config.num_hidden_layers):
-            self.state.prefix.append((weight.new_empty(rows, heads, 0, width), weight.new_empty(rows, heads, 0, width)))
+            self.state.prefix.append(
+                [(weight.new_empty(rows, heads, 0, width), weight.new_empty(rows, heads, 0, width))]
+            )
         return weight.new_empty(rows, config.hidden_size)
 
     def _feed(self, embeddings_RSD: Tensor, forward: Forward, first_valid_R: Tensor | None = None) -> Tensor:

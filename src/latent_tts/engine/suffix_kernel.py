@@ -32,7 +32,8 @@ def _attend_row(
     tokens: int,
     used: int,
     length: int,
-    rollouts: int,
+    rollout: int,
+    queried: int,
     valid: Any,
     scores: Any,
     queries: Any,
@@ -45,16 +46,15 @@ def _attend_row(
     slots: Any,
 ) -> None:
     """All heads and tokens of a row; `own`, `query`, `total` and `slots` are room to work in."""
-    heads, width, padded, count = keys.shape[2], keys.shape[3], scores.shape[3], queries.shape[2] // rollouts
-    question, first = row // rollouts, (row % rollouts) * count
+    heads, width, padded = keys.shape[2], keys.shape[3], scores.shape[2]
     for head in range(heads):
-        for s in range(count):
-            place = first + s
-            weights = scores[question, head, place]
+        for s in range(queried):
+            place = rollout * queried + s
+            weights = scores[head, place]
             for i in range(length):
                 own[i] = wide(weights[i])
             for i in range(width):
-                query[i] = wide(queries[question, head, place, i])
+                query[i] = wide(queries[head, place, i])
             seen = 0
             for slot in range(used + s % tokens + 1):
                 if valid.shape[0] > 0 and not valid[row, slot]:
@@ -82,52 +82,49 @@ def _attend_row(
                 weight, value = own[length + j] * factor, values[slots[j], row, head]
                 for i in range(width):
                     total[i] += weight * wide(value[i])
-            result = out[question, head, place]
+            result = out[head, place]
             for i in range(width):
                 result[i] = narrow(total[i])
 
 
 @compiled
 def attend_suffixes(pointer: Any) -> None:
-    """Make weights of scores against prefixes, and add up suffixes by theirs; a piece is a row.
+    """Make weights of scores against prefixes, and add up suffixes by theirs, for q questions; a piece is a row.
 
-    R = Q*N rows; H key heads; S = query heads of a key head times tokens, those of a query head side by side; C slots.
+    R = Q*N rows in all; H key heads; S = query heads of a key head times tokens, those of a query head side by side; C
+    slots.
 
     Args:
-        pointer: to pieces taken, R; tokens of this pass; used slots before it; Q, N, H, S, L, K, C; whether slots may
-            be empty; then the addresses of
+        pointer: to pieces taken, q*N; tokens of this pass; used slots before it; the first question; q; L; N; H; S; K;
+            C; R; whether slots may be empty; then the addresses of
             lengths (Q), int64: tokens of each prefix;
             valid (R, C), bool: which slots hold something, read if some may be empty;
-            scores (Q, H, N*S, L) against the prefixes, which become the weights, 0 for padding;
+            scores (q, H, N*S, L) against the prefixes, which become the weights, 0 for padding;
             queries (Q, H, N*S, K), scaled;
             keys (C, R, H, K); values, the same;
-            out (Q, H, N*S, K), filled with the suffixes' part of the result.
+            out (Q, H, N*S, K), of which the q questions' are filled with the suffixes' part of the result.
     """
     numbers = numbers_at(pointer)
-    rows, tokens, used = numbers[1], numbers[2], numbers[3]
-    questions, rollouts, heads, count, padded, width, slots = (
-        numbers[4],
-        numbers[5],
-        numbers[6],
-        numbers[7],
-        numbers[8],
-        numbers[9],
-        numbers[10],
-    )
-    lengths = array_at(numbers[12], (questions,), np.int64)
-    valid = array_at(numbers[13], (rows if numbers[11] else 0, slots), np.bool_)
-    scores = array_at(numbers[14], (questions, heads, rollouts * count, padded), np.uint16)
-    queries = array_at(numbers[15], (questions, heads, rollouts * count, width), np.uint16)
-    keys = array_at(numbers[16], (slots, rows, heads, width), np.uint16)
-    values = array_at(numbers[17], (slots, rows, heads, width), np.uint16)
-    out = array_at(numbers[18], (questions, heads, rollouts * count, width), np.uint16)
+    pieces, tokens, used, first, count = numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]
+    padded, rollouts, heads, queried, width = numbers[6], numbers[7], numbers[8], numbers[9], numbers[10]
+    slots, rows, gaps = numbers[11], numbers[12], numbers[13]
+    questions = rows // rollouts
+    lengths = array_at(numbers[14], (questions,), np.int64)
+    valid = array_at(numbers[15], (rows if gaps else 0, slots), np.bool_)
+    scores = array_at(numbers[16], (count, heads, rollouts * queried, padded), np.uint16)
+    queries = array_at(numbers[17], (questions, heads, rollouts * queried, width), np.uint16)
+    keys = array_at(numbers[18], (slots, rows, heads, width), np.uint16)
+    values = array_at(numbers[19], (slots, rows, heads, width), np.uint16)
+    out = array_at(numbers[20], (questions, heads, rollouts * queried, width), np.uint16)
     own, seen = np.empty(padded + slots, np.float32), np.empty(slots, np.int64)
     query, total = np.empty(width, np.float32), np.empty(width, np.float32)
     while True:
-        row = next_piece(pointer)
-        if row >= rows:
+        piece = next_piece(pointer)
+        if piece >= pieces:
             return
-        length = lengths[row // rollouts]
+        question, row = first + piece // rollouts, first * rollouts + piece
+        weights = scores[piece // rollouts]
         _attend_row(
-            row, tokens, used, length, rollouts, valid, scores, queries, keys, values, out, own, query, total, seen
+            *(row, tokens, used, lengths[question], piece % rollouts, queried, valid, weights, queries[question]),
+            *(keys, values, out[question], own, query, total, seen),
         )
