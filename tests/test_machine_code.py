@@ -1,5 +1,6 @@
 """Machine code against what it stands for: torch's operators, in float32."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,6 +51,10 @@ def test_every_piece_is_done_once(threads, pieces, team, monkeypatch):
     assert visits.tolist() == [60] * pieces
 
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+
+
+@on_linux
 def test_torch_itself_offers_its_threads():
     """What else would be slow without a word; a torch without GNU's OpenMP has no such threads to offer."""
     assert (cpu._in_parallel() is not None) == ("libgomp" in loaded_libraries())
@@ -144,3 +149,9 @@ def test_forks_go_on_like_their_origins():
     fork = state.fork(torch.tensor([0, 1]), rows)
     again = passes(fork, [[part[rows] for part in second]], HALF)
     assert torch.equal(again, passes(state, [second], HALF)[rows])
+
+
+@on_linux
+def test_free_memory_can_be_given_back():
+    cpu.give_memory_back()
+    assert (cpu._trim() is not None) == ("libc.so.6" in loaded_libraries())  # GNU's has a call for it
