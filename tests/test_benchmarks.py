@@ -55,9 +55,11 @@ def test_prompts_have_the_lengths_of_the_distribution(engine_benchmark, monkeypa
     assert sum(lengths) / 64 == pytest.approx(60, abs=3)  # the mean over GSM8K's test questions
 
 
-def test_two_dtypes_by_turns(engine_benchmark, capsys):
+@pytest.mark.parametrize("sides", [["fp32", "bf16"], ["bf16-operators", "bf16"]], ids=str)
+def test_two_sides_by_turns(engine_benchmark, capsys, sides):
     turns = importlib.import_module("turns")
-    turns.main(["--layers=1", "--width=32", "--repeats=1", "--case", "1x2", "--sampler", "gaussian"])
-    first, *shares = capsys.readouterr().out.splitlines()
-    assert first.startswith("1x2 gaussian: bf16 over fp32 ")
-    assert [line.split(":")[0] for line in shares] == ["  latents in fp32", "  latents in bf16"]
+    brief = ["--layers=1", "--width=32", "--repeats=1", "--case", "1x2", "--sampler", "gaussian"]
+    turns.main([*brief, "--sides", *sides])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"1x2 gaussian: seconds of {sides[0]} over {sides[1]}"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["all", "prefill", "latents", "answers", *sides]

@@ -71,7 +71,8 @@ class AttentionState:
             rows: suffixes, the same number for each of `questions`, question-major; a row may come several times.
             used: how many slots of the suffixes to take; None takes all.
         """
-        used = self.used if used is None else used
+        used, numbers = self.used if used is None else used, questions.tolist()
+        assert all(earlier <= later for earlier, later in pairwise(numbers))
 
         def part(tensor: Tensor) -> Tensor:
             new = self._room_for(tensor, rows.shape[0])
@@ -85,7 +86,7 @@ class AttentionState:
             lengths_Q=self.lengths_Q[questions],
             rollouts=rows.shape[0] // questions.shape[0],
             capacity=self.capacity,
-            prefix=[self._prefixes_of(questions.tolist(), pieces) for pieces in self.prefix],
+            prefix=[self._prefixes_of(numbers, pieces) for pieces in self.prefix],
             suffix=[(part(keys), part(values)) for keys, values in self.suffix],
             used=used,
             valid_RS=valid_RS,
@@ -94,7 +95,6 @@ class AttentionState:
 
     def _prefixes_of(self, questions: list[int], pieces: list[Piece]) -> list[Piece]:
         """Pieces of a layer with the prefixes of some questions."""
-        assert all(earlier <= later for earlier, later in pairwise(questions))
         if questions == list(range(self.lengths_Q.shape[0])):
             return pieces
         chosen, start = [], 0
@@ -191,7 +191,8 @@ def attend(
         suffix = keys[rows], values[rows]
         parts.append(_attended(state, slice(start, end), rows, query.shape[2], own[rows], prefix, suffix))
         start = end
-    return torch.cat(parts).reshape(query.shape).transpose(1, 2), None
+    attended = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return attended.reshape(query.shape).transpose(1, 2), None
 
 
 def _attended(

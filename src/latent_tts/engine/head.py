@@ -69,10 +69,11 @@ def _highest(head: nn.Linear, hidden_RD: Tensor) -> Choice:
         # in this order the product needs no rearranged copy of the weights, and places lie side by side for maxima
         torch.mm(head.weight[piece], hidden_RD.t(), out=product)
         found.visit(product, piece.start, None if head.bias is None else head.bias[piece])
-    token_2R, logits_2R, normalizer_R = found.result()
+    token_2R, highest_2R, total_R = found.result()
+    logits_2R = highest_2R
     if hidden_RD.dtype.itemsize < 4:
         token_2R, logits_2R = _settled(head, hidden_RD, token_2R)
-    return Choice(token_2R[0], logits_2R[0] - normalizer_R, logits_2R[0] - logits_2R[1])
+    return Choice(token_2R[0], logits_2R[0] - highest_2R[0] - total_R.log(), logits_2R[0] - logits_2R[1])
 
 
 class _Found:
@@ -102,8 +103,8 @@ class _Found:
         self.total_R = self.total_R * (before_R - highest_R).exp_() + logits_PR.sub_(highest_R).exp_().sum(0)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The two tokens of the highest logits (2, R), those logits, and the logarithm of the sum (R)."""
-        return self.token_2R, self.highest_2R, self.highest_2R[0] + self.total_R.log()
+        """The two tokens of the highest logits (2, R), those logits, and the sum of exp(logit - highest) (R)."""
+        return self.token_2R, self.highest_2R, self.total_R
 
 
 class _FoundByMachineCode:
@@ -130,7 +131,7 @@ class _FoundByMachineCode:
         token_XR, order_XR = token_2GR.flatten(0, 1).sort(0)  # so that of equal logits the lowest token is first
         highest_2R, token_2R = _first_two(highest_2GR.flatten(0, 1).gather(0, order_XR), token_XR)
         total_R = (self._total_GW[:, : self._rows] * (highest_2GR[0] - highest_2R[0]).exp()).sum(0)
-        return token_2R, highest_2R, highest_2R[0] + total_R.log()
+        return token_2R, highest_2R, total_R
 
 
 def _settled(head: nn.Linear, hidden_RD: Tensor, token_2R: Tensor) -> tuple[Tensor, Tensor]:
