@@ -135,7 +135,10 @@ def test_attention_is_that_of_operators(lengths, rollouts, key_heads, groups, wi
     torch.testing.assert_close(passes(state(), inputs, HALF), expected, rtol=0.02, atol=0.02)
 
 
-def test_forks_go_on_like_their_origins():
+@pytest.mark.parametrize(
+    ("questions", "rows"), [([0, 1], [2, 0, 4, 3]), ([1, 0], [4, 3, 2, 0]), ([1, 0, 1], [5, 0, 4])], ids=str
+)
+def test_forks_go_on_like_their_origins(questions, rows):
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -145,8 +148,7 @@ def test_forks_go_on_like_their_origins():
     prefix = [[(random(1, 4, longest, 8), random(1, 4, longest, 8)) for longest in (5, 3)]]
     state = AttentionState(torch.tensor([5, 3]), 3, 4, prefix, reads_prefix=True)
     passes(state, [first], HALF)
-    rows = torch.tensor([2, 0, 4, 3])
-    fork = state.fork(torch.tensor([0, 1]), rows)
+    fork = state.fork(torch.tensor(questions), torch.tensor(rows))
     again = passes(fork, [[part[rows] for part in second]], HALF)
     assert torch.equal(again, passes(state, [second], HALF)[rows])
 

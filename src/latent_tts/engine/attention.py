@@ -16,7 +16,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -67,12 +67,11 @@ class AttentionState:
         """A state of its own with some of the questions and suffixes.
 
         Args:
-            questions: which prefixes, in ascending order; one may come several times.
+            questions: which prefixes; one may come several times.
             rows: suffixes, the same number for each of `questions`, question-major; a row may come several times.
             used: how many slots of the suffixes to take; None takes all.
         """
         used, numbers = self.used if used is None else used, questions.tolist()
-        assert all(earlier <= later for earlier, later in pairwise(numbers))
 
         def part(tensor: Tensor) -> Tensor:
             new = self._room_for(tensor, rows.shape[0])
@@ -97,13 +96,11 @@ class AttentionState:
         """Pieces of a layer with the prefixes of some questions."""
         if questions == list(range(self.lengths_Q.shape[0])):
             return pieces
-        chosen, start = [], 0
-        for keys, values in pieces:
-            end = start + keys.shape[0]
-            here = [question - start for question in questions if start <= question < end]
-            if here:
-                chosen.append((keys[here], values[here]))
-            start = end
+        places = [(number, place) for number, (keys, _) in enumerate(pieces) for place in range(keys.shape[0])]
+        chosen = []
+        for number, neighbours in groupby((places[question] for question in questions), key=lambda place: place[0]):
+            here = [place for _, place in neighbours]
+            chosen.append(tuple(part[here] for part in pieces[number]))
         return chosen
 
     def _write_prefix(self, layer: int, key: Tensor, value: Tensor) -> None:
