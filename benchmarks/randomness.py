@@ -20,7 +20,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from baseline import clock
-from latent_tts.engine import attention
+from latent_tts import cpu
 from latent_tts.engine.attention import AttentionState
 from latent_tts.engine.backbone import prepare
 from latent_tts.rng import Draw
@@ -56,7 +56,7 @@ def latent_step(dtype: torch.dtype, rows: int, compiled: bool) -> Callable[[], o
     latent = torch.randn(rows, 1, WIDTH, dtype=dtype)
 
     if compiled:  # torch.compile makes its own machine code, and cannot look into ours
-        attention.suits_machine_code = lambda tensor: False
+        cpu.suits_machine_code = lambda tensor: False
     backbone = torch.compile(lm.base_model) if compiled else lm.base_model
 
     def step() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_tts import cpu
-from latent_tts.engine.attention import AttentionState, attend, suits_machine_code
+from latent_tts.engine.attention import AttentionState, attend
 
 numba = pytest.importorskip("numba")
 
@@ -130,7 +130,7 @@ def test_attention_is_that_of_operators(lengths, rollouts, key_heads, groups, wi
     def state():
         return AttentionState(torch.tensor(lengths), rollouts, capacity, prefix, valid_RS=valid_RS, reads_prefix=True)
 
-    assert suits_machine_code(inputs[0][0])
+    assert cpu.suits_machine_code(inputs[0][0])
     expected = passes(state(), inputs, WIDE)
     torch.testing.assert_close(passes(state(), inputs, HALF), expected, rtol=0.02, atol=0.02)
 

@@ -30,6 +30,11 @@ def has_compiler() -> bool:
     return find_spec("numba") is not None
 
 
+def suits_machine_code(tensor: Tensor) -> bool:
+    """Whether attention and the LM head run in machine code on tensors like it; float32 gains too little by it."""
+    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and has_compiler()
+
+
 def run(function: MachineCode, pieces: int, *arguments: Tensor | int) -> None:
     """Let as many threads as torch uses call a function, which takes pieces of the work until none is left.
 
@@ -49,7 +54,7 @@ def run(function: MachineCode, pieces: int, *arguments: Tensor | int) -> None:
         numbers.append(argument)
     packed = (ctypes.c_int64 * len(numbers))(*numbers)
     threads, in_parallel = min(torch.get_num_threads(), pieces), _in_parallel()
-    if in_parallel is None or threads == 1:
+    if in_parallel is None or threads <= 1:
         function.ctypes(ctypes.addressof(packed))
     else:
         in_parallel(function.address, ctypes.addressof(packed), threads, 0)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -71,7 +71,7 @@ class AttentionState:
             rows: suffixes, the same number for each of `questions`, question-major; a row may come several times.
             used: how many slots of the suffixes to take; None takes all.
         """
-        used, numbers = self.used if used is None else used, questions.tolist()
+        used = self.used if used is None else used
 
         def part(tensor: Tensor) -> Tensor:
             new = self._room_for(tensor, rows.shape[0])
@@ -85,36 +85,44 @@ class AttentionState:
             lengths_Q=self.lengths_Q[questions],
             rollouts=rows.shape[0] // questions.shape[0],
             capacity=self.capacity,
-            prefix=[self._prefixes_of(numbers, pieces) for pieces in self.prefix],
+            prefix=self._prefixes_of(questions),
             suffix=[(part(keys), part(values)) for keys, values in self.suffix],
             used=used,
             valid_RS=valid_RS,
             reads_prefix=self.reads_prefix,
         )
 
-    def _prefixes_of(self, questions: list[int], pieces: list[Piece]) -> list[Piece]:
-        """Pieces of a layer with the prefixes of some questions."""
-        if questions == list(range(self.lengths_Q.shape[0])):
-            return pieces
-        places = [(number, place) for number, (keys, _) in enumerate(pieces) for place in range(keys.shape[0])]
-        chosen = []
-        for number, neighbours in groupby((places[question] for question in questions), key=lambda place: place[0]):
-            here = [place for _, place in neighbours]
-            chosen.append(tuple(part[here] for part in pieces[number]))
-        return chosen
+    def _prefixes_of(self, questions: Tensor) -> list[list[Piece]]:
+        """The prefixes of some questions; neighbours out of one piece are one piece again."""
+        numbers = questions.tolist()
+        if numbers == list(range(self.lengths_Q.shape[0])):
+            return self.prefix
+        sizes = [keys.shape[0] for keys, _ in self.prefix[0]]
+        places = [(piece, place) for piece, size in enumerate(sizes) for place in range(size)]
+        runs = groupby((places[number] for number in numbers), key=lambda place: place[0])
+        chosen = [(piece, questions.new_tensor([place for _, place in run])) for piece, run in runs]
+        return [[(pieces[i][0][here], pieces[i][1][here]) for i, here in chosen] for pieces in self.prefix]
+
+    def _pieces(self, layer: int) -> Iterator[tuple[slice, slice, Piece]]:
+        """A layer's pieces, with the questions and the rows that each is of."""
+        start = 0
+        for piece in self.prefix[layer]:
+            end = start + piece[0].shape[0]
+            yield slice(start, end), slice(start * self.rollouts, end * self.rollouts), piece
+            start = end
 
     def _write_prefix(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keep keys and values (rows, H, L, K) of the prompts that come next."""
         if layer == len(self.prefix):
             self.prefix.append([])
-        self.prefix[layer].append((_zeros(key.shape, key).copy_(key), _zeros(value.shape, value).copy_(value)))
+        self.prefix[layer].append((_memory(key.shape, key).copy_(key), _memory(value.shape, value).copy_(value)))
 
     def _room_for(self, like: Tensor, rows: int) -> Tensor:
         """Memory for keys or values (rows, H, capacity, K); for machine code in the order (capacity, rows, H, K)."""
         _, heads, _, width = like.shape
-        if suits_machine_code(like):
-            return _zeros((self.capacity, rows, heads, width), like).permute(1, 2, 0, 3)
-        return _zeros((rows, heads, self.capacity, width), like)
+        if cpu.suits_machine_code(like):
+            return _memory((self.capacity, rows, heads, width), like).permute(1, 2, 0, 3)
+        return _memory((rows, heads, self.capacity, width), like)
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (R, H, S, K) to a layer's suffixes; returns all of them so far."""
@@ -179,15 +187,13 @@ def attend(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     # query heads that share a key head become more query tokens of that head
     grouped = query.unflatten(1, (-1, groups))
-    if suits_machine_code(query):
+    if cpu.suits_machine_code(query):
         return _attended_by_machine_code(state, layer, grouped, scale), None
-    own, parts, start = (grouped * scale).flatten(2, 3), [], 0
-    for prefix in state.prefix[layer]:
-        end = start + prefix[0].shape[0]
-        rows = slice(start * state.rollouts, end * state.rollouts)
-        suffix = keys[rows], values[rows]
-        parts.append(_attended(state, slice(start, end), rows, query.shape[2], own[rows], prefix, suffix))
-        start = end
+    own = (grouped * scale).flatten(2, 3)
+    parts = [
+        _attended(state, questions, rows, query.shape[2], own[rows], prefix, (keys[rows], values[rows]))
+        for questions, rows, prefix in state._pieces(layer)
+    ]
     attended = torch.cat(parts) if len(parts) > 1 else parts[0]
     return attended.reshape(query.shape).transpose(1, 2), None
 
@@ -233,24 +239,17 @@ def _attended_by_machine_code(state: AttentionState, layer: int, query: Tensor, 
     attended = torch.empty_like(queries)
     valid = state.lengths_Q if state.valid_RS is None else state.valid_RS  # the first is not read
     sizes = state.rollouts, heads, groups * tokens, width, state.capacity, keys.shape[1], state.valid_RS is not None
-    start = 0
-    for prefix_keys, prefix_values in state.prefix[layer]:
+    for questions, rows, (prefix_keys, prefix_values) in state._pieces(layer):
         count, _, length, _ = prefix_keys.shape
-        part = slice(start, start + count)
-        weights = queries[part] @ prefix_keys.transpose(-1, -2)
+        weights = queries[questions] @ prefix_keys.transpose(-1, -2)
         tensors = state.lengths_Q, valid, weights, queries, keys, values, attended
-        cpu.run(attend_suffixes, count * state.rollouts, tokens, state.used, start, count, length, *sizes, *tensors)
-        attended[part].flatten(0, 1).baddbmm_(weights.flatten(0, 1), prefix_values.flatten(0, 1))
-        start += count
+        pieces = rows.stop - rows.start
+        cpu.run(attend_suffixes, pieces, tokens, state.used, questions.start, count, length, *sizes, *tensors)
+        attended[questions].flatten(0, 1).baddbmm_(weights.flatten(0, 1), prefix_values.flatten(0, 1))
     return attended.view(rows_apart.shape).permute(0, 2, 4, 1, 3, 5).reshape(-1, tokens, heads * groups, width)
 
 
-def suits_machine_code(tensor: Tensor) -> bool:
-    """Whether attention over suffixes of its kind runs in machine code; float32 gains too little by it."""
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and cpu.has_compiler()
-
-
-def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+def _memory(shape: Sequence[int], like: Tensor) -> Tensor:
     """Memory that lasts for a batch; on a CPU straight from the system if it is much.
 
     There it goes back at the end, while the allocator would keep the holes between what passes need in the meantime;
@@ -258,7 +257,7 @@ def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
     """
     size = math.prod(shape) * like.element_size()
     if like.device.type != "cpu" or size < SYSTEM_BYTES:
-        return like.new_zeros(shape)
+        return like.new_empty(shape)
     return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(shape)
 
 

@@ -59,8 +59,7 @@ def _highest(head: nn.Linear, hidden_RD: Tensor) -> Choice:
     pieces = [slice(start, min(start + at_once, whole)) for start in range(0, whole, at_once)]
     if whole < vocabulary:
         pieces.append(slice(whole, vocabulary))
-    on_cpu = hidden_RD.device.type == "cpu"
-    in_machine_code = on_cpu and hidden_RD.dtype == torch.bfloat16 and head.bias is None and cpu.has_compiler()
+    in_machine_code = head.bias is None and cpu.suits_machine_code(hidden_RD)
     found = (_FoundByMachineCode if in_machine_code else _Found)(rows, hidden_RD.device)
     # all pieces share their memory: new pages for each would cost as much as the product
     product_PR = hidden_RD.new_empty(max(map(_length, pieces)), rows)
