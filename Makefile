@@ -22,7 +22,8 @@ install: .venv/.installed ## make .venv from the pinned versions
 run: .venv/.installed ## the main job: two samplers, n up to 64, table and scaling curve (QUESTIONS=1000)
 	$(BIN)/ltts run -m sampler=gaussian,dropout budget=ladder n=64 task.limit=$(QUESTIONS)
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
+# bytecode is kept whatever the environment says: compiling the tests anew takes each process five seconds
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
 test: .venv/.installed ## the default test suite, a process a core
 	$(PYTEST)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+import compose_once
 from latent_tts import cli
 
 # commands are composed hundreds of times: libyaml reads their configs eight times as fast, and the same
@@ -27,6 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if cases[name] % 2:
                 item.add_marker(pytest.mark.slow)
             cases[name] += 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def configs_compose_once() -> Iterator[None]:
+    """Each choice of options is composed once a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        compose_once.install(patch)
+        yield
 
 
 def pytest_collection_finish() -> None:
@@ -73,12 +82,7 @@ def ltts(
 
     def run(*arguments: object) -> Result:
         capfd.readouterr()
-        texts = [str(argument) for argument in arguments]
-        with monkeypatch.context() as patch:
-            if not any(text.startswith("experiment=") for text in texts):
-                # composing only to read hydra.mode, which experiments alone set, takes a third of a small run
-                patch.setattr("hydra._internal.hydra.Hydra.get_mode", lambda *_, **__: None)
-            code = cli.main(texts)
+        code = cli.main([str(argument) for argument in arguments])
         logging.shutdown()
         captured = capfd.readouterr()
         return Result(code, captured.out, captured.err)

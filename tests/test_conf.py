@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+import compose_once
 from latent_tts import config, schemas
 
 CONF = Path(config.conf_dir())
@@ -85,6 +88,30 @@ def test_every_command_composes_and_shows_every_key_of_its_schema(command):
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 def test_experiments_compose(experiment):
     compose("run", overrides=[f"experiment={experiment}"])
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides"),
+    [
+        ("run", []),
+        ("run", ["sampler=gaussian", "sampler.sigma=0.5", "n=2"]),
+        ("run", ["experiment=smoke", "aggregator=majority", "hydra.job.name=x"]),
+        ("run", ["sampler=gaussian,dropout", "n=1,2"]),
+        ("train_reasoner", ["model=codi", "recipe=cot", "+optimization.more=1"]),
+    ],
+    ids=str,
+)
+def test_composing_once_a_process_gives_what_hydra_gives(command, overrides, monkeypatch):
+    def composed():
+        loader = GlobalHydra.instance().config_loader()
+        mode = RunMode.MULTIRUN if any("," in override for override in overrides) else RunMode.RUN
+        return OmegaConf.to_yaml(loader.load_configuration(command, overrides, mode))
+
+    first = composed()
+    compose(command, [*overrides, "seed=7"] if "," not in "".join(overrides) else [])
+    assert composed() == first
+    monkeypatch.setattr(compose_once, "_has_other_sources", lambda repo: True)
+    assert composed() == first
 
 
 def test_several_aggregators_or_one_can_be_chosen():
