@@ -1,0 +1,63 @@
+"""On a GPU (`pytest -m gpu`): what it computes is what the CPU computes, and every command runs there."""
+
+import pytest
+import torch
+
+import devices
+from latent_tts import store
+from latent_tts.rng import Draw
+
+pytestmark = pytest.mark.gpu
+GPU = devices.Place(torch.device("cuda:0"), lambda module: module.to("cuda:0"))
+CASES = dict(devices.cases())
+FEW = ["task.limit=6", "n=4"]
+SAMPLERS = [["sampler=gaussian"], ["sampler=dropout", "sampler.where=[prompt,thoughts,answer]"]]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_gpu_computes_what_the_cpu_computes(case):
+    devices.same(case, GPU, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("width", [8, 768])
+def test_random_numbers_are_those_of_the_cpu(width):
+    here, there = (
+        Draw.of(3, ["a", "b"], torch.arange(50, device=device).repeat(2, 1), width) for device in ("cpu", GPU.device)
+    )
+    torch.testing.assert_close(there.keep(2, 1, 3, width, 20_000).cpu(), here.keep(2, 1, 3, width, 20_000))
+    torch.testing.assert_close(there.uniform(4).cpu(), here.uniform(4), rtol=0, atol=0)
+    torch.testing.assert_close(there.normal(4, width).cpu(), here.normal(4, width), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=" ".join)
+def test_a_run_in_float32_draws_the_rollouts_of_the_cpu(ltts, tmp_path, sampler):
+    """But where the two most probable tokens are too near each other to tell."""
+    tables = []
+    for device in ("cpu", GPU.device):
+        done = ltts("run", *FEW, f"engine.device={device}", f"paths.cache={tmp_path / str(device)}", *sampler)
+        assert done.code == 0, done.err
+        tables.append(store.read_rollouts(done.last.parent))
+    here, there = tables
+    clear = (here["answer_margin"] >= 1e-4) & (there["answer_margin"] >= 1e-4)
+    assert clear.mean() > 0.9
+    assert list(there["answer_text"][clear]) == list(here["answer_text"][clear])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=" ".join)
+def test_every_dtype_and_search_runs(ltts, dtype, sampler):
+    for line in (["scorer=latent_rm"], ["search=beam", "n=16"], ["schedule=jacobi"], ["model=demo_colar"]):
+        done = ltts("run", *FEW, f"engine.device={GPU.device}", f"engine.dtype={dtype}", *sampler, *line)
+        assert done.code == 0, done.err
+
+
+def test_annotating_and_training_run(ltts, tmp_path):
+    lines = [
+        ("annotate", f"engine.device={GPU.device}", "task.limit=8", f"output={tmp_path / 'labels'}"),
+        ("train-rm", f"annotations={tmp_path / 'labels'}", "optimization.epochs=1", f"output={tmp_path / 'rm'}"),
+        ("train-reasoner", "recipe.written_updates=2", "recipe.stage_updates=[1]", "recipe.final_updates=2"),
+        ("tune", f"engine.device={GPU.device}", "seconds=5"),
+    ]
+    for line in lines:
+        done = ltts(*line)
+        assert done.code == 0, done.err
