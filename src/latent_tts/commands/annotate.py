@@ -123,7 +123,7 @@ def _label(
     jobs = [LabelJob(q.id, place, prompts[q.id], lambda ids, q=q: is_right(q, ids)) for place, q in questions]
     device = engine_device(cfg)
     shape, longest = Shape.from_config(adapter.config), max(len(job.prompt) for job in jobs)
-    suffix = adapter.latents + len(adapter.thinking_end_ids) + cfg.max_answer_tokens
+    suffix = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
     own_prompt = "prompt" in sampler.random_phases
     # completions are there beside the rollouts that they complete
     bytes_a_row = 2 * row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)

@@ -11,7 +11,7 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from latent_tts import report, store
-from latent_tts.commands.prepared import ITEM_BYTES, Prepared
+from latent_tts.commands.prepared import ITEM_BYTES, Prepared, positions_beside_the_prompt
 from latent_tts.cost import Shape
 from latent_tts.errors import FEWER_ROWS, bad_value, computing
 from latent_tts.search.beam import Beam
@@ -54,7 +54,7 @@ def draw_missing(
     ]
     own_prompt = "prompt" in prepared.sampler.random_phases
     chosen = cfg.max_answer_tokens - len(prepared.forced_ids)
-    suffix = adapter.latents + prepared.forced + chosen
+    suffix = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
     longest = max(len(job.prompt) for job in jobs)
     bytes_a_row = row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
     rows = rows_of_a_batch(cfg, shape, bytes_a_row, device, own_prompt)
@@ -112,7 +112,7 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     ]
     longest, item = max(len(job.prompt) for job in jobs), ITEM_BYTES[cfg.engine.dtype]
     own_prompt = "prompt" in prepared.sampler.random_phases
-    suffix = adapter.latents + len(adapter.thinking_end_ids) + cfg.max_answer_tokens
+    suffix = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
     # a step's rows are there beside those that they were forked from, in the reasoner as in the scorer
     bytes_a_row = 2 * row_bytes(prepared.shape, longest, suffix, item, own_prompt)
     bytes_a_row += 2 * row_bytes(Shape.from_config(scorer.config), longest, adapter.latents, item, own_prompt=False)

@@ -98,7 +98,7 @@ def _measure(
     from latent_tts.engine.rollout import Engine
 
     shape, schedule = Shape.from_config(adapter.config), adapter.own_schedule
-    suffix = adapter.latents + len(adapter.thinking_end_ids) + cfg.max_answer_tokens
+    suffix = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
     longest, own_prompt = max(map(len, prompts.values())), "prompt" in sampler.random_phases
     jobs = [Job(key, key, prompt, list(range(cfg.n))) for key, prompt in prompts.items()]
     settings: list[Setting] = []
