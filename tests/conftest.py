@@ -14,7 +14,7 @@ import yaml
 import compose_once
 from latent_tts import cli
 
-# commands are composed hundreds of times: libyaml reads their configs eight times as fast, and the same
+# commands read their own file hundreds of times: libyaml does so eight times as fast, and the same
 yaml.SafeLoader = yaml.CSafeLoader
 
 
