@@ -1,7 +1,7 @@
 """Hydra composes the same options of groups once a process.
 
-The suite composes some seven hundred configs out of a hundred and fifty choices of options; each takes as long as a small
-run. Values given on the command line are applied to a copy, by Hydra as ever.
+The suite composes some seven hundred configs out of a hundred and fifty choices of options, and each takes as long as a
+small run. Values given on the command line are applied to a copy, by Hydra as ever.
 """
 
 from collections.abc import Callable, Hashable
