@@ -48,8 +48,9 @@ golden: .venv/.installed ## rewrite the golden table; review its diff
 wheel-smoke: .venv/.installed ## build the wheel, install it elsewhere, run it there
 	$(BIN)/pytest -m slow tests/test_wheel.py
 
-plots: .venv/.installed ## draw every finding's figure from its table
+plots: .venv/.installed ## draw every finding's figure from its table, and the README's
 	$(BIN)/ltts plot
+	$(BIN)/ltts plot runs=[experiments/main_curve] output=docs/scaling.png
 
 reasoner: .venv/.installed ## retrain the shipped reasoner (half an hour to an hour on one core)
 	$(BIN)/ltts train-reasoner output=outputs/coconut_arith

@@ -10,8 +10,6 @@ import pandas as pd
 import pytest
 
 from latent_tts import store
-from latent_tts.plot import scaling_curve
-from latent_tts.store import RUN_COLUMNS
 from marks import slow
 
 
@@ -193,46 +191,6 @@ def test_plot_draws_from_the_table_alone(run, ltts, tmp_path):
     refused = ltts("plot", table, "against=luck")
     assert refused.code == 2
     assert "against=luck: one of n, gflops, seconds, diversity" in refused.err
-
-
-def test_a_figure_against_diversity_has_a_point_a_value_of_the_sampler(tmp_path, monkeypatch):
-    points = {}
-    monkeypatch.setattr("matplotlib.axes.Axes.fill_between", lambda *_, **__: None)
-    plain = "matplotlib.axes.Axes.plot"
-    monkeypatch.setattr(
-        plain, lambda axis, x, y, *_, label, **__: points.setdefault(label, list(zip(x, y, strict=True)))
-    )
-    row = dict.fromkeys(RUN_COLUMNS, "") | {
-        "sampler": "gaussian",
-        "sampler_param": "sigma",
-        "seed": "0",
-        "n": 4,
-        "drawn": 4,
-    }
-    rows = [
-        row | {"run_id": f"{sigma}{seed}", "sampler_value": sigma, "seed": seed, "metric": metric, "questions": 2}
-        | dict.fromkeys(("value", "ci_low", "ci_high"), value)
-        for sigma, diversity, coverage in (("0.1", 0.2, 0.5), ("0.9", 0.4, 0.75))
-        for seed, shift in (("0", -0.1), ("1", 0.1))
-        for metric, value in (("diversity", diversity + shift), ("coverage", coverage))
-    ]  # fmt: skip
-    scaling_curve(pd.DataFrame(rows), tmp_path / "figure.svg", "diversity")
-    assert points == {"gaussian": [(pytest.approx(0.2), 0.5), (pytest.approx(0.4), 0.75)]}
-
-
-def test_more_than_two_models_have_panels_of_their_own(tmp_path, monkeypatch):
-    named = []
-    monkeypatch.setattr("matplotlib.axes.Axes.set_ylabel", lambda _, text, **__: named.append(text))
-    row = dict.fromkeys(RUN_COLUMNS, "") | {"sampler": "gaussian", "seed": "0", "n": 4, "drawn": 4, "questions": 2}
-    rows = [
-        row | {"run_id": model, "model": model, "metric": metric} | dict.fromkeys(("value", "ci_low", "ci_high"), 0.5)
-        for model in ("b", "a", "d", "c")
-        for metric in ("coverage", "diversity")
-        if (model, metric) != ("d", "diversity")
-    ]
-    for against in ("n", "diversity"):
-        scaling_curve(pd.DataFrame(rows), tmp_path / f"{against}.svg", against)
-    assert [text for text in named if text] == [*"badc", *"bac"]
 
 
 @pytest.mark.slow

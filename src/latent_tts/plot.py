@@ -12,7 +12,7 @@ from latent_tts.store import RUN_COLUMNS, whole_file
 CURVE = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator", "seed")]
 PANELS = (("coverage", "Coverage"), ("accuracy", "Accuracy"))
 MOST_TOGETHER = 2  # models in one pair of panels; more get a pair each
-MOST_INSIDE = 5  # lines whose names stand inside a panel; those of more stand below it
+MOST_INSIDE = 6  # names that stand inside a panel; more stand below it
 DASHES = ("-", "--", ":", "-.")
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same table gives the same file
 
@@ -25,7 +25,9 @@ AGAINST = {
 
 
 def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path:
-    """Coverage and accuracy against n or another figure of the same rows, with 95 % bands, one colour a curve.
+    """Coverage and accuracy against n or another figure of the same rows, with 95 % bands.
+
+    A curve has a colour (a sampler's, where no pair of panels has two curves of one), an aggregator a dash.
 
     More than two models are drawn below each other.
 
@@ -68,33 +70,35 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     figure, grid = plt.subplots(
         len(parts), 2, figsize=size, sharex="col", sharey=True, squeeze=False, layout="constrained"
     )
-    panels = [
-        (axis, part, metric)
-        for axes, part in zip(grid, parts, strict=True)
-        for axis, (metric, _) in zip(axes, PANELS, strict=True)
-    ]
-    for axis, part, metric in panels:
-        curves = part.groupby(kinds, sort=len(parts) > 1, dropna=False)
-        for index, (values, rows) in enumerate(curves):
-            label = _label(dict(zip(kinds, values, strict=True)), varying)
-            by_aggregator = rows[rows["metric"] == metric].groupby("aggregator", sort=True)
-            for dash, (aggregator, line) in zip(DASHES, by_aggregator, strict=False):
-                line = line.sort_values("x")
-                name = f"{label}, {aggregator}" if aggregator else label
-                axis.plot(line["x"], line["value"], dash, marker="o", markersize=3.5, color=f"C{index}", label=name)
-                axis.fill_between(
-                    line["x"], line["ci_low"], line["ci_high"], color=f"C{index}", alpha=0.12, linewidth=0
-                )
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}" if against == "n" else "{x:.2g}"))
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axis.grid(alpha=0.25)
-        if len(axis.lines) > MOST_INSIDE:
-            axis.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2))
-        elif axis.lines:
-            axis.legend(fontsize=8, frameon=False)
-    for top, bottom, (_, title) in zip(grid[0], grid[-1], PANELS, strict=True):
-        top.set_title(title)
+    aggregators = sorted(name for name in shown["aggregator"].unique() if name)
+    dashes = {name: DASHES[index % len(DASHES)] for index, name in enumerate(aggregators)}
+    samplers = sorted(shown["sampler"].unique())
+    one_each = not any(part.drop_duplicates(kinds)["sampler"].duplicated().any() for part in parts)
+    for axes, part in zip(grid, parts, strict=True):
+        named = next(axis for axis, (metric, _) in zip(axes, PANELS, strict=True) if metric in set(part["metric"]))
+        for index, (values, rows) in enumerate(part.groupby(kinds, sort=len(parts) > 1, dropna=False)):
+            curve = dict(zip(kinds, values, strict=True))
+            color = f"C{samplers.index(curve['sampler']) if one_each else index}"
+            named.plot([], [], "-", marker="o", markersize=3.5, color=color, label=_label(curve, varying))
+            for axis, (metric, _) in zip(axes, PANELS, strict=True):
+                for aggregator, line in rows[rows["metric"] == metric].groupby("aggregator", sort=False):
+                    line = line.sort_values("x")
+                    dash = dashes.get(aggregator, "-")
+                    axis.plot(line["x"], line["value"], dash, marker="o", markersize=3.5, color=color)
+                    axis.fill_between(line["x"], line["ci_low"], line["ci_high"], color=color, alpha=0.12, linewidth=0)
+        for aggregator, dash in dashes.items() if len(dashes) > 1 else ():
+            axes[-1].plot([], [], dash, color="0.3", label=aggregator)
+        for axis in axes:
+            names = len(axis.get_legend_handles_labels()[1])
+            below = {"loc": "upper left", "bbox_to_anchor": (0, -0.2), "ncols": 2} if names > MOST_INSIDE else {}
+            if names:
+                axis.legend(fontsize=8, frameon=False, **below)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}" if against == "n" else "{x:.2g}"))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.grid(alpha=0.25)
+    for top, bottom, (metric, title) in zip(grid[0], grid[-1], PANELS, strict=True):
+        top.set_title(f"{title} ({aggregators[0]})" if metric == "accuracy" and len(aggregators) == 1 else title)
         bottom.set_xlabel(AGAINST[against])
     for axis, name in zip(grid[:, 0], ["questions"] if len(parts) == 1 else models, strict=True):
         axis.set_ylabel(name)

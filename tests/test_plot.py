@@ -1,0 +1,85 @@
+"""Figures: which lines, colours, dashes and names a metrics table gets."""
+
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+
+from latent_tts.plot import scaling_curve
+from latent_tts.store import RUN_COLUMNS
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Draws a table and gives the figure's axes."""
+    monkeypatch.setattr("matplotlib.pyplot.close", lambda _: None)
+
+    def draw(rows: list[dict], path, against: str = "n"):
+        scaling_curve(pd.DataFrame(rows), path, against)
+        return plt.gcf().axes
+
+    yield draw
+    monkeypatch.undo()
+    plt.close("all")
+
+
+def drawn_lines(axis) -> list:
+    return [line for line in axis.lines if len(line.get_xdata())]  # those without points are the legend's
+
+
+def curve(axis, color: str) -> list[tuple[float, float]]:
+    (line,) = [line for line in drawn_lines(axis) if line.get_color() == color]
+    return list(zip(*line.get_data(), strict=True))
+
+
+def test_a_figure_against_diversity_has_a_point_a_value_of_the_sampler(tmp_path, drawn):
+    row = dict.fromkeys(RUN_COLUMNS, "") | {
+        "sampler": "gaussian",
+        "sampler_param": "sigma",
+        "seed": "0",
+        "n": 4,
+        "drawn": 4,
+    }
+    rows = [
+        row | {"run_id": f"{sigma}{seed}", "sampler_value": sigma, "seed": seed, "metric": metric, "questions": 2}
+        | dict.fromkeys(("value", "ci_low", "ci_high"), value)
+        for sigma, diversity, coverage in (("0.1", 0.2, 0.5), ("0.9", 0.4, 0.75))
+        for seed, shift in (("0", -0.1), ("1", 0.1))
+        for metric, value in (("diversity", diversity + shift), ("coverage", coverage))
+    ]  # fmt: skip
+    coverage, _ = drawn(rows, tmp_path / "figure.svg", "diversity")
+    assert curve(coverage, "C0") == [(pytest.approx(0.2), 0.5), (pytest.approx(0.4), 0.75)]
+    assert [text.get_text() for text in coverage.get_legend().texts] == ["gaussian"]
+
+
+def test_a_sampler_keeps_its_colour_and_an_aggregator_its_dash(tmp_path, drawn):
+    row = dict.fromkeys(RUN_COLUMNS, "") | {"seed": "0", "drawn": 4, "questions": 2, "metric": "accuracy"}
+    rows = [
+        row | {"sampler": sampler, "aggregator": aggregator, "n": n, "value": 0.5, "ci_low": 0.5, "ci_high": 0.5}
+        for sampler, aggregator in (("gaussian", "weighted"), ("gaussian", "majority"), ("dropout", "weighted"))
+        for n in (1, 4)
+    ]  # fmt: skip
+    _, accuracy = drawn(rows, tmp_path / "figure.svg")
+    marks = [(line.get_color(), line.get_linestyle()) for line in drawn_lines(accuracy)]
+    assert marks == [("C1", "--"), ("C1", "-"), ("C0", "--")]
+    legend = accuracy.get_legend()
+    named = {text.get_text(): line for text, line in zip(legend.texts, legend.legend_handles, strict=True)}
+    assert {name: (line.get_color(), line.get_linestyle()) for name, line in named.items()} == {
+        "gaussian": ("C1", "-"), "dropout": ("C0", "-"), "majority": ("0.3", "-"), "weighted": ("0.3", "--"),
+    }  # fmt: skip
+    _, accuracy = drawn([row for row in rows if row["aggregator"] == "weighted"], tmp_path / "one.svg")
+    assert accuracy.get_title() == "Accuracy (weighted)"
+
+
+def test_more_than_two_models_have_panels_of_their_own(tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_ylabel", lambda _, text, **__: named.append(text))
+    row = dict.fromkeys(RUN_COLUMNS, "") | {"sampler": "gaussian", "seed": "0", "n": 4, "drawn": 4, "questions": 2}
+    rows = [
+        row | {"run_id": model, "model": model, "metric": metric} | dict.fromkeys(("value", "ci_low", "ci_high"), 0.5)
+        for model in ("b", "a", "d", "c")
+        for metric in ("coverage", "diversity")
+        if (model, metric) != ("d", "diversity")
+    ]
+    for against in ("n", "diversity"):
+        scaling_curve(pd.DataFrame(rows), tmp_path / f"{against}.svg", against)
+    assert [text for text in named if text] == [*"badc", *"bac"]
