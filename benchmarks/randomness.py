@@ -1,6 +1,6 @@
 """What random numbers cost: their share of a latent step of GPT-2 small.
 
-    python benchmarks/randomness.py [--rows 256] [--dtypes float32 bfloat16] [--compile]
+    python benchmarks/randomness.py [--rows 256] [--dtypes float32 bfloat16] [--device cuda] [--compile]
 
 Times one latent step (one token a row, 64 rollouts a question, prompts of 64 tokens, random weights) without random
 numbers, and the numbers alone that a step of each sampler needs. Bars: 5 % of a step in float32, 15 % in bfloat16,
@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from baseline import clock
+from baseline import seconds_of
 from latent_tts import cpu
 from latent_tts.engine.attention import AttentionState
 from latent_tts.engine.backbone import prepare
@@ -31,15 +31,9 @@ LAYERS, WIDTH, PROMPT = 12, 768, 64
 BARS = {"float32": 0.05, "bfloat16": 0.15}
 
 
-def median_seconds(call: Callable[[], object], repeats: int) -> float:
+def median_seconds(call: Callable[[], object], repeats: int, device: str) -> float:
     """Median seconds of a call after two warm-ups."""
-    seconds = []
-    for index in range(repeats + 2):
-        started = clock()
-        call()
-        if index >= 2:
-            seconds.append(clock() - started)
-    return statistics.median(seconds)
+    return statistics.median([seconds_of(call, device) for _ in range(repeats + 2)][2:])
 
 
 def latent_step(dtype: torch.dtype, rows: int, compiled: bool) -> Callable[[], object]:
@@ -94,8 +88,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtypes", nargs="+", default=list(BARS))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="the step is compiled")
     arguments = parser.parse_args()
+    repeats, device = arguments.repeats, arguments.device
+    torch.set_default_device(device)
     draw = new_draw(arguments.rows)
     numbers = {
         "gaussian": lambda: draw.normal(3, WIDTH),
@@ -104,9 +101,10 @@ def main() -> None:
     }
     results = []
     for dtype in arguments.dtypes:
-        step = median_seconds(latent_step(getattr(torch, dtype), arguments.rows, arguments.compile), arguments.repeats)
+        run = latent_step(getattr(torch, dtype), arguments.rows, arguments.compile)
+        step = median_seconds(run, repeats, device)
         for name, call in numbers.items():
-            share = median_seconds(call, arguments.repeats) / step
+            share = median_seconds(call, repeats, device) / step
             results.append(
                 {
                     "dtype": dtype,
@@ -120,6 +118,7 @@ def main() -> None:
         json.dumps(
             {
                 "rows": arguments.rows,
+                "device": device,
                 "threads": torch.get_num_threads(),
                 "compiled": arguments.compile,
                 "results": results,

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,13 @@ from latent_tts import cli
 
 # commands read their own file hundreds of times: libyaml does so eight times as fast, and the same
 yaml.SafeLoader = yaml.CSafeLoader
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only tests marked `gpu` see a GPU: the others are to compute the same everywhere."""
+    chosen = config.getoption("markexpr")
+    if chosen and "gpu" not in chosen.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -30,10 +30,13 @@ _setup_privateuseone_for_python_backend("elsewhere", _Backend())
 torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(numbers, device=...) comes by here too
 
 import devices  # noqa: E402
+from latent_tts import rng  # noqa: E402
 from latent_tts.engine import head, rollout  # noqa: E402
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("elsewhere:0")
 head.VALUES_AT_ONCE["elsewhere"] = head.VALUES_AT_ONCE["cuda"]
+head.SORTED_AT_ONCE["elsewhere"] = head.SORTED_AT_ONCE["cuda"]
+rng.BLOCKS_AHEAD["elsewhere"] = rng.BLOCKS_AHEAD["cuda"]
 rollout.PROMPT_TOKENS_AT_ONCE["elsewhere"] = 40  # some of the prompts come in pieces
 rollout.PROMPT_PADDING["elsewhere"] = 10
 
@@ -68,11 +71,12 @@ class Dispatch(TorchDispatchMode):
 
 def computed(function: Any, args: tuple, kwargs: dict) -> Any:
     """An operator's result, on the device it should be on."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     name = function.overloadpacket.__name__
-    there = any(isinstance(tensor, There) for tensor in tensors)
-    if there and name not in ("_to_copy", "copy_", "index"):  # which take tensors of the CPU on a GPU as well
-        foreign = [tensor for tensor in tensors if not isinstance(tensor, There) and tensor.dim() > 0]
+    there = any(isinstance(leaf, There) for leaf in tree_leaves((args, kwargs)))
+    if there and name not in ("_to_copy", "copy_"):  # which take tensors of the CPU on a GPU as well
+        places = name in ("index", "index_put_") and isinstance(args[0], There)  # which take places of the CPU there
+        tensors = [leaf for leaf in tree_leaves((args[::2] if places else args, kwargs)) if isinstance(leaf, Tensor)]
+        foreign = [tensor for tensor in tensors if not isinstance(tensor, There) and not goes_along(function, tensor)]
         assert not foreign, f"{function} of tensors on two devices"
     device = torch.device(kwargs.get("device") or (ELSEWHERE if there else CPU))
     inner_args, inner_kwargs = tree_map(lambda leaf: leaf.here if isinstance(leaf, There) else leaf, (args, kwargs))
@@ -83,6 +87,11 @@ def computed(function: Any, args: tuple, kwargs: dict) -> Any:
         return kwargs.get("out", args[0])
     wrap = device.type == ELSEWHERE.type
     return tree_map(lambda leaf: There(leaf) if wrap and isinstance(leaf, Tensor) else leaf, result)
+
+
+def goes_along(function: Any, tensor: Tensor) -> bool:
+    """Whether a GPU takes a number from the CPU there: pointwise operators do."""
+    return tensor.dim() == 0 and torch.Tag.pointwise in function.tags
 
 
 def moved(module: nn.Module) -> Any:

@@ -22,12 +22,13 @@ ALLOWED = {
     "types": {"rng", "thoughts"},  # for annotations alone
     "latex": set(),
     "answer": {"errors", "latex"},
-    "checkpoint": {"errors", "types"},
+    "checkpoint": {"errors", "types", "gpu"},
     "layouts": {"errors"},
     "adapter": {"errors", "types", "checkpoint", "thoughts"},  # thoughts for annotations alone
     "cost": set(),
     "decoding": {"errors", "types", "rng"},
     "cpu": set(),
+    "gpu": set(),
     "machine_code": set(),
     "rng": {"philox", "philox_kernel", "cpu"},
     "philox_kernel": {"philox", "machine_code"},
@@ -45,7 +46,10 @@ ALLOWED = {
     "metrics": {"errors", "types", "stats", "store"},
     "plot": {"errors", "types", "store"},
     "report": {"errors", "types"},
-    "engine": {"errors", "types", "model", "sampler", "schedule", "thoughts", "rng", "cost", "cpu", "machine_code"},
+    "engine": {
+        *("errors", "types", "model", "sampler", "schedule", "thoughts", "rng", "cost"),
+        *("cpu", "gpu", "machine_code"),
+    },
     "training": {
         *("errors", "types", "checkpoint", "adapter", "model", "task", "sampler", "engine", "philox", "rng"),
         "annotations",
@@ -53,7 +57,7 @@ ALLOWED = {
     "recipe": {"errors", "adapter", "model", "training"},
     "labelling": {"errors", "types", "engine", "philox", "rng", "store", "annotations"},
     "search": {"errors", "types", "philox", "rng", "engine"},
-    "executor": {"errors", "types", "cost", "engine", "sampler", "rng", "store"},
+    "executor": {"errors", "types", "cost", "gpu", "engine", "sampler", "rng", "store"},
     "schemas": set(),
     "config": {"errors", "types", "schemas"},
     "cli": {"errors", "types", "config", "commands"},
@@ -61,7 +65,7 @@ ALLOWED = {
     "commands": None,  # assembles everything below it
 }
 HYDRA = {"cli", "config", "schemas", "commands"}
-TORCH = {"cpu", "rng", "engine", "training", "executor", "labelling"}
+TORCH = {"cpu", "gpu", "rng", "engine", "training", "executor", "labelling"}
 
 
 def modules() -> list[Path]:

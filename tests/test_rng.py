@@ -117,7 +117,7 @@ def test_noise_and_dropout_do_not_share_numbers():
 
 @pytest.mark.parametrize("blocks_ahead", [1, 48, 65536])
 def test_keep_is_the_same_whether_or_not_layers_are_announced(monkeypatch, blocks_ahead):
-    monkeypatch.setattr(rng, "BLOCKS_AHEAD", blocks_ahead)  # one layer, two, or all drawn together
+    monkeypatch.setitem(rng.BLOCKS_AHEAD, "cpu", blocks_ahead)  # one layer, two, or all drawn together
     announced, silent = draws(), draws()
     announced.will_mask([5, 0, 1, 9, 2])
     in_order = [(layer, 3, 2, 10) for layer in (5, 0, 1, 9, 2)]

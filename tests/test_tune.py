@@ -2,6 +2,7 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
 from latent_tts.commands import tune
@@ -50,6 +51,25 @@ def test_the_fastest_setting_is_taken_and_a_dtype_that_changes_results_is_named(
     assert [settings(result)[key] for key in ("dtype", "rows")] == ["bfloat16", 128]
     assert "engine.dtype=bfloat16 instead of float32" in result.err
     assert "640" in result.out
+
+
+def test_rows_beyond_a_gpus_memory_end_a_dtype_and_lose_nothing(tuned, monkeypatch):
+    draw = tune._draw
+
+    def narrow(engine, jobs, rows, *rest):
+        if rows >= 128:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(engine, jobs, rows, *rest)
+
+    monkeypatch.setattr(tune, "_draw", narrow)
+    result = tuned("seconds=1000")
+    assert result.code == 0, result.err
+    assert settings(result)["rows"] == 64
+    assert "float32, 128 rows: more than the GPU's memory" in result.err
+    monkeypatch.setattr(tune, "FEWEST_ROWS", 128)
+    failed = tuned()
+    assert failed.code == 1
+    assert "measuring failed: CUDA out of memory\nnothing was written" in failed.err
 
 
 def test_answers_are_compared_with_the_first_dtype(tuned, monkeypatch):

@@ -285,6 +285,9 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
     import transformers
     from transformers.utils import logging
 
+    from latent_tts import gpu
+
+    gpu.compute_exactly()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

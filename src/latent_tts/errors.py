@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeGuard
@@ -65,6 +66,7 @@ def computing(what: str, kept: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        traceback.clear_frames(error.__traceback__)  # their tensors would fill the memory of a sweep's next jobs
         raise RunError(
             f"{what} failed: {str(error).splitlines()[0]}\n{kept}; the same line goes on from there{hint}"
         ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from latent_tts import gpu
 from latent_tts.cost import Batch, Rates, Shape, Work
 from latent_tts.engine.packing import Job, batches, most_prompts
 from latent_tts.engine.rollout import Engine, Rollouts
@@ -73,7 +73,7 @@ def fill_beams(
     """
 
     def work(batch: list[Job]) -> list[dict[str, Any]]:
-        started = _now(device)
+        started = _begin(device)
         rollouts = grow([job.prompt for job in batch], [job.question_id for job in batch])
         return _rows(batch, rollouts, _measured(started, device, len(rollouts.steps_R)), answers=True)
 
@@ -104,7 +104,7 @@ def draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int, *,
 def _draw_batch(
     batch: list[Job], engine: Engine, sampler: Sampler, seed: int, rates: Rates, answers: bool
 ) -> list[dict[str, Any]]:
-    started = _now(engine.device)
+    started = _begin(engine.device)
     rollouts = draw_batch(batch, engine, sampler, seed, answers=answers)
     rows = len(rollouts.answer_ids)
     measured = _measured(started, engine.device, rows)
@@ -151,7 +151,7 @@ def fill_scores(
 def _score_batch(
     batch: list[Job], scorer: LatentScorer, latents: Mapping[tuple[str, int], NDArray[np.float32]], rates: Rates
 ) -> list[dict[str, Any]]:
-    started = _now(scorer.device)
+    started = _begin(scorer.device)
     places = [(job.row_key, number) for job in batch for number in job.rollouts]
     steps = [len(latents[place]) for place in places]
     width = latents[places[0]].shape[1]
@@ -177,7 +177,7 @@ def _score_batch(
 def _measured(started: float, device: torch.device, rows: int) -> dict[str, Any]:
     """A row's share of what a batch took."""
     return {
-        "seconds": (_now(device) - started) / rows,
+        "seconds": (gpu.now(device) - started) / rows,
         "peak_memory_bytes": _peak_memory(device),
         "device": device.type,
         "rows": rows,
@@ -220,15 +220,16 @@ def _rows(batch: list[Job], rollouts: Rollouts, measured: dict[str, Any], answer
     ]
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _begin(device: torch.device) -> float:
+    """When a batch begins."""
+    if gpu.is_gpu(device):
+        torch.cuda.reset_peak_memory_stats(device)
+    return gpu.now(device)
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: of the process on the CPU, of torch's allocations on a GPU."""
-    if device.type == "cuda":
+    """Most bytes held: on the CPU by the process so far, on a GPU by torch's allocations since the batch began."""
+    if gpu.is_gpu(device):
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -21,7 +21,7 @@ from latent_tts.philox import Stream, key_of, philox
 
 DECISIONS_PER_BLOCK = 8  # a Philox block is 128 bits, a dropout decision 16
 BLOCKS_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 22}  # on a CPU work arrays of 128 KiB, which stay in a core's cache
-BLOCKS_AHEAD = 1 << 20  # decisions of several places are drawn together up to 8 MiB
+BLOCKS_AHEAD = {"cpu": 1 << 20, "cuda": 1 << 23}  # decisions of several places drawn together: 8 and 64 MiB
 MAX_STEP, MAX_LAYER = 1 << 16, 1 << 16
 
 
@@ -90,7 +90,7 @@ class Draw:
         wanted = (layer, step, tokens, width, threshold)
         if wanted not in self._ahead:
             per_token = -(-width // DECISIONS_PER_BLOCK)
-            group = max(1, BLOCKS_AHEAD // (self.rollouts_R.shape[0] * tokens * per_token))
+            group = max(1, BLOCKS_AHEAD[self.rollouts_R.device.type] // (self.rollouts_R.shape[0] * tokens * per_token))
             start = list(self._layers).index(layer) if layer in self._layers else None
             layers = [layer] if start is None else list(self._layers[start : start + group])
             kept = self._decide(layers, step, tokens, per_token, threshold)[..., :width]
@@ -107,7 +107,7 @@ class Draw:
         """
         rollouts, device = self.rollouts_R.shape[0], self.rollouts_R.device
         kept = torch.empty(rollouts, len(layers), tokens, 2, 4 * per_token, dtype=torch.bool, device=device)
-        place = torch.tensor([_place(layer, step) for layer in layers], device=device)
+        place = _layer_words(tuple(layers), device) | _place(0, step)
         on_cpu = device.type == "cpu"
         if on_cpu and cpu.has_compiler():
             from latent_tts.philox_kernel import decide
@@ -145,6 +145,12 @@ def _place(layer: int, step: int) -> int:
     if step >= MAX_STEP or layer >= MAX_LAYER:
         raise ValueError(f"step {step} or layer {layer} does not fit its 16 bits of the counter")
     return (layer << 16) | step
+
+
+@cache
+def _layer_words(layers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Layers where `_place` has them; kept, since what a GPU gets from memory it waits for."""
+    return torch.tensor([_place(layer, 0) for layer in layers], device=device)
 
 
 @cache

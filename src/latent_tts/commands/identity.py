@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -113,6 +114,16 @@ def versions(cfg: DictConfig) -> dict[str, str]:
     names = ["latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core"]
     names += [] if cfg.engine.quantize is None else ["torchao"]
     return {"python": platform.python_version(), **{name: version(name) for name in names}, **commit()}
+
+
+def machine() -> dict[str, str]:
+    """The system, the processor, and the GPUs with their libraries where torch has been in use and found some."""
+    found = {"system": platform.platform(), "processor": platform.processor() or platform.machine()}
+    if "torch" in sys.modules:
+        from latent_tts import gpu
+
+        found |= gpu.versions()
+    return found
 
 
 def commit() -> dict[str, str]:

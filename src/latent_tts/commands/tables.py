@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts import metrics, plot, report, stats, store
 from latent_tts.commands import winners
-from latent_tts.commands.identity import versions
+from latent_tts.commands.identity import machine, versions
 from latent_tts.commands.prepared import Prepared
 from latent_tts.commands.scoring import Scores
 from latent_tts.cost import Shape
@@ -80,7 +79,7 @@ def finish(folder: Path, cfg: DictConfig, prepared: Prepared, table: pd.DataFram
             "checkpoint_digest": prepared.adapter.digest,
             "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest},
             "versions": versions(cfg),
-            "machine": {"system": platform.platform(), "processor": platform.processor() or platform.machine()},
+            "machine": machine(),
             **record,
         },
     )

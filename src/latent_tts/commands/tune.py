@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts import config, report, store
 from latent_tts.commands.drawing import engine_device, load_once, plan_of
+from latent_tts.commands.identity import machine
 from latent_tts.commands.prepared import ITEM_BYTES, check_engine, check_spread, encode, positions_beside_the_prompt
 from latent_tts.cost import Shape
 from latent_tts.errors import bad_value, computing
@@ -94,6 +94,8 @@ def _measure(
     cfg: DictConfig, adapter: ModelAdapter, sampler: Sampler, prompts: dict[str, list[int]], device: str
 ) -> list[Setting]:
     """Rates of every dtype, over rows that double until they no longer help, fit or leave time."""
+    import torch
+
     from latent_tts.engine.packing import Job, row_bytes
     from latent_tts.engine.rollout import Engine
 
@@ -111,7 +113,13 @@ def _measure(
         deadline, best, same = time.perf_counter() + cfg.seconds / len(cfg.dtypes), 0.0, 1.0
         worse = 0
         for rows in _rows_to_try(len(jobs) * cfg.n, a_row, device):
-            taken, rollouts = _seconds(partial(_draw, engine, jobs, rows, sampler, cfg.seed), deadline)
+            try:
+                taken, rollouts = _seconds(partial(_draw, engine, jobs, rows, sampler, cfg.seed), deadline)
+            except torch.OutOfMemoryError:
+                if rows == FEWEST_ROWS:
+                    raise
+                log.info("%s, %d rows: more than the GPU's memory", dtype, rows)
+                break
             rate = len(rollouts.answer_ids) / taken
             if dtype == cfg.dtypes[0]:
                 expected[rows] = rollouts.answer_ids
@@ -176,10 +184,10 @@ def _print(settings: list[Setting], best: Setting, cfg: DictConfig, sampler: Sam
 
 def _write(path: Path, best: Setting, cfg: DictConfig, adapter: ModelAdapter, sampler: Sampler) -> None:
     measured = f"{best.rate:.0f} rollouts/s with model {adapter.name}, sampler {sampler.name}, n={cfg.n}"
-    machine = platform.processor() or platform.machine()
+    found = machine()
     with store.whole_file(path) as partial:
         partial.write_text(
-            f"# by `ltts tune` on {date.today()}, {machine}: {measured}\n"
+            f"# by `ltts tune` on {date.today()}, {found.get('gpu', found['processor'])}: {measured}\n"
             "defaults: [default, _self_]\n"
             f"dtype: {best.dtype}\ndevice: {cfg.engine.device}\nrows: {best.rows}\n"
             f"quantize: {cfg.engine.quantize or 'null'}\n"

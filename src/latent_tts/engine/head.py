@@ -17,6 +17,7 @@ from latent_tts import cpu
 
 BLOCK = 64  # the highest logit is looked for in blocks: maxima are vectorized, places of maxima are not
 VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits of a piece
+SORTED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}  # of whole rows; a sampler may need 50 bytes for each
 GROUPS = 8  # of tokens, each looked at by one thread of a CPU
 LINE = 16  # numbers of a cache line
 
@@ -179,7 +180,7 @@ def _highest_two(logits_PR: Tensor) -> tuple[Tensor, Tensor]:
 def _chosen(logits_RV: Tensor, token: Callable[[Tensor, slice], Tensor] | None) -> Choice:
     """The tokens that `token` chooses, some rows at a time."""
     parts = []
-    at_once = max(1, VALUES_AT_ONCE[logits_RV.device.type] // logits_RV.shape[1])
+    at_once = max(1, SORTED_AT_ONCE[logits_RV.device.type] // logits_RV.shape[1])
     for start in range(0, logits_RV.shape[0], at_once):
         rows = slice(start, min(start + at_once, logits_RV.shape[0]))
         logits_CV = logits_RV[rows].float()

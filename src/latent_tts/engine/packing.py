@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -10,12 +9,16 @@ from functools import lru_cache
 import psutil
 import torch
 
+from latent_tts import gpu
 from latent_tts.cost import Rates, Shape
 
 CPU_ROW_VALUES, CUDA_ROW_VALUES = 1 << 19, 1 << 22  # rows * width of a batch: see benchmarks/engine.py
 PROMPTS_SHARE = 8  # rows that run whole prompts are an eighth of the others: see docs/tuning.md
 MEMORY_SHARE = 0.5
-COPIED = 1 << 25  # bytes
+CPU_PRODUCT_ROWS, GPU_PRODUCT_ROWS = 512, 1 << 19  # of the products timed; a GPU's fewer from width 128 on
+GPU_PRODUCT = 1 << 33  # rows * width * width there
+CPU_COPIED, GPU_COPIED = 1 << 25, 1 << 30  # bytes
+GPU_CALLS = 20  # timed together, so that launching them and waiting for the last one hardly count
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Job:
 
 def default_rows(width: int, device: str, own_prompt: bool = False) -> int:
     """Rows of a batch, from the model's width, the kind of device and whether each row runs a prompt of its own."""
-    values = CUDA_ROW_VALUES if device.startswith("cuda") else CPU_ROW_VALUES
+    values = CUDA_ROW_VALUES if gpu.is_gpu(device) else CPU_ROW_VALUES
     rows = max(64, 1 << ((values // width).bit_length() - 1))
     return rows // PROMPTS_SHARE if own_prompt else rows
 
@@ -61,8 +64,7 @@ def row_bytes(shape: Shape, prompt: int, suffix: int, item: int, own_prompt: boo
 def rows_that_fit(rows: int, bytes_a_row: int, device: str) -> int:
     """`rows`, halved until a batch fits half of the free memory."""
     # what the system keeps of files in memory makes way, so it counts as free
-    on_gpu = device.startswith("cuda")
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    free = gpu.free_bytes(device) if gpu.is_gpu(device) else psutil.virtual_memory().available
     while rows > 1 and rows * bytes_a_row > MEMORY_SHARE * free:
         rows //= 2
     return rows
@@ -97,19 +99,22 @@ def batches(jobs: Sequence[Job], rows: int, prompts: int | None = None) -> Itera
 @lru_cache(maxsize=8)
 def measured_rates(width: int, dtype: str, device: str) -> Rates:
     """What the device does at best: a matrix product of a model's width, and a copy too large for small caches."""
-    kind = getattr(torch, dtype)
-    a = torch.ones(512, width, dtype=kind, device=device)
+    on_gpu, kind = gpu.is_gpu(device), getattr(torch, dtype)
+    rows = min(GPU_PRODUCT_ROWS, GPU_PRODUCT // width**2) if on_gpu else CPU_PRODUCT_ROWS
+    a = torch.ones(rows, width, dtype=kind, device=device)
     b = torch.ones(width, 4 * width, dtype=kind, device=device)
-    source = torch.ones(COPIED // 4, device=device)
+    source = torch.ones((GPU_COPIED if on_gpu else CPU_COPIED) // 4, device=device)
     target = torch.empty_like(source)
+    calls = GPU_CALLS if on_gpu else 1
 
     def best(call: Callable[[], torch.Tensor]) -> float:
         seconds = []
         for _ in range(5):
-            started = time.perf_counter()
-            float(call().flatten()[0])  # reading a value waits for the device
-            seconds.append(time.perf_counter() - started)
-        return min(seconds)
+            started = gpu.now(source.device)
+            for _ in range(calls):
+                call()
+            seconds.append(gpu.now(source.device) - started)
+        return min(seconds) / calls
 
     product, copy = best(lambda: a @ b), best(lambda: target.copy_(source))
-    return Rates(flops=8.0 * 512 * width * width / product, bytes=2.0 * COPIED / copy)
+    return Rates(flops=8.0 * rows * width * width / product, bytes=2.0 * source.nbytes / copy)

@@ -331,20 +331,19 @@ class Thinking(Sweeps):
             choice = choose(head, hidden_RD, partial(self._token, step) if sampler.chooses_tokens else None)
             token = choice.token_R
             ended = torch.zeros_like(alive) if plan.eos_id is None else token == plan.eos_id
-            if position == plan.max_answer_tokens:  # only an eos may still come
-                counts = alive & ended
-            else:
-                counts = alive
-                going = alive & ~ended
-                ids_RA[here[going], position] = token[going]
-                lengths_R[here[going]] += 1
-            logprob_R[here[counts]] += choice.logprob_R[counts]
-            margin_R[here[counts]] = torch.minimum(margin_R[here[counts]], choice.margin_R[counts])
-            stopped_R[here[alive & ended]] = True
-            alive = alive & ~ended
-            if not alive.any() or position == plan.max_answer_tokens:
+            over = position == plan.max_answer_tokens  # only an eos may still come
+            counts, stopping, alive = alive & ended if over else alive, alive & ended, alive & ~ended
+            # selecting rows by a mask would make the CPU wait for a GPU each time
+            if not over:
+                ids_RA[here, position] = torch.where(alive, token, ids_RA[here, position])
+                lengths_R[here] += alive
+            logprob_R[here] += torch.where(counts, choice.logprob_R, 0.0)
+            margin_R[here] = torch.where(counts, torch.minimum(margin_R[here], choice.margin_R), margin_R[here])
+            stopped_R[here] |= stopping
+            left_Q = alive.view(-1, self.state.rollouts).sum(1).tolist()
+            if over or not any(left_Q):
                 break
-            token, here, alive = self._leave(token, here, alive)
+            token, here, alive = self._leave(token, here, alive, left_Q)
             embeddings_RSD = self.embed(token)[:, None]
         self.state, self.draw = kept
         return Rollouts(
@@ -360,16 +359,15 @@ class Thinking(Sweeps):
         """The sampler's choice in some of the rows."""
         return self.sites.sampler.token(logits_CV, self.draw.rows(rows), step)
 
-    def _leave(self, token: Tensor, here: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _leave(self, token: Tensor, here: Tensor, alive: Tensor, left_Q: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Drop finished rows once enough have finished; the rest stays a questions x rollouts grid."""
-        alive_QN = alive.view(-1, self.state.rollouts)
-        left_Q = alive_QN.sum(1)
-        questions = left_Q.nonzero()[:, 0]
-        most = int(left_Q.max())
-        if questions.shape[0] * most > COMPACT_BELOW * alive.shape[0]:
+        going, most = [question for question, left in enumerate(left_Q) if left], max(left_Q)
+        if len(going) * most > COMPACT_BELOW * alive.shape[0]:
             return token, here, alive
+        questions = torch.tensor(going, device=alive.device)
+        alive_QN = alive.view(-1, self.state.rollouts)[questions]
         # within a question the rows still alive first; finished ones fill up the shorter questions
-        order = alive_QN[questions].int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        order = alive_QN.int().argsort(dim=1, descending=True, stable=True)[:, :most]
         rows = (questions[:, None] * self.state.rollouts + order).flatten()
         self.state = self.state.fork(questions, rows)
         self.draw = self.draw.rows(rows)

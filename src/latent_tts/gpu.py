@@ -1,0 +1,53 @@
+"""What is particular to GPUs, as `cpu.py` says for CPUs: exact arithmetic, free memory, clocks that wait; names."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+def compute_exactly() -> None:
+    """Set torch so that a dtype means the same on every GPU, whatever an environment asked for.
+
+    Products of float32 without TensorFloat-32, sums within products of half precision in float32. Attention without
+    cuDNN, which makes a plan for every new shape, as nearly every batch of prompts has one.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def is_gpu(device: torch.device | str) -> bool:
+    """Whether a device is one."""
+    return torch.device(device).type == "cuda"
+
+
+def free_bytes(device: str) -> int:
+    """What can still be allocated; torch gives blocks that it keeps for itself anew."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, after all that was queued on a GPU."""
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def names() -> str:
+    """The machine's GPUs, each kind once."""
+    return ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}))
+
+
+def versions() -> dict[str, str]:
+    """The GPUs and the libraries that compute on them; empty without any."""
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu": names(),
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }
