@@ -6,9 +6,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from latent_tts.cost import Batch, Rates, Shape, Work
+from latent_tts.cost import Batch, Passes, Rates, Shape, Work
 from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.rng import Draw
+from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
 from latent_tts.types import Reasoner
 
@@ -76,7 +77,7 @@ def test_a_rollout_costs_its_passes_and_a_head_for_each_answer_token_and_the_eos
     for _ in range(latents + forced + answer):
         blocks, head, output = counted(lm, 1, past)
         past, total = output.past_key_values, total + blocks
-    assert shape.rollout_flops(LENGTH, latents, forced, answer, own_prompt=False) == total + (answer + 1) * head
+    assert Passes(shape, latents, forced).rollout(LENGTH, latents, answer) == total + (answer + 1) * head
 
 
 @pytest.mark.parametrize("lm", MODELS)
@@ -96,9 +97,16 @@ def test_a_pass_costs_the_same_in_two_pieces(first, second, context):
     assert SHAPE.pass_flops(first + second, context) == pieces
 
 
-def test_a_prompt_of_its_own_adds_one_prefill():
-    shared, own = (SHAPE.rollout_flops(20, 6, 1, 3, own_prompt=own) for own in (False, True))
-    assert own - shared == SHAPE.prompt_flops(20)
+def test_what_of_the_prompt_is_a_rollouts_own_moves_from_the_question_to_the_rollout():
+    plain = Passes.of(SHAPE, 6, 1, (), (), looks_for_stop=False)
+    last, whole = (Passes.of(SHAPE, 6, 1, phases, (), False) for phases in (("thoughts",), ("prompt", "thoughts")))
+    assert Passes.of(SHAPE, 0, 1, ("thoughts",), (), looks_for_stop=False).own_last is False
+    for own, tokens in ((last, 1), (whole, 20)):
+        moved = SHAPE.pass_flops(tokens, 20 - tokens)
+        assert own.rollout(20, 6, 3) - plain.rollout(20, 6, 3) == moved
+        assert own.thinking(20, 6) - plain.thinking(20, 6) == moved
+        assert plain.once(20) - own.once(20) == moved
+    assert whole.once(20) == 0
 
 
 def test_gpt2_costs_two_operations_a_weight_and_token():
@@ -114,15 +122,17 @@ def test_the_floor_waits_for_operations_or_for_bytes():
 
 
 @settings(derandomize=True, deadline=None)
-@given(data=st.data(), own_prompt=st.booleans(), forced=st.integers(0, 2), stop=st.booleans())
-def test_a_batch_needs_what_its_passes_need(data, own_prompt, forced, stop):
+@given(data=st.data(), own=st.sampled_from(["", "last", "prompt"]), forced=st.integers(0, 2), stop=st.booleans())
+def test_a_batch_needs_what_its_passes_need(data, own, forced, stop):
     questions, rollouts, item = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3)), 2
     rows = questions * rollouts
     prompts_Q = data.draw(st.lists(st.integers(1, 9), min_size=questions, max_size=questions))
     steps_R = data.draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows))
     answers_R = data.draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows))
     repeated = data.draw(st.sampled_from([[], [(2, 1), (1, 0)]]))
-    batch = Batch(SHAPE, item, prompts_Q, steps_R, forced, answers_R, own_prompt, repeated, stop)
+    own_prompt, own_last = own == "prompt", int(own == "last")
+    passes = Passes(SHAPE, 4, forced, own_prompt, bool(own_last), repeated, stop)
+    batch = Batch(passes, item, prompts_Q, steps_R, answers_R)
     blocks, head = SHAPE.layers * SHAPE.block_weights * item, SHAPE.width * SHAPE.vocabulary * item
     one = SHAPE.cache_bytes(1, item)
     prompts_R = [prompt for prompt in prompts_Q for _ in range(rollouts)]
@@ -132,44 +142,47 @@ def test_a_batch_needs_what_its_passes_need(data, own_prompt, forced, stop):
         read = [prompts_R[row] for row in range(rows) if row in going]
         if not own_prompt:
             read = [prompts_Q[question] for question in sorted({row // rollouts for row in going})]
-        return sum(read)
+        return sum(read) - len(read) * own_last
 
     everything = range(rows)
-    thoughts = sum(stop * head for _ in range(max(steps_R)))
+    checks_R = [stop * min(steps + 1, 4) for steps in steps_R]
+    thoughts = max(checks_R) * head + own_last * (blocks + one * (prefixes(everything) + rows))
     for position in range(1, max(steps_R)):
-        suffixes = sum(position for steps in steps_R if steps > position)
+        suffixes = sum(position + own_last for steps in steps_R if steps > position)
         thoughts += blocks + one * (prefixes(everything) + suffixes)
     for tokens, before in repeated:
-        thoughts += blocks + one * (prefixes(everything) + rows * (before + tokens))
+        thoughts += blocks + one * (prefixes(everything) + rows * (own_last + before + tokens))
     answers = 0
     for written in range(max(answers_R) + 1):
         going = [row for row in everything if answers_R[row] >= written]
-        suffixes = sum(steps_R[row] + forced + written for row in going)
+        suffixes = sum(own_last + steps_R[row] + forced + written for row in going)
         answers += blocks + head + one * (prefixes(going) + suffixes)
     prefill = blocks + one * prefixes(everything)
     assert [work.bytes for work in batch.work()] == pytest.approx([prefill, thoughts, answers])
 
-    once = 0.0 if own_prompt else sum(map(SHAPE.prompt_flops, prompts_Q))
-    each = sum(
-        SHAPE.rollout_flops(prompt, steps, forced, answer, own_prompt)
-        + SHAPE.repeated_flops(prompt, repeated)
-        + stop * SHAPE.head_flops(steps)
-        for prompt, steps, answer in zip(prompts_R, steps_R, answers_R, strict=True)
-    )
+    once = sum(map(passes.once, prompts_Q))
+    each = sum(passes.rollout(*row) for row in zip(prompts_R, steps_R, answers_R, strict=True))
     assert sum(work.flops for work in batch.work()) == pytest.approx(once + each)
 
 
-def test_the_engine_does_the_operations_of_its_batch():
+SAMPLERS = [Gaussian(0.1, False), Dropout(0.3, "ffn", ["thoughts"], "fresh"), Dropout(0.3, "ffn", ["prompt"], "fresh")]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=["nothing", "last", "prompt"])
+def test_the_engine_does_the_operations_of_its_batch(sampler):
     lm, latents, answer, prompts, n = gpt2(), 3, 4, [[1, 2, 3, 4, 5]] * 2, 3
     shape = shape_of(lm)
     engine = Engine(Reasoner(lm, lambda hidden: hidden), Plan(latents, [7], None, answer))
     draw = Draw.of(0, ["a", "b"], torch.arange(n).repeat(2, 1), shape.width, shape.layers)
     # the fused kernel of a CPU is not counted
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        engine.roll(prompts, draw, Gaussian(0.1, False))
+        engine.roll(prompts, draw, sampler)
     # the token limit, not an eos, ends these answers: the last token is chosen and not run
-    least = Batch(shape, 4, [5, 5], [latents] * 6, 1, [answer - 1] * 6).work()
-    masked_in_prefill = 2 * shape.layers * 4 * shape.attention * 5 * 4 / 2
+    passes = Passes.of(shape, latents, 1, sampler.random_phases, (), looks_for_stop=False)
+    least = Batch(passes, 4, [5, 5], [latents] * 6, [answer - 1] * 6).work()
+    alone = len(prompts[0]) - bool(sampler.random_phases)  # tokens that run without the rollouts, or without the last
+    copies = 6 if passes.own_prompt else 2
+    masked_in_prefill = copies * shape.layers * 4 * shape.attention * alone * (alone - 1) / 2
     masked_for_the_last_latent = 6 * shape.layers * 4 * shape.attention
     expected = sum(work.flops for work in least) + masked_in_prefill + masked_for_the_last_latent
     assert counter.get_total_flops() == expected

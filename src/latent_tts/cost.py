@@ -5,9 +5,13 @@ A multiply-add counts as two operations; norms, activations and softmax are left
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+
+Count = Any  # a number, or an array of one a rollout
 
 
 @dataclass(frozen=True)
@@ -62,42 +66,24 @@ class Shape:
         weights = width * (2 * attention + 2 * keys) + 3 * width * int(config["intermediate_size"])
         return cls(int(config["num_hidden_layers"]), width, int(config["vocab_size"]), attention, keys, weights)
 
-    def pass_flops(self, tokens: float, context: float) -> float:
+    def pass_flops(self, tokens: Count, context: Count) -> Count:
         """Operations of the blocks for `tokens` new tokens after `context` earlier ones (causal)."""
         attended = tokens * context + tokens * (tokens + 1) / 2
         return self.layers * (2.0 * tokens * self.block_weights + 4.0 * attended * self.attention)
 
-    def prompt_flops(self, prompt: int) -> float:
+    def prompt_flops(self, prompt: int) -> Count:
         """Operations of one prefill."""
         return self.pass_flops(prompt, 0)
 
-    def rollout_flops(self, prompt: int, latents: float, forced: int, answer: float, own_prompt: bool) -> float:
-        """Operations of one rollout beyond the shared prefill.
-
-        Args:
-            prompt: L.
-            latents: T.
-            forced: end-of-thinking tokens.
-            answer: answer tokens, without the final eos.
-            own_prompt: whether the prompt runs once a rollout.
-        """
-        suffix = latents + forced + answer
-        head = self.head_flops(answer + 1)
-        return self.pass_flops(suffix, prompt) + head + (self.prompt_flops(prompt) if own_prompt else 0.0)
-
-    def repeated_flops(self, prompt: int, passes: list[tuple[int, int]]) -> float:
+    def repeated_flops(self, prompt: int, passes: Sequence[tuple[int, int]]) -> Count:
         """Operations of what a schedule runs again: (latents, latents before them) of each pass."""
         return sum(self.pass_flops(tokens, prompt + before) for tokens, before in passes)
 
-    def head_flops(self, tokens: float) -> float:
+    def head_flops(self, tokens: Count) -> Count:
         """Operations of the LM head at `tokens` positions."""
         return 2.0 * self.width * self.vocabulary * tokens
 
-    def thinking_flops(self, prompt: int, latents: float, own_prompt: bool) -> float:
-        """The same for a rollout that ends with its last latent, which is made but not run."""
-        return self.pass_flops(max(latents - 1, 0), prompt) + (self.prompt_flops(prompt) if own_prompt else 0.0)
-
-    def scoring_flops(self, prompt: int, latents: float) -> float:
+    def scoring_flops(self, prompt: int, latents: Count) -> Count:
         """Operations of scoring one rollout beyond the shared prefill: the latents, and one output at each."""
         return self.pass_flops(latents, prompt) + 2.0 * self.width * latents
 
@@ -131,30 +117,97 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """What the rollouts of a run go through.
+
+    Attributes:
+        shape: of the model.
+        latents: T, or the most of them.
+        forced: end-of-thinking tokens and the like, fed with the last latent in one pass.
+        own_prompt: whether the prompt runs once a rollout.
+        own_last: whether its last token does: its pass makes h_1, and differs where thoughts are random.
+        repeated: what a schedule runs again, see `Shape.repeated_flops`.
+        looks_for_stop: whether the LM head runs before every latent, and once more after fewer than `latents`.
+    """
+
+    shape: Shape
+    latents: int
+    forced: int
+    own_prompt: bool = False
+    own_last: bool = False
+    repeated: Sequence[tuple[int, int]] = ()
+    looks_for_stop: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        shape: Shape,
+        latents: int,
+        forced: int,
+        random_phases: Collection[str],
+        repeated: Sequence[tuple[int, int]],
+        looks_for_stop: bool,
+    ) -> Passes:
+        """Those of rollouts that are random in some phases."""
+        own_prompt = "prompt" in random_phases
+        own_last = latents > 0 and "thoughts" in random_phases and not own_prompt
+        return cls(shape, latents, forced, own_prompt, own_last, repeated, looks_for_stop)
+
+    def once(self, prompt: int) -> float:
+        """Operations that a question's rollouts share.
+
+        Args:
+            prompt: L.
+        """
+        return 0.0 if self.own_prompt else self.shape.pass_flops(prompt - self.own_last, 0)
+
+    def thinking(self, prompt: int, steps: Count) -> Count:
+        """Operations of one rollout beyond them, if it ends with its last latent, which is made but not run.
+
+        Args:
+            prompt: L.
+            steps: its latents.
+        """
+        return self.shape.pass_flops(np.maximum(steps - 1, 0), prompt) + self._beside(prompt, steps)
+
+    def rollout(self, prompt: int, steps: Count, answer: Count) -> Count:
+        """The same with its answer.
+
+        Args:
+            prompt: L.
+            steps: its latents.
+            answer: answer tokens that were chosen, without the final eos, which is chosen too.
+        """
+        suffix = self.shape.pass_flops(steps + self.forced + answer, prompt)
+        return suffix + self.shape.head_flops(answer + 1) + self._beside(prompt, steps)
+
+    def checks(self, steps: Count) -> Count:
+        """How often a rollout looks whether to stop."""
+        return np.minimum(steps + 1, self.latents) * self.looks_for_stop
+
+    def _beside(self, prompt: int, steps: Count) -> Count:
+        shape = self.shape
+        own = shape.prompt_flops(prompt) if self.own_prompt else shape.pass_flops(self.own_last, prompt - self.own_last)
+        return own + shape.repeated_flops(prompt, self.repeated) + shape.head_flops(self.checks(steps))
+
+
+@dataclass(frozen=True)
 class Batch:
     """Rollouts that are drawn together, N of each of Q questions, question-major: R = Q*N rows.
 
     Attributes:
-        shape: of the model.
+        passes: what each goes through.
         item: bytes of a number.
         prompts_Q: L of each question.
         steps_R: latents of each row.
-        forced: end-of-thinking tokens and the like, fed with the last latent in one pass.
         answers_R: answer tokens of each row without the final eos, which is chosen too; None: no answer is decoded.
-        own_prompt: whether the prompt runs once a rollout.
-        repeated: what a schedule runs again, see `Shape.repeated_flops`.
-        looks_for_stop: whether the LM head runs after every latent.
     """
 
-    shape: Shape
+    passes: Passes
     item: int
     prompts_Q: Sequence[int]
     steps_R: Sequence[int]
-    forced: int
     answers_R: Sequence[int] | None
-    own_prompt: bool = False
-    repeated: Sequence[tuple[int, int]] = ()
-    looks_for_stop: bool = False
 
     def work(self) -> list[Work]:
         """Prefill, thoughts and answers. In each, every pass reads the weights once for all rows.
@@ -162,8 +215,9 @@ class Batch:
         Keys and values are read once a question for its prompt (once a row if each has its own) and once a row beyond
         it. Activations, embeddings and logits are left out: they can stay in a cache.
         """
-        copies = self._rollouts if self.own_prompt else 1
-        stretches = [self.shape.prefill_work(self.prompts_Q, copies, self.item), self._thoughts()]
+        shape, own_prompt = self.passes.shape, self.passes.own_prompt
+        shared_Q = [prompt - self.passes.own_last for prompt in self.prompts_Q]
+        stretches = [shape.prefill_work(shared_Q, self._rollouts if own_prompt else 1, self.item), self._thoughts()]
         return stretches if self.answers_R is None else [*stretches, self._answers(self.answers_R)]
 
     @property
@@ -174,40 +228,40 @@ class Batch:
         return [prompt for prompt in self.prompts_Q for _ in range(self._rollouts)]
 
     def _read(self, tokens: float) -> float:
-        return self.shape.cache_bytes(1, self.item) * tokens
+        return self.passes.shape.cache_bytes(1, self.item) * tokens
 
     def _prefix(self) -> float:
         """Bytes of all prompts' keys and values, as one pass reads them."""
-        return self._read(sum(self._prompts_R() if self.own_prompt else self.prompts_Q))
+        prompts = self._prompts_R() if self.passes.own_prompt else self.prompts_Q
+        return self._read(sum(prompts) - len(prompts) * self.passes.own_last)
 
     def _thoughts(self) -> Work:
-        shape, passes = self.shape, max(max(self.steps_R) - 1, 0)
+        passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
         flops = sum(
-            shape.pass_flops(max(steps - 1, 0), prompt) + shape.repeated_flops(prompt, list(self.repeated))
+            passes.thinking(prompt, steps) - (shape.prompt_flops(prompt) if passes.own_prompt else 0.0)
             for steps, prompt in zip(self.steps_R, self._prompts_R(), strict=True)
         )
-        suffixes = sum(max(steps - 1, 0) * steps / 2 for steps in self.steps_R)
-        suffixes += len(self.steps_R) * sum(before + tokens for tokens, before in self.repeated)
-        passes += len(self.repeated)
-        read = passes * (shape.block_bytes(self.item) + self._prefix()) + self._read(suffixes)
-        if self.looks_for_stop:
-            flops += shape.head_flops(sum(self.steps_R))
-            read += max(self.steps_R) * shape.head_bytes(self.item)
-        return Work(flops, read)
+        fed_R = [max(steps - 1, 0) + own for steps in self.steps_R]
+        suffixes = sum(fed * (fed + 1) / 2 for fed in fed_R)
+        suffixes += len(self.steps_R) * sum(before + tokens + own for tokens, before in passes.repeated)
+        read = (max(fed_R) + len(passes.repeated)) * (shape.block_bytes(self.item) + self._prefix())
+        heads = max(passes.checks(steps) for steps in self.steps_R) * shape.head_bytes(self.item)
+        return Work(flops, read + self._read(suffixes) + heads)
 
     def _answers(self, answers_R: Sequence[int]) -> Work:
-        shape, flops, suffixes, prefixes = self.shape, 0.0, 0.0, 0.0
+        passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
+        flops, suffixes, prefixes = 0.0, 0.0, 0.0
         rows = zip(self._prompts_R(), self.steps_R, answers_R, strict=True)
         for prompt, steps, answer in rows:
-            fed, before = min(steps, 1) + self.forced, max(steps - 1, 0)
-            flops += shape.pass_flops(fed + answer, prompt + before) + shape.head_flops(answer + 1)
-            first, last = before + fed, before + fed + answer
-            suffixes += (first + last) * (answer + 1) / 2
-            prefixes += self.own_prompt * (answer + 1) * prompt
-        if not self.own_prompt:  # read as long as one of its rollouts goes on
+            flops += passes.rollout(prompt, steps, answer) - passes.thinking(prompt, steps)
+            first = own + steps + passes.forced
+            suffixes += (2 * first + answer) * (answer + 1) / 2
+            prefixes += passes.own_prompt * (answer + 1) * prompt
+        if not passes.own_prompt:  # read as long as one of its rollouts goes on
             n = self._rollouts
             longest_Q = (max(answers_R[place * n : (place + 1) * n]) for place in range(len(self.prompts_Q)))
-            prefixes = sum((longest + 1) * prompt for longest, prompt in zip(longest_Q, self.prompts_Q, strict=True))
-        passes = max(answers_R) + 1
-        weights = passes * shape.weight_bytes(self.item)
+            prefixes = sum(
+                (longest + 1) * (prompt - own) for longest, prompt in zip(longest_Q, self.prompts_Q, strict=True)
+            )
+        weights = (max(answers_R) + 1) * shape.weight_bytes(self.item)
         return Work(flops, weights + self._read(prefixes + suffixes))

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from latent_tts import gpu
-from latent_tts.cost import Batch, Rates, Shape, Work
+from latent_tts.cost import Batch, Passes, Rates, Shape, Work
 from latent_tts.engine.packing import Job, batches, most_prompts
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
@@ -109,16 +109,20 @@ def _draw_batch(
     rows = len(rollouts.answer_ids)
     measured = _measured(started, engine.device, rows)
     plan, begun = engine.plan, len(engine.plan.forced_ids)
+    passes = Passes.of(
+        Shape.from_config(engine.lm.config.to_dict()),
+        plan.latents,
+        len(plan.thinking_end_ids) + begun,
+        sampler.random_phases,
+        plan.schedule.repeated(plan.latents),
+        plan.stop_id is not None,
+    )
     least = Batch(
-        shape=Shape.from_config(engine.lm.config.to_dict()),
+        passes=passes,
         item=engine.lm.dtype.itemsize,
         prompts_Q=[len(job.prompt) for job in batch],
         steps_R=rollouts.steps_R.tolist(),
-        forced=len(plan.thinking_end_ids) + begun,
         answers_R=[len(ids) - begun for ids in rollouts.answer_ids] if answers else None,
-        own_prompt="prompt" in sampler.random_phases,
-        repeated=plan.schedule.repeated(plan.latents),
-        looks_for_stop=plan.stop_id is not None,
     )
     return _rows(batch, rollouts, measured | _least(least.work(), rates, rows), answers)
 

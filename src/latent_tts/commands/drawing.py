@@ -60,12 +60,10 @@ def draw_missing(
     rows = rows_of_a_batch(cfg, shape, bytes_a_row, device, own_prompt)
 
     def each(prompt: int) -> float:
-        again = shape.repeated_flops(prompt, prepared.repeated)
-        if answers:
-            return again + shape.rollout_flops(prompt, adapter.latents, prepared.forced, chosen, own_prompt)
-        return again + shape.thinking_flops(prompt, adapter.latents, own_prompt)
+        passes, most = prepared.passes, adapter.latents
+        return passes.rollout(prompt, most, chosen) if answers else passes.thinking(prompt, most)
 
-    work = sum(shape.prompt_flops(len(job.prompt)) + len(job.rollouts) * each(len(job.prompt)) for job in jobs)
+    work = sum(prepared.passes.once(len(job.prompt)) + len(job.rollouts) * each(len(job.prompt)) for job in jobs)
     rates = measured_rates(shape.width, cfg.engine.dtype, device)
     log.info(
         "%d rollouts to draw: at most %.3g GFLOP (every answer as long as allowed), at least %.0f s at the "

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts import config
 from latent_tts.aggregator.weighted import Weighted
-from latent_tts.cost import Shape
+from latent_tts.cost import Passes, Shape
 from latent_tts.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.scorer.latent_rm import LatentRM
@@ -48,14 +48,12 @@ class Prepared:
     forced_ids: list[int] = field(default_factory=list)
 
     @property
-    def forced(self) -> int:
-        """Tokens between thoughts and the first chosen token: end of thinking, forced beginning of the answer."""
-        return len(self.adapter.thinking_end_ids) + len(self.forced_ids)
-
-    @property
-    def repeated(self) -> list[tuple[int, int]]:
-        """What the schedule runs beyond one latent after another."""
-        return self.schedule.repeated(self.adapter.latents)
+    def passes(self) -> Passes:
+        """What a rollout goes through."""
+        adapter = self.adapter
+        forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
+        repeated, stops = self.schedule.repeated(adapter.latents), adapter.stop_id is not None
+        return Passes.of(self.shape, adapter.latents, forced, self.sampler.random_phases, repeated, stops)
 
     @property
     def kept(self) -> int:

@@ -127,25 +127,19 @@ def add_scores(rollouts: pd.DataFrame, scores: Scores) -> None:
 
 def gflops(prepared: Prepared, rollouts: pd.DataFrame, scores: Scores | None) -> list[tuple[float, float]]:
     """Per question: GFLOP paid once, and GFLOP that each of its n rollouts adds on average."""
-    shape, adapter = prepared.shape, prepared.adapter
-    own_prompt = "prompt" in prepared.sampler.random_phases
-    forced, begun = prepared.forced, len(prepared.forced_ids)
-    answers = rollouts["answer_tokens"].to_numpy().reshape(-1, prepared.kept).mean(1) - begun
-    steps = rollouts["latent_steps"].to_numpy().reshape(-1, prepared.kept).mean(1)
+    passes, begun = prepared.passes, len(prepared.forced_ids)
+    answers_QN = rollouts["answer_tokens"].to_numpy().reshape(-1, prepared.kept) - begun
+    steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, prepared.kept)
     pairs = []
     for place, question in enumerate(prepared.questions):
-        prompt = len(prepared.prompts[question.id])
-        once = 0.0 if own_prompt else shape.prompt_flops(prompt)
-        each = shape.rollout_flops(prompt, float(steps[place]), forced, float(answers[place]), own_prompt)
-        each += shape.repeated_flops(prompt, prepared.repeated)
-        if adapter.stop_id is not None:  # the head looks for the token after every latent
-            each += shape.head_flops(float(steps[place]))
+        prompt, steps_N = len(prepared.prompts[question.id]), steps_QN[place]
+        once, each = passes.once(prompt), float(passes.rollout(prompt, steps_N, answers_QN[place]).mean())
         if prepared.kept < prepared.n:  # a search: n think, those kept answer
-            thinking = shape.thinking_flops(prompt, float(steps[place]), own_prompt)
+            thinking = float(passes.thinking(prompt, steps_N).mean())
             each = thinking + (each - thinking) * prepared.kept / prepared.n
         if scores is not None and prepared.scorer is not None:
             head = Shape.from_config(prepared.scorer.config)
-            each += head.scoring_flops(prompt, float(steps[place]))
+            each += float(head.scoring_flops(prompt, steps_N).mean())
             # official positions need a prefill for each length of text: a cost of the rollouts, not of the question
             prefills = scores.prefills[place]
             once += head.prompt_flops(prompt)

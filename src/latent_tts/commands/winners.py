@@ -77,23 +77,21 @@ def reported(
     """The figures of each reported n, each as if it were the only one."""
     assert prepared.scorer is not None
     n, head = prepared.n, Shape.from_config(prepared.scorer.config)
-    shape, adapter = prepared.shape, prepared.adapter
-    own_prompt = "prompt" in prepared.sampler.random_phases
-    forced, begun = prepared.forced, len(prepared.forced_ids)
+    passes, begun = prepared.passes, len(prepared.forced_ids)
+    steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, n)
     figures = []
     for budget, pick in winners.picks.items():
         places = np.arange(len(pick)) * n + pick
         picked = rollouts.iloc[places]
         gflops = []
-        for question, answer in zip(prepared.questions, picked["answer_tokens"], strict=True):
+        for question, steps_N, chosen, answer in zip(
+            prepared.questions, steps_QN, pick, picked["answer_tokens"], strict=True
+        ):
             prompt = len(prepared.prompts[question.id])
-            again = shape.repeated_flops(prompt, prepared.repeated)
-            thinking = budget * (again + shape.thinking_flops(prompt, adapter.latents, own_prompt))
-            thinking += 0.0 if own_prompt else shape.prompt_flops(prompt)
-            scoring_ = head.prompt_flops(prompt) + budget * head.scoring_flops(prompt, adapter.latents)
-            decoding = again + shape.rollout_flops(prompt, adapter.latents, forced, float(answer) - begun, own_prompt)
-            decoding += 0.0 if own_prompt else shape.prompt_flops(prompt)
-            gflops.append((thinking + scoring_ + decoding) / 1e9)
+            thinking = passes.once(prompt) + passes.thinking(prompt, steps_N[:budget]).sum()
+            scoring_ = head.prompt_flops(prompt) + head.scoring_flops(prompt, steps_N[:budget]).sum()
+            decoding = passes.once(prompt) + passes.rollout(prompt, steps_N[chosen], answer - begun)
+            gflops.append(float(thinking + scoring_ + decoding) / 1e9)
         groups = [latents[start : start + budget] for start in range(0, len(latents), n)]
         figures.append(
             WinnersAt(
