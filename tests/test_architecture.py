@@ -57,7 +57,7 @@ ALLOWED = {
     "recipe": {"errors", "adapter", "model", "training"},
     "labelling": {"errors", "types", "engine", "philox", "rng", "store", "annotations"},
     "search": {"errors", "types", "philox", "rng", "engine"},
-    "executor": {"errors", "types", "cost", "gpu", "engine", "sampler", "rng", "store"},
+    "executor": {"errors", "types", "cost", "cpu", "gpu", "engine", "sampler", "rng", "store"},
     "schemas": set(),
     "config": {"errors", "types", "schemas"},
     "cli": {"errors", "types", "config", "commands"},

@@ -352,7 +352,7 @@ def test_the_engine_equals_the_oracle_where_memory_comes_from_the_system_and_goe
 
 @two_families
 def test_the_engine_equals_the_oracle_where_the_sampler_chooses_tokens(family, monkeypatch):
-    monkeypatch.setitem(head.VALUES_AT_ONCE, "cpu", 3 * tiny.VOCABULARY)
+    monkeypatch.setitem(head.SORTED_AT_ONCE, "cpu", 3 * tiny.VOCABULARY)
     plan = tiny.plan(2, eos_id=tiny.EOS_IDS[family], answer=4)
     check_against_oracle(family, LastTokens(0.5, False), [5, 2], 4, plan)
 

@@ -31,7 +31,8 @@ def assert_equal(choice, expected):
 @torch.inference_mode()
 def in_pieces(values, *args):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(head.VALUES_AT_ONCE, "cpu", values)
+        for limits in (head.VALUES_AT_ONCE, head.SORTED_AT_ONCE):
+            patch.setitem(limits, "cpu", values)
         return choose(*args)
 
 

@@ -154,6 +154,15 @@ def test_forks_go_on_like_their_origins(questions, rows):
 
 
 @on_linux
+def test_a_peak_of_memory_can_be_forgotten():
+    block = bytearray(1 << 27)
+    high = cpu.peak_bytes()
+    assert high >= len(block)
+    del block
+    cpu.forget_peak()
+    assert cpu.peak_bytes() <= high - (1 << 26)
+
+
 def test_free_memory_can_be_given_back():
     cpu.give_memory_back()
     assert (cpu._trim() is not None) == ("libc.so.6" in loaded_libraries())  # GNU's has a call for it

@@ -7,7 +7,10 @@ for the cores. So functions in machine code (`machine_code.py` says how they are
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,6 +68,22 @@ def give_memory_back() -> None:
     trim = _trim()
     if trim is not None:
         trim(0)
+
+
+def forget_peak() -> None:
+    """Let `peak_bytes` count from now on, where the system can do that (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Most bytes that the process has held."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @cache

@@ -76,6 +76,11 @@ class SampledAnswers(Sampler):
         return self.latents.random_phases
 
     @property
+    def random_latents(self) -> bool:
+        """As the sampler of latents says."""
+        return self.latents.random_latents
+
+    @property
     def random_answers(self) -> bool:
         """Answers from the same thoughts differ."""
         return True

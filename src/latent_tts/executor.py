@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latent_tts import gpu
+from latent_tts import cpu, gpu
 from latent_tts.cost import Batch, Passes, Rates, Shape, Work
 from latent_tts.engine.packing import Job, batches, most_prompts
 from latent_tts.engine.rollout import Engine, Rollouts
@@ -228,12 +226,11 @@ def _begin(device: torch.device) -> float:
     """When a batch begins."""
     if gpu.is_gpu(device):
         torch.cuda.reset_peak_memory_stats(device)
+    else:
+        cpu.forget_peak()
     return gpu.now(device)
 
 
 def _peak_memory(device: torch.device) -> int:
-    """Most bytes held: on the CPU by the process so far, on a GPU by torch's allocations since the batch began."""
-    if gpu.is_gpu(device):
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Most bytes held since the batch began: on the CPU by the process, on a GPU by torch's allocations."""
+    return torch.cuda.max_memory_allocated(device) if gpu.is_gpu(device) else cpu.peak_bytes()

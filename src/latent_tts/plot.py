@@ -106,7 +106,8 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     subject = f"{first['model']} on " if len(models) == 1 else ""
     where = "" if {"task", "split"} & set(varying) else f"{subject}{first['task']}/{first['split']}"
     over = f"{int(first['questions'])} questions" + (f", {seeds} seeds" if seeds > 1 else "")
-    figure.suptitle(", ".join(part for part in (where, over, "95 % intervals") if part), fontsize=10)
+    intervals = "means of 95 % intervals" if seeds > 1 else "95 % intervals"
+    figure.suptitle(", ".join(part for part in (where, over, intervals) if part), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.suffix.removeprefix(".") or "png"
     with whole_file(path) as partial, plt.rc_context({"svg.hashsalt": path.name}):

@@ -102,12 +102,10 @@ class Sampler(Protocol):
 
     Attributes:
         name, param: as tables show the sampler and its parameter.
-        deterministic: all rollouts of a question are the same, so one is enough.
     """
 
     name: ClassVar[str]
     param: ClassVar[str | None] = None
-    deterministic: ClassVar[bool] = False
 
     @property
     def value(self) -> float | str | None:
@@ -120,9 +118,19 @@ class Sampler(Protocol):
         return frozenset()
 
     @property
+    def random_latents(self) -> bool:
+        """Whether rollouts of a question may differ in their latents."""
+        return bool(self.random_phases & {"prompt", "thoughts"})
+
+    @property
     def random_answers(self) -> bool:
         """Whether answers to the same thoughts may differ."""
         return "answer" in self.random_phases
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether all rollouts of a question are the same, so that one is enough."""
+        return not (self.random_latents or self.random_answers)
 
     @property
     def needs_donor(self) -> bool:
@@ -215,7 +223,6 @@ class ModelAdapter(Protocol):
     @property
     def stop_id(self) -> int | None:
         """A rollout stops thinking where this token is the most probable; None for a fixed number of latents."""
-        ...
 
     @property
     def has_spread(self) -> bool:
@@ -225,7 +232,6 @@ class ModelAdapter(Protocol):
     @property
     def own_schedule(self) -> Schedule | None:
         """The schedule that is part of the model; None where the user chooses."""
-        ...
 
     @property
     def eos_id(self) -> int:
@@ -234,7 +240,6 @@ class ModelAdapter(Protocol):
 
     def check(self) -> None:
         """Read everything but the weights; raises UsageError."""
-        ...
 
     def encode(self, question: Question) -> list[int]:
         """Token ids of the prompt; raises UsageError for text the model cannot read."""
@@ -250,7 +255,6 @@ class ModelAdapter(Protocol):
 
     def raw_answer(self, answer_text: str) -> str | None:
         """The part of an answer's text that the task should read."""
-        ...
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights."""
@@ -265,11 +269,9 @@ class Search(Protocol):
     @property
     def survivors(self) -> int | None:
         """How many rollouts of a question are left at the end; None: all n."""
-        ...
 
     def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
         """Raises UsageError unless the search can be run so."""
-        ...
 
 
 class Scorer(Protocol):
@@ -333,7 +335,6 @@ class Task(Protocol):
     @property
     def split(self) -> str | None:
         """Which part of the task's questions these are."""
-        ...
 
     def questions(self) -> list[Question]:
         """The questions, in file order."""
@@ -341,7 +342,6 @@ class Task(Protocol):
 
     def parse(self, raw: str | None) -> str | None:
         """The canonical prediction in a raw answer, None if it cannot be read."""
-        ...
 
     def equal(self, prediction: str, gold: str) -> bool:
         """Whether a canonical prediction is right."""

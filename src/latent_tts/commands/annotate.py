@@ -50,8 +50,8 @@ def annotate(cfg: DictConfig) -> Path:
     check_engine(cfg)
     answers = AnswerSampling(cfg.answer.temperature, cfg.answer.top_p)
     sampler: Sampler = config.build("sampler", cfg.sampler)
-    if sampler.deterministic or sampler.needs_donor:
-        raise bad_value("sampler", sampler.name, "one whose latents differ: gaussian or dropout")
+    if not sampler.random_latents:
+        raise bad_value("sampler", sampler.name, "one whose latents differ: gaussian, or dropout in prompt or thoughts")
     task: Task = config.build("task", cfg.task)
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
@@ -84,6 +84,7 @@ def settings(cfg: DictConfig, adapter: ModelAdapter, answers: AnswerSampling) ->
         "reasoner": adapter.digest,
         "reasoner_name": adapter.name,
         "prompt": adapter.prompt_recipe,
+        "eos": adapter.eos_id,
         "sampler": OmegaConf.to_container(cfg.sampler, resolve=True),
         "n": cfg.n,
         "completions": cfg.completions,

@@ -40,6 +40,7 @@ def calibrate(cfg: DictConfig, valid: AnnotationFolder, checkpoint: Path) -> flo
     run.sampler, run.n, run.seed = made["sampler"], made["n"], made["seed"]
     run.max_answer_tokens, run.engine.dtype = made["max_answer_tokens"], made["dtype"]
     run.engine.quantize = made.get("quantize")
+    run.answer = OmegaConf.merge(run.answer, made.get("answer", {}))
     run.scorer.checkpoint = str(checkpoint)
     prepared = prepare(run)
     gathered = gather(run, prepared)

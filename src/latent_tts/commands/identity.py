@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def cache_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
         "checkpoint": prepared.adapter.digest,
         "prompt": prepared.adapter.prompt_recipe,
         "adapter": cfg.model._target_,
+        "eos": prepared.adapter.eos_id,
         "sampler": OmegaConf.to_container(cfg.sampler, resolve=True),
         "latents": prepared.adapter.latents,
         "seed": cfg.seed,
@@ -102,7 +104,7 @@ def run_columns(cfg: DictConfig, prepared: Prepared, settings: Mapping[str, Any]
         **columns,
         "n": prepared.n,
         "weights": prepared.adapter.digest,
-        "questions": [q.id for q in prepared.questions],
+        "questions": [[q.id, q.answer] for q in prepared.questions],
     }
     if scorer is not None:
         identity["scorer_weights"] = scorer.digest
@@ -112,6 +114,7 @@ def run_columns(cfg: DictConfig, prepared: Prepared, settings: Mapping[str, Any]
 def versions(cfg: DictConfig) -> dict[str, str]:
     """Versions of what a result depends on, and the commit where there is one."""
     names = ["latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core"]
+    names += [name for name in ("numba", "math-verify") if find_spec(name.replace("-", "_")) is not None]
     names += [] if cfg.engine.quantize is None else ["torchao"]
     return {"python": platform.python_version(), **{name: version(name) for name in names}, **commit()}
 

@@ -111,6 +111,11 @@ def prepare(cfg: DictConfig) -> Prepared:
     schedule = schedule_of(cfg, adapter)
     if isinstance(built, LatentRM) and built.only_own and built.trained.get("reasoner") != adapter.digest:
         built = NoScorer(f"{built.checkpoint} was trained for other weights than {adapter.checkpoint}")
+    if isinstance(built, LatentRM) and cfg.n > 1 and answers.random and not sampler.random_latents:
+        why = f"sampler {sampler.name} gives all rollouts of a question the same latents, which it scores alike"
+        if not built.only_own:
+            raise bad_value("scorer", built.name, why)
+        built = NoScorer(why)
     if isinstance(built, NoScorer):
         scorer, aggregators = None, _without_scores(cfg, built, aggregators)
     else:

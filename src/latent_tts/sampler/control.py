@@ -29,7 +29,6 @@ class Control(Sampler):
 
     name: ClassVar[str] = "control"
     param: ClassVar[str | None] = "mode"
-    deterministic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

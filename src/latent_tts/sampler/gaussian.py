@@ -44,9 +44,14 @@ class Gaussian(Sampler):
         return self.sigma
 
     @property
-    def only_latents(self) -> bool:
+    def random_latents(self) -> bool:
         """True unless sigma is 0."""
         return self.sigma > 0
+
+    @property
+    def only_latents(self) -> bool:
+        """As long as it changes anything."""
+        return self.random_latents
 
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
         """`h + sigma * eps`, added in float32."""

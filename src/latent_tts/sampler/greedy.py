@@ -13,4 +13,3 @@ class Greedy(Sampler):
     """The model as it is."""
 
     name: ClassVar[str] = "greedy"
-    deterministic: ClassVar[bool] = True

@@ -43,9 +43,14 @@ class Native(Sampler):
         return self.temperature
 
     @property
-    def only_latents(self) -> bool:
+    def random_latents(self) -> bool:
         """True unless the temperature is 0."""
         return self.temperature > 0
+
+    @property
+    def only_latents(self) -> bool:
+        """As long as it changes anything."""
+        return self.random_latents
 
     @property
     def needs_spread(self) -> bool:

@@ -74,8 +74,10 @@ class Beam:
             raise bad_value(
                 "scorer.positions", scorer.positions, "correct: search=beam scores before there are answers"
             )
-        if sampler.deterministic or sampler.needs_donor:
-            raise bad_value("sampler", sampler.name, "one whose continuations differ: gaussian or dropout")
+        if not sampler.random_latents or ("prompt" in (where := sampler.random_phases) and "thoughts" not in where):
+            raise bad_value(
+                "sampler", sampler.name, "one whose thoughts go on differently: gaussian, or dropout in thoughts"
+            )
         if getattr(sampler, "mask", "fresh") != "fresh":
             raise bad_value("sampler.mask", "locked", "fresh: locked masks give a beam one continuation alone")
         if self.beams * self.candidates != n:
