@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from marks import slow
@@ -31,8 +31,10 @@ def test_an_argument_that_is_no_override(ltts):
         (["model=gpt5"], ["model=gpt5", "coconut, codi", "demo_coconut"]),
         (["nn=3"], ["nn", "no such key", "n, "]),
         (["sampler.sgima=1"], ["sampler.sgima", "rate"]),
-        (["n=0"], ["n=0", "1 or more"]),
-        (["n=-1"], ["n=-1", "1 or more"]),
+        (["n=0"], ["n=0", "1 to 1048576"]),
+        (["n=-1"], ["n=-1", "1 to 1048576"]),
+        (["n=1048577"], ["n=1048577", "1 to 1048576"]),
+        (["scorer.checkpoint=no/such"], ["scorer.checkpoint=no/such", "is scorer=latent_rm meant?"]),
         (["n=abc"], ["n=abc", "integer"]),
         (["sampler=gaussian", "sampler.sigma=-1"], ["sampler.sigma=-1", "0 or more"]),
         (["sampler=gaussian", "sampler.sigma=nan"], ["sampler.sigma=nan", "finite"]),
@@ -117,6 +119,18 @@ def test_weights_of_another_shape_than_the_config_says(run, broken):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
     check(run(f"model.checkpoint={broken}"), "weights are missing")
+    (broken / "config.json").write_text(json.dumps(config | {"n_layer": 0}))
+    check(run(f"model.checkpoint={broken}"), "fewer layers than the weights", ".h.0.")
+
+
+def test_weights_that_give_no_numbers(run, broken):
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("ln_f.weight"))
+    save_file(weights | {name: weights[name] * float("nan")}, broken / "model.safetensors", {"format": "pt"})
+    result = run(f"model.checkpoint={broken}")
+    assert result.code == 1
+    assert "are not finite in float32" in result.err
+    assert "metrics.csv" not in result.out
 
 
 def test_a_pickle_names_convert_and_converts(run, ltts, broken, checkpoint):
@@ -152,6 +166,7 @@ def test_convert_refuses_what_is_no_pickle_of_tensors(ltts, broken, tmp_path):
         ('{"question": "How many?", "answer": "1"\n', ["line 1", "is not JSON"]),
         ('{"question": "How many?", "answer": "many"}\n', ["line 1", "'many' is not a number"]),
         ("[1, 2]\n", ["line 1", "not a JSON object"]),
+        ('{"question": "How many?", "answer": ["1"]}\n', ["line 1", "neither a text nor a number"]),
     ],
 )
 def test_a_bad_file_of_questions(run, tmp_path, content, words):

@@ -143,6 +143,27 @@ def test_an_experiment_is_a_complete_setting(run):
     assert run("experiment=smoke", "n=2").code == 0
 
 
+def test_a_folder_used_again_holds_the_new_run_alone(run, tmp_path):
+    first = run("hydra.run.dir=mine", "keep_latents=true", "budget=ladder")
+    assert {"latents.safetensors", "scaling.png"} <= {path.name for path in first.last.parent.iterdir()}
+    second = run("hydra.run.dir=mine", "seed=1")
+    left = {path.name for path in second.last.parent.iterdir()} - {".hydra", "run.log"}
+    assert left == {"metrics.csv", "rollouts.parquet", "run.json"}
+    assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_sweep_joins_its_own_jobs_alone(run, tmp_path):
+    assert run("hydra.sweep.dir=mine", "n=1,2,3", "-m").code == 0
+    again = run("hydra.sweep.dir=mine", "n=2", "seed=1", "-m")
+    assert set(pd.read_csv(again.last)["seed"]) == {1}
+
+
+def test_collect_needs_no_sweeps_unless_they_are_named(run, ltts):
+    run("n=1")
+    assert ltts("collect").code == 0
+    assert "multirun/run" in ltts("collect", "outputs/run", "multirun/run").err
+
+
 def test_collect_joins_what_is_complete_and_names_what_is_not(run, ltts, tmp_path):
     first = run("seed=0")
     second = run("seed=1")

@@ -59,6 +59,12 @@ def test_without_a_scorer_the_default_run_says_so_in_one_line_and_reports_no_sco
     assert rollouts["score"].isna().all()
 
 
+def test_equal_latents_are_not_scored(run, latent_rm):
+    line = ["sampler=greedy", "answer.temperature=1", "scorer=latent_rm", f"scorer.checkpoint={latent_rm}"]
+    check(run(*line), "scorer=latent_rm", "the same latents")
+    assert run(*line, "n=1").code == 0
+
+
 def value(table, metric, aggregator="", n=4):
     found = table[(table["metric"] == metric) & (table["aggregator"] == aggregator) & (table["n"] == n)]
     return found["value"].item()

@@ -91,6 +91,7 @@ def test_answers_are_compared_with_the_first_dtype(tuned, monkeypatch):
 
 
 BAD = [
+    (["output=."], ["output=.", "this is a folder"]),
     (["seconds=0"], ["seconds=0"]),
     (["dtypes=[]"], ["dtypes=[]", "float32"]),
     (["dtypes=[int8]"], ["dtypes=int8", "bfloat16"]),

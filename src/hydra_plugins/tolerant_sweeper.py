@@ -51,7 +51,7 @@ class TolerantSweeper(BasicSweeper):
         codes += [cli.say(r._return_value) for r in results if r.status is JobStatus.FAILED]
         command = importlib.import_module(f"latent_tts.commands.{self.config.hydra.job.name}")
         if hasattr(command, "finish_sweep"):
-            command.finish_sweep(folder)
+            command.finish_sweep(folder, [Path(r.hydra_cfg.hydra.runtime.output_dir) for r in results if r.hydra_cfg])
         if max(codes):
             raise JobsFailed(max(codes))
         return results

@@ -27,6 +27,7 @@ WANTED_FILES = ["*.json", "*.safetensors"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"  # of PEFT
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_*")
+IN_A_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*weight$")  # matrices, not the buffers of old checkpoints
 # the tensors that tell the families apart; a checkpoint with none of them is COCONUT's, a plain causal LM
 FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "prj.": "PCCoT", "classifier.": "LatentRM"}
 TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
@@ -301,4 +302,7 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise bad_value(key, folder, f"weights are missing: {missing} ...")
+    unused = sorted(name for name in info["unexpected_keys"] if IN_A_BLOCK.search(name))
+    if unused:
+        raise bad_value(key, folder, f"config.json describes fewer layers than the weights have: {unused[0]} ...")
     return model.to(device).eval().requires_grad_(False)

@@ -15,6 +15,7 @@ from latent_tts.cost import Batch, Passes, Rates, Shape, Work
 from latent_tts.engine.packing import Job, batches, most_prompts
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
+from latent_tts.errors import RunError
 from latent_tts.rng import Draw
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.store import NOT_DECODED, PartCache, RolloutCache, ScoreCache, written_in_parts
@@ -122,6 +123,12 @@ def _draw_batch(
         steps_R=rollouts.steps_R.tolist(),
         answers_R=[len(ids) - begun for ids in rollouts.answer_ids] if answers else None,
     )
+    if not rollouts.latents_RTD.isfinite().all():
+        raise RunError(
+            f"drawing rollouts failed: latents of question {batch[0].question_id} or beside it are not finite in "
+            f"{str(engine.lm.dtype).removeprefix('torch.')}\nthe weights, a very large sampler.sigma, or float16, "
+            "whose range is small (engine.dtype=bfloat16 has that of float32)"
+        )
     return _rows(batch, rollouts, measured | _least(least.work(), rates, rows), answers)
 
 

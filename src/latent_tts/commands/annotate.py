@@ -59,6 +59,10 @@ def annotate(cfg: DictConfig) -> Path:
     require_steps(schedule_of(cfg, adapter), adapter, "a label is of a prefix h_1..h_t, completed from there")
     if adapter.latents == 0:
         raise bad_value("model.latents", 0, "labels are of latents: 1 or more")
+    from latent_tts.labelling import MOST_COMPLETIONS
+
+    for key in ("n", "completions"):
+        config.require(key, cfg[key], cfg[key] < MOST_COMPLETIONS, f"less than {MOST_COMPLETIONS}")
     questions = task.questions()
     prompts = encode(adapter, questions, positions_beside_the_prompt(adapter, cfg.max_answer_tokens))
     folder = AnnotationFolder(Path(cfg.output).expanduser(), settings(cfg, adapter, answers), key="output")
@@ -112,10 +116,7 @@ def _label(
 ) -> None:
     from latent_tts.engine.packing import row_bytes
     from latent_tts.engine.rollout import Engine
-    from latent_tts.labelling import MOST_COMPLETIONS, LabelJob, Labelling, completions_of, label
-
-    for key in ("n", "completions"):
-        config.require(key, cfg[key], cfg[key] < MOST_COMPLETIONS, f"less than {MOST_COMPLETIONS}")
+    from latent_tts.labelling import LabelJob, Labelling, completions_of, label
 
     def is_right(question: Question, ids: list[int]) -> bool:
         prediction = task.parse(adapter.raw_answer(adapter.answer_text(ids)))

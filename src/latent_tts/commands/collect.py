@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from latent_tts import store
+from latent_tts import config, store
 from latent_tts.errors import UsageError, bad_value
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,9 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: a folder holds no runs, or none of them is complete.
     """
-    folders = [folder for runs in cfg.runs for folder in store.run_folders(Path(runs))]
+    # of the folders that commands write to by default one may not be there yet
+    chosen = [runs for runs in cfg.runs if config.is_given("runs") or Path(runs).is_dir()] or list(cfg.runs)
+    folders = [folder for runs in chosen for folder in store.run_folders(Path(runs))]
     joined, left_out = store.join_metrics(list(dict.fromkeys(folders)))
     for folder in left_out:
         log.warning("%s is missing: the run did not complete", folder)

@@ -22,6 +22,7 @@ from latent_tts.thoughts import Schedule
 from latent_tts.types import Aggregator, Budget, ModelAdapter, Question, Sampler, Scorer, Search, Task
 
 log = logging.getLogger(__name__)
+MOST_ROLLOUTS = 1 << 20
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # torchao multiplies int8 codes before their scale, too large for float16, and float8 into bfloat16 alone
 QUANTIZED_FROM = {"int8": ("float32", "bfloat16"), "float8": ("bfloat16",)}
@@ -82,7 +83,7 @@ def prepare(cfg: DictConfig) -> Prepared:
     Raises:
         UsageError: a value, a file or a question is not usable; the message names it.
     """
-    config.require("n", cfg.n, cfg.n >= 1, "a number of rollouts, 1 or more")
+    config.require("n", cfg.n, 1 <= cfg.n <= MOST_ROLLOUTS, f"a number of rollouts, 1 to {MOST_ROLLOUTS}")
     check_engine(cfg)
     decode = cfg.answer.decode
     config.require("answer.decode", decode, decode in ("all", "winners"), "all or winners")
@@ -109,6 +110,8 @@ def prepare(cfg: DictConfig) -> Prepared:
             "sampler=greedy goes with it; answer.temperature above 0 makes its rollouts differ",
         )  # fmt: skip
     schedule = schedule_of(cfg, adapter)
+    if isinstance(built, NoScorer) and config.is_given("scorer.checkpoint"):
+        raise bad_value("scorer.checkpoint", cfg.scorer.checkpoint, f"{built.reason}; is scorer=latent_rm meant?")
     if isinstance(built, LatentRM) and built.only_own and built.trained.get("reasoner") != adapter.digest:
         built = NoScorer(f"{built.checkpoint} was trained for other weights than {adapter.checkpoint}")
     if isinstance(built, LatentRM) and cfg.n > 1 and answers.random and not sampler.random_latents:
@@ -147,6 +150,10 @@ def prepare(cfg: DictConfig) -> Prepared:
             longest <= positions_of(scorer),
             f"it has {positions_of(scorer)} positions, the longest prompt with its latents needs {longest}",
         )
+        tokens, highest = int(scorer.config.get("vocab_size", 0)), max(map(max, prompts.values()))
+        if highest >= tokens:
+            why = f"it knows {tokens} tokens, and prompts of model={adapter.name} have number {highest}"
+            raise bad_value("scorer.checkpoint", scorer.name.partition(":")[2], why)
     donors: dict[str, Question] = {}
     if sampler.needs_donor:
         if len(questions) < 2:

@@ -59,10 +59,11 @@ def main(cfg: DictConfig) -> None:
     settings = {k: v for k, v in record["settings"].items() if not k.startswith(OF_SCORING)}
     settings |= {k: v for k, v in changed_settings(cfg).items() if k.startswith(OF_SCORING)}
     output = config.output_dir()
+    tables.clear(output)
     table = tables.write_tables(output, prepared, rollouts, latents, scores, run_columns(merged, prepared, settings))
     store.write_scores(output, rollouts, scores.rows["step_scores"].tolist())
     new_record = {
-        "cache": str(folder),
+        "cache": str(folder.resolve()),
         "settings": settings,
         "rescored": str(source),
         "rollouts": {"total": len(rows), "drawn_now": 0, "scored_now": scores.scored_now},

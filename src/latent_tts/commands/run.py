@@ -29,6 +29,7 @@ def main(cfg: DictConfig) -> None:
     started = time.perf_counter()
     prepared = prepare(cfg)
     folder, settings = config.output_dir(), changed_settings(cfg)
+    tables.clear(folder)
     if cfg.answer.decode == "winners":
         _run_winners(cfg, prepared, started)
         return
@@ -43,7 +44,7 @@ def main(cfg: DictConfig) -> None:
         seconds["scoring"] = float(found.scores.rows["seconds"].sum())
         counts["scored_now"] = found.scores.scored_now
     record = {
-        "cache": str(found.folder),
+        "cache": str(found.folder.resolve()),
         "settings": settings,
         "devices": sorted(set(found.rows["device"])),
         "rows": sorted({int(value) for value in found.rows["rows"]}),
@@ -107,7 +108,7 @@ def _run_winners(cfg: DictConfig, prepared: Prepared, started: float) -> None:
     if cfg.keep_latents:
         store.write_latents(folder, latents)
     record = {
-        "cache": str(drawn.folder),
+        "cache": str(drawn.folder.resolve()),
         "settings": settings,
         "devices": sorted(set(drawn.rows["device"])),
         "rows": sorted({int(value) for value in drawn.rows["rows"]}),
@@ -127,9 +128,9 @@ def _run_winners(cfg: DictConfig, prepared: Prepared, started: float) -> None:
     tables.finish(folder, cfg, prepared, table, record)
 
 
-def finish_sweep(folder: Path) -> None:
+def finish_sweep(folder: Path, jobs: list[Path]) -> None:
     """Join the tables of a sweep's jobs, draw their curves, and end with the joined table's path."""
-    joined, left_out = store.join_metrics([path.parent for path in sorted(folder.glob("*/.hydra"))])
+    joined, left_out = store.join_metrics(jobs)
     for path in left_out:
         log.warning("%s did not complete: it is not in the joined table", path)
     if joined.empty:

@@ -20,6 +20,12 @@ from latent_tts.cost import Shape
 FIGURE = "scaling.png"
 
 
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
+    for name in (store.RUN_JSON, store.METRICS, store.ROLLOUTS, store.LATENTS, FIGURE):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_tables(
     folder: Path,
     prepared: Prepared,

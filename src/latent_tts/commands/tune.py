@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,8 +59,11 @@ def main(cfg: DictConfig) -> None:
     """
     adapter, sampler, prompts = _prepare(cfg)
     path = Path(cfg.output).expanduser() if cfg.output else config.user_conf_dir() / "engine" / "tuned.yaml"
+    config.require("output", path, not path.is_dir(), "the path of a YAML file, this is a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):  # measuring takes minutes, so this is found out before
+            pass
     except OSError as error:
         raise bad_value("output", path, f"cannot be written ({error.strerror})") from error
     device = engine_device(cfg)

@@ -21,8 +21,8 @@ def auto(checkpoint: str | None, latents: int | None, reduce: str | None, positi
     """
     checked_settings(reduce, positions)
     if checkpoint is None or not checkpoint.startswith(SHIPPED_PREFIX):
-        hint = "" if checkpoint is None else f"; scorer=latent_rm takes {checkpoint}"
-        return NoScorer(f"no LatentRM is shipped for this model{hint}")
+        hint = "no LatentRM is shipped for this model" if checkpoint is None else "it takes a shipped LatentRM alone"
+        return NoScorer(hint)
     if latents == 0:
         return NoScorer("a LatentRM scores latents, and model.latents=0")
     return LatentRM(checkpoint, reduce, positions, only_own=True)

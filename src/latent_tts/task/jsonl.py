@@ -140,6 +140,8 @@ def _fields(where: str, row: Mapping[str, Any], rule: AnswerRule) -> tuple[str, 
     for field in ("question", "answer"):
         if not str(row.get(field) or ("" if row.get(field) != 0 else "0")).strip():
             raise UsageError(f"{where} has no {field}; each row needs question and answer")
+    if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
+        raise UsageError(f"{where}: answer is neither a text nor a number")
     gold = rule.parse(str(row["answer"]))
     if gold is None:
         raise UsageError(f"{where}: the answer {str(row['answer'])!r} is not {rule.wanted}")
