@@ -206,6 +206,9 @@ def test_shuffle_gives_the_donors_latent_of_the_same_step():
     [
         (Greedy(), "greedy", None, None, True),
         (Gaussian(0.5, False), "gaussian", "sigma", 0.5, False),
+        (Gaussian(0.0, False), "gaussian", "sigma", 0.0, True),
+        (dropout(rate=0.0), "dropout", "rate", 0.0, True),
+        (dropout(where=["answer"]), "dropout", "rate", 0.2, False),
         (dropout(), "dropout", "rate", 0.2, False),
         (Control("zero"), "control", "mode", "zero", True),
     ],

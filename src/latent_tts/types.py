@@ -119,13 +119,13 @@ class Sampler(Protocol):
 
     @property
     def random_latents(self) -> bool:
-        """Whether rollouts of a question may differ in their latents."""
-        return bool(self.random_phases & {"prompt", "thoughts"})
+        """Whether latents of a question's rollouts may differ; a sampler whose own `latent` is not random denies it."""
+        return type(self).latent is not Sampler.latent or bool(self.random_phases & {"prompt", "thoughts"})
 
     @property
     def random_answers(self) -> bool:
         """Whether answers to the same thoughts may differ."""
-        return "answer" in self.random_phases
+        return "answer" in self.random_phases or self.chooses_tokens
 
     @property
     def deterministic(self) -> bool:

@@ -114,7 +114,8 @@ def prepare(cfg: DictConfig) -> Prepared:
         raise bad_value("scorer.checkpoint", cfg.scorer.checkpoint, f"{built.reason}; is scorer=latent_rm meant?")
     if isinstance(built, LatentRM) and built.only_own and built.trained.get("reasoner") != adapter.digest:
         built = NoScorer(f"{built.checkpoint} was trained for other weights than {adapter.checkpoint}")
-    if isinstance(built, LatentRM) and cfg.n > 1 and answers.random and not sampler.random_latents:
+    answers_differ = answers.random or sampler.random_answers
+    if isinstance(built, LatentRM) and cfg.n > 1 and answers_differ and not sampler.random_latents:
         why = f"sampler {sampler.name} gives all rollouts of a question the same latents, which it scores alike"
         if not built.only_own:
             raise bad_value("scorer", built.name, why)

@@ -45,6 +45,11 @@ class Control(Sampler):
         return self.mode == "shuffle"
 
     @property
+    def random_latents(self) -> bool:
+        """None of them."""
+        return False
+
+    @property
     def only_latents(self) -> bool:
         """It replaces latents and nothing else."""
         return True
