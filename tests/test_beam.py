@@ -165,7 +165,7 @@ BAD = [
     (["sampler=greedy"], ["sampler=greedy"]),
     (["sampler.sigma=0"], ["sampler=gaussian", "go on differently"]),
     (["sampler=dropout", "sampler.where=[prompt]"], ["sampler=dropout", "go on differently"]),
-    (["sampler=dropout", "sampler.where=[answer]"], ["sampler=dropout", "go on differently"]),
+    (["sampler=dropout", "sampler.where=[answer]"], ["sampler dropout", "the same latents"]),
     (["sampler=dropout", "sampler.mask=locked"], ["sampler.mask=locked"]),
     (["budget=ladder"], ["budget=ladder"]),
     (["schedule=jacobi"], ["schedule=jacobi", "search=beam"]),
