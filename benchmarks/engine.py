@@ -42,6 +42,7 @@ from transformers.pytorch_utils import Conv1D
 
 import baseline
 from baseline import clock, seconds_of
+from latent_tts import cpu
 from latent_tts.cost import Shape
 from latent_tts.engine.packed import PackedLinear, can_be_packed
 from latent_tts.engine.packing import Job, batches, default_rows, most_prompts
@@ -211,7 +212,7 @@ def memory(device: str) -> tuple[int, int]:
     if device.startswith("cuda"):
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize(), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return pages * resource.getpagesize(), cpu.peak_bytes()
 
 
 def timed(arguments: argparse.Namespace, lm: PreTrainedModel, full: Callable, brief: Callable) -> dict[str, float]:

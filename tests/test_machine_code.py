@@ -163,6 +163,7 @@ def test_a_peak_of_memory_can_be_forgotten():
     assert cpu.peak_bytes() <= high - (1 << 26)
 
 
+@on_linux
 def test_free_memory_can_be_given_back():
     cpu.give_memory_back()
     assert (cpu._trim() is not None) == ("libc.so.6" in loaded_libraries())  # GNU's has a call for it

@@ -1,4 +1,4 @@
-"""What is particular to GPUs, as `cpu.py` says for CPUs: exact arithmetic, free memory, clocks that wait; names."""
+"""What is particular to GPUs, as `cpu.py` says for CPUs: exact arithmetic, free memory, clocks that wait; versions."""
 
 from __future__ import annotations
 
@@ -37,17 +37,13 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def names() -> str:
-    """The machine's GPUs, each kind once."""
-    return ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}))
-
-
 def versions() -> dict[str, str]:
-    """The GPUs and the libraries that compute on them; empty without any."""
+    """The machine's GPUs, each kind once, and the libraries that compute on them; empty without any."""
     if not torch.cuda.is_available():
         return {}
+    kinds = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
     return {
-        "gpu": names(),
+        "gpu": ", ".join(sorted(kinds)),
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
     }
