@@ -17,6 +17,11 @@ help: ## show this menu
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev,fast,quant]'
 	@touch $@
 
+# comes with CUDA builds of torch; beside a CPU's it serves to test the kernels for GPUs by its interpreter and compiler
+.venv/.triton: .venv/.installed
+	[ "$$(uname)" != Linux ] || $(BIN)/python -m pip install --quiet --constraint constraints.txt triton
+	@touch $@
+
 install: .venv/.installed ## make .venv from the pinned versions
 
 run: .venv/.installed ## the main job: two samplers, n up to 64, table and scaling curve (QUESTIONS=1000)
@@ -28,7 +33,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesse
 test: .venv/.installed ## the default test suite, a process a core
 	$(PYTEST)
 
-test-slow: .venv/.installed ## the slow tests: long ones, and more cases of those in `make test`
+test-slow: .venv/.triton ## the slow tests: long ones, and more cases of those in `make test`
 	$(PYTEST) -m 'slow and not gpu and not network and not realdata' --ignore=tests/test_wheel.py
 
 lint: .venv/.installed ## style

@@ -30,8 +30,10 @@ ALLOWED = {
     "cpu": set(),
     "gpu": set(),
     "machine_code": set(),
-    "rng": {"philox", "philox_kernel", "cpu"},
+    "rng": {"philox", "philox_rows"},
+    "philox_rows": {"philox", "philox_kernel", "philox_triton", "cpu"},
     "philox_kernel": {"philox", "machine_code"},
+    "philox_triton": set(),
     "model": {"errors", "types", "checkpoint", "adapter", "schedule"},
     "sampler": {"errors", "types", "rng"},
     "thoughts": {"types"},
@@ -65,7 +67,7 @@ ALLOWED = {
     "commands": None,  # assembles everything below it
 }
 HYDRA = {"cli", "config", "schemas", "commands"}
-TORCH = {"cpu", "gpu", "rng", "engine", "training", "executor", "labelling"}
+TORCH = {"cpu", "gpu", "philox_rows", "philox_triton", "rng", "engine", "training", "executor", "labelling"}
 
 
 def modules() -> list[Path]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import devices
-from latent_tts import store
+from latent_tts import philox_rows, store
 from latent_tts.rng import Draw
 
 pytestmark = pytest.mark.gpu
@@ -22,6 +22,17 @@ def test_a_gpu_computes_what_the_cpu_computes(case):
     devices.same(case, GPU, tolerance=1e-6)
 
 
+@pytest.fixture(params=["kernels", "operators"])
+def way_to_draw(request, monkeypatch):
+    """How a GPU draws."""
+    if request.param == "operators":
+        monkeypatch.setattr(philox_rows, "has_kernels", lambda device: False)
+    else:
+        pytest.importorskip("triton")
+        assert philox_rows.has_kernels(GPU.device)
+
+
+@pytest.mark.usefixtures("way_to_draw")
 @pytest.mark.parametrize("width", [8, 768])
 def test_random_numbers_are_those_of_the_cpu(width):
     here, there = (

@@ -1,0 +1,76 @@
+"""Random numbers on a GPU by one kernel where torch's operators take a hundred: the same integers bit for bit.
+
+Imported where Triton is installed, which CUDA builds of torch bring along on Linux; `philox_rows.py` compares it
+with the operators before it is used.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton is not there with a CPU's torch, and launches a kernel by an index
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LANES = 256
+
+
+def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
+    """`philox_rows.words` by one kernel."""
+    out = torch.empty(len(rollouts_R), 4, blocks, dtype=torch.long, device=rollouts_R.device)
+    grid = len(rollouts_R), triton.cdiv(blocks, LANES)
+    with torch.cuda.device_of(out):
+        _words[grid](keys_R2.contiguous(), rollouts_R.contiguous(), out, blocks, place, stream, LANES=LANES)
+    return out
+
+
+def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor) -> None:
+    """`philox_rows.decide` by one kernel."""
+    rows, places, tokens, _, per_token = kept.shape
+    blocks = per_token // 4
+    grid = rows, places, triton.cdiv(tokens * blocks, LANES)
+    with torch.cuda.device_of(kept):
+        _decide[grid](
+            keys_R2.contiguous(), rollouts_R.contiguous(), places_P, kept.view(torch.int32), tokens, blocks, stream,
+            threshold, LANES=LANES,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["blocks", "place", "stream"])
+def _words(keys, rollouts, out, blocks, place, stream, LANES: tl.constexpr):
+    row, block = tl.program_id(0), tl.program_id(1) * LANES + tl.arange(0, LANES)
+    c0, c1, c2, c3 = _philox(keys, rollouts, row, block, place, stream)
+    at, inside = out + row.to(tl.int64) * 4 * blocks + block, block < blocks
+    tl.store(at, c0.to(tl.int64), inside)
+    tl.store(at + blocks, c1.to(tl.int64), inside)
+    tl.store(at + 2 * blocks, c2.to(tl.int64), inside)
+    tl.store(at + 3 * blocks, c3.to(tl.int64), inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "stream", "threshold"])
+def _decide(keys, rollouts, places, kept, tokens, blocks, stream, threshold, LANES: tl.constexpr):
+    row, place, block = tl.program_id(0), tl.program_id(1), tl.program_id(2) * LANES + tl.arange(0, LANES)
+    c0, c1, c2, c3 = _philox(keys, rollouts, row, block, tl.load(places + place), stream)
+    first = (row.to(tl.int64) * tl.num_programs(1) + place) * 2 * tokens * blocks
+    at, inside = kept + first + block // blocks * 2 * blocks + block % blocks, block < tokens * blocks
+    tl.store(at, _four(c0, c1, threshold), inside)
+    tl.store(at + blocks, _four(c2, c3, threshold), inside)
+
+
+@triton.jit
+def _philox(keys, rollouts, row, block, place, stream):
+    key = tl.load(keys + 2 * row) | (tl.load(keys + 2 * row + 1) << 32)
+    none = tl.zeros_like(block)
+    rollout = none + tl.load(rollouts + row).to(tl.int32)
+    return tl.philox(key, block, none + tl.cast(place, tl.int32), rollout, none + tl.cast(stream, tl.int32))
+
+
+@triton.jit
+def _four(low, high, threshold):
+    """The decisions of two words, a byte each: signed halves against `threshold - 32768`."""
+    decisions = (((low & 0xFFFF) ^ 0x8000) >= threshold).to(tl.int32)
+    decisions |= (((low >> 16) ^ 0x8000) >= threshold).to(tl.int32) << 8
+    decisions |= (((high & 0xFFFF) ^ 0x8000) >= threshold).to(tl.int32) << 16
+    return decisions | ((((high >> 16) ^ 0x8000) >= threshold).to(tl.int32) << 24)
