@@ -6,6 +6,7 @@ Pure arrays. Shape letters: Q questions, D rollouts drawn a question, S subsets,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from math import comb, log2
 
 import numpy as np
@@ -41,18 +42,21 @@ def coverage(correct_QD: NDArray[np.bool_], n: int) -> Floats:
 
 
 def subsets(drawn: int, n: int) -> NDArray[np.bool_]:
-    """Which rollouts are in each of the subsets of size n that a figure at n < drawn is a mean over.
+    """Which rollouts are in each of the subsets of size n that a figure at n is a mean over.
 
     Returns:
-        (S, D) of bools, n True in each row; one row of all True if n = drawn. The subsets depend on (drawn, n) alone.
+        (S, D) of bools, n True in each row: every subset where there are at most `SUBSETS` (so at n = 1 and n = drawn),
+        which makes the mean exact; else `SUBSETS` random ones, which depend on (drawn, n) alone.
     """
-    if n == drawn:
-        return np.ones((1, drawn), dtype=bool)
-    key = key_of(0, f"subsets of {n} of {drawn}")
-    words = philox((np.arange(drawn)[None, :], np.arange(SUBSETS)[:, None], 0, int(Stream.SUBSET)), key)
-    members = np.zeros((SUBSETS, drawn), dtype=bool)
-    np.put_along_axis(members, words[0].argsort(axis=1, kind="stable")[:, :n], True, axis=1)
-    return members
+    if comb(drawn, n) <= SUBSETS:
+        members = np.array(list(combinations(range(drawn), n)))
+    else:
+        key = key_of(0, f"subsets of {n} of {drawn}")
+        words = philox((np.arange(drawn)[None, :], np.arange(SUBSETS)[:, None], 0, int(Stream.SUBSET)), key)
+        members = words[0].argsort(axis=1, kind="stable")[:, :n]
+    chosen = np.zeros((len(members), drawn), dtype=bool)
+    np.put_along_axis(chosen, members, True, axis=1)
+    return chosen
 
 
 def diversity(latents_NTD: NDArray[np.floating]) -> float | None:
@@ -103,7 +107,7 @@ def paired_difference(a_Q: Floats, b_Q: Floats, clusters: NDArray[np.int64]) -> 
 
 
 def picked_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, n: int) -> Floats:
-    """Share of subsets of size n (one subset if n = drawn) whose pick is right, per question (Q,).
+    """Share of `subsets` of size n whose pick is right, per question (Q,).
 
     A question whose every member is out of the running counts as wrong.
     """
