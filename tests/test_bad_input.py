@@ -31,6 +31,12 @@ def test_an_argument_that_is_no_override(ltts):
         (["model=gpt5"], ["model=gpt5", "coconut, codi", "demo_coconut"]),
         (["nn=3"], ["nn", "no such key", "n, "]),
         (["sampler.sgima=1"], ["sampler.sgima", "rate"]),
+        (["+foo=1"], ["foo: no such key; one of n, seed", "sampler"]),
+        (["++answer.foo=1"], ["answer.foo: no such key; one of temperature, top_p"]),
+        (["+task.foo=1"], ["task.foo: no such key; one of split, limit"]),
+        (["+aggregator.majority.foo=1"], ["aggregator.majority.foo: no such key; there are none"]),
+        slow(["+engine.foo=1"], ["engine.foo: no such key; one of dtype, device"]),
+        slow(["+model.foo=1"], ["model.foo: no such key; one of name, checkpoint"]),
         (["n=0"], ["n=0", "1 to 1048576"]),
         (["n=-1"], ["n=-1", "1 to 1048576"]),
         (["n=1048577"], ["n=1048577", "1 to 1048576"]),
@@ -72,6 +78,43 @@ def test_an_argument_that_is_no_override(ltts):
 )
 def test_a_bad_override(run, overrides, words):
     check(run(*overrides), *words)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["collect", "+foo=1"], ["foo: no such key; one of runs, output"]),
+        (["train-reasoner", "+backbone.foo=1"], ["backbone.foo: no such key; one of layers, width"]),
+        (["train-rm", "+annotate.annotations.foo=1"], ["annotate.annotations.foo: no such key; one of split, limit"]),
+        (["train-rm", "+sampler.foo=1"], ["sampler.foo: no such key; one of rate"]),
+    ],
+    ids=lambda value: " ".join(value) if "=" in value[-1] else None,
+)
+def test_a_key_that_no_command_reads(ltts, line, words):
+    check(ltts(*line), *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("foo: 1", ["experiment/mine.yaml: foo: no such key; one of", "sampler"]),
+        ("engine: {foo: 1}", ["experiment/mine.yaml: engine.foo: no such key; one of device, dtype"]),
+        ("task: {foo: 1}", ["task.foo: no such key; one of split"]),
+        ("n: abc", ["experiment/mine.yaml: n=abc", "integer"]),
+    ],
+)
+def test_a_bad_key_of_ones_own_experiment(run, tmp_path, content, words):
+    (tmp_path / "config" / "latent_tts" / "experiment").mkdir(parents=True)
+    (tmp_path / "config" / "latent_tts" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    check(run("experiment=mine"), *words)
+
+
+def test_what_a_plus_may_add(run, tmp_path):
+    (tmp_path / "config" / "latent_tts" / "mine").mkdir(parents=True)
+    (tmp_path / "config" / "latent_tts" / "mine" / "seven.yaml").write_text("# @package _global_\nseed: 7\n")
+    result = run("+mine=seven", "+hydra.job.env_set.NOTHING=1", "+model.recommended.more=1")
+    assert result.code == 0, result.err
+    assert json.loads((result.last.parent / "run.json").read_text())["config"]["seed"] == 7
 
 
 def test_cuda_where_there_is_none(run):

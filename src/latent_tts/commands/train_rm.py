@@ -43,6 +43,7 @@ def main(cfg: DictConfig) -> None:
     output = Path(cfg.output).expanduser()
     if output.exists() and not output.is_dir():
         raise bad_value("output", output, "a folder is wanted, this is a file")
+    config.build("sampler", cfg.sampler)  # wrong is wrong, also where there is nothing to annotate
     optimization: RewardOptimization = config.build("optimization", cfg.optimization)
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
