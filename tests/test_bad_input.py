@@ -166,6 +166,26 @@ def test_weights_of_another_shape_than_the_config_says(run, broken):
     check(run(f"model.checkpoint={broken}"), "fewer layers than the weights", ".h.0.")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("n_layer", "four", 'config.json has n_layer="four"; a whole number is wanted, 0 or more'),
+        ("n_embd", None, "n_embd=null; a whole number is wanted, 1 or more"),
+        ("n_head", 0, "n_head=0"),
+        ("vocab_size", "263", 'vocab_size="263"'),
+        ("n_positions", 1.5, "n_positions=1.5"),
+        slow("n_inner", "wide", 'n_inner="wide"'),
+        slow("n_head", None, "transformers cannot load it: Validation error for field 'n_head'"),
+    ],
+)
+def test_a_config_with_a_value_of_a_wrong_type(run, ltts, broken, name, value, words):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {name: value}))
+    check(run(f"model.checkpoint={broken}"), f"model.checkpoint={broken}", words)
+    if value is not None:
+        check(ltts("train-reasoner", f"init={broken}"), f"init={broken}", words)
+
+
 def test_weights_that_give_no_numbers(run, broken):
     weights = load_file(broken / "model.safetensors")
     name = next(name for name in weights if name.endswith("ln_f.weight"))
