@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -279,6 +280,66 @@ def test_bad_folders_of_the_other_commands(ltts, run):
     (folder / "run.json").unlink()
     check(ltts("compare", folder, folder), "did not complete")
     check(ltts("collect", folder), "none of 1 run folders is complete")
+
+
+def cut(path, left: int = -20) -> None:
+    path.write_bytes(path.read_bytes()[:left])
+
+
+DAMAGES = {
+    "cut off": (lambda run: cut(run / "metrics.csv"), "metrics.csv", "is cut off"),
+    "without its last digit": (lambda run: cut(run / "metrics.csv", -2), "metrics.csv", "is cut off"),
+    "empty": (lambda run: (run / "metrics.csv").write_text(""), "metrics.csv", "cannot be read"),
+    "without rows": (lambda run: table_of(run).head(0), "metrics.csv", "holds no rows"),
+    "without a column": (
+        lambda run: table_of(run).drop(columns="value"),
+        "metrics.csv",
+        "lacks the columns value",
+    ),
+    "without a number": (lambda run: table_of(run).assign(n=""), "metrics.csv", "its row 1 has no n"),
+    "not of numbers": (lambda run: table_of(run).assign(value="?"), "metrics.csv", "its column value"),
+}
+
+
+def table_of(folder):
+    return pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_metrics_table(run, ltts, damage):
+    folder = run("n=2", "budget=ladder").last.parent
+    change, *words = DAMAGES[damage]
+    changed = change(folder)
+    if isinstance(changed, pd.DataFrame):
+        changed.to_csv(folder / "metrics.csv", index=False)
+    for line in (["compare", folder, folder], ["collect", folder], ["plot", folder]):
+        check(ltts(*line), str(folder), *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        ("[]", "lacks config"),
+        ('{"config": {"answer": 3}, "aggregators": [], "cache": 1, "settings": 2}', "lacks config"),
+    ],
+)
+def test_a_damaged_record_of_a_run(run, ltts, content, words):
+    folder = run("n=2").last.parent
+    if content is None:
+        cut(folder / "run.json")
+    else:
+        (folder / "run.json").write_text(content)
+    for line in (["compare", folder, folder], ["rescore", folder, "scorer=latent_rm", "scorer.checkpoint=any"]):
+        check(ltts(*line), str(folder / "run.json"), words)
+
+
+def test_damaged_rollouts(run, ltts):
+    folder = run("n=2").last.parent
+    cut(folder / "rollouts.parquet")
+    check(ltts("compare", folder, folder), str(folder / "rollouts.parquet"), "cannot be read")
+    (folder / "rollouts.parquet").unlink()
+    check(ltts("compare", folder, folder), str(folder / "rollouts.parquet"), "cannot be read")
 
 
 def test_training_refuses_bad_values(ltts, tmp_path):
