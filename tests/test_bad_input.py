@@ -349,10 +349,39 @@ def test_training_refuses_bad_values(ltts, tmp_path):
     check(ltts(*train, "optimization.lr=0"), "optimization.lr=0", "positive")
     check(ltts(*train, "model.latents=2"), "model.latents=2", "5 stages")
     check(ltts(*train, "save_every=0"), "save_every=0")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "How?", "answer": "3"}))
     check(ltts(*train, "task=jsonl", "task.path=q.jsonl", "task.split=x"), "task=arith")
     (tmp_path / "file").touch()
     check(ltts("train-reasoner", "output=file"), "output=file")
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "allowed"),
+    [
+        ("train-reasoner", "optimization.lr=abc", "a positive number"),
+        ("train-reasoner", "optimization.batch=0", "a positive integer"),
+        ("train-reasoner", "optimization.warmup=1.5", "a positive integer"),
+        ("train-reasoner", "optimization.bf16=maybe", "true or false"),
+        ("train-reasoner", "optimization.weight_decay=null", "0 or more"),
+        ("train-reasoner", "backbone.layers=two", "a positive integer"),
+        ("train-reasoner", "backbone.layers=2.5", "a positive integer"),
+        ("train-reasoner", "backbone.dropout=some", "[0, 1)"),
+        ("train-reasoner", "backbone.number_scale=big", "0 or more"),
+        ("train-reasoner", "recipe.stage_updates=100", "a list of numbers of updates"),
+        ("train-reasoner", "recipe.final_updates=some", "a number of updates"),
+        ("train-reasoner", "model.latents=many", "stages"),
+        ("train-rm", "optimization.lr=abc", "a positive number"),
+        ("train-rm", "optimization.batch=2.5", "a positive integer"),
+        ("train-rm", "optimization.epochs=1.5", "a number of passes"),
+        ("train-rm", "optimization.warmup=some", "[0, 1)"),
+        ("train-rm", "optimization.weight_decay=null", "0 or more"),
+        ("train-rm", "loss.normalize=maybe", "true or false"),
+        ("train-rm", "loss.name=3", "contrastive, bce, last_step"),
+    ],
+)
+def test_training_refuses_values_of_a_wrong_type(ltts, command, override, allowed):
+    check(ltts(command, override), override, allowed)
 
 
 def test_the_traceback_is_there_for_who_asks(run, monkeypatch):
