@@ -118,6 +118,12 @@ def test_what_a_plus_may_add(run, tmp_path):
     assert json.loads((result.last.parent / "run.json").read_text())["config"]["seed"] == 7
 
 
+@pytest.mark.parametrize("device", ["banana", "cuda:x", "cuda:", "cpu:1"])
+def test_no_such_device_where_every_rollout_is_there_already(run, device):
+    assert run().code == 0
+    check(run(f"engine.device={device}"), f"engine.device={device}", "one of auto, cpu, cuda, cuda:INDEX")
+
+
 def test_cuda_where_there_is_none(run):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
