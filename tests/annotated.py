@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from latent_tts.annotations import Annotated, AnnotationFolder, Dropped, written_ids
+from latent_tts.annotated import Annotated, Dropped, written_ids
+from latent_tts.annotations import AnnotationFolder
 from latent_tts.model.coconut import Coconut
 
 N, T = 4, 3

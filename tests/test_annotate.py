@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from latent_tts.annotations import AnnotationFolder
+from refusal import check
 
 SMALL = ("n=4", "completions=2", "max_answer_tokens=4", "task.limit=6")
 NOISE = ("sampler=gaussian", "sampler.sigma=1.0")
@@ -85,6 +86,20 @@ def test_other_settings_need_another_folder(annotate):
     result = annotate("keep=all", "task.limit=1", "completions=3")
     assert result.code == 2
     assert "completions: 2 there, 3 now" in result.err
+
+
+def test_a_labelled_question_whose_gold_answer_has_changed_is_named(annotate, tmp_path):
+    questions = tmp_path / "q.jsonl"
+    question = {"question": "Ann has 3 pens. She buys 4 more. How many pens does Ann have?", "answer": 7}
+    questions.write_text(json.dumps(question))
+    line = ("keep=all", "task=jsonl", f"task.path={questions}", "task.split=train")
+    labelled = annotate(*line)
+    assert labelled.code == 0, labelled.err
+    (entry,) = AnnotationFolder(labelled.last).read()
+    questions.write_text(json.dumps(question | {"answer": "7.0"}))  # the same number
+    assert annotate(*line).code == 0
+    questions.write_text(json.dumps(question | {"answer": 8}))
+    check(annotate(*line), f"question {entry.question_id}", 'answer: "7" there, "8" now')
 
 
 def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from latent_tts.annotations import INDEX, SETTINGS, Annotated, AnnotationFolder, Dropped, written_ids
+from latent_tts import annotations
+from latent_tts.annotated import Annotated, Dropped, written_ids
+from latent_tts.annotations import FORMAT, INDEX, SETTINGS, AnnotationFolder
 from latent_tts.errors import UsageError
 
 N, T, D, LATENT, END, PAD = 3, 4, 5, 90, 91, 0
@@ -54,7 +56,7 @@ def test_what_is_written_is_read_in_the_order_of_the_questions(path):
     assert [got.index for got in read] == [0, 1, 3]
     assert all(same(got, want) for got, want in zip(read, [entry(0, steps=[4, 1, 2]), entry(1), entry(3)], strict=True))
     assert folder.complete
-    assert folder.settings == WANTED | {"format": 1}
+    assert folder.settings == WANTED | {"format": FORMAT}
     assert folder.counts() == {"kept": 3, "all_correct": 1, "all_wrong": 1}
     index = pq.read_table(path / INDEX).to_pandas()
     assert index["question_id"].tolist() == ["q0", "q1", "q2", "q3", "q4"]
@@ -117,6 +119,29 @@ def test_a_question_annotated_twice_counts_once_as_it_was_last(path):
 def test_a_folder_of_other_settings_is_refused_by_the_first_that_differs(path, changed, words):
     with pytest.raises(UsageError, match=words):
         AnnotationFolder(path, WANTED | changed)
+
+
+def test_a_question_with_another_gold_answer_than_it_was_labelled_by_is_refused(tmp_path):
+    path = tmp_path / "annotations"
+    AnnotationFolder(path, WANTED, {"q0": "5", "q1": "7"}).add([entry(0), Dropped("q1", 1, "all_wrong", N)])
+    assert AnnotationFolder(path, WANTED, {"q0": "5", "q2": "1"}).present() == {"q0", "q1"}
+    with pytest.raises(UsageError, match=r'question q1 was labelled by another gold answer.*\n.*"7" there, "8" now'):
+        AnnotationFolder(path, WANTED, {"q0": "5", "q1": "8"})
+
+
+def test_a_folder_of_before_there_were_gold_answers_is_read_and_not_gone_on_with(tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(annotations, "FORMAT", 1)
+        before.setattr(annotations, "PART_SCHEMA", annotations.INDEX_SCHEMA)
+        written = AnnotationFolder(tmp_path / "before", WANTED)
+        written.add([entry(0)])
+        rows = written.index().to_pylist()
+    folder = AnnotationFolder(written.path)
+    folder.check()
+    assert [got.question_id for got in folder.read()] == ["q0"]
+    assert folder.index().to_pylist() == rows
+    with pytest.raises(UsageError, match="format: 1 there, 2 now"):
+        AnnotationFolder(written.path, WANTED, {"q0": "5"})
 
 
 def test_official_shards_are_read_without_our_record(path, tmp_path):
@@ -225,10 +250,10 @@ def test_what_is_no_annotation_folder(path, tmp_path):
     (path / SETTINGS).write_text("{")
     with pytest.raises(UsageError, match=r"annotations\.json: is not the record"):
         AnnotationFolder(path)
-    (path / SETTINGS).write_text(json.dumps({"settings": {"format": 2}}))
-    with pytest.raises(UsageError, match="format 2, this version reads format 1"):
+    (path / SETTINGS).write_text(json.dumps({"settings": {"format": 3}}))
+    with pytest.raises(UsageError, match="format 3, this version reads 1 and 2"):
         AnnotationFolder(path)
-    (path / SETTINGS).write_text(json.dumps({"settings": WANTED | {"format": 1}}))
+    (path / SETTINGS).write_text(json.dumps({"settings": WANTED | {"format": FORMAT}}))
     (path / "0_on0.parquet").write_bytes(b"PAR1")
     with pytest.raises(UsageError, match=r"0_on0\.parquet: cannot be read"):
         AnnotationFolder(path).index()

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,12 @@ def test_an_argument_that_is_no_override(ltts):
         (["model=gpt5"], ["model=gpt5", "coconut, codi", "demo_coconut"]),
         (["nn=3"], ["nn", "no such key", "n, "]),
         (["sampler.sgima=1"], ["sampler.sgima", "rate"]),
+        (["+foo=1"], ["foo: no such key; one of n, seed", "sampler"]),
+        (["++answer.foo=1"], ["answer.foo: no such key; one of temperature, top_p"]),
+        (["+task.foo=1"], ["task.foo: no such key; one of split, limit"]),
+        (["+aggregator.majority.foo=1"], ["aggregator.majority.foo: no such key; there are none"]),
+        slow(["+engine.foo=1"], ["engine.foo: no such key; one of dtype, device"]),
+        slow(["+model.foo=1"], ["model.foo: no such key; one of name, checkpoint"]),
         (["n=0"], ["n=0", "1 to 1048576"]),
         (["n=-1"], ["n=-1", "1 to 1048576"]),
         (["n=1048577"], ["n=1048577", "1 to 1048576"]),
@@ -72,6 +79,49 @@ def test_an_argument_that_is_no_override(ltts):
 )
 def test_a_bad_override(run, overrides, words):
     check(run(*overrides), *words)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["collect", "+foo=1"], ["foo: no such key; one of runs, output"]),
+        (["train-reasoner", "+backbone.foo=1"], ["backbone.foo: no such key; one of layers, width"]),
+        (["train-rm", "+annotate.annotations.foo=1"], ["annotate.annotations.foo: no such key; one of split, limit"]),
+        (["train-rm", "+sampler.foo=1"], ["sampler.foo: no such key; one of rate"]),
+    ],
+    ids=lambda value: " ".join(value) if "=" in value[-1] else None,
+)
+def test_a_key_that_no_command_reads(ltts, line, words):
+    check(ltts(*line), *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("foo: 1", ["experiment/mine.yaml: foo: no such key; one of", "sampler"]),
+        ("engine: {foo: 1}", ["experiment/mine.yaml: engine.foo: no such key; one of device, dtype"]),
+        ("task: {foo: 1}", ["task.foo: no such key; one of split"]),
+        ("n: abc", ["experiment/mine.yaml: n=abc", "integer"]),
+    ],
+)
+def test_a_bad_key_of_ones_own_experiment(run, tmp_path, content, words):
+    (tmp_path / "config" / "latent_tts" / "experiment").mkdir(parents=True)
+    (tmp_path / "config" / "latent_tts" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    check(run("experiment=mine"), *words)
+
+
+def test_what_a_plus_may_add(run, tmp_path):
+    (tmp_path / "config" / "latent_tts" / "mine").mkdir(parents=True)
+    (tmp_path / "config" / "latent_tts" / "mine" / "seven.yaml").write_text("# @package _global_\nseed: 7\n")
+    result = run("+mine=seven", "+hydra.job.env_set.NOTHING=1", "+model.recommended.more=1")
+    assert result.code == 0, result.err
+    assert json.loads((result.last.parent / "run.json").read_text())["config"]["seed"] == 7
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:x", "cuda:", "cpu:1"])
+def test_no_such_device_where_every_rollout_is_there_already(run, device):
+    assert run().code == 0
+    check(run(f"engine.device={device}"), f"engine.device={device}", "one of auto, cpu, cuda, cuda:INDEX")
 
 
 def test_cuda_where_there_is_none(run):
@@ -121,6 +171,26 @@ def test_weights_of_another_shape_than_the_config_says(run, broken):
     check(run(f"model.checkpoint={broken}"), "weights are missing")
     (broken / "config.json").write_text(json.dumps(config | {"n_layer": 0}))
     check(run(f"model.checkpoint={broken}"), "fewer layers than the weights", ".h.0.")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("n_layer", "four", 'config.json has n_layer="four"; a whole number is wanted, 0 or more'),
+        ("n_embd", None, "n_embd=null; a whole number is wanted, 1 or more"),
+        ("n_head", 0, "n_head=0"),
+        ("vocab_size", "263", 'vocab_size="263"'),
+        ("n_positions", 1.5, "n_positions=1.5"),
+        slow("n_inner", "wide", 'n_inner="wide"'),
+        slow("n_head", None, "transformers cannot load it: Validation error for field 'n_head'"),
+    ],
+)
+def test_a_config_with_a_value_of_a_wrong_type(run, ltts, broken, name, value, words):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {name: value}))
+    check(run(f"model.checkpoint={broken}"), f"model.checkpoint={broken}", words)
+    if value is not None:
+        check(ltts("train-reasoner", f"init={broken}"), f"init={broken}", words)
 
 
 def test_weights_that_give_no_numbers(run, broken):
@@ -218,6 +288,66 @@ def test_bad_folders_of_the_other_commands(ltts, run):
     check(ltts("collect", folder), "none of 1 run folders is complete")
 
 
+def cut(path, left: int = -20) -> None:
+    path.write_bytes(path.read_bytes()[:left])
+
+
+DAMAGES = {
+    "cut off": (lambda run: cut(run / "metrics.csv"), "metrics.csv", "is cut off"),
+    "without its last digit": (lambda run: cut(run / "metrics.csv", -2), "metrics.csv", "is cut off"),
+    "empty": (lambda run: (run / "metrics.csv").write_text(""), "metrics.csv", "cannot be read"),
+    "without rows": (lambda run: table_of(run).head(0), "metrics.csv", "holds no rows"),
+    "without a column": (
+        lambda run: table_of(run).drop(columns="value"),
+        "metrics.csv",
+        "lacks the columns value",
+    ),
+    "without a number": (lambda run: table_of(run).assign(n=""), "metrics.csv", "its row 1 has no n"),
+    "not of numbers": (lambda run: table_of(run).assign(value="?"), "metrics.csv", "its column value"),
+}
+
+
+def table_of(folder):
+    return pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_metrics_table(run, ltts, damage):
+    folder = run("n=2", "budget=ladder").last.parent
+    change, *words = DAMAGES[damage]
+    changed = change(folder)
+    if isinstance(changed, pd.DataFrame):
+        changed.to_csv(folder / "metrics.csv", index=False)
+    for line in (["compare", folder, folder], ["collect", folder], ["plot", folder]):
+        check(ltts(*line), str(folder), *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        ("[]", "lacks config"),
+        ('{"config": {"answer": 3}, "aggregators": [], "cache": 1, "settings": 2}', "lacks config"),
+    ],
+)
+def test_a_damaged_record_of_a_run(run, ltts, content, words):
+    folder = run("n=2").last.parent
+    if content is None:
+        cut(folder / "run.json")
+    else:
+        (folder / "run.json").write_text(content)
+    for line in (["compare", folder, folder], ["rescore", folder, "scorer=latent_rm", "scorer.checkpoint=any"]):
+        check(ltts(*line), str(folder / "run.json"), words)
+
+
+def test_damaged_rollouts(run, ltts):
+    folder = run("n=2").last.parent
+    cut(folder / "rollouts.parquet")
+    check(ltts("compare", folder, folder), str(folder / "rollouts.parquet"), "cannot be read")
+    (folder / "rollouts.parquet").unlink()
+    check(ltts("compare", folder, folder), str(folder / "rollouts.parquet"), "cannot be read")
+
+
 def test_training_refuses_bad_values(ltts, tmp_path):
     train = ("train-reasoner", "output=out")
     check(ltts(*train, "backbone.heads=3"), "backbone.heads=3", "divisor")
@@ -225,10 +355,39 @@ def test_training_refuses_bad_values(ltts, tmp_path):
     check(ltts(*train, "optimization.lr=0"), "optimization.lr=0", "positive")
     check(ltts(*train, "model.latents=2"), "model.latents=2", "5 stages")
     check(ltts(*train, "save_every=0"), "save_every=0")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "How?", "answer": "3"}))
     check(ltts(*train, "task=jsonl", "task.path=q.jsonl", "task.split=x"), "task=arith")
     (tmp_path / "file").touch()
     check(ltts("train-reasoner", "output=file"), "output=file")
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "allowed"),
+    [
+        ("train-reasoner", "optimization.lr=abc", "a positive number"),
+        ("train-reasoner", "optimization.batch=0", "a positive integer"),
+        ("train-reasoner", "optimization.warmup=1.5", "a positive integer"),
+        ("train-reasoner", "optimization.bf16=maybe", "true or false"),
+        ("train-reasoner", "optimization.weight_decay=null", "0 or more"),
+        ("train-reasoner", "backbone.layers=two", "a positive integer"),
+        ("train-reasoner", "backbone.layers=2.5", "a positive integer"),
+        ("train-reasoner", "backbone.dropout=some", "[0, 1)"),
+        ("train-reasoner", "backbone.number_scale=big", "0 or more"),
+        ("train-reasoner", "recipe.stage_updates=100", "a list of numbers of updates"),
+        ("train-reasoner", "recipe.final_updates=some", "a number of updates"),
+        ("train-reasoner", "model.latents=many", "stages"),
+        ("train-rm", "optimization.lr=abc", "a positive number"),
+        ("train-rm", "optimization.batch=2.5", "a positive integer"),
+        ("train-rm", "optimization.epochs=1.5", "a number of passes"),
+        ("train-rm", "optimization.warmup=some", "[0, 1)"),
+        ("train-rm", "optimization.weight_decay=null", "0 or more"),
+        ("train-rm", "loss.normalize=maybe", "true or false"),
+        ("train-rm", "loss.name=3", "contrastive, bce, last_step"),
+    ],
+)
+def test_training_refuses_values_of_a_wrong_type(ltts, command, override, allowed):
+    check(ltts(command, override), override, allowed)
 
 
 def test_the_traceback_is_there_for_who_asks(run, monkeypatch):

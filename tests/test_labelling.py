@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import tiny
-from latent_tts.annotations import AnnotationFolder, Dropped
+from latent_tts.annotated import Dropped
+from latent_tts.annotations import AnnotationFolder
 from latent_tts.decoding import AnswerSampling
 from latent_tts.engine.rollout import Engine
 from latent_tts.labelling import MOST_COMPLETIONS, LabelJob, Labelling, label, label_batch

@@ -86,6 +86,7 @@ class CheckpointAdapter:
                 f"and the {type(self).__name__} adapter reads {self.family} ones\n"
                 f"choose the model that reads it, or a {self.family} checkpoint",
             )
+        files.check_sizes(self.config, self.folder)
         self.check_tensors(shapes)
         self.check_tokens()
         _ = self.thinking_end_ids, self.eos_id, self.positions
@@ -148,18 +149,12 @@ class CheckpointAdapter:
     @cached_property
     def width(self) -> int:
         """D of the backbone."""
-        for key in ("n_embd", "hidden_size"):
-            if key in self.config:
-                return int(self.config[key])
-        raise bad_value("model.checkpoint", self.folder, "config.json has no n_embd or hidden_size")
+        return int(next(self.config[key] for key in files.SIZES if key in self.config))
 
     @cached_property
     def positions(self) -> int:
         """The longest sequence, in tokens and latents, that the backbone takes."""
-        for key in ("n_positions", "max_position_embeddings"):
-            if key in self.config:
-                return int(self.config[key])
-        raise bad_value("model.checkpoint", self.folder, "config.json has no n_positions or max_position_embeddings")
+        return int(next(self.config[key] for key in ("n_positions", "max_position_embeddings") if key in self.config))
 
     @cached_property
     def latent_id(self) -> int:

@@ -8,8 +8,9 @@ Shards are in the layout of the official annotation, so either project reads the
                            {index}.corrects (N) bool           whether the rollout's own answer is right
                            a question without a mixed outcome leaves only {index}.input_ids, a scalar 0
 
-Beside each shard lies `{k}_on0.parquet`, its part of the index. It is written after the shard: a shard without one is
-not there. `annotations.json` holds the settings that made the folder; `index.parquet` joins the parts at the end.
+Beside each shard lies `{k}_on0.parquet`, its part of the index, with the gold answers that the labels depend on. It is
+written after the shard: a shard without one is not there. `annotations.json` holds the settings that made the folder;
+`index.parquet` joins the parts, without the gold answers, at the end.
 `train-rm` reads of them `reasoner` (digest), `reasoner_name`, `sampler`, `latent_id`; every shard has to fit `width`.
 
 Source: src/annotate_data.py and src/dataset.py of ModalityDance/LatentTTS at 6657f20.
@@ -21,20 +22,18 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
+from latent_tts.annotated import Annotated, Dropped, Reason, wrong_shapes, wrong_values
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.store import settings_digest, whole_file
-from latent_tts.types import Bools
 
-FORMAT = 1
+FORMAT, READABLE = 2, (1, 2)  # parts of format 1 have no gold answers, so a writer does not go on with them
 SETTINGS, INDEX = "annotations.json", "index.parquet"
 MOST_OPEN = 64  # shards kept open
 NO_STEP = -100.0  # the label, on disk, of a step that a rollout does not have
@@ -50,62 +49,7 @@ INDEX_SCHEMA = pa.schema(
         ("share_correct", pa.float64()),
     ]
 )
-Reason = Literal["all_correct", "all_wrong"]
-Int64: TypeAlias = NDArray[np.int64]
-Float32: TypeAlias = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Annotated:
-    """A question whose rollouts are labelled.
-
-    Attributes:
-        question_id: as in `types.Question`.
-        index: place of the question among the annotated run's questions, from 0.
-        input_ids_NL: prompt, latent ids and end-of-thinking ids of each rollout; see `written_ids`.
-        latents_NTD: the latents that were fed back; zeros where a rollout has no such step.
-        labels_NT: share in [0, 1] of completions from each prefix that are right; NaN where there is no such step.
-        corrects_N: whether each rollout's own answer is right.
-    """
-
-    question_id: str
-    index: int
-    input_ids_NL: Int64
-    latents_NTD: Float32
-    labels_NT: Float32
-    corrects_N: Bools
-
-    def prompt_ids(self, latent_id: int, pad_id: int | None = None) -> list[int]:
-        """The prompt: what stands before the first latent id, without padding on the left."""
-        rows = self.input_ids_NL.tolist()
-        row = next((row[: row.index(latent_id)] for row in rows if latent_id in row), rows[0])
-        start = next((place for place, token in enumerate(row) if token != pad_id), len(row))
-        return row[start:]
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A question that is left out, since its rollouts are all right or all wrong.
-
-    Attributes:
-        question_id, index: as in `Annotated`.
-        reason: `all_correct` or `all_wrong`.
-        rollouts: how many were drawn.
-    """
-
-    question_id: str
-    index: int
-    reason: Reason
-    rollouts: int
-
-
-def written_ids(
-    prompt: Sequence[int], steps_N: Sequence[int], latent_id: int, end_ids: Sequence[int], pad_id: int
-) -> Int64:
-    """`input_ids` (N, L) of rollouts with `steps_N` latents each, padded on the right."""
-    rows = [[*prompt, *[latent_id] * steps, *end_ids] for steps in steps_N]
-    width = max(map(len, rows))
-    return np.array([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=np.int64)
+PART_SCHEMA = INDEX_SCHEMA.append(pa.field("answer", pa.string()))
 
 
 class AnnotationFolder:
@@ -121,18 +65,25 @@ class AnnotationFolder:
 
     rows: int | None = None
 
-    def __init__(self, path: Path, settings: Mapping[str, Any] | None = None, key: str = "annotations") -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any] | None = None,
+        answers: Mapping[str, str] | None = None,
+        key: str = "annotations",
+    ) -> None:
         """Open a folder.
 
         Args:
             path: the folder; made if it is to be written and not there.
             settings: everything JSON-able that determines the annotations; None opens the folder to read.
+            answers: gold answer of each question that is to be there, by its id; to write.
             key: the config key that errors name.
 
         Raises:
-            UsageError: it was made with other settings, is no annotation folder, or holds none.
+            UsageError: it was made with other settings or gold answers, is no annotation folder, or holds none.
         """
-        self.path, self._key = path, key
+        self.path, self._key, self._answers = path, key, answers or {}
         self._opened: dict[Path, tuple[Any, set[str]]] = {}
         if path.exists() and not path.is_dir():
             raise bad_value(key, path, "a folder is wanted, this is a file")
@@ -157,6 +108,7 @@ class AnnotationFolder:
         else:
             record = self._read_settings()
             self._refuse_other_settings(record["settings"])
+            self._refuse_other_answers()
             self.complete, self.rows = bool(record["complete"]), record["rows"]
         for shard in self._shards():  # stopped between a shard and its part of the index
             if not shard.with_suffix(".parquet").is_file():
@@ -184,6 +136,7 @@ class AnnotationFolder:
         tensors, rows = {}, []
         for entry in entries:
             row: dict[str, Any] = {"question_id": entry.question_id, "index": entry.index, "shard": shard.name}
+            row["answer"] = self._answers.get(entry.question_id)
             if isinstance(entry, Dropped):
                 if entry.reason not in get_args(Reason):
                     raise ValueError(f"question {entry.question_id}: no such reason {entry.reason!r}")
@@ -192,7 +145,7 @@ class AnnotationFolder:
                 row |= {"rollouts": entry.rollouts, "kept": False, "reason": entry.reason, "share_correct": share}
             else:
                 arrays = (entry.input_ids_NL, entry.latents_NTD, entry.labels_NT, entry.corrects_N)
-                if wrong := _wrong_shapes([a.shape for a in arrays], self.width) or _wrong_values(entry):
+                if wrong := wrong_shapes([a.shape for a in arrays], self.width) or wrong_values(entry):
                     raise ValueError(f"question {entry.question_id}: {wrong}")
                 tensors[f"{entry.index}.input_ids"] = _plain(entry.input_ids_NL, np.int64)
                 tensors[f"{entry.index}.latent_embeds"] = _plain(entry.latents_NTD, np.float32)
@@ -205,7 +158,7 @@ class AnnotationFolder:
         with whole_file(shard) as partial:
             save_file(tensors, partial, metadata={"settings": settings_digest(self.settings)})
         with whole_file(shard.with_suffix(".parquet")) as partial:
-            pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), partial)
+            pq.write_table(pa.Table.from_pylist(rows, schema=PART_SCHEMA), partial)
 
     def finish(self) -> dict[str, int]:
         """Join the index and mark the folder complete; returns how many questions were kept, and dropped by reason."""
@@ -255,7 +208,7 @@ class AnnotationFolder:
         labels = np.where(labels == NO_STEP, np.nan, labels)
         latents, labels = latents.astype(np.float32), labels.astype(np.float32)
         entry = Annotated(row["question_id"], index, ids.astype(np.int64), latents, labels, corrects.astype(np.bool_))
-        if wrong := _wrong_values(entry):
+        if wrong := wrong_values(entry):
             raise self._misfit(row, wrong)
         return entry
 
@@ -284,17 +237,17 @@ class AnnotationFolder:
         ids, latents, labels, corrects = (tuple(opened.get_slice(name).get_shape()) for name in names)
         if self.official and len(latents) == 3 and (len(ids) == 1 or ids[:1] == (1,)):
             ids = (latents[0], ids[-1])
-        if wrong := _wrong_shapes([ids, latents, labels, corrects], self.width):
+        if wrong := wrong_shapes([ids, latents, labels, corrects], self.width):
             raise self._misfit(row, wrong)
         return opened, index, names
 
     def _misfit(self, row: Mapping[str, Any], wrong: str) -> UsageError:
         return bad_value(self._key, self.path / row["shard"], f"question {row['question_id']}: {wrong}")
 
-    def _part_rows(self) -> Iterator[dict[str, Any]]:
+    def _part_rows(self, schema: pa.Schema = INDEX_SCHEMA) -> Iterator[dict[str, Any]]:
         for shard in sorted(self.path.glob("*_on*.parquet"), key=_place):
             try:
-                rows = pq.read_table(shard, schema=INDEX_SCHEMA).to_pylist()
+                rows = pq.read_table(shard, schema=schema).to_pylist()
             except (OSError, pa.ArrowException) as error:
                 raise bad_value(self._key, shard, f"cannot be read ({str(error).splitlines()[0]})") from error
             for row in rows:
@@ -343,8 +296,8 @@ class AnnotationFolder:
                 raise ValueError("settings is not an object")
         except (ValueError, KeyError, TypeError) as error:
             raise bad_value(self._key, path, f"is not the record of annotations ({error})") from error
-        if (found := record["settings"].get("format")) != FORMAT:
-            raise bad_value(self._key, path, f"format {found}, this version reads format {FORMAT}")
+        if (found := record["settings"].get("format")) not in READABLE:
+            raise bad_value(self._key, path, f"format {found}, this version reads {' and '.join(map(str, READABLE))}")
         return {"complete": False, "rows": None, **record}
 
     def _write_settings(self, counts: Mapping[str, int]) -> None:
@@ -361,34 +314,14 @@ class AnnotationFolder:
                     f"{name}: {json.dumps(theirs)} there, {json.dumps(ours)} now"
                 )
 
-
-def _wrong_shapes(shapes: Sequence[tuple[int, ...]], wanted: int | None) -> str | None:
-    """What is wrong with the shapes of an entry's ids, latents, labels and outcomes."""
-    ids, latents, labels, corrects = shapes
-    if len(latents) != 3 or 0 in latents:
-        return f"latent_embeds is {latents}, (rollouts, latents, width) is wanted"
-    n, steps, width = latents
-    if wanted not in (None, width):
-        return f"latent_embeds has width {width}, {wanted} is wanted"
-    if labels != (n, steps):
-        return f"estimations is {labels}, latent_embeds {latents}"
-    if corrects != (n,):
-        return f"corrects is {corrects}, for {n} rollouts"
-    if len(ids) != 2 or ids[0] != n:
-        return f"input_ids is {ids}, for {n} rollouts"
-    return None
-
-
-def _wrong_values(entry: Annotated) -> str | None:
-    """What is wrong with the numbers of an entry."""
-    if not np.isfinite(entry.latents_NTD).all():
-        return "latent_embeds is not finite"
-    has_step_NT = ~np.isnan(entry.labels_NT)
-    if (has_step_NT[:, 1:] & ~has_step_NT[:, :-1]).any():
-        return "estimations has a step after one that is missing"
-    if not ((entry.labels_NT >= 0) & (entry.labels_NT <= 1))[has_step_NT].all():
-        return "estimations has labels outside of [0, 1]"
-    return None
+    def _refuse_other_answers(self) -> None:
+        for row in self._part_rows(PART_SCHEMA):
+            ours, theirs = self._answers.get(row["question_id"]), row["answer"]
+            if ours is not None and ours != theirs:
+                raise UsageError(
+                    f"{self._key}={self.path}: question {row['question_id']} was labelled by another gold answer; "
+                    f"choose another folder or remove it\nanswer: {json.dumps(theirs)} there, {json.dumps(ours)} now"
+                )
 
 
 def _plain(array: np.ndarray, dtype: type) -> np.ndarray:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, is_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,6 +30,15 @@ PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_
 IN_A_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*weight$")  # matrices, not the buffers of old checkpoints
 # the tensors that tell the families apart; a checkpoint with none of them is COCONUT's, a plain causal LM
 FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "prj.": "PCCoT", "classifier.": "LatentRM"}
+# what `config.json` says of a backbone's shape, by the key of its width: GPT-2-like and Llama-like
+SIZES = {
+    "n_embd": ("n_embd", "n_layer", "n_head", "n_inner", "n_positions", "vocab_size"),
+    "hidden_size": (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("intermediate_size", "max_position_embeddings", "vocab_size"),
+    ),
+}
+OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
 
 
@@ -106,6 +115,22 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
             MODEL_KEY, folder, f"{name} is empty; wanted is the config.json of the model that was fine-tuned"
         )
     return read_json(folder, name)
+
+
+def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
+    """Check the sizes of a backbone in its `config.json`.
+
+    Raises:
+        UsageError: one is missing, or no whole number.
+    """
+    names = next((names for width, names in SIZES.items() if width in config), None)
+    if names is None:
+        raise bad_value(key, folder, f"config.json has no {' or '.join(SIZES)}")
+    for name in names:
+        value, least = config.get(name), 0 if name.endswith(("layer", "layers")) else 1
+        if not (is_whole(value) and value >= least) and not (value is None and name in OPTIONAL_SIZES):
+            found = f"{name}={json.dumps(value)}" if name in config else f"no {name}"
+            raise bad_value(key, folder, f"config.json has {found}; a whole number is wanted, {least} or more")
 
 
 def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
@@ -284,6 +309,7 @@ def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrai
 def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> PreTrainedModel:
     import torch
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.utils import logging
 
     from latent_tts import gpu
@@ -296,9 +322,8 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
             folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
         )
         model, info = loaded
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise bad_value(key, folder, f"transformers cannot load it: {first[:200]}") from error
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
+        raise bad_value(key, folder, f"transformers cannot load it: {' '.join(str(error).split())[:200]}") from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise bad_value(key, folder, f"weights are missing: {missing} ...")

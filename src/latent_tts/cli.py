@@ -6,10 +6,11 @@ import importlib
 import os
 import re
 import sys
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import JobsFailed, LatentTTSError, UsageError
+from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, unknown_key
 
 # name: (what it does, names of its positional arguments; a trailing * takes the rest)
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -108,7 +109,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     """Hand over to Hydra, and turn what it raises into a line and an exit code."""
     import hydra
 
-    from latent_tts.config import conf_dir, register_schemas
+    from latent_tts.config import conf_dir, refuse_unknown_keys, register_schemas
 
     module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
     register_schemas()
@@ -116,8 +117,14 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     saved_argv, saved_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # with the full error set, Hydra lets exceptions through instead of printing them and exiting with 1
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = [f"ltts {name}", *arguments], "1"
+
+    @wraps(module.main)  # Hydra names the job by its module
+    def job(cfg: Any) -> None:
+        refuse_unknown_keys(cfg)
+        module.main(cfg)
+
     try:
-        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name.replace("-", "_"))(module.main)()
+        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name.replace("-", "_"))(job)()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
@@ -161,9 +168,10 @@ def describe(error: Exception) -> tuple[list[str], int]:
         return [f"{group}={option}: no such option; one of {', '.join(options)}", *hint], 2
     if isinstance(error, OverrideParseException):
         return [f"{error.override}: not of the form key=value ({str(error).splitlines()[0]})"], 2
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
-        return _describe_omegaconf(error, cause), 2
+        lines, file = _describe_omegaconf(error, cause), re.match(r"In '(.+?)': ", str(error))
+        return [f"{file[1]}.yaml: {lines[0]}" if file else lines[0], *lines[1:]], 2
     if isinstance(error, HydraException):
         return [line for line in str(error).splitlines() if line.strip()], 2
     if isinstance(error, OSError):
@@ -183,7 +191,7 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     if missing:
         parent = cause.parent_node
         known = sorted(str(k) for k in parent) if parent is not None else []
-        return [f"{key or missing[1]}: no such key; one of {', '.join(k for k in known if k != '_target_')}"]
+        return [str(unknown_key(key or missing[1], (k for k in known if k not in ("_target_", "hydra"))))]
     value = re.match(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", first)
     if value:
         return [f"{key}={value[1]}: wanted is a value of type {value[2].lower()}"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.errors import LatentTTSError, UsageError, bad_value
+from latent_tts.errors import LatentTTSError, UsageError, bad_value, unknown_key
 from latent_tts.schemas import SCHEMAS
 
 
@@ -61,7 +63,30 @@ def build(group: str, node: Any) -> Any:
             cause = cause.__cause__
         if cause is not None:
             raise cause from None
+        if isinstance(error.__cause__, TypeError):
+            _refuse_unknown_arguments(group, node)
         raise UsageError(f"{group}: {str(error.__cause__ or error).splitlines()[0]}") from error
+
+
+def _refuse_unknown_arguments(group: str, node: DictConfig) -> None:
+    known = list(inspect.signature(get_object(node["_target_"])).parameters)
+    for key in map(str, node):
+        if key not in known and not (key.startswith("_") and key.endswith("_")):  # those are Hydra's
+            raise unknown_key(f"{group}.{key}", known)
+
+
+def refuse_unknown_keys(cfg: DictConfig, prefix: str = "") -> None:
+    """Raise the usual error for a key that a schema lacks, since Hydra takes every one that `+` adds.
+
+    What has no schema is the node of an object, which `build` holds against the object's arguments.
+    """
+    schema: Any = OmegaConf.get_type(cfg)
+    known = [field.name for field in fields(schema)]
+    for key in map(str, cfg):
+        if key not in known:
+            raise unknown_key(prefix + key, known)
+        if is_dataclass(OmegaConf.get_type(cfg, key)):
+            refuse_unknown_keys(cfg[key], f"{prefix}{key}.")
 
 
 def node(spec: Mapping[str, Any]) -> DictConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeGuard
 
@@ -42,6 +42,12 @@ class RunError(LatentTTSError):
 def bad_value(key: str, value: object, allowed: str) -> UsageError:
     """The error for a config value out of its range."""
     return UsageError(f"{key}={'null' if value is None else value}: {allowed}")
+
+
+def unknown_key(key: str, known: Iterable[str]) -> UsageError:
+    """The error for a config key that does not exist."""
+    names = ", ".join(known)
+    return UsageError(f"{key}: no such key; {f'one of {names}' if names else 'there are none'}")
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_tts.annotations import Annotated, AnnotationFolder, Dropped, written_ids
+from latent_tts.annotated import Annotated, Dropped, written_ids
+from latent_tts.annotations import AnnotationFolder
 from latent_tts.engine.rollout import Engine, Thinking
 from latent_tts.engine.sites import MaskedSites
 from latent_tts.philox import key_of

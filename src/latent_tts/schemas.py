@@ -206,6 +206,30 @@ class TrainReasonerConfig:
 
 
 @dataclass
+class QuestionsConfig:
+    """What `ltts annotate` makes where `ltts train-rm` is given no folder.
+
+    Attributes:
+        split, limit: of the task's questions.
+        n: rollouts of each question.
+        completions: M, completions of each prefix.
+    """
+
+    split: str = MISSING
+    limit: int = MISSING
+    n: int = MISSING
+    completions: int = MISSING
+
+
+@dataclass
+class DefaultAnnotationsConfig:
+    """The same for both of its folders, by the key that would name one."""
+
+    annotations: QuestionsConfig = MISSING
+    valid_annotations: QuestionsConfig = MISSING
+
+
+@dataclass
 class TrainRMConfig:
     """Keys of `ltts train-rm`.
 
@@ -223,7 +247,7 @@ class TrainRMConfig:
     output: str = MISSING
     annotations: str | None = MISSING
     valid_annotations: str | None = MISSING
-    annotate: Any = MISSING
+    annotate: DefaultAnnotationsConfig = MISSING
     sampler: Any = MISSING
     init: str = MISSING
     seed: int = MISSING

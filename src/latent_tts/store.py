@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import RunError, UsageError, bad_value
 
@@ -37,6 +39,8 @@ METRIC_COLUMNS = [
     "ci_low", "ci_high", "questions",
 ]
 # fmt: on
+NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions"]
+ALWAYS_THERE = ["n", "drawn", "metric", "questions"]  # in every row
 RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]  # what makes two rows belong to one curve
 MEASURED_SUMS = {
     "seconds": pa.float64(),  # the row's share of its batch's wall-clock time
@@ -269,11 +273,12 @@ def read_metrics(path: Path) -> pd.DataFrame:
     """Read a metrics table.
 
     Raises:
-        UsageError: it is not one.
+        UsageError: it is not one, or is cut off.
     """
     try:
+        content = path.read_bytes()
         frame = pd.read_csv(
-            path,
+            BytesIO(content),
             dtype=dict.fromkeys(RUN_COLUMNS, str),
             keep_default_na=False,
             na_values={name: [""] for name in METRIC_COLUMNS if name not in RUN_COLUMNS},
@@ -283,6 +288,14 @@ def read_metrics(path: Path) -> pd.DataFrame:
     missing = [name for name in METRIC_COLUMNS if name not in frame.columns]
     if missing:
         raise UsageError(f"{path}: not a metrics table, it lacks the columns {', '.join(missing[:5])}")
+    if frame.empty or not content.endswith((b"\n", b"\r")):  # the rest of a last number would not be missed
+        raise UsageError(f"{path}: {'holds no rows' if frame.empty else 'is cut off, its last line has no end'}")
+    for name in NUMBER_COLUMNS:
+        if not is_numeric_dtype(frame[name]):
+            raise UsageError(f"{path}: not a metrics table, its column {name} holds something else than numbers")
+    for name in ALWAYS_THERE:
+        if frame[name].isna().any():
+            raise UsageError(f"{path}: not a metrics table, its row {frame[name].isna().argmax() + 1} has no {name}")
     return frame
 
 
@@ -290,6 +303,33 @@ def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `run.json`, last of all: its presence means that the run is complete."""
     with whole_file(folder / RUN_JSON) as path:
         path.write_text(json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
+    """Read a `run.json`.
+
+    Args:
+        folder: of the run.
+        needed: the kinds of the values that have to be there, by dotted key.
+
+    Raises:
+        UsageError: it cannot be read, or lacks one.
+    """
+    path = folder / RUN_JSON
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+    lacking = []
+    for key, kind in needed.items():
+        value = record
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            lacking.append(key)
+    if lacking:
+        raise UsageError(f"{path}: lacks {', '.join(lacking[:5])}; draw that run again with ltts run")
+    return record
 
 
 def is_complete(folder: Path) -> bool:

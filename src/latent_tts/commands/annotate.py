@@ -35,7 +35,8 @@ def main(cfg: DictConfig) -> None:
     """Annotate, then print the folder.
 
     Raises:
-        UsageError: a value or a question is not usable, or the folder holds annotations made with other settings.
+        UsageError: a value or a question is not usable, or the folder holds annotations made with other settings
+            or of other gold answers.
         RunError: a failure while drawing; the finished questions are kept.
     """
     annotate(cfg)
@@ -65,7 +66,8 @@ def annotate(cfg: DictConfig) -> Path:
         config.require(key, cfg[key], cfg[key] < MOST_COMPLETIONS, f"less than {MOST_COMPLETIONS}")
     questions = task.questions()
     prompts = encode(adapter, questions, positions_beside_the_prompt(adapter, cfg.max_answer_tokens))
-    folder = AnnotationFolder(Path(cfg.output).expanduser(), settings(cfg, adapter, answers), key="output")
+    golds = {question.id: question.answer for question in questions}
+    folder = AnnotationFolder(Path(cfg.output).expanduser(), settings(cfg, adapter, answers), golds, key="output")
     done = folder.present()
     left = [(place, question) for place, question in enumerate(questions) if question.id not in done]
     if len(left) < len(questions):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -101,14 +100,14 @@ def load_side(key: str, path: Path) -> dict[str, dict[str, Any]]:
     """The complete runs at or below a folder, by seed.
 
     Raises:
-        UsageError: there are none, or two of the same seed.
+        UsageError: there are none, one is damaged, or two have the same seed.
     """
     runs: dict[str, dict[str, Any]] = {}
     for folder in store.run_folders(path):
         if not store.is_complete(folder):
             raise UsageError(f"{key}={path}: {folder} did not complete; run it again")
         table = store.read_metrics(folder / store.METRICS)
-        record = json.loads((folder / store.RUN_JSON).read_text())
+        record = store.read_run_json(folder, {"config.answer.decode": str, "aggregators": dict})
         if record["config"]["answer"]["decode"] == "winners":
             raise UsageError(f"{key}={path}: {folder} decoded its winners alone (answer.decode=winners)")
         aggregators = record["aggregators"].items()
@@ -116,7 +115,7 @@ def load_side(key: str, path: Path) -> dict[str, dict[str, Any]]:
         if seed in runs:
             raise UsageError(f"{key}={path}: holds several runs of seed {seed}; name one run folder")
         runs[seed] = {
-            "rollouts": pd.read_parquet(folder / store.ROLLOUTS),
+            "rollouts": store.read_rollouts(folder),
             "reported": [int(n) for n in table["n"].unique()],
             "aggregators": {name: config.build(f"aggregator.{name}", config.node(spec)) for name, spec in aggregators},
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -23,6 +24,7 @@ from latent_tts.types import Aggregator, Budget, ModelAdapter, Question, Sampler
 
 log = logging.getLogger(__name__)
 MOST_ROLLOUTS = 1 << 20
+DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # torchao multiplies int8 codes before their scale, too large for float16, and float8 into bfloat16 alone
 QUANTIZED_FROM = {"int8": ("float32", "bfloat16"), "float8": ("bfloat16",)}
@@ -222,6 +224,8 @@ def check_engine(cfg: DictConfig) -> None:
     """Raises UsageError unless the keys that every command with an engine has are usable."""
     config.require("max_answer_tokens", cfg.max_answer_tokens, cfg.max_answer_tokens >= 1, "1 or more")
     config.require("engine.dtype", cfg.engine.dtype, cfg.engine.dtype in ITEM_BYTES, f"one of {', '.join(ITEM_BYTES)}")
+    device = cfg.engine.device  # whether it is there is asked where something is computed
+    config.require("engine.device", device, DEVICE.fullmatch(device) is not None, "one of auto, cpu, cuda, cuda:INDEX")
     rows = cfg.engine.rows
     config.require("engine.rows", rows, rows is None or rows >= 1, "1 or more, or null to let the model decide")
     quantize, dtype = cfg.engine.quantize, cfg.engine.dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -22,6 +21,11 @@ from latent_tts.scorer.none import NoScorer
 log = logging.getLogger(__name__)
 finish_sweep = run.finish_sweep
 OF_SCORING = ("scorer.", "aggregator.")
+NEEDED = {
+    **dict.fromkeys(("config.model", "config.task", "config.sampler", "config.search", "config.budget"), dict),
+    **dict.fromkeys(("config.answer", "config.engine", "config.paths", "settings"), dict),
+    **dict.fromkeys(("config.answer.decode", "cache", "checkpoint_digest"), str),
+}
 
 
 def main(cfg: DictConfig) -> None:
@@ -76,26 +80,17 @@ def _record(source: Path) -> dict[str, Any]:
     """The `run.json` of a run folder.
 
     Raises:
-        UsageError: there is none, or it is not one of `ltts run`.
+        UsageError: there is none, it is damaged, or its rollouts are not to be scored by others.
     """
-    path = source / store.RUN_JSON
-    if not path.is_file():
+    if not store.is_complete(source):
         raise bad_value("run", source, f"no {store.RUN_JSON} there: the folder of a run that completed is wanted")
-    try:
-        record = json.loads(path.read_text())
-        needed = {"config", "cache", "settings", "checkpoint_digest"} - set(record)
-    except (ValueError, TypeError) as error:
-        raise bad_value("run", source, f"{store.RUN_JSON} cannot be read ({error})") from error
-    if not needed and record["config"]["answer"]["decode"] == "winners":
+    record = store.read_run_json(source, NEEDED)
+    if record["config"]["answer"]["decode"] == "winners":
         raise bad_value(
             "run", source, "it decoded its own scorer's winners alone (answer.decode=winners); others have no answers"
         )
-    if not needed and record["config"]["search"].get("beams"):
+    if record["config"]["search"].get("beams"):
         raise bad_value("run", source, "its rollouts are the beams that its own scorer chose (search=beam)")
-    if needed:
-        raise bad_value(
-            "run", source, f"its {store.RUN_JSON} lacks {', '.join(sorted(needed))}; draw that run again with ltts run"
-        )
     return record
 
 

@@ -46,10 +46,10 @@ def main(cfg: DictConfig) -> None:
     source = checkpoint.resolve(str(cfg.init), key="init") if cfg.init else None
     if output.exists() and not output.is_dir():
         raise bad_value("output", output, "a folder is wanted, this is a file")
-    output.mkdir(parents=True, exist_ok=True)
     # these import torch: everything above has been checked without it
     backbone = config.build("backbone", cfg.backbone)
     optimization = config.build("optimization", cfg.optimization)
+    output.mkdir(parents=True, exist_ok=True)
     from latent_tts.training import loop
     from latent_tts.training.initial import copy_checkpoint, prepare
     from latent_tts.training.vocabulary import word_level_tokenizer

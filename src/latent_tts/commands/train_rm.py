@@ -19,6 +19,7 @@ from latent_tts.cost import Shape
 from latent_tts.errors import bad_value, computing
 from latent_tts.store import settings_digest, whole_file
 from latent_tts.training.reward_data import MixedQuestions
+from latent_tts.training.reward_loss import RewardLoss
 from latent_tts.training.reward_optimization import RewardOptimization
 from latent_tts.types import ModelAdapter
 
@@ -43,11 +44,12 @@ def main(cfg: DictConfig) -> None:
     output = Path(cfg.output).expanduser()
     if output.exists() and not output.is_dir():
         raise bad_value("output", output, "a folder is wanted, this is a file")
+    config.build("sampler", cfg.sampler)  # wrong is wrong, also where there is nothing to annotate
+    loss: RewardLoss = config.build("loss", cfg.loss)
     optimization: RewardOptimization = config.build("optimization", cfg.optimization)
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
     data, valid = (questions(annotation_folder(cfg, key), adapter, key) for key in ("annotations", "valid_annotations"))
-    loss = config.build("loss", cfg.loss)  # imports torch: everything above has been checked without it
     claim(output, run_settings(cfg, adapter, data, valid))
     results = output / RESULTS
     if results.is_file():
@@ -145,7 +147,7 @@ def train_and_write(
     adapter: ModelAdapter,
     data: MixedQuestions,
     valid: MixedQuestions,
-    loss: Any,
+    loss: RewardLoss,
     optimization: RewardOptimization,
     output: Path,
 ) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value
+from latent_tts.errors import bad_value, is_whole
 from latent_tts.training.curriculum import Staged, check_weight
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Coconut(Staged):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weight("step_loss", self.step_loss)
-        if self.latents < max(1, len(self.stage_updates)):
+        if not (is_whole(self.latents) and self.latents >= max(1, len(self.stage_updates))):
             raise bad_value("model.latents", self.latents, f"at least the {len(self.stage_updates)} stages")
 
     def objective(self, adapter: CheckpointAdapter) -> CoconutObjective:

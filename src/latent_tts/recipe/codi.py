@@ -54,7 +54,7 @@ class Codi(Distilled):
         if self.projector_dropout is None:
             raise bad_value("recipe.projector_dropout", None, "in [0, 1)")
         check_dropout("projector_dropout", self.projector_dropout)
-        if self.latents < max(1, len(self.stage_updates)):
+        if not (is_whole(self.latents) and self.latents >= max(1, len(self.stage_updates))):
             raise bad_value(
                 "model.latents", self.latents, f"1 or more, and at least the {len(self.stage_updates)} stages"
             )

@@ -62,7 +62,7 @@ class Colar(Recipe):
             raise bad_value("model.thinking_speed", self.speed, "1 or more")
         if self.head_hidden is not None and not (is_whole(self.head_hidden) and self.head_hidden >= 1):
             raise bad_value("recipe.head_hidden", self.head_hidden, "a positive width, or null")
-        if self.latents < 1:
+        if not (is_whole(self.latents) and self.latents >= 1):
             raise bad_value("model.latents", self.latents, "1 or more")
 
     def stages(self) -> list[Stage]:

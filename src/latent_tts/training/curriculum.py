@@ -99,6 +99,8 @@ class Staged(Recipe):
     def __post_init__(self) -> None:
         check_updates("written_updates", self.written_updates)
         check_updates("final_updates", self.final_updates)
+        if not isinstance(self.stage_updates, list):
+            raise bad_value("recipe.stage_updates", self.stage_updates, "a list of numbers of updates, as in [100,100]")
         for updates in self.stage_updates:
             check_updates("stage_updates", updates)
         check_dropout("final_dropout", self.final_dropout)

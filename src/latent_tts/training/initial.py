@@ -66,6 +66,7 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
     for path in (source / "tokenizer.json", *source.glob("tokenizer_config.json")):
         shutil.copyfile(path, folder / path.name)
     config = files.read_config(source)
+    files.check_sizes(config, source, key="init")
     config.pop("latent_tts", None)  # what that checkpoint was trained with does not bind this training
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(files.load_tensors(source, ""), folder / files.WEIGHTS, metadata={"format": "pt"})

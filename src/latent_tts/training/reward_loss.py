@@ -9,13 +9,14 @@ Shapes: logits r_t (Q, N, T); labels (Q, N, T), NaN where a rollout has no such 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from typing import TYPE_CHECKING
 
 from latent_tts.errors import bad_value
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOSSES = ("contrastive", "bce", "last_step")
 
@@ -46,11 +47,15 @@ class RewardLoss:
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise bad_value("loss.name", self.name, f"one of {', '.join(LOSSES)}")
+        if not isinstance(self.normalize, bool):
+            raise bad_value("loss.normalize", self.normalize, "true or false")
         if self.normalize and self.name == "bce":
             raise bad_value("loss.normalize", self.normalize, "loss.name=bce has no softmax; false")
 
     def __call__(self, logits_QNT: Tensor, labels_QNT: Tensor, correct_QN: Tensor) -> Tensor:
-        """The loss, a scalar."""
+        """The loss, a scalar (imports torch)."""
+        from torch.nn import functional as F
+
         has_step_QNT = ~labels_QNT.isnan()
         labels_QNT = labels_QNT.nan_to_num(0.0).to(logits_QNT.dtype)
         if self.name == "contrastive":
@@ -64,6 +69,8 @@ class RewardLoss:
 
     def _softmax_loss(self, logits: Tensor, labels: Tensor, present: Tensor) -> Tensor:
         """-sum y log p over axis 1, where absent members (with logits of whatever value) take no part."""
+        import torch
+
         log_p = logits.masked_fill(~present, torch.finfo(logits.dtype).min).log_softmax(1)
         labels = labels * present
         if self.normalize:
@@ -75,7 +82,7 @@ class RewardLoss:
 def summed(logits_QNT: Tensor, has_step_QNT: Tensor) -> Tensor:
     """A rollout's score (Q, N): the sum of its steps' logits; -inf for one without a step (padding is that too)."""
     score_QN = logits_QNT.masked_fill(~has_step_QNT, 0.0).sum(-1)
-    return score_QN.masked_fill(~has_step_QNT.any(-1), -torch.inf)
+    return score_QN.masked_fill(~has_step_QNT.any(-1), -math.inf)
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
