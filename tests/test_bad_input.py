@@ -274,6 +274,31 @@ def test_in_a_sweep_the_other_jobs_still_run(run):
     assert (result.last.parent / "1" / "metrics.csv").is_file() or (result.last.parent / "2" / "metrics.csv").is_file()
 
 
+def test_a_refused_run_is_none_that_did_not_complete(run, ltts, tmp_path):
+    for bad in (["n=0"], ["+foo=1"], ["sampler.rate=2"]):
+        assert run(*bad).code == 2
+    assert not list((tmp_path / "outputs" / "run").iterdir())
+    check(ltts("collect", "outputs/run"), "neither a run folder nor one that holds run folders")
+    swept = run("n=1,0,2", "-m")
+    assert swept.code == 2
+    assert "did not complete" not in swept.err
+    assert sorted(path.name for path in swept.last.parent.iterdir() if path.is_dir()) == ["0", "2"]
+    assert "did not complete" not in ltts("collect", "multirun/run").err
+
+
+def test_a_refused_run_leaves_what_was_in_its_folder(run, ltts):
+    folder = run("hydra.run.dir=mine").last.parent
+    there = {path.name for path in folder.iterdir()}
+    assert run("hydra.run.dir=mine", "n=0").code == 2
+    assert {path.name for path in folder.iterdir()} == there
+    assert ltts("collect", "mine").code == 0
+
+
+def test_a_refused_run_leaves_the_folder_that_the_user_is_in(run, tmp_path):
+    assert run("hydra.run.dir=.", "n=0").code == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_folders_of_the_other_commands(ltts, run):
     check(ltts("collect", "nowhere"), "runs=nowhere")
     check(ltts("plot", "nowhere"), "runs=nowhere")

@@ -109,7 +109,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     """Hand over to Hydra, and turn what it raises into a line and an exit code."""
     import hydra
 
-    from latent_tts.config import conf_dir, refuse_unknown_keys, register_schemas
+    from latent_tts.config import conf_dir, refuse_unknown_keys, register_schemas, remove_record
 
     module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
     register_schemas()
@@ -120,8 +120,13 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
 
     @wraps(module.main)  # Hydra names the job by its module
     def job(cfg: Any) -> None:
-        refuse_unknown_keys(cfg)
-        module.main(cfg)
+        try:
+            refuse_unknown_keys(cfg)
+            module.main(cfg)
+        except Exception as error:
+            if is_refused(error):
+                remove_record()
+            raise
 
     try:
         hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name.replace("-", "_"))(job)()
@@ -181,6 +186,11 @@ def describe(error: Exception) -> tuple[list[str], int]:
         ) else 1
     hint = "HYDRA_FULL_ERROR=1 shows the traceback; what was computed is kept"
     return [f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}", hint], 1
+
+
+def is_refused(error: Exception) -> bool:
+    """Whether an error is of something that the user wrote: then nothing was run."""
+    return describe(error)[1] == 2
 
 
 def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:

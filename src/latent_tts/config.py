@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache, lru_cache
@@ -45,6 +46,21 @@ def user_conf_dir() -> Path:
 def output_dir() -> Path:
     """The folder of the running job."""
     return Path(HydraConfig.get().runtime.output_dir)
+
+
+def remove_record() -> None:
+    """Remove the record of the running job, which was refused: it is no run that did not complete.
+
+    A folder that holds more, as of an earlier run, is left alone.
+    """
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.output_subdir is None:
+        return
+    folder, own = output_dir(), {hydra_cfg.output_subdir, f"{hydra_cfg.job.name}.log"}
+    if {path.name for path in folder.iterdir()} <= own:
+        shutil.rmtree(folder / hydra_cfg.output_subdir)
+    if not any(folder.iterdir()) and folder != Path.cwd():
+        folder.rmdir()
 
 
 def build(group: str, node: Any) -> Any:
