@@ -83,3 +83,16 @@ def test_more_than_two_models_have_panels_of_their_own(tmp_path, monkeypatch):
     for against in ("n", "diversity"):
         scaling_curve(pd.DataFrame(rows), tmp_path / f"{against}.svg", against)
     assert [text for text in named if text] == [*"badc", *"bac"]
+
+
+@pytest.mark.parametrize(("seeds", "words"), [(None, "means of 95 % intervals"), (3, "3 seeds, 95 % intervals")])
+def test_a_table_of_means_over_seeds_has_intervals_of_its_own(tmp_path, drawn, seeds, words):
+    row = dict.fromkeys(RUN_COLUMNS, "") | {"sampler": "gaussian", "drawn": 4, "questions": 2, "metric": "coverage"}
+    rows = [
+        row | {"n": n, "seed": seed, "value": 0.5, "ci_low": 0.4, "ci_high": 0.6}
+        for n in (1, 4)
+        for seed in (["0", "1", "2"] if seeds is None else ["0,1,2"])
+    ]
+    axis = drawn([each | ({} if seeds is None else {"seeds": seeds}) for each in rows], tmp_path / "figure.svg")[0]
+    assert words in axis.figure.get_suptitle()
+    assert "3 seeds" in axis.figure.get_suptitle()

@@ -7,9 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from latent_tts.errors import UsageError
-from latent_tts.store import RUN_COLUMNS, whole_file
+from latent_tts.store import CURVE_COLUMNS, whole_file
 
-CURVE = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator", "seed")]
 PANELS = (("coverage", "Coverage"), ("accuracy", "Accuracy"))
 MOST_TOGETHER = 2  # models in one pair of panels; more get a pair each
 MOST_INSIDE = 6  # names that stand inside a panel; more stand below it
@@ -32,9 +31,9 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     More than two models are drawn below each other.
 
     Args:
-        metrics: a metrics table; several runs make several curves. Where one curve has several rows at an n, those
-            with the most rollouts drawn count. Runs that differ in the seed alone make one curve, of the means of
-            their values and of their bounds.
+        metrics: a metrics table, or one of means over seeds; several runs make several curves. Where one curve has
+            several rows at an n, those with the most rollouts drawn count. Runs of a metrics table that differ in the
+            seed alone make one curve, of the means of their values and of their bounds.
         path: of the figure; its ending is the format.
         against: n, a cost of each n, or `diversity`: then a curve is a sampler, with a point for each of its values.
 
@@ -55,12 +54,15 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
         shown = shown.assign(x=shown["other"]).dropna(subset="x")
     if shown.empty:
         raise UsageError(f"nothing to draw: the table has neither coverage nor accuracy with {against} beside it")
-    point = [*CURVE, "aggregator", "n", "metric"]
+    point = [*CURVE_COLUMNS, "aggregator", "n", "metric"]
     shown = shown.sort_values("drawn").drop_duplicates([*point, "seed"], keep="last")
     seeds = shown["seed"].nunique()
+    bounds = "means of 95 % intervals" if seeds > 1 else "95 % intervals"
+    if "seeds" in shown:
+        seeds = int(shown["seeds"].max())
     means = {"x": "mean", "value": "mean", "ci_low": "mean", "ci_high": "mean", "questions": "first"}
     shown = shown.groupby(point, sort=False, dropna=False, as_index=False).agg(means)
-    kinds = [name for name in CURVE if against != "diversity" or name != "sampler_value"]
+    kinds = [name for name in CURVE_COLUMNS if against != "diversity" or name != "sampler_value"]
     models = metrics.loc[metrics["model"].isin(shown["model"]), "model"].unique()
     parts = [shown] if len(models) <= MOST_TOGETHER else [shown[shown["model"] == model] for model in models]
     varying = [name for name in kinds if any(part[name].nunique(dropna=False) > 1 for part in parts)]
@@ -106,8 +108,7 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     subject = f"{first['model']} on " if len(models) == 1 else ""
     where = "" if {"task", "split"} & set(varying) else f"{subject}{first['task']}/{first['split']}"
     over = f"{int(first['questions'])} questions" + (f", {seeds} seeds" if seeds > 1 else "")
-    intervals = "means of 95 % intervals" if seeds > 1 else "95 % intervals"
-    figure.suptitle(", ".join(part for part in (where, over, intervals) if part), fontsize=10)
+    figure.suptitle(", ".join(part for part in (where, over, bounds) if part), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.suffix.removeprefix(".") or "png"
     with whole_file(path) as partial, plt.rc_context({"svg.hashsalt": path.name}):

@@ -55,19 +55,21 @@ def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
 
 
 def percent(row: pd.Series) -> str:
-    """A fraction with its interval, in percent."""
-    if pd.isna(row["ci_low"]):
-        return f"{100 * row['value']:.1f}"
-    return f"{100 * row['value']:.1f} [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
+    """A fraction in percent with its interval, and with its standard deviation over seeds where it has one."""
+    # beside a spread there is no room in a row of a terminal
+    spread = f" ± {100 * row['seed_sd']:.1f}\n" if pd.notna(row.get("seed_sd")) else " "
+    interval = "" if pd.isna(row["ci_low"]) else f"[{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
+    return f"{100 * row['value']:.1f}{spread}{interval}".rstrip()
 
 
 def print_metrics(metrics: pd.DataFrame) -> None:
-    """Accuracy, coverage and costs of each curve, a row for each n."""
+    """Accuracy, coverage and costs of each curve, a row for each n; of means over seeds with their spread (±)."""
     curve = ["model", "task", "split", "sampler", "sampler_param", "sampler_value", "settings", "scorer", "seed"]
     for values, rows in metrics.groupby(curve, sort=False, dropna=False):
         part = dict(zip(curve, values, strict=True))
         parameter = f" {part['sampler_param']}={part['sampler_value']}" if part["sampler_param"] else ""
-        title = f"{part['model']} on {part['task']}/{part['split']}: {part['sampler']}{parameter}, seed {part['seed']}"
+        title = f"{part['model']} on {part['task']}/{part['split']}: {part['sampler']}{parameter}, "
+        title += f"{'mean ± sd of seeds' if ',' in str(part['seed']) else 'seed'} {part['seed']}"
         title += f", {int(rows['questions'].iloc[0])} questions" + (
             f" ({part['settings']})" if part["settings"] else ""
         )

@@ -41,7 +41,10 @@ METRIC_COLUMNS = [
 # fmt: on
 NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions"]
 ALWAYS_THERE = ["n", "drawn", "metric", "questions"]  # in every row
-RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]  # what makes two rows belong to one curve
+RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]
+# what makes rows belong to one curve
+CURVE_COLUMNS = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator", "seed")]
+SEED_COLUMNS = ["seeds", "seed_sd"]  # beside the others in a table of means over seeds
 MEASURED_SUMS = {
     "seconds": pa.float64(),  # the row's share of its batch's wall-clock time
     "floor_seconds": pa.float64(),  # of the least time that the device needs for the batch: see cost.py
@@ -264,9 +267,10 @@ def write_scores(folder: Path, rollouts: pd.DataFrame, step_scores: Sequence[Seq
 
 
 def write_metrics(path: Path, metrics: pd.DataFrame) -> None:
-    """Write a metrics table; missing figures are empty cells."""
+    """Write a metrics table (or one of means over seeds); missing figures are empty cells."""
+    columns = METRIC_COLUMNS + [name for name in SEED_COLUMNS if name in metrics]
     with whole_file(path) as partial:
-        metrics[METRIC_COLUMNS].to_csv(partial, index=False, float_format="%.10g")
+        metrics[columns].to_csv(partial, index=False, float_format="%.10g")
 
 
 def read_metrics(path: Path) -> pd.DataFrame:

@@ -8,13 +8,14 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from latent_tts import config, store
+from latent_tts.commands import seeds
 from latent_tts.errors import UsageError, bad_value
 
 log = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> None:
-    """Write the joined table and print its path.
+    """Write the joined table, and means over seeds where there are several; print the paths, the table's last.
 
     Raises:
         UsageError: a folder holds no runs, or none of them is complete.
@@ -22,15 +23,15 @@ def main(cfg: DictConfig) -> None:
     # of the folders that commands write to by default one may not be there yet
     chosen = [runs for runs in cfg.runs if config.is_given("runs") or Path(runs).is_dir()] or list(cfg.runs)
     folders = [folder for runs in chosen for folder in store.run_folders(Path(runs))]
-    joined, left_out = store.join_metrics(list(dict.fromkeys(folders)))
+    output = Path(cfg.output or "").expanduser()
+    if not cfg.output or output.is_dir():
+        raise bad_value("output", cfg.output, "the path of a CSV file")
+    joined, left_out, means = seeds.write_joined(output, list(dict.fromkeys(folders)))
     for folder in left_out:
         log.warning("%s is missing: the run did not complete", folder)
     if joined.empty:
         raise UsageError(f"runs={list(cfg.runs)}: none of {len(folders)} run folders is complete")
-    output = Path(cfg.output or "").expanduser()
-    if not cfg.output or output.is_dir():
-        raise bad_value("output", cfg.output, "the path of a CSV file")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    store.write_metrics(output, joined)
     log.info("%d of %d runs, %d rows", len(folders) - len(left_out), len(folders), len(joined))
+    if means is not None:
+        print(means)
     print(output)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from latent_tts import config, metrics, report, stats, store
+from latent_tts import config, report, stats, store
+from latent_tts.commands.finished import Finished
 from latent_tts.errors import UsageError
 
 COLUMNS = ["a_figure", "b_figure", "a_n", "b_n", "a", "b", "difference", "ci_low", "ci_high", "questions", "seeds"]
@@ -30,14 +30,12 @@ def main(cfg: DictConfig) -> None:
         for n_a, n_b in budgets(cfg, first(a), first(b)):
             values_a, values_b, questions = [], [], []
             for seed in sorted(a):
-                ids_a, per_a = per_question(a[seed], name_a, n_a)
-                ids_b, per_b = per_question(b[seed], name_b, n_b)
-                if sorted(ids_a) != sorted(ids_b):
+                per_a, per_b = a[seed].per_question(name_a, n_a), b[seed].per_question(name_b, n_b)
+                if set(per_a.index) != set(per_b.index):
                     raise UsageError(f"a and b have other questions (seed {seed}); compare runs on the same ones")
-                order = {question: index for index, question in enumerate(ids_b)}
                 values_a.append(per_a)
-                values_b.append(per_b[[order[question] for question in ids_a]])
-                questions += ids_a
+                values_b.append(per_b[per_a.index])
+                questions += list(per_a.index)
             clusters = np.unique(questions, return_inverse=True)[1]
             left, right = np.concatenate(values_a), np.concatenate(values_b)
             mean, low, high = stats.paired_difference(left, right, clusters)
@@ -58,7 +56,7 @@ def main(cfg: DictConfig) -> None:
         print(output)
 
 
-def figures(cfg: DictConfig, a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str]]:
+def figures(cfg: DictConfig, a: Finished, b: Finished) -> list[tuple[str, str]]:
     """Which figure of A is held against which of B: the named ones, or each that both have against itself.
 
     Raises:
@@ -67,67 +65,49 @@ def figures(cfg: DictConfig, a: dict[str, Any], b: dict[str, Any]) -> list[tuple
     if cfg.a_figure is None and cfg.b_figure is None:
         return [
             ("coverage", "coverage"),
-            *((name, name) for name in sorted(set(a["aggregators"]) & set(b["aggregators"]))),
+            *((name, name) for name in sorted(set(a.aggregators) & set(b.aggregators))),
         ]
     named = str(cfg.a_figure or cfg.b_figure), str(cfg.b_figure or cfg.a_figure)
     for key, name, side in zip(("a_figure", "b_figure"), named, (a, b), strict=True):
-        known = ["coverage", *side["aggregators"]]
+        known = ["coverage", *side.aggregators]
         config.require(key, name, name in known, f"one of {', '.join(known)}")
     return [named]
 
 
-def budgets(cfg: DictConfig, a: dict[str, Any], b: dict[str, Any]) -> list[tuple[int, int]]:
+def budgets(cfg: DictConfig, a: Finished, b: Finished) -> list[tuple[int, int]]:
     """Which n of A is held against which of B: those named, against all of the other side, or all that both have.
 
     Raises:
         UsageError: a side does not report the n named for it.
     """
     if cfg.a_n is None and cfg.b_n is None:
-        return [(n, n) for n in sorted(set(a["reported"]) & set(b["reported"]))]
+        return [(n, n) for n in sorted(set(a.reported) & set(b.reported))]
     for key, n, side in (("a_n", cfg.a_n, a), ("b_n", cfg.b_n, b)):
-        known = ", ".join(map(str, sorted(side["reported"])))
-        config.require(key, n, n is None or n in side["reported"], f"one of {known}, which the run reports, or null")
-    sides = (sorted(side["reported"]) if n is None else [n] for n, side in ((cfg.a_n, a), (cfg.b_n, b)))
-    return list(product(*sides))
+        known = ", ".join(map(str, sorted(side.reported)))
+        config.require(key, n, n is None or n in side.reported, f"one of {known}, which the run reports, or null")
+    of_a, of_b = (sorted(side.reported) if n is None else [n] for n, side in ((cfg.a_n, a), (cfg.b_n, b)))
+    return list(product(of_a, of_b))
 
 
-def first(side: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def first(side: dict[str, Finished]) -> Finished:
     """Any run of a side: budgets and aggregators are the same for all seeds."""
     return side[min(side)]
 
 
-def load_side(key: str, path: Path) -> dict[str, dict[str, Any]]:
+def load_side(key: str, path: Path) -> dict[str, Finished]:
     """The complete runs at or below a folder, by seed.
 
     Raises:
         UsageError: there are none, one is damaged, or two have the same seed.
     """
-    runs: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Finished] = {}
     for folder in store.run_folders(path):
         if not store.is_complete(folder):
             raise UsageError(f"{key}={path}: {folder} did not complete; run it again")
-        table = store.read_metrics(folder / store.METRICS)
-        record = store.read_run_json(folder, {"config.answer.decode": str, "aggregators": dict})
-        if record["config"]["answer"]["decode"] == "winners":
+        run = Finished.read(folder)
+        if not run.all_decoded:
             raise UsageError(f"{key}={path}: {folder} decoded its winners alone (answer.decode=winners)")
-        aggregators = record["aggregators"].items()
-        seed = str(table["seed"].iloc[0])
-        if seed in runs:
-            raise UsageError(f"{key}={path}: holds several runs of seed {seed}; name one run folder")
-        runs[seed] = {
-            "rollouts": store.read_rollouts(folder),
-            "reported": [int(n) for n in table["n"].unique()],
-            "aggregators": {name: config.build(f"aggregator.{name}", config.node(spec)) for name, spec in aggregators},
-        }
+        if run.seed in runs:
+            raise UsageError(f"{key}={path}: holds several runs of seed {run.seed}; name one run folder")
+        runs[run.seed] = run
     return runs
-
-
-def per_question(run: dict[str, Any], name: str, n: int) -> tuple[list[str], np.ndarray]:
-    """Question ids and the figure `name` (coverage, or an aggregator's accuracy) of each at n."""
-    rollouts = run["rollouts"]
-    ids = list(dict.fromkeys(rollouts["question_id"]))
-    drawn = len(rollouts) // len(ids)
-    arrays, n = metrics.arrays_of(rollouts, drawn), min(n, drawn)  # a search leaves fewer rollouts than it grew
-    if name == "coverage":
-        return ids, stats.coverage(arrays.correct_QD, n)
-    return ids, stats.picked_accuracy(run["aggregators"][name], arrays, n)

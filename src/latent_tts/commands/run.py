@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from latent_tts import config, plot, store
-from latent_tts.commands import drawing, scoring, tables, winners
+from latent_tts import config, plot, report, store
+from latent_tts.commands import drawing, scoring, seeds, tables, winners
 from latent_tts.commands.identity import beams_key, cache_key, changed_settings, run_columns
 from latent_tts.commands.prepared import Prepared, prepare
 
@@ -129,14 +129,17 @@ def _run_winners(cfg: DictConfig, prepared: Prepared, started: float) -> None:
 
 
 def finish_sweep(folder: Path, jobs: list[Path]) -> None:
-    """Join the tables of a sweep's jobs, draw their curves, and end with the joined table's path."""
-    joined, left_out = store.join_metrics(jobs)
+    """Join the tables of a sweep's jobs, show means over seeds, draw the curves; the joined table's path is last."""
+    joined, left_out, means = seeds.write_joined(folder / store.METRICS, jobs)
     for path in left_out:
         log.warning("%s did not complete: it is not in the joined table", path)
     if joined.empty:
         return
-    store.write_metrics(folder / store.METRICS, joined)
-    if joined["n"].nunique() > 1:
-        plot.scaling_curve(store.read_metrics(folder / store.METRICS), folder / tables.FIGURE)
+    table = store.read_metrics(means or folder / store.METRICS)
+    if means is not None:
+        report.print_metrics(table[table["seeds"] > 1])
+        print(means)
+    if table["n"].nunique() > 1:
+        plot.scaling_curve(table, folder / tables.FIGURE)
         print(folder / tables.FIGURE)
     print(folder / store.METRICS)
