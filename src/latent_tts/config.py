@@ -149,9 +149,14 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
+def given_keys() -> list[str]:
+    """The groups and keys that the command line says something about."""
+    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+
+
 def is_given(group: str) -> bool:
     """Whether the command line chooses an option of a group."""
-    return any(override.lstrip("+~").partition("=")[0] == group for override in HydraConfig.get().overrides.task)
+    return group in given_keys()
 
 
 def is_default(group: str, cfg: DictConfig) -> bool:
