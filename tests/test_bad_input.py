@@ -373,13 +373,15 @@ def test_damaged_rollouts(run, ltts):
     check(ltts("compare", folder, folder), str(folder / "rollouts.parquet"), "cannot be read")
 
 
-def test_training_refuses_bad_values(ltts, tmp_path):
+def test_training_refuses_bad_values(ltts, checkpoint, tmp_path):
     train = ("train-reasoner", "output=out")
     check(ltts(*train, "backbone.heads=3"), "backbone.heads=3", "divisor")
     check(ltts(*train, "backbone.dropout=1"), "backbone.dropout=1", "[0, 1)")
     check(ltts(*train, "optimization.lr=0"), "optimization.lr=0", "positive")
     check(ltts(*train, "model.latents=2"), "model.latents=2", "5 stages")
     check(ltts(*train, "save_every=0"), "save_every=0")
+    check(ltts(*train, "task.limit=10"), "task.limit=10", "new questions")
+    check(ltts(*train, f"init={checkpoint}", "backbone.layers=2"), "backbone.layers=2", f"init={checkpoint}")
     assert not (tmp_path / "out").exists()
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "How?", "answer": "3"}))
     check(ltts(*train, "task=jsonl", "task.path=q.jsonl", "task.split=x"), "task=arith")

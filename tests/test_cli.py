@@ -32,6 +32,22 @@ def test_a_commands_help_shows_its_keys_and_options(ltts):
     assert "sampler: control, dropout, gaussian, greedy" in result.out
 
 
+def test_the_help_of_a_command_shows_its_own_groups_alone(ltts, tmp_path):
+    (tmp_path / "config" / "latent_tts" / "task").mkdir(parents=True)
+    (tmp_path / "config" / "latent_tts" / "task" / "mine.yaml").touch()
+
+    def groups(command: str) -> dict[str, str]:
+        listed = ltts(command, "--help").out.partition("options:\n\n")[2].partition("\n\nKeys")[0]
+        return dict(line.split(": ") for line in listed.splitlines())
+
+    assert list(groups("train-reasoner")) == ["experiment", "model", "recipe", "task"]
+    assert list(groups("rescore")) == ["aggregator", "scorer"]
+    assert {"sampler", "budget", "engine"} < set(groups("run"))
+    assert "recipe" not in groups("run")
+    assert groups("tune")["task"] == "arith, gsm8k, gsm_hard, jsonl, math500, mine, multiarith, prosqa, svamp"
+    assert groups("plot") == {}
+
+
 def test_cfg_job_prints_the_config_and_runs_nothing(ltts, tmp_path):
     result = ltts("run", "--cfg", "job", "n=3")
     assert result.code == 0

@@ -6,6 +6,7 @@ from matplotlib import pyplot as plt
 
 from latent_tts.plot import scaling_curve
 from latent_tts.store import RUN_COLUMNS
+from refusal import check
 
 
 @pytest.fixture
@@ -68,6 +69,23 @@ def test_a_sampler_keeps_its_colour_and_an_aggregator_its_dash(tmp_path, drawn):
     }  # fmt: skip
     _, accuracy = drawn([row for row in rows if row["aggregator"] == "weighted"], tmp_path / "one.svg")
     assert accuracy.get_title() == "Accuracy (weighted)"
+
+
+def test_a_table_without_figures_is_named_and_what_there_is_is_drawn(run, ltts, tmp_path):
+    table = pd.read_csv(run("budget=ladder").last, dtype=str, keep_default_na=False)
+    figures = table["metric"].isin(["coverage", "accuracy"])
+    table[~figures].to_csv(tmp_path / "costs.csv", index=False)
+    table.assign(value="", ci_low="", ci_high="").to_csv(tmp_path / "empty.csv", index=False)
+    for name in ("costs", "empty"):
+        check(ltts("plot", f"{name}.csv"), f"runs={name}.csv: nothing to draw", "neither coverage nor accuracy")
+        check(ltts("plot", f"{name}.csv", "output=all.png"), f"runs={name}.csv: nothing to draw")
+    check(ltts("plot", "costs.csv", "empty.csv", "output=all.png"), "runs=costs.csv,empty.csv")
+    table.assign(value=table["value"].where(table["metric"] != "coverage", "")).to_csv(
+        tmp_path / "half.csv", index=False
+    )
+    drawn = ltts("plot", "half.csv", "output=half.svg")
+    assert drawn.code == 0, drawn.err
+    assert drawn.last.is_file()
 
 
 def test_more_than_two_models_have_panels_of_their_own(tmp_path, monkeypatch):

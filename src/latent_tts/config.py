@@ -25,7 +25,8 @@ from latent_tts.schemas import SCHEMAS
 
 @cache
 def register_schemas() -> None:
-    """Make the schemas known to Hydra as `NAME_schema`."""
+    """Make the schemas known to Hydra as `NAME_schema`, and to help texts `${groups_of:NAME}`."""
+    OmegaConf.register_new_resolver("groups_of", groups_of)
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(f"{name}_schema", schema)
 
@@ -35,6 +36,21 @@ def conf_dir() -> str:
     here = Path(__file__).resolve().parent
     packaged = here / "conf"
     return str(packaged if packaged.is_dir() else here.parents[1] / "conf")
+
+
+def groups_of(command: str) -> str:
+    """A line for each group that a command takes, with its options, those of other packages and the user's included."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = {group.removeprefix("optional ") for entry in _defaults_list(command) for group in entry}
+    options = {group: sorted(loader.get_group_options(group)) for group in sorted(groups)}
+    return "".join(f"{group}: {', '.join(names)}\n" for group, names in options.items() if names)
+
+
+def _defaults_list(command: str) -> list[Any]:
+    """The choices of options in the command's own file."""
+    # composing the defaults again would take as long as a small run
+    own: Any = OmegaConf.load(Path(conf_dir()) / f"{command}.yaml")
+    return [entry for entry in own.defaults if OmegaConf.is_dict(entry)]
 
 
 def user_conf_dir() -> Path:
@@ -149,18 +165,22 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
+def given_keys() -> list[str]:
+    """The groups and keys that the command line says something about."""
+    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+
+
 def is_given(group: str) -> bool:
     """Whether the command line chooses an option of a group."""
-    return any(override.lstrip("+~").partition("=")[0] == group for override in HydraConfig.get().overrides.task)
+    return group in given_keys()
 
 
 def is_default(group: str, cfg: DictConfig) -> bool:
     """Whether nobody chose the options of a group of several: neither the command line nor an experiment."""
     if is_given(group):
         return False
-    # read from the command's own file: composing the defaults again would take as long as a small run
-    own: Any = OmegaConf.load(Path(conf_dir()) / f"{HydraConfig.get().job.config_name}.yaml")
-    return any(OmegaConf.is_dict(entry) and set(entry.get(group, ())) == set(cfg[group]) for entry in own.defaults)
+    own = _defaults_list(str(HydraConfig.get().job.config_name))
+    return any(set(entry.get(group, ())) == set(cfg[group]) for entry in own)
 
 
 def _flat(cfg: DictConfig) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     from matplotlib import pyplot as plt
     from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-    shown = metrics[metrics["metric"].isin([name for name, _ in PANELS])].assign(x=metrics["n"])
+    shown = metrics[metrics["metric"].isin([name for name, _ in PANELS])].dropna(subset="value")
+    shown = shown.assign(x=shown["n"])
     if against != "n":
         same = ["run_id", "n", "drawn"]
         figures = metrics[metrics["metric"] == against].drop_duplicates(same).set_index(same)["value"].rename("other")

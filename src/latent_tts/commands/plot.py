@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +19,7 @@ def main(cfg: DictConfig) -> None:
     """Draw one figure of everything named (`output`), or one beside each table; print the paths.
 
     Raises:
-        UsageError: a path is no table and holds none.
+        UsageError: a path is no table and holds none, or a table has nothing to draw.
     """
     config.require("against", cfg.against, cfg.against in plot.AGAINST, f"one of {', '.join(plot.AGAINST)}")
     config.require("format", cfg.format, cfg.format in ("svg", "png", "pdf"), "svg, png or pdf")
@@ -30,7 +31,7 @@ def main(cfg: DictConfig) -> None:
         output = Path(cfg.output).expanduser()
         if output.suffix not in (".svg", ".png", ".pdf"):
             raise bad_value("output", cfg.output, "a file that ends in .svg, .png or .pdf")
-        print(plot.scaling_curve(pd.concat(frames, ignore_index=True), output, cfg.against))
+        draw(tables, pd.concat(frames, ignore_index=True), output, cfg.against)
         return
     for table in tables:
         name, against = "figure" if table.name == FINDINGS else "scaling", cfg.against
@@ -40,7 +41,19 @@ def main(cfg: DictConfig) -> None:
                 "runs", table, against in plot.AGAINST, f"results_by_X.csv, X one of {', '.join(plot.AGAINST)}"
             )
             name = f"figure_by_{against}"
-        print(plot.scaling_curve(store.read_metrics(table), table.with_name(f"{name}.{cfg.format}"), against))
+        draw([table], store.read_metrics(table), table.with_name(f"{name}.{cfg.format}"), against)
+
+
+def draw(tables: Sequence[Path], metrics: pd.DataFrame, path: Path, against: str) -> None:
+    """Draw the figure of some tables, which are `metrics` together, and print its path.
+
+    Raises:
+        UsageError: they have nothing to draw.
+    """
+    try:
+        print(plot.scaling_curve(metrics, path, against))
+    except UsageError as error:
+        raise bad_value("runs", ",".join(map(str, tables)), str(error)) from error
 
 
 def find_tables(path: Path) -> list[Path]:

@@ -30,6 +30,10 @@ def main(cfg: DictConfig) -> None:
     if not isinstance(task, Arith):
         raise bad_value("task", task.name, "training needs a task that writes out its steps: task=arith")
     config.require("task.split", task.split, task.split == "train", "train: the other splits are to report on")
+    config.require("task.limit", task.limit, task.limit is None, "only null: every update takes new questions")
+    for key in config.given_keys() if cfg.init else ():
+        why = f"init={cfg.init} brings its own shape and weights; no backbone is made"
+        config.require(key, OmegaConf.select(cfg, key), not key.startswith("backbone."), why)
     output = Path(cfg.output).expanduser()
     initial = output / INITIAL
     if OmegaConf.is_missing(cfg, "recipe"):
