@@ -118,6 +118,7 @@ def test_what_a_plus_may_add(run, tmp_path):
     assert json.loads((result.last.parent / "run.json").read_text())["config"]["seed"] == 7
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("device", ["banana", "cuda:x", "cuda:", "cpu:1"])
 def test_no_such_device_where_every_rollout_is_there_already(run, device):
     assert run().code == 0
@@ -173,6 +174,7 @@ def test_weights_of_another_shape_than_the_config_says(run, broken):
     check(run(f"model.checkpoint={broken}"), "fewer layers than the weights", ".h.0.")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
@@ -336,6 +338,7 @@ def table_of(folder):
     return pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_metrics_table(run, ltts, damage):
     folder = run("n=2", "budget=ladder").last.parent
@@ -389,6 +392,7 @@ def test_training_refuses_bad_values(ltts, checkpoint, tmp_path):
     check(ltts("train-reasoner", "output=file"), "output=file")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("command", "override", "allowed"),
     [
