@@ -114,3 +114,15 @@ def test_a_table_of_means_over_seeds_has_intervals_of_its_own(tmp_path, drawn, s
     axis = drawn([each | ({} if seeds is None else {"seeds": seeds}) for each in rows], tmp_path / "figure.svg")[0]
     assert words in axis.figure.get_suptitle()
     assert "3 seeds" in axis.figure.get_suptitle()
+
+
+def test_a_label_leaves_out_the_settings_that_all_curves_have(tmp_path, drawn):
+    row = dict.fromkeys(RUN_COLUMNS, "") | {"sampler": "dropout", "seed": "0", "drawn": 4, "questions": 2}
+    rows = [
+        row | {"settings": f"sampler.where=[{where}],task.limit=500", "n": n, "metric": "coverage"}
+        | dict.fromkeys(("value", "ci_low", "ci_high"), 0.5)
+        for where in ("prompt", "prompt,thoughts")
+        for n in (1, 4)
+    ]  # fmt: skip
+    names = [text.get_text() for text in drawn(rows, tmp_path / "figure.svg")[0].get_legend().texts]
+    assert names == ["sampler.where=[prompt]", "sampler.where=[prompt,thoughts]"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -63,6 +64,7 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
         seeds = int(shown["seeds"].max())
     means = {"x": "mean", "value": "mean", "ci_low": "mean", "ci_high": "mean", "questions": "first"}
     shown = shown.groupby(point, sort=False, dropna=False, as_index=False).agg(means)
+    shown["settings"] = _without_common(shown["settings"])
     kinds = [name for name in CURVE_COLUMNS if against != "diversity" or name != "sampler_value"]
     models = metrics.loc[metrics["model"].isin(shown["model"]), "model"].unique()
     parts = [shown] if len(models) <= MOST_TOGETHER else [shown[shown["model"] == model] for model in models]
@@ -116,6 +118,13 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
         figure.savefig(partial, format=kind, dpi=150, metadata=UNDATED.get(kind))
     plt.close(figure)
     return path
+
+
+def _without_common(settings: pd.Series) -> pd.Series:
+    """Settings (`key=value` by commas) without those that all have: they tell no curve from another."""
+    parts = [re.split(r",(?=[\w.]+=)", text) for text in settings]
+    common = set.intersection(*map(set, parts))
+    return pd.Series([",".join(one for one in part if one not in common) for part in parts], index=settings.index)
 
 
 def _label(curve: dict, varying: list[str]) -> str:
