@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train-reasoner": ("train a latent reasoner by a staged curriculum; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
     "tune": ("measure which engine settings suit this machine, and keep them as engine=tuned", ()),
-    "collect": ("join the metrics of run folders and say which are missing: ltts collect RUNS...", ("runs*",)),
+    "collect": ("join run folders' metrics, with means over seeds, and say what is missing: ltts collect RUNS...", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),
     "plot": ("draw figures from metrics tables: ltts plot RUNS_OR_CSVS...", ("runs*",)),
     "convert": ("rewrite a pickle or a training checkpoint for ltts run: ltts convert SRC DST", ("src", "dst")),
