@@ -1,6 +1,7 @@
 """The command line from outside: what is printed, where, and with which exit code."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -107,6 +108,16 @@ def test_rollouts_of_a_small_budget_are_the_first_of_a_large_one(run):
         a.drop(columns=["answer_logprob", "answer_margin"]),
         b[b["rollout"] < 2].drop(columns=["answer_logprob", "answer_margin"]).reset_index(drop=True),
     )
+
+
+@pytest.mark.parametrize("line", [["--help"], ["plot", "--help"]])
+def test_a_reader_that_has_left_is_no_traceback(line):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from latent_tts.cli import entry; entry()"
+    done = subprocess.run([sys.executable, "-c", code, *line], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("rows", [5, slow(1), slow(64)])

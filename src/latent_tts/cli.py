@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
 import sys
 from functools import wraps
 from pathlib import Path
@@ -20,7 +21,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train-reasoner": ("train a latent reasoner by a staged curriculum; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
     "tune": ("measure which engine settings suit this machine, and keep them as engine=tuned", ()),
-    "collect": ("join run folders' metrics, with means over seeds, and say what is missing: ltts collect RUNS...", ("runs*",)),
+    "collect": ("join tables of runs, with means over seeds; say which are missing: ltts collect RUNS...", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),
     "plot": ("draw figures from metrics tables: ltts plot RUNS_OR_CSVS...", ("runs*",)),
     "convert": ("rewrite a pickle or a training checkpoint for ltts run: ltts convert SRC DST", ("src", "dst")),
@@ -73,7 +74,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read stdout has left, as `| head` does: end as other programs do then
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
 
 
 def _overrides(name: str, arguments: list[str]) -> list[str]:
@@ -137,6 +144,8 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         return 130
     except JobsFailed as failed:
         return failed.exit_code
+    except BrokenPipeError:
+        raise
     except Exception as error:
         if wants_traceback:
             raise
