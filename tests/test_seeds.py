@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from latent_tts import metrics, stats, store
+from latent_tts import metrics, report, stats, store
 from latent_tts.aggregator.majority import Majority
 from latent_tts.commands.finished import Finished
 from latent_tts.commands.seeds import over_seeds
@@ -75,6 +75,17 @@ def test_settings_stay_apart_and_one_seed_stays_as_it_is():
     assert {name: kept[name] for name in own} == own
     assert kept["seeds"] == 1
     assert np.isnan(kept["seed_sd"])
+
+
+def test_a_table_of_means_is_read_as_it_was_written_and_shown(tmp_path, capsys):
+    table = over_seeds([finished(0), finished(1), finished(5, sampler="dropout")])
+    store.write_metrics(tmp_path / "means.csv", table)
+    read = store.read_metrics(tmp_path / "means.csv")
+    pd.testing.assert_frame_equal(read, table, check_dtype=False, rtol=1e-9)
+    report.print_metrics(read)
+    shown = capsys.readouterr().out
+    assert "mean ± sd of seeds 0,1" in shown
+    assert "seed 5" in shown
 
 
 def test_a_sweep_over_seeds_shows_and_writes_their_means(run, ltts, tmp_path):

@@ -285,7 +285,7 @@ def read_metrics(path: Path) -> pd.DataFrame:
             BytesIO(content),
             dtype=dict.fromkeys(RUN_COLUMNS, str),
             keep_default_na=False,
-            na_values={name: [""] for name in METRIC_COLUMNS if name not in RUN_COLUMNS},
+            na_values={name: [""] for name in METRIC_COLUMNS + SEED_COLUMNS if name not in RUN_COLUMNS},
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as a metrics table ({error})") from error
