@@ -304,8 +304,9 @@ def test_a_refused_run_leaves_the_folder_that_the_user_is_in(run, tmp_path):
 def test_bad_folders_of_the_other_commands(ltts, run):
     check(ltts("collect", "nowhere"), "runs=nowhere")
     check(ltts("plot", "nowhere"), "runs=nowhere")
-    check(ltts("compare", "nowhere", "nothere"), "nowhere")
+    check(ltts("compare", "nowhere", "nothere"), "a=nowhere: no such folder")
     folder = run().last.parent
+    check(ltts("compare", folder, "nothere"), "b=nothere: no such folder")
     check(ltts("compare", folder, run("seed=7").last.parent), "seeds")
     check(ltts("compare", folder, run("task.split=valid").last.parent), "other questions")
     check(ltts("compare", folder, folder, "b_n=3"), "b_n=3", "the run reports")

@@ -41,11 +41,10 @@ def test_the_help_of_a_command_shows_its_own_groups_alone(ltts, tmp_path):
         listed = ltts(command, "--help").out.partition("options:\n\n")[2].partition("\n\nKeys")[0]
         return dict(line.split(": ") for line in listed.splitlines())
 
-    assert list(groups("train-reasoner")) == ["experiment", "model", "recipe", "task"]
+    trained = groups("train-reasoner")
+    assert list(trained) == ["experiment", "model", "recipe", "task"]
+    assert trained["task"] == "arith, gsm8k, gsm_hard, jsonl, math500, mine, multiarith, prosqa, svamp"
     assert list(groups("rescore")) == ["aggregator", "scorer"]
-    assert {"sampler", "budget", "engine"} < set(groups("run"))
-    assert "recipe" not in groups("run")
-    assert groups("tune")["task"] == "arith, gsm8k, gsm_hard, jsonl, math500, mine, multiarith, prosqa, svamp"
     assert groups("plot") == {}
 
 
@@ -110,7 +109,7 @@ def test_rollouts_of_a_small_budget_are_the_first_of_a_large_one(run):
     )
 
 
-@pytest.mark.parametrize("line", [["--help"], ["plot", "--help"]])
+@pytest.mark.parametrize("line", [["plot", "--help"], slow(["--help"])])
 def test_a_reader_that_has_left_is_no_traceback(line):
     reading, writing = os.pipe()
     os.close(reading)

@@ -341,17 +341,17 @@ def is_complete(folder: Path) -> bool:
     return (folder / RUN_JSON).is_file()
 
 
-def run_folders(path: Path) -> list[Path]:
+def run_folders(path: Path, key: str = "runs") -> list[Path]:
     """The run folders at or below a folder: those with a `.hydra` record of a started run; in job order.
 
     Raises:
         UsageError: there are none.
     """
     if not path.is_dir():
-        raise bad_value("runs", path, "no such folder")
+        raise bad_value(key, path, "no such folder")
     found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir()]
     if not found:
-        raise bad_value("runs", path, "neither a run folder nor one that holds run folders")
+        raise bad_value(key, path, "neither a run folder nor one that holds run folders")
     return sorted(found, key=lambda folder: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in folder.parts])
 
 

@@ -101,7 +101,7 @@ def load_side(key: str, path: Path) -> dict[str, Finished]:
         UsageError: there are none, one is damaged, or two have the same seed.
     """
     runs: dict[str, Finished] = {}
-    for folder in store.run_folders(path):
+    for folder in store.run_folders(path, key):
         if not store.is_complete(folder):
             raise UsageError(f"{key}={path}: {folder} did not complete; run it again")
         run = Finished.read(folder)
