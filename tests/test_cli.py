@@ -44,7 +44,6 @@ def test_the_help_of_a_command_shows_its_own_groups_alone(ltts, tmp_path):
     trained = groups("train-reasoner")
     assert list(trained) == ["experiment", "model", "recipe", "task"]
     assert trained["task"] == "arith, gsm8k, gsm_hard, jsonl, math500, mine, multiarith, prosqa, svamp"
-    assert list(groups("rescore")) == ["aggregator", "scorer"]
     assert groups("plot") == {}
 
 

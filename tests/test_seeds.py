@@ -106,6 +106,7 @@ def test_a_sweep_over_seeds_shows_and_writes_their_means(run, ltts, tmp_path):
     pd.testing.assert_frame_equal(store.read_metrics(tmp_path / "all_over_seeds.csv"), means)
 
 
+@pytest.mark.slow
 def test_where_there_is_one_seed_there_are_no_means(run):
     swept = run("hydra.sweep.dir=mine", "seed=0,1", "-m")
     assert (swept.last.parent / "metrics_over_seeds.csv").is_file()
