@@ -60,6 +60,15 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_positive(group: str, option: object, *, whole: Iterable[str] = (), real: Iterable[str] = ()) -> None:
+    """Raise the usual error unless attributes of an option are positive: integers (`whole`), or numbers (`real`)."""
+    for keys, ok, allowed in ((whole, is_whole, "a positive integer"), (real, is_number, "a positive number")):
+        for key in keys:
+            value = getattr(option, key)
+            if not (ok(value) and value > 0):
+                raise bad_value(f"{group}.{key}", value, allowed)
+
+
 @contextmanager
 def computing(what: str, kept: str, hint: str = "") -> Iterator[None]:
     """Turn what torch raises (out of memory, a failing device) into a RunError that says what is kept.

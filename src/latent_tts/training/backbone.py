@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from latent_tts.errors import bad_value, is_number, is_whole
+from latent_tts.errors import bad_value, check_positive, is_number
 from latent_tts.training.vocabulary import END_OF_TEXT
 
 PERIODS = (2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 16.0, 25.0, 50.0, 100.0, 200.0, 400.0)
@@ -34,9 +34,7 @@ class Backbone:
     number_scale: float
 
     def __post_init__(self) -> None:
-        for key in ("layers", "width", "heads", "positions"):
-            if not (is_whole(getattr(self, key)) and getattr(self, key) >= 1):
-                raise bad_value(f"backbone.{key}", getattr(self, key), "a positive integer")
+        check_positive("backbone", self, whole=("layers", "width", "heads", "positions"))
         if self.width % self.heads:
             raise bad_value("backbone.heads", self.heads, f"a divisor of backbone.width={self.width}")
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latent_tts.adapter import CheckpointAdapter
-from latent_tts.errors import RunError, bad_value, is_number, is_whole
+from latent_tts.errors import RunError, bad_value, check_positive, is_number
 from latent_tts.philox import Stream, key_of, philox
 from latent_tts.training.batch import question_batches
 from latent_tts.training.curriculum import Recipe, Stage
@@ -60,12 +60,7 @@ class Optimization:
     bf16: bool
 
     def __post_init__(self) -> None:
-        for key in ("batch", "cosine_updates", "warmup"):
-            if not (is_whole(getattr(self, key)) and getattr(self, key) >= 1):
-                raise bad_value(f"optimization.{key}", getattr(self, key), "a positive integer")
-        for key in ("lr", "clip"):
-            if not (is_number(getattr(self, key)) and getattr(self, key) > 0):
-                raise bad_value(f"optimization.{key}", getattr(self, key), "a positive number")
+        check_positive("optimization", self, whole=("batch", "cosine_updates", "warmup"), real=("lr", "clip"))
         if not (is_number(self.weight_decay) and self.weight_decay >= 0):
             raise bad_value("optimization.weight_decay", self.weight_decay, "0 or more")
         if not isinstance(self.bf16, bool):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from latent_tts.errors import bad_value, is_number, is_whole
+from latent_tts.errors import bad_value, check_positive, is_number, is_whole
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,7 @@ class RewardOptimization:
     patience: int
 
     def __post_init__(self) -> None:
-        for key in ("batch", "evaluations", "patience"):
-            if not (is_whole(getattr(self, key)) and getattr(self, key) >= 1):
-                raise bad_value(f"optimization.{key}", getattr(self, key), "a positive integer")
-        for key in ("lr", "clip"):
-            if not (is_number(getattr(self, key)) and getattr(self, key) > 0):
-                raise bad_value(f"optimization.{key}", getattr(self, key), "a positive number")
+        check_positive("optimization", self, whole=("batch", "evaluations", "patience"), real=("lr", "clip"))
         if not (is_whole(self.epochs) and self.epochs >= 0):
             raise bad_value("optimization.epochs", self.epochs, "a number of passes, 0 or more")
         if not (is_number(self.weight_decay) and self.weight_decay >= 0):
