@@ -48,7 +48,7 @@ type: .venv/.installed ## static types
 	$(BIN)/pyright
 
 golden: .venv/.installed ## rewrite the golden table; review its diff
-	LTTS_GOLDEN=write $(BIN)/pytest tests/test_golden.py
+	LTTS_GOLDEN=write $(BIN)/pytest tests/commands/test_golden.py
 
 wheel-smoke: .venv/.installed ## build the wheel, install it elsewhere, run it there
 	$(BIN)/pytest -m slow tests/test_wheel.py

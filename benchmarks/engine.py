@@ -42,17 +42,18 @@ from transformers.pytorch_utils import Conv1D
 
 import baseline
 from baseline import clock, seconds_of
-from latent_tts import cpu
-from latent_tts.cost import Shape
+from latent_tts.engine.cost import Shape
 from latent_tts.engine.packed import PackedLinear, can_be_packed
 from latent_tts.engine.packing import Job, batches, default_rows, most_prompts
 from latent_tts.engine.quantization import quantize
 from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.engine.sites import find_blocks
-from latent_tts.rng import Draw
+from latent_tts.random import cpu
+from latent_tts.random.draw import Draw
+from latent_tts.sampler import Sampler
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
-from latent_tts.types import Reasoner, Sampler
+from latent_tts.types import Reasoner
 
 LATENTS, ANSWER, SIGMA, RATE = 6, 12, 0.1, 0.1
 CASES = ["1x1", "1x64", "16x16", "4x64", "64x64"]

@@ -20,10 +20,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from baseline import seconds_of
-from latent_tts import cpu
 from latent_tts.engine.attention import AttentionState
 from latent_tts.engine.backbone import prepare
-from latent_tts.rng import Draw
+from latent_tts.random import cpu
+from latent_tts.random.draw import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.types import Forward, Site
 

@@ -22,11 +22,12 @@ import torch
 from transformers import PreTrainedModel
 
 import engine as bench
-from latent_tts import cpu
 from latent_tts.engine.packing import Job
 from latent_tts.engine.rollout import Engine, Plan
-from latent_tts.executor import draw_batch
-from latent_tts.types import Reasoner, Sampler
+from latent_tts.pipeline.executor import draw_batch
+from latent_tts.random import cpu
+from latent_tts.sampler import Sampler
+from latent_tts.types import Reasoner
 
 
 @dataclass

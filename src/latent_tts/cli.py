@@ -116,7 +116,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     """Hand over to Hydra, and turn what it raises into a line and an exit code."""
     import hydra
 
-    from latent_tts.config import conf_dir, refuse_unknown_keys, register_schemas, remove_record
+    from latent_tts.config.build import conf_dir, refuse_unknown_keys, register_schemas, remove_record
 
     module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
     register_schemas()
@@ -170,7 +170,7 @@ def describe(error: Exception) -> tuple[list[str], int]:
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
-    from latent_tts.config import conf_dir
+    from latent_tts.config.build import conf_dir
 
     if isinstance(error, LatentTTSError):
         return str(error).splitlines(), error.exit_code

@@ -9,11 +9,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts import config, report
-from latent_tts.annotations import FORMAT, AnnotationFolder
-from latent_tts.commands.drawing import engine_device, load_once, plan_of, rows_of_a_batch
-from latent_tts.commands.identity import ENGINE_SEMANTICS
-from latent_tts.commands.prepared import (
+from latent_tts.config import build as config
+from latent_tts.engine.cost import Shape
+from latent_tts.engine.decoding import AnswerSampling
+from latent_tts.errors import FEWER_ROWS, bad_value, computing
+from latent_tts.model import ModelAdapter
+from latent_tts.pipeline.drawing import engine_device, load_once, plan_of, rows_of_a_batch
+from latent_tts.pipeline.keys import ENGINE_SEMANTICS
+from latent_tts.pipeline.spec import (
     ITEM_BYTES,
     check_engine,
     check_spread,
@@ -22,10 +25,11 @@ from latent_tts.commands.prepared import (
     require_steps,
     schedule_of,
 )
-from latent_tts.cost import Shape
-from latent_tts.decoding import AnswerSampling
-from latent_tts.errors import FEWER_ROWS, bad_value, computing
-from latent_tts.types import ModelAdapter, Question, Sampler, Task
+from latent_tts.results import report
+from latent_tts.results.annotations import FORMAT, AnnotationFolder
+from latent_tts.sampler import Sampler
+from latent_tts.task import Task
+from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
 KEEP = ("mixed", "all")
@@ -60,7 +64,7 @@ def annotate(cfg: DictConfig) -> Path:
     require_steps(schedule_of(cfg, adapter), adapter, "a label is of a prefix h_1..h_t, completed from there")
     if adapter.latents == 0:
         raise bad_value("model.latents", 0, "labels are of latents: 1 or more")
-    from latent_tts.labelling import MOST_COMPLETIONS
+    from latent_tts.engine.labelling import MOST_COMPLETIONS
 
     for key in ("n", "completions"):
         config.require(key, cfg[key], cfg[key] < MOST_COMPLETIONS, f"less than {MOST_COMPLETIONS}")
@@ -116,9 +120,9 @@ def _label(
     questions: list[tuple[int, Question]],
     prompts: dict[str, list[int]],
 ) -> None:
+    from latent_tts.engine.labelling import LabelJob, Labelling, completions_of, label
     from latent_tts.engine.packing import row_bytes
     from latent_tts.engine.rollout import Engine
-    from latent_tts.labelling import LabelJob, Labelling, completions_of, label
 
     def is_right(question: Question, ids: list[int]) -> bool:
         prediction = task.parse(adapter.raw_answer(adapter.answer_text(ids)))

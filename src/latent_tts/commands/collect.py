@@ -7,9 +7,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from latent_tts import config, store
-from latent_tts.commands import seeds
+from latent_tts.config import build as config
 from latent_tts.errors import UsageError, bad_value
+from latent_tts.pipeline import seeds
+from latent_tts.results import store
 
 log = logging.getLogger(__name__)
 

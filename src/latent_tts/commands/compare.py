@@ -9,9 +9,11 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
-from latent_tts import config, report, stats, store
-from latent_tts.commands.finished import Finished
+from latent_tts.config import build as config
 from latent_tts.errors import UsageError
+from latent_tts.pipeline.completed import Finished
+from latent_tts.results import report, store
+from latent_tts.results import statistics as stats
 
 COLUMNS = ["a_figure", "b_figure", "a_n", "b_n", "a", "b", "difference", "ci_low", "ci_high", "questions", "seeds"]
 

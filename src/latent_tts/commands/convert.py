@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from latent_tts import checkpoint, config, layouts
-from latent_tts.commands import peft_adapter
+from latent_tts.checkpoint import files as checkpoint
+from latent_tts.checkpoint.convert import layouts, peft_adapter
+from latent_tts.config import build as config
 from latent_tts.errors import UsageError, bad_value
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: there are no weights, a config or tokenizer is wanting, or the new folder is in use.
     """
+    from latent_tts.checkpoint import loading
+
     src, dst = Path(cfg.src).expanduser(), Path(cfg.dst).expanduser()
     config.require("lora_alpha", cfg.lora_alpha, cfg.lora_alpha > 0, "a positive number")
     config.require("latents", cfg.latents, cfg.latents is None or cfg.latents >= 0, "0 or more, or null")
@@ -51,7 +54,7 @@ def main(cfg: DictConfig) -> None:
         tensors, settings, tokenizer, renamed = convert_folder(src, cfg.base, tokenizer)
     else:
         settings = find_config(cfg.config, folders)
-        state = checkpoint.load_tensors(source, "") if source.is_dir() else checkpoint.read_pickle(source)
+        state = loading.load_tensors(source, "") if source.is_dir() else loading.read_pickle(source)
         state = layouts.unwrap(state)
         family = checkpoint.training_layout(state)
         if family is None and source.is_dir():
@@ -154,6 +157,8 @@ def convert_folder(
     Raises:
         UsageError: the adapter cannot be merged, or PCCoT's files do not say what they should.
     """
+    from latent_tts.checkpoint import loading
+
     renamed: Mapping[str, str] = {}
     said, arguments = {}, None
     if peft_adapter.is_pccot(src):  # what is cheap to check comes before any weight is read
@@ -164,7 +169,7 @@ def convert_folder(
         tensors, settings = peft_adapter.merge(src, base, tokenizer.get_vocab_size(with_added_tokens=True))
         tensors = layouts.settle_embeddings(layouts.Backbone(tensors, {}), tied=settings["tie_word_embeddings"])
     else:
-        tensors, settings = checkpoint.load_tensors(src, ""), checkpoint.read_config(src)
+        tensors, settings = loading.load_tensors(src, ""), checkpoint.read_config(src)
         settings["model_type"] = str(settings.get("model_type")).removeprefix("pccot-")
     if arguments is None:
         log.info("an adapter of PEFT, merged")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from latent_tts import config, plot, store
+from latent_tts.config import build as config
 from latent_tts.errors import UsageError, bad_value
+from latent_tts.results import plot, store
 
 FINDINGS = "results.csv"
 FINDINGS_BY = "results_by_*.csv"  # drawn against what stands for the star

@@ -11,11 +11,13 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts import config, store
-from latent_tts.commands import run, scoring, tables
-from latent_tts.commands.identity import cache_key, changed_settings, run_columns
-from latent_tts.commands.prepared import Prepared, prepare
+from latent_tts.commands import run
+from latent_tts.config import build as config
 from latent_tts.errors import RunError, UsageError, bad_value
+from latent_tts.pipeline import scoring, tables
+from latent_tts.pipeline.keys import cache_key, changed_settings, run_columns
+from latent_tts.pipeline.spec import Prepared, prepare
+from latent_tts.results import store
 from latent_tts.scorer.none import NoScorer
 
 log = logging.getLogger(__name__)

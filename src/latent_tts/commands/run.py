@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 from omegaconf import DictConfig
 
-from latent_tts import config, plot, report, store
-from latent_tts.commands import drawing, scoring, seeds, tables, winners
-from latent_tts.commands.identity import beams_key, cache_key, changed_settings, run_columns
-from latent_tts.commands.prepared import Prepared, prepare
+from latent_tts.config import build as config
+from latent_tts.pipeline import seeds, tables, winners
+from latent_tts.pipeline.keys import changed_settings, run_columns
+from latent_tts.pipeline.rollouts import gather
+from latent_tts.pipeline.spec import Prepared, prepare
+from latent_tts.results import plot, report, store
 
 log = logging.getLogger(__name__)
 
@@ -52,50 +51,6 @@ def main(cfg: DictConfig) -> None:
         "seconds": seconds,
     }
     tables.finish(folder, cfg, prepared, table, record)
-
-
-@dataclass
-class Gathered:
-    """The rollouts of a run.
-
-    Attributes:
-        rows: as the cache has them.
-        table: the same as `rollouts.parquet` has them, without scores.
-        latents: of each rollout, (steps, D).
-        scores: None without a scorer.
-        folder: of the cache.
-        drawn_now: how many were not in the cache yet.
-    """
-
-    rows: pd.DataFrame
-    table: pd.DataFrame
-    latents: list[np.ndarray]
-    scores: scoring.Scores | None
-    folder: Path
-    drawn_now: int
-
-
-def gather(cfg: DictConfig, prepared: Prepared) -> Gathered:
-    """Draw and score what the cache has not got yet, then read all.
-
-    Raises:
-        RunError: a failure while drawing or scoring; what was computed stays in the cache.
-    """
-    wanted, scorer = prepared.wanted(), prepared.scorer
-    root = Path(cfg.paths.cache).expanduser()
-    if prepared.search.survivors is None or scorer is None:
-        cache = store.RolloutCache(root, cache_key(cfg, prepared))
-        drawn_now = drawing.draw_missing(cfg, prepared, cache, wanted)
-    else:
-        cache = store.RolloutCache(root, beams_key(cfg, prepared, scorer))
-        drawn_now = drawing.search_missing(cfg, prepared, cache, wanted)
-    rows = cache.read(wanted)
-    table = tables.rollout_table(prepared, rows)
-    latents = store.unpack_latents(rows["latents"], prepared.shape.width)
-    scores = None
-    if scorer is not None:
-        scores = scoring.score(cfg, prepared, scorer, cache.folder, list(table["answer_text"]), latents)
-    return Gathered(rows, table, latents, scores, cache.folder, drawn_now)
 
 
 def _run_winners(cfg: DictConfig, prepared: Prepared, started: float) -> None:

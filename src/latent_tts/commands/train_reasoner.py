@@ -9,8 +9,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts import checkpoint, config, report
+from latent_tts.checkpoint import files as checkpoint
+from latent_tts.config import build as config
 from latent_tts.errors import UsageError, bad_value
+from latent_tts.results import report
 from latent_tts.task.arith import Arith, words
 
 log = logging.getLogger(__name__)
@@ -54,9 +56,9 @@ def main(cfg: DictConfig) -> None:
     backbone = config.build("backbone", cfg.backbone)
     optimization = config.build("optimization", cfg.optimization)
     output.mkdir(parents=True, exist_ok=True)
-    from latent_tts.training import loop
-    from latent_tts.training.initial import copy_checkpoint, prepare
-    from latent_tts.training.vocabulary import word_level_tokenizer
+    from latent_tts.training.reasoner import loop
+    from latent_tts.training.reasoner.initial import copy_checkpoint, prepare
+    from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 
     def start(folder: Path) -> None:
         if source is not None:

@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts import config, report
-from latent_tts.annotations import AnnotationFolder
 from latent_tts.commands.annotate import annotate
-from latent_tts.commands.calibration import calibrate
-from latent_tts.cost import Shape
+from latent_tts.config import build as config
+from latent_tts.engine.cost import Shape
 from latent_tts.errors import bad_value, computing
-from latent_tts.store import settings_digest, whole_file
-from latent_tts.training.reward_data import MixedQuestions
-from latent_tts.training.reward_loss import RewardLoss
-from latent_tts.training.reward_optimization import RewardOptimization
-from latent_tts.types import ModelAdapter
+from latent_tts.model import ModelAdapter
+from latent_tts.pipeline.calibration import calibrate
+from latent_tts.results import report
+from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.results.store import settings_digest, whole_file
+from latent_tts.training.reward_model.data import MixedQuestions
+from latent_tts.training.reward_model.loss import RewardLoss
+from latent_tts.training.reward_model.optimization import RewardOptimization
 
 if TYPE_CHECKING:
-    from latent_tts.training.reward_model import LatentRM
+    from latent_tts.training.reward_model.model import LatentRM
 
 log = logging.getLogger(__name__)
 SETTINGS, STATES, FINISHED, RESULTS = "settings.json", "states", "checkpoint", "train_rm.json"
@@ -158,7 +159,7 @@ def train_and_write(
     """
     import torch
 
-    from latent_tts.training import reward
+    from latent_tts.training.reward_model import train as reward
 
     model = reward.initial_model(adapter, cfg.init, cfg.seed)
     started = time.perf_counter()

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts import config, report, store
-from latent_tts.commands.drawing import engine_device, load_once, plan_of
-from latent_tts.commands.identity import machine
-from latent_tts.commands.prepared import ITEM_BYTES, check_engine, check_spread, encode, positions_beside_the_prompt
-from latent_tts.cost import Shape
+from latent_tts.config import build as config
+from latent_tts.engine.cost import Shape
 from latent_tts.errors import bad_value, computing
-from latent_tts.types import ModelAdapter, Sampler, Task
+from latent_tts.model import ModelAdapter
+from latent_tts.pipeline.drawing import engine_device, load_once, plan_of
+from latent_tts.pipeline.keys import machine
+from latent_tts.pipeline.spec import ITEM_BYTES, check_engine, check_spread, encode, positions_beside_the_prompt
+from latent_tts.results import report, store
+from latent_tts.sampler import Sampler
+from latent_tts.task import Task
 
 if TYPE_CHECKING:
     from latent_tts.engine.packing import Job
@@ -153,7 +156,7 @@ def _rows_to_try(rollouts: int, row_bytes: int, device: str) -> Iterator[int]:
 def _draw(engine: Engine, jobs: list[Job], rows: int, sampler: Sampler, seed: int) -> Rollouts:
     """One batch."""
     from latent_tts.engine.packing import batches, most_prompts
-    from latent_tts.executor import draw_batch
+    from latent_tts.pipeline.executor import draw_batch
 
     batch = next(batches(jobs, rows, most_prompts(engine.width, engine.device.type)))
     return draw_batch(batch, engine, sampler, seed)

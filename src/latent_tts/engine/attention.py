@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from latent_tts import cpu
+from latent_tts.random import cpu
 
 Piece = tuple[Tensor, Tensor]
 NAME = "latent_tts_shared_prefix"

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
-from latent_tts import cpu
 from latent_tts.engine.attention import AttentionState, use_shared_prefix_attention
 from latent_tts.engine.packed import PackedLinear, can_be_packed
 from latent_tts.engine.sites import find_blocks
+from latent_tts.random import cpu
 
 
 def prepare(lm: PreTrainedModel) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_tts.machine_code import F32, I32, array_at, compiled, exp, inlined, next_piece, numbers_at, wide
+from latent_tts.random.machine_code import F32, I32, array_at, compiled, exp, inlined, next_piece, numbers_at, wide
 
 AT_ONCE = 32  # tokens whose logits are looked at twice: first for maxima, then for the sum, still in a core's cache
 

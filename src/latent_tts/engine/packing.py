@@ -9,8 +9,8 @@ from functools import lru_cache
 import psutil
 import torch
 
-from latent_tts import gpu
-from latent_tts.cost import Rates, Shape
+from latent_tts.engine import gpu
+from latent_tts.engine.cost import Rates, Shape
 
 CPU_ROW_VALUES, CUDA_ROW_VALUES = 1 << 19, 1 << 22  # rows * width of a batch: see benchmarks/engine.py
 PROMPTS_SHARE = 8  # rows that run whole prompts are an eighth of the others: see docs/tuning.md

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from latent_tts import gpu
+from latent_tts.engine import gpu
 from latent_tts.engine.sites import find_blocks
 from latent_tts.errors import bad_value
 

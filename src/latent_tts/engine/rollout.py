@@ -15,16 +15,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from latent_tts import cpu
 from latent_tts.engine import backbone
 from latent_tts.engine.attention import AttentionState
 from latent_tts.engine.head import choose
 from latent_tts.engine.sites import MaskedSites
 from latent_tts.engine.sweeps import Sweeps
-from latent_tts.rng import Draw
+from latent_tts.random import cpu
+from latent_tts.random.draw import Draw
+from latent_tts.sampler import Sampler
+from latent_tts.schedule import Schedule
 from latent_tts.schedule.sequential import Sequential
-from latent_tts.thoughts import Schedule
-from latent_tts.types import Forward, Reasoner, Sampler
+from latent_tts.types import Forward, Reasoner
 
 SEQUENTIAL = Sequential()
 PROMPT_TOKENS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 20}  # padding counts: see docs/tuning.md

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latent_tts.errors import RunError
-from latent_tts.rng import Draw
-from latent_tts.types import Forward, Sampler, Site
+from latent_tts.random.draw import Draw
+from latent_tts.sampler import Sampler
+from latent_tts.types import Forward, Site
 
 # what transformers' families call a block's two branches
 BRANCHES: tuple[tuple[Site, tuple[str, ...]], ...] = (

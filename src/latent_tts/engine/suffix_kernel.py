@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_tts.machine_code import (
+from latent_tts.random.machine_code import (
     F32,
     ONE,
     U16,

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from latent_tts.engine import backbone
 from latent_tts.engine.attention import AttentionState
 from latent_tts.engine.sites import MaskedSites
-from latent_tts.rng import Draw
+from latent_tts.random.draw import Draw
 from latent_tts.types import Forward
 
 if TYPE_CHECKING:

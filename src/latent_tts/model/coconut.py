@@ -5,8 +5,7 @@ Source: Hao et al. 2024 (arXiv 2412.06769); checkpoint layout of ModalityDance/L
 
 from __future__ import annotations
 
-from latent_tts import checkpoint as files
-from latent_tts.adapter import CheckpointAdapter
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.types import Reasoner
 
 
@@ -22,5 +21,7 @@ class Coconut(CheckpointAdapter):
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""
-        lm = files.load_causal_lm(self.folder, device=device, dtype=dtype)
+        from latent_tts.checkpoint import loading
+
+        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
         return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)

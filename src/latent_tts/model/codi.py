@@ -10,8 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from latent_tts import checkpoint as files
-from latent_tts.adapter import CheckpointAdapter
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import bad_value
 from latent_tts.types import Reasoner
 
@@ -58,22 +57,18 @@ class Codi(CheckpointAdapter):
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""
-        lm = files.load_causal_lm(self.folder, device=device, dtype=dtype)
+        from latent_tts.checkpoint import loading
+
+        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
         return Reasoner(lm=lm, next_latent=self._projector(device, dtype))
 
     def _projector(self, device: str, dtype: str) -> nn.Module:
         import torch
 
-        tensors = files.load_tensors(self.folder, PROJECTOR)
-        projector = new_projector(self.width, tensors["1.bias"].shape[0])
+        from latent_tts.checkpoint import loading
+        from latent_tts.checkpoint.modules import codi_projector
+
+        tensors = loading.load_tensors(self.folder, PROJECTOR)
+        projector = codi_projector(self.width, tensors["1.bias"].shape[0])
         projector.load_state_dict(tensors)
         return projector.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-
-
-def new_projector(width: int, hidden: int, dropout: float = 0.0) -> nn.Sequential:
-    """Dropout, Linear, GELU, Linear, LayerNorm, with the names of the published files (imports torch)."""
-    from torch import nn
-
-    return nn.Sequential(
-        nn.Dropout(dropout), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width), nn.LayerNorm(width)
-    )

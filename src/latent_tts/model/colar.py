@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from latent_tts import checkpoint as files
-from latent_tts.adapter import CheckpointAdapter
+from latent_tts.checkpoint import files
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import bad_value, is_number, is_whole
 from latent_tts.types import Question, Reasoner
 
@@ -115,23 +115,17 @@ class Colar(CheckpointAdapter):
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""
         import torch
-        from torch import nn
         from torch.nn.functional import linear
 
-        lm = files.load_causal_lm(self.folder, device=device, dtype=dtype)
-        tensors = files.load_tensors(self.folder, HEAD)
+        from latent_tts.checkpoint import loading
+        from latent_tts.checkpoint.modules import colar_head
+
+        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
+        tensors = loading.load_tensors(self.folder, HEAD)
         kind = getattr(torch, dtype)
         spread = {name: tensors.pop(name).to(device, kind) for name in list(tensors) if name.startswith("log_std.")}
         hidden = tensors["fc.0.bias"].shape[0]
-        # names as in the files: fc.0, fc.2, fc.3 and mean
-        head = nn.ModuleDict(
-            {
-                "fc": nn.Sequential(
-                    nn.Linear(self.width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
-                ),
-                "mean": nn.Linear(hidden, self.width),
-            }
-        )
+        head = colar_head(self.width, hidden, spread=False)
         head.load_state_dict(tensors)
         head.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from latent_tts import checkpoint as files
-from latent_tts.adapter import CheckpointAdapter
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.types import Question, Reasoner
 
@@ -58,5 +57,7 @@ class Cot(CheckpointAdapter):
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""
-        lm = files.load_causal_lm(self.folder, device=device, dtype=dtype)
+        from latent_tts.checkpoint import loading
+
+        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
         return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)

@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from latent_tts import checkpoint as files
-from latent_tts.adapter import CheckpointAdapter
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import bad_value, is_whole
 from latent_tts.schedule.jacobi import Jacobi
 from latent_tts.types import Reasoner
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 PROJECTION = "prj."
 log = logging.getLogger(__name__)
@@ -127,18 +126,14 @@ class Pccot(CheckpointAdapter):
         """Load the weights (imports torch)."""
         import torch
 
-        lm = files.load_causal_lm(self.folder, device=device, dtype=dtype)
-        tensors = files.load_tensors(self.folder, PROJECTION)
+        from latent_tts.checkpoint import loading
+        from latent_tts.checkpoint.modules import pccot_projection
+
+        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
+        tensors = loading.load_tensors(self.folder, PROJECTION)
         if not tensors:
             return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)
-        projection = new_projection(self.width)
+        projection = pccot_projection(self.width)
         projection.load_state_dict(tensors)
         projection.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
         return Reasoner(lm=lm, next_latent=projection)
-
-
-def new_projection(width: int) -> nn.Sequential:
-    """Linear, GELU, Linear, LayerNorm, with random weights (imports torch)."""
-    from torch import nn
-
-    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width), nn.LayerNorm(width))

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.training.curriculum import Staged, check_weight
+from latent_tts.training.reasoner.curriculum import Staged, check_weight
 
 if TYPE_CHECKING:
-    from latent_tts.adapter import CheckpointAdapter
-    from latent_tts.training.coconut import CoconutObjective
+    from latent_tts.checkpoint.adapter import CheckpointAdapter
+    from latent_tts.training.reasoner.coconut import CoconutObjective
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,6 @@ class Coconut(Staged):
 
     def objective(self, adapter: CheckpointAdapter) -> CoconutObjective:
         """The model in training and its loss (imports torch)."""
-        from latent_tts.training.coconut import CoconutObjective
+        from latent_tts.training.reasoner.coconut import CoconutObjective
 
         return CoconutObjective(adapter, self.step_loss)

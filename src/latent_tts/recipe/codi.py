@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.training.curriculum import Distilled, check_dropout
+from latent_tts.training.reasoner.curriculum import Distilled, check_dropout
 
 if TYPE_CHECKING:
-    from latent_tts.adapter import CheckpointAdapter
-    from latent_tts.training.codi import CodiObjective
+    from latent_tts.checkpoint.adapter import CheckpointAdapter
+    from latent_tts.training.reasoner.codi import CodiObjective
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Codi(Distilled):
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
         """Give a checkpoint without one a new projector (imports torch)."""
-        from latent_tts.training.codi import add_projector
+        from latent_tts.training.reasoner.codi import add_projector
 
         add_projector(folder, self.projector_hidden, seed, identity=self.projector_init == "identity")
 
     def objective(self, adapter: CheckpointAdapter) -> CodiObjective:
         """The model in training and its loss (imports torch)."""
-        from latent_tts.training.codi import CodiObjective
+        from latent_tts.training.reasoner.codi import CodiObjective
 
         return CodiObjective(adapter, self.weights(), self.projector_dropout)

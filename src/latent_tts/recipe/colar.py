@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.training.curriculum import Recipe, Stage, check_dropout, check_updates, check_weight
+from latent_tts.training.reasoner.curriculum import Recipe, Stage, check_dropout, check_updates, check_weight
 
 if TYPE_CHECKING:
-    from latent_tts.adapter import CheckpointAdapter
-    from latent_tts.training.colar import ColarObjective
+    from latent_tts.checkpoint.adapter import CheckpointAdapter
+    from latent_tts.training.reasoner.colar import ColarObjective
 
 PROMPT_WORDS = ("Question", ":", "Let", "'", "s", "think", "step", "by", "(", "Thinking", "speed", ")", "Answer")
 
@@ -72,14 +72,14 @@ class Colar(Recipe):
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
         """Give a checkpoint without one a random latent head, and its config the embeddings' spread (imports torch)."""
-        from latent_tts.training.colar import add_head
+        from latent_tts.training.reasoner.colar import add_head
 
         add_head(folder, self.head_hidden, seed, spread=self.latent_loss == "nll")
 
     def objective(self, adapter: CheckpointAdapter) -> ColarObjective:
         """The model in training and its loss (imports torch)."""
         from latent_tts.model.colar import Colar as ColarAdapter
-        from latent_tts.training.colar import ColarObjective
+        from latent_tts.training.reasoner.colar import ColarObjective
 
         assert isinstance(adapter, ColarAdapter)
         return ColarObjective(adapter, self.latent_weight, self.latent_noise)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.training.curriculum import Recipe, Stage, check_updates
+from latent_tts.training.reasoner.curriculum import Recipe, Stage, check_updates
 
 if TYPE_CHECKING:
-    from latent_tts.adapter import CheckpointAdapter
-    from latent_tts.training.coconut import CoconutObjective
+    from latent_tts.checkpoint.adapter import CheckpointAdapter
+    from latent_tts.training.reasoner.coconut import CoconutObjective
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Cot(Recipe):
 
     def objective(self, adapter: CheckpointAdapter) -> CoconutObjective:
         """The model in training and its loss (imports torch)."""
-        from latent_tts.training.coconut import CoconutObjective
+        from latent_tts.training.reasoner.coconut import CoconutObjective
 
         return CoconutObjective(adapter, step_loss=0.0)
 

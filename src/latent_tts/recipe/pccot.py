@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.training.curriculum import Distilled
+from latent_tts.training.reasoner.curriculum import Distilled
 
 if TYPE_CHECKING:
-    from latent_tts.adapter import CheckpointAdapter
-    from latent_tts.training.pccot import PccotObjective
+    from latent_tts.checkpoint.adapter import CheckpointAdapter
+    from latent_tts.training.reasoner.pccot import PccotObjective
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Pccot(Distilled):
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
         """Give a checkpoint without one a new projection, and its config K (imports torch)."""
-        from latent_tts.training.pccot import add_projection
+        from latent_tts.training.reasoner.pccot import add_projection
 
         add_projection(folder, self.sweeps, seed, projection=self.projection)
 
     def objective(self, adapter: CheckpointAdapter) -> PccotObjective:
         """The model in training and its loss (imports torch)."""
-        from latent_tts.training.pccot import PccotObjective
+        from latent_tts.training.reasoner.pccot import PccotObjective
 
         return PccotObjective(adapter, self.weights(), self.sweeps)
 

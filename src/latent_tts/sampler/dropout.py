@@ -11,12 +11,13 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from latent_tts.errors import bad_value, is_number
-from latent_tts.types import PHASES, Forward, Phase, Sampler, Site
+from latent_tts.sampler import Sampler
+from latent_tts.types import PHASES, Forward, Phase, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latent_tts.rng import Draw
+    from latent_tts.random.draw import Draw
 
 SITES: dict[str, tuple[Site, ...]] = {
     "ffn": ("ffn",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from latent_tts.types import Sampler
+from latent_tts.sampler import Sampler
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from latent_tts.errors import bad_value, is_number
-from latent_tts.types import Sampler
+from latent_tts.sampler import Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latent_tts.rng import Draw
+    from latent_tts.random.draw import Draw
 
 
 @dataclass(frozen=True)

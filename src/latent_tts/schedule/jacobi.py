@@ -21,8 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.thoughts import Thoughts
-from latent_tts.types import ModelAdapter
+from latent_tts.schedule import LatentModel, Thoughts
 
 GUESSES = ("token", "zero")
 
@@ -57,22 +56,22 @@ class Jacobi:
         """What keys of caches hold."""
         return {"name": self.name, "sweeps": self.sweeps, "chunk": self.chunk, "guess": self.guess}
 
-    def check(self, adapter: ModelAdapter) -> None:
+    def check(self, model: LatentModel) -> None:
         """Whether a model can think so.
 
         Raises:
             UsageError: it has no latents, a number of them that it chooses on the way, or no token to guess.
         """
-        if adapter.latents == 0:
-            raise bad_value("schedule", self.name, f"it makes latents, and model={adapter.name} has none")
-        if adapter.stop_id is not None:
+        if model.latents == 0:
+            raise bad_value("schedule", self.name, f"it makes latents, and model={model.name} has none")
+        if model.stop_id is not None:
             raise bad_value(
                 "schedule",
                 self.name,
-                f"model={adapter.name} says after each latent whether it thinks on; use sequential",
+                f"model={model.name} says after each latent whether it thinks on; use sequential",
             )
         if self.guess == "token":
-            _ = adapter.latent_id
+            _ = model.latent_id
 
     def think(self, thoughts: Thoughts) -> None:
         """Make all latents."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from latent_tts.thoughts import Thoughts
-from latent_tts.types import ModelAdapter
+from latent_tts.schedule import LatentModel, Thoughts
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Sequential:
         """What keys of caches hold."""
         return self.name
 
-    def check(self, adapter: ModelAdapter) -> None:
+    def check(self, model: LatentModel) -> None:
         """Anything goes."""
 
     def think(self, thoughts: Thoughts) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latent_tts.checkpoint import SHIPPED_PREFIX
+from latent_tts.checkpoint.files import SHIPPED_PREFIX
 from latent_tts.scorer.latent_rm import LatentRM, checked_settings
 from latent_tts.scorer.none import NoScorer
 

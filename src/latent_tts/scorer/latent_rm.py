@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latent_tts import checkpoint as files
+from latent_tts.checkpoint import files
 from latent_tts.errors import bad_value, is_number
-from latent_tts.types import Floats, ModelAdapter, RewardModel
+from latent_tts.model import ModelAdapter
+from latent_tts.types import Floats, RewardModel
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -195,7 +196,9 @@ class LatentRM:
         from safetensors import safe_open
         from torch.nn import functional as F
 
-        backbone = files.load_backbone(self.folder, device=device, dtype=dtype, key=KEY)
+        from latent_tts.checkpoint import loading
+
+        backbone = loading.load_backbone(self.folder, device=device, dtype=dtype, key=KEY)
         precise = torch.promote_types(backbone.dtype, torch.float32)
         head: dict[str, Tensor] = {}
         for path in files.weight_files(self.folder, key=KEY):

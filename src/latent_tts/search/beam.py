@@ -22,14 +22,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.philox import Stream, key_of, philox
+from latent_tts.random.philox import Stream, key_of, philox
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from latent_tts.engine.rollout import Engine, Rollouts
     from latent_tts.engine.scoring import LatentScorer
-    from latent_tts.types import Sampler, Scorer
+    from latent_tts.sampler import Sampler
+    from latent_tts.scorer import Scorer
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Beam:
 
         from latent_tts.engine.rollout import Thinking
         from latent_tts.engine.sites import MaskedSites
-        from latent_tts.rng import Draw
+        from latent_tts.random.draw import Draw
 
         n, device, latents = self.beams * self.candidates, engine.device, engine.plan.latents
         keys = torch.tensor([key_of(seed, f"{question} beams") for question in question_ids], device=device)

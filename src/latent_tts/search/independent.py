@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from latent_tts.types import Sampler, Scorer
+from latent_tts.sampler import Sampler
+from latent_tts.scorer import Scorer
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 
-from latent_tts import answer
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.philox import Dice, Stream, key_of
+from latent_tts.random.philox import Dice, Stream, key_of
+from latent_tts.text import answer
 from latent_tts.types import Question, text_digest
 
 NAMES = {"Ann": "She", "Ben": "He", "Cara": "She", "Dan": "He", "Eva": "She", "Finn": "He", "Gina": "She", "Hugo": "He"}

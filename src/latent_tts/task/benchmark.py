@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from latent_tts.answer import AnswerRule
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.task.jsonl import Row, check_file, check_limit, file_rows, read_questions
+from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)

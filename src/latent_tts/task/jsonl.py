@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from latent_tts.answer import AnswerRule
 from latent_tts.errors import UsageError, bad_value, is_whole
+from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, text_digest
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, as an error names it, and its fields

@@ -1,0 +1,230 @@
+"""What the adapters of checkpoint folders share: files, special tokens, and every check that needs no torch.
+
+A family adds its prompt recipe, its answer rule and what it does with a hidden state (`latent_tts.model`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from latent_tts.checkpoint import files
+from latent_tts.errors import UsageError, bad_value, is_whole
+from latent_tts.types import Question
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from latent_tts.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointAdapter:
+    """An adapter of checkpoints with T latents between `<|start-latent|>` and `<|end-latent|>`.
+
+    Attributes:
+        name: what tables call the model.
+        checkpoint: folder, `shipped:NAME` or hub id.
+        latents: T, the number of latent thoughts.
+        recommended: `sigma` and `rate` that suit it, and `answer_tokens` where answers are long; the samplers'
+            configs and `max_answer_tokens` take them as defaults.
+        revision: commit or tag of a hub id.
+        trained_latents: T of training, by `checkpoint`; a `config.json` with `latent_tts.latents` says its own.
+        latent_rm: checkpoint of the LatentRM trained for it, if there is one: what `scorer` takes as its default.
+    """
+
+    name: str
+    checkpoint: str
+    latents: int
+    recommended: Mapping[str, float]
+    revision: str | None = None
+    trained_latents: Mapping[str, int] | None = None
+    latent_rm: str | None = None
+
+    stop_id: ClassVar[int | None] = None  # T latents, whatever the model would rather write
+    family: ClassVar[str]
+    question_end: ClassVar[str]  # written between the question and <|start-latent|>
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.checkpoint, str):
+            raise bad_value(
+                "model.checkpoint", self.checkpoint, f"a folder or hub id: model={self.name} has no default"
+            )
+        if not (is_whole(self.latents) and self.latents >= 0):
+            raise bad_value("model.latents", self.latents, "a number of latent thoughts, 0 or more")
+
+    @property
+    def prompt_recipe(self) -> str:
+        """A text that stands for how prompts are made."""
+        return "{question}" + self.question_end.replace("\n", "\\n") + "<|start-latent|>"
+
+    def check(self) -> None:
+        """Read everything but the weights; warn if the model was trained with another number of latents.
+
+        Raises:
+            UsageError: a file is missing or cut off, the checkpoint is of another family, its tensors do not fit its
+                config, or the tokenizer lacks a latent token.
+        """
+        shapes = files.weight_shapes(self.folder)
+        layout = files.training_layout(shapes)
+        if layout is not None:
+            raise bad_value(
+                "model.checkpoint", self.folder, f"is in {layout}'s training layout; {files.convert_hint(self.folder)}"
+            )
+        found, prefix = files.family(shapes)
+        if not self.reads(found):
+            raise bad_value(
+                "model.checkpoint",
+                self.folder,
+                f"holds a {found} checkpoint ({'with' if prefix else 'without'} {prefix or self.own_tensors()}), "
+                f"and the {type(self).__name__} adapter reads {self.family} ones\n"
+                f"choose the model that reads it, or a {self.family} checkpoint",
+            )
+        files.check_sizes(self.config, self.folder)
+        self.check_tensors(shapes)
+        self.check_tokens()
+        _ = self.thinking_end_ids, self.eos_id, self.positions
+        trained = self._trained_latents
+        if trained is not None and trained != self.latents:
+            log.warning("model.latents=%d: %s was trained with %d", self.latents, self.checkpoint, trained)
+
+    @property
+    def has_spread(self) -> bool:
+        """Whether its latent head predicts a Gaussian."""
+        return False
+
+    @property
+    def own_schedule(self) -> Schedule | None:
+        """None: the latents are made in any order that the user chooses."""
+        return None
+
+    def reads(self, family: str) -> bool:
+        """Whether it reads checkpoints of a family."""
+        return family == self.family
+
+    def own_tensors(self) -> str:
+        """What marks the family's tensors, as in `projector.*`; empty if it has none of its own."""
+        return next((f"{prefix}*" for prefix, family in files.FAMILIES.items() if family == self.family), "")
+
+    def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
+        """Check the names and shapes of the family's own tensors; raises UsageError."""
+
+    def check_tokens(self) -> None:
+        """Check that the tokenizer has what prompts are made of; raises UsageError."""
+        _ = self.start_id, self.latent_id
+
+    @property
+    def _trained_latents(self) -> int | None:
+        own = self.config.get("latent_tts")
+        if isinstance(own, dict) and is_whole(own.get("latents")):
+            return own["latents"]
+        return (self.trained_latents or {}).get(self.checkpoint)
+
+    @cached_property
+    def folder(self) -> Path:
+        """The local checkpoint folder."""
+        return files.resolve(self.checkpoint, self.revision)
+
+    @cached_property
+    def digest(self) -> str:
+        """What identifies the weights, shape and tokenizer."""
+        return files.digest(self.folder)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's `config.json`."""
+        return files.read_config(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The fast tokenizer."""
+        return files.load_tokenizer(self.folder)
+
+    @cached_property
+    def width(self) -> int:
+        """D of the backbone."""
+        return int(next(self.config[key] for key in files.SIZES if key in self.config))
+
+    @cached_property
+    def positions(self) -> int:
+        """The longest sequence, in tokens and latents, that the backbone takes."""
+        return int(next(self.config[key] for key in ("n_positions", "max_position_embeddings") if key in self.config))
+
+    @cached_property
+    def latent_id(self) -> int:
+        """Id of `<|latent|>`, the placeholder of a latent thought in written form."""
+        return files.token_id(self.tokenizer, "<|latent|>", self.folder)
+
+    @cached_property
+    def start_id(self) -> int:
+        """Id of `<|start-latent|>`, the last token of every prompt."""
+        return files.token_id(self.tokenizer, "<|start-latent|>", self.folder)
+
+    @cached_property
+    def thinking_end_ids(self) -> list[int]:
+        """The tokens forced after the last latent."""
+        return [files.token_id(self.tokenizer, "<|end-latent|>", self.folder)]
+
+    @cached_property
+    def eos_id(self) -> int:
+        """The token that ends an answer: the config's, or the tokenizer's where the config lists several."""
+        eos = self.config.get("eos_token_id")
+        if isinstance(eos, list):
+            token = files.eos_token(self.folder)
+            eos = None if token is None else files.token_id(self.tokenizer, token, self.folder)
+        if not is_whole(eos):
+            raise bad_value(
+                "model.checkpoint",
+                self.folder,
+                f"config.json has eos_token_id={self.config.get('eos_token_id')}, and no eos_token in "
+                "tokenizer_config.json says which one ends an answer",
+            )
+        return eos
+
+    def encode(self, question: Question) -> list[int]:
+        """Token ids of the prompt: the question, the recipe's ending, `<|start-latent|>`.
+
+        Raises:
+            UsageError: a word is not in a word-level vocabulary.
+        """
+        return [*self.text_ids(question), self.start_id]
+
+    def text_ids(self, question: Question) -> list[int]:
+        """Token ids of the question and the recipe's ending; raises as `encode` does."""
+        encoding = self.tokenizer.encode(question.text + self.question_end)
+        unknown = self._unknown_id
+        if unknown is not None and unknown in encoding.ids:
+            start, end = encoding.offsets[encoding.ids.index(unknown)]
+            raise UsageError(
+                f"question {question.id}: the word {question.text[start:end]!r} is not in the vocabulary of "
+                f"model={self.name}\na word-level model reads only the words of its own task; "
+                "use a checkpoint with a subword tokenizer"
+            )
+        return encoding.ids
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        return self.tokenizer.token_to_id("<|unknown|>")
+
+    def forced_ids(self, text: str) -> list[int]:
+        """Token ids of a text that every answer begins with (`answer.forced_prefix`).
+
+        Raises:
+            UsageError: the tokenizer cannot read it, or it ends the answer.
+        """
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if self.answer_text(ids).strip() != text.strip() or self.eos_id in ids:
+            raise bad_value(
+                "answer.forced_prefix", text, f"text in the vocabulary of model={self.name}, without its eos"
+            )
+        return ids
+
+    def answer_text(self, answer_ids: list[int]) -> str:
+        """The text of answer ids, special tokens kept."""
+        return self.tokenizer.decode(answer_ids, skip_special_tokens=False)

@@ -1,0 +1,1 @@
+"""Checkpoints of training codes and LoRA adapters, rewritten as folders that `ltts run` reads."""

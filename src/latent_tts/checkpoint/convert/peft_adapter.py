@@ -1,0 +1,150 @@
+"""LoRA adapters of PEFT, as PCCoT publishes its models: merged into the model they were trained on.
+
+A folder of PCCoT's training code holds `adapter_config.json` and `adapter_model.safetensors` (or whole weights), the
+config with its number of sweeps, the tokenizer, and `pccot_args.json` with the ids of its latent tokens and the number
+of latents.
+
+Source: whyNLP/PCCoT `example.py`, `test_ccot.py`, `models/pccot_arguments.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latent_tts.checkpoint import files as checkpoint
+from latent_tts.errors import UsageError, bad_value, is_whole
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+WEIGHTS = "adapter_model.safetensors"
+HUB_IDS = {"gpt2": "openai-community/gpt2"}  # of names without an owner, which the hub still knows
+PCCOT_ARGUMENTS = "pccot_args.json"
+TOKENS = {"bot_token_id": "<|start-latent|>", "eot_token_id": "<|end-latent|>", "latent_token_id": "<|latent|>"}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT."""
+    return (folder / checkpoint.ADAPTER).is_file()
+
+
+def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and config of a causal LM with the adapter merged into its weights, in float32 (imports torch and peft).
+
+    Args:
+        folder: of the adapter.
+        base: folder or hub id of the model that it was trained on; None for the one that the adapter names.
+        tokens: of the tokenizer; the embedding gets as many rows, if it has fewer, as it got in training.
+
+    Raises:
+        UsageError: peft is not installed, the base is not to be had, or the adapter does not fit it.
+    """
+    from latent_tts.checkpoint import loading
+
+    if find_spec("peft") is None:
+        raise bad_value("src", folder, "an adapter of PEFT, which is not installed: pip install 'latent-tts[convert]'")
+    settings = checkpoint.read_json(folder, checkpoint.ADAPTER, key="src")
+    if not (folder / WEIGHTS).is_file():
+        raise bad_value("src", folder, f"the folder lacks {WEIGHTS}")
+    checkpoint.tensor_shapes(folder / WEIGHTS, key="src")
+    own = settings.get("base_model_name_or_path")
+    named = base or HUB_IDS.get(str(own), own)
+    if not named:
+        raise bad_value("base", "null", f"{checkpoint.ADAPTER} does not name the model that was adapted; wanted is one")
+    lm: Any = loading.load_causal_lm(checkpoint.resolve(named, key="base"), device="cpu", dtype="float32", key="base")
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    if tokens > lm.get_input_embeddings().weight.shape[0]:
+        lm.resize_token_embeddings(tokens, mean_resizing=False)
+    if "prj" in (settings.get("modules_to_save") or ()):
+        from latent_tts.checkpoint.modules import pccot_projection
+
+        lm.prj = pccot_projection(lm.config.hidden_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # names within transformers that PEFT still uses
+        try:
+            adapter = PeftConfig.from_pretrained(str(folder))
+            adapter.base_model_name_or_path = None  # otherwise PEFT warns that the base lies elsewhere now
+            model = get_peft_model(lm, adapter)
+            weights = load_file(folder / WEIGHTS)
+            loaded = set_peft_model_state_dict(model, weights)
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise bad_value("src", folder, f"the adapter does not fit base={named}: {reason[:200]}") from error
+        # rows that a tied head shares with the embedding: PEFT keeps them once, its files may hold them twice
+        state, taken = model.state_dict(), [weights[name] for name in weights.keys() - loaded.unexpected_keys]
+        read = {value.data_ptr() for name, value in state.items() if name not in loaded.missing_keys}
+        wanted = [name for name in loaded.missing_keys if "lora_" in name or "trainable_tokens" in name]
+        alone = [name for name in wanted if state[name].data_ptr() not in read]
+        alone += [name for name in loaded.unexpected_keys if not any(map(weights[name].equal, taken))]
+        if alone:
+            raise bad_value("src", folder, f"the adapter does not fit base={named}: {min(alone)} is on one side alone")
+        merged: Any = model.merge_and_unload()
+    return dict(merged.state_dict()), merged.config.to_dict()
+
+
+def is_pccot(folder: Path) -> bool:
+    """Whether a folder comes from PCCoT's training code."""
+    return (folder / PCCOT_ARGUMENTS).is_file()
+
+
+def pccot_settings(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.json` should say of a PCCoT model: its numbers of latents and sweeps.
+
+    Args:
+        folder: of the training code.
+        arguments: what its `pccot_args.json` holds.
+
+    Raises:
+        UsageError: the folder does not say the numbers.
+    """
+    sweeps = checkpoint.read_json(folder, "config.json", key="src").get("num_iterations")
+    found = {"latents": arguments.get("num_latent_tokens"), "sweeps": sweeps}
+    lacking = [name for name, value in found.items() if not is_whole(value)]
+    if lacking:
+        raise bad_value("src", folder, f"{PCCOT_ARGUMENTS} and config.json do not say the number of {lacking[0]}")
+    return found
+
+
+def check_projection(folder: Path, tensors: Iterable[str]) -> None:
+    """Raises UsageError where PCCoT's config speaks of a projection and no tensor has its name."""
+    wanted = checkpoint.read_json(folder, "config.json", key="src").get("use_projection")
+    if wanted and not any(name.startswith("prj.") for name in tensors):
+        raise bad_value("src", folder, "config.json says use_projection, but there are no weights prj.*")
+
+
+def rename_latent_tokens(
+    folder: Path, arguments: Mapping[str, Any], tokenizer: Tokenizer
+) -> tuple[Tokenizer, Mapping[str, str]]:
+    """PCCoT's tokenizer with its latent tokens under the names of the other families, and what was renamed.
+
+    Args:
+        folder: of the training code.
+        arguments: what its `pccot_args.json` holds.
+        tokenizer: the folder's.
+
+    Raises:
+        UsageError: the tokenizer does not have the tokens.
+    """
+    from tokenizers import Tokenizer
+
+    content = json.loads(tokenizer.to_str())
+    added = {token["id"]: token for token in content["added_tokens"]}
+    renamed = {}
+    for key, name in TOKENS.items():
+        token = added.get(arguments.get(key))
+        if token is None:
+            raise UsageError(
+                f"src={folder}: {PCCOT_ARGUMENTS} says {key} {arguments.get(key)}, which is no added token of its "
+                "tokenizer.json"
+            )
+        renamed[token["content"]] = name
+        token["content"] = name
+    return Tokenizer.from_str(json.dumps(content)), renamed

@@ -1,0 +1,252 @@
+"""Checkpoint folders: found, checked and read. Nothing here imports torch.
+
+A checkpoint is a folder (or a hub id) in the usual transformers layout: `config.json`, `tokenizer.json` and
+safetensors, whole or sharded. Pickles are never read here; `ltts convert` turns one into such a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latent_tts.errors import UsageError, bad_value, is_whole
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MODEL_KEY = "model.checkpoint"  # the config key that errors name, unless a caller says another
+SHIPPED_PREFIX = "shipped:"
+WANTED_FILES = ["*.json", "*.safetensors"]
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of PEFT
+PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_*")
+# the tensors that tell the families apart; a checkpoint with none of them is COCONUT's, a plain causal LM
+FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "prj.": "PCCoT", "classifier.": "LatentRM"}
+# what `config.json` says of a backbone's shape, by the key of its width: GPT-2-like and Llama-like
+SIZES = {
+    "n_embd": ("n_embd", "n_layer", "n_head", "n_inner", "n_positions", "vocab_size"),
+    "hidden_size": (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("intermediate_size", "max_position_embeddings", "vocab_size"),
+    ),
+}
+OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
+TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
+
+
+def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KEY) -> Path:
+    """The local folder of a checkpoint.
+
+    Args:
+        checkpoint: a folder, `shipped:NAME` for one inside the package, or a hub id such as `owner/name`.
+        revision: a commit or tag of the hub id.
+        key: the config key that errors name.
+
+    Raises:
+        UsageError: there is no such folder, and it cannot be fetched.
+    """
+    if checkpoint.startswith(SHIPPED_PREFIX):
+        name = checkpoint.removeprefix(SHIPPED_PREFIX)
+        folder = Path(str(files("latent_tts"))) / "weights" / name
+        if not folder.is_dir():
+            shipped = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and p.name[0] not in "._")
+            raise bad_value(key, checkpoint, f"shipped are {', '.join(shipped) or 'none'}")
+        return folder
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise bad_value(key, checkpoint, f"a folder is wanted; {convert_hint(folder, key)}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) or checkpoint.startswith("."):
+        raise bad_value(key, checkpoint, "no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
+
+    try:
+        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=WANTED_FILES))
+    except Exception as error:  # the hub client raises many kinds; all mean that the files are not to be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"{key}={checkpoint}: no such folder, and the hub gave no files ({reason[:160]})\n"
+            f"fetch it where there is a network (`hf download {checkpoint} --local-dir FOLDER`), "
+            f"then {key}=FOLDER"
+        ) from error
+
+
+def convert_hint(path: Path, key: str = MODEL_KEY) -> str:
+    """What to do with a checkpoint that is not in the layout of transformers."""
+    return f"`ltts convert {path} NEW_FOLDER` rewrites it once, then {key}=NEW_FOLDER"
+
+
+def read_json(folder: Path, name: str, *, key: str = MODEL_KEY) -> dict[str, Any]:
+    """A JSON file of a checkpoint folder, as a dict."""
+    path = folder / name
+    if not path.is_file():
+        raise bad_value(key, folder, f"the folder lacks {name}")
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise bad_value(key, folder, f"{name} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise bad_value(key, folder, f"{name} does not hold an object")
+    return content
+
+
+def is_empty_json(path: Path) -> bool:
+    """Whether a file holds nothing, or an object without keys, as some published `config.json` do."""
+    return re.fullmatch(r"\s*(\{\s*\})?\s*", path.read_text()) is not None
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The config of a checkpoint.
+
+    Raises:
+        UsageError: it is missing, empty or no JSON object.
+    """
+    if (folder / name).is_file() and is_empty_json(folder / name):
+        raise bad_value(
+            MODEL_KEY, folder, f"{name} is empty; wanted is the config.json of the model that was fine-tuned"
+        )
+    return read_json(folder, name)
+
+
+def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
+    """Check the sizes of a backbone in its `config.json`.
+
+    Raises:
+        UsageError: one is missing, or no whole number.
+    """
+    names = next((names for width, names in SIZES.items() if width in config), None)
+    if names is None:
+        raise bad_value(key, folder, f"config.json has no {' or '.join(SIZES)}")
+    for name in names:
+        value, least = config.get(name), 0 if name.endswith(("layer", "layers")) else 1
+        if not (is_whole(value) and value >= least) and not (value is None and name in OPTIONAL_SIZES):
+            found = f"{name}={json.dumps(value)}" if name in config else f"no {name}"
+            raise bad_value(key, folder, f"config.json has {found}; a whole number is wanted, {least} or more")
+
+
+def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
+    """The safetensors files of a checkpoint, in order; each is whole, and shards hold what their index says.
+
+    Raises:
+        UsageError: there are none, one is missing or cut off, or there is only a pickle.
+    """
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():  # the order of transformers
+        shards: dict[str, set[str]] = {WEIGHTS: set()}
+    else:
+        shards = _shards(folder, key)
+    for name, tensors in shards.items():
+        path = folder / name
+        if not path.is_file():
+            adapter = [folder] if (folder / ADAPTER).is_file() else []
+            foreign = adapter + [p for pattern in PICKLES for p in sorted(folder.glob(pattern)) if p.is_file()]
+            hint = convert_hint(foreign[0], key) if foreign else "no pickle either"
+            raise bad_value(key, folder, f"the folder lacks {name}; {hint}")
+        lacking = tensors - set(tensor_shapes(path, key=key))
+        if lacking:
+            raise bad_value(key, path, f"lacks {min(lacking)}, which {INDEX} places there")
+    return [folder / name for name in shards]
+
+
+def _shards(folder: Path, key: str) -> dict[str, set[str]]:
+    """The tensors of each shard, by the index."""
+    weight_map = read_json(folder, INDEX, key=key).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise bad_value(key, folder, f"{INDEX} has no weight_map")
+    shards: dict[str, set[str]] = {}
+    for tensor, name in sorted(weight_map.items(), key=lambda item: (str(item[1]), item[0])):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise bad_value(key, folder, f"{INDEX} names {name!r}, which is no file of the folder")
+        shards.setdefault(name, set()).add(tensor)
+    return shards
+
+
+def weight_shapes(folder: Path) -> dict[str, list[int]]:
+    """Names and shapes of all tensors of a checkpoint, from the files' headers; raises as `weight_files` does."""
+    return {name: shape for path in weight_files(folder) for name, shape in tensor_shapes(path).items()}
+
+
+def family(names: Iterable[str]) -> tuple[str, str]:
+    """The family of a checkpoint in transformers' layout, and what marks it, as in `projector.*` (empty: nothing)."""
+    names = list(names)
+    for prefix, name in FAMILIES.items():
+        if any(tensor.startswith(prefix) for tensor in names):
+            return name, f"{prefix}*"
+    return "COCONUT", ""
+
+
+def training_layout(names: Iterable[str]) -> str | None:
+    """The family whose training code named these tensors, None for transformers' own names."""
+    names = list(names)
+    for prefix, name in TRAINING_LAYOUTS.items():
+        if any(tensor.startswith(prefix) for tensor in names):
+            return name
+    return None
+
+
+def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
+    """Names and shapes of a safetensors file, from its header; checks that the file is as long as it says."""
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size:
+                raise ValueError("cut off in its header")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size != 8 + length + end:
+            raise ValueError(f"{size} bytes, but {8 + length + end} announced")
+        return {name: entry["shape"] for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise bad_value(key, path, f"truncated or not safetensors ({error})") from error
+
+
+def digest(folder: Path) -> str:
+    """16 hex digits that stand for the weights, the shape and the tokenizer of a checkpoint."""
+    sha = hashlib.sha256()
+    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
+        with path.open("rb") as file:
+            sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:16]
+
+
+def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
+    """The fast tokenizer of a checkpoint, without transformers."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise bad_value(key, folder, "the folder lacks tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises bare Exception
+        raise bad_value(key, folder, f"tokenizer.json cannot be read ({error})") from error
+    tokenizer.no_padding()  # a tokenizer keeps what it was last used with in training
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def eos_token(folder: Path) -> str | None:
+    """The text of the tokenizer's eos, None if its config does not say."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    token = read_json(folder, "tokenizer_config.json").get("eos_token")
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def token_id(tokenizer: Tokenizer, token: str, folder: Path) -> int:
+    """The id of a special token, by name.
+
+    Raises:
+        UsageError: the tokenizer does not have it.
+    """
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise bad_value(MODEL_KEY, folder, f"its tokenizer has no token {token}; is it of another family?")
+    return found

@@ -1,0 +1,201 @@
+"""The way configs become objects, and what Hydra needs to find the YAML files."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from latent_tts.config.schemas import SCHEMAS
+from latent_tts.errors import LatentTTSError, UsageError, bad_value, unknown_key
+
+
+@cache
+def register_schemas() -> None:
+    """Make the schemas known to Hydra as `NAME_schema`, and to help texts `${groups_of:NAME}`."""
+    OmegaConf.register_new_resolver("groups_of", groups_of)
+    for name, schema in SCHEMAS.items():
+        ConfigStore.instance().store(f"{name}_schema", schema)
+
+
+def conf_dir() -> str:
+    """Directory of the YAML files: packaged in a wheel, `conf/` in a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    packaged = here / "conf"
+    return str(packaged if packaged.is_dir() else here.parents[1] / "conf")
+
+
+def groups_of(command: str) -> str:
+    """A line for each group that a command takes, with its options, those of other packages and the user's included."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = {group.removeprefix("optional ") for entry in _defaults_list(command) for group in entry}
+    options = {group: sorted(loader.get_group_options(group)) for group in sorted(groups)}
+    return "".join(f"{group}: {', '.join(names)}\n" for group, names in options.items() if names)
+
+
+def _defaults_list(command: str) -> list[Any]:
+    """The choices of options in the command's own file."""
+    # composing the defaults again would take as long as a small run
+    own: Any = OmegaConf.load(Path(conf_dir()) / f"{command}.yaml")
+    return [entry for entry in own.defaults if OmegaConf.is_dict(entry)]
+
+
+def user_conf_dir() -> Path:
+    """Folder of the user's own options, as `ltts tune` writes one: `GROUP/OPTION.yaml`."""
+    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(home) / "latent_tts"
+
+
+def output_dir() -> Path:
+    """The folder of the running job."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def remove_record() -> None:
+    """Remove the record of the running job, which was refused: it is no run that did not complete.
+
+    A folder that holds more, as of an earlier run, is left alone.
+    """
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.output_subdir is None:
+        return
+    folder, own = output_dir(), {hydra_cfg.output_subdir, f"{hydra_cfg.job.name}.log"}
+    if {path.name for path in folder.iterdir()} <= own:
+        shutil.rmtree(folder / hydra_cfg.output_subdir)
+    if not any(folder.iterdir()) and folder != Path.cwd():
+        folder.rmdir()
+
+
+def build(group: str, node: Any) -> Any:
+    """The object that a config node describes.
+
+    Raises:
+        UsageError: the object refuses a value.
+    """
+    if not OmegaConf.is_dict(node):
+        raise bad_value(group, node, f"an option of the group, as in `{group}=NAME`")
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, LatentTTSError):
+            cause = cause.__cause__
+        if cause is not None:
+            raise cause from None
+        if isinstance(error.__cause__, TypeError):
+            _refuse_unknown_arguments(group, node)
+        raise UsageError(f"{group}: {str(error.__cause__ or error).splitlines()[0]}") from error
+
+
+def _refuse_unknown_arguments(group: str, node: DictConfig) -> None:
+    known = list(inspect.signature(get_object(node["_target_"])).parameters)
+    for key in map(str, node):
+        if key not in known and not (key.startswith("_") and key.endswith("_")):  # those are Hydra's
+            raise unknown_key(f"{group}.{key}", known)
+
+
+def refuse_unknown_keys(cfg: DictConfig, prefix: str = "") -> None:
+    """Raise the usual error for a key that a schema lacks, since Hydra takes every one that `+` adds.
+
+    What has no schema is the node of an object, which `build` holds against the object's arguments.
+    """
+    schema: Any = OmegaConf.get_type(cfg)
+    known = [field.name for field in fields(schema)]
+    for key in map(str, cfg):
+        if key not in known:
+            raise unknown_key(prefix + key, known)
+        if is_dataclass(OmegaConf.get_type(cfg, key)):
+            refuse_unknown_keys(cfg[key], f"{prefix}{key}.")
+
+
+def node(spec: Mapping[str, Any]) -> DictConfig:
+    """A config node from plain values, as `run.json` holds them."""
+    return OmegaConf.create(dict(spec))
+
+
+def require(key: str, value: Any, ok: bool, allowed: str) -> None:
+    """Raise the usual error unless a value is allowed."""
+    if not ok:
+        raise bad_value(key, value, allowed)
+
+
+def non_defaults(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
+    """The keys that differ from their defaults under the same group choices, with their values.
+
+    Args:
+        cfg: the job's config.
+        known: dotted keys (or whole nodes) that have columns of their own.
+    """
+    hydra_cfg = HydraConfig.get()
+    choices = hydra_cfg.runtime.choices
+    # an option of `engine` is no choice of its own, but settings
+    chosen = {str(group): choices.get(str(group)) for group in cfg if group != "engine"}
+    overrides = [f"{group}={option}" for group, option in chosen.items() if option and "[" not in option]
+    sources = tuple(source.path for source in hydra_cfg.runtime.config_sources)
+    before, after = _flat(_defaults(str(hydra_cfg.job.config_name), tuple(overrides), sources)), _flat(cfg)
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    hidden = tuple(f"{key}." for key in known)
+    return {k: v for k, v in sorted(changed.items()) if k not in known and not k.startswith(hidden)}
+
+
+@lru_cache(maxsize=8)
+def _defaults(command: str, overrides: tuple[str, ...], sources: tuple[str, ...]) -> DictConfig:
+    """The same config again for the jobs of a sweep: composing takes as long as a small run. Not to be changed."""
+    return compose(command, overrides)
+
+
+def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The config of a command under some overrides, open to changes."""
+    loader = GlobalHydra.instance().config_loader()
+    cfg = loader.load_configuration(command, list(overrides), run_mode=RunMode.RUN)
+    OmegaConf.set_struct(cfg, False)
+    return cfg
+
+
+def given_keys() -> list[str]:
+    """The groups and keys that the command line says something about."""
+    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+
+
+def is_given(group: str) -> bool:
+    """Whether the command line chooses an option of a group."""
+    return group in given_keys()
+
+
+def is_default(group: str, cfg: DictConfig) -> bool:
+    """Whether nobody chose the options of a group of several: neither the command line nor an experiment."""
+    if is_given(group):
+        return False
+    own = _defaults_list(str(HydraConfig.get().job.config_name))
+    return any(set(entry.get(group, ())) == set(cfg[group]) for entry in own)
+
+
+def _flat(cfg: DictConfig) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                walk(f"{prefix}{key}.", value)
+        else:
+            flat[prefix.removesuffix(".")] = node
+
+    container = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(container, dict)
+    container.pop("hydra", None)
+    walk("", container)
+    resolved = {key: OmegaConf.select(cfg, key) for key in flat}
+    return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in resolved.items()}

@@ -1,0 +1,143 @@
+"""How answer tokens are chosen: the most probable one, or drawn; whatever sampler makes the latents differ.
+
+One random number an answer token, keyed by (seed, question, rollout, step), is looked up in the cumulative distribution
+over token ids. So a draw depends on no other row, and where rounding moves two nearly equal logits past each other it
+stays what it was. (A Gumbel draw would take a number for every entry of the vocabulary.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from latent_tts.errors import bad_value, is_number
+from latent_tts.sampler import Sampler
+from latent_tts.types import Forward, Phase, Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latent_tts.random.draw import Draw
+
+
+@dataclass(frozen=True)
+class AnswerSampling:
+    """The keys `answer.temperature` and `answer.top_p`.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the most probable token.
+        top_p: only the most probable tokens that together reach this share are drawn from, in (0, 1].
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.temperature) and self.temperature >= 0):
+            raise bad_value("answer.temperature", self.temperature, "a finite number, 0 (no sampling) or more")
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise bad_value("answer.top_p", self.top_p, "a number in (0, 1]")
+        if self.top_p < 1 and not self.random:
+            raise bad_value(
+                "answer.top_p", self.top_p, "1 with answer.temperature=0, which takes the most probable token anyway"
+            )
+
+    @property
+    def random(self) -> bool:
+        """Whether answers are drawn."""
+        return self.temperature > 0
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What keys of caches hold; empty where nothing is drawn."""
+        return {"temperature": float(self.temperature), "top_p": float(self.top_p)} if self.random else {}
+
+    def over(self, sampler: Sampler) -> Sampler:
+        """A sampler of the same latents whose answer tokens are chosen so."""
+        return SampledAnswers(sampler, self) if self.random else sampler
+
+
+@dataclass(frozen=True)
+class SampledAnswers(Sampler):
+    """A sampler whose answer tokens are drawn.
+
+    Attributes:
+        latents: makes the latents, and masks forward passes.
+        sampling: how tokens are drawn.
+    """
+
+    latents: Sampler
+    sampling: AnswerSampling
+
+    name: ClassVar[str] = "sampled answers"
+
+    @property
+    def random_phases(self) -> frozenset[Phase]:
+        """Those of the sampler of latents."""
+        return self.latents.random_phases
+
+    @property
+    def random_latents(self) -> bool:
+        """As the sampler of latents says."""
+        return self.latents.random_latents
+
+    @property
+    def random_answers(self) -> bool:
+        """Answers from the same thoughts differ."""
+        return True
+
+    @property
+    def needs_donor(self) -> bool:
+        """As the sampler of latents does."""
+        return self.latents.needs_donor
+
+    @property
+    def needs_spread(self) -> bool:
+        """As the sampler of latents does."""
+        return self.latents.needs_spread
+
+    def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
+        """The latent that the sampler of latents makes."""
+        return self.latents.latent(h_RD, draw, step)
+
+    def factors(self, site: Site, layer: int, draw: Draw, forward: Forward) -> Tensor | None:
+        """The factors of the sampler of latents."""
+        return self.latents.factors(site, layer, draw, forward)
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """It draws them."""
+        return True
+
+    def token(self, logits_RV: Tensor, draw: Draw, step: int) -> Tensor:
+        """Ids (R) drawn from softmax(logits / temperature), cut to its nucleus.
+
+        Args:
+            logits_RV: of the model, float32.
+            draw: random numbers of the same R rows.
+            step: T plus the number of answer tokens so far.
+        """
+        import torch
+
+        assert len(logits_RV) == len(draw.rollouts_R), "random numbers of other rows"
+        weight_RV = ((logits_RV - logits_RV.amax(-1, keepdim=True)) / self.sampling.temperature).exp()
+        if self.sampling.top_p < 1:
+            weight_RV = weight_RV * in_nucleus(weight_RV, self.sampling.top_p)
+        cumulative_RV = weight_RV.double().cumsum(-1)
+        wanted_R1 = (draw.uniform(step) * cumulative_RV[:, -1])[:, None]
+        return torch.searchsorted(cumulative_RV, wanted_R1, right=True)[:, 0]
+
+
+def in_nucleus(weight_RV: Tensor, top_p: float) -> Tensor:
+    """Whether each token is in the smallest set of the heaviest ones that reaches the share `top_p` (R, V).
+
+    It has at least one member; of equally heavy ones the lower ids come first.
+
+    Source: Holtzman et al. 2020 (arXiv 1904.09751), section 3.1.
+    """
+    order_RV = weight_RV.argsort(dim=-1, descending=True, stable=True)
+    sorted_RV = weight_RV.gather(-1, order_RV).double()
+    before_RV = sorted_RV.cumsum(-1) - sorted_RV
+    kept_RV = before_RV < top_p * sorted_RV.sum(-1, keepdim=True)
+    kept_RV[:, 0] = True
+    return kept_RV.scatter(-1, order_RV, kept_RV)

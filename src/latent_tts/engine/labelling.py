@@ -1,0 +1,187 @@
+"""Step-wise labels: how often completions from each prefix of a rollout's thoughts reach the right answer.
+
+For a prefix h_1..h_t the label y_t is the share of M stochastic completions that are right. A completion forks the
+rollout's own keys and values, so neither prompt nor prefix is computed again, and its random numbers are keyed by
+(rollout, t, m). Where nothing random is left after h_t, all M are the rollout itself, and its own answer is the label.
+
+Source: You et al. (arXiv 2510.07745), section 4; src/annotate_data.py of ModalityDance/LatentTTS at 6657f20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latent_tts.engine.rollout import Engine, Thinking
+from latent_tts.engine.sites import MaskedSites
+from latent_tts.random.draw import Draw
+from latent_tts.random.philox import key_of
+from latent_tts.results.annotated import Annotated, Dropped, written_ids
+from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.results.store import written_in_parts
+from latent_tts.sampler import Sampler
+from latent_tts.types import Bools
+
+MOST_COMPLETIONS = 1 << 16  # rollout number and completion number share a 32-bit counter word
+
+
+@dataclass(frozen=True)
+class LabelJob:
+    """A question to label.
+
+    Attributes:
+        question_id: keys its random numbers.
+        index: its place among the questions of the run.
+        prompt: token ids.
+        is_right: whether answer ids are a right answer.
+    """
+
+    question_id: str
+    index: int
+    prompt: list[int]
+    is_right: Callable[[list[int]], bool]
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What is drawn for a question.
+
+    Attributes:
+        rollouts: n, rollouts of a question.
+        completions: M, completions of each prefix.
+        keep_all: label every question, not only those with right and wrong rollouts.
+        seed: of every random number.
+        rows: most rows of a batch.
+        latent_id: placeholder of a latent in the written form.
+    """
+
+    rollouts: int
+    completions: int
+    keep_all: bool
+    seed: int
+    rows: int
+    latent_id: int
+
+
+def label(
+    folder: AnnotationFolder,
+    jobs: Sequence[LabelJob],
+    engine: Engine,
+    sampler: Sampler,
+    labelling: Labelling,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Label questions into a folder, a shard every two seconds and at the end, however it ends.
+
+    Args:
+        folder: where labels go.
+        jobs: what to label.
+        engine: the loaded reasoner.
+        sampler: what makes rollouts and completions differ.
+        labelling: how many, and how they are keyed.
+        progress: called with the numbers of questions and of rollouts (completions included) of a finished batch.
+    """
+    a_batch = max(1, labelling.rows // labelling.rollouts)
+    by_length = sorted(jobs, key=lambda job: (-len(job.prompt), job.index))
+    with written_in_parts(folder.add) as take:
+        for start in range(0, len(by_length), a_batch):
+            batch = by_length[start : start + a_batch]
+            entries, rollouts = label_batch(batch, engine, sampler, labelling)
+            take(entries)
+            progress(len(batch), rollouts)
+
+
+@torch.inference_mode()
+def label_batch(
+    jobs: Sequence[LabelJob], engine: Engine, sampler: Sampler, labelling: Labelling
+) -> tuple[list[Annotated | Dropped], int]:
+    """Rollouts and labels of some questions, and how many rollouts (completions included) that took."""
+    n, device = labelling.rollouts, engine.device
+    ids = [job.question_id for job in jobs]
+    numbers_QN = torch.arange(n, device=device).expand(len(jobs), n)
+    draw = Draw.of(labelling.seed, ids, numbers_QN, engine.width, engine.blocks)
+    with MaskedSites(engine.lm, sampler) as sites:
+        thinking = Thinking.start(engine, [job.prompt for job in jobs], draw, sites).think()
+        rollouts = thinking.answer()
+        corrects_QN = _are_right(jobs, np.arange(len(jobs)).repeat(n), rollouts.answer_ids).reshape(-1, n)
+        mixed_Q = corrects_QN.any(1) & ~corrects_QN.all(1)
+        kept = np.flatnonzero(mixed_Q | labelling.keep_all)
+        steps_R = rollouts.steps_R.numpy()
+        labels_RT = np.full((len(steps_R), engine.plan.latents), np.nan, dtype=np.float32)
+        done = len(steps_R)
+        for step in range(1, engine.plan.latents + 1):
+            rows = (kept[:, None] * n + np.arange(n)).flatten()
+            rows = rows[steps_R[rows] >= step]
+            settled = (steps_R[rows] == step) & (not _random_after_the_last(sampler, engine))
+            labels_RT[rows[settled], step - 1] = corrects_QN.flatten()[rows[settled]]
+            rows = rows[~settled]
+            labels_RT[rows, step - 1] = _completed(jobs, thinking, rows, step, labelling)
+            done += len(rows) * labelling.completions
+    latents_QNTD = rollouts.latents_RTD.numpy().reshape(len(jobs), n, engine.plan.latents, engine.width)
+    labels_QNT, steps_QN = labels_RT.reshape(len(jobs), n, -1), steps_R.reshape(-1, n)
+    end_ids, eos_id = engine.plan.thinking_end_ids, engine.plan.eos_id
+    assert eos_id is not None, "labels are of finished answers"
+    entries: list[Annotated | Dropped] = []
+    for place, job in enumerate(jobs):
+        if place not in kept:
+            reason = "all_correct" if corrects_QN[place, 0] else "all_wrong"
+            entries.append(Dropped(job.question_id, job.index, reason, n))
+            continue
+        steps = steps_QN[place].tolist()
+        written = written_ids(job.prompt, steps, labelling.latent_id, end_ids, eos_id)
+        entries.append(
+            Annotated(job.question_id, job.index, written, latents_QNTD[place], labels_QNT[place], corrects_QN[place])
+        )
+    return entries, done
+
+
+def completions_of(sampler: Sampler, engine: Engine, labelling: Labelling) -> int:
+    """Completions that a kept question takes: n for each prefix that something random follows, at most."""
+    prefixes = engine.plan.latents - (not _random_after_the_last(sampler, engine))
+    return labelling.rollouts * prefixes * labelling.completions
+
+
+def _random_after_the_last(sampler: Sampler, engine: Engine) -> bool:
+    """Whether anything random follows a rollout's last latent."""
+    return sampler.random_answers or (engine.plan.stop_id is not None and "thoughts" in sampler.random_phases)
+
+
+def _completed(
+    jobs: Sequence[LabelJob], thinking: Thinking, rows: np.ndarray, step: int, labelling: Labelling
+) -> np.ndarray:
+    """Share of right completions of `rows`, each from its first `step` latents."""
+    count, device, n = labelling.completions, thinking.latents_RTD.device, labelling.rollouts
+    keys = torch.tensor([key_of(labelling.seed, f"{job.question_id} from {step}") for job in jobs], device=device)
+    shares = np.empty(len(rows), dtype=np.float32)
+    for part in _parts(rows, max(1, labelling.rows // count), n):
+        here: Tensor = torch.from_numpy(rows[part]).to(device).repeat_interleave(count)
+        completion = torch.arange(count, device=device).repeat(len(rows[part]))
+        numbers, engine = here % n * MOST_COMPLETIONS + completion, thinking.engine
+        draw = Draw(keys[here // n], numbers, engine.width, engine.blocks)
+        ended = thinking.fork(here, draw, step).think().answer()
+        right = _are_right(jobs, (here // n).cpu().numpy(), ended.answer_ids)
+        shares[part] = right.reshape(-1, count).mean(1)
+    return shares
+
+
+def _parts(rows: np.ndarray, most: int, n: int) -> Iterator[slice]:
+    """Slices of at most `most` rows, whole questions where they fit."""
+    size = most // n * n or most
+    for start in range(0, len(rows), size):
+        yield slice(start, start + size)
+
+
+def _are_right(jobs: Sequence[LabelJob], owners: np.ndarray, answers: Sequence[list[int]]) -> Bools:
+    """Which answers are right; many rows have the same one, so each is read once a question."""
+    seen: dict[tuple[int, tuple[int, ...]], bool] = {}
+    right = np.empty(len(answers), dtype=np.bool_)
+    for row, (owner, ids) in enumerate(zip(owners.tolist(), answers, strict=True)):
+        key = (owner, tuple(ids))
+        if key not in seen:
+            seen[key] = jobs[owner].is_right(ids)
+        right[row] = seen[key]
+    return right

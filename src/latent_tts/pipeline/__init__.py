@@ -1,0 +1,1 @@
+"""From a specification to a run folder: spec, keys, rollouts, tables."""

@@ -1,0 +1,76 @@
+"""Joined tables of runs, and their means over seeds: how far a figure moves from one seed to another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from latent_tts.pipeline.completed import Finished
+from latent_tts.results import statistics as stats
+from latent_tts.results import store
+
+OF_QUESTIONS = ("accuracy", "coverage", "invalid_rate")  # the metrics that a rollouts table has for each question
+
+
+def write_joined(path: Path, folders: Sequence[Path]) -> tuple[pd.DataFrame, list[Path], Path | None]:
+    """Join the complete runs among some folders into a table; with several seeds write their means beside it.
+
+    Args:
+        path: of the table; the means are `<its stem>_over_seeds.csv`.
+        folders: of runs.
+
+    Returns:
+        The table, the folders left out, and where the means are; nothing is written if no run is complete.
+
+    Raises:
+        UsageError: a run folder is damaged.
+    """
+    joined, left_out = store.join_metrics(list(folders))
+    if joined.empty:
+        return joined, left_out, None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store.write_metrics(path, joined)
+    means = path.with_name(f"{path.stem}_over_seeds.csv")
+    if joined.groupby(store.CURVE_COLUMNS, dropna=False)["seed"].nunique().max() == 1:
+        means.unlink(missing_ok=True)
+        return joined, left_out, None
+    store.write_metrics(means, over_seeds([Finished.read(folder) for folder in folders if folder not in left_out]))
+    return joined, left_out, means
+
+
+def over_seeds(runs: Sequence[Finished]) -> pd.DataFrame:
+    """One row for all runs that differ in the seed alone, at each n, metric and aggregator.
+
+    Returns:
+        A metrics table with two more columns. `value` is the mean over seeds, `seed_sd` their sample standard deviation
+        (NaN for one), `seed` names them and `seeds` is their number. The interval is a bootstrap over questions, each
+        with all its seeds; NaN where a rollouts table does not have the figure of each question, as with diversity.
+    """
+    rows = pd.concat([run.metrics.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
+    means = []
+    for _, same in rows.groupby([*store.CURVE_COLUMNS, "aggregator", "n", "drawn", "metric"], sort=False, dropna=False):
+        same = same.drop_duplicates("seed")
+        row = same.iloc[0].to_dict() | {"seeds": len(same), "seed_sd": same["value"].std()}
+        if len(same) > 1:
+            members = [runs[place] for place in same["run"]]
+            low, high = _interval(members, row["metric"], row["aggregator"], int(row["n"]))
+            row |= {"value": same["value"].mean(), "ci_low": low, "ci_high": high, "seed": ",".join(same["seed"])}
+            row["run_id"] = store.settings_digest({"runs": sorted(same["run_id"])})[: len(row["run_id"])]
+        means.append(row)
+    return pd.DataFrame(means, columns=[*store.METRIC_COLUMNS, *store.SEED_COLUMNS])
+
+
+def _interval(runs: Sequence[Finished], metric: str, aggregator: str, n: int) -> tuple[float, float]:
+    if metric not in OF_QUESTIONS or not all(run.all_decoded for run in runs):
+        return np.nan, np.nan
+    seeds = pd.concat([run.per_question(aggregator or metric, n) for run in runs], axis=1)
+    return stats.interval(seeds.mean(axis=1).to_numpy(), _weights(len(seeds)))
+
+
+@cache
+def _weights(questions: int) -> stats.Floats:
+    return stats.bootstrap_weights(questions)

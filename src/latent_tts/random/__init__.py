@@ -1,0 +1,1 @@
+"""Counter-based randomness: Philox, and the draws made of it."""

@@ -1,0 +1,140 @@
+"""Philox words of many rows as torch tensors, and dropout decisions made of them.
+
+The same integers whatever computes them. On a GPU one kernel does, where Triton is usable; dropout's decisions on a CPU
+come from machine code, where numba is installed; all else is done by operators.
+"""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latent_tts.random import cpu
+from latent_tts.random.philox import philox
+
+log = logging.getLogger(__name__)
+BLOCKS_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 22}  # on a CPU work arrays of 128 KiB, which stay in a core's cache
+
+
+def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
+    """Words 0 to 3 (R, 4, B), in [0, 2**32) as int64, of the blocks 0 to B-1 of each row.
+
+    Args:
+        keys_R2: Philox keys (int64).
+        rollouts_R: the rows' rollout numbers (int64).
+        blocks: B.
+        place: the counter's word that says where in a rollout.
+        stream: the counter's word of the use.
+    """
+    if has_kernels(rollouts_R.device):
+        from latent_tts.random import triton_kernels as philox_triton
+
+        return philox_triton.words(keys_R2, rollouts_R, blocks, place, stream)
+    return words_by_operators(keys_R2, rollouts_R, blocks, place, stream)
+
+
+def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor) -> None:
+    """Make keep decisions.
+
+    Args:
+        keys_R2: Philox keys (int64).
+        rollouts_R: the rows' rollout numbers (int64).
+        places_P: counter words of the masked places (int64).
+        stream: the counter's word of the use.
+        threshold: how many of the 65536 patterns of a decision's 16 bits drop, in [0, 65536).
+        kept: (R, P, S, 2, 4B), bool, contiguous: gets the decisions out of the words 0 and 1, then 2 and 3, of the B
+            blocks of each of S tokens.
+    """
+    rows, places, tokens, _, per_token = kept.shape
+    if kept.device.type == "cpu" and cpu.has_compiler():
+        from latent_tts.random.numba_kernel import decide
+
+        sizes = places, tokens, per_token // 4, stream, threshold
+        cpu.run(decide, rows, *sizes, keys_R2.contiguous(), rollouts_R.contiguous(), places_P, kept)
+    elif has_kernels(kept.device):
+        from latent_tts.random import triton_kernels as philox_triton
+
+        philox_triton.decide(keys_R2, rollouts_R, places_P, stream, threshold, kept)
+    else:
+        decide_by_operators(keys_R2, rollouts_R, places_P, stream, threshold, kept)
+
+
+def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
+    """`words` by torch's operators."""
+    counter = torch.arange(blocks, device=rollouts_R.device), place, rollouts_R[:, None], stream
+    return torch.stack(philox(counter, (keys_R2[:, :1], keys_R2[:, 1:])), dim=1)
+
+
+def decide_by_operators(
+    keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor
+) -> None:
+    """`decide` by torch's operators, on a CPU by NumPy's.
+
+    These have a faster product and less overhead, over pieces that stay in a core's cache; each of torch's threads
+    takes a share of the pieces.
+    """
+    rows, places, tokens, _, per_token = kept.shape
+    on_cpu, blocks = kept.device.type == "cpu", tokens * per_token // 4
+    inputs = torch.arange(blocks, device=kept.device), places_P[None, :, None], rollouts_R[:, None, None]
+    element, place, rollout, keys, out = ((x.numpy() if on_cpu else x) for x in (*inputs, keys_R2, kept))
+    word16: Any = np.int16 if on_cpu else torch.int16
+
+    def fill(piece: slice) -> None:
+        key = keys[piece, 0, None, None], keys[piece, 1, None, None]
+        if on_cpu and all((word == word[0]).all() for word in key):  # plain integers are faster than arrays
+            key = int(key[0][0, 0, 0]), int(key[1][0, 0, 0])
+        found = philox((element, place, rollout[piece], stream), key)
+        for half in range(2):
+            pair, upper = found[2 * half : 2 * half + 2]
+            pair |= upper << 32
+            out[piece, :, :, half] = pair.view(word16).reshape(out[piece, :, :, half].shape) >= threshold - 32768
+
+    count = max(1, BLOCKS_AT_ONCE["cpu" if on_cpu else "cuda"] // (places * blocks))
+    pieces = [slice(start, start + count) for start in range(0, rows, count)]
+    if on_cpu and len(pieces) > 1 and torch.get_num_threads() > 1:
+        list(_workers(torch.get_num_threads()).map(fill, pieces))
+    else:
+        for piece in pieces:
+            fill(piece)
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels of Triton draw on a device: a GPU, where they compile and give what operators give."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    try:
+        from latent_tts.random import triton_kernels as philox_triton
+
+        if agree(philox_triton, device):
+            return True
+        why = "their numbers are not those of torch's operators"
+    except Exception as error:  # whatever a compiler, a driver or a missing C compiler raises
+        why = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    log.warning("Triton draws no random numbers on %s, torch's operators draw the same more slowly: %s", device, why)
+    return False
+
+
+def agree(kernels: Any, device: torch.device) -> bool:
+    """Whether kernels give what operators give, over a few rows of large and small words."""
+    keys_R2 = torch.tensor([[0, 0], [2**32 - 1, 1], [7, 2**31]], device=device)
+    rollouts_R = torch.tensor([0, 2**32 - 1, 5], device=device)
+    places_P = torch.tensor([0, 3 << 16 | 5, 2**32 - 1], device=device)
+    numbers = keys_R2, rollouts_R, 300, 2**31 + 1, 2
+    made = [torch.zeros(3, 3, 5, 2, 4 * 77, dtype=torch.bool, device=device) for _ in range(2)]
+    for function, kept in zip((kernels.decide, decide_by_operators), made, strict=True):
+        function(keys_R2, rollouts_R, places_P, 1, 20_000, kept)
+    return torch.equal(*made) and torch.equal(kernels.words(*numbers), words_by_operators(*numbers))
+
+
+@cache
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """Threads that draw; NumPy frees the interpreter's lock while it computes."""
+    return ThreadPoolExecutor(threads)

@@ -1,0 +1,333 @@
+"""The annotation folder: rollouts of training questions with step-wise labels, what `train-rm` learns from.
+
+Shards are in the layout of the official annotation, so either project reads the other's:
+
+    {k}_on0.safetensors    {index}.input_ids (N, L) int64      prompt, latent ids, end-of-thinking ids
+                           {index}.latent_embeds (N, T, D)     the vectors that were fed back; float32
+                           {index}.estimations (N, T) float32  labels in [0, 1], -100 where a rollout has no such step
+                           {index}.corrects (N) bool           whether the rollout's own answer is right
+                           a question without a mixed outcome leaves only {index}.input_ids, a scalar 0
+
+Beside each shard lies `{k}_on0.parquet`, its part of the index, with the gold answers that the labels depend on. It is
+written after the shard: a shard without one is not there. `annotations.json` holds the settings that made the folder;
+`index.parquet` joins the parts, without the gold answers, at the end.
+`train-rm` reads of them `reasoner` (digest), `reasoner_name`, `sampler`, `latent_id`; every shard has to fit `width`.
+
+Source: src/annotate_data.py and src/dataset.py of ModalityDance/LatentTTS at 6657f20.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from latent_tts.errors import UsageError, bad_value
+from latent_tts.results.annotated import Annotated, Dropped, Reason, wrong_shapes, wrong_values
+from latent_tts.results.store import settings_digest, whole_file
+
+FORMAT, READABLE = 2, (1, 2)  # parts of format 1 have no gold answers, so a writer does not go on with them
+SETTINGS, INDEX = "annotations.json", "index.parquet"
+MOST_OPEN = 64  # shards kept open
+NO_STEP = -100.0  # the label, on disk, of a step that a rollout does not have
+SHARD_NAME = re.compile(r"(\d+)_on(\d+)\.safetensors")
+INDEX_SCHEMA = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("index", pa.int64()),
+        ("shard", pa.string()),
+        ("rollouts", pa.int32()),
+        ("kept", pa.bool_()),
+        ("reason", pa.string()),  # why it was dropped, null where it was kept
+        ("share_correct", pa.float64()),
+    ]
+)
+PART_SCHEMA = INDEX_SCHEMA.append(pa.field("answer", pa.string()))
+
+
+class AnnotationFolder:
+    """A folder of annotations, to write (one writer at a time) or to read.
+
+    Attributes:
+        path: the folder.
+        settings: what made it, `format` included; empty for a folder of official shards.
+        complete, rows: whether `finish` was called; most rows of a batch of the last run, None if not known.
+        official: there is no `annotations.json`: question ids are the indices as text.
+        width: of every latent, from the settings; a reader of official shards may set it.
+    """
+
+    rows: int | None = None
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any] | None = None,
+        answers: Mapping[str, str] | None = None,
+        key: str = "annotations",
+    ) -> None:
+        """Open a folder.
+
+        Args:
+            path: the folder; made if it is to be written and not there.
+            settings: everything JSON-able that determines the annotations; None opens the folder to read.
+            answers: gold answer of each question that is to be there, by its id; to write.
+            key: the config key that errors name.
+
+        Raises:
+            UsageError: it was made with other settings or gold answers, is no annotation folder, or holds none.
+        """
+        self.path, self._key, self._answers = path, key, answers or {}
+        self._opened: dict[Path, tuple[Any, set[str]]] = {}
+        if path.exists() and not path.is_dir():
+            raise bad_value(key, path, "a folder is wanted, this is a file")
+        self.official = not (path / SETTINGS).is_file()
+        if settings is None:
+            if not path.is_dir():
+                raise bad_value(key, path, "no such folder; `ltts annotate` makes one")
+            record = {"settings": {}, "complete": True} if self.official else self._read_settings()
+            if not self._shards():
+                raise bad_value(key, path, "an empty folder: no shards of annotations (K_on0.safetensors)")
+            self.settings, self.complete = record["settings"], bool(record["complete"])
+            self.width: int | None = self.settings.get("width")
+            return
+        self.settings, self.complete = json.loads(json.dumps({"format": FORMAT, **settings})), False
+        self.width = self.settings.get("width")
+        if self.official:
+            if self._shards():
+                raise bad_value(key, path, f"holds shards but no {SETTINGS}; choose another folder")
+            path.mkdir(parents=True, exist_ok=True)
+            self._write_settings({})
+            self.official = False
+        else:
+            record = self._read_settings()
+            self._refuse_other_settings(record["settings"])
+            self._refuse_other_answers()
+            self.complete, self.rows = bool(record["complete"]), record["rows"]
+        for shard in self._shards():  # stopped between a shard and its part of the index
+            if not shard.with_suffix(".parquet").is_file():
+                shard.unlink()
+
+    def present(self) -> set[str]:
+        """Ids of the questions that are done, kept or dropped."""
+        return set(self.index()["question_id"].to_pylist())
+
+    def add(self, entries: Sequence[Annotated | Dropped]) -> None:
+        """Write one shard and its part of the index.
+
+        Raises:
+            ValueError: arrays that do not fit each other or the folder's settings.
+        """
+        from safetensors.numpy import save_file
+
+        if not entries:
+            return
+        if self.complete:  # more questions than the run that finished it had
+            self.complete = False
+            self._write_settings({})
+        places = [int(match[1]) for shard in self._shards() if (match := SHARD_NAME.fullmatch(shard.name))]
+        shard = self.path / f"{max(places, default=-1) + 1}_on0.safetensors"
+        tensors, rows = {}, []
+        for entry in entries:
+            row: dict[str, Any] = {"question_id": entry.question_id, "index": entry.index, "shard": shard.name}
+            row["answer"] = self._answers.get(entry.question_id)
+            if isinstance(entry, Dropped):
+                if entry.reason not in get_args(Reason):
+                    raise ValueError(f"question {entry.question_id}: no such reason {entry.reason!r}")
+                tensors[f"{entry.index}.input_ids"] = np.array(0, dtype=np.int64)
+                share = float(entry.reason == "all_correct")
+                row |= {"rollouts": entry.rollouts, "kept": False, "reason": entry.reason, "share_correct": share}
+            else:
+                arrays = (entry.input_ids_NL, entry.latents_NTD, entry.labels_NT, entry.corrects_N)
+                if wrong := wrong_shapes([a.shape for a in arrays], self.width) or wrong_values(entry):
+                    raise ValueError(f"question {entry.question_id}: {wrong}")
+                tensors[f"{entry.index}.input_ids"] = _plain(entry.input_ids_NL, np.int64)
+                tensors[f"{entry.index}.latent_embeds"] = _plain(entry.latents_NTD, np.float32)
+                labels_NT = np.where(np.isnan(entry.labels_NT), NO_STEP, entry.labels_NT)
+                tensors[f"{entry.index}.estimations"] = _plain(labels_NT, np.float32)
+                tensors[f"{entry.index}.corrects"] = _plain(entry.corrects_N, np.bool_)
+                share = float(entry.corrects_N.mean())
+                row |= {"rollouts": len(entry.corrects_N), "kept": True, "reason": None, "share_correct": share}
+            rows.append(row)
+        with whole_file(shard) as partial:
+            save_file(tensors, partial, metadata={"settings": settings_digest(self.settings)})
+        with whole_file(shard.with_suffix(".parquet")) as partial:
+            pq.write_table(pa.Table.from_pylist(rows, schema=PART_SCHEMA), partial)
+
+    def finish(self) -> dict[str, int]:
+        """Join the index and mark the folder complete; returns how many questions were kept, and dropped by reason."""
+        counts = self.counts()
+        with whole_file(self.path / INDEX) as partial:
+            pq.write_table(self.index(), partial)
+        self.complete = True
+        self._write_settings(counts)
+        return counts
+
+    def counts(self) -> dict[str, int]:
+        """How many questions were `kept`, and how many dropped, by reason (`unknown` in official shards)."""
+        reasons = Counter(self.index()["reason"].to_pylist())
+        names = ["unknown"] if self.official else get_args(Reason)
+        return {"kept": reasons[None], **{name: reasons[name] for name in names}}
+
+    def index(self) -> pa.Table:
+        """The index (columns of `INDEX_SCHEMA`) by ascending index, one row a question; the last shard wins.
+
+        Raises:
+            UsageError: a part cannot be read, or names a shard that is not there.
+        """
+        by_id: dict[str, dict[str, Any]] = {}
+        for row in self._official_rows() if self.official else self._part_rows():
+            by_id[row["question_id"]] = row
+        return pa.Table.from_pylist(sorted(by_id.values(), key=lambda row: row["index"]), schema=INDEX_SCHEMA)
+
+    def read(self) -> Iterator[Annotated]:
+        """The kept questions by ascending index; raises what `entry` raises."""
+        for row in self.index().to_pylist():
+            if row["kept"]:
+                yield self.entry(row)
+
+    def entry(self, row: Mapping[str, Any]) -> Annotated:
+        """One kept question by its row of the index.
+
+        Raises:
+            UsageError: its shard is cut off, of another run, or holds tensors that do not fit.
+        """
+        shard, index, names = self._fitting(row)
+        try:
+            ids, latents, labels, corrects = (shard.get_tensor(name) for name in names)
+        except Exception as error:  # the Rust side raises its own kinds, TypeError for bfloat16 among them
+            raise bad_value(self._key, self.path / row["shard"], f"cannot be read as numpy arrays ({error})") from error
+        if ids.ndim < 2 or (ids.ndim == 2 and len(ids) == 1):  # the official layout also allows one row for all
+            ids = np.tile(ids.reshape(1, -1), (len(latents), 1))
+        labels = np.where(labels == NO_STEP, np.nan, labels)
+        latents, labels = latents.astype(np.float32), labels.astype(np.float32)
+        entry = Annotated(row["question_id"], index, ids.astype(np.int64), latents, labels, corrects.astype(np.bool_))
+        if wrong := wrong_values(entry):
+            raise self._misfit(row, wrong)
+        return entry
+
+    def check(self) -> None:
+        """Hold every kept question's tensors against the settings by their shapes, without reading them.
+
+        Raises:
+            UsageError: as `entry`.
+        """
+        for row in self.index().to_pylist():
+            if row["kept"]:
+                self._fitting(row)
+
+    def _fitting(self, row: Mapping[str, Any]) -> tuple[Any, int, list[str]]:
+        """The opened shard of a row, its index there, and the names of its tensors, whose shapes fit."""
+        path, index = self.path / row["shard"], row["index"]
+        if path not in self._opened:
+            if len(self._opened) >= MOST_OPEN:
+                self._opened.pop(next(iter(self._opened)))
+            opened = self._open(path)
+            self._opened[path] = opened, set(opened.keys())
+        opened, known = self._opened[path]
+        names = [f"{index}.{part}" for part in ("input_ids", "latent_embeds", "estimations", "corrects")]
+        if missing := [name for name in names if name not in known]:
+            raise self._misfit(row, f"lacks the tensor {missing[0]}")
+        ids, latents, labels, corrects = (tuple(opened.get_slice(name).get_shape()) for name in names)
+        if self.official and len(latents) == 3 and (len(ids) == 1 or ids[:1] == (1,)):
+            ids = (latents[0], ids[-1])
+        if wrong := wrong_shapes([ids, latents, labels, corrects], self.width):
+            raise self._misfit(row, wrong)
+        return opened, index, names
+
+    def _misfit(self, row: Mapping[str, Any], wrong: str) -> UsageError:
+        return bad_value(self._key, self.path / row["shard"], f"question {row['question_id']}: {wrong}")
+
+    def _part_rows(self, schema: pa.Schema = INDEX_SCHEMA) -> Iterator[dict[str, Any]]:
+        for shard in sorted(self.path.glob("*_on*.parquet"), key=_place):
+            try:
+                rows = pq.read_table(shard, schema=schema).to_pylist()
+            except (OSError, pa.ArrowException) as error:
+                raise bad_value(self._key, shard, f"cannot be read ({str(error).splitlines()[0]})") from error
+            for row in rows:
+                if not (self.path / row["shard"]).is_file():
+                    raise bad_value(self._key, self.path, f"the index names {row['shard']}, which is not there")
+                yield row
+
+    def _official_rows(self) -> Iterator[dict[str, Any]]:
+        for shard in self._shards():
+            opened = self._open(shard)
+            names = set(opened.keys())
+            for name in sorted(names):
+                index, _, part = name.rpartition(".")
+                if part != "input_ids" or not index.isdigit():
+                    continue
+                row = {"question_id": index, "index": int(index), "shard": shard.name, "kept": False}
+                row |= {"rollouts": 0, "reason": "unknown", "share_correct": None}
+                if f"{index}.estimations" in names and f"{index}.corrects" in names:
+                    corrects = opened.get_tensor(f"{index}.corrects")
+                    row |= {"rollouts": corrects.size, "kept": True, "reason": None}
+                    row["share_correct"] = float(corrects.mean())
+                yield row
+
+    def _open(self, shard: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            opened = safe_open(shard, framework="np")
+            opened.__enter__()
+        except (SafetensorError, OSError) as error:
+            raise bad_value(self._key, shard, f"cut off, or not safetensors ({error})") from error
+        made_by = (opened.metadata() or {}).get("settings")
+        if not self.official and made_by != settings_digest(self.settings):
+            raise bad_value(self._key, shard, f"a shard of another run: its settings are not those of {SETTINGS}")
+        return opened
+
+    def _shards(self) -> list[Path]:
+        found = self.path.glob("*.safetensors") if self.path.is_dir() else []
+        return sorted((path for path in found if SHARD_NAME.fullmatch(path.name)), key=_place)
+
+    def _read_settings(self) -> dict[str, Any]:
+        path = self.path / SETTINGS
+        try:
+            record = json.loads(path.read_text())
+            if not isinstance(record["settings"], dict):
+                raise ValueError("settings is not an object")
+        except (ValueError, KeyError, TypeError) as error:
+            raise bad_value(self._key, path, f"is not the record of annotations ({error})") from error
+        if (found := record["settings"].get("format")) not in READABLE:
+            raise bad_value(self._key, path, f"format {found}, this version reads {' and '.join(map(str, READABLE))}")
+        return {"complete": False, "rows": None, **record}
+
+    def _write_settings(self, counts: Mapping[str, int]) -> None:
+        record = {"settings": self.settings, "complete": self.complete, "rows": self.rows, "counts": counts}
+        with whole_file(self.path / SETTINGS) as partial:
+            partial.write_text(json.dumps(record, indent=1) + "\n")
+
+    def _refuse_other_settings(self, found: Mapping[str, Any]) -> None:
+        for name in [*self.settings, *found]:
+            ours, theirs = self.settings.get(name), found.get(name)
+            if ours != theirs:
+                raise UsageError(
+                    f"{self._key}={self.path}: was made with other settings; choose another folder or remove it\n"
+                    f"{name}: {json.dumps(theirs)} there, {json.dumps(ours)} now"
+                )
+
+    def _refuse_other_answers(self) -> None:
+        for row in self._part_rows(PART_SCHEMA):
+            ours, theirs = self._answers.get(row["question_id"]), row["answer"]
+            if ours is not None and ours != theirs:
+                raise UsageError(
+                    f"{self._key}={self.path}: question {row['question_id']} was labelled by another gold answer; "
+                    f"choose another folder or remove it\nanswer: {json.dumps(theirs)} there, {json.dumps(ours)} now"
+                )
+
+
+def _plain(array: np.ndarray, dtype: type) -> np.ndarray:
+    return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _place(path: Path) -> tuple[int, int, str]:
+    numbers = re.match(r"(\d+)_on(\d+)", path.name)
+    return (int(numbers[1]), int(numbers[2]), path.name) if numbers else (-1, -1, path.name)

@@ -1,0 +1,1 @@
+"""What an answer says: decimals, words, LaTeX."""

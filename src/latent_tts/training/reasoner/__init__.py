@@ -1,0 +1,1 @@
+"""Reasoners: curricula, the loop, an objective per family."""

@@ -1,0 +1,82 @@
+"""A fresh backbone with random weights: what `train-reasoner` starts from when it is given no checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from latent_tts.errors import bad_value, check_positive, is_number
+from latent_tts.training.reasoner.vocabulary import END_OF_TEXT
+
+PERIODS = (2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 16.0, 25.0, 50.0, 100.0, 200.0, 400.0)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Shape of a GPT-2 trained from scratch.
+
+    Attributes:
+        layers, width, heads, positions: as in the GPT-2 config.
+        dropout: rate at the embedding and both residual branches while training.
+        number_scale: how much of a number's waves its initial embedding holds; 0 leaves it random.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    positions: int
+    dropout: float
+    number_scale: float
+
+    def __post_init__(self) -> None:
+        check_positive("backbone", self, whole=("layers", "width", "heads", "positions"))
+        if self.width % self.heads:
+            raise bad_value("backbone.heads", self.heads, f"a divisor of backbone.width={self.width}")
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise bad_value("backbone.dropout", self.dropout, "in [0, 1)")
+        if not (is_number(self.number_scale) and self.number_scale >= 0):
+            raise bad_value("backbone.number_scale", self.number_scale, "0 or more")
+
+    def create(self, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
+        """Write an initial checkpoint: config, tokenizer and random weights (float32)."""
+        eos = tokenizer.token_to_id(END_OF_TEXT)
+        torch.manual_seed(seed)
+        config = GPT2Config(
+            vocab_size=tokenizer.get_vocab_size(),
+            n_positions=self.positions,
+            n_embd=self.width,
+            n_layer=self.layers,
+            n_head=self.heads,
+            # the fused form of GPT-2's own gelu_new
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=self.dropout,
+            embd_pdrop=self.dropout,
+            attn_pdrop=0.0,
+            bos_token_id=eos,
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )
+        lm = GPT2LMHeadModel(config)
+        embeddings = lm.transformer.wte.weight.data
+        for token, index in tokenizer.get_vocab().items():
+            if token.isdigit():
+                embeddings[index] += self.number_scale * number_features(int(token), self.width)
+        lm.save_pretrained(folder)
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def number_features(number: int, width: int) -> torch.Tensor:
+    """Waves of a number (width,), mixed by a fixed random matrix to unit variance.
+
+    Networks that learn addition find such waves by themselves (Nanda et al. 2023, arXiv 2301.05217); starting from them
+    saves most of that search.
+    """
+    angles = 2 * math.pi * number / torch.tensor(PERIODS)
+    waves = torch.cat([angles.cos(), angles.sin()])
+    mix = torch.randn(len(waves), width, generator=torch.Generator().manual_seed(0)) / math.sqrt(len(PERIODS))
+    return waves @ mix

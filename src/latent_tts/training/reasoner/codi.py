@@ -1,0 +1,169 @@
+"""CODI's objective: the student's thoughts have to bring it to where the teacher's written steps bring the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latent_tts.checkpoint import loading
+from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.checkpoint.modules import codi_projector
+from latent_tts.errors import bad_value
+from latent_tts.model.codi import PROJECTOR
+from latent_tts.training.reasoner.batch import Sequences
+from latent_tts.training.reasoner.coconut import Batch, CoconutObjective, encode_batch, step_results_loss, written_loss
+from latent_tts.training.reasoner.curriculum import Stage, written_before_answer
+from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, trainable_lm
+from latent_tts.types import Question
+
+SOME_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What counts how much beside the student's cross-entropy, as in the recipe.
+
+    Attributes:
+        teacher, distill, step: weights of the teacher's cross-entropy, of the distance, of the latents' step results.
+        distill_loss: `smooth_l1` or `l1`.
+    """
+
+    teacher: float
+    distill: float
+    step: float
+    distill_loss: str
+
+
+def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool) -> None:
+    """Put a new projector into a checkpoint that has none.
+
+    Args:
+        folder: the checkpoint, changed in place.
+        hidden: width inside the projector; None: the backbone's, or twice that if `identity`.
+        seed: of its random weights.
+        identity: it shall change nothing but the size of single vectors, all made as large as hidden states are.
+
+    Raises:
+        UsageError: the projector is too narrow for the identity.
+    """
+    if has_tensors(folder, PROJECTOR):
+        return
+    lm = trainable_lm(folder).eval()
+    width = embedding_table(lm).shape[1]
+    inner = hidden or (2 * width if identity else width)
+    torch.manual_seed(seed)
+    projector = codi_projector(width, inner)
+    if identity:
+        if inner < 2 * width:
+            raise bad_value("recipe.projector_hidden", inner, f"{2 * width} or more for projector_init=identity")
+        with torch.no_grad():  # any tokens will do: a final norm makes hidden states about equally large
+            hidden_1SD = lm.base_model(torch.arange(SOME_TOKENS)[None]).last_hidden_state
+        set_identity(projector, width, float(hidden_1SD.std()))
+    add_tensors(folder, PROJECTOR, projector, projector=True, projector_hidden_size=inner)
+
+
+@torch.no_grad()
+def set_identity(projector: nn.Sequential, width: int, scale: float) -> None:
+    """Make both linear layers together the identity, by gelu(x) - gelu(-x) = x, and the output as large as `scale`."""
+    first, second, norm = projector[1], projector[3], projector[4]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    assert isinstance(norm, nn.LayerNorm)
+    both = torch.cat([torch.eye(width), -torch.eye(width)])
+    first.weight[: 2 * width], first.bias[: 2 * width] = both, 0.0
+    second.weight.zero_()
+    second.weight[:, : 2 * width], second.bias[:] = both.T, 0.0
+    norm.weight.fill_(scale)
+
+
+def alignment(student: list[Tensor], teacher: list[Tensor], loss: str) -> Tensor:
+    """Mean over layers of the distance between hidden states (Q, D), in units of the teacher's spread.
+
+    The teacher's are constants.
+
+    Args:
+        student: a layer's hidden states at the token before the answer, for each layer.
+        teacher: the same, after written steps.
+        loss: `smooth_l1` or `l1`.
+    """
+    distance = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss}[loss]
+    pairs = [(ours.float(), theirs.detach().float()) for ours, theirs in zip(student, teacher, strict=True)]
+    return torch.stack([distance(ours, theirs) / theirs.std() for ours, theirs in pairs]).mean()
+
+
+class CodiObjective(CoconutObjective):
+    """Student, teacher and their distance.
+
+    Attributes:
+        own: the projector.
+        weights: of the parts of the loss.
+    """
+
+    def __init__(self, adapter: CheckpointAdapter, weights: Weights, projector_dropout: float) -> None:
+        super().__init__(adapter, weights.step)
+        self.weights = weights
+        tensors = loading.load_tensors(adapter.folder, PROJECTOR)
+        projector = codi_projector(adapter.width, tensors["1.bias"].shape[0], projector_dropout)
+        projector.load_state_dict(tensors)
+        self.own = nn.ModuleDict({PROJECTOR.removesuffix("."): projector.float().train()})
+        self.next_latent = projector
+
+    def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
+        """The latents (Q, S, D) that are still to be fed, here the last one, and the hidden states (Q, T, D) of all.
+
+        Args:
+            rows: the prompts, fed; latents that are not left to be fed are fed to them.
+            hidden_Q1D: final hidden state of each prompt's last token, which makes the first latent.
+            latents: T.
+        """
+        thoughts = [hidden_Q1D]
+        for _ in range(latents - 1):
+            thoughts.append(rows.feed(self.next_latent(thoughts[-1])))
+        return self.next_latent(thoughts[-1]), torch.cat(thoughts, dim=1)
+
+    def loss(self, questions: list[Question], stage: Stage) -> Tensor:
+        """In the first stage the teacher's cross-entropy; then both's and the distance, each by its weight.
+
+        Teacher and student share the pass over the prompt.
+        """
+        if not stage.latents:
+            return super().loss(questions, stage)
+        weights, embed = self.weights, self.lm.get_input_embeddings()
+        written_stage = Stage(0, 0, 0)
+        student = encode_batch(self.adapter, questions, stage)
+        teacher = encode_batch(self.adapter, questions, written_stage)
+        rows = Sequences(self.lm)
+        hidden_Q1D = rows.feed(embed(student.prompt_QL), student.prompt_mask_QL)[:, -1:]
+        layers = rows.fork().feed_and_see(embed(teacher.written_QA[:, :-1]), teacher.written_mask_QA[:, :-1])
+        teacher_loss = self._written_loss(layers[-1], teacher)
+        before = self._before_answer(layers, questions, written_stage)
+        latents_QSD, thoughts_QTD = self.think(rows, hidden_Q1D, stage.latents)
+        pending = latents_QSD.shape[1]
+        embeddings = torch.cat([latents_QSD, embed(student.written_QA[:, :-1])], dim=1)
+        mask = F.pad(student.written_mask_QA[:, :-1], (pending, 0), value=1)
+        layers = [layer[:, pending:] for layer in rows.feed_and_see(embeddings, mask)]
+        loss = self._written_loss(layers[-1], student) + weights.teacher * teacher_loss
+        if weights.distill:
+            distance = alignment(self._before_answer(layers, questions, stage), before, weights.distill_loss)
+            loss = loss + weights.distill * distance
+        if weights.step:
+            head = self.lm.get_output_embeddings()
+            assert head is not None
+            loss = loss + weights.step * step_results_loss(head(thoughts_QTD), student)
+        return loss
+
+    def _written_loss(self, hidden_QAD: Tensor, batch: Batch) -> Tensor:
+        """The loss, from the hidden states of all written tokens but the last."""
+        head = self.lm.get_output_embeddings()
+        assert head is not None
+        return written_loss(head(hidden_QAD[:, batch.forced - 1 :]), batch)
+
+    def _before_answer(self, layers, questions: list[Question], stage: Stage) -> list[Tensor]:
+        """Each layer's hidden states (Q, D) at the token before the answer, from those of the written tokens."""
+        encode, end = self.adapter.tokenizer.encode, len(self.adapter.thinking_end_ids)
+        place_Q = torch.tensor([end + len(encode(written_before_answer(q.steps, stage)).ids) - 1 for q in questions])
+        return [layer[torch.arange(len(questions)), place_Q] for layer in layers]

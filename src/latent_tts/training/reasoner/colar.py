@@ -1,0 +1,181 @@
+"""CoLaR's objective: each latent is a compressed stretch of the written steps; from each, the next is predicted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from latent_tts.checkpoint import files, loading
+from latent_tts.checkpoint.modules import colar_head
+from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.model.colar import HEAD, Colar
+from latent_tts.random.draw import Draw
+from latent_tts.sampler.greedy import Greedy
+from latent_tts.training.reasoner.batch import Sequences, padded
+from latent_tts.training.reasoner.curriculum import Stage
+from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, trainable_lm
+from latent_tts.types import Question, Reasoner
+
+
+def add_head(folder: Path, hidden: int | None, seed: int, *, spread: bool) -> None:
+    """Put a random latent head into a checkpoint that has none, and the spread of its embeddings into its config.
+
+    Args:
+        folder: the checkpoint, changed in place.
+        hidden: width inside the head; None: twice the backbone's.
+        seed: of its weights.
+        spread: the head shall have a `log_std` too; it is added to one that has none, and is 0 at first.
+    """
+    if has_tensors(folder, f"{HEAD}log_std.") or (has_tensors(folder, HEAD) and not spread):
+        return
+    embeddings_VD = embedding_table(trainable_lm(folder))
+    width = embeddings_VD.shape[1]
+    torch.manual_seed(seed)
+    inner = hidden or 2 * width
+    if has_tensors(folder, HEAD):
+        inner = int(files.weight_shapes(folder)[f"{HEAD}fc.0.bias"][0])
+    else:
+        add_tensors(
+            folder,
+            HEAD,
+            colar_head(width, inner, spread=False),
+            latent_embedding_std=round(float(embeddings_VD.std()), 4),
+            latent_intermediate_size=inner,
+        )
+    if spread:
+        log_std = nn.Linear(inner, width)
+        nn.init.zeros_(log_std.weight)
+        nn.init.zeros_(log_std.bias)
+        add_tensors(folder, f"{HEAD}log_std.", log_std)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What follows a prompt, slot by slot: latents (bags of C tokens), `###`, and the answer's tokens (bags of one).
+
+    Attributes:
+        bag_QSC: ids of each slot's tokens (int64).
+        bag_mask_QSC: 1 on real tokens; rows are padded on the right by empty slots.
+        latent_QS: whether a slot is a latent.
+    """
+
+    bag_QSC: Tensor
+    bag_mask_QSC: Tensor
+    latent_QS: Tensor
+
+    @property
+    def mask_QS(self) -> Tensor:
+        """1 on real slots."""
+        return self.bag_mask_QSC[:, :, 0]
+
+
+def slots_of(adapter: Colar, questions: list[Question], speed: int) -> Slots:
+    """The slots of questions whose written steps are cut into stretches of `speed` tokens; the last may be shorter."""
+    rows, encode = [], adapter.tokenizer.encode
+    for question in questions:
+        steps = encode("".join(f"{step}\n" for step in question.steps), add_special_tokens=False).ids
+        answer = encode(f"Answer:{question.answer}", add_special_tokens=False).ids
+        latents = [steps[start : start + speed] for start in range(0, len(steps), speed)]
+        rows.append((latents, [*adapter.thinking_end_ids, *answer, adapter.eos_id]))
+    longest = max(len(latents) + len(tokens) for latents, tokens in rows)
+    bag_QSC = torch.full((len(rows), longest, speed), adapter.eos_id)
+    bag_mask_QSC, latent_QS = torch.zeros_like(bag_QSC), torch.zeros(len(rows), longest, dtype=torch.bool)
+    for row, (latents, tokens) in enumerate(rows):
+        latent_QS[row, : len(latents)] = True
+        for slot, ids in enumerate([*latents, *([token] for token in tokens)]):
+            bag_QSC[row, slot, : len(ids)], bag_mask_QSC[row, slot, : len(ids)] = torch.tensor(ids), 1
+    return Slots(bag_QSC, bag_mask_QSC, latent_QS)
+
+
+def compressed(embeddings_QSCD: Tensor, bag_mask_QSC: Tensor) -> Tensor:
+    """The compressed embedding (Q, S, D) of each bag: the sum over the square root of the count.
+
+    So the spread of the sum of independent embeddings is that of one of them; the mean would shrink it.
+    """
+    mask_QSC1 = bag_mask_QSC[..., None].to(embeddings_QSCD.dtype)
+    return (embeddings_QSCD * mask_QSC1).sum(2) / mask_QSC1.sum(2).clamp(min=1).sqrt()
+
+
+def bag_cross_entropy(logits_QSV: Tensor, slots: Slots) -> Tensor:
+    """Mean over real slots of the mean negative log-probability of the tokens in a slot's bag.
+
+    The published recipe draws one token of each bag as its label; this is what that comes to on average.
+    """
+    logprob_QSC = logits_QSV.float().log_softmax(-1).gather(-1, slots.bag_QSC)
+    per_slot_QS = -(logprob_QSC * slots.bag_mask_QSC).sum(-1) / slots.bag_mask_QSC.sum(-1).clamp(min=1)
+    return per_slot_QS.sum() / slots.mask_QS.sum()
+
+
+class ColarObjective:
+    """Compressed embeddings and written tokens, all predicted from gold ones.
+
+    Attributes:
+        lm: the causal LM in training.
+        own: the latent head.
+        latent_weight, latent_noise: as in the recipe.
+    """
+
+    def __init__(self, adapter: Colar, latent_weight: float, latent_noise: float) -> None:
+        self.adapter, self.latent_weight, self.latent_noise = adapter, latent_weight, latent_noise
+        self.lm = trainable_lm(adapter.folder)
+        tensors = loading.load_tensors(adapter.folder, HEAD)
+        self.head = colar_head(adapter.width, tensors["fc.0.bias"].shape[0], spread="log_std.bias" in tensors)
+        self.head.load_state_dict(tensors)
+        self.own = nn.ModuleDict({HEAD.removesuffix("."): self.head.float().train()})
+
+    def loss(self, questions: list[Question], stage: Stage) -> Tensor:
+        """Cross-entropy of every slot, plus `latent_weight` times what the latent head has against the next latent.
+
+        That is the mean squared distance, or for a head with a spread the negative log-likelihood (without its
+        constant), per element, in units of the embeddings' spread. The targets are constants.
+        """
+        adapter, embed, std = self._adapter(stage), self.lm.get_input_embeddings(), self.adapter.latent_std
+        slots = slots_of(adapter, questions, stage.speed)
+        prompt_QL, prompt_mask_QL = padded([adapter.encode(q) for q in questions], adapter.eos_id, left=True)
+        gold_QSD = compressed(embed(slots.bag_QSC), slots.bag_mask_QSC)
+        fed_QSD = gold_QSD
+        if self.latent_noise:
+            noise_QSD = torch.randn_like(gold_QSD) * (self.latent_noise * std)
+            fed_QSD = gold_QSD + noise_QSD * slots.latent_QS[..., None]
+        rows = Sequences(self.lm)
+        embeddings = torch.cat([embed(prompt_QL), fed_QSD[:, :-1]], dim=1)
+        hidden = rows.feed(embeddings, torch.cat([prompt_mask_QL, slots.mask_QS[:, :-1]], dim=1))
+        hidden_QSD = hidden[:, prompt_QL.shape[1] - 1 :]
+        head = self.lm.get_output_embeddings()
+        assert head is not None
+        loss = bag_cross_entropy(head(hidden_QSD), slots)
+        if self.latent_weight:
+            features = self.head["fc"](hidden_QSD[slots.latent_QS])
+            gap = self.head["mean"](features).float() - gold_QSD[slots.latent_QS].detach().float() / std
+            if "log_std" in self.head:
+                log_std = self.head["log_std"](features).float()
+                distance = ((gap / log_std.exp()) ** 2 / 2 + log_std).mean()
+            else:
+                distance = (gap**2).mean()
+            loss = loss + self.latent_weight * distance
+        return loss
+
+    def _adapter(self, stage: Stage) -> Colar:
+        """The adapter whose prompts ask for the stage's speed."""
+        if stage.speed == self.adapter.thinking_speed:
+            return self.adapter
+        return replace(self.adapter, thinking_speed=stage.speed)
+
+    def exact_matches(self, questions: list[Question], stage: Stage) -> int:
+        """How many questions are answered right by greedy rollouts of the model's own latents."""
+        adapter = self._adapter(stage)
+
+        def next_latent(hidden_RD: Tensor) -> Tensor:
+            return self.head["mean"](self.head["fc"](hidden_RD)) * self.adapter.latent_std
+
+        longest = max(len(adapter.tokenizer.encode(f"Answer:{q.answer}").ids) for q in questions)
+        plan = Plan(stage.latents, adapter.thinking_end_ids, adapter.eos_id, longest + 1, adapter.stop_id)
+        engine = Engine(Reasoner(self.lm, next_latent), plan)
+        draw = Draw.of(0, [q.id for q in questions], torch.zeros(len(questions), 1, dtype=torch.long), engine.width)
+        rollouts = engine.roll([adapter.encode(q) for q in questions], draw, Greedy())
+        self.lm.set_attn_implementation("eager")  # the engine sets its own
+        answers = [adapter.raw_answer(adapter.answer_text(ids)) for ids in rollouts.answer_ids]
+        return sum(answer == q.answer for answer, q in zip(answers, questions, strict=True))

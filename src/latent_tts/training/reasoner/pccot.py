@@ -1,0 +1,87 @@
+"""PCCoT's objective: CODI's, with a student whose thoughts are made side by side, in as many sweeps as at inference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from latent_tts.checkpoint import files, loading
+from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.checkpoint.modules import pccot_projection
+from latent_tts.model.pccot import PROJECTION
+from latent_tts.training.reasoner.batch import Sequences
+from latent_tts.training.reasoner.coconut import CoconutObjective, encode_batch
+from latent_tts.training.reasoner.codi import CodiObjective, Weights
+from latent_tts.training.reasoner.curriculum import Stage
+from latent_tts.training.reasoner.initial import add_tensors, has_tensors, trainable_lm
+from latent_tts.types import Question
+
+
+def add_projection(folder: Path, sweeps: int, seed: int, *, projection: bool) -> None:
+    """Make a checkpoint one of PCCoT: a new projection, unless it has one or is to have none, and K in its config.
+
+    Args:
+        folder: the checkpoint, changed in place.
+        sweeps: K.
+        seed: of random weights.
+        projection: whether latents are projected; otherwise they are the hidden states.
+    """
+    if projection and not has_tensors(folder, PROJECTION):
+        torch.manual_seed(seed)
+        add_tensors(folder, PROJECTION, pccot_projection(int(trainable_lm(folder).config.hidden_size)))
+    content = files.read_config(folder)
+    content["latent_tts"] = {**(content.get("latent_tts") or {}), "sweeps": sweeps}
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+class PccotObjective(CodiObjective):
+    """Student, teacher and their distance.
+
+    Attributes:
+        own: the projection, if the checkpoint has one.
+        sweeps: K.
+    """
+
+    def __init__(self, adapter: CheckpointAdapter, weights: Weights, sweeps: int) -> None:
+        CoconutObjective.__init__(self, adapter, weights.step)
+        self.weights, self.sweeps = weights, sweeps
+        tensors = loading.load_tensors(adapter.folder, PROJECTION)
+        if tensors:
+            projection = pccot_projection(adapter.width)
+            projection.load_state_dict(tensors)
+            self.own = nn.ModuleDict({PROJECTION.removesuffix("."): projection.float().train()})
+            self.next_latent = projection
+
+    def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
+        """The latents (Q, T, D) after K sweeps, and the hidden states (Q, T, D) that the last sweep made them from.
+
+        Args:
+            rows: the prompts, fed; they stay as they are.
+            hidden_Q1D: final hidden state of each prompt's last token, which makes the first latent in every sweep.
+            latents: T.
+        """
+        token = torch.tensor(self.adapter.latent_id)
+        latents_QTD = self.lm.get_input_embeddings()(token).expand(len(hidden_Q1D), latents, -1)
+        before_QTD = hidden_Q1D
+        for _ in range(self.sweeps):
+            before_QTD = torch.cat([hidden_Q1D, rows.fork().feed(latents_QTD)[:, :-1]], dim=1)
+            latents_QTD = self.next_latent(before_QTD)
+        return latents_QTD, before_QTD
+
+    def exact_matches(self, questions: list[Question], stage: Stage) -> int:
+        """How many questions have all their written tokens as the argmax, after sweeps where there are latents."""
+        if not stage.latents:
+            return super().exact_matches(questions, stage)
+        embed, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
+        assert head is not None
+        batch, rows = encode_batch(self.adapter, questions, stage), Sequences(self.lm)
+        hidden_Q1D = rows.feed(embed(batch.prompt_QL), batch.prompt_mask_QL)[:, -1:]
+        latents_QTD, _ = self.think(rows, hidden_Q1D, stage.latents)
+        mask = F.pad(batch.written_mask_QA[:, :-1], (stage.latents, 0), value=1)
+        hidden = rows.feed(torch.cat([latents_QTD, embed(batch.written_QA[:, :-1])], dim=1), mask)
+        predicted = head(hidden[:, stage.latents + batch.forced - 1 :]).argmax(-1)
+        return int(((predicted == batch.targets_QA) | (batch.targets_QA == -100)).all(1).sum())

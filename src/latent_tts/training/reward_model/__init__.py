@@ -1,0 +1,1 @@
+"""LatentRM: data, losses, training."""

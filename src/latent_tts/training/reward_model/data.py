@@ -1,0 +1,101 @@
+"""What LatentRM is trained on: questions of an annotation folder, and how they become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from latent_tts.errors import UsageError, bad_value
+from latent_tts.model import ModelAdapter
+from latent_tts.results.annotations import AnnotationFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MixedQuestions:
+    """The questions of an annotation folder that have right and wrong rollouts, read when they are asked for.
+
+    Attributes:
+        unmixed: how many questions are left out, by `all_correct` and `all_wrong`; None for official shards, which
+            do not say.
+        chance: mean share of right rollouts, the selection accuracy of a blind choice.
+    """
+
+    def __init__(self, folder: AnnotationFolder, adapter: ModelAdapter, latent_id: int, key: str) -> None:
+        """Check every shard by its shapes and pick the questions.
+
+        Raises:
+            UsageError: a shard does not fit, no question has a mixed outcome, or a prompt is too long.
+        """
+        folder.check()
+        rows = folder.index().to_pylist()
+        self.rows = [row for row in rows if row["kept"] and 0 < row["share_correct"] < 1]
+        shares = [row["share_correct"] for row in rows]
+        self.unmixed = None if folder.official else {"all_correct": shares.count(1.0), "all_wrong": shares.count(0.0)}
+        if max((row["rollouts"] for row in rows), default=2) == 1:
+            raise bad_value(key, folder.path, "one rollout a question (n=1); LatentRM learns by comparing several")
+        if not self.rows:
+            raise bad_value(
+                key, folder.path, f"none of its {len(rows)} questions has both right and wrong rollouts to learn from"
+            )
+        self.folder, self.latent_id, self.pad_id = folder, latent_id, adapter.eos_id
+        self.chance = float(np.mean([row["share_correct"] for row in self.rows]))
+        self.rollouts = max(row["rollouts"] for row in self.rows)
+        self.positions = adapter.positions
+        _ = self[0]
+
+    def accuracy_of_all(self, accuracy: float) -> float | None:
+        """Selection accuracy with the questions whose rollouts are all right or all wrong; None if not known."""
+        if self.unmixed is None:
+            return None
+        everything = len(self) + sum(self.unmixed.values())
+        return (accuracy * len(self) + self.unmixed["all_correct"]) / everything
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> dict[str, np.ndarray]:
+        """Prompt ids, latents (N, T, D), labels (N, T) and outcomes (N) of one question."""
+        entry = self.folder.entry(self.rows[place])
+        prompt = entry.prompt_ids(self.latent_id, self.pad_id)
+        if len(prompt) + entry.latents_NTD.shape[1] > self.positions:
+            raise UsageError(
+                f"{self.folder.path}: question {entry.question_id} has {len(prompt)} prompt tokens and "
+                f"{entry.latents_NTD.shape[1]} latents, the reasoner takes {self.positions} positions"
+            )
+        return {
+            "prompt": np.array(prompt),
+            "latents_NTD": entry.latents_NTD,
+            "labels_NT": entry.labels_NT,
+            "correct_N": entry.corrects_N,
+        }
+
+
+def collate(items: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+    """Stack questions: prompts padded on the right, absent rollouts and steps as labels NaN, latents 0, outcome False.
+
+    Args:
+        items: of `MixedQuestions`.
+    """
+    import torch
+
+    shapes = [item["latents_NTD"].shape for item in items]
+    n, latents = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+    questions, width = len(items), shapes[0][2]
+    lengths_Q = torch.tensor([len(item["prompt"]) for item in items])
+    batch = {
+        "prompt_QL": torch.zeros(questions, int(lengths_Q.max()), dtype=torch.long),
+        "lengths_Q": lengths_Q,
+        "latents_QNTD": torch.zeros(questions, n, latents, width),
+        "labels_QNT": torch.full((questions, n, latents), torch.nan),
+        "correct_QN": torch.zeros(questions, n, dtype=torch.bool),
+    }
+    for q, (item, shape) in enumerate(zip(items, shapes, strict=True)):
+        batch["prompt_QL"][q, : lengths_Q[q]] = torch.from_numpy(item["prompt"])
+        batch["latents_QNTD"][q, : shape[0], : shape[1]] = torch.from_numpy(item["latents_NTD"])
+        batch["labels_QNT"][q, : shape[0], : shape[1]] = torch.from_numpy(item["labels_NT"])
+        batch["correct_QN"][q, : shape[0]] = torch.from_numpy(item["correct_N"])
+    return batch

@@ -1,0 +1,135 @@
+"""LatentRM while it is trained: the reasoner's backbone with a scalar head, all rollouts of a question in one row.
+
+Source: You et al. 2025 (arXiv 2510.07745), section 5; checkpoint layout of ModalityDance/latent-tts-rm.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from latent_tts.model import ModelAdapter
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows of one question each: a prompt, then the latents of its rollouts as siblings (S = L + N*T).
+
+    Attributes:
+        mask_Q1SS: True where a place (third axis) sees another (last axis): a prompt token the prompt up to itself, a
+            latent the prompt and its own rollout up to itself.
+        positions_QS: a rollout's first latent stands right after the prompt's last token.
+    """
+
+    mask_Q1SS: Tensor
+    positions_QS: Tensor
+
+    @classmethod
+    def of(cls, lengths_Q: Tensor, longest: int, rollouts: int, latents: int) -> Packed:
+        """The mask and positions of prompts of `lengths_Q` tokens, padded on the right to `longest`.
+
+        Padding sees the prompt up to itself, so that no row of the mask is empty; no real place sees padding.
+        """
+        device, questions = lengths_Q.device, len(lengths_Q)
+        place_L = torch.arange(longest, device=device)
+        rollout_S = torch.cat(
+            [place_L.new_full((longest,), -1), torch.arange(rollouts, device=device).repeat_interleave(latents)]
+        )
+        order_S = torch.cat([place_L, torch.arange(latents, device=device).repeat(rollouts)])
+        is_prompt_S = rollout_S < 0
+        siblings_SS = (rollout_S[:, None] == rollout_S[None]) & (order_S[None] <= order_S[:, None])
+        real_QS = ~is_prompt_S | (order_S < lengths_Q[:, None])
+        to_prompt_QSS = (~is_prompt_S[:, None] & is_prompt_S[None]) & real_QS[:, None]
+        positions_QS = torch.where(is_prompt_S, order_S, order_S + lengths_Q[:, None])
+        return cls((siblings_SS | to_prompt_QSS)[:, None], positions_QS.expand(questions, -1))
+
+
+class LatentRM(nn.Module):
+    """A backbone with a scalar head: r_t = w . h + b at latent t, with h the last layer's output there.
+
+    Dropout stays off while it is trained, as in the official training.
+
+    Attributes:
+        backbone: the causal LM without its head.
+        prefix: what the backbone's keys begin with in the causal LM's checkpoint (`transformer`, `model`).
+        classifier: the head.
+    """
+
+    def __init__(self, lm: PreTrainedModel, seed: int) -> None:
+        """Take the backbone of `lm` (and its weights) and make a head.
+
+        Args:
+            lm: the reasoner's causal LM.
+            seed: of the head's weights: normal, with the standard deviation of the backbone's own initial weights.
+        """
+        super().__init__()
+        lm.set_attn_implementation("sdpa")
+        self.prefix = lm.base_model_prefix
+        self.backbone: Any = lm.base_model.requires_grad_(True)
+        self.classifier = nn.Linear(lm.config.hidden_size, 1)
+        generator = torch.Generator().manual_seed(seed)
+        std = getattr(lm.config, "initializer_range", 0.02)
+        with torch.no_grad():
+            self.classifier.weight.copy_(torch.randn(self.classifier.weight.shape, generator=generator) * std)
+            self.classifier.bias.zero_()
+        self.classifier.to(next(self.backbone.parameters()).dtype)
+
+    def train(self, mode: bool = True) -> LatentRM:
+        """Training mode, the backbone always in evaluation mode: without dropout."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def forward(self, prompt_QL: Tensor, lengths_Q: Tensor, latents_QNTD: Tensor) -> Tensor:
+        """The logits r_t (Q, N, T) of the latents of N rollouts a question; in float32 under autocast.
+
+        Args:
+            prompt_QL: token ids, padded on the right.
+            lengths_Q: tokens of each prompt.
+            latents_QNTD: the latents that were fed back.
+        """
+        questions, rollouts, latents, width = latents_QNTD.shape
+        prompt_QLD = self.backbone.get_input_embeddings()(prompt_QL)
+        latents_QRD = latents_QNTD.reshape(questions, rollouts * latents, width).to(prompt_QLD.dtype)
+        packed = Packed.of(lengths_Q, prompt_QL.shape[1], rollouts, latents)
+        # additive, since an attention function other than SDPA adds the mask it is given
+        additive_Q1SS = torch.zeros_like(packed.mask_Q1SS, dtype=prompt_QLD.dtype).masked_fill(
+            ~packed.mask_Q1SS, torch.finfo(prompt_QLD.dtype).min
+        )
+        hidden_QSD = self.backbone(
+            inputs_embeds=torch.cat([prompt_QLD, latents_QRD], dim=1),
+            attention_mask=additive_Q1SS,
+            position_ids=packed.positions_QS,
+            use_cache=False,
+        ).last_hidden_state
+        weight, bias = self.classifier.weight, self.classifier.bias
+        with torch.autocast(hidden_QSD.device.type, enabled=False):
+            logits_QR1 = F.linear(hidden_QSD[:, prompt_QL.shape[1] :].to(weight.dtype), weight, bias)
+        return logits_QR1.view(questions, rollouts, latents)
+
+    @torch.no_grad()
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Round the weights to what a checkpoint of `dtype` holds, so that what is measured is what is written."""
+        for parameter in self.parameters():
+            parameter.copy_(parameter.to(dtype))
+
+    def write(self, folder: Path, adapter: ModelAdapter, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
+        """Write the checkpoint: weights, the reasoner's tokenizer, its config and in that `latent_rm: record`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        named = {f"{self.prefix}.{name}": value for name, value in self.backbone.named_parameters()}
+        named |= {f"classifier.{name}": value for name, value in self.classifier.named_parameters()}
+        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in named.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(adapter.folder / "tokenizer.json", folder / "tokenizer.json")
+        config = {**adapter.config, "dtype": str(dtype).removeprefix("torch."), "latent_rm": dict(record)}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,132 @@
+"""`ltts annotate` through the command line, and `ltts train-rm` on what it makes."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from refusal import check
+
+from latent_tts.results.annotations import AnnotationFolder
+
+SMALL = ("n=4", "completions=2", "max_answer_tokens=4", "task.limit=6")
+NOISE = ("sampler=gaussian", "sampler.sigma=1.0")
+
+
+@pytest.fixture
+def annotate(ltts, checkpoint, tmp_path):
+    return lambda *overrides, sampler=NOISE: ltts(
+        "annotate", f"model.checkpoint={checkpoint}", *SMALL, *sampler, f"output={tmp_path / 'labels'}", *overrides
+    )
+
+
+def test_every_question_gets_labels_or_a_reason(annotate, tmp_path):
+    result = annotate("keep=all")
+    assert result.code == 0, result.err
+    assert result.last == tmp_path / "labels"
+    assert "at most 264 rollouts" in result.err  # 6 * (4 + 4 * 5 * 2)
+    folder = AnnotationFolder(result.last)
+    assert folder.complete
+    assert folder.settings["task"]["split"] == "train"
+    entries = list(folder.read())
+    assert [entry.index for entry in entries] == list(range(6))
+    for entry in entries:
+        assert entry.labels_NT.shape == (4, 6)
+        np.testing.assert_array_equal(entry.labels_NT[:, -1], entry.corrects_N)
+
+
+def test_the_same_line_goes_on_and_ends_with_the_same_labels(annotate, ltts, checkpoint, tmp_path):
+    assert annotate("keep=all", "task.limit=2").code == 0
+    longer = annotate("keep=all")
+    assert "2 of 6 questions are in" in longer.err
+    whole = ltts(
+        "annotate", f"model.checkpoint={checkpoint}", *SMALL, *NOISE, f"output={tmp_path / 'whole'}", "keep=all"
+    )
+    for one, other in zip(AnnotationFolder(longer.last).read(), AnnotationFolder(whole.last).read(), strict=True):
+        assert one.question_id == other.question_id
+        np.testing.assert_array_equal(one.labels_NT, other.labels_NT)
+    again = annotate("keep=all")
+    assert "6 of 6 questions are in" in again.err
+    assert "to annotate" not in again.err
+
+
+def test_a_rollout_is_that_of_a_run(annotate, run):
+    entries = AnnotationFolder(annotate("keep=all", "seed=3").last).read()
+    drawn = run("task.split=train", "sampler=gaussian", "sampler.sigma=1.0", "seed=3", "keep_latents=true")
+    rollouts = pd.read_parquet(drawn.last.parent / "rollouts.parquet")
+    for entry in entries:
+        rows = rollouts[rollouts["question_id"] == entry.question_id]
+        assert rows["correct"].tolist() == entry.corrects_N.tolist()
+
+
+BAD = [
+    (["completions=0"], ["completions=0", "1 or more"]),
+    (["n=1"], ["n=1", "2 or more"]),
+    (["keep=some"], ["keep=some", "mixed, all"]),
+    (["sampler=greedy"], ["sampler=greedy", "gaussian, or dropout in prompt or thoughts"]),
+    (["sampler=greedy", "answer.temperature=1"], ["sampler=greedy", "latents differ"]),
+    (["answer.top_p=2"], ["answer.top_p=2", "(0, 1]"]),
+    (["sampler=control", "sampler.mode=shuffle"], ["sampler=control"]),
+    (["model.latents=0"], ["model.latents=0"]),
+    (["completions=70000"], ["completions=70000", "less than 65536"]),
+    (["engine.rows=0"], ["engine.rows=0"]),
+]
+
+
+@pytest.mark.every_other
+@pytest.mark.parametrize(("overrides", "words"), BAD, ids=lambda value: " ".join(value))
+def test_annotate_refuses(annotate, overrides, words):
+    result = annotate(*overrides, sampler=() if overrides[0].startswith("sampler") else NOISE)
+    assert result.code == 2, result.err
+    assert all(word in result.err for word in words), result.err
+
+
+def test_other_settings_need_another_folder(annotate):
+    assert annotate("keep=all", "task.limit=1").code == 0
+    result = annotate("keep=all", "task.limit=1", "completions=3")
+    assert result.code == 2
+    assert "completions: 2 there, 3 now" in result.err
+
+
+def test_a_labelled_question_whose_gold_answer_has_changed_is_named(annotate, tmp_path):
+    questions = tmp_path / "q.jsonl"
+    question = {"question": "Ann has 3 pens. She buys 4 more. How many pens does Ann have?", "answer": 7}
+    questions.write_text(json.dumps(question))
+    line = ("keep=all", "task=jsonl", f"task.path={questions}", "task.split=train")
+    labelled = annotate(*line)
+    assert labelled.code == 0, labelled.err
+    (entry,) = AnnotationFolder(labelled.last).read()
+    questions.write_text(json.dumps(question | {"answer": "7.0"}))  # the same number
+    assert annotate(*line).code == 0
+    questions.write_text(json.dumps(question | {"answer": 8}))
+    check(annotate(*line), f"question {entry.question_id}", 'answer: "7" there, "8" now')
+
+
+def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):
+    few = ["annotate.annotations.limit=24", "annotate.valid_annotations.limit=12", "annotate.valid_annotations.n=4"]
+    few += [f"annotate.{key}.completions=1" for key in ("annotations", "valid_annotations")]
+    line = ["train-rm", f"output={tmp_path / 'rm'}", "optimization.epochs=1", "optimization.batch=4", *few]
+    result = ltts(*line)
+    assert result.code == 0, result.err
+    trained = json.loads((result.last / "config.json").read_text())["latent_rm"]
+    assert trained["reasoner_name"] == "demo_coconut"
+    assert trained["temperature"] > 0
+    again = ltts(*line)
+    assert again.last == result.last
+    assert "to annotate" not in again.err
+    scored = ltts("run", "task.limit=3", "n=4", "scorer=latent_rm", f"scorer.checkpoint={result.last}")
+    assert scored.code == 0, scored.err
+    assert "was trained" not in scored.err
+    assert {"best_of_n", "weighted"} <= set(pd.read_csv(scored.last)["aggregator"])
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_rows_that_do_not_fit_are_fewer_and_that_is_said_and_recorded(annotate):
+    result = annotate("task.limit=2", "engine.rows=4096")
+    assert result.code == 0, result.err
+    assert result.err.count("engine.rows: 4096 rows do not fit half of the free memory") == 1
+    rows = json.loads((result.last / "annotations.json").read_text())["rows"]
+    assert f", {rows} do" in result.err
+    assert 1 <= rows < 4096
+    again = annotate("task.limit=2")  # nothing is left to draw
+    assert json.loads((again.last / "annotations.json").read_text())["rows"] == rows

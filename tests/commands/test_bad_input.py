@@ -1,0 +1,435 @@
+"""What a user gets wrong: one to four lines with key, value and what is allowed, exit 2, nothing lost."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from marks import slow
+from refusal import check
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+
+def test_unknown_command(ltts):
+    check(ltts("rum"), "rum", "run, rescore")
+
+
+def test_unknown_flag(ltts):
+    check(ltts("run", "--fast"), "--fast", "--cfg")
+
+
+def test_an_argument_that_is_no_override(ltts):
+    check(ltts("run", "gaussian"), "gaussian", "key=value")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sampler=nosuch"], ["sampler=nosuch", "control, dropout, gaussian, greedy"]),
+        (["model=gpt5"], ["model=gpt5", "coconut, codi", "demo_coconut"]),
+        (["nn=3"], ["nn", "no such key", "n, "]),
+        (["sampler.sgima=1"], ["sampler.sgima", "rate"]),
+        (["+foo=1"], ["foo: no such key; one of n, seed", "sampler"]),
+        (["++answer.foo=1"], ["answer.foo: no such key; one of temperature, top_p"]),
+        (["+task.foo=1"], ["task.foo: no such key; one of split, limit"]),
+        (["+aggregator.majority.foo=1"], ["aggregator.majority.foo: no such key; there are none"]),
+        slow(["+engine.foo=1"], ["engine.foo: no such key; one of dtype, device"]),
+        slow(["+model.foo=1"], ["model.foo: no such key; one of name, checkpoint"]),
+        (["n=0"], ["n=0", "1 to 1048576"]),
+        (["n=-1"], ["n=-1", "1 to 1048576"]),
+        (["n=1048577"], ["n=1048577", "1 to 1048576"]),
+        (["scorer.checkpoint=no/such"], ["scorer.checkpoint=no/such", "is scorer=latent_rm meant?"]),
+        (["n=abc"], ["n=abc", "integer"]),
+        (["sampler=gaussian", "sampler.sigma=-1"], ["sampler.sigma=-1", "0 or more"]),
+        (["sampler=gaussian", "sampler.sigma=nan"], ["sampler.sigma=nan", "finite"]),
+        (["sampler.rate=1"], ["sampler.rate=1", "[0, 1)"]),
+        (["sampler.site=nosuch"], ["sampler.site=nosuch", "ffn, residual"]),
+        (["sampler.where=[nowhere]"], ["sampler.where=['nowhere']", "prompt, thoughts, answer"]),
+        (["sampler=control", "sampler.mode=none"], ["sampler.mode=none", "zero, repeat, shuffle"]),
+        (["sampler=control", "sampler.mode=shuffle", "task.limit=1"], ["sampler.mode=shuffle", "two questions"]),
+        (["task.split=exam"], ["task.split=exam", "train, valid, test, hard"]),
+        (["model.latents=200"], ["model.latents=200", "positions"]),
+        (["answer.forced_prefix=zzz"], ["answer.forced_prefix=zzz", "vocabulary of model=demo_coconut"]),
+        (["answer.forced_prefix='###'", "max_answer_tokens=1"], ["answer.forced_prefix", "fewer tokens", "=1"]),
+        (["engine.dtype=int3"], ["engine.dtype=int3", "float32, bfloat16, float16"]),
+        (["engine.device=tpu"], ["engine.device=tpu", "auto, cpu, cuda"]),
+        (["task=jsonl"], ["task.path=null", "no such file"]),
+        (["task=jsonl", "task.path=nosuch.jsonl"], ["task.path=nosuch.jsonl", "no such file"]),
+        (["model.checkpoint=no/such/folder"], ["model.checkpoint=no/such/folder", "no such folder"]),
+        (["model.checkpoint=shipped:nosuch"], ["model.checkpoint=shipped:nosuch", "shipped are"]),
+        (["experiment=nosuch"], ["experiment=nosuch", "smoke"]),
+        slow(["n=1.5"], ["n=1.5", "integer"]),
+        slow(["seed=x"], ["seed=x", "integer"]),
+        slow(["sampler=gaussian", "sampler.sigma=inf"], ["sampler.sigma=inf", "finite"]),
+        slow(["sampler=gaussian", "sampler.sigma=big"], ["sampler.sigma=big", "number"]),
+        slow(["sampler.rate=-0.1"], ["sampler.rate=-0.1", "[0, 1)"]),
+        slow(["sampler.mask=old"], ["sampler.mask=old", "fresh or locked"]),
+        slow(["task.limit=0"], ["task.limit=0", "positive"]),
+        slow(["task.steps=[9]"], ["task.steps=[9]", "[2, 3, 4, 5]"]),
+        slow(["aggregator=[best]"], ["aggregator=best", "likelihood, majority"]),
+        slow(["engine.gpu=1"], ["engine.gpu", "device"]),
+        slow(["model.latents=-1"], ["model.latents=-1", "0 or more"]),
+        slow(["max_answer_tokens=0"], ["max_answer_tokens=0", "1 or more"]),
+        slow(["engine.rows=0"], ["engine.rows=0", "1 or more"]),
+    ],
+    ids=lambda value: " ".join(value) if value and "=" in value[0] else None,
+)
+def test_a_bad_override(run, overrides, words):
+    check(run(*overrides), *words)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["collect", "+foo=1"], ["foo: no such key; one of runs, output"]),
+        (["train-reasoner", "+backbone.foo=1"], ["backbone.foo: no such key; one of layers, width"]),
+        (["train-rm", "+annotate.annotations.foo=1"], ["annotate.annotations.foo: no such key; one of split, limit"]),
+        (["train-rm", "+sampler.foo=1"], ["sampler.foo: no such key; one of rate"]),
+    ],
+    ids=lambda value: " ".join(value) if "=" in value[-1] else None,
+)
+def test_a_key_that_no_command_reads(ltts, line, words):
+    check(ltts(*line), *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("foo: 1", ["experiment/mine.yaml: foo: no such key; one of", "sampler"]),
+        ("engine: {foo: 1}", ["experiment/mine.yaml: engine.foo: no such key; one of device, dtype"]),
+        ("task: {foo: 1}", ["task.foo: no such key; one of split"]),
+        ("n: abc", ["experiment/mine.yaml: n=abc", "integer"]),
+    ],
+)
+def test_a_bad_key_of_ones_own_experiment(run, tmp_path, content, words):
+    (tmp_path / "config" / "latent_tts" / "experiment").mkdir(parents=True)
+    (tmp_path / "config" / "latent_tts" / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    check(run("experiment=mine"), *words)
+
+
+def test_what_a_plus_may_add(run, tmp_path):
+    (tmp_path / "config" / "latent_tts" / "mine").mkdir(parents=True)
+    (tmp_path / "config" / "latent_tts" / "mine" / "seven.yaml").write_text("# @package _global_\nseed: 7\n")
+    result = run("+mine=seven", "+hydra.job.env_set.NOTHING=1", "+model.recommended.more=1")
+    assert result.code == 0, result.err
+    assert json.loads((result.last.parent / "run.json").read_text())["config"]["seed"] == 7
+
+
+@pytest.mark.every_other
+@pytest.mark.parametrize("device", ["banana", "cuda:x", "cuda:", "cpu:1"])
+def test_no_such_device_where_every_rollout_is_there_already(run, device):
+    assert run().code == 0
+    check(run(f"engine.device={device}"), f"engine.device={device}", "one of auto, cpu, cuda, cuda:INDEX")
+
+
+def test_cuda_where_there_is_none(run):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    check(run("engine.device=cuda"), "engine.device=cuda", "0 CUDA devices")
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path):
+    """A copy of the tiny checkpoint to be broken."""
+    return shutil.copytree(checkpoint, tmp_path / "broken")
+
+
+def test_a_truncated_checkpoint(run, broken):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    check(run(f"model.checkpoint={broken}"), "model.safetensors", "truncated")
+
+
+def test_a_checkpoint_without_weights(run, broken):
+    (broken / "model.safetensors").unlink()
+    check(run(f"model.checkpoint={broken}"), "lacks model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_checkpoint_without_a_file(run, broken, name):
+    (broken / name).unlink()
+    check(run(f"model.checkpoint={broken}"), f"lacks {name}")
+
+
+def test_a_config_that_is_not_json(run, broken):
+    (broken / "config.json").write_text("{")
+    check(run(f"model.checkpoint={broken}"), "config.json is not JSON")
+
+
+def test_a_checkpoint_without_the_latent_tokens(run, broken):
+    tokenizer = json.loads((broken / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "<|start-latent|>"]
+    (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
+    check(run(f"model.checkpoint={broken}"), "no token <|start-latent|>")
+
+
+def test_weights_of_another_shape_than_the_config_says(run, broken):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
+    check(run(f"model.checkpoint={broken}"), "weights are missing")
+    (broken / "config.json").write_text(json.dumps(config | {"n_layer": 0}))
+    check(run(f"model.checkpoint={broken}"), "fewer layers than the weights", ".h.0.")
+
+
+@pytest.mark.every_other
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("n_layer", "four", 'config.json has n_layer="four"; a whole number is wanted, 0 or more'),
+        ("n_embd", None, "n_embd=null; a whole number is wanted, 1 or more"),
+        ("n_head", 0, "n_head=0"),
+        ("vocab_size", "263", 'vocab_size="263"'),
+        ("n_positions", 1.5, "n_positions=1.5"),
+        slow("n_inner", "wide", 'n_inner="wide"'),
+        slow("n_head", None, "transformers cannot load it: Validation error for field 'n_head'"),
+    ],
+)
+def test_a_config_with_a_value_of_a_wrong_type(run, ltts, broken, name, value, words):
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {name: value}))
+    check(run(f"model.checkpoint={broken}"), f"model.checkpoint={broken}", words)
+    if value is not None:
+        check(ltts("train-reasoner", f"init={broken}"), f"init={broken}", words)
+
+
+def test_weights_that_give_no_numbers(run, broken):
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("ln_f.weight"))
+    save_file(weights | {name: weights[name] * float("nan")}, broken / "model.safetensors", {"format": "pt"})
+    result = run(f"model.checkpoint={broken}")
+    assert result.code == 1
+    assert "are not finite in float32" in result.err
+    assert "metrics.csv" not in result.out
+
+
+def test_a_pickle_names_convert_and_converts(run, ltts, broken, checkpoint):
+    weights = load_file(broken / "model.safetensors")
+    (broken / "model.safetensors").unlink()
+    torch.save(weights, broken / "pytorch_model.bin")
+    check(run(f"model.checkpoint={broken}"), "ltts convert")
+    check(run(f"model.checkpoint={broken / 'pytorch_model.bin'}"), "ltts convert")
+    assert ltts("convert", broken, "converted").code == 0
+    converted = load_file("converted/model.safetensors")
+    assert all(torch.equal(converted[name], value) for name, value in weights.items())
+    assert run("model.checkpoint=converted").code == 0
+
+
+def test_convert_refuses_what_is_no_pickle_of_tensors(ltts, broken, tmp_path):
+    (broken / "model.safetensors").unlink()
+    (broken / "pytorch_model.bin").write_bytes(b"nothing of the kind")
+    check(ltts("convert", broken, "new"), "no pickle of tensors")
+    torch.save({"lr": 0.1}, broken / "pytorch_model.bin")
+    check(ltts("convert", broken, "new"), "dict of tensors")
+    check(ltts("convert", "nowhere", "new"), "src=nowhere")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    check(ltts("convert", broken, "full"), "dst=full", "empty folder")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["holds no questions"]),
+        ('{"question": "How many?"}\n', ["line 1", "has no answer"]),
+        ('{"question": "How many?", "answer": "1"}\n{"answer": "1"}\n', ["line 2", "has no question"]),
+        ('{"question": "How many?", "answer": "1"\n', ["line 1", "is not JSON"]),
+        ('{"question": "How many?", "answer": "many"}\n', ["line 1", "'many' is not a number"]),
+        ("[1, 2]\n", ["line 1", "not a JSON object"]),
+        ('{"question": "How many?", "answer": ["1"]}\n', ["line 1", "neither a text nor a number"]),
+    ],
+)
+def test_a_bad_file_of_questions(run, tmp_path, content, words):
+    (tmp_path / "q.jsonl").write_text(content)
+    check(run("task=jsonl", "task.path=q.jsonl"), "q.jsonl", *words)
+
+
+def test_a_question_longer_than_the_context(run, tmp_path):
+    text = "Ann has 3 pens. " + "She buys 2 more. " * 40
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": text, "answer": "83"}))
+    check(run("task=jsonl", "task.path=q.jsonl"), "128 positions", "Ann has 3 pens")
+
+
+def test_a_word_outside_a_word_level_vocabulary(run, tmp_path):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Ann has 3 zebras.", "answer": "3"}))
+    check(run("task=jsonl", "task.path=q.jsonl"), "'zebras'", "vocabulary")
+
+
+def test_an_output_path_below_a_file(run, tmp_path):
+    (tmp_path / "file").touch()
+    check(run("hydra.run.dir=file/below"), "file")
+
+
+def test_a_cache_below_a_file(run, tmp_path):
+    (tmp_path / "file").touch()
+    check(run("paths.cache=file/below"), "paths.cache=file/below")
+
+
+def test_in_a_sweep_the_other_jobs_still_run(run):
+    result = run("n=1,abc,0,2", "-m")
+    assert result.code == 2
+    assert "n=abc" in result.err
+    assert "n=0" in result.err
+    assert result.last.is_file()
+    assert (result.last.parent / "1" / "metrics.csv").is_file() or (result.last.parent / "2" / "metrics.csv").is_file()
+
+
+def test_a_refused_run_is_none_that_did_not_complete(run, ltts, tmp_path):
+    for bad in (["n=0"], ["+foo=1"], ["sampler.rate=2"]):
+        assert run(*bad).code == 2
+    assert not list((tmp_path / "outputs" / "run").iterdir())
+    check(ltts("collect", "outputs/run"), "neither a run folder nor one that holds run folders")
+    swept = run("n=1,0,2", "-m")
+    assert swept.code == 2
+    assert "did not complete" not in swept.err
+    assert sorted(path.name for path in swept.last.parent.iterdir() if path.is_dir()) == ["0", "2"]
+    assert "did not complete" not in ltts("collect", "multirun/run").err
+
+
+def test_a_refused_run_leaves_what_was_in_its_folder(run, ltts):
+    folder = run("hydra.run.dir=mine").last.parent
+    there = {path.name for path in folder.iterdir()}
+    assert run("hydra.run.dir=mine", "n=0").code == 2
+    assert {path.name for path in folder.iterdir()} == there
+    assert ltts("collect", "mine").code == 0
+
+
+def test_a_refused_run_leaves_the_folder_that_the_user_is_in(run, tmp_path):
+    assert run("hydra.run.dir=.", "n=0").code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_folders_of_the_other_commands(ltts, run):
+    check(ltts("collect", "nowhere"), "runs=nowhere")
+    check(ltts("plot", "nowhere"), "runs=nowhere")
+    check(ltts("compare", "nowhere", "nothere"), "a=nowhere: no such folder")
+    folder = run().last.parent
+    check(ltts("compare", folder, "nothere"), "b=nothere: no such folder")
+    check(ltts("compare", folder, run("seed=7").last.parent), "seeds")
+    check(ltts("compare", folder, run("task.split=valid").last.parent), "other questions")
+    check(ltts("compare", folder, folder, "b_n=3"), "b_n=3", "the run reports")
+    check(ltts("collect", folder, "output=null"), "output=null")
+    (folder / "run.json").unlink()
+    check(ltts("compare", folder, folder), "did not complete")
+    check(ltts("collect", folder), "none of 1 run folders is complete")
+
+
+def cut(path, left: int = -20) -> None:
+    path.write_bytes(path.read_bytes()[:left])
+
+
+DAMAGES = {
+    "cut off": (lambda run: cut(run / "metrics.csv"), "metrics.csv", "is cut off"),
+    "without its last digit": (lambda run: cut(run / "metrics.csv", -2), "metrics.csv", "is cut off"),
+    "empty": (lambda run: (run / "metrics.csv").write_text(""), "metrics.csv", "cannot be read"),
+    "without rows": (lambda run: table_of(run).head(0), "metrics.csv", "holds no rows"),
+    "without a column": (
+        lambda run: table_of(run).drop(columns="value"),
+        "metrics.csv",
+        "lacks the columns value",
+    ),
+    "without a number": (lambda run: table_of(run).assign(n=""), "metrics.csv", "its row 1 has no n"),
+    "not of numbers": (lambda run: table_of(run).assign(value="?"), "metrics.csv", "its column value"),
+}
+
+
+def table_of(folder):
+    return pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)
+
+
+@pytest.mark.every_other
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_metrics_table(run, ltts, damage):
+    folder = run("n=2", "budget=ladder").last.parent
+    change, *words = DAMAGES[damage]
+    changed = change(folder)
+    if isinstance(changed, pd.DataFrame):
+        changed.to_csv(folder / "metrics.csv", index=False)
+    for line in (["compare", folder, folder], ["collect", folder], ["plot", folder]):
+        check(ltts(*line), str(folder), *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        ("[]", "lacks config"),
+        ('{"config": {"answer": 3}, "aggregators": [], "cache": 1, "settings": 2}', "lacks config"),
+    ],
+)
+def test_a_damaged_record_of_a_run(run, ltts, content, words):
+    folder = run("n=2").last.parent
+    if content is None:
+        cut(folder / "run.json")
+    else:
+        (folder / "run.json").write_text(content)
+    for line in (["compare", folder, folder], ["rescore", folder, "scorer=latent_rm", "scorer.checkpoint=any"]):
+        check(ltts(*line), str(folder / "run.json"), words)
+
+
+def test_damaged_rollouts(run, ltts):
+    folder = run("n=2").last.parent
+    cut(folder / "rollouts.parquet")
+    check(ltts("compare", folder, folder), str(folder / "rollouts.parquet"), "cannot be read")
+    (folder / "rollouts.parquet").unlink()
+    check(ltts("compare", folder, folder), str(folder / "rollouts.parquet"), "cannot be read")
+
+
+def test_training_refuses_bad_values(ltts, checkpoint, tmp_path):
+    train = ("train-reasoner", "output=out")
+    check(ltts(*train, "backbone.heads=3"), "backbone.heads=3", "divisor")
+    check(ltts(*train, "backbone.dropout=1"), "backbone.dropout=1", "[0, 1)")
+    check(ltts(*train, "optimization.lr=0"), "optimization.lr=0", "positive")
+    check(ltts(*train, "model.latents=2"), "model.latents=2", "5 stages")
+    check(ltts(*train, "save_every=0"), "save_every=0")
+    check(ltts(*train, "task.limit=10"), "task.limit=10", "new questions")
+    check(ltts(*train, f"init={checkpoint}", "backbone.layers=2"), "backbone.layers=2", f"init={checkpoint}")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "How?", "answer": "3"}))
+    check(ltts(*train, "task=jsonl", "task.path=q.jsonl", "task.split=x"), "task=arith")
+    (tmp_path / "file").touch()
+    check(ltts("train-reasoner", "output=file"), "output=file")
+
+
+@pytest.mark.every_other
+@pytest.mark.parametrize(
+    ("command", "override", "allowed"),
+    [
+        ("train-reasoner", "optimization.lr=abc", "a positive number"),
+        ("train-reasoner", "optimization.batch=0", "a positive integer"),
+        ("train-reasoner", "optimization.warmup=1.5", "a positive integer"),
+        ("train-reasoner", "optimization.bf16=maybe", "true or false"),
+        ("train-reasoner", "optimization.weight_decay=null", "0 or more"),
+        ("train-reasoner", "backbone.layers=two", "a positive integer"),
+        ("train-reasoner", "backbone.layers=2.5", "a positive integer"),
+        ("train-reasoner", "backbone.dropout=some", "[0, 1)"),
+        ("train-reasoner", "backbone.number_scale=big", "0 or more"),
+        ("train-reasoner", "recipe.stage_updates=100", "a list of numbers of updates"),
+        ("train-reasoner", "recipe.final_updates=some", "a number of updates"),
+        ("train-reasoner", "model.latents=many", "stages"),
+        ("train-rm", "optimization.lr=abc", "a positive number"),
+        ("train-rm", "optimization.batch=2.5", "a positive integer"),
+        ("train-rm", "optimization.epochs=1.5", "a number of passes"),
+        ("train-rm", "optimization.warmup=some", "[0, 1)"),
+        ("train-rm", "optimization.weight_decay=null", "0 or more"),
+        ("train-rm", "loss.normalize=maybe", "true or false"),
+        ("train-rm", "loss.name=3", "contrastive, bce, last_step"),
+    ],
+)
+def test_training_refuses_values_of_a_wrong_type(ltts, command, override, allowed):
+    check(ltts(command, override), override, allowed)
+
+
+def test_the_traceback_is_there_for_who_asks(run, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(Exception, match="n=0"):
+        run("n=0")
+
+
+def test_the_word_level_tokenizer_spells_long_numbers_and_joins_them_again(checkpoint):
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    encoding = tokenizer.encode("### 1234")
+    assert encoding.tokens == ["###", "1", "2", "3", "4"]
+    assert tokenizer.decode(encoding.ids) == "###1234"
+    assert tokenizer.encode("<<120+99=219>>").tokens == ["<<", "120", "+", "99", "=", "2", "1", "9", ">>"]

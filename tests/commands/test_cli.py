@@ -1,0 +1,285 @@
+"""The command line from outside: what is printed, where, and with which exit code."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from marks import slow
+
+from latent_tts.results import store
+
+
+def test_help_lists_every_command_quickly_and_without_torch():
+    code = (
+        "import sys; from latent_tts import cli; cli.main(['--help']); "
+        "assert not {'torch', 'transformers', 'hydra'} & set(sys.modules)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 2  # 0.1 s on an idle machine
+    for command in ("run", "train-reasoner", "train-rm", "collect", "compare", "plot", "convert"):
+        assert f"\n  {command} " in done.stdout
+
+
+def test_a_commands_help_shows_its_keys_and_options(ltts):
+    result = ltts("run", "--help")
+    assert result.code == 0
+    assert "ltts run: draw rollouts" in result.out
+    assert "sampler: control, dropout, gaussian, greedy" in result.out
+
+
+def test_the_help_of_a_command_shows_its_own_groups_alone(ltts, tmp_path):
+    (tmp_path / "config" / "latent_tts" / "task").mkdir(parents=True)
+    (tmp_path / "config" / "latent_tts" / "task" / "mine.yaml").touch()
+
+    def groups(command: str) -> dict[str, str]:
+        listed = ltts(command, "--help").out.partition("options:\n\n")[2].partition("\n\nKeys")[0]
+        return dict(line.split(": ") for line in listed.splitlines())
+
+    trained = groups("train-reasoner")
+    assert list(trained) == ["experiment", "model", "recipe", "task"]
+    assert trained["task"] == "arith, gsm8k, gsm_hard, jsonl, math500, mine, multiarith, prosqa, svamp"
+    assert groups("plot") == {}
+
+
+def test_cfg_job_prints_the_config_and_runs_nothing(ltts, tmp_path):
+    result = ltts("run", "--cfg", "job", "n=3")
+    assert result.code == 0
+    assert "max_answer_tokens:" in result.out
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_run_ends_with_the_path_of_its_metrics_and_writes_every_table(run):
+    result = run("keep_latents=true", "budget=ladder")
+    assert result.code == 0, result.err
+    assert result.last.name == "metrics.csv"
+    folder = result.last.parent
+    rollouts = pd.read_parquet(folder / "rollouts.parquet")
+    assert list(rollouts.columns) == store.ROLLOUT_COLUMNS
+    assert len(rollouts) == 24
+    assert list(rollouts["rollout"][:5]) == [0, 1, 2, 3, 0]
+    metrics = pd.read_csv(folder / "metrics.csv")
+    assert list(metrics.columns) == store.METRIC_COLUMNS
+    assert sorted(set(metrics["n"])) == [1, 2, 4]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["rollouts"] == {"total": 24, "drawn_now": 24}
+    assert {"torch", "transformers", "python"} <= set(record["versions"])
+    assert (folder / "latents.safetensors").is_file()
+    assert (folder / "scaling.png").is_file()
+    assert (folder / "run.log").is_file()
+
+
+def test_stdout_holds_results_only_and_stderr_the_log(run):
+    result = run()
+    assert "INFO" not in result.out
+    assert "rollouts to draw" in result.err
+
+
+def test_a_second_run_draws_nothing_and_gives_the_same_tables(run):
+    first, second = run(), run()
+    record = json.loads((second.last.parent / "run.json").read_text())
+    assert record["rollouts"] == {"total": 24, "drawn_now": 0}
+    pd.testing.assert_frame_equal(pd.read_csv(first.last), pd.read_csv(second.last))
+
+
+def test_the_readmes_sweep_draws_no_rollout_twice(run, tmp_path):
+    result = run("sampler=gaussian", "sampler.sigma=0.1", "n=1,2,4", "-m")
+    assert result.code == 0, result.err
+    sweep = result.last.parent
+    drawn = [json.loads((sweep / str(job) / "run.json").read_text())["rollouts"]["drawn_now"] for job in range(3)]
+    assert drawn == [6, 6, 12]
+    joined = pd.read_csv(result.last)
+    assert sorted(set(joined["n"])) == [1, 2, 4]
+    assert (sweep / "scaling.png").is_file()
+
+
+def test_rollouts_of_a_small_budget_are_the_first_of_a_large_one(run):
+    small, large = run("n=2", "seed=5"), run("n=4", "seed=5", "paths.cache=elsewhere")
+    a = pd.read_parquet(small.last.parent / "rollouts.parquet")
+    b = pd.read_parquet(large.last.parent / "rollouts.parquet")
+    pd.testing.assert_frame_equal(
+        a.drop(columns=["answer_logprob", "answer_margin"]),
+        b[b["rollout"] < 2].drop(columns=["answer_logprob", "answer_margin"]).reset_index(drop=True),
+    )
+
+
+@pytest.mark.parametrize("line", [["plot", "--help"], slow(["--help"])])
+def test_a_reader_that_has_left_is_no_traceback(line):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from latent_tts.cli import entry; entry()"
+    done = subprocess.run([sys.executable, "-c", code, *line], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("rows", [5, slow(1), slow(64)])
+def test_the_rows_of_a_batch_do_not_change_the_rollouts(run, rows):
+    a = pd.read_parquet(run().last.parent / "rollouts.parquet")
+    b = pd.read_parquet(run(f"engine.rows={rows}", f"paths.cache=rows{rows}").last.parent / "rollouts.parquet")
+    pd.testing.assert_series_equal(a["answer_text"], b["answer_text"])
+
+
+def test_greedy_draws_one_rollout_and_says_so_once(run):
+    result = run("sampler=greedy", "n=4")
+    assert result.code == 0
+    assert result.err.count("gives the same rollout every time") == 1
+    assert len(pd.read_parquet(result.last.parent / "rollouts.parquet")) == 6
+
+
+@pytest.mark.parametrize("override", ["sampler.sigma=0", "sampler=dropout sampler.rate=0"])
+def test_no_noise_equals_greedy(run, override):
+    noisy = run("sampler=gaussian", *override.split())
+    assert noisy.err.count("gives the same rollout every time, so one is drawn") == 1
+    a = pd.read_parquet(noisy.last.parent / "rollouts.parquet")
+    b = pd.read_parquet(run("sampler=greedy").last.parent / "rollouts.parquet")
+    assert list(a["answer_text"]) == list(b["answer_text"])
+
+
+@pytest.mark.every_other
+@pytest.mark.parametrize("mode", ["zero", "repeat", "shuffle"])
+def test_controls_run(run, mode):
+    assert run("sampler=control", f"sampler.mode={mode}", "n=1").code == 0
+
+
+def test_settings_name_what_differs_from_the_defaults_and_has_no_column(run):
+    table = pd.read_csv(run("sampler.site=residual", "seed=2").last)
+    assert set(table["settings"]) == {"max_answer_tokens=4,sampler.site=residual,task.limit=6"}
+    assert set(table["seed"]) == {2}
+
+
+def test_a_jsonl_file_is_a_task(run, tmp_path):
+    rows = [{"question": "Ann has 3 pens. She buys 4 more. How many pens does Ann have?", "answer": 7}] * 2
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("task=jsonl", "task.path=mine.jsonl", "task.limit=null")
+    assert result.code == 0, result.err
+    ids = list(pd.read_parquet(result.last.parent / "rollouts.parquet")["question_id"].unique())
+    assert ids[1] == f"{ids[0]}-2"
+    assert set(pd.read_csv(result.last)["task"]) == {"mine"}
+
+
+@pytest.mark.slow
+def test_an_experiment_is_a_complete_setting(run):
+    assert run("experiment=smoke", "n=2").code == 0
+
+
+def test_a_folder_used_again_holds_the_new_run_alone(run, tmp_path):
+    first = run("hydra.run.dir=mine", "keep_latents=true", "budget=ladder")
+    assert {"latents.safetensors", "scaling.png"} <= {path.name for path in first.last.parent.iterdir()}
+    second = run("hydra.run.dir=mine", "seed=1")
+    left = {path.name for path in second.last.parent.iterdir()} - {".hydra", "run.log"}
+    assert left == {"metrics.csv", "rollouts.parquet", "run.json"}
+    assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["seed"] == 1
+
+
+def test_a_sweep_joins_its_own_jobs_alone(run, tmp_path):
+    assert run("hydra.sweep.dir=mine", "n=1,2,3", "-m").code == 0
+    again = run("hydra.sweep.dir=mine", "n=2", "seed=1", "-m")
+    assert set(pd.read_csv(again.last)["seed"]) == {1}
+
+
+def test_collect_needs_no_sweeps_unless_they_are_named(run, ltts):
+    run("n=1")
+    assert ltts("collect").code == 0
+    assert "multirun/run" in ltts("collect", "outputs/run", "multirun/run").err
+
+
+def test_collect_joins_what_is_complete_and_names_what_is_not(run, ltts, tmp_path):
+    first = run("seed=0")
+    second = run("seed=1")
+    (second.last.parent / "run.json").unlink()
+    result = ltts("collect", "outputs/run", "output=all.csv")
+    assert result.code == 0, result.err
+    assert "did not complete" in result.err
+    assert set(pd.read_csv(tmp_path / "all.csv")["run_id"]) == set(pd.read_csv(first.last)["run_id"])
+
+
+def test_compare_pairs_two_runs(run, ltts):
+    a, b = run("budget=ladder"), run("budget=ladder", "sampler.rate=0.5")
+    result = ltts("compare", a.last.parent, b.last.parent)
+    assert result.code == 0, result.err
+    assert "coverage" in result.out
+    assert "6 questions, 1 seeds" in result.out
+    same = ltts("compare", a.last.parent, a.last.parent)
+    assert same.out.count("0.0 [0.0, 0.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
+
+
+def test_compare_holds_the_vote_against_one_greedy_rollout(run, ltts, tmp_path):
+    drawn, greedy = run("budget=ladder", "sampler.rate=0.5"), run("sampler=greedy", "n=1")
+    result = ltts("compare", drawn.last.parent, greedy.last.parent, "a_n=4", "b_n=1", "output=paired.csv")
+    assert result.code == 0, result.err
+    assert "4 - 1" in result.out
+    table = pd.read_csv(tmp_path / "paired.csv").set_index("a_figure")
+    accuracies = [pd.read_csv(side.last).query("metric == 'accuracy'") for side in (drawn, greedy)]
+    majority = [table.query("aggregator == 'majority'").set_index("n")["value"] for table in accuracies]
+    assert (table[["a_n", "b_n"]] == [4, 1]).all(axis=None)
+    assert table["a"]["majority"] == pytest.approx(majority[0][4])
+    assert table["b"]["majority"] == pytest.approx(majority[1][1])
+    every = ltts("compare", drawn.last.parent, greedy.last.parent, "b_n=1")
+    assert all(f"{n} - 1" in every.out for n in (2, 4))
+
+
+def test_plot_draws_from_the_table_alone(run, ltts, tmp_path):
+    table = run("budget=ladder").last
+    (tmp_path / "results.csv").write_bytes(table.read_bytes())
+    result = ltts("plot", "results.csv")
+    assert result.code == 0, result.err
+    figure = (tmp_path / "figure.svg").read_bytes()
+    assert len(figure) > 5000
+    assert ltts("plot", "results.csv").last.read_bytes() == figure
+    assert ltts("plot", table.parent, "output=here.png").last.is_file()
+    (tmp_path / "results_by_gflops.csv").write_bytes(table.read_bytes())
+    assert ltts("plot", "results_by_gflops.csv").last.name == "figure_by_gflops.svg"
+    refused = ltts("plot", table, "against=luck")
+    assert refused.code == 2
+    assert "against=luck: one of n, gflops, seconds, diversity" in refused.err
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_and_started_again_gives_equal_tables(checkpoint, tmp_path):
+    def command(cache: str) -> list[str]:
+        return [
+            sys.executable, "-c", "from latent_tts.cli import entry; entry()", "run", f"model.checkpoint={checkpoint}",
+            "task.limit=400", "n=64", "max_answer_tokens=8", "engine.rows=64", f"paths.cache={cache}",
+        ]  # fmt: skip
+
+    def parts() -> int:
+        return len(list((tmp_path / "killed").rglob("*.parquet")))
+
+    process = subprocess.Popen(command("killed"), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not parts() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    assert process.poll() is None, "ended before it could be killed"
+    process.kill()
+    process.wait()
+    assert not list((tmp_path / "outputs").rglob("run.json"))
+    outputs = []
+    for cache in ("killed", "whole"):
+        done = subprocess.run(command(cache), cwd=tmp_path, capture_output=True, text=True, check=True)
+        outputs.append(done.stdout.splitlines()[-1])
+    folders = [Path(line).parent for line in outputs]
+    drawn = json.loads((folders[0] / "run.json").read_text())["rollouts"]["drawn_now"]
+    assert 0 < drawn < 400 * 64
+    frames = [pd.read_parquet(folder / "rollouts.parquet") for folder in folders]
+    exact = [name for name in store.ROLLOUT_COLUMNS if name not in ("answer_logprob", "answer_margin")]
+    pd.testing.assert_frame_equal(frames[0][exact], frames[1][exact])
+    pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_forced_prefix_begins_every_answer_and_is_a_cache_of_its_own(run):
+    plain = run("n=2", "answer.decode=all")
+    forced = run("n=2", "answer.forced_prefix='###'")
+    assert forced.code == 0, forced.err
+    rollouts = pd.read_parquet(forced.last.parent / "rollouts.parquet")
+    assert rollouts["answer_text"].str.startswith("###").all()
+    assert (rollouts["answer_tokens"] >= 1).all()
+    caches = [json.loads((result.last.parent / "run.json").read_text())["cache"] for result in (plain, forced)]
+    assert caches[0] != caches[1]
+    metrics = pd.read_csv(forced.last, keep_default_na=False)
+    assert set(metrics["settings"].str.contains("answer.forced_prefix=###")) == {True}

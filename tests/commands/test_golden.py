@@ -1,0 +1,22 @@
+"""The metrics table of the smoke experiment on the shipped reasoner, rewritten only by `make golden`."""
+
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from latent_tts.results import store
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.csv"
+MEASURED = {"seconds", "floor_seconds", "gbytes", "rollouts_per_second", "peak_memory_bytes"}
+
+
+def test_the_smoke_experiment_gives_the_golden_table(ltts):
+    result = ltts("run", "experiment=smoke")
+    assert result.code == 0, result.err
+    table = store.read_metrics(result.last)
+    table = table[~table["metric"].isin(MEASURED)].reset_index(drop=True)
+    if os.environ.get("LTTS_GOLDEN") == "write":
+        GOLDEN.parent.mkdir(exist_ok=True)
+        store.write_metrics(GOLDEN, table)
+    pd.testing.assert_frame_equal(table, store.read_metrics(GOLDEN), rtol=1e-4, atol=1e-6)

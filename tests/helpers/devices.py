@@ -1,0 +1,126 @@
+"""What is computed on a device, to be compared with what the CPU computes: rollouts, scores, labels and beams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import tiny
+import torch
+from test_labelling import jobs, labelling
+from torch import Tensor, nn
+
+from latent_tts.engine.decoding import AnswerSampling
+from latent_tts.engine.labelling import label_batch
+from latent_tts.engine.rollout import Engine, Plan, Rollouts
+from latent_tts.engine.scoring import LatentScorer
+from latent_tts.random.draw import Draw
+from latent_tts.sampler.control import Control
+from latent_tts.sampler.dropout import Dropout
+from latent_tts.sampler.gaussian import Gaussian
+from latent_tts.sampler.greedy import Greedy
+from latent_tts.schedule.jacobi import Jacobi
+from latent_tts.search.beam import Beam
+from latent_tts.types import Reasoner, RewardModel
+
+
+class Place(NamedTuple):
+    """A device, how a model's weights get there, and what must be entered to compute there."""
+
+    device: torch.device
+    moved: Callable[[nn.Module], Any]
+    computing: Callable[[], AbstractContextManager] = nullcontext
+
+    def reasoner(self, family: str) -> Reasoner:
+        made = tiny.reasoner(family)
+        return Reasoner(self.moved(made.lm), made.next_latent)
+
+    def scorer(self, family: str) -> LatentScorer:
+        backbone = self.moved(tiny.reward_model(family).backbone)
+        return LatentScorer(RewardModel(backbone, lambda hidden: hidden[..., 0]))
+
+
+CPU = Place(torch.device("cpu"), lambda module: module)
+Values = list[Tensor | list]
+Case = Callable[[Place], Values]
+
+
+def same(case: Case, place: Place, tolerance: float) -> None:
+    """Compare what is computed on a device with what the CPU computes, in float64."""
+    expected = case(CPU)
+    with place.computing():
+        found = case(place)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert type(ours) is type(theirs)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance, equal_nan=True)
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """All samplers and schedules, scores, labels and beams, in three families."""
+    noise, masks = Gaussian(0.5, False), Dropout(0.3, "residual", ["thoughts"], "fresh")
+    everywhere = Dropout(0.3, "residual_embedding", ["prompt", "thoughts", "answer"], "locked")
+    samplers = [Greedy(), noise, masks, everywhere, AnswerSampling(1.5, 0.9).over(noise), Control("shuffle")]
+    for family in ("gpt2", "llama", "qwen3"):
+        eos_id = tiny.EOS_IDS[family]
+        plans = {
+            "plain": tiny.plan(3, eos_id=eos_id),
+            "stops by a token": tiny.plan(3, eos_id=eos_id, stop_id=11),
+            "forced beginning": tiny.plan(3, eos_id=eos_id, forced_ids=[5]),
+            "sweeps": tiny.plan(3, eos_id=eos_id, schedule=Jacobi(2, None, "token"), latent_id=59),
+        }
+        for name, plan in plans.items():
+            for sampler in samplers:
+                yield f"{family}, {name}, {sampler}", _rolled(family, plan, sampler)
+        yield f"{family}, scores", _scored(family)
+        for sampler in (noise, masks):
+            yield f"{family}, labels, {sampler}", _labelled(family, sampler)
+            yield f"{family}, beams, {sampler}", _searched(family, sampler)
+
+
+def _values(rollouts: Rollouts) -> Values:
+    latents = rollouts.latents_RTD.double().mul(1e-3)  # kept in float32
+    return [latents, rollouts.steps_R, [float(i) for ids in rollouts.answer_ids for i in ids], rollouts.stopped_R]
+
+
+def _rolled(family: str, plan: Plan, sampler: Any) -> Case:
+    prompts, ids = tiny.prompts([1, 9, 4]), ["a", "b", "c"]
+
+    def values(place: Place) -> Values:
+        engine, rollouts_QN = Engine(place.reasoner(family), plan), torch.arange(4).repeat(3, 1).to(place.device)
+        donor_RTD = None
+        if sampler.needs_donor:
+            donor_RTD = torch.ones(12, plan.latents, tiny.WIDTH, dtype=torch.float64).to(place.device)
+        draw = Draw.of(0, ids, rollouts_QN, tiny.WIDTH, engine.blocks)
+        return _values(engine.roll(prompts, draw, sampler, donor_RTD=donor_RTD))
+
+    return values
+
+
+def _labelled(family: str, sampler: Any) -> Case:
+    def values(place: Place) -> Values:
+        engine = Engine(place.reasoner(family), tiny.plan(3, eos_id=tiny.EOS_IDS[family], answer=3))
+        return [torch.from_numpy(entry.labels_NT) for entry in label_batch(jobs(), engine, sampler, labelling())[0]]
+
+    return values
+
+
+def _scored(family: str) -> Case:
+    latents_RTD = torch.randn(9, 5, tiny.WIDTH, generator=torch.Generator().manual_seed(0)).double()
+
+    def values(place: Place) -> Values:
+        prompts, steps_R = tiny.prompts([9, 4, 6]), torch.arange(9) % 6
+        shifts_Q = torch.tensor([0, 7, 40]).to(place.device)
+        scores = place.scorer(family).score(prompts, latents_RTD, steps_R=steps_R, shifts_Q=shifts_Q)
+        return [scores.cpu()]
+
+    return values
+
+
+def _searched(family: str, sampler: Any) -> Case:
+    def values(place: Place) -> Values:
+        engine = Engine(place.reasoner(family), tiny.plan(3, eos_id=tiny.EOS_IDS[family], answer=2))
+        ids, prompts = ["a", "b"], tiny.prompts([5, 1])
+        return _values(Beam(2, 2, False).roll(engine, place.scorer(family), "sum", prompts, ids, sampler, 0))
+
+    return values

@@ -1,0 +1,115 @@
+"""Random numbers by Triton's kernels: its interpreter says that they are right, its compiler that GPUs take them."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from latent_tts.random import bits as philox_rows
+from latent_tts.random.draw import Draw
+
+INTERPRETED = """
+import torch
+from latent_tts import philox_rows, philox_triton as kernels
+from latent_tts.philox import philox
+
+zero, ones, cpu = torch.zeros(1, 2, dtype=torch.long), 2**32 - 1, torch.device("cpu")
+found = [
+    kernels.words(key, rollout, 1, place, stream)[0, :, 0].tolist()
+    for key, rollout, place, stream in (
+        (zero, torch.tensor([0]), 0, 0), (zero + ones, torch.tensor([ones]), ones, ones)
+    )
+]
+assert found[0] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], found
+assert found[1] == list(philox((0, ones, ones, ones), (ones, ones))), found
+assert philox_rows.agree(kernels, cpu)
+
+right = kernels.decide
+kernels.decide = lambda *arguments: right(*arguments[:4], arguments[4] + 300, arguments[5])
+assert not philox_rows.agree(kernels, cpu)
+"""
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from latent_tts import philox_triton as kernels
+
+numbers = dict.fromkeys(("blocks", "tokens", "stream", "threshold"), "i32")
+pointers = {"keys": "*i64", "rollouts": "*i64", "places": "*i64", "out": "*i64", "kept": "*i32"}
+for kernel in (kernels._words, kernels._decide):
+    for place in ("i32", "i64"):  # a place beyond 2**31 is passed as the latter
+        kinds = pointers | numbers | {"place": place, "LANES": "constexpr"}
+        source = ASTSource(kernel, {name: kinds[name] for name in kernel.arg_names}, {"LANES": kernels.LANES})
+        for generation in (75, 80, 90, 100):
+            assert triton.compile(source, target=GPUTarget("cuda", generation, 32)).asm["cubin"]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, as CUDA builds of torch bring it")
+@pytest.mark.parametrize(("code", "interpret"), [(INTERPRETED, "1"), (COMPILED, "0")], ids=["interpreted", "compiled"])
+def test_kernels_are_philox_and_compile_for_gpus(tmp_path, code, interpret):
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Ask `has_kernels` as on a GPU: of a device that says so and computes on the CPU."""
+
+    def asked(kernels):
+        monkeypatch.setattr(philox_rows, "find_spec", lambda name: name == "triton")
+        monkeypatch.setitem(sys.modules, "latent_tts.random.triton_kernels", kernels)
+        monkeypatch.setattr("latent_tts.random.triton_kernels", kernels, raising=False)
+        agree = philox_rows.agree
+        monkeypatch.setattr(philox_rows, "agree", lambda kernels, device: agree(kernels, torch.device("cpu")))
+        return philox_rows.has_kernels.__wrapped__(torch.device("cuda", 0))
+
+    return asked
+
+
+OPERATORS = SimpleNamespace(words=philox_rows.words_by_operators, decide=philox_rows.decide_by_operators)
+
+
+def test_kernels_that_agree_are_used(as_on_a_gpu, caplog):
+    assert as_on_a_gpu(OPERATORS)
+    assert not caplog.records
+
+
+def raising(*arguments):
+    raise RuntimeError("Failed to find C compiler")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [(raising, "RuntimeError: Failed to find C compiler"), (lambda *a: OPERATORS.words(*a) ^ 1, "not those of")],
+)
+def test_kernels_that_fail_or_differ_are_not_used_and_that_is_said_once(as_on_a_gpu, caplog, words, why):
+    with caplog.at_level(logging.WARNING):
+        assert not as_on_a_gpu(SimpleNamespace(words=words, decide=OPERATORS.decide))
+    assert [why in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_where_they_are_usable_all_numbers_come_from_them(monkeypatch):
+    taken = []
+
+    def kernel(name):
+        return lambda *arguments: (taken.append(name), getattr(OPERATORS, name)(*arguments))[1]
+
+    kernels = SimpleNamespace(words=kernel("words"), decide=kernel("decide"))
+    monkeypatch.setitem(sys.modules, "latent_tts.random.triton_kernels", kernels)
+    monkeypatch.setattr("latent_tts.random.triton_kernels", kernels, raising=False)
+    monkeypatch.setattr("latent_tts.random.cpu.has_compiler", lambda: False)
+    draw = Draw.of(0, ["question"], torch.arange(2)[None], 8)
+    expected = draw.normal(0, 8), draw.uniform(0), draw.keep(0, 0, 1, 8, 30_000)
+    assert not taken
+    monkeypatch.setattr(philox_rows, "has_kernels", lambda device: True)
+    found = draw.normal(0, 8), draw.uniform(0), draw.keep(0, 0, 1, 8, 30_000)
+    assert taken == ["words", "words", "decide"]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -1,0 +1,287 @@
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tables import rollout_lists
+
+from latent_tts.aggregator.likelihood import Likelihood
+from latent_tts.aggregator.majority import Majority
+from latent_tts.results import statistics as stats
+from latent_tts.types import RolloutArrays
+
+GOLD = 1
+VALUES = [-4.0, -2.5, -1.0, -0.5]  # log-probabilities
+quick = settings(derandomize=True, deadline=None, max_examples=40)
+
+
+def arrays(predictions, logprobs=None):
+    """Rollouts of questions whose right answer is GOLD; -1 is unreadable."""
+    predictions = np.array(predictions, dtype=np.int64)
+    logprobs = np.zeros(predictions.shape) if logprobs is None else np.array(logprobs, dtype=np.float64)
+    return RolloutArrays(predictions, predictions == GOLD, logprobs, np.full(predictions.shape, np.nan))
+
+
+def plain_majority(predictions, logprobs, members):
+    votes = {}
+    for i in members:  # in rollout order, so the first of equally frequent predictions was seen first
+        if predictions[i] != -1:
+            votes[predictions[i]] = votes.get(predictions[i], 0) + 1
+    return bool(votes) and max(votes, key=votes.get) == GOLD
+
+
+def plain_likelihood(predictions, logprobs, members):
+    best = members[0]
+    for i in members[1:]:
+        if logprobs[i] > logprobs[best]:
+            best = i
+    return predictions[best] == GOLD
+
+
+def over_all_subsets(plain, predictions, logprobs, n):
+    subsets = list(combinations(range(len(predictions)), n))
+    return sum(plain(predictions, logprobs, members) for members in subsets) / len(subsets)
+
+
+AGGREGATORS = [
+    pytest.param(Majority(), plain_majority, id="majority"),
+    pytest.param(Likelihood(), plain_likelihood, id="likelihood"),
+]
+
+
+# Coverage
+
+
+@quick
+@given(st.lists(st.booleans(), min_size=1, max_size=7))
+def test_coverage_is_the_share_of_subsets_with_a_right_rollout(correct):
+    for n in range(1, len(correct) + 1):
+        subsets = list(combinations(correct, n))
+        expected = sum(map(any, subsets)) / len(subsets)
+        assert stats.coverage(np.array([correct]), n)[0] == pytest.approx(expected, abs=1e-12)
+
+
+@quick
+@given(drawn=st.integers(1, 80), seed=st.integers(0, 999))
+def test_coverage_is_a_fraction_that_never_falls_and_ends_at_any(drawn, seed):
+    generator = np.random.default_rng(seed)
+    correct = generator.random((20, drawn)) < generator.random((20, 1))
+    curve = np.array([stats.coverage(correct, n) for n in range(1, drawn + 1)])
+    assert (curve >= 0).all()
+    assert (curve <= 1).all()
+    assert (np.diff(curve, axis=0) >= 0).all()
+    np.testing.assert_allclose(curve[0], correct.mean(1), atol=1e-12)
+    np.testing.assert_array_equal(curve[-1], correct.any(1))
+
+
+@pytest.mark.parametrize(
+    ("right", "drawn", "n", "expected"),
+    [(1, 4, 2, 1 / 2), (2, 4, 2, 5 / 6), (2, 5, 3, 9 / 10), (0, 4, 4, 0), (1, 64, 16, 1 / 4)],
+)
+def test_coverage_of_hand_worked_cases(right, drawn, n, expected):
+    correct = np.arange(drawn)[None, :] >= drawn - right
+    assert stats.coverage(correct, n) == pytest.approx([expected])
+
+
+@pytest.mark.parametrize("n", [0, -1, 5])
+def test_coverage_refuses_an_n_that_was_not_drawn(n):
+    with pytest.raises(ValueError, match=f"n={n} "):
+        stats.coverage(np.ones((1, 4), dtype=bool), n)
+
+
+# Subsets and picks
+
+
+@pytest.mark.parametrize(("drawn", "n"), [(12, 5), (64, 16), (300, 1)])
+def test_random_subsets_have_n_members_and_are_always_the_same(drawn, n):
+    members = stats.subsets(drawn, n)
+    assert members.shape == (stats.SUBSETS, drawn)
+    assert (members.sum(1) == n).all()
+    np.testing.assert_array_equal(members, stats.subsets(drawn, n))
+
+
+@pytest.mark.parametrize(("drawn", "n"), [(1, 1), (5, 5), (64, 1), (256, 1), (16, 2), (10, 5), (7, 6)])
+def test_where_subsets_are_few_each_is_there_once(drawn, n):
+    members = [tuple(np.flatnonzero(row)) for row in stats.subsets(drawn, n)]
+    assert members == list(combinations(range(drawn), n))
+
+
+@pytest.mark.parametrize(("drawn", "n"), [(12, 3), (16, 4), (64, 16), (64, 32)])
+def test_rollouts_are_about_equally_often_in_random_subsets(drawn, n):
+    share = n / drawn
+    error = np.sqrt(share * (1 - share) / stats.SUBSETS)
+    assert np.abs(stats.subsets(drawn, n).mean(0) - share).max() < 4 * error
+
+
+def test_subsets_are_mostly_different():
+    assert len(np.unique(stats.subsets(32, 8), axis=0)) > 250
+
+
+@pytest.mark.parametrize(("aggregator", "plain"), AGGREGATORS)
+@quick
+@given(table=rollout_lists(VALUES))
+def test_a_pick_out_of_all_rollouts_equals_plain_python(aggregator, plain, table):
+    predictions, logprobs = table
+    drawn = len(predictions[0])
+    expected = [plain(p, lp, range(drawn)) for p, lp in zip(*table, strict=True)]
+    np.testing.assert_array_equal(stats.picked_accuracy(aggregator, arrays(predictions, logprobs), drawn), expected)
+
+
+@pytest.mark.parametrize(("aggregator", "plain"), AGGREGATORS)
+@quick
+@given(table=rollout_lists(VALUES), data=st.data())
+def test_picks_out_of_fewer_rollouts_equal_plain_python_on_the_same_subsets(aggregator, plain, table, data):
+    predictions, logprobs = table
+    drawn = len(predictions[0])
+    n = data.draw(st.integers(1, drawn))
+    subsets = [np.flatnonzero(row).tolist() for row in stats.subsets(drawn, n)]
+    expected = [np.mean([plain(p, lp, members) for members in subsets]) for p, lp in zip(*table, strict=True)]
+    np.testing.assert_allclose(stats.picked_accuracy(aggregator, arrays(predictions, logprobs), n), expected)
+
+
+@pytest.mark.parametrize(("drawn", "n"), [(8, 1), (8, 3), (8, 7), (11, 4)])  # the last has more subsets than are taken
+@pytest.mark.parametrize(("aggregator", "plain"), AGGREGATORS)
+def test_picks_out_of_fewer_rollouts_are_means_over_all_subsets_or_close_to_them(aggregator, plain, drawn, n):
+    generator = np.random.default_rng(n)
+    predictions, logprobs = generator.integers(-1, 4, (40, drawn)), generator.normal(size=(40, drawn)).round(1)
+    expected = [
+        over_all_subsets(plain, p, lp, n) for p, lp in zip(predictions.tolist(), logprobs.tolist(), strict=True)
+    ]
+    got = stats.picked_accuracy(aggregator, arrays(predictions, logprobs), n)
+    error = 0 if drawn == 8 else 0.5 / np.sqrt(stats.SUBSETS)
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=4.5 * error)
+    assert got.mean() == pytest.approx(np.mean(expected), abs=0.03 if error else 1e-12)
+
+
+@pytest.mark.parametrize(("aggregator", "plain"), AGGREGATORS)
+def test_many_questions_are_the_same_as_one_at_a_time(aggregator, plain):
+    generator = np.random.default_rng(0)
+    rollouts = arrays(generator.integers(-1, 3, (300, 4)), generator.normal(size=(300, 4)))
+    together = stats.picked_accuracy(aggregator, rollouts, 3)
+    alone = [stats.picked_accuracy(aggregator, rollouts.questions(slice(i, i + 1)), 3)[0] for i in range(300)]
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "right"),
+    [
+        ([1, 1, 2], True),
+        ([2, 1, 1, 2], False),  # a tie goes to the lowest rollout number
+        ([1, 2, 2, 1], True),
+        ([-1, -1, -1, 1], True),  # unreadable ones never vote
+        ([-1, -1], False),
+    ],
+)
+def test_majority_of_hand_worked_cases(predictions, right):
+    assert stats.picked_accuracy(Majority(), arrays([predictions]), len(predictions)) == [right]
+
+
+@pytest.mark.parametrize(
+    ("predictions", "logprobs", "right"),
+    [
+        ([2, 1, 2], [-2, -1, -3], True),
+        ([1, 2], [-1, -1], True),  # a tie goes to the lowest rollout number
+        ([2, 1], [-1, -1], False),
+        ([1, -1], [-5, -1], False),  # an unreadable winner is wrong
+    ],
+)
+def test_likelihood_of_hand_worked_cases(predictions, logprobs, right):
+    assert stats.picked_accuracy(Likelihood(), arrays([predictions], [logprobs]), len(predictions)) == [right]
+
+
+# Diversity
+
+
+def plain_diversity(latents_NTD):
+    count, steps, _ = latents_NTD.shape
+    total = 0.0
+    for step in range(steps):
+        for i, j in combinations(range(count), 2):
+            a, b = latents_NTD[i, step], latents_NTD[j, step]
+            norms = np.linalg.norm(a) * np.linalg.norm(b)
+            total += 1 - (a @ b / norms if norms else 0.0)
+    return total / (steps * count * (count - 1) / 2)
+
+
+@quick
+@given(count=st.integers(2, 6), steps=st.integers(1, 4), width=st.integers(1, 5), seed=st.integers(0, 99))
+def test_diversity_equals_a_double_loop(count, steps, width, seed):
+    latents = np.random.default_rng(seed).normal(size=(count, steps, width))
+    assert stats.diversity(latents) == pytest.approx(plain_diversity(latents), abs=1e-12)
+
+
+def test_a_zero_vector_is_at_right_angles_to_everything():
+    latents = np.random.default_rng(0).normal(size=(4, 3, 5))
+    latents[1, 2] = latents[0, 2] = 0
+    assert stats.diversity(latents) == pytest.approx(plain_diversity(latents))
+
+
+def test_identical_rollouts_have_no_diversity_at_any_scale():
+    latents = np.random.default_rng(0).normal(size=(1, 3, 64)).astype(np.float32)
+    assert 0 <= stats.diversity(np.repeat(latents, 8, axis=0)) < 1e-12
+    assert stats.diversity(np.concatenate([latents, 100 * latents])) == pytest.approx(0, abs=1e-12)
+
+
+def test_opposite_rollouts_have_diversity_two():
+    assert stats.diversity(np.array([[[1.0, 2.0]], [[-1.0, -2.0]]])) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (3, 0, 4)])
+def test_one_rollout_or_no_latents_have_no_figure_for_diversity(shape):
+    assert stats.diversity(np.ones(shape)) is None
+
+
+# Intervals
+
+
+def test_bootstrap_weights_are_how_often_a_question_is_drawn():
+    weights = stats.bootstrap_weights(30)
+    assert weights.shape == (stats.RESAMPLES, 30)
+    np.testing.assert_allclose(weights.sum(1), 1)
+    np.testing.assert_allclose(weights * 30, np.round(weights * 30), atol=1e-9)
+    share = weights.mean(0)
+    assert np.abs(share - 1 / 30).max() < 4 * np.sqrt(1 / 30 * (1 - 1 / 30) / 30 / stats.RESAMPLES)
+    assert len(np.unique(weights, axis=0)) > stats.RESAMPLES - 5
+
+
+def test_entries_of_a_question_are_resampled_together():
+    clusters = np.array([7, 3, 7, 5, 3, 7, 9])
+    weights = stats.bootstrap_weights(len(clusters), clusters)
+    np.testing.assert_allclose(weights.sum(1), 1)
+    for cluster in (7, 3):
+        entries = weights[:, clusters == cluster]
+        assert (entries == entries[:, :1]).all()
+    alone = stats.bootstrap_weights(4)
+    assert ((weights[:, [1, 3, 0, 6]] > 0) == (alone > 0)).all()
+
+
+def test_interval_of_many_values_is_the_normal_one():
+    values = np.random.default_rng(0).normal(3, 2, 1000)
+    low, high = stats.interval(values, stats.bootstrap_weights(1000))
+    half = 1.96 * values.std() / np.sqrt(1000)
+    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+@quick
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_interval_holds_the_mean_and_stays_in_the_range_of_the_values(values):
+    values_Q = np.array(values, dtype=np.float64)
+    low, high = stats.interval(values_Q, stats.bootstrap_weights(len(values_Q)))
+    assert values_Q.min() - 1e-12 <= low <= values_Q.mean() + 1e-12
+    assert values_Q.mean() - 1e-12 <= high <= values_Q.max() + 1e-12
+
+
+def test_paired_difference_of_a_constant_is_exact():
+    a = np.array([0.5, 1.0, 0.25, 0.75])
+    assert stats.paired_difference(a, a - 0.25, np.arange(4)) == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_paired_difference_resamples_whole_questions():
+    clusters = np.array([0, 1] * 50)  # two questions, fifty seeds: the resampled mean is 0, a half or 1
+    a = np.where(clusters == 0, 1.0, 0.0)
+    assert stats.paired_difference(a, np.zeros(100), clusters) == pytest.approx((0.5, 0, 1))
+    _, low, high = stats.paired_difference(a, np.zeros(100), np.arange(100))
+    assert 0.3 < low < 0.45
+    assert 0.55 < high < 0.7

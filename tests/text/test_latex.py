@@ -1,0 +1,110 @@
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latent_tts.text import latex
+from latent_tts.text.latex import canonical_latex, equal_latex
+
+SAME = [
+    [r"\frac{1}{2}", r"\frac12", r"\dfrac 12", "0.5", ".50", "1/2", r"\boxed{\frac{1}{2}}", r"$\frac12$."],
+    [r"\frac{1}{4}", r"\(0.25\)", "25/100", r"\left(\frac12\right)^2"],
+    ["18", "18.", "18.00", "+18", "1.8e1", r"1.8\times 10^1", "18%", r"18\%", r"18^\circ", r"18\text{ cm}"],
+    ["36", "$36", r"\$36", r"\$36.00"],
+    ["10080", "10,080", r"10,\!080"],
+    ["-3", "- 3", r"-\frac{6}{2}"],
+    ["0", "-0", "-0.0"],
+    [r"2 \sqrt{3}", r"\sqrt{12}", r"\frac{6}{\sqrt{3}}"],
+    [r"-1 + \sqrt{2}", r"\frac{1}{1+\sqrt2}"],
+    ["6 - 5 i", "6-5i", "-5i+6"],
+    ["x^{2} + 2 x + 1", "(x+1)^2", "1+x(x+2)"],
+    [r"\left( 3, \  \frac{\pi}{2}\right)", r"(3,\frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)"],
+    [r"\left\{-2, 1\right\}", "1,-2", "-2, 1", r"\{1,-2\}"],
+    [r"\left[\begin{matrix}1\\2\end{matrix}\right]", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"],
+    [r"\left[\begin{matrix}1 & 2\end{matrix}\right]", "\\begin{bmatrix}1&\n2\\end{bmatrix}"],
+    [r"\text{east}", r"\text{ east }", r"\text{East}"],
+    ["x = 5", "x=5"],
+    ["1024", "2^{10}"],
+    [r"\frac{7}{2}", r"3 \frac12", "3.5"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answers", SAME, ids=lambda answers: answers[0])
+def test_equal_values_are_one_vote(answers):
+    assert {canonical_latex(answer) for answer in answers} == {answers[0]}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [("5", "x=5"), ("x=5", "5"), ("east", r"\text{east}"), (r"\frac{x^2-1}{x-1}", "x+1"), ("-1", r"\cos \pi")],
+)
+def test_math_verify_decides_equality_where_forms_differ(prediction, gold):
+    assert equal_latex(canonical_latex(prediction), canonical_latex(gold))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"), [("2", "3"), (r"\frac12", r"\frac13"), ("x+1", "x-1"), ("(1,2)", "(2,1)"), ("0.34", "1/3")]
+)
+def test_other_values_are_not_equal(prediction, gold):
+    assert not equal_latex(canonical_latex(prediction), canonical_latex(gold))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        None, "", "  ", ".", "$", "$$", "()", "+", "#", r"\frac{1", "(((((", "1/0", "0/0", "\x00",
+        "9^{9^{9}}", "9^{9^{9^9}}", "((9^{999})^{999})^{999}", "100000!", "x^{10^{9}}", "1e999", "(a+b+c)^{1000}",
+        "1" * 501,
+    ],
+)  # fmt: skip
+def test_what_has_no_value_or_one_too_large_is_not_read(raw):
+    started = time.perf_counter()
+    assert canonical_latex(raw) is None
+    assert time.perf_counter() - started < latex.SECONDS
+
+
+def test_a_name_in_a_text_is_a_symbol_and_never_code():
+    assert canonical_latex(r"\text{__import__('os').abort()}") is not None
+
+
+PIECES = [*"12-+xi(){}^_,./$\\ =", r"\frac", r"\sqrt", r"\pi"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
+def test_a_canonical_form_is_its_own_canonical_form(raw):
+    canonical = canonical_latex(raw)
+    if canonical is not None:
+        assert canonical_latex(canonical) == canonical
+        assert equal_latex(canonical, canonical)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(st.integers(-999, 999), st.integers(1, 99), st.integers(1, 9))
+def test_fractions_are_reduced_exactly(numerator, denominator, factor):
+    fraction = canonical_latex(rf"\frac{{{numerator * factor}}}{{{denominator * factor}}}")
+    assert fraction == canonical_latex(f"{numerator}/{denominator}")
+    if denominator in (1, 2, 4, 5, 8, 10):
+        assert fraction == canonical_latex(str(numerator / denominator))
+
+
+def test_it_works_outside_the_main_thread_where_there_are_no_alarms():
+    results = []
+    worker = threading.Thread(target=lambda: results.append(canonical_latex(r"\frac{35}{70}")))
+    worker.start()
+    worker.join()
+    assert results == [r"\frac{1}{2}"]
+
+
+def test_what_takes_too_long_counts_as_unreadable_and_is_named(monkeypatch, caplog):
+    def endless(text):
+        while True:
+            pass
+
+    monkeypatch.setattr(latex, "SECONDS", 1)
+    monkeypatch.setattr(latex, "_canonical", endless)
+    assert canonical_latex("x+1") is None
+    assert "x+1: no result within 1 s" in caplog.text
+    assert canonical_latex("3.0") == "3"  # plain numbers need no parser

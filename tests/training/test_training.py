@@ -1,0 +1,225 @@
+"""COCONUT's curriculum, the latent forward pass with gradients, and a loop that can stop and go on."""
+
+import json
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.errors import RunError, UsageError
+from latent_tts.model.coconut import Coconut
+from latent_tts.random.draw import Draw
+from latent_tts.recipe.coconut import Coconut as Recipe
+from latent_tts.sampler.greedy import Greedy
+from latent_tts.task.arith import Arith
+from latent_tts.training.reasoner import coconut, loop
+from latent_tts.training.reasoner.batch import question_batches
+from latent_tts.training.reasoner.curriculum import Stage, written_text
+
+RECIPE = Recipe(written_updates=3, stage_updates=[2, 2], final_updates=3, final_dropout=None, latents=3, step_loss=0.5)
+OPTIMIZATION = loop.Optimization(batch=4, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False)
+
+
+@pytest.fixture
+def adapter(checkpoint):
+    return Coconut(name="tiny", checkpoint=str(checkpoint), latents=3, recommended={})
+
+
+def train(adapter, output, recipe=RECIPE, optimization=OPTIMIZATION, save_every=2, report=lambda *a: None):
+    output.mkdir(exist_ok=True)
+    return loop.train(
+        recipe,
+        adapter,
+        Arith("train", None, None, 0).stream(),
+        Arith("valid", 8, None, 0).questions(),
+        optimization,
+        seed=0,
+        output=output,
+        settings={"latents": 3},
+        save_every=save_every,
+        report=report,
+    )
+
+
+def test_stages_hide_one_step_more_each_and_end_without_any():
+    stages = RECIPE.stages()
+    assert [(s.updates, s.latents, s.hidden_steps) for s in stages] == [(3, 0, 0), (2, 1, 1), (2, 2, 2), (3, 3, None)]
+    assert [RECIPE.stage_at(update).latents for update in range(10)] == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3]
+    assert RECIPE.updates == 10
+
+
+def test_written_text_leaves_out_the_hidden_steps():
+    steps = ("<<1+2=3>>", "<<3*4=12>>")
+    assert written_text(steps, "12", Stage(1, 0, 0)) == "<<1+2=3>>\n<<3*4=12>>\n### 12"
+    assert written_text(steps, "12", Stage(1, 1, 1)) == "<<3*4=12>>\n### 12"
+    assert written_text(steps, "12", Stage(1, 2, None)) == "### 12"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"latents": 1}, {"final_updates": -1}, {"stage_updates": [-1]}, {"step_loss": -1}, {"final_dropout": 1.0}]
+)
+def test_a_recipe_refuses_bad_values(wrong):
+    values = {
+        "written_updates": 1,
+        "stage_updates": [1, 1],
+        "final_updates": 1,
+        "final_dropout": None,
+        "latents": 2,
+        "step_loss": 0.5,
+    }
+    values |= wrong
+    with pytest.raises(UsageError):
+        Recipe(**values)
+
+
+@pytest.mark.parametrize("latents", [0, 1, 3])
+def test_the_padded_batch_computes_what_the_engine_computes(adapter, latents):
+    questions = Arith("valid", 5, None, 0).questions()
+    stage = Stage(1, latents, None)
+    lm = AutoModelForCausalLM.from_pretrained(adapter.folder, dtype=torch.float32).eval()
+    batch = coconut.encode_batch(adapter, questions, stage)
+    assert batch.prompt_mask_QL.sum(1).unique().numel() > 1  # prompts of unequal length
+    predicted = coconut.training_logits(lm, batch, latents)[0].argmax(-1)[:, 0].tolist()
+    engine = Engine(
+        adapter.load(device="cpu", dtype="float32"),
+        Plan(latents, adapter.thinking_end_ids, eos_id=-1, max_answer_tokens=1),
+    )
+    draw = Draw.of(0, [q.id for q in questions], torch.zeros(5, 1, dtype=torch.long), engine.width)
+    rollouts = engine.roll([adapter.encode(q) for q in questions], draw, Greedy())
+    assert predicted == [ids[0] for ids in rollouts.answer_ids]
+
+
+def test_gradients_reach_the_prompt_through_every_latent(adapter):
+    questions = Arith("valid", 3, None, 0).questions()
+    lm = AutoModelForCausalLM.from_pretrained(adapter.folder, dtype=torch.float32)
+    batch = coconut.encode_batch(adapter, questions, Stage(1, 3, None))
+    coconut.written_loss(coconut.training_logits(lm, batch, 3)[0], batch).backward()
+    word = int(batch.prompt_QL[0, -3])
+    assert lm.transformer.wte.weight.grad[word].abs().sum() > 0
+
+
+def test_each_latent_is_asked_for_its_steps_result_and_then_for_the_answer(adapter):
+    question = next(q for q in Arith("valid", 50, [2], 0).stream())
+    batch = coconut.encode_batch(adapter, [question], Stage(1, 4, None))
+    first = question.steps[0].rpartition("=")[2].removesuffix(">>")
+    assert adapter.tokenizer.decode(batch.results_QT[0].tolist()) == first + question.answer * 3
+    with_steps, without = (coconut.CoconutObjective(adapter, weight) for weight in (1.0, 0.0))
+    with_steps.lm.eval()
+    without.lm.eval()
+    losses = [objective.loss([question], Stage(1, 4, None)) for objective in (with_steps, without)]
+    assert losses[0] > losses[1]
+
+
+def test_updates_are_those_of_the_loop_before_it_was_shared_by_families(adapter, tmp_path):
+    """Losses of the first published loop, which trained the shipped reasoner, on this tiny one."""
+    losses = []
+    train(
+        adapter,
+        tmp_path / "out",
+        replace(RECIPE, final_dropout=0.3),
+        report=lambda done, record: losses.append(record["loss"]),
+    )
+    published = [7.62381, 7.09488, 6.68808, 9.02281, 8.57428, 9.12849, 9.74959, 9.78673, 9.6843, 9.35716]
+    assert losses == pytest.approx(published, rel=1e-3)
+
+
+def test_the_loss_falls(adapter, tmp_path):
+    long = Recipe(written_updates=60, stage_updates=[], final_updates=0, final_dropout=None, latents=3, step_loss=0.0)
+    losses = []
+    slower = replace(OPTIMIZATION, cosine_updates=60)
+    train(
+        adapter,
+        tmp_path / "out",
+        long,
+        slower,
+        save_every=60,
+        report=lambda done, record: losses.append(record["loss"]),
+    )
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(adapter, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(done, record):
+        if done == 5:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(adapter, tmp_path / "stopped", report=stop)
+    resumed, whole = train(adapter, tmp_path / "stopped"), train(adapter, tmp_path / "whole")
+    assert resumed["update"] == whole["update"] == 10
+    a, b = (load_file(tmp_path / name / "state.safetensors") for name in ("stopped", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in b)
+    logs = [(tmp_path / name / "loss.jsonl").read_text().splitlines() for name in ("stopped", "whole")]
+    assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
+
+
+def test_a_finished_run_is_not_trained_again(adapter, tmp_path):
+    train(adapter, tmp_path / "out")
+    updates = []
+    record = train(adapter, tmp_path / "out", report=lambda done, record: updates.append(done))
+    assert updates == []
+    assert record["update"] == 10
+
+
+def test_another_runs_folder_is_refused(adapter, tmp_path):
+    train(adapter, tmp_path / "out")
+    with pytest.raises(UsageError, match="other settings"):
+        loop.train(
+            RECIPE,
+            adapter,
+            Arith("train", None, None, 0).stream(),
+            [],
+            OPTIMIZATION,
+            seed=0,
+            output=tmp_path / "out",
+            settings={"latents": 4},
+            save_every=2,
+            report=lambda *a: None,
+        )
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(adapter, tmp_path, monkeypatch):
+    real = coconut.CoconutObjective.loss
+    calls = []
+
+    def sometimes_nan(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(coconut.CoconutObjective, "loss", sometimes_nan)
+    with pytest.raises(RunError, match="nan at update 3"):
+        train(adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "state.safetensors").is_file()
+
+
+def test_batches_are_of_like_length_and_lose_no_question():
+    stream = Arith("train", None, None, 0).stream()
+    first = list(islice(Arith("train", None, None, 0).stream(), 64))
+    batches = list(islice(question_batches(stream, 8), 8))
+    assert sorted(q.id for batch in batches for q in batch) == sorted(q.id for q in first)
+    spread = [max(len(q.text) for q in batch) - min(len(q.text) for q in batch) for batch in batches]
+    assert max(spread) < max(len(q.text) for q in first) - min(len(q.text) for q in first)
+
+
+def test_train_reasoner_writes_a_checkpoint_that_runs(ltts, tmp_path):
+    line = (
+        "train-reasoner", "output=out", "recipe.written_updates=2", "recipe.stage_updates=[1]",
+        "recipe.final_updates=1", "backbone.layers=1", "backbone.width=16", "backbone.heads=2",
+        "optimization.batch=4", "valid_questions=4",
+    )  # fmt: skip
+    result = ltts(*line)
+    assert result.code == 0, result.err
+    assert result.last.name == "checkpoint"
+    assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "out/checkpoint/model.safetensors").values())
+    assert json.loads((tmp_path / "out/checkpoint/config.json").read_text())["latent_tts"] == {"latents": 6}
+    run = ltts("run", "model.checkpoint=out/checkpoint", "task.limit=2", "n=2", "max_answer_tokens=3")
+    assert run.code == 0, run.err
+    assert ltts(*line).code == 0  # finished: the same line does no harm
+    assert ltts(*line, "seed=1").code == 2  # another run in the same folder

@@ -1,0 +1,47 @@
+"""Every embedded reasoner answers questions that it was not trained on, and by its latents."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from latent_tts.config import build as config
+from latent_tts.engine.rollout import Engine
+from latent_tts.pipeline.drawing import plan_of
+from latent_tts.random.draw import Draw
+from latent_tts.sampler.control import Control
+from latent_tts.sampler.greedy import Greedy
+from latent_tts.task.arith import Arith
+from latent_tts.types import Reasoner
+
+FILES = sorted((Path(config.conf_dir()) / "model").glob("demo_*.yaml"))
+QUESTIONS = Arith("valid", 60, None, 0).questions()
+LARGEST = 3 * 2**20
+
+
+def accuracy(adapter, reasoner: Reasoner, sampler) -> float:
+    written = 64 if adapter.latents == 0 else 4
+    engine = Engine(reasoner, plan_of(adapter, written, adapter.own_schedule))
+    draw = Draw.of(0, [q.id for q in QUESTIONS], torch.zeros(len(QUESTIONS), 1, dtype=torch.long), engine.width)
+    rollouts = engine.roll([adapter.encode(q) for q in QUESTIONS], draw, sampler)
+    answers = [adapter.raw_answer(adapter.answer_text(ids)) for ids in rollouts.answer_ids]
+    return sum(answer == q.answer for answer, q in zip(answers, QUESTIONS, strict=True)) / len(QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=() if file.stem == "demo_coconut" else pytest.mark.slow, id=file.stem) for file in FILES],
+)
+def test_an_embedded_reasoner_thinks(file):
+    adapter = instantiate(OmegaConf.load(file), _convert_="all")
+    adapter.check()
+    assert adapter.name == file.stem
+    assert sum(path.stat().st_size for path in adapter.folder.iterdir()) < LARGEST
+    assert "## Recipe" in (adapter.folder / "README.md").read_text()
+    reasoner = adapter.load(device="cpu", dtype="float32")
+    assert accuracy(adapter, reasoner, Greedy()) >= 0.4
+    if adapter.latents:
+        assert accuracy(adapter, reasoner, Control("zero")) <= 0.1
+        assert accuracy(adapter, reasoner, Control("repeat")) <= 0.1
