@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from marks import slow
 
-from latent_tts.results import store
+from latent_tts.results.run_folder import METRIC_COLUMNS, ROLLOUT_COLUMNS
 
 
 def test_help_lists_every_command_quickly_and_without_torch():
@@ -60,11 +60,11 @@ def test_a_run_ends_with_the_path_of_its_metrics_and_writes_every_table(run):
     assert result.last.name == "metrics.csv"
     folder = result.last.parent
     rollouts = pd.read_parquet(folder / "rollouts.parquet")
-    assert list(rollouts.columns) == store.ROLLOUT_COLUMNS
+    assert list(rollouts.columns) == ROLLOUT_COLUMNS
     assert len(rollouts) == 24
     assert list(rollouts["rollout"][:5]) == [0, 1, 2, 3, 0]
     metrics = pd.read_csv(folder / "metrics.csv")
-    assert list(metrics.columns) == store.METRIC_COLUMNS
+    assert list(metrics.columns) == METRIC_COLUMNS
     assert sorted(set(metrics["n"])) == [1, 2, 4]
     record = json.loads((folder / "run.json").read_text())
     assert record["rollouts"] == {"total": 24, "drawn_now": 24}
@@ -267,7 +267,7 @@ def test_killed_in_the_middle_and_started_again_gives_equal_tables(checkpoint, t
     drawn = json.loads((folders[0] / "run.json").read_text())["rollouts"]["drawn_now"]
     assert 0 < drawn < 400 * 64
     frames = [pd.read_parquet(folder / "rollouts.parquet") for folder in folders]
-    exact = [name for name in store.ROLLOUT_COLUMNS if name not in ("answer_logprob", "answer_margin")]
+    exact = [name for name in ROLLOUT_COLUMNS if name not in ("answer_logprob", "answer_margin")]
     pd.testing.assert_frame_equal(frames[0][exact], frames[1][exact])
     pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-3, atol=1e-4)
 

@@ -9,7 +9,7 @@ import torch
 
 from latent_tts.random import bits as philox_rows
 from latent_tts.random.draw import Draw
-from latent_tts.results import store
+from latent_tts.results.run_folder import read_metrics, read_rollouts
 
 pytestmark = pytest.mark.gpu
 GPU = devices.Place(torch.device("cuda:0"), lambda module: module.to("cuda:0"))
@@ -54,10 +54,10 @@ def rollouts_of(ltts, tmp_path):
         record = json.loads((done.last.parent / "run.json").read_text())
         assert record["devices"] == [torch.device(device).type]
         assert torch.device(device).type == "cpu" or {"gpu", "cuda"} <= set(record["machine"])
-        costs = store.read_metrics(done.last).groupby("metric")["value"].max()
+        costs = read_metrics(done.last).groupby("metric")["value"].max()
         assert costs["seconds"] > 0
         assert not costs["floor_seconds"] > costs["seconds"]  # beams have no floor
-        table = store.read_rollouts(done.last.parent)
+        table = read_rollouts(done.last.parent)
         assert np.isfinite(table["answer_logprob"]).all()
         return table.assign(peak_memory_bytes=costs["peak_memory_bytes"])
 

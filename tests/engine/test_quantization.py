@@ -23,7 +23,7 @@ from latent_tts.engine.sites import find_blocks
 from latent_tts.errors import UsageError
 from latent_tts.pipeline.keys import cache_key
 from latent_tts.random.draw import Draw
-from latent_tts.results import store
+from latent_tts.results.run_folder import LATENTS
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
 from latent_tts.sampler.greedy import Greedy
@@ -139,7 +139,7 @@ def test_a_run_reports_what_int8_gives_and_keeps_it_apart(run):
     assert ours["rollouts"]["drawn_now"] == theirs["rollouts"]["drawn_now"] == 24
     assert ours["cache"] != theirs["cache"]
     assert ours["versions"].keys() - theirs["versions"].keys() == {"torchao"}
-    ours, theirs = (load_file(done.last.parent / store.LATENTS)["latents_RTD"] for done in (int8, loaded))
+    ours, theirs = (load_file(done.last.parent / LATENTS)["latents_RTD"] for done in (int8, loaded))
     assert 1e-5 < distance(ours, theirs) < 0.1
 
 

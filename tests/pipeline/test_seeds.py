@@ -7,8 +7,10 @@ import pytest
 from latent_tts.aggregator.majority import Majority
 from latent_tts.pipeline.completed import Finished
 from latent_tts.pipeline.seeds import over_seeds
-from latent_tts.results import metrics, report, store
+from latent_tts.results import metrics, report
 from latent_tts.results import statistics as stats
+from latent_tts.results.cache import MEASURED
+from latent_tts.results.run_folder import RUN_COLUMNS, read_metrics, write_metrics
 
 QUESTIONS, DRAWN = 12, 4
 
@@ -26,10 +28,10 @@ def finished(seed, *, sampler="gaussian", all_decoded=True, order=slice(None)):
             "answer_logprob": generator.normal(size=size),
             "score": pd.array([None] * size, dtype="Float32"),
             **dict.fromkeys(("latent_steps", "answer_tokens"), 2),
-            **dict.fromkeys(store.MEASURED, 1.0 + seed),
+            **dict.fromkeys(MEASURED, 1.0 + seed),
         }
     )
-    run = dict.fromkeys(store.RUN_COLUMNS, "x") | {"run_id": f"{sampler}{seed}", "seed": str(seed), "sampler": sampler}
+    run = dict.fromkeys(RUN_COLUMNS, "x") | {"run_id": f"{sampler}{seed}", "seed": str(seed), "sampler": sampler}
     table = metrics.metric_rows(
         rollouts, drawn=DRAWN, reported=[1, 2, DRAWN], aggregators=[Majority()],
         diversity_Q=[0.1 * (1 + seed)] * QUESTIONS, gflops=[(1.0, 2.0)] * QUESTIONS, run=run,
@@ -80,8 +82,8 @@ def test_settings_stay_apart_and_one_seed_stays_as_it_is():
 
 def test_a_table_of_means_is_read_as_it_was_written_and_shown(tmp_path, capsys):
     table = over_seeds([finished(0), finished(1), finished(5, sampler="dropout")])
-    store.write_metrics(tmp_path / "means.csv", table)
-    read = store.read_metrics(tmp_path / "means.csv")
+    write_metrics(tmp_path / "means.csv", table)
+    read = read_metrics(tmp_path / "means.csv")
     pd.testing.assert_frame_equal(read, table, check_dtype=False, rtol=1e-9)
     report.print_metrics(read)
     shown = capsys.readouterr().out
@@ -93,7 +95,7 @@ def test_a_sweep_over_seeds_shows_and_writes_their_means(run, ltts, tmp_path):
     swept = run("seed=0,1", "n=1,2", "sampler.rate=0.5", "-m")
     assert swept.code == 0, swept.err
     folder = swept.last.parent
-    means = store.read_metrics(folder / "metrics_over_seeds.csv")
+    means = read_metrics(folder / "metrics_over_seeds.csv")
     assert set(means["seed"]) == {"0,1"}
     assert set(means["n"]) == {1, 2}
     assert "mean ± sd of seeds 0,1" in swept.out
@@ -104,7 +106,7 @@ def test_a_sweep_over_seeds_shows_and_writes_their_means(run, ltts, tmp_path):
     assert figure.code == 0, figure.err
     collected = ltts("collect", folder, "output=all.csv")
     assert collected.out.split() == ["all_over_seeds.csv", "all.csv"]
-    pd.testing.assert_frame_equal(store.read_metrics(tmp_path / "all_over_seeds.csv"), means)
+    pd.testing.assert_frame_equal(read_metrics(tmp_path / "all_over_seeds.csv"), means)
 
 
 @pytest.mark.slow

@@ -4,7 +4,8 @@ import pytest
 
 from latent_tts.aggregator.likelihood import Likelihood
 from latent_tts.aggregator.majority import Majority
-from latent_tts.results import metrics, store
+from latent_tts.results import metrics
+from latent_tts.results.run_folder import METRIC_COLUMNS
 
 RUN = {"run_id": "abc", "model": "coconut", "seed": 0, "budget": "ladder"}
 ALWAYS = {"coverage", "invalid_rate", "latent_steps", "answer_tokens", "gflops"}
@@ -54,7 +55,7 @@ def cell(table, n, metric, aggregator="", column="value"):
 
 
 def test_columns_are_those_of_the_metrics_table(table):
-    assert list(table.columns) == store.METRIC_COLUMNS
+    assert list(table.columns) == METRIC_COLUMNS
 
 
 def test_each_budget_has_its_rows_and_no_others(table):

@@ -6,7 +6,7 @@ from matplotlib import pyplot as plt
 from refusal import check
 
 from latent_tts.results.plot import scaling_curve
-from latent_tts.results.store import RUN_COLUMNS
+from latent_tts.results.run_folder import RUN_COLUMNS
 
 
 @pytest.fixture

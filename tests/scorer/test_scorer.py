@@ -17,7 +17,7 @@ from latent_tts.config import build as config
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.pipeline import scoring
-from latent_tts.results import store
+from latent_tts.results.run_folder import read_metrics
 from latent_tts.scorer.auto import auto
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
@@ -42,7 +42,7 @@ def tables(result) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     assert result.code == 0, result.err
     folder = result.last.parent
     record = json.loads((folder / "run.json").read_text())
-    return pd.read_parquet(folder / "rollouts.parquet"), store.read_metrics(folder / "metrics.csv"), record
+    return pd.read_parquet(folder / "rollouts.parquet"), read_metrics(folder / "metrics.csv"), record
 
 
 def rescore(ltts, source: Path, latent_rm: Path, *arguments):

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from latent_tts.config import build as config
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.pipeline import seeds
-from latent_tts.results import store
+from latent_tts.results.run_folder import run_folders
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
     """
     # of the folders that commands write to by default one may not be there yet
     chosen = [runs for runs in cfg.runs if config.is_given("runs") or Path(runs).is_dir()] or list(cfg.runs)
-    folders = [folder for runs in chosen for folder in store.run_folders(Path(runs))]
+    folders = [folder for runs in chosen for folder in run_folders(Path(runs))]
     output = Path(cfg.output or "").expanduser()
     if not cfg.output or output.is_dir():
         raise bad_value("output", cfg.output, "the path of a CSV file")

@@ -12,8 +12,10 @@ from omegaconf import DictConfig
 from latent_tts.config import build as config
 from latent_tts.errors import UsageError
 from latent_tts.pipeline.completed import Finished
-from latent_tts.results import report, store
+from latent_tts.results import report
 from latent_tts.results import statistics as stats
+from latent_tts.results.files import whole_file
+from latent_tts.results.run_folder import is_complete, run_folders
 
 COLUMNS = ["a_figure", "b_figure", "a_n", "b_n", "a", "b", "difference", "ci_low", "ci_high", "questions", "seeds"]
 
@@ -53,7 +55,7 @@ def main(cfg: DictConfig) -> None:
     report.print_table(title, ["figure", "n", "A %", "B %", "A - B"], rows)
     if cfg.output is not None:
         output = Path(cfg.output).expanduser()
-        with store.whole_file(output) as partial:
+        with whole_file(output) as partial:
             pd.DataFrame(table, columns=COLUMNS).to_csv(partial, index=False, float_format="%.6g")
         print(output)
 
@@ -103,8 +105,8 @@ def load_side(key: str, path: Path) -> dict[str, Finished]:
         UsageError: there are none, one is damaged, or two have the same seed.
     """
     runs: dict[str, Finished] = {}
-    for folder in store.run_folders(path, key):
-        if not store.is_complete(folder):
+    for folder in run_folders(path, key):
+        if not is_complete(folder):
             raise UsageError(f"{key}={path}: {folder} did not complete; run it again")
         run = Finished.read(folder)
         if not run.all_decoded:

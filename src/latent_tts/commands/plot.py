@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 
 from latent_tts.config import build as config
 from latent_tts.errors import UsageError, bad_value
-from latent_tts.results import plot, store
+from latent_tts.results import plot
+from latent_tts.results.run_folder import METRICS, read_metrics
 
 FINDINGS = "results.csv"
 FINDINGS_BY = "results_by_*.csv"  # drawn against what stands for the star
@@ -26,9 +27,9 @@ def main(cfg: DictConfig) -> None:
     config.require("format", cfg.format, cfg.format in ("svg", "png", "pdf"), "svg, png or pdf")
     tables = [table for path in cfg.runs for table in find_tables(Path(path))]
     if not tables:
-        raise bad_value("runs", list(cfg.runs), f"no {store.METRICS} or {FINDINGS} there")
+        raise bad_value("runs", list(cfg.runs), f"no {METRICS} or {FINDINGS} there")
     if cfg.output is not None:
-        frames = [store.read_metrics(table) for table in tables]
+        frames = [read_metrics(table) for table in tables]
         output = Path(cfg.output).expanduser()
         if output.suffix not in (".svg", ".png", ".pdf"):
             raise bad_value("output", cfg.output, "a file that ends in .svg, .png or .pdf")
@@ -42,7 +43,7 @@ def main(cfg: DictConfig) -> None:
                 "runs", table, against in plot.AGAINST, f"results_by_X.csv, X one of {', '.join(plot.AGAINST)}"
             )
             name = f"figure_by_{against}"
-        draw([table], store.read_metrics(table), table.with_name(f"{name}.{cfg.format}"), against)
+        draw([table], read_metrics(table), table.with_name(f"{name}.{cfg.format}"), against)
 
 
 def draw(tables: Sequence[Path], metrics: pd.DataFrame, path: Path, against: str) -> None:
@@ -67,9 +68,9 @@ def find_tables(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise bad_value("runs", path, "no such file or folder")
-    names = (FINDINGS, FINDINGS_BY, store.METRICS)
+    names = (FINDINGS, FINDINGS_BY, METRICS)
     own = [table for name in names for table in sorted(path.glob(name))]
     found = own or sorted(table for name in names for table in path.rglob(name))
     if not found:
-        raise UsageError(f"runs={path}: no {store.METRICS} or {FINDINGS} at or below it")
+        raise UsageError(f"runs={path}: no {METRICS} or {FINDINGS} at or below it")
     return found

@@ -17,7 +17,16 @@ from latent_tts.errors import RunError, UsageError, bad_value
 from latent_tts.pipeline import scoring, tables
 from latent_tts.pipeline.keys import cache_key, changed_settings, run_columns
 from latent_tts.pipeline.spec import Prepared, prepare
-from latent_tts.results import store
+from latent_tts.results.cache import MEASURED, RolloutCache, unpack_latents
+from latent_tts.results.run_folder import (
+    LATENTS,
+    RUN_JSON,
+    is_complete,
+    read_latents,
+    read_rollouts,
+    read_run_json,
+    write_scores,
+)
 from latent_tts.scorer.none import NoScorer
 
 log = logging.getLogger(__name__)
@@ -67,7 +76,7 @@ def main(cfg: DictConfig) -> None:
     output = config.output_dir()
     tables.clear(output)
     table = tables.write_tables(output, prepared, rollouts, latents, scores, run_columns(merged, prepared, settings))
-    store.write_scores(output, rollouts, scores.rows["step_scores"].tolist())
+    write_scores(output, rollouts, scores.rows["step_scores"].tolist())
     new_record = {
         "cache": str(folder.resolve()),
         "settings": settings,
@@ -84,9 +93,9 @@ def _record(source: Path) -> dict[str, Any]:
     Raises:
         UsageError: there is none, it is damaged, or its rollouts are not to be scored by others.
     """
-    if not store.is_complete(source):
-        raise bad_value("run", source, f"no {store.RUN_JSON} there: the folder of a run that completed is wanted")
-    record = store.read_run_json(source, NEEDED)
+    if not is_complete(source):
+        raise bad_value("run", source, f"no {RUN_JSON} there: the folder of a run that completed is wanted")
+    record = read_run_json(source, NEEDED)
     if record["config"]["answer"]["decode"] == "winners":
         raise bad_value(
             "run", source, "it decoded its own scorer's winners alone (answer.decode=winners); others have no answers"
@@ -119,22 +128,22 @@ def _kept(source: Path, cfg: DictConfig, prepared: Prepared) -> tuple[pd.DataFra
     Raises:
         UsageError: the latents are neither in the cache nor in the run folder.
     """
-    cache = store.RolloutCache(Path(cfg.paths.cache).expanduser(), cache_key(cfg, prepared))
+    cache = RolloutCache(Path(cfg.paths.cache).expanduser(), cache_key(cfg, prepared))
     wanted = prepared.wanted()
     if set(wanted.itertuples(index=False, name=None)) <= cache.present():
         rows = cache.read(wanted)
-        return rows, store.unpack_latents(rows["latents"], prepared.shape.width), cache.folder
-    if not (source / store.LATENTS).is_file():
+        return rows, unpack_latents(rows["latents"], prepared.shape.width), cache.folder
+    if not (source / LATENTS).is_file():
         raise bad_value(
             "run", source,
-            f"its latents are neither in the cache {cache.folder} nor in {store.LATENTS}\n"
+            f"its latents are neither in the cache {cache.folder} nor in {LATENTS}\n"
             "the run's own command draws them again; with keep_latents=true they stay in the run folder",
         )  # fmt: skip
-    kept = store.read_rollouts(source)
+    kept = read_rollouts(source)
     ids = [question.id for question in prepared.questions for _ in range(prepared.n)]
     if list(kept["question_id"]) != ids:
         raise RunError(f"run={source}: its questions are not those of its task any more")
-    latents = store.read_latents(source, kept["latent_steps"])
+    latents = read_latents(source, kept["latent_steps"])
     # what was measured when they were drawn is not kept beside the tables
-    rows = kept.assign(row_key=wanted["row_key"], **dict.fromkeys(store.MEASURED, np.nan))
+    rows = kept.assign(row_key=wanted["row_key"], **dict.fromkeys(MEASURED, np.nan))
     return rows, latents, cache.folder

@@ -13,7 +13,9 @@ from latent_tts.pipeline import seeds, tables, winners
 from latent_tts.pipeline.keys import changed_settings, run_columns
 from latent_tts.pipeline.rollouts import gather
 from latent_tts.pipeline.spec import Prepared, prepare
-from latent_tts.results import plot, report, store
+from latent_tts.results import plot, report
+from latent_tts.results.cache import unpack_latents
+from latent_tts.results.run_folder import METRICS, read_metrics, write_latents
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     columns = run_columns(cfg, prepared, settings)
     table = tables.write_tables(folder, prepared, found.table, found.latents, found.scores, columns)
     if cfg.keep_latents:
-        store.write_latents(folder, found.latents)
+        write_latents(folder, found.latents)
     seconds = {"drawing": float(found.rows["seconds"].sum()), "this_command": time.perf_counter() - started}
     counts = {"total": len(found.rows), "drawn_now": found.drawn_now}
     if found.scores is not None:
@@ -57,11 +59,11 @@ def _run_winners(cfg: DictConfig, prepared: Prepared, started: float) -> None:
     """The same with `answer.decode=winners`."""
     folder, settings = config.output_dir(), changed_settings(cfg)
     drawn = winners.draw(cfg, prepared)
-    latents = store.unpack_latents(drawn.rows["latents"], prepared.shape.width)
+    latents = unpack_latents(drawn.rows["latents"], prepared.shape.width)
     rollouts = tables.rollout_table(prepared, drawn.rows)
     table = tables.write_winner_tables(folder, prepared, rollouts, latents, drawn, run_columns(cfg, prepared, settings))
     if cfg.keep_latents:
-        store.write_latents(folder, latents)
+        write_latents(folder, latents)
     record = {
         "cache": str(drawn.folder.resolve()),
         "settings": settings,
@@ -85,16 +87,16 @@ def _run_winners(cfg: DictConfig, prepared: Prepared, started: float) -> None:
 
 def finish_sweep(folder: Path, jobs: list[Path]) -> None:
     """Join the tables of a sweep's jobs, show means over seeds, draw the curves; the joined table's path is last."""
-    joined, left_out, means = seeds.write_joined(folder / store.METRICS, jobs)
+    joined, left_out, means = seeds.write_joined(folder / METRICS, jobs)
     for path in left_out:
         log.warning("%s did not complete: it is not in the joined table", path)
     if joined.empty:
         return
-    table = store.read_metrics(means or folder / store.METRICS)
+    table = read_metrics(means or folder / METRICS)
     if means is not None:
         report.print_metrics(table[table["seeds"] > 1])
         print(means)
     if table["n"].nunique() > 1:
         plot.scaling_curve(table, folder / tables.FIGURE)
         print(folder / tables.FIGURE)
-    print(folder / store.METRICS)
+    print(folder / METRICS)

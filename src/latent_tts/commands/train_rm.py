@@ -19,7 +19,7 @@ from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.calibration import calibrate
 from latent_tts.results import report
 from latent_tts.results.annotations import AnnotationFolder
-from latent_tts.results.store import settings_digest, whole_file
+from latent_tts.results.files import settings_digest, whole_file
 from latent_tts.training.reward_model.data import MixedQuestions
 from latent_tts.training.reward_model.loss import RewardLoss
 from latent_tts.training.reward_model.optimization import RewardOptimization

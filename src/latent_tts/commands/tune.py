@@ -22,7 +22,8 @@ from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.drawing import engine_device, load_once, plan_of
 from latent_tts.pipeline.keys import machine
 from latent_tts.pipeline.spec import ITEM_BYTES, check_engine, check_spread, encode, positions_beside_the_prompt
-from latent_tts.results import report, store
+from latent_tts.results import report
+from latent_tts.results.files import whole_file
 from latent_tts.sampler import Sampler
 from latent_tts.task import Task
 
@@ -192,7 +193,7 @@ def _print(settings: list[Setting], best: Setting, cfg: DictConfig, sampler: Sam
 def _write(path: Path, best: Setting, cfg: DictConfig, adapter: ModelAdapter, sampler: Sampler) -> None:
     measured = f"{best.rate:.0f} rollouts/s with model {adapter.name}, sampler {sampler.name}, n={cfg.n}"
     found = machine()
-    with store.whole_file(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text(
             f"# by `ltts tune` on {date.today()}, {found.get('gpu', found['processor'])}: {measured}\n"
             "defaults: [default, _self_]\n"

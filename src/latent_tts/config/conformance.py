@@ -17,7 +17,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from latent_tts.errors import LatentTTSError, RunError
-from latent_tts.results import report, store
+from latent_tts.results import report
+from latent_tts.results.run_folder import METRICS, read_metrics
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,9 @@ class Conformance(Callback):
         del kwargs
         if job_return.status is not JobStatus.COMPLETED:
             return
-        path = Path(config.hydra.runtime.output_dir) / store.METRICS
+        path = Path(config.hydra.runtime.output_dir) / METRICS
         try:
-            verdict = judge(store.read_metrics(path), self.known)
+            verdict = judge(read_metrics(path), self.known)
             show(verdict)
             print(path)
             if not verdict.conforms:

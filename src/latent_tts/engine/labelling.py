@@ -22,7 +22,7 @@ from latent_tts.random.draw import Draw
 from latent_tts.random.philox import key_of
 from latent_tts.results.annotated import Annotated, Dropped, written_ids
 from latent_tts.results.annotations import AnnotationFolder
-from latent_tts.results.store import written_in_parts
+from latent_tts.results.files import written_in_parts
 from latent_tts.sampler import Sampler
 from latent_tts.types import Bools
 

@@ -12,9 +12,10 @@ from latent_tts.config import build as config
 from latent_tts.pipeline import tables
 from latent_tts.pipeline.rollouts import gather
 from latent_tts.pipeline.spec import prepare
-from latent_tts.results import metrics, store
+from latent_tts.results import metrics
 from latent_tts.results import statistics as stats
 from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.results.files import whole_file
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,6 @@ def calibrate(cfg: DictConfig, valid: AnnotationFolder, checkpoint: Path) -> flo
     path = checkpoint / "config.json"
     record = json.loads(path.read_text())
     record["latent_rm"]["temperature"] = temperature
-    with store.whole_file(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
     return temperature

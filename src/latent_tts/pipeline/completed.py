@@ -11,8 +11,9 @@ import pandas as pd
 
 from latent_tts.aggregator import Aggregator
 from latent_tts.config import build as config
-from latent_tts.results import metrics, store
+from latent_tts.results import metrics
 from latent_tts.results import statistics as stats
+from latent_tts.results.run_folder import METRICS, read_metrics, read_rollouts, read_run_json
 from latent_tts.types import RolloutArrays
 
 
@@ -39,10 +40,10 @@ class Finished:
         Raises:
             UsageError: a file of it is damaged.
         """
-        record = store.read_run_json(folder, {"config.answer.decode": str, "aggregators": dict})
+        record = read_run_json(folder, {"config.answer.decode": str, "aggregators": dict})
         return cls(
-            store.read_metrics(folder / store.METRICS),
-            store.read_rollouts(folder),
+            read_metrics(folder / METRICS),
+            read_rollouts(folder),
             {
                 name: config.build(f"aggregator.{name}", config.node(spec))
                 for name, spec in record["aggregators"].items()

@@ -14,7 +14,8 @@ from latent_tts.engine.cost import Shape
 from latent_tts.errors import FEWER_ROWS, bad_value, computing
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.spec import ITEM_BYTES, Prepared, positions_beside_the_prompt
-from latent_tts.results import report, store
+from latent_tts.results import report
+from latent_tts.results.cache import PartCache, RolloutCache
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
 from latent_tts.search.beam import Beam
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def draw_missing(
-    cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache, wanted: pd.DataFrame, *, answers: bool = True
+    cfg: DictConfig, prepared: Prepared, cache: RolloutCache, wanted: pd.DataFrame, *, answers: bool = True
 ) -> int:
     """Draw what the cache lacks, with or without answers; returns how many rollouts were drawn.
 
@@ -91,7 +92,7 @@ def draw_missing(
     return total
 
 
-def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCache, wanted: pd.DataFrame) -> int:
+def search_missing(cfg: DictConfig, prepared: Prepared, cache: RolloutCache, wanted: pd.DataFrame) -> int:
     """Search the questions whose beams the cache lacks; returns how many rollouts were grown."""
     lacking = missing(cache, wanted, "in")
     if not lacking:
@@ -161,7 +162,7 @@ def plan_of(
     return replace(plan, schedule=schedule, latent_id=adapter.latent_id)
 
 
-def missing(cache: store.PartCache, wanted: pd.DataFrame, how: str) -> dict[str, list[int]]:
+def missing(cache: PartCache, wanted: pd.DataFrame, how: str) -> dict[str, list[int]]:
     """Rollout numbers of each row key that a cache lacks; says how many it has (`in` it, or `scored in` it)."""
     present = cache.present()
     lacking: dict[str, list[int]] = {}

@@ -18,7 +18,8 @@ from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import RunError
 from latent_tts.random import cpu
 from latent_tts.random.draw import Draw
-from latent_tts.results.store import NOT_DECODED, PartCache, RolloutCache, ScoreCache, written_in_parts
+from latent_tts.results.cache import NOT_DECODED, PartCache, RolloutCache, ScoreCache
+from latent_tts.results.files import written_in_parts
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
 

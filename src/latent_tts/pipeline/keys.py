@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config import build as config
 from latent_tts.pipeline.spec import Prepared
-from latent_tts.results import store
+from latent_tts.results.files import settings_digest
 from latent_tts.scorer import Scorer
 
 # part of every cache key: raised when the same settings give other rollouts
@@ -109,7 +109,7 @@ def run_columns(cfg: DictConfig, prepared: Prepared, settings: Mapping[str, Any]
     }
     if scorer is not None:
         identity["scorer_weights"] = scorer.digest
-    return {"run_id": store.settings_digest(identity)[:12], **columns}
+    return {"run_id": settings_digest(identity)[:12], **columns}
 
 
 def versions(cfg: DictConfig) -> dict[str, str]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from latent_tts.pipeline import drawing, scoring, tables
 from latent_tts.pipeline.keys import beams_key, cache_key
 from latent_tts.pipeline.spec import Prepared
-from latent_tts.results import store
+from latent_tts.results.cache import RolloutCache, unpack_latents
 
 
 @dataclass
@@ -45,14 +45,14 @@ def gather(cfg: DictConfig, prepared: Prepared) -> Gathered:
     wanted, scorer = prepared.wanted(), prepared.scorer
     root = Path(cfg.paths.cache).expanduser()
     if prepared.search.survivors is None or scorer is None:
-        cache = store.RolloutCache(root, cache_key(cfg, prepared))
+        cache = RolloutCache(root, cache_key(cfg, prepared))
         drawn_now = drawing.draw_missing(cfg, prepared, cache, wanted)
     else:
-        cache = store.RolloutCache(root, beams_key(cfg, prepared, scorer))
+        cache = RolloutCache(root, beams_key(cfg, prepared, scorer))
         drawn_now = drawing.search_missing(cfg, prepared, cache, wanted)
     rows = cache.read(wanted)
     table = tables.rollout_table(prepared, rows)
-    latents = store.unpack_latents(rows["latents"], prepared.shape.width)
+    latents = unpack_latents(rows["latents"], prepared.shape.width)
     scores = None
     if scorer is not None:
         scores = scoring.score(cfg, prepared, scorer, cache.folder, list(table["answer_text"]), latents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,8 @@ from latent_tts.errors import FEWER_ROWS, RunError, computing
 from latent_tts.pipeline.drawing import load_scorer_once, missing, resolve_device, rows_of_a_batch
 from latent_tts.pipeline.keys import score_key
 from latent_tts.pipeline.spec import ITEM_BYTES, Prepared, positions_of
-from latent_tts.results import report, store
+from latent_tts.results import report
+from latent_tts.results.cache import ScoreCache
 from latent_tts.scorer import Scorer
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ def score(
     cfg: DictConfig,
     prepared: Prepared,
     scorer: Scorer,
-    rollout_folder: store.Path,
+    rollout_folder: Path,
     answer_texts: Sequence[str],
     latents: Sequence[np.ndarray],
 ) -> Scores:
@@ -60,7 +62,7 @@ def score(
         RunError: a sequence is too long for the scorer, or a failure while scoring.
     """
     wanted = prepared.wanted()
-    cache = store.ScoreCache(rollout_folder, score_key(scorer, cfg.engine.dtype, prepared.n))
+    cache = ScoreCache(rollout_folder, score_key(scorer, cfg.engine.dtype, prepared.n))
     shifts = _shifts(prepared, scorer, answer_texts, latents)
     lacking = missing(cache, wanted, "scored in")
     scored_now = sum(map(len, lacking.values()))
@@ -110,7 +112,7 @@ def _fill(
     cfg: DictConfig,
     prepared: Prepared,
     scorer: Scorer,
-    cache: store.ScoreCache,
+    cache: ScoreCache,
     lacking: dict[str, list[int]],
     latents: dict[tuple[str, int], np.ndarray],
     shifts: dict[tuple[str, int], int],

@@ -11,7 +11,8 @@ import pandas as pd
 
 from latent_tts.pipeline.completed import Finished
 from latent_tts.results import statistics as stats
-from latent_tts.results import store
+from latent_tts.results.files import settings_digest
+from latent_tts.results.run_folder import CURVE_COLUMNS, METRIC_COLUMNS, SEED_COLUMNS, join_metrics, write_metrics
 
 OF_QUESTIONS = ("accuracy", "coverage", "invalid_rate")  # the metrics that a rollouts table has for each question
 
@@ -29,16 +30,16 @@ def write_joined(path: Path, folders: Sequence[Path]) -> tuple[pd.DataFrame, lis
     Raises:
         UsageError: a run folder is damaged.
     """
-    joined, left_out = store.join_metrics(list(folders))
+    joined, left_out = join_metrics(list(folders))
     if joined.empty:
         return joined, left_out, None
     path.parent.mkdir(parents=True, exist_ok=True)
-    store.write_metrics(path, joined)
+    write_metrics(path, joined)
     means = path.with_name(f"{path.stem}_over_seeds.csv")
-    if joined.groupby(store.CURVE_COLUMNS, dropna=False)["seed"].nunique().max() == 1:
+    if joined.groupby(CURVE_COLUMNS, dropna=False)["seed"].nunique().max() == 1:
         means.unlink(missing_ok=True)
         return joined, left_out, None
-    store.write_metrics(means, over_seeds([Finished.read(folder) for folder in folders if folder not in left_out]))
+    write_metrics(means, over_seeds([Finished.read(folder) for folder in folders if folder not in left_out]))
     return joined, left_out, means
 
 
@@ -52,16 +53,16 @@ def over_seeds(runs: Sequence[Finished]) -> pd.DataFrame:
     """
     rows = pd.concat([run.metrics.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
     means = []
-    for _, same in rows.groupby([*store.CURVE_COLUMNS, "aggregator", "n", "drawn", "metric"], sort=False, dropna=False):
+    for _, same in rows.groupby([*CURVE_COLUMNS, "aggregator", "n", "drawn", "metric"], sort=False, dropna=False):
         same = same.drop_duplicates("seed")
         row = same.iloc[0].to_dict() | {"seeds": len(same), "seed_sd": same["value"].std()}
         if len(same) > 1:
             members = [runs[place] for place in same["run"]]
             low, high = _interval(members, row["metric"], row["aggregator"], int(row["n"]))
             row |= {"value": same["value"].mean(), "ci_low": low, "ci_high": high, "seed": ",".join(same["seed"])}
-            row["run_id"] = store.settings_digest({"runs": sorted(same["run_id"])})[: len(row["run_id"])]
+            row["run_id"] = settings_digest({"runs": sorted(same["run_id"])})[: len(row["run_id"])]
         means.append(row)
-    return pd.DataFrame(means, columns=[*store.METRIC_COLUMNS, *store.SEED_COLUMNS])
+    return pd.DataFrame(means, columns=[*METRIC_COLUMNS, *SEED_COLUMNS])
 
 
 def _interval(runs: Sequence[Finished], metric: str, aggregator: str, n: int) -> tuple[float, float]:

@@ -15,15 +15,25 @@ from latent_tts.pipeline import winners
 from latent_tts.pipeline.keys import machine, versions
 from latent_tts.pipeline.scoring import Scores
 from latent_tts.pipeline.spec import Prepared
-from latent_tts.results import metrics, plot, report, store
+from latent_tts.results import metrics, plot, report
 from latent_tts.results import statistics as stats
+from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
+from latent_tts.results.run_folder import (
+    LATENTS,
+    METRICS,
+    ROLLOUTS,
+    RUN_JSON,
+    write_metrics,
+    write_rollouts,
+    write_run_json,
+)
 
 FIGURE = "scaling.png"
 
 
 def clear(folder: Path) -> None:
     """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
-    for name in (store.RUN_JSON, store.METRICS, store.ROLLOUTS, store.LATENTS, FIGURE):
+    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, FIGURE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -65,8 +75,8 @@ def write_winner_tables(
 
 
 def _write(folder: Path, rollouts: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    store.write_rollouts(folder, rollouts)
-    store.write_metrics(folder / store.METRICS, table)
+    write_rollouts(folder, rollouts)
+    write_metrics(folder / METRICS, table)
     if table["n"].nunique() > 1:
         plot.scaling_curve(table, folder / FIGURE)
     return table
@@ -75,7 +85,7 @@ def _write(folder: Path, rollouts: pd.DataFrame, table: pd.DataFrame) -> pd.Data
 def finish(folder: Path, cfg: DictConfig, prepared: Prepared, table: pd.DataFrame, record: Mapping[str, Any]) -> None:
     """Write `run.json` last of all, and show the table and its path."""
     scorer = prepared.scorer
-    store.write_run_json(
+    write_run_json(
         folder,
         {
             "config": OmegaConf.to_container(cfg, resolve=True),
@@ -91,7 +101,7 @@ def finish(folder: Path, cfg: DictConfig, prepared: Prepared, table: pd.DataFram
         },
     )
     report.print_metrics(table)
-    print(folder / store.METRICS)
+    print(folder / METRICS)
 
 
 def rollout_table(prepared: Prepared, rows: pd.DataFrame) -> pd.DataFrame:
@@ -101,7 +111,7 @@ def rollout_table(prepared: Prepared, rows: pd.DataFrame) -> pd.DataFrame:
     texts = [adapter.answer_text(ids) for ids in answer_ids]
     owners = [question for question in prepared.questions for _ in range(prepared.kept)]
     predictions = [
-        None if stop == store.NOT_DECODED else task.parse(adapter.raw_answer(text))
+        None if stop == NOT_DECODED else task.parse(adapter.raw_answer(text))
         for stop, text in zip(rows["stop_reason"], texts, strict=True)
     ]
     return pd.DataFrame(
@@ -118,7 +128,7 @@ def rollout_table(prepared: Prepared, rows: pd.DataFrame) -> pd.DataFrame:
             "answer_ids": answer_ids,
             "answer_tokens": [len(ids) for ids in answer_ids],
             "latent_steps": rows["latent_steps"].astype("int32"),
-            **{name: rows[name] for name in store.MEASURED},
+            **{name: rows[name] for name in MEASURED},
         }
     )
 
@@ -126,7 +136,7 @@ def rollout_table(prepared: Prepared, rows: pd.DataFrame) -> pd.DataFrame:
 def add_scores(rollouts: pd.DataFrame, scores: Scores) -> None:
     """Put scores, and what they cost, into a rollouts table."""
     rollouts["score"] = pd.array(scores.score, dtype="Float32")
-    for name in store.MEASURED_SUMS:
+    for name in MEASURED_SUMS:
         rollouts[name] += scores.rows[name].to_numpy()
     peaks = [rollouts["peak_memory_bytes"].to_numpy(dtype=float), scores.rows["peak_memory_bytes"].to_numpy()]
     rollouts["peak_memory_bytes"] = np.maximum(*peaks)

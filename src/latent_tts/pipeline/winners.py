@@ -19,7 +19,7 @@ from latent_tts.pipeline import drawing, scoring
 from latent_tts.pipeline.keys import cache_key, thoughts_key
 from latent_tts.pipeline.spec import Prepared
 from latent_tts.results import statistics as stats
-from latent_tts.results import store
+from latent_tts.results.cache import MEASURED_SUMS, RolloutCache, unpack_latents
 from latent_tts.results.metrics import WinnersAt
 
 ANSWER_COLUMNS = ["answer_ids", "answer_logprob", "answer_margin", "stop_reason"]
@@ -34,7 +34,7 @@ class Winners:
         folder: cache folder of the latents.
         scores: of every rollout.
         picks: for each reported n the pick's rollout number of each question.
-        decoding: `store.MEASURED_SUMS` of each rollout's answer, NaN where it was not decoded.
+        decoding: `MEASURED_SUMS` of each rollout's answer, NaN where it was not decoded.
         drawn_now, decoded_now: how many rollouts were thought, and how many decoded.
     """
 
@@ -51,15 +51,15 @@ def draw(cfg: DictConfig, prepared: Prepared) -> Winners:
     """Think, score, decode."""
     assert prepared.scorer is not None
     root, wanted, n = Path(cfg.paths.cache).expanduser(), prepared.wanted(), prepared.n
-    thoughts = store.RolloutCache(root, thoughts_key(cfg, prepared))
+    thoughts = RolloutCache(root, thoughts_key(cfg, prepared))
     drawn_now = drawing.draw_missing(cfg, prepared, thoughts, wanted, answers=False)
     rows = thoughts.read(wanted)
-    latents = store.unpack_latents(rows["latents"], prepared.shape.width)
+    latents = unpack_latents(rows["latents"], prepared.shape.width)
     scores = scoring.score(cfg, prepared, prepared.scorer, thoughts.folder, [""] * len(rows), latents)
     score_QN = np.nan_to_num(scores.score.astype(np.float32), nan=-np.inf).reshape(-1, n)
     picks = {budget: score_QN[:, :budget].argmax(1) for budget in prepared.budget.reported(n)}
     places = np.unique(np.concatenate([np.arange(len(score_QN)) * n + pick for pick in picks.values()]))
-    whole = store.RolloutCache(root, cache_key(cfg, prepared))
+    whole = RolloutCache(root, cache_key(cfg, prepared))
     chosen = wanted.iloc[places].reset_index(drop=True)
     decoded_now = drawing.draw_missing(cfg, prepared, whole, chosen)
     decoded = whole.read(chosen)
@@ -68,7 +68,7 @@ def draw(cfg: DictConfig, prepared: Prepared) -> Winners:
         for place, value in zip(places, decoded[column], strict=True):
             values[place] = value
         rows[column] = pd.Series(values, dtype=object).astype(rows[column].dtype)
-    decoding = decoded[list(store.MEASURED_SUMS)].set_axis(places).reindex(range(len(rows)))
+    decoding = decoded[list(MEASURED_SUMS)].set_axis(places).reindex(range(len(rows)))
     return Winners(rows, thoughts.folder, scores, picks, decoding, drawn_now, decoded_now)
 
 
@@ -101,7 +101,7 @@ def reported(
                 latent_steps=[sum(map(len, group)) for group in groups],
                 diversity=[stats.diversity(np.stack([r[: min(map(len, group))] for r in group])) for group in groups],
                 gflops=gflops,
-                measured=rollouts[list(store.MEASURED_SUMS)].sum(skipna=False)
+                measured=rollouts[list(MEASURED_SUMS)].sum(skipna=False)
                 + winners.decoding.iloc[places].sum(skipna=False),
             )
         )

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.results.annotated import Annotated, Dropped, Reason, wrong_shapes, wrong_values
-from latent_tts.results.store import settings_digest, whole_file
+from latent_tts.results.files import settings_digest, whole_file
 
 FORMAT, READABLE = 2, (1, 2)  # parts of format 1 have no gold answers, so a writer does not go on with them
 SETTINGS, INDEX = "annotations.json", "index.parquet"

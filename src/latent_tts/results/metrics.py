@@ -11,7 +11,8 @@ import pandas as pd
 
 from latent_tts.aggregator import Aggregator
 from latent_tts.results import statistics as stats
-from latent_tts.results import store
+from latent_tts.results.cache import MEASURED_SUMS
+from latent_tts.results.run_folder import METRIC_COLUMNS
 from latent_tts.types import RolloutArrays
 
 
@@ -40,7 +41,7 @@ class WinnersAt:
         n: the first n rollouts of each question.
         picked: the rollouts table's row of each question's pick.
         latent_steps, diversity, gflops: of each question.
-        measured: `store.MEASURED_SUMS` of all questions.
+        measured: `MEASURED_SUMS` of all questions.
     """
 
     n: int
@@ -85,7 +86,7 @@ def winner_rows(figures: Sequence[WinnersAt], rollouts: pd.DataFrame, run: Mappi
             aggregator = "best_of_n" if metric == "accuracy" else ""
             row = {"aggregator": aggregator, "n": at.n, "drawn": at.n, "metric": metric, "value": values.mean()}
             rows.append({**run, **row, "ci_low": low, "ci_high": high, "questions": questions})
-    return pd.DataFrame(rows, columns=store.METRIC_COLUMNS)
+    return pd.DataFrame(rows, columns=METRIC_COLUMNS)
 
 
 def metric_rows(
@@ -101,7 +102,7 @@ def metric_rows(
     """The metrics table of a run.
 
     Args:
-        rollouts: a rollouts table with the columns `store.MEASURED` beside its own.
+        rollouts: a rollouts table with the columns `MEASURED` beside its own.
         drawn: rollouts of each question in the table.
         reported: budgets n, each at most `drawn`; or one that is larger: as many were grown, and a search left `drawn`.
         aggregators: which picks to report.
@@ -110,7 +111,7 @@ def metric_rows(
         run: values of the columns that all rows share.
 
     Returns:
-        A frame with the columns of `store.METRIC_COLUMNS`.
+        A frame with the columns of `METRIC_COLUMNS`.
     """
     arrays = arrays_of(rollouts, drawn)
     questions = len(arrays.correct_QD)
@@ -127,7 +128,7 @@ def metric_rows(
         return rollouts[column].to_numpy(dtype=np.float64).reshape(-1, drawn).mean(1)
 
     once, each = np.array(gflops, dtype=np.float64).T
-    measured = rollouts[list(store.MEASURED_SUMS)].sum(skipna=False)
+    measured = rollouts[list(MEASURED_SUMS)].sum(skipna=False)
     for n in reported:
         size = min(n, drawn)
         for aggregator in aggregators:
@@ -142,7 +143,7 @@ def metric_rows(
         if n >= drawn:  # measured for the whole budget alone
             for metric, value in _costs(measured / questions, n, rollouts["peak_memory_bytes"].max()).items():
                 add(n, metric, [value] * questions, with_interval=False)
-    return pd.DataFrame(rows, columns=store.METRIC_COLUMNS)
+    return pd.DataFrame(rows, columns=METRIC_COLUMNS)
 
 
 def _costs(each: pd.Series, n: int, peak_memory_bytes: float) -> dict[str, float]:

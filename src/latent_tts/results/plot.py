@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from latent_tts.errors import UsageError
-from latent_tts.results.store import CURVE_COLUMNS, whole_file
+from latent_tts.results.files import whole_file
+from latent_tts.results.run_folder import CURVE_COLUMNS
 
 PANELS = (("coverage", "Coverage"), ("accuracy", "Accuracy"))
 MOST_TOGETHER = 2  # models in one pair of panels; more get a pair each

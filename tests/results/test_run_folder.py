@@ -6,8 +6,23 @@ import pytest
 from safetensors.numpy import load_file
 
 from latent_tts.errors import RunError, UsageError
-from latent_tts.results import store
-from latent_tts.results.store import RolloutCache
+from latent_tts.results.cache import PART_SCHEMA, RolloutCache, unpack_latents
+from latent_tts.results.files import whole_file, written_in_parts
+from latent_tts.results.run_folder import (
+    LATENTS,
+    METRIC_COLUMNS,
+    METRICS,
+    ROLLOUT_COLUMNS,
+    ROLLOUTS,
+    is_complete,
+    join_metrics,
+    read_metrics,
+    run_folders,
+    write_latents,
+    write_metrics,
+    write_rollouts,
+    write_run_json,
+)
 
 KEY = {"weights": "abc", "seed": 0}
 
@@ -50,7 +65,7 @@ def cache(tmp_path):
 
 def test_a_whole_file_is_renamed_at_the_end(tmp_path):
     path = tmp_path / "table.csv"
-    with store.whole_file(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text("new")
         assert not path.exists()
     assert path.read_text() == "new"
@@ -58,7 +73,7 @@ def test_a_whole_file_is_renamed_at_the_end(tmp_path):
 
 
 def fail_half_way(path):
-    with store.whole_file(path) as partial:
+    with whole_file(path) as partial:
         partial.write_text("half")
         raise RuntimeError("stopped")
 
@@ -76,7 +91,7 @@ def test_an_error_leaves_no_partial_file_and_the_old_one_alone(tmp_path):
 
 
 def test_what_older_parts_did_not_measure_is_empty(cache):
-    columns = pa.Table.from_pylist([row("a", 0)], schema=store.PART_SCHEMA).drop_columns(["floor_seconds", "bytes"])
+    columns = pa.Table.from_pylist([row("a", 0)], schema=PART_SCHEMA).drop_columns(["floor_seconds", "bytes"])
     pq.write_table(columns, cache.folder / "older.parquet")
     cache.add([row("a", 1)])
     found = cache.read(wanted(("a", 0), ("a", 1)))
@@ -89,7 +104,7 @@ def test_rollouts_come_back_as_they_were_added(cache):
     cache.add(rows)
     assert cache.present() == {("a", 0), ("a", 1), ("b", 0)}
     found = cache.read(wanted(("a", 0), ("a", 1), ("b", 0)))
-    assert set(found.columns) == set(store.PART_SCHEMA.names)
+    assert set(found.columns) == set(PART_SCHEMA.names)
     for got, expected in zip(found.to_dict("records"), rows, strict=True):
         assert {**got, "answer_ids": list(got["answer_ids"])} == expected
 
@@ -97,7 +112,7 @@ def test_rollouts_come_back_as_they_were_added(cache):
 def test_latents_come_back_bit_for_bit(cache):
     latents = np.array([[np.pi, -0.0, 1e-42], [np.inf, 3e38, 2.5]], dtype="<f4")
     cache.add([row("a", 0, latents=latents.tobytes())])
-    (found,) = store.unpack_latents(cache.read(wanted(("a", 0)))["latents"], 3)
+    (found,) = unpack_latents(cache.read(wanted(("a", 0)))["latents"], 3)
     assert found.tobytes() == latents.tobytes()
     assert found.shape == (2, 3)
 
@@ -168,17 +183,17 @@ def test_a_cache_that_cannot_be_made_is_a_usage_error(tmp_path):
 
 
 def test_rollouts_are_written_with_their_columns_in_order(tmp_path):
-    table = pd.DataFrame({name: ["x", None] for name in reversed([*store.ROLLOUT_COLUMNS, "seconds"])})
-    store.write_rollouts(tmp_path, table)
-    read = pd.read_parquet(tmp_path / store.ROLLOUTS)
-    assert list(read.columns) == store.ROLLOUT_COLUMNS
+    table = pd.DataFrame({name: ["x", None] for name in reversed([*ROLLOUT_COLUMNS, "seconds"])})
+    write_rollouts(tmp_path, table)
+    read = pd.read_parquet(tmp_path / ROLLOUTS)
+    assert list(read.columns) == ROLLOUT_COLUMNS
     assert read["prediction"].isna().tolist() == [False, True]
 
 
 def test_latents_of_rows_with_fewer_steps_end_in_zeros(tmp_path):
     latents = [np.full((steps, 4), steps, dtype=np.float32) for steps in (2, 3, 0)]
-    store.write_latents(tmp_path, latents)
-    tensors = load_file(tmp_path / store.LATENTS)
+    write_latents(tmp_path, latents)
+    tensors = load_file(tmp_path / LATENTS)
     assert list(tensors) == ["latents_RTD"]
     latents_RTD = tensors["latents_RTD"]
     assert latents_RTD.dtype == np.float32
@@ -193,14 +208,14 @@ def metrics_table(run_id="r0", ns=(1, 2)):
         for n in ns
         for metric, aggregator, value in [("accuracy", "majority", 1 / 3), ("peak_memory_bytes", "", np.nan)]
     ]
-    return pd.DataFrame(rows, columns=store.METRIC_COLUMNS)
+    return pd.DataFrame(rows, columns=METRIC_COLUMNS)
 
 
 def test_metrics_come_back_with_missing_figures_missing(tmp_path):
-    path = tmp_path / store.METRICS
-    store.write_metrics(path, metrics_table())
-    read = store.read_metrics(path)
-    assert list(read.columns) == store.METRIC_COLUMNS
+    path = tmp_path / METRICS
+    write_metrics(path, metrics_table())
+    read = read_metrics(path)
+    assert list(read.columns) == METRIC_COLUMNS
     np.testing.assert_allclose(read["value"], [1 / 3, np.nan] * 2, rtol=1e-9)
     assert read["ci_low"].isna().all()
     assert read["n"].tolist() == [1, 1, 2, 2]
@@ -214,14 +229,14 @@ def test_metrics_come_back_with_missing_figures_missing(tmp_path):
 
 def test_writing_what_was_read_gives_the_same_file(tmp_path):
     first, second = tmp_path / "first.csv", tmp_path / "second.csv"
-    store.write_metrics(first, metrics_table())
-    store.write_metrics(second, store.read_metrics(first))
+    write_metrics(first, metrics_table())
+    write_metrics(second, read_metrics(first))
     assert first.read_bytes() == second.read_bytes()
 
 
 def test_a_name_that_reads_like_a_missing_cell_stays_a_name(tmp_path):
-    store.write_metrics(tmp_path / "m.csv", metrics_table().assign(task="NA", split="null"))
-    read = store.read_metrics(tmp_path / "m.csv")
+    write_metrics(tmp_path / "m.csv", metrics_table().assign(task="NA", split="null"))
+    read = read_metrics(tmp_path / "m.csv")
     assert read["task"].tolist() == ["NA"] * 4
     assert read["split"].tolist() == ["null"] * 4
 
@@ -233,21 +248,21 @@ def test_other_files_are_refused_by_name(tmp_path, content):
     path = tmp_path / "other.csv"
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"other\.csv: (cannot be read as|not) a metrics table"):
-        store.read_metrics(path)
+        read_metrics(path)
 
 
 def test_a_missing_table_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "missing.csv", tmp_path):
         with pytest.raises(UsageError, match="cannot be read as a metrics table"):
-            store.read_metrics(path)
+            read_metrics(path)
 
 
 def run_folder(path, table=None, complete=True):
     (path / ".hydra").mkdir(parents=True)
     if table is not None:
-        store.write_metrics(path / store.METRICS, table)
+        write_metrics(path / METRICS, table)
     if complete:
-        store.write_run_json(path, {"n": 4})
+        write_run_json(path, {"n": 4})
     return path
 
 
@@ -256,16 +271,16 @@ def test_joining_leaves_out_runs_that_did_not_end(tmp_path):
     stopped = run_folder(tmp_path / "1", metrics_table("r1"), complete=False)
     no_table = run_folder(tmp_path / "2")
     other = run_folder(tmp_path / "3", metrics_table("r3", ns=[2]))
-    assert [store.is_complete(folder) for folder in (good, stopped)] == [True, False]
-    joined, left_out = store.join_metrics([good, stopped, no_table, other])
+    assert [is_complete(folder) for folder in (good, stopped)] == [True, False]
+    joined, left_out = join_metrics([good, stopped, no_table, other])
     assert left_out == [stopped, no_table]
     assert joined["run_id"].tolist() == ["r0"] * 4 + ["r3"] * 2
-    assert list(joined.columns) == store.METRIC_COLUMNS
+    assert list(joined.columns) == METRIC_COLUMNS
 
 
 def test_joining_drops_rows_that_are_there_twice(tmp_path):
     folders = [run_folder(tmp_path / str(i), metrics_table(ns=ns)) for i, ns in enumerate([[1, 2], [2, 4]])]
-    joined, left_out = store.join_metrics(folders)
+    joined, left_out = join_metrics(folders)
     assert not left_out
     assert joined["n"].tolist() == [1, 1, 2, 2, 4, 4]
     assert joined.index.tolist() == list(range(6))
@@ -273,31 +288,31 @@ def test_joining_drops_rows_that_are_there_twice(tmp_path):
 
 def test_joining_nothing_gives_an_empty_table(tmp_path):
     stopped = run_folder(tmp_path / "0", complete=False)
-    joined, left_out = store.join_metrics([stopped])
+    joined, left_out = join_metrics([stopped])
     assert joined.empty
-    assert list(joined.columns) == store.METRIC_COLUMNS
+    assert list(joined.columns) == METRIC_COLUMNS
     assert left_out == [stopped]
 
 
 def test_run_folders_are_found_in_job_order(tmp_path):
     folders = [run_folder(tmp_path / "sweep" / str(i)) for i in (10, 2, 0)]
-    assert store.run_folders(tmp_path / "sweep") == folders[::-1]
-    assert store.run_folders(folders[0]) == [folders[0]]
+    assert run_folders(tmp_path / "sweep") == folders[::-1]
+    assert run_folders(folders[0]) == [folders[0]]
 
 
 def test_a_path_without_runs_is_refused(tmp_path):
     with pytest.raises(UsageError, match="neither a run folder"):
-        store.run_folders(tmp_path)
+        run_folders(tmp_path)
     with pytest.raises(UsageError, match=r"^runs=.*missing: no such folder"):
-        store.run_folders(tmp_path / "missing")
+        run_folders(tmp_path / "missing")
 
 
 def test_results_are_written_every_two_seconds_and_at_the_end_however_it_ends(monkeypatch):
     now, parts = [0.0], []
-    monkeypatch.setattr(store.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("latent_tts.results.files.time.perf_counter", lambda: now[0])
 
     def interrupted():
-        with store.written_in_parts(parts.append) as take:
+        with written_in_parts(parts.append) as take:
             for number in range(7):
                 take([number])
                 now[0] += 0.75
@@ -306,7 +321,7 @@ def test_results_are_written_every_two_seconds_and_at_the_end_however_it_ends(mo
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert parts == [[0, 1, 2, 3], [4, 5, 6]]
-    with store.written_in_parts(parts.append) as take:
+    with written_in_parts(parts.append) as take:
         now[0] += 9
         take([])
     assert len(parts) == 2

@@ -1,0 +1,58 @@
+"""Files written whole: under another name, then renamed, so that a file that is there is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+SECONDS_BETWEEN_PARTS = 2.0
+
+
+T = TypeVar("T")
+
+
+@contextmanager
+def written_in_parts(write: Callable[[list[T]], None]) -> Iterator[Callable[[Iterable[T]], None]]:
+    """A function that takes results; `write` gets them two seconds' worth at a time, and the rest at the end.
+
+    However it ends: an interruption loses nothing that was handed over.
+    """
+    pending: list[T] = []
+    written = time.perf_counter()
+
+    def take(results: Iterable[T]) -> None:
+        nonlocal pending, written
+        pending += results
+        if pending and time.perf_counter() - written > SECONDS_BETWEEN_PARTS:
+            done, pending = pending, []
+            write(done)
+            written = time.perf_counter()
+
+    try:
+        yield take
+    finally:
+        if pending:
+            write(pending)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` when the block ends well."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """16 hex digits of a JSON-able mapping."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
