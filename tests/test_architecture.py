@@ -24,14 +24,14 @@ ORDER = [
     ["scorer", "results"],
     ["engine"],
     ["search", "training"],
-    ["recipe", "config"],
-    ["pipeline"],
+    ["recipe", "pipeline"],
+    ["config"],
     ["commands"],
     ["cli"],
     ["__main__"],
 ]
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
-HYDRA = {"cli", "config", "commands", "pipeline"}
+HYDRA = {"cli", "config", "commands"}
 TORCH = {"random", "checkpoint", "engine", "training", "pipeline"}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeGuard
 
-FEWER_ROWS = " (a smaller engine.rows needs less memory)"
+LESS_MEMORY = " (a smaller engine.rows needs less memory)"
 
 
 class LatentTTSError(Exception):
@@ -44,6 +44,12 @@ def bad_value(key: str, value: object, allowed: str) -> UsageError:
     return UsageError(f"{key}={'null' if value is None else value}: {allowed}")
 
 
+def require(key: str, value: object, ok: bool, allowed: str) -> None:
+    """Raise `bad_value` unless a config value is allowed."""
+    if not ok:
+        raise bad_value(key, value, allowed)
+
+
 def unknown_key(key: str, known: Iterable[str]) -> UsageError:
     """The error for a config key that does not exist."""
     names = ", ".join(known)
@@ -76,12 +82,12 @@ def computing(what: str, kept: str, hint: str = "") -> Iterator[None]:
     Args:
         what: what is being done, as in `drawing rollouts`.
         kept: what is kept and where, as in `what was drawn is in FOLDER`.
-        hint: put behind the line that says how to go on.
+        hint: appended to the line that says how to resume.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         traceback.clear_frames(error.__traceback__)  # their tensors would fill the memory of a sweep's next jobs
         raise RunError(
-            f"{what} failed: {str(error).splitlines()[0]}\n{kept}; the same line goes on from there{hint}"
+            f"{what} failed: {str(error).splitlines()[0]}\n{kept}; re-run the command to resume{hint}"
         ) from error

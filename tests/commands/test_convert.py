@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.commands.convert import convert
+from latent_tts.checkpoint.convert.conversion import convert
 from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut

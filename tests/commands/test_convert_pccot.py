@@ -141,7 +141,7 @@ def test_an_adapter_is_no_checkpoint_and_the_line_says_what_to_do(gpt2, ltts):
 
 
 def test_without_peft_the_line_says_how_to_get_it(gpt2, ltts, monkeypatch):
-    monkeypatch.setattr("latent_tts.checkpoint.convert.peft_adapter.find_spec", lambda name: None)
+    monkeypatch.setattr("latent_tts.checkpoint.convert.peft.find_spec", lambda name: None)
     check(ltts("convert", "adapter", "new"), "not installed", "latent-tts[convert]")
 
 

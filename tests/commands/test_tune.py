@@ -6,7 +6,7 @@ import torch
 import yaml
 from refusal import check
 
-from latent_tts.commands import tune
+from latent_tts.pipeline import tuning
 
 SMALL = ["task.limit=4", "n=32", "max_answer_tokens=4", "seconds=0.5"]
 
@@ -43,7 +43,7 @@ def test_the_fastest_setting_is_taken_and_a_dtype_that_changes_results_is_named(
         drawn.append(len(rollouts.answer_ids))
         return next(seconds), rollouts
 
-    monkeypatch.setattr(tune, "_seconds", measured)
+    monkeypatch.setattr(tuning, "_seconds", measured)
     result = tuned("task.limit=16", "n=16", "seconds=1000")
     assert result.code == 0, result.err
     # rollouts a second: 64, 128, 102; then 128, 640, 284
@@ -54,26 +54,26 @@ def test_the_fastest_setting_is_taken_and_a_dtype_that_changes_results_is_named(
 
 
 def test_rows_beyond_a_gpus_memory_end_a_dtype_and_lose_nothing(tuned, monkeypatch):
-    draw = tune._draw
+    draw = tuning._draw
 
     def narrow(engine, jobs, rows, *rest):
         if rows >= 128:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return draw(engine, jobs, rows, *rest)
 
-    monkeypatch.setattr(tune, "_draw", narrow)
+    monkeypatch.setattr(tuning, "_draw", narrow)
     result = tuned("seconds=1000")
     assert result.code == 0, result.err
     assert settings(result)["rows"] == 64
     assert "float32, 128 rows: more than the GPU's memory" in result.err
-    monkeypatch.setattr(tune, "FEWEST_ROWS", 128)
+    monkeypatch.setattr(tuning, "MIN_ROWS", 128)
     failed = tuned()
     assert failed.code == 1
     assert "measuring failed: CUDA out of memory\nnothing was written" in failed.err
 
 
 def test_answers_are_compared_with_the_first_dtype(tuned, monkeypatch):
-    draw = tune._draw
+    draw = tuning._draw
 
     def altered(engine, *rest):
         rollouts = draw(engine, *rest)
@@ -81,9 +81,10 @@ def test_answers_are_compared_with_the_first_dtype(tuned, monkeypatch):
             rollouts.answer_ids[:16] = [[1, 2, 3]] * 16
         return rollouts
 
-    monkeypatch.setattr(tune, "_draw", altered)
+    monkeypatch.setattr(tuning, "_draw", altered)
     compared = []
-    monkeypatch.setattr(tune, "_print", lambda settings, *rest: compared.extend(settings))
+    measure = tuning.measure
+    monkeypatch.setattr(tuning, "measure", lambda *a, **k: compared.extend(measure(*a, **k)) or compared)
     assert tuned("dtypes=[float32,bfloat16]").code == 0
     first = {setting.dtype: setting.same for setting in compared if setting.rows == 64}
     assert first["float32"] == 1.0

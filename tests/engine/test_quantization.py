@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from omegaconf import OmegaConf
 from oracle import Oracle
 from refusal import check
 from safetensors.torch import load_file
@@ -21,7 +20,8 @@ from latent_tts.engine.quantization import as_linear, check_device, quantize
 from latent_tts.engine.rollout import Engine
 from latent_tts.engine.sites import find_blocks
 from latent_tts.errors import UsageError
-from latent_tts.pipeline.keys import cache_key
+from latent_tts.pipeline.keys import rollout_key
+from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.random.draw import Draw
 from latent_tts.results.run_folder import LATENTS
 from latent_tts.sampler.dropout import Dropout
@@ -145,17 +145,21 @@ def test_a_run_reports_what_int8_gives_and_keeps_it_apart(run):
 
 def test_keys_of_runs_without_it_are_those_of_before():
     adapter = SimpleNamespace(digest="", prompt_recipe="", latents=6, eos_id=0)
-    prepared: Any = SimpleNamespace(
+    spec: Any = SimpleNamespace(
         adapter=adapter,
+        config={"model": {"_target_": "m"}, "sampler": {}},
+        seed=0,
+        max_answer_tokens=4,
+        search=SimpleNamespace(survivors=None),
         schedule=SimpleNamespace(key="sequential"),
         answers=SimpleNamespace(random=False),
         forced_ids=[],
     )
-    common = {"model": {"_target_": "m"}, "sampler": {}, "seed": 0, "max_answer_tokens": 4}
-    loaded, int8 = (
-        cache_key(OmegaConf.create({**common, "engine": {"dtype": "float32", "quantize": kind}}), prepared)
-        for kind in (None, "int8")
-    )
+    keys = []
+    for kind in (None, "int8"):
+        spec.engine = EngineSettings("float32", "cpu", None, kind)
+        keys.append(rollout_key(spec))
+    loaded, int8 = keys
     assert "quantize" not in loaded
     assert int8 == loaded | {"quantize": "int8"}
 

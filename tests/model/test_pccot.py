@@ -17,7 +17,7 @@ from latent_tts.engine.rollout import Engine
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.model.pccot import Pccot
-from latent_tts.pipeline.drawing import plan_of
+from latent_tts.pipeline.models import rollout_plan
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.task.arith import Arith
@@ -86,7 +86,7 @@ def test_rollouts_are_those_of_the_papers_procedure(folder, sweeps):
     reasoner = model.load(device="cpu", dtype="float64")
     questions = Arith("test", 3, None, 0).questions()
     prompts = [model.encode(question) for question in questions]
-    engine = Engine(reasoner, plan_of(model, 5, model.own_schedule))
+    engine = Engine(reasoner, rollout_plan(model, 5, model.own_schedule))
     draw = Draw.of(0, [q.id for q in questions], torch.zeros(3, 1, dtype=torch.long), engine.width)
     result = engine.roll(prompts, draw, Greedy())
     assert draw.history_RTD is not None

@@ -1,15 +1,17 @@
 """Means over seeds: by hand on tables made up, and through sweeps and `ltts collect`."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from latent_tts.aggregator.majority import Majority
-from latent_tts.pipeline.completed import Finished
-from latent_tts.pipeline.seeds import over_seeds
+from latent_tts.pipeline.seeds import means_over_seeds
 from latent_tts.results import metrics, report
 from latent_tts.results import statistics as stats
 from latent_tts.results.cache import MEASURED
+from latent_tts.results.completed_run import CompletedRun
 from latent_tts.results.run_folder import RUN_COLUMNS, read_metrics, write_metrics
 
 QUESTIONS, DRAWN = 12, 4
@@ -23,6 +25,7 @@ def finished(seed, *, sampler="gaussian", all_decoded=True, order=slice(None)):
     rollouts = pd.DataFrame(
         {
             "question_id": np.repeat(np.array([f"q{i}" for i in range(QUESTIONS)])[order], DRAWN),
+            "rollout": np.tile(np.arange(DRAWN), QUESTIONS),
             "prediction": pd.array(predictions[order].ravel(), dtype=object),
             "correct": predictions[order].ravel() == "1",
             "answer_logprob": generator.normal(size=size),
@@ -32,11 +35,12 @@ def finished(seed, *, sampler="gaussian", all_decoded=True, order=slice(None)):
         }
     )
     run = dict.fromkeys(RUN_COLUMNS, "x") | {"run_id": f"{sampler}{seed}", "seed": str(seed), "sampler": sampler}
-    table = metrics.metric_rows(
+    figures = metrics.rollout_figures(
         rollouts, drawn=DRAWN, reported=[1, 2, DRAWN], aggregators=[Majority()],
-        diversity_Q=[0.1 * (1 + seed)] * QUESTIONS, gflops=[(1.0, 2.0)] * QUESTIONS, run=run,
+        diversity_Q=[0.1 * (1 + seed)] * QUESTIONS, gflops=[(1.0, 2.0)] * QUESTIONS,
     )  # fmt: skip
-    return Finished(table, rollouts, {"majority": Majority()}, all_decoded)
+    table = metrics.metric_rows(figures, run)
+    return CompletedRun(Path("run"), table, rollouts, {"majority": Majority()}, all_decoded)
 
 
 def row_of(table, metric, n, sampler="gaussian"):
@@ -48,7 +52,7 @@ def row_of(table, metric, n, sampler="gaussian"):
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_a_row_has_mean_and_spread_of_seeds_and_a_bootstrap_over_questions_with_all_their_seeds(metric, n):
     runs = [finished(0), finished(1), finished(2, order=slice(None, None, -1))]  # questions in another order
-    row = row_of(over_seeds(runs), metric, n)
+    row = row_of(means_over_seeds(runs), metric, n)
     values = [row_of(run.metrics, metric, n)["value"] for run in runs]
     assert (row["value"], row["seed_sd"]) == (pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)))
     assert (row["seed"], row["seeds"], row["questions"]) == ("0,1,2", 3, QUESTIONS)
@@ -60,19 +64,19 @@ def test_a_row_has_mean_and_spread_of_seeds_and_a_bootstrap_over_questions_with_
 
 
 def test_what_has_no_figure_of_each_question_has_mean_and_spread_alone():
-    table = over_seeds([finished(0), finished(1)])
+    table = means_over_seeds([finished(0), finished(1)])
     for metric, mean in (("diversity", 0.15), ("seconds", 6.0), ("gflops", 9.0)):
         row = row_of(table, metric, 4)
         assert row["value"] == pytest.approx(mean)
         assert np.isnan(row["ci_low"])
     assert row_of(table, "gflops", 4)["seed_sd"] == 0
-    winners = over_seeds([finished(0, all_decoded=False), finished(1, all_decoded=False)])
+    winners = means_over_seeds([finished(0, all_decoded=False), finished(1, all_decoded=False)])
     assert np.isnan(row_of(winners, "accuracy", 4)["ci_low"])
 
 
 def test_settings_stay_apart_and_one_seed_stays_as_it_is():
     single = finished(5, sampler="dropout")
-    table = over_seeds([finished(0), single, finished(1), finished(1)])
+    table = means_over_seeds([finished(0), single, finished(1), finished(1)])
     assert row_of(table, "coverage", 2)["seed"] == "0,1"
     own, kept = (row_of(t, "coverage", 2, "dropout") for t in (single.metrics, table))
     assert {name: kept[name] for name in own} == own
@@ -81,7 +85,7 @@ def test_settings_stay_apart_and_one_seed_stays_as_it_is():
 
 
 def test_a_table_of_means_is_read_as_it_was_written_and_shown(tmp_path, capsys):
-    table = over_seeds([finished(0), finished(1), finished(5, sampler="dropout")])
+    table = means_over_seeds([finished(0), finished(1), finished(5, sampler="dropout")])
     write_metrics(tmp_path / "means.csv", table)
     read = read_metrics(tmp_path / "means.csv")
     pd.testing.assert_frame_equal(read, table, check_dtype=False, rtol=1e-9)

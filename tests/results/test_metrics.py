@@ -32,15 +32,15 @@ def rollout_table(**columns):
 
 
 def rows_of(rollouts, *, drawn=2, reported=(1, 2), diversity_Q=(0.2, 0.4), gflops=((10.0, 1.0), (20.0, 3.0))):
-    return metrics.metric_rows(
+    figures = metrics.rollout_figures(
         rollouts,
         drawn=drawn,
         reported=reported,
         aggregators=[Majority(), Likelihood()],
         diversity_Q=diversity_Q,
         gflops=gflops,
-        run=RUN,
     )
+    return metrics.metric_rows(figures, RUN)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_predictions_of_questions_are_numbered_where_they_are_equal():
             "score": pd.array([0.5, None, *[2.0] * 6], dtype="Float32"),
         }
     )
-    arrays = metrics.arrays_of(rollouts, 4)
+    arrays = metrics.rollout_arrays(rollouts, 4)
     assert arrays.prediction_QD.tolist() == [[0, -1, 0, 1], [-1, 0, 0, 1]]
     assert arrays.answer_logprob_QD.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     np.testing.assert_array_equal(arrays.score_QD, [[0.5, np.nan, 2, 2], [2] * 4])
@@ -159,4 +159,4 @@ def test_predictions_read_from_parquet_are_the_same(tmp_path):
     rollouts = rollout_table()
     rollouts.to_parquet(tmp_path / "rollouts.parquet")
     read = pd.read_parquet(tmp_path / "rollouts.parquet")
-    np.testing.assert_array_equal(metrics.arrays_of(read, 2).prediction_QD, [[0, 1], [-1, 0]])
+    np.testing.assert_array_equal(metrics.rollout_arrays(read, 2).prediction_QD, [[0, 1], [-1, 0]])

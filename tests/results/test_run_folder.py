@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from latent_tts.errors import RunError, UsageError
-from latent_tts.results.cache import PART_SCHEMA, RolloutCache, unpack_latents
+from latent_tts.results.cache import ROLLOUT_SCHEMA, RolloutCache, unpack_latents
 from latent_tts.results.files import whole_file, written_in_parts
 from latent_tts.results.run_folder import (
     LATENTS,
@@ -91,7 +91,7 @@ def test_an_error_leaves_no_partial_file_and_the_old_one_alone(tmp_path):
 
 
 def test_what_older_parts_did_not_measure_is_empty(cache):
-    columns = pa.Table.from_pylist([row("a", 0)], schema=PART_SCHEMA).drop_columns(["floor_seconds", "bytes"])
+    columns = pa.Table.from_pylist([row("a", 0)], schema=ROLLOUT_SCHEMA).drop_columns(["floor_seconds", "bytes"])
     pq.write_table(columns, cache.folder / "older.parquet")
     cache.add([row("a", 1)])
     found = cache.read(wanted(("a", 0), ("a", 1)))
@@ -104,7 +104,7 @@ def test_rollouts_come_back_as_they_were_added(cache):
     cache.add(rows)
     assert cache.present() == {("a", 0), ("a", 1), ("b", 0)}
     found = cache.read(wanted(("a", 0), ("a", 1), ("b", 0)))
-    assert set(found.columns) == set(PART_SCHEMA.names)
+    assert set(found.columns) == set(ROLLOUT_SCHEMA.names)
     for got, expected in zip(found.to_dict("records"), rows, strict=True):
         assert {**got, "answer_ids": list(got["answer_ids"])} == expected
 

@@ -13,10 +13,10 @@ import tiny
 import torch
 from refusal import check
 
-from latent_tts.config import build as config
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
-from latent_tts.pipeline import scoring
+from latent_tts.pipeline.scores import score_rollouts
+from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.results.run_folder import read_metrics
 from latent_tts.scorer.auto import auto
 from latent_tts.scorer.latent_rm import LatentRM
@@ -128,13 +128,14 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
     texts = ["### 12", "### 7", "5 ### 200", "### 3", "### 4", "### 1234"]
     answer_tokens = [2, 2, 3, 2, 2, 5]  # long numbers are spelt
     latents = list(torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(1)).numpy())
-    prepared: Any = SimpleNamespace(adapter=adapter, questions=questions, prompts=prompts, n=3)
-    prepared.row_key = lambda question: question.id
-    prepared.wanted = lambda: pd.DataFrame(
-        [(q.id, i) for q in questions for i in range(3)], columns=["row_key", "rollout"]
+    engine = EngineSettings("float32", "cpu", None)
+    spec: Any = SimpleNamespace(
+        adapter=adapter, questions=questions, prompts=prompts, n=3, scorer=scorer, engine=engine
     )
-    cfg = config.node({"engine": {"device": "cpu", "dtype": "float32", "rows": None}})
-    scores = scoring.score(cfg, prepared, scorer, tmp_path / "cache", texts, latents)
+    spec.row_key = lambda question: question.id
+    spec.wanted = lambda: pd.DataFrame([(q.id, i) for q in questions for i in range(3)], columns=["row_key", "rollout"])
+    answer_ids = [adapter.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    scores = score_rollouts(spec, tmp_path / "cache", answer_ids, latents)
     assert scores.scored_now == 6
     assert scores.prefills == ([1, 1] if positions == "correct" else [2, 2])
     model = scorer.load(device="cpu", dtype="float32")
@@ -146,7 +147,7 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
         places = shift + torch.arange(len(vectors))
         hidden = model.backbone(inputs_embeds=vectors[None], position_ids=places[None]).last_hidden_state[0]
         assert model.classifier(hidden[len(prompt) :]).sum().item() == pytest.approx(scores.score[row], abs=1e-4)
-    again = scoring.score(cfg, prepared, scorer, tmp_path / "cache", texts, latents)
+    again = score_rollouts(spec, tmp_path / "cache", answer_ids, latents)
     assert again.scored_now == 0
 
 

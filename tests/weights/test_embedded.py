@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from latent_tts.config import build as config
 from latent_tts.engine.rollout import Engine
-from latent_tts.pipeline.drawing import plan_of
+from latent_tts.pipeline.models import rollout_plan
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.control import Control
 from latent_tts.sampler.greedy import Greedy
@@ -23,7 +23,7 @@ LARGEST = 3 * 2**20
 
 def accuracy(adapter, reasoner: Reasoner, sampler) -> float:
     written = 64 if adapter.latents == 0 else 4
-    engine = Engine(reasoner, plan_of(adapter, written, adapter.own_schedule))
+    engine = Engine(reasoner, rollout_plan(adapter, written, adapter.own_schedule))
     draw = Draw.of(0, [q.id for q in QUESTIONS], torch.zeros(len(QUESTIONS), 1, dtype=torch.long), engine.width)
     rollouts = engine.roll([adapter.encode(q) for q in QUESTIONS], draw, sampler)
     answers = [adapter.raw_answer(adapter.answer_text(ids)) for ids in rollouts.answer_ids]

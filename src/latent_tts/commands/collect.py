@@ -7,9 +7,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from latent_tts.config import build as config
+from latent_tts.config.build import is_given
+from latent_tts.config.requests import build_aggregator
 from latent_tts.errors import UsageError, bad_value
-from latent_tts.pipeline import seeds
+from latent_tts.pipeline.seeds import write_joined
 from latent_tts.results.run_folder import run_folders
 
 log = logging.getLogger(__name__)
@@ -22,12 +23,12 @@ def main(cfg: DictConfig) -> None:
         UsageError: a folder holds no runs, or none of them is complete.
     """
     # of the folders that commands write to by default one may not be there yet
-    chosen = [runs for runs in cfg.runs if config.is_given("runs") or Path(runs).is_dir()] or list(cfg.runs)
+    chosen = [runs for runs in cfg.runs if is_given("runs") or Path(runs).is_dir()] or list(cfg.runs)
     folders = [folder for runs in chosen for folder in run_folders(Path(runs))]
     output = Path(cfg.output or "").expanduser()
     if not cfg.output or output.is_dir():
         raise bad_value("output", cfg.output, "the path of a CSV file")
-    joined, left_out, means = seeds.write_joined(output, list(dict.fromkeys(folders)))
+    joined, left_out, means = write_joined(output, list(dict.fromkeys(folders)), build_aggregator)
     for folder in left_out:
         log.warning("%s is missing: the run did not complete", folder)
     if joined.empty:

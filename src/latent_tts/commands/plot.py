@@ -8,8 +8,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from latent_tts.config import build as config
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.results import plot
 from latent_tts.results.run_folder import METRICS, read_metrics
 
@@ -23,8 +22,8 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: a path is no table and holds none, or a table has nothing to draw.
     """
-    config.require("against", cfg.against, cfg.against in plot.AGAINST, f"one of {', '.join(plot.AGAINST)}")
-    config.require("format", cfg.format, cfg.format in ("svg", "png", "pdf"), "svg, png or pdf")
+    require("against", cfg.against, cfg.against in plot.AGAINST, f"one of {', '.join(plot.AGAINST)}")
+    require("format", cfg.format, cfg.format in ("svg", "png", "pdf"), "svg, png or pdf")
     tables = [table for path in cfg.runs for table in find_tables(Path(path))]
     if not tables:
         raise bad_value("runs", list(cfg.runs), f"no {METRICS} or {FINDINGS} there")
@@ -39,9 +38,7 @@ def main(cfg: DictConfig) -> None:
         name, against = "figure" if table.name == FINDINGS else "scaling", cfg.against
         if table.match(FINDINGS_BY):
             against = table.stem.removeprefix("results_by_")
-            config.require(
-                "runs", table, against in plot.AGAINST, f"results_by_X.csv, X one of {', '.join(plot.AGAINST)}"
-            )
+            require("runs", table, against in plot.AGAINST, f"results_by_X.csv, X one of {', '.join(plot.AGAINST)}")
             name = f"figure_by_{against}"
         draw([table], read_metrics(table), table.with_name(f"{name}.{cfg.format}"), against)
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.commands.annotate import annotate
 from latent_tts.config import build as config
+from latent_tts.config.requests import annotation_spec, run_request
 from latent_tts.engine.cost import Shape
 from latent_tts.errors import bad_value, computing
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.calibration import calibrate
+from latent_tts.pipeline.annotation import annotate
+from latent_tts.pipeline.spec import check_run
+from latent_tts.pipeline.temperature import choose_temperature
 from latent_tts.results import report
 from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.results.files import settings_digest, whole_file
@@ -73,7 +75,7 @@ def annotation_folder(cfg: DictConfig, key: str) -> Path:
     part.seed, part.output = cfg.seed, str(Path(cfg.output).expanduser() / key)
     part.task.split, part.task.limit = wanted.split, wanted.limit
     part.n, part.completions = wanted.n, wanted.completions
-    return annotate(part)
+    return annotate(annotation_spec(part))
 
 
 def questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestions:
@@ -200,6 +202,38 @@ def train_and_write(
     with whole_file(output / RESULTS) as partial:  # last of all: its presence means finished
         partial.write_text(json.dumps(results, indent=1) + "\n")
     return results
+
+
+def calibrate(cfg: DictConfig, valid: AnnotationFolder, checkpoint: Path) -> float | None:
+    """Choose the temperature of the weighted vote and write it into the `config.json` of a LatentRM.
+
+    Args:
+        cfg: config of the training command, for the model.
+        valid: annotations of the questions to choose on.
+        checkpoint: the LatentRM's folder.
+
+    Returns:
+        The temperature; None, and nothing written, for annotations (official shards) that do not say what they are of.
+    """
+    made = valid.settings
+    if "task" not in made:
+        log.warning("%s does not say which task it is of: the temperature of the weighted vote stays 1", valid.path)
+        return None
+    run = config.compose("run", ["scorer=latent_rm"])
+    run.model = OmegaConf.to_container(cfg.model, resolve=True)
+    run.task = made["task"] | {"limit": valid.index().num_rows}
+    run.sampler, run.n, run.seed = made["sampler"], made["n"], made["seed"]
+    run.max_answer_tokens, run.engine.dtype = made["max_answer_tokens"], made["dtype"]
+    run.engine.quantize = made.get("quantize")
+    run.answer = OmegaConf.merge(run.answer, made.get("answer", {}))
+    run.scorer.checkpoint = str(checkpoint)
+    temperature = choose_temperature(check_run(run_request(run)))
+    path = checkpoint / "config.json"
+    record = json.loads(path.read_text())
+    record["latent_rm"]["temperature"] = temperature
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+    return temperature
 
 
 def write(

@@ -1,4 +1,4 @@
-"""The way configs become objects, and what Hydra needs to find the YAML files."""
+"""Configs become objects; where the YAML files are; what the command line says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config.schemas import SCHEMAS
-from latent_tts.errors import LatentTTSError, UsageError, bad_value, unknown_key
+from latent_tts.errors import LatentTTSError, UsageError, bad_value, require, unknown_key
+
+__all__ = ["require"]
 
 
 @cache
@@ -121,18 +123,7 @@ def refuse_unknown_keys(cfg: DictConfig, prefix: str = "") -> None:
             refuse_unknown_keys(cfg[key], f"{prefix}{key}.")
 
 
-def node(spec: Mapping[str, Any]) -> DictConfig:
-    """A config node from plain values, as `run.json` holds them."""
-    return OmegaConf.create(dict(spec))
-
-
-def require(key: str, value: Any, ok: bool, allowed: str) -> None:
-    """Raise the usual error unless a value is allowed."""
-    if not ok:
-        raise bad_value(key, value, allowed)
-
-
-def non_defaults(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
+def changed_keys(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
     """The keys that differ from their defaults under the same group choices, with their values.
 
     Args:
@@ -162,6 +153,7 @@ def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     loader = GlobalHydra.instance().config_loader()
     cfg = loader.load_configuration(command, list(overrides), run_mode=RunMode.RUN)
     OmegaConf.set_struct(cfg, False)
+    del cfg["hydra"]  # as in the config of a job
     return cfg
 
 
@@ -195,7 +187,6 @@ def _flat(cfg: DictConfig) -> dict[str, Any]:
 
     container = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(container, dict)
-    container.pop("hydra", None)
     walk("", container)
     resolved = {key: OmegaConf.select(cfg, key) for key in flat}
     return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in resolved.items()}

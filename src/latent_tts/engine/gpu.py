@@ -23,15 +23,3 @@ def now(device: torch.device) -> float:
     if is_gpu(device):
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def versions() -> dict[str, str]:
-    """The machine's GPUs, each kind once, and the libraries that compute on them; empty without any."""
-    if not torch.cuda.is_available():
-        return {}
-    kinds = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    return {
-        "gpu": ", ".join(sorted(kinds)),
-        "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
-    }

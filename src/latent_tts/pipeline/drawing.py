@@ -1,236 +1,281 @@
-"""Drawing what the cache lacks: which device, how many rows, what it will cost; the loaded models are kept."""
+"""Batches drawn into the cache and scored, with what each took: the part of the pipeline that needs torch."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-import pandas as pd
-from omegaconf import DictConfig
+import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from latent_tts.engine.cost import Shape
-from latent_tts.errors import FEWER_ROWS, bad_value, computing
-from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.spec import ITEM_BYTES, Prepared, positions_beside_the_prompt
+from latent_tts.engine import gpu
+from latent_tts.engine.cost import Batch, Rates, Shape, Work
+from latent_tts.engine.packing import Job, batches, measured_rates, most_prompts, row_bytes
+from latent_tts.engine.rollout import Engine, Rollouts
+from latent_tts.engine.scoring import LatentScorer
+from latent_tts.errors import LESS_MEMORY, RunError, computing
+from latent_tts.pipeline.models import find_device, load_reasoner, load_scorer, rollout_plan, rows_per_batch
+from latent_tts.pipeline.spec import RunSpec, reserved_positions
+from latent_tts.random import cpu
 from latent_tts.results import report
-from latent_tts.results.cache import PartCache, RolloutCache
-from latent_tts.schedule import Schedule
-from latent_tts.scorer import Scorer
-from latent_tts.search.beam import Beam
-from latent_tts.types import Reasoner, RewardModel
-
-if TYPE_CHECKING:
-    from latent_tts.engine.rollout import Plan
+from latent_tts.results.cache import NOT_DECODED, PartCache, RolloutCache, ScoreCache
+from latent_tts.results.files import written_in_parts
 
 log = logging.getLogger(__name__)
+Row = dict[str, Any]
 
 
-def draw_missing(
-    cfg: DictConfig, prepared: Prepared, cache: RolloutCache, wanted: pd.DataFrame, *, answers: bool = True
-) -> int:
-    """Draw what the cache lacks, with or without answers; returns how many rollouts were drawn.
+def draw(spec: RunSpec, cache: RolloutCache, lacking: Mapping[str, list[int]], *, answers: bool = True) -> int:
+    """Draw rollouts into a cache; what was drawn before a failure or an interruption is kept.
 
-    The model is loaded only if there is something to draw.
+    Args:
+        spec: the run.
+        cache: where they go.
+        lacking: rollout numbers by row key.
+        answers: whether to decode the answers.
+
+    Returns:
+        How many rollouts were grown.
+
+    Raises:
+        RunError: a failure while drawing.
     """
-    lacking = missing(cache, wanted, "in")
-    total = sum(map(len, lacking.values()))
-    if not total:
-        return 0
-    from latent_tts.engine.packing import Job, measured_rates, row_bytes
-    from latent_tts.engine.rollout import Engine
-    from latent_tts.pipeline import executor
-
-    device = engine_device(cfg)
-    shape, adapter = prepared.shape, prepared.adapter
+    device, search, shape = find_device(spec.engine), spec.search, spec.shape
     jobs = [
         Job(
             row_key=key,
             question_id=question.id,
-            prompt=prepared.prompts[question.id],
+            prompt=spec.prompts[question.id],
             rollouts=lacking[key],
-            donor=prepared.prompts[prepared.donors[question.id].id] if prepared.donors else None,
+            donor=spec.prompts[spec.donors[question.id].id] if spec.donors else None,
         )
-        for question in prepared.questions
-        if (key := prepared.row_key(question)) in lacking
+        for question in spec.questions
+        if (key := spec.row_key(question)) in lacking
     ]
-    own_prompt = "prompt" in prepared.sampler.random_phases
-    chosen = cfg.max_answer_tokens - len(prepared.forced_ids)
-    suffix = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
-    longest = max(len(job.prompt) for job in jobs)
-    bytes_a_row = row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
-    rows = rows_of_a_batch(cfg, shape, bytes_a_row, device, own_prompt)
+    total = sum(len(job.rollouts) for job in jobs)
+    own_prompt = "prompt" in spec.sampler.random_phases
+    bytes_per_row = _bytes_per_row(spec, max(len(job.prompt) for job in jobs))
+    rows = rows_per_batch(spec.engine, shape, bytes_per_row, device, own_prompt=own_prompt)
+    rates = measured_rates(shape.width, spec.engine.dtype, device)
+    _log_work(spec, jobs, rates, rows, bytes_per_row, answers=answers)
+    plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
+    engine, sampler = Engine(load_reasoner(spec.adapter, spec.engine, device), plan), spec.answers.over(spec.sampler)
+    scorer, reduction = None, None
+    if search.guided:
+        assert spec.scorer is not None
+        scorer = LatentScorer(load_scorer(spec.scorer, spec.engine.dtype, device))
+        reduction = spec.scorer.reduction
 
-    def each(prompt: int) -> float:
-        passes, most = prepared.passes, adapter.latents
+    def draw_batch(batch: list[Job]) -> list[Row]:
+        started = _begin(engine.device)
+        rollouts = search.roll(engine, batch, sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers)
+        measured = _measured(started, engine.device, len(rollouts.answer_ids))
+        _require_finite(rollouts, batch, engine)
+        if not search.guided:  # what a search cannot do without is not counted
+            measured |= _least_of_batch(spec, batch, rollouts, engine.lm.dtype.itemsize, rates, answers=answers)
+        return _rollout_rows(batch, rollouts, measured, answers=answers)
+
+    # prompts run in batches of their own size, unless each job brings many rows
+    prompts = None if search.guided else most_prompts(engine.width, engine.device.type)
+    packed = batches(jobs, max(search.survivors or 1, rows // search.rows_per_survivor), prompts)
+    with report.progress_bar(total, "rollouts") as bar:
+        with computing("drawing rollouts", f"what was drawn is in {cache.folder}", LESS_MEMORY):
+            _fill(cache, packed, draw_batch, lambda count: report.advance(bar, count))
+    return len(jobs) * spec.n if search.guided else total
+
+
+def score(
+    spec: RunSpec,
+    cache: ScoreCache,
+    lacking: Mapping[str, list[int]],
+    latents: Mapping[tuple[str, int], NDArray[np.float32]],
+    shifts: Mapping[tuple[str, int], int],
+) -> None:
+    """Score rollouts into a cache; what was scored before a failure or an interruption is kept.
+
+    Args:
+        spec: the run.
+        cache: where step scores go.
+        lacking: rollout numbers by row key.
+        latents: of each (row key, rollout), (steps, D).
+        shifts: what is added to the positions of each (row key, rollout); 0 where it is not named.
+
+    Raises:
+        RunError: a failure while scoring.
+    """
+    scorer = spec.scorer
+    assert scorer is not None
+    device, dtype = find_device(spec.engine), spec.engine.dtype
+    shape = Shape.from_config(scorer.config)
+    jobs = []
+    for question in spec.questions:
+        key = spec.row_key(question)
+        by_shift: dict[int, list[int]] = {}
+        for number in lacking.get(key, []):
+            by_shift.setdefault(shifts.get((key, number), 0), []).append(number)
+        prompt = spec.prompts[question.id]
+        jobs += [Job(key, question.id, prompt, numbers, shift=shift) for shift, numbers in by_shift.items()]
+    total = sum(len(job.rollouts) for job in jobs)
+    longest, steps = max(len(job.prompt) for job in jobs), max(map(len, latents.values()))
+    # a batch may hold one row per prompt
+    bytes_per_row = row_bytes(shape, longest, steps, spec.engine.bytes_per_number, own_prompt=True)
+    rows = rows_per_batch(spec.engine, shape, bytes_per_row, device, own_prompt=False)
+    work = sum(
+        shape.prompt_flops(len(job.prompt)) + len(job.rollouts) * shape.scoring_flops(len(job.prompt), steps)
+        for job in jobs
+    )
+    log.info("%d rollouts to score with %s: at most %.3g GFLOP", total, scorer.name, work / 1e9)
+    model = LatentScorer(load_scorer(scorer, dtype, device))
+    packed = batches(jobs, rows, most_prompts(shape.width, model.device.type))
+    with report.progress_bar(total, "scores") as bar:
+        with computing("scoring rollouts", f"what was scored is in {cache.folder}", LESS_MEMORY):
+            rates = measured_rates(shape.width, dtype, device)
+            _fill(
+                cache,
+                packed,
+                lambda batch: _score_batch(batch, model, latents, rates),
+                lambda count: report.advance(bar, count),
+            )
+
+
+def _fill(
+    cache: PartCache,
+    packed: Iterable[list[Job]],
+    work: Callable[[list[Job]], list[Row]],
+    progress: Callable[[int], None],
+) -> None:
+    """Work on batches one after another; a part is written every two seconds and at the end, however it ends."""
+    with written_in_parts(cache.add) as take:
+        for batch in packed:
+            take(work(batch))
+            progress(sum(len(job.rollouts) for job in batch))
+
+
+def _bytes_per_row(spec: RunSpec, longest: int) -> int:
+    """Upper estimate of a row's bytes; a guided search holds the rows of two steps, in the reasoner and the scorer."""
+    number, own_prompt = spec.engine.bytes_per_number, "prompt" in spec.sampler.random_phases
+    suffix = reserved_positions(spec.adapter, spec.max_answer_tokens)
+    own = row_bytes(spec.shape, longest, suffix, number, own_prompt)
+    if not spec.search.guided:
+        return own
+    assert spec.scorer is not None
+    scorer = Shape.from_config(spec.scorer.config)
+    return 2 * (own + row_bytes(scorer, longest, spec.adapter.latents, number, own_prompt=False))
+
+
+def _log_work(
+    spec: RunSpec, jobs: Sequence[Job], rates: Rates, rows: int, bytes_per_row: int, *, answers: bool
+) -> None:
+    """Say how much there is to draw, and what it takes."""
+    passes, most = spec.passes, spec.adapter.latents
+    chosen = spec.max_answer_tokens - len(spec.forced_ids)
+
+    def flops_per_rollout(prompt: int) -> float:
         return passes.rollout(prompt, most, chosen) if answers else passes.thinking(prompt, most)
 
-    work = sum(prepared.passes.once(len(job.prompt)) + len(job.rollouts) * each(len(job.prompt)) for job in jobs)
-    rates = measured_rates(shape.width, cfg.engine.dtype, device)
+    def grown(job: Job) -> int:
+        return spec.n if spec.search.guided else len(job.rollouts)
+
+    work = sum(passes.once(len(job.prompt)) + grown(job) * flops_per_rollout(len(job.prompt)) for job in jobs)
+    weights = spec.shape.weight_bytes(spec.engine.bytes_per_number)
     log.info(
         "%d rollouts to draw: at most %.3g GFLOP (every answer as long as allowed), at least %.0f s at the "
         "%.3g GFLOP/s of this device's %s products, about %.2g GB for a batch of %d rows and the weights",
-        total, work / 1e9, work / rates.flops, rates.flops / 1e9, cfg.engine.dtype,
-        (rows * bytes_a_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
+        sum(map(grown, jobs)), work / 1e9, work / rates.flops, rates.flops / 1e9, spec.engine.dtype,
+        (rows * bytes_per_row + weights) / 1e9, rows,
     )  # fmt: skip
-    plan = plan_of(adapter, cfg.max_answer_tokens, prepared.schedule, prepared.forced_ids)
-    engine = Engine(load_once(adapter, device, cfg), plan)
-    with report.progress_bar(total, "rollouts") as bar:
-        with computing("drawing rollouts", f"what was drawn is in {cache.folder}", FEWER_ROWS):
-            executor.fill(
-                cache,
-                jobs,
-                engine,
-                prepared.answers.over(prepared.sampler),
-                seed=cfg.seed,
-                rows=rows,
-                rates=rates,
-                progress=lambda k: report.advance(bar, k),
-                answers=answers,
-            )
-    return total
 
 
-def search_missing(cfg: DictConfig, prepared: Prepared, cache: RolloutCache, wanted: pd.DataFrame) -> int:
-    """Search the questions whose beams the cache lacks; returns how many rollouts were grown."""
-    lacking = missing(cache, wanted, "in")
-    if not lacking:
-        return 0
-    from latent_tts.engine.packing import Job, row_bytes
-    from latent_tts.engine.rollout import Engine
-    from latent_tts.engine.scoring import LatentScorer
-    from latent_tts.pipeline import executor
-
-    search, scorer, adapter = prepared.search, prepared.scorer, prepared.adapter
-    assert isinstance(search, Beam)
-    assert scorer is not None
-    device = engine_device(cfg)
-    jobs = [
-        Job(question.id, question.id, prepared.prompts[question.id], list(range(search.beams)))
-        for question in prepared.questions
-        if question.id in lacking
-    ]
-    longest, item = max(len(job.prompt) for job in jobs), ITEM_BYTES[cfg.engine.dtype]
-    own_prompt = "prompt" in prepared.sampler.random_phases
-    suffix = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
-    # a step's rows are there beside those that they were forked from, in the reasoner as in the scorer
-    bytes_a_row = 2 * row_bytes(prepared.shape, longest, suffix, item, own_prompt)
-    bytes_a_row += 2 * row_bytes(Shape.from_config(scorer.config), longest, adapter.latents, item, own_prompt=False)
-    rows = rows_of_a_batch(cfg, prepared.shape, bytes_a_row, device, own_prompt)
-    log.info("%d questions to search: %d beams of %d candidates each", len(jobs), search.beams, search.candidates)
-    plan = plan_of(adapter, cfg.max_answer_tokens, forced_ids=prepared.forced_ids)
-    engine = Engine(load_once(adapter, device, cfg), plan)
-    sampler = prepared.answers.over(prepared.sampler)
-    judge = LatentScorer(load_scorer_once(scorer, device, cfg.engine.dtype))
-    with report.progress_bar(len(jobs) * search.beams, "beams") as bar:
-        with computing("searching", f"finished questions are in {cache.folder}", FEWER_ROWS):
-            executor.fill_beams(
-                cache,
-                jobs,
-                lambda prompts, ids: search.roll(engine, judge, scorer.reduction, prompts, ids, sampler, cfg.seed),
-                engine.device,
-                rows=max(search.beams, rows // search.candidates),
-                progress=lambda k: report.advance(bar, k),
-            )
-    return len(jobs) * prepared.n
-
-
-def rows_of_a_batch(cfg: DictConfig, shape: Shape, bytes_a_row: int, device: str, own_prompt: bool) -> int:
-    """Rows of a batch: `engine.rows`, or what suits the model's width; fewer, and said, if they do not fit memory."""
-    from latent_tts.engine.packing import default_rows, rows_that_fit
-
-    wanted = cfg.engine.rows or default_rows(shape.width, device, own_prompt)
-    rows = rows_that_fit(wanted, bytes_a_row, device)
-    if rows < wanted:
-        log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted, rows)
-    return rows
-
-
-def plan_of(
-    adapter: ModelAdapter, max_answer_tokens: int, schedule: Schedule | None = None, forced_ids: Sequence[int] = ()
-) -> Plan:
-    """What a rollout of the adapter's model consists of; `schedule` is one latent after another unless said."""
-    from latent_tts.engine.rollout import Plan
-
-    plan = Plan(
-        adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
-        forced_ids=list(forced_ids),
-    )  # fmt: skip
-    if schedule is None or schedule.stepwise:
-        return plan
-    return replace(plan, schedule=schedule, latent_id=adapter.latent_id)
-
-
-def missing(cache: PartCache, wanted: pd.DataFrame, how: str) -> dict[str, list[int]]:
-    """Rollout numbers of each row key that a cache lacks; says how many it has (`in` it, or `scored in` it)."""
-    present = cache.present()
-    lacking: dict[str, list[int]] = {}
-    for key, rollout in wanted.itertuples(index=False):
-        if (key, rollout) not in present:
-            lacking.setdefault(key, []).append(rollout)
-    there = len(wanted) - sum(map(len, lacking.values()))
-    if there:
-        log.info("%d of %d rollouts are %s the cache %s", there, len(wanted), how, cache.folder)
-    return lacking
-
-
-_loaded: dict[str, tuple[tuple[str | None, ...], Any]] = {}
-
-
-def load_once(adapter: ModelAdapter, device: str, cfg: DictConfig) -> Reasoner:
-    """The adapter's model, loaded and quantised; the last one is kept, since the jobs of a sweep mostly share it."""
-    return _kept("model", adapter, device, cfg.engine.dtype, cfg.engine.quantize)
-
-
-def load_scorer_once(scorer: Scorer, device: str, dtype: str) -> RewardModel:
-    """The same for a scorer."""
-    return _kept("scorer", scorer, device, dtype)
-
-
-def _kept(kind: str, what: ModelAdapter | Scorer, device: str, dtype: str, quantize: str | None = None) -> Any:
-    key = (type(what).__name__, what.digest, device, dtype, quantize)
-    if kind not in _loaded or _loaded[kind][0] != key:
-        _loaded.pop(kind, None)
-        loaded = what.load(device=device, dtype=dtype)
-        if quantize is not None and isinstance(loaded, Reasoner):
-            from latent_tts.engine import quantization
-
-            quantization.quantize(loaded.lm, quantize)
-        _loaded[kind] = key, loaded
-    return _loaded[kind][1]
-
-
-def engine_device(cfg: DictConfig) -> str:
-    """The torch device that rollouts are drawn on.
-
-    Raises:
-        UsageError: there is no such device, or it cannot do `engine.quantize`.
-    """
-    device = resolve_device(cfg.engine.device)
-    if cfg.engine.quantize is not None:
-        from latent_tts.engine import quantization
-
-        quantization.check_device(cfg.engine.quantize, device)
-    return device
-
-
-def resolve_device(wanted: str) -> str:
-    """The torch device of `engine.device`, which is one that `check_engine` lets pass.
-
-    Raises:
-        UsageError: CUDA is asked for and not there.
-    """
-    import torch
-
-    if wanted == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if wanted == "cpu":
-        return "cpu"
-    index = wanted.partition(":")[2]
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index or 0) >= count:
-        raise bad_value(
-            "engine.device", wanted, f"this machine has {count} CUDA devices; engine.device=cpu works anywhere"
+def _require_finite(rollouts: Rollouts, batch: Sequence[Job], engine: Engine) -> None:
+    """Raise RunError unless all latents are finite."""
+    if not rollouts.latents_RTD.isfinite().all():
+        raise RunError(
+            f"drawing rollouts failed: latents of question {batch[0].question_id} or of another question of its batch "
+            f"are not finite in {str(engine.lm.dtype).removeprefix('torch.')}\nthe weights, a very large "
+            "sampler.sigma, or float16, whose range is small (engine.dtype=bfloat16 has that of float32)"
         )
-    return f"cuda:{index or 0}"
+
+
+def _least_of_batch(
+    spec: RunSpec, batch: Sequence[Job], rollouts: Rollouts, item: int, rates: Rates, *, answers: bool
+) -> dict[str, float]:
+    """A row's share of what drawing a batch cannot do without."""
+    begun = len(spec.forced_ids)
+    least = Batch(
+        passes=spec.passes,
+        item=item,
+        prompts_Q=[len(job.prompt) for job in batch],
+        steps_R=rollouts.steps_R.tolist(),
+        answers_R=[len(ids) - begun for ids in rollouts.answer_ids] if answers else None,
+    )
+    return _least(least.work(), rates, len(rollouts.answer_ids))
+
+
+def _score_batch(
+    batch: Sequence[Job], scorer: LatentScorer, latents: Mapping[tuple[str, int], NDArray[np.float32]], rates: Rates
+) -> list[Row]:
+    started = _begin(scorer.device)
+    places = [(job.row_key, number) for job in batch for number in job.rollouts]
+    steps = [len(latents[place]) for place in places]
+    latents_RTD = torch.zeros(len(places), max(steps), latents[places[0]].shape[1])
+    for row, place in enumerate(places):
+        latents_RTD[row, : steps[row]] = torch.tensor(latents[place])
+    scores_RT = scorer.score(
+        [job.prompt for job in batch],
+        latents_RTD,
+        steps_R=torch.tensor(steps),
+        shifts_Q=torch.tensor([job.shift for job in batch], device=scorer.device),
+    ).tolist()
+    measured = _measured(started, scorer.device, len(places))
+    shape, item = Shape.from_config(scorer.backbone.config.to_dict()), scorer.backbone.dtype.itemsize
+    least = shape.scoring_work([len(job.prompt) for job in batch], steps, item)
+    cost = {key: measured[key] for key in ("seconds", "peak_memory_bytes")} | _least(least, rates, len(places))
+    return [
+        {"row_key": row_key, "rollout": number, "step_scores": scores_RT[row][: steps[row]], **cost}
+        for row, (row_key, number) in enumerate(places)
+    ]
+
+
+def _rollout_rows(batch: Sequence[Job], rollouts: Rollouts, measured: Row, *, answers: bool) -> list[Row]:
+    """The cache's rows of a batch."""
+    latents = rollouts.latents_RTD.numpy().astype("<f4", copy=False)
+    logprob, margin = rollouts.answer_logprob_R.tolist(), rollouts.answer_margin_R.tolist()
+    stopped, steps = rollouts.stopped_R.tolist(), rollouts.steps_R.tolist()
+    places = [(job.row_key, number) for job in batch for number in job.rollouts]
+    return [
+        {
+            "row_key": row_key,
+            "rollout": number,
+            "answer_ids": rollouts.answer_ids[row],
+            "answer_logprob": logprob[row],
+            "answer_margin": margin[row],
+            "stop_reason": NOT_DECODED if not answers else "eos" if stopped[row] else "length",
+            "latent_steps": steps[row],
+            "latents": latents[row, : steps[row]].tobytes(),
+            **measured,
+        }
+        for row, (row_key, number) in enumerate(places)
+    ]
+
+
+def _begin(device: torch.device) -> float:
+    """When a batch begins."""
+    if gpu.is_gpu(device):
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        cpu.forget_peak()
+    return gpu.now(device)
+
+
+def _measured(started: float, device: torch.device, rows: int) -> Row:
+    """A row's share of what a batch took; memory is the batch's: on the CPU the process's, on a GPU torch's."""
+    peak = torch.cuda.max_memory_allocated(device) if gpu.is_gpu(device) else cpu.peak_bytes()
+    seconds = (gpu.now(device) - started) / rows
+    return {"seconds": seconds, "peak_memory_bytes": peak, "device": device.type, "rows": rows}
+
+
+def _least(stretches: Sequence[Work], rates: Rates, rows: int) -> dict[str, float]:
+    """A row's share of what a batch cannot do without."""
+    return {"floor_seconds": rates.floor(stretches) / rows, "bytes": sum(work.bytes for work in stretches) / rows}

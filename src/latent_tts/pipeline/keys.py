@@ -1,20 +1,10 @@
-"""What describes a run: the keys of its caches, the columns of its tables, the versions behind it."""
+"""What determines a rollout: the keys of the caches."""
 
 from __future__ import annotations
 
-import platform
-import sys
-from collections.abc import Mapping
-from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from latent_tts.config import build as config
-from latent_tts.pipeline.spec import Prepared
-from latent_tts.results.files import settings_digest
+from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer import Scorer
 
 # part of every cache key: raised when the same settings give other rollouts
@@ -22,44 +12,42 @@ ENGINE_SEMANTICS = {"float32": 2, "bfloat16": 3, "float16": 3}
 SCORING_SEMANTICS = 2  # the same for step scores
 
 
-def cache_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
-    """Everything that determines a rollout besides its question and number."""
-    return {
-        "semantics": ENGINE_SEMANTICS[cfg.engine.dtype],
-        "checkpoint": prepared.adapter.digest,
-        "prompt": prepared.adapter.prompt_recipe,
-        "adapter": cfg.model._target_,
-        "eos": prepared.adapter.eos_id,
-        "sampler": OmegaConf.to_container(cfg.sampler, resolve=True),
-        "latents": prepared.adapter.latents,
-        "seed": cfg.seed,
-        "schedule": prepared.schedule.key,
-        "dtype": cfg.engine.dtype,
-        "max_answer_tokens": cfg.max_answer_tokens,
-        **({"answer": prepared.answers.settings} if prepared.answers.random else {}),
-        **({"forced_ids": prepared.forced_ids} if prepared.forced_ids else {}),
-        **({"quantize": cfg.engine.quantize} if cfg.engine.quantize is not None else {}),
+def rollout_key(spec: RunSpec) -> dict[str, Any]:
+    """Everything that determines a rollout besides its question and number; for a search also its scorer."""
+    key = {
+        "semantics": ENGINE_SEMANTICS[spec.engine.dtype],
+        "checkpoint": spec.adapter.digest,
+        "prompt": spec.adapter.prompt_recipe,
+        "adapter": spec.config["model"]["_target_"],
+        "eos": spec.adapter.eos_id,
+        "sampler": spec.config["sampler"],
+        "latents": spec.adapter.latents,
+        "seed": spec.seed,
+        "schedule": spec.schedule.key,
+        "dtype": spec.engine.dtype,
+        "max_answer_tokens": spec.max_answer_tokens,
+        **({"answer": spec.answers.settings} if spec.answers.random else {}),
+        **({"forced_ids": spec.forced_ids} if spec.forced_ids else {}),
+        **({"quantize": spec.engine.quantize} if spec.engine.quantize is not None else {}),
     }
+    if spec.search.survivors is None or spec.scorer is None:
+        return key
+    scored_by = {"scorer": score_key(spec.scorer, spec.engine.dtype, spec.n), "reduce": spec.scorer.reduction}
+    return key | {"search": spec.config["search"], **scored_by}
 
 
-def beams_key(cfg: DictConfig, prepared: Prepared, scorer: Scorer) -> dict[str, Any]:
-    """The same for the beams that a search leaves, which the scorer determines as well."""
-    search = OmegaConf.to_container(cfg.search, resolve=True)
-    scored_by = {"scorer": score_key(scorer, cfg.engine.dtype, prepared.n), "reduce": scorer.reduction}
-    return cache_key(cfg, prepared) | {"search": search, **scored_by}
-
-
-def thoughts_key(cfg: DictConfig, prepared: Prepared) -> dict[str, Any]:
+def latents_key(spec: RunSpec) -> dict[str, Any]:
     """The same for latents without answers, which nothing about answers determines."""
-    key = cache_key(cfg, prepared)
-    del key["max_answer_tokens"]
-    key.pop("answer", None)
-    key.pop("forced_ids", None)
+    about_answers = ("max_answer_tokens", "answer", "forced_ids")
+    key = {name: value for name, value in rollout_key(spec).items() if name not in about_answers}
     return key | {"answers": "none"}
 
 
 def score_key(scorer: Scorer, dtype: str, n: int) -> dict[str, Any]:
-    """Everything that determines a rollout's step scores besides the rollout; in official positions also its mates."""
+    """Everything that determines a rollout's step scores besides the rollout.
+
+    With official positions the other rollouts of its question do too, so n is part of the key.
+    """
     key = {
         "semantics": SCORING_SEMANTICS,
         "checkpoint": scorer.digest,
@@ -67,77 +55,3 @@ def score_key(scorer: Scorer, dtype: str, n: int) -> dict[str, Any]:
         "dtype": dtype,
     }
     return key | ({"n": n} if scorer.positions == "official" else {})
-
-
-def changed_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The keys of a job that differ from their defaults and have no column of their own."""
-    aggregators = {f"aggregator.{name}._target_" for name in cfg.aggregator}
-    own_columns = {
-        "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task._target_",
-        "sampler._target_", "budget", "scorer._target_", "scorer.checkpoint", "scorer.latents", "paths",
-        "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "search._target_",
-        "schedule._target_",
-    }  # fmt: skip
-    return config.non_defaults(cfg, own_columns | aggregators)
-
-
-def run_columns(cfg: DictConfig, prepared: Prepared, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that say which run a metrics row belongs to."""
-    sampler, scorer = prepared.sampler, prepared.scorer
-    shown = {key: value for key, value in settings.items() if key != f"sampler.{sampler.param}"}
-    columns = {
-        "model": prepared.adapter.name,
-        "checkpoint": prepared.adapter.checkpoint,
-        "task": prepared.task.name,
-        "split": prepared.task.split or "",
-        "sampler": sampler.name,
-        "sampler_param": sampler.param or "",
-        "sampler_value": "" if sampler.value is None else str(sampler.value),
-        "settings": ",".join(f"{key}={value}" for key, value in sorted(shown.items())),
-        "schedule": prepared.schedule.name,
-        "search": "" if prepared.search.survivors is None else prepared.search.name,
-        "budget": prepared.budget.name,
-        "scorer": "" if scorer is None else scorer.name,
-        "seed": str(cfg.seed),
-        "dtype": cfg.engine.dtype,
-    }
-    identity = {
-        **columns,
-        "n": prepared.n,
-        "weights": prepared.adapter.digest,
-        "questions": [[q.id, q.answer] for q in prepared.questions],
-    }
-    if scorer is not None:
-        identity["scorer_weights"] = scorer.digest
-    return {"run_id": settings_digest(identity)[:12], **columns}
-
-
-def versions(cfg: DictConfig) -> dict[str, str]:
-    """Versions of what a result depends on, and the commit where there is one."""
-    names = ["latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core"]
-    names += [name for name in ("numba", "math-verify") if find_spec(name.replace("-", "_")) is not None]
-    names += [] if cfg.engine.quantize is None else ["torchao"]
-    return {"python": platform.python_version(), **{name: version(name) for name in names}, **commit()}
-
-
-def machine() -> dict[str, str]:
-    """The system, the processor, and the GPUs with their libraries where torch has been in use and found some."""
-    found = {"system": platform.platform(), "processor": platform.processor() or platform.machine()}
-    if "torch" in sys.modules:
-        from latent_tts.engine import gpu
-
-        found |= gpu.versions()
-    return found
-
-
-def commit() -> dict[str, str]:
-    """The commit of a source checkout (`-dirty` if it has changes); nothing for an installed package."""
-    import subprocess
-
-    here = Path(__file__).resolve().parents[3]
-    if not (here / ".git").exists():
-        return {}
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=here, capture_output=True, text=True, check=False
-    )
-    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}

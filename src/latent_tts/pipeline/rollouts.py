@@ -1,59 +1,112 @@
-"""The rollouts of a run: drawn and scored where the cache lacks them, then read."""
+"""The stage between a specification and its tables: rollouts drawn and scored where the cache lacks them, then read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig
 
-from latent_tts.pipeline import drawing, scoring, tables
-from latent_tts.pipeline.keys import beams_key, cache_key
-from latent_tts.pipeline.spec import Prepared
-from latent_tts.results.cache import RolloutCache, unpack_latents
+from latent_tts.pipeline.keys import latents_key, rollout_key
+from latent_tts.pipeline.scores import Scores, score_rollouts
+from latent_tts.pipeline.spec import RunSpec
+from latent_tts.results.cache import MEASURED_SUMS, RolloutCache, unpack_latents
+
+ANSWER_COLUMNS = ["answer_ids", "answer_logprob", "answer_margin", "stop_reason"]
 
 
 @dataclass
-class Gathered:
+class RunRollouts:
     """The rollouts of a run.
 
     Attributes:
-        rows: as the cache has them.
-        table: the same as `rollouts.parquet` has them, without scores.
+        rows: as the cache has them, in the order of `RunSpec.wanted`.
         latents: of each rollout, (steps, D).
         scores: None without a scorer.
-        folder: of the cache.
-        drawn_now: how many were not in the cache yet.
+        cache: where they are kept.
+        drawn_now: how many the cache did not have.
+        winners: None where all answers were decoded.
     """
 
     rows: pd.DataFrame
-    table: pd.DataFrame
     latents: list[np.ndarray]
-    scores: scoring.Scores | None
-    folder: Path
+    scores: Scores | None
+    cache: RolloutCache
     drawn_now: int
+    winners: Winners | None = None
 
 
-def gather(cfg: DictConfig, prepared: Prepared) -> Gathered:
-    """Draw and score what the cache has not got yet, then read all.
+@dataclass
+class Winners:
+    """The picks of a run that decodes nothing else (`answer.decode=winners`).
+
+    Attributes:
+        picks: for each reported n the number of each question's pick.
+        decoding: `cache.MEASURED_SUMS` of each rollout's answer, NaN where it was not decoded.
+        decoded_now: how many answers the cache did not have.
+    """
+
+    picks: dict[int, np.ndarray]
+    decoding: pd.DataFrame
+    decoded_now: int
+
+
+def draw_rollouts(spec: RunSpec) -> RunRollouts:
+    """Draw and score what the cache lacks, then read everything.
 
     Raises:
         RunError: a failure while drawing or scoring; what was computed stays in the cache.
     """
-    wanted, scorer = prepared.wanted(), prepared.scorer
-    root = Path(cfg.paths.cache).expanduser()
-    if prepared.search.survivors is None or scorer is None:
-        cache = RolloutCache(root, cache_key(cfg, prepared))
-        drawn_now = drawing.draw_missing(cfg, prepared, cache, wanted)
-    else:
-        cache = RolloutCache(root, beams_key(cfg, prepared, scorer))
-        drawn_now = drawing.search_missing(cfg, prepared, cache, wanted)
-    rows = cache.read(wanted)
-    table = tables.rollout_table(prepared, rows)
-    latents = unpack_latents(rows["latents"], prepared.shape.width)
-    scores = None
-    if scorer is not None:
-        scores = scoring.score(cfg, prepared, scorer, cache.folder, list(table["answer_text"]), latents)
-    return Gathered(rows, table, latents, scores, cache.folder, drawn_now)
+    if spec.decode == "winners":
+        return decode_winners(spec, think_rollouts(spec))
+    cache = RolloutCache(spec.cache, rollout_key(spec))
+    return read_rollouts(spec, cache, draw_missing(spec, cache, spec.wanted()))
+
+
+def think_rollouts(spec: RunSpec) -> RunRollouts:
+    """The same without answers: latents and their scores."""
+    cache = RolloutCache(spec.cache, latents_key(spec))
+    return read_rollouts(spec, cache, draw_missing(spec, cache, spec.wanted(), answers=False))
+
+
+def read_rollouts(spec: RunSpec, cache: RolloutCache, drawn_now: int) -> RunRollouts:
+    """Read the rollouts of a run from a cache that has all of them, and score what has no scores yet."""
+    rows = cache.read(spec.wanted())
+    latents = unpack_latents(rows["latents"], spec.shape.width)
+    scores = None if spec.scorer is None else score_rollouts(spec, cache.folder, rows["answer_ids"], latents)
+    return RunRollouts(rows, latents, scores, cache, drawn_now)
+
+
+def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
+    """Decode the best-of-n pick of each reported n, each among the first n rollouts.
+
+    The picks are drawn again in full, with the same random numbers, and kept with the whole rollouts of other runs:
+    their answers read keys and values that were made under the rollout's own masks.
+    """
+    assert thought.scores is not None, "winners are found by scores"
+    n, wanted = spec.n, spec.wanted()
+    score_QN = np.nan_to_num(thought.scores.score.astype(np.float32), nan=-np.inf).reshape(-1, n)
+    picks = {budget: score_QN[:, :budget].argmax(1) for budget in spec.budget.reported(n)}
+    places = np.unique(np.concatenate([np.arange(len(score_QN)) * n + pick for pick in picks.values()]))
+    chosen = wanted.iloc[places].reset_index(drop=True)
+    whole = RolloutCache(spec.cache, rollout_key(spec))
+    decoded_now = draw_missing(spec, whole, chosen)
+    decoded, rows = whole.read(chosen), thought.rows.copy()
+    for column in ANSWER_COLUMNS:
+        values = rows[column].astype(object).tolist()
+        for place, value in zip(places, decoded[column], strict=True):
+            values[place] = value
+        rows[column] = pd.Series(values, dtype=object).astype(rows[column].dtype)
+    decoding = decoded[list(MEASURED_SUMS)].set_axis(places).reindex(range(len(rows)))
+    thought.rows, thought.winners = rows, Winners(picks, decoding, decoded_now)
+    return thought
+
+
+def draw_missing(spec: RunSpec, cache: RolloutCache, wanted: pd.DataFrame, *, answers: bool = True) -> int:
+    """Draw what a cache lacks; returns how many rollouts were drawn. A model is loaded only if something is missing."""
+    lacking = cache.missing(wanted)
+    if not lacking:
+        return 0
+    from latent_tts.pipeline.drawing import draw
+
+    return draw(spec, cache, lacking, answers=answers)

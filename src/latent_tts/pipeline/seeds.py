@@ -9,20 +9,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from latent_tts.pipeline.completed import Finished
-from latent_tts.results import statistics as stats
+from latent_tts.results import statistics
+from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
 from latent_tts.results.files import settings_digest
 from latent_tts.results.run_folder import CURVE_COLUMNS, METRIC_COLUMNS, SEED_COLUMNS, join_metrics, write_metrics
 
-OF_QUESTIONS = ("accuracy", "coverage", "invalid_rate")  # the metrics that a rollouts table has for each question
+PER_QUESTION = ("accuracy", "coverage", "invalid_rate")  # the metrics that a rollouts table has for each question
 
 
-def write_joined(path: Path, folders: Sequence[Path]) -> tuple[pd.DataFrame, list[Path], Path | None]:
+def write_joined(
+    path: Path, folders: Sequence[Path], build_aggregator: AggregatorBuilder
+) -> tuple[pd.DataFrame, list[Path], Path | None]:
     """Join the complete runs among some folders into a table; with several seeds write their means beside it.
 
     Args:
         path: of the table; the means are `<its stem>_over_seeds.csv`.
         folders: of runs.
+        build_aggregator: see `CompletedRun.read`.
 
     Returns:
         The table, the folders left out, and where the means are; nothing is written if no run is complete.
@@ -39,17 +42,18 @@ def write_joined(path: Path, folders: Sequence[Path]) -> tuple[pd.DataFrame, lis
     if joined.groupby(CURVE_COLUMNS, dropna=False)["seed"].nunique().max() == 1:
         means.unlink(missing_ok=True)
         return joined, left_out, None
-    write_metrics(means, over_seeds([Finished.read(folder) for folder in folders if folder not in left_out]))
+    runs = [CompletedRun.read(folder, build_aggregator) for folder in folders if folder not in left_out]
+    write_metrics(means, means_over_seeds(runs))
     return joined, left_out, means
 
 
-def over_seeds(runs: Sequence[Finished]) -> pd.DataFrame:
-    """One row for all runs that differ in the seed alone, at each n, metric and aggregator.
+def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
+    """One row for all runs that differ only in the seed, at each n, metric and aggregator.
 
     Returns:
         A metrics table with two more columns. `value` is the mean over seeds, `seed_sd` their sample standard deviation
-        (NaN for one), `seed` names them and `seeds` is their number. The interval is a bootstrap over questions, each
-        with all its seeds; NaN where a rollouts table does not have the figure of each question, as with diversity.
+        (NaN for one), `seed` names them and `seeds` is their number. The interval is over questions, each with all its
+        seeds; NaN where a rollouts table does not have the figure of each question, as with diversity.
     """
     rows = pd.concat([run.metrics.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
     means = []
@@ -65,13 +69,13 @@ def over_seeds(runs: Sequence[Finished]) -> pd.DataFrame:
     return pd.DataFrame(means, columns=[*METRIC_COLUMNS, *SEED_COLUMNS])
 
 
-def _interval(runs: Sequence[Finished], metric: str, aggregator: str, n: int) -> tuple[float, float]:
-    if metric not in OF_QUESTIONS or not all(run.all_decoded for run in runs):
+def _interval(runs: Sequence[CompletedRun], metric: str, aggregator: str, n: int) -> tuple[float, float]:
+    if metric not in PER_QUESTION or not all(run.all_decoded for run in runs):
         return np.nan, np.nan
     seeds = pd.concat([run.per_question(aggregator or metric, n) for run in runs], axis=1)
-    return stats.interval(seeds.mean(axis=1).to_numpy(), _weights(len(seeds)))
+    return statistics.interval(seeds.mean(axis=1).to_numpy(), _weights(len(seeds)))
 
 
 @cache
-def _weights(questions: int) -> stats.Floats:
-    return stats.bootstrap_weights(questions)
+def _weights(questions: int) -> statistics.Floats:
+    return statistics.bootstrap_weights(questions)

@@ -1,24 +1,24 @@
-"""What a run needs and can be had without torch: objects built from the config, questions read, everything checked."""
+"""What a run needs, checked without torch: `RunRequest` is what the user asked for, `RunSpec` what will be done."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.aggregator import Aggregator
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Budget
-from latent_tts.config import build as config
 from latent_tts.engine.cost import Passes, Shape
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.model import ModelAdapter
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
@@ -30,32 +30,141 @@ from latent_tts.task import Task
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
-MOST_ROLLOUTS = 1 << 20
+MAX_ROLLOUTS = 1 << 20
 DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# torchao multiplies int8 codes before their scale, too large for float16, and float8 into bfloat16 alone
+BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# torchao multiplies int8 codes before their scale, too large for float16, and float8 into bfloat16 only
 QUANTIZED_FROM = {"int8": ("float32", "bfloat16"), "float8": ("bfloat16",)}
 
 
-@dataclass
-class Prepared:
-    """The objects of a run."""
+@dataclass(frozen=True)
+class EngineSettings:
+    """The keys `engine.*`: how rollouts are computed.
+
+    Attributes:
+        dtype: of weights and activations: `float32`, `bfloat16` or `float16` (`fp32`, `bf16`, `fp16` mean the same).
+        device: `auto`, `cpu`, `cuda` or `cuda:INDEX`; whether it is there is asked where something is computed.
+        rows: most rows of a batch; None follows from the model's width and the device.
+        quantize: None, `int8` or `float8`: the reasoner's blocks.
+    """
+
+    dtype: str
+    device: str
+    rows: int | None
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", full_dtype(self.dtype))
+        allowed = f"one of {', '.join(BYTES_PER_NUMBER)} ({', '.join(SHORT_DTYPES)})"
+        require("engine.dtype", self.dtype, self.dtype in BYTES_PER_NUMBER, allowed)
+        is_device = DEVICE.fullmatch(self.device) is not None
+        require("engine.device", self.device, is_device, "one of auto, cpu, cuda, cuda:INDEX")
+        allowed = "1 or more, or null to let the model decide"
+        require("engine.rows", self.rows, self.rows is None or self.rows >= 1, allowed)
+        if self.quantize is None:
+            return
+        require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "null, int8 or float8")
+        fitting = QUANTIZED_FROM[self.quantize]
+        allowed = f"takes engine.dtype={' or '.join(fitting)}"
+        require("engine.quantize", self.quantize, self.dtype in fitting, allowed)
+        if find_spec("torchao") is None:
+            why = "torchao is not installed: pip install 'latent-tts[quant]'"
+            raise bad_value("engine.quantize", self.quantize, why)
+
+    @property
+    def bytes_per_number(self) -> int:
+        """Bytes of a number in `dtype`."""
+        return BYTES_PER_NUMBER[self.dtype]
+
+
+def full_dtype(name: str) -> str:
+    """The long name of a dtype: `bfloat16` for `bf16`."""
+    return SHORT_DTYPES.get(name, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What the user asked for: the objects that the config describes, and its plain values.
+
+    Attributes:
+        adapter, task, sampler, schedule, search, budget, aggregators: the chosen options.
+        scorer: the chosen scorer; `NoScorer` for none.
+        answers: how answer tokens are chosen.
+        decode: `all`, or `winners`: only best-of-n picks are decoded.
+        forced_prefix: text that every answer begins with.
+        n: rollouts of each question.
+        seed: of every random number.
+        max_answer_tokens: token limit of an answer.
+        engine: how rollouts are computed.
+        cache: folder of cached rollouts.
+        config: the resolved config, as `run.json` keeps it.
+        chosen: which of the keys `schedule`, `aggregator` and `scorer.checkpoint` somebody set, so that they are no
+            defaults that may give way.
+    """
 
     adapter: ModelAdapter
     task: Task
     sampler: Sampler
+    schedule: Schedule
+    search: Search
+    budget: Budget
+    scorer: Scorer | NoScorer
+    aggregators: list[Aggregator]
     answers: AnswerSampling
+    decode: str
+    forced_prefix: str
+    n: int
+    seed: int
+    max_answer_tokens: int
+    engine: EngineSettings
+    cache: Path
+    config: Mapping[str, Any]
+    chosen: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """A run, checked: every value that a stage of the pipeline reads.
+
+    Attributes:
+        adapter, task, sampler, search, budget, answers, decode, seed, max_answer_tokens, engine, cache, config: as
+            requested.
+        schedule: the requested one, or the model's own.
+        scorer: None where rollouts get no scores.
+        aggregators: those reported.
+        n: rollouts of each question; 1 where all would be the same.
+        questions: of the task.
+        prompts: token ids by question id.
+        donors: the question whose latents each question reads, by question id; empty unless the sampler needs them.
+        forced_ids: token ids that every answer begins with.
+    """
+
+    adapter: ModelAdapter
+    task: Task
+    sampler: Sampler
     schedule: Schedule
     search: Search
     budget: Budget
     scorer: Scorer | None
     aggregators: list[Aggregator]
+    answers: AnswerSampling
+    decode: str
+    n: int
+    seed: int
+    max_answer_tokens: int
+    engine: EngineSettings
+    cache: Path
+    config: Mapping[str, Any]
     questions: list[Question]
     prompts: dict[str, list[int]]
     donors: dict[str, Question]
-    n: int
-    shape: Shape
-    forced_ids: list[int] = field(default_factory=list)
+    forced_ids: list[int]
+
+    @cached_property
+    def shape(self) -> Shape:
+        """The sizes of the model."""
+        return Shape.from_config(self.adapter.config)
 
     @property
     def passes(self) -> Passes:
@@ -67,12 +176,12 @@ class Prepared:
 
     @property
     def kept(self) -> int:
-        """Rollouts of each question in the tables: all n, or those that the search leaves."""
+        """Rollouts of each question in the tables: all n, or those that the search keeps."""
         return self.n if self.search.survivors is None else self.search.survivors
 
     @property
     def reported(self) -> list[int]:
-        """The budgets that get rows in the metrics; a search that leaves few rollouts has only its own."""
+        """The n that get rows in the metrics; a search that keeps few rollouts reports only its own."""
         return self.budget.reported(self.n) if self.search.survivors is None else [self.n]
 
     def row_key(self, question: Question) -> str:
@@ -86,135 +195,86 @@ class Prepared:
         return pd.DataFrame(pairs, columns=["row_key", "rollout"])
 
 
-def prepare(cfg: DictConfig) -> Prepared:
-    """Build and check everything that does not need torch.
+def check_run(request: RunRequest) -> RunSpec:
+    """Check everything that does not need torch.
 
     Raises:
         UsageError: a value, a file or a question is not usable; the message names it.
     """
-    config.require("n", cfg.n, 1 <= cfg.n <= MOST_ROLLOUTS, f"a number of rollouts, 1 to {MOST_ROLLOUTS}")
-    check_engine(cfg)
-    decode = cfg.answer.decode
-    config.require("answer.decode", decode, decode in ("all", "winners"), "all or winners")
-    sampler: Sampler = config.build("sampler", cfg.sampler)
-    answers = AnswerSampling(cfg.answer.temperature, cfg.answer.top_p)
-    budget: Budget = config.build("budget", cfg.budget)
-    config.require(
-        "aggregator",
-        cfg.aggregator,
-        OmegaConf.is_dict(cfg.aggregator),
-        "options of the group, as in aggregator=[majority]",
-    )
-    aggregators: list[Aggregator] = [
-        config.build(f"aggregator.{name}", cfg.aggregator[name]) for name in cfg.aggregator
-    ]
-    built: Scorer | NoScorer = config.build("scorer", cfg.scorer)
-    task: Task = config.build("task", cfg.task)
-    adapter: ModelAdapter = config.build("model", cfg.model)
+    adapter, sampler, decode = request.adapter, request.sampler, request.decode
+    require("n", request.n, 1 <= request.n <= MAX_ROLLOUTS, f"a number of rollouts, 1 to {MAX_ROLLOUTS}")
+    require("answer.decode", decode, decode in ("all", "winners"), "all or winners")
     adapter.check()
-    check_spread(sampler, adapter)
-    if adapter.latents == 0 and sampler.only_latents:
-        raise bad_value(
-            "sampler", sampler.name, f"it acts on latents, and model={adapter.name} has no latents (model.latents=0)\n"
-            "sampler=greedy goes with it; answer.temperature above 0 makes its rollouts differ",
-        )  # fmt: skip
-    schedule = schedule_of(cfg, adapter)
-    if isinstance(built, NoScorer) and config.is_given("scorer.checkpoint"):
-        raise bad_value("scorer.checkpoint", cfg.scorer.checkpoint, f"{built.reason}; is scorer=latent_rm meant?")
-    if isinstance(built, LatentRM) and built.only_own and built.trained.get("reasoner") != adapter.digest:
-        built = NoScorer(f"{built.checkpoint} was trained for other weights than {adapter.checkpoint}")
-    answers_differ = answers.random or sampler.random_answers
-    if isinstance(built, LatentRM) and cfg.n > 1 and answers_differ and not sampler.random_latents:
-        why = f"sampler {sampler.name} gives all rollouts of a question the same latents, which it scores alike"
-        if not built.only_own:
-            raise bad_value("scorer", built.name, why)
-        built = NoScorer(why)
-    if isinstance(built, NoScorer):
-        scorer, aggregators = None, _without_scores(cfg, built, aggregators)
-    else:
-        scorer, aggregators = built, _with_scores(cfg, built, adapter, aggregators)
-    search: Search = config.build("search", cfg.search)
-    search.check(cfg.n, sampler, scorer)
-    if search.survivors is not None:
-        require_steps(schedule, adapter, f"search={search.name} grows rollouts latent by latent")
-        config.require(
-            "budget", budget.name, budget.name == "fixed", f"fixed: search={search.name} has no figures at a smaller n"
-        )
-        config.require(
-            "answer.decode", decode, decode == "all", f"all: search={search.name} decodes the beams it keeps"
-        )
-    if cfg.answer.decode == "winners":
-        aggregators = _only_winners(cfg, scorer, aggregators)
-    needed = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
-    forced_ids, most = adapter.forced_ids(cfg.answer.forced_prefix), cfg.max_answer_tokens
-    if len(forced_ids) >= most:
-        allowed = f"fewer tokens than max_answer_tokens={most}, it has {len(forced_ids)}"
-        raise bad_value("answer.forced_prefix", cfg.answer.forced_prefix, allowed)
-    questions = task.questions()
-    prompts = encode(adapter, questions, needed)
+    check_sampler(sampler, adapter)
+    schedule = settle_schedule(request.schedule, adapter, chosen="schedule" in request.chosen)
+    scorer = settle_scorer(request)
+    aggregators = settle_aggregators(request, scorer)
+    scorer = None if isinstance(scorer, NoScorer) else scorer
+    check_search(request, schedule, scorer)
+    reserved = reserved_positions(adapter, request.max_answer_tokens)
+    forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
+    questions = request.task.questions()
+    prompts = encode_prompts(adapter, questions, reserved)
     if scorer is not None:
-        longest = max(len(prompt) for prompt in prompts.values()) + adapter.latents
-        config.require(
-            "scorer.checkpoint",
-            scorer.name.partition(":")[2],
-            longest <= positions_of(scorer),
-            f"it has {positions_of(scorer)} positions, the longest prompt with its latents needs {longest}",
-        )
-        tokens, highest = int(scorer.config.get("vocab_size", 0)), max(map(max, prompts.values()))
-        if highest >= tokens:
-            why = f"it knows {tokens} tokens, and prompts of model={adapter.name} have number {highest}"
-            raise bad_value("scorer.checkpoint", scorer.name.partition(":")[2], why)
-    donors: dict[str, Question] = {}
-    if sampler.needs_donor:
-        if len(questions) < 2:
-            raise bad_value("sampler.mode", "shuffle", "needs at least two questions")
-        donors = {q.id: other for q, other in zip(questions, [*questions[1:], questions[0]], strict=True)}
-    n = cfg.n
-    if sampler.deterministic and not answers.random and n > 1:
-        log.warning("n=%d: sampler %s gives the same rollout every time, so one is drawn", n, sampler.name)
-        n = 1
-    shape = Shape.from_config(adapter.config)
-    return Prepared(
-        adapter,
-        task,
-        sampler,
-        answers,
-        schedule,
-        search,
-        budget,
-        scorer,
-        aggregators,
-        questions,
-        prompts,
-        donors,
-        n,
-        shape,
-        forced_ids,
+        check_scorer_reads(scorer, adapter, prompts)
+    return RunSpec(
+        adapter=adapter,
+        task=request.task,
+        sampler=sampler,
+        schedule=schedule,
+        search=request.search,
+        budget=request.budget,
+        scorer=scorer,
+        aggregators=aggregators,
+        answers=request.answers,
+        decode=decode,
+        n=needed_rollouts(request),
+        seed=request.seed,
+        max_answer_tokens=request.max_answer_tokens,
+        engine=request.engine,
+        cache=request.cache,
+        config=request.config,
+        questions=questions,
+        prompts=prompts,
+        donors=donors_of(questions) if sampler.needs_donor else {},
+        forced_ids=forced_ids,
     )
 
 
-def check_spread(sampler: Sampler, adapter: ModelAdapter) -> None:
-    """Raises UsageError for a sampler that reads a spread which the model does not predict."""
+def check_sampler(sampler: Sampler, adapter: ModelAdapter) -> None:
+    """Check that a sampler can draw from a model.
+
+    Raises:
+        UsageError: it reads a spread that the model does not predict, or acts on latents that the model does not have.
+    """
     if sampler.needs_spread and not adapter.has_spread:
         raise bad_value(
             "sampler", sampler.name, f"the latent head of model={adapter.name} predicts no spread (one of CoLaR with "
             "lt_head.log_std.* does)\nsampler=gaussian adds noise of a size that you choose",
         )  # fmt: skip
+    if adapter.latents == 0 and sampler.only_latents:
+        raise bad_value(
+            "sampler", sampler.name, f"it acts on latents, and model={adapter.name} has no latents (model.latents=0)\n"
+            "sampler=greedy goes with it; answer.temperature above 0 makes its rollouts differ",
+        )  # fmt: skip
 
 
-def schedule_of(cfg: DictConfig, adapter: ModelAdapter) -> Schedule:
-    """The schedule that was chosen, or the model's own.
+def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) -> Schedule:
+    """The schedule that was requested, or the model's own.
+
+    Args:
+        schedule: the requested one.
+        adapter: the model.
+        chosen: whether somebody chose it.
 
     Raises:
-        UsageError: the model cannot think so, or one was chosen for a model that has its own.
+        UsageError: the model cannot run it, or has its own and another was chosen.
     """
-    schedule: Schedule = config.build("schedule", cfg.schedule)
     own = adapter.own_schedule
     if own is not None:
-        chosen = config.is_given("schedule") or not schedule.stepwise
-        config.require(
-            "schedule", schedule.name, not chosen,
-            f"model={adapter.name} has its own, {own}: it is part of the model, and there is none to choose",
+        require(
+            "schedule", schedule.name, not chosen and schedule.stepwise,
+            f"model={adapter.name} has its own, {own}: it is part of the model and cannot be chosen",
         )  # fmt: skip
         schedule = own
     schedule.check(adapter)
@@ -222,115 +282,182 @@ def schedule_of(cfg: DictConfig, adapter: ModelAdapter) -> Schedule:
 
 
 def require_steps(schedule: Schedule, adapter: ModelAdapter, why: str) -> None:
-    """Raises UsageError unless the schedule makes one latent after another, which it says that something needs."""
+    """Raise UsageError unless the schedule makes one latent after another, which `why` says that something needs."""
     key, value = ("schedule", schedule.name) if adapter.own_schedule is None else ("model", adapter.name)
-    config.require(key, value, schedule.stepwise, f"{why}, and parallel sweeps remake all latents at once")
+    require(key, value, schedule.stepwise, f"{why}, and parallel sweeps make all latents at once")
 
 
-def check_engine(cfg: DictConfig) -> None:
-    """Raises UsageError unless the keys that every command with an engine has are usable."""
-    config.require("max_answer_tokens", cfg.max_answer_tokens, cfg.max_answer_tokens >= 1, "1 or more")
-    config.require("engine.dtype", cfg.engine.dtype, cfg.engine.dtype in ITEM_BYTES, f"one of {', '.join(ITEM_BYTES)}")
-    device = cfg.engine.device  # whether it is there is asked where something is computed
-    config.require("engine.device", device, DEVICE.fullmatch(device) is not None, "one of auto, cpu, cuda, cuda:INDEX")
-    rows = cfg.engine.rows
-    config.require("engine.rows", rows, rows is None or rows >= 1, "1 or more, or null to let the model decide")
-    quantize, dtype = cfg.engine.quantize, cfg.engine.dtype
-    if quantize is None:
-        return
-    config.require("engine.quantize", quantize, quantize in QUANTIZED_FROM, "null, int8 or float8")
-    fitting = QUANTIZED_FROM[quantize]
-    config.require("engine.quantize", quantize, dtype in fitting, f"takes engine.dtype={' or '.join(fitting)}")
-    if find_spec("torchao") is None:
-        raise bad_value("engine.quantize", quantize, "torchao is not installed: pip install 'latent-tts[quant]'")
-
-
-def positions_beside_the_prompt(adapter: ModelAdapter, max_answer_tokens: int) -> int:
-    """Positions that a rollout needs besides its prompt.
+def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
+    """The scorer of the run, or the reason why there is none; warnings of the scorer are logged.
 
     Raises:
-        UsageError: the model has not as many.
+        UsageError: a scorer was asked for that cannot score these rollouts.
     """
+    scorer, adapter, sampler, config = request.scorer, request.adapter, request.sampler, request.config
+    if isinstance(scorer, NoScorer) and "scorer.checkpoint" in request.chosen:
+        given = config["scorer"].get("checkpoint")
+        raise bad_value("scorer.checkpoint", given, f"{scorer.reason}; is scorer=latent_rm meant?")
+    if isinstance(scorer, LatentRM):
+        if scorer.only_own and scorer.trained.get("reasoner") != adapter.digest:
+            return NoScorer(f"{scorer.checkpoint} was trained for other weights than {adapter.checkpoint}")
+        answers_differ = request.answers.random or sampler.random_answers
+        if request.n > 1 and answers_differ and not sampler.random_latents:
+            why = f"sampler {sampler.name} gives all rollouts of a question the same latents, which it scores alike"
+            if not scorer.only_own:
+                raise bad_value("scorer", scorer.name, why)
+            return NoScorer(why)
+    if not isinstance(scorer, NoScorer):
+        if adapter.latents == 0:
+            raise bad_value("scorer", scorer.name, "a scorer scores latents, and model.latents=0")
+        for warning in scorer.check(adapter, config["sampler"]):
+            log.warning("%s", warning)
+    return scorer
+
+
+def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[Aggregator]:
+    """The aggregators that can be reported; those that need scores get their temperature from the scorer.
+
+    Default aggregators that cannot be reported are left out.
+
+    Raises:
+        UsageError: one that was asked for cannot be reported.
+    """
+    aggregators, chosen = request.aggregators, "aggregator" in request.chosen
+    if isinstance(scorer, NoScorer):
+        scored = [aggregator.name for aggregator in aggregators if aggregator.needs_score]
+        why = "scorer=none" if scorer.reason is None else f"scorer=auto: {scorer.reason}"
+        if scored and chosen:
+            raise bad_value("aggregator", ",".join(scored), f"needs a scorer ({why})")
+        if scorer.reason is not None:
+            log.info("%s, so rollouts get no scores", why)
+        aggregators = [aggregator for aggregator in aggregators if not aggregator.needs_score]
+    else:
+        aggregators = [
+            replace(aggregator, temperature=scorer.temperature)
+            if isinstance(aggregator, Weighted) and aggregator.temperature is None
+            else aggregator
+            for aggregator in aggregators
+        ]
+    if request.decode == "all":
+        return aggregators
+    if isinstance(scorer, NoScorer):
+        raise bad_value("answer.decode", "winners", "needs a scorer, which finds them")
+    if scorer.positions == "official":
+        raise bad_value(
+            "scorer.positions", "official", "needs every answer, and answer.decode=winners decodes only the picks"
+        )
+    best = [aggregator for aggregator in aggregators if aggregator.name == "best_of_n"]
+    if not best or (len(best) < len(aggregators) and chosen):
+        names = ",".join(aggregator.name for aggregator in aggregators)
+        raise bad_value("aggregator", names, "answer.decode=winners goes with best_of_n alone; votes need every answer")
+    return best
+
+
+def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None) -> None:
+    """Check that the search can be run with everything else.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    search, budget, decode = request.search, request.budget, request.decode
+    search.check(request.n, request.sampler, scorer)
+    if search.survivors is None:
+        return
+    require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
+    allowed = f"fixed: search={search.name} has no figures at a smaller n"
+    require("budget", budget.name, budget.name == "fixed", allowed)
+    require("answer.decode", decode, decode == "all", f"all: search={search.name} decodes the beams it keeps")
+
+
+def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[str, Sequence[int]]) -> None:
+    """Check that a scorer has the positions and the vocabulary that the prompts need.
+
+    Raises:
+        UsageError: it has not.
+    """
+    longest = max(map(len, prompts.values())) + adapter.latents
+    tokens, highest = int(scorer.config.get("vocab_size", 0)), max(map(max, prompts.values()))
+    checkpoint = scorer.name.partition(":")[2]
+    why = f"it has {scorer_positions(scorer)} positions, the longest prompt with its latents needs {longest}"
+    require("scorer.checkpoint", checkpoint, longest <= scorer_positions(scorer), why)
+    why = f"it knows {tokens} tokens, and prompts of model={adapter.name} have number {highest}"
+    require("scorer.checkpoint", checkpoint, highest < tokens, why)
+
+
+def scorer_positions(scorer: Scorer) -> int:
+    """The longest sequence a scorer takes."""
+    return int(scorer.config.get("n_positions", scorer.config.get("max_position_embeddings", 0)))
+
+
+def check_answer_limit(max_answer_tokens: int) -> None:
+    """Raise UsageError unless an answer may have a token."""
+    require("max_answer_tokens", max_answer_tokens, max_answer_tokens >= 1, "1 or more")
+
+
+def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
+    """Positions that a rollout needs beyond its prompt.
+
+    Raises:
+        UsageError: the model does not have as many, or an answer may have no token.
+    """
+    check_answer_limit(max_answer_tokens)
     needed = adapter.latents + len(adapter.thinking_end_ids) + max_answer_tokens
     if needed >= adapter.positions:
         raise bad_value(
             "model.latents",
             adapter.latents,
             f"with max_answer_tokens={max_answer_tokens} a rollout needs {needed} positions "
-            f"beside the prompt, {adapter.name} has {adapter.positions}",
+            f"beyond the prompt, {adapter.name} has {adapter.positions}",
         )
     return needed
 
 
-def encode(adapter: ModelAdapter, questions: Sequence[Question], needed: int) -> dict[str, list[int]]:
+def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int) -> list[int]:
+    """Token ids of `answer.forced_prefix`.
+
+    Raises:
+        UsageError: the model cannot read it, or it leaves no token to choose.
+    """
+    ids = adapter.forced_ids(prefix)
+    if len(ids) >= max_answer_tokens:
+        allowed = f"fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
+        raise bad_value("answer.forced_prefix", prefix, allowed)
+    return ids
+
+
+def encode_prompts(adapter: ModelAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:
     """Token ids of each question's prompt, by its id.
 
     Raises:
-        UsageError: a question cannot be read, or leaves fewer than `needed` positions.
+        UsageError: a question cannot be read, or leaves fewer than `reserved` positions.
     """
     prompts = {question.id: adapter.encode(question) for question in questions}
     for question in questions:
-        if len(prompts[question.id]) + needed > adapter.positions:
+        if len(prompts[question.id]) + reserved > adapter.positions:
             raise UsageError(
-                f"question {question.id}: its prompt of {len(prompts[question.id])} tokens, with {needed} for latents "
-                f"and answer (model.latents, max_answer_tokens), needs more than the {adapter.positions} positions of "
-                f"{adapter.name}\nit begins {question.text[:60]!r}"
+                f"question {question.id}: its prompt of {len(prompts[question.id])} tokens, with {reserved} for "
+                f"latents and answer (model.latents, max_answer_tokens), needs more than the {adapter.positions} "
+                f"positions of {adapter.name}\nit begins {question.text[:60]!r}"
             )
     return prompts
 
 
-def _without_scores(cfg: DictConfig, built: NoScorer, aggregators: list[Aggregator]) -> list[Aggregator]:
-    """The aggregators that need no scores; those that do may be left out only where nobody asked for them.
+def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
+    """The question whose latents each question reads: the next one; the last question reads the first one's.
 
     Raises:
-        UsageError: somebody did.
+        UsageError: there is only one question.
     """
-    scored = [aggregator.name for aggregator in aggregators if aggregator.needs_score]
-    why = "scorer=none" if built.reason is None else f"scorer=auto: {built.reason}"
-    if scored and not config.is_default("aggregator", cfg):
-        raise bad_value("aggregator", ",".join(scored), f"needs a scorer ({why})")
-    if built.reason is not None:
-        log.info("%s, so rollouts get no scores", why)
-    return [aggregator for aggregator in aggregators if not aggregator.needs_score]
+    if len(questions) < 2:
+        raise bad_value("sampler.mode", "shuffle", "needs at least two questions")
+    return {q.id: other for q, other in zip(questions, [*questions[1:], questions[0]], strict=True)}
 
 
-def _with_scores(
-    cfg: DictConfig, scorer: Scorer, adapter: ModelAdapter, aggregators: list[Aggregator]
-) -> list[Aggregator]:
-    """Check a scorer against the model; the aggregators take from it what they leave to it."""
-    if adapter.latents == 0:
-        raise bad_value("scorer", scorer.name, "a scorer scores latents, and model.latents=0")
-    sampler: Any = OmegaConf.to_container(cfg.sampler, resolve=True)
-    for warning in scorer.check(adapter, sampler):
-        log.warning("%s", warning)
-    return [
-        replace(aggregator, temperature=scorer.temperature)
-        if isinstance(aggregator, Weighted) and aggregator.temperature is None
-        else aggregator
-        for aggregator in aggregators
-    ]
-
-
-def _only_winners(cfg: DictConfig, scorer: Scorer | None, aggregators: list[Aggregator]) -> list[Aggregator]:
-    """What can be reported where only the best-of-n picks are decoded.
-
-    Raises:
-        UsageError: there is no scorer, or something that was asked for needs every answer.
-    """
-    if scorer is None:
-        raise bad_value("answer.decode", "winners", "needs a scorer, which finds them")
-    if scorer.positions == "official":
-        raise bad_value(
-            "scorer.positions", "official", "needs every answer, and answer.decode=winners decodes the picks alone"
+def needed_rollouts(request: RunRequest) -> int:
+    """The requested n; 1, with a warning, where nothing random makes rollouts differ."""
+    if request.sampler.deterministic and not request.answers.random and request.n > 1:
+        log.warning(
+            "n=%d: sampler %s gives the same rollout every time, so one is drawn", request.n, request.sampler.name
         )
-    best = [aggregator for aggregator in aggregators if aggregator.name == "best_of_n"]
-    if not best or (len(best) < len(aggregators) and not config.is_default("aggregator", cfg)):
-        names = ",".join(aggregator.name for aggregator in aggregators)
-        raise bad_value("aggregator", names, "answer.decode=winners goes with best_of_n alone; votes need every answer")
-    return best
-
-
-def positions_of(scorer: Scorer) -> int:
-    """The longest sequence a scorer takes."""
-    settings: Mapping[str, Any] = scorer.config
-    return int(settings.get("n_positions", settings.get("max_position_embeddings", 0)))
+        return 1
+    return request.n

@@ -1,120 +1,68 @@
-"""From cached rows to the files of a run folder."""
+"""From the rollouts of a run to the files of its folder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.engine.cost import Shape
-from latent_tts.pipeline import winners
-from latent_tts.pipeline.keys import machine, versions
-from latent_tts.pipeline.scoring import Scores
-from latent_tts.pipeline.spec import Prepared
-from latent_tts.results import metrics, plot, report
-from latent_tts.results import statistics as stats
+from latent_tts.pipeline.rollouts import RunRollouts
+from latent_tts.pipeline.scores import Scores
+from latent_tts.pipeline.spec import RunSpec
+from latent_tts.results import environment, plot, statistics
 from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
+from latent_tts.results.files import settings_digest
+from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_figures
 from latent_tts.results.run_folder import (
+    FIGURE,
     LATENTS,
     METRICS,
     ROLLOUTS,
     RUN_JSON,
+    write_latents,
     write_metrics,
     write_rollouts,
     write_run_json,
 )
 
-FIGURE = "scaling.png"
+
+@dataclass
+class RunTables:
+    """The tables of a run: `rollouts.parquet` (with `cache.MEASURED` beside its columns) and `metrics.csv`."""
+
+    rollouts: pd.DataFrame
+    metrics: pd.DataFrame
 
 
-def clear(folder: Path) -> None:
-    """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
-    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, FIGURE):
-        (folder / name).unlink(missing_ok=True)
+def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) -> RunTables:
+    """The tables of a run.
+
+    Args:
+        spec: the run.
+        drawn: its rollouts.
+        settings: keys that differ from their defaults and have no column of their own.
+    """
+    rollouts = rollout_table(spec, drawn)
+    figures = all_figures(spec, drawn, rollouts) if drawn.winners is None else winner_figures(spec, drawn, rollouts)
+    return RunTables(rollouts, metric_rows(figures, run_columns(spec, settings)))
 
 
-def write_tables(
-    folder: Path,
-    prepared: Prepared,
-    rollouts: pd.DataFrame,
-    latents: Sequence[np.ndarray],
-    scores: Scores | None,
-    columns: Mapping[str, Any],
-) -> pd.DataFrame:
-    """Write `rollouts.parquet`, `metrics.csv` and, where there is more than one n, the curve; returns the metrics."""
-    if scores is not None:
-        add_scores(rollouts, scores)
-    table = metrics.metric_rows(
-        rollouts,
-        drawn=prepared.kept,
-        reported=prepared.reported,
-        aggregators=prepared.aggregators,
-        diversity_Q=[stats.diversity(part) for part in _by_question(latents, prepared.kept)],
-        gflops=gflops(prepared, rollouts, scores),
-        run=columns,
-    )
-    return _write(folder, rollouts, table)
-
-
-def write_winner_tables(
-    folder: Path,
-    prepared: Prepared,
-    rollouts: pd.DataFrame,
-    latents: Sequence[np.ndarray],
-    drawn: winners.Winners,
-    columns: Mapping[str, Any],
-) -> pd.DataFrame:
-    """The same where only winners were decoded."""
-    add_scores(rollouts, drawn.scores)
-    table = metrics.winner_rows(winners.reported(prepared, drawn, rollouts, latents), rollouts, columns)
-    return _write(folder, rollouts, table)
-
-
-def _write(folder: Path, rollouts: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    write_rollouts(folder, rollouts)
-    write_metrics(folder / METRICS, table)
-    if table["n"].nunique() > 1:
-        plot.scaling_curve(table, folder / FIGURE)
-    return table
-
-
-def finish(folder: Path, cfg: DictConfig, prepared: Prepared, table: pd.DataFrame, record: Mapping[str, Any]) -> None:
-    """Write `run.json` last of all, and show the table and its path."""
-    scorer = prepared.scorer
-    write_run_json(
-        folder,
-        {
-            "config": OmegaConf.to_container(cfg, resolve=True),
-            "aggregators": {
-                aggregator.name: {"_target_": cfg.aggregator[aggregator.name]["_target_"], **vars(aggregator)}
-                for aggregator in prepared.aggregators
-            },
-            "checkpoint_digest": prepared.adapter.digest,
-            "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest},
-            "versions": versions(cfg),
-            "machine": machine(),
-            **record,
-        },
-    )
-    report.print_metrics(table)
-    print(folder / METRICS)
-
-
-def rollout_table(prepared: Prepared, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rollouts table: cached rows, with answers read by the model's and the task's rules."""
-    adapter, task = prepared.adapter, prepared.task
+def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
+    """The rollouts table: cached rows with their scores, and answers read by the model's and the task's rules."""
+    adapter, task, rows = spec.adapter, spec.task, drawn.rows
     answer_ids = [[int(token) for token in ids] for ids in rows["answer_ids"]]
     texts = [adapter.answer_text(ids) for ids in answer_ids]
-    owners = [question for question in prepared.questions for _ in range(prepared.kept)]
+    owners = [question for question in spec.questions for _ in range(spec.kept)]
     predictions = [
         None if stop == NOT_DECODED else task.parse(adapter.raw_answer(text))
         for stop, text in zip(rows["stop_reason"], texts, strict=True)
     ]
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "question_id": [question.id for question in owners],
             "rollout": rows["rollout"].astype("int32"),
@@ -131,9 +79,12 @@ def rollout_table(prepared: Prepared, rows: pd.DataFrame) -> pd.DataFrame:
             **{name: rows[name] for name in MEASURED},
         }
     )
+    if drawn.scores is not None:
+        _add_scores(table, drawn.scores)
+    return table
 
 
-def add_scores(rollouts: pd.DataFrame, scores: Scores) -> None:
+def _add_scores(rollouts: pd.DataFrame, scores: Scores) -> None:
     """Put scores, and what they cost, into a rollouts table."""
     rollouts["score"] = pd.array(scores.score, dtype="Float32")
     for name in MEASURED_SUMS:
@@ -142,30 +93,199 @@ def add_scores(rollouts: pd.DataFrame, scores: Scores) -> None:
     rollouts["peak_memory_bytes"] = np.maximum(*peaks)
 
 
-def gflops(prepared: Prepared, rollouts: pd.DataFrame, scores: Scores | None) -> list[tuple[float, float]]:
+def all_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
+    """The figures of each reported n where every rollout has an answer."""
+    groups = _groups(drawn.latents, spec.kept, spec.kept)
+    return rollout_figures(
+        rollouts,
+        drawn=spec.kept,
+        reported=spec.reported,
+        aggregators=spec.aggregators,
+        diversity_Q=[statistics.diversity(_cut(group)) for group in groups],
+        gflops=gflops(spec, rollouts, drawn.scores),
+    )
+
+
+def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
+    """The figures of each reported n where only its picks were decoded, each n as if it were the only one."""
+    assert drawn.winners is not None
+    assert spec.scorer is not None
+    n, passes, begun = spec.n, spec.passes, len(spec.forced_ids)
+    head = Shape.from_config(spec.scorer.config)
+    steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, n)
+    figures = []
+    for budget, pick_Q in drawn.winners.picks.items():
+        places = np.arange(len(pick_Q)) * n + pick_Q
+        picked, groups = rollouts.iloc[places], _groups(drawn.latents, n, budget)
+        gflops_Q = []
+        for question, steps_N, pick, answer in zip(
+            spec.questions, steps_QN, pick_Q, picked["answer_tokens"], strict=True
+        ):
+            prompt = len(spec.prompts[question.id])
+            thinking = passes.once(prompt) + passes.thinking(prompt, steps_N[:budget]).sum()
+            scoring = head.prompt_flops(prompt) + head.scoring_flops(prompt, steps_N[:budget]).sum()
+            decoding = passes.once(prompt) + passes.rollout(prompt, steps_N[pick], answer - begun)
+            gflops_Q.append(float(thinking + scoring + decoding) / 1e9)
+        values = {
+            ("accuracy", "best_of_n"): picked["correct"].to_numpy(dtype=np.float64),
+            ("invalid_rate", ""): picked["prediction"].isna().to_numpy(dtype=np.float64),
+        }
+        diversity_Q = [statistics.diversity(_cut(group)) for group in groups]
+        if budget > 1 and all(value is not None for value in diversity_Q):
+            values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)
+        values["latent_steps", ""] = np.array([sum(map(len, group)) for group in groups], dtype=np.float64)
+        values["answer_tokens", ""] = picked["answer_tokens"].to_numpy(dtype=np.float64)
+        values["gflops", ""] = np.array(gflops_Q)
+        measured = {}
+        if budget == max(drawn.winners.picks):
+            sums = pd.concat([rollouts[list(MEASURED_SUMS)], drawn.winners.decoding.iloc[places]])
+            measured = measured_figures(sums, rollouts, len(pick_Q), budget)
+        figures.append(Figures(budget, budget, values, measured))
+    return figures
+
+
+def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list[tuple[float, float]]:
     """Per question: GFLOP paid once, and GFLOP that each of its n rollouts adds on average."""
-    passes, begun = prepared.passes, len(prepared.forced_ids)
-    answers_QN = rollouts["answer_tokens"].to_numpy().reshape(-1, prepared.kept) - begun
-    steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, prepared.kept)
+    passes, begun = spec.passes, len(spec.forced_ids)
+    answers_QN = rollouts["answer_tokens"].to_numpy().reshape(-1, spec.kept) - begun
+    steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, spec.kept)
     pairs = []
-    for place, question in enumerate(prepared.questions):
-        prompt, steps_N = len(prepared.prompts[question.id]), steps_QN[place]
+    for place, question in enumerate(spec.questions):
+        prompt, steps_N = len(spec.prompts[question.id]), steps_QN[place]
         once, each = passes.once(prompt), float(passes.rollout(prompt, steps_N, answers_QN[place]).mean())
-        if prepared.kept < prepared.n:  # a search: n think, those kept answer
+        if spec.kept < spec.n:  # a search: n think, those kept answer
             thinking = float(passes.thinking(prompt, steps_N).mean())
-            each = thinking + (each - thinking) * prepared.kept / prepared.n
-        if scores is not None and prepared.scorer is not None:
-            head = Shape.from_config(prepared.scorer.config)
+            each = thinking + (each - thinking) * spec.kept / spec.n
+        if scores is not None and spec.scorer is not None:
+            head = Shape.from_config(spec.scorer.config)
             each += float(head.scoring_flops(prompt, steps_N).mean())
             # official positions need a prefill for each length of text: a cost of the rollouts, not of the question
-            prefills = scores.prefills[place]
             once += head.prompt_flops(prompt)
-            each += (prefills - 1) * head.prompt_flops(prompt) / prepared.n
+            each += (scores.prefills[place] - 1) * head.prompt_flops(prompt) / spec.n
         pairs.append((once / 1e9, each / 1e9))
     return pairs
 
 
-def _by_question(latents: Sequence[np.ndarray], n: int) -> list[np.ndarray]:
-    """Latents (N, T, D) of each question; rows of unequal steps are cut to the shortest."""
-    groups = [latents[start : start + n] for start in range(0, len(latents), n)]
-    return [np.stack([row[: min(map(len, group))] for row in group]) for group in groups]
+def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that say which run a metrics row belongs to."""
+    sampler, scorer = spec.sampler, spec.scorer
+    shown = {key: value for key, value in settings.items() if key != f"sampler.{sampler.param}"}
+    columns = {
+        "model": spec.adapter.name,
+        "checkpoint": spec.adapter.checkpoint,
+        "task": spec.task.name,
+        "split": spec.task.split or "",
+        "sampler": sampler.name,
+        "sampler_param": sampler.param or "",
+        "sampler_value": "" if sampler.value is None else str(sampler.value),
+        "settings": ",".join(f"{key}={value}" for key, value in sorted(shown.items())),
+        "schedule": spec.schedule.name,
+        "search": "" if spec.search.survivors is None else spec.search.name,
+        "budget": spec.budget.name,
+        "scorer": "" if scorer is None else scorer.name,
+        "seed": str(spec.seed),
+        "dtype": spec.engine.dtype,
+    }
+    identity = {
+        **columns,
+        "n": spec.n,
+        "weights": spec.adapter.digest,
+        "questions": [[q.id, q.answer] for q in spec.questions],
+    }
+    if scorer is not None:
+        identity["scorer_weights"] = scorer.digest
+    return {"run_id": settings_digest(identity)[:12], **columns}
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
+    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, FIGURE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_run_folder(
+    folder: Path,
+    spec: RunSpec,
+    drawn: RunRollouts,
+    tables: RunTables,
+    settings: Mapping[str, Any],
+    *,
+    seconds: float,
+    keep_latents: bool,
+    **record: Any,
+) -> None:
+    """Write a run's files; `run.json` is last, since its presence means that the run is complete.
+
+    Args:
+        folder: where they go.
+        spec: the run.
+        drawn: its rollouts.
+        tables: its tables.
+        settings: see `make_tables`.
+        seconds: that the command has taken.
+        keep_latents: also write `latents.safetensors`.
+        **record: what else `run.json` says.
+    """
+    write_rollouts(folder, tables.rollouts)
+    write_metrics(folder / METRICS, tables.metrics)
+    if tables.metrics["n"].nunique() > 1:
+        plot.scaling_curve(tables.metrics, folder / FIGURE)
+    if keep_latents:
+        write_latents(folder, drawn.latents)
+    config, scorer = spec.config, spec.scorer
+    write_run_json(
+        folder,
+        {
+            "config": config,
+            "settings": dict(settings),
+            "aggregators": {
+                aggregator.name: {"_target_": config["aggregator"][aggregator.name]["_target_"], **vars(aggregator)}
+                for aggregator in spec.aggregators
+            },
+            "checkpoint_digest": spec.adapter.digest,
+            "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest},
+            "versions": environment.versions(quantized=spec.engine.quantize is not None),
+            "machine": environment.machine(),
+            "cache": str(drawn.cache.folder.resolve()),
+            **_where_drawn(drawn.rows),
+            "rollouts": _counts(drawn),
+            "seconds": _seconds(drawn) | {"this_command": seconds},
+            **record,
+        },
+    )
+
+
+def _where_drawn(rows: pd.DataFrame) -> dict[str, list[Any]]:
+    """The devices and batch sizes that rollouts were drawn with; nothing where they come out of a run folder."""
+    if "device" not in rows:
+        return {}
+    return {"devices": sorted(set(rows["device"])), "rows": sorted({int(value) for value in rows["rows"]})}
+
+
+def _counts(drawn: RunRollouts) -> dict[str, int]:
+    counts = {"total": len(drawn.rows), "drawn_now": drawn.drawn_now}
+    if drawn.scores is not None:
+        counts["scored_now"] = drawn.scores.scored_now
+    if drawn.winners is not None:
+        counts["decoded_now"] = drawn.winners.decoded_now
+    return counts
+
+
+def _seconds(drawn: RunRollouts) -> dict[str, float]:
+    """What drawing, scoring and decoding took, whichever run that was."""
+    seconds = {"drawing" if drawn.winners is None else "thinking": float(drawn.rows["seconds"].sum())}
+    if drawn.scores is not None:
+        seconds["scoring"] = float(drawn.scores.rows["seconds"].sum())
+    if drawn.winners is not None:
+        seconds["decoding"] = float(drawn.winners.decoding["seconds"].sum())
+    return seconds
+
+
+def _groups(latents: Sequence[np.ndarray], n: int, first: int) -> list[Sequence[np.ndarray]]:
+    """The latents of the first rollouts of each question, out of n of each."""
+    return [latents[start : start + first] for start in range(0, len(latents), n)]
+
+
+def _cut(group: Sequence[np.ndarray]) -> np.ndarray:
+    """Latents (N, T, D); rows of unequal steps are cut to the shortest."""
+    return np.stack([row[: min(map(len, group))] for row in group])

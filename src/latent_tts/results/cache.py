@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from latent_tts.results.files import settings_digest, whole_file
 NOT_DECODED = "not_decoded"  # the stop reason of a rollout whose answer nobody needed
 
 
+log = logging.getLogger(__name__)
 MEASURED_SUMS = {
     "seconds": pa.float64(),  # the row's share of its batch's wall-clock time
     "floor_seconds": pa.float64(),  # of the least time that the device needs for the batch: see cost.py
@@ -29,7 +31,7 @@ MEASURED_SUMS = {
 MEASURED = MEASURED_SUMS | {"peak_memory_bytes": pa.int64()}
 
 
-PART_SCHEMA = pa.schema(
+ROLLOUT_SCHEMA = pa.schema(
     [
         ("row_key", pa.string()),
         ("rollout", pa.int32()),
@@ -64,6 +66,7 @@ class PartCache:
     """
 
     schema: ClassVar[pa.Schema]
+    holds: ClassVar[str]  # how the log says that rollouts are there
 
     def __init__(self, root: Path, key: Mapping[str, Any]) -> None:
         """Open (or make) the folder of a key.
@@ -86,6 +89,18 @@ class PartCache:
             columns = _read_parquet(part, self.schema, ["row_key", "rollout"])
             present.update(zip(columns["row_key"].to_pylist(), columns["rollout"].to_pylist(), strict=True))
         return present
+
+    def missing(self, wanted: pd.DataFrame) -> dict[str, list[int]]:
+        """Rollout numbers, by row key, of the rows of `wanted` (columns `row_key`, `rollout`) that are not there."""
+        present = self.present()
+        lacking: dict[str, list[int]] = {}
+        for key, rollout in wanted.itertuples(index=False):
+            if (key, rollout) not in present:
+                lacking.setdefault(key, []).append(rollout)
+        there = len(wanted) - sum(map(len, lacking.values()))
+        if there:
+            log.info("%d of %d rollouts are %s the cache %s", there, len(wanted), self.holds, self.folder)
+        return lacking
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Write one part."""
@@ -119,13 +134,15 @@ class PartCache:
 class RolloutCache(PartCache):
     """Rollouts with their latents."""
 
-    schema = PART_SCHEMA
+    schema = ROLLOUT_SCHEMA
+    holds = "in"
 
 
 class ScoreCache(PartCache):
     """Step scores of the rollouts of one `RolloutCache`, in its folder; how they are reduced is no part of them."""
 
     schema = SCORE_SCHEMA
+    holds = "scored in"
 
     def __init__(self, rollouts: Path, key: Mapping[str, Any]) -> None:
         """Open (or make) the folder of a scorer's key below the rollouts' own folder."""

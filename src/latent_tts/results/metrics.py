@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from latent_tts.aggregator import Aggregator
-from latent_tts.results import statistics as stats
+from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED_SUMS
 from latent_tts.results.run_folder import METRIC_COLUMNS
+from latent_tts.results.statistics import Floats
 from latent_tts.types import RolloutArrays
 
+WITH_INTERVAL = ("accuracy", "coverage", "invalid_rate", "diversity")
 
-def arrays_of(rollouts: pd.DataFrame, drawn: int) -> RolloutArrays:
+
+@dataclass
+class Figures:
+    """The figures of a run at one n.
+
+    Attributes:
+        n: rollouts per question.
+        drawn: rollouts per question that the figures are means over.
+        per_question: values (Q,) by metric and aggregator (empty for metrics that belong to none), in table order.
+        measured: figures that were measured for all questions together, by metric.
+    """
+
+    n: int
+    drawn: int
+    per_question: dict[tuple[str, str], Floats]
+    measured: dict[str, float] = field(default_factory=dict)
+
+
+def rollout_arrays(rollouts: pd.DataFrame, drawn: int) -> RolloutArrays:
     """Arrays (Q, D) of a rollouts table that has `drawn` rows for each question, in order."""
     predictions = rollouts["prediction"].to_numpy(dtype=object).reshape(-1, drawn)
     codes = np.full(predictions.shape, -1, dtype=np.int64)
@@ -33,63 +53,7 @@ def arrays_of(rollouts: pd.DataFrame, drawn: int) -> RolloutArrays:
     )
 
 
-@dataclass
-class WinnersAt:
-    """What a run that decodes winners alone knows at one n.
-
-    Attributes:
-        n: the first n rollouts of each question.
-        picked: the rollouts table's row of each question's pick.
-        latent_steps, diversity, gflops: of each question.
-        measured: `MEASURED_SUMS` of all questions.
-    """
-
-    n: int
-    picked: pd.DataFrame
-    latent_steps: Sequence[int]
-    diversity: Sequence[float | None]
-    gflops: Sequence[float]
-    measured: pd.Series
-
-
-def winner_rows(figures: Sequence[WinnersAt], rollouts: pd.DataFrame, run: Mapping[str, Any]) -> pd.DataFrame:
-    """The metrics table of a run that decodes winners alone: plain figures of the first n rollouts at each n.
-
-    Args:
-        figures: at each reported n; what was measured is reported at the largest.
-        rollouts: the rollouts table, for `peak_memory_bytes`.
-        run: values of the columns that all rows share.
-    """
-    rows: list[dict[str, Any]] = []
-    largest = max(at.n for at in figures)
-    for at in figures:
-        questions = len(at.picked)
-        weights = stats.bootstrap_weights(questions)
-        figures_Q = {
-            "accuracy": at.picked["correct"],
-            "invalid_rate": at.picked["prediction"].isna(),
-            "diversity": at.diversity,
-            "latent_steps": at.latent_steps,
-            "answer_tokens": at.picked["answer_tokens"],
-            "gflops": at.gflops,
-        }
-        if at.n == 1 or any(value is None for value in at.diversity):
-            del figures_Q["diversity"]
-        if at.n == largest:
-            costs = _costs(at.measured / questions, at.n, rollouts["peak_memory_bytes"].max())
-            figures_Q |= {metric: [value] * questions for metric, value in costs.items()}
-        for metric, values_Q in figures_Q.items():
-            values = np.asarray(values_Q, dtype=np.float64)
-            low, high = (None, None)
-            if metric in ("accuracy", "invalid_rate", "diversity"):
-                low, high = stats.interval(values, weights)
-            aggregator = "best_of_n" if metric == "accuracy" else ""
-            row = {"aggregator": aggregator, "n": at.n, "drawn": at.n, "metric": metric, "value": values.mean()}
-            rows.append({**run, **row, "ci_low": low, "ci_high": high, "questions": questions})
-    return pd.DataFrame(rows, columns=METRIC_COLUMNS)
-
-
-def metric_rows(
+def rollout_figures(
     rollouts: pd.DataFrame,
     *,
     drawn: int,
@@ -97,61 +61,80 @@ def metric_rows(
     aggregators: Sequence[Aggregator],
     diversity_Q: Sequence[float | None],
     gflops: Sequence[tuple[float, float]],
-    run: Mapping[str, Any],
-) -> pd.DataFrame:
-    """The metrics table of a run.
+) -> list[Figures]:
+    """The figures of a run whose rollouts all have answers.
 
     Args:
-        rollouts: a rollouts table with the columns `MEASURED` beside its own.
+        rollouts: a rollouts table with the columns `cache.MEASURED` beside its own.
         drawn: rollouts of each question in the table.
-        reported: budgets n, each at most `drawn`; or one that is larger: as many were grown, and a search left `drawn`.
+        reported: budgets n, each at most `drawn`; or one that is larger: a search grew as many and kept `drawn`.
         aggregators: which picks to report.
         diversity_Q: each question's diversity over its drawn rollouts.
         gflops: per question what is paid once, and what each of its rollouts adds on average.
-        run: values of the columns that all rows share.
-
-    Returns:
-        A frame with the columns of `METRIC_COLUMNS`.
     """
-    arrays = arrays_of(rollouts, drawn)
-    questions = len(arrays.correct_QD)
-    weights = stats.bootstrap_weights(questions)
-    rows: list[dict[str, Any]] = []
+    arrays = rollout_arrays(rollouts, drawn)
 
-    def add(n: int, metric: str, values_Q: Any, aggregator: str = "", with_interval: bool = True) -> None:
-        values = np.asarray(values_Q, dtype=np.float64)
-        low, high = stats.interval(values, weights) if with_interval else (None, None)
-        row = {"aggregator": aggregator, "n": n, "drawn": max(n, drawn), "metric": metric, "value": values.mean()}
-        rows.append({**run, **row, "ci_low": low, "ci_high": high, "questions": questions})
-
-    def per_question(column: str) -> np.ndarray:
+    def per_rollout(column: str) -> Floats:
         return rollouts[column].to_numpy(dtype=np.float64).reshape(-1, drawn).mean(1)
 
-    once, each = np.array(gflops, dtype=np.float64).T
-    measured = rollouts[list(MEASURED_SUMS)].sum(skipna=False)
+    once_Q, each_Q = np.array(gflops, dtype=np.float64).T
+    figures = []
     for n in reported:
         size = min(n, drawn)
-        for aggregator in aggregators:
-            add(n, "accuracy", stats.picked_accuracy(aggregator, arrays, size), aggregator.name)
-        add(n, "coverage", stats.coverage(arrays.correct_QD, size))
-        add(n, "invalid_rate", (arrays.prediction_QD < 0).mean(1))
+        values: dict[tuple[str, str], Floats] = {
+            ("accuracy", aggregator.name): statistics.picked_accuracy(aggregator, arrays, size)
+            for aggregator in aggregators
+        }
+        values["coverage", ""] = statistics.coverage(arrays.correct_QD, size)
+        values["invalid_rate", ""] = (arrays.prediction_QD < 0).mean(1)
         if size > 1 and all(value is not None for value in diversity_Q):
-            add(n, "diversity", diversity_Q)
-        add(n, "latent_steps", n * per_question("latent_steps"), with_interval=False)
-        add(n, "answer_tokens", size * per_question("answer_tokens"), with_interval=False)
-        add(n, "gflops", once + n * each, with_interval=False)
-        if n >= drawn:  # measured for the whole budget alone
-            for metric, value in _costs(measured / questions, n, rollouts["peak_memory_bytes"].max()).items():
-                add(n, metric, [value] * questions, with_interval=False)
-    return pd.DataFrame(rows, columns=METRIC_COLUMNS)
+            values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)
+        values["latent_steps", ""] = n * per_rollout("latent_steps")
+        values["answer_tokens", ""] = size * per_rollout("answer_tokens")
+        values["gflops", ""] = once_Q + n * each_Q
+        # what a rollout took was measured in batches of the whole budget, and is reported for it alone
+        measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, len(once_Q), n) if n >= drawn else {}
+        figures.append(Figures(n, max(n, drawn), values, measured))
+    return figures
 
 
-def _costs(each: pd.Series, n: int, peak_memory_bytes: float) -> dict[str, float]:
-    """What was measured when rollouts were drawn, from its sums for one question's n rollouts."""
+def measured_figures(sums: pd.DataFrame, rollouts: pd.DataFrame, questions: int, n: int) -> dict[str, float]:
+    """What was measured when rollouts were drawn, per question.
+
+    Args:
+        sums: rows whose `cache.MEASURED_SUMS` add up to the run's; a missing value makes its figure missing.
+        rollouts: the rollouts table, for `peak_memory_bytes`.
+        questions: Q.
+        n: rollouts per question.
+    """
+    each = sums.sum(skipna=False) / questions
     return {
         "seconds": each["seconds"],
         "floor_seconds": each["floor_seconds"],
         "gbytes": each["bytes"] / 1e9,
         "rollouts_per_second": n / each["seconds"],
-        "peak_memory_bytes": peak_memory_bytes,
+        "peak_memory_bytes": rollouts["peak_memory_bytes"].max(),
     }
+
+
+def metric_rows(figures: Sequence[Figures], run: Mapping[str, Any]) -> pd.DataFrame:
+    """The metrics table: a row per n, metric and aggregator, with intervals where they have a meaning.
+
+    Args:
+        figures: of each reported n.
+        run: values of the columns that all rows share.
+
+    Returns:
+        A frame with the columns of `run_folder.METRIC_COLUMNS`.
+    """
+    rows: list[dict[str, Any]] = []
+    questions = len(next(iter(figures[0].per_question.values())))
+    weights = statistics.bootstrap_weights(questions)
+    for at in figures:
+        shared = {**run, "n": at.n, "drawn": at.drawn, "questions": questions}
+        for (metric, aggregator), values_Q in at.per_question.items():
+            low, high = statistics.interval(values_Q, weights) if metric in WITH_INTERVAL else (None, None)
+            row = {"metric": metric, "aggregator": aggregator, "value": values_Q.mean(), "ci_low": low, "ci_high": high}
+            rows.append(shared | row)
+        rows += [shared | {"metric": metric, "aggregator": "", "value": v} for metric, v in at.measured.items()]
+    return pd.DataFrame(rows, columns=METRIC_COLUMNS)

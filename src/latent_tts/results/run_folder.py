@@ -17,9 +17,7 @@ from latent_tts.errors import UsageError, bad_value
 from latent_tts.results.files import whole_file
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
-
-
-SCORES = "scores.parquet"
+SCORES, FIGURE = "scores.parquet", "scaling.png"
 
 
 ROLLOUT_COLUMNS = [
@@ -36,8 +34,6 @@ ROLLOUT_COLUMNS = [
     "answer_tokens",
     "latent_steps",
 ]
-
-
 METRIC_COLUMNS = [
     "run_id",
     "model",
@@ -63,11 +59,7 @@ METRIC_COLUMNS = [
     "ci_high",
     "questions",
 ]
-
-
 NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions"]
-
-
 ALWAYS_THERE = ["n", "drawn", "metric", "questions"]  # in every row
 
 
@@ -76,8 +68,6 @@ RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]
 
 # what makes rows belong to one curve
 CURVE_COLUMNS = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator", "seed")]
-
-
 SEED_COLUMNS = ["seeds", "seed_sd"]  # beside the others in a table of means over seeds
 
 

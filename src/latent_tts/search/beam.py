@@ -27,6 +27,7 @@ from latent_tts.random.philox import Stream, key_of, philox
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from latent_tts.engine.packing import Job
     from latent_tts.engine.rollout import Engine, Rollouts
     from latent_tts.engine.scoring import LatentScorer
     from latent_tts.sampler import Sampler
@@ -48,6 +49,7 @@ class Beam:
     diverse: bool
 
     name: ClassVar[str] = "beam"
+    guided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("beams", "candidates"):
@@ -56,6 +58,11 @@ class Beam:
                 raise bad_value(f"search.{key}", value, "a positive integer")
         if not isinstance(self.diverse, bool):
             raise bad_value("search.diverse", self.diverse, "true or false")
+
+    @property
+    def rows_per_survivor(self) -> int:
+        """Its candidates are grown beside each other."""
+        return self.candidates
 
     @property
     def survivors(self) -> int:
@@ -89,30 +96,25 @@ class Beam:
     def roll(
         self,
         engine: Engine,
-        scorer: LatentScorer,
-        reduce: str,
-        prompts: list[list[int]],
-        question_ids: Sequence[str],
+        batch: Sequence[Job],
         sampler: Sampler,
         seed: int,
+        *,
+        scorer: LatentScorer | None = None,
+        reduction: str | None = None,
+        answers: bool = True,
     ) -> Rollouts:
-        """The surviving beams of Q questions, `beams` of each, question-major and best first.
-
-        Args:
-            engine: the loaded reasoner.
-            scorer: the loaded LatentRM.
-            reduce: how step scores make the score of a prefix: `sum`, `mean` or `last`.
-            prompts: Q lists of token ids.
-            question_ids: key the random numbers.
-            sampler: what makes candidates differ.
-            seed: of the run.
-        """
+        """The surviving beams of each question, best first; arguments as in `Search.roll`."""
         import torch
 
         from latent_tts.engine.rollout import Thinking
         from latent_tts.engine.sites import MaskedSites
         from latent_tts.random.draw import Draw
 
+        assert answers
+        assert scorer is not None
+        assert reduction is not None
+        prompts, question_ids = [job.prompt for job in batch], [job.question_id for job in batch]
         n, device, latents = self.beams * self.candidates, engine.device, engine.plan.latents
         keys = torch.tensor([key_of(seed, f"{question} beams") for question in question_ids], device=device)
         owner = torch.arange(len(prompts), device=device)[:, None]
@@ -134,7 +136,7 @@ class Beam:
                 if alive_QC is not None:
                     step_score_QC = step_score_QC.masked_fill(~alive_QC, float("nan"))
                 so_far_QCT[..., step] = step_score_QC
-                rank_QC = reduced(so_far_QCT, reduce)
+                rank_QC = reduced(so_far_QCT, reduction)
                 if alive_QC is not None and step:  # of a finished beam's candidates, all the same, the first
                     again = ~alive_QC & (candidate_C % self.candidates != 0)
                     rank_QC = rank_QC.masked_fill(again, float("-inf"))

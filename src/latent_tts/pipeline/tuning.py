@@ -1,0 +1,139 @@
+"""Engine settings measured: rollouts per second of each dtype, over rows that double until they no longer help."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from latent_tts.engine.cost import Shape
+from latent_tts.engine.packing import Job, batches, most_prompts, row_bytes, rows_that_fit
+from latent_tts.engine.rollout import Engine, Rollouts
+from latent_tts.errors import computing
+from latent_tts.model import ModelAdapter
+from latent_tts.pipeline.models import find_device, load_reasoner, rollout_plan
+from latent_tts.pipeline.spec import EngineSettings, reserved_positions
+from latent_tts.sampler import Sampler
+from latent_tts.search.independent import Independent
+
+log = logging.getLogger(__name__)
+MIN_ROWS = 64
+MAX_REPEATS = 3
+WORSE, MAX_WORSE = 0.97, 2  # rates below this share of the best count as worse; so many in a row end a dtype
+SEARCH = Independent()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of a dtype and a number of rows.
+
+    Attributes:
+        dtype, rows: as in `engine`.
+        rate: rollouts per second.
+        same: share of rollouts with the answer of the first dtype, by the same random numbers; where that had fewer
+            rows, the share at its largest.
+    """
+
+    dtype: str
+    rows: int
+    rate: float
+    same: float
+
+
+def measure(
+    adapter: ModelAdapter,
+    sampler: Sampler,
+    prompts: Mapping[str, list[int]],
+    settings: Sequence[EngineSettings],
+    *,
+    n: int,
+    seed: int,
+    max_answer_tokens: int,
+    seconds: float,
+) -> list[Measurement]:
+    """Measure engine settings that differ in their dtype, over rows that double until they no longer help or fit.
+
+    Args:
+        adapter: the model.
+        sampler: what makes rollouts differ.
+        prompts: token ids by question id.
+        settings: of each dtype; answers are compared with those of the first.
+        n: rollouts of each question.
+        seed: of every random number.
+        max_answer_tokens: token limit of an answer.
+        seconds: most time for measuring, shared by the dtypes; loading is left out.
+
+    Raises:
+        UsageError: the device is not there.
+        RunError: a failure while drawing.
+    """
+    device, shape = find_device(settings[0]), Shape.from_config(adapter.config)
+    suffix = reserved_positions(adapter, max_answer_tokens)
+    longest, own_prompt = max(map(len, prompts.values())), "prompt" in sampler.random_phases
+    jobs = [Job(key, key, prompt, list(range(n))) for key, prompt in prompts.items()]
+    plan = rollout_plan(adapter, max_answer_tokens, adapter.own_schedule)
+    measurements: list[Measurement] = []
+    expected: dict[int, list[list[int]]] = {}  # answers of the first dtype, by rows
+    with computing("measuring", "nothing was written"):
+        for chosen in settings:
+            engine = Engine(load_reasoner(adapter, chosen, device), plan)
+            bytes_per_row = row_bytes(shape, longest, suffix, chosen.bytes_per_number, own_prompt)
+            deadline, best, same = time.perf_counter() + seconds / len(settings), 0.0, 1.0
+            worse = 0
+            for rows in rows_to_try(len(jobs) * n, bytes_per_row, device):
+                try:
+                    taken, rollouts = _seconds(partial(_draw, engine, jobs, rows, sampler, seed), deadline)
+                except torch.OutOfMemoryError:
+                    if rows == MIN_ROWS:
+                        raise
+                    log.info("%s, %d rows: more than the GPU's memory", chosen.dtype, rows)
+                    break
+                rate = len(rollouts.answer_ids) / taken
+                if chosen is settings[0]:
+                    expected[rows] = rollouts.answer_ids
+                if rows in expected:
+                    pairs = list(zip(rollouts.answer_ids, expected[rows], strict=True))
+                    same = sum(ids == other for ids, other in pairs) / len(pairs)
+                measurements.append(Measurement(chosen.dtype, rows, rate, same))
+                log.info("%s, %d rows: %.0f rollouts/s", chosen.dtype, rows, rate)
+                worse, best = worse + 1 if rate < WORSE * best else 0, max(best, rate)
+                # twice the rows, with a warm-up
+                if worse == MAX_WORSE or time.perf_counter() + 4 * taken > deadline:
+                    break
+    return measurements
+
+
+def settings_of(engine: EngineSettings, dtypes: Sequence[str]) -> list[EngineSettings]:
+    """The engine settings with each of some dtypes; raises UsageError for one that they do not go with."""
+    return [replace(engine, dtype=dtype) for dtype in dtypes]
+
+
+def rows_to_try(rollouts: int, bytes_per_row: int, device: str) -> Iterator[int]:
+    """Rows, doubled each time; the first in any case, then as many as there are rollouts for and memory has room."""
+    rows = MIN_ROWS
+    yield rows
+    while 2 * rows <= rollouts and rows_that_fit(2 * rows, bytes_per_row, device) == 2 * rows:
+        rows *= 2
+        yield rows
+
+
+def _draw(engine: Engine, jobs: Sequence[Job], rows: int, sampler: Sampler, seed: int) -> Rollouts:
+    """One batch."""
+    batch = next(batches(jobs, rows, most_prompts(engine.width, engine.device.type)))
+    return SEARCH.roll(engine, batch, sampler, seed)
+
+
+def _seconds(draw: Callable[[], Rollouts], deadline: float) -> tuple[float, Rollouts]:
+    """Median seconds after a warm-up; of the warm-up itself if there is no time left."""
+    taken = []
+    while True:
+        started = time.perf_counter()
+        rollouts = draw()
+        taken.append(time.perf_counter() - started)
+        if len(taken) > MAX_REPEATS or time.perf_counter() + taken[-1] > deadline:
+            return statistics.median(taken[1:] or taken), rollouts

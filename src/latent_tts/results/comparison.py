@@ -1,0 +1,146 @@
+"""Paired differences A - B of two runs on the same questions, each side one run or several seeds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from latent_tts.errors import UsageError, require
+from latent_tts.results import statistics
+from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
+from latent_tts.results.files import whole_file
+from latent_tts.results.run_folder import is_complete, run_folders
+
+Side = dict[str, CompletedRun]  # by seed
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of A at one n, held against one of B.
+
+    Attributes:
+        a_figure, b_figure: coverage, or the aggregator whose accuracy is compared.
+        a_n, b_n: rollouts per question.
+        a, b: the figures, means over questions and seeds.
+        difference: a - b, with its 95 % interval.
+        questions, seeds: how many the figures are means over.
+    """
+
+    a_figure: str
+    b_figure: str
+    a_n: int
+    b_n: int
+    a: float
+    b: float
+    difference: float
+    ci_low: float
+    ci_high: float
+    questions: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is held against what; None is everything that both sides have in common.
+
+    Attributes:
+        a_figure, b_figure: coverage or an aggregator; one of them alone stands for both.
+        a_n, b_n: rollouts per question; one of them alone is held against all of the other side.
+    """
+
+    a_figure: str | None = None
+    b_figure: str | None = None
+    a_n: int | None = None
+    b_n: int | None = None
+
+
+def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side:
+    """The complete runs at or below a folder, by seed.
+
+    Raises:
+        UsageError: there are none, one is damaged, or two have the same seed.
+    """
+    runs: Side = {}
+    for folder in run_folders(path, key):
+        if not is_complete(folder):
+            raise UsageError(f"{key}={path}: {folder} did not complete; run it again")
+        run = CompletedRun.read(folder, build_aggregator)
+        if not run.all_decoded:
+            raise UsageError(f"{key}={path}: {folder} decoded only its winners (answer.decode=winners)")
+        if run.seed in runs:
+            raise UsageError(f"{key}={path}: holds several runs of seed {run.seed}; name one run folder")
+        runs[run.seed] = run
+    return runs
+
+
+def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
+    """The differences of all figures and budgets that are selected.
+
+    Raises:
+        UsageError: the sides do not have the same questions and seeds, share no budget, or lack a figure.
+    """
+    if set(a) != set(b):
+        raise UsageError(f"a has the seeds {sorted(a)}, b has {sorted(b)}: pair runs of equal seeds")
+    any_a, any_b = a[min(a)], b[min(b)]  # budgets and aggregators are the same for all seeds
+    found = [
+        _difference(a, b, figures, budgets)
+        for figures in _figures(any_a, any_b, selection)
+        for budgets in _budgets(any_a, any_b, selection)
+    ]
+    if not found:
+        raise UsageError("a and b report no n in common; draw both with budget=ladder, or name them: a_n=64 b_n=1")
+    return found
+
+
+def write_differences(path: Path, found: Sequence[Difference]) -> None:
+    """Write differences as a CSV, a row each."""
+    columns = [field.name for field in fields(Difference)]
+    with whole_file(path) as partial:
+        table = pd.DataFrame([astuple(difference) for difference in found], columns=columns)
+        table.to_csv(partial, index=False, float_format="%.6g")
+
+
+def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, int]) -> Difference:
+    values_a, values_b, questions = [], [], []
+    for seed in sorted(a):
+        per_a, per_b = a[seed].per_question(figures[0], budgets[0]), b[seed].per_question(figures[1], budgets[1])
+        if set(per_a.index) != set(per_b.index):
+            raise UsageError(f"a and b have other questions (seed {seed}); compare runs on the same ones")
+        values_a.append(per_a)
+        values_b.append(per_b[per_a.index])
+        questions += list(per_a.index)
+    clusters = np.unique(questions, return_inverse=True)[1]
+    left, right = np.concatenate(values_a), np.concatenate(values_b)
+    mean, low, high = statistics.paired_difference(left, right, clusters)
+    means = float(left.mean()), float(right.mean())
+    return Difference(*figures, *budgets, *means, mean, low, high, len(set(questions)), len(a))
+
+
+def _figures(a: CompletedRun, b: CompletedRun, selection: Selection) -> Iterator[tuple[str, str]]:
+    """Which figure of A is held against which of B."""
+    if selection.a_figure is None and selection.b_figure is None:
+        both = ["coverage", *sorted(set(a.aggregators) & set(b.aggregators))]
+        yield from zip(both, both, strict=True)
+        return
+    figure_a = str(selection.a_figure or selection.b_figure)
+    figure_b = str(selection.b_figure or selection.a_figure)
+    for key, name, side in (("a_figure", figure_a, a), ("b_figure", figure_b, b)):
+        known = ["coverage", *side.aggregators]
+        require(key, name, name in known, f"one of {', '.join(known)}")
+    yield figure_a, figure_b
+
+
+def _budgets(a: CompletedRun, b: CompletedRun, selection: Selection) -> list[tuple[int, int]]:
+    """Which n of A is held against which of B."""
+    if selection.a_n is None and selection.b_n is None:
+        return [(n, n) for n in sorted(set(a.reported) & set(b.reported))]
+    for key, n, side in (("a_n", selection.a_n, a), ("b_n", selection.b_n, b)):
+        known = ", ".join(map(str, sorted(side.reported)))
+        require(key, n, n is None or n in side.reported, f"one of {known}, which the run reports, or null")
+    of_a, of_b = (sorted(side.reported) if n is None else [n] for n, side in ((selection.a_n, a), (selection.b_n, b)))
+    return list(product(of_a, of_b))

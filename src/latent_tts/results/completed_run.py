@@ -1,0 +1,100 @@
+"""The folder of a completed run, read again: what `compare` pairs and what is averaged over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from latent_tts.aggregator import Aggregator
+from latent_tts.errors import UsageError
+from latent_tts.results import statistics
+from latent_tts.results.metrics import rollout_arrays
+from latent_tts.results.run_folder import METRICS, ROLLOUTS, read_metrics, read_rollouts, read_run_json
+from latent_tts.types import RolloutArrays
+
+AggregatorBuilder = Callable[[str, Mapping[str, Any]], Aggregator]
+
+
+@dataclass(frozen=True)
+class CompletedRun:
+    """A run.
+
+    Attributes:
+        folder: where it lies.
+        metrics: its metrics table.
+        rollouts: its rollouts table.
+        aggregators: by name, as they were in the run.
+        all_decoded: False where only winners were decoded (`answer.decode=winners`).
+    """
+
+    folder: Path
+    metrics: pd.DataFrame
+    rollouts: pd.DataFrame
+    aggregators: dict[str, Aggregator]
+    all_decoded: bool
+
+    @classmethod
+    def read(cls, folder: Path, build_aggregator: AggregatorBuilder) -> CompletedRun:
+        """Read a run folder.
+
+        Args:
+            folder: of a run that completed.
+            build_aggregator: makes an aggregator of its name and the node that describes it.
+
+        Raises:
+            UsageError: a file of it is damaged.
+        """
+        record = read_run_json(folder, {"config.answer.decode": str, "aggregators": dict})
+        return cls(
+            folder,
+            read_metrics(folder / METRICS),
+            read_rollouts(folder),
+            {name: build_aggregator(name, node) for name, node in record["aggregators"].items()},
+            record["config"]["answer"]["decode"] != "winners",
+        )
+
+    @property
+    def seed(self) -> str:
+        """The run's seed, as tables have it."""
+        return str(self.metrics["seed"].iloc[0])
+
+    @property
+    def reported(self) -> list[int]:
+        """The budgets n in the metrics table."""
+        return [int(n) for n in self.metrics["n"].unique()]
+
+    def per_question(self, figure: str, n: int) -> pd.Series:
+        """A figure (coverage, invalid_rate, or an aggregator's accuracy) of each question at n, by question id.
+
+        Raises:
+            UsageError: questions have unequal numbers of rollouts, or a rollout is missing or there twice.
+        """
+        ids, arrays = self._arrays
+        n = min(n, arrays.correct_QD.shape[1])  # a search keeps fewer rollouts than it grew
+        values: np.ndarray
+        if figure == "coverage":
+            values = statistics.coverage(arrays.correct_QD, n)
+        elif figure == "invalid_rate":
+            values = (arrays.prediction_QD < 0).mean(1)
+        else:
+            values = statistics.picked_accuracy(self.aggregators[figure], arrays, n)
+        return pd.Series(values, index=ids)
+
+    @cached_property
+    def _arrays(self) -> tuple[list[str], RolloutArrays]:
+        ids = list(dict.fromkeys(self.rollouts["question_id"]))
+        place = self.rollouts["question_id"].map({question_id: place for place, question_id in enumerate(ids)})
+        rollouts = self.rollouts.assign(place=place).sort_values(["place", "rollout"])
+        drawn = len(rollouts) // len(ids)
+        if rollouts["rollout"].tolist() != list(range(drawn)) * len(ids):
+            raise UsageError(
+                f"{self.folder / ROLLOUTS}: its questions do not have the rollouts 0 to {drawn - 1} once each; "
+                "draw that run again with ltts run"
+            )
+        return ids, rollout_arrays(rollouts, drawn)

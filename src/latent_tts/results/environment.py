@@ -1,0 +1,51 @@
+"""What a result depends on beside its config: versions, commit, machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def versions(*, quantized: bool) -> dict[str, str]:
+    """Versions of what a result depends on, and the commit where there is one."""
+    names = ["latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core"]
+    names += [name for name in ("numba", "math-verify") if find_spec(name.replace("-", "_")) is not None]
+    names += ["torchao"] if quantized else []
+    return {"python": platform.python_version(), **{name: version(name) for name in names}, **commit()}
+
+
+def machine() -> dict[str, str]:
+    """The system, the processor, and the GPUs with their libraries where torch has been in use and found some."""
+    found = {"system": platform.platform(), "processor": platform.processor() or platform.machine()}
+    if "torch" in sys.modules:
+        found |= gpus()
+    return found
+
+
+def gpus() -> dict[str, str]:
+    """The machine's GPUs, each kind once, and the libraries that compute on them; empty without any."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    kinds = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    return {
+        "gpu": ", ".join(sorted(kinds)),
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }
+
+
+def commit() -> dict[str, str]:
+    """The commit of a source checkout (`-dirty` if it has changes); nothing for an installed package."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return {}
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
