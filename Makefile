@@ -1,4 +1,4 @@
-# `make help` is the menu. Everything runs in .venv, which the first target that needs it makes.
+# `make help` lists the targets. They run in .venv, which is created when the first of them needs it.
 PYTHON ?= python3
 BIN := .venv/bin
 QUESTIONS ?= 1000
@@ -7,7 +7,7 @@ QUESTIONS ?= 1000
 .PHONY: help install run test test-slow lint format type golden wheel-smoke plots reasoner reasoner-cot reasoner-codi
 .PHONY: reasoner-colar reasoner-pccot latent-rm bench clean
 
-help: ## show this menu
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -17,72 +17,72 @@ help: ## show this menu
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev,fast,quant]'
 	@touch $@
 
-# comes with CUDA builds of torch; beside a CPU's it serves to test the kernels for GPUs by its interpreter and compiler
+# CUDA builds of torch bring triton along; with a CPU build, its interpreter and compiler test the GPU kernels
 .venv/.triton: .venv/.installed
 	[ "$$(uname)" != Linux ] || $(BIN)/python -m pip install --quiet --constraint constraints.txt triton
 	@touch $@
 
-install: .venv/.installed ## make .venv from the pinned versions
+install: .venv/.installed ## create .venv with the pinned versions
 
-run: .venv/.installed ## the main job: two samplers, n up to 64, table and scaling curve (QUESTIONS=1000)
+run: .venv/.installed ## draw the README's curve: two samplers, n up to 64 (QUESTIONS=1000)
 	$(BIN)/ltts run -m sampler=gaussian,dropout budget=ladder n=64 task.limit=$(QUESTIONS)
 
-# bytecode is kept whatever the environment says: compiling the tests anew takes each process five seconds
+# keep bytecode in any environment: otherwise each process spends five seconds compiling the tests
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal
 
-test: .venv/.installed ## the default test suite, a process a core
+test: .venv/.installed ## run the default tests, one process per core
 	$(PYTEST)
 
-test-slow: .venv/.triton ## the slow tests: long ones, and more cases of those in `make test`
+test-slow: .venv/.triton ## run the slow tests: long ones, and more cases of those in `make test`
 	$(PYTEST) -m 'slow and not gpu and not network and not realdata' --ignore=tests/test_wheel.py
 
-lint: .venv/.installed ## style
+lint: .venv/.installed ## check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: .venv/.installed ## rewrite files in the project's style
+format: .venv/.installed ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-type: .venv/.installed ## static types
+type: .venv/.installed ## check the types
 	$(BIN)/pyright
 
-golden: .venv/.installed ## rewrite the golden table; review its diff
+golden: .venv/.installed ## rewrite the golden table of the tests (review its diff)
 	LTTS_GOLDEN=write $(BIN)/pytest tests/commands/test_golden.py
 
-wheel-smoke: .venv/.installed ## build the wheel, install it elsewhere, run it there
+wheel-smoke: .venv/.installed ## build the wheel, install it in another venv, run it there
 	$(BIN)/pytest -m slow tests/test_wheel.py
 
-plots: .venv/.installed ## draw every finding's figure from its table, and the README's
+plots: .venv/.installed ## redraw the figures of the README and of experiments/
 	$(BIN)/ltts plot
 	$(BIN)/ltts plot runs=[experiments/main_curve] output=docs/scaling.png
 
-reasoner: .venv/.installed ## retrain the shipped reasoner (half an hour to an hour on one core)
+reasoner: .venv/.installed ## retrain the built-in COCONUT reasoner (half an hour to an hour on one core)
 	$(BIN)/ltts train-reasoner output=outputs/coconut_arith
 
-# the stage with every step written out, which the other embedded reasoners start from
+# the stage with every step written out; reasoner-cot and reasoner-colar start from it
 outputs/written_arith/checkpoint/model.safetensors: | .venv/.installed
 	$(BIN)/ltts train-reasoner recipe=cot output=outputs/written_arith
 
 WRITTEN := outputs/written_arith/checkpoint/model.safetensors
 
-reasoner-cot: $(WRITTEN) ## retrain the shipped explicit chain of thought
+reasoner-cot: $(WRITTEN) ## retrain the built-in explicit chain of thought
 	$(BIN)/ltts train-reasoner init=outputs/written_arith/checkpoint model=cot output=outputs/cot_arith recipe.written_updates=150 \
 		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=150
 
-reasoner-codi: .venv/.installed ## retrain the shipped CODI reasoner (from the shipped COCONUT one)
+reasoner-codi: .venv/.installed ## retrain the built-in CODI reasoner (from the built-in COCONUT one)
 	$(BIN)/ltts train-reasoner init=shipped:coconut_arith model=codi output=outputs/codi_arith \
 		recipe.written_updates=0 recipe.stage_updates=[] recipe.final_updates=150 \
 		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=150
 
-reasoner-pccot: .venv/.installed ## retrain the shipped PCCoT reasoner (from the shipped COCONUT one)
+reasoner-pccot: .venv/.installed ## retrain the built-in PCCoT reasoner (from the built-in COCONUT one)
 	$(BIN)/ltts train-reasoner init=shipped:coconut_arith model=pccot output=outputs/pccot_arith \
 		model.latents=6 model.sweeps=3 model.answer_prompt="''" recipe.projection=false \
 		recipe.written_updates=0 recipe.stage_updates=[] recipe.final_updates=400 \
 		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=400
 
 COLAR := $(BIN)/ltts train-reasoner model=colar model.latents=12 model.thinking_speed=4 recipe.written_updates=0
-reasoner-colar: $(WRITTEN) ## retrain the shipped CoLaR reasoner (its model card says why in three parts)
+reasoner-colar: $(WRITTEN) ## retrain the built-in CoLaR reasoner (in three parts; its model card says why)
 	$(COLAR) init=outputs/written_arith/checkpoint output=outputs/colar_arith_1 recipe.final_updates=350 \
 		recipe.latent_noise=0.2 optimization.warmup=20 optimization.cosine_updates=600
 	$(COLAR) init=outputs/colar_arith_1/checkpoint output=outputs/colar_arith_2 recipe.final_updates=200 \
@@ -91,14 +91,14 @@ reasoner-colar: $(WRITTEN) ## retrain the shipped CoLaR reasoner (its model card
 		recipe.latent_noise=0.1 recipe.latent_weight=2 \
 		optimization.lr=1.5e-3 optimization.warmup=10 optimization.cosine_updates=500
 
-latent-rm: .venv/.installed ## annotate and retrain the shipped LatentRM
+latent-rm: .venv/.installed ## annotate, then retrain the built-in LatentRM
 	$(BIN)/ltts train-rm output=outputs/coconut_arith_rm weights_dtype=bfloat16
 
-bench: .venv/.installed ## all benchmarks
+bench: .venv/.installed ## run all benchmarks
 	$(BIN)/python benchmarks/randomness.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/turns.py
 
-clean: ## remove what runs leave behind, .venv and caches included
+clean: ## remove outputs, caches, build files and .venv
 	rm -rf .venv outputs multirun .cache dist build .pytest_cache .ruff_cache .hypothesis
