@@ -6,7 +6,7 @@ A family adds its prompt recipe, its answer rule and what it does with a hidden 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ class CheckpointAdapter:
         revision: commit or tag of a hub id.
         trained_latents: T of training, by `checkpoint`; a `config.json` with `latent_tts.latents` says its own.
         latent_rm: checkpoint of the LatentRM trained for it, if there is one: what `scorer` takes as its default.
+        eos: the tokens that end an answer, by text or id, one or a list; None takes all that the files name.
     """
 
     name: str
@@ -46,6 +47,7 @@ class CheckpointAdapter:
     revision: str | None = None
     trained_latents: Mapping[str, int] | None = None
     latent_rm: str | None = None
+    eos: str | int | Sequence[str | int] | None = None
 
     stop_id: ClassVar[int | None] = None  # T latents, whatever the model would rather write
     family: ClassVar[str]
@@ -89,7 +91,9 @@ class CheckpointAdapter:
         files.check_sizes(self.config, self.folder)
         self.check_tensors(shapes)
         self.check_tokens()
-        _ = self.thinking_end_ids, self.eos_id, self.positions
+        files.check_vocabulary(self.tokenizer, shapes, self.config, self.folder)
+        _ = self.thinking_end_ids, self.eos_ids, self.positions
+        self._warn_of_other_eos()
         trained = self._trained_latents
         if trained is not None and trained != self.latents:
             log.warning("model.latents=%d: %s was trained with %d", self.latents, self.checkpoint, trained)
@@ -171,21 +175,63 @@ class CheckpointAdapter:
         """The tokens forced after the last latent."""
         return [files.token_id(self.tokenizer, "<|end-latent|>", self.folder)]
 
-    @cached_property
+    @property
     def eos_id(self) -> int:
-        """The token that ends an answer: the config's, or the tokenizer's where the config lists several."""
-        eos = self.config.get("eos_token_id")
-        if isinstance(eos, list):
-            token = files.eos_token(self.folder)
-            eos = None if token is None else files.token_id(self.tokenizer, token, self.folder)
-        if not is_whole(eos):
+        """The token that ends an answer where a text is written out, as in training."""
+        return self.eos_ids[0]
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: `eos`, or all that the checkpoint's files name.
+
+        The first is the one of `config.json`, or of the tokenizer where `config.json` names none or several. Another is
+        left out where it is a padding or latent token as well.
+
+        Raises:
+            UsageError: no file names one, or `eos` names no token.
+        """
+        if self.eos is not None:
+            return self._chosen_eos(self.eos if isinstance(self.eos, list | tuple) else [self.eos])
+        named = files.eos_ids(self.folder, self.config, self.tokenizer)
+        of_tokenizer = named["tokenizer_config.json"]
+        of_config = named["config.json"]
+        first = of_config if len(of_config) == 1 else of_tokenizer or of_config or named["generation_config.json"]
+        if not first:
             raise bad_value(
                 "model.checkpoint",
                 self.folder,
-                f"config.json has eos_token_id={self.config.get('eos_token_id')}, and no eos_token in "
-                "tokenizer_config.json says which one ends an answer",
+                f"none of {', '.join(named)} names the token that ends an answer\n"
+                "name it, as in model.eos='<|im_end|>'",
             )
-        return eos
+        markers = {self.tokenizer.token_to_id(token) for token in files.LATENT_TOKENS}
+        markers |= files.pad_ids(self.folder, self.config, self.tokenizer)
+        everything = dict.fromkeys([first[0], *(token for ids in named.values() for token in ids)])
+        return tuple(token for token in everything if token == first[0] or token not in markers)
+
+    def _chosen_eos(self, tokens: Sequence[Any]) -> tuple[int, ...]:
+        ids = []
+        allowed = f"a token of {self.checkpoint}, by its text or id, or a list of them"
+        if not tokens:
+            raise bad_value("model.eos", list(tokens), allowed)
+        for token in tokens:
+            found = self.tokenizer.token_to_id(token) if isinstance(token, str) else token
+            if not is_whole(found) or self.tokenizer.id_to_token(found) is None:
+                raise bad_value(
+                    "model.eos", token, f"a token of {self.checkpoint}, by its text or id, or a list of them"
+                )
+            ids.append(found)
+        return tuple(dict.fromkeys(ids))
+
+    def _warn_of_other_eos(self) -> None:
+        """Warn once where the checkpoint's files name different end tokens."""
+        named = files.eos_ids(self.folder, self.config, self.tokenizer)
+        said = {name: set(ids) for name, ids in named.items() if ids}
+        if self.eos is None and any(ids != set(self.eos_ids) for ids in said.values()):
+            listed = ", ".join(f"{name} has {sorted(ids)}" for name, ids in said.items())
+            log.warning(
+                "%s: its files name different end tokens (%s); an answer ends at any of %s; model.eos chooses others",
+                self.checkpoint, listed, [self.tokenizer.id_to_token(token) for token in self.eos_ids],
+            )  # fmt: skip
 
     def encode(self, question: Question) -> list[int]:
         """Token ids of the prompt: the question, the recipe's ending, `<|start-latent|>`.
@@ -219,7 +265,7 @@ class CheckpointAdapter:
             UsageError: the tokenizer cannot read it, or it ends the answer.
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if self.answer_text(ids).strip() != text.strip() or self.eos_id in ids:
+        if self.answer_text(ids).strip() != text.strip() or set(self.eos_ids) & set(ids):
             raise bad_value(
                 "answer.forced_prefix", text, f"text in the vocabulary of model={self.name}, without its eos"
             )

@@ -36,6 +36,8 @@ SIZES = {
     ),
 }
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
+LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
+EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight")
 TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
 
 
@@ -232,12 +234,52 @@ def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     return tokenizer
 
 
-def eos_token(folder: Path) -> str | None:
-    """The text of the tokenizer's eos, None if its config does not say."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    token = read_json(folder, "tokenizer_config.json").get("eos_token")
-    return token.get("content") if isinstance(token, dict) else token
+def eos_ids(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Ids of the end tokens that each of a checkpoint's files names."""
+    return _special_ids("eos", folder, config, tokenizer)
+
+
+def pad_ids(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> set[int]:
+    """Ids of the padding tokens that a checkpoint's files name."""
+    return {token for ids in _special_ids("pad", folder, config, tokenizer).values() for token in ids}
+
+
+def _special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[int]]:
+    """Ids of a kind of special token (`eos`, `pad`) by the file that names them; others than whole numbers left out."""
+
+    def ids_of(settings: Mapping[str, Any]) -> list[int]:
+        value = settings.get(f"{kind}_token_id")
+        return [token for token in (value if isinstance(value, list) else [value]) if is_whole(token)]
+
+    def optional(name: str) -> dict[str, Any]:
+        return read_json(folder, name) if (folder / name).is_file() else {}
+
+    token = optional("tokenizer_config.json").get(f"{kind}_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    of_tokenizer = tokenizer.token_to_id(text) if isinstance(text, str) else None
+    return {
+        "config.json": ids_of(config),
+        "generation_config.json": ids_of(optional("generation_config.json")),
+        "tokenizer_config.json": [] if of_tokenizer is None else [of_tokenizer],
+    }
+
+
+def check_vocabulary(
+    tokenizer: Tokenizer, shapes: Mapping[str, list[int]], config: Mapping[str, Any], folder: Path
+) -> None:
+    """Check that every id of a tokenizer has a row in the embedding.
+
+    Raises:
+        UsageError: one has not.
+    """
+    rows = next((shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS)), config["vocab_size"])
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    if beyond:
+        token = min(beyond, key=lambda name: (name not in LATENT_TOKENS, beyond[name]))
+        raise bad_value(
+            MODEL_KEY, folder, f"its tokenizer gives {token} the id {beyond[token]}, the embedding has {rows} rows "
+            "(was resize_token_embeddings forgotten?)",
+        )  # fmt: skip
 
 
 def token_id(tokenizer: Tokenizer, token: str, folder: Path) -> int:

@@ -80,7 +80,12 @@ class ModelAdapter(Protocol):
 
     @property
     def eos_id(self) -> int:
-        """The token that ends an answer."""
+        """The token that ends an answer where a text is written out."""
+        ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All tokens that end an answer; the first is `eos_id`."""
         ...
 
     def check(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ from latent_tts.results.run_folder import (
     write_run_json,
 )
 
+log = logging.getLogger(__name__)
+MAX_USELESS = 0.95  # share of answers
+
 
 @dataclass
 class RunTables:
@@ -48,6 +52,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         settings: keys that differ from their defaults and have no column of their own.
     """
     rollouts = rollout_table(spec, drawn)
+    _warn_of_useless_answers(rollouts)
     figures = all_figures(spec, drawn, rollouts) if drawn.winners is None else winner_figures(spec, drawn, rollouts)
     return RunTables(rollouts, metric_rows(figures, run_columns(spec, settings)))
 
@@ -82,6 +87,18 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     if drawn.scores is not None:
         _add_scores(table, drawn.scores)
     return table
+
+
+def _warn_of_useless_answers(rollouts: pd.DataFrame) -> None:
+    """Warn where nearly no answer can be read, or nearly all are cut off: then accuracies say nothing of the model."""
+    decoded = rollouts[rollouts["stop_reason"] != NOT_DECODED]
+    for useless, what in (
+        (decoded["prediction"].isna(), "cannot be read by the task's rule"),
+        (decoded["stop_reason"] == "length", "are cut off at max_answer_tokens"),
+    ):
+        if len(decoded) and useless.mean() >= MAX_USELESS:
+            example = decoded["answer_text"][useless].iloc[0]
+            log.warning("%.0f %% of the answers %s, as in %r", 100 * useless.mean(), what, example[-80:])
 
 
 def _add_scores(rollouts: pd.DataFrame, scores: Scores) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
-LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
 # in the order in which the training codes give out ids; CODI's first one is its padding token, never fed
 TOKEN_ORDER = {
     "COCONUT": ("<|start-latent|>", "<|end-latent|>", "<|latent|>"),
