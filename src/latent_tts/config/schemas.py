@@ -1,4 +1,4 @@
-"""Schemas of the commands' scalar keys; groups are checked by the objects they make."""
+"""Types of the commands' own keys; `conf/COMMAND.yaml` says what each means, groups are checked by their objects."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ from omegaconf import MISSING
 
 @dataclass
 class EngineConfig:
-    """How rollouts are computed.
-
-    Attributes:
-        dtype: of weights and activations.
-        device: auto, cpu, cuda or cuda:INDEX.
-        rows: most rows of a batch; null follows from the width, the kind of device and whether prompts are masked.
-        quantize: null, int8 or float8: the reasoner's blocks.
-    """
+    """How rollouts are computed."""
 
     dtype: str = MISSING
     device: str = MISSING
@@ -27,23 +20,14 @@ class EngineConfig:
 
 @dataclass
 class PathsConfig:
-    """Where things are kept.
-
-    Attributes:
-        cache: of rollouts, shared by all runs.
-    """
+    """Where things are kept."""
 
     cache: str = MISSING
 
 
 @dataclass
 class AnswerSamplingConfig:
-    """How answer tokens are chosen.
-
-    Attributes:
-        temperature: 0 takes the most probable token, above 0 it is drawn.
-        top_p: share of the nucleus that is drawn from.
-    """
+    """How answer tokens are chosen."""
 
     temperature: float = MISSING
     top_p: float = MISSING
@@ -51,12 +35,7 @@ class AnswerSamplingConfig:
 
 @dataclass
 class AnswerConfig(AnswerSamplingConfig):
-    """How answer tokens are chosen, and which answers are decoded.
-
-    Attributes:
-        decode: all, or winners: only the best-of-n pick of each reported n.
-        forced_prefix: text that every answer begins with.
-    """
+    """How answer tokens are chosen, and which answers are decoded."""
 
     decode: str = MISSING
     forced_prefix: str = MISSING
@@ -64,14 +43,7 @@ class AnswerConfig(AnswerSamplingConfig):
 
 @dataclass
 class RunConfig:
-    """Keys of `ltts run`; the groups are checked by the objects they make.
-
-    Attributes:
-        n: rollouts of each question.
-        seed: of every random number.
-        max_answer_tokens: token limit of an answer.
-        keep_latents: write `latents.safetensors` beside the tables.
-    """
+    """Keys of `ltts run`; the groups are checked by the objects they make."""
 
     n: int = MISSING
     seed: int = MISSING
@@ -92,12 +64,7 @@ class RunConfig:
 
 @dataclass
 class ScoringEngineConfig:
-    """How kept rollouts are scored; the dtype is the run's.
-
-    Attributes:
-        device: auto, cpu, cuda or cuda:INDEX.
-        rows: most rows of a batch; null follows from the LatentRM's width and the kind of device.
-    """
+    """How kept rollouts are scored; the dtype is the run's."""
 
     device: str = MISSING
     rows: int | None = MISSING
@@ -105,27 +72,14 @@ class ScoringEngineConfig:
 
 @dataclass
 class OptionalPathsConfig:
-    """Where things are kept.
-
-    Attributes:
-        cache: of rollouts and scores; null is where the run kept its own.
-    """
+    """Where things are kept."""
 
     cache: str | None = MISSING
 
 
 @dataclass
 class AnnotateConfig:
-    """Keys of `ltts annotate`.
-
-    Attributes:
-        output: the annotation folder; the same line goes on there.
-        n: rollouts of each question.
-        completions: M, completions of each prefix.
-        keep: `mixed` or `all`: which questions get labels.
-        seed: of every random number.
-        max_answer_tokens: token limit of an answer.
-    """
+    """Keys of `ltts annotate`."""
 
     output: str = MISSING
     n: int = MISSING
@@ -143,16 +97,7 @@ class AnnotateConfig:
 
 @dataclass
 class TuneConfig:
-    """Keys of `ltts tune`.
-
-    Attributes:
-        seconds: most time for measuring.
-        dtypes: values of `engine.dtype` to try.
-        n: rollouts of each question.
-        seed: of every random number.
-        max_answer_tokens: token limit of an answer.
-        output: the file to write; null is where `engine=tuned` is found.
-    """
+    """Keys of `ltts tune`."""
 
     seconds: float = MISSING
     dtypes: list[str] = MISSING
@@ -168,11 +113,7 @@ class TuneConfig:
 
 @dataclass
 class RescoreConfig:
-    """Keys of `ltts rescore`.
-
-    Attributes:
-        run: the run folder.
-    """
+    """Keys of `ltts rescore`."""
 
     run: str = MISSING
     engine: ScoringEngineConfig = MISSING
@@ -183,15 +124,7 @@ class RescoreConfig:
 
 @dataclass
 class TrainReasonerConfig:
-    """Keys of `ltts train-reasoner`.
-
-    Attributes:
-        output: folder of the state, the loss log and the finished checkpoint; a stopped run goes on there.
-        init: checkpoint to start from; null makes a fresh backbone.
-        seed: of the weights, the questions' order and dropout.
-        save_every: updates between two saved states.
-        valid_questions: questions of `task.split=valid` for the accuracy in the log.
-    """
+    """Keys of `ltts train-reasoner`."""
 
     output: str = MISSING
     init: str | None = MISSING
@@ -207,13 +140,7 @@ class TrainReasonerConfig:
 
 @dataclass
 class QuestionsConfig:
-    """What `ltts annotate` makes where `ltts train-rm` is given no folder.
-
-    Attributes:
-        split, limit: of the task's questions.
-        n: rollouts of each question.
-        completions: M, completions of each prefix.
-    """
+    """What `ltts annotate` makes where `ltts train-rm` is given no folder."""
 
     split: str = MISSING
     limit: int = MISSING
@@ -231,18 +158,7 @@ class DefaultAnnotationsConfig:
 
 @dataclass
 class TrainRMConfig:
-    """Keys of `ltts train-rm`.
-
-    Attributes:
-        output: folder of the states, the TensorBoard log and the finished checkpoint; a stopped run goes on there.
-        annotations: annotated questions to train on; null annotates the default ones.
-        valid_annotations: annotated questions to choose by.
-        annotate: for each of the two the split, the number of questions, n and M of the default ones.
-        init: the backbone's first weights, `reasoner` or `random`.
-        seed: of the head's weights and the order of questions.
-        bf16: bfloat16 autocast.
-        weights_dtype: of the checkpoint.
-    """
+    """Keys of `ltts train-rm`."""
 
     output: str = MISSING
     annotations: str | None = MISSING
@@ -291,17 +207,7 @@ class PlotConfig:
 
 @dataclass
 class ConvertConfig:
-    """Keys of `ltts convert`.
-
-    Attributes:
-        src: a pickle, or a folder with one or with safetensors of a training code.
-        dst: the new checkpoint folder.
-        tokenizer: folder of the backbone's tokenizer; null looks beside the weights.
-        config: the backbone's `config.json`; null looks beside the weights, then in the tokenizer's folder.
-        base: folder or hub id of the model that an adapter of PEFT was trained on; null takes the one that it names.
-        lora_alpha: LoRA's scale, which no file holds.
-        latents: T of training, kept in the new `config.json`; null leaves it unsaid.
-    """
+    """Keys of `ltts convert`."""
 
     src: str = MISSING
     dst: str = MISSING

@@ -109,7 +109,7 @@ class RunRequest:
     schedule: Schedule
     search: Search
     budget: Budget
-    scorer: Scorer | NoScorer
+    scorer: Scorer | NoScorer | None
     aggregators: list[Aggregator]
     answers: AnswerSampling
     decode: str
@@ -124,38 +124,21 @@ class RunRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunSpec:
+class RunSpec(RunRequest):
     """A run, checked: every value that a stage of the pipeline reads.
 
     Attributes:
-        adapter, task, sampler, search, budget, answers, decode, seed, max_answer_tokens, engine, cache, config: as
-            requested.
         schedule: the requested one, or the model's own.
         scorer: None where rollouts get no scores.
-        aggregators: those reported.
-        n: rollouts of each question; 1 where all would be the same.
+        aggregators: those that can be reported.
+        n: 1 where all rollouts of a question would be the same.
         questions: of the task.
         prompts: token ids by question id.
         donors: the question whose latents each question reads, by question id; empty unless the sampler needs them.
         forced_ids: token ids that every answer begins with.
     """
 
-    adapter: ModelAdapter
-    task: Task
-    sampler: Sampler
-    schedule: Schedule
-    search: Search
-    budget: Budget
     scorer: Scorer | None
-    aggregators: list[Aggregator]
-    answers: AnswerSampling
-    decode: str
-    n: int
-    seed: int
-    max_answer_tokens: int
-    engine: EngineSettings
-    cache: Path
-    config: Mapping[str, Any]
     questions: list[Question]
     prompts: dict[str, list[int]]
     donors: dict[str, Question]
@@ -217,28 +200,17 @@ def check_run(request: RunRequest) -> RunSpec:
     prompts = encode_prompts(adapter, questions, reserved)
     if scorer is not None:
         check_scorer_reads(scorer, adapter, prompts)
-    return RunSpec(
-        adapter=adapter,
-        task=request.task,
-        sampler=sampler,
-        schedule=schedule,
-        search=request.search,
-        budget=request.budget,
-        scorer=scorer,
-        aggregators=aggregators,
-        answers=request.answers,
-        decode=decode,
-        n=needed_rollouts(request),
-        seed=request.seed,
-        max_answer_tokens=request.max_answer_tokens,
-        engine=request.engine,
-        cache=request.cache,
-        config=request.config,
-        questions=questions,
-        prompts=prompts,
-        donors=donors_of(questions) if sampler.needs_donor else {},
-        forced_ids=forced_ids,
-    )
+    settled = {
+        "schedule": schedule,
+        "scorer": scorer,
+        "aggregators": aggregators,
+        "n": needed_rollouts(request),
+        "questions": questions,
+        "prompts": prompts,
+        "donors": donors_of(questions) if sampler.needs_donor else {},
+        "forced_ids": forced_ids,
+    }
+    return RunSpec(**vars(request) | settled)
 
 
 def check_sampler(sampler: Sampler, adapter: ModelAdapter) -> None:
@@ -294,6 +266,7 @@ def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
         UsageError: a scorer was asked for that cannot score these rollouts.
     """
     scorer, adapter, sampler, config = request.scorer, request.adapter, request.sampler, request.config
+    assert scorer is not None
     if isinstance(scorer, NoScorer) and "scorer.checkpoint" in request.chosen:
         given = config["scorer"].get("checkpoint")
         raise bad_value("scorer.checkpoint", given, f"{scorer.reason}; is scorer=latent_rm meant?")
