@@ -17,9 +17,10 @@ from latent_tts.recipe.coconut import Coconut as Recipe
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.task.arith import Arith
 from latent_tts.training.reasoner import coconut, loop
-from latent_tts.training.reasoner.batch import question_batches
+from latent_tts.training.reasoner.batch import encode_batch, question_batches, written_loss
 from latent_tts.training.reasoner.curriculum import Stage, written_text
 
+CPU = torch.device("cpu")
 RECIPE = Recipe(written_updates=3, stage_updates=[2, 2], final_updates=3, final_dropout=None, latents=3, step_loss=0.5)
 OPTIMIZATION = loop.Optimization(batch=4, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False)
 
@@ -81,7 +82,7 @@ def test_the_padded_batch_computes_what_the_engine_computes(adapter, latents):
     questions = Arith("valid", 5, None, 0).questions()
     stage = Stage(1, latents, None)
     lm = AutoModelForCausalLM.from_pretrained(adapter.folder, dtype=torch.float32).eval()
-    batch = coconut.encode_batch(adapter, questions, stage)
+    batch = encode_batch(adapter, questions, stage, CPU)
     assert batch.prompt_mask_QL.sum(1).unique().numel() > 1  # prompts of unequal length
     predicted = coconut.training_logits(lm, batch, latents)[0].argmax(-1)[:, 0].tolist()
     engine = Engine(
@@ -96,15 +97,15 @@ def test_the_padded_batch_computes_what_the_engine_computes(adapter, latents):
 def test_gradients_reach_the_prompt_through_every_latent(adapter):
     questions = Arith("valid", 3, None, 0).questions()
     lm = AutoModelForCausalLM.from_pretrained(adapter.folder, dtype=torch.float32)
-    batch = coconut.encode_batch(adapter, questions, Stage(1, 3, None))
-    coconut.written_loss(coconut.training_logits(lm, batch, 3)[0], batch).backward()
+    batch = encode_batch(adapter, questions, Stage(1, 3, None), CPU)
+    written_loss(coconut.training_logits(lm, batch, 3)[0], batch).backward()
     word = int(batch.prompt_QL[0, -3])
     assert lm.transformer.wte.weight.grad[word].abs().sum() > 0
 
 
 def test_each_latent_is_asked_for_its_steps_result_and_then_for_the_answer(adapter):
     question = next(q for q in Arith("valid", 50, [2], 0).stream())
-    batch = coconut.encode_batch(adapter, [question], Stage(1, 4, None))
+    batch = encode_batch(adapter, [question], Stage(1, 4, None), CPU)
     first = question.steps[0].rpartition("=")[2].removesuffix(">>")
     assert adapter.tokenizer.decode(batch.results_QT[0].tolist()) == first + question.answer * 3
     with_steps, without = (coconut.CoconutObjective(adapter, weight) for weight in (1.0, 0.0))

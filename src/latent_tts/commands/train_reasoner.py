@@ -57,7 +57,7 @@ def main(cfg: DictConfig) -> None:
     optimization = config.build("optimization", cfg.optimization)
     output.mkdir(parents=True, exist_ok=True)
     from latent_tts.training.reasoner import loop
-    from latent_tts.training.reasoner.initial import copy_checkpoint, prepare
+    from latent_tts.training.reasoner.initial import copy_checkpoint, write_initial_checkpoint
     from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 
     def start(folder: Path) -> None:
@@ -67,7 +67,7 @@ def main(cfg: DictConfig) -> None:
             backbone.create(word_level_tokenizer([*words(), *recipe.words]), folder, cfg.seed)
 
     if not (output / loop.STATE).is_file():
-        prepare(start, initial, recipe, cfg.seed)
+        write_initial_checkpoint(start, initial, recipe, cfg.seed)
     adapter.check()
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)

@@ -1,1 +1,5 @@
-"""Curricula, batches and the loop that train reasoners."""
+"""Training.
+
+- `reasoner/`: latent reasoners of every family, by recipes (`latent_tts.recipe`).
+- `reward_model/`: LatentRM, from annotated rollouts.
+"""

@@ -16,19 +16,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import RunError, bad_value, check_positive, is_number
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.training.reasoner.batch import question_batches
-from latent_tts.training.reasoner.curriculum import Recipe, Stage
+from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
 from latent_tts.training.reasoner.initial import add_tensors
 from latent_tts.types import Question
 
@@ -72,26 +70,6 @@ class Optimization:
             return self.lr * (update + 1) / self.warmup
         done = min(1.0, (update - self.warmup) / max(1, self.cosine_updates - self.warmup))
         return self.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-class Objective(Protocol):
-    """A model in training, and what is asked of it in a stage.
-
-    Attributes:
-        lm: the causal LM.
-        own: the family's own modules, each under the prefix of its tensors in a checkpoint.
-    """
-
-    lm: PreTrainedModel
-    own: nn.ModuleDict
-
-    def loss(self, questions: list[Question], stage: Stage) -> Tensor:
-        """The loss (a scalar with gradients) of a batch."""
-        ...
-
-    def exact_matches(self, questions: list[Question], stage: Stage) -> int:
-        """How many of the questions are answered exactly as they should be; called without gradients and dropout."""
-        ...
 
 
 def parameters(objective: Objective) -> dict[str, nn.Parameter]:
