@@ -1,6 +1,7 @@
 """COCONUT's curriculum, the latent forward pass with gradients, and a loop that can stop and go on."""
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import islice
 
@@ -16,13 +17,18 @@ from latent_tts.random.draw import Draw
 from latent_tts.recipe.coconut import Coconut as Recipe
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.task.arith import Arith
-from latent_tts.training.reasoner import coconut, loop
+from latent_tts.training.folder import last_state
+from latent_tts.training.reasoner import coconut
+from latent_tts.training.reasoner import train as training
 from latent_tts.training.reasoner.batch import encode_batch, question_batches, written_loss
 from latent_tts.training.reasoner.curriculum import Stage, written_text
+from latent_tts.training.reasoner.optimization import ReasonerOptimization
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(written_updates=3, stage_updates=[2, 2], final_updates=3, final_dropout=None, latents=3, step_loss=0.5)
-OPTIMIZATION = loop.Optimization(batch=4, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False)
+OPTIMIZATION = ReasonerOptimization(
+    batch=4, accumulation=1, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False
+)
 
 
 @pytest.fixture
@@ -31,19 +37,21 @@ def adapter(checkpoint):
 
 
 def train(adapter, output, recipe=RECIPE, optimization=OPTIMIZATION, save_every=2, report=lambda *a: None):
-    output.mkdir(exist_ok=True)
-    return loop.train(
+    return training.train(
         recipe,
         adapter,
         Arith("train", None, None, 0).stream(),
         Arith("valid", 8, None, 0).questions(),
         optimization,
+        training.trainer_arguments(recipe, optimization, output, seed=0, device="cpu"),
         seed=0,
-        output=output,
-        settings={"latents": 3},
         save_every=save_every,
         report=report,
     )
+
+
+def weights(states):
+    return load_file(last_state(states) / "model.safetensors")
 
 
 def test_stages_hide_one_step_more_each_and_end_without_any():
@@ -122,7 +130,7 @@ def test_updates_are_those_of_the_loop_before_it_was_shared_by_families(adapter,
         adapter,
         tmp_path / "out",
         replace(RECIPE, final_dropout=0.3),
-        report=lambda done, record: losses.append(record["loss"]),
+        report=lambda done, figures: losses.append(figures["loss"]),
     )
     published = [7.62381, 7.09488, 6.68808, 9.02281, 8.57428, 9.12849, 9.74959, 9.78673, 9.6843, 9.35716]
     assert losses == pytest.approx(published, rel=1e-3)
@@ -138,52 +146,76 @@ def test_the_loss_falls(adapter, tmp_path):
         long,
         slower,
         save_every=60,
-        report=lambda done, record: losses.append(record["loss"]),
+        report=lambda done, figures: losses.append(figures["loss"]),
     )
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(adapter, tmp_path):
-    class Stop(Exception):
-        pass
+class Crash(Exception):
+    pass
 
-    def stop(done, record):
+
+@pytest.mark.parametrize(("stop", "saved"), [(Crash, 4), (KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
+def test_a_stopped_run_resumes_to_the_same_weights(adapter, tmp_path, stop, saved):
+    def stop_at_5(done, figures):
         if done == 5:
-            raise Stop
+            raise stop
 
-    with pytest.raises(Stop):
-        train(adapter, tmp_path / "stopped", report=stop)
-    resumed, whole = train(adapter, tmp_path / "stopped"), train(adapter, tmp_path / "whole")
-    assert resumed["update"] == whole["update"] == 10
-    a, b = (load_file(tmp_path / name / "state.safetensors") for name in ("stopped", "whole"))
+    with pytest.raises(stop) as stopped:
+        train(adapter, tmp_path / "stopped", report=stop_at_5)
+    assert last_state(tmp_path / "stopped").name == f"checkpoint-{saved}"
+    if stop is KeyboardInterrupt:
+        assert str(stopped.value) == (
+            f"the state after update 5 of 10 is saved in {tmp_path / 'stopped'}; re-run the command to resume"
+        )
+    (tmp_path / "stopped/checkpoint-9").mkdir()  # cut off while it was written
+    losses = {"stopped": {}, "whole": {}}
+    for name, seen in losses.items():
+        train(adapter, tmp_path / name, report=lambda done, figures, seen=seen: seen.update({done: figures["loss"]}))
+    assert list(losses["stopped"]) == list(range(saved + 1, 11))
+    assert losses["stopped"].items() <= losses["whole"].items()
+    a, b = (weights(tmp_path / name) for name in ("stopped", "whole"))
+    assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in b)
-    logs = [(tmp_path / name / "loss.jsonl").read_text().splitlines() for name in ("stopped", "whole")]
-    assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-10"]
 
 
 def test_a_finished_run_is_not_trained_again(adapter, tmp_path):
     train(adapter, tmp_path / "out")
     updates = []
-    record = train(adapter, tmp_path / "out", report=lambda done, record: updates.append(done))
+    train(adapter, tmp_path / "out", report=lambda done, figures: updates.append(done))
     assert updates == []
-    assert record["update"] == 10
 
 
-def test_another_runs_folder_is_refused(adapter, tmp_path):
-    train(adapter, tmp_path / "out")
-    with pytest.raises(UsageError, match="other settings"):
-        loop.train(
-            RECIPE,
-            adapter,
-            Arith("train", None, None, 0).stream(),
-            [],
-            OPTIMIZATION,
-            seed=0,
-            output=tmp_path / "out",
-            settings={"latents": 4},
-            save_every=2,
-            report=lambda *a: None,
-        )
+def test_an_update_in_micro_batches_has_the_mean_of_their_gradients(adapter, tmp_path):
+    recipe = replace(RECIPE, written_updates=1, stage_updates=[], final_updates=0, final_dropout=None)
+    adapter = replace(adapter, checkpoint=str(shutil.copytree(adapter.folder, tmp_path / "no dropout")))
+    config = json.loads((adapter.folder / "config.json").read_text())
+    config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    (adapter.folder / "config.json").write_text(json.dumps(config))
+    optimization, losses = replace(OPTIMIZATION, accumulation=2), []
+    seen = train(
+        adapter, tmp_path / "out", recipe, optimization, report=lambda done, figures: losses.append(figures["loss"])
+    )
+    assert seen.state.global_step == 1
+    objective = recipe.objective(adapter)
+    questions = next(question_batches(Arith("train", None, None, 0).stream(), 4))
+    parts = [objective.loss(half, Stage(1, 0, 0)) for half in (questions[:2], questions[2:])]
+    assert losses == [pytest.approx(sum(part.item() for part in parts) / 2, rel=1e-6)]
+    (sum(parts) / 2).backward()
+    named = dict(objective.lm.named_parameters())
+    torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": 0.01},
+            {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=5e-3,
+        betas=(0.9, 0.98),
+    )
+    optimizer.step()
+    for name, value in weights(tmp_path / "out").items():
+        torch.testing.assert_close(value, named[name.removeprefix("lm.")].data, rtol=1e-4, atol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(adapter, tmp_path, monkeypatch):
@@ -195,9 +227,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(adapter, tmp_p
         return real(*args) * (float("nan") if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(coconut.CoconutObjective, "loss", sometimes_nan)
-    with pytest.raises(RunError, match="nan at update 3"):
+    with pytest.raises(RunError, match=r"loss is nan at update 3; the last good state is .*checkpoint-3"):
         train(adapter, tmp_path / "out")
-    assert (tmp_path / "out" / "state.safetensors").is_file()
+    assert weights(tmp_path / "out")
 
 
 def test_batches_are_of_like_length_and_lose_no_question():

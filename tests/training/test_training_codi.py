@@ -177,8 +177,8 @@ def test_bad_values_are_refused_by_name(wrong):
         recipe_with(wrong)
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(folder, tmp_path):
-    check_resume(Recipe(**VALUES), adapter_of(folder), tmp_path, "weight.projector.1.weight")
+def test_a_stopped_run_resumes_to_the_same_weights(folder, tmp_path):
+    check_resume(Recipe(**VALUES), adapter_of(folder), tmp_path, "own.projector.1.weight")
 
 
 TINY = ("model.latents=2", "optimization.batch=4", "valid_questions=4")

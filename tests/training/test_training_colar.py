@@ -14,9 +14,9 @@ from latent_tts.errors import UsageError
 from latent_tts.model.colar import Colar
 from latent_tts.recipe.colar import Colar as Recipe
 from latent_tts.task.arith import Arith, words
-from latent_tts.training.reasoner import loop
 from latent_tts.training.reasoner.colar import compress, encode_slots
 from latent_tts.training.reasoner.initial import copy_checkpoint, write_initial_checkpoint
+from latent_tts.training.reasoner.train import ReasonerModule
 
 CPU = torch.device("cpu")
 VALUES: dict[str, Any] = {
@@ -145,7 +145,7 @@ def test_validation_leaves_the_training_attention_as_it_was(folder):
     objective, questions = recipe.objective(adapter_of(folder)), Arith("valid", 4, None, 0).questions()
     objective.lm.eval()
     before = objective.loss(questions, recipe.stages()[-1])
-    assert loop.exact_match(objective, questions, recipe.stages()[-1]) in {0, 0.25, 0.5, 0.75, 1}
+    assert ReasonerModule(objective).exact_match(questions, recipe.stages()[-1]) in {0, 0.25, 0.5, 0.75, 1}
     objective.lm.eval()
     assert torch.equal(before, objective.loss(questions, recipe.stages()[-1]))
 
@@ -183,9 +183,9 @@ def test_bad_values_are_refused_by_name(wrong):
         recipe_with(wrong)
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(folder, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_weights(folder, tmp_path):
     recipe = recipe_with({"latent_noise": 0.3})
-    check_resume(recipe, adapter_of(folder), tmp_path, "weight.lt_head.mean.weight")
+    check_resume(recipe, adapter_of(folder), tmp_path, "own.lt_head.mean.weight")
 
 
 def test_train_reasoner_from_scratch_writes_a_colar_checkpoint_that_runs(ltts, tmp_path):

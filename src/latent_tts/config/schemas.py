@@ -186,8 +186,9 @@ class TrainReasonerConfig:
     """Keys of `ltts train-reasoner`.
 
     Attributes:
-        output: folder of the state, the loss log and the finished checkpoint; a stopped run goes on there.
+        output: folder of the states, a TensorBoard log and the finished checkpoint; a stopped run resumes there.
         init: checkpoint to start from; null makes a fresh backbone.
+        device: auto, cpu, cuda or cuda:INDEX.
         seed: of the weights, the questions' order and dropout.
         save_every: updates between two saved states.
         valid_questions: questions of `task.split=valid` for the accuracy in the log.
@@ -196,6 +197,7 @@ class TrainReasonerConfig:
     output: str = MISSING
     init: str | None = MISSING
     seed: int = MISSING
+    device: str = MISSING
     save_every: int = MISSING
     valid_questions: int = MISSING
     model: Any = MISSING
@@ -234,12 +236,13 @@ class TrainRMConfig:
     """Keys of `ltts train-rm`.
 
     Attributes:
-        output: folder of the states, the TensorBoard log and the finished checkpoint; a stopped run goes on there.
+        output: folder of the states, the TensorBoard log and the finished checkpoint; a stopped run resumes there.
         annotations: annotated questions to train on; null annotates the default ones.
         valid_annotations: annotated questions to choose by.
         annotate: for each of the two the split, the number of questions, n and M of the default ones.
         init: the backbone's first weights, `reasoner` or `random`.
         seed: of the head's weights and the order of questions.
+        device: auto, cpu, cuda or cuda:INDEX.
         bf16: bfloat16 autocast.
         weights_dtype: of the checkpoint.
     """
@@ -251,6 +254,7 @@ class TrainRMConfig:
     sampler: Any = MISSING
     init: str = MISSING
     seed: int = MISSING
+    device: str = MISSING
     bf16: bool = MISSING
     weights_dtype: str = MISSING
     model: Any = MISSING
