@@ -1,7 +1,13 @@
 """COCONUT's curriculum, the latent forward pass with gradients, and a loop that can stop and go on."""
 
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import islice
 
@@ -256,3 +262,61 @@ def test_train_reasoner_writes_a_checkpoint_that_runs(ltts, tmp_path):
     assert run.code == 0, run.err
     assert ltts(*line).code == 0  # finished: the same line does no harm
     assert ltts(*line, "seed=1").code == 2  # another run in the same folder
+
+
+SMALL = (
+    "recipe.written_updates=2", "recipe.stage_updates=[]", "recipe.final_updates=1", "backbone.layers=1",
+    "backbone.width=16", "backbone.heads=2", "optimization.batch=4", "valid_questions=4",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("model.checkpoint=somewhere", "init=somewhere"),
+        ("device=gpu", "one of auto, cpu, cuda, cuda:INDEX"),
+        ("device=cuda:64", "CUDA devices; device=cpu works anywhere"),
+        ("optimization.accumulation=3", "a divisor of batch=4"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(ltts, tmp_path, wrong, said):
+    result = ltts("train-reasoner", "output=out", *SMALL, wrong)
+    assert result.code == 2
+    assert wrong in result.err
+    assert said in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_of_an_earlier_version_is_refused(ltts, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/state.safetensors").touch()
+    result = ltts("train-reasoner", "output=out", *SMALL)
+    assert result.code == 2
+    assert "output=out: holds a state.safetensors of an earlier version" in result.err
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_weights(tmp_path):
+    def command(output):
+        line = [*SMALL, "recipe.written_updates=60", f"output={output}", "optimization.cosine_updates=60", "device=cpu"]
+        return [sys.executable, "-m", "latent_tts", "train-reasoner", *line]
+
+    options = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command("stopped"), env=environment, **options)
+    log_folder = tmp_path / "stopped/states/tensorboard"
+    while process.poll() is None and not list(log_folder.glob("events*")):  # there when updates begin
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    found = re.search(r"interrupted: the state after update (\d+) of 61 is saved in .*; re-run the command", err)
+    assert found, err
+    assert last_state(tmp_path / "stopped/states").name == f"checkpoint-{found[1]}"
+    for output in ("stopped", "whole"):
+        done = subprocess.run(command(output), env=environment, check=False, **options)
+        assert done.returncode == 0, done.stderr
+    assert 1 <= int(found[1]) < 61
+    a, b = (weights(tmp_path / name / "states") for name in ("stopped", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in b)

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.errors import bad_value
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import Arith, words
 from latent_tts.training.core import Report, ResumableTrainer, training_arguments
@@ -36,6 +37,7 @@ from latent_tts.types import Question
 VALID_BATCH = 250
 METRIC = "eval_exact_match"
 INITIAL = "initial"
+OLD_STATE = "state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,8 @@ def train_reasoner(
     """
     arguments = trainer_arguments(recipe, optimization, output / STATES, seed=seed, device=device)
     with arguments.main_process_first():
+        if (output / OLD_STATE).is_file():
+            raise bad_value("output", output, f"holds a {OLD_STATE} of an earlier version; choose another folder")
         claim(output, settings)
         if arguments.process_index == 0 and last_state(output / STATES) is None:
 
