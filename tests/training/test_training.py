@@ -260,7 +260,7 @@ def test_train_reasoner_writes_a_checkpoint_that_runs(ltts, tmp_path):
     assert json.loads((tmp_path / "out/checkpoint/config.json").read_text())["latent_tts"] == {"latents": 6}
     run = ltts("run", "model.checkpoint=out/checkpoint", "task.limit=2", "n=2", "max_answer_tokens=3")
     assert run.code == 0, run.err
-    assert ltts(*line).code == 0  # finished: the same line does no harm
+    assert ltts(*line).code == 0  # finished: re-running does no harm
     assert ltts(*line, "seed=1").code == 2  # another run in the same folder
 
 

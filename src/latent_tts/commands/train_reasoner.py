@@ -79,8 +79,9 @@ def main(cfg: DictConfig) -> None:
             save_every=cfg.save_every,
             report=lambda done, figures: report.show(bar, done, f"loss {figures['loss']:.3f}"),
         )
-    log.info("%d updates, exact match on valid %.3f", trained.updates, trained.exact_match)
-    print(trained.checkpoint)
+    if trained is not None:  # in the first process of a launch
+        log.info("%d updates, exact match on valid %.3f", trained.updates, trained.exact_match)
+        print(trained.checkpoint)
 
 
 def resumed_settings(cfg: DictConfig) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def train_reasoner(
     settings: dict,
     save_every: int,
     report: Report,
-) -> TrainedReasoner:
+) -> TrainedReasoner | None:
     """Train a reasoner to the end of its recipe and write its checkpoint; resumes a run that was stopped.
 
     Args:
@@ -177,6 +177,9 @@ def train_reasoner(
         settings: what a resumed run must share with the stopped one.
         save_every: updates between two states.
         report: called as `report(updates_done, figures)` after every update.
+
+    Returns:
+        The trained reasoner; None in a process that is not the first.
 
     Raises:
         UsageError: the initial checkpoint cannot be used, or the folder holds another run.
@@ -205,8 +208,9 @@ def train_reasoner(
     )  # fmt: skip
     last = last_state(output / STATES)
     assert last is not None
-    if trainer.is_world_process_zero():
-        export(recipe, last, adapter, output / FINISHED)
+    if not trainer.is_world_process_zero():
+        return None
+    export(recipe, last, adapter, output / FINISHED)
     figures = [entry[METRIC] for entry in read_state(last)["log_history"] if METRIC in entry]
     return TrainedReasoner(output / FINISHED, recipe.updates, figures[-1])
 
