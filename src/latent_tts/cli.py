@@ -139,8 +139,9 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name.replace("-", "_"))(job)()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
-    except KeyboardInterrupt:
-        print("interrupted: what was computed is kept; the same line goes on from there", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        kept = str(interrupt) or "what was computed is kept; re-run the command to resume"
+        print(f"interrupted: {kept}", file=sys.stderr)
         return 130
     except JobsFailed as failed:
         return failed.exit_code

@@ -1,36 +1,35 @@
-"""A training that was stopped goes on to the weights of one that was not."""
+"""A training that was stopped and resumed has the weights of one that was not."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from latent_tts.task.arith import Arith
-from latent_tts.training.reasoner import loop
+from latent_tts.training.folder import last_state
+from latent_tts.training.reasoner import train as training
+from latent_tts.training.reasoner.optimization import ReasonerOptimization
 
 
 def check_resume(recipe, adapter, folder, own: str) -> None:
-    """Train 5 updates twice, once stopped after 3; `own` is a tensor of the family's that the state has to hold."""
-    optimization = loop.Optimization(4, 1e-2, 10, 2, 0.01, 1.0, bf16=False)
+    """Train 5 updates twice, once with Ctrl-C after 3; `own` is a tensor of the family's that the state has to hold."""
+    optimization = ReasonerOptimization(
+        batch=4, accumulation=2, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False
+    )
 
-    class Stop(Exception):
-        pass
-
-    def stop(done, record):
+    def stop(done, figures):
         if done == 3:
-            raise Stop
+            raise KeyboardInterrupt
 
     def train(name, report=lambda *a: None):
-        (folder / name).mkdir(exist_ok=True)
+        arguments = training.trainer_arguments(recipe, optimization, folder / name, seed=0, device="cpu")
         valid = Arith("valid", 4, None, 0).questions()
         stream = Arith("train", None, None, 0).stream()
-        return loop.train(
-            recipe, adapter, stream, valid, optimization,
-            seed=0, output=folder / name, settings={}, save_every=1, report=report,
-        )  # fmt: skip
+        training.train(recipe, adapter, stream, valid, optimization, arguments, seed=0, save_every=100, report=report)
 
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt, match="the state after update 3 of 5 is saved"):
         train("stopped", stop)
-    assert train("stopped")["update"] == train("whole")["update"] == 5
-    a, b = (load_file(folder / name / "state.safetensors") for name in ("stopped", "whole"))
+    train("stopped")
+    train("whole")
+    a, b = (load_file(last_state(folder / name) / "model.safetensors") for name in ("stopped", "whole"))
     assert own in b
     assert all(torch.equal(a[name], b[name]) for name in b)

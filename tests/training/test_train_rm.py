@@ -14,20 +14,21 @@ from tiny import prompts, reasoner
 
 from latent_tts.errors import RunError, UsageError
 from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.training.folder import last_state
 from latent_tts.training.reward_model import train as reward
 from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss
-from latent_tts.training.reward_model.model import LatentRM
+from latent_tts.training.reward_model.model import LatentRMModule
 from latent_tts.training.reward_model.optimization import RewardOptimization
 
 OPTIMIZATION = RewardOptimization(
-    batch=8, lr=1e-2, warmup=0.1, epochs=2, weight_decay=0.01, clip=1.0, evaluations=2, patience=10
+    batch=8, accumulation=1, lr=1e-2, warmup=0.1, epochs=2, weight_decay=0.01, clip=1.0, evaluations=2, patience=10
 )
 
 
-def rm(family: str, **kwargs) -> LatentRM:
+def rm(family: str, **kwargs) -> LatentRMModule:
     lm = reasoner(family).lm
-    return LatentRM(lm, seed=0, **kwargs).train()
+    return LatentRMModule(lm, seed=0, **kwargs).train()
 
 
 @pytest.fixture(scope="module")
@@ -234,10 +235,10 @@ def train(adapter, train_path, valid_path, output, report=lambda *_: None, bf16=
         for path in (train_path, valid_path)
     )
     model = reward.initial_model(adapter, "reasoner", 0)
-    trainer = reward.train(
-        model, RewardLoss("contrastive", False), data, valid, replace(OPTIMIZATION, **changed),
-        seed=0, bf16=bf16, output=output, report=report,
-    )  # fmt: skip
+    optimization = replace(OPTIMIZATION, **changed)
+    arguments = reward.trainer_arguments(optimization, len(data), output, seed=0, bf16=bf16, device="cpu")
+    loss = RewardLoss("contrastive", False)
+    trainer = reward.train(model, loss, data, valid, optimization, arguments, report=report)
     return model, trainer
 
 
@@ -258,19 +259,24 @@ def test_bfloat16_autocast_runs_and_keeps_the_weights_in_float32(folders, tmp_pa
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(folders, tmp_path):
-    def stop(done, logged):
-        if done == 5:
-            raise KeyboardInterrupt
+class Crash(Exception):
+    pass
 
-    with pytest.raises(KeyboardInterrupt):
-        train(*folders, tmp_path / "stopped", report=stop)
-    assert reward.last_checkpoint(tmp_path / "stopped").name == "checkpoint-4"
+
+@pytest.mark.parametrize(("stop", "saved"), [(Crash, 4), (KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
+def test_a_stopped_run_resumes_to_the_same_weights(folders, tmp_path, stop, saved):
+    def stop_at_5(done, figures):
+        if done == 5:
+            raise stop
+
+    with pytest.raises(stop):
+        train(*folders, tmp_path / "stopped", report=stop_at_5)
+    assert last_state(tmp_path / "stopped").name == f"checkpoint-{saved}"
     (tmp_path / "stopped" / "checkpoint-9").mkdir()  # cut off while it was written
     seen = []
     resumed, _ = train(*folders, tmp_path / "stopped", report=lambda done, logged: seen.append(done))
     whole, _ = train(*folders, tmp_path / "whole")
-    assert seen == [5, 6, 7, 8]
+    assert seen == list(range(saved + 1, 9))
     a, b = (dict(model.named_parameters()) for model in (resumed, whole))
     assert all(torch.equal(a[name], b[name]) for name in b)
     states = [
@@ -281,6 +287,22 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folders, tmp_path):
     seen.clear()
     train(*folders, tmp_path / "stopped", report=lambda done, logged: seen.append(done))
     assert seen == []
+
+
+def test_micro_batches_make_the_same_update(folders, tmp_path, monkeypatch):
+    sizes, real = {1: [], 2: []}, RewardLoss.__call__
+    trained = {}
+    for accumulation, seen in sizes.items():
+
+        def counted(self, logits, *args, seen=seen):
+            seen.extend([len(logits)] if torch.is_grad_enabled() else [])
+            return real(self, logits, *args)
+
+        monkeypatch.setattr(RewardLoss, "__call__", counted)
+        trained[accumulation], _ = train(*folders, tmp_path / str(accumulation), epochs=1, accumulation=accumulation)
+    assert sizes == {1: [8] * 4, 2: [4] * 8}
+    for (name, a), (_, b) in zip(trained[1].named_parameters(), trained[2].named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3, msg=name)
 
 
 def test_training_stops_when_the_choice_gets_no_better(folders, tmp_path):

@@ -1,6 +1,13 @@
 """COCONUT's curriculum, the latent forward pass with gradients, and a loop that can stop and go on."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import islice
 
@@ -16,12 +23,18 @@ from latent_tts.random.draw import Draw
 from latent_tts.recipe.coconut import Coconut as Recipe
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.task.arith import Arith
-from latent_tts.training.reasoner import coconut, loop
-from latent_tts.training.reasoner.batch import question_batches
+from latent_tts.training.folder import last_state
+from latent_tts.training.reasoner import coconut
+from latent_tts.training.reasoner import train as training
+from latent_tts.training.reasoner.batch import encode_batch, question_batches, written_loss
 from latent_tts.training.reasoner.curriculum import Stage, written_text
+from latent_tts.training.reasoner.optimization import ReasonerOptimization
 
+CPU = torch.device("cpu")
 RECIPE = Recipe(written_updates=3, stage_updates=[2, 2], final_updates=3, final_dropout=None, latents=3, step_loss=0.5)
-OPTIMIZATION = loop.Optimization(batch=4, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False)
+OPTIMIZATION = ReasonerOptimization(
+    batch=4, accumulation=1, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False
+)
 
 
 @pytest.fixture
@@ -30,19 +43,21 @@ def adapter(checkpoint):
 
 
 def train(adapter, output, recipe=RECIPE, optimization=OPTIMIZATION, save_every=2, report=lambda *a: None):
-    output.mkdir(exist_ok=True)
-    return loop.train(
+    return training.train(
         recipe,
         adapter,
         Arith("train", None, None, 0).stream(),
         Arith("valid", 8, None, 0).questions(),
         optimization,
+        training.trainer_arguments(recipe, optimization, output, seed=0, device="cpu"),
         seed=0,
-        output=output,
-        settings={"latents": 3},
         save_every=save_every,
         report=report,
     )
+
+
+def weights(states):
+    return load_file(last_state(states) / "model.safetensors")
 
 
 def test_stages_hide_one_step_more_each_and_end_without_any():
@@ -81,7 +96,7 @@ def test_the_padded_batch_computes_what_the_engine_computes(adapter, latents):
     questions = Arith("valid", 5, None, 0).questions()
     stage = Stage(1, latents, None)
     lm = AutoModelForCausalLM.from_pretrained(adapter.folder, dtype=torch.float32).eval()
-    batch = coconut.encode_batch(adapter, questions, stage)
+    batch = encode_batch(adapter, questions, stage, CPU)
     assert batch.prompt_mask_QL.sum(1).unique().numel() > 1  # prompts of unequal length
     predicted = coconut.training_logits(lm, batch, latents)[0].argmax(-1)[:, 0].tolist()
     engine = Engine(
@@ -96,15 +111,15 @@ def test_the_padded_batch_computes_what_the_engine_computes(adapter, latents):
 def test_gradients_reach_the_prompt_through_every_latent(adapter):
     questions = Arith("valid", 3, None, 0).questions()
     lm = AutoModelForCausalLM.from_pretrained(adapter.folder, dtype=torch.float32)
-    batch = coconut.encode_batch(adapter, questions, Stage(1, 3, None))
-    coconut.written_loss(coconut.training_logits(lm, batch, 3)[0], batch).backward()
+    batch = encode_batch(adapter, questions, Stage(1, 3, None), CPU)
+    written_loss(coconut.training_logits(lm, batch, 3)[0], batch).backward()
     word = int(batch.prompt_QL[0, -3])
     assert lm.transformer.wte.weight.grad[word].abs().sum() > 0
 
 
 def test_each_latent_is_asked_for_its_steps_result_and_then_for_the_answer(adapter):
     question = next(q for q in Arith("valid", 50, [2], 0).stream())
-    batch = coconut.encode_batch(adapter, [question], Stage(1, 4, None))
+    batch = encode_batch(adapter, [question], Stage(1, 4, None), CPU)
     first = question.steps[0].rpartition("=")[2].removesuffix(">>")
     assert adapter.tokenizer.decode(batch.results_QT[0].tolist()) == first + question.answer * 3
     with_steps, without = (coconut.CoconutObjective(adapter, weight) for weight in (1.0, 0.0))
@@ -121,7 +136,7 @@ def test_updates_are_those_of_the_loop_before_it_was_shared_by_families(adapter,
         adapter,
         tmp_path / "out",
         replace(RECIPE, final_dropout=0.3),
-        report=lambda done, record: losses.append(record["loss"]),
+        report=lambda done, figures: losses.append(figures["loss"]),
     )
     published = [7.62381, 7.09488, 6.68808, 9.02281, 8.57428, 9.12849, 9.74959, 9.78673, 9.6843, 9.35716]
     assert losses == pytest.approx(published, rel=1e-3)
@@ -137,52 +152,76 @@ def test_the_loss_falls(adapter, tmp_path):
         long,
         slower,
         save_every=60,
-        report=lambda done, record: losses.append(record["loss"]),
+        report=lambda done, figures: losses.append(figures["loss"]),
     )
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(adapter, tmp_path):
-    class Stop(Exception):
-        pass
+class Crash(Exception):
+    pass
 
-    def stop(done, record):
+
+@pytest.mark.parametrize(("stop", "saved"), [(Crash, 4), (KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
+def test_a_stopped_run_resumes_to_the_same_weights(adapter, tmp_path, stop, saved):
+    def stop_at_5(done, figures):
         if done == 5:
-            raise Stop
+            raise stop
 
-    with pytest.raises(Stop):
-        train(adapter, tmp_path / "stopped", report=stop)
-    resumed, whole = train(adapter, tmp_path / "stopped"), train(adapter, tmp_path / "whole")
-    assert resumed["update"] == whole["update"] == 10
-    a, b = (load_file(tmp_path / name / "state.safetensors") for name in ("stopped", "whole"))
+    with pytest.raises(stop) as stopped:
+        train(adapter, tmp_path / "stopped", report=stop_at_5)
+    assert last_state(tmp_path / "stopped").name == f"checkpoint-{saved}"
+    if stop is KeyboardInterrupt:
+        assert str(stopped.value) == (
+            f"the state after update 5 of 10 is saved in {tmp_path / 'stopped'}; re-run the command to resume"
+        )
+    (tmp_path / "stopped/checkpoint-9").mkdir()  # cut off while it was written
+    losses = {"stopped": {}, "whole": {}}
+    for name, seen in losses.items():
+        train(adapter, tmp_path / name, report=lambda done, figures, seen=seen: seen.update({done: figures["loss"]}))
+    assert list(losses["stopped"]) == list(range(saved + 1, 11))
+    assert losses["stopped"].items() <= losses["whole"].items()
+    a, b = (weights(tmp_path / name) for name in ("stopped", "whole"))
+    assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in b)
-    logs = [(tmp_path / name / "loss.jsonl").read_text().splitlines() for name in ("stopped", "whole")]
-    assert [json.loads(line)["loss"] for line in logs[0]] == [json.loads(line)["loss"] for line in logs[1]]
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-10"]
 
 
 def test_a_finished_run_is_not_trained_again(adapter, tmp_path):
     train(adapter, tmp_path / "out")
     updates = []
-    record = train(adapter, tmp_path / "out", report=lambda done, record: updates.append(done))
+    train(adapter, tmp_path / "out", report=lambda done, figures: updates.append(done))
     assert updates == []
-    assert record["update"] == 10
 
 
-def test_another_runs_folder_is_refused(adapter, tmp_path):
-    train(adapter, tmp_path / "out")
-    with pytest.raises(UsageError, match="other settings"):
-        loop.train(
-            RECIPE,
-            adapter,
-            Arith("train", None, None, 0).stream(),
-            [],
-            OPTIMIZATION,
-            seed=0,
-            output=tmp_path / "out",
-            settings={"latents": 4},
-            save_every=2,
-            report=lambda *a: None,
-        )
+def test_an_update_in_micro_batches_has_the_mean_of_their_gradients(adapter, tmp_path):
+    recipe = replace(RECIPE, written_updates=1, stage_updates=[], final_updates=0, final_dropout=None)
+    adapter = replace(adapter, checkpoint=str(shutil.copytree(adapter.folder, tmp_path / "no dropout")))
+    config = json.loads((adapter.folder / "config.json").read_text())
+    config |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    (adapter.folder / "config.json").write_text(json.dumps(config))
+    optimization, losses = replace(OPTIMIZATION, accumulation=2), []
+    seen = train(
+        adapter, tmp_path / "out", recipe, optimization, report=lambda done, figures: losses.append(figures["loss"])
+    )
+    assert seen.state.global_step == 1
+    objective = recipe.objective(adapter)
+    questions = next(question_batches(Arith("train", None, None, 0).stream(), 4))
+    parts = [objective.loss(half, Stage(1, 0, 0)) for half in (questions[:2], questions[2:])]
+    assert losses == [pytest.approx(sum(part.item() for part in parts) / 2, rel=1e-6)]
+    (sum(parts) / 2).backward()
+    named = dict(objective.lm.named_parameters())
+    torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in named.values() if p.dim() >= 2], "weight_decay": 0.01},
+            {"params": [p for p in named.values() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=5e-3,
+        betas=(0.9, 0.98),
+    )
+    optimizer.step()
+    for name, value in weights(tmp_path / "out").items():
+        torch.testing.assert_close(value, named[name.removeprefix("lm.")].data, rtol=1e-4, atol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(adapter, tmp_path, monkeypatch):
@@ -194,9 +233,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(adapter, tmp_p
         return real(*args) * (float("nan") if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(coconut.CoconutObjective, "loss", sometimes_nan)
-    with pytest.raises(RunError, match="nan at update 3"):
+    with pytest.raises(RunError, match=r"loss is nan at update 3; the last good state is .*checkpoint-3"):
         train(adapter, tmp_path / "out")
-    assert (tmp_path / "out" / "state.safetensors").is_file()
+    assert weights(tmp_path / "out")
 
 
 def test_batches_are_of_like_length_and_lose_no_question():
@@ -221,5 +260,63 @@ def test_train_reasoner_writes_a_checkpoint_that_runs(ltts, tmp_path):
     assert json.loads((tmp_path / "out/checkpoint/config.json").read_text())["latent_tts"] == {"latents": 6}
     run = ltts("run", "model.checkpoint=out/checkpoint", "task.limit=2", "n=2", "max_answer_tokens=3")
     assert run.code == 0, run.err
-    assert ltts(*line).code == 0  # finished: the same line does no harm
+    assert ltts(*line).code == 0  # finished: re-running does no harm
     assert ltts(*line, "seed=1").code == 2  # another run in the same folder
+
+
+SMALL = (
+    "recipe.written_updates=2", "recipe.stage_updates=[]", "recipe.final_updates=1", "backbone.layers=1",
+    "backbone.width=16", "backbone.heads=2", "optimization.batch=4", "valid_questions=4",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("model.checkpoint=somewhere", "init=somewhere"),
+        ("device=gpu", "one of auto, cpu, cuda, cuda:INDEX"),
+        ("device=cuda:64", "CUDA devices; device=cpu works anywhere"),
+        ("optimization.accumulation=3", "a divisor of batch=4"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(ltts, tmp_path, wrong, said):
+    result = ltts("train-reasoner", "output=out", *SMALL, wrong)
+    assert result.code == 2
+    assert wrong in result.err
+    assert said in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_state_of_an_earlier_version_is_refused(ltts, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/state.safetensors").touch()
+    result = ltts("train-reasoner", "output=out", *SMALL)
+    assert result.code == 2
+    assert "output=out: holds a state.safetensors of an earlier version" in result.err
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_weights(tmp_path):
+    def command(output):
+        line = [*SMALL, "recipe.written_updates=60", f"output={output}", "optimization.cosine_updates=60", "device=cpu"]
+        return [sys.executable, "-m", "latent_tts", "train-reasoner", *line]
+
+    options = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command("stopped"), env=environment, **options)
+    log_folder = tmp_path / "stopped/states/tensorboard"
+    while process.poll() is None and not list(log_folder.glob("events*")):  # there when updates begin
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    found = re.search(r"interrupted: the state after update (\d+) of 61 is saved in .*; re-run the command", err)
+    assert found, err
+    assert last_state(tmp_path / "stopped/states").name == f"checkpoint-{found[1]}"
+    for output in ("stopped", "whole"):
+        done = subprocess.run(command(output), env=environment, check=False, **options)
+        assert done.returncode == 0, done.stderr
+    assert 1 <= int(found[1]) < 61
+    a, b = (weights(tmp_path / name / "states") for name in ("stopped", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in b)

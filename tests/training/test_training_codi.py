@@ -17,7 +17,7 @@ from latent_tts.recipe.codi import Codi as Recipe
 from latent_tts.task.arith import Arith
 from latent_tts.training.reasoner.codi import alignment
 from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.initial import copy_checkpoint, prepare
+from latent_tts.training.reasoner.initial import copy_checkpoint, write_initial_checkpoint
 
 VALUES: dict[str, Any] = {
     "written_updates": 2,
@@ -42,7 +42,7 @@ def recipe_with(changes: dict[str, Any]) -> Recipe:
 @pytest.fixture(scope="module")
 def folder(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("codi") / "initial"
-    prepare(partial(copy_checkpoint, checkpoint), folder, Recipe(**VALUES), seed=1)
+    write_initial_checkpoint(partial(copy_checkpoint, checkpoint), folder, Recipe(**VALUES), seed=1)
     return folder
 
 
@@ -118,7 +118,7 @@ def test_the_first_stage_is_the_teacher_alone(folder):
 
 def test_a_projector_can_start_as_the_identity(checkpoint, tmp_path):
     start, wide = partial(copy_checkpoint, checkpoint), {"projector_init": "identity", "projector_hidden": None}
-    prepare(start, tmp_path / "initial", recipe_with(wide), 1)
+    write_initial_checkpoint(start, tmp_path / "initial", recipe_with(wide), 1)
     projector = adapter_of(tmp_path / "initial").load(device="cpu", dtype="float32").next_latent
     hidden = torch.randn(5, 16)
     assert isinstance(projector, torch.nn.Sequential)
@@ -127,7 +127,7 @@ def test_a_projector_can_start_as_the_identity(checkpoint, tmp_path):
     states = reasoner.lm.base_model(torch.arange(40, 72)[None]).last_hidden_state[0]
     torch.testing.assert_close(projector(states), states - states.mean(1, keepdim=True), rtol=0.02, atol=0.02)
     with pytest.raises(UsageError, match=r"recipe\.projector_hidden=24: 32 or more"):
-        prepare(
+        write_initial_checkpoint(
             partial(copy_checkpoint, checkpoint),
             tmp_path / "narrow",
             recipe_with({"projector_init": "identity"}),
@@ -177,8 +177,8 @@ def test_bad_values_are_refused_by_name(wrong):
         recipe_with(wrong)
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(folder, tmp_path):
-    check_resume(Recipe(**VALUES), adapter_of(folder), tmp_path, "weight.projector.1.weight")
+def test_a_stopped_run_resumes_to_the_same_weights(folder, tmp_path):
+    check_resume(Recipe(**VALUES), adapter_of(folder), tmp_path, "own.projector.1.weight")
 
 
 TINY = ("model.latents=2", "optimization.batch=4", "valid_questions=4")

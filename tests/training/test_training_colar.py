@@ -14,10 +14,11 @@ from latent_tts.errors import UsageError
 from latent_tts.model.colar import Colar
 from latent_tts.recipe.colar import Colar as Recipe
 from latent_tts.task.arith import Arith, words
-from latent_tts.training.reasoner import loop
-from latent_tts.training.reasoner.colar import compressed, slots_of
-from latent_tts.training.reasoner.initial import copy_checkpoint, prepare
+from latent_tts.training.reasoner.colar import compress, encode_slots
+from latent_tts.training.reasoner.initial import copy_checkpoint, write_initial_checkpoint
+from latent_tts.training.reasoner.train import ReasonerModule
 
+CPU = torch.device("cpu")
 VALUES: dict[str, Any] = {
     "written_updates": 2,
     "final_updates": 3,
@@ -38,7 +39,7 @@ def recipe_with(changes: dict[str, Any]) -> Recipe:
 @pytest.fixture(scope="module")
 def folder(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("colar") / "initial"
-    prepare(partial(copy_checkpoint, checkpoint), folder, Recipe(**VALUES), seed=1)
+    write_initial_checkpoint(partial(copy_checkpoint, checkpoint), folder, Recipe(**VALUES), seed=1)
     return folder
 
 
@@ -89,7 +90,9 @@ def test_the_loss_equals_one_without_padding(folder, stage):
 
 def test_a_head_with_a_spread_is_trained_by_its_likelihood(folder, tmp_path):
     recipe = recipe_with({"latent_loss": "nll"})
-    prepare(partial(copy_checkpoint, folder), tmp_path / "initial", recipe, seed=1)  # the head is there, its spread not
+    write_initial_checkpoint(
+        partial(copy_checkpoint, folder), tmp_path / "initial", recipe, seed=1
+    )  # the head is there, its spread not
     questions, adapter = Arith("valid", 4, None, 0).questions(), adapter_of(tmp_path / "initial")
     objective = recipe.objective(adapter)
     objective.lm.double().eval()
@@ -107,7 +110,7 @@ def test_a_compressed_embedding_keeps_the_spread_of_embeddings():
     embeddings_QSCD = torch.randn(50, 2, 8, 64)
     mask_QSC = torch.ones(50, 2, 8, dtype=torch.long)
     mask_QSC[:, 1, 3:] = 0
-    result_QSD = compressed(embeddings_QSCD, mask_QSC)
+    result_QSD = compress(embeddings_QSCD, mask_QSC)
     assert result_QSD[:, 0].std() == pytest.approx(1.0, abs=0.05)
     assert result_QSD[:, 1].std() == pytest.approx(1.0, abs=0.05)
     torch.testing.assert_close(result_QSD[:, 1], embeddings_QSCD[:, 1, :3].sum(1) / math.sqrt(3))
@@ -115,7 +118,7 @@ def test_a_compressed_embedding_keeps_the_spread_of_embeddings():
 
 def test_the_slots_are_the_steps_in_stretches_then_the_end_then_the_answer(folder):
     question = next(q for q in Arith("valid", None, [2], 0).stream())
-    slots = slots_of(adapter_of(folder), [question], 5)
+    slots = encode_slots(adapter_of(folder), [question], 5, CPU)
     bags = [ids[: int(mask.sum())].tolist() for ids, mask in zip(slots.bag_QSC[0], slots.bag_mask_QSC[0], strict=True)]
     decoded = [adapter_of(folder).answer_text(bag) for bag in bags]
     assert "".join(decoded[: int(slots.latent_QS.sum())]) == "".join(f"{step}\n" for step in question.steps)
@@ -142,7 +145,7 @@ def test_validation_leaves_the_training_attention_as_it_was(folder):
     objective, questions = recipe.objective(adapter_of(folder)), Arith("valid", 4, None, 0).questions()
     objective.lm.eval()
     before = objective.loss(questions, recipe.stages()[-1])
-    assert loop.exact_match(objective, questions, recipe.stages()[-1]) in {0, 0.25, 0.5, 0.75, 1}
+    assert ReasonerModule(objective).exact_match(questions, recipe.stages()[-1]) in {0, 0.25, 0.5, 0.75, 1}
     objective.lm.eval()
     assert torch.equal(before, objective.loss(questions, recipe.stages()[-1]))
 
@@ -180,9 +183,9 @@ def test_bad_values_are_refused_by_name(wrong):
         recipe_with(wrong)
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(folder, tmp_path):
+def test_a_stopped_run_resumes_to_the_same_weights(folder, tmp_path):
     recipe = recipe_with({"latent_noise": 0.3})
-    check_resume(recipe, adapter_of(folder), tmp_path, "weight.lt_head.mean.weight")
+    check_resume(recipe, adapter_of(folder), tmp_path, "own.lt_head.mean.weight")
 
 
 def test_train_reasoner_from_scratch_writes_a_colar_checkpoint_that_runs(ltts, tmp_path):

@@ -12,7 +12,7 @@ from latent_tts.model.pccot import Pccot
 from latent_tts.recipe.pccot import Pccot as Recipe
 from latent_tts.task.arith import Arith
 from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.initial import copy_checkpoint, prepare
+from latent_tts.training.reasoner.initial import copy_checkpoint, write_initial_checkpoint
 
 VALUES = {
     "written_updates": 2,
@@ -35,7 +35,7 @@ QUESTIONS = Arith("train", 4, None, 0).questions()
 def folder(checkpoint, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("pccot") / "initial"
     recipe = Recipe(**VALUES | {"projection": request.param})
-    prepare(partial(copy_checkpoint, checkpoint), folder, recipe, seed=1)
+    write_initial_checkpoint(partial(copy_checkpoint, checkpoint), folder, recipe, seed=1)
     return folder
 
 

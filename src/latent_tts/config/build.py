@@ -20,9 +20,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config.schemas import SCHEMAS
-from latent_tts.errors import LatentTTSError, UsageError, bad_value, require, unknown_key
-
-__all__ = ["require"]
+from latent_tts.errors import LatentTTSError, UsageError, bad_value, unknown_key
 
 
 @cache

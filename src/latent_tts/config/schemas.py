@@ -129,6 +129,7 @@ class TrainReasonerConfig:
     output: str = MISSING
     init: str | None = MISSING
     seed: int = MISSING
+    device: str = MISSING
     save_every: int = MISSING
     valid_questions: int = MISSING
     model: Any = MISSING
@@ -167,6 +168,7 @@ class TrainRMConfig:
     sampler: Any = MISSING
     init: str = MISSING
     seed: int = MISSING
+    device: str = MISSING
     bf16: bool = MISSING
     weights_dtype: str = MISSING
     model: Any = MISSING

@@ -1,1 +1,1 @@
-"""Training recipes, one a family."""
+"""Training recipes, one per family, checked without torch; objectives are in `latent_tts.training.reasoner`."""

@@ -69,4 +69,4 @@ class Codi(Distilled):
         """The model in training and its loss (imports torch)."""
         from latent_tts.training.reasoner.codi import CodiObjective
 
-        return CodiObjective(adapter, self.weights(), self.projector_dropout)
+        return CodiObjective(adapter, self.weights, self.projector_dropout)

@@ -65,7 +65,7 @@ class Pccot(Distilled):
         """The model in training and its loss (imports torch)."""
         from latent_tts.training.reasoner.pccot import PccotObjective
 
-        return PccotObjective(adapter, self.weights(), self.sweeps)
+        return PccotObjective(adapter, self.weights, self.sweeps)
 
     def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
         """T and K."""

@@ -1,4 +1,4 @@
-"""A fresh backbone with random weights: what `train-reasoner` starts from when it is given no checkpoint."""
+"""A fresh backbone with random weights: the start of `train-reasoner` without `init`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ PERIODS = (2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 16.0, 25.0, 50.0, 100.0, 200.0, 400.0)
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """Shape of a GPT-2 trained from scratch.
+class BackboneConfig:
+    """The shape of a GPT-2 that is trained from scratch.
 
     Attributes:
         layers, width, heads, positions: as in the GPT-2 config.
         dropout: rate at the embedding and both residual branches while training.
-        number_scale: how much of a number's waves its initial embedding holds; 0 leaves it random.
+        number_scale: scale of the number features added to the random initial embedding of a number; 0 adds none.
     """
 
     layers: int

@@ -1,40 +1,96 @@
-"""Batches of questions as token ids, and causal passes over them with gradients."""
+"""Batches of questions: their order and token ids, causal passes with gradients, the losses that families share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.training.reasoner.curriculum import Stage, step_results, written_text
 from latent_tts.types import Question
 
-POOL = 8  # updates whose questions are drawn together and grouped by length, so that little is padding
+BATCHES_PER_POOL = 8  # drawn together and sorted by length, so that little is padding
 
 
 def question_batches(stream: Iterator[Question], batch: int) -> Iterator[list[Question]]:
-    """Batches of like length: `POOL` batches are drawn at once, sorted by length and handed out in a fixed order."""
-    for pool in iter(lambda: list(islice(stream, POOL * batch)), []):
+    """Batches of questions of similar length: of `BATCHES_PER_POOL` batches, sorted by length, in a fixed order."""
+    for pool in iter(lambda: list(islice(stream, BATCHES_PER_POOL * batch)), []):
         pool.sort(key=lambda question: len(question.text.split()))
         for index in (3, 6, 0, 5, 2, 7, 1, 4):  # long and short batches in turn
             yield pool[index * batch : (index + 1) * batch]
 
 
-def padded(rows: list[list[int]], pad_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids and mask (rows, longest), both int64, the mask 1 on real tokens."""
+def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids and mask (rows, longest), both int64; the mask is 1 on real tokens, padding is on the left or the right."""
     width = max(map(len, rows))
     ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.long), 1
-    return ids, mask
+    return ids.to(device), mask.to(device)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids of a batch: prompts padded on the left, the text after the latents padded on the right.
+
+    Attributes:
+        prompt_QL, written_QA: ids (int64); `written` begins with the end-of-thinking tokens, if there are any.
+        prompt_mask_QL, written_mask_QA: 1 on real tokens.
+        forced: number of leading tokens of `written` that are forced, so that the model need not predict them.
+        results_QT: the first token of each latent's step result; the answer's for latents past the last step.
+    """
+
+    prompt_QL: Tensor
+    prompt_mask_QL: Tensor
+    written_QA: Tensor
+    written_mask_QA: Tensor
+    forced: int
+    results_QT: Tensor
+
+    @property
+    def targets_QA(self) -> Tensor:
+        """The tokens to predict, -100 on padding; without the forced tokens."""
+        return self.written_QA[:, self.forced :].masked_fill(self.written_mask_QA[:, self.forced :] == 0, -100)
+
+
+def encode_batch(
+    adapter: CheckpointAdapter, questions: list[Question], stage: Stage, device: torch.device
+) -> TokenBatch:
+    """The tokens of questions in a stage of the curriculum."""
+    end, eos, encode = adapter.thinking_end_ids, adapter.eos_id, adapter.tokenizer.encode
+    written = [[*end, *encode(written_text(q.steps, q.answer, stage)).ids] for q in questions]
+    prompt_QL, prompt_mask_QL = pad_rows([adapter.encode(question) for question in questions], eos, device, left=True)
+    written_QA, written_mask_QA = pad_rows([[*ids, eos] for ids in written], eos, device, left=False)
+    results = [[*step_results(q.steps), *[q.answer] * stage.latents][: stage.latents] for q in questions]
+    results_QT = torch.tensor([[encode(result).ids[0] for result in row] for row in results], device=device)
+    return TokenBatch(prompt_QL, prompt_mask_QL, written_QA, written_mask_QA, len(end), results_QT)
+
+
+def written_loss(logits_QAV: Tensor, batch: TokenBatch) -> Tensor:
+    """Mean cross-entropy of the written tokens that are not forced."""
+    return F.cross_entropy(logits_QAV.float().flatten(0, 1), batch.targets_QA.flatten(), ignore_index=-100)
+
+
+def step_results_loss(logits_QTV: Tensor, batch: TokenBatch) -> Tensor:
+    """Mean cross-entropy of the latents on the results of their steps.
+
+    Each latent has to predict the result of the step that it replaces; inference never reads this prediction. It is a
+    light form of the step-level supervision of SIM-CoT (Wei et al. 2025, arXiv 2509.20317), with the model's own head
+    for a decoder.
+    """
+    return F.cross_entropy(logits_QTV.float().flatten(0, 1), batch.results_QT.flatten())
 
 
 class Sequences:
-    """Rows in the making: what has been fed so far, with gradients; padding may stand at the left of the first pass.
+    """Rows that grow pass by pass, with gradients; only the first pass may be padded on the left.
 
     Positions count the real tokens.
     """
@@ -44,16 +100,16 @@ class Sequences:
         self.mask: Tensor | None = None
 
     def feed(self, embeddings_QSD: Tensor, mask_QS: Tensor | None = None) -> Tensor:
-        """Append S vectors to every row; returns their final hidden states (Q, S, D). No mask: all are real."""
+        """Append S vectors to every row; returns their final hidden states (Q, S, D). Without a mask all are real."""
         return self._run(embeddings_QSD, mask_QS, every_layer=False).last_hidden_state
 
-    def feed_and_see(self, embeddings_QSD: Tensor, mask_QS: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The same; returns the outputs (Q, S, D) of every block, the last one's normalised."""
+    def feed_all_layers(self, embeddings_QSD: Tensor, mask_QS: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Append S vectors as `feed` does; returns the outputs (Q, S, D) of every block, the last one's normalised."""
         return self._run(embeddings_QSD, mask_QS, every_layer=True).hidden_states[1:]
 
     def _run(self, embeddings_QSD: Tensor, mask_QS: Tensor | None, *, every_layer: bool):
         if mask_QS is None:
-            mask_QS = torch.ones(embeddings_QSD.shape[:2], dtype=torch.long)
+            mask_QS = torch.ones(embeddings_QSD.shape[:2], dtype=torch.long, device=embeddings_QSD.device)
         self.mask = mask_QS if self.mask is None else torch.cat([self.mask, mask_QS], dim=1)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -embeddings_QSD.shape[1] :]
         return self.lm.base_model(
@@ -66,7 +122,7 @@ class Sequences:
         )
 
     def fork(self) -> Sequences:
-        """The same rows, to be gone on with in another way."""
+        """A copy that can be continued differently; it shares the keys and values so far."""
         other = Sequences(self.lm)
         other.mask = self.mask
         for layer, part in enumerate(self.cache.layers):

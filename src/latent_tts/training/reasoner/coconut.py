@@ -3,67 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.training.reasoner.batch import Sequences, padded
-from latent_tts.training.reasoner.curriculum import Stage, step_results, written_text
-from latent_tts.training.reasoner.initial import trainable_lm
+from latent_tts.training.reasoner.batch import Sequences, TokenBatch, encode_batch, step_results_loss, written_loss
+from latent_tts.training.reasoner.curriculum import Stage
+from latent_tts.training.reasoner.initial import load_trainable_lm
 from latent_tts.types import Question
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Token ids of a batch: prompts padded on the left, what is written after thinking padded on the right.
-
-    Attributes:
-        prompt_QL, written_QA: ids (int64); `written` begins with the end-of-thinking tokens, if there are any.
-        prompt_mask_QL, written_mask_QA: 1 on real tokens.
-        forced: how many tokens of `written` are forced, so that nothing has to predict them.
-        results_QT: the first token of each latent's step's result; past the last step, of the answer.
-    """
-
-    prompt_QL: Tensor
-    prompt_mask_QL: Tensor
-    written_QA: Tensor
-    written_mask_QA: Tensor
-    forced: int
-    results_QT: Tensor
-
-    @property
-    def targets_QA(self) -> Tensor:
-        """What is to be predicted, -100 on padding; without the forced tokens."""
-        return self.written_QA[:, self.forced :].masked_fill(self.written_mask_QA[:, self.forced :] == 0, -100)
-
-
-def encode_batch(adapter: CheckpointAdapter, questions: list[Question], stage: Stage) -> Batch:
-    """Tokens of a stage of the curriculum."""
-    end, eos, encode = adapter.thinking_end_ids, adapter.eos_id, adapter.tokenizer.encode
-    written = [[*end, *encode(written_text(q.steps, q.answer, stage)).ids] for q in questions]
-    prompt_QL, prompt_mask_QL = padded([adapter.encode(question) for question in questions], eos, left=True)
-    written_QA, written_mask_QA = padded([[*ids, eos] for ids in written], eos, left=False)
-    results = [[*step_results(q.steps), *[q.answer] * stage.latents][: stage.latents] for q in questions]
-    results_QT = torch.tensor([[encode(result).ids[0] for result in row] for row in results])
-    return Batch(prompt_QL, prompt_mask_QL, written_QA, written_mask_QA, len(end), results_QT)
-
-
 def training_logits(
-    lm: PreTrainedModel, batch: Batch, latents: int, next_latent: Callable[[Tensor], Tensor] = lambda hidden: hidden
+    lm: PreTrainedModel,
+    batch: TokenBatch,
+    latents: int,
+    next_latent: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (Q, A, V) of every written token that is not forced, and (Q, T, V) of what each latent would write.
+    """Logits (Q, A, V) of every written token that is not forced, and (Q, T, V) at the latents.
 
     Gradients flow through the latents.
 
     Args:
         lm: the causal LM.
-        batch: what stands before and after thinking.
+        batch: the text before and after the latents.
         latents: T.
-        next_latent: turns a last hidden state into the latent that is fed back.
+        next_latent: makes the latent that is fed back from a last hidden state.
     """
     rows, embed = Sequences(lm), lm.get_input_embeddings()
     head = lm.get_output_embeddings()
@@ -79,38 +45,24 @@ def training_logits(
     return head(hidden[:, -written:]), head(torch.cat([*thoughts, hidden[:, :0]], dim=1))
 
 
-def written_loss(logits_QAV: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy over the written tokens that are not forced."""
-    return F.cross_entropy(logits_QAV.float().flatten(0, 1), batch.targets_QA.flatten(), ignore_index=-100)
-
-
-def step_results_loss(logits_QTV: Tensor, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the latents on their steps' results.
-
-    It asks of each latent what its hidden step would have come to; inference never reads it. It is a light form of the
-    step-level supervision of SIM-CoT (Wei et al. 2025, arXiv 2509.20317), with the model's own head for a decoder.
-    """
-    return F.cross_entropy(logits_QTV.float().flatten(0, 1), batch.results_QT.flatten())
-
-
 class CoconutObjective:
     """Next-token prediction after a stage's latents.
 
     Attributes:
         lm: the causal LM in training.
         own: no modules of its own.
-        next_latent: turns a last hidden state into the next latent.
+        next_latent: makes the next latent from a last hidden state.
     """
 
     def __init__(self, adapter: CheckpointAdapter, step_loss: float) -> None:
         self.adapter, self.step_loss = adapter, step_loss
-        self.lm = trainable_lm(adapter.folder)
+        self.lm = load_trainable_lm(adapter.folder)
         self.own = nn.ModuleDict()
         self.next_latent: Callable[[Tensor], Tensor] = lambda hidden: hidden
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
         """`written_loss`, plus `step_loss` times `step_results_loss` where there are latents."""
-        batch = encode_batch(self.adapter, questions, stage)
+        batch = encode_batch(self.adapter, questions, stage, self.lm.device)
         written, thoughts = training_logits(self.lm, batch, stage.latents, self.next_latent)
         loss = written_loss(written, batch)
         if stage.latents and self.step_loss:
@@ -118,12 +70,12 @@ class CoconutObjective:
         return loss
 
     def exact_matches(self, questions: list[Question], stage: Stage) -> int:
-        """How many questions have all their written tokens as the argmax.
+        """The number of questions whose written tokens are all the argmax.
 
-        With no written steps left their share is greedy accuracy: greedy decoding keeps to gold tokens that are the
+        Where no step is written their share is the greedy accuracy: greedy decoding follows gold tokens that are the
         argmax.
         """
-        batch = encode_batch(self.adapter, questions, stage)
+        batch = encode_batch(self.adapter, questions, stage, self.lm.device)
         predicted = training_logits(self.lm, batch, stage.latents, self.next_latent)[0].argmax(-1)
         right = (predicted == batch.targets_QA) | (batch.targets_QA == -100)
         return int(right.all(1).sum())

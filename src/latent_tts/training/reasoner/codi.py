@@ -1,8 +1,7 @@
-"""CODI's objective: the student's thoughts have to bring it to where the teacher's written steps bring the teacher."""
+"""CODI's objective: by latents the student has to reach the hidden states that the teacher reaches by written steps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,28 +13,13 @@ from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.modules import codi_projector
 from latent_tts.errors import bad_value
 from latent_tts.model.codi import PROJECTOR
-from latent_tts.training.reasoner.batch import Sequences
-from latent_tts.training.reasoner.coconut import Batch, CoconutObjective, encode_batch, step_results_loss, written_loss
-from latent_tts.training.reasoner.curriculum import Stage, written_before_answer
-from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, trainable_lm
+from latent_tts.training.reasoner.batch import Sequences, TokenBatch, encode_batch, step_results_loss, written_loss
+from latent_tts.training.reasoner.coconut import CoconutObjective
+from latent_tts.training.reasoner.curriculum import DistillationWeights, Stage, written_before_answer
+from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, load_trainable_lm
 from latent_tts.types import Question
 
-SOME_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What counts how much beside the student's cross-entropy, as in the recipe.
-
-    Attributes:
-        teacher, distill, step: weights of the teacher's cross-entropy, of the distance, of the latents' step results.
-        distill_loss: `smooth_l1` or `l1`.
-    """
-
-    teacher: float
-    distill: float
-    step: float
-    distill_loss: str
+SAMPLE_TOKENS = 32
 
 
 def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool) -> None:
@@ -45,14 +29,14 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
         folder: the checkpoint, changed in place.
         hidden: width inside the projector; None: the backbone's, or twice that if `identity`.
         seed: of its random weights.
-        identity: it shall change nothing but the size of single vectors, all made as large as hidden states are.
+        identity: it changes only the norm of vectors, which becomes that of hidden states.
 
     Raises:
         UsageError: the projector is too narrow for the identity.
     """
     if has_tensors(folder, PROJECTOR):
         return
-    lm = trainable_lm(folder).eval()
+    lm = load_trainable_lm(folder).eval()
     width = embedding_table(lm).shape[1]
     inner = hidden or (2 * width if identity else width)
     torch.manual_seed(seed)
@@ -61,14 +45,14 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
         if inner < 2 * width:
             raise bad_value("recipe.projector_hidden", inner, f"{2 * width} or more for projector_init=identity")
         with torch.no_grad():  # any tokens will do: a final norm makes hidden states about equally large
-            hidden_1SD = lm.base_model(torch.arange(SOME_TOKENS)[None]).last_hidden_state
+            hidden_1SD = lm.base_model(torch.arange(SAMPLE_TOKENS)[None]).last_hidden_state
         set_identity(projector, width, float(hidden_1SD.std()))
     add_tensors(folder, PROJECTOR, projector, projector=True, projector_hidden_size=inner)
 
 
 @torch.no_grad()
 def set_identity(projector: nn.Sequential, width: int, scale: float) -> None:
-    """Make both linear layers together the identity, by gelu(x) - gelu(-x) = x, and the output as large as `scale`."""
+    """Make both linear layers together the identity, by gelu(x) - gelu(-x) = x, and scale the output by `scale`."""
     first, second, norm = projector[1], projector[3], projector[4]
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
@@ -103,7 +87,7 @@ class CodiObjective(CoconutObjective):
         weights: of the parts of the loss.
     """
 
-    def __init__(self, adapter: CheckpointAdapter, weights: Weights, projector_dropout: float) -> None:
+    def __init__(self, adapter: CheckpointAdapter, weights: DistillationWeights, projector_dropout: float) -> None:
         super().__init__(adapter, weights.step)
         self.weights = weights
         tensors = loading.load_tensors(adapter.folder, PROJECTOR)
@@ -113,10 +97,10 @@ class CodiObjective(CoconutObjective):
         self.next_latent = projector
 
     def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
-        """The latents (Q, S, D) that are still to be fed, here the last one, and the hidden states (Q, T, D) of all.
+        """The latents (Q, S, D) not fed yet, here the last one, and the hidden states (Q, T, D) that all are made from.
 
         Args:
-            rows: the prompts, fed; latents that are not left to be fed are fed to them.
+            rows: the prompts, fed; the other latents are fed to them here.
             hidden_Q1D: final hidden state of each prompt's last token, which makes the first latent.
             latents: T.
         """
@@ -126,7 +110,7 @@ class CodiObjective(CoconutObjective):
         return self.next_latent(thoughts[-1]), torch.cat(thoughts, dim=1)
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
-        """In the first stage the teacher's cross-entropy; then both's and the distance, each by its weight.
+        """Without latents the teacher's cross-entropy; else both cross-entropies and the distance, weighted.
 
         Teacher and student share the pass over the prompt.
         """
@@ -134,18 +118,18 @@ class CodiObjective(CoconutObjective):
             return super().loss(questions, stage)
         weights, embed = self.weights, self.lm.get_input_embeddings()
         written_stage = Stage(0, 0, 0)
-        student = encode_batch(self.adapter, questions, stage)
-        teacher = encode_batch(self.adapter, questions, written_stage)
+        student = encode_batch(self.adapter, questions, stage, self.lm.device)
+        teacher = encode_batch(self.adapter, questions, written_stage, self.lm.device)
         rows = Sequences(self.lm)
         hidden_Q1D = rows.feed(embed(student.prompt_QL), student.prompt_mask_QL)[:, -1:]
-        layers = rows.fork().feed_and_see(embed(teacher.written_QA[:, :-1]), teacher.written_mask_QA[:, :-1])
+        layers = rows.fork().feed_all_layers(embed(teacher.written_QA[:, :-1]), teacher.written_mask_QA[:, :-1])
         teacher_loss = self._written_loss(layers[-1], teacher)
         before = self._before_answer(layers, questions, written_stage)
         latents_QSD, thoughts_QTD = self.think(rows, hidden_Q1D, stage.latents)
         pending = latents_QSD.shape[1]
         embeddings = torch.cat([latents_QSD, embed(student.written_QA[:, :-1])], dim=1)
         mask = F.pad(student.written_mask_QA[:, :-1], (pending, 0), value=1)
-        layers = [layer[:, pending:] for layer in rows.feed_and_see(embeddings, mask)]
+        layers = [layer[:, pending:] for layer in rows.feed_all_layers(embeddings, mask)]
         loss = self._written_loss(layers[-1], student) + weights.teacher * teacher_loss
         if weights.distill:
             distance = alignment(self._before_answer(layers, questions, stage), before, weights.distill_loss)
@@ -156,8 +140,8 @@ class CodiObjective(CoconutObjective):
             loss = loss + weights.step * step_results_loss(head(thoughts_QTD), student)
         return loss
 
-    def _written_loss(self, hidden_QAD: Tensor, batch: Batch) -> Tensor:
-        """The loss, from the hidden states of all written tokens but the last."""
+    def _written_loss(self, hidden_QAD: Tensor, batch: TokenBatch) -> Tensor:
+        """The cross-entropy, from the hidden states of all written tokens but the last."""
         head = self.lm.get_output_embeddings()
         assert head is not None
         return written_loss(head(hidden_QAD[:, batch.forced - 1 :]), batch)
@@ -165,5 +149,7 @@ class CodiObjective(CoconutObjective):
     def _before_answer(self, layers, questions: list[Question], stage: Stage) -> list[Tensor]:
         """Each layer's hidden states (Q, D) at the token before the answer, from those of the written tokens."""
         encode, end = self.adapter.tokenizer.encode, len(self.adapter.thinking_end_ids)
-        place_Q = torch.tensor([end + len(encode(written_before_answer(q.steps, stage)).ids) - 1 for q in questions])
-        return [layer[torch.arange(len(questions)), place_Q] for layer in layers]
+        places = [end + len(encode(written_before_answer(q.steps, stage)).ids) - 1 for q in questions]
+        place_Q = torch.tensor(places, device=self.lm.device)
+        row_Q = torch.arange(len(questions), device=self.lm.device)
+        return [layer[row_Q, place_Q] for layer in layers]

@@ -1,4 +1,4 @@
-"""CoLaR's objective: each latent is a compressed stretch of the written steps; from each, the next is predicted."""
+"""CoLaR's objective: each latent is a compressed run of the written steps, and the next one is predicted from it."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.model.colar import HEAD, Colar
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.training.reasoner.batch import Sequences, padded
+from latent_tts.training.reasoner.batch import Sequences, pad_rows
 from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, trainable_lm
+from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, load_trainable_lm
 from latent_tts.types import Question, Reasoner
 
 
 def add_head(folder: Path, hidden: int | None, seed: int, *, spread: bool) -> None:
-    """Put a random latent head into a checkpoint that has none, and the spread of its embeddings into its config.
+    """Add a random latent head to a checkpoint that has none, and the spread of its embeddings to its config.
 
     Args:
         folder: the checkpoint, changed in place.
         hidden: width inside the head; None: twice the backbone's.
         seed: of its weights.
-        spread: the head shall have a `log_std` too; it is added to one that has none, and is 0 at first.
+        spread: whether the head has a `log_std` too; it is added to a head without one, as zeros.
     """
     if has_tensors(folder, f"{HEAD}log_std.") or (has_tensors(folder, HEAD) and not spread):
         return
-    embeddings_VD = embedding_table(trainable_lm(folder))
+    embeddings_VD = embedding_table(load_trainable_lm(folder))
     width = embeddings_VD.shape[1]
     torch.manual_seed(seed)
     inner = hidden or 2 * width
@@ -54,7 +54,7 @@ def add_head(folder: Path, hidden: int | None, seed: int, *, spread: bool) -> No
 
 @dataclass(frozen=True)
 class Slots:
-    """What follows a prompt, slot by slot: latents (bags of C tokens), `###`, and the answer's tokens (bags of one).
+    """The slots after a prompt: latents (bags of C tokens), `###`, and the answer's tokens (bags of one).
 
     Attributes:
         bag_QSC: ids of each slot's tokens (int64).
@@ -72,8 +72,8 @@ class Slots:
         return self.bag_mask_QSC[:, :, 0]
 
 
-def slots_of(adapter: Colar, questions: list[Question], speed: int) -> Slots:
-    """The slots of questions whose written steps are cut into stretches of `speed` tokens; the last may be shorter."""
+def encode_slots(adapter: Colar, questions: list[Question], speed: int, device: torch.device) -> Slots:
+    """The slots of questions whose written steps are cut into runs of `speed` tokens; the last may be shorter."""
     rows, encode = [], adapter.tokenizer.encode
     for question in questions:
         steps = encode("".join(f"{step}\n" for step in question.steps), add_special_tokens=False).ids
@@ -87,13 +87,13 @@ def slots_of(adapter: Colar, questions: list[Question], speed: int) -> Slots:
         latent_QS[row, : len(latents)] = True
         for slot, ids in enumerate([*latents, *([token] for token in tokens)]):
             bag_QSC[row, slot, : len(ids)], bag_mask_QSC[row, slot, : len(ids)] = torch.tensor(ids), 1
-    return Slots(bag_QSC, bag_mask_QSC, latent_QS)
+    return Slots(bag_QSC.to(device), bag_mask_QSC.to(device), latent_QS.to(device))
 
 
-def compressed(embeddings_QSCD: Tensor, bag_mask_QSC: Tensor) -> Tensor:
-    """The compressed embedding (Q, S, D) of each bag: the sum over the square root of the count.
+def compress(embeddings_QSCD: Tensor, bag_mask_QSC: Tensor) -> Tensor:
+    """The compressed embedding (Q, S, D) of each bag: the sum divided by the square root of the count.
 
-    So the spread of the sum of independent embeddings is that of one of them; the mean would shrink it.
+    This keeps the spread of independent embeddings; their mean would shrink it.
     """
     mask_QSC1 = bag_mask_QSC[..., None].to(embeddings_QSCD.dtype)
     return (embeddings_QSCD * mask_QSC1).sum(2) / mask_QSC1.sum(2).clamp(min=1).sqrt()
@@ -102,7 +102,7 @@ def compressed(embeddings_QSCD: Tensor, bag_mask_QSC: Tensor) -> Tensor:
 def bag_cross_entropy(logits_QSV: Tensor, slots: Slots) -> Tensor:
     """Mean over real slots of the mean negative log-probability of the tokens in a slot's bag.
 
-    The published recipe draws one token of each bag as its label; this is what that comes to on average.
+    The published recipe draws one token of each bag as its label; this is the expectation of that.
     """
     logprob_QSC = logits_QSV.float().log_softmax(-1).gather(-1, slots.bag_QSC)
     per_slot_QS = -(logprob_QSC * slots.bag_mask_QSC).sum(-1) / slots.bag_mask_QSC.sum(-1).clamp(min=1)
@@ -110,7 +110,7 @@ def bag_cross_entropy(logits_QSV: Tensor, slots: Slots) -> Tensor:
 
 
 class ColarObjective:
-    """Compressed embeddings and written tokens, all predicted from gold ones.
+    """Compressed embeddings and written tokens, each predicted from the gold ones before it.
 
     Attributes:
         lm: the causal LM in training.
@@ -120,22 +120,23 @@ class ColarObjective:
 
     def __init__(self, adapter: Colar, latent_weight: float, latent_noise: float) -> None:
         self.adapter, self.latent_weight, self.latent_noise = adapter, latent_weight, latent_noise
-        self.lm = trainable_lm(adapter.folder)
+        self.lm = load_trainable_lm(adapter.folder)
         tensors = loading.load_tensors(adapter.folder, HEAD)
         self.head = colar_head(adapter.width, tensors["fc.0.bias"].shape[0], spread="log_std.bias" in tensors)
         self.head.load_state_dict(tensors)
         self.own = nn.ModuleDict({HEAD.removesuffix("."): self.head.float().train()})
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
-        """Cross-entropy of every slot, plus `latent_weight` times what the latent head has against the next latent.
+        """Cross-entropy of every slot, plus `latent_weight` times the latent head's loss on the next latent.
 
         That is the mean squared distance, or for a head with a spread the negative log-likelihood (without its
-        constant), per element, in units of the embeddings' spread. The targets are constants.
+        constant), per element, in units of the embeddings' spread. No gradient flows into the targets.
         """
         adapter, embed, std = self._adapter(stage), self.lm.get_input_embeddings(), self.adapter.latent_std
-        slots = slots_of(adapter, questions, stage.speed)
-        prompt_QL, prompt_mask_QL = padded([adapter.encode(q) for q in questions], adapter.eos_id, left=True)
-        gold_QSD = compressed(embed(slots.bag_QSC), slots.bag_mask_QSC)
+        device, prompts = self.lm.device, [adapter.encode(q) for q in questions]
+        slots = encode_slots(adapter, questions, stage.speed, device)
+        prompt_QL, prompt_mask_QL = pad_rows(prompts, adapter.eos_id, device, left=True)
+        gold_QSD = compress(embed(slots.bag_QSC), slots.bag_mask_QSC)
         fed_QSD = gold_QSD
         if self.latent_noise:
             noise_QSD = torch.randn_like(gold_QSD) * (self.latent_noise * std)
@@ -165,7 +166,7 @@ class ColarObjective:
         return replace(self.adapter, thinking_speed=stage.speed)
 
     def exact_matches(self, questions: list[Question], stage: Stage) -> int:
-        """How many questions are answered right by greedy rollouts of the model's own latents."""
+        """The number of questions answered right by greedy rollouts, which use the model's own latents."""
         adapter = self._adapter(stage)
 
         def next_latent(hidden_RD: Tensor) -> Tensor:
@@ -174,7 +175,8 @@ class ColarObjective:
         longest = max(len(adapter.tokenizer.encode(f"Answer:{q.answer}").ids) for q in questions)
         plan = Plan(stage.latents, adapter.thinking_end_ids, adapter.eos_id, longest + 1, adapter.stop_id)
         engine = Engine(Reasoner(self.lm, next_latent), plan)
-        draw = Draw.of(0, [q.id for q in questions], torch.zeros(len(questions), 1, dtype=torch.long), engine.width)
+        rollouts_QN = torch.zeros(len(questions), 1, dtype=torch.long, device=self.lm.device)
+        draw = Draw.of(0, [q.id for q in questions], rollouts_QN, engine.width)
         rollouts = engine.roll([adapter.encode(q) for q in questions], draw, Greedy())
         self.lm.set_attn_implementation("eager")  # the engine sets its own
         answers = [adapter.raw_answer(adapter.answer_text(ids)) for ids in rollouts.answer_ids]

@@ -1,4 +1,7 @@
-"""What a curriculum is made of: stages, and what is written after thinking in each of them."""
+"""What the recipes of all families share: stages, the two Protocols, and the text to write after the latents.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,23 @@ from latent_tts.errors import bad_value, is_number, is_whole
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
     from latent_tts.checkpoint.adapter import CheckpointAdapter
-    from latent_tts.training.reasoner.codi import Weights
-    from latent_tts.training.reasoner.loop import Objective
+    from latent_tts.types import Question
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training.
+    """A part of the curriculum.
 
     Attributes:
-        updates: how many optimizer updates it lasts.
-        latents: how many latent thoughts stand before what is written.
-        hidden_steps: how many leading steps are left out of what is written; None leaves out all.
-        dropout: rate at every dropout in use; None keeps the backbone's.
-        speed: tokens of the written steps that a latent stands for, where latents are compressed steps (CoLaR).
+        updates: number of optimizer updates.
+        latents: number of latents before the written text.
+        hidden_steps: number of leading steps that are not written; None hides all.
+        dropout: rate of every active dropout; None keeps the backbone's.
+        speed: tokens of the written steps per latent, where latents are compressed steps (CoLaR).
     """
 
     updates: int
@@ -35,12 +40,32 @@ class Stage:
     speed: int = 1
 
 
-class Recipe(Protocol):
-    """How the reasoners of a family are trained: stages, and the loss in each. Nothing here imports torch.
+class Objective(Protocol):
+    """A model in training and its loss in each stage.
 
     Attributes:
-        family: whose checkpoints it trains, as adapters call it.
-        words: what the adapter's prompts and answers hold beside the task's own words (for a word-level vocabulary).
+        lm: the causal LM.
+        own: the family's own modules, each under the prefix of its tensors in a checkpoint.
+    """
+
+    lm: PreTrainedModel
+    own: nn.ModuleDict
+
+    def loss(self, questions: list[Question], stage: Stage) -> Tensor:
+        """The loss of a batch, a scalar with gradients."""
+        ...
+
+    def exact_matches(self, questions: list[Question], stage: Stage) -> int:
+        """The number of questions answered exactly; called without gradients and dropout."""
+        ...
+
+
+class Recipe(Protocol):
+    """How the reasoners of a family are trained: the stages, and the objective.
+
+    Attributes:
+        family: the family of checkpoints that it trains, as adapters name it.
+        words: words of the adapter's prompts and answers that the task's vocabulary lacks (for word-level tokenizers).
     """
 
     family: ClassVar[str]
@@ -54,14 +79,14 @@ class Recipe(Protocol):
         """Raises UsageError unless the adapter and the recipe go together."""
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
-        """Give a plain causal LM's checkpoint the family's own tensors, if it lacks them (imports torch)."""
+        """Add the family's own tensors to the checkpoint of a plain causal LM, unless it has them (imports torch)."""
 
     def objective(self, adapter: CheckpointAdapter) -> Objective:
         """The model in training and its loss (imports torch)."""
         ...
 
     def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
-        """What the trained checkpoint's config says under `latent_tts`, so that other values can be warned of."""
+        """What the trained checkpoint's config says under `latent_tts`; other values are warned of when it is run."""
         return {"latents": adapter.latents}
 
     @property
@@ -80,7 +105,7 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Staged(Recipe):
-    """Stages that lead from written steps to latents: all steps written, one less in each stage, at last none.
+    """Stages that replace written steps by latents: all steps written, then one less in each stage, then none.
 
     Attributes:
         written_updates: updates with every step written out and no latents.
@@ -106,7 +131,7 @@ class Staged(Recipe):
         check_dropout("final_dropout", self.final_dropout)
 
     def latents_in(self, stage: int) -> int:
-        """Latents of the stage that hides the first `stage` steps: one a step."""
+        """Latents of the stage that hides the first `stage` steps: one per step."""
         return stage
 
     def stages(self) -> list[Stage]:
@@ -117,8 +142,25 @@ class Staged(Recipe):
 
 
 @dataclass(frozen=True)
+class DistillationWeights:
+    """The weights of the parts of a distillation loss; the student's cross-entropy has weight 1.
+
+    Attributes:
+        teacher: of the teacher's cross-entropy.
+        distill: of the distance between the hidden states of both before the answer.
+        step: of the cross-entropy of each latent's step result.
+        distill_loss: the distance, `smooth_l1` or `l1`.
+    """
+
+    teacher: float
+    distill: float
+    step: float
+    distill_loss: str
+
+
+@dataclass(frozen=True)
 class Distilled(Staged):
-    """The same with a teacher that writes every step beside the student that thinks; in the first stage it is alone.
+    """Stages with a teacher, which writes every step, and a student, which has latents; the first has no student.
 
     Attributes:
         teacher_weight: of the teacher's cross-entropy; the student's counts 1.
@@ -139,26 +181,25 @@ class Distilled(Staged):
         if self.distill_loss not in ("smooth_l1", "l1"):
             raise bad_value("recipe.distill_loss", self.distill_loss, "smooth_l1 or l1")
 
-    def weights(self) -> Weights:
-        """What counts how much in the loss (imports torch)."""
-        from latent_tts.training.reasoner.codi import Weights
-
-        return Weights(self.teacher_weight, self.distill_weight, self.step_loss, self.distill_loss)
+    @property
+    def weights(self) -> DistillationWeights:
+        """The weights of the parts of the loss."""
+        return DistillationWeights(self.teacher_weight, self.distill_weight, self.step_loss, self.distill_loss)
 
 
 def written_text(steps: Sequence[str], answer: str, stage: Stage) -> str:
-    """What stands after the end of thinking: the steps not hidden, then `### answer`."""
+    """The text after the latents: the steps that are not hidden, then `### answer`."""
     return written_before_answer(steps, stage) + f" {answer}"
 
 
 def written_before_answer(steps: Sequence[str], stage: Stage) -> str:
-    """The same without the answer: the steps not hidden, then `###`."""
+    """The text after the latents up to the answer: the steps that are not hidden, then `###`."""
     shown = steps[stage.hidden_steps :] if stage.hidden_steps is not None else ()
     return "".join(f"{step}\n" for step in shown) + "###"
 
 
 def step_results(steps: Sequence[str]) -> list[str]:
-    """What each step `<<a+b=c>>` comes to: `c`."""
+    """The result `c` of each step `<<a+b=c>>`."""
     return [step.rpartition("=")[2].removesuffix(">>") for step in steps]
 
 

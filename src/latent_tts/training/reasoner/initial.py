@@ -1,4 +1,4 @@
-"""What training starts from: a checkpoint of the family, made out of a fresh backbone or of another checkpoint."""
+"""The initial checkpoint of a training: one of the family, made from a fresh backbone or from another checkpoint."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from latent_tts.training.reasoner.curriculum import Recipe
 
 
-def trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal LM of a checkpoint in training mode, with plain attention."""
-    logging.set_verbosity_error()  # a family's own tensors beside the LM's are no news
+    logging.set_verbosity_error()  # a family's own tensors beside the LM's are expected
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
     return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).train()
@@ -36,12 +36,12 @@ def embedding_table(lm: PreTrainedModel) -> Tensor:
     return layer.weight.detach()
 
 
-def prepare(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:
-    """Write the checkpoint folder that training starts from, whole or not at all; an older one is replaced.
+def write_initial_checkpoint(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:
+    """Write the checkpoint folder that training starts from, whole or not at all; replaces an older one.
 
     Args:
-        make: writes a checkpoint of the family, or of a plain causal LM, which then gets what the family adds.
-        folder: where it is wanted.
+        make: writes a checkpoint of the family, or of a plain causal LM, to which the family's tensors are added.
+        folder: the checkpoint folder to write.
         recipe: of the family.
         seed: of new weights.
     """
@@ -67,19 +67,19 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
     config = files.read_config(source)
     files.check_sizes(config, source, key="init")
-    config.pop("latent_tts", None)  # what that checkpoint was trained with does not bind this training
+    config.pop("latent_tts", None)  # this training need not use the same latents
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(loading.load_tensors(source, ""), folder / files.WEIGHTS, metadata={"format": "pt"})
 
 
 def add_words(folder: Path, words: tuple[str, ...], seed: int) -> None:
-    """Give a word-level vocabulary more words, with random embeddings; other tokenizers are left alone."""
+    """Add words to a word-level vocabulary, with random embeddings; other tokenizers are left alone."""
     old = files.load_tokenizer(folder)
     vocabulary = old.get_vocab(with_added_tokens=False)
     if old.token_to_id(UNKNOWN) is None or all(word in vocabulary for word in words):
         return
     new = word_level_tokenizer([*sorted(vocabulary, key=vocabulary.__getitem__), *words])
-    lm = trainable_lm(folder)
+    lm = load_trainable_lm(folder)
     torch.manual_seed(seed)
     kept = [(index, old.token_to_id(token)) for token, index in sorted(new.get_vocab().items(), key=lambda x: x[1])]
     for layer in (lm.get_input_embeddings(), lm.get_output_embeddings()):
@@ -96,18 +96,18 @@ def add_words(folder: Path, words: tuple[str, ...], seed: int) -> None:
 
 
 def add_tensors(folder: Path, prefix: str, module: nn.Module, **config: object) -> None:
-    """Put a module's parameters, under a prefix, beside the weights of a checkpoint, and keys into its config."""
+    """Add a module's parameters to the weights of a checkpoint, under a prefix, and keys to its config."""
     tensors = load_file(folder / files.WEIGHTS)
-    tensors |= named(prefix, module)
+    tensors |= checkpoint_tensors(prefix, module)
     save_file(tensors, folder / files.WEIGHTS, metadata={"format": "pt"})
     if config:
         content = files.read_config(folder) | config
         (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters by their names in a checkpoint."""
-    return {prefix + name: value.detach().contiguous() for name, value in module.state_dict().items()}
+def checkpoint_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters by their names in a checkpoint, on the CPU."""
+    return {prefix + name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
 
 
 def has_tensors(folder: Path, prefix: str) -> bool:

@@ -1,4 +1,4 @@
-"""PCCoT's objective: CODI's, with a student whose thoughts are made side by side, in as many sweeps as at inference."""
+"""PCCoT's objective: CODI's, with a student whose latents are made in parallel, in as many sweeps as at inference."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from latent_tts.checkpoint import files, loading
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.modules import pccot_projection
 from latent_tts.model.pccot import PROJECTION
-from latent_tts.training.reasoner.batch import Sequences
-from latent_tts.training.reasoner.coconut import CoconutObjective, encode_batch
-from latent_tts.training.reasoner.codi import CodiObjective, Weights
-from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.initial import add_tensors, has_tensors, trainable_lm
+from latent_tts.training.reasoner.batch import Sequences, encode_batch
+from latent_tts.training.reasoner.coconut import CoconutObjective
+from latent_tts.training.reasoner.codi import CodiObjective
+from latent_tts.training.reasoner.curriculum import DistillationWeights, Stage
+from latent_tts.training.reasoner.initial import add_tensors, has_tensors, load_trainable_lm
 from latent_tts.types import Question
 
 
 def add_projection(folder: Path, sweeps: int, seed: int, *, projection: bool) -> None:
-    """Make a checkpoint one of PCCoT: a new projection, unless it has one or is to have none, and K in its config.
+    """Make a checkpoint one of PCCoT: add a projection, if one is wanted and missing, and K to the config.
 
     Args:
         folder: the checkpoint, changed in place.
@@ -32,7 +32,7 @@ def add_projection(folder: Path, sweeps: int, seed: int, *, projection: bool) ->
     """
     if projection and not has_tensors(folder, PROJECTION):
         torch.manual_seed(seed)
-        add_tensors(folder, PROJECTION, pccot_projection(int(trainable_lm(folder).config.hidden_size)))
+        add_tensors(folder, PROJECTION, pccot_projection(int(load_trainable_lm(folder).config.hidden_size)))
     content = files.read_config(folder)
     content["latent_tts"] = {**(content.get("latent_tts") or {}), "sweeps": sweeps}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -46,7 +46,7 @@ class PccotObjective(CodiObjective):
         sweeps: K.
     """
 
-    def __init__(self, adapter: CheckpointAdapter, weights: Weights, sweeps: int) -> None:
+    def __init__(self, adapter: CheckpointAdapter, weights: DistillationWeights, sweeps: int) -> None:
         CoconutObjective.__init__(self, adapter, weights.step)
         self.weights, self.sweeps = weights, sweeps
         tensors = loading.load_tensors(adapter.folder, PROJECTION)
@@ -57,14 +57,14 @@ class PccotObjective(CodiObjective):
             self.next_latent = projection
 
     def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
-        """The latents (Q, T, D) after K sweeps, and the hidden states (Q, T, D) that the last sweep made them from.
+        """The latents (Q, T, D) after K sweeps, and the hidden states (Q, T, D) they are made from in the last one.
 
         Args:
-            rows: the prompts, fed; they stay as they are.
-            hidden_Q1D: final hidden state of each prompt's last token, which makes the first latent in every sweep.
+            rows: the prompts, fed; left unchanged.
+            hidden_Q1D: final hidden state of each prompt's last token, from which every sweep makes the first latent.
             latents: T.
         """
-        token = torch.tensor(self.adapter.latent_id)
+        token = torch.tensor(self.adapter.latent_id, device=hidden_Q1D.device)
         latents_QTD = self.lm.get_input_embeddings()(token).expand(len(hidden_Q1D), latents, -1)
         before_QTD = hidden_Q1D
         for _ in range(self.sweeps):
@@ -73,12 +73,12 @@ class PccotObjective(CodiObjective):
         return latents_QTD, before_QTD
 
     def exact_matches(self, questions: list[Question], stage: Stage) -> int:
-        """How many questions have all their written tokens as the argmax, after sweeps where there are latents."""
+        """The number of questions whose written tokens are all the argmax, after K sweeps where there are latents."""
         if not stage.latents:
             return super().exact_matches(questions, stage)
         embed, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
         assert head is not None
-        batch, rows = encode_batch(self.adapter, questions, stage), Sequences(self.lm)
+        batch, rows = encode_batch(self.adapter, questions, stage, self.lm.device), Sequences(self.lm)
         hidden_Q1D = rows.feed(embed(batch.prompt_QL), batch.prompt_mask_QL)[:, -1:]
         latents_QTD, _ = self.think(rows, hidden_Q1D, stage.latents)
         mask = F.pad(batch.written_mask_QA[:, :-1], (stage.latents, 0), value=1)

@@ -1,27 +1,33 @@
-"""What LatentRM is trained on: questions of an annotation folder, and how they become a batch."""
+"""The training data of LatentRM: questions of an annotation folder, and batches of them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from latent_tts.engine.cost import Shape
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.model import ModelAdapter
 from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.results.files import settings_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 
 class MixedQuestions:
-    """The questions of an annotation folder that have right and wrong rollouts, read when they are asked for.
+    """The questions of an annotation folder that have right and wrong rollouts, read from disk one by one.
 
     Attributes:
-        unmixed: how many questions are left out, by `all_correct` and `all_wrong`; None for official shards, which
-            do not say.
-        chance: mean share of right rollouts, the selection accuracy of a blind choice.
+        unmixed: numbers of questions left out, by `all_correct` and `all_wrong`; None for official shards, which do
+            not say.
+        chance: mean share of right rollouts, the selection accuracy of a random choice.
     """
 
     def __init__(self, folder: AnnotationFolder, adapter: ModelAdapter, latent_id: int, key: str) -> None:
@@ -36,7 +42,7 @@ class MixedQuestions:
         shares = [row["share_correct"] for row in rows]
         self.unmixed = None if folder.official else {"all_correct": shares.count(1.0), "all_wrong": shares.count(0.0)}
         if max((row["rollouts"] for row in rows), default=2) == 1:
-            raise bad_value(key, folder.path, "one rollout a question (n=1); LatentRM learns by comparing several")
+            raise bad_value(key, folder.path, "one rollout per question (n=1); LatentRM learns by comparing several")
         if not self.rows:
             raise bad_value(
                 key, folder.path, f"none of its {len(rows)} questions has both right and wrong rollouts to learn from"
@@ -48,11 +54,16 @@ class MixedQuestions:
         _ = self[0]
 
     def accuracy_of_all(self, accuracy: float) -> float | None:
-        """Selection accuracy with the questions whose rollouts are all right or all wrong; None if not known."""
+        """Selection accuracy including questions whose rollouts are all right or all wrong; None if not known."""
         if self.unmixed is None:
             return None
         everything = len(self) + sum(self.unmixed.values())
         return (accuracy * len(self) + self.unmixed["all_correct"]) / everything
+
+    @property
+    def identity(self) -> str:
+        """A digest of the folder's settings and the questions."""
+        return settings_digest({"settings": self.folder.settings, "questions": self.rows})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,8 +85,48 @@ class MixedQuestions:
         }
 
 
+def open_questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestions:
+    """The usable questions of an annotation folder; logs how many are left out.
+
+    Args:
+        path: the folder.
+        adapter: of the reasoner that LatentRM is trained for.
+        key: the config key that errors name.
+
+    Raises:
+        UsageError: the folder is of another reasoner, its shards are not usable, or no question has a mixed outcome.
+    """
+    folder = AnnotationFolder(path, key=key)
+    found = folder.settings.get("reasoner")
+    if folder.official:
+        log.warning("%s=%s: official shards do not say which reasoner they are of", key, path)
+    elif found != adapter.digest:
+        of = f"{folder.settings.get('reasoner_name')} ({found})"
+        raise bad_value(
+            key, path, f"rollouts of the reasoner {of}, model.checkpoint is {adapter.name} ({adapter.digest})"
+        )
+    if not folder.complete:
+        log.warning("%s=%s: `ltts annotate` has not finished it; the finished questions are used", key, path)
+    latent_id = folder.settings.get("latent_id", getattr(adapter, "latent_id", None))
+    if latent_id is None:
+        raise bad_value(key, path, f"neither its settings nor {adapter.name} have a latent_id")
+    folder.width = Shape.from_config(adapter.config).width
+    mixed = MixedQuestions(folder, adapter, latent_id, key)
+    if mixed.unmixed is None:
+        log.info("%s: %d questions", key, len(mixed))
+    else:
+        log.info(
+            "%s: %d questions with right and wrong rollouts; dropped: %d all right, %d all wrong",
+            key,
+            len(mixed),
+            mixed.unmixed["all_correct"],
+            mixed.unmixed["all_wrong"],
+        )
+    return mixed
+
+
 def collate(items: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Stack questions: prompts padded on the right, absent rollouts and steps as labels NaN, latents 0, outcome False.
+    """Stack questions, prompts padded on the right; missing rollouts and steps: label NaN, latent 0, outcome False.
 
     Args:
         items: of `MixedQuestions`.

@@ -1,7 +1,7 @@
 """The losses of LatentRM.
 
-Each is a mean over questions of a figure that a question has by itself, so that neither padding nor the other questions
-of a batch change its scale.
+Each is a mean over questions, and the part of a question depends on nothing else, so that neither padding nor the
+other questions of a batch change its scale.
 
 Shapes: logits r_t (Q, N, T); labels (Q, N, T), NaN where a rollout has no such step (padding is that too); outcomes
 (Q, N), whether a rollout's own answer is right.
@@ -64,11 +64,11 @@ class RewardLoss:
         if self.name == "bce":
             losses_QNT = F.binary_cross_entropy_with_logits(logits_QNT, labels_QNT, reduction="none")
             return _mean(losses_QNT.flatten(1), has_step_QNT.flatten(1)).mean()
-        score_QN = summed(logits_QNT, has_step_QNT)
+        score_QN = rollout_scores(logits_QNT, has_step_QNT)
         return self._softmax_loss(score_QN, correct_QN.to(score_QN.dtype), has_step_QNT.any(-1)).mean()
 
     def _softmax_loss(self, logits: Tensor, labels: Tensor, present: Tensor) -> Tensor:
-        """-sum y log p over axis 1, where absent members (with logits of whatever value) take no part."""
+        """-sum y log p over axis 1; members that are not present are left out, whatever their logits."""
         import torch
 
         log_p = logits.masked_fill(~present, torch.finfo(logits.dtype).min).log_softmax(1)
@@ -79,12 +79,12 @@ class RewardLoss:
         return -(labels * log_p.masked_fill(~present, 0.0)).sum(1)
 
 
-def summed(logits_QNT: Tensor, has_step_QNT: Tensor) -> Tensor:
-    """A rollout's score (Q, N): the sum of its steps' logits; -inf for one without a step (padding is that too)."""
+def rollout_scores(logits_QNT: Tensor, has_step_QNT: Tensor) -> Tensor:
+    """Scores (Q, N) of rollouts: the sum of the logits of their steps; -inf without a step, as padding is."""
     score_QN = logits_QNT.masked_fill(~has_step_QNT, 0.0).sum(-1)
     return score_QN.masked_fill(~has_step_QNT.any(-1), -math.inf)
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
-    """The mean over axis 1 of the values that count; 0 where none does."""
+    """The mean over axis 1 of the values where `counts` is true; 0 where it never is."""
     return values.masked_fill(~counts, 0.0).sum(1) / counts.sum(1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""LatentRM while it is trained: the reasoner's backbone with a scalar head, all rollouts of a question in one row.
+"""LatentRM in training: the reasoner's backbone with a scalar head, all rollouts of a question in one row.
 
 Source: You et al. 2025 (arXiv 2510.07745), section 5; checkpoint layout of ModalityDance/latent-tts-rm.
 """
@@ -22,12 +22,12 @@ from latent_tts.model import ModelAdapter
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Rows of one question each: a prompt, then the latents of its rollouts as siblings (S = L + N*T).
+class PackedLayout:
+    """Mask and positions of rows with one question each: a prompt, then the latents of its N rollouts (S = L + N*T).
 
     Attributes:
-        mask_Q1SS: True where a place (third axis) sees another (last axis): a prompt token the prompt up to itself, a
-            latent the prompt and its own rollout up to itself.
+        mask_Q1SS: True where a position (third axis) attends to another (last axis): a prompt token to the prompt up to
+            itself, a latent to the prompt and to its own rollout up to itself.
         positions_QS: a rollout's first latent stands right after the prompt's last token.
     """
 
@@ -35,10 +35,10 @@ class Packed:
     positions_QS: Tensor
 
     @classmethod
-    def of(cls, lengths_Q: Tensor, longest: int, rollouts: int, latents: int) -> Packed:
+    def of(cls, lengths_Q: Tensor, longest: int, rollouts: int, latents: int) -> PackedLayout:
         """The mask and positions of prompts of `lengths_Q` tokens, padded on the right to `longest`.
 
-        Padding sees the prompt up to itself, so that no row of the mask is empty; no real place sees padding.
+        Padding attends to the prompt up to itself, so that no row of the mask is empty; nothing real attends to it.
         """
         device, questions = lengths_Q.device, len(lengths_Q)
         place_L = torch.arange(longest, device=device)
@@ -54,7 +54,7 @@ class Packed:
         return cls((siblings_SS | to_prompt_QSS)[:, None], positions_QS.expand(questions, -1))
 
 
-class LatentRM(nn.Module):
+class LatentRMModule(nn.Module):
     """A backbone with a scalar head: r_t = w . h + b at latent t, with h the last layer's output there.
 
     Dropout stays off while it is trained, as in the official training.
@@ -84,24 +84,24 @@ class LatentRM(nn.Module):
             self.classifier.bias.zero_()
         self.classifier.to(next(self.backbone.parameters()).dtype)
 
-    def train(self, mode: bool = True) -> LatentRM:
+    def train(self, mode: bool = True) -> LatentRMModule:
         """Training mode, the backbone always in evaluation mode: without dropout."""
         super().train(mode)
         self.backbone.eval()
         return self
 
     def forward(self, prompt_QL: Tensor, lengths_Q: Tensor, latents_QNTD: Tensor) -> Tensor:
-        """The logits r_t (Q, N, T) of the latents of N rollouts a question; in float32 under autocast.
+        """The logits r_t (Q, N, T) of the latents of N rollouts per question; in float32 under autocast.
 
         Args:
             prompt_QL: token ids, padded on the right.
             lengths_Q: tokens of each prompt.
-            latents_QNTD: the latents that were fed back.
+            latents_QNTD: the rollouts' latents.
         """
         questions, rollouts, latents, width = latents_QNTD.shape
         prompt_QLD = self.backbone.get_input_embeddings()(prompt_QL)
         latents_QRD = latents_QNTD.reshape(questions, rollouts * latents, width).to(prompt_QLD.dtype)
-        packed = Packed.of(lengths_Q, prompt_QL.shape[1], rollouts, latents)
+        packed = PackedLayout.of(lengths_Q, prompt_QL.shape[1], rollouts, latents)
         # additive, since an attention function other than SDPA adds the mask it is given
         additive_Q1SS = torch.zeros_like(packed.mask_Q1SS, dtype=prompt_QLD.dtype).masked_fill(
             ~packed.mask_Q1SS, torch.finfo(prompt_QLD.dtype).min
@@ -119,12 +119,12 @@ class LatentRM(nn.Module):
 
     @torch.no_grad()
     def round_to(self, dtype: torch.dtype) -> None:
-        """Round the weights to what a checkpoint of `dtype` holds, so that what is measured is what is written."""
+        """Round the weights to `dtype`, so that the figures are those of the checkpoint that is written."""
         for parameter in self.parameters():
             parameter.copy_(parameter.to(dtype))
 
     def write(self, folder: Path, adapter: ModelAdapter, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
-        """Write the checkpoint: weights, the reasoner's tokenizer, its config and in that `latent_rm: record`."""
+        """Write the checkpoint: weights, the reasoner's tokenizer, and its config with `latent_rm: record`."""
         folder.mkdir(parents=True, exist_ok=True)
         named = {f"{self.prefix}.{name}": value for name, value in self.backbone.named_parameters()}
         named |= {f"classifier.{name}": value for name, value in self.classifier.named_parameters()}

@@ -1,11 +1,10 @@
-"""Training LatentRM on an annotation folder with transformers' Trainer, by selection accuracy."""
+"""Training LatentRM on an annotation folder; the weights of the best selection accuracy are kept."""
 
 from __future__ import annotations
 
 import json
-import math
-import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,141 +13,144 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
-from transformers import (
-    AutoModelForCausalLM,
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
-from transformers.utils import logging as transformers_logging
 
-from latent_tts.errors import RunError, bad_value
+from latent_tts.checkpoint import files
+from latent_tts.errors import RunError
 from latent_tts.model import ModelAdapter
+from latent_tts.results.files import whole_file
+from latent_tts.training.core import Report, ResumableTrainer, training_arguments
+from latent_tts.training.folder import FINISHED, STATES, last_state, read_state
 from latent_tts.training.reward_model.data import MixedQuestions, collate
-from latent_tts.training.reward_model.loss import RewardLoss, summed
-from latent_tts.training.reward_model.model import LatentRM
+from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
+from latent_tts.training.reward_model.model import LatentRMModule
 from latent_tts.training.reward_model.optimization import RewardOptimization
 
 METRIC = "selection_accuracy"
-WEIGHTS = "model.safetensors"
+RESULTS = "train_rm.json"
 
 
-def selection_accuracy(score_QN: np.ndarray, correct_QN: np.ndarray) -> float:
-    """Share of questions whose rollout of the highest score is right; the lowest number wins a tie."""
-    return float(np.take_along_axis(correct_QN, score_QN.argmax(1)[:, None], 1).mean())
+def train_latent_rm(
+    adapter: ModelAdapter,
+    data: MixedQuestions,
+    valid: MixedQuestions,
+    loss: RewardLoss,
+    optimization: RewardOptimization,
+    *,
+    init: str,
+    seed: int,
+    bf16: bool,
+    device: str,
+    weights_dtype: str,
+    output: Path,
+    calibrate: Callable[[Path], float | None],
+    report: Report,
+) -> dict[str, Any] | None:
+    """Train LatentRM and write its checkpoint and `train_rm.json`; resumes a run that was stopped.
+
+    Args:
+        adapter: of the reasoner.
+        data: to train on.
+        valid: to choose by.
+        loss: what is minimised.
+        optimization: batch, learning rate and the like.
+        init: the backbone's first weights, `reasoner` or `random`.
+        seed: of the head's weights and the order of the questions.
+        bf16: whether the forward pass runs under bfloat16 autocast.
+        device: `auto`, `cpu`, `cuda` or `cuda:INDEX`.
+        weights_dtype: of the checkpoint, `float32` or `bfloat16`.
+        output: folder of the states and the finished checkpoint.
+        calibrate: chooses the temperature of the weighted vote and writes it into the checkpoint.
+        report: called as `report(updates_done, figures)` after every update.
+
+    Returns:
+        The content of `train_rm.json`; None in a process that is not the first.
+
+    Raises:
+        RunError: a loss or gradient is not finite; the last state is kept.
+        UsageError: the device is not there, or the batch cannot be shared by the processes.
+        KeyboardInterrupt: on Ctrl-C, after the state has been saved.
+    """
+    started = time.perf_counter()
+    arguments = trainer_arguments(optimization, len(data), output / STATES, seed=seed, bf16=bf16, device=device)
+    model = initial_model(adapter, init, seed)
+    trainer = train(model, loss, data, valid, optimization, arguments, report=report)
+    dtype = getattr(torch, weights_dtype)
+    model.round_to(dtype)
+    figures = trainer.evaluate()
+    if not trainer.is_world_process_zero():
+        return None
+    record = {
+        "reasoner": adapter.digest,
+        "reasoner_name": adapter.name,
+        "sampler": data.folder.settings.get("sampler"),
+        "loss": loss.name,
+        "init": init,
+        "reduce": "sum",
+    }
+    model.write(output / FINISHED, adapter, dtype, record)
+    accuracy = figures[f"eval_{METRIC}"]
+    results = {
+        "updates": trainer.state.global_step,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "questions": len(data),
+        "valid_questions": len(valid),
+        "temperature": calibrate(output / FINISHED),
+        "valid_loss": figures["eval_loss"],
+        "valid_chance": valid.chance,
+        "valid_selection_accuracy": accuracy,
+        "valid_selection_accuracy_of_all": valid.accuracy_of_all(accuracy),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    with whole_file(output / RESULTS) as partial:  # last of all: its presence means finished
+        partial.write_text(json.dumps(results, indent=1) + "\n")
+    return results
 
 
-class RewardTrainer(Trainer):
-    """The Trainer with LatentRM's loss, its scores as predictions, and an end when something is not finite."""
-
-    def __init__(self, loss: RewardLoss, rollouts: int, **arguments: Any) -> None:
-        """Take the loss, and the most rollouts of a question, to which predictions are padded."""
-        super().__init__(**arguments)
-        self.reward_loss, self.rollouts = loss, rollouts
-        self.model_accepts_loss_kwargs = False  # the loss is a mean already: accumulated gradients are averaged
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of a batch; with outputs the scores (Q, N) too.
-
-        Raises:
-            RunError: it is not finite.
-        """
-        logits_QNT = model(inputs["prompt_QL"], inputs["lengths_Q"], inputs["latents_QNTD"])
-        loss = self.reward_loss(logits_QNT, inputs["labels_QNT"], inputs["correct_QN"])
-        if not math.isfinite(loss.item()):
-            raise self.not_finite(f"loss is {loss.item()}")
-        return (loss, summed(logits_QNT, ~inputs["labels_QNT"].isnan())) if return_outputs else loss
-
-    def not_finite(self, what: str) -> RunError:
-        """The error for a figure that is not finite."""
-        last = last_checkpoint(Path(str(self.args.output_dir)))
-        kept = f"the last good state is {last}" if last else "no state had been kept yet"
-        return RunError(
-            f"the {what} at update {self.state.global_step}; {kept}\n"
-            "a smaller optimization.lr, or bf16=false, may help (in another output folder)"
-        )
-
-    def prediction_step(self, model: nn.Module, inputs: dict, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, scores and outcomes, of the same width in every batch so that they can be joined."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, score_QN = self.compute_loss(model, inputs, return_outputs=True)
-        pad = (0, self.rollouts - score_QN.shape[1])
-        score_QN = nn.functional.pad(score_QN.float(), pad, value=-torch.inf)
-        return loss, score_QN, nn.functional.pad(inputs["correct_QN"], pad)
+def read_results(output: Path) -> dict[str, Any] | None:
+    """The content of the `train_rm.json` of a finished training; None if it is not finished."""
+    path = output / RESULTS
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
-class _Watch(TrainerCallback):
-    """Reports progress, and stops a step whose gradient is not finite before it spoils the weights."""
-
-    def __init__(self, report: Callable[[int, Mapping[str, float]], None]) -> None:
-        self.report, self.last = report, {}
-        self.trainer: RewardTrainer | None = None
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        norm = torch.nn.utils.get_total_norm(p.grad for p in kwargs["model"].parameters() if p.grad is not None)
-        if not math.isfinite(norm.item()):
-            assert self.trainer is not None
-            raise self.trainer.not_finite(f"gradient's norm is {norm.item()}")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.report(state.global_step, self.last)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        self.last = {**self.last, **(logs or {})}
-
-
-def initial_model(adapter: ModelAdapter, init: str, seed: int) -> LatentRM:
+def initial_model(adapter: ModelAdapter, init: str, seed: int) -> LatentRMModule:
     """LatentRM before training, in float32: the reasoner's weights, or with `init=random` fresh ones of its shape."""
     lm = adapter.load(device="cpu", dtype="float32").lm
     if init == "random":
         torch.manual_seed(seed)
         lm = AutoModelForCausalLM.from_config(lm.config).float()
-    return LatentRM(lm, seed)
+    return LatentRMModule(lm, seed)
 
 
 def train(
-    model: LatentRM,
+    model: LatentRMModule,
     loss: RewardLoss,
     data: MixedQuestions,
     valid: MixedQuestions,
     optimization: RewardOptimization,
+    arguments: TrainingArguments,
     *,
-    seed: int,
-    bf16: bool,
-    output: Path,
-    report: Callable[[int, Mapping[str, float]], None],
+    report: Report,
 ) -> RewardTrainer:
-    """Train until the epochs or the patience end, going on from the last checkpoint in `output`.
+    """Train until the epochs or the patience end, from the last saved state if there is one.
 
     Args:
-        model: initial weights; holds the best at the end, by selection accuracy on `valid`; of equals the earliest.
+        model: initial weights; at the end the best ones, by selection accuracy on `valid`; of equals the earliest.
         loss: what is minimised.
         data: to train on.
         valid: to choose by.
         optimization: batch, learning rate and the like.
-        seed: of the order of the questions.
-        bf16: run the forward pass under bfloat16 autocast.
-        output: folder of Trainer's checkpoints and `tensorboard/`.
-        report: called as `report(updates_done, last_logged)` after every update.
+        arguments: of `trainer_arguments`.
+        report: called as `report(updates_done, figures)` after every update.
 
     Returns:
         The trainer, whose `evaluate` measures the model.
 
     Raises:
-        RunError: the loss or a gradient is not finite; the last checkpoint stays.
-        UsageError: the batch cannot be shared by the processes.
+        RunError: a loss or gradient is not finite; the last state is kept.
+        KeyboardInterrupt: on Ctrl-C, after the state has been saved.
     """
-    transformers_logging.set_verbosity_error()
-    watch = _Watch(report)
-    arguments = trainer_arguments(optimization, len(data), seed=seed, bf16=bf16, output=output)
     trainer = RewardTrainer(
         loss,
         max(data.rollouts, valid.rollouts),
@@ -158,73 +160,63 @@ def train(
         eval_dataset=cast(Dataset, valid),
         data_collator=collate,
         compute_metrics=_selection,
-        callbacks=[EarlyStoppingCallback(optimization.patience), watch],
+        callbacks=[EarlyStoppingCallback(optimization.patience)],
+        report=report,
     )
-    watch.trainer = trainer
-    trainer.remove_callback(PrinterCallback)  # stdout is for results
     if not optimization.epochs:
         return trainer
-    for path in output.glob("checkpoint-*"):
-        if not _state(path):  # cut off while it was written; the Trainer would count it among those it keeps
-            shutil.rmtree(path, ignore_errors=True)  # every process of a launch comes here
-    last = last_checkpoint(output)
+    states = Path(str(arguments.output_dir))
+    last = last_state(states)
     if last is None or not _has_ended(last, optimization):
-        log = TensorBoardCallback(
-            SummaryWriter(str(output / "tensorboard")) if trainer.is_world_process_zero() else None
-        )
-        trainer.add_callback(log)
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-        trainer.remove_callback(log)
-        last = last_checkpoint(output)
+        trainer.fit()
+        last = last_state(states)
     assert last is not None
-    best = output / f"checkpoint-{_state(last)['best_global_step']}"
-    if not (best / WEIGHTS).is_file():
+    best = states / f"checkpoint-{read_state(last)['best_global_step']}"
+    if not (best / files.WEIGHTS).is_file():
         raise RunError(f"the best state {best} is gone; train in another output folder")
-    model.load_state_dict(load_file(best / WEIGHTS))
+    model.load_state_dict(load_file(best / files.WEIGHTS))
     return trainer
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest of Trainer's checkpoints that was written whole, None if there is none."""
-    whole = [path for path in folder.glob("checkpoint-*") if _state(path)]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+class RewardTrainer(ResumableTrainer):
+    """The Trainer with LatentRM's loss; its predictions are the scores of rollouts."""
 
+    def __init__(self, loss: RewardLoss, rollouts: int, **more: Any) -> None:
+        """Take the loss, and the largest number of rollouts per question, to which predictions are padded."""
+        super().__init__(**more)
+        self.reward_loss, self.rollouts = loss, rollouts
 
-def _state(checkpoint: Path) -> dict[str, Any]:
-    """Trainer's state, which it writes last; empty where that did not happen."""
-    try:
-        return json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and the scores (Q, N)."""
+        logits_QNT = model(inputs["prompt_QL"], inputs["lengths_Q"], inputs["latents_QNTD"])
+        loss = self.reward_loss(logits_QNT, inputs["labels_QNT"], inputs["correct_QN"])
+        return loss, rollout_scores(logits_QNT, ~inputs["labels_QNT"].isnan())
 
-
-def _has_ended(checkpoint: Path, optimization: RewardOptimization) -> bool:
-    """Whether training had no update left when it was stopped."""
-    state = _state(checkpoint)
-    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
-    waited = stopping.get("early_stopping_patience_counter", 0)
-    return waited >= optimization.patience or state["global_step"] >= state["max_steps"]
+    def prediction_step(self, model: nn.Module, inputs: dict, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, scores and outcomes, padded to the same width in every batch, so that they can be concatenated."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, score_QN = self.compute_loss(model, inputs, return_outputs=True)
+        pad = (0, self.rollouts - score_QN.shape[1])
+        score_QN = nn.functional.pad(score_QN.float(), pad, value=-torch.inf)
+        return loss, score_QN, nn.functional.pad(inputs["correct_QN"], pad)
 
 
 def trainer_arguments(
-    optimization: RewardOptimization, questions: int, *, seed: int, bf16: bool, output: Path
+    optimization: RewardOptimization, questions: int, states: Path, *, seed: int, bf16: bool, device: str
 ) -> TrainingArguments:
-    """Trainer's settings; an evaluation keeps a checkpoint, of which the best and the last stay."""
-    an_epoch = optimization.updates_an_epoch(questions)
-    every = max(1, an_epoch // optimization.evaluations)
-    arguments = TrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=optimization.batch,
-        per_device_eval_batch_size=optimization.batch,
-        num_train_epochs=optimization.epochs,
-        learning_rate=optimization.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(optimization.warmup * an_epoch * optimization.epochs),
-        weight_decay=optimization.weight_decay,
-        max_grad_norm=optimization.clip,
-        bf16=bf16,
-        use_cpu=not torch.accelerator.is_available(),  # said, since Trainer refuses bf16 where it finds no accelerator
+    """The Trainer's settings; each evaluation saves a state, of which the best and the last are kept."""
+    updates = optimization.updates_per_epoch(questions)
+    every = max(1, updates // optimization.evaluations)
+    return training_arguments(
+        optimization,
+        states,
         seed=seed,
+        bf16=bf16,
+        device=device,
+        num_train_epochs=optimization.epochs,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(optimization.warmup * updates * optimization.epochs),
         eval_strategy="steps",
         eval_steps=every,
         save_strategy="steps",
@@ -233,21 +225,14 @@ def trainer_arguments(
         load_best_model_at_end=True,
         metric_for_best_model=METRIC,
         greater_is_better=True,
-        restore_callback_states_from_checkpoint=True,  # the patience that is left
         logging_steps=min(every, 10),
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
         label_names=["labels_QNT"],
-        dataloader_pin_memory=torch.cuda.is_available(),
     )
-    if arguments.world_size == 1 and arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else Trainer would use DataParallel; several GPUs are `accelerate launch`'s
-    if optimization.batch % arguments.world_size:
-        raise bad_value("optimization.batch", optimization.batch, f"a multiple of the {arguments.world_size} processes")
-    arguments.per_device_train_batch_size = optimization.batch // arguments.world_size
-    return arguments
+
+
+def selection_accuracy(score_QN: np.ndarray, correct_QN: np.ndarray) -> float:
+    """Share of questions whose rollout with the highest score is right; the lowest rollout number wins a tie."""
+    return float(np.take_along_axis(correct_QN, score_QN.argmax(1)[:, None], 1).mean())
 
 
 def _selection(prediction: EvalPrediction) -> dict[str, float]:
@@ -255,3 +240,11 @@ def _selection(prediction: EvalPrediction) -> dict[str, float]:
     assert isinstance(scores, np.ndarray)
     assert isinstance(corrects, np.ndarray)
     return {METRIC: selection_accuracy(scores, corrects)}
+
+
+def _has_ended(folder: Path, optimization: RewardOptimization) -> bool:
+    """Whether training was over when a state was saved."""
+    state = read_state(folder)
+    stopping = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {}).get("attributes", {})
+    waited = stopping.get("early_stopping_patience_counter", 0)
+    return waited >= optimization.patience or state["global_step"] >= state["max_steps"]
