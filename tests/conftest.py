@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import compose_once
 import pytest
 import yaml
 
-import compose_once
 from latent_tts import cli
 
 # commands read their own file hundreds of times: libyaml does so eight times as fast, and the same

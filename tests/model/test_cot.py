@@ -5,8 +5,8 @@ import json
 import pandas as pd
 import pytest
 import tiny
+from against_oracle import check_against_oracle
 from refusal import check
-from test_engine import check_against_oracle
 
 from latent_tts.engine.cost import Shape
 from latent_tts.errors import UsageError

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from oracle import pccot_rollout
 from refusal import check
 from safetensors.torch import load_file, save_file
 
@@ -54,30 +55,6 @@ def adapter(folder: Path, **more) -> Pccot:
     return Pccot(**fields | {"answer_prompt": "###"} | more)
 
 
-def plainly(lm, projection, prompt, latent_id, end_ids, latents, sweeps, answer, eos_id):
-    """Greedy ids and latents as `PCCoTGPT2LMHeadModel.forward` computes them, everything run anew in every pass."""
-    embed = lm.get_input_embeddings()
-    prompt_LD, boundary = embed(torch.tensor(prompt)), len(prompt)
-
-    def hidden(vectors_SD):
-        return lm.base_model(inputs_embeds=vectors_SD[None]).last_hidden_state[0]
-
-    first = hidden(torch.cat([prompt_LD, embed(torch.tensor([latent_id] * latents))]))
-    inputs_TD = projection(first[boundary - 1 : boundary + latents - 1])
-    for _ in range(sweeps):
-        fed_TD = inputs_TD
-        outputs = hidden(torch.cat([prompt_LD, fed_TD]))[boundary:]
-        inputs_TD = torch.cat([fed_TD[:1], projection(outputs)[:-1]])
-    ids = []
-    while len(ids) < answer:
-        logits = lm.lm_head(hidden(torch.cat([prompt_LD, fed_TD, embed(torch.tensor(end_ids + ids))]))[-1])
-        token = int(logits.argmax())
-        if token == eos_id:
-            break
-        ids.append(token)
-    return fed_TD, ids
-
-
 @pytest.mark.parametrize("sweeps", [1, 2, 4, 6])
 @torch.inference_mode()
 def test_rollouts_are_those_of_the_papers_procedure(folder, sweeps):
@@ -92,7 +69,7 @@ def test_rollouts_are_those_of_the_papers_procedure(folder, sweeps):
     assert draw.history_RTD is not None
     lm = tiny.plain_copy(reasoner.lm)
     for row, prompt in enumerate(prompts):
-        latents_TD, ids = plainly(
+        latents_TD, ids = pccot_rollout(
             lm, reasoner.next_latent, prompt, model.latent_id, model.thinking_end_ids, T, sweeps, 5, model.eos_id
         )
         torch.testing.assert_close(draw.history_RTD[row], latents_TD, rtol=0, atol=1e-9)

@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from against_oracle import MASKS, NOISE, TOLERANCE, assert_rows_equal, base_passes, check_against_oracle, name, roll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 from refusal import check
-from test_engine import MASKS, NOISE, TOLERANCE, assert_rows_equal, base_passes, check_against_oracle, name, roll
 
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.decoding import AnswerSampling
