@@ -29,8 +29,6 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: there are no weights, a config or tokenizer is wanting, or the new folder is in use.
     """
-    from latent_tts.checkpoint import loading
-
     src, dst = Path(cfg.src).expanduser(), Path(cfg.dst).expanduser()
     config.require("lora_alpha", cfg.lora_alpha, cfg.lora_alpha > 0, "a positive number")
     config.require("latents", cfg.latents, cfg.latents is None or cfg.latents >= 0, "0 or more, or null")
@@ -53,6 +51,8 @@ def main(cfg: DictConfig) -> None:
     if whole:
         tensors, settings, tokenizer, renamed = convert_folder(src, cfg.base, tokenizer)
     else:
+        from latent_tts.checkpoint import loading  # with torch: only for what has passed the checks above
+
         settings = find_config(cfg.config, folders)
         state = loading.load_tensors(source, "") if source.is_dir() else loading.read_pickle(source)
         state = layouts.unwrap(state)
