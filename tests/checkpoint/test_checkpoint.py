@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
-from refusal import check
+from refusal import check, check_refused
 from safetensors.torch import load_file, save_file
 from tiny import SHAPE
 from training_code import ANSWER, LATENTS, edit_json, plain_rollout
@@ -83,8 +83,8 @@ def shard(folder: Path, count: int = 3) -> dict[str, str]:
         ("codi", "coconut", ["COCONUT", "without projector.*", "CODI"]),
     ],
 )
-def test_a_checkpoint_of_another_family(ltts, nothing_loads, model, folder, words):
-    check(ltts("run", f"model={model}", f"model.checkpoint={PARITY / folder}"), *words)
+def test_a_checkpoint_of_another_family(place, nothing_loads, model, folder, words):
+    check_refused("run", f"model={model}", f"model.checkpoint={PARITY / folder}", words=words)
 
 
 def test_a_latent_rm_or_a_colar_checkpoint_is_no_reasoner_of_these_families(kind, folder):
@@ -96,11 +96,12 @@ def test_a_latent_rm_or_a_colar_checkpoint_is_no_reasoner_of_these_families(kind
             adapter(kind, folder).check()
 
 
-def test_a_projector_of_another_width(ltts, nothing_loads, tmp_path):
+def test_a_projector_of_another_width(place, nothing_loads, tmp_path):
     folder = shutil.copytree(PARITY / "codi", tmp_path / "codi")
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"projector.1.weight": torch.ones(48, 32)}, folder / "model.safetensors")
-    check(ltts("run", "model=codi", f"model.checkpoint={folder}"), "projector.1.weight", "[48, 32]", "[48, 64]")
+    words = ["projector.1.weight", "[48, 32]", "[48, 64]"]
+    check_refused("run", "model=codi", f"model.checkpoint={folder}", words=words)
 
 
 def test_a_projector_that_is_not_whole(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from oracle import pccot_rollout
-from refusal import check
+from refusal import check_refused
 from safetensors.torch import load_file, save_file
 
 from latent_tts.checkpoint import loading
@@ -131,15 +131,13 @@ def test_other_numbers_than_those_of_training_are_warned_of(folder, caplog):
 
 
 @pytest.fixture
-def pccot(ltts, folder):
+def line(folder, place):
     own = ["model=pccot", f"model.checkpoint={folder}", "model.answer_prompt='###'", f"model.latents={T}"]
-    return lambda command, *arguments: ltts(
-        command, *own, f"model.sweeps={K}", "task.limit=4", "max_answer_tokens=3", *arguments
-    )
+    return [*own, f"model.sweeps={K}", "task.limit=4", "max_answer_tokens=3"]
 
 
-def test_a_run_has_the_models_schedule_and_its_costs(pccot):
-    result = pccot("run", "sampler=gaussian", "n=3")
+def test_a_run_has_the_models_schedule_and_its_costs(ltts, line):
+    result = ltts("run", *line, "sampler=gaussian", "n=3")
     assert result.code == 0, result.err
     metrics = pd.read_csv(result.last)
     assert set(metrics["schedule"]) == {"jacobi"}
@@ -148,7 +146,6 @@ def test_a_run_has_the_models_schedule_and_its_costs(pccot):
     assert "trained with" not in result.err
 
 
-@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("command", "overrides", "words"),
     [
@@ -158,11 +155,11 @@ def test_a_run_has_the_models_schedule_and_its_costs(pccot):
         ("run", ["model.sweeps=0"], ["model.sweeps=0", "1 or more"]),
     ],
 )
-def test_what_a_parallel_model_refuses(pccot, command, overrides, words):
-    check(pccot(command, *overrides), *words)
+def test_what_a_parallel_model_refuses(line, command, overrides, words):
+    check_refused(command, *line, *overrides, words=words)
 
 
-def test_a_beam_search_has_no_meaning(pccot, folder, tmp_path):
+def test_a_beam_search_has_no_meaning(line, folder, tmp_path):
     scorer = tiny.write_latent_rm(tmp_path / "rm", folder)
     beam = ["search=beam", "n=16", "scorer=latent_rm", f"scorer.checkpoint={scorer}"]
-    check(pccot("run", *beam), "model=pccot", "search=beam")
+    check_refused("run", *line, *beam, words=["model=pccot", "search=beam"])
