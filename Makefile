@@ -4,7 +4,7 @@ BIN := .venv/bin
 QUESTIONS ?= 1000
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow lint format type golden wheel-smoke plots reasoner reasoner-cot reasoner-codi
+.PHONY: help install run test test-slow coverage lint format type golden wheel-smoke plots reasoner reasoner-cot reasoner-codi
 .PHONY: reasoner-colar reasoner-pccot latent-rm bench clean
 
 help: ## list the targets
@@ -35,6 +35,9 @@ test: .venv/.installed ## run the default tests, one process per core
 
 test-slow: .venv/.triton ## run the slow tests: long ones, and more cases of those in `make test`
 	$(PYTEST) -m 'slow and not gpu and not network and not realdata' --ignore=tests/test_wheel.py
+
+coverage: .venv/.installed ## show which share of src/ the default tests run, file by file
+	$(PYTEST) --cov --cov-report=term:skip-covered
 
 lint: .venv/.installed ## check the style
 	$(BIN)/ruff check .

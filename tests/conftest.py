@@ -3,20 +3,18 @@
 import gc
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import compose_once
 import pytest
-import yaml
+from refusal import check_refused
 
 from latent_tts import cli
-
-# commands read their own file hundreds of times: libyaml does so eight times as fast, and the same
-yaml.SafeLoader = yaml.CSafeLoader
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,14 +34,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if cases[name] % 2:
                 item.add_marker(pytest.mark.slow)
             cases[name] += 1
-
-
-@pytest.fixture(scope="session", autouse=True)
-def configs_compose_once() -> Iterator[None]:
-    """Each choice of options is composed once a process."""
-    with pytest.MonkeyPatch.context() as patch:
-        compose_once.install(patch)
-        yield
 
 
 def pytest_collection_finish() -> None:
@@ -79,14 +69,30 @@ class Result:
         return Path(self.out.splitlines()[-1])
 
 
+@contextmanager
+def place_of_its_own(folder: Path) -> Iterator[None]:
+    """An empty folder to run commands in, with a cache and a config folder of its own."""
+    handlers = logging.getLogger().handlers[:]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LTTS_CACHE", str(folder / "cache"))
+        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+        yield
+    for handler in set(logging.getLogger().handlers) - set(handlers):
+        handler.close()
+        logging.getLogger().removeHandler(handler)
+
+
 @pytest.fixture
-def ltts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., Result]]:
+def place(tmp_path: Path) -> Iterator[Path]:
+    """The empty folder that a test's commands run in."""
+    with place_of_its_own(tmp_path):
+        yield tmp_path
+
+
+@pytest.fixture
+def ltts(place: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """Run `ltts ARGS...` in an empty folder with a cache of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
     def run(*arguments: object) -> Result:
         capfd.readouterr()
@@ -95,19 +101,39 @@ def ltts(
         captured = capfd.readouterr()
         return Result(code, captured.out, captured.err)
 
-    handlers = logging.getLogger().handlers[:]
-    yield run
-    for handler in set(logging.getLogger().handlers) - set(handlers):
-        handler.close()
-        logging.getLogger().removeHandler(handler)
+    return run
+
+
+def run_line(checkpoint: Path) -> list[str]:
+    """`ltts run` on the tiny reasoner and a few questions."""
+    return ["run", f"model.checkpoint={checkpoint}", "task.limit=6", "n=4", "max_answer_tokens=4"]
+
+
+@pytest.fixture(scope="session")
+def completed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a run with a ladder of budgets, which no test may change."""
+    folder = tmp_path_factory.mktemp("completed")
+    with place_of_its_own(folder):
+        assert cli.main([*run_line(checkpoint), "budget=ladder", "hydra.run.dir=run"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def own_copy(completed: Path, place: Path) -> Path:
+    """A copy of that folder to be changed."""
+    return shutil.copytree(completed, place / "completed")
 
 
 @pytest.fixture
 def run(ltts: Callable[..., Result], checkpoint: Path) -> Callable[..., Result]:
     """`ltts run` on the tiny reasoner and a few questions."""
-    return lambda *arguments: ltts(
-        "run", f"model.checkpoint={checkpoint}", "task.limit=6", "n=4", "max_answer_tokens=4", *arguments
-    )
+    return lambda *arguments: ltts(*run_line(checkpoint), *arguments)
+
+
+@pytest.fixture
+def refuse(place: Path, checkpoint: Path) -> Callable[..., None]:
+    """`ltts run` on the tiny reasoner, which is to refuse what it is given in `words` that name it."""
+    return lambda *arguments, words: check_refused(*run_line(checkpoint), *arguments, words=words)
 
 
 @pytest.fixture

@@ -1,90 +1,195 @@
 """The rules of docs/architecture.md, held by reading the source."""
 
+from __future__ import annotations
+
 import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 import yaml
 
+from latent_tts.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src" / "latent_tts"
-SETTINGS = {"engine"}  # groups of settings alone: their options build nothing
-ROOMS = [
-    path.name
-    for path in sorted((ROOT / "conf").iterdir())
-    if path.is_dir() and (SRC / path.name).is_dir() and path.name not in SETTINGS
-]
 
 # The order of rooms, lowest first: a file imports from its own room and from rooms of earlier lines.
 ORDER = [
-    ["errors", "types"],
-    ["text", "random", "schedule", "budget", "aggregator"],
-    ["checkpoint", "sampler", "task"],
-    ["model"],
-    ["scorer", "results"],
-    ["engine"],
-    ["search", "training"],
-    ["recipe", "pipeline"],
-    ["config"],
-    ["commands"],
-    ["cli"],
-    ["__main__"],
+    {"errors", "types"},
+    {"text", "random", "schedule", "budget", "aggregator"},
+    {"checkpoint", "sampler", "task"},
+    {"model"},
+    {"scorer", "results"},
+    {"engine"},
+    {"search", "training"},
+    {"recipe", "pipeline"},
+    {"config"},
+    {"commands"},
+    {"cli"},
 ]
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
-HYDRA = {"cli", "config", "commands"}
-TORCH = {"random", "checkpoint", "engine", "training", "pipeline"}
+LOOSE_MODULES = {"__init__", "__main__", "cli", "errors", "types"}
+GROUPS = {"aggregator", "budget", "model", "recipe", "sampler", "schedule", "scorer", "search", "task"}
+KNOW_HYDRA = {"cli", "config", "commands"}
+MAX_STATEMENTS_PER_COMMAND = 100
 
 
-def modules() -> list[Path]:
-    return sorted(path for path in SRC.rglob("*.py") if path.name != "__init__.py")
+def module_name(path: Path) -> str:
+    """`engine.rollout` for engine/rollout.py, `engine` for engine/__init__.py."""
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(SRC).parts[0].removesuffix(".py")
+TREES = {module_name(path): ast.parse(path.read_text()) for path in sorted(SRC.rglob("*.py"))}
 
 
-def imports(path: Path, *, top_level: bool = False) -> list[str]:
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level else list(ast.walk(tree))
-    names = []
-    for node in nodes:
+def imports(tree: ast.Module) -> set[str]:
+    """All that a file imports, for types and inside functions too: `package.module` or `package.module.name`."""
+    names = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {f"{'.' * node.level}{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SRC)))
-def test_imports_go_down_only(path):
-    room = room_of(path)
-    own = {name.split(".")[1] for name in imports(path) if name.startswith("latent_tts.")} - {room}
-    above = sorted(name for name in own if PLACE[name] >= PLACE[room])
-    assert not above, f"{room} imports {above}"
+def own_imports(module: str) -> set[str]:
+    """The modules of the package that one of its modules imports."""
+    names = {name.removeprefix("latent_tts.") for name in imports(TREES[module]) if name.startswith("latent_tts.")}
+    return {name if name in TREES else name.rpartition(".")[0] for name in names} - {module}
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(SRC)))
-def test_only_the_command_line_knows_hydra_and_only_heavy_rooms_import_torch(path):
-    roots = {name.split(".")[0] for name in imports(path)}
-    if room_of(path) not in HYDRA:
-        assert not roots & {"hydra", "omegaconf"}
-    on_import = {name.split(".")[0] for name in imports(path, top_level=True)}
-    if room_of(path) not in TORCH:
-        assert not on_import & {"torch", "transformers", "accelerate"}
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
-def targets(room: str) -> dict[str, str]:
-    files = sorted((ROOT / "conf" / room).glob("*.yaml"))
+def test_every_import_is_absolute():
+    assert not [module for module, tree in TREES.items() if any(name.startswith(".") for name in imports(tree))]
+
+
+def test_rooms_import_from_lower_rooms_only():
+    inside = {module for module in TREES if module not in ("", "__main__")}
+    assert {room_of(module) for module in inside} == set(PLACE), "ORDER lists other rooms than there are"
+    above = [
+        f"{module} imports {name}"
+        for module in inside
+        for name in own_imports(module)
+        if room_of(name) != room_of(module) and PLACE[room_of(name)] >= PLACE[room_of(module)]
+    ]
+    assert not above
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Circles of imports, found one by one: each loses its last import before the next is looked for."""
+    graph, found = {module: set(names) for module, names in graph.items()}, []
+    while True:
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            circle = error.args[1]
+            graph[circle[1]].discard(circle[0])
+            found.append(circle)
+        else:
+            return found
+
+
+def test_files_do_not_import_one_another_in_a_circle():
+    found = circles({module: own_imports(module) for module in TREES})
+    assert not [" -> ".join(reversed(circle)) for circle in found]
+
+
+def test_a_circle_is_found_over_three_files_and_beside_another():
+    graph = {"a": {"b", "d"}, "b": {"c"}, "c": {"a"}, "d": {"e"}, "e": {"d"}, "f": {"a"}}
+    assert sorted(sorted(set(circle)) for circle in circles(graph)) == [["a", "b", "c"], ["d", "e"]]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_module_lies_loose_beside_the_rooms():
+    assert {path.stem for path in SRC.glob("*.py")} == LOOSE_MODULES
+
+
+def test_only_cli_config_and_commands_know_hydra():
+    knowing = {
+        room_of(module)
+        for module, tree in TREES.items()
+        if {name.partition(".")[0] for name in imports(tree)} & {"hydra", "omegaconf"}
+    }
+    assert knowing <= KNOW_HYDRA
+
+
+def statements(tree: ast.Module) -> int:
+    return sum(isinstance(node, ast.stmt) for node in ast.walk(tree))
+
+
+def test_commands_are_short_and_import_no_other_command():
+    commands = {module: tree for module, tree in TREES.items() if module.startswith("commands.")}
+    assert set(commands) == {f"commands.{name.replace('-', '_')}" for name in COMMANDS}
+    importing = {module for module in commands if any(name in commands for name in own_imports(module))}
+    assert not importing
+    long = {module for module, tree in commands.items() if statements(tree) > MAX_STATEMENTS_PER_COMMAND}
+    assert not long
+
+
+REFUSED = [
+    "run n=0",
+    "rescore nowhere",
+    "annotate n=0",
+    "train-reasoner save_every=0",
+    "train-rm optimization.lr=0",
+    "tune n=0",
+    "collect nowhere",
+    "compare nowhere nothere",
+    "plot nowhere",
+    "convert nowhere new",
+]
+
+
+def test_a_refused_command_imports_no_torch(tmp_path):
+    assert [line.split()[0] for line in REFUSED] == list(COMMANDS)
+    options = [f"latent_tts.{module}" for module in TREES if room_of(module) in GROUPS]
+    code = f"""
+import importlib, sys
+from latent_tts import cli
+for option in {options}:
+    importlib.import_module(option)
+codes = [cli.main(line.split()) for line in {REFUSED}]
+assert codes == {[2] * len(REFUSED)}, codes
+assert not {{"torch", "transformers", "accelerate", "datasets"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def targets(group: str) -> dict[str, str]:
+    files = sorted((ROOT / "conf" / group).glob("*.yaml"))
     return {file.stem: yaml.safe_load(file.read_text())["_target_"] for file in files}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_option_lives_in_its_room_and_every_module_of_a_room_is_an_option(room):
-    used = {target.rpartition(".")[0] for target in targets(room).values()}
-    assert used == {f"latent_tts.{room}.{path.stem}" for path in (SRC / room).glob("*.py") if path.stem != "__init__"}
-    assert len(targets(room)) >= 2
+@pytest.mark.parametrize("group", sorted(GROUPS))
+def test_every_option_of_a_group_lies_in_its_room_and_every_module_of_the_room_is_an_option(group):
+    used = {target.rpartition(".")[0] for target in targets(group).values()}
+    assert used == {f"latent_tts.{group}.{path.stem}" for path in (SRC / group).glob("*.py") if path.stem != "__init__"}
+    assert len(targets(group)) >= 2
 
 
-def test_the_groups_are_the_rooms_that_users_know():
-    assert ROOMS == ["aggregator", "budget", "model", "recipe", "sampler", "schedule", "scorer", "search", "task"]
+def test_the_groups_are_the_folders_of_conf_that_are_rooms():
+    settings_alone = {"engine"}  # its options build nothing
+    folders = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+    assert (folders & set(PLACE)) - settings_alone == GROUPS
+
+
+def test_tests_lie_in_the_same_rooms_as_the_code():
+    rooms = {path.name for path in SRC.iterdir() if path.is_dir()}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders <= rooms | {"helpers", "golden", "parity"}
+    loose = {path.stem for path in (ROOT / "tests").glob("*.py")}
+    assert loose == {"conftest", "test_architecture", "test_benchmarks", "test_errors", "test_wheel"}
+
+
+def test_tests_share_code_through_helpers_alone():
+    tests = {path: imports(ast.parse(path.read_text())) for path in (ROOT / "tests").rglob("*.py")}
+    assert not [str(path) for path, names in tests.items() if any(name.startswith("test_") for name in names)]

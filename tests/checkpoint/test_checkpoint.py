@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
-from refusal import check
+from refusal import check, check_refused
 from safetensors.torch import load_file, save_file
-from test_convert import ANSWER, LATENTS, plain_rollout
 from tiny import SHAPE
+from training_code import ANSWER, LATENTS, edit_json, plain_rollout
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -62,10 +62,6 @@ def nothing_loads(monkeypatch):
     monkeypatch.setattr(loading, "load_tensors", fail)
 
 
-def edit(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def shard(folder: Path, count: int = 3) -> dict[str, str]:
     """Split the weights of a folder into shards with an index; returns its weight_map."""
     weights = load_file(folder / "model.safetensors")
@@ -87,8 +83,8 @@ def shard(folder: Path, count: int = 3) -> dict[str, str]:
         ("codi", "coconut", ["COCONUT", "without projector.*", "CODI"]),
     ],
 )
-def test_a_checkpoint_of_another_family(ltts, nothing_loads, model, folder, words):
-    check(ltts("run", f"model={model}", f"model.checkpoint={PARITY / folder}"), *words)
+def test_a_checkpoint_of_another_family(place, nothing_loads, model, folder, words):
+    check_refused("run", f"model={model}", f"model.checkpoint={PARITY / folder}", words=words)
 
 
 def test_a_latent_rm_or_a_colar_checkpoint_is_no_reasoner_of_these_families(kind, folder):
@@ -100,11 +96,12 @@ def test_a_latent_rm_or_a_colar_checkpoint_is_no_reasoner_of_these_families(kind
             adapter(kind, folder).check()
 
 
-def test_a_projector_of_another_width(ltts, nothing_loads, tmp_path):
+def test_a_projector_of_another_width(place, nothing_loads, tmp_path):
     folder = shutil.copytree(PARITY / "codi", tmp_path / "codi")
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"projector.1.weight": torch.ones(48, 32)}, folder / "model.safetensors")
-    check(ltts("run", "model=codi", f"model.checkpoint={folder}"), "projector.1.weight", "[48, 32]", "[48, 64]")
+    words = ["projector.1.weight", "[48, 32]", "[48, 64]"]
+    check_refused("run", "model=codi", f"model.checkpoint={folder}", words=words)
 
 
 def test_a_projector_that_is_not_whole(tmp_path):
@@ -120,7 +117,7 @@ def test_a_projector_that_is_not_whole(tmp_path):
 def test_a_missing_special_token(kind, folder, nothing_loads, token):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     kept = [added for added in tokenizer["added_tokens"] if added["content"] != token]
-    edit(folder / "tokenizer.json", added_tokens=kept)
+    edit_json(folder / "tokenizer.json", added_tokens=kept)
     with pytest.raises(UsageError) as error:
         adapter(kind, folder).check()
     assert token in str(error.value)
@@ -174,7 +171,7 @@ def test_another_number_of_latents_than_in_training(folder, kind, caplog):
     known = {str(folder): 6}
     assert warnings(6, trained_latents=known) == []
     assert warnings(4, trained_latents=known) == [f"model.latents=4: {folder} was trained with 6"]
-    edit(folder / "config.json", latent_tts={"latents": 4})  # its own word counts more
+    edit_json(folder / "config.json", latent_tts={"latents": 4})  # its own word counts more
     assert warnings(4, trained_latents=known) == []
     assert warnings(6) == [f"model.latents=6: {folder} was trained with 4"]
 
@@ -260,7 +257,7 @@ def test_a_whole_file_counts_more_than_an_index_beside_it(folder, kind):
 def test_padding_and_truncation_left_in_a_tokenizer_change_no_prompt(folder, kind):
     from latent_tts.types import Question
 
-    edit(
+    edit_json(
         folder / "tokenizer.json",
         truncation={"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0},
         padding={"strategy": {"Fixed": 300}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
@@ -272,7 +269,7 @@ def test_padding_and_truncation_left_in_a_tokenizer_change_no_prompt(folder, kin
 
 
 def test_of_several_eos_the_tokenizers_ends_an_answer(folder, kind):
-    edit(folder / "config.json", eos_token_id=[3, 0])
+    edit_json(folder / "config.json", eos_token_id=[3, 0])
     assert adapter(kind, folder).eos_id == 0
     assert adapter(kind, folder).eos_ids == (0, 3)
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from marks import slow
-from refusal import check
+from refusal import check, check_refused
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -37,11 +37,27 @@ def test_an_argument_that_is_no_override(ltts):
         (["+aggregator.majority.foo=1"], ["aggregator.majority.foo: no such key; there are none"]),
         slow(["+engine.foo=1"], ["engine.foo: no such key; one of dtype, device"]),
         slow(["+model.foo=1"], ["model.foo: no such key; one of name, checkpoint"]),
+        (["n=abc"], ["n=abc", "integer"]),
+        (["experiment=nosuch"], ["experiment=nosuch", "smoke"]),
+        slow(["n=1.5"], ["n=1.5", "integer"]),
+        slow(["seed=x"], ["seed=x", "integer"]),
+        slow(["aggregator=[best]"], ["aggregator=best", "likelihood, majority"]),
+        slow(["engine.gpu=1"], ["engine.gpu", "device"]),
+        (["n=0"], ["n=0", "1 to 1048576"]),
+    ],
+    ids=lambda value: " ".join(value) if value and "=" in value[0] else None,
+)
+def test_a_bad_override_on_the_command_line(run, overrides, words):
+    check(run(*overrides), *words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
         (["n=0"], ["n=0", "1 to 1048576"]),
         (["n=-1"], ["n=-1", "1 to 1048576"]),
         (["n=1048577"], ["n=1048577", "1 to 1048576"]),
         (["scorer.checkpoint=no/such"], ["scorer.checkpoint=no/such", "is scorer=latent_rm meant?"]),
-        (["n=abc"], ["n=abc", "integer"]),
         (["sampler=gaussian", "sampler.sigma=-1"], ["sampler.sigma=-1", "0 or more"]),
         (["sampler=gaussian", "sampler.sigma=nan"], ["sampler.sigma=nan", "finite"]),
         (["sampler.rate=1"], ["sampler.rate=1", "[0, 1)"]),
@@ -59,25 +75,20 @@ def test_an_argument_that_is_no_override(ltts):
         (["task=jsonl", "task.path=nosuch.jsonl"], ["task.path=nosuch.jsonl", "no such file"]),
         (["model.checkpoint=no/such/folder"], ["model.checkpoint=no/such/folder", "no such folder"]),
         (["model.checkpoint=shipped:nosuch"], ["model.checkpoint=shipped:nosuch", "shipped are"]),
-        (["experiment=nosuch"], ["experiment=nosuch", "smoke"]),
-        slow(["n=1.5"], ["n=1.5", "integer"]),
-        slow(["seed=x"], ["seed=x", "integer"]),
-        slow(["sampler=gaussian", "sampler.sigma=inf"], ["sampler.sigma=inf", "finite"]),
-        slow(["sampler=gaussian", "sampler.sigma=big"], ["sampler.sigma=big", "number"]),
-        slow(["sampler.rate=-0.1"], ["sampler.rate=-0.1", "[0, 1)"]),
-        slow(["sampler.mask=old"], ["sampler.mask=old", "fresh or locked"]),
-        slow(["task.limit=0"], ["task.limit=0", "positive"]),
-        slow(["task.steps=[9]"], ["task.steps=[9]", "[2, 3, 4, 5]"]),
-        slow(["aggregator=[best]"], ["aggregator=best", "likelihood, majority"]),
-        slow(["engine.gpu=1"], ["engine.gpu", "device"]),
-        slow(["model.latents=-1"], ["model.latents=-1", "0 or more"]),
-        slow(["max_answer_tokens=0"], ["max_answer_tokens=0", "1 or more"]),
-        slow(["engine.rows=0"], ["engine.rows=0", "1 or more"]),
+        (["sampler=gaussian", "sampler.sigma=inf"], ["sampler.sigma=inf", "finite"]),
+        (["sampler=gaussian", "sampler.sigma=big"], ["sampler.sigma=big", "number"]),
+        (["sampler.rate=-0.1"], ["sampler.rate=-0.1", "[0, 1)"]),
+        (["sampler.mask=old"], ["sampler.mask=old", "fresh or locked"]),
+        (["task.limit=0"], ["task.limit=0", "positive"]),
+        (["task.steps=[9]"], ["task.steps=[9]", "[2, 3, 4, 5]"]),
+        (["model.latents=-1"], ["model.latents=-1", "0 or more"]),
+        (["max_answer_tokens=0"], ["max_answer_tokens=0", "1 or more"]),
+        (["engine.rows=0"], ["engine.rows=0", "1 or more"]),
     ],
     ids=lambda value: " ".join(value) if value and "=" in value[0] else None,
 )
-def test_a_bad_override(run, overrides, words):
-    check(run(*overrides), *words)
+def test_a_bad_value(refuse, overrides, words):
+    refuse(*overrides, words=words)
 
 
 @pytest.mark.parametrize(
@@ -117,17 +128,20 @@ def test_what_a_plus_may_add(run, tmp_path):
     assert json.loads((result.last.parent / "run.json").read_text())["config"]["seed"] == 7
 
 
-@pytest.mark.every_other
-@pytest.mark.parametrize("device", ["banana", "cuda:x", "cuda:", "cpu:1"])
-def test_no_such_device_where_every_rollout_is_there_already(run, device):
+def test_no_such_device_where_every_rollout_is_there_already(run):
     assert run().code == 0
-    check(run(f"engine.device={device}"), f"engine.device={device}", "one of auto, cpu, cuda, cuda:INDEX")
+    check(run("engine.device=banana"), "engine.device=banana", "one of auto, cpu, cuda, cuda:INDEX")
 
 
-def test_cuda_where_there_is_none(run):
+@pytest.mark.parametrize("device", ["cuda:x", "cuda:", "cpu:1"])
+def test_no_such_device(refuse, device):
+    refuse(f"engine.device={device}", words=[f"engine.device={device}", "one of auto, cpu, cuda, cuda:INDEX"])
+
+
+def test_cuda_where_there_is_none(refuse):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    check(run("engine.device=cuda"), "engine.device=cuda", "0 CUDA devices")
+    refuse("engine.device=cuda", words=["engine.device=cuda", "0 CUDA devices"])
 
 
 @pytest.fixture
@@ -136,44 +150,43 @@ def broken(checkpoint, tmp_path):
     return shutil.copytree(checkpoint, tmp_path / "broken")
 
 
-def test_a_truncated_checkpoint(run, broken):
+def test_a_truncated_checkpoint(refuse, broken):
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    check(run(f"model.checkpoint={broken}"), "model.safetensors", "truncated")
+    refuse(f"model.checkpoint={broken}", words=["model.safetensors", "truncated"])
 
 
-def test_a_checkpoint_without_weights(run, broken):
+def test_a_checkpoint_without_weights(refuse, broken):
     (broken / "model.safetensors").unlink()
-    check(run(f"model.checkpoint={broken}"), "lacks model.safetensors")
+    refuse(f"model.checkpoint={broken}", words=["lacks model.safetensors"])
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_checkpoint_without_a_file(run, broken, name):
+def test_a_checkpoint_without_a_file(refuse, broken, name):
     (broken / name).unlink()
-    check(run(f"model.checkpoint={broken}"), f"lacks {name}")
+    refuse(f"model.checkpoint={broken}", words=[f"lacks {name}"])
 
 
-def test_a_config_that_is_not_json(run, broken):
+def test_a_config_that_is_not_json(refuse, broken):
     (broken / "config.json").write_text("{")
-    check(run(f"model.checkpoint={broken}"), "config.json is not JSON")
+    refuse(f"model.checkpoint={broken}", words=["config.json is not JSON"])
 
 
-def test_a_checkpoint_without_the_latent_tokens(run, broken):
+def test_a_checkpoint_without_the_latent_tokens(refuse, broken):
     tokenizer = json.loads((broken / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "<|start-latent|>"]
     (broken / "tokenizer.json").write_text(json.dumps(tokenizer))
-    check(run(f"model.checkpoint={broken}"), "no token <|start-latent|>")
+    refuse(f"model.checkpoint={broken}", words=["no token <|start-latent|>"])
 
 
-def test_weights_of_another_shape_than_the_config_says(run, broken):
+def test_weights_of_another_shape_than_the_config_says(refuse, broken):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
-    check(run(f"model.checkpoint={broken}"), "weights are missing")
+    refuse(f"model.checkpoint={broken}", words=["weights are missing"])
     (broken / "config.json").write_text(json.dumps(config | {"n_layer": 0}))
-    check(run(f"model.checkpoint={broken}"), "fewer layers than the weights", ".h.0.")
+    refuse(f"model.checkpoint={broken}", words=["fewer layers than the weights", ".h.0."])
 
 
-@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
@@ -182,16 +195,16 @@ def test_weights_of_another_shape_than_the_config_says(run, broken):
         ("n_head", 0, "n_head=0"),
         ("vocab_size", "263", 'vocab_size="263"'),
         ("n_positions", 1.5, "n_positions=1.5"),
-        slow("n_inner", "wide", 'n_inner="wide"'),
-        slow("n_head", None, "transformers cannot load it: Validation error for field 'n_head'"),
+        ("n_inner", "wide", 'n_inner="wide"'),
+        ("n_head", None, "transformers cannot load it: Validation error for field 'n_head'"),
     ],
 )
-def test_a_config_with_a_value_of_a_wrong_type(run, ltts, broken, name, value, words):
+def test_a_config_with_a_value_of_a_wrong_type(refuse, broken, name, value, words):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {name: value}))
-    check(run(f"model.checkpoint={broken}"), f"model.checkpoint={broken}", words)
+    refuse(f"model.checkpoint={broken}", words=[f"model.checkpoint={broken}", words])
     if value is not None:
-        check(ltts("train-reasoner", f"init={broken}"), f"init={broken}", words)
+        check_refused("train_reasoner", f"init={broken}", words=[f"init={broken}", words])
 
 
 def test_weights_that_give_no_numbers(run, broken):
@@ -240,20 +253,20 @@ def test_convert_refuses_what_is_no_pickle_of_tensors(ltts, broken, tmp_path):
         ('{"question": "How many?", "answer": ["1"]}\n', ["line 1", "neither a text nor a number"]),
     ],
 )
-def test_a_bad_file_of_questions(run, tmp_path, content, words):
+def test_a_bad_file_of_questions(refuse, tmp_path, content, words):
     (tmp_path / "q.jsonl").write_text(content)
-    check(run("task=jsonl", "task.path=q.jsonl"), "q.jsonl", *words)
+    refuse("task=jsonl", "task.path=q.jsonl", words=["q.jsonl", *words])
 
 
-def test_a_question_longer_than_the_context(run, tmp_path):
+def test_a_question_longer_than_the_context(refuse, tmp_path):
     text = "Ann has 3 pens. " + "She buys 2 more. " * 40
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": text, "answer": "83"}))
-    check(run("task=jsonl", "task.path=q.jsonl"), "128 positions", "Ann has 3 pens")
+    refuse("task=jsonl", "task.path=q.jsonl", words=["128 positions", "Ann has 3 pens"])
 
 
-def test_a_word_outside_a_word_level_vocabulary(run, tmp_path):
+def test_a_word_outside_a_word_level_vocabulary(refuse, tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps({"question": "Ann has 3 zebras.", "answer": "3"}))
-    check(run("task=jsonl", "task.path=q.jsonl"), "'zebras'", "vocabulary")
+    refuse("task=jsonl", "task.path=q.jsonl", words=["'zebras'", "vocabulary"])
 
 
 def test_an_output_path_below_a_file(run, tmp_path):
@@ -261,30 +274,27 @@ def test_an_output_path_below_a_file(run, tmp_path):
     check(run("hydra.run.dir=file/below"), "file")
 
 
-def test_a_cache_below_a_file(run, tmp_path):
+def test_a_cache_below_a_file(refuse, tmp_path):
     (tmp_path / "file").touch()
-    check(run("paths.cache=file/below"), "paths.cache=file/below")
+    refuse("paths.cache=file/below", words=["paths.cache=file/below"])
 
 
-def test_in_a_sweep_the_other_jobs_still_run(run):
-    result = run("n=1,abc,0,2", "-m")
-    assert result.code == 2
-    assert "n=abc" in result.err
-    assert "n=0" in result.err
-    assert result.last.is_file()
-    assert (result.last.parent / "1" / "metrics.csv").is_file() or (result.last.parent / "2" / "metrics.csv").is_file()
-
-
-def test_a_refused_run_is_none_that_did_not_complete(run, ltts, tmp_path):
-    for bad in (["n=0"], ["+foo=1"], ["sampler.rate=2"]):
-        assert run(*bad).code == 2
-    assert not list((tmp_path / "outputs" / "run").iterdir())
-    check(ltts("collect", "outputs/run"), "neither a run folder nor one that holds run folders")
-    swept = run("n=1,0,2", "-m")
+def test_in_a_sweep_the_other_jobs_still_run_and_refused_ones_leave_no_folder(run, ltts):
+    swept = run("n=1,abc,0,2", "-m")
     assert swept.code == 2
+    assert "n=abc" in swept.err
+    assert "n=0" in swept.err
     assert "did not complete" not in swept.err
     assert sorted(path.name for path in swept.last.parent.iterdir() if path.is_dir()) == ["0", "2"]
+    assert set(pd.read_csv(swept.last)["n"]) == {1, 2}
     assert "did not complete" not in ltts("collect", "multirun/run").err
+
+
+def test_a_refused_run_is_none_that_did_not_complete(run, tmp_path):
+    for bad in ("n=0", "+foo=1"):
+        assert run(bad).code == 2
+    assert not list((tmp_path / "outputs" / "run").iterdir())
+    check_refused("collect", "runs=[outputs/run]", words=["neither a run folder nor one that holds run folders"])
 
 
 def test_a_refused_run_leaves_what_was_in_its_folder(run, ltts):
@@ -300,19 +310,19 @@ def test_a_refused_run_leaves_the_folder_that_the_user_is_in(run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_folders_of_the_other_commands(ltts, run):
+def test_bad_folders_of_the_other_commands(ltts, run, own_copy):
     check(ltts("collect", "nowhere"), "runs=nowhere")
-    check(ltts("plot", "nowhere"), "runs=nowhere")
-    check(ltts("compare", "nowhere", "nothere"), "a=nowhere: no such folder")
-    folder = run().last.parent
-    check(ltts("compare", folder, "nothere"), "b=nothere: no such folder")
-    check(ltts("compare", folder, run("seed=7").last.parent), "seeds")
-    check(ltts("compare", folder, run("task.split=valid").last.parent), "other questions")
-    check(ltts("compare", folder, folder, "b_n=3"), "b_n=3", "the run reports")
-    check(ltts("collect", folder, "output=null"), "output=null")
-    (folder / "run.json").unlink()
-    check(ltts("compare", folder, folder), "did not complete")
-    check(ltts("collect", folder), "none of 1 run folders is complete")
+    check_refused("plot", "runs=[nowhere]", words=["runs=nowhere"])
+    check_refused("compare", "a=nowhere", "b=nothere", words=["a=nowhere: no such folder"])
+    sides = f"a={own_copy}", f"b={own_copy}"
+    check_refused("compare", sides[0], "b=nothere", words=["b=nothere: no such folder"])
+    check(ltts("compare", own_copy, run("seed=7").last.parent), "seeds")
+    check(ltts("compare", own_copy, run("task.split=valid").last.parent), "other questions")
+    check_refused("compare", *sides, "b_n=3", words=["b_n=3", "the run reports"])
+    check_refused("collect", f"runs=[{own_copy}]", "output=null", words=["output=null"])
+    (own_copy / "run.json").unlink()
+    check_refused("compare", *sides, words=["did not complete"])
+    check_refused("collect", f"runs=[{own_copy}]", words=["none of 1 run folders is complete"])
 
 
 def cut(path, left: int = -20) -> None:
@@ -338,16 +348,21 @@ def table_of(folder):
     return pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)
 
 
-@pytest.mark.every_other
+def commands_on(folder):
+    """Commands that read the table and the record of a run, with what they are given."""
+    yield "compare", f"a={folder}", f"b={folder}"
+    yield "collect", f"runs=[{folder}]"
+    yield "plot", f"runs=[{folder}]"
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_metrics_table(run, ltts, damage):
-    folder = run("n=2", "budget=ladder").last.parent
+def test_a_damaged_metrics_table(own_copy, damage):
     change, *words = DAMAGES[damage]
-    changed = change(folder)
+    changed = change(own_copy)
     if isinstance(changed, pd.DataFrame):
-        changed.to_csv(folder / "metrics.csv", index=False)
-    for line in (["compare", folder, folder], ["collect", folder], ["plot", folder]):
-        check(ltts(*line), str(folder), *words)
+        changed.to_csv(own_copy / "metrics.csv", index=False)
+    for line in commands_on(own_copy):
+        check_refused(*line, words=[str(own_copy), *words])
 
 
 @pytest.mark.parametrize(
@@ -358,67 +373,66 @@ def test_a_damaged_metrics_table(run, ltts, damage):
         ('{"config": {"answer": 3}, "aggregators": [], "cache": 1, "settings": 2}', "lacks config"),
     ],
 )
-def test_a_damaged_record_of_a_run(run, ltts, content, words):
-    folder = run("n=2").last.parent
+def test_a_damaged_record_of_a_run(own_copy, content, words):
+    record = own_copy / "run.json"
     if content is None:
-        cut(folder / "run.json")
+        cut(record)
     else:
-        (folder / "run.json").write_text(content)
-    for line in (["compare", folder, folder], ["rescore", folder, "scorer=latent_rm", "scorer.checkpoint=any"]):
-        check(ltts(*line), str(folder / "run.json"), words)
+        record.write_text(content)
+    check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=[str(record), words])
+    check_refused("rescore", f"run={own_copy}", "scorer=latent_rm", "scorer.checkpoint=any", words=[str(record), words])
 
 
-def test_damaged_rollouts(run, ltts):
-    folder = run("n=2").last.parent
-    cut(folder / "rollouts.parquet")
-    check(ltts("compare", folder, folder), str(folder / "rollouts.parquet"), "cannot be read")
-    (folder / "rollouts.parquet").unlink()
-    check(ltts("compare", folder, folder), str(folder / "rollouts.parquet"), "cannot be read")
+def test_damaged_rollouts(own_copy):
+    rollouts = own_copy / "rollouts.parquet"
+    cut(rollouts)
+    check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=[str(rollouts), "cannot be read"])
+    rollouts.unlink()
+    check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=[str(rollouts), "cannot be read"])
 
 
-def test_training_refuses_bad_values(ltts, checkpoint, tmp_path):
-    train = ("train-reasoner", "output=out")
-    check(ltts(*train, "backbone.heads=3"), "backbone.heads=3", "divisor")
-    check(ltts(*train, "backbone.dropout=1"), "backbone.dropout=1", "[0, 1)")
-    check(ltts(*train, "optimization.lr=0"), "optimization.lr=0", "positive")
-    check(ltts(*train, "model.latents=2"), "model.latents=2", "5 stages")
-    check(ltts(*train, "save_every=0"), "save_every=0")
-    check(ltts(*train, "task.limit=10"), "task.limit=10", "new questions")
-    check(ltts(*train, f"init={checkpoint}", "backbone.layers=2"), "backbone.layers=2", f"init={checkpoint}")
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "q.jsonl").write_text(json.dumps({"question": "How?", "answer": "3"}))
-    check(ltts(*train, "task=jsonl", "task.path=q.jsonl", "task.split=x"), "task=arith")
-    (tmp_path / "file").touch()
-    check(ltts("train-reasoner", "output=file"), "output=file")
+def test_training_refuses_bad_values(ltts, place, checkpoint):
+    train = ("train_reasoner", "output=out")
+    check(ltts("train-reasoner", "output=out", "save_every=0"), "save_every=0")
+    check_refused(*train, "backbone.heads=3", words=["backbone.heads=3", "divisor"])
+    check_refused(*train, "backbone.dropout=1", words=["backbone.dropout=1", "[0, 1)"])
+    check_refused(*train, "optimization.lr=0", words=["optimization.lr=0", "positive"])
+    check_refused(*train, "model.latents=2", words=["model.latents=2", "5 stages"])
+    check_refused(*train, "task.limit=10", words=["task.limit=10", "new questions"])
+    check_refused(*train, f"init={checkpoint}", "backbone.layers=2", words=["backbone.layers=2", f"init={checkpoint}"])
+    assert not (place / "out").exists()
+    (place / "q.jsonl").write_text(json.dumps({"question": "How?", "answer": "3"}))
+    check_refused(*train, "task=jsonl", "task.path=q.jsonl", "task.split=x", words=["task=arith"])
+    (place / "file").touch()
+    check_refused("train_reasoner", "output=file", words=["output=file"])
 
 
-@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("command", "override", "allowed"),
     [
-        ("train-reasoner", "optimization.lr=abc", "a positive number"),
-        ("train-reasoner", "optimization.batch=0", "a positive integer"),
-        ("train-reasoner", "optimization.warmup=1.5", "a positive integer"),
-        ("train-reasoner", "optimization.bf16=maybe", "true or false"),
-        ("train-reasoner", "optimization.weight_decay=null", "0 or more"),
-        ("train-reasoner", "backbone.layers=two", "a positive integer"),
-        ("train-reasoner", "backbone.layers=2.5", "a positive integer"),
-        ("train-reasoner", "backbone.dropout=some", "[0, 1)"),
-        ("train-reasoner", "backbone.number_scale=big", "0 or more"),
-        ("train-reasoner", "recipe.stage_updates=100", "a list of numbers of updates"),
-        ("train-reasoner", "recipe.final_updates=some", "a number of updates"),
-        ("train-reasoner", "model.latents=many", "stages"),
-        ("train-rm", "optimization.lr=abc", "a positive number"),
-        ("train-rm", "optimization.batch=2.5", "a positive integer"),
-        ("train-rm", "optimization.epochs=1.5", "a number of passes"),
-        ("train-rm", "optimization.warmup=some", "[0, 1)"),
-        ("train-rm", "optimization.weight_decay=null", "0 or more"),
-        ("train-rm", "loss.normalize=maybe", "true or false"),
-        ("train-rm", "loss.name=3", "contrastive, bce, last_step"),
+        ("train_reasoner", "optimization.lr=abc", "a positive number"),
+        ("train_reasoner", "optimization.batch=0", "a positive integer"),
+        ("train_reasoner", "optimization.warmup=1.5", "a positive integer"),
+        ("train_reasoner", "optimization.bf16=maybe", "true or false"),
+        ("train_reasoner", "optimization.weight_decay=null", "0 or more"),
+        ("train_reasoner", "backbone.layers=two", "a positive integer"),
+        ("train_reasoner", "backbone.layers=2.5", "a positive integer"),
+        ("train_reasoner", "backbone.dropout=some", "[0, 1)"),
+        ("train_reasoner", "backbone.number_scale=big", "0 or more"),
+        ("train_reasoner", "recipe.stage_updates=100", "a list of numbers of updates"),
+        ("train_reasoner", "recipe.final_updates=some", "a number of updates"),
+        ("train_reasoner", "model.latents=many", "stages"),
+        ("train_rm", "optimization.lr=abc", "a positive number"),
+        ("train_rm", "optimization.batch=2.5", "a positive integer"),
+        ("train_rm", "optimization.epochs=1.5", "a number of passes"),
+        ("train_rm", "optimization.warmup=some", "[0, 1)"),
+        ("train_rm", "optimization.weight_decay=null", "0 or more"),
+        ("train_rm", "loss.normalize=maybe", "true or false"),
+        ("train_rm", "loss.name=3", "contrastive, bce, last_step"),
     ],
 )
-def test_training_refuses_values_of_a_wrong_type(ltts, command, override, allowed):
-    check(ltts(command, override), override, allowed)
+def test_training_refuses_values_of_a_wrong_type(place, command, override, allowed):
+    check_refused(command, override, words=[override, allowed])
 
 
 def test_the_traceback_is_there_for_who_asks(run, monkeypatch):

@@ -17,12 +17,9 @@ from refusal import check
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from training_code import ANSWER, FIXTURE, LATENTS, QUESTION, ROWS, VOCABULARY, WIDTH, backbone, plain_rollout
 from transformers import (
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
 )
 
@@ -34,29 +31,10 @@ from latent_tts.model.coconut import Coconut
 from latent_tts.model.codi import Codi
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.types import Question
 
-FIXTURE = Path(__file__).parents[1] / "parity" / "coconut" / "tokenizer.json"
-VOCABULARY, ROWS, WIDTH = 600, 603, 32
-LATENTS, ANSWER = 3, 4
 RANK, ALPHA = 128, 32
-QUESTION = Question(id="q", text="A robe takes 2 bolts of blue fiber. How many?", answer="2")
 LORA_TARGETS = ("c_attn", "c_proj", "c_fc", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj", "gate_proj")
 State = dict[str, Tensor]
-
-
-def backbone(kind: str, *, rows: int = ROWS, seed: int = 0) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if kind == "gpt2":
-            shape = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.3}
-            return GPT2LMHeadModel(GPT2Config(vocab_size=rows, bos_token_id=0, eos_token_id=0, **shape)).eval()
-        config = LlamaConfig(
-            vocab_size=rows, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, bos_token_id=0,
-            eos_token_id=[0, 5], pad_token_id=0, tie_word_embeddings=False,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture
@@ -78,26 +56,6 @@ def write_config(folder: Path, lm: PreTrainedModel, **changes: object) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(lm.config.to_dict() | changes))
     return path
-
-
-@torch.inference_mode()
-def plain_rollout(lm: PreTrainedModel, prompt: list[int], end: int, next_latent: Callable) -> tuple[Tensor, list[int]]:
-    """Latents and greedy answer ids, everything run again for each new vector."""
-    embed = lm.get_input_embeddings()
-    sequence_SD = embed(torch.tensor(prompt))
-    latents, answer = [], []
-    for _ in range(LATENTS):
-        hidden = lm(inputs_embeds=sequence_SD[None], output_hidden_states=True, use_cache=False).hidden_states[-1]
-        latents.append(next_latent(hidden[0, -1]))
-        sequence_SD = torch.cat([sequence_SD, latents[-1][None]])
-    sequence_SD = torch.cat([sequence_SD, embed(torch.tensor([end]))])
-    while len(answer) < ANSWER:
-        token = int(lm(inputs_embeds=sequence_SD[None], use_cache=False).logits[0, -1].argmax())
-        if token == 0:
-            break
-        answer.append(token)
-        sequence_SD = torch.cat([sequence_SD, embed(torch.tensor([token]))])
-    return torch.stack(latents), answer
 
 
 def same_as_source(

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import pccot_rollout
 from refusal import check
 from safetensors.torch import load_file
-from test_checkpoint import edit
-from test_convert import ANSWER, FIXTURE, QUESTION, VOCABULARY, WIDTH, backbone
-from test_pccot import plainly
 from tokenizers import AddedToken, Tokenizer
+from training_code import ANSWER, FIXTURE, QUESTION, VOCABULARY, WIDTH, backbone, edit_json
 from transformers import PreTrainedModel
 
 from latent_tts.checkpoint.modules import pccot_projection
@@ -53,7 +52,7 @@ def train(kind: str, folder: Path, base: Path, *, projection: bool, embeddings: 
         if parameter.requires_grad:
             parameter.data.normal_(std=0.3)
     model.save_pretrained(folder, save_embedding_layers=embeddings)
-    edit(folder / "adapter_config.json", base_model_name_or_path=str(base))
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(base))
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"eos_token": "<|endoftext|>", "additional_special_tokens": ["<pcot.bot>"]})
@@ -93,7 +92,7 @@ def test_the_merged_adapter_thinks_as_the_one_beside_its_weights(trained, ltts, 
     prompt, end_ids = model.encode(QUESTION), model.thinking_end_ids
     latent_id = model.tokenizer.token_to_id("<|latent|>")
     assert latent_id == VOCABULARY + 2
-    wanted, answer = plainly(lm, own, prompt, latent_id, end_ids, T, K, ANSWER, model.eos_id)
+    wanted, answer = pccot_rollout(lm, own, prompt, latent_id, end_ids, T, K, ANSWER, model.eos_id)
     plan = Plan(T, end_ids, model.eos_id, ANSWER, schedule=model.own_schedule, latent_id=latent_id)
     draw = Draw.of(0, ["q"], torch.zeros(1, 1, dtype=torch.long), WIDTH)
     rollouts = Engine(model.load(device="cpu", dtype="float32"), plan).roll([prompt], draw, Greedy())
@@ -118,7 +117,7 @@ def test_whole_weights_need_no_merging(gpt2, ltts, tmp_path):
     whole = shutil.copytree(tmp_path / "merged", tmp_path / "whole")
     for name in ("tokenizer.json", "tokenizer_config.json", "pccot_args.json"):
         shutil.copyfile(gpt2 / name, whole / name)
-    edit(whole / "config.json", model_type="pccot-gpt2", num_iterations=K)
+    edit_json(whole / "config.json", model_type="pccot-gpt2", num_iterations=K)
     result = ltts("convert", "whole", "again")
     assert result.code == 0, result.err
     merged, again = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
@@ -162,7 +161,7 @@ def test_without_peft_the_line_says_how_to_get_it(gpt2, ltts, monkeypatch):
     ids=str,
 )
 def test_what_does_not_fit_is_refused(gpt2, ltts, file, changes, words):
-    edit(gpt2 / file, **changes)
+    edit_json(gpt2 / file, **changes)
     check(ltts("convert", "adapter", "new"), *words)
     assert not Path("new").exists()
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from refusal import check
+from refusal import check, check_refused
 
 from latent_tts.pipeline import tuning
 
@@ -102,10 +102,9 @@ BAD = [
 ]
 
 
-@pytest.mark.every_other
 @pytest.mark.parametrize(("overrides", "words"), BAD, ids=[" ".join(overrides) for overrides, _ in BAD])
-def test_bad_values(tuned, overrides, words):
-    check(tuned(*overrides), *words)
+def test_bad_values(place, checkpoint, overrides, words):
+    check_refused("tune", f"model.checkpoint={checkpoint}", *SMALL, *overrides, words=words)
 
 
 def test_before_tuning_there_is_no_such_option_and_the_command_is_named(run):

@@ -2,49 +2,24 @@
 
 import importlib
 import inspect
-from collections.abc import Iterator
-from itertools import zip_longest
 from pathlib import Path
 
-import compose_once
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config import build as config
 from latent_tts.config import schemas
 
 CONF = Path(config.conf_dir())
-GROUPS = {
-    "annotate": ["model", "task", "sampler", "schedule"],
-    "rescore": ["scorer", "aggregator"],
-    "run": ["model", "task", "sampler", "schedule", "search", "budget", "scorer", "aggregator"],
-    "train_reasoner": ["model", "task", "recipe"],
-    "train_rm": ["model", "sampler"],
-    "tune": ["model", "task", "sampler"],
-}
+OPTIONS = sorted(path.relative_to(CONF).with_suffix("").parts for path in CONF.glob("*/*.yaml"))
+BUILDING = [option for option in OPTIONS if "_target_" in OmegaConf.load(CONF.joinpath(*option).with_suffix(".yaml"))]
 
 
-def choices() -> Iterator[tuple[str, dict[str, str]]]:
-    """Commands and options such that each option comes once: a sampler, which reads the command's model, in each."""
-    seen: set[str] = set()
-    for command, groups in GROUPS.items():
-        new = [group for group in groups if group not in seen or group == "sampler"]
-        seen.update(new)
-        columns = {group: sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in new}
-        for model in columns.pop("model", []):  # alone, since samplers read it
-            yield command, {"model": model}
-        for row in zip_longest(*columns.values()):
-            yield command, {group: option for group, option in zip(columns, row, strict=True) if option is not None}
-
-
-@pytest.fixture(autouse=True)
-def hydra_here():
-    config.register_schemas()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+def load(group: str, option: str) -> DictConfig:
+    loaded = OmegaConf.load(CONF / group / f"{option}.yaml")
+    assert isinstance(loaded, DictConfig)
+    return loaded
 
 
 def bind(node) -> None:
@@ -53,12 +28,29 @@ def bind(node) -> None:
     inspect.signature(getattr(importlib.import_module(module), name)).bind(**values)
 
 
-@pytest.mark.parametrize(("command", "options"), list(choices()), ids=str)
-def test_options_bind_to_their_targets(command, options):
-    model = {"model": options["recipe"]} if "recipe" in options else {}  # what it reads
-    cfg = compose(command, overrides=[f"{group}={option}" for group, option in (options | model).items()])
-    for group, option in options.items():
-        bind(cfg[group] if group != "aggregator" else cfg[group][option])
+@pytest.mark.parametrize(("group", "option"), BUILDING, ids="=".join)
+def test_options_bind_to_their_targets(group, option):
+    model = option if group in ("model", "recipe") else "demo_coconut"  # what other groups take values from
+    root = OmegaConf.create({"model": load("model", model)})
+    root[group] = load(group, option)
+    bind(root[group])
+
+
+@pytest.mark.parametrize("model", [option for group, option in OPTIONS if group == "model"])
+@pytest.mark.parametrize("sampler", [option for group, option in OPTIONS if group == "sampler"])
+def test_every_model_has_what_samplers_take_from_it(sampler, model):
+    bind(OmegaConf.create({"model": load("model", model), "sampler": load("sampler", sampler)}).sampler)
+
+
+def test_options_of_all_groups_are_tested():
+    assert {group for group, _ in OPTIONS} - {group for group, _ in BUILDING} == {"engine", "experiment"}
+
+
+@pytest.fixture(autouse=True)
+def hydra_here():
+    config.register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
 
 
 def test_nodes_without_a_group_bind_too():
@@ -89,30 +81,6 @@ def test_every_command_composes_and_shows_every_key_of_its_schema(command):
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 def test_experiments_compose(experiment):
     compose("run", overrides=[f"experiment={experiment}"])
-
-
-@pytest.mark.parametrize(
-    ("command", "overrides"),
-    [
-        ("run", []),
-        ("run", ["sampler=gaussian", "sampler.sigma=0.5", "n=2"]),
-        ("run", ["experiment=smoke", "aggregator=majority", "hydra.job.name=x"]),
-        ("run", ["sampler=gaussian,dropout", "n=1,2"]),
-        ("train_reasoner", ["model=codi", "recipe=cot", "+optimization.more=1"]),
-    ],
-    ids=str,
-)
-def test_composing_once_a_process_gives_what_hydra_gives(command, overrides, monkeypatch):
-    def composed():
-        loader = GlobalHydra.instance().config_loader()
-        mode = RunMode.MULTIRUN if any("," in override for override in overrides) else RunMode.RUN
-        return OmegaConf.to_yaml(loader.load_configuration(command, overrides, mode))
-
-    first = composed()
-    compose(command, [*overrides, "seed=7"] if "," not in "".join(overrides) else [])
-    assert composed() == first
-    monkeypatch.setattr(compose_once, "_has_other_sources", lambda repo: True)
-    assert composed() == first
 
 
 def test_several_aggregators_or_one_can_be_chosen():

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from against_oracle import NOISE, assert_rows_equal, check_against_oracle, roll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusal import check
-from test_engine import NOISE, assert_rows_equal, check_against_oracle, roll
 
 from latent_tts.engine.decoding import AnswerSampling, in_nucleus
 from latent_tts.engine.rollout import Engine

@@ -7,7 +7,16 @@ from itertools import product
 import pytest
 import tiny
 import torch
-from oracle import Oracle
+from against_oracle import (
+    EVERYWHERE,
+    MASKS,
+    NOISE,
+    assert_rows_equal,
+    base_passes,
+    check_against_oracle,
+    name,
+    roll,
+)
 
 from latent_tts.engine import attention, head, rollout
 from latent_tts.engine.rollout import Engine
@@ -17,9 +26,6 @@ from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
 from latent_tts.sampler.greedy import Greedy
 
-EVERYWHERE = ["prompt", "thoughts", "answer"]
-NOISE = Gaussian(0.5, False)
-MASKS = Dropout(0.2, "residual_embedding", EVERYWHERE, "fresh")
 SAMPLERS = {
     "greedy": Greedy(),
     "gaussian": NOISE,
@@ -31,57 +37,10 @@ SAMPLERS = {
 samplers = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 families = pytest.mark.parametrize("family", tiny.FAMILIES)
 two_families = pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-TOLERANCE = {"rtol": 0, "atol": 1e-9}  # of latents, in float64; logits are float32
 WHERES = [["prompt"], ["thoughts"], ["answer"], ["prompt", "thoughts"], ["thoughts", "answer"], EVERYWHERE]
 # ids that are now and then the most probable after a latent of the models of `tiny.reasoner`
 STOP_IDS = {"gpt2": 11, "llama": 6, "llama_tied": 34, "qwen3": 37}
 LENGTHS = [[1, 9, 23], [1, 1], [30, 2], [5], [6, 6]]
-
-
-def questions(prompts):
-    """An id for each prompt that says what is asked, so that it goes with the prompt."""
-    return [f"{len(prompt)}-{sum(prompt)}" for prompt in prompts]
-
-
-def roll(engine, prompts, rollouts, sampler, donor_RTD=None):
-    """Rollouts, with the latents in the model's own precision instead of float32."""
-    draw = tiny.draw(questions(prompts), rollouts)
-    result = engine.roll(prompts, draw, sampler, donor_RTD=donor_RTD)
-    torch.testing.assert_close(result.latents_RTD, draw.history_RTD.float(), rtol=0, atol=0)
-    result.latents_RTD = draw.history_RTD
-    return result
-
-
-def greedy_latents(reasoner, plan, prompts):
-    return roll(Engine(reasoner, plan), prompts, range(1), Greedy()).latents_RTD
-
-
-def check_against_oracle(family, sampler, lengths, rollouts, plan, *, check_every=1, next_latent=lambda hidden: hidden):
-    reasoner, prompts = tiny.reasoner(family, next_latent=next_latent), tiny.prompts(lengths)
-    oracle, donor_QTD = Oracle(reasoner, plan), [None] * len(prompts)
-    if sampler.needs_donor:
-        donor_QTD = greedy_latents(reasoner, plan, prompts[1:] + prompts[:1])
-    donor_RTD = donor_QTD.repeat_interleave(rollouts, 0) if sampler.needs_donor else None
-    result = roll(Engine(reasoner, plan), prompts, range(rollouts), sampler, donor_RTD)
-    rows = list(product(range(len(prompts)), range(rollouts)))
-    for row in range(0, len(rows), check_every):
-        question, number = rows[row]
-        wanted = oracle.roll(
-            prompts[question],
-            sampler,
-            question_id=questions(prompts)[question],
-            rollout=number,
-            donor_TD=donor_QTD[question],
-        )
-        steps = len(wanted.latents_TD)
-        assert int(result.steps_R[row]) == steps
-        torch.testing.assert_close(result.latents_RTD[row, :steps], wanted.latents_TD, **TOLERANCE)
-        assert not result.latents_RTD[row, steps:].any()
-        assert result.answer_ids[row] == wanted.answer_ids
-        assert bool(result.stopped_R[row]) == wanted.stopped
-        assert float(result.answer_logprob_R[row]) == pytest.approx(wanted.logprob, abs=1e-5)
-        assert float(result.answer_margin_R[row]) == pytest.approx(wanted.margin, abs=1e-5)
-    return result
 
 
 def cases():
@@ -103,12 +62,6 @@ def cases():
     for sampler, family in product(others, ["gpt2", "llama", "qwen3"]):
         rollouts = 1 if sampler.deterministic else dice.choice((1, 2, 5))
         yield family, sampler, dice.choice(LENGTHS), rollouts, dice.choice((0, 1, 3, 6))
-
-
-def name(value):
-    if isinstance(value, Dropout):
-        return f"{value.site} {value.mask} {'+'.join(value.where)}"
-    return None if isinstance(value, str | int) else str(value)
 
 
 @pytest.mark.parametrize(("family", "sampler", "lengths", "rollouts", "latents"), list(cases()), ids=name)
@@ -157,23 +110,6 @@ def test_the_engine_equals_the_oracle_where_rows_stop_thinking_by_a_token(family
     plan = tiny.plan(6, eos_id=tiny.EOS_IDS[family], answer=3, stop_id=stop_id)
     result = check_against_oracle(family, sampler, [1, 9, 14], 4, plan)
     assert len(set(result.steps_R.tolist())) > 1, "nothing to tell a fixed number of steps from"
-
-
-def assert_rows_equal(result, row, other, other_row):
-    torch.testing.assert_close(result.latents_RTD[row], other.latents_RTD[other_row], **TOLERANCE)
-    assert result.answer_ids[row] == other.answer_ids[other_row]
-    assert result.stopped_R[row] == other.stopped_R[other_row]
-    torch.testing.assert_close(result.answer_logprob_R[row], other.answer_logprob_R[other_row], rtol=0, atol=1e-5)
-    torch.testing.assert_close(result.answer_margin_R[row], other.answer_margin_R[other_row], rtol=0, atol=1e-5)
-
-
-def base_passes(lm):
-    """Shapes (rows, tokens) of all passes through a model's backbone from now on."""
-    shapes = []
-    lm.base_model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
-    )
-    return shapes
 
 
 @two_families

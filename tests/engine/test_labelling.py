@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from label_jobs import LENGTHS, M, N, is_right, jobs, labelling
 from marks import slow
 from oracle import Oracle
 
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.engine.labelling import MOST_COMPLETIONS, LabelJob, Labelling, label, label_batch
+from latent_tts.engine.labelling import MOST_COMPLETIONS, LabelJob, label, label_batch
 from latent_tts.engine.rollout import Engine
 from latent_tts.random.draw import Draw
 from latent_tts.random.philox import key_of
@@ -17,8 +18,7 @@ from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
 
-LENGTHS = [9, 1]
-N, M, T = 2, 2, 3
+T = 3
 SAMPLERS = {
     "gaussian": Gaussian(1.0, False),
     "dropout in thoughts": Dropout(0.4, "residual", ["thoughts"], "fresh"),
@@ -28,20 +28,6 @@ SAMPLERS = {
 }
 STOPPING = {"gpt2": 34, "qwen3": 44}
 samplers = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
-
-
-def is_right(ids):
-    return sum(ids) % 2 == 0
-
-
-def jobs(lengths=LENGTHS):
-    prompts = tiny.prompts(lengths)
-    return [LabelJob(f"q{i}", i, prompt, is_right) for i, prompt in enumerate(prompts)]
-
-
-def labelling(**changes):
-    values = {"rollouts": N, "completions": M, "keep_all": True, "seed": 0, "rows": 64, "latent_id": 59}
-    return Labelling(**values | changes)
 
 
 def plan(family, stop_id=None, latents=T):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from oracle import plain_scores
 
 from latent_tts.engine.scoring import LatentScorer, official_shifts
 
@@ -20,17 +21,6 @@ def latents_RTD():
     return torch.randn(len(LENGTHS) * ROLLOUTS, STEPS, tiny.WIDTH, generator=torch.Generator().manual_seed(0)).double()
 
 
-@torch.inference_mode()
-def plain(family, prompt, latents_TD, shift=0):
-    """Step scores of one row from transformers' own attention over the whole sequence."""
-    model = tiny.reward_model(family)
-    backbone = tiny.plain_copy(model.backbone)
-    embeddings = torch.cat([backbone.get_input_embeddings()(torch.tensor(prompt)), latents_TD])[None]
-    positions = shift + torch.arange(embeddings.shape[1])[None]
-    hidden = backbone(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
-    return model.classifier(hidden[0, len(prompt) :])
-
-
 @pytest.mark.parametrize("shifts", [None, [0, 7, 40]], ids=["correct", "official"])
 def test_scores_equal_a_plain_forward_pass_of_each_row(family, latents_RTD, shifts):
     prompts = tiny.prompts(LENGTHS)
@@ -39,7 +29,7 @@ def test_scores_equal_a_plain_forward_pass_of_each_row(family, latents_RTD, shif
     assert scores_RT.dtype == torch.float64
     for row in range(len(latents_RTD)):
         question = row // ROLLOUTS
-        expected = plain(family, prompts[question], latents_RTD[row], 0 if shifts is None else shifts[question])
+        expected = plain_scores(family, prompts[question], latents_RTD[row], 0 if shifts is None else shifts[question])
         torch.testing.assert_close(scores_RT[row], expected, rtol=0, atol=1e-9)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import tiny
 import torch
-from tiny import plain_copy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,7 +36,7 @@ class Oracle:
     """Runs single rollouts on a copy of a reasoner's model with an attention of transformers."""
 
     def __init__(self, reasoner: Reasoner, plan: Plan) -> None:
-        self.lm, self.next_latent, self.plan = plain_copy(reasoner.lm), reasoner.next_latent, plan
+        self.lm, self.next_latent, self.plan = tiny.plain_copy(reasoner.lm), reasoner.next_latent, plan
         self.latent_spread = reasoner.latent_spread
         self.embed = self.lm.get_input_embeddings()
         self.places = _places(self.lm)
@@ -149,3 +149,38 @@ def _places(lm: PreTrainedModel) -> dict[tuple[Site, int], nn.Module | None]:
     for layer, block in enumerate(lm.model.layers):
         places["attention", layer], places["ffn", layer] = block.self_attn.o_proj, block.mlp.down_proj
     return places
+
+
+@torch.inference_mode()
+def plain_scores(family, prompt, latents_TD, shift=0):
+    """Step scores of one row from transformers' own attention over the whole sequence."""
+    model = tiny.reward_model(family)
+    backbone = tiny.plain_copy(model.backbone)
+    embeddings = torch.cat([backbone.get_input_embeddings()(torch.tensor(prompt)), latents_TD])[None]
+    positions = shift + torch.arange(embeddings.shape[1])[None]
+    hidden = backbone(inputs_embeds=embeddings, position_ids=positions, use_cache=False).last_hidden_state
+    return model.classifier(hidden[0, len(prompt) :])
+
+
+def pccot_rollout(lm, projection, prompt, latent_id, end_ids, latents, sweeps, answer, eos_id):
+    """Greedy ids and latents as `PCCoTGPT2LMHeadModel.forward` computes them, everything run anew in every pass."""
+    embed = lm.get_input_embeddings()
+    prompt_LD, boundary = embed(torch.tensor(prompt)), len(prompt)
+
+    def hidden(vectors_SD):
+        return lm.base_model(inputs_embeds=vectors_SD[None]).last_hidden_state[0]
+
+    first = hidden(torch.cat([prompt_LD, embed(torch.tensor([latent_id] * latents))]))
+    inputs_TD = projection(first[boundary - 1 : boundary + latents - 1])
+    for _ in range(sweeps):
+        fed_TD = inputs_TD
+        outputs = hidden(torch.cat([prompt_LD, fed_TD]))[boundary:]
+        inputs_TD = torch.cat([fed_TD[:1], projection(outputs)[:-1]])
+    ids = []
+    while len(ids) < answer:
+        logits = lm.lm_head(hidden(torch.cat([prompt_LD, fed_TD, embed(torch.tensor(end_ids + ids))]))[-1])
+        token = int(logits.argmax())
+        if token == eos_id:
+            break
+        ids.append(token)
+    return fed_TD, ids

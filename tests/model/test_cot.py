@@ -5,8 +5,7 @@ import json
 import pandas as pd
 import pytest
 import tiny
-from refusal import check
-from test_engine import check_against_oracle
+from against_oracle import check_against_oracle
 
 from latent_tts.engine.cost import Shape
 from latent_tts.errors import UsageError
@@ -90,7 +89,6 @@ def test_answers_may_be_as_long_as_the_model_recommends(run):
     assert "answer_tokens: 128" in result.out
 
 
-@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -101,8 +99,8 @@ def test_answers_may_be_as_long_as_the_model_recommends(run):
         (["model=cot", "model.latents=3"], ["model.latents=3", "0"]),
     ],
 )
-def test_a_sampler_of_latents_needs_latents(run, overrides, words):
-    check(run(*overrides), *words)
+def test_a_sampler_of_latents_needs_latents(refuse, overrides, words):
+    refuse(*overrides, words=words)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,29 +15,23 @@ from safetensors.torch import load_file, save_file
 
 from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.errors import UsageError
-from latent_tts.model.colar import Colar
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.types import Question, Reasoner
+from parity import COLAR, MAX_LATENTS, colar
 
-FOLDER = Path(__file__).parents[1] / "parity" / "colar"
-EXPECTED = json.loads((FOLDER / "expected.json").read_text())
-CAP = 16
-
-
-def adapter(folder: Path = FOLDER, **more) -> Colar:
-    return Colar(name="colar", checkpoint=str(folder), latents=CAP, recommended={}, **more)
+EXPECTED = json.loads((COLAR / "expected.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def reasoner() -> Reasoner:
-    return adapter().load(device="cpu", dtype="float32")
+    return colar().load(device="cpu", dtype="float32")
 
 
 def latents_before_the_end(ids: list[int]) -> int | None:
     """How many latents the official code thought; None at its cap, where it falls back into latent mode."""
     end = ids.index(EXPECTED["end_id"]) if EXPECTED["end_id"] in ids else len(ids)
-    return end if end < CAP and set(ids[:end]) <= {EXPECTED["latent_id"]} else None
+    return end if end < MAX_LATENTS and set(ids[:end]) <= {EXPECTED["latent_id"]} else None
 
 
 COMPARABLE = [row for row, ids in enumerate(EXPECTED["generated_ids"]) if latents_before_the_end(ids) is not None]
@@ -47,19 +40,19 @@ COMPARABLE = [row for row, ids in enumerate(EXPECTED["generated_ids"]) if latent
 @pytest.mark.parametrize("row", range(len(EXPECTED["prompts"])))
 def test_prompt_ids_are_the_official_ones(row):
     text = EXPECTED["prompts"][row].removeprefix("Question: ").partition(" Let's think")[0]
-    assert adapter().encode(Question("q", text, "")) == EXPECTED["prompt_ids"][row]
+    assert colar().encode(Question("q", text, "")) == EXPECTED["prompt_ids"][row]
 
 
 def test_the_speed_is_part_of_the_recipe():
-    assert adapter(thinking_speed=5).prompt_recipe.endswith("(Thinking speed: 5)###")
+    assert colar(thinking_speed=5).prompt_recipe.endswith("(Thinking speed: 5)###")
     with pytest.raises(UsageError, match="thinking_speed=0"):
-        adapter(thinking_speed=0)
+        colar(thinking_speed=0)
 
 
 def rolled(reasoner, rows):
     """Greedy rollouts of some prompts: ids as the official code writes them, latents as ids."""
-    model, answer = adapter(), len(EXPECTED["generated_ids"][0])
-    plan = Plan(CAP, model.thinking_end_ids, -1, answer, model.stop_id)
+    model, answer = colar(), len(EXPECTED["generated_ids"][0])
+    plan = Plan(MAX_LATENTS, model.thinking_end_ids, -1, answer, model.stop_id)
     draw = Draw.of(0, [str(row) for row in rows], torch.zeros(len(rows), 1, dtype=torch.long), 64)
     result = Engine(reasoner, plan).roll([EXPECTED["prompt_ids"][row] for row in rows], draw, Greedy())
     return [
@@ -70,7 +63,7 @@ def rolled(reasoner, rows):
 
 @pytest.mark.parametrize("together", [True, False], ids=["batch", "single"])
 def test_the_engine_thinks_and_answers_like_the_official_code(together):
-    reasoner = adapter().load(device="cpu", dtype="float32")  # its own: the engine changes the attention
+    reasoner = colar().load(device="cpu", dtype="float32")  # its own: the engine changes the attention
     rows = range(len(EXPECTED["prompts"]))
     written = rolled(reasoner, rows) if together else [rolled(reasoner, [row])[0] for row in rows]
     for row in rows:
@@ -78,14 +71,14 @@ def test_the_engine_thinks_and_answers_like_the_official_code(together):
         if row in COMPARABLE:
             assert written[row][: len(official)] == official
         else:
-            assert written[row][: CAP + 1] == [EXPECTED["latent_id"]] * CAP + [EXPECTED["end_id"]]
+            assert written[row][: MAX_LATENTS + 1] == [EXPECTED["latent_id"]] * MAX_LATENTS + [EXPECTED["end_id"]]
 
 
 def test_rollouts_of_a_run_have_latents_of_their_own_number(ltts, tmp_path):
     file = tmp_path / "questions.jsonl"
     questions = [text.removeprefix("Question: ").partition(" Let's think")[0] for text in EXPECTED["prompts"]]
     file.write_text("".join(json.dumps({"question": text, "answer": "1"}) + "\n" for text in questions))
-    line = ["run", "model=colar", f"model.checkpoint={FOLDER}", "model.latents=16", "task=jsonl", f"task.path={file}"]
+    line = ["run", "model=colar", f"model.checkpoint={COLAR}", "model.latents=16", "task=jsonl", f"task.path={file}"]
     result = ltts(
         *line, "sampler=dropout", "sampler.where=[thoughts,answer]", "n=3", "max_answer_tokens=5", "keep_latents=true"
     )
@@ -100,7 +93,7 @@ def test_rollouts_of_a_run_have_latents_of_their_own_number(ltts, tmp_path):
 @pytest.mark.parametrize("row", COMPARABLE)
 @torch.inference_mode()
 def test_thinking_and_answer_are_the_official_ones(reasoner, row):
-    model, official = adapter(), EXPECTED["generated_ids"][row]
+    model, official = colar(), EXPECTED["generated_ids"][row]
     model.check()
     embed = reasoner.lm.get_input_embeddings()
     sequence_SD, written = embed(torch.tensor(EXPECTED["prompt_ids"][row])), []
@@ -125,21 +118,21 @@ def test_there_are_rows_to_compare():
     ("name", "shape"), [("lt_head.fc.2.weight", (96, 64)), ("lt_head.mean.bias", (32,)), ("lt_head.fc.3.bias", None)]
 )
 def test_a_latent_head_that_does_not_fit(tmp_path, name, shape):
-    folder = shutil.copytree(FOLDER, tmp_path / "colar")
+    folder = shutil.copytree(COLAR, tmp_path / "colar")
     weights = load_file(folder / "model.safetensors")
     del weights[name]
     save_file(weights | ({} if shape is None else {name: torch.ones(shape)}), folder / "model.safetensors")
     with pytest.raises(UsageError, match=name):
-        adapter(folder).check()
+        colar(folder).check()
 
 
 def test_a_config_without_the_embeddings_spread(tmp_path):
-    folder = shutil.copytree(FOLDER, tmp_path / "colar")
+    folder = shutil.copytree(COLAR, tmp_path / "colar")
     config = json.loads((folder / "config.json").read_text())
     del config["latent_embedding_std"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="latent_embedding_std=None"):
-        adapter(folder).check()
+        colar(folder).check()
 
 
 @pytest.mark.parametrize(
@@ -153,4 +146,4 @@ def test_a_config_without_the_embeddings_spread(tmp_path):
     ],
 )
 def test_the_answer_follows_the_last_answer_sign(text, answer):
-    assert adapter().raw_answer(text) == answer
+    assert colar().raw_answer(text) == answer

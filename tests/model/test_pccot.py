@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from refusal import check
+from oracle import pccot_rollout
+from refusal import check_refused
 from safetensors.torch import load_file, save_file
 
 from latent_tts.checkpoint import loading
@@ -54,30 +55,6 @@ def adapter(folder: Path, **more) -> Pccot:
     return Pccot(**fields | {"answer_prompt": "###"} | more)
 
 
-def plainly(lm, projection, prompt, latent_id, end_ids, latents, sweeps, answer, eos_id):
-    """Greedy ids and latents as `PCCoTGPT2LMHeadModel.forward` computes them, everything run anew in every pass."""
-    embed = lm.get_input_embeddings()
-    prompt_LD, boundary = embed(torch.tensor(prompt)), len(prompt)
-
-    def hidden(vectors_SD):
-        return lm.base_model(inputs_embeds=vectors_SD[None]).last_hidden_state[0]
-
-    first = hidden(torch.cat([prompt_LD, embed(torch.tensor([latent_id] * latents))]))
-    inputs_TD = projection(first[boundary - 1 : boundary + latents - 1])
-    for _ in range(sweeps):
-        fed_TD = inputs_TD
-        outputs = hidden(torch.cat([prompt_LD, fed_TD]))[boundary:]
-        inputs_TD = torch.cat([fed_TD[:1], projection(outputs)[:-1]])
-    ids = []
-    while len(ids) < answer:
-        logits = lm.lm_head(hidden(torch.cat([prompt_LD, fed_TD, embed(torch.tensor(end_ids + ids))]))[-1])
-        token = int(logits.argmax())
-        if token == eos_id:
-            break
-        ids.append(token)
-    return fed_TD, ids
-
-
 @pytest.mark.parametrize("sweeps", [1, 2, 4, 6])
 @torch.inference_mode()
 def test_rollouts_are_those_of_the_papers_procedure(folder, sweeps):
@@ -92,7 +69,7 @@ def test_rollouts_are_those_of_the_papers_procedure(folder, sweeps):
     assert draw.history_RTD is not None
     lm = tiny.plain_copy(reasoner.lm)
     for row, prompt in enumerate(prompts):
-        latents_TD, ids = plainly(
+        latents_TD, ids = pccot_rollout(
             lm, reasoner.next_latent, prompt, model.latent_id, model.thinking_end_ids, T, sweeps, 5, model.eos_id
         )
         torch.testing.assert_close(draw.history_RTD[row], latents_TD, rtol=0, atol=1e-9)
@@ -154,15 +131,13 @@ def test_other_numbers_than_those_of_training_are_warned_of(folder, caplog):
 
 
 @pytest.fixture
-def pccot(ltts, folder):
+def line(folder, place):
     own = ["model=pccot", f"model.checkpoint={folder}", "model.answer_prompt='###'", f"model.latents={T}"]
-    return lambda command, *arguments: ltts(
-        command, *own, f"model.sweeps={K}", "task.limit=4", "max_answer_tokens=3", *arguments
-    )
+    return [*own, f"model.sweeps={K}", "task.limit=4", "max_answer_tokens=3"]
 
 
-def test_a_run_has_the_models_schedule_and_its_costs(pccot):
-    result = pccot("run", "sampler=gaussian", "n=3")
+def test_a_run_has_the_models_schedule_and_its_costs(ltts, line):
+    result = ltts("run", *line, "sampler=gaussian", "n=3")
     assert result.code == 0, result.err
     metrics = pd.read_csv(result.last)
     assert set(metrics["schedule"]) == {"jacobi"}
@@ -171,7 +146,6 @@ def test_a_run_has_the_models_schedule_and_its_costs(pccot):
     assert "trained with" not in result.err
 
 
-@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("command", "overrides", "words"),
     [
@@ -181,11 +155,11 @@ def test_a_run_has_the_models_schedule_and_its_costs(pccot):
         ("run", ["model.sweeps=0"], ["model.sweeps=0", "1 or more"]),
     ],
 )
-def test_what_a_parallel_model_refuses(pccot, command, overrides, words):
-    check(pccot(command, *overrides), *words)
+def test_what_a_parallel_model_refuses(line, command, overrides, words):
+    check_refused(command, *line, *overrides, words=words)
 
 
-def test_a_beam_search_has_no_meaning(pccot, folder, tmp_path):
+def test_a_beam_search_has_no_meaning(line, folder, tmp_path):
     scorer = tiny.write_latent_rm(tmp_path / "rm", folder)
     beam = ["search=beam", "n=16", "scorer=latent_rm", f"scorer.checkpoint={scorer}"]
-    check(pccot("run", *beam), "model=pccot", "search=beam")
+    check_refused("run", *line, *beam, words=["model=pccot", "search=beam"])

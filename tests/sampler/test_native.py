@@ -9,10 +9,9 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from against_oracle import TOLERANCE, check_against_oracle
 from refusal import check
 from safetensors.torch import load_file, save_file
-from test_engine import TOLERANCE, check_against_oracle
-from test_parity_colar import FOLDER, adapter
 from torch import nn
 from torch.nn.functional import gelu, layer_norm, linear
 
@@ -22,12 +21,13 @@ from latent_tts.random.draw import Draw
 from latent_tts.sampler.native import Native
 from latent_tts.schedule.jacobi import Jacobi
 from latent_tts.types import Question
+from parity import COLAR, colar
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The published layout with the spread that its conversion dropped."""
-    folder = shutil.copytree(FOLDER, tmp_path_factory.mktemp("native") / "colar")
+    folder = shutil.copytree(COLAR, tmp_path_factory.mktemp("native") / "colar")
     weights = load_file(folder / "model.safetensors")
     width, hidden = weights["lt_head.mean.weight"].shape
     with torch.random.fork_rng():
@@ -54,10 +54,10 @@ def test_a_latent_is_drawn_from_the_models_gaussian():
 
 
 def test_the_heads_spread_is_that_of_the_original_code(folder):
-    model = adapter(folder)
+    model = colar(folder)
     model.check()
     assert model.has_spread
-    assert not adapter().has_spread
+    assert not colar().has_spread
     reasoner = model.load(device="cpu", dtype="float32")
     weights = load_file(folder / "model.safetensors")
     hidden_RD = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
@@ -70,7 +70,7 @@ def test_the_heads_spread_is_that_of_the_original_code(folder):
     assert reasoner.latent_spread is not None
     torch.testing.assert_close(reasoner.latent_spread(hidden_RD), layer("log_std", inner).exp() * model.latent_std)
     torch.testing.assert_close(reasoner.next_latent(hidden_RD), layer("mean", inner) * model.latent_std)
-    assert adapter().load(device="cpu", dtype="float32").latent_spread is None
+    assert colar().load(device="cpu", dtype="float32").latent_spread is None
 
 
 @pytest.mark.parametrize(
@@ -93,16 +93,16 @@ def test_a_head_of_the_wrong_shape(folder, tmp_path):
     del weights["lt_head.log_std.bias"]
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     with pytest.raises(UsageError, match=r"lt_head\.log_std\.bias has the shape of nothing"):
-        adapter(broken).check()
+        colar(broken).check()
 
 
 def test_runs(ltts, folder, tmp_path):
     path = tmp_path / "questions.jsonl"
-    question = Question("q", json.loads((FOLDER / "expected.json").read_text())["prompts"][0], "1")
+    question = Question("q", json.loads((COLAR / "expected.json").read_text())["prompts"][0], "1")
     path.write_text(json.dumps({"question": question.text, "answer": "1"}) + "\n")
     line = ["run", "model=colar", "model.latents=4", "task=jsonl", f"task.path={path}", "max_answer_tokens=3", "n=3"]
     result = ltts(*line, f"model.checkpoint={folder}", "sampler=native", "sampler.temperature=2.0")
     assert result.code == 0, result.err
     columns = pd.read_csv(result.last).iloc[0]
     assert (columns["sampler"], columns["sampler_param"], columns["sampler_value"]) == ("native", "temperature", 2.0)
-    check(ltts(*line, f"model.checkpoint={FOLDER}", "sampler=native"), "sampler=native", "predicts no spread")
+    check(ltts(*line, f"model.checkpoint={COLAR}", "sampler=native"), "sampler=native", "predicts no spread")

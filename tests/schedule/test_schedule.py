@@ -6,11 +6,11 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from against_oracle import MASKS, NOISE, TOLERANCE, assert_rows_equal, base_passes, check_against_oracle, name, roll
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
-from refusal import check
-from test_engine import MASKS, NOISE, TOLERANCE, assert_rows_equal, base_passes, check_against_oracle, name, roll
+from refusal import check_refused
 
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.decoding import AnswerSampling
@@ -199,7 +199,6 @@ def test_a_bad_value_is_named(key, value):
         Jacobi(**{"sweeps": 2, key: value})
 
 
-@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -207,8 +206,8 @@ def test_a_bad_value_is_named(key, value):
         (["schedule=jacobi", "schedule.sweeps=2", "model.latents=0", "sampler=greedy"], ["schedule=jacobi", "none"]),
     ],
 )
-def test_a_run_refuses(run, overrides, words):
-    check(run(*overrides), *words)
+def test_a_run_refuses(refuse, overrides, words):
+    refuse(*overrides, words=words)
 
 
 def test_sweeps_and_steps_make_the_same_tables_and_the_columns_say_which(run):
@@ -227,6 +226,6 @@ def test_sweeps_and_steps_make_the_same_tables_and_the_columns_say_which(run):
     assert (costs[1] > costs[0]).all()
 
 
-def test_annotate_refuses_parallel_sweeps(ltts, checkpoint, tmp_path):
-    result = ltts("annotate", f"model.checkpoint={checkpoint}", f"output={tmp_path / 'a'}", "schedule=jacobi")
-    check(result, "schedule=jacobi", "prefix")
+def test_annotate_refuses_parallel_sweeps(place, checkpoint):
+    line = "annotate", f"model.checkpoint={checkpoint}", "output=labels", "schedule=jacobi"
+    check_refused(*line, words=["schedule=jacobi", "prefix"])
