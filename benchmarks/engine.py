@@ -43,12 +43,12 @@ from transformers.pytorch_utils import Conv1D
 import baseline
 from baseline import clock, seconds_of
 from latent_tts.engine.cost import Shape
+from latent_tts.engine.device import peak_bytes
 from latent_tts.engine.packed import PackedLinear, can_be_packed
 from latent_tts.engine.packing import Job, batches, default_rows, most_prompts
 from latent_tts.engine.quantization import quantize
 from latent_tts.engine.rollout import Engine, Plan
 from latent_tts.engine.sites import find_blocks
-from latent_tts.random import cpu
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.dropout import Dropout
@@ -213,7 +213,7 @@ def memory(device: str) -> tuple[int, int]:
     if device.startswith("cuda"):
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize(), cpu.peak_bytes()
+    return pages * resource.getpagesize(), peak_bytes(torch.device(device))
 
 
 def timed(arguments: argparse.Namespace, lm: PreTrainedModel, full: Callable, brief: Callable) -> dict[str, float]:

@@ -22,7 +22,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from baseline import seconds_of
 from latent_tts.engine.attention import AttentionState
 from latent_tts.engine.backbone import prepare
-from latent_tts.random import cpu
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.types import Forward, Site
@@ -49,8 +48,6 @@ def latent_step(dtype: torch.dtype, rows: int, compiled: bool) -> Callable[[], o
     state.reads_prefix = True
     latent = torch.randn(rows, 1, WIDTH, dtype=dtype)
 
-    if compiled:  # torch.compile makes its own machine code, and cannot look into ours
-        cpu.suits_machine_code = lambda tensor: False
     backbone = torch.compile(lm.base_model) if compiled else lm.base_model
 
     def step() -> None:

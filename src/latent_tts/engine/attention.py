@@ -3,8 +3,7 @@
 `transformers` hands keyword arguments of a model call through to the attention function, so the state of a call
 travels with it and nothing is patched. A forward pass either writes the prefix (ordinary causal attention over
 right-padded prompts) or reads it and appends to the suffixes: scores against the prefix and against the own suffix are
-put side by side before one softmax, which is exact. In bfloat16 on a CPU machine code does that where numba is
-installed.
+put side by side before one softmax, which is exact.
 
 Source: the split follows bifurcated attention (Athiwaratkun et al. 2024, arXiv 2403.08845) and Hydragen (Juravsky et
 al. 2024, arXiv 2402.05099).
@@ -12,9 +11,7 @@ al. 2024, arXiv 2402.05099).
 
 from __future__ import annotations
 
-import math
-import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -23,11 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from latent_tts.random import cpu
-
 Piece = tuple[Tensor, Tensor]
 NAME = "latent_tts_shared_prefix"
-SYSTEM_BYTES = 1 << 20  # so much memory or more is asked of the system itself
 
 
 @dataclass
@@ -115,14 +109,12 @@ class AttentionState:
         """Keep keys and values (rows, H, L, K) of the prompts that come next."""
         if layer == len(self.prefix):
             self.prefix.append([])
-        self.prefix[layer].append((_memory(key.shape, key).copy_(key), _memory(value.shape, value).copy_(value)))
+        self.prefix[layer].append((key.contiguous(), value.contiguous()))
 
     def _room_for(self, like: Tensor, rows: int) -> Tensor:
-        """Memory for keys or values (rows, H, capacity, K); for machine code in the order (capacity, rows, H, K)."""
+        """Memory for keys or values (rows, H, capacity, K)."""
         _, heads, _, width = like.shape
-        if cpu.suits_machine_code(like):
-            return _memory((self.capacity, rows, heads, width), like).permute(1, 2, 0, 3)
-        return _memory((rows, heads, self.capacity, width), like)
+        return like.new_empty(rows, heads, self.capacity, width)
 
     def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Add keys and values (R, H, S, K) to a layer's suffixes; returns all of them so far."""
@@ -187,8 +179,6 @@ def attend(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     # query heads that share a key head become more query tokens of that head
     grouped = query.unflatten(1, (-1, groups))
-    if cpu.suits_machine_code(query):
-        return _attended_by_machine_code(state, layer, grouped, scale), None
     own = (grouped * scale).flatten(2, 3)
     parts = [
         _attended(state, questions, rows, query.shape[2], own[rows], prefix, (keys[rows], values[rows]))
@@ -226,39 +216,6 @@ def _attended(
     after = after.unflatten(2, (state.rollouts, -1)).transpose(1, 2).flatten(0, 1)  # (r, H, G*S, used + S)
     out = (before @ prefix_values).view(siblings.shape).transpose(1, 2)
     return out.reshape(own.shape) + after @ state._dense(values)
-
-
-def _attended_by_machine_code(state: AttentionState, layer: int, query: Tensor, scale: float) -> Tensor:
-    """Attended values (R, S, G*H, K) of queries (R, H, G, S, K); only products over prefixes are operators of torch."""
-    from latent_tts.engine.suffix_kernel import attend_suffixes
-
-    _, heads, groups, tokens, width = query.shape
-    keys, values = (part.permute(2, 0, 1, 3) for part in state.suffix[layer])
-    rows_apart = query.unflatten(0, (-1, state.rollouts)).transpose(1, 2)  # (Q, H, N, G, S, K)
-    queries = torch.mul(rows_apart, scale, out=query.new_empty(rows_apart.shape)).flatten(2, 4)
-    attended = torch.empty_like(queries)
-    valid = state.lengths_Q if state.valid_RS is None else state.valid_RS  # the first is not read
-    sizes = state.rollouts, heads, groups * tokens, width, state.capacity, keys.shape[1], state.valid_RS is not None
-    for questions, rows, (prefix_keys, prefix_values) in state._pieces(layer):
-        count, _, length, _ = prefix_keys.shape
-        weights = queries[questions] @ prefix_keys.transpose(-1, -2)
-        tensors = state.lengths_Q, valid, weights, queries, keys, values, attended
-        pieces = rows.stop - rows.start
-        cpu.run(attend_suffixes, pieces, tokens, state.used, questions.start, count, length, *sizes, *tensors)
-        attended[questions].flatten(0, 1).baddbmm_(weights.flatten(0, 1), prefix_values.flatten(0, 1))
-    return attended.view(rows_apart.shape).permute(0, 2, 4, 1, 3, 5).reshape(-1, tokens, heads * groups, width)
-
-
-def _memory(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Memory that lasts for a batch; on a CPU straight from the system if it is much.
-
-    There it goes back at the end, while the allocator would keep the holes between what passes need in the meantime;
-    and what is never written takes no room.
-    """
-    size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size < SYSTEM_BYTES:
-        return like.new_empty(shape)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(shape)
 
 
 def use_shared_prefix_attention(lm: PreTrainedModel) -> None:

@@ -12,7 +12,6 @@ from transformers.activations import NewGELUActivation
 from latent_tts.engine.attention import AttentionState, use_shared_prefix_attention
 from latent_tts.engine.packed import PackedLinear, can_be_packed
 from latent_tts.engine.sites import find_blocks
-from latent_tts.random import cpu
 
 
 def prepare(lm: PreTrainedModel) -> None:
@@ -22,7 +21,6 @@ def prepare(lm: PreTrainedModel) -> None:
     operations.
     """
     use_shared_prefix_attention(lm)
-    packed_any = False
     for parent in list(find_blocks(lm).modules()):
         children = dict(parent.named_children())
         in_front_of_gelu = None
@@ -34,9 +32,6 @@ def prepare(lm: PreTrainedModel) -> None:
         for name, child in children.items():
             if can_be_packed(child):
                 setattr(parent, name, PackedLinear(child, gelu=child is in_front_of_gelu))
-                packed_any = True
-    if packed_any:
-        cpu.give_memory_back()  # where the weights were before
 
 
 def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

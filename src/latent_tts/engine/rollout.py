@@ -20,7 +20,6 @@ from latent_tts.engine.attention import AttentionState
 from latent_tts.engine.head import choose
 from latent_tts.engine.sites import MaskedSites
 from latent_tts.engine.sweeps import Sweeps
-from latent_tts.random import cpu
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
@@ -30,7 +29,6 @@ from latent_tts.types import Forward, Reasoner
 SEQUENTIAL = Sequential()
 PROMPT_TOKENS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 20}  # padding counts: see docs/tuning.md
 PROMPT_PADDING = {"cpu": 1 << 7, "cuda": 1 << 14}  # tokens of it that cost as much as a pass of its own
-PASS_BYTES = 1 << 20  # hidden states from which on what else the pass has needed is worth returning
 COMPACT_BELOW = 0.75  # a batch is packed anew once it would shrink to this share of its rows
 
 
@@ -272,8 +270,6 @@ class Thinking(Sweeps):
             self.sites.about_to_run(self.draw.rows(piece), Forward("prompt", 0, longest))
             hidden = backbone.run(self.lm.base_model, embeddings, positions, self.state)
             last.append(hidden[torch.arange(len(ends), device=ends.device), ends])
-            if hidden.device.type == "cpu" and hidden.nbytes > PASS_BYTES:
-                cpu.give_memory_back()
         return torch.cat(last)
 
     def _empty_prefix(self, rows: int) -> Tensor:

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latent_tts.engine import gpu
 from latent_tts.engine.cost import Batch, Passes, Rates, Shape, Work
+from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
 from latent_tts.engine.packing import Job, batches, most_prompts
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import RunError
-from latent_tts.random import cpu
 from latent_tts.random.draw import Draw
 from latent_tts.results.store import NOT_DECODED, PartCache, RolloutCache, ScoreCache, written_in_parts
 from latent_tts.sampler import Sampler
@@ -187,8 +186,8 @@ def _score_batch(
 def _measured(started: float, device: torch.device, rows: int) -> dict[str, Any]:
     """A row's share of what a batch took."""
     return {
-        "seconds": (gpu.now(device) - started) / rows,
-        "peak_memory_bytes": _peak_memory(device),
+        "seconds": (synchronized_seconds(device) - started) / rows,
+        "peak_memory_bytes": peak_bytes(device),
         "device": device.type,
         "rows": rows,
     }
@@ -231,14 +230,6 @@ def _rows(batch: list[Job], rollouts: Rollouts, measured: dict[str, Any], answer
 
 
 def _begin(device: torch.device) -> float:
-    """When a batch begins."""
-    if gpu.is_gpu(device):
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        cpu.forget_peak()
-    return gpu.now(device)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Most bytes held since the batch began: on the CPU by the process, on a GPU by torch's allocations."""
-    return torch.cuda.max_memory_allocated(device) if gpu.is_gpu(device) else cpu.peak_bytes()
+    """Start measuring a batch; returns the time."""
+    reset_peak_bytes(device)
+    return synchronized_seconds(device)

@@ -124,9 +124,9 @@ def machine() -> dict[str, str]:
     """The system, the processor, and the GPUs with their libraries where torch has been in use and found some."""
     found = {"system": platform.platform(), "processor": platform.processor() or platform.machine()}
     if "torch" in sys.modules:
-        from latent_tts.engine import gpu
+        from latent_tts.engine.device import gpu_versions
 
-        found |= gpu.versions()
+        found |= gpu_versions()
     return found
 
 
