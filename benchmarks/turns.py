@@ -22,8 +22,8 @@ import torch
 from transformers import PreTrainedModel
 
 import engine as bench
-from latent_tts.engine.packing import Job
-from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.engine.packing import RolloutJob
+from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.pipeline.executor import draw_batch
 from latent_tts.random import bits
 from latent_tts.sampler import Sampler
@@ -42,13 +42,13 @@ class Side:
     seconds: list[dict[str, float]] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
 
-    def take_a_turn(self, jobs: list[Job], sampler: Sampler) -> None:
+    def take_a_turn(self, jobs: list[RolloutJob], sampler: Sampler) -> None:
         """Draw all rollouts once, in one batch."""
         with patch.object(bits, "has_numba", bits.has_numba if self.numba else lambda: False):
             self._draw(jobs, sampler)
 
-    def _draw(self, jobs: list[Job], sampler: Sampler) -> None:
-        plan = Plan(bench.LATENTS, [int(self.lm.config.vocab_size) - 1], None, bench.ANSWER)
+    def _draw(self, jobs: list[RolloutJob], sampler: Sampler) -> None:
+        plan = RolloutPlan(bench.LATENTS, [int(self.lm.config.vocab_size) - 1], None, bench.ANSWER)
         engine, rows = Engine(Reasoner(self.lm, lambda hidden: hidden), plan), sum(len(job.rollouts) for job in jobs)
         before = bench.product_rate(self.unprepared, rows, "cpu")
         watch = bench.Stopwatch(sampler, self.lm, bench.LATENTS, "cpu")

@@ -7,18 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_tts.engine.attention import AttentionState, attend
+from latent_tts.engine.attention import SharedPrefixCache, attend
 
 LAYER, HALF, WIDE = SimpleNamespace(layer_idx=0), torch.bfloat16, torch.float32
 
 
-def passes(state, inputs, dtype):
+def passes(cache, inputs, dtype):
     """What a layer attends to in passes one after another."""
-    state.prefix = [[tuple(part.to(dtype) for part in piece) for piece in pieces] for pieces in state.prefix]
+    cache.prefix = [[tuple(part.to(dtype) for part in piece) for piece in pieces] for pieces in cache.prefix]
     attended = []
-    for query, key, value in inputs:
-        attended.append(attend(LAYER, *(part.to(dtype) for part in (query, key, value)), None, state=state)[0])
-        state.used += query.shape[2]
+    for inputs_of_pass in inputs:
+        tensors = [part.to(dtype) for part in inputs_of_pass]
+        attended.append(attend(LAYER, *tensors, None, shared_prefix_cache=cache)[0])
+        cache.used += tensors[0].shape[2]
     return torch.cat(attended, 1).float()
 
 
@@ -47,15 +48,15 @@ def test_attention_in_half_precision_is_near_that_in_float32(
     prefix = [[tuple(random(len(part), key_heads, max(part), width) for _ in range(2)) for part in pieces]]
     heads = key_heads * groups, key_heads, key_heads
     inputs = [[random(rows, count, h, width).transpose(1, 2) for h in heads] for count in tokens]
-    valid_RS = torch.rand(rows, capacity, generator=generator) < 0.6 if gaps else None
-    if valid_RS is not None:
-        valid_RS[:, 0] = True
+    valid_RC = torch.rand(rows, capacity, generator=generator) < 0.6 if gaps else None
+    if valid_RC is not None:
+        valid_RC[:, 0] = True
 
-    def state():
-        return AttentionState(torch.tensor(lengths), rollouts, capacity, prefix, valid_RS=valid_RS, reads_prefix=True)
+    def cache():
+        return SharedPrefixCache(rollouts, capacity, torch.tensor(lengths), prefix, valid_RC=valid_RC)
 
-    expected = passes(state(), inputs, WIDE)
-    torch.testing.assert_close(passes(state(), inputs, HALF), expected, rtol=0.03, atol=0.03)
+    expected = passes(cache(), inputs, WIDE)
+    torch.testing.assert_close(passes(cache(), inputs, HALF), expected, rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +70,8 @@ def test_forks_go_on_like_their_origins(questions, rows):
 
     first, second = ([random(6, 2, 4, 8).transpose(1, 2) for _ in range(3)] for _ in range(2))
     prefix = [[(random(1, 4, longest, 8), random(1, 4, longest, 8)) for longest in (5, 3)]]
-    state = AttentionState(torch.tensor([5, 3]), 3, 4, prefix, reads_prefix=True)
-    passes(state, [first], HALF)
-    fork = state.fork(torch.tensor(questions), torch.tensor(rows))
+    cache = SharedPrefixCache(3, 4, torch.tensor([5, 3]), prefix)
+    passes(cache, [first], HALF)
+    fork = cache.fork(torch.tensor(questions), torch.tensor(rows))
     again = passes(fork, [[part[rows] for part in second]], HALF)
-    torch.testing.assert_close(again, passes(state, [second], HALF)[rows], rtol=0.03, atol=0.03)
+    torch.testing.assert_close(again, passes(cache, [second], HALF)[rows], rtol=0.03, atol=0.03)

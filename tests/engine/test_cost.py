@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from latent_tts.engine.cost import Batch, Passes, Rates, Shape, Work
-from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
@@ -172,7 +172,7 @@ SAMPLERS = [Gaussian(0.1, False), Dropout(0.3, "ffn", ["thoughts"], "fresh"), Dr
 def test_the_engine_does_the_operations_of_its_batch(sampler):
     lm, latents, answer, prompts, n = gpt2(), 3, 4, [[1, 2, 3, 4, 5]] * 2, 3
     shape = shape_of(lm)
-    engine = Engine(Reasoner(lm, lambda hidden: hidden), Plan(latents, [7], None, answer))
+    engine = Engine(Reasoner(lm, lambda hidden: hidden), RolloutPlan(latents, [7], None, answer))
     draw = Draw.of(0, ["a", "b"], torch.arange(n).repeat(2, 1), shape.width, shape.layers)
     # the fused kernel of a CPU is not counted
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

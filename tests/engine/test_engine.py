@@ -10,6 +10,7 @@ import torch
 from oracle import Oracle
 
 from latent_tts.engine import head, rollout
+from latent_tts.engine import prompts as prompt_pieces
 from latent_tts.engine.rollout import Engine
 from latent_tts.sampler.control import Control
 from latent_tts.sampler.dropout import Dropout
@@ -330,8 +331,8 @@ class LastTokens(Gaussian):
     ids=name,
 )
 def test_the_engine_equals_the_oracle_where_prompts_run_in_pieces(family, sampler, pieces, monkeypatch):
-    monkeypatch.setitem(rollout.PROMPT_TOKENS_AT_ONCE, "cpu", 40)
-    monkeypatch.setitem(rollout.PROMPT_PADDING, "cpu", 10)
+    monkeypatch.setitem(prompt_pieces.TOKENS_AT_ONCE, "cpu", 40)
+    monkeypatch.setitem(prompt_pieces.PADDING, "cpu", 10)
     reasoner, lengths = tiny.reasoner(family), [1, 9, 23, 4, 2]
     shapes = base_passes(reasoner.lm)
     roll(Engine(reasoner, tiny.plan(1)), tiny.prompts(lengths), range(3), sampler)

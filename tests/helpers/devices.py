@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.engine.labelling import label_batch
-from latent_tts.engine.rollout import Engine, Plan, Rollouts
+from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.control import Control
@@ -83,7 +83,7 @@ def _values(rollouts: Rollouts) -> Values:
     return [latents, rollouts.steps_R, [float(i) for ids in rollouts.answer_ids for i in ids], rollouts.stopped_R]
 
 
-def _rolled(family: str, plan: Plan, sampler: Any) -> Case:
+def _rolled(family: str, plan: RolloutPlan, sampler: Any) -> Case:
     prompts, ids = tiny.prompts([1, 9, 4]), ["a", "b", "c"]
 
     def values(place: Place) -> Values:
@@ -110,8 +110,8 @@ def _scored(family: str) -> Case:
 
     def values(place: Place) -> Values:
         prompts, steps_R = tiny.prompts([9, 4, 6]), torch.arange(9) % 6
-        shifts_Q = torch.tensor([0, 7, 40]).to(place.device)
-        scores = place.scorer(family).score(prompts, latents_RTD, steps_R=steps_R, shifts_Q=shifts_Q)
+        position_offset_Q = torch.tensor([0, 7, 40]).to(place.device)
+        scores = place.scorer(family).score(prompts, latents_RTD, steps_R=steps_R, position_offset_Q=position_offset_Q)
         return [scores.cpu()]
 
     return values

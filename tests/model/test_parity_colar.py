@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.errors import UsageError
 from latent_tts.model.colar import Colar
 from latent_tts.random.draw import Draw
@@ -59,7 +59,7 @@ def test_the_speed_is_part_of_the_recipe():
 def rolled(reasoner, rows):
     """Greedy rollouts of some prompts: ids as the official code writes them, latents as ids."""
     model, answer = adapter(), len(EXPECTED["generated_ids"][0])
-    plan = Plan(CAP, model.thinking_end_ids, -1, answer, model.stop_id)
+    plan = RolloutPlan(CAP, model.thinking_end_ids, -1, answer, model.stop_id)
     draw = Draw.of(0, [str(row) for row in rows], torch.zeros(len(rows), 1, dtype=torch.long), 64)
     result = Engine(reasoner, plan).roll([EXPECTED["prompt_ids"][row] for row in rows], draw, Greedy())
     return [

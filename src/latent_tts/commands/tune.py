@@ -27,7 +27,7 @@ from latent_tts.sampler import Sampler
 from latent_tts.task import Task
 
 if TYPE_CHECKING:
-    from latent_tts.engine.packing import Job
+    from latent_tts.engine.packing import RolloutJob
     from latent_tts.engine.rollout import Engine, Rollouts
 
 log = logging.getLogger(__name__)
@@ -103,13 +103,13 @@ def _measure(
     """Rates of every dtype, over rows that double until they no longer help, fit or leave time."""
     import torch
 
-    from latent_tts.engine.packing import Job, row_bytes
+    from latent_tts.engine.packing import RolloutJob, row_bytes
     from latent_tts.engine.rollout import Engine
 
     shape, schedule = Shape.from_config(adapter.config), adapter.own_schedule
     suffix = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
     longest, own_prompt = max(map(len, prompts.values())), "prompt" in sampler.random_phases
-    jobs = [Job(key, key, prompt, list(range(cfg.n))) for key, prompt in prompts.items()]
+    jobs = [RolloutJob(key, key, prompt, list(range(cfg.n))) for key, prompt in prompts.items()]
     settings: list[Setting] = []
     expected: dict[int, list[list[int]]] = {}  # answers of the first dtype, by rows
     for dtype in cfg.dtypes:
@@ -153,7 +153,7 @@ def _rows_to_try(rollouts: int, row_bytes: int, device: str) -> Iterator[int]:
         yield rows
 
 
-def _draw(engine: Engine, jobs: list[Job], rows: int, sampler: Sampler, seed: int) -> Rollouts:
+def _draw(engine: Engine, jobs: list[RolloutJob], rows: int, sampler: Sampler, seed: int) -> Rollouts:
     """One batch."""
     from latent_tts.engine.packing import batches, most_prompts
     from latent_tts.pipeline.executor import draw_batch

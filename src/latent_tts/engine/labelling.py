@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_tts.engine.rollout import Engine, Thinking
-from latent_tts.engine.sites import MaskedSites
+from latent_tts.engine.rollout import Engine, RolloutState
+from latent_tts.engine.sites import SiteHooks
 from latent_tts.random.draw import Draw
 from latent_tts.random.philox import key_of
 from latent_tts.results.annotated import Annotated, Dropped, written_ids
@@ -104,9 +104,9 @@ def label_batch(
     ids = [job.question_id for job in jobs]
     numbers_QN = torch.arange(n, device=device).expand(len(jobs), n)
     draw = Draw.of(labelling.seed, ids, numbers_QN, engine.width, engine.blocks)
-    with MaskedSites(engine.lm, sampler) as sites:
-        thinking = Thinking.start(engine, [job.prompt for job in jobs], draw, sites).think()
-        rollouts = thinking.answer()
+    with SiteHooks(engine.lm, sampler) as hooks:
+        state = RolloutState.start(engine, [job.prompt for job in jobs], draw, hooks).make_latents()
+        rollouts = state.decode_answers()
         corrects_QN = _are_right(jobs, np.arange(len(jobs)).repeat(n), rollouts.answer_ids).reshape(-1, n)
         mixed_Q = corrects_QN.any(1) & ~corrects_QN.all(1)
         kept = np.flatnonzero(mixed_Q | labelling.keep_all)
@@ -119,7 +119,7 @@ def label_batch(
             settled = (steps_R[rows] == step) & (not _random_after_the_last(sampler, engine))
             labels_RT[rows[settled], step - 1] = corrects_QN.flatten()[rows[settled]]
             rows = rows[~settled]
-            labels_RT[rows, step - 1] = _completed(jobs, thinking, rows, step, labelling)
+            labels_RT[rows, step - 1] = _completed(jobs, state, rows, step, labelling)
             done += len(rows) * labelling.completions
     latents_QNTD = rollouts.latents_RTD.numpy().reshape(len(jobs), n, engine.plan.latents, engine.width)
     labels_QNT, steps_QN = labels_RT.reshape(len(jobs), n, -1), steps_R.reshape(-1, n)
@@ -151,18 +151,18 @@ def _random_after_the_last(sampler: Sampler, engine: Engine) -> bool:
 
 
 def _completed(
-    jobs: Sequence[LabelJob], thinking: Thinking, rows: np.ndarray, step: int, labelling: Labelling
+    jobs: Sequence[LabelJob], state: RolloutState, rows: np.ndarray, step: int, labelling: Labelling
 ) -> np.ndarray:
     """Share of right completions of `rows`, each from its first `step` latents."""
-    count, device, n = labelling.completions, thinking.latents_RTD.device, labelling.rollouts
+    count, device, n = labelling.completions, state.latents_RTD.device, labelling.rollouts
     keys = torch.tensor([key_of(labelling.seed, f"{job.question_id} from {step}") for job in jobs], device=device)
     shares = np.empty(len(rows), dtype=np.float32)
     for part in _parts(rows, max(1, labelling.rows // count), n):
         here: Tensor = torch.from_numpy(rows[part]).to(device).repeat_interleave(count)
         completion = torch.arange(count, device=device).repeat(len(rows[part]))
-        numbers, engine = here % n * MOST_COMPLETIONS + completion, thinking.engine
+        numbers, engine = here % n * MOST_COMPLETIONS + completion, state.engine
         draw = Draw(keys[here // n], numbers, engine.width, engine.blocks)
-        ended = thinking.fork(here, draw, step).think().answer()
+        ended = state.fork(here, draw, step).make_latents().decode_answers()
         right = _are_right(jobs, (here // n).cpu().numpy(), ended.answer_ids)
         shares[part] = right.reshape(-1, count).mean(1)
     return shares

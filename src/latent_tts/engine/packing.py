@@ -21,7 +21,7 @@ GPU_CALLS = 20  # timed together, so that launching them and waiting for the las
 
 
 @dataclass(frozen=True)
-class Job:
+class RolloutJob:
     """A question that still needs rollouts.
 
     Attributes:
@@ -30,7 +30,7 @@ class Job:
         prompt: token ids.
         rollouts: numbers of the rollouts to draw, ascending.
         donor: prompt of the question whose latents it reads, for the sampler that needs one.
-        shift: added to the position ids, for scores as the official script makes them.
+        position_offset: added to the position ids, for scores as the official script makes them.
     """
 
     row_key: str
@@ -38,7 +38,7 @@ class Job:
     prompt: list[int]
     rollouts: list[int]
     donor: list[int] | None = None
-    shift: int = 0
+    position_offset: int = 0
 
 
 def default_rows(width: int, device: str, own_prompt: bool = False) -> int:
@@ -68,7 +68,7 @@ def rows_that_fit(rows: int, bytes_a_row: int, device: str) -> int:
     return rows
 
 
-def batches(jobs: Sequence[Job], rows: int, prompts: int | None = None) -> Iterator[list[Job]]:
+def batches(jobs: Sequence[RolloutJob], rows: int, prompts: int | None = None) -> Iterator[list[RolloutJob]]:
     """Batches of jobs with equally many rollouts each, longest prompts first (what does not fit fails at once).
 
     Args:
@@ -83,7 +83,7 @@ def batches(jobs: Sequence[Job], rows: int, prompts: int | None = None) -> Itera
         for start in range(0, len(job.rollouts), rows)
     ]
     pieces.sort(key=lambda job: (-len(job.rollouts), -len(job.prompt), job.row_key))
-    batch: list[Job] = []
+    batch: list[RolloutJob] = []
     for piece in pieces:
         count = len(piece.rollouts)
         if batch and (count != len(batch[0].rollouts) or (len(batch) + 1) * count > rows or len(batch) == most):

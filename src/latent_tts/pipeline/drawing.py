@@ -21,7 +21,7 @@ from latent_tts.search.beam import Beam
 from latent_tts.types import Reasoner, RewardModel
 
 if TYPE_CHECKING:
-    from latent_tts.engine.rollout import Plan
+    from latent_tts.engine.rollout import RolloutPlan
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +37,14 @@ def draw_missing(
     total = sum(map(len, lacking.values()))
     if not total:
         return 0
-    from latent_tts.engine.packing import Job, measured_rates, row_bytes
+    from latent_tts.engine.packing import RolloutJob, measured_rates, row_bytes
     from latent_tts.engine.rollout import Engine
     from latent_tts.pipeline import executor
 
     device = engine_device(cfg)
     shape, adapter = prepared.shape, prepared.adapter
     jobs = [
-        Job(
+        RolloutJob(
             row_key=key,
             question_id=question.id,
             prompt=prepared.prompts[question.id],
@@ -96,7 +96,7 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     lacking = missing(cache, wanted, "in")
     if not lacking:
         return 0
-    from latent_tts.engine.packing import Job, row_bytes
+    from latent_tts.engine.packing import RolloutJob, row_bytes
     from latent_tts.engine.rollout import Engine
     from latent_tts.engine.scoring import LatentScorer
     from latent_tts.pipeline import executor
@@ -106,7 +106,7 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     assert scorer is not None
     device = engine_device(cfg)
     jobs = [
-        Job(question.id, question.id, prepared.prompts[question.id], list(range(search.beams)))
+        RolloutJob(question.id, question.id, prepared.prompts[question.id], list(range(search.beams)))
         for question in prepared.questions
         if question.id in lacking
     ]
@@ -148,11 +148,11 @@ def rows_of_a_batch(cfg: DictConfig, shape: Shape, bytes_a_row: int, device: str
 
 def plan_of(
     adapter: ModelAdapter, max_answer_tokens: int, schedule: Schedule | None = None, forced_ids: Sequence[int] = ()
-) -> Plan:
+) -> RolloutPlan:
     """What a rollout of the adapter's model consists of; `schedule` is one latent after another unless said."""
-    from latent_tts.engine.rollout import Plan
+    from latent_tts.engine.rollout import RolloutPlan
 
-    plan = Plan(
+    plan = RolloutPlan(
         adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
         forced_ids=list(forced_ids),
     )  # fmt: skip

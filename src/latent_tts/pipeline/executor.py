@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from latent_tts.engine.cost import Batch, Passes, Rates, Shape, Work
 from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
-from latent_tts.engine.packing import Job, batches, most_prompts
+from latent_tts.engine.packing import RolloutJob, batches, most_prompts
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import RunError
@@ -24,7 +24,7 @@ from latent_tts.sampler.greedy import Greedy
 
 def fill(
     cache: RolloutCache,
-    jobs: Sequence[Job],
+    jobs: Sequence[RolloutJob],
     engine: Engine,
     sampler: Sampler,
     *,
@@ -53,7 +53,7 @@ def fill(
 
 def fill_beams(
     cache: RolloutCache,
-    jobs: Sequence[Job],
+    jobs: Sequence[RolloutJob],
     grow: Callable[[list[list[int]], list[str]], Rollouts],
     device: torch.device,
     *,
@@ -71,7 +71,7 @@ def fill_beams(
         progress: called with the number of beams of each finished batch.
     """
 
-    def work(batch: list[Job]) -> list[dict[str, Any]]:
+    def work(batch: list[RolloutJob]) -> list[dict[str, Any]]:
         started = _begin(device)
         rollouts = grow([job.prompt for job in batch], [job.question_id for job in batch])
         return _rows(batch, rollouts, _measured(started, device, len(rollouts.steps_R)), answers=True)
@@ -81,8 +81,8 @@ def fill_beams(
 
 def _fill(
     cache: PartCache,
-    packed: Iterable[list[Job]],
-    work: Callable[[list[Job]], list[dict[str, Any]]],
+    packed: Iterable[list[RolloutJob]],
+    work: Callable[[list[RolloutJob]], list[dict[str, Any]]],
     progress: Callable[[int], None],
 ) -> None:
     with written_in_parts(cache.add) as take:
@@ -91,17 +91,18 @@ def _fill(
             progress(sum(len(job.rollouts) for job in batch))
 
 
-def draw_batch(batch: list[Job], engine: Engine, sampler: Sampler, seed: int, *, answers: bool = True) -> Rollouts:
+def draw_batch(
+    batch: list[RolloutJob], engine: Engine, sampler: Sampler, seed: int, *, answers: bool = True
+) -> Rollouts:
     """Draw the rollouts of a batch, or without `answers` their latents alone; what comes back lies on the CPU."""
     numbers = torch.tensor([job.rollouts for job in batch], device=engine.device)
     draw = Draw.of(seed, [job.question_id for job in batch], numbers, engine.width, engine.blocks)
     donor = _donor_latents(batch, engine, numbers.shape[1]) if sampler.needs_donor else None
-    make = engine.roll if answers else engine.think
-    return make([job.prompt for job in batch], draw, sampler, donor_RTD=donor)
+    return engine.roll([job.prompt for job in batch], draw, sampler, donor_RTD=donor, answers=answers)
 
 
 def _draw_batch(
-    batch: list[Job], engine: Engine, sampler: Sampler, seed: int, rates: Rates, answers: bool
+    batch: list[RolloutJob], engine: Engine, sampler: Sampler, seed: int, rates: Rates, answers: bool
 ) -> list[dict[str, Any]]:
     started = _begin(engine.device)
     rollouts = draw_batch(batch, engine, sampler, seed, answers=answers)
@@ -113,7 +114,7 @@ def _draw_batch(
         plan.latents,
         len(plan.thinking_end_ids) + begun,
         sampler.random_phases,
-        plan.schedule.repeated(plan.latents),
+        plan.schedule.repeated_passes(plan.latents),
         plan.stop_id is not None,
     )
     least = Batch(
@@ -134,7 +135,7 @@ def _draw_batch(
 
 def fill_scores(
     cache: ScoreCache,
-    jobs: Sequence[Job],
+    jobs: Sequence[RolloutJob],
     scorer: LatentScorer,
     latents: Mapping[tuple[str, int], NDArray[np.float32]],
     *,
@@ -146,7 +147,7 @@ def fill_scores(
 
     Args:
         cache: where step scores go, a part every two seconds and at the end, however it ends.
-        jobs: what to score; a job's rollouts share its shift.
+        jobs: what to score; a job's rollouts share its position offset.
         scorer: the loaded LatentRM.
         latents: of each (row key, rollout), (steps, D).
         rows: most rows of a batch.
@@ -158,7 +159,7 @@ def fill_scores(
 
 
 def _score_batch(
-    batch: list[Job], scorer: LatentScorer, latents: Mapping[tuple[str, int], NDArray[np.float32]], rates: Rates
+    batch: list[RolloutJob], scorer: LatentScorer, latents: Mapping[tuple[str, int], NDArray[np.float32]], rates: Rates
 ) -> list[dict[str, Any]]:
     started = _begin(scorer.device)
     places = [(job.row_key, number) for job in batch for number in job.rollouts]
@@ -171,7 +172,7 @@ def _score_batch(
         [job.prompt for job in batch],
         latents_RTD,
         steps_R=torch.tensor(steps),
-        shifts_Q=torch.tensor([job.shift for job in batch], device=scorer.device),
+        position_offset_Q=torch.tensor([job.position_offset for job in batch], device=scorer.device),
     ).tolist()
     measured = _measured(started, scorer.device, len(places))
     shape, item = Shape.from_config(scorer.backbone.config.to_dict()), scorer.backbone.dtype.itemsize
@@ -198,17 +199,17 @@ def _least(stretches: list[Work], rates: Rates, rows: int) -> dict[str, float]:
     return {"floor_seconds": rates.floor(stretches) / rows, "bytes": sum(work.bytes for work in stretches) / rows}
 
 
-def _donor_latents(batch: list[Job], engine: Engine, rollouts: int) -> torch.Tensor:
+def _donor_latents(batch: list[RolloutJob], engine: Engine, rollouts: int) -> torch.Tensor:
     """The greedy latents (R, T, D) of the donors' prompts."""
     prompts = [job.donor for job in batch]
     assert all(prompt is not None for prompt in prompts)
     draw = Draw.of(0, [job.row_key for job in batch], torch.zeros(len(batch), 1, dtype=torch.long), engine.width)
     thinker = Engine(engine.reasoner, replace(engine.plan, stop_id=None))
-    latents = thinker.think(prompts, draw, Greedy()).latents_RTD  # type: ignore[arg-type]
+    latents = thinker.roll(prompts, draw, Greedy(), answers=False).latents_RTD  # type: ignore[arg-type]
     return latents.to(engine.device, engine.lm.dtype).repeat_interleave(rollouts, 0)
 
 
-def _rows(batch: list[Job], rollouts: Rollouts, measured: dict[str, Any], answers: bool) -> list[dict[str, Any]]:
+def _rows(batch: list[RolloutJob], rollouts: Rollouts, measured: dict[str, Any], answers: bool) -> list[dict[str, Any]]:
     latents = rollouts.latents_RTD.numpy().astype("<f4", copy=False)
     logprob, margin = rollouts.answer_logprob_R.tolist(), rollouts.answer_margin_R.tolist()
     stopped, steps = rollouts.stopped_R.tolist(), rollouts.steps_R.tolist()

@@ -61,18 +61,18 @@ def score(
     """
     wanted = prepared.wanted()
     cache = store.ScoreCache(rollout_folder, score_key(scorer, cfg.engine.dtype, prepared.n))
-    shifts = _shifts(prepared, scorer, answer_texts, latents)
+    offsets = _offsets(prepared, scorer, answer_texts, latents)
     lacking = missing(cache, wanted, "scored in")
     scored_now = sum(map(len, lacking.values()))
     if scored_now:
-        _fill(cfg, prepared, scorer, cache, lacking, dict(zip(_places(wanted), latents, strict=True)), shifts)
+        _fill(cfg, prepared, scorer, cache, lacking, dict(zip(_places(wanted), latents, strict=True)), offsets)
     rows = cache.read(wanted)
     step_scores = [np.asarray(steps, dtype=np.float64) for steps in rows["step_scores"]]
     return Scores(
         rows=rows,
         score=scorer.reduced(step_scores),
         prefills=[
-            len({shifts.get((prepared.row_key(q), i), 0) for i in range(prepared.n)}) for q in prepared.questions
+            len({offsets.get((prepared.row_key(q), i), 0) for i in range(prepared.n)}) for q in prepared.questions
         ],
         scored_now=scored_now,
     )
@@ -82,13 +82,13 @@ def _places(wanted: pd.DataFrame) -> list[tuple[str, int]]:
     return list(wanted[["row_key", "rollout"]].itertuples(index=False, name=None))
 
 
-def _shifts(
+def _offsets(
     prepared: Prepared, scorer: Scorer, answer_texts: Sequence[str], latents: Sequence[np.ndarray]
 ) -> dict[tuple[str, int], int]:
     """What official positions add for each rollout; empty for correct ones."""
     if scorer.positions != "official":
         return {}
-    from latent_tts.engine.scoring import official_shifts
+    from latent_tts.engine.official_positions import position_offsets
 
     forced, n = len(prepared.adapter.thinking_end_ids), prepared.n
     beside = [len(rows) + forced + scorer.text_tokens(text) for text, rows in zip(answer_texts, latents, strict=True)]
@@ -102,8 +102,8 @@ def _shifts(
             f"scorer.positions=official: a rollout's text has {longest} tokens, {scorer.name} takes {limit}\n"
             "scorer.positions=correct needs the prompt and the latents alone"
         )
-    shifts = [shift for row in official_shifts(lengths) for shift in row]
-    return dict(zip(_places(prepared.wanted()), shifts, strict=True))
+    offsets = [offset for row in position_offsets(lengths) for offset in row]
+    return dict(zip(_places(prepared.wanted()), offsets, strict=True))
 
 
 def _fill(
@@ -113,9 +113,9 @@ def _fill(
     cache: store.ScoreCache,
     lacking: dict[str, list[int]],
     latents: dict[tuple[str, int], np.ndarray],
-    shifts: dict[tuple[str, int], int],
+    offsets: dict[tuple[str, int], int],
 ) -> None:
-    from latent_tts.engine.packing import Job, measured_rates, row_bytes
+    from latent_tts.engine.packing import RolloutJob, measured_rates, row_bytes
     from latent_tts.engine.scoring import LatentScorer
     from latent_tts.pipeline import executor
 
@@ -124,11 +124,14 @@ def _fill(
     jobs = []
     for question in prepared.questions:
         key = prepared.row_key(question)
-        by_shift: dict[int, list[int]] = {}
+        by_offset: dict[int, list[int]] = {}
         for number in lacking.get(key, []):
-            by_shift.setdefault(shifts.get((key, number), 0), []).append(number)
+            by_offset.setdefault(offsets.get((key, number), 0), []).append(number)
         prompt = prepared.prompts[question.id]
-        jobs += [Job(key, question.id, prompt, numbers, shift=shift) for shift, numbers in by_shift.items()]
+        jobs += [
+            RolloutJob(key, question.id, prompt, numbers, position_offset=offset)
+            for offset, numbers in by_offset.items()
+        ]
     total = sum(len(job.rollouts) for job in jobs)
     longest, steps = max(len(job.prompt) for job in jobs), max(map(len, latents.values()))
     # a batch may hold one row a prompt

@@ -62,7 +62,7 @@ class Prepared:
         """What a rollout goes through."""
         adapter = self.adapter
         forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
-        repeated, stops = self.schedule.repeated(adapter.latents), adapter.stop_id is not None
+        repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
         return Passes.of(self.shape, adapter.latents, forced, self.sampler.random_phases, repeated, stops)
 
     @property

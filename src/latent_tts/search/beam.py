@@ -109,8 +109,8 @@ class Beam:
         """
         import torch
 
-        from latent_tts.engine.rollout import Thinking
-        from latent_tts.engine.sites import MaskedSites
+        from latent_tts.engine.rollout import RolloutState
+        from latent_tts.engine.sites import SiteHooks
         from latent_tts.random.draw import Draw
 
         n, device, latents = self.beams * self.candidates, engine.device, engine.plan.latents
@@ -121,16 +121,16 @@ class Beam:
             keys_R2 = keys.repeat_interleave(lineages_QC.shape[1], 0)
             return Draw(keys_R2, lineages_QC.flatten(), engine.width, engine.blocks)
 
-        with torch.inference_mode(), MaskedSites(engine.lm, sampler) as sites:
+        with torch.inference_mode(), SiteHooks(engine.lm, sampler) as hooks:
             candidate_C = torch.arange(n, device=device)
             lineages_QC = children(torch.zeros(len(prompts), n, dtype=torch.long, device=device), 0, candidate_C)
-            thinking = Thinking.start(engine, prompts, draw_of(lineages_QC), sites)
+            rollouts = RolloutState.start(engine, prompts, draw_of(lineages_QC), hooks)
             scores = scorer.open(prompts, n, latents)
             so_far_QCT = torch.full((len(prompts), n, latents), float("nan"), dtype=torch.float64, device=device)
             for step in range(latents):
-                latent_RD = thinking.advance()
+                latent_RD = rollouts.advance()
                 step_score_QC = scorer.extend(scores, latent_RD[:, None]).view(len(prompts), n).to(device)
-                alive_QC = None if thinking.thinking_R is None else thinking.thinking_R.view(len(prompts), n)
+                alive_QC = None if rollouts.thinking_R is None else rollouts.thinking_R.view(len(prompts), n)
                 if alive_QC is not None:
                     step_score_QC = step_score_QC.masked_fill(~alive_QC, float("nan"))
                 so_far_QCT[..., step] = step_score_QC
@@ -146,11 +146,11 @@ class Beam:
                 if not last:
                     parents_QC = children(parents_QC, step + 1, candidate_C % self.candidates)
                 lineages_QC = parents_QC
-                thinking = thinking.fork(rows, draw_of(lineages_QC))
+                rollouts = rollouts.fork(rows, draw_of(lineages_QC))
                 if not last:
-                    scores = scores.fork(owner[:, 0], rows)
+                    scores = scores.fork(rows)
                     so_far_QCT = so_far_QCT.flatten(0, 1)[rows].view_as(so_far_QCT)
-            return thinking.answer()
+            return rollouts.decode_answers()
 
     def _best(self, rank_QC: Tensor) -> Tensor:
         """Which candidates survive (Q, beams), best first; a tie goes to the lower index."""
