@@ -24,9 +24,9 @@ from transformers import PreTrainedModel
 import engine as bench
 from latent_tts.engine.packing import RolloutJob
 from latent_tts.engine.rollout import Engine, RolloutPlan
-from latent_tts.pipeline.executor import draw_batch
 from latent_tts.random import bits
 from latent_tts.sampler import Sampler
+from latent_tts.search.independent import Independent
 from latent_tts.types import Reasoner
 
 SIDES = [f"{dtype}{way}" for dtype in bench.DTYPES for way in ("", "-numpy")]
@@ -52,7 +52,7 @@ class Side:
         engine, rows = Engine(Reasoner(self.lm, lambda hidden: hidden), plan), sum(len(job.rollouts) for job in jobs)
         before = bench.product_rate(self.unprepared, rows, "cpu")
         watch = bench.Stopwatch(sampler, self.lm, bench.LATENTS, "cpu")
-        watch.run(lambda watched: draw_batch(jobs, engine, watched, 0))
+        watch.run(lambda watched: Independent().roll(engine, jobs, watched, 0))
         watch.close()
         after = bench.product_rate(self.unprepared, rows, "cpu")
         latents = watch.seconds["latents"] + watch.seconds["random_latents"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.engine.labelling import label_batch
+from latent_tts.engine.packing import RolloutJob
 from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.random.draw import Draw
@@ -120,7 +121,8 @@ def _scored(family: str) -> Case:
 def _searched(family: str, sampler: Any) -> Case:
     def values(place: Place) -> Values:
         engine = Engine(place.reasoner(family), tiny.plan(3, eos_id=tiny.EOS_IDS[family], answer=2))
-        ids, prompts = ["a", "b"], tiny.prompts([5, 1])
-        return _values(Beam(2, 2, False).roll(engine, place.scorer(family), "sum", prompts, ids, sampler, 0))
+        batch = [RolloutJob(key, key, prompt, [0, 1]) for key, prompt in zip("ab", tiny.prompts([5, 1]), strict=True)]
+        scorer = place.scorer(family)
+        return _values(Beam(2, 2, False).roll(engine, batch, sampler, 0, scorer=scorer, reduction="sum"))
 
     return values

@@ -17,7 +17,6 @@ from latent_tts.pipeline.spec import ITEM_BYTES, Prepared, positions_beside_the_
 from latent_tts.results import report, store
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
-from latent_tts.search.beam import Beam
 from latent_tts.types import Reasoner, RewardModel
 
 if TYPE_CHECKING:
@@ -81,6 +80,7 @@ def draw_missing(
                 cache,
                 jobs,
                 engine,
+                prepared.search,
                 prepared.answers.over(prepared.sampler),
                 seed=cfg.seed,
                 rows=rows,
@@ -102,11 +102,11 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     from latent_tts.pipeline import executor
 
     search, scorer, adapter = prepared.search, prepared.scorer, prepared.adapter
-    assert isinstance(search, Beam)
+    assert search.survivors is not None
     assert scorer is not None
     device = engine_device(cfg)
     jobs = [
-        RolloutJob(question.id, question.id, prepared.prompts[question.id], list(range(search.beams)))
+        RolloutJob(question.id, question.id, prepared.prompts[question.id], list(range(search.survivors)))
         for question in prepared.questions
         if question.id in lacking
     ]
@@ -117,19 +117,20 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     bytes_a_row = 2 * row_bytes(prepared.shape, longest, suffix, item, own_prompt)
     bytes_a_row += 2 * row_bytes(Shape.from_config(scorer.config), longest, adapter.latents, item, own_prompt=False)
     rows = rows_of_a_batch(cfg, prepared.shape, bytes_a_row, device, own_prompt)
-    log.info("%d questions to search: %d beams of %d candidates each", len(jobs), search.beams, search.candidates)
+    beams, candidates = search.survivors, search.rows_per_survivor
+    log.info("%d questions to search: %d beams of %d candidates each", len(jobs), beams, candidates)
     plan = plan_of(adapter, cfg.max_answer_tokens, forced_ids=prepared.forced_ids)
     engine = Engine(load_once(adapter, device, cfg), plan)
     sampler = prepared.answers.over(prepared.sampler)
     judge = LatentScorer(load_scorer_once(scorer, device, cfg.engine.dtype))
-    with report.progress_bar(len(jobs) * search.beams, "beams") as bar:
+    with report.progress_bar(len(jobs) * beams, "beams") as bar:
         with computing("searching", f"finished questions are in {cache.folder}", FEWER_ROWS):
             executor.fill_beams(
                 cache,
                 jobs,
-                lambda prompts, ids: search.roll(engine, judge, scorer.reduction, prompts, ids, sampler, cfg.seed),
+                lambda batch: search.roll(engine, batch, sampler, cfg.seed, scorer=judge, reduction=scorer.reduction),
                 engine.device,
-                rows=max(search.beams, rows // search.candidates),
+                rows=max(beams, rows // candidates),
                 progress=lambda k: report.advance(bar, k),
             )
     return len(jobs) * prepared.n

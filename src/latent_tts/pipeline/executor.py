@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,16 @@ from latent_tts.engine.packing import RolloutJob, batches, most_prompts
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import RunError
-from latent_tts.random.draw import Draw
 from latent_tts.results.store import NOT_DECODED, PartCache, RolloutCache, ScoreCache, written_in_parts
 from latent_tts.sampler import Sampler
-from latent_tts.sampler.greedy import Greedy
+from latent_tts.search import Search
 
 
 def fill(
     cache: RolloutCache,
     jobs: Sequence[RolloutJob],
     engine: Engine,
+    search: Search,
     sampler: Sampler,
     *,
     seed: int,
@@ -40,6 +39,7 @@ def fill(
         cache: where rows go, a part every two seconds and at the end, however it ends.
         jobs: what to draw.
         engine: the loaded model.
+        search: which rollouts are grown, without a scorer.
         sampler: what makes rollouts differ.
         seed: of the run.
         rows: most rows of a batch.
@@ -48,13 +48,13 @@ def fill(
         answers: whether to decode the answers, or to keep the latents alone.
     """
     packed = batches(jobs, rows, most_prompts(engine.width, engine.device.type))
-    _fill(cache, packed, lambda batch: _draw_batch(batch, engine, sampler, seed, rates, answers), progress)
+    _fill(cache, packed, lambda batch: _draw_batch(batch, engine, search, sampler, seed, rates, answers), progress)
 
 
 def fill_beams(
     cache: RolloutCache,
     jobs: Sequence[RolloutJob],
-    grow: Callable[[list[list[int]], list[str]], Rollouts],
+    grow: Callable[[list[RolloutJob]], Rollouts],
     device: torch.device,
     *,
     rows: int,
@@ -65,7 +65,7 @@ def fill_beams(
     Args:
         cache: where rows go, a part every two seconds and at the end, however it ends.
         jobs: what to search; the rollouts of a job are the places of its beams, best first.
-        grow: the search, from prompts and question ids to the beams of each, question-major.
+        grow: the search, from a batch to the surviving beams of each question, question-major.
         device: where it runs.
         rows: most beams of a batch.
         progress: called with the number of beams of each finished batch.
@@ -73,7 +73,7 @@ def fill_beams(
 
     def work(batch: list[RolloutJob]) -> list[dict[str, Any]]:
         started = _begin(device)
-        rollouts = grow([job.prompt for job in batch], [job.question_id for job in batch])
+        rollouts = grow(batch)
         return _rows(batch, rollouts, _measured(started, device, len(rollouts.steps_R)), answers=True)
 
     _fill(cache, batches(jobs, rows), work, progress)
@@ -91,21 +91,17 @@ def _fill(
             progress(sum(len(job.rollouts) for job in batch))
 
 
-def draw_batch(
-    batch: list[RolloutJob], engine: Engine, sampler: Sampler, seed: int, *, answers: bool = True
-) -> Rollouts:
-    """Draw the rollouts of a batch, or without `answers` their latents alone; what comes back lies on the CPU."""
-    numbers = torch.tensor([job.rollouts for job in batch], device=engine.device)
-    draw = Draw.of(seed, [job.question_id for job in batch], numbers, engine.width, engine.blocks)
-    donor = _donor_latents(batch, engine, numbers.shape[1]) if sampler.needs_donor else None
-    return engine.roll([job.prompt for job in batch], draw, sampler, donor_RTD=donor, answers=answers)
-
-
 def _draw_batch(
-    batch: list[RolloutJob], engine: Engine, sampler: Sampler, seed: int, rates: Rates, answers: bool
+    batch: list[RolloutJob],
+    engine: Engine,
+    search: Search,
+    sampler: Sampler,
+    seed: int,
+    rates: Rates,
+    answers: bool,
 ) -> list[dict[str, Any]]:
     started = _begin(engine.device)
-    rollouts = draw_batch(batch, engine, sampler, seed, answers=answers)
+    rollouts = search.roll(engine, batch, sampler, seed, answers=answers)
     rows = len(rollouts.answer_ids)
     measured = _measured(started, engine.device, rows)
     plan, begun = engine.plan, len(engine.plan.forced_ids)
@@ -197,16 +193,6 @@ def _measured(started: float, device: torch.device, rows: int) -> dict[str, Any]
 def _least(stretches: list[Work], rates: Rates, rows: int) -> dict[str, float]:
     """A row's share of what a batch cannot do without."""
     return {"floor_seconds": rates.floor(stretches) / rows, "bytes": sum(work.bytes for work in stretches) / rows}
-
-
-def _donor_latents(batch: list[RolloutJob], engine: Engine, rollouts: int) -> torch.Tensor:
-    """The greedy latents (R, T, D) of the donors' prompts."""
-    prompts = [job.donor for job in batch]
-    assert all(prompt is not None for prompt in prompts)
-    draw = Draw.of(0, [job.row_key for job in batch], torch.zeros(len(batch), 1, dtype=torch.long), engine.width)
-    thinker = Engine(engine.reasoner, replace(engine.plan, stop_id=None))
-    latents = thinker.roll(prompts, draw, Greedy(), answers=False).latents_RTD  # type: ignore[arg-type]
-    return latents.to(engine.device, engine.lm.dtype).repeat_interleave(rollouts, 0)
 
 
 def _rows(batch: list[RolloutJob], rollouts: Rollouts, measured: dict[str, Any], answers: bool) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from latent_tts.random.philox import Stream, key_of, philox
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from latent_tts.engine.packing import RolloutJob
     from latent_tts.engine.rollout import Engine, Rollouts
     from latent_tts.engine.scoring import LatentScorer
     from latent_tts.sampler import Sampler
@@ -48,6 +49,7 @@ class Beam:
     diverse: bool
 
     name: ClassVar[str] = "beam"
+    guided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for key in ("beams", "candidates"):
@@ -61,6 +63,11 @@ class Beam:
     def survivors(self) -> int:
         """How many rollouts of a question are left at the end."""
         return self.beams
+
+    @property
+    def rows_per_survivor(self) -> int:
+        """How many candidates are grown for each beam."""
+        return self.candidates
 
     def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
         """Whether the search can be run so.
@@ -89,24 +96,29 @@ class Beam:
     def roll(
         self,
         engine: Engine,
-        scorer: LatentScorer,
-        reduce: str,
-        prompts: list[list[int]],
-        question_ids: Sequence[str],
+        batch: Sequence[RolloutJob],
         sampler: Sampler,
         seed: int,
+        *,
+        scorer: LatentScorer | None = None,
+        reduction: str | None = None,
+        answers: bool = True,
     ) -> Rollouts:
-        """The surviving beams of Q questions, `beams` of each, question-major and best first.
+        """Search the questions of a batch; see `Search.roll`.
 
         Args:
             engine: the loaded reasoner.
-            scorer: the loaded LatentRM.
-            reduce: how step scores make the score of a prefix: `sum`, `mean` or `last`.
-            prompts: Q lists of token ids.
-            question_ids: key the random numbers.
+            batch: questions with `beams` rollouts each: the places of the surviving beams, best first.
             sampler: what makes candidates differ.
             seed: of the run.
+            scorer: the loaded LatentRM.
+            reduction: how step scores make the score of a prefix: `sum`, `mean` or `last`.
+            answers: whether the survivors decode their answers.
         """
+        assert scorer is not None, "no scorer"
+        assert reduction is not None, "no reduction of step scores"
+        assert all(job.rollouts == list(range(self.beams)) for job in batch), "not the places of all beams"
+        prompts = [job.prompt for job in batch]
         import torch
 
         from latent_tts.engine.rollout import RolloutState
@@ -114,7 +126,7 @@ class Beam:
         from latent_tts.random.draw import Draw
 
         n, device, latents = self.beams * self.candidates, engine.device, engine.plan.latents
-        keys = torch.tensor([key_of(seed, f"{question} beams") for question in question_ids], device=device)
+        keys = torch.tensor([key_of(seed, f"{job.question_id} beams") for job in batch], device=device)
         owner = torch.arange(len(prompts), device=device)[:, None]
 
         def draw_of(lineages_QC: Tensor) -> Draw:
@@ -134,7 +146,7 @@ class Beam:
                 if alive_QC is not None:
                     step_score_QC = step_score_QC.masked_fill(~alive_QC, float("nan"))
                 so_far_QCT[..., step] = step_score_QC
-                rank_QC = reduced(so_far_QCT, reduce)
+                rank_QC = reduced(so_far_QCT, reduction)
                 if alive_QC is not None and step:  # of a finished beam's candidates, all the same, the first
                     again = ~alive_QC & (candidate_C % self.candidates != 0)
                     rank_QC = rank_QC.masked_fill(again, float("-inf"))
@@ -150,7 +162,7 @@ class Beam:
                 if not last:
                     scores = scores.fork(rows)
                     so_far_QCT = so_far_QCT.flatten(0, 1)[rows].view_as(so_far_QCT)
-            return rollouts.decode_answers()
+            return rollouts.decode_answers() if answers else rollouts.without_answers()
 
     def _best(self, rank_QC: Tensor) -> Tensor:
         """Which candidates survive (Q, beams), best first; a tie goes to the lower index."""
@@ -175,14 +187,14 @@ def children(parents_QC: Tensor, step: int, candidate_C: Tensor) -> Tensor:
     return philox(counter, key_of(0, "lineages"))[0]
 
 
-def reduced(step_scores_QCT: Tensor, reduce: str) -> Tensor:
+def reduced(step_scores_QCT: Tensor, reduction: str) -> Tensor:
     """Scores of prefixes (Q, C) from step scores, NaN at steps that a row does not have; -inf for a row with none."""
     has = ~step_scores_QCT.isnan()
     count_QC = has.sum(-1)
-    if reduce == "last":
+    if reduction == "last":
         last = step_scores_QCT.gather(-1, (count_QC - 1).clamp(min=0)[..., None])[..., 0]
     else:
         last = step_scores_QCT.nansum(-1)
-        if reduce == "mean":
+        if reduction == "mean":
             last = last / count_QC.clamp(min=1)
     return last.masked_fill(count_QC == 0, float("-inf"))
