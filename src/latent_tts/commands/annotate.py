@@ -27,6 +27,7 @@ from latent_tts.pipeline.spec import (
 )
 from latent_tts.results import report
 from latent_tts.results.annotations import FORMAT, AnnotationFolder
+from latent_tts.results.store import written_in_parts
 from latent_tts.sampler import Sampler
 from latent_tts.task import Task
 from latent_tts.types import Question
@@ -64,10 +65,10 @@ def annotate(cfg: DictConfig) -> Path:
     require_steps(schedule_of(cfg, adapter), adapter, "a label is of a prefix h_1..h_t, completed from there")
     if adapter.latents == 0:
         raise bad_value("model.latents", 0, "labels are of latents: 1 or more")
-    from latent_tts.engine.labelling import MOST_COMPLETIONS
+    from latent_tts.engine.labelling import MAX_COMPLETIONS
 
     for key in ("n", "completions"):
-        config.require(key, cfg[key], cfg[key] < MOST_COMPLETIONS, f"less than {MOST_COMPLETIONS}")
+        config.require(key, cfg[key], cfg[key] < MAX_COMPLETIONS, f"less than {MAX_COMPLETIONS}")
     questions = task.questions()
     prompts = encode(adapter, questions, positions_beside_the_prompt(adapter, cfg.max_answer_tokens))
     golds = {question.id: question.answer for question in questions}
@@ -147,11 +148,9 @@ def _label(
     )  # fmt: skip
     with report.progress_bar(len(jobs), "questions") as bar:
         started, done, drawn = time.perf_counter(), 0, 0
-
-        def progress(questions: int, rollouts: int) -> None:
-            nonlocal done, drawn
-            done, drawn = done + questions, drawn + rollouts
-            report.show(bar, done, f"{drawn / (time.perf_counter() - started):.0f} rollouts/s")
-
         with computing("annotating", f"finished questions are in {folder.path}", FEWER_ROWS):
-            label(folder, jobs, engine, sampler, labelling, progress)
+            with written_in_parts(folder.add) as write:
+                for entries, rollouts in label(jobs, engine, sampler, labelling):
+                    write(entries)
+                    done, drawn = done + len(entries), drawn + rollouts
+                    report.show(bar, done, f"{drawn / (time.perf_counter() - started):.0f} rollouts/s")
