@@ -45,7 +45,7 @@ from baseline import clock, seconds_of
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.device import peak_bytes
 from latent_tts.engine.packed import PackedLinear, can_be_packed
-from latent_tts.engine.packing import RolloutJob, batches, default_rows, most_prompts
+from latent_tts.engine.packing import RolloutJob, batches, default_rows, max_prompts
 from latent_tts.engine.quantization import quantize
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.engine.sites import find_blocks
@@ -237,7 +237,7 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
         quantize(lm, arguments.quantize)
     jobs = jobs_of(questions, rollouts, vocabulary)
     rows = default_rows(width, device, "prompt" in sampler.random_phases)
-    parts = list(batches(jobs, rows, most_prompts(width, device)))
+    parts = list(batches(jobs, rows, max_prompts(width, device)))
 
     def roll(plan: RolloutPlan, part: list[RolloutJob], sampler: Sampler) -> None:
         engine = Engine(Reasoner(lm, lambda hidden: hidden), plan)

@@ -81,11 +81,11 @@ def free_gibibyte(monkeypatch):
 
 @pytest.mark.usefixtures("free_gibibyte")
 @pytest.mark.parametrize(
-    ("bytes_a_row", "rows"),
+    ("bytes_per_row", "rows"),
     [(1, 512), (GIBIBYTE // 1024, 512), (GIBIBYTE // 1024 + 1, 256), (GIBIBYTE // 100, 32), (GIBIBYTE, 1)],
 )
-def test_rows_are_halved_until_they_fit_half_of_the_free_memory(bytes_a_row, rows):
-    assert rows_that_fit(512, bytes_a_row, "cpu") == rows
+def test_rows_are_halved_until_they_fit_half_of_the_free_memory(bytes_per_row, rows):
+    assert rows_that_fit(512, bytes_per_row, "cpu") == rows
 
 
 def test_a_row_takes_more_bytes_the_longer_it_is_and_with_a_prompt_of_its_own():

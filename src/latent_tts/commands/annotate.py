@@ -135,8 +135,8 @@ def _label(
     suffix = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
     own_prompt = "prompt" in sampler.random_phases
     # completions are there beside the rollouts that they complete
-    bytes_a_row = 2 * row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
-    rows = rows_of_a_batch(cfg, shape, bytes_a_row, device, own_prompt)
+    bytes_per_row = 2 * row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
+    rows = rows_of_a_batch(cfg, shape, bytes_per_row, device, own_prompt)
     folder.rows = rows
     labelling = Labelling(cfg.n, cfg.completions, cfg.keep == "all", cfg.seed, rows, adapter.latent_id)
     engine = Engine(load_once(adapter, device, cfg), plan_of(adapter, cfg.max_answer_tokens))

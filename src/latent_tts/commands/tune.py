@@ -155,10 +155,10 @@ def _rows_to_try(rollouts: int, row_bytes: int, device: str) -> Iterator[int]:
 
 def _draw(engine: Engine, jobs: list[RolloutJob], rows: int, sampler: Sampler, seed: int) -> Rollouts:
     """One batch."""
-    from latent_tts.engine.packing import batches, most_prompts
+    from latent_tts.engine.packing import batches, max_prompts
     from latent_tts.search.independent import Independent
 
-    batch = next(batches(jobs, rows, most_prompts(engine.width, engine.device.type)))
+    batch = next(batches(jobs, rows, max_prompts(engine.width, engine.device.type)))
     return Independent().roll(engine, batch, sampler, seed)
 
 

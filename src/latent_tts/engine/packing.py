@@ -48,8 +48,8 @@ def default_rows(width: int, device: str, own_prompt: bool = False) -> int:
     return rows // PROMPTS_SHARE if own_prompt else rows
 
 
-def most_prompts(width: int, device: str) -> int:
-    """Most prompts that run at once."""
+def max_prompts(width: int, device: str) -> int:
+    """How many prompts run at once at most."""
     return default_rows(width, device, own_prompt=True)
 
 
@@ -60,10 +60,10 @@ def row_bytes(shape: Shape, prompt: int, suffix: int, item: int, own_prompt: boo
     return shape.cache_bytes(tokens, item) + activations + 3 * 4 * shape.vocabulary
 
 
-def rows_that_fit(rows: int, bytes_a_row: int, device: str) -> int:
+def rows_that_fit(rows: int, bytes_per_row: int, device: str) -> int:
     """`rows`, halved until a batch fits half of the free memory."""
     free = free_bytes(device)
-    while rows > 1 and rows * bytes_a_row > MEMORY_SHARE * free:
+    while rows > 1 and rows * bytes_per_row > MEMORY_SHARE * free:
         rows //= 2
     return rows
 

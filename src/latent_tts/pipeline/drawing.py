@@ -57,8 +57,8 @@ def draw_missing(
     chosen = cfg.max_answer_tokens - len(prepared.forced_ids)
     suffix = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
     longest = max(len(job.prompt) for job in jobs)
-    bytes_a_row = row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
-    rows = rows_of_a_batch(cfg, shape, bytes_a_row, device, own_prompt)
+    bytes_per_row = row_bytes(shape, longest, suffix, ITEM_BYTES[cfg.engine.dtype], own_prompt)
+    rows = rows_of_a_batch(cfg, shape, bytes_per_row, device, own_prompt)
 
     def each(prompt: int) -> float:
         passes, most = prepared.passes, adapter.latents
@@ -70,7 +70,7 @@ def draw_missing(
         "%d rollouts to draw: at most %.3g GFLOP (every answer as long as allowed), at least %.0f s at the "
         "%.3g GFLOP/s of this device's %s products, about %.2g GB for a batch of %d rows and the weights",
         total, work / 1e9, work / rates.flops, rates.flops / 1e9, cfg.engine.dtype,
-        (rows * bytes_a_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
+        (rows * bytes_per_row + shape.weight_bytes(ITEM_BYTES[cfg.engine.dtype])) / 1e9, rows,
     )  # fmt: skip
     plan = plan_of(adapter, cfg.max_answer_tokens, prepared.schedule, prepared.forced_ids)
     engine = Engine(load_once(adapter, device, cfg), plan)
@@ -114,9 +114,9 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     own_prompt = "prompt" in prepared.sampler.random_phases
     suffix = positions_beside_the_prompt(adapter, cfg.max_answer_tokens)
     # a step's rows are there beside those that they were forked from, in the reasoner as in the scorer
-    bytes_a_row = 2 * row_bytes(prepared.shape, longest, suffix, item, own_prompt)
-    bytes_a_row += 2 * row_bytes(Shape.from_config(scorer.config), longest, adapter.latents, item, own_prompt=False)
-    rows = rows_of_a_batch(cfg, prepared.shape, bytes_a_row, device, own_prompt)
+    bytes_per_row = 2 * row_bytes(prepared.shape, longest, suffix, item, own_prompt)
+    bytes_per_row += 2 * row_bytes(Shape.from_config(scorer.config), longest, adapter.latents, item, own_prompt=False)
+    rows = rows_of_a_batch(cfg, prepared.shape, bytes_per_row, device, own_prompt)
     beams, candidates = search.survivors, search.rows_per_survivor
     log.info("%d questions to search: %d beams of %d candidates each", len(jobs), beams, candidates)
     plan = plan_of(adapter, cfg.max_answer_tokens, forced_ids=prepared.forced_ids)
@@ -136,12 +136,12 @@ def search_missing(cfg: DictConfig, prepared: Prepared, cache: store.RolloutCach
     return len(jobs) * prepared.n
 
 
-def rows_of_a_batch(cfg: DictConfig, shape: Shape, bytes_a_row: int, device: str, own_prompt: bool) -> int:
+def rows_of_a_batch(cfg: DictConfig, shape: Shape, bytes_per_row: int, device: str, own_prompt: bool) -> int:
     """Rows of a batch: `engine.rows`, or what suits the model's width; fewer, and said, if they do not fit memory."""
     from latent_tts.engine.packing import default_rows, rows_that_fit
 
     wanted = cfg.engine.rows or default_rows(shape.width, device, own_prompt)
-    rows = rows_that_fit(wanted, bytes_a_row, device)
+    rows = rows_that_fit(wanted, bytes_per_row, device)
     if rows < wanted:
         log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted, rows)
     return rows

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latent_tts.engine.cost import Batch, Passes, Rates, Shape, Work
+from latent_tts.engine.cost import BatchCost, Rates, RolloutCost, Shape, Work
 from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
-from latent_tts.engine.packing import RolloutJob, batches, most_prompts
+from latent_tts.engine.packing import RolloutJob, batches, max_prompts
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import RunError
@@ -47,7 +47,7 @@ def fill(
         progress: called with the number of rollouts of each finished batch.
         answers: whether to decode the answers, or to keep the latents alone.
     """
-    packed = batches(jobs, rows, most_prompts(engine.width, engine.device.type))
+    packed = batches(jobs, rows, max_prompts(engine.width, engine.device.type))
     _fill(cache, packed, lambda batch: _draw_batch(batch, engine, search, sampler, seed, rates, answers), progress)
 
 
@@ -105,7 +105,7 @@ def _draw_batch(
     rows = len(rollouts.answer_ids)
     measured = _measured(started, engine.device, rows)
     plan, begun = engine.plan, len(engine.plan.forced_ids)
-    passes = Passes.of(
+    passes = RolloutCost.of(
         Shape.from_config(engine.lm.config.to_dict()),
         plan.latents,
         len(plan.thinking_end_ids) + begun,
@@ -113,7 +113,7 @@ def _draw_batch(
         plan.schedule.repeated_passes(plan.latents),
         plan.stop_id is not None,
     )
-    least = Batch(
+    least = BatchCost(
         passes=passes,
         item=engine.lm.dtype.itemsize,
         prompts_Q=[len(job.prompt) for job in batch],
@@ -150,7 +150,7 @@ def fill_scores(
         rates: of the device.
         progress: called with the number of rollouts of each finished batch.
     """
-    packed = batches(jobs, rows, most_prompts(scorer.backbone.config.hidden_size, scorer.device.type))
+    packed = batches(jobs, rows, max_prompts(scorer.backbone.config.hidden_size, scorer.device.type))
     _fill(cache, packed, lambda batch: _score_batch(batch, scorer, latents, rates), progress)
 
 

@@ -135,8 +135,8 @@ def _fill(
     total = sum(len(job.rollouts) for job in jobs)
     longest, steps = max(len(job.prompt) for job in jobs), max(map(len, latents.values()))
     # a batch may hold one row a prompt
-    bytes_a_row = row_bytes(shape, longest, steps, ITEM_BYTES[dtype], own_prompt=True)
-    rows = rows_of_a_batch(cfg, shape, bytes_a_row, device, own_prompt=False)
+    bytes_per_row = row_bytes(shape, longest, steps, ITEM_BYTES[dtype], own_prompt=True)
+    rows = rows_of_a_batch(cfg, shape, bytes_per_row, device, own_prompt=False)
     work = sum(
         shape.prompt_flops(len(job.prompt)) + len(job.rollouts) * shape.scoring_flops(len(job.prompt), steps)
         for job in jobs

@@ -16,7 +16,7 @@ from latent_tts.aggregator import Aggregator
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Budget
 from latent_tts.config import build as config
-from latent_tts.engine.cost import Passes, Shape
+from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.model import ModelAdapter
@@ -58,12 +58,12 @@ class Prepared:
     forced_ids: list[int] = field(default_factory=list)
 
     @property
-    def passes(self) -> Passes:
+    def passes(self) -> RolloutCost:
         """What a rollout goes through."""
         adapter = self.adapter
         forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
-        return Passes.of(self.shape, adapter.latents, forced, self.sampler.random_phases, repeated, stops)
+        return RolloutCost.of(self.shape, adapter.latents, forced, self.sampler.random_phases, repeated, stops)
 
     @property
     def kept(self) -> int:

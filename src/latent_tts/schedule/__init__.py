@@ -89,5 +89,5 @@ class Schedule(Protocol):
         ...
 
     def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
-        """Passes beyond those of one latent after another: (tokens, latents before them) of each."""
+        """RolloutCost beyond those of one latent after another: (tokens, latents before them) of each."""
         ...
