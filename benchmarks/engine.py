@@ -43,12 +43,12 @@ from transformers.pytorch_utils import Conv1D
 import baseline
 from baseline import clock, seconds_of
 from latent_tts.engine.cost import Shape
+from latent_tts.engine.device import peak_bytes
 from latent_tts.engine.packed import PackedLinear, can_be_packed
-from latent_tts.engine.packing import Job, batches, default_rows, most_prompts
+from latent_tts.engine.packing import RolloutJob, batches, default_rows, max_prompts
 from latent_tts.engine.quantization import quantize
-from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.engine.sites import find_blocks
-from latent_tts.random import cpu
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.dropout import Dropout
@@ -79,15 +79,15 @@ def prompts(count: int, vocabulary: int) -> list[list[int]]:
     return [[(31 * place + 7 * row) % (vocabulary - 1) for place in range(n)] for row, n in enumerate(lengths)]
 
 
-def jobs_of(questions: int, rollouts: int, vocabulary: int) -> list[Job]:
+def jobs_of(questions: int, rollouts: int, vocabulary: int) -> list[RolloutJob]:
     """A case's questions."""
     return [
-        Job(str(number), str(number), prompt, list(range(rollouts)))
+        RolloutJob(str(number), str(number), prompt, list(range(rollouts)))
         for number, prompt in enumerate(prompts(questions, vocabulary))
     ]
 
 
-def latent_flops(lm: PreTrainedModel, jobs: list[Job], sampler: Sampler) -> float:
+def latent_flops(lm: PreTrainedModel, jobs: list[RolloutJob], sampler: Sampler) -> float:
     """Operations of the latent phase."""
     shape, passes = Shape.from_config(lm.config.to_dict()), LATENTS - (not sampler.random_phases)
     return sum(len(job.rollouts) * shape.pass_flops(passes, len(job.prompt)) for job in jobs)
@@ -153,7 +153,7 @@ class Stopwatch:
 
     def _before_pass(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         del module, args
-        if self._phase == "prefill" and kwargs["state"].reads_prefix:
+        if self._phase == "prefill" and not kwargs["shared_prefix_cache"].fills_prefix:
             self._enter("latents")
 
     def factors(self, *place: Any) -> Tensor | None:
@@ -213,7 +213,7 @@ def memory(device: str) -> tuple[int, int]:
     if device.startswith("cuda"):
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize(), cpu.peak_bytes()
+    return pages * resource.getpagesize(), peak_bytes(torch.device(device))
 
 
 def timed(arguments: argparse.Namespace, lm: PreTrainedModel, full: Callable, brief: Callable) -> dict[str, float]:
@@ -237,15 +237,17 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
         quantize(lm, arguments.quantize)
     jobs = jobs_of(questions, rollouts, vocabulary)
     rows = default_rows(width, device, "prompt" in sampler.random_phases)
-    parts = list(batches(jobs, rows, most_prompts(width, device)))
+    parts = list(batches(jobs, rows, max_prompts(width, device)))
 
-    def roll(plan: Plan, part: list[Job], sampler: Sampler) -> None:
+    def roll(plan: RolloutPlan, part: list[RolloutJob], sampler: Sampler) -> None:
         engine = Engine(Reasoner(lm, lambda hidden: hidden), plan)
         numbers = torch.tensor([job.rollouts for job in part], device=device)
         draw = Draw.of(0, [job.question_id for job in part], numbers, width, engine.blocks)
         engine.roll([job.prompt for job in part], draw, sampler)
 
-    plan, brief = (Plan(latents, [vocabulary - 1], None, answer) for latents, answer in ((LATENTS, ANSWER), (1, 1)))
+    plan, brief = (
+        RolloutPlan(latents, [vocabulary - 1], None, answer) for latents, answer in ((LATENTS, ANSWER), (1, 1))
+    )
     result = timed(
         arguments, lm, lambda: [roll(plan, part, sampler) for part in parts], lambda: roll(brief, parts[0], sampler)
     )

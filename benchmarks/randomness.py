@@ -15,14 +15,14 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
+from typing import cast
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from baseline import seconds_of
-from latent_tts.engine.attention import AttentionState
-from latent_tts.engine.backbone import prepare
-from latent_tts.random import cpu
+from latent_tts.engine.backbone import prepare_backbone
+from latent_tts.engine.state import KeyValueState
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.types import Forward, Site
@@ -40,25 +40,18 @@ def latent_step(dtype: torch.dtype, rows: int, compiled: bool) -> Callable[[], o
     """A call that runs one clean latent step."""
     lm = GPT2LMHeadModel(GPT2Config(dtype=dtype)).eval()
     lm.to(dtype=dtype)  # type: ignore[call-arg]
-    prepare(lm)
+    prepare_backbone(lm)
     questions = max(1, rows // 64)
-    state = AttentionState(torch.full((questions,), PROMPT), rows // questions, capacity=8)
-    hidden = torch.randn(questions, PROMPT, WIDTH, dtype=dtype)
-    positions = torch.arange(PROMPT)[None].expand(questions, -1)
-    lm.base_model(inputs_embeds=hidden, position_ids=positions, use_cache=False, state=state)
-    state.reads_prefix = True
+    backbone = cast(PreTrainedModel, torch.compile(lm.base_model) if compiled else lm.base_model)
+    state = KeyValueState(backbone, rows // questions, capacity=8)
+    state.prefill(torch.randn(questions, PROMPT, WIDTH, dtype=dtype), torch.full((questions,), PROMPT))
     latent = torch.randn(rows, 1, WIDTH, dtype=dtype)
-
-    if compiled:  # torch.compile makes its own machine code, and cannot look into ours
-        cpu.suits_machine_code = lambda tensor: False
-    backbone = torch.compile(lm.base_model) if compiled else lm.base_model
+    state.append(latent.expand(-1, 3, -1))
 
     def step() -> None:
-        state.used = 3  # in the middle of six latents
-        backbone(inputs_embeds=latent, position_ids=state.positions(1), use_cache=False, state=state)
+        state.append(latent)
+        state.rewind(3)  # in the middle of six latents
 
-    state.used = 0
-    lm.base_model(inputs_embeds=latent.expand(-1, 3, -1), position_ids=state.positions(3), use_cache=False, state=state)
     return step
 
 

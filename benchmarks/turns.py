@@ -6,7 +6,7 @@
 GPT-2 small's shape on a CPU, rollouts as in `engine.py`. For each case and sampler: median, lowest and highest of the
 paired ratios of seconds, the first side's over the second's, of all and of each phase, after one pair that warms up.
 For each side the share of the products' rate that latents reach, where that rate is the mean of what is measured right
-before and right after. The side `bf16-operators` is bfloat16 without machine code, as where numba is not installed.
+before and right after. A side with `-numpy` draws dropout's decisions by NumPy, as where numba is not installed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import torch
 from transformers import PreTrainedModel
 
 import engine as bench
-from latent_tts.engine.packing import Job
-from latent_tts.engine.rollout import Engine, Plan
-from latent_tts.random import cpu
+from latent_tts.engine.packing import RolloutJob
+from latent_tts.engine.rollout import Engine, RolloutPlan
+from latent_tts.random import bits
 from latent_tts.sampler import Sampler
 from latent_tts.search.independent import Independent
 from latent_tts.types import Reasoner
+
+SIDES = [f"{dtype}{way}" for dtype in bench.DTYPES for way in ("", "-numpy")]
 
 
 @dataclass
@@ -36,17 +38,17 @@ class Side:
 
     lm: PreTrainedModel
     unprepared: PreTrainedModel  # for the products' rate
-    machine_code: bool
+    numba: bool
     seconds: list[dict[str, float]] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
 
-    def take_a_turn(self, jobs: list[Job], sampler: Sampler) -> None:
+    def take_a_turn(self, jobs: list[RolloutJob], sampler: Sampler) -> None:
         """Draw all rollouts once, in one batch."""
-        with patch.object(cpu, "has_compiler", cpu.has_compiler if self.machine_code else lambda: False):
+        with patch.object(bits, "has_numba", bits.has_numba if self.numba else lambda: False):
             self._draw(jobs, sampler)
 
-    def _draw(self, jobs: list[Job], sampler: Sampler) -> None:
-        plan = Plan(bench.LATENTS, [int(self.lm.config.vocab_size) - 1], None, bench.ANSWER)
+    def _draw(self, jobs: list[RolloutJob], sampler: Sampler) -> None:
+        plan = RolloutPlan(bench.LATENTS, [int(self.lm.config.vocab_size) - 1], None, bench.ANSWER)
         engine, rows = Engine(Reasoner(self.lm, lambda hidden: hidden), plan), sum(len(job.rollouts) for job in jobs)
         before = bench.product_rate(self.unprepared, rows, "cpu")
         watch = bench.Stopwatch(sampler, self.lm, bench.LATENTS, "cpu")
@@ -71,15 +73,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--case", nargs="+", default=["4x64", "16x16"], metavar="QxN")
     parser.add_argument("--sampler", nargs="+", default=["gaussian", "dropout"], choices=bench.SAMPLERS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sides", nargs=2, default=["fp32", "bf16"], choices=[*bench.DTYPES, "bf16-operators"])
+    parser.add_argument("--sides", nargs=2, default=["fp32", "bf16"], choices=SIDES)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     arguments = parser.parse_args(argv)
     sizes = {"model": "gpt2", "device": "cpu", "layers": arguments.layers, "width": arguments.width}
     models = {}
     for name in dict.fromkeys(arguments.sides):
-        make = partial(bench.new_model, argparse.Namespace(**sizes, dtype=[name.removesuffix("-operators")]))
-        models[name] = make(), make(), not name.endswith("-operators")
+        make = partial(bench.new_model, argparse.Namespace(**sizes, dtype=[name.removesuffix("-numpy")]))
+        models[name] = make(), make(), not name.endswith("-numpy")
     vocabulary = int(next(iter(models.values()))[0].config.vocab_size)
     for case in arguments.case:
         questions, rollouts = map(int, case.split("x"))

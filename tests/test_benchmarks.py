@@ -55,7 +55,7 @@ def test_prompts_have_the_lengths_of_the_distribution(engine_benchmark, monkeypa
     assert sum(lengths) / 64 == pytest.approx(60, abs=3)  # the mean over GSM8K's test questions
 
 
-@pytest.mark.parametrize("sides", [["fp32", "bf16"], ["bf16-operators", "bf16"]], ids=str)
+@pytest.mark.parametrize("sides", [["fp32", "bf16"], ["bf16-numpy", "bf16"]], ids=str)
 def test_two_sides_by_turns(engine_benchmark, capsys, sides):
     turns = importlib.import_module("turns")
     brief = ["--layers=1", "--width=32", "--repeats=1", "--case", "1x2", "--sampler", "gaussian"]

@@ -8,7 +8,7 @@ Shape legend (tensor names end in their letters):
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 Floats: TypeAlias = NDArray[np.floating]
 Bools: TypeAlias = NDArray[np.bool_]
+Int64: TypeAlias = NDArray[np.int64]
+Float32: TypeAlias = NDArray[np.float32]
 Phase = Literal["prompt", "thoughts", "answer"]
 PHASES: tuple[Phase, ...] = ("prompt", "thoughts", "answer")
 Site = Literal["embedding", "attention", "ffn"]
+UnmixedReason = Literal["all_correct", "all_wrong"]
 
 
 def text_digest(text: str) -> str:
@@ -114,3 +117,56 @@ class RolloutArrays:
         return RolloutArrays(
             self.prediction_QD[part], self.correct_QD[part], self.answer_logprob_QD[part], self.score_QD[part]
         )
+
+
+@dataclass(frozen=True)
+class LabelledQuestion:
+    """A question with step-wise labels of its rollouts, as `ltts annotate` makes them.
+
+    Attributes:
+        question_id: as in `Question`.
+        index: place of the question among the annotated run's questions, from 0.
+        input_ids_NL: prompt, latent ids and end-of-thinking ids of each rollout; see `written_ids`.
+        latents_NTD: the latents that were fed back; zeros where a rollout has no such step.
+        labels_NT: share in [0, 1] of completions from each prefix that are right; NaN where there is no such step.
+        corrects_N: whether each rollout's own answer is right.
+    """
+
+    question_id: str
+    index: int
+    input_ids_NL: Int64
+    latents_NTD: Float32
+    labels_NT: Float32
+    corrects_N: Bools
+
+    def prompt_ids(self, latent_id: int, pad_id: int | None = None) -> list[int]:
+        """The prompt: what stands before the first latent id, without padding on the left."""
+        rows = self.input_ids_NL.tolist()
+        row = next((row[: row.index(latent_id)] for row in rows if latent_id in row), rows[0])
+        start = next((place for place, token in enumerate(row) if token != pad_id), len(row))
+        return row[start:]
+
+
+@dataclass(frozen=True)
+class UnmixedQuestion:
+    """A question without labels, because its rollouts are all right or all wrong.
+
+    Attributes:
+        question_id, index: as in `LabelledQuestion`.
+        reason: `all_correct` or `all_wrong`.
+        rollouts: how many were drawn.
+    """
+
+    question_id: str
+    index: int
+    reason: UnmixedReason
+    rollouts: int
+
+
+def written_ids(
+    prompt: Sequence[int], steps_N: Sequence[int], latent_id: int, end_ids: Sequence[int], pad_id: int
+) -> Int64:
+    """`input_ids` (N, L) of rollouts with `steps_N` latents each, padded on the right."""
+    rows = [[*prompt, *[latent_id] * steps, *end_ids] for steps in steps_N]
+    width = max(map(len, rows))
+    return np.array([[*row, *[pad_id] * (width - len(row))] for row in rows], dtype=np.int64)

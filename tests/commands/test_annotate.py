@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from refusal import check
 
+from latent_tts.engine import labelling
 from latent_tts.results.annotations import AnnotationFolder
 
 SMALL = ("n=4", "completions=2", "max_answer_tokens=4", "task.limit=6")
@@ -48,6 +49,20 @@ def test_the_same_line_goes_on_and_ends_with_the_same_labels(annotate, ltts, che
     again = annotate("keep=all")
     assert "6 of 6 questions are in" in again.err
     assert "to annotate" not in again.err
+
+
+def test_what_was_labelled_before_a_stop_is_kept(annotate, tmp_path, monkeypatch):
+    label_batch, started = labelling.label_batch, []
+
+    def stop_in_the_second_batch(*arguments):
+        started.append(True)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return label_batch(*arguments)
+
+    monkeypatch.setattr(labelling, "label_batch", stop_in_the_second_batch)
+    assert annotate("keep=all", "engine.rows=4").code == 130
+    assert len(AnnotationFolder(tmp_path / "labels").present()) == 1
 
 
 def test_a_rollout_is_that_of_a_run(annotate, run):

@@ -25,7 +25,7 @@ from transformers import (
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.convert.conversion import convert
-from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.model.codi import Codi
@@ -68,7 +68,7 @@ def same_as_source(
     latents, answer = plain_rollout(lm, prompt, end, next_latent)
     reasoner = model.load(device="cpu", dtype="float32")
     draw = Draw.of(0, ["q"], torch.zeros(1, 1, dtype=torch.long), WIDTH)
-    rollouts = Engine(reasoner, Plan(LATENTS, [end], model.eos_id, ANSWER)).roll([prompt], draw, Greedy())
+    rollouts = Engine(reasoner, RolloutPlan(LATENTS, [end], model.eos_id, ANSWER)).roll([prompt], draw, Greedy())
     torch.testing.assert_close(rollouts.latents_RTD[0], latents, rtol=1e-4, atol=1e-4)
     assert rollouts.answer_ids[0] == answer
 

@@ -17,7 +17,7 @@ from training_code import ANSWER, FIXTURE, QUESTION, VOCABULARY, WIDTH, backbone
 from transformers import PreTrainedModel
 
 from latent_tts.checkpoint.modules import pccot_projection
-from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.model.pccot import Pccot
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
@@ -93,7 +93,7 @@ def test_the_merged_adapter_thinks_as_the_one_beside_its_weights(trained, ltts, 
     latent_id = model.tokenizer.token_to_id("<|latent|>")
     assert latent_id == VOCABULARY + 2
     wanted, answer = pccot_rollout(lm, own, prompt, latent_id, end_ids, T, K, ANSWER, model.eos_id)
-    plan = Plan(T, end_ids, model.eos_id, ANSWER, schedule=model.own_schedule, latent_id=latent_id)
+    plan = RolloutPlan(T, end_ids, model.eos_id, ANSWER, schedule=model.own_schedule, latent_id=latent_id)
     draw = Draw.of(0, ["q"], torch.zeros(1, 1, dtype=torch.long), WIDTH)
     rollouts = Engine(model.load(device="cpu", dtype="float32"), plan).roll([prompt], draw, Greedy())
     assert draw.history_RTD is not None

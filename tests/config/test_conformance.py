@@ -12,7 +12,7 @@ import yaml
 from oracle import Oracle
 
 from latent_tts.config.conformance import KnownFigure, judge
-from latent_tts.engine.rollout import Plan
+from latent_tts.engine.rollout import RolloutPlan
 from latent_tts.errors import RunError
 from latent_tts.model.codi import Codi
 from latent_tts.sampler.greedy import Greedy
@@ -33,7 +33,7 @@ ANSWER = 8
 def oracle_predictions() -> list[str | None]:
     """The last number of each greedy answer, one row at a time without a cache, read by a rule of its own."""
     model = Codi(name="codi", checkpoint=str(CODI), latents=6, recommended={})
-    plan = Plan(model.latents, model.thinking_end_ids, model.eos_id, ANSWER)
+    plan = RolloutPlan(model.latents, model.thinking_end_ids, model.eos_id, ANSWER)
     oracle, predictions = Oracle(model.load(device="cpu", dtype="float32"), plan), []
     for text in TEXTS:
         prompt = model.encode(Question("q", text, ""))

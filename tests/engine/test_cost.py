@@ -6,8 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from latent_tts.engine.cost import Batch, Passes, Rates, Shape, Work
-from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.engine.cost import BatchCost, Rates, RolloutCost, Shape, Work
+from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
@@ -77,7 +77,7 @@ def test_a_rollout_costs_its_passes_and_a_head_for_each_answer_token_and_the_eos
     for _ in range(latents + forced + answer):
         blocks, head, output = counted(lm, 1, past)
         past, total = output.past_key_values, total + blocks
-    assert Passes(shape, latents, forced).rollout(LENGTH, latents, answer) == total + (answer + 1) * head
+    assert RolloutCost(shape, latents, forced).rollout(LENGTH, latents, answer) == total + (answer + 1) * head
 
 
 @pytest.mark.parametrize("lm", MODELS)
@@ -98,9 +98,9 @@ def test_a_pass_costs_the_same_in_two_pieces(first, second, context):
 
 
 def test_what_of_the_prompt_is_a_rollouts_own_moves_from_the_question_to_the_rollout():
-    plain = Passes.of(SHAPE, 6, 1, (), (), looks_for_stop=False)
-    last, whole = (Passes.of(SHAPE, 6, 1, phases, (), False) for phases in (("thoughts",), ("prompt", "thoughts")))
-    assert Passes.of(SHAPE, 0, 1, ("thoughts",), (), looks_for_stop=False).own_last is False
+    plain = RolloutCost.of(SHAPE, 6, 1, (), (), looks_for_stop=False)
+    last, whole = (RolloutCost.of(SHAPE, 6, 1, phases, (), False) for phases in (("thoughts",), ("prompt", "thoughts")))
+    assert RolloutCost.of(SHAPE, 0, 1, ("thoughts",), (), looks_for_stop=False).own_last is False
     for own, tokens in ((last, 1), (whole, 20)):
         moved = SHAPE.pass_flops(tokens, 20 - tokens)
         assert own.rollout(20, 6, 3) - plain.rollout(20, 6, 3) == moved
@@ -131,8 +131,8 @@ def test_a_batch_needs_what_its_passes_need(data, own, forced, stop):
     answers_R = data.draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows))
     repeated = data.draw(st.sampled_from([[], [(2, 1), (1, 0)]]))
     own_prompt, own_last = own == "prompt", int(own == "last")
-    passes = Passes(SHAPE, 4, forced, own_prompt, bool(own_last), repeated, stop)
-    batch = Batch(passes, item, prompts_Q, steps_R, answers_R)
+    passes = RolloutCost(SHAPE, 4, forced, own_prompt, bool(own_last), repeated, stop)
+    batch = BatchCost(passes, item, prompts_Q, steps_R, answers_R)
     blocks, head = SHAPE.layers * SHAPE.block_weights * item, SHAPE.width * SHAPE.vocabulary * item
     one = SHAPE.cache_bytes(1, item)
     prompts_R = [prompt for prompt in prompts_Q for _ in range(rollouts)]
@@ -172,14 +172,14 @@ SAMPLERS = [Gaussian(0.1, False), Dropout(0.3, "ffn", ["thoughts"], "fresh"), Dr
 def test_the_engine_does_the_operations_of_its_batch(sampler):
     lm, latents, answer, prompts, n = gpt2(), 3, 4, [[1, 2, 3, 4, 5]] * 2, 3
     shape = shape_of(lm)
-    engine = Engine(Reasoner(lm, lambda hidden: hidden), Plan(latents, [7], None, answer))
+    engine = Engine(Reasoner(lm, lambda hidden: hidden), RolloutPlan(latents, [7], None, answer))
     draw = Draw.of(0, ["a", "b"], torch.arange(n).repeat(2, 1), shape.width, shape.layers)
     # the fused kernel of a CPU is not counted
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         engine.roll(prompts, draw, sampler)
     # the token limit, not an eos, ends these answers: the last token is chosen and not run
-    passes = Passes.of(shape, latents, 1, sampler.random_phases, (), looks_for_stop=False)
-    least = Batch(passes, 4, [5, 5], [latents] * 6, [answer - 1] * 6).work()
+    passes = RolloutCost.of(shape, latents, 1, sampler.random_phases, (), looks_for_stop=False)
+    least = BatchCost(passes, 4, [5, 5], [latents] * 6, [answer - 1] * 6).work()
     alone = len(prompts[0]) - bool(sampler.random_phases)  # tokens that run without the rollouts, or without the last
     copies = 6 if passes.own_prompt else 2
     masked_in_prefill = copies * shape.layers * 4 * shape.attention * alone * (alone - 1) / 2

@@ -18,9 +18,9 @@ from against_oracle import (
     roll,
 )
 
-from latent_tts.engine import attention, head, rollout
+from latent_tts.engine import head, rollout
+from latent_tts.engine import prompts as prompt_pieces
 from latent_tts.engine.rollout import Engine
-from latent_tts.random import cpu
 from latent_tts.sampler.control import Control
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
@@ -267,23 +267,13 @@ class LastTokens(Gaussian):
     ids=name,
 )
 def test_the_engine_equals_the_oracle_where_prompts_run_in_pieces(family, sampler, pieces, monkeypatch):
-    monkeypatch.setitem(rollout.PROMPT_TOKENS_AT_ONCE, "cpu", 40)
-    monkeypatch.setitem(rollout.PROMPT_PADDING, "cpu", 10)
+    monkeypatch.setitem(prompt_pieces.TOKENS_AT_ONCE, "cpu", 40)
+    monkeypatch.setitem(prompt_pieces.PADDING, "cpu", 10)
     reasoner, lengths = tiny.reasoner(family), [1, 9, 23, 4, 2]
     shapes = base_passes(reasoner.lm)
     roll(Engine(reasoner, tiny.plan(1)), tiny.prompts(lengths), range(3), sampler)
     assert shapes[: len(pieces)] == pieces
     check_against_oracle(family, sampler, lengths, 3, tiny.plan(2, answer=3))
-
-
-@two_families
-def test_the_engine_equals_the_oracle_where_memory_comes_from_the_system_and_goes_back(family, monkeypatch):
-    monkeypatch.setattr(attention, "SYSTEM_BYTES", 1)
-    monkeypatch.setattr(rollout, "PASS_BYTES", 0)
-    returned = []
-    monkeypatch.setattr(cpu, "give_memory_back", lambda: returned.append(True))
-    check_against_oracle(family, MASKS, [1, 9, 4], 3, tiny.plan(2, eos_id=tiny.EOS_IDS[family], answer=3))
-    assert returned
 
 
 @two_families

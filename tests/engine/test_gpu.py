@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from latent_tts.random import bits as philox_rows
+from latent_tts.random import bits
 from latent_tts.random.draw import Draw
 from latent_tts.results.run_folder import read_metrics, read_rollouts
 
@@ -27,10 +27,10 @@ def test_a_gpu_computes_what_the_cpu_computes(case):
 def way_to_draw(request, monkeypatch):
     """How a GPU draws."""
     if request.param == "operators":
-        monkeypatch.setattr(philox_rows, "has_kernels", lambda device: False)
+        monkeypatch.setattr(bits, "has_kernels", lambda device: False)
     else:
         pytest.importorskip("triton")
-        assert philox_rows.has_kernels(GPU.device)
+        assert bits.has_kernels(GPU.device)
 
 
 @pytest.mark.usefixtures("way_to_draw")

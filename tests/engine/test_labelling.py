@@ -9,14 +9,13 @@ from marks import slow
 from oracle import Oracle
 
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.engine.labelling import MOST_COMPLETIONS, LabelJob, label, label_batch
+from latent_tts.engine.labelling import MAX_COMPLETIONS, LabelJob, label, label_batch
 from latent_tts.engine.rollout import Engine
 from latent_tts.random.draw import Draw
 from latent_tts.random.philox import key_of
-from latent_tts.results.annotated import Dropped
-from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
+from latent_tts.types import UnmixedQuestion
 
 T = 3
 SAMPLERS = {
@@ -40,7 +39,7 @@ def expected(oracle, sampler, job, rollout, steps, completions=M):
     for step in range(1, steps + 1):
         right = []
         for m in range(completions):
-            number = torch.tensor([rollout * MOST_COMPLETIONS + m])
+            number = torch.tensor([rollout * MAX_COMPLETIONS + m])
             draw = Draw(torch.tensor([key_of(0, f"{job.question_id} from {step}")]), number, tiny.WIDTH)
             row = oracle.roll(
                 job.prompt, sampler, question_id=job.question_id, rollout=rollout, branches=[(step, draw)]
@@ -95,16 +94,18 @@ def test_the_last_label_under_noise_is_the_rollouts_own_correctness_and_costs_no
 
 @samplers
 @pytest.mark.parametrize("rows", [5, slow(1), slow(1000)])
-def test_labels_do_not_depend_on_the_batch(sampler, rows, tmp_path):
+def test_labels_do_not_depend_on_the_batch(sampler, rows):
     engine = Engine(tiny.reasoner("gpt2"), plan("gpt2"))
     whole, _ = label_batch(jobs(), engine, sampler, labelling())
-    folder = AnnotationFolder(tmp_path, {"width": tiny.WIDTH, "latents": T})
-    label(folder, jobs()[::-1], engine, sampler, labelling(rows=rows), lambda questions, rollouts: None)
-    for entry, read in zip(whole, folder.read(), strict=True):
-        assert read.question_id == entry.question_id
-        np.testing.assert_array_equal(read.labels_NT, entry.labels_NT)
-        np.testing.assert_array_equal(read.input_ids_NL, entry.input_ids_NL)
-        np.testing.assert_allclose(read.latents_NTD, entry.latents_NTD, atol=1e-6)
+    parts = list(label(jobs()[::-1], engine, sampler, labelling(rows=rows)))
+    assert len(parts) == (1 if rows >= N * len(LENGTHS) else len(LENGTHS))
+    by_id = {entry.question_id: entry for entries, _ in parts for entry in entries}
+    for entry in whole:
+        other = by_id.pop(entry.question_id)
+        np.testing.assert_array_equal(other.labels_NT, entry.labels_NT)
+        np.testing.assert_array_equal(other.input_ids_NL, entry.input_ids_NL)
+        np.testing.assert_allclose(other.latents_NTD, entry.latents_NTD, atol=1e-6)
+    assert not by_id
 
 
 def test_questions_without_a_mixed_outcome_are_dropped_unless_all_are_kept():
@@ -115,9 +116,9 @@ def test_questions_without_a_mixed_outcome_are_dropped_unless_all_are_kept():
         *[LabelJob(job.question_id, job.index + 2, job.prompt, is_right) for job in jobs()],
     ]
     entries, _ = label_batch(some, engine, SAMPLERS["gaussian"], labelling(keep_all=False, rollouts=8))
-    assert entries[0] == Dropped("never", 0, "all_wrong", 8)
-    assert entries[1] == Dropped("always", 1, "all_correct", 8)
-    kept = [entry for entry in entries if not isinstance(entry, Dropped)]
+    assert entries[0] == UnmixedQuestion("never", 0, "all_wrong", 8)
+    assert entries[1] == UnmixedQuestion("always", 1, "all_correct", 8)
+    kept = [entry for entry in entries if not isinstance(entry, UnmixedQuestion)]
     assert kept
     assert all(0 < entry.corrects_N.mean() < 1 for entry in kept)
 
@@ -128,15 +129,3 @@ def test_a_label_is_unbiased_by_its_rollout():
     entries, _ = label_batch(jobs(), engine, SAMPLERS["gaussian"], labelling(completions=32))
     labels = np.concatenate([entry.labels_NT[:, 0] for entry in entries])
     assert ((labels > 0) & (labels < 1)).any()
-
-
-def test_what_was_labelled_before_a_stop_is_kept(tmp_path):
-    engine = Engine(tiny.reasoner("gpt2"), plan("gpt2"))
-    folder = AnnotationFolder(tmp_path, {"width": tiny.WIDTH, "latents": T})
-
-    def stop(questions, rollouts):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        label(folder, jobs(), engine, SAMPLERS["gaussian"], labelling(rows=3), stop)
-    assert len(folder.present()) == 1

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from latent_tts.engine.backbone import prepare
+from latent_tts.engine.backbone import prepare_backbone
 from latent_tts.engine.packed import PackedLinear, can_be_packed
 
 HALF = torch.bfloat16
@@ -49,7 +49,7 @@ def test_a_prepared_model_has_no_plain_products_in_its_blocks_and_the_same_hidde
     ids = torch.tensor([[3, 1, 4, 1, 5]])
     plain, wanted = (model.base_model(ids).last_hidden_state.double() for model in (lm, exact))
     implementation = lm.config._attn_implementation
-    prepare(lm)
+    prepare_backbone(lm)
     assert not any(can_be_packed(module) for module in lm.base_model.modules())
     assert sum(isinstance(module, PackedLinear) for module in lm.modules()) >= 4
     lm.set_attn_implementation(implementation)  # the engine's own needs its state

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_tts.engine.cost import Shape
-from latent_tts.engine.packing import Job, batches, default_rows, row_bytes, rows_that_fit
+from latent_tts.engine.packing import RolloutJob, batches, default_rows, row_bytes, rows_that_fit
 
 SHAPE = Shape(layers=2, width=64, vocabulary=600, attention=64, keys=32, block_weights=40_000)
 GIBIBYTE = 1 << 30
@@ -18,7 +18,7 @@ GIBIBYTE = 1 << 30
 def job_lists(draw):
     sizes = draw(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 40), st.integers(0, 8)), max_size=12))
     return [
-        Job(f"row {i}", f"question {i % 3}", [1] * prompt, list(range(first, first + count)), donor=[i])
+        RolloutJob(f"row {i}", f"question {i % 3}", [1] * prompt, list(range(first, first + count)), donor=[i])
         for i, (prompt, count, first) in enumerate(sizes)
     ]
 
@@ -57,7 +57,7 @@ def test_among_like_counts_the_longest_prompts_come_first(jobs, rows):
 
 
 def test_a_batch_is_as_full_as_it_may_be():
-    jobs = [Job(str(i), str(i), [1], [0, 1, 2], None) for i in range(7)]
+    jobs = [RolloutJob(str(i), str(i), [1], [0, 1, 2], None) for i in range(7)]
     assert [len(batch) for batch in batches(jobs, 10)] == [3, 3, 1]
     assert [len(batch) for batch in batches(jobs, 10, 2)] == [2, 2, 2, 1]
     assert [len(batch) for batch in batches(jobs, 10, 5)] == [3, 3, 1]
@@ -81,11 +81,11 @@ def free_gibibyte(monkeypatch):
 
 @pytest.mark.usefixtures("free_gibibyte")
 @pytest.mark.parametrize(
-    ("bytes_a_row", "rows"),
+    ("bytes_per_row", "rows"),
     [(1, 512), (GIBIBYTE // 1024, 512), (GIBIBYTE // 1024 + 1, 256), (GIBIBYTE // 100, 32), (GIBIBYTE, 1)],
 )
-def test_rows_are_halved_until_they_fit_half_of_the_free_memory(bytes_a_row, rows):
-    assert rows_that_fit(512, bytes_a_row, "cpu") == rows
+def test_rows_are_halved_until_they_fit_half_of_the_free_memory(bytes_per_row, rows):
+    assert rows_that_fit(512, bytes_per_row, "cpu") == rows
 
 
 def test_a_row_takes_more_bytes_the_longer_it_is_and_with_a_prompt_of_its_own():

@@ -6,7 +6,8 @@ import tiny
 import torch
 from oracle import plain_scores
 
-from latent_tts.engine.scoring import LatentScorer, official_shifts
+from latent_tts.engine.official_positions import position_offsets
+from latent_tts.engine.scoring import LatentScorer
 
 LENGTHS, ROLLOUTS, STEPS = [9, 4, 6], 3, 5
 
@@ -25,7 +26,7 @@ def latents_RTD():
 def test_scores_equal_a_plain_forward_pass_of_each_row(family, latents_RTD, shifts):
     prompts = tiny.prompts(LENGTHS)
     scorer = LatentScorer(tiny.reward_model(family))
-    scores_RT = scorer.score(prompts, latents_RTD, shifts_Q=None if shifts is None else torch.tensor(shifts))
+    scores_RT = scorer.score(prompts, latents_RTD, position_offset_Q=None if shifts is None else torch.tensor(shifts))
     assert scores_RT.dtype == torch.float64
     for row in range(len(latents_RTD)):
         question = row // ROLLOUTS
@@ -38,7 +39,7 @@ def test_a_shift_moves_the_scores_of_learned_positions_and_not_of_rotary_ones(la
     for family, moves in (("gpt2", True), ("llama", False)):
         scorer = LatentScorer(tiny.reward_model(family))
         prompts = tiny.prompts(LENGTHS)
-        moved = scorer.score(prompts, latents_RTD, shifts_Q=shifts) - scorer.score(prompts, latents_RTD)
+        moved = scorer.score(prompts, latents_RTD, position_offset_Q=shifts) - scorer.score(prompts, latents_RTD)
         assert (moved.abs().max() > 1e-3) == moves
 
 
@@ -72,8 +73,8 @@ def test_rows_of_fewer_latents_have_no_scores_beyond_them(latents_RTD):
     torch.testing.assert_close(scores[there], scorer.score(prompts, latents_RTD)[there], rtol=0, atol=1e-9)
 
 
-def test_official_shifts_are_the_padding_on_the_left():
+def test_official_offsets_are_the_padding_on_the_left():
     texts = [[4, 9, 7], [5, 5, 5]]
-    assert official_shifts(texts) == [[5, 0, 2], [0, 0, 0]]
+    assert position_offsets(texts) == [[5, 0, 2], [0, 0, 0]]
     padded = [np.pad(np.arange(own), (9 - own, 0)) for own in texts[0]]
-    assert [int((row == 0).sum() - 1) for row in padded] == official_shifts(texts)[0]
+    assert [int((row == 0).sum() - 1) for row in padded] == position_offsets(texts)[0]

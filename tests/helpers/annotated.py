@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from latent_tts.model.coconut import Coconut
-from latent_tts.results.annotated import Annotated, Dropped, written_ids
 from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.types import LabelledQuestion, UnmixedQuestion, written_ids
 
 N, T = 4, 3
 
@@ -30,7 +30,7 @@ def settings_of(adapter: Coconut) -> dict[str, Any]:
     }
 
 
-def entry(index: int, adapter: Coconut, seed: int = 0, n: int = N, steps: list[int] | None = None) -> Annotated:
+def entry(index: int, adapter: Coconut, seed: int = 0, n: int = N, steps: list[int] | None = None) -> LabelledQuestion:
     """A question with right and wrong rollouts, whose labels drift towards the outcome step by step."""
     random = np.random.default_rng([seed, index])
     width = adapter.config["n_embd"]
@@ -44,7 +44,7 @@ def entry(index: int, adapter: Coconut, seed: int = 0, n: int = N, steps: list[i
         latents_NTD[rollout, count:], labels_NT[rollout, count:] = 0.0, np.nan
     prompt = [*(5 + random.integers(0, 90, size=4 + index % 5)).tolist(), adapter.start_id]
     ids_NL = written_ids(prompt, steps or [T] * n, adapter.latent_id, adapter.thinking_end_ids, adapter.eos_id)
-    return Annotated(
+    return LabelledQuestion(
         f"q{index}", index, ids_NL, latents_NTD.astype(np.float32), labels_NT.astype(np.float32), correct_N
     )
 
@@ -55,6 +55,8 @@ def write(path: Path, adapter: Coconut, questions: int, seed: int = 0, **changed
     entries = [entry(index, adapter, seed) for index in range(questions)]
     for start in range(0, questions, 8):
         folder.add(entries[start : start + 8])
-    folder.add([Dropped("right", questions, "all_correct", N), Dropped("wrong", questions + 1, "all_wrong", N)])
+    folder.add(
+        [UnmixedQuestion("right", questions, "all_correct", N), UnmixedQuestion("wrong", questions + 1, "all_wrong", N)]
+    )
     folder.finish()
     return path

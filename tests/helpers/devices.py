@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import tiny
 import torch
-from label_jobs import jobs, labelling
+from test_labelling import jobs, labelling
 from torch import Tensor, nn
 
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.engine.labelling import label_batch
-from latent_tts.engine.packing import Job
-from latent_tts.engine.rollout import Engine, Plan, Rollouts
+from latent_tts.engine.packing import RolloutJob
+from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.control import Control
@@ -84,7 +84,7 @@ def _values(rollouts: Rollouts) -> Values:
     return [latents, rollouts.steps_R, [float(i) for ids in rollouts.answer_ids for i in ids], rollouts.stopped_R]
 
 
-def _rolled(family: str, plan: Plan, sampler: Any) -> Case:
+def _rolled(family: str, plan: RolloutPlan, sampler: Any) -> Case:
     prompts, ids = tiny.prompts([1, 9, 4]), ["a", "b", "c"]
 
     def values(place: Place) -> Values:
@@ -111,8 +111,8 @@ def _scored(family: str) -> Case:
 
     def values(place: Place) -> Values:
         prompts, steps_R = tiny.prompts([9, 4, 6]), torch.arange(9) % 6
-        shifts_Q = torch.tensor([0, 7, 40]).to(place.device)
-        scores = place.scorer(family).score(prompts, latents_RTD, steps_R=steps_R, shifts_Q=shifts_Q)
+        position_offset_Q = torch.tensor([0, 7, 40]).to(place.device)
+        scores = place.scorer(family).score(prompts, latents_RTD, steps_R=steps_R, position_offset_Q=position_offset_Q)
         return [scores.cpu()]
 
     return values
@@ -121,8 +121,7 @@ def _scored(family: str) -> Case:
 def _searched(family: str, sampler: Any) -> Case:
     def values(place: Place) -> Values:
         engine = Engine(place.reasoner(family), tiny.plan(3, eos_id=tiny.EOS_IDS[family], answer=2))
-        ids, prompts = ["a", "b"], tiny.prompts([5, 1])
-        batch = [Job(key, key, prompt, [0, 1]) for key, prompt in zip(ids, prompts, strict=True)]
+        batch = [RolloutJob(key, key, prompt, [0, 1]) for key, prompt in zip("ab", tiny.prompts([5, 1]), strict=True)]
         scorer = place.scorer(family)
         return _values(Beam(2, 2, False).roll(engine, batch, sampler, 0, scorer=scorer, reduction="sum"))
 

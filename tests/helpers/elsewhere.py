@@ -31,15 +31,15 @@ torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(numbers, device=...) c
 
 import devices  # noqa: E402
 
-from latent_tts.engine import head, rollout  # noqa: E402
+from latent_tts.engine import head, prompts  # noqa: E402
 from latent_tts.random import draw as rng  # noqa: E402
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("elsewhere:0")
 head.VALUES_AT_ONCE["elsewhere"] = head.VALUES_AT_ONCE["cuda"]
 head.SORTED_AT_ONCE["elsewhere"] = head.SORTED_AT_ONCE["cuda"]
 rng.BLOCKS_AHEAD["elsewhere"] = rng.BLOCKS_AHEAD["cuda"]
-rollout.PROMPT_TOKENS_AT_ONCE["elsewhere"] = 40  # some of the prompts come in pieces
-rollout.PROMPT_PADDING["elsewhere"] = 10
+prompts.TOKENS_AT_ONCE["elsewhere"] = 40  # some of the prompts come in pieces
+prompts.PADDING["elsewhere"] = 10
 
 
 class There(Tensor):

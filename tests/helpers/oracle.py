@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from latent_tts.engine.rollout import Plan
+from latent_tts.engine.rollout import RolloutPlan
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.types import Forward, Reasoner, Site
@@ -35,7 +35,7 @@ class Row:
 class Oracle:
     """Runs single rollouts on a copy of a reasoner's model with an attention of transformers."""
 
-    def __init__(self, reasoner: Reasoner, plan: Plan) -> None:
+    def __init__(self, reasoner: Reasoner, plan: RolloutPlan) -> None:
         self.lm, self.next_latent, self.plan = tiny.plain_copy(reasoner.lm), reasoner.next_latent, plan
         self.latent_spread = reasoner.latent_spread
         self.embed = self.lm.get_input_embeddings()

@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from latent_tts.engine.rollout import Plan
+from latent_tts.engine.rollout import RolloutPlan
 from latent_tts.random.draw import Draw
 from latent_tts.types import Reasoner, RewardModel
 
@@ -98,9 +98,9 @@ def plain_copy(lm: PreTrainedModel) -> PreTrainedModel:
 
 def plan(
     latents: int, *, eos_id: int | None = NEVER, end: int = 1, answer: int = 6, stop_id: int | None = None, **more: Any
-) -> Plan:
+) -> RolloutPlan:
     """A plan with `end` end-of-thinking tokens."""
-    return Plan(latents, [END_ID] * end, eos_id, answer, stop_id, **more)
+    return RolloutPlan(latents, [END_ID] * end, eos_id, answer, stop_id, **more)
 
 
 def prompts(lengths: list[int]) -> list[list[int]]:

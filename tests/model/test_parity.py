@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latent_tts.engine.rollout import Engine, Plan, Rollouts
-from latent_tts.engine.scoring import LatentScorer, official_shifts
+from latent_tts.engine.official_positions import position_offsets
+from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts
+from latent_tts.engine.scoring import LatentScorer
 from latent_tts.model.coconut import Coconut
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
@@ -44,7 +45,7 @@ def reasoner(model: Coconut) -> Reasoner:
 
 
 def engine(model: Coconut, reasoner: Reasoner, answer: int = ANSWER) -> Engine:
-    return Engine(reasoner, Plan(model.latents, model.thinking_end_ids, model.eos_id, answer))
+    return Engine(reasoner, RolloutPlan(model.latents, model.thinking_end_ids, model.eos_id, answer))
 
 
 def greedy(model: Coconut, reasoner: Reasoner, questions: int) -> Rollouts:
@@ -242,8 +243,8 @@ def test_official_positions_give_the_official_left_padded_scores(
     ]
     texts = json.loads((SCORER / "expected.json").read_text())["texts_compat"]
     assert lengths == [latent_rm.text_tokens(text) for text in texts]
-    shifts_Q = torch.tensor(official_shifts([lengths])[0])
-    steps_RT = scorer.score(EXPECTED["prompt_ids"], official_scores["latents"], shifts_Q=shifts_Q)
+    position_offset_Q = torch.tensor(position_offsets([lengths])[0])
+    steps_RT = scorer.score(EXPECTED["prompt_ids"], official_scores["latents"], position_offset_Q=position_offset_Q)
     scores = torch.tensor(latent_rm.reduced(steps_RT.tolist()))
     expected = official_scores["scores_left_padded_compat"].double()
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)

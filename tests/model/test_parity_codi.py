@@ -13,7 +13,7 @@ import torch
 from oracle import Oracle
 from safetensors.torch import load_file
 
-from latent_tts.engine.rollout import Engine, Plan, Rollouts
+from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts
 from latent_tts.model.codi import Codi
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
@@ -34,8 +34,8 @@ def reasoner(model: Codi) -> Reasoner:
     return model.load(device="cpu", dtype="float32")
 
 
-def plan(model: Codi) -> Plan:
-    return Plan(model.latents, model.thinking_end_ids, model.eos_id, ANSWER)
+def plan(model: Codi) -> RolloutPlan:
+    return RolloutPlan(model.latents, model.thinking_end_ids, model.eos_id, ANSWER)
 
 
 def greedy(model: Codi, reasoner: Reasoner, questions: list[int]) -> Rollouts:

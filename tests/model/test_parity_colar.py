@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.errors import UsageError
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
@@ -52,7 +52,7 @@ def test_the_speed_is_part_of_the_recipe():
 def rolled(reasoner, rows):
     """Greedy rollouts of some prompts: ids as the official code writes them, latents as ids."""
     model, answer = colar(), len(EXPECTED["generated_ids"][0])
-    plan = Plan(MAX_LATENTS, model.thinking_end_ids, -1, answer, model.stop_id)
+    plan = RolloutPlan(MAX_LATENTS, model.thinking_end_ids, -1, answer, model.stop_id)
     draw = Draw.of(0, [str(row) for row in rows], torch.zeros(len(rows), 1, dtype=torch.long), 64)
     result = Engine(reasoner, plan).roll([EXPECTED["prompt_ids"][row] for row in rows], draw, Greedy())
     return [

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from latent_tts.random import bits as philox_rows
+from latent_tts.random import bits
 from latent_tts.random.draw import Draw
 
 INTERPRETED = """
 import torch
-from latent_tts import philox_rows, philox_triton as kernels
-from latent_tts.philox import philox
+from latent_tts.random import bits, triton_kernels as kernels
+from latent_tts.random.philox import philox
 
 zero, ones, cpu = torch.zeros(1, 2, dtype=torch.long), 2**32 - 1, torch.device("cpu")
 found = [
@@ -27,17 +27,17 @@ found = [
 ]
 assert found[0] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], found
 assert found[1] == list(philox((0, ones, ones, ones), (ones, ones))), found
-assert philox_rows.agree(kernels, cpu)
+assert bits.agree(kernels, cpu)
 
 right = kernels.decide
 kernels.decide = lambda *arguments: right(*arguments[:4], arguments[4] + 300, arguments[5])
-assert not philox_rows.agree(kernels, cpu)
+assert not bits.agree(kernels, cpu)
 """
 COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from latent_tts import philox_triton as kernels
+from latent_tts.random import triton_kernels as kernels
 
 numbers = dict.fromkeys(("blocks", "tokens", "stream", "threshold"), "i32")
 pointers = {"keys": "*i64", "rollouts": "*i64", "places": "*i64", "out": "*i64", "kept": "*i32"}
@@ -64,17 +64,17 @@ def as_on_a_gpu(monkeypatch):
     """Ask `has_kernels` as on a GPU: of a device that says so and computes on the CPU."""
 
     def asked(kernels):
-        monkeypatch.setattr(philox_rows, "find_spec", lambda name: name == "triton")
+        monkeypatch.setattr(bits, "find_spec", lambda name: name == "triton")
         monkeypatch.setitem(sys.modules, "latent_tts.random.triton_kernels", kernels)
         monkeypatch.setattr("latent_tts.random.triton_kernels", kernels, raising=False)
-        agree = philox_rows.agree
-        monkeypatch.setattr(philox_rows, "agree", lambda kernels, device: agree(kernels, torch.device("cpu")))
-        return philox_rows.has_kernels.__wrapped__(torch.device("cuda", 0))
+        agree = bits.agree
+        monkeypatch.setattr(bits, "agree", lambda kernels, device: agree(kernels, torch.device("cpu")))
+        return bits.has_kernels.__wrapped__(torch.device("cuda", 0))
 
     return asked
 
 
-OPERATORS = SimpleNamespace(words=philox_rows.words_by_operators, decide=philox_rows.decide_by_operators)
+OPERATORS = SimpleNamespace(words=bits.words_by_operators, decide=bits.decide_by_operators)
 
 
 def test_kernels_that_agree_are_used(as_on_a_gpu, caplog):
@@ -105,11 +105,11 @@ def test_where_they_are_usable_all_numbers_come_from_them(monkeypatch):
     kernels = SimpleNamespace(words=kernel("words"), decide=kernel("decide"))
     monkeypatch.setitem(sys.modules, "latent_tts.random.triton_kernels", kernels)
     monkeypatch.setattr("latent_tts.random.triton_kernels", kernels, raising=False)
-    monkeypatch.setattr("latent_tts.random.cpu.has_compiler", lambda: False)
+    monkeypatch.setattr("latent_tts.random.bits.has_numba", lambda: False)
     draw = Draw.of(0, ["question"], torch.arange(2)[None], 8)
     expected = draw.normal(0, 8), draw.uniform(0), draw.keep(0, 0, 1, 8, 30_000)
     assert not taken
-    monkeypatch.setattr(philox_rows, "has_kernels", lambda device: True)
+    monkeypatch.setattr(bits, "has_kernels", lambda device: True)
     found = draw.normal(0, 8), draw.uniform(0), draw.keep(0, 0, 1, 8, 30_000)
     assert taken == ["words", "words", "decide"]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_tts.random import bits as philox_rows
-from latent_tts.random import cpu
+from latent_tts.random import bits
 from latent_tts.random import draw as rng
 from latent_tts.random.draw import MAX_LAYER, MAX_STEP, Draw
 from latent_tts.random.philox import Stream, key_of, philox
@@ -151,15 +150,15 @@ def on_cpu(request, monkeypatch):
     """How decisions are computed."""
     if request.param == "numba":
         pytest.importorskip("numba")
-        assert cpu.has_compiler()
+        assert bits.has_numba()
     else:
-        monkeypatch.setattr(cpu, "has_compiler", lambda: False)
+        monkeypatch.setattr(bits, "has_numba", lambda: False)
 
 
 @pytest.mark.usefixtures("two_threads", "on_cpu")
 @pytest.mark.parametrize("blocks_at_once", [1, 20, 65536])  # pieces of one row, of rows of two questions, all rows
 def test_decisions_are_philox_words_whatever_the_pieces_and_threads(monkeypatch, blocks_at_once):
-    monkeypatch.setattr(philox_rows, "BLOCKS_AT_ONCE", {"cpu": blocks_at_once})
+    monkeypatch.setattr(bits, "BLOCKS_AT_ONCE", {"cpu": blocks_at_once})
     keep = draws(rollouts=3).keep(7, 2, 1, 32, 20000)[:, 0]
     expected = [[word >= 20000 - 32768 for word in words_of(row, (7 << 16) | 2, 4)] for row in range(9)]
     assert keep.tolist() == expected

@@ -14,24 +14,24 @@ from safetensors.numpy import load_file, save_file
 
 from latent_tts.errors import UsageError
 from latent_tts.results import annotations
-from latent_tts.results.annotated import Annotated, Dropped, written_ids
 from latent_tts.results.annotations import FORMAT, INDEX, SETTINGS, AnnotationFolder
+from latent_tts.types import LabelledQuestion, UnmixedQuestion, written_ids
 
 N, T, D, LATENT, END, PAD = 3, 4, 5, 90, 91, 0
 WANTED = {"reasoner": "abc", "n": N, "latents": T, "width": D, "latent_id": LATENT}
 
 
-def entry(index: int, steps: list[int] | None = None, prompt: tuple[int, ...] = (7, 8, 9)) -> Annotated:
+def entry(index: int, steps: list[int] | None = None, prompt: tuple[int, ...] = (7, 8, 9)) -> LabelledQuestion:
     random = np.random.default_rng(index)
     latents_NTD = random.normal(size=(N, T, D)).astype(np.float32)
     labels_NT = random.uniform(size=(N, T)).astype(np.float32)
     for rollout, count in enumerate(steps or []):
         latents_NTD[rollout, count:], labels_NT[rollout, count:] = 0.0, np.nan
     ids_NL = written_ids(prompt, steps or [T] * N, LATENT, [END], PAD)
-    return Annotated(f"q{index}", index, ids_NL, latents_NTD, labels_NT, np.array([True, False, index % 2 == 0]))
+    return LabelledQuestion(f"q{index}", index, ids_NL, latents_NTD, labels_NT, np.array([True, False, index % 2 == 0]))
 
 
-def same(a: Annotated, b: Annotated) -> bool:
+def same(a: LabelledQuestion, b: LabelledQuestion) -> bool:
     arrays = ("input_ids_NL", "latents_NTD", "labels_NT", "corrects_N")
     equal = all(np.array_equal(getattr(a, k), getattr(b, k), equal_nan=k == "labels_NT") for k in arrays)
     types = all(getattr(a, k).dtype == getattr(b, k).dtype for k in arrays)
@@ -42,8 +42,8 @@ def same(a: Annotated, b: Annotated) -> bool:
 def path(tmp_path) -> Path:
     """A finished folder of two shards, with the questions out of order."""
     folder = AnnotationFolder(tmp_path / "annotations", WANTED)
-    folder.add([entry(3), entry(0, steps=[4, 1, 2]), Dropped("q4", 4, "all_wrong", N)])
-    folder.add([entry(1), Dropped("q2", 2, "all_correct", N)])
+    folder.add([entry(3), entry(0, steps=[4, 1, 2]), UnmixedQuestion("q4", 4, "all_wrong", N)])
+    folder.add([entry(1), UnmixedQuestion("q2", 2, "all_correct", N)])
     assert folder.present() == {"q0", "q1", "q2", "q3", "q4"}
     assert folder.finish() == {"kept": 3, "all_correct": 1, "all_wrong": 1}
     return folder.path
@@ -72,7 +72,9 @@ def test_the_prompt_is_what_stands_before_the_latents(prompt, steps, padding):
     assert [(row == LATENT).sum() for row in ids_NL] == steps
     if any(steps):
         padded = np.pad(ids_NL, ((0, 0), (padding, 0)), constant_values=PAD)
-        got = Annotated("q", 0, padded, np.zeros((1, 1, 1), np.float32), np.zeros((1, 1), np.float32), np.ones(1, bool))
+        got = LabelledQuestion(
+            "q", 0, padded, np.zeros((1, 1, 1), np.float32), np.zeros((1, 1), np.float32), np.ones(1, bool)
+        )
         assert got.prompt_ids(LATENT, PAD) == prompt
 
 
@@ -123,7 +125,7 @@ def test_a_folder_of_other_settings_is_refused_by_the_first_that_differs(path, c
 
 def test_a_question_with_another_gold_answer_than_it_was_labelled_by_is_refused(tmp_path):
     path = tmp_path / "annotations"
-    AnnotationFolder(path, WANTED, {"q0": "5", "q1": "7"}).add([entry(0), Dropped("q1", 1, "all_wrong", N)])
+    AnnotationFolder(path, WANTED, {"q0": "5", "q1": "7"}).add([entry(0), UnmixedQuestion("q1", 1, "all_wrong", N)])
     assert AnnotationFolder(path, WANTED, {"q0": "5", "q2": "1"}).present() == {"q0", "q1"}
     with pytest.raises(UsageError, match=r'question q1 was labelled by another gold answer.*\n.*"7" there, "8" now'):
         AnnotationFolder(path, WANTED, {"q0": "5", "q1": "8"})

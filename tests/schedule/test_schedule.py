@@ -175,16 +175,16 @@ def test_a_sweep_is_one_pass_that_leaves_out_what_is_final(jacobi, sampler, thin
     fed = [tokens for rows, tokens in shapes[1:] if rows == 2]
     assert fed[: len(thinking)] == thinking
     own = 1 if sampler is IN_THOUGHTS else 0
-    assert sum(fed) == own + 4 + 1 + 1 + sum(tokens for tokens, _ in jacobi.repeated(4))
+    assert sum(fed) == own + 4 + 1 + 1 + sum(tokens for tokens, _ in jacobi.repeated_passes(4))
 
 
 def test_repeated_passes_cost_by_their_context():
     shape = Shape(layers=2, width=8, vocabulary=10, attention=8, keys=8, block_weights=100)
-    assert Jacobi(4).repeated(4) == [(3, 0), (2, 1), (1, 2)]
-    assert Jacobi(2, 2).repeated(4) == [(1, 0), (1, 2)]
-    assert Jacobi(9, 1).repeated(4) == []
+    assert Jacobi(4).repeated_passes(4) == [(3, 0), (2, 1), (1, 2)]
+    assert Jacobi(2, 2).repeated_passes(4) == [(1, 0), (1, 2)]
+    assert Jacobi(9, 1).repeated_passes(4) == []
     wanted = shape.pass_flops(3, 7) + shape.pass_flops(2, 8) + shape.pass_flops(1, 9)
-    assert shape.repeated_flops(7, Jacobi(4).repeated(4)) == wanted
+    assert shape.repeated_flops(7, Jacobi(4).repeated_passes(4)) == wanted
 
 
 # --- runs

@@ -9,10 +9,11 @@ import pytest
 import tiny
 import torch
 from marks import slow
-from oracle import Oracle, plain_scores
+from oracle import Oracle
+from test_scoring import plain
 
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.engine.packing import Job
+from latent_tts.engine.packing import RolloutJob
 from latent_tts.engine.rollout import Engine
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.random.draw import Draw
@@ -28,6 +29,11 @@ EVERYWHERE = Dropout(0.3, "residual_embedding", ["prompt", "thoughts", "answer"]
 
 def child(parent: int, step: int, candidate: int) -> int:
     return int(children(torch.tensor([[parent]]), step, torch.tensor([candidate]))[0, 0])
+
+
+def grow(beam, engine, scorer, reduction, prompts, ids, sampler):
+    batch = [RolloutJob(id_, id_, prompt, list(range(beam.beams))) for id_, prompt in zip(ids, prompts, strict=True)]
+    return beam.roll(engine, batch, sampler, 0, scorer=scorer, reduction=reduction)
 
 
 class ByHand:
@@ -46,7 +52,7 @@ class ByHand:
 
     def score(self, codes):
         latents = self.row(codes).latents_TD[: len(codes)]
-        steps = plain_scores(self.family, self.prompt, latents).tolist()
+        steps = plain(self.family, self.prompt, latents).tolist()
         return {"sum": np.sum, "mean": np.mean, "last": lambda s: s[-1]}[self.reduce](steps) if steps else -np.inf
 
     def search(self):
@@ -63,12 +69,6 @@ class ByHand:
         return [self.row(codes) for codes in kept]
 
 
-def grown(beam, engine, scorer, reduction, prompts, ids, sampler):
-    """The beams of some questions."""
-    batch = [Job(key, key, prompt, list(range(beam.beams))) for key, prompt in zip(ids, prompts, strict=True)]
-    return beam.roll(engine, batch, sampler, 0, scorer=scorer, reduction=reduction)
-
-
 @pytest.mark.parametrize(
     ("family", "sampler", "diverse", "reduce"),
     [
@@ -83,7 +83,7 @@ def test_the_search_equals_one_by_hand(family, sampler, diverse, reduce):
     beam, prompts, ids = Beam(2, 2, diverse), tiny.prompts(LENGTHS), ["a", "b"]
     plan = tiny.plan(T, eos_id=tiny.EOS_IDS[family], answer=2)
     scorer = LatentScorer(tiny.reward_model(family))
-    found = grown(beam, Engine(tiny.reasoner(family), plan), scorer, reduce, prompts, ids, sampler)
+    found = grow(beam, Engine(tiny.reasoner(family), plan), scorer, reduce, prompts, ids, sampler)
     for question in range(len(prompts)):
         by_hand = ByHand(family, sampler, plan, prompts[question], ids[question], beam, reduce).search()
         for place, wanted in enumerate(by_hand):
@@ -95,16 +95,16 @@ def test_the_search_equals_one_by_hand(family, sampler, diverse, reduce):
 def test_questions_do_not_depend_on_their_batch():
     engine, scorer = Engine(tiny.reasoner("gpt2"), tiny.plan(T)), LatentScorer(tiny.reward_model("gpt2"))
     prompts, ids, beam = tiny.prompts([5, 2, 9]), ["a", "b", "c"], Beam(2, 3, False)
-    together = grown(beam, engine, scorer, "sum", prompts, ids, MASKS)
-    alone = grown(beam, engine, scorer, "sum", prompts[1:2], ids[1:2], MASKS)
+    together = grow(beam, engine, scorer, "sum", prompts, ids, MASKS)
+    alone = grow(beam, engine, scorer, "sum", prompts[1:2], ids[1:2], MASKS)
     torch.testing.assert_close(together.latents_RTD[2:4], alone.latents_RTD, rtol=0, atol=1e-6)
     assert together.answer_ids[2:4] == alone.answer_ids
 
 
 def test_a_beam_as_wide_as_the_budget_keeps_every_root():
     engine, scorer = Engine(tiny.reasoner("gpt2"), tiny.plan(T)), LatentScorer(tiny.reward_model("gpt2"))
-    wide = grown(Beam(4, 1, False), engine, scorer, "sum", tiny.prompts([5]), ["a"], NOISE)
-    greedy_best = grown(Beam(1, 4, False), engine, scorer, "sum", tiny.prompts([5]), ["a"], NOISE)
+    wide = grow(Beam(4, 1, False), engine, scorer, "sum", tiny.prompts([5]), ["a"], NOISE)
+    greedy_best = grow(Beam(1, 4, False), engine, scorer, "sum", tiny.prompts([5]), ["a"], NOISE)
     assert len(wide.answer_ids) == 4
     assert len({tuple(row.flatten().tolist()) for row in wide.latents_RTD}) == 4
     assert len(greedy_best.answer_ids) == 1
@@ -113,15 +113,8 @@ def test_a_beam_as_wide_as_the_budget_keeps_every_root():
 def test_a_row_that_stopped_by_a_token_has_one_continuation():
     plan = tiny.plan(4, stop_id=34, answer=2)
     scorer = LatentScorer(tiny.reward_model("gpt2"))
-    found = grown(
-        Beam(3, 2, False),
-        Engine(tiny.reasoner("gpt2"), plan),
-        scorer,
-        "mean",
-        tiny.prompts([9, 1]),
-        ["q0", "q1"],
-        NOISE,
-    )
+    engine = Engine(tiny.reasoner("gpt2"), plan)
+    found = grow(Beam(3, 2, False), engine, scorer, "mean", tiny.prompts([9, 1]), ["q0", "q1"], NOISE)
     assert len(set(found.steps_R.tolist())) > 1
     for question in range(2):
         rows = [tuple(found.latents_RTD[question * 3 + place].flatten().tolist()) for place in range(3)]

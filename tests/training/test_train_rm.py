@@ -426,7 +426,7 @@ def test_no_mixed_outcome(command, checkpoint, tmp_path):
 def test_one_rollout_a_question(command, checkpoint, tmp_path):
     adapter = annotated.adapter_of(checkpoint)
     folder = AnnotationFolder(tmp_path / "single", annotated.settings_of(adapter) | {"n": 1})
-    folder.add([annotated.Dropped("a", 0, "all_correct", 1), annotated.Dropped("b", 1, "all_wrong", 1)])
+    folder.add([annotated.UnmixedQuestion("a", 0, "all_correct", 1), annotated.UnmixedQuestion("b", 1, "all_wrong", 1)])
     folder.finish()
     check(command(f"annotations={tmp_path / 'single'}"), "annotations=", "one rollout", "n=1")
 

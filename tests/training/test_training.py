@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.errors import RunError, UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.random.draw import Draw
@@ -101,7 +101,7 @@ def test_the_padded_batch_computes_what_the_engine_computes(adapter, latents):
     predicted = coconut.training_logits(lm, batch, latents)[0].argmax(-1)[:, 0].tolist()
     engine = Engine(
         adapter.load(device="cpu", dtype="float32"),
-        Plan(latents, adapter.thinking_end_ids, eos_id=-1, max_answer_tokens=1),
+        RolloutPlan(latents, adapter.thinking_end_ids, eos_id=-1, max_answer_tokens=1),
     )
     draw = Draw.of(0, [q.id for q in questions], torch.zeros(5, 1, dtype=torch.long), engine.width)
     rollouts = engine.roll([adapter.encode(q) for q in questions], draw, Greedy())

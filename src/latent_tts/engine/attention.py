@@ -1,10 +1,9 @@
 """Shared-prefix attention: a question's prompt is kept once, each of its N rollouts adds a short suffix.
 
-`transformers` hands keyword arguments of a model call through to the attention function, so the state of a call
-travels with it and nothing is patched. A forward pass either writes the prefix (ordinary causal attention over
-right-padded prompts) or reads it and appends to the suffixes: scores against the prefix and against the own suffix are
-put side by side before one softmax, which is exact. In bfloat16 on a CPU machine code does that where numba is
-installed.
+transformers passes keyword arguments of a model call on to the attention function, so that the cache of a call travels
+with it and nothing is patched. A forward pass either fills the prefix (ordinary causal attention over right-padded
+prompts) or appends to the suffixes: scores against the prefix and against the row's own suffix are put side by side
+before one softmax, which is exact.
 
 Source: the split follows bifurcated attention (Athiwaratkun et al. 2024, arXiv 2403.08845) and Hydragen (Juravsky et
 al. 2024, arXiv 2402.05099).
@@ -12,88 +11,127 @@ al. 2024, arXiv 2402.05099).
 
 from __future__ import annotations
 
-import math
-import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from latent_tts.random import cpu
-
 Piece = tuple[Tensor, Tensor]
 NAME = "latent_tts_shared_prefix"
-SYSTEM_BYTES = 1 << 20  # so much memory or more is asked of the system itself
 
 
 @dataclass
-class AttentionState:
-    """Keys and values of Q prefixes and of R = Q*N suffixes (H key heads, K a head's width).
+class SharedPrefixCache:
+    """Keys and values of Q prefixes and of R = Q*N suffixes (H key heads, K a head's width, C slots).
 
     Attributes:
-        lengths_Q: tokens of each prefix.
         rollouts: N.
-        capacity: most tokens a suffix will have.
+        capacity: C, most slots of a suffix.
+        lengths_Q: tokens of each prefix; None before the first.
         prefix: per layer, keys and values (q, H, L, K) of pieces that together hold Q questions, right-padded.
-        suffix: per layer, keys and values (R, H, capacity, K), allocated on first use.
+        suffix: per layer, keys and values (R, H, C, K), allocated on first use.
         used: slots of every suffix so far.
-        valid_RS: which of the slots hold something (R, capacity); None while all that are used do. Rows that think for
-            different numbers of steps go through the same slots.
+        valid_RC: which slots hold something; None while all that are used do. Rows that think for different numbers of
+            steps go through the same slots.
+        fills_prefix: whether the present pass runs prompts.
     """
 
-    lengths_Q: Tensor
     rollouts: int
     capacity: int
+    lengths_Q: Tensor | None = None
     prefix: list[list[Piece]] = field(default_factory=list)
-    suffix: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    suffix: list[Piece] = field(default_factory=list)
     used: int = 0
-    valid_RS: Tensor | None = None
-    reads_prefix: bool = False
+    valid_RC: Tensor | None = None
+    fills_prefix: bool = False
     _work: Tensor | None = None
 
-    def positions(self, tokens: int) -> Tensor:
-        """Position ids (R, tokens) of the next suffix tokens."""
-        start = self.lengths_Q.repeat_interleave(self.rollouts)[:, None]
-        if self.valid_RS is None:
-            return start + torch.arange(self.used, self.used + tokens, device=start.device)
-        counts = self.valid_RS[:, : self.used + tokens].cumsum(1)[:, self.used :]
-        return start + (counts - 1).clamp(min=0)  # the clamp is for slots that hold nothing
+    def add_questions(self, lengths_Q: Tensor) -> None:
+        """Say how many tokens the prefixes that come next have."""
+        self.lengths_Q = lengths_Q if self.lengths_Q is None else torch.cat([self.lengths_Q, lengths_Q])
 
-    def fork(self, questions: Tensor, rows: Tensor, used: int | None = None) -> AttentionState:
-        """A state of its own with some of the questions and suffixes.
+    def add_empty_prefixes(self, like_QLD: Tensor, config: Any) -> None:
+        """Keep prefixes without tokens, which no pass makes."""
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        empty = like_QLD.new_empty(like_QLD.shape[0], heads, 0, width)
+        for layer in range(config.num_hidden_layers):
+            self.write_prefix(layer, empty, empty)
+
+    def write_prefix(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep keys and values (q, H, L, K) of the prompts that come next."""
+        if layer == len(self.prefix):
+            self.prefix.append([])
+        self.prefix[layer].append((key.contiguous(), value.contiguous()))
+
+    def reserve(self, tokens: int, first_valid_R: Tensor | None) -> None:
+        """Check that S more slots are left, and mark the first one as holding nothing where `first_valid_R` is False.
+
+        Raises:
+            ValueError: there are too few.
+        """
+        if self.used + tokens > self.capacity:
+            raise ValueError(f"{self.used} slots and {tokens} more exceed the capacity of {self.capacity}")
+        if first_valid_R is not None:
+            if self.valid_RC is None:
+                rows = first_valid_R.shape[0]
+                self.valid_RC = torch.ones(rows, self.capacity, dtype=torch.bool, device=first_valid_R.device)
+            self.valid_RC[:, self.used] = first_valid_R
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> Piece:
+        """Add keys and values (R, H, S, K) to a layer's suffixes; returns all of them so far."""
+        if layer == len(self.suffix):
+            self.suffix.append((self._new_suffix(key, key.shape[0]), self._new_suffix(value, key.shape[0])))
+        end = self.used + key.shape[2]
+        keys, values = self.suffix[layer]
+        keys[:, :, self.used : end] = key
+        values[:, :, self.used : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def rewind(self, used: int) -> None:
+        """Forget all slots from `used` on."""
+        assert 0 <= used <= self.used, f"{used} of {self.used} slots"
+        self.used = used
+        if self.valid_RC is not None:
+            self.valid_RC[:, used:] = True
+
+    def fork(self, questions: Tensor, rows: Tensor) -> SharedPrefixCache:
+        """A cache of its own with some of the questions and suffixes.
 
         Args:
             questions: which prefixes; one may come several times.
             rows: suffixes, the same number for each of `questions`, question-major; a row may come several times.
-            used: how many slots of the suffixes to take; None takes all.
         """
-        used = self.used if used is None else used
+        assert self.lengths_Q is not None
 
         def part(tensor: Tensor) -> Tensor:
-            new = self._room_for(tensor, rows.shape[0])
-            new[:, :, :used] = tensor[:, :, :used].index_select(0, rows)
+            new = self._new_suffix(tensor, rows.shape[0])
+            new[:, :, : self.used] = tensor[:, :, : self.used].index_select(0, rows)
             return new
 
-        valid_RS = None if self.valid_RS is None else self.valid_RS[rows]
-        if valid_RS is not None:
-            valid_RS[:, used:] = True
-        return AttentionState(
-            lengths_Q=self.lengths_Q[questions],
+        return SharedPrefixCache(
             rollouts=rows.shape[0] // questions.shape[0],
             capacity=self.capacity,
+            lengths_Q=self.lengths_Q[questions],
             prefix=self._prefixes_of(questions),
             suffix=[(part(keys), part(values)) for keys, values in self.suffix],
-            used=used,
-            valid_RS=valid_RS,
-            reads_prefix=self.reads_prefix,
+            used=self.used,
+            valid_RC=None if self.valid_RC is None else self.valid_RC[rows],
         )
+
+    def _new_suffix(self, like: Tensor, rows: int) -> Tensor:
+        """Memory for keys or values (rows, H, C, K)."""
+        _, heads, _, width = like.shape
+        return like.new_empty(rows, heads, self.capacity, width)
 
     def _prefixes_of(self, questions: Tensor) -> list[list[Piece]]:
         """The prefixes of some questions; neighbours out of one piece are one piece again."""
+        assert self.lengths_Q is not None
         numbers = questions.tolist()
         if numbers == list(range(self.lengths_Q.shape[0])):
             return self.prefix
@@ -103,39 +141,16 @@ class AttentionState:
         chosen = [(piece, questions.new_tensor([place for _, place in run])) for piece, run in runs]
         return [[(pieces[i][0][here], pieces[i][1][here]) for i, here in chosen] for pieces in self.prefix]
 
-    def _pieces(self, layer: int) -> Iterator[tuple[slice, slice, Piece]]:
-        """A layer's pieces, with the questions and the rows that each is of."""
+    def pieces(self, layer: int) -> Iterator[tuple[slice, slice, Piece]]:
+        """A layer's pieces, each with the questions and the rows that it belongs to."""
         start = 0
         for piece in self.prefix[layer]:
             end = start + piece[0].shape[0]
             yield slice(start, end), slice(start * self.rollouts, end * self.rollouts), piece
             start = end
 
-    def _write_prefix(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep keys and values (rows, H, L, K) of the prompts that come next."""
-        if layer == len(self.prefix):
-            self.prefix.append([])
-        self.prefix[layer].append((_memory(key.shape, key).copy_(key), _memory(value.shape, value).copy_(value)))
-
-    def _room_for(self, like: Tensor, rows: int) -> Tensor:
-        """Memory for keys or values (rows, H, capacity, K); for machine code in the order (capacity, rows, H, K)."""
-        _, heads, _, width = like.shape
-        if cpu.suits_machine_code(like):
-            return _memory((self.capacity, rows, heads, width), like).permute(1, 2, 0, 3)
-        return _memory((rows, heads, self.capacity, width), like)
-
-    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (R, H, S, K) to a layer's suffixes; returns all of them so far."""
-        if layer == len(self.suffix):
-            self.suffix.append((self._room_for(key, key.shape[0]), self._room_for(value, key.shape[0])))
-        end = self.used + key.shape[2]
-        keys, values = self.suffix[layer]
-        keys[:, :, self.used : end] = key
-        values[:, :, self.used : end] = value
-        return keys[:, :, :end], values[:, :, :end]
-
-    def _dense(self, part: Tensor) -> Tensor:
-        """Slots of a suffix as a product takes them at once, valid until the next call.
+    def dense(self, part: Tensor) -> Tensor:
+        """Slots of a suffix without gaps, valid until the next call.
 
         On a CPU, products in half precision copy what has gaps, each time into new memory, whose pages cost more than
         the copy and, of another size each time, stay in the process. Here they share one piece of memory.
@@ -155,7 +170,7 @@ def attend(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    state: AttentionState,
+    shared_prefix_cache: SharedPrefixCache,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The attention function registered with transformers.
@@ -167,98 +182,63 @@ def attend(
         value: the same.
         attention_mask: unused, transformers gives None to a function without a registered mask.
         scaling: factor of the scores, 1/sqrt(K) if None.
-        state: where keys and values are kept.
+        shared_prefix_cache: where keys and values are kept.
         **kwargs: what other attention functions read.
 
     Returns:
         The attended values (rows, S, heads, K), and None for the weights.
     """
     del attention_mask, kwargs
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    cache, layer = shared_prefix_cache, int(module.layer_idx)  # type: ignore[arg-type]
     groups = query.shape[1] // key.shape[1]
-    if not state.reads_prefix:
-        state._write_prefix(layer, key, value)
+    if cache.fills_prefix:
+        cache.write_prefix(layer, key, value)
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
         return out.transpose(1, 2), None
 
-    keys, values = state._append(layer, key, value)
+    keys, values = cache.append(layer, key, value)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     # query heads that share a key head become more query tokens of that head
-    grouped = query.unflatten(1, (-1, groups))
-    if cpu.suits_machine_code(query):
-        return _attended_by_machine_code(state, layer, grouped, scale), None
-    own = (grouped * scale).flatten(2, 3)
+    own = (query.unflatten(1, (-1, groups)) * scale).flatten(2, 3)
     parts = [
-        _attended(state, questions, rows, query.shape[2], own[rows], prefix, (keys[rows], values[rows]))
-        for questions, rows, prefix in state._pieces(layer)
+        _attend_piece(cache, questions, rows, query.shape[2], own[rows], prefix, (keys[rows], values[rows]))
+        for questions, rows, prefix in cache.pieces(layer)
     ]
     attended = torch.cat(parts) if len(parts) > 1 else parts[0]
     return attended.reshape(query.shape).transpose(1, 2), None
 
 
-def _attended(
-    state: AttentionState, questions: slice, rows: slice, tokens: int, own: Tensor, prefix: Piece, suffix: Piece
+def _attend_piece(
+    cache: SharedPrefixCache, questions: slice, rows: slice, tokens: int, own: Tensor, prefix: Piece, suffix: Piece
 ) -> Tensor:
     """Attended values (r, H, G*S, K) of scaled queries of q questions, by their prefixes and the suffixes so far."""
+    assert cache.lengths_Q is not None
     (prefix_keys, prefix_values), (keys, values) = prefix, suffix
     count, _, length, _ = prefix_keys.shape
-    siblings = own.unflatten(0, (count, state.rollouts)).transpose(1, 2)
+    siblings = own.unflatten(0, (count, cache.rollouts)).transpose(1, 2)
     stacked = siblings.flatten(2, 3)
 
     # both parts are laid out (q, H, N*G*S, ...): the longer one, against the prefix, needs no transposing
     before = stacked @ prefix_keys.transpose(-1, -2)
-    padding = torch.arange(length, device=own.device) >= state.lengths_Q[questions, None]
+    padding = torch.arange(length, device=own.device) >= cache.lengths_Q[questions, None]
     before.masked_fill_(padding[:, None, None, :], float("-inf"))
     # (r, H, G*S, used + S); in this order bfloat16 products on a CPU take half the time
-    after = (state._dense(keys) @ own.transpose(-1, -2)).transpose(-1, -2)
+    after = (cache.dense(keys) @ own.transpose(-1, -2)).transpose(-1, -2)
     if tokens > 1:
-        future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=own.device).triu(state.used + 1)
+        future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=own.device).triu(cache.used + 1)
         after = after.masked_fill(future.repeat(own.shape[2] // tokens, 1), float("-inf"))
-    if state.valid_RS is not None:
-        after = after.masked_fill(~state.valid_RS[rows, None, None, : keys.shape[2]], float("-inf"))
-    after = after.unflatten(0, (count, state.rollouts)).transpose(1, 2)
-    # of half precision softmax makes float32, and rounds what comes out
+    if cache.valid_RC is not None:
+        after = after.masked_fill(~cache.valid_RC[rows, None, None, : keys.shape[2]], float("-inf"))
+    after = after.unflatten(0, (count, cache.rollouts)).transpose(1, 2)
+    # softmax computes half precision in float32 and rounds the result
     weights = torch.cat([before, after.reshape(*stacked.shape[:3], -1)], dim=-1).softmax(-1)
     before, after = weights.split([length, keys.shape[2]], dim=-1)
 
-    after = after.unflatten(2, (state.rollouts, -1)).transpose(1, 2).flatten(0, 1)  # (r, H, G*S, used + S)
+    after = after.unflatten(2, (cache.rollouts, -1)).transpose(1, 2).flatten(0, 1)  # (r, H, G*S, used + S)
     out = (before @ prefix_values).view(siblings.shape).transpose(1, 2)
-    return out.reshape(own.shape) + after @ state._dense(values)
-
-
-def _attended_by_machine_code(state: AttentionState, layer: int, query: Tensor, scale: float) -> Tensor:
-    """Attended values (R, S, G*H, K) of queries (R, H, G, S, K); only products over prefixes are operators of torch."""
-    from latent_tts.engine.suffix_kernel import attend_suffixes
-
-    _, heads, groups, tokens, width = query.shape
-    keys, values = (part.permute(2, 0, 1, 3) for part in state.suffix[layer])
-    rows_apart = query.unflatten(0, (-1, state.rollouts)).transpose(1, 2)  # (Q, H, N, G, S, K)
-    queries = torch.mul(rows_apart, scale, out=query.new_empty(rows_apart.shape)).flatten(2, 4)
-    attended = torch.empty_like(queries)
-    valid = state.lengths_Q if state.valid_RS is None else state.valid_RS  # the first is not read
-    sizes = state.rollouts, heads, groups * tokens, width, state.capacity, keys.shape[1], state.valid_RS is not None
-    for questions, rows, (prefix_keys, prefix_values) in state._pieces(layer):
-        count, _, length, _ = prefix_keys.shape
-        weights = queries[questions] @ prefix_keys.transpose(-1, -2)
-        tensors = state.lengths_Q, valid, weights, queries, keys, values, attended
-        pieces = rows.stop - rows.start
-        cpu.run(attend_suffixes, pieces, tokens, state.used, questions.start, count, length, *sizes, *tensors)
-        attended[questions].flatten(0, 1).baddbmm_(weights.flatten(0, 1), prefix_values.flatten(0, 1))
-    return attended.view(rows_apart.shape).permute(0, 2, 4, 1, 3, 5).reshape(-1, tokens, heads * groups, width)
-
-
-def _memory(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Memory that lasts for a batch; on a CPU straight from the system if it is much.
-
-    There it goes back at the end, while the allocator would keep the holes between what passes need in the meantime;
-    and what is never written takes no room.
-    """
-    size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size < SYSTEM_BYTES:
-        return like.new_empty(shape)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(shape)
+    return out.reshape(own.shape) + after @ cache.dense(values)
 
 
 def use_shared_prefix_attention(lm: PreTrainedModel) -> None:

@@ -117,8 +117,8 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Passes:
-    """What the rollouts of a run go through.
+class RolloutCost:
+    """What the rollouts of a run go through, and what that costs.
 
     Attributes:
         shape: of the model.
@@ -147,8 +147,8 @@ class Passes:
         random_phases: Collection[str],
         repeated: Sequence[tuple[int, int]],
         looks_for_stop: bool,
-    ) -> Passes:
-        """Those of rollouts that are random in some phases."""
+    ) -> RolloutCost:
+        """The cost of rollouts that are random in some phases."""
         own_prompt = "prompt" in random_phases
         own_last = latents > 0 and "thoughts" in random_phases and not own_prompt
         return cls(shape, latents, forced, own_prompt, own_last, repeated, looks_for_stop)
@@ -192,7 +192,7 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchCost:
     """Rollouts that are drawn together, N of each of Q questions, question-major: R = Q*N rows.
 
     Attributes:
@@ -203,7 +203,7 @@ class Batch:
         answers_R: answer tokens of each row without the final eos, which is chosen too; None: no answer is decoded.
     """
 
-    passes: Passes
+    passes: RolloutCost
     item: int
     prompts_Q: Sequence[int]
     steps_R: Sequence[int]

@@ -13,13 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from latent_tts.random import cpu
-
 BLOCK = 64  # the highest logit is looked for in blocks: maxima are vectorized, places of maxima are not
 VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits of a piece
 SORTED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}  # of whole rows; a sampler may need 50 bytes for each
-GROUPS = 8  # of tokens, each looked at by one thread of a CPU
-LINE = 16  # numbers of a cache line
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,7 @@ def _highest(head: nn.Linear, hidden_RD: Tensor) -> Choice:
     pieces = [slice(start, min(start + at_once, whole)) for start in range(0, whole, at_once)]
     if whole < vocabulary:
         pieces.append(slice(whole, vocabulary))
-    in_machine_code = head.bias is None and cpu.suits_machine_code(hidden_RD)
-    found = (_FoundByMachineCode if in_machine_code else _Found)(rows, hidden_RD.device)
+    found = _Found(rows, hidden_RD.device)
     # all pieces share their memory: new pages for each would cost as much as the product
     product_PR = hidden_RD.new_empty(max(map(_length, pieces)), rows)
     for piece in pieces:
@@ -69,11 +64,10 @@ def _highest(head: nn.Linear, hidden_RD: Tensor) -> Choice:
         # in this order the product needs no rearranged copy of the weights, and places lie side by side for maxima
         torch.mm(head.weight[piece], hidden_RD.t(), out=product)
         found.visit(product, piece.start, None if head.bias is None else head.bias[piece])
-    token_2R, highest_2R, total_R = found.result()
-    logits_2R = highest_2R
+    token_2R, logits_2R = found.token_2R, found.highest_2R
     if hidden_RD.dtype.itemsize < 4:
         token_2R, logits_2R = _settled(head, hidden_RD, token_2R)
-    return Choice(token_2R[0], logits_2R[0] - highest_2R[0] - total_R.log(), logits_2R[0] - logits_2R[1])
+    return Choice(token_2R[0], logits_2R[0] - found.highest_2R[0] - found.total_R.log(), logits_2R[0] - logits_2R[1])
 
 
 class _Found:
@@ -101,37 +95,6 @@ class _Found:
         )
         highest_R = self.highest_2R[0]
         self.total_R = self.total_R * (before_R - highest_R).exp_() + logits_PR.sub_(highest_R).exp_().sum(0)
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The two tokens of the highest logits (2, R), those logits, and the sum of exp(logit - highest) (R)."""
-        return self.token_2R, self.highest_2R, self.total_R
-
-
-class _FoundByMachineCode:
-    """The same for logits in bfloat16 on a CPU, seen once instead of several times."""
-
-    def __init__(self, rows: int, device: torch.device) -> None:
-        width = -(-rows // LINE) * LINE  # threads that write to one cache line wait for each other
-        self._highest_2GW = torch.full((2, GROUPS, width), float("-inf"), device=device)
-        self._token_2GW = torch.zeros(2, GROUPS, width, dtype=torch.int32, device=device)
-        self._total_GW = torch.zeros(GROUPS, width, device=device)
-        self._rows = rows
-
-    def visit(self, product_PR: Tensor, start: int, bias_P: Tensor | None) -> None:
-        """Look at the logits of the tokens from `start` on."""
-        from latent_tts.engine.head_kernel import visit
-
-        assert bias_P is None
-        sizes = *product_PR.shape, self._total_GW.shape[1], start
-        cpu.run(visit, GROUPS, *sizes, product_PR, *self._highest_2GW, *self._token_2GW, self._total_GW)
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """See `_Found`."""
-        highest_2GR, token_2GR = (part[..., : self._rows] for part in (self._highest_2GW, self._token_2GW.long()))
-        token_XR, order_XR = token_2GR.flatten(0, 1).sort(0)  # so that of equal logits the lowest token is first
-        highest_2R, token_2R = _first_two(highest_2GR.flatten(0, 1).gather(0, order_XR), token_XR)
-        total_R = (self._total_GW[:, : self._rows] * (highest_2GR[0] - highest_2R[0]).exp()).sum(0)
-        return token_2R, highest_2R, total_R
 
 
 def _settled(head: nn.Linear, hidden_RD: Tensor, token_2R: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,17 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_tts.engine.rollout import Engine, Thinking
-from latent_tts.engine.sites import MaskedSites
+from latent_tts.engine.rollout import Engine, RolloutState
+from latent_tts.engine.sites import SiteHooks
 from latent_tts.random.draw import Draw
 from latent_tts.random.philox import key_of
-from latent_tts.results.annotated import Annotated, Dropped, written_ids
-from latent_tts.results.annotations import AnnotationFolder
-from latent_tts.results.files import written_in_parts
 from latent_tts.sampler import Sampler
-from latent_tts.types import Bools
+from latent_tts.types import Bools, LabelledQuestion, UnmixedQuestion, written_ids
 
-MOST_COMPLETIONS = 1 << 16  # rollout number and completion number share a 32-bit counter word
+MAX_COMPLETIONS = 1 << 16  # rollout number and completion number share a 32-bit counter word
 
 
 @dataclass(frozen=True)
@@ -68,45 +65,37 @@ class Labelling:
 
 
 def label(
-    folder: AnnotationFolder,
-    jobs: Sequence[LabelJob],
-    engine: Engine,
-    sampler: Sampler,
-    labelling: Labelling,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Label questions into a folder, a shard every two seconds and at the end, however it ends.
+    jobs: Sequence[LabelJob], engine: Engine, sampler: Sampler, labelling: Labelling
+) -> Iterator[tuple[list[LabelledQuestion | UnmixedQuestion], int]]:
+    """Label questions batch by batch, longest prompts first.
 
     Args:
-        folder: where labels go.
         jobs: what to label.
         engine: the loaded reasoner.
         sampler: what makes rollouts and completions differ.
         labelling: how many, and how they are keyed.
-        progress: called with the numbers of questions and of rollouts (completions included) of a finished batch.
+
+    Yields:
+        A record of each question of a batch, and how many rollouts (completions included) the batch took.
     """
-    a_batch = max(1, labelling.rows // labelling.rollouts)
+    questions_per_batch = max(1, labelling.rows // labelling.rollouts)
     by_length = sorted(jobs, key=lambda job: (-len(job.prompt), job.index))
-    with written_in_parts(folder.add) as take:
-        for start in range(0, len(by_length), a_batch):
-            batch = by_length[start : start + a_batch]
-            entries, rollouts = label_batch(batch, engine, sampler, labelling)
-            take(entries)
-            progress(len(batch), rollouts)
+    for start in range(0, len(by_length), questions_per_batch):
+        yield label_batch(by_length[start : start + questions_per_batch], engine, sampler, labelling)
 
 
 @torch.inference_mode()
 def label_batch(
     jobs: Sequence[LabelJob], engine: Engine, sampler: Sampler, labelling: Labelling
-) -> tuple[list[Annotated | Dropped], int]:
+) -> tuple[list[LabelledQuestion | UnmixedQuestion], int]:
     """Rollouts and labels of some questions, and how many rollouts (completions included) that took."""
     n, device = labelling.rollouts, engine.device
     ids = [job.question_id for job in jobs]
     numbers_QN = torch.arange(n, device=device).expand(len(jobs), n)
     draw = Draw.of(labelling.seed, ids, numbers_QN, engine.width, engine.blocks)
-    with MaskedSites(engine.lm, sampler) as sites:
-        thinking = Thinking.start(engine, [job.prompt for job in jobs], draw, sites).think()
-        rollouts = thinking.answer()
+    with SiteHooks(engine.lm, sampler) as hooks:
+        state = RolloutState.start(engine, [job.prompt for job in jobs], draw, hooks).make_latents()
+        rollouts = state.decode_answers()
         corrects_QN = _are_right(jobs, np.arange(len(jobs)).repeat(n), rollouts.answer_ids).reshape(-1, n)
         mixed_Q = corrects_QN.any(1) & ~corrects_QN.all(1)
         kept = np.flatnonzero(mixed_Q | labelling.keep_all)
@@ -119,22 +108,23 @@ def label_batch(
             settled = (steps_R[rows] == step) & (not _random_after_the_last(sampler, engine))
             labels_RT[rows[settled], step - 1] = corrects_QN.flatten()[rows[settled]]
             rows = rows[~settled]
-            labels_RT[rows, step - 1] = _completed(jobs, thinking, rows, step, labelling)
+            labels_RT[rows, step - 1] = _completed(jobs, state, rows, step, labelling)
             done += len(rows) * labelling.completions
     latents_QNTD = rollouts.latents_RTD.numpy().reshape(len(jobs), n, engine.plan.latents, engine.width)
     labels_QNT, steps_QN = labels_RT.reshape(len(jobs), n, -1), steps_R.reshape(-1, n)
     end_ids, eos_id = engine.plan.thinking_end_ids, engine.plan.eos_id
     assert eos_id is not None, "labels are of finished answers"
-    entries: list[Annotated | Dropped] = []
+    entries: list[LabelledQuestion | UnmixedQuestion] = []
     for place, job in enumerate(jobs):
         if place not in kept:
             reason = "all_correct" if corrects_QN[place, 0] else "all_wrong"
-            entries.append(Dropped(job.question_id, job.index, reason, n))
+            entries.append(UnmixedQuestion(job.question_id, job.index, reason, n))
             continue
         steps = steps_QN[place].tolist()
         written = written_ids(job.prompt, steps, labelling.latent_id, end_ids, eos_id)
+        labels_NT, corrects_N = labels_QNT[place], corrects_QN[place]
         entries.append(
-            Annotated(job.question_id, job.index, written, latents_QNTD[place], labels_QNT[place], corrects_QN[place])
+            LabelledQuestion(job.question_id, job.index, written, latents_QNTD[place], labels_NT, corrects_N)
         )
     return entries, done
 
@@ -151,18 +141,18 @@ def _random_after_the_last(sampler: Sampler, engine: Engine) -> bool:
 
 
 def _completed(
-    jobs: Sequence[LabelJob], thinking: Thinking, rows: np.ndarray, step: int, labelling: Labelling
+    jobs: Sequence[LabelJob], state: RolloutState, rows: np.ndarray, step: int, labelling: Labelling
 ) -> np.ndarray:
     """Share of right completions of `rows`, each from its first `step` latents."""
-    count, device, n = labelling.completions, thinking.latents_RTD.device, labelling.rollouts
+    count, device, n = labelling.completions, state.latents_RTD.device, labelling.rollouts
     keys = torch.tensor([key_of(labelling.seed, f"{job.question_id} from {step}") for job in jobs], device=device)
     shares = np.empty(len(rows), dtype=np.float32)
     for part in _parts(rows, max(1, labelling.rows // count), n):
         here: Tensor = torch.from_numpy(rows[part]).to(device).repeat_interleave(count)
         completion = torch.arange(count, device=device).repeat(len(rows[part]))
-        numbers, engine = here % n * MOST_COMPLETIONS + completion, thinking.engine
+        numbers, engine = here % n * MAX_COMPLETIONS + completion, state.engine
         draw = Draw(keys[here // n], numbers, engine.width, engine.blocks)
-        ended = thinking.fork(here, draw, step).think().answer()
+        ended = state.fork(here, draw, step).make_latents().decode_answers()
         right = _are_right(jobs, (here // n).cpu().numpy(), ended.answer_ids)
         shares[part] = right.reshape(-1, count).mean(1)
     return shares

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import psutil
 import torch
 
-from latent_tts.engine import gpu
 from latent_tts.engine.cost import Rates, Shape
+from latent_tts.engine.device import free_bytes, is_gpu, synchronized_seconds
 
 CPU_ROW_VALUES, CUDA_ROW_VALUES = 1 << 19, 1 << 22  # rows * width of a batch: see benchmarks/engine.py
 PROMPTS_SHARE = 8  # rows that run whole prompts are an eighth of the others: see docs/tuning.md
@@ -22,7 +21,7 @@ GPU_CALLS = 20  # timed together, so that launching them and waiting for the las
 
 
 @dataclass(frozen=True)
-class Job:
+class RolloutJob:
     """A question that still needs rollouts.
 
     Attributes:
@@ -31,7 +30,7 @@ class Job:
         prompt: token ids.
         rollouts: numbers of the rollouts to draw, ascending.
         donor: prompt of the question whose latents it reads, for the sampler that needs one.
-        shift: added to the position ids, for scores as the official script makes them.
+        position_offset: added to the position ids, for scores as the official script makes them.
     """
 
     row_key: str
@@ -39,18 +38,18 @@ class Job:
     prompt: list[int]
     rollouts: list[int]
     donor: list[int] | None = None
-    shift: int = 0
+    position_offset: int = 0
 
 
 def default_rows(width: int, device: str, own_prompt: bool = False) -> int:
     """Rows of a batch, from the model's width, the kind of device and whether each row runs a prompt of its own."""
-    values = CUDA_ROW_VALUES if gpu.is_gpu(device) else CPU_ROW_VALUES
+    values = CUDA_ROW_VALUES if is_gpu(device) else CPU_ROW_VALUES
     rows = max(64, 1 << ((values // width).bit_length() - 1))
     return rows // PROMPTS_SHARE if own_prompt else rows
 
 
-def most_prompts(width: int, device: str) -> int:
-    """Most prompts that run at once."""
+def max_prompts(width: int, device: str) -> int:
+    """How many prompts run at once at most."""
     return default_rows(width, device, own_prompt=True)
 
 
@@ -61,16 +60,15 @@ def row_bytes(shape: Shape, prompt: int, suffix: int, item: int, own_prompt: boo
     return shape.cache_bytes(tokens, item) + activations + 3 * 4 * shape.vocabulary
 
 
-def rows_that_fit(rows: int, bytes_a_row: int, device: str) -> int:
+def rows_that_fit(rows: int, bytes_per_row: int, device: str) -> int:
     """`rows`, halved until a batch fits half of the free memory."""
-    # what the system keeps of files in memory makes way, so it counts as free
-    free = gpu.free_bytes(device) if gpu.is_gpu(device) else psutil.virtual_memory().available
-    while rows > 1 and rows * bytes_a_row > MEMORY_SHARE * free:
+    free = free_bytes(device)
+    while rows > 1 and rows * bytes_per_row > MEMORY_SHARE * free:
         rows //= 2
     return rows
 
 
-def batches(jobs: Sequence[Job], rows: int, prompts: int | None = None) -> Iterator[list[Job]]:
+def batches(jobs: Sequence[RolloutJob], rows: int, prompts: int | None = None) -> Iterator[list[RolloutJob]]:
     """Batches of jobs with equally many rollouts each, longest prompts first (what does not fit fails at once).
 
     Args:
@@ -85,7 +83,7 @@ def batches(jobs: Sequence[Job], rows: int, prompts: int | None = None) -> Itera
         for start in range(0, len(job.rollouts), rows)
     ]
     pieces.sort(key=lambda job: (-len(job.rollouts), -len(job.prompt), job.row_key))
-    batch: list[Job] = []
+    batch: list[RolloutJob] = []
     for piece in pieces:
         count = len(piece.rollouts)
         if batch and (count != len(batch[0].rollouts) or (len(batch) + 1) * count > rows or len(batch) == most):
@@ -99,7 +97,7 @@ def batches(jobs: Sequence[Job], rows: int, prompts: int | None = None) -> Itera
 @lru_cache(maxsize=8)
 def measured_rates(width: int, dtype: str, device: str) -> Rates:
     """What the device does at best: a matrix product of a model's width, and a copy too large for small caches."""
-    on_gpu, kind = gpu.is_gpu(device), getattr(torch, dtype)
+    on_gpu, kind = is_gpu(device), getattr(torch, dtype)
     rows = min(GPU_PRODUCT_ROWS, GPU_PRODUCT // width**2) if on_gpu else CPU_PRODUCT_ROWS
     a = torch.ones(rows, width, dtype=kind, device=device)
     b = torch.ones(width, 4 * width, dtype=kind, device=device)
@@ -110,10 +108,10 @@ def measured_rates(width: int, dtype: str, device: str) -> Rates:
     def best(call: Callable[[], torch.Tensor]) -> float:
         seconds = []
         for _ in range(5):
-            started = gpu.now(source.device)
+            started = synchronized_seconds(source.device)
             for _ in range(calls):
                 call()
-            seconds.append(gpu.now(source.device) - started)
+            seconds.append(synchronized_seconds(source.device) - started)
         return min(seconds) / calls
 
     product, copy = best(lambda: a @ b), best(lambda: target.copy_(source))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from latent_tts.engine import gpu
+from latent_tts.engine.device import is_gpu
 from latent_tts.engine.sites import find_blocks
 from latent_tts.errors import bad_value
 
@@ -33,7 +33,7 @@ def check_device(kind: str, device: str) -> None:
         UsageError: it cannot.
     """
     if kind == "float8":
-        fit = gpu.is_gpu(device) and torch.cuda.get_device_capability(device) >= FLOAT8_FROM
+        fit = is_gpu(device) and torch.cuda.get_device_capability(device) >= FLOAT8_FROM
         needed = f"{device} has no float8 products: they take CUDA with compute capability {FLOAT8_FROM[0]}."
         if not fit:
             raise bad_value(KEY, kind, f"{needed}{FLOAT8_FROM[1]} or more\nengine.quantize=int8 runs on a CPU too")

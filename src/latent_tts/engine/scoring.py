@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latent_tts.engine.attention import AttentionState
-from latent_tts.engine.backbone import padded, prepare, run
+from latent_tts.engine.backbone import prepare_backbone
+from latent_tts.engine.prompts import pad_prompts
+from latent_tts.engine.state import KeyValueState
 from latent_tts.types import RewardModel
 
 
@@ -19,7 +20,7 @@ class LatentScorer:
 
     def __init__(self, model: RewardModel) -> None:
         self.model, self.backbone = model, model.backbone
-        prepare(self.backbone)
+        prepare_backbone(self.backbone)
 
     @property
     def device(self) -> torch.device:
@@ -28,45 +29,33 @@ class LatentScorer:
 
     @torch.inference_mode()
     def open(
-        self, prompts: list[list[int]], rollouts: int, capacity: int, *, shifts_Q: Tensor | None = None
-    ) -> AttentionState:
-        """Run Q prompts; what comes back takes the latents of `rollouts` rows a question.
+        self, prompts: list[list[int]], rollouts: int, capacity: int, *, position_offset_Q: Tensor | None = None
+    ) -> KeyValueState:
+        """Run Q prompts; what comes back takes the latents of `rollouts` rows per question.
 
         Args:
             prompts: Q lists of token ids, none empty; the start token is their last.
             rollouts: N.
-            capacity: most latents a row will have.
-            shifts_Q: what is added to the position ids of each question's tokens and latents; None adds nothing.
+            capacity: most latents of a row.
+            position_offset_Q: added to the position ids of each question's tokens and latents; None adds nothing.
         """
-        ids_QL, lengths = padded(prompts, self.device)
-        state = AttentionState(lengths, rollouts, capacity)
-        positions = torch.arange(ids_QL.shape[1], device=self.device)[None].expand(len(prompts), -1)
-        if shifts_Q is not None:
-            last = shifts_Q[:, None] + lengths[:, None] - 1
-            positions = torch.minimum(positions + shifts_Q[:, None], last)  # padding stays where there are positions
-        run(self.backbone, self.backbone.get_input_embeddings()(ids_QL), positions, state)
-        state.reads_prefix = True
+        ids_QL, lengths_Q = pad_prompts(prompts, self.device)
+        state = KeyValueState(self.backbone, rollouts, capacity, position_offset_Q=position_offset_Q)
+        state.prefill(self.backbone.get_input_embeddings()(ids_QL), lengths_Q)
         return state
 
     @torch.inference_mode()
-    def extend(self, state: AttentionState, latents_RSD: Tensor, *, shifts_Q: Tensor | None = None) -> Tensor:
+    def extend(self, state: KeyValueState, latents_RSD: Tensor) -> Tensor:
         """Append S latents to every row.
 
         Args:
             state: from `open`, with all latents so far.
             latents_RSD: as they were fed back to the reasoner.
-            shifts_Q: as given to `open`.
 
         Returns:
             Step scores (R, S), float32 (float64 for a model in float64).
         """
-        steps = latents_RSD.shape[1]
-        positions = state.positions(steps)
-        if shifts_Q is not None:
-            positions = positions + shifts_Q.repeat_interleave(state.rollouts)[:, None]
-        hidden_RSD = run(self.backbone, latents_RSD.to(self.device, self.backbone.dtype), positions, state)
-        state.used += steps
-        return self.model.classifier(hidden_RSD)
+        return self.model.classifier(state.append(latents_RSD.to(self.device, self.backbone.dtype)))
 
     def score(
         self,
@@ -74,7 +63,7 @@ class LatentScorer:
         latents_RTD: Tensor,
         *,
         steps_R: Tensor | None = None,
-        shifts_Q: Tensor | None = None,
+        position_offset_Q: Tensor | None = None,
     ) -> Tensor:
         """Step scores of finished rollouts, N of each of Q prompts, question-major.
 
@@ -82,29 +71,15 @@ class LatentScorer:
             prompts: Q lists of token ids.
             latents_RTD: the latents of R = Q*N rows.
             steps_R: how many latents each row has; None means T.
-            shifts_Q: see `open`.
+            position_offset_Q: see `open`.
 
         Returns:
             (R, T) as of `extend`; NaN beyond a row's own latents.
         """
         rows, steps = latents_RTD.shape[:2]
-        state = self.open(prompts, rows // len(prompts), steps, shifts_Q=shifts_Q)
-        scores_RT = self.extend(state, latents_RTD, shifts_Q=shifts_Q)
+        state = self.open(prompts, rows // len(prompts), steps, position_offset_Q=position_offset_Q)
+        scores_RT = self.extend(state, latents_RTD)
         if steps_R is None:
             return scores_RT
         beyond_RT = torch.arange(steps, device=scores_RT.device) >= steps_R.to(scores_RT.device)[:, None]
         return scores_RT.masked_fill(beyond_RT, float("nan"))
-
-
-def official_shifts(text_tokens_QN: list[list[int]]) -> list[list[int]]:
-    """What left padding to the longest text of a group adds to each row's positions.
-
-    The official script reads the rollouts of a batch as left-padded texts without position ids, so that every row is
-    moved to the right by its padding.
-
-    Args:
-        text_tokens_QN: tokens of each row's whole text (prompt, latents, end of thinking, answer), a list a group.
-
-    Source: ModalityDance/LatentTTS at 6657f20, src/infer_gpt2_rm.py.
-    """
-    return [[max(row) - own for own in row] for row in text_tokens_QN]

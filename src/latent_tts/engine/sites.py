@@ -18,8 +18,8 @@ BRANCHES: tuple[tuple[Site, tuple[str, ...]], ...] = (
 )
 
 
-class MaskedSites:
-    """Hooks on a backbone; they do nothing until `forward` names the pass that is about to run.
+class SiteHooks:
+    """Hooks on a backbone that multiply outputs by a sampler's factors; they do nothing before the first `set_pass`.
 
     Used as a context manager: the hooks go when it ends.
     """
@@ -40,15 +40,15 @@ class MaskedSites:
                     raise RunError(f"sampler=dropout: {type(block).__name__} has none of {', '.join(names)} to mask")
                 self._handles.append(module.register_forward_hook(self._hook(site, layer)))
 
-    def __enter__(self) -> MaskedSites:
+    def __enter__(self) -> SiteHooks:
         return self
 
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def about_to_run(self, draw: Draw, *forwards: Forward) -> None:
-        """The pass that comes next (or several side by side in one), and the rows it runs."""
+    def set_pass(self, draw: Draw, *forwards: Forward) -> None:
+        """Say which pass comes next (or which, side by side in one), and the random numbers of its rows."""
         self._draw, self._forwards = draw, forwards
 
     def _apply(self, site: Site, layer: int, output: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from latent_tts.pipeline.spec import (
 )
 from latent_tts.results import report
 from latent_tts.results.annotations import FORMAT, AnnotationFolder
+from latent_tts.results.files import written_in_parts
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
 from latent_tts.task import Task
@@ -178,11 +179,9 @@ def _label(
     )  # fmt: skip
     with report.progress_bar(len(jobs), "questions") as bar:
         started, done, drawn = time.perf_counter(), 0, 0
-
-        def progress(questions: int, rollouts: int) -> None:
-            nonlocal done, drawn
-            done, drawn = done + questions, drawn + rollouts
-            report.show(bar, done, f"{drawn / (time.perf_counter() - started):.0f} rollouts/s")
-
         with computing("annotating", f"finished questions are in {folder.path}", LESS_MEMORY):
-            label(folder, jobs, engine, sampler, labelling, progress)
+            with written_in_parts(folder.add) as write:
+                for entries, rollouts in label(jobs, engine, sampler, labelling):
+                    write(entries)
+                    done, drawn = done + len(entries), drawn + rollouts
+                    report.show(bar, done, f"{drawn / (time.perf_counter() - started):.0f} rollouts/s")

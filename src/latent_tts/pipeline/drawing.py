@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latent_tts.engine import gpu
-from latent_tts.engine.cost import Batch, Rates, Shape, Work
-from latent_tts.engine.packing import Job, batches, measured_rates, most_prompts, row_bytes
+from latent_tts.engine.cost import BatchCost, Rates, Shape, Work
+from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
+from latent_tts.engine.packing import RolloutJob, batches, max_prompts, measured_rates, row_bytes
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import LESS_MEMORY, RunError, computing
 from latent_tts.pipeline.models import find_device, load_reasoner, load_scorer, rollout_plan, rows_per_batch
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
-from latent_tts.random import cpu
 from latent_tts.results import report
 from latent_tts.results.cache import NOT_DECODED, PartCache, RolloutCache, ScoreCache
 from latent_tts.results.files import written_in_parts
@@ -44,7 +43,7 @@ def draw(spec: RunSpec, cache: RolloutCache, lacking: Mapping[str, list[int]], *
     """
     device, search, shape = find_device(spec.engine), spec.search, spec.shape
     jobs = [
-        Job(
+        RolloutJob(
             row_key=key,
             question_id=question.id,
             prompt=spec.prompts[question.id],
@@ -68,7 +67,7 @@ def draw(spec: RunSpec, cache: RolloutCache, lacking: Mapping[str, list[int]], *
         scorer = LatentScorer(load_scorer(spec.scorer, spec.engine.dtype, device))
         reduction = spec.scorer.reduction
 
-    def draw_batch(batch: list[Job]) -> list[Row]:
+    def draw_batch(batch: list[RolloutJob]) -> list[Row]:
         started = _begin(engine.device)
         rollouts = search.roll(engine, batch, sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers)
         measured = _measured(started, engine.device, len(rollouts.answer_ids))
@@ -78,7 +77,7 @@ def draw(spec: RunSpec, cache: RolloutCache, lacking: Mapping[str, list[int]], *
         return _rollout_rows(batch, rollouts, measured, answers=answers)
 
     # prompts run in batches of their own size, unless each job brings many rows
-    prompts = None if search.guided else most_prompts(engine.width, engine.device.type)
+    prompts = None if search.guided else max_prompts(engine.width, engine.device.type)
     packed = batches(jobs, max(search.survivors or 1, rows // search.rows_per_survivor), prompts)
     with report.progress_bar(total, "rollouts") as bar:
         with computing("drawing rollouts", f"what was drawn is in {cache.folder}", LESS_MEMORY):
@@ -91,7 +90,7 @@ def score(
     cache: ScoreCache,
     lacking: Mapping[str, list[int]],
     latents: Mapping[tuple[str, int], NDArray[np.float32]],
-    shifts: Mapping[tuple[str, int], int],
+    offsets: Mapping[tuple[str, int], int],
 ) -> None:
     """Score rollouts into a cache; what was scored before a failure or an interruption is kept.
 
@@ -100,7 +99,7 @@ def score(
         cache: where step scores go.
         lacking: rollout numbers by row key.
         latents: of each (row key, rollout), (steps, D).
-        shifts: what is added to the positions of each (row key, rollout); 0 where it is not named.
+        offsets: what is added to the positions of each (row key, rollout); 0 where it is not named.
 
     Raises:
         RunError: a failure while scoring.
@@ -112,11 +111,13 @@ def score(
     jobs = []
     for question in spec.questions:
         key = spec.row_key(question)
-        by_shift: dict[int, list[int]] = {}
+        by_offset: dict[int, list[int]] = {}
         for number in lacking.get(key, []):
-            by_shift.setdefault(shifts.get((key, number), 0), []).append(number)
+            by_offset.setdefault(offsets.get((key, number), 0), []).append(number)
         prompt = spec.prompts[question.id]
-        jobs += [Job(key, question.id, prompt, numbers, shift=shift) for shift, numbers in by_shift.items()]
+        jobs += [
+            RolloutJob(key, question.id, prompt, numbers, position_offset=shift) for shift, numbers in by_offset.items()
+        ]
     total = sum(len(job.rollouts) for job in jobs)
     longest, steps = max(len(job.prompt) for job in jobs), max(map(len, latents.values()))
     # a batch may hold one row per prompt
@@ -128,7 +129,7 @@ def score(
     )
     log.info("%d rollouts to score with %s: at most %.3g GFLOP", total, scorer.name, work / 1e9)
     model = LatentScorer(load_scorer(scorer, dtype, device))
-    packed = batches(jobs, rows, most_prompts(shape.width, model.device.type))
+    packed = batches(jobs, rows, max_prompts(shape.width, model.device.type))
     with report.progress_bar(total, "scores") as bar:
         with computing("scoring rollouts", f"what was scored is in {cache.folder}", LESS_MEMORY):
             rates = measured_rates(shape.width, dtype, device)
@@ -142,8 +143,8 @@ def score(
 
 def _fill(
     cache: PartCache,
-    packed: Iterable[list[Job]],
-    work: Callable[[list[Job]], list[Row]],
+    packed: Iterable[list[RolloutJob]],
+    work: Callable[[list[RolloutJob]], list[Row]],
     progress: Callable[[int], None],
 ) -> None:
     """Work on batches one after another; a part is written every two seconds and at the end, however it ends."""
@@ -166,7 +167,7 @@ def _bytes_per_row(spec: RunSpec, longest: int) -> int:
 
 
 def _log_work(
-    spec: RunSpec, jobs: Sequence[Job], rates: Rates, rows: int, bytes_per_row: int, *, answers: bool
+    spec: RunSpec, jobs: Sequence[RolloutJob], rates: Rates, rows: int, bytes_per_row: int, *, answers: bool
 ) -> None:
     """Say how much there is to draw, and what it takes."""
     passes, most = spec.passes, spec.adapter.latents
@@ -175,7 +176,7 @@ def _log_work(
     def flops_per_rollout(prompt: int) -> float:
         return passes.rollout(prompt, most, chosen) if answers else passes.thinking(prompt, most)
 
-    def grown(job: Job) -> int:
+    def grown(job: RolloutJob) -> int:
         return spec.n if spec.search.guided else len(job.rollouts)
 
     work = sum(passes.once(len(job.prompt)) + grown(job) * flops_per_rollout(len(job.prompt)) for job in jobs)
@@ -188,7 +189,7 @@ def _log_work(
     )  # fmt: skip
 
 
-def _require_finite(rollouts: Rollouts, batch: Sequence[Job], engine: Engine) -> None:
+def _require_finite(rollouts: Rollouts, batch: Sequence[RolloutJob], engine: Engine) -> None:
     """Raise RunError unless all latents are finite."""
     if not rollouts.latents_RTD.isfinite().all():
         raise RunError(
@@ -199,11 +200,11 @@ def _require_finite(rollouts: Rollouts, batch: Sequence[Job], engine: Engine) ->
 
 
 def _least_of_batch(
-    spec: RunSpec, batch: Sequence[Job], rollouts: Rollouts, item: int, rates: Rates, *, answers: bool
+    spec: RunSpec, batch: Sequence[RolloutJob], rollouts: Rollouts, item: int, rates: Rates, *, answers: bool
 ) -> dict[str, float]:
     """A row's share of what drawing a batch cannot do without."""
     begun = len(spec.forced_ids)
-    least = Batch(
+    least = BatchCost(
         passes=spec.passes,
         item=item,
         prompts_Q=[len(job.prompt) for job in batch],
@@ -214,7 +215,10 @@ def _least_of_batch(
 
 
 def _score_batch(
-    batch: Sequence[Job], scorer: LatentScorer, latents: Mapping[tuple[str, int], NDArray[np.float32]], rates: Rates
+    batch: Sequence[RolloutJob],
+    scorer: LatentScorer,
+    latents: Mapping[tuple[str, int], NDArray[np.float32]],
+    rates: Rates,
 ) -> list[Row]:
     started = _begin(scorer.device)
     places = [(job.row_key, number) for job in batch for number in job.rollouts]
@@ -222,11 +226,12 @@ def _score_batch(
     latents_RTD = torch.zeros(len(places), max(steps), latents[places[0]].shape[1])
     for row, place in enumerate(places):
         latents_RTD[row, : steps[row]] = torch.tensor(latents[place])
+    offset_Q = torch.tensor([job.position_offset for job in batch], device=scorer.device)
     scores_RT = scorer.score(
         [job.prompt for job in batch],
         latents_RTD,
         steps_R=torch.tensor(steps),
-        shifts_Q=torch.tensor([job.shift for job in batch], device=scorer.device),
+        position_offset_Q=offset_Q if any(job.position_offset for job in batch) else None,
     ).tolist()
     measured = _measured(started, scorer.device, len(places))
     shape, item = Shape.from_config(scorer.backbone.config.to_dict()), scorer.backbone.dtype.itemsize
@@ -238,7 +243,7 @@ def _score_batch(
     ]
 
 
-def _rollout_rows(batch: Sequence[Job], rollouts: Rollouts, measured: Row, *, answers: bool) -> list[Row]:
+def _rollout_rows(batch: Sequence[RolloutJob], rollouts: Rollouts, measured: Row, *, answers: bool) -> list[Row]:
     """The cache's rows of a batch."""
     latents = rollouts.latents_RTD.numpy().astype("<f4", copy=False)
     logprob, margin = rollouts.answer_logprob_R.tolist(), rollouts.answer_margin_R.tolist()
@@ -261,19 +266,15 @@ def _rollout_rows(batch: Sequence[Job], rollouts: Rollouts, measured: Row, *, an
 
 
 def _begin(device: torch.device) -> float:
-    """When a batch begins."""
-    if gpu.is_gpu(device):
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        cpu.forget_peak()
-    return gpu.now(device)
+    """When a batch begins; its peak memory is counted from here."""
+    reset_peak_bytes(device)
+    return synchronized_seconds(device)
 
 
 def _measured(started: float, device: torch.device, rows: int) -> Row:
-    """A row's share of what a batch took; memory is the batch's: on the CPU the process's, on a GPU torch's."""
-    peak = torch.cuda.max_memory_allocated(device) if gpu.is_gpu(device) else cpu.peak_bytes()
-    seconds = (gpu.now(device) - started) / rows
-    return {"seconds": seconds, "peak_memory_bytes": peak, "device": device.type, "rows": rows}
+    """A row's share of what a batch took; memory is the batch's."""
+    seconds = (synchronized_seconds(device) - started) / rows
+    return {"seconds": seconds, "peak_memory_bytes": peak_bytes(device), "device": device.type, "rows": rows}
 
 
 def _least(stretches: Sequence[Work], rates: Rates, rows: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 from latent_tts.engine import quantization
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.packing import default_rows, rows_that_fit
-from latent_tts.engine.rollout import Plan
+from latent_tts.engine.rollout import RolloutPlan
 from latent_tts.errors import bad_value
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.spec import EngineSettings
@@ -87,9 +87,9 @@ def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, dev
 
 def rollout_plan(
     adapter: ModelAdapter, max_answer_tokens: int, schedule: Schedule | None = None, forced_ids: Sequence[int] = ()
-) -> Plan:
+) -> RolloutPlan:
     """What a rollout of the adapter's model consists of; without a schedule one latent is made after another."""
-    plan = Plan(
+    plan = RolloutPlan(
         adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
         forced_ids=list(forced_ids),
     )  # fmt: skip

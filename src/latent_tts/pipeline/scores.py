@@ -70,7 +70,7 @@ def official_positions(spec: RunSpec, answer_ids: Iterable[Sequence[int]], laten
     Raises:
         RunError: a rollout's text is too long for the scorer.
     """
-    from latent_tts.engine.scoring import official_shifts
+    from latent_tts.engine.official_positions import position_offsets
 
     scorer, adapter, n = spec.scorer, spec.adapter, spec.n
     assert scorer is not None
@@ -87,4 +87,4 @@ def official_positions(spec: RunSpec, answer_ids: Iterable[Sequence[int]], laten
             f"scorer.positions=official: a rollout's text has {longest} tokens, {scorer.name} takes {limit}\n"
             "scorer.positions=correct needs only the prompt and the latents"
         )
-    return [shift for row in official_shifts(lengths) for shift in row]
+    return [shift for row in position_offsets(lengths) for shift in row]

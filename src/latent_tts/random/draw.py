@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from latent_tts.random import bits as philox_rows
+from latent_tts.random import bits
 from latent_tts.random.philox import Stream, key_of
 
 DECISIONS_PER_BLOCK = 8  # a Philox block is 128 bits, a dropout decision 16
@@ -55,7 +55,7 @@ class Draw:
     def normal(self, step: int, width: int) -> Tensor:
         """Standard normals (R, width) in float32, by Box-Muller in float64 so that devices agree."""
         place, stream = _place(0, step), int(Stream.LATENT_NOISE)
-        words = philox_rows.words(self.keys_R2, self.rollouts_R, -(-width // 4), place, stream)
+        words = bits.words(self.keys_R2, self.rollouts_R, -(-width // 4), place, stream)
         uniform = (words.flatten(1).to(torch.float64) + 0.5) * 2.0**-32
         radius, angle = uniform.chunk(2, dim=-1)
         radius, angle = torch.sqrt(-2.0 * torch.log(radius)), angle * (2.0 * math.pi)
@@ -63,7 +63,7 @@ class Draw:
 
     def uniform(self, step: int) -> Tensor:
         """Uniform numbers (R) in [0, 1) in float64 with 52 random bits, one a row: what draws a token."""
-        words = philox_rows.words(self.keys_R2, self.rollouts_R, 1, _place(0, step), int(Stream.TOKEN))
+        words = bits.words(self.keys_R2, self.rollouts_R, 1, _place(0, step), int(Stream.TOKEN))
         high, low, _, _ = words.squeeze(-1).unbind(1)
         return (high << 20 | low >> 12).to(torch.float64) * 2.0**-52
 
@@ -97,7 +97,7 @@ class Draw:
         rollouts, device = self.rollouts_R.shape[0], self.rollouts_R.device
         kept = torch.empty(rollouts, len(layers), tokens, 2, 4 * per_token, dtype=torch.bool, device=device)
         places = _layer_words(tuple(layers), device) | _place(0, step)
-        philox_rows.decide(self.keys_R2, self.rollouts_R, places, int(Stream.DROPOUT), threshold, kept)
+        bits.decide(self.keys_R2, self.rollouts_R, places, int(Stream.DROPOUT), threshold, kept)
         return kept.flatten(3)
 
 

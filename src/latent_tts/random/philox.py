@@ -2,7 +2,7 @@
 
 The same lines serve Python integers, NumPy int64 arrays and torch int64 tensors on any device, because they use
 nothing but `*`, `+`, `>>`, `&` and `^`: the integers are therefore equal everywhere. This module knows none of those
-libraries; `rng.py` turns the words into torch normals and masks.
+libraries; `draw.py` turns the words into torch normals and masks.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (the Random123 constants and test vectors).
 """

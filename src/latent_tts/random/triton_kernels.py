@@ -1,6 +1,6 @@
 """Random numbers on a GPU by one kernel where torch's operators take a hundred: the same integers bit for bit.
 
-Imported where Triton is installed, which CUDA builds of torch bring along on Linux; `philox_rows.py` compares it
+Imported where Triton is installed, which CUDA builds of torch bring along on Linux; `bits.py` compares it
 with the operators before it is used.
 """
 
@@ -18,7 +18,7 @@ LANES = 256
 
 
 def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
-    """`philox_rows.words` by one kernel."""
+    """`bits.words` by one kernel."""
     out = torch.empty(len(rollouts_R), 4, blocks, dtype=torch.long, device=rollouts_R.device)
     grid = len(rollouts_R), triton.cdiv(blocks, LANES)
     with torch.cuda.device_of(out):
@@ -27,7 +27,7 @@ def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: 
 
 
 def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor) -> None:
-    """`philox_rows.decide` by one kernel."""
+    """`bits.decide` by one kernel."""
     rows, places, tokens, _, per_token = kept.shape
     blocks = per_token // 4
     grid = rows, places, triton.cdiv(tokens * blocks, LANES)

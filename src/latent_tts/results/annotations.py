@@ -30,8 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_tts.errors import UsageError, bad_value
-from latent_tts.results.annotated import Annotated, Dropped, Reason, wrong_shapes, wrong_values
 from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason
 
 FORMAT, READABLE = 2, (1, 2)  # parts of format 1 have no gold answers, so a writer does not go on with them
 SETTINGS, INDEX = "annotations.json", "index.parquet"
@@ -118,7 +118,7 @@ class AnnotationFolder:
         """Ids of the questions that are done, kept or dropped."""
         return set(self.index()["question_id"].to_pylist())
 
-    def add(self, entries: Sequence[Annotated | Dropped]) -> None:
+    def add(self, entries: Sequence[LabelledQuestion | UnmixedQuestion]) -> None:
         """Write one shard and its part of the index.
 
         Raises:
@@ -137,15 +137,15 @@ class AnnotationFolder:
         for entry in entries:
             row: dict[str, Any] = {"question_id": entry.question_id, "index": entry.index, "shard": shard.name}
             row["answer"] = self._answers.get(entry.question_id)
-            if isinstance(entry, Dropped):
-                if entry.reason not in get_args(Reason):
+            if isinstance(entry, UnmixedQuestion):
+                if entry.reason not in get_args(UnmixedReason):
                     raise ValueError(f"question {entry.question_id}: no such reason {entry.reason!r}")
                 tensors[f"{entry.index}.input_ids"] = np.array(0, dtype=np.int64)
                 share = float(entry.reason == "all_correct")
                 row |= {"rollouts": entry.rollouts, "kept": False, "reason": entry.reason, "share_correct": share}
             else:
                 arrays = (entry.input_ids_NL, entry.latents_NTD, entry.labels_NT, entry.corrects_N)
-                if wrong := wrong_shapes([a.shape for a in arrays], self.width) or wrong_values(entry):
+                if wrong := _wrong_shapes([a.shape for a in arrays], self.width) or _wrong_values(entry):
                     raise ValueError(f"question {entry.question_id}: {wrong}")
                 tensors[f"{entry.index}.input_ids"] = _plain(entry.input_ids_NL, np.int64)
                 tensors[f"{entry.index}.latent_embeds"] = _plain(entry.latents_NTD, np.float32)
@@ -172,7 +172,7 @@ class AnnotationFolder:
     def counts(self) -> dict[str, int]:
         """How many questions were `kept`, and how many dropped, by reason (`unknown` in official shards)."""
         reasons = Counter(self.index()["reason"].to_pylist())
-        names = ["unknown"] if self.official else get_args(Reason)
+        names = ["unknown"] if self.official else get_args(UnmixedReason)
         return {"kept": reasons[None], **{name: reasons[name] for name in names}}
 
     def index(self) -> pa.Table:
@@ -186,13 +186,13 @@ class AnnotationFolder:
             by_id[row["question_id"]] = row
         return pa.Table.from_pylist(sorted(by_id.values(), key=lambda row: row["index"]), schema=INDEX_SCHEMA)
 
-    def read(self) -> Iterator[Annotated]:
+    def read(self) -> Iterator[LabelledQuestion]:
         """The kept questions by ascending index; raises what `entry` raises."""
         for row in self.index().to_pylist():
             if row["kept"]:
                 yield self.entry(row)
 
-    def entry(self, row: Mapping[str, Any]) -> Annotated:
+    def entry(self, row: Mapping[str, Any]) -> LabelledQuestion:
         """One kept question by its row of the index.
 
         Raises:
@@ -207,8 +207,10 @@ class AnnotationFolder:
             ids = np.tile(ids.reshape(1, -1), (len(latents), 1))
         labels = np.where(labels == NO_STEP, np.nan, labels)
         latents, labels = latents.astype(np.float32), labels.astype(np.float32)
-        entry = Annotated(row["question_id"], index, ids.astype(np.int64), latents, labels, corrects.astype(np.bool_))
-        if wrong := wrong_values(entry):
+        entry = LabelledQuestion(
+            row["question_id"], index, ids.astype(np.int64), latents, labels, corrects.astype(np.bool_)
+        )
+        if wrong := _wrong_values(entry):
             raise self._misfit(row, wrong)
         return entry
 
@@ -237,7 +239,7 @@ class AnnotationFolder:
         ids, latents, labels, corrects = (tuple(opened.get_slice(name).get_shape()) for name in names)
         if self.official and len(latents) == 3 and (len(ids) == 1 or ids[:1] == (1,)):
             ids = (latents[0], ids[-1])
-        if wrong := wrong_shapes([ids, latents, labels, corrects], self.width):
+        if wrong := _wrong_shapes([ids, latents, labels, corrects], self.width):
             raise self._misfit(row, wrong)
         return opened, index, names
 
@@ -322,6 +324,35 @@ class AnnotationFolder:
                     f"{self._key}={self.path}: question {row['question_id']} was labelled by another gold answer; "
                     f"choose another folder or remove it\nanswer: {json.dumps(theirs)} there, {json.dumps(ours)} now"
                 )
+
+
+def _wrong_shapes(shapes: Sequence[tuple[int, ...]], wanted: int | None) -> str | None:
+    """What is wrong with the shapes of an entry's ids, latents, labels and outcomes."""
+    ids, latents, labels, corrects = shapes
+    if len(latents) != 3 or 0 in latents:
+        return f"latent_embeds is {latents}, (rollouts, latents, width) is wanted"
+    n, steps, width = latents
+    if wanted not in (None, width):
+        return f"latent_embeds has width {width}, {wanted} is wanted"
+    if labels != (n, steps):
+        return f"estimations is {labels}, latent_embeds {latents}"
+    if corrects != (n,):
+        return f"corrects is {corrects}, for {n} rollouts"
+    if len(ids) != 2 or ids[0] != n:
+        return f"input_ids is {ids}, for {n} rollouts"
+    return None
+
+
+def _wrong_values(entry: LabelledQuestion) -> str | None:
+    """What is wrong with the numbers of an entry."""
+    if not np.isfinite(entry.latents_NTD).all():
+        return "latent_embeds is not finite"
+    has_step_NT = ~np.isnan(entry.labels_NT)
+    if (has_step_NT[:, 1:] & ~has_step_NT[:, :-1]).any():
+        return "estimations has a step after one that is missing"
+    if not ((entry.labels_NT >= 0) & (entry.labels_NT <= 1))[has_step_NT].all():
+        return "estimations has labels outside of [0, 1]"
+    return None
 
 
 def _plain(array: np.ndarray, dtype: type) -> np.ndarray:

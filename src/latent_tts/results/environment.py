@@ -22,22 +22,10 @@ def machine() -> dict[str, str]:
     """The system, the processor, and the GPUs with their libraries where torch has been in use and found some."""
     found = {"system": platform.platform(), "processor": platform.processor() or platform.machine()}
     if "torch" in sys.modules:
-        found |= gpus()
+        from latent_tts.engine.device import gpu_versions
+
+        found |= gpu_versions()
     return found
-
-
-def gpus() -> dict[str, str]:
-    """The machine's GPUs, each kind once, and the libraries that compute on them; empty without any."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return {}
-    kinds = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    return {
-        "gpu": ", ".join(sorted(kinds)),
-        "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
-    }
 
 
 def commit() -> dict[str, str]:

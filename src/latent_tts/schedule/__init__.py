@@ -31,8 +31,8 @@ class LatentModel(Protocol):
         ...
 
 
-class Thoughts(Protocol):
-    """Rollouts in the making, as a schedule drives them: T latents of every row, counted from 0."""
+class LatentSequence(Protocol):
+    """The latents of rollouts in the making, as a schedule drives them: T of every row, counted from 0."""
 
     @property
     def total(self) -> int:
@@ -52,14 +52,14 @@ class Thoughts(Protocol):
         """Put a guess (`token` or `zero`) in the place of latents start..stop-1."""
         ...
 
-    def remake(self, first: int, start: int, stop: int) -> None:
+    def recompute(self, first: int, start: int, stop: int) -> None:
         """Make latents start..stop-1 anew, each from the present ones before it.
 
         One pass over what makes first..stop-1; latents below `first` stay what they are.
         """
         ...
 
-    def settle(self, first: int) -> None:
+    def commit(self, first: int) -> None:
         """Say that all latents are made, and that what makes those below `first` was run as it is now."""
         ...
 
@@ -84,10 +84,10 @@ class Schedule(Protocol):
         """Raises UsageError unless a model can think so."""
         ...
 
-    def think(self, thoughts: Thoughts) -> None:
+    def run(self, latents: LatentSequence) -> None:
         """Make all latents that are missing."""
         ...
 
-    def repeated(self, latents: int) -> list[tuple[int, int]]:
-        """Passes beyond those of one latent after another: (tokens, latents before them) of each."""
+    def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
+        """RolloutCost beyond those of one latent after another: (tokens, latents before them) of each."""
         ...

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.schedule import LatentModel, Thoughts
+from latent_tts.schedule import LatentModel, LatentSequence
 
 GUESSES = ("token", "zero")
 
@@ -73,17 +73,17 @@ class Jacobi:
         if self.guess == "token":
             _ = model.latent_id
 
-    def think(self, thoughts: Thoughts) -> None:
+    def run(self, latents: LatentSequence) -> None:
         """Make all latents."""
         settled = 0
-        for first, start, stop in self._sweeps(thoughts.total):
+        for first, start, stop in self._sweeps(latents.total):
             if first <= start:
-                thoughts.guess(start, stop, self.guess)
-            thoughts.remake(first, start, stop)
+                latents.guess(start, stop, self.guess)
+            latents.recompute(first, start, stop)
             settled = max(first, start) + 1
-        thoughts.settle(settled)
+        latents.commit(settled)
 
-    def repeated(self, latents: int) -> list[tuple[int, int]]:
+    def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
         """(tokens, latents before them) of what each sweep runs and a later pass runs again."""
         ends = [(max(first, start) + 1, stop) for first, start, stop in self._sweeps(latents)]
         return [(stop - settled, settled - 1) for settled, stop in ends if stop > settled]

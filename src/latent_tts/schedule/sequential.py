@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from latent_tts.schedule import LatentModel, Thoughts
+from latent_tts.schedule import LatentModel, LatentSequence
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Sequential:
     def check(self, model: LatentModel) -> None:
         """Anything goes."""
 
-    def think(self, thoughts: Thoughts) -> None:
+    def run(self, latents: LatentSequence) -> None:
         """Make the latents that are still missing, until no row thinks any more."""
-        while thoughts.unfinished:
-            thoughts.advance()
+        while latents.unfinished:
+            latents.advance()
 
-    def repeated(self, latents: int) -> list[tuple[int, int]]:
+    def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
         """Nothing is run twice."""
         del latents
         return []

@@ -9,7 +9,7 @@ from latent_tts.sampler import Sampler
 from latent_tts.scorer import Scorer
 
 if TYPE_CHECKING:
-    from latent_tts.engine.packing import Job
+    from latent_tts.engine.packing import RolloutJob
     from latent_tts.engine.rollout import Engine, Rollouts
     from latent_tts.engine.scoring import LatentScorer
 
@@ -19,29 +19,30 @@ class Search(Protocol):
 
     Attributes:
         name: as tables show it.
-        guided: whether it reads scores while it grows rollouts.
-        rows_per_survivor: rows of a batch that each rollout it keeps needs.
+        guided: whether `roll` needs a scorer, because scores decide what is grown.
     """
 
     name: ClassVar[str]
     guided: ClassVar[bool]
 
     @property
-    def rows_per_survivor(self) -> int:
-        """Rows of a batch that each kept rollout needs."""
+    def survivors(self) -> int | None:
+        """How many rollouts of a question are left at the end; None: all n."""
         ...
 
     @property
-    def survivors(self) -> int | None:
-        """How many rollouts of a question are kept at the end; None: all n."""
+    def rows_per_survivor(self) -> int:
+        """How many rows of a batch are grown for each rollout that is left at the end."""
+        ...
 
     def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
-        """Raise UsageError unless the search can be run so."""
+        """Raises UsageError unless the search can be run so."""
+        ...
 
     def roll(
         self,
         engine: Engine,
-        batch: Sequence[Job],
+        batch: Sequence[RolloutJob],
         sampler: Sampler,
         seed: int,
         *,
@@ -53,14 +54,14 @@ class Search(Protocol):
 
         Args:
             engine: the loaded reasoner.
-            batch: questions with equally many rollouts each: their numbers, or the places of those kept.
+            batch: questions, all with equally many rollouts.
             sampler: what makes rollouts differ.
             seed: of the run.
-            scorer: the loaded scorer, for a guided search.
-            reduction: how its step scores make the score of a prefix.
-            answers: whether to decode the answers, or to stop after the latents.
+            scorer: the loaded LatentRM, where the search is guided.
+            reduction: how step scores make the score of a prefix (`sum`, `mean` or `last`), where it is guided.
+            answers: whether to decode answers, or to make the latents alone.
 
         Returns:
-            The rollouts, question-major, in the order of the jobs.
+            The rollouts, question-major, in the order of each question's `rollouts`.
         """
         ...

@@ -27,7 +27,7 @@ from latent_tts.random.philox import Stream, key_of, philox
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latent_tts.engine.packing import Job
+    from latent_tts.engine.packing import RolloutJob
     from latent_tts.engine.rollout import Engine, Rollouts
     from latent_tts.engine.scoring import LatentScorer
     from latent_tts.sampler import Sampler
@@ -60,14 +60,14 @@ class Beam:
             raise bad_value("search.diverse", self.diverse, "true or false")
 
     @property
-    def rows_per_survivor(self) -> int:
-        """Its candidates are grown beside each other."""
-        return self.candidates
-
-    @property
     def survivors(self) -> int:
         """How many rollouts of a question are left at the end."""
         return self.beams
+
+    @property
+    def rows_per_survivor(self) -> int:
+        """How many candidates are grown for each beam."""
+        return self.candidates
 
     def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
         """Whether the search can be run so.
@@ -96,7 +96,7 @@ class Beam:
     def roll(
         self,
         engine: Engine,
-        batch: Sequence[Job],
+        batch: Sequence[RolloutJob],
         sampler: Sampler,
         seed: int,
         *,
@@ -104,35 +104,45 @@ class Beam:
         reduction: str | None = None,
         answers: bool = True,
     ) -> Rollouts:
-        """The surviving beams of each question, best first; arguments as in `Search.roll`."""
+        """Search the questions of a batch; see `Search.roll`.
+
+        Args:
+            engine: the loaded reasoner.
+            batch: questions with `beams` rollouts each: the places of the surviving beams, best first.
+            sampler: what makes candidates differ.
+            seed: of the run.
+            scorer: the loaded LatentRM.
+            reduction: how step scores make the score of a prefix: `sum`, `mean` or `last`.
+            answers: whether the survivors decode their answers.
+        """
+        assert scorer is not None, "no scorer"
+        assert reduction is not None, "no reduction of step scores"
+        assert all(job.rollouts == list(range(self.beams)) for job in batch), "not the places of all beams"
+        prompts = [job.prompt for job in batch]
         import torch
 
-        from latent_tts.engine.rollout import Thinking
-        from latent_tts.engine.sites import MaskedSites
+        from latent_tts.engine.rollout import RolloutState
+        from latent_tts.engine.sites import SiteHooks
         from latent_tts.random.draw import Draw
 
-        assert answers
-        assert scorer is not None
-        assert reduction is not None
-        prompts, question_ids = [job.prompt for job in batch], [job.question_id for job in batch]
         n, device, latents = self.beams * self.candidates, engine.device, engine.plan.latents
-        keys = torch.tensor([key_of(seed, f"{question} beams") for question in question_ids], device=device)
+        keys = torch.tensor([key_of(seed, f"{job.question_id} beams") for job in batch], device=device)
         owner = torch.arange(len(prompts), device=device)[:, None]
 
         def draw_of(lineages_QC: Tensor) -> Draw:
             keys_R2 = keys.repeat_interleave(lineages_QC.shape[1], 0)
             return Draw(keys_R2, lineages_QC.flatten(), engine.width, engine.blocks)
 
-        with torch.inference_mode(), MaskedSites(engine.lm, sampler) as sites:
+        with torch.inference_mode(), SiteHooks(engine.lm, sampler) as hooks:
             candidate_C = torch.arange(n, device=device)
             lineages_QC = children(torch.zeros(len(prompts), n, dtype=torch.long, device=device), 0, candidate_C)
-            thinking = Thinking.start(engine, prompts, draw_of(lineages_QC), sites)
+            rollouts = RolloutState.start(engine, prompts, draw_of(lineages_QC), hooks)
             scores = scorer.open(prompts, n, latents)
             so_far_QCT = torch.full((len(prompts), n, latents), float("nan"), dtype=torch.float64, device=device)
             for step in range(latents):
-                latent_RD = thinking.advance()
+                latent_RD = rollouts.advance()
                 step_score_QC = scorer.extend(scores, latent_RD[:, None]).view(len(prompts), n).to(device)
-                alive_QC = None if thinking.thinking_R is None else thinking.thinking_R.view(len(prompts), n)
+                alive_QC = None if rollouts.thinking_R is None else rollouts.thinking_R.view(len(prompts), n)
                 if alive_QC is not None:
                     step_score_QC = step_score_QC.masked_fill(~alive_QC, float("nan"))
                 so_far_QCT[..., step] = step_score_QC
@@ -148,11 +158,11 @@ class Beam:
                 if not last:
                     parents_QC = children(parents_QC, step + 1, candidate_C % self.candidates)
                 lineages_QC = parents_QC
-                thinking = thinking.fork(rows, draw_of(lineages_QC))
+                rollouts = rollouts.fork(rows, draw_of(lineages_QC))
                 if not last:
-                    scores = scores.fork(owner[:, 0], rows)
+                    scores = scores.fork(rows)
                     so_far_QCT = so_far_QCT.flatten(0, 1)[rows].view_as(so_far_QCT)
-            return thinking.answer()
+            return rollouts.decode_answers() if answers else rollouts.without_answers()
 
     def _best(self, rank_QC: Tensor) -> Tensor:
         """Which candidates survive (Q, beams), best first; a tie goes to the lower index."""
@@ -177,14 +187,14 @@ def children(parents_QC: Tensor, step: int, candidate_C: Tensor) -> Tensor:
     return philox(counter, key_of(0, "lineages"))[0]
 
 
-def reduced(step_scores_QCT: Tensor, reduce: str) -> Tensor:
+def reduced(step_scores_QCT: Tensor, reduction: str) -> Tensor:
     """Scores of prefixes (Q, C) from step scores, NaN at steps that a row does not have; -inf for a row with none."""
     has = ~step_scores_QCT.isnan()
     count_QC = has.sum(-1)
-    if reduce == "last":
+    if reduction == "last":
         last = step_scores_QCT.gather(-1, (count_QC - 1).clamp(min=0)[..., None])[..., 0]
     else:
         last = step_scores_QCT.nansum(-1)
-        if reduce == "mean":
+        if reduction == "mean":
             last = last / count_QC.clamp(min=1)
     return last.masked_fill(count_QC == 0, float("-inf"))

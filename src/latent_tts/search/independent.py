@@ -13,7 +13,7 @@ from latent_tts.scorer import Scorer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latent_tts.engine.packing import Job
+    from latent_tts.engine.packing import RolloutJob
     from latent_tts.engine.rollout import Engine, Rollouts
     from latent_tts.engine.scoring import LatentScorer
 
@@ -24,16 +24,16 @@ class Independent:
 
     name: ClassVar[str] = "independent"
     guided: ClassVar[bool] = False
-    rows_per_survivor: ClassVar[int] = 1
     survivors: ClassVar[int | None] = None
+    rows_per_survivor: ClassVar[int] = 1
 
     def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
-        """Nothing to check: it can always be run."""
+        """Accept any number of rollouts, sampler and scorer."""
 
     def roll(
         self,
         engine: Engine,
-        batch: Sequence[Job],
+        batch: Sequence[RolloutJob],
         sampler: Sampler,
         seed: int,
         *,
@@ -41,29 +41,28 @@ class Independent:
         reduction: str | None = None,
         answers: bool = True,
     ) -> Rollouts:
-        """Draw the rollouts of a batch; arguments as in `Search.roll`."""
+        """Grow the rollouts of a batch; see `Search.roll`."""
+        del scorer, reduction
         import torch
 
         from latent_tts.random.draw import Draw
 
-        del scorer, reduction
         numbers_QN = torch.tensor([job.rollouts for job in batch], device=engine.device)
         draw = Draw.of(seed, [job.question_id for job in batch], numbers_QN, engine.width, engine.blocks)
-        donor = donor_latents(batch, engine, numbers_QN.shape[1]) if sampler.needs_donor else None
-        make = engine.roll if answers else engine.think
-        return make([job.prompt for job in batch], draw, sampler, donor_RTD=donor)
+        donor_RTD = _donor_latents(engine, batch) if sampler.needs_donor else None
+        return engine.roll([job.prompt for job in batch], draw, sampler, donor_RTD=donor_RTD, answers=answers)
 
 
-def donor_latents(batch: Sequence[Job], engine: Engine, rollouts: int) -> Tensor:
-    """The greedy latents (R, T, D) of the donors' prompts."""
+def _donor_latents(engine: Engine, batch: Sequence[RolloutJob]) -> Tensor:
+    """The greedy latents (R, T, D) of the donors' prompts, T of each whatever ends a rollout's thinking."""
     import torch
 
     from latent_tts.engine.rollout import Engine
     from latent_tts.random.draw import Draw
 
-    prompts = [job.donor for job in batch]
-    assert all(prompt is not None for prompt in prompts)
+    prompts = [job.donor for job in batch if job.donor is not None]
+    assert len(prompts) == len(batch), "a job without a donor"
     draw = Draw.of(0, [job.row_key for job in batch], torch.zeros(len(batch), 1, dtype=torch.long), engine.width)
-    thinker = Engine(engine.reasoner, replace(engine.plan, stop_id=None))
-    latents = thinker.think(prompts, draw, Greedy()).latents_RTD  # type: ignore[arg-type]
-    return latents.to(engine.device, engine.lm.dtype).repeat_interleave(rollouts, 0)
+    donor = Engine(engine.reasoner, replace(engine.plan, stop_id=None))
+    latents_QTD = donor.roll(prompts, draw, Greedy(), answers=False).latents_RTD
+    return latents_QTD.to(engine.device, engine.lm.dtype).repeat_interleave(len(batch[0].rollouts), 0)

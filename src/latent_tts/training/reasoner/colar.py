@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from latent_tts.checkpoint import files, loading
 from latent_tts.checkpoint.modules import colar_head
-from latent_tts.engine.rollout import Engine, Plan
+from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.model.colar import HEAD, Colar
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
@@ -173,7 +173,7 @@ class ColarObjective:
             return self.head["mean"](self.head["fc"](hidden_RD)) * self.adapter.latent_std
 
         longest = max(len(adapter.tokenizer.encode(f"Answer:{q.answer}").ids) for q in questions)
-        plan = Plan(stage.latents, adapter.thinking_end_ids, adapter.eos_id, longest + 1, adapter.stop_id)
+        plan = RolloutPlan(stage.latents, adapter.thinking_end_ids, adapter.eos_id, longest + 1, adapter.stop_id)
         engine = Engine(Reasoner(self.lm, next_latent), plan)
         rollouts_QN = torch.zeros(len(questions), 1, dtype=torch.long, device=self.lm.device)
         draw = Draw.of(0, [q.id for q in questions], rollouts_QN, engine.width)

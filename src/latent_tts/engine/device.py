@@ -1,0 +1,65 @@
+"""What differs between CPUs and GPUs: free memory, clocks that wait for the device, peak memory, versions."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def is_gpu(device: torch.device | str) -> bool:
+    """Whether a device is a GPU."""
+    return torch.device(device).type == "cuda"
+
+
+def free_bytes(device: torch.device | str) -> int:
+    """How many bytes can still be allocated."""
+    if not is_gpu(device):
+        return psutil.virtual_memory().available  # counts the file cache, which the system gives up on demand
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def synchronized_seconds(device: torch.device) -> float:
+    """Seconds of a clock, read once everything queued on a GPU is done."""
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def reset_peak_bytes(device: torch.device) -> None:
+    """Let `peak_bytes` count from now on; on a CPU only Linux can do that."""
+    if is_gpu(device):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes held since `reset_peak_bytes`: on a CPU by the process, on a GPU by torch's allocations."""
+    if is_gpu(device):
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def gpu_versions() -> dict[str, str]:
+    """The kinds of GPU of this machine and the libraries that compute on them; empty without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    kinds = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    return {
+        "gpu": ", ".join(sorted(kinds)),
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+    }

@@ -1,0 +1,123 @@
+"""What rows of sequences have in memory, behind four operations: prefill, append, rewind, fork.
+
+The latent loop and the scorer know these operations alone; how keys and values are kept and attended to is the
+business of the cache behind them (`attention.py`).
+"""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from latent_tts.engine.attention import SharedPrefixCache
+
+
+class KeyValueState:
+    """Keys and values of Q prompts and of R = Q*N rows that continue them, and the backbone that computes them.
+
+    Attributes:
+        rollouts: N.
+        used: slots of every row so far; a slot may hold nothing in some of the rows.
+    """
+
+    def __init__(
+        self, backbone: PreTrainedModel, rollouts: int, capacity: int, *, position_offset_Q: Tensor | None = None
+    ) -> None:
+        """Open a state without questions.
+
+        Args:
+            backbone: a transformer that `prepare_backbone` has prepared, without its LM head.
+            rollouts: N.
+            capacity: most slots of a row.
+            position_offset_Q: added to the position ids of each question that will be prefilled; None adds nothing.
+        """
+        self._backbone, self._position_offset_Q = backbone, position_offset_Q
+        self._cache = SharedPrefixCache(rollouts, capacity)
+
+    @property
+    def rollouts(self) -> int:
+        """N, rows per question."""
+        return self._cache.rollouts
+
+    @property
+    def used(self) -> int:
+        """Slots of every row so far."""
+        return self._cache.used
+
+    def prefill(self, embeddings_QLD: Tensor, lengths_Q: Tensor) -> Tensor:
+        """Run prompts; each call adds questions.
+
+        Args:
+            embeddings_QLD: of prompts, padded on the right.
+            lengths_Q: tokens of each, at most L.
+
+        Returns:
+            Final hidden states (Q, L, D); those of padding mean nothing.
+        """
+        start = 0 if self._cache.lengths_Q is None else len(self._cache.lengths_Q)
+        self._cache.add_questions(lengths_Q)
+        questions, tokens, _ = embeddings_QLD.shape
+        if tokens == 0:
+            self._cache.add_empty_prefixes(embeddings_QLD, self._backbone.config.get_text_config())
+            return embeddings_QLD
+        positions_QL = torch.arange(tokens, device=lengths_Q.device).expand(questions, -1)
+        if self._position_offset_Q is not None:
+            offset_Q1 = self._position_offset_Q[start : start + questions, None]
+            # positions of padding stay within the model's
+            positions_QL = torch.minimum(positions_QL + offset_Q1, offset_Q1 + lengths_Q[:, None] - 1)
+        self._cache.fills_prefix = True
+        hidden_QLD = self._run(embeddings_QLD, positions_QL)
+        self._cache.fills_prefix = False
+        return hidden_QLD
+
+    def append(self, embeddings_RSD: Tensor, first_valid_R: Tensor | None = None) -> Tensor:
+        """Append S tokens to every row; returns their final hidden states (R, S, D).
+
+        Args:
+            embeddings_RSD: what is appended.
+            first_valid_R: in rows where it is False the first token's slot holds nothing, and no token attends to it;
+                None for none such.
+        """
+        cache, tokens = self._cache, embeddings_RSD.shape[1]
+        assert cache.lengths_Q is not None, "no prompts"
+        cache.reserve(tokens, first_valid_R)
+        positions_R1 = cache.lengths_Q.repeat_interleave(self.rollouts)[:, None]
+        if self._position_offset_Q is not None:
+            positions_R1 = positions_R1 + self._position_offset_Q.repeat_interleave(self.rollouts)[:, None]
+        if cache.valid_RC is None:
+            slots = torch.arange(cache.used, cache.used + tokens, device=positions_R1.device)
+        else:
+            counts_RS = cache.valid_RC[:, : cache.used + tokens].cumsum(1)[:, cache.used :]
+            slots = (counts_RS - 1).clamp(min=0)  # of slots that hold nothing
+        hidden_RSD = self._run(embeddings_RSD, positions_R1 + slots)
+        cache.used += tokens
+        return hidden_RSD
+
+    def rewind(self, used: int) -> None:
+        """Forget all slots from `used` on."""
+        self._cache.rewind(used)
+
+    def fork(self, rows: Tensor) -> KeyValueState:
+        """A state of its own that continues some rows; this one stays as it is.
+
+        Args:
+            rows: which rows, those of a question side by side; a row may come several times. Cheapest if every question
+                has equally many: otherwise each row gets a copy of its prompt's keys and values.
+        """
+        owners = rows // self.rollouts
+        questions, counts = owners.unique_consecutive(return_counts=True)
+        if bool((counts != counts[0]).any()):
+            questions = owners
+        forked = copy(self)
+        forked._cache = self._cache.fork(questions, rows)
+        if self._position_offset_Q is not None:
+            forked._position_offset_Q = self._position_offset_Q[questions]
+        return forked
+
+    def _run(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        return self._backbone(
+            inputs_embeds=embeddings, position_ids=positions, use_cache=False, shared_prefix_cache=self._cache
+        ).last_hidden_state

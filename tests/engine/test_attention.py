@@ -1,0 +1,77 @@
+"""Attention in half precision against the same in float32, with gaps, pieces and grouped queries; forks."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latent_tts.engine.attention import SharedPrefixCache, attend
+
+LAYER, HALF, WIDE = SimpleNamespace(layer_idx=0), torch.bfloat16, torch.float32
+
+
+def passes(cache, inputs, dtype):
+    """What a layer attends to in passes one after another."""
+    cache.prefix = [[tuple(part.to(dtype) for part in piece) for piece in pieces] for pieces in cache.prefix]
+    attended = []
+    for inputs_of_pass in inputs:
+        tensors = [part.to(dtype) for part in inputs_of_pass]
+        attended.append(attend(LAYER, *tensors, None, shared_prefix_cache=cache)[0])
+        cache.used += tensors[0].shape[2]
+    return torch.cat(attended, 1).float()
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5),
+    rollouts=st.integers(1, 5),
+    key_heads=st.sampled_from([1, 3]),
+    groups=st.sampled_from([1, 2]),
+    width=st.sampled_from([8, 20, 64]),
+    tokens=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    gaps=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_attention_in_half_precision_is_near_that_in_float32(
+    lengths, rollouts, key_heads, groups, width, tokens, gaps, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    rows, capacity = len(lengths) * rollouts, 10
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(HALF)
+
+    half = len(lengths) // 2
+    pieces = [part for part in (lengths[:half], lengths[half:]) if part]
+    prefix = [[tuple(random(len(part), key_heads, max(part), width) for _ in range(2)) for part in pieces]]
+    heads = key_heads * groups, key_heads, key_heads
+    inputs = [[random(rows, count, h, width).transpose(1, 2) for h in heads] for count in tokens]
+    valid_RC = torch.rand(rows, capacity, generator=generator) < 0.6 if gaps else None
+    if valid_RC is not None:
+        valid_RC[:, 0] = True
+
+    def cache():
+        return SharedPrefixCache(rollouts, capacity, torch.tensor(lengths), prefix, valid_RC=valid_RC)
+
+    expected = passes(cache(), inputs, WIDE)
+    torch.testing.assert_close(passes(cache(), inputs, HALF), expected, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("questions", "rows"), [([0, 1], [2, 0, 4, 3]), ([1, 0], [4, 3, 2, 0]), ([1, 0, 1], [5, 0, 4])], ids=str
+)
+def test_forks_go_on_like_their_origins(questions, rows):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(HALF)
+
+    first, second = ([random(6, 2, 4, 8).transpose(1, 2) for _ in range(3)] for _ in range(2))
+    prefix = [[(random(1, 4, longest, 8), random(1, 4, longest, 8)) for longest in (5, 3)]]
+    cache = SharedPrefixCache(3, 4, torch.tensor([5, 3]), prefix)
+    passes(cache, [first], HALF)
+    fork = cache.fork(torch.tensor(questions), torch.tensor(rows))
+    again = passes(fork, [[part[rows] for part in second]], HALF)
+    torch.testing.assert_close(again, passes(cache, [second], HALF)[rows], rtol=0.03, atol=0.03)

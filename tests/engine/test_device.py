@@ -1,0 +1,31 @@
+"""What differs between devices, on a CPU."""
+
+import sys
+
+import pytest
+import torch
+
+from latent_tts.engine.device import free_bytes, is_gpu, peak_bytes, reset_peak_bytes
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
+def test_a_peak_of_memory_can_be_reset():
+    block = bytearray(1 << 27)
+    high = peak_bytes(CPU)
+    assert high >= len(block)
+    del block
+    reset_peak_bytes(CPU)
+    assert peak_bytes(CPU) <= high - (1 << 26)
+
+
+def test_a_cpu_has_the_free_memory_of_the_system(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 12345})())
+    assert free_bytes("cpu") == 12345
+
+
+@pytest.mark.parametrize(("device", "gpu"), [("cpu", False), ("cuda", True), ("cuda:3", True)])
+def test_which_devices_are_gpus(device, gpu):
+    assert is_gpu(device) == gpu
+    assert is_gpu(torch.device(device)) == gpu
