@@ -125,8 +125,8 @@ def _label(
     from latent_tts.engine.rollout import Engine
 
     def is_right(question: Question, ids: list[int]) -> bool:
-        prediction = task.parse(adapter.raw_answer(adapter.answer_text(ids)))
-        return prediction is not None and task.equal(prediction, question.answer)
+        prediction = task.rule.read(adapter.answer_text(ids), adapter)
+        return prediction is not None and task.rule.is_right(prediction, question.answer)
 
     jobs = [LabelJob(q.id, place, prompts[q.id], lambda ids, q=q: is_right(q, ids)) for place, q in questions]
     device = engine_device(cfg)

@@ -17,6 +17,7 @@ from latent_tts.pipeline.scoring import Scores
 from latent_tts.pipeline.spec import Prepared
 from latent_tts.results import metrics, plot, report, store
 from latent_tts.results import statistics as stats
+from latent_tts.text.classes import shared_forms
 
 FIGURE = "scaling.png"
 
@@ -87,6 +88,7 @@ def finish(folder: Path, cfg: DictConfig, prepared: Prepared, table: pd.DataFram
             "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest},
             "versions": versions(cfg),
             "machine": machine(),
+            "grading": {"given_up": prepared.task.rule.given_up},
             **record,
         },
     )
@@ -96,20 +98,25 @@ def finish(folder: Path, cfg: DictConfig, prepared: Prepared, table: pd.DataFram
 
 def rollout_table(prepared: Prepared, rows: pd.DataFrame) -> pd.DataFrame:
     """The rollouts table: cached rows, with answers read by the model's and the task's rules."""
-    adapter, task = prepared.adapter, prepared.task
+    adapter, rule, kept = prepared.adapter, prepared.task.rule, prepared.kept
     answer_ids = [[int(token) for token in ids] for ids in rows["answer_ids"]]
     texts = [adapter.answer_text(ids) for ids in answer_ids]
-    owners = [question for question in prepared.questions for _ in range(prepared.kept)]
-    predictions = [
-        None if stop == store.NOT_DECODED else task.parse(adapter.raw_answer(text))
+    owners = [question for question in prepared.questions for _ in range(kept)]
+    answers = [
+        None if stop == store.NOT_DECODED else rule.read(text, adapter)
         for stop, text in zip(rows["stop_reason"], texts, strict=True)
+    ]
+    predictions = [  # equal answers of a question have one form, so that they are one vote
+        form
+        for start in range(0, len(answers), kept)
+        for form in shared_forms(answers[start : start + kept], rule.equal)
     ]
     return pd.DataFrame(
         {
             "question_id": [question.id for question in owners],
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.array(predictions, dtype=object),
-            "correct": [p is not None and task.equal(p, q.answer) for p, q in zip(predictions, owners, strict=True)],
+            "correct": [a is not None and rule.is_right(a, q.answer) for a, q in zip(answers, owners, strict=True)],
             "score": pd.array([None] * len(rows), dtype="Float32"),
             "answer_logprob": rows["answer_logprob"],
             "answer_margin": rows["answer_margin"],
