@@ -110,6 +110,7 @@ def test_it_works_in_threads(calls):
 
 def test_without_fork_and_clocks_the_process_itself_is_killed_and_started_anew(calls, monkeypatch):
     monkeypatch.setattr(guard, "CAN_FORK", False)
+    monkeypatch.setattr(guard, "SECONDS", 2.0)  # by the clock on the wall, on a machine that may be busy
     assert calls.call("upper", "a", otherwise=None) == "A"
     first = calls.call("parent", "a", otherwise=None)
     assert first == os.getpid()
@@ -152,7 +153,7 @@ def test_the_process_ends_with_its_owner(tmp_path):
     process = int(owner.stdout.readline())
     owner.kill()
     owner.communicate()
-    ended = time.perf_counter() + 30
+    ended = time.perf_counter() + 60
     while time.perf_counter() < ended:
         try:
             os.kill(process, 0)

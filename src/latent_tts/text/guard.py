@@ -63,6 +63,9 @@ class Guard:
         self._allowed = SECONDS_PER_RUN
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[Guard], tuple[str]]:
+        return Guard, (self.module,)  # a copy counts anew
+
     def call(self, function: str, *texts: str, otherwise: Any) -> Any:
         """What a function of the module returns; `otherwise` if it takes too long or breaks its process.
 
