@@ -249,7 +249,7 @@ def test_convert_refuses_what_is_no_pickle_of_tensors(ltts, broken, tmp_path):
         ('{"question": "How many?", "answer": "1"}\n{"answer": "1"}\n', ["line 2", "has no question"]),
         ('{"question": "How many?", "answer": "1"\n', ["line 1", "is not JSON"]),
         ('{"question": "How many?", "answer": "many"}\n', ["line 1", "'many' is not a number"]),
-        ("[1, 2]\n", ["line 1", "not a JSON object"]),
+        ("[1, 2]\n", ["row 1", "not a JSON object"]),
         ('{"question": "How many?", "answer": ["1"]}\n', ["line 1", "neither a text nor a number"]),
     ],
 )

@@ -1,5 +1,6 @@
 """Published sets: where they are read from, what is wrong with a file, and the files themselves where they are."""
 
+import gzip
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import yaml
 from latent_tts.config import build as config
 from latent_tts.errors import UsageError
 from latent_tts.task.benchmark import Benchmark
-from latent_tts.text.answer import canonical_number
+from latent_tts.text.number import canonical_number
 
 CONF = Path(config.conf_dir()) / "task"
 DATA = os.environ.get("LTTS_DATA")
@@ -197,15 +198,45 @@ def test_a_gold_that_cannot_be_read_is_named_by_file_and_line(tmp_path, name, ba
 def test_each_rule_reads_what_a_model_hands_over(tmp_path):
     path = write(tmp_path / "q.jsonl", ROWS)
     gsm8k, loose = benchmark("gsm8k", path=path), benchmark("gsm8k", path=path, tolerance=0.5)
-    assert gsm8k.parse("1,234.50") == "1234.5"
-    assert not gsm8k.equal("7", "7.5")
-    assert loose.equal("7", "7.5")
-    prosqa = benchmark("prosqa", path=path)
+    assert gsm8k.rule.parse("1,234.50") == "1234.5"
+    assert not gsm8k.rule.is_right("7", "7.5")
+    assert loose.rule.is_right("7", "7.5")
+    prosqa = benchmark("prosqa", path=path).rule
     assert prosqa.parse(" Every  Cat is a dog. ") == "every cat is a dog"
     assert prosqa.parse(" . ") is None
-    math500 = benchmark("math500", path=path)
+    math500 = benchmark("math500", path=path).rule
     assert math500.parse("0.5") == math500.parse(r"\frac12")
-    assert math500.equal(math500.parse("5"), math500.parse("x=5"))
+    assert math500.is_right(math500.parse("5"), math500.parse("x=5"))
+
+
+@pytest.mark.parametrize("name", ON_THE_HUB)
+@pytest.mark.parametrize("layout", ["jsonl", "json", "jsonl.gz", "json.gz"])
+def test_rows_of_the_hub_are_read_from_a_local_copy_too(tmp_path, monkeypatch, name, layout):
+    row, (text, answer, steps) = HUB_ROWS[name]
+    monkeypatch.setenv("LTTS_DATA", str(tmp_path))
+    stem = settings(name)["splits"]["test"]["file"].removesuffix(".jsonl")
+    content = json.dumps(row if layout.startswith("jsonl") else [row]).encode("utf-8-sig")
+    path = tmp_path / f"{stem}.{layout}"
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    (question,) = benchmark(name).questions()
+    assert (question.text, question.answer, question.steps) == (text, answer, steps)
+    split = "valid" if name == "gsm8k" else "test"
+    assert benchmark(name, path=str(path), split=split).questions() == [question]
+
+
+def test_rows_of_coconuts_lists_are_read_as_they_are(tmp_path):
+    """Data files of COCONUT and LatentTTS."""
+    rows = [{"question": "How many? ", "steps": ["<<3+4=7>>"], "answer": "1,007", "idx": 0}]
+    path = tmp_path / "gsm_test.json"
+    path.write_text(json.dumps(rows))
+    (question,) = benchmark("gsm8k", path=str(path)).questions()
+    assert (question.text, question.answer, question.steps) == ("How many?", "1007", ("<<3+4=7>>",))
+
+
+def test_rows_with_the_toolkits_names_keep_their_steps(tmp_path):
+    path = write(tmp_path / "q.jsonl", ROWS)
+    for name in NAMES:
+        assert [question.steps for question in benchmark(name, path=path).questions()] == [("3+4=7",), ()]
 
 
 def test_a_run_reads_the_file_and_writes_every_table(run, tmp_path):
@@ -267,8 +298,8 @@ def test_every_row_of_the_files_is_read(data, name, split, rows):
     assert len(questions) == rows
     assert len({question.id for question in questions}) == rows
     for question in questions:
-        assert task.parse(question.answer) == question.answer
-        assert task.equal(question.answer, question.answer)
+        assert task.rule.parse(question.answer) == question.answer
+        assert task.rule.is_right(question.answer, question.answer)
 
 
 @pytest.mark.realdata

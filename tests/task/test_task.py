@@ -1,6 +1,7 @@
 import gzip
 import json
 import re
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -169,11 +170,11 @@ def test_bad_values_are_usage_errors_that_name_their_key(changes, message):
 
 
 def test_answers_of_arith_are_read_exactly():
-    task = arith()
-    assert task.parse(" 18.0 ") == "18"
-    assert task.parse("many") is None
-    assert task.equal("18", "18")
-    assert not task.equal("18", "18.0001")
+    rule = arith().rule
+    assert rule.parse(" 18.0 ") == "18"
+    assert rule.parse("many") is None
+    assert rule.is_right("18", "18")
+    assert not rule.is_right("18", "18.0001")
 
 
 # jsonl
@@ -232,10 +233,10 @@ def test_limit_may_be_larger_than_the_file(write):
 
 def test_tolerance_decides_equality(write):
     path = write(*ROWS)
-    assert not jsonl(path).equal("2", "2.05")
-    assert jsonl(path, tolerance=0.1).equal("2", "2.05")
-    assert not jsonl(path, tolerance=0).equal("2", "2.05")
-    assert jsonl(path).parse("1,234.0") == "1234"
+    assert not jsonl(path).rule.is_right("2", "2.05")
+    assert jsonl(path, tolerance=0.1).rule.is_right("2", "2.05")
+    assert not jsonl(path, tolerance=0).rule.is_right("2", "2.05")
+    assert jsonl(path).rule.parse("1,234.0") == "1234"
 
 
 @pytest.mark.parametrize(
@@ -249,6 +250,13 @@ def test_tolerance_decides_equality(write):
         ('{"question": "a", "answer": 1', "is not JSON"),
         ("[1, 2]", "is not a JSON object"),
         ({"question": "a", "answer": "blue"}, "the answer 'blue' is not a number"),
+        ({"question": "a", "answer": "1,8"}, "the answer '1,8' is not a number"),
+        ({"question": "a", "answer": "0,5"}, "the answer '0,5' is not a number"),
+        ({"question": "a", "answer": "3 4"}, "the answer '3 4' is not a number"),
+        ({"question": "a", "answer": "So.\n#### 18"}, "the answer .* is not a number; task=gsm8k reads"),
+        ({"problem": "a", "answer": "1"}, "has no question; .* it has 'problem', 'answer'"),
+        ({"question": "a" * 1_000_000, "answer": "1"}, "has more than 1,000,000 characters"),
+        ({"question": "a", "answer": "x" * 10_000}, "the answer 'x{99}\\.\\.\\. is not a number"),
         ('{"question": "a", "answer": NaN}', "the answer 'nan' is not a number"),
     ],
 )
@@ -256,6 +264,82 @@ def test_a_bad_row_is_named_by_file_and_line(write, bad, message):
     path = write(ROWS[0], "", bad)
     with pytest.raises(UsageError, match=rf"^task\.path={re.escape(path)}: line 3:? {message}"):
         jsonl(path).questions()
+
+
+ENCODINGS = {
+    "good.jsonl": lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode(),
+    "bom.jsonl": lambda rows: "".join(json.dumps(row) + "\n" for row in rows).encode("utf-8-sig"),
+    "windows.jsonl": lambda rows: "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode("utf-8-sig"),
+    "list.json": lambda rows: json.dumps(rows).encode(),
+    "wide.json": lambda rows: json.dumps(rows, indent=4, ensure_ascii=False).encode("utf-8-sig"),
+    "named.jsonl": lambda rows: (" \n" + json.dumps(rows) + "\n\n").encode(),
+    "packed.json.gz": lambda rows: gzip.compress(json.dumps(rows).encode()),
+}
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_lists_and_byte_order_marks_are_read_too(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(ENCODINGS[name](ROWS))
+    expected = [("2", ("<<1+1=2>>",)), ("1234", ()), ("2", ()), ("0", ()), ("1000.5", ())]
+    questions = jsonl(str(path)).questions()
+    assert [(question.answer, question.steps) for question in questions] == expected
+    assert [question.text for question in questions] == [row["question"] for row in ROWS]
+    assert jsonl(str(path), limit=2).questions() == questions[:2]
+    assert jsonl(str(path)).name == name.partition(".")[0]
+
+
+def test_a_list_is_read_in_pieces_and_no_further_than_the_limit(tmp_path):
+    path = tmp_path / "list.json"
+    rows = [{"question": f"{number} {'a' * (number * 997 % 20_000)}", "answer": number} for number in range(200)]
+    path.write_text(json.dumps(rows))
+    questions = jsonl(str(path)).questions()
+    assert [(q.text, q.answer) for q in questions] == [(row["question"], str(row["answer"])) for row in rows]
+    path.write_text(json.dumps(rows)[:-30])
+    assert jsonl(str(path), limit=199).questions() == questions[:199]
+    with pytest.raises(UsageError, match=r"list\.json: row 200 is not JSON"):
+        jsonl(str(path)).questions()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", ": the file holds no questions"),
+        ("[", ": row 1 is not JSON"),
+        ('[{"question": "a", "answer": 1}', ": row 1 is not JSON"),
+        ('[{"question": "a", "answer": 1},', ": row 2 is not JSON"),
+        ('[{"question": "a", "answer": 1} {"question": "b", "answer": 1}]', ": row 1 is not JSON"),
+        ('[{"question": "a", "answer": 1}] more', ": row 2: something follows the list"),
+        ('[{"question": "a", "answer": 1}, 2]', ": row 2 is not a JSON object"),
+        ("[" * 100_000, ": row 1 is not JSON"),
+        ('["' + "a" * 2_000_000 + '"]', ": row 1 has more than 1,000,000 characters"),
+    ],
+)
+def test_a_bad_list_is_named_by_file_and_row(tmp_path, text, message):
+    path = tmp_path / "list.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=rf"^task\.path={re.escape(str(path))}{message}"):
+        jsonl(str(path)).questions()
+
+
+@pytest.mark.parametrize("start", ['{"question": "', '[{"question": "', "", "["])
+def test_a_small_file_of_one_huge_row_takes_little_memory(tmp_path, start):
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(start.encode())
+        for _ in range(6):
+            file.write((b"a" if start.endswith('"') else b" ") * 5_000_000)
+    tracemalloc.start()
+    with pytest.raises(UsageError, match=r"(line|row) 1 (has more than 1,000,000 characters|is not JSON)|no questions"):
+        jsonl(str(path)).questions()
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("path", ["~nobody_of_that_name/q.jsonl", "a" * 5000, "a\0b"])
+def test_a_name_that_can_be_no_file_is_refused(path):
+    with pytest.raises(UsageError, match=r"^task\.path=.*: no such file"):
+        jsonl(path)
 
 
 @pytest.mark.parametrize("lines", [[], ["", " "]])

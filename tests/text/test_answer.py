@@ -1,96 +1,33 @@
-from decimal import Decimal
+"""Rules of tasks: what they read, in generated texts too, and what is right or one vote."""
 
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
 import pytest
+import scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_tts.text.answer import canonical_number, canonical_words, close
+from latent_tts.errors import UsageError
+from latent_tts.model.coconut import Coconut
+from latent_tts.model.codi import Codi
+from latent_tts.model.colar import Colar
+from latent_tts.model.cot import Cot
+from latent_tts.model.pccot import Pccot
+from latent_tts.text.answer import RULES, AnswerRule, canonical_words
 
-quick = settings(derandomize=True, deadline=None, max_examples=100)
-
-
-@pytest.mark.parametrize(
-    ("raw", "canonical"),
-    [
-        ("2", "2"),
-        ("2.0", "2"),
-        ("2.", "2"),
-        (" 18. ", "18"),
-        ("\n7\t", "7"),
-        ("1,234", "1234"),
-        ("1,234,567.50", "1234567.5"),
-        ("1e3", "1000"),
-        ("1.5E-2", "0.015"),
-        ("-0.50", "-0.5"),
-        (".5", "0.5"),
-        ("+3", "3"),
-        ("007", "7"),
-        ("100", "100"),
-        ("0", "0"),
-        ("-0.0", "0"),
-        ("0.1000000000000000000000000000000000000001", "0.1000000000000000000000000000000000000001"),
-        ("12345678901234567890123456789012345678901", "12345678901234567890123456789012345678901"),
-        ("$18", None),
-        ("18 dollars", None),
-        ("1 2", None),
-        ("1/2", None),
-        ("--1", None),
-        ("", None),
-        ("  ", None),
-        (".", None),
-        (None, None),
-        ("nan", None),
-        ("sNaN", None),
-        ("inf", None),
-        ("-Infinity", None),
-        ("1e999999", None),
-        ("1e-999999", None),
-        ("1e99999999999999999999", None),
-    ],
-)
-def test_numbers_have_one_canonical_form(raw, canonical):
-    assert canonical_number(raw) == canonical
-
-
-@quick
-@given(st.text("0123456789.,-+eE_ nainf$\u0663\uff12", max_size=12) | st.decimals().map(str) | st.floats().map(repr))
-def test_a_canonical_form_is_its_own_canonical_form(raw):
-    canonical = canonical_number(raw)
-    if canonical is not None:
-        assert canonical_number(canonical) == canonical
-        assert Decimal(canonical) == Decimal(raw.strip().replace(",", ""))
-
-
-@quick
-@given(st.integers(-(10**30), 10**30), st.integers(0, 3))
-def test_whole_numbers_lose_nothing_but_commas_and_zeros(number, zeros):
-    assert canonical_number(f"{number:,}.{'0' * zeros}") == str(number)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "gold", "tolerance", "equal"),
-    [
-        ("2", "2", None, True),
-        ("2", "2.0001", None, False),
-        ("2", "2", 0, True),
-        ("2", "2.1", 0.1, True),  # exact decimals: 2.1 - 2 in floats is larger than 0.1
-        ("2.1", "2", 0.1, True),
-        ("2.3", "2", 0.3, True),
-        ("2", "2.1001", 0.1, False),
-        ("-1", "1", 1, False),
-        ("-1", "1", 2, True),
-        ("1000", "1000.5", 1e-3, False),
-    ],
-)
-def test_equality_is_exact_or_within_the_tolerance(prediction, gold, tolerance, equal):
-    assert close(prediction, gold, tolerance) is equal
-
-
-@quick
-@given(st.decimals(-(10**9), 10**9, places=3), st.decimals(-1, 1, places=4))
-def test_no_tolerance_and_tolerance_0_are_the_same(number, change):
-    prediction, gold = canonical_number(str(number)), canonical_number(str(number + change))
-    assert close(prediction, gold, None) == close(prediction, gold, 0) == (change == 0)
+DATA = os.environ.get("LTTS_DATA")
+RULE = {name: AnswerRule(name) for name in RULES}
+FAMILIES = {
+    "coconut": (Coconut("coconut", "nowhere", 6, {}), "<<3+4=7>>\n### {}"),
+    "codi": (Codi("codi", "nowhere", 6, {}), "The answer is: {}"),
+    "colar": (Colar("colar", "nowhere", 6, {}), "Answer: {}###"),
+    "cot": (Cot("cot", "nowhere", 0, {}), "<<3+4=7>>\n### {}"),
+    "pccot": (Pccot("pccot", "nowhere", 6, {}), " {}"),
+}
+POLAR = r"\left( 3, \frac{\pi}{2} \right)"
 
 
 @pytest.mark.parametrize(
@@ -100,19 +37,181 @@ def test_no_tolerance_and_tolerance_0_are_the_same(number, change):
         ("  Every\tcat  is a\ndog . ", "every cat is a dog"),
         ("Dr. No", "dr. no"),
         ("1,000", "1,000"),
+        ("caf\u00e9", "caf\u00e9"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\ufeffyes\u200b", "yes"),
+        ("STRASSE", "strasse"),
+        ("Stra\u00dfe", "strasse"),
         ("...", None),
         (" ", None),
         ("", None),
         (None, None),
+        ("a" * 501, None),
     ],
 )
 def test_texts_have_one_canonical_form(raw, canonical):
     assert canonical_words(raw) == canonical
 
 
-@quick
-@given(st.text("aA .\n\u00df\u0130", max_size=12))
-def test_case_spaces_and_final_dots_say_nothing(text):
-    canonical = canonical_words(text)
-    assert canonical_words(f" {text}. ") == canonical
-    assert canonical is None or canonical_words(canonical) == canonical
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [("latex", POLAR), ("latex", "(0,1)"), ("latex", "1,-2"), ("latex", r"\{1\pm\sqrt{5},-2\}"),
+     ("words", "Every cat is a wumpus."), ("words", "yes, 3 of 4"), ("decimal", "-1234.5"), ("decimal", "1,234")],
+)  # fmt: skip
+def test_a_gold_answer_that_a_family_writes_in_its_format_is_right(family, name, answer):
+    adapter, text = FAMILIES[family]
+    rule = RULE[name]
+    assert rule.is_right(rule.read(text.format(answer), adapter), rule.parse(answer))
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "number"),
+    [
+        ("codi", "5-2=3", "3"),
+        ("codi", "x-3", "-3"),
+        ("codi", "The answer is: 1,8", "18"),
+        ("codi", "18 apples and 3 pears", "3"),
+        ("colar", "Answer: 1,8", "18"),
+        ("colar", "Answer: $18.00 #", "18"),
+        ("coconut", "### 1,8", None),
+        ("coconut", "### 18 apples", "18"),
+        ("coconut", "### 1,234", "1234"),
+        ("cot", "<<3+4=7>>\n<<7", None),
+    ],
+)
+def test_numbers_are_read_as_the_family_says(family, text, number):
+    assert RULE["decimal"].read(text, FAMILIES[family][0]) == number
+
+
+def test_a_text_without_an_answer_is_unreadable():
+    for rule in RULE.values():
+        assert rule.read("no sign", FAMILIES["cot"][0]) is None
+        assert rule.read("The answer is: ", FAMILIES["codi"][0]) is None
+
+
+def test_what_a_tolerance_lets_pass_is_right_and_not_equal():
+    rule = AnswerRule("decimal", 0.5)
+    assert rule.is_right("18.4", "18")
+    assert not rule.is_right("18.6", "18")
+    assert not rule.equal("18.4", "18")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "right"), [("x+7=9", "9", True), ("9", "x+7=9", False), ("6", "2x+3y=6", False)]
+)
+def test_the_gold_answers_form_decides_between_an_equation_and_its_value(prediction, gold, right):
+    rule = RULE["latex"]
+    prediction, gold = rule.parse(prediction), rule.parse(gold)
+    assert rule.is_right(prediction, gold) is right
+    assert not rule.equal(prediction, gold)
+    assert not rule.equal(gold, prediction)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("digits",), r"^task\.answer=digits: one of decimal, latex, words$"),
+        (("decimal", -1), r"^task\.tolerance=-1: 0 or more"),
+        (("words", 0.1), r"^task\.tolerance=0\.1: null, since task\.answer=words is no number$"),
+    ],
+)
+def test_bad_rules_are_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        AnswerRule(*arguments)
+
+
+PIECES = [*"0123456789abeixXyz+-*/=<>()[]{}^_,.;:'!|&#$%~\\ \n\u2212\u00bd", r"\frac", r"\sqrt", r"\pi", r"\text{"]
+PIECES += [
+    r"\sum_{i=1}",
+    r"\pm",
+    r"\in",
+    r"\cup",
+    r"\infty",
+    r"\begin{pmatrix}",
+    r"\end{pmatrix}",
+    r"\\",
+    r"\le",
+    r"\cdot",
+]
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=10).map("".join) | st.text(max_size=10)
+
+
+def check_rules(one, other):
+    for rule in RULE.values():
+        forms = [rule.parse(one), rule.parse(other)]
+        for form in forms:
+            assert form is None or (rule.parse(form) == form and rule.equal(form, form) and rule.is_right(form, form))
+        first, second = forms
+        if first is not None and second is not None:
+            assert rule.equal(first, second) == rule.equal(second, first)
+            assert not rule.equal(first, second) or rule.is_right(first, second)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(TEXTS, TEXTS)
+def test_no_text_raises_and_canonical_forms_are_fixed_points(one, other):
+    check_rules(one, other)
+
+
+@pytest.mark.slow
+@settings(derandomize=True, deadline=None, max_examples=1000)
+@given(TEXTS, TEXTS)
+def test_no_text_of_a_thousand_raises(one, other):
+    check_rules(one, other)
+
+
+# whole runs
+
+
+@pytest.fixture
+def graded(ltts, tmp_path):
+    """The rollouts and the metrics of a run on a model that writes given texts."""
+
+    def run(family, rule, gold, *texts, **more):
+        (tmp_path / "q.jsonl").write_text(json.dumps({"question": "What?", "answer": gold}) + "\n")
+        checkpoint = scripted.make(tmp_path / "scripted", family, *texts)
+        line = {"n": 1, "sampler": "greedy", "task.path": "q.jsonl", "task.answer": rule} | more
+        options = [f"{key}={value}" for key, value in line.items()]
+        result = ltts("run", f"model={family}", f"model.checkpoint={checkpoint}", "task=jsonl", *options)
+        assert result.code == 0, result.err
+        return pd.read_parquet(result.last.parent / "rollouts.parquet"), pd.read_csv(result.last)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("family", "rule", "gold", "text"),
+    [("codi", "latex", POLAR, f"The answer is: {POLAR}"), ("colar", "latex", "(0,1)", "Answer:(0,1)"),
+     ("codi", "words", "Every cat is a wumpus.", "Every cat is a wumpus."),
+     ("coconut", "latex", "6", r"### x = 2 \cdot 3 = 6")],
+)  # fmt: skip
+def test_the_text_that_a_model_writes_reaches_the_rule(graded, family, rule, gold, text):
+    rollouts, _ = graded(family, rule, gold, text)
+    assert rollouts["correct"].tolist() == [True]
+
+
+def test_equal_answers_are_one_vote(graded):
+    texts = [f"### {answer}" for answer in (r"\text{18}", "18", "x=18", "7", "7.0")]
+    more = {"answer.temperature": 1, "n": 64, "answer.top_p": 1}
+    rollouts, metrics = graded("coconut", "latex", "18", *texts, **more)
+    assert set(rollouts["prediction"]) == {"18", "7"}
+    assert (rollouts["prediction"] == "18").equals(rollouts["correct"])
+    assert rollouts["correct"].mean() > 0.5
+    majority = metrics[(metrics["metric"] == "accuracy") & (metrics["aggregator"] == "majority")]
+    assert majority["value"].tolist() == [1.0]
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_gold_answer_of_math500_can_be_graded_with_every_family(family):
+    """Before, 182 of 500 could not with CODI."""
+    if not DATA:
+        pytest.skip("LTTS_DATA names no folder")
+    adapter, text = FAMILIES[family]
+    lines = (Path(DATA) / "math500.jsonl").read_text().splitlines()
+    golds = [json.loads(line)["answer"] for line in lines]
+    rule = RULE["latex"]
+    graded = [rule.is_right(rule.read(text.format(gold), adapter) or "", rule.parse(gold)) for gold in golds]
+    assert sum(graded) == len(golds) == 500
+    assert not rule.guard.given_up

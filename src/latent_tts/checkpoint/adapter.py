@@ -274,3 +274,11 @@ class CheckpointAdapter:
     def answer_text(self, answer_ids: list[int]) -> str:
         """The text of answer ids, special tokens kept."""
         return self.tokenizer.decode(answer_ids, skip_special_tokens=False)
+
+    def answer_span(self, answer_text: str) -> str | None:
+        """The part of an answer's text that holds the answer, unchanged: all of it, unless a family says otherwise."""
+        return answer_text.strip()
+
+    def raw_answer(self, answer_text: str) -> str | None:
+        """The number in an answer's text: the answer, unless a family's own evaluation reads numbers in another way."""
+        return self.answer_span(answer_text)

@@ -103,8 +103,11 @@ class ModelAdapter(Protocol):
         """Text of answer ids, special tokens kept."""
         ...
 
+    def answer_span(self, answer_text: str) -> str | None:
+        """The part of an answer's text that holds the answer, unchanged; None if there is none."""
+
     def raw_answer(self, answer_text: str) -> str | None:
-        """The part of an answer's text that the task should read."""
+        """The number in an answer's text as the family's own evaluation reads it; None if there is none."""
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights."""

@@ -15,7 +15,7 @@ class Coconut(CheckpointAdapter):
     family = "COCONUT"
     question_end = "\n"
 
-    def raw_answer(self, answer_text: str) -> str:
+    def answer_span(self, answer_text: str) -> str:
         """What stands after the last `#` of the answer text."""
         return answer_text.rpartition("#")[2].strip()
 

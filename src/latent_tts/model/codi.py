@@ -47,6 +47,10 @@ class Codi(CheckpointAdapter):
                     f"it should be {shape}",
                 )
 
+    def answer_span(self, answer_text: str) -> str:
+        """What stands after the last `answer is` and its colon, or all of the answer text."""
+        return re.split(r"answer is\s*:?", answer_text, flags=re.IGNORECASE)[-1].strip()
+
     def raw_answer(self, answer_text: str) -> str | None:
         """The last number of the answer text, commas removed: an optional minus, digits, an optional point, digits.
 

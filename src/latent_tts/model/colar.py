@@ -104,13 +104,17 @@ class Colar(CheckpointAdapter):
         text = PROMPT.format(question=question.text, speed=self.thinking_speed)
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def answer_span(self, answer_text: str) -> str:
+        """What stands after the last `Answer:`, without signs `#` at its ends."""
+        return answer_text.rpartition("Answer:")[2].strip("# \n")
+
     def raw_answer(self, answer_text: str) -> str:
-        """What stands after the last `Answer:`, signs `#` at its ends and commas removed.
+        """The same without commas.
 
         The official rule keeps commas, so that `1,234` is unreadable to it; they are removed here on purpose, as in the
-        rules of COCONUT and CODI.
+        rule of CODI.
         """
-        return answer_text.rpartition("Answer:")[2].replace(",", "").strip("# \n")
+        return self.answer_span(answer_text.replace(",", ""))
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""

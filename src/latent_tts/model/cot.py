@@ -50,7 +50,7 @@ class Cot(CheckpointAdapter):
             raise UsageError(f"question {question.id}: the tokenizer of model={self.name} makes no token of its text")
         return ids
 
-    def raw_answer(self, answer_text: str) -> str | None:
+    def answer_span(self, answer_text: str) -> str | None:
         """What stands after the last `#` of the answer text; None where the chain came to no `#`."""
         _, sign, answer = answer_text.rpartition("#")
         return answer.strip() if sign else None

@@ -118,7 +118,7 @@ class Pccot(CheckpointAdapter):
                     f"width of {self.width} it should be {shape}",
                 )
 
-    def raw_answer(self, answer_text: str) -> str:
+    def answer_span(self, answer_text: str) -> str:
         """All that is written after the forced prompt, or after the last `#` of it."""
         return answer_text.rpartition("#")[2].strip()
 

@@ -154,11 +154,11 @@ def _label(
     from latent_tts.engine.rollout import Engine
     from latent_tts.pipeline.models import find_device, load_reasoner, rollout_plan, rows_per_batch
 
-    adapter, task = spec.adapter, spec.task
+    adapter, rule = spec.adapter, spec.task.rule
 
     def is_right(question: Question, ids: list[int]) -> bool:
-        prediction = task.parse(adapter.raw_answer(adapter.answer_text(ids)))
-        return prediction is not None and task.equal(prediction, question.answer)
+        prediction = rule.read(adapter.answer_text(ids), adapter)
+        return prediction is not None and rule.is_right(prediction, question.answer)
 
     jobs = [LabelJob(q.id, place, prompts[q.id], lambda ids, q=q: is_right(q, ids)) for place, q in questions]
     device, sampler = find_device(spec.engine), spec.answers.over(spec.sampler)

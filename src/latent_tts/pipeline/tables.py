@@ -30,6 +30,7 @@ from latent_tts.results.run_folder import (
     write_rollouts,
     write_run_json,
 )
+from latent_tts.text.classes import shared_forms
 
 log = logging.getLogger(__name__)
 MAX_USELESS = 0.95  # share of answers
@@ -59,20 +60,25 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     """The rollouts table: cached rows with their scores, and answers read by the model's and the task's rules."""
-    adapter, task, rows = spec.adapter, spec.task, drawn.rows
+    adapter, rule, rows = spec.adapter, spec.task.rule, drawn.rows
     answer_ids = [[int(token) for token in ids] for ids in rows["answer_ids"]]
     texts = [adapter.answer_text(ids) for ids in answer_ids]
     owners = [question for question in spec.questions for _ in range(spec.kept)]
-    predictions = [
-        None if stop == NOT_DECODED else task.parse(adapter.raw_answer(text))
+    answers = [
+        None if stop == NOT_DECODED else rule.read(text, adapter)
         for stop, text in zip(rows["stop_reason"], texts, strict=True)
+    ]
+    predictions = [  # equal answers of a question get one form, so that they are one vote
+        form
+        for start in range(0, len(answers), spec.kept)
+        for form in shared_forms(answers[start : start + spec.kept], rule.equal)
     ]
     table = pd.DataFrame(
         {
             "question_id": [question.id for question in owners],
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.array(predictions, dtype=object),
-            "correct": [p is not None and task.equal(p, q.answer) for p, q in zip(predictions, owners, strict=True)],
+            "correct": [a is not None and rule.is_right(a, q.answer) for a, q in zip(answers, owners, strict=True)],
             "score": pd.array([None] * len(rows), dtype="Float32"),
             "answer_logprob": rows["answer_logprob"],
             "answer_margin": rows["answer_margin"],
@@ -263,6 +269,7 @@ def write_run_folder(
             "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest},
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
+            "grading": {"given_up": spec.task.rule.given_up},
             "cache": str(drawn.cache.folder.resolve()),
             **_where_drawn(drawn.rows),
             "rollouts": _counts(drawn),

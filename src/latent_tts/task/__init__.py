@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question
 
 
@@ -23,9 +24,7 @@ class Task(Protocol):
         """The questions, in file order."""
         ...
 
-    def parse(self, raw: str | None) -> str | None:
-        """The canonical prediction in a raw answer, None if it cannot be read."""
-
-    def equal(self, prediction: str, gold: str) -> bool:
-        """Whether a canonical prediction is right."""
+    @property
+    def rule(self) -> AnswerRule:
+        """How its answers are read and compared."""
         ...

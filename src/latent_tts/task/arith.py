@@ -13,7 +13,7 @@ from itertools import count, islice
 
 from latent_tts.errors import bad_value, is_whole
 from latent_tts.random.philox import Dice, Stream, key_of
-from latent_tts.text import answer
+from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, text_digest
 
 NAMES = {"Ann": "She", "Ben": "He", "Cara": "She", "Dan": "He", "Eva": "She", "Finn": "He", "Gina": "She", "Hugo": "He"}
@@ -68,6 +68,7 @@ class Arith:
     seed: int
 
     name = "arith"
+    rule = AnswerRule("decimal")
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -103,14 +104,6 @@ class Arith:
                     continue
                 seen.add(question.id)
             yield question
-
-    def parse(self, raw: str | None) -> str | None:
-        """The canonical number in a raw answer, None if there is none."""
-        return answer.canonical_number(raw)
-
-    def equal(self, prediction: str, gold: str) -> bool:
-        """Exact equality of canonical numbers."""
-        return prediction == gold
 
 
 def split_of(question_id: str) -> str:

@@ -8,25 +8,24 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from latent_tts.errors import UsageError, bad_value
-from latent_tts.task.jsonl import Row, check_file, check_limit, file_rows, read_questions
+from latent_tts.task.jsonl import Row, check_file, check_limit, file_rows, is_file, read_questions
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
 FOLDER = "LTTS_DATA"
-LAYOUT = 'one {"question": ..., "answer": ...} a line'
+LAYOUT = 'one {"question": ..., "answer": ...} per line, or a list of them, or rows as the set has them'
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where one split of a published set is read from.
+    """Where one split of a published set is read from, and what its rows are called there.
 
     Attributes:
-        file: its name in the folder `LTTS_DATA`.
+        file: its name in the folder `LTTS_DATA`; with `.gz`, or as a `.json` list, it is read as well.
         hub: id of the data set on the hub; null where there is no copy to rely on.
         get: where to get it from when there is none, for the error.
         subset: of the data set on the hub, null if it has none.
@@ -52,16 +51,18 @@ class Split:
     distinct: bool = False
 
     def row(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of the hub with the names of the toolkit, spaces around the texts left out."""
-        text, answer, steps = fields.get(self.question), fields.get(self.answer), []
-        if self.marker is not None and isinstance(answer, str):
+        """A row with the names of the toolkit, which it may have already; spaces around the texts left out."""
+        row = dict(fields)
+        for name, own in (("question", self.question), ("answer", self.answer)):
+            if own in row:
+                row[name] = row[own]
+            if isinstance(row.get(name), str):
+                row[name] = row[name].strip()
+        answer = row.get("answer")
+        if self.marker is not None and isinstance(answer, str) and self.marker in answer:
             written, _, answer = answer.rpartition(self.marker)
-            steps = re.findall(r"<<.*?>>", written)
-        return {
-            "question": text.strip() if isinstance(text, str) else text,
-            "answer": answer.strip() if isinstance(answer, str) else answer,
-            "steps": steps,
-        }
+            row |= {"answer": answer.strip(), "steps": row.get("steps") or re.findall(r"<<.*?>>", written)}
+        return row
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Benchmark:
     Attributes:
         name: what tables call the task.
         split: one of `splits`.
-        path: a `.jsonl` or `.jsonl.gz` file to read instead; null: the split's file in the folder that the environment
-            variable `LTTS_DATA` names, and where there is none the hub.
+        path: a file to read instead, as for `task=jsonl` or with the set's own names of fields; null: the split's file
+            in the folder that the environment variable `LTTS_DATA` names, and where there is none the hub.
         limit: the first `limit` questions; null takes all.
         answer: how answers are read: `decimal`, `latex` or `words`.
         tolerance: largest |prediction - gold| that counts as right; null is exact.
@@ -116,10 +117,11 @@ class Benchmark:
         folder = os.environ.get(FOLDER)
         if self.path is not None or not folder:
             return self.path
-        if not Path(folder).expanduser().is_dir():
+        if not os.path.isdir(os.path.expanduser(folder)):
             raise bad_value(FOLDER, folder, "no such folder; it is where the files of evaluation sets lie")
-        path = Path(folder).expanduser() / self._split.file
-        return str(path) if path.is_file() else None
+        path = os.path.join(os.path.expanduser(folder), self._split.file)
+        names = (path, f"{path}.gz", path.removesuffix("l"), f"{path.removesuffix('l')}.gz")
+        return next((name for name in names if is_file(name)), None)
 
     def _how_to_get(self, problem: str) -> str:
         """An error in three lines: what is wrong, where the data is, how to have it read."""
@@ -135,7 +137,8 @@ class Benchmark:
             UsageError: the set cannot be had, or a row is not readable; it names the row.
         """
         if self._file is not None:
-            source, rows = f"task.path={self._file}", file_rows(self._file)
+            source, found = f"task.path={self._file}", file_rows(self._file)
+            rows = ((place, self._split.row(fields)) for place, fields in found)
         else:
             source, rows = f"{self._split.hub}, split {self._split.hub_split}", self._hub_rows()
         questions = read_questions(rows, self.rule, self.limit, source)
@@ -173,11 +176,3 @@ class Benchmark:
                 split.revision, split.rows,
             )  # fmt: skip
         return iter(rows)
-
-    def parse(self, raw: str | None) -> str | None:
-        """The canonical form of a raw answer, None if it cannot be read."""
-        return self.rule.parse(raw)
-
-    def equal(self, prediction: str, gold: str) -> bool:
-        """Whether a canonical prediction is right."""
-        return self.rule.equal(prediction, gold)

@@ -1,9 +1,10 @@
-"""`task=jsonl`: any file with one JSON object a line, fields `question` and `answer` (`steps` where there are)."""
+"""`task=jsonl`: a file of JSON objects, one per line or in a list, with `question`, `answer` and maybe `steps`."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,12 +12,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from latent_tts.errors import UsageError, bad_value, is_whole
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, text_digest
 
+MAX_CHARACTERS = 1_000_000  # of a row; the longest of the published sets has 7,000
+MAX_SHOWN = 100  # characters of a row's text in an error
+PIECE = 1 << 16  # characters of a list that are read at once
+NOT_SPACE = re.compile(r"[^ \t\r\n]|\Z")
 Row = tuple[str, Mapping[str, Any]]  # where it stands, as an error names it, and its fields
 
 
@@ -25,7 +30,7 @@ class Jsonl:
     """Questions of a file.
 
     Attributes:
-        path: a `.jsonl` file, or `.jsonl.gz`.
+        path: a `.jsonl` file with one object per line or a `.json` file with a list of them, or either with `.gz`.
         split: what tables call this set; null takes none.
         limit: the first `limit` questions; null takes all.
         tolerance: largest |prediction - gold| that counts as right; null wants exact decimals.
@@ -41,7 +46,7 @@ class Jsonl:
     @property
     def name(self) -> str:
         """The file's name without its ending: what tables call the task."""
-        return Path(str(self.path)).name.removesuffix(".gz").removesuffix(".jsonl")
+        return Path(str(self.path)).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
 
     def __post_init__(self) -> None:
         check_limit(self.limit)
@@ -61,14 +66,6 @@ class Jsonl:
         """
         return read_questions(file_rows(str(self.path)), self.rule, self.limit, f"task.path={self.path}")
 
-    def parse(self, raw: str | None) -> str | None:
-        """The canonical form of a raw answer, None if it cannot be read."""
-        return self.rule.parse(raw)
-
-    def equal(self, prediction: str, gold: str) -> bool:
-        """Whether a canonical prediction is right."""
-        return self.rule.equal(prediction, gold)
-
 
 def check_limit(limit: object) -> None:
     """Raise the usual error unless a `task.limit` is allowed."""
@@ -78,26 +75,86 @@ def check_limit(limit: object) -> None:
 
 def check_file(path: object) -> None:
     """Raise the usual error unless a `task.path` is a file."""
-    if not isinstance(path, str) or not Path(path).expanduser().is_file():
+    if not isinstance(path, str) or not is_file(path):
         raise bad_value("task.path", path, "no such file; name one with task.path=FILE.jsonl")
 
 
+def is_file(path: str) -> bool:
+    """Whether there is a file of that name; `~` stands for the home folder."""
+    try:
+        return Path(path).expanduser().is_file()
+    except (OSError, RuntimeError):  # a name too long; `~` of nobody
+        return False
+
+
 def file_rows(path: str) -> Iterator[Row]:
-    """The rows of a `.jsonl` or `.jsonl.gz` file, blank lines left out.
+    """The rows of a file, `.gz` or not: one JSON object per line, blank lines left out, or a list of them.
 
     Raises:
-        UsageError: the file, or a line of it, is not readable; it names file and line.
+        UsageError: the file, or a row of it, is not readable or too long; it names the file and the line or row.
     """
     file_path = Path(path).expanduser()
     try:
         opened = gzip.open if file_path.suffix == ".gz" else open
-        with opened(file_path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"task.path={path}: line {number}"
-                    yield where, _json_object(where, line)
+        with opened(file_path, "rt", encoding="utf-8-sig") as file:
+            text, number = "", 0
+            while not text.strip():  # up to the first row
+                text, number = file.readline(MAX_CHARACTERS + 1), number + 1
+                if not text:
+                    return
+            if text.lstrip().startswith("["):
+                yield from _list_rows(f"task.path={path}: row", file, text.lstrip()[1:])
+                return
+            while text:
+                where = f"task.path={path}: line {number}"
+                if len(text) > MAX_CHARACTERS:
+                    raise _too_long(where)
+                if text.strip():
+                    yield where, _json_object(where, text)
+                text, number = file.readline(MAX_CHARACTERS + 1), number + 1
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise bad_value("task.path", path, f"cannot be read ({error})") from error
+
+
+def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
+    """The rows of a JSON list, read piece by piece.
+
+    Args:
+        where: what an error calls a row, its number left out.
+        file: read from where `text` ends.
+        text: what stands after the list's bracket.
+    """
+    decode, at, number = json.JSONDecoder().raw_decode, 0, 1
+    while True:
+        at = NOT_SPACE.search(text, at).start()  # type: ignore[union-attr]
+        piece = ""
+        if at < len(text) and text[at] == "]":
+            if (text[at + 1 :] + file.read(MAX_CHARACTERS)).strip():
+                raise UsageError(f"{where} {number}: something follows the list")
+            return
+        if at < len(text):
+            try:
+                row, end = decode(text, at)
+                end = NOT_SPACE.search(text, end).start()  # type: ignore[union-attr]
+                if text[end : end + 1] in (",", "]"):
+                    yield f"{where} {number}", _is_object(f"{where} {number}", row)
+                    at, number = end + (text[end] == ","), number + 1
+                    continue
+                problem = ValueError("neither a comma nor the list's end follows it")
+            except (ValueError, RecursionError) as error:
+                problem = error
+        else:
+            problem = ValueError("the list has no end")
+        if len(text) - at > MAX_CHARACTERS:
+            raise _too_long(f"{where} {number}")
+        piece = file.read(PIECE)
+        if not piece:
+            raise UsageError(f"{where} {number} is not JSON ({problem})") from problem
+        text, at = text[at:] + piece, 0
+
+
+def _too_long(where: str) -> UsageError:
+    return UsageError(f"{where} has more than {MAX_CHARACTERS:,} characters")
 
 
 def _json_object(where: str, line: str) -> Mapping[str, Any]:
@@ -105,6 +162,10 @@ def _json_object(where: str, line: str) -> Mapping[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where} is not JSON ({error})") from error
+    return _is_object(where, row)
+
+
+def _is_object(where: str, row: Any) -> Mapping[str, Any]:
     if not isinstance(row, dict):
         raise UsageError(f"{where} is not a JSON object with question and answer")
     return row
@@ -139,15 +200,21 @@ def read_questions(rows: Iterable[Row], rule: AnswerRule, limit: int | None, sou
 def _fields(where: str, row: Mapping[str, Any], rule: AnswerRule) -> tuple[str, str, tuple[str, ...]]:
     for field in ("question", "answer"):
         if not str(row.get(field) or ("" if row.get(field) != 0 else "0")).strip():
-            raise UsageError(f"{where} has no {field}; each row needs question and answer")
+            found = ", ".join(map(repr, row)) or "nothing"
+            raise UsageError(f"{where} has no {field}; each row needs question and answer, and it has {_short(found)}")
     if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
         raise UsageError(f"{where}: answer is neither a text nor a number")
     gold = rule.parse(str(row["answer"]))
     if gold is None:
-        raise UsageError(f"{where}: the answer {str(row['answer'])!r} is not {rule.wanted}")
+        hint = "; task=gsm8k reads rows whose answer stands after ####" if "####" in str(row["answer"]) else ""
+        raise UsageError(f"{where}: the answer {_short(repr(str(row['answer'])))} is not {rule.wanted}{hint}")
     text, steps = row["question"], row.get("steps") or []
     if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:  # a lone surrogate
         raise UsageError(f"{where}: question is not a text")
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         raise UsageError(f"{where}: steps is not a list of texts")
     return text, gold, tuple(steps)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

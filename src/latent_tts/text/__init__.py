@@ -1,1 +1,1 @@
-"""What an answer says: decimals, words, LaTeX."""
+"""What an answer says: numbers, words, LaTeX; which answers are one vote."""

@@ -1,14 +1,28 @@
-"""Raw answer strings to canonical predictions: exact decimals (never floats), words, LaTeX."""
+"""How a task's answers are read and compared: raw texts to canonical predictions, and which of these are equal."""
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from functools import cached_property
+from typing import Protocol
 
 from latent_tts.errors import bad_value, is_number
 from latent_tts.text import latex
+from latent_tts.text.guard import Guard
+from latent_tts.text.number import LONGEST, canonical_number, close, tidy
 
 RULES = {"decimal": "a number", "latex": "a LaTeX expression of a value", "words": "a text"}
+
+
+class AnswerFormat(Protocol):
+    """Where a family of reasoners writes its answers, of `latent_tts.model.ModelAdapter`."""
+
+    def answer_span(self, answer_text: str) -> str | None:
+        """The part of an answer's text that holds the answer, unchanged; None if there is none."""
+
+    def raw_answer(self, answer_text: str) -> str | None:
+        """The number in an answer's text as the family's own evaluation reads it; None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -37,47 +51,41 @@ class AnswerRule:
         """What an answer has to be, as an error says it."""
         return RULES[self.name]
 
+    @cached_property
+    def guard(self) -> Guard:
+        """Third-party grading code, which `latex` alone needs, and what it has given up."""
+        return Guard(latex.EXPRESSIONS)
+
+    @property
+    def given_up(self) -> int:
+        """How many answers and comparisons had no result within their limits: they count as unreadable or wrong."""
+        return len(self.guard.given_up)
+
+    def read(self, answer_text: str, family: AnswerFormat) -> str | None:
+        """The canonical form of the answer in a generated text, None if it cannot be read.
+
+        Numbers are read as the family's own evaluation does, other answers from the text unchanged.
+        """
+        where = family.raw_answer if self.name == "decimal" else family.answer_span
+        return self.parse(where(answer_text))
+
     def parse(self, raw: str | None) -> str | None:
-        """The canonical form of a raw answer, None if it cannot be read."""
+        """The canonical form of an answer, None if it cannot be read."""
         if self.name == "decimal":
             return canonical_number(raw)
-        return latex.canonical_latex(raw) if self.name == "latex" else canonical_words(raw)
+        return latex.canonical_latex(raw, self.guard) if self.name == "latex" else canonical_words(raw)
 
-    def equal(self, prediction: str, gold: str) -> bool:
+    def is_right(self, prediction: str, gold: str) -> bool:
         """Whether a canonical prediction is right."""
         if self.name == "latex":
-            return latex.equal_latex(prediction, gold)
+            return latex.equal_latex(prediction, gold, self.guard)
         return close(prediction, gold, self.tolerance)
 
-
-def canonical_number(raw: str | None) -> str | None:
-    """The canonical form of a number: `2.0`, `2` and `2.` agree, so do `1,234` and `1234`, `1e3` and `1000`.
-
-    Args:
-        raw: the text of an answer; None stands for no answer.
-
-    Returns:
-        Plain decimal digits without exponent or trailing zeros, or None if `raw` is not one finite number.
-    """
-    if raw is None:
-        return None
-    try:
-        value = Decimal(raw.strip().replace(",", ""))
-    except InvalidOperation:
-        return None
-    if not value.is_finite() or abs(value.adjusted()) > 400:  # beyond any float: a runaway exponent, not an answer
-        return None
-    if value == 0:
-        return "0"
-    text = format(value, "f")
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def close(prediction: str, gold: str, tolerance: float | None) -> bool:
-    """Whether two canonical numbers are equal, or no further apart than `tolerance`."""
-    if tolerance is None:
-        return prediction == gold
-    return abs(Decimal(prediction) - Decimal(gold)) <= Decimal(str(tolerance))
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two canonical answers have one value, and so are one vote: exactly, and in both directions."""
+        if self.name != "latex" or one == other:
+            return one == other
+        return latex.equal_latex(one, other, self.guard) and latex.equal_latex(other, one, self.guard)
 
 
 def canonical_words(raw: str | None) -> str | None:
@@ -87,6 +95,8 @@ def canonical_words(raw: str | None) -> str | None:
         raw: the text of an answer; None stands for no answer.
 
     Returns:
-        The text in one case, with single spaces and without final dots; None if nothing is left.
+        The text in one case, with single spaces and without final dots; None if nothing is left, or too much.
     """
-    return " ".join((raw or "").casefold().split()).rstrip(". ") or None
+    if raw is None or len(raw) > LONGEST:
+        return None
+    return " ".join(unicodedata.normalize("NFC", tidy(raw).casefold()).split()).rstrip(". ") or None

@@ -1,201 +1,94 @@
 """Answers in LaTeX: one canonical text for equal values where it can be had, equality by math-verify.
 
-sympy and math-verify are imported when the first answer needs them.
+What is a number is read here. Other expressions are read by sympy and math-verify, in a process that is started when
+the first of them is met (`guard.py`): what these cannot read is unreadable, whatever they raise.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import re
-import signal
-import threading
-from collections.abc import Callable
-from fractions import Fraction
-from functools import lru_cache
-from typing import Any, TypeVar
 
-log = logging.getLogger(__name__)
-Result = TypeVar("Result")
+from latent_tts.text.guard import Guard
+from latent_tts.text.number import LONGEST, SPACE, number, tidy, write_fraction
 
-LONGEST = 500  # characters of an answer; the longest gold answer of MATH-500 has 53
-LARGEST = 10_000  # bits of a number that is written out
-MOST_TERMS = 1000  # of an expression that is multiplied out
-SECONDS = 5  # for one answer or one comparison: the last resort, since the limits above catch what is known to be slow
+EXPRESSIONS = "latent_tts.text.expressions"
+UNIT_LETTERS = 3  # of a word after a number: shorter ones may be variables
+RATIONAL = re.compile(r"-?(\d+|\\frac\{\d+\}\{\d+\})")
 
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?")
-DELIMITER = re.compile(r"(?<!\\)(\$|\\\(|\\\[)")
+SIGNS = str.maketrans(
+    {"\u00d7": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "≤": r"\le ",
+     "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "\u222a": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
+     "°": r"^\circ ", "²": "^{2}", "³": "^{3}"}
+)  # fmt: skip
+SHORT_FRACTION = re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)(?!\d)")
+THOUSANDS = re.compile(rf"(?<![\w.,^])[1-9]\d{{0,2}}(?:(?:{SPACE}|\{{,\}}|,\s*\\!\s*)\d{{3}})+(?![\w.,]*\d)")
+MIXED = re.compile(rf"(?<![\w.,^/])(\d+){SPACE}(\d+)\s*/\s*(\d+)(?![\d.])")
+FLOAT = re.compile(r"[+-]?\s*(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+SIDE_BY_SIDE = re.compile(rf"\d{SPACE}\.?\d")
 
 
-def canonical_latex(raw: str | None) -> str | None:
+def canonical_latex(raw: str | None, guard: Guard | None = None) -> str | None:
     r"""The canonical form of a LaTeX answer: `\frac12`, `0.5`, `1/2` and `\boxed{\dfrac{1}{2}}` agree.
 
-    Where the form is not read back as the same value the answer's own text stands in for it: equal values may then be
-    two votes, and are still equal by `equal_latex`. Signs that graders of MATH leave out (a final dot, dollars, per
-    cent, degrees and other units) are left out here.
+    Where the form is not read back as the same value the answer's own text stands in for it: equal values may then have
+    two forms, and are still equal by `equal_latex`. What graders of MATH leave out (a final dot, currency, per cent,
+    degrees and other units) is left out here.
 
     Args:
         raw: the text of an answer; None stands for no answer.
+        guard: the run's, whose limits count all of its calls; None takes a new one.
 
     Returns:
         LaTeX, or None if `raw` is not readable or too large to be written out.
 
     Source: math-verify `parse`; what is left out: hendrycks/math, `modeling/math_equivalence.py`.
     """
-    text = _clean(raw)
-    if text is None:
+    if raw is None or len(raw) > LONGEST:
         return None
-    canonical = _written(Fraction(text)) if NUMBER.fullmatch(text) else _limited(_canonical, text, on_timeout=None)
+    text = tidy(raw)
+    value = number(text, unit_letters=UNIT_LETTERS)
+    if value is not None:
+        canonical = write_fraction(value)
+    else:
+        expression = _expression(text)
+        canonical = (
+            None if expression is None else (guard or Guard(EXPRESSIONS)).call("canonical", expression, otherwise=None)
+        )
     return canonical if canonical is None or len(canonical) <= LONGEST else None
 
 
-def equal_latex(prediction: str, gold: str) -> bool:
-    """Whether two canonical forms have equal values.
+def equal_latex(prediction: str, gold: str, guard: Guard | None = None) -> bool:
+    """Whether the value of a canonical prediction is that of a canonical gold answer.
+
+    An equation is right where its right side is: the gold answer's form decides, so that `x+y=5` is right where `5` is
+    asked for, and `6` wrong where `2x+3y=6` is.
 
     Source: math-verify `verify`, with its own settings (6 places where a decimal is compared).
     """
-    return prediction == gold or _limited(_equal, prediction, gold, on_timeout=False)
+    if prediction == gold:
+        return True
+    if RATIONAL.fullmatch(prediction) and RATIONAL.fullmatch(gold):  # each has one canonical form
+        return False
+    return (guard or Guard(EXPRESSIONS)).call("equal", prediction, gold, otherwise=False)
 
 
-def _clean(raw: str | None) -> str | None:
-    """The answer on one line, without what says nothing about its value; None if there is nothing or too much."""
-    if raw is None or len(raw) > LONGEST:
-        return None
-    text = " ".join(raw.split()).rstrip(". ")
-    text = re.sub(r"\\?%$", "", text).rstrip()
+def _expression(text: str) -> str | None:
+    """The text as math-verify is to read it, None for what it would misread.
+
+    That is two numbers side by side, which it multiplies, and a number whose exponent was too large for `number`.
+    """
+    text = re.sub(r"\\?%$", "", text.rstrip(". ")).rstrip()
     if text.count("$") == 1:  # money, not the start of mathematics
         text = text.replace("\\$", "").replace("$", "").strip()
-    return text or None
+    text = text.translate(SIGNS).replace(r"\varnothing", r"\emptyset")
+    text = re.sub(r"√\s*(\d+|\w|(?=[({]))", lambda root: rf"\sqrt{{{root[1]}}}" if root[1] else r"\sqrt", text)
+    text = SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
+    text = THOUSANDS.sub(lambda found: re.sub(r"\D", "", found[0]), text)
+    text = MIXED.sub(_mixed, text)
+    text = re.sub(r"(?<=\d)\s*x\s*(?=\d)", r"\\times ", text)
+    return None if not text or SIDE_BY_SIDE.search(text) or FLOAT.fullmatch(text) else " ".join(text.split())
 
 
-def _written(number: Fraction) -> str:
-    sign = "-" if number < 0 else ""
-    if number.denominator == 1:
-        return f"{sign}{abs(number.numerator)}"
-    return rf"{sign}\frac{{{abs(number.numerator)}}}{{{number.denominator}}}"
-
-
-@lru_cache(maxsize=1 << 16)
-def _canonical(text: str) -> str | None:
-    value = _value(text)
-    if value is None:
-        return None
-    try:
-        written = _print(value)
-        if _value(written) == value:
-            return written
-    except Exception:  # sympy's printers and math-verify's grammar raise whatever they meet
-        log.debug("no canonical form of %r", text, exc_info=True)
-    return text
-
-
-@lru_cache(maxsize=1 << 16)
-def _equal(prediction: str, gold: str) -> bool:
-    from math_verify import verify
-
-    return verify(_expression(gold), _expression(prediction), timeout_seconds=0)
-
-
-@lru_cache(maxsize=1 << 16)
-def _expression(text: str) -> Any:
-    """What math-verify reads: an expression of sympy, or None."""
-    from math_verify import LatexExtractionConfig, parse
-
-    inside = text if DELIMITER.search(text) else f"${text}$"
-    found = parse(inside, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=0)
-    return found[0] if found else None
-
-
-def _value(text: str) -> Any:
-    """The evaluated expression of a text, None if it has no value that can be written out."""
-    import sympy
-
-    found = _expression(text)
-    try:
-        value = None if found is None else _evaluated(found)
-    except OverflowError:
-        return None
-    if value is None or value.has(sympy.zoo, sympy.nan):
-        return None
-    if _terms(value) > MOST_TERMS:
-        return None
-    if isinstance(value, sympy.Expr):
-        value = sympy.expand(value)
-        if value.is_number:
-            value = sympy.radsimp(value)
-    return value
-
-
-def _evaluated(expression: Any) -> Any:
-    """The expression with sympy's automatic evaluation, which math-verify switches off, and decimals as fractions.
-
-    Raises:
-        OverflowError: a number out of all proportion would have to be written out.
-    """
-    import sympy
-    from sympy.functions.combinatorial.factorials import CombinatorialFunction
-
-    if isinstance(expression, sympy.MatrixBase):
-        return sympy.ImmutableMatrix(expression.applyfunc(_evaluated))
-    if isinstance(expression, sympy.Float):
-        return sympy.Rational(str(expression))
-    if isinstance(expression, sympy.Symbol) and expression.name == "i":  # read as a symbol or not, as spaces fall
-        return sympy.I
-    if not expression.args:
-        if _bits(expression) > LARGEST:
-            raise OverflowError
-        return expression
-    arguments = [_evaluated(argument) for argument in expression.args]
-    if isinstance(expression, sympy.Pow):
-        base, exponent = arguments
-        if exponent.is_Rational and abs(exponent) * _bits(base) > LARGEST:
-            raise OverflowError
-    if isinstance(expression, CombinatorialFunction | sympy.gamma) and any(
-        argument.is_real and abs(argument) > LARGEST // 10 for argument in arguments if argument.is_number
-    ):
-        raise OverflowError
-    return expression.func(*arguments)
-
-
-def _bits(number: Any) -> int:
-    """Bits of a fraction's larger part; 1 for what is no fraction."""
-    return max(int(number.p).bit_length(), int(number.q).bit_length()) if number.is_Rational else 1
-
-
-def _terms(expression: Any) -> int:
-    """How many terms an expression has at most when its products and powers of sums are multiplied out."""
-    import sympy
-
-    terms = [_terms(argument) for argument in expression.args]
-    if isinstance(expression, sympy.Add):
-        return sum(terms)
-    if isinstance(expression, sympy.Mul):
-        return math.prod(terms)
-    if isinstance(expression, sympy.Pow) and expression.exp.is_Integer:
-        power = abs(int(expression.exp))
-        return max(1, math.comb(terms[0] + power - 1, power))
-    return max(terms, default=1)
-
-
-def _print(value: Any) -> str:
-    import sympy
-
-    if value.is_Rational:
-        return _written(Fraction(int(value.p), int(value.q)))
-    words = {symbol: rf"\text{{{symbol}}}" for symbol in value.free_symbols if len(symbol.name) > 1}
-    return sympy.latex(value, symbol_names=words)
-
-
-def _limited(function: Callable[..., Result], *arguments: str, on_timeout: Result) -> Result:
-    """Call under math-verify's alarm where the process can have one: in the main thread, on a system with signals."""
-    from math_verify.errors import TimeoutException
-    from math_verify.utils import timeout
-
-    # parse and verify would warn that they have no limit of their own: the one limit is here
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    can = threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGALRM")
-    try:
-        return timeout(SECONDS if can else None)(function)(*arguments)
-    except TimeoutException:
-        log.warning("%s: no result within %d s, so it counts as unreadable or wrong", " and ".join(arguments), SECONDS)
-        return on_timeout
+def _mixed(found: re.Match[str]) -> str:
+    whole, upper, lower = found.groups()
+    return rf"({whole}+\frac{{{upper}}}{{{lower}}})" if int(upper) < int(lower) else found[0]

@@ -179,5 +179,6 @@ class ColarObjective:
         draw = Draw.of(0, [q.id for q in questions], rollouts_QN, engine.width)
         rollouts = engine.roll([adapter.encode(q) for q in questions], draw, Greedy())
         self.lm.set_attn_implementation("eager")  # the engine sets its own
-        answers = [adapter.raw_answer(adapter.answer_text(ids)) for ids in rollouts.answer_ids]
-        return sum(answer == q.answer for answer, q in zip(answers, questions, strict=True))
+        texts = [adapter.answer_text(ids) for ids in rollouts.answer_ids]
+        answers = [(adapter.answer_span(text), adapter.raw_answer(text)) for text in texts]
+        return sum(q.answer in read for read, q in zip(answers, questions, strict=True))

@@ -1,0 +1,240 @@
+"""Functions of other people's code, called in a process that can be killed.
+
+The process is started by the first call that needs it, and is one for all runs of the command. It holds the imported
+code and forks, so that a call that has to be killed costs milliseconds. Where a system has no `fork` the process itself
+is killed, and started anew.
+
+What a call may use is measured in seconds of the processor, so that a busy machine changes nothing, where the system
+has such clocks; a slower processor may still give up what a faster one answers. What was given up is named, counted
+(`Guard.given_up`), and the same for the rest of the run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any, BinaryIO
+
+from latent_tts.errors import RunError
+
+log = logging.getLogger(__name__)
+
+SECONDS = 5.0  # for one call
+SECONDS_PER_RUN = 60.0  # for all calls of a run, and SECONDS_PER_CALL more with each
+SECONDS_PER_CALL = 0.1
+MAX_NAMED = 3  # given-up calls that are named one by one
+MEMORY = 4 << 30  # bytes of address space
+MAX_KEPT = 1 << 17  # results
+START_SECONDS = 120.0  # until the process has imported what it needs
+PATIENCE, MIN_PATIENCE = 20.0, 30.0  # times its seconds, and seconds: after these by the wall clock it is killed anyway
+CAN_FORK = hasattr(os, "fork") and hasattr(signal, "setitimer")
+
+LOST = {"lost": True}
+START = (
+    "import json, sys; path, module, fork = json.loads(sys.argv[1]); sys.path[:] = path; "
+    "from latent_tts.text import guard; guard.serve(module, fork)"
+)
+
+
+class Guard:
+    """Calls of one run: what they may take together, and what was given up.
+
+    Attributes:
+        module: the module whose functions are called; they take texts, and return what JSON can hold.
+        given_up: the calls without a result.
+        seconds: what all calls have taken.
+    """
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.given_up: set[tuple[str, ...]] = set()
+        self.seconds = 0.0
+        self._allowed = SECONDS_PER_RUN
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Guard], tuple[str]]:
+        return Guard, (self.module,)  # a copy counts anew
+
+    def call(self, function: str, *texts: str, otherwise: Any) -> Any:
+        """What a function of the module returns; `otherwise` if it takes too long or breaks its process.
+
+        Raises:
+            RunError: the process cannot be started.
+        """
+        key = (function, *texts)
+        with self._lock:
+            if key in self.given_up:
+                return otherwise
+            found, result = _process_of(self.module).known(key)
+            if found:
+                return result
+            self._allowed += SECONDS_PER_CALL
+            limit = max(0.0, min(SECONDS, self._allowed - self.seconds))
+            if limit > 0:
+                reply, seconds = _process_of(self.module).ask(key, limit)
+                self.seconds += seconds
+                if "result" in reply:
+                    return reply["result"]
+            self.given_up.add(key)
+        if len(self.given_up) <= MAX_NAMED:
+            log.warning(
+                "%s: no result within %.3g s, so it counts as unreadable or wrong%s",
+                " and ".join(texts), limit, "; further ones are not named" if len(self.given_up) == MAX_NAMED else "",
+            )  # fmt: skip
+        return otherwise
+
+
+class _Process:
+    """The process of a module, and what its functions have returned."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.owner = os.getpid()
+        self._results: dict[tuple[str, ...], Any] = {}
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._running: subprocess.Popen[bytes] | None = None
+        self._replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def known(self, key: tuple[str, ...]) -> tuple[bool, Any]:
+        """Whether a call has been answered before, and its result."""
+        return key in self._results, self._results.get(key)
+
+    def ask(self, key: tuple[str, ...], limit: float) -> tuple[dict[str, Any], float]:
+        """The reply to a call (`LOST` if there is none) and the seconds that it took, a second start included."""
+        with self._lock:
+            started, again = time.perf_counter(), self._running is not None or self._stopped
+            running = self._start()
+            extra = time.perf_counter() - started if again else 0.0
+            while not self._replies.empty():  # of a process that was killed between two calls
+                self._replies.get()
+            request = json.dumps({"call": key, "limit": limit}) + "\n"
+            try:
+                assert running.stdin is not None
+                running.stdin.write(request.encode())
+                running.stdin.flush()
+                line = self._replies.get(timeout=max(MIN_PATIENCE, PATIENCE * limit) if CAN_FORK else limit)
+            except (OSError, queue.Empty):
+                line = b""
+            if not line:  # it hangs, or somebody has killed it
+                self.stop()
+                return LOST, limit + extra
+            reply = json.loads(line)
+            if "result" in reply:
+                if len(self._results) >= MAX_KEPT:
+                    self._results.clear()
+                self._results[key] = reply["result"]
+            return reply, min(limit, reply.get("seconds", limit)) + extra
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if self._running is not None and self._running.poll() is None:
+            return self._running
+        self.stop()
+        replies = self._replies = queue.SimpleQueue()
+        with tempfile.TemporaryFile() as errors:
+            running = subprocess.Popen(
+                [sys.executable, "-c", START, json.dumps([sys.path, self.module, CAN_FORK])],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of sets is part of what sympy does
+                start_new_session=True,
+            )  # fmt: skip
+            self._running = running
+            assert running.stdout is not None
+            threading.Thread(target=_read, args=(running.stdout, replies), daemon=True).start()
+            try:
+                ready = replies.get(timeout=START_SECONDS)
+            except queue.Empty:
+                ready = b""
+            if not ready:
+                self.stop()
+                errors.seek(0)
+                reason = errors.read().decode(errors="replace").strip().splitlines() or ["no reply"]
+                raise RunError(f"the process that grades answers does not start: {reason[-1]}")
+        return running
+
+    def stop(self) -> None:
+        """Kill the process, if there is one, with those that it has forked."""
+        running, self._running = self._running, None
+        if running is None or os.getpid() != self.owner:
+            return
+        self._stopped = True
+        with contextlib.suppress(OSError):
+            os.killpg(running.pid, signal.SIGKILL) if hasattr(os, "killpg") else running.kill()
+        running.wait()
+        assert running.stdin is not None
+        with contextlib.suppress(OSError):
+            running.stdin.close()
+
+
+_processes: dict[str, _Process] = {}
+
+
+def _process_of(module: str) -> _Process:
+    found = _processes.get(module)
+    if found is None or found.owner != os.getpid():  # a fork of this process has pipes of its own
+        found = _processes[module] = _Process(module)
+        atexit.register(found.stop)
+    return found
+
+
+def _read(pipe: BinaryIO, replies: queue.SimpleQueue[bytes]) -> None:
+    """Hand on the lines of a pipe, and an empty one at its end."""
+    with pipe:
+        for line in pipe:
+            replies.put(line)
+    replies.put(b"")
+
+
+def serve(module: str, fork: bool) -> None:
+    """Answer calls from stdin on stdout, until stdin ends; what the process does."""
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # nothing else may write there
+    functions = importlib.import_module(module)
+    functions.warm_up()
+    _limit_memory()
+    replies.write(b"ready\n")
+    requests = os.fdopen(0, "rb", buffering=0)  # unbuffered: the next fork reads on where the last one stopped
+    while fork:
+        child = os.fork()
+        if child == 0:
+            _answer(functions, requests, replies, clock=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
+            return
+        replies.write(json.dumps(LOST).encode() + b"\n")
+    _answer(functions, requests, replies, clock=False)
+
+
+def _answer(functions: Any, requests: Any, replies: Any, *, clock: bool) -> None:
+    while line := requests.readline():
+        request = json.loads(line)
+        function, *texts = request["call"]
+        started = time.process_time()
+        if clock:  # its signal ends the process, whatever that is doing
+            signal.setitimer(signal.ITIMER_PROF, request["limit"])
+        result = getattr(functions, function)(*texts)
+        if clock:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        reply = {"result": result, "seconds": time.process_time() - started}
+        replies.write(json.dumps(reply).encode() + b"\n")
+
+
+def _limit_memory() -> None:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has such limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard < 0 else min(MEMORY, hard), hard))

@@ -1,0 +1,167 @@
+r"""Numbers as people write them, as exact fractions: `1,234.50`, `10\,000`, `3 1/2`, `-$5`, `50%`, `18 apples`."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+LONGEST = 500  # characters of an answer; the longest gold answer of MATH-500 has 53
+LARGEST_EXPONENT = 400  # beyond any float: a runaway exponent, not an answer
+
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
+# a dash between two values may be a range; the minus sign and hyphens are read as minus wherever they stand
+MINUS = re.compile("[\u2010\u2011\u2212\ufe63\uff0d]")
+DASH = re.compile(r"(^|[(\[{,;:=<>$])\s*[\u2012-\u2015]\s*(?=[\d.$\\])")
+VULGAR = {sign: rf"\frac{{{upper}}}{{{lower}}}" for sign, upper, lower in zip(
+    "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True
+)}  # fmt: skip
+
+SPACE = r"(?:\s|~|\\[,;:! ])+"
+SEPARATOR = rf"(?:{SPACE}|,(?:\s*\\!\s*)?|\{{,\}}|[_'\u2019])"
+DIGITS = rf"(?:[1-9]\d{{0,2}}(?P<separator>{SEPARATOR})\d{{3}}(?:(?P=separator)\d{{3}})*|\d+)"
+PLAIN = rf"(?:{DIGITS}(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{{1,9}})?"
+ARGUMENT = r"(?:\{{\s*(?P<{0}>\d+)\s*\}}|(?P<{0}_digit>\d))"
+FRACTION = (
+    r"(?:(?P<upper>\d+)\s*/\s*(?P<lower>\d+)"
+    rf"|\\[dtc]?frac\s*{ARGUMENT.format('numerator')}\s*{ARGUMENT.format('denominator')})"
+)
+MIXED = rf"(?:(?P<whole>\d+)(?:{SPACE}|(?=\\)))?{FRACTION}"
+CURRENCY = r"(?:(?:US|AU|CA|NZ|HK|A|C)?\\?\$|[€£¥₹₩₽₪₫₱฿₦¢]|\\pounds|\\euro)"
+SIGN = r"[+-]?"
+NUMBER = re.compile(
+    rf"(?P<sign>{SIGN})\s*{CURRENCY}?\s*(?P<inner_sign>{SIGN})\s*(?:(?P<fraction>{MIXED})|(?P<plain>{PLAIN}))"
+    rf"(?:{SPACE})?(?P<tail>(?:{CURRENCY}|\\?%|°|\^\s*\\circ|\^\s*\{{\s*\\circ\s*\}})?(?P<unit>[^\d\\]*?(?:\^?[23²³])?))"
+)
+WORD = re.compile(r"(?P<letters>\D+?)\.?(?:\^?[23]|[²³])?")
+WRAPPERS = [("**", "**"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
+WRAPPERS += [(rf"\{name}{{", "}") for name in ("boxed", "text", "textbf", "mathrm", "mathbf", "mbox")]
+# words after a number that make it another one, or part of a sentence
+OTHER_VALUE = frozenset(
+    re.split(
+        r"\s+",
+        """and or to than minus plus times over by half third quarter point squared cubed factorial not
+        hundred thousand million billion trillion dozen score hundreds thousands millions billions dozens k b bn mn
+        x y z n i e inf nan pi sin cos tan cot sec csc log ln exp sqrt mod deg alpha beta theta infty
+        百 千 万 亿 萬 億 半""",
+    )
+)
+MAX_UNIT_WORDS = 4
+
+
+def tidy(raw: str) -> str:
+    """The text on one line, with one sign for minus and for space, fractions written out, invisible signs left out."""
+    text = MINUS.sub("-", INVISIBLE.sub("", raw))
+    text = "".join(f" {VULGAR[sign]}" if sign in VULGAR else sign for sign in text)
+    return " ".join(DASH.sub(r"\1-", " ".join(text.split())).split())
+
+
+def number(text: str, *, unit_letters: int = 1) -> Fraction | None:
+    r"""The value of a text that is one number, with or without currency, per cent, degrees or a unit.
+
+    What says nothing about the value is left out, as graders of GSM8K and MATH do: `50%` is 50, `$29.00` is 29. A
+    comma, space, `\,`, `'` or `_` between digits separates groups of three; elsewhere it makes the text unreadable.
+    A fraction after a whole number has to be a proper one: `3 1/2` is 7/2, `3 5/2` nothing.
+
+    Args:
+        text: as `tidy` leaves it.
+        unit_letters: the fewest letters of a word that is a unit; where letters are variables, more than one.
+
+    Returns:
+        None if the text is anything else.
+    """
+    if len(text) > LONGEST:
+        return None
+    found = NUMBER.fullmatch(_unwrapped(text))
+    if found is None or (found["sign"] and found["inner_sign"]) or not _is_unit(found["unit"] or "", unit_letters):
+        return None
+    value = _fraction(found) if found["fraction"] else _decimal(found)
+    return -value if value is not None and "-" in (found["sign"], found["inner_sign"]) else value
+
+
+def _unwrapped(text: str) -> str:
+    """The text without a final dot, and without what sets it off."""
+    before = None
+    while text != before:
+        before = text
+        text = text.strip().removesuffix(".").rstrip()
+        for left, right in WRAPPERS:
+            if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
+                text = text[len(left) : -len(right)].strip()
+    return text
+
+
+def _is_unit(text: str, letters: int) -> bool:
+    words = re.split(r"[\s/*·-]+", text.strip(" .")) if text.strip(" .") else []
+    if len(words) > MAX_UNIT_WORDS:
+        return False
+    for word in words:
+        found = WORD.fullmatch(word)
+        if found is None or word.casefold() in OTHER_VALUE:
+            return False
+        name = found["letters"].replace(".", "").lstrip("°")
+        if not name.isalpha() or len(name) < letters or name.casefold() in OTHER_VALUE:
+            return False
+    return True
+
+
+def _fraction(found: re.Match[str]) -> Fraction | None:
+    upper = int(found["upper"] or found["numerator"] or found["numerator_digit"])
+    lower = int(found["lower"] or found["denominator"] or found["denominator_digit"])
+    if lower == 0 or (found["whole"] is not None and upper >= lower):
+        return None
+    return int(found["whole"] or 0) + Fraction(upper, lower)
+
+
+def _decimal(found: re.Match[str]) -> Fraction | None:
+    digits = found["plain"]
+    if found["separator"]:
+        digits = digits.replace(found["separator"], "")
+    value = Decimal(digits)
+    return Fraction(value) if value == 0 or _exponent(value) <= LARGEST_EXPONENT else None
+
+
+def _exponent(value: Decimal) -> int:
+    """The places that a number takes when it is written out, before or after the point."""
+    return max(abs(value.adjusted()), -int(value.as_tuple().exponent))
+
+
+def canonical_number(raw: str | None) -> str | None:
+    """The canonical form of a number: `2.0`, `2` and `2.` agree, so do `1,234` and `$1234`, `1e3` and `1000`.
+
+    Args:
+        raw: the text of an answer; None stands for no answer.
+
+    Returns:
+        Plain decimal digits without exponent or trailing zeros; None if `raw` is not one number, or one that has no
+        finite decimals.
+    """
+    value = None if raw is None or len(raw) > LONGEST else number(tidy(raw))
+    if value is None:
+        return None
+    rest, twos, fives = value.denominator, 0, 0
+    while rest % 2 == 0:
+        rest, twos = rest // 2, twos + 1
+    while rest % 5 == 0:
+        rest, fives = rest // 5, fives + 1
+    if rest != 1:
+        return None
+    places = max(twos, fives)
+    digits = str(abs(value.numerator) * 10**places // value.denominator).zfill(places + 1)
+    written = f"{digits[:-places]}.{digits[-places:]}" if places else digits
+    return f"-{written}" if value < 0 else written
+
+
+def write_fraction(value: Fraction) -> str:
+    r"""LaTeX of a fraction: `-\frac{1}{2}`, or a whole number."""
+    sign = "-" if value < 0 else ""
+    if value.denominator == 1:
+        return f"{sign}{abs(value.numerator)}"
+    return rf"{sign}\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"
+
+
+def close(prediction: str, gold: str, tolerance: float | None) -> bool:
+    """Whether two canonical numbers are equal, or no further apart than `tolerance`."""
+    if tolerance is None:
+        return prediction == gold
+    return abs(Fraction(prediction) - Fraction(gold)) <= Fraction(str(tolerance))
