@@ -99,6 +99,7 @@ bench: .venv/.installed ## all benchmarks
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/turns.py
+	$(BIN)/python benchmarks/picks.py
 
 clean: ## remove what runs leave behind, .venv and caches included
 	rm -rf .venv outputs multirun .cache dist build .pytest_cache .ruff_cache .hypothesis

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +46,8 @@ def over_seeds(runs: Sequence[Finished]) -> pd.DataFrame:
 
     Returns:
         A metrics table with two more columns. `value` is the mean over seeds, `seed_sd` their sample standard deviation
-        (NaN for one), `seed` names them and `seeds` is their number. The interval is a bootstrap over questions, each
-        with all its seeds; NaN where a rollouts table does not have the figure of each question, as with diversity.
+        (NaN for one), `seed` names them and `seeds` is their number. The interval is over questions, each with all
+        its seeds; NaN where a rollouts table does not have the figure of each question, as with diversity.
     """
     rows = pd.concat([run.metrics.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
     means = []
@@ -68,9 +67,4 @@ def _interval(runs: Sequence[Finished], metric: str, aggregator: str, n: int) ->
     if metric not in OF_QUESTIONS or not all(run.all_decoded for run in runs):
         return np.nan, np.nan
     seeds = pd.concat([run.per_question(aggregator or metric, n) for run in runs], axis=1)
-    return stats.interval(seeds.mean(axis=1).to_numpy(), _weights(len(seeds)))
-
-
-@cache
-def _weights(questions: int) -> stats.Floats:
-    return stats.bootstrap_weights(questions)
+    return stats.interval(seeds.mean(axis=1).to_numpy())

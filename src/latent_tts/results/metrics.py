@@ -14,6 +14,8 @@ from latent_tts.results import statistics as stats
 from latent_tts.results import store
 from latent_tts.types import RolloutArrays
 
+MAX_VALUE = {"diversity": 2.0}  # of metrics that have an interval, where it is not 1
+
 
 def arrays_of(rollouts: pd.DataFrame, drawn: int) -> RolloutArrays:
     """Arrays (Q, D) of a rollouts table that has `drawn` rows for each question, in order."""
@@ -63,7 +65,6 @@ def winner_rows(figures: Sequence[WinnersAt], rollouts: pd.DataFrame, run: Mappi
     largest = max(at.n for at in figures)
     for at in figures:
         questions = len(at.picked)
-        weights = stats.bootstrap_weights(questions)
         figures_Q = {
             "accuracy": at.picked["correct"],
             "invalid_rate": at.picked["prediction"].isna(),
@@ -81,7 +82,7 @@ def winner_rows(figures: Sequence[WinnersAt], rollouts: pd.DataFrame, run: Mappi
             values = np.asarray(values_Q, dtype=np.float64)
             low, high = (None, None)
             if metric in ("accuracy", "invalid_rate", "diversity"):
-                low, high = stats.interval(values, weights)
+                low, high = stats.interval(values, high=MAX_VALUE.get(metric, 1.0))
             aggregator = "best_of_n" if metric == "accuracy" else ""
             row = {"aggregator": aggregator, "n": at.n, "drawn": at.n, "metric": metric, "value": values.mean()}
             rows.append({**run, **row, "ci_low": low, "ci_high": high, "questions": questions})
@@ -114,12 +115,11 @@ def metric_rows(
     """
     arrays = arrays_of(rollouts, drawn)
     questions = len(arrays.correct_QD)
-    weights = stats.bootstrap_weights(questions)
     rows: list[dict[str, Any]] = []
 
     def add(n: int, metric: str, values_Q: Any, aggregator: str = "", with_interval: bool = True) -> None:
         values = np.asarray(values_Q, dtype=np.float64)
-        low, high = stats.interval(values, weights) if with_interval else (None, None)
+        low, high = stats.interval(values, high=MAX_VALUE.get(metric, 1.0)) if with_interval else (None, None)
         row = {"aggregator": aggregator, "n": n, "drawn": max(n, drawn), "metric": metric, "value": values.mean()}
         rows.append({**run, **row, "ci_low": low, "ci_high": high, "questions": questions})
 
@@ -128,10 +128,11 @@ def metric_rows(
 
     once, each = np.array(gflops, dtype=np.float64).T
     measured = rollouts[list(store.MEASURED_SUMS)].sum(skipna=False)
-    for n in reported:
-        size = min(n, drawn)
-        for aggregator in aggregators:
-            add(n, "accuracy", stats.picked_accuracy(aggregator, arrays, size), aggregator.name)
+    sizes = [min(n, drawn) for n in reported]
+    accuracies = [stats.picked_accuracies(aggregator, arrays, sizes) for aggregator in aggregators]
+    for place, (n, size) in enumerate(zip(reported, sizes, strict=True)):
+        for aggregator, accuracy_BQ in zip(aggregators, accuracies, strict=True):
+            add(n, "accuracy", accuracy_BQ[place], aggregator.name)
         add(n, "coverage", stats.coverage(arrays.correct_QD, size))
         add(n, "invalid_rate", (arrays.prediction_QD < 0).mean(1))
         if size > 1 and all(value is not None for value in diversity_Q):
