@@ -337,7 +337,8 @@ def interval(
     mean = float(np.clip(np.mean(values_N), low, high))
     # of equally large clusters the deviations of their means; larger ones weigh more
     e_C = count * (np.bincount(owner_N, values_N) / len(values_N) - share_C * mean)
-    moment2, moment4 = float(np.mean(e_C**2)), float(np.mean(e_C**4))
+    square_C = np.square(e_C)
+    moment2, moment4 = float(square_C.mean()), float(np.square(square_C).mean())
     below, above = mean - low, high - mean
     at_bound = count * float(np.square(share_C).sum())  # L of values at the bound: 1 for equally large clusters
     carriers = count * moment2**2 / (moment4 + (NEGLIGIBLE * (high - low)) ** 4 / count)
@@ -346,8 +347,9 @@ def interval(
     unseen = weight * at_bound + (1 - weight) * alike
     quantile2 = Z**2
     if moment2 > 0:
-        standard_C = e_C / np.sqrt(moment2)
-        spread = (1 - weight) * float(np.mean(standard_C**4) - 1 - np.mean(standard_C**3) ** 2)
+        standard_C = square_C / moment2
+        skewness = np.mean(standard_C * e_C) / np.sqrt(moment2)
+        spread = (1 - weight) * float(np.square(standard_C).mean() - 1 - skewness**2)
         freedom = 2 * count / max(spread, 1e-12)
         quantile2 = freedom * float(np.expm1((Z * (8 * freedom + 3) / (8 * freedom + 1)) ** 2 / freedom))
     k = quantile2 / count
