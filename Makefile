@@ -102,6 +102,7 @@ bench: .venv/.installed ## run all benchmarks
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/turns.py
+	$(BIN)/python benchmarks/picks.py
 
 clean: ## remove outputs, caches, build files and .venv
 	rm -rf .venv outputs multirun .cache dist build .pytest_cache .ruff_cache .hypothesis

@@ -63,3 +63,12 @@ def test_two_sides_by_turns(engine_benchmark, capsys, sides):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"1x2 gaussian: seconds of {sides[0]} over {sides[1]}"
     assert [line.split(":")[0].strip() for line in lines[1:]] == ["all", "prefill", "latents", "answers", *sides]
+
+
+def test_the_benchmark_of_picks_sets_counting_beside_all_pairs(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    importlib.import_module("picks").main(["--questions=4", "--drawn=8", "--answers=3", "--repeats=1"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [result["aggregator"] for result in results] == ["majority", "likelihood", "best_of_n", "weighted"]
+    for result in results:
+        assert result["ratio"] == pytest.approx(result["quadratic_seconds"] / result["seconds"])

@@ -1,4 +1,5 @@
-from itertools import combinations
+from fractions import Fraction
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -90,32 +91,64 @@ def test_coverage_refuses_an_n_that_was_not_drawn(n):
         stats.coverage(np.ones((1, 4), dtype=bool), n)
 
 
+@pytest.mark.parametrize(("drawn", "counts", "tolerance"), [(64, 65, 1e-12), (1024, 1025, 1e-12), (2**20, 40, 1e-8)])
+def test_coverage_is_within_rounding_of_exact_fractions(drawn, counts, tolerance):
+    correct = np.arange(drawn)[None, :] < np.arange(counts)[:, None]
+    for n in (1, 2, 37, drawn // 2, drawn - 1, drawn):
+        none, exact = Fraction(1), []
+        for right in range(counts):
+            exact.append(float(1 - none))
+            # of no one more right rollout in the subset; later terms are below any tolerance
+            none *= Fraction(drawn - n - right, drawn - right) if drawn - n > right and none > 1e-30 else 0
+        np.testing.assert_allclose(stats.coverage(correct, n), exact, rtol=0, atol=tolerance)
+
+
 # Subsets and picks
 
 
-@pytest.mark.parametrize(("drawn", "n"), [(12, 5), (64, 16), (300, 1)])
+def subsets_of(drawn, n):
+    return np.concatenate(list(stats.subsets(drawn, n)))
+
+
+@pytest.mark.parametrize(("drawn", "n"), [(12, 5), (64, 16), (300, 2), (10_000, 7)])
 def test_random_subsets_have_n_members_and_are_always_the_same(drawn, n):
-    members = stats.subsets(drawn, n)
-    assert members.shape == (stats.SUBSETS, drawn)
-    assert (members.sum(1) == n).all()
-    np.testing.assert_array_equal(members, stats.subsets(drawn, n))
+    members = subsets_of(drawn, n)
+    assert members.shape == (stats.SUBSETS, n)
+    assert (np.diff(members, axis=1) > 0).all()
+    assert members.min() >= 0
+    assert members.max() < drawn
+    np.testing.assert_array_equal(members, subsets_of(drawn, n))
 
 
-@pytest.mark.parametrize(("drawn", "n"), [(1, 1), (5, 5), (64, 1), (256, 1), (16, 2), (10, 5), (7, 6)])
+@pytest.mark.parametrize(("drawn", "n"), [(1, 1), (5, 5), (64, 1), (256, 1), (300, 1), (16, 2), (10, 5), (7, 6)])
 def test_where_subsets_are_few_each_is_there_once(drawn, n):
-    members = [tuple(np.flatnonzero(row)) for row in stats.subsets(drawn, n)]
-    assert members == list(combinations(range(drawn), n))
+    assert subsets_of(drawn, n).tolist() == list(map(list, combinations(range(drawn), n)))
+
+
+def test_subsets_are_nested_in_those_of_larger_budgets():
+    for small, large in pairwise([2, 3, 8, 33, 62]):
+        for inner, outer in zip(subsets_of(64, small), subsets_of(64, large), strict=True):
+            assert set(inner) < set(outer)
+
+
+def test_permutations_in_pieces_are_those_made_at_once():
+    drawn = 5000
+    pieces = list(stats._permutations(drawn))
+    assert len(pieces) > 1
+    np.testing.assert_array_equal(np.concatenate(pieces), stats._permutations_of(drawn, 0, stats.SUBSETS))
+    assert (np.sort(pieces[-1], axis=1) == np.arange(drawn)).all()
 
 
 @pytest.mark.parametrize(("drawn", "n"), [(12, 3), (16, 4), (64, 16), (64, 32)])
 def test_rollouts_are_about_equally_often_in_random_subsets(drawn, n):
     share = n / drawn
     error = np.sqrt(share * (1 - share) / stats.SUBSETS)
-    assert np.abs(stats.subsets(drawn, n).mean(0) - share).max() < 4 * error
+    often = np.bincount(subsets_of(drawn, n).ravel(), minlength=drawn) / stats.SUBSETS
+    assert np.abs(often - share).max() < 4 * error
 
 
 def test_subsets_are_mostly_different():
-    assert len(np.unique(stats.subsets(32, 8), axis=0)) > 250
+    assert len(np.unique(subsets_of(32, 8), axis=0)) > 250
 
 
 @pytest.mark.parametrize(("aggregator", "plain"), AGGREGATORS)
@@ -128,19 +161,18 @@ def test_a_pick_out_of_all_rollouts_equals_plain_python(aggregator, plain, table
     np.testing.assert_array_equal(stats.picked_accuracy(aggregator, arrays(predictions, logprobs), drawn), expected)
 
 
-@pytest.mark.parametrize(("aggregator", "plain"), AGGREGATORS)
 @quick
 @given(table=rollout_lists(VALUES), data=st.data())
-def test_picks_out_of_fewer_rollouts_equal_plain_python_on_the_same_subsets(aggregator, plain, table, data):
+def test_votes_out_of_fewer_rollouts_equal_plain_python_on_the_same_subsets(table, data):
     predictions, logprobs = table
     drawn = len(predictions[0])
     n = data.draw(st.integers(1, drawn))
-    subsets = [np.flatnonzero(row).tolist() for row in stats.subsets(drawn, n)]
-    expected = [np.mean([plain(p, lp, members) for members in subsets]) for p, lp in zip(*table, strict=True)]
-    np.testing.assert_allclose(stats.picked_accuracy(aggregator, arrays(predictions, logprobs), n), expected)
+    members = subsets_of(drawn, n).tolist()
+    expected = [np.mean([plain_majority(p, lp, m) for m in members]) for p, lp in zip(*table, strict=True)]
+    np.testing.assert_allclose(stats.picked_accuracy(Majority(), arrays(predictions, logprobs), n), expected)
 
 
-@pytest.mark.parametrize(("drawn", "n"), [(8, 1), (8, 3), (8, 7), (11, 4)])  # the last has more subsets than are taken
+@pytest.mark.parametrize(("drawn", "n"), [(8, 1), (8, 3), (8, 7), (11, 4)])  # 330 subsets are more than are taken
 @pytest.mark.parametrize(("aggregator", "plain"), AGGREGATORS)
 def test_picks_out_of_fewer_rollouts_are_means_over_all_subsets_or_close_to_them(aggregator, plain, drawn, n):
     generator = np.random.default_rng(n)
@@ -149,8 +181,9 @@ def test_picks_out_of_fewer_rollouts_are_means_over_all_subsets_or_close_to_them
         over_all_subsets(plain, p, lp, n) for p, lp in zip(predictions.tolist(), logprobs.tolist(), strict=True)
     ]
     got = stats.picked_accuracy(aggregator, arrays(predictions, logprobs), n)
-    error = 0 if drawn == 8 else 0.5 / np.sqrt(stats.SUBSETS)
-    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=4.5 * error)
+    exact = drawn == 8 or isinstance(aggregator, Likelihood)
+    error = 0 if exact else 0.5 / np.sqrt(stats.SUBSETS)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=4.5 * error + 1e-12)
     assert got.mean() == pytest.approx(np.mean(expected), abs=0.03 if error else 1e-12)
 
 
@@ -230,58 +263,3 @@ def test_opposite_rollouts_have_diversity_two():
 @pytest.mark.parametrize("shape", [(1, 3, 4), (3, 0, 4)])
 def test_one_rollout_or_no_latents_have_no_figure_for_diversity(shape):
     assert stats.diversity(np.ones(shape)) is None
-
-
-# Intervals
-
-
-def test_bootstrap_weights_are_how_often_a_question_is_drawn():
-    weights = stats.bootstrap_weights(30)
-    assert weights.shape == (stats.RESAMPLES, 30)
-    np.testing.assert_allclose(weights.sum(1), 1)
-    np.testing.assert_allclose(weights * 30, np.round(weights * 30), atol=1e-9)
-    share = weights.mean(0)
-    assert np.abs(share - 1 / 30).max() < 4 * np.sqrt(1 / 30 * (1 - 1 / 30) / 30 / stats.RESAMPLES)
-    assert len(np.unique(weights, axis=0)) > stats.RESAMPLES - 5
-
-
-def test_entries_of_a_question_are_resampled_together():
-    clusters = np.array([7, 3, 7, 5, 3, 7, 9])
-    weights = stats.bootstrap_weights(len(clusters), clusters)
-    np.testing.assert_allclose(weights.sum(1), 1)
-    for cluster in (7, 3):
-        entries = weights[:, clusters == cluster]
-        assert (entries == entries[:, :1]).all()
-    alone = stats.bootstrap_weights(4)
-    assert ((weights[:, [1, 3, 0, 6]] > 0) == (alone > 0)).all()
-
-
-def test_interval_of_many_values_is_the_normal_one():
-    values = np.random.default_rng(0).normal(3, 2, 1000)
-    low, high = stats.interval(values, stats.bootstrap_weights(1000))
-    half = 1.96 * values.std() / np.sqrt(1000)
-    assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
-    assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
-
-
-@quick
-@given(st.lists(st.booleans(), min_size=1, max_size=40))
-def test_interval_holds_the_mean_and_stays_in_the_range_of_the_values(values):
-    values_Q = np.array(values, dtype=np.float64)
-    low, high = stats.interval(values_Q, stats.bootstrap_weights(len(values_Q)))
-    assert values_Q.min() - 1e-12 <= low <= values_Q.mean() + 1e-12
-    assert values_Q.mean() - 1e-12 <= high <= values_Q.max() + 1e-12
-
-
-def test_paired_difference_of_a_constant_is_exact():
-    a = np.array([0.5, 1.0, 0.25, 0.75])
-    assert stats.paired_difference(a, a - 0.25, np.arange(4)) == pytest.approx((0.25, 0.25, 0.25))
-
-
-def test_paired_difference_resamples_whole_questions():
-    clusters = np.array([0, 1] * 50)  # two questions, fifty seeds: the resampled mean is 0, a half or 1
-    a = np.where(clusters == 0, 1.0, 0.0)
-    assert stats.paired_difference(a, np.zeros(100), clusters) == pytest.approx((0.5, 0, 1))
-    _, low, high = stats.paired_difference(a, np.zeros(100), np.arange(100))
-    assert 0.3 < low < 0.45
-    assert 0.55 < high < 0.7

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from latent_tts.types import Bools, Floats, RolloutArrays
+from latent_tts.aggregator import Ranking
+from latent_tts.types import RolloutArrays
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,6 @@ class BestOfN:
     name: ClassVar[str] = "best_of_n"
     needs_score: ClassVar[bool] = True
 
-    def values(self, rollouts: RolloutArrays, members_SD: Bools) -> Floats:
-        """The score of each rollout (Q, S, D); -inf where there is none."""
-        scores_QD = np.where(np.isnan(rollouts.score_QD), -np.inf, rollouts.score_QD)
-        return np.broadcast_to(scores_QD[:, None, :], (len(scores_QD), *members_SD.shape))
+    def rule(self, rollouts: RolloutArrays) -> Ranking:
+        """Ranks rollouts by score; one without a score cannot be picked."""
+        return Ranking(rollouts.score_QD)

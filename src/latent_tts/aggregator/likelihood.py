@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from latent_tts.types import Bools, Floats, RolloutArrays
+from latent_tts.aggregator import Ranking
+from latent_tts.types import RolloutArrays
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,6 @@ class Likelihood:
     name: ClassVar[str] = "likelihood"
     needs_score: ClassVar[bool] = False
 
-    def values(self, rollouts: RolloutArrays, members_SD: Bools) -> Floats:
-        """The log-probability of each rollout's answer (Q, S, D)."""
-        shape = (len(rollouts.prediction_QD), *members_SD.shape)
-        return np.broadcast_to(rollouts.answer_logprob_QD[:, None, :], shape)
+    def rule(self, rollouts: RolloutArrays) -> Ranking:
+        """Ranks rollouts by the log-probability of their answer."""
+        return Ranking(rollouts.answer_logprob_QD)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +72,4 @@ def _interval(runs: Sequence[CompletedRun], metric: str, aggregator: str, n: int
     if metric not in PER_QUESTION or not all(run.all_decoded for run in runs):
         return np.nan, np.nan
     seeds = pd.concat([run.per_question(aggregator or metric, n) for run in runs], axis=1)
-    return statistics.interval(seeds.mean(axis=1).to_numpy(), _weights(len(seeds)))
-
-
-@cache
-def _weights(questions: int) -> statistics.Floats:
-    return statistics.bootstrap_weights(questions)
+    return statistics.interval(seeds.mean(axis=1).to_numpy())

@@ -26,7 +26,6 @@ class Stream(IntEnum):
     DROPOUT = 1
     TOKEN = 2
     SUBSET = 3
-    BOOTSTRAP = 4
     PROBLEM = 5
     TRAINING = 6
     LINEAGE = 7

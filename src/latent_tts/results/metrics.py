@@ -16,7 +16,8 @@ from latent_tts.results.run_folder import METRIC_COLUMNS
 from latent_tts.results.statistics import Floats
 from latent_tts.types import RolloutArrays
 
-WITH_INTERVAL = ("accuracy", "coverage", "invalid_rate", "diversity")
+# the largest value of each metric that has an interval
+MAX_VALUE = {"accuracy": 1.0, "coverage": 1.0, "invalid_rate": 1.0, "diversity": 2.0}
 
 
 @dataclass
@@ -78,12 +79,12 @@ def rollout_figures(
         return rollouts[column].to_numpy(dtype=np.float64).reshape(-1, drawn).mean(1)
 
     once_Q, each_Q = np.array(gflops, dtype=np.float64).T
+    sizes = [min(n, drawn) for n in reported]
+    accuracies = {one.name: statistics.picked_accuracies(one, arrays, sizes) for one in aggregators}
     figures = []
-    for n in reported:
-        size = min(n, drawn)
+    for place, (n, size) in enumerate(zip(reported, sizes, strict=True)):
         values: dict[tuple[str, str], Floats] = {
-            ("accuracy", aggregator.name): statistics.picked_accuracy(aggregator, arrays, size)
-            for aggregator in aggregators
+            ("accuracy", name): accuracy_BQ[place] for name, accuracy_BQ in accuracies.items()
         }
         values["coverage", ""] = statistics.coverage(arrays.correct_QD, size)
         values["invalid_rate", ""] = (arrays.prediction_QD < 0).mean(1)
@@ -129,11 +130,12 @@ def metric_rows(figures: Sequence[Figures], run: Mapping[str, Any]) -> pd.DataFr
     """
     rows: list[dict[str, Any]] = []
     questions = len(next(iter(figures[0].per_question.values())))
-    weights = statistics.bootstrap_weights(questions)
     for at in figures:
         shared = {**run, "n": at.n, "drawn": at.drawn, "questions": questions}
         for (metric, aggregator), values_Q in at.per_question.items():
-            low, high = statistics.interval(values_Q, weights) if metric in WITH_INTERVAL else (None, None)
+            low, high = (None, None)
+            if metric in MAX_VALUE:
+                low, high = statistics.interval(values_Q, high=MAX_VALUE[metric])
             row = {"metric": metric, "aggregator": aggregator, "value": values_Q.mean(), "ci_low": low, "ci_high": high}
             rows.append(shared | row)
         rows += [shared | {"metric": metric, "aggregator": "", "value": v} for metric, v in at.measured.items()]

@@ -1,63 +1,275 @@
-"""Statistics of scaling: coverage, subset means of picks, diversity, bootstrap intervals, paired differences.
+"""Statistics of scaling: coverage, accuracy of picks over subsets, diversity, intervals, paired differences.
 
-Pure arrays. Shape letters: Q questions, D rollouts drawn a question, S subsets, B bootstrap resamples, M metrics.
+Pure arrays. Shape letters: Q questions, D rollouts drawn per question, S subsets, N rollouts of a subset, B budgets,
+C clusters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import combinations, pairwise
 from math import comb, log2
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_tts.aggregator import Aggregator
+from latent_tts.aggregator import Aggregator, Picks, Ranking
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.random.philox import Stream, key_of, philox
-from latent_tts.types import RolloutArrays
+from latent_tts.types import Bools, Floats, RolloutArrays
 
 SUBSETS = 256
-RESAMPLES = 2000
 TEMPERATURES = tuple(2.0 ** (power / 2) for power in range(-12, 13))  # 1/64 to 64
-Floats = NDArray[np.float64]
+TIE = 1e-12  # relative; sums of equal weights differ by less, whatever the order of summation
+MAX_CELLS = 2**15  # of one array in a loop: it stays in the cache of a processor, and bounds memory
+MAX_CACHED_DRAWN = 4096
+Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+NEGLIGIBLE = 1e-3  # deviations below this share of the range say little of larger ones
 
 
-def coverage(correct_QD: NDArray[np.bool_], n: int) -> Floats:
-    """Unbiased pass@n of each question: 1 - C(d - c, n) / C(d, n).
+# Figures over subsets
+
+
+def coverage(correct_QD: Bools, n: int) -> Floats:
+    """Unbiased pass@n of each question: 1 - C(d - c, n) / C(d, n), with c right ones of d rollouts.
 
     Args:
         correct_QD: which of the d rollouts are right.
         n: budget, 1 <= n <= d.
 
     Returns:
-        (Q,), in [0, 1].
+        (Q,), in [0, 1]; within 1e-12 for d up to 1,024 and 1e-9 up to 2**20.
+
+    Raises:
+        ValueError: n is out of range.
 
     Source: Chen et al. 2021 (arXiv 2107.03374), section 2.1.
     """
-    drawn = correct_QD.shape[1]
-    if not 1 <= n <= drawn:
-        raise ValueError(f"n={n} is not in [1, {drawn}]")
-    by_count = np.array([1.0 - comb(drawn - c, n) / comb(drawn, n) for c in range(drawn + 1)])
-    return by_count[correct_QD.sum(1)]
+    return 1.0 - _none_of(correct_QD.shape[1], n)[correct_QD.sum(1)]
 
 
-def subsets(drawn: int, n: int) -> NDArray[np.bool_]:
-    """Which rollouts are in each of the subsets of size n that a figure at n is a mean over.
+def picked_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, n: int) -> Floats:
+    """`picked_accuracies` at one budget, per question (Q,)."""
+    return picked_accuracies(aggregator, rollouts, [n])[0]
+
+
+def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: Sequence[int]) -> Floats:
+    """Share of the subsets of each size whose pick is right.
+
+    The share is exact for a `Ranking`. For other rules it is exact where there are at most `SUBSETS` subsets of a size,
+    at n = 1 and at n = d. Elsewhere it is the mean over `SUBSETS` subsets: the first n of as many seeded permutations,
+    which depend on d alone. Subsets are therefore nested in those of larger budgets.
+
+    Args:
+        aggregator: how a pick is made; a subset without a pick counts as wrong.
+        rollouts: d of each question.
+        budgets: subset sizes n, 1 <= n <= d each.
 
     Returns:
-        (S, D) of bools, n True in each row: every subset where there are at most `SUBSETS` (so at n = 1 and n = drawn),
-        which makes the mean exact; else `SUBSETS` random ones, which depend on (drawn, n) alone.
+        (B, Q), in [0, 1]. A share depends on its question, d and n alone, not on other questions or budgets.
+
+    Raises:
+        ValueError: a budget is out of range.
     """
-    if comb(drawn, n) <= SUBSETS:
-        members = np.array(list(combinations(range(drawn), n)))
+    drawn = rollouts.correct_QD.shape[1]
+    for n in budgets:
+        _check_budget(drawn, n)
+    rule = aggregator.rule(rollouts)
+    if isinstance(rule, Ranking):
+        return _ranked_accuracies(rule.value_QD, rollouts.correct_QD, budgets)
+    if isinstance(rule, Picks):
+        return np.array([_called_accuracy(aggregator, rollouts, n) for n in budgets])
+    return _voted_accuracies(rule.log_weight_QD, rollouts, budgets)
+
+
+def subsets(drawn: int, n: int) -> Iterator[NDArray[np.int64]]:
+    """The subsets of size n that a figure at n is a mean over, as ascending rollout numbers, in pieces (S, N)."""
+    if _has_few_subsets(drawn, n):
+        yield np.array(list(combinations(range(drawn), n)))
+    elif n == 1:
+        yield np.arange(drawn)[:, None]
     else:
-        key = key_of(0, f"subsets of {n} of {drawn}")
-        words = philox((np.arange(drawn)[None, :], np.arange(SUBSETS)[:, None], 0, int(Stream.SUBSET)), key)
-        members = words[0].argsort(axis=1, kind="stable")[:, :n]
-    chosen = np.zeros((len(members), drawn), dtype=bool)
-    np.put_along_axis(chosen, members, True, axis=1)
-    return chosen
+        for orders_SD in _permutations(drawn):
+            yield np.sort(orders_SD[:, :n], axis=1)
+
+
+def _check_budget(drawn: int, n: int) -> None:
+    if not 1 <= n <= drawn:
+        raise ValueError(f"n={n} is not in [1, {drawn}]")
+
+
+def _has_few_subsets(drawn: int, n: int) -> bool:
+    # of n < drawn there are at least `drawn` subsets; that spares binomials of many digits
+    return n == drawn or (drawn <= SUBSETS and comb(drawn, n) <= SUBSETS)
+
+
+def _none_of(drawn: int, n: int) -> Floats:
+    """Probability (D + 1,) that a subset of size n holds none of c given rollouts, for c = 0..d."""
+    _check_budget(drawn, n)
+    c = np.arange(drawn)
+    return np.multiply.accumulate(np.concatenate([[1.0], np.maximum(drawn - n - c, 0) / (drawn - c)]))
+
+
+def _permutations(drawn: int) -> Iterator[NDArray[np.int64]]:
+    """`SUBSETS` seeded permutations of the rollouts, in pieces (S, D)."""
+    if drawn <= MAX_CACHED_DRAWN:
+        yield _permutations_of(drawn, 0, SUBSETS)
+    else:
+        size = max(1, 4 * MAX_CELLS // drawn)
+        for start in range(0, SUBSETS, size):
+            yield _permutations_of.__wrapped__(drawn, start, min(size, SUBSETS - start))
+
+
+@lru_cache(maxsize=4)
+def _permutations_of(drawn: int, start: int, count: int) -> NDArray[np.int64]:
+    blocks_1B, subset_S1 = np.arange(-(-drawn // 4))[None, :], np.arange(start, start + count)[:, None]
+    words = philox((blocks_1B, subset_S1, 0, int(Stream.SUBSET)), key_of(0, f"permutations of {drawn}"))
+    words_SD = np.stack(words, axis=-1).reshape(count, -1)[:, :drawn].astype(np.uint64)
+    words_SD <<= np.uint64(32)
+    words_SD |= np.arange(drawn, dtype=np.uint64)  # equal words are in the order of rollout numbers
+    words_SD.sort(axis=1)
+    words_SD &= np.uint64(0xFFFFFFFF)
+    return words_SD.astype(np.int64)
+
+
+def _ranked_accuracies(value_QD: Floats, correct_QD: Bools, budgets: Sequence[int]) -> Floats:
+    value_QD = np.where(np.isnan(value_QD), -np.inf, value_QD)
+    order_QD = np.argsort(-value_QD, axis=1, kind="stable")
+    right_QD = np.take_along_axis(correct_QD & (value_QD > -np.inf), order_QD, axis=1)
+    # a subset's pick has rank r if it holds none of the r better ones, less those that hold none of r + 1
+    return np.array([(right_QD * -np.diff(_none_of(value_QD.shape[1], n))).sum(1) for n in budgets])
+
+
+def _called_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, n: int) -> Floats:
+    questions, drawn = rollouts.correct_QD.shape
+    right_Q, count = np.zeros(questions), 0
+    for members_SN in subsets(drawn, n):
+        count += len(members_SN)
+        for part_SN in np.array_split(members_SN, -(-members_SN.size // MAX_CELLS)):
+            size = max(1, MAX_CELLS // part_SN.size)
+            for start in range(0, questions, size):
+                part = slice(start, start + size)
+                chunk = rollouts.questions(part)
+                rule = aggregator.rule(chunk)
+                assert isinstance(rule, Picks)
+                right_Q[part] += _right(rule.pick(part_SN), chunk.correct_QD).sum(1)
+    return right_Q / count
+
+
+def _right(pick_QS: NDArray[np.integer], correct_QD: Bools) -> Bools:
+    return (pick_QS >= 0) & np.take_along_axis(correct_QD, np.maximum(pick_QS, 0), axis=1)
+
+
+def _voted_accuracies(log_weight_QD: Floats, rollouts: RolloutArrays, budgets: Sequence[int]) -> Floats:
+    correct_QD = rollouts.correct_QD
+    drawn = correct_QD.shape[1]
+    votes_QD = (rollouts.prediction_QD >= 0) & np.isfinite(log_weight_QD)
+    log_weight_QD = np.where(votes_QD, log_weight_QD, -np.inf)
+    classes_QD = _classes(rollouts.prediction_QD, votes_QD)
+
+    def count(orders_SN: NDArray[np.int64], sizes: Sequence[int]) -> Floats:
+        return _vote_counts(orders_SN, sizes, classes_QD, log_weight_QD, correct_QD)
+
+    result_BQ = np.empty((len(budgets), len(correct_QD)))
+    walked = sorted({n for n in budgets if n > 1 and not _has_few_subsets(drawn, n)})
+    walked_BQ = np.zeros((len(walked), len(correct_QD)))
+    for orders_SD in _permutations(drawn) if walked else ():
+        walked_BQ += count(orders_SD, walked)
+    for place, n in enumerate(budgets):
+        if n == 1:
+            result_BQ[place] = (votes_QD & correct_QD).mean(1)
+        elif n in walked:
+            result_BQ[place] = walked_BQ[walked.index(n)] / SUBSETS
+        else:
+            members_SN = next(subsets(drawn, n))
+            result_BQ[place] = count(members_SN, [n])[0] / len(members_SN)
+    return result_BQ
+
+
+def _classes(prediction_QD: NDArray[np.int64], votes_QD: Bools) -> NDArray[np.int64]:
+    """Predictions numbered from 1 within each question; 0 for a rollout that does not vote."""
+    prediction_QD = np.where(votes_QD, prediction_QD, -1)
+    order_QD = np.argsort(prediction_QD, axis=1)
+    sorted_QD = np.take_along_axis(prediction_QD, order_QD, axis=1)
+    new_QD = np.diff(sorted_QD, axis=1, prepend=-1) > 0
+    classes_QD = np.empty_like(order_QD)
+    np.put_along_axis(classes_QD, order_QD, np.cumsum(new_QD, axis=1), axis=1)
+    return classes_QD
+
+
+def _vote_counts(
+    orders_SN: NDArray[np.int64],
+    sizes: Sequence[int],
+    classes_QD: NDArray[np.int64],
+    log_weight_QD: Floats,
+    correct_QD: Bools,
+) -> Floats:
+    """How many of the first n rollouts of each order elect a right pick, for each n of the ascending sizes (B, Q)."""
+    # within a step the lowest rollout number comes last, since the last of several writes to a cell stays
+    steps = [-np.sort(-orders_SN[:, low:high].T, axis=0) for low, high in pairwise([0, *sizes])]
+    longest = max(map(len, steps))
+    result_BQ = np.empty((len(sizes), len(correct_QD)))
+    width_Q = classes_QD.max(1) + 1
+    by_width = np.argsort(-width_Q, kind="stable")  # questions of about as many answers share a table
+    start = 0
+    while start < len(by_width):
+        width = int(width_Q[by_width[start]])
+        chunk = by_width[start : start + max(1, MAX_CELLS // (len(orders_SN) * max(width, longest)))]
+        start += len(chunk)
+        picks = _elect(steps, np.ascontiguousarray(classes_QD[chunk].T), width, log_weight_QD[chunk].T.copy())
+        for place, pick_SQ in enumerate(picks):
+            result_BQ[place, chunk] = _right(pick_SQ.T, correct_QD[chunk]).sum(1)
+    return result_BQ
+
+
+def _elect(
+    steps: Sequence[NDArray[np.int64]], classes_DQ: NDArray[np.int64], width: int, log_weight_DQ: Floats
+) -> Iterator[NDArray[np.int64]]:
+    """After each step, which adds rollouts (N, S) to every subset, the picks (S, Q) of a vote; -1 for none."""
+    drawn, questions = classes_DQ.shape
+    shape = (width, steps[0].shape[1], questions)
+    row_DQ = classes_DQ * (shape[1] * questions)
+    column_SQ = np.arange(shape[1] * questions).reshape(shape[1:])
+    weight_KSQ, first_KSQ = np.zeros(shape), np.full(shape, drawn)
+    scale_SQ = np.full(shape[1:], -np.inf)
+    for numbers_NS in steps:
+        cell_NSQ = row_DQ[numbers_NS]
+        cell_NSQ += column_SQ
+        added_NSQ = log_weight_DQ[numbers_NS]
+        # weights are relative to the largest of the subset so far, so that they neither overflow nor all underflow
+        higher_SQ = np.maximum(scale_SQ, added_NSQ.max(0))
+        safe_SQ = np.where(higher_SQ > -np.inf, higher_SQ, 0.0)
+        added_NSQ -= safe_SQ
+        np.exp(added_NSQ, out=added_NSQ)
+        weight_KSQ *= np.exp(scale_SQ - safe_SQ)
+        weight_KSQ += np.bincount(cell_NSQ.ravel(), added_NSQ.ravel(), weight_KSQ.size).reshape(shape)
+        scale_SQ = higher_SQ
+        lowest_KSQ = np.full(shape, drawn)
+        lowest_KSQ.reshape(-1)[cell_NSQ] = numbers_NS[..., None]
+        np.minimum(first_KSQ, lowest_KSQ, out=first_KSQ)
+        most_SQ = weight_KSQ[1:].max(0, initial=0.0)
+        best_KSQ = weight_KSQ[1:] >= np.where(most_SQ > 0, most_SQ * (1 - TIE), np.inf)
+        pick_SQ = np.where(best_KSQ, first_KSQ[1:], drawn).min(0, initial=drawn)
+        yield np.where(pick_SQ < drawn, pick_SQ, -1)
+
+
+def choose_temperature(rollouts: RolloutArrays, grid: Sequence[float] = TEMPERATURES) -> float:
+    """The temperature of the weighted vote that is right most often, over all drawn rollouts of each question.
+
+    Args:
+        rollouts: scored rollouts of questions of `valid`.
+        grid: temperatures to try, each positive.
+
+    Returns:
+        The best one; of several equally good ones the nearest to 1 (in ratio), of two as near the lower.
+    """
+    drawn = rollouts.correct_QD.shape[1]
+    right = {value: float(picked_accuracy(Weighted(value), rollouts, drawn).sum()) for value in grid}
+    return min(grid, key=lambda value: (-right[value], round(abs(log2(value)), 9), value))
+
+
+# Latents
 
 
 def diversity(latents_NTD: NDArray[np.floating]) -> float | None:
@@ -76,64 +288,81 @@ def diversity(latents_NTD: NDArray[np.floating]) -> float | None:
     return max(0.0, float(1.0 - cosine_T.mean()))  # equal latents differ by rounding alone
 
 
-def bootstrap_weights(questions: int, clusters: NDArray[np.int64] | None = None) -> Floats:
-    """Resampling weights (B, Q), each row summing to 1: how often a question is in a resample.
+# Intervals
+
+
+def interval(
+    values_N: Floats, clusters: NDArray[np.int64] | None = None, *, low: float = 0.0, high: float = 1.0
+) -> tuple[float, float]:
+    """95 % interval of the mean of values in [low, high], over more questions of the same kind.
+
+    A score interval: the set of means p that are within t standard errors of the sample mean m, where the variance is
+    the one that the data would have if their mean were p. For p = m + x, with C questions, A = m - low, B = high - m
+    and s2 the variance of the data, it is bounded by
+
+        C x^2 = t^2 V(x),   V(x) = (B - x) (s2 / B + L x),
+
+    and below m by the same with A in place of B. V is the variance after a share x / (L' B) of the data has moved up:
+    a mean that is higher than the sample's needs values that the sample lacks, and L in (0, 1] says how large they are
+    in relation to the range. L = 1 puts them at the bound; L = s2 / (A B) lets all data grow alike. Between these two,
+
+        L = w + (1 - w) s2 / (A B),   w = exp(-k / 2),   k = (sum e^2)^2 / sum e^4,
+
+    where e are deviations from m and k is the number of questions that carry the variance: without any evidence of how
+    values differ, the bound is assumed. t is Student's quantile with 2 C / (kurtosis - 1 - skewness^2) degrees of
+    freedom (Satterthwaite), which are infinite where values have two places, since s2 is then known from m.
+
+    - Values 0 and 1 have s2 = A B, so that L = 1, t = 1.96 and V = p (1 - p): Wilson's interval.
+    - Differences that are all 0 have s2 = 0: half a width of t^2 / (C + t^2), as Tango's interval for paired shares.
+    - Means over subsets go to Wilson's interval continuously as they go to 0 and 1.
+    - The width is never 0, unless low = high.
 
     Args:
-        questions: Q.
-        clusters: for each entry the question it belongs to, where a question occurs several times (once a seed): whole
-            questions are resampled, with all their entries.
-    """
-    owner = np.arange(questions) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    distinct = int(owner.max()) + 1
-    key = key_of(0, f"bootstrap over {distinct}")
-    blocks = -(-distinct // 4)
-    words = philox((np.arange(blocks)[None, :], np.arange(RESAMPLES)[:, None], 0, int(Stream.BOOTSTRAP)), key)
-    picks = np.stack(words, axis=-1).reshape(RESAMPLES, -1)[:, :distinct] * distinct >> 32
-    counts = np.stack([np.bincount(row, minlength=distinct) for row in picks])[:, owner].astype(np.float64)
-    return counts / counts.sum(1, keepdims=True)
-
-
-def interval(values_Q: Floats, weights_BQ: Floats) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the mean of `values_Q`."""
-    low, high = np.quantile(weights_BQ @ values_Q, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def paired_difference(a_Q: Floats, b_Q: Floats, clusters: NDArray[np.int64]) -> tuple[float, float, float]:
-    """Mean of a - b over paired entries with its 95 % interval, resampling questions with all their entries."""
-    difference = a_Q - b_Q
-    low, high = interval(difference, bootstrap_weights(len(difference), clusters))
-    return float(difference.mean()), low, high
-
-
-def picked_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, n: int) -> Floats:
-    """Share of `subsets` of size n whose pick is right, per question (Q,).
-
-    A question whose every member is out of the running counts as wrong.
-    """
-    drawn = rollouts.correct_QD.shape[1]
-    members_SD = subsets(drawn, n)
-    means = []
-    for start in range(0, len(rollouts.correct_QD), 128):  # bounds the (Q, S, D) arrays
-        chunk = rollouts.questions(slice(start, start + 128))
-        values = np.where(members_SD, aggregator.values(chunk, members_SD), -np.inf)
-        winner_QS = values.argmax(-1)
-        right = np.take_along_axis(chunk.correct_QD, winner_QS, axis=1) & (values.max(-1) > -np.inf)
-        means.append(right.mean(1))
-    return np.concatenate(means)
-
-
-def choose_temperature(rollouts: RolloutArrays, grid: Sequence[float] = TEMPERATURES) -> float:
-    """The temperature of the weighted vote that is right most often, over all drawn rollouts of each question.
-
-    Args:
-        rollouts: scored rollouts of questions of `valid`.
-        grid: temperatures to try, each positive.
+        values_N: one per question, or several with `clusters`.
+        clusters: for each value the question it belongs to, where a question occurs several times (once per seed).
+            Questions are the sampling unit: variance is estimated between them.
+        low: the least value possible.
+        high: the largest value possible.
 
     Returns:
-        The best one; of several equally good ones the nearest to 1 (in ratio), of two as near the lower.
+        Lower and upper end, within [low, high], the mean between them.
+
+    Source: Wilson 1927 (JASA 22, 209); Tango 1998 (Stat. Med. 17, 891); Satterthwaite 1946 (Biometrics Bull. 2, 110);
+    Student's quantile: Wallace 1959 (Ann. Math. Stat. 30, 1124). V, L and w are this project's own; their coverage is
+    held by tests/results/test_intervals.py.
     """
-    drawn = rollouts.correct_QD.shape[1]
-    right = {value: float(picked_accuracy(Weighted(value), rollouts, drawn).sum()) for value in grid}
-    return min(grid, key=lambda value: (-right[value], round(abs(log2(value)), 9), value))
+    owner_N = np.arange(len(values_N)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    share_C = np.bincount(owner_N) / len(values_N)
+    count = len(share_C)
+    mean = float(np.clip(np.mean(values_N), low, high))
+    # of equally large clusters the deviations of their means; larger ones weigh more
+    e_C = count * (np.bincount(owner_N, values_N) / len(values_N) - share_C * mean)
+    square_C = np.square(e_C)
+    moment2, moment4 = float(square_C.mean()), float(np.square(square_C).mean())
+    below, above = mean - low, high - mean
+    at_bound = count * float(np.square(share_C).sum())  # L of values at the bound: 1 for equally large clusters
+    carriers = count * moment2**2 / (moment4 + (NEGLIGIBLE * (high - low)) ** 4 / count)
+    weight = float(np.exp(-carriers / 2))
+    alike = min(moment2 / (below * above), at_bound) if below * above > 0 else at_bound
+    unseen = weight * at_bound + (1 - weight) * alike
+    quantile2 = Z**2
+    if moment2 > 0:
+        standard_C = square_C / moment2
+        skewness = np.mean(standard_C * e_C) / np.sqrt(moment2)
+        spread = (1 - weight) * float(np.square(standard_C).mean() - 1 - skewness**2)
+        freedom = 2 * count / max(spread, 1e-12)
+        quantile2 = freedom * float(np.expm1((Z * (8 * freedom + 3) / (8 * freedom + 1)) ** 2 / freedom))
+    k = quantile2 / count
+
+    def reach(room: float) -> float:
+        linear = k * (unseen * room - (moment2 / room if room > 0 else 0.0))
+        root = np.sqrt(linear**2 + 4 * (1 + k * unseen) * k * moment2)
+        return min(room, float(linear + root) / (2 * (1 + k * unseen)))
+
+    return mean - reach(below), mean + reach(above)
+
+
+def paired_difference(a_N: Floats, b_N: Floats, clusters: NDArray[np.int64]) -> tuple[float, float, float]:
+    """Mean of a - b over paired values in [0, 1], with the `interval` over questions with all their values."""
+    difference_N = a_N - b_N
+    return float(difference_N.mean()), *interval(difference_N, clusters, low=-1.0)
