@@ -201,7 +201,7 @@ def test_compare_pairs_two_runs(run, completed, ltts):
     assert "coverage" in result.out
     assert "6 questions, 1 seeds" in result.out
     same = ltts("compare", completed, completed)
-    assert same.out.count("0.0 [0.0, 0.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
+    assert same.out.count("0.0 [-39.0, 39.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
 
 
 def test_compare_holds_the_vote_against_one_greedy_rollout(run, completed, ltts, tmp_path):

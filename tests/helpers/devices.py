@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import tiny
 import torch
-from test_labelling import jobs, labelling
+from label_jobs import jobs, labelling
 from torch import Tensor, nn
 
 from latent_tts.engine.decoding import AnswerSampling

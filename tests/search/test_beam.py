@@ -9,8 +9,7 @@ import pytest
 import tiny
 import torch
 from marks import slow
-from oracle import Oracle
-from test_scoring import plain
+from oracle import Oracle, plain_scores
 
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.engine.packing import RolloutJob
@@ -52,7 +51,7 @@ class ByHand:
 
     def score(self, codes):
         latents = self.row(codes).latents_TD[: len(codes)]
-        steps = plain(self.family, self.prompt, latents).tolist()
+        steps = plain_scores(self.family, self.prompt, latents).tolist()
         return {"sum": np.sum, "mean": np.mean, "last": lambda s: s[-1]}[self.reduce](steps) if steps else -np.inf
 
     def search(self):

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from latent_tts.config import build as config
-from latent_tts.config.requests import annotation_spec, run_request
+from latent_tts.config.requests import calibration_request, default_annotation_spec, plain
 from latent_tts.errors import bad_value, computing, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation import annotate
 from latent_tts.pipeline.spec import check_run
-from latent_tts.pipeline.temperature import choose_temperature
+from latent_tts.pipeline.temperature import choose_temperature, write_temperature
 from latent_tts.results import report
 from latent_tts.results.annotations import AnnotationFolder
-from latent_tts.results.files import whole_file
 from latent_tts.training.folder import FINISHED, STATES, claim
 from latent_tts.training.optimization import check_device
 from latent_tts.training.reward_model.data import open_questions
@@ -51,8 +49,7 @@ def main(cfg: DictConfig) -> None:
     adapter.check()
     keys = ("annotations", "valid_annotations")
     data, valid = (open_questions(annotation_folder(cfg, key), adapter, key) for key in keys)
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
+    settings = plain(cfg)
     kept = {key: settings[key] for key in ("init", "seed", "bf16", "weights_dtype", "loss", "optimization")}
     identities = {key: questions.identity for key, questions in zip(keys, (data, valid), strict=True)}
     claim(output, {"reasoner": adapter.digest, **identities, **kept})
@@ -92,12 +89,7 @@ def annotation_folder(cfg: DictConfig, key: str) -> Path:
     """The folder named by `annotations` or `valid_annotations`; without one the default questions, annotated now."""
     if cfg[key] is not None:
         return Path(cfg[key]).expanduser()
-    part, wanted = config.compose("annotate"), cfg.annotate[key]
-    part.model, part.sampler = (OmegaConf.to_container(cfg[group], resolve=True) for group in ("model", "sampler"))
-    part.seed, part.output = cfg.seed, str(Path(cfg.output).expanduser() / key)
-    part.task.split, part.task.limit = wanted.split, wanted.limit
-    part.n, part.completions = wanted.n, wanted.completions
-    return annotate(annotation_spec(part))
+    return annotate(default_annotation_spec(cfg, key))
 
 
 def calibrate(cfg: DictConfig, valid: AnnotationFolder, checkpoint: Path) -> float | None:
@@ -111,24 +103,12 @@ def calibrate(cfg: DictConfig, valid: AnnotationFolder, checkpoint: Path) -> flo
     Returns:
         The temperature; None, and nothing written, for annotations (official shards) that do not say what they are of.
     """
-    made = valid.settings
-    if "task" not in made:
+    if "task" not in valid.settings:
         log.warning("%s does not say which task it is of: the temperature of the weighted vote stays 1", valid.path)
         return None
-    run = config.compose("run", ["scorer=latent_rm"])
-    run.model = OmegaConf.to_container(cfg.model, resolve=True)
-    run.task = made["task"] | {"limit": valid.index().num_rows}
-    run.sampler, run.n, run.seed = made["sampler"], made["n"], made["seed"]
-    run.max_answer_tokens, run.engine.dtype = made["max_answer_tokens"], made["dtype"]
-    run.engine.quantize = made.get("quantize")
-    run.answer = OmegaConf.merge(run.answer, made.get("answer", {}))
-    run.scorer.checkpoint = str(checkpoint)
-    temperature = choose_temperature(check_run(run_request(run)))
-    path = checkpoint / "config.json"
-    record = json.loads(path.read_text())
-    record["latent_rm"]["temperature"] = temperature
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+    request = calibration_request(cfg, valid.settings, valid.index().num_rows, checkpoint)
+    temperature = choose_temperature(check_run(request))
+    write_temperature(checkpoint, temperature)
     return temperature
 
 

@@ -14,6 +14,7 @@ from latent_tts.config.build import build, user_conf_dir
 from latent_tts.config.requests import engine_settings
 from latent_tts.errors import bad_value, require
 from latent_tts.model import ModelAdapter
+from latent_tts.pipeline import environment
 from latent_tts.pipeline.spec import (
     BYTES_PER_NUMBER,
     EngineSettings,
@@ -22,7 +23,7 @@ from latent_tts.pipeline.spec import (
     full_dtype,
     reserved_positions,
 )
-from latent_tts.results import environment, report
+from latent_tts.results import report
 from latent_tts.results.files import whole_file
 from latent_tts.sampler import Sampler
 from latent_tts.task import Task

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.aggregator import Aggregator
-from latent_tts.config.build import build, changed_keys, is_default, is_given
+from latent_tts.config.build import build, changed_keys, compose, is_default, is_given
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import require
 from latent_tts.pipeline.annotation import AnnotationSpec
@@ -69,6 +69,40 @@ def annotation_spec(cfg: DictConfig) -> AnnotationSpec:
         config=plain(cfg),
         schedule_chosen=is_given("schedule"),
     )
+
+
+def default_annotation_spec(cfg: DictConfig, key: str) -> AnnotationSpec:
+    """What `ltts train-rm` annotates where it is given no folder.
+
+    Args:
+        cfg: config of `ltts train-rm`.
+        key: `annotations` or `valid_annotations`.
+    """
+    part, wanted = compose("annotate"), cfg.annotate[key]
+    part.model, part.sampler = plain(cfg)["model"], plain(cfg)["sampler"]
+    part.seed, part.output = cfg.seed, str(Path(cfg.output).expanduser() / key)
+    part.task.split, part.task.limit = wanted.split, wanted.limit
+    part.n, part.completions = wanted.n, wanted.completions
+    return annotation_spec(part)
+
+
+def calibration_request(cfg: DictConfig, made: Mapping[str, Any], questions: int, checkpoint: Path) -> RunRequest:
+    """The annotated rollouts again, as a run that a new LatentRM scores: annotations do not keep their predictions.
+
+    Args:
+        cfg: config of `ltts train-rm`, for the model.
+        made: settings of the annotations.
+        questions: how many were annotated.
+        checkpoint: the LatentRM's folder.
+    """
+    run = compose("run", ["scorer=latent_rm"])
+    run.model, run.task = plain(cfg)["model"], made["task"] | {"limit": questions}
+    run.sampler, run.n, run.seed = made["sampler"], made["n"], made["seed"]
+    run.max_answer_tokens, run.engine.dtype = made["max_answer_tokens"], made["dtype"]
+    run.engine.quantize = made.get("quantize")
+    run.answer = OmegaConf.merge(run.answer, made.get("answer", {}))
+    run.scorer.checkpoint = str(checkpoint)
+    return run_request(run)
 
 
 def engine_settings(node: DictConfig) -> EngineSettings:

@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 
 from latent_tts.engine.cost import Shape
+from latent_tts.pipeline import environment
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.scores import Scores
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results import environment, plot, statistics
+from latent_tts.results import plot, statistics
 from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
 from latent_tts.results.files import settings_digest
 from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_figures

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from latent_tts.pipeline.rollouts import draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import rollout_table
 from latent_tts.results import statistics
+from latent_tts.results.files import whole_file
 from latent_tts.results.metrics import rollout_arrays
 
 
@@ -17,3 +21,12 @@ def choose_temperature(spec: RunSpec) -> float:
     assert spec.scorer is not None
     rollouts = rollout_table(spec, draw_rollouts(spec))
     return statistics.choose_temperature(rollout_arrays(rollouts, spec.n))
+
+
+def write_temperature(checkpoint: Path, temperature: float) -> None:
+    """Write the temperature into the `config.json` of a LatentRM's folder, where `LatentRM.temperature` reads it."""
+    path = checkpoint / "config.json"
+    record = json.loads(path.read_text())
+    record["latent_rm"]["temperature"] = temperature
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
