@@ -304,3 +304,9 @@ def test_half_precision_latents_are_finite_and_near_those_of_float32(family, dty
     assert half.answer_logprob_R.isfinite().all()
     distance = (half.latents_RTD.float() - exact.latents_RTD).square().mean().sqrt()
     assert distance < allowed * exact.latents_RTD.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_any_of_several_tokens_ends_an_answer_and_its_probability_counts(family):
+    plan = tiny.plan(3, eos_id=tiny.EOS_IDS[family], answer=8, other_eos_ids=(3, 17, 21))
+    check_against_oracle(family, NOISE, [5, 9], 4, plan)

@@ -124,7 +124,7 @@ class Oracle:
         for position in range(len(plan.forced_ids), plan.max_answer_tokens + (plan.eos_id is not None)):
             _, logits_V = self._run()
             token = int(sampler.token(logits_V[None], draw, plan.latents + position))
-            row.stopped = token == plan.eos_id
+            row.stopped = token in plan.eos_ids
             if row.stopped or position < plan.max_answer_tokens:
                 highest, second = logits_V.topk(2).values.tolist()
                 row.logprob += float(logits_V.log_softmax(-1)[token])

@@ -8,7 +8,7 @@ pass makes h_1. The LM head runs only where a token is chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -44,7 +44,9 @@ class RolloutPlan:
         stop_id: a row stops thinking where this is the most probable next token; None for a fixed T.
         latent_id: the token that stands for a latent, where a schedule begins with it.
         schedule: the order in which latents are made.
-        forced_ids: what every answer begins with, fewer than `max_answer_tokens`; they take no passes of their own.
+        forced_ids: what every answer begins with, fewer than `max_answer_tokens`; they run in the pass of the
+            end-of-thinking tokens.
+        other_eos_ids: further tokens that end an answer.
     """
 
     latents: int
@@ -55,6 +57,12 @@ class RolloutPlan:
     latent_id: int | None = None
     schedule: Schedule = SEQUENTIAL
     forced_ids: list[int] = field(default_factory=list)
+    other_eos_ids: Sequence[int] = ()
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """All tokens that end an answer."""
+        return [] if self.eos_id is None else [self.eos_id, *self.other_eos_ids]
 
 
 @dataclass
@@ -312,6 +320,7 @@ class RolloutState:
         plan, device, chooses = self._plan, self.engine.device, self._hooks.sampler.chooses_tokens
         rows, forced = self.latents_RTD.shape[0], len(plan.forced_ids)
         kept = self._state, self._state.used, self.draw
+        eos = torch.tensor(plan.eos_ids, dtype=torch.long, device=device)
         end = torch.tensor([*plan.thinking_end_ids, *plan.forced_ids], dtype=torch.long, device=device)
         embeddings_RSD, first_valid_R = self._embed(end).expand(rows, -1, -1), None
         if self._pending_RSD is not None:
@@ -332,7 +341,7 @@ class RolloutState:
             first_valid_R = None
             choice = choose(self._head, hidden_RD, partial(self._sampled_token, step) if chooses else None)
             token = choice.token_R
-            ended = torch.zeros_like(alive) if plan.eos_id is None else token == plan.eos_id
+            ended = torch.isin(token, eos)
             over = position == plan.max_answer_tokens  # only an eos may still come
             counts, stopping, alive = alive & ended if over else alive, alive & ended, alive & ~ended
             # selecting rows by a mask would make the CPU wait for a GPU each time

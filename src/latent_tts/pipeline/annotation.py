@@ -99,7 +99,7 @@ class AnnotationSpec:
             "reasoner": adapter.digest,
             "reasoner_name": adapter.name,
             "prompt": adapter.prompt_recipe,
-            "eos": adapter.eos_id,
+            "eos": list(adapter.eos_ids),
             "sampler": self.config["sampler"],
             "n": self.n,
             "completions": self.completions,

@@ -19,7 +19,7 @@ def rollout_key(spec: RunSpec) -> dict[str, Any]:
         "checkpoint": spec.adapter.digest,
         "prompt": spec.adapter.prompt_recipe,
         "adapter": spec.config["model"]["_target_"],
-        "eos": spec.adapter.eos_id,
+        "eos": list(spec.adapter.eos_ids),
         "sampler": spec.config["sampler"],
         "latents": spec.adapter.latents,
         "seed": spec.seed,

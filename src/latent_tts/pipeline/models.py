@@ -91,7 +91,7 @@ def rollout_plan(
     """What a rollout of the adapter's model consists of; without a schedule one latent is made after another."""
     plan = RolloutPlan(
         adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
-        forced_ids=list(forced_ids),
+        forced_ids=list(forced_ids), other_eos_ids=adapter.eos_ids[1:],
     )  # fmt: skip
     if schedule is None or schedule.stepwise:
         return plan
