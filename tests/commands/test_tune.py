@@ -6,7 +6,7 @@ import torch
 import yaml
 from refusal import check, check_refused
 
-from latent_tts.pipeline import tuning
+from latent_tts.pipeline import engine_tuning as tuning
 
 SMALL = ["task.limit=4", "n=32", "max_answer_tokens=4", "seconds=0.5"]
 

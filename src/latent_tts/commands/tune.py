@@ -48,7 +48,7 @@ def main(cfg: DictConfig) -> None:
     check_sampler(sampler, adapter)
     prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
     path = writable(Path(cfg.output).expanduser() if cfg.output else user_conf_dir() / "engine" / "tuned.yaml")
-    from latent_tts.pipeline.tuning import measure, settings_of
+    from latent_tts.pipeline.engine_tuning import measure, settings_of
 
     measurements = measure(
         adapter, sampler, prompts, settings_of(engine, dtypes),

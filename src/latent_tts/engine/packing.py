@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-import torch
-
-from latent_tts.engine.cost import Rates, Shape
-from latent_tts.engine.device import free_bytes, is_gpu, synchronized_seconds
+from latent_tts.engine.cost import Shape
+from latent_tts.engine.device import free_bytes, is_gpu
 
 CPU_ROW_VALUES, CUDA_ROW_VALUES = 1 << 19, 1 << 22  # rows * width of a batch: see benchmarks/engine.py
 PROMPTS_SHARE = 8  # rows that run whole prompts are an eighth of the others: see docs/tuning.md
 MEMORY_SHARE = 0.5
-CPU_PRODUCT_ROWS, GPU_PRODUCT_ROWS = 512, 1 << 19  # of the products timed; a GPU's fewer from width 128 on
-GPU_PRODUCT = 1 << 33  # rows * width * width there
-CPU_COPIED, GPU_COPIED = 1 << 25, 1 << 30  # bytes
-GPU_CALLS = 20  # timed together, so that launching them and waiting for the last one hardly count
 
 
 @dataclass(frozen=True)
@@ -92,27 +85,3 @@ def batches(jobs: Sequence[RolloutJob], rows: int, prompts: int | None = None) -
         batch.append(piece)
     if batch:
         yield batch
-
-
-@lru_cache(maxsize=8)
-def measured_rates(width: int, dtype: str, device: str) -> Rates:
-    """What the device does at best: a matrix product of a model's width, and a copy too large for small caches."""
-    on_gpu, kind = is_gpu(device), getattr(torch, dtype)
-    rows = min(GPU_PRODUCT_ROWS, GPU_PRODUCT // width**2) if on_gpu else CPU_PRODUCT_ROWS
-    a = torch.ones(rows, width, dtype=kind, device=device)
-    b = torch.ones(width, 4 * width, dtype=kind, device=device)
-    source = torch.ones((GPU_COPIED if on_gpu else CPU_COPIED) // 4, device=device)
-    target = torch.empty_like(source)
-    calls = GPU_CALLS if on_gpu else 1
-
-    def best(call: Callable[[], torch.Tensor]) -> float:
-        seconds = []
-        for _ in range(5):
-            started = synchronized_seconds(source.device)
-            for _ in range(calls):
-                call()
-            seconds.append(synchronized_seconds(source.device) - started)
-        return min(seconds) / calls
-
-    product, copy = best(lambda: a @ b), best(lambda: target.copy_(source))
-    return Rates(flops=8.0 * rows * width * width / product, bytes=2.0 * source.nbytes / copy)

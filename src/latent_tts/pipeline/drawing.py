@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from latent_tts.engine.cost import BatchCost, Rates, Shape, Work
 from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
-from latent_tts.engine.packing import RolloutJob, batches, max_prompts, measured_rates, row_bytes
+from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes
+from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import LESS_MEMORY, RunError, computing
