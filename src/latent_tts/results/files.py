@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,13 +45,71 @@ def written_in_parts(write: Callable[[list[T]], None]) -> Iterator[Callable[[Ite
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when the block ends well."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    """A path to write to, renamed to `path` when the block ends well.
+
+    What is there after a power cut is the old file or the whole new one: bytes reach the disk before the name does.
+    """
+    partial = _partial(path)
     try:
         yield partial
-        os.replace(partial, path)
+        _rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def digest_named_file(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
+    """A path to write to, renamed to `folder/STEM-DIGEST.SUFFIX` when the block ends well; see `digest_in_name`."""
+    partial = _partial(folder / f"{stem}{suffix}")
+    try:
+        yield partial
+        _rename(partial, folder / f"{stem}-{file_digest(partial)}{suffix}")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def digest_in_name(path: Path) -> str | None:
+    """The digest of its content that a file has in its name; None where there is none."""
+    found = re.search(r"-([0-9a-f]{16})$", path.stem)
+    return None if found is None else found[1]
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file, so that it is kept for a look at it and read no more; returns where it is."""
+    aside = path.with_name(f"{path.name}.damaged")
+    with suppress(FileNotFoundError):  # another process was first
+        os.replace(path, aside)
+    return aside
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _rename(partial: Path, path: Path) -> None:
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Make the disk hold what a file or a folder holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def bytes_digest(content: bytes) -> str:
+    """16 hex digits that stand for the content of a file."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """The same, of a file that need not fit into memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
