@@ -13,7 +13,8 @@ from latent_tts.engine.cost import Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import LESS_MEMORY, bad_value, computing, require
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.keys import ENGINE_SEMANTICS
+from latent_tts.pipeline.code import DRAWING, code_digests
+from latent_tts.pipeline.keys import ENGINE_SEMANTICS, own_fields
 from latent_tts.pipeline.spec import (
     EngineSettings,
     check_sampler,
@@ -98,6 +99,8 @@ class AnnotationSpec:
             "reasoner": adapter.digest,
             "reasoner_name": adapter.name,
             "prompt": adapter.prompt_recipe,
+            "fields": own_fields("model", adapter),
+            "code": code_digests((adapter, self.sampler), [self.config.get(name) for name in DRAWING], DRAWING),
             "eos": adapter.eos_id,
             "sampler": self.config["sampler"],
             "n": self.n,
