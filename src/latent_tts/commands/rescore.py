@@ -48,8 +48,9 @@ def main(cfg: DictConfig) -> None:
     tables = make_tables(spec, rollouts, settings)
     seconds = time.perf_counter() - started
     write_run_folder(
-        folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=False, rescored=str(source)
-    )
+        folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=False, rescored=str(source),
+        cache=str(rollouts.cache.folder.resolve()),
+    )  # fmt: skip
     assert rollouts.scores is not None
     write_scores(folder, tables.rollouts, rollouts.scores.rows["step_scores"].tolist())
     report.print_metrics(tables.metrics)
@@ -72,7 +73,9 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
     merged.engine = OmegaConf.merge({"quantize": None}, merged.engine)
     merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
-    merged.paths.cache = cfg.paths.cache or str(Path(record["cache"]).parent)
+    # a run without a cache kept its latents, and scores need a folder
+    kept = Path(record["cache"]).parent if "cache" in record else Path(merged.paths.cache).resolve()
+    merged.cache, merged.paths.cache = "on", cfg.paths.cache or str(kept)
     return merged
 
 

@@ -71,12 +71,14 @@ class RunConfig:
         seed: of every random number.
         max_answer_tokens: token limit of an answer.
         keep_latents: write `latents.safetensors` beside the tables.
+        cache: on, refresh (draw again and replace) or off (nothing stays).
     """
 
     n: int = MISSING
     seed: int = MISSING
     max_answer_tokens: int = MISSING
     keep_latents: bool = MISSING
+    cache: str = MISSING
     answer: AnswerConfig = MISSING
     engine: EngineConfig = MISSING
     paths: PathsConfig = MISSING
@@ -290,6 +292,24 @@ class PlotConfig:
 
 
 @dataclass
+class CacheConfig:
+    """Keys of `ltts cache`.
+
+    Attributes:
+        action: list or prune.
+        older_than: prune entries that no run has opened for as long, as in 30d or 12h.
+        max_size: prune what was used longest ago until the rest is no larger, as in 20GB.
+        stale: prune entries that this version of the code does not read.
+    """
+
+    action: str = MISSING
+    older_than: str | None = MISSING
+    max_size: str | None = MISSING
+    stale: bool = MISSING
+    paths: PathsConfig = MISSING
+
+
+@dataclass
 class ConvertConfig:
     """Keys of `ltts convert`.
 
@@ -319,6 +339,7 @@ SCHEMAS = {
     "tune": TuneConfig,
     "train_reasoner": TrainReasonerConfig,
     "train_rm": TrainRMConfig,
+    "cache": CacheConfig,
     "collect": CollectConfig,
     "compare": CompareConfig,
     "plot": PlotConfig,

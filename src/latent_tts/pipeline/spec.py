@@ -98,6 +98,7 @@ class RunRequest:
         max_answer_tokens: token limit of an answer.
         engine: how rollouts are computed.
         cache: folder of cached rollouts.
+        refresh: whether rollouts are drawn again that the cache has.
         config: the resolved config, as `run.json` keeps it.
         chosen: which of the keys `schedule`, `aggregator` and `scorer.checkpoint` somebody set, so that they are no
             defaults that may give way.
@@ -120,6 +121,7 @@ class RunRequest:
     engine: EngineSettings
     cache: Path
     config: Mapping[str, Any]
+    refresh: bool = False
     chosen: frozenset[str] = frozenset()
 
 
@@ -128,8 +130,8 @@ class RunSpec:
     """A run, checked: every value that a stage of the pipeline reads.
 
     Attributes:
-        adapter, task, sampler, search, budget, answers, decode, seed, max_answer_tokens, engine, cache, config: as
-            requested.
+        adapter, task, sampler, search, budget, answers, decode, seed, max_answer_tokens, engine, cache, refresh,
+            config: as requested.
         schedule: the requested one, or the model's own.
         scorer: None where rollouts get no scores.
         aggregators: those reported.
@@ -155,6 +157,7 @@ class RunSpec:
     max_answer_tokens: int
     engine: EngineSettings
     cache: Path
+    refresh: bool
     config: Mapping[str, Any]
     questions: list[Question]
     prompts: dict[str, list[int]]
@@ -233,6 +236,7 @@ def check_run(request: RunRequest) -> RunSpec:
         max_answer_tokens=request.max_answer_tokens,
         engine=request.engine,
         cache=request.cache,
+        refresh=request.refresh,
         config=request.config,
         questions=questions,
         prompts=prompts,

@@ -246,7 +246,6 @@ def write_run_folder(
             "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest},
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
-            "cache": str(drawn.cache.folder.resolve()),
             **_where_drawn(drawn.rows),
             "rollouts": _counts(drawn),
             "seconds": _seconds(drawn) | {"this_command": seconds},

@@ -7,7 +7,10 @@ import logging
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,9 +29,11 @@ from latent_tts.results.files import (
 )
 
 NOT_DECODED = "not_decoded"  # the stop reason of a rollout whose answer nobody needed
-KEY_JSON, SCORES, PART_SUFFIX = "key.json", "scores", ".parquet"
+KEY_JSON, SCORES_FOLDER, PART_SUFFIX = "key.json", "scores", ".parquet"
+ENTRY_NAME = re.compile(r"[0-9a-f]{16}")
 PART_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.parquet")
 
+MODES = ("on", "refresh", "off")
 log = logging.getLogger(__name__)
 MEASURED_SUMS = {
     "seconds": pa.float64(),  # the row's share of its batch's wall-clock time
@@ -78,8 +83,13 @@ class PartCache:
     schema: ClassVar[pa.Schema]
     holds: ClassVar[str]  # how the log says that rollouts are there
 
-    def __init__(self, root: Path, key: Mapping[str, Any]) -> None:
+    def __init__(self, root: Path, key: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
         """Open (or make) the folder of a key.
+
+        Args:
+            root: of the cache.
+            key: everything that determines the rows.
+            about: what else `key.json` says, for people.
 
         Raises:
             UsageError: the folder cannot be made.
@@ -88,7 +98,7 @@ class PartCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with whole_file(self.folder / KEY_JSON) as path:
-                path.write_text(json.dumps(key, indent=1, sort_keys=True) + "\n")
+                path.write_text(json.dumps({**key, **(about or {})}, indent=1, sort_keys=True) + "\n")
         except OSError as error:
             raise bad_value("paths.cache", root, f"cannot be written to ({error.strerror})") from error
 
@@ -99,7 +109,7 @@ class PartCache:
             RunError: a part cannot be read, or is damaged and cannot be set aside.
         """
         present: set[tuple[str, int]] = set()
-        for _, table in self._parts(["row_key", "rollout"]):
+        for _, table in whole_parts(self.folder, ["row_key", "rollout"]):
             present.update(zip(table["row_key"].to_pylist(), table["rollout"].to_pylist(), strict=True))
         return present
 
@@ -120,7 +130,7 @@ class PartCache:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Write one part."""
-        self._add(pa.Table.from_pylist(rows, schema=self.schema))
+        _write_part(self.folder, pa.Table.from_pylist(rows, schema=self.schema))
 
     def read(self, wanted: pd.DataFrame) -> pd.DataFrame:
         """The rows of `wanted` (columns `row_key`, `rollout`), in its order, with every other column of a part.
@@ -130,7 +140,7 @@ class PartCache:
         """
         keys = set(wanted["row_key"])
         frames = []
-        for _, table in self._parts(self.schema.names):
+        for _, table in whole_parts(self.folder, self.schema.names):
             frame = table.to_pandas()
             frames.append(frame[frame["row_key"].isin(keys)])
         rows = pd.concat(frames) if frames else self.schema.empty_table().to_pandas()
@@ -143,23 +153,49 @@ class PartCache:
             )
         return found
 
-    def _add(self, table: pa.Table) -> None:
-        with digest_named_file(self.folder, uuid.uuid4().hex, PART_SUFFIX) as path:
-            pq.write_table(table, path, compression="zstd", compression_level=1)
+    def discard(self, wanted: pd.DataFrame) -> None:
+        """Remove rows (columns `row_key`, `rollout`), so that they are made again.
 
-    def _parts(self, columns: list[str]) -> Iterator[tuple[Path, pa.Table]]:
-        """Columns of the parts that are whole; the others are set aside with a warning."""
-        for path in part_files(self.folder):
-            try:
-                table = _read_part(path, columns)
-            except FileNotFoundError:  # pruned, or set aside by another process
-                continue
-            except OSError as error:
-                raise RunError(f"{path} cannot be read ({error.strerror})") from error
+        Raises what `present` raises.
+        """
+        _discard(self.folder, self.schema, wanted)
+
+
+def whole_parts(folder: Path, columns: list[str]) -> Iterator[tuple[Path, pa.Table]]:
+    """Columns of the parts of a folder that are whole; the others are set aside with a warning.
+
+    Raises:
+        RunError: a part cannot be read, or is damaged and cannot be set aside.
+    """
+    for path in part_files(folder):
+        try:
+            table = _read_part(path, columns)
             if table is None:
                 log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, set_aside(path).name)
-            else:
-                yield path, table
+                continue
+        except FileNotFoundError:  # pruned, or set aside by another process
+            continue
+        except OSError as error:
+            raise RunError(f"{path} cannot be read ({error.strerror})") from error
+        yield path, table
+
+
+def _write_part(folder: Path, table: pa.Table) -> None:
+    with digest_named_file(folder, uuid.uuid4().hex, PART_SUFFIX) as path:
+        pq.write_table(table, path, compression="zstd", compression_level=1)
+
+
+def _discard(folder: Path, schema: pa.Schema, wanted: pd.DataFrame) -> None:
+    """Remove rows from the parts of a folder; rows that stay are written before their old part goes."""
+    gone = pd.MultiIndex.from_frame(wanted[["row_key", "rollout"]])
+    for path, table in whole_parts(folder, schema.names):
+        rows = pd.MultiIndex.from_arrays([table["row_key"].to_pylist(), table["rollout"].to_pylist()])
+        stays = ~rows.isin(gone)
+        if stays.all():
+            continue
+        if stays.any():
+            _write_part(folder, table.filter(pa.array(stays)))
+        path.unlink(missing_ok=True)
 
 
 def _read_part(path: Path, columns: list[str]) -> pa.Table | None:
@@ -180,6 +216,12 @@ class RolloutCache(PartCache):
     schema = ROLLOUT_SCHEMA
     holds = "in"
 
+    def discard(self, wanted: pd.DataFrame) -> None:
+        """Remove rows, and every scorer's scores of them."""
+        super().discard(wanted)
+        for scores in self.folder.glob(f"{SCORES_FOLDER}/*/"):
+            _discard(scores, SCORE_SCHEMA, wanted)
+
 
 class ScoreCache(PartCache):
     """Step scores of the rollouts of one `RolloutCache`, in its folder; how they are reduced is no part of them."""
@@ -189,7 +231,55 @@ class ScoreCache(PartCache):
 
     def __init__(self, rollouts: Path, key: Mapping[str, Any]) -> None:
         """Open (or make) the folder of a scorer's key below the rollouts' own folder."""
-        super().__init__(rollouts / SCORES, key)
+        super().__init__(rollouts / SCORES_FOLDER, key)
+
+
+@contextmanager
+def cache_root(root: Path, mode: str) -> Iterator[Path]:
+    """The folder of the cache; with `off` one that is gone afterwards."""
+    if mode != "off":
+        yield root
+        return
+    with TemporaryDirectory(prefix="latent_tts_") as folder:
+        yield Path(folder)
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """A cache folder as `ltts cache` lists it.
+
+    Attributes:
+        folder: of the entry, with the scores below it.
+        key: what `key.json` says; empty where it cannot be read.
+        rollouts: how many there are.
+        size: bytes of everything in the folder.
+        used: when a run last opened it, in seconds since the epoch.
+    """
+
+    folder: Path
+    key: Mapping[str, Any]
+    rollouts: int
+    size: int
+    used: float
+
+
+def cache_entries(root: Path) -> list[CacheEntry]:
+    """The entries of a cache, the one used last first; other folders and files are left out."""
+    folders = [path for path in root.glob("*/") if ENTRY_NAME.fullmatch(path.name) and (path / KEY_JSON).is_file()]
+    return sorted(map(_entry, folders), key=lambda entry: (-entry.used, entry.folder.name))
+
+
+def _entry(folder: Path) -> CacheEntry:
+    files = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
+    rollouts = 0
+    for path in part_files(folder):
+        with suppress(OSError, pa.ArrowException):  # damaged: what reads its rows says so
+            rollouts += pq.read_metadata(path).num_rows
+    key: Any = {}
+    with suppress(ValueError):
+        key = json.loads((folder / KEY_JSON).read_text())
+    sizes, times = [stat.st_size for _, stat in files], [stat.st_mtime for _, stat in files]
+    return CacheEntry(folder, key if isinstance(key, dict) else {}, rollouts, sum(sizes), max(times))
 
 
 def part_files(folder: Path) -> list[Path]:
