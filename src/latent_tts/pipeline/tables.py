@@ -29,6 +29,7 @@ from latent_tts.results.run_folder import (
     write_rollouts,
     write_run_json,
 )
+from latent_tts.types import Question
 
 
 @dataclass
@@ -185,16 +186,16 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "scorer": "" if scorer is None else scorer.name,
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,
+        "questions_digest": questions_digest(spec.questions),
+        "weights_digest": "+".join(each.digest for each in (spec.adapter, scorer) if each is not None),
     }
-    identity = {
-        **columns,
-        "n": spec.n,
-        "weights": spec.adapter.digest,
-        "questions": [[q.id, q.answer] for q in spec.questions],
-    }
-    if scorer is not None:
-        identity["scorer_weights"] = scorer.digest
+    identity = {**columns, "n": spec.n}
     return {"run_id": settings_digest(identity)[:12], **columns}
+
+
+def questions_digest(questions: Sequence[Question]) -> str:
+    """What identifies a question set, whatever it is called and in whichever order it is."""
+    return settings_digest({"questions": sorted([question.id, question.answer] for question in questions)})
 
 
 def clear_run_folder(folder: Path) -> None:

@@ -51,6 +51,8 @@ METRIC_COLUMNS = [
     "aggregator",
     "seed",
     "dtype",
+    "questions_digest",
+    "weights_digest",
     "n",
     "drawn",
     "metric",
@@ -58,15 +60,19 @@ METRIC_COLUMNS = [
     "ci_low",
     "ci_high",
     "questions",
+    "format",
 ]
-NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions"]
-ALWAYS_THERE = ["n", "drawn", "metric", "questions"]  # in every row
+FORMAT = 2  # of run folders and tables; those of 1 do not say which questions and weights they are of
+NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions", "format"]
+ALWAYS_THERE = ["n", "drawn", "metric", "questions", "format"]  # in every row
 
 
 RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]
 
 
-# what makes rows belong to one curve
+UNKNOWN = "unknown"  # how the digest of a run's questions begins that does not say which they are
+DIGEST_COLUMNS = ["questions_digest", "weights_digest"]  # since format 2
+# what makes rows belong to one curve: names, settings, and the question set and weights behind the names
 CURVE_COLUMNS = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator", "seed")]
 SEED_COLUMNS = ["seeds", "seed_sd"]  # beside the others in a table of means over seeds
 
@@ -130,6 +136,7 @@ def write_scores(folder: Path, rollouts: pd.DataFrame, step_scores: Sequence[Seq
 def write_metrics(path: Path, metrics: pd.DataFrame) -> None:
     """Write a metrics table (or one of means over seeds); missing figures are empty cells."""
     columns = METRIC_COLUMNS + [name for name in SEED_COLUMNS if name in metrics]
+    metrics = metrics.assign(format=metrics["format"].fillna(FORMAT).astype(int))
     with whole_file(path) as partial:
         metrics[columns].to_csv(partial, index=False, float_format="%.10g")
 
@@ -137,8 +144,10 @@ def write_metrics(path: Path, metrics: pd.DataFrame) -> None:
 def read_metrics(path: Path) -> pd.DataFrame:
     """Read a metrics table.
 
+    One of format 1 has empty cells in `DIGEST_COLUMNS`: its questions and weights are not known.
+
     Raises:
-        UsageError: it is not one, or is cut off.
+        UsageError: it is not one, is cut off, or is of a later format.
     """
     try:
         content = path.read_bytes()
@@ -150,6 +159,8 @@ def read_metrics(path: Path) -> pd.DataFrame:
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as a metrics table ({error})") from error
+    if "format" not in frame.columns:
+        frame = frame.assign(**dict.fromkeys(DIGEST_COLUMNS, ""), format=1)
     missing = [name for name in METRIC_COLUMNS if name not in frame.columns]
     if missing:
         raise UsageError(f"{path}: not a metrics table, it lacks the columns {', '.join(missing[:5])}")
@@ -161,13 +172,33 @@ def read_metrics(path: Path) -> pd.DataFrame:
     for name in ALWAYS_THERE:
         if frame[name].isna().any():
             raise UsageError(f"{path}: not a metrics table, its row {frame[name].isna().argmax() + 1} has no {name}")
-    return frame
+    if (found := frame["format"].max()) > FORMAT:
+        raise UsageError(f"{path}: format {found:g}, this version reads those up to {FORMAT}")
+    return frame[METRIC_COLUMNS + [name for name in frame.columns if name not in METRIC_COLUMNS]]
+
+
+def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:
+    """A table whose rows of unknown questions and weights belong together only if they are of one origin."""
+    known = metrics["questions_digest"] != ""
+    return metrics.assign(questions_digest=metrics["questions_digest"].where(known, f"{UNKNOWN}, of " + origin))
+
+
+def digest_label(column: str, digest: str) -> str:
+    """How people are shown one of `DIGEST_COLUMNS`, as in `questions 1a2b3c4d`."""
+    short = digest if digest.startswith(UNKNOWN) else "+".join(part[:8] for part in digest.split("+"))
+    return f"{column.removesuffix('_digest')} {short or UNKNOWN}"
+
+
+def read_run_metrics(folder: Path) -> pd.DataFrame:
+    """The metrics table of a run folder; one of format 1 is of questions and weights that no other run has."""
+    metrics = read_metrics(folder / METRICS)
+    return tell_apart(metrics, metrics["run_id"])
 
 
 def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
     """Write `run.json`, last of all: its presence means that the run is complete."""
     with whole_file(folder / RUN_JSON) as path:
-        path.write_text(json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
+        path.write_text(json.dumps({"format": FORMAT, **record}, indent=1, sort_keys=True, default=str) + "\n")
 
 
 def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
@@ -185,6 +216,9 @@ def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error
+    found = record.get("format", 1) if isinstance(record, dict) else 1
+    if not isinstance(found, int) or found > FORMAT:
+        raise UsageError(f"{path}: format {found}, this version reads those up to {FORMAT}")
     lacking = []
     for key, kind in needed.items():
         value = record
@@ -222,5 +256,5 @@ def join_metrics(folders: list[Path]) -> tuple[pd.DataFrame, list[Path]]:
     left_out = [folder for folder in folders if folder not in complete]
     if not complete:
         return pd.DataFrame(columns=METRIC_COLUMNS), left_out
-    joined = pd.concat([read_metrics(folder / METRICS) for folder in complete], ignore_index=True)
+    joined = pd.concat([read_run_metrics(folder) for folder in complete], ignore_index=True)
     return joined.drop_duplicates(["run_id", "aggregator", "n", "drawn", "metric"], ignore_index=True), left_out
