@@ -15,6 +15,7 @@ from latent_tts.pipeline import rescoring, sweep
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import clear_run_folder, make_tables, write_run_folder
 from latent_tts.results import report
+from latent_tts.results.files import locked_folder
 from latent_tts.results.run_folder import METRICS, write_scores
 from latent_tts.scorer.none import NoScorer
 
@@ -43,16 +44,17 @@ def main(cfg: DictConfig) -> None:
     spec = check_run(request)
     rescoring.check_spec(spec, source, record)
     folder, settings = output_dir(), changed_scoring(cfg, record["settings"])
-    clear_run_folder(folder)
-    rollouts = rescoring.rescore_rollouts(spec, source)
-    tables = make_tables(spec, rollouts, settings)
-    seconds = time.perf_counter() - started
-    write_run_folder(
-        folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=False, rescored=str(source),
-        cache=str(rollouts.cache.folder.resolve()),
-    )  # fmt: skip
-    assert rollouts.scores is not None
-    write_scores(folder, tables.rollouts, rollouts.scores.rows["step_scores"].tolist())
+    with locked_folder(folder, "hydra.run.dir"):
+        clear_run_folder(folder)
+        rollouts = rescoring.rescore_rollouts(spec, source)
+        tables = make_tables(spec, rollouts, settings)
+        seconds = time.perf_counter() - started
+        assert rollouts.scores is not None
+        write_scores(folder, tables.rollouts, rollouts.scores.rows["step_scores"].tolist())
+        write_run_folder(
+            folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=False, rescored=str(source),
+            cache=str(rollouts.cache.folder.resolve()),
+        )  # fmt: skip
     report.print_metrics(tables.metrics)
     print(folder / METRICS)
 

@@ -16,6 +16,7 @@ from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import clear_run_folder, make_tables, write_run_folder
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
+from latent_tts.results.files import locked_folder
 from latent_tts.results.run_folder import METRICS
 
 
@@ -30,12 +31,15 @@ def main(cfg: DictConfig) -> None:
     with cache_root(request.cache, cfg.cache) as cache:
         spec = check_run(replace(request, cache=cache))
         folder, settings = output_dir(), changed_settings(cfg)
-        clear_run_folder(folder)
-        rollouts = draw_rollouts(spec)
-    tables = make_tables(spec, rollouts, settings)
-    seconds = time.perf_counter() - started
-    kept = {} if cfg.cache == "off" else {"cache": str(rollouts.cache.folder.resolve())}
-    write_run_folder(folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=cfg.keep_latents, **kept)
+        with locked_folder(folder, "hydra.run.dir"):
+            clear_run_folder(folder)
+            rollouts = draw_rollouts(spec)
+            tables = make_tables(spec, rollouts, settings)
+            seconds = time.perf_counter() - started
+            kept = {} if cfg.cache == "off" else {"cache": str(rollouts.cache.folder.resolve())}
+            write_run_folder(
+                folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=cfg.keep_latents, **kept
+            )
     report.print_metrics(tables.metrics)
     print(folder / METRICS)
 

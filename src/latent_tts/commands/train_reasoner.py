@@ -13,6 +13,7 @@ from latent_tts.checkpoint import files as checkpoint
 from latent_tts.config import build as config
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.results import report
+from latent_tts.results.files import locked_folder
 from latent_tts.task.arith import Arith, words
 
 log = logging.getLogger(__name__)
@@ -23,9 +24,16 @@ def main(cfg: DictConfig) -> None:
     """Train, then write the checkpoint folder and print its path.
 
     Raises:
-        UsageError: a value is not usable, or the output folder holds another run.
+        UsageError: a value is not usable, or the output folder holds another run or is another
+            process's.
         RunError: the loss stopped being finite.
     """
+    with locked_folder(Path(cfg.output).expanduser(), "output"):
+        train(cfg)
+
+
+def train(cfg: DictConfig) -> None:
+    """The command, in a folder that no other process writes to."""
     config.require("save_every", cfg.save_every, cfg.save_every >= 1, "a number of updates, 1 or more")
     config.require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "1 or more")
     task = config.build("task", cfg.task)

@@ -21,7 +21,7 @@ from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.temperature import choose_temperature
 from latent_tts.results import report
 from latent_tts.results.annotations import AnnotationFolder
-from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.results.files import locked_folder, settings_digest, whole_file
 from latent_tts.training.reward_model.data import MixedQuestions
 from latent_tts.training.reward_model.loss import RewardLoss
 from latent_tts.training.reward_model.optimization import RewardOptimization
@@ -39,9 +39,16 @@ def main(cfg: DictConfig) -> None:
     """Train, then write the checkpoint folder and print its path.
 
     Raises:
-        UsageError: a value or an annotation folder is not usable, or the output folder holds another run.
+        UsageError: a value or an annotation folder is not usable, or the output folder holds another run or is another
+            process's.
         RunError: the loss stopped being finite, or the device failed; the last checkpoint is kept.
     """
+    with locked_folder(Path(cfg.output).expanduser(), "output"):
+        train(cfg)
+
+
+def train(cfg: DictConfig) -> None:
+    """The command, in a folder that no other process writes to."""
     config.require("init", cfg.init, cfg.init in INITS, f"one of {', '.join(INITS)}")
     config.require("weights_dtype", cfg.weights_dtype, cfg.weights_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
     output = Path(cfg.output).expanduser()

@@ -25,6 +25,7 @@ from latent_tts.pipeline.spec import (
 )
 from latent_tts.results import report
 from latent_tts.results.annotations import FORMAT, AnnotationFolder
+from latent_tts.results.files import locked_folder
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
 from latent_tts.task import Task
@@ -122,13 +123,18 @@ def annotate(spec: AnnotationSpec) -> Path:
     """Label the questions that the output folder lacks; returns the folder.
 
     Raises:
-        UsageError: a value or a question is not usable, or the folder holds annotations made with other settings or of
-            other gold answers.
+        UsageError: a value or a question is not usable, another process writes to the folder, or it holds annotations
+            made with other settings or of other gold answers.
         RunError: a failure while drawing; the finished questions are kept.
     """
     spec.check()
     questions = spec.task.questions()
     prompts = encode_prompts(spec.adapter, questions, reserved_positions(spec.adapter, spec.max_answer_tokens))
+    with locked_folder(spec.output, "output"):
+        return _annotate(spec, questions, prompts)
+
+
+def _annotate(spec: AnnotationSpec, questions: Sequence[Question], prompts: Mapping[str, list[int]]) -> Path:
     golds = {question.id: question.answer for question in questions}
     folder = AnnotationFolder(spec.output, spec.settings, golds, key="output")
     done = folder.present()

@@ -24,6 +24,7 @@ from latent_tts.results.run_folder import (
     METRICS,
     ROLLOUTS,
     RUN_JSON,
+    SCORES,
     write_latents,
     write_metrics,
     write_rollouts,
@@ -200,7 +201,7 @@ def questions_digest(questions: Sequence[Question]) -> str:
 
 def clear_run_folder(folder: Path) -> None:
     """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
-    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, FIGURE):
+    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, SCORES, FIGURE):
         (folder / name).unlink(missing_ok=True)
 
 

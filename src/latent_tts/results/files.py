@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -13,7 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from latent_tts.errors import bad_value
+
 SECONDS_BETWEEN_PARTS = 2.0
+LOCK = ".lock"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+log = logging.getLogger(__name__)
 
 
 T = TypeVar("T")
@@ -72,6 +80,72 @@ def digest_in_name(path: Path) -> str | None:
     """The digest of its content that a file has in its name; None where there is none."""
     found = re.search(r"-([0-9a-f]{16})$", path.stem)
     return None if found is None else found[1]
+
+
+@contextmanager
+def locked_folder(folder: Path, key: str) -> Iterator[None]:
+    """Hold a folder as its only writer; it is made if it is not there. The lock ends with the process, however it ends.
+
+    Processes of one launch (`accelerate launch`) share a folder: the first of them holds it.
+
+    Args:
+        folder: to hold.
+        key: the config key that errors name.
+
+    Raises:
+        UsageError: another process holds it, or it cannot be made.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(folder / LOCK)
+    except FileExistsError as error:
+        raise bad_value(key, folder, "a folder is wanted, this is a file") from error
+    except BlockingIOError as error:
+        allowed = f"process {_holder(folder / LOCK)} writes there; choose another folder, or wait until it has ended"
+        raise bad_value(key, folder, allowed) from error
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            log.warning("%s: its file system has no locks, so see to it that no other process writes there", folder)
+            yield
+            return
+        raise bad_value(key, folder, f"cannot be written to ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+        for path in made:  # whatever was refused leaves nothing behind
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _holder(path: Path) -> str:
+    """The process that holds a lock; `?` where it has not said so yet, or has just ended."""
+    try:
+        return path.read_text().strip() or "?"
+    except OSError:
+        return "?"
+
+
+def _lock(path: Path) -> int:
+    """Lock a file that names this process; raises BlockingIOError where another has."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.fstat(descriptor).st_ino == path.stat().st_ino:  # else its last holder has just removed it
+                    os.truncate(descriptor, 0)
+                    os.write(descriptor, f"{os.getpid()}\n".encode())
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
 
 
 def set_aside(path: Path) -> Path:

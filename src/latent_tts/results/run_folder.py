@@ -14,10 +14,13 @@ import pyarrow as pa
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, bad_value
-from latent_tts.results.files import whole_file
+from latent_tts.results.files import file_digest, whole_file
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
 SCORES, FIGURE = "scores.parquet", "scaling.png"
+
+
+TABLES = (METRICS, ROLLOUTS, LATENTS, SCORES)
 
 
 ROLLOUT_COLUMNS = [
@@ -87,12 +90,14 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
     """The `rollouts.parquet` of a run folder.
 
     Raises:
-        UsageError: it is missing or cannot be read.
+        UsageError: it is missing, damaged or of another run.
     """
     try:
-        return pd.read_parquet(folder / ROLLOUTS, columns=ROLLOUT_COLUMNS)
+        rollouts = pd.read_parquet(folder / ROLLOUTS, columns=ROLLOUT_COLUMNS)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
+    check_file(folder, ROLLOUTS)
+    return rollouts
 
 
 def write_latents(folder: Path, latents: list[np.ndarray]) -> None:
@@ -111,7 +116,7 @@ def read_latents(folder: Path, steps: Iterable[int]) -> list[np.ndarray]:
     """The latents (steps, D) of each row of a run folder, from its `latents.safetensors`.
 
     Raises:
-        UsageError: the file cannot be read, or has another number of rows.
+        UsageError: the file is damaged or of another run, or has another number of rows.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -121,6 +126,7 @@ def read_latents(folder: Path, steps: Iterable[int]) -> list[np.ndarray]:
         latents_RTD = load_file(folder / LATENTS)["latents_RTD"]
     except (OSError, KeyError, SafetensorError) as error:
         raise UsageError(f"{folder / LATENTS}: cannot be read ({error})") from error
+    check_file(folder, LATENTS)
     if len(latents_RTD) != len(counts):
         raise UsageError(f"{folder / LATENTS}: {len(latents_RTD)} rows, but {len(counts)} in {ROLLOUTS}")
     return [row[:count] for row, count in zip(latents_RTD, counts, strict=True)]
@@ -192,13 +198,34 @@ def digest_label(column: str, digest: str) -> str:
 def read_run_metrics(folder: Path) -> pd.DataFrame:
     """The metrics table of a run folder; one of format 1 is of questions and weights that no other run has."""
     metrics = read_metrics(folder / METRICS)
+    check_file(folder, METRICS)
     return tell_apart(metrics, metrics["run_id"])
 
 
 def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `run.json`, last of all: its presence means that the run is complete."""
+    """Write `run.json`, last of all: its presence means that the run is complete; it has the other files' digests."""
+    files = {name: file_digest(folder / name) for name in TABLES if (folder / name).is_file()}
+    content = {"format": FORMAT, "files": files, **record}
     with whole_file(folder / RUN_JSON) as path:
-        path.write_text(json.dumps({"format": FORMAT, **record}, indent=1, sort_keys=True, default=str) + "\n")
+        path.write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def check_file(folder: Path, name: str) -> None:
+    """Check that a file of a run folder is the one that its `run.json` was written for.
+
+    Raises:
+        UsageError: it is another.
+    """
+    try:
+        digest = json.loads((folder / RUN_JSON).read_text())["files"][name]
+        wrong = file_digest(folder / name) != digest
+    except (OSError, ValueError, KeyError, TypeError):  # of format 1, or missing: what reads it says so
+        return
+    if wrong:
+        raise UsageError(
+            f"{folder / name}: is damaged, or of another run than the {RUN_JSON} beside it\n"
+            "draw that run again with ltts run"
+        )
 
 
 def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
