@@ -83,6 +83,20 @@ def test_a_run_without_cache_that_kept_its_latents_is_scored(run, ltts, checkpoi
     pd.testing.assert_series_equal(*scores, rtol=1e-5)
 
 
+def test_a_damaged_part_is_drawn_and_a_damaged_score_made_again_in_the_same_run(run, checkpoint, tmp_path):
+    scored = ["scorer=latent_rm", f"scorer.checkpoint={tiny.write_latent_rm(tmp_path / 'rm', checkpoint)}"]
+    whole = run(*scored)
+    expected = pd.read_parquet(whole.last.parent / "rollouts.parquet")
+    for path in parts(tmp_path / "cache"):
+        good = path.read_bytes()
+        path.write_bytes(good[:100] + bytes([good[100] ^ 4]) + good[101:])
+        again = run(*scored)
+        assert again.code == 0, again.err
+        assert f"{path.name} is damaged: it is now {path.name}.damaged" in again.err.replace("\n", "")
+        pd.testing.assert_frame_equal(pd.read_parquet(again.last.parent / "rollouts.parquet"), expected)
+    assert len(list((tmp_path / "cache").rglob("*.damaged"))) == 2
+
+
 @pytest.mark.parametrize("value", ["maybe", "true", "null"])
 def test_another_mode_is_refused(run, value):
     check(run(f"cache={value}"), "cache=")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from latent_tts.errors import UsageError
+from latent_tts.errors import RunError, UsageError
 from latent_tts.results import annotations
 from latent_tts.results.annotated import Annotated, Dropped, written_ids
 from latent_tts.results.annotations import FORMAT, INDEX, SETTINGS, AnnotationFolder
@@ -237,6 +237,13 @@ def test_what_does_not_fit_is_not_written(tmp_path):
         folder.add([replace(entry(0), corrects_N=np.ones(N + 1, np.bool_))])
     assert folder.present() == set()
     assert not list(folder.path.glob("*.safetensors"))
+
+
+def test_latents_that_are_not_finite_end_the_run(tmp_path):
+    folder = AnnotationFolder(tmp_path / "new", WANTED)
+    with pytest.raises(RunError, match="question q0: latent_embeds is not finite"):
+        folder.add([replace(entry(0), latents_NTD=np.full((N, T, D), np.inf, np.float32))])
+    assert folder.present() == set()
 
 
 def test_a_shard_that_is_cut_off(path):

@@ -128,9 +128,11 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             scoring = head.prompt_flops(prompt) + head.scoring_flops(prompt, steps_N[:budget]).sum()
             decoding = passes.once(prompt) + passes.rollout(prompt, steps_N[pick], answer - begun)
             gflops_Q.append(float(thinking + scoring + decoding) / 1e9)
-        values = {
-            ("accuracy", "best_of_n"): picked["correct"].to_numpy(dtype=np.float64),
-            ("invalid_rate", ""): picked["prediction"].isna().to_numpy(dtype=np.float64),
+        # a question none of whose rollouts has a score has no pick
+        right = picked["correct"].where(picked["score"].notna(), other=False)
+        values: dict[tuple[str, str], statistics.Floats] = {
+            ("accuracy", "best_of_n"): np.array(right, dtype=np.float64),
+            ("invalid_rate", ""): np.array(picked["prediction"].isna(), dtype=np.float64),
         }
         diversity_Q = [statistics.diversity(_cut(group)) for group in groups]
         if budget > 1 and all(value is not None for value in diversity_Q):

@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import RunError, UsageError, bad_value
 from latent_tts.results.annotated import Annotated, Dropped, Reason, wrong_shapes, wrong_values
 from latent_tts.results.files import (
     bytes_digest,
@@ -141,6 +141,7 @@ class AnnotationFolder:
 
         Raises:
             ValueError: arrays that do not fit each other or the folder's settings.
+            RunError: latents that are not finite.
         """
         from safetensors.numpy import save_file
 
@@ -163,8 +164,10 @@ class AnnotationFolder:
                 row |= {"rollouts": entry.rollouts, "kept": False, "reason": entry.reason, "share_correct": share}
             else:
                 arrays = (entry.input_ids_NL, entry.latents_NTD, entry.labels_NT, entry.corrects_N)
-                if wrong := wrong_shapes([a.shape for a in arrays], self.width) or wrong_values(entry):
+                if wrong := wrong_shapes([a.shape for a in arrays], self.width):
                     raise ValueError(f"question {entry.question_id}: {wrong}")
+                if wrong := wrong_values(entry):
+                    raise RunError(f"labelling failed: question {entry.question_id}: {wrong}")
                 tensors[f"{entry.index}.input_ids"] = _plain(entry.input_ids_NL, np.int64)
                 tensors[f"{entry.index}.latent_embeds"] = _plain(entry.latents_NTD, np.float32)
                 labels_NT = np.where(np.isnan(entry.labels_NT), NO_STEP, entry.labels_NT)

@@ -117,7 +117,8 @@ def picked_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, n: int) -> 
     means = []
     for start in range(0, len(rollouts.correct_QD), 128):  # bounds the (Q, S, D) arrays
         chunk = rollouts.questions(slice(start, start + 128))
-        values = np.where(members_SD, aggregator.values(chunk, members_SD), -np.inf)
+        values = aggregator.values(chunk, members_SD)
+        values = np.where(members_SD & ~np.isnan(values), values, -np.inf)
         winner_QS = values.argmax(-1)
         right = np.take_along_axis(chunk.correct_QD, winner_QS, axis=1) & (values.max(-1) > -np.inf)
         means.append(right.mean(1))
