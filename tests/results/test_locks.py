@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from latent_tts.errors import UsageError
 from latent_tts.results.files import LOCK, locked_folder
+from latent_tts.results.run_folder import read_latents, read_rollouts, read_run_metrics
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -110,3 +111,25 @@ def test_overwritten_latents_are_refused_by_name(run, ltts, checkpoint, tmp_path
     save_file({name: values + 1 for name, values in load_file(path).items()}, path)
     rescored = ltts("rescore", "one", "scorer=latent_rm", f"scorer.checkpoint={scorer}")
     check(rescored, "one/latents.safetensors: is damaged, or of another run")
+
+
+@pytest.mark.slow
+def test_two_runs_that_race_for_a_folder_never_mix(checkpoint, tmp_path):
+    few = ["task.limit=4", "n=2", "max_answer_tokens=4", "keep_latents=true", "cache=off"]
+    ltts = [sys.executable, "-m", "latent_tts", "run", f"model.checkpoint={checkpoint}", *few]
+    for race in range(8):
+        folder = tmp_path / f"race{race}"
+        runs = [
+            subprocess.Popen([*ltts, f"seed={seed}", f"hydra.run.dir={folder}"], cwd=tmp_path, stderr=subprocess.PIPE)
+            for seed in (0, 1)
+        ]
+        told = {run.pid: run.communicate()[1].decode() for run in runs}
+        codes = sorted(run.returncode for run in runs)
+        assert codes in ([0, 2], [0, 0])  # 0, 0: one after the other
+        if codes == [0, 2]:
+            first, second = sorted(runs, key=lambda run: run.returncode)
+            assert f"process {first.pid} writes there" in told[second.pid]
+        seed = str(json.loads((folder / "run.json").read_text())["config"]["seed"])
+        assert set(read_run_metrics(folder)["seed"]) == {seed}
+        rollouts = read_rollouts(folder)
+        assert len(read_latents(folder, rollouts["latent_steps"])) == len(rollouts) == 8
