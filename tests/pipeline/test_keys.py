@@ -1,5 +1,6 @@
 """What determines a rollout: edits of code and settings that make other rollouts, and those that do not."""
 
+import importlib
 import shutil
 import sys
 import time
@@ -75,6 +76,29 @@ def test_an_edited_sampler_of_an_add_on_gets_fresh_rollouts_and_a_comment_change
     fresh = run(*line, f"paths.cache={tmp_path / 'fresh'}")
     assert "in the cache" not in edited.err
     assert answers(edited) == answers(fresh) != first
+
+
+def test_all_modules_of_an_installed_distribution_count_and_those_of_others_do_not(tmp_path, monkeypatch):
+    names = ["mine_a/__init__.py", "mine_b.py", "others/__init__.py", "mine-1.0.dist-info/RECORD", "mine_a/notes.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    (tmp_path / names[3]).write_text("mine_a/__init__.py,,\nmine_b.py,,\nmine_a/notes.txt,,\n")
+    (tmp_path / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def digest() -> str:
+        forget("mine_a")
+        importlib.import_module("mine_a")
+        return code.digest_of_package("mine_a")
+
+    first = digest()
+    for name, counts in (("mine_b.py", True), ("mine_a/notes.txt", False), ("others/__init__.py", False)):
+        (tmp_path / name).write_text("x = 2\n")
+        assert (digest() != first) == counts
+        (tmp_path / name).write_text("x = 1\n")
+    forget("mine_a")
 
 
 def test_what_this_package_draws_and_scores_with_is_part_of_the_key(monkeypatch, tmp_path):
