@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "collect": ("join tables of runs, with means over seeds; say which are missing: ltts collect RUNS...", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),
     "plot": ("draw figures from metrics tables: ltts plot RUNS_OR_CSVS...", ("runs*",)),
+    "cache": ("list the cache of rollouts, or free space: ltts cache prune older_than=30d", ("action",)),
     "convert": ("rewrite a pickle or a training checkpoint for ltts run: ltts convert SRC DST", ("src", "dst")),
 }
 MAX_LINES = 4

@@ -147,6 +147,7 @@ def test_keys_of_runs_without_it_are_those_of_before():
     adapter = SimpleNamespace(digest="", prompt_recipe="", latents=6, eos_id=0)
     spec: Any = SimpleNamespace(
         adapter=adapter,
+        sampler=Greedy(),
         config={"model": {"_target_": "m"}, "sampler": {}},
         seed=0,
         max_answer_tokens=4,

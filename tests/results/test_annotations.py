@@ -6,15 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from latent_tts.errors import UsageError
+from latent_tts.errors import RunError, UsageError
 from latent_tts.results import annotations
 from latent_tts.results.annotations import FORMAT, INDEX, SETTINGS, AnnotationFolder
+from latent_tts.results.files import digest_named_file, file_digest
 from latent_tts.types import LabelledQuestion, UnmixedQuestion, written_ids
 
 N, T, D, LATENT, END, PAD = 3, 4, 5, 90, 91, 0
@@ -36,6 +38,11 @@ def same(a: LabelledQuestion, b: LabelledQuestion) -> bool:
     equal = all(np.array_equal(getattr(a, k), getattr(b, k), equal_nan=k == "labels_NT") for k in arrays)
     types = all(getattr(a, k).dtype == getattr(b, k).dtype for k in arrays)
     return equal and types and (a.question_id, a.index) == (b.question_id, b.index)
+
+
+def part_of(path: Path, number: int) -> Path:
+    (part,) = path.glob(f"{number}_on0-*.parquet")
+    return part
 
 
 @pytest.fixture
@@ -93,7 +100,7 @@ def test_the_layout_on_disk_is_the_official_one(path):
 
 
 def test_a_shard_without_its_part_of_the_index_is_not_there(path):
-    (path / "1_on0.parquet").unlink()
+    part_of(path, 1).unlink()
     assert [got.index for got in AnnotationFolder(path).read()] == [0, 3]  # a reader removes nothing
     assert (path / "1_on0.safetensors").is_file()
     folder = AnnotationFolder(path, WANTED)
@@ -137,12 +144,14 @@ def test_a_folder_of_before_there_were_gold_answers_is_read_and_not_gone_on_with
         before.setattr(annotations, "PART_SCHEMA", annotations.INDEX_SCHEMA)
         written = AnnotationFolder(tmp_path / "before", WANTED)
         written.add([entry(0)])
-        rows = written.index().to_pylist()
+        part = part_of(written.path, 0)
+        rows = pq.read_table(part).to_pylist()
+        part.rename(part.with_name("0_on0.parquet"))
     folder = AnnotationFolder(written.path)
     folder.check()
     assert [got.question_id for got in folder.read()] == ["q0"]
     assert folder.index().to_pylist() == rows
-    with pytest.raises(UsageError, match="format: 1 there, 2 now"):
+    with pytest.raises(UsageError, match="format: 1 there, 3 now"):
         AnnotationFolder(written.path, WANTED, {"q0": "5"})
 
 
@@ -172,12 +181,22 @@ def test_official_shards_are_read_without_our_record(path, tmp_path):
 
 
 def rewrite(shard: Path, **changed: np.ndarray) -> None:
-    """Change tensors of a shard, and leave its record as it is."""
+    """A shard as if it had been written with other tensors, and the same record."""
     from safetensors import safe_open
 
     with safe_open(shard, "np") as opened:
         metadata = opened.metadata()
     save_file(load_file(shard) | {name.replace("_", ".", 1): value for name, value in changed.items()}, shard, metadata)
+    write_part(shard.parent, int(shard.name[0]))
+
+
+def write_part(path: Path, number: int) -> None:
+    """A shard's part of the index, written again for the shard as it is."""
+    part, shard = part_of(path, number), path / f"{number}_on0.safetensors"
+    rows = [row | {"digest": file_digest(shard)} for row in pq.read_table(part).to_pylist()]
+    part.unlink()
+    with digest_named_file(path, shard.stem, ".parquet") as partial:
+        pq.write_table(pa.Table.from_pylist(rows, schema=annotations.PART_SCHEMA), partial)
 
 
 @pytest.mark.parametrize(
@@ -222,11 +241,39 @@ def test_what_does_not_fit_is_not_written(tmp_path):
     assert not list(folder.path.glob("*.safetensors"))
 
 
+def test_latents_that_are_not_finite_end_the_run(tmp_path):
+    folder = AnnotationFolder(tmp_path / "new", WANTED)
+    with pytest.raises(RunError, match="question q0: latent_embeds is not finite"):
+        folder.add([replace(entry(0), latents_NTD=np.full((N, T, D), np.inf, np.float32))])
+    assert folder.present() == set()
+
+
 def test_a_shard_that_is_cut_off(path):
     shard = path / "0_on0.safetensors"
     shard.write_bytes(shard.read_bytes()[:-50])
-    with pytest.raises(UsageError, match=r"0_on0\.safetensors: cut off"):
+    with pytest.raises(UsageError, match=r"0_on0\.safetensors: is damaged; `ltts annotate`"):
         AnnotationFolder(path).check()
+
+
+@pytest.mark.parametrize("kind", ["shard", "part"])
+def test_no_flipped_bit_passes_unseen_and_a_writer_sets_the_shard_aside(path, kind, caplog):
+    target = path / "0_on0.safetensors" if kind == "shard" else part_of(path, 0)
+    good = target.read_bytes()
+    for place in np.random.default_rng(0).choice(8 * len(good), 200, replace=False).tolist():
+        bits = bytearray(good)
+        bits[place // 8] ^= 1 << place % 8
+        target.write_bytes(bits)
+        with pytest.raises(UsageError, match=rf"{target.name}: is damaged; `ltts annotate`"):
+            AnnotationFolder(path).check()
+    folder = AnnotationFolder(path, WANTED)
+    assert "0_on0.safetensors or its part of the index is damaged" in caplog.text
+    assert folder.present() == {"q1", "q2"}
+    assert not folder.complete
+    assert len(list(path.glob("0_on0*.damaged"))) == 2
+    assert not list(path.glob("0_on0*.parquet"))
+    folder.add([entry(3), entry(0, steps=[4, 1, 2]), UnmixedQuestion("q4", 4, "all_wrong", N)])
+    assert folder.finish() == {"kept": 3, "all_correct": 1, "all_wrong": 1}
+    AnnotationFolder(path).check()
 
 
 def test_a_shard_that_is_gone(path):
@@ -239,6 +286,7 @@ def test_a_shard_of_another_run(path, tmp_path):
     other = AnnotationFolder(tmp_path / "other", WANTED | {"seed": 1})
     other.add([entry(1)])
     shutil.copyfile(other.path / "0_on0.safetensors", path / "0_on0.safetensors")
+    write_part(path, 0)
     with pytest.raises(UsageError, match=r"0_on0\.safetensors: a shard of another run"):
         AnnotationFolder(path).check()
 
@@ -252,10 +300,10 @@ def test_what_is_no_annotation_folder(path, tmp_path):
     (path / SETTINGS).write_text("{")
     with pytest.raises(UsageError, match=r"annotations\.json: is not the record"):
         AnnotationFolder(path)
-    (path / SETTINGS).write_text(json.dumps({"settings": {"format": 3}}))
-    with pytest.raises(UsageError, match="format 3, this version reads 1 and 2"):
+    (path / SETTINGS).write_text(json.dumps({"settings": {"format": 4}}))
+    with pytest.raises(UsageError, match="format 4, this version reads 1 to 3"):
         AnnotationFolder(path)
     (path / SETTINGS).write_text(json.dumps({"settings": WANTED | {"format": FORMAT}}))
-    (path / "0_on0.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UsageError, match=r"0_on0\.parquet: cannot be read"):
+    part_of(path, 0).write_bytes(b"PAR1")
+    with pytest.raises(UsageError, match=r"0_on0-.*\.parquet: is damaged"):
         AnnotationFolder(path).index()

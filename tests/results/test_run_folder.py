@@ -1,12 +1,10 @@
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
 from latent_tts.errors import RunError, UsageError
-from latent_tts.results.cache import ROLLOUT_SCHEMA, RolloutCache, unpack_latents
+from latent_tts.results.cache import MEASURED, ROLLOUT_SCHEMA, RolloutCache, ScoreCache, unpack_latents
 from latent_tts.results.files import whole_file, written_in_parts
 from latent_tts.results.run_folder import (
     LATENTS,
@@ -90,15 +88,6 @@ def test_an_error_leaves_no_partial_file_and_the_old_one_alone(tmp_path):
 # The rollout cache
 
 
-def test_what_older_parts_did_not_measure_is_empty(cache):
-    columns = pa.Table.from_pylist([row("a", 0)], schema=ROLLOUT_SCHEMA).drop_columns(["floor_seconds", "bytes"])
-    pq.write_table(columns, cache.folder / "older.parquet")
-    cache.add([row("a", 1)])
-    found = cache.read(wanted(("a", 0), ("a", 1)))
-    assert found["floor_seconds"].isna().tolist() == found["bytes"].isna().tolist() == [True, False]
-    assert found["answer_logprob"].notna().all()
-
-
 def test_rollouts_come_back_as_they_were_added(cache):
     rows = [row("a", 0), row("a", 1, answer_ids=[], stop_reason="length", latents=b"", latent_steps=0), row("b", 0)]
     cache.add(rows)
@@ -155,22 +144,54 @@ def test_rollouts_that_are_not_there_are_an_error(cache, added):
         cache.read(wanted(*[(key, 0) for key in added], ("b", 0), ("a", 7)))
 
 
+def damaged(good: bytes, place: int) -> bytes:
+    """The same bytes with one bit flipped."""
+    bits = bytearray(good)
+    bits[place // 8] ^= 1 << place % 8
+    return bytes(bits)
+
+
+@pytest.mark.parametrize("kind", ["rollouts", "scores"])
+def test_no_flipped_bit_of_a_part_passes_unseen(tmp_path, caplog, kind):
+    cache = RolloutCache(tmp_path, KEY) if kind == "rollouts" else ScoreCache(tmp_path, KEY)
+    rows = [row("a", number) for number in range(40)]
+    if kind == "scores":
+        measured = {name: rows[0][name] for name in MEASURED}
+        rows = [{"row_key": "a", "rollout": i, "step_scores": [0.5 * i, 1.0], **measured} for i in range(40)]
+    cache.add(rows)
+    (part,) = cache.folder.glob("*.parquet")
+    good = part.read_bytes()
+    for place in np.random.default_rng(0).choice(8 * len(good), 200, replace=False).tolist():
+        part.write_bytes(damaged(good, place))
+        caplog.clear()
+        assert cache.present() == set()
+        assert part.name in caplog.text
+        (aside,) = cache.folder.glob("*.damaged")
+        assert aside.read_bytes() == damaged(good, place)
+        assert not part.exists()
+    part.write_bytes(good)
+    assert len(cache.read(wanted(*[("a", i) for i in range(40)]))) == 40
+
+
 @pytest.mark.parametrize("damage", [lambda good: b"", lambda good: b"not parquet", lambda good: good[: len(good) // 2]])
-def test_a_part_that_is_not_whole_is_named(cache, damage):
+def test_a_part_that_is_not_whole_is_set_aside_and_the_others_are_read(cache, caplog, damage):
     cache.add([row("a", 0)])
     (part,) = cache.folder.glob("*.parquet")
+    cache.add([row("a", 1)])
     part.write_bytes(damage(part.read_bytes()))
-    with pytest.raises(RunError, match=part.name):
-        cache.present()
-    with pytest.raises(RunError, match=part.name):
-        cache.read(wanted(("a", 0)))
+    with pytest.raises(RunError, match="1 rollouts are missing"):
+        cache.read(wanted(("a", 0), ("a", 1)))
+    assert part.name in caplog.text
+    assert cache.missing(wanted(("a", 0), ("a", 1))) == {"a": [0]}
 
 
-def test_partial_files_of_a_stopped_run_are_not_read(cache):
+def test_partial_and_foreign_files_are_not_read(cache):
     cache.add([row("a", 0)])
     (cache.folder / ".123.parquet.0.partial").write_bytes(b"half")
     (cache.folder / ".456.parquet").write_bytes(b"half")
+    (cache.folder / "older.parquet").write_bytes(b"of an earlier version")
     assert cache.present() == {("a", 0)}
+    assert (cache.folder / "older.parquet").is_file()
 
 
 def test_a_cache_that_cannot_be_made_is_a_usage_error(tmp_path):

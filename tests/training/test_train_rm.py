@@ -431,10 +431,12 @@ def test_one_rollout_a_question(command, checkpoint, tmp_path):
     check(command(f"annotations={tmp_path / 'single'}"), "annotations=", "one rollout", "n=1")
 
 
-def test_a_cut_off_shard(command, own_folder):
+def test_a_shard_that_is_cut_off_or_has_another_bit(command, own_folder):
     shard = own_folder / "1_on0.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    check(command(f"annotations={own_folder}"), "1_on0.safetensors", "cut off")
+    good = shard.read_bytes()
+    for bad in (good[:-100], good[:-1] + bytes([good[-1] ^ 1])):
+        shard.write_bytes(bad)
+        check(command(f"annotations={own_folder}"), "1_on0.safetensors: is damaged")
 
 
 def test_a_loss_that_is_not_finite_is_exit_1(command, monkeypatch):

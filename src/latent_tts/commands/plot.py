@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.results import plot
-from latent_tts.results.run_folder import METRICS, read_metrics
+from latent_tts.results.run_folder import METRICS, read_metrics, tell_apart
 
 FINDINGS = "results.csv"
 FINDINGS_BY = "results_by_*.csv"  # drawn against what stands for the star
@@ -29,6 +29,8 @@ def main(cfg: DictConfig) -> None:
         raise bad_value("runs", list(cfg.runs), f"no {METRICS} or {FINDINGS} there")
     if cfg.output is not None:
         frames = [read_metrics(table) for table in tables]
+        if len(frames) > 1:
+            frames = [tell_apart(frame, str(table)) for frame, table in zip(frames, tables, strict=True)]
         output = Path(cfg.output).expanduser()
         if output.suffix not in (".svg", ".png", ".pdf"):
             raise bad_value("output", cfg.output, "a file that ends in .svg, .png or .pdf")

@@ -15,6 +15,7 @@ from latent_tts.pipeline import rescoring, sweep
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import clear_run_folder, make_tables, write_run_folder
 from latent_tts.results import report
+from latent_tts.results.files import locked_folder
 from latent_tts.results.run_folder import METRICS, write_scores
 from latent_tts.scorer.none import NoScorer
 
@@ -43,15 +44,17 @@ def main(cfg: DictConfig) -> None:
     spec = check_run(request)
     rescoring.check_spec(spec, source, record)
     folder, settings = output_dir(), changed_scoring(cfg, record["settings"])
-    clear_run_folder(folder)
-    rollouts = rescoring.rescore_rollouts(spec, source)
-    tables = make_tables(spec, rollouts, settings)
-    seconds = time.perf_counter() - started
-    write_run_folder(
-        folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=False, rescored=str(source)
-    )
-    assert rollouts.scores is not None
-    write_scores(folder, tables.rollouts, rollouts.scores.rows["step_scores"].tolist())
+    with locked_folder(folder, "hydra.run.dir"):
+        clear_run_folder(folder)
+        rollouts = rescoring.rescore_rollouts(spec, source)
+        tables = make_tables(spec, rollouts, settings)
+        seconds = time.perf_counter() - started
+        assert rollouts.scores is not None
+        write_scores(folder, tables.rollouts, rollouts.scores.rows["step_scores"].tolist())
+        write_run_folder(
+            folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=False, rescored=str(source),
+            cache=str(rollouts.cache.folder.resolve()),
+        )  # fmt: skip
     report.print_metrics(tables.metrics)
     print(folder / METRICS)
 
@@ -72,7 +75,9 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
     merged.engine = OmegaConf.merge({"quantize": None}, merged.engine)
     merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
-    merged.paths.cache = cfg.paths.cache or str(Path(record["cache"]).parent)
+    # a run without a cache kept its latents, and scores need a folder
+    kept = Path(record["cache"]).parent if "cache" in record else Path(merged.paths.cache).resolve()
+    merged.cache, merged.paths.cache = "on", cfg.paths.cache or str(kept)
     return merged
 
 

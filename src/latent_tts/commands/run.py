@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -14,6 +15,8 @@ from latent_tts.pipeline.rollouts import draw_rollouts
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import clear_run_folder, make_tables, write_run_folder
 from latent_tts.results import report
+from latent_tts.results.cache import cache_root
+from latent_tts.results.files import locked_folder
 from latent_tts.results.run_folder import METRICS
 
 
@@ -24,14 +27,19 @@ def main(cfg: DictConfig) -> None:
         UsageError: something in the config is wrong; nothing has been loaded.
         RunError: a failure while drawing; what was drawn stays in the cache.
     """
-    started = time.perf_counter()
-    spec = check_run(run_request(cfg))
-    folder, settings = output_dir(), changed_settings(cfg)
-    clear_run_folder(folder)
-    rollouts = draw_rollouts(spec)
-    tables = make_tables(spec, rollouts, settings)
-    seconds = time.perf_counter() - started
-    write_run_folder(folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=cfg.keep_latents)
+    started, request = time.perf_counter(), run_request(cfg)
+    with cache_root(request.cache, cfg.cache) as cache:
+        spec = check_run(replace(request, cache=cache))
+        folder, settings = output_dir(), changed_settings(cfg)
+        with locked_folder(folder, "hydra.run.dir"):
+            clear_run_folder(folder)
+            rollouts = draw_rollouts(spec)
+            tables = make_tables(spec, rollouts, settings)
+            seconds = time.perf_counter() - started
+            kept = {} if cfg.cache == "off" else {"cache": str(rollouts.cache.folder.resolve())}
+            write_run_folder(
+                folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=cfg.keep_latents, **kept
+            )
     report.print_metrics(tables.metrics)
     print(folder / METRICS)
 

@@ -12,6 +12,7 @@ from latent_tts.checkpoint import files as checkpoint
 from latent_tts.config import build as config
 from latent_tts.errors import bad_value, computing, require
 from latent_tts.results import report
+from latent_tts.results.files import locked_folder
 from latent_tts.task.arith import Arith
 from latent_tts.training.folder import STATES
 from latent_tts.training.optimization import check_device
@@ -23,9 +24,15 @@ def main(cfg: DictConfig) -> None:
     """Train, then write the checkpoint folder and print its path.
 
     Raises:
-        UsageError: a value is not usable, or the output folder holds another run.
+        UsageError: a value is not usable, or the output folder holds another run or is another process's.
         RunError: the loss stopped being finite, or the device failed; the last state is kept.
     """
+    with locked_folder(Path(cfg.output).expanduser(), "output"):
+        train(cfg)
+
+
+def train(cfg: DictConfig) -> None:
+    """The command, in a folder that no other process writes to."""
     given = config.given_keys()
     require("save_every", cfg.save_every, cfg.save_every >= 1, "a number of updates, 1 or more")
     require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "1 or more")

@@ -18,6 +18,7 @@ from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.temperature import choose_temperature, write_temperature
 from latent_tts.results import report
 from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.results.files import locked_folder
 from latent_tts.training.folder import FINISHED, STATES, claim
 from latent_tts.training.optimization import check_device
 from latent_tts.training.reward_model.data import open_questions
@@ -33,9 +34,16 @@ def main(cfg: DictConfig) -> None:
     """Train, then write the checkpoint folder and print its path.
 
     Raises:
-        UsageError: a value or an annotation folder is not usable, or the output folder holds another run.
+        UsageError: a value or an annotation folder is not usable, or the output folder holds another run or is another
+            process's.
         RunError: the loss stopped being finite, or the device failed; the last state is kept.
     """
+    with locked_folder(Path(cfg.output).expanduser(), "output"):
+        train(cfg)
+
+
+def train(cfg: DictConfig) -> None:
+    """The command, in a folder that no other process writes to."""
     require("init", cfg.init, cfg.init in INITS, f"one of {', '.join(INITS)}")
     require("weights_dtype", cfg.weights_dtype, cfg.weights_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
     check_device(cfg.device)

@@ -14,6 +14,7 @@ from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import require
 from latent_tts.pipeline.annotation import AnnotationSpec
 from latent_tts.pipeline.spec import EngineSettings, RunRequest
+from latent_tts.results.cache import MODES
 
 
 def run_request(cfg: DictConfig) -> RunRequest:
@@ -24,6 +25,7 @@ def run_request(cfg: DictConfig) -> RunRequest:
     """
     allowed = "options of the group, as in aggregator=[majority]"
     require("aggregator", cfg.aggregator, OmegaConf.is_dict(cfg.aggregator), allowed)
+    require("cache", cfg.cache, cfg.cache in MODES, 'on, refresh or off (in YAML in quotes: "on", "off")')
     chosen = {key for key in ("schedule", "scorer.checkpoint") if is_given(key)}
     return RunRequest(
         engine=engine_settings(cfg.engine),
@@ -42,6 +44,7 @@ def run_request(cfg: DictConfig) -> RunRequest:
         seed=cfg.seed,
         max_answer_tokens=cfg.max_answer_tokens,
         cache=Path(cfg.paths.cache).expanduser(),
+        refresh=cfg.cache == "refresh",
         config=plain(cfg),
         chosen=frozenset(chosen if is_default("aggregator", cfg) else {*chosen, "aggregator"}),
     )
@@ -124,7 +127,7 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
     aggregators = {f"aggregator.{name}._target_" for name in cfg.aggregator}
     own_columns = {
         "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task._target_",
-        "sampler._target_", "budget", "scorer._target_", "scorer.checkpoint", "scorer.latents", "paths",
+        "cache", "sampler._target_", "budget", "scorer._target_", "scorer.checkpoint", "scorer.latents", "paths",
         "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "search._target_",
         "schedule._target_",
     }  # fmt: skip

@@ -49,6 +49,7 @@ class RunConfig:
     seed: int = MISSING
     max_answer_tokens: int = MISSING
     keep_latents: bool = MISSING
+    cache: str = MISSING
     answer: AnswerConfig = MISSING
     engine: EngineConfig = MISSING
     paths: PathsConfig = MISSING
@@ -208,6 +209,17 @@ class PlotConfig:
 
 
 @dataclass
+class CacheConfig:
+    """Keys of `ltts cache`."""
+
+    action: str = MISSING
+    older_than: str | None = MISSING
+    max_size: str | None = MISSING
+    stale: bool = MISSING
+    paths: PathsConfig = MISSING
+
+
+@dataclass
 class ConvertConfig:
     """Keys of `ltts convert`."""
 
@@ -227,6 +239,7 @@ SCHEMAS = {
     "tune": TuneConfig,
     "train_reasoner": TrainReasonerConfig,
     "train_rm": TrainRMConfig,
+    "cache": CacheConfig,
     "collect": CollectConfig,
     "compare": CompareConfig,
     "plot": PlotConfig,

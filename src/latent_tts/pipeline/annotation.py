@@ -13,7 +13,8 @@ from latent_tts.engine.cost import Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import LESS_MEMORY, bad_value, computing, require
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.keys import ENGINE_SEMANTICS
+from latent_tts.pipeline.code import DRAWING, code_digests
+from latent_tts.pipeline.keys import ENGINE_SEMANTICS, own_fields
 from latent_tts.pipeline.spec import (
     EngineSettings,
     check_sampler,
@@ -24,7 +25,7 @@ from latent_tts.pipeline.spec import (
 )
 from latent_tts.results import report
 from latent_tts.results.annotations import FORMAT, AnnotationFolder
-from latent_tts.results.files import written_in_parts
+from latent_tts.results.files import locked_folder, written_in_parts
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
 from latent_tts.task import Task
@@ -99,6 +100,8 @@ class AnnotationSpec:
             "reasoner": adapter.digest,
             "reasoner_name": adapter.name,
             "prompt": adapter.prompt_recipe,
+            "fields": own_fields("model", adapter),
+            "code": code_digests((adapter, self.sampler), [self.config.get(name) for name in DRAWING], DRAWING),
             "eos": list(adapter.eos_ids),
             "sampler": self.config["sampler"],
             "n": self.n,
@@ -120,13 +123,18 @@ def annotate(spec: AnnotationSpec) -> Path:
     """Label the questions that the output folder lacks; returns the folder.
 
     Raises:
-        UsageError: a value or a question is not usable, or the folder holds annotations made with other settings or of
-            other gold answers.
+        UsageError: a value or a question is not usable, another process writes to the folder, or it holds annotations
+            made with other settings or of other gold answers.
         RunError: a failure while drawing; the finished questions are kept.
     """
     spec.check()
     questions = spec.task.questions()
     prompts = encode_prompts(spec.adapter, questions, reserved_positions(spec.adapter, spec.max_answer_tokens))
+    with locked_folder(spec.output, "output"):
+        return _annotate(spec, questions, prompts)
+
+
+def _annotate(spec: AnnotationSpec, questions: Sequence[Question], prompts: Mapping[str, list[int]]) -> Path:
     golds = {question.id: question.answer for question in questions}
     folder = AnnotationFolder(spec.output, spec.settings, golds, key="output")
     done = folder.present()

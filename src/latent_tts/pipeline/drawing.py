@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from latent_tts.engine.cost import BatchCost, Rates, Shape, Work
 from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
@@ -72,7 +73,7 @@ def draw(spec: RunSpec, cache: RolloutCache, lacking: Mapping[str, list[int]], *
         started = _begin(engine.device)
         rollouts = search.roll(engine, batch, sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers)
         measured = _measured(started, engine.device, len(rollouts.answer_ids))
-        _require_finite(rollouts, batch, engine)
+        _require_finite(rollouts, batch, engine, answers=answers)
         if not search.guided:  # what a search cannot do without is not counted
             measured |= _least_of_batch(spec, batch, rollouts, engine.lm.dtype.itemsize, rates, answers=answers)
         return _rollout_rows(batch, rollouts, measured, answers=answers)
@@ -190,14 +191,26 @@ def _log_work(
     )  # fmt: skip
 
 
-def _require_finite(rollouts: Rollouts, batch: Sequence[RolloutJob], engine: Engine) -> None:
-    """Raise RunError unless all latents are finite."""
-    if not rollouts.latents_RTD.isfinite().all():
-        raise RunError(
-            f"drawing rollouts failed: latents of question {batch[0].question_id} or of another question of its batch "
-            f"are not finite in {str(engine.lm.dtype).removeprefix('torch.')}\nthe weights, a very large "
-            "sampler.sigma, or float16, whose range is small (engine.dtype=bfloat16 has that of float32)"
-        )
+def _require_finite(rollouts: Rollouts, batch: Sequence[RolloutJob], engine: Engine, *, answers: bool) -> None:
+    """Raise RunError unless all latents and log-probabilities are finite."""
+    finite_R = rollouts.latents_RTD.flatten(1).isfinite().all(1)
+    _require_finite_rows("latents", finite_R, batch, engine.lm.dtype, "drawing rollouts")
+    finite_R = rollouts.answer_logprob_R.isfinite() if answers else finite_R
+    _require_finite_rows("log-probabilities of answers", finite_R, batch, engine.lm.dtype, "drawing rollouts")
+
+
+def _require_finite_rows(
+    what: str, finite_R: Tensor, batch: Sequence[RolloutJob], dtype: torch.dtype, doing: str
+) -> None:
+    if finite_R.all():
+        return
+    owners = [job.question_id for job in batch for _ in job.rollouts]
+    first = owners[int(finite_R.int().argmin())]
+    raise RunError(
+        f"{doing} failed: {what} of question {first} are not finite in {str(dtype).removeprefix('torch.')}\n"
+        "the weights, a very large sampler.sigma, or float16, whose range is small (engine.dtype=bfloat16 has that of "
+        "float32)"
+    )
 
 
 def _least_of_batch(
@@ -228,12 +241,18 @@ def _score_batch(
     for row, place in enumerate(places):
         latents_RTD[row, : steps[row]] = torch.tensor(latents[place])
     offset_Q = torch.tensor([job.position_offset for job in batch], device=scorer.device)
-    scores_RT = scorer.score(
-        [job.prompt for job in batch],
-        latents_RTD,
-        steps_R=torch.tensor(steps),
-        position_offset_Q=offset_Q if any(job.position_offset for job in batch) else None,
-    ).tolist()
+    scores_RT = [[]] * len(places)  # of rows without latents
+    if max(steps):
+        scored_RT = scorer.score(
+            [job.prompt for job in batch],
+            latents_RTD,
+            steps_R=torch.tensor(steps),
+            position_offset_Q=offset_Q if any(job.position_offset for job in batch) else None,
+        ).cpu()
+        beyond_RT = torch.arange(max(steps)) >= torch.tensor(steps)[:, None]
+        finite_R = (scored_RT.isfinite() | beyond_RT).all(1)
+        _require_finite_rows("step scores", finite_R, batch, scorer.backbone.dtype, "scoring rollouts")
+        scores_RT = scored_RT.tolist()
     measured = _measured(started, scorer.device, len(places))
     shape, item = Shape.from_config(scorer.backbone.config.to_dict()), scorer.backbone.dtype.itemsize
     least = shape.scoring_work([len(job.prompt) for job in batch], steps, item)

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from latent_tts.errors import bad_value
+from latent_tts.model import ModelAdapter
+from latent_tts.pipeline.code import DRAWING, PACKAGE, SCORING, code_digests
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer import Scorer
 
-# part of every cache key: raised when the same settings give other rollouts
+FORMAT = 2  # of cache entries; those of others are not read
+# part of every cache key: raised when the same settings give other rollouts, for a reason that is not in their code
 ENGINE_SEMANTICS = {"float32": 2, "bfloat16": 3, "float16": 3}
 SCORING_SEMANTICS = 2  # the same for step scores
+# fields that change no rollout: where files are, what tables call them, what other options take as defaults
+NO_PART = {
+    "model": {"name", "checkpoint", "revision", "recommended", "latent_rm", "trained_latents"},
+    "scorer": {"checkpoint", "revision", "reduce", "only_own"},
+}
 
 
 def rollout_key(spec: RunSpec) -> dict[str, Any]:
     """Everything that determines a rollout besides its question and number; for a search also its scorer."""
+    drawing = (spec.adapter, spec.sampler, spec.schedule, spec.search)
     key = {
+        "format": FORMAT,
         "semantics": ENGINE_SEMANTICS[spec.engine.dtype],
-        "checkpoint": spec.adapter.digest,
-        "prompt": spec.adapter.prompt_recipe,
-        "adapter": spec.config["model"]["_target_"],
-        "eos": list(spec.adapter.eos_ids),
+        **model_key(spec.adapter),
+        "code": code_digests(drawing, [spec.config.get(name) for name in DRAWING], DRAWING),
         "sampler": spec.config["sampler"],
-        "latents": spec.adapter.latents,
         "seed": spec.seed,
         "schedule": spec.schedule.key,
         "dtype": spec.engine.dtype,
@@ -36,6 +50,12 @@ def rollout_key(spec: RunSpec) -> dict[str, Any]:
     return key | {"search": spec.config["search"], **scored_by}
 
 
+def is_current(key: Mapping[str, Any]) -> bool:
+    """Whether this version of the code reads cache entries of a key; code of other packages is not asked for."""
+    own = key.get("code") or {}
+    return key.get("format") == FORMAT and own.get(PACKAGE) == code_digests([], [], DRAWING)[PACKAGE]
+
+
 def latents_key(spec: RunSpec) -> dict[str, Any]:
     """The same for latents without answers, which nothing about answers determines."""
     about_answers = ("max_answer_tokens", "answer", "forced_ids")
@@ -43,15 +63,74 @@ def latents_key(spec: RunSpec) -> dict[str, Any]:
     return key | {"answers": "none"}
 
 
+def model_key(adapter: ModelAdapter) -> dict[str, Any]:
+    """What a model contributes to a rollout, but for its code: weights, prompts, end tokens, and its own fields.
+
+    Raises:
+        UsageError: a field has a value that cannot be told from another.
+    """
+    return {
+        "checkpoint": adapter.digest,
+        "prompt": adapter.prompt_recipe,
+        "adapter": f"{type(adapter).__module__}.{type(adapter).__qualname__}",
+        "fields": own_fields("model", adapter),
+        "eos": list(adapter.eos_ids),
+        "latents": adapter.latents,
+    }
+
+
 def score_key(scorer: Scorer, dtype: str, n: int) -> dict[str, Any]:
     """Everything that determines a rollout's step scores besides the rollout.
 
     With official positions the other rollouts of its question do too, so n is part of the key.
+
+    Raises:
+        UsageError: a field of the scorer has a value that cannot be told from another.
     """
     key = {
+        "format": FORMAT,
         "semantics": SCORING_SEMANTICS,
         "checkpoint": scorer.digest,
+        "scorer": f"{type(scorer).__module__}.{type(scorer).__qualname__}",
+        "fields": own_fields("scorer", scorer),
+        "code": code_digests([scorer], [], SCORING),
         "positions": scorer.positions,
         "dtype": dtype,
     }
     return key | ({"n": n} if scorer.positions == "official" else {})
+
+
+def own_fields(group: str, option: Any) -> dict[str, Any]:
+    """The fields and attributes of an option that may change a rollout, as JSON has them; none that is a path.
+
+    Raises:
+        UsageError: a value cannot be told from another.
+    """
+    kind = type(option)
+    names = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+    names |= set(getattr(option, "__dict__", ()))
+    names -= NO_PART[group] | set(_computed(kind))
+    values = {name: getattr(option, name) for name in sorted(names)}
+    return {name: _plain(f"{group}.{name}", value) for name, value in values.items() if not isinstance(value, Path)}
+
+
+def _computed(kind: type) -> Iterable[str]:
+    """The attributes that follow from others and from the checkpoint."""
+    return (name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, cached_property))
+
+
+def _plain(key: str, value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain(key, each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(key, each) for each in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    try:
+        return hashlib.sha256(pickle.dumps(value)).hexdigest()[:16]
+    except Exception as error:  # pickle raises whatever the object's own methods do
+        raise bad_value(
+            key, type(value).__name__, "a value that can be pickled: it is part of the cache's key"
+        ) from error

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from latent_tts.errors import RunError, UsageError, bad_value
-from latent_tts.pipeline.keys import rollout_key
-from latent_tts.pipeline.rollouts import RunRollouts, read_rollouts
+from latent_tts.pipeline.rollouts import RunRollouts, open_cache, read_rollouts
 from latent_tts.pipeline.scores import score_rollouts
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results.cache import MEASURED, RolloutCache
+from latent_tts.results.cache import MEASURED
 from latent_tts.results.run_folder import (
     LATENTS,
     RUN_JSON,
@@ -28,7 +27,7 @@ from latent_tts.results.run_folder import (
 NEEDED = {
     **dict.fromkeys(("config.model", "config.task", "config.sampler", "config.search", "config.budget"), dict),
     **dict.fromkeys(("config.answer", "config.engine", "config.paths", "settings"), dict),
-    **dict.fromkeys(("config.answer.decode", "cache", "checkpoint_digest"), str),
+    **dict.fromkeys(("config.answer.decode", "config.paths.cache", "checkpoint_digest"), str),
 }
 
 
@@ -74,7 +73,7 @@ def rescore_rollouts(spec: RunSpec, source: Path) -> RunRollouts:
         UsageError: their latents are neither in the cache nor in the run folder.
         RunError: the questions are not those of the run, or a failure while scoring.
     """
-    cache, wanted = RolloutCache(spec.cache, rollout_key(spec)), spec.wanted()
+    cache, wanted = open_cache(spec), spec.wanted()
     if set(wanted.itertuples(index=False, name=None)) <= cache.present():
         return read_rollouts(spec, cache, drawn_now=0)
     if not (source / LATENTS).is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -59,13 +60,13 @@ def draw_rollouts(spec: RunSpec) -> RunRollouts:
     """
     if spec.decode == "winners":
         return decode_winners(spec, think_rollouts(spec))
-    cache = RolloutCache(spec.cache, rollout_key(spec))
+    cache = open_cache(spec)
     return read_rollouts(spec, cache, draw_missing(spec, cache, spec.wanted()))
 
 
 def think_rollouts(spec: RunSpec) -> RunRollouts:
     """The same without answers: latents and their scores."""
-    cache = RolloutCache(spec.cache, latents_key(spec))
+    cache = RolloutCache(spec.cache, latents_key(spec), about(spec))
     return read_rollouts(spec, cache, draw_missing(spec, cache, spec.wanted(), answers=False))
 
 
@@ -89,7 +90,7 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
     picks = {budget: score_QN[:, :budget].argmax(1) for budget in spec.budget.reported(n)}
     places = np.unique(np.concatenate([np.arange(len(score_QN)) * n + pick for pick in picks.values()]))
     chosen = wanted.iloc[places].reset_index(drop=True)
-    whole = RolloutCache(spec.cache, rollout_key(spec))
+    whole = open_cache(spec)
     decoded_now = draw_missing(spec, whole, chosen)
     decoded, rows = whole.read(chosen), thought.rows.copy()
     for column in ANSWER_COLUMNS:
@@ -102,8 +103,20 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
     return thought
 
 
+def open_cache(spec: RunSpec) -> RolloutCache:
+    """The cache of a run's rollouts."""
+    return RolloutCache(spec.cache, rollout_key(spec), about(spec))
+
+
+def about(spec: RunSpec) -> dict[str, Any]:
+    """What `ltts cache` says of a cache folder, without being part of its key."""
+    return {"name": spec.adapter.name}
+
+
 def draw_missing(spec: RunSpec, cache: RolloutCache, wanted: pd.DataFrame, *, answers: bool = True) -> int:
     """Draw what a cache lacks; returns how many rollouts were drawn. A model is loaded only if something is missing."""
+    if spec.refresh:
+        cache.discard(wanted)
     lacking = cache.missing(wanted)
     if not lacking:
         return 0

@@ -98,6 +98,7 @@ class RunRequest:
         max_answer_tokens: token limit of an answer.
         engine: how rollouts are computed.
         cache: folder of cached rollouts.
+        refresh: whether rollouts are drawn again that the cache has.
         config: the resolved config, as `run.json` keeps it.
         chosen: which of the keys `schedule`, `aggregator` and `scorer.checkpoint` somebody set, so that they are no
             defaults that may give way.
@@ -120,6 +121,7 @@ class RunRequest:
     engine: EngineSettings
     cache: Path
     config: Mapping[str, Any]
+    refresh: bool = False
     chosen: frozenset[str] = frozenset()
 
 

@@ -26,12 +26,14 @@ from latent_tts.results.run_folder import (
     METRICS,
     ROLLOUTS,
     RUN_JSON,
+    SCORES,
     write_latents,
     write_metrics,
     write_rollouts,
     write_run_json,
 )
 from latent_tts.text.classes import shared_forms
+from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
 MAX_USELESS = 0.95  # share of answers
@@ -150,9 +152,11 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             scoring = head.prompt_flops(prompt) + head.scoring_flops(prompt, steps_N[:budget]).sum()
             decoding = passes.once(prompt) + passes.rollout(prompt, steps_N[pick], answer - begun)
             gflops_Q.append(float(thinking + scoring + decoding) / 1e9)
-        values = {
-            ("accuracy", "best_of_n"): picked["correct"].to_numpy(dtype=np.float64),
-            ("invalid_rate", ""): picked["prediction"].isna().to_numpy(dtype=np.float64),
+        # a question none of whose rollouts has a score has no pick
+        right = picked["correct"].where(picked["score"].notna(), other=False)
+        values: dict[tuple[str, str], statistics.Floats] = {
+            ("accuracy", "best_of_n"): np.array(right, dtype=np.float64),
+            ("invalid_rate", ""): np.array(picked["prediction"].isna(), dtype=np.float64),
         }
         diversity_Q = [statistics.diversity(_cut(group)) for group in groups]
         if budget > 1 and all(value is not None for value in diversity_Q):
@@ -209,21 +213,21 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "scorer": "" if scorer is None else scorer.name,
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,
+        "questions_digest": questions_digest(spec.questions),
+        "weights_digest": "+".join(each.digest for each in (spec.adapter, scorer) if each is not None),
     }
-    identity = {
-        **columns,
-        "n": spec.n,
-        "weights": spec.adapter.digest,
-        "questions": [[q.id, q.answer] for q in spec.questions],
-    }
-    if scorer is not None:
-        identity["scorer_weights"] = scorer.digest
+    identity = {**columns, "n": spec.n}
     return {"run_id": settings_digest(identity)[:12], **columns}
+
+
+def questions_digest(questions: Sequence[Question]) -> str:
+    """What identifies a question set, whatever it is called and in whichever order it is."""
+    return settings_digest({"questions": sorted([question.id, question.answer] for question in questions)})
 
 
 def clear_run_folder(folder: Path) -> None:
     """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
-    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, FIGURE):
+    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, SCORES, FIGURE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -271,7 +275,6 @@ def write_run_folder(
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
             "grading": {"given_up": spec.task.rule.given_up},
-            "cache": str(drawn.cache.folder.resolve()),
             **_where_drawn(drawn.rows),
             "rollouts": _counts(drawn),
             "seconds": _seconds(drawn) | {"this_command": seconds},

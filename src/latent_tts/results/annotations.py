@@ -8,9 +8,11 @@ Shards are in the layout of the official annotation, so either project reads the
                            {index}.corrects (N) bool           whether the rollout's own answer is right
                            a question without a mixed outcome leaves only {index}.input_ids, a scalar 0
 
-Beside each shard lies `{k}_on0.parquet`, its part of the index, with the gold answers that the labels depend on. It is
-written after the shard: a shard without one is not there. `annotations.json` holds the settings that made the folder;
-`index.parquet` joins the parts, without the gold answers, at the end.
+Beside each shard lies `{k}_on0-DIGEST.parquet`, its part of the index, with the gold answers that the labels depend on
+and the digest of the shard; its own digest is in its name. It is written after the shard: a shard without one is not
+there. A reader refuses a damaged shard or part; a writer sets both aside, and their questions are labelled again.
+`annotations.json` holds the settings that made the folder; `index.parquet` joins the parts, without the gold answers,
+at the end.
 `train-rm` reads of them `reasoner` (digest), `reasoner_name`, `sampler`, `latent_id`; every shard has to fit `width`.
 
 Source: src/annotate_data.py and src/dataset.py of ModalityDance/LatentTTS at 6657f20.
@@ -19,6 +21,7 @@ Source: src/annotate_data.py and src/dataset.py of ModalityDance/LatentTTS at 66
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,11 +32,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latent_tts.errors import UsageError, bad_value
-from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.errors import RunError, UsageError, bad_value
+from latent_tts.results.files import (
+    bytes_digest,
+    digest_in_name,
+    digest_named_file,
+    file_digest,
+    set_aside,
+    settings_digest,
+    whole_file,
+)
 from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason
 
-FORMAT, READABLE = 2, (1, 2)  # parts of format 1 have no gold answers, so a writer does not go on with them
+log = logging.getLogger(__name__)
+# parts of format 1 have no gold answers, those of 2 no digests, so a writer does not go on with them
+FORMAT, READABLE = 3, (1, 2, 3)
+DAMAGED = "is damaged; `ltts annotate` with this folder as its output labels its questions again"
 SETTINGS, INDEX = "annotations.json", "index.parquet"
 MOST_OPEN = 64  # shards kept open
 NO_STEP = -100.0  # the label, on disk, of a step that a rollout does not have
@@ -49,7 +63,7 @@ INDEX_SCHEMA = pa.schema(
         ("share_correct", pa.float64()),
     ]
 )
-PART_SCHEMA = INDEX_SCHEMA.append(pa.field("answer", pa.string()))
+PART_SCHEMA = INDEX_SCHEMA.append(pa.field("answer", pa.string())).append(pa.field("digest", pa.string()))
 
 
 class AnnotationFolder:
@@ -85,6 +99,8 @@ class AnnotationFolder:
         """
         self.path, self._key, self._answers = path, key, answers or {}
         self._opened: dict[Path, tuple[Any, set[str]]] = {}
+        self._digests: dict[str, str] = {}  # of shards, as the index has them
+        self._whole: set[Path] = set()  # shards that were held against them
         if path.exists() and not path.is_dir():
             raise bad_value(key, path, "a folder is wanted, this is a file")
         self.official = not (path / SETTINGS).is_file()
@@ -108,10 +124,12 @@ class AnnotationFolder:
         else:
             record = self._read_settings()
             self._refuse_other_settings(record["settings"])
-            self._refuse_other_answers()
             self.complete, self.rows = bool(record["complete"]), record["rows"]
+            self._set_damaged_aside()
+            self._refuse_other_answers()
+        parts = {_shard_of(part) for part in self._parts()}
         for shard in self._shards():  # stopped between a shard and its part of the index
-            if not shard.with_suffix(".parquet").is_file():
+            if shard.name not in parts:
                 shard.unlink()
 
     def present(self) -> set[str]:
@@ -123,6 +141,7 @@ class AnnotationFolder:
 
         Raises:
             ValueError: arrays that do not fit each other or the folder's settings.
+            RunError: latents that are not finite.
         """
         from safetensors.numpy import save_file
 
@@ -145,8 +164,10 @@ class AnnotationFolder:
                 row |= {"rollouts": entry.rollouts, "kept": False, "reason": entry.reason, "share_correct": share}
             else:
                 arrays = (entry.input_ids_NL, entry.latents_NTD, entry.labels_NT, entry.corrects_N)
-                if wrong := _wrong_shapes([a.shape for a in arrays], self.width) or _wrong_values(entry):
+                if wrong := _wrong_shapes([a.shape for a in arrays], self.width):
                     raise ValueError(f"question {entry.question_id}: {wrong}")
+                if wrong := _wrong_values(entry):
+                    raise RunError(f"labelling failed: question {entry.question_id}: {wrong}")
                 tensors[f"{entry.index}.input_ids"] = _plain(entry.input_ids_NL, np.int64)
                 tensors[f"{entry.index}.latent_embeds"] = _plain(entry.latents_NTD, np.float32)
                 labels_NT = np.where(np.isnan(entry.labels_NT), NO_STEP, entry.labels_NT)
@@ -157,8 +178,10 @@ class AnnotationFolder:
             rows.append(row)
         with whole_file(shard) as partial:
             save_file(tensors, partial, metadata={"settings": settings_digest(self.settings)})
-        with whole_file(shard.with_suffix(".parquet")) as partial:
-            pq.write_table(pa.Table.from_pylist(rows, schema=PART_SCHEMA), partial)
+        digest = file_digest(shard)
+        part = pa.Table.from_pylist([row | {"digest": digest} for row in rows], schema=PART_SCHEMA)
+        with digest_named_file(self.path, shard.stem, ".parquet") as partial:
+            pq.write_table(part, partial)
 
     def finish(self) -> dict[str, int]:
         """Join the index and mark the folder complete; returns how many questions were kept, and dropped by reason."""
@@ -246,16 +269,43 @@ class AnnotationFolder:
     def _misfit(self, row: Mapping[str, Any], wrong: str) -> UsageError:
         return bad_value(self._key, self.path / row["shard"], f"question {row['question_id']}: {wrong}")
 
-    def _part_rows(self, schema: pa.Schema = INDEX_SCHEMA) -> Iterator[dict[str, Any]]:
-        for shard in sorted(self.path.glob("*_on*.parquet"), key=_place):
-            try:
-                rows = pq.read_table(shard, schema=schema).to_pylist()
-            except (OSError, pa.ArrowException) as error:
-                raise bad_value(self._key, shard, f"cannot be read ({str(error).splitlines()[0]})") from error
-            for row in rows:
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.glob("*_on*.parquet"), key=_place)
+
+    def _part_rows(self) -> Iterator[dict[str, Any]]:
+        for part in self._parts():
+            for row in self._read_part(part):
                 if not (self.path / row["shard"]).is_file():
                     raise bad_value(self._key, self.path, f"the index names {row['shard']}, which is not there")
+                if row["digest"] is not None:
+                    self._digests.setdefault(row["shard"], row["digest"])
                 yield row
+
+    def _read_part(self, part: Path) -> list[dict[str, Any]]:
+        """The rows of a part; a column that an earlier format lacks is empty."""
+        try:
+            content = part.read_bytes()
+            if self.settings["format"] >= 3 and bytes_digest(content) != digest_in_name(part):
+                raise bad_value(self._key, part, DAMAGED)
+            return pq.read_table(pa.BufferReader(content), schema=PART_SCHEMA).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise bad_value(self._key, part, f"cannot be read ({str(error).splitlines()[0]})") from error
+
+    def _set_damaged_aside(self) -> None:
+        """Rename parts and shards that are not what was written, so that their questions count as missing."""
+        for part in self._parts():
+            shard = self.path / _shard_of(part)
+            try:
+                whole = file_digest(shard) == self._read_part(part)[0]["digest"]
+            except (OSError, UsageError):
+                whole = False
+            if whole:
+                continue
+            log.warning("%s or its part of the index is damaged: both are set aside, as *.damaged", shard)
+            for path in (part, shard):
+                set_aside(path)
+            self.complete = False
+            self._write_settings({})
 
     def _official_rows(self) -> Iterator[dict[str, Any]]:
         for shard in self._shards():
@@ -276,6 +326,10 @@ class AnnotationFolder:
     def _open(self, shard: Path) -> Any:
         from safetensors import SafetensorError, safe_open
 
+        if shard.name in self._digests and shard not in self._whole:
+            if file_digest(shard) != self._digests[shard.name]:
+                raise bad_value(self._key, shard, DAMAGED)
+            self._whole.add(shard)
         try:
             opened = safe_open(shard, framework="np")
             opened.__enter__()
@@ -299,7 +353,7 @@ class AnnotationFolder:
         except (ValueError, KeyError, TypeError) as error:
             raise bad_value(self._key, path, f"is not the record of annotations ({error})") from error
         if (found := record["settings"].get("format")) not in READABLE:
-            raise bad_value(self._key, path, f"format {found}, this version reads {' and '.join(map(str, READABLE))}")
+            raise bad_value(self._key, path, f"format {found}, this version reads {READABLE[0]} to {FORMAT}")
         return {"complete": False, "rows": None, **record}
 
     def _write_settings(self, counts: Mapping[str, int]) -> None:
@@ -317,7 +371,7 @@ class AnnotationFolder:
                 )
 
     def _refuse_other_answers(self) -> None:
-        for row in self._part_rows(PART_SCHEMA):
+        for row in self._part_rows():
             ours, theirs = self._answers.get(row["question_id"]), row["answer"]
             if ours is not None and ours != theirs:
                 raise UsageError(
@@ -357,6 +411,11 @@ def _wrong_values(entry: LabelledQuestion) -> str | None:
 
 def _plain(array: np.ndarray, dtype: type) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=dtype)
+
+
+def _shard_of(part: Path) -> str:
+    """The name of the shard that a part of the index is of."""
+    return f"{part.stem.partition('-')[0]}.safetensors"
 
 
 def _place(path: Path) -> tuple[int, int, str]:

@@ -14,7 +14,7 @@ from latent_tts.errors import UsageError, require
 from latent_tts.results import statistics
 from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
 from latent_tts.results.files import whole_file
-from latent_tts.results.run_folder import is_complete, run_folders
+from latent_tts.results.run_folder import UNKNOWN, is_complete, run_folders
 
 Side = dict[str, CompletedRun]  # by seed
 
@@ -75,7 +75,21 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
         if run.seed in runs:
             raise UsageError(f"{key}={path}: holds several runs of seed {run.seed}; name one run folder")
         runs[run.seed] = run
+    _require_one_curve(f"{key}={path}", list(runs.values()))
     return runs
+
+
+def _require_one_curve(side: str, runs: Sequence[CompletedRun]) -> None:
+    """Raise UsageError unless runs are seeds of each other."""
+    first = runs[0]
+    for run in runs[1:]:
+        differing = [name for name, value in run.curve.items() if value != first.curve[name]]
+        if differing:
+            name = differing[0]
+            raise UsageError(
+                f"{side}: holds runs that are not seeds of each other, name one run folder\n"
+                f"{name}: {first.curve[name]} in {first.folder}, {run.curve[name]} in {run.folder}"
+            )
 
 
 def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
@@ -111,6 +125,9 @@ def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, 
         per_a, per_b = a[seed].per_question(figures[0], budgets[0]), b[seed].per_question(figures[1], budgets[1])
         if set(per_a.index) != set(per_b.index):
             raise UsageError(f"a and b have other questions (seed {seed}); compare runs on the same ones")
+        of_a, of_b = (side[seed].curve["questions_digest"] for side in (a, b))
+        if of_a != of_b and not any(digest.startswith(UNKNOWN) for digest in (of_a, of_b)):
+            raise UsageError(f"a and b have other gold answers (seed {seed}); compare runs on the same ones")
         values_a.append(per_a)
         values_b.append(per_b[per_a.index])
         questions += list(per_a.index)

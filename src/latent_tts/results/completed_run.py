@@ -15,7 +15,13 @@ from latent_tts.aggregator import Aggregator
 from latent_tts.errors import UsageError
 from latent_tts.results import statistics
 from latent_tts.results.metrics import rollout_arrays
-from latent_tts.results.run_folder import METRICS, ROLLOUTS, read_metrics, read_rollouts, read_run_json
+from latent_tts.results.run_folder import (
+    CURVE_COLUMNS,
+    ROLLOUTS,
+    read_rollouts,
+    read_run_json,
+    read_run_metrics,
+)
 from latent_tts.types import RolloutArrays
 
 AggregatorBuilder = Callable[[str, Mapping[str, Any]], Aggregator]
@@ -53,7 +59,7 @@ class CompletedRun:
         record = read_run_json(folder, {"config.answer.decode": str, "aggregators": dict})
         return cls(
             folder,
-            read_metrics(folder / METRICS),
+            read_run_metrics(folder),
             read_rollouts(folder),
             {name: build_aggregator(name, node) for name, node in record["aggregators"].items()},
             record["config"]["answer"]["decode"] != "winners",
@@ -63,6 +69,11 @@ class CompletedRun:
     def seed(self) -> str:
         """The run's seed, as tables have it."""
         return str(self.metrics["seed"].iloc[0])
+
+    @property
+    def curve(self) -> dict[str, str]:
+        """What runs that are seeds of each other have in common: `run_folder.CURVE_COLUMNS`."""
+        return {name: str(self.metrics[name].iloc[0]) for name in CURVE_COLUMNS}
 
     @property
     def reported(self) -> list[int]:

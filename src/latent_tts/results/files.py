@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from latent_tts.errors import bad_value
+
 SECONDS_BETWEEN_PARTS = 2.0
+LOCK = ".lock"
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+log = logging.getLogger(__name__)
 
 
 T = TypeVar("T")
@@ -44,13 +53,137 @@ def written_in_parts(write: Callable[[list[T]], None]) -> Iterator[Callable[[Ite
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when the block ends well."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    """A path to write to, renamed to `path` when the block ends well.
+
+    What is there after a power cut is the old file or the whole new one: bytes reach the disk before the name does.
+    """
+    partial = _partial(path)
     try:
         yield partial
-        os.replace(partial, path)
+        _rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def digest_named_file(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
+    """A path to write to, renamed to `folder/STEM-DIGEST.SUFFIX` when the block ends well; see `digest_in_name`."""
+    partial = _partial(folder / f"{stem}{suffix}")
+    try:
+        yield partial
+        _rename(partial, folder / f"{stem}-{file_digest(partial)}{suffix}")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def digest_in_name(path: Path) -> str | None:
+    """The digest of its content that a file has in its name; None where there is none."""
+    found = re.search(r"-([0-9a-f]{16})$", path.stem)
+    return None if found is None else found[1]
+
+
+@contextmanager
+def locked_folder(folder: Path, key: str) -> Iterator[None]:
+    """Hold a folder as its only writer; it is made if it is not there. The lock ends with the process, however it ends.
+
+    Processes of one launch (`accelerate launch`) share a folder: the first of them holds it.
+
+    Args:
+        folder: to hold.
+        key: the config key that errors name.
+
+    Raises:
+        UsageError: another process holds it, or it cannot be made.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(folder / LOCK)
+    except FileExistsError as error:
+        raise bad_value(key, folder, "a folder is wanted, this is a file") from error
+    except BlockingIOError as error:
+        allowed = f"process {_holder(folder / LOCK)} writes there; choose another folder, or wait until it has ended"
+        raise bad_value(key, folder, allowed) from error
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            log.warning("%s: its file system has no locks, so see to it that no other process writes there", folder)
+            yield
+            return
+        raise bad_value(key, folder, f"cannot be written to ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+        for path in made:  # whatever was refused leaves nothing behind
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _holder(path: Path) -> str:
+    """The process that holds a lock; `?` where it has not said so yet, or has just ended."""
+    try:
+        return path.read_text().strip() or "?"
+    except OSError:
+        return "?"
+
+
+def _lock(path: Path) -> int:
+    """Lock a file that names this process; raises BlockingIOError where another has."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.fstat(descriptor).st_ino == path.stat().st_ino:  # else its last holder has just removed it
+                    os.truncate(descriptor, 0)
+                    os.write(descriptor, f"{os.getpid()}\n".encode())
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file, so that it is kept for a look at it and read no more; returns where it is."""
+    aside = path.with_name(f"{path.name}.damaged")
+    with suppress(FileNotFoundError):  # another process was first
+        os.replace(path, aside)
+    return aside
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _rename(partial: Path, path: Path) -> None:
+    _sync(partial)
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Make the disk hold what a file or a folder holds."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def bytes_digest(content: bytes) -> str:
+    """16 hex digits that stand for the content of a file."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """The same, of a file that need not fit into memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 from latent_tts.aggregator import Aggregator
 from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED_SUMS
-from latent_tts.results.run_folder import METRIC_COLUMNS
+from latent_tts.results.run_folder import FORMAT, METRIC_COLUMNS
 from latent_tts.results.statistics import Floats
 from latent_tts.types import RolloutArrays
 
@@ -139,4 +139,4 @@ def metric_rows(figures: Sequence[Figures], run: Mapping[str, Any]) -> pd.DataFr
             row = {"metric": metric, "aggregator": aggregator, "value": values_Q.mean(), "ci_low": low, "ci_high": high}
             rows.append(shared | row)
         rows += [shared | {"metric": metric, "aggregator": "", "value": v} for metric, v in at.measured.items()]
-    return pd.DataFrame(rows, columns=METRIC_COLUMNS)
+    return pd.DataFrame(rows, columns=METRIC_COLUMNS).assign(format=FORMAT)

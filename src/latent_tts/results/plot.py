@@ -9,7 +9,7 @@ import pandas as pd
 
 from latent_tts.errors import UsageError
 from latent_tts.results.files import whole_file
-from latent_tts.results.run_folder import CURVE_COLUMNS
+from latent_tts.results.run_folder import CURVE_COLUMNS, DIGEST_COLUMNS, digest_label
 
 PANELS = (("coverage", "Coverage"), ("accuracy", "Accuracy"))
 MOST_TOGETHER = 2  # models in one pair of panels; more get a pair each
@@ -59,10 +59,10 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
         raise UsageError(f"nothing to draw: the table has neither coverage nor accuracy with {against} beside it")
     point = [*CURVE_COLUMNS, "aggregator", "n", "metric"]
     shown = shown.sort_values("drawn").drop_duplicates([*point, "seed"], keep="last")
-    seeds = shown["seed"].nunique()
-    bounds = "means of 95 % intervals" if seeds > 1 else "95 % intervals"
+    seeds = shown.groupby(CURVE_COLUMNS, dropna=False)["seed"].nunique()
+    bounds = "means of 95 % intervals" if seeds.max() > 1 else "95 % intervals"
     if "seeds" in shown:
-        seeds = int(shown["seeds"].max())
+        seeds = shown["seeds"]
     means = {"x": "mean", "value": "mean", "ci_low": "mean", "ci_high": "mean", "questions": "first"}
     shown = shown.groupby(point, sort=False, dropna=False, as_index=False).agg(means)
     shown["settings"] = _without_common(shown["settings"])
@@ -72,6 +72,10 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     varying = [name for name in kinds if any(part[name].nunique(dropna=False) > 1 for part in parts)]
     if shown.groupby("model", dropna=False)["checkpoint"].nunique().max() == 1:
         varying = [name for name in varying if name != "checkpoint"]  # the model's name says it
+    for name in DIGEST_COLUMNS:
+        others = [other for other in varying if other not in DIGEST_COLUMNS] or ["metric"]
+        if name in varying and shown.groupby(others, dropna=False)[name].nunique().max() == 1:
+            varying.remove(name)  # names say it
     size = (10, 4.2 if len(parts) == 1 else 2.8 * len(parts))
     figure, grid = plt.subplots(
         len(parts), 2, figsize=size, sharex="col", sharey=True, squeeze=False, layout="constrained"
@@ -111,7 +115,7 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     first = shown.iloc[0]
     subject = f"{first['model']} on " if len(models) == 1 else ""
     where = "" if {"task", "split"} & set(varying) else f"{subject}{first['task']}/{first['split']}"
-    over = f"{int(first['questions'])} questions" + (f", {seeds} seeds" if seeds > 1 else "")
+    over = f"{_range(shown['questions'])} questions" + (f", {_range(seeds)} seeds" if seeds.max() > 1 else "")
     figure.suptitle(", ".join(part for part in (where, over, bounds) if part), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.suffix.removeprefix(".") or "png"
@@ -119,6 +123,12 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
         figure.savefig(partial, format=kind, dpi=150, metadata=UNDATED.get(kind))
     plt.close(figure)
     return path
+
+
+def _range(counts: pd.Series) -> str:
+    """A number, or the lowest and the highest of several."""
+    low, high = int(counts.min()), int(counts.max())
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _without_common(settings: pd.Series) -> pd.Series:
@@ -133,6 +143,8 @@ def _label(curve: dict, varying: list[str]) -> str:
     sampler = curve["sampler"]
     if curve["sampler_param"] and "sampler_value" in curve:
         sampler += f" {curve['sampler_param']}={curve['sampler_value']}"
-    others = [curve[name] for name in varying if not name.startswith("sampler") and name != "budget"]
+    hidden = ("sampler", "budget", *DIGEST_COLUMNS)
+    others = [curve[name] for name in varying if not name.startswith(hidden)]
+    others += [digest_label(name, curve[name]) for name in varying if name in DIGEST_COLUMNS]
     sampler_varies = any(name.startswith("sampler") for name in varying)
     return ", ".join([sampler] * (sampler_varies or not any(others)) + [str(value) for value in others if value])

@@ -13,6 +13,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from latent_tts.results.run_folder import DIGEST_COLUMNS, digest_label
+
 
 def log_handler() -> logging.Handler:
     """The console handler of Hydra's logging configs: rich on a terminal's stderr, plain unbroken lines on a pipe's."""
@@ -64,7 +66,9 @@ def percent(row: pd.Series) -> str:
 
 def print_metrics(metrics: pd.DataFrame) -> None:
     """Accuracy, coverage and costs of each curve, a row for each n; of means over seeds with their spread (±)."""
-    curve = ["model", "task", "split", "sampler", "sampler_param", "sampler_value", "settings", "scorer", "seed"]
+    named = ["model", "task", "split", "sampler", "sampler_param", "sampler_value", "settings", "scorer", "seed"]
+    curve = [*named, *DIGEST_COLUMNS]
+    several = {column: metrics.groupby(named, dropna=False)[column].transform("nunique") for column in DIGEST_COLUMNS}
     for values, rows in metrics.groupby(curve, sort=False, dropna=False):
         part = dict(zip(curve, values, strict=True))
         parameter = f" {part['sampler_param']}={part['sampler_value']}" if part["sampler_param"] else ""
@@ -74,6 +78,8 @@ def print_metrics(metrics: pd.DataFrame) -> None:
             f" ({part['settings']})" if part["settings"] else ""
         )
         title += f", scored by {part['scorer']}" if part["scorer"] else ""
+        for column, counts in several.items():
+            title += f", {digest_label(column, str(part[column]))}" if counts[rows.index[0]] > 1 else ""
         accuracy = rows[rows["metric"] == "accuracy"]
         names = list(dict.fromkeys(accuracy["aggregator"]))
         lines = []

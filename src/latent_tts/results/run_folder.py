@@ -14,10 +14,13 @@ import pyarrow as pa
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, bad_value
-from latent_tts.results.files import whole_file
+from latent_tts.results.files import file_digest, whole_file
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
 SCORES, FIGURE = "scores.parquet", "scaling.png"
+
+
+TABLES = (METRICS, ROLLOUTS, LATENTS, SCORES)
 
 
 ROLLOUT_COLUMNS = [
@@ -51,6 +54,8 @@ METRIC_COLUMNS = [
     "aggregator",
     "seed",
     "dtype",
+    "questions_digest",
+    "weights_digest",
     "n",
     "drawn",
     "metric",
@@ -58,15 +63,19 @@ METRIC_COLUMNS = [
     "ci_low",
     "ci_high",
     "questions",
+    "format",
 ]
-NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions"]
-ALWAYS_THERE = ["n", "drawn", "metric", "questions"]  # in every row
+FORMAT = 2  # of run folders and tables; those of 1 do not say which questions and weights they are of
+NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions", "format"]
+ALWAYS_THERE = ["n", "drawn", "metric", "questions", "format"]  # in every row
 
 
 RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]
 
 
-# what makes rows belong to one curve
+UNKNOWN = "unknown"  # how the digest of a run's questions begins that does not say which they are
+DIGEST_COLUMNS = ["questions_digest", "weights_digest"]  # since format 2
+# what makes rows belong to one curve: names, settings, and the question set and weights behind the names
 CURVE_COLUMNS = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator", "seed")]
 SEED_COLUMNS = ["seeds", "seed_sd"]  # beside the others in a table of means over seeds
 
@@ -81,12 +90,14 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
     """The `rollouts.parquet` of a run folder.
 
     Raises:
-        UsageError: it is missing or cannot be read.
+        UsageError: it is missing, damaged or of another run.
     """
     try:
-        return pd.read_parquet(folder / ROLLOUTS, columns=ROLLOUT_COLUMNS)
+        rollouts = pd.read_parquet(folder / ROLLOUTS, columns=ROLLOUT_COLUMNS)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
+    check_file(folder, ROLLOUTS)
+    return rollouts
 
 
 def write_latents(folder: Path, latents: list[np.ndarray]) -> None:
@@ -105,7 +116,7 @@ def read_latents(folder: Path, steps: Iterable[int]) -> list[np.ndarray]:
     """The latents (steps, D) of each row of a run folder, from its `latents.safetensors`.
 
     Raises:
-        UsageError: the file cannot be read, or has another number of rows.
+        UsageError: the file is damaged or of another run, or has another number of rows.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -115,6 +126,7 @@ def read_latents(folder: Path, steps: Iterable[int]) -> list[np.ndarray]:
         latents_RTD = load_file(folder / LATENTS)["latents_RTD"]
     except (OSError, KeyError, SafetensorError) as error:
         raise UsageError(f"{folder / LATENTS}: cannot be read ({error})") from error
+    check_file(folder, LATENTS)
     if len(latents_RTD) != len(counts):
         raise UsageError(f"{folder / LATENTS}: {len(latents_RTD)} rows, but {len(counts)} in {ROLLOUTS}")
     return [row[:count] for row, count in zip(latents_RTD, counts, strict=True)]
@@ -130,6 +142,7 @@ def write_scores(folder: Path, rollouts: pd.DataFrame, step_scores: Sequence[Seq
 def write_metrics(path: Path, metrics: pd.DataFrame) -> None:
     """Write a metrics table (or one of means over seeds); missing figures are empty cells."""
     columns = METRIC_COLUMNS + [name for name in SEED_COLUMNS if name in metrics]
+    metrics = metrics.assign(format=metrics["format"].fillna(FORMAT).astype(int))
     with whole_file(path) as partial:
         metrics[columns].to_csv(partial, index=False, float_format="%.10g")
 
@@ -137,8 +150,10 @@ def write_metrics(path: Path, metrics: pd.DataFrame) -> None:
 def read_metrics(path: Path) -> pd.DataFrame:
     """Read a metrics table.
 
+    One of format 1 has empty cells in `DIGEST_COLUMNS`: its questions and weights are not known.
+
     Raises:
-        UsageError: it is not one, or is cut off.
+        UsageError: it is not one, is cut off, or is of a later format.
     """
     try:
         content = path.read_bytes()
@@ -150,6 +165,8 @@ def read_metrics(path: Path) -> pd.DataFrame:
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read as a metrics table ({error})") from error
+    if "format" not in frame.columns:
+        frame = frame.assign(**dict.fromkeys(DIGEST_COLUMNS, ""), format=1)
     missing = [name for name in METRIC_COLUMNS if name not in frame.columns]
     if missing:
         raise UsageError(f"{path}: not a metrics table, it lacks the columns {', '.join(missing[:5])}")
@@ -161,13 +178,54 @@ def read_metrics(path: Path) -> pd.DataFrame:
     for name in ALWAYS_THERE:
         if frame[name].isna().any():
             raise UsageError(f"{path}: not a metrics table, its row {frame[name].isna().argmax() + 1} has no {name}")
-    return frame
+    if (found := frame["format"].max()) > FORMAT:
+        raise UsageError(f"{path}: format {found:g}, this version reads those up to {FORMAT}")
+    return frame[METRIC_COLUMNS + [name for name in frame.columns if name not in METRIC_COLUMNS]]
+
+
+def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:
+    """A table whose rows of unknown questions and weights belong together only if they are of one origin."""
+    known = metrics["questions_digest"] != ""
+    return metrics.assign(questions_digest=metrics["questions_digest"].where(known, f"{UNKNOWN}, of " + origin))
+
+
+def digest_label(column: str, digest: str) -> str:
+    """How people are shown one of `DIGEST_COLUMNS`, as in `questions 1a2b3c4d`."""
+    short = digest if digest.startswith(UNKNOWN) else "+".join(part[:8] for part in digest.split("+"))
+    return f"{column.removesuffix('_digest')} {short or UNKNOWN}"
+
+
+def read_run_metrics(folder: Path) -> pd.DataFrame:
+    """The metrics table of a run folder; one of format 1 is of questions and weights that no other run has."""
+    metrics = read_metrics(folder / METRICS)
+    check_file(folder, METRICS)
+    return tell_apart(metrics, metrics["run_id"])
 
 
 def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `run.json`, last of all: its presence means that the run is complete."""
+    """Write `run.json`, last of all: its presence means that the run is complete; it has the other files' digests."""
+    files = {name: file_digest(folder / name) for name in TABLES if (folder / name).is_file()}
+    content = {"format": FORMAT, "files": files, **record}
     with whole_file(folder / RUN_JSON) as path:
-        path.write_text(json.dumps(record, indent=1, sort_keys=True, default=str) + "\n")
+        path.write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def check_file(folder: Path, name: str) -> None:
+    """Check that a file of a run folder is the one that its `run.json` was written for.
+
+    Raises:
+        UsageError: it is another.
+    """
+    try:
+        digest = json.loads((folder / RUN_JSON).read_text())["files"][name]
+        wrong = file_digest(folder / name) != digest
+    except (OSError, ValueError, KeyError, TypeError):  # of format 1, or missing: what reads it says so
+        return
+    if wrong:
+        raise UsageError(
+            f"{folder / name}: is damaged, or of another run than the {RUN_JSON} beside it\n"
+            "draw that run again with ltts run"
+        )
 
 
 def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
@@ -185,6 +243,9 @@ def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error
+    found = record.get("format", 1) if isinstance(record, dict) else 1
+    if not isinstance(found, int) or found > FORMAT:
+        raise UsageError(f"{path}: format {found}, this version reads those up to {FORMAT}")
     lacking = []
     for key, kind in needed.items():
         value = record
@@ -222,5 +283,5 @@ def join_metrics(folders: list[Path]) -> tuple[pd.DataFrame, list[Path]]:
     left_out = [folder for folder in folders if folder not in complete]
     if not complete:
         return pd.DataFrame(columns=METRIC_COLUMNS), left_out
-    joined = pd.concat([read_metrics(folder / METRICS) for folder in complete], ignore_index=True)
+    joined = pd.concat([read_run_metrics(folder) for folder in complete], ignore_index=True)
     return joined.drop_duplicates(["run_id", "aggregator", "n", "drawn", "metric"], ignore_index=True), left_out

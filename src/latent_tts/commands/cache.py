@@ -1,0 +1,110 @@
+"""`ltts cache`: list the entries of the cache of rollouts; `ltts cache prune` removes some."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from latent_tts.errors import UsageError, bad_value, is_number, require
+from latent_tts.pipeline.keys import is_current
+from latent_tts.results import report
+from latent_tts.results.cache import CacheEntry, cache_entries
+
+SECONDS = {"m": 60, "h": 3600, "d": 86400}
+BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def main(cfg: DictConfig) -> None:
+    """List the entries, or remove those that the keys choose and say what was freed.
+
+    Raises:
+        UsageError: a value is not usable, or `prune` is not told what to remove.
+    """
+    require("action", cfg.action, cfg.action in ("list", "prune"), "list or prune")
+    older_than = quantity("older_than", cfg.older_than, SECONDS, "an age, as in 30d, 12h or 90m")
+    max_size = quantity("max_size", cfg.max_size, BYTES, "a size, as in 20GB or 500MB")
+    root = Path(cfg.paths.cache).expanduser()
+    entries = cache_entries(root)
+    chosen = older_than is not None or max_size is not None or cfg.stale
+    if cfg.action == "list":
+        if chosen:
+            raise bad_value("action", "list", "older_than, max_size and stale go with prune: ltts cache prune ...")
+        show(root, entries)
+        return
+    if not chosen:
+        raise UsageError("action=prune: say what to remove: older_than=30d, max_size=20GB or stale=true")
+    gone = to_prune(entries, older_than=older_than, max_size=max_size, stale=cfg.stale, now=time.time())
+    for entry in gone:
+        shutil.rmtree(entry.folder)
+    freed, left = (sum(entry.size for entry in each) for each in (gone, entries))
+    print(f"removed {len(gone)} of {len(entries)} entries, freed {size(freed)} of {size(left)} in {root}")
+
+
+def to_prune(
+    entries: Sequence[CacheEntry], *, older_than: float | None, max_size: float | None, stale: bool, now: float
+) -> list[CacheEntry]:
+    """The entries that any of the conditions chooses.
+
+    Args:
+        entries: of the cache, the one used last first.
+        older_than: seconds.
+        max_size: bytes that those left may have together.
+        stale: whether to choose those that this version of the code does not read.
+        now: in seconds since the epoch.
+    """
+    gone, left = [], 0
+    for entry in entries:
+        too_old = older_than is not None and now - entry.used > older_than
+        too_large = max_size is not None and left + entry.size > max_size
+        if too_old or too_large or (stale and not is_current(entry.key)):
+            gone.append(entry)
+        else:
+            left += entry.size
+    return gone
+
+
+def show(root: Path, entries: Sequence[CacheEntry]) -> None:
+    """The entries as a table."""
+    rows = []
+    for entry in entries:
+        key, sampler = entry.key, entry.key.get("sampler") or {}
+        kind = str(sampler.get("_target_", "?")).rpartition(".")[2].lower()
+        numbers = [f"{name}={value}" for name, value in sampler.items() if is_number(value)]
+        cells = [entry.folder.name, key.get("name", "?"), " ".join([kind, *numbers])]
+        cells += [key.get(column, "?") for column in ("latents", "seed", "dtype")]
+        used = age(time.time() - entry.used) + ("" if is_current(key) else ", stale")
+        rows.append([*cells, entry.rollouts, size(entry.size), used])
+    columns = ["entry", "model", "sampler", "latents", "seed", "dtype", "rollouts", "size", "last used"]
+    total = size(sum(entry.size for entry in entries))
+    report.print_table(f"{root}: {len(entries)} entries, {total}", columns, rows)
+
+
+def quantity(key: str, value: str | None, units: dict[str, int], allowed: str) -> float | None:
+    """A number with a unit; None for none.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", value)
+    if found is None or found[2] not in units:
+        raise bad_value(key, value, allowed)
+    return float(found[1]) * units[found[2]]
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit of which there is one."""
+    unit = next(name for name in reversed(BYTES) if count >= BYTES[name] or name == "B")
+    return f"{count / BYTES[unit]:.3g} {unit}"
+
+
+def age(seconds: float) -> str:
+    """Seconds in the largest unit of which there is one."""
+    unit = next(name for name in reversed(SECONDS) if seconds >= SECONDS[name] or name == "m")
+    return f"{max(seconds, 0) / SECONDS[unit]:.0f} {unit}"

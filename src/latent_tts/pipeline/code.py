@@ -1,0 +1,154 @@
+"""Digests of the code behind the objects of a run: what an edit of it makes other rollouts of.
+
+Code is compared as it is compiled, so comments, docstrings, assertions and layout do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dis import opmap
+from functools import cache
+from importlib.metadata import distributions, requires, version
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+PACKAGE = "latent_tts"
+DRAWING = ("checkpoint", "engine", "model", "random", "sampler", "schedule", "search")
+NOP, MAX_PREAMBLE = opmap["NOP"], 8  # instructions of a class body before its docstring, rather more than less
+SCORING = ("checkpoint", "engine", "scorer")
+
+
+def code_digests(objects: Iterable[object], configs: Iterable[Any], rooms: tuple[str, ...]) -> dict[str, str]:
+    """Digests of the code behind some objects, by the package that it lies in.
+
+    Args:
+        objects: options as they were built; the classes that theirs inherit from count.
+        configs: their nodes; what is built for their arguments (`_target_`) counts.
+        rooms: of this package, the rooms that are read whole, whichever option of them was chosen.
+    """
+    modules = {kind.__module__ for option in objects for kind in type(option).__mro__}
+    modules |= {_module_of(target) for config in configs for target in _targets(config)}
+    packages = {module.partition(".")[0] for module in modules} - {PACKAGE} - sys.stdlib_module_names
+    return {PACKAGE: _digest_of_rooms(rooms)} | {package: digest_of_package(package) for package in sorted(packages)}
+
+
+@cache
+def digest_of_package(package: str) -> str:
+    """The digest of a package that is not this one: all modules of its distribution, or of its folder."""
+    if package in _own_libraries():  # too large to read, and nobody edits them
+        return version(package)
+    module = sys.modules.get(package)
+    if module is None:
+        return ""
+    file = getattr(module, "__file__", None)
+    roots = [Path(root) for root in getattr(module, "__path__", [file] if file else [])]
+    found = {path for root in roots for path in ([root] if root.is_file() else root.rglob("*.py"))}
+    parents = {root.parent for root in roots}
+    records = [(each, each.read_text("RECORD")) for parent in parents for each in distributions(path=[str(parent)])]
+    for distribution, record in records:
+        if record is not None and re.search(rf"^{package}(/|\.py,)", record, re.M):
+            found |= {Path(str(distribution.locate_file(each))) for each in distribution.files or ()}
+    if all(record is None for _, record in records):  # no folder of installed packages
+        found |= {sibling for parent in parents for sibling in _imported_siblings(found, parent)}
+    sources = sorted(path for path in found if path.suffix == ".py" and path.is_file())
+    return _digest(sources)
+
+
+@cache
+def _digest_of_rooms(rooms: tuple[str, ...]) -> str:
+    root = Path(__file__).resolve().parents[1]
+    return _digest(path for room in rooms for path in sorted((root / room).rglob("*.py")))
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    sha = hashlib.sha256()
+    for path in paths:
+        sha.update(path.name.encode() + _digest_of_file(path))
+    return sha.hexdigest()[:16]
+
+
+@cache
+def _digest_of_file(path: Path) -> bytes:
+    source = path.read_bytes()
+    sha = hashlib.sha256()
+    try:
+        left: list[Any] = [compile(source, "", "exec", dont_inherit=True, optimize=2)]  # 2: without docstrings
+    except (SyntaxError, ValueError):  # a template, or a file of another Python
+        return hashlib.sha256(source).digest()
+    while left:
+        value = left.pop()
+        if isinstance(value, CodeType):  # what it does, without where it stands in its file
+            names = (value.co_name, value.co_names, value.co_varnames, value.co_freevars, value.co_cellvars)
+            counts = (value.co_argcount, value.co_posonlyargcount, value.co_kwonlyargcount, value.co_flags)
+            handlers = getattr(value, "co_exceptiontable", b"")  # since Python 3.11
+            sha.update(repr((names, counts)).encode() + _without_docstring(value.co_code) + handlers)
+            left += [len(value.co_consts), *value.co_consts]
+        elif isinstance(value, tuple):
+            left += [len(value), *value]
+        elif isinstance(value, frozenset):  # whose order is another in each process
+            left += [len(value), *sorted(value, key=repr)]
+        else:
+            sha.update(repr(value).encode())
+    return sha.digest()
+
+
+def _without_docstring(instructions: bytes) -> bytes:
+    """Instructions without the idle one that stands where a module or class has its docstring."""
+    for place in range(0, min(len(instructions), 2 * MAX_PREAMBLE), 2):
+        if instructions[place] == NOP:
+            return instructions[:place] + instructions[place + 2 :]
+    return instructions
+
+
+def _imported_siblings(paths: Iterable[Path], folder: Path) -> set[Path]:
+    """The modules and packages in a folder that files import, directly or by others there."""
+    left, found = list(paths), set()
+    while left:
+        for name in _imported_names(left.pop()):
+            package = folder / name
+            files = {package.with_suffix(".py")} if package.with_suffix(".py").is_file() else package.rglob("*.py")
+            new = set(files) - found if name not in sys.stdlib_module_names and name != PACKAGE else set()
+            found |= new
+            left += new
+    return found
+
+
+def _imported_names(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module.partition(".")[0]
+
+
+@cache
+def _own_libraries() -> frozenset[str]:
+    """The packages that this one needs itself."""
+    return frozenset(re.split(r"[^\w-]", line)[0].replace("-", "_") for line in requires("latent-tts") or ())
+
+
+def _targets(config: Any) -> Iterator[str]:
+    if isinstance(config, Mapping):
+        if isinstance(config.get("_target_"), str):
+            yield config["_target_"]
+        config = list(config.values())
+    if isinstance(config, list):
+        for each in config:
+            yield from _targets(each)
+
+
+def _module_of(target: str) -> str:
+    """The module that a `_target_` lies in."""
+    name = target
+    while name and name not in sys.modules:
+        name = name.rpartition(".")[0]
+    return name or target

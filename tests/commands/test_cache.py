@@ -1,0 +1,155 @@
+"""`cache=on|refresh|off` of `ltts run`, and `ltts cache`."""
+
+import json
+import os
+import re
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from refusal import check
+
+from latent_tts.commands.cache import age, size, to_prune
+from latent_tts.results.cache import CacheEntry, cache_entries
+
+
+def drawn_now(result) -> int:
+    assert result.code == 0, result.err
+    return json.loads((result.last.parent / "run.json").read_text())["rollouts"]["drawn_now"]
+
+
+def parts(folder) -> list:
+    return sorted(folder.rglob("*.parquet"))
+
+
+def spoil(folder) -> None:
+    """Change what the cache says, as if another code had drawn it."""
+    for path in parts(folder):
+        table = pq.read_table(path)
+        if "answer_logprob" not in table.column_names:
+            continue
+        wrong = table.to_pandas().assign(answer_logprob=-99.0)
+        stem = path.stem.rpartition("-")[0]
+        pq.write_table(type(table).from_pandas(wrong, schema=table.schema), path)
+        from latent_tts.results.files import file_digest
+
+        path.rename(path.with_name(f"{stem}-{file_digest(path)}.parquet"))
+
+
+def logprobs(result) -> list:
+    assert result.code == 0, result.err
+    return pd.read_parquet(result.last.parent / "rollouts.parquet")["answer_logprob"].tolist()
+
+
+def test_refresh_draws_again_and_replaces_what_is_there_and_nothing_else(run, checkpoint, tmp_path):
+    scorer = tiny.write_latent_rm(tmp_path / "rm", checkpoint)
+    scored = ["scorer=latent_rm", f"scorer.checkpoint={scorer}", "max_answer_tokens=3"]
+    true = logprobs(run(*scored))
+    run(*scored, "n=6")
+    spoil(tmp_path / "cache")
+    assert set(logprobs(run(*scored, "n=6"))) == {-99.0}
+    again = run(*scored, "cache=refresh")
+    assert (logprobs(again), drawn_now(again)) == (true, 24)
+    assert json.loads((again.last.parent / "run.json").read_text())["rollouts"]["scored_now"] == 24
+    mixed = logprobs(run(*scored, "n=6"))
+    assert [value for place, value in enumerate(mixed) if place % 6 < 4] == true
+    assert {value for place, value in enumerate(mixed) if place % 6 >= 4} == {-99.0}
+    (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    rows = pd.concat([pq.read_table(path).to_pandas() for path in folder.glob("*.parquet")])
+    assert not rows.duplicated(["row_key", "rollout"]).any()
+
+
+def test_off_reads_nothing_and_leaves_nothing(run, ltts, tmp_path, monkeypatch):
+    true = logprobs(run())
+    spoil(tmp_path / "cache")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    off = run("cache=off", "keep_latents=true")
+    assert (logprobs(off), drawn_now(off)) == (true, 24)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == before
+    assert not list((tmp_path / "temporary").iterdir())
+    assert "cache" not in json.loads((off.last.parent / "run.json").read_text())
+
+
+def test_a_run_without_cache_that_kept_its_latents_is_scored(run, ltts, checkpoint, tmp_path):
+    scorer = tiny.write_latent_rm(tmp_path / "rm", checkpoint)
+    off = run("cache=off", "keep_latents=true")
+    rescored = ltts("rescore", off.last.parent, "scorer=latent_rm", f"scorer.checkpoint={scorer}")
+    assert rescored.code == 0, rescored.err
+    whole = run("scorer=latent_rm", f"scorer.checkpoint={scorer}")
+    scores = [pd.read_parquet(each.last.parent / "rollouts.parquet")["score"] for each in (rescored, whole)]
+    pd.testing.assert_series_equal(*scores, rtol=1e-5)
+
+
+def test_a_damaged_part_is_drawn_and_a_damaged_score_made_again_in_the_same_run(run, checkpoint, tmp_path):
+    scored = ["scorer=latent_rm", f"scorer.checkpoint={tiny.write_latent_rm(tmp_path / 'rm', checkpoint)}"]
+    whole = run(*scored)
+    expected = pd.read_parquet(whole.last.parent / "rollouts.parquet")
+    for path in parts(tmp_path / "cache"):
+        good = path.read_bytes()
+        path.write_bytes(good[:100] + bytes([good[100] ^ 4]) + good[101:])
+        again = run(*scored)
+        assert again.code == 0, again.err
+        assert f"{path.name} is damaged: it is now {path.name}.damaged" in again.err.replace("\n", "")
+        pd.testing.assert_frame_equal(pd.read_parquet(again.last.parent / "rollouts.parquet"), expected)
+    assert len(list((tmp_path / "cache").rglob("*.damaged"))) == 2
+
+
+@pytest.mark.parametrize("value", ["maybe", "true", "null"])
+def test_another_mode_is_refused(run, value):
+    check(run(f"cache={value}"), "cache=")
+
+
+def test_what_the_cache_holds_is_listed_and_pruned_by_age(run, ltts, tmp_path):
+    run()
+    run("seed=7", "sampler=gaussian", "sampler.sigma=0.25")
+    (tmp_path / "cache" / "of_somebody_else").mkdir()
+    listed = ltts("cache")
+    assert listed.code == 0, listed.err
+    assert "2 entries" in listed.out
+    (row,) = [line for line in listed.out.splitlines() if "gaussian" in line]
+    for cell in ("demo_coconut", "gaussian sigma=0.25", " 7 ", "float32", " 24 ", "KB", " 0 m "):
+        assert cell in row
+    assert "stale" not in listed.out
+    old, new = sorted(cache_entries(tmp_path / "cache"), key=lambda entry: entry.key["seed"])
+    for path in [old.folder, *old.folder.rglob("*")]:
+        os.utime(path, (0, 0))
+    pruned = ltts("cache", "prune", "older_than=30d")
+    assert re.match(r"removed 1 of 2 entries, freed .+ KB of .+ KB in ", pruned.out), pruned.out
+    assert not old.folder.exists()
+    assert new.folder.is_dir()
+    assert (tmp_path / "cache" / "of_somebody_else").is_dir()
+    assert drawn_now(run()) == 24
+
+
+def test_what_the_code_no_longer_reads_is_stale(run, ltts, tmp_path, monkeypatch):
+    run()
+    (entry,) = cache_entries(tmp_path / "cache")
+    os.rename(entry.folder, entry.folder.with_name("0123456789abcdef"))
+    (tmp_path / "cache" / "0123456789abcdef" / "key.json").write_text('{"seed": 0}')
+    run()
+    assert "stale" in ltts("cache").out
+    assert ltts("cache", "prune", "stale=true").out.startswith("removed 1 of 2 entries")
+    assert [each.folder for each in cache_entries(tmp_path / "cache")] == [entry.folder]
+
+
+def test_what_was_used_longest_ago_goes_first():
+    entries = [CacheEntry(None, {}, 1, 10**9, used=float(used)) for used in (50, 40, 30)]
+    rules = {"older_than": None, "max_size": None, "stale": False, "now": 60.0}
+    assert to_prune(entries, **rules | {"max_size": 2e9}) == entries[2:]
+    assert to_prune(entries, **rules | {"older_than": 15.0}) == entries[1:]
+    assert to_prune(entries, **rules | {"older_than": 25.0, "max_size": 1e9}) == entries[1:]
+    assert to_prune(entries, **rules | {"max_size": 3e9}) == []
+    assert (size(0), size(1500), size(2.5e12), age(3), age(90000)) == ("0 B", "1.5 KB", "2.5 TB", "0 m", "1 d")
+
+
+def test_what_cannot_be_pruned_so_is_said(ltts):
+    check(ltts("cache", "prune"), "older_than=30d, max_size=20GB or stale=true")
+    check(ltts("cache", "older_than=30d"), "ltts cache prune")
+    check(ltts("cache", "forget"), "action=forget: list or prune")
+    check(ltts("cache", "prune", "older_than=month"), "older_than=month: an age")
+    check(ltts("cache", "prune", "max_size=1e9"), "max_size=")
+    nothing = ltts("cache", "paths.cache=nowhere")
+    assert (nothing.code, "0 entries" in nothing.out) == (0, True)

@@ -1,0 +1,202 @@
+"""What determines a rollout: edits of code and settings that make other rollouts, and those that do not."""
+
+import importlib
+import shutil
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.errors import UsageError
+from latent_tts.model.coconut import Coconut
+from latent_tts.pipeline import code, keys
+from latent_tts.scorer.latent_rm import LatentRM
+
+NOISE = '''
+"""An add-on's sampler."""
+from dataclasses import dataclass
+
+from latent_tts.sampler import Sampler
+from noise_helper import SCALE  # the line that an edit is in stands elsewhere
+
+
+@dataclass(frozen=True)
+class Noise(Sampler):
+    """Noise of a fixed size."""
+
+    name = "noise"
+
+    def latent(self, h_RD, draw, step):
+        return h_RD + SCALE * draw.normal(step, h_RD.shape[-1])
+'''
+
+
+def forget(*names: str) -> None:
+    """What a new process does not know."""
+    for name in [each for each in sys.modules if each.partition(".")[0] in names]:
+        del sys.modules[name]
+    for function in (code.digest_of_package, code._digest_of_rooms, code._digest_of_file):
+        function.cache_clear()
+
+
+@pytest.fixture
+def addon(tmp_path, monkeypatch):
+    """A folder on the path with a sampler and the module that it takes its scale from."""
+    folder = tmp_path / "addon"
+    folder.mkdir()
+    (folder / "noise_sampler.py").write_text(NOISE)
+    (folder / "noise_helper.py").write_text("SCALE = 0.01\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield folder
+    forget("noise_sampler", "noise_helper")
+
+
+def answers(result) -> list:
+    assert result.code == 0, result.err
+    return pd.read_parquet(result.last.parent / "rollouts.parquet")["answer_logprob"].tolist()
+
+
+def test_an_edited_sampler_of_an_add_on_gets_fresh_rollouts_and_a_comment_changes_nothing(addon, run, tmp_path):
+    line = ["sampler=greedy", "sampler._target_=noise_sampler.Noise"]
+    first = answers(run(*line))
+    forget("noise_sampler", "noise_helper")
+    (addon / "noise_sampler.py").write_text(NOISE.replace("elsewhere", "over there").replace("fixed size", "one size"))
+    (addon / "noise_helper.py").write_text('"""How large."""\n\n\nSCALE = 0.01  # small\n')
+    again = run(*line)
+    assert answers(again) == first
+    assert "in the cache" in again.err
+    forget("noise_sampler", "noise_helper")
+    (addon / "noise_helper.py").write_text("SCALE = 1.0\n")
+    edited = run(*line)
+    fresh = run(*line, f"paths.cache={tmp_path / 'fresh'}")
+    assert "in the cache" not in edited.err
+    assert answers(edited) == answers(fresh) != first
+
+
+def test_all_modules_of_an_installed_distribution_count_and_those_of_others_do_not(tmp_path, monkeypatch):
+    names = ["mine_a/__init__.py", "mine_b.py", "others/__init__.py", "mine-1.0.dist-info/RECORD", "mine_a/notes.txt"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    (tmp_path / names[3]).write_text("mine_a/__init__.py,,\nmine_b.py,,\nmine_a/notes.txt,,\n")
+    (tmp_path / "mine-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def digest() -> str:
+        forget("mine_a")
+        importlib.import_module("mine_a")
+        return code.digest_of_package("mine_a")
+
+    first = digest()
+    for name, counts in (("mine_b.py", True), ("mine_a/notes.txt", False), ("others/__init__.py", False)):
+        (tmp_path / name).write_text("x = 2\n")
+        assert (digest() != first) == counts
+        (tmp_path / name).write_text("x = 1\n")
+    forget("mine_a")
+
+
+def test_what_this_package_draws_and_scores_with_is_part_of_the_key(monkeypatch, tmp_path):
+    root = Path(code.__file__).resolve().parents[1]
+    for room in {*code.DRAWING, *code.SCORING}:
+        shutil.copytree(root / room, tmp_path / "latent_tts" / room)
+    (tmp_path / "latent_tts" / "pipeline").mkdir()
+    monkeypatch.setattr(code, "__file__", str(tmp_path / "latent_tts" / "pipeline" / "code.py"))
+
+    def digests() -> tuple[str, str]:
+        forget()
+        return tuple(code.code_digests([], [], rooms)["latent_tts"] for rooms in (code.DRAWING, code.SCORING))
+
+    drawing, scoring = digests()
+    path = tmp_path / "latent_tts" / "sampler" / "gaussian.py"
+    text = path.read_text()
+    path.write_text("# a comment\n" + text.replace('"""', '"""Other words. ', 1))
+    assert digests() == (drawing, scoring)
+    path.write_text(text + "\nSCALE = 2\n")
+    assert digests()[0] != drawing
+    assert digests()[1] == scoring
+    path.write_text(text)
+    assert digests() == (drawing, scoring)
+    scorer = tmp_path / "latent_tts" / "scorer" / "latent_rm.py"
+    scorer.write_text(scorer.read_text().replace("np.mean", "np.max"))
+    assert digests()[0] == drawing
+    assert digests()[1] != scoring
+    forget()
+
+
+def test_layout_comments_and_docstrings_do_not_count_and_all_else_does(tmp_path):
+    path = tmp_path / "module.py"
+
+    def digest(text: str) -> bytes:
+        forget()
+        path.write_text(text)
+        return code._digest_of_file(path)
+
+    bare = "class A(B):\n    x: int = 1\n\n    def f(self):\n        return {'a', 'b', 'c'}\n\n\ny = 0.5\n"
+    told = '"""M."""\n# c\n\nclass A(B):\n    """A."""\n\n    x: int = 1  # d\n\n\n    def f(self):\n        """F."""\n'
+    told += "        return {'a', 'b', 'c'}\ny = 0.5\n"
+    assert digest(told) == digest(bare)
+    edits = [
+        ("0.5", "0.6"),
+        ("'c'", "'d'"),
+        ("f(self)", "f(self, z=1)"),
+        ("x: int = 1", "x: int = 1.0"),
+        ("(B)", "(C)"),
+    ]
+    assert len({digest(bare), *(digest(bare.replace(*edit)) for edit in edits)}) == 1 + len(edits)
+
+
+def test_a_process_reads_the_code_once():
+    code.code_digests([], [], code.DRAWING)
+    started = time.process_time()
+    code.code_digests([], [], code.DRAWING)
+    assert time.process_time() - started < 0.005
+
+
+@dataclass(frozen=True)
+class Soft(Coconut):
+    """An adapter with a field of its own, and one that JSON does not know."""
+
+    softness: float = 0.5
+    table: object = None
+
+
+def soft(checkpoint, **changes) -> Soft:
+    return Soft("soft", str(checkpoint), 2, {}, **changes)
+
+
+def test_every_field_of_an_adapter_that_can_change_a_rollout_is_part_of_the_key(checkpoint, tmp_path):
+    one = soft(checkpoint)
+    one.check()
+    key = keys.model_key(one)
+    assert key["fields"] == {"latents": 2, "softness": 0.5, "table": None}
+    moved = shutil.copytree(checkpoint, tmp_path / "moved")
+    same = replace(one, name="other", checkpoint=str(moved), recommended={"sigma": 1.0}, latent_rm="some/where")
+    assert keys.model_key(same) == key
+    for change in ({"softness": 0.6}, {"latents": 3}, {"table": complex(1, 2)}, {"table": {"a": [1]}}):
+        assert keys.model_key(replace(one, **change)) != key
+    assert keys.model_key(replace(one, table=1j)) == keys.model_key(replace(one, table=1j))
+    other = Coconut("soft", str(checkpoint), 2, {})
+    assert keys.model_key(other)["adapter"] != key["adapter"]
+    with pytest.raises(UsageError, match=r"model\.table=function: a value that can be pickled"):
+        keys.model_key(replace(one, table=lambda: 1))
+
+
+def test_a_field_that_only_says_how_scores_are_used_is_no_part_of_the_key(checkpoint):
+    one = LatentRM(str(checkpoint), None, "correct")
+    assert keys.score_key(one, "float32", 4) == keys.score_key(replace(one, reduce="mean"), "float32", 8)
+    assert keys.score_key(one, "float32", 4) != keys.score_key(replace(one, positions="official"), "float32", 4)
+
+
+def test_a_base_class_of_another_package_counts_and_a_library_counts_by_its_version():
+    digests = code.code_digests(
+        [soft(".")], [{"_target_": "torch.nn.Linear", "inner": [{"_target_": "math.prod"}]}], ()
+    )
+    assert set(digests) == {"latent_tts", __name__.partition(".")[0], "torch"}
+    assert digests["torch"] == code.version("torch")
+    assert issubclass(Soft, CheckpointAdapter)

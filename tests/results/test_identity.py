@@ -1,0 +1,139 @@
+"""Runs of other questions or other weights are never seeds of each other, whatever their names say."""
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import tiny
+from refusal import check
+
+from latent_tts.results.run_folder import DIGEST_COLUMNS, read_metrics
+from latent_tts.task.arith import Arith
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Two files of one name."""
+    known = Arith("test", 6, None, 0).questions()
+    for name, part in (("a", known[:3]), ("b", known[3:])):
+        rows = [{"question": question.text, "answer": question.answer} for question in part]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return lambda name: f"task.path={tmp_path / name / 'test.jsonl'}"
+
+
+@pytest.fixture
+def seeded(run, questions):
+    """A run on a file, in a folder."""
+
+    def one(name, seed, folder, *more):
+        done = run("task=jsonl", questions(name), "task.limit=null", f"seed={seed}", f"hydra.run.dir={folder}", *more)
+        assert done.code == 0, done.err
+        return done.last.parent
+
+    return one
+
+
+def forget_identity(folder) -> None:
+    """Make a run folder one of format 1."""
+    table = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)
+    table.drop(columns=[*DIGEST_COLUMNS, "format"]).to_csv(folder / "metrics.csv", index=False)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("format", "files")}))
+
+
+def test_a_sweep_over_two_files_of_one_name_has_means_of_each(run, ltts, questions, tmp_path):
+    paths = ",".join(questions(name).removeprefix("task.path=") for name in "ba")
+    swept = run(
+        "-m", "task=jsonl", f"task.path={paths}", "task.limit=null", "seed=0,1", "n=1,2", "hydra.sweep.dir=swept"
+    )
+    assert swept.code == 0, swept.err
+    means = read_metrics(tmp_path / "swept" / "metrics_over_seeds.csv")
+    assert means.groupby("questions_digest")["seed"].unique().map(list).tolist() == [["0,1"], ["0,1"]]
+    assert len(set(means["weights_digest"])) == 1
+    joined = read_metrics(swept.last)
+    own = ["questions_digest", "n", "metric", "aggregator"]
+    expected = joined[joined["metric"] != "seconds"].groupby(own)["value"].mean()
+    found = means.set_index(own)["value"]
+    pd.testing.assert_series_equal(found.loc[expected.index], expected, check_names=False)
+    for digest in set(means["questions_digest"]):
+        assert f"questions {digest[:8]}" in swept.out
+
+
+def test_seeds_of_other_questions_are_not_averaged_and_a_figure_has_a_curve_of_each(seeded, ltts, tmp_path):
+    a, b = seeded("a", 0, "mix/a"), seeded("b", 1, "mix/b")
+    collected = ltts("collect", "mix", "output=mix.csv")
+    assert collected.out.split() == ["mix.csv"]
+    drawn = ltts("plot", "mix.csv", "output=mix.svg")
+    assert drawn.code == 0, drawn.err
+    words = (tmp_path / "mix.svg").read_text()
+    for folder in (a, b):
+        assert f"questions {read_metrics(folder / 'metrics.csv')['questions_digest'][0][:8]}" in words
+    assert "2 seeds" not in words
+
+
+def test_seeds_of_other_weights_are_not_averaged(seeded, ltts, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "model")
+    seeded("a", 0, "mix/0", f"model.checkpoint={tmp_path / 'model'}")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"initializer_range": 0.5}))
+    seeded("a", 1, "mix/1", f"model.checkpoint={tmp_path / 'model'}")
+    collected = ltts("collect", "mix", "output=mix.csv")
+    assert collected.out.split() == ["mix.csv"]
+    seeded("a", 2, "mix/2", f"model.checkpoint={tmp_path / 'model'}")
+    assert ltts("collect", "mix", "output=mix.csv").out.split() == ["mix_over_seeds.csv", "mix.csv"]
+    means = read_metrics(tmp_path / "mix_over_seeds.csv")
+    assert set(means["seed"]) == {"0", "1,2"}
+
+
+def test_the_weights_of_a_scorer_are_part_of_a_curve(seeded, ltts, checkpoint, tmp_path):
+    scored = ["scorer=latent_rm", f"scorer.checkpoint={tmp_path / 'rm'}"]
+    for seed in (0, 1):
+        tiny.write_latent_rm(tmp_path / "rm", checkpoint, seed=seed)
+        seeded("a", seed, f"mix/{seed}", *scored)
+    assert ltts("collect", "mix", "output=mix.csv").out.split() == ["mix.csv"]
+
+
+def test_compare_takes_no_side_of_two_curves_and_no_other_gold_answers(seeded, ltts, questions, tmp_path):
+    seeded("a", 0, "mix/0")
+    seeded("b", 1, "mix/1")
+    check(ltts("compare", "mix", "mix"), "a=mix: holds runs that are not seeds of each other", "questions_digest")
+    seeded("a", 1, "sampler/0", "sampler.rate=0.5")
+    seeded("a", 0, "sampler/1")
+    check(ltts("compare", "sampler", "sampler"), "sampler_value: 0.5 in sampler/0")
+    path = tmp_path / "a" / "test.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([json.dumps(json.loads(first) | {"answer": "12345"}) + "\n", *others]))
+    seeded("a", 0, "golds")
+    check(ltts("compare", "mix/0", "golds"), "a and b have other gold answers (seed 0)")
+
+
+def test_tables_that_do_not_say_what_they_are_of_are_read_and_not_averaged_with_others(seeded, ltts, tmp_path):
+    folders = [seeded("a", seed, f"old/{seed}", "n=2", "budget=ladder") for seed in (0, 1)]
+    for folder in folders:
+        forget_identity(folder)
+    assert ltts("collect", "old", "output=old.csv").out.split() == ["old.csv"]
+    assert set(read_metrics(tmp_path / "old.csv")["format"]) == {1}
+    check(ltts("compare", "old", "old"), "a=old: holds runs that are not seeds of each other", "unknown, of ")
+    assert ltts("compare", "old/0", "old/0").code == 0
+    tables = [pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False) for folder in folders]
+    pd.concat(tables).to_csv("one.csv", index=False)
+    drawn = ltts("plot", "one.csv", "output=one.svg")
+    assert drawn.code == 0, drawn.err
+    assert "2 seeds" in (tmp_path / "one.svg").read_text()  # of one table, names are believed
+    drawn = ltts("plot", "old", "output=two.svg")
+    assert drawn.code == 0, drawn.err
+    words = (tmp_path / "two.svg").read_text()
+    assert "2 seeds" not in words
+    assert "questions unknown, of old/0/metrics.csv" in words
+
+
+def test_a_later_format_is_refused_by_name(seeded, ltts):
+    folder = seeded("a", 0, "later")
+    table = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False).assign(format="3")
+    table.to_csv("later.csv", index=False)
+    check(ltts("plot", "later.csv"), "later.csv: format 3, this version reads those up to 2")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"format": 3}))
+    check(ltts("compare", "later", "later"), "run.json: format 3, this version reads those up to 2")

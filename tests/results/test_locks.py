@@ -1,0 +1,135 @@
+"""One writer a folder: two runs in one never mix, and a lock ends with its process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from refusal import check
+from safetensors.numpy import load_file, save_file
+
+from latent_tts.errors import UsageError
+from latent_tts.results.files import LOCK, locked_folder
+from latent_tts.results.run_folder import read_latents, read_rollouts, read_run_metrics
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".log"}
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from latent_tts.results.files import locked_folder
+with locked_folder(Path(sys.argv[1]), "output"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_names_its_process_and_dies_with_it(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "held"], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UsageError, match=rf"^output=.*held: process {holder.pid} writes there"):
+            locked_folder(tmp_path / "held", "output").__enter__()
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        holder.stdout.close()
+    with locked_folder(tmp_path / "held", "output"):
+        assert (tmp_path / "held" / LOCK).read_text() == f"{os.getpid()}\n"
+    assert not (tmp_path / "held").exists() or not list((tmp_path / "held").iterdir())
+
+
+def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
+    with pytest.raises(KeyError), locked_folder(tmp_path / "a" / "b", "output"):
+        raise KeyError
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"output=.*file: a folder is wanted"):
+        locked_folder(tmp_path / "file", "output").__enter__()
+
+
+def test_the_processes_of_one_launch_share_a_folder(tmp_path, monkeypatch):
+    with locked_folder(tmp_path, "output"):
+        monkeypatch.setenv("RANK", "1")
+        with locked_folder(tmp_path, "output"):
+            pass
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(UsageError):
+            locked_folder(tmp_path, "output").__enter__()
+
+
+def test_where_there_are_no_locks_that_is_said(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with locked_folder(tmp_path, "output"):
+        assert "has no locks" in caplog.text
+
+
+def test_the_second_run_in_a_folder_is_refused_and_changes_nothing(run, tmp_path):
+    first = run("hydra.run.dir=mine")
+    before = contents(first.last.parent)
+    with locked_folder(tmp_path / "mine", "hydra.run.dir"):
+        check(run("hydra.run.dir=mine", "seed=1"), f"mine: process {os.getpid()} writes there")
+    assert contents(first.last.parent) == before
+    assert run("hydra.run.dir=mine", "seed=1").code == 0
+
+
+@pytest.mark.parametrize("command", ["annotate", "train-rm", "train-reasoner"])
+def test_the_second_writer_of_an_output_folder_is_refused(ltts, tmp_path, command):
+    with locked_folder(tmp_path / "mine", "output"):
+        limits = ["task.limit=2"] if command == "annotate" else []
+        check(ltts(command, "output=mine", *limits), f"output=mine: process {os.getpid()} writes there")
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "rollouts.parquet"])
+def test_a_file_of_another_run_or_a_damaged_one_is_refused_by_name(run, ltts, tmp_path, name):
+    one, other = run("hydra.run.dir=one"), run("hydra.run.dir=other", "seed=1")
+    (tmp_path / "one" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    refused = "is damaged, or of another run"
+    check(ltts("compare", "one", "one"), f"one/{name}: {refused}")
+    assert json.loads((one.last.parent / "run.json").read_text())["files"].keys() == {"metrics.csv", "rollouts.parquet"}
+    assert other.code == 0
+    if name == "metrics.csv":
+        check(ltts("collect", "one", "output=all.csv"), f"one/{name}: {refused}")
+
+
+def test_overwritten_latents_are_refused_by_name(run, ltts, checkpoint, tmp_path):
+    import tiny
+
+    scorer = tiny.write_latent_rm(tmp_path / "rm", checkpoint)
+    run("hydra.run.dir=one", "keep_latents=true", "cache=off")
+    path = tmp_path / "one" / "latents.safetensors"
+    save_file({name: values + 1 for name, values in load_file(path).items()}, path)
+    rescored = ltts("rescore", "one", "scorer=latent_rm", f"scorer.checkpoint={scorer}")
+    check(rescored, "one/latents.safetensors: is damaged, or of another run")
+
+
+@pytest.mark.slow
+def test_two_runs_that_race_for_a_folder_never_mix(checkpoint, tmp_path):
+    few = ["task.limit=4", "n=2", "max_answer_tokens=4", "keep_latents=true", "cache=off"]
+    ltts = [sys.executable, "-m", "latent_tts", "run", f"model.checkpoint={checkpoint}", *few]
+    for race in range(8):
+        folder = tmp_path / f"race{race}"
+        runs = [
+            subprocess.Popen([*ltts, f"seed={seed}", f"hydra.run.dir={folder}"], cwd=tmp_path, stderr=subprocess.PIPE)
+            for seed in (0, 1)
+        ]
+        told = {run.pid: run.communicate()[1].decode() for run in runs}
+        codes = sorted(run.returncode for run in runs)
+        assert codes in ([0, 2], [0, 0])  # 0, 0: one after the other
+        if codes == [0, 2]:
+            first, second = sorted(runs, key=lambda run: run.returncode)
+            assert f"process {first.pid} writes there" in told[second.pid]
+        seed = str(json.loads((folder / "run.json").read_text())["config"]["seed"])
+        assert set(read_run_metrics(folder)["seed"]) == {seed}
+        rollouts = read_rollouts(folder)
+        assert len(read_latents(folder, rollouts["latent_steps"])) == len(rollouts) == 8
