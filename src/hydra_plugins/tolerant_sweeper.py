@@ -52,7 +52,9 @@ class TolerantSweeper(BasicSweeper):
         command = importlib.import_module(f"latent_tts.commands.{self.config.hydra.job.name}")
         if hasattr(command, "finish_sweep"):
             ran = [r for r in results if not (r.status is JobStatus.FAILED and cli.is_refused(r._return_value))]
-            command.finish_sweep(folder, [Path(r.hydra_cfg.hydra.runtime.output_dir) for r in ran if r.hydra_cfg])
+            command.finish_sweep(
+                folder, {Path(r.hydra_cfg.hydra.runtime.output_dir): r.cfg for r in ran if r.hydra_cfg}
+            )
         if max(codes):
             raise JobsFailed(max(codes))
         return results

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from latent_tts.config.build import is_given
-from latent_tts.config.requests import build_aggregator
+from latent_tts.config.recorded import aggregator_builder
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.pipeline.seeds import write_joined
 from latent_tts.results.run_folder import run_folders
@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> None:
     output = Path(cfg.output or "").expanduser()
     if not cfg.output or output.is_dir():
         raise bad_value("output", cfg.output, "the path of a CSV file")
-    joined, left_out, means = write_joined(output, list(dict.fromkeys(folders)), build_aggregator)
+    joined, left_out, means = write_joined(output, list(dict.fromkeys(folders)), aggregator_builder(cfg))
     for folder in left_out:
         log.warning("%s is missing: the run did not complete", folder)
     if joined.empty:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from latent_tts.config import build as config
+from latent_tts.config.recorded import literal, recorded
 from latent_tts.config.requests import annotation_spec, run_request
 from latent_tts.errors import bad_value, computing, require
 from latent_tts.model import ModelAdapter
@@ -18,7 +20,7 @@ from latent_tts.pipeline.annotation import annotate
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.temperature import choose_temperature
 from latent_tts.results import report
-from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.results.annotations import SETTINGS, AnnotationFolder
 from latent_tts.results.files import whole_file
 from latent_tts.training.folder import FINISHED, STATES, claim
 from latent_tts.training.optimization import check_device
@@ -51,6 +53,7 @@ def main(cfg: DictConfig) -> None:
     adapter.check()
     keys = ("annotations", "valid_annotations")
     data, valid = (open_questions(annotation_folder(cfg, key), adapter, key) for key in keys)
+    annotated = annotated_run(cfg, valid.folder)
     settings = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(settings, dict)
     kept = {key: settings[key] for key in ("init", "seed", "bf16", "weights_dtype", "loss", "optimization")}
@@ -80,7 +83,7 @@ def main(cfg: DictConfig) -> None:
                 device=cfg.device,
                 weights_dtype=cfg.weights_dtype,
                 output=output,
-                calibrate=lambda checkpoint: calibrate(cfg, valid.folder, checkpoint),
+                calibrate=lambda checkpoint: None if annotated is None else calibrate(annotated, checkpoint),
                 report=lambda done, figures: report.show(bar, done, note(figures)),
             )
     if results is not None:  # in the first process of a launch
@@ -100,28 +103,49 @@ def annotation_folder(cfg: DictConfig, key: str) -> Path:
     return annotate(annotation_spec(part))
 
 
-def calibrate(cfg: DictConfig, valid: AnnotationFolder, checkpoint: Path) -> float | None:
-    """Choose the temperature of the weighted vote and write it into the `config.json` of a LatentRM.
+def annotated_run(cfg: DictConfig, valid: AnnotationFolder) -> DictConfig | None:
+    """The run whose rollouts were annotated, on which the temperature of the weighted vote is to be chosen.
 
     Args:
         cfg: config of the training command, for the model.
         valid: annotations of the questions to choose on.
-        checkpoint: the LatentRM's folder.
 
     Returns:
-        The temperature; None, and nothing written, for annotations (official shards) that do not say what they are of.
+        The config of `ltts run`; None for annotations (official shards) that do not say which task they are of.
+
+    Raises:
+        UsageError: the settings of the annotations describe no run.
     """
     made = valid.settings
     if "task" not in made:
-        log.warning("%s does not say which task it is of: the temperature of the weighted vote stays 1", valid.path)
+        log.warning("%s: task unknown, so the temperature of the weighted vote stays 1", valid.path)
         return None
     run = config.compose("run", ["scorer=latent_rm"])
-    run.model = OmegaConf.to_container(cfg.model, resolve=True)
-    run.task = made["task"] | {"limit": valid.index().num_rows}
-    run.sampler, run.n, run.seed = made["sampler"], made["n"], made["seed"]
-    run.max_answer_tokens, run.engine.dtype = made["max_answer_tokens"], made["dtype"]
-    run.engine.quantize = made.get("quantize")
-    run.answer = OmegaConf.merge(run.answer, made.get("answer", {}))
+    try:
+        run.model = OmegaConf.to_container(cfg.model, resolve=True)
+        run.task, run.sampler = recorded("task", made["task"], cfg), recorded("sampler", made["sampler"], cfg)
+        run.task.limit = valid.index().num_rows
+        run.n, run.seed, run.max_answer_tokens = made["n"], made["seed"], made["max_answer_tokens"]
+        run.engine.dtype, run.engine.quantize = made["dtype"], made.get("quantize")
+        run.answer = OmegaConf.merge(run.answer, literal(made.get("answer", {})))
+    except (KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
+        reason = f"has no {error}" if type(error) is KeyError else str(error).splitlines()[0]
+        raise bad_value("valid_annotations", valid.path / SETTINGS, reason) from error
+    config.build("task", run.task)
+    config.build("sampler", run.sampler)
+    return run
+
+
+def calibrate(run: DictConfig, checkpoint: Path) -> float:
+    """Choose the temperature of the weighted vote and write it into the `config.json` of a LatentRM.
+
+    Args:
+        run: the run to choose on.
+        checkpoint: the LatentRM's folder.
+
+    Returns:
+        The temperature.
+    """
     run.scorer.checkpoint = str(checkpoint)
     temperature = choose_temperature(check_run(run_request(run)))
     path = checkpoint / "config.json"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.aggregator import Aggregator
 from latent_tts.config.build import build, changed_keys, is_default, is_given
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import require
@@ -78,11 +76,6 @@ def engine_settings(node: DictConfig) -> EngineSettings:
         UsageError: a value is not allowed.
     """
     return EngineSettings(node.dtype, node.device, node.rows, node.quantize)
-
-
-def build_aggregator(name: str, node: Mapping[str, Any]) -> Aggregator:
-    """An aggregator from its node in a `run.json`."""
-    return build(f"aggregator.{name}", OmegaConf.create(dict(node)))
 
 
 def changed_settings(cfg: DictConfig) -> dict[str, Any]:

@@ -253,6 +253,8 @@ class AnnotationFolder:
             except (OSError, pa.ArrowException) as error:
                 raise bad_value(self._key, shard, f"cannot be read ({str(error).splitlines()[0]})") from error
             for row in rows:
+                if not SHARD_NAME.fullmatch(str(row["shard"])):
+                    raise bad_value(self._key, shard, f"names {row['shard']!r}, which is no shard's name")
                 if not (self.path / row["shard"]).is_file():
                     raise bad_value(self._key, self.path, f"the index names {row['shard']}, which is not there")
                 yield row
