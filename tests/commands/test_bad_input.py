@@ -74,7 +74,7 @@ def test_a_bad_override_on_the_command_line(run, overrides, words):
         (["task=jsonl"], ["task.path=null", "no such file"]),
         (["task=jsonl", "task.path=nosuch.jsonl"], ["task.path=nosuch.jsonl", "no such file"]),
         (["model.checkpoint=no/such/folder"], ["model.checkpoint=no/such/folder", "no such folder"]),
-        (["model.checkpoint=shipped:nosuch"], ["model.checkpoint=shipped:nosuch", "shipped are"]),
+        (["model.checkpoint=shipped:nosuch"], ["model.checkpoint=shipped:nosuch", "no such built-in checkpoint"]),
         (["sampler=gaussian", "sampler.sigma=inf"], ["sampler.sigma=inf", "finite"]),
         (["sampler=gaussian", "sampler.sigma=big"], ["sampler.sigma=big", "number"]),
         (["sampler.rate=-0.1"], ["sampler.rate=-0.1", "[0, 1)"]),
@@ -182,7 +182,7 @@ def test_a_checkpoint_without_the_latent_tokens(refuse, broken):
 def test_weights_of_another_shape_than_the_config_says(refuse, broken):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
-    refuse(f"model.checkpoint={broken}", words=["weights are missing"])
+    refuse(f"model.checkpoint={broken}", words=["n_layer=2", "the weights have 1 layers"])
     (broken / "config.json").write_text(json.dumps(config | {"n_layer": 0}))
     refuse(f"model.checkpoint={broken}", words=["fewer layers than the weights", ".h.0."])
 
@@ -190,8 +190,8 @@ def test_weights_of_another_shape_than_the_config_says(refuse, broken):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("n_layer", "four", 'config.json has n_layer="four"; a whole number is wanted, 0 or more'),
-        ("n_embd", None, "n_embd=null; a whole number is wanted, 1 or more"),
+        ("n_layer", "four", 'config.json has n_layer="four"; must be an integer, 0 or more'),
+        ("n_embd", None, "n_embd=null; must be an integer, 1 or more"),
         ("n_head", 0, "n_head=0"),
         ("vocab_size", "263", 'vocab_size="263"'),
         ("n_positions", 1.5, "n_positions=1.5"),
@@ -232,7 +232,7 @@ def test_a_pickle_names_convert_and_converts(run, ltts, broken, checkpoint):
 def test_convert_refuses_what_is_no_pickle_of_tensors(ltts, broken, tmp_path):
     (broken / "model.safetensors").unlink()
     (broken / "pytorch_model.bin").write_bytes(b"nothing of the kind")
-    check(ltts("convert", broken, "new"), "no pickle of tensors")
+    check(ltts("convert", broken, "new"), "not a pickle that contains only tensors")
     torch.save({"lr": 0.1}, broken / "pytorch_model.bin")
     check(ltts("convert", broken, "new"), "dict of tensors")
     check(ltts("convert", "nowhere", "new"), "src=nowhere")

@@ -89,6 +89,7 @@ class CheckpointAdapter:
                 f"choose the model that reads it, or a {self.family} checkpoint",
             )
         files.check_sizes(self.config, self.folder)
+        files.check_shapes(self.config, shapes, self.folder)
         self.check_tensors(shapes)
         self.check_tokens()
         files.check_vocabulary(self.tokenizer, shapes, self.config, self.folder)
