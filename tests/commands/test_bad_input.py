@@ -294,7 +294,7 @@ def test_a_refused_run_is_none_that_did_not_complete(run, tmp_path):
     for bad in ("n=0", "+foo=1"):
         assert run(bad).code == 2
     assert not list((tmp_path / "outputs" / "run").iterdir())
-    check_refused("collect", "runs=[outputs/run]", words=["neither a run folder nor one that holds run folders"])
+    check_refused("collect", "runs=[outputs/run]", words=["neither a run folder nor a folder of runs"])
 
 
 def test_a_refused_run_leaves_what_was_in_its_folder(run, ltts):
@@ -317,7 +317,7 @@ def test_bad_folders_of_the_other_commands(ltts, run, own_copy):
     sides = f"a={own_copy}", f"b={own_copy}"
     check_refused("compare", sides[0], "b=nothere", words=["b=nothere: no such folder"])
     check(ltts("compare", own_copy, run("seed=7").last.parent), "seeds")
-    check(ltts("compare", own_copy, run("task.split=valid").last.parent), "other questions")
+    check(ltts("compare", own_copy, run("task.split=valid").last.parent), "different questions")
     check_refused("compare", *sides, "b_n=3", words=["b_n=3", "the run reports"])
     check_refused("collect", f"runs=[{own_copy}]", "output=null", words=["output=null"])
     (own_copy / "run.json").unlink()
@@ -330,17 +330,17 @@ def cut(path, left: int = -20) -> None:
 
 
 DAMAGES = {
-    "cut off": (lambda run: cut(run / "metrics.csv"), "metrics.csv", "is cut off"),
-    "without its last digit": (lambda run: cut(run / "metrics.csv", -2), "metrics.csv", "is cut off"),
+    "cut off": (lambda run: cut(run / "metrics.csv"), "metrics.csv", "is truncated"),
+    "without its last digit": (lambda run: cut(run / "metrics.csv", -2), "metrics.csv", "is truncated"),
     "empty": (lambda run: (run / "metrics.csv").write_text(""), "metrics.csv", "cannot be read"),
-    "without rows": (lambda run: table_of(run).head(0), "metrics.csv", "holds no rows"),
+    "without rows": (lambda run: table_of(run).head(0), "metrics.csv", "has no rows"),
     "without a column": (
         lambda run: table_of(run).drop(columns="value"),
         "metrics.csv",
-        "lacks the columns value",
+        "columns missing: value",
     ),
     "without a number": (lambda run: table_of(run).assign(n=""), "metrics.csv", "its row 1 has no n"),
-    "not of numbers": (lambda run: table_of(run).assign(value="?"), "metrics.csv", "its column value"),
+    "not of numbers": (lambda run: table_of(run).assign(value="?"), "metrics.csv", "column value must"),
 }
 
 
@@ -369,8 +369,8 @@ def test_a_damaged_metrics_table(own_copy, damage):
     ("content", "words"),
     [
         (None, "cannot be read"),
-        ("[]", "lacks config"),
-        ('{"config": {"answer": 3}, "aggregators": [], "cache": 1, "settings": 2}', "lacks config"),
+        ("[]", "wrong type: config"),
+        ('{"config": {"answer": 3}, "aggregators": [], "cache": 1, "settings": 2}', "wrong type: config"),
     ],
 )
 def test_a_damaged_record_of_a_run(own_copy, content, words):

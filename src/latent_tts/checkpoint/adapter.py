@@ -58,6 +58,10 @@ class CheckpointAdapter:
             raise bad_value(
                 "model.checkpoint", self.checkpoint, f"a folder or hub id: model={self.name} has no default"
             )
+        for key in ("trained_latents", "recommended"):
+            value = getattr(self, key)
+            if not isinstance(value, Mapping | None):
+                raise bad_value(f"model.{key}", value, "a mapping, as in conf/model/*.yaml")
         if not (is_whole(self.latents) and self.latents >= 0):
             raise bad_value("model.latents", self.latents, "a number of latent thoughts, 0 or more")
 

@@ -18,7 +18,7 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: the two sides do not have the same questions and seeds, or share no budget, or lack a figure.
     """
-    a, b = (read_side(key, Path(cfg[key]), aggregator_builder(cfg)) for key in ("a", "b"))
+    a, b = (read_side(key, Path(cfg[key]).expanduser(), aggregator_builder(cfg)) for key in ("a", "b"))
     found = differences(a, b, Selection(cfg.a_figure, cfg.b_figure, cfg.a_n, cfg.b_n))
     rows = []
     for one in found:

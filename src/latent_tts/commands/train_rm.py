@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from latent_tts.config import build as config
-from latent_tts.config.recorded import literal, recorded
-from latent_tts.config.requests import annotation_spec, run_request
+from latent_tts.config.requests import annotated_run, annotation_spec, run_request
 from latent_tts.errors import bad_value, computing, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation import annotate
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.temperature import choose_temperature
 from latent_tts.results import report
-from latent_tts.results.annotations import SETTINGS, AnnotationFolder
 from latent_tts.results.files import whole_file
 from latent_tts.training.folder import FINISHED, STATES, claim
 from latent_tts.training.optimization import check_device
@@ -41,11 +38,12 @@ def main(cfg: DictConfig) -> None:
         RunError: the loss stopped being finite, or the device failed; the last state is kept.
     """
     require("init", cfg.init, cfg.init in INITS, f"one of {', '.join(INITS)}")
+    require("seed", cfg.seed, cfg.seed >= 0, "0 or more")
     require("weights_dtype", cfg.weights_dtype, cfg.weights_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
     check_device(cfg.device)
     output = Path(cfg.output).expanduser()
     if output.exists() and not output.is_dir():
-        raise bad_value("output", output, "a folder is wanted, this is a file")
+        raise bad_value("output", output, "must be a folder, not a file")
     config.build("sampler", cfg.sampler)  # a wrong value is refused even where nothing has to be annotated
     loss: RewardLoss = config.build("loss", cfg.loss)
     optimization: RewardOptimization = config.build("optimization", cfg.optimization)
@@ -103,39 +101,6 @@ def annotation_folder(cfg: DictConfig, key: str) -> Path:
     return annotate(annotation_spec(part))
 
 
-def annotated_run(cfg: DictConfig, valid: AnnotationFolder) -> DictConfig | None:
-    """The run whose rollouts were annotated, on which the temperature of the weighted vote is to be chosen.
-
-    Args:
-        cfg: config of the training command, for the model.
-        valid: annotations of the questions to choose on.
-
-    Returns:
-        The config of `ltts run`; None for annotations (official shards) that do not say which task they are of.
-
-    Raises:
-        UsageError: the settings of the annotations describe no run.
-    """
-    made = valid.settings
-    if "task" not in made:
-        log.warning("%s: task unknown, so the temperature of the weighted vote stays 1", valid.path)
-        return None
-    run = config.compose("run", ["scorer=latent_rm"])
-    try:
-        run.model = OmegaConf.to_container(cfg.model, resolve=True)
-        run.task, run.sampler = recorded("task", made["task"], cfg), recorded("sampler", made["sampler"], cfg)
-        run.task.limit = valid.index().num_rows
-        run.n, run.seed, run.max_answer_tokens = made["n"], made["seed"], made["max_answer_tokens"]
-        run.engine.dtype, run.engine.quantize = made["dtype"], made.get("quantize")
-        run.answer = OmegaConf.merge(run.answer, literal(made.get("answer", {})))
-    except (KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
-        reason = f"has no {error}" if type(error) is KeyError else str(error).splitlines()[0]
-        raise bad_value("valid_annotations", valid.path / SETTINGS, reason) from error
-    config.build("task", run.task)
-    config.build("sampler", run.sampler)
-    return run
-
-
 def calibrate(run: DictConfig, checkpoint: Path) -> float:
     """Choose the temperature of the weighted vote and write it into the `config.json` of a LatentRM.
 
@@ -165,11 +130,12 @@ def note(figures: Mapping[str, float]) -> str:
 def show(results: Mapping[str, Any]) -> None:
     """Print the figures on the validation questions as a table."""
     rows = [["chosen by LatentRM", percent(results["valid_selection_accuracy"])]]
-    rows.append(["chosen blindly", percent(results["valid_chance"])])
+    rows.append(["random choice", percent(results["valid_chance"])])
     everything = results["valid_selection_accuracy_of_all"]
     if everything is not None:
         rows.append(["chosen by LatentRM, with the questions that leave no choice", percent(everything)])
-    title = f"right on valid ({results['valid_questions']} questions with a choice), {results['updates']} updates"
+    questions = f"{results['valid_questions']} questions with both right and wrong rollouts"
+    title = f"right on valid ({questions}), {results['updates']} updates"
     report.print_table(title, ["", "%"], rows)
 
 

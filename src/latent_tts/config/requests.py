@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from latent_tts.config.build import build, changed_keys, is_default, is_given
+from latent_tts.config.build import build, changed_keys, compose, is_default, is_given
+from latent_tts.config.recorded import literal, recorded
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import require
+from latent_tts.errors import bad_value, require
 from latent_tts.pipeline.annotation import AnnotationSpec
 from latent_tts.pipeline.spec import EngineSettings, RunRequest
+from latent_tts.results.annotations import SETTINGS, AnnotationFolder
+
+log = logging.getLogger(__name__)
 
 
 def run_request(cfg: DictConfig) -> RunRequest:
@@ -67,6 +73,39 @@ def annotation_spec(cfg: DictConfig) -> AnnotationSpec:
         config=plain(cfg),
         schedule_chosen=is_given("schedule"),
     )
+
+
+def annotated_run(cfg: DictConfig, valid: AnnotationFolder) -> DictConfig | None:
+    """The run whose rollouts were annotated, on which the temperature of the weighted vote is to be chosen.
+
+    Args:
+        cfg: config of the training command, for the model.
+        valid: annotations of the questions to choose on.
+
+    Returns:
+        The config of `ltts run`; None for annotations (official shards) that do not say which task they are of.
+
+    Raises:
+        UsageError: the settings of the annotations describe no run.
+    """
+    made = valid.settings
+    if "task" not in made:
+        log.warning("%s: task unknown, so the temperature of the weighted vote stays 1", valid.path)
+        return None
+    run = compose("run", ["scorer=latent_rm"])
+    try:
+        run.model = OmegaConf.to_container(cfg.model, resolve=True)
+        run.task, run.sampler = recorded("task", made["task"], cfg), recorded("sampler", made["sampler"], cfg)
+        run.task.limit = valid.index().num_rows
+        run.n, run.seed, run.max_answer_tokens = made["n"], made["seed"], made["max_answer_tokens"]
+        run.engine.dtype, run.engine.quantize = made["dtype"], made.get("quantize")
+        run.answer = OmegaConf.merge(run.answer, literal(made.get("answer", {})))
+    except (KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
+        reason = f"has no {error}" if type(error) is KeyError else str(error).splitlines()[0]
+        raise bad_value("valid_annotations", valid.path / SETTINGS, reason) from error
+    build("task", run.task)
+    build("sampler", run.sampler)
+    return run
 
 
 def engine_settings(node: DictConfig) -> EngineSettings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
+
 SECONDS_BETWEEN_PARTS = 2.0
+FORMULA = re.compile("'*[=+\\-@\t\r]")
 
 
 T = TypeVar("T")
@@ -51,6 +55,28 @@ def whole_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def spreadsheet_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table whose texts no spreadsheet takes for a formula: those that could be one begin with an apostrophe."""
+    return frame.map(lambda cell: f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell)
+
+
+def plain_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table that `spreadsheet_cells` was given."""
+    return frame.map(
+        lambda cell: cell[1:] if isinstance(cell, str) and cell[:1] == "'" and _is_formula(cell[1:]) else cell
+    )
+
+
+def _is_formula(cell: str) -> bool:
+    if FORMULA.match(cell) is None:
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
