@@ -144,6 +144,7 @@ REFUSED = [
     "collect nowhere",
     "compare nowhere nothere",
     "plot nowhere",
+    "cache older_than=0",
     "convert nowhere new",
 ]
 

@@ -6,6 +6,7 @@ Hydra takes plugins from the namespace package `hydra_plugins` alone, hence the 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,39 @@ class TolerantSweeper(BasicSweeper):
         given = {argument.lstrip("+~").partition("=")[0] for argument in arguments}
         own = [param for param in self._parse_config() if param.partition("=")[0] not in given]
         overrides = parser.parse_overrides([*own, *arguments])
-        jobs = self.split_arguments(overrides, None)[0]
+        jobs = [list(job) for job in self.split_arguments(overrides, None)[0]]
+        common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+
+        def name(job: Sequence[str]) -> str:
+            return f"job {' '.join(override for override in job if override not in common)}: "
+
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         launchable, codes = [], [0]
+        log_file = folder / f"{self.config.hydra.job.name}.log"
+
+        def report(error: Exception, job: Sequence[str]) -> None:
+            codes.append(cli.say(error, name(job)))
+            with log_file.open("a") as file:
+                file.write(name(job) + "\n".join(cli.describe(error)[0]) + "\n")
+
         for job in jobs:
             try:
                 self.validate_batch_is_legal([job])
                 launchable.append(job)
             except Exception as error:  # whatever composing raises is that job's failure alone
-                codes.append(cli.say(error))
+                report(error, job)
         results = self.launcher.launch(launchable, initial_job_idx=0) if launchable else []
-        codes += [cli.say(r._return_value) for r in results if r.status is JobStatus.FAILED]
+        for job, result in zip(launchable, results, strict=True):
+            if result.status is JobStatus.FAILED:
+                report(result._return_value, job)
         command = importlib.import_module(f"latent_tts.commands.{self.config.hydra.job.name}")
         if hasattr(command, "finish_sweep"):
             ran = [r for r in results if not (r.status is JobStatus.FAILED and cli.is_refused(r._return_value))]
-            command.finish_sweep(folder, [Path(r.hydra_cfg.hydra.runtime.output_dir) for r in ran if r.hydra_cfg])
+            command.finish_sweep(
+                folder, {Path(r.hydra_cfg.hydra.runtime.output_dir): r.cfg for r in ran if r.hydra_cfg}
+            )
         if max(codes):
             raise JobsFailed(max(codes))
         return results

@@ -13,5 +13,6 @@ class UserConf(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Add it if it is there."""
-        if user_conf_dir().is_dir():
-            search_path.append(provider="user", path=f"file://{user_conf_dir()}")
+        folder = user_conf_dir()
+        if folder is not None and folder.is_dir():
+            search_path.append(provider="user", path=f"file://{folder}")

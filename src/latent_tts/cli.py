@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import signal
 import sys
+from collections.abc import Iterable
+from difflib import get_close_matches
 from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, unknown_key
+from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, printable, unknown_key
 
 # name: (what it does, names of its positional arguments; a trailing * takes the rest)
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("draw rollouts, pick answers, write the scaling curve", ()),
     "rescore": ("score the rollouts of a finished run with another scorer: ltts rescore RUN", ("run",)),
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
-    "train-reasoner": ("train a latent reasoner by a staged curriculum; resumable", ()),
+    "train-reasoner": ("train a latent reasoner with its family's recipe; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
-    "tune": ("measure which engine settings suit this machine, and keep them as engine=tuned", ()),
-    "collect": ("join tables of runs, with means over seeds; say which are missing: ltts collect RUNS...", ("runs*",)),
+    "tune": ("measure which engine settings are fastest on this machine and save them as engine=tuned", ()),
+    "collect": ("join tables of runs, average over seeds, list incomplete runs: ltts collect RUNS...", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),
     "plot": ("draw figures from metrics tables: ltts plot RUNS_OR_CSVS...", ("runs*",)),
     "cache": ("list the cache of rollouts, or free space: ltts cache prune older_than=30d", ("action",)),
     "convert": ("rewrite a pickle or a training checkpoint for ltts run: ltts convert SRC DST", ("src", "dst")),
 }
 MAX_LINES = 4
+KEPT = "finished work is kept; "
 FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
 FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--config-dir", "-cn", "--config-name"]
 
@@ -64,7 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     name = arguments[0]
     if name not in COMMANDS:
         return say(
-            UsageError(f"unknown command {name!r}; one of {', '.join(COMMANDS)}\n`ltts --help` says what each does")
+            UsageError(
+                f"unknown command {name!r}; {_meant(name, COMMANDS)}one of {', '.join(COMMANDS)}\n"
+                "run `ltts --help` for a description of each"
+            )
         )
     try:
         overrides = _overrides(name, arguments[1:])
@@ -75,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an encoding may lack a character of a table or a name
     try:
         code = main()
         sys.stdout.flush()
@@ -88,36 +99,74 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
     """Arguments for Hydra: `-m` goes first, where Hydra accepts it, and positional ones become overrides.
 
     Raises:
-        UsageError: an unknown flag, or too many positional arguments.
+        UsageError: an unknown flag, too many positional arguments, or too few.
     """
+    from latent_tts.config import meant
+
     multirun = [flag for flag in arguments if flag in ("-m", "--multirun")][:1]
-    names, positional, others = list(COMMANDS[name][1]), {}, []
+    command, names, positional, others = name.replace("-", "_"), list(COMMANDS[name][1]), {}, []
     expects_value = False
-    for argument in arguments:
+    for place, argument in enumerate(arguments):
         if argument in ("-m", "--multirun"):
             continue
-        if expects_value or "=" in argument.lstrip("-") or argument.startswith("-"):
+        key, equals, _ = argument.lstrip("-").partition("=")
+        is_path = bool(names) and not argument.startswith("-") and _exists(argument)
+        if expects_value or argument.startswith("-") or (equals and not is_path and meant.is_key(command, key)):
             flag = argument.split("=")[0]
             if not expects_value and argument.startswith("-") and flag not in FLAGS + FLAGS_WITH_VALUE:
-                raise UsageError(f"{argument}: no such flag; one of {', '.join(FLAGS + FLAGS_WITH_VALUE)}")
+                following = arguments[place + 1] if place + 1 < len(arguments) else None
+                override = meant.key_of_flag(command, argument, following)
+                hint = f"did you mean {override}? " if override else _meant(argument, FLAGS + FLAGS_WITH_VALUE)
+                raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(FLAGS + FLAGS_WITH_VALUE)}")
             others.append(argument)
         elif names:
-            positional.setdefault(names[0].rstrip("*"), []).append("'" + argument.replace("'", "\\'") + "'")
+            positional.setdefault(names[0].rstrip("*"), []).append(meant.quoted(argument))
             if not names[0].endswith("*"):
                 names.pop(0)
         else:
-            raise UsageError(f"ltts {name}: {argument!r} is not of the form key=value; `ltts {name} --help` lists keys")
+            option = meant.option_of(command, argument)
+            hint = f"did you mean {option}? " if option else ""
+            raise UsageError(
+                f"ltts {name}: {argument!r} is not of the form key=value; {hint}`ltts {name} --help` lists keys"
+            )
         expects_value = argument in FLAGS_WITH_VALUE
+    given_keys = {argument.partition("=")[0] for argument in others}
+    if names and not names[0].endswith("*") and not (set(names) | {*FLAGS[2:], *FLAGS_WITH_VALUE}) & given_keys:
+        usage = " ".join(["ltts", name, *(key.upper() for key in COMMANDS[name][1])])
+        raise UsageError(
+            f"usage: {usage} [key=value ...]; {names[0].upper()} is missing; `ltts {name} --help` lists keys"
+        )
     variadic = {f"{n.rstrip('*')}" for n in COMMANDS[name][1] if n.endswith("*")}
     given = [f"{k}=[{','.join(v)}]" if k in variadic else f"{k}={v[0]}" for k, v in positional.items()]
     return multirun + others + given
+
+
+def _exists(path: str) -> bool:
+    """Whether an argument names a file or folder."""
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, no home, a null character
+        return False
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    """A hint at the most similar word."""
+    close = get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}? " if close else ""
 
 
 def _run_hydra(name: str, arguments: list[str]) -> int:
     """Hand over to Hydra, and turn what it raises into a line and an exit code."""
     import hydra
 
-    from latent_tts.config.build import conf_dir, refuse_unknown_keys, register_schemas, remove_record
+    from latent_tts.config.build import (
+        conf_dir,
+        refuse_unknown_keys,
+        register_schemas,
+        remove_record,
+        stay_where_started,
+    )
+    from latent_tts.config.failures import Failures
 
     module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
     register_schemas()
@@ -128,20 +177,26 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
 
     @wraps(module.main)  # Hydra names the job by its module
     def job(cfg: Any) -> None:
+        stay_where_started()
         try:
             refuse_unknown_keys(cfg)
             module.main(cfg)
         except Exception as error:
             if is_refused(error):
                 remove_record()
+            else:
+                log_to_files(error)
             raise
 
+    Failures.kept.clear()
     try:
         hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name.replace("-", "_"))(job)()
+        if Failures.kept:
+            raise Failures.kept.pop()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt as interrupt:
-        kept = str(interrupt) or "what was computed is kept; re-run the command to resume"
+        kept = str(interrupt) or "finished work is kept; re-run the command to resume"
         print(f"interrupted: {kept}", file=sys.stderr)
         return 130
     except JobsFailed as failed:
@@ -160,11 +215,20 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     return 0
 
 
-def say(error: Exception) -> int:
-    """Print an error in at most four lines; returns its exit code."""
+def say(error: Exception, job: str = "") -> int:
+    """Print an error, of a job of a sweep, in at most four lines; returns its exit code."""
     lines, code = describe(error)
-    print("ltts: error: " + "\n".join(lines[:MAX_LINES]), file=sys.stderr)
+    print("ltts: error: " + job + printable("\n".join(lines[:MAX_LINES])), file=sys.stderr)
     return code
+
+
+def log_to_files(error: Exception) -> None:
+    """Write an error into the log of the running job, with its traceback unless it is of a kind that users cause."""
+    traceback = None if isinstance(error, LatentTTSError) else (type(error), error, error.__traceback__)
+    record = logging.LogRecord(__name__, logging.ERROR, __file__, 0, "\n".join(describe(error)[0]), None, traceback)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 def describe(error: Exception) -> tuple[list[str], int]:
@@ -173,6 +237,7 @@ def describe(error: Exception) -> tuple[list[str], int]:
     from omegaconf.errors import OmegaConfBaseException
 
     from latent_tts.config.build import conf_dir
+    from latent_tts.config.meant import no_option, quoted_override
 
     if isinstance(error, LatentTTSError):
         return str(error).splitlines(), error.exit_code
@@ -181,21 +246,39 @@ def describe(error: Exception) -> tuple[list[str], int]:
         own = [path.stem for path in (Path(conf_dir()) / group).glob("*.yaml")]
         options = sorted({*own, *(error.options or ())})  # Hydra's own list also has those of other packages
         hint = ["`ltts tune` makes it"] if (group, option) == ("engine", "tuned") else []
-        return [f"{group}={option}: no such option; one of {', '.join(options)}", *hint], 2
+        return [f"{group}={option}: no such option; {_meant(option, options)}one of {', '.join(options)}", *hint], 2
     if isinstance(error, OverrideParseException):
-        return [f"{error.override}: not of the form key=value ({str(error).splitlines()[0]})"], 2
+        fixed = quoted_override(error.override)
+        hint = f"write {fixed}, with quotes around the value" if fixed else str(error).splitlines()[0]
+        return [f"{error.override}: {'cannot be read' if fixed else 'not of the form key=value'}; {hint}"], 2
+    ambiguous = re.match(r"Ambiguous value for argument '(.+?)'\n", str(error), re.S)
+    if ambiguous:
+        key, _, value = ambiguous[1].partition("=")
+        return [f"{ambiguous[1]}: several values; -m runs a job for each, {key}=[{value}] is a list"], 2
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         lines, file = _describe_omegaconf(error, cause), re.match(r"In '(.+?)': ", str(error))
         return [f"{file[1]}.yaml: {lines[0]}" if file else lines[0], *lines[1:]], 2
     if isinstance(error, HydraException):
         return [line for line in str(error).splitlines() if line.strip()], 2
+    if "Config group override must be" in str(error):
+        return [no_option(sys.argv[1:]) or str(error)], 2
+    if "No space left on device" in str(error):
+        where = getattr(error, "filename", None)
+        return [f"{f'{where}: ' if where else ''}no space left on the disk", KEPT + "free some space first"], 1
+    if isinstance(error, RuntimeError) and "home directory" in str(error):
+        return ["~ in a path: this user has no home folder; write the path in full"], 2
+    if isinstance(error, MemoryError):
+        return [
+            f"out of memory{': ' if str(error) else ''}{error}",
+            KEPT + "a smaller engine.rows needs less memory",
+        ], 1
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return [f"{where}{error.strerror or error}"], 2 if isinstance(
             error, FileExistsError | NotADirectoryError
         ) else 1
-    hint = "HYDRA_FULL_ERROR=1 shows the traceback; what was computed is kept"
+    hint = KEPT + "set HYDRA_FULL_ERROR=1 to see the traceback"
     return [f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}", hint], 1
 
 
@@ -206,14 +289,23 @@ def is_refused(error: Exception) -> bool:
 
 def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     """A wrong key or a wrong type."""
+    from latent_tts.config.meant import options_with
+
     first = str(cause).splitlines()[0]
     key = cause.full_key or cause.key or ""
     missing = re.match(r"Key '(.+?)' (?:is not in struct|not in )", first)
     if missing:
         parent = cause.parent_node
         known = sorted(str(k) for k in parent) if parent is not None else []
-        return [str(unknown_key(key or missing[1], (k for k in known if k not in ("_target_", "hydra"))))]
+        key = key or missing[1]
+        elsewhere = options_with(key)
+        hint = [f"options with that key: {', '.join(elsewhere)}"] if elsewhere else []
+        return [str(unknown_key(key, (k for k in known if k not in ("_target_", "hydra")))), *hint]
     value = re.match(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", first)
     if value:
-        return [f"{key}={value[1]}: wanted is a value of type {value[2].lower()}"]
-    return [f"{key}: {first}" if key and key not in first else first, *str(error).splitlines()[:1]][:2]
+        return [f"{key}={value[1]}: must be of type {value[2].lower()}"]
+    missing = re.match(r"Missing mandatory value: (.+)|field '(.+)' is not Optional", first)
+    if missing:
+        return [f"{key or missing[1] or missing[2]}: needs a value; null and an empty list are none"]
+    first = re.sub(r"^\w+ raised while resolving interpolation: ", "", first)
+    return [f"{key}: {first}" if key and key not in first else first]

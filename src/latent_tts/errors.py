@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import TypeGuard
 
 LESS_MEMORY = " (a smaller engine.rows needs less memory)"
+
+
+# what moves a terminal's cursor, changes its colours or the direction of text
+CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]")
+
+
+def printable(text: str) -> str:
+    """Text with its control characters, but for newlines, written out: a name cannot steer a terminal."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class LatentTTSError(Exception):
@@ -52,8 +63,11 @@ def require(key: str, value: object, ok: bool, allowed: str) -> None:
 
 def unknown_key(key: str, known: Iterable[str]) -> UsageError:
     """The error for a config key that does not exist."""
-    names = ", ".join(known)
-    return UsageError(f"{key}: no such key; {f'one of {names}' if names else 'there are none'}")
+    names = list(known)
+    close = get_close_matches(key.rpartition(".")[2], names, n=1, cutoff=0.7)
+    meant = f"did you mean {close[0]}? " if close else ""
+    allowed = f"one of {', '.join(names)}" if names else "there are none"
+    return UsageError(f"{key}: no such key; {meant}{allowed}")
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -88,6 +102,10 @@ def computing(what: str, kept: str, hint: str = "") -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         traceback.clear_frames(error.__traceback__)  # their tensors would fill the memory of a sweep's next jobs
-        raise RunError(
-            f"{what} failed: {str(error).splitlines()[0]}\n{kept}; re-run the command to resume{hint}"
-        ) from error
+        raise RunError(f"{what} failed: {reason(error)}\n{kept}; re-run the command to resume{hint}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line; an empty MemoryError says nothing itself."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "out of memory" if isinstance(error, MemoryError) else type(error).__name__

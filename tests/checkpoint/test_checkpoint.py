@@ -156,7 +156,7 @@ def test_shards_that_are_not_whole(folder, kind, nothing_loads, fault, words):
 @pytest.mark.parametrize("content", ["", "{}\n"])
 def test_an_empty_config(folder, kind, content):
     (folder / "config.json").write_text(content)
-    with pytest.raises(UsageError, match=r"config\.json is empty; wanted is the config\.json of the model that was"):
+    with pytest.raises(UsageError, match=r"config\.json is empty; copy the config\.json of the model that was"):
         adapter(kind, folder).check()
 
 

@@ -74,7 +74,7 @@ def test_a_bad_override_on_the_command_line(run, overrides, words):
         (["task=jsonl"], ["task.path=null", "no such file"]),
         (["task=jsonl", "task.path=nosuch.jsonl"], ["task.path=nosuch.jsonl", "no such file"]),
         (["model.checkpoint=no/such/folder"], ["model.checkpoint=no/such/folder", "no such folder"]),
-        (["model.checkpoint=shipped:nosuch"], ["model.checkpoint=shipped:nosuch", "shipped are"]),
+        (["model.checkpoint=shipped:nosuch"], ["model.checkpoint=shipped:nosuch", "no such built-in checkpoint"]),
         (["sampler=gaussian", "sampler.sigma=inf"], ["sampler.sigma=inf", "finite"]),
         (["sampler=gaussian", "sampler.sigma=big"], ["sampler.sigma=big", "number"]),
         (["sampler.rate=-0.1"], ["sampler.rate=-0.1", "[0, 1)"]),
@@ -182,7 +182,7 @@ def test_a_checkpoint_without_the_latent_tokens(refuse, broken):
 def test_weights_of_another_shape_than_the_config_says(refuse, broken):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
-    refuse(f"model.checkpoint={broken}", words=["weights are missing"])
+    refuse(f"model.checkpoint={broken}", words=["n_layer=2", "the weights have 1 layers"])
     (broken / "config.json").write_text(json.dumps(config | {"n_layer": 0}))
     refuse(f"model.checkpoint={broken}", words=["fewer layers than the weights", ".h.0."])
 
@@ -190,8 +190,8 @@ def test_weights_of_another_shape_than_the_config_says(refuse, broken):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("n_layer", "four", 'config.json has n_layer="four"; a whole number is wanted, 0 or more'),
-        ("n_embd", None, "n_embd=null; a whole number is wanted, 1 or more"),
+        ("n_layer", "four", 'config.json has n_layer="four"; must be an integer, 0 or more'),
+        ("n_embd", None, "n_embd=null; must be an integer, 1 or more"),
         ("n_head", 0, "n_head=0"),
         ("vocab_size", "263", 'vocab_size="263"'),
         ("n_positions", 1.5, "n_positions=1.5"),
@@ -232,7 +232,7 @@ def test_a_pickle_names_convert_and_converts(run, ltts, broken, checkpoint):
 def test_convert_refuses_what_is_no_pickle_of_tensors(ltts, broken, tmp_path):
     (broken / "model.safetensors").unlink()
     (broken / "pytorch_model.bin").write_bytes(b"nothing of the kind")
-    check(ltts("convert", broken, "new"), "no pickle of tensors")
+    check(ltts("convert", broken, "new"), "not a pickle that contains only tensors")
     torch.save({"lr": 0.1}, broken / "pytorch_model.bin")
     check(ltts("convert", broken, "new"), "dict of tensors")
     check(ltts("convert", "nowhere", "new"), "src=nowhere")
@@ -294,7 +294,7 @@ def test_a_refused_run_is_none_that_did_not_complete(run, tmp_path):
     for bad in ("n=0", "+foo=1"):
         assert run(bad).code == 2
     assert not list((tmp_path / "outputs" / "run").iterdir())
-    check_refused("collect", "runs=[outputs/run]", words=["neither a run folder nor one that holds run folders"])
+    check_refused("collect", "runs=[outputs/run]", words=["neither a run folder nor a folder of runs"])
 
 
 def test_a_refused_run_leaves_what_was_in_its_folder(run, ltts):
@@ -317,7 +317,7 @@ def test_bad_folders_of_the_other_commands(ltts, run, own_copy):
     sides = f"a={own_copy}", f"b={own_copy}"
     check_refused("compare", sides[0], "b=nothere", words=["b=nothere: no such folder"])
     check(ltts("compare", own_copy, run("seed=7").last.parent), "seeds")
-    check(ltts("compare", own_copy, run("task.split=valid").last.parent), "other questions")
+    check(ltts("compare", own_copy, run("task.split=valid").last.parent), "different questions")
     check_refused("compare", *sides, "b_n=3", words=["b_n=3", "the run reports"])
     check_refused("collect", f"runs=[{own_copy}]", "output=null", words=["output=null"])
     (own_copy / "run.json").unlink()
@@ -330,17 +330,17 @@ def cut(path, left: int = -20) -> None:
 
 
 DAMAGES = {
-    "cut off": (lambda run: cut(run / "metrics.csv"), "metrics.csv", "is cut off"),
-    "without its last digit": (lambda run: cut(run / "metrics.csv", -2), "metrics.csv", "is cut off"),
+    "cut off": (lambda run: cut(run / "metrics.csv"), "metrics.csv", "is truncated"),
+    "without its last digit": (lambda run: cut(run / "metrics.csv", -2), "metrics.csv", "is truncated"),
     "empty": (lambda run: (run / "metrics.csv").write_text(""), "metrics.csv", "cannot be read"),
-    "without rows": (lambda run: table_of(run).head(0), "metrics.csv", "holds no rows"),
+    "without rows": (lambda run: table_of(run).head(0), "metrics.csv", "has no rows"),
     "without a column": (
         lambda run: table_of(run).drop(columns="value"),
         "metrics.csv",
-        "lacks the columns value",
+        "columns missing: value",
     ),
     "without a number": (lambda run: table_of(run).assign(n=""), "metrics.csv", "its row 1 has no n"),
-    "not of numbers": (lambda run: table_of(run).assign(value="?"), "metrics.csv", "its column value"),
+    "not of numbers": (lambda run: table_of(run).assign(value="?"), "metrics.csv", "column value must"),
 }
 
 
@@ -369,8 +369,8 @@ def test_a_damaged_metrics_table(own_copy, damage):
     ("content", "words"),
     [
         (None, "cannot be read"),
-        ("[]", "lacks config"),
-        ('{"config": {"answer": 3}, "aggregators": [], "cache": 1, "settings": 2}', "lacks config"),
+        ("[]", "wrong type: config"),
+        ('{"config": {"answer": 3}, "aggregators": [], "cache": 1, "settings": 2}', "wrong type: config"),
     ],
 )
 def test_a_damaged_record_of_a_run(own_copy, content, words):

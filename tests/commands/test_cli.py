@@ -191,7 +191,7 @@ def test_collect_joins_what_is_complete_and_names_what_is_not(run, completed, lt
     (run("seed=1").last.parent / "run.json").unlink()
     result = ltts("collect", "outputs/run", "output=all.csv")
     assert result.code == 0, result.err
-    assert "did not complete" in result.err
+    assert "incomplete, left out" in result.err
     assert set(pd.read_csv(tmp_path / "all.csv")["run_id"]) == set(pd.read_csv(first / "metrics.csv")["run_id"])
 
 

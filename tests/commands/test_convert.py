@@ -257,10 +257,10 @@ def test_a_tokenizer_or_config_of_another_model(ltts, base, tmp_path):
     lm = backbone("gpt2")
     settings = lm.config.to_dict()
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    with pytest.raises(UsageError, match="3 layers and width 32, the weights are of 2 and 32"):
+    with pytest.raises(UsageError, match="3 layers of width 32; the weights have 2 layers of width 32"):
         convert(coconut_state(lm), settings | {"n_layer": 3}, tokenizer, "COCONUT", ALPHA)
     tokenizer.add_tokens(["<|one-more|>"])
-    with pytest.raises(UsageError, match=r"of 601 tokens.* 603 rows"):
+    with pytest.raises(UsageError, match=r"has 601 tokens.* 603 rows"):
         convert(coconut_state(lm), settings, tokenizer, "COCONUT", ALPHA)
     tokenizer.add_tokens(["<|latent|>"])
     with pytest.raises(UsageError, match=r"the ids \[None, None, 601\]"):
@@ -272,4 +272,4 @@ def test_a_tokenizer_or_config_of_another_model(ltts, base, tmp_path):
 
 
 def test_a_folder_that_needs_no_converting(ltts):
-    check(ltts("convert", FIXTURE.parent, "new"), "reads already")
+    check(ltts("convert", FIXTURE.parent, "new"), "already in the layout")

@@ -58,6 +58,10 @@ class CheckpointAdapter:
             raise bad_value(
                 "model.checkpoint", self.checkpoint, f"a folder or hub id: model={self.name} has no default"
             )
+        for key in ("trained_latents", "recommended"):
+            value = getattr(self, key)
+            if not isinstance(value, Mapping | None):
+                raise bad_value(f"model.{key}", value, "a mapping, as in conf/model/*.yaml")
         if not (is_whole(self.latents) and self.latents >= 0):
             raise bad_value("model.latents", self.latents, "a number of latent thoughts, 0 or more")
 
@@ -89,6 +93,7 @@ class CheckpointAdapter:
                 f"choose the model that reads it, or a {self.family} checkpoint",
             )
         files.check_sizes(self.config, self.folder)
+        files.check_shapes(self.config, shapes, self.folder)
         self.check_tensors(shapes)
         self.check_tokens()
         files.check_vocabulary(self.tokenizer, shapes, self.config, self.folder)

@@ -23,6 +23,8 @@ MODEL_KEY = "model.checkpoint"  # the config key that errors name, unless a call
 SHIPPED_PREFIX = "shipped:"
 WANTED_FILES = ["*.json", "*.safetensors"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLE_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.bin")
 ADAPTER = "adapter_config.json"  # of PEFT
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_*")
 # the tensors that tell the families apart; a checkpoint with none of them is COCONUT's, a plain causal LM
@@ -38,6 +40,26 @@ SIZES = {
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight")
+# sizes in `config.json`, and the axis of a weight that is at least as long: a model larger than its files is not made
+LIMITS = (
+    ("vocab_size", EMBEDDINGS, 0),
+    ("n_embd", ("wte.weight",), 1),
+    ("n_positions", ("wpe.weight",), 0),
+    ("n_inner", ("mlp.c_fc.weight",), 1),
+    ("n_head", ("attn.c_attn.weight",), 0),
+    ("hidden_size", ("embed_tokens.weight", "embed_in.weight"), 1),
+    ("intermediate_size", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), 0),
+    ("num_attention_heads", ("self_attn.q_proj.weight",), 0),
+    ("num_key_value_heads", ("self_attn.k_proj.weight",), 0),
+    ("head_dim", ("self_attn.q_proj.weight",), 0),
+)
+NARROW_EMBEDDINGS = ("word_embed_proj_dim", "embedding_size")  # of models whose embedding is narrower than their blocks
+LAYER = re.compile(r"(?:^|\.)(?:h|layers)\.(\d+)\.")
+# implementations in transformers itself; any other name is code that it would fetch from the hub
+IMPLEMENTATIONS = (
+    *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
+    *("grouped_mm", "batched_mm"),
+)
 TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
 
 
@@ -57,23 +79,23 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
         folder = Path(str(files("latent_tts"))) / "weights" / name
         if not folder.is_dir():
             shipped = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and p.name[0] not in "._")
-            raise bad_value(key, checkpoint, f"shipped are {', '.join(shipped) or 'none'}")
+            raise bad_value(key, checkpoint, f"no such built-in checkpoint; one of {', '.join(shipped)}")
         return folder
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise bad_value(key, checkpoint, f"a folder is wanted; {convert_hint(folder, key)}")
+        raise bad_value(key, checkpoint, f"must be a folder; {convert_hint(folder, key)}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) or checkpoint.startswith("."):
         raise bad_value(key, checkpoint, "no such folder, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
 
     try:
         return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=WANTED_FILES))
-    except Exception as error:  # the hub client raises many kinds; all mean that the files are not to be had
+    except Exception as error:  # the hub client raises many kinds of errors; all mean that the download failed
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{key}={checkpoint}: no such folder, and the hub gave no files ({reason[:160]})\n"
+            f"{key}={checkpoint}: no such folder, and the download from the hub failed ({reason[:160]})\n"
             f"fetch it where there is a network (`hf download {checkpoint} --local-dir FOLDER`), "
             f"then {key}=FOLDER"
         ) from error
@@ -91,7 +113,7 @@ def read_json(folder: Path, name: str, *, key: str = MODEL_KEY) -> dict[str, Any
         raise bad_value(key, folder, f"the folder lacks {name}")
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise bad_value(key, folder, f"{name} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise bad_value(key, folder, f"{name} does not hold an object")
@@ -100,7 +122,7 @@ def read_json(folder: Path, name: str, *, key: str = MODEL_KEY) -> dict[str, Any
 
 def is_empty_json(path: Path) -> bool:
     """Whether a file holds nothing, or an object without keys, as some published `config.json` do."""
-    return re.fullmatch(r"\s*(\{\s*\})?\s*", path.read_text()) is not None
+    return re.fullmatch(rb"\s*(\{\s*\})?\s*", path.read_bytes()) is not None
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -110,18 +132,17 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
         UsageError: it is missing, empty or no JSON object.
     """
     if (folder / name).is_file() and is_empty_json(folder / name):
-        raise bad_value(
-            MODEL_KEY, folder, f"{name} is empty; wanted is the config.json of the model that was fine-tuned"
-        )
+        raise bad_value(MODEL_KEY, folder, f"{name} is empty; copy the config.json of the model that was fine-tuned")
     return read_json(folder, name)
 
 
 def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
-    """Check the sizes of a backbone in its `config.json`.
+    """Check the sizes of a backbone in its `config.json`, and that it asks for no code from elsewhere.
 
     Raises:
-        UsageError: one is missing, or no whole number.
+        UsageError: one is missing, or no whole number; or as `check_settings`.
     """
+    check_settings(config, folder, key=key)
     names = next((names for width, names in SIZES.items() if width in config), None)
     if names is None:
         raise bad_value(key, folder, f"config.json has no {' or '.join(SIZES)}")
@@ -129,7 +150,54 @@ def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY
         value, least = config.get(name), 0 if name.endswith(("layer", "layers")) else 1
         if not (is_whole(value) and value >= least) and not (value is None and name in OPTIONAL_SIZES):
             found = f"{name}={json.dumps(value)}" if name in config else f"no {name}"
-            raise bad_value(key, folder, f"config.json has {found}; a whole number is wanted, {least} or more")
+            raise bad_value(key, folder, f"config.json has {found}; must be an integer, {least} or more")
+
+
+def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
+    """Check that a `config.json` asks for no code from elsewhere and for no quantised weights, at any depth.
+
+    `auto_map`, which names code in the checkpoint, is left alone: it is never run. So are the names of transformers'
+    own attention, which `loading` does not hand on.
+
+    Raises:
+        UsageError: it does.
+    """
+    if isinstance(config, list):
+        for part in config:
+            check_settings(part, folder, key=key)
+    if not isinstance(config, Mapping):
+        return
+    for name, value in config.items():
+        if name == "quantization_config" and value is not None:
+            why = "its weights are quantized, which is not supported; use a checkpoint of plain weights, which "
+            raise bad_value(key, folder, f"config.json has {name}: {why}engine.quantize quantizes")
+        if name.endswith(("attn_implementation", "attn_implementation_internal")) or "experts_implementation" in name:
+            named = value.values() if isinstance(value, Mapping) else [value]
+            strange = [one for one in named if one is not None and one not in IMPLEMENTATIONS]
+            if strange:
+                why = f"none of {', '.join(IMPLEMENTATIONS)}; code from a hub is never run"
+                raise bad_value(key, folder, f"config.json has {name}={json.dumps(strange[0])}: {why}")
+        check_settings(value, folder, key=key)
+
+
+def check_shapes(
+    config: Mapping[str, Any], shapes: Mapping[str, list[int]], folder: Path, *, key: str = MODEL_KEY
+) -> None:
+    """Check that a `config.json` describes no larger model than the weights are of.
+
+    Raises:
+        UsageError: it has more layers, or a larger size.
+    """
+    name = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    layers = len({found[1] for tensor in shapes if (found := LAYER.search(tensor))})
+    if is_whole(config.get(name)) and config[name] > layers:
+        raise bad_value(key, folder, f"config.json has {name}={config[name]}, the weights have {layers} layers")
+    for name, suffixes, axis in LIMITS:
+        value, found = config.get(name), next((t for t in shapes if t.endswith(suffixes)), None)
+        if found is None or not is_whole(value) or (axis == 1 and any(other in config for other in NARROW_EMBEDDINGS)):
+            continue
+        if len(shapes[found]) != 2 or value > shapes[found][axis]:
+            raise bad_value(key, folder, f"config.json has {name}={value}, but {found} is {shapes[found]}")
 
 
 def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
@@ -147,30 +215,52 @@ def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
         if not path.is_file():
             adapter = [folder] if (folder / ADAPTER).is_file() else []
             foreign = adapter + [p for pattern in PICKLES for p in sorted(folder.glob(pattern)) if p.is_file()]
-            hint = convert_hint(foreign[0], key) if foreign else "no pickle either"
+            sharded = foreign and PICKLE_SHARD.fullmatch(foreign[0].name)
+            hint = convert_hint(folder if sharded else foreign[0], key) if foreign else "no pickle either"
             raise bad_value(key, folder, f"the folder lacks {name}; {hint}")
         lacking = tensors - set(tensor_shapes(path, key=key))
         if lacking:
-            raise bad_value(key, path, f"lacks {min(lacking)}, which {INDEX} places there")
+            raise bad_value(key, path, f"lacks the tensor {min(lacking)}, which {INDEX} lists for this file")
     return [folder / name for name in shards]
 
 
-def _shards(folder: Path, key: str) -> dict[str, set[str]]:
+def pickle_shards(folder: Path, *, key: str = "src") -> dict[Path, set[str]]:
+    """The shards of a pickled state dict, and the tensors that the index lists for each; empty if there are none.
+
+    Raises:
+        UsageError: a shard is missing.
+    """
+    present = {path.name: path for path in sorted(folder.glob("*.bin")) if PICKLE_SHARD.fullmatch(path.name)}
+    if (folder / PICKLE_INDEX).is_file():
+        listed = _shards(folder, key, PICKLE_INDEX)
+    else:
+        listed = {name: set() for name in present}
+        counts = {int(found[2]) for name in present if (found := PICKLE_SHARD.fullmatch(name))}
+        if counts and counts != {len(present)}:
+            raise bad_value(key, folder, f"has {len(present)} of {max(counts)} shards ({', '.join(present)})")
+    missing = [name for name in listed if not (folder / name).is_file()]
+    if missing:
+        raise bad_value(key, folder, f"lacks {missing[0]}, which {PICKLE_INDEX} names")
+    return {folder / name: tensors for name, tensors in listed.items()}
+
+
+def _shards(folder: Path, key: str, index: str = INDEX) -> dict[str, set[str]]:
     """The tensors of each shard, by the index."""
-    weight_map = read_json(folder, INDEX, key=key).get("weight_map")
+    weight_map = read_json(folder, index, key=key).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise bad_value(key, folder, f"{INDEX} has no weight_map")
+        raise bad_value(key, folder, f"{index} has no weight_map")
     shards: dict[str, set[str]] = {}
     for tensor, name in sorted(weight_map.items(), key=lambda item: (str(item[1]), item[0])):
         if not isinstance(name, str) or Path(name).name != name:
-            raise bad_value(key, folder, f"{INDEX} names {name!r}, which is no file of the folder")
+            raise bad_value(key, folder, f"{index} names {name!r}, which is no file of the folder")
         shards.setdefault(name, set()).add(tensor)
     return shards
 
 
-def weight_shapes(folder: Path) -> dict[str, list[int]]:
+def weight_shapes(folder: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
     """Names and shapes of all tensors of a checkpoint, from the files' headers; raises as `weight_files` does."""
-    return {name: shape for path in weight_files(folder) for name, shape in tensor_shapes(path).items()}
+    paths = weight_files(folder, key=key)
+    return {name: shape for path in paths for name, shape in tensor_shapes(path, key=key).items()}
 
 
 def family(names: Iterable[str]) -> tuple[str, str]:
@@ -203,9 +293,12 @@ def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
         header.pop("__metadata__", None)
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size != 8 + length + end:
-            raise ValueError(f"{size} bytes, but {8 + length + end} announced")
-        return {name: entry["shape"] for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"has {size} bytes; its header describes {8 + length + end}")
+        shapes = {name: entry["shape"] for name, entry in header.items()}
+        if not all(isinstance(shape, list) and all(map(is_whole, shape)) for shape in shapes.values()):
+            raise ValueError("a shape is no list of numbers")
+        return shapes
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise bad_value(key, path, f"truncated or not safetensors ({error})") from error
 
 
@@ -290,5 +383,7 @@ def token_id(tokenizer: Tokenizer, token: str, folder: Path) -> int:
     """
     found = tokenizer.token_to_id(token)
     if found is None:
-        raise bad_value(MODEL_KEY, folder, f"its tokenizer has no token {token}; is it of another family?")
+        raise bad_value(
+            MODEL_KEY, folder, f"its tokenizer has no token {token}; the checkpoint may belong to another model family"
+        )
     return found

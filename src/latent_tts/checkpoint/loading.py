@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle as pickles
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,22 @@ def load_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
     return tensors
 
 
+def read_pickles(pickles: Mapping[Path, set[str]]) -> dict[str, Tensor]:
+    """A state dict from the shards of a pickle, each with the tensors that it has to have.
+
+    Raises:
+        UsageError: a file is no pickle of tensors, or lacks one.
+    """
+    state: dict[str, Tensor] = {}
+    for path, wanted in pickles.items():
+        shard = read_pickle(path)
+        lacking = wanted - set(shard)
+        if lacking:
+            raise bad_value("src", path, f"lacks the tensor {min(lacking)}, which {files.PICKLE_INDEX} lists for it")
+        state |= shard
+    return state
+
+
 def read_pickle(pickle: Path) -> dict[str, Tensor]:
     """A state dict from a pickle (nothing but tensors is unpickled).
 
@@ -40,7 +57,9 @@ def read_pickle(pickle: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(pickle, map_location="cpu", weights_only=True)
     except (pickles.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise bad_value("src", pickle, f"no pickle of tensors alone ({str(error).splitlines()[0][:120]})") from error
+        raise bad_value(
+            "src", pickle, f"not a pickle that contains only tensors ({str(error).splitlines()[0][:120]})"
+        ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors or len(tensors) != len(state):
@@ -82,13 +101,28 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
     compute_exactly()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    settings = files.read_json(folder, "config.json", key=key)
+    files.check_settings(settings, folder, key=key)
+    files.check_shapes(settings, files.weight_shapes(folder, key=key), folder, key=key)
+    if (folder / files.ADAPTER).is_file():  # transformers would load the model that it names instead
+        raise bad_value(key, folder, f"holds an adapter ({files.ADAPTER}); {files.convert_hint(folder, key)}")
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config._attn_implementation = config._experts_implementation = None
         loaded: Any = getattr(transformers, auto_class).from_pretrained(
-            folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         model, info = loaded
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError, StrictDataclassError) as error:
-        raise bad_value(key, folder, f"transformers cannot load it: {' '.join(str(error).split())[:200]}") from error
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
+        reason = f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
+        if "auto_map" in settings and "trust_remote_code" in str(error):
+            reason = f"its model_type={settings.get('model_type')} needs code of its own (auto_map), which is never run"
+        raise bad_value(key, folder, reason) from error
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise bad_value(key, folder, f"weights are missing: {missing} ...")

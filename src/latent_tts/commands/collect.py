@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from latent_tts.config.build import is_given
-from latent_tts.config.requests import build_aggregator
+from latent_tts.config.recorded import aggregator_builder
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.pipeline.seeds import write_joined
 from latent_tts.results.run_folder import run_folders
@@ -22,15 +22,15 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: a folder holds no runs, or none of them is complete.
     """
-    # of the folders that commands write to by default one may not be there yet
-    chosen = [runs for runs in cfg.runs if is_given("runs") or Path(runs).is_dir()] or list(cfg.runs)
-    folders = [folder for runs in chosen for folder in run_folders(Path(runs))]
+    # a default folder may not exist yet
+    chosen = [runs for runs in cfg.runs if is_given("runs") or Path(runs).expanduser().is_dir()] or list(cfg.runs)
+    folders = [folder for runs in chosen for folder in run_folders(Path(runs).expanduser())]
     output = Path(cfg.output or "").expanduser()
     if not cfg.output or output.is_dir():
         raise bad_value("output", cfg.output, "the path of a CSV file")
-    joined, left_out, means = write_joined(output, list(dict.fromkeys(folders)), build_aggregator)
+    joined, left_out, means = write_joined(output, list(dict.fromkeys(folders)), aggregator_builder(cfg))
     for folder in left_out:
-        log.warning("%s is missing: the run did not complete", folder)
+        log.warning("%s: incomplete, left out", folder)
     if joined.empty:
         raise UsageError(f"runs={list(cfg.runs)}: none of {len(folders)} run folders is complete")
     log.info("%d of %d runs, %d rows", len(folders) - len(left_out), len(folders), len(joined))

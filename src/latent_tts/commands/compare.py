@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from latent_tts.config.requests import build_aggregator
+from latent_tts.config.recorded import aggregator_builder
 from latent_tts.results import report
 from latent_tts.results.comparison import Selection, differences, read_side, write_differences
 
@@ -18,7 +18,7 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: the two sides do not have the same questions and seeds, or share no budget, or lack a figure.
     """
-    a, b = (read_side(key, Path(cfg[key]), build_aggregator) for key in ("a", "b"))
+    a, b = (read_side(key, Path(cfg[key]).expanduser(), aggregator_builder(cfg)) for key in ("a", "b"))
     found = differences(a, b, Selection(cfg.a_figure, cfg.b_figure, cfg.a_n, cfg.b_n))
     rows = []
     for one in found:

@@ -24,7 +24,7 @@ def main(cfg: DictConfig) -> None:
     """
     require("against", cfg.against, cfg.against in plot.AGAINST, f"one of {', '.join(plot.AGAINST)}")
     require("format", cfg.format, cfg.format in ("svg", "png", "pdf"), "svg, png or pdf")
-    tables = [table for path in cfg.runs for table in find_tables(Path(path))]
+    tables = [table for path in cfg.runs for table in find_tables(Path(path).expanduser())]
     if not tables:
         raise bad_value("runs", list(cfg.runs), f"no {METRICS} or {FINDINGS} there")
     if cfg.output is not None:

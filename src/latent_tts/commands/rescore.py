@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config.build import output_dir
-from latent_tts.config.requests import build_aggregator, changed_settings, run_request
+from latent_tts.config.recorded import aggregator_builder, literal, recorded
+from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.errors import bad_value, require
 from latent_tts.pipeline import rescoring, sweep
 from latent_tts.pipeline.spec import check_run
@@ -59,14 +61,18 @@ def main(cfg: DictConfig) -> None:
     print(folder / METRICS)
 
 
-def finish_sweep(folder: Path, jobs: list[Path]) -> None:
-    """Join the tables of a sweep's jobs, and print what was written."""
-    sweep.finish(folder, jobs, build_aggregator)
+def finish_sweep(folder: Path, jobs: Mapping[Path, DictConfig]) -> None:
+    """Join the tables of a sweep's jobs (their configs by folder), and print what was written."""
+    sweep.finish(folder, list(jobs), aggregator_builder(*jobs.values()))
 
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     """The run's config with this command's scorer, aggregators, device, rows and cache in it."""
-    merged: Any = OmegaConf.create(record["config"])
+    options = ("model", "task", "sampler", "schedule", "search", "budget")
+    merged: Any = OmegaConf.create(literal(record["config"]))
+    for group in options:
+        if group in merged:
+            merged[group] = recorded(group, record["config"][group], cfg)
     for key in ("scorer", "aggregator"):
         # unresolved, so that `${model...}` finds the run's model
         merged[key] = OmegaConf.create(OmegaConf.to_container(cfg[key], resolve=False))

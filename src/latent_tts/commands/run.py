@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from latent_tts.config.build import output_dir
-from latent_tts.config.requests import build_aggregator, changed_settings, run_request
+from latent_tts.config.recorded import aggregator_builder
+from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.pipeline import sweep
 from latent_tts.pipeline.rollouts import draw_rollouts
 from latent_tts.pipeline.spec import check_run
@@ -44,6 +46,6 @@ def main(cfg: DictConfig) -> None:
     print(folder / METRICS)
 
 
-def finish_sweep(folder: Path, jobs: list[Path]) -> None:
-    """Join the tables of a sweep's jobs, and print what was written."""
-    sweep.finish(folder, jobs, build_aggregator)
+def finish_sweep(folder: Path, jobs: Mapping[Path, DictConfig]) -> None:
+    """Join the tables of a sweep's jobs (their configs by folder), and print what was written."""
+    sweep.finish(folder, list(jobs), aggregator_builder(*jobs.values()))

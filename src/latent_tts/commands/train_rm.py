@@ -10,14 +10,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from latent_tts.config import build as config
-from latent_tts.config.requests import calibration_request, default_annotation_spec, plain
+from latent_tts.config.requests import annotated_run, default_annotation_spec, plain, run_request
 from latent_tts.errors import bad_value, computing, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation import annotate
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.temperature import choose_temperature, write_temperature
 from latent_tts.results import report
-from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.results.files import locked_folder
 from latent_tts.training.folder import FINISHED, STATES, claim
 from latent_tts.training.optimization import check_device
@@ -45,11 +44,12 @@ def main(cfg: DictConfig) -> None:
 def train(cfg: DictConfig) -> None:
     """The command, in a folder that no other process writes to."""
     require("init", cfg.init, cfg.init in INITS, f"one of {', '.join(INITS)}")
+    require("seed", cfg.seed, cfg.seed >= 0, "0 or more")
     require("weights_dtype", cfg.weights_dtype, cfg.weights_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
     check_device(cfg.device)
     output = Path(cfg.output).expanduser()
     if output.exists() and not output.is_dir():
-        raise bad_value("output", output, "a folder is wanted, this is a file")
+        raise bad_value("output", output, "must be a folder, not a file")
     config.build("sampler", cfg.sampler)  # a wrong value is refused even where nothing has to be annotated
     loss: RewardLoss = config.build("loss", cfg.loss)
     optimization: RewardOptimization = config.build("optimization", cfg.optimization)
@@ -57,6 +57,7 @@ def train(cfg: DictConfig) -> None:
     adapter.check()
     keys = ("annotations", "valid_annotations")
     data, valid = (open_questions(annotation_folder(cfg, key), adapter, key) for key in keys)
+    annotated = annotated_run(cfg, valid.folder)
     settings = plain(cfg)
     kept = {key: settings[key] for key in ("init", "seed", "bf16", "weights_dtype", "loss", "optimization")}
     identities = {key: questions.identity for key, questions in zip(keys, (data, valid), strict=True)}
@@ -85,7 +86,7 @@ def train(cfg: DictConfig) -> None:
                 device=cfg.device,
                 weights_dtype=cfg.weights_dtype,
                 output=output,
-                calibrate=lambda checkpoint: calibrate(cfg, valid.folder, checkpoint),
+                calibrate=lambda checkpoint: None if annotated is None else calibrate(annotated, checkpoint),
                 report=lambda done, figures: report.show(bar, done, note(figures)),
             )
     if results is not None:  # in the first process of a launch
@@ -100,22 +101,18 @@ def annotation_folder(cfg: DictConfig, key: str) -> Path:
     return annotate(default_annotation_spec(cfg, key))
 
 
-def calibrate(cfg: DictConfig, valid: AnnotationFolder, checkpoint: Path) -> float | None:
+def calibrate(run: DictConfig, checkpoint: Path) -> float:
     """Choose the temperature of the weighted vote and write it into the `config.json` of a LatentRM.
 
     Args:
-        cfg: config of the training command, for the model.
-        valid: annotations of the questions to choose on.
+        run: the run to choose on.
         checkpoint: the LatentRM's folder.
 
     Returns:
-        The temperature; None, and nothing written, for annotations (official shards) that do not say what they are of.
+        The temperature.
     """
-    if "task" not in valid.settings:
-        log.warning("%s does not say which task it is of: the temperature of the weighted vote stays 1", valid.path)
-        return None
-    request = calibration_request(cfg, valid.settings, valid.index().num_rows, checkpoint)
-    temperature = choose_temperature(check_run(request))
+    run.scorer.checkpoint = str(checkpoint)
+    temperature = choose_temperature(check_run(run_request(run)))
     write_temperature(checkpoint, temperature)
     return temperature
 
@@ -129,11 +126,12 @@ def note(figures: Mapping[str, float]) -> str:
 def show(results: Mapping[str, Any]) -> None:
     """Print the figures on the validation questions as a table."""
     rows = [["chosen by LatentRM", percent(results["valid_selection_accuracy"])]]
-    rows.append(["chosen blindly", percent(results["valid_chance"])])
+    rows.append(["random choice", percent(results["valid_chance"])])
     everything = results["valid_selection_accuracy_of_all"]
     if everything is not None:
         rows.append(["chosen by LatentRM, with the questions that leave no choice", percent(everything)])
-    title = f"right on valid ({results['valid_questions']} questions with a choice), {results['updates']} updates"
+    questions = f"{results['valid_questions']} questions with both right and wrong rollouts"
+    title = f"right on valid ({questions}), {results['updates']} updates"
     report.print_table(title, ["", "%"], rows)
 
 

@@ -41,13 +41,13 @@ def main(cfg: DictConfig) -> None:
     engine, dtypes = engine_settings(cfg.engine), check_values(cfg)
     sampler: Sampler = build("sampler", cfg.sampler)
     if sampler.needs_donor:
-        raise bad_value("sampler", sampler.name, "one that draws rollouts: greedy, gaussian or dropout")
+        raise bad_value("sampler", sampler.name, "must draw rollouts: greedy, gaussian or dropout")
     task: Task = build("task", cfg.task)
     adapter: ModelAdapter = build("model", cfg.model)
     adapter.check()
     check_sampler(sampler, adapter)
     prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
-    path = writable(Path(cfg.output).expanduser() if cfg.output else user_conf_dir() / "engine" / "tuned.yaml")
+    path = writable(output_path(cfg.output))
     from latent_tts.pipeline.engine_tuning import measure, settings_of
 
     measurements = measure(
@@ -61,8 +61,8 @@ def main(cfg: DictConfig) -> None:
     report.print_table(f"{adapter.name}, sampler {sampler.name}, n={cfg.n}", columns, lines)
     if best.dtype != engine.dtype:
         log.warning(
-            "engine=tuned takes engine.dtype=%s instead of %s: the random numbers stay, rounding moves %.1f %% of the "
-            "answers measured here; `ltts tune dtypes=[%s]` tunes without that",
+            "engine=tuned uses engine.dtype=%s instead of %s: with the same random numbers, rounding changed %.1f %% "
+            "of the answers measured here; `ltts tune dtypes=[%s]` keeps the dtype",
             best.dtype, engine.dtype, 100 * (1 - best.same), engine.dtype,
         )  # fmt: skip
     measured = f"{best.rate:.0f} rollouts/s with model {adapter.name}, sampler {sampler.name}, n={cfg.n}"
@@ -84,6 +84,20 @@ def check_values(cfg: DictConfig) -> Sequence[str]:
     for dtype in dtypes:
         require("dtypes", dtype, dtype in BYTES_PER_NUMBER, allowed)
     return dtypes
+
+
+def output_path(output: str | None) -> Path:
+    """The file to write.
+
+    Raises:
+        UsageError: none is named, and this user has no home folder.
+    """
+    if output:
+        return Path(output).expanduser()
+    folder = user_conf_dir()
+    if folder is None:
+        raise bad_value("output", None, "this user has no home folder; name the YAML file to write")
+    return folder / "engine" / "tuned.yaml"
 
 
 def writable(path: Path) -> Path:

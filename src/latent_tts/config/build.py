@@ -41,22 +41,25 @@ def conf_dir() -> str:
 def groups_of(command: str) -> str:
     """A line for each group that a command takes, with its options, those of other packages and the user's included."""
     loader = GlobalHydra.instance().config_loader()
-    groups = {group.removeprefix("optional ") for entry in _defaults_list(command) for group in entry}
+    groups = {group.removeprefix("optional ") for entry in defaults_of(command) for group in entry}
     options = {group: sorted(loader.get_group_options(group)) for group in sorted(groups)}
     return "".join(f"{group}: {', '.join(names)}\n" for group, names in options.items() if names)
 
 
-def _defaults_list(command: str) -> list[Any]:
+def defaults_of(command: str) -> list[Any]:
     """The choices of options in the command's own file."""
     # composing the defaults again would take as long as a small run
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{command}.yaml")
     return [entry for entry in own.defaults if OmegaConf.is_dict(entry)]
 
 
-def user_conf_dir() -> Path:
-    """Folder of the user's own options, as `ltts tune` writes one: `GROUP/OPTION.yaml`."""
-    home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
-    return Path(home) / "latent_tts"
+def user_conf_dir() -> Path | None:
+    """Folder of the user's own options, as `ltts tune` writes one: `GROUP/OPTION.yaml`; None without a home."""
+    home = os.environ.get("XDG_CONFIG_HOME")
+    try:
+        return Path(home or Path.home() / ".config") / "latent_tts"
+    except RuntimeError:  # neither HOME nor an entry in the password database
+        return None
 
 
 def output_dir() -> Path:
@@ -65,7 +68,7 @@ def output_dir() -> Path:
 
 
 def remove_record() -> None:
-    """Remove the record of the running job, which was refused: it is no run that did not complete.
+    """Remove the folder of a refused job, so that it does not look like an interrupted run.
 
     A folder that holds more, as of an earlier run, is left alone.
     """
@@ -97,7 +100,10 @@ def build(group: str, node: Any) -> Any:
             raise cause from None
         if isinstance(error.__cause__, TypeError):
             _refuse_unknown_arguments(group, node)
-        raise UsageError(f"{group}: {str(error.__cause__ or error).splitlines()[0]}") from error
+        reason = str(error.__cause__ or error).splitlines()[0].rstrip(":")
+        if isinstance(error.__cause__, AttributeError | TypeError | ValueError | KeyError):
+            reason = f"a value is of a wrong type ({reason})"
+        raise UsageError(f"{group}: {reason}") from error
 
 
 def _refuse_unknown_arguments(group: str, node: DictConfig) -> None:
@@ -110,7 +116,7 @@ def _refuse_unknown_arguments(group: str, node: DictConfig) -> None:
 def refuse_unknown_keys(cfg: DictConfig, prefix: str = "") -> None:
     """Raise the usual error for a key that a schema lacks, since Hydra takes every one that `+` adds.
 
-    What has no schema is the node of an object, which `build` holds against the object's arguments.
+    Nodes without a schema describe an object; `build` checks them against the object's arguments.
     """
     schema: Any = OmegaConf.get_type(cfg)
     known = [field.name for field in fields(schema)]
@@ -142,7 +148,7 @@ def changed_keys(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def _defaults(command: str, overrides: tuple[str, ...], sources: tuple[str, ...]) -> DictConfig:
-    """The same config again for the jobs of a sweep: composing takes as long as a small run. Not to be changed."""
+    """The same config again for the jobs of a sweep: composing is slow. Callers must not modify it."""
     return compose(command, overrides)
 
 
@@ -160,6 +166,11 @@ def given_keys() -> list[str]:
     return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
 
 
+def stay_where_started() -> None:
+    """Relative paths mean the folder that the command was started in, also under `hydra.job.chdir`."""
+    os.chdir(HydraConfig.get().runtime.cwd)
+
+
 def is_given(group: str) -> bool:
     """Whether the command line chooses an option of a group."""
     return group in given_keys()
@@ -169,7 +180,7 @@ def is_default(group: str, cfg: DictConfig) -> bool:
     """Whether nobody chose the options of a group of several: neither the command line nor an experiment."""
     if is_given(group):
         return False
-    own = _defaults_list(str(HydraConfig.get().job.config_name))
+    own = defaults_of(str(HydraConfig.get().job.config_name))
     return any(set(entry.get(group, ())) == set(cfg[group]) for entry in own)
 
 

@@ -73,7 +73,7 @@ def judge(metrics: pd.DataFrame, figures: Sequence[KnownFigure]) -> Verdict:
     """
     rows = metrics[(metrics["metric"] == "accuracy") & (metrics["n"] == 1)]
     if rows.empty or rows["sampler"].iloc[0] != "greedy":
-        raise RunError("conformance: the known figures are of greedy runs (sampler=greedy n=1), this one was not")
+        raise RunError("conformance: only greedy runs can be compared (sampler=greedy n=1)")
     row = rows.iloc[0]
     found = [f for f in figures if (f.model, f.task, f.split) == (row["model"], row["task"], row["split"])]
     if not found:
@@ -84,7 +84,7 @@ def judge(metrics: pd.DataFrame, figures: Sequence[KnownFigure]) -> Verdict:
     if row["questions"] != found[0].questions:
         raise RunError(
             f"conformance: the figure of {found[0]} is of {found[0].questions} questions, the run had "
-            f"{row['questions']}; nothing was judged"
+            f"{row['questions']}; so they were not compared"
         )
     return Verdict(found[0], float(row["value"]), float(row["ci_low"]), float(row["ci_high"]))
 
@@ -109,7 +109,7 @@ class Conformance(Callback):
                 raise RunError(
                     f"conformance: {verdict.known} is at {100 * verdict.accuracy:.2f} %, expected is "
                     f"{100 * verdict.known.accuracy:.2f} +- {100 * verdict.known.tolerance:.2f}\n"
-                    f"{verdict.known.source}; docs/conformance.md says what to look at"
+                    f"{verdict.known.source}; see docs/conformance.md for possible causes"
                 )
         except LatentTTSError as error:  # Hydra lets no callback raise, so the job is marked as failed
             job_return.status = JobStatus.FAILED

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from latent_tts.aggregator import Aggregator
 from latent_tts.config.build import build, changed_keys, compose, is_default, is_given
+from latent_tts.config.recorded import literal, recorded
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import require
+from latent_tts.errors import bad_value, require
 from latent_tts.pipeline.annotation import AnnotationSpec
 from latent_tts.pipeline.spec import EngineSettings, RunRequest
+from latent_tts.results.annotations import SETTINGS, AnnotationFolder
 from latent_tts.results.cache import MODES
+
+log = logging.getLogger(__name__)
 
 
 def run_request(cfg: DictConfig) -> RunRequest:
@@ -89,23 +93,37 @@ def default_annotation_spec(cfg: DictConfig, key: str) -> AnnotationSpec:
     return annotation_spec(part)
 
 
-def calibration_request(cfg: DictConfig, made: Mapping[str, Any], questions: int, checkpoint: Path) -> RunRequest:
-    """The annotated rollouts again, as a run that a new LatentRM scores: annotations do not keep their predictions.
+def annotated_run(cfg: DictConfig, valid: AnnotationFolder) -> DictConfig | None:
+    """The run whose rollouts were annotated, on which the temperature of the weighted vote is to be chosen.
 
     Args:
-        cfg: config of `ltts train-rm`, for the model.
-        made: settings of the annotations.
-        questions: how many were annotated.
-        checkpoint: the LatentRM's folder.
+        cfg: config of the training command, for the model.
+        valid: annotations of the questions to choose on.
+
+    Returns:
+        The config of `ltts run`; None for annotations (official shards) that do not say which task they are of.
+
+    Raises:
+        UsageError: the settings of the annotations describe no run.
     """
+    made = valid.settings
+    if "task" not in made:
+        log.warning("%s: task unknown, so the temperature of the weighted vote stays 1", valid.path)
+        return None
     run = compose("run", ["scorer=latent_rm"])
-    run.model, run.task = plain(cfg)["model"], made["task"] | {"limit": questions}
-    run.sampler, run.n, run.seed = made["sampler"], made["n"], made["seed"]
-    run.max_answer_tokens, run.engine.dtype = made["max_answer_tokens"], made["dtype"]
-    run.engine.quantize = made.get("quantize")
-    run.answer = OmegaConf.merge(run.answer, made.get("answer", {}))
-    run.scorer.checkpoint = str(checkpoint)
-    return run_request(run)
+    try:
+        run.model = OmegaConf.to_container(cfg.model, resolve=True)
+        run.task, run.sampler = recorded("task", made["task"], cfg), recorded("sampler", made["sampler"], cfg)
+        run.task.limit = valid.index().num_rows
+        run.n, run.seed, run.max_answer_tokens = made["n"], made["seed"], made["max_answer_tokens"]
+        run.engine.dtype, run.engine.quantize = made["dtype"], made.get("quantize")
+        run.answer = OmegaConf.merge(run.answer, literal(made.get("answer", {})))
+    except (KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
+        reason = f"has no {error}" if type(error) is KeyError else str(error).splitlines()[0]
+        raise bad_value("valid_annotations", valid.path / SETTINGS, reason) from error
+    build("task", run.task)
+    build("sampler", run.sampler)
+    return run
 
 
 def engine_settings(node: DictConfig) -> EngineSettings:
@@ -115,11 +133,6 @@ def engine_settings(node: DictConfig) -> EngineSettings:
         UsageError: a value is not allowed.
     """
     return EngineSettings(node.dtype, node.device, node.rows, node.quantize)
-
-
-def build_aggregator(name: str, node: Mapping[str, Any]) -> Aggregator:
-    """An aggregator from its node in a `run.json`."""
-    return build(f"aggregator.{name}", OmegaConf.create(dict(node)))
 
 
 def changed_settings(cfg: DictConfig) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import LESS_MEMORY, bad_value, computing, require
+from latent_tts.errors import LESS_MEMORY, RunError, bad_value, computing, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import DRAWING, code_digests
 from latent_tts.pipeline.keys import ENGINE_SEMANTICS, own_fields
@@ -24,8 +26,8 @@ from latent_tts.pipeline.spec import (
     settle_schedule,
 )
 from latent_tts.results import report
-from latent_tts.results.annotations import FORMAT, AnnotationFolder
-from latent_tts.results.files import locked_folder, written_in_parts
+from latent_tts.results.annotations import FORMAT, SETTINGS, AnnotationFolder
+from latent_tts.results.files import launch_rank, locked_folder, written_in_parts
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
 from latent_tts.task import Task
@@ -33,6 +35,7 @@ from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
 KEEP = ("mixed", "all")
+SECONDS_BETWEEN_LOOKS = 0.5
 MAX_LABELLED = 1 << 16  # rollout number and completion number share a 32-bit counter word
 
 
@@ -136,6 +139,9 @@ def annotate(spec: AnnotationSpec) -> Path:
 
 def _annotate(spec: AnnotationSpec, questions: Sequence[Question], prompts: Mapping[str, list[int]]) -> Path:
     golds = {question.id: question.answer for question in questions}
+    if launch_rank() > 0:
+        _wait_for_first_process(spec, {question.id for question in questions})
+        return spec.output
     folder = AnnotationFolder(spec.output, spec.settings, golds, key="output")
     done = folder.present()
     left = [(place, question) for place, question in enumerate(questions) if question.id not in done]
@@ -149,6 +155,24 @@ def _annotate(spec: AnnotationSpec, questions: Sequence[Question], prompts: Mapp
         counts["kept"], counts["all_correct"], counts["all_wrong"],
     )  # fmt: skip
     return folder.path
+
+
+def _wait_for_first_process(spec: AnnotationSpec, wanted: set[str]) -> None:
+    """Wait until the folder has every question: in a launch of several processes, the first one annotates.
+
+    Raises:
+        RunError: the process that started this one is gone.
+    """
+    log.info("process %d: waiting for process 0 to annotate %s", launch_rank(), spec.output)
+    settings, launcher = json.loads(json.dumps(spec.settings)), os.getppid()
+    while True:
+        if (spec.output / SETTINGS).is_file():
+            folder = AnnotationFolder(spec.output, key="output") if any(spec.output.glob("*.parquet")) else None
+            if folder is not None and folder.complete and folder.settings == settings and wanted <= folder.present():
+                return
+        if os.getppid() != launcher:
+            raise RunError(f"process 0 ended before {spec.output} was complete; re-run the command to resume")
+        time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _label(

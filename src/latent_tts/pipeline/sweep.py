@@ -24,7 +24,7 @@ def finish(folder: Path, jobs: Sequence[Path], build_aggregator: AggregatorBuild
     """
     joined, left_out, means = write_joined(folder / METRICS, jobs, build_aggregator)
     for path in left_out:
-        log.warning("%s did not complete: it is not in the joined table", path)
+        log.warning("%s did not complete and is not in the joined table", path)
     if joined.empty:
         return
     table = read_metrics(means or folder / METRICS)

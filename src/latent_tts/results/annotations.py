@@ -275,6 +275,8 @@ class AnnotationFolder:
     def _part_rows(self) -> Iterator[dict[str, Any]]:
         for part in self._parts():
             for row in self._read_part(part):
+                if not SHARD_NAME.fullmatch(str(row["shard"])):
+                    raise bad_value(self._key, part, f"names {row['shard']!r}, which is no shard's name")
                 if not (self.path / row["shard"]).is_file():
                     raise bad_value(self._key, self.path, f"the index names {row['shard']}, which is not there")
                 if row["digest"] is not None:

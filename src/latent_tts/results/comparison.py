@@ -13,7 +13,7 @@ import pandas as pd
 from latent_tts.errors import UsageError, require
 from latent_tts.results import statistics
 from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
-from latent_tts.results.files import whole_file
+from latent_tts.results.files import spreadsheet_cells, whole_file
 from latent_tts.results.run_folder import UNKNOWN, is_complete, run_folders
 
 Side = dict[str, CompletedRun]  # by seed
@@ -71,7 +71,10 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
             raise UsageError(f"{key}={path}: {folder} did not complete; run it again")
         run = CompletedRun.read(folder, build_aggregator)
         if not run.all_decoded:
-            raise UsageError(f"{key}={path}: {folder} decoded only its winners (answer.decode=winners)")
+            raise UsageError(
+                f"{key}={path}: {folder} has answers only for its picks (answer.decode=winners), "
+                "so it cannot be compared"
+            )
         if run.seed in runs:
             raise UsageError(f"{key}={path}: holds several runs of seed {run.seed}; name one run folder")
         runs[run.seed] = run
@@ -99,7 +102,7 @@ def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
         UsageError: the sides do not have the same questions and seeds, share no budget, or lack a figure.
     """
     if set(a) != set(b):
-        raise UsageError(f"a has the seeds {sorted(a)}, b has {sorted(b)}: pair runs of equal seeds")
+        raise UsageError(f"a has the seeds {sorted(a)}, b has {sorted(b)}: both sides need the same seeds")
     any_a, any_b = a[min(a)], b[min(b)]  # budgets and aggregators are the same for all seeds
     found = [
         _difference(a, b, figures, budgets)
@@ -116,7 +119,7 @@ def write_differences(path: Path, found: Sequence[Difference]) -> None:
     columns = [field.name for field in fields(Difference)]
     with whole_file(path) as partial:
         table = pd.DataFrame([astuple(difference) for difference in found], columns=columns)
-        table.to_csv(partial, index=False, float_format="%.6g")
+        spreadsheet_cells(table).to_csv(partial, index=False, float_format="%.6g")
 
 
 def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, int]) -> Difference:
@@ -124,10 +127,10 @@ def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, 
     for seed in sorted(a):
         per_a, per_b = a[seed].per_question(figures[0], budgets[0]), b[seed].per_question(figures[1], budgets[1])
         if set(per_a.index) != set(per_b.index):
-            raise UsageError(f"a and b have other questions (seed {seed}); compare runs on the same ones")
+            raise UsageError(f"a and b have different questions (seed {seed}); compare runs on the same questions")
         of_a, of_b = (side[seed].curve["questions_digest"] for side in (a, b))
         if of_a != of_b and not any(digest.startswith(UNKNOWN) for digest in (of_a, of_b)):
-            raise UsageError(f"a and b have other gold answers (seed {seed}); compare runs on the same ones")
+            raise UsageError(f"a and b have different gold answers (seed {seed}); compare runs on the same questions")
         values_a.append(per_a)
         values_b.append(per_b[per_a.index])
         questions += list(per_a.index)

@@ -16,11 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
+
 from latent_tts.errors import bad_value
 
 SECONDS_BETWEEN_PARTS = 2.0
 LOCK = ".lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+FORMULA = re.compile("'*[=+\\-@\t\r]")
 log = logging.getLogger(__name__)
 
 
@@ -82,6 +85,11 @@ def digest_in_name(path: Path) -> str | None:
     return None if found is None else found[1]
 
 
+def launch_rank() -> int:
+    """The number of this process among those that `accelerate launch` or `torchrun` started together."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+
+
 @contextmanager
 def locked_folder(folder: Path, key: str) -> Iterator[None]:
     """Hold a folder as its only writer; it is made if it is not there. The lock ends with the process, however it ends.
@@ -95,7 +103,7 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
     Raises:
         UsageError: another process holds it, or it cannot be made.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if launch_rank() > 0:
         yield
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -184,6 +192,28 @@ def file_digest(path: Path) -> str:
     """The same, of a file that need not fit into memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def spreadsheet_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table whose texts no spreadsheet takes for a formula: those that could be one begin with an apostrophe."""
+    return frame.map(lambda cell: f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell)
+
+
+def plain_cells(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table that `spreadsheet_cells` was given."""
+    return frame.map(
+        lambda cell: cell[1:] if isinstance(cell, str) and cell[:1] == "'" and _is_formula(cell[1:]) else cell
+    )
+
+
+def _is_formula(cell: str) -> bool:
+    if FORMULA.match(cell) is None:
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pandas as pd
 
-from latent_tts.errors import UsageError
+from latent_tts.errors import UsageError, printable
 from latent_tts.results.files import whole_file
 from latent_tts.results.run_folder import CURVE_COLUMNS, DIGEST_COLUMNS, digest_label
 
@@ -48,6 +49,8 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     from matplotlib import pyplot as plt
     from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
+    # names are no formulas
+    metrics = metrics.map(lambda cell: printable(cell).replace("$", r"\$") if isinstance(cell, str) else cell)
     shown = metrics[metrics["metric"].isin([name for name, _ in PANELS])].dropna(subset="value")
     shown = shown.assign(x=shown["n"])
     if against != "n":
@@ -119,7 +122,8 @@ def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path
     figure.suptitle(", ".join(part for part in (where, over, bounds) if part), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.suffix.removeprefix(".") or "png"
-    with whole_file(path) as partial, plt.rc_context({"svg.hashsalt": path.name}):
+    with whole_file(path) as partial, plt.rc_context({"svg.hashsalt": path.name}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name's letters may be missing from the font
         figure.savefig(partial, format=kind, dpi=150, metadata=UNDATED.get(kind))
     plt.close(figure)
     return path

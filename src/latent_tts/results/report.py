@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from latent_tts.errors import printable
 from latent_tts.results.run_folder import DIGEST_COLUMNS, digest_label
 
 
@@ -20,10 +22,20 @@ def log_handler() -> logging.Handler:
     """The console handler of Hydra's logging configs: rich on a terminal's stderr, plain unbroken lines on a pipe's."""
     console = Console(stderr=True)
     if console.is_terminal:
-        return RichHandler(console=console, show_path=False, show_time=False, markup=False)
+        handler: logging.Handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
+        handler.setFormatter(PrintableFormatter("%(message)s"))
+        return handler
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    handler.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
     return handler
+
+
+class PrintableFormatter(logging.Formatter):
+    """Writes control characters out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return printable(super().format(record))
 
 
 @contextmanager
@@ -44,16 +56,20 @@ def progress_bar(total: int, unit: str) -> Iterator[Progress]:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """A table on stdout: the first column to the left, the others to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    """A table on stdout: the first column to the left, the others to the right; text is shown as it is, markup too."""
+    table = Table(title=_text(title.replace("\n", "\\n")), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(_text(column), justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(_text(str(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:  # a pipe has no width of its own: never cut results there
         console = Console(width=160)
     console.print(table)
+
+
+def _text(text: str) -> Text:
+    return Text(printable(text))
 
 
 def percent(row: pd.Series) -> str:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, bad_value
-from latent_tts.results.files import file_digest, whole_file
+from latent_tts.results.files import file_digest, plain_cells, spreadsheet_cells, whole_file
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
 SCORES, FIGURE = "scores.parquet", "scaling.png"
@@ -144,7 +144,7 @@ def write_metrics(path: Path, metrics: pd.DataFrame) -> None:
     columns = METRIC_COLUMNS + [name for name in SEED_COLUMNS if name in metrics]
     metrics = metrics.assign(format=metrics["format"].fillna(FORMAT).astype(int))
     with whole_file(path) as partial:
-        metrics[columns].to_csv(partial, index=False, float_format="%.10g")
+        spreadsheet_cells(metrics[columns]).to_csv(partial, index=False, float_format="%.10g")
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
@@ -169,18 +169,18 @@ def read_metrics(path: Path) -> pd.DataFrame:
         frame = frame.assign(**dict.fromkeys(DIGEST_COLUMNS, ""), format=1)
     missing = [name for name in METRIC_COLUMNS if name not in frame.columns]
     if missing:
-        raise UsageError(f"{path}: not a metrics table, it lacks the columns {', '.join(missing[:5])}")
+        raise UsageError(f"{path}: not a metrics table: columns missing: {', '.join(missing[:5])}")
     if frame.empty or not content.endswith((b"\n", b"\r")):  # the rest of a last number would not be missed
-        raise UsageError(f"{path}: {'holds no rows' if frame.empty else 'is cut off, its last line has no end'}")
+        raise UsageError(f"{path}: {'has no rows' if frame.empty else 'is truncated: the last line is incomplete'}")
     for name in NUMBER_COLUMNS:
         if not is_numeric_dtype(frame[name]):
-            raise UsageError(f"{path}: not a metrics table, its column {name} holds something else than numbers")
+            raise UsageError(f"{path}: not a metrics table: column {name} must contain numbers")
     for name in ALWAYS_THERE:
         if frame[name].isna().any():
             raise UsageError(f"{path}: not a metrics table, its row {frame[name].isna().argmax() + 1} has no {name}")
     if (found := frame["format"].max()) > FORMAT:
         raise UsageError(f"{path}: format {found:g}, this version reads those up to {FORMAT}")
-    return frame[METRIC_COLUMNS + [name for name in frame.columns if name not in METRIC_COLUMNS]]
+    return plain_cells(frame)[METRIC_COLUMNS + [name for name in frame.columns if name not in METRIC_COLUMNS]]
 
 
 def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:
@@ -241,7 +241,7 @@ def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
     path = folder / RUN_JSON
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error
     found = record.get("format", 1) if isinstance(record, dict) else 1
     if not isinstance(found, int) or found > FORMAT:
@@ -254,7 +254,9 @@ def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
         if not isinstance(value, kind):
             lacking.append(key)
     if lacking:
-        raise UsageError(f"{path}: lacks {', '.join(lacking[:5])}; draw that run again with ltts run")
+        raise UsageError(
+            f"{path}: values missing or of the wrong type: {', '.join(lacking[:5])}; repeat the run with ltts run"
+        )
     return record
 
 
@@ -273,7 +275,7 @@ def run_folders(path: Path, key: str = "runs") -> list[Path]:
         raise bad_value(key, path, "no such folder")
     found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir()]
     if not found:
-        raise bad_value(key, path, "neither a run folder nor one that holds run folders")
+        raise bad_value(key, path, "neither a run folder nor a folder of runs")
     return sorted(found, key=lambda folder: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in folder.parts])
 
 

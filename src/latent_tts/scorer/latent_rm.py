@@ -141,6 +141,7 @@ class LatentRM:
         for path in files.weight_files(self.folder, key=KEY):
             shapes |= files.tensor_shapes(path, key=KEY)
         files.check_sizes(self.config, self.folder, key=KEY)
+        files.check_shapes(self.config, shapes, self.folder, key=KEY)
         width = _width(self.config)
         if {name: shapes.get(name) for name in HEAD} != {"classifier.weight": [1, width], "classifier.bias": [1]}:
             found = ", ".join(f"{name} {shapes.get(name, 'missing')}" for name in sorted(HEAD))

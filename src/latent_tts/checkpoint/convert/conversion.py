@@ -45,10 +45,9 @@ def convert_checkpoint(
         UsageError: there are no weights, a config or tokenizer is missing, or the new folder is in use.
     """
     whole = src.is_dir() and (peft.is_adapter(src) or peft.is_pccot(src))
-    source = src if whole else find_weights(src)
+    beside, pickles = (src, {}) if whole else find_weights(src)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise bad_value("dst", dst, "a new or empty folder")
-    beside = source if source.is_dir() else source.parent
     folders = [tokenizer, beside] if tokenizer is not None else [beside]
     if not (folders[0] / "tokenizer.json").is_file():
         key, value = ("tokenizer", folders[0]) if tokenizer is not None else ("src", src)
@@ -66,11 +65,12 @@ def convert_checkpoint(
         from latent_tts.checkpoint import loading
 
         settings = find_config(config, folders)
-        state = loading.load_tensors(source, "") if source.is_dir() else loading.read_pickle(source)
+        checkpoint.check_settings(settings, beside, key="src")
+        state = loading.read_pickles(pickles) if pickles else loading.load_tensors(beside, "")
         state = layouts.unwrap(state)
         family = checkpoint.training_layout(state)
-        if family is None and source.is_dir():
-            raise bad_value("src", src, "has the tensors that `ltts run` reads already")
+        if family is None and not pickles:
+            raise bad_value("src", src, "is already in the layout that `ltts run` reads")
         tensors, settings = convert(state, settings, words, family, lora_alpha)
     if latents is not None:
         settings["latent_tts"] = {**settings.get("latent_tts", {}), "latents": latents}
@@ -84,20 +84,31 @@ def convert_checkpoint(
             (dst / name).write_text(text)
 
 
-def find_weights(src: Path) -> Path:
-    """A pickle, or the folder of safetensors."""
+def find_weights(src: Path) -> tuple[Path, dict[Path, set[str]]]:
+    """The folder of the weights, and its pickles with the tensors that each has to have; no pickles for safetensors.
+
+    Raises:
+        UsageError: there are no weights, or only some of their shards.
+    """
     if src.is_file():
-        return src
+        shard = checkpoint.PICKLE_SHARD.fullmatch(src.name)
+        if shard and int(shard[2]) > 1:
+            raise bad_value("src", src, f"is one of {int(shard[2])} shards; name their folder: src={src.parent}")
+        if src.suffix == ".safetensors":
+            raise bad_value("src", src, f"name the folder of safetensors: src={src.parent}")
+        return src.parent, {src: set()}
     if not src.is_dir():
         raise bad_value("src", src, "no such file or folder")
     if any((src / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.INDEX)):
-        return src
+        return src, {}
+    if not (src / checkpoint.PICKLES[0]).is_file() and (shards := checkpoint.pickle_shards(src)):
+        return src, shards
     found = sorted({path for pattern in checkpoint.PICKLES for path in src.glob(pattern) if path.is_file()})
     usual = [path for path in found if path.name == checkpoint.PICKLES[0]] or found
     if len(usual) != 1:
         names = f" ({', '.join(path.name for path in found[:4])})" if found else ""
-        raise UsageError(f"src={src}: neither safetensors nor one pickle but {len(found)}{names}; name one file")
-    return usual[0]
+        raise UsageError(f"src={src}: contains no safetensors and {len(found)} pickles{names}; name one file")
+    return src, {usual[0]: set()}
 
 
 def find_config(given: str | None, folders: list[Path]) -> dict[str, Any]:
@@ -105,7 +116,7 @@ def find_config(given: str | None, folders: list[Path]) -> dict[str, Any]:
     if given is not None:
         path = Path(given).expanduser()
         if not path.is_file():
-            raise bad_value("config", given, "no such file; wanted is a config.json")
+            raise bad_value("config", given, "no such file; it must be a config.json")
         return checkpoint.read_config(path.parent, path.name)
     for folder in folders:
         path = folder / "config.json"
@@ -136,14 +147,18 @@ def convert(
         backbone = layouts.coconut_backbone(state)
     if not settings:
         raise UsageError(
-            f"config.json is missing or empty; wanted is that of {layouts.describe(backbone.tensors)}\n"
+            f"config.json is missing or empty; it must be that of {layouts.describe(backbone.tensors)}\n"
             "give it as config=FOLDER/config.json"
         )
     if family is None:
         return state, settings
     from transformers import AutoConfig
 
-    tied = AutoConfig.for_model(**settings).tie_word_embeddings
+    try:
+        tied = AutoConfig.for_model(**settings).tie_word_embeddings
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise bad_value("config", settings.get("model_type"), f"transformers has no such model: {reason}") from error
     tensors = layouts.settle_embeddings(backbone, tied=tied)
     layouts.check_config(settings, tensors)
     rows = next(tensors[name].shape[0] for name in layouts.EMBEDDINGS if name in tensors)

@@ -76,7 +76,9 @@ def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> Backbone:
     tensors = merge_lora({name.removeprefix("base_model.model."): value for name, value in tensors.items()}, alpha)
     projector, rest = _below("prj.", rest)
     if set(projector) != set(PROJECTOR):
-        raise bad_value("src", "prj.*", f"the projector has {sorted(projector)}, wanted are {sorted(PROJECTOR)}")
+        raise bad_value(
+            "src", "prj.*", f"the projector has the tensors {sorted(projector)}; expected {sorted(PROJECTOR)}"
+        )
     tensors |= {PROJECTOR[name]: value for name, value in projector.items()}
     return Backbone(tensors, _parts(rest))
 
@@ -145,7 +147,9 @@ def settle_embeddings(backbone: Backbone, *, tied: bool) -> dict[str, Tensor]:
     first, *others = present
     for name in others:
         if not present[first].equal(present[name]):
-            raise bad_value("src", name, f"differs from {first}; is tie_word_embeddings of the config right?")
+            raise bad_value(
+                "src", name, f"differs from {first}, although the config ties them; check tie_word_embeddings"
+            )
     return {**tensors, place: present[first]}
 
 
@@ -170,7 +174,7 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
         raise bad_value(
             "config",
             config.get("_name_or_path") or config.get("model_type"),
-            f"is of {said[0]} layers and width {said[1]}, the weights are of {layers} and {width}",
+            f"describes {said[0]} layers of width {said[1]}; the weights have {layers} layers of width {width}",
         )
 
 
@@ -197,8 +201,8 @@ def name_latent_tokens(tokenizer: Tokenizer, family: str, *, rows: int, vocabula
     assert first is not None
     if any(token_id is not None for token_id in known) or size != first or first + len(order) > rows:
         raise UsageError(
-            f"tokenizer: of {size} tokens, in which {', '.join(order)} have the ids {known}; the embedding has {rows} "
-            f"rows, and training gave these tokens the ids from {first} on\n"
+            f"tokenizer: it has {size} tokens and gives {', '.join(order)} the ids {known}; the embedding has {rows} "
+            f"rows, and in training these tokens had the ids from {first} on\n"
             "name the folder of the tokenizer of the model that was fine-tuned, as in tokenizer=FOLDER"
         )
     tokenizer.add_tokens([AddedToken(token, normalized=True, special=False) for token in order])

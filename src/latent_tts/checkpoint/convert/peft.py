@@ -48,15 +48,20 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
     from latent_tts.checkpoint import loading
 
     if find_spec("peft") is None:
-        raise bad_value("src", folder, "an adapter of PEFT, which is not installed: pip install 'latent-tts[convert]'")
+        raise bad_value("src", folder, "a LoRA adapter of PEFT, which is not installed: pip install peft")
     settings = checkpoint.read_json(folder, checkpoint.ADAPTER, key="src")
+    for name in ("megatron_config", "megatron_core"):  # PEFT imports the module that they name
+        if settings.get(name) not in (None, "megatron.core"):
+            raise bad_value("src", folder, f"{checkpoint.ADAPTER} has {name}, which is not supported")
     if not (folder / WEIGHTS).is_file():
         raise bad_value("src", folder, f"the folder lacks {WEIGHTS}")
     checkpoint.tensor_shapes(folder / WEIGHTS, key="src")
     own = settings.get("base_model_name_or_path")
     named = base or HUB_IDS.get(str(own), own)
     if not named:
-        raise bad_value("base", "null", f"{checkpoint.ADAPTER} does not name the model that was adapted; wanted is one")
+        raise bad_value(
+            "base", "null", f"{checkpoint.ADAPTER} does not name the base model; give it as base=FOLDER_OR_HUB_ID"
+        )
     lm: Any = loading.load_causal_lm(checkpoint.resolve(named, key="base"), device="cpu", dtype="float32", key="base")
     from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
@@ -85,7 +90,9 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
         alone = [name for name in wanted if state[name].data_ptr() not in read]
         alone += [name for name in loaded.unexpected_keys if not any(map(weights[name].equal, taken))]
         if alone:
-            raise bad_value("src", folder, f"the adapter does not fit base={named}: {min(alone)} is on one side alone")
+            raise bad_value(
+                "src", folder, f"the adapter does not fit base={named}: tensor {min(alone)} exists only in one of them"
+            )
         merged: Any = model.merge_and_unload()
     return dict(merged.state_dict()), merged.config.to_dict()
 

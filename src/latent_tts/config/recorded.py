@@ -1,0 +1,131 @@
+"""Data is never code: which classes a run folder or an annotation folder may name.
+
+A config of the user's may name any class. What is read back from a folder may name only options: those of this
+package, of installed packages that register some, and those of a config that the user gives with the command. Names
+are compared as text before anything is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.plugins.config_source import ConfigSource
+from omegaconf import DictConfig, OmegaConf
+
+from latent_tts.aggregator import Aggregator
+from latent_tts.config.build import build, conf_dir
+from latent_tts.errors import UsageError
+
+TARGET = "_target_"
+NEVER_RECORDED = ("_args_", "_partial_")  # no option has them
+
+
+def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
+    """The config node of an option as a folder recorded it, safe to `build`.
+
+    Args:
+        group: of the option, as in `sampler`.
+        node: as read from JSON. `${...}` in it is text.
+        given: configs of this command; classes that they name are allowed.
+
+    Raises:
+        UsageError: it describes no option, or one that is not known here.
+    """
+    if not isinstance(node, Mapping):
+        raise UsageError(f"{group}: not the record of an option, but {str(node)[:60]!r}")
+    name = node.get(TARGET)
+    known = _targets_of(group) | {target for cfg in given for target in _targets_in(_unresolved(cfg))}
+    if not isinstance(name, str) or name not in known:
+        raise _refusal(group, name)
+    for nested in _targets_in({key: value for key, value in node.items() if key != TARGET}):
+        if nested not in known:
+            raise _refusal(group, nested)
+    for key in NEVER_RECORDED:
+        if key in _keys_in(node):
+            raise UsageError(f"{group}: {name} is recorded with {key}, which no option has")
+    made = OmegaConf.create(literal(node))
+    assert isinstance(made, DictConfig)
+    return made
+
+
+def aggregator_builder(*given: DictConfig) -> Callable[[str, Mapping[str, Any]], Aggregator]:
+    """What makes an aggregator of its name and its node in a `run.json`; `given` as in `recorded`."""
+    return lambda name, node: build(f"aggregator.{name}", recorded("aggregator", node, *given))
+
+
+def literal(value: Any) -> Any:
+    """A JSON value in which OmegaConf finds no interpolation."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)
+    if isinstance(value, Mapping):
+        return {key: literal(part) for key, part in value.items()}
+    return [literal(part) for part in value] if isinstance(value, list) else value
+
+
+def _refusal(group: str, target: object) -> UsageError:
+    return UsageError(
+        f"{group}: the folder names {TARGET}={str(target)[:100]}, which is no known option of the group; it was not "
+        f"imported\nif you trust it, name it in a config folder: --config-dir=DIR, with `{TARGET}: ...` in "
+        f"DIR/{group}/NAME.yaml"
+    )
+
+
+def _targets_of(group: str) -> frozenset[str]:
+    """What the YAML files of this command's config folders name: in the package's own, the files of the group alone."""
+    found: set[str] = set()
+    for source in GlobalHydra.instance().config_loader().get_sources():
+        if source.provider in ("hydra", "schema"):
+            continue
+        found |= _own_targets(group) if source.path == conf_dir() else set(_targets_of_source(source))
+    return frozenset(found)
+
+
+@cache
+def _own_targets(group: str) -> frozenset[str]:
+    files = sorted((Path(conf_dir()) / group).glob("*.yaml"))
+    return frozenset(target for file in files for target in _targets_in(_unresolved(OmegaConf.load(file))))
+
+
+def _targets_of_source(source: ConfigSource, group: str = "") -> Iterator[str]:
+    for name in source.list(group, ObjectType.CONFIG):
+        try:
+            content = source.load_config(f"{group}/{name}".lstrip("/")).config
+        except Exception:  # a file that cannot be read names nothing; whoever chooses it is told why
+            continue
+        yield from _targets_in(_unresolved(content))
+    for name in source.list(group, ObjectType.GROUP):
+        if name != "hydra":
+            yield from _targets_of_source(source, f"{group}/{name}".lstrip("/"))
+
+
+def _unresolved(cfg: Any) -> Any:
+    return OmegaConf.to_container(cfg, resolve=False)
+
+
+def _targets_in(value: Any) -> Iterator[Any]:
+    """Every class that a plain value names, at any depth."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            if key == TARGET:
+                yield part if isinstance(part, str) else repr(part)
+            elif key != "hydra":
+                yield from _targets_in(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _targets_in(part)
+
+
+def _keys_in(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield key
+            yield from _keys_in(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _keys_in(part)

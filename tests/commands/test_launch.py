@@ -1,0 +1,31 @@
+"""`ltts annotate` in several processes of one launch: the first one annotates, the others wait."""
+
+import os
+import subprocess
+import sys
+import time
+
+from latent_tts.results.annotations import AnnotationFolder
+
+
+def test_one_process_of_a_launch_annotates_and_the_others_wait(checkpoint, tmp_path):
+    code = "from latent_tts.cli import entry; entry()"
+    line = ["annotate", f"model.checkpoint={checkpoint}", "task.limit=6", "n=2", "completions=1", "keep=all"]
+    line += ["max_answer_tokens=2", "output=made"]
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *line], cwd=tmp_path, env=os.environ | ranks, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    second = start(1)
+    time.sleep(1)
+    first = start(0)
+    outputs = [process.communicate(timeout=120) for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outputs
+    assert "questions to annotate" in outputs[0][1]
+    assert "waiting for process 0" in outputs[1][1]
+    assert "questions to annotate" not in outputs[1][1]
+    assert len(AnnotationFolder(tmp_path / "made").present()) == 6

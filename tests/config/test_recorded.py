@@ -1,0 +1,119 @@
+"""Data is never code: what a run folder or an annotation folder may name."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+from annotated import adapter_of, write
+from omegaconf import OmegaConf
+from refusal import check
+
+from latent_tts.config.recorded import literal
+
+STRANGERS = [
+    {"_target_": "distutils.spawn.spawn", "cmd": ["touch", "pwned"]},
+    {"_target_": "torch.hub.load", "repo_or_dir": "pwned", "model": "x", "source": "local"},
+    {"_target_": "numpy.load", "file": "pwned", "allow_pickle": True},
+    {"_target_": "builtins.open", "file": "pwned", "mode": "w"},
+    {"_target_": "pwned.Aggregator"},
+    {"_target_": "latent_tts.aggregator.majority.Majority.__class__"},
+    {"_target_": "latent_tts.cli.main", "argv": ["run"]},
+    {"_target_": "latent_tts.task.jsonl.Jsonl"},
+    {"_target_": {"_target_": "builtins.open"}},
+    {"_target_": "${oc.env:PWNED}"},
+    {"_target_": None},
+    {"name": "majority"},
+    "latent_tts.aggregator.majority.Majority",
+]
+
+
+@pytest.fixture
+def finished(run, tmp_path, monkeypatch):
+    """The folder of a finished run; a module that writes a file when it is imported is on the path."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "pwned.py").write_text("open('pwned', 'w').close()\nclass Aggregator: pass\n")
+    (tmp_path / "hubconf.py").write_text("open('pwned', 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PWNED", "pwned.Aggregator")
+    return run("scorer=none", "keep_latents=true").last.parent
+
+
+def rewrite(folder, change):
+    path = folder / "run.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def refused(result, tmp_path, *words):
+    check(result, *words)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("node", STRANGERS, ids=lambda node: str(node)[:50])
+def test_an_aggregator_of_a_run_folder_is_one_of_the_group(ltts, finished, tmp_path, node):
+    rewrite(finished, lambda record: record["aggregators"].update(majority=node))
+    refused(ltts("compare", finished, finished), tmp_path, "aggregator")
+
+
+@pytest.mark.parametrize("key", ["nested", "list", "_args_", "_partial_"])
+def test_no_value_of_an_option_is_code_either(ltts, finished, tmp_path, key):
+    stranger = {"_target_": "builtins.open", "file": "pwned", "mode": "w"}
+    values = {"nested": {"a": stranger}, "list": [[stranger]], "_args_": ["pwned", "w"], "_partial_": True}
+    rewrite(finished, lambda record: record["aggregators"]["majority"].update({key: values[key]}))
+    words = ["builtins.open", "--config-dir=DIR"] if key in ("nested", "list") else [key, "no option has"]
+    refused(ltts("compare", finished, finished), tmp_path, *words)
+
+
+@pytest.mark.parametrize("group", ["model", "task", "sampler", "schedule", "search", "budget"])
+def test_rescoring_builds_only_known_options(ltts, finished, tmp_path, group):
+    stranger = {"_target_": "builtins.open", "file": "pwned", "mode": "w"}
+    rewrite(finished, lambda record: record["config"].update({group: stranger}))
+    refused(ltts("rescore", finished, "scorer=latent_rm"), tmp_path, group, "builtins.open")
+
+
+def test_seeds_and_collected_tables_build_only_known_options(ltts, run, finished, tmp_path):
+    other = run("scorer=none", "seed=1").last.parent
+    rewrite(other, lambda record: record["aggregators"].update(majority=STRANGERS[0]))
+    refused(ltts("collect", "outputs/run"), tmp_path, "distutils.spawn.spawn")
+
+
+def test_a_config_of_the_users_allows_a_class_of_its_own(ltts, finished, tmp_path):
+    (tmp_path / "site" / "mine.py").write_text(
+        "from latent_tts.aggregator.majority import Majority\nclass Mine(Majority):\n    name = 'mine'\n"
+    )
+    node = {"_target_": "mine.Mine"}
+    rewrite(finished, lambda record: record["aggregators"].update(mine=node))
+    refused(ltts("compare", finished, finished), tmp_path, "mine.Mine", "--config-dir=DIR")
+    (tmp_path / "own" / "aggregator").mkdir(parents=True)
+    (tmp_path / "own" / "aggregator" / "mine.yaml").write_text(yaml.safe_dump(node))
+    (tmp_path / "own" / "broken.yaml").write_text("{")
+    allowed = ltts("compare", finished, finished, f"--config-dir={tmp_path / 'own'}")
+    assert allowed.code == 0, allowed.err
+    assert "mine" in allowed.out
+    shutil.move(tmp_path / "own", tmp_path / "config" / "latent_tts")
+    assert ltts("compare", finished, finished).code == 0
+
+
+def test_a_sweep_reads_its_own_jobs_with_classes_of_its_command_line(run, finished, tmp_path):
+    (tmp_path / "site" / "ours.py").write_text(
+        "from latent_tts.aggregator.majority import Majority\nclass Ours(Majority):\n    name = 'ours'\n"
+    )
+    result = run("+aggregator.ours._target_=ours.Ours", "aggregator=[majority]", "scorer=none", "seed=1,2", "-m")
+    assert result.code == 0, result.err
+    assert "ours" in result.out
+
+
+def test_annotations_name_only_known_options(ltts, checkpoint, tmp_path):
+    task = {"_target_": "builtins.open", "file": "pwned", "mode": "w"}
+    folders = [write(tmp_path / name, adapter_of(checkpoint), 4, task=task) for name in ("data", "valid")]
+    line = ["train-rm", f"model.checkpoint={checkpoint}", "model.latents=3"]
+    result = ltts(*line, f"annotations={folders[0]}", f"valid_annotations={folders[1]}", "output=rm")
+    refused(result, tmp_path, "task", "builtins.open")
+    assert not (tmp_path / "rm").exists()
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", r"\${a}", r"\\${a} b ${c", "plain", r"a\b", "$ {}", ["${a}"], 3])
+def test_text_of_data_is_never_an_interpolation(value):
+    assert OmegaConf.to_container(OmegaConf.create({"key": literal(value)}), resolve=True) == {"key": value}
