@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from latent_tts.task.arith import Arith
-from latent_tts.training.folder import last_state
 from latent_tts.training.reasoner import train as training
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
+from latent_tts.training.states import last_state
 
 
 def check_resume(recipe, adapter, folder, own: str) -> None:

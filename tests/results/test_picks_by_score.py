@@ -106,14 +106,14 @@ def test_the_chosen_temperature_is_right_most_often():
     scores = 2.0 * (predictions == GOLD) + generator.normal(0, 1.5, predictions.shape)
     rollouts = arrays(predictions, scores)
     accuracy = {t: stats.picked_accuracy(Weighted(t), rollouts, 8).mean() for t in stats.TEMPERATURES}
-    chosen = stats.choose_temperature(rollouts)
+    chosen = stats.best_temperature(rollouts)
     assert accuracy[chosen] == max(accuracy.values())
     assert accuracy[chosen] > max(accuracy[stats.TEMPERATURES[0]], accuracy[stats.TEMPERATURES[-1]])
 
 
 def test_equally_good_temperatures_give_the_one_nearest_to_one():
-    assert stats.choose_temperature(arrays([[GOLD, GOLD]], [[0.0, 5.0]])) == 1.0
-    assert stats.choose_temperature(arrays([[GOLD, GOLD]], [[0.0, 5.0]]), [0.5, 2.0, 4.0]) == 0.5
+    assert stats.best_temperature(arrays([[GOLD, GOLD]], [[0.0, 5.0]])) == 1.0
+    assert stats.best_temperature(arrays([[GOLD, GOLD]], [[0.0, 5.0]]), [0.5, 2.0, 4.0]) == 0.5
     # a wrong favourite against two right ones: only a hot vote is right
     cold_is_wrong = arrays([[2, GOLD, GOLD]], [[3.0, 0.0, 0.0]])
-    assert stats.choose_temperature(cold_is_wrong, [0.5, 1.0, 4.0, 8.0, 64.0]) == 8.0
+    assert stats.best_temperature(cold_is_wrong, [0.5, 1.0, 4.0, 8.0, 64.0]) == 8.0

@@ -14,12 +14,12 @@ from tiny import prompts, reasoner
 
 from latent_tts.errors import RunError, UsageError
 from latent_tts.results.annotations import AnnotationFolder
-from latent_tts.training.folder import last_state
 from latent_tts.training.reward_model import train as reward
 from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss
 from latent_tts.training.reward_model.model import LatentRMModule
 from latent_tts.training.reward_model.optimization import RewardOptimization
+from latent_tts.training.states import last_state
 
 OPTIMIZATION = RewardOptimization(
     batch=8, accumulation=1, lr=1e-2, warmup=0.1, epochs=2, weight_decay=0.01, clip=1.0, evaluations=2, patience=10

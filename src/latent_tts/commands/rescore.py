@@ -14,8 +14,9 @@ from latent_tts.config.recorded import aggregator_builder, literal, recorded
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.errors import bad_value, require
 from latent_tts.pipeline import rescoring, sweep
+from latent_tts.pipeline.run_output import clear_run_folder, write_run_folder
 from latent_tts.pipeline.spec import check_run
-from latent_tts.pipeline.tables import clear_run_folder, make_tables, write_run_folder
+from latent_tts.pipeline.tables import make_tables
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
 from latent_tts.results.run_folder import METRICS, write_scores

@@ -14,8 +14,9 @@ from latent_tts.config.recorded import aggregator_builder
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.pipeline import sweep
 from latent_tts.pipeline.rollouts import draw_rollouts
+from latent_tts.pipeline.run_output import clear_run_folder, write_run_folder
 from latent_tts.pipeline.spec import check_run
-from latent_tts.pipeline.tables import clear_run_folder, make_tables, write_run_folder
+from latent_tts.pipeline.tables import make_tables
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
 from latent_tts.results.files import locked_folder

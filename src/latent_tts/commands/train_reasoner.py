@@ -14,8 +14,8 @@ from latent_tts.errors import bad_value, computing, require
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
 from latent_tts.task.arith import Arith
-from latent_tts.training.folder import STATES
 from latent_tts.training.optimization import check_device
+from latent_tts.training.states import STATES
 
 log = logging.getLogger(__name__)
 

@@ -44,8 +44,6 @@ def read_record(source: Path) -> dict[str, Any]:
         raise bad_value(
             "run", source, "it decoded only its own scorer's winners (answer.decode=winners); others have no answers"
         )
-    if record["config"]["search"].get("beams"):
-        raise bad_value("run", source, "its rollouts are the beams that its own scorer chose (search=beam)")
     return record
 
 
@@ -53,8 +51,10 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     """Check that a run can be scored as its record says that it was drawn.
 
     Raises:
-        UsageError: there is no scorer for it, or its checkpoint has changed.
+        UsageError: there is no scorer for it, its own scorer chose its rollouts, or its checkpoint has changed.
     """
+    if spec.search.survivors is not None:
+        raise bad_value("run", source, f"its rollouts are those that its own scorer chose (search={spec.search.name})")
     if spec.scorer is None:
         raise bad_value(
             "scorer", "auto", "the model's own was trained for other weights; name one, as in scorer.checkpoint=FOLDER"

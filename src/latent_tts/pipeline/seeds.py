@@ -71,5 +71,5 @@ def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
 def _interval(runs: Sequence[CompletedRun], metric: str, aggregator: str, n: int) -> tuple[float, float]:
     if metric not in PER_QUESTION or not all(run.all_decoded for run in runs):
         return np.nan, np.nan
-    seeds = pd.concat([run.per_question(aggregator or metric, n) for run in runs], axis=1)
+    seeds = pd.concat([run.per_question(aggregator if metric == "accuracy" else metric, n) for run in runs], axis=1)
     return statistics.interval(seeds.mean(axis=1).to_numpy())

@@ -1,37 +1,23 @@
-"""From the rollouts of a run to the files of its folder."""
+"""From the rollouts of a run to its tables."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from latent_tts.engine.cost import Shape
-from latent_tts.pipeline import environment
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.scores import Scores
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results import plot, statistics
+from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
 from latent_tts.results.files import settings_digest
 from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_figures
-from latent_tts.results.run_folder import (
-    FIGURE,
-    LATENTS,
-    METRICS,
-    ROLLOUTS,
-    RUN_JSON,
-    SCORES,
-    write_latents,
-    write_metrics,
-    write_rollouts,
-    write_run_json,
-)
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Question
 
@@ -223,90 +209,6 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
 def questions_digest(questions: Sequence[Question]) -> str:
     """What identifies a question set, whatever it is called and in whichever order it is."""
     return settings_digest({"questions": sorted([question.id, question.answer] for question in questions)})
-
-
-def clear_run_folder(folder: Path) -> None:
-    """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
-    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, SCORES, FIGURE):
-        (folder / name).unlink(missing_ok=True)
-
-
-def write_run_folder(
-    folder: Path,
-    spec: RunSpec,
-    drawn: RunRollouts,
-    tables: RunTables,
-    settings: Mapping[str, Any],
-    *,
-    seconds: float,
-    keep_latents: bool,
-    **record: Any,
-) -> None:
-    """Write a run's files; `run.json` is last, since its presence means that the run is complete.
-
-    Args:
-        folder: where they go.
-        spec: the run.
-        drawn: its rollouts.
-        tables: its tables.
-        settings: see `make_tables`.
-        seconds: that the command has taken.
-        keep_latents: also write `latents.safetensors`.
-        **record: what else `run.json` says.
-    """
-    write_rollouts(folder, tables.rollouts)
-    write_metrics(folder / METRICS, tables.metrics)
-    if tables.metrics["n"].nunique() > 1:
-        plot.scaling_curve(tables.metrics, folder / FIGURE)
-    if keep_latents:
-        write_latents(folder, drawn.latents)
-    config, scorer = spec.config, spec.scorer
-    write_run_json(
-        folder,
-        {
-            "config": config,
-            "settings": dict(settings),
-            "aggregators": {
-                aggregator.name: {"_target_": config["aggregator"][aggregator.name]["_target_"], **vars(aggregator)}
-                for aggregator in spec.aggregators
-            },
-            "checkpoint_digest": spec.adapter.digest,
-            "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest},
-            "versions": environment.versions(quantized=spec.engine.quantize is not None),
-            "machine": environment.machine(),
-            "grading": {"given_up": spec.task.rule.given_up},
-            **_where_drawn(drawn.rows),
-            "rollouts": _counts(drawn),
-            "seconds": _seconds(drawn) | {"this_command": seconds},
-            **record,
-        },
-    )
-
-
-def _where_drawn(rows: pd.DataFrame) -> dict[str, list[Any]]:
-    """The devices and batch sizes that rollouts were drawn with; nothing where they come out of a run folder."""
-    if "device" not in rows:
-        return {}
-    return {"devices": sorted(set(rows["device"])), "rows": sorted({int(value) for value in rows["rows"]})}
-
-
-def _counts(drawn: RunRollouts) -> dict[str, int]:
-    counts = {"total": len(drawn.rows), "drawn_now": drawn.drawn_now}
-    if drawn.scores is not None:
-        counts["scored_now"] = drawn.scores.scored_now
-    if drawn.winners is not None:
-        counts["decoded_now"] = drawn.winners.decoded_now
-    return counts
-
-
-def _seconds(drawn: RunRollouts) -> dict[str, float]:
-    """What drawing, scoring and decoding took, whichever run that was."""
-    seconds = {"drawing" if drawn.winners is None else "thinking": float(drawn.rows["seconds"].sum())}
-    if drawn.scores is not None:
-        seconds["scoring"] = float(drawn.scores.rows["seconds"].sum())
-    if drawn.winners is not None:
-        seconds["decoding"] = float(drawn.winners.decoding["seconds"].sum())
-    return seconds
 
 
 def _groups(latents: Sequence[np.ndarray], n: int, first: int) -> list[Sequence[np.ndarray]]:

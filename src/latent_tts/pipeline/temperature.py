@@ -20,7 +20,7 @@ def choose_temperature(spec: RunSpec) -> float:
     """
     assert spec.scorer is not None
     rollouts = rollout_table(spec, draw_rollouts(spec))
-    return statistics.choose_temperature(rollout_arrays(rollouts, spec.n))
+    return statistics.best_temperature(rollout_arrays(rollouts, spec.n))
 
 
 def write_temperature(checkpoint: Path, temperature: float) -> None:

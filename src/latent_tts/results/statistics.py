@@ -254,7 +254,7 @@ def _elect(
         yield np.where(pick_SQ < drawn, pick_SQ, -1)
 
 
-def choose_temperature(rollouts: RolloutArrays, grid: Sequence[float] = TEMPERATURES) -> float:
+def best_temperature(rollouts: RolloutArrays, grid: Sequence[float] = TEMPERATURES) -> float:
     """The temperature of the weighted vote that is right most often, over all drawn rollouts of each question.
 
     Args:

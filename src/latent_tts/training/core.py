@@ -26,8 +26,8 @@ from transformers.utils import logging as transformers_logging
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.loading import compute_exactly
 from latent_tts.errors import RunError, bad_value
-from latent_tts.training.folder import last_state, remove_incomplete_states
 from latent_tts.training.optimization import Optimization
+from latent_tts.training.states import last_state, remove_incomplete_states
 
 log = logging.getLogger(__name__)
 Report = Callable[[int, Mapping[str, float]], None]  # called as report(updates_done, figures) after every update

@@ -25,13 +25,13 @@ from latent_tts.errors import bad_value
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import Arith, words
 from latent_tts.training.core import Report, ResumableTrainer, training_arguments
-from latent_tts.training.folder import FINISHED, STATES, claim, last_state, read_state
 from latent_tts.training.reasoner.backbone import BackboneConfig
 from latent_tts.training.reasoner.batch import question_batches
 from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
 from latent_tts.training.reasoner.initial import add_tensors, copy_checkpoint, write_initial_checkpoint
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
+from latent_tts.training.states import FINISHED, STATES, claim, last_state, read_state
 from latent_tts.types import Question
 
 VALID_BATCH = 250

@@ -21,11 +21,11 @@ from latent_tts.errors import RunError
 from latent_tts.model import ModelAdapter
 from latent_tts.results.files import whole_file
 from latent_tts.training.core import Report, ResumableTrainer, training_arguments
-from latent_tts.training.folder import FINISHED, STATES, last_state, read_state
 from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
 from latent_tts.training.reward_model.model import LatentRMModule
 from latent_tts.training.reward_model.optimization import RewardOptimization
+from latent_tts.training.states import FINISHED, STATES, last_state, read_state
 
 METRIC = "selection_accuracy"
 RESULTS = "train_rm.json"

@@ -1,0 +1,111 @@
+"""From the tables of a run to the files of its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from latent_tts.pipeline import environment
+from latent_tts.pipeline.rollouts import RunRollouts
+from latent_tts.pipeline.spec import RunSpec
+from latent_tts.pipeline.tables import RunTables
+from latent_tts.results import plot
+from latent_tts.results.run_folder import (
+    FIGURE,
+    LATENTS,
+    METRICS,
+    ROLLOUTS,
+    RUN_JSON,
+    SCORES,
+    write_latents,
+    write_metrics,
+    write_rollouts,
+    write_run_json,
+)
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
+    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, SCORES, FIGURE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_run_folder(
+    folder: Path,
+    spec: RunSpec,
+    drawn: RunRollouts,
+    tables: RunTables,
+    settings: Mapping[str, Any],
+    *,
+    seconds: float,
+    keep_latents: bool,
+    **record: Any,
+) -> None:
+    """Write a run's files; `run.json` is last, since its presence means that the run is complete.
+
+    Args:
+        folder: where they go.
+        spec: the run.
+        drawn: its rollouts.
+        tables: its tables.
+        settings: see `make_tables`.
+        seconds: that the command has taken.
+        keep_latents: also write `latents.safetensors`.
+        **record: what else `run.json` says.
+    """
+    write_rollouts(folder, tables.rollouts)
+    write_metrics(folder / METRICS, tables.metrics)
+    if tables.metrics["n"].nunique() > 1:
+        plot.scaling_curve(tables.metrics, folder / FIGURE)
+    if keep_latents:
+        write_latents(folder, drawn.latents)
+    config, scorer = spec.config, spec.scorer
+    write_run_json(
+        folder,
+        {
+            "config": config,
+            "settings": dict(settings),
+            "aggregators": {
+                aggregator.name: {"_target_": config["aggregator"][aggregator.name]["_target_"], **vars(aggregator)}
+                for aggregator in spec.aggregators
+            },
+            "checkpoint_digest": spec.adapter.digest,
+            "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest},
+            "versions": environment.versions(quantized=spec.engine.quantize is not None),
+            "machine": environment.machine(),
+            "grading": {"given_up": spec.task.rule.given_up},
+            **_where_drawn(drawn.rows),
+            "rollouts": _counts(drawn),
+            "seconds": _seconds(drawn) | {"this_command": seconds},
+            **record,
+        },
+    )
+
+
+def _where_drawn(rows: pd.DataFrame) -> dict[str, list[Any]]:
+    """The devices and batch sizes that rollouts were drawn with; nothing where they come out of a run folder."""
+    if "device" not in rows:
+        return {}
+    return {"devices": sorted(set(rows["device"])), "rows": sorted({int(value) for value in rows["rows"]})}
+
+
+def _counts(drawn: RunRollouts) -> dict[str, int]:
+    counts = {"total": len(drawn.rows), "drawn_now": drawn.drawn_now}
+    if drawn.scores is not None:
+        counts["scored_now"] = drawn.scores.scored_now
+    if drawn.winners is not None:
+        counts["decoded_now"] = drawn.winners.decoded_now
+    return counts
+
+
+def _seconds(drawn: RunRollouts) -> dict[str, float]:
+    """What drawing, scoring and decoding took, whichever run that was."""
+    seconds = {"drawing" if drawn.winners is None else "thinking": float(drawn.rows["seconds"].sum())}
+    if drawn.scores is not None:
+        seconds["scoring"] = float(drawn.scores.rows["seconds"].sum())
+    if drawn.winners is not None:
+        seconds["decoding"] = float(drawn.winners.decoding["seconds"].sum())
+    return seconds
