@@ -194,12 +194,12 @@ def test_a_sim_cot_coconut_checkpoint(ltts, base, tmp_path):
     decoder = below("expainable_llm.", backbone("gpt2", rows=VOCABULARY, seed=5).state_dict())
     torch.save(coconut_state(lm) | decoder, old / "checkpoint_28")
     wants = ("convert", old, "new", f"tokenizer={base}")
-    check(ltts(*wants), "empty", "GPT-2 of 2 layers and width 32", "config=FOLDER/config.json")
+    check(ltts(*wants), "empty", "GPT-2 with 2 layers of width 32", "config=FOLDER/config.json")
     assert not Path("new").exists()
     config = write_config(tmp_path, lm, vocab_size=VOCABULARY)
     result = ltts(*wants, f"config={config}")
     assert result.code == 0, result.err
-    assert f"left out, since inference does not use them: expainable_llm.* ({len(decoder)})" in result.err
+    assert f"left out, because inference does not use them: expainable_llm.* ({len(decoder)})" in result.err
     same_as_source(adapter(Coconut, "new"), lm, [*question_ids(base, "\n"), 600], 601)
 
 
@@ -257,10 +257,10 @@ def test_a_tokenizer_or_config_of_another_model(ltts, base, tmp_path):
     lm = backbone("gpt2")
     settings = lm.config.to_dict()
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    with pytest.raises(UsageError, match="3 layers and width 32, the weights are of 2 and 32"):
+    with pytest.raises(UsageError, match="3 layers of width 32; the weights have 2 layers of width 32"):
         convert(coconut_state(lm), settings | {"n_layer": 3}, tokenizer, "COCONUT", ALPHA)
     tokenizer.add_tokens(["<|one-more|>"])
-    with pytest.raises(UsageError, match=r"of 601 tokens.* 603 rows"):
+    with pytest.raises(UsageError, match=r"it has 601 tokens.* 603 rows"):
         convert(coconut_state(lm), settings, tokenizer, "COCONUT", ALPHA)
     tokenizer.add_tokens(["<|latent|>"])
     with pytest.raises(UsageError, match=r"the ids \[None, None, 601\]"):
@@ -272,4 +272,4 @@ def test_a_tokenizer_or_config_of_another_model(ltts, base, tmp_path):
 
 
 def test_a_folder_that_needs_no_converting(ltts):
-    check(ltts("convert", FIXTURE.parent, "new"), "reads already")
+    check(ltts("convert", FIXTURE.parent, "new"), "already in the layout")

@@ -141,22 +141,22 @@ def test_an_adapter_is_no_checkpoint_and_the_line_says_what_to_do(gpt2, ltts):
 
 def test_without_peft_the_line_says_how_to_get_it(gpt2, ltts, monkeypatch):
     monkeypatch.setattr("latent_tts.checkpoint.convert.peft.find_spec", lambda name: None)
-    check(ltts("convert", "adapter", "new"), "not installed", "latent-tts[convert]")
+    check(ltts("convert", "adapter", "new"), "not installed", "pip install peft")
 
 
 @pytest.mark.parametrize(
     ("file", "changes", "words"),
     [
-        ("adapter_config.json", {"base_model_name_or_path": None}, ["base=null", "does not name the model"]),
+        ("adapter_config.json", {"base_model_name_or_path": None}, ["base=null", "does not name the base model"]),
         ("adapter_config.json", {"base_model_name_or_path": "nowhere"}, ["base=nowhere", "no such folder"]),
         ("adapter_config.json", {"base_model_name_or_path": "gpt2"}, ["base=openai-community/gpt2", "the hub gave no"]),
-        ("adapter_config.json", {"target_modules": ["c_attn"]}, ["does not fit", "on one side alone"]),
+        ("adapter_config.json", {"target_modules": ["c_attn"]}, ["does not fit", "exists only in one of them"]),
         ("adapter_config.json", {"target_modules": ["q_proj"]}, ["does not fit", "q_proj"]),
         ("adapter_config.json", {"r": 3}, ["does not fit", "size mismatch"]),
-        ("pccot_args.json", {"num_latent_tokens": None}, ["do not say the number of latents"]),
-        ("pccot_args.json", {"latent_token_id": 17}, ["latent_token_id 17", "no added token"]),
+        ("pccot_args.json", {"num_latent_tokens": None}, ["do not contain the number of latents"]),
+        ("pccot_args.json", {"latent_token_id": 17}, ["latent_token_id=17", "not an added token"]),
         ("config.json", {"use_projection": True}, ["use_projection", "no weights prj"]),
-        ("config.json", {"num_iterations": "three"}, ["do not say the number of sweeps"]),
+        ("config.json", {"num_iterations": "three"}, ["do not contain the number of sweeps"]),
     ],
     ids=str,
 )
