@@ -64,7 +64,7 @@ class Jacobi:
             UsageError: the model has no latents, decides their number itself, or has no token for the guess.
         """
         if model.latents == 0:
-            raise bad_value("schedule", self.name, f"computes latents, and model={model.name} has none")
+            raise bad_value("schedule", self.name, f"must be sequential: model={model.name} has no latents")
         if model.stop_id is not None:
             raise bad_value(
                 "schedule",

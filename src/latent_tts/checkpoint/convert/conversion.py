@@ -55,8 +55,7 @@ def convert_checkpoint(
         raise bad_value(
             key,
             value,
-            f"{folders[0]} lacks tokenizer.json\n"
-            "give the folder with the tokenizer of the model that was fine-tuned as tokenizer=FOLDER",
+            f"{folders[0]} lacks tokenizer.json\ngive the folder of the base model's tokenizer as tokenizer=FOLDER",
         )
     words = checkpoint.load_tokenizer(folders[0])
     renamed: Mapping[str, str] = {}
@@ -145,7 +144,7 @@ def convert(
     if not settings:
         raise UsageError(
             "config.json is missing or empty\n"
-            f"give that of {layouts.describe(backbone.tensors)} as config=FOLDER/config.json"
+            f"give that of {layouts.describe(backbone.tensors)}, as config=FOLDER/config.json"
         )
     if family is None:
         return state, settings

@@ -154,11 +154,11 @@ def deduplicate_embeddings(backbone: Backbone, *, tied: bool) -> dict[str, Tenso
 
 
 def describe(names: Mapping[str, Tensor]) -> str:
-    """Describe the model whose config is needed: its kind, layers and width."""
+    """Describe the base model whose config is needed: its kind, layers and width."""
     layers = {int(found[1]) for name in names if (found := re.search(r"\.(?:h|layers)\.(\d+)\.", name))}
     kind = "GPT-2" if any(name.startswith("transformer.h.") for name in names) else "Llama-like model"
     width = next((value.shape[-1] for name, value in names.items() if name in (*EMBEDDINGS, HEAD)), "unknown")
-    return f"the fine-tuned {kind} with {len(layers)} layers of width {width}"
+    return f"the base model, a {kind} with {len(layers)} layers of width {width}"
 
 
 def check_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -207,6 +207,6 @@ def name_latent_tokens(tokenizer: Tokenizer, family: str, *, rows: int, vocabula
         raise UsageError(
             f"tokenizer: it has {size} tokens and gives {', '.join(order)} the ids {known}; "
             f"the embedding has {rows} rows, and in training these tokens had the ids from {first} on\n"
-            "give the folder with the tokenizer of the model that was fine-tuned as tokenizer=FOLDER"
+            "give the folder of the base model's tokenizer as tokenizer=FOLDER"
         )
     tokenizer.add_tokens([AddedToken(token, normalized=True, special=False) for token in order])

@@ -43,7 +43,9 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
     projector = codi_projector(width, inner)
     if identity:
         if inner < 2 * width:
-            raise bad_value("recipe.projector_hidden", inner, f"{2 * width} or more for projector_init=identity")
+            raise bad_value(
+                "recipe.projector_hidden", inner, f"must be {2 * width} or more for projector_init=identity"
+            )
         with torch.no_grad():  # any tokens: after the final norm all hidden states have about the same norm
             hidden_1SD = lm.base_model(torch.arange(SAMPLE_TOKENS)[None]).last_hidden_state
         set_identity(projector, width, float(hidden_1SD.std()))
