@@ -126,7 +126,7 @@ def test_a_projector_can_start_as_the_identity(checkpoint, tmp_path):
     reasoner = adapter_of(tmp_path / "initial").load(device="cpu", dtype="float32")
     states = reasoner.lm.base_model(torch.arange(40, 72)[None]).last_hidden_state[0]
     torch.testing.assert_close(projector(states), states - states.mean(1, keepdim=True), rtol=0.02, atol=0.02)
-    with pytest.raises(UsageError, match=r"recipe\.projector_hidden=24: 32 or more"):
+    with pytest.raises(UsageError, match=r"recipe\.projector_hidden=24: must be 32 or more"):
         write_initial_checkpoint(
             partial(copy_checkpoint, checkpoint),
             tmp_path / "narrow",
