@@ -1,8 +1,8 @@
-"""Rollouts the way the official code and `generate(num_return_sequences=N)` draw them: the engine's opponent.
+"""The naive way to draw rollouts, as in the official code and `generate(num_return_sequences=N)`: the baseline.
 
-The prompt is repeated N times, padded on the left, before it is run; the cache grows by concatenation; the LM head runs
-over every prompt position and in every latent step; all layers' hidden states are kept; every row is decoded to the
-last token; dropout, once on, masks the prompt too.
+The prompt is repeated N times and padded on the left before it is run. The cache grows by concatenation. The LM head
+runs at every prompt position and in every latent step. Hidden states of all layers are kept. Every row is decoded to
+the last token. Dropout, if any, masks the prompt too.
 
 Source: ModalityDance/LatentTTS at 6657f20; `generate` of transformers.
 """
@@ -24,7 +24,7 @@ from latent_tts.engine.sites import BRANCHES, find_blocks
 
 @contextmanager
 def dropout_in_branches(lm: PreTrainedModel, rate: float) -> Iterator[None]:
-    """Torch's own dropout on both residual branches: GPT-2's modules for it, hooks on models that have none."""
+    """Torch's own dropout on both residual branches: by GPT-2's modules, or by hooks on models without them."""
     own = [module for name, module in lm.named_modules() if name.endswith(("resid_dropout", "mlp.dropout"))]
     handles = []
     for module in own:
@@ -67,7 +67,7 @@ def roll(
     sigma: float = 0.0,
     rate: float = 0.0,
 ) -> Tensor:
-    """Answer ids (R, A) of `rollouts` rollouts of each prompt, question-major.
+    """Draw `rollouts` rollouts of each prompt; returns answer ids (R, A), question-major.
 
     Args:
         lm: the causal LM, in evaluation mode.
@@ -77,7 +77,7 @@ def roll(
         end_id: the token forced after the last latent.
         answer_tokens: A.
         sigma: standard deviation of the noise on latents.
-        rate: of dropout on both residual branches, from the prompt to the pass that makes the last latent.
+        rate: dropout rate on both residual branches, from the prompt to the pass that computes the last latent.
     """
     rows = [prompt for prompt in prompts for _ in range(rollouts)]
     longest = max(map(len, rows))
@@ -118,12 +118,12 @@ def roll(
 
 
 def clock() -> float:
-    """Seconds of the wall clock, or of this process where LTTS_BENCH_CLOCK=cpu."""
+    """Wall-clock seconds, or processor seconds of this process if LTTS_BENCH_CLOCK=cpu."""
     return time.process_time() if os.environ.get("LTTS_BENCH_CLOCK") == "cpu" else time.perf_counter()
 
 
 def seconds_of(call: Callable[[], object], device: str) -> float:
-    """Seconds of a call, the device's queue included."""
+    """Seconds of a call, including work that is queued on the device."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     started = clock()

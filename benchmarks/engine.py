@@ -1,23 +1,24 @@
-"""The engine against the naive way and against the machine: rollouts a second, peak memory, where the time goes.
+"""The engine compared with the naive way and with the machine: rollouts per second, peak memory, time per phase.
 
     python benchmarks/engine.py [--case 4x64 16x16] [--dtype fp32 bf16] [--sampler gaussian dropout dropout_prompt]
                                 [--device cpu] [--model gpt2] [--repeats 3] [--layers 12] [--width 768]
                                 [--quantize int8]
 
-A case is questions x rollouts. Models have random weights in the shape of GPT-2 small, or of Llama-3.2-1B on CUDA. The
-lengths of prompts are quantiles of GSM8K's test questions at 1.3 tokens a word, read from `gsm8k_test.jsonl` in the
-folder LTTS_DATA, otherwise from the list below. Each rollout has 6 latents, one end token, 12 answer tokens.
+A case is questions x rollouts. Models have random weights in the size of GPT-2 small, or of Llama-3.2-1B on CUDA. The
+lengths of prompts are quantiles of GSM8K's test questions at 1.3 tokens per word, from `gsm8k_test.jsonl` in the folder
+LTTS_DATA, or from the list below. Each rollout has 6 latents, one end token and 12 answer tokens.
 
-Each measurement is a process of its own: model, one warm-up with one latent and one answer token, repeats, of which the
-median counts. Peak memory is the process's (on CUDA torch's), and what of it came after the model was loaded. One more
-call with a stopwatch in it gives the shares of time. In the engine's process the ceiling is measured too: the model's
-own matrix products for the rows of a batch, and a copy in memory; `ceiling_share` is the latent phase's operations over
-its seconds, against that rate of products. `baseline.py` draws at most 256 rows at once on a CPU (more do not fit), and
-of a larger case just the first such part is timed. It masks the prompt in both dropout settings, as the official code.
+Each measurement runs in its own process: load the model, warm up with one latent and one answer token, then repeat; the
+median counts. Peak memory is that of the process (on CUDA that of torch), in total and since the model was loaded. One
+more call with a stopwatch gives the time per phase. The process of the engine also measures the limits of the machine:
+the model's own matrix products for the rows of a batch, and a copy in memory. `ceiling_share` is the rate of operations
+in the latent phase divided by the rate of these products. On a CPU, `baseline.py` draws at most 256 rows at once (more
+do not fit in memory), and a larger case is timed on a part of its questions. It masks the prompt in both dropout
+settings, like the official code.
 
-On a machine that others use, LTTS_BENCH_CLOCK=cpu with OMP_NUM_THREADS=1 counts processor seconds.
+On a busy machine, use LTTS_BENCH_CLOCK=cpu and OMP_NUM_THREADS=1 to count processor seconds.
 
-Prints a line a measurement, then, as the last line, JSON.
+Prints one line per measurement, then JSON as the last line.
 """
 
 from __future__ import annotations
@@ -63,13 +64,13 @@ SAMPLERS: dict[str, Sampler] = {
     "dropout_prompt": Dropout(RATE, "residual", ["prompt", "thoughts"], "fresh"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BASELINE_ROWS = {"cpu": 256, "cuda": 512}  # it makes the logits of whole prompts
-# 1.3 tokens a word: quantiles 0, 0.05, ... 1 over GSM8K's 1319 test questions
+BASELINE_ROWS = {"cpu": 256, "cuda": 512}  # few, since the naive way computes logits of whole prompts
+# 1.3 tokens per word: quantiles 0, 0.05, ... 1 over GSM8K's 1319 test questions
 PROMPT_TOKENS = [20, 31, 35, 38, 40, 43, 46, 48, 51, 53, 56, 58, 61, 65, 68, 72, 77, 82, 91, 107, 213]
 
 
 def prompts(count: int, vocabulary: int) -> list[list[int]]:
-    """Invented ids, of as many lengths as there are questions, evenly spaced over the distribution."""
+    """Prompts of arbitrary ids, with lengths evenly spaced over the distribution."""
     file = Path(os.environ.get("LTTS_DATA", "")) / "gsm8k_test.jsonl"
     known: list[int] = PROMPT_TOKENS
     if "LTTS_DATA" in os.environ and file.is_file():
@@ -80,7 +81,7 @@ def prompts(count: int, vocabulary: int) -> list[list[int]]:
 
 
 def jobs_of(questions: int, rollouts: int, vocabulary: int) -> list[RolloutJob]:
-    """A case's questions."""
+    """The questions of a case."""
     return [
         RolloutJob(str(number), str(number), prompt, list(range(rollouts)))
         for number, prompt in enumerate(prompts(questions, vocabulary))
@@ -94,7 +95,7 @@ def latent_flops(lm: PreTrainedModel, jobs: list[RolloutJob], sampler: Sampler) 
 
 
 def new_model(arguments: argparse.Namespace) -> PreTrainedModel:
-    """Random weights in the shape asked for, made in their own precision, as a checkpoint's are read."""
+    """A model with random weights, created in its dtype, as a checkpoint is loaded."""
     torch.manual_seed(0)
     torch.set_default_dtype(DTYPES[arguments.dtype[0]])
     if arguments.model == "gpt2":
@@ -117,10 +118,11 @@ def new_model(arguments: argparse.Namespace) -> PreTrainedModel:
 
 
 class Stopwatch:
-    """A sampler around another that splits the time of `Engine.roll` into phases.
+    """A wrapper of a sampler that splits the time of `Engine.roll` into phases.
 
     Attributes:
-        seconds: of prefill, latents, answers, each without random numbers, and of those in latents and elsewhere.
+        seconds: of prefill, latents and answers, each without random numbers, and of random numbers in the latent phase
+            (`random_latents`) and elsewhere (`random`).
     """
 
     def __init__(self, sampler: Sampler, lm: PreTrainedModel, latents: int, device: str) -> None:
@@ -157,11 +159,11 @@ class Stopwatch:
             self._enter("latents")
 
     def factors(self, *place: Any) -> Tensor | None:
-        """The other sampler's factors."""
+        """Time the factors of the sampler."""
         return self._timed(lambda: self._sampler.factors(*place))
 
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
-        """The other sampler's latent; the last one ends the phase."""
+        """Time the latent of the sampler; the last latent ends the phase."""
         latent = self._timed(lambda: self._sampler.latent(h_RD, draw, step))
         if step == self._last:
             self._enter("answers")
@@ -174,17 +176,17 @@ class Stopwatch:
         self._enter("prefill")
 
     def close(self) -> None:
-        """Take the hook off the model."""
+        """Remove the hook from the model."""
         self._hook.remove()
 
 
 def product_rate(lm: PreTrainedModel, rows: int, device: str) -> float:
-    """Operations a second of the blocks' own matrix products, one after another, for so many rows.
+    """Operations per second of the matrix products of all blocks, run one after another.
 
     Args:
-        lm: a model that no engine has prepared; weights are packed here, where the engine would.
-        rows: of a batch.
-        device: where it is.
+        lm: a model that no engine has prepared; its weights are packed here as the engine would.
+        rows: number of rows of the batch.
+        device: device of the model.
     """
     layers = [module for module in find_blocks(lm).modules() if isinstance(module, nn.Linear | Conv1D)]
     shapes = [layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1] for layer in layers]
@@ -201,7 +203,7 @@ def product_rate(lm: PreTrainedModel, rows: int, device: str) -> float:
 
 
 def copy_rate(device: str) -> float:
-    """Bytes a second, read and written, of a copy too large for any cache."""
+    """Bytes per second, read and written, of a copy that is too large for any cache."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -209,7 +211,7 @@ def copy_rate(device: str) -> float:
 
 
 def memory(device: str) -> tuple[int, int]:
-    """Bytes in use now, and the most so far."""
+    """Bytes in use now, and their maximum so far."""
     if device.startswith("cuda"):
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -228,7 +230,7 @@ def timed(arguments: argparse.Namespace, lm: PreTrainedModel, full: Callable, br
 
 @torch.inference_mode()
 def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
-    """Time the engine, its phases and the machine."""
+    """Measure the engine, its phases and the machine."""
     lm, device = new_model(arguments), arguments.device
     questions, rollouts = map(int, arguments.case[0].split("x"))
     sampler, width = SAMPLERS[arguments.sampler[0]], lm.config.get_text_config().hidden_size
@@ -273,12 +275,12 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_baseline(arguments: argparse.Namespace) -> dict[str, float]:
-    """Time the naive way."""
+    """Measure the naive way."""
     lm = new_model(arguments)
     questions, rollouts = map(int, arguments.case[0].split("x"))
     questions_at_once = min(questions, max(1, BASELINE_ROWS[arguments.device] // rollouts))
     vocabulary = lm.config.get_text_config().vocab_size
-    # those of a larger case whose lengths are evenly spaced as well
+    # a part of a larger case, with evenly spaced lengths too
     texts = prompts(questions, vocabulary)[:: questions // questions_at_once][:questions_at_once]
     noise = {"sigma": SIGMA} if arguments.sampler[0] == "gaussian" else {"rate": RATE}
     roll = partial(baseline.roll, lm, texts, rollouts, end_id=vocabulary - 1, **noise)
@@ -291,13 +293,15 @@ def measure_baseline(arguments: argparse.Namespace) -> dict[str, float]:
     return result | {"rollouts_per_second": len(texts) * rollouts / result["seconds"]}
 
 
-def one_measurement(arguments: argparse.Namespace) -> dict[str, float]:
-    """What a process of `in_a_process` does."""
+def measure(arguments: argparse.Namespace) -> dict[str, float]:
+    """Run the measurement that `measure_in_process` asked for."""
     return (measure_engine if arguments.measure == "engine" else measure_baseline)(arguments)
 
 
-def in_a_process(arguments: argparse.Namespace, what: str, case: str, sampler: str, dtype: str) -> dict[str, float]:
-    """One measurement in a process of its own."""
+def measure_in_process(
+    arguments: argparse.Namespace, what: str, case: str, sampler: str, dtype: str
+) -> dict[str, float]:
+    """Run one measurement in its own process."""
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("model", "device", "repeats", "layers", "width")]
     sizes += [] if arguments.quantize is None else [f"--quantize={arguments.quantize}"]
     chosen = [f"--measure={what}", f"--case={case}", f"--sampler={sampler}", f"--dtype={dtype}"]
@@ -316,23 +320,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=12, help="of the GPT-2 shape")
     parser.add_argument("--width", type=int, default=768, help="of the GPT-2 shape")
-    parser.add_argument("--quantize", choices=["int8", "float8"], help="the engine's blocks; the naive way is not")
+    parser.add_argument(
+        "--quantize", choices=["int8", "float8"], help="quantize the engine's blocks; the naive way stays in --dtype"
+    )
     parser.add_argument("--measure", choices=["engine", "baseline"], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.model == "llama-1b" and arguments.device == "cpu":
         parser.error("--model llama-1b: needs --device cuda")
     if arguments.measure:
-        print(json.dumps(one_measurement(arguments)))
+        print(json.dumps(measure(arguments)))
         return
     results = []
     for dtype in arguments.dtype:
         for case in arguments.case:
-            naive: dict[str, dict[str, float]] = {}  # both dropout settings share one
+            naive: dict[str, dict[str, float]] = {}  # both dropout settings share one measurement
             for sampler in arguments.sampler:
-                ours = in_a_process(arguments, "engine", case, sampler, dtype)
+                ours = measure_in_process(arguments, "engine", case, sampler, dtype)
                 kind = sampler.split("_")[0]
                 if kind not in naive:
-                    naive[kind] = in_a_process(arguments, "baseline", case, sampler, dtype)
+                    naive[kind] = measure_in_process(arguments, "baseline", case, sampler, dtype)
                 results.append(row(arguments, case, sampler, dtype, ours, naive[kind]))
                 print(line(results[-1]), flush=True)
     print(json.dumps(results))
@@ -341,7 +347,7 @@ def main(argv: list[str] | None = None) -> None:
 def row(
     arguments: argparse.Namespace, case: str, sampler: str, dtype: str, ours: dict[str, float], naive: dict[str, float]
 ) -> dict[str, Any]:
-    """One result as it stands in the JSON."""
+    """A result, as in the JSON."""
     where = sorted(SAMPLERS[sampler].random_phases)
     shares = {key: round(value, 4) for key, value in ours.items() if key.endswith("_share")}
     rates = {key: round(value) for key, value in ours.items() if key.endswith("_per_second") and "roll" not in key}
@@ -368,7 +374,7 @@ def row(
 
 
 def line(result: dict[str, Any]) -> str:
-    """One result for people."""
+    """A result as a line of text."""
     case = f"{result['case']:6} {result['dtype']} {result['sampler']} {'+'.join(result['where'])}"
     shares = "  ".join(
         f"{name} {100 * result[f'{name}_share']:.0f} %" for name in ("prefill", "latents", "random_numbers", "answers")

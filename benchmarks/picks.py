@@ -1,11 +1,11 @@
-"""Accuracy of picks over subsets, beside the comparison of all pairs of rollouts in every subset.
+"""Accuracy of picks over subsets, compared with comparing all pairs of rollouts in every subset.
 
     python benchmarks/picks.py [--questions 1000] [--drawn 64] [--answers 20] [--quadratic-questions 200]
 
-Random rollouts, budgets 1, 2, 4, ... up to all that are drawn, four aggregators, one thread. The slow way compares all
-pairs for some of the questions; its seconds are those, scaled to all questions. Seconds are of the processor; memory is
-the peak of what is allocated meanwhile, measured in a run of its own. Bar: 2 s for 1000 x 64 in all.
-Prints a table, then, as the last line, JSON.
+Uses random rollouts, budgets 1, 2, 4, ... up to all rollouts, four aggregators and one thread. The slow way compares
+all pairs for a part of the questions; its seconds are scaled to all questions. Seconds are processor seconds; memory is
+the peak of allocations, measured in a separate run. Target: 2 s in total for 1000 x 64.
+Prints a table, then JSON as the last line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))  # the slow way is the oracle of tests
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))  # the slow way is an oracle of the tests
 
 from quadratic import accuracy  # type: ignore[import-not-found]
 
@@ -36,7 +36,7 @@ AGGREGATORS: tuple[Aggregator, ...] = (Majority(), Likelihood(), BestOfN(), Weig
 
 
 def random_rollouts(questions: int, drawn: int, answers: int) -> RolloutArrays:
-    """Rollouts of questions of differing difficulty; the right answer is the most frequent one of most."""
+    """Rollouts of questions with different difficulty; for most, the right answer is the most frequent one."""
     generator = np.random.default_rng(0)
     shape = (questions, drawn)
     ranks = generator.pareto(generator.uniform(0.3, 2.0, (questions, 1)), shape)
@@ -47,12 +47,12 @@ def random_rollouts(questions: int, drawn: int, answers: int) -> RolloutArrays:
 
 
 def budgets_of(drawn: int) -> list[int]:
-    """1, 2, 4, ... and all that are drawn."""
+    """1, 2, 4, ... and the number drawn."""
     return [*(2**power for power in range(drawn.bit_length()) if 2**power < drawn), drawn]
 
 
 def cost_of(call: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Least processor seconds of a call, and the peak of its allocations in MB."""
+    """Minimum of the processor seconds of a call, and the peak of its allocations in MB."""
     seconds = []
     for _ in range(repeats):
         start = time.process_time()
@@ -66,7 +66,7 @@ def cost_of(call: Callable[[], object], repeats: int) -> tuple[float, float]:
 
 
 def quadratic(aggregator: Aggregator, rollouts: RolloutArrays, budgets: list[int]) -> None:
-    """The slow way, on the subsets of `latent_tts.results.statistics`."""
+    """Run the slow way, on the subsets of `latent_tts.results.statistics`."""
     for n in budgets:
         accuracy(aggregator, rollouts, np.concatenate(list(stats.subsets(rollouts.correct_QD.shape[1], n))))
 

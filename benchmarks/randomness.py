@@ -1,12 +1,12 @@
-"""What random numbers cost: their share of a latent step of GPT-2 small.
+"""The cost of random numbers, as a share of a latent step of GPT-2 small.
 
     python benchmarks/randomness.py [--rows 256] [--dtypes float32 bfloat16] [--device cuda] [--compile]
 
-Times one latent step (one token a row, 64 rollouts a question, prompts of 64 tokens, random weights) without random
-numbers, and the numbers alone that a step of each sampler needs. Bars: 5 % of a step in float32, 15 % in bfloat16,
-5 % of one that torch.compile has compiled (which needs a C++ compiler).
-On a machine that others use, LTTS_BENCH_CLOCK=cpu with OMP_NUM_THREADS=1 counts processor seconds.
-Prints a table, then, as the last line, JSON.
+Measures a latent step (one token per row, 64 rollouts per question, prompts of 64 tokens, random weights) without
+random numbers, and separately the random numbers that a step needs with each sampler. Targets: at most 5 % of a step in
+float32, 15 % in bfloat16, 5 % of a step compiled by torch.compile (which needs a C++ compiler).
+On a busy machine, use LTTS_BENCH_CLOCK=cpu and OMP_NUM_THREADS=1 to count processor seconds.
+Prints a table, then JSON as the last line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def median_seconds(call: Callable[[], object], repeats: int, device: str) -> flo
 
 
 def latent_step(dtype: torch.dtype, rows: int, compiled: bool) -> Callable[[], object]:
-    """A call that runs one clean latent step."""
+    """A function that runs one latent step without random numbers."""
     lm = GPT2LMHeadModel(GPT2Config(dtype=dtype)).eval()
     lm.to(dtype=dtype)  # type: ignore[call-arg]
     prepare_backbone(lm)
@@ -50,13 +50,13 @@ def latent_step(dtype: torch.dtype, rows: int, compiled: bool) -> Callable[[], o
 
     def step() -> None:
         state.append(latent)
-        state.rewind(3)  # in the middle of six latents
+        state.rewind(3)  # back to the middle of six latents
 
     return step
 
 
 def masks(site: str, rows: int) -> Callable[[], object]:
-    """A call that draws every dropout decision of a step, without applying them."""
+    """A function that draws every dropout decision of a step, without applying them."""
     sampler = Dropout(0.1, site, ["thoughts"], "fresh")
     draw = new_draw(rows)
     sites: tuple[Site, ...] = ("attention", "ffn")
@@ -70,7 +70,7 @@ def masks(site: str, rows: int) -> Callable[[], object]:
 
 
 def new_draw(rows: int) -> Draw:
-    """The draws of one question's rollouts."""
+    """The random numbers of the rollouts of one question."""
     return Draw.of(0, ["question"], torch.arange(rows)[None], WIDTH, LAYERS)
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtypes", nargs="+", default=list(BARS))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--compile", action="store_true", help="the step is compiled")
+    parser.add_argument("--compile", action="store_true", help="compile the step by torch.compile")
     arguments = parser.parse_args()
     repeats, device = arguments.repeats, arguments.device
     torch.set_default_device(device)

@@ -1,9 +1,9 @@
-"""Whether a sweep over n computes anything twice: seconds of `n=1,4,16,64 -m` against n=64 alone.
+"""Tests whether a sweep over n computes anything twice: seconds of `n=1,4,16,64 -m` compared with n=64.
 
     python benchmarks/sweep.py [--questions 1000] [--repeats 3]
 
-Each command runs as a process of its own with an empty cache, the two in turn. Bar: a ratio of at most 1.35. Prints
-a line a pair, then, as the last line, JSON.
+Each command runs in its own process with an empty cache; the two commands alternate. Target: a ratio of at most 1.35.
+Prints one line per pair, then JSON as the last line.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""bfloat16 against float32 where the machine's speed wavers: both engines in one process, by turns.
+"""Compares two dtypes on a machine whose speed varies: both engines alternate in one process.
 
     python benchmarks/turns.py [--sides fp32 bf16] [--case 4x64 16x16] [--sampler gaussian dropout] [--repeats 5]
                                [--layers 12] [--width 768]
 
-GPT-2 small's shape on a CPU, rollouts as in `engine.py`. For each case and sampler: median, lowest and highest of the
-paired ratios of seconds, the first side's over the second's, of all and of each phase, after one pair that warms up.
-For each side the share of the products' rate that latents reach, where that rate is the mean of what is measured right
-before and right after. A side with `-numpy` draws dropout's decisions by NumPy, as where numba is not installed.
+The model has the size of GPT-2 small and runs on a CPU; rollouts are as in `engine.py`. Prints, for each case and
+sampler, the median, minimum and maximum of the paired ratios of seconds (first side over second side), in total and per
+phase, after one pair as a warm-up. For each side it also prints the rate of operations in the latent phase as a share
+of the rate of matrix products, which is measured right before and right after. A side with `-numpy` draws dropout's
+decisions by NumPy, as without numba.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SIDES = [f"{dtype}{way}" for dtype in bench.DTYPES for way in ("", "-numpy")]
 
 @dataclass
 class Side:
-    """One dtype's models and what was measured of it."""
+    """The models of one side, and its measurements."""
 
     lm: PreTrainedModel
     unprepared: PreTrainedModel  # for the products' rate
@@ -62,7 +63,7 @@ class Side:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, lowest and highest."""
+    """Median, minimum and maximum."""
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 

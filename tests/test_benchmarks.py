@@ -18,9 +18,9 @@ def engine_benchmark(monkeypatch):
 
     def here(arguments, what, case, sampler, dtype):
         chosen = {"measure": what, "case": [case], "sampler": [sampler], "dtype": [dtype]}
-        return module.one_measurement(argparse.Namespace(**vars(arguments) | chosen))
+        return module.measure(argparse.Namespace(**vars(arguments) | chosen))
 
-    monkeypatch.setattr(module, "in_a_process", here)
+    monkeypatch.setattr(module, "measure_in_process", here)
     monkeypatch.setattr(module, "copy_rate", lambda device: 1.0)  # copies half a GiB
     return module
 

@@ -1,4 +1,4 @@
-"""Options of other packages: each entry point of the group `latent_tts.conf` names a package with YAML folders."""
+"""Options of other packages: each entry point in the group `latent_tts.conf` names a package with YAML folders."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ GROUP = "latent_tts.conf"
 
 
 class ThirdPartyConf(SearchPathPlugin):
-    """Puts those packages behind the project's own folder, whose options therefore win."""
+    """Appends these packages to the search path, after this project's own folder, which therefore wins."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Add them, in the order of their names."""
+        """Append them in the order of their names."""
         for entry in sorted(entry_points(group=GROUP)):
             search_path.append(provider=entry.name, path=f"pkg://{entry.value}")

@@ -1,6 +1,6 @@
 """Sweeps (`-m`): a job that fails, even one whose config cannot be composed, does not stop the others.
 
-Hydra takes plugins from the namespace package `hydra_plugins` alone, hence the place of this file.
+Hydra finds plugins only in the namespace package `hydra_plugins`, hence the place of this file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from latent_tts.errors import JobsFailed
 
 
 class TolerantSweeper(BasicSweeper):
-    """Hydra's basic sweeper, but each job is composed and judged on its own."""
+    """Hydra's basic sweeper, except that each job is composed separately and may fail without the others."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Launch every job that can be composed, report the rest, join what is there.
+        """Launch every job that can be composed, report the others, and join the results.
 
-        A parameter of the config's own sweep (`hydra.sweeper.params`) gives way to an argument of its name.
+        An argument replaces the parameter of the same name in the config's own sweep (`hydra.sweeper.params`).
 
         Raises:
-            JobsFailed: not every job ended well.
+            JobsFailed: at least one job failed.
         """
         assert self.config is not None
         assert self.launcher is not None
@@ -58,7 +58,7 @@ class TolerantSweeper(BasicSweeper):
             try:
                 self.validate_batch_is_legal([job])
                 launchable.append(job)
-            except Exception as error:  # whatever composing raises is that job's failure alone
+            except Exception as error:  # any error of composing a job is a failure of that job only
                 report(error, job)
         results = self.launcher.launch(launchable, initial_job_idx=0) if launchable else []
         for job, result in zip(launchable, results, strict=True):

@@ -1,4 +1,4 @@
-"""The user's own options, of any group, in the user's config folder: `engine/tuned.yaml` is what `ltts tune` writes."""
+"""The user's own options, in the user's config folder; `ltts tune` writes `engine/tuned.yaml` there."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from latent_tts.config.build import user_conf_dir
 
 
 class UserConf(SearchPathPlugin):
-    """Puts that folder behind the project's own, whose options therefore win."""
+    """Appends that folder to the search path, after this project's own folder, which therefore wins."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Add it if it is there."""
+        """Append it if it exists."""
         folder = user_conf_dir()
         if folder is not None and folder.is_dir():
             search_path.append(provider="user", path=f"file://{folder}")

@@ -1,8 +1,9 @@
-"""The words every room shares: records, Protocols and the shape legend.
+"""The records that every room shares, and the shape legend.
 
-Shape legend (tensor names end in their letters):
-    Q questions, N rollouts a question, R = Q*N rows (question-major), L prompt tokens, T latents, D width,
-    A answer tokens, V vocabulary, S tokens of one forward pass. In statistics: D rollouts drawn, S subsets of them.
+Shape legend (the name of a tensor ends in the letters of its axes):
+    Q questions, N rollouts per question, R = Q*N rows (question-major), L prompt tokens, T latents, D width,
+    A answer tokens, V vocabulary, S tokens of one forward pass.
+    In statistics: D rollouts drawn per question, S subsets of them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Question:
         id: content hash of the text (a repeat of the same text gets `-2`, `-3`, ...).
         text: what is asked.
         answer: the gold answer, canonical.
-        steps: written-out reasoning, one string a step; empty where a task has none.
+        steps: written-out reasoning, one string per step; empty if the task has none.
     """
 
     id: str
@@ -59,7 +60,8 @@ class Reasoner:
     Attributes:
         lm: the causal LM of transformers, in evaluation mode.
         next_latent: turns final hidden states (..., D) into the latents (..., D) that are fed back.
-        latent_spread: the standard deviations (..., D) of a head that predicts a Gaussian; None where there is none.
+        latent_spread: turns final hidden states (..., D) into the standard deviations (..., D) of the latents; None
+            unless the latent head predicts a Gaussian.
     """
 
     lm: PreTrainedModel
@@ -82,13 +84,13 @@ class RewardModel:
 
 @dataclass(frozen=True)
 class Forward:
-    """Where in a rollout a forward pass stands.
+    """The place of a forward pass in a rollout.
 
     Attributes:
-        phase: `prompt` (prompt tokens but the last), `thoughts` (the T passes that make h_1..h_T) or `answer`.
-        step: in `thoughts` the index from 0 of the latent it makes, in `answer` T plus the number of answer tokens
-            so far, in `prompt` 0.
-        tokens: S, how many tokens it takes.
+        phase: `prompt` (prompt tokens except the last), `thoughts` (the T passes that compute h_1..h_T) or `answer`.
+        step: in `thoughts` the index (from 0) of the latent that the pass computes, in `answer` T plus the number of
+            answer tokens so far, in `prompt` 0.
+        tokens: S, the number of tokens in the pass.
     """
 
     phase: Phase
@@ -98,13 +100,13 @@ class Forward:
 
 @dataclass(frozen=True)
 class RolloutArrays:
-    """What aggregators see of Q questions with D rollouts each.
+    """The input of aggregators: Q questions with D rollouts each.
 
     Attributes:
         prediction_QD: equal integers where canonical predictions of one question are equal, -1 where unreadable.
         correct_QD: whether the prediction is right.
         answer_logprob_QD: summed log-probability of the answer.
-        score_QD: trajectory score, NaN where there is none.
+        score_QD: trajectory score, NaN if a rollout has none.
     """
 
     prediction_QD: NDArray[np.int64]
@@ -113,7 +115,7 @@ class RolloutArrays:
     score_QD: Floats
 
     def questions(self, part: slice) -> RolloutArrays:
-        """The same for some of the questions."""
+        """The arrays of a slice of the questions."""
         return RolloutArrays(
             self.prediction_QD[part], self.correct_QD[part], self.answer_logprob_QD[part], self.score_QD[part]
         )
@@ -121,14 +123,14 @@ class RolloutArrays:
 
 @dataclass(frozen=True)
 class LabelledQuestion:
-    """A question with step-wise labels of its rollouts, as `ltts annotate` makes them.
+    """A question whose rollouts are labelled step by step, as by `ltts annotate`.
 
     Attributes:
         question_id: as in `Question`.
-        index: place of the question among the annotated run's questions, from 0.
+        index: position of the question in the task, from 0.
         input_ids_NL: prompt, latent ids and end-of-thinking ids of each rollout; see `written_ids`.
-        latents_NTD: the latents that were fed back; zeros where a rollout has no such step.
-        labels_NT: share in [0, 1] of completions from each prefix that are right; NaN where there is no such step.
+        latents_NTD: the latents that were fed back; zeros for steps that a rollout does not have.
+        labels_NT: share in [0, 1] of right completions of each prefix; NaN for steps that a rollout does not have.
         corrects_N: whether each rollout's own answer is right.
     """
 
@@ -140,7 +142,7 @@ class LabelledQuestion:
     corrects_N: Bools
 
     def prompt_ids(self, latent_id: int, pad_id: int | None = None) -> list[int]:
-        """The prompt: what stands before the first latent id, without padding on the left."""
+        """Ids of the prompt: everything before the first latent id, without padding on the left."""
         rows = self.input_ids_NL.tolist()
         row = next((row[: row.index(latent_id)] for row in rows if latent_id in row), rows[0])
         start = next((place for place, token in enumerate(row) if token != pad_id), len(row))
@@ -154,7 +156,7 @@ class UnmixedQuestion:
     Attributes:
         question_id, index: as in `LabelledQuestion`.
         reason: `all_correct` or `all_wrong`.
-        rollouts: how many were drawn.
+        rollouts: number of rollouts drawn.
     """
 
     question_id: str

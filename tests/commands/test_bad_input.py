@@ -244,13 +244,13 @@ def test_convert_refuses_what_is_no_pickle_of_tensors(ltts, broken, tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", ["holds no questions"]),
+        ("", ["contains no questions"]),
         ('{"question": "How many?"}\n', ["line 1", "has no answer"]),
         ('{"question": "How many?", "answer": "1"}\n{"answer": "1"}\n', ["line 2", "has no question"]),
         ('{"question": "How many?", "answer": "1"\n', ["line 1", "is not JSON"]),
         ('{"question": "How many?", "answer": "many"}\n', ["line 1", "'many' is not a number"]),
         ("[1, 2]\n", ["row 1", "not a JSON object"]),
-        ('{"question": "How many?", "answer": ["1"]}\n', ["line 1", "neither a text nor a number"]),
+        ('{"question": "How many?", "answer": ["1"]}\n', ["line 1", "answer must be a text or a number"]),
     ],
 )
 def test_a_bad_file_of_questions(refuse, tmp_path, content, words):
@@ -394,7 +394,7 @@ def test_damaged_rollouts(own_copy):
 def test_training_refuses_bad_values(ltts, place, checkpoint):
     train = ("train_reasoner", "output=out")
     check(ltts("train-reasoner", "output=out", "save_every=0"), "save_every=0")
-    check_refused(*train, "backbone.heads=3", words=["backbone.heads=3", "divisor"])
+    check_refused(*train, "backbone.heads=3", words=["backbone.heads=3", "must divide"])
     check_refused(*train, "backbone.dropout=1", words=["backbone.dropout=1", "[0, 1)"])
     check_refused(*train, "optimization.lr=0", words=["optimization.lr=0", "positive"])
     check_refused(*train, "model.latents=2", words=["model.latents=2", "5 stages"])
@@ -420,11 +420,11 @@ def test_training_refuses_bad_values(ltts, place, checkpoint):
         ("train_reasoner", "backbone.dropout=some", "[0, 1)"),
         ("train_reasoner", "backbone.number_scale=big", "0 or more"),
         ("train_reasoner", "recipe.stage_updates=100", "a list of numbers of updates"),
-        ("train_reasoner", "recipe.final_updates=some", "a number of updates"),
+        ("train_reasoner", "recipe.final_updates=some", "must be an integer"),
         ("train_reasoner", "model.latents=many", "stages"),
         ("train_rm", "optimization.lr=abc", "a positive number"),
         ("train_rm", "optimization.batch=2.5", "a positive integer"),
-        ("train_rm", "optimization.epochs=1.5", "a number of passes"),
+        ("train_rm", "optimization.epochs=1.5", "must be an integer"),
         ("train_rm", "optimization.warmup=some", "[0, 1)"),
         ("train_rm", "optimization.weight_decay=null", "0 or more"),
         ("train_rm", "loss.normalize=maybe", "true or false"),

@@ -194,12 +194,12 @@ def test_a_sim_cot_coconut_checkpoint(ltts, base, tmp_path):
     decoder = below("expainable_llm.", backbone("gpt2", rows=VOCABULARY, seed=5).state_dict())
     torch.save(coconut_state(lm) | decoder, old / "checkpoint_28")
     wants = ("convert", old, "new", f"tokenizer={base}")
-    check(ltts(*wants), "empty", "GPT-2 of 2 layers and width 32", "config=FOLDER/config.json")
+    check(ltts(*wants), "empty", "GPT-2 with 2 layers of width 32", "config=FOLDER/config.json")
     assert not Path("new").exists()
     config = write_config(tmp_path, lm, vocab_size=VOCABULARY)
     result = ltts(*wants, f"config={config}")
     assert result.code == 0, result.err
-    assert f"left out, since inference does not use them: expainable_llm.* ({len(decoder)})" in result.err
+    assert f"left out, because inference does not use them: expainable_llm.* ({len(decoder)})" in result.err
     same_as_source(adapter(Coconut, "new"), lm, [*question_ids(base, "\n"), 600], 601)
 
 

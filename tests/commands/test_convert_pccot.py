@@ -157,10 +157,10 @@ def test_without_peft_the_line_says_how_to_get_it(gpt2, ltts, monkeypatch):
         ("adapter_config.json", {"target_modules": ["c_attn"]}, ["does not fit", "exists only in one of them"]),
         ("adapter_config.json", {"target_modules": ["q_proj"]}, ["does not fit", "q_proj"]),
         ("adapter_config.json", {"r": 3}, ["does not fit", "size mismatch"]),
-        ("pccot_args.json", {"num_latent_tokens": None}, ["do not say the number of latents"]),
-        ("pccot_args.json", {"latent_token_id": 17}, ["latent_token_id 17", "no added token"]),
+        ("pccot_args.json", {"num_latent_tokens": None}, ["do not contain the number of latents"]),
+        ("pccot_args.json", {"latent_token_id": 17}, ["latent_token_id=17", "not an added token"]),
         ("config.json", {"use_projection": True}, ["use_projection", "no weights prj"]),
-        ("config.json", {"num_iterations": "three"}, ["do not say the number of sweeps"]),
+        ("config.json", {"num_iterations": "three"}, ["do not contain the number of sweeps"]),
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ SAMPLERS = [["sampler=gaussian"], ["sampler=dropout", "sampler.where=[prompt,tho
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_a_gpu_computes_what_the_cpu_computes(case):
-    devices.same(case, GPU, tolerance=1e-6)
+    devices.check_same(case, GPU, tolerance=1e-6)
 
 
 @pytest.fixture(params=["kernels", "operators"])

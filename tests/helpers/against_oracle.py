@@ -1,4 +1,4 @@
-"""The engine's rollouts beside the oracle's, and what both are asked for."""
+"""Compares rollouts of the engine with those of the oracle."""
 
 from itertools import product
 
@@ -19,12 +19,12 @@ TOLERANCE = {"rtol": 0, "atol": 1e-9}  # of latents, in float64; logits are floa
 
 
 def questions(prompts):
-    """An id for each prompt that says what is asked, so that it goes with the prompt."""
+    """A question id per prompt, derived from its tokens, so that equal prompts have equal ids."""
     return [f"{len(prompt)}-{sum(prompt)}" for prompt in prompts]
 
 
 def roll(engine, prompts, rollouts, sampler, donor_RTD=None):
-    """Rollouts, with the latents in the model's own precision instead of float32."""
+    """Rollouts of the engine, with latents in the model's own precision instead of float32."""
     draw = tiny.draw(questions(prompts), rollouts)
     result = engine.roll(prompts, draw, sampler, donor_RTD=donor_RTD)
     torch.testing.assert_close(result.latents_RTD, draw.history_RTD.float(), rtol=0, atol=0)
@@ -79,7 +79,7 @@ def assert_rows_equal(result, row, other, other_row):
 
 
 def base_passes(lm):
-    """Shapes (rows, tokens) of all passes through a model's backbone from now on."""
+    """A list that collects the shape (rows, tokens) of every later pass through the backbone."""
     shapes = []
     lm.base_model.register_forward_pre_hook(
         lambda _module, _args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True

@@ -1,4 +1,4 @@
-"""Annotation folders made by hand: the right rollouts of a question lean towards one direction, the wrong ones away."""
+"""Synthetic annotation folders: latents of right and wrong rollouts are shifted in opposite directions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def settings_of(adapter: Coconut) -> dict[str, Any]:
 
 
 def entry(index: int, adapter: Coconut, seed: int = 0, n: int = N, steps: list[int] | None = None) -> LabelledQuestion:
-    """A question with right and wrong rollouts, whose labels drift towards the outcome step by step."""
+    """A question with right and wrong rollouts, whose labels approach the outcome step by step."""
     random = np.random.default_rng([seed, index])
     width = adapter.config["n_embd"]
     correct_N = np.arange(n) < random.integers(1, n)
@@ -50,7 +50,7 @@ def entry(index: int, adapter: Coconut, seed: int = 0, n: int = N, steps: list[i
 
 
 def write(path: Path, adapter: Coconut, questions: int, seed: int = 0, **changed: Any) -> Path:
-    """A finished folder of `questions` usable questions in shards of 8, and one each that is all right or all wrong."""
+    """A finished folder: `questions` usable questions in shards of 8, one with all right and one with all wrong."""
     folder = AnnotationFolder(path, settings_of(adapter) | changed)
     entries = [entry(index, adapter, seed) for index in range(questions)]
     for start in range(0, questions, 8):

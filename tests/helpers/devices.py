@@ -1,4 +1,4 @@
-"""What is computed on a device, to be compared with what the CPU computes: rollouts, scores, labels and beams."""
+"""Computations whose results on a device must equal those on the CPU: rollouts, scores, labels and beams."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from latent_tts.types import Reasoner, RewardModel
 
 
 class Place(NamedTuple):
-    """A device, how a model's weights get there, and what must be entered to compute there."""
+    """A device: how to move a model to it, and the context manager in which it computes."""
 
     device: torch.device
     moved: Callable[[nn.Module], Any]
@@ -47,8 +47,8 @@ Values = list[Tensor | list]
 Case = Callable[[Place], Values]
 
 
-def same(case: Case, place: Place, tolerance: float) -> None:
-    """Compare what is computed on a device with what the CPU computes, in float64."""
+def check_same(case: Case, place: Place, tolerance: float) -> None:
+    """Check that a computation has the same results on a device as on the CPU, in float64."""
     expected = case(CPU)
     with place.computing():
         found = case(place)
@@ -80,7 +80,7 @@ def cases() -> Iterator[tuple[str, Case]]:
 
 
 def _values(rollouts: Rollouts) -> Values:
-    latents = rollouts.latents_RTD.double().mul(1e-3)  # kept in float32
+    latents = rollouts.latents_RTD.double().mul(1e-3)  # stored in float32
     return [latents, rollouts.steps_R, [float(i) for ids in rollouts.answer_ids for i in ids], rollouts.stopped_R]
 
 

@@ -1,10 +1,11 @@
-"""The engine on a device that is not the CPU, for machines without one: `python tests/elsewhere.py`.
+"""Tests the engine on a simulated device, for machines without a GPU: `python tests/helpers/elsewhere.py`.
 
-Tensors of the device `elsewhere` compute on the CPU, and are refused what a GPU's are: an operation with tensors of the
-CPU, NumPy's view. So the engine takes the ways it takes on CUDA (random numbers by torch, no packed weights), in
-float64, where its results must be those of the CPU. Speed, memory and CUDA's own rounding are not tested by this.
+Tensors on the device `elsewhere` compute on the CPU, but refuse what tensors on a GPU refuse: operations with tensors
+on the CPU, and views by NumPy. The engine therefore runs the same code as on CUDA (random numbers by torch, no packed
+weights), in float64, and its results must equal those on the CPU. Speed, memory and the rounding of CUDA are not
+tested.
 
-A process of its own, since torch knows one such device for good.
+It needs its own process, since torch registers such a device permanently.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 
 class _Backend(_DummyBackendModule):
-    """What torch asks a device's module for; random numbers of its own it has none."""
+    """The module of the device, as torch requires it; it has no random number generator."""
 
     def device_count(self) -> int:
         return 0
 
 
-torch.inference_mode = torch.no_grad  # tensors of Python's making cannot be sliced under inference_mode
+torch.inference_mode = torch.no_grad  # tensor subclasses cannot be sliced under inference_mode
 _setup_privateuseone_for_python_backend("elsewhere", _Backend())
-torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(numbers, device=...) comes by here too
+torch._C._set_only_lift_cpu_tensors(True)  # otherwise torch.tensor(numbers, device=...) skips the dispatch
 
 import devices  # noqa: E402
 
@@ -38,12 +39,12 @@ CPU, ELSEWHERE = torch.device("cpu"), torch.device("elsewhere:0")
 head.VALUES_AT_ONCE["elsewhere"] = head.VALUES_AT_ONCE["cuda"]
 head.SORTED_AT_ONCE["elsewhere"] = head.SORTED_AT_ONCE["cuda"]
 rng.BLOCKS_AHEAD["elsewhere"] = rng.BLOCKS_AHEAD["cuda"]
-prompts.TOKENS_AT_ONCE["elsewhere"] = 40  # some of the prompts come in pieces
+prompts.TOKENS_AT_ONCE["elsewhere"] = 40  # so that some prompts run in pieces
 prompts.PADDING["elsewhere"] = 10
 
 
 class There(Tensor):
-    """A tensor of that device, around one of the CPU."""
+    """A tensor on the simulated device, which wraps a tensor on the CPU."""
 
     here: Tensor
 
@@ -64,20 +65,22 @@ class There(Tensor):
 
 
 class Dispatch(TorchDispatchMode):
-    """Makes what is asked for on that device."""
+    """Handles operators that create tensors on the simulated device."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return computed(function, args, kwargs or {})
 
 
 def computed(function: Any, args: tuple, kwargs: dict) -> Any:
-    """An operator's result, on the device it should be on."""
+    """Run an operator on the CPU and wrap its result if it belongs on the simulated device."""
     name = function.overloadpacket.__name__
     there = any(isinstance(leaf, There) for leaf in tree_leaves((args, kwargs)))
-    if there and name not in ("_to_copy", "copy_"):  # which take tensors of the CPU on a GPU as well
-        places = name in ("index", "index_put_") and isinstance(args[0], There)  # which take places of the CPU there
+    if there and name not in ("_to_copy", "copy_"):  # these accept both devices on a GPU too
+        places = name in ("index", "index_put_") and isinstance(args[0], There)  # indices may be on the CPU
         tensors = [leaf for leaf in tree_leaves((args[::2] if places else args, kwargs)) if isinstance(leaf, Tensor)]
-        foreign = [tensor for tensor in tensors if not isinstance(tensor, There) and not goes_along(function, tensor)]
+        foreign = [
+            tensor for tensor in tensors if not isinstance(tensor, There) and not is_accepted_scalar(function, tensor)
+        ]
         assert not foreign, f"{function} of tensors on two devices"
     device = torch.device(kwargs.get("device") or (ELSEWHERE if there else CPU))
     inner_args, inner_kwargs = tree_map(lambda leaf: leaf.here if isinstance(leaf, There) else leaf, (args, kwargs))
@@ -90,13 +93,13 @@ def computed(function: Any, args: tuple, kwargs: dict) -> Any:
     return tree_map(lambda leaf: There(leaf) if wrap and isinstance(leaf, Tensor) else leaf, result)
 
 
-def goes_along(function: Any, tensor: Tensor) -> bool:
-    """Whether a GPU takes a number from the CPU there: pointwise operators do."""
+def is_accepted_scalar(function: Any, tensor: Tensor) -> bool:
+    """Whether a GPU accepts this tensor from the CPU: pointwise operators accept scalars."""
     return tensor.dim() == 0 and torch.Tag.pointwise in function.tags
 
 
 def moved(module: nn.Module) -> Any:
-    """The module with its weights on that device."""
+    """Move the weights of a module to the simulated device."""
     for part in module.modules():
         for name, weight in part._parameters.items():
             part._parameters[name] = None if weight is None else nn.Parameter(There(weight.data), False)
@@ -106,11 +109,11 @@ def moved(module: nn.Module) -> Any:
 
 
 def main() -> None:
-    """Compare both devices."""
+    """Check all cases."""
     place = devices.Place(ELSEWHERE, moved, Dispatch)
     for name, case in devices.cases():
         print(name, end="", flush=True)
-        devices.same(case, place, tolerance=1e-9)
+        devices.check_same(case, place, tolerance=1e-9)
         print(": same", flush=True)
 
 

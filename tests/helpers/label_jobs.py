@@ -1,4 +1,4 @@
-"""Questions of plain ids to be labelled, whose answers are right where their ids have an even sum."""
+"""Labelling jobs of plain token ids; an answer is right if the sum of its ids is even."""
 
 import tiny
 

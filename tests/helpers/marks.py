@@ -1,4 +1,4 @@
-"""Marks of single cases."""
+"""Marks for single cases of a parametrized test."""
 
 from functools import partial
 

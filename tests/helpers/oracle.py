@@ -1,8 +1,8 @@
-"""The slow and obvious reference: one row at a time, no cache, the whole sequence run again for every new vector.
+"""The slow, obviously correct reference: one row at a time, no cache, the whole sequence is run for every new vector.
 
-A sequence that is run again must meet the dropout masks it met before, so every position keeps the masks of the forward
-pass in which the engine would have processed it. They are put where the models themselves have their dropout (GPT-2) or
-end their branches (Llama, Qwen), by hooks of its own.
+Since a sequence is run repeatedly, every position keeps the dropout masks of the forward pass in which the engine would
+have processed it. Its own hooks apply them where the models have dropout (GPT-2) or at the end of their branches
+(Llama, Qwen).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from latent_tts.types import Forward, Reasoner, Site
 
 @dataclass
 class Row:
-    """One rollout: its latents (T, D), its answer and the answer's figures, as in `Rollouts`."""
+    """A rollout: its latents (T, D), its answer and figures of the answer, as in `Rollouts`."""
 
     latents_TD: Tensor
     answer_ids: list[int]
@@ -33,7 +33,7 @@ class Row:
 
 
 class Oracle:
-    """Runs single rollouts on a copy of a reasoner's model with an attention of transformers."""
+    """Runs single rollouts on a copy of a reasoner's model, with the attention of transformers."""
 
     def __init__(self, reasoner: Reasoner, plan: RolloutPlan) -> None:
         self.lm, self.next_latent, self.plan = tiny.plain_copy(reasoner.lm), reasoner.next_latent, plan
@@ -60,7 +60,10 @@ class Oracle:
         donor_TD: Tensor | None = None,
         branches: Sequence[tuple[int, Draw]] = (),
     ) -> Row:
-        """One rollout of one prompt; `branches` are other random numbers for what follows the first so many latents."""
+        """One rollout of one prompt.
+
+        `branches` are (number of latents, draw): after that many latents, the draw replaces the random numbers.
+        """
         steps, begun = self.plan.latents, len(self.plan.forced_ids)
         end_SD = self.embed(torch.tensor(self.plan.thinking_end_ids + self.plan.forced_ids, dtype=torch.long))
         prompt_LD = self.embed(torch.tensor(prompt))
@@ -80,7 +83,7 @@ class Oracle:
         for step in range(steps):
             hidden_D, logits_V = self._run()
             if int(logits_V.argmax()) == self.plan.stop_id:
-                # the pass that carries the end of thinking has a place for the last latent of rows at their limit
+                # in the engine this pass has a place for the last latent of rows at their limit
                 no_latent = torch.zeros_like(prompt_LD[:1])
                 forward = Forward("answer", steps + begun, 1 + len(end_SD))
                 self._feed(torch.cat([no_latent, end_SD]), forward, sampler, draw, leave_out=1)
@@ -101,7 +104,7 @@ class Oracle:
         return self._answer(draw.history_RTD[0], sampler, draw)
 
     def _feed(self, vectors_SD: Tensor, forward: Forward, sampler: Sampler, draw: Draw, *, leave_out: int = 0) -> None:
-        """Append vectors to the sequence, with the masks of their forward pass; the first may be left out."""
+        """Append vectors, except the first `leave_out`, to the sequence, with the masks of their forward pass."""
         if forward.tokens == 0:
             return
         self.fed_SD = torch.cat([self.fed_SD, vectors_SD[leave_out:]])
@@ -111,7 +114,7 @@ class Oracle:
             factors.append(new_SD[leave_out:])
 
     def _run(self) -> tuple[Tensor, Tensor]:
-        """The final hidden state (D) and the logits (V) of the last position, from the whole sequence."""
+        """Run the whole sequence; returns final hidden state (D) and logits (V) of the last position."""
         vectors_SD = self.fed_SD
         if self.places["embedding", 0] is None:
             vectors_SD = vectors_SD * self._factors(("embedding", 0))
@@ -138,7 +141,7 @@ class Oracle:
 
 
 def _places(lm: PreTrainedModel) -> dict[tuple[Site, int], nn.Module | None]:
-    """The modules whose outputs are masked; None where a model has no such module and its input is masked."""
+    """The modules whose outputs are masked; None if the model has no such module and its input is masked."""
     places: dict[tuple[Site, int], nn.Module | None] = {}
     if hasattr(lm, "transformer"):  # GPT-2
         places["embedding", 0] = lm.transformer.drop
@@ -153,7 +156,7 @@ def _places(lm: PreTrainedModel) -> dict[tuple[Site, int], nn.Module | None]:
 
 @torch.inference_mode()
 def plain_scores(family, prompt, latents_TD, shift=0):
-    """Step scores of one row from transformers' own attention over the whole sequence."""
+    """Step scores of one row, by the attention of transformers over the whole sequence."""
     model = tiny.reward_model(family)
     backbone = tiny.plain_copy(model.backbone)
     embeddings = torch.cat([backbone.get_input_embeddings()(torch.tensor(prompt)), latents_TD])[None]
@@ -163,7 +166,7 @@ def plain_scores(family, prompt, latents_TD, shift=0):
 
 
 def pccot_rollout(lm, projection, prompt, latent_id, end_ids, latents, sweeps, answer, eos_id):
-    """Greedy ids and latents as `PCCoTGPT2LMHeadModel.forward` computes them, everything run anew in every pass."""
+    """Latents and greedy ids as `PCCoTGPT2LMHeadModel.forward` computes them; every pass runs the whole sequence."""
     embed = lm.get_input_embeddings()
     prompt_LD, boundary = embed(torch.tensor(prompt)), len(prompt)
 

@@ -1,14 +1,12 @@
-"""Accuracy of picks the slow way: every pair of rollouts is compared in every subset. Oracle and opponent of
-`results.statistics`.
-"""
+"""Accuracy of picks by comparing all pairs of rollouts in every subset: the reference for `results.statistics`."""
 
 import numpy as np
 
-BLOCK = 128  # questions at once
+BLOCK = 128  # questions per block
 
 
 def values(name, rollouts, members_SD, temperature=1.0):
-    """How much speaks for each rollout in each subset (Q, S, D); -inf for one that cannot win."""
+    """The support for each rollout in each subset (Q, S, D); -inf if it cannot win."""
     shape = (len(rollouts.prediction_QD), *members_SD.shape)
     if name == "best_of_n":
         scores_QD = np.where(np.isnan(rollouts.score_QD), -np.inf, rollouts.score_QD)
@@ -27,13 +25,13 @@ def values(name, rollouts, members_SD, temperature=1.0):
     weights_QSD = np.exp((scores_QSD - highest_QS1) / temperature)
     sums_QSD = weights_QSD @ same_QDD.astype(np.float64)
     sums_QSD = np.where(votes_QD[:, None, :] & members_SD & (sums_QSD > 0), sums_QSD, -np.inf)
-    # a product may sum in different orders for rollouts of one prediction: within rounding of the highest is a tie
+    # equal sums may differ by rounding, since a matrix product sums in different orders
     best_QSD = (sums_QSD > 0) & (sums_QSD >= sums_QSD.max(-1, keepdims=True) * (1 - 1e-12))
     return np.where(best_QSD, 1.0, -np.inf)
 
 
 def accuracy(aggregator, rollouts, members_SN):
-    """Share of subsets (S, N) whose pick is right (Q,)."""
+    """Share (Q) of the subsets (S, N) whose pick is right."""
     members_SD = np.zeros((len(members_SN), rollouts.correct_QD.shape[1]), dtype=bool)
     np.put_along_axis(members_SD, members_SN, True, axis=1)
     temperature = getattr(aggregator, "temperature", None)

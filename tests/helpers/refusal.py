@@ -1,4 +1,4 @@
-"""What a command says to a mistake of the user's."""
+"""Checks of the errors for mistakes of the user."""
 
 import importlib
 from copy import deepcopy
@@ -16,7 +16,7 @@ from latent_tts.config import build as config
 
 
 def check(result, *words: str) -> None:
-    """One to four lines that hold `words`, exit 2, no table."""
+    """Check a refused command: one to four lines that contain `words`, exit code 2, no table."""
     assert result.code == 2, result.err
     log = ("INFO", "WARNING", "Error executing job")
     lines = [line for line in result.err.splitlines() if line and not line.startswith(log)]
@@ -26,9 +26,9 @@ def check(result, *words: str) -> None:
 
 
 def check_refused(command: str, *overrides: object, words: list[str]) -> None:
-    """The same of a command called with its config: Hydra composes each choice of options once per process.
+    """Check that a command refuses its config, which is composed once per process and choice of options.
 
-    Whether a value is refused does not depend on how it came into the config, and composing takes ten times as long.
+    Composing takes ten times as long as the check, and a value is refused however it came into the config.
     """
     given = [str(override) for override in overrides]
     options = tuple(override for override in given if _is_group(override.partition("=")[0]))

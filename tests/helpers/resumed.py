@@ -1,4 +1,4 @@
-"""A training that was stopped and resumed has the weights of one that was not."""
+"""Checks that a resumed training run has the same weights as one that was never stopped."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from latent_tts.training.states import last_state
 
 
 def check_resume(recipe, adapter, folder, own: str) -> None:
-    """Train 5 updates twice, once with Ctrl-C after 3; `own` is a tensor of the family's that the state has to hold."""
+    """Train 5 updates twice, once with Ctrl-C after 3; `own` is a tensor of the family that the state must contain."""
     optimization = ReasonerOptimization(
         batch=4, accumulation=2, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False
     )

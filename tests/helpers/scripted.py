@@ -1,4 +1,4 @@
-"""Checkpoints that write a given text: a GPT-2 of no layers, whose next token depends on the last alone."""
+"""Checkpoints that write a given text: a GPT-2 without layers, whose next token depends only on the last one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EOS, MARKS = "<|endoftext|>", ["<|latent|>", "<|start-latent|>", "<|end-latent|>
 
 
 def make(folder: Path, family: str, *texts: str) -> Path:
-    """A checkpoint of a family (`coconut`, `codi`, `colar`) that writes one of `texts`, all as likely."""
+    """A checkpoint of a family (`coconut`, `codi`, `colar`) that writes one of `texts`, all equally likely."""
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={sign: place for place, sign in enumerate(alphabet)}, merges=[]))

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 @st.composite
 def rollout_lists(draw, values):
-    """Predictions, -1 for unreadable ones, and a figure of each out of `values` (Q, D), with ties."""
+    """Predictions (Q, D), -1 if unreadable, and for each one of `values` (Q, D), with ties."""
     questions, drawn = draw(st.integers(1, 4)), draw(st.integers(1, 8))
 
     def table(elements):

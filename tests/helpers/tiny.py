@@ -1,4 +1,4 @@
-"""Tiny random reasoners for tests: wide initial weights, so that their argmaxes vary, and prompts of plain ids."""
+"""Tiny random reasoners, with large initial weights so that their argmaxes vary, and prompts of plain ids."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SHAPE = {
 OWN_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
-# ids that the models of `reasoner` often write
+# ids that these models often write
 EOS_IDS = {"gpt2": 36, "llama": 26, "llama_tied": 16, "qwen3": 11}
 NEVER = -1
 
@@ -63,7 +63,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": _gpt2,
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, **OWN_IDS, tie_word_embeddings=False)),
     "llama_tied": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, **OWN_IDS, tie_word_embeddings=True)),
-    # heads together wider than the model, and normalised queries and keys
+    # its heads are wider than the model together, and queries and keys are normalised
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, **OWN_IDS, head_dim=16, tie_word_embeddings=True)),
 }
 
@@ -71,7 +71,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 def reasoner(
     family: str, dtype: torch.dtype = torch.float64, next_latent: Callable[[Tensor], Tensor] = lambda hidden: hidden
 ) -> Reasoner:
-    """A reasoner, with the same weights at every call; what it computes in float64 has that precision throughout."""
+    """A reasoner with the same weights in every call; in float64 no operation uses less precision."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         lm = FAMILIES[family]().to(dtype)
@@ -81,7 +81,7 @@ def reasoner(
 
 
 def _norms_of_torch(module: nn.Module) -> None:
-    """Swap the RMS norms of transformers, which compute in float32 whatever the weights are."""
+    """Replace the RMS norms of transformers, which always compute in float32, by those of torch."""
     for name, child in module.named_children():
         if type(child).__name__.endswith("RMSNorm"):
             setattr(module, name, nn.RMSNorm(child.weight.shape, child.variance_epsilon, dtype=child.weight.dtype))
@@ -90,7 +90,7 @@ def _norms_of_torch(module: nn.Module) -> None:
 
 
 def plain_copy(lm: PreTrainedModel) -> PreTrainedModel:
-    """The model without the engine's attention (and not `eager`, which has a softmax in float32 for Llama)."""
+    """A copy without the engine's attention (`sdpa`, since `eager` has a softmax in float32 for Llama)."""
     lm = copy.deepcopy(lm)
     lm.set_attn_implementation("sdpa")
     return lm
@@ -104,7 +104,7 @@ def plan(
 
 
 def prompts(lengths: list[int]) -> list[list[int]]:
-    """Different prompts of these lengths."""
+    """Different prompts with these lengths."""
     return [
         [(7 * row + 3 * place + place * place) % (VOCABULARY - 1) for place in range(n)]
         for row, n in enumerate(lengths)
@@ -112,12 +112,12 @@ def prompts(lengths: list[int]) -> list[list[int]]:
 
 
 def draw(questions: list[str], rollouts: range, seed: int = 0) -> Draw:
-    """The random numbers of some rollouts of each question."""
+    """The random numbers of these rollouts of each question."""
     return Draw.of(seed, questions, torch.tensor(list(rollouts)).repeat(len(questions), 1), WIDTH)
 
 
 def reward_model(family: str, dtype: torch.dtype = torch.float64) -> RewardModel:
-    """A LatentRM with random weights, not those of `reasoner`."""
+    """A LatentRM with random weights, different from those of `reasoner`."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
         lm = FAMILIES[family]().to(dtype)
@@ -129,7 +129,7 @@ def reward_model(family: str, dtype: torch.dtype = torch.float64) -> RewardModel
 
 
 def write_latent_rm(folder: Path, reasoner: Path, trained: dict | None = None, seed: int = 5) -> Path:
-    """A LatentRM's checkpoint with random weights, of the shape of a reasoner's checkpoint."""
+    """Write a LatentRM checkpoint with random weights, in the size of a reasoner's checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(reasoner / "tokenizer.json", folder)
     config = json.loads((reasoner / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Tiny random models as training codes save them, and their rollouts computed plainly."""
+"""Tiny random models in the layouts of training codes, and a plain computation of their rollouts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def edit_json(path: Path, **changes) -> None:
 
 @torch.inference_mode()
 def plain_rollout(lm: PreTrainedModel, prompt: list[int], end: int, next_latent: Callable) -> tuple[Tensor, list[int]]:
-    """Latents and greedy answer ids, everything run again for each new vector."""
+    """Latents and greedy answer ids; the whole sequence is run for every new vector."""
     embed = lm.get_input_embeddings()
     sequence_SD = embed(torch.tensor(prompt))
     latents, answer = [], []

@@ -47,7 +47,8 @@ def test_the_answer_stands_after_the_last_sign(checkpoint, text, raw):
 
 
 @pytest.mark.parametrize(
-    ("more", "words"), [({"latents": 2}, r"model\.latents=2: 0"), ({"checkpoint": None}, r"model\.checkpoint=null: ")]
+    ("more", "words"),
+    [({"latents": 2}, r"model\.latents=2: must be 0"), ({"checkpoint": None}, r"model\.checkpoint=null: ")],
 )
 def test_bad_values_are_named(checkpoint, more, words):
     with pytest.raises(UsageError, match=rf"\A{words}"):
@@ -80,7 +81,7 @@ def test_a_run_counts_what_was_written(run, checkpoint):
     assert value["gflops"] == pytest.approx(sum(flops) / 6 / 1e9, rel=1e-6)
     assert value["answer_tokens"] == pytest.approx(rollouts["answer_tokens"].mean(), rel=1e-6)
     assert value["latent_steps"] == 0
-    assert "no LatentRM is shipped" in result.err
+    assert "no built-in LatentRM" in result.err
 
 
 def test_answers_may_be_as_long_as_the_model_recommends(run):

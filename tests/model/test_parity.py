@@ -229,7 +229,7 @@ def test_correct_positions_give_the_official_unpadded_scores(
 ) -> None:
     steps_RT = scorer.score(EXPECTED["prompt_ids"], official_scores["latents"])
     torch.testing.assert_close(steps_RT, official_scores["step_logits_unpadded"], rtol=0, atol=1e-4)
-    scores = LatentRM(str(SCORER), "sum", "correct").reduced(steps_RT.tolist())
+    scores = LatentRM(str(SCORER), "sum", "correct").score_rollouts(steps_RT.tolist())
     torch.testing.assert_close(torch.tensor(scores), official_scores["scores_unpadded"].double(), rtol=0, atol=1e-4)
 
 
@@ -238,14 +238,14 @@ def test_official_positions_give_the_official_left_padded_scores(
 ) -> None:
     latent_rm = LatentRM(str(SCORER), "sum", "official")
     lengths = [
-        len(prompt) + LATENTS + 1 + latent_rm.text_tokens(model.answer_text(ids[LATENTS + 1 :]))
+        len(prompt) + LATENTS + 1 + latent_rm.count_tokens(model.answer_text(ids[LATENTS + 1 :]))
         for prompt, ids in zip(EXPECTED["prompt_ids"], EXPECTED["generated_ids"], strict=True)
     ]
     texts = json.loads((SCORER / "expected.json").read_text())["texts_compat"]
-    assert lengths == [latent_rm.text_tokens(text) for text in texts]
+    assert lengths == [latent_rm.count_tokens(text) for text in texts]
     position_offset_Q = torch.tensor(position_offsets([lengths])[0])
     steps_RT = scorer.score(EXPECTED["prompt_ids"], official_scores["latents"], position_offset_Q=position_offset_Q)
-    scores = torch.tensor(latent_rm.reduced(steps_RT.tolist()))
+    scores = torch.tensor(latent_rm.score_rollouts(steps_RT.tolist()))
     expected = official_scores["scores_left_padded_compat"].double()
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
     assert (scores - official_scores["scores_unpadded"]).abs().max() > 1  # the two modes are far apart

@@ -111,7 +111,7 @@ def test_checkpoints_it_cannot_read(folder, checkpoint, tmp_path):
         adapter(checkpoint).check()
     with pytest.raises(UsageError, match="holds a PCCoT checkpoint"):
         Coconut("coconut", str(folder), T, {}).check()
-    with pytest.raises(UsageError, match=r"model\.answer_prompt=The answer is:: words of the vocabulary"):
+    with pytest.raises(UsageError, match=r"model\.answer_prompt=The answer is:: must be words in the vocabulary"):
         adapter(folder, answer_prompt="The answer is:").check()
     broken = copy(folder, tmp_path)
     edit(broken, {"prj.2.bias": None, "prj.3.weight": torch.ones(5)})

@@ -88,7 +88,10 @@ def raising(*arguments):
 
 @pytest.mark.parametrize(
     ("words", "why"),
-    [(raising, "RuntimeError: Failed to find C compiler"), (lambda *a: OPERATORS.words(*a) ^ 1, "not those of")],
+    [
+        (raising, "RuntimeError: Failed to find C compiler"),
+        (lambda *a: OPERATORS.words(*a) ^ 1, "differ from those of"),
+    ],
 )
 def test_kernels_that_fail_or_differ_are_not_used_and_that_is_said_once(as_on_a_gpu, caplog, words, why):
     with caplog.at_level(logging.WARNING):

@@ -120,7 +120,7 @@ def test_noise_and_dropout_do_not_share_numbers():
 def test_keep_is_the_same_whether_or_not_layers_are_announced(monkeypatch, blocks_ahead):
     monkeypatch.setitem(rng.BLOCKS_AHEAD, "cpu", blocks_ahead)  # one layer, two, or all drawn together
     announced, silent = draws(), draws()
-    announced.will_mask([5, 0, 1, 9, 2])
+    announced.expect_layers([5, 0, 1, 9, 2])
     in_order = [(layer, 3, 2, 10) for layer in (5, 0, 1, 9, 2)]
     next_step = [(layer, 4, 1, 10) for layer in (5, 0, 1, 9, 2)]
     out_of_order = [(2, 4, 1, 10), (5, 4, 1, 10), (7, 4, 1, 10), (0, 4, 1, 10), (0, 4, 1, 10), (0, 4, 1, 11)]
@@ -177,7 +177,7 @@ def test_tokens_of_a_pass_follow_one_another(tokens, width, threshold):
 
 def test_a_threshold_may_change_between_layers_drawn_together():
     announced, silent = draws(), draws()
-    announced.will_mask([0, 1])
+    announced.expect_layers([0, 1])
     for layer, threshold in ((0, 1000), (1, 60000)):
         assert torch.equal(announced.keep(layer, 0, 1, 64, threshold), silent.keep(layer, 0, 1, 64, threshold))
 
@@ -185,7 +185,7 @@ def test_a_threshold_may_change_between_layers_drawn_together():
 @pytest.mark.parametrize("index", [torch.tensor([4, 0, 0, 3]), torch.tensor([True, False, False, True, True, False])])
 def test_rows_gives_the_draws_of_those_rows(index):
     draw = draws()
-    draw.will_mask([0, 1, 2])
+    draw.expect_layers([0, 1, 2])
     some = draw.rows(index)
     assert some.width == draw.width
     assert torch.equal(some.normal(2, 9), draw.normal(2, 9)[index])

@@ -203,7 +203,10 @@ def test_a_bad_value_is_named(key, value):
     ("overrides", "words"),
     [
         (["schedule=zigzag"], ["schedule=zigzag", "jacobi, sequential"]),
-        (["schedule=jacobi", "schedule.sweeps=2", "model.latents=0", "sampler=greedy"], ["schedule=jacobi", "none"]),
+        (
+            ["schedule=jacobi", "schedule.sweeps=2", "model.latents=0", "sampler=greedy"],
+            ["schedule=jacobi", "no latents"],
+        ),
     ],
 )
 def test_a_run_refuses(refuse, overrides, words):

@@ -273,7 +273,7 @@ def test_rescoring_refuses_what_has_no_latents_or_no_scorer(run, ltts, latent_rm
         (["aggregator=best_of_n"], ["aggregator=best_of_n", "needs a scorer", "scorer=auto"]),
         (["scorer=none", "aggregator=[majority,weighted]"], ["aggregator=weighted", "needs a scorer", "scorer=none"]),
         (["aggregator.weighted.temperature=0"], ["aggregator.weighted.temperature=0", "positive"]),
-        (["scorer=latent_rm", f"scorer.checkpoint={WIDE}"], ["scorer.checkpoint", "width 64", "have 16"]),
+        (["scorer=latent_rm", f"scorer.checkpoint={WIDE}"], ["scorer.checkpoint", "width is 64", "have 16"]),
     ],
     ids=lambda value: " ".join(value) if "=" in value[0] else None,
 )
@@ -304,7 +304,7 @@ def refused(folder, reasoner, *words, reduce=None, positions="correct"):
 
 
 def test_a_checkpoint_that_is_no_latent_rm(checkpoint, reasoner):
-    refused(checkpoint, reasoner, "no LatentRM", "classifier.weight missing")
+    refused(checkpoint, reasoner, "not a LatentRM", "classifier.weight missing")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -330,7 +330,7 @@ def test_too_few_positions(scored, latent_rm):
     [
         ({"temperature": -1}, ["latent_rm.temperature=-1"]),
         ({"reduce": "max"}, ["latent_rm.reduce=max"]),
-        ([], ["does not hold an object"]),
+        ([], ["must be an object"]),
     ],
 )
 def test_a_config_that_says_nonsense(checkpoint, reasoner, tmp_path, trained, words):
@@ -345,9 +345,13 @@ DROPOUT = {"_target_": "latent_tts.sampler.dropout.Dropout", "rate": 0.1, "site"
     [
         ({"sampler": DROPOUT, "reduce": "sum"}, None, None),
         ({"sampler": DROPOUT, "reduce": "mean"}, "mean", None),
-        ({"reasoner": "0123", "reasoner_name": "another"}, None, ["another (0123)", "this is tiny"]),
-        ({"sampler": DROPOUT | {"rate": 0.3}}, None, ["with rate=0.3; here it is rate=0.1"]),
-        ({"sampler": {"_target_": "Gaussian", "sigma": 0.4}}, None, ["sigma=0.4", "sigma=None"]),
+        ({"reasoner": "0123", "reasoner_name": "another"}, None, ["another (0123)", "not for tiny"]),
+        ({"sampler": DROPOUT | {"rate": 0.3}}, None, ["with sampler.rate=0.3; this run has sampler.rate=0.1"]),
+        (
+            {"sampler": {"_target_": "Gaussian", "sigma": 0.4}},
+            None,
+            ["with sampler=Gaussian, sampler.sigma=0.4; this run has sampler=dropout, "],
+        ),
         ({"reduce": "mean"}, "sum", ["scorer.reduce=sum", "trained with mean"]),
     ],
 )

@@ -19,7 +19,7 @@ from latent_tts.random.draw import Draw
 from latent_tts.random.philox import key_of
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
-from latent_tts.search.beam import Beam, children, reduced
+from latent_tts.search.beam import Beam, children, prefix_scores
 
 T, LENGTHS = 3, [5, 1]
 NOISE, MASKS = Gaussian(1.0, False), Dropout(0.4, "residual", ["thoughts"], "fresh")
@@ -129,9 +129,9 @@ def test_children_have_codes_of_their_own():
 
 def test_reductions_leave_out_steps_that_are_not_there():
     scores = torch.tensor([[[1.0, 2.0, 6.0], [1.0, 2.0, float("nan")], [float("nan")] * 3]])
-    assert reduced(scores, "sum").tolist() == [[9.0, 3.0, -np.inf]]
-    assert reduced(scores, "mean").tolist() == [[3.0, 1.5, -np.inf]]
-    assert reduced(scores, "last").tolist() == [[6.0, 2.0, -np.inf]]
+    assert prefix_scores(scores, "sum").tolist() == [[9.0, 3.0, -np.inf]]
+    assert prefix_scores(scores, "mean").tolist() == [[3.0, 1.5, -np.inf]]
+    assert prefix_scores(scores, "last").tolist() == [[6.0, 2.0, -np.inf]]
 
 
 @pytest.fixture
@@ -161,14 +161,14 @@ def test_a_beam_run_keeps_its_beams_and_costs_what_n_rollouts_cost(beam_run):
 
 
 BAD = [
-    (["n=5"], ["n=5", "search.beams=4 times search.candidates=4"]),
+    (["n=5"], ["n=5", "search.beams * search.candidates = 4 * 4 = 16"]),
     (["search.beams=0"], ["search.beams=0"]),
     (["search.candidates=1.5"], ["search.candidates=1.5"]),
     (["search.diverse=maybe"], ["search.diverse"]),
     (["scorer.positions=official"], ["scorer.positions=official", "search=beam"]),
     (["sampler=greedy"], ["sampler=greedy"]),
-    (["sampler.sigma=0"], ["sampler=gaussian", "go on differently"]),
-    (["sampler=dropout", "sampler.where=[prompt]"], ["sampler=dropout", "go on differently"]),
+    (["sampler.sigma=0"], ["sampler=gaussian", "make the continuations of a beam differ"]),
+    (["sampler=dropout", "sampler.where=[prompt]"], ["sampler=dropout", "make the continuations of a beam differ"]),
     (["sampler=dropout", "sampler.where=[answer]"], ["sampler dropout", "the same latents"]),
     (["sampler=dropout", "sampler.mask=locked"], ["sampler.mask=locked"]),
     (["budget=ladder"], ["budget=ladder"]),

@@ -120,7 +120,7 @@ def test_rows_of_the_hub_are_mapped_and_the_revision_is_pinned(name, hub, caplog
     assert (question.text, question.answer, question.steps) == expected
     split = settings(name)["splits"]["test"]
     assert asked == [(split["hub"], split.get("subset"), split["hub_split"], split["revision"])]
-    assert f"has 1 questions at revision {split['revision']}, expected are {split['rows']}" in caplog.text
+    assert f"has 1 questions at revision {split['revision']}; expected {split['rows']}" in caplog.text
 
 
 def test_multiarith_drops_the_repeats_of_the_hub_and_keeps_the_first_places(hub):
@@ -145,7 +145,7 @@ def test_without_a_network_three_lines_say_how_to_get_the_file(name):
     assert f"task={name}: {split['hub']} cannot be read from the hub (Couldn't reach" in lines[0]
     assert lines[1].endswith(f"https://huggingface.co/datasets/{split['hub']}")
     assert "task.path=FILE.jsonl" in lines[2]
-    assert f"{split['file']} in the folder LTTS_DATA" in lines[2]
+    assert f"{split['file']} in the folder that LTTS_DATA names" in lines[2]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_split_without_a_copy_on_the_hub_says_where_it_is(name, split, origin)
     with pytest.raises(UsageError) as error:
         benchmark(name, split=split)
     lines = str(error.value).splitlines()
-    assert lines[0] == f"task={name} task.split={split}: no copy of it is on the hub"
+    assert lines[0] == f"task={name} task.split={split}: not on the hub"
     assert origin in lines[1]
     assert "LTTS_DATA" in lines[2]
 
@@ -166,10 +166,14 @@ def test_a_split_without_a_copy_on_the_hub_says_where_it_is(name, split, origin)
     [
         ("gsm8k", {"split": "train"}, r"^task\.split=train: one of test, valid$"),
         ("svamp", {"split": None}, r"^task\.split=null: one of test$"),
-        ("gsm8k", {"limit": 0}, r"^task\.limit=0: a positive number"),
+        ("gsm8k", {"limit": 0}, r"^task\.limit=0: must be a positive number"),
         ("gsm8k", {"path": "no/such.jsonl"}, r"^task\.path=no/such\.jsonl: no such file"),
-        ("gsm8k", {"tolerance": -1}, r"^task\.tolerance=-1: 0 or more"),
-        ("math500", {"tolerance": 0.1}, r"^task\.tolerance=0\.1: null, since task\.answer=latex"),
+        ("gsm8k", {"tolerance": -1}, r"^task\.tolerance=-1: must be a number, 0 or more"),
+        (
+            "math500",
+            {"tolerance": 0.1},
+            r"^task\.tolerance=0\.1: must be null: it applies only to task\.answer=decimal",
+        ),
         ("gsm8k", {"answer": "float"}, r"^task\.answer=float: one of decimal, latex, words$"),
     ],
 )
@@ -186,7 +190,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "bad", "wanted"),
-    [("gsm_hard", "many", "a number"), ("math500", r"\frac{1", "a LaTeX expression of a value")],
+    [("gsm_hard", "many", "a number"), ("math500", r"\frac{1", "a LaTeX expression with a value")],
 )
 def test_a_gold_that_cannot_be_read_is_named_by_file_and_line(tmp_path, name, bad, wanted):
     path = write(tmp_path / "q.jsonl", [ROWS[0], {"question": "b", "answer": bad}])
@@ -265,7 +269,7 @@ def test_a_right_answer_in_latex_or_words_is_counted(run, tmp_path):
 def test_on_the_command_line_what_is_missing_is_a_short_error(run):
     for overrides, word in [
         (["task=svamp"], "cannot be read from the hub"),
-        (["task=prosqa"], "no copy of it is on the hub"),
+        (["task=prosqa"], "not on the hub"),
         (["task=gsm8k", "task.split=train"], "task.split=train: one of test, valid"),
     ]:
         result = run(*overrides)

@@ -154,14 +154,14 @@ def test_every_word_of_problems_is_in_words(splits):
     [
         ({"split": "dev"}, r"^task\.split=dev: one of train, valid, test, hard"),
         ({"split": None}, r"^task\.split=null: "),
-        ({"limit": 0}, r"^task\.limit=0: a positive number"),
+        ({"limit": 0}, r"^task\.limit=0: must be a positive number"),
         ({"limit": 2.5}, r"^task\.limit=2\.5: "),
         ({"limit": True}, r"^task\.limit=True: "),
         ({"limit": "many"}, r"^task\.limit=many: "),
-        ({"steps": [1]}, r"^task\.steps=\[1\]: a list out of \[2, 3, 4, 5\] for split test"),
+        ({"steps": [1]}, r"^task\.steps=\[1\]: must be a list of \[2, 3, 4, 5\] for task\.split=test"),
         ({"steps": []}, r"^task\.steps=\[\]: "),
         ({"steps": 3}, r"^task\.steps=3: "),
-        ({"steps": [2], "split": "hard"}, r"^task\.steps=\[2\]: a list out of \[6, 7, 8\]"),
+        ({"steps": [2], "split": "hard"}, r"^task\.steps=\[2\]: must be a list of \[6, 7, 8\]"),
     ],
 )
 def test_bad_values_are_usage_errors_that_name_their_key(changes, message):
@@ -254,7 +254,7 @@ def test_tolerance_decides_equality(write):
         ({"question": "a", "answer": "0,5"}, "the answer '0,5' is not a number"),
         ({"question": "a", "answer": "3 4"}, "the answer '3 4' is not a number"),
         ({"question": "a", "answer": "So.\n#### 18"}, "the answer .* is not a number; task=gsm8k reads"),
-        ({"problem": "a", "answer": "1"}, "has no question; .* it has 'problem', 'answer'"),
+        ({"problem": "a", "answer": "1"}, "has no question; .* this one has 'problem', 'answer'"),
         ({"question": "a" * 1_000_000, "answer": "1"}, "has more than 1,000,000 characters"),
         ({"question": "a", "answer": "x" * 10_000}, "the answer 'x{99}\\.\\.\\. is not a number"),
         ('{"question": "a", "answer": NaN}', "the answer 'nan' is not a number"),
@@ -304,12 +304,12 @@ def test_a_list_is_read_in_pieces_and_no_further_than_the_limit(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[]", ": the file holds no questions"),
+        ("[]", ": contains no questions"),
         ("[", ": row 1 is not JSON"),
         ('[{"question": "a", "answer": 1}', ": row 1 is not JSON"),
         ('[{"question": "a", "answer": 1},', ": row 2 is not JSON"),
         ('[{"question": "a", "answer": 1} {"question": "b", "answer": 1}]', ": row 1 is not JSON"),
-        ('[{"question": "a", "answer": 1}] more', ": row 2: something follows the list"),
+        ('[{"question": "a", "answer": 1}] more', ": row 2: there is text after the list"),
         ('[{"question": "a", "answer": 1}, 2]', ": row 2 is not a JSON object"),
         ("[" * 100_000, ": row 1 is not JSON"),
         ('["' + "a" * 2_000_000 + '"]', ": row 1 has more than 1,000,000 characters"),
@@ -345,7 +345,7 @@ def test_a_name_that_can_be_no_file_is_refused(path):
 @pytest.mark.parametrize("lines", [[], ["", " "]])
 def test_a_file_without_questions_is_refused(write, lines):
     path = write(*lines)
-    with pytest.raises(UsageError, match=rf"^task\.path={re.escape(path)}: the file holds no questions"):
+    with pytest.raises(UsageError, match=rf"^task\.path={re.escape(path)}: contains no questions"):
         jsonl(path).questions()
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_tts.text.number import LONGEST, canonical_number, close, number, tidy
+from latent_tts.text.number import MAX_LENGTH, canonical_number, close, number, tidy
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
 SAME = {
@@ -38,7 +38,7 @@ UNREADABLE = {
     "powers and signs": ["18^2", "18\u00b2", "18!", "--1", "+-1", "-$-5", "18%%", "x=18", "2x", "18e", "1.2.3", "10^3"],
     "no number": ["", "  ", ".", "$", "%", "apples", "eighteen", "nan", "sNaN", "inf", "-Infinity", "#", "\ufeff",
                   "\u00b2", "\u00bdx"],
-    "out of all proportion": ["1e999999", "1e-999999", "1e99999999999999999999", "1e401", "9" * (LONGEST + 1),
+    "out of all proportion": ["1e999999", "1e-999999", "1e99999999999999999999", "1e401", "9" * (MAX_LENGTH + 1),
                               f".{'1' * 401}"],
 }  # fmt: skip
 

@@ -233,7 +233,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_state(adapter, tmp_p
         return real(*args) * (float("nan") if len(calls) == 4 else 1.0)
 
     monkeypatch.setattr(coconut.CoconutObjective, "loss", sometimes_nan)
-    with pytest.raises(RunError, match=r"loss is nan at update 3; the last good state is .*checkpoint-3"):
+    with pytest.raises(RunError, match=r"loss is nan at update 3; the last saved state is .*checkpoint-3"):
         train(adapter, tmp_path / "out")
     assert weights(tmp_path / "out")
 
@@ -275,8 +275,8 @@ SMALL = (
     [
         ("model.checkpoint=somewhere", "init=somewhere"),
         ("device=gpu", "one of auto, cpu, cuda, cuda:INDEX"),
-        ("device=cuda:64", "CUDA devices; device=cpu works anywhere"),
-        ("optimization.accumulation=3", "a divisor of batch=4"),
+        ("device=cuda:64", "CUDA devices; use device=cpu"),
+        ("optimization.accumulation=3", "must divide optimization.batch=4"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(ltts, tmp_path, wrong, said):
@@ -292,7 +292,7 @@ def test_a_state_of_an_earlier_version_is_refused(ltts, tmp_path):
     (tmp_path / "out/state.safetensors").touch()
     result = ltts("train-reasoner", "output=out", *SMALL)
     assert result.code == 2
-    assert "output=out: holds a state.safetensors of an earlier version" in result.err
+    assert "output=out: contains a state.safetensors of an earlier version" in result.err
 
 
 @pytest.mark.slow

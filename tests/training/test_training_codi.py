@@ -126,7 +126,7 @@ def test_a_projector_can_start_as_the_identity(checkpoint, tmp_path):
     reasoner = adapter_of(tmp_path / "initial").load(device="cpu", dtype="float32")
     states = reasoner.lm.base_model(torch.arange(40, 72)[None]).last_hidden_state[0]
     torch.testing.assert_close(projector(states), states - states.mean(1, keepdim=True), rtol=0.02, atol=0.02)
-    with pytest.raises(UsageError, match=r"recipe\.projector_hidden=24: 32 or more"):
+    with pytest.raises(UsageError, match=r"recipe\.projector_hidden=24: must be 32 or more"):
         write_initial_checkpoint(
             partial(copy_checkpoint, checkpoint),
             tmp_path / "narrow",
@@ -211,7 +211,7 @@ def test_a_start_that_was_left_half_way_is_made_again_and_a_finished_line_does_n
     assert ltts(*line).code == 0
     result = ltts(*line, "recipe.distill_weight=3")
     assert result.code == 2
-    assert "other settings" in result.err
+    assert "contains a run with another" in result.err
 
 
 @pytest.mark.every_other
@@ -222,7 +222,7 @@ def test_a_start_that_was_left_half_way_is_made_again_and_a_finished_line_does_n
         (["task.split=test"], ["task.split=test", "train"]),
         (["init=nowhere"], ["init=nowhere", "no such folder"]),
         (["recipe.distill_loss=l2"], ["recipe.distill_loss=l2", "smooth_l1 or l1"]),
-        (["model.latents=0"], ["model.latents=0", "1 or more"]),
+        (["model.latents=0"], ["model.latents=0", "or more (recipe.stage_updates has"]),
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_a_line_or_two(ltts, tmp_path, wrong, said):

@@ -1,11 +1,12 @@
-"""Many rollouts to one answer; one option of the group `aggregator` per module. Pure arrays.
+"""How one answer is picked from many rollouts; one option of the group `aggregator` per module.
 
-An aggregator states its rule once for all subsets of the rollouts; `results.statistics` applies it to subsets of every
-size at once. There are three kinds of rule, the quickest first:
+An aggregator states its rule once, and `results.statistics` applies it to subsets of every size at once. There are
+three kinds of rules, the fastest first:
 
-- `Ranking`: each rollout has a value of its own. Shares of right picks are exact for every subset size.
-- `Vote`: each rollout adds a weight of its own to its prediction. Weights are summed along nested subsets.
-- `Picks`: anything else, such as a pick that compares the members of a subset. Called with the members of each subset.
+- `Ranking`: each rollout has a value. The share of right picks is exact for every subset size.
+- `Vote`: each rollout adds a weight to its prediction. Weights are summed along nested subsets.
+- `Picks`: anything else, such as a pick that compares the members of a subset. It is called with the members of each
+  subset.
 
 To add one, write a module with a dataclass that follows `Aggregator`, and a file in `conf/aggregator/` that names it.
 """
@@ -27,7 +28,7 @@ class Ranking:
     """The pick of a subset is the member with the highest value; a tie goes to the lowest rollout number.
 
     Attributes:
-        value_QD: value of each rollout; NaN or -inf for one that cannot be picked.
+        value_QD: value of each rollout; NaN or -inf if it cannot be picked.
     """
 
     value_QD: Floats
@@ -35,14 +36,14 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Vote:
-    """The pick of a subset is a member with the prediction of the highest summed weight.
+    """The pick of a subset is a member with the prediction that has the highest summed weight.
 
-    Rollouts without a readable prediction do not vote. Sums within a relative 1e-12 are a tie; of all voters for the
-    tied predictions, the one with the lowest rollout number is picked.
+    Rollouts without a readable prediction do not vote. Sums that differ by a relative 1e-12 or less are
+    tied; of all voters for tied predictions, the one with the lowest rollout number is picked.
 
     Attributes:
-        log_weight_QD: logarithm of the weight of each rollout, of any size, since weights are scaled by the largest one
-            of each subset; NaN or infinite for one that does not vote.
+        log_weight_QD: logarithm of the weight of each rollout. It may be large, since the weights of a subset are
+            divided by their maximum. NaN or infinite for a rollout that does not vote.
     """
 
     log_weight_QD: Floats
@@ -54,7 +55,7 @@ class Picks:
 
     Attributes:
         pick: takes subsets of one size n as ascending rollout numbers (S, n) and returns the picked rollout numbers
-            (Q, S), -1 where nothing is picked. The pick of a question and a subset depends on these two alone.
+            (Q, S), -1 if nothing is picked. A pick may depend only on the question and the subset.
     """
 
     pick: Callable[[NDArray[np.int64]], NDArray[np.integer]]
@@ -64,16 +65,16 @@ Rule: TypeAlias = Ranking | Vote | Picks
 
 
 class Aggregator(Protocol):
-    """Picks one rollout's prediction out of a subset of a question's rollouts.
+    """Picks one rollout from a subset of the rollouts of a question.
 
     Attributes:
-        name: as tables show it.
-        needs_score: whether it reads `score_QD`, so that it takes a scorer.
+        name: as shown in tables.
+        needs_score: whether it reads `score_QD`, so that a scorer is needed.
     """
 
     name: ClassVar[str]
     needs_score: ClassVar[bool]
 
     def rule(self, rollouts: RolloutArrays) -> Rule:
-        """How a pick is made among these rollouts; `correct_QD` must not decide it."""
+        """The rule for these rollouts; it must not read `correct_QD`."""
         ...

@@ -11,7 +11,7 @@ from latent_tts.types import RolloutArrays
 
 @dataclass(frozen=True)
 class BestOfN:
-    """The scorer's favourite, whatever it answers: if that cannot be read, the pick is wrong.
+    """The rollout with the highest score, readable or not; an unreadable answer is wrong.
 
     Source: You et al. (arXiv 2510.07745), section 4.
     """
@@ -20,5 +20,5 @@ class BestOfN:
     needs_score: ClassVar[bool] = True
 
     def rule(self, rollouts: RolloutArrays) -> Ranking:
-        """Ranks rollouts by score; one without a score cannot be picked."""
+        """Rank rollouts by score; a rollout without a score cannot be picked."""
         return Ranking(rollouts.score_QD)

@@ -11,11 +11,11 @@ from latent_tts.types import RolloutArrays
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Highest summed log-probability of the answer: the free baseline every reward model must beat."""
+    """The rollout with the highest summed log-probability of its answer: a baseline that needs no reward model."""
 
     name: ClassVar[str] = "likelihood"
     needs_score: ClassVar[bool] = False
 
     def rule(self, rollouts: RolloutArrays) -> Ranking:
-        """Ranks rollouts by the log-probability of their answer."""
+        """Rank rollouts by the log-probability of their answer."""
         return Ranking(rollouts.answer_logprob_QD)

@@ -13,11 +13,11 @@ from latent_tts.types import RolloutArrays
 
 @dataclass(frozen=True)
 class Majority:
-    """One vote per readable rollout; unreadable ones do not vote; a tie goes to the lowest rollout number."""
+    """Each rollout with a readable answer has one vote; a tie goes to the lowest rollout number."""
 
     name: ClassVar[str] = "majority"
     needs_score: ClassVar[bool] = False
 
     def rule(self, rollouts: RolloutArrays) -> Vote:
-        """Every vote weighs the same."""
+        """Give every vote the same weight."""
         return Vote(np.zeros(rollouts.prediction_QD.shape))

@@ -1,4 +1,4 @@
-"""`aggregator=weighted`: a vote in which better scores weigh more."""
+"""`aggregator=weighted`: a vote in which higher scores have more weight."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from latent_tts.types import RolloutArrays
 
 @dataclass(frozen=True)
 class Weighted:
-    """Each readable rollout votes with its softmax weight; a tie goes to the lowest rollout number.
+    """Each rollout with a readable answer votes with its softmax weight; a tie goes to the lowest rollout number.
 
     Attributes:
-        temperature: of the softmax over the scores of a subset; None until a scorer says which.
+        temperature: of the softmax over the scores of a subset, above 0; None: that of the scorer, which the pipeline
+            fills in.
     """
 
     temperature: float | None = None
@@ -26,9 +27,11 @@ class Weighted:
     def __post_init__(self) -> None:
         value = self.temperature
         if value is not None and not (is_number(value) and value > 0):
-            raise bad_value("aggregator.weighted.temperature", value, "a positive number, or null for the scorer's own")
+            raise bad_value(
+                "aggregator.weighted.temperature", value, "must be a positive number, or null for the scorer's own"
+            )
 
     def rule(self, rollouts: RolloutArrays) -> Vote:
-        """Votes weigh exp(score / temperature): the softmax over a subset up to a factor; without a score none."""
+        """Weigh votes by exp(score / temperature), the softmax up to a factor; without a score there is no vote."""
         assert self.temperature is not None, "no temperature chosen"
         return Vote(rollouts.score_QD / self.temperature)

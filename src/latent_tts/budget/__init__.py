@@ -1,4 +1,4 @@
-"""How many rollouts a question gets, and at which n they are reported; one option of the group `budget` per module."""
+"""The numbers of rollouts n at which metrics are reported; one option of the group `budget` per module."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import ClassVar, Protocol
 
 
 class Budget(Protocol):
-    """How many rollouts a question gets."""
+    """The numbers of rollouts per question at which metrics are reported."""
 
     name: ClassVar[str]
 
     def reported(self, n: int) -> list[int]:
-        """The budgets, in [1, n] and ascending, that get rows in the metrics table; the last is n."""
+        """The numbers of rollouts with rows in the metrics table: ascending, in [1, n], the last is n."""
         ...

@@ -1,4 +1,4 @@
-"""`budget=fixed`: n rollouts, reported at n."""
+"""`budget=fixed`: report at n only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Fixed:
-    """n and nothing else."""
+    """Reports at n only."""
 
     name: ClassVar[str] = "fixed"
 
     def reported(self, n: int) -> list[int]:
-        """The budgets that get rows in the metrics table."""
+        """Only n."""
         return [n]

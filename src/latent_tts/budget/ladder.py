@@ -1,4 +1,4 @@
-"""`budget=ladder`: n rollouts, reported at every power of two up to n, and at n."""
+"""`budget=ladder`: report at every power of two below n, and at n."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Ladder:
-    """1, 2, 4, ..., n: a whole curve from one set of rollouts."""
+    """Reports at 1, 2, 4, ..., n: a whole curve from one set of rollouts."""
 
     name: ClassVar[str] = "ladder"
 
     def reported(self, n: int) -> list[int]:
-        """The budgets that get rows in the metrics table."""
+        """1, 2, 4, ..., n."""
         return [2**i for i in range(n.bit_length()) if 2**i < n] + [n]

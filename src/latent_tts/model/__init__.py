@@ -1,4 +1,4 @@
-"""Adapters of families of reasoners; one option of the group `model` per module."""
+"""Adapters of the families of reasoners; one option of the group `model` per module."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
 
 
 class ModelAdapter(Protocol):
-    """A family of reasoners: its checkpoint layout, prompt recipe and answer format."""
+    """A checkpoint of a family of reasoners: its layout, its prompts and its answer format."""
 
     @property
     def name(self) -> str:
-        """What tables call the model."""
+        """The name of the model in tables."""
         ...
 
     @property
     def checkpoint(self) -> str:
-        """Folder, `shipped:NAME` or hub id."""
+        """A folder, `shipped:NAME` or a hub id."""
         ...
 
     @property
     def latents(self) -> int:
-        """T, the number of latent thoughts."""
+        """T, the number of latents."""
         ...
 
     @property
     def prompt_recipe(self) -> str:
-        """A text that stands for how prompts are made; part of every cache key."""
+        """A text that identifies how prompts are made; part of every cache key."""
         ...
 
     @property
@@ -47,40 +47,40 @@ class ModelAdapter(Protocol):
 
     @property
     def digest(self) -> str:
-        """What identifies weights, shape and tokenizer."""
+        """A digest of weights, shape and tokenizer."""
         ...
 
     @property
     def positions(self) -> int:
-        """The longest sequence the backbone takes."""
+        """The maximum sequence length of the backbone, in tokens."""
         ...
 
     @property
     def thinking_end_ids(self) -> list[int]:
-        """Tokens forced after the last latent."""
+        """The tokens forced after the last latent."""
         ...
 
     @property
     def latent_id(self) -> int:
-        """Placeholder of a latent thought where a rollout is written as ids."""
+        """The placeholder of a latent in a rollout that is written as token ids."""
         ...
 
     @property
     def stop_id(self) -> int | None:
-        """A rollout stops thinking where this token is the most probable; None for a fixed number of latents."""
+        """The token that ends a rollout's thinking when it is the most probable; None for a fixed number of latents."""
 
     @property
     def has_spread(self) -> bool:
-        """Whether its latent head predicts a Gaussian."""
+        """Whether the latent head predicts a Gaussian, with a standard deviation."""
         ...
 
     @property
     def own_schedule(self) -> Schedule | None:
-        """The schedule that is part of the model; None where the user chooses."""
+        """The schedule that is part of the model; None if the user chooses one."""
 
     @property
     def eos_id(self) -> int:
-        """The token that ends an answer where a text is written out."""
+        """The token that ends an answer in written text."""
         ...
 
     @property
@@ -89,25 +89,37 @@ class ModelAdapter(Protocol):
         ...
 
     def check(self) -> None:
-        """Read everything but the weights; raises UsageError."""
+        """Check every file, reading only the headers of the weights.
+
+        Raises:
+            UsageError: a file is missing, damaged or of another family.
+        """
 
     def encode(self, question: Question) -> list[int]:
-        """Token ids of the prompt; raises UsageError for text the model cannot read."""
+        """Token ids of the prompt.
+
+        Raises:
+            UsageError: the model cannot read the text.
+        """
         ...
 
     def forced_ids(self, text: str) -> list[int]:
-        """Ids of a text that every answer begins with; raises UsageError for one the model cannot read."""
+        """Ids of a text that every answer begins with.
+
+        Raises:
+            UsageError: the model cannot read the text.
+        """
         ...
 
     def answer_text(self, answer_ids: list[int]) -> str:
-        """Text of answer ids, special tokens kept."""
+        """The text of answer ids, with special tokens."""
         ...
 
     def answer_span(self, answer_text: str) -> str | None:
-        """The part of an answer's text that holds the answer, unchanged; None if there is none."""
+        """The part of a generated text that contains the answer, unchanged; None if there is none."""
 
     def raw_answer(self, answer_text: str) -> str | None:
-        """The number in an answer's text as the family's own evaluation reads it; None if there is none."""
+        """The number in a generated text, as the family's own evaluation reads it; None if there is none."""
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights."""

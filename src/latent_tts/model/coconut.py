@@ -1,4 +1,4 @@
-"""COCONUT: the last hidden state is the next latent thought; T of them, then `<|end-latent|>` and the answer.
+"""COCONUT: the last hidden state is the next latent. T latents are followed by `<|end-latent|>` and the answer.
 
 Source: Hao et al. 2024 (arXiv 2412.06769); checkpoint layout of ModalityDance/LatentTTS at 6657f20.
 """
@@ -16,7 +16,7 @@ class Coconut(CheckpointAdapter):
     question_end = "\n"
 
     def answer_span(self, answer_text: str) -> str:
-        """What stands after the last `#` of the answer text."""
+        """The text after the last `#`."""
         return answer_text.rpartition("#")[2].strip()
 
     def load(self, *, device: str, dtype: str) -> Reasoner:

@@ -1,7 +1,7 @@
-"""CODI: a projection of the last hidden state is the next latent thought; T of them, then `<|end-latent|>`.
+"""CODI: a projection of the last hidden state is the next latent. `<|end-latent|>` and the answer follow T latents.
 
 Source: Shen et al. 2025 (arXiv 2502.21074); checkpoint layout, prompt and answer rule of ModalityDance/LatentTTS at
-6657f20. The original files (zen-E) and those of SIM-CoT become such checkpoints by `ltts convert`.
+6657f20. `ltts convert` converts the original files (zen-E) and those of SIM-CoT.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Codi(CheckpointAdapter):
     question_end = ""
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
-        """Check that the projector is whole and as wide as the backbone.
+        """Check that the projector is complete and has the width of the backbone.
 
         Raises:
             UsageError: a tensor is missing, or has another shape.
@@ -44,17 +44,17 @@ class Codi(CheckpointAdapter):
                     "model.checkpoint",
                     self.folder,
                     f"{PROJECTOR}{name} has the shape {found}; with the backbone's width of {self.width} "
-                    f"it should be {shape}",
+                    f"it must be {shape}",
                 )
 
     def answer_span(self, answer_text: str) -> str:
-        """What stands after the last `answer is` and its colon, or all of the answer text."""
+        """The text after the last `answer is` (and a colon), or the whole text."""
         return re.split(r"answer is\s*:?", answer_text, flags=re.IGNORECASE)[-1].strip()
 
     def raw_answer(self, answer_text: str) -> str | None:
-        """The last number of the answer text, commas removed: an optional minus, digits, an optional point, digits.
+        """The last number in the text, after removing commas: an optional minus, digits, an optional point and digits.
 
-        So `5-2=3` gives `3`, and `x-3` gives `-3`, as in the official evaluation.
+        As in the official evaluation, `5-2=3` gives `3` and `x-3` gives `-3`.
         """
         numbers = re.findall(r"-?\d+\.?\d*", answer_text.replace(",", ""))
         return numbers[-1] if numbers else None

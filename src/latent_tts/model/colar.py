@@ -1,8 +1,8 @@
-"""CoLaR: a small head on the last hidden state gives the next latent; the model itself ends its thinking with `###`.
+"""CoLaR: a small head on the last hidden state gives the next latent; the model ends its thinking itself, with `###`.
 
 Source: Tan et al. 2025 (arXiv 2505.16552); checkpoint layout, prompt and answer rule of ModalityDance/LatentTTS at
-6657f20, where the original's learned spread has been dropped. A checkpoint that has kept it (`lt_head.log_std`, beside
-`lt_head.mean` as in the original code) can be drawn from by `sampler=native`.
+6657f20, which leaves out the learned standard deviation of the original. `sampler=native` works with checkpoints that
+still have it (`lt_head.log_std` beside `lt_head.mean`, as in the original code).
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ PROMPT = "Question: {question} Let's think step by step:(Thinking speed: {speed}
 
 @dataclass(frozen=True)
 class Colar(CheckpointAdapter):
-    """Adapter of CoLaR checkpoints. `latents` is the most latents of a rollout: thinking ends by `###`, or there.
+    """Adapter of CoLaR checkpoints. `latents` is the maximum number of latents; `###` may end thinking before.
 
     Attributes:
-        thinking_speed: how many steps a latent should stand for, as the prompt asks for it; trained with 1 to 5.
+        thinking_speed: compression factor that the prompt asks for: tokens of written reasoning per latent, 1 or more.
+            The published model was trained with 1 to 5.
     """
 
     thinking_speed: int = 2
@@ -40,38 +41,42 @@ class Colar(CheckpointAdapter):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not (is_whole(self.thinking_speed) and self.thinking_speed >= 1):
-            raise bad_value("model.thinking_speed", self.thinking_speed, "1 or more")
+            raise bad_value("model.thinking_speed", self.thinking_speed, "must be an integer, 1 or more")
 
     @property
     def max_latents(self) -> int:
-        """The most latents of a rollout; at that number `###` is forced."""
+        """The maximum number of latents, after which `###` is forced."""
         return self.latents
 
     @property
     def prompt_recipe(self) -> str:
-        """A text that stands for how prompts are made."""
+        """A text that identifies how prompts are made."""
         return PROMPT.format(question="{question}", speed=self.thinking_speed)
 
     @cached_property
     def thinking_end_ids(self) -> list[int]:
-        """`###`: the argmax after the last latent, or forced."""
+        """`###`, the most probable token after the last latent, or forced."""
         return [files.token_id(self.tokenizer, "###", self.folder)]
 
     @cached_property
     def stop_id(self) -> int:  # type: ignore[override]
-        """`###`: a row stops thinking where it is the most probable token."""
+        """`###`: a row ends its thinking when it is the most probable token."""
         return self.thinking_end_ids[0]
 
     @cached_property
     def latent_std(self) -> float:
-        """What the head's output is multiplied by: the spread of the backbone's token embeddings."""
+        """The standard deviation of the backbone's token embeddings, by which the head's output is multiplied."""
         std = self.config.get("latent_embedding_std")
         if not (is_number(std) and std > 0):
-            raise bad_value("model.checkpoint", self.folder, f"config.json has latent_embedding_std={std}")
+            raise bad_value(
+                "model.checkpoint",
+                self.folder,
+                f"config.json has latent_embedding_std={std}; it must be a positive number",
+            )
         return float(std)
 
     def check_tokens(self) -> None:
-        """No tokens but `###`: a prompt ends in it, and latents have no written form."""
+        """Check nothing: the only token needed is `###`, since latents have no placeholder."""
 
     @cached_property
     def has_spread(self) -> bool:  # type: ignore[override]
@@ -79,10 +84,10 @@ class Colar(CheckpointAdapter):
         return f"{HEAD}log_std.weight" in files.weight_shapes(self.folder)
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
-        """Check that the latent head is whole and as wide as the backbone.
+        """Check that the latent head is complete and has the width of the backbone.
 
         Raises:
-            UsageError: a tensor is missing, or has another shape; or the config lacks the embeddings' spread.
+            UsageError: a tensor is missing or has another shape, or the config lacks `latent_embedding_std`.
         """
         _ = self.latent_std
         hidden = shapes.get(f"{HEAD}fc.0.bias", [0])[0]
@@ -91,12 +96,14 @@ class Colar(CheckpointAdapter):
         for layer in ("mean", "log_std") if self.has_spread else ("mean",):
             wanted |= {f"{layer}.weight": [self.width, hidden], f"{layer}.bias": [self.width]}
         for name, shape in wanted.items():
-            if shapes.get(HEAD + name) != shape:
+            found = shapes.get(HEAD + name)
+            if found is None:
+                raise bad_value("model.checkpoint", self.folder, f"the latent head lacks {HEAD}{name}")
+            if found != shape:
                 raise bad_value(
                     "model.checkpoint",
                     self.folder,
-                    f"{HEAD}{name} has the shape {shapes.get(HEAD + name, 'of nothing: it is missing')}; with the "
-                    f"backbone's width of {self.width} it should be {shape}",
+                    f"{HEAD}{name} has the shape {found}; with the backbone's width of {self.width} it must be {shape}",
                 )
 
     def encode(self, question: Question) -> list[int]:
@@ -105,14 +112,13 @@ class Colar(CheckpointAdapter):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def answer_span(self, answer_text: str) -> str:
-        """What stands after the last `Answer:`, without signs `#` at its ends."""
+        """The text after the last `Answer:`, without `#` at its ends."""
         return answer_text.rpartition("Answer:")[2].strip("# \n")
 
     def raw_answer(self, answer_text: str) -> str:
-        """The same without commas.
+        """The text of `answer_span`, without commas.
 
-        The official rule keeps commas, so that `1,234` is unreadable to it; they are removed here on purpose, as in the
-        rule of CODI.
+        The official rule keeps commas and cannot read `1,234`; here they are removed on purpose, as for CODI.
         """
         return self.answer_span(answer_text.replace(",", ""))
 

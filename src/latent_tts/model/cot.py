@@ -1,9 +1,9 @@
-"""Explicit chain of thought, the baseline of every latent reasoner: no latents, the steps are written out as tokens.
+"""Explicit chain of thought, the baseline of every latent reasoner: no latents, the steps are written as tokens.
 
-The prompt is the question and a newline; everything after it (the steps, a line each, and `### answer`) is decoded as
-answer tokens, so `answer.temperature` samples whole chains and costs count what was written.
+The prompt is the question and a newline. Everything after it (one step per line, then `### answer`) is decoded as
+answer tokens, so `answer.temperature` samples whole chains, and costs include all written tokens.
 
-Source: the `cot` mode of facebookresearch/coconut (`dataset.py`), whose format is kept.
+Source: the `cot` mode of facebookresearch/coconut (`dataset.py`), with its format.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ class Cot(CheckpointAdapter):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.latents != 0:
-            raise bad_value("model.latents", self.latents, "0: an explicit chain of thought has no latents")
+            raise bad_value("model.latents", self.latents, "must be 0: an explicit chain of thought has no latents")
 
     @property
     def prompt_recipe(self) -> str:
-        """A text that stands for how prompts are made."""
+        """A text that identifies how prompts are made."""
         return "{question}\\n"
 
     def check_tokens(self) -> None:
-        """Nothing: prompts hold no special tokens."""
+        """Check nothing: prompts contain no special tokens."""
 
     @cached_property
     def thinking_end_ids(self) -> list[int]:
-        """None: the first written token follows the prompt."""
+        """Empty: the first written token follows the prompt."""
         return []
 
     def encode(self, question: Question) -> list[int]:
         """Token ids of the question and a newline.
 
         Raises:
-            UsageError: a word is not in a word-level vocabulary, or the text has no tokens at all.
+            UsageError: a word is not in a word-level vocabulary, or the text has no tokens.
         """
         ids = self.text_ids(question)
         if not ids:
-            raise UsageError(f"question {question.id}: the tokenizer of model={self.name} makes no token of its text")
+            raise UsageError(f"question {question.id}: its text has no tokens in the vocabulary of model={self.name}")
         return ids
 
     def answer_span(self, answer_text: str) -> str | None:
-        """What stands after the last `#` of the answer text; None where the chain came to no `#`."""
+        """The text after the last `#`; None if the chain contains no `#`."""
         _, sign, answer = answer_text.rpartition("#")
         return answer.strip() if sign else None
 

@@ -61,7 +61,7 @@ def score_rollouts(
     rows = cache.read(wanted)
     step_scores = [np.asarray(steps, dtype=np.float64) for steps in rows["step_scores"]]
     distinct = [{shifts.get((spec.row_key(q), i), 0) for i in range(spec.n)} for q in spec.questions]
-    return Scores(rows, scorer.reduced(step_scores), list(map(len, distinct)), sum(map(len, lacking.values())))
+    return Scores(rows, scorer.score_rollouts(step_scores), list(map(len, distinct)), sum(map(len, lacking.values())))
 
 
 def official_positions(spec: RunSpec, answer_ids: Iterable[Sequence[int]], latents: Sequence[np.ndarray]) -> list[int]:
@@ -76,7 +76,7 @@ def official_positions(spec: RunSpec, answer_ids: Iterable[Sequence[int]], laten
     assert scorer is not None
     texts = [adapter.answer_text([int(token) for token in ids]) for ids in answer_ids]
     forced = len(adapter.thinking_end_ids)
-    beyond = [len(rows) + forced + scorer.text_tokens(text) for text, rows in zip(texts, latents, strict=True)]
+    beyond = [len(rows) + forced + scorer.count_tokens(text) for text, rows in zip(texts, latents, strict=True)]
     lengths = [
         [len(spec.prompts[question.id]) + tokens for tokens in beyond[place * n : (place + 1) * n]]
         for place, question in enumerate(spec.questions)

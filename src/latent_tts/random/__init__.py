@@ -1,1 +1,1 @@
-"""Counter-based randomness: Philox, and the draws made of it."""
+"""Counter-based randomness: Philox, and the random numbers made from it."""

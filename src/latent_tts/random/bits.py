@@ -1,7 +1,7 @@
-"""Philox words of many rows as torch tensors, and the keep decisions of dropout made of them.
+"""Philox words of many rows as torch tensors, and the keep decisions of dropout made from them.
 
-The integers are the same whatever computes them: a Triton kernel on a GPU where Triton works, a numba function for
-keep decisions on a CPU where numba is installed, torch's and NumPy's operators everywhere else.
+Three implementations give the same integers: a Triton kernel (on a GPU, if Triton works), a numba function (keep
+decisions on a CPU, if numba is installed), and the operators of torch and NumPy (everywhere else).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch import Tensor
 from latent_tts.random.philox import philox
 
 log = logging.getLogger(__name__)
-BLOCKS_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 22}  # on a CPU work arrays of 128 KiB, which stay in a core's cache
+BLOCKS_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 22}  # on a CPU arrays of 128 KiB, which stay in the cache of a core
 
 
 def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
-    """Words 0 to 3 (R, 4, B), in [0, 2**32) as int64, of the blocks 0 to B-1 of each row.
+    """Words 0 to 3 (R, 4, B), in [0, 2**32) as int64, of blocks 0 to B-1 of each row.
 
     Args:
         keys_R2: Philox keys (int64).
         rollouts_R: the rows' rollout numbers (int64).
         blocks: B.
-        place: the counter's word that says where in a rollout.
-        stream: the counter's word of the use.
+        place: counter word for the place in a rollout (layer and step).
+        stream: counter word for the use of the numbers, a `Stream`.
     """
     if has_kernels(rollouts_R.device):
         from latent_tts.random import triton_kernels
@@ -41,16 +41,16 @@ def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: 
 
 
 def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor) -> None:
-    """Make keep decisions.
+    """Fill `kept` with the keep decisions of dropout.
 
     Args:
         keys_R2: Philox keys (int64).
         rollouts_R: the rows' rollout numbers (int64).
         places_P: counter words of the masked places (int64).
-        stream: the counter's word of the use.
-        threshold: how many of the 65536 patterns of a decision's 16 bits drop, in [0, 65536).
-        kept: (R, P, S, 2, 4B), bool, contiguous: gets the decisions out of the words 0 and 1, then 2 and 3, of the B
-            blocks of each of S tokens.
+        stream: counter word for the use of the numbers, a `Stream`.
+        threshold: how many of the 65536 values of 16 random bits mean "drop", in [0, 65536).
+        kept: output (R, P, S, 2, 4B), bool, contiguous: the decisions from words 0 and 1, then from words 2 and 3, of
+            the B blocks of each of S tokens.
     """
     if kept.device.type == "cpu" and has_numba():
         decide_by_numba(keys_R2, rollouts_R, places_P, stream, threshold, kept)
@@ -65,7 +65,7 @@ def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, t
 def decide_by_numba(
     keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor
 ) -> None:
-    """`decide` on a CPU by a compiled function, 14 times as fast as NumPy's operators."""
+    """`decide` on a CPU by a compiled function, 14 times as fast as by NumPy's operators."""
     from latent_tts.random.numba_kernel import decide as compiled
 
     keys, rollouts, places, out = (x.contiguous().numpy() for x in (keys_R2, rollouts_R, places_P, kept))
@@ -85,7 +85,7 @@ def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: 
 def decide_by_operators(
     keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor
 ) -> None:
-    """`decide` by torch's operators; on a CPU by NumPy's, which multiply faster and have less overhead."""
+    """`decide` by torch's operators, or on a CPU by NumPy's, which multiply faster and have less overhead."""
     _, _, tokens, _, per_token = kept.shape
     on_cpu, blocks = kept.device.type == "cpu", tokens * per_token // 4
     inputs = torch.arange(blocks, device=kept.device), places_P[None, :, None], rollouts_R[:, None, None]
@@ -106,7 +106,7 @@ def decide_by_operators(
 
 
 def _fill_in_pieces(fill: Callable[[slice], None], kept: Tensor) -> None:
-    """Call `fill` for pieces of rows that stay in a core's cache, on a CPU in as many threads as torch uses."""
+    """Call `fill` on slices of rows that fit in the cache of a core; on a CPU in as many threads as torch uses."""
     rows, places, tokens, _, per_token = kept.shape
     on_cpu = kept.device.type == "cpu"
     count = max(1, BLOCKS_AT_ONCE["cpu" if on_cpu else "cuda"] // (places * tokens * per_token // 4))
@@ -126,7 +126,7 @@ def has_numba() -> bool:
 
 @cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether kernels of Triton draw on a device: a GPU, where they compile and give what operators give."""
+    """Whether to use the Triton kernels: the device is a GPU, and they compile and agree with the operators."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
     try:
@@ -134,15 +134,15 @@ def has_kernels(device: torch.device) -> bool:
 
         if agree(triton_kernels, device):
             return True
-        why = "their numbers are not those of torch's operators"
-    except Exception as error:  # whatever a compiler, a driver or a missing C compiler raises
+        why = "its numbers differ from those of torch"
+    except Exception as error:  # a compiler, a driver or a missing C compiler may raise anything
         why = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-    log.warning("Triton draws no random numbers on %s, torch's operators draw the same more slowly: %s", device, why)
+    log.warning("Triton is not usable on %s (%s); torch draws the same random numbers more slowly", device, why)
     return False
 
 
 def agree(kernels: Any, device: torch.device) -> bool:
-    """Whether kernels give what operators give, over a few rows of large and small words."""
+    """Whether kernels and operators give the same numbers, for a few rows of large and small words."""
     keys_R2 = torch.tensor([[0, 0], [2**32 - 1, 1], [7, 2**31]], device=device)
     rollouts_R = torch.tensor([0, 2**32 - 1, 5], device=device)
     places_P = torch.tensor([0, 3 << 16 | 5, 2**32 - 1], device=device)

@@ -1,7 +1,7 @@
 """Random numbers of rollouts as torch tensors.
 
-Every one is a function of (seed, question, rollout, stream, step, layer, element); batch composition, order, device and
-restarts have no part in them.
+Every number is a function of (seed, question, rollout, stream, step, layer, element). It does not depend on the batch,
+the order, the device or restarts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from latent_tts.random import bits
 from latent_tts.random.philox import Stream, key_of
 
 DECISIONS_PER_BLOCK = 8  # a Philox block is 128 bits, a dropout decision 16
-BLOCKS_AHEAD = {"cpu": 1 << 20, "cuda": 1 << 23}  # decisions of several places drawn together: 8 and 64 MiB
+BLOCKS_AHEAD = {"cpu": 1 << 20, "cuda": 1 << 23}  # blocks drawn together for several places: 8 and 64 MiB of decisions
 MAX_STEP, MAX_LAYER = 1 << 16, 1 << 16
 
 
@@ -28,10 +28,10 @@ class Draw:
         keys_R2: Philox keys (int64) of the rows' (seed, question).
         rollouts_R: the rows' rollout numbers (int64).
         width: D of the model.
-        blocks: number of the model's transformer blocks; only tells how far it pays to draw ahead.
-        history_RTD: the latents so far of the rows, where a sampler looks back; set by the engine.
-        donor_RTD: another question's latents, for the one sampler that needs them; set by the engine.
-        spread_RD: standard deviations that the model predicts for the latent in the making; set by the engine.
+        blocks: number of transformer blocks of the model; only used to decide how far to draw ahead.
+        history_RTD: the latents of the rows so far, for samplers that read them; set by the engine.
+        donor_RTD: the latents of another question, for samplers with `needs_donor`; set by the engine.
+        spread_RD: standard deviations that the model predicts for the current latent; set by the engine.
     """
 
     def __init__(self, keys_R2: Tensor, rollouts_R: Tensor, width: int, blocks: int = 0) -> None:
@@ -44,16 +44,16 @@ class Draw:
 
     @classmethod
     def of(cls, seed: int, question_ids: Sequence[str], rollouts_QN: Tensor, width: int, blocks: int = 0) -> Draw:
-        """The draws of Q questions, N rollouts each, rows question-major, on the device of `rollouts_QN`."""
+        """The random numbers of Q questions with N rollouts each, question-major, on the device of `rollouts_QN`."""
         keys = torch.tensor([key_of(seed, question_id) for question_id in question_ids], device=rollouts_QN.device)
         return cls(keys.repeat_interleave(rollouts_QN.shape[1], 0), rollouts_QN.flatten(), width, blocks)
 
     def rows(self, index_R: Tensor | slice) -> Draw:
-        """The draws of some rows."""
+        """The random numbers of some of the rows."""
         return Draw(self.keys_R2[index_R], self.rollouts_R[index_R], self.width, self.blocks)
 
     def normal(self, step: int, width: int) -> Tensor:
-        """Standard normals (R, width) in float32, by Box-Muller in float64 so that devices agree."""
+        """Standard normals (R, width) in float32, by Box-Muller in float64, so that devices agree."""
         place, stream = _place(0, step), int(Stream.LATENT_NOISE)
         words = bits.words(self.keys_R2, self.rollouts_R, -(-width // 4), place, stream)
         uniform = (words.flatten(1).to(torch.float64) + 0.5) * 2.0**-32
@@ -62,13 +62,13 @@ class Draw:
         return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[:, :width].to(torch.float32)
 
     def uniform(self, step: int) -> Tensor:
-        """Uniform numbers (R) in [0, 1) in float64 with 52 random bits, one a row: what draws a token."""
+        """Uniform numbers (R) in [0, 1), in float64 with 52 random bits, to draw one token per row."""
         words = bits.words(self.keys_R2, self.rollouts_R, 1, _place(0, step), int(Stream.TOKEN))
         high, low, _, _ = words.squeeze(-1).unbind(1)
         return (high << 20 | low >> 12).to(torch.float64) * 2.0**-52
 
-    def will_mask(self, layers: Sequence[int]) -> None:
-        """Say which layer codes a pass will ask `keep` for, in order, so that small ones are drawn together."""
+    def expect_layers(self, layers: Sequence[int]) -> None:
+        """Announce the layer codes that a pass will give to `keep`, in order, so that small draws can be joined."""
         self._layers = layers
 
     def keep(self, layer: int, step: int, tokens: int, width: int, threshold: int) -> Tensor:
@@ -76,10 +76,10 @@ class Draw:
 
         Args:
             layer: code of the masked place.
-            step: index of the pass, or 0 for all passes alike.
+            step: index of the pass; 0 if all passes share one mask.
             tokens: S of the pass.
             width: D.
-            threshold: how many of the 65536 patterns of a decision's 16 bits drop, in [0, 65536).
+            threshold: how many of the 65536 values of 16 random bits mean "drop", in [0, 65536).
         """
         wanted = (layer, step, tokens, width, threshold)
         if wanted not in self._ahead:
@@ -88,7 +88,7 @@ class Draw:
             start = list(self._layers).index(layer) if layer in self._layers else None
             layers = [layer] if start is None else list(self._layers[start : start + group])
             kept = self._decide(layers, step, tokens, per_token, threshold)[..., :width]
-            # beside what is there: a pass may ask for several steps at each place
+            # added to what is left, since a pass may ask for several steps at each place
             self._ahead |= {(code, *wanted[1:]): kept[:, i] for i, code in enumerate(layers)}
         return self._ahead.pop(wanted)
 
@@ -102,7 +102,7 @@ class Draw:
 
 
 def _place(layer: int, step: int) -> int:
-    """The word of the counter that says where in a rollout a number is used."""
+    """The counter word for the place in a rollout where a number is used."""
     if step >= MAX_STEP or layer >= MAX_LAYER:
         raise ValueError(f"step {step} or layer {layer} does not fit its 16 bits of the counter")
     return (layer << 16) | step
@@ -110,5 +110,5 @@ def _place(layer: int, step: int) -> int:
 
 @cache
 def _layer_words(layers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Layers where `_place` has them; kept, since what a GPU gets from memory it waits for."""
+    """The layers' bits of `_place`; cached, because a copy to a GPU makes it wait."""
     return torch.tensor([_place(layer, 0) for layer in layers], device=device)

@@ -1,6 +1,6 @@
-"""Dropout's keep decisions compiled by numba, for CPUs: bit for bit those of `bits.decide_by_operators`.
+"""Dropout's keep decisions, compiled by numba for CPUs; bit for bit equal to `bits.decide_by_operators`.
 
-Imported only where numba is installed (the extra `fast`).
+Imported only if numba is installed (the extra `fast`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _decide(keys_R2: Any, rollouts_R: Any, places_P: Any, stream: int, threshold
 def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba found no folder that its cache can be written to
+    except RuntimeError:  # numba finds no writable folder for its cache
         return njit(nogil=True)(function)
 
 

@@ -1,11 +1,11 @@
-"""Random numbers on a GPU by one kernel where torch's operators take a hundred: the same integers bit for bit.
+"""Random numbers on a GPU in one kernel instead of a hundred operators of torch; the integers are the same.
 
-Imported where Triton is installed, which CUDA builds of torch bring along on Linux; `bits.py` compares it
-with the operators before it is used.
+Imported only if Triton is installed (it comes with CUDA builds of torch on Linux). `bits.py` compares the kernels with
+the operators before it uses them.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
-# Triton is not there with a CPU's torch, and launches a kernel by an index
+# Triton is not installed with CPU builds of torch, and a kernel is launched by indexing it
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _philox(keys, rollouts, row, block, place, stream):
 
 @triton.jit
 def _four(low, high, threshold):
-    """The decisions of two words, a byte each: signed halves against `threshold - 32768`."""
+    """The four decisions of two words, one byte each: a 16-bit half is kept if it reaches the threshold."""
     decisions = (((low & 0xFFFF) ^ 0x8000) >= threshold).to(tl.int32)
     decisions |= (((low >> 16) ^ 0x8000) >= threshold).to(tl.int32) << 8
     decisions |= (((high & 0xFFFF) ^ 0x8000) >= threshold).to(tl.int32) << 16

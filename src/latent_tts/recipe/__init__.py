@@ -1,1 +1,1 @@
-"""Training recipes, one per family, checked without torch; objectives are in `latent_tts.training.reasoner`."""
+"""Training recipes, one option of the group `recipe` per module; objectives are in `training.reasoner`."""

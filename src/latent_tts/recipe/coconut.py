@@ -1,4 +1,4 @@
-"""`recipe=coconut`: the staged curriculum, in which written steps give way to latent thoughts.
+"""`recipe=coconut`: a curriculum that replaces written steps by latents, stage by stage.
 
 Source: Hao et al. 2024 (arXiv 2412.06769), section 3; facebookresearch/coconut, `dataset.py`.
 """
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Coconut(Staged):
-    """The stages: 0 latents with all steps written out, then k latents for the first k steps, last T latents alone.
+    """The stages: all steps written, no latents; then k latents instead of the first k steps; then only T latents.
 
     Attributes:
         written_updates: updates with every step written out.
-        stage_updates: updates with 1, 2, ... latents, each hiding one step more.
+        stage_updates: updates with 1, 2, ... latents, each stage hiding one more step.
         final_updates: updates with `latents` latents and no written step.
-        final_dropout: dropout rate of those; null keeps the backbone's (high from the start it slows learning).
+        final_dropout: dropout rate of those; null keeps the backbone's (a high rate from the start slows learning).
         latents: T of the trained reasoner; at least the number of stages.
-        step_loss: weight of asking each latent for the result of the step it stands for; 0 is plain COCONUT.
+        step_loss: weight of the loss by which each latent predicts the result of its step; 0 is plain COCONUT.
     """
 
     step_loss: float
@@ -37,10 +37,13 @@ class Coconut(Staged):
         super().__post_init__()
         check_weight("step_loss", self.step_loss)
         if not (is_whole(self.latents) and self.latents >= max(1, len(self.stage_updates))):
-            raise bad_value("model.latents", self.latents, f"at least the {len(self.stage_updates)} stages")
+            stages = f"recipe.stage_updates has {len(self.stage_updates)} stages"
+            raise bad_value(
+                "model.latents", self.latents, f"must be {max(1, len(self.stage_updates))} or more ({stages})"
+            )
 
     def objective(self, adapter: CheckpointAdapter) -> CoconutObjective:
-        """The model in training and its loss (imports torch)."""
+        """Create the model in training with its loss (imports torch)."""
         from latent_tts.training.reasoner.coconut import CoconutObjective
 
         return CoconutObjective(adapter, self.step_loss)

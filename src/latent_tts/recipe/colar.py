@@ -1,4 +1,4 @@
-"""`recipe=colar`: latents are compressed steps, learnt by predicting the next compressed embedding.
+"""`recipe=colar`: latents are compressed steps; the model learns to predict the next compressed embedding.
 
 Source: Tan et al. 2025 (arXiv 2505.16552), section 3; xiaomi-research/colar.
 """
@@ -21,20 +21,21 @@ PROMPT_WORDS = ("Question", ":", "Let", "'", "s", "think", "step", "by", "(", "T
 
 @dataclass(frozen=True)
 class Colar(Recipe):
-    """The stages: latents of one token each, so that every step is written as vectors, then of `speed` tokens.
+    """The stages: latents of one token each, then latents of `speed` tokens.
 
     Attributes:
         written_updates: updates at a thinking speed of 1.
         final_updates: updates at the model's thinking speed.
         final_dropout: dropout rate of those; null keeps the backbone's.
-        speed: c of the trained reasoner, as its prompt says it.
-        latents: the most latents of a rollout; longer steps are refused.
-        latent_loss: `mse`, the squared distance to the next compressed embedding (the published checkpoint's head), or
-            `nll`, the negative log-likelihood under a Gaussian whose spread the head learns too (the original code's).
-        latent_weight: of that loss; the cross-entropy counts 1.
-        latent_noise: spread of the noise added to the latents that are fed in training, in units of the embeddings'
-            spread: at inference they are the model's own and not exact.
-        head_hidden: width inside the latent head; null: twice the backbone's.
+        speed: compression factor of the trained reasoner (tokens per latent), which its prompt contains.
+        latents: maximum number of latents; longer written steps are refused.
+        latent_loss: `mse`, the squared distance to the next compressed embedding (the published checkpoint), or
+            `nll`, the negative log-likelihood under a Gaussian whose standard deviation the head learns too (the
+            original code).
+        latent_weight: of that loss; the cross-entropy has weight 1.
+        latent_noise: standard deviation of noise on the latents that are fed in training, in units of the embeddings'
+            standard deviation. It imitates the errors of the model's own latents at inference.
+        head_hidden: hidden width of the latent head; null: twice the backbone's width.
     """
 
     written_updates: int
@@ -55,15 +56,15 @@ class Colar(Recipe):
         check_updates("final_updates", self.final_updates)
         check_dropout("final_dropout", self.final_dropout)
         if self.latent_loss not in ("mse", "nll"):
-            raise bad_value("recipe.latent_loss", self.latent_loss, "mse or nll")
+            raise bad_value("recipe.latent_loss", self.latent_loss, "must be mse or nll")
         check_weight("latent_weight", self.latent_weight)
         check_weight("latent_noise", self.latent_noise)
         if not (is_whole(self.speed) and self.speed >= 1):
-            raise bad_value("model.thinking_speed", self.speed, "1 or more")
+            raise bad_value("model.thinking_speed", self.speed, "must be an integer, 1 or more")
         if self.head_hidden is not None and not (is_whole(self.head_hidden) and self.head_hidden >= 1):
-            raise bad_value("recipe.head_hidden", self.head_hidden, "a positive width, or null")
+            raise bad_value("recipe.head_hidden", self.head_hidden, "must be a positive integer, or null")
         if not (is_whole(self.latents) and self.latents >= 1):
-            raise bad_value("model.latents", self.latents, "1 or more")
+            raise bad_value("model.latents", self.latents, "must be an integer, 1 or more")
 
     def stages(self) -> list[Stage]:
         """The stages in order."""
@@ -71,13 +72,13 @@ class Colar(Recipe):
         return [Stage(self.written_updates, self.latents * self.speed, None, None, 1), final]
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
-        """Give a checkpoint without one a random latent head, and its config the embeddings' spread (imports torch)."""
+        """Add a random latent head to a checkpoint without one, and its scale to the config (imports torch)."""
         from latent_tts.training.reasoner.colar import add_head
 
         add_head(folder, self.head_hidden, seed, spread=self.latent_loss == "nll")
 
     def objective(self, adapter: CheckpointAdapter) -> ColarObjective:
-        """The model in training and its loss (imports torch)."""
+        """Create the model in training with its loss (imports torch)."""
         from latent_tts.model.colar import Colar as ColarAdapter
         from latent_tts.training.reasoner.colar import ColarObjective
 

@@ -1,4 +1,4 @@
-"""`recipe=cot`: every step written out, no latents; the explicit chain of thought, and where others can start from."""
+"""`recipe=cot`: every step written, no latents. An explicit chain of thought, from which other recipes can start."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cot(Recipe):
-    """One stage.
+    """A single stage.
 
     Attributes:
-        written_updates: updates, each with every step written out.
+        written_updates: updates with every step written.
     """
 
     written_updates: int
@@ -28,11 +28,11 @@ class Cot(Recipe):
         check_updates("written_updates", self.written_updates)
 
     def stages(self) -> list[Stage]:
-        """The one stage."""
+        """The only stage."""
         return [Stage(self.written_updates, 0, 0)]
 
     def objective(self, adapter: CheckpointAdapter) -> CoconutObjective:
-        """The model in training and its loss (imports torch)."""
+        """Create the model in training with its loss (imports torch)."""
         from latent_tts.training.reasoner.coconut import CoconutObjective
 
         return CoconutObjective(adapter, step_loss=0.0)

@@ -1,4 +1,4 @@
-"""`recipe=pccot`: CODI's self-distillation with a student that makes its thoughts in parallel sweeps.
+"""`recipe=pccot`: CODI's self-distillation with a student that computes its latents in parallel sweeps.
 
 Source: Wu et al. 2025 (arXiv 2506.18582), section 3; whyNLP/PCCoT, `models/modeling_gpt2.py`.
 """
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pccot(Distilled):
-    """The stages: every step written out (the teacher alone), then teacher and student side by side.
+    """The stages: every step written (only the teacher), then teacher and student side by side.
 
-    PCCoT itself starts from a pretrained model and has the last stage alone. Between the two a student can be led
-    there: with all T latents, and one step less to write in every stage.
+    The original PCCoT starts from a pretrained model and has only the last stage. Stages in between can guide the
+    student: it has all T latents and writes one step less in each stage.
 
     Attributes:
-        written_updates: updates of the teacher alone.
+        written_updates: updates of only the teacher.
         stage_updates: updates with the first 1, 2, ... steps hidden from the student.
-        final_updates: updates of a student that writes no step.
+        final_updates: updates with a student that writes no step.
         final_dropout: dropout rate of those; null keeps the backbone's.
         latents: T of the trained reasoner.
         sweeps: K of the trained reasoner.
         projection: whether latents are projected; otherwise they are the hidden states.
-        teacher_weight: of the teacher's cross-entropy; the student's counts 1.
-        distill_weight: of the distance between the hidden states of both before the answer.
+        teacher_weight: of the teacher's cross-entropy; the student's has weight 1.
+        distill_weight: of the distance between their hidden states before the answer.
         distill_loss: `smooth_l1` or `l1`.
-        step_loss: weight of asking each latent for the result of the step it stands for; 0 is plain PCCoT.
+        step_loss: weight of the loss by which each latent predicts the result of its step; 0 is plain PCCoT.
     """
 
     sweeps: int
@@ -46,23 +46,23 @@ class Pccot(Distilled):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.projection, bool):
-            raise bad_value("recipe.projection", self.projection, "true or false")
+            raise bad_value("recipe.projection", self.projection, "must be true or false")
         for key in ("latents", "sweeps"):
             if not (is_whole(getattr(self, key)) and getattr(self, key) >= 1):
-                raise bad_value(f"model.{key}", getattr(self, key), "1 or more")
+                raise bad_value(f"model.{key}", getattr(self, key), "must be an integer, 1 or more")
 
     def latents_in(self, stage: int) -> int:
-        """All of them: sweeps make them together."""
+        """T in every stage, since a sweep computes all latents together."""
         return self.latents
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
-        """Give a checkpoint without one a new projection, and its config K (imports torch)."""
+        """Add a new projection to a checkpoint without one, and K to its config (imports torch)."""
         from latent_tts.training.reasoner.pccot import add_projection
 
         add_projection(folder, self.sweeps, seed, projection=self.projection)
 
     def objective(self, adapter: CheckpointAdapter) -> PccotObjective:
-        """The model in training and its loss (imports torch)."""
+        """Create the model in training with its loss (imports torch)."""
         from latent_tts.training.reasoner.pccot import PccotObjective
 
         return PccotObjective(adapter, self.weights, self.sweeps)

@@ -1,4 +1,4 @@
-"""What makes the rollouts of a question differ; one option of the group `sampler` per module."""
+"""How rollouts of a question are made to differ; one option of the group `sampler` per module."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Sampler(Protocol):
-    """What makes the rollouts of one question differ. Classes inherit these defaults: nothing random at all.
+    """How rollouts of a question are made to differ. Options inherit these defaults, under which nothing is random.
 
     Attributes:
-        name, param: as tables show the sampler and its parameter.
+        name, param: the sampler and its parameter as shown in tables.
     """
 
     name: ClassVar[str]
@@ -24,27 +24,27 @@ class Sampler(Protocol):
 
     @property
     def value(self) -> float | str | None:
-        """The parameter's value, None where there is no parameter."""
+        """The value of the parameter; None if there is no parameter."""
         return None
 
     @property
     def random_phases(self) -> frozenset[Phase]:
-        """Phases whose forward passes are random; they run once a rollout instead of once a question."""
+        """Phases whose forward passes are random; they run once per rollout instead of once per question."""
         return frozenset()
 
     @property
     def random_latents(self) -> bool:
-        """Whether latents of a question's rollouts may differ; a sampler whose own `latent` is not random denies it."""
+        """Whether latents may differ between rollouts of a question; override it if `latent` is not random."""
         return type(self).latent is not Sampler.latent or bool(self.random_phases & {"prompt", "thoughts"})
 
     @property
     def random_answers(self) -> bool:
-        """Whether answers to the same thoughts may differ."""
+        """Whether answers may differ although the latents are the same."""
         return "answer" in self.random_phases or self.chooses_tokens
 
     @property
     def deterministic(self) -> bool:
-        """Whether all rollouts of a question are the same, so that one is enough."""
+        """Whether all rollouts of a question are the same, so that one rollout is enough."""
         return not (self.random_latents or self.random_answers)
 
     @property
@@ -54,29 +54,29 @@ class Sampler(Protocol):
 
     @property
     def chooses_tokens(self) -> bool:
-        """Whether `token` is asked for answer tokens; otherwise they are those of the highest logits."""
+        """Whether `token` chooses the answer tokens; otherwise the highest logit does."""
         return False
 
     @property
     def needs_spread(self) -> bool:
-        """Whether it reads the spread that the model's own latent head predicts."""
+        """Whether it reads the standard deviations that the model's latent head predicts."""
         return False
 
     @property
     def only_latents(self) -> bool:
-        """Whether all that it changes are latents and the passes that make them, so that it takes a model with some."""
+        """Whether it changes only latents and the passes that compute them, so that it needs a model with latents."""
         return False
 
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
-        """The latent (R, D) fed back in place of `h_RD`, the model's own; `step` counts from 0."""
+        """The latent (R, D) that is fed back instead of the model's own `h_RD`; `step` counts from 0."""
         del draw, step
         return h_RD
 
     def factors(self, site: Site, layer: int, draw: Draw, forward: Forward) -> Tensor | None:
-        """Factors (R, S, D) for the output of a site in a forward pass, or None for all ones."""
+        """Factors (R, S, D) that multiply the output of a site in a forward pass; None for all ones."""
         del site, layer, draw, forward
 
     def token(self, logits_RV: Tensor, draw: Draw, step: int) -> Tensor:
-        """Ids (R) of the next answer tokens; asked only where `chooses_tokens`."""
+        """Ids (R) of the next answer tokens; called only if `chooses_tokens`."""
         del draw, step
         return logits_RV.argmax(-1)

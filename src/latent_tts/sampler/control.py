@@ -1,4 +1,4 @@
-"""`sampler=control`: ablations that ask whether the latents matter. Deterministic: one rollout a question."""
+"""`sampler=control`: ablations that test whether the latents matter. Deterministic: one rollout per question."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ MODES = ("zero", "repeat", "shuffle")
 
 @dataclass(frozen=True)
 class Control(Sampler):
-    """Latents replaced by something that should not work as well.
+    """Replaces the latents by something that should work less well.
 
     Attributes:
         mode: `zero` (every latent zero), `repeat` (h_1 at every step), or `shuffle` (the greedy latents of the next
-            question of the run; the last question takes the first one's).
+            question of the run; the last question gets those of the first).
     """
 
     mode: str
@@ -41,21 +41,21 @@ class Control(Sampler):
 
     @property
     def needs_donor(self) -> bool:
-        """`shuffle` reads another question's latents."""
+        """True for `shuffle`, which reads the latents of another question."""
         return self.mode == "shuffle"
 
     @property
     def random_latents(self) -> bool:
-        """None of them."""
+        """False: replacements are not random."""
         return False
 
     @property
     def only_latents(self) -> bool:
-        """It replaces latents and nothing else."""
+        """True: it replaces latents and nothing else."""
         return True
 
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
-        """The replacement of latent number `step`."""
+        """The replacement (R, D) of the latent."""
         if self.mode == "zero":
             return h_RD.new_zeros(h_RD.shape)
         if self.mode == "repeat":

@@ -1,4 +1,4 @@
-"""`sampler=dropout`: Monte Carlo dropout, the model's own kind of randomness switched on at test time.
+"""`sampler=dropout`: Monte Carlo dropout, that is dropout switched on at test time.
 
 Source: You et al. (arXiv 2510.07745), section 3; ModalityDance/LatentTTS at 6657f20 for the `residual` sites.
 """
@@ -29,15 +29,15 @@ BRANCH: dict[Site, int] = {"embedding": 0, "attention": 1, "ffn": 2}
 
 @dataclass(frozen=True)
 class Dropout(Sampler):
-    """Dropout with rate `rate`, kept values scaled by 1 / (1 - rate).
+    """Dropout with rate `rate`; kept values are scaled by 1 / (1 - rate).
 
     Attributes:
-        rate: share of dropped values, in [0, 1), kept to 1/65536; 0 is greedy.
+        rate: share of dropped values, in [0, 1), rounded to 1/65536; 0 is greedy.
         site: `ffn` after the feed-forward of each block (the paper), `residual` both residual branches (the official
             evaluation), `residual_embedding` also the embedding (the official annotation and best-of-N).
-        where: which forward passes are random: a list out of `prompt`, `thoughts`, `answer`. `thoughts` are the T
-            passes that make h_1..h_T, the last prompt token's first; `prompt` are the tokens before it.
-        mask: `fresh` for every forward pass, or `locked`: one for all passes and tokens of a rollout.
+        where: the forward passes with dropout: a list of `prompt`, `thoughts`, `answer`. `thoughts` are the T passes
+            that compute h_1..h_T, beginning with the last prompt token; `prompt` are the tokens before it.
+        mask: `fresh` (new masks in every forward pass) or `locked` (one mask for all passes and tokens of a rollout).
     """
 
     rate: float
@@ -50,7 +50,7 @@ class Dropout(Sampler):
 
     def __post_init__(self) -> None:
         if not (is_number(self.rate) and 0 <= self.rate < 1):
-            raise bad_value("sampler.rate", self.rate, "a number in [0, 1)")
+            raise bad_value("sampler.rate", self.rate, "must be a number in [0, 1)")
         if not isinstance(self.site, str) or self.site not in SITES:
             raise bad_value("sampler.site", self.site, f"one of {', '.join(SITES)}")
         if (
@@ -59,9 +59,9 @@ class Dropout(Sampler):
             or not self.where
             or not all(phase in PHASES for phase in self.where)
         ):
-            raise bad_value("sampler.where", self.where, f"a list out of {', '.join(PHASES)}")
+            raise bad_value("sampler.where", self.where, f"must be a list of {', '.join(PHASES)}")
         if self.mask not in ("fresh", "locked"):
-            raise bad_value("sampler.mask", self.mask, "fresh or locked")
+            raise bad_value("sampler.mask", self.mask, "must be fresh or locked")
 
     @property
     def value(self) -> float:
@@ -70,12 +70,12 @@ class Dropout(Sampler):
 
     @property
     def random_phases(self) -> frozenset[Phase]:
-        """The phases that run once a rollout."""
+        """The phases in `where`; none if the rate is 0."""
         return frozenset(self.where) if self._threshold else frozenset()
 
     @property
     def only_latents(self) -> bool:
-        """Whether `where` names the thoughts alone."""
+        """Whether only the thoughts have dropout."""
         return self.random_phases == {"thoughts"}
 
     @cached_property
@@ -83,30 +83,30 @@ class Dropout(Sampler):
         return min(round(self.rate * 65536), 65535)
 
     def factors(self, site: Site, layer: int, draw: Draw, forward: Forward) -> Tensor | None:
-        """0 with probability `rate`, else 1 / (1 - rate)."""
+        """Factors (R, S, D): 0 with probability `rate`, else 1 / (1 - rate); None where there is no dropout."""
         if site not in SITES[self.site] or forward.phase not in self.random_phases:
             return None
         import torch
 
         code, width = code_of(site, layer), draw.width
-        draw.will_mask(masked_codes(self.site, draw.blocks))
+        draw.expect_layers(masked_codes(self.site, draw.blocks))
         if self.mask == "locked":
             kept = draw.keep(code, 0, 1, width, self._threshold)
         else:
             step = forward.step + (0 if forward.phase == "prompt" else 1)
             kept = draw.keep(code, step, forward.tokens, width, self._threshold)
-        # bytes turn into floats several times faster than booleans do
+        # torch converts bytes to floats several times faster than booleans
         return kept.view(torch.uint8).to(torch.float32).mul_(65536 / (65536 - self._threshold))
 
 
 def code_of(site: Site, layer: int) -> int:
-    """The number of a masked place, which keys its random numbers."""
+    """The layer code that keys the random numbers of a site in a block."""
     return layer * len(BRANCH) + BRANCH[site]
 
 
 @cache
 def masked_codes(site: str, blocks: int) -> tuple[int, ...]:
-    """The codes of the places that `site` names in a model of `blocks` blocks, in the order a pass reaches them."""
+    """The layer codes of all places that `site` stands for in a model of `blocks` blocks, in the order of a pass."""
     sites = SITES[site]
     places: list[tuple[Site, int]] = [
         (name, layer) for layer in range(blocks) for name in sites if name != "embedding" or layer == 0

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gaussian(Sampler):
-    """Noise of standard deviation `sigma`.
+    """Noise with standard deviation `sigma`.
 
     Attributes:
-        sigma: in the units of the latents, 0 or more; 0 is greedy.
-        relative: `sigma` is a multiple of each latent's own root mean square instead.
+        sigma: in units of the latents, 0 or more; 0 is greedy.
+        relative: `sigma` is in units of the root mean square of each latent instead.
     """
 
     sigma: float
@@ -34,9 +34,9 @@ class Gaussian(Sampler):
 
     def __post_init__(self) -> None:
         if not (is_number(self.sigma) and self.sigma >= 0):
-            raise bad_value("sampler.sigma", self.sigma, "a finite number, 0 or more")
+            raise bad_value("sampler.sigma", self.sigma, "must be a finite number, 0 or more")
         if not isinstance(self.relative, bool):
-            raise bad_value("sampler.relative", self.relative, "true or false")
+            raise bad_value("sampler.relative", self.relative, "must be true or false")
 
     @property
     def value(self) -> float:
@@ -50,7 +50,7 @@ class Gaussian(Sampler):
 
     @property
     def only_latents(self) -> bool:
-        """As long as it changes anything."""
+        """True unless sigma is 0, which changes nothing."""
         return self.random_latents
 
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""`sampler=greedy`: nothing random, one rollout a question."""
+"""`sampler=greedy`: nothing is random; one rollout per question."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from latent_tts.sampler import Sampler
 
 @dataclass(frozen=True)
 class Greedy(Sampler):
-    """The model as it is."""
+    """Leaves the model unchanged."""
 
     name: ClassVar[str] = "greedy"

@@ -1,7 +1,7 @@
-"""`sampler=native`: noise of the size that the model itself predicts, where it has a Gaussian latent head.
+"""`sampler=native`: Gaussian noise with the standard deviation that the model's own latent head predicts.
 
-Such a head gives every latent a mean and a standard deviation for each of its entries; the original CoLaR draws from
-that Gaussian, its spread times a temperature. Without noise the latent is the mean.
+Such a head predicts a mean and a standard deviation for each element of a latent. The original CoLaR draws latents from
+this Gaussian, with the standard deviation times a temperature. Without noise the latent is the mean.
 
 Source: Tan et al. 2025 (arXiv 2505.16552); `LatentPolicy` and `latent_generate` of its code (`latent_temperature`).
 """
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Native(Sampler):
-    """Noise as large as the model's own spread times `temperature`.
+    """Noise with the predicted standard deviation times `temperature`.
 
     Attributes:
-        temperature: 1 draws from the model's Gaussian, 0 is greedy.
+        temperature: 0 or more; 1 draws from the model's Gaussian, 0 is greedy.
     """
 
     temperature: float
@@ -35,7 +35,7 @@ class Native(Sampler):
 
     def __post_init__(self) -> None:
         if not (is_number(self.temperature) and self.temperature >= 0):
-            raise bad_value("sampler.temperature", self.temperature, "a finite number, 0 or more")
+            raise bad_value("sampler.temperature", self.temperature, "must be a finite number, 0 or more")
 
     @property
     def value(self) -> float:
@@ -49,12 +49,12 @@ class Native(Sampler):
 
     @property
     def only_latents(self) -> bool:
-        """As long as it changes anything."""
+        """True unless the temperature is 0, which changes nothing."""
         return self.random_latents
 
     @property
     def needs_spread(self) -> bool:
-        """The model's own spread is what it draws with."""
+        """True: the noise has the predicted standard deviations."""
         return True
 
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:

@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 
 class LatentModel(Protocol):
-    """What a schedule has to know of a model; every `ModelAdapter` is one."""
+    """What a schedule needs to know about a model; every `ModelAdapter` is one."""
 
     @property
     def name(self) -> str:
-        """What tables call the model."""
+        """The name of the model in tables."""
         ...
 
     @property
@@ -23,16 +23,20 @@ class LatentModel(Protocol):
 
     @property
     def stop_id(self) -> int | None:
-        """The token by which a rollout stops thinking; None for a fixed number of latents."""
+        """The token that ends a rollout's thinking; None for a fixed number of latents."""
 
     @property
     def latent_id(self) -> int:
-        """The token that stands for a latent; raises UsageError where the tokenizer has none."""
+        """The placeholder token of a latent.
+
+        Raises:
+            UsageError: the tokenizer has none.
+        """
         ...
 
 
 class LatentSequence(Protocol):
-    """The latents of rollouts in the making, as a schedule drives them: T of every row, counted from 0."""
+    """The latents of unfinished rollouts, as a schedule computes them: T per row, counted from 0."""
 
     @property
     def total(self) -> int:
@@ -45,22 +49,22 @@ class LatentSequence(Protocol):
         ...
 
     def advance(self) -> Tensor:
-        """Make the next latent (R, D) of every row."""
+        """Compute the next latent (R, D) of every row."""
         ...
 
     def guess(self, start: int, stop: int, what: str) -> None:
-        """Put a guess (`token` or `zero`) in the place of latents start..stop-1."""
+        """Set latents start..stop-1 to a guess (`token` or `zero`)."""
         ...
 
     def recompute(self, first: int, start: int, stop: int) -> None:
-        """Make latents start..stop-1 anew, each from the present ones before it.
+        """Compute latents start..stop-1 again, each from the current values of those before it.
 
-        One pass over what makes first..stop-1; latents below `first` stay what they are.
+        One pass over the inputs of latents first..stop-1; latents below `first` are not changed.
         """
         ...
 
     def commit(self, first: int) -> None:
-        """Say that all latents are made, and that what makes those below `first` was run as it is now."""
+        """Finish: all latents are computed, and the inputs of those below `first` were run with their final values."""
         ...
 
 
@@ -68,8 +72,9 @@ class Schedule(Protocol):
     """The order in which the latents of a rollout are computed.
 
     Attributes:
-        name: as tables show it.
-        stepwise: latents are made one after another, so that each prefix of them is the beginning of a rollout.
+        name: as shown in tables.
+        stepwise: whether latents are computed one after another, so that each prefix of them is the beginning of a
+            rollout.
     """
 
     name: ClassVar[str]
@@ -77,17 +82,21 @@ class Schedule(Protocol):
 
     @property
     def key(self) -> str | dict[str, Any]:
-        """What keys of caches hold."""
+        """The schedule's part of the cache key."""
         ...
 
     def check(self, model: LatentModel) -> None:
-        """Raises UsageError unless a model can think so."""
+        """Check that a model can use this schedule.
+
+        Raises:
+            UsageError: it cannot.
+        """
         ...
 
     def run(self, latents: LatentSequence) -> None:
-        """Make all latents that are missing."""
+        """Compute all missing latents."""
         ...
 
     def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
-        """RolloutCost beyond those of one latent after another: (tokens, latents before them) of each."""
+        """Passes beyond those of `sequential`, for the cost of a rollout: (tokens, latents before them) of each."""
         ...

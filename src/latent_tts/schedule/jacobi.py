@@ -1,17 +1,17 @@
-"""`schedule=jacobi`: the latents of a rollout in parallel, by sweeps that remake all of them from the last sweep's.
+"""`schedule=jacobi`: latents in parallel, by sweeps that recompute all of them from those of the sweep before.
 
-A latent is a function of those before it: h_t = F(prompt, h_1..h_(t-1)). A sweep computes all h_t at once from the
-present values, in one pass over T tokens instead of T passes over one. After sweep k the first k latents are those of
-`schedule=sequential`, since each needs only the ones before it; so from `sweeps` = T on all are, up to rounding. The
-latents that are final keep their keys and values, and later sweeps leave them out. With `chunk` = C, chunks of C
-latents follow one another and only those of a chunk are made in parallel; `sweeps` = C is then enough.
+A latent is a function of those before it: h_t = F(prompt, h_1..h_(t-1)). A sweep computes all h_t at once from their
+current values, in one pass over T tokens instead of T passes over one. Each latent needs only those before it, so after
+sweep k the first k latents equal those of `schedule=sequential`, and after T sweeps all of them do, up to rounding.
+Final latents keep their keys and values, and later sweeps leave them out. With `chunk` = C, chunks of C latents are
+computed one after another, and only the latents of a chunk are computed in parallel; `sweeps` = C is then enough.
 
-Random numbers belong to (rollout, step) and not to a sweep: noise and masks of a step are the same in every sweep, and
-the argument above holds with them. There is no stopping rule: one that looks at a batch would let a rollout depend on
-its batch, and one row's early end saves nothing while others go on.
+Random numbers are keyed by (rollout, step) and not by the sweep, so noise and masks of a step are the same in every
+sweep, and the argument above holds for random latents too. There is no early stopping: if it depended on the batch, so
+would the rollouts; if it depended on the row, it would save nothing while other rows continue.
 
-Source: Song et al. 2021 (arXiv 2002.03629) for the iteration and its bound; as a model of its own PCCoT (Wu et al.
-2025, arXiv 2506.18582).
+Source: Song et al. 2021 (arXiv 2002.03629) for the iteration and its bound; PCCoT (Wu et al. 2025, arXiv
+2506.18582) is a model that is trained with it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class Jacobi:
     """Parallel sweeps.
 
     Attributes:
-        sweeps: K, how often the latents (of a chunk) are remade; T, or C, or more gives the sequential ones.
-        chunk: C, latents that are made in parallel; None takes all.
-        guess: what they are before the first sweep: `token` (the embedding of `<|latent|>`) or `zero`.
+        sweeps: K, the number of times that the latents (of a chunk) are computed; T (or C) or more gives the sequential
+            ones.
+        chunk: C, the number of latents computed in parallel; None for all.
+        guess: the latents before the first sweep: `token` (the embedding of `<|latent|>`) or `zero`.
     """
 
     sweeps: int
@@ -45,36 +46,36 @@ class Jacobi:
 
     def __post_init__(self) -> None:
         if not (is_whole(self.sweeps) and self.sweeps >= 1):
-            raise bad_value("schedule.sweeps", self.sweeps, "a number of sweeps, 1 or more")
+            raise bad_value("schedule.sweeps", self.sweeps, "must be an integer, 1 or more")
         if self.chunk is not None and not (is_whole(self.chunk) and self.chunk >= 1):
-            raise bad_value("schedule.chunk", self.chunk, "a number of latents, 1 or more, or null for all")
+            raise bad_value("schedule.chunk", self.chunk, "must be an integer, 1 or more, or null for all latents")
         if self.guess not in GUESSES:
             raise bad_value("schedule.guess", self.guess, f"one of {', '.join(GUESSES)}")
 
     @property
     def key(self) -> dict[str, Any]:
-        """What keys of caches hold."""
+        """The schedule's part of the cache key."""
         return {"name": self.name, "sweeps": self.sweeps, "chunk": self.chunk, "guess": self.guess}
 
     def check(self, model: LatentModel) -> None:
-        """Whether a model can think so.
+        """Check that a model can use this schedule.
 
         Raises:
-            UsageError: it has no latents, a number of them that it chooses on the way, or no token to guess.
+            UsageError: the model has no latents, decides their number itself, or has no token for the guess.
         """
         if model.latents == 0:
-            raise bad_value("schedule", self.name, f"it makes latents, and model={model.name} has none")
+            raise bad_value("schedule", self.name, f"must be sequential: model={model.name} has no latents")
         if model.stop_id is not None:
             raise bad_value(
                 "schedule",
                 self.name,
-                f"model={model.name} says after each latent whether it thinks on; use sequential",
+                f"must be sequential: model={model.name} decides after each latent whether to continue",
             )
         if self.guess == "token":
             _ = model.latent_id
 
     def run(self, latents: LatentSequence) -> None:
-        """Make all latents."""
+        """Compute all latents."""
         settled = 0
         for first, start, stop in self._sweeps(latents.total):
             if first <= start:
@@ -84,14 +85,14 @@ class Jacobi:
         latents.commit(settled)
 
     def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
-        """(tokens, latents before them) of what each sweep runs and a later pass runs again."""
+        """(tokens, latents before them) of the part of each sweep that a later pass runs again."""
         ends = [(max(first, start) + 1, stop) for first, start, stop in self._sweeps(latents)]
         return [(stop - settled, settled - 1) for settled, stop in ends if stop > settled]
 
     def _sweeps(self, latents: int) -> Iterator[tuple[int, int, int]]:
-        """Each sweep as (first, start, stop): latents start..stop-1 are remade, and what makes first.. is run for that.
+        """Each sweep as (first, start, stop): it computes latents start..stop-1 from the inputs of first..stop-1.
 
-        What makes latent t is latent t-1; below `first` it has been final when it was run.
+        The input of latent t is latent t-1. Inputs of latents below `first` were already final when they were run.
         """
         first, chunk = 0, self.chunk or max(latents, 1)
         for start in range(0, latents, chunk):

@@ -10,25 +10,25 @@ from latent_tts.schedule import LatentModel, LatentSequence
 
 @dataclass(frozen=True)
 class Sequential:
-    """The order in which the models think."""
+    """The order in which models were trained to think."""
 
     name: ClassVar[str] = "sequential"
     stepwise: ClassVar[bool] = True
 
     @property
     def key(self) -> str:
-        """What keys of caches hold."""
+        """The schedule's part of the cache key."""
         return self.name
 
     def check(self, model: LatentModel) -> None:
-        """Anything goes."""
+        """Accept every model."""
 
     def run(self, latents: LatentSequence) -> None:
-        """Make the latents that are still missing, until no row thinks any more."""
+        """Compute the missing latents, until every row has ended its thinking."""
         while latents.unfinished:
             latents.advance()
 
     def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
-        """Nothing is run twice."""
+        """None: nothing is run twice."""
         del latents
         return []

@@ -1,4 +1,4 @@
-"""What gives a rollout a score; one option of the group `scorer` per module."""
+"""How rollouts are scored; one option of the group `scorer` per module."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from latent_tts.types import Floats, RewardModel
 
 
 class Scorer(Protocol):
-    """Gives every latent of a rollout a step score, and the rollout a score out of them."""
+    """Gives every latent a step score, and every rollout a score made from its step scores."""
 
     @property
     def name(self) -> str:
-        """What tables call the scorer."""
+        """The name of the scorer in tables."""
         ...
 
     @property
     def positions(self) -> str:
-        """`correct` or `official`: how the positions of a row are counted."""
+        """How the positions of a row are counted: `correct` or `official`."""
         ...
 
     @property
     def digest(self) -> str:
-        """What identifies weights and shape."""
+        """A digest of the files that determine scores."""
         ...
 
     @property
@@ -34,24 +34,28 @@ class Scorer(Protocol):
 
     @property
     def reduction(self) -> str:
-        """How step scores make the score of a rollout: `sum`, `mean` or `last`."""
+        """How step scores are reduced to the score of a rollout: `sum`, `mean` or `last`."""
         ...
 
     @property
     def temperature(self) -> float:
-        """Of the score-weighted vote, as chosen when the scorer was trained; 1 if nothing was chosen."""
+        """Temperature of the score-weighted vote, as chosen when the scorer was trained; 1 if none was chosen."""
         ...
 
     def check(self, reasoner: ModelAdapter, sampler: Mapping[str, Any]) -> list[str]:
-        """Read everything but the weights; raises UsageError, returns warnings."""
+        """Check every file, reading only the headers of the weights; return warnings.
+
+        Raises:
+            UsageError: a file is not usable, or the scorer does not fit the reasoner.
+        """
         ...
 
-    def text_tokens(self, answer_text: str) -> int:
-        """How many tokens an answer's text has, special tokens left out."""
+    def count_tokens(self, answer_text: str) -> int:
+        """Number of tokens of a generated text, without special tokens."""
         ...
 
-    def reduced(self, step_scores: Sequence[Floats]) -> Floats:
-        """The trajectory score (R) of each row's step scores; NaN for a row without any."""
+    def score_rollouts(self, step_scores: Sequence[Floats]) -> Floats:
+        """The scores (R) of rollouts from their step scores; NaN for a rollout without any."""
         ...
 
     def load(self, *, device: str, dtype: str) -> RewardModel:

@@ -1,28 +1,28 @@
-"""`scorer=auto`: the LatentRM that is shipped for the model, else none."""
+"""`scorer=auto`: the built-in LatentRM of the model, or no scorer."""
 
 from __future__ import annotations
 
 from latent_tts.checkpoint.files import SHIPPED_PREFIX
-from latent_tts.scorer.latent_rm import LatentRM, checked_settings
+from latent_tts.scorer.latent_rm import LatentRM, check_settings
 from latent_tts.scorer.none import NoScorer
 
 
 def auto(checkpoint: str | None, latents: int | None, reduce: str | None, positions: str) -> LatentRM | NoScorer:
-    """The scorer that a model brings with it.
+    """The built-in scorer of a model.
 
     Args:
-        checkpoint: the model's LatentRM; only a shipped one is taken, so that nothing is fetched unasked.
-        latents: T of the model; without latents there is nothing to score.
+        checkpoint: the model's LatentRM; used only if it is built in, so that nothing is downloaded without a request.
+        latents: T of the model; if 0 there is nothing to score.
         reduce: of the LatentRM.
         positions: of the LatentRM.
 
     Raises:
         UsageError: `reduce` or `positions` is unknown.
     """
-    checked_settings(reduce, positions)
+    check_settings(reduce, positions)
     if checkpoint is None or not checkpoint.startswith(SHIPPED_PREFIX):
-        hint = "no LatentRM is shipped for this model" if checkpoint is None else "it takes a shipped LatentRM alone"
-        return NoScorer(hint)
+        hint = "; for the published LatentRM of this model use scorer=latent_rm" if checkpoint else ""
+        return NoScorer(f"this model has no built-in LatentRM{hint}")
     if latents == 0:
         return NoScorer("a LatentRM scores latents, and model.latents=0")
     return LatentRM(checkpoint, reduce, positions, only_own=True)

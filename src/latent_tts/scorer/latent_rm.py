@@ -1,9 +1,8 @@
-"""`scorer=latent_rm`: a transformer that reads the prompt and the latents and gives every latent a score.
+"""`scorer=latent_rm`: a transformer that reads the prompt and the latents and scores every latent.
 
-A checkpoint has the backbone's weights under the names they have in its causal LM, `classifier.weight` (1, D),
-`classifier.bias` (1), and the backbone's `config.json`. Ones trained here add the key `latent_rm` to it: the reasoner
-and the sampler that the training rollouts came from, how steps were reduced, and the temperature of the weighted vote
-chosen on `valid`.
+A checkpoint has the backbone's weights (named as in its causal LM), `classifier.weight` (1, D), `classifier.bias` (1),
+and the backbone's `config.json`. `ltts train-rm` adds the key `latent_rm` to the config: the reasoner and sampler of
+the training rollouts, the reduction of step scores, and the temperature of the weighted vote, chosen on `valid`.
 
 Source: You et al. (arXiv 2510.07745), section 4; checkpoint layout of ModalityDance/LatentTTS at 6657f20. Its CODI
 variant, with a projector before the head, is not read.
@@ -35,8 +34,12 @@ REDUCTIONS = {"sum": np.sum, "mean": np.mean, "last": lambda scores: scores[-1]}
 POSITIONS = ("correct", "official")
 
 
-def checked_settings(reduce: str | None, positions: str) -> None:
-    """Raises UsageError unless both are known."""
+def check_settings(reduce: str | None, positions: str) -> None:
+    """Check the settings of a LatentRM.
+
+    Raises:
+        UsageError: one of them is unknown.
+    """
     if reduce is not None and str(reduce) not in REDUCTIONS:
         raise bad_value("scorer.reduce", reduce, f"one of {', '.join(REDUCTIONS)}, or null for the LatentRM's own")
     if str(positions) not in POSITIONS:
@@ -48,13 +51,13 @@ class LatentRM:
     """A LatentRM and how its step scores are used.
 
     Attributes:
-        checkpoint: folder, `shipped:NAME` or hub id.
-        reduce: of a row's step scores: `sum`, `mean` or `last`; None is what it was trained with, `sum` if not said.
-        positions: `correct`: positions of a row count from its own first token. `official`: they are shifted as the
-            official script's left padding shifts them, by the longest text among the rollouts of the question minus
-            the row's own, so that a score depends on the answers of all the question's rollouts.
+        checkpoint: a folder, `shipped:NAME` or a hub id.
+        reduce: how step scores are reduced: `sum`, `mean` or `last`; None: as in training, or `sum` if unknown.
+        positions: `correct`: the positions of a row count from its first token. `official`: they are shifted as by the
+            left padding of the official script, by the length of the longest text among the rollouts of the question
+            minus that of the row. A score then depends on the answers of all rollouts of the question.
         revision: commit or tag of a hub id.
-        only_own: it is a default, which scores the reasoner it was trained for and is left out for others.
+        only_own: use it only for the reasoner that it was trained for (set by `scorer=auto`).
     """
 
     checkpoint: str
@@ -64,13 +67,15 @@ class LatentRM:
     only_own: bool = False
 
     def __post_init__(self) -> None:
-        checked_settings(self.reduce, self.positions)
+        check_settings(self.reduce, self.positions)
         if not isinstance(self.checkpoint, str):
-            raise bad_value(KEY, self.checkpoint, "a folder, shipped:NAME or a hub id; this model names no LatentRM")
+            raise bad_value(
+                KEY, self.checkpoint, "must be a folder, shipped:NAME or a hub id: this model names no LatentRM"
+            )
 
     @property
     def name(self) -> str:
-        """What tables call the scorer."""
+        """The name of the scorer in tables."""
         return f"latent_rm:{self.checkpoint}"
 
     @cached_property
@@ -85,15 +90,15 @@ class LatentRM:
 
     @cached_property
     def trained(self) -> dict[str, Any]:
-        """What `config.json` says about its training; empty for the published checkpoints."""
+        """The record of its training in `config.json`; empty for the published checkpoints."""
         trained = self.config.get("latent_rm", {})
         if not isinstance(trained, dict):
-            raise bad_value(KEY, self.folder, "the key latent_rm of config.json does not hold an object")
+            raise bad_value(KEY, self.folder, "latent_rm in config.json must be an object")
         return trained
 
     @cached_property
     def digest(self) -> str:
-        """What identifies the weights and the shape, and the tokenizer where there is one."""
+        """A digest of the weights, the config, and the tokenizer if there is one."""
         sha = hashlib.sha256()
         tokenizer = [path for path in [self.folder / "tokenizer.json"] if path.is_file()]
         for path in [self.folder / "config.json", *tokenizer, *files.weight_files(self.folder, key=KEY)]:
@@ -103,12 +108,14 @@ class LatentRM:
 
     @property
     def temperature(self) -> float:
-        """Of the weighted vote, as chosen on `valid` when it was trained; 1 where nothing was chosen."""
+        """Temperature of the weighted vote, as chosen on `valid` in training; 1 if none was chosen."""
         value = self.trained.get("temperature")
         if value is None:
             return 1.0
         if not (is_number(value) and value > 0):
-            raise bad_value(KEY, self.folder, f"config.json has latent_rm.temperature={value}, not a positive number")
+            raise bad_value(
+                KEY, self.folder, f"config.json has latent_rm.temperature={value}; it must be a positive number"
+            )
         return float(value)
 
     @property
@@ -116,26 +123,31 @@ class LatentRM:
         """How step scores are reduced."""
         chosen = str(self.reduce or self.trained.get("reduce") or "sum")
         if chosen not in REDUCTIONS:
-            raise bad_value(KEY, self.folder, f"config.json has latent_rm.reduce={chosen}, not {', '.join(REDUCTIONS)}")
+            raise bad_value(
+                KEY,
+                self.folder,
+                f"config.json has latent_rm.reduce={chosen}; it must be one of {', '.join(REDUCTIONS)}",
+            )
         return chosen
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer, which only `positions=official` reads."""
+        """Its tokenizer; only `positions=official` reads it."""
         return files.load_tokenizer(self.folder, key=KEY)
 
     def check(self, reasoner: ModelAdapter, sampler: Mapping[str, Any]) -> list[str]:
-        """Read everything but the weights.
+        """Check every file, reading only the headers of the weights.
 
         Args:
-            reasoner: whose latents are to be scored.
+            reasoner: the model whose latents are scored.
             sampler: the config of the sampler that draws them.
 
         Returns:
-            Warnings: it was trained on the rollouts of another reasoner or sampler.
+            Warnings, such as that it was trained on rollouts of another reasoner or sampler.
 
         Raises:
-            UsageError: a file is missing or cut off, the head is not one score, or the width is not the reasoner's.
+            UsageError: a file is missing or truncated, the head does not have one output, or the width is not that of
+                the reasoner.
         """
         shapes: dict[str, list[int]] = {}
         for path in files.weight_files(self.folder, key=KEY):
@@ -145,12 +157,12 @@ class LatentRM:
         width = _width(self.config)
         if {name: shapes.get(name) for name in HEAD} != {"classifier.weight": [1, width], "classifier.bias": [1]}:
             found = ", ".join(f"{name} {shapes.get(name, 'missing')}" for name in sorted(HEAD))
-            raise bad_value(KEY, self.checkpoint, f"no LatentRM of width {width}, whose head gives one score: {found}")
+            raise bad_value(
+                KEY, self.checkpoint, f"not a LatentRM: its head must have one output for width {width}, found {found}"
+            )
         wanted = _width(reasoner.config)
         if width != wanted:
-            raise bad_value(
-                KEY, self.checkpoint, f"a LatentRM of width {width}; the latents of {reasoner.name} have {wanted}"
-            )
+            raise bad_value(KEY, self.checkpoint, f"its width is {width}; the latents of {reasoner.name} have {wanted}")
         if self.positions == "official":
             _ = self.tokenizer
         _ = self.reduction, self.temperature
@@ -163,30 +175,28 @@ class LatentRM:
             name = self.trained.get("reasoner_name", "another reasoner")
             warnings.append(
                 f"{KEY}={self.checkpoint} was trained for the reasoner {name} ({digest}), "
-                f"this is {reasoner.name} ({reasoner.digest}): its scores may mean little"
+                f"not for {reasoner.name} ({reasoner.digest}): its scores may be meaningless"
             )
         trained = self.trained.get("sampler")
         if isinstance(trained, Mapping):
             keys = [key for key in sorted({*trained, *sampler}) if trained.get(key) != sampler.get(key)]
             if keys:
-                there, here = (", ".join(f"{key}={which.get(key)}" for key in keys) for which in (trained, sampler))
-                warnings.append(
-                    f"{KEY}={self.checkpoint} was trained on rollouts of a sampler with {there}; here it is {here}"
-                )
+                there, here = (_sampler_text(which, keys) for which in (trained, sampler))
+                warnings.append(f"{KEY}={self.checkpoint} was trained on rollouts with {there}; this run has {here}")
         reduce = self.trained.get("reduce")
         if self.reduce is not None and reduce is not None and reduce != self.reduce:
             warnings.append(
-                f"scorer.reduce={self.reduce}, but {self.checkpoint} was trained with {reduce}, "
-                "and so was its temperature of the weighted vote"
+                f"scorer.reduce={self.reduce}: {self.checkpoint} was trained with {reduce}, "
+                "and its temperature of the weighted vote was chosen for that"
             )
         return warnings
 
-    def text_tokens(self, answer_text: str) -> int:
-        """How many tokens an answer's text has when it is read again."""
+    def count_tokens(self, answer_text: str) -> int:
+        """Number of tokens of a generated text in the LatentRM's own tokenizer, without special tokens."""
         return len(self.tokenizer.encode(answer_text, add_special_tokens=False).ids)
 
-    def reduced(self, step_scores: Sequence[Floats]) -> Floats:
-        """The trajectory score (R) of each row's step scores; NaN for a row without any."""
+    def score_rollouts(self, step_scores: Sequence[Floats]) -> Floats:
+        """The scores (R) of rollouts from their step scores; NaN for a rollout without any."""
         reduce = REDUCTIONS[self.reduction]
         scores = [float(reduce(np.asarray(row, dtype=np.float64))) if len(row) else np.nan for row in step_scores]
         return np.array(scores, dtype=np.float64)
@@ -210,6 +220,13 @@ class LatentRM:
             return F.linear(hidden.to(precise), head["classifier.weight"], head["classifier.bias"])[..., 0]
 
         return RewardModel(backbone, classifier)
+
+
+def _sampler_text(sampler: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Some keys of a sampler's config, as on the command line; a module of the group is named like its option."""
+    values = {key: sampler[key] for key in keys if key in sampler}
+    parts = [f"sampler={str(values.pop('_target_')).split('.')[-2:][0]}"] if "_target_" in values else []
+    return ", ".join(parts + [f"sampler.{key}={value}" for key, value in values.items()]) or "the default"
 
 
 def _width(config: Mapping[str, Any]) -> int | None:

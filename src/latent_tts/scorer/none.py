@@ -1,4 +1,4 @@
-"""`scorer=none`: rollouts get no scores."""
+"""`scorer=none`: rollouts have no scores."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NoScorer:
-    """The absence of a scorer.
+    """No scorer.
 
     Attributes:
-        reason: why there is none, where that was not asked for.
+        reason: why `scorer=auto` found none; None if the user asked for none.
     """
 
     reason: str | None = None

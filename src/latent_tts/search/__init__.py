@@ -1,4 +1,4 @@
-"""Which rollouts of a question are grown; one option of the group `search` per module."""
+"""How the rollouts of a question are searched for; one option of the group `search` per module."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Search(Protocol):
-    """Which rollouts of a question are grown.
+    """How the rollouts of a question are searched for.
 
     Attributes:
-        name: as tables show it.
-        guided: whether `roll` needs a scorer, because scores decide what is grown.
+        name: as shown in tables.
+        guided: whether scores decide which prefixes are continued, so that `roll` needs a scorer.
     """
 
     name: ClassVar[str]
@@ -27,16 +27,20 @@ class Search(Protocol):
 
     @property
     def survivors(self) -> int | None:
-        """How many rollouts of a question are left at the end; None: all n."""
+        """Number of rollouts per question at the end; None for all n."""
         ...
 
     @property
     def rows_per_survivor(self) -> int:
-        """How many rows of a batch are grown for each rollout that is left at the end."""
+        """Number of rows of a batch per rollout at the end."""
         ...
 
     def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
-        """Raises UsageError unless the search can be run so."""
+        """Check that the search works with n, the sampler and the scorer.
+
+        Raises:
+            UsageError: it does not.
+        """
         ...
 
     def roll(
@@ -50,16 +54,16 @@ class Search(Protocol):
         reduction: str | None = None,
         answers: bool = True,
     ) -> Rollouts:
-        """Grow the rollouts of a batch.
+        """Draw the rollouts of a batch.
 
         Args:
             engine: the loaded reasoner.
-            batch: questions, all with equally many rollouts.
-            sampler: what makes rollouts differ.
+            batch: questions, all with the same number of rollouts.
+            sampler: how rollouts are made to differ.
             seed: of the run.
-            scorer: the loaded LatentRM, where the search is guided.
-            reduction: how step scores make the score of a prefix (`sum`, `mean` or `last`), where it is guided.
-            answers: whether to decode answers, or to make the latents alone.
+            scorer: the loaded LatentRM, if the search is guided.
+            reduction: how step scores are reduced to the score of a prefix (`sum`, `mean` or `last`), if it is guided.
+            answers: whether to decode answers; otherwise only latents are computed.
 
         Returns:
             The rollouts, question-major, in the order of each question's `rollouts`.

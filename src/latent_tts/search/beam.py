@@ -1,18 +1,18 @@
 """`search=beam`: beam search over latents, guided by a LatentRM.
 
-The paper describes such a search and its official repository never released one, so this is our definition. A
-question's root is its prompt. At step t each beam is expanded to `candidates` continuations: its next latent is made
-`candidates` times, with random numbers keyed by (lineage of the beam, t, candidate). The first step expands the root to
-all n = beams * candidates at once. A prefix is ranked by its cumulative score, the LatentRM's step scores so far under
-`scorer.reduce`; the `beams` best survive, ties going to the lower index (better parents' children come first). With
-`diverse` each beam keeps the best of its own candidates, so that subtrees never merge (as in DVTS). After the last step
-the survivors decode their answers and are the question's rollouts, best first. A row that ended its thinking by a token
-has one continuation, itself.
+The paper describes such a search, but the official repository does not contain one, so this definition is our own. The
+root of a question is its prompt. At step t each beam is expanded to `candidates` continuations: its next latent is
+computed `candidates` times, with random numbers keyed by (lineage of the beam, t, candidate). The first step expands
+the root to all n = beams * candidates at once. A prefix is ranked by its cumulative score, the LatentRM's step scores
+so far reduced by `scorer.reduce`. The `beams` best survive; ties go to the lower index (children of better parents come
+first). With `diverse` each beam keeps the best of its own candidates, so that subtrees never merge (as in DVTS). After
+the last step the survivors decode their answers; they are the rollouts of the question, best first. A row whose
+thinking was ended by a token has only itself as continuation.
 
-Every step runs n rows a question, so that the latent part costs what n independent rollouts cost.
+Every step runs n rows per question, so the latents cost as much as those of n independent rollouts.
 
 Source: You et al. (arXiv 2510.07745), section 4, for the idea; Beeching et al. 2024 ("Scaling test-time compute") for
-the diverse variant; ours for everything undefined there.
+the diverse variant; the rest is our own.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Beam:
-    """A beam search of one size.
+    """Beam search over latents.
 
     Attributes:
-        beams: prefixes kept after every step.
-        candidates: continuations of each.
-        diverse: keep the best candidate of each beam instead of the best of all.
+        beams: number of prefixes kept after every step.
+        candidates: number of continuations of each.
+        diverse: keep the best candidate of each beam instead of the best of all beams.
     """
 
     beams: int
@@ -55,42 +55,47 @@ class Beam:
         for key in ("beams", "candidates"):
             value = getattr(self, key)
             if not (is_whole(value) and value >= 1):
-                raise bad_value(f"search.{key}", value, "a positive integer")
+                raise bad_value(f"search.{key}", value, "must be a positive integer")
         if not isinstance(self.diverse, bool):
-            raise bad_value("search.diverse", self.diverse, "true or false")
+            raise bad_value("search.diverse", self.diverse, "must be true or false")
 
     @property
     def survivors(self) -> int:
-        """How many rollouts of a question are left at the end."""
+        """Number of rollouts per question at the end."""
         return self.beams
 
     @property
     def rows_per_survivor(self) -> int:
-        """How many candidates are grown for each beam."""
+        """Number of candidates per beam."""
         return self.candidates
 
     def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
-        """Whether the search can be run so.
+        """Check that the search works with n, the sampler and the scorer.
 
         Raises:
-            UsageError: there is no scorer, it needs whole answers, n rollouts are not what the search costs, or the
-                sampler gives a prefix one continuation alone.
+            UsageError: there is no scorer or it needs answers, n is not beams * candidates, or the sampler gives all
+                continuations of a prefix the same latents.
         """
         if scorer is None:
-            raise bad_value("search", self.name, "a beam search needs a scorer, as in scorer=latent_rm")
+            raise bad_value("search", self.name, "needs a scorer, as in scorer=latent_rm")
         if scorer.positions != "correct":
             raise bad_value(
-                "scorer.positions", scorer.positions, "correct: search=beam scores before there are answers"
+                "scorer.positions", scorer.positions, "must be correct: search=beam scores before there are answers"
             )
         if not sampler.random_latents or ("prompt" in (where := sampler.random_phases) and "thoughts" not in where):
             raise bad_value(
-                "sampler", sampler.name, "one whose thoughts go on differently: gaussian, or dropout in thoughts"
+                "sampler",
+                sampler.name,
+                "must make the continuations of a beam differ: gaussian, or dropout with thoughts in sampler.where",
             )
         if getattr(sampler, "mask", "fresh") != "fresh":
-            raise bad_value("sampler.mask", "locked", "fresh: locked masks give a beam one continuation alone")
-        if self.beams * self.candidates != n:
             raise bad_value(
-                "n", n, f"search.beams={self.beams} times search.candidates={self.candidates}, which cost as much"
+                "sampler.mask", "locked", "must be fresh: with locked masks all continuations of a beam are the same"
+            )
+        product = self.beams * self.candidates
+        if product != n:
+            raise bad_value(
+                "n", n, f"must be search.beams * search.candidates = {self.beams} * {self.candidates} = {product}"
             )
 
     def roll(
@@ -108,16 +113,16 @@ class Beam:
 
         Args:
             engine: the loaded reasoner.
-            batch: questions with `beams` rollouts each: the places of the surviving beams, best first.
-            sampler: what makes candidates differ.
+            batch: questions with `beams` rollouts each, numbered by the rank of the surviving beams.
+            sampler: how candidates are made to differ.
             seed: of the run.
             scorer: the loaded LatentRM.
-            reduction: how step scores make the score of a prefix: `sum`, `mean` or `last`.
+            reduction: how step scores are reduced to the score of a prefix: `sum`, `mean` or `last`.
             answers: whether the survivors decode their answers.
         """
         assert scorer is not None, "no scorer"
-        assert reduction is not None, "no reduction of step scores"
-        assert all(job.rollouts == list(range(self.beams)) for job in batch), "not the places of all beams"
+        assert reduction is not None, "no reduction"
+        assert all(job.rollouts == list(range(self.beams)) for job in batch), "rollouts are not numbered by beams"
         prompts = [job.prompt for job in batch]
         import torch
 
@@ -146,8 +151,8 @@ class Beam:
                 if alive_QC is not None:
                     step_score_QC = step_score_QC.masked_fill(~alive_QC, float("nan"))
                 so_far_QCT[..., step] = step_score_QC
-                rank_QC = reduced(so_far_QCT, reduction)
-                if alive_QC is not None and step:  # of a finished beam's candidates, all the same, the first
+                rank_QC = prefix_scores(so_far_QCT, reduction)
+                if alive_QC is not None and step:  # all candidates of a finished beam are the same: keep the first
                     again = ~alive_QC & (candidate_C % self.candidates != 0)
                     rank_QC = rank_QC.masked_fill(again, float("-inf"))
                 kept_QB = self._best(rank_QC)
@@ -165,7 +170,7 @@ class Beam:
             return rollouts.decode_answers() if answers else rollouts.without_answers()
 
     def _best(self, rank_QC: Tensor) -> Tensor:
-        """Which candidates survive (Q, beams), best first; a tie goes to the lower index."""
+        """Indices of the surviving candidates (Q, beams), best first; a tie goes to the lower index."""
         if not self.diverse:
             return rank_QC.argsort(dim=1, descending=True, stable=True)[:, : self.beams]
         import torch
@@ -180,15 +185,15 @@ class Beam:
 def children(parents_QC: Tensor, step: int, candidate_C: Tensor) -> Tensor:
     """Lineages of continuations: 32-bit codes, each a hash of (lineage of the parent, step, candidate).
 
-    They stand where other searches have rollout numbers. Two of the prefixes alive at one step share a code, and so
-    become the same continuation, with probability 2**-32.
+    They take the place of rollout numbers. Two prefixes of the same step have the same code, and so the same
+    continuation, with probability 2**-32.
     """
     counter = parents_QC, step, candidate_C.expand_as(parents_QC), int(Stream.LINEAGE)
     return philox(counter, key_of(0, "lineages"))[0]
 
 
-def reduced(step_scores_QCT: Tensor, reduction: str) -> Tensor:
-    """Scores of prefixes (Q, C) from step scores, NaN at steps that a row does not have; -inf for a row with none."""
+def prefix_scores(step_scores_QCT: Tensor, reduction: str) -> Tensor:
+    """Scores (Q, C) of prefixes from step scores (NaN at steps that a row does not have); -inf without any step."""
     has = ~step_scores_QCT.isnan()
     count_QC = has.sum(-1)
     if reduction == "last":

@@ -1,4 +1,4 @@
-"""`search=independent`: n rollouts that know nothing of each other."""
+"""`search=independent`: n independent rollouts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Independent:
-    """Every rollout is grown to its end."""
+    """Draws every rollout independently of the others."""
 
     name: ClassVar[str] = "independent"
     guided: ClassVar[bool] = False
@@ -41,7 +41,7 @@ class Independent:
         reduction: str | None = None,
         answers: bool = True,
     ) -> Rollouts:
-        """Grow the rollouts of a batch; see `Search.roll`."""
+        """Draw the rollouts of a batch; see `Search.roll`."""
         del scorer, reduction
         import torch
 
@@ -54,7 +54,7 @@ class Independent:
 
 
 def _donor_latents(engine: Engine, batch: Sequence[RolloutJob]) -> Tensor:
-    """The greedy latents (R, T, D) of the donors' prompts, T of each whatever ends a rollout's thinking."""
+    """The greedy latents (R, T, D) of the donors' prompts; always T each, since a stop token is ignored."""
     import torch
 
     from latent_tts.engine.rollout import Engine

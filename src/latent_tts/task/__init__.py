@@ -1,4 +1,4 @@
-"""Sets of questions and their rules for answers; one option of the group `task` per module."""
+"""Sets of questions, each with a rule for its answers; one option of the group `task` per module."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from latent_tts.types import Question
 
 
 class Task(Protocol):
-    """A set of questions and its rule for answers."""
+    """A set of questions and the rule for its answers."""
 
     @property
     def name(self) -> str:
-        """What tables call the task."""
+        """The name of the task in tables."""
         ...
 
     @property
     def split(self) -> str | None:
-        """Which part of the task's questions these are."""
+        """The split that the questions belong to; None if the task has no splits."""
 
     def questions(self) -> list[Question]:
         """The questions, in file order."""
@@ -26,5 +26,5 @@ class Task(Protocol):
 
     @property
     def rule(self) -> AnswerRule:
-        """How its answers are read and compared."""
+        """How answers are read and compared."""
         ...

@@ -1,7 +1,7 @@
 """`task=arith`: procedural multi-step word problems with their equation steps.
 
-Problem `i` of a seed is a pure function of (seed, i), and the hash of its text decides its split, so `train`, `valid`
-and `test` can never share a question and there is no end to `train`.
+Problem `i` of a seed is a pure function of (seed, i), and the hash of its text decides its split. So `train`, `valid`
+and `test` never share a question, and `train` is endless.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMES = {"Ann": "She", "Ben": "He", "Cara": "She", "Dan": "He", "Eva": "She", "F
 ITEMS = ("apples", "books", "cards", "coins", "marbles", "pens", "shells", "stamps")
 OPENING = "{name} has {value} {items}."
 CLOSING = "How many {items} does {name} have?"
-# An operation either changes what the last person has, or compares a new person with the last one.
+# An operation either changes what the current person has, or compares a new person with the current one.
 CHANGES = {
     "+": ("{pronoun} buys {value} more.", "{pronoun} finds {value} more.", "{pronoun} wins {value} more."),
     "-": ("{pronoun} loses {value}.", "{pronoun} sells {value}.", "{pronoun} gives away {value}."),
@@ -38,7 +38,7 @@ DEFAULT_SIZE = 2000
 
 @dataclass(frozen=True)
 class Level:
-    """How hard problems are: the number of steps, and the largest operands and intermediate values."""
+    """The difficulty of problems: numbers of steps, and the largest operands and intermediate values."""
 
     steps: tuple[int, ...]
     start: int
@@ -57,9 +57,9 @@ class Arith:
 
     Attributes:
         split: `train`, `valid` or `test` (2 to 5 steps, values up to 200), or `hard` (6 to 8 steps, up to 9999).
-        limit: the first `limit` questions of the split; None stands for 2000.
-        steps: keep only problems with these numbers of steps; None keeps all.
-        seed: which universe of problems; the shipped reasoner was trained on 0.
+        limit: the first `limit` questions of the split; None for 2000.
+        steps: keep only problems with these numbers of steps; None for all.
+        seed: selects the sequence of problems; the built-in reasoners were trained on 0.
     """
 
     split: str
@@ -74,12 +74,12 @@ class Arith:
         if self.split not in SPLITS:
             raise bad_value("task.split", self.split, f"one of {', '.join(SPLITS)}")
         if self.limit is not None and not (is_whole(self.limit) and self.limit >= 1):
-            raise bad_value("task.limit", self.limit, "a positive number of questions, or null for the default")
+            raise bad_value("task.limit", self.limit, "must be a positive number of questions, or null for the default")
         allowed = self._level.steps
         if self.steps is not None and not (
             isinstance(self.steps, list) and self.steps and all(step in allowed for step in self.steps)
         ):
-            raise bad_value("task.steps", self.steps, f"a list out of {list(allowed)} for split {self.split}")
+            raise bad_value("task.steps", self.steps, f"must be a list of {list(allowed)} for task.split={self.split}")
 
     @property
     def _level(self) -> Level:
@@ -90,7 +90,7 @@ class Arith:
         return list(islice(self.stream(), self.limit or DEFAULT_SIZE))
 
     def stream(self) -> Iterator[Question]:
-        """All questions of the split in order, without end, without repeats inside the shipped splits' sizes."""
+        """All questions of the split in order, without end; only `train` may repeat a question."""
         key = key_of(self.seed, f"arith/{'hard' if self.split == 'hard' else 'standard'}")
         seen: set[str] = set()
         for index in count():
@@ -107,12 +107,12 @@ class Arith:
 
 
 def split_of(question_id: str) -> str:
-    """The split of a standard problem, from the hash of its text: a tenth each for test and valid."""
+    """The split of a standard problem, by the hash of its text: a tenth each goes to test and valid."""
     return {0: "test", 1: "valid"}.get(int(question_id, 16) % 10, "train")
 
 
 def make_problem(dice: Dice, level: Level) -> Question:
-    """One problem: a running value, changed by each step, every intermediate value in [1, level.largest]."""
+    """A problem: each step changes a running value, which stays in [1, level.largest]."""
     names = list(NAMES)
     name = names.pop(dice.below(len(names)))
     items = dice.pick(ITEMS)
@@ -136,7 +136,7 @@ def make_problem(dice: Dice, level: Level) -> Question:
 
 
 def _operation(dice: Dice, level: Level, value: int) -> tuple[str, int, int]:
-    """A random operation whose result stays in range: (operator, operand, result)."""
+    """A random operation whose result is in range: (operator, operand, result)."""
     while True:
         operator = dice.pick("++--*/")
         if operator in "+-":
@@ -152,7 +152,7 @@ def _operation(dice: Dice, level: Level, value: int) -> tuple[str, int, int]:
 
 
 def words() -> list[str]:
-    """Every word and sign that a problem's text can hold, sorted; numbers left out."""
+    """Every word and sign that the text of a problem can contain, sorted, without numbers."""
     texts = [OPENING, CLOSING, *(t for group in (CHANGES, COMPARISONS) for ts in group.values() for t in ts)]
     texts += [*NAMES, *NAMES.values(), *(p.lower() for p in NAMES.values()), *ITEMS]
     return sorted({w for text in texts for w in re.findall(r"[A-Za-z]+|[^\sA-Za-z]", re.sub(r"\{\w+\}", " ", text))})

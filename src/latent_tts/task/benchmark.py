@@ -1,4 +1,4 @@
-"""`task=gsm8k`, `gsm_hard`, `multiarith`, `svamp`, `math500`, `prosqa`: published sets, from a file or from the hub."""
+"""`task=gsm8k`, `gsm_hard`, `multiarith`, `svamp`, `math500`, `prosqa`: published sets, from a file or the hub."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
-FOLDER = "LTTS_DATA"
-LAYOUT = 'one {"question": ..., "answer": ...} per line, or a list of them, or rows as the set has them'
+FOLDER_VARIABLE = "LTTS_DATA"
+LAYOUT = 'one {"question": ..., "answer": ...} per line, or a list of them, or rows with the set\'s own field names'
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where one split of a published set is read from, and what its rows are called there.
+    """Where a split of a published set is read from, and the names of its fields.
 
     Attributes:
-        file: its name in the folder `LTTS_DATA`; with `.gz`, or as a `.json` list, it is read as well.
-        hub: id of the data set on the hub; null where there is no copy to rely on.
-        get: where to get it from when there is none, for the error.
-        subset: of the data set on the hub, null if it has none.
-        hub_split: what the hub calls the split; `a+b` joins two.
+        file: its file name in the folder that `LTTS_DATA` names; a copy with `.gz`, or a `.json` list, is found too.
+        hub: id of the data set on the hub; null if there is no reliable copy.
+        get: where to get the file if there is no copy on the hub, for the error.
+        subset: name of the subset on the hub; null if there are none.
+        hub_split: name of the split on the hub; `a+b` joins two.
         revision: commit or branch on the hub.
-        rows: how many questions are expected from the hub; another number is a warning.
-        question: the field that holds the question.
-        answer: the field that holds the answer.
-        marker: what stands between written steps and the answer inside that field; null: it holds the answer alone.
-        distinct: whether repeats of a question are left out.
+        rows: expected number of questions on the hub; another number gives a warning.
+        question: name of the field with the question.
+        answer: name of the field with the answer.
+        marker: separates written steps from the answer in the answer field; null if it contains only the answer.
+        distinct: whether repeated questions are left out.
     """
 
     file: str
@@ -51,7 +51,7 @@ class Split:
     distinct: bool = False
 
     def row(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """A row with the names of the toolkit, which it may have already; spaces around the texts left out."""
+        """A row under this package's field names, which it may have already, without surrounding spaces."""
         row = dict(fields)
         for name, own in (("question", self.question), ("answer", self.answer)):
             if own in row:
@@ -70,14 +70,14 @@ class Benchmark:
     """A published set of questions.
 
     Attributes:
-        name: what tables call the task.
+        name: the name of the task in tables.
         split: one of `splits`.
-        path: a file to read instead, as for `task=jsonl` or with the set's own names of fields; null: the split's file
-            in the folder that the environment variable `LTTS_DATA` names, and where there is none the hub.
-        limit: the first `limit` questions; null takes all.
+        path: a file to read instead, as for `task=jsonl` or with the set's own field names; null: the split's file in
+            the folder that the environment variable `LTTS_DATA` names, or without one the hub.
+        limit: the first `limit` questions; null for all.
         answer: how answers are read: `decimal`, `latex` or `words`.
-        tolerance: largest |prediction - gold| that counts as right; null is exact.
-        splits: the fields of a `Split` by its name.
+        tolerance: largest |prediction - gold| that counts as right; null for exact.
+        splits: the fields of each `Split`, by its name.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Benchmark:
         if self.path is not None:
             check_file(self.path)
         elif self._file is None and self._split.hub is None:
-            raise UsageError(self._how_to_get(f"task={self.name} task.split={self.split}: no copy of it is on the hub"))
+            raise UsageError(self._how_to_get(f"task={self.name} task.split={self.split}: not on the hub"))
 
     @cached_property
     def rule(self) -> AnswerRule:
@@ -109,32 +109,32 @@ class Benchmark:
 
     @cached_property
     def _file(self) -> str | None:
-        """The file to read, None for the hub.
+        """The file to read; None to read from the hub.
 
         Raises:
-            UsageError: `LTTS_DATA` names no folder.
+            UsageError: `LTTS_DATA` does not name a folder.
         """
-        folder = os.environ.get(FOLDER)
+        folder = os.environ.get(FOLDER_VARIABLE)
         if self.path is not None or not folder:
             return self.path
         if not os.path.isdir(os.path.expanduser(folder)):
-            raise bad_value(FOLDER, folder, "no such folder; it is where the files of evaluation sets lie")
+            raise bad_value(FOLDER_VARIABLE, folder, "no such folder; it must be the folder with the evaluation files")
         path = os.path.join(os.path.expanduser(folder), self._split.file)
         names = (path, f"{path}.gz", path.removesuffix("l"), f"{path.removesuffix('l')}.gz")
         return next((name for name in names if is_file(name)), None)
 
     def _how_to_get(self, problem: str) -> str:
-        """An error in three lines: what is wrong, where the data is, how to have it read."""
+        """An error in three lines: the problem, where to get the data, how to use it."""
         split = self._split
-        where = f"it is {split.get}" if split.get else f"it is https://huggingface.co/datasets/{split.hub}"
-        ways = f"task.path=FILE.jsonl, or {split.file} in the folder {FOLDER} names ({LAYOUT})"
-        return f"{problem}\n{where}\nread it with {ways}"
+        where = f"download {split.get or f'https://huggingface.co/datasets/{split.hub}'}"
+        ways = f"task.path=FILE.jsonl, or {split.file} in the folder that {FOLDER_VARIABLE} names ({LAYOUT})"
+        return f"{problem}\n{where}\nuse it with {ways}"
 
     def questions(self) -> list[Question]:
         """The questions in their order; a repeated text gets the id suffix `-2`, `-3`, ...
 
         Raises:
-            UsageError: the set cannot be had, or a row is not readable; it names the row.
+            UsageError: the set cannot be read, or one of its rows, which the error names.
         """
         if self._file is not None:
             source, found = f"task.path={self._file}", file_rows(self._file)
@@ -149,7 +149,7 @@ class Benchmark:
         """The rows of the split on the hub.
 
         Raises:
-            UsageError: the hub cannot be reached, or does not have it.
+            UsageError: the hub cannot be reached, or does not have the set.
         """
         split = self._split
         assert split.hub is not None
@@ -157,7 +157,7 @@ class Benchmark:
             from datasets import load_dataset
 
             table: Any = load_dataset(split.hub, split.subset, split=split.hub_split, revision=split.revision)
-        except Exception as error:  # of datasets, huggingface_hub, httpx, pyarrow: they share no base
+        except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow share no base class
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             problem = f"task={self.name}: {split.hub} cannot be read from the hub ({reason})"
             raise UsageError(self._how_to_get(problem)) from error
@@ -172,7 +172,7 @@ class Benchmark:
             rows = list(first.values())
         if split.rows not in (None, len(rows)):
             log.warning(
-                "task=%s: %s has %d questions at revision %s, expected are %d", self.name, split.hub, len(rows),
+                "task=%s: %s has %d questions at revision %s; expected %d", self.name, split.hub, len(rows),
                 split.revision, split.rows,
             )  # fmt: skip
         return iter(rows)

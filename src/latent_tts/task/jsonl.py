@@ -1,4 +1,4 @@
-"""`task=jsonl`: a file of JSON objects, one per line or in a list, with `question`, `answer` and maybe `steps`."""
+"""`task=jsonl`: a file of JSON objects, one per line or in a list, with `question`, `answer` and optionally `steps`."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from latent_tts.errors import UsageError, bad_value, is_whole
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, text_digest
 
-MAX_CHARACTERS = 1_000_000  # of a row; the longest of the published sets has 7,000
-MAX_SHOWN = 100  # characters of a row's text in an error
-PIECE = 1 << 16  # characters of a list that are read at once
+MAX_CHARACTERS = 1_000_000  # per row; the longest row of the published sets has 7,000
+MAX_SHOWN = 100  # characters of a row that an error quotes
+PIECE = 1 << 16  # characters of a JSON list read at once
 NOT_SPACE = re.compile(r"[^ \t\r\n]|\Z")
-Row = tuple[str, Mapping[str, Any]]  # where it stands, as an error names it, and its fields
+Row = tuple[str, Mapping[str, Any]]  # (its place, for errors; its fields)
 
 
 @dataclass(frozen=True)
 class Jsonl:
-    """Questions of a file.
+    """The questions of a file.
 
     Attributes:
         path: a `.jsonl` file with one object per line or a `.json` file with a list of them, or either with `.gz`.
-        split: what tables call this set; null takes none.
-        limit: the first `limit` questions; null takes all.
-        tolerance: largest |prediction - gold| that counts as right; null wants exact decimals.
+        split: the name of the split in tables; null for none.
+        limit: the first `limit` questions; null for all.
+        tolerance: largest |prediction - gold| that counts as right; null for exact decimals.
         answer: how answers are read: `decimal`, `latex` or `words`.
     """
 
@@ -45,7 +45,7 @@ class Jsonl:
 
     @property
     def name(self) -> str:
-        """The file's name without its ending: what tables call the task."""
+        """The name of the task in tables: the file name without its extension."""
         return Path(str(self.path)).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
 
     def __post_init__(self) -> None:
@@ -62,43 +62,51 @@ class Jsonl:
         """The questions in file order; a repeated text gets the id suffix `-2`, `-3`, ...
 
         Raises:
-            UsageError: a row is not readable; it names file and line.
+            UsageError: a row cannot be read; the error names file and line.
         """
         return read_questions(file_rows(str(self.path)), self.rule, self.limit, f"task.path={self.path}")
 
 
 def check_limit(limit: object) -> None:
-    """Raise the usual error unless a `task.limit` is allowed."""
+    """Check a value of `task.limit`.
+
+    Raises:
+        UsageError: it is not a positive integer or None.
+    """
     if limit is not None and not (is_whole(limit) and limit >= 1):
-        raise bad_value("task.limit", limit, "a positive number of questions, or null for all")
+        raise bad_value("task.limit", limit, "must be a positive number of questions, or null for all")
 
 
 def check_file(path: object) -> None:
-    """Raise the usual error unless a `task.path` is a file."""
+    """Check a value of `task.path`.
+
+    Raises:
+        UsageError: there is no such file.
+    """
     if not isinstance(path, str) or not is_file(path):
         raise bad_value("task.path", path, "no such file; name one with task.path=FILE.jsonl")
 
 
 def is_file(path: str) -> bool:
-    """Whether there is a file of that name; `~` stands for the home folder."""
+    """Whether there is such a file; `~` is the home folder."""
     try:
         return Path(path).expanduser().is_file()
-    except (OSError, RuntimeError):  # a name too long; `~` of nobody
+    except (OSError, RuntimeError):  # the name is too long, or `~` cannot be expanded
         return False
 
 
 def file_rows(path: str) -> Iterator[Row]:
-    """The rows of a file, `.gz` or not: one JSON object per line, blank lines left out, or a list of them.
+    """The rows of a file (`.gz` or not): one JSON object per non-blank line, or a list of objects.
 
     Raises:
-        UsageError: the file, or a row of it, is not readable or too long; it names the file and the line or row.
+        UsageError: the file or a row cannot be read, or a row is too long; the error names the file and the row.
     """
     file_path = Path(path).expanduser()
     try:
         opened = gzip.open if file_path.suffix == ".gz" else open
         with opened(file_path, "rt", encoding="utf-8-sig") as file:
             text, number = "", 0
-            while not text.strip():  # up to the first row
+            while not text.strip():  # find the first row
                 text, number = file.readline(MAX_CHARACTERS + 1), number + 1
                 if not text:
                     return
@@ -120,9 +128,9 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
     """The rows of a JSON list, read piece by piece.
 
     Args:
-        where: what an error calls a row, its number left out.
-        file: read from where `text` ends.
-        text: what stands after the list's bracket.
+        where: the place of a row in errors, without its number.
+        file: the rest of the file, after `text`.
+        text: the beginning of the file, after the opening bracket.
     """
     decode, at, number = json.JSONDecoder().raw_decode, 0, 1
     while True:
@@ -130,7 +138,7 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
         piece = ""
         if at < len(text) and text[at] == "]":
             if (text[at + 1 :] + file.read(MAX_CHARACTERS)).strip():
-                raise UsageError(f"{where} {number}: something follows the list")
+                raise UsageError(f"{where} {number}: there is text after the list")
             return
         if at < len(text):
             try:
@@ -140,11 +148,11 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
                     yield f"{where} {number}", _is_object(f"{where} {number}", row)
                     at, number = end + (text[end] == ","), number + 1
                     continue
-                problem = ValueError("neither a comma nor the list's end follows it")
+                problem = ValueError("a comma or the end of the list must follow it")
             except (ValueError, RecursionError) as error:
                 problem = error
         else:
-            problem = ValueError("the list has no end")
+            problem = ValueError("the closing bracket is missing")
         if len(text) - at > MAX_CHARACTERS:
             raise _too_long(f"{where} {number}")
         piece = file.read(PIECE)
@@ -172,16 +180,16 @@ def _is_object(where: str, row: Any) -> Mapping[str, Any]:
 
 
 def read_questions(rows: Iterable[Row], rule: AnswerRule, limit: int | None, source: str) -> list[Question]:
-    """Rows with the fields `question`, `answer` and maybe `steps` as questions, in order.
+    """Turn rows with the fields `question`, `answer` and optionally `steps` into questions, in order.
 
     Args:
-        rows: read no further than `limit`.
+        rows: read only up to `limit`.
         rule: how gold answers are read.
-        limit: the first `limit` rows; None takes all.
-        source: where the rows come from, for the error when there are none.
+        limit: the first `limit` rows; None for all.
+        source: where the rows come from, for the error if there are none.
 
     Raises:
-        UsageError: a row is not readable; it names the row.
+        UsageError: a row cannot be read, which the error names, or there are no rows.
     """
     seen: Counter[str] = Counter()
     questions = []
@@ -193,7 +201,7 @@ def read_questions(rows: Iterable[Row], rule: AnswerRule, limit: int | None, sou
             question_id += f"-{seen[question_id]}"
         questions.append(Question(question_id, text, gold, steps))
     if not questions:
-        raise UsageError(f"{source}: the file holds no questions")
+        raise UsageError(f"{source}: contains no questions")
     return questions
 
 
@@ -201,18 +209,20 @@ def _fields(where: str, row: Mapping[str, Any], rule: AnswerRule) -> tuple[str, 
     for field in ("question", "answer"):
         if not str(row.get(field) or ("" if row.get(field) != 0 else "0")).strip():
             found = ", ".join(map(repr, row)) or "nothing"
-            raise UsageError(f"{where} has no {field}; each row needs question and answer, and it has {_short(found)}")
+            raise UsageError(
+                f"{where} has no {field}; each row needs question and answer; this one has {_short(found)}"
+            )
     if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
-        raise UsageError(f"{where}: answer is neither a text nor a number")
+        raise UsageError(f"{where}: answer must be a text or a number")
     gold = rule.parse(str(row["answer"]))
     if gold is None:
-        hint = "; task=gsm8k reads rows whose answer stands after ####" if "####" in str(row["answer"]) else ""
-        raise UsageError(f"{where}: the answer {_short(repr(str(row['answer'])))} is not {rule.wanted}{hint}")
+        hint = "; task=gsm8k reads rows with the answer after ####" if "####" in str(row["answer"]) else ""
+        raise UsageError(f"{where}: the answer {_short(repr(str(row['answer'])))} is not {rule.allowed}{hint}")
     text, steps = row["question"], row.get("steps") or []
     if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:  # a lone surrogate
-        raise UsageError(f"{where}: question is not a text")
+        raise UsageError(f"{where}: question must be a text")
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
-        raise UsageError(f"{where}: steps is not a list of texts")
+        raise UsageError(f"{where}: steps must be a list of texts")
     return text, gold, tuple(steps)
 
 

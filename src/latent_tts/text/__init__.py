@@ -1,1 +1,1 @@
-"""What an answer says: numbers, words, LaTeX; which answers are one vote."""
+"""How answers are read and compared: numbers, words, LaTeX; which answers count as one vote."""

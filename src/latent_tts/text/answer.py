@@ -1,4 +1,4 @@
-"""How a task's answers are read and compared: raw texts to canonical predictions, and which of these are equal."""
+"""How the answers of a task are read (raw texts to canonical predictions) and compared."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Protocol
 from latent_tts.errors import bad_value, is_number
 from latent_tts.text import latex
 from latent_tts.text.guard import Guard
-from latent_tts.text.number import LONGEST, canonical_number, close, tidy
+from latent_tts.text.number import MAX_LENGTH, canonical_number, close, tidy
 
-RULES = {"decimal": "a number", "latex": "a LaTeX expression of a value", "words": "a text"}
+RULES = {"decimal": "a number", "latex": "a LaTeX expression with a value", "words": "a text"}
 
 
 class AnswerFormat(Protocol):
-    """Where a family of reasoners writes its answers, of `latent_tts.model.ModelAdapter`."""
+    """Where a family of reasoners writes its answers; a part of `latent_tts.model.ModelAdapter`."""
 
     def answer_span(self, answer_text: str) -> str | None:
-        """The part of an answer's text that holds the answer, unchanged; None if there is none."""
+        """The part of a generated text that contains the answer, unchanged; None if there is none."""
 
     def raw_answer(self, answer_text: str) -> str | None:
-        """The number in an answer's text as the family's own evaluation reads it; None if there is none."""
+        """The number in a generated text, as the family's own evaluation reads it; None if there is none."""
 
 
 @dataclass(frozen=True)
 class AnswerRule:
-    """How a task's answers are read and compared.
+    """How the answers of a task are read and compared.
 
     Attributes:
-        name: `decimal` (exact decimals), `latex` (values of LaTeX expressions) or `words` (texts, whatever their
-            case, spaces and final dot).
-        tolerance: largest |prediction - gold| that counts as right; None is exact. For `decimal` alone.
+        name: `decimal` (exact decimals), `latex` (values of LaTeX expressions) or `words` (texts, up to
+            case, spaces and a final dot).
+        tolerance: largest |prediction - gold| that counts as right; None for exact. Only for `decimal`.
     """
 
     name: str
@@ -42,35 +42,35 @@ class AnswerRule:
         if self.name not in RULES:
             raise bad_value("task.answer", self.name, f"one of {', '.join(RULES)}")
         if self.tolerance is not None and not (is_number(self.tolerance) and self.tolerance >= 0):
-            raise bad_value("task.tolerance", self.tolerance, "0 or more, or null for exact")
+            raise bad_value("task.tolerance", self.tolerance, "must be a number, 0 or more, or null for exact")
         if self.tolerance is not None and self.name != "decimal":
-            raise bad_value("task.tolerance", self.tolerance, f"null, since task.answer={self.name} is no number")
+            raise bad_value("task.tolerance", self.tolerance, "must be null: it applies only to task.answer=decimal")
 
     @property
-    def wanted(self) -> str:
-        """What an answer has to be, as an error says it."""
+    def allowed(self) -> str:
+        """What an answer must be, for errors."""
         return RULES[self.name]
 
     @cached_property
     def guard(self) -> Guard:
-        """Third-party grading code, which `latex` alone needs, and what it has given up."""
+        """The process that runs third-party grading code; only `latex` needs it."""
         return Guard(latex.EXPRESSIONS)
 
     @property
     def given_up(self) -> int:
-        """How many answers and comparisons had no result within their limits: they count as unreadable or wrong."""
+        """Number of answers and comparisons without a result within the time limits; they are unreadable or wrong."""
         return len(self.guard.given_up)
 
     def read(self, answer_text: str, family: AnswerFormat) -> str | None:
-        """The canonical form of the answer in a generated text, None if it cannot be read.
+        """The canonical form of the answer in a generated text; None if it cannot be read.
 
-        Numbers are read as the family's own evaluation does, other answers from the text unchanged.
+        Numbers are read as by the family's own evaluation; other answers are read from the text unchanged.
         """
         where = family.raw_answer if self.name == "decimal" else family.answer_span
         return self.parse(where(answer_text))
 
     def parse(self, raw: str | None) -> str | None:
-        """The canonical form of an answer, None if it cannot be read."""
+        """The canonical form of an answer; None if it cannot be read."""
         if self.name == "decimal":
             return canonical_number(raw)
         return latex.canonical_latex(raw, self.guard) if self.name == "latex" else canonical_words(raw)
@@ -82,7 +82,7 @@ class AnswerRule:
         return close(prediction, gold, self.tolerance)
 
     def equal(self, one: str, other: str) -> bool:
-        """Whether two canonical answers have one value, and so are one vote: exactly, and in both directions."""
+        """Whether two canonical answers are one vote: they have exactly the same value, compared in both directions."""
         if self.name != "latex" or one == other:
             return one == other
         return latex.equal_latex(one, other, self.guard) and latex.equal_latex(other, one, self.guard)
@@ -92,11 +92,11 @@ def canonical_words(raw: str | None) -> str | None:
     """The canonical form of a text: `Every Cat  is a dog.` and `every cat is a dog` agree.
 
     Args:
-        raw: the text of an answer; None stands for no answer.
+        raw: the text of an answer; None for no answer.
 
     Returns:
-        The text in one case, with single spaces and without final dots; None if nothing is left, or too much.
+        The text in one case, with single spaces and without final dots; None if it is empty or too long.
     """
-    if raw is None or len(raw) > LONGEST:
+    if raw is None or len(raw) > MAX_LENGTH:
         return None
     return " ".join(unicodedata.normalize("NFC", tidy(raw).casefold()).split()).rstrip(". ") or None

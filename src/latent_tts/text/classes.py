@@ -1,4 +1,4 @@
-"""Which answers of a question are one vote."""
+"""Which answers of a question count as one vote."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 
 
 def shared_forms(answers: Sequence[str | None], equal: Callable[[str, str], bool]) -> list[str | None]:
-    """Each answer's class, by the first member of the class; answers of one class are one vote.
+    """Replace each answer by the first member of its class; answers of one class are one vote.
 
-    Equality by value is not transitive, so that classes depend on the order in which they are formed. It is that of
-    the distinct answers' lengths and characters, whatever the order in which they were given and however often: each
-    joins the class of the first earlier answer that leads one and equals it.
+    Equality by value is not transitive, so classes depend on the order in which they are formed. The distinct answers
+    are therefore sorted by length, then by characters, and each joins the class of the first leader that it equals, or
+    leads a new class. The result does not depend on the given order or on repetitions.
 
     Args:
         answers: canonical answers of one question; None for unreadable ones, which have no class.
-        equal: whether two answers have one value.
+        equal: whether two answers have the same value.
     """
     leaders: list[str] = []
     leader_of: dict[str | None, str | None] = {None: None}

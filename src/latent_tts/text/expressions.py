@@ -1,7 +1,7 @@
-"""Expressions in LaTeX: sympy and math-verify, as the process behind `latex.py` calls them.
+"""LaTeX expressions, read and compared by sympy and math-verify in the process that `latex.py` starts.
 
-Nothing here has a limit of its own in time, and sympy's printers and math-verify's grammar raise whatever they meet:
-call it by `guard.Guard` alone.
+These functions have no time limits, and sympy and math-verify may raise anything. Call them only through
+`guard.Guard`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 
 from latent_tts.text.number import write_fraction
 
-LARGEST = 10_000  # bits of a number that is written out
+MAX_BITS = 10_000  # of a number that is written out
 MAX_TERMS = 1000  # of an expression that is multiplied out
-DIFFERENT = 1e-5  # relative distance of numbers that are not equal; math-verify compares six places
+MIN_DIFFERENCE = 1e-5  # relative; larger ones need no comparison by math-verify, which compares six places
 
 DELIMITER = re.compile(r"(?<!\\)(\$|\\\(|\\\[)")
 
 
 def warm_up() -> None:
-    """Import what is needed, and build the tables of the grammar."""
-    # parse and verify would warn that they have no limit of their own: it is the caller's
+    """Import the libraries and build the tables of the grammar."""
+    # silences the warning that parse and verify run without a time limit: the caller has one
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     equal(r"\frac{x}{2}", r"\frac{x}{2} + 0")
 
 
 def canonical(text: str) -> str | None:
-    """LaTeX of a text's value, or the text itself where that is not read back as the same value.
+    """LaTeX of the value of a text, or the text itself if that LaTeX is not read back as the same value.
 
     Returns:
         None if math-verify cannot read the text, or its value is not finite or too large to be written out.
@@ -51,9 +51,9 @@ def canonical(text: str) -> str | None:
 
 
 def equal(prediction: str, gold: str) -> bool:
-    """Whether the values of two texts are equal, where the gold one's form decides between an equation and its value.
+    """Whether two texts have equal values; the form of `gold` decides whether an equation or its value is compared.
 
-    Source: math-verify `verify`, with its own settings (6 places where a decimal is compared).
+    Source: math-verify `verify`, with its default settings (decimals are compared to 6 places).
     """
     from math_verify import verify
 
@@ -61,7 +61,7 @@ def equal(prediction: str, gold: str) -> bool:
         if _are_far_apart(_value(prediction), _value(gold)):
             return False
     except Exception:
-        pass  # not numbers, or not for sympy: math-verify has its own ways
+        pass  # not numbers, or sympy fails: math-verify has other ways to compare
     try:
         return verify(_expression(gold), _expression(prediction), timeout_seconds=0)
     except Exception:
@@ -70,7 +70,7 @@ def equal(prediction: str, gold: str) -> bool:
 
 @lru_cache(maxsize=1 << 12)
 def _expression(text: str) -> Any:
-    """What math-verify reads: an expression of sympy, or None."""
+    """The sympy expression that math-verify reads; None if it cannot read the text."""
     from math_verify import LatexExtractionConfig, parse
 
     inside = text if DELIMITER.search(text) else f"${text}$"
@@ -80,7 +80,7 @@ def _expression(text: str) -> Any:
 
 @lru_cache(maxsize=1 << 12)
 def _value(text: str) -> Any:
-    """The evaluated expression of a text, None if it has no value that can be written out."""
+    """The evaluated expression of a text; None if its value cannot be written out."""
     import sympy
 
     found = _expression(text)
@@ -102,10 +102,10 @@ def _value(text: str) -> Any:
 
 
 def _evaluated(expression: Any) -> Any:
-    """The expression with sympy's automatic evaluation, which math-verify switches off, and decimals as fractions.
+    """Evaluate an expression, which math-verify leaves unevaluated, with decimals as fractions.
 
     Raises:
-        OverflowError: a number out of all proportion would have to be written out.
+        OverflowError: a number is too large to be written out.
     """
     import sympy
     from sympy.functions.combinatorial.factorials import CombinatorialFunction
@@ -114,31 +114,33 @@ def _evaluated(expression: Any) -> Any:
         return sympy.ImmutableMatrix(expression.applyfunc(_evaluated))
     if isinstance(expression, sympy.Float):
         return sympy.Rational(str(expression))
-    if isinstance(expression, sympy.Symbol) and expression.name == "i":  # read as a symbol or not, as spaces fall
+    if (
+        isinstance(expression, sympy.Symbol) and expression.name == "i"
+    ):  # math-verify reads it as a symbol or not, depending on spaces
         return sympy.I
     if not expression.args:
-        if _bits(expression) > LARGEST:
+        if _bits(expression) > MAX_BITS:
             raise OverflowError
         return expression
     arguments = [_evaluated(argument) for argument in expression.args]
     if isinstance(expression, sympy.Pow):
         base, exponent = arguments
-        if exponent.is_Rational and abs(exponent) * _bits(base) > LARGEST:
+        if exponent.is_Rational and abs(exponent) * _bits(base) > MAX_BITS:
             raise OverflowError
     if isinstance(expression, CombinatorialFunction | sympy.gamma) and any(
-        argument.is_real and abs(argument) > LARGEST // 10 for argument in arguments if argument.is_number
+        argument.is_real and abs(argument) > MAX_BITS // 10 for argument in arguments if argument.is_number
     ):
         raise OverflowError
     return expression.func(*arguments)
 
 
 def _bits(number: Any) -> int:
-    """Bits of a fraction's larger part; 1 for what is no fraction."""
+    """Bits of the numerator or denominator of a fraction, whichever has more; 1 for anything else."""
     return max(int(number.p).bit_length(), int(number.q).bit_length()) if number.is_Rational else 1
 
 
 def _terms(expression: Any) -> int:
-    """How many terms an expression has at most when its products and powers of sums are multiplied out."""
+    """Upper bound of the number of terms of an expression after expansion."""
     import sympy
 
     terms = [_terms(argument) for argument in expression.args]
@@ -153,13 +155,13 @@ def _terms(expression: Any) -> int:
 
 
 def _are_far_apart(one: Any, other: Any) -> bool:
-    """Whether both are numbers whose difference needs no closer look."""
+    """Whether both are numbers that clearly differ."""
     import sympy
 
     if not all(isinstance(value, sympy.Expr) and value.is_number for value in (one, other)):
         return False
     one, other = complex(one), complex(other)
-    return abs(one - other) > DIFFERENT * max(1.0, abs(one), abs(other))
+    return abs(one - other) > MIN_DIFFERENCE * max(1.0, abs(one), abs(other))
 
 
 def _print(value: Any) -> str:

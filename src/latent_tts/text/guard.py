@@ -1,12 +1,12 @@
-"""Functions of other people's code, called in a process that can be killed.
+"""Calls of third-party code in a process that can be killed.
 
-The process is started by the first call that needs it, and is one for all runs of the command. It holds the imported
-code and forks, so that a call that has to be killed costs milliseconds. Where a system has no `fork` the process itself
-is killed, and started anew.
+The first call starts the process, which serves all runs of the command. It imports the code once and answers calls in
+a fork, so a call that must be killed costs only milliseconds. Without `fork`, the process itself is killed and started
+again.
 
-What a call may use is measured in seconds of the processor, so that a busy machine changes nothing, where the system
-has such clocks; a slower processor may still give up what a faster one answers. What was given up is named, counted
-(`Guard.given_up`), and the same for the rest of the run.
+Time limits are in processor seconds where the system has such timers, so that a busy machine does not change results; a
+slow processor may still give up a call that a fast one answers. Calls that were given up are logged and counted
+(`Guard.given_up`), and stay given up for the rest of the run.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from latent_tts.errors import RunError
 
 log = logging.getLogger(__name__)
 
-SECONDS = 5.0  # for one call
-SECONDS_PER_RUN = 60.0  # for all calls of a run, and SECONDS_PER_CALL more with each
+SECONDS = 5.0  # limit of one call
+SECONDS_PER_RUN = 60.0  # limit of all calls of a run; each call adds SECONDS_PER_CALL
 SECONDS_PER_CALL = 0.1
-MAX_NAMED = 3  # given-up calls that are named one by one
+MAX_NAMED = 3  # calls given up that are logged one by one
 MEMORY = 4 << 30  # bytes of address space
-MAX_KEPT = 1 << 17  # results
-START_SECONDS = 120.0  # until the process has imported what it needs
-PATIENCE, MIN_PATIENCE = 20.0, 30.0  # times its seconds, and seconds: after these by the wall clock it is killed anyway
+MAX_KEPT = 1 << 17  # results in memory
+START_SECONDS = 120.0  # limit of the start, which imports sympy
+PATIENCE, MIN_PATIENCE = 20.0, 30.0  # wall-clock limit: the larger of PATIENCE * limit and these seconds
 CAN_FORK = hasattr(os, "fork") and hasattr(signal, "setitimer")
 
 LOST = {"lost": True}
@@ -48,12 +48,12 @@ START = (
 
 
 class Guard:
-    """Calls of one run: what they may take together, and what was given up.
+    """The calls of a run, with a time limit for each and for all together.
 
     Attributes:
-        module: the module whose functions are called; they take texts, and return what JSON can hold.
-        given_up: the calls without a result.
-        seconds: what all calls have taken.
+        module: the module whose functions are called; they take texts and return JSON-able values.
+        given_up: the calls that had no result within their limit.
+        seconds: time of all calls so far.
     """
 
     def __init__(self, module: str) -> None:
@@ -64,10 +64,10 @@ class Guard:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Guard], tuple[str]]:
-        return Guard, (self.module,)  # a copy counts anew
+        return Guard, (self.module,)  # a copy starts counting again
 
     def call(self, function: str, *texts: str, otherwise: Any) -> Any:
-        """What a function of the module returns; `otherwise` if it takes too long or breaks its process.
+        """The result of a function of the module; `otherwise` if it takes too long or crashes its process.
 
         Raises:
             RunError: the process cannot be started.
@@ -89,14 +89,14 @@ class Guard:
             self.given_up.add(key)
         if len(self.given_up) <= MAX_NAMED:
             log.warning(
-                "%s: no result within %.3g s, so it counts as unreadable or wrong%s",
-                " and ".join(texts), limit, "; further ones are not named" if len(self.given_up) == MAX_NAMED else "",
+                "%s: no result within %.3g s; counted as unreadable or wrong%s",
+                " and ".join(texts), limit, "; further ones are not logged" if len(self.given_up) == MAX_NAMED else "",
             )  # fmt: skip
         return otherwise
 
 
 class _Process:
-    """The process of a module, and what its functions have returned."""
+    """The process of a module, and the results of its functions so far."""
 
     def __init__(self, module: str) -> None:
         self.module = module
@@ -108,16 +108,16 @@ class _Process:
         self._replies: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def known(self, key: tuple[str, ...]) -> tuple[bool, Any]:
-        """Whether a call has been answered before, and its result."""
+        """Whether a call was answered before, and its result."""
         return key in self._results, self._results.get(key)
 
     def ask(self, key: tuple[str, ...], limit: float) -> tuple[dict[str, Any], float]:
-        """The reply to a call (`LOST` if there is none) and the seconds that it took, a second start included."""
+        """The reply to a call (`LOST` if there is none), and its seconds, including those of a restart."""
         with self._lock:
             started, again = time.perf_counter(), self._running is not None or self._stopped
             running = self._start()
             extra = time.perf_counter() - started if again else 0.0
-            while not self._replies.empty():  # of a process that was killed between two calls
+            while not self._replies.empty():  # left over from a process that was killed
                 self._replies.get()
             request = json.dumps({"call": key, "limit": limit}) + "\n"
             try:
@@ -127,7 +127,7 @@ class _Process:
                 line = self._replies.get(timeout=max(MIN_PATIENCE, PATIENCE * limit) if CAN_FORK else limit)
             except (OSError, queue.Empty):
                 line = b""
-            if not line:  # it hangs, or somebody has killed it
+            if not line:  # the process hangs or was killed
                 self.stop()
                 return LOST, limit + extra
             reply = json.loads(line)
@@ -146,7 +146,7 @@ class _Process:
             running = subprocess.Popen(
                 [sys.executable, "-c", START, json.dumps([sys.path, self.module, CAN_FORK])],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                env={**os.environ, "PYTHONHASHSEED": "0"},  # the order of sets is part of what sympy does
+                env={**os.environ, "PYTHONHASHSEED": "0"},  # results of sympy depend on the order of sets
                 start_new_session=True,
             )  # fmt: skip
             self._running = running
@@ -160,11 +160,11 @@ class _Process:
                 self.stop()
                 errors.seek(0)
                 reason = errors.read().decode(errors="replace").strip().splitlines() or ["no reply"]
-                raise RunError(f"the process that grades answers does not start: {reason[-1]}")
+                raise RunError(f"cannot start the process that grades answers: {reason[-1]}")
         return running
 
     def stop(self) -> None:
-        """Kill the process, if there is one, with those that it has forked."""
+        """Kill the process, if there is one, and its forks."""
         running, self._running = self._running, None
         if running is None or os.getpid() != self.owner:
             return
@@ -182,14 +182,14 @@ _processes: dict[str, _Process] = {}
 
 def _process_of(module: str) -> _Process:
     found = _processes.get(module)
-    if found is None or found.owner != os.getpid():  # a fork of this process has pipes of its own
+    if found is None or found.owner != os.getpid():  # a fork of this process needs its own pipes
         found = _processes[module] = _Process(module)
         atexit.register(found.stop)
     return found
 
 
 def _read(pipe: BinaryIO, replies: queue.SimpleQueue[bytes]) -> None:
-    """Hand on the lines of a pipe, and an empty one at its end."""
+    """Put the lines of a pipe into a queue, and an empty line at its end."""
     with pipe:
         for line in pipe:
             replies.put(line)
@@ -197,14 +197,14 @@ def _read(pipe: BinaryIO, replies: queue.SimpleQueue[bytes]) -> None:
 
 
 def serve(module: str, fork: bool) -> None:
-    """Answer calls from stdin on stdout, until stdin ends; what the process does."""
+    """Answer calls from stdin on stdout until stdin ends; the main function of the process."""
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # nothing else may write there
+    os.dup2(2, 1)  # stdout is only for replies
     functions = importlib.import_module(module)
     functions.warm_up()
     _limit_memory()
     replies.write(b"ready\n")
-    requests = os.fdopen(0, "rb", buffering=0)  # unbuffered: the next fork reads on where the last one stopped
+    requests = os.fdopen(0, "rb", buffering=0)  # unbuffered, so that the next fork reads the next request
     while fork:
         child = os.fork()
         if child == 0:
@@ -222,7 +222,7 @@ def _answer(functions: Any, requests: Any, replies: Any, *, clock: bool) -> None
         request = json.loads(line)
         function, *texts = request["call"]
         started = time.process_time()
-        if clock:  # its signal ends the process, whatever that is doing
+        if clock:  # the signal kills the fork even inside C code
             signal.setitimer(signal.ITIMER_PROF, request["limit"])
         result = getattr(functions, function)(*texts)
         if clock:

@@ -1,7 +1,7 @@
-"""Answers in LaTeX: one canonical text for equal values where it can be had, equality by math-verify.
+"""LaTeX answers: a canonical form, the same for equal values where possible, and equality by math-verify.
 
-What is a number is read here. Other expressions are read by sympy and math-verify, in a process that is started when
-the first of them is met (`guard.py`): what these cannot read is unreadable, whatever they raise.
+Numbers are read here. Other expressions are read by sympy and math-verify, in a process that starts when the first of
+them appears (`guard.py`); if they fail, the answer is unreadable.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 
 from latent_tts.text.guard import Guard
-from latent_tts.text.number import LONGEST, SPACE, number, tidy, write_fraction
+from latent_tts.text.number import MAX_LENGTH, SPACE, number, tidy, write_fraction
 
 EXPRESSIONS = "latent_tts.text.expressions"
-UNIT_LETTERS = 3  # of a word after a number: shorter ones may be variables
+MIN_UNIT_LETTERS = 3  # of a unit after a number; shorter words may be variables
 RATIONAL = re.compile(r"-?(\d+|\\frac\{\d+\}\{\d+\})")
 
 SIGNS = str.maketrans(
@@ -30,23 +30,23 @@ SIDE_BY_SIDE = re.compile(rf"\d{SPACE}\.?\d")
 def canonical_latex(raw: str | None, guard: Guard | None = None) -> str | None:
     r"""The canonical form of a LaTeX answer: `\frac12`, `0.5`, `1/2` and `\boxed{\dfrac{1}{2}}` agree.
 
-    Where the form is not read back as the same value the answer's own text stands in for it: equal values may then have
-    two forms, and are still equal by `equal_latex`. What graders of MATH leave out (a final dot, currency, per cent,
-    degrees and other units) is left out here.
+    If the canonical form is not read back as the same value, the text of the answer is used instead; equal values may
+    then have two forms, which `equal_latex` still finds equal. As in graders of MATH, a final dot, currency, per cent,
+    degrees and other units are ignored.
 
     Args:
-        raw: the text of an answer; None stands for no answer.
-        guard: the run's, whose limits count all of its calls; None takes a new one.
+        raw: the text of an answer; None for no answer.
+        guard: that of the run, whose limits apply to all of its calls; None for a new one.
 
     Returns:
-        LaTeX, or None if `raw` is not readable or too large to be written out.
+        LaTeX; None if `raw` cannot be read or its value is too large to be written out.
 
-    Source: math-verify `parse`; what is left out: hendrycks/math, `modeling/math_equivalence.py`.
+    Source: math-verify `parse`; ignored parts: hendrycks/math, `modeling/math_equivalence.py`.
     """
-    if raw is None or len(raw) > LONGEST:
+    if raw is None or len(raw) > MAX_LENGTH:
         return None
     text = tidy(raw)
-    value = number(text, unit_letters=UNIT_LETTERS)
+    value = number(text, min_unit_letters=MIN_UNIT_LETTERS)
     if value is not None:
         canonical = write_fraction(value)
     else:
@@ -54,28 +54,28 @@ def canonical_latex(raw: str | None, guard: Guard | None = None) -> str | None:
         canonical = (
             None if expression is None else (guard or Guard(EXPRESSIONS)).call("canonical", expression, otherwise=None)
         )
-    return canonical if canonical is None or len(canonical) <= LONGEST else None
+    return canonical if canonical is None or len(canonical) <= MAX_LENGTH else None
 
 
 def equal_latex(prediction: str, gold: str, guard: Guard | None = None) -> bool:
-    """Whether the value of a canonical prediction is that of a canonical gold answer.
+    """Whether a canonical prediction has the value of a canonical gold answer.
 
-    An equation is right where its right side is: the gold answer's form decides, so that `x+y=5` is right where `5` is
-    asked for, and `6` wrong where `2x+3y=6` is.
+    The form of the gold answer decides how equations are compared: `x+y=5` is right if the gold answer is `5`, but `6`
+    is wrong if the gold answer is `2x+3y=6`.
 
-    Source: math-verify `verify`, with its own settings (6 places where a decimal is compared).
+    Source: math-verify `verify`, with its default settings (decimals are compared to 6 places).
     """
     if prediction == gold:
         return True
-    if RATIONAL.fullmatch(prediction) and RATIONAL.fullmatch(gold):  # each has one canonical form
+    if RATIONAL.fullmatch(prediction) and RATIONAL.fullmatch(gold):  # rationals have one canonical form
         return False
     return (guard or Guard(EXPRESSIONS)).call("equal", prediction, gold, otherwise=False)
 
 
 def _expression(text: str) -> str | None:
-    """The text as math-verify is to read it, None for what it would misread.
+    """The text prepared for math-verify; None if it would misread the text.
 
-    That is two numbers side by side, which it multiplies, and a number whose exponent was too large for `number`.
+    It misreads two numbers side by side (it multiplies them) and numbers with an exponent too large for `number`.
     """
     text = re.sub(r"\\?%$", "", text.rstrip(". ")).rstrip()
     if text.count("$") == 1:  # money, not the start of mathematics

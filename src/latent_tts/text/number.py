@@ -6,11 +6,11 @@ import re
 from decimal import Decimal
 from fractions import Fraction
 
-LONGEST = 500  # characters of an answer; the longest gold answer of MATH-500 has 53
-LARGEST_EXPONENT = 400  # beyond any float: a runaway exponent, not an answer
+MAX_LENGTH = 500  # characters of an answer; the longest gold answer of MATH-500 has 53
+MAX_EXPONENT = 400  # beyond the range of floats; a larger one is not an answer
 
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
-# a dash between two values may be a range; the minus sign and hyphens are read as minus wherever they stand
+# the minus sign and hyphens always mean minus; a dash between two values may mean a range
 MINUS = re.compile("[\u2010\u2011\u2212\ufe63\uff0d]")
 DASH = re.compile(r"(^|[(\[{,;:=<>$])\s*[\u2012-\u2015]\s*(?=[\d.$\\])")
 VULGAR = {sign: rf"\frac{{{upper}}}{{{lower}}}" for sign, upper, lower in zip(
@@ -36,7 +36,7 @@ NUMBER = re.compile(
 WORD = re.compile(r"(?P<letters>\D+?)\.?(?:\^?[23]|[²³])?")
 WRAPPERS = [("**", "**"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
 WRAPPERS += [(rf"\{name}{{", "}") for name in ("boxed", "text", "textbf", "mathrm", "mathbf", "mbox")]
-# words after a number that make it another one, or part of a sentence
+# words after a number that change its value or continue a sentence, so they are not units
 OTHER_VALUE = frozenset(
     re.split(
         r"\s+",
@@ -50,37 +50,37 @@ MAX_UNIT_WORDS = 4
 
 
 def tidy(raw: str) -> str:
-    """The text on one line, with one sign for minus and for space, fractions written out, invisible signs left out."""
+    """The text on one line: one sign for minus, single spaces, fractions written out, no invisible characters."""
     text = MINUS.sub("-", INVISIBLE.sub("", raw))
     text = "".join(f" {VULGAR[sign]}" if sign in VULGAR else sign for sign in text)
     return " ".join(DASH.sub(r"\1-", " ".join(text.split())).split())
 
 
-def number(text: str, *, unit_letters: int = 1) -> Fraction | None:
+def number(text: str, *, min_unit_letters: int = 1) -> Fraction | None:
     r"""The value of a text that is one number, with or without currency, per cent, degrees or a unit.
 
-    What says nothing about the value is left out, as graders of GSM8K and MATH do: `50%` is 50, `$29.00` is 29. A
-    comma, space, `\,`, `'` or `_` between digits separates groups of three; elsewhere it makes the text unreadable.
-    A fraction after a whole number has to be a proper one: `3 1/2` is 7/2, `3 5/2` nothing.
+    Currency and units are ignored, as in graders of GSM8K and MATH: `50%` is 50, `$29.00` is 29. A comma, space, `\,`,
+    `'` or `_` between digits must separate groups of three; otherwise the text is unreadable. A fraction after a whole
+    number must be proper: `3 1/2` is 7/2, `3 5/2` is unreadable.
 
     Args:
-        text: as `tidy` leaves it.
-        unit_letters: the fewest letters of a word that is a unit; where letters are variables, more than one.
+        text: the result of `tidy`.
+        min_unit_letters: a word with fewer letters is not a unit; more than 1 if letters may be variables.
 
     Returns:
-        None if the text is anything else.
+        The value; None if the text is not one number.
     """
-    if len(text) > LONGEST:
+    if len(text) > MAX_LENGTH:
         return None
     found = NUMBER.fullmatch(_unwrapped(text))
-    if found is None or (found["sign"] and found["inner_sign"]) or not _is_unit(found["unit"] or "", unit_letters):
+    if found is None or (found["sign"] and found["inner_sign"]) or not _is_unit(found["unit"] or "", min_unit_letters):
         return None
     value = _fraction(found) if found["fraction"] else _decimal(found)
     return -value if value is not None and "-" in (found["sign"], found["inner_sign"]) else value
 
 
 def _unwrapped(text: str) -> str:
-    """The text without a final dot, and without what sets it off."""
+    r"""The text without a final dot and without enclosing marks such as `$...$` or `\boxed{...}`."""
     before = None
     while text != before:
         before = text
@@ -91,7 +91,7 @@ def _unwrapped(text: str) -> str:
     return text
 
 
-def _is_unit(text: str, letters: int) -> bool:
+def _is_unit(text: str, min_letters: int) -> bool:
     words = re.split(r"[\s/*·-]+", text.strip(" .")) if text.strip(" .") else []
     if len(words) > MAX_UNIT_WORDS:
         return False
@@ -100,7 +100,7 @@ def _is_unit(text: str, letters: int) -> bool:
         if found is None or word.casefold() in OTHER_VALUE:
             return False
         name = found["letters"].replace(".", "").lstrip("°")
-        if not name.isalpha() or len(name) < letters or name.casefold() in OTHER_VALUE:
+        if not name.isalpha() or len(name) < min_letters or name.casefold() in OTHER_VALUE:
             return False
     return True
 
@@ -118,11 +118,11 @@ def _decimal(found: re.Match[str]) -> Fraction | None:
     if found["separator"]:
         digits = digits.replace(found["separator"], "")
     value = Decimal(digits)
-    return Fraction(value) if value == 0 or _exponent(value) <= LARGEST_EXPONENT else None
+    return Fraction(value) if value == 0 or _exponent(value) <= MAX_EXPONENT else None
 
 
 def _exponent(value: Decimal) -> int:
-    """The places that a number takes when it is written out, before or after the point."""
+    """The number of decimal places before or after the point, whichever is larger."""
     return max(abs(value.adjusted()), -int(value.as_tuple().exponent))
 
 
@@ -130,13 +130,13 @@ def canonical_number(raw: str | None) -> str | None:
     """The canonical form of a number: `2.0`, `2` and `2.` agree, so do `1,234` and `$1234`, `1e3` and `1000`.
 
     Args:
-        raw: the text of an answer; None stands for no answer.
+        raw: the text of an answer; None for no answer.
 
     Returns:
-        Plain decimal digits without exponent or trailing zeros; None if `raw` is not one number, or one that has no
-        finite decimals.
+        Plain decimal digits without exponent or trailing zeros; None if `raw` is not one number, or its decimals are
+        infinite.
     """
-    value = None if raw is None or len(raw) > LONGEST else number(tidy(raw))
+    value = None if raw is None or len(raw) > MAX_LENGTH else number(tidy(raw))
     if value is None:
         return None
     rest, twos, fives = value.denominator, 0, 0
@@ -153,7 +153,7 @@ def canonical_number(raw: str | None) -> str | None:
 
 
 def write_fraction(value: Fraction) -> str:
-    r"""LaTeX of a fraction: `-\frac{1}{2}`, or a whole number."""
+    r"""LaTeX of a fraction, as `-\frac{1}{2}`, or of an integer, as `-3`."""
     sign = "-" if value < 0 else ""
     if value.denominator == 1:
         return f"{sign}{abs(value.numerator)}"
@@ -161,7 +161,7 @@ def write_fraction(value: Fraction) -> str:
 
 
 def close(prediction: str, gold: str, tolerance: float | None) -> bool:
-    """Whether two canonical numbers are equal, or no further apart than `tolerance`."""
+    """Whether two canonical numbers are equal, or differ by at most `tolerance`."""
     if tolerance is None:
         return prediction == gold
     return abs(Fraction(prediction) - Fraction(gold)) <= Fraction(str(tolerance))

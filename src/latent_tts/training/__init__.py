@@ -1,7 +1,7 @@
-"""Training.
+"""Training of reasoners and LatentRMs.
 
-- `core`: under both: the Trainer with devices, accumulation, saved states and resuming, Ctrl-C (imports torch).
-- `optimization`, `folder`: the values that both share, and the output folder (without torch).
-- `reasoner/`: latent reasoners of every family, by recipes (`latent_tts.recipe`).
-- `reward_model/`: LatentRM, from annotated rollouts.
+- `core`: shared by both: the Trainer with devices, accumulation, saved states, resuming and Ctrl-C (imports torch).
+- `optimization`, `folder`: shared settings, and the output folder (without torch).
+- `reasoner/`: training of latent reasoners of every family, by recipes (`latent_tts.recipe`).
+- `reward_model/`: training of LatentRM on annotated rollouts.
 """

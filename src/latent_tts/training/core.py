@@ -1,6 +1,6 @@
-"""What both trainings share: devices, accumulation, saved states and resuming, Ctrl-C, an end at values not finite.
+"""The core of both trainings: devices, accumulation, saved states, resuming, Ctrl-C, and a stop at non-finite values.
 
-It is transformers' Trainer, which brings mixed precision and, by `accelerate launch`, several processes.
+It is built on transformers' Trainer, which adds mixed precision and, with `accelerate launch`, several processes.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from latent_tts.training.optimization import Optimization
 from latent_tts.training.states import last_state, remove_incomplete_states
 
 log = logging.getLogger(__name__)
-Report = Callable[[int, Mapping[str, float]], None]  # called as report(updates_done, figures) after every update
+Report = Callable[[int, Mapping[str, float]], None]  # report(updates_done, figures), called after every update
 
 
 def resolve_device(wanted: str) -> torch.device:
-    """The device of a `device` key that `check_device` accepts: CUDA for `auto`, where there is one.
+    """The device that a `device` key names; `auto` is CUDA if available, else the CPU.
 
     Raises:
-        UsageError: CUDA is asked for and not there.
+        UsageError: the machine does not have the device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cpu" or (wanted == "auto" and not count):
         return torch.device("cpu")
     index = int(wanted.partition(":")[2] or 0)
     if index >= count:
-        raise bad_value("device", wanted, f"this machine has {count} CUDA devices; device=cpu works anywhere")
+        raise bad_value("device", wanted, f"this machine has {count} CUDA devices; use device=cpu")
     return torch.device("cuda", index)
 
 
@@ -56,13 +56,13 @@ def training_arguments(
     Args:
         optimization: batch, accumulation, learning rate, clipping.
         states: folder of the saved states.
-        seed: of the order of the questions, where that is random.
+        seed: seed of the order of questions, if it is random.
         bf16: whether the forward pass runs under bfloat16 autocast.
         device: `auto`, `cpu`, `cuda` or `cuda:INDEX`.
         more: further settings.
 
     Raises:
-        UsageError: the device is not there, or the batch cannot be shared by the processes.
+        UsageError: the machine does not have the device, or the batch cannot be divided among the processes.
     """
     transformers_logging.set_verbosity_error()
     compute_exactly()
@@ -86,20 +86,22 @@ def training_arguments(
     )
     processes = arguments.world_size
     if target.type == "cuda" and processes == 1:
-        _pin(arguments, target)
+        _use_one_gpu(arguments, target)
     elif ":" in device:
-        raise bad_value("device", device, f"auto, cpu or cuda: each of the {processes} processes takes its own")
+        raise bad_value(
+            "device", device, f"must be auto, cpu or cuda: each of the {processes} processes uses its own device"
+        )
     shares = processes * optimization.accumulation
     if optimization.batch % shares:
-        whose = f"{processes} processes times optimization.accumulation={optimization.accumulation}"
-        raise bad_value("optimization.batch", optimization.batch, f"a multiple of {shares} ({whose})")
+        factors = f"{processes} processes * optimization.accumulation={optimization.accumulation}"
+        raise bad_value("optimization.batch", optimization.batch, f"must be a multiple of {shares} ({factors})")
     arguments.per_device_train_batch_size = optimization.batch // shares
     arguments.per_device_eval_batch_size = optimization.batch
     return arguments
 
 
-def _pin(arguments: TrainingArguments, device: torch.device) -> None:
-    """Train on one GPU, this one; the Trainer would take the first, and with several use DataParallel."""
+def _use_one_gpu(arguments: TrainingArguments, device: torch.device) -> None:
+    """Train on this GPU only; the Trainer would use the first one, or DataParallel on all."""
     torch.cuda.set_device(device)
     arguments._n_gpu = 1
     arguments.distributed_state.device = device  # pyright: ignore[reportOptionalMemberAccess]
@@ -107,48 +109,48 @@ def _pin(arguments: TrainingArguments, device: torch.device) -> None:
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer that reports every update, ends when a value is not finite, and saves its state on Ctrl-C.
+    """A Trainer that reports every update, stops at non-finite values, and saves its state on Ctrl-C.
 
-    A run that was stopped and resumed has the weights of one that was not, bit for bit on a CPU; CUDA adds some
-    gradients in no fixed order.
+    On a CPU, a resumed run has bit for bit the weights of a run that was never stopped. CUDA adds some gradients in no
+    fixed order.
     """
 
     def __init__(self, *, report: Report, **arguments: Any) -> None:
-        """Take what `Trainer` takes, and what to call after every update."""
+        """Create a trainer from the arguments of `Trainer` and a function to call after every update."""
         super().__init__(**arguments)
-        self.model_accepts_loss_kwargs = False  # losses are means: accumulated gradients are averaged
-        self.micro_losses: list[float] = []  # of the micro-batches of the update so far
+        self.model_accepts_loss_kwargs = False  # losses are means, so accumulated gradients must be averaged
+        self.micro_losses: list[float] = []  # of the current update so far
         self.remove_callback(PrinterCallback)  # stdout is for results
         self.updates = _UpdateCallback(self, report)
         self.add_callback(self.updates)
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
-        """The loss of a micro-batch, a scalar, and what else evaluation needs."""
+        """The loss (a scalar) of a micro-batch, and what evaluation needs besides."""
         raise NotImplementedError
 
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a micro-batch; with `return_outputs` the other result of `loss_of` too.
+        """The loss of a micro-batch; with `return_outputs` both results of `loss_of`.
 
         Raises:
-            RunError: it is not finite.
+            RunError: the loss is not finite.
         """
         loss, outputs = self.loss_of(model, inputs)
         value = loss.item()
         if not math.isfinite(value):
-            raise self.not_finite(f"loss is {value}")
+            raise self.not_finite_error(f"loss is {value}")
         if torch.is_grad_enabled():
             self.micro_losses.append(value)
         return (loss, outputs) if return_outputs else loss
 
-    def not_finite(self, what: str) -> RunError:
-        """The error for a value that is not finite."""
+    def not_finite_error(self, what: str) -> RunError:
+        """The error for a loss or gradient that is not finite."""
         last = last_state(Path(str(self.args.output_dir)))
-        kept = f"the last good state is {last}" if last else "no state had been kept yet"
+        kept = f"the last saved state is {last}" if last else "no state was saved yet"
         return RunError(
             f"the {what} at update {self.state.global_step}; {kept}\n"
-            "a smaller optimization.lr, or bf16=false, may help (in another output folder)"
+            "try a smaller optimization.lr or bf16=false, in another output folder"
         )
 
     def fit(self) -> None:
@@ -156,7 +158,7 @@ class ResumableTrainer(Trainer):
 
         Raises:
             RunError: a loss or gradient is not finite; the last state is kept.
-            KeyboardInterrupt: on Ctrl-C, after the state has been saved; a second Ctrl-C does not wait for that.
+            KeyboardInterrupt: Ctrl-C was pressed. The state is saved first, unless Ctrl-C is pressed again.
         """
         states = Path(str(self.args.output_dir))
         remove_incomplete_states(states)
@@ -166,7 +168,7 @@ class ResumableTrainer(Trainer):
         writer = SummaryWriter(str(states / "tensorboard")) if self.is_world_process_zero() else None
         board = TensorBoardCallback(writer)
         self.add_callback(board)
-        with self.updates.noting_ctrl_c():
+        with self.updates.deferring_ctrl_c():
             self.train(resume_from_checkpoint=str(last) if last else None)
         self.remove_callback(board)
         if self.updates.interrupted:
@@ -176,12 +178,12 @@ class ResumableTrainer(Trainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the weights; tied ones once, which safetensors asks for."""
+        """Save the weights; tied weights only once, as safetensors requires."""
         assert self.model is not None
         super()._save(output_dir, {name: value.detach() for name, value in self.model.named_parameters()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the weights of a state, every one of them."""
+        """Load all weights of a state."""
         assert self.model is not None
         weights = load_file(Path(resume_from_checkpoint) / files.WEIGHTS)
         with torch.no_grad():
@@ -190,7 +192,7 @@ class ResumableTrainer(Trainer):
 
 
 class _UpdateCallback(TrainerCallback):
-    """Acts at each update: reports, stops at gradients that are not finite, saves and stops on Ctrl-C.
+    """Reports every update, stops at gradients that are not finite, saves and stops on Ctrl-C.
 
     Attributes:
         interrupted: whether Ctrl-C was pressed.
@@ -201,16 +203,18 @@ class _UpdateCallback(TrainerCallback):
         self.logged: dict[str, float] = {}
 
     @contextmanager
-    def noting_ctrl_c(self) -> Iterator[None]:
-        """Within the block a Ctrl-C is only noted, to be acted on between two updates, when weights are whole."""
-        if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    def deferring_ctrl_c(self) -> Iterator[None]:
+        """Defer Ctrl-C within the block until the end of an update, when all weights belong to the same update."""
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
             yield
             return
 
         def note(number: int, frame: FrameType | None) -> None:
-            # a launcher passes on the Ctrl-C that its processes have had from the terminal
+            # with a launcher, processes receive the same Ctrl-C twice: from the terminal and from the launcher
             if self.interrupted and self.trainer.args.world_size == 1:
-                raise KeyboardInterrupt("stopped within an update; re-run the command to resume from the last state")
+                raise KeyboardInterrupt(
+                    "stopped during an update; re-run the command to resume from the last saved state"
+                )
             self.interrupted = True
 
         before = signal.signal(signal.SIGINT, note)
@@ -225,7 +229,7 @@ class _UpdateCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         norm = torch.nn.utils.get_total_norm(p.grad for p in kwargs["model"].parameters() if p.grad is not None)
         if not math.isfinite(norm.item()):
-            raise self.trainer.not_finite(f"gradient's norm is {norm.item()}")
+            raise self.trainer.not_finite_error(f"gradient's norm is {norm.item()}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         losses, self.trainer.micro_losses = self.trainer.micro_losses, []
@@ -239,7 +243,7 @@ class _UpdateCallback(TrainerCallback):
 
 
 def _in_any_process(flag: bool, arguments: TrainingArguments) -> bool:
-    """Whether a flag is set in any of the processes, so that all of them act on it at the same update."""
+    """Whether the flag is set in any process, so that all processes act on it after the same update."""
     if arguments.world_size == 1:
         return flag
     flags = torch.tensor(int(flag), device=arguments.device)

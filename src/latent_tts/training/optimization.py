@@ -1,4 +1,4 @@
-"""How weights are updated: the values that both trainings share, checked without torch."""
+"""How weights are updated: the settings that both trainings share, checked without torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 @dataclass(frozen=True)
 class Optimization:
-    """How the weights are updated, by AdamW.
+    """How weights are updated, by AdamW.
 
     Attributes:
         batch: questions per update, over all processes.
-        accumulation: micro-batches per update and process: less memory, the same number of questions. The loss of an
-            update is the mean over its micro-batches.
+        accumulation: micro-batches per update and process; more need less memory for the same number of questions. The
+            loss of an update is the mean over its micro-batches.
         lr: peak learning rate, after a linear warm-up.
-        weight_decay: on matrices, as AdamW does it.
-        clip: largest gradient norm.
+        weight_decay: AdamW's weight decay, 0 or more; only on matrices.
+        clip: maximum norm of the gradient.
     """
 
     batch: int
@@ -32,12 +32,18 @@ class Optimization:
     def __post_init__(self) -> None:
         check_positive("optimization", self, whole=("batch", "accumulation"), real=("lr", "clip"))
         if self.batch % self.accumulation:
-            raise bad_value("optimization.accumulation", self.accumulation, f"a divisor of batch={self.batch}")
+            raise bad_value(
+                "optimization.accumulation", self.accumulation, f"must divide optimization.batch={self.batch}"
+            )
         if not (is_number(self.weight_decay) and self.weight_decay >= 0):
-            raise bad_value("optimization.weight_decay", self.weight_decay, "0 or more")
+            raise bad_value("optimization.weight_decay", self.weight_decay, "must be a number, 0 or more")
 
 
 def check_device(device: object) -> None:
-    """Raise the usual error unless a value can name a device; whether it is there is asked when training starts."""
+    """Check the form of a device name; training checks whether the machine has the device.
+
+    Raises:
+        UsageError: it is not the name of a device.
+    """
     if not (isinstance(device, str) and DEVICE.fullmatch(device)):
         raise bad_value("device", device, "one of auto, cpu, cuda, cuda:INDEX")

@@ -1,4 +1,4 @@
-"""The output folder of a training: whose it is, and the states in it. Nothing here imports torch."""
+"""The output folder of a training run: its settings and its saved states. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SETTINGS, STATES, FINISHED = "settings.json", "states", "checkpoint"
 
 
 def claim(output: Path, settings: Mapping[str, Any]) -> None:
-    """Create the output folder of a run with these settings, or check that it holds such a run.
+    """Create the output folder of a run, or check that it contains a run with the same settings.
 
     Args:
         output: the folder.
-        settings: everything JSON-able that a resumed run must share with the stopped one.
+        settings: the JSON-able settings that a resumed run must share with the stopped one.
 
     Raises:
-        UsageError: the folder holds a run with other settings.
+        UsageError: the folder contains a run with other settings.
     """
     path, wanted = output / SETTINGS, json.loads(json.dumps(settings))
     if path.is_file():
@@ -30,7 +30,7 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
         for key in [*wanted, *found]:
             if found.get(key) != wanted.get(key):
                 raise bad_value(
-                    "output", output, f"holds a run with other settings ({key}); choose another folder or remove it"
+                    "output", output, f"contains a run with another {key}; choose another folder or remove this one"
                 )
         return
     output.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `trainer_state.json` of a saved state; empty if the state was not written completely (it comes last)."""
+    """The `trainer_state.json` of a saved state; empty if the state is incomplete, since this file is written last."""
     try:
         return json.loads((folder / "trainer_state.json").read_text())
     except (OSError, ValueError):
@@ -47,13 +47,13 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def last_state(states: Path) -> Path | None:
-    """The latest complete state, `checkpoint-UPDATES`; None if there is none."""
+    """The folder of the latest complete state, `checkpoint-UPDATES`; None if there is none."""
     complete = [path for path in states.glob("checkpoint-*") if read_state(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def remove_incomplete_states(states: Path) -> None:
-    """Remove states that were cut off while they were written; the Trainer would count them among those it keeps."""
+    """Remove states that were not written completely; the Trainer would count them as saved ones."""
     for path in states.glob("checkpoint-*"):
         if not read_state(path):
-            shutil.rmtree(path, ignore_errors=True)  # every process of a launch comes here
+            shutil.rmtree(path, ignore_errors=True)  # every process of a launch does this at the same time

@@ -1,1 +1,1 @@
-"""Checkpoints of training codes and LoRA adapters, rewritten as folders that `ltts run` reads."""
+"""Converts checkpoints of training codes and LoRA adapters into folders that `ltts run` reads."""

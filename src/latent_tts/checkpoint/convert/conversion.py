@@ -1,4 +1,4 @@
-"""Checkpoints of training codes, or pickles, rewritten as folders that `ltts run` reads."""
+"""Convert a checkpoint into a folder that `ltts run` reads."""
 
 from __future__ import annotations
 
@@ -30,32 +30,31 @@ def convert_checkpoint(
     lora_alpha: float,
     latents: int | None = None,
 ) -> None:
-    """Rewrite a checkpoint as a folder that `ltts run` reads.
+    """Convert a checkpoint into a folder that `ltts run` reads.
 
     Args:
-        src: a pickle, or a folder with one, with safetensors of a training code, or with a LoRA adapter of PEFT.
+        src: a pickle, or a folder with a pickle, with safetensors of a training code, or with a LoRA adapter of PEFT.
         dst: the new folder.
-        tokenizer: folder of the backbone's tokenizer; None looks beside the weights.
-        config: the backbone's `config.json`; None looks beside the weights, then in the tokenizer's folder.
-        base: folder or hub id of the model that an adapter was trained on; None takes the one that it names.
+        tokenizer: folder of the backbone's tokenizer; None: the folder of the weights.
+        config: the backbone's `config.json`; None: look in the tokenizer's folder, then beside the weights.
+        base: folder or hub id of the model that an adapter was trained on; None: the one that the adapter names.
         lora_alpha: scale of CODI's LoRA, above 0.
-        latents: T of training, kept in the new `config.json`; None leaves it unsaid.
+        latents: T of training, recorded in the new `config.json`; None: not recorded.
 
     Raises:
-        UsageError: there are no weights, a config or tokenizer is missing, or the new folder is in use.
+        UsageError: the weights, a config or the tokenizer is missing, or the new folder is in use.
     """
     whole = src.is_dir() and (peft.is_adapter(src) or peft.is_pccot(src))
     beside, pickles = (src, {}) if whole else find_weights(src)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise bad_value("dst", dst, "a new or empty folder")
+        raise bad_value("dst", dst, "must be a new or empty folder")
     folders = [tokenizer, beside] if tokenizer is not None else [beside]
     if not (folders[0] / "tokenizer.json").is_file():
         key, value = ("tokenizer", folders[0]) if tokenizer is not None else ("src", src)
         raise bad_value(
             key,
             value,
-            f"{folders[0]} lacks tokenizer.json\nname the folder of the tokenizer of the model that was fine-tuned, "
-            "as in tokenizer=FOLDER",
+            f"{folders[0]} lacks tokenizer.json\ngive the folder of the base model's tokenizer as tokenizer=FOLDER",
         )
     words = checkpoint.load_tokenizer(folders[0])
     renamed: Mapping[str, str] = {}
@@ -74,7 +73,7 @@ def convert_checkpoint(
         tensors, settings = convert(state, settings, words, family, lora_alpha)
     if latents is not None:
         settings["latent_tts"] = {**settings.get("latent_tts", {}), "latents": latents}
-    write(dst, tensors, settings, words)
+    write_folder(dst, tensors, settings, words)
     for name in COPIED:
         found = [folder / name for folder in folders if (folder / name).is_file()]
         if found:
@@ -85,10 +84,10 @@ def convert_checkpoint(
 
 
 def find_weights(src: Path) -> tuple[Path, dict[Path, set[str]]]:
-    """The folder of the weights, and its pickles with the tensors that each has to have; no pickles for safetensors.
+    """Find the folder of the weights, and its pickles with the tensors that each must have; no pickles for safetensors.
 
     Raises:
-        UsageError: there are no weights, or only some of their shards.
+        UsageError: there are no weights, several pickles, or only some shards.
     """
     if src.is_file():
         shard = checkpoint.PICKLE_SHARD.fullmatch(src.name)
@@ -112,7 +111,11 @@ def find_weights(src: Path) -> tuple[Path, dict[Path, set[str]]]:
 
 
 def find_config(given: str | None, folders: list[Path]) -> dict[str, Any]:
-    """The backbone's config: the given file's, or the first one in the folders that is not empty; else empty."""
+    """Find the backbone's config: the given file, or the first that is not empty in the folders; else an empty one.
+
+    Raises:
+        UsageError: the given file does not exist.
+    """
     if given is not None:
         path = Path(given).expanduser()
         if not path.is_file():
@@ -128,13 +131,13 @@ def find_config(given: str | None, folders: list[Path]) -> dict[str, Any]:
 def convert(
     state: dict[str, Tensor], settings: dict[str, Any], tokenizer: Tokenizer, family: str | None, lora_alpha: float
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and config of a checkpoint that `ltts run` reads; the tokenizer gets the latent tokens it lacks.
+    """Convert tensors and config, and add missing latent tokens to the tokenizer.
 
     Args:
-        state: by the training code's names, or by transformers'.
+        state: tensors by the names of the training code or of transformers.
         settings: the backbone's config; empty if there is none.
-        tokenizer: the backbone's.
-        family: the training layout, None for transformers' own.
+        tokenizer: the backbone's, changed in place.
+        family: the training layout; None for that of transformers.
         lora_alpha: LoRA's scale.
 
     Raises:
@@ -159,58 +162,62 @@ def convert(
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise bad_value("config", settings.get("model_type"), f"transformers has no such model: {reason}") from error
-    tensors = layouts.settle_embeddings(backbone, tied=tied)
+    tensors = layouts.deduplicate_embeddings(backbone, tied=tied)
     layouts.check_config(settings, tensors)
     rows = next(tensors[name].shape[0] for name in layouts.EMBEDDINGS if name in tensors)
     layouts.name_latent_tokens(tokenizer, family, rows=rows, vocabulary=settings.get("vocab_size"))
     if backbone.left_out:
         parts = ", ".join(f"{name}.* ({count})" for name, count in sorted(backbone.left_out.items()))
-        log.info("left out, since inference does not use them: %s", parts)
-    log.info("a %s checkpoint of %d tensors: model=%s", family, len(tensors), family.lower())
+        log.info("left out, because inference does not use them: %s", parts)
+    log.info("converted a %s checkpoint with %d tensors: run it with model=%s", family, len(tensors), family.lower())
     return tensors, settings | {"vocab_size": rows}
 
 
 def convert_folder(
     src: Path, base: str | None, tokenizer: Tokenizer
 ) -> tuple[dict[str, Tensor], dict[str, Any], Tokenizer, Mapping[str, str]]:
-    """Tensors, config and tokenizer of a LoRA adapter merged into its model, or of PCCoT; which tokens have new names.
+    """Convert a folder of PEFT (a LoRA adapter is merged into its base model) or of PCCoT's training code.
 
     Args:
-        src: a folder of PEFT or of PCCoT's training code, with its own tokenizer and config.
+        src: the folder, with its own tokenizer and config.
         base: folder or hub id of the model that was adapted; None for the one that the adapter names.
-        tokenizer: the folder's.
+        tokenizer: that of the folder.
+
+    Returns:
+        Tensors, config, tokenizer, and the renamed tokens (old to new names).
 
     Raises:
-        UsageError: the adapter cannot be merged, or PCCoT's files do not say what they should.
+        UsageError: the adapter cannot be merged, or PCCoT's files lack a setting.
     """
     from latent_tts.checkpoint import loading
 
     renamed: Mapping[str, str] = {}
-    said, arguments = {}, None
-    if peft.is_pccot(src):  # what is cheap to check comes before any weight is read
+    recorded, arguments = {}, None
+    if peft.is_pccot(src):  # check what is cheap before reading weights
         arguments = checkpoint.read_json(src, peft.PCCOT_ARGUMENTS, key="src")
-        said = {"latent_tts": peft.pccot_settings(src, arguments)}
+        recorded = {"latent_tts": peft.pccot_settings(src, arguments)}
         tokenizer, renamed = peft.rename_latent_tokens(src, arguments, tokenizer)
     if peft.is_adapter(src):
         tensors, settings = peft.merge(src, base, tokenizer.get_vocab_size(with_added_tokens=True))
-        tensors = layouts.settle_embeddings(layouts.Backbone(tensors, {}), tied=settings["tie_word_embeddings"])
+        tensors = layouts.deduplicate_embeddings(layouts.Backbone(tensors, {}), tied=settings["tie_word_embeddings"])
     else:
         tensors, settings = loading.load_tensors(src, ""), checkpoint.read_config(src)
         settings["model_type"] = str(settings.get("model_type")).removeprefix("pccot-")
     if arguments is None:
-        log.info("an adapter of PEFT, merged")
+        log.info("merged a LoRA adapter of PEFT into its base model")
     else:
         peft.check_projection(src, tensors)
         log.info(
-            "a PCCoT checkpoint: model=pccot model.latents=%d model.sweeps=%d \"model.answer_prompt='%s'\"",
-            *said["latent_tts"].values(),
+            "converted a PCCoT checkpoint: run it with "
+            "model=pccot model.latents=%d model.sweeps=%d \"model.answer_prompt='%s'\"",
+            *recorded["latent_tts"].values(),
             arguments.get("answer_prompt", ""),
         )
-    return tensors, settings | said, tokenizer, renamed
+    return tensors, settings | recorded, tokenizer, renamed
 
 
-def write(dst: Path, tensors: dict[str, Tensor], settings: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Write the new folder."""
+def write_folder(dst: Path, tensors: dict[str, Tensor], settings: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Write weights, config and tokenizer into a new folder."""
     from safetensors.torch import save_file
 
     dst.mkdir(parents=True, exist_ok=True)

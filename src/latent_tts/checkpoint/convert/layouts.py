@@ -1,8 +1,8 @@
-"""Training layouts of checkpoints, turned into the one `ltts run` reads: transformers' names, and a family's own.
+"""Converts the layouts of training codes into that of `ltts run`: the names of transformers, and those of a family.
 
-COCONUT's training code saves its wrapper, with the causal LM under `base_causallm.`; CODI's has it under
-`codi.base_model.model.` with LoRA factors beside the weights, and the projector under `prj.`. SIM-CoT trains either
-with a decoder that inference does not use.
+COCONUT's training code saves a wrapper, with the causal LM under `base_causallm.`. CODI's has it under
+`codi.base_model.model.`, with LoRA factors beside the weights, and the projector under `prj.`. SIM-CoT adds to either a
+decoder that inference does not use.
 
 Source: facebookresearch/coconut `coconut.py`, `run.py`; zhenyi4/codi `src/model.py`, `test.py`; InternLM/SIM-CoT.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
-# in the order in which the training codes give out ids; CODI's first one is its padding token, never fed
+# in the order in which the training codes assign ids; CODI's first one is its padding token, never fed
 TOKEN_ORDER = {
     "COCONUT": ("<|start-latent|>", "<|end-latent|>", "<|latent|>"),
     "CODI": ("<|latent|>", "<|start-latent|>", "<|end-latent|>"),
@@ -31,17 +31,17 @@ EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
 PROJECTOR = {f"{old}.{part}": f"projector.{new}.{part}" for old, new in (("1", "1"), ("3", "3"), ("ln", "4"))
              for part in ("weight", "bias")}  # fmt: skip
 WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)\.")
-BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # computed by transformers itself
-TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # GPT-2's Conv1D keeps (in, out), LoRA's factors (out, in)
+BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # transformers computes them
+TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # GPT-2's Conv1D weights are (in, out), products of LoRA factors (out, in)
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """The causal LM of a training layout, and what was beside it.
+    """The causal LM in a training layout, and the other parts of the file.
 
     Attributes:
-        tensors: by transformers' names.
-        left_out: how many tensors of each other part the file has; inference does not use them.
+        tensors: by the names of transformers.
+        left_out: number of tensors of each other part; inference does not use them.
         embedding: another copy of the input embedding, if the file has one.
     """
 
@@ -51,7 +51,7 @@ class Backbone:
 
 
 def unwrap(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes of data-parallel and compiled modules."""
+    """Remove the prefixes of data-parallel and compiled modules from the names."""
     return {WRAPPERS.sub(r"\1", name): tensor for name, tensor in state.items()}
 
 
@@ -66,11 +66,11 @@ def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> Backbone:
     """The backbone, LoRA merged, and the projector in a state dict of CODI's, or SIM-CoT's, training code.
 
     Args:
-        state: by the training code's names.
-        alpha: LoRA's scale, which the file does not hold; a factor pair adds alpha / rank times its product.
+        state: tensors by the names of the training code.
+        alpha: LoRA's scale, which is not in the file; a pair of factors adds alpha / rank times its product.
 
     Raises:
-        UsageError: there is no whole projector, or a LoRA factor fits no weight.
+        UsageError: the projector is incomplete, or a LoRA factor fits no weight.
     """
     tensors, rest = _below("codi.", state)
     tensors = merge_lora({name.removeprefix("base_model.model."): value for name, value in tensors.items()}, alpha)
@@ -84,7 +84,7 @@ def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> Backbone:
 
 
 def merge_lora(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Weights with their LoRA products added, in float32; weights without factors stay as they are.
+    """Add the products of LoRA factors to their weights, in float32; weights without factors are not changed.
 
     Raises:
         UsageError: a factor fits no weight.
@@ -102,7 +102,7 @@ def merge_lora(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
             delta = delta.T if module.endswith(TRANSPOSED) else delta
             if delta.shape != weight.shape:
                 raise bad_value(
-                    "src", down, f"its product has the shape {list(delta.shape)}, {name} {list(weight.shape)}"
+                    "src", down, f"its product has the shape {list(delta.shape)}; {name} has {list(weight.shape)}"
                 )
             weight = weight.float() + delta
         merged[name.replace(".base_layer.", ".")] = weight
@@ -112,7 +112,7 @@ def merge_lora(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors below a prefix (dropped from their names, buffers left out), and the others."""
+    """Split tensors into those below a prefix (by names without it, without buffers) and the others."""
     found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     others = {name: value for name, value in state.items() if not name.startswith(prefix)}
     return {name: value for name, value in found.items() if not BUFFERS.search(name)}, others
@@ -122,11 +122,11 @@ def _parts(rest: Mapping[str, Tensor]) -> Counter[str]:
     return Counter(name.split(".")[0] for name in rest)
 
 
-def settle_embeddings(backbone: Backbone, *, tied: bool) -> dict[str, Tensor]:
-    """The backbone's tensors with one copy of each matrix, as transformers wants them.
+def deduplicate_embeddings(backbone: Backbone, *, tied: bool) -> dict[str, Tensor]:
+    """The backbone's tensors with one copy of each matrix, as transformers expects.
 
     Args:
-        backbone: from a training layout; a tied matrix may be there under any of its names.
+        backbone: from a training layout, which may have a tied matrix under any of its names.
         tied: whether the config ties the LM head to the input embedding.
 
     Raises:
@@ -140,10 +140,10 @@ def settle_embeddings(backbone: Backbone, *, tied: bool) -> dict[str, Tensor]:
     if tied:
         copies[HEAD] = tensors.pop(HEAD, None)
     elif HEAD not in tensors:
-        raise bad_value("src", HEAD, "is not in the file, and the config does not tie it to the input embedding")
+        raise bad_value("src", HEAD, "missing, and the config does not tie it to the input embedding")
     present = {name: value for name, value in copies.items() if value is not None}
     if not present:
-        raise bad_value("src", place, "the file holds no input embedding")
+        raise bad_value("src", place, "missing: the file contains no input embedding")
     first, *others = present
     for name in others:
         if not present[first].equal(present[name]):
@@ -154,27 +154,31 @@ def settle_embeddings(backbone: Backbone, *, tied: bool) -> dict[str, Tensor]:
 
 
 def describe(names: Mapping[str, Tensor]) -> str:
-    """What a backbone's config must be of, in words: kind, layers and width."""
+    """Describe the base model whose config is needed: its kind, layers and width."""
     layers = {int(found[1]) for name in names if (found := re.search(r"\.(?:h|layers)\.(\d+)\.", name))}
     kind = "GPT-2" if any(name.startswith("transformer.h.") for name in names) else "Llama-like model"
     width = next((value.shape[-1] for name, value in names.items() if name in (*EMBEDDINGS, HEAD)), "unknown")
-    return f"the {kind} of {len(layers)} layers and width {width} that was fine-tuned"
+    return f"the base model, a {kind} with {len(layers)} layers of width {width}"
 
 
 def check_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Check that a config is of these tensors.
+    """Check that a config fits the tensors.
 
     Raises:
         UsageError: the number of layers or the width differ.
     """
     layers = len({found[1] for name in tensors if (found := re.search(r"\.(?:h|layers)\.(\d+)\.", name))})
     width = next(tensors[name].shape[1] for name in EMBEDDINGS if name in tensors)
-    said = [config.get("n_layer", config.get("num_hidden_layers")), config.get("n_embd", config.get("hidden_size"))]
-    if said != [layers, width]:
+    described = [
+        config.get("n_layer", config.get("num_hidden_layers")),
+        config.get("n_embd", config.get("hidden_size")),
+    ]
+    if described != [layers, width]:
         raise bad_value(
             "config",
             config.get("_name_or_path") or config.get("model_type"),
-            f"describes {said[0]} layers of width {said[1]}; the weights have {layers} layers of width {width}",
+            f"describes {described[0]} layers of width {described[1]}; "
+            f"the weights have {layers} layers of width {width}",
         )
 
 
@@ -182,13 +186,13 @@ def name_latent_tokens(tokenizer: Tokenizer, family: str, *, rows: int, vocabula
     """Add a family's three latent tokens to the backbone's tokenizer, in the order of its training code.
 
     Args:
-        tokenizer: the backbone's; one that has the tokens stays as it is.
+        tokenizer: the backbone's, changed in place unless it has the tokens.
         family: COCONUT or CODI.
-        rows: of the embedding.
-        vocabulary: the backbone's own `vocab_size`, where CODI begins to count; None or `rows`: the tokenizer's size.
+        rows: number of rows of the embedding.
+        vocabulary: the backbone's own `vocab_size`, CODI's first new id; None or `rows`: the size of the tokenizer.
 
     Raises:
-        UsageError: the ids that the tokens would get are not those of training.
+        UsageError: the tokens would not get the ids that they had in training.
     """
     order = TOKEN_ORDER[family]
     known = [tokenizer.token_to_id(token) for token in order]
@@ -201,8 +205,8 @@ def name_latent_tokens(tokenizer: Tokenizer, family: str, *, rows: int, vocabula
     assert first is not None
     if any(token_id is not None for token_id in known) or size != first or first + len(order) > rows:
         raise UsageError(
-            f"tokenizer: it has {size} tokens and gives {', '.join(order)} the ids {known}; the embedding has {rows} "
-            f"rows, and in training these tokens had the ids from {first} on\n"
-            "name the folder of the tokenizer of the model that was fine-tuned, as in tokenizer=FOLDER"
+            f"tokenizer: it has {size} tokens and gives {', '.join(order)} the ids {known}; "
+            f"the embedding has {rows} rows, and in training these tokens had the ids from {first} on\n"
+            "give the folder of the base model's tokenizer as tokenizer=FOLDER"
         )
     tokenizer.add_tokens([AddedToken(token, normalized=True, special=False) for token in order])

@@ -1,6 +1,6 @@
-"""LoRA adapters of PEFT, as PCCoT publishes its models: merged into the model they were trained on.
+"""Merges LoRA adapters of PEFT into their base models; PCCoT publishes its models as such adapters.
 
-A folder of PCCoT's training code holds `adapter_config.json` and `adapter_model.safetensors` (or whole weights), the
+A folder of PCCoT's training code contains `adapter_config.json` and `adapter_model.safetensors` (or whole weights), the
 config with its number of sweeps, the tokenizer, and `pccot_args.json` with the ids of its latent tokens and the number
 of latents.
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS = "adapter_model.safetensors"
-HUB_IDS = {"gpt2": "openai-community/gpt2"}  # of names without an owner, which the hub still knows
+HUB_IDS = {"gpt2": "openai-community/gpt2"}  # names without an owner, which the hub still accepts
 PCCOT_ARGUMENTS = "pccot_args.json"
 TOKENS = {"bot_token_id": "<|start-latent|>", "eot_token_id": "<|end-latent|>", "latent_token_id": "<|latent|>"}
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of PEFT."""
+    """Whether a folder contains an adapter of PEFT."""
     return (folder / checkpoint.ADAPTER).is_file()
 
 
@@ -38,23 +38,23 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
     """Tensors and config of a causal LM with the adapter merged into its weights, in float32 (imports torch and peft).
 
     Args:
-        folder: of the adapter.
-        base: folder or hub id of the model that it was trained on; None for the one that the adapter names.
-        tokens: of the tokenizer; the embedding gets as many rows, if it has fewer, as it got in training.
+        folder: folder of the adapter.
+        base: folder or hub id of the base model; None for the one that the adapter names.
+        tokens: size of the tokenizer; a smaller embedding is extended to as many rows, as in training.
 
     Raises:
-        UsageError: peft is not installed, the base is not to be had, or the adapter does not fit it.
+        UsageError: peft is not installed, the base model cannot be read, or the adapter does not fit it.
     """
     from latent_tts.checkpoint import loading
 
     if find_spec("peft") is None:
-        raise bad_value("src", folder, "a LoRA adapter of PEFT, which is not installed: pip install peft")
+        raise bad_value("src", folder, "a LoRA adapter needs PEFT, which is not installed: pip install peft")
     settings = checkpoint.read_json(folder, checkpoint.ADAPTER, key="src")
     for name in ("megatron_config", "megatron_core"):  # PEFT imports the module that they name
         if settings.get(name) not in (None, "megatron.core"):
             raise bad_value("src", folder, f"{checkpoint.ADAPTER} has {name}, which is not supported")
     if not (folder / WEIGHTS).is_file():
-        raise bad_value("src", folder, f"the folder lacks {WEIGHTS}")
+        raise bad_value("src", folder, f"lacks {WEIGHTS}")
     checkpoint.tensor_shapes(folder / WEIGHTS, key="src")
     own = settings.get("base_model_name_or_path")
     named = base or HUB_IDS.get(str(own), own)
@@ -73,69 +73,78 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
 
         lm.prj = pccot_projection(lm.config.hidden_size)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # names within transformers that PEFT still uses
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses deprecated names of transformers
         try:
             adapter = PeftConfig.from_pretrained(str(folder))
-            adapter.base_model_name_or_path = None  # otherwise PEFT warns that the base lies elsewhere now
+            adapter.base_model_name_or_path = None  # otherwise PEFT warns that the base model was moved
             model = get_peft_model(lm, adapter)
             weights = load_file(folder / WEIGHTS)
             loaded = set_peft_model_state_dict(model, weights)
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise bad_value("src", folder, f"the adapter does not fit base={named}: {reason[:200]}") from error
-        # rows that a tied head shares with the embedding: PEFT keeps them once, its files may hold them twice
-        state, taken = model.state_dict(), [weights[name] for name in weights.keys() - loaded.unexpected_keys]
+        # a tied head shares rows with the embedding: PEFT keeps them once, but its files may contain them twice
+        state, used = model.state_dict(), [weights[name] for name in weights.keys() - loaded.unexpected_keys]
         read = {value.data_ptr() for name, value in state.items() if name not in loaded.missing_keys}
         wanted = [name for name in loaded.missing_keys if "lora_" in name or "trainable_tokens" in name]
-        alone = [name for name in wanted if state[name].data_ptr() not in read]
-        alone += [name for name in loaded.unexpected_keys if not any(map(weights[name].equal, taken))]
-        if alone:
+        unmatched = [name for name in wanted if state[name].data_ptr() not in read]
+        unmatched += [name for name in loaded.unexpected_keys if not any(map(weights[name].equal, used))]
+        if unmatched:
             raise bad_value(
-                "src", folder, f"the adapter does not fit base={named}: tensor {min(alone)} exists only in one of them"
+                "src",
+                folder,
+                f"the adapter does not fit base={named}: tensor {min(unmatched)} exists only in one of them",
             )
         merged: Any = model.merge_and_unload()
     return dict(merged.state_dict()), merged.config.to_dict()
 
 
 def is_pccot(folder: Path) -> bool:
-    """Whether a folder comes from PCCoT's training code."""
+    """Whether a folder was written by PCCoT's training code."""
     return (folder / PCCOT_ARGUMENTS).is_file()
 
 
 def pccot_settings(folder: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config.json` should say of a PCCoT model: its numbers of latents and sweeps.
+    """The settings of a PCCoT model to record in `config.json`: its numbers of latents and sweeps.
 
     Args:
-        folder: of the training code.
-        arguments: what its `pccot_args.json` holds.
+        folder: folder of the training code.
+        arguments: content of its `pccot_args.json`.
 
     Raises:
-        UsageError: the folder does not say the numbers.
+        UsageError: a number is missing.
     """
     sweeps = checkpoint.read_json(folder, "config.json", key="src").get("num_iterations")
     found = {"latents": arguments.get("num_latent_tokens"), "sweeps": sweeps}
     lacking = [name for name, value in found.items() if not is_whole(value)]
     if lacking:
-        raise bad_value("src", folder, f"{PCCOT_ARGUMENTS} and config.json do not say the number of {lacking[0]}")
+        raise bad_value("src", folder, f"{PCCOT_ARGUMENTS} and config.json do not contain the number of {lacking[0]}")
     return found
 
 
 def check_projection(folder: Path, tensors: Iterable[str]) -> None:
-    """Raises UsageError where PCCoT's config speaks of a projection and no tensor has its name."""
+    """Check that the weights contain a projection if PCCoT's config says so.
+
+    Raises:
+        UsageError: they do not.
+    """
     wanted = checkpoint.read_json(folder, "config.json", key="src").get("use_projection")
     if wanted and not any(name.startswith("prj.") for name in tensors):
-        raise bad_value("src", folder, "config.json says use_projection, but there are no weights prj.*")
+        raise bad_value("src", folder, "config.json has use_projection=true, but there are no weights prj.*")
 
 
 def rename_latent_tokens(
     folder: Path, arguments: Mapping[str, Any], tokenizer: Tokenizer
 ) -> tuple[Tokenizer, Mapping[str, str]]:
-    """PCCoT's tokenizer with its latent tokens under the names of the other families, and what was renamed.
+    """Give the latent tokens of PCCoT's tokenizer the names that other families use.
 
     Args:
-        folder: of the training code.
-        arguments: what its `pccot_args.json` holds.
-        tokenizer: the folder's.
+        folder: folder of the training code.
+        arguments: content of its `pccot_args.json`.
+        tokenizer: that of the folder.
+
+    Returns:
+        The new tokenizer, and the renamed tokens (old to new names).
 
     Raises:
         UsageError: the tokenizer does not have the tokens.
@@ -149,8 +158,8 @@ def rename_latent_tokens(
         token = added.get(arguments.get(key))
         if token is None:
             raise UsageError(
-                f"src={folder}: {PCCOT_ARGUMENTS} says {key} {arguments.get(key)}, which is no added token of its "
-                "tokenizer.json"
+                f"src={folder}: {PCCOT_ARGUMENTS} has {key}={arguments.get(key)}, "
+                "which is not an added token in tokenizer.json"
             )
         renamed[token["content"]] = name
         token["content"] = name

@@ -1,9 +1,9 @@
 """Training of latent reasoners.
 
-- `curriculum`: what recipes share (imports nothing of torch): stages, the Protocols, the text to write in each stage.
-- `optimization`: how the weights are updated (without torch).
+- `curriculum`: shared by all recipes (without torch): stages, Protocols, the text to write in each stage.
+- `optimization`: settings of the updates (without torch).
 - `backbone`, `vocabulary`, `initial`: the checkpoint that training starts from.
-- `batch`: the questions' order and tokens, passes with gradients, losses that families share.
+- `batch`: order and tokens of questions, forward passes with gradients, shared losses.
 - `coconut` (also for cot), `codi`, `colar`, `pccot`: the objective of each family.
-- `train`: the updates by stages, the finished checkpoint.
+- `train`: the updates of all stages, the finished checkpoint.
 """

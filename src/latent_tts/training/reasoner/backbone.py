@@ -1,4 +1,4 @@
-"""A fresh backbone with random weights: the start of `train-reasoner` without `init`."""
+"""A new backbone with random weights, from which `train-reasoner` starts without `init`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PERIODS = (2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 16.0, 25.0, 50.0, 100.0, 200.0, 400.0)
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """The shape of a GPT-2 that is trained from scratch.
+    """The size of a GPT-2 that is trained from scratch.
 
     Attributes:
         layers, width, heads, positions: as in the GPT-2 config.
-        dropout: rate at the embedding and both residual branches while training.
-        number_scale: scale of the number features added to the random initial embedding of a number; 0 adds none.
+        dropout: dropout rate in training, at the embedding and both residual branches, in [0, 1).
+        number_scale: scale of the features that are added to the random initial embedding of a number, 0 or more.
     """
 
     layers: int
@@ -36,11 +36,11 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         check_positive("backbone", self, whole=("layers", "width", "heads", "positions"))
         if self.width % self.heads:
-            raise bad_value("backbone.heads", self.heads, f"a divisor of backbone.width={self.width}")
+            raise bad_value("backbone.heads", self.heads, f"must divide backbone.width={self.width}")
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise bad_value("backbone.dropout", self.dropout, "in [0, 1)")
+            raise bad_value("backbone.dropout", self.dropout, "must be a number in [0, 1)")
         if not (is_number(self.number_scale) and self.number_scale >= 0):
-            raise bad_value("backbone.number_scale", self.number_scale, "0 or more")
+            raise bad_value("backbone.number_scale", self.number_scale, "must be a number, 0 or more")
 
     def create(self, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
         """Write an initial checkpoint: config, tokenizer and random weights (float32)."""
@@ -52,7 +52,7 @@ class BackboneConfig:
             n_embd=self.width,
             n_layer=self.layers,
             n_head=self.heads,
-            # the fused form of GPT-2's own gelu_new
+            # fused, equal to GPT-2's own gelu_new
             activation_function="gelu_pytorch_tanh",
             resid_pdrop=self.dropout,
             embd_pdrop=self.dropout,
@@ -71,10 +71,10 @@ class BackboneConfig:
 
 
 def number_features(number: int, width: int) -> torch.Tensor:
-    """Waves of a number (width,), mixed by a fixed random matrix to unit variance.
+    """Sines and cosines of a number, mixed by a fixed random matrix to `width` features of unit variance.
 
-    Networks that learn addition find such waves by themselves (Nanda et al. 2023, arXiv 2301.05217); starting from them
-    saves most of that search.
+    Networks that learn addition discover such waves (Nanda et al. 2023, arXiv 2301.05217); starting with them saves
+    most of that search.
     """
     angles = 2 * math.pi * number / torch.tensor(PERIODS)
     waves = torch.cat([angles.cos(), angles.sin()])

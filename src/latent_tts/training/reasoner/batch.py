@@ -1,4 +1,4 @@
-"""Batches of questions: their order and token ids, causal passes with gradients, the losses that families share."""
+"""Batches of questions: order and token ids, forward passes with gradients, losses that families share."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.training.reasoner.curriculum import Stage, step_results, written_text
 from latent_tts.types import Question
 
-BATCHES_PER_POOL = 8  # drawn together and sorted by length, so that little is padding
+BATCHES_PER_POOL = 8  # sorted by length together, so that batches have little padding
 
 
 def question_batches(stream: Iterator[Question], batch: int) -> Iterator[list[Question]]:
-    """Batches of questions of similar length: of `BATCHES_PER_POOL` batches, sorted by length, in a fixed order."""
+    """Batches of questions of similar length: pools of `BATCHES_PER_POOL` batches are sorted by length and split."""
     for pool in iter(lambda: list(islice(stream, BATCHES_PER_POOL * batch)), []):
         pool.sort(key=lambda question: len(question.text.split()))
-        for index in (3, 6, 0, 5, 2, 7, 1, 4):  # long and short batches in turn
+        for index in (3, 6, 0, 5, 2, 7, 1, 4):  # a fixed order that mixes long and short batches
             yield pool[index * batch : (index + 1) * batch]
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
-    """Ids and mask (rows, longest), both int64; the mask is 1 on real tokens, padding is on the left or the right."""
+    """Pad rows on the left or the right; returns ids and mask (rows, longest), both int64, mask 1 on real tokens."""
     width = max(map(len, rows))
     ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
     for i, row in enumerate(rows):
@@ -44,8 +44,8 @@ class TokenBatch:
     Attributes:
         prompt_QL, written_QA: ids (int64); `written` begins with the end-of-thinking tokens, if there are any.
         prompt_mask_QL, written_mask_QA: 1 on real tokens.
-        forced: number of leading tokens of `written` that are forced, so that the model need not predict them.
-        results_QT: the first token of each latent's step result; the answer's for latents past the last step.
+        forced: number of leading tokens of `written` that are forced, which the model need not predict.
+        results_QT: the first token of the result of each latent's step; that of the answer after the last step.
     """
 
     prompt_QL: Tensor
@@ -57,14 +57,14 @@ class TokenBatch:
 
     @property
     def targets_QA(self) -> Tensor:
-        """The tokens to predict, -100 on padding; without the forced tokens."""
+        """Ids of the tokens to predict, without the forced ones; -100 on padding."""
         return self.written_QA[:, self.forced :].masked_fill(self.written_mask_QA[:, self.forced :] == 0, -100)
 
 
 def encode_batch(
     adapter: CheckpointAdapter, questions: list[Question], stage: Stage, device: torch.device
 ) -> TokenBatch:
-    """The tokens of questions in a stage of the curriculum."""
+    """Encode questions for a stage of the curriculum."""
     end, eos, encode = adapter.thinking_end_ids, adapter.eos_id, adapter.tokenizer.encode
     written = [[*end, *encode(written_text(q.steps, q.answer, stage)).ids] for q in questions]
     prompt_QL, prompt_mask_QL = pad_rows([adapter.encode(question) for question in questions], eos, device, left=True)
@@ -75,24 +75,24 @@ def encode_batch(
 
 
 def written_loss(logits_QAV: Tensor, batch: TokenBatch) -> Tensor:
-    """Mean cross-entropy of the written tokens that are not forced."""
+    """Mean cross-entropy of the written tokens, without the forced ones."""
     return F.cross_entropy(logits_QAV.float().flatten(0, 1), batch.targets_QA.flatten(), ignore_index=-100)
 
 
 def step_results_loss(logits_QTV: Tensor, batch: TokenBatch) -> Tensor:
-    """Mean cross-entropy of the latents on the results of their steps.
+    """Mean cross-entropy of the result of each latent's step.
 
-    Each latent has to predict the result of the step that it replaces; inference never reads this prediction. It is a
+    Each latent must predict the result of the step that it replaces; inference does not use this prediction. It is a
     light form of the step-level supervision of SIM-CoT (Wei et al. 2025, arXiv 2509.20317), with the model's own head
-    for a decoder.
+    as decoder.
     """
     return F.cross_entropy(logits_QTV.float().flatten(0, 1), batch.results_QT.flatten())
 
 
 class Sequences:
-    """Rows that grow pass by pass, with gradients; only the first pass may be padded on the left.
+    """Rows to which forward passes append, with gradients; only the first pass may be padded on the left.
 
-    Positions count the real tokens.
+    Positions count real tokens.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -100,11 +100,11 @@ class Sequences:
         self.mask: Tensor | None = None
 
     def feed(self, embeddings_QSD: Tensor, mask_QS: Tensor | None = None) -> Tensor:
-        """Append S vectors to every row; returns their final hidden states (Q, S, D). Without a mask all are real."""
+        """Append S vectors to every row (all real without a mask); returns their final hidden states (Q, S, D)."""
         return self._run(embeddings_QSD, mask_QS, every_layer=False).last_hidden_state
 
     def feed_all_layers(self, embeddings_QSD: Tensor, mask_QS: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Append S vectors as `feed` does; returns the outputs (Q, S, D) of every block, the last one's normalised."""
+        """Append S vectors like `feed`; returns the outputs (Q, S, D) of all blocks, the last one normalised."""
         return self._run(embeddings_QSD, mask_QS, every_layer=True).hidden_states[1:]
 
     def _run(self, embeddings_QSD: Tensor, mask_QS: Tensor | None, *, every_layer: bool):
@@ -122,7 +122,7 @@ class Sequences:
         )
 
     def fork(self) -> Sequences:
-        """A copy that can be continued differently; it shares the keys and values so far."""
+        """A copy that can be continued independently; it shares the keys and values so far."""
         other = Sequences(self.lm)
         other.mask = self.mask
         for layer, part in enumerate(self.cache.layers):

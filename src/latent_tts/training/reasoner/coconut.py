@@ -1,4 +1,4 @@
-"""COCONUT's objective: the last hidden state is the next thought, and gradients flow through the thoughts."""
+"""COCONUT's objective: the last hidden state is the next latent, and gradients flow through the latents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def training_logits(
     latents: int,
     next_latent: Callable[[Tensor], Tensor] = lambda hidden: hidden,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (Q, A, V) of every written token that is not forced, and (Q, T, V) at the latents.
+    """Logits (Q, A, V) of the written tokens that are not forced, and logits (Q, T, V) of the latents.
 
     Gradients flow through the latents.
 
@@ -29,7 +29,7 @@ def training_logits(
         lm: the causal LM.
         batch: the text before and after the latents.
         latents: T.
-        next_latent: makes the latent that is fed back from a last hidden state.
+        next_latent: turns a final hidden state into the latent that is fed back.
     """
     rows, embed = Sequences(lm), lm.get_input_embeddings()
     head = lm.get_output_embeddings()
@@ -38,7 +38,7 @@ def training_logits(
     for _ in range(latents):
         thoughts.append(rows.feed(embeddings, mask)[:, -1:])
         embeddings, mask = next_latent(thoughts[-1]), torch.ones_like(mask[:, :1])
-    # The last latent (or the prompt, where there is none) shares a pass with everything written.
+    # The last latent (or the prompt, if there are no latents) and the written text need only one pass.
     embeddings = torch.cat([embeddings, embed(batch.written_QA[:, :-1])], dim=1)
     hidden = rows.feed(embeddings, torch.cat([mask, batch.written_mask_QA[:, :-1]], dim=1))
     written = batch.written_QA.shape[1] - batch.forced
@@ -46,12 +46,12 @@ def training_logits(
 
 
 class CoconutObjective:
-    """Next-token prediction after a stage's latents.
+    """Next-token prediction after the latents of a stage.
 
     Attributes:
         lm: the causal LM in training.
-        own: no modules of its own.
-        next_latent: makes the next latent from a last hidden state.
+        own: empty, since COCONUT adds no modules.
+        next_latent: turns a final hidden state into the next latent.
     """
 
     def __init__(self, adapter: CheckpointAdapter, step_loss: float) -> None:
@@ -61,7 +61,7 @@ class CoconutObjective:
         self.next_latent: Callable[[Tensor], Tensor] = lambda hidden: hidden
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
-        """`written_loss`, plus `step_loss` times `step_results_loss` where there are latents."""
+        """`written_loss`, plus `step_loss` times `step_results_loss` if there are latents."""
         batch = encode_batch(self.adapter, questions, stage, self.lm.device)
         written, thoughts = training_logits(self.lm, batch, stage.latents, self.next_latent)
         loss = written_loss(written, batch)
@@ -70,10 +70,9 @@ class CoconutObjective:
         return loss
 
     def exact_matches(self, questions: list[Question], stage: Stage) -> int:
-        """The number of questions whose written tokens are all the argmax.
+        """The number of questions whose written tokens are all predicted by the argmax.
 
-        Where no step is written their share is the greedy accuracy: greedy decoding follows gold tokens that are the
-        argmax.
+        If no step is written, their share is the greedy accuracy, since greedy decoding then produces the gold tokens.
         """
         batch = encode_batch(self.adapter, questions, stage, self.lm.device)
         predicted = training_logits(self.lm, batch, stage.latents, self.next_latent)[0].argmax(-1)

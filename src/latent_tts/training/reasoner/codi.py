@@ -1,4 +1,4 @@
-"""CODI's objective: by latents the student has to reach the hidden states that the teacher reaches by written steps."""
+"""CODI's objective: the student's hidden state after its latents must match the teacher's after written steps."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SAMPLE_TOKENS = 32
 
 
 def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool) -> None:
-    """Put a new projector into a checkpoint that has none.
+    """Add a new projector to a checkpoint that has none.
 
     Args:
         folder: the checkpoint, changed in place.
-        hidden: width inside the projector; None: the backbone's, or twice that if `identity`.
-        seed: of its random weights.
-        identity: it changes only the norm of vectors, which becomes that of hidden states.
+        hidden: hidden width of the projector; None: the backbone's width, or twice that if `identity`.
+        seed: seed of the random weights.
+        identity: the projector only changes the norm of vectors, to that of hidden states.
 
     Raises:
         UsageError: the projector is too narrow for the identity.
@@ -43,8 +43,10 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
     projector = codi_projector(width, inner)
     if identity:
         if inner < 2 * width:
-            raise bad_value("recipe.projector_hidden", inner, f"{2 * width} or more for projector_init=identity")
-        with torch.no_grad():  # any tokens will do: a final norm makes hidden states about equally large
+            raise bad_value(
+                "recipe.projector_hidden", inner, f"must be {2 * width} or more for projector_init=identity"
+            )
+        with torch.no_grad():  # any tokens: after the final norm all hidden states have about the same norm
             hidden_1SD = lm.base_model(torch.arange(SAMPLE_TOKENS)[None]).last_hidden_state
         set_identity(projector, width, float(hidden_1SD.std()))
     add_tensors(folder, PROJECTOR, projector, projector=True, projector_hidden_size=inner)
@@ -52,7 +54,7 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
 
 @torch.no_grad()
 def set_identity(projector: nn.Sequential, width: int, scale: float) -> None:
-    """Make both linear layers together the identity, by gelu(x) - gelu(-x) = x, and scale the output by `scale`."""
+    """Make the linear layers together the identity, since gelu(x) - gelu(-x) = x, and scale the output by `scale`."""
     first, second, norm = projector[1], projector[3], projector[4]
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
@@ -65,13 +67,13 @@ def set_identity(projector: nn.Sequential, width: int, scale: float) -> None:
 
 
 def alignment(student: list[Tensor], teacher: list[Tensor], loss: str) -> Tensor:
-    """Mean over layers of the distance between hidden states (Q, D), in units of the teacher's spread.
+    """Mean over layers of the distance between hidden states (Q, D), divided by the teacher's standard deviation.
 
-    The teacher's are constants.
+    No gradient flows into the teacher.
 
     Args:
-        student: a layer's hidden states at the token before the answer, for each layer.
-        teacher: the same, after written steps.
+        student: per layer, the hidden states (Q, D) at the token before the answer.
+        teacher: the same for the teacher, after written steps.
         loss: `smooth_l1` or `l1`.
     """
     distance = {"smooth_l1": F.smooth_l1_loss, "l1": F.l1_loss}[loss]
@@ -80,11 +82,11 @@ def alignment(student: list[Tensor], teacher: list[Tensor], loss: str) -> Tensor
 
 
 class CodiObjective(CoconutObjective):
-    """Student, teacher and their distance.
+    """The cross-entropies of student and teacher, and the distance between their hidden states.
 
     Attributes:
         own: the projector.
-        weights: of the parts of the loss.
+        weights: weights of the parts of the loss.
     """
 
     def __init__(self, adapter: CheckpointAdapter, weights: DistillationWeights, projector_dropout: float) -> None:
@@ -97,12 +99,16 @@ class CodiObjective(CoconutObjective):
         self.next_latent = projector
 
     def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
-        """The latents (Q, S, D) not fed yet, here the last one, and the hidden states (Q, T, D) that all are made from.
+        """Compute the latents.
 
         Args:
-            rows: the prompts, fed; the other latents are fed to them here.
-            hidden_Q1D: final hidden state of each prompt's last token, which makes the first latent.
+            rows: the prompts; all latents except the last are appended.
+            hidden_Q1D: final hidden state of each prompt's last token, from which the first latent is made.
             latents: T.
+
+        Returns:
+            The latents (Q, S, D) that were not appended, here the last one (S = 1), and the hidden states (Q, T, D)
+            from which all latents were made.
         """
         thoughts = [hidden_Q1D]
         for _ in range(latents - 1):
@@ -110,7 +116,7 @@ class CodiObjective(CoconutObjective):
         return self.next_latent(thoughts[-1]), torch.cat(thoughts, dim=1)
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
-        """Without latents the teacher's cross-entropy; else both cross-entropies and the distance, weighted.
+        """Without latents the teacher's cross-entropy, else the weighted sum of both cross-entropies and the distance.
 
         Teacher and student share the pass over the prompt.
         """
@@ -141,13 +147,13 @@ class CodiObjective(CoconutObjective):
         return loss
 
     def _written_loss(self, hidden_QAD: Tensor, batch: TokenBatch) -> Tensor:
-        """The cross-entropy, from the hidden states of all written tokens but the last."""
+        """The cross-entropy from the hidden states of all written tokens except the last."""
         head = self.lm.get_output_embeddings()
         assert head is not None
         return written_loss(head(hidden_QAD[:, batch.forced - 1 :]), batch)
 
     def _before_answer(self, layers, questions: list[Question], stage: Stage) -> list[Tensor]:
-        """Each layer's hidden states (Q, D) at the token before the answer, from those of the written tokens."""
+        """Per layer, the hidden states (Q, D) at the token before the answer, selected from those of written tokens."""
         encode, end = self.adapter.tokenizer.encode, len(self.adapter.thinking_end_ids)
         places = [end + len(encode(written_before_answer(q.steps, stage)).ids) - 1 for q in questions]
         place_Q = torch.tensor(places, device=self.lm.device)

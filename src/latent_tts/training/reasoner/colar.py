@@ -1,4 +1,4 @@
-"""CoLaR's objective: each latent is a compressed run of the written steps, and the next one is predicted from it."""
+"""CoLaR's objective: a latent is a compressed piece of the written steps and must predict the next one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from latent_tts.types import Question, Reasoner
 
 
 def add_head(folder: Path, hidden: int | None, seed: int, *, spread: bool) -> None:
-    """Add a random latent head to a checkpoint that has none, and the spread of its embeddings to its config.
+    """Add a random latent head to a checkpoint that has none, and the embeddings' standard deviation to its config.
 
     Args:
         folder: the checkpoint, changed in place.
-        hidden: width inside the head; None: twice the backbone's.
-        seed: of its weights.
-        spread: whether the head has a `log_std` too; it is added to a head without one, as zeros.
+        hidden: hidden width of the head; None: twice the backbone's width.
+        seed: seed of the random weights.
+        spread: whether the head predicts a standard deviation too; `log_std` is added as zeros if it is missing.
     """
     if has_tensors(folder, f"{HEAD}log_std.") or (has_tensors(folder, HEAD) and not spread):
         return
@@ -54,11 +54,11 @@ def add_head(folder: Path, hidden: int | None, seed: int, *, spread: bool) -> No
 
 @dataclass(frozen=True)
 class Slots:
-    """The slots after a prompt: latents (bags of C tokens), `###`, and the answer's tokens (bags of one).
+    """The positions after a prompt: latents (bags of C tokens), `###`, and answer tokens (bags of one token).
 
     Attributes:
-        bag_QSC: ids of each slot's tokens (int64).
-        bag_mask_QSC: 1 on real tokens; rows are padded on the right by empty slots.
+        bag_QSC: ids of the tokens of each slot (int64).
+        bag_mask_QSC: 1 on real tokens; rows are padded on the right with empty slots.
         latent_QS: whether a slot is a latent.
     """
 
@@ -73,7 +73,7 @@ class Slots:
 
 
 def encode_slots(adapter: Colar, questions: list[Question], speed: int, device: torch.device) -> Slots:
-    """The slots of questions whose written steps are cut into runs of `speed` tokens; the last may be shorter."""
+    """Encode questions, with written steps cut into bags of `speed` tokens; the last bag may be smaller."""
     rows, encode = [], adapter.tokenizer.encode
     for question in questions:
         steps = encode("".join(f"{step}\n" for step in question.steps), add_special_tokens=False).ids
@@ -91,18 +91,18 @@ def encode_slots(adapter: Colar, questions: list[Question], speed: int, device: 
 
 
 def compress(embeddings_QSCD: Tensor, bag_mask_QSC: Tensor) -> Tensor:
-    """The compressed embedding (Q, S, D) of each bag: the sum divided by the square root of the count.
+    """The compressed embedding (Q, S, D) of each bag: the sum of its embeddings divided by the root of their number.
 
-    This keeps the spread of independent embeddings; their mean would shrink it.
+    This keeps the standard deviation of independent embeddings, which a mean would reduce.
     """
     mask_QSC1 = bag_mask_QSC[..., None].to(embeddings_QSCD.dtype)
     return (embeddings_QSCD * mask_QSC1).sum(2) / mask_QSC1.sum(2).clamp(min=1).sqrt()
 
 
 def bag_cross_entropy(logits_QSV: Tensor, slots: Slots) -> Tensor:
-    """Mean over real slots of the mean negative log-probability of the tokens in a slot's bag.
+    """Mean over real slots of the mean negative log-probability of the tokens in the bag.
 
-    The published recipe draws one token of each bag as its label; this is the expectation of that.
+    The published recipe draws one token of each bag as the label; this is the expected value.
     """
     logprob_QSC = logits_QSV.float().log_softmax(-1).gather(-1, slots.bag_QSC)
     per_slot_QS = -(logprob_QSC * slots.bag_mask_QSC).sum(-1) / slots.bag_mask_QSC.sum(-1).clamp(min=1)
@@ -110,7 +110,7 @@ def bag_cross_entropy(logits_QSV: Tensor, slots: Slots) -> Tensor:
 
 
 class ColarObjective:
-    """Compressed embeddings and written tokens, each predicted from the gold ones before it.
+    """Predicts compressed embeddings and written tokens, each from the gold ones before it.
 
     Attributes:
         lm: the causal LM in training.
@@ -127,10 +127,10 @@ class ColarObjective:
         self.own = nn.ModuleDict({HEAD.removesuffix("."): self.head.float().train()})
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
-        """Cross-entropy of every slot, plus `latent_weight` times the latent head's loss on the next latent.
+        """Cross-entropy of all slots, plus `latent_weight` times the loss of the latent head on the next latent.
 
-        That is the mean squared distance, or for a head with a spread the negative log-likelihood (without its
-        constant), per element, in units of the embeddings' spread. No gradient flows into the targets.
+        The latter is the mean squared distance, or for a head with `log_std` the negative log-likelihood (without its
+        constant), per element, in units of the embeddings' standard deviation. No gradient flows into the targets.
         """
         adapter, embed, std = self._adapter(stage), self.lm.get_input_embeddings(), self.adapter.latent_std
         device, prompts = self.lm.device, [adapter.encode(q) for q in questions]
@@ -160,13 +160,13 @@ class ColarObjective:
         return loss
 
     def _adapter(self, stage: Stage) -> Colar:
-        """The adapter whose prompts ask for the stage's speed."""
+        """The adapter with the stage's speed in its prompts."""
         if stage.speed == self.adapter.thinking_speed:
             return self.adapter
         return replace(self.adapter, thinking_speed=stage.speed)
 
     def exact_matches(self, questions: list[Question], stage: Stage) -> int:
-        """The number of questions answered right by greedy rollouts, which use the model's own latents."""
+        """The number of questions that greedy rollouts, with the model's own latents, answer right."""
         adapter = self._adapter(stage)
 
         def next_latent(hidden_RD: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class ColarObjective:
         rollouts_QN = torch.zeros(len(questions), 1, dtype=torch.long, device=self.lm.device)
         draw = Draw.of(0, [q.id for q in questions], rollouts_QN, engine.width)
         rollouts = engine.roll([adapter.encode(q) for q in questions], draw, Greedy())
-        self.lm.set_attn_implementation("eager")  # the engine sets its own
+        self.lm.set_attn_implementation("eager")  # the engine has set its own attention
         texts = [adapter.answer_text(ids) for ids in rollouts.answer_ids]
         answers = [(adapter.answer_span(text), adapter.raw_answer(text)) for text in texts]
         return sum(q.answer in read for read, q in zip(answers, questions, strict=True))

@@ -1,6 +1,6 @@
-"""What the recipes of all families share: stages, the two Protocols, and the text to write after the latents.
+"""Shared by the recipes of all families: stages, Protocols, and the text to write after the latents.
 
-Nothing here imports torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Stage:
     Attributes:
         updates: number of optimizer updates.
         latents: number of latents before the written text.
-        hidden_steps: number of leading steps that are not written; None hides all.
-        dropout: rate of every active dropout; None keeps the backbone's.
-        speed: tokens of the written steps per latent, where latents are compressed steps (CoLaR).
+        hidden_steps: number of leading steps that are not written; None for all.
+        dropout: rate of every active dropout module; None keeps the backbone's.
+        speed: number of written tokens that each latent compresses (only CoLaR).
     """
 
     updates: int
@@ -45,7 +45,7 @@ class Objective(Protocol):
 
     Attributes:
         lm: the causal LM.
-        own: the family's own modules, each under the prefix of its tensors in a checkpoint.
+        own: the modules that the family adds, by the prefix of their tensors in a checkpoint.
     """
 
     lm: PreTrainedModel
@@ -56,16 +56,16 @@ class Objective(Protocol):
         ...
 
     def exact_matches(self, questions: list[Question], stage: Stage) -> int:
-        """The number of questions answered exactly; called without gradients and dropout."""
+        """The number of questions answered exactly; called without gradients and without dropout."""
         ...
 
 
 class Recipe(Protocol):
-    """How the reasoners of a family are trained: the stages, and the objective.
+    """How reasoners of a family are trained: the stages and the objective.
 
     Attributes:
-        family: the family of checkpoints that it trains, as adapters name it.
-        words: words of the adapter's prompts and answers that the task's vocabulary lacks (for word-level tokenizers).
+        family: the family of the trained checkpoints, as adapters name it.
+        words: words in the adapter's prompts and answers that the task's vocabulary lacks (for word-level tokenizers).
     """
 
     family: ClassVar[str]
@@ -76,26 +76,30 @@ class Recipe(Protocol):
         ...
 
     def check(self, adapter: CheckpointAdapter) -> None:
-        """Raises UsageError unless the adapter and the recipe go together."""
+        """Check that the adapter fits the recipe.
+
+        Raises:
+            UsageError: it does not.
+        """
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
-        """Add the family's own tensors to the checkpoint of a plain causal LM, unless it has them (imports torch)."""
+        """Add the family's own tensors to a checkpoint, unless it has them (imports torch)."""
 
     def objective(self, adapter: CheckpointAdapter) -> Objective:
-        """The model in training and its loss (imports torch)."""
+        """Create the model in training with its loss (imports torch)."""
         ...
 
     def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
-        """What the trained checkpoint's config says under `latent_tts`; other values are warned of when it is run."""
+        """The record `latent_tts` in the trained checkpoint's config; runs with other values warn."""
         return {"latents": adapter.latents}
 
     @property
     def updates(self) -> int:
-        """Updates of all stages together."""
+        """Total number of updates."""
         return sum(stage.updates for stage in self.stages())
 
     def stage_at(self, update: int) -> Stage:
-        """The stage that update number `update` (from 0) belongs to."""
+        """The stage of update number `update`, from 0."""
         for stage in self.stages():
             if update < stage.updates:
                 return stage
@@ -105,10 +109,10 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Staged(Recipe):
-    """Stages that replace written steps by latents: all steps written, then one less in each stage, then none.
+    """Stages that replace written steps by latents: all steps written, then one step less per stage, then none.
 
     Attributes:
-        written_updates: updates with every step written out and no latents.
+        written_updates: updates with every step written and no latents.
         stage_updates: updates with the first 1, 2, ... steps hidden.
         final_updates: updates with `latents` latents and no written step.
         final_dropout: dropout rate of those; null keeps the backbone's.
@@ -125,13 +129,15 @@ class Staged(Recipe):
         check_updates("written_updates", self.written_updates)
         check_updates("final_updates", self.final_updates)
         if not isinstance(self.stage_updates, list):
-            raise bad_value("recipe.stage_updates", self.stage_updates, "a list of numbers of updates, as in [100,100]")
+            raise bad_value(
+                "recipe.stage_updates", self.stage_updates, "must be a list of numbers of updates, as in [100,100]"
+            )
         for updates in self.stage_updates:
             check_updates("stage_updates", updates)
         check_dropout("final_dropout", self.final_dropout)
 
     def latents_in(self, stage: int) -> int:
-        """Latents of the stage that hides the first `stage` steps: one per step."""
+        """Number of latents of the stage that hides the first `stage` steps: one per step."""
         return stage
 
     def stages(self) -> list[Stage]:
@@ -147,9 +153,9 @@ class DistillationWeights:
 
     Attributes:
         teacher: of the teacher's cross-entropy.
-        distill: of the distance between the hidden states of both before the answer.
-        step: of the cross-entropy of each latent's step result.
-        distill_loss: the distance, `smooth_l1` or `l1`.
+        distill: of the distance between their hidden states before the answer.
+        step: of the cross-entropy of the result of each latent's step.
+        distill_loss: kind of distance, `smooth_l1` or `l1`.
     """
 
     teacher: float
@@ -160,13 +166,13 @@ class DistillationWeights:
 
 @dataclass(frozen=True)
 class Distilled(Staged):
-    """Stages with a teacher, which writes every step, and a student, which has latents; the first has no student.
+    """Stages with a teacher, which writes every step, and a student with latents; the first stage has no student.
 
     Attributes:
-        teacher_weight: of the teacher's cross-entropy; the student's counts 1.
-        distill_weight: of the distance between the hidden states of both before the answer.
+        teacher_weight: of the teacher's cross-entropy; the student's has weight 1.
+        distill_weight: of the distance between their hidden states before the answer.
         distill_loss: `smooth_l1` or `l1`.
-        step_loss: weight of asking each latent for the result of the step it stands for.
+        step_loss: weight of the loss by which each latent predicts the result of its step.
     """
 
     teacher_weight: float
@@ -179,7 +185,7 @@ class Distilled(Staged):
         for key in ("teacher_weight", "distill_weight", "step_loss"):
             check_weight(key, getattr(self, key))
         if self.distill_loss not in ("smooth_l1", "l1"):
-            raise bad_value("recipe.distill_loss", self.distill_loss, "smooth_l1 or l1")
+            raise bad_value("recipe.distill_loss", self.distill_loss, "must be smooth_l1 or l1")
 
     @property
     def weights(self) -> DistillationWeights:
@@ -204,18 +210,30 @@ def step_results(steps: Sequence[str]) -> list[str]:
 
 
 def check_updates(key: str, value: object) -> None:
-    """Raise the usual error unless a value is a number of updates."""
+    """Check a number of updates.
+
+    Raises:
+        UsageError: it is not an integer, 0 or more.
+    """
     if not (is_whole(value) and value >= 0):
-        raise bad_value(f"recipe.{key}", value, "a number of updates, 0 or more")
+        raise bad_value(f"recipe.{key}", value, "must be an integer, 0 or more")
 
 
 def check_weight(key: str, value: object) -> None:
-    """Raise the usual error unless a value is the weight of a loss."""
+    """Check the weight of a loss.
+
+    Raises:
+        UsageError: it is not a number, 0 or more.
+    """
     if not (is_number(value) and value >= 0):
-        raise bad_value(f"recipe.{key}", value, "a weight, 0 or more")
+        raise bad_value(f"recipe.{key}", value, "must be a number, 0 or more")
 
 
 def check_dropout(key: str, value: object) -> None:
-    """Raise the usual error unless a value is a dropout rate or None."""
+    """Check a dropout rate.
+
+    Raises:
+        UsageError: it is neither a number in [0, 1) nor None.
+    """
     if value is not None and not (is_number(value) and 0 <= value < 1):
-        raise bad_value(f"recipe.{key}", value, "in [0, 1), or null")
+        raise bad_value(f"recipe.{key}", value, "must be a number in [0, 1), or null")

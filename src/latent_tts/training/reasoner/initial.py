@@ -1,4 +1,4 @@
-"""The initial checkpoint of a training: one of the family, made from a fresh backbone or from another checkpoint."""
+"""The initial checkpoint of a training run, made from a new backbone or another checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def load_trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal LM of a checkpoint in training mode, with plain attention."""
-    logging.set_verbosity_error()  # a family's own tensors beside the LM's are expected
+    logging.set_verbosity_error()  # transformers would warn about tensors that the family adds
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
     return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).train()
@@ -37,13 +37,13 @@ def embedding_table(lm: PreTrainedModel) -> Tensor:
 
 
 def write_initial_checkpoint(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:
-    """Write the checkpoint folder that training starts from, whole or not at all; replaces an older one.
+    """Write the checkpoint folder that training starts from, completely or not at all; replaces an older one.
 
     Args:
-        make: writes a checkpoint of the family, or of a plain causal LM, to which the family's tensors are added.
+        make: writes a checkpoint of the family or of a plain causal LM; missing tensors of the family are added.
         folder: the checkpoint folder to write.
-        recipe: of the family.
-        seed: of new weights.
+        recipe: recipe of the family.
+        seed: seed of new weights.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -56,10 +56,10 @@ def write_initial_checkpoint(make: Callable[[Path], None], folder: Path, recipe:
 
 
 def copy_checkpoint(source: Path, folder: Path) -> None:
-    """Copy the weights (one file of what may be shards), config and tokenizer of a checkpoint.
+    """Copy the weights (shards become one file), config and tokenizer of a checkpoint.
 
     Raises:
-        UsageError: a file is missing or cut off.
+        UsageError: a file is missing or truncated.
     """
     files.load_tokenizer(source, key="init")
     files.weight_files(source, key="init")
@@ -67,13 +67,13 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
     config = files.read_config(source)
     files.check_sizes(config, source, key="init")
-    config.pop("latent_tts", None)  # this training need not use the same latents
+    config.pop("latent_tts", None)  # the new training may use other latents
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(loading.load_tensors(source, ""), folder / files.WEIGHTS, metadata={"format": "pt"})
 
 
 def add_words(folder: Path, words: tuple[str, ...], seed: int) -> None:
-    """Add words to a word-level vocabulary, with random embeddings; other tokenizers are left alone."""
+    """Add words with random embeddings to a word-level vocabulary; other tokenizers are not changed."""
     old = files.load_tokenizer(folder)
     vocabulary = old.get_vocab(with_added_tokens=False)
     if old.token_to_id(UNKNOWN) is None or all(word in vocabulary for word in words):
@@ -96,7 +96,7 @@ def add_words(folder: Path, words: tuple[str, ...], seed: int) -> None:
 
 
 def add_tensors(folder: Path, prefix: str, module: nn.Module, **config: object) -> None:
-    """Add a module's parameters to the weights of a checkpoint, under a prefix, and keys to its config."""
+    """Add the parameters of a module to a checkpoint under a prefix, and keys to its config."""
     tensors = load_file(folder / files.WEIGHTS)
     tensors |= checkpoint_tensors(prefix, module)
     save_file(tensors, folder / files.WEIGHTS, metadata={"format": "pt"})
@@ -106,7 +106,7 @@ def add_tensors(folder: Path, prefix: str, module: nn.Module, **config: object) 
 
 
 def checkpoint_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters by their names in a checkpoint, on the CPU."""
+    """The parameters of a module by their names in a checkpoint, on the CPU."""
     return {prefix + name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
 
 

@@ -1,4 +1,4 @@
-"""How a reasoner's weights are updated, checked without torch."""
+"""How the weights of a reasoner are updated; checked without torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from latent_tts.training.optimization import Optimization
 
 @dataclass(frozen=True)
 class ReasonerOptimization(Optimization):
-    """How the weights are updated.
+    """How the weights of a reasoner are updated.
 
     Attributes:
         batch, accumulation, lr, weight_decay, clip: as in `Optimization`.
-        cosine_updates: length of the cosine from `lr` to a twentieth, warm-up included; training may end before.
-        warmup: updates of the warm-up.
-        bf16: run the forward pass under bfloat16 autocast.
+        cosine_updates: length of the learning-rate schedule in updates, warm-up included: a cosine from `lr` to
+            `lr` / 20. Training may end before.
+        warmup: number of updates in the warm-up.
+        bf16: whether the forward pass runs under bfloat16 autocast.
     """
 
     cosine_updates: int
@@ -28,7 +29,7 @@ class ReasonerOptimization(Optimization):
         super().__post_init__()
         check_positive("optimization", self, whole=("cosine_updates", "warmup"))
         if not isinstance(self.bf16, bool):
-            raise bad_value("optimization.bf16", self.bf16, "true or false")
+            raise bad_value("optimization.bf16", self.bf16, "must be true or false")
 
     def lr_at(self, update: int) -> float:
         """The learning rate of update number `update`, from 0."""

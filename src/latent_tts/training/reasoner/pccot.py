@@ -1,4 +1,4 @@
-"""PCCoT's objective: CODI's, with a student whose latents are made in parallel, in as many sweeps as at inference."""
+"""PCCoT's objective: CODI's, but the student computes its latents in parallel sweeps, as at inference."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from latent_tts.types import Question
 
 
 def add_projection(folder: Path, sweeps: int, seed: int, *, projection: bool) -> None:
-    """Make a checkpoint one of PCCoT: add a projection, if one is wanted and missing, and K to the config.
+    """Add a projection, if asked for and missing, to a checkpoint, and K to its config.
 
     Args:
         folder: the checkpoint, changed in place.
         sweeps: K.
-        seed: of random weights.
+        seed: seed of the random weights.
         projection: whether latents are projected; otherwise they are the hidden states.
     """
     if projection and not has_tensors(folder, PROJECTION):
@@ -39,7 +39,7 @@ def add_projection(folder: Path, sweeps: int, seed: int, *, projection: bool) ->
 
 
 class PccotObjective(CodiObjective):
-    """Student, teacher and their distance.
+    """The cross-entropies of student and teacher, and the distance between their hidden states.
 
     Attributes:
         own: the projection, if the checkpoint has one.
@@ -57,12 +57,16 @@ class PccotObjective(CodiObjective):
             self.next_latent = projection
 
     def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
-        """The latents (Q, T, D) after K sweeps, and the hidden states (Q, T, D) they are made from in the last one.
+        """Compute the latents in K sweeps.
 
         Args:
-            rows: the prompts, fed; left unchanged.
+            rows: the prompts; not changed.
             hidden_Q1D: final hidden state of each prompt's last token, from which every sweep makes the first latent.
             latents: T.
+
+        Returns:
+            The latents (Q, T, D), none of which is appended to `rows`, and the hidden states (Q, T, D) from which the
+            last sweep made them.
         """
         token = torch.tensor(self.adapter.latent_id, device=hidden_Q1D.device)
         latents_QTD = self.lm.get_input_embeddings()(token).expand(len(hidden_Q1D), latents, -1)
@@ -73,7 +77,7 @@ class PccotObjective(CodiObjective):
         return latents_QTD, before_QTD
 
     def exact_matches(self, questions: list[Question], stage: Stage) -> int:
-        """The number of questions whose written tokens are all the argmax, after K sweeps where there are latents."""
+        """The number of questions whose written tokens are all predicted by the argmax, after K sweeps of latents."""
         if not stage.latents:
             return super().exact_matches(questions, stage)
         embed, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()

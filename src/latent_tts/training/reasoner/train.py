@@ -1,7 +1,6 @@
-"""Training of reasoners of every family: fresh questions for every update, then the finished checkpoint.
+"""Trains reasoners of every family, with new questions in every update, and writes the finished checkpoint.
 
-Everything random is keyed by the update: problems by the counter-based generator, torch's dropout by a seed drawn from
-it.
+All random numbers are keyed: problems by their index, torch's dropout by a seed that is drawn for each update.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class TrainedReasoner:
 
     Attributes:
         checkpoint: the checkpoint folder.
-        updates: how many there were.
+        updates: number of updates.
         exact_match: share of the validation questions answered exactly.
     """
 
@@ -56,7 +55,7 @@ class TrainedReasoner:
 
 
 class QuestionOrder(Dataset):
-    """The training questions in the order of their updates, to be read forwards."""
+    """The training questions in the order of the updates; they can only be read forwards."""
 
     def __init__(self, stream: Iterator[Question], batch: int, updates: int) -> None:
         self.batches, self.batch, self.updates = question_batches(stream, batch), batch, updates
@@ -74,7 +73,7 @@ class QuestionOrder(Dataset):
 
 
 class ReasonerModule(nn.Module):
-    """What is trained, as one module: the causal LM and the family's own modules.
+    """All trained weights as one module: the causal LM and the modules that the family adds.
 
     Attributes:
         objective: the loss.
@@ -89,7 +88,7 @@ class ReasonerModule(nn.Module):
         return self.objective.loss(questions, stage)
 
     def set_dropout(self, rate: float) -> None:
-        """Set the rate of every active dropout."""
+        """Set the rate of every active dropout module."""
         for module in self.modules():
             if isinstance(module, nn.Dropout) and module.p > 0:
                 module.p = rate
@@ -105,12 +104,12 @@ class ReasonerModule(nn.Module):
 
 
 class ReasonerTrainer(ResumableTrainer):
-    """The Trainer of a recipe: its stages, dropout keyed by the update, exact match as the figure."""
+    """The Trainer for a recipe: its stages, dropout keyed by the update, evaluation by exact match."""
 
     def __init__(
         self, recipe: Recipe, module: ReasonerModule, valid: list[Question], *, seed: int, save_every: int, **more: Any
     ) -> None:
-        """Take the recipe, the module, the validation questions, the dropout's seed and the updates between states."""
+        """Create a trainer from recipe, module, validation questions, seed of dropout, and updates between states."""
         super().__init__(model=module, callbacks=[_SaveCallback(recipe, save_every)], **more)
         self.recipe, self.module, self.valid, self.key = recipe, module, valid, key_of(seed, "training")
 
@@ -166,30 +165,30 @@ def train_reasoner(
 
     Args:
         recipe: the stages and the objective.
-        adapter: of the initial checkpoint, the folder `initial` inside `output`, which is written here.
-        start: the checkpoint to make that from, or the shape of a fresh backbone.
+        adapter: that of the initial checkpoint, which is written to `output`/initial.
+        start: the checkpoint to start from, or the size of a new backbone.
         task: the training questions.
-        optimization: batch, learning rate and the like.
-        valid_questions: number of questions of the validation split for the exact match.
-        seed: of new weights and dropout.
+        optimization: batch, learning rate and so on.
+        valid_questions: number of questions of the validation split on which exact match is measured.
+        seed: seed of new weights and dropout.
         device: `auto`, `cpu`, `cuda` or `cuda:INDEX`.
-        output: folder of `settings.json`, the initial checkpoint, the states and the finished checkpoint.
-        settings: what a resumed run must share with the stopped one.
-        save_every: updates between two states.
+        output: folder for `settings.json`, the initial checkpoint, the states and the finished checkpoint.
+        settings: the settings that a resumed run must share with the stopped one.
+        save_every: number of updates between saved states.
         report: called as `report(updates_done, figures)` after every update.
 
     Returns:
-        The trained reasoner; None in a process that is not the first.
+        The trained reasoner; None in all processes of a launch except the first.
 
     Raises:
-        UsageError: the initial checkpoint cannot be used, or the folder holds another run.
+        UsageError: the initial checkpoint cannot be used, or the folder contains another run.
         RunError: a loss or gradient is not finite; the last state is kept.
-        KeyboardInterrupt: on Ctrl-C, after the state has been saved.
+        KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
     arguments = trainer_arguments(recipe, optimization, output / STATES, seed=seed, device=device)
     with arguments.main_process_first():
         if (output / OLD_STATE).is_file():
-            raise bad_value("output", output, f"holds a {OLD_STATE} of an earlier version; choose another folder")
+            raise bad_value("output", output, f"contains a {OLD_STATE} of an earlier version; choose another folder")
         claim(output, settings)
         if arguments.process_index == 0 and last_state(output / STATES) is None:
 
@@ -218,7 +217,7 @@ def train_reasoner(
 def trainer_arguments(
     recipe: Recipe, optimization: ReasonerOptimization, states: Path, *, seed: int, device: str
 ) -> TrainingArguments:
-    """The Trainer's settings; what it reports and keeps is decided by callbacks."""
+    """The settings of the Trainer; callbacks decide when it evaluates and saves."""
     return training_arguments(
         optimization,
         states,
@@ -250,24 +249,24 @@ def train(
 
     Args:
         recipe: the stages and the objective.
-        adapter: of the initial checkpoint (its config's dropout is active while training).
-        stream: endless training questions, the same ones every time it is opened.
-        valid: questions for the exact match.
-        optimization: batch, learning rate and the like.
-        arguments: of `trainer_arguments`.
-        seed: keys torch's dropout.
-        save_every: updates between two states.
+        adapter: that of the initial checkpoint (the dropout in its config is active).
+        stream: endless training questions, always the same in the same order.
+        valid: validation questions for exact match.
+        optimization: batch, learning rate and so on.
+        arguments: result of `trainer_arguments`.
+        seed: seed of dropout.
+        save_every: number of updates between saved states.
         report: called as `report(updates_done, figures)` after every update.
 
     Raises:
         RunError: a loss or gradient is not finite; the last state is kept.
-        KeyboardInterrupt: on Ctrl-C, after the state has been saved.
+        KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
     module = ReasonerModule(recipe.objective(adapter))
     decayed = [p for p in module.parameters() if p.dim() >= 2]
     others = [p for p in module.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": optimization.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98))  # the schedule gives the rate, not a factor of it
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98))  # `lr_at` returns the rate itself, not a factor
     trainer = ReasonerTrainer(
         recipe,
         module,
@@ -287,7 +286,7 @@ def train(
 
 
 def export(recipe: Recipe, state: Path, adapter: CheckpointAdapter, folder: Path) -> None:
-    """Write the weights of a state as a checkpoint folder in bfloat16, with the initial checkpoint's tokenizer."""
+    """Write the weights of a state as a checkpoint folder in bfloat16, with the tokenizer of the initial checkpoint."""
     module = ReasonerModule(recipe.objective(adapter))
     weights = load_file(state / files.WEIGHTS)
     with torch.no_grad():

@@ -11,10 +11,10 @@ LARGEST_NUMBER = 200
 
 
 def word_level_tokenizer(words: list[str]) -> Tokenizer:
-    """One token a word, a sign or a whole number up to 200; longer numbers are spelt digit by digit.
+    """A tokenizer with one token per word, sign and integer up to 200; larger numbers are spelt digit by digit.
 
-    Decoding joins tokens without blanks, so that digits make a number again: answers and equation steps read well,
-    sentences do not (nothing decodes those).
+    Decoding joins tokens without spaces, so that digits become numbers again. This is right for answers and equations;
+    sentences lose their spaces, but they are never decoded.
 
     Args:
         words: the words and signs of the task.

@@ -1,6 +1,6 @@
 """Training of LatentRM.
 
-- `data`, `loss`, `optimization`: the annotated questions, the losses, how the weights are updated (without torch).
-- `model`: the backbone with its scalar head, all rollouts of a question in one row.
+- `data`, `loss`, `optimization`: annotated questions, losses, settings of the updates (without torch).
+- `model`: the backbone with a scalar head; all rollouts of a question are one row.
 - `train`: the updates, the choice of the best weights, the finished checkpoint.
 """

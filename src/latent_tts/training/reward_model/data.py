@@ -1,4 +1,4 @@
-"""The training data of LatentRM: questions of an annotation folder, and batches of them."""
+"""The training data of LatentRM: the questions of an annotation folder, and batches of them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ log = logging.getLogger(__name__)
 
 
 class MixedQuestions:
-    """The questions of an annotation folder that have right and wrong rollouts, read from disk one by one.
+    """The questions of an annotation folder with both right and wrong rollouts, read from disk one by one.
 
     Attributes:
-        unmixed: numbers of questions left out, by `all_correct` and `all_wrong`; None for official shards, which do
-            not say.
+        unmixed: numbers of dropped questions, by `all_correct` and `all_wrong`; None for official shards, which do not
+            contain them.
         chance: mean share of right rollouts, the selection accuracy of a random choice.
     """
 
     def __init__(self, folder: AnnotationFolder, adapter: ModelAdapter, latent_id: int, key: str) -> None:
-        """Check every shard by its shapes and pick the questions.
+        """Check the shapes of every shard and select the questions.
 
         Raises:
-            UsageError: a shard does not fit, no question has a mixed outcome, or a prompt is too long.
+            UsageError: a shard does not fit, no question has both right and wrong rollouts, or a prompt is too long.
         """
         folder.check()
         rows = folder.index().to_pylist()
@@ -42,11 +42,13 @@ class MixedQuestions:
         shares = [row["share_correct"] for row in rows]
         self.unmixed = None if folder.official else {"all_correct": shares.count(1.0), "all_wrong": shares.count(0.0)}
         if max((row["rollouts"] for row in rows), default=2) == 1:
-            raise bad_value(key, folder.path, "one rollout per question (n=1); LatentRM learns by comparing several")
-        if not self.rows:
             raise bad_value(
-                key, folder.path, f"none of its {len(rows)} questions has both right and wrong rollouts to learn from"
+                key,
+                folder.path,
+                "has one rollout per question; a LatentRM learns by comparing several (annotate with n=2 or more)",
             )
+        if not self.rows:
+            raise bad_value(key, folder.path, f"none of its {len(rows)} questions has both right and wrong rollouts")
         self.folder, self.latent_id, self.pad_id = folder, latent_id, adapter.eos_id
         self.chance = float(np.mean([row["share_correct"] for row in self.rows]))
         self.rollouts = max(row["rollouts"] for row in self.rows)
@@ -54,7 +56,7 @@ class MixedQuestions:
         _ = self[0]
 
     def accuracy_of_all(self, accuracy: float) -> float | None:
-        """Selection accuracy including questions whose rollouts are all right or all wrong; None if not known."""
+        """Selection accuracy including questions whose rollouts are all right or all wrong; None if unknown."""
         if self.unmixed is None:
             return None
         everything = len(self) + sum(self.unmixed.values())
@@ -75,7 +77,7 @@ class MixedQuestions:
         if len(prompt) + entry.latents_NTD.shape[1] > self.positions:
             raise UsageError(
                 f"{self.folder.path}: question {entry.question_id} has {len(prompt)} prompt tokens and "
-                f"{entry.latents_NTD.shape[1]} latents, the reasoner takes {self.positions} positions"
+                f"{entry.latents_NTD.shape[1]} latents; the reasoner has {self.positions} positions"
             )
         return {
             "prompt": np.array(prompt),
@@ -86,37 +88,40 @@ class MixedQuestions:
 
 
 def open_questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestions:
-    """The usable questions of an annotation folder; logs how many are left out.
+    """Open the usable questions of an annotation folder; logs how many were dropped.
 
     Args:
         path: the folder.
-        adapter: of the reasoner that LatentRM is trained for.
-        key: the config key that errors name.
+        adapter: that of the reasoner for which LatentRM is trained.
+        key: config key of the folder, for errors.
 
     Raises:
-        UsageError: the folder is of another reasoner, its shards are not usable, or no question has a mixed outcome.
+        UsageError: the folder belongs to another reasoner, a shard is not usable, or no question has both right and
+            wrong rollouts.
     """
     folder = AnnotationFolder(path, key=key)
     found = folder.settings.get("reasoner")
     if folder.official:
-        log.warning("%s=%s: official shards do not say which reasoner they are of", key, path)
+        log.warning("%s=%s: official shards do not name their reasoner, so it is not checked", key, path)
     elif found != adapter.digest:
         of = f"{folder.settings.get('reasoner_name')} ({found})"
         raise bad_value(
-            key, path, f"rollouts of the reasoner {of}, model.checkpoint is {adapter.name} ({adapter.digest})"
+            key, path, f"annotated with the reasoner {of}; model.checkpoint is {adapter.name} ({adapter.digest})"
         )
     if not folder.complete:
-        log.warning("%s=%s: `ltts annotate` has not finished it; the finished questions are used", key, path)
+        log.warning(
+            "%s=%s: incomplete, because `ltts annotate` has not finished; the finished questions are used", key, path
+        )
     latent_id = folder.settings.get("latent_id", getattr(adapter, "latent_id", None))
     if latent_id is None:
-        raise bad_value(key, path, f"neither its settings nor {adapter.name} have a latent_id")
+        raise bad_value(key, path, f"neither its settings nor model={adapter.name} have a latent_id")
     folder.width = Shape.from_config(adapter.config).width
     mixed = MixedQuestions(folder, adapter, latent_id, key)
     if mixed.unmixed is None:
         log.info("%s: %d questions", key, len(mixed))
     else:
         log.info(
-            "%s: %d questions with right and wrong rollouts; dropped: %d all right, %d all wrong",
+            "%s: %d questions with right and wrong rollouts; dropped: %d with all right, %d with all wrong",
             key,
             len(mixed),
             mixed.unmixed["all_correct"],
@@ -126,10 +131,12 @@ def open_questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestion
 
 
 def collate(items: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
-    """Stack questions, prompts padded on the right; missing rollouts and steps: label NaN, latent 0, outcome False.
+    """Stack questions into a batch, with prompts padded on the right (imports torch).
+
+    Rollouts and steps that a question does not have get label NaN, latent 0 and outcome False.
 
     Args:
-        items: of `MixedQuestions`.
+        items: items of `MixedQuestions`.
     """
     import torch
 

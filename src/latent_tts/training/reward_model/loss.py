@@ -1,10 +1,10 @@
 """The losses of LatentRM.
 
-Each is a mean over questions, and the part of a question depends on nothing else, so that neither padding nor the
-other questions of a batch change its scale.
+Each is a mean over questions. The term of a question depends only on that question, so that neither padding nor other
+questions of the batch change its scale.
 
-Shapes: logits r_t (Q, N, T); labels (Q, N, T), NaN where a rollout has no such step (padding is that too); outcomes
-(Q, N), whether a rollout's own answer is right.
+Shapes: logits r_t (Q, N, T); labels (Q, N, T), NaN for steps that a rollout does not have and for padding; outcomes
+(Q, N), whether the rollout's own answer is right.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ LOSSES = ("contrastive", "bce", "last_step")
 
 @dataclass(frozen=True)
 class RewardLoss:
-    """A loss by name.
+    """A loss, chosen by its name.
 
-    - `contrastive`: for each step a softmax over the rollouts of a question that have the step, and the cross-entropy
-      -sum_n y log p with the labels as they are, mean over steps, then over questions. The official training is this
-      sum too, but divides by padded length times batch.
-    - `bce`: for each step of each rollout the binary cross-entropy of sigmoid(r_t) with the soft label; mean over the
-      steps and rollouts of a question, then over questions.
-    - `last_step`: one softmax over the rollouts of a question of the summed score, which is what picks a rollout,
-      with the final outcome (0 or 1) as the label: what is left of `contrastive` without step-wise labels.
+    - `contrastive`: per step, a softmax over the rollouts of a question that have the step, and the cross-entropy
+      -sum_n y log p with the unnormalized labels; mean over steps, then over questions. The official training has the
+      same sum, but divides it by padded length times batch.
+    - `bce`: per step and rollout, the binary cross-entropy of sigmoid(r_t) with the soft label; mean over the steps
+      and rollouts of a question, then over questions.
+    - `last_step`: a softmax over the rollouts of a question of their scores (sums over steps, by which a rollout is
+      picked), with the outcome (0 or 1) as the label: `contrastive` without step labels.
 
     Attributes:
-        name: one of the three.
-        normalize: divide the labels of a softmax by their sum over the rollouts (a softmax whose labels are all 0
-            then counts 0); for `contrastive` and `last_step`.
+        name: `contrastive`, `bce` or `last_step`.
+        normalize: divide the labels of a softmax by their sum over the rollouts (the loss is 0 if all labels are 0);
+            only for `contrastive` and `last_step`.
 
     Source: You et al. 2025 (arXiv 2510.07745), section 5.2 and its ablations.
     """
@@ -48,9 +48,9 @@ class RewardLoss:
         if self.name not in LOSSES:
             raise bad_value("loss.name", self.name, f"one of {', '.join(LOSSES)}")
         if not isinstance(self.normalize, bool):
-            raise bad_value("loss.normalize", self.normalize, "true or false")
+            raise bad_value("loss.normalize", self.normalize, "must be true or false")
         if self.normalize and self.name == "bce":
-            raise bad_value("loss.normalize", self.normalize, "loss.name=bce has no softmax; false")
+            raise bad_value("loss.normalize", self.normalize, "must be false: loss.name=bce has no softmax")
 
     def __call__(self, logits_QNT: Tensor, labels_QNT: Tensor, correct_QN: Tensor) -> Tensor:
         """The loss, a scalar (imports torch)."""
@@ -68,7 +68,7 @@ class RewardLoss:
         return self._softmax_loss(score_QN, correct_QN.to(score_QN.dtype), has_step_QNT.any(-1)).mean()
 
     def _softmax_loss(self, logits: Tensor, labels: Tensor, present: Tensor) -> Tensor:
-        """-sum y log p over axis 1; members that are not present are left out, whatever their logits."""
+        """-sum y log p over axis 1 of the members that are present."""
         import torch
 
         log_p = logits.masked_fill(~present, torch.finfo(logits.dtype).min).log_softmax(1)
@@ -80,11 +80,11 @@ class RewardLoss:
 
 
 def rollout_scores(logits_QNT: Tensor, has_step_QNT: Tensor) -> Tensor:
-    """Scores (Q, N) of rollouts: the sum of the logits of their steps; -inf without a step, as padding is."""
+    """Scores (Q, N) of rollouts: the sum of the logits of their steps; -inf for a rollout without steps (padding)."""
     score_QN = logits_QNT.masked_fill(~has_step_QNT, 0.0).sum(-1)
     return score_QN.masked_fill(~has_step_QNT.any(-1), -math.inf)
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
-    """The mean over axis 1 of the values where `counts` is true; 0 where it never is."""
+    """The mean over axis 1 of the values where `counts` is true; 0 if there are none."""
     return values.masked_fill(~counts, 0.0).sum(1) / counts.sum(1).clamp(min=1)

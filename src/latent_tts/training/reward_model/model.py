@@ -1,4 +1,4 @@
-"""LatentRM in training: the reasoner's backbone with a scalar head, all rollouts of a question in one row.
+"""LatentRM in training: the reasoner's backbone with a scalar head; all rollouts of a question are one row.
 
 Source: You et al. 2025 (arXiv 2510.07745), section 5; checkpoint layout of ModalityDance/latent-tts-rm.
 """
@@ -23,12 +23,12 @@ from latent_tts.model import ModelAdapter
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Mask and positions of rows with one question each: a prompt, then the latents of its N rollouts (S = L + N*T).
+    """Mask and positions of rows of one question each: the prompt, then the latents of N rollouts (S = L + N*T).
 
     Attributes:
         mask_Q1SS: True where a position (third axis) attends to another (last axis): a prompt token to the prompt up to
             itself, a latent to the prompt and to its own rollout up to itself.
-        positions_QS: a rollout's first latent stands right after the prompt's last token.
+        positions_QS: position ids; the first latent of every rollout follows the last prompt token.
     """
 
     mask_Q1SS: Tensor
@@ -36,9 +36,9 @@ class PackedLayout:
 
     @classmethod
     def of(cls, lengths_Q: Tensor, longest: int, rollouts: int, latents: int) -> PackedLayout:
-        """The mask and positions of prompts of `lengths_Q` tokens, padded on the right to `longest`.
+        """The layout of prompts with `lengths_Q` tokens, padded on the right to `longest`.
 
-        Padding attends to the prompt up to itself, so that no row of the mask is empty; nothing real attends to it.
+        Padding attends to the prompt up to itself, so that no row of the mask is empty; nothing attends to padding.
         """
         device, questions = lengths_Q.device, len(lengths_Q)
         place_L = torch.arange(longest, device=device)
@@ -85,24 +85,24 @@ class LatentRMModule(nn.Module):
         self.classifier.to(next(self.backbone.parameters()).dtype)
 
     def train(self, mode: bool = True) -> LatentRMModule:
-        """Training mode, the backbone always in evaluation mode: without dropout."""
+        """Set the training mode; the backbone stays in evaluation mode, without dropout."""
         super().train(mode)
         self.backbone.eval()
         return self
 
     def forward(self, prompt_QL: Tensor, lengths_Q: Tensor, latents_QNTD: Tensor) -> Tensor:
-        """The logits r_t (Q, N, T) of the latents of N rollouts per question; in float32 under autocast.
+        """The logits r_t (Q, N, T) of the latents, in the dtype of the head even under autocast.
 
         Args:
             prompt_QL: token ids, padded on the right.
-            lengths_Q: tokens of each prompt.
-            latents_QNTD: the rollouts' latents.
+            lengths_Q: number of tokens of each prompt.
+            latents_QNTD: latents of the rollouts.
         """
         questions, rollouts, latents, width = latents_QNTD.shape
         prompt_QLD = self.backbone.get_input_embeddings()(prompt_QL)
         latents_QRD = latents_QNTD.reshape(questions, rollouts * latents, width).to(prompt_QLD.dtype)
         packed = PackedLayout.of(lengths_Q, prompt_QL.shape[1], rollouts, latents)
-        # additive, since an attention function other than SDPA adds the mask it is given
+        # additive, since attention functions other than SDPA add the mask to the scores
         additive_Q1SS = torch.zeros_like(packed.mask_Q1SS, dtype=prompt_QLD.dtype).masked_fill(
             ~packed.mask_Q1SS, torch.finfo(prompt_QLD.dtype).min
         )
@@ -119,7 +119,7 @@ class LatentRMModule(nn.Module):
 
     @torch.no_grad()
     def round_to(self, dtype: torch.dtype) -> None:
-        """Round the weights to `dtype`, so that the figures are those of the checkpoint that is written."""
+        """Round the weights to `dtype`, so that figures are those of the checkpoint that will be written."""
         for parameter in self.parameters():
             parameter.copy_(parameter.to(dtype))
 

@@ -1,4 +1,4 @@
-"""How LatentRM's weights are updated, checked without torch."""
+"""How the weights of LatentRM are updated; checked without torch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from latent_tts.training.optimization import Optimization
 
 @dataclass(frozen=True)
 class RewardOptimization(Optimization):
-    """How the weights are updated; after the warm-up a cosine to 0.
+    """How the weights of LatentRM are updated; after the warm-up the learning rate falls to 0 by a cosine.
 
     Attributes:
         batch, accumulation, lr, weight_decay, clip: as in `Optimization`.
-        warmup: share of the updates that warm up.
-        epochs: largest number of passes over the questions; 0 leaves LatentRM untrained.
+        warmup: share of the updates in the warm-up, in [0, 1).
+        epochs: maximum number of passes over the questions; 0 leaves LatentRM untrained.
         evaluations: number of evaluations on `valid_annotations` per epoch; each saves a state.
-        patience: evaluations without a better selection accuracy after which training stops.
+        patience: number of evaluations without a better selection accuracy after which training stops.
     """
 
     warmup: float
@@ -30,10 +30,10 @@ class RewardOptimization(Optimization):
         super().__post_init__()
         check_positive("optimization", self, whole=("evaluations", "patience"))
         if not (is_whole(self.epochs) and self.epochs >= 0):
-            raise bad_value("optimization.epochs", self.epochs, "a number of passes, 0 or more")
+            raise bad_value("optimization.epochs", self.epochs, "must be an integer, 0 or more")
         if not (is_number(self.warmup) and 0 <= self.warmup < 1):
-            raise bad_value("optimization.warmup", self.warmup, "in [0, 1)")
+            raise bad_value("optimization.warmup", self.warmup, "must be a number in [0, 1)")
 
     def updates_per_epoch(self, questions: int) -> int:
-        """Updates in one pass over the questions; the last one may have fewer questions."""
+        """Number of updates per pass over the questions; the last update may have fewer questions."""
         return math.ceil(questions / self.batch)

@@ -1,4 +1,4 @@
-"""Training LatentRM on an annotation folder; the weights of the best selection accuracy are kept."""
+"""Trains LatentRM on an annotation folder and keeps the weights with the best selection accuracy."""
 
 from __future__ import annotations
 
@@ -50,27 +50,27 @@ def train_latent_rm(
     """Train LatentRM and write its checkpoint and `train_rm.json`; resumes a run that was stopped.
 
     Args:
-        adapter: of the reasoner.
-        data: to train on.
-        valid: to choose by.
-        loss: what is minimised.
-        optimization: batch, learning rate and the like.
-        init: the backbone's first weights, `reasoner` or `random`.
-        seed: of the head's weights and the order of the questions.
+        adapter: that of the reasoner.
+        data: training questions.
+        valid: validation questions, by which the best weights are chosen.
+        loss: the loss to minimise.
+        optimization: batch, learning rate and so on.
+        init: initial weights of the backbone, `reasoner` or `random`.
+        seed: seed of the head's weights and of the order of questions.
         bf16: whether the forward pass runs under bfloat16 autocast.
         device: `auto`, `cpu`, `cuda` or `cuda:INDEX`.
-        weights_dtype: of the checkpoint, `float32` or `bfloat16`.
-        output: folder of the states and the finished checkpoint.
+        weights_dtype: dtype of the checkpoint, `float32` or `bfloat16`.
+        output: folder for the states and the finished checkpoint.
         calibrate: chooses the temperature of the weighted vote and writes it into the checkpoint.
         report: called as `report(updates_done, figures)` after every update.
 
     Returns:
-        The content of `train_rm.json`; None in a process that is not the first.
+        The content of `train_rm.json`; None in all processes of a launch except the first.
 
     Raises:
         RunError: a loss or gradient is not finite; the last state is kept.
-        UsageError: the device is not there, or the batch cannot be shared by the processes.
-        KeyboardInterrupt: on Ctrl-C, after the state has been saved.
+        UsageError: the machine does not have the device, or the batch cannot be divided among the processes.
+        KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
     started = time.perf_counter()
     arguments = trainer_arguments(optimization, len(data), output / STATES, seed=seed, bf16=bf16, device=device)
@@ -103,19 +103,19 @@ def train_latent_rm(
         "valid_selection_accuracy_of_all": valid.accuracy_of_all(accuracy),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    with whole_file(output / RESULTS) as partial:  # last of all: its presence means finished
+    with whole_file(output / RESULTS) as partial:  # written last: the training is finished if it exists
         partial.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 
 def read_results(output: Path) -> dict[str, Any] | None:
-    """The content of the `train_rm.json` of a finished training; None if it is not finished."""
+    """The content of `train_rm.json`; None if the training is not finished."""
     path = output / RESULTS
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def initial_model(adapter: ModelAdapter, init: str, seed: int) -> LatentRMModule:
-    """LatentRM before training, in float32: the reasoner's weights, or with `init=random` fresh ones of its shape."""
+    """LatentRM before training, in float32: with the reasoner's weights, or with random ones if `init=random`."""
     lm = adapter.load(device="cpu", dtype="float32").lm
     if init == "random":
         torch.manual_seed(seed)
@@ -133,23 +133,24 @@ def train(
     *,
     report: Report,
 ) -> RewardTrainer:
-    """Train until the epochs or the patience end, from the last saved state if there is one.
+    """Train until the epochs or the patience are used up, from the last saved state if there is one.
 
     Args:
-        model: initial weights; at the end the best ones, by selection accuracy on `valid`; of equals the earliest.
-        loss: what is minimised.
-        data: to train on.
-        valid: to choose by.
-        optimization: batch, learning rate and the like.
-        arguments: of `trainer_arguments`.
+        model: the initial model; afterwards it has the weights with the best selection accuracy on `valid` (the
+            earliest of equal ones).
+        loss: the loss to minimise.
+        data: training questions.
+        valid: validation questions.
+        optimization: batch, learning rate and so on.
+        arguments: result of `trainer_arguments`.
         report: called as `report(updates_done, figures)` after every update.
 
     Returns:
         The trainer, whose `evaluate` measures the model.
 
     Raises:
-        RunError: a loss or gradient is not finite; the last state is kept.
-        KeyboardInterrupt: on Ctrl-C, after the state has been saved.
+        RunError: a loss or gradient is not finite, or the best state was removed; the last state is kept.
+        KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
     trainer = RewardTrainer(
         loss,
@@ -173,27 +174,27 @@ def train(
     assert last is not None
     best = states / f"checkpoint-{read_state(last)['best_global_step']}"
     if not (best / files.WEIGHTS).is_file():
-        raise RunError(f"the best state {best} is gone; train in another output folder")
+        raise RunError(f"the best state {best} was removed; train in another output folder")
     model.load_state_dict(load_file(best / files.WEIGHTS))
     return trainer
 
 
 class RewardTrainer(ResumableTrainer):
-    """The Trainer with LatentRM's loss; its predictions are the scores of rollouts."""
+    """The Trainer for LatentRM; its predictions are scores of rollouts."""
 
     def __init__(self, loss: RewardLoss, rollouts: int, **more: Any) -> None:
-        """Take the loss, and the largest number of rollouts per question, to which predictions are padded."""
+        """Create a trainer from a loss and the most rollouts of a question, to which predictions are padded."""
         super().__init__(**more)
         self.reward_loss, self.rollouts = loss, rollouts
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and the scores (Q, N)."""
+        """The loss of a batch, and the scores (Q, N) of its rollouts."""
         logits_QNT = model(inputs["prompt_QL"], inputs["lengths_Q"], inputs["latents_QNTD"])
         loss = self.reward_loss(logits_QNT, inputs["labels_QNT"], inputs["correct_QN"])
         return loss, rollout_scores(logits_QNT, ~inputs["labels_QNT"].isnan())
 
     def prediction_step(self, model: nn.Module, inputs: dict, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, scores and outcomes, padded to the same width in every batch, so that they can be concatenated."""
+        """Loss, scores and outcomes, padded to the same width in every batch so that they can be concatenated."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, score_QN = self.compute_loss(model, inputs, return_outputs=True)
@@ -205,7 +206,7 @@ class RewardTrainer(ResumableTrainer):
 def trainer_arguments(
     optimization: RewardOptimization, questions: int, states: Path, *, seed: int, bf16: bool, device: str
 ) -> TrainingArguments:
-    """The Trainer's settings; each evaluation saves a state, of which the best and the last are kept."""
+    """The settings of the Trainer; every evaluation saves a state, and the best and the last state are kept."""
     updates = optimization.updates_per_epoch(questions)
     every = max(1, updates // optimization.evaluations)
     return training_arguments(
