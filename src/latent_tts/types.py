@@ -53,6 +53,22 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Computation:
+    """How a loaded model is computed, as `engine.proof` found it to be right.
+
+    Attributes:
+        attention: `shared-prefix`, the engine's own, or `transformers`, the model's.
+        logits: `head`, the LM head alone, or `model`: what the model makes of a final hidden state, as where it scales
+            or caps the head's logits.
+        reason: why not the first of each; empty where it is.
+    """
+
+    attention: Literal["shared-prefix", "transformers"] = "shared-prefix"
+    logits: Literal["head", "model"] = "head"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Reasoner:
     """A loaded model.
 
@@ -60,11 +76,13 @@ class Reasoner:
         lm: the causal LM of transformers, in evaluation mode.
         next_latent: turns final hidden states (..., D) into the latents (..., D) that are fed back.
         latent_spread: the standard deviations (..., D) of a head that predicts a Gaussian; None where there is none.
+        computation: how the engine computes it.
     """
 
     lm: PreTrainedModel
     next_latent: Callable[[Tensor], Tensor]
     latent_spread: Callable[[Tensor], Tensor] | None = None
+    computation: Computation = Computation()
 
 
 @dataclass(frozen=True)
@@ -74,10 +92,12 @@ class RewardModel:
     Attributes:
         backbone: the transformer without a language-model head, in evaluation mode.
         classifier: turns final hidden states (..., D) into step scores (...), in float32 or wider.
+        computation: how the engine computes it.
     """
 
     backbone: PreTrainedModel
     classifier: Callable[[Tensor], Tensor]
+    computation: Computation = Computation()
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,13 @@ def draw(spec: RunSpec, cache: RolloutCache, lacking: Mapping[str, list[int]], *
     rates = measured_rates(shape.width, spec.engine.dtype, device)
     _log_work(spec, jobs, rates, rows, bytes_per_row, answers=answers)
     plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-    engine, sampler = Engine(load_reasoner(spec.adapter, spec.engine, device), plan), spec.answers.over(spec.sampler)
+    longest = max(len(job.prompt) for job in jobs) + reserved_positions(spec.adapter, spec.max_answer_tokens)
+    engine = Engine(load_reasoner(spec.adapter, spec.engine, device, longest=longest), plan)
+    sampler = spec.answers.over(spec.sampler)
     scorer, reduction = None, None
     if search.guided:
         assert spec.scorer is not None
-        scorer = LatentScorer(load_scorer(spec.scorer, spec.engine.dtype, device))
+        scorer = LatentScorer(load_scorer(spec.scorer, spec.engine.dtype, device, longest=longest))
         reduction = spec.scorer.reduction
 
     def draw_batch(batch: list[RolloutJob]) -> list[Row]:
@@ -128,7 +130,7 @@ def score(
         for job in jobs
     )
     log.info("%d rollouts to score with %s: at most %.3g GFLOP", total, scorer.name, work / 1e9)
-    model = LatentScorer(load_scorer(scorer, dtype, device))
+    model = LatentScorer(load_scorer(scorer, dtype, device, longest=longest + steps))
     packed = batches(jobs, rows, max_prompts(shape.width, model.device.type))
     with report.progress_bar(total, "scores") as bar:
         with computing("scoring rollouts", f"what was scored is in {cache.folder}", LESS_MEMORY):
