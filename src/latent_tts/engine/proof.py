@@ -116,6 +116,8 @@ def _settle(
     lm: PreTrainedModel, make_latent: Callable[[Tensor], Tensor], head: nn.Module | None, longest: int
 ) -> tuple[Any, str, _Walk, _Reference]:
     """The attention that computes a model right, why it is not the shared-prefix one, and the proof of it."""
+    if getattr(lm, "_is_stateful", False):
+        raise RunError(f"{type(lm).__name__} keeps a running state, which cannot be rewound or forked")
     reason, ways, problem = _seen_problem(lm, longest), ["transformers"], ""
     if reason is None:
         ways.insert(0, "shared-prefix")

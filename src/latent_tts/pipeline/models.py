@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.rollout import RolloutPlan
 from latent_tts.errors import bad_value
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.spec import EngineSettings
+from latent_tts.pipeline.spec import COMPUTATION, EngineSettings
+from latent_tts.results.files import whole_file
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
 from latent_tts.types import Computation, Reasoner, RewardModel
@@ -78,6 +81,12 @@ def _keep_proven(
         return found
 
     return replace(model, computation=_keep(f"{kind}'s proof", proof, computation))
+
+
+def write_computation(folder: Path, computation: Computation) -> None:
+    """Say beside rollouts how they were computed."""
+    with whole_file(folder / COMPUTATION) as path:
+        path.write_text(json.dumps(asdict(computation), indent=1) + "\n")
 
 
 def described(computation: Computation) -> str:

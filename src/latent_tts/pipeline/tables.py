@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from latent_tts.engine.cost import Shape
 from latent_tts.pipeline import environment
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.scores import Scores
-from latent_tts.pipeline.spec import RunSpec
+from latent_tts.pipeline.spec import COMPUTATION, RunSpec
 from latent_tts.results import plot, statistics
 from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
 from latent_tts.results.files import settings_digest
@@ -272,12 +273,23 @@ def write_run_folder(
             "machine": environment.machine(),
             "grading": {"given_up": spec.task.rule.given_up},
             "cache": str(drawn.cache.folder.resolve()),
+            **_computation(drawn.cache.folder),
             **_where_drawn(drawn.rows),
             "rollouts": _counts(drawn),
             "seconds": _seconds(drawn) | {"this_command": seconds},
             **record,
         },
     )
+
+
+def _computation(folder: Path) -> dict[str, str]:
+    """How the rollouts were computed: which attention, whose logits, and why not the usual ones."""
+    path = folder / COMPUTATION
+    if not path.is_file():
+        return {}
+    computation = json.loads(path.read_text())
+    why = {"computation_reason": computation["reason"]} if computation["reason"] else {}
+    return {"attention": computation["attention"], "logits": computation["logits"], **why}
 
 
 def _where_drawn(rows: pd.DataFrame) -> dict[str, list[Any]]:
