@@ -22,6 +22,7 @@ from latent_tts.errors import RunError
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
 from latent_tts.sampler.greedy import Greedy
+from latent_tts.schedule.jacobi import Jacobi
 from latent_tts.types import Reasoner, RewardModel
 
 FAST, SLOW = "shared-prefix", "transformers"
@@ -51,12 +52,12 @@ NOISE, MASKS = Gaussian(0.5, False), Dropout(0.2, "residual_embedding", EVERYWHE
 LENGTHS, ROLLOUTS = [7, 2, 7], 2
 
 
-def check(family, sampler, *, stop_id=None, dtype=torch.float32, change=None, check_every=1, rollouts=ROLLOUTS):
+def check(family, sampler, *, stop_id=None, dtype=torch.float32, change=None, check_every=1, rollouts=ROLLOUTS, **more):
     """Rollouts of ragged prompts beside the oracle's."""
     reasoner, prompts = tiny.reasoner(family, dtype), tiny.prompts(LENGTHS)
     if change is not None:
         change(reasoner.lm)
-    plan = tiny.plan(3, answer=3, stop_id=stop_id)
+    plan = tiny.plan(3, answer=3, stop_id=stop_id, **more)
     oracle = Oracle(reasoner, plan)
     engine = Engine(tiny.proven(reasoner), plan)
     found = roll(engine, prompts, range(rollouts), sampler)
@@ -109,6 +110,12 @@ def test_rows_that_stop_by_a_token_leave_no_trace(family, sampler):
         raise AssertionError("no token stops rows at different steps")
     found = check(family, sampler, stop_id=stop_id, rollouts=4)
     assert len(found.steps_R.unique()) > 2
+
+
+@pytest.mark.parametrize("family", ["mistral", slow("gpt_neo"), slow("gemma2"), slow("granite")])
+@pytest.mark.parametrize("sampler", [NOISE, Dropout(0.2, "residual_embedding", ["thoughts"], "fresh")], ids=str)
+def test_as_many_parallel_sweeps_as_latents_equal_the_sequential_oracle(family, sampler):
+    check(family, sampler, schedule=Jacobi(3, 2, "token"), latent_id=59)
 
 
 @pytest.mark.parametrize("family", ["mistral", slow("llama"), slow("gemma2"), slow("granite"), slow("gpt_neo")])

@@ -292,13 +292,12 @@ class _Observed:
 
     def mask(self, *, mask_function: Callable, use_vmap: bool = False, **arguments: Any) -> None:
         """Look at what the first and the last token of the longest sequence attend to."""
-        del arguments
         self.masks += 1
         last, shown = self.longest - 1, {"batch_size": 1, "q_length": 1, "allow_is_causal_skip": False}
         for query, visible in ((0, 1), (last, self.longest)):
             mask = sdpa_mask(
                 **cast(Any, shown), kv_length=self.longest, q_offset=query, mask_function=mask_function,
-                use_vmap=use_vmap,
+                use_vmap=use_vmap, device=arguments.get("device", "cpu"),
             )  # fmt: skip
             assert mask is not None
             self.not_causal |= int(mask.sum()) != visible

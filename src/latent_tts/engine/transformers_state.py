@@ -114,9 +114,11 @@ class TransformersState:
             forked._position_offset_R = self._position_offset_R[rows]
         forked._groups = []
         for group in self._groups:
-            new, place = (rows[:, None] == group.rows).nonzero().unbind(1)
+            place_R = rows.new_full((self._rows,), -1)
+            place_R[group.rows] = torch.arange(len(group.rows), device=rows.device)
+            new = (place_R[rows] >= 0).nonzero()[:, 0]
             if len(new):
-                chosen = group.select(place)
+                chosen = group.select(place_R[rows[new]])
                 chosen.rows = new
                 forked._groups.append(chosen)
         return forked
