@@ -30,6 +30,7 @@ PROMPTS, ROLLOUTS, FED = [[3, 1, 2], [5, 4, 2, 0, 1]], 2, 4  # token ids modulo 
 OTHER_WAY_ROUND = [1, 0, 3, 2]  # the rollouts of each question, swapped
 LATENTS, LOG_PROBABILITIES = 2e-4, 1e-3  # of the largest value; absolute. In float32 and wider
 HALF = 2.0  # times the distance between the model's own two kinds of attention, in half precision
+HALF_REFUSED = 4.0  # times that where a difference would mean that the model cannot be run at all
 HALF_ROUNDINGS = 4.0  # and never less than so many roundings of the largest value
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 OBSERVED = "latent_tts_observed"
@@ -61,6 +62,8 @@ def prove_reasoner(reasoner: Reasoner, longest: int) -> Computation:
     if problem is not None:
         why = f"the model does more to logits than its LM head ({problem})"
         found = Computation(attention, "model", f"{reason}; {why}" if reason else why)
+    if lm.dtype.itemsize < 4:
+        wanted.logits_limit *= HALF_REFUSED
     problem = _logits_problem(found, reasoner, walk.hidden_RPD, wanted)
     if problem is not None:
         raise RunError(f"{type(lm).__name__}: the engine does not compute this model as it computes itself: {problem}")
