@@ -54,6 +54,22 @@ class Question:
 
 
 @dataclass(frozen=True)
+class Computation:
+    """How a loaded model is computed, as `engine.proof` found it to be right.
+
+    Attributes:
+        attention: `shared-prefix`, the engine's own, or `transformers`, the model's.
+        logits: `head`, the LM head alone, or `model`: what the model makes of a final hidden state, as where it scales
+            or caps the head's logits.
+        reason: why not the first of each; empty where it is.
+    """
+
+    attention: Literal["shared-prefix", "transformers"] = "shared-prefix"
+    logits: Literal["head", "model"] = "head"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Reasoner:
     """A loaded model.
 
@@ -62,11 +78,13 @@ class Reasoner:
         next_latent: turns final hidden states (..., D) into the latents (..., D) that are fed back.
         latent_spread: turns final hidden states (..., D) into the standard deviations (..., D) of the latents; None
             unless the latent head predicts a Gaussian.
+        computation: how the engine computes it.
     """
 
     lm: PreTrainedModel
     next_latent: Callable[[Tensor], Tensor]
     latent_spread: Callable[[Tensor], Tensor] | None = None
+    computation: Computation = Computation()
 
 
 @dataclass(frozen=True)
@@ -76,10 +94,12 @@ class RewardModel:
     Attributes:
         backbone: the transformer without a language-model head, in evaluation mode.
         classifier: turns final hidden states (..., D) into step scores (...), in float32 or wider.
+        computation: how the engine computes it.
     """
 
     backbone: PreTrainedModel
     classifier: Callable[[Tensor], Tensor]
+    computation: Computation = Computation()
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ samplers = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.ke
 
 
 def plan(family, stop_id=None, latents=T):
-    return tiny.plan(latents, eos_id=tiny.EOS_IDS[family], answer=3, stop_id=stop_id)
+    return tiny.plan(latents, eos_id=tiny.EOS_IDS.get(family, tiny.NEVER), answer=3, stop_id=stop_id)
 
 
 def expected(oracle, sampler, job, rollout, steps, completions=M):
@@ -52,12 +52,16 @@ def expected(oracle, sampler, job, rollout, steps, completions=M):
 @pytest.mark.every_other
 @pytest.mark.parametrize(
     ("family", "sampler"),
-    [*(("gpt2", sampler) for sampler in SAMPLERS.values()), ("qwen3", SAMPLERS["dropout in thoughts"])],
-    ids=[*SAMPLERS, "grouped queries"],
+    [
+        *(("gpt2", sampler) for sampler in SAMPLERS.values()),
+        ("qwen3", SAMPLERS["dropout in thoughts"]),
+        ("mistral", SAMPLERS["dropout everywhere"]),
+    ],
+    ids=[*SAMPLERS, "grouped queries", "transformers' own cache"],
 )
 def test_labels_equal_the_oracle(family, sampler):
     reasoner, here = tiny.reasoner(family), plan(family)
-    entries, _ = label_batch(jobs(), Engine(reasoner, here), sampler, labelling())
+    entries, _ = label_batch(jobs(), Engine(tiny.proven(reasoner), here), sampler, labelling())
     oracle = Oracle(reasoner, here)
     for job, entry in zip(jobs(), entries, strict=True):
         for rollout in range(1, N):

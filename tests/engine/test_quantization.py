@@ -144,7 +144,7 @@ def test_a_run_reports_what_int8_gives_and_keeps_it_apart(run):
 
 
 def test_keys_of_runs_without_it_are_those_of_before():
-    adapter = SimpleNamespace(digest="", prompt_recipe="", latents=6, eos_id=0)
+    adapter = SimpleNamespace(digest="", prompt_recipe="", latents=6, eos_id=0, eos_ids=(0,))
     spec: Any = SimpleNamespace(
         adapter=adapter,
         sampler=Greedy(),

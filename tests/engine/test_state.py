@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_tts.engine.backbone import prepare_backbone
-from latent_tts.engine.state import KeyValueState
+from latent_tts.engine.state import open_state
+from latent_tts.types import Computation
 
 CAPACITY, TOLERANCE = 12, {"rtol": 0, "atol": 1e-9}
 
@@ -21,6 +22,13 @@ def backbones(family):
 
 
 BACKBONES = {family: backbones(family) for family in ("gpt2", "llama", "qwen3")}
+WAYS = ("shared-prefix", "transformers")
+
+
+def opened(family, way, rollouts, **more):
+    """A state without questions."""
+    prepared, plain = BACKBONES[family]
+    return open_state(prepared if way == "shared-prefix" else plain, Computation(way), rollouts, CAPACITY, **more)
 
 
 class Sequences:
@@ -59,9 +67,10 @@ def checked_append(state, sequences, seed, tokens, first_valid):
 
 
 @torch.inference_mode()
-@settings(derandomize=True, deadline=None, max_examples=30)
+@settings(derandomize=True, deadline=None, max_examples=60)
 @given(
     family=st.sampled_from(sorted(BACKBONES)),
+    way=st.sampled_from(WAYS),
     lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4),
     rollouts=st.integers(1, 3),
     pieces=st.integers(1, 3),
@@ -69,13 +78,15 @@ def checked_append(state, sequences, seed, tokens, first_valid):
     seed=st.integers(0, 99),
     data=st.data(),
 )
-def test_any_order_of_operations_equals_whole_forward_passes(family, lengths, rollouts, pieces, offset, seed, data):
-    backbone, plain = BACKBONES[family]
+def test_any_order_of_operations_equals_whole_forward_passes(
+    family, way, lengths, rollouts, pieces, offset, seed, data
+):
+    _, plain = BACKBONES[family]
     generator = torch.Generator().manual_seed(seed)
     prompts = [torch.randn(n, tiny.WIDTH, generator=generator).double() for n in lengths]
     offsets = [3 * i for i in range(len(lengths))] if offset and min(lengths) > 0 else None
     given_offsets = None if offsets is None else torch.tensor(offsets)
-    state = KeyValueState(backbone, rollouts, CAPACITY, position_offset_Q=given_offsets)
+    state = opened(family, way, rollouts, position_offset_Q=given_offsets)
     sequences = Sequences(plain, prompts, rollouts, offsets or [0] * len(lengths))
     for start in range(0, len(prompts), pieces):
         part = prompts[start : start + pieces]
@@ -110,8 +121,9 @@ def test_any_order_of_operations_equals_whole_forward_passes(family, lengths, ro
 
 
 @torch.inference_mode()
-def test_more_tokens_than_the_capacity_are_refused():
-    state = KeyValueState(BACKBONES["gpt2"][0], 1, 2)
+@pytest.mark.parametrize("way", WAYS)
+def test_more_tokens_than_the_capacity_are_refused(way):
+    state = open_state(BACKBONES["gpt2"][way == "transformers"], Computation(way), 1, 2)
     state.prefill(torch.zeros(1, 1, tiny.WIDTH).double(), torch.tensor([1]))
     state.append(torch.zeros(1, 1, tiny.WIDTH).double())
     with pytest.raises(ValueError, match="1 slots and 2 more exceed the capacity of 2"):

@@ -43,7 +43,12 @@ class Oracle:
         self.factors: dict[tuple[Site, int], list[Tensor]] = {}
         for place, module in self.places.items():
             if module is not None:
-                module.register_forward_hook(lambda _module, _args, out, place=place: out * self._factors(place))
+                module.register_forward_hook(lambda _module, _args, out, place=place: self._masked(place, out))
+
+    def _masked(self, place: tuple[Site, int], out: Tensor | tuple) -> Tensor | tuple:
+        if isinstance(out, tuple):
+            return (out[0] * self._factors(place), *out[1:])
+        return out * self._factors(place)
 
     def _factors(self, place: tuple[Site, int]) -> Tensor:
         return torch.cat(self.factors[place]).to(self.lm.dtype)
@@ -146,11 +151,20 @@ def _places(lm: PreTrainedModel) -> dict[tuple[Site, int], nn.Module | None]:
     if hasattr(lm, "transformer"):  # GPT-2
         places["embedding", 0] = lm.transformer.drop
         for layer, block in enumerate(lm.transformer.h):
-            places["attention", layer], places["ffn", layer] = block.attn.resid_dropout, block.mlp.dropout
+            attention = getattr(block.attn, "attention", block.attn)  # GPT-Neo's
+            places["attention", layer], places["ffn", layer] = attention.resid_dropout, block.mlp.dropout
         return places
     places["embedding", 0] = None
+    if hasattr(lm, "gpt_neox"):
+        for layer, block in enumerate(lm.gpt_neox.layers):
+            places["attention", layer], places["ffn", layer] = block.attention.dense, block.mlp.dense_4h_to_h
+        return places
     for layer, block in enumerate(lm.model.layers):
-        places["attention", layer], places["ffn", layer] = block.self_attn.o_proj, block.mlp.down_proj
+        # a mixture of experts ends in none of its layers
+        places["attention", layer], places["ffn", layer] = (
+            block.self_attn.o_proj,
+            getattr(block.mlp, "down_proj", block.mlp),
+        )
     return places
 
 

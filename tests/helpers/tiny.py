@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,30 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedModel,
+    Qwen2Config,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
+from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.rollout import RolloutPlan
 from latent_tts.random.draw import Draw
 from latent_tts.types import Reasoner, RewardModel
@@ -41,7 +57,53 @@ SHAPE = {
 OWN_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
-# ids that these models often write
+WINDOW = 4
+WITHOUT_GROUPS = {key: value for key, value in SHAPE.items() if key != "num_key_value_heads"}
+NEO = {
+    "hidden_size": WIDTH,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "window_size": WINDOW,
+    "max_position_embeddings": POSITIONS,
+    "initializer_range": 0.3,
+    "vocab_size": VOCABULARY,
+}
+# what other families do differently: windows, caps, scales, experts, attention outside transformers' interface
+OTHER_CONFIGS: dict[str, Callable[[], Any]] = {
+    "gpt_neo": lambda: GPTNeoConfig(**NEO, **OWN_IDS),
+    "gpt_neox": lambda: GPTNeoXConfig(**WITHOUT_GROUPS, **OWN_IDS),
+    "mistral": lambda: MistralConfig(**SHAPE, **OWN_IDS, sliding_window=WINDOW),
+    "mistral_wide": lambda: MistralConfig(**SHAPE, **OWN_IDS, sliding_window=POSITIONS),
+    "qwen2": lambda: Qwen2Config(
+        **SHAPE, **OWN_IDS, sliding_window=WINDOW, use_sliding_window=True, max_window_layers=1
+    ),
+    "gemma2": lambda: Gemma2Config(
+        **SHAPE, **OWN_IDS, head_dim=8, attn_logit_softcapping=2.0, final_logit_softcapping=3.0
+    ),
+    "gemma3": lambda: Gemma3TextConfig(**SHAPE, **OWN_IDS, head_dim=8, sliding_window=WINDOW),
+    "granite": lambda: GraniteConfig(
+        **SHAPE, **OWN_IDS, logits_scaling=4.0, attention_multiplier=0.3, residual_multiplier=0.5,
+        embedding_multiplier=3.0,
+    ),
+    "cohere": lambda: CohereConfig(**SHAPE, **OWN_IDS, logit_scale=0.25),
+    "phi3": lambda: Phi3Config(**SHAPE, **OWN_IDS),
+    "olmo2": lambda: Olmo2Config(**SHAPE, **OWN_IDS),
+    "smollm3": lambda: SmolLM3Config(**SHAPE, **OWN_IDS),
+    "mixtral": lambda: MixtralConfig(**SHAPE, **OWN_IDS, num_local_experts=4),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SHAPE, **OWN_IDS, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+}  # fmt: skip
+
+
+def _build(family: str) -> PreTrainedModel:
+    if family in FAMILIES:
+        return FAMILIES[family]()
+    return AutoModelForCausalLM.from_config(OTHER_CONFIGS[family]())
+
+
+# ids that the models of `reasoner` often write
 EOS_IDS = {"gpt2": 36, "llama": 26, "llama_tied": 16, "qwen3": 11}
 NEVER = -1
 
@@ -74,7 +136,7 @@ def reasoner(
     """A reasoner with the same weights in every call; in float64 no operation uses less precision."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        lm = FAMILIES[family]().to(dtype)
+        lm = _build(family).to(dtype)
     if dtype == torch.float64:
         _norms_of_torch(lm)
     return Reasoner(lm.eval().requires_grad_(False), next_latent)
@@ -83,16 +145,25 @@ def reasoner(
 def _norms_of_torch(module: nn.Module) -> None:
     """Replace the RMS norms of transformers, which always compute in float32, by those of torch."""
     for name, child in module.named_children():
-        if type(child).__name__.endswith("RMSNorm"):
+        if hasattr(child, "variance_epsilon"):
             setattr(module, name, nn.RMSNorm(child.weight.shape, child.variance_epsilon, dtype=child.weight.dtype))
         else:
             _norms_of_torch(child)
 
 
+def proven(model: Any, longest: int = POSITIONS) -> Any:
+    """A reasoner or LatentRM with the way in which the engine computes it right."""
+    prove = prove_reasoner if isinstance(model, Reasoner) else prove_reward_model
+    return replace(model, computation=prove(model, longest))
+
+
 def plain_copy(lm: PreTrainedModel) -> PreTrainedModel:
     """A copy without the engine's attention (`sdpa`, since `eager` has a softmax in float32 for Llama)."""
     lm = copy.deepcopy(lm)
-    lm.set_attn_implementation("sdpa")
+    try:
+        lm.set_attn_implementation("sdpa")
+    except ValueError:  # it caps scores
+        lm.set_attn_implementation("eager")
     return lm
 
 
@@ -120,7 +191,7 @@ def reward_model(family: str, dtype: torch.dtype = torch.float64) -> RewardModel
     """A LatentRM with random weights, different from those of `reasoner`."""
     with torch.random.fork_rng():
         torch.manual_seed(2)
-        lm = FAMILIES[family]().to(dtype)
+        lm = _build(family).to(dtype)
         head = nn.Linear(WIDTH, 1, dtype=dtype).requires_grad_(False)
     if dtype == torch.float64:
         _norms_of_torch(lm)

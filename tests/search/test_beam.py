@@ -76,13 +76,15 @@ class ByHand:
         slow("qwen3", EVERYWHERE, False, "mean"),
         ("llama", NOISE, True, "sum"),
         slow("gpt2", AnswerSampling(1.5, 0.9).over(NOISE), False, "sum"),
+        ("mistral", NOISE, False, "sum"),  # these two through transformers' own attention and cache
+        slow("gpt_neo", EVERYWHERE, True, "mean"),
     ],
 )
 def test_the_search_equals_one_by_hand(family, sampler, diverse, reduce):
     beam, prompts, ids = Beam(2, 2, diverse), tiny.prompts(LENGTHS), ["a", "b"]
-    plan = tiny.plan(T, eos_id=tiny.EOS_IDS[family], answer=2)
-    scorer = LatentScorer(tiny.reward_model(family))
-    found = grow(beam, Engine(tiny.reasoner(family), plan), scorer, reduce, prompts, ids, sampler)
+    plan = tiny.plan(T, eos_id=tiny.EOS_IDS.get(family, tiny.NEVER), answer=2)
+    scorer = LatentScorer(tiny.proven(tiny.reward_model(family)))
+    found = grow(beam, Engine(tiny.proven(tiny.reasoner(family)), plan), scorer, reduce, prompts, ids, sampler)
     for question in range(len(prompts)):
         by_hand = ByHand(family, sampler, plan, prompts[question], ids[question], beam, reduce).search()
         for place, wanted in enumerate(by_hand):

@@ -37,6 +37,15 @@ SIZES = {
         *("intermediate_size", "max_position_embeddings", "vocab_size"),
     ),
 }
+# what some configs (GPT-Neo's) call the sizes of Llama-like ones
+OTHER_NAMES = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+# layers whose memory of a sequence are keys and values of its tokens
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+# models with another memory (recurrent states, convolutions), from which no latent could be taken back
+RECURRENT = (
+    *("mamba", "falcon_mamba", "rwkv", "jamba", "zamba", "bamba", "recurrent_gemma", "xlstm", "falcon_h1"),
+    *("granitemoehybrid", "lfm2", "plamo2", "nemotron_h", "qwen3_next", "kimi_linear", "reformer"),
+)
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight")
@@ -136,13 +145,42 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return read_json(folder, name)
 
 
-def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
-    """Check the sizes of a backbone in its `config.json`, and that it asks for no code from elsewhere.
+def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with its sizes under the names that most configs use."""
+    named = {name: config[other] for other, name in OTHER_NAMES.items() if other in config}
+    common = {**named, **config}
+    if "num_layers" in config and common.get("intermediate_size") is None and is_whole(config.get("hidden_size")):
+        common["intermediate_size"] = 4 * config["hidden_size"]  # as transformers takes it for GPT-Neo
+    return common
+
+
+def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
+    """Check that a backbone is a decoder whose memory can be rewound and forked: keys and values of its tokens.
 
     Raises:
-        UsageError: one is missing, or no whole number; or as `check_settings`.
+        UsageError: it has an encoder, or another memory.
+    """
+    kind, why = str(config.get("model_type", "")), "latents are fed to decoders made of attention"
+    if config.get("is_encoder_decoder"):
+        raise bad_value(key, folder, f"a {kind} model has an encoder; {why}")
+    layers = config.get("layer_types") or []
+    other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
+    if other or kind.startswith(RECURRENT):
+        state = f" ({', '.join(other)})" if other else ""
+        raise bad_value(
+            key, folder, f"a {kind} model keeps a running state{state}, which cannot be rewound or forked; {why}"
+        )
+
+
+def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
+    """Check that a backbone is one that can be run, and its sizes in its `config.json`.
+
+    Raises:
+        UsageError: it is none, it asks for code from elsewhere, or a size is missing or no whole number.
     """
     check_settings(config, folder, key=key)
+    check_decoder(config, folder, key=key)
+    config = common_sizes(config)
     names = next((names for width, names in SIZES.items() if width in config), None)
     if names is None:
         raise bad_value(key, folder, f"config.json has no {' or '.join(SIZES)}")

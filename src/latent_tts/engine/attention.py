@@ -245,3 +245,22 @@ def use_shared_prefix_attention(lm: PreTrainedModel) -> None:
     """Make a model's layers call `attend`."""
     AttentionInterface.register(NAME, attend)
     lm.set_attn_implementation(NAME)
+
+
+def use_own_attention(lm: PreTrainedModel, kind: str | None = None) -> None:
+    """Make a model's layers call an attention of transformers.
+
+    Args:
+        lm: the model.
+        kind: `sdpa` or `eager`; None for the first one that the model has.
+
+    Raises:
+        ValueError: the model does not have `kind`.
+    """
+    if kind is not None:
+        lm.set_attn_implementation(kind)
+        return
+    try:
+        lm.set_attn_implementation("sdpa")
+    except ValueError:  # as where it cannot cap scores
+        lm.set_attn_implementation("eager")

@@ -6,17 +6,23 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
-from latent_tts.engine.attention import use_shared_prefix_attention
+from latent_tts.engine.attention import use_own_attention, use_shared_prefix_attention
 from latent_tts.engine.packed import PackedLinear, can_be_packed
 from latent_tts.engine.sites import find_blocks
+from latent_tts.types import Computation
+
+SHARED_PREFIX = Computation()
 
 
-def prepare_backbone(lm: PreTrainedModel) -> None:
+def prepare_backbone(lm: PreTrainedModel, computation: Computation = SHARED_PREFIX) -> None:
     """Make a model's layers read shared prefixes, GPT-2's activation one kernel, and packed what can be packed.
 
     All of it is the same function; in half precision GPT-2's activation rounds once instead of after each of its eight
-    operations.
+    operations. A model that is computed by transformers gets back its own attention and keeps the rest.
     """
+    if computation.attention == "transformers":
+        use_own_attention(lm)
+        return
     use_shared_prefix_attention(lm)
     for parent in list(find_blocks(lm).modules()):
         children = dict(parent.named_children())

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from latent_tts.checkpoint.files import common_sizes
+
 Count = Any  # a number, or an array of one a rollout
 
 
@@ -60,6 +62,7 @@ class Shape:
             inner = int(config.get("n_inner") or 4 * width)
             weights = 4 * width * width + 2 * width * inner
             return cls(int(config["n_layer"]), width, int(config["vocab_size"]), width, width, weights)
+        config = common_sizes(config)
         width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         head = int(config.get("head_dim") or width // heads)
         attention, keys = heads * head, int(config.get("num_key_value_heads") or heads) * head

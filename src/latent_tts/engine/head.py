@@ -8,10 +8,15 @@ tokens itself sees whole rows of logits, some rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from latent_tts.types import Reasoner
 
 BLOCK = 64  # the highest logit is looked for in blocks: maxima are vectorized, places of maxima are not
 VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits of a piece
@@ -31,6 +36,51 @@ class Choice:
     token_R: Tensor
     logprob_R: Tensor
     margin_R: Tensor
+
+
+def head_of(reasoner: Reasoner) -> nn.Module:
+    """What makes logits of a model's final hidden states."""
+    if reasoner.computation.logits == "model":
+        return ModelLogits(reasoner.lm)
+    head = reasoner.lm.get_output_embeddings()
+    assert head is not None
+    return head
+
+
+class ModelLogits(nn.Module):
+    """The logits that a causal LM itself makes of final hidden states: whatever it does to those of its LM head.
+
+    Its own forward pass runs on a body that gives back what it gets.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        shell = copy(lm)
+        shell._modules = {**lm._modules, lm.base_model_prefix: _GivesBack()}
+        self._shell = [shell]  # in a list, since it is no module of this one
+
+    def forward(self, hidden_RD: Tensor) -> Tensor:
+        """Logits (R, V)."""
+        return self._shell[0](inputs_embeds=hidden_RD[:, None], use_cache=False).logits[:, 0]
+
+
+@dataclass
+class _Output(ModelOutput):
+    """What bodies of transformers give to the models around them."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: None = None
+    hidden_states: None = None
+    attentions: None = None
+    cross_attentions: None = None
+    router_logits: None = None
+
+
+class _GivesBack(nn.Module):
+    def forward(self, *args: object, inputs_embeds: Tensor, **kwargs: object) -> _Output:
+        """The embeddings, as final hidden states."""
+        del args, kwargs
+        return _Output(last_hidden_state=inputs_embeds)
 
 
 def choose(head: nn.Module, hidden_RD: Tensor, token: Callable[[Tensor, slice], Tensor] | None = None) -> Choice:

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latent_tts.engine.backbone import prepare_backbone
-from latent_tts.engine.head import choose
+from latent_tts.engine.head import choose, head_of
 from latent_tts.engine.prompts import pad_prompts, split_prompts
 from latent_tts.engine.sites import SiteHooks
-from latent_tts.engine.state import KeyValueState
+from latent_tts.engine.state import State, open_state
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
@@ -94,7 +94,8 @@ class Engine:
     def __init__(self, reasoner: Reasoner, plan: RolloutPlan) -> None:
         self.reasoner, self.plan = reasoner, plan
         self.lm = reasoner.lm
-        prepare_backbone(self.lm)
+        prepare_backbone(self.lm, reasoner.computation)
+        self.head = head_of(reasoner)
         self.width = int(self.lm.config.get_text_config().hidden_size)
         self.blocks = int(self.lm.config.get_text_config().num_hidden_layers)
 
@@ -154,7 +155,7 @@ class RolloutState:
         self,
         engine: Engine,
         hooks: SiteHooks,
-        state: KeyValueState,
+        state: State,
         draw: Draw,
         latents_RTD: Tensor,
         steps_R: Tensor,
@@ -198,7 +199,13 @@ class RolloutState:
         self = cls(
             engine,
             hooks,
-            KeyValueState(cast(PreTrainedModel, engine.lm.base_model), rollouts // copies, capacity),
+            open_state(
+                cast(PreTrainedModel, engine.lm.base_model),
+                engine.reasoner.computation,
+                rollouts // copies,
+                capacity,
+                before_part=hooks.select_part,
+            ),
             draw,
             torch.zeros(rows, plan.latents, engine.width, dtype=engine.lm.dtype, device=device),
             torch.full((rows,), 0 if stops else plan.latents, device=device),
@@ -269,7 +276,9 @@ class RolloutState:
         assert self._hidden_RD is not None
         latent_RD = self._latent_after(self._hidden_RD, step)
         if self.thinking_R is not None:
-            self.thinking_R = self.thinking_R & (choose(self._head, self._hidden_RD).token_R != self._plan.stop_id)
+            self.thinking_R = self.thinking_R & (
+                choose(self.engine.head, self._hidden_RD).token_R != self._plan.stop_id
+            )
             self.steps_R = self.steps_R + self.thinking_R
             latent_RD = latent_RD * self.thinking_R[:, None]
         self.latents_RTD[:, step] = latent_RD
@@ -339,7 +348,7 @@ class RolloutState:
             forward = Forward("answer", step, embeddings_RSD.shape[1])
             hidden_RD = self._run_pending(embeddings_RSD, forward, first_valid_R)
             first_valid_R = None
-            choice = choose(self._head, hidden_RD, partial(self._sampled_token, step) if chooses else None)
+            choice = choose(self.engine.head, hidden_RD, partial(self._sampled_token, step) if chooses else None)
             token = choice.token_R
             ended = torch.isin(token, eos)
             over = position == plan.max_answer_tokens  # only an eos may still come
@@ -382,12 +391,6 @@ class RolloutState:
         return token[rows], here[rows], alive[rows]
 
     # --- passes
-
-    @property
-    def _head(self) -> torch.nn.Module:
-        head = self._lm.get_output_embeddings()
-        assert head is not None
-        return head
 
     def _prefill(self, prompts: list[list[int]]) -> Tensor:
         """Run the prompts; returns the hidden state (prompts, D) of each one's last token."""

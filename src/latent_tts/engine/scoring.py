@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latent_tts.engine.backbone import prepare_backbone
 from latent_tts.engine.prompts import pad_prompts
-from latent_tts.engine.state import KeyValueState
+from latent_tts.engine.state import State, open_state
 from latent_tts.types import RewardModel
 
 
@@ -20,7 +20,7 @@ class LatentScorer:
 
     def __init__(self, model: RewardModel) -> None:
         self.model, self.backbone = model, model.backbone
-        prepare_backbone(self.backbone)
+        prepare_backbone(self.backbone, model.computation)
 
     @property
     def device(self) -> torch.device:
@@ -30,7 +30,7 @@ class LatentScorer:
     @torch.inference_mode()
     def open(
         self, prompts: list[list[int]], rollouts: int, capacity: int, *, position_offset_Q: Tensor | None = None
-    ) -> KeyValueState:
+    ) -> State:
         """Run Q prompts; what comes back takes the latents of `rollouts` rows per question.
 
         Args:
@@ -40,12 +40,14 @@ class LatentScorer:
             position_offset_Q: added to the position ids of each question's tokens and latents; None adds nothing.
         """
         ids_QL, lengths_Q = pad_prompts(prompts, self.device)
-        state = KeyValueState(self.backbone, rollouts, capacity, position_offset_Q=position_offset_Q)
+        state = open_state(
+            self.backbone, self.model.computation, rollouts, capacity, position_offset_Q=position_offset_Q
+        )
         state.prefill(self.backbone.get_input_embeddings()(ids_QL), lengths_Q)
         return state
 
     @torch.inference_mode()
-    def extend(self, state: KeyValueState, latents_RSD: Tensor) -> Tensor:
+    def extend(self, state: State, latents_RSD: Tensor) -> Tensor:
         """Append S latents to every row.
 
         Args:

@@ -26,8 +26,10 @@ class SiteHooks:
 
     def __init__(self, lm: PreTrainedModel, sampler: Sampler) -> None:
         self.sampler = sampler
-        self._draw: Draw | None = None
+        self._draw: Draw | None = None  # of the rows that run
+        self._pass_draw: Draw | None = None  # of all rows of the pass
         self._forwards: tuple[Forward, ...] = ()
+        self._part = slice(None)  # which of the pass's tokens run
         self._handles = []
         if not sampler.random_phases:
             return
@@ -49,7 +51,13 @@ class SiteHooks:
 
     def set_pass(self, draw: Draw, *forwards: Forward) -> None:
         """Say which pass comes next (or which, side by side in one), and the random numbers of its rows."""
-        self._draw, self._forwards = draw, forwards
+        self._draw = self._pass_draw = draw
+        self._forwards, self._part = forwards, slice(None)
+
+    def select_part(self, rows: Tensor, tokens: slice) -> None:
+        """Say that what runs next are some rows and tokens of the pass that `set_pass` described."""
+        if self._pass_draw is not None:
+            self._draw, self._part = self._pass_draw.rows(rows), tokens
 
     def _apply(self, site: Site, layer: int, output: Tensor) -> Tensor:
         if self._draw is None:
@@ -58,6 +66,8 @@ class SiteHooks:
         if all(part is None for part in parts):
             return output
         factors = self._side_by_side(parts, output)
+        if factors.shape[1] > 1:
+            factors = factors[:, self._part]
         # multiplied in float32 at least; widening first is twice as fast as a product of two dtypes
         return (output.to(torch.promote_types(output.dtype, factors.dtype)) * factors).to(output.dtype)
 
@@ -89,7 +99,7 @@ class SiteHooks:
 def find_blocks(lm: PreTrainedModel) -> nn.ModuleList:
     """The transformer blocks of a causal LM: its one module list of `num_hidden_layers` entries."""
     layers = lm.config.get_text_config().num_hidden_layers
-    for module in lm.base_model.children():
+    for module in lm.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return module
     raise RunError(f"{type(lm.base_model).__name__}: no module list of {layers} blocks found")

@@ -1,18 +1,96 @@
 """What rows of sequences have in memory, behind four operations: prefill, append, rewind, fork.
 
-The latent loop and the scorer know these operations alone; how keys and values are kept and attended to is the
-business of the cache behind them (`attention.py`).
+The latent loop and the scorer know these operations alone (`State`). There are two ways behind them: shared-prefix
+attention (`KeyValueState`), and transformers' own attention and cache (`transformers_state.py`) for models that the
+first one would misread.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from latent_tts.engine.attention import SharedPrefixCache
+from latent_tts.engine.transformers_state import TransformersState
+from latent_tts.types import Computation
+
+
+class State(Protocol):
+    """Q prompts and R = Q*N rows that continue them."""
+
+    @property
+    def rollouts(self) -> int:
+        """N, rows per question."""
+        ...
+
+    @property
+    def used(self) -> int:
+        """Slots of every row so far; a slot may hold nothing in some of the rows."""
+        ...
+
+    def prefill(self, embeddings_QLD: Tensor, lengths_Q: Tensor) -> Tensor:
+        """Run prompts; each call adds questions.
+
+        Args:
+            embeddings_QLD: of prompts, padded on the right.
+            lengths_Q: tokens of each, at most L.
+
+        Returns:
+            Final hidden states (Q, L, D); those of padding mean nothing.
+        """
+        ...
+
+    def append(self, embeddings_RSD: Tensor, first_valid_R: Tensor | None = None) -> Tensor:
+        """Append S tokens to every row; returns their final hidden states (R, S, D).
+
+        Args:
+            embeddings_RSD: what is appended.
+            first_valid_R: in rows where it is False the first token's slot holds nothing, and no token attends to it;
+                None for none such.
+        """
+        ...
+
+    def rewind(self, used: int) -> None:
+        """Forget all slots from `used` on."""
+        ...
+
+    def fork(self, rows: Tensor) -> State:
+        """A state of its own that continues some rows; this one stays as it is.
+
+        Args:
+            rows: which rows, those of a question side by side; a row may come several times. Cheapest if every question
+                has equally many.
+        """
+        ...
+
+
+def open_state(
+    backbone: PreTrainedModel,
+    computation: Computation,
+    rollouts: int,
+    capacity: int,
+    *,
+    position_offset_Q: Tensor | None = None,
+    before_part: Callable[[Tensor, slice], None] | None = None,
+) -> State:
+    """A state without questions, of the kind that computes a model right.
+
+    Args:
+        backbone: a transformer that `prepare_backbone` has prepared, without its LM head.
+        computation: how it is computed.
+        rollouts: N.
+        capacity: most slots of a row.
+        position_offset_Q: added to the position ids of each question that will be prefilled; None adds nothing.
+        before_part: called with rows and tokens before a forward pass over part of what was asked for.
+    """
+    if computation.attention == "shared-prefix":
+        return KeyValueState(backbone, rollouts, capacity, position_offset_Q=position_offset_Q)
+    return TransformersState(backbone, rollouts, capacity, position_offset_Q=position_offset_Q, before_part=before_part)
 
 
 class KeyValueState:
@@ -48,15 +126,7 @@ class KeyValueState:
         return self._cache.used
 
     def prefill(self, embeddings_QLD: Tensor, lengths_Q: Tensor) -> Tensor:
-        """Run prompts; each call adds questions.
-
-        Args:
-            embeddings_QLD: of prompts, padded on the right.
-            lengths_Q: tokens of each, at most L.
-
-        Returns:
-            Final hidden states (Q, L, D); those of padding mean nothing.
-        """
+        """Run prompts; each call adds questions. See `State.prefill`."""
         start = 0 if self._cache.lengths_Q is None else len(self._cache.lengths_Q)
         self._cache.add_questions(lengths_Q)
         questions, tokens, _ = embeddings_QLD.shape
@@ -74,13 +144,7 @@ class KeyValueState:
         return hidden_QLD
 
     def append(self, embeddings_RSD: Tensor, first_valid_R: Tensor | None = None) -> Tensor:
-        """Append S tokens to every row; returns their final hidden states (R, S, D).
-
-        Args:
-            embeddings_RSD: what is appended.
-            first_valid_R: in rows where it is False the first token's slot holds nothing, and no token attends to it;
-                None for none such.
-        """
+        """Append S tokens to every row; returns their final hidden states (R, S, D). See `State.append`."""
         cache, tokens = self._cache, embeddings_RSD.shape[1]
         assert cache.lengths_Q is not None, "no prompts"
         cache.reserve(tokens, first_valid_R)
@@ -101,11 +165,9 @@ class KeyValueState:
         self._cache.rewind(used)
 
     def fork(self, rows: Tensor) -> KeyValueState:
-        """A state of its own that continues some rows; this one stays as it is.
+        """A state of its own that continues some rows; this one stays as it is. See `State.fork`.
 
-        Args:
-            rows: which rows, those of a question side by side; a row may come several times. Cheapest if every question
-                has equally many: otherwise each row gets a copy of its prompt's keys and values.
+        Unless every question has equally many rows, each row gets a copy of its prompt's keys and values.
         """
         owners = rows // self.rollouts
         questions, counts = owners.unique_consecutive(return_counts=True)

@@ -202,7 +202,7 @@ def _label(
     folder.rows = rows
     labelling = Labelling(spec.n, spec.completions, spec.keep == "all", spec.seed, rows, adapter.latent_id)
     plan = rollout_plan(adapter, spec.max_answer_tokens)
-    engine = Engine(load_reasoner(adapter, spec.engine, device), plan)
+    engine = Engine(load_reasoner(adapter, spec.engine, device, longest=longest + suffix), plan)
     per_question = completions_of(sampler, engine, labelling)
     log.info(
         "%d questions to annotate: n=%d rollouts each, and at most %d completions of their %d prefixes for each that "

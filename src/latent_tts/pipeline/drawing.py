@@ -18,7 +18,14 @@ from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import LESS_MEMORY, RunError, computing
-from latent_tts.pipeline.models import find_device, load_reasoner, load_scorer, rollout_plan, rows_per_batch
+from latent_tts.pipeline.models import (
+    find_device,
+    load_reasoner,
+    load_scorer,
+    rollout_plan,
+    rows_per_batch,
+    write_computation,
+)
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
 from latent_tts.results import report
 from latent_tts.results.cache import NOT_DECODED, PartCache, RolloutCache, ScoreCache
@@ -62,11 +69,14 @@ def draw(spec: RunSpec, cache: RolloutCache, lacking: Mapping[str, list[int]], *
     rates = measured_rates(shape.width, spec.engine.dtype, device)
     _log_work(spec, jobs, rates, rows, bytes_per_row, answers=answers)
     plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-    engine, sampler = Engine(load_reasoner(spec.adapter, spec.engine, device), plan), spec.answers.over(spec.sampler)
+    reasoner = load_reasoner(spec.adapter, spec.engine, device, longest=spec.longest_sequence)
+    write_computation(cache.folder, reasoner.computation)
+    engine = Engine(reasoner, plan)
+    sampler = spec.answers.over(spec.sampler)
     scorer, reduction = None, None
     if search.guided:
         assert spec.scorer is not None
-        scorer = LatentScorer(load_scorer(spec.scorer, spec.engine.dtype, device))
+        scorer = LatentScorer(load_scorer(spec.scorer, spec.engine.dtype, device, longest=spec.longest_sequence))
         reduction = spec.scorer.reduction
 
     def draw_batch(batch: list[RolloutJob]) -> list[Row]:
@@ -130,7 +140,7 @@ def score(
         for job in jobs
     )
     log.info("%d rollouts to score with %s: at most %.3g GFLOP", total, scorer.name, work / 1e9)
-    model = LatentScorer(load_scorer(scorer, dtype, device))
+    model = LatentScorer(load_scorer(scorer, dtype, device, longest=longest + steps))
     packed = batches(jobs, rows, max_prompts(shape.width, model.device.type))
     with report.progress_bar(total, "scores") as bar:
         with computing("scoring rollouts", f"what was scored is in {cache.folder}", LESS_MEMORY):

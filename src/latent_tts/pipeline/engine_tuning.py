@@ -81,7 +81,7 @@ def measure(
     expected: dict[int, list[list[int]]] = {}  # answers of the first dtype, by rows
     with computing("measuring", "nothing was written"):
         for chosen in settings:
-            engine = Engine(load_reasoner(adapter, chosen, device), plan)
+            engine = Engine(load_reasoner(adapter, chosen, device, longest=longest + suffix), plan)
             bytes_per_row = row_bytes(shape, longest, suffix, chosen.bytes_per_number, own_prompt)
             deadline, best, same = time.perf_counter() + seconds / len(settings), 0.0, 1.0
             worse = 0

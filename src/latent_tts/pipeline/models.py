@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,20 +15,35 @@ import torch
 from latent_tts.engine import quantization
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.packing import default_rows, rows_that_fit
+from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.rollout import RolloutPlan
 from latent_tts.errors import bad_value
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.spec import EngineSettings
+from latent_tts.pipeline.spec import COMPUTATION, EngineSettings
+from latent_tts.results.files import whole_file
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
-from latent_tts.types import Reasoner, RewardModel
+from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
 _loaded: dict[str, tuple[tuple[str | None, ...], Any]] = {}
 
 
-def load_reasoner(adapter: ModelAdapter, engine: EngineSettings, device: str) -> Reasoner:
-    """The adapter's model, loaded and quantised; the last one is kept, since the jobs of a sweep mostly share it."""
+def load_reasoner(
+    adapter: ModelAdapter, engine: EngineSettings, device: str, *, longest: int | None = None
+) -> Reasoner:
+    """The adapter's model, loaded, quantised and proven; the last one is kept, since jobs of a sweep mostly share it.
+
+    Args:
+        adapter: the model.
+        engine: how it is computed.
+        device: where.
+        longest: tokens of the longest sequence that it will run; None for the longest that it takes.
+
+    Raises:
+        UsageError: it cannot be loaded.
+        RunError: the engine computes it in no way as it computes itself.
+    """
     key = (type(adapter).__name__, adapter.digest, device, engine.dtype, engine.quantize)
 
     def load() -> Reasoner:
@@ -34,13 +52,49 @@ def load_reasoner(adapter: ModelAdapter, engine: EngineSettings, device: str) ->
             quantization.quantize(reasoner.lm, engine.quantize)
         return reasoner
 
-    return _keep("model", key, load)
+    longest = adapter.positions if longest is None else longest
+    return _keep_proven("model", adapter.name, key, load, prove_reasoner, longest)
 
 
-def load_scorer(scorer: Scorer, dtype: str, device: str) -> RewardModel:
-    """The scorer's model; the last one is kept."""
+def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int) -> RewardModel:
+    """The scorer's model, loaded and proven; the last one is kept. See `load_reasoner`."""
     key = (type(scorer).__name__, scorer.digest, device, dtype)
-    return _keep("scorer", key, lambda: scorer.load(device=device, dtype=dtype))
+    load = partial(scorer.load, device=device, dtype=dtype)
+    return _keep_proven("scorer", scorer.name, key, load, prove_reward_model, longest)
+
+
+def _keep_proven(
+    kind: str,
+    name: str,
+    key: tuple[str | None, ...],
+    load: Callable[[], Any],
+    prove: Callable[[Any, int], Computation],
+    longest: int,
+) -> Any:
+    model = _keep(kind, key, load)
+    proof = (*key, str(longest))
+
+    def computation() -> Computation:
+        found = prove(model, longest)
+        if found.reason:
+            log.warning("%s: computed with %s: %s", name, described(found), found.reason)
+        return found
+
+    return replace(model, computation=_keep(f"{kind}'s proof", proof, computation))
+
+
+def write_computation(folder: Path, computation: Computation) -> None:
+    """Say beside rollouts how they were computed."""
+    with whole_file(folder / COMPUTATION) as path:
+        path.write_text(json.dumps(asdict(computation), indent=1) + "\n")
+
+
+def described(computation: Computation) -> str:
+    """How a model is computed, for people."""
+    attention = "shared-prefix attention"
+    if computation.attention == "transformers":
+        attention = "transformers' own attention and cache, which is slower"
+    return attention + (" and the model's own logits" if computation.logits == "model" else "")
 
 
 def _keep(kind: str, key: tuple[str | None, ...], load: Any) -> Any:

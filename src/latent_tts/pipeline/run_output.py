@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pandas as pd
 
 from latent_tts.pipeline import environment
 from latent_tts.pipeline.rollouts import RunRollouts
-from latent_tts.pipeline.spec import RunSpec
+from latent_tts.pipeline.spec import COMPUTATION, RunSpec
 from latent_tts.pipeline.tables import RunTables
 from latent_tts.results import plot
 from latent_tts.results.run_folder import (
@@ -77,12 +78,23 @@ def write_run_folder(
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
             "grading": {"given_up": spec.task.rule.given_up},
+            **_computation(drawn.cache.folder),
             **_where_drawn(drawn.rows),
             "rollouts": _counts(drawn),
             "seconds": _seconds(drawn) | {"this_command": seconds},
             **record,
         },
     )
+
+
+def _computation(folder: Path) -> dict[str, str]:
+    """How the rollouts were computed: which attention, whose logits, and why not the usual ones."""
+    path = folder / COMPUTATION
+    if not path.is_file():
+        return {}
+    computation = json.loads(path.read_text())
+    why = {"computation_reason": computation["reason"]} if computation["reason"] else {}
+    return {"attention": computation["attention"], "logits": computation["logits"], **why}
 
 
 def _where_drawn(rows: pd.DataFrame) -> dict[str, list[Any]]:

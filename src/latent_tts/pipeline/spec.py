@@ -18,7 +18,7 @@ from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Budget
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import UsageError, bad_value, is_whole, require
 from latent_tts.model import ModelAdapter
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
@@ -30,10 +30,12 @@ from latent_tts.task import Task
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
+COMPUTATION = "computation.json"  # beside cached rollouts: how they were computed
 MAX_ROLLOUTS = 1 << 20
 DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
 # torchao multiplies int8 codes before their scale, too large for float16, and float8 into bfloat16 only
 QUANTIZED_FROM = {"int8": ("float32", "bfloat16"), "float8": ("bfloat16",)}
 
@@ -160,6 +162,11 @@ class RunSpec(RunRequest):
         return RolloutCost.of(self.shape, adapter.latents, forced, self.sampler.random_phases, repeated, stops)
 
     @property
+    def longest_sequence(self) -> int:
+        """Tokens and latents of the longest sequence that the model may run."""
+        return max(map(len, self.prompts.values())) + reserved_positions(self.adapter, self.max_answer_tokens)
+
+    @property
     def kept(self) -> int:
         """Rollouts of each question in the tables: all n, or those that the search keeps."""
         return self.n if self.search.survivors is None else self.search.survivors
@@ -200,6 +207,8 @@ def check_run(request: RunRequest) -> RunSpec:
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
     prompts = encode_prompts(adapter, questions, reserved)
+    longest = max(map(len, prompts.values())) + reserved
+    check_position_scaling("model.checkpoint", adapter.checkpoint, adapter.config, adapter.positions, longest)
     if scorer is not None:
         check_scorer_reads(scorer, adapter, prompts)
     settled = {
@@ -344,6 +353,38 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     require("answer.decode", decode, decode == "all", f"all: search={search.name} decodes the beams it keeps")
 
 
+def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any], positions: int, longest: int) -> None:
+    """Check that positions mean the same in all sequences of a run.
+
+    Args:
+        key: the config key of the checkpoint, which the error names.
+        checkpoint: its value.
+        config: the checkpoint's `config.json`.
+        positions: the longest sequence that it takes.
+        longest: tokens of the longest sequence of the run.
+
+    Raises:
+        UsageError: beyond a length that some sequence may exceed, the model scales positions by the longest sequence of
+            the batch.
+    """
+    given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
+    rope: dict[str, Any] = {}
+    for settings in given:
+        rope |= settings if isinstance(settings, dict) else {}
+    for part in (
+        rope,
+        *(value for value in rope.values() if isinstance(value, dict)),
+    ):  # some have one per kind of layer
+        kind = part.get("type") if part.get("type") in LENGTH_DEPENDENT_ROPE else part.get("rope_type")
+        limit = part.get("original_max_position_embeddings", config.get("original_max_position_embeddings", positions))
+        if kind in LENGTH_DEPENDENT_ROPE and is_whole(limit) and longest > limit:
+            raise bad_value(
+                key, checkpoint, f"beyond {limit} tokens it scales positions by the length of the longest sequence "
+                f"beside it ({kind}), and this run may have one of {longest}: results would depend on the batch\n"
+                "shorter questions, or a smaller max_answer_tokens",
+            )  # fmt: skip
+
+
 def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[str, Sequence[int]]) -> None:
     """Check that a scorer has the positions and the vocabulary that the prompts need.
 
@@ -355,6 +396,7 @@ def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[s
     checkpoint = scorer.name.partition(":")[2]
     why = f"it has {scorer_positions(scorer)} positions, the longest prompt with its latents needs {longest}"
     require("scorer.checkpoint", checkpoint, longest <= scorer_positions(scorer), why)
+    check_position_scaling("scorer.checkpoint", checkpoint, scorer.config, scorer_positions(scorer), longest)
     why = f"it knows {tokens} tokens, and prompts of model={adapter.name} have number {highest}"
     require("scorer.checkpoint", checkpoint, highest < tokens, why)
 
