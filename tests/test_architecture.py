@@ -194,3 +194,11 @@ def test_tests_lie_in_the_same_rooms_as_the_code():
 def test_tests_share_code_through_helpers_alone():
     tests = {path: imports(ast.parse(path.read_text())) for path in (ROOT / "tests").rglob("*.py")}
     assert not [str(path) for path, names in tests.items() if any(name.startswith("test_") for name in names)]
+
+
+def test_every_guarantee_names_a_test():
+    rows = [line for line in (ROOT / "docs" / "guarantees.md").read_text().splitlines() if line.startswith("| ")][2:]
+    assert len(rows) >= 10
+    for row in rows:
+        path, _, name = row.split("`")[-2].partition(": ")
+        assert f"def {name}(" in (ROOT / path).read_text(), row
