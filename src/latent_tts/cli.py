@@ -17,7 +17,7 @@ from typing import Any
 
 from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, printable, unknown_key
 
-# name: (what it does, names of its positional arguments; a trailing * takes the rest)
+# name: (what it does, names of its positional arguments; a trailing * takes the rest, a trailing ? may be missing)
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("draw rollouts, pick answers, write the scaling curve", ()),
     "rescore": ("score the rollouts of a finished run with another scorer: ltts rescore RUN", ("run",)),
@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "collect": ("join tables of runs, average over seeds, list incomplete runs: ltts collect RUNS...", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),
     "plot": ("draw figures from metrics tables: ltts plot RUNS_OR_CSVS...", ("runs*",)),
-    "cache": ("list the cache of rollouts, or free space: ltts cache prune older_than=30d", ("action",)),
+    "cache": ("list the cache of rollouts, or free space: ltts cache prune older_than=30d", ("action?",)),
     "convert": ("rewrite a pickle or a training checkpoint for ltts run: ltts convert SRC DST", ("src", "dst")),
 }
 MAX_LINES = 4
@@ -120,7 +120,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
                 raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(FLAGS + FLAGS_WITH_VALUE)}")
             others.append(argument)
         elif names:
-            positional.setdefault(names[0].rstrip("*"), []).append(meant.quoted(argument))
+            positional.setdefault(names[0].rstrip("*?"), []).append(meant.quoted(argument))
             if not names[0].endswith("*"):
                 names.pop(0)
         else:
@@ -131,7 +131,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
             )
         expects_value = argument in FLAGS_WITH_VALUE
     given_keys = {argument.partition("=")[0] for argument in others}
-    if names and not names[0].endswith("*") and not (set(names) | {*FLAGS[2:], *FLAGS_WITH_VALUE}) & given_keys:
+    if names and not names[0].endswith(("*", "?")) and not (set(names) | {*FLAGS[2:], *FLAGS_WITH_VALUE}) & given_keys:
         usage = " ".join(["ltts", name, *(key.upper() for key in COMMANDS[name][1])])
         raise UsageError(
             f"usage: {usage} [key=value ...]; {names[0].upper()} is missing; `ltts {name} --help` lists keys"

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from latent_tts.aggregator.likelihood import Likelihood
 from latent_tts.checkpoint.files import load_tokenizer
+from latent_tts.pipeline import models
 from latent_tts.results import statistics
 from latent_tts.results.run_folder import read_metrics
-from latent_tts.task.arith import Arith
-from latent_tts.types import RolloutArrays
+from latent_tts.text.answer import AnswerRule
+from latent_tts.types import Computation, RolloutArrays
 
 SHIPPED = Path(str(files("latent_tts"))) / "weights"
 
@@ -34,7 +35,8 @@ def failure(result) -> str:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_log_probabilities_that_are_not_finite_name_the_question(run, checkpoint, tmp_path, value):
+def test_log_probabilities_that_are_not_finite_name_the_question(run, checkpoint, tmp_path, monkeypatch, value):
+    monkeypatch.setattr(models, "prove_reasoner", lambda reasoner, longest: Computation())  # it would see them first
     model = shutil.copytree(checkpoint, tmp_path / "model")
     unused = load_tokenizer(model).token_to_id("<|unknown|>")  # of no prompt, so that latents stay finite
 
@@ -78,8 +80,8 @@ def thoughtless(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("decode", [[], ["answer.decode=winners", "aggregator=[best_of_n]"]])
 def test_rollouts_without_latents_have_no_score_and_are_no_best_of_n(ltts, thoughtless, tmp_path, monkeypatch, decode):
-    monkeypatch.setattr(Arith, "parse", lambda self, answer: "1")
-    monkeypatch.setattr(Arith, "equal", lambda self, answer, gold: True)
+    monkeypatch.setattr(AnswerRule, "read", lambda self, text, family: "1")
+    monkeypatch.setattr(AnswerRule, "is_right", lambda self, prediction, gold: True)
     scorer = tiny.write_latent_rm(tmp_path / "rm", thoughtless)
     line = ["model=demo_colar", f"model.checkpoint={thoughtless}", "task.limit=3", "n=2", "max_answer_tokens=3"]
     result = ltts("run", *line, "scorer=latent_rm", f"scorer.checkpoint={scorer}", *decode)

@@ -174,7 +174,7 @@ def test_every_field_of_an_adapter_that_can_change_a_rollout_is_part_of_the_key(
     one = soft(checkpoint)
     one.check()
     key = keys.model_key(one)
-    assert key["fields"] == {"latents": 2, "softness": 0.5, "table": None}
+    assert key["fields"] == {"latents": 2, "eos": None, "softness": 0.5, "table": None}
     moved = shutil.copytree(checkpoint, tmp_path / "moved")
     same = replace(one, name="other", checkpoint=str(moved), recommended={"sigma": 1.0}, latent_rm="some/where")
     assert keys.model_key(same) == key

@@ -106,7 +106,7 @@ def test_compare_takes_no_side_of_two_curves_and_no_other_gold_answers(seeded, l
     first, *others = path.read_text().splitlines(keepends=True)
     path.write_text("".join([json.dumps(json.loads(first) | {"answer": "12345"}) + "\n", *others]))
     seeded("a", 0, "golds")
-    check(ltts("compare", "mix/0", "golds"), "a and b have other gold answers (seed 0)")
+    check(ltts("compare", "mix/0", "golds"), "a and b have different gold answers (seed 0)")
 
 
 def test_tables_that_do_not_say_what_they_are_of_are_read_and_not_averaged_with_others(seeded, ltts, tmp_path):

@@ -92,7 +92,7 @@ def test_a_head_of_the_wrong_shape(folder, tmp_path):
     weights = load_file(broken / "model.safetensors")
     del weights["lt_head.log_std.bias"]
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UsageError, match=r"lt_head\.log_std\.bias has the shape of nothing"):
+    with pytest.raises(UsageError, match=r"the latent head lacks lt_head\.log_std\.bias"):
         colar(broken).check()
 
 

@@ -246,7 +246,7 @@ def test_rescoring_refuses_what_has_no_latents_or_no_scorer(run, ltts, latent_rm
     source = run(f"model.checkpoint={copied}").last.parent
     check(ltts("rescore", source), "scorer=auto", "scorer.checkpoint")
     check(ltts("rescore", source, "scorer=none"), "scorer=none", "scorer.checkpoint")
-    check(ltts("rescore"), "run")
+    check(ltts("rescore"), "RUN is missing")
     shutil.rmtree(tmp_path / "cache")
     check(rescore(ltts, source, latent_rm), "neither in the cache", "latents.safetensors", "keep_latents=true")
     config_json = json.loads((copied / "config.json").read_text())
@@ -254,7 +254,7 @@ def test_rescoring_refuses_what_has_no_latents_or_no_scorer(run, ltts, latent_rm
     line = "rescore", f"run={source}", "scorer=latent_rm", f"scorer.checkpoint={latent_rm}"
     check_refused(*line, words=["has changed since"])
     (source / "run.json").write_text("{}")
-    check_refused(*line, words=["lacks", "config"])
+    check_refused(*line, words=["missing", "config"])
     (source / "run.json").unlink()
     check_refused(*line, words=[str(source), "run.json"])
 
