@@ -308,4 +308,7 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     if missing:
         return [f"{key or missing[1] or missing[2]}: needs a value; null and an empty list are none"]
     first = re.sub(r"^\w+ raised while resolving interpolation: ", "", first)
+    read = re.match(r"Error trying to access (.+?): node `(.+?)` is not a container", first)
+    if read:
+        return [f"{read[2]}: must be a mapping with {read[1].removeprefix(read[2] + '.')}"]
     return [f"{key}: {first}" if key and key not in first else first]

@@ -89,6 +89,6 @@ def test_no_line_ends_in_a_raw_exception(ltts, checkpoint, folder, line, damaged
 
 
 @pytest.mark.slow
-@fuzzing(1000)
+@fuzzing(300)
 def test_no_line_of_many_ends_in_a_raw_exception(ltts, checkpoint, folder, line, damaged, content):
     fuzz(ltts, checkpoint, folder, line, damaged, content)

@@ -56,6 +56,7 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("run schedule=nan", ["schedule=nan: no such option", "sequential"]),
         ("run aggregator=[]", ["aggregator: needs a value"]),
         ("run n=null", ["n: needs a value"]),
+        ("run model.recommended=null", ["model.recommended: must be a mapping with rate"]),
         ("run model.trained_latents=3", ["model.trained_latents=3: a mapping"]),
         ("train-rm seed=-1", ["seed=-1: 0 or more"]),
         ("run =3", ["=3: not of the form key=value"]),
