@@ -83,7 +83,7 @@ def fuzzing(draws: int):
     return decorate
 
 
-@fuzzing(25)
+@fuzzing(10)
 def test_no_line_ends_in_a_raw_exception(ltts, checkpoint, folder, line, damaged, content):
     fuzz(ltts, checkpoint, folder, line, damaged, content)
 

@@ -5,9 +5,12 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from latent_tts.results.annotations import AnnotationFolder
 
 
+@pytest.mark.slow
 def test_one_process_of_a_launch_annotates_and_the_others_wait(checkpoint, tmp_path):
     code = "from latent_tts.cli import entry; entry()"
     line = ["annotate", f"model.checkpoint={checkpoint}", "task.limit=6", "n=2", "completions=1", "keep=all"]

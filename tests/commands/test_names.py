@@ -62,6 +62,7 @@ def test_printable_text_has_no_control_characters_but_newlines(text):
     assert all(character == "\n" or ord(character) > 31 for character in printable(text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_output_encoding_without_every_character_is_no_error(encoding, tmp_path, checkpoint):
     code = "from latent_tts.cli import entry; entry()"
