@@ -207,10 +207,6 @@ def check_run(request: RunRequest) -> RunSpec:
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
     prompts = encode_prompts(adapter, questions, reserved)
-    longest = max(map(len, prompts.values())) + reserved
-    check_position_scaling("model.checkpoint", adapter.checkpoint, adapter.config, adapter.positions, longest)
-    if scorer is not None:
-        check_scorer_reads(scorer, adapter, prompts)
     settled = {
         "schedule": schedule,
         "scorer": scorer,
@@ -221,7 +217,13 @@ def check_run(request: RunRequest) -> RunSpec:
         "donors": donors_of(questions) if sampler.needs_donor else {},
         "forced_ids": forced_ids,
     }
-    return RunSpec(**vars(request) | settled)
+    spec = RunSpec(**vars(request) | settled)
+    check_position_scaling(
+        "model.checkpoint", adapter.checkpoint, adapter.config, adapter.positions, spec.longest_sequence
+    )
+    if scorer is not None:
+        check_scorer_reads(scorer, adapter, prompts)
+    return spec
 
 
 def check_sampler(sampler: Sampler, adapter: ModelAdapter) -> None:
@@ -371,10 +373,8 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
     rope: dict[str, Any] = {}
     for settings in given:
         rope |= settings if isinstance(settings, dict) else {}
-    for part in (
-        rope,
-        *(value for value in rope.values() if isinstance(value, dict)),
-    ):  # some have one per kind of layer
+    of_layers = [value for value in rope.values() if isinstance(value, dict)]  # some have one per kind of layer
+    for part in (rope, *of_layers):
         kind = part.get("type") if part.get("type") in LENGTH_DEPENDENT_ROPE else part.get("rope_type")
         limit = part.get("original_max_position_embeddings", config.get("original_max_position_embeddings", positions))
         if kind in LENGTH_DEPENDENT_ROPE and is_whole(limit) and longest > limit:

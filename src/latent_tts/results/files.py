@@ -218,4 +218,4 @@ def _is_formula(cell: str) -> bool:
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """16 hex digits of a JSON-able mapping."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return bytes_digest(json.dumps(settings, sort_keys=True).encode())
