@@ -78,14 +78,14 @@ def test_a_question_without_a_stop_has_n_and_says_so():
 
 def test_names_tell_settings_apart():
     names = {
-        Adaptive(Posterior(0.95)).name,
-        Adaptive(Posterior(0.9)).name,
-        Adaptive(Posterior(0.9), 4).name,
-        Adaptive(Posterior(0.9), 4, 2).name,
-        Adaptive(Lockout()).name,
-        Shared(100).name,
-        Shared(200).name,
-        Shared(100, "gflop").name,
+        Adaptive(Posterior(0.95)).label,
+        Adaptive(Posterior(0.9)).label,
+        Adaptive(Posterior(0.9), 4).label,
+        Adaptive(Posterior(0.9), 4, 2).label,
+        Adaptive(Lockout()).label,
+        Shared(100).label,
+        Shared(200).label,
+        Shared(100, "gflop").label,
     }
     assert len(names) == 8
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -227,16 +227,12 @@ class Budget(Protocol):
     """How many rollouts the questions of a run get.
 
     Attributes:
-        name: as shown in tables, with what tells it from others of its kind.
+        name: of the option.
         adaptive: whether that depends on the rollouts, so that questions have unequally many.
     """
 
+    name: ClassVar[str]
     adaptive: ClassVar[bool]
-
-    @property
-    def name(self) -> str:
-        """As shown in tables."""
-        ...
 
     def reported(self, n: int) -> list[int]:
         """The numbers of rollouts with rows in the metrics table: ascending, in [1, n], the last is n."""
@@ -245,6 +241,11 @@ class Budget(Protocol):
 
 class AdaptiveBudget(Budget, Protocol):
     """A budget that looks at what questions have so far."""
+
+    @property
+    def label(self) -> str:
+        """Its name in tables, with the settings that tell it from others of its kind."""
+        ...
 
     @property
     def aggregator(self) -> str:
@@ -276,3 +277,30 @@ class AdaptiveBudget(Budget, Protocol):
     def stops(self, tallies: Sequence[Tally]) -> list[Stop]:
         """Where each question ended, when all have enough."""
         ...
+
+
+def is_adaptive(budget: Budget) -> TypeGuard[AdaptiveBudget]:
+    """Whether a budget looks at what questions have so far."""
+    return budget.adaptive
+
+
+def play(
+    budget: AdaptiveBudget, questions: int, tallies_after: Callable[[Int64], list[Tally]]
+) -> tuple[list[Tally], list[Stop]]:
+    """Rounds of rollouts until no question gets any more.
+
+    Args:
+        budget: who gets how many.
+        questions: Q.
+        tallies_after: what each question has after so many of its rollouts (Q,), drawn now or drawn before.
+
+    Returns:
+        What each question has at the end, and where it ended.
+    """
+    drawn_Q = np.zeros(questions, dtype=np.int64)
+    while True:
+        tallies = tallies_after(drawn_Q)
+        more_Q = budget.next(tallies)
+        if not more_Q.any():
+            return tallies, budget.stops(tallies)
+        drawn_Q = drawn_Q + more_Q

@@ -30,13 +30,14 @@ class Adaptive:
     round: int = 8
     first: int | None = None
 
+    name: ClassVar[str] = "adaptive"
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive("budget", self, whole=["round"] if self.first is None else ["round", "first"])
 
     @property
-    def name(self) -> str:
+    def label(self) -> str:
         """The rule with its settings and the sizes of rounds."""
         settings = {field.name: getattr(self.rule, field.name) for field in fields(self.rule)}  # pyright: ignore
         settings |= {"round": self.round, "first": self.first}

@@ -53,6 +53,7 @@ class Shared:
     step: float = 0.1
     aggregator: str = "majority"
 
+    name: ClassVar[str] = "shared"
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -63,7 +64,7 @@ class Shared:
         require("budget.aggregator", self.aggregator, self.aggregator in AGGREGATORS, allowed)
 
     @property
-    def name(self) -> str:
+    def label(self) -> str:
         """The settings that tell it from others."""
         rounds = f"first={self.first} round={self.round} step={self.step:g}"
         return f"shared {self.total:g} {self.unit} {self.aggregator} {rounds}"

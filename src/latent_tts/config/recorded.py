@@ -88,7 +88,7 @@ def _targets_of(group: str) -> frozenset[str]:
 
 @cache
 def _own_targets(group: str) -> frozenset[str]:
-    files = sorted((Path(conf_dir()) / group).glob("*.yaml"))
+    files = sorted((Path(conf_dir()) / group).rglob("*.yaml"))
     return frozenset(target for file in files for target in _targets_in(_unresolved(OmegaConf.load(file))))
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from latent_tts.budget import Tally, is_adaptive, play
 from latent_tts.pipeline.keys import latents_key, rollout_key
+from latent_tts.pipeline.rounds import Outcome, Tallying, with_counts
 from latent_tts.pipeline.scores import Scores, score_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results.cache import MEASURED_SUMS, RolloutCache, unpack_latents
+from latent_tts.types import Int64
 
+TALLIED = ["answer_ids", "answer_logprob", "latent_steps"]
 ANSWER_COLUMNS = ["answer_ids", "answer_logprob", "answer_margin", "stop_reason"]
 
 
@@ -27,6 +31,7 @@ class RunRollouts:
         cache: where they are kept.
         drawn_now: how many the cache did not have.
         winners: None where all answers were decoded.
+        outcome: where each question ended, if the budget looked at its rollouts.
     """
 
     rows: pd.DataFrame
@@ -35,6 +40,7 @@ class RunRollouts:
     cache: RolloutCache
     drawn_now: int
     winners: Winners | None = None
+    outcome: Outcome | None = None
 
 
 @dataclass
@@ -60,8 +66,39 @@ def draw_rollouts(spec: RunSpec) -> RunRollouts:
     """
     if spec.decode == "winners":
         return decode_winners(spec, think_rollouts(spec))
+    if is_adaptive(spec.budget):
+        return draw_in_rounds(spec)
     cache = open_cache(spec)
     return read_rollouts(spec, cache, draw_missing(spec, cache, spec.wanted()))
+
+
+def draw_in_rounds(spec: RunSpec) -> RunRollouts:
+    """The same where the budget looks at the rollouts of a round before it gives another.
+
+    The rollouts of a round are drawn together, whichever question they are of, so that places that are freed go to the
+    others; each question has its first rollouts, so that cache and tables nest with those of every other budget.
+    """
+    assert is_adaptive(spec.budget)
+    cache, tallying, drawn_now = open_cache(spec), Tallying(spec), 0
+
+    def tallies_after(drawn_Q: Int64) -> list[Tally]:
+        nonlocal drawn_now
+        part = replace(spec, counts=drawn_Q.tolist())
+        wanted = part.wanted()
+        if wanted.empty:
+            return tallying.tallies(pd.DataFrame({name: [] for name in TALLIED}), None, part.drawn)
+        drawn_now += draw_missing(part, cache, wanted)
+        rows = cache.read(wanted, ["latents", *TALLIED] if spec.scorer is not None else TALLIED)
+        score = None
+        if spec.scorer is not None:
+            latents = unpack_latents(rows["latents"], spec.shape.width)
+            score = score_rollouts(part, cache.folder, rows["answer_ids"], latents).score
+        return tallying.tallies(rows, score, part.drawn)
+
+    outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
+    drawn = read_rollouts(with_counts(spec, outcome), cache, drawn_now)
+    drawn.outcome = outcome
+    return drawn
 
 
 def think_rollouts(spec: RunSpec) -> RunRollouts:

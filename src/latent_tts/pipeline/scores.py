@@ -13,6 +13,8 @@ from latent_tts.errors import RunError
 from latent_tts.pipeline.keys import score_key
 from latent_tts.pipeline.spec import RunSpec, scorer_positions
 from latent_tts.results.cache import ScoreCache
+from latent_tts.scorer import Scorer
+from latent_tts.types import Floats
 
 
 @dataclass
@@ -60,8 +62,21 @@ def score_rollouts(
         score(spec, cache, lacking, dict(zip(places, latents, strict=True)), shifts)
     rows = cache.read(wanted)
     step_scores = [np.asarray(steps, dtype=np.float64) for steps in rows["step_scores"]]
-    distinct = [{shifts.get((spec.row_key(q), i), 0) for i in range(spec.n)} for q in spec.questions]
-    return Scores(rows, scorer.score_rollouts(step_scores), list(map(len, distinct)), sum(map(len, lacking.values())))
+    counted = zip(spec.questions, spec.drawn, strict=True)
+    distinct = [{shifts.get((spec.row_key(question), i), 0) for i in range(count)} for question, count in counted]
+    score = scorer.score_rollouts(step_scores)
+    check_range(scorer, score)
+    return Scores(rows, score, list(map(len, distinct)), sum(map(len, lacking.values())))
+
+
+def check_range(scorer: Scorer, score: Floats) -> None:
+    """Raise RunError for a score beyond `scorer.range`."""
+    if scorer.range is None:
+        return
+    low, high = scorer.range
+    beyond = score[(score < low) | (score > high)]
+    if len(beyond):
+        raise RunError(f"scorer.range=[{low:g},{high:g}]: a rollout has the score {beyond[0]:g}; declare a wider range")
 
 
 def official_positions(spec: RunSpec, answer_ids: Iterable[Sequence[int]], latents: Sequence[np.ndarray]) -> list[int]:

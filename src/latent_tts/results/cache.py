@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,15 +132,20 @@ class PartCache:
         """Write one part."""
         _write_part(self.folder, pa.Table.from_pylist(rows, schema=self.schema))
 
-    def read(self, wanted: pd.DataFrame) -> pd.DataFrame:
-        """The rows of `wanted` (columns `row_key`, `rollout`), in its order, with every other column of a part.
+    def read(self, wanted: pd.DataFrame, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The rows of `wanted` (columns `row_key`, `rollout`), in its order, with other columns of a part.
+
+        Args:
+            wanted: which rows.
+            columns: which other columns; None for all.
 
         Raises:
             RunError: a row is not there, or what `present` raises.
         """
         keys = set(wanted["row_key"])
         frames = []
-        for _, table in whole_parts(self.folder, self.schema.names):
+        names = self.schema.names if columns is None else ["row_key", "rollout", *columns]
+        for _, table in whole_parts(self.folder, names):
             frame = table.to_pandas()
             frames.append(frame[frame["row_key"].isin(keys)])
         rows = pd.concat(frames) if frames else self.schema.empty_table().to_pandas()

@@ -17,10 +17,10 @@ from latent_tts.errors import UsageError, bad_value
 from latent_tts.results.files import file_digest, plain_cells, spreadsheet_cells, whole_file
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
-SCORES, FIGURE = "scores.parquet", "scaling.png"
+SCORES, FIGURE, BUDGET = "scores.parquet", "scaling.png", "budget.parquet"
 
 
-TABLES = (METRICS, ROLLOUTS, LATENTS, SCORES)
+TABLES = (METRICS, ROLLOUTS, BUDGET, LATENTS, SCORES)
 
 
 ROLLOUT_COLUMNS = [
@@ -37,6 +37,7 @@ ROLLOUT_COLUMNS = [
     "answer_tokens",
     "latent_steps",
 ]
+BUDGET_COLUMNS = ["question_id", "used", "drawn", "why", "certificate", "pick", "answer", "correct"]
 METRIC_COLUMNS = [
     "run_id",
     "model",
@@ -98,6 +99,28 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
     check_file(folder, ROLLOUTS)
     return rollouts
+
+
+def write_budget(folder: Path, budget: pd.DataFrame) -> None:
+    """Write `budget.parquet`: a row per question of a run whose budget looked at its rollouts."""
+    with whole_file(folder / BUDGET) as path:
+        budget.to_parquet(path, index=False)
+
+
+def read_budget(folder: Path) -> pd.DataFrame | None:
+    """The `budget.parquet` of a run folder; None where every question got the same number of rollouts.
+
+    Raises:
+        UsageError: it is damaged or of another run.
+    """
+    if not (folder / BUDGET).is_file():
+        return None
+    try:
+        budget = pd.read_parquet(folder / BUDGET, columns=BUDGET_COLUMNS)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UsageError(f"{folder / BUDGET}: cannot be read ({str(error).splitlines()[0]})") from error
+    check_file(folder, BUDGET)
+    return budget
 
 
 def write_latents(folder: Path, latents: list[np.ndarray]) -> None:
