@@ -75,9 +75,7 @@ class Computation:
 
 
 COMPUTATIONS = tuple(
-    Computation(attention, logits)
-    for attention in ("shared-prefix", "transformers")
-    for logits in ("head", "model")
+    Computation(attention, logits) for attention in ("shared-prefix", "transformers") for logits in ("head", "model")
 )
 
 
