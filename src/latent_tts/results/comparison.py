@@ -109,7 +109,7 @@ def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
         for budgets in _budgets(any_a, any_b, selection)
     ]
     if not found:
-        raise UsageError("a and b report no n in common; draw both with budget=ladder, or name them: a_n=64 b_n=1")
+        raise UsageError("a and b report no n in common; run both with budget=ladder, or name them: a_n=64 b_n=1")
     return found
 
 
