@@ -11,7 +11,14 @@ import pandas as pd
 from latent_tts.results import statistics
 from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
 from latent_tts.results.files import settings_digest
-from latent_tts.results.run_folder import CURVE_COLUMNS, METRIC_COLUMNS, SEED_COLUMNS, join_metrics, write_metrics
+from latent_tts.results.run_folder import (
+    CURVE_COLUMNS,
+    METRIC_COLUMNS,
+    SEED_COLUMNS,
+    join_metrics,
+    name_weights_once,
+    write_metrics,
+)
 
 PER_QUESTION = ("accuracy", "coverage", "invalid_rate")  # the metrics that a rollouts table has for each question
 
@@ -55,6 +62,7 @@ def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
         seeds; NaN where a rollouts table does not have the figure of each question, as with diversity.
     """
     rows = pd.concat([run.metrics.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
+    rows = name_weights_once(rows)
     means = []
     for _, same in rows.groupby([*CURVE_COLUMNS, "aggregator", "n", "drawn", "metric"], sort=False, dropna=False):
         same = same.drop_duplicates("seed")
@@ -69,7 +77,10 @@ def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
 
 
 def _interval(runs: Sequence[CompletedRun], metric: str, aggregator: str, n: int) -> tuple[float, float]:
+    figure = aggregator if metric == "accuracy" else metric
     if metric not in PER_QUESTION or not all(run.all_decoded for run in runs):
         return np.nan, np.nan
-    seeds = pd.concat([run.per_question(aggregator if metric == "accuracy" else metric, n) for run in runs], axis=1)
+    if any(run.budget is not None and figure not in run.figures for run in runs):
+        return np.nan, np.nan
+    seeds = pd.concat([run.per_question(figure, n) for run in runs], axis=1)
     return statistics.interval(seeds.mean(axis=1).to_numpy())

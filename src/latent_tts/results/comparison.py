@@ -14,7 +14,7 @@ from latent_tts.errors import UsageError, require
 from latent_tts.results import statistics
 from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
 from latent_tts.results.files import spreadsheet_cells, whole_file
-from latent_tts.results.run_folder import UNKNOWN, is_complete, run_folders
+from latent_tts.results.run_folder import UNKNOWN, is_complete, name_weights_once, run_folders
 
 Side = dict[str, CompletedRun]  # by seed
 
@@ -84,14 +84,13 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
 
 def _require_one_curve(side: str, runs: Sequence[CompletedRun]) -> None:
     """Raise UsageError unless runs are seeds of each other."""
-    first = runs[0]
-    for run in runs[1:]:
-        differing = [name for name, value in run.curve.items() if value != first.curve[name]]
-        if differing:
-            name = differing[0]
+    curves = name_weights_once(pd.DataFrame([run.curve for run in runs]))
+    for name, values in curves.items():
+        if values.nunique() > 1:
+            one, other = 0, int((values != values[0]).argmax())
             raise UsageError(
                 f"{side}: holds runs that are not seeds of each other, name one run folder\n"
-                f"{name}: {first.curve[name]} in {first.folder}, {run.curve[name]} in {run.folder}"
+                f"{name}: {values[one]} in {runs[one].folder}, {values[other]} in {runs[other].folder}"
             )
 
 
@@ -144,14 +143,13 @@ def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, 
 def _figures(a: CompletedRun, b: CompletedRun, selection: Selection) -> Iterator[tuple[str, str]]:
     """Which figure of A is held against which of B."""
     if selection.a_figure is None and selection.b_figure is None:
-        both = ["coverage", *sorted(set(a.aggregators) & set(b.aggregators))]
+        both = sorted(set(a.figures) & set(b.figures), key=lambda name: (name != "coverage", name))
         yield from zip(both, both, strict=True)
         return
     figure_a = str(selection.a_figure or selection.b_figure)
     figure_b = str(selection.b_figure or selection.a_figure)
     for key, name, side in (("a_figure", figure_a, a), ("b_figure", figure_b, b)):
-        known = ["coverage", *side.aggregators]
-        require(key, name, name in known, f"one of {', '.join(known)}")
+        require(key, name, name in side.figures, f"one of {', '.join(side.figures)}")
     yield figure_a, figure_b
 
 
