@@ -21,6 +21,7 @@ from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, printable,
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("draw rollouts, pick answers, write the scaling curve", ()),
     "rescore": ("score the rollouts of a finished run with another scorer: ltts rescore RUN", ("run",)),
+    "replay": ("apply a budget to the rollouts of a finished run: ltts replay RUN budget=adaptive", ("run",)),
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
     "train-reasoner": ("train a latent reasoner with its family's recipe; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),

@@ -8,7 +8,7 @@ are compared as text before anything is imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,25 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
     made = OmegaConf.create(literal(node))
     assert isinstance(made, DictConfig)
     return made
+
+
+def recorded_run(record: Mapping[str, Any], groups: Iterable[str], *given: DictConfig) -> Any:
+    """The config of a run as its `run.json` has it, the options of some groups safe to `build`; the others are text.
+
+    Args:
+        record: the `run.json`.
+        groups: of the options.
+        given: as in `recorded`.
+    """
+    merged: Any = OmegaConf.create(literal(record["config"]))
+    for group in groups:
+        if group in merged:
+            merged[group] = recorded(group, record["config"][group], *given)
+    # a run of before there were answer sampling, forced beginnings, schedules and quantisation says nothing about them
+    merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0, "forced_prefix": ""}, merged.answer)
+    merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
+    merged.engine = OmegaConf.merge({"quantize": None}, merged.engine)
+    return merged
 
 
 def aggregator_builder(*given: DictConfig) -> Callable[[str, Mapping[str, Any]], Aggregator]:

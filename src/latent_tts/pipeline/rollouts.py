@@ -81,7 +81,7 @@ def draw_in_rounds(spec: RunSpec) -> RunRollouts:
     others; each question has its first rollouts, so that cache and tables nest with those of every other budget.
     """
     assert is_adaptive(spec.budget)
-    tallying, drawn_now, before = Tallying(spec), 0, spec.wanted().iloc[:0]
+    tallying, drawn_now, before = Tallying(spec), 0, [0] * len(spec.questions)
 
     def tallies_after(drawn_Q: Int64) -> list[Tally]:
         nonlocal drawn_now, before
@@ -89,10 +89,9 @@ def draw_in_rounds(spec: RunSpec) -> RunRollouts:
         wanted = part.wanted()
         if wanted.empty:
             return tallying.tallies(pd.DataFrame({name: [] for name in TALLIED}), None, part.drawn)
-        new = pd.concat([wanted, before]).drop_duplicates(keep=False)
         # a refresh draws the rollouts of this round again, not those of the rounds before
-        cache, drawn = fill_cache(part, rollout_key, new if spec.refresh else wanted)
-        drawn_now, before = drawn_now + drawn, wanted
+        cache, drawn = fill_cache(part, rollout_key, part.wanted(before) if spec.refresh else wanted)
+        drawn_now, before = drawn_now + drawn, part.drawn
         rows = cache.read(wanted, ["latents", *TALLIED] if spec.scorer is not None else TALLIED)
         score = None
         if spec.scorer is not None:

@@ -169,5 +169,8 @@ def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, ta
         ("answer_tokens", ""): summed("answer_tokens"),
         ("gflops", ""): np.array([tally.prompt_gflop + tally.gflop_N.sum() for tally in outcome.tallies]),
     }
-    measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, questions, float(counts.mean()))
+    if rollouts[list(MEASURED_SUMS)].notna().all().all():
+        measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, questions, float(counts.mean()))
+    else:  # a replay: what the rollouts took when they were drawn, in the batches of another run
+        measured = {"recorded_seconds": float(rollouts["seconds"].sum(skipna=False)) / questions}
     return [Figures(spec.n, spec.n, values, measured)]

@@ -63,7 +63,7 @@ def write_run_folder(
     write_metrics(folder / METRICS, tables.metrics)
     if tables.budget is not None:
         write_budget(folder, tables.budget)
-        record |= {"budget": _budget_summary(tables.budget)}
+        record |= {"budget": budget_summary(tables.budget)}
     if tables.metrics["n"].nunique() > 1:
         plot.scaling_curve(tables.metrics, folder / FIGURE)
     if keep_latents:
@@ -92,7 +92,7 @@ def write_run_folder(
     )
 
 
-def _budget_summary(budget: pd.DataFrame) -> dict[str, Any]:
+def budget_summary(budget: pd.DataFrame) -> dict[str, Any]:
     """What the questions got, and why no more."""
     return {
         "used": int(budget["used"].sum()),

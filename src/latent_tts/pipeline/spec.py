@@ -192,10 +192,14 @@ class RunSpec(RunRequest):
         donor = self.donors.get(question.id)
         return question.id if donor is None else f"{question.id}<{donor.id}"
 
-    def wanted(self) -> pd.DataFrame:
-        """The rollouts of the run (columns `row_key`, `rollout`), in the order of its tables."""
-        counted = zip(self.questions, self.drawn, strict=True)
-        pairs = [(self.row_key(question), number) for question, count in counted for number in range(count)]
+    def wanted(self, after: Sequence[int] | None = None) -> pd.DataFrame:
+        """The rollouts of the run (columns `row_key`, `rollout`), in the order of its tables.
+
+        Args:
+            after: of each question as many of its first rollouts are left out.
+        """
+        counted = zip(self.questions, after or [0] * len(self.questions), self.drawn, strict=True)
+        pairs = [(self.row_key(question), number) for question, was, count in counted for number in range(was, count)]
         return pd.DataFrame(pairs, columns=["row_key", "rollout"])
 
 

@@ -117,7 +117,7 @@ def print_metrics(metrics: pd.DataFrame) -> None:
         )
 
 
-def _drawn(drawn: int, by_metric: Mapping[str, pd.Series]) -> str:
+def _drawn(drawn: object, by_metric: Mapping[str, pd.Series]) -> str:
     """Rollouts per question; where they are unequally many the mean, and how many of them were used."""
     if "rollouts_drawn" not in by_metric:
         return str(drawn)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, bad_value
@@ -36,6 +37,7 @@ ROLLOUT_COLUMNS = [
     "answer_ids",
     "answer_tokens",
     "latent_steps",
+    "seconds",
 ]
 BUDGET_COLUMNS = ["question_id", "used", "drawn", "why", "certificate", "pick", "answer", "correct"]
 METRIC_COLUMNS = [
@@ -94,10 +96,15 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
         UsageError: it is missing, damaged or of another run.
     """
     try:
-        rollouts = pd.read_parquet(folder / ROLLOUTS, columns=ROLLOUT_COLUMNS)
+        there = pq.read_schema(folder / ROLLOUTS).names
+        # those of earlier versions do not say what each rollout took
+        columns = [name for name in ROLLOUT_COLUMNS if name != "seconds" or name in there]
+        rollouts = pd.read_parquet(folder / ROLLOUTS, columns=columns)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
     check_file(folder, ROLLOUTS)
+    if "seconds" not in rollouts:
+        rollouts["seconds"] = np.nan
     return rollouts
 
 
