@@ -20,7 +20,7 @@ from latent_tts.pipeline.tables import make_tables
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
 from latent_tts.results.files import locked_folder
-from latent_tts.results.run_folder import METRICS
+from latent_tts.results.run_folder import LATENTS, METRICS
 
 
 def main(cfg: DictConfig) -> None:
@@ -36,13 +36,11 @@ def main(cfg: DictConfig) -> None:
         folder, settings = output_dir(), changed_settings(cfg)
         with locked_folder(folder, "hydra.run.dir"):
             clear_run_folder(folder)
-            rollouts = draw_rollouts(spec)
+            rollouts = draw_rollouts(spec, folder / LATENTS if cfg.keep_latents else None)
             tables = make_tables(spec, rollouts, settings)
             seconds = time.perf_counter() - started
             kept = {} if cfg.cache == "off" else {"cache": str(rollouts.cache.folder.resolve())}
-            write_run_folder(
-                folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=cfg.keep_latents, **kept
-            )
+            write_run_folder(folder, spec, rollouts, tables, settings, seconds=seconds, **kept)
     report.print_metrics(tables.metrics)
     print(folder / METRICS)
 

@@ -16,7 +16,7 @@ from latent_tts.pipeline.code import DRAWING, PACKAGE, SCORING, code_digests
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer import Scorer
 
-FORMAT = 2  # of cache entries; those of others are not read
+FORMAT = 3  # of cache entries; those of others are not read
 # part of every cache key: raised when the same settings give other rollouts, for a reason that is not in their code
 ENGINE_SEMANTICS = {"float32": 2, "bfloat16": 3, "float16": 3}
 SCORING_SEMANTICS = 2  # the same for step scores

@@ -21,7 +21,6 @@ from latent_tts.results.run_folder import (
     ROLLOUTS,
     RUN_JSON,
     SCORES,
-    write_latents,
     write_metrics,
     write_rollouts,
     write_run_json,
@@ -42,7 +41,6 @@ def write_run_folder(
     settings: Mapping[str, Any],
     *,
     seconds: float,
-    keep_latents: bool,
     **record: Any,
 ) -> None:
     """Write a run's files; `run.json` is last, since its presence means that the run is complete.
@@ -54,15 +52,12 @@ def write_run_folder(
         tables: its tables.
         settings: see `make_tables`.
         seconds: that the command has taken.
-        keep_latents: also write `latents.safetensors`.
         **record: what else `run.json` says.
     """
     write_rollouts(folder, tables.rollouts)
     write_metrics(folder / METRICS, tables.metrics)
     if tables.metrics["n"].nunique() > 1:
         plot.scaling_curve(tables.metrics, folder / FIGURE)
-    if keep_latents:
-        write_latents(folder, drawn.latents)
     config, scorer = spec.config, spec.scorer
     write_run_json(
         folder,
