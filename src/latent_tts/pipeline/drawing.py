@@ -53,11 +53,17 @@ from latent_tts.results.cache import (
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import PartWriter, ragged, runs_of
 from latent_tts.results.run_folder import LatentsFile
+from latent_tts.types import Reasoner
 
 log = logging.getLogger(__name__)
 Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
 Place: TypeAlias = tuple[str, int]
 _directions = DirectionSums()  # of the questions drawn last, for their next round and the next job of a sweep
+
+
+def load(spec: RunSpec) -> Reasoner:
+    """The model of a run, loaded and proven; it is kept for the next call."""
+    return load_reasoner(spec.adapter, spec.engine, find_device(spec.engine), longest=spec.longest_sequence)
 
 
 def draw(
@@ -78,7 +84,7 @@ def draw(
         lacking: which ones (columns `row_key`, `rollout`).
         answers: whether to decode the answers.
         scored: whether the run's scorer reads their latents.
-        dissimilarity: what `cache.ROLLOUT_COLUMNS` says of each, where it is known; else it is computed.
+        dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is known; else it is computed.
         kept: where latents go; None keeps none.
 
     Raises:
@@ -104,9 +110,9 @@ def draw(
 def think_again(
     spec: RunSpec,
     scores: ScoreCache | None,
-    unscored: pd.DataFrame | None,
+    unscored: pd.DataFrame,
     offsets: Mapping[Place, int],
-    unkept: pd.DataFrame | None,
+    unkept: pd.DataFrame,
     kept: LatentsFile | None,
 ) -> None:
     """Make the latents of drawn rollouts again, to score or to keep them; answers and recorded scores stay.
@@ -123,12 +129,12 @@ def think_again(
         RunError: a failure; what was scored stays in the cache.
         OSError: the cache cannot be written to.
     """
-    missing = pd.concat([part for part in (unscored, unkept) if part is not None]).drop_duplicates().sort_index()
+    missing = pd.concat([unscored, unkept]).drop_duplicates().sort_index()
     jobs = shifted_jobs(jobs_of(spec, missing), offsets)
-    scored = unscored is not None and len(unscored) > 0
+    scored = len(unscored) > 0
     drawer = Drawer(spec, jobs, scored=scored)
     drawer.log_thinking(jobs, "scores" if scored else "latents.safetensors")
-    to_score = set(unscored.itertuples(index=False, name=None)) if unscored is not None else set()
+    to_score = set(unscored.itertuples(index=False, name=None))
     writer = PartWriter(scores.folder) if scored and scores is not None else None
     with report.progress_bar(len(missing), "rollouts") as bar, writer or nullcontext():
         with computing("thinking again", "what was scored is in the cache", LESS_MEMORY):
@@ -147,7 +153,7 @@ def score_kept(
     scores: ScoreCache,
     lacking: pd.DataFrame,
     offsets: Mapping[Place, int],
-    read_latents: Callable[[Sequence[Place]], tuple[Tensor, Tensor]],
+    read_latents: Callable[[Sequence[RolloutJob]], tuple[Tensor, Tensor]],
 ) -> None:
     """Score rollouts whose latents are in a file.
 
@@ -156,7 +162,7 @@ def score_kept(
         scores: where step scores go.
         lacking: which ones to score (columns `row_key`, `rollout`).
         offsets: see `think_again`.
-        read_latents: makes the latents (R, T, D) of some rollouts, zeros where a row has none, and their numbers (R).
+        read_latents: makes the latents (R, T, D) of a batch, zeros where a row has none, and their numbers (R).
 
     Raises:
         RunError: a failure while scoring; what was scored stays in the cache.
@@ -169,7 +175,7 @@ def score_kept(
     with report.progress_bar(len(lacking), "scores") as bar, PartWriter(scores.folder) as writer:
         with computing("scoring rollouts", f"what was scored is in {scores.folder}", LESS_MEMORY):
             for batch in batches(jobs, rows, max_prompts(scorer.shape.width, torch.device(device).type)):
-                latents_RTD, steps_R = read_latents(places_of(batch))
+                latents_RTD, steps_R = read_latents(batch)
                 columns = scorer.score(batch, latents_RTD, steps_R)
                 writer.put(partial(score_table, batch, columns))
                 report.advance(bar, len(steps_R))
@@ -227,7 +233,6 @@ class Drawer:
             scored: whether the run's scorer reads their latents.
         """
         self.spec, self._scored = spec, scored
-        self._latents_digest = settings_digest(latents_key(spec))
         self.device = find_device(spec.engine)
         self.own_prompt = "prompt" in spec.sampler.random_phases
         self.bytes_per_row = self._bytes_per_row(jobs)
@@ -240,12 +245,17 @@ class Drawer:
         """The loaded reasoner."""
         spec = self.spec
         plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-        return Engine(load_reasoner(spec.adapter, spec.engine, self.device, longest=spec.longest_sequence), plan)
+        return Engine(load(spec), plan)
 
     @cached_property
     def scorer(self) -> BatchScorer:
         """The loaded scorer."""
         return BatchScorer(self.spec, self.device, self.rates)
+
+    @cached_property
+    def _latents(self) -> str:
+        """What determines the latents of the run."""
+        return settings_digest(latents_key(self.spec, self.engine.reasoner.computation))
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
         """Pack jobs into batches, the runs of a question in order."""
@@ -330,7 +340,7 @@ class Drawer:
         return unknown
 
     def _key(self, job: RolloutJob) -> str:
-        return f"{self._latents_digest} {job.row_key}"
+        return f"{self._latents} {job.row_key}"
 
     def _keys(self, batch: Sequence[RolloutJob]) -> list[str]:
         return list(map(self._key, batch))
@@ -425,7 +435,7 @@ class BatchScorer:
         return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n))
 
     def score(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, steps_R: Tensor) -> Columns:
-        """The columns `cache.SCORE_COLUMNS` of a batch, with its latents (zeros where a row has none).
+        """The columns `cache.SCORE_FIELDS` of a batch, with its latents (zeros where a row has none).
 
         Raises:
             RunError: step scores are not finite.

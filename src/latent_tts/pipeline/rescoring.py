@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from latent_tts.errors import RunError, UsageError, bad_value
-from latent_tts.pipeline.rollouts import RunRollouts, gather_rollouts, open_cache
+from latent_tts.pipeline.keys import rollout_key
+from latent_tts.pipeline.rollouts import CachedRollouts, RunRollouts, about, entries, gather_rollouts
 from latent_tts.pipeline.scores import open_scores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results.cache import MEASURED, ROLLOUT_COLUMNS, SCORE_COLUMNS, RolloutCache
+from latent_tts.results.cache import MEASURED, SCORE_FIELDS, RolloutCache
 from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import LATENTS, RUN_JSON, KeptLatents, is_complete, read_run_json
 from latent_tts.results.run_folder import (
     read_rollouts as read_rollout_table,
 )
+from latent_tts.types import COMPUTATIONS, Computation
+
+if TYPE_CHECKING:
+    import torch
+
+    from latent_tts.engine.packing import RolloutJob
 
 NEEDED = {
     **dict.fromkeys(("config.model", "config.task", "config.sampler", "config.search", "config.budget"), dict),
@@ -62,22 +69,25 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def rescore_rollouts(spec: RunSpec, source: Path) -> RunRollouts:
+def rescore_rollouts(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunRollouts:
     """The run's rollouts as the cache or its folder has them, scored.
+
+    Args:
+        spec: the run.
+        source: its folder.
+        record: its `run.json`.
 
     Raises:
         UsageError: neither has them.
         RunError: the questions are not those of the run, or a failure while scoring.
     """
-    cache, wanted = open_cache(spec), spec.wanted()
-    rows = GatheredRows(wanted, ROLLOUT_COLUMNS)
-    cache.gather(rows)
-    if rows.missing().empty:
-        return gather_rollouts(spec, cache, wanted)
+    wanted = spec.wanted()
+    if any(CachedRollouts.read(spec, cache, wanted, scored=False).complete for cache in entries(spec)):
+        return gather_rollouts(spec, rollout_key, wanted)
     if not (source / LATENTS).is_file():
         raise bad_value(
             "run", source,
-            f"its rollouts are not in the cache {cache.folder}, nor their latents in {LATENTS}\n"
+            f"its rollouts are not in the cache {spec.cache}, nor their latents in {LATENTS}\n"
             "the run's own command draws them again; with keep_latents=true they stay in the run folder",
         )  # fmt: skip
     kept = read_rollout_table(source)
@@ -86,6 +96,8 @@ def rescore_rollouts(spec: RunSpec, source: Path) -> RunRollouts:
         raise RunError(f"run={source}: its questions are not those of its task any more")
     # what was measured when they were drawn is not kept beside the tables
     found = kept.assign(row_key=wanted["row_key"], **dict.fromkeys(MEASURED, np.nan))
+    way = next((each for each in COMPUTATIONS if each.way.items() <= record.items()), Computation())
+    cache = RolloutCache(spec.cache, rollout_key(spec, way), about(spec))
     return _score_kept(spec, cache, found, KeptLatents(source, len(kept)))
 
 
@@ -99,11 +111,12 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
     n, steps_R = spec.n, rows["latent_steps"].to_numpy()
     first = {spec.row_key(question): place * n for place, question in enumerate(spec.questions)}
 
-    def read_latents(places: Sequence[tuple[str, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        numbers = [first[key] + number for key, number in places]
-        return torch.cat([latents.rows(row, 1) for row in numbers]), torch.tensor(steps_R[numbers])
+    def read_latents(batch: Sequence[RolloutJob]) -> tuple[torch.Tensor, torch.Tensor]:
+        begins = [(first[job.row_key] + job.rollouts[0], len(job.rollouts)) for job in batch]
+        steps = np.concatenate([steps_R[row : row + count] for row, count in begins])
+        return torch.cat([latents.rows(row, count) for row, count in begins]), torch.from_numpy(steps)
 
-    offsets, scores = score_positions(spec, rows), GatheredRows(spec.wanted(), SCORE_COLUMNS)
+    offsets, scores = score_positions(spec, rows), GatheredRows(spec.wanted(), SCORE_FIELDS)
     score_cache = open_scores(spec, cache.folder)
     score_cache.gather(scores)
     lacking = scores.missing()

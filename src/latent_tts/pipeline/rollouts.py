@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -16,12 +15,14 @@ from latent_tts.errors import RunError
 from latent_tts.pipeline.keys import latents_key, rollout_key
 from latent_tts.pipeline.scores import Scores, open_scores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_COLUMNS, SCORE_COLUMNS, RolloutCache
+from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, SCORE_FIELDS, RolloutCache, ScoreCache
+from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import LatentsFile
-from latent_tts.types import Float32
+from latent_tts.types import COMPUTATIONS, Computation, Float32
 
 log = logging.getLogger(__name__)
+KeyOf: TypeAlias = Callable[[RunSpec, Computation], Mapping[str, Any]]
 
 ANSWER_COLUMNS = ["answer_ids", "answer_logprob", "answer_margin", "stop_reason"]
 
@@ -32,7 +33,7 @@ class RunRollouts:
 
     Attributes:
         rows: as the cache has them, in the order of `RunSpec.wanted`; equal answers are one object.
-        dissimilarity_RT: per latent the dissimilarities with the rollouts before, see `cache.ROLLOUT_COLUMNS`; NaN
+        dissimilarity_RT: per latent the dissimilarities with the rollouts before, see `cache.ROLLOUT_FIELDS`; NaN
             where a rollout has none.
         scores: None without a scorer.
         cache: where they are kept.
@@ -75,18 +76,17 @@ def draw_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     """
     if spec.decode == "winners":
         return decode_winners(spec, think_rollouts(spec, latents))
-    return gather_rollouts(spec, open_cache(spec), spec.wanted(), latents=latents)
+    return gather_rollouts(spec, rollout_key, spec.wanted(), latents=latents)
 
 
 def think_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     """The same without answers: latents and their scores."""
-    cache = RolloutCache(spec.cache, latents_key(spec), about(spec))
-    return gather_rollouts(spec, cache, spec.wanted(), answers=False, latents=latents)
+    return gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
 
 
 def gather_rollouts(
     spec: RunSpec,
-    cache: RolloutCache,
+    key_of: KeyOf,
     wanted: pd.DataFrame,
     *,
     answers: bool = True,
@@ -96,67 +96,123 @@ def gather_rollouts(
 ) -> RunRollouts:
     """Some rollouts of a run, those that the cache has and the others drawn now, scored where there is a scorer.
 
-    A model is loaded only if something is missing.
+    A model is loaded only if something is missing. How it is computed is part of the key, and known once it is loaded;
+    an entry that has everything serves whichever way its rollouts were computed: it was right for them.
 
     Args:
         spec: the run.
-        cache: of the rollouts.
+        key_of: what determines the rollouts.
         wanted: which ones (columns `row_key`, `rollout`), those of a question side by side.
         answers: whether to decode the answers.
         scored: whether the run's scorer is asked.
-        dissimilarity: what `cache.ROLLOUT_COLUMNS` says of each, where it is known.
+        dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is known.
         latents: where to write the latents of all of them; None to keep none.
 
     Raises:
         RunError: a failure while drawing or scoring; what was computed stays in the cache.
     """
-    if spec.refresh:
-        cache.discard(wanted)
-    scorer = spec.scorer if scored else None
-    rows = GatheredRows(wanted, ROLLOUT_COLUMNS)
-    scores = None if scorer is None else GatheredRows(wanted, SCORE_COLUMNS)
-    score_cache = None if scorer is None else open_scores(spec, cache.folder)
-    scored_by = "" if score_cache is None else score_cache.folder.name
-    cache.gather(rows, scores, scored_by)
-    lacking = rows.missing()
-    _log_found(rows, f"in the cache {cache.folder}")
-    unscored = 0
-    if scores is not None and score_cache is not None:
-        score_cache.gather(scores)
-        unscored = len(scores.missing())
-        _log_found(scores, f"scored in the cache {score_cache.folder}")
-    kept = None
-    if latents is not None:
-        kept = LatentsFile(latents, wanted, (spec.adapter.latents, spec.shape.width), spec.engine.dtype)
-    with kept or nullcontext():
+    found: dict[Path, CachedRollouts] = {}
+    for cache in entries(spec, key_of):
+        if spec.refresh:
+            cache.discard(wanted)
+        found[cache.folder] = CachedRollouts.read(spec, cache, wanted, scored=scored)
+        if found[cache.folder].complete:
+            break
+    else:
+        from latent_tts.pipeline.drawing import load
+
+        cache = RolloutCache(spec.cache, key_of(spec, load(spec).computation), about(spec))
+    cached = found.get(cache.folder) or CachedRollouts.read(spec, cache, wanted, scored=scored)
+    cached.log_found()
+    if latents is None:
+        return cached.complete_with(spec, None, answers=answers, dissimilarity=dissimilarity)
+    with LatentsFile(latents, wanted, (spec.adapter.latents, spec.shape.width), spec.engine.dtype) as kept:
+        return cached.complete_with(spec, kept, answers=answers, dissimilarity=dissimilarity)
+
+
+@dataclass
+class CachedRollouts:
+    """What a cache entry has of some rollouts and of their scores.
+
+    Attributes:
+        cache: the entry.
+        rows: the rollouts.
+        score_cache: of their scores; None without a scorer.
+        scores: the scores.
+    """
+
+    cache: RolloutCache
+    rows: GatheredRows
+    score_cache: ScoreCache | None
+    scores: GatheredRows
+
+    @classmethod
+    def read(cls, spec: RunSpec, cache: RolloutCache, wanted: pd.DataFrame, *, scored: bool) -> CachedRollouts:
+        """Read what is there."""
+        score_cache = open_scores(spec, cache.folder) if scored and spec.scorer is not None else None
+        rows, scores = GatheredRows(wanted, ROLLOUT_FIELDS), GatheredRows(wanted, SCORE_FIELDS)
+        self = cls(cache, rows, score_cache, scores)
+        self._read()
+        return self
+
+    def _read(self) -> None:
+        if self.score_cache is None:
+            self.cache.gather(self.rows)
+            return
+        self.cache.gather(self.rows, self.scores, self.score_cache.folder.name)
+        self.score_cache.gather(self.scores)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rollout is there."""
+        return self.rows.missing().empty
+
+    def log_found(self) -> None:
+        """Say what is there."""
+        told = [(self.rows, f"in the cache {self.cache.folder}")]
+        if self.score_cache is not None:
+            told.append((self.scores, f"scored in the cache {self.score_cache.folder}"))
+        for rows, where in told:
+            there = len(rows.wanted) - len(rows.missing())
+            if there:
+                log.info("%d of %d rollouts are %s", there, len(rows.wanted), where)
+
+    def complete_with(
+        self,
+        spec: RunSpec,
+        kept: LatentsFile | None,
+        *,
+        answers: bool,
+        dissimilarity: Mapping[tuple[str, int], np.ndarray] | None,
+    ) -> RunRollouts:
+        """Draw and score what is missing; see `gather_rollouts`."""
+        scorer = spec.scorer if self.score_cache is not None else None
+        lacking, unscored = self.rows.missing(), len(self.scores.missing())
         if len(lacking):
             from latent_tts.pipeline.drawing import draw
 
             at_once = scorer is not None and scorer.positions == "correct"  # official ones need all answers first
-            draw(spec, cache, lacking, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept)
-            cache.gather(rows, scores, scored_by)
-        if len(gone := rows.missing()):
-            raise RunError(
-                f"{len(gone)} rollouts are missing from the cache {cache.folder}; re-run the command to draw them"
-            )
-        found = rows.frame()
-        offsets = {} if scorer is None else score_positions(spec, found)
-        to_score = None if scores is None else scores.missing()
-        to_keep = None if kept is None else wanted.drop(lacking.index)
-        if any(part is not None and len(part) for part in (to_score, to_keep)):
+            draw(spec, self.cache, lacking, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept)
+            self._read()
+        if len(gone := self.rows.missing()):
+            where = f"the cache {self.cache.folder}; re-run the command to draw them"
+            raise RunError(f"{len(gone)} rollouts are missing from {where}")
+        rows = self.rows.frame()
+        offsets = {} if scorer is None else score_positions(spec, rows)
+        to_score = self.scores.missing() if scorer is not None else lacking.iloc[:0]
+        to_keep = self.rows.wanted.drop(lacking.index) if kept is not None else lacking.iloc[:0]
+        if len(to_score) or len(to_keep):
             from latent_tts.pipeline.drawing import think_again
 
-            think_again(spec, score_cache, to_score, offsets, to_keep, kept)
-            if score_cache is not None and scores is not None:
-                score_cache.gather(scores)
-    drawn = lacking["row_key"].nunique() * spec.n if spec.search.guided else len(lacking)
-    return RunRollouts(
-        rows=found,
-        dissimilarity_RT=rows.padded("dissimilarity"),
-        scores=None if scores is None else reduce_scores(spec, scores, offsets, unscored),
-        cache=cache,
-        drawn_now=drawn,
-    )
+            think_again(spec, self.score_cache, to_score, offsets, to_keep, kept)
+            self._read()
+        return RunRollouts(
+            rows=rows,
+            dissimilarity_RT=self.rows.padded("dissimilarity"),
+            scores=None if scorer is None else reduce_scores(spec, self.scores, offsets, unscored),
+            cache=self.cache,
+            drawn_now=lacking["row_key"].nunique() * spec.n if spec.search.guided else len(lacking),
+        )
 
 
 def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
@@ -176,7 +232,7 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
         (key, number): row[:steps]
         for key, number, row, steps in zip(chosen["row_key"], chosen["rollout"], *known, strict=True)
     }
-    whole = gather_rollouts(spec, open_cache(spec), chosen, scored=False, dissimilarity=dissimilarity)
+    whole = gather_rollouts(spec, rollout_key, chosen, scored=False, dissimilarity=dissimilarity)
     rows = thought.rows
     for column in ANSWER_COLUMNS:
         values = rows[column].astype(object).tolist()
@@ -188,17 +244,14 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
     return thought
 
 
-def open_cache(spec: RunSpec) -> RolloutCache:
-    """The cache of a run's rollouts."""
-    return RolloutCache(spec.cache, rollout_key(spec), about(spec))
+def entries(spec: RunSpec, key_of: KeyOf = rollout_key) -> Iterator[RolloutCache]:
+    """The cache entries of a run's rollouts that are there, one per way to compute them."""
+    for computation in COMPUTATIONS:
+        key = key_of(spec, computation)
+        if (spec.cache / settings_digest(key)).is_dir():
+            yield RolloutCache(spec.cache, key, about(spec))
 
 
 def about(spec: RunSpec) -> dict[str, Any]:
     """What `ltts cache` says of a cache folder, without being part of its key."""
     return {"name": spec.adapter.name}
-
-
-def _log_found(rows: GatheredRows, where: str) -> None:
-    there = len(rows.wanted) - len(rows.missing())
-    if there:
-        log.info("%d of %d rollouts are %s", there, len(rows.wanted), where)

@@ -55,7 +55,7 @@ def reduce_scores(
 
     Args:
         spec: the run, which has a scorer.
-        gathered: the columns `cache.SCORE_COLUMNS` of all its rollouts.
+        gathered: the columns `cache.SCORE_FIELDS` of all its rollouts.
         offsets: see `score_positions`.
         scored_now: see `Scores`.
     """

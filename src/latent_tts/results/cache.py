@@ -34,7 +34,7 @@ MEASURED_SUMS = {
 MEASURED = MEASURED_SUMS | {"peak_memory_bytes": pa.int64()}
 
 
-ROLLOUT_COLUMNS = pa.schema(
+ROLLOUT_FIELDS = pa.schema(
     [
         ("answer_ids", pa.list_(pa.int32())),
         ("answer_logprob", pa.float32()),
@@ -48,19 +48,19 @@ ROLLOUT_COLUMNS = pa.schema(
         ("rows", pa.int32()),
     ]
 )
-SCORE_COLUMNS = pa.schema([("step_scores", pa.list_(pa.float32())), *MEASURED.items()])  # one score per latent
+SCORE_FIELDS = pa.schema([("step_scores", pa.list_(pa.float32())), *MEASURED.items()])  # one score per latent
 
 
 PLACE_FIELDS = [pa.field("row_key", pa.string()), pa.field("rollout", pa.int32())]
 SCORED_BY = "scored_by"  # the digest of a scorer's key; null where rollouts were drawn without one
 SCORING = "scoring_"  # how score columns begin in a part of rollouts
-SCORE_SCHEMA = pa.schema([*PLACE_FIELDS, *SCORE_COLUMNS])
+SCORE_SCHEMA = pa.schema([*PLACE_FIELDS, *SCORE_FIELDS])
 ROLLOUT_SCHEMA = pa.schema(
     [
         *PLACE_FIELDS,
-        *ROLLOUT_COLUMNS,
+        *ROLLOUT_FIELDS,
         (SCORED_BY, pa.string()),
-        *(field.with_name(SCORING + field.name) for field in SCORE_COLUMNS),
+        *(field.with_name(SCORING + field.name) for field in SCORE_FIELDS),
     ]
 )
 
@@ -116,8 +116,8 @@ class RolloutCache(PartCache):
         """Gather the missing ones of some rows, and of those the step scores that were made with them.
 
         Args:
-            rows: with columns of `ROLLOUT_COLUMNS`.
-            scores: with columns of `SCORE_COLUMNS`.
+            rows: with columns of `ROLLOUT_FIELDS`.
+            scores: with columns of `SCORE_FIELDS`.
             scored_by: digest of the scorer's key.
 
         Raises:
@@ -129,7 +129,7 @@ class RolloutCache(PartCache):
         for table in self._tables(rows, names):
             rows.take(table)
             if scores is not None:
-                taken = table.select([*PLACE, *(SCORING + name for name in SCORE_COLUMNS.names)])
+                taken = table.select([*PLACE, *(SCORING + name for name in SCORE_FIELDS.names)])
                 by = table[SCORED_BY].to_numpy()
                 scores.take(taken.rename_columns(SCORE_SCHEMA.names), by == scored_by)
 
@@ -150,7 +150,7 @@ class ScoreCache(PartCache):
         super().__init__(rollouts / SCORES_FOLDER, key)
 
     def gather(self, scores: GatheredRows) -> None:
-        """Gather the missing ones of some rows, with columns of `SCORE_COLUMNS`; see `RolloutCache.gather`."""
+        """Gather the missing ones of some rows, with columns of `SCORE_FIELDS`; see `RolloutCache.gather`."""
         for table in self._tables(scores, SCORE_SCHEMA.names):
             scores.take(table)
 
