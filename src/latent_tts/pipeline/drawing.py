@@ -495,7 +495,7 @@ def _table(schema: pa.Schema, batch: Sequence[RolloutJob], columns: Columns) -> 
     }
     arrays = []
     for field in schema:
-        column = (places | columns).get(field.name)
+        column: Any = (places | columns).get(field.name)
         if not isinstance(column, pa.Array):
             column = pa.repeat(pa.scalar(column, field.type), rows)
         arrays.append(column.cast(field.type))

@@ -213,5 +213,5 @@ def questions_digest(questions: Sequence[Question]) -> str:
 
 def diversities(dissimilarity_RT: Float32, n: int, first: int) -> list[float | None]:
     """The diversity of the first rollouts of each question, out of n of each."""
-    groups_QNT = dissimilarity_RT.reshape(-1, n, dissimilarity_RT.shape[1])
+    groups_QNT = dissimilarity_RT.reshape(len(dissimilarity_RT) // n, n, dissimilarity_RT.shape[1])
     return [statistics.diversity(group[:first]) for group in groups_QNT]

@@ -180,7 +180,7 @@ class PartIndex:
         if not self._changed:
             return
         there = pa.array(sorted(self._paths), pa.string())
-        table = self._table.filter(pc.is_in(self._table["part"], value_set=there))
+        table = self._table.filter(pc.call_function("is_in", [self._table["part"]], pc.SetLookupOptions(there)))
         with suppress(OSError):  # without it, the parts are read
             with digest_named_file(self._folder, uuid.uuid4().hex, INDEX_SUFFIX) as path:
                 pq.write_table(table, path, compression="zstd")
@@ -203,7 +203,7 @@ def runs_of(places: pd.DataFrame) -> list[tuple[str, range]]:
     begins = np.flatnonzero((np.diff(codes, prepend=-1) != 0) | (np.diff(numbers, prepend=-2) != 1))
     counts = np.diff(begins, append=len(codes))
     return [
-        (keys[codes[begin]], range(int(numbers[begin]), int(numbers[begin]) + int(count)))
+        (str(keys[codes[begin]]), range(int(numbers[begin]), int(numbers[begin]) + int(count)))
         for begin, count in zip(begins, counts, strict=True)
     ]
 
@@ -262,7 +262,7 @@ class GatheredRows:
             if field.type != FRACTIONS:
                 objects = pa.types.is_string(field.type) or pa.types.is_list(field.type)
                 column = self._column(field.name)
-                columns[field.name] = shared_objects(column) if objects else column.to_numpy()
+                columns[field.name] = shared_objects(column) if objects else column.to_numpy(zero_copy_only=False)
         return found[PLACE].reset_index(drop=True).assign(**columns)
 
     def padded(self, name: str) -> Float32:

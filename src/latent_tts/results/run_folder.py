@@ -16,6 +16,7 @@ from pandas.api.types import is_numeric_dtype
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.results.files import file_digest, plain_cells, spreadsheet_cells, whole_file
 from latent_tts.results.parts import runs_of
+from latent_tts.types import Float32
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,9 +182,9 @@ class KeptLatents:
         return self._latents_RTD[first : first + count]
 
 
-def write_scores(folder: Path, rollouts: pd.DataFrame, step_scores: Sequence[Sequence[float]]) -> None:
+def write_scores(folder: Path, rollouts: pd.DataFrame, step_scores: Sequence[Float32]) -> None:
     """Write `scores.parquet`: each rollout's score and the step scores behind it."""
-    table = rollouts[["question_id", "rollout", "score"]].assign(step_scores=pd.Series(list(step_scores)))
+    table = rollouts[["question_id", "rollout", "score"]].assign(step_scores=list(step_scores))
     with whole_file(folder / SCORES) as path:
         table.to_parquet(path, index=False)
 
