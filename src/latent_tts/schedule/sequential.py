@@ -14,6 +14,9 @@ class Sequential:
 
     name: ClassVar[str] = "sequential"
     stepwise: ClassVar[bool] = True
+    guess: ClassVar[str | None] = None
+    exact: ClassVar[bool] = True
+    verify: ClassVar[bool] = False
 
     @property
     def key(self) -> str:
