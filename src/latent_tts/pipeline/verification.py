@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from latent_tts.errors import RunError
-from latent_tts.pipeline.rollouts import RunRollouts, draw_missing, open_cache
+from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import rollout_table
-from latent_tts.results.cache import unpack_latents
 from latent_tts.results.files import whole_file
 from latent_tts.schedule.sequential import Sequential
 
@@ -85,10 +85,7 @@ def verify(spec: RunSpec, drawn: RunRollouts) -> Verification:
         RunError: a failure while drawing.
     """
     sequential = replace(spec, schedule=Sequential(), scorer=None)
-    cache = open_cache(sequential)
-    draw_missing(sequential, cache, sequential.wanted())
-    rows = cache.read(sequential.wanted())
-    other = RunRollouts(rows, unpack_latents(rows["latents"], spec.shape.width), None, cache, 0)
+    other = draw_rollouts(sequential)
     here, there = rollout_table(spec, drawn), rollout_table(sequential, other)
     deviation = [_deviation(*pair) for pair in zip(drawn.latents, other.latents, strict=True)]
     prediction, wanted = here["prediction"], there["prediction"]
@@ -102,7 +99,7 @@ def verify(spec: RunSpec, drawn: RunRollouts) -> Verification:
     return Verification(table, exact=spec.schedule.exact and spec.engine.dtype == "float32")
 
 
-def write_verification(folder, verification: Verification) -> None:
+def write_verification(folder: Path, verification: Verification) -> None:
     """Write `verification.csv` into a run folder."""
     with whole_file(folder / VERIFICATION) as path:
         verification.rows.to_csv(path, index=False)
