@@ -364,7 +364,9 @@ class RolloutState:
         self._pending_steps = range(first, self._plan.latents)
 
     def commit_until(self, steps_R: Tensor) -> None:
-        """Rows have as many latents as they have, each run with its final value. See `LatentSequence.commit_until`."""
+        """Rows have as many latents as `steps_R` says. See `LatentSequence.commit_until`."""
+        if self._plan.stop_id is None:
+            return self.commit(self.total)
         self.steps_R = steps_R
         # as one after another, where a last pass finds the stop of the longest rows
         self.step = min(int(steps_R.max()) + 1, self._plan.latents)

@@ -44,7 +44,7 @@ class Verification:
         """What a person reads: the largest deviation, and every changed answer."""
         rows, changed = self.rows, self.changed
         close = int((changed["margin"] < MIN_MARGIN).sum())
-        largest = rows.loc[rows["deviation"].idxmax()]
+        largest = rows.iloc[int(rows["deviation"].to_numpy().argmax())]
         lines = [
             f"verified against schedule=sequential: {len(rows)} rollouts, largest deviation of a latent "
             f"{largest['deviation']:.2g} (question {largest['question_id']}, rollout {largest['rollout']}), "

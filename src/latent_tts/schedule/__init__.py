@@ -114,12 +114,12 @@ class LatentSequence(Protocol):
         ...
 
     def commit_until(self, steps_R: Tensor) -> None:
-        """Finish where the model decides how many latents a row has: the inputs of all were run as they are."""
+        """Finish: rows have as many latents as `steps_R` says, and the inputs of all but the last were run as they are."""
         ...
 
 
 class Schedule(Protocol):
-    """The order in which the latents of a rollout are computed.
+    """The order in which the latents of a rollout are computed. Options inherit these defaults.
 
     Attributes:
         name: as shown in tables.
@@ -133,17 +133,17 @@ class Schedule(Protocol):
     @property
     def guess(self) -> str | None:
         """What latents are before they are computed, see `LatentSequence.guess`; None where nothing is guessed."""
-        ...
+        return None
 
     @property
     def exact(self) -> bool:
-        """Whether its latents are those of `sequential`, up to rounding."""
-        ...
+        """Whether its latents are certain to be those of `sequential`, up to rounding."""
+        return False
 
     @property
     def verify(self) -> bool:
         """Whether the rollouts are to be compared with those of `sequential`."""
-        ...
+        return False
 
     @property
     def key(self) -> str | dict[str, Any]:
@@ -167,7 +167,8 @@ class Schedule(Protocol):
 
         Those that depend on the rollout are left out; they are counted as its conflicts.
         """
-        ...
+        del latents
+        return []
 
 
 DRAFTED = ("greedy", "sibling")  # guesses made of another rollout of the question

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.schedule import LatentModel, LatentSequence, check_chunk_and_guess, check_parallel
+from latent_tts.schedule import LatentModel, LatentSequence, Schedule, check_chunk_and_guess, check_parallel
 
 
 @dataclass(frozen=True)
-class Jacobi:
+class Jacobi(Schedule):
     """Parallel sweeps.
 
     Attributes:
@@ -41,8 +41,6 @@ class Jacobi:
 
     name: ClassVar[str] = "jacobi"
     stepwise: ClassVar[bool] = False
-    exact: ClassVar[bool] = False  # only with sweeps >= T (or chunk); nothing asks for it then
-    verify: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (is_whole(self.sweeps) and self.sweeps >= 1):

@@ -28,14 +28,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.errors import bad_value, is_number
-from latent_tts.schedule import LatentModel, LatentSequence, check_chunk_and_guess, check_parallel
+from latent_tts.schedule import LatentModel, LatentSequence, Schedule, check_chunk_and_guess, check_parallel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Speculative:
+class Speculative(Schedule):
     """Sweeps over guesses, with versions, commits and conflicts.
 
     Attributes:
@@ -71,7 +71,7 @@ class Speculative:
 
     @property
     def exact(self) -> bool:
-        """Whether its latents are those of `sequential`, up to rounding."""
+        """Whether its latents are certain to be those of `sequential`, up to rounding."""
         return self.tolerance == 0
 
     def check(self, model: LatentModel) -> None:
@@ -120,15 +120,7 @@ class Speculative:
             chunk = self.chunk or total
             first = int(torch.where(committed_R < limit_R, committed_R, total).min())
         counts.commits_R += limit_R
-        if stops_RS is None:
-            latents.commit(total)
-        else:
-            latents.commit_until(limit_R)
-
-    def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
-        """None that are the same for all rollouts."""
-        del latents
-        return []
+        latents.commit_until(limit_R)
 
     def _equal(self, one: Tensor, other: Tensor) -> Tensor:
         """Whether vectors (..., D) are equal within the tolerance."""
