@@ -39,7 +39,7 @@ def main(cfg: DictConfig) -> None:
             clear_run_folder(folder)
             rollouts = draw_rollouts(spec)
             tables = make_tables(spec, rollouts, settings)
-            verification = verify(spec, rollouts) if spec.schedule.verify else None
+            verification = verify(spec, rollouts) if spec.schedule.verified else None
             seconds = time.perf_counter() - started
             kept = {} if cfg.cache == "off" else {"cache": str(rollouts.cache.folder.resolve())}
             write_run_folder(

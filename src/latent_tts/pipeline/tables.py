@@ -171,7 +171,7 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
     for place, question in enumerate(spec.questions):
         prompt, steps_N = len(spec.prompts[question.id]), steps_QN[place]
         once, each = passes.once(prompt), float(passes.rollout(prompt, steps_N, answers_QN[place]).mean())
-        if spec.schedule.guess in DRAFTED:
+        if spec.schedule.first_guess in DRAFTED:
             once += float(passes.thinking(prompt, spec.adapter.latents))
         if conflicts_QN is not None:  # with all latents before them, which is a little too many
             each += float((conflicts_QN[place] * spec.shape.pass_flops(1, prompt + steps_N)).mean())

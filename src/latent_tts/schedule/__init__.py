@@ -114,7 +114,7 @@ class LatentSequence(Protocol):
         ...
 
     def commit_until(self, steps_R: Tensor) -> None:
-        """Finish: rows have as many latents as `steps_R` says, and the inputs of all but the last were run as they are."""
+        """Finish: rows have as many latents as `steps_R` says; the inputs of all but the last were run as they are."""
         ...
 
 
@@ -131,7 +131,7 @@ class Schedule(Protocol):
     stepwise: ClassVar[bool]
 
     @property
-    def guess(self) -> str | None:
+    def first_guess(self) -> str | None:
         """What latents are before they are computed, see `LatentSequence.guess`; None where nothing is guessed."""
         return None
 
@@ -141,7 +141,7 @@ class Schedule(Protocol):
         return False
 
     @property
-    def verify(self) -> bool:
+    def verified(self) -> bool:
         """Whether the rollouts are to be compared with those of `sequential`."""
         return False
 

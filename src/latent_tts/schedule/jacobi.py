@@ -48,6 +48,11 @@ class Jacobi(Schedule):
         check_chunk_and_guess(self.chunk, self.guess)
 
     @property
+    def first_guess(self) -> str:
+        """What latents are before they are computed."""
+        return self.guess
+
+    @property
     def key(self) -> dict[str, Any]:
         """The schedule's part of the cache key."""
         return {"name": self.name, "sweeps": self.sweeps, "chunk": self.chunk, "guess": self.guess}

@@ -65,6 +65,16 @@ class Speculative(Schedule):
             )
 
     @property
+    def first_guess(self) -> str:
+        """What latents are before they are computed."""
+        return self.guess
+
+    @property
+    def verified(self) -> bool:
+        """Whether the rollouts are to be compared with those of `sequential`."""
+        return self.verify
+
+    @property
     def key(self) -> dict[str, Any]:
         """The schedule's part of the cache key; `verify` changes no rollout."""
         return {"name": self.name, "chunk": self.chunk, "tolerance": self.tolerance, "guess": self.guess}
