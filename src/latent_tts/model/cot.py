@@ -107,7 +107,7 @@ class Cot(CheckpointAdapter):
     def answer_span(self, answer_text: str) -> str | None:
         """The text after the last `#`; None if a plain chain contains no `#`.
 
-        Instruct models end in many ways: for them it is what the last `\\boxed{}` holds, or the last line.
+        Instruct models end in many ways: for them it is what the last box of LaTeX holds, or the last line.
         """
         if self.prompt == PLAIN:
             _, sign, answer = answer_text.rpartition("#")
@@ -137,7 +137,7 @@ class Cot(CheckpointAdapter):
 
 
 def _last_boxed(text: str) -> str | None:
-    """What the last whole `\\boxed{...}` of a text holds; None if there is none."""
+    """What the last whole box of LaTeX in a text holds; None if there is none."""
     start = text.rfind(BOXED)
     if start < 0:
         return None

@@ -16,8 +16,16 @@ from latent_tts.text.guard import call_once
 
 MAX_CHARACTERS = 1 << 20  # of a rendered prompt
 SECONDS = 2.0
-DATE = datetime(2024, 7, 26)  # today, for templates that ask (Llama's own default): prompts are the same tomorrow
 QUESTION = re.compile(r"\{\{-?\s*question\b")
+
+
+class Standstill:
+    """A clock for templates that write today's date (Llama's own default): a prompt must be the same tomorrow."""
+
+    @staticmethod
+    def now() -> datetime:
+        """July 26th, 2024."""
+        return datetime(2024, 7, 26)
 
 
 class TemplateError(Exception):
@@ -50,8 +58,10 @@ def rendered(template: str, question: str, tokens: Mapping[str, str]) -> str:
 
 
 def warm_up() -> None:
-    """Import what `render` needs, in the process that renders."""
-    from transformers.utils import chat_template_utils  # noqa: F401
+    """Import what `render` needs and stop its clock, in the process that renders."""
+    from transformers.utils import chat_template_utils
+
+    vars(chat_template_utils)["datetime"] = Standstill
 
 
 def render(template: str, question: str, tokens: str) -> dict[str, Any]:
@@ -59,7 +69,7 @@ def render(template: str, question: str, tokens: str) -> dict[str, Any]:
     from jinja2 import TemplateError as JinjaError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    variables = {**json.loads(tokens), "question": question, "strftime_now": DATE.strftime}
+    variables = {**json.loads(tokens), "question": question}
     conversation: Any = [[{"role": "user", "content": question}]]
     try:
         result: Any = render_jinja_template(
