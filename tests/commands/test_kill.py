@@ -96,7 +96,7 @@ def killed(start, tmp_path, seed):
         assert len(lines) < KILLS, f"{kills} processes were killed in their work, the others had ended before"
 
 
-def test_run(command, tmp_path):
+def test_a_killed_run_started_again_gives_equal_tables(command, tmp_path):
     line = ["run", "task.limit=150", "n=32", "sampler=gaussian", "engine.rows=256", "budget=ladder"]
     whole = Path(finish(command(*line, cache="whole"), tmp_path)).parent
     for table in killed(lambda name: command(*line, cache=name), tmp_path, 1):
@@ -119,7 +119,7 @@ def annotate(command, output, *arguments):
     return command(*ANNOTATE, *arguments, f"output={output}")
 
 
-def test_annotate(command, tmp_path):
+def test_killed_annotating_started_again_gives_equal_labels(command, tmp_path):
     finish(annotate(command, "whole"), tmp_path)
     whole = annotations(tmp_path / "whole")
     for line in killed(lambda name: annotate(command, name), tmp_path, 2):
@@ -139,7 +139,7 @@ def same_weights(command, tmp_path, line, load, seed):
             np.testing.assert_array_equal(again[name], tensor)
 
 
-def test_train_rm(command, tmp_path):
+def test_killed_train_rm_started_again_gives_equal_weights(command, tmp_path):
     finish(annotate(command, "train"), tmp_path)
     finish(annotate(command, "valid", "task.split=valid"), tmp_path)
     line = [
@@ -148,7 +148,7 @@ def test_train_rm(command, tmp_path):
     same_weights(command, tmp_path, line, lambda folder: load_file(folder / "model.safetensors"), 3)
 
 
-def test_train_reasoner(command, tmp_path):
+def test_killed_train_reasoner_started_again_gives_equal_weights(command, tmp_path):
     line = [
         "train-reasoner", "backbone.layers=1", "backbone.width=32", "optimization.batch=8", "save_every=3",
         "valid_questions=8", "recipe.written_updates=40", "recipe.stage_updates=[20]", "recipe.final_updates=40",
