@@ -511,6 +511,9 @@ def _answer_columns(rollouts: Rollouts, *, answers: bool) -> Columns:
         "answer_margin": pa.array(rollouts.answer_margin_R.float().numpy()),
         "stop_reason": pa.array(stopped) if answers else NOT_DECODED,
         "latent_steps": pa.array(rollouts.steps_R.numpy()),
+        "sweeps": pa.array(rollouts.sweeps_R.numpy()),
+        "commits": pa.array(rollouts.commits_R.numpy()),
+        "conflicts": pa.array(rollouts.conflicts_R.numpy()),
     }
 
 

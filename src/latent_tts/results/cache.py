@@ -41,6 +41,9 @@ ROLLOUT_FIELDS = pa.schema(
         ("answer_margin", pa.float32()),
         ("stop_reason", pa.string()),
         ("latent_steps", pa.int32()),
+        ("sweeps", pa.int32()),
+        ("commits", pa.int32()),
+        ("conflicts", pa.int32()),
         # one per latent: 1 - cosine with the latent of the same step of each rollout before, summed
         ("dissimilarity", pa.list_(pa.float32())),
         *MEASURED.items(),
