@@ -189,7 +189,7 @@ class KeptLatents:
 
 def write_scores(folder: Path, rollouts: pd.DataFrame, step_scores: Sequence[Float32]) -> None:
     """Write `scores.parquet`: each rollout's score and the step scores behind it."""
-    table = rollouts[["question_id", "rollout", "score"]].assign(step_scores=list(step_scores))
+    table = rollouts[["question_id", "rollout", "score"]].assign(step_scores=pd.Series(list(step_scores)))
     with whole_file(folder / SCORES) as path:
         table.to_parquet(path, index=False)
 
