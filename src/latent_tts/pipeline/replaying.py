@@ -11,7 +11,8 @@ import numpy as np
 from latent_tts.budget import is_adaptive, play
 from latent_tts.errors import RunError, UsageError, bad_value, require
 from latent_tts.pipeline import rescoring
-from latent_tts.pipeline.rounds import Outcome, Tallying, adaptive_figures, budget_table
+from latent_tts.pipeline.rollouts import CachedRollouts, entries
+from latent_tts.pipeline.rounds import Outcome, Tallying, adaptive_figures, budget_table, with_counts
 from latent_tts.pipeline.run_output import budget_summary
 from latent_tts.pipeline.scores import check_range
 from latent_tts.pipeline.spec import RunSpec
@@ -27,6 +28,7 @@ from latent_tts.results.run_folder import (
     write_rollouts,
     write_run_json,
 )
+from latent_tts.types import Floats
 
 
 def read_record(source: Path) -> dict[str, Any]:
@@ -82,8 +84,9 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
             raise bad_value("budget", spec.budget.label, f"needs scores, and the rollouts of run={source} have none")
         assert spec.scorer is not None
         check_range(spec.scorer, score)
-    counts = [spec.n] * len(spec.questions)
-    whole = Tallying(spec).tallies(rollouts, score if spec.budget.needs_score else None, counts)
+    tallying, questions = Tallying(spec), len(spec.questions)
+    tallying.add(rollouts, score if spec.budget.needs_score else None, [0] * questions, [spec.n] * questions)
+    whole = tallying.tallies()
     outcome = Outcome(
         *play(
             spec.budget,
@@ -92,11 +95,21 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
         )
     )
     drawn = rollouts[rollouts["rollout"] < np.repeat(outcome.counts, spec.n)].reset_index(drop=True)
-    # what else was measured is not kept beside the tables
-    drawn = drawn.assign(**{name: np.nan for name in MEASURED if name not in drawn})
+    drawn = drawn.assign(**dict.fromkeys(MEASURED, np.nan))
+    drawn["seconds"] = recorded_seconds(with_counts(spec, outcome))
     budget = budget_table(spec, outcome, drawn)
     figures = adaptive_figures(spec, outcome, drawn, budget)
     return RunTables(drawn, metric_rows(figures, run_columns(spec, record["settings"])), budget)
+
+
+def recorded_seconds(spec: RunSpec) -> Floats | float:
+    """What each rollout took when it was drawn, in the order of the tables; NaN if the cache does not have all."""
+    wanted = spec.wanted()
+    for cache in entries(spec):
+        cached = CachedRollouts.read(spec, cache, wanted, scored=False)
+        if cached.complete:
+            return cached.rows.frame()["seconds"].to_numpy(dtype=np.float64)
+    return np.nan
 
 
 def write_folder(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -17,42 +17,63 @@ from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED_SUMS
 from latent_tts.results.metrics import Figures, measured_figures
 from latent_tts.text.classes import shared_forms
-from latent_tts.types import Float64, Int64, RolloutArrays
+from latent_tts.types import Float64, Floats, Int64, RolloutArrays
+
+
+@dataclass
+class _Drawn:
+    """The rollouts of a question so far, in order."""
+
+    answers: list[str | None] = field(default_factory=list)
+    logprob: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
 
 
 class Tallying:
-    """The tallies of a run's questions; answers are read once, as their rollouts come."""
+    """The tallies of a run's questions; rollouts are added as they come, and each answer is read once."""
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
-        self._answers: list[list[str | None]] = [[] for _ in spec.questions]
+        self._drawn = [_Drawn() for _ in spec.questions]
         rule = spec.task.rule
         self._equal = cache(rule.equal) if rule.name == "latex" else None
 
-    def tallies(self, rows: pd.DataFrame, score: Float64 | None, counts: Sequence[int]) -> list[Tally]:
-        """What each question has.
+    def add(self, rows: pd.DataFrame, score: Floats | None, before: Sequence[int], counts: Sequence[int]) -> None:
+        """Add the next rollouts of each question.
 
         Args:
-            rows: `answer_ids`, `answer_logprob` and `latent_steps` of all rollouts so far, question-major.
+            rows: `answer_ids`, `answer_logprob` and `latent_steps` of each, question-major.
             score: of each; None where they have none.
-            counts: how many each question has.
+            before: how many each question had.
+            counts: how many it has now.
         """
-        spec, tallies, start = self.spec, [], 0
-        log_weight, most = self._log_weights(score, len(rows))
-        for place, count in enumerate(counts):
-            part = slice(start, start := start + count)
+        adapter, rule, start = self.spec.adapter, self.spec.task.rule, 0
+        for drawn, was, now in zip(self._drawn, before, counts, strict=True):
+            part = slice(start, start := start + now - was)
             of = rows.iloc[part]
             tokens = [[int(token) for token in ids] for ids in of["answer_ids"]]
-            known = self._answers[place]
-            known += [spec.task.rule.read(spec.adapter.answer_text(ids), spec.adapter) for ids in tokens[len(known) :]]
-            once, each_N = self._gflop(place, of["latent_steps"].to_numpy(), np.array(list(map(len, tokens))))
+            drawn.answers += [rule.read(adapter.answer_text(ids), adapter) for ids in tokens]
+            drawn.tokens += map(len, tokens)
+            drawn.logprob += of["answer_logprob"].tolist()
+            drawn.steps += of["latent_steps"].tolist()
+            drawn.score += [np.nan] * len(of) if score is None else score[part].tolist()
+
+    def tallies(self) -> list[Tally]:
+        """What each question has."""
+        tallies = []
+        for place, drawn in enumerate(self._drawn):
+            score_N = np.array(drawn.score, dtype=np.float64)
+            log_weight_N, most = self._log_weights(score_N)
+            once, each_N = self._gflop(place, np.array(drawn.steps), np.array(drawn.tokens))
             tallies.append(
                 Tally(
-                    n=spec.n,
-                    answers=known[:count],
-                    log_weight_N=log_weight[part],
-                    logprob_N=of["answer_logprob"].to_numpy(dtype=np.float64),
-                    score_N=np.full(count, np.nan) if score is None else score[part].astype(np.float64),
+                    n=self.spec.n,
+                    answers=list(drawn.answers),
+                    log_weight_N=log_weight_N,
+                    logprob_N=np.array(drawn.logprob, dtype=np.float64),
+                    score_N=score_N,
                     max_log_weight=most,
                     equal=self._equal,
                     prompt_gflop=once,
@@ -61,16 +82,17 @@ class Tallying:
             )
         return tallies
 
-    def _log_weights(self, score: Float64 | None, count: int) -> tuple[Float64, float | None]:
+    def _log_weights(self, score_N: Float64) -> tuple[Float64, float | None]:
         """Logarithms of the weights of votes, and the largest possible one."""
         spec = self.spec
         assert is_adaptive(spec.budget)
-        weighted = [each for each in spec.aggregators if isinstance(each, Weighted)]
-        if spec.budget.aggregator != "weighted" or score is None or spec.scorer is None:
-            return np.zeros(count), 0.0
-        temperature, bounds = weighted[0].temperature, spec.scorer.range
+        if spec.budget.aggregator != "weighted":
+            return np.zeros(len(score_N)), 0.0
+        temperature = next(each.temperature for each in spec.aggregators if isinstance(each, Weighted))
+        assert spec.scorer is not None
         assert temperature is not None
-        return score / temperature, None if bounds is None else bounds[1] / temperature
+        bounds = spec.scorer.range
+        return score_N / temperature, None if bounds is None else bounds[1] / temperature
 
     def _gflop(self, place: int, steps_N: Int64, tokens_N: Int64) -> tuple[float, Float64]:
         """GFLOP that a question costs once, and what each rollout adds."""
@@ -171,6 +193,8 @@ def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, ta
     }
     if rollouts[list(MEASURED_SUMS)].notna().all().all():
         measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, questions, float(counts.mean()))
-    else:  # a replay: what the rollouts took when they were drawn, in the batches of another run
-        measured = {"recorded_seconds": float(rollouts["seconds"].sum(skipna=False)) / questions}
+    elif rollouts["seconds"].notna().all():  # a replay: they were drawn in the batches of another run
+        measured = {"recorded_seconds": float(rollouts["seconds"].sum()) / questions}
+    else:
+        measured = {}
     return [Figures(spec.n, spec.n, values, measured)]

@@ -220,6 +220,10 @@ def check_run(request: RunRequest) -> RunSpec:
     budget = settle_budget(request, scorer, aggregators)
     scorer = None if isinstance(scorer, NoScorer) or (is_adaptive(budget) and not budget.needs_score) else scorer
     check_search(request, schedule, scorer)
+    if schedule.verified:
+        require("answer.decode", decode, decode == "all", "all: schedule.verify compares every answer")
+        why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
+        require("budget", budget.name, not is_adaptive(budget), why)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()

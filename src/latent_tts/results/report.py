@@ -117,6 +117,11 @@ def print_metrics(metrics: pd.DataFrame) -> None:
         )
 
 
+def print_line(text: str) -> None:
+    """A line on stdout, control characters written out."""
+    print(printable(text))
+
+
 def _drawn(drawn: object, by_metric: Mapping[str, pd.Series]) -> str:
     """Rollouts per question; where they are unequally many the mean, and how many of them were used."""
     if "rollouts_drawn" not in by_metric:
