@@ -1,18 +1,18 @@
 """Trains reasoners of every family, with new questions in every update, and writes the finished checkpoint.
 
-All random numbers are keyed: problems by their index, torch's dropout by a seed that is drawn for each update.
+All random numbers are keyed: problems by their index, epochs by their number, torch's dropout by a seed that is drawn
+for each update.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
@@ -20,15 +20,29 @@ from transformers import TrainerCallback, TrainingArguments
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.checkpoint.joining import probe, write_adapter
 from latent_tts.errors import bad_value
 from latent_tts.random.philox import Stream, key_of, philox
-from latent_tts.task.arith import Arith, words
-from latent_tts.training.core import Report, ResumableTrainer, training_arguments
+from latent_tts.task.arith import words
+from latent_tts.training.core import (
+    Report,
+    ResumableTrainer,
+    load_parameters,
+    trained_parameters,
+    training_arguments,
+)
 from latent_tts.training.reasoner.backbone import BackboneConfig
 from latent_tts.training.reasoner.batch import question_batches
 from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
-from latent_tts.training.reasoner.initial import add_tensors, copy_checkpoint, write_initial_checkpoint
+from latent_tts.training.reasoner.initial import (
+    add_tensors,
+    checkpoint_tensors,
+    copy_checkpoint,
+    write_initial_checkpoint,
+)
+from latent_tts.training.reasoner.lora import Lora
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
+from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.states import FINISHED, STATES, claim, last_state, read_state
 from latent_tts.types import Question
@@ -37,6 +51,8 @@ VALID_BATCH = 250
 METRIC = "eval_exact_match"
 INITIAL = "initial"
 OLD_STATE = "state.safetensors"
+FULL = Lora(rank=None, alpha=1.0, targets=None, dropout=0.0)  # no adapter: all weights are trained
+PROBES, PROBE_TOKENS = 4, 12
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,21 @@ class TrainedReasoner:
     checkpoint: Path
     updates: int
     exact_match: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that training starts from.
+
+    Attributes:
+        checkpoint: as the user named it.
+        folder: where it lies.
+        only_used: whether the vocabulary is cut to the tokens of the questions.
+    """
+
+    checkpoint: str
+    folder: Path
+    only_used: bool = False
 
 
 class QuestionOrder(Dataset):
@@ -77,11 +108,17 @@ class ReasonerModule(nn.Module):
 
     Attributes:
         objective: the loss.
+        adapted: PEFT's model around the causal LM; None where all weights are trained.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, lora: Lora = FULL, new_tokens: Sequence[int] = (), seed: int = 0) -> None:
         super().__init__()
         self.lm, self.own, self.objective = objective.lm, objective.own, objective
+        adapted = None
+        if lora.rank is not None:
+            torch.manual_seed(seed)  # of the adapter's weights
+            adapted = lora.attach(objective.lm, new_tokens)
+        self.__dict__["adapted"] = adapted  # no module of its own: it has the same weights
 
     def forward(self, questions: list[Question], stage: Stage) -> Tensor:
         """The loss of a batch."""
@@ -149,11 +186,11 @@ class _SaveCallback(TrainerCallback):
 def train_reasoner(
     recipe: Recipe,
     adapter: CheckpointAdapter,
-    start: Path | BackboneConfig,
-    task: Arith,
+    start: Start | BackboneConfig,
+    questions: TrainingQuestions,
     optimization: ReasonerOptimization,
     *,
-    valid_questions: int,
+    lora: Lora,
     seed: int,
     device: str,
     output: Path,
@@ -167,9 +204,9 @@ def train_reasoner(
         recipe: the stages and the objective.
         adapter: that of the initial checkpoint, which is written to `output`/initial.
         start: the checkpoint to start from, or the size of a new backbone.
-        task: the training questions.
+        questions: to train and validate on.
         optimization: batch, learning rate and so on.
-        valid_questions: number of questions of the validation split on which exact match is measured.
+        lora: the low-rank adapter that is trained in place of the weights, if it has a rank.
         seed: seed of new weights and dropout.
         device: `auto`, `cpu`, `cuda` or `cuda:INDEX`.
         output: folder for `settings.json`, the initial checkpoint, the states and the finished checkpoint.
@@ -193,23 +230,31 @@ def train_reasoner(
         if arguments.process_index == 0 and last_state(output / STATES) is None:
 
             def make(folder: Path) -> None:
-                if isinstance(start, Path):
-                    copy_checkpoint(start, folder)
+                if isinstance(start, Start):
+                    texts = questions.texts if start.only_used else None
+                    copy_checkpoint(start.folder, folder, recipe.tokens, recipe.new_tokens, texts)
                 else:
                     start.create(word_level_tokenizer([*words(), *recipe.words]), folder, seed)
 
             write_initial_checkpoint(make, output / INITIAL, recipe, seed)
     adapter.check()
-    valid = replace(task, split="valid", limit=valid_questions).questions()
+    check_lengths([*questions.finite, *questions.valid], adapter, adapter.latents)
+    new_tokens = lacking_tokens(start, recipe, adapter)
     trainer = train(
-        recipe, adapter, task.stream(), valid, optimization, arguments,
-        seed=seed, save_every=save_every, report=report,
+        recipe, adapter, questions.stream(), questions.valid, optimization, arguments,
+        lora=lora, new_tokens=new_tokens, seed=seed, save_every=save_every, report=report,
     )  # fmt: skip
     last = last_state(output / STATES)
     assert last is not None
     if not trainer.is_world_process_zero():
         return None
-    export(recipe, last, adapter, output / FINISHED)
+    if lora.rank is None:
+        export(recipe, last, adapter, output / FINISHED)
+    else:
+        assert isinstance(start, Start)
+        module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
+        load_parameters(module, last)
+        export_adapter(module, recipe.trained_with(adapter), adapter, start.checkpoint, output / FINISHED)
     figures = [entry[METRIC] for entry in read_state(last)["log_history"] if METRIC in entry]
     return TrainedReasoner(output / FINISHED, recipe.updates, figures[-1])
 
@@ -244,6 +289,8 @@ def train(
     seed: int,
     save_every: int,
     report: Report,
+    lora: Lora = FULL,
+    new_tokens: Sequence[int] = (),
 ) -> ReasonerTrainer:
     """Train to the end of the recipe's stages, from the last state if there is one.
 
@@ -257,14 +304,17 @@ def train(
         seed: seed of dropout.
         save_every: number of updates between saved states.
         report: called as `report(updates_done, figures)` after every update.
+        lora: the low-rank adapter, if it has a rank.
+        new_tokens: ids whose rows are trained beside a low-rank adapter.
 
     Raises:
         RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
-    module = ReasonerModule(recipe.objective(adapter))
-    decayed = [p for p in module.parameters() if p.dim() >= 2]
-    others = [p for p in module.parameters() if p.dim() < 2]
+    module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
+    trained = [parameter for _, parameter in trained_parameters(module)]
+    decayed = [p for p in trained if p.dim() >= 2]
+    others = [p for p in trained if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": optimization.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98))  # `lr_at` returns the rate itself, not a factor
     trainer = ReasonerTrainer(
@@ -288,13 +338,53 @@ def train(
 def export(recipe: Recipe, state: Path, adapter: CheckpointAdapter, folder: Path) -> None:
     """Write the weights of a state as a checkpoint folder in bfloat16, with the tokenizer of the initial checkpoint."""
     module = ReasonerModule(recipe.objective(adapter))
-    weights = load_file(state / files.WEIGHTS)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(weights[name])
+    load_parameters(module, state)
     objective = module.objective
     objective.lm.config.latent_tts = recipe.trained_with(adapter)
     objective.lm.bfloat16().save_pretrained(folder)
     for prefix, own in objective.own.items():
         add_tensors(folder, f"{prefix}.", own.bfloat16())
     shutil.copyfile(adapter.folder / "tokenizer.json", folder / "tokenizer.json")
+
+
+def lacking_tokens(start: Start | BackboneConfig, recipe: Recipe, adapter: CheckpointAdapter) -> list[int]:
+    """The ids of the recipe's tokens that the model to start from lacks."""
+    if not isinstance(start, Start):
+        return []
+    old = files.load_tokenizer(start.folder, key="init")
+    return [adapter.tokenizer.token_to_id(token) for token in recipe.tokens if old.token_to_id(token) is None]
+
+
+@torch.no_grad()
+def export_adapter(
+    module: ReasonerModule, trained_with: dict[str, Any], adapter: CheckpointAdapter, base: str, folder: Path
+) -> None:
+    """Write a trained low-rank adapter in bfloat16, with the probe of the model as its rounded weights make it."""
+    from peft import get_peft_model_state_dict
+
+    for _, parameter in trained_parameters(module):
+        parameter.copy_(parameter.bfloat16())
+    module.eval()
+    state = get_peft_model_state_dict(module.adapted, save_embedding_layers=False)
+    own = {}
+    for prefix, part in module.objective.own.items():
+        own |= checkpoint_tensors(f"{prefix}.", part)
+    settings = module.adapted.peft_config["default"].to_dict()
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+    vocabulary = int(module.lm.config.vocab_size)
+    prompts_PL = torch.arange(PROBES * PROBE_TOKENS).reshape(PROBES, PROBE_TOKENS) * 7919 % vocabulary
+    prompts_PL[:, -3:] = torch.tensor([vocabulary - 1, vocabulary - 2, vocabulary - 3])  # new tokens among them
+    found = probe(module.lm.cpu(), prompts_PL, max(1, adapter.latents))
+    config = {"latent_tts": trained_with} | {
+        name: adapter.config[name] for name in adapter.config if name.endswith("_token_id") or name in own_settings(own)
+    }
+    write_adapter(
+        folder, base, adapter.folder / "tokenizer.json",
+        {name: value.detach().cpu().bfloat16().contiguous() for name, value in state.items()}, plain,
+        {name: value.bfloat16() for name, value in own.items()}, found, config, "init",
+    )  # fmt: skip
+
+
+def own_settings(own: dict[str, Tensor]) -> tuple[str, ...]:
+    """The keys of `config.json` that describe a family's own tensors."""
+    return ("projector", "projector_hidden_size") if any(name.startswith("projector.") for name in own) else ()
