@@ -42,6 +42,7 @@ from latent_tts.training.reasoner.initial import (
 )
 from latent_tts.training.reasoner.lora import Lora
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
+from latent_tts.training.reasoner.pace import Pace, pace_of
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.states import FINISHED, STATES, claim, last_state, read_state
@@ -111,6 +112,8 @@ class ReasonerModule(nn.Module):
         adapted: PEFT's model around the causal LM; None where all weights are trained.
     """
 
+    adapted: Any
+
     def __init__(self, objective: Objective, lora: Lora = FULL, new_tokens: Sequence[int] = (), seed: int = 0) -> None:
         super().__init__()
         self.lm, self.own, self.objective = objective.lm, objective.own, objective
@@ -118,7 +121,7 @@ class ReasonerModule(nn.Module):
         if lora.rank is not None:
             torch.manual_seed(seed)  # of the adapter's weights
             adapted = lora.attach(objective.lm, new_tokens)
-        self.__dict__["adapted"] = adapted  # no module of its own: it has the same weights
+        self.__dict__["adapted"] = adapted  # not registered as a module: it has the same weights
 
     def forward(self, questions: list[Question], stage: Stage) -> Tensor:
         """The loss of a batch."""
@@ -144,16 +147,25 @@ class ReasonerTrainer(ResumableTrainer):
     """The Trainer for a recipe: its stages, dropout keyed by the update, evaluation by exact match."""
 
     def __init__(
-        self, recipe: Recipe, module: ReasonerModule, valid: list[Question], *, seed: int, save_every: int, **more: Any
+        self,
+        recipe: Recipe,
+        module: ReasonerModule,
+        valid: list[Question],
+        *,
+        pace: Pace,
+        seed: int,
+        save_every: int,
+        **more: Any,
     ) -> None:
-        """Create a trainer from recipe, module, validation questions, seed of dropout, and updates between states."""
-        super().__init__(model=module, callbacks=[_SaveCallback(recipe, save_every)], **more)
+        """Create a trainer from recipe, module, validation questions, pace, seed of dropout, and updates per state."""
+        super().__init__(model=module, callbacks=[_SaveCallback(recipe, pace, save_every)], **more)
         self.recipe, self.module, self.valid, self.key = recipe, module, valid, key_of(seed, "training")
+        self.pace = pace
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """The loss in the stage of the current update."""
         update = self.state.global_step
-        stage = self.recipe.stage_at(update)
+        stage = self.recipe.stage_at(self.pace.planned(update))
         if stage.dropout is not None:
             self.module.set_dropout(stage.dropout)
         counter = (update, len(self.micro_losses), self.args.process_index, int(Stream.TRAINING))
@@ -162,7 +174,7 @@ class ReasonerTrainer(ResumableTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Exact match on the validation questions, in the stage of the last update."""
-        stage = self.recipe.stage_at(self.state.global_step - 1)
+        stage = self.recipe.stage_at(self.pace.planned(self.state.global_step - 1))
         figures = {METRIC: self.module.exact_match(self.valid, stage)}
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
@@ -170,17 +182,42 @@ class ReasonerTrainer(ResumableTrainer):
 
 
 class _SaveCallback(TrainerCallback):
-    """Evaluates and saves every few updates and at the end of each stage."""
+    """Evaluates and saves every few updates, at the end of each stage and of the run; keeps the pace."""
 
-    def __init__(self, recipe: Recipe, save_every: int) -> None:
-        self.recipe, self.save_every = recipe, save_every
+    def __init__(self, recipe: Recipe, pace: Pace, save_every: int) -> None:
+        self.recipe, self.pace, self.save_every = recipe, pace, save_every
+        self.lr = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pace.start()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.lr = kwargs["optimizer"].param_groups[0]["lr"]
+        self.pace.stop(state.global_step, lambda seconds: _of_first_process(seconds, args))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        done = state.global_step
-        if done == self.recipe.updates or self.recipe.stage_at(done) != self.recipe.stage_at(done - 1):
+        done, pace, recipe = state.global_step, self.pace, self.recipe
+        if args.process_index == 0:
+            stage = recipe.stage_at(pace.planned(done - 1))
+            figures = {"latents": stage.latents, "hidden_steps": stage.hidden_steps, "lr": self.lr}
+            pace.log(done - 1, figures)
+        over = pace.finished(done)
+        control.should_training_stop = control.should_training_stop or over
+        if over or recipe.stage_at(pace.planned(done)) != recipe.stage_at(pace.planned(done - 1)):
             control.should_evaluate = control.should_save = True
         if done % self.save_every == 0:
             control.should_evaluate = control.should_save = True
+        if pace.wants_saving():
+            control.should_save = True
+
+
+def _of_first_process(number: float, arguments: TrainingArguments) -> float:
+    """A number of the first process of a launch, in all processes."""
+    if arguments.world_size == 1:
+        return number
+    shared = torch.tensor(number, dtype=torch.float64, device=arguments.device)
+    torch.distributed.broadcast(shared, 0)
+    return float(shared.item())
 
 
 def train_reasoner(
@@ -222,7 +259,8 @@ def train_reasoner(
         RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
-    arguments = trainer_arguments(recipe, optimization, output / STATES, seed=seed, device=device)
+    pace = pace_of(recipe.updates, optimization.minutes, optimization.follow, output / STATES)
+    arguments = trainer_arguments(recipe, optimization, output / STATES, seed=seed, device=device, max_steps=pace.limit)
     with arguments.main_process_first():
         if (output / OLD_STATE).is_file():
             raise bad_value("output", output, f"contains a {OLD_STATE} of an earlier version; choose another folder")
@@ -242,7 +280,7 @@ def train_reasoner(
     new_tokens = lacking_tokens(start, recipe, adapter)
     trainer = train(
         recipe, adapter, questions.stream(), questions.valid, optimization, arguments,
-        lora=lora, new_tokens=new_tokens, seed=seed, save_every=save_every, report=report,
+        lora=lora, new_tokens=new_tokens, seed=seed, save_every=save_every, report=report, pace=pace,
     )  # fmt: skip
     last = last_state(output / STATES)
     assert last is not None
@@ -256,20 +294,26 @@ def train_reasoner(
         load_parameters(module, last)
         export_adapter(module, recipe.trained_with(adapter), adapter, start.checkpoint, output / FINISHED)
     figures = [entry[METRIC] for entry in read_state(last)["log_history"] if METRIC in entry]
-    return TrainedReasoner(output / FINISHED, recipe.updates, figures[-1])
+    return TrainedReasoner(output / FINISHED, read_state(last)["global_step"], figures[-1])
 
 
 def trainer_arguments(
-    recipe: Recipe, optimization: ReasonerOptimization, states: Path, *, seed: int, device: str
+    recipe: Recipe,
+    optimization: ReasonerOptimization,
+    states: Path,
+    *,
+    seed: int,
+    device: str,
+    max_steps: int | None = None,
 ) -> TrainingArguments:
-    """The settings of the Trainer; callbacks decide when it evaluates and saves."""
+    """The settings of the Trainer; callbacks decide when it evaluates and saves. By default it does all updates."""
     return training_arguments(
         optimization,
         states,
         seed=seed,
         bf16=optimization.bf16,
         device=device,
-        max_steps=recipe.updates,
+        max_steps=recipe.updates if max_steps is None else max_steps,
         train_sampling_strategy="sequential",
         eval_strategy="no",
         save_strategy="no",
@@ -291,6 +335,7 @@ def train(
     report: Report,
     lora: Lora = FULL,
     new_tokens: Sequence[int] = (),
+    pace: Pace | None = None,
 ) -> ReasonerTrainer:
     """Train to the end of the recipe's stages, from the last state if there is one.
 
@@ -306,11 +351,16 @@ def train(
         report: called as `report(updates_done, figures)` after every update.
         lora: the low-rank adapter, if it has a rank.
         new_tokens: ids whose rows are trained beside a low-rank adapter.
+        pace: the place of each update in the recipe; None counts updates.
 
     Raises:
         RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
+    pace = pace or Pace(recipe.updates)
+    last = last_state(Path(str(arguments.output_dir)))
+    done = 0 if last is None else read_state(last)["global_step"]
+    pace.resume(done)
     module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
     trained = [parameter for _, parameter in trained_parameters(module)]
     decayed = [p for p in trained if p.dim() >= 2]
@@ -321,16 +371,16 @@ def train(
         recipe,
         module,
         valid,
+        pace=pace,
         seed=seed,
         save_every=save_every,
-        report=report,
+        report=lambda done, figures: report(pace.planned(done - 1) + 1, figures),
         args=arguments,
-        train_dataset=QuestionOrder(stream, optimization.batch, recipe.updates),
+        train_dataset=QuestionOrder(stream, optimization.batch, pace.limit),
         data_collator=lambda questions: {"questions": questions},
-        optimizers=(optimizer, LambdaLR(optimizer, lambda update: optimization.lr_at(update))),
+        optimizers=(optimizer, LambdaLR(optimizer, lambda update: optimization.lr_at(pace.place(update)))),
     )
-    last = last_state(Path(str(arguments.output_dir)))
-    if last is None or read_state(last)["global_step"] < recipe.updates:
+    if not pace.finished(done):
         trainer.fit()
     return trainer
 
@@ -352,7 +402,8 @@ def lacking_tokens(start: Start | BackboneConfig, recipe: Recipe, adapter: Check
     if not isinstance(start, Start):
         return []
     old = files.load_tokenizer(start.folder, key="init")
-    return [adapter.tokenizer.token_to_id(token) for token in recipe.tokens if old.token_to_id(token) is None]
+    lacking = [token for token in recipe.tokens if old.token_to_id(token) is None]
+    return [files.token_id(adapter.tokenizer, token, adapter.folder) for token in lacking]
 
 
 @torch.no_grad()
