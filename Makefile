@@ -57,8 +57,8 @@ wheel-smoke: .venv/.installed ## build the wheel, install it in another venv, ru
 	$(BIN)/pytest -m slow tests/test_wheel.py
 
 plots: .venv/.installed ## redraw the figures of the README and of experiments/
-	$(BIN)/ltts plot
-	$(BIN)/ltts plot runs=[experiments/main_curve] output=docs/scaling.png
+	$(BIN)/ltts plot experiments format=svg
+	$(BIN)/ltts plot experiments/main_curve output=docs/scaling.png
 
 reasoner: .venv/.installed ## retrain the built-in COCONUT reasoner (half an hour to an hour on one core)
 	$(BIN)/ltts train-reasoner output=outputs/coconut_arith

@@ -224,6 +224,7 @@ def test_plot_draws_from_the_table_alone(completed, ltts, tmp_path):
     (tmp_path / "results.csv").write_bytes(table.read_bytes())
     result = ltts("plot", "results.csv")
     assert result.code == 0, result.err
+    assert result.out.split() == ["figure.png", "figure.svg"]
     figure = (tmp_path / "figure.svg").read_bytes()
     assert len(figure) > 5000
     assert ltts("plot", "results.csv").last.read_bytes() == figure
