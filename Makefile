@@ -25,7 +25,7 @@ help: ## list the targets
 install: .venv/.installed ## create .venv with the pinned versions
 
 run: .venv/.installed ## draw the README's curve: two samplers, n up to 64 (QUESTIONS=1000)
-	$(BIN)/ltts run -m sampler=gaussian,dropout budget=ladder n=64 task.limit=$(QUESTIONS)
+	$(BIN)/ltts run -m sampler=gaussian,dropout n=64 task.limit=$(QUESTIONS)
 
 # keep bytecode in any environment: otherwise each process spends five seconds compiling the tests
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal

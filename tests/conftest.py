@@ -111,10 +111,10 @@ def run_line(checkpoint: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def completed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of such a run with a ladder of budgets, which no test may change."""
+    """The folder of such a run, which no test may change."""
     folder = tmp_path_factory.mktemp("completed")
     with place_of_its_own(folder):
-        assert cli.main([*run_line(checkpoint), "budget=ladder", "hydra.run.dir=run"]) == 0
+        assert cli.main([*run_line(checkpoint), "hydra.run.dir=run"]) == 0
     return folder / "run"
 
 

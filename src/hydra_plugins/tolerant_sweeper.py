@@ -37,7 +37,12 @@ class TolerantSweeper(BasicSweeper):
         given = {argument.lstrip("+~").partition("=")[0] for argument in arguments}
         own = [param for param in self._parse_config() if param.partition("=")[0] not in given]
         overrides = parser.parse_overrides([*own, *arguments])
-        jobs = [list(job) for job in self.split_arguments(overrides, None)[0]]
+        command = importlib.import_module(f"latent_tts.commands.{self.config.hydra.job.name}")
+        own_overrides = []
+        if hasattr(command, "sweep_overrides"):
+            swept = {str(one.key_or_group) for one in overrides if one.is_sweep_override()}
+            own_overrides = command.sweep_overrides(self.config, swept)
+        jobs = [[*job, *own_overrides] for job in self.split_arguments(overrides, None)[0]]
         common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
 
         def name(job: Sequence[str]) -> str:
@@ -64,7 +69,6 @@ class TolerantSweeper(BasicSweeper):
         for job, result in zip(launchable, results, strict=True):
             if result.status is JobStatus.FAILED:
                 report(result._return_value, job)
-        command = importlib.import_module(f"latent_tts.commands.{self.config.hydra.job.name}")
         if hasattr(command, "finish_sweep"):
             ran = [r for r in results if not (r.status is JobStatus.FAILED and cli.is_refused(r._return_value))]
             command.finish_sweep(

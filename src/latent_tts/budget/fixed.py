@@ -1,4 +1,4 @@
-"""`budget=fixed`: report at n only."""
+"""`budget=fixed`: report at n alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Fixed:
-    """Reports at n only."""
+    """Reports at n alone."""
 
     name: ClassVar[str] = "fixed"
 

@@ -1,4 +1,4 @@
-"""`budget=ladder`: report at every power of two below n, and at n."""
+"""`budget=ladder` (default): report at every power of two below n, and at n."""
 
 from __future__ import annotations
 

@@ -10,7 +10,14 @@ from omegaconf import DictConfig
 
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.results import plot
-from latent_tts.results.run_folder import METRICS, METRICS_OVER_SEEDS, last_run, read_metrics, tell_apart
+from latent_tts.results.run_folder import (
+    METRICS,
+    METRICS_OVER_SEEDS,
+    last_run,
+    name_weights_once,
+    read_metrics,
+    tell_apart,
+)
 
 RESULTS = "results.csv"
 RESULTS_BY = "results_by_*.csv"  # drawn against what stands for the star
@@ -35,7 +42,7 @@ def main(cfg: DictConfig) -> None:
         output = Path(cfg.output).expanduser()
         if output.suffix.removeprefix(".") not in plot.FORMATS:
             raise bad_value("output", cfg.output, "a file that ends in .png, .svg or .pdf")
-        draw(tables, pd.concat(frames, ignore_index=True), [output], cfg.against)
+        draw(tables, name_weights_once(pd.concat(frames, ignore_index=True)), [output], cfg.against)
         return
     for table in tables:
         name, against = "figure" if table.name == RESULTS else "scaling", cfg.against

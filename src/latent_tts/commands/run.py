@@ -47,6 +47,18 @@ def main(cfg: DictConfig) -> None:
     print(folder / METRICS)
 
 
+def sweep_overrides(cfg: DictConfig, swept: set[str]) -> list[str]:
+    """Overrides for the jobs of a sweep: one over n is a curve by itself, so each job reports its own n alone.
+
+    Args:
+        cfg: config of the sweep, with Hydra's part.
+        swept: the keys and groups that have several values.
+    """
+    keys = {override.partition("=")[0] for override in cfg.hydra.overrides.task}
+    given = "budget" in keys or cfg.hydra.runtime.choices.budget != "ladder"
+    return [] if given or "n" not in swept else ["budget=fixed"]
+
+
 def finish_sweep(folder: Path, jobs: Mapping[Path, DictConfig]) -> None:
     """Join the tables of a sweep's jobs (their configs by folder), and print what was written."""
     sweep.finish(folder, list(jobs), aggregator_builder(*jobs.values()))

@@ -30,7 +30,7 @@ def run_request(cfg: DictConfig) -> RunRequest:
     allowed = "options of the group, as in aggregator=[majority]"
     require("aggregator", cfg.aggregator, OmegaConf.is_dict(cfg.aggregator), allowed)
     require("cache", cfg.cache, cfg.cache in MODES, 'on, refresh or off (in YAML in quotes: "on", "off")')
-    chosen = {key for key in ("schedule", "scorer.checkpoint") if is_given(key)}
+    chosen = {key for key in ("schedule", "budget", "scorer.checkpoint") if is_given(key)}
     return RunRequest(
         engine=engine_settings(cfg.engine),
         sampler=build("sampler", cfg.sampler),

@@ -16,6 +16,7 @@ import pandas as pd
 from latent_tts.aggregator import Aggregator
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Budget
+from latent_tts.budget.fixed import Fixed
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, is_whole, require
@@ -102,8 +103,8 @@ class RunRequest:
         cache: folder of cached rollouts.
         refresh: whether rollouts are drawn again that the cache has.
         config: the resolved config, as `run.json` keeps it.
-        chosen: which of the keys `schedule`, `aggregator` and `scorer.checkpoint` somebody set, so that they are no
-            defaults that may give way.
+        chosen: which of the keys `schedule`, `budget`, `aggregator` and `scorer.checkpoint` somebody set; the others
+            are defaults, which may give way.
     """
 
     adapter: ModelAdapter
@@ -173,8 +174,8 @@ class RunSpec(RunRequest):
 
     @property
     def reported(self) -> list[int]:
-        """The n that get rows in the metrics; a search that keeps few rollouts reports only its own."""
-        return self.budget.reported(self.n) if self.search.survivors is None else [self.n]
+        """The n that get rows in the metrics."""
+        return self.budget.reported(self.n)
 
     def row_key(self, question: Question) -> str:
         """What the cache calls a question: its id, and its donor's where it has one."""
@@ -203,12 +204,14 @@ def check_run(request: RunRequest) -> RunSpec:
     aggregators = settle_aggregators(request, scorer)
     scorer = None if isinstance(scorer, NoScorer) else scorer
     check_search(request, schedule, scorer)
+    budget = settle_budget(request)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
     prompts = encode_prompts(adapter, questions, reserved)
     settled = {
         "schedule": schedule,
+        "budget": budget,
         "scorer": scorer,
         "aggregators": aggregators,
         "n": needed_rollouts(request),
@@ -345,14 +348,26 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     Raises:
         UsageError: it cannot.
     """
-    search, budget, decode = request.search, request.budget, request.decode
+    search, decode = request.search, request.decode
     search.check(request.n, request.sampler, scorer)
     if search.survivors is None:
         return
     require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
-    allowed = f"fixed: search={search.name} has no figures at a smaller n"
-    require("budget", budget.name, budget.name == "fixed", allowed)
     require("answer.decode", decode, decode == "all", f"all: search={search.name} decodes the beams it keeps")
+
+
+def settle_budget(request: RunRequest) -> Budget:
+    """The requested budget; where a search keeps few of its rollouts, the default gives way to `fixed`.
+
+    Raises:
+        UsageError: the search has no figures at a smaller n, and a budget was chosen that reports them.
+    """
+    budget, search = request.budget, request.search
+    if search.survivors is None:
+        return budget
+    fits = budget.name == "fixed" or "budget" not in request.chosen
+    require("budget", budget.name, fits, f"must be fixed: search={search.name} has no figures at a smaller n")
+    return Fixed()
 
 
 def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any], positions: int, longest: int) -> None:
