@@ -32,10 +32,10 @@ FLAGS_TEXT = (
 )
 
 
-def definitions(rows: Iterable[tuple[str, str]], width: int, indent: int = 2) -> str:
+def definitions(rows: Iterable[tuple[str, str]], width: int, indent: int = 2, longest: int = LEFT) -> str:
     """Two columns: terms on the left, their texts wrapped on the right; a long term stands on a line of its own."""
     rows = list(rows)
-    left = max([len(term) for term, _ in rows if len(term) <= LEFT], default=0) + 2
+    left = max([len(term) for term, _ in rows if len(term) <= longest], default=0) + 2
     lines = []
     for term, text in rows:
         wrapped = textwrap.wrap(printable(text), max(20, width - indent - left), break_long_words=False) or [""]
@@ -43,7 +43,8 @@ def definitions(rows: Iterable[tuple[str, str]], width: int, indent: int = 2) ->
         if len(term) + 2 > left:
             lines.append(" " * indent + printable(term))
             head = " " * (indent + left)
-        lines.append((head + wrapped[0]).rstrip())
+        if head.strip() or wrapped[0]:
+            lines.append((head + wrapped[0]).rstrip())
         lines += [" " * (indent + left) + line for line in wrapped[1:]]
     return "\n".join(lines)
 
@@ -66,9 +67,12 @@ def command_help(name: str, about: str, positional: Sequence[str], overrides: Se
     groups = {group: option_names(group, places) for group in command.groups}
     groups = {group: options for group, options in groups.items() if options and group != "local"}
     usage = ["usage: ltts", name, *arguments, "[KEY=VALUE ...]", *["[GROUP=OPTION ...] [-m]"] * bool(groups)]
-    parts = [" ".join(usage), textwrap.fill(f"{about[0].upper()}{about[1:]}.", width)]
+    parts = [" ".join(usage), f"{about[0].upper()}{about[1:]}."]
     if command.examples:
-        parts.append("\n".join(line.rstrip() for line in command.examples).strip("\n"))
+        parts += [
+            "\n" + definitions(rows, width, longest=width // 2) if isinstance(rows, list) else rows
+            for rows in _examples(command.examples)
+        ]
     parts += ["Keys:", definitions(map(_key_row, command.keys), width)]
     chosen = chosen_options(command_file, overrides, places)
     if groups:
@@ -84,7 +88,7 @@ def command_help(name: str, about: str, positional: Sequence[str], overrides: Se
         if keys and group != "experiment":
             parts.append(definitions(map(_key_row, keys), width, indent=4))
     flags = [row for row in FLAGS_TEXT if groups or row[0] not in ("-m, --multirun", "--config-dir FOLDER")]
-    return _join([*parts, "Flags:", definitions(flags, width)])
+    return _join([*parts, "Flags:", definitions(flags, width)], width)
 
 
 def group_help(group: str, places: Sequence[Path], width: int) -> str:
@@ -95,7 +99,7 @@ def group_help(group: str, places: Sequence[Path], width: int) -> str:
         parts.append(definitions([(f"{group}={name}", option.about)], width))
         if option.keys:
             parts.append(definitions(map(_key_row, option.keys), width, indent=4))
-    return _join(parts)
+    return _join(parts, width)
 
 
 def options_text(what: Sequence[str], places: Sequence[Path], width: int) -> str:
@@ -113,7 +117,7 @@ def options_text(what: Sequence[str], places: Sequence[Path], width: int) -> str
         options = [read_option(group, name, places) for name in option_names(group, places)]
         parts += [f"{word} ({group}=NAME): {GROUPS[group]}"]
         parts += [definitions([(option.name, option.about) for option in options], width)]
-    return _join(parts)
+    return _join(parts, width)
 
 
 def _key_row(key: Key) -> tuple[str, str]:
@@ -126,15 +130,32 @@ def _key_row(key: Key) -> tuple[str, str]:
     return term, f"{key.comment} [{'; '.join(notes)}]".strip() if notes else key.comment
 
 
+def _examples(lines: Sequence[str]) -> list[str | list[tuple[str, str]]]:
+    """The comment of a command's file in paragraphs: command lines with what they do, or text."""
+    paragraphs: list[str | list[tuple[str, str]]] = []
+    for line in lines:
+        last = paragraphs[-1] if paragraphs else None
+        if line.startswith("  "):
+            term, _, text = line.strip().partition("  ")
+            if isinstance(last, list):
+                last.append((term, text.strip()))
+            else:
+                paragraphs.append([(term, text.strip())])
+        elif line:
+            paragraphs[-1:] = [f"{last} {line}"] if isinstance(last, str) else [*paragraphs[-1:], line]
+    return paragraphs
+
+
 def _positional(argument: str) -> str:
     """A positional argument as usage lines have it: `RUN`, `[RUNS ...]`, `[ACTION]`."""
     name = argument.rstrip("*?").upper()
     return f"[{name} ...]" if argument.endswith("*") else f"[{name}]" if argument.endswith("?") else name
 
 
-def _join(parts: Sequence[str]) -> str:
-    """Parts with an empty line before each one that is not indented."""
+def _join(parts: Sequence[str], width: int) -> str:
+    """Parts with an empty line before each one that is not indented; those are wrapped."""
     text = ""
     for part in parts:
-        text += ("\n\n" if text and not part.startswith(" ") else "\n" if text else "") + part
-    return text
+        indented = part.startswith((" ", "\n"))
+        text += ("\n" if indented else "\n\n") + (part if indented else textwrap.fill(part, width))
+    return text.lstrip("\n")

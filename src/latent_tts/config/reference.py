@@ -5,23 +5,19 @@ It reads the YAML files as text and needs no Hydra, so that a completion takes a
 
 from __future__ import annotations
 
-import importlib
-import inspect
+import ast
 import os
 import re
-import types
-import typing
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from latent_tts.config.schemas import SCHEMAS
 
 PACKAGES = "latent_tts.conf"  # entry points of packages that bring options
 GROUPS = {
@@ -38,7 +34,10 @@ GROUPS = {
     "experiment": "settings that belong together",
     "local": "your own defaults, in conf/local/default.yaml",
 }
-WORDS = {"int": "integer", "float": "number", "bool": "true or false", "str": "text", "NoneType": "null"}
+WORDS = {
+    "int": "integer", "float": "number", "bool": "true or false", "str": "text", "None": "null",
+    "Sequence": "list", "list": "list", "tuple": "list", "Mapping": "mapping", "dict": "mapping",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,8 @@ def user_conf_dir() -> Path | None:
 
 def conf_dirs(extra: Iterable[str] = ()) -> list[Path]:
     """Where options are found, in the order in which they win: this package's, other packages', the user's, `extra`."""
-    packages = [Path(str(files(entry.value))) for entry in sorted(entry_points(group=PACKAGES))]
+    specs = [find_spec(entry.value) for entry in sorted(entry_points(group=PACKAGES))]
+    packages = [Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()]
     places = [Path(conf_dir()), *packages, user_conf_dir(), *(Path(folder).expanduser() for folder in extra)]
     return [place for place in places if place is not None and place.is_dir()]
 
@@ -139,6 +139,8 @@ def read_option(group: str, name: str, places: Sequence[Path]) -> Option:
 @cache
 def read_command(command: str) -> Command:
     """A command by the name of its file, as in `train_reasoner`."""
+    from latent_tts.config.schemas import SCHEMAS  # imports OmegaConf, which lists of options do without
+
     text = (Path(conf_dir()) / f"{command}.yaml").read_text()
     root = yaml.compose(text)
     defaults = next(value for key, value in root.value if key.value == "defaults")
@@ -150,6 +152,9 @@ def read_command(command: str) -> Command:
                 chosen = [each.value for each in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
                 groups[group] = [name for name in chosen if name != "null"]
     kinds = _schema_kinds(SCHEMAS[command])
+    for key, value in root.value:  # what describes an object, as `optimization` does
+        target = next((v.value for k, v in value.value if k.value == "_target_"), "") if _is_block(value) else ""
+        kinds |= {f"{key.value}.{name}": kind for name, kind in _argument_kinds(target).items()}
     keys = tuple(
         Key(key.name, key.default, key.comment, kinds.get(key.name, "")) for key in _keys(root, text, nested=True)
     )
@@ -196,7 +201,7 @@ def _keys(node: yaml.Node | None, text: str, *, nested: bool, prefix: str = "") 
         name = prefix + str(key.value)
         if key.value == "_target_" or name in ("defaults", "hydra"):
             continue
-        block = isinstance(value, yaml.MappingNode) and not value.flow_style
+        block = _is_block(value)
         end = key.end_mark if block else value.end_mark
         comment = lines[end.line][end.column :].lstrip(": ") if end.line < len(lines) else ""
         comment = comment.removeprefix("#").strip() if comment.startswith("#") else ""
@@ -207,40 +212,54 @@ def _keys(node: yaml.Node | None, text: str, *, nested: bool, prefix: str = "") 
             yield Key(name, default or "null", comment)
 
 
+def _is_block(node: yaml.Node) -> bool:
+    """Whether a node is a mapping that is written over several lines."""
+    return isinstance(node, yaml.MappingNode) and not node.flow_style
+
+
 def _argument_kinds(target: str) -> dict[str, str]:
-    """The types of what an option's object takes, in words, by key; nothing for what cannot be imported."""
+    """The types of what an option's object takes, in words, by key; nothing for what cannot be found.
+
+    The source is parsed and not imported: some options import torch.
+    """
     module, _, name = target.rpartition(".")
     try:
-        made = getattr(importlib.import_module(module), name)
-        return {key: _kind(each.annotation) for key, each in inspect.signature(made).parameters.items()}
-    except (ImportError, AttributeError, TypeError, ValueError):
+        spec = find_spec(module) if module else None
+        tree = ast.parse(Path(str(spec.origin)).read_text()) if spec else ast.Module([], [])
+    except (ImportError, AttributeError, OSError, SyntaxError, ValueError):
         return {}
+    kinds: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
+            return _argument_kinds(f"{node.module}.{name}")
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return {each.arg: _kind(each.annotation) for each in (*node.args.args, *node.args.kwonlyargs)}
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for base in node.bases:
+                kinds |= _argument_kinds(f"{module}.{ast.unparse(base)}") if isinstance(base, ast.Name) else {}
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                    kinds[field.target.id] = _kind(field.annotation)
+                if isinstance(field, ast.FunctionDef) and field.name == "__init__":
+                    kinds |= {each.arg: _kind(each.annotation) for each in (*field.args.args, *field.args.kwonlyargs)}
+    return kinds
 
 
 def _schema_kinds(schema: Any, prefix: str = "") -> dict[str, str]:
     """The types of a command's own keys, in words, by key."""
     kinds = {}
-    for name, hint in typing.get_type_hints(schema).items():
-        if is_dataclass(hint):
-            kinds |= _schema_kinds(hint, f"{prefix}{name}.")
-        elif hint is not Any:
-            kinds[prefix + name] = _kind(hint)
+    for field in fields(schema):
+        nested = vars(sys.modules[schema.__module__]).get(str(field.type))
+        if is_dataclass(nested):
+            kinds |= _schema_kinds(nested, f"{prefix}{field.name}.")
+        else:
+            kinds[prefix + field.name] = _kind(ast.parse(str(field.type), mode="eval").body)
     return kinds
 
 
-def _kind(annotation: Any) -> str:
-    """A type in words: `integer or null`."""
-    if isinstance(annotation, types.UnionType):
-        parts = [_kind(part) for part in annotation.__args__]
-    elif isinstance(annotation, str):
-        parts = [WORDS.get(part, "null" if part == "None" else _kind_of_text(part)) for part in annotation.split(" | ")]
-    else:
-        name = getattr(annotation, "__name__", "")
-        parts = ["list" if typing.get_origin(annotation) in (list, tuple) else WORDS.get(name, "")]
+def _kind(annotation: ast.expr | None) -> str:
+    """An annotation in words: `integer or null`."""
+    if annotation is None:
+        return ""
+    parts = [WORDS.get(part.partition("[")[0], "") for part in ast.unparse(annotation).split(" | ")]
     return " or ".join(dict.fromkeys(part for part in parts if part))
-
-
-def _kind_of_text(annotation: str) -> str:
-    if annotation.startswith(("Sequence", "list", "tuple", "Iterable")):
-        return "list"
-    return "mapping" if annotation.startswith(("Mapping", "dict")) else ""

@@ -39,7 +39,7 @@ MIN_SWEPT = 3  # values of a parameter that make a sequential palette
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#6a3d9a", "#e69f00", "#56b4e9", "#cc79a7", "#555555")
 SEQUENTIAL = ("viridis_r", "YlOrBr", "Blues", "Greens", "Purples", "Greys")  # the first where there is one sweep
 CYCLES = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("v", (0, (5, 1, 1, 1, 1, 1))))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.labelsize": 9,
     "axes.spines.top": False,
@@ -318,7 +318,7 @@ def _draw_panel(
     axis.set_ylabel(f"{metric} ({aggregators[0]})" if metric == "accuracy" and len(aggregators) == 1 else metric)
     labels = [label for label in looks if label in set(part["label"])]
     singles = [label for label in labels if part.loc[part["label"] == label, "x"].nunique() == 1]
-    thin = {"linewidth": 1, "markersize": 3} if len(labels) > MAX_BANDS else {}
+    thin: dict[str, Any] = {"linewidth": 1, "markersize": 3} if len(labels) > MAX_BANDS else {}
     for place, label in enumerate(labels):
         for index, aggregator in enumerate(aggregators):
             line = part[(part["label"] == label) & (part["aggregator"].fillna("") == aggregator)].sort_values("x")
@@ -326,7 +326,7 @@ def _draw_panel(
             if aggregator in marks:
                 own = marks[aggregator]
                 look = Look(own.color or look.color, own.marker, own.dash)
-            style = look.marks() | thin | _ring(index)
+            style: dict[str, Any] = look.marks() | thin | _ring(index)
             if label in singles:
                 bars = len(singles) * len(aggregators)
                 beside = singles.index(label) * len(aggregators) + index - (bars - 1) / 2
@@ -407,11 +407,11 @@ def _legend(looks: dict[str, Look], marks: dict[str, Look]) -> list[Artist]:
     """The legend's entries: curves, then aggregators that share a panel."""
     from matplotlib.lines import Line2D
 
-    curves = [Line2D([], [], label=label, **look.marks()) for label, look in looks.items()]
-    return curves + [
-        Line2D([], [], label=name, **(look.marks() | {"color": look.color or "0.3"} | _ring(index)))
-        for index, (name, look) in enumerate(marks.items())
-    ]
+    handles: list[Artist] = [Line2D([], [], label=label, **look.marks()) for label, look in looks.items()]
+    for index, (name, look) in enumerate(marks.items()):
+        style: dict[str, Any] = look.marks() | {"color": look.color or "0.3"} | _ring(index)
+        handles.append(Line2D([], [], label=name, **style))
+    return handles
 
 
 def _interval_handle(parts: Sequence[pd.DataFrame], marks: dict[str, Look], *, averaged: bool) -> Artist:

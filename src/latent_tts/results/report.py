@@ -125,3 +125,9 @@ def advance(progress: Progress, count: int) -> None:
 def show(progress: Progress, done: int, note: str) -> None:
     """Set a bar to `done` with a note beside it."""
     progress.update(progress.tasks[0].id, completed=done, note=note)
+
+
+def age(seconds: float) -> str:
+    """Seconds in the largest unit of which there is one: minutes, hours or days."""
+    unit, length = next((each for each in (("d", 86400), ("h", 3600)) if seconds >= each[1]), ("m", 60))
+    return f"{max(seconds, 0) / length:.0f} {unit}"
