@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -106,8 +107,11 @@ def user_conf_dir() -> Path | None:
 
 def conf_dirs(extra: Iterable[str] = ()) -> list[Path]:
     """Where options are found, in the order in which they win: this package's, other packages', the user's, `extra`."""
-    specs = [find_spec(entry.value) for entry in sorted(entry_points(group=PACKAGES))]
-    packages = [Path(place) for spec in specs if spec for place in spec.submodule_search_locations or ()]
+    packages = []
+    for entry in sorted(entry_points(group=PACKAGES)):
+        with suppress(ImportError):  # a broken package: a command that uses it says so
+            spec = find_spec(entry.value)
+            packages += [Path(place) for place in spec.submodule_search_locations or ()] if spec else []
     places = [Path(conf_dir()), *packages, user_conf_dir(), *(Path(folder).expanduser() for folder in extra)]
     return [place for place in places if place is not None and place.is_dir()]
 
