@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cache": ("list the cache of rollouts, or remove entries of it", ("action?",)),
     "convert": ("rewrite a pickle or a training checkpoint for ltts run", ("src", "dst")),
 }
+RESUMABLE = ("run", "rescore", "annotate", "train-reasoner", "train-rm")  # the others keep nothing of what they began
 MAX_LINES = 4
 KEPT = "finished work is kept; "
 FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
@@ -214,7 +215,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
             return say(Failures.kept.pop())
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt as interrupt:
-        kept = str(interrupt) or "finished work is kept; re-run the command to resume"
+        kept = str(interrupt) or ("finished work is kept; " if name in RESUMABLE else "") + "re-run the command"
         print(f"interrupted: {kept}", file=sys.stderr)
         return 130
     except JobsFailed as failed:

@@ -26,6 +26,7 @@ from latent_tts.pipeline.models import (
     rows_per_batch,
     write_computation,
 )
+from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
 from latent_tts.results import report
 from latent_tts.results.cache import NOT_DECODED, PartCache, RolloutCache, ScoreCache
@@ -73,7 +74,11 @@ def draw(spec: RunSpec, cache: RolloutCache, lacking: Mapping[str, list[int]], *
     bytes_per_row = _bytes_per_row(spec, max(len(job.prompt) for job in jobs))
     rows = rows_per_batch(spec.engine, shape, bytes_per_row, device, own_prompt=own_prompt)
     rates = measured_rates(shape.width, spec.engine.dtype, device)
-    _log_work(spec, jobs, rates, rows, bytes_per_row, answers=answers)
+
+    def max_flops(job: RolloutJob) -> float:
+        return _max_flops(spec, job, answers=answers)
+
+    _log_work(spec, jobs, sum(map(max_flops, jobs)), rates, rows, bytes_per_row)
     plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
     reasoner = load(spec)
     write_computation(cache.folder, reasoner.computation)
@@ -99,8 +104,8 @@ def draw(spec: RunSpec, cache: RolloutCache, lacking: Mapping[str, list[int]], *
     packed = batches(jobs, max(search.survivors or 1, rows // search.rows_per_survivor), prompts)
     with report.progress_bar(total, "rollouts") as bar:
         with computing("drawing rollouts", f"what was drawn is in {cache.folder}", LESS_MEMORY):
-            _fill(cache, packed, draw_batch, lambda count: report.advance(bar, count))
-    return len(jobs) * spec.n if search.guided else total
+            _fill(cache, packed, draw_batch, BatchProgress(bar, engine.lm.base_model, shape, max_flops))
+    return sum(_grown(spec, job) for job in jobs)
 
 
 def score(
@@ -141,10 +146,11 @@ def score(
     # a batch may hold one row per prompt
     bytes_per_row = row_bytes(shape, longest, steps, spec.engine.bytes_per_number, own_prompt=True)
     rows = rows_per_batch(spec.engine, shape, bytes_per_row, device, own_prompt=False)
-    work = sum(
-        shape.prompt_flops(len(job.prompt)) + len(job.rollouts) * shape.scoring_flops(len(job.prompt), steps)
-        for job in jobs
-    )
+
+    def max_flops(job: RolloutJob) -> float:
+        return shape.prompt_flops(len(job.prompt)) + len(job.rollouts) * shape.scoring_flops(len(job.prompt), steps)
+
+    work = sum(map(max_flops, jobs))
     log.info("%d rollouts to score with %s: at most %.3g GFLOP", total, scorer.name, work / 1e9)
     model = LatentScorer(load_scorer(scorer, dtype, device, longest=longest + steps))
     packed = batches(jobs, rows, max_prompts(shape.width, model.device.type))
@@ -155,7 +161,7 @@ def score(
                 cache,
                 packed,
                 lambda batch: _score_batch(batch, model, latents, rates),
-                lambda count: report.advance(bar, count),
+                BatchProgress(bar, model.backbone, shape, max_flops),
             )
 
 
@@ -163,13 +169,14 @@ def _fill(
     cache: PartCache,
     packed: Iterable[list[RolloutJob]],
     work: Callable[[list[RolloutJob]], list[Row]],
-    progress: Callable[[int], None],
+    progress: BatchProgress,
 ) -> None:
     """Work on batches one after another; a part is written every two seconds and at the end, however it ends."""
     with written_in_parts(cache.add) as take:
         for batch in packed:
-            take(work(batch))
-            progress(sum(len(job.rollouts) for job in batch))
+            with progress.batch(batch):
+                rows = work(batch)
+            take(rows)
 
 
 def _bytes_per_row(spec: RunSpec, longest: int) -> int:
@@ -184,25 +191,28 @@ def _bytes_per_row(spec: RunSpec, longest: int) -> int:
     return 2 * (own + row_bytes(scorer, longest, spec.adapter.latents, number, own_prompt=False))
 
 
+def _max_flops(spec: RunSpec, job: RolloutJob, *, answers: bool) -> float:
+    """Operations of a job whose answers are as long as allowed."""
+    passes, latents, prompt = spec.passes, spec.adapter.latents, len(job.prompt)
+    chosen = spec.max_answer_tokens - len(spec.forced_ids)
+    per_rollout = passes.rollout(prompt, latents, chosen) if answers else passes.thinking(prompt, latents)
+    return passes.once(prompt) + _grown(spec, job) * per_rollout
+
+
+def _grown(spec: RunSpec, job: RolloutJob) -> int:
+    """How many rollouts a job grows; a guided search keeps fewer."""
+    return spec.n if spec.search.guided else len(job.rollouts)
+
+
 def _log_work(
-    spec: RunSpec, jobs: Sequence[RolloutJob], rates: Rates, rows: int, bytes_per_row: int, *, answers: bool
+    spec: RunSpec, jobs: Sequence[RolloutJob], work: float, rates: Rates, rows: int, bytes_per_row: int
 ) -> None:
     """Say how much there is to draw, and what it takes."""
-    passes, most = spec.passes, spec.adapter.latents
-    chosen = spec.max_answer_tokens - len(spec.forced_ids)
-
-    def flops_per_rollout(prompt: int) -> float:
-        return passes.rollout(prompt, most, chosen) if answers else passes.thinking(prompt, most)
-
-    def grown(job: RolloutJob) -> int:
-        return spec.n if spec.search.guided else len(job.rollouts)
-
-    work = sum(passes.once(len(job.prompt)) + grown(job) * flops_per_rollout(len(job.prompt)) for job in jobs)
     weights = spec.shape.weight_bytes(spec.engine.bytes_per_number)
     log.info(
         "%d rollouts to draw: at most %.3g GFLOP (every answer as long as allowed), at least %.0f s at the "
         "%.3g GFLOP/s of this device's %s products, about %.2g GB for a batch of %d rows and the weights",
-        sum(map(grown, jobs)), work / 1e9, work / rates.flops, rates.flops / 1e9, spec.engine.dtype,
+        sum(_grown(spec, job) for job in jobs), work / 1e9, work / rates.flops, rates.flops / 1e9, spec.engine.dtype,
         (rows * bytes_per_row + weights) / 1e9, rows,
     )  # fmt: skip
 
