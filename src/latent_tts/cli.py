@@ -215,7 +215,8 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
             return say(Failures.kept.pop())
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt as interrupt:
-        kept = str(interrupt) or ("finished work is kept; " if name in RESUMABLE else "") + "re-run the command"
+        resumed = "finished work is kept; re-run the command to resume"
+        kept = str(interrupt) or (resumed if name in RESUMABLE else "re-run the command")
         print(f"interrupted: {kept}", file=sys.stderr)
         return 130
     except JobsFailed as failed:

@@ -105,10 +105,11 @@ def test_a_terminal_shows_the_time_left_and_ctrl_c_what_is_kept(tmp_path):
                 seen += os.read(master, 4096).decode(errors="replace")
             except OSError:  # the other end is closed
                 break
-        if not interrupted and re.search(r"rollouts .*/128000.*\d/s.* \d\d:\d\d .*left", seen):
+        plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen)
+        if not interrupted and re.search(r"rollouts .*/128000 \d+/s [\d:]+ [\d:]+ left", plain):
             process.send_signal(signal.SIGINT)
             interrupted = True
     process.kill()
     assert interrupted, seen[-2000:]
     assert process.wait() == 130
-    assert "interrupted: finished work is kept; re-run the command" in seen
+    assert "interrupted: finished work is kept; re-run the command to resume" in seen

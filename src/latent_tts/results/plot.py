@@ -83,7 +83,7 @@ def save_figure(figure: Figure, paths: Sequence[Path]) -> Sequence[Path]:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = path.suffix.removeprefix(".") or "png"
-        style = STYLE | {"svg.hashsalt": path.name}
+        style: dict[Any, Any] = STYLE | {"svg.hashsalt": path.name}
         with whole_file(path) as partial, matplotlib.rc_context(style), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph")  # a name's letters may be missing from the font
             figure.savefig(partial, format=kind, dpi=150, metadata=UNDATED.get(kind))
