@@ -66,27 +66,26 @@ def test_without_a_terminal_no_pass_is_counted():
     assert bar.shown == [3]
 
 
-@pytest.mark.parametrize("scorer", ["none", "auto"])
-def test_a_run_moves_its_bar_within_the_first_batch(ltts, monkeypatch, scorer):
+def test_a_run_and_a_rescoring_move_their_bars_within_the_first_batch(ltts, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     shown = []
     show = report.ProgressBar.show
 
     def remember(self, done, note):
-        shown.append((self, done))
+        shown.append(done)
         show(self, done, note)
 
     monkeypatch.setattr(report.ProgressBar, "show", remember)
-    result = ltts("run", "task.limit=2", "n=4", f"scorer={scorer}", "budget=fixed")
+    result = ltts("run", "task.limit=2", "n=4", "budget=fixed", "keep_latents=true", "hydra.run.dir=run")
     assert result.code == 0, result.err
-    bars = list(dict.fromkeys(bar for bar, _ in shown))
-    assert len(bars) == (1 if scorer == "none" else 2)
-    for bar in bars:
-        steps = [done for each, done in shown if each is bar]
+    drawn, shown[:] = shown[:], []
+    result = ltts("rescore", "run", "scorer=latent_rm", "paths.cache=other")
+    assert result.code == 0, result.err
+    for steps, passes in ((drawn, 4), (shown, 1)):
         assert 0 < steps[0] < 8
         assert steps[-1] == 8
         assert steps == sorted(steps)
-        assert len(steps) > (2 if bar is bars[0] else 1)
+        assert len(steps) > passes
 
 
 @pytest.mark.slow
