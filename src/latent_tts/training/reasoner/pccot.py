@@ -16,7 +16,7 @@ from latent_tts.model.pccot import PROJECTION
 from latent_tts.training.reasoner.batch import Sequences, encode_batch
 from latent_tts.training.reasoner.coconut import CoconutObjective
 from latent_tts.training.reasoner.codi import CodiObjective
-from latent_tts.training.reasoner.curriculum import DistillationWeights, Stage
+from latent_tts.training.reasoner.curriculum import Distilled, Stage
 from latent_tts.training.reasoner.initial import add_tensors, has_tensors, load_trainable_lm
 from latent_tts.types import Question
 
@@ -46,9 +46,9 @@ class PccotObjective(CodiObjective):
         sweeps: K.
     """
 
-    def __init__(self, adapter: CheckpointAdapter, weights: DistillationWeights, sweeps: int) -> None:
-        CoconutObjective.__init__(self, adapter, weights.step)
-        self.weights, self.sweeps = weights, sweeps
+    def __init__(self, adapter: CheckpointAdapter, recipe: Distilled, sweeps: int) -> None:
+        CoconutObjective.__init__(self, adapter, recipe.step_loss)
+        self.recipe, self.sweeps = recipe, sweeps
         tensors = loading.load_tensors(adapter.folder, PROJECTION)
         if tensors:
             projection = pccot_projection(adapter.width)
