@@ -16,7 +16,7 @@ from latent_tts.model.codi import PROJECTOR
 from latent_tts.training.reasoner.batch import Sequences, TokenBatch, encode_batch, step_results_loss, written_loss
 from latent_tts.training.reasoner.coconut import CoconutObjective
 from latent_tts.training.reasoner.curriculum import Distilled, Stage, written_before_answer
-from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, load_trainable_lm
+from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, lm_head, load_trainable_lm
 from latent_tts.types import Question
 
 SAMPLE_TOKENS = 32
@@ -141,16 +141,12 @@ class CodiObjective(CoconutObjective):
             distance = alignment(self._before_answer(layers, questions, stage), before, recipe.distill_loss)
             loss = loss + recipe.distill_weight * distance
         if recipe.step_loss:
-            head = self.lm.get_output_embeddings()
-            assert head is not None
-            loss = loss + recipe.step_loss * step_results_loss(head(thoughts_QTD), student)
+            loss = loss + recipe.step_loss * step_results_loss(lm_head(self.lm)(thoughts_QTD), student)
         return loss
 
     def _written_loss(self, hidden_QAD: Tensor, batch: TokenBatch) -> Tensor:
         """The cross-entropy from the hidden states of all written tokens except the last."""
-        head = self.lm.get_output_embeddings()
-        assert head is not None
-        return written_loss(head(hidden_QAD[:, batch.forced - 1 :]), batch)
+        return written_loss(lm_head(self.lm)(hidden_QAD[:, batch.forced - 1 :]), batch)
 
     def _before_answer(self, layers, questions: list[Question], stage: Stage) -> list[Tensor]:
         """Per layer, the hidden states (Q, D) at the token before the answer, selected from those of written tokens."""

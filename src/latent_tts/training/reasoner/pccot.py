@@ -17,7 +17,7 @@ from latent_tts.training.reasoner.batch import Sequences, encode_batch
 from latent_tts.training.reasoner.coconut import CoconutObjective
 from latent_tts.training.reasoner.codi import CodiObjective
 from latent_tts.training.reasoner.curriculum import Distilled, Stage
-from latent_tts.training.reasoner.initial import add_tensors, has_tensors, load_trainable_lm
+from latent_tts.training.reasoner.initial import add_tensors, has_tensors, lm_head, load_trainable_lm
 from latent_tts.types import Question
 
 
@@ -80,8 +80,7 @@ class PccotObjective(CodiObjective):
         """The number of questions whose written tokens are all predicted by the argmax, after K sweeps of latents."""
         if not stage.latents:
             return super().exact_matches(questions, stage)
-        embed, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
-        assert head is not None
+        embed, head = self.lm.get_input_embeddings(), lm_head(self.lm)
         batch, rows = encode_batch(self.adapter, questions, stage, self.lm.device), Sequences(self.lm)
         hidden_Q1D = rows.feed(embed(batch.prompt_QL), batch.prompt_mask_QL)[:, -1:]
         latents_QTD, _ = self.think(rows, hidden_Q1D, stage.latents)
