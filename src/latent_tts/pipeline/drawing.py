@@ -284,6 +284,8 @@ def _rollout_rows(batch: Sequence[RolloutJob], rollouts: Rollouts, measured: Row
     latents = rollouts.latents_RTD.numpy().astype("<f4", copy=False)
     logprob, margin = rollouts.answer_logprob_R.tolist(), rollouts.answer_margin_R.tolist()
     stopped, steps = rollouts.stopped_R.tolist(), rollouts.steps_R.tolist()
+    sweeps, commits = rollouts.sweeps_R.tolist(), rollouts.commits_R.tolist()
+    conflicts = rollouts.conflicts_R.tolist()
     places = [(job.row_key, number) for job in batch for number in job.rollouts]
     return [
         {
@@ -294,6 +296,9 @@ def _rollout_rows(batch: Sequence[RolloutJob], rollouts: Rollouts, measured: Row
             "answer_margin": margin[row],
             "stop_reason": NOT_DECODED if not answers else "eos" if stopped[row] else "length",
             "latent_steps": steps[row],
+            "sweeps": sweeps[row],
+            "commits": commits[row],
+            "conflicts": conflicts[row],
             "latents": latents[row, : steps[row]].tobytes(),
             **measured,
         }

@@ -13,6 +13,7 @@ from latent_tts.pipeline import environment
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.spec import COMPUTATION, RunSpec
 from latent_tts.pipeline.tables import RunTables
+from latent_tts.pipeline.verification import VERIFICATION, Verification, write_verification
 from latent_tts.results import plot
 from latent_tts.results.run_folder import (
     FIGURE,
@@ -30,7 +31,7 @@ from latent_tts.results.run_folder import (
 
 def clear_run_folder(folder: Path) -> None:
     """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
-    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, SCORES, FIGURE):
+    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, SCORES, FIGURE, VERIFICATION):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -43,6 +44,7 @@ def write_run_folder(
     *,
     seconds: float,
     keep_latents: bool,
+    verification: Verification | None = None,
     **record: Any,
 ) -> None:
     """Write a run's files; `run.json` is last, since its presence means that the run is complete.
@@ -55,6 +57,7 @@ def write_run_folder(
         settings: see `make_tables`.
         seconds: that the command has taken.
         keep_latents: also write `latents.safetensors`.
+        verification: also write `verification.csv`.
         **record: what else `run.json` says.
     """
     write_rollouts(folder, tables.rollouts)
@@ -63,6 +66,8 @@ def write_run_folder(
         plot.scaling_curve(tables.metrics, folder / FIGURE)
     if keep_latents:
         write_latents(folder, drawn.latents)
+    if verification is not None:
+        write_verification(folder, verification)
     config, scorer = spec.config, spec.scorer
     write_run_json(
         folder,

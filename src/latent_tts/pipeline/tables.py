@@ -18,6 +18,8 @@ from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
 from latent_tts.results.files import settings_digest
 from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_figures
+from latent_tts.results.run_folder import COUNT_COLUMNS
+from latent_tts.schedule import DRAFTED
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Question
 
@@ -76,6 +78,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
             "answer_ids": answer_ids,
             "answer_tokens": [len(ids) for ids in answer_ids],
             "latent_steps": rows["latent_steps"].astype("int32"),
+            **{name: rows[name].astype("int32") for name in COUNT_COLUMNS if name in rows},
             **{name: rows[name] for name in MEASURED},
         }
     )
@@ -163,10 +166,15 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
     passes, begun = spec.passes, len(spec.forced_ids)
     answers_QN = rollouts["answer_tokens"].to_numpy().reshape(-1, spec.kept) - begun
     steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, spec.kept)
+    conflicts_QN = rollouts["conflicts"].to_numpy().reshape(-1, spec.kept) if "conflicts" in rollouts else None
     pairs = []
     for place, question in enumerate(spec.questions):
         prompt, steps_N = len(spec.prompts[question.id]), steps_QN[place]
         once, each = passes.once(prompt), float(passes.rollout(prompt, steps_N, answers_QN[place]).mean())
+        if spec.schedule.first_guess in DRAFTED:
+            once += float(passes.thinking(prompt, spec.adapter.latents))
+        if conflicts_QN is not None:  # with all latents before them, which is a little too many
+            each += float((conflicts_QN[place] * spec.shape.pass_flops(1, prompt + steps_N)).mean())
         if spec.kept < spec.n:  # a search: n think, those kept answer
             thinking = float(passes.thinking(prompt, steps_N).mean())
             each = thinking + (each - thinking) * spec.kept / spec.n
@@ -178,6 +186,14 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
             each += (scores.prefills[place] - 1) * head.prompt_flops(prompt) / spec.n
         pairs.append((once / 1e9, each / 1e9))
     return pairs
+
+
+def schedule_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[str]:
+    """What a schedule that does not compute one latent after another has counted, per rollout on average."""
+    if spec.schedule.stepwise or not set(COUNT_COLUMNS) <= set(rollouts.columns):
+        return []
+    counts = [f"{rollouts[name].mean():.2f} {name}" for name in COUNT_COLUMNS if rollouts[name].any()]
+    return [f"schedule={spec.schedule.name}, per rollout: {', '.join(counts)}"]
 
 
 def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,9 @@ ROLLOUT_SCHEMA = pa.schema(
         ("answer_margin", pa.float32()),
         ("stop_reason", pa.string()),
         ("latent_steps", pa.int32()),
+        ("sweeps", pa.int32()),
+        ("commits", pa.int32()),
+        ("conflicts", pa.int32()),
         ("latents", pa.binary()),  # float32, latent_steps x D, little-endian
         *MEASURED.items(),
         ("device", pa.string()),

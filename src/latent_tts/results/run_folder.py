@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, bad_value
@@ -37,6 +38,7 @@ ROLLOUT_COLUMNS = [
     "answer_tokens",
     "latent_steps",
 ]
+COUNT_COLUMNS = ["sweeps", "commits", "conflicts"]  # of the schedule; absent in older run folders
 METRIC_COLUMNS = [
     "run_id",
     "model",
@@ -83,7 +85,8 @@ SEED_COLUMNS = ["seeds", "seed_sd"]  # beside the others in a table of means ove
 def write_rollouts(folder: Path, rollouts: pd.DataFrame) -> None:
     """Write `rollouts.parquet`."""
     with whole_file(folder / ROLLOUTS) as path:
-        rollouts[ROLLOUT_COLUMNS].to_parquet(path, index=False)
+        columns = [*ROLLOUT_COLUMNS, *(name for name in COUNT_COLUMNS if name in rollouts)]
+        rollouts[columns].to_parquet(path, index=False)
 
 
 def read_rollouts(folder: Path) -> pd.DataFrame:
@@ -93,7 +96,9 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
         UsageError: it is missing, damaged or of another run.
     """
     try:
-        rollouts = pd.read_parquet(folder / ROLLOUTS, columns=ROLLOUT_COLUMNS)
+        there = pq.read_schema(folder / ROLLOUTS).names
+        columns = [*ROLLOUT_COLUMNS, *(name for name in COUNT_COLUMNS if name in there)]
+        rollouts = pd.read_parquet(folder / ROLLOUTS, columns=columns)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
     check_file(folder, ROLLOUTS)
