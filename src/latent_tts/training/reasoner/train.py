@@ -203,9 +203,8 @@ class _SaveCallback(TrainerCallback):
             pace.log(done - 1, figures)
         over = pace.finished(done)
         control.should_training_stop = control.should_training_stop or over
-        if over or recipe.stage_at(pace.planned(done)) != recipe.stage_at(pace.planned(done - 1)):
-            control.should_evaluate = control.should_save = True
-        if done % self.save_every == 0:
+        ends = over or recipe.stage_at(pace.planned(done)) != recipe.stage_at(pace.planned(done - 1))
+        if ends or done % self.save_every == 0:
             control.should_evaluate = control.should_save = True
         if pace.wants_saving():
             control.should_save = True
