@@ -151,6 +151,11 @@ class CheckpointAdapter:
         return files.read_config(self.folder)
 
     @cached_property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes of the backbone, by the names that most configs use; see `files.sizes`."""
+        return files.sizes(self.config, files.weight_shapes(self.folder))
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The fast tokenizer."""
         return files.load_tokenizer(self.folder)
@@ -158,12 +163,12 @@ class CheckpointAdapter:
     @cached_property
     def width(self) -> int:
         """D of the backbone."""
-        return int(next(self.config[key] for key in files.SIZES if key in self.config))
+        return int(next(self.sizes[key] for key in files.SIZES if key in self.sizes))
 
     @cached_property
     def positions(self) -> int:
         """The longest sequence, in tokens and latents, that the backbone takes."""
-        return int(next(self.config[key] for key in ("n_positions", "max_position_embeddings") if key in self.config))
+        return int(self.sizes["n_positions" if "n_embd" in self.sizes else "max_position_embeddings"])
 
     @cached_property
     def latent_id(self) -> int:

@@ -115,7 +115,7 @@ class AnnotationSpec:
             **({"answer": self.answers.settings} if self.answers.random else {}),
             "latents": adapter.latents,
             "latent_id": adapter.latent_id,
-            "width": Shape.from_config(adapter.config).width,
+            "width": Shape.from_config(adapter.sizes).width,
             "dtype": engine.dtype,
             **({"quantize": engine.quantize} if engine.quantize is not None else {}),
             "task": {key: value for key, value in self.config["task"].items() if key != "limit"},
@@ -194,7 +194,7 @@ def _label(
 
     jobs = [LabelJob(q.id, place, prompts[q.id], lambda ids, q=q: is_right(q, ids)) for place, q in questions]
     device, sampler = find_device(spec.engine), spec.answers.over(spec.sampler)
-    shape, longest = Shape.from_config(adapter.config), max(len(job.prompt) for job in jobs)
+    shape, longest = Shape.from_config(adapter.sizes), max(len(job.prompt) for job in jobs)
     suffix, own_prompt = reserved_positions(adapter, spec.max_answer_tokens), "prompt" in sampler.random_phases
     # completions are there beside the rollouts that they complete
     bytes_per_row = 2 * row_bytes(shape, longest, suffix, spec.engine.bytes_per_number, own_prompt)

@@ -125,7 +125,7 @@ def score(
     scorer = spec.scorer
     assert scorer is not None
     device, dtype = find_device(spec.engine), spec.engine.dtype
-    shape = Shape.from_config(scorer.config)
+    shape = Shape.from_config(scorer.sizes)
     jobs = []
     for question in spec.questions:
         key = spec.row_key(question)
@@ -180,7 +180,7 @@ def _bytes_per_row(spec: RunSpec, longest: int) -> int:
     if not spec.search.guided:
         return own
     assert spec.scorer is not None
-    scorer = Shape.from_config(spec.scorer.config)
+    scorer = Shape.from_config(spec.scorer.sizes)
     return 2 * (own + row_bytes(scorer, longest, spec.adapter.latents, number, own_prompt=False))
 
 

@@ -152,7 +152,7 @@ class RunSpec(RunRequest):
     @cached_property
     def shape(self) -> Shape:
         """The sizes of the model."""
-        return Shape.from_config(self.adapter.config)
+        return Shape.from_config(self.adapter.sizes)
 
     @property
     def passes(self) -> RolloutCost:
@@ -407,7 +407,7 @@ def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[s
         UsageError: it has not.
     """
     longest = max(map(len, prompts.values())) + adapter.latents
-    tokens, highest = int(scorer.config.get("vocab_size", 0)), max(map(max, prompts.values()))
+    tokens, highest = int(scorer.sizes["vocab_size"]), max(map(max, prompts.values()))
     checkpoint = scorer.name.partition(":")[2]
     why = f"it has {scorer_positions(scorer)} positions, the longest prompt with its latents needs {longest}"
     require("scorer.checkpoint", checkpoint, longest <= scorer_positions(scorer), why)
@@ -418,7 +418,7 @@ def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[s
 
 def scorer_positions(scorer: Scorer) -> int:
     """The longest sequence a scorer takes."""
-    return int(scorer.config.get("n_positions", scorer.config.get("max_position_embeddings", 0)))
+    return int(scorer.sizes["n_positions" if "n_embd" in scorer.sizes else "max_position_embeddings"])
 
 
 def check_answer_limit(max_answer_tokens: int) -> None:
