@@ -480,7 +480,9 @@ def check_vocabulary(
     Raises:
         UsageError: one has not.
     """
-    rows = next((shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS)), common_sizes(config)["vocab_size"])
+    rows = next(
+        (shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS)), common_sizes(config)["vocab_size"]
+    )
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     if beyond:
         token = min(beyond, key=lambda name: (name not in LATENT_TOKENS, beyond[name]))

@@ -22,8 +22,8 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: a path is no table and holds none, or a table has nothing to draw.
     """
-    require("against", cfg.against, cfg.against in plot.AGAINST, f"one of {', '.join(plot.AGAINST)}")
-    require("format", cfg.format, cfg.format in ("svg", "png", "pdf"), "svg, png or pdf")
+    require("against", cfg.against, cfg.against in plot.AGAINST, f"must be one of {', '.join(plot.AGAINST)}")
+    require("format", cfg.format, cfg.format in ("svg", "png", "pdf"), "must be svg, png or pdf")
     tables = [table for path in cfg.runs for table in find_tables(Path(path).expanduser())]
     if not tables:
         raise bad_value("runs", list(cfg.runs), f"no {METRICS} or {FINDINGS} there")
@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> None:
             frames = [tell_apart(frame, str(table)) for frame, table in zip(frames, tables, strict=True)]
         output = Path(cfg.output).expanduser()
         if output.suffix not in (".svg", ".png", ".pdf"):
-            raise bad_value("output", cfg.output, "a file that ends in .svg, .png or .pdf")
+            raise bad_value("output", cfg.output, "must be a file that ends in .svg, .png or .pdf")
         draw(tables, name_weights_once(pd.concat(frames, ignore_index=True)), output, cfg.against)
         return
     for table in tables:

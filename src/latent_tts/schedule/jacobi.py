@@ -50,7 +50,7 @@ class Jacobi:
         if self.chunk is not None and not (is_whole(self.chunk) and self.chunk >= 1):
             raise bad_value("schedule.chunk", self.chunk, "must be an integer, 1 or more, or null for all latents")
         if self.guess not in GUESSES:
-            raise bad_value("schedule.guess", self.guess, f"one of {', '.join(GUESSES)}")
+            raise bad_value("schedule.guess", self.guess, f"must be one of {', '.join(GUESSES)}")
 
     @property
     def key(self) -> dict[str, Any]:

@@ -41,9 +41,11 @@ def check_settings(reduce: str | None, positions: str) -> None:
         UsageError: one of them is unknown.
     """
     if reduce is not None and str(reduce) not in REDUCTIONS:
-        raise bad_value("scorer.reduce", reduce, f"one of {', '.join(REDUCTIONS)}, or null for the LatentRM's own")
+        raise bad_value(
+            "scorer.reduce", reduce, f"must be one of {', '.join(REDUCTIONS)}, or null for the LatentRM's own"
+        )
     if str(positions) not in POSITIONS:
-        raise bad_value("scorer.positions", positions, f"one of {', '.join(POSITIONS)}")
+        raise bad_value("scorer.positions", positions, f"must be one of {', '.join(POSITIONS)}")
 
 
 @dataclass(frozen=True)
