@@ -115,6 +115,11 @@ def print_metrics(metrics: pd.DataFrame) -> None:
         )
 
 
+def print_line(text: str) -> None:
+    """A line on stdout, control characters written out."""
+    print(printable(text))
+
+
 def advance(progress: Progress, count: int) -> None:
     """Move a bar on and show its rate."""
     task = progress.tasks[0]
