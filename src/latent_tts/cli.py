@@ -168,6 +168,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     )
     from latent_tts.config.failures import Failures
     from latent_tts.config.folder_lock import FolderLock
+    from latent_tts.config.single_job import run_single_job
 
     module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
     register_schemas()
@@ -191,7 +192,9 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
 
     Failures.kept.clear()
     try:
-        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name.replace("-", "_"))(job)()
+        command = name.replace("-", "_")
+        if not run_single_job(command, job, arguments):
+            hydra.main(version_base="1.3", config_path=conf_dir(), config_name=command)(job)()
         if Failures.kept:
             raise Failures.kept.pop()
     except SystemExit as stop:

@@ -54,7 +54,7 @@ def test_cfg_job_prints_the_config_and_runs_nothing(ltts, tmp_path):
 
 
 def test_a_run_ends_with_the_path_of_its_metrics_and_writes_every_table(run):
-    result = run("keep_latents=true")
+    result = run("keep_latents=true", "budget=ladder")
     assert result.code == 0, result.err
     assert result.last.name == "metrics.csv"
     folder = result.last.parent
@@ -163,9 +163,9 @@ def test_an_experiment_is_a_complete_setting(run):
 
 
 def test_a_folder_used_again_holds_the_new_run_alone(run, tmp_path):
-    first = run("hydra.run.dir=mine", "keep_latents=true")
+    first = run("hydra.run.dir=mine", "keep_latents=true", "budget=ladder")
     assert {"latents.safetensors", "scaling.png"} <= {path.name for path in first.last.parent.iterdir()}
-    second = run("hydra.run.dir=mine", "seed=1", "budget=fixed")
+    second = run("hydra.run.dir=mine", "seed=1")
     left = {path.name for path in second.last.parent.iterdir()} - {".hydra", "run.log"}
     assert left == {"metrics.csv", "rollouts.parquet", "run.json"}
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["seed"] == 1
