@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,10 +31,10 @@ QUESTIONS, WARM_UP, SIZES = 60, 5, (1, 16)
 PHASES = ("prompt", "latents", "answer")
 
 
-def adapter_of(family: str, folder: str, latents: int, sweeps: int) -> Coconut | Pccot:
+def adapter_of(family: str, folder: str, latents: int, sweeps: int) -> Any:
     """The adapter of a trained reasoner."""
-    shared = {"name": family, "checkpoint": folder, "revision": None, "eos": None, "latents": latents}
-    more = {"trained_latents": None, "recommended": {}}
+    shared: dict[str, Any] = {"name": family, "checkpoint": folder, "revision": None, "eos": None, "latents": latents}
+    more: dict[str, Any] = {"trained_latents": None, "recommended": {}}
     if family == "pccot":
         return Pccot(**shared, **more, sweeps=sweeps, answer_prompt="")
     return Coconut(**shared, **more, latent_rm=None)
