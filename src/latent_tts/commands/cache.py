@@ -77,7 +77,7 @@ def show(root: Path, entries: Sequence[CacheEntry]) -> None:
         numbers = [f"{name}={value}" for name, value in sampler.items() if is_number(value)]
         cells = [entry.folder.name, key.get("name", "?"), " ".join([kind, *numbers])]
         cells += [key.get(column, "?") for column in ("latents", "seed", "dtype")]
-        used = age(time.time() - entry.used) + ("" if is_current(key) else ", stale")
+        used = report.age(time.time() - entry.used) + ("" if is_current(key) else ", stale")
         rows.append([*cells, entry.rollouts, size(entry.size), used])
     columns = ["entry", "model", "sampler", "latents", "seed", "dtype", "rollouts", "size", "last used"]
     total = size(sum(entry.size for entry in entries))
@@ -102,9 +102,3 @@ def size(count: float) -> str:
     """Bytes in the largest unit of which there is one."""
     unit = next(name for name in reversed(BYTES) if count >= BYTES[name] or name == "B")
     return f"{count / BYTES[unit]:.3g} {unit}"
-
-
-def age(seconds: float) -> str:
-    """Seconds in the largest unit of which there is one."""
-    unit = next(name for name in reversed(SECONDS) if seconds >= SECONDS[name] or name == "m")
-    return f"{max(seconds, 0) / SECONDS[unit]:.0f} {unit}"

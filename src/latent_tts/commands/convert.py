@@ -19,13 +19,19 @@ def main(cfg: DictConfig) -> None:
     require("lora_alpha", cfg.lora_alpha, cfg.lora_alpha > 0, "a positive number")
     require("latents", cfg.latents, cfg.latents is None or cfg.latents >= 0, "0 or more, or null")
     dst = Path(cfg.dst).expanduser()
-    convert_checkpoint(
-        Path(cfg.src).expanduser(),
-        dst,
-        tokenizer=Path(cfg.tokenizer).expanduser() if cfg.tokenizer else None,
-        config=cfg.config,
-        base=cfg.base,
-        lora_alpha=cfg.lora_alpha,
-        latents=cfg.latents,
-    )
+    existed = dst.exists()
+    try:
+        convert_checkpoint(
+            Path(cfg.src).expanduser(),
+            dst,
+            tokenizer=Path(cfg.tokenizer).expanduser() if cfg.tokenizer else None,
+            config=cfg.config,
+            base=cfg.base,
+            lora_alpha=cfg.lora_alpha,
+            latents=cfg.latents,
+        )
+    except KeyboardInterrupt:
+        if dst.exists() and not existed:
+            raise KeyboardInterrupt(f"remove {dst}, which is not complete, and re-run the command") from None
+        raise
     print(dst)

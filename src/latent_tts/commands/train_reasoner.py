@@ -84,7 +84,7 @@ def train(cfg: DictConfig) -> None:
             output=output,
             settings=resumed_settings(cfg),
             save_every=cfg.save_every,
-            report=lambda done, figures: report.show(bar, done, f"loss {figures['loss']:.3f}"),
+            report=lambda done, figures: bar.show(done, f"loss {figures['loss']:.3f}"),
         )
     if trained is not None:  # in the first process of a launch
         log.info("%d updates, exact match on valid %.3f", trained.updates, trained.exact_match)

@@ -87,7 +87,7 @@ def train(cfg: DictConfig) -> None:
                 weights_dtype=cfg.weights_dtype,
                 output=output,
                 calibrate=lambda checkpoint: None if annotated is None else calibrate(annotated, checkpoint),
-                report=lambda done, figures: report.show(bar, done, note(figures)),
+                report=lambda done, figures: bar.show(done, note(figures)),
             )
     if results is not None:  # in the first process of a launch
         show(results)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from latent_tts.config.build import build, user_conf_dir
+from latent_tts.config.build import build
+from latent_tts.config.reference import user_conf_dir
 from latent_tts.config.requests import engine_settings
 from latent_tts.errors import bad_value, require
 from latent_tts.model import ModelAdapter

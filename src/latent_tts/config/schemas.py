@@ -220,7 +220,7 @@ class PlotConfig:
 
     runs: list[str] = MISSING
     output: str | None = MISSING
-    format: str = MISSING
+    format: str | None = MISSING
     against: str = MISSING
 
 

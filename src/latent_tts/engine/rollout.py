@@ -72,7 +72,8 @@ class Rollouts:
     """R finished rollouts, question-major.
 
     Attributes:
-        latents_RTD: the vectors fed back, float32 on the CPU; zeros from a row's own number of steps on.
+        latents_RTD: the vectors fed back, where they were made and as they were; zeros from a row's own number of steps
+            on. Everything else is on the CPU.
         steps_R: how many latents each row has.
         answer_ids: per row, the ids after the end of thinking, a final eos dropped; all empty if none was decoded.
         answer_logprob_R: summed log-probability of the answer's tokens, its eos included and forced ones left out: the
@@ -432,10 +433,10 @@ class RolloutState:
         return self._finished(ids, logprob_R.cpu(), margin_R.cpu(), stopped_R.cpu())
 
     def _finished(self, ids: list[list[int]], logprob_R: Tensor, margin_R: Tensor, stopped_R: Tensor) -> Rollouts:
-        latents_RTD, steps_R = self.latents_RTD.float().cpu(), self.steps_R.cpu()
+        steps_R = self.steps_R.cpu()
         counts = Counts.of_steps(steps_R) if self._plan.schedule.stepwise else self.counts
         return Rollouts(
-            latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
+            self.latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
             counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(),
         )  # fmt: skip
 

@@ -216,4 +216,4 @@ def _label(
                 for entries, rollouts in label(jobs, engine, sampler, labelling):
                     write(entries)
                     done, drawn = done + len(entries), drawn + rollouts
-                    report.show(bar, done, f"{drawn / (time.perf_counter() - started):.0f} rollouts/s")
+                    bar.show(done, f"{drawn / (time.perf_counter() - started):.0f} rollouts/s")

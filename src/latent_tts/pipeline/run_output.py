@@ -22,7 +22,6 @@ from latent_tts.results.run_folder import (
     ROLLOUTS,
     RUN_JSON,
     SCORES,
-    write_latents,
     write_metrics,
     write_rollouts,
     write_run_json,
@@ -43,7 +42,6 @@ def write_run_folder(
     settings: Mapping[str, Any],
     *,
     seconds: float,
-    keep_latents: bool,
     verification: Verification | None = None,
     **record: Any,
 ) -> None:
@@ -56,7 +54,6 @@ def write_run_folder(
         tables: its tables.
         settings: see `make_tables`.
         seconds: that the command has taken.
-        keep_latents: also write `latents.safetensors`.
         verification: also write `verification.csv`.
         **record: what else `run.json` says.
     """
@@ -64,8 +61,6 @@ def write_run_folder(
     write_metrics(folder / METRICS, tables.metrics)
     if tables.metrics["n"].nunique() > 1:
         plot.scaling_curve(tables.metrics, folder / FIGURE)
-    if keep_latents:
-        write_latents(folder, drawn.latents)
     if verification is not None:
         write_verification(folder, verification)
     config, scorer = spec.config, spec.scorer

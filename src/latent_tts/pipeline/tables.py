@@ -21,7 +21,7 @@ from latent_tts.results.metrics import Figures, measured_figures, metric_rows, r
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.schedule import DRAFTED
 from latent_tts.text.classes import shared_forms
-from latent_tts.types import Question
+from latent_tts.types import Float32, Question
 
 log = logging.getLogger(__name__)
 MAX_USELESS = 0.95  # share of answers
@@ -110,13 +110,12 @@ def _add_scores(rollouts: pd.DataFrame, scores: Scores) -> None:
 
 def all_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
     """The figures of each reported n where every rollout has an answer."""
-    groups = _groups(drawn.latents, spec.kept, spec.kept)
     return rollout_figures(
         rollouts,
         drawn=spec.kept,
         reported=spec.reported,
         aggregators=spec.aggregators,
-        diversity_Q=[statistics.diversity(_cut(group)) for group in groups],
+        diversity_Q=diversities(drawn.dissimilarity_RT, spec.kept, spec.kept),
         gflops=gflops(spec, rollouts, drawn.scores),
     )
 
@@ -131,7 +130,7 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
     figures = []
     for budget, pick_Q in drawn.winners.picks.items():
         places = np.arange(len(pick_Q)) * n + pick_Q
-        picked, groups = rollouts.iloc[places], _groups(drawn.latents, n, budget)
+        picked = rollouts.iloc[places]
         gflops_Q = []
         for question, steps_N, pick, answer in zip(
             spec.questions, steps_QN, pick_Q, picked["answer_tokens"], strict=True
@@ -147,10 +146,10 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             ("accuracy", "best_of_n"): np.array(right, dtype=np.float64),
             ("invalid_rate", ""): np.array(picked["prediction"].isna(), dtype=np.float64),
         }
-        diversity_Q = [statistics.diversity(_cut(group)) for group in groups]
+        diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
         if budget > 1 and all(value is not None for value in diversity_Q):
             values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)
-        values["latent_steps", ""] = np.array([sum(map(len, group)) for group in groups], dtype=np.float64)
+        values["latent_steps", ""] = steps_QN[:, :budget].sum(1).astype(np.float64)
         values["answer_tokens", ""] = picked["answer_tokens"].to_numpy(dtype=np.float64)
         values["gflops", ""] = np.array(gflops_Q)
         measured = {}
@@ -228,11 +227,7 @@ def questions_digest(questions: Sequence[Question]) -> str:
     return settings_digest({"questions": sorted([question.id, question.answer] for question in questions)})
 
 
-def _groups(latents: Sequence[np.ndarray], n: int, first: int) -> list[Sequence[np.ndarray]]:
-    """The latents of the first rollouts of each question, out of n of each."""
-    return [latents[start : start + first] for start in range(0, len(latents), n)]
-
-
-def _cut(group: Sequence[np.ndarray]) -> np.ndarray:
-    """Latents (N, T, D); rows of unequal steps are cut to the shortest."""
-    return np.stack([row[: min(map(len, group))] for row in group])
+def diversities(dissimilarity_RT: Float32, n: int, first: int) -> list[float | None]:
+    """The diversity of the first rollouts of each question, out of n of each."""
+    groups_QNT = dissimilarity_RT.reshape(len(dissimilarity_RT) // n, n, dissimilarity_RT.shape[1])
+    return [statistics.diversity(group[:first]) for group in groups_QNT]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
@@ -13,10 +14,12 @@ from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import rollout_table
 from latent_tts.results.files import whole_file
+from latent_tts.results.run_folder import LATENTS, KeptLatents
 from latent_tts.schedule.sequential import Sequential
 
 VERIFICATION = "verification.csv"
 MAX_DEVIATION = 1e-5  # relative RMS of latents in float32, where the schedule promises equality
+ROWS_AT_ONCE = 1 << 12
 MIN_MARGIN = 1e-3  # below it rounding may change an answer
 
 
@@ -74,20 +77,27 @@ class Verification:
             )
 
 
-def verify(spec: RunSpec, drawn: RunRollouts) -> Verification:
+def verify(spec: RunSpec, drawn: RunRollouts, folder: Path) -> Verification:
     """Compare rollouts with those of `schedule=sequential`, which are drawn where the cache lacks them.
 
     Args:
         spec: the run, whose answers are all decoded.
         drawn: its rollouts.
+        folder: where their latents are, in `latents.safetensors`.
 
     Raises:
         RunError: a failure while drawing.
     """
     sequential = replace(spec, schedule=Sequential(), scorer=None)
-    other = draw_rollouts(sequential)
+    with TemporaryDirectory(prefix="latent_tts_") as elsewhere:
+        other = draw_rollouts(sequential, Path(elsewhere) / LATENTS)
+        kept = [KeptLatents(each, len(drawn.rows)) for each in (folder, Path(elsewhere))]
+        deviation = np.concatenate(
+            [_deviations(*(latents.rows(row, ROWS_AT_ONCE).double().numpy() for latents in kept))
+             for row in range(0, len(drawn.rows), ROWS_AT_ONCE)]
+        )  # fmt: skip
+    deviation[(drawn.rows["latent_steps"] != other.rows["latent_steps"]).to_numpy()] = np.inf
     here, there = rollout_table(spec, drawn), rollout_table(sequential, other)
-    deviation = [_deviation(*pair) for pair in zip(drawn.latents, other.latents, strict=True)]
     prediction, wanted = here["prediction"], there["prediction"]
     changed = (prediction != wanted) & ~(prediction.isna() & wanted.isna())
     table = here[["question_id", "rollout", "prediction"]].assign(
@@ -105,12 +115,8 @@ def write_verification(folder: Path, verification: Verification) -> None:
         verification.rows.to_csv(path, index=False)
 
 
-def _deviation(latents_TD: np.ndarray, wanted_TD: np.ndarray) -> float:
-    """The largest relative RMS difference of a rollout's latents."""
-    if latents_TD.shape != wanted_TD.shape:
-        return float("inf")
-    if not len(wanted_TD):
-        return 0.0
-    difference = np.square(latents_TD.astype(np.float64) - wanted_TD).sum(1)
-    size = np.square(wanted_TD.astype(np.float64)).sum(1)
-    return float(np.sqrt(difference / np.maximum(size, np.finfo(np.float64).tiny)).max())
+def _deviations(latents_RTD: np.ndarray, wanted_RTD: np.ndarray) -> np.ndarray:
+    """The largest relative RMS difference of each rollout's latents, which are zeros where it has none."""
+    difference_RT = np.square(latents_RTD - wanted_RTD).sum(2)
+    size_RT = np.maximum(np.square(wanted_RTD).sum(2), np.finfo(np.float64).tiny)
+    return np.sqrt(difference_RT / size_RT).max(1, initial=0.0)

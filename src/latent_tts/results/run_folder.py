@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -16,12 +16,18 @@ from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.results.files import file_digest, plain_cells, spreadsheet_cells, whole_file
+from latent_tts.results.parts import runs_of
+from latent_tts.types import Float32
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
 SCORES, FIGURE = "scores.parquet", "scaling.png"
-
-
+METRICS_OVER_SEEDS = "metrics_over_seeds.csv"
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 TABLES = (METRICS, ROLLOUTS, LATENTS, SCORES)
+OUTPUT_FOLDERS = ("outputs", "multirun")  # `conf/hydra_folders.yaml`: COMMAND/TIME in each
 
 
 ROLLOUT_COLUMNS = [
@@ -105,39 +111,83 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
     return rollouts
 
 
-def write_latents(folder: Path, latents: list[np.ndarray]) -> None:
-    """Write `latents.safetensors`: one tensor `latents_RTD`; rows with fewer steps end in zeros."""
-    from safetensors.numpy import save_file
+class LatentsFile:
+    """`latents.safetensors` in the making: one tensor `latents_RTD`, whose rows come in any order.
 
-    steps = max(len(row) for row in latents)
-    latents_RTD = np.zeros((len(latents), steps, latents[0].shape[1]), dtype=np.float32)
-    for index, row in enumerate(latents):
-        latents_RTD[index, : len(row)] = row
-    with whole_file(folder / LATENTS) as path:
-        save_file({"latents_RTD": latents_RTD}, path)
+    It is there under its name once the block ends well; rows with fewer steps end in zeros.
+    """
+
+    def __init__(self, path: Path, wanted: pd.DataFrame, shape_TD: tuple[int, int], dtype: str) -> None:
+        """Begin a file.
+
+        Args:
+            path: of the file.
+            wanted: its rows (columns `row_key`, `rollout`), those of a question side by side.
+            shape_TD: T and D.
+            dtype: `float32`, `bfloat16` or `float16`.
+        """
+        self._shape, self._dtype = (len(wanted), *shape_TD), dtype
+        self._first: dict[str, int] = {}  # by row key: the row of rollout 0
+        row = 0
+        for key, numbers in runs_of(wanted):
+            self._first.setdefault(key, row - numbers.start)
+            row += len(numbers)
+        self._file = whole_file(path)
+
+    def __enter__(self) -> LatentsFile:
+        number = np.dtype(f"<{'u2' if self._dtype != 'float32' else 'f4'}")
+        size = int(np.prod(self._shape)) * number.itemsize
+        about = {"dtype": SAFETENSORS_DTYPES[self._dtype], "shape": self._shape, "data_offsets": [0, size]}
+        header = json.dumps({"latents_RTD": about}).encode()
+        header += b" " * (-len(header) % 8)
+        path = self._file.__enter__()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        with path.open("r+b") as file:
+            file.truncate(8 + len(header) + size)
+        self._latents_RTD: Any = np.zeros(self._shape, dtype=number)
+        if size:
+            self._latents_RTD = np.memmap(path, number, "r+", 8 + len(header), self._shape)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        del self._latents_RTD
+        self._file.__exit__(*error)
+
+    def put(self, places: Sequence[tuple[str, int]], latents_RTD: Tensor) -> None:
+        """Write the latents (on the CPU, in the file's dtype) of some rollouts, each a (row key, rollout)."""
+        import torch
+
+        rows = [self._first[key] + number for key, number in places]
+        bits_RTD = latents_RTD if self._dtype == "float32" else latents_RTD.view(torch.uint16)
+        self._latents_RTD[rows] = bits_RTD.numpy()
 
 
-def read_latents(folder: Path, steps: Iterable[int]) -> list[np.ndarray]:
-    """The latents (steps, D) of each row of a run folder, from its `latents.safetensors`.
+class KeptLatents:
+    """The latents of a run folder, read as they are asked for.
 
     Raises:
         UsageError: the file is damaged or of another run, or has another number of rows.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
 
-    counts = list(steps)
-    try:
-        latents_RTD = load_file(folder / LATENTS)["latents_RTD"]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UsageError(f"{folder / LATENTS}: cannot be read ({error})") from error
-    check_file(folder, LATENTS)
-    if len(latents_RTD) != len(counts):
-        raise UsageError(f"{folder / LATENTS}: {len(latents_RTD)} rows, but {len(counts)} in {ROLLOUTS}")
-    return [row[:count] for row, count in zip(latents_RTD, counts, strict=True)]
+    def __init__(self, folder: Path, rows: int) -> None:
+        """Open `latents.safetensors`, which should have so many rows."""
+        from safetensors import SafetensorError, safe_open
+
+        path = folder / LATENTS
+        try:
+            self._latents_RTD = safe_open(path, framework="pt").get_slice("latents_RTD")
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UsageError(f"{path}: cannot be read ({error})") from error
+        check_file(folder, LATENTS)
+        if (found := self._latents_RTD.get_shape()[0]) != rows:
+            raise UsageError(f"{path}: {found} rows, but {rows} in {ROLLOUTS}")
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """The latents (count, T, D) of some rows."""
+        return self._latents_RTD[first : first + count]
 
 
-def write_scores(folder: Path, rollouts: pd.DataFrame, step_scores: Sequence[Sequence[float]]) -> None:
+def write_scores(folder: Path, rollouts: pd.DataFrame, step_scores: Sequence[Float32]) -> None:
     """Write `scores.parquet`: each rollout's score and the step scores behind it."""
     table = rollouts[["question_id", "rollout", "score"]].assign(step_scores=pd.Series(list(step_scores)))
     with whole_file(folder / SCORES) as path:
@@ -289,6 +339,20 @@ def run_folders(path: Path, key: str = "runs") -> list[Path]:
     if not found:
         raise bad_value(key, path, "neither a run folder nor a folder of runs")
     return sorted(found, key=lambda folder: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in folder.parts])
+
+
+def last_run() -> Path:
+    """The folder of the run or sweep in this folder whose table was written last.
+
+    Raises:
+        UsageError: there is none.
+    """
+    tables = [table for name in OUTPUT_FOLDERS for table in Path(name).glob(f"*/*/**/{METRICS}")]
+    if not tables:
+        raise UsageError(
+            f"no run in the folders {' and '.join(OUTPUT_FOLDERS)} of this one; name a run folder or a table"
+        )
+    return Path(*max(tables, key=lambda table: table.stat().st_mtime).parts[:3])
 
 
 def join_metrics(folders: list[Path]) -> tuple[pd.DataFrame, list[Path]]:

@@ -35,11 +35,6 @@ class Control(Sampler):
             raise bad_value("sampler.mode", self.mode, f"one of {', '.join(MODES)}")
 
     @property
-    def value(self) -> str:
-        """The parameter shown in tables."""
-        return self.mode
-
-    @property
     def needs_donor(self) -> bool:
         """True for `shuffle`, which reads the latents of another question."""
         return self.mode == "shuffle"

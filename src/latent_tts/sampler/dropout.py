@@ -64,11 +64,6 @@ class Dropout(Sampler):
             raise bad_value("sampler.mask", self.mask, "must be fresh or locked")
 
     @property
-    def value(self) -> float:
-        """The parameter shown in tables."""
-        return self.rate
-
-    @property
     def random_phases(self) -> frozenset[Phase]:
         """The phases in `where`; none if the rate is 0."""
         return frozenset(self.where) if self._threshold else frozenset()

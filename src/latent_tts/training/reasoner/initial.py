@@ -36,6 +36,13 @@ def embedding_table(lm: PreTrainedModel) -> Tensor:
     return layer.weight.detach()
 
 
+def lm_head(lm: PreTrainedModel) -> nn.Module:
+    """The layer that makes logits of final hidden states."""
+    layer = lm.get_output_embeddings()
+    assert layer is not None
+    return layer
+
+
 def write_initial_checkpoint(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:
     """Write the checkpoint folder that training starts from, completely or not at all; replaces an older one.
 

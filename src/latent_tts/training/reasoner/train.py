@@ -140,9 +140,8 @@ class _SaveCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = state.global_step
-        if done == self.recipe.updates or self.recipe.stage_at(done) != self.recipe.stage_at(done - 1):
-            control.should_evaluate = control.should_save = True
-        if done % self.save_every == 0:
+        ends = done == self.recipe.updates or self.recipe.stage_at(done) != self.recipe.stage_at(done - 1)
+        if ends or done % self.save_every == 0:
             control.should_evaluate = control.should_save = True
 
 
