@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from latent_tts.aggregator import Aggregator
@@ -184,8 +185,9 @@ class RunSpec(RunRequest):
 
     def wanted(self) -> pd.DataFrame:
         """The rollouts of the run (columns `row_key`, `rollout`), in the order of its tables."""
-        pairs = [(self.row_key(question), number) for question in self.questions for number in range(self.kept)]
-        return pd.DataFrame(pairs, columns=["row_key", "rollout"])
+        keys = np.array([self.row_key(question) for question in self.questions], dtype=object)
+        numbers = np.tile(np.arange(self.kept, dtype=np.int32), len(keys))
+        return pd.DataFrame({"row_key": keys.repeat(self.kept), "rollout": numbers})
 
 
 def check_run(request: RunRequest) -> RunSpec:
