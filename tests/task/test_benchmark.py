@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from latent_tts.config import build as config
+from latent_tts.config import reference
 from latent_tts.errors import UsageError
 from latent_tts.task.benchmark import Benchmark
 from latent_tts.text.number import canonical_number
 
-CONF = Path(config.conf_dir()) / "task"
+CONF = Path(reference.conf_dir()) / "task"
 DATA = os.environ.get("LTTS_DATA")
 NAMES = ["gsm8k", "gsm_hard", "math500", "multiarith", "prosqa", "svamp"]
 ON_THE_HUB = ["gsm8k", "gsm_hard", "math500", "multiarith", "svamp"]

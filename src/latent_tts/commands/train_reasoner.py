@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.checkpoint import files as checkpoint
 from latent_tts.config import build as config
-from latent_tts.errors import bad_value, computing, require
+from latent_tts.errors import bad_value, check_seed, computing, require
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
 from latent_tts.task.arith import Arith
@@ -34,16 +34,17 @@ def main(cfg: DictConfig) -> None:
 def train(cfg: DictConfig) -> None:
     """The command, in a folder that no other process writes to."""
     given = config.given_keys()
-    require("save_every", cfg.save_every, cfg.save_every >= 1, "a number of updates, 1 or more")
-    require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "1 or more")
+    require("save_every", cfg.save_every, cfg.save_every >= 1, "must be a number of updates, 1 or more")
+    require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "must be 1 or more")
+    check_seed(cfg.seed)
     check_device(cfg.device)
     if "model.checkpoint" in given:
         raise bad_value("model.checkpoint", cfg.model.checkpoint, f"to train from it give init={cfg.model.checkpoint}")
     task = config.build("task", cfg.task)
     if not isinstance(task, Arith):
         raise bad_value("task", task.name, "training needs a task that writes out its steps: task=arith")
-    require("task.split", task.split, task.split == "train", "train: the other splits are to report on")
-    require("task.limit", task.limit, task.limit is None, "only null: every update takes new questions")
+    require("task.split", task.split, task.split == "train", "must be train: the other splits are to report on")
+    require("task.limit", task.limit, task.limit is None, "must be null: every update takes new questions")
     for key in given if cfg.init else ():
         why = f"init={cfg.init} brings its own shape and weights; no backbone is made"
         require(key, OmegaConf.select(cfg, key), not key.startswith("backbone."), why)
@@ -84,7 +85,7 @@ def train(cfg: DictConfig) -> None:
             output=output,
             settings=resumed_settings(cfg),
             save_every=cfg.save_every,
-            report=lambda done, figures: report.show(bar, done, f"loss {figures['loss']:.3f}"),
+            report=lambda done, figures: bar.show(done, f"loss {figures['loss']:.3f}"),
         )
     if trained is not None:  # in the first process of a launch
         log.info("%d updates, exact match on valid %.3f", trained.updates, trained.exact_match)

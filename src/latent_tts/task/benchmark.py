@@ -90,7 +90,7 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         if self.split not in self.splits:
-            raise bad_value("task.split", self.split, f"one of {', '.join(self.splits)}")
+            raise bad_value("task.split", self.split, f"must be one of {', '.join(self.splits)}")
         check_limit(self.limit)
         _ = self.rule
         if self.path is not None:
