@@ -85,7 +85,7 @@ def test_a_model_without_room_for_new_tokens_is_refused(source, tmp_path):
 
 
 def test_rows_begin_from_a_token_that_is_there(source, tmp_path):
-    with pytest.raises(UsageError, match=r"recipe\.new_tokens=<none>: mean, or a token"):
+    with pytest.raises(UsageError, match=r"recipe\.new_tokens=<none>: must be mean, or a token"):
         fitted(source(True), tmp_path / "new", tokens=files.LATENT_TOKENS, begin="<none>")
 
 

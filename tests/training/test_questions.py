@@ -146,9 +146,9 @@ def test_a_loss_on_results_needs_steps_with_results(tmp_path):
 
 
 def test_other_splits_than_train_and_other_kinds_of_steps_are_refused():
-    with pytest.raises(UsageError, match=r"task\.steps=words: marks or sentences"):
+    with pytest.raises(UsageError, match=r"task\.steps=words: must be marks or sentences"):
         gsm8k(steps="words")
-    with pytest.raises(UsageError, match=r"task\.split=test: train"):
+    with pytest.raises(UsageError, match=r"task\.split=test: must be train"):
         chosen(gsm8k(split="test"))
 
 

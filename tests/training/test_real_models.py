@@ -120,7 +120,7 @@ BAD = [
     (["init_vocabulary=some"], ["init_vocabulary=some", "all or used"]),
     (["recipe.new_tokens=nosuch"], ["recipe.new_tokens=nosuch", "mean, or a token"]),
     (["model.checkpoint=x"], ["model.checkpoint=x", "init="]),
-    (["init=null"], ["task=rows", "needs init="]),
+    (["init=null"], ["task=rows", "without init="]),
     (["init=gguf:nosuch.gguf"], ["init=gguf:nosuch.gguf", "no such file"]),
     (["task=math500"], ["task.split=train", "one of test"]),
 ]  # fmt: skip
@@ -138,4 +138,4 @@ def test_what_cannot_be_trained_is_refused(train, more, words, monkeypatch, plac
 def test_a_stream_has_no_vocabulary_of_its_own(ltts, place):
     file = tiny_gguf.write(place / "m.gguf", tiny_gguf.model())
     done = ltts("train-reasoner", f"init=gguf:{file}", "init_vocabulary=used", "output=out")
-    check(done, "init_vocabulary=used", "needs a finite set")
+    check(done, "init_vocabulary=used", "no finite set")

@@ -128,4 +128,4 @@ def check_begin(begin: object, tokenizer: Tokenizer, key: str) -> None:
         UsageError: it is neither `mean` nor a token.
     """
     if begin != MEAN and not (isinstance(begin, str) and tokenizer.token_to_id(begin) is not None):
-        raise bad_value(key, begin, f"{MEAN}, or a token of the model that training starts from")
+        raise bad_value(key, begin, f"must be {MEAN}, or a token of the model that training starts from")

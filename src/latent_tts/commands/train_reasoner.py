@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from latent_tts.checkpoint import files as checkpoint
 from latent_tts.checkpoint import gguf, joining
 from latent_tts.config import build as config
-from latent_tts.errors import bad_value, computing, require
+from latent_tts.errors import bad_value, check_seed, computing, require
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
 from latent_tts.task.arith import Arith
@@ -36,17 +36,23 @@ def main(cfg: DictConfig) -> None:
 def train(cfg: DictConfig) -> None:
     """The command, in a folder that no other process writes to."""
     given = config.given_keys()
-    require("save_every", cfg.save_every, cfg.save_every >= 1, "a number of updates, 1 or more")
-    require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "1 or more")
+    require("save_every", cfg.save_every, cfg.save_every >= 1, "must be a number of updates, 1 or more")
+    require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "must be 1 or more")
+    check_seed(cfg.seed)
     check_device(cfg.device)
     if "model.checkpoint" in given:
         raise bad_value("model.checkpoint", cfg.model.checkpoint, f"to train from it give init={cfg.model.checkpoint}")
-    require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary in ("all", "used"), "all or used")
+    require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary in ("all", "used"), "must be all or used")
     task, lora = config.build("task", cfg.task), config.build("lora", cfg.lora)
     if not cfg.init:
-        require("task", task.name, isinstance(task, Arith), "needs init=: a new backbone knows only the words of arith")
-        require("lora.rank", lora.rank, lora.rank is None, "null without init=: a new backbone has no base")
-        require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary == "all", "needs init=")
+        require(
+            "task",
+            task.name,
+            isinstance(task, Arith),
+            "must be arith without init=: a new backbone knows only its words",
+        )
+        require("lora.rank", lora.rank, lora.rank is None, "must be null without init=: a new backbone has no base")
+        require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary == "all", "must be all without init=")
     for key in given if cfg.init else ():
         why = f"init={cfg.init} brings its own shape and weights; no backbone is made"
         require(key, OmegaConf.select(cfg, key), not key.startswith("backbone."), why)
@@ -67,7 +73,7 @@ def train(cfg: DictConfig) -> None:
     step_results = getattr(recipe, "step_loss", 0) > 0
     questions = training_questions(task, valid_questions=cfg.valid_questions, seed=cfg.seed, step_results=step_results)
     if cfg.init_vocabulary == "used":
-        require("init_vocabulary", "used", bool(questions.finite), f"needs a finite set, and task={task.name} is none")
+        require("init_vocabulary", "used", bool(questions.finite), f"must be all: task={task.name} is no finite set")
     source = joining.whole(checkpoint.resolve(str(cfg.init), key="init"), "init") if cfg.init else None
     if output.exists() and not output.is_dir():
         raise bad_value("output", output, "a folder is wanted, this is a file")

@@ -113,6 +113,22 @@ class TuneConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """Keys of `ltts probe`."""
+
+    tolerances: list[float] = MISSING
+    guess: str = MISSING
+    chunk: int | None = MISSING
+    threshold: float = MISSING
+    directions: int = MISSING
+    max_answer_tokens: int = MISSING
+    output: str = MISSING
+    engine: EngineConfig = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+
+
+@dataclass
 class RescoreConfig:
     """Keys of `ltts rescore`."""
 
@@ -239,6 +255,7 @@ SCHEMAS = {
     "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
     "tune": TuneConfig,
+    "probe": ProbeConfig,
     "train_reasoner": TrainReasonerConfig,
     "train_rm": TrainRMConfig,
     "cache": CacheConfig,

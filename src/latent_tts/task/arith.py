@@ -73,7 +73,7 @@ class Arith:
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
-            raise bad_value("task.split", self.split, f"one of {', '.join(SPLITS)}")
+            raise bad_value("task.split", self.split, f"must be one of {', '.join(SPLITS)}")
         if self.limit is not None and not (is_whole(self.limit) and self.limit >= 1):
             raise bad_value("task.limit", self.limit, "must be a positive number of questions, or null for the default")
         allowed = self._level.steps

@@ -104,9 +104,9 @@ class Benchmark:
 
     def __post_init__(self) -> None:
         if self.split not in self.splits:
-            raise bad_value("task.split", self.split, f"one of {', '.join(self.splits)}")
+            raise bad_value("task.split", self.split, f"must be one of {', '.join(self.splits)}")
         check_limit(self.limit)
-        require("task.steps", self.steps, self.steps in (MARKS, SENTENCES), f"{MARKS} or {SENTENCES}")
+        require("task.steps", self.steps, self.steps in (MARKS, SENTENCES), f"must be {MARKS} or {SENTENCES}")
         _ = self.rule
         if self.path is not None:
             check_file(self.path)

@@ -37,10 +37,12 @@ class Lora:
             return
         check_positive("lora", self, whole=("rank",), real=("alpha",))
         if not (is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise bad_value("lora.dropout", self.dropout, "a number in [0, 1)")
+            raise bad_value("lora.dropout", self.dropout, "must be a number in [0, 1)")
         names = self.targets
         if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-            raise bad_value("lora.targets", names, "a list of names of layers, as in [q_proj,v_proj], or null for all")
+            raise bad_value(
+                "lora.targets", names, "must be a list of names of layers, as in [q_proj,v_proj], or null for all"
+            )
         if find_spec("peft") is None:
             raise bad_value("lora.rank", self.rank, "peft is not installed: pip install 'latent-tts[convert]'")
 

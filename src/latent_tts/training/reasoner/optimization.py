@@ -36,9 +36,9 @@ class ReasonerOptimization(Optimization):
         if not isinstance(self.bf16, bool):
             raise bad_value("optimization.bf16", self.bf16, "must be true or false")
         if self.minutes is not None and not (is_number(self.minutes) and self.minutes > 0):
-            raise bad_value("optimization.minutes", self.minutes, "a positive number, or null")
+            raise bad_value("optimization.minutes", self.minutes, "must be a positive number, or null")
         if self.follow is not None and (self.minutes is not None or not isinstance(self.follow, str)):
-            raise bad_value("optimization.follow", self.follow, "a file, with optimization.minutes=null")
+            raise bad_value("optimization.follow", self.follow, "must be a file, with optimization.minutes=null")
 
     def lr_at(self, update: float) -> float:
         """The learning rate of update number `update`, from 0; between two updates where the clock decides."""

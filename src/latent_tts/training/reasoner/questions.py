@@ -66,15 +66,15 @@ def training_questions(task: Task, *, valid_questions: int, seed: int, step_resu
         UsageError: a test question is among them, no question has steps, or a step is empty or names no result.
     """
     if isinstance(task, Arith):
-        require("task.split", task.split, task.split == "train", "train: the other splits are to report on")
-        require("task.limit", task.limit, task.limit is None, "only null: every update takes new questions")
+        require("task.split", task.split, task.split == "train", "must be train: the other splits are to report on")
+        require("task.limit", task.limit, task.limit is None, "must be null: every update takes new questions")
         valid = replace(task, split="valid", limit=valid_questions).questions()
         return TrainingQuestions(task.stream, valid)
     if isinstance(task, Benchmark):
         splits = ", ".join(task.splits)
         require(
             "task.split", task.split, task.split == "train",
-            f"train (task={task.name} has {splits}): the other splits are to report on",
+            f"must be train (task={task.name} has {splits}): the other splits are to report on",
         )  # fmt: skip
     questions = usable(task.questions(), task, step_results=step_results)
     valid = _split_valid(task, valid_questions)

@@ -45,7 +45,7 @@ from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.pace import Pace, pace_of
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
-from latent_tts.training.states import FINISHED, STATES, claim, last_state, read_state
+from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state
 from latent_tts.types import Question
 
 VALID_BATCH = 250
@@ -264,6 +264,7 @@ def train_reasoner(
         if (output / OLD_STATE).is_file():
             raise bad_value("output", output, f"contains a {OLD_STATE} of an earlier version; choose another folder")
         claim(output, settings)
+        clean_states(output / STATES)
         if arguments.process_index == 0 and last_state(output / STATES) is None:
 
             def make(folder: Path) -> None:
