@@ -96,6 +96,15 @@ def test_a_stopped_adapter_run_resumes_bit_for_bit_with_small_states(train, plac
     assert all(again[name].equal(whole[name]) for name in whole)
 
 
+def test_convert_joins_an_adapter_with_its_base(train, ltts, place):
+    adapter = train(*LORA, updates=2).last
+    done = ltts("convert", adapter, "joined")
+    assert done.code == 0, done.err
+    assert not (place / "joined" / files.ADAPTER).exists()
+    assert draw(ltts, "coconut", "joined").code == 0
+    check(ltts("convert", adapter, "again", "latents=3"), "latents=3", "must be null", "latent_tts.json")
+
+
 def test_an_adapter_of_a_cut_vocabulary_is_joined_with_the_whole_base(train, ltts, place):
     done = train(*LORA, "init_vocabulary=used")
     assert done.code == 0, done.err
