@@ -140,7 +140,7 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
     assert drawn.winners is not None
     assert spec.scorer is not None
     n, passes, begun = spec.n, spec.passes, len(spec.forced_ids)
-    head = Shape.from_config(spec.scorer.config)
+    head = Shape.from_config(spec.scorer.sizes)
     steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, n)
     figures = []
     for budget, pick_Q in drawn.winners.picks.items():
@@ -193,7 +193,7 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
             thinking = float(passes.thinking(prompt, steps_N).mean())
             each = thinking + (each - thinking) * spec.kept / spec.n
         if scores is not None and spec.scorer is not None:
-            head = Shape.from_config(spec.scorer.config)
+            head = Shape.from_config(spec.scorer.sizes)
             each += float(head.scoring_flops(prompt, steps_N).mean())
             # official positions need a prefill for each length of text: a cost of the rollouts, not of the question
             once += head.prompt_flops(prompt)

@@ -246,9 +246,11 @@ def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:
 
 def name_weights_once(metrics: pd.DataFrame) -> pd.DataFrame:
     """A table in which the checkpoint and scorer of equal weights have one path, since folders are moved and copied."""
-    known = metrics[metrics["weights_digest"] != ""]
-    names = known.groupby(["model", "weights_digest"])[["checkpoint", "scorer"]].transform("first")
-    return metrics.assign(**names.reindex(metrics.index).fillna(metrics[names.columns]))
+    known, named = metrics["weights_digest"] != "", metrics.copy()
+    for name in ("checkpoint", "scorer"):
+        first = metrics.groupby(["model", "weights_digest"])[name].transform("first")
+        named[name] = metrics[name].mask(known, first)
+    return named
 
 
 def digest_label(column: str, digest: str) -> str:
