@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.checkpoint import files
+from latent_tts.checkpoint import files, joining
 from latent_tts.errors import UsageError, bad_value, is_whole
 from latent_tts.types import Question
 
@@ -138,7 +138,7 @@ class CheckpointAdapter:
     @cached_property
     def folder(self) -> Path:
         """The local checkpoint folder."""
-        return files.resolve(self.checkpoint, self.revision)
+        return joining.whole(files.resolve(self.checkpoint, self.revision), files.MODEL_KEY)
 
     @cached_property
     def digest(self) -> str:

@@ -116,7 +116,7 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
             raise bad_value(key, checkpoint, f"no such built-in checkpoint; one of {', '.join(shipped)}")
         return folder
     if checkpoint.startswith(gguf.PREFIX):
-        return gguf.converted(Path(checkpoint.removeprefix(gguf.PREFIX)).expanduser(), key)
+        return gguf.converted(gguf.found(checkpoint, key), key)
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder

@@ -145,10 +145,12 @@ class TrainReasonerConfig:
 
     output: str = MISSING
     init: str | None = MISSING
+    init_vocabulary: str = MISSING
     seed: int = MISSING
     device: str = MISSING
     save_every: int = MISSING
     valid_questions: int = MISSING
+    lora: Any = MISSING
     model: Any = MISSING
     task: Any = MISSING
     recipe: Any = MISSING
