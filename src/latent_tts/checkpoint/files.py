@@ -68,6 +68,7 @@ BIDIRECTIONAL = (
     *("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "data2vec", "megatron-bert", "rembert"),
     *("roformer", "big_bird", "roc_bert", "xmod", "mobilebert"),
 )
+WITHOUT_CACHE = ("openai-gpt", "xlnet", "xlm", "flaubert")  # in transformers
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight")
@@ -223,6 +224,8 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
         raise bad_value(key, folder, f"in a {kind} model tokens attend to those after them; {why}")
     layers = config.get("layer_types") or []
     other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
+    if kind in WITHOUT_CACHE:
+        raise bad_value(key, folder, f"a {kind} model keeps no keys and values of earlier tokens; {why}")
     if other or kind.startswith(RECURRENT):
         state = f" ({', '.join(other)})" if other else ""
         raise bad_value(
