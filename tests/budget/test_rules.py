@@ -168,18 +168,21 @@ def test_confidence_without_a_spread_is_refused():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Certified(0.0), "budget.rule.delta=0.0: a number in"),
-        (lambda: Certified(1.0), "budget.rule.delta=1.0: a number in"),
-        (lambda: Certified("x"), "budget.rule.delta=x: a number in"),
-        (lambda: Certified(0.05, answers=1), "budget.rule.answers=1: 2 or more"),
+        (lambda: Certified(0.0), "budget.rule.delta=0.0: must be a number in"),
+        (lambda: Certified(1.0), "budget.rule.delta=1.0: must be a number in"),
+        (lambda: Certified("x"), "budget.rule.delta=x: must be a number in"),
+        (lambda: Certified(0.05, answers=1), "budget.rule.answers=1: must be 2 or more"),
         (lambda: Certified(0.05).check("latex"), "budget/rule=certified: certifies answers that are equal as strings"),
-        (lambda: Posterior(0.5), "budget.rule.threshold=0.5: a number in"),
-        (lambda: Posterior(1.0), "budget.rule.threshold=1.0: a number in"),
-        (lambda: Confidence(), "budget.rule.calibration=null: the folder of a run"),
-        (lambda: Confidence("run", threshold=1.0), "budget.rule.threshold=1.0: a number in"),
-        (lambda: Confidence("run", by="luck"), "budget.rule.by=luck: one of likelihood, score"),
-        (lambda: Confidence("run", aggregator="best_of_n"), "budget.rule.aggregator=best_of_n: one of majority"),
-        (lambda: Reward(0.0), "budget.rule.cost=0.0: a positive number"),
+        (lambda: Posterior(0.5), "budget.rule.threshold=0.5: must be a number in"),
+        (lambda: Posterior(1.0), "budget.rule.threshold=1.0: must be a number in"),
+        (lambda: Confidence(), "budget.rule.calibration=null: must be the folder of a run"),
+        (lambda: Confidence("run", threshold=1.0), "budget.rule.threshold=1.0: must be a number in"),
+        (lambda: Confidence("run", by="luck"), "budget.rule.by=luck: must be one of likelihood, score"),
+        (
+            lambda: Confidence("run", aggregator="best_of_n"),
+            "aggregator=best_of_n: must be one of majority",
+        ),
+        (lambda: Reward(0.0), "budget.rule.cost=0.0: must be a positive number"),
     ],
 )
 def test_a_setting_out_of_range_is_named(make, words):

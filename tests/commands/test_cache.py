@@ -10,8 +10,10 @@ import pytest
 import tiny
 from refusal import check
 
-from latent_tts.commands.cache import age, size, to_prune
+from latent_tts.commands.cache import size, to_prune
+from latent_tts.results import report
 from latent_tts.results.cache import CacheEntry, cache_entries
+from latent_tts.results.files import file_digest
 
 
 def drawn_now(result) -> int:
@@ -32,14 +34,25 @@ def spoil(folder) -> None:
         wrong = table.to_pandas().assign(answer_logprob=-99.0)
         stem = path.stem.rpartition("-")[0]
         pq.write_table(type(table).from_pandas(wrong, schema=table.schema), path)
-        from latent_tts.results.files import file_digest
-
         path.rename(path.with_name(f"{stem}-{file_digest(path)}.parquet"))
 
 
 def logprobs(result) -> list:
     assert result.code == 0, result.err
     return pd.read_parquet(result.last.parent / "rollouts.parquet")["answer_logprob"].tolist()
+
+
+@pytest.mark.parametrize("columns", [[], ["row_key", "rollout"]])
+def test_a_part_without_its_columns_is_set_aside_and_drawn_again(run, tmp_path, columns):
+    true = logprobs(run())
+    (path,) = (tmp_path / "cache").glob("*/*.parquet")
+    pq.write_table(pq.read_table(path).select(columns), path)
+    named = path.with_name(f"{path.stem.rpartition('-')[0]}-{file_digest(path)}.parquet")
+    path.rename(named)
+    again = run()
+    assert (logprobs(again), drawn_now(again)) == (true, 24)
+    assert f"{named} is damaged: it is now {named.name}.damaged" in again.err
+    assert again.err.count("is damaged") == 1
 
 
 def test_refresh_draws_again_and_replaces_what_is_there_and_nothing_else(run, checkpoint, tmp_path):
@@ -142,7 +155,8 @@ def test_what_was_used_longest_ago_goes_first():
     assert to_prune(entries, **rules | {"older_than": 15.0}) == entries[1:]
     assert to_prune(entries, **rules | {"older_than": 25.0, "max_size": 1e9}) == entries[1:]
     assert to_prune(entries, **rules | {"max_size": 3e9}) == []
-    assert (size(0), size(1500), size(2.5e12), age(3), age(90000)) == ("0 B", "1.5 KB", "2.5 TB", "0 m", "1 d")
+    assert (size(0), size(1500), size(2.5e12)) == ("0 B", "1.5 KB", "2.5 TB")
+    assert (report.age(3), report.age(7300), report.age(90000)) == ("0 m", "2 h", "1 d")
 
 
 def test_what_cannot_be_pruned_so_is_said(ltts):

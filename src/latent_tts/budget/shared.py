@@ -58,9 +58,9 @@ class Shared:
 
     def __post_init__(self) -> None:
         check_positive("budget", self, whole=["first", "round"], real=["total"])
-        require("budget.unit", self.unit, self.unit in UNITS, f"one of {', '.join(UNITS)}")
-        require("budget.step", self.step, is_number(self.step) and 0 < self.step <= 1, "a number in (0, 1]")
-        allowed = f"one of {', '.join(AGGREGATORS)}"
+        require("budget.unit", self.unit, self.unit in UNITS, f"must be one of {', '.join(UNITS)}")
+        require("budget.step", self.step, is_number(self.step) and 0 < self.step <= 1, "must be a number in (0, 1]")
+        allowed = f"must be one of {', '.join(AGGREGATORS)}"
         require("budget.aggregator", self.aggregator, self.aggregator in AGGREGATORS, allowed)
 
     @property

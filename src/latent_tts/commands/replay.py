@@ -30,7 +30,7 @@ def main(cfg: DictConfig) -> None:
     started, source = time.perf_counter(), Path(cfg.run).expanduser()
     record = replaying.read_record(source)
     of_run = record["config"]["n"]
-    require("n", cfg.n, cfg.n is None or 1 <= cfg.n <= of_run, f"1 to {of_run}, which the run has, or null")
+    require("n", cfg.n, cfg.n is None or 1 <= cfg.n <= of_run, f"must be 1 to {of_run}, which the run has, or null")
     spec = check_run(run_request(merged_config(cfg, record)))
     replaying.check_spec(spec, source, record)
     folder = output_dir()

@@ -51,7 +51,7 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UsageError: it does not look at rollouts, or the checkpoint has changed since the run.
     """
-    allowed = "adaptive or shared: those look at rollouts; the run's own table has the figures of the others"
+    allowed = "must be adaptive or shared: those look at rollouts; the run's own table has the figures of the others"
     require("budget", spec.budget.name, is_adaptive(spec.budget), allowed)
     if spec.adapter.digest != record["checkpoint_digest"]:
         raise UsageError(

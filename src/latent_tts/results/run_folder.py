@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
 SCORES, FIGURE, BUDGET = "scores.parquet", "scaling.png", "budget.parquet"
-
-
+METRICS_OVER_SEEDS = "metrics_over_seeds.csv"
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 TABLES = (METRICS, ROLLOUTS, BUDGET, LATENTS, SCORES)
+OUTPUT_FOLDERS = ("outputs", "multirun")  # `conf/hydra_folders.yaml`: COMMAND/TIME in each
 
 
 ROLLOUT_COLUMNS = [
@@ -46,6 +46,18 @@ ROLLOUT_COLUMNS = [
 ]
 COUNT_COLUMNS = ["sweeps", "commits", "conflicts"]  # of the schedule; absent in older run folders
 BUDGET_COLUMNS = ["question_id", "used", "drawn", "why", "certificate", "pick", "answer", "correct"]
+COLUMN_KINDS: dict[str, tuple[Callable[[pa.DataType], bool], list[str]]] = {
+    "texts": (lambda kind: str(kind) in ("string", "large_string", "null"), [
+        "question_id", "prediction", "stop_reason", "answer_text",
+    ]),
+    "integers": (pa.types.is_integer, ["rollout", "answer_tokens", "latent_steps"]),
+    "numbers": (lambda kind: pa.types.is_floating(kind) or pa.types.is_null(kind), [
+        "score", "answer_logprob", "answer_margin",
+    ]),
+    "true or false": (pa.types.is_boolean, ["correct"]),
+    "lists of integers": (lambda kind: pa.types.is_list(kind) and pa.types.is_integer(kind.value_type), ["answer_ids"]),
+}  # fmt: skip
+NEVER_NULL = ["question_id", "rollout", "correct", "stop_reason", "answer_text", "answer_ids"]
 METRIC_COLUMNS = [
     "run_id",
     "model",
@@ -105,7 +117,18 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
     try:
         there = pq.read_schema(folder / ROLLOUTS).names
         columns = [*ROLLOUT_COLUMNS, *(name for name in COUNT_COLUMNS if name in there)]
-        rollouts = pd.read_parquet(folder / ROLLOUTS, columns=columns)
+        table = pq.read_table(folder / ROLLOUTS, columns=columns)
+        missing = [name for name in ROLLOUT_COLUMNS if name not in table.column_names]
+        if missing or not len(table):
+            raise ValueError(f"it has no {f'column {missing[0]}' if missing else 'rows'}")
+        for kind, (is_kind, names) in COLUMN_KINDS.items():
+            wrong = [name for name in names if name in table.column_names and not is_kind(table[name].type)]
+            if wrong:
+                raise ValueError(f"column {wrong[0]} must contain {kind}")
+        for name in NEVER_NULL:
+            if table[name].null_count:
+                raise ValueError(f"column {name} lacks a value")
+        rollouts = table.to_pandas()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
     check_file(folder, ROLLOUTS)
@@ -253,6 +276,10 @@ def read_metrics(path: Path) -> pd.DataFrame:
     for name in NUMBER_COLUMNS:
         if not is_numeric_dtype(frame[name]):
             raise UsageError(f"{path}: not a metrics table: column {name} must contain numbers")
+    for name in ("n", "drawn", "questions"):
+        counts = frame[name].dropna()
+        if not (np.isfinite(counts) & (counts >= 1) & (counts % 1 == 0) & (counts < 1 << 53)).all():
+            raise UsageError(f"{path}: not a metrics table: column {name} must contain integers, 1 or more")
     for name in ALWAYS_THERE:
         if frame[name].isna().any():
             raise UsageError(f"{path}: not a metrics table, its row {frame[name].isna().argmax() + 1} has no {name}")
@@ -269,9 +296,11 @@ def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:
 
 def name_weights_once(metrics: pd.DataFrame) -> pd.DataFrame:
     """A table in which the checkpoint and scorer of equal weights have one path, since folders are moved and copied."""
-    known = metrics[metrics["weights_digest"] != ""]
-    names = known.groupby(["model", "weights_digest"])[["checkpoint", "scorer"]].transform("first")
-    return metrics.assign(**names.reindex(metrics.index).fillna(metrics[names.columns]))
+    known, named = metrics["weights_digest"] != "", metrics.copy()
+    for name in ("checkpoint", "scorer"):
+        first = metrics.groupby(["model", "weights_digest"])[name].transform("first")
+        named[name] = metrics[name].mask(known, first)
+    return named
 
 
 def digest_label(column: str, digest: str) -> str:
@@ -362,6 +391,20 @@ def run_folders(path: Path, key: str = "runs") -> list[Path]:
     if not found:
         raise bad_value(key, path, "neither a run folder nor a folder of runs")
     return sorted(found, key=lambda folder: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in folder.parts])
+
+
+def last_run() -> Path:
+    """The folder of the run or sweep in this folder whose table was written last.
+
+    Raises:
+        UsageError: there is none.
+    """
+    tables = [table for name in OUTPUT_FOLDERS for table in Path(name).glob(f"*/*/**/{METRICS}")]
+    if not tables:
+        raise UsageError(
+            f"no run in the folders {' and '.join(OUTPUT_FOLDERS)} of this one; name a run folder or a table"
+        )
+    return Path(*max(tables, key=lambda table: table.stat().st_mtime).parts[:3])
 
 
 def join_metrics(folders: list[Path]) -> tuple[pd.DataFrame, list[Path]]:

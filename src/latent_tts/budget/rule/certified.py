@@ -61,9 +61,9 @@ class Certified:
 
     def __post_init__(self) -> None:
         ok = is_number(self.delta) and 0 < self.delta < 1
-        require("budget.rule.delta", self.delta, ok, "a number in (0, 1)")
+        require("budget.rule.delta", self.delta, ok, "must be a number in (0, 1)")
         ok = self.answers is None or (is_whole(self.answers) and self.answers >= 2)
-        require("budget.rule.answers", self.answers, ok, "2 or more, or null if it is not known")
+        require("budget.rule.answers", self.answers, ok, "must be 2 or more, or null if it is not known")
 
     def check(self, answer_rule: str) -> None:
         """Refuse LaTeX: the certificate is of fixed answers, and a late string can form its classes anew."""

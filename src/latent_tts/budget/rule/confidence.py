@@ -72,12 +72,12 @@ class Confidence:
 
     def __post_init__(self) -> None:
         ok = is_number(self.threshold) and 0 < self.threshold < 1
-        require("budget.rule.threshold", self.threshold, ok, "a number in (0, 1)")
-        require("budget.rule.by", self.by, self.by in SOURCES, f"one of {', '.join(SOURCES)}")
-        allowed = f"one of {', '.join(AGGREGATORS)}"
+        require("budget.rule.threshold", self.threshold, ok, "must be a number in (0, 1)")
+        require("budget.rule.by", self.by, self.by in SOURCES, f"must be one of {', '.join(SOURCES)}")
+        allowed = f"must be one of {', '.join(AGGREGATORS)}"
         require("budget.rule.aggregator", self.aggregator, self.aggregator in AGGREGATORS, allowed)
         named = isinstance(self.calibration, str)
-        allowed = "the folder of a run of this model and sampler on questions of valid, to be calibrated on"
+        allowed = "must be the folder of a run of this model and sampler on questions of valid, to be calibrated on"
         require("budget.rule.calibration", self.calibration, named, allowed)
 
     @property

@@ -46,7 +46,7 @@ class Lockout:
     name: ClassVar[str] = "lockout"
 
     def __post_init__(self) -> None:
-        allowed = f"one of {', '.join(AGGREGATORS)}"
+        allowed = f"must be one of {', '.join(AGGREGATORS)}"
         require("budget.rule.aggregator", self.aggregator, self.aggregator in AGGREGATORS, allowed)
 
     @property

@@ -39,7 +39,7 @@ class Posterior:
 
     def __post_init__(self) -> None:
         ok = is_number(self.threshold) and 0.5 < self.threshold < 1
-        require("budget.rule.threshold", self.threshold, ok, "a number in (0.5, 1)")
+        require("budget.rule.threshold", self.threshold, ok, "must be a number in (0.5, 1)")
 
     def check(self, answer_rule: str) -> None:
         """Accept answers of any kind."""

@@ -44,7 +44,7 @@ class Reward:
 
     def __post_init__(self) -> None:
         ok = is_number(self.cost) and self.cost > 0
-        require("budget.rule.cost", self.cost, ok, "a positive number, in units of the score")
+        require("budget.rule.cost", self.cost, ok, "must be a positive number, in units of the score")
 
     def check(self, answer_rule: str) -> None:
         """Accept answers of any kind."""
