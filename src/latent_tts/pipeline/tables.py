@@ -88,7 +88,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     ]
     table = pd.DataFrame(
         {
-            "question_id": np.array([question.id for question in spec.questions], dtype=object).repeat(spec.kept),
+            "question_id": np.array([question.id for question in spec.questions], dtype=object).repeat(spec.drawn),
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.array(predictions, dtype=object),
             "correct": right,
