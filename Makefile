@@ -115,6 +115,7 @@ bench: .venv/.installed ## run all benchmarks
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/turns.py
 	$(BIN)/python benchmarks/picks.py
+	$(BIN)/python benchmarks/command.py
 
 clean: ## remove outputs, caches, build files and .venv
 	rm -rf .venv outputs multirun .cache dist build .pytest_cache .ruff_cache .hypothesis

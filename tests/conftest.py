@@ -120,6 +120,15 @@ def completed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder / "run"
 
 
+@pytest.fixture(scope="session")
+def completed_with_latents(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run without a scorer that kept its latents, which no test may change."""
+    folder = tmp_path_factory.mktemp("completed_with_latents")
+    with place_of_its_own(folder):
+        assert cli.main(run_line(checkpoint, "scorer=none", "keep_latents=true", "hydra.run.dir=run")) == 0
+    return folder / "run"
+
+
 @pytest.fixture
 def own_copy(completed: Path, place: Path) -> Path:
     """A copy of that folder to be changed."""

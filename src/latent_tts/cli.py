@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train-reasoner": ("train a latent reasoner with its family's recipe; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
     "tune": ("measure which engine settings are fastest on this machine and save them as engine=tuned", ()),
+    "probe": ("measure how latents depend on each other, and whether computing them in parallel pays", ()),
     "collect": ("join tables of runs, average over seeds, list incomplete runs", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals", ("a", "b")),
     "plot": ("draw figures from metrics tables", ("runs*",)),

@@ -45,9 +45,7 @@ def forget_identity(folder) -> None:
 
 def test_a_sweep_over_two_files_of_one_name_has_means_of_each(run, ltts, questions, tmp_path):
     paths = ",".join(questions(name).removeprefix("task.path=") for name in "ba")
-    swept = run(
-        "-m", "task=jsonl", f"task.path={paths}", "task.limit=null", "seed=0,1", "n=1,2", "hydra.sweep.dir=swept"
-    )
+    swept = run("-m", "task=jsonl", f"task.path={paths}", "task.limit=null", "seed=0,1", "n=2", "hydra.sweep.dir=swept")
     assert swept.code == 0, swept.err
     means = read_metrics(tmp_path / "swept" / "metrics_over_seeds.csv")
     assert means.groupby("questions_digest")["seed"].unique().map(list).tolist() == [["0,1"], ["0,1"]]

@@ -167,7 +167,7 @@ def test_a_split_without_a_copy_on_the_hub_says_where_it_is(name, split, origin)
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("gsm8k", {"split": "train"}, r"^task\.split=train: one of test, valid$"),
+        ("gsm8k", {"split": "exam"}, r"^task\.split=exam: one of test, valid, train$"),
         ("svamp", {"split": None}, r"^task\.split=null: one of test$"),
         ("gsm8k", {"limit": 0}, r"^task\.limit=0: must be a positive number"),
         ("gsm8k", {"path": "no/such.jsonl"}, r"^task\.path=no/such\.jsonl: no such file"),
@@ -273,7 +273,7 @@ def test_on_the_command_line_what_is_missing_is_a_short_error(run):
     for overrides, word in [
         (["task=svamp"], "cannot be read from the hub"),
         (["task=prosqa"], "not on the hub"),
-        (["task=gsm8k", "task.split=train"], "task.split=train: one of test, valid"),
+        (["task=gsm8k", "task.split=exam"], "task.split=exam: one of test, valid, train"),
     ]:
         result = run(*overrides)
         assert result.code == 2

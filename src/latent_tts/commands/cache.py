@@ -25,9 +25,9 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: a value is not usable, or `prune` is not told what to remove.
     """
-    require("action", cfg.action, cfg.action in ("list", "prune"), "list or prune")
-    older_than = quantity("older_than", cfg.older_than, SECONDS, "an age, as in 30d, 12h or 90m")
-    max_size = quantity("max_size", cfg.max_size, BYTES, "a size, as in 20GB or 500MB")
+    require("action", cfg.action, cfg.action in ("list", "prune"), "must be list or prune")
+    older_than = quantity("older_than", cfg.older_than, SECONDS, "must be an age, as in 30d, 12h or 90m")
+    max_size = quantity("max_size", cfg.max_size, BYTES, "must be a size, as in 20GB or 500MB")
     root = Path(cfg.paths.cache).expanduser()
     entries = cache_entries(root)
     chosen = older_than is not None or max_size is not None or cfg.stale

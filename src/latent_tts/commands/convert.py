@@ -16,8 +16,8 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: there are no weights, a config or tokenizer is missing, or the new folder is in use.
     """
-    require("lora_alpha", cfg.lora_alpha, cfg.lora_alpha > 0, "a positive number")
-    require("latents", cfg.latents, cfg.latents is None or cfg.latents >= 0, "0 or more, or null")
+    require("lora_alpha", cfg.lora_alpha, cfg.lora_alpha > 0, "must be a positive number")
+    require("latents", cfg.latents, cfg.latents is None or cfg.latents >= 0, "must be 0 or more, or null")
     dst = Path(cfg.dst).expanduser()
     existed = dst.exists()
     try:

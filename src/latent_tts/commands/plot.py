@@ -30,8 +30,10 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: a path is no table and holds none, or a table has nothing to draw.
     """
-    require("against", cfg.against, cfg.against in plot.AGAINST, f"one of {', '.join(plot.AGAINST)}")
-    require("format", cfg.format, cfg.format in (None, *plot.FORMATS), "png, svg or pdf, or null for png and svg")
+    require("against", cfg.against, cfg.against in plot.AGAINST, f"must be one of {', '.join(plot.AGAINST)}")
+    require(
+        "format", cfg.format, cfg.format in (None, *plot.FORMATS), "must be png, svg or pdf, or null for png and svg"
+    )
     formats = [cfg.format] if cfg.format else DEFAULT_FORMATS
     runs = [Path(path).expanduser() for path in cfg.runs] or [last_run()]
     tables = list(dict.fromkeys(table for path in runs for table in find_tables(path)))
@@ -41,7 +43,7 @@ def main(cfg: DictConfig) -> None:
             frames = [tell_apart(frame, str(table)) for frame, table in zip(frames, tables, strict=True)]
         output = Path(cfg.output).expanduser()
         if output.suffix.removeprefix(".") not in plot.FORMATS:
-            raise bad_value("output", cfg.output, "a file that ends in .png, .svg or .pdf")
+            raise bad_value("output", cfg.output, "must be a file that ends in .png, .svg or .pdf")
         draw(tables, name_weights_once(pd.concat(frames, ignore_index=True)), [output], cfg.against)
         return
     for table in tables:

@@ -66,7 +66,7 @@ def build(group: str, node: Any) -> Any:
         UsageError: the object refuses a value.
     """
     if not OmegaConf.is_dict(node):
-        raise bad_value(group, node, f"an option of the group, as in `{group}=NAME`")
+        raise bad_value(group, node, f"must be an option of the group, as in `{group}=NAME`")
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:

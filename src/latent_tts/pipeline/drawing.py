@@ -358,7 +358,7 @@ class Drawer:
         if not self._scored and not spec.search.guided:
             return own
         assert spec.scorer is not None
-        scorer = Shape.from_config(spec.scorer.config)
+        scorer = Shape.from_config(spec.scorer.sizes)
         scoring = row_bytes(scorer, longest, spec.adapter.latents, number, own_prompt=False)
         return 2 * (own + scoring) if spec.search.guided else max(own, scoring)
 
@@ -428,7 +428,7 @@ class BatchScorer:
     def __init__(self, spec: RunSpec, device: str, rates: Rates | None = None) -> None:
         assert spec.scorer is not None
         self._spec, self._scorer, self._device = spec, spec.scorer, device
-        self.shape = Shape.from_config(spec.scorer.config)
+        self.shape = Shape.from_config(spec.scorer.sizes)
         self.rates = rates or measured_rates(self.shape.width, spec.engine.dtype, device)
 
     @cached_property

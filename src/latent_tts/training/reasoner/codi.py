@@ -151,7 +151,8 @@ class CodiObjective(CoconutObjective):
     def _before_answer(self, layers, questions: list[Question], stage: Stage) -> list[Tensor]:
         """Per layer, the hidden states (Q, D) at the token before the answer, selected from those of written tokens."""
         encode, end = self.adapter.tokenizer.encode, len(self.adapter.thinking_end_ids)
-        places = [end + len(encode(written_before_answer(q.steps, stage)).ids) - 1 for q in questions]
+        texts = [written_before_answer(q.steps, stage) for q in questions]
+        places = [end + len(encode(text, add_special_tokens=False).ids) - 1 for text in texts]
         place_Q = torch.tensor(places, device=self.lm.device)
         row_Q = torch.arange(len(questions), device=self.lm.device)
         return [layer[row_Q, place_Q] for layer in layers]

@@ -6,9 +6,10 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from latent_tts.checkpoint.files import LATENT_TOKENS
 from latent_tts.errors import bad_value, is_number, is_whole
 
 if TYPE_CHECKING:
@@ -66,10 +67,14 @@ class Recipe(Protocol):
     Attributes:
         family: the family of the trained checkpoints, as adapters name it.
         words: words in the adapter's prompts and answers that the task's vocabulary lacks (for word-level tokenizers).
+        tokens: special tokens that the adapter needs.
+        new_tokens: what the rows of those begin from that a model lacks: `mean`, or a token of it.
     """
 
     family: ClassVar[str]
     words: ClassVar[tuple[str, ...]] = ()
+    tokens: ClassVar[tuple[str, ...]] = ()
+    new_tokens: str = "mean"
 
     def stages(self) -> list[Stage]:
         """The stages in order."""
@@ -117,13 +122,17 @@ class Staged(Recipe):
         final_updates: updates with `latents` latents and no written step.
         final_dropout: dropout rate of those; null keeps the backbone's.
         latents: T of the trained reasoner.
+        new_tokens: what embeddings of the latent tokens begin from in a model that lacks them: `mean`, or a token.
     """
+
+    tokens: ClassVar[tuple[str, ...]] = LATENT_TOKENS
 
     written_updates: int
     stage_updates: Sequence[int]
     final_updates: int
     final_dropout: float | None
     latents: int
+    new_tokens: str = field(default="mean", kw_only=True)
 
     def __post_init__(self) -> None:
         check_updates("written_updates", self.written_updates)
