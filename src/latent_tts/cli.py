@@ -122,6 +122,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
 
     multirun = [flag for flag in arguments if flag in ("-m", "--multirun")][:1]
     command, names, positional, others = name.replace("-", "_"), list(COMMANDS[name][1]), {}, []
+    flags: list[str] = []
     expects_value = False
     for place, argument in enumerate(arguments):
         if argument in ("-m", "--multirun"):
@@ -135,7 +136,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
                 override = meant.key_of_flag(command, argument, following)
                 hint = f"did you mean {override}? " if override else _meant(argument, FLAGS + FLAGS_WITH_VALUE)
                 raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(FLAGS + FLAGS_WITH_VALUE)}")
-            others.append(argument)
+            (flags if expects_value or argument.startswith("-") else others).append(argument)
         elif names:
             positional.setdefault(names[0].rstrip("*?"), []).append(meant.quoted(argument))
             if not names[0].endswith("*"):
@@ -147,7 +148,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
                 f"ltts {name}: {argument!r} is not of the form key=value; {hint}`ltts {name} --help` lists keys"
             )
         expects_value = argument in FLAGS_WITH_VALUE
-    given_keys = {argument.partition("=")[0] for argument in others}
+    given_keys = {argument.partition("=")[0] for argument in flags + others}
     if names and not names[0].endswith(("*", "?")) and not (set(names) | {*FLAGS[2:], *FLAGS_WITH_VALUE}) & given_keys:
         usage = " ".join(["ltts", name, *(key.upper() for key in COMMANDS[name][1])])
         raise UsageError(
@@ -155,7 +156,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
         )
     variadic = {f"{n.rstrip('*')}" for n in COMMANDS[name][1] if n.endswith("*")}
     given = [f"{k}=[{','.join(v)}]" if k in variadic else f"{k}={v[0]}" for k, v in positional.items()]
-    return multirun + others + given
+    return multirun + flags + others + given  # argparse wants what is no flag in one piece
 
 
 def _exists(path: str) -> bool:

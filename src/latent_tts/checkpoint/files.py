@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import gguf
-from latent_tts.errors import UsageError, bad_value, is_whole
+from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -127,7 +127,8 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
     from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
 
     try:
-        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=WANTED_FILES))
+        with hub_clients():
+            return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=WANTED_FILES))
     except Exception as error:  # the hub client raises many kinds of errors; all mean that the download failed
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
