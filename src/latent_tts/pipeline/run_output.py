@@ -16,11 +16,11 @@ from latent_tts.pipeline.tables import RunTables
 from latent_tts.results import plot
 from latent_tts.results.run_folder import (
     FIGURE,
-    LATENTS,
     METRICS,
-    ROLLOUTS,
     RUN_JSON,
-    SCORES,
+    TABLES,
+    has_curve,
+    write_answers,
     write_latents,
     write_metrics,
     write_rollouts,
@@ -30,7 +30,7 @@ from latent_tts.results.run_folder import (
 
 def clear_run_folder(folder: Path) -> None:
     """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
-    for name in (RUN_JSON, METRICS, ROLLOUTS, LATENTS, SCORES, FIGURE):
+    for name in (RUN_JSON, *TABLES, FIGURE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -58,8 +58,9 @@ def write_run_folder(
         **record: what else `run.json` says.
     """
     write_rollouts(folder, tables.rollouts)
+    write_answers(folder, tables.answers)
     write_metrics(folder / METRICS, tables.metrics)
-    if tables.metrics["n"].nunique() > 1:
+    if has_curve(tables.metrics):
         plot.scaling_curve(tables.metrics, folder / FIGURE)
     if keep_latents:
         write_latents(folder, drawn.latents)

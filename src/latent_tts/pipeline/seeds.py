@@ -13,7 +13,8 @@ from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
 from latent_tts.results.files import settings_digest
 from latent_tts.results.run_folder import CURVE_COLUMNS, METRIC_COLUMNS, SEED_COLUMNS, join_metrics, write_metrics
 
-PER_QUESTION = ("accuracy", "coverage", "invalid_rate")  # the metrics that a rollouts table has for each question
+# metrics that a rollouts table has for each question
+PER_QUESTION = ("accuracy", "coverage", "invalid_rate", "agreement")
 
 
 def write_joined(

@@ -21,13 +21,14 @@ from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, is_whole, require
 from latent_tts.model import ModelAdapter
+from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
 from latent_tts.search import Search
-from latent_tts.task import Task
+from latent_tts.task import Task, has_gold
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
@@ -204,14 +205,15 @@ def check_run(request: RunRequest) -> RunSpec:
     aggregators = settle_aggregators(request, scorer)
     scorer = None if isinstance(scorer, NoScorer) else scorer
     check_search(request, schedule, scorer)
-    budget = settle_budget(request)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
+    if not has_gold(questions):
+        log.info("task=%s: no gold answers, so no accuracies; answers are in %s", request.task.name, ANSWERS)
     prompts = encode_prompts(adapter, questions, reserved)
     settled = {
         "schedule": schedule,
-        "budget": budget,
+        "budget": settle_budget(request, questions),
         "scorer": scorer,
         "aggregators": aggregators,
         "n": needed_rollouts(request),
@@ -356,18 +358,18 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     require("answer.decode", decode, decode == "all", f"all: search={search.name} decodes the beams it keeps")
 
 
-def settle_budget(request: RunRequest) -> Budget:
-    """The requested budget; where a search keeps few of its rollouts, the default gives way to `fixed`.
+def settle_budget(request: RunRequest, questions: Sequence[Question]) -> Budget:
+    """The requested budget; the default gives way to `fixed` where there are no figures at a smaller n.
 
     Raises:
-        UsageError: the search has no figures at a smaller n, and a budget was chosen that reports them.
+        UsageError: the search keeps few of its rollouts, and a budget was chosen that reports at a smaller n.
     """
     budget, search = request.budget, request.search
-    if search.survivors is None:
-        return budget
-    fits = budget.name == "fixed" or "budget" not in request.chosen
+    if "budget" not in request.chosen and (search.survivors is not None or not has_gold(questions)):
+        return Fixed()
+    fits = budget.name == "fixed" or search.survivors is None
     require("budget", budget.name, fits, f"must be fixed: search={search.name} has no figures at a smaller n")
-    return Fixed()
+    return budget
 
 
 def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any], positions: int, longest: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from latent_tts.pipeline.seeds import write_joined
 from latent_tts.results import plot, report
 from latent_tts.results.completed_run import AggregatorBuilder
-from latent_tts.results.run_folder import FIGURE, METRICS, read_metrics
+from latent_tts.results.run_folder import FIGURE, METRICS, has_curve, read_metrics
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def finish(folder: Path, jobs: Sequence[Path], build_aggregator: AggregatorBuild
     if means is not None:
         report.print_metrics(table[table["seeds"] > 1])
         print(means)
-    if table["n"].nunique() > 1:
+    if has_curve(table):
         plot.scaling_curve(table, folder / FIGURE)
         print(folder / FIGURE)
     print(folder / METRICS)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from latent_tts.aggregator import Vote
 from latent_tts.engine.cost import Shape
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.scores import Scores
@@ -17,7 +18,8 @@ from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
 from latent_tts.results.files import settings_digest
-from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_figures
+from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_arrays, rollout_figures
+from latent_tts.task import has_gold
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Question
 
@@ -27,9 +29,16 @@ MAX_USELESS = 0.95  # share of answers
 
 @dataclass
 class RunTables:
-    """The tables of a run: `rollouts.parquet` (with `cache.MEASURED` beside its columns) and `metrics.csv`."""
+    """The tables of a run.
+
+    Attributes:
+        rollouts: `rollouts.parquet`, with `cache.MEASURED` beside its columns.
+        answers: `answers.jsonl`, see `answer_lines`.
+        metrics: `metrics.csv`.
+    """
 
     rollouts: pd.DataFrame
+    answers: list[dict[str, Any]]
     metrics: pd.DataFrame
 
 
@@ -44,7 +53,8 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
     rollouts = rollout_table(spec, drawn)
     _warn_of_useless_answers(rollouts)
     figures = all_figures(spec, drawn, rollouts) if drawn.winners is None else winner_figures(spec, drawn, rollouts)
-    return RunTables(rollouts, metric_rows(figures, run_columns(spec, settings)))
+    metrics = metric_rows(figures, run_columns(spec, settings))
+    return RunTables(rollouts, answer_lines(spec, rollouts), metrics)
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
@@ -62,12 +72,16 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
         for start in range(0, len(answers), spec.kept)
         for form in shared_forms(answers[start : start + spec.kept], rule.equal)
     ]
+    correct = None
+    if has_gold(spec.questions):
+        correct = [a is not None and rule.is_right(a, q.gold) for a, q in zip(answers, owners, strict=True)]
     table = pd.DataFrame(
         {
+            "question_index": np.repeat(np.arange(len(spec.questions), dtype="int32"), spec.kept),
             "question_id": [question.id for question in owners],
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.array(predictions, dtype=object),
-            "correct": [a is not None and rule.is_right(a, q.answer) for a, q in zip(answers, owners, strict=True)],
+            "correct": correct if correct is not None else pd.array([None] * len(rows), dtype="boolean"),
             "score": pd.array([None] * len(rows), dtype="Float32"),
             "answer_logprob": rows["answer_logprob"],
             "answer_margin": rows["answer_margin"],
@@ -82,6 +96,41 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     if drawn.scores is not None:
         _add_scores(table, drawn.scores)
     return table
+
+
+def answer_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[dict[str, Any]]:
+    """What each question was answered, picked from all its rollouts.
+
+    Returns:
+        For each question `index` (from 0), `id`, `question`, `gold` if it is known, `rollouts` (their number) and
+        `picks`: by aggregator the `answer` (None if it cannot be read, or nothing is picked), the number of the
+        `rollout`, the `share` of the votes or the `score` it was picked by, how many rollouts `agree` with it (None
+        where only picks were decoded), and whether it is `correct` (None without gold).
+    """
+    arrays = rollout_arrays(rollouts, spec.kept)
+    predictions = rollouts["prediction"].to_numpy(dtype=object).reshape(-1, spec.kept)
+    lines: list[dict[str, Any]] = [
+        {"index": index, "id": question.id, "question": question.text}
+        | ({} if question.answer is None else {"gold": question.answer})
+        | {"rollouts": spec.kept, "picks": {}}
+        for index, question in enumerate(spec.questions)
+    ]
+    for aggregator in spec.aggregators:
+        reason = "share" if isinstance(aggregator.rule(arrays), Vote) else "score"
+        for line, pick, support in zip(lines, *statistics.picks(aggregator, arrays), strict=True):
+            code = arrays.prediction_QD[line["index"], pick] if pick >= 0 else -1
+            agree = int((arrays.prediction_QD[line["index"]] == code).sum()) if code >= 0 else 0
+            correct = None
+            if arrays.correct_QD is not None:
+                correct = bool(pick >= 0 and arrays.correct_QD[line["index"], pick])
+            line["picks"][aggregator.name] = {
+                "answer": predictions[line["index"], pick] if code >= 0 else None,
+                "rollout": int(pick) if pick >= 0 else None,
+                reason: None if np.isnan(support) else float(support),
+                "agree": agree if spec.decode == "all" else None,
+                "correct": correct,
+            }
+    return lines
 
 
 def _warn_of_useless_answers(rollouts: pd.DataFrame) -> None:
@@ -138,12 +187,12 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             scoring = head.prompt_flops(prompt) + head.scoring_flops(prompt, steps_N[:budget]).sum()
             decoding = passes.once(prompt) + passes.rollout(prompt, steps_N[pick], answer - begun)
             gflops_Q.append(float(thinking + scoring + decoding) / 1e9)
-        # a question none of whose rollouts has a score has no pick
-        right = picked["correct"].where(picked["score"].notna(), other=False)
-        values: dict[tuple[str, str], statistics.Floats] = {
-            ("accuracy", "best_of_n"): np.array(right, dtype=np.float64),
-            ("invalid_rate", ""): np.array(picked["prediction"].isna(), dtype=np.float64),
-        }
+        values: dict[tuple[str, str], statistics.Floats] = {}
+        if has_gold(spec.questions):
+            # a question none of whose rollouts has a score has no pick
+            right = picked["correct"].where(picked["score"].notna(), other=False)
+            values["accuracy", "best_of_n"] = np.array(right, dtype=np.float64)
+        values["invalid_rate", ""] = np.array(picked["prediction"].isna(), dtype=np.float64)
         diversity_Q = [statistics.diversity(_cut(group)) for group in groups]
         if budget > 1 and all(value is not None for value in diversity_Q):
             values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)

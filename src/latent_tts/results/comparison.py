@@ -63,7 +63,7 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
     """The complete runs at or below a folder, by seed.
 
     Raises:
-        UsageError: there are none, one is damaged, or two have the same seed.
+        UsageError: there are none, one is damaged or cannot be compared, or two have the same seed.
     """
     runs: Side = {}
     for folder in run_folders(path, key):
@@ -75,6 +75,8 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
                 f"{key}={path}: {folder} has answers only for its picks (answer.decode=winners), "
                 "so it cannot be compared"
             )
+        if not run.has_gold:
+            raise UsageError(f"{key}={path}: the questions of {folder} have no gold answers, so there is no accuracy")
         if run.seed in runs:
             raise UsageError(f"{key}={path}: holds several runs of seed {run.seed}; name one run folder")
         runs[run.seed] = run

@@ -17,13 +17,11 @@ from latent_tts.errors import UsageError, bad_value
 from latent_tts.results.files import file_digest, plain_cells, spreadsheet_cells, whole_file
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
-SCORES, FIGURE = "scores.parquet", "scaling.png"
-
-
-TABLES = (METRICS, ROLLOUTS, LATENTS, SCORES)
-
+ANSWERS, SCORES, FIGURE = "answers.jsonl", "scores.parquet", "scaling.png"
+TABLES = (METRICS, ROLLOUTS, ANSWERS, LATENTS, SCORES)
 
 ROLLOUT_COLUMNS = [
+    "question_index",
     "question_id",
     "rollout",
     "prediction",
@@ -67,12 +65,8 @@ METRIC_COLUMNS = [
 ]
 FORMAT = 2  # of run folders and tables; those of 1 do not say which questions and weights they are of
 NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions", "format"]
-ALWAYS_THERE = ["n", "drawn", "metric", "questions", "format"]  # in every row
-
-
+REQUIRED_COLUMNS = ["n", "drawn", "metric", "questions", "format"]  # have a value in every row
 RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]
-
-
 UNKNOWN = "unknown"  # how the digest of a run's questions begins that does not say which they are
 DIGEST_COLUMNS = ["questions_digest", "weights_digest"]  # since format 2
 # what makes rows belong to one curve: names, settings, and the question set and weights behind the names
@@ -87,17 +81,24 @@ def write_rollouts(folder: Path, rollouts: pd.DataFrame) -> None:
 
 
 def read_rollouts(folder: Path) -> pd.DataFrame:
-    """The `rollouts.parquet` of a run folder.
+    """The `rollouts.parquet` of a run folder, without `question_index`.
 
     Raises:
         UsageError: it is missing, damaged or of another run.
     """
     try:
-        rollouts = pd.read_parquet(folder / ROLLOUTS, columns=ROLLOUT_COLUMNS)
+        columns = [name for name in ROLLOUT_COLUMNS if name != "question_index"]  # which early runs do not have
+        rollouts = pd.read_parquet(folder / ROLLOUTS, columns=columns)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
     check_file(folder, ROLLOUTS)
     return rollouts
+
+
+def write_answers(folder: Path, answers: Sequence[Mapping[str, Any]]) -> None:
+    """Write `answers.jsonl`: a line per question."""
+    with whole_file(folder / ANSWERS) as path, path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
 
 
 def write_latents(folder: Path, latents: list[np.ndarray]) -> None:
@@ -175,12 +176,17 @@ def read_metrics(path: Path) -> pd.DataFrame:
     for name in NUMBER_COLUMNS:
         if not is_numeric_dtype(frame[name]):
             raise UsageError(f"{path}: not a metrics table: column {name} must contain numbers")
-    for name in ALWAYS_THERE:
+    for name in REQUIRED_COLUMNS:
         if frame[name].isna().any():
             raise UsageError(f"{path}: not a metrics table, its row {frame[name].isna().argmax() + 1} has no {name}")
     if (found := frame["format"].max()) > FORMAT:
         raise UsageError(f"{path}: format {found:g}, this version reads those up to {FORMAT}")
     return plain_cells(frame)[METRIC_COLUMNS + [name for name in frame.columns if name not in METRIC_COLUMNS]]
+
+
+def has_curve(metrics: pd.DataFrame) -> bool:
+    """Whether a table has accuracy or coverage at several n."""
+    return metrics.loc[metrics["metric"].isin(["accuracy", "coverage"]), "n"].nunique() > 1
 
 
 def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from math import comb, log2
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_tts.aggregator import Aggregator, Picks, Ranking
+from latent_tts.aggregator import Aggregator, Picks, Ranking, Vote
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.types import Bools, Floats, RolloutArrays
@@ -72,15 +72,49 @@ def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: 
     Raises:
         ValueError: a budget is out of range.
     """
-    drawn = rollouts.correct_QD.shape[1]
+    correct_QD = rollouts.correct_QD
+    assert correct_QD is not None, "accuracies need gold answers"
     for n in budgets:
-        _check_budget(drawn, n)
+        _check_budget(correct_QD.shape[1], n)
     rule = aggregator.rule(rollouts)
     if isinstance(rule, Ranking):
-        return _ranked_accuracies(rule.value_QD, rollouts.correct_QD, budgets)
+        return _ranked_accuracies(rule.value_QD, correct_QD, budgets)
     if isinstance(rule, Picks):
-        return np.array([_called_accuracy(aggregator, rollouts, n) for n in budgets])
-    return _voted_accuracies(rule.log_weight_QD, rollouts, budgets)
+        return np.array([_called_accuracy(aggregator, rollouts, correct_QD, n) for n in budgets])
+    return _voted_accuracies(*_votes(rule, rollouts), correct_QD, budgets)
+
+
+def picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[NDArray[np.int64], Floats]:
+    """The pick of each question, out of all its rollouts.
+
+    Returns:
+        The number (Q,) of the picked rollout, -1 for none; and what it was picked by (Q,): the value of a `Ranking`,
+        in a `Vote` the prediction's share of all weight. NaN where there is no pick, and for other rules.
+    """
+    rule, everything_D = aggregator.rule(rollouts), np.arange(rollouts.prediction_QD.shape[1])
+    if isinstance(rule, Picks):
+        pick_Q = np.asarray(rule.pick(everything_D[None])[:, 0], dtype=np.int64)
+        return pick_Q, np.full(len(pick_Q), np.nan)
+    if isinstance(rule, Ranking):
+        value_QD = np.where(np.isnan(rule.value_QD), -np.inf, rule.value_QD)
+        best_Q = value_QD.max(1)
+        return np.where(best_Q > -np.inf, value_QD.argmax(1), -1), np.where(best_Q > -np.inf, best_Q, np.nan)
+    classes_QD, log_weight_QD = _votes(rule, rollouts)
+    pick_Q, share_Q = np.empty(len(classes_QD), dtype=np.int64), np.full(len(classes_QD), np.nan)
+    for question, (class_D, log_weight_D) in enumerate(zip(classes_QD, log_weight_QD, strict=True)):
+        column_D1 = log_weight_D[:, None].copy()
+        elected = _elect([everything_D[::-1, None]], class_D[:, None], int(class_D.max()) + 1, column_D1)
+        pick_Q[question] = pick = int(next(elected)[0, 0])
+        if pick >= 0:
+            weight_D = np.exp(log_weight_D - log_weight_D.max())
+            share_Q[question] = weight_D[class_D == class_D[pick]].sum() / weight_D.sum()
+    return pick_Q, share_Q
+
+
+def agreement(prediction_QD: NDArray[np.int64]) -> Floats:
+    """Share (Q,) of all rollouts of a question that give its most frequent answer; 0 where no answer can be read."""
+    counts = [np.unique(row_D[row_D >= 0], return_counts=True)[1] for row_D in prediction_QD]
+    return np.array([count.max(initial=0) for count in counts]) / prediction_QD.shape[1]
 
 
 def subsets(drawn: int, n: int) -> Iterator[NDArray[np.int64]]:
@@ -141,8 +175,8 @@ def _ranked_accuracies(value_QD: Floats, correct_QD: Bools, budgets: Sequence[in
     return np.array([(right_QD * -np.diff(_none_of(value_QD.shape[1], n))).sum(1) for n in budgets])
 
 
-def _called_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, n: int) -> Floats:
-    questions, drawn = rollouts.correct_QD.shape
+def _called_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, correct_QD: Bools, n: int) -> Floats:
+    questions, drawn = correct_QD.shape
     right_Q, count = np.zeros(questions), 0
     for members_SN in subsets(drawn, n):
         count += len(members_SN)
@@ -153,7 +187,7 @@ def _called_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, n: int) ->
                 chunk = rollouts.questions(part)
                 rule = aggregator.rule(chunk)
                 assert isinstance(rule, Picks)
-                right_Q[part] += _right(rule.pick(part_SN), chunk.correct_QD).sum(1)
+                right_Q[part] += _right(rule.pick(part_SN), correct_QD[part]).sum(1)
     return right_Q / count
 
 
@@ -161,12 +195,16 @@ def _right(pick_QS: NDArray[np.integer], correct_QD: Bools) -> Bools:
     return (pick_QS >= 0) & np.take_along_axis(correct_QD, np.maximum(pick_QS, 0), axis=1)
 
 
-def _voted_accuracies(log_weight_QD: Floats, rollouts: RolloutArrays, budgets: Sequence[int]) -> Floats:
-    correct_QD = rollouts.correct_QD
+def _votes(rule: Vote, rollouts: RolloutArrays) -> tuple[NDArray[np.int64], Floats]:
+    """For each rollout the class of its prediction (0 where it does not vote) and its log-weight (-inf there)."""
+    votes_QD = (rollouts.prediction_QD >= 0) & np.isfinite(rule.log_weight_QD)
+    return _classes(rollouts.prediction_QD, votes_QD), np.where(votes_QD, rule.log_weight_QD, -np.inf)
+
+
+def _voted_accuracies(
+    classes_QD: NDArray[np.int64], log_weight_QD: Floats, correct_QD: Bools, budgets: Sequence[int]
+) -> Floats:
     drawn = correct_QD.shape[1]
-    votes_QD = (rollouts.prediction_QD >= 0) & np.isfinite(log_weight_QD)
-    log_weight_QD = np.where(votes_QD, log_weight_QD, -np.inf)
-    classes_QD = _classes(rollouts.prediction_QD, votes_QD)
 
     def count(orders_SN: NDArray[np.int64], sizes: Sequence[int]) -> Floats:
         return _vote_counts(orders_SN, sizes, classes_QD, log_weight_QD, correct_QD)
@@ -178,7 +216,7 @@ def _voted_accuracies(log_weight_QD: Floats, rollouts: RolloutArrays, budgets: S
         walked_BQ += count(orders_SD, walked)
     for place, n in enumerate(budgets):
         if n == 1:
-            result_BQ[place] = (votes_QD & correct_QD).mean(1)
+            result_BQ[place] = ((classes_QD > 0) & correct_QD).mean(1)
         elif n in walked:
             result_BQ[place] = walked_BQ[walked.index(n)] / SUBSETS
         else:
@@ -264,7 +302,7 @@ def best_temperature(rollouts: RolloutArrays, grid: Sequence[float] = TEMPERATUR
     Returns:
         The best one; of several equally good ones the nearest to 1 (in ratio), of two as near the lower.
     """
-    drawn = rollouts.correct_QD.shape[1]
+    drawn = rollouts.prediction_QD.shape[1]
     right = {value: float(picked_accuracy(Weighted(value), rollouts, drawn).sum()) for value in grid}
     return min(grid, key=lambda value: (-right[value], round(abs(log2(value)), 9), value))
 
