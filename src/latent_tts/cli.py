@@ -167,6 +167,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         stay_where_started,
     )
     from latent_tts.config.failures import Failures
+    from latent_tts.config.folder_lock import FolderLock
 
     module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
     register_schemas()
@@ -194,6 +195,8 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         if Failures.kept:
             raise Failures.kept.pop()
     except SystemExit as stop:
+        if Failures.kept:
+            return say(Failures.kept.pop())
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt as interrupt:
         kept = str(interrupt) or "finished work is kept; re-run the command to resume"
@@ -208,6 +211,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
             raise
         return say(error)
     finally:
+        FolderLock.held.close()
         sys.argv = saved_argv
         os.environ.pop("HYDRA_FULL_ERROR")
         if saved_full is not None:

@@ -74,6 +74,16 @@ class Computation:
     logits: Literal["head", "model"] = "head"
     reason: str = ""
 
+    @property
+    def way(self) -> dict[str, str]:
+        """What is computed, without the reason."""
+        return {"attention": self.attention, "logits": self.logits}
+
+
+COMPUTATIONS = tuple(
+    Computation(attention, logits) for attention in ("shared-prefix", "transformers") for logits in ("head", "model")
+)
+
 
 @dataclass(frozen=True)
 class Reasoner:

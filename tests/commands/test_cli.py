@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -16,14 +15,12 @@ from refusal import check_refused
 from latent_tts.results.run_folder import METRIC_COLUMNS, ROLLOUT_COLUMNS
 
 
-def test_help_lists_every_command_quickly_and_without_torch():
+def test_help_lists_every_command_and_imports_nothing_slow():
     code = (
         "import sys; from latent_tts import cli; cli.main(['--help']); "
-        "assert not {'torch', 'transformers', 'hydra'} & set(sys.modules)"
+        "assert not {'torch', 'transformers', 'hydra', 'omegaconf', 'numpy', 'pandas'} & set(sys.modules)"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 2  # 0.1 s on an idle machine
     for command in ("run", "train-reasoner", "train-rm", "collect", "compare", "plot", "convert"):
         assert f"\n  {command} " in done.stdout
 
@@ -233,38 +230,6 @@ def test_plot_draws_from_the_table_alone(completed, ltts, tmp_path):
     check_refused(
         "plot", f"runs=[{table}]", "against=luck", words=["against=luck: one of n, gflops, seconds, diversity"]
     )
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle_and_started_again_gives_equal_tables(checkpoint, tmp_path):
-    def command(cache: str) -> list[str]:
-        return [
-            sys.executable, "-c", "from latent_tts.cli import entry; entry()", "run", f"model.checkpoint={checkpoint}",
-            "task.limit=400", "n=64", "max_answer_tokens=8", "engine.rows=64", f"paths.cache={cache}",
-        ]  # fmt: skip
-
-    def parts() -> int:
-        return len(list((tmp_path / "killed").rglob("*.parquet")))
-
-    process = subprocess.Popen(command("killed"), cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not parts() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    assert process.poll() is None, "ended before it could be killed"
-    process.kill()
-    process.wait()
-    assert not list((tmp_path / "outputs").rglob("run.json"))
-    outputs = []
-    for cache in ("killed", "whole"):
-        done = subprocess.run(command(cache), cwd=tmp_path, capture_output=True, text=True, check=True)
-        outputs.append(done.stdout.splitlines()[-1])
-    folders = [Path(line).parent for line in outputs]
-    drawn = json.loads((folders[0] / "run.json").read_text())["rollouts"]["drawn_now"]
-    assert 0 < drawn < 400 * 64
-    frames = [pd.read_parquet(folder / "rollouts.parquet") for folder in folders]
-    exact = [name for name in ROLLOUT_COLUMNS if name not in ("answer_logprob", "answer_margin")]
-    pd.testing.assert_frame_equal(frames[0][exact], frames[1][exact])
-    pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-3, atol=1e-4)
 
 
 def test_a_forced_prefix_begins_every_answer_and_is_a_cache_of_its_own(run, completed):

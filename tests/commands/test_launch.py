@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -20,15 +19,19 @@ def test_one_process_of_a_launch_annotates_and_the_others_wait(checkpoint, tmp_p
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         return subprocess.Popen(
             [sys.executable, "-c", code, *line], cwd=tmp_path, env=os.environ | ranks, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     second = start(1)
-    time.sleep(1)
+    assert second.stderr is not None
+    told = ""
+    while "waiting for process 0" not in told:
+        line_told = second.stderr.readline()
+        assert line_told, told
+        told += line_told
     first = start(0)
-    outputs = [process.communicate(timeout=120) for process in (first, second)]
+    outputs = [process.communicate()[1] for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], outputs
-    assert "questions to annotate" in outputs[0][1]
-    assert "waiting for process 0" in outputs[1][1]
-    assert "questions to annotate" not in outputs[1][1]
+    assert "questions to annotate" in outputs[0]
+    assert "questions to annotate" not in told + outputs[1]
     assert len(AnnotationFolder(tmp_path / "made").present()) == 6

@@ -27,6 +27,7 @@ from latent_tts.results.run_folder import LATENTS
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
 from latent_tts.sampler.greedy import Greedy
+from latent_tts.types import Computation
 
 pytest.importorskip("torchao")
 EVERYWHERE = ["prompt", "thoughts", "answer"]
@@ -159,7 +160,7 @@ def test_keys_of_runs_without_it_are_those_of_before():
     keys = []
     for kind in (None, "int8"):
         spec.engine = EngineSettings("float32", "cpu", None, kind)
-        keys.append(rollout_key(spec))
+        keys.append(rollout_key(spec, Computation()))
     loaded, int8 = keys
     assert "quantize" not in loaded
     assert int8 == loaded | {"quantize": "int8"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,79 +15,52 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latent_tts.engine.official_positions import position_offsets
-from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts
+from latent_tts.engine.rollout import Engine
 from latent_tts.engine.scoring import LatentScorer
-from latent_tts.model.coconut import Coconut
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
-from latent_tts.sampler.greedy import Greedy
 from latent_tts.scorer.latent_rm import LatentRM
-from latent_tts.types import Forward, Question, Reasoner, Site
+from latent_tts.types import Forward, Question, Site
+from parity import COCONUT, CODI, LATENTS, PARITY, Official
 
-FOLDER = Path(__file__).parents[1] / "parity" / "coconut"
-EXPECTED = json.loads((FOLDER / "expected.json").read_text())
-LATENTS, ANSWER = 6, 12
+EXPECTED = COCONUT.expected
 ROWS = 250  # rollouts of one batch: a prompt of its own for each takes memory
 OFFICIAL_ROLLOUTS = 20_000
+families = pytest.mark.parametrize("family", [COCONUT, CODI], ids=lambda family: family.adapter.__name__)
 
 
-@pytest.fixture(scope="module")
-def model() -> Coconut:
-    return Coconut(name="coconut", checkpoint=str(FOLDER), latents=LATENTS, recommended={})
-
-
-@pytest.fixture(scope="module")
-def reasoner(model: Coconut) -> Reasoner:
-    return model.load(device="cpu", dtype="float32")
-
-
-def engine(model: Coconut, reasoner: Reasoner, answer: int = ANSWER) -> Engine:
-    return Engine(reasoner, RolloutPlan(model.latents, model.thinking_end_ids, model.eos_id, answer))
-
-
-def greedy(model: Coconut, reasoner: Reasoner, questions: int) -> Rollouts:
-    draw = Draw.of(0, [str(q) for q in range(questions)], torch.zeros(questions, 1, dtype=torch.long), 64)
-    return engine(model, reasoner).roll(EXPECTED["prompt_ids"][:questions], draw, Greedy())
-
-
-def generated(model: Coconut, answer_ids: list[int]) -> list[int]:
-    """The ids as the official code returns them."""
-    return [model.latent_id] * LATENTS + model.thinking_end_ids + answer_ids
-
-
-def test_token_ids_are_read_by_name(model: Coconut) -> None:
+@families
+def test_token_ids_are_read_by_name(family: Official) -> None:
+    model = family.model
     model.check()
-    assert [model.start_id, *model.thinking_end_ids, model.latent_id] == [
-        EXPECTED["start_id"],
-        EXPECTED["end_id"],
-        EXPECTED["latent_id"],
-    ]
+    ids = [model.start_id, *model.thinking_end_ids, model.latent_id]
+    assert ids == [family.expected[name] for name in ("start_id", "end_id", "latent_id")]
 
 
+@families
 @pytest.mark.parametrize("number", range(5))
-def test_prompt_ids_are_the_official_ones(model: Coconut, number: int) -> None:
-    text = EXPECTED["prompts"][number].removesuffix("\n<|start-latent|>")
-    assert model.encode(Question(id="q", text=text, answer="")) == EXPECTED["prompt_ids"][number]
+def test_prompt_ids_are_the_official_ones(family: Official, number: int) -> None:
+    text = family.expected["prompts"][number].removesuffix(family.prompt_end)
+    assert family.model.encode(Question(id="q", text=text, answer="")) == family.expected["prompt_ids"][number]
 
 
-def test_five_questions_in_one_batch_give_the_official_ids_and_latents(model: Coconut, reasoner: Reasoner) -> None:
-    rollouts = greedy(model, reasoner, 5)
-    latents = load_file(FOLDER / "expected.safetensors")["latents"]
-    assert [generated(model, ids) for ids in rollouts.answer_ids] == EXPECTED["generated_ids"]
-    assert not rollouts.stopped_R.any()
-    torch.testing.assert_close(rollouts.latents_RTD, latents, rtol=0, atol=1e-4)
+@families
+def test_five_questions_in_one_batch_give_the_official_ids_latents_and_texts(family: Official) -> None:
+    rollouts = family.greedy([0, 1, 2, 3, 4])
+    rows = [family.generated(ids) for ids in rollouts.answer_ids]
+    assert rows == family.expected["generated_ids"]
+    assert rollouts.stopped_R.tolist() == [family is CODI and number == 4 for number in range(5)]
+    torch.testing.assert_close(rollouts.latents_RTD, family.latents_QTD, rtol=0, atol=1e-4)
+    assert [family.model.answer_text(row) for row in rows] == family.expected["generated_text"]
 
 
-def test_the_answer_ids_read_as_the_official_text(model: Coconut, reasoner: Reasoner) -> None:
-    ids = [generated(model, ids) for ids in greedy(model, reasoner, 5).answer_ids]
-    assert [model.answer_text(row) for row in ids] == EXPECTED["generated_text"]
-
-
-def test_the_first_two_questions_alone_give_the_official_ids(model: Coconut, reasoner: Reasoner) -> None:
-    rollouts = greedy(model, reasoner, 2)
-    assert [generated(model, ids) for ids in rollouts.answer_ids] == EXPECTED["single_generated_ids"]
+@families
+@pytest.mark.parametrize("number", range(2))
+def test_a_question_alone_gives_the_official_ids(family: Official, number: int) -> None:
+    rollouts = family.greedy([number])
+    assert family.generated(rollouts.answer_ids[0]) == family.expected["single_generated_ids"][number]
 
 
 @dataclass(frozen=True)
@@ -121,7 +93,7 @@ def fit(samples_RE: Tensor, mean_E: Tensor, squared_error_E: Tensor) -> Fit:
 
 def fits(latents_RTD: Tensor, kind: str) -> tuple[Fit, Fit]:
     """Mean and variance of rollouts against the official ones of `kind`."""
-    official = load_file(FOLDER / "sampling.safetensors")
+    official = load_file(COCONUT.folder / "sampling.safetensors")
     mean_E, variance_E = (official[f"{kind}_{name}_TD"].double().flatten() for name in ("mean", "var"))
     samples_RE = latents_RTD.double().flatten(1)
     squares_RE = (samples_RE - samples_RE.mean(0)).square()
@@ -131,13 +103,13 @@ def fits(latents_RTD: Tensor, kind: str) -> tuple[Fit, Fit]:
     )
 
 
-def stochastic_latents(model: Coconut, reasoner: Reasoner, sampler: Sampler, rollouts: int) -> Tensor:
+def stochastic_latents(sampler: Sampler, rollouts: int) -> Tensor:
     """Latents (rollouts, T, D) of question 0."""
-    thinker, latents = engine(model, reasoner, answer=0), []
+    engine, latents = Engine(COCONUT.reasoner, COCONUT.plan(answer=0)), []
     for start in range(0, rollouts, ROWS):
         numbers = torch.arange(start, min(start + ROWS, rollouts))[None]
-        draw = Draw.of(0, ["question 0"], numbers, thinker.width)
-        latents.append(thinker.roll(EXPECTED["prompt_ids"][:1], draw, sampler).latents_RTD)
+        draw = Draw.of(0, ["question 0"], numbers, engine.width)
+        latents.append(engine.roll(EXPECTED["prompt_ids"][:1], draw, sampler).latents_RTD)
     return torch.cat(latents)
 
 
@@ -148,24 +120,20 @@ DROPOUT = Dropout(0.2, "residual", ["prompt", "thoughts"], "fresh")
 @pytest.mark.parametrize(
     ("kind", "sampler", "rollouts"), [("noise", NOISE, 4000), ("dropout", DROPOUT, 1250)], ids=["noise", "dropout"]
 )
-def test_stochastic_latents_have_the_official_mean_and_variance(
-    model: Coconut, reasoner: Reasoner, kind: str, sampler: Sampler, rollouts: int
-) -> None:
-    mean, variance = fits(stochastic_latents(model, reasoner, sampler, rollouts), kind)
+def test_stochastic_latents_have_the_official_mean_and_variance(kind: str, sampler: Sampler, rollouts: int) -> None:
+    mean, variance = fits(stochastic_latents(sampler, rollouts), kind)
     assert mean.plausible, mean
     assert variance.plausible, variance
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "sampler"), [("noise", NOISE), ("dropout", DROPOUT)], ids=["noise", "dropout"])
-def test_20000_stochastic_latents_have_the_official_mean_and_variance(
-    model: Coconut, reasoner: Reasoner, kind: str, sampler: Sampler
-) -> None:
-    latents_RTD = stochastic_latents(model, reasoner, sampler, OFFICIAL_ROLLOUTS)
+def test_20000_stochastic_latents_have_the_official_mean_and_variance(kind: str, sampler: Sampler) -> None:
+    latents_RTD = stochastic_latents(sampler, OFFICIAL_ROLLOUTS)
     mean, variance = fits(latents_RTD, kind)
     assert mean.plausible, mean
     assert variance.plausible, variance
-    ratio = latents_RTD.double().var(0) / load_file(FOLDER / "sampling.safetensors")[f"{kind}_var_TD"]
+    ratio = latents_RTD.double().var(0) / load_file(COCONUT.folder / "sampling.safetensors")[f"{kind}_var_TD"]
     assert ratio.sub(1).square().mean().sqrt() < 0.02
     assert ratio.sub(1).abs().max() < 0.07
 
@@ -198,14 +166,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("kind", "sampler"), WRONG.values(), ids=WRONG.keys())
-def test_the_statistic_rejects_wrong_sampling(model: Coconut, reasoner: Reasoner, kind: str, sampler: Sampler) -> None:
-    mean, variance = fits(stochastic_latents(model, reasoner, sampler, 150), kind)
+def test_the_statistic_rejects_wrong_sampling(kind: str, sampler: Sampler) -> None:
+    mean, variance = fits(stochastic_latents(sampler, 150), kind)
     assert not (mean.plausible and variance.plausible)
 
 
 # The LatentRM: tests/parity/latent_rm, over the latents and prompts of tests/parity/coconut
 
-SCORER = Path(__file__).parents[1] / "parity" / "latent_rm"
+SCORER = PARITY / "latent_rm"
 
 
 @pytest.fixture(scope="module")
@@ -218,9 +186,9 @@ def scorer() -> LatentScorer:
     return LatentScorer(LatentRM(str(SCORER), None, "correct").load(device="cpu", dtype="float32"))
 
 
-def test_the_published_layout_of_a_latent_rm_is_read(model: Coconut) -> None:
+def test_the_published_layout_of_a_latent_rm_is_read() -> None:
     latent_rm = LatentRM(str(SCORER), None, "official")
-    assert latent_rm.check(model, {}) == []
+    assert latent_rm.check(COCONUT.model, {}) == []
     assert (latent_rm.temperature, latent_rm.reduction) == (1.0, "sum")
 
 
@@ -234,11 +202,11 @@ def test_correct_positions_give_the_official_unpadded_scores(
 
 
 def test_official_positions_give_the_official_left_padded_scores(
-    model: Coconut, scorer: LatentScorer, official_scores: dict[str, Tensor]
+    scorer: LatentScorer, official_scores: dict[str, Tensor]
 ) -> None:
     latent_rm = LatentRM(str(SCORER), "sum", "official")
     lengths = [
-        len(prompt) + LATENTS + 1 + latent_rm.count_tokens(model.answer_text(ids[LATENTS + 1 :]))
+        len(prompt) + LATENTS + 1 + latent_rm.count_tokens(COCONUT.model.answer_text(ids[LATENTS + 1 :]))
         for prompt, ids in zip(EXPECTED["prompt_ids"], EXPECTED["generated_ids"], strict=True)
     ]
     texts = json.loads((SCORER / "expected.json").read_text())["texts_compat"]

@@ -1,9 +1,9 @@
 """What determines a rollout: edits of code and settings that make other rollouts, and those that do not."""
 
 import importlib
+import json
 import shutil
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import pytest
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
-from latent_tts.pipeline import code, keys
+from latent_tts.pipeline import code, keys, models
 from latent_tts.scorer.latent_rm import LatentRM
+from latent_tts.types import COMPUTATIONS
 
 NOISE = '''
 """An add-on's sampler."""
@@ -151,11 +152,10 @@ def test_layout_comments_and_docstrings_do_not_count_and_all_else_does(tmp_path)
     assert len({digest(bare), *(digest(bare.replace(*edit)) for edit in edits)}) == 1 + len(edits)
 
 
-def test_a_process_reads_the_code_once():
-    code.code_digests([], [], code.DRAWING)
-    started = time.process_time()
-    code.code_digests([], [], code.DRAWING)
-    assert time.process_time() - started < 0.005
+def test_a_process_reads_the_code_once(monkeypatch):
+    first = code.code_digests([], [], code.DRAWING)
+    monkeypatch.delattr(Path, "read_bytes")
+    assert code.code_digests([], [], code.DRAWING) == first
 
 
 @dataclass(frozen=True)
@@ -200,3 +200,15 @@ def test_a_base_class_of_another_package_counts_and_a_library_counts_by_its_vers
     assert set(digests) == {"latent_tts", __name__.partition(".")[0], "torch"}
     assert digests["torch"] == code.version("torch")
     assert issubclass(Soft, CheckpointAdapter)
+
+
+def test_how_a_model_is_computed_is_part_of_the_key(run, monkeypatch):
+    first = run()
+    assert run().err.count("in the cache") == 1
+    monkeypatch.setattr(models, "_loaded", {})
+    monkeypatch.setattr(models, "prove_reasoner", lambda reasoner, longest: COMPUTATIONS[2])
+    other = run("n=5")  # transformers was updated, say, and the engine's attention is no more right
+    ours, theirs = (json.loads((done.last.parent / "run.json").read_text()) for done in (first, other))
+    assert (ours["attention"], theirs["attention"]) == ("shared-prefix", "transformers")
+    assert ours["cache"] != theirs["cache"]
+    assert theirs["rollouts"]["drawn_now"] == 30

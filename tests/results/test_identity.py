@@ -87,6 +87,22 @@ def test_seeds_of_other_weights_are_not_averaged(seeded, ltts, checkpoint, tmp_p
     assert set(means["seed"]) == {"0", "1,2"}
 
 
+def test_a_moved_checkpoint_and_a_moved_scorer_stay_on_one_curve(seeded, ltts, checkpoint, tmp_path):
+    scorer = tiny.write_latent_rm(tmp_path / "rm", checkpoint)
+    for seed in (0, 1):
+        shutil.copytree(checkpoint, tmp_path / f"model{seed}")
+        shutil.copytree(scorer, tmp_path / f"rm{seed}")
+        places = [f"model.checkpoint=model{seed}", f"scorer.checkpoint=rm{seed}"]
+        seeded("a", seed, f"mix/{seed}", "scorer=latent_rm", *places)
+    assert ltts("collect", "mix", "output=mix.csv").out.split() == ["mix_over_seeds.csv", "mix.csv"]
+    assert set(read_metrics(tmp_path / "mix_over_seeds.csv")["seed"]) == {"0,1"}
+    drawn = ltts("plot", "mix/0", "mix/1", "output=mix.svg")
+    assert drawn.code == 0, drawn.err
+    assert "model1" not in (tmp_path / "mix.svg").read_text()
+    assert "2 seeds" in (tmp_path / "mix.svg").read_text()
+    assert ltts("compare", "mix", "mix").code == 0
+
+
 def test_the_weights_of_a_scorer_are_part_of_a_curve(seeded, ltts, checkpoint, tmp_path):
     scored = ["scorer=latent_rm", f"scorer.checkpoint={tmp_path / 'rm'}"]
     for seed in (0, 1):

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from latent_tts.results.run_folder import read_latents, read_rollouts, read_run_
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".log"}
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 HOLD = """
@@ -28,6 +30,28 @@ with locked_folder(Path(sys.argv[1]), "output"):
     print("held", flush=True)
     time.sleep(600)
 """
+HOLD_QUICKLY = """
+import fcntl, os, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print(os.getpid(), file=file, flush=True)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[int]:
+    """A folder that another process holds; gives its process id."""
+    folder.mkdir(exist_ok=True)
+    line = [sys.executable, "-S", "-c", HOLD_QUICKLY, str(folder / LOCK)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        try:
+            yield holder.pid
+        finally:
+            holder.kill()
 
 
 def test_a_lock_names_its_process_and_dies_with_it(tmp_path):
@@ -56,7 +80,7 @@ def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
 
 
 def test_the_processes_of_one_launch_share_a_folder(tmp_path, monkeypatch):
-    with locked_folder(tmp_path, "output"):
+    with held_by_another(tmp_path):
         monkeypatch.setenv("RANK", "1")
         with locked_folder(tmp_path, "output"):
             pass
@@ -76,18 +100,35 @@ def test_where_there_are_no_locks_that_is_said(tmp_path, monkeypatch, caplog):
 
 def test_the_second_run_in_a_folder_is_refused_and_changes_nothing(run, tmp_path):
     first = run("hydra.run.dir=mine")
-    before = contents(first.last.parent)
-    with locked_folder(tmp_path / "mine", "hydra.run.dir"):
-        check(run("hydra.run.dir=mine", "seed=1"), f"mine: process {os.getpid()} writes there")
-    assert contents(first.last.parent) == before
-    assert run("hydra.run.dir=mine", "seed=1").code == 0
+    (tmp_path / "mine" / LOCK).touch()
+    before = contents(tmp_path / "mine")
+    with held_by_another(tmp_path / "mine") as pid:
+        check(run("hydra.run.dir=mine", "seed=1"), f"hydra.run.dir=mine: process {pid} writes there")
+    assert contents(tmp_path / "mine").keys() == before.keys()
+    (tmp_path / "mine" / LOCK).write_bytes(b"")
+    assert contents(tmp_path / "mine") == before
+    assert first.code == run("hydra.run.dir=mine", "seed=1").code == 0
+
+
+def test_the_second_sweep_in_a_folder_is_refused_and_changes_nothing(run, tmp_path):
+    with held_by_another(tmp_path / "mine") as pid:
+        check(run("-m", "seed=0,1", "hydra.sweep.dir=mine"), f"hydra.sweep.dir=mine: process {pid} writes there")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == [LOCK]
+
+
+def test_a_run_folder_may_be_the_output_folder(ltts, checkpoint, tmp_path):
+    few = [f"model.checkpoint={checkpoint}", "task.limit=2", "n=2", "completions=1", "max_answer_tokens=2"]
+    result = ltts("annotate", *few, "output=mine", "hydra.run.dir=mine")
+    assert result.code == 0, result.err
+    assert (tmp_path / "mine" / ".hydra").is_dir()
+    assert not (tmp_path / "mine" / LOCK).exists()
 
 
 @pytest.mark.parametrize("command", ["annotate", "train-rm", "train-reasoner"])
 def test_the_second_writer_of_an_output_folder_is_refused(ltts, tmp_path, command):
-    with locked_folder(tmp_path / "mine", "output"):
+    with held_by_another(tmp_path / "mine") as pid:
         limits = ["task.limit=2"] if command == "annotate" else []
-        check(ltts(command, "output=mine", *limits), f"output=mine: process {os.getpid()} writes there")
+        check(ltts(command, "output=mine", *limits), f"output=mine: process {pid} writes there")
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "rollouts.parquet"])

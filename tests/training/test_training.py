@@ -1,13 +1,9 @@
 """COCONUT's curriculum, the latent forward pass with gradients, and a loop that can stop and go on."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from itertools import islice
 
@@ -23,6 +19,7 @@ from latent_tts.random.draw import Draw
 from latent_tts.recipe.coconut import Coconut as Recipe
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.task.arith import Arith
+from latent_tts.training.core import ResumableTrainer
 from latent_tts.training.reasoner import coconut
 from latent_tts.training.reasoner import train as training
 from latent_tts.training.reasoner.batch import encode_batch, question_batches, written_loss
@@ -295,28 +292,29 @@ def test_a_state_of_an_earlier_version_is_refused(ltts, tmp_path):
     assert "output=out: contains a state.safetensors of an earlier version" in result.err
 
 
-@pytest.mark.slow
-def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_weights(tmp_path):
+def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_weights(ltts, monkeypatch, tmp_path):
     def command(output):
-        line = [*SMALL, "recipe.written_updates=60", f"output={output}", "optimization.cosine_updates=60", "device=cpu"]
-        return [sys.executable, "-m", "latent_tts", "train-reasoner", *line]
+        return ltts("train-reasoner", *SMALL, "recipe.written_updates=10", f"output={output}", "device=cpu")
 
-    options = {"cwd": tmp_path, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command("stopped"), env=environment, **options)
-    log_folder = tmp_path / "stopped/states/tensorboard"
-    while process.poll() is None and not list(log_folder.glob("events*")):  # there when updates begin
-        time.sleep(0.01)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 130, err
-    found = re.search(r"interrupted: the state after update (\d+) of 61 is saved in .*; re-run the command", err)
-    assert found, err
+    compute_loss, calls = ResumableTrainer.compute_loss, []
+
+    def interrupted(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) == 7:
+            signal.raise_signal(signal.SIGINT)
+        return compute_loss(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableTrainer, "compute_loss", interrupted)
+        stopped = command("stopped")
+    assert stopped.code == 130, stopped.err
+    told = r"interrupted: the state after update (\d+) of 11 is saved in .*; re-run the command"
+    found = re.search(told, stopped.err)
+    assert found, stopped.err
     assert last_state(tmp_path / "stopped/states").name == f"checkpoint-{found[1]}"
     for output in ("stopped", "whole"):
-        done = subprocess.run(command(output), env=environment, check=False, **options)
-        assert done.returncode == 0, done.stderr
-    assert 1 <= int(found[1]) < 61
+        done = command(output)
+        assert done.code == 0, done.err
+    assert 1 <= int(found[1]) < 11
     a, b = (weights(tmp_path / name / "states") for name in ("stopped", "whole"))
     assert all(torch.equal(a[name], b[name]) for name in b)

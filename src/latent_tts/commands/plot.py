@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.results import plot
-from latent_tts.results.run_folder import METRICS, read_metrics, tell_apart
+from latent_tts.results.run_folder import METRICS, name_weights_once, read_metrics, tell_apart
 
 FINDINGS = "results.csv"
 FINDINGS_BY = "results_by_*.csv"  # drawn against what stands for the star
@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> None:
         output = Path(cfg.output).expanduser()
         if output.suffix not in (".svg", ".png", ".pdf"):
             raise bad_value("output", cfg.output, "a file that ends in .svg, .png or .pdf")
-        draw(tables, pd.concat(frames, ignore_index=True), output, cfg.against)
+        draw(tables, name_weights_once(pd.concat(frames, ignore_index=True)), output, cfg.against)
         return
     for table in tables:
         name, against = "figure" if table.name == FINDINGS else "scaling", cfg.against

@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
     folder, settings = output_dir(), changed_scoring(cfg, record["settings"])
     with locked_folder(folder, "hydra.run.dir"):
         clear_run_folder(folder)
-        rollouts = rescoring.rescore_rollouts(spec, source)
+        rollouts = rescoring.rescore_rollouts(spec, source, record)
         tables = make_tables(spec, rollouts, settings)
         seconds = time.perf_counter() - started
         assert rollouts.scores is not None

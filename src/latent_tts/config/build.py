@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config.schemas import SCHEMAS
 from latent_tts.errors import LatentTTSError, UsageError, bad_value, unknown_key
+from latent_tts.results.files import LOCK
 
 
 @cache
@@ -75,7 +76,7 @@ def remove_record() -> None:
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.output_subdir is None:
         return
-    folder, own = output_dir(), {hydra_cfg.output_subdir, f"{hydra_cfg.job.name}.log"}
+    folder, own = output_dir(), {hydra_cfg.output_subdir, f"{hydra_cfg.job.name}.log", LOCK}
     if {path.name for path in folder.iterdir()} <= own:
         shutil.rmtree(folder / hydra_cfg.output_subdir)
     if not any(folder.iterdir()) and folder != Path.cwd():

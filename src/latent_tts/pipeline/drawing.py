@@ -30,9 +30,15 @@ from latent_tts.pipeline.spec import RunSpec, reserved_positions
 from latent_tts.results import report
 from latent_tts.results.cache import NOT_DECODED, PartCache, RolloutCache, ScoreCache
 from latent_tts.results.files import written_in_parts
+from latent_tts.types import Reasoner
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
+
+
+def load(spec: RunSpec) -> Reasoner:
+    """The model of a run, loaded and proven; it is kept for the next call."""
+    return load_reasoner(spec.adapter, spec.engine, find_device(spec.engine), longest=spec.longest_sequence)
 
 
 def draw(spec: RunSpec, cache: RolloutCache, lacking: Mapping[str, list[int]], *, answers: bool = True) -> int:
@@ -69,7 +75,7 @@ def draw(spec: RunSpec, cache: RolloutCache, lacking: Mapping[str, list[int]], *
     rates = measured_rates(shape.width, spec.engine.dtype, device)
     _log_work(spec, jobs, rates, rows, bytes_per_row, answers=answers)
     plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-    reasoner = load_reasoner(spec.adapter, spec.engine, device, longest=spec.longest_sequence)
+    reasoner = load(spec)
     write_computation(cache.folder, reasoner.computation)
     engine = Engine(reasoner, plan)
     sampler = spec.answers.over(spec.sampler)

@@ -15,8 +15,9 @@ from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import DRAWING, PACKAGE, SCORING, code_digests
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer import Scorer
+from latent_tts.types import Computation
 
-FORMAT = 2  # of cache entries; those of others are not read
+FORMAT = 3  # of cache entries; those of others are not read
 # part of every cache key: raised when the same settings give other rollouts, for a reason that is not in their code
 ENGINE_SEMANTICS = {"float32": 2, "bfloat16": 3, "float16": 3}
 SCORING_SEMANTICS = 2  # the same for step scores
@@ -27,13 +28,22 @@ NO_PART = {
 }
 
 
-def rollout_key(spec: RunSpec) -> dict[str, Any]:
-    """Everything that determines a rollout besides its question and number; for a search also its scorer."""
+def rollout_key(spec: RunSpec, computation: Computation) -> dict[str, Any]:
+    """Everything that determines a rollout besides its question and number; for a search also its scorer.
+
+    Args:
+        spec: the run.
+        computation: how the loaded model is computed.
+
+    Raises:
+        UsageError: a field of the model has a value that cannot be told from another.
+    """
     drawing = (spec.adapter, spec.sampler, spec.schedule, spec.search)
     key = {
         "format": FORMAT,
         "semantics": ENGINE_SEMANTICS[spec.engine.dtype],
         **model_key(spec.adapter),
+        "computation": computation.way,
         "code": code_digests(drawing, [spec.config.get(name) for name in DRAWING], DRAWING),
         "sampler": spec.config["sampler"],
         "seed": spec.seed,
@@ -56,10 +66,10 @@ def is_current(key: Mapping[str, Any]) -> bool:
     return key.get("format") == FORMAT and own.get(PACKAGE) == code_digests([], [], DRAWING)[PACKAGE]
 
 
-def latents_key(spec: RunSpec) -> dict[str, Any]:
+def latents_key(spec: RunSpec, computation: Computation) -> dict[str, Any]:
     """The same for latents without answers, which nothing about answers determines."""
     about_answers = ("max_answer_tokens", "answer", "forced_ids")
-    key = {name: value for name, value in rollout_key(spec).items() if name not in about_answers}
+    key = {name: value for name, value in rollout_key(spec, computation).items() if name not in about_answers}
     return key | {"answers": "none"}
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from latent_tts.errors import RunError, UsageError, bad_value
-from latent_tts.pipeline.rollouts import RunRollouts, open_cache, read_rollouts
+from latent_tts.pipeline.keys import rollout_key
+from latent_tts.pipeline.rollouts import RunRollouts, about, entries, read_rollouts
 from latent_tts.pipeline.scores import score_rollouts
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results.cache import MEASURED
+from latent_tts.results.cache import MEASURED, RolloutCache
 from latent_tts.results.run_folder import (
     LATENTS,
     RUN_JSON,
@@ -23,6 +24,7 @@ from latent_tts.results.run_folder import (
 from latent_tts.results.run_folder import (
     read_rollouts as read_rollout_table,
 )
+from latent_tts.types import COMPUTATIONS, Computation
 
 NEEDED = {
     **dict.fromkeys(("config.model", "config.task", "config.sampler", "config.search", "config.budget"), dict),
@@ -66,20 +68,26 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
         )
 
 
-def rescore_rollouts(spec: RunSpec, source: Path) -> RunRollouts:
+def rescore_rollouts(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunRollouts:
     """The run's rollouts as the cache or its folder has them, scored.
+
+    Args:
+        spec: the run.
+        source: its folder.
+        record: its `run.json`.
 
     Raises:
         UsageError: their latents are neither in the cache nor in the run folder.
         RunError: the questions are not those of the run, or a failure while scoring.
     """
-    cache, wanted = open_cache(spec), spec.wanted()
-    if set(wanted.itertuples(index=False, name=None)) <= cache.present():
-        return read_rollouts(spec, cache, drawn_now=0)
+    wanted = spec.wanted()
+    for cache in entries(spec):
+        if set(wanted.itertuples(index=False, name=None)) <= cache.present():
+            return read_rollouts(spec, cache, drawn_now=0)
     if not (source / LATENTS).is_file():
         raise bad_value(
             "run", source,
-            f"its latents are neither in the cache {cache.folder} nor in {LATENTS}\n"
+            f"its latents are neither in the cache {spec.cache} nor in {LATENTS}\n"
             "the run's own command draws them again; with keep_latents=true they stay in the run folder",
         )  # fmt: skip
     kept = read_rollout_table(source)
@@ -89,5 +97,7 @@ def rescore_rollouts(spec: RunSpec, source: Path) -> RunRollouts:
     latents = read_latents(source, kept["latent_steps"])
     # what was measured when they were drawn is not kept beside the tables
     rows = kept.assign(row_key=wanted["row_key"], **dict.fromkeys(MEASURED, np.nan))
+    way = next((each for each in COMPUTATIONS if each.way.items() <= record.items()), Computation())
+    cache = RolloutCache(spec.cache, rollout_key(spec, way), about(spec))
     scores = score_rollouts(spec, cache.folder, rows["answer_ids"], latents)
     return RunRollouts(rows, latents, scores, cache, drawn_now=0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ from latent_tts.pipeline.keys import latents_key, rollout_key
 from latent_tts.pipeline.scores import Scores, score_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results.cache import MEASURED_SUMS, RolloutCache, unpack_latents
+from latent_tts.results.files import settings_digest
+from latent_tts.types import COMPUTATIONS, Computation
 
 ANSWER_COLUMNS = ["answer_ids", "answer_logprob", "answer_margin", "stop_reason"]
 
@@ -60,14 +64,12 @@ def draw_rollouts(spec: RunSpec) -> RunRollouts:
     """
     if spec.decode == "winners":
         return decode_winners(spec, think_rollouts(spec))
-    cache = open_cache(spec)
-    return read_rollouts(spec, cache, draw_missing(spec, cache, spec.wanted()))
+    return read_rollouts(spec, *fill_cache(spec, rollout_key, spec.wanted()))
 
 
 def think_rollouts(spec: RunSpec) -> RunRollouts:
     """The same without answers: latents and their scores."""
-    cache = RolloutCache(spec.cache, latents_key(spec), about(spec))
-    return read_rollouts(spec, cache, draw_missing(spec, cache, spec.wanted(), answers=False))
+    return read_rollouts(spec, *fill_cache(spec, latents_key, spec.wanted(), answers=False))
 
 
 def read_rollouts(spec: RunSpec, cache: RolloutCache, drawn_now: int) -> RunRollouts:
@@ -90,8 +92,7 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
     picks = {budget: score_QN[:, :budget].argmax(1) for budget in spec.budget.reported(n)}
     places = np.unique(np.concatenate([np.arange(len(score_QN)) * n + pick for pick in picks.values()]))
     chosen = wanted.iloc[places].reset_index(drop=True)
-    whole = open_cache(spec)
-    decoded_now = draw_missing(spec, whole, chosen)
+    whole, decoded_now = fill_cache(spec, rollout_key, chosen)
     decoded, rows = whole.read(chosen), thought.rows.copy()
     for column in ANSWER_COLUMNS:
         values = rows[column].astype(object).tolist()
@@ -103,23 +104,50 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
     return thought
 
 
-def open_cache(spec: RunSpec) -> RolloutCache:
-    """The cache of a run's rollouts."""
-    return RolloutCache(spec.cache, rollout_key(spec), about(spec))
+def fill_cache(
+    spec: RunSpec,
+    key_of: Callable[[RunSpec, Computation], Mapping[str, Any]],
+    wanted: pd.DataFrame,
+    *,
+    answers: bool = True,
+) -> tuple[RolloutCache, int]:
+    """Draw the rollouts that the cache lacks. A model is loaded only if something is missing.
+
+    How a model is computed is part of the key, and known once it is loaded. An entry that has everything serves
+    whichever way its rollouts were computed: it was right for them.
+
+    Args:
+        spec: the run.
+        key_of: what determines the rollouts.
+        wanted: columns `row_key`, `rollout`.
+        answers: whether to decode the answers.
+
+    Returns:
+        The cache entry that has them, and how many were drawn.
+    """
+    lacking: dict[Path, dict[str, list[int]]] = {}
+    for cache in entries(spec, key_of):
+        if spec.refresh:
+            cache.discard(wanted)
+        lacking[cache.folder] = cache.missing(wanted)
+        if not lacking[cache.folder]:
+            return cache, 0
+    from latent_tts.pipeline.drawing import draw, load
+
+    cache = RolloutCache(spec.cache, key_of(spec, load(spec).computation), about(spec))
+    return cache, draw(spec, cache, lacking.get(cache.folder) or cache.missing(wanted), answers=answers)
+
+
+def entries(
+    spec: RunSpec, key_of: Callable[[RunSpec, Computation], Mapping[str, Any]] = rollout_key
+) -> Iterator[RolloutCache]:
+    """The cache entries of a run's rollouts that are there, one per way to compute them."""
+    for computation in COMPUTATIONS:
+        key = key_of(spec, computation)
+        if (spec.cache / settings_digest(key)).is_dir():
+            yield RolloutCache(spec.cache, key, about(spec))
 
 
 def about(spec: RunSpec) -> dict[str, Any]:
     """What `ltts cache` says of a cache folder, without being part of its key."""
     return {"name": spec.adapter.name}
-
-
-def draw_missing(spec: RunSpec, cache: RolloutCache, wanted: pd.DataFrame, *, answers: bool = True) -> int:
-    """Draw what a cache lacks; returns how many rollouts were drawn. A model is loaded only if something is missing."""
-    if spec.refresh:
-        cache.discard(wanted)
-    lacking = cache.missing(wanted)
-    if not lacking:
-        return 0
-    from latent_tts.pipeline.drawing import draw
-
-    return draw(spec, cache, lacking, answers=answers)

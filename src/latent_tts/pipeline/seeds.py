@@ -11,7 +11,14 @@ import pandas as pd
 from latent_tts.results import statistics
 from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
 from latent_tts.results.files import settings_digest
-from latent_tts.results.run_folder import CURVE_COLUMNS, METRIC_COLUMNS, SEED_COLUMNS, join_metrics, write_metrics
+from latent_tts.results.run_folder import (
+    CURVE_COLUMNS,
+    METRIC_COLUMNS,
+    SEED_COLUMNS,
+    join_metrics,
+    name_weights_once,
+    write_metrics,
+)
 
 # metrics that a rollouts table has for each question
 PER_QUESTION = ("accuracy", "coverage", "invalid_rate", "agreement")
@@ -56,6 +63,7 @@ def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
         seeds; NaN where a rollouts table does not have the figure of each question, as with diversity.
     """
     rows = pd.concat([run.metrics.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
+    rows = name_weights_once(rows)
     means = []
     for _, same in rows.groupby([*CURVE_COLUMNS, "aggregator", "n", "drawn", "metric"], sort=False, dropna=False):
         same = same.drop_duplicates("seed")

@@ -251,7 +251,8 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "questions_digest": questions_digest(spec.questions),
         "weights_digest": "+".join(each.digest for each in (spec.adapter, scorer) if each is not None),
     }
-    identity = {**columns, "n": spec.n}
+    paths = ("checkpoint", "scorer")  # the digest says whose weights, wherever they are
+    identity = {name: value for name, value in columns.items() if name not in paths} | {"n": spec.n}
     return {"run_id": settings_digest(identity)[:12], **columns}
 
 

@@ -14,7 +14,7 @@ from latent_tts.errors import UsageError, require
 from latent_tts.results import statistics
 from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
 from latent_tts.results.files import spreadsheet_cells, whole_file
-from latent_tts.results.run_folder import UNKNOWN, is_complete, run_folders
+from latent_tts.results.run_folder import UNKNOWN, is_complete, name_weights_once, run_folders
 
 Side = dict[str, CompletedRun]  # by seed
 
@@ -86,14 +86,13 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
 
 def _require_one_curve(side: str, runs: Sequence[CompletedRun]) -> None:
     """Raise UsageError unless runs are seeds of each other."""
-    first = runs[0]
-    for run in runs[1:]:
-        differing = [name for name, value in run.curve.items() if value != first.curve[name]]
-        if differing:
-            name = differing[0]
+    curves = name_weights_once(pd.DataFrame([run.curve for run in runs]))
+    for name, values in curves.items():
+        if values.nunique() > 1:
+            one, other = 0, int((values != values[0]).argmax())
             raise UsageError(
                 f"{side}: holds runs that are not seeds of each other, name one run folder\n"
-                f"{name}: {first.curve[name]} in {first.folder}, {run.curve[name]} in {run.folder}"
+                f"{name}: {values[one]} in {runs[one].folder}, {values[other]} in {runs[other].folder}"
             )
 
 

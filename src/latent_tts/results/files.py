@@ -25,6 +25,7 @@ LOCK = ".lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 FORMULA = re.compile("'*[=+\\-@\t\r]")
 log = logging.getLogger(__name__)
+_held: set[Path] = set()  # folders that this process holds
 
 
 T = TypeVar("T")
@@ -94,6 +95,8 @@ def launch_rank() -> int:
 def locked_folder(folder: Path, key: str) -> Iterator[None]:
     """Hold a folder as its only writer; it is made if it is not there. The lock ends with the process, however it ends.
 
+    Within the process that holds it, the folder can be locked again, to no effect.
+
     Processes of one launch (`accelerate launch`) share a folder: the first of them holds it.
 
     Args:
@@ -103,7 +106,8 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
     Raises:
         UsageError: another process holds it, or it cannot be made.
     """
-    if launch_rank() > 0:
+    place = folder.resolve()
+    if launch_rank() > 0 or place in _held:
         yield
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -121,10 +125,12 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
             yield
             return
         raise bad_value(key, folder, f"cannot be written to ({error.strerror})") from error
+    _held.add(place)
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)
+        _held.remove(place)
+        (place / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
         for path in made:  # whatever was refused leaves nothing behind
             with suppress(OSError):

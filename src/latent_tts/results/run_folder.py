@@ -195,6 +195,13 @@ def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:
     return metrics.assign(questions_digest=metrics["questions_digest"].where(known, f"{UNKNOWN}, of " + origin))
 
 
+def name_weights_once(metrics: pd.DataFrame) -> pd.DataFrame:
+    """A table in which the checkpoint and scorer of equal weights have one path, since folders are moved and copied."""
+    known = metrics[metrics["weights_digest"] != ""]
+    names = known.groupby(["model", "weights_digest"])[["checkpoint", "scorer"]].transform("first")
+    return metrics.assign(**names.reindex(metrics.index).fillna(metrics[names.columns]))
+
+
 def digest_label(column: str, digest: str) -> str:
     """How people are shown one of `DIGEST_COLUMNS`, as in `questions 1a2b3c4d`."""
     short = digest if digest.startswith(UNKNOWN) else "+".join(part[:8] for part in digest.split("+"))
@@ -291,5 +298,5 @@ def join_metrics(folders: list[Path]) -> tuple[pd.DataFrame, list[Path]]:
     left_out = [folder for folder in folders if folder not in complete]
     if not complete:
         return pd.DataFrame(columns=METRIC_COLUMNS), left_out
-    joined = pd.concat([read_run_metrics(folder) for folder in complete], ignore_index=True)
+    joined = name_weights_once(pd.concat([read_run_metrics(folder) for folder in complete], ignore_index=True))
     return joined.drop_duplicates(["run_id", "aggregator", "n", "drawn", "metric"], ignore_index=True), left_out
