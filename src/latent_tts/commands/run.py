@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from latent_tts.config.build import output_dir
+from latent_tts.config.build import in_sweep, output_dir
 from latent_tts.config.recorded import aggregator_builder
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.pipeline import sweep
@@ -24,7 +24,7 @@ from latent_tts.results.run_folder import METRICS
 
 
 def main(cfg: DictConfig) -> None:
-    """Run one job, print its table and the table's path.
+    """Run one job; print its table and the table's path, unless it is a sweep's, which has one table.
 
     Raises:
         UsageError: something in the config is wrong; nothing has been loaded.
@@ -43,8 +43,9 @@ def main(cfg: DictConfig) -> None:
             write_run_folder(
                 folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=cfg.keep_latents, **kept
             )
-    report.print_metrics(tables.metrics)
-    print(folder / METRICS)
+    if not in_sweep():
+        report.print_metrics(tables.metrics)
+        print(folder / METRICS)
 
 
 def sweep_overrides(cfg: DictConfig, swept: set[str]) -> list[str]:
@@ -59,6 +60,6 @@ def sweep_overrides(cfg: DictConfig, swept: set[str]) -> list[str]:
     return [] if given or "n" not in swept else ["budget=fixed"]
 
 
-def finish_sweep(folder: Path, jobs: Mapping[Path, DictConfig]) -> None:
-    """Join the tables of a sweep's jobs (their configs by folder), and print what was written."""
-    sweep.finish(folder, list(jobs), aggregator_builder(*jobs.values()))
+def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence[DictConfig]) -> None:
+    """Join the tables of a sweep's jobs, which ran with these configs, and print what was written."""
+    sweep.finish(folder, jobs, aggregator_builder(*configs))

@@ -209,7 +209,8 @@ def check_run(request: RunRequest) -> RunSpec:
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
     if not has_gold(questions):
-        log.info("task=%s: no gold answers, so no accuracies; answers are in %s", request.task.name, ANSWERS)
+        name = request.task.name
+        log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
     prompts = encode_prompts(adapter, questions, reserved)
     settled = {
         "schedule": schedule,
@@ -320,7 +321,7 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
         if scored and chosen:
             raise bad_value("aggregator", ",".join(scored), f"needs a scorer ({why})")
         if scorer.reason is not None:
-            log.info("%s, so rollouts get no scores", why)
+            log.info("%s, so rollouts get no scores", why, extra={"once": True})
         aggregators = [aggregator for aggregator in aggregators if not aggregator.needs_score]
     else:
         aggregators = [

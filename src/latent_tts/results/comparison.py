@@ -115,6 +115,14 @@ def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
     return found
 
 
+def described_sides(a: Side, b: Side) -> tuple[str, str]:
+    """What tells one side from the other, as in `sampler=dropout, `; empty where their settings are equal."""
+    curves = [next(iter(side.values())).curve for side in (a, b)]
+    names = [name for name in curves[0] if curves[0][name] != curves[1][name] and not name.endswith("_digest")]
+    first, second = ("".join(f"{name}={curve[name]}, " for name in names if curve[name]) for curve in curves)
+    return first, second
+
+
 def write_differences(path: Path, found: Sequence[Difference]) -> None:
     """Write differences as a CSV, a row each."""
     columns = [field.name for field in fields(Difference)]
