@@ -71,18 +71,17 @@ class TolerantSweeper(BasicSweeper):
             results = self.launcher.launch(launchable, initial_job_idx=0) if launchable else []
         finished, configs = [], []
         for job in jobs:
-            own = [override for override in job if override not in common]
-            if job not in launchable:
-                finished.append(SweepJob(own, None, failed=True))
-                continue
-            result = results[launchable.index(job)]
-            failed = result.status is JobStatus.FAILED
-            if failed:
-                report_failure(result._return_value, job)
-            elif result.cfg is not None:
-                configs.append(result.cfg)
-            ran = None if result.hydra_cfg is None else Path(result.hydra_cfg.hydra.runtime.output_dir)
-            finished.append(SweepJob(own, ran, failed=failed))
+            ran = None
+            if job in launchable:
+                result = results[launchable.index(job)]
+                refused = False
+                if result.status is JobStatus.FAILED:
+                    report_failure(result._return_value, job)
+                    refused = cli.is_refused(result._return_value)
+                if result.hydra_cfg is not None and not refused:
+                    ran = Path(result.hydra_cfg.hydra.runtime.output_dir)
+                    configs.append(result.cfg)
+            finished.append(SweepJob([override for override in job if override not in common], ran))
         if hasattr(command, "finish_sweep"):
             command.finish_sweep(folder, finished, configs)
         if max(codes):

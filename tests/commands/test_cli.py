@@ -167,7 +167,7 @@ def test_a_folder_used_again_holds_the_new_run_alone(run, tmp_path):
     assert {"latents.safetensors", "scaling.png"} <= {path.name for path in first.last.parent.iterdir()}
     second = run("hydra.run.dir=mine", "seed=1", "budget=fixed")
     left = {path.name for path in second.last.parent.iterdir()} - {".hydra", "run.log"}
-    assert left == {"metrics.csv", "rollouts.parquet", "run.json"}
+    assert left == {"answers.jsonl", "metrics.csv", "rollouts.parquet", "run.json"}
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["seed"] == 1
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from latent_tts.pipeline.seeds import write_joined
 from latent_tts.results import plot, report
 from latent_tts.results.completed_run import AggregatorBuilder
-from latent_tts.results.run_folder import CURVE_COLUMNS, FIGURE, METRICS, has_curve, read_metrics, read_run_metrics
+from latent_tts.results.run_folder import (
+    CURVE_COLUMNS,
+    FIGURE,
+    METRICS,
+    has_curve,
+    is_complete,
+    read_metrics,
+    read_run_metrics,
+)
 
 NOT_IN_LABELS = ("n", "seed", "budget")  # the table has a column or a mean for them
 
@@ -21,12 +29,10 @@ class SweepJob:
     Attributes:
         overrides: those that not all jobs have.
         folder: its run folder; None if its config was refused.
-        failed: whether it failed.
     """
 
     overrides: Sequence[str]
     folder: Path | None
-    failed: bool
 
     @property
     def label(self) -> str:
@@ -50,7 +56,7 @@ def finish(folder: Path, jobs: Sequence[SweepJob], build_aggregator: AggregatorB
         jobs: in their order.
         build_aggregator: see `CompletedRun.read`.
     """
-    completed = {job.folder: job for job in jobs if job.folder is not None and not job.failed}
+    completed = {job.folder: job for job in jobs if job.folder is not None and is_complete(job.folder)}
     joined, _, means = write_joined(folder / METRICS, list(completed), build_aggregator)
     if joined.empty:
         return
@@ -59,7 +65,7 @@ def finish(folder: Path, jobs: Sequence[SweepJob], build_aggregator: AggregatorB
     curves, runs = joined[CURVE_COLUMNS].itertuples(index=False), joined["run_id"]
     label_of_curve = {tuple(curve): label_of_run[run] for curve, run in zip(curves, runs, strict=True)}
     labels = [label_of_curve[tuple(curve)] for curve in table[CURVE_COLUMNS].itertuples(index=False)]
-    report.print_metrics(table, labels, [job.row for job in jobs if job.failed])
+    report.print_metrics(table, labels, [job.row for job in jobs if job.folder not in completed])
     if means is not None:
         print(means)
     if has_curve(table):

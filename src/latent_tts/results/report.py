@@ -187,7 +187,7 @@ def print_columns(title: str, keys: Sequence[Column], columns: Sequence[Column],
         for column in table:
             grid.add_column(_text(column.name, console), justify="left" if column.left else "right", overflow="fold")
         for row in zip(*(column.lines(narrow=narrow)[1:] for column in table), strict=True):
-            if any(row[len(keys) :]):
+            if any(row[len(keys) :]) or len(table) == len(keys):
                 grid.add_row(*(_text(cell, console) for cell in row))
         with console.capture() as captured:
             console.print(grid)
@@ -254,7 +254,8 @@ def print_metrics(
         labels = [" ".join(f"{name}={row[name]}" for name in differing) for row in metrics.to_dict("records")]
     if metrics["seed"].nunique() > 1:
         labels = [f"{label} seed={seed}".lstrip() for label, seed in zip(labels, metrics["seed"], strict=True)]
-    groups = metrics.groupby([pd.Series(labels, index=metrics.index), "n", "drawn"], sort=False)
+    named = pd.Series(pd.Categorical(list(labels), list(dict.fromkeys(labels))), metrics.index)
+    groups = metrics.groupby([named, "n", "drawn"], observed=True)
     lines = [
         {"label": str(label), "n": f"{n:g}", "drawn": f"{drawn:g}", **figures_of(rows)}
         for (label, n, drawn), rows in groups
