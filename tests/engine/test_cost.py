@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -132,7 +133,8 @@ def test_a_batch_needs_what_its_passes_need(data, own, forced, stop):
     repeated = data.draw(st.sampled_from([[], [(2, 1), (1, 0)]]))
     own_prompt, own_last = own == "prompt", int(own == "last")
     passes = RolloutCost(SHAPE, 4, forced, own_prompt, bool(own_last), repeated, stop)
-    batch = BatchCost(passes, item, prompts_Q, steps_R, answers_R)
+    answers = None if answers_R is None else np.array(answers_R)
+    batch = BatchCost(passes, item, np.array(prompts_Q), np.array(steps_R), answers)
     blocks, head = SHAPE.layers * SHAPE.block_weights * item, SHAPE.width * SHAPE.vocabulary * item
     one = SHAPE.cache_bytes(1, item)
     prompts_R = [prompt for prompt in prompts_Q for _ in range(rollouts)]
@@ -179,7 +181,7 @@ def test_the_engine_does_the_operations_of_its_batch(sampler):
         engine.roll(prompts, draw, sampler)
     # the token limit, not an eos, ends these answers: the last token is chosen and not run
     passes = RolloutCost.of(shape, latents, 1, sampler.random_phases, (), looks_for_stop=False)
-    least = BatchCost(passes, 4, [5, 5], [latents] * 6, [answer - 1] * 6).work()
+    least = BatchCost(passes, 4, np.full(2, 5), np.full(6, latents), np.full(6, answer - 1)).work()
     alone = len(prompts[0]) - bool(sampler.random_phases)  # tokens that run without the rollouts, or without the last
     copies = 6 if passes.own_prompt else 2
     masked_in_prefill = copies * shape.layers * 4 * shape.attention * alone * (alone - 1) / 2
@@ -189,7 +191,7 @@ def test_the_engine_does_the_operations_of_its_batch(sampler):
 
 
 def test_scoring_reads_the_weights_twice_and_each_prompt_once():
-    prefill, steps = SHAPE.scoring_work([4, 2], [3, 3, 1, 2], item=4)
+    prefill, steps = SHAPE.scoring_work([4, 2], np.array([3, 3, 1, 2]), item=4)
     blocks = SHAPE.layers * SHAPE.block_weights * 4
     assert prefill == Work(SHAPE.prompt_flops(4) + SHAPE.prompt_flops(2), blocks + SHAPE.cache_bytes(6, 4))
     rows = [(4, 3), (4, 3), (2, 1), (2, 2)]

@@ -80,7 +80,7 @@ def cases() -> Iterator[tuple[str, Case]]:
 
 
 def _values(rollouts: Rollouts) -> Values:
-    latents = rollouts.latents_RTD.double().mul(1e-3)  # stored in float32
+    latents = rollouts.latents_RTD.cpu().double().mul(1e-3)  # of float32
     return [latents, rollouts.steps_R, [float(i) for ids in rollouts.answer_ids for i in ids], rollouts.stopped_R]
 
 

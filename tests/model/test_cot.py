@@ -5,11 +5,15 @@ import json
 import pandas as pd
 import pytest
 import tiny
+import tiny_gguf
 from against_oracle import check_against_oracle
+from refusal import check
 
+from latent_tts.checkpoint import files
 from latent_tts.engine.cost import Shape
 from latent_tts.errors import UsageError
 from latent_tts.model.cot import Cot
+from latent_tts.pipeline.keys import model_key
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.types import Question
@@ -110,3 +114,81 @@ def test_a_sampler_of_latents_needs_latents(refuse, overrides, words):
 def test_samplers_that_act_elsewhere_run(run, override):
     result = run("model=cot", *override.split())
     assert result.code == 0, result.err
+
+
+@pytest.fixture
+def chatting(tmp_path, monkeypatch):
+    """The checkpoint folder of a tiny model with a chat template."""
+    monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
+    return files.resolve(f"gguf:{tiny_gguf.write(tmp_path / 'model.gguf', tiny_gguf.model())}")
+
+
+def test_an_instruct_model_gets_its_own_chat_template_with_its_own_tokens(chatting):
+    cot = adapter(chatting, prompt="chat")
+    ids, im_start, im_end = cot.encode(QUESTION), 1, 2
+    assert cot.answer_text(ids) == f"<|im_start|>user\n{QUESTION.text}<|im_end|>\n<|im_start|>assistant\n"
+    assert [ids.count(im_start), ids.count(im_end)] == [2, 1]
+    assert cot.eos_ids == (im_end,)
+
+
+def test_a_template_writes_the_question_where_it_says(chatting):
+    cot = adapter(chatting, prompt="1+1?\n#### 2\n\n{{ question }}\nA:")
+    assert cot.answer_text(cot.encode(QUESTION)) == f"1+1?\n#### 2\n\n{QUESTION.text}\nA:"
+
+
+def test_prompt_template_and_end_tokens_determine_rollouts(chatting):
+    prompts = ["plain", "chat", "{{question}}", "{{question}} "]
+    keys = [model_key(adapter(chatting, prompt=prompt)) for prompt in prompts]
+    before = adapter(chatting, prompt="chat").prompt_recipe
+    (chatting / "chat_template.jinja").write_text(tiny_gguf.CHAT + " ")
+    keys += [model_key(adapter(chatting, prompt="chat")), model_key(adapter(chatting, prompt="chat", eos=3))]
+    assert len({json.dumps(key) for key in keys}) == len(keys)
+    assert before != adapter(chatting, prompt="chat").prompt_recipe
+
+
+@pytest.mark.parametrize("prompt", ["", "nonsense", "{{ questions }}", "{question}", 3])
+def test_a_template_without_a_place_for_the_question_is_refused(checkpoint, prompt):
+    with pytest.raises(UsageError, match=r"\Amodel\.prompt=.*: must be plain, chat, or a Jinja template with") as error:
+        adapter(checkpoint, prompt=prompt)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [("chat", "has no chat template"), ("{{question", "TemplateSyntaxError"), ("{{question}}{{1/0}}", "ZeroDivision")],
+)
+def test_a_template_that_is_missing_or_fails_is_refused(checkpoint, prompt, words):
+    with pytest.raises(UsageError, match=rf"\Amodel\.prompt=.*{words}"):
+        adapter(checkpoint, prompt=prompt).encode(QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("text", "raw", "span"),
+    [
+        ("So 3 + 4 = 7.\n#### 1,234", "1234", "1,234"),
+        ("It costs $1,050.50 in all.", "1050.50", "It costs $1,050.50 in all."),
+        ("### Answer\n\\boxed{\\frac{1}{2}} and more", "2", "\\frac{1}{2}"),
+        ("7 apples\n### Answer", "7", "Answer"),
+        ("\\boxed{1", "1", "\\boxed{1"),
+        ("none\n", None, "none"),
+        ("", None, None),
+    ],
+)
+def test_the_answer_of_an_instruct_model_is_the_last_number_or_line(checkpoint, text, raw, span):
+    cot = adapter(checkpoint, prompt="{{question}}")
+    assert (cot.raw_answer(text), cot.answer_span(text)) == (raw, span)
+
+
+def test_a_gguf_file_is_run_from_the_command_line(ltts, tmp_path):
+    file = tiny_gguf.write(tmp_path / "model.gguf", tiny_gguf.model())
+    (tmp_path / "q.jsonl").write_text('{"question": "1+1?", "answer": 2}\n{"question": "3", "answer": 3}\n')
+    done = ltts(
+        "run", "model=cot", f"model.checkpoint=gguf:{file}", "model.prompt=chat", "task=jsonl",
+        f"task.path={tmp_path / 'q.jsonl'}", "sampler=greedy", "answer.temperature=0.7", "n=3", "max_answer_tokens=5",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "shared-prefix" in (done.last.parent / "run.json").read_text()
+
+
+def test_the_model_that_make_fetches_is_missed_in_one_line(ltts):
+    check(ltts("run", "model=smollm2_cot", "sampler=greedy", "n=1"), "SmolLM2-135M-Instruct", "`make smollm2`")

@@ -1,22 +1,31 @@
+import time
+
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
-from safetensors.numpy import load_file
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 
-from latent_tts.errors import RunError, UsageError
-from latent_tts.results.cache import MEASURED, ROLLOUT_SCHEMA, RolloutCache, ScoreCache, unpack_latents
+from latent_tts.errors import UsageError
+from latent_tts.results import parts
+from latent_tts.results.cache import MEASURED, ROLLOUT_FIELDS, ROLLOUT_SCHEMA, SCORE_FIELDS, RolloutCache, ScoreCache
 from latent_tts.results.files import whole_file, written_in_parts
+from latent_tts.results.parts import GatheredRows, PartWriter, runs_of
 from latent_tts.results.run_folder import (
     LATENTS,
     METRIC_COLUMNS,
     METRICS,
     ROLLOUT_COLUMNS,
     ROLLOUTS,
+    KeptLatents,
+    LatentsFile,
     is_complete,
     join_metrics,
     read_metrics,
     run_folders,
-    write_latents,
     write_metrics,
     write_rollouts,
     write_run_json,
@@ -26,7 +35,6 @@ KEY = {"weights": "abc", "seed": 0}
 
 
 def row(key, rollout, **changes):
-    latents = np.arange(6, dtype="<f4").reshape(2, 3) + 10 * rollout
     return {
         "row_key": key,
         "rollout": rollout,
@@ -35,7 +43,10 @@ def row(key, rollout, **changes):
         "answer_margin": 0.25,
         "stop_reason": "eos",
         "latent_steps": 2,
-        "latents": latents.tobytes(),
+        "sweeps": 3,
+        "commits": 2,
+        "conflicts": 1,
+        "dissimilarity": [0.5 * rollout, 0.25],
         "seconds": 0.125,
         "floor_seconds": 0.25,
         "bytes": 1e9,
@@ -43,6 +54,30 @@ def row(key, rollout, **changes):
         "device": "cpu",
         "rows": 4,
     } | changes
+
+
+def add(cache, rows):
+    """Write a part."""
+    parts.write_part(cache.folder, pa.Table.from_pylist(rows, schema=cache.schema))
+
+
+def gathered(cache, pairs):
+    """What the cache has of some rows."""
+    rows = GatheredRows(wanted(*pairs), SCORE_FIELDS if isinstance(cache, ScoreCache) else ROLLOUT_FIELDS)
+    cache.gather(rows)
+    return rows
+
+
+def there(cache, *pairs):
+    """Which of some rows the cache has."""
+    missing = set(gathered(cache, pairs).missing().itertuples(index=False, name=None))
+    return {pair for pair in pairs if pair not in missing}
+
+
+def read(cache, *pairs):
+    rows = gathered(cache, pairs)
+    assert rows.missing().empty
+    return rows.frame()
 
 
 def wanted(*pairs):
@@ -88,60 +123,184 @@ def test_an_error_leaves_no_partial_file_and_the_old_one_alone(tmp_path):
 # The rollout cache
 
 
-def test_rollouts_come_back_as_they_were_added(cache):
-    rows = [row("a", 0), row("a", 1, answer_ids=[], stop_reason="length", latents=b"", latent_steps=0), row("b", 0)]
-    cache.add(rows)
-    assert cache.present() == {("a", 0), ("a", 1), ("b", 0)}
-    found = cache.read(wanted(("a", 0), ("a", 1), ("b", 0)))
-    assert set(found.columns) == set(ROLLOUT_SCHEMA.names)
-    for got, expected in zip(found.to_dict("records"), rows, strict=True):
-        assert {**got, "answer_ids": list(got["answer_ids"])} == expected
-
-
-def test_latents_come_back_bit_for_bit(cache):
-    latents = np.array([[np.pi, -0.0, 1e-42], [np.inf, 3e38, 2.5]], dtype="<f4")
-    cache.add([row("a", 0, latents=latents.tobytes())])
-    (found,) = unpack_latents(cache.read(wanted(("a", 0)))["latents"], 3)
-    assert found.tobytes() == latents.tobytes()
-    assert found.shape == (2, 3)
+@pytest.mark.parametrize("count", [1, 3])
+def test_rollouts_come_back_as_they_were_added(cache, count):
+    rows = [row("a", 0), row("a", 1, answer_ids=[], dissimilarity=[], latent_steps=0), row("b", 0)][:count]
+    add(cache, rows)
+    found = gathered(cache, [(each["row_key"], each["rollout"]) for each in rows])
+    frame, compared = found.frame(), found.padded("dissimilarity")
+    assert set(frame.columns) == {"row_key", "rollout", *ROLLOUT_FIELDS.names} - {"dissimilarity"}
+    for place, expected in enumerate(rows):
+        assert frame.loc[place].to_dict() == {key: expected[key] for key in frame}
+        own = expected["dissimilarity"]
+        assert compared[place].tolist()[: len(own)] == own
+        assert np.isnan(compared[place][len(own) :]).all()
 
 
 def test_the_order_of_what_is_wanted_is_kept_across_parts(cache):
     for rollout in range(3):
-        cache.add([row(key, rollout) for key in "cab"])
-    cache.add([row("unwanted", 0)])
+        add(cache, [row(key, rollout) for key in "cab"])
+    add(cache, [row("unwanted", 0)])
     pairs = [("b", 2), ("a", 0), ("c", 1), ("a", 2)]
-    found = cache.read(wanted(*pairs))
+    found = read(cache, *pairs)
     assert list(zip(found["row_key"], found["rollout"], strict=True)) == pairs
     assert found["answer_logprob"].tolist() == [-1.0, 0.0, -0.5, -1.0]
+    assert found["answer_ids"].tolist() == [[1, 2, 2], [1, 2, 0], [1, 2, 1], [1, 2, 2]]
     assert found.index.tolist() == [0, 1, 2, 3]
 
 
-def test_other_columns_of_what_is_wanted_stay(cache):
-    cache.add([row("a", 0), row("a", 1)])
-    found = cache.read(wanted(("a", 1), ("a", 0)).assign(question_id=["x", "y"]))
-    assert found["question_id"].tolist() == ["x", "y"]
-
-
 def test_a_rollout_in_two_parts_is_read_once(cache):
-    cache.add([row("a", 0), row("a", 1)])
-    cache.add([row("a", 1), row("a", 2)])
-    assert len(cache.present()) == 3
-    assert cache.read(wanted(("a", 0), ("a", 1), ("a", 2)))["rollout"].tolist() == [0, 1, 2]
+    add(cache, [row("a", 0), row("a", 1)])
+    add(cache, [row("a", 1, answer_logprob=7.0), row("a", 2)])
+    first = read(cache, ("a", 0), ("a", 1), ("a", 2))
+    assert first["rollout"].tolist() == [0, 1, 2]
+    pd.testing.assert_frame_equal(read(cache, ("a", 0), ("a", 1), ("a", 2)), first)
 
 
 def test_a_cache_is_found_again_and_another_key_has_its_own(tmp_path, cache):
-    cache.add([row("a", 0)])
-    assert RolloutCache(tmp_path / "cache", dict(reversed(KEY.items()))).present() == {("a", 0)}
-    assert RolloutCache(tmp_path / "cache", KEY | {"seed": 1}).present() == set()
+    add(cache, [row("a", 0)])
+    assert there(RolloutCache(tmp_path / "cache", dict(reversed(KEY.items()))), ("a", 0)) == {("a", 0)}
+    assert there(RolloutCache(tmp_path / "cache", KEY | {"seed": 1}), ("a", 0)) == set()
 
 
-@pytest.mark.parametrize("added", [[], ["a"]])
-def test_rollouts_that_are_not_there_are_an_error(cache, added):
-    if added:
-        cache.add([row(key, 0) for key in added])
-    with pytest.raises(RunError, match="2 rollouts are missing"):
-        cache.read(wanted(*[(key, 0) for key in added], ("b", 0), ("a", 7)))
+def test_what_is_missing_is_said_and_gathered_later(cache):
+    add(cache, [row("a", 0), row("a", 3)])
+    rows = gathered(cache, [("a", 0), ("a", 1), ("b", 0)])
+    assert rows.missing().to_dict("list") == {"row_key": ["a", "b"], "rollout": [1, 0]}
+    assert runs_of(rows.missing()) == [("a", range(1, 2)), ("b", range(1))]
+    add(cache, [row("b", 0), row("a", 1)])
+    cache.gather(rows)
+    assert rows.frame()["row_key"].tolist() == ["a", "a", "b"]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), min_size=1, max_size=20),
+    st.lists(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 6)), min_size=1, max_size=9), max_size=5),
+)
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_gathered_rows_are_those_of_a_loop_over_dictionaries(pairs, tables):
+    pairs = list(dict.fromkeys(pairs))
+    rows, known = GatheredRows(wanted(*pairs), ROLLOUT_FIELDS), {}
+    for number, table in enumerate(tables):
+        content = [row(key, rollout, rows=number) for key, rollout in table]
+        rows.take(pa.Table.from_pylist(content, schema=ROLLOUT_SCHEMA))
+        for each in content:
+            known.setdefault((each["row_key"], each["rollout"]), number)
+    found = rows.frame()
+    assert [tuple(each) for each in found[["row_key", "rollout"]].to_numpy()] == [p for p in pairs if p in known]
+    assert found["rows"].tolist() == [known[pair] for pair in pairs if pair in known]
+    assert len(rows.missing()) == len([pair for pair in pairs if pair not in known])
+    again = [(key, number) for key, run in runs_of(wanted(*pairs)) for number in run]
+    assert again == pairs
+
+
+def test_scores_made_with_rollouts_and_those_made_later_are_found(tmp_path, cache):
+    at_once = {"scored_by": "one", "scoring_step_scores": [1.0, 2.0], "scoring_seconds": 0.5}
+    add(cache, [row("a", 0, **at_once), row("a", 1, **at_once | {"scored_by": "two"}), row("a", 2)])
+    pairs = [("a", 0), ("a", 1), ("a", 2)]
+    rows, scores = GatheredRows(wanted(*pairs), ROLLOUT_FIELDS), GatheredRows(wanted(*pairs), SCORE_FIELDS)
+    cache.gather(rows, scores, "one")
+    assert scores.missing()["rollout"].tolist() == [1, 2]
+    assert scores.frame()["seconds"].tolist() == [0.5]
+    later = ScoreCache(cache.folder, KEY)
+    add(later, [{"row_key": "a", "rollout": number, "step_scores": [3.0, 4.0]} for number in range(3)])
+    later.gather(scores)
+    assert scores.padded("step_scores").tolist() == [[1.0, 2.0], [3.0, 4.0], [3.0, 4.0]]  # recorded ones stay
+
+
+# What is read of a large cache
+
+
+def many(cache):
+    """300,000 rollouts of 5,000 questions, in parts of 16 MB at most."""
+    rows = 300_000
+    table = pa.Table.from_pylist([row("x", 0)], schema=cache.schema).take(pa.array(np.zeros(rows, dtype=np.int64)))
+    keys = pa.array([f"{17 * number:016x}" for number in range(5000)]).take(pa.array(np.arange(rows) // 60))
+    table = table.set_column(0, cache.schema.field(0), keys)
+    table = table.set_column(1, cache.schema.field(1), pa.array((np.arange(rows) % 60).astype(np.int32)))
+    noise = np.random.default_rng(0).random(rows)
+    table = table.set_column(table.column_names.index("seconds"), cache.schema.field("seconds"), pa.array(noise))
+    with PartWriter(cache.folder) as writer:
+        for start in range(0, rows, 20_000):
+            writer.put(lambda start=start: table.slice(start, 20_000))
+    return wanted(*[(f"{17 * number:016x}", i) for number in range(2000, 2167) for i in range(60)][:10_000])
+
+
+def test_of_a_large_cache_only_the_parts_that_hold_what_is_wanted_are_read(cache, monkeypatch):
+    part = many(cache)
+    sizes = {path: path.stat().st_size for path in parts.part_files(cache.folder)}
+    assert len(sizes) > 2
+    assert max(sizes.values()) <= 16e6
+    first = GatheredRows(part, ROLLOUT_FIELDS)
+    cache.gather(first)  # makes the index
+    read_bytes, content = [], type(cache.folder).read_bytes
+    monkeypatch.setattr(type(cache.folder), "read_bytes", lambda path: read_bytes.append(path) or content(path))
+    again = GatheredRows(part, ROLLOUT_FIELDS)
+    cache.gather(again)
+    pd.testing.assert_frame_equal(again.frame(), first.frame())
+    assert len(again.frame()) == 10_000
+    holding = [path for path in read_bytes if path in sizes]
+    held = sum(sizes[path] for path in holding)
+    assert sum(path.stat().st_size for path in read_bytes) <= 1.2 * held < 0.8 * sum(sizes.values())
+    for path in cache.folder.glob("*.index"):
+        path.unlink()
+    rebuilt = GatheredRows(part, ROLLOUT_FIELDS)
+    cache.gather(rebuilt)
+    pd.testing.assert_frame_equal(rebuilt.frame(), first.frame())
+    assert len(list(cache.folder.glob("*.index"))) == 1
+
+
+def test_a_damaged_index_is_made_again_and_one_of_parts_that_are_gone_forgets_them(cache):
+    add(cache, [row("a", 0)])
+    add(cache, [row("a", 1)])
+    assert there(cache, ("a", 0), ("a", 1)) == {("a", 0), ("a", 1)}
+    (index,) = cache.folder.glob("*.index")
+    index.write_bytes(damaged(index.read_bytes(), 99))
+    assert there(cache, ("a", 0), ("a", 1)) == {("a", 0), ("a", 1)}
+    parts.part_files(cache.folder)[0].unlink()
+    assert len(there(cache, ("a", 0), ("a", 1))) == 1
+    add(cache, [row("a", 0), row("a", 1)])
+    assert there(cache, ("a", 0), ("a", 1)) == {("a", 0), ("a", 1)}
+
+
+# The writer
+
+
+def test_what_was_handed_over_is_written_when_drawing_fails_or_is_interrupted(cache):
+    for number, error in enumerate((KeyboardInterrupt(), RuntimeError("no"))):
+
+        def draw(number=number, error=error):
+            with PartWriter(cache.folder) as writer:
+                for rollout in range(9):
+                    writer.put(lambda rollout=rollout: pa.Table.from_pylist([row(str(number), rollout)], cache.schema))
+                raise error
+
+        with pytest.raises(type(error)):
+            draw()
+        assert len(there(cache, *[(str(number), rollout) for rollout in range(9)])) == 9
+
+
+def test_an_error_of_the_writer_ends_the_work_and_is_raised(cache, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parts.pq, "write_table", full)
+    monkeypatch.setattr(parts, "MAX_PART_BYTES", 1)
+    handed = []
+
+    def draw():
+        with PartWriter(cache.folder) as writer:
+            for rollout in range(1000):
+                handed.append(rollout)
+                writer.put(lambda: pa.Table.from_pylist([row("a", 0)], cache.schema))
+                time.sleep(0.001)
+
+    with pytest.raises(OSError, match="No space left"):
+        draw()
+    assert len(handed) < 1000
+    with pytest.raises(OSError, match="No space left"), PartWriter(cache.folder) as writer:
+        writer.put(lambda: pa.Table.from_pylist([row("a", 0)], cache.schema))
+    assert not partials(cache.folder)
 
 
 def damaged(good: bytes, place: int) -> bytes:
@@ -158,39 +317,38 @@ def test_no_flipped_bit_of_a_part_passes_unseen(tmp_path, caplog, kind):
     if kind == "scores":
         measured = {name: rows[0][name] for name in MEASURED}
         rows = [{"row_key": "a", "rollout": i, "step_scores": [0.5 * i, 1.0], **measured} for i in range(40)]
-    cache.add(rows)
+    add(cache, rows)
+    pairs = [("a", number) for number in range(40)]
     (part,) = cache.folder.glob("*.parquet")
     good = part.read_bytes()
     for place in np.random.default_rng(0).choice(8 * len(good), 200, replace=False).tolist():
         part.write_bytes(damaged(good, place))
         caplog.clear()
-        assert cache.present() == set()
+        assert there(cache, *pairs) == set()
         assert part.name in caplog.text
         (aside,) = cache.folder.glob("*.damaged")
         assert aside.read_bytes() == damaged(good, place)
         assert not part.exists()
     part.write_bytes(good)
-    assert len(cache.read(wanted(*[("a", i) for i in range(40)]))) == 40
+    assert len(read(cache, *pairs)) == 40
 
 
 @pytest.mark.parametrize("damage", [lambda good: b"", lambda good: b"not parquet", lambda good: good[: len(good) // 2]])
 def test_a_part_that_is_not_whole_is_set_aside_and_the_others_are_read(cache, caplog, damage):
-    cache.add([row("a", 0)])
+    add(cache, [row("a", 0)])
     (part,) = cache.folder.glob("*.parquet")
-    cache.add([row("a", 1)])
+    add(cache, [row("a", 1)])
     part.write_bytes(damage(part.read_bytes()))
-    with pytest.raises(RunError, match="1 rollouts are missing"):
-        cache.read(wanted(("a", 0), ("a", 1)))
+    assert there(cache, ("a", 0), ("a", 1)) == {("a", 1)}
     assert part.name in caplog.text
-    assert cache.missing(wanted(("a", 0), ("a", 1))) == {"a": [0]}
 
 
 def test_partial_and_foreign_files_are_not_read(cache):
-    cache.add([row("a", 0)])
+    add(cache, [row("a", 0)])
     (cache.folder / ".123.parquet.0.partial").write_bytes(b"half")
     (cache.folder / ".456.parquet").write_bytes(b"half")
     (cache.folder / "older.parquet").write_bytes(b"of an earlier version")
-    assert cache.present() == {("a", 0)}
+    assert there(cache, ("a", 0)) == {("a", 0)}
     assert (cache.folder / "older.parquet").is_file()
 
 
@@ -206,20 +364,33 @@ def test_a_cache_that_cannot_be_made_is_a_usage_error(tmp_path):
 def test_rollouts_are_written_with_their_columns_in_order(tmp_path):
     table = pd.DataFrame({name: ["x", None] for name in reversed([*ROLLOUT_COLUMNS, "seconds"])})
     write_rollouts(tmp_path, table)
-    read = pd.read_parquet(tmp_path / ROLLOUTS)
-    assert list(read.columns) == ROLLOUT_COLUMNS
-    assert read["prediction"].isna().tolist() == [False, True]
+    table = pd.read_parquet(tmp_path / ROLLOUTS)
+    assert list(table.columns) == ROLLOUT_COLUMNS
+    assert table["prediction"].isna().tolist() == [False, True]
 
 
-def test_latents_of_rows_with_fewer_steps_end_in_zeros(tmp_path):
-    latents = [np.full((steps, 4), steps, dtype=np.float32) for steps in (2, 3, 0)]
-    write_latents(tmp_path, latents)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_latents_are_kept_in_the_order_of_the_table_and_in_their_dtype(tmp_path, dtype):
+    pairs = [("b", 0), ("b", 1), ("a", 0), ("a", 1)]
+    latents = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    with LatentsFile(tmp_path / LATENTS, wanted(*pairs), (3, 5), dtype) as file:
+        file.put(pairs[2:], latents[2:])
+        file.put([pairs[1]], latents[1:2])
+        assert not (tmp_path / LATENTS).exists()
     tensors = load_file(tmp_path / LATENTS)
     assert list(tensors) == ["latents_RTD"]
-    latents_RTD = tensors["latents_RTD"]
-    assert latents_RTD.dtype == np.float32
-    assert latents_RTD[..., 0].tolist() == [[2, 2, 0], [3, 3, 3], [0, 0, 0]]
-    assert (latents_RTD == latents_RTD[..., :1]).all()
+    assert tensors["latents_RTD"].dtype == latents.dtype
+    assert not tensors["latents_RTD"][0].any()
+    assert torch.equal(tensors["latents_RTD"][1:], latents[1:])
+    assert torch.equal(KeptLatents(tmp_path, 4).rows(1, 2), latents[1:3])
+    with pytest.raises(UsageError, match="4 rows, but 5"):
+        KeptLatents(tmp_path, 5)
+
+
+def test_an_error_leaves_no_latents_behind(tmp_path):
+    with pytest.raises(RuntimeError), LatentsFile(tmp_path / LATENTS, wanted(("a", 0)), (1, 2), "float32"):
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
 
 
 def metrics_table(run_id="r0", ns=(1, 2)):

@@ -226,40 +226,32 @@ def test_likelihood_of_hand_worked_cases(predictions, logprobs, right):
 # Diversity
 
 
-def plain_diversity(latents_NTD):
-    count, steps, _ = latents_NTD.shape
-    total = 0.0
-    for step in range(steps):
-        for i, j in combinations(range(count), 2):
-            a, b = latents_NTD[i, step], latents_NTD[j, step]
-            norms = np.linalg.norm(a) * np.linalg.norm(b)
-            total += 1 - (a @ b / norms if norms else 0.0)
-    return total / (steps * count * (count - 1) / 2)
+def plain_dissimilarity(latents_NTD):
+    """1 - cosine with each earlier row's latent of the same step, summed."""
+    units = latents_NTD / np.linalg.norm(latents_NTD, axis=-1, keepdims=True)
+    return np.array([[sum(1 - a @ b for b in column[:i]) for column in units.swapaxes(0, 1) for a in [column[i]]]
+                     for i in range(len(units))])  # fmt: skip
 
 
 @quick
 @given(count=st.integers(2, 6), steps=st.integers(1, 4), width=st.integers(1, 5), seed=st.integers(0, 99))
-def test_diversity_equals_a_double_loop(count, steps, width, seed):
+def test_diversity_is_the_mean_over_pairs_and_steps(count, steps, width, seed):
     latents = np.random.default_rng(seed).normal(size=(count, steps, width))
-    assert stats.diversity(latents) == pytest.approx(plain_diversity(latents), abs=1e-12)
+    units = latents / np.linalg.norm(latents, axis=-1, keepdims=True)
+    pairs = [1 - (units[i] * units[j]).sum(-1) for i, j in combinations(range(count), 2)]
+    assert stats.diversity(plain_dissimilarity(latents)) == pytest.approx(np.mean(pairs), abs=1e-12)
 
 
-def test_a_zero_vector_is_at_right_angles_to_everything():
-    latents = np.random.default_rng(0).normal(size=(4, 3, 5))
-    latents[1, 2] = latents[0, 2] = 0
-    assert stats.diversity(latents) == pytest.approx(plain_diversity(latents))
+def test_diversity_counts_the_steps_that_all_rollouts_have():
+    values = np.array([[0.0, 0.0, 0.0], [0.5, 1.0, np.nan], [1.0, np.nan, np.nan]])
+    assert stats.diversity(values) == pytest.approx(0.5)
+    assert stats.diversity(values[:2]) == pytest.approx(0.75)
 
 
-def test_identical_rollouts_have_no_diversity_at_any_scale():
-    latents = np.random.default_rng(0).normal(size=(1, 3, 64)).astype(np.float32)
-    assert 0 <= stats.diversity(np.repeat(latents, 8, axis=0)) < 1e-12
-    assert stats.diversity(np.concatenate([latents, 100 * latents])) == pytest.approx(0, abs=1e-12)
+def test_diversity_is_never_negative():
+    assert stats.diversity(np.full((3, 2), -1e-16)) == 0
 
 
-def test_opposite_rollouts_have_diversity_two():
-    assert stats.diversity(np.array([[[1.0, 2.0]], [[-1.0, -2.0]]])) == pytest.approx(2)
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 4), (3, 0, 4)])
-def test_one_rollout_or_no_latents_have_no_figure_for_diversity(shape):
-    assert stats.diversity(np.ones(shape)) is None
+@pytest.mark.parametrize("values", [np.zeros((1, 3)), np.zeros((3, 0)), np.full((2, 3), np.nan)])
+def test_one_rollout_or_no_latents_have_no_figure_for_diversity(values):
+    assert stats.diversity(values) is None

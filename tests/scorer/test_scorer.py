@@ -8,19 +8,27 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
 from refusal import check, check_refused
+from safetensors.numpy import load_file
 
+from latent_tts.engine.diversity import DirectionSums
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
-from latent_tts.pipeline.scores import score_rollouts
+from latent_tts.pipeline import drawing
+from latent_tts.pipeline.drawing import score_kept
+from latent_tts.pipeline.scores import open_scores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import EngineSettings
+from latent_tts.results.cache import SCORE_FIELDS
+from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import read_metrics
 from latent_tts.scorer.auto import auto
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
+from latent_tts.search.independent import Independent
 from latent_tts.task.arith import Arith
 
 SCORED = {"best_of_n", "weighted"}
@@ -127,28 +135,35 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
     prompts = {question.id: adapter.encode(question) for question in questions}
     texts = ["### 12", "### 7", "5 ### 200", "### 3", "### 4", "### 1234"]
     answer_tokens = [2, 2, 3, 2, 2, 5]  # long numbers are spelt
-    latents = list(torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(1)).numpy())
+    latents = torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(1))
     engine = EngineSettings("float32", "cpu", None)
     spec: Any = SimpleNamespace(
-        adapter=adapter, questions=questions, prompts=prompts, n=3, scorer=scorer, engine=engine
+        adapter=adapter, questions=questions, prompts=prompts, n=3, scorer=scorer, engine=engine, kept=3, donors={}
     )
-    spec.row_key = lambda question: question.id
-    spec.wanted = lambda: pd.DataFrame([(q.id, i) for q in questions for i in range(3)], columns=["row_key", "rollout"])
+    spec.row_key, spec.search = lambda question: question.id, Independent()
     answer_ids = [adapter.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-    scores = score_rollouts(spec, tmp_path / "cache", answer_ids, latents)
-    assert scores.scored_now == 6
+    places = [(q.id, i) for q in questions for i in range(3)]
+    rows = pd.DataFrame(places, columns=["row_key", "rollout"]).assign(latent_steps=6, answer_ids=answer_ids)
+    cache, offsets = open_scores(spec, tmp_path / "cache"), score_positions(spec, rows)
+    gathered = GatheredRows(rows[["row_key", "rollout"]], SCORE_FIELDS)
+
+    def read_latents(batch):
+        found = [places.index((job.row_key, number)) for job in batch for number in job.rollouts]
+        return latents[found], torch.full((len(found),), 6)
+
+    score_kept(spec, cache, gathered.missing(), offsets, read_latents)
+    cache.gather(gathered)
+    scores = reduce_scores(spec, gathered, offsets, 6)
     assert scores.prefills == ([1, 1] if positions == "correct" else [2, 2])
     model = scorer.load(device="cpu", dtype="float32")
     for row, tokens in enumerate(answer_tokens):
         longest = max(answer_tokens[:3] if row < 3 else answer_tokens[3:])
         shift = longest - tokens if positions == "official" else 0
         prompt = prompts[questions[row // 3].id]
-        vectors = torch.cat([model.backbone.wte(torch.tensor(prompt)), torch.tensor(latents[row])])
+        vectors = torch.cat([model.backbone.wte(torch.tensor(prompt)), latents[row]])
         places = shift + torch.arange(len(vectors))
         hidden = model.backbone(inputs_embeds=vectors[None], position_ids=places[None]).last_hidden_state[0]
         assert model.classifier(hidden[len(prompt) :]).sum().item() == pytest.approx(scores.score[row], abs=1e-4)
-    again = score_rollouts(spec, tmp_path / "cache", answer_ids, latents)
-    assert again.scored_now == 0
 
 
 def test_the_head_stays_in_float32_under_bfloat16(latent_rm):
@@ -210,6 +225,52 @@ def test_auto_takes_a_shipped_latent_rm_alone():
     assert isinstance(auto("shipped:some_rm", 0, None, "correct"), NoScorer)
 
 
+# Latents are not in the cache
+
+
+def latents_of(result):
+    return load_file(result.last.parent / "latents.safetensors")["latents_RTD"]
+
+
+@pytest.mark.parametrize("sampler", ["gaussian", "dropout"])
+def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, latent_rm, sampler):
+    line = [f"sampler={sampler}", "scorer=latent_rm", f"scorer.checkpoint={latent_rm}"]
+    whole = run(*line, "keep_latents=true", "paths.cache=other", "engine.rows=5")
+    first, drawn = run(f"sampler={sampler}", "scorer=none"), tables(whole)
+    later = run(*line, "keep_latents=true")
+    assert "24 rollouts are thought again for scores, answers stay: at most" in later.err
+    rollouts, _, record = tables(later)
+    assert record["rollouts"] == {"total": 24, "drawn_now": 0, "scored_now": 24}
+    np.testing.assert_allclose(rollouts["score"], drawn[0]["score"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(latents_of(later), latents_of(whole), rtol=0, atol=1e-4)
+    answers = ["answer_text", "answer_logprob", "correct"]
+    pd.testing.assert_frame_equal(rollouts[answers], tables(first)[0][answers])
+    # scores that are there stay when latents are made again
+    again = run(*line, "keep_latents=true")
+    assert "24 rollouts are thought again for latents.safetensors" in again.err
+    pd.testing.assert_frame_equal(tables(again)[0], rollouts)
+
+
+def test_each_n_of_a_sweep_gives_the_diversity_that_it_gives_alone(run, monkeypatch):
+    monkeypatch.setattr(drawing, "_directions", DirectionSums())
+    alone = [run(f"n={n}", f"paths.cache=alone{n}", "sampler=gaussian", "scorer=none") for n in (2, 3, 6)]
+    for number, n in enumerate((2, 3, 6)):
+        if n == 6:  # as another process would
+            monkeypatch.setattr(drawing, "_directions", DirectionSums())
+        grown = run(f"n={n}", "sampler=gaussian", "scorer=none", "engine.rows=7")
+        assert ("18 rollouts are thought again for their distance" in grown.err) == (n == 6)
+        found, expected = (value(tables(each)[1], "diversity", n=n) for each in (grown, alone[number]))
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_rollouts_and_their_scores_are_one_part(scored, tmp_path):
+    scored("sampler=gaussian")
+    (part,) = (tmp_path / "cache").rglob("*.parquet")
+    table = pq.read_table(part)
+    assert "latents" not in table.column_names
+    assert table["scoring_step_scores"].null_count == 0
+
+
 # Rescoring
 
 
@@ -248,7 +309,7 @@ def test_rescoring_refuses_what_has_no_latents_or_no_scorer(run, ltts, latent_rm
     check(ltts("rescore", source, "scorer=none"), "scorer=none", "scorer.checkpoint")
     check(ltts("rescore"), "RUN is missing")
     shutil.rmtree(tmp_path / "cache")
-    check(rescore(ltts, source, latent_rm), "neither in the cache", "latents.safetensors", "keep_latents=true")
+    check(rescore(ltts, source, latent_rm), "not in the cache", "latents.safetensors", "keep_latents=true")
     config_json = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps(config_json | {"embd_pdrop": 0.3}))
     line = "rescore", f"run={source}", "scorer=latent_rm", f"scorer.checkpoint={latent_rm}"

@@ -89,7 +89,7 @@ def test_the_search_equals_one_by_hand(family, sampler, diverse, reduce):
         by_hand = ByHand(family, sampler, plan, prompts[question], ids[question], beam, reduce).search()
         for place, wanted in enumerate(by_hand):
             row = question * beam.beams + place
-            torch.testing.assert_close(found.latents_RTD[row], wanted.latents_TD.float(), rtol=0, atol=1e-6)
+            torch.testing.assert_close(found.latents_RTD[row], wanted.latents_TD, rtol=0, atol=1e-6)
             assert found.answer_ids[row] == wanted.answer_ids
 
 

@@ -138,7 +138,7 @@ def test_a_process_that_does_not_start_is_an_error_that_says_why(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
         RunError,
-        match="cannot start the process that grades answers: ModuleNotFoundError: No module named 'no_such_module'",
+        match="cannot start the process for guarded_not: ModuleNotFoundError: No module named 'no_such_module'",
     ):
         Guard("guarded_not").call("upper", "a", otherwise=None)
 

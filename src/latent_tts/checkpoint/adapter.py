@@ -30,7 +30,7 @@ class CheckpointAdapter:
 
     Attributes:
         name: what tables call the model.
-        checkpoint: folder, `shipped:NAME` or hub id.
+        checkpoint: folder, `shipped:NAME`, `gguf:FILE` or hub id.
         latents: T, the number of latent thoughts.
         recommended: `sigma` and `rate` that suit it, and `answer_tokens` where answers are long; the samplers'
             configs and `max_answer_tokens` take them as defaults.
@@ -244,16 +244,20 @@ class CheckpointAdapter:
         Raises:
             UsageError: a word is not in a word-level vocabulary.
         """
-        return [*self.text_ids(question), self.start_id]
+        return [*self.text_ids(question, question.text + self.question_end), self.start_id]
 
-    def text_ids(self, question: Question) -> list[int]:
-        """Token ids of the question and the recipe's ending; raises as `encode` does."""
-        encoding = self.tokenizer.encode(question.text + self.question_end)
+    def text_ids(self, question: Question, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a question's text, with or without the special tokens that the tokenizer adds around a text.
+
+        Raises:
+            UsageError: a word is not in a word-level vocabulary.
+        """
+        encoding = self.tokenizer.encode(text, add_special_tokens=special)
         unknown = self._unknown_id
         if unknown is not None and unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(unknown)]
             raise UsageError(
-                f"question {question.id}: the word {question.text[start:end]!r} is not in the vocabulary of "
+                f"question {question.id}: the word {text[start:end]!r} is not in the vocabulary of "
                 f"model={self.name}\na word-level model reads only the words of its own task; "
                 "use a checkpoint with a subword tokenizer"
             )

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latent_tts.checkpoint import gguf
 from latent_tts.errors import UsageError, bad_value, is_whole
 
 if TYPE_CHECKING:
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 
 MODEL_KEY = "model.checkpoint"  # the config key that errors name, unless a caller says another
 SHIPPED_PREFIX = "shipped:"
-WANTED_FILES = ["*.json", "*.safetensors"]
+WANTED_FILES = ["*.json", "*.safetensors", "*.jinja"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.bin")
 ADAPTER = "adapter_config.json"  # of PEFT
+CHAT_TEMPLATE = "chat_template.jinja"
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_*")
 # the tensors that tell the families apart; a checkpoint with none of them is COCONUT's, a plain causal LM
 FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "prj.": "PCCoT", "classifier.": "LatentRM"}
@@ -76,7 +78,8 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
     """The local folder of a checkpoint.
 
     Args:
-        checkpoint: a folder, `shipped:NAME` for one inside the package, or a hub id such as `owner/name`.
+        checkpoint: a folder, `shipped:NAME` for one inside the package, `gguf:FILE` for a GGUF file, or a hub id such
+            as `owner/name`.
         revision: a commit or tag of the hub id.
         key: the config key that errors name.
 
@@ -90,6 +93,8 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
             shipped = sorted(p.name for p in folder.parent.iterdir() if p.is_dir() and p.name[0] not in "._")
             raise bad_value(key, checkpoint, f"no such built-in checkpoint; one of {', '.join(shipped)}")
         return folder
+    if checkpoint.startswith(gguf.PREFIX):
+        return gguf.converted(Path(checkpoint.removeprefix(gguf.PREFIX)).expanduser(), key)
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
@@ -393,6 +398,24 @@ def _special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: 
         "generation_config.json": ids_of(optional("generation_config.json")),
         "tokenizer_config.json": [] if of_tokenizer is None else [of_tokenizer],
     }
+
+
+def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
+    """A checkpoint's Jinja template of chats (None if it has none), and the special tokens that it may name."""
+    config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    tokens = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        token = config.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            tokens[name] = text
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8"), tokens
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None, tokens
 
 
 def check_vocabulary(

@@ -53,9 +53,9 @@ def main(cfg: DictConfig) -> None:
         tables = make_tables(spec, rollouts, settings)
         seconds = time.perf_counter() - started
         assert rollouts.scores is not None
-        write_scores(folder, tables.rollouts, rollouts.scores.rows["step_scores"].tolist())
+        write_scores(folder, tables.rollouts, rollouts.scores.step_scores())
         write_run_folder(
-            folder, spec, rollouts, tables, settings, seconds=seconds, keep_latents=False, rescored=str(source),
+            folder, spec, rollouts, tables, settings, seconds=seconds, rescored=str(source),
             cache=str(rollouts.cache.folder.resolve()),
         )  # fmt: skip
     if not in_sweep():

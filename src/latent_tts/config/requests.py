@@ -142,7 +142,7 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
         "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task._target_",
         "cache", "sampler._target_", "budget", "scorer._target_", "scorer.checkpoint", "scorer.latents", "paths",
         "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "search._target_",
-        "schedule._target_",
+        "schedule._target_", "schedule.verify",
     }  # fmt: skip
     return changed_keys(cfg, own_columns | aggregators)
 

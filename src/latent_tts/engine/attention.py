@@ -78,10 +78,18 @@ class SharedPrefixCache:
         if self.used + tokens > self.capacity:
             raise ValueError(f"{self.used} slots and {tokens} more exceed the capacity of {self.capacity}")
         if first_valid_R is not None:
-            if self.valid_RC is None:
-                rows = first_valid_R.shape[0]
-                self.valid_RC = torch.ones(rows, self.capacity, dtype=torch.bool, device=first_valid_R.device)
-            self.valid_RC[:, self.used] = first_valid_R
+            self._validity(first_valid_R)[:, self.used] = first_valid_R
+
+    def blank(self, first_R: Tensor) -> None:
+        """Mark each row's slots from its own first one on as holding nothing."""
+        slots = torch.arange(self.used, device=first_R.device)
+        self._validity(first_R)[:, : self.used] &= slots < first_R[:, None]
+
+    def _validity(self, like_R: Tensor) -> Tensor:
+        """`valid_RC`, made if all slots held something until now."""
+        if self.valid_RC is None:
+            self.valid_RC = torch.ones(like_R.shape[0], self.capacity, dtype=torch.bool, device=like_R.device)
+        return self.valid_RC
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> Piece:
         """Add keys and values (R, H, S, K) to a layer's suffixes; returns all of them so far."""

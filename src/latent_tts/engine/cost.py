@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from latent_tts.checkpoint.files import common_sizes
+from latent_tts.types import Int64
 
 Count = Any  # a number, or an array of one a rollout
 
@@ -74,11 +75,11 @@ class Shape:
         attended = tokens * context + tokens * (tokens + 1) / 2
         return self.layers * (2.0 * tokens * self.block_weights + 4.0 * attended * self.attention)
 
-    def prompt_flops(self, prompt: int) -> Count:
+    def prompt_flops(self, prompt: Count) -> Count:
         """Operations of one prefill."""
         return self.pass_flops(prompt, 0)
 
-    def repeated_flops(self, prompt: int, passes: Sequence[tuple[int, int]]) -> Count:
+    def repeated_flops(self, prompt: Count, passes: Sequence[tuple[int, int]]) -> Count:
         """Operations of what a schedule runs again: (latents, latents before them) of each pass."""
         return sum(self.pass_flops(tokens, prompt + before) for tokens, before in passes)
 
@@ -86,7 +87,7 @@ class Shape:
         """Operations of the LM head at `tokens` positions."""
         return 2.0 * self.width * self.vocabulary * tokens
 
-    def scoring_flops(self, prompt: int, latents: Count) -> Count:
+    def scoring_flops(self, prompt: Count, latents: Count) -> Count:
         """Operations of scoring one rollout beyond the shared prefill: the latents, and one output at each."""
         return self.pass_flops(latents, prompt) + 2.0 * self.width * latents
 
@@ -111,11 +112,11 @@ class Shape:
         written = self.cache_bytes(sum(prompts_Q), item)
         return Work(copies * sum(map(self.prompt_flops, prompts_Q)), self.block_bytes(item) + copies * written)
 
-    def scoring_work(self, prompts_Q: Sequence[int], steps_R: Sequence[int], item: int) -> list[Work]:
+    def scoring_work(self, prompts_Q: Sequence[int], steps_R: Int64, item: int) -> list[Work]:
         """The prompts, then the latents of all rows (question-major) in one pass."""
-        rollouts = len(steps_R) // len(prompts_Q)
-        flops = sum(self.scoring_flops(prompts_Q[row // rollouts], steps) for row, steps in enumerate(steps_R))
-        read = self.block_bytes(item) + self.cache_bytes(sum(prompts_Q) + sum(steps_R), item)
+        prompts_R = np.repeat(prompts_Q, len(steps_R) // len(prompts_Q))
+        read = self.block_bytes(item) + self.cache_bytes(sum(prompts_Q) + int(steps_R.sum()), item)
+        flops = float(self.scoring_flops(prompts_R, steps_R).sum())
         return [self.prefill_work(prompts_Q, 1, item), Work(flops, read)]
 
 
@@ -164,7 +165,7 @@ class RolloutCost:
         """
         return 0.0 if self.own_prompt else self.shape.pass_flops(prompt - self.own_last, 0)
 
-    def thinking(self, prompt: int, steps: Count) -> Count:
+    def thinking(self, prompt: Count, steps: Count) -> Count:
         """Operations of one rollout beyond them, if it ends with its last latent, which is made but not run.
 
         Args:
@@ -173,7 +174,7 @@ class RolloutCost:
         """
         return self.shape.pass_flops(np.maximum(steps - 1, 0), prompt) + self._beside(prompt, steps)
 
-    def rollout(self, prompt: int, steps: Count, answer: Count) -> Count:
+    def rollout(self, prompt: Count, steps: Count, answer: Count) -> Count:
         """The same with its answer.
 
         Args:
@@ -188,7 +189,7 @@ class RolloutCost:
         """How often a rollout looks whether to stop."""
         return np.minimum(steps + 1, self.latents) * self.looks_for_stop
 
-    def _beside(self, prompt: int, steps: Count) -> Count:
+    def _beside(self, prompt: Count, steps: Count) -> Count:
         shape = self.shape
         own = shape.prompt_flops(prompt) if self.own_prompt else shape.pass_flops(self.own_last, prompt - self.own_last)
         return own + shape.repeated_flops(prompt, self.repeated) + shape.head_flops(self.checks(steps))
@@ -208,9 +209,9 @@ class BatchCost:
 
     passes: RolloutCost
     item: int
-    prompts_Q: Sequence[int]
-    steps_R: Sequence[int]
-    answers_R: Sequence[int] | None
+    prompts_Q: Int64
+    steps_R: Int64
+    answers_R: Int64 | None
 
     def work(self) -> list[Work]:
         """Prefill, thoughts and answers. In each, every pass reads the weights once for all rows.
@@ -219,7 +220,7 @@ class BatchCost:
         it. Activations, embeddings and logits are left out: they can stay in a cache.
         """
         shape, own_prompt = self.passes.shape, self.passes.own_prompt
-        shared_Q = [prompt - self.passes.own_last for prompt in self.prompts_Q]
+        shared_Q = (self.prompts_Q - self.passes.own_last).tolist()
         stretches = [shape.prefill_work(shared_Q, self._rollouts if own_prompt else 1, self.item), self._thoughts()]
         return stretches if self.answers_R is None else [*stretches, self._answers(self.answers_R)]
 
@@ -227,44 +228,34 @@ class BatchCost:
     def _rollouts(self) -> int:
         return len(self.steps_R) // len(self.prompts_Q)
 
-    def _prompts_R(self) -> list[int]:
-        return [prompt for prompt in self.prompts_Q for _ in range(self._rollouts)]
+    def _prompts_R(self) -> Int64:
+        return self.prompts_Q.repeat(self._rollouts)
 
     def _read(self, tokens: float) -> float:
-        return self.passes.shape.cache_bytes(1, self.item) * tokens
-
-    def _prefix(self) -> float:
-        """Bytes of all prompts' keys and values, as one pass reads them."""
-        prompts = self._prompts_R() if self.passes.own_prompt else self.prompts_Q
-        return self._read(sum(prompts) - len(prompts) * self.passes.own_last)
+        return self.passes.shape.cache_bytes(1, self.item) * float(tokens)
 
     def _thoughts(self) -> Work:
         passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
-        flops = sum(
-            passes.thinking(prompt, steps) - (shape.prompt_flops(prompt) if passes.own_prompt else 0.0)
-            for steps, prompt in zip(self.steps_R, self._prompts_R(), strict=True)
-        )
-        fed_R = [max(steps - 1, 0) + own for steps in self.steps_R]
-        suffixes = sum(fed * (fed + 1) / 2 for fed in fed_R)
-        suffixes += len(self.steps_R) * sum(before + tokens + own for tokens, before in passes.repeated)
-        read = (max(fed_R) + len(passes.repeated)) * (shape.block_bytes(self.item) + self._prefix())
-        heads = max(passes.checks(steps) for steps in self.steps_R) * shape.head_bytes(self.item)
-        return Work(flops, read + self._read(suffixes) + heads)
+        prompts_R = self._prompts_R()
+        flops_R = passes.thinking(prompts_R, self.steps_R) - passes.own_prompt * shape.prompt_flops(prompts_R)
+        fed_R = np.maximum(self.steps_R - 1, 0) + own
+        suffixes = (fed_R * (fed_R + 1) / 2).sum()
+        suffixes += len(fed_R) * sum(before + tokens + own for tokens, before in passes.repeated)
+        prompts = prompts_R if passes.own_prompt else self.prompts_Q
+        prefix = self._read((prompts - own).sum())  # as one pass reads it
+        read = (int(fed_R.max()) + len(passes.repeated)) * (shape.block_bytes(self.item) + prefix)
+        heads = int(passes.checks(self.steps_R).max()) * shape.head_bytes(self.item)
+        return Work(float(flops_R.sum()), read + self._read(suffixes) + heads)
 
-    def _answers(self, answers_R: Sequence[int]) -> Work:
+    def _answers(self, answers_R: Int64) -> Work:
         passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
-        flops, suffixes, prefixes = 0.0, 0.0, 0.0
-        rows = zip(self._prompts_R(), self.steps_R, answers_R, strict=True)
-        for prompt, steps, answer in rows:
-            flops += passes.rollout(prompt, steps, answer) - passes.thinking(prompt, steps)
-            first = own + steps + passes.forced
-            suffixes += (2 * first + answer) * (answer + 1) / 2
-            prefixes += passes.own_prompt * (answer + 1) * prompt
-        if not passes.own_prompt:  # read as long as one of its rollouts goes on
-            n = self._rollouts
-            longest_Q = (max(answers_R[place * n : (place + 1) * n]) for place in range(len(self.prompts_Q)))
-            prefixes = sum(
-                (longest + 1) * (prompt - own) for longest, prompt in zip(longest_Q, self.prompts_Q, strict=True)
-            )
-        weights = (max(answers_R) + 1) * shape.weight_bytes(self.item)
-        return Work(flops, weights + self._read(prefixes + suffixes))
+        prompts_R = self._prompts_R()
+        flops_R = passes.rollout(prompts_R, self.steps_R, answers_R) - passes.thinking(prompts_R, self.steps_R)
+        first_R = own + self.steps_R + passes.forced
+        suffixes = ((2 * first_R + answers_R) * (answers_R + 1) / 2).sum()
+        if passes.own_prompt:
+            prefixes = ((answers_R + 1) * prompts_R).sum()
+        else:  # read as long as one of its rollouts goes on
+            prefixes = ((answers_R.reshape(-1, self._rollouts).max(1) + 1) * (self.prompts_Q - own)).sum()
+        weights = (int(answers_R.max()) + 1) * shape.weight_bytes(self.item)
+        return Work(float(flops_R.sum()), weights + self._read(prefixes + suffixes))

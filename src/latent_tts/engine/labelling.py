@@ -110,7 +110,7 @@ def label_batch(
             rows = rows[~settled]
             labels_RT[rows, step - 1] = _completed(jobs, state, rows, step, labelling)
             done += len(rows) * labelling.completions
-    latents_QNTD = rollouts.latents_RTD.numpy().reshape(len(jobs), n, engine.plan.latents, engine.width)
+    latents_QNTD = rollouts.latents_RTD.float().cpu().numpy().reshape(len(jobs), n, engine.plan.latents, engine.width)
     labels_QNT, steps_QN = labels_RT.reshape(len(jobs), n, -1), steps_R.reshape(-1, n)
     end_ids, eos_id = engine.plan.thinking_end_ids, engine.plan.eos_id
     assert eos_id is not None, "labels are of finished answers"

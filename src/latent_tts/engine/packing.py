@@ -29,7 +29,7 @@ class RolloutJob:
     row_key: str
     question_id: str
     prompt: list[int]
-    rollouts: list[int]
+    rollouts: Sequence[int]
     donor: list[int] | None = None
     position_offset: int = 0
 

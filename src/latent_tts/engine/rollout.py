@@ -9,6 +9,7 @@ pass makes h_1. The LM head runs only where a token is chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -24,7 +25,8 @@ from latent_tts.engine.sites import SiteHooks
 from latent_tts.engine.state import State, open_state
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
-from latent_tts.schedule import Schedule
+from latent_tts.sampler.greedy import Greedy
+from latent_tts.schedule import DRAFTED, Counts, Schedule
 from latent_tts.schedule.sequential import Sequential
 from latent_tts.types import Forward, Reasoner
 
@@ -70,7 +72,8 @@ class Rollouts:
     """R finished rollouts, question-major.
 
     Attributes:
-        latents_RTD: the vectors fed back, float32 on the CPU; zeros from a row's own number of steps on.
+        latents_RTD: the vectors fed back, where they were made and as they were; zeros from a row's own number of steps
+            on. Everything else is on the CPU.
         steps_R: how many latents each row has.
         answer_ids: per row, the ids after the end of thinking, a final eos dropped; all empty if none was decoded.
         answer_logprob_R: summed log-probability of the answer's tokens, its eos included and forced ones left out: the
@@ -78,6 +81,7 @@ class Rollouts:
             answer was decoded.
         answer_margin_R: smallest gap between the two highest logits of an answer position; NaN if none was decoded.
         stopped_R: whether the row ended by eos (otherwise by the token limit).
+        sweeps_R, commits_R, conflicts_R: what the schedule counted, see `schedule.Counts`.
     """
 
     latents_RTD: Tensor
@@ -86,6 +90,9 @@ class Rollouts:
     answer_logprob_R: Tensor
     answer_margin_R: Tensor
     stopped_R: Tensor
+    sweeps_R: Tensor
+    commits_R: Tensor
+    conflicts_R: Tensor
 
 
 class Engine:
@@ -127,9 +134,29 @@ class Engine:
             The R rollouts.
         """
         draw.donor_RTD = donor_RTD
+        drafts_RTD = self._drafts(prompts, draw, sampler)
         with SiteHooks(self.lm, sampler) as hooks:
-            rollouts = RolloutState.start(self, prompts, draw, hooks).make_latents()
+            rollouts = RolloutState.start(self, prompts, draw, hooks)
+            rollouts.drafts_RTD = drafts_RTD
+            rollouts.make_latents()
             return rollouts.decode_answers() if answers else rollouts.without_answers()
+
+    def _drafts(self, prompts: list[list[int]], draw: Draw, sampler: Sampler) -> Tensor | None:
+        """What the schedule's guesses are made of, where that is other rollouts of the questions: their latents."""
+        guess = self.plan.schedule.first_guess
+        if guess not in DRAFTED:
+            return None
+        rollouts = draw.rollouts_R.shape[0] // len(prompts)
+        first = torch.arange(0, draw.rollouts_R.shape[0], rollouts, device=draw.rollouts_R.device)
+        own = draw.rows(first)
+        if draw.donor_RTD is not None:
+            own.donor_RTD = draw.donor_RTD[first]
+        source = Greedy() if guess == "greedy" else sampler
+        sequential = copy(self)
+        sequential.plan = replace(self.plan, schedule=SEQUENTIAL)
+        with SiteHooks(self.lm, source) as hooks:
+            made_QTD = RolloutState.start(sequential, prompts, own, hooks).make_latents().latents_RTD
+        return made_QTD.repeat_interleave(rollouts, 0)
 
 
 class RolloutState:
@@ -149,6 +176,8 @@ class RolloutState:
         step: how many latents have been made (by the rows that still think).
         thinking_R: rows that have not stopped by the token; None for a fixed T.
         steps_R: latents of each row.
+        counts: what the schedule has counted so far.
+        drafts_RTD: latents that guesses are made of, where the schedule's are.
     """
 
     def __init__(
@@ -167,6 +196,8 @@ class RolloutState:
         """Take what `start` or `fork` has prepared; `own_last` says whether the last prompt token is each row's own."""
         self.engine, self.draw, self.latents_RTD, self.steps_R = engine, draw, latents_RTD, steps_R
         self.step, self.thinking_R = step, thinking_R
+        self.counts = Counts(*(torch.zeros_like(steps_R) for _ in range(3)))
+        self.drafts_RTD: Tensor | None = None
         self._plan, self._lm, self._hooks, self._state = engine.plan, engine.lm, hooks, state
         self._embed: Callable[[Tensor], Tensor] = self._lm.get_input_embeddings()
         self._own_last = own_last
@@ -263,6 +294,11 @@ class RolloutState:
         """Whether a row still lacks latents."""
         return self.step < self._plan.latents and (self.thinking_R is None or bool(self.thinking_R.any()))
 
+    @property
+    def first_is_free(self) -> bool:
+        """Whether the prompt's pass made the first latent."""
+        return not self._own_last
+
     def make_latents(self) -> RolloutState:
         """Make all latents that are still missing; returns itself."""
         self._plan.schedule.run(self)
@@ -287,34 +323,59 @@ class RolloutState:
         return self.latents_RTD[:, step]
 
     def guess(self, start: int, stop: int, what: str) -> None:
-        """Put a guess in the place of latents start..stop-1: `zero`, or `token`, the embedding of `<|latent|>`."""
-        self.latents_RTD[:, start:stop] = 0
+        """Put a guess in the place of latents start..stop-1. See `LatentSequence.guess`."""
         if what == "token":
             latent_id = torch.tensor(self._plan.latent_id, device=self.latents_RTD.device)
             self.latents_RTD[:, start:stop] = self._embed(latent_id)
+        elif what == "zero":
+            self.latents_RTD[:, start:stop] = 0
+        else:
+            assert self.drafts_RTD is not None
+            own_noise = what == "greedy" and not self._hooks.sampler.needs_spread
+            for step in range(start, stop):
+                draft_RD = self.drafts_RTD[:, step]
+                self.latents_RTD[:, step] = (
+                    self._hooks.sampler.latent(draft_RD, self.draw, step) if own_noise else draft_RD
+                )
 
-    def recompute(self, first: int, start: int, stop: int) -> None:
-        """Make latents start..stop-1 anew, those below `first` excepted, in one pass over what makes first..stop-1."""
+    def compute(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Make latents first..stop-1 from those before them as they are now. See `LatentSequence.compute`."""
         steps = range(first or int(not self._own_last), stop)  # the prompt's pass may have made h_1
-        hidden_RSD = None
+        hidden_RSD = self._hidden_RD[:, None] if self._hidden_RD is not None and first == 0 else None
         if steps:
             inputs = [self.latents_RTD[:, max(steps[0] - 1, 0) : stop - 1]]
             if steps[0] == 0:
                 assert self._pending_RSD is not None
                 inputs.insert(0, self._pending_RSD)
             self._state.rewind(steps[0] - (not self._own_last))
-            hidden_RSD = self._run(torch.cat(inputs, 1), [Forward("thoughts", step, 1) for step in steps])
-        for step in range(max(first, start), stop):
-            hidden_RD = self._hidden_RD if hidden_RSD is None or step < steps[0] else hidden_RSD[:, step - steps[0]]
-            assert hidden_RD is not None
-            self.latents_RTD[:, step] = self._latent_after(hidden_RD, step)
+            run_RSD = self._run(torch.cat(inputs, 1), [Forward("thoughts", step, 1) for step in steps])
+            hidden_RSD = run_RSD if steps[0] == first else torch.cat([cast(Tensor, hidden_RSD), run_RSD], 1)
+        assert hidden_RSD is not None
+        made = [self._latent_after(hidden_RSD[:, step - first], step) for step in range(first, stop)]
+        if self._plan.stop_id is None:
+            return torch.stack(made, 1), None
+        stops_RS = choose(self.engine.head, hidden_RSD.flatten(0, 1)).token_R.view(len(hidden_RSD), -1)
+        return torch.stack(made, 1), stops_RS == self._plan.stop_id
 
     def commit(self, first: int) -> None:
-        """All latents are made; what would make those from `first` on, and the last one, is run before the answer."""
+        """All latents are made. See `LatentSequence.commit`."""
         self.step = self._plan.latents
         self._state.rewind(first - (not self._own_last))
         self._pending_RSD = self.latents_RTD[:, first - 1 :]
         self._pending_steps = range(first, self._plan.latents)
+
+    def commit_until(self, steps_R: Tensor) -> None:
+        """Rows have as many latents as `steps_R` says. See `LatentSequence.commit_until`."""
+        if self._plan.stop_id is None:
+            return self.commit(self.total)
+        self.steps_R = steps_R
+        # as one after another, where a last pass finds the stop of the longest rows
+        self.step = min(int(steps_R.max()) + 1, self._plan.latents)
+        self.thinking_R = steps_R >= self.step
+        self.latents_RTD *= (torch.arange(self.total, device=steps_R.device) < steps_R[:, None])[..., None]
+        self._state.rewind(self.step - 1 + self._own_last)
+        self._state.blank(steps_R + self._own_last)
+        self._pending_RSD = self.latents_RTD[:, self.step - 1, None]
 
     # --- answers
 
@@ -371,8 +432,12 @@ class RolloutState:
         return self._finished(ids, logprob_R.cpu(), margin_R.cpu(), stopped_R.cpu())
 
     def _finished(self, ids: list[list[int]], logprob_R: Tensor, margin_R: Tensor, stopped_R: Tensor) -> Rollouts:
-        latents_RTD, steps_R = self.latents_RTD.float().cpu(), self.steps_R.cpu()
-        return Rollouts(latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R)
+        steps_R = self.steps_R.cpu()
+        counts = Counts.of_steps(steps_R) if self._plan.schedule.stepwise else self.counts
+        return Rollouts(
+            self.latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
+            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(),
+        )  # fmt: skip
 
     def _drop_finished(
         self, token: Tensor, here: Tensor, alive: Tensor, left_Q: list[int]

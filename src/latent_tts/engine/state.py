@@ -1,4 +1,4 @@
-"""What rows of sequences have in memory, behind four operations: prefill, append, rewind, fork.
+"""What rows of sequences have in memory, behind five operations: prefill, append, rewind, blank, fork.
 
 The latent loop and the scorer know these operations alone (`State`). There are two ways behind them: shared-prefix
 attention (`KeyValueState`), and transformers' own attention and cache (`transformers_state.py`) for models that the
@@ -57,6 +57,10 @@ class State(Protocol):
 
     def rewind(self, used: int) -> None:
         """Forget all slots from `used` on."""
+        ...
+
+    def blank(self, first_R: Tensor) -> None:
+        """Let each row's slots from its own first one on hold nothing; they stay used."""
         ...
 
     def fork(self, rows: Tensor) -> State:
@@ -163,6 +167,10 @@ class KeyValueState:
     def rewind(self, used: int) -> None:
         """Forget all slots from `used` on."""
         self._cache.rewind(used)
+
+    def blank(self, first_R: Tensor) -> None:
+        """Let each row's slots from its own first one on hold nothing; they stay used."""
+        self._cache.blank(first_R)
 
     def fork(self, rows: Tensor) -> KeyValueState:
         """A state of its own that continues some rows; this one stays as it is. See `State.fork`.

@@ -104,6 +104,20 @@ class TransformersState:
                 group.cache.crop(-forgotten)
         self.used = used
 
+    def blank(self, first_R: Tensor) -> None:
+        """Let each row's slots from its own first one on hold nothing; they stay used."""
+        groups = []
+        for group in self._groups:
+            own = first_R[group.rows].clamp(max=self.used)
+            for first in own.unique().tolist():
+                part = group.select((own == first).nonzero()[:, 0])
+                forgotten = sum(part.holds[first:])
+                part.holds = [*part.holds[:first], *[False] * (self.used - first)]
+                if forgotten:
+                    part.cache.crop(-forgotten)
+                groups.append(part)
+        self._groups = groups
+
     def fork(self, rows: Tensor) -> TransformersState:
         """A state of its own that continues some rows; this one stays as it is. See `State.fork`."""
         _, counts = (rows // self.rollouts).unique_consecutive(return_counts=True)

@@ -1,22 +1,41 @@
 """Explicit chain of thought, the baseline of every latent reasoner: no latents, the steps are written as tokens.
 
-The prompt is the question and a newline. Everything after it (one step per line, then `### answer`) is decoded as
-answer tokens, so `answer.temperature` samples whole chains, and costs include all written tokens.
+Everything after the prompt (the steps, then the answer) is decoded as answer tokens, so `answer.temperature` samples
+whole chains, and costs include all written tokens. With `prompt=plain` the prompt is the question and a newline, and a
+chain ends in `### answer`. Instruct models take their own chat template, or one that the user writes.
 
 Source: the `cot` mode of facebookresearch/coconut (`dataset.py`), with its format.
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from functools import cached_property
 
+from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value
+from latent_tts.text.template import TemplateError, names_question, rendered
 from latent_tts.types import Question, Reasoner
 
+PLAIN, CHAT = "plain", "chat"
+SHOWN = 60  # characters of a template that an error quotes
+MARKER = re.compile(r"#{3,}")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+BOXED = "\\boxed{"
 
+
+@dataclass(frozen=True)
 class Cot(CheckpointAdapter):
-    """Adapter of any causal LM of transformers that writes its steps and then `### answer`. `latents` is 0."""
+    """Adapter of any causal LM of transformers that writes its steps and then an answer. `latents` is 0.
+
+    Attributes:
+        prompt: `plain` (the question and a newline), `chat` (the checkpoint's chat template), or a Jinja template with
+            `{{question}}`.
+    """
+
+    prompt: str = PLAIN
 
     family = "COCONUT"  # the same files: a plain causal LM and its tokenizer
     question_end = "\n"
@@ -25,14 +44,42 @@ class Cot(CheckpointAdapter):
         super().__post_init__()
         if self.latents != 0:
             raise bad_value("model.latents", self.latents, "must be 0: an explicit chain of thought has no latents")
+        known = isinstance(self.prompt, str) and (self.prompt in (PLAIN, CHAT) or names_question(self.prompt))
+        if not known:
+            raise self._bad_prompt("must be plain, chat, or a Jinja template with {{question}}")
 
     @property
     def prompt_recipe(self) -> str:
-        """A text that identifies how prompts are made."""
-        return "{question}\\n"
+        """A text that identifies how prompts are made: the template, where there is one."""
+        return "{question}\\n" if self.prompt == PLAIN else f"{self.prompt}\n{self._tokens}\n{self._template}"
 
     def check_tokens(self) -> None:
-        """Check nothing: prompts contain no special tokens."""
+        """Check that there is a template if the prompt needs one: the tokens are any tokenizer's.
+
+        Raises:
+            UsageError: the checkpoint has no chat template.
+        """
+        if self.prompt != PLAIN:
+            _ = self._template
+
+    @cached_property
+    def _template(self) -> str:
+        if self.prompt != CHAT:
+            return self.prompt
+        template, _ = files.chat_template(self.folder)
+        if template is None:
+            raise self._bad_prompt(
+                f"{self.checkpoint} has no chat template; give one, as in model.prompt=\"'Question: {{{{question}}}}'\""
+            )
+        return template
+
+    @cached_property
+    def _tokens(self) -> dict[str, str]:
+        return files.chat_template(self.folder)[1]
+
+    def _bad_prompt(self, why: str) -> UsageError:
+        text = str(self.prompt)
+        return bad_value("model.prompt", repr(text[:SHOWN])[1:-1] + "..." * (len(text) > SHOWN), why)
 
     @cached_property
     def thinking_end_ids(self) -> list[int]:
@@ -40,20 +87,46 @@ class Cot(CheckpointAdapter):
         return []
 
     def encode(self, question: Question) -> list[int]:
-        """Token ids of the question and a newline.
+        """Token ids of the prompt.
 
         Raises:
-            UsageError: a word is not in a word-level vocabulary, or the text has no tokens.
+            UsageError: a word is not in a word-level vocabulary, the text has no tokens, or the template fails.
         """
-        ids = self.text_ids(question)
+        if self.prompt == PLAIN:
+            ids = self.text_ids(question, question.text + self.question_end)
+        else:
+            try:
+                text = rendered(self._template, question.text, self._tokens)
+            except TemplateError as error:
+                raise self._bad_prompt(f"question {question.id} cannot be written: {error}") from error
+            ids = self.text_ids(question, text, special=self.prompt != CHAT)  # a chat template writes them itself
         if not ids:
             raise UsageError(f"question {question.id}: its text has no tokens in the vocabulary of model={self.name}")
         return ids
 
     def answer_span(self, answer_text: str) -> str | None:
-        """The text after the last `#`; None if the chain contains no `#`."""
-        _, sign, answer = answer_text.rpartition("#")
-        return answer.strip() if sign else None
+        """The text after the last `#`; None if a plain chain contains no `#`.
+
+        Instruct models end in many ways: for them it is what the last box of LaTeX holds, or the last line.
+        """
+        if self.prompt == PLAIN:
+            _, sign, answer = answer_text.rpartition("#")
+            return answer.strip() if sign else None
+        end = self._end_of_chain(answer_text)
+        boxed = _last_boxed(end)
+        lines = [line.strip() for line in end.splitlines() if line.strip()]
+        return boxed if boxed is not None else lines[-1] if lines else None
+
+    def raw_answer(self, answer_text: str) -> str | None:
+        """The number in that text; for instruct models the last one, without commas, wherever it stands."""
+        if self.prompt == PLAIN:
+            return self.answer_span(answer_text)
+        numbers = NUMBER.findall(self._end_of_chain(answer_text)) or NUMBER.findall(answer_text)
+        return numbers[-1].replace(",", "") if numbers else None
+
+    def _end_of_chain(self, answer_text: str) -> str:
+        """The text after the last `###`; all of it if there is none."""
+        return MARKER.split(answer_text)[-1]
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""
@@ -61,3 +134,16 @@ class Cot(CheckpointAdapter):
 
         lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
         return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)
+
+
+def _last_boxed(text: str) -> str | None:
+    """What the last whole box of LaTeX in a text holds; None if there is none."""
+    start = text.rfind(BOXED)
+    if start < 0:
+        return None
+    depth, begin = 1, start + len(BOXED)
+    for place in range(begin, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[begin:place]
+    return None

@@ -149,4 +149,4 @@ def rollout_plan(
     )  # fmt: skip
     if schedule is None or schedule.stepwise:
         return plan
-    return replace(plan, schedule=schedule, latent_id=adapter.latent_id)
+    return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.first_guess == "token" else None)

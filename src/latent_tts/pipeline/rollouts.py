@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
+from latent_tts.errors import RunError
 from latent_tts.pipeline.keys import latents_key, rollout_key
-from latent_tts.pipeline.scores import Scores, score_rollouts
+from latent_tts.pipeline.scores import Scores, open_scores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results.cache import MEASURED_SUMS, RolloutCache, unpack_latents
+from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, SCORE_FIELDS, RolloutCache, ScoreCache
 from latent_tts.results.files import settings_digest
-from latent_tts.types import COMPUTATIONS, Computation
+from latent_tts.results.parts import GatheredRows
+from latent_tts.results.run_folder import LatentsFile
+from latent_tts.types import COMPUTATIONS, Computation, Float32
+
+log = logging.getLogger(__name__)
+KeyOf: TypeAlias = Callable[[RunSpec, Computation], Mapping[str, Any]]
 
 ANSWER_COLUMNS = ["answer_ids", "answer_logprob", "answer_margin", "stop_reason"]
 
@@ -25,8 +32,9 @@ class RunRollouts:
     """The rollouts of a run.
 
     Attributes:
-        rows: as the cache has them, in the order of `RunSpec.wanted`.
-        latents: of each rollout, (steps, D).
+        rows: as the cache has them, in the order of `RunSpec.wanted`; equal answers are one object.
+        dissimilarity_RT: per latent the dissimilarities with the rollouts before, see `cache.ROLLOUT_FIELDS`; NaN
+            where a rollout has none.
         scores: None without a scorer.
         cache: where they are kept.
         drawn_now: how many the cache did not have.
@@ -34,7 +42,7 @@ class RunRollouts:
     """
 
     rows: pd.DataFrame
-    latents: list[np.ndarray]
+    dissimilarity_RT: Float32
     scores: Scores | None
     cache: RolloutCache
     drawn_now: int
@@ -56,28 +64,155 @@ class Winners:
     decoded_now: int
 
 
-def draw_rollouts(spec: RunSpec) -> RunRollouts:
-    """Draw and score what the cache lacks, then read everything.
+def draw_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
+    """Draw and score what the cache lacks, and read the rest.
+
+    Args:
+        spec: the run.
+        latents: where to write the latents of all rollouts; None to keep none.
 
     Raises:
         RunError: a failure while drawing or scoring; what was computed stays in the cache.
     """
     if spec.decode == "winners":
-        return decode_winners(spec, think_rollouts(spec))
-    return read_rollouts(spec, *fill_cache(spec, rollout_key, spec.wanted()))
+        return decode_winners(spec, think_rollouts(spec, latents))
+    return gather_rollouts(spec, rollout_key, spec.wanted(), latents=latents)
 
 
-def think_rollouts(spec: RunSpec) -> RunRollouts:
+def think_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     """The same without answers: latents and their scores."""
-    return read_rollouts(spec, *fill_cache(spec, latents_key, spec.wanted(), answers=False))
+    return gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
 
 
-def read_rollouts(spec: RunSpec, cache: RolloutCache, drawn_now: int) -> RunRollouts:
-    """Read the rollouts of a run from a cache that has all of them, and score what has no scores yet."""
-    rows = cache.read(spec.wanted())
-    latents = unpack_latents(rows["latents"], spec.shape.width)
-    scores = None if spec.scorer is None else score_rollouts(spec, cache.folder, rows["answer_ids"], latents)
-    return RunRollouts(rows, latents, scores, cache, drawn_now)
+def gather_rollouts(
+    spec: RunSpec,
+    key_of: KeyOf,
+    wanted: pd.DataFrame,
+    *,
+    answers: bool = True,
+    scored: bool = True,
+    dissimilarity: Mapping[tuple[str, int], np.ndarray] | None = None,
+    latents: Path | None = None,
+) -> RunRollouts:
+    """Some rollouts of a run, those that the cache has and the others drawn now, scored where there is a scorer.
+
+    A model is loaded only if something is missing. How it is computed is part of the key, and known once it is loaded;
+    an entry that has everything serves whichever way its rollouts were computed: it was right for them.
+
+    Args:
+        spec: the run.
+        key_of: what determines the rollouts.
+        wanted: which ones (columns `row_key`, `rollout`), those of a question side by side.
+        answers: whether to decode the answers.
+        scored: whether the run's scorer is asked.
+        dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is known.
+        latents: where to write the latents of all of them; None to keep none.
+
+    Raises:
+        RunError: a failure while drawing or scoring; what was computed stays in the cache.
+    """
+    found: dict[Path, CachedRollouts] = {}
+    for cache in entries(spec, key_of):
+        if spec.refresh:
+            cache.discard(wanted)
+        found[cache.folder] = CachedRollouts.read(spec, cache, wanted, scored=scored)
+        if found[cache.folder].complete:
+            break
+    else:
+        from latent_tts.pipeline.drawing import load
+
+        cache = RolloutCache(spec.cache, key_of(spec, load(spec).computation), about(spec))
+    cached = found.get(cache.folder) or CachedRollouts.read(spec, cache, wanted, scored=scored)
+    cached.log_found()
+    if latents is None:
+        return cached.complete_with(spec, None, answers=answers, dissimilarity=dissimilarity)
+    with LatentsFile(latents, wanted, (spec.adapter.latents, spec.shape.width), spec.engine.dtype) as kept:
+        return cached.complete_with(spec, kept, answers=answers, dissimilarity=dissimilarity)
+
+
+@dataclass
+class CachedRollouts:
+    """What a cache entry has of some rollouts and of their scores.
+
+    Attributes:
+        cache: the entry.
+        rows: the rollouts.
+        score_cache: of their scores; None without a scorer.
+        scores: the scores.
+    """
+
+    cache: RolloutCache
+    rows: GatheredRows
+    score_cache: ScoreCache | None
+    scores: GatheredRows
+
+    @classmethod
+    def read(cls, spec: RunSpec, cache: RolloutCache, wanted: pd.DataFrame, *, scored: bool) -> CachedRollouts:
+        """Read what is there."""
+        score_cache = open_scores(spec, cache.folder) if scored and spec.scorer is not None else None
+        rows, scores = GatheredRows(wanted, ROLLOUT_FIELDS), GatheredRows(wanted, SCORE_FIELDS)
+        self = cls(cache, rows, score_cache, scores)
+        self._read()
+        return self
+
+    def _read(self) -> None:
+        if self.score_cache is None:
+            self.cache.gather(self.rows)
+            return
+        self.cache.gather(self.rows, self.scores, self.score_cache.folder.name)
+        self.score_cache.gather(self.scores)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rollout is there."""
+        return self.rows.missing().empty
+
+    def log_found(self) -> None:
+        """Say what is there."""
+        told = [(self.rows, f"in the cache {self.cache.folder}")]
+        if self.score_cache is not None:
+            told.append((self.scores, f"scored in the cache {self.score_cache.folder}"))
+        for rows, where in told:
+            there = len(rows.wanted) - len(rows.missing())
+            if there:
+                log.info("%d of %d rollouts are %s", there, len(rows.wanted), where)
+
+    def complete_with(
+        self,
+        spec: RunSpec,
+        kept: LatentsFile | None,
+        *,
+        answers: bool,
+        dissimilarity: Mapping[tuple[str, int], np.ndarray] | None,
+    ) -> RunRollouts:
+        """Draw and score what is missing; see `gather_rollouts`."""
+        scorer = spec.scorer if self.score_cache is not None else None
+        lacking, unscored = self.rows.missing(), len(self.scores.missing())
+        if len(lacking):
+            from latent_tts.pipeline.drawing import draw
+
+            at_once = scorer is not None and scorer.positions == "correct"  # official ones need all answers first
+            draw(spec, self.cache, lacking, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept)
+            self._read()
+        if len(gone := self.rows.missing()):
+            where = f"the cache {self.cache.folder}; re-run the command to draw them"
+            raise RunError(f"{len(gone)} rollouts are missing from {where}")
+        rows = self.rows.frame()
+        offsets = {} if scorer is None else score_positions(spec, rows)
+        to_score = self.scores.missing() if scorer is not None else lacking.iloc[:0]
+        to_keep = self.rows.wanted.drop(lacking.index) if kept is not None else lacking.iloc[:0]
+        if len(to_score) or len(to_keep):
+            from latent_tts.pipeline.drawing import think_again
+
+            think_again(spec, self.score_cache, to_score, offsets, to_keep, kept)
+            self._read()
+        return RunRollouts(
+            rows=rows,
+            dissimilarity_RT=self.rows.padded("dissimilarity"),
+            scores=None if scorer is None else reduce_scores(spec, self.scores, offsets, unscored),
+            cache=self.cache,
+            drawn_now=lacking["row_key"].nunique() * spec.n if spec.search.guided else len(lacking),
+        )
 
 
 def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
@@ -92,55 +227,24 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
     picks = {budget: score_QN[:, :budget].argmax(1) for budget in spec.budget.reported(n)}
     places = np.unique(np.concatenate([np.arange(len(score_QN)) * n + pick for pick in picks.values()]))
     chosen = wanted.iloc[places].reset_index(drop=True)
-    whole, decoded_now = fill_cache(spec, rollout_key, chosen)
-    decoded, rows = whole.read(chosen), thought.rows.copy()
+    known = thought.dissimilarity_RT[places], thought.rows["latent_steps"].to_numpy()[places]
+    dissimilarity = {
+        (key, number): row[:steps]
+        for key, number, row, steps in zip(chosen["row_key"], chosen["rollout"], *known, strict=True)
+    }
+    whole = gather_rollouts(spec, rollout_key, chosen, scored=False, dissimilarity=dissimilarity)
+    rows = thought.rows
     for column in ANSWER_COLUMNS:
         values = rows[column].astype(object).tolist()
-        for place, value in zip(places, decoded[column], strict=True):
+        for place, value in zip(places, whole.rows[column], strict=True):
             values[place] = value
         rows[column] = pd.Series(values, dtype=object).astype(rows[column].dtype)
-    decoding = decoded[list(MEASURED_SUMS)].set_axis(places).reindex(range(len(rows)))
-    thought.rows, thought.winners = rows, Winners(picks, decoding, decoded_now)
+    decoding = whole.rows[list(MEASURED_SUMS)].set_axis(places).reindex(range(len(rows)))
+    thought.winners = Winners(picks, decoding, whole.drawn_now)
     return thought
 
 
-def fill_cache(
-    spec: RunSpec,
-    key_of: Callable[[RunSpec, Computation], Mapping[str, Any]],
-    wanted: pd.DataFrame,
-    *,
-    answers: bool = True,
-) -> tuple[RolloutCache, int]:
-    """Draw the rollouts that the cache lacks. A model is loaded only if something is missing.
-
-    How a model is computed is part of the key, and known once it is loaded. An entry that has everything serves
-    whichever way its rollouts were computed: it was right for them.
-
-    Args:
-        spec: the run.
-        key_of: what determines the rollouts.
-        wanted: columns `row_key`, `rollout`.
-        answers: whether to decode the answers.
-
-    Returns:
-        The cache entry that has them, and how many were drawn.
-    """
-    lacking: dict[Path, dict[str, list[int]]] = {}
-    for cache in entries(spec, key_of):
-        if spec.refresh:
-            cache.discard(wanted)
-        lacking[cache.folder] = cache.missing(wanted)
-        if not lacking[cache.folder]:
-            return cache, 0
-    from latent_tts.pipeline.drawing import draw, load
-
-    cache = RolloutCache(spec.cache, key_of(spec, load(spec).computation), about(spec))
-    return cache, draw(spec, cache, lacking.get(cache.folder) or cache.missing(wanted), answers=answers)
-
-
-def entries(
-    spec: RunSpec, key_of: Callable[[RunSpec, Computation], Mapping[str, Any]] = rollout_key
-) -> Iterator[RolloutCache]:
+def entries(spec: RunSpec, key_of: KeyOf = rollout_key) -> Iterator[RolloutCache]:
     """The cache entries of a run's rollouts that are there, one per way to compute them."""
     for computation in COMPUTATIONS:
         key = key_of(spec, computation)

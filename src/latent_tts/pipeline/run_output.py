@@ -13,6 +13,7 @@ from latent_tts.pipeline import environment
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.spec import COMPUTATION, RunSpec
 from latent_tts.pipeline.tables import RunTables
+from latent_tts.pipeline.verification import VERIFICATION, Verification, write_verification
 from latent_tts.results import plot
 from latent_tts.results.run_folder import (
     FIGURE,
@@ -21,7 +22,6 @@ from latent_tts.results.run_folder import (
     TABLES,
     has_curve,
     write_answers,
-    write_latents,
     write_metrics,
     write_rollouts,
     write_run_json,
@@ -30,7 +30,7 @@ from latent_tts.results.run_folder import (
 
 def clear_run_folder(folder: Path) -> None:
     """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
-    for name in (RUN_JSON, *TABLES, FIGURE):
+    for name in (RUN_JSON, *TABLES, FIGURE, VERIFICATION):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -42,7 +42,7 @@ def write_run_folder(
     settings: Mapping[str, Any],
     *,
     seconds: float,
-    keep_latents: bool,
+    verification: Verification | None = None,
     **record: Any,
 ) -> None:
     """Write a run's files; `run.json` is last, since its presence means that the run is complete.
@@ -54,7 +54,7 @@ def write_run_folder(
         tables: its tables.
         settings: see `make_tables`.
         seconds: that the command has taken.
-        keep_latents: also write `latents.safetensors`.
+        verification: also write `verification.csv`.
         **record: what else `run.json` says.
     """
     write_rollouts(folder, tables.rollouts)
@@ -62,8 +62,8 @@ def write_run_folder(
     write_metrics(folder / METRICS, tables.metrics)
     if has_curve(tables.metrics):
         plot.scaling_curve(tables.metrics, folder / FIGURE)
-    if keep_latents:
-        write_latents(folder, drawn.latents)
+    if verification is not None:
+        write_verification(folder, verification)
     config, scorer = spec.config, spec.scorer
     write_run_json(
         folder,

@@ -1,8 +1,8 @@
-"""Scores of rollouts: taken from the cache, made where it lacks them, reduced to one per rollout."""
+"""Scores of rollouts: kept beside them in the cache, reduced to one per rollout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,10 @@ from latent_tts.errors import RunError
 from latent_tts.pipeline.keys import score_key
 from latent_tts.pipeline.spec import RunSpec, scorer_positions
 from latent_tts.results.cache import ScoreCache
+from latent_tts.results.parts import GatheredRows
+from latent_tts.types import Float32, Floats
+
+ROWS_AT_ONCE = 1 << 14
 
 
 @dataclass
@@ -20,63 +24,72 @@ class Scores:
     """The scores of a run's rollouts.
 
     Attributes:
-        rows: `step_scores` of each rollout and what scoring took, in the order of `RunSpec.wanted`.
+        rows: what scoring each rollout took (`cache.MEASURED`), in the order of `RunSpec.wanted`.
+        step_scores_RT: of each latent, NaN beyond a rollout's own.
         score: the score of each rollout.
         prefills: how many prompts the scorer ran for each question.
         scored_now: how many rollouts the cache had no scores of.
     """
 
     rows: pd.DataFrame
-    score: np.ndarray
+    step_scores_RT: Float32
+    score: Floats
     prefills: list[int]
     scored_now: int
 
+    def step_scores(self, rows: slice = slice(None)) -> list[Float32]:
+        """The step scores of some rollouts, each with as many as it has latents."""
+        return [row[: len(row) - np.isnan(row).sum()] for row in self.step_scores_RT[rows]]
 
-def score_rollouts(
-    spec: RunSpec, rollout_folder: Path, answer_ids: Iterable[Sequence[int]], latents: Sequence[np.ndarray]
+
+def open_scores(spec: RunSpec, rollouts: Path) -> ScoreCache:
+    """The cache of the scores that the run's scorer gives to rollouts that are there, below their folder."""
+    assert spec.scorer is not None
+    return ScoreCache(rollouts, score_key(spec.scorer, spec.engine.dtype, spec.n))
+
+
+def reduce_scores(
+    spec: RunSpec, gathered: GatheredRows, offsets: Mapping[tuple[str, int], int], scored_now: int
 ) -> Scores:
-    """Score the run's rollouts, taking from the cache what is there.
+    """The scores of rollouts from their step scores.
 
     Args:
         spec: the run, which has a scorer.
-        rollout_folder: cache folder of the rollouts; scores are kept in it.
-        answer_ids: of each rollout, in the order of `RunSpec.wanted`; official positions count their tokens.
-        latents: (steps, D) of each.
-
-    Raises:
-        RunError: a sequence is too long for the scorer, or a failure while scoring.
+        gathered: the columns `cache.SCORE_FIELDS` of all its rollouts.
+        offsets: see `score_positions`.
+        scored_now: see `Scores`.
     """
-    scorer, wanted = spec.scorer, spec.wanted()
-    assert scorer is not None
-    cache = ScoreCache(rollout_folder, score_key(scorer, spec.engine.dtype, spec.n))
-    places: list[tuple[str, int]] = list(wanted[["row_key", "rollout"]].itertuples(index=False, name=None))
-    shifts = {}
-    if scorer.positions == "official":
-        shifts = dict(zip(places, official_positions(spec, answer_ids, latents), strict=True))
-    lacking = cache.missing(wanted)
-    if lacking:
-        from latent_tts.pipeline.drawing import score
-
-        score(spec, cache, lacking, dict(zip(places, latents, strict=True)), shifts)
-    rows = cache.read(wanted)
-    step_scores = [np.asarray(steps, dtype=np.float64) for steps in rows["step_scores"]]
-    distinct = [{shifts.get((spec.row_key(q), i), 0) for i in range(spec.n)} for q in spec.questions]
-    return Scores(rows, scorer.score_rollouts(step_scores), list(map(len, distinct)), sum(map(len, lacking.values())))
+    assert spec.scorer is not None
+    rows, step_scores_RT = gathered.frame(), gathered.padded("step_scores")
+    distinct = [{offsets.get((spec.row_key(q), i), 0) for i in range(spec.n)} for q in spec.questions]
+    scores = Scores(rows, step_scores_RT, np.empty(len(rows)), list(map(len, distinct)), scored_now)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        scores.score[part] = spec.scorer.score_rollouts(scores.step_scores(part))
+    return scores
 
 
-def official_positions(spec: RunSpec, answer_ids: Iterable[Sequence[int]], latents: Sequence[np.ndarray]) -> list[int]:
-    """What `scorer.positions=official` adds to the positions of each rollout.
+def score_positions(spec: RunSpec, rows: pd.DataFrame) -> dict[tuple[str, int], int]:
+    """What `scorer.positions=official` adds to the positions of each (row key, rollout); empty for correct ones.
+
+    Args:
+        spec: the run, which has a scorer.
+        rows: `row_key`, `rollout`, `answer_ids` and `latent_steps` of all its rollouts.
 
     Raises:
         RunError: a rollout's text is too long for the scorer.
     """
-    from latent_tts.engine.official_positions import position_offsets
-
     scorer, adapter, n = spec.scorer, spec.adapter, spec.n
     assert scorer is not None
-    texts = [adapter.answer_text([int(token) for token in ids]) for ids in answer_ids]
+    if scorer.positions != "official":
+        return {}
+    from latent_tts.engine.official_positions import position_offsets
+
+    texts = [adapter.answer_text([int(token) for token in ids]) for ids in rows["answer_ids"]]
     forced = len(adapter.thinking_end_ids)
-    beyond = [len(rows) + forced + scorer.count_tokens(text) for text, rows in zip(texts, latents, strict=True)]
+    beyond = [
+        steps + forced + scorer.count_tokens(text) for text, steps in zip(texts, rows["latent_steps"], strict=True)
+    ]
     lengths = [
         [len(spec.prompts[question.id]) + tokens for tokens in beyond[place * n : (place + 1) * n]]
         for place, question in enumerate(spec.questions)
@@ -87,4 +100,5 @@ def official_positions(spec: RunSpec, answer_ids: Iterable[Sequence[int]], laten
             f"scorer.positions=official: a rollout's text has {longest} tokens, {scorer.name} takes {limit}\n"
             "scorer.positions=correct needs only the prompt and the latents"
         )
-    return [shift for row in position_offsets(lengths) for shift in row]
+    shifts = [int(shift) for row in position_offsets(lengths) for shift in row]
+    return dict(zip(rows[["row_key", "rollout"]].itertuples(index=False, name=None), shifts, strict=True))

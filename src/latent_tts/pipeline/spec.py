@@ -205,6 +205,8 @@ def check_run(request: RunRequest) -> RunSpec:
     aggregators = settle_aggregators(request, scorer)
     scorer = None if isinstance(scorer, NoScorer) else scorer
     check_search(request, schedule, scorer)
+    if schedule.verified:
+        require("answer.decode", decode, decode == "all", "all: schedule.verify compares every answer")
     reserved = reserved_positions(adapter, request.max_answer_tokens)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()

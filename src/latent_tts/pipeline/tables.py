@@ -19,9 +19,11 @@ from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
 from latent_tts.results.files import settings_digest
 from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_arrays, rollout_figures
+from latent_tts.results.run_folder import COUNT_COLUMNS
+from latent_tts.schedule import DRAFTED
 from latent_tts.task import has_gold
 from latent_tts.text.classes import shared_forms
-from latent_tts.types import Question
+from latent_tts.types import Float32, Question
 
 log = logging.getLogger(__name__)
 MAX_USELESS = 0.95  # share of answers
@@ -90,6 +92,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
             "answer_ids": answer_ids,
             "answer_tokens": [len(ids) for ids in answer_ids],
             "latent_steps": rows["latent_steps"].astype("int32"),
+            **{name: rows[name].astype("int32") for name in COUNT_COLUMNS if name in rows},
             **{name: rows[name] for name in MEASURED},
         }
     )
@@ -156,13 +159,12 @@ def _add_scores(rollouts: pd.DataFrame, scores: Scores) -> None:
 
 def all_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
     """The figures of each reported n where every rollout has an answer."""
-    groups = _groups(drawn.latents, spec.kept, spec.kept)
     return rollout_figures(
         rollouts,
         drawn=spec.kept,
         reported=spec.reported,
         aggregators=spec.aggregators,
-        diversity_Q=[statistics.diversity(_cut(group)) for group in groups],
+        diversity_Q=diversities(drawn.dissimilarity_RT, spec.kept, spec.kept),
         gflops=gflops(spec, rollouts, drawn.scores),
     )
 
@@ -177,7 +179,7 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
     figures = []
     for budget, pick_Q in drawn.winners.picks.items():
         places = np.arange(len(pick_Q)) * n + pick_Q
-        picked, groups = rollouts.iloc[places], _groups(drawn.latents, n, budget)
+        picked = rollouts.iloc[places]
         gflops_Q = []
         for question, steps_N, pick, answer in zip(
             spec.questions, steps_QN, pick_Q, picked["answer_tokens"], strict=True
@@ -193,10 +195,10 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             right = picked["correct"].where(picked["score"].notna(), other=False)
             values["accuracy", "best_of_n"] = np.array(right, dtype=np.float64)
         values["invalid_rate", ""] = np.array(picked["prediction"].isna(), dtype=np.float64)
-        diversity_Q = [statistics.diversity(_cut(group)) for group in groups]
+        diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
         if budget > 1 and all(value is not None for value in diversity_Q):
             values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)
-        values["latent_steps", ""] = np.array([sum(map(len, group)) for group in groups], dtype=np.float64)
+        values["latent_steps", ""] = steps_QN[:, :budget].sum(1).astype(np.float64)
         values["answer_tokens", ""] = picked["answer_tokens"].to_numpy(dtype=np.float64)
         values["gflops", ""] = np.array(gflops_Q)
         measured = {}
@@ -212,10 +214,15 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
     passes, begun = spec.passes, len(spec.forced_ids)
     answers_QN = rollouts["answer_tokens"].to_numpy().reshape(-1, spec.kept) - begun
     steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, spec.kept)
+    conflicts_QN = rollouts["conflicts"].to_numpy().reshape(-1, spec.kept) if "conflicts" in rollouts else None
     pairs = []
     for place, question in enumerate(spec.questions):
         prompt, steps_N = len(spec.prompts[question.id]), steps_QN[place]
         once, each = passes.once(prompt), float(passes.rollout(prompt, steps_N, answers_QN[place]).mean())
+        if spec.schedule.first_guess in DRAFTED:
+            once += float(passes.thinking(prompt, spec.adapter.latents))
+        if conflicts_QN is not None:  # with all latents before them, which is a little too many
+            each += float((conflicts_QN[place] * spec.shape.pass_flops(1, prompt + steps_N)).mean())
         if spec.kept < spec.n:  # a search: n think, those kept answer
             thinking = float(passes.thinking(prompt, steps_N).mean())
             each = thinking + (each - thinking) * spec.kept / spec.n
@@ -227,6 +234,14 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
             each += (scores.prefills[place] - 1) * head.prompt_flops(prompt) / spec.n
         pairs.append((once / 1e9, each / 1e9))
     return pairs
+
+
+def schedule_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[str]:
+    """What a schedule that does not compute one latent after another has counted, per rollout on average."""
+    if spec.schedule.stepwise or not set(COUNT_COLUMNS) <= set(rollouts.columns):
+        return []
+    counts = [f"{rollouts[name].mean():.2f} {name}" for name in COUNT_COLUMNS if rollouts[name].any()]
+    return [f"schedule={spec.schedule.name}, per rollout: {', '.join(counts)}"]
 
 
 def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,11 +276,7 @@ def questions_digest(questions: Sequence[Question]) -> str:
     return settings_digest({"questions": sorted([question.id, question.answer] for question in questions)})
 
 
-def _groups(latents: Sequence[np.ndarray], n: int, first: int) -> list[Sequence[np.ndarray]]:
-    """The latents of the first rollouts of each question, out of n of each."""
-    return [latents[start : start + first] for start in range(0, len(latents), n)]
-
-
-def _cut(group: Sequence[np.ndarray]) -> np.ndarray:
-    """Latents (N, T, D); rows of unequal steps are cut to the shortest."""
-    return np.stack([row[: min(map(len, group))] for row in group])
+def diversities(dissimilarity_RT: Float32, n: int, first: int) -> list[float | None]:
+    """The diversity of the first rollouts of each question, out of n of each."""
+    groups_QNT = dissimilarity_RT.reshape(len(dissimilarity_RT) // n, n, dissimilarity_RT.shape[1])
+    return [statistics.diversity(group[:first]) for group in groups_QNT]

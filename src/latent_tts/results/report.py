@@ -229,6 +229,11 @@ def _text(text: str, console: Console, style: str = "") -> Text:
     return Text(printable(text), style)
 
 
+def print_line(text: str) -> None:
+    """A line on stdout, control characters written out."""
+    print(printable(text))
+
+
 def percent(row: Mapping[Any, Any]) -> str:
     """A fraction in percent with its standard deviation over seeds, if it has one, and its interval."""
     spread = f" ± {100 * row['seed_sd']:.1f}" if pd.notna(row.get("seed_sd")) else ""

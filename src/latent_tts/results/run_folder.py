@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.results.files import file_digest, plain_cells, spreadsheet_cells, whole_file
+from latent_tts.results.parts import runs_of
+from latent_tts.types import Float32
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
 ANSWERS, SCORES, FIGURE = "answers.jsonl", "scores.parquet", "scaling.png"
 TABLES = (METRICS, ROLLOUTS, ANSWERS, LATENTS, SCORES)
+SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 ROLLOUT_COLUMNS = [
     "question_index",
@@ -35,6 +42,7 @@ ROLLOUT_COLUMNS = [
     "answer_tokens",
     "latent_steps",
 ]
+COUNT_COLUMNS = ["sweeps", "commits", "conflicts"]  # of the schedule; absent in older run folders
 METRIC_COLUMNS = [
     "run_id",
     "model",
@@ -77,7 +85,8 @@ SEED_COLUMNS = ["seeds", "seed_sd"]  # beside the others in a table of means ove
 def write_rollouts(folder: Path, rollouts: pd.DataFrame) -> None:
     """Write `rollouts.parquet`."""
     with whole_file(folder / ROLLOUTS) as path:
-        rollouts[ROLLOUT_COLUMNS].to_parquet(path, index=False)
+        columns = [*ROLLOUT_COLUMNS, *(name for name in COUNT_COLUMNS if name in rollouts)]
+        rollouts[columns].to_parquet(path, index=False)
 
 
 def read_rollouts(folder: Path) -> pd.DataFrame:
@@ -87,7 +96,9 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
         UsageError: it is missing, damaged or of another run.
     """
     try:
-        columns = [name for name in ROLLOUT_COLUMNS if name != "question_index"]  # which early runs do not have
+        there = pq.read_schema(folder / ROLLOUTS).names
+        own = [name for name in ROLLOUT_COLUMNS if name != "question_index"]  # which early runs do not have
+        columns = [*own, *(name for name in COUNT_COLUMNS if name in there)]
         rollouts = pd.read_parquet(folder / ROLLOUTS, columns=columns)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
@@ -101,39 +112,83 @@ def write_answers(folder: Path, answers: Sequence[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
 
 
-def write_latents(folder: Path, latents: list[np.ndarray]) -> None:
-    """Write `latents.safetensors`: one tensor `latents_RTD`; rows with fewer steps end in zeros."""
-    from safetensors.numpy import save_file
+class LatentsFile:
+    """`latents.safetensors` in the making: one tensor `latents_RTD`, whose rows come in any order.
 
-    steps = max(len(row) for row in latents)
-    latents_RTD = np.zeros((len(latents), steps, latents[0].shape[1]), dtype=np.float32)
-    for index, row in enumerate(latents):
-        latents_RTD[index, : len(row)] = row
-    with whole_file(folder / LATENTS) as path:
-        save_file({"latents_RTD": latents_RTD}, path)
+    It is there under its name once the block ends well; rows with fewer steps end in zeros.
+    """
+
+    def __init__(self, path: Path, wanted: pd.DataFrame, shape_TD: tuple[int, int], dtype: str) -> None:
+        """Begin a file.
+
+        Args:
+            path: of the file.
+            wanted: its rows (columns `row_key`, `rollout`), those of a question side by side.
+            shape_TD: T and D.
+            dtype: `float32`, `bfloat16` or `float16`.
+        """
+        self._shape, self._dtype = (len(wanted), *shape_TD), dtype
+        self._first: dict[str, int] = {}  # by row key: the row of rollout 0
+        row = 0
+        for key, numbers in runs_of(wanted):
+            self._first.setdefault(key, row - numbers.start)
+            row += len(numbers)
+        self._file = whole_file(path)
+
+    def __enter__(self) -> LatentsFile:
+        number = np.dtype(f"<{'u2' if self._dtype != 'float32' else 'f4'}")
+        size = int(np.prod(self._shape)) * number.itemsize
+        about = {"dtype": SAFETENSORS_DTYPES[self._dtype], "shape": self._shape, "data_offsets": [0, size]}
+        header = json.dumps({"latents_RTD": about}).encode()
+        header += b" " * (-len(header) % 8)
+        path = self._file.__enter__()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        with path.open("r+b") as file:
+            file.truncate(8 + len(header) + size)
+        self._latents_RTD: Any = np.zeros(self._shape, dtype=number)
+        if size:
+            self._latents_RTD = np.memmap(path, number, "r+", 8 + len(header), self._shape)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        del self._latents_RTD
+        self._file.__exit__(*error)
+
+    def put(self, places: Sequence[tuple[str, int]], latents_RTD: Tensor) -> None:
+        """Write the latents (on the CPU, in the file's dtype) of some rollouts, each a (row key, rollout)."""
+        import torch
+
+        rows = [self._first[key] + number for key, number in places]
+        bits_RTD = latents_RTD if self._dtype == "float32" else latents_RTD.view(torch.uint16)
+        self._latents_RTD[rows] = bits_RTD.numpy()
 
 
-def read_latents(folder: Path, steps: Iterable[int]) -> list[np.ndarray]:
-    """The latents (steps, D) of each row of a run folder, from its `latents.safetensors`.
+class KeptLatents:
+    """The latents of a run folder, read as they are asked for.
 
     Raises:
         UsageError: the file is damaged or of another run, or has another number of rows.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
 
-    counts = list(steps)
-    try:
-        latents_RTD = load_file(folder / LATENTS)["latents_RTD"]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UsageError(f"{folder / LATENTS}: cannot be read ({error})") from error
-    check_file(folder, LATENTS)
-    if len(latents_RTD) != len(counts):
-        raise UsageError(f"{folder / LATENTS}: {len(latents_RTD)} rows, but {len(counts)} in {ROLLOUTS}")
-    return [row[:count] for row, count in zip(latents_RTD, counts, strict=True)]
+    def __init__(self, folder: Path, rows: int) -> None:
+        """Open `latents.safetensors`, which should have so many rows."""
+        from safetensors import SafetensorError, safe_open
+
+        path = folder / LATENTS
+        try:
+            self._latents_RTD = safe_open(path, framework="pt").get_slice("latents_RTD")
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UsageError(f"{path}: cannot be read ({error})") from error
+        check_file(folder, LATENTS)
+        if (found := self._latents_RTD.get_shape()[0]) != rows:
+            raise UsageError(f"{path}: {found} rows, but {rows} in {ROLLOUTS}")
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """The latents (count, T, D) of some rows."""
+        return self._latents_RTD[first : first + count]
 
 
-def write_scores(folder: Path, rollouts: pd.DataFrame, step_scores: Sequence[Sequence[float]]) -> None:
+def write_scores(folder: Path, rollouts: pd.DataFrame, step_scores: Sequence[Float32]) -> None:
     """Write `scores.parquet`: each rollout's score and the step scores behind it."""
     table = rollouts[["question_id", "rollout", "score"]].assign(step_scores=pd.Series(list(step_scores)))
     with whole_file(folder / SCORES) as path:
@@ -199,7 +254,8 @@ def name_weights_once(metrics: pd.DataFrame) -> pd.DataFrame:
     """A table in which the checkpoint and scorer of equal weights have one path, since folders are moved and copied."""
     known = metrics[metrics["weights_digest"] != ""]
     names = known.groupby(["model", "weights_digest"])[["checkpoint", "scorer"]].transform("first")
-    return metrics.assign(**names.reindex(metrics.index).fillna(metrics[names.columns]))
+    named = names.reindex(metrics.index).fillna(metrics[names.columns])
+    return metrics.assign(checkpoint=named["checkpoint"], scorer=named["scorer"])
 
 
 def digest_label(column: str, digest: str) -> str:

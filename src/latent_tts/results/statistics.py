@@ -310,20 +310,21 @@ def best_temperature(rollouts: RolloutArrays, grid: Sequence[float] = TEMPERATUR
 # Latents
 
 
-def diversity(latents_NTD: NDArray[np.floating]) -> float | None:
+def diversity(dissimilarity_NT: Floats) -> float | None:
     """Mean pairwise cosine dissimilarity of one question's latent thoughts, averaged over steps; None for one rollout.
+
+    Args:
+        dissimilarity_NT: 1 - cosine with the latent of the same step of each rollout before, summed; NaN at steps that
+            a rollout does not have. Steps count that all rollouts have.
 
     Source: You et al. (arXiv 2510.07745), section 5: 1 - cos, over pairs of rollouts, mean over steps.
     """
-    count = latents_NTD.shape[0]
-    if count < 2 or latents_NTD.shape[1] == 0:
+    count = len(dissimilarity_NT)
+    shared_NT = dissimilarity_NT[:, ~np.isnan(dissimilarity_NT).any(0)]
+    if count < 2 or shared_NT.shape[1] == 0:
         return None
-    latents = latents_NTD.astype(np.float64)
-    norms = np.linalg.norm(latents, axis=-1, keepdims=True)
-    units = np.divide(latents, norms, out=np.zeros_like(latents), where=norms > 0)
-    # sum over pairs of u_i . u_j, from |sum u|^2
-    cosine_T = (np.square(units.sum(0)).sum(-1) - np.square(units).sum((0, 2))) / (count * (count - 1))
-    return max(0.0, float(1.0 - cosine_T.mean()))  # equal latents differ by rounding alone
+    pairs = count * (count - 1) / 2
+    return max(0.0, float(shared_NT.sum(0, dtype=np.float64).mean() / pairs))  # equal latents differ by rounding alone
 
 
 # Intervals

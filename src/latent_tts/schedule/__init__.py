@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from latent_tts.errors import bad_value, is_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +38,36 @@ class LatentModel(Protocol):
         ...
 
 
+@dataclass
+class Counts:
+    """What a schedule counts per row (int64, R).
+
+    Attributes:
+        sweeps_R: passes that computed latents of the row.
+        commits_R: latents found to be made from the latents that are final; 0 where a schedule does not check.
+        conflicts_R: latents that were computed from others than those, and were computed again.
+    """
+
+    sweeps_R: Tensor
+    commits_R: Tensor
+    conflicts_R: Tensor
+
+    @classmethod
+    def of_steps(cls, steps_R: Tensor) -> Counts:
+        """Those of latents that are computed one after another."""
+        return cls(steps_R, steps_R, steps_R * 0)
+
+
 class LatentSequence(Protocol):
-    """The latents of unfinished rollouts, as a schedule computes them: T per row, counted from 0."""
+    """The latents of unfinished rollouts, as a schedule computes them: T per row, counted from 0.
+
+    Attributes:
+        latents_RTD: all latents; a schedule writes into it.
+        counts: what the schedule counts; zeros at first.
+    """
+
+    latents_RTD: Tensor
+    counts: Counts
 
     @property
     def total(self) -> int:
@@ -48,18 +79,33 @@ class LatentSequence(Protocol):
         """Whether some row still lacks a latent."""
         ...
 
+    @property
+    def first_is_free(self) -> bool:
+        """Whether the prompt's pass made the first latent, so that `compute(0, 1)` runs no pass."""
+        ...
+
     def advance(self) -> Tensor:
         """Compute the next latent (R, D) of every row."""
         ...
 
     def guess(self, start: int, stop: int, what: str) -> None:
-        """Set latents start..stop-1 to a guess (`token` or `zero`)."""
+        """Set latents start..stop-1 to a guess.
+
+        Args:
+            start: the first.
+            stop: after the last.
+            what: `token` (the embedding of `<|latent|>`), `zero`, `greedy` (the question's latents without noise, and
+                the row's own noise), or `sibling` (the latents of the question's first rollout in the batch).
+        """
         ...
 
-    def recompute(self, first: int, start: int, stop: int) -> None:
-        """Compute latents start..stop-1 again, each from the current values of those before it.
+    def compute(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Compute latents first..stop-1 (R, S, D) in one pass, each from the current values of those before it.
 
-        One pass over the inputs of latents first..stop-1; latents below `first` are not changed.
+        Nothing is written into `latents_RTD`. Earlier passes have run the inputs of latents before `first`.
+
+        Returns:
+            The latents, and where the model decided to stop instead (R, S); None for a fixed number of latents.
         """
         ...
 
@@ -67,9 +113,13 @@ class LatentSequence(Protocol):
         """Finish: all latents are computed, and the inputs of those below `first` were run with their final values."""
         ...
 
+    def commit_until(self, steps_R: Tensor) -> None:
+        """Finish: rows have as many latents as `steps_R` says; the inputs of all but the last were run as they are."""
+        ...
+
 
 class Schedule(Protocol):
-    """The order in which the latents of a rollout are computed.
+    """The order in which the latents of a rollout are computed. Options inherit these defaults.
 
     Attributes:
         name: as shown in tables.
@@ -79,6 +129,21 @@ class Schedule(Protocol):
 
     name: ClassVar[str]
     stepwise: ClassVar[bool]
+
+    @property
+    def first_guess(self) -> str | None:
+        """What latents are before they are computed, see `LatentSequence.guess`; None where nothing is guessed."""
+        return None
+
+    @property
+    def exact(self) -> bool:
+        """Whether its latents are certain to be those of `sequential`, up to rounding."""
+        return False
+
+    @property
+    def verified(self) -> bool:
+        """Whether the rollouts are to be compared with those of `sequential`."""
+        return False
 
     @property
     def key(self) -> str | dict[str, Any]:
@@ -98,5 +163,45 @@ class Schedule(Protocol):
         ...
 
     def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
-        """Passes beyond those of `sequential`, for the cost of a rollout: (tokens, latents before them) of each."""
-        ...
+        """Passes beyond those of `sequential`, for the cost of a rollout: (tokens, latents before them) of each.
+
+        Those that depend on the rollout are left out; they are counted as its conflicts.
+        """
+        del latents
+        return []
+
+
+DRAFTED = ("greedy", "sibling")  # guesses made of another rollout of the question
+GUESSES = ("token", "zero", *DRAFTED)
+
+
+def check_parallel(name: str, chunk: int | None, guess: str, model: LatentModel) -> None:
+    """Check that a model's latents can be computed side by side.
+
+    Args:
+        name: of the schedule.
+        chunk: latents computed in parallel; None for all.
+        guess: what they begin with.
+        model: the model.
+
+    Raises:
+        UsageError: the model has no latents, or fewer than `chunk`, or has no token for the guess.
+    """
+    if model.latents == 0:
+        raise bad_value("schedule", name, f"must be sequential: model={model.name} has no latents")
+    if chunk is not None and chunk > model.latents:
+        raise bad_value("schedule.chunk", chunk, f"must be at most model.latents={model.latents}")
+    if guess == "token":
+        _ = model.latent_id
+
+
+def check_chunk_and_guess(chunk: object, guess: object) -> None:
+    """Check the values of `schedule.chunk` and `schedule.guess`.
+
+    Raises:
+        UsageError: one of them is not usable.
+    """
+    if chunk is not None and not (is_whole(chunk) and chunk >= 1):
+        raise bad_value("schedule.chunk", chunk, "must be an integer, 1 or more, or null for all latents")
+    if guess not in GUESSES:
+        raise bad_value("schedule.guess", guess, f"one of {', '.join(GUESSES)}")

@@ -21,20 +21,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.schedule import LatentModel, LatentSequence
-
-GUESSES = ("token", "zero")
+from latent_tts.schedule import LatentModel, LatentSequence, Schedule, check_chunk_and_guess, check_parallel
 
 
 @dataclass(frozen=True)
-class Jacobi:
+class Jacobi(Schedule):
     """Parallel sweeps.
 
     Attributes:
         sweeps: K, the number of times that the latents (of a chunk) are computed; T (or C) or more gives the sequential
             ones.
         chunk: C, the number of latents computed in parallel; None for all.
-        guess: the latents before the first sweep: `token` (the embedding of `<|latent|>`) or `zero`.
+        guess: the latents before the first sweep, see `LatentSequence.guess`.
     """
 
     sweeps: int
@@ -47,10 +45,12 @@ class Jacobi:
     def __post_init__(self) -> None:
         if not (is_whole(self.sweeps) and self.sweeps >= 1):
             raise bad_value("schedule.sweeps", self.sweeps, "must be an integer, 1 or more")
-        if self.chunk is not None and not (is_whole(self.chunk) and self.chunk >= 1):
-            raise bad_value("schedule.chunk", self.chunk, "must be an integer, 1 or more, or null for all latents")
-        if self.guess not in GUESSES:
-            raise bad_value("schedule.guess", self.guess, f"one of {', '.join(GUESSES)}")
+        check_chunk_and_guess(self.chunk, self.guess)
+
+    @property
+    def first_guess(self) -> str:
+        """What latents are before they are computed."""
+        return self.guess
 
     @property
     def key(self) -> dict[str, Any]:
@@ -61,18 +61,15 @@ class Jacobi:
         """Check that a model can use this schedule.
 
         Raises:
-            UsageError: the model has no latents, decides their number itself, or has no token for the guess.
+            UsageError: as `check_parallel`, or the model decides the number of latents itself.
         """
-        if model.latents == 0:
-            raise bad_value("schedule", self.name, f"must be sequential: model={model.name} has no latents")
+        check_parallel(self.name, self.chunk, self.guess, model)
         if model.stop_id is not None:
             raise bad_value(
                 "schedule",
                 self.name,
-                f"must be sequential: model={model.name} decides after each latent whether to continue",
+                f"must be sequential or speculative: model={model.name} decides after each latent whether to continue",
             )
-        if self.guess == "token":
-            _ = model.latent_id
 
     def run(self, latents: LatentSequence) -> None:
         """Compute all latents."""
@@ -80,8 +77,11 @@ class Jacobi:
         for first, start, stop in self._sweeps(latents.total):
             if first <= start:
                 latents.guess(start, stop, self.guess)
-            latents.recompute(first, start, stop)
-            settled = max(first, start) + 1
+            changed = max(first, start)
+            made_RSD, _ = latents.compute(first, stop)
+            latents.latents_RTD[:, changed:stop] = made_RSD[:, changed - first :]
+            latents.counts.sweeps_R += 1
+            settled = changed + 1
         latents.commit(settled)
 
     def repeated_passes(self, latents: int) -> list[tuple[int, int]]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from latent_tts.schedule import LatentModel, LatentSequence
+from latent_tts.schedule import LatentModel, LatentSequence, Schedule
 
 
 @dataclass(frozen=True)
-class Sequential:
+class Sequential(Schedule):
     """The order in which models were trained to think."""
 
     name: ClassVar[str] = "sequential"
     stepwise: ClassVar[bool] = True
+
+    @property
+    def exact(self) -> bool:
+        """True: these are the latents that others are compared with."""
+        return True
 
     @property
     def key(self) -> str:
@@ -27,8 +32,3 @@ class Sequential:
         """Compute the missing latents, until every row has ended its thinking."""
         while latents.unfinished:
             latents.advance()
-
-    def repeated_passes(self, latents: int) -> list[tuple[int, int]]:
-        """None: nothing is run twice."""
-        del latents
-        return []

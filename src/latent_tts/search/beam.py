@@ -122,7 +122,7 @@ class Beam:
         """
         assert scorer is not None, "no scorer"
         assert reduction is not None, "no reduction"
-        assert all(job.rollouts == list(range(self.beams)) for job in batch), "rollouts are not numbered by beams"
+        assert all(list(job.rollouts) == list(range(self.beams)) for job in batch), "rollouts are not numbered by beams"
         prompts = [job.prompt for job in batch]
         import torch
 

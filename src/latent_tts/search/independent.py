@@ -47,7 +47,7 @@ class Independent:
 
         from latent_tts.random.draw import Draw
 
-        numbers_QN = torch.tensor([job.rollouts for job in batch], device=engine.device)
+        numbers_QN = torch.tensor([list(job.rollouts) for job in batch], device=engine.device)
         draw = Draw.of(seed, [job.question_id for job in batch], numbers_QN, engine.width, engine.blocks)
         donor_RTD = _donor_latents(engine, batch) if sampler.needs_donor else None
         return engine.roll([job.prompt for job in batch], draw, sampler, donor_RTD=donor_RTD, answers=answers)

@@ -36,7 +36,7 @@ SECONDS_PER_CALL = 0.1
 MAX_NAMED = 3  # calls given up that are logged one by one
 MEMORY = 4 << 30  # bytes of address space
 MAX_KEPT = 1 << 17  # results in memory
-START_SECONDS = 120.0  # limit of the start, which imports sympy
+START_SECONDS = 120.0  # limit of the start, which imports sympy or transformers
 PATIENCE, MIN_PATIENCE = 20.0, 30.0  # wall-clock limit: the larger of PATIENCE * limit and these seconds
 CAN_FORK = hasattr(os, "fork") and hasattr(signal, "setitimer")
 
@@ -93,6 +93,23 @@ class Guard:
                 " and ".join(texts), limit, "; further ones are not logged" if len(self.given_up) == MAX_NAMED else "",
             )  # fmt: skip
         return otherwise
+
+
+def call_once(module: str, function: str, *texts: str, limit: float) -> Any:
+    """The result of a function of a module in its process; a call that has no result is an error of the caller.
+
+    Raises:
+        TimeoutError: it takes more than `limit` seconds, or crashes its process.
+        RunError: the process cannot be started.
+    """
+    process, key = _process_of(module), (function, *texts)
+    found, result = process.known(key)
+    if found:
+        return result
+    reply, _ = process.ask(key, limit)
+    if "result" not in reply:
+        raise TimeoutError
+    return reply["result"]
 
 
 class _Process:
@@ -160,7 +177,7 @@ class _Process:
                 self.stop()
                 errors.seek(0)
                 reason = errors.read().decode(errors="replace").strip().splitlines() or ["no reply"]
-                raise RunError(f"cannot start the process that grades answers: {reason[-1]}")
+                raise RunError(f"cannot start the process for {self.module}: {reason[-1]}")
         return running
 
     def stop(self) -> None:

@@ -57,17 +57,19 @@ class PccotObjective(CodiObjective):
             self.next_latent = projection
 
     def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
-        """Compute the latents in K sweeps.
+        """Compute the latents in K sweeps; one after another where K >= T, which gives the same latents.
 
         Args:
-            rows: the prompts; not changed.
+            rows: the prompts; not changed by sweeps.
             hidden_Q1D: final hidden state of each prompt's last token, from which every sweep makes the first latent.
             latents: T.
 
         Returns:
-            The latents (Q, T, D), none of which is appended to `rows`, and the hidden states (Q, T, D) from which the
-            last sweep made them.
+            The latents (Q, S, D) that were not appended to `rows`, S = T after sweeps, and the hidden states (Q, T, D)
+            from which the last sweep made all T.
         """
+        if self.sweeps >= latents:
+            return super().think(rows, hidden_Q1D, latents)
         token = torch.tensor(self.adapter.latent_id, device=hidden_Q1D.device)
         latents_QTD = self.lm.get_input_embeddings()(token).expand(len(hidden_Q1D), latents, -1)
         before_QTD = hidden_Q1D
@@ -84,8 +86,9 @@ class PccotObjective(CodiObjective):
         assert head is not None
         batch, rows = encode_batch(self.adapter, questions, stage, self.lm.device), Sequences(self.lm)
         hidden_Q1D = rows.feed(embed(batch.prompt_QL), batch.prompt_mask_QL)[:, -1:]
-        latents_QTD, _ = self.think(rows, hidden_Q1D, stage.latents)
-        mask = F.pad(batch.written_mask_QA[:, :-1], (stage.latents, 0), value=1)
-        hidden = rows.feed(torch.cat([latents_QTD, embed(batch.written_QA[:, :-1])], dim=1), mask)
-        predicted = head(hidden[:, stage.latents + batch.forced - 1 :]).argmax(-1)
+        latents_QSD, _ = self.think(rows, hidden_Q1D, stage.latents)
+        pending = latents_QSD.shape[1]
+        mask = F.pad(batch.written_mask_QA[:, :-1], (pending, 0), value=1)
+        hidden = rows.feed(torch.cat([latents_QSD, embed(batch.written_QA[:, :-1])], dim=1), mask)
+        predicted = head(hidden[:, pending + batch.forced - 1 :]).argmax(-1)
         return int(((predicted == batch.targets_QA) | (batch.targets_QA == -100)).all(1).sum())

@@ -1,0 +1,140 @@
+"""Models in GGUF files, rewritten once as checkpoint folders, which are kept beside the cache of rollouts.
+
+The folder's name holds the digest of the file, so a second start finds it and a changed file is another model. Weights
+are dequantised to float32: products of two halves have no exact place in a shorter dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from latent_tts.errors import UsageError, bad_value
+
+log = logging.getLogger(__name__)
+PREFIX = "gguf:"
+VERSION = 1  # of what conversion writes; part of the folder's name
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # decoders that transformers reads and the engine runs
+# Files that a command of this project fetches
+FETCHED = {"SmolLM2-135M-Instruct.Q4_1.gguf": "make smollm2"}
+# How llama.cpp splits texts before merging: what it names, and whether each digit stands alone. transformers reads
+# merges and vocabulary, not this. Source: `llm_tokenizer_bpe` of llama.cpp's src/llama-vocab.cpp.
+SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
+AS_TRANSFORMERS = {"default", "gpt-2", "qwen2"}
+
+
+def models_folder() -> Path:
+    """Where fetched and converted models are kept: `models` in the cache folder."""
+    return Path(os.environ.get("LTTS_CACHE") or ".cache/latent_tts").expanduser() / "models"
+
+
+def converted(file: Path, key: str) -> Path:
+    """The checkpoint folder of a GGUF file, which is made at the first call (imports torch and transformers).
+
+    Args:
+        file: the GGUF file.
+        key: the config key that errors name.
+
+    Raises:
+        UsageError: there is no such file, it is damaged, or of an architecture that is not supported.
+    """
+    if not file.is_file():
+        hint = f"; `{FETCHED[file.name]}` fetches it" if file.name in FETCHED else ""
+        raise bad_value(key, f"{PREFIX}{file}", f"no such file{hint}")
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    folder = models_folder() / f"gguf{VERSION}-{digest}"
+    if not folder.is_dir():
+        if find_spec("gguf") is None:
+            raise bad_value(key, f"{PREFIX}{file}", "the package gguf is not installed: pip install 'latent-tts[gguf]'")
+        check(file, key)
+        log.info("%s: converting it, once, to %s", file, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
+        try:
+            convert(file, partial, key)
+            partial.chmod(0o755)
+            with contextlib.suppress(OSError):  # another process was first
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def check(file: Path, key: str) -> None:
+    """Check the header of a GGUF file.
+
+    Raises:
+        UsageError: it is damaged, or of an architecture that is not supported.
+    """
+    architecture = read_field(file, "general.architecture", key)
+    if architecture not in ARCHITECTURES:
+        allowed = f"must be one of {', '.join(ARCHITECTURES)}"
+        raise bad_value(key, f"{PREFIX}{file}", f"is a GGUF file of the architecture {architecture}; {allowed}")
+
+
+def read_field(file: Path, name: str, key: str) -> Any:
+    """A field of a GGUF file; None if it has no such field.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    from gguf import GGUFReader
+
+    try:
+        field = GGUFReader(file).get_field(name)
+        return None if field is None else field.contents()
+    except (ValueError, KeyError, IndexError, OverflowError, OSError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise bad_value(key, f"{PREFIX}{file}", f"truncated or not GGUF ({reason})") from error
+
+
+def convert(file: Path, folder: Path, key: str) -> None:
+    """Write a checkpoint folder with the weights (float32), tokenizer and chat template of a GGUF file.
+
+    Raises:
+        UsageError: transformers cannot read the file.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    where, name = str(file.resolve().parent), file.name
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that `disable_progress_bar` does not reach
+            lm: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+            tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise bad_value(key, f"{PREFIX}{file}", f"transformers cannot read it: {reason}") from error
+    del lm.config.quantization_config  # the weights are plain now, and with a record `save_pretrained` refuses
+    lm.hf_quantizer = None
+    lm.is_quantized = False
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _write_splitting(folder / "tokenizer.json", read_field(file, "tokenizer.ggml.pre", key), file)
+
+
+def _write_splitting(path: Path, splitting: str | None, file: Path) -> None:
+    """Add to a tokenizer how texts are split before merging, where transformers leaves it out."""
+    if splitting in SINGLE_DIGITS:
+        content = json.loads(path.read_text())
+        own = content["pre_tokenizer"]
+        if own.get("type") != "ByteLevel":
+            raise UsageError(f"{PREFIX}{file}: a tokenizer of the kind {splitting} without byte-level tokens")
+        digits = {"type": "Digits", "individual_digits": True}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, own]}
+        path.write_text(json.dumps(content, ensure_ascii=False))
+    elif splitting is not None and splitting not in AS_TRANSFORMERS:
+        log.warning("%s: texts are split as transformers does; the file asks for %r", file, splitting)

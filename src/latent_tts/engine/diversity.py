@@ -1,0 +1,76 @@
+"""How far the latents of rollouts are from those of the rollouts before them, summed up where they are made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_WORKING_BYTES = 1 << 26  # of directions in float64
+MAX_KEPT_BYTES = 1 << 26  # of sums; the oldest go first
+
+
+class DirectionSums:
+    """Sums of the directions of each question's latents: a rollout is compared with them, not with every other one.
+
+    Sums of questions that were not seen for long are dropped, so that memory does not grow with their number.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[int, Tensor]] = {}
+
+    def counted(self, key: str) -> int:
+        """How many rollouts, the first ones, the sums of a question hold."""
+        return self._sums[key][0] if key in self._sums else 0
+
+    def forget(self, key: str) -> None:
+        """Begin a question anew."""
+        self._sums.pop(key, None)
+
+    def add(self, keys: list[str], latents_RTD: Tensor) -> Tensor:
+        """Compare N rollouts of each of Q questions with those before them, and take them in.
+
+        Args:
+            keys: of the questions; the rollouts are the next ones of each.
+            latents_RTD: question-major, in order; zeros where a row has no latent.
+
+        Returns:
+            (R, T) in float32 on the CPU: 1 - cosine with the latent of the same step of each rollout before, summed. A
+            latent of zeros has a cosine of 0 with all.
+        """
+        latents_QNTD = latents_RTD.unflatten(0, (len(keys), -1))
+        questions, rollouts, steps, width = latents_QNTD.shape
+        summed_QNT = torch.zeros(questions, rollouts, steps, dtype=torch.float32)
+        rows = max(1, MAX_WORKING_BYTES // max(8 * steps * width, 1))
+        for part in _slices(questions, max(1, rows // rollouts)):
+            sums_QTD = torch.stack([self._sum_of(key, latents_QNTD) for key in keys[part]])
+            counts_Q = torch.tensor([self.counted(key) for key in keys[part]], dtype=torch.float64)
+            for piece in _slices(rollouts, rows):
+                units_QNTD = torch.nn.functional.normalize(latents_QNTD[part, piece].double(), dim=-1, eps=1e-300)
+                before_QNTD = units_QNTD.cumsum(1) - units_QNTD + sums_QTD[:, None]
+                cosines_QNT = (units_QNTD * before_QNTD).sum(-1).cpu()
+                others_QN = counts_Q[:, None] + torch.arange(rollouts, dtype=torch.float64)[piece]
+                summed_QNT[part, piece] = (others_QN[..., None] - cosines_QNT).float()
+                sums_QTD = sums_QTD + units_QNTD.sum(1)
+            for key, sums_TD in zip(keys[part], sums_QTD, strict=True):
+                count = self.counted(key) + rollouts
+                self.forget(key)
+                self._sums[key] = count, sums_TD.clone()
+        self._drop_oldest()
+        return summed_QNT.flatten(0, 1)
+
+    def _sum_of(self, key: str, like: Tensor) -> Tensor:
+        if key not in self._sums:
+            return torch.zeros(like.shape[2:], dtype=torch.float64, device=like.device)
+        return self._sums[key][1].to(like.device)
+
+    def _drop_oldest(self) -> None:
+        held = sum(sums_TD.nbytes for _, sums_TD in self._sums.values())
+        for key in list(self._sums):
+            if held <= MAX_KEPT_BYTES:
+                return
+            held -= self._sums[key][1].nbytes
+            self.forget(key)
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

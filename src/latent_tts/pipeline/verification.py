@@ -1,0 +1,122 @@
+"""`schedule.verify=true`: the same rollouts one latent after another, and where they differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pandas as pd
+
+from latent_tts.errors import RunError
+from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
+from latent_tts.pipeline.spec import RunSpec
+from latent_tts.pipeline.tables import rollout_table
+from latent_tts.results.files import whole_file
+from latent_tts.results.run_folder import LATENTS, KeptLatents
+from latent_tts.schedule.sequential import Sequential
+
+VERIFICATION = "verification.csv"
+MAX_DEVIATION = 1e-5  # relative RMS of latents in float32, where the schedule promises equality
+ROWS_AT_ONCE = 1 << 12
+MIN_MARGIN = 1e-3  # below it rounding may change an answer
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How rollouts differ from those of `schedule=sequential`.
+
+    Attributes:
+        rows: one per rollout: `question_id`, `rollout`, `deviation` (the largest relative RMS difference of its
+            latents; infinite where it has another number of them), `prediction`, `sequential`, `margin` (the smaller
+            `answer_margin` of the two), `changed`.
+        exact: whether the schedule promises equality.
+    """
+
+    rows: pd.DataFrame
+    exact: bool
+
+    @property
+    def changed(self) -> pd.DataFrame:
+        """The rollouts whose prediction is another one."""
+        return self.rows[self.rows["changed"]]
+
+    @property
+    def lines(self) -> list[str]:
+        """What a person reads: the largest deviation, and every changed answer."""
+        rows, changed = self.rows, self.changed
+        close = int((changed["margin"] < MIN_MARGIN).sum())
+        largest = rows.iloc[int(rows["deviation"].to_numpy().argmax())]
+        lines = [
+            f"verified against schedule=sequential: {len(rows)} rollouts, largest deviation of a latent "
+            f"{largest['deviation']:.2g} (question {largest['question_id']}, rollout {largest['rollout']}), "
+            f"{len(changed)} changed answers, {close} of them with a margin below {MIN_MARGIN:g}"
+        ]
+        return lines + [
+            f"question {row.question_id}, rollout {row.rollout}: {row.prediction} instead of {row.sequential} "
+            f"(margin {row.margin:.2g})"
+            for row in changed.itertuples()
+        ]
+
+    def check(self) -> None:
+        """Raise RunError if the schedule promises equality and rounding cannot explain a difference."""
+        broken = self.changed[self.changed["margin"] >= MIN_MARGIN]
+        if not self.exact:
+            return
+        if len(broken):
+            row = broken.iloc[0]
+            raise RunError(
+                f"schedule.verify: {len(broken)} answers differ from those of schedule=sequential, first question "
+                f"{row['question_id']}, rollout {row['rollout']}: {row['prediction']} instead of {row['sequential']}"
+            )
+        if (largest := self.rows["deviation"].max()) > MAX_DEVIATION:
+            raise RunError(
+                f"schedule.verify: latents deviate from those of schedule=sequential by {largest:.2g} relative RMS, "
+                f"more than {MAX_DEVIATION:g}"
+            )
+
+
+def verify(spec: RunSpec, drawn: RunRollouts, folder: Path) -> Verification:
+    """Compare rollouts with those of `schedule=sequential`, which are drawn where the cache lacks them.
+
+    Args:
+        spec: the run, whose answers are all decoded.
+        drawn: its rollouts.
+        folder: where their latents are, in `latents.safetensors`.
+
+    Raises:
+        RunError: a failure while drawing.
+    """
+    sequential = replace(spec, schedule=Sequential(), scorer=None)
+    with TemporaryDirectory(prefix="latent_tts_") as elsewhere:
+        other = draw_rollouts(sequential, Path(elsewhere) / LATENTS)
+        kept = [KeptLatents(each, len(drawn.rows)) for each in (folder, Path(elsewhere))]
+        deviation = np.concatenate(
+            [_deviations(*(latents.rows(row, ROWS_AT_ONCE).double().numpy() for latents in kept))
+             for row in range(0, len(drawn.rows), ROWS_AT_ONCE)]
+        )  # fmt: skip
+    deviation[(drawn.rows["latent_steps"] != other.rows["latent_steps"]).to_numpy()] = np.inf
+    here, there = rollout_table(spec, drawn), rollout_table(sequential, other)
+    prediction, wanted = here["prediction"], there["prediction"]
+    changed = (prediction != wanted) & ~(prediction.isna() & wanted.isna())
+    table = here[["question_id", "rollout", "prediction"]].assign(
+        sequential=wanted,
+        deviation=deviation,
+        margin=np.minimum(here["answer_margin"], there["answer_margin"]),
+        changed=changed,
+    )
+    return Verification(table, exact=spec.schedule.exact and spec.engine.dtype == "float32")
+
+
+def write_verification(folder: Path, verification: Verification) -> None:
+    """Write `verification.csv` into a run folder."""
+    with whole_file(folder / VERIFICATION) as path:
+        verification.rows.to_csv(path, index=False)
+
+
+def _deviations(latents_RTD: np.ndarray, wanted_RTD: np.ndarray) -> np.ndarray:
+    """The largest relative RMS difference of each rollout's latents, which are zeros where it has none."""
+    difference_RT = np.square(latents_RTD - wanted_RTD).sum(2)
+    size_RT = np.maximum(np.square(wanted_RTD).sum(2), np.finfo(np.float64).tiny)
+    return np.sqrt(difference_RT / size_RT).max(1, initial=0.0)

@@ -1,0 +1,319 @@
+"""Parquet parts: tables of rollouts in a folder, written by a thread, found by an index, gathered row by row.
+
+A part is there whole or not at all, and has the digest of its bytes in its name. A part whose bytes are others is
+damaged: it is named, set aside and counts as not there.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from latent_tts.errors import RunError
+from latent_tts.results.files import SECONDS_BETWEEN_PARTS, bytes_digest, digest_in_name, digest_named_file, set_aside
+from latent_tts.types import Bools, Float32, Int64
+
+PART_SUFFIX, INDEX_SUFFIX = ".parquet", ".index"
+PART_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.parquet")
+MAX_PART_BYTES = 12 << 20  # in memory; on the disk a part is smaller, and never larger than 16 MB
+MAX_WAITING = 4  # tables that the writer has not taken yet
+PLACE = ["row_key", "rollout"]  # what identifies a row
+FRACTIONS = pa.list_(pa.float32())
+INDEX_SCHEMA = pa.schema(
+    [("part", pa.string()), ("row_key", pa.string()), ("first", pa.int32()), ("count", pa.int32())]
+)
+log = logging.getLogger(__name__)
+
+
+# Writing
+
+
+def write_part(folder: Path, table: pa.Table) -> None:
+    """Write one part."""
+    with digest_named_file(folder, uuid.uuid4().hex, PART_SUFFIX) as path:
+        pq.write_table(table, path, compression="zstd", compression_level=1)
+
+
+class PartWriter:
+    """Writes tables as parts of a folder, in a thread, so that who computes them does not wait for the disk.
+
+    A part is written every two seconds, when there are `MAX_PART_BYTES`, and at the end, however it ends: leaving the
+    block waits until everything that was handed over is written. An error of the thread is raised by the next `put`,
+    or at the end of the block.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._queue: queue.Queue[Callable[[], pa.Table] | None] = queue.Queue(MAX_WAITING)
+        self._thread = threading.Thread(target=self._write_all, name="part writer")
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> PartWriter:
+        self._thread.start()
+        return self
+
+    def put(self, make: Callable[[], pa.Table]) -> None:
+        """Hand over a table as the function that makes it; the thread calls it."""
+        if self._error is not None:
+            raise self._error
+        self._queue.put(make)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is None or self._error is error:
+            return
+        if error is None:
+            raise self._error
+        log.warning("%s: what was computed last is lost: %s", self._folder, self._error)
+
+    def _write_all(self) -> None:
+        pending: list[pa.Table] = []
+        written = time.perf_counter()
+        while (make := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # nobody may wait for a place in the queue
+            try:
+                pending.append(make())
+                late = time.perf_counter() - written > SECONDS_BETWEEN_PARTS
+                if late or sum(table.nbytes for table in pending) >= MAX_PART_BYTES:
+                    done, pending = pending, []
+                    self._write(done)
+                    written = time.perf_counter()
+            except BaseException as error:
+                self._error = error
+        if self._error is None and pending:
+            try:
+                self._write(pending)
+            except BaseException as error:
+                self._error = error
+
+    def _write(self, tables: Sequence[pa.Table]) -> None:
+        table = pa.concat_tables(tables)
+        rows = max(1, len(table) * MAX_PART_BYTES // max(table.nbytes, 1))
+        for start in range(0, len(table), rows):
+            write_part(self._folder, table.slice(start, rows))
+
+
+# Reading
+
+
+def part_files(folder: Path) -> list[Path]:
+    """The parts of a folder, damaged or not."""
+    return sorted(path for path in folder.glob(f"*{PART_SUFFIX}") if PART_NAME.fullmatch(path.name))
+
+
+def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Path, pa.Table]]:
+    """Columns of those of some parts that are whole; the others are set aside with a warning.
+
+    Raises:
+        RunError: a part cannot be read, or is damaged and cannot be set aside.
+    """
+    for path in paths:
+        try:
+            table = _read_table(path, columns)
+            if table is None:
+                log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, set_aside(path).name)
+                continue
+        except FileNotFoundError:  # pruned, or set aside by another process
+            continue
+        except OSError as error:
+            raise RunError(f"{path} cannot be read ({error.strerror})") from error
+        yield path, table
+
+
+def _read_table(path: Path, columns: list[str]) -> pa.Table | None:
+    """Columns of a file; None for one whose bytes are not those that were written."""
+    content = path.read_bytes()
+    if bytes_digest(content) != digest_in_name(path):
+        return None
+    try:
+        table = pq.read_table(pa.BufferReader(content), columns=columns)
+    except pa.ArrowException:
+        return None
+    return table if set(columns) <= set(table.column_names) else None
+
+
+class PartIndex:
+    """Which rollouts each part of a folder holds, in a file beside them; where that is missing, parts are read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+        tables = [table for path in self._files if (table := _index_table(path)) is not None]
+        self._table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
+        there = {path.name: path for path in part_files(folder)}
+        known = set(self._table["part"].unique().to_pylist())
+        self._paths = {name: path for name, path in there.items() if name in known}
+        self._changed = len(self._files) > 1 or len(tables) < len(self._files) or not known <= there.keys()
+        self.unknown = [path for name, path in there.items() if name not in known]
+
+    def holding(self, rows: GatheredRows) -> list[Path]:
+        """The parts that hold rows which are still missing, as far as the index knows."""
+        table = self._table.filter(rows.any_missing(self._table))
+        return sorted(self._paths[name] for name in table["part"].unique().to_pylist() if name in self._paths)
+
+    def add(self, path: Path, table: pa.Table) -> None:
+        """Take in what a part holds."""
+        keys, runs = zip(*runs_of(table.select(PLACE).to_pandas()), strict=True)
+        entry = [[path.name] * len(keys), keys, [run.start for run in runs], [len(run) for run in runs]]
+        entries = pa.table(dict(zip(INDEX_SCHEMA.names, entry, strict=True)), schema=INDEX_SCHEMA)
+        self._table, self._changed = pa.concat_tables([self._table, entries]), True
+        self._paths[path.name] = path
+
+    def save(self) -> None:
+        """Write the index, if it has changed, in place of those that were read."""
+        if not self._changed:
+            return
+        there = pa.array(sorted(self._paths), pa.string())
+        table = self._table.filter(pc.call_function("is_in", [self._table["part"]], pc.SetLookupOptions(there)))
+        with suppress(OSError):  # without it, the parts are read
+            with digest_named_file(self._folder, uuid.uuid4().hex, INDEX_SUFFIX) as path:
+                pq.write_table(table, path, compression="zstd")
+            for path in self._files:
+                path.unlink(missing_ok=True)
+
+
+def _index_table(path: Path) -> pa.Table | None:
+    try:
+        table = _read_table(path, INDEX_SCHEMA.names)
+    except OSError:
+        return None
+    return table.cast(INDEX_SCHEMA) if table is not None else None
+
+
+def runs_of(places: pd.DataFrame) -> list[tuple[str, range]]:
+    """Rollouts (columns `row_key`, `rollout`) as runs of consecutive numbers of a row key, in their order."""
+    codes, keys = pd.factorize(places["row_key"])
+    numbers = places["rollout"].to_numpy(dtype=np.int64)
+    begins = np.flatnonzero((np.diff(codes, prepend=-1) != 0) | (np.diff(numbers, prepend=-2) != 1))
+    counts = np.diff(begins, append=len(codes))
+    return [
+        (str(keys[codes[begin]]), range(int(numbers[begin]), int(numbers[begin]) + int(count)))
+        for begin, count in zip(begins, counts, strict=True)
+    ]
+
+
+class GatheredRows:
+    """Columns of the rows that somebody wants, gathered from one table after another; the first of equal rows counts.
+
+    Attributes:
+        wanted: the rows (columns `row_key`, `rollout`), in the order that they come out in.
+    """
+
+    def __init__(self, wanted: pd.DataFrame, schema: pa.Schema) -> None:
+        """Want some rows, with the columns of a schema."""
+        self.wanted, self._schema = wanted, schema
+        codes, keys = pd.factorize(wanted["row_key"])
+        ids = (codes.astype(np.int64) << 32) + wanted["rollout"].to_numpy()
+        self._codes = {key: code for code, key in enumerate(keys)}
+        self._order = ids.argsort(kind="stable")
+        self._ids = ids[self._order]
+        self._found = np.zeros(len(ids), dtype=np.bool_)
+        self._pieces: list[tuple[Int64, pa.Table]] = []
+        self._permutation: pa.Array | None = None  # from the order in which rows were found
+
+    def take(self, table: pa.Table, which: Bools | None = None) -> None:
+        """Keep those rows of a table (of those that `which` names) that are wanted and still missing."""
+        places = self._places(table)
+        fresh = (places >= 0) & ~self._found[places]
+        if which is not None:
+            fresh &= which
+        rows = np.flatnonzero(fresh)
+        places, first = np.unique(places[rows], return_index=True)
+        if len(places):
+            self._found[places], self._permutation = True, None
+            self._pieces.append((places, table.select(self._schema.names).take(rows[first])))
+
+    def contains(self, table: pa.Table) -> Bools:
+        """Which rows of a table are wanted."""
+        return self._places(table) >= 0
+
+    def any_missing(self, runs: pa.Table) -> pa.Array:
+        """Which runs (columns `row_key`, `first`, `count`) hold a row that is still missing."""
+        missing = np.concatenate([[0], np.cumsum(~self._found[self._order])])
+        first = self._ids_of(runs["row_key"], runs["first"])
+        low, high = (self._ids.searchsorted(ids) for ids in (first, first + runs["count"].to_numpy()))
+        return pa.array(missing[high] > missing[low])
+
+    def missing(self) -> pd.DataFrame:
+        """The rows of `wanted` that are still missing."""
+        return self.wanted[~self._found]
+
+    def frame(self) -> pd.DataFrame:
+        """The rows that were found, in the order of `wanted`, with their columns but lists of fractions."""
+        found = self.wanted if self._found.all() else self.wanted[self._found]
+        columns = {}
+        for field in self._schema:
+            if field.type != FRACTIONS:
+                objects = pa.types.is_string(field.type) or pa.types.is_list(field.type)
+                column = self._column(field.name)
+                columns[field.name] = shared_objects(column) if objects else column.to_numpy(zero_copy_only=False)
+        return found[PLACE].reset_index(drop=True).assign(**columns)
+
+    def padded(self, name: str) -> Float32:
+        """A column of lists of fractions (rows, longest), NaN beyond a row's own."""
+        lists = self._column(name)
+        lengths = lists.value_lengths().to_numpy()
+        values = np.full((len(lists), lengths.max(initial=0)), np.nan, dtype=np.float32)
+        values[np.arange(values.shape[1]) < lengths[:, None]] = lists.flatten().to_numpy()
+        return values
+
+    def _column(self, name: str) -> pa.Array:
+        """A column of the rows that were found, in the order of `wanted`."""
+        chunks = [chunk for _, table in self._pieces for chunk in table[name].chunks]
+        if self._permutation is None:
+            places = [np.empty(0, dtype=np.int64), *(places for places, _ in self._pieces)]
+            self._permutation = pa.array(np.concatenate(places).argsort())
+        return pa.chunked_array(chunks, self._schema.field(name).type).combine_chunks().take(self._permutation)
+
+    def _places(self, table: pa.Table) -> Int64:
+        """Where each row of a table stands in `wanted`; -1 for those that are not wanted."""
+        ids = self._ids_of(table["row_key"], table["rollout"])
+        at = self._ids.searchsorted(ids).clip(max=len(self._ids) - 1)
+        return np.where(self._ids[at] == ids, self._order[at], -1)
+
+    def _ids_of(self, keys: pa.ChunkedArray, numbers: pa.ChunkedArray) -> Int64:
+        encoded = keys.combine_chunks().dictionary_encode()
+        codes = np.array([self._codes.get(key, -1) for key in encoded.dictionary.to_pylist()], dtype=np.int64)
+        return (codes[encoded.indices.to_numpy()] << 32) + numbers.to_numpy()
+
+
+# Columns
+
+
+def shared_objects(column: pa.Array) -> np.ndarray:
+    """A column as Python objects (texts, or lists of numbers), equal ones the same object: many rows are equal."""
+    if not pa.types.is_list(column.type):
+        encoded = column.dictionary_encode()
+        return np.array(encoded.dictionary.to_pylist(), dtype=object)[encoded.indices.to_numpy()]
+    values, stops = column.flatten().to_numpy(), column.value_lengths().to_numpy().cumsum()
+    found: dict[bytes, list[Any]] = {}
+    objects, start = np.empty(len(column), dtype=object), 0
+    for row, stop in enumerate(stops.tolist()):
+        content = values[start:stop].tobytes()
+        if content not in found:
+            found[content] = values[start:stop].tolist()
+        objects[row], start = found[content], stop
+    return objects
+
+
+def ragged(values_RT: np.ndarray, lengths_R: np.ndarray) -> pa.ListArray:
+    """An array as a column of lists, the first `lengths_R` of each row."""
+    own = np.arange(values_RT.shape[1]) < lengths_R[:, None]
+    offsets = np.concatenate([[0], lengths_R.cumsum()]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values_RT[own]))

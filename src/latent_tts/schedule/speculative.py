@@ -1,0 +1,145 @@
+"""`schedule=speculative`: latents run ahead on guesses, and are committed where the guesses turn out right.
+
+A latent is a function of those before it: h_t = F_t(h_1..h_(t-1)), its noise and masks included, since they are keyed
+by (rollout, step). A sweep computes the next `chunk` latents of every row side by side from their current values. Then
+the row commits from left to right:
+
+- A latent's version counts how often its value changed. Each computed latent remembers the versions of those before
+  it, as their sum (versions never fall, so equal sums are equal versions).
+- It is committed if these are the versions of the committed latents. The first one after the committed ones always is.
+- The first latent that is not is a conflict: it and those after it were made from values that have changed. The next
+  sweep computes them again, from their present values as guesses.
+
+So a sweep commits at least one latent, and a row needs at most T sweeps (T - 1 where the prompt's pass makes h_1). A
+value has changed if its bits have (`tolerance=0`), or if the relative RMS difference is above `tolerance`; otherwise
+the latent keeps the value that others were computed from. Committed latents therefore satisfy
+|h_t - F_t(h_1..h_(t-1))| <= tolerance * |F_t(...)|, with equality of bits at 0. What a row commits depends on the row
+alone, not on its batch (at a tolerance above 0 up to rounding, which may tip a difference that is just at the
+tolerance).
+
+With models that decide the number of latents, commits end where a committed pass predicts the stop token.
+
+Source: optimistic execution (Kung and Robinson 1981) over the iteration of Song et al. 2021 (arXiv 2002.03629).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from latent_tts.errors import bad_value, is_number
+from latent_tts.schedule import LatentModel, LatentSequence, Schedule, check_chunk_and_guess, check_parallel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Speculative(Schedule):
+    """Sweeps over guesses, with versions, commits and conflicts.
+
+    Attributes:
+        chunk: C, the number of latents that a row computes side by side; None for all.
+        tolerance: relative RMS difference up to which a latent counts as unchanged; 0 asks for equal bits.
+        guess: the latents before the first sweep, see `LatentSequence.guess`.
+        verify: whether the rollouts are compared with those of `schedule=sequential`.
+    """
+
+    chunk: int | None = None
+    tolerance: float = 0.0
+    guess: str = "token"
+    verify: bool = False
+
+    name: ClassVar[str] = "speculative"
+    stepwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_chunk_and_guess(self.chunk, self.guess)
+        if not (is_number(self.tolerance) and 0 <= self.tolerance < 1):
+            raise bad_value("schedule.tolerance", self.tolerance, "must be a number in [0, 1)")
+        if not isinstance(self.verify, bool):
+            raise bad_value("schedule.verify", self.verify, "must be true or false")
+        if self.guess == "sibling" and self.tolerance > 0:
+            raise bad_value(
+                "schedule.guess", self.guess, "needs schedule.tolerance=0: otherwise rollouts would depend on the batch"
+            )
+
+    @property
+    def first_guess(self) -> str:
+        """What latents are before they are computed."""
+        return self.guess
+
+    @property
+    def verified(self) -> bool:
+        """Whether the rollouts are to be compared with those of `sequential`."""
+        return self.verify
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """The schedule's part of the cache key; `verify` changes no rollout."""
+        return {"name": self.name, "chunk": self.chunk, "tolerance": self.tolerance, "guess": self.guess}
+
+    @property
+    def exact(self) -> bool:
+        """Whether its latents are certain to be those of `sequential`, up to rounding."""
+        return self.tolerance == 0
+
+    def check(self, model: LatentModel) -> None:
+        """Check that a model can use this schedule.
+
+        Raises:
+            UsageError: as `check_parallel`.
+        """
+        check_parallel(self.name, self.chunk, self.guess, model)
+
+    def run(self, latents: LatentSequence) -> None:
+        """Compute all latents."""
+        import torch
+
+        values_RTD, total, counts = latents.latents_RTD, latents.total, latents.counts
+        chunk = 1 if latents.first_is_free else self.chunk or total  # of the first sweep
+        latents.guess(0, total, self.guess)
+        place_T = torch.arange(total, device=values_RTD.device)
+        version_RT = values_RTD.new_zeros(values_RTD.shape[:2], dtype=torch.int64)
+        committed_R = version_RT.new_zeros(len(version_RT))
+        limit_R = committed_R + total  # T, or fewer once the model has stopped
+        first = 0
+        while first < total:
+            active_R = committed_R < limit_R
+            # the inputs of a row's last pass stay, also once others are behind it
+            stop = min(int(torch.where(active_R, committed_R + chunk, limit_R + 1).max()), total)
+            free = first == 0 and latents.first_is_free
+            window_RT = (place_T >= committed_R[:, None]) & (place_T < committed_R[:, None] + chunk) & active_R[:, None]
+            made_from_RT = _sum_before(version_RT)
+            made_RSD, stops_RS = latents.compute(first, stop)
+            now_RSD, window_RS = values_RTD[:, first:stop], window_RT[:, first:stop]
+            changed_RS = window_RS & ~self._equal(now_RSD, made_RSD)
+            now_RSD[changed_RS] = made_RSD[changed_RS]
+            version_RT[:, first:stop] += changed_RS
+
+            valid_RT = (made_from_RT == _sum_before(version_RT)) & window_RT
+            commits_R = (valid_RT | (place_T < committed_R[:, None])).long().cumprod(1).sum(1) - committed_R
+            counts.sweeps_R += active_R & (not free)
+            counts.conflicts_R += window_RT.sum(1) - commits_R
+            committed_R = committed_R + commits_R
+            if stops_RS is not None:
+                final_RS = stops_RS & (place_T[first:stop] < committed_R[:, None]) & window_RS
+                stopped_R = final_RS.any(1)
+                limit_R = torch.where(stopped_R, first + final_RS.long().argmax(1), limit_R)
+                committed_R = torch.minimum(committed_R, limit_R)
+            chunk = self.chunk or total
+            first = int(torch.where(committed_R < limit_R, committed_R, total).min())
+        counts.commits_R += limit_R
+        latents.commit_until(limit_R)
+
+    def _equal(self, one: Tensor, other: Tensor) -> Tensor:
+        """Whether vectors (..., D) are equal within the tolerance."""
+        if self.tolerance == 0:
+            return (one == other).all(-1)
+        difference, size = (one - other).float().square().mean(-1), other.float().square().mean(-1)
+        return difference <= self.tolerance**2 * size
+
+
+def _sum_before(version_RT: Tensor) -> Tensor:
+    """The sum of the versions of all earlier latents."""
+    return version_RT.cumsum(1) - version_RT

@@ -1,0 +1,85 @@
+"""Prompts made by Jinja templates, which come with checkpoints: rendered in transformers' sandbox, within limits.
+
+A template may loop for ever or double a text again and again, so it is rendered in a process with limits of time and
+memory (`latent_tts.text.guard`). Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from latent_tts.text.guard import call_once
+
+MAX_CHARACTERS = 1 << 20  # of a rendered prompt
+SECONDS = 2.0
+QUESTION = re.compile(r"\{\{-?\s*question\b")
+
+
+class Standstill:
+    """A clock for templates that write today's date (Llama's own default): a prompt must be the same tomorrow."""
+
+    @staticmethod
+    def now() -> datetime:
+        """July 26th, 2024."""
+        return datetime(2024, 7, 26)
+
+
+class TemplateError(Exception):
+    """A template has no result: the message says why."""
+
+
+def names_question(template: str) -> bool:
+    """Whether a template has a place for the question, `{{question}}`."""
+    return QUESTION.search(template) is not None
+
+
+def rendered(template: str, question: str, tokens: Mapping[str, str]) -> str:
+    """A question as a template writes it: as `question`, and as the only message, of the user, in `messages`.
+
+    Args:
+        template: Jinja.
+        question: the text of the question.
+        tokens: variables for special tokens, such as `bos_token`.
+
+    Raises:
+        TemplateError: it is no template, it refuses the question, or the result takes too long or is too long.
+    """
+    try:
+        reply = call_once(__name__, "render", template, question, json.dumps(dict(tokens)), limit=SECONDS)
+    except TimeoutError:
+        raise TemplateError(f"it takes more than {SECONDS:g} s") from None
+    if "error" in reply:
+        raise TemplateError(reply["error"])
+    return reply["text"]
+
+
+def warm_up() -> None:
+    """Import what `render` needs and stop its clock, in the process that renders."""
+    from transformers.utils import chat_template_utils
+
+    vars(chat_template_utils)["datetime"] = Standstill
+
+
+def render(template: str, question: str, tokens: str) -> dict[str, Any]:
+    """The text of a prompt, or what is wrong; runs in the guarded process."""
+    from jinja2 import TemplateError as JinjaError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    variables = {**json.loads(tokens), "question": question}
+    conversation: Any = [[{"role": "user", "content": question}]]
+    try:
+        result: Any = render_jinja_template(
+            conversation, chat_template=template, add_generation_prompt=True, **variables
+        )
+    except (JinjaError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    except (MemoryError, RecursionError, OverflowError):
+        return {"error": "it needs too much memory"}
+    text = result[0][0]
+    if len(text) > MAX_CHARACTERS:
+        return {"error": f"the prompt has more than {MAX_CHARACTERS:,} characters"}
+    return {"text": text}

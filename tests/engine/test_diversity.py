@@ -1,0 +1,60 @@
+"""Dissimilarities of latents, summed up batch by batch."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from latent_tts.engine import diversity
+from latent_tts.engine.diversity import DirectionSums
+
+
+def by_pairs(latents_NTD):
+    """The same by a double loop over rollouts."""
+    vectors = np.asarray(latents_NTD, dtype=np.float64)
+    summed = np.zeros(vectors.shape[:2])
+    for i, t in np.ndindex(summed.shape):
+        for j in range(i):
+            norms = np.linalg.norm(vectors[i, t]) * np.linalg.norm(vectors[j, t])
+            summed[i, t] += 1 - (vectors[i, t] @ vectors[j, t] / norms if norms else 0.0)
+    return summed
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(
+    counts=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    questions=st.integers(1, 3),
+    steps=st.integers(0, 3),
+    memory=st.sampled_from([1, 300, 1 << 26]),
+    seed=st.integers(0, 99),
+)
+def test_batches_of_any_size_give_what_a_double_loop_gives(counts, questions, steps, memory, seed):
+    latents_QNTD = np.random.default_rng(seed).normal(size=(questions, sum(counts), steps, 5)).astype(np.float32)
+    latents_QNTD[0, 0] = 0
+    sums, start, found = DirectionSums(), 0, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diversity, "MAX_WORKING_BYTES", memory)
+        for count in counts:
+            batch = torch.from_numpy(latents_QNTD[:, start : start + count]).flatten(0, 1)
+            found.append(sums.add(list("abc"[:questions]), batch).unflatten(0, (questions, count)))
+            start += count
+            assert sums.counted("a") == start
+    expected = np.stack([by_pairs(latents) for latents in latents_QNTD])
+    np.testing.assert_allclose(torch.cat(found, 1).numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_small_distances_keep_their_precision():
+    base = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(0)).double()
+    latents_RTD = base + 1e-5 * torch.randn(40, 2, 64, generator=torch.Generator().manual_seed(1)).double()
+    found = DirectionSums().add(["a"], latents_RTD).numpy()
+    np.testing.assert_allclose(found, by_pairs(latents_RTD.numpy()), rtol=1e-3)
+    assert (DirectionSums().add(["a"], base.expand(8, -1, -1)).abs() < 1e-12).all()
+
+
+def test_sums_of_questions_seen_long_ago_are_dropped(monkeypatch):
+    monkeypatch.setattr(diversity, "MAX_KEPT_BYTES", 3 * 8 * 2 * 4)
+    sums = DirectionSums()
+    for key in "abcad":
+        sums.add([key], torch.ones(1, 2, 4))
+    assert [sums.counted(key) for key in "abcd"] == [2, 0, 1, 1]

@@ -1,0 +1,55 @@
+"""Templates of prompts: what they see, and the limits that they are rendered in."""
+
+import time
+
+import pytest
+
+from latent_tts.text.template import MAX_CHARACTERS, TemplateError, names_question, rendered
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("Q: {{question}}\nA:", "Q: 1+1?\nA:"),
+        ("{{ messages[0]['content'] | upper }}", "1+1?"),
+        ("{{bos_token}}{{- question}}", "<s>1+1?"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}", "2024"),
+        ("{% if add_generation_prompt %}go{% endif %}", "go"),
+    ],
+)
+def test_a_template_sees_the_question_and_the_special_tokens(template, text):
+    assert rendered(template, "1+1?", {"bos_token": "<s>"}) == text
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ question", "TemplateSyntaxError"),
+        ("{{ raise_exception('only two roles') }}", "only two roles"),
+        ("{{ question.__class__.__mro__ }}", "SecurityError"),
+        ("{{ nosuch.field }}", "UndefinedError"),
+        ("{% for i in range(9999999) %}{% endfor %}", "Range too big"),
+        (f"{{{{ 'x' * {MAX_CHARACTERS + 1} }}}}", "more than 1,048,576 characters"),
+        ("{{ 'x' * (10 ** 11) }}", "too much memory"),
+    ],
+)
+def test_a_template_that_fails_says_why(template, words):
+    with pytest.raises(TemplateError, match=words):
+        rendered(template, "1+1?", {})
+
+
+def test_a_template_without_end_is_stopped():
+    started = time.monotonic()
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(TemplateError, match="more than 2 s"):
+        rendered(endless, "1+1?", {})
+    assert time.monotonic() - started < 60
+    assert rendered("{{question}}", "next", {}) == "next"
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [("{{question}}", True), ("{{- question | trim }}", True), ("{{ questions }}", False), ("question", False)],
+)
+def test_the_place_of_the_question_is_found(template, named):
+    assert names_question(template) is named
