@@ -56,9 +56,10 @@ golden: .venv/.installed ## rewrite the golden table of the tests (review its di
 wheel-smoke: .venv/.installed ## build the wheel, install it in another venv, run it there
 	$(BIN)/pytest -m slow tests/test_wheel.py
 
-plots: .venv/.installed ## redraw the figures of the README and of experiments/
-	$(BIN)/ltts plot
-	$(BIN)/ltts plot runs=[experiments/main_curve] output=docs/scaling.png
+plots: .venv/.installed ## redraw the figures of docs/ and experiments/
+	$(BIN)/ltts plot experiments format=svg
+	$(BIN)/ltts plot experiments/main_curve output=docs/scaling.png
+	$(BIN)/python docs/draw_figures.py
 
 reasoner: .venv/.installed ## retrain the built-in COCONUT reasoner (half an hour to an hour on one core)
 	$(BIN)/ltts train-reasoner output=outputs/coconut_arith
@@ -114,6 +115,7 @@ bench: .venv/.installed ## run all benchmarks
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/turns.py
 	$(BIN)/python benchmarks/picks.py
+	$(BIN)/python benchmarks/command.py
 
 clean: ## remove outputs, caches, build files and .venv
 	rm -rf .venv outputs multirun .cache dist build .pytest_cache .ruff_cache .hypothesis

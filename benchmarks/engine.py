@@ -10,11 +10,11 @@ LTTS_DATA, or from the list below. Each rollout has 6 latents, one end token and
 
 Each measurement runs in its own process: load the model, warm up with one latent and one answer token, then repeat; the
 median counts. Peak memory is that of the process (on CUDA that of torch), in total and since the model was loaded. One
-more call with a stopwatch gives the time per phase. The process of the engine also measures the limits of the machine:
-the model's own matrix products for the rows of a batch, and a copy in memory. `ceiling_share` is the rate of operations
-in the latent phase divided by the rate of these products. On a CPU, `baseline.py` draws at most 256 rows at once (more
-do not fit in memory), and a larger case is timed on a part of its questions. It masks the prompt in both dropout
-settings, like the official code.
+more call gives the time per phase (on CUDA by events in the stream, so that nothing waits). The process of the engine
+also measures the limits of the machine: the model's own matrix products for the rows of a batch, and a copy in memory.
+`ceiling_share` is the rate of operations in the latent phase divided by the rate of these products. On a CPU,
+`baseline.py` draws at most 256 rows at once (more do not fit in memory), and a larger case is timed on a part of its
+questions. It masks the prompt in both dropout settings, like the official code.
 
 On a busy machine, use LTTS_BENCH_CLOCK=cpu and OMP_NUM_THREADS=1 to count processor seconds.
 
@@ -95,13 +95,11 @@ def latent_flops(lm: PreTrainedModel, jobs: list[RolloutJob], sampler: Sampler) 
 
 
 def new_model(arguments: argparse.Namespace) -> PreTrainedModel:
-    """A model with random weights, created in its dtype, as a checkpoint is loaded."""
+    """A model with random weights, made on its device and in its dtype: a large one on a CPU takes a minute."""
     torch.manual_seed(0)
-    torch.set_default_dtype(DTYPES[arguments.dtype[0]])
     if arguments.model == "gpt2":
         heads = max(1, arguments.width // 64)
         config = GPT2Config(n_layer=arguments.layers, n_embd=arguments.width, n_head=heads, vocab_size=50_260)
-        lm: nn.Module = GPT2LMHeadModel(config)
     else:
         config = LlamaConfig(
             num_hidden_layers=16,
@@ -112,45 +110,44 @@ def new_model(arguments: argparse.Namespace) -> PreTrainedModel:
             num_key_value_heads=8,
             head_dim=64,
         )
-        lm = LlamaForCausalLM(config)
+    torch.set_default_dtype(DTYPES[arguments.dtype[0]])
+    with torch.device(arguments.device):
+        lm: nn.Module = (GPT2LMHeadModel if arguments.model == "gpt2" else LlamaForCausalLM)(config)
     torch.set_default_dtype(torch.float32)
-    return cast(PreTrainedModel, lm.to(arguments.device).eval().requires_grad_(False))
+    return cast(PreTrainedModel, lm.eval().requires_grad_(False))
 
 
 class Stopwatch:
-    """A wrapper of a sampler that splits the time of `Engine.roll` into phases.
+    """A wrapper of a sampler that splits the time of `Engine.roll` into phases, without waiting for the device.
 
-    Attributes:
-        seconds: of prefill, latents and answers, each without random numbers, and of random numbers in the latent phase
-            (`random_latents`) and elsewhere (`random`).
+    On a GPU the borders of phases are events in its stream, which are read once everything is done.
     """
 
     def __init__(self, sampler: Sampler, lm: PreTrainedModel, latents: int, device: str) -> None:
         self._sampler, self._last, self._device = sampler, latents - 1, device
-        self.seconds: dict[str, float] = dict.fromkeys(
-            ("prefill", "latents", "answers", "random_latents", "random"), 0.0
-        )
-        self._phase, self._drawn, self._started = "prefill", 0.0, 0.0
+        self._phase, self._started = "prefill", self._now()
+        self._spans: list[tuple[str, bool, Any, Any]] = []  # phase, whether random numbers alone, begin, end
         self._hook = lm.base_model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
 
-    def _now(self) -> float:
-        if self._device.startswith("cuda"):
-            torch.cuda.synchronize()
-        return clock()
+    def _now(self) -> Any:
+        if not self._device.startswith("cuda"):
+            return clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _enter(self, phase: str) -> None:
         now = self._now()
-        self.seconds[self._phase] += now - self._started - self._drawn
-        self.seconds["random_latents" if self._phase == "latents" else "random"] += self._drawn
-        self._phase, self._started, self._drawn = phase, now, 0.0
+        self._spans.append((self._phase, False, self._started, now))
+        self._phase, self._started = phase, now
 
     def _timed(self, call: Callable[[], Any]) -> Any:
         started = self._now()
         result = call()
-        self._drawn += self._now() - started
+        self._spans.append((self._phase, True, started, self._now()))
         return result
 
     def _before_pass(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -171,13 +168,27 @@ class Stopwatch:
 
     def run(self, roll: Callable[[Sampler], object]) -> None:
         """Time one call of `Engine.roll`."""
-        self._phase, self._started, self._drawn = "prefill", self._now(), 0.0
+        self._phase, self._started = "prefill", self._now()
         roll(cast(Sampler, self))
         self._enter("prefill")
 
-    def close(self) -> None:
-        """Remove the hook from the model."""
+    def close(self) -> dict[str, float]:
+        """Remove the hook from the model.
+
+        Returns:
+            Seconds of prefill, latents and answers, each without random numbers, and of random numbers in the latent
+            phase (`random_latents`) and elsewhere (`random`).
+        """
         self._hook.remove()
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds = dict.fromkeys(("prefill", "latents", "answers", "random_latents", "random"), 0.0)
+        for phase, drawing, begin, end in self._spans:
+            took = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+            seconds[phase] += -took if drawing else took
+            if drawing:
+                seconds["random_latents" if phase == "latents" else "random"] += took
+        return seconds
 
 
 def product_rate(lm: PreTrainedModel, rows: int, device: str) -> float:
@@ -257,8 +268,7 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
     watch = Stopwatch(sampler, lm, LATENTS, device)
     for part in parts:
         watch.run(partial(roll, plan, part))
-    watch.close()
-    spent = watch.seconds
+    spent = watch.close()
     total = sum(spent.values())
     flops = latent_flops(lm, jobs, sampler)
     rate = product_rate(new_model(arguments), sum(len(job.rollouts) for job in parts[0]), device)

@@ -54,11 +54,11 @@ class Side:
         before = bench.product_rate(self.unprepared, rows, "cpu")
         watch = bench.Stopwatch(sampler, self.lm, bench.LATENTS, "cpu")
         watch.run(lambda watched: Independent().roll(engine, jobs, watched, 0))
-        watch.close()
+        seconds = watch.close()
         after = bench.product_rate(self.unprepared, rows, "cpu")
-        latents = watch.seconds["latents"] + watch.seconds["random_latents"]
-        phases = {"prefill": watch.seconds["prefill"], "latents": latents, "answers": watch.seconds["answers"]}
-        self.seconds.append({"all": sum(watch.seconds.values()), **phases})
+        latents = seconds["latents"] + seconds["random_latents"]
+        phases = {"prefill": seconds["prefill"], "latents": latents, "answers": seconds["answers"]}
+        self.seconds.append({"all": sum(seconds.values()), **phases})
         self.shares.append(2 * bench.latent_flops(self.lm, jobs, sampler) / latents / (before + after))
 
 

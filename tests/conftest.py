@@ -104,17 +104,28 @@ def ltts(place: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result
     return run
 
 
-def run_line(checkpoint: Path) -> list[str]:
-    """`ltts run` on the tiny reasoner and a few questions."""
-    return ["run", f"model.checkpoint={checkpoint}", "task.limit=6", "n=4", "max_answer_tokens=4"]
+def run_line(checkpoint: Path, *arguments: object) -> list[str]:
+    """`ltts run` on the tiny reasoner and a few questions; without a ladder of budgets, it draws no figure."""
+    budget = [] if any(str(argument).startswith("budget") for argument in arguments) else ["budget=fixed"]
+    few = ["task.limit=6", "n=4", "max_answer_tokens=4"]
+    return ["run", f"model.checkpoint={checkpoint}", *few, *budget, *map(str, arguments)]
 
 
 @pytest.fixture(scope="session")
 def completed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of such a run, which no test may change."""
+    """The folder of such a run with a ladder of budgets, which no test may change."""
     folder = tmp_path_factory.mktemp("completed")
     with place_of_its_own(folder):
-        assert cli.main([*run_line(checkpoint), "hydra.run.dir=run"]) == 0
+        assert cli.main(run_line(checkpoint, "budget=ladder", "hydra.run.dir=run")) == 0
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def completed_with_latents(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run without a scorer that kept its latents, which no test may change."""
+    folder = tmp_path_factory.mktemp("completed_with_latents")
+    with place_of_its_own(folder):
+        assert cli.main(run_line(checkpoint, "scorer=none", "keep_latents=true", "hydra.run.dir=run")) == 0
     return folder / "run"
 
 
@@ -127,13 +138,13 @@ def own_copy(completed: Path, place: Path) -> Path:
 @pytest.fixture
 def run(ltts: Callable[..., Result], checkpoint: Path) -> Callable[..., Result]:
     """`ltts run` on the tiny reasoner and a few questions."""
-    return lambda *arguments: ltts(*run_line(checkpoint), *arguments)
+    return lambda *arguments: ltts(*run_line(checkpoint, *arguments))
 
 
 @pytest.fixture
 def refuse(place: Path, checkpoint: Path) -> Callable[..., None]:
     """`ltts run` on the tiny reasoner, which is to refuse what it is given in `words` that name it."""
-    return lambda *arguments, words: check_refused(*run_line(checkpoint), *arguments, words=words)
+    return lambda *arguments, words: check_refused(*run_line(checkpoint, *arguments), words=words)
 
 
 @pytest.fixture

@@ -141,6 +141,7 @@ REFUSED = [
     "train-reasoner save_every=0",
     "train-rm optimization.lr=0",
     "tune n=0",
+    "probe directions=0",
     "collect nowhere",
     "compare nowhere nothere",
     "plot nowhere",

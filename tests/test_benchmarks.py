@@ -46,6 +46,20 @@ def test_the_engine_benchmark_ends_with_its_results(engine_benchmark, capsys):
         assert {"model", "dtype", "device", "product_flops_per_second", "copy_bytes_per_second"} <= result.keys()
 
 
+@pytest.mark.slow
+def test_the_command_benchmark_says_where_the_time_of_a_run_goes(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    command = importlib.import_module("command")
+    command.main(["--", "task.limit=2", "n=2", "scorer=none", "budget=fixed"])
+    empty, full = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (empty["cache"], full["cache"], empty["rollouts"], full["rollouts"]) == ("empty", "full", 4, 4)
+    assert full["device"] == 0 < empty["device"]
+    for result in (empty, full):
+        assert result["imports"] + result["device"] + result["host"] == pytest.approx(result["seconds"], abs=0.01)
+        assert result["imports"] > 0 < result["processor_seconds"]
+    assert full["imports"] < empty["imports"]  # no torch
+
+
 def test_prompts_have_the_lengths_of_the_distribution(engine_benchmark, monkeypatch):
     monkeypatch.delenv("LTTS_DATA", raising=False)
     lengths = [len(prompt) for prompt in engine_benchmark.prompts(64, 100)]

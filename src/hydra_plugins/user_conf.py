@@ -5,7 +5,7 @@ from __future__ import annotations
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from latent_tts.config.build import user_conf_dir
+from latent_tts.config.reference import user_conf_dir
 
 
 class UserConf(SearchPathPlugin):

@@ -6,8 +6,10 @@ import importlib
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import wraps
@@ -20,17 +22,19 @@ from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, printable,
 # name: (what it does, names of its positional arguments; a trailing * takes the rest, a trailing ? may be missing)
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("draw rollouts, pick answers, write the scaling curve", ()),
-    "rescore": ("score the rollouts of a finished run with another scorer: ltts rescore RUN", ("run",)),
+    "rescore": ("score the rollouts of a completed run with another scorer", ("run",)),
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
     "train-reasoner": ("train a latent reasoner with its family's recipe; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
     "tune": ("measure which engine settings are fastest on this machine and save them as engine=tuned", ()),
-    "collect": ("join tables of runs, average over seeds, list incomplete runs: ltts collect RUNS...", ("runs*",)),
-    "compare": ("paired differences of two run folders with intervals: ltts compare A B", ("a", "b")),
-    "plot": ("draw figures from metrics tables: ltts plot RUNS_OR_CSVS...", ("runs*",)),
-    "cache": ("list the cache of rollouts, or free space: ltts cache prune older_than=30d", ("action?",)),
-    "convert": ("rewrite a pickle or a training checkpoint for ltts run: ltts convert SRC DST", ("src", "dst")),
+    "probe": ("measure how latents depend on each other, and whether computing them in parallel pays", ()),
+    "collect": ("join tables of runs, average over seeds, list incomplete runs", ("runs*",)),
+    "compare": ("paired differences of two run folders with intervals", ("a", "b")),
+    "plot": ("draw figures from metrics tables", ("runs*",)),
+    "cache": ("list the cache of rollouts, or remove entries of it", ("action?",)),
+    "convert": ("rewrite a pickle or a training checkpoint for ltts run", ("src", "dst")),
 }
+RESUMABLE = ("run", "rescore", "annotate", "train-reasoner", "train-rm")  # the others keep nothing of what they began
 MAX_LINES = 4
 KEPT = "finished work is kept; "
 FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
@@ -39,13 +43,16 @@ FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--
 
 def usage() -> str:
     """The list of commands."""
-    lines = "\n".join(f"  {name:<16}{what}" for name, (what, _) in COMMANDS.items())
-    return (
-        "usage: ltts COMMAND [key=value ...] [-m]\n\n"
-        f"{lines}\n\n"
-        "`ltts COMMAND --help` shows a command's keys, `--cfg job` the config it would run with, "
-        "-m runs a job for every\ncombination of comma-separated values."
+    from latent_tts.config import information
+    from latent_tts.config.help import definitions
+
+    width = shutil.get_terminal_size((100, 24)).columns
+    rows = [(name, what) for name, (what, _) in (COMMANDS | dict(information.COMMANDS)).items()]
+    notes = (
+        "`ltts COMMAND --help` (or `ltts help COMMAND`) lists the keys of a command; -m runs a job per combination of "
+        'comma-separated values; after `eval "$(ltts completion bash)"` Tab completes commands, keys and options.'
     )
+    return f"usage: ltts COMMAND [KEY=VALUE ...] [-m]\n\n{definitions(rows, width)}\n\n{textwrap.fill(notes, width)}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,16 +73,26 @@ def main(argv: list[str] | None = None) -> int:
 
         print(version("latent-tts"))
         return 0
-    name = arguments[0]
-    if name not in COMMANDS:
-        return say(
-            UsageError(
-                f"unknown command {name!r}; {_meant(name, COMMANDS)}one of {', '.join(COMMANDS)}\n"
+    from latent_tts.config import information
+
+    name, *others = arguments
+    try:
+        if name == "help" and (not others or others[0] in COMMANDS):
+            print(information.help_of(others[0], others[1:], COMMANDS) if others else usage())
+            return 0
+        if name in information.COMMANDS:
+            information.run(name, others, COMMANDS, FLAGS + FLAGS_WITH_VALUE)
+            return 0
+        if name not in COMMANDS:
+            known = [*COMMANDS, *information.COMMANDS]
+            raise UsageError(
+                f"unknown command {name!r}; {_meant(name, known)}one of {', '.join(known)}\n"
                 "run `ltts --help` for a description of each"
             )
-        )
-    try:
-        overrides = _overrides(name, arguments[1:])
+        if {"-h", "--help"} & set(others):
+            print(information.help_of(name, others, COMMANDS))
+            return 0
+        overrides = _overrides(name, others)
     except UsageError as error:
         return say(error)
     return _run_hydra(name, overrides)
@@ -168,6 +185,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     )
     from latent_tts.config.failures import Failures
     from latent_tts.config.folder_lock import FolderLock
+    from latent_tts.config.single_job import run_single_job
 
     module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
     register_schemas()
@@ -191,7 +209,9 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
 
     Failures.kept.clear()
     try:
-        hydra.main(version_base="1.3", config_path=conf_dir(), config_name=name.replace("-", "_"))(job)()
+        command = name.replace("-", "_")
+        if not run_single_job(command, job, arguments):
+            hydra.main(version_base="1.3", config_path=conf_dir(), config_name=command)(job)()
         if Failures.kept:
             raise Failures.kept.pop()
     except SystemExit as stop:
@@ -199,7 +219,8 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
             return say(Failures.kept.pop())
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt as interrupt:
-        kept = str(interrupt) or "finished work is kept; re-run the command to resume"
+        resumed = "finished work is kept; re-run the command to resume"
+        kept = str(interrupt) or (resumed if name in RESUMABLE else "re-run the command")
         print(f"interrupted: {kept}", file=sys.stderr)
         return 130
     except JobsFailed as failed:
@@ -240,8 +261,8 @@ def describe(error: Exception) -> tuple[list[str], int]:
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
-    from latent_tts.config.build import conf_dir
     from latent_tts.config.meant import no_option, quoted_override
+    from latent_tts.config.reference import conf_dir
 
     if isinstance(error, LatentTTSError):
         return str(error).splitlines(), error.exit_code

@@ -82,11 +82,16 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 def check_positive(group: str, option: object, *, whole: Iterable[str] = (), real: Iterable[str] = ()) -> None:
     """Raise the usual error unless attributes of an option are positive: integers (`whole`), or numbers (`real`)."""
-    for keys, ok, allowed in ((whole, is_whole, "a positive integer"), (real, is_number, "a positive number")):
+    for keys, ok, kind in ((whole, is_whole, "integer"), (real, is_number, "number")):
         for key in keys:
             value = getattr(option, key)
             if not (ok(value) and value > 0):
-                raise bad_value(f"{group}.{key}", value, allowed)
+                raise bad_value(f"{group}.{key}", value, f"must be a positive {kind}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise the usual error unless a seed is 0 or more."""
+    require("seed", seed, seed >= 0, "must be 0 or more")
 
 
 @contextmanager

@@ -38,8 +38,8 @@ def test_budgets_ascend_from_at_least_one_to_n(budget):
     ],
     ids=lambda value: " ".join(map(str, value)),
 )
-def test_a_run_reports_its_curve_and_a_sweep_over_n_each_n_once(run, overrides, reported):
-    result = run(*overrides, "task.limit=2")
+def test_a_run_reports_its_curve_and_a_sweep_over_n_each_n_once(ltts, checkpoint, overrides, reported):
+    result = ltts("run", f"model.checkpoint={checkpoint}", "task.limit=2", "max_answer_tokens=4", *overrides)
     assert result.code == 0, result.err
     metrics = read_metrics(result.last)
     assert sorted(set(metrics["n"])) == reported

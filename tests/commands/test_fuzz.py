@@ -20,6 +20,13 @@ KEYS = {
     "compare": ["a", "b", "a_figure", "b_figure", "a_n", "b_n", "output"],
     "plot": ["runs", "output", "format", "against"],
     "convert": ["src", "dst", "tokenizer", "config", "base", "lora_alpha", "latents"],
+    "tune": ["seconds", "dtypes", "n", "seed", "max_answer_tokens", "output", "engine.rows", "engine.dtype",
+             "engine.device", "engine.quantize", "model", "task", "sampler", "model.latents", "task.split",
+             "task.limit"],
+    "train-reasoner": ["output", "init", "seed", "device", "save_every", "valid_questions", "recipe", "task.split",
+                       "task.limit", "model", "backbone.layers", "backbone.width", "backbone.number_scale",
+                       "optimization.batch", "optimization.lr", "optimization.bf16", "recipe.latents",
+                       "recipe.stage_updates", "recipe.final_updates", "recipe.final_dropout"],
     "train-rm": ["output", "annotations", "valid_annotations", "init", "seed", "bf16", "weights_dtype", "loss.name"],
 }  # fmt: skip
 FILES = ["run.json", "metrics.csv", "rollouts.parquet", ".hydra", "nothing"]
@@ -39,8 +46,9 @@ def lines(draw: st.DrawFn) -> list[str]:
 
 
 @pytest.fixture
-def folder(run) -> Path:
+def folder(run, monkeypatch, tmp_path) -> Path:
     """A run folder that draws damage."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # for values with ~
     made = run("scorer=none", "hydra.run.dir=run", "task.limit=2", "n=2")
     assert made.code == 0, made.err
     return Path("run").resolve()
@@ -49,6 +57,7 @@ def folder(run) -> Path:
 def fuzz(ltts, checkpoint, folder, line, damaged, content):
     command, *rest = line
     shutil.rmtree(folder.parent / "copy", ignore_errors=True)
+    shutil.rmtree("trained", ignore_errors=True)
     copy = shutil.copytree(folder, folder.parent / "copy")
     if damaged != "nothing":
         path = copy / damaged
@@ -62,8 +71,13 @@ def fuzz(ltts, checkpoint, folder, line, damaged, content):
         "compare": {"a": copy, "b": folder},
         "plot": {"runs": f"[{copy}]"},
         "convert": {"src": copy, "dst": "new"},
+        "tune": {"model.checkpoint": checkpoint, "task.limit": 2, "n": 2, "max_answer_tokens": 2, "seconds": 0.01,
+                 "dtypes": "[float32]", "engine.rows": 4, "output": "tuned.yaml"},
+        "train-reasoner": {"output": "trained", "valid_questions": 2, "backbone.layers": 1, "backbone.width": 8,
+                           "backbone.heads": 2, "optimization.batch": 2, "recipe.written_updates": 1,
+                           "recipe.stage_updates": "[1,1]", "recipe.final_updates": 1, "recipe.latents": 2},
         "train-rm": {"model.checkpoint": checkpoint, "annotations": copy, "valid_annotations": copy},
-    }[command]
+    }[command]  # fmt: skip
     base = {key: value for key, value in base.items() if key not in given_keys and key.split(".")[0] not in given_keys}
     result = ltts(command, *(f"{key}={value}" for key, value in base.items()), *rest)
     assert result.code in (0, 1, 2), result.err
@@ -89,6 +103,6 @@ def test_no_line_ends_in_a_raw_exception(ltts, checkpoint, folder, line, damaged
 
 
 @pytest.mark.slow
-@fuzzing(300)
+@fuzzing(1000)
 def test_no_line_of_many_ends_in_a_raw_exception(ltts, checkpoint, folder, line, damaged, content):
     fuzz(ltts, checkpoint, folder, line, damaged, content)

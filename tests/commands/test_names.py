@@ -9,16 +9,17 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import slow
 
 from latent_tts.errors import printable
 from latent_tts.results import report
 from latent_tts.results.files import plain_cells, spreadsheet_cells
 from latent_tts.results.run_folder import read_metrics
 
-NAMES = ["[/]", "[bold]x[/bold]", "[link=file:///etc]x", "=1+1", "+x", "-x", "@x", "$x_", "'=x", "名前"]
+NAMES = ["[/]", "[bold]x[/bold]", "+x", "-x", "@x", "$x_", "'=x", "名前"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["[link=file:///etc]x", "=1+1", *map(slow, NAMES)])
 def test_a_models_name_is_shown_as_it_is(run, name):
     result = run(f"model.name='{name}'" if "'" not in name else f'model.name="{name}"', "budget=ladder")
     assert result.code == 0, result.err

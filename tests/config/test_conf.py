@@ -9,9 +9,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config import build as config
-from latent_tts.config import schemas
+from latent_tts.config import reference, schemas
 
-CONF = Path(config.conf_dir())
+CONF = Path(reference.conf_dir())
 OPTIONS = sorted(path.relative_to(CONF).with_suffix("").parts for path in CONF.glob("*/*.yaml"))
 BUILDING = [option for option in OPTIONS if "_target_" in OmegaConf.load(CONF.joinpath(*option).with_suffix(".yaml"))]
 

@@ -29,14 +29,14 @@ STRANGERS = [
 
 
 @pytest.fixture
-def finished(run, tmp_path, monkeypatch):
+def finished(completed_with_latents, place, tmp_path, monkeypatch):
     """The folder of a finished run; a module that writes a file when it is imported is on the path."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "pwned.py").write_text("open('pwned', 'w').close()\nclass Aggregator: pass\n")
     (tmp_path / "hubconf.py").write_text("open('pwned', 'w').close()\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setenv("PWNED", "pwned.Aggregator")
-    return run("scorer=none", "keep_latents=true").last.parent
+    return shutil.copytree(completed_with_latents, place / "outputs" / "run" / "finished")
 
 
 def rewrite(folder, change):

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from latent_tts import cli
 from latent_tts.config import build as config
+from latent_tts.config import reference
 
 
 def check(result, *words: str) -> None:
@@ -33,7 +34,7 @@ def check_refused(command: str, *overrides: object, words: list[str]) -> None:
     given = [str(override) for override in overrides]
     options = tuple(override for override in given if _is_group(override.partition("=")[0]))
     values = OverridesParser.create().parse_overrides([override for override in given if override not in options])
-    with initialize_config_dir(config.conf_dir(), job_name=command, version_base="1.3"):
+    with initialize_config_dir(reference.conf_dir(), job_name=command, version_base="1.3"):
         try:
             cfg = deepcopy(_composed(command, options))
             for override in values:
@@ -59,7 +60,7 @@ def _composed(command: str, options: tuple[str, ...]) -> DictConfig:
 
 
 def _is_group(key: str) -> bool:
-    return (Path(config.conf_dir()) / key).is_dir()
+    return (Path(reference.conf_dir()) / key).is_dir()
 
 
 def _check_lines(lines: list[str], *words: str) -> None:

@@ -45,9 +45,7 @@ def forget_identity(folder) -> None:
 
 def test_a_sweep_over_two_files_of_one_name_has_means_of_each(run, ltts, questions, tmp_path):
     paths = ",".join(questions(name).removeprefix("task.path=") for name in "ba")
-    swept = run(
-        "-m", "task=jsonl", f"task.path={paths}", "task.limit=null", "seed=0,1", "n=1,2", "hydra.sweep.dir=swept"
-    )
+    swept = run("-m", "task=jsonl", f"task.path={paths}", "task.limit=null", "seed=0,1", "n=2", "hydra.sweep.dir=swept")
     assert swept.code == 0, swept.err
     means = read_metrics(tmp_path / "swept" / "metrics_over_seeds.csv")
     assert means.groupby("questions_digest")["seed"].unique().map(list).tolist() == [["0,1"], ["0,1"]]
@@ -69,7 +67,7 @@ def test_seeds_of_other_questions_are_not_averaged_and_a_figure_has_a_curve_of_e
     words = (tmp_path / "mix.svg").read_text()
     for folder in (a, b):
         assert f"questions {read_metrics(folder / 'metrics.csv')['questions_digest'][0][:8]}" in words
-    assert "2 seeds" not in words
+    assert "means over" not in words
 
 
 def test_seeds_of_other_weights_are_not_averaged(seeded, ltts, checkpoint, tmp_path):
@@ -98,7 +96,7 @@ def test_a_moved_checkpoint_and_a_moved_scorer_stay_on_one_curve(seeded, ltts, c
     drawn = ltts("plot", "mix/0", "mix/1", "output=mix.svg")
     assert drawn.code == 0, drawn.err
     assert "model1" not in (tmp_path / "mix.svg").read_text()
-    assert "2 seeds" in (tmp_path / "mix.svg").read_text()
+    assert "means over seeds 0, 1" in (tmp_path / "mix.svg").read_text()
     assert ltts("compare", "mix", "mix").code == 0
 
 
@@ -136,11 +134,11 @@ def test_tables_that_do_not_say_what_they_are_of_are_read_and_not_averaged_with_
     pd.concat(tables).to_csv("one.csv", index=False)
     drawn = ltts("plot", "one.csv", "output=one.svg")
     assert drawn.code == 0, drawn.err
-    assert "2 seeds" in (tmp_path / "one.svg").read_text()  # of one table, names are believed
+    assert "means over seeds 0, 1" in (tmp_path / "one.svg").read_text()  # of one table, names are believed
     drawn = ltts("plot", "old", "output=two.svg")
     assert drawn.code == 0, drawn.err
     words = (tmp_path / "two.svg").read_text()
-    assert "2 seeds" not in words
+    assert "means over" not in words
     assert "questions unknown, of old/0/metrics.csv" in words
 
 

@@ -1,74 +1,275 @@
-"""Figures: which lines, colours, dashes and names a metrics table gets."""
+"""Figures by their elements: panels, lines, colours, dashes, intervals, legend, axes, title."""
 
 import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import same_color, to_rgba
+from matplotlib.figure import Figure
 from refusal import check
 
-from latent_tts.results.plot import scaling_curve
+from latent_tts.errors import UsageError
+from latent_tts.results.plot import COLORS, MAX_BANDS, save_figure, scaling_figure
 from latent_tts.results.run_folder import RUN_COLUMNS
 
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """Draws a table and gives the figure's axes."""
-    monkeypatch.setattr("matplotlib.pyplot.close", lambda _: None)
-
-    def draw(rows: list[dict], path, against: str = "n"):
-        scaling_curve(pd.DataFrame(rows), path, against)
-        return plt.gcf().axes
-
-    yield draw
-    monkeypatch.undo()
-    plt.close("all")
+AGGREGATORS = ("majority", "likelihood", "best_of_n", "weighted")
+ROW = dict.fromkeys(RUN_COLUMNS, "") | {
+    "model": "m", "task": "t", "split": "test", "sampler": "gaussian", "seed": "0", "drawn": 16, "questions": 100,
+}  # fmt: skip
 
 
-def drawn_lines(axis) -> list:
-    return [line for line in axis.lines if len(line.get_xdata())]  # those without points are the legend's
+def rows(ns=(1, 2, 4, 16), aggregators=("majority",), value=0.5, **columns) -> list[dict]:
+    """The coverage and the accuracies of a run."""
+    named = [("coverage", ""), *(("accuracy", name) for name in aggregators)]
+    return [
+        ROW
+        | {"n": n, "metric": metric, "aggregator": name, "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1}
+        | columns
+        for n in ns
+        for metric, name in named
+    ]
 
 
-def curve(axis, color: str) -> list[tuple[float, float]]:
-    (line,) = [line for line in drawn_lines(axis) if line.get_color() == color]
-    return list(zip(*line.get_data(), strict=True))
+def sweep(count: int, **columns) -> list[dict]:
+    """Runs of `count` values of sigma, in an order that is not theirs."""
+    values = [f"{0.1 * (place + 1):g}" for place in range(count)]
+    return [
+        row
+        for place, value in enumerate(values[1::2] + values[::2])
+        for row in rows(sampler_param="sigma", sampler_value=value, value=0.3 + 0.01 * place, **columns)
+    ]
 
 
-def test_a_figure_against_diversity_has_a_point_a_value_of_the_sampler(tmp_path, drawn):
-    row = dict.fromkeys(RUN_COLUMNS, "") | {
-        "sampler": "gaussian",
-        "sampler_param": "sigma",
-        "seed": "0",
-        "n": 4,
-        "drawn": 4,
-    }
-    rows = [
-        row | {"run_id": f"{sigma}{seed}", "sampler_value": sigma, "seed": seed, "metric": metric, "questions": 2}
-        | dict.fromkeys(("value", "ci_low", "ci_high"), value)
-        for sigma, diversity, coverage in (("0.1", 0.2, 0.5), ("0.9", 0.4, 0.75))
+def checkpoints(count: int, **columns) -> list[dict]:
+    """Runs that differ in a name."""
+    return [row for place in range(count) for row in rows(checkpoint=f"c{place:02d}", **columns)]
+
+
+def figure_of(table: list[dict], against: str = "n") -> Figure:
+    return scaling_figure(pd.DataFrame(table), against)
+
+
+def entries(figure: Figure) -> list[str]:
+    """The texts of the legend."""
+    (legend,) = figure.legends
+    return [text.get_text() for text in legend.texts]
+
+
+def handles(figure: Figure) -> dict:
+    (legend,) = figure.legends
+    return dict(zip(entries(figure), legend.legend_handles, strict=True))
+
+
+def lines(axis) -> list:
+    """The curves of a panel: what has points, bars left out."""
+    return [line for line in axis.lines if len(line.get_xdata()) > 1 and line.get_marker() not in ("_", "None", "")]
+
+
+def bands(axis) -> int:
+    return sum(isinstance(each, PolyCollection) for each in axis.collections)
+
+
+def bars(axis) -> int:
+    return len(axis.containers)
+
+
+def texts(axis) -> list[str]:
+    """The texts of the x axis' ticks that are in view."""
+    axis.figure.draw_without_rendering()
+    low, high = axis.get_xlim()
+    ticks = axis.xaxis.get_major_ticks()
+    return [tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 20])
+@pytest.mark.parametrize("table", [sweep, checkpoints])
+def test_every_curve_has_a_look_and_a_legend_entry_of_its_own(count, table):
+    figure = figure_of(table(count))
+    assert [axis.get_ylabel() for axis in figure.axes] == ["coverage", "accuracy (majority)"]
+    assert len(set(entries(figure))) == count + 1
+    for axis in figure.axes:
+        looks = {(to_rgba(line.get_color()), line.get_marker(), line.get_linestyle()) for line in lines(axis)}
+        assert len(looks) == len(lines(axis)) == count
+        few = count <= MAX_BANDS
+        assert (bands(axis), bars(axis)) == ((count, 0) if few else (0, count))
+        for line, label in zip(lines(axis), entries(figure), strict=False):
+            assert same_color(line.get_color(), handles(figure)[label].get_color())
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, "the legend is cut"
+    assert box.y1 <= min(axis.get_tightbbox().y0 for axis in figure.axes), "the legend lies over a panel"
+
+
+def test_a_swept_number_has_a_sequential_palette_in_its_order():
+    figure = figure_of(sweep(12))
+    assert entries(figure)[:12] == [f"gaussian sigma={0.1 * (place + 1):g}" for place in range(12)]
+    brightness = [sum(line.get_color()[:3]) for line in lines(figure.axes[0])]
+    assert brightness == sorted(brightness, reverse=True)
+    two = figure_of(sweep(3) + [row | {"sampler": "dropout", "sampler_param": "rate"} for row in sweep(3)])
+    colors = [line.get_color() for line in lines(two.axes[0])]
+    assert same_color(colors[2], colormaps["YlOrBr"](1.0))
+    assert same_color(colors[5], colormaps["Blues"](1.0))
+    temperatures = [row for t in ("0.5", "0.7", "1.0") for row in rows(settings=f"answer.temperature={t},task.limit=9")]
+    swept = figure_of(temperatures)
+    assert entries(swept)[:3] == [f"answer.temperature={t}" for t in ("0.5", "0.7", "1.0")]
+    assert not same_color(lines(swept.axes[0])[0].get_color(), COLORS[0])
+
+
+def test_names_have_distinct_colours_a_colour_blind_reader_can_tell_apart():
+    figure = figure_of(checkpoints(10))
+    looks = [(line.get_color(), line.get_marker()) for line in lines(figure.axes[0])]
+    assert looks == [*((color, "o") for color in COLORS), (COLORS[0], "s"), (COLORS[1], "s")]
+
+
+def test_equal_lines_of_two_aggregators_are_both_seen():
+    figure = figure_of(rows(aggregators=AGGREGATORS))
+    _, accuracy = figure.axes
+    best, weighted = lines(accuracy)[2:]
+    assert list(best.get_ydata()) == list(weighted.get_ydata())
+    assert not same_color(best.get_color(), weighted.get_color())
+    assert weighted.get_markerfacecolor() == "none"
+    assert weighted.get_markersize() > best.get_markersize()
+    assert bands(accuracy) == 1
+    assert entries(figure) == ["gaussian", *AGGREGATORS, "95% interval of majority"]
+
+
+def test_two_curves_have_a_colour_each_and_aggregators_a_dash_each():
+    table = rows(aggregators=AGGREGATORS) + rows(aggregators=("weighted",), sampler="dropout")
+    figure = figure_of(table)
+    marks = [(line.get_color(), line.get_linestyle()) for line in lines(figure.axes[1])]
+    assert marks == [(COLORS[0], dash) for dash in ("-", "--", ":", "-.")] + [(COLORS[1], "-.")]
+    legend = {name: handle.get_color() for name, handle in list(handles(figure).items())[:-1]}
+    assert legend == {"gaussian": COLORS[0], "dropout": COLORS[1]} | dict.fromkeys(AGGREGATORS, "0.3")
+
+
+def test_many_curves_have_a_panel_per_aggregator_on_one_scale():
+    figure = figure_of(sweep(3, aggregators=AGGREGATORS))
+    assert [axis.get_ylabel() for axis in figure.axes] == ["coverage", *(f"accuracy ({a})" for a in AGGREGATORS)]
+    assert len({axis.get_ylim() for axis in figure.axes[1:]}) == 1
+    assert [axis.get_xlabel() != "" for axis in figure.axes] == [False, False, True, True, True]
+    assert all(len(lines(axis)) == bands(axis) == 3 for axis in figure.axes)
+
+
+def test_single_points_have_error_bars_side_by_side():
+    figure = figure_of(rows(ns=(16,)) + rows(ns=(16,), sampler="dropout") + rows(ns=(1, 16), sampler="native"))
+    axis = figure.axes[0]
+    assert (bars(axis), bands(axis)) == (2, 1)
+    left, right = (bar.lines[0].get_xdata()[0] for bar in axis.containers)
+    assert left < 16 < right
+    (segment,) = axis.containers[0].lines[2][0].get_segments()
+    assert segment[:, 1] == pytest.approx([0.4, 0.6])
+    assert entries(figure_of(rows(ns=(16,))))[-1] == "95% interval"
+
+
+def test_ticks_are_those_that_people_write():
+    assert texts(figure_of(rows(ns=(1, 2, 4, 8, 16, 32, 64))).axes[0]) == ["1", "2", "4", "8", "16", "32", "64"]
+    assert texts(figure_of(rows(ns=(1, 3, 10, 1000))).axes[0]) == ["1", "3", "10", "1,000"]
+    many = [int(text) for text in texts(figure_of(rows(ns=range(1, 65))).axes[0])]
+    assert len(many) < 12
+    assert many[-1] == 64
+    costs = [row | {"run_id": "a"} for row in rows(ns=(1, 2, 4))]
+    costs += [
+        row | {"metric": "gflops", "aggregator": "", "value": {1: 0.08, 2: 0.7, 4: 3.0}[row["n"]]} for row in costs[::2]
+    ]
+    figure = figure_of(costs, "gflops")
+    assert texts(figure.axes[0]) == ["0.1", "0.2", "0.5", "1", "2"]
+    assert figure.axes[0].get_xlabel() == "GFLOP per question"
+    assert figure.axes[0].yaxis.get_major_formatter()(0.555, 0) == "55.5%"
+    assert figure.axes[0].yaxis.get_major_formatter()(0.6, 0) == "60%"
+
+
+def test_a_figure_against_diversity_has_the_largest_n_and_a_point_per_value_of_the_sampler():
+    table = [
+        {**row, "run_id": f"{sigma}{seed}", "seed": seed, "sampler_param": "sigma", "sampler_value": sigma}
+        | {"metric": metric, "aggregator": "", "value": value + n / 100}
+        for sigma, diversity, coverage in (("0.9", 0.4, 0.75), ("0.1", 0.2, 0.5))
         for seed, shift in (("0", -0.1), ("1", 0.1))
+        for n in (2, 4)
         for metric, value in (("diversity", diversity + shift), ("coverage", coverage))
-    ]  # fmt: skip
-    coverage, _ = drawn(rows, tmp_path / "figure.svg", "diversity")
-    assert curve(coverage, "C0") == [(pytest.approx(0.2), 0.5), (pytest.approx(0.4), 0.75)]
-    assert [text.get_text() for text in coverage.get_legend().texts] == ["gaussian"]
+        for row in rows(ns=(n,), aggregators=())
+    ]
+    figure = figure_of(table, "diversity")
+    (axis,) = figure.axes
+    (line,) = lines(axis)
+    assert line.get_xdata() == pytest.approx([0.24, 0.44])
+    assert line.get_ydata() == pytest.approx([0.54, 0.79])
+    assert entries(figure) == ["gaussian", "mean of the seeds' 95% intervals"]
+    assert figure.get_suptitle().endswith("means over seeds 0, 1, n = 4")
+    assert axis.get_xscale() == "linear"
 
 
-def test_a_sampler_keeps_its_colour_and_an_aggregator_its_dash(tmp_path, drawn):
-    row = dict.fromkeys(RUN_COLUMNS, "") | {"seed": "0", "drawn": 4, "questions": 2, "metric": "accuracy"}
-    rows = [
-        row | {"sampler": sampler, "aggregator": aggregator, "n": n, "value": 0.5, "ci_low": 0.5, "ci_high": 0.5}
-        for sampler, aggregator in (("gaussian", "weighted"), ("gaussian", "majority"), ("dropout", "weighted"))
-        for n in (1, 4)
-    ]  # fmt: skip
-    _, accuracy = drawn(rows, tmp_path / "figure.svg")
-    marks = [(line.get_color(), line.get_linestyle()) for line in drawn_lines(accuracy)]
-    assert marks == [("C1", "--"), ("C1", "-"), ("C0", "--")]
-    legend = accuracy.get_legend()
-    named = {text.get_text(): line for text, line in zip(legend.texts, legend.legend_handles, strict=True)}
-    assert {name: (line.get_color(), line.get_linestyle()) for name, line in named.items()} == {
-        "gaussian": ("C1", "-"), "dropout": ("C0", "-"), "majority": ("0.3", "-"), "weighted": ("0.3", "--"),
-    }  # fmt: skip
-    _, accuracy = drawn([row for row in rows if row["aggregator"] == "weighted"], tmp_path / "one.svg")
-    assert accuracy.get_title() == "Accuracy (weighted)"
+def test_more_than_two_models_have_a_row_of_panels_each():
+    table = [row for model in "badc" for row in rows(model=model) + rows(model=model, sampler="dropout")]
+    figure = figure_of(table)
+    assert [axis.get_title(loc="left") for axis in figure.axes[::2]] == list("badc")
+    assert entries(figure) == ["gaussian", "dropout", "95% interval"]
+    assert figure.get_suptitle() == "4 models on t/test, 100 questions, seed 0"
+    of_each = [row | {"sampler_param": "p", "sampler_value": str(ord(row["model"]))} for row in table]
+    figure = figure_of(of_each)
+    assert figure.axes[0].get_title(loc="left") == "b: gaussian p=98, dropout p=98"
+    assert entries(figure)[:2] == ["gaussian", "dropout"]
+
+
+TITLES = [
+    ({}, "m on t/test, 100 questions, seed 0"),
+    ({"seed": "1"}, "m on t/test, 100 questions, different seeds"),
+    ({"seed": "0,1"}, "m on t/test, 100 questions, means over 1 to 2 seeds"),
+    ({"questions": 50}, "m on t/test, 50 to 100 questions, seed 0"),
+    ({"questions_digest": "b" * 16, "questions": 50}, "m on t/test, 2 different sets of 50 to 100 questions, seed 0"),
+    ({"task": "other"}, "m on t/test, other/test, 100 questions, seed 0"),
+    ({"model": "other"}, "2 models on t/test, 100 questions, seed 0"),
+]
+
+
+@pytest.mark.parametrize(("columns", "title"), TITLES)
+def test_the_title_says_what_is_in_the_figure(columns, title):
+    same = rows(questions_digest="a" * 16, sampler="gaussian")
+    other = rows(**({"questions_digest": "a" * 16, "sampler": "dropout"} | columns))
+    assert figure_of(same + other).get_suptitle() == title
+
+
+def test_seeds_of_a_curve_are_averaged_and_those_of_a_table_of_means_have_intervals_of_their_own():
+    seeds = [row for seed in "012" for row in rows(seed=seed, value=0.4 + 0.1 * int(seed))]
+    figure = figure_of(seeds)
+    assert list(lines(figure.axes[0])[0].get_ydata()) == pytest.approx([0.5] * 4)
+    assert figure.get_suptitle().endswith("means over seeds 0, 1, 2")
+    assert entries(figure)[-1] == "mean of the seeds' 95% intervals"
+    figure = figure_of([row | {"seeds": 3} for row in rows(seed="0,1,2")])
+    assert figure.get_suptitle().endswith("means over seeds 0, 1, 2")
+    assert entries(figure)[-1] == "95% interval"
+
+
+def test_a_label_says_what_differs_and_no_more():
+    table = [row for where in ("[prompt]", "[prompt,thoughts]") for row in rows(
+        settings=f"sampler.where={where},task.limit=500", budget="ladder")]  # fmt: skip
+    assert entries(figure_of(table))[:2] == ["sampler.where=[prompt]", "sampler.where=[prompt,thoughts]"]
+    budgets = rows(budget="ladder") + rows(budget="fixed")
+    assert entries(figure_of(budgets))[:2] == ["budget=ladder", "budget=fixed"]
+    weights = rows(weights_digest="a" * 16) + rows(weights_digest="b" * 16)
+    assert entries(figure_of(weights))[:2] == ["weights aaaaaaaa", "weights bbbbbbbb"]
+    named = rows(weights_digest="a" * 16, model="a") + rows(weights_digest="b" * 16, model="b")
+    assert entries(figure_of(named))[:2] == ["a", "b"]
+
+
+def test_the_row_with_most_rollouts_drawn_counts():
+    figure = figure_of(rows(ns=(1, 16), value=0.7) + rows(ns=(1,), drawn=1, value=0.2))
+    assert list(lines(figure.axes[0])[0].get_ydata()) == [0.7, 0.7]
+
+
+def test_the_same_table_gives_the_same_file_in_every_format(tmp_path):
+    for kind, begin in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")):
+        first, second = (tmp_path / number / f"f.{kind}" for number in "12")
+        for path in (first, second):
+            save_figure(figure_of(rows(model=r"$\alpha$ is no formula")), [path])
+        assert first.read_bytes() == second.read_bytes()
+        assert first.read_bytes().startswith(begin)
+    assert b"/Type3" not in (tmp_path / "1" / "f.pdf").read_bytes()
+
+
+def test_nothing_to_draw_is_an_error():
+    for table, against in ((rows(value=float("nan")), "n"), (rows(), "gflops")):
+        with pytest.raises(UsageError, match="nothing to draw"):
+            figure_of(table, against)
 
 
 def test_a_table_without_figures_is_named_and_what_there_is_is_drawn(run, ltts, tmp_path):
@@ -88,41 +289,15 @@ def test_a_table_without_figures_is_named_and_what_there_is_is_drawn(run, ltts, 
     assert drawn.last.is_file()
 
 
-def test_more_than_two_models_have_panels_of_their_own(tmp_path, monkeypatch):
-    named = []
-    monkeypatch.setattr("matplotlib.axes.Axes.set_ylabel", lambda _, text, **__: named.append(text))
-    row = dict.fromkeys(RUN_COLUMNS, "") | {"sampler": "gaussian", "seed": "0", "n": 4, "drawn": 4, "questions": 2}
-    rows = [
-        row | {"run_id": model, "model": model, "metric": metric} | dict.fromkeys(("value", "ci_low", "ci_high"), 0.5)
-        for model in ("b", "a", "d", "c")
-        for metric in ("coverage", "diversity")
-        if (model, metric) != ("d", "diversity")
-    ]
-    for against in ("n", "diversity"):
-        scaling_curve(pd.DataFrame(rows), tmp_path / f"{against}.svg", against)
-    assert [text for text in named if text] == [*"badc", *"bac"]
-
-
-@pytest.mark.parametrize(("seeds", "words"), [(None, "means of 95 % intervals"), (3, "3 seeds, 95 % intervals")])
-def test_a_table_of_means_over_seeds_has_intervals_of_its_own(tmp_path, drawn, seeds, words):
-    row = dict.fromkeys(RUN_COLUMNS, "") | {"sampler": "gaussian", "drawn": 4, "questions": 2, "metric": "coverage"}
-    rows = [
-        row | {"n": n, "seed": seed, "value": 0.5, "ci_low": 0.4, "ci_high": 0.6}
-        for n in (1, 4)
-        for seed in (["0", "1", "2"] if seeds is None else ["0,1,2"])
-    ]
-    axis = drawn([each | ({} if seeds is None else {"seeds": seeds}) for each in rows], tmp_path / "figure.svg")[0]
-    assert words in axis.figure.get_suptitle()
-    assert "3 seeds" in axis.figure.get_suptitle()
-
-
-def test_a_label_leaves_out_the_settings_that_all_curves_have(tmp_path, drawn):
-    row = dict.fromkeys(RUN_COLUMNS, "") | {"sampler": "dropout", "seed": "0", "drawn": 4, "questions": 2}
-    rows = [
-        row | {"settings": f"sampler.where=[{where}],task.limit=500", "n": n, "metric": "coverage"}
-        | dict.fromkeys(("value", "ci_low", "ci_high"), 0.5)
-        for where in ("prompt", "prompt,thoughts")
-        for n in (1, 4)
-    ]  # fmt: skip
-    names = [text.get_text() for text in drawn(rows, tmp_path / "figure.svg")[0].get_legend().texts]
-    assert names == ["sampler.where=[prompt]", "sampler.where=[prompt,thoughts]"]
+def test_plot_alone_draws_the_last_run_or_sweep(run, ltts, tmp_path):
+    check(ltts("plot"), "no run in the folders outputs and multirun")
+    for arguments in (["budget=ladder"], ["seed=0,1", "budget=ladder", "-m"]):
+        done = run(*arguments)
+        drawn = ltts("plot")
+        assert drawn.code == 0, drawn.err
+        assert {path.resolve() for path in map(tmp_path.joinpath, drawn.out.split())} == {
+            done.last.resolve().with_name(f"scaling.{kind}") for kind in ("png", "svg")
+        }
+    means = (done.last.parent / "scaling.svg").read_text()
+    assert "mean of the seeds" not in means, "drawn from the table without intervals over seeds"
+    assert ltts("plot", "against=gflops", "format=pdf").last.name == "scaling_by_gflops.pdf"

@@ -16,6 +16,7 @@ from latent_tts.engine.cost import Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.engine.rollout import Engine
 from latent_tts.errors import UsageError
+from latent_tts.random.draw import Draw
 from latent_tts.sampler.control import Control
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
@@ -232,3 +233,15 @@ def test_sweeps_and_steps_make_the_same_tables_and_the_columns_say_which(run):
 def test_annotate_refuses_parallel_sweeps(place, checkpoint):
     line = "annotate", f"model.checkpoint={checkpoint}", "output=labels", "schedule=jacobi"
     check_refused(*line, words=["schedule=jacobi", "prefix"])
+
+
+def test_sweeps_draw_a_latents_noise_once(monkeypatch):
+    drawn, normal = [], Draw._normal
+
+    def counted(self, step, width):
+        drawn.append(step)
+        return normal(self, step, width)
+
+    monkeypatch.setattr(Draw, "_normal", counted)
+    roll(Engine(tiny.reasoner("gpt2"), plan(4, Jacobi(3))), tiny.prompts([5, 2]), range(2), NOISE)
+    assert sorted(drawn) == [0, 1, 2, 3]

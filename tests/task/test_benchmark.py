@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import yaml
 
-from latent_tts.config import build as config
+from latent_tts.config import reference
 from latent_tts.errors import UsageError
 from latent_tts.task.benchmark import Benchmark
 from latent_tts.text.number import canonical_number
 
-CONF = Path(config.conf_dir()) / "task"
+CONF = Path(reference.conf_dir()) / "task"
 DATA = os.environ.get("LTTS_DATA")
 NAMES = ["gsm8k", "gsm_hard", "math500", "multiarith", "prosqa", "svamp"]
 ON_THE_HUB = ["gsm8k", "gsm_hard", "math500", "multiarith", "svamp"]
@@ -164,7 +164,7 @@ def test_a_split_without_a_copy_on_the_hub_says_where_it_is(name, split, origin)
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("gsm8k", {"split": "train"}, r"^task\.split=train: one of test, valid$"),
+        ("gsm8k", {"split": "exam"}, r"^task\.split=exam: one of test, valid, train$"),
         ("svamp", {"split": None}, r"^task\.split=null: one of test$"),
         ("gsm8k", {"limit": 0}, r"^task\.limit=0: must be a positive number"),
         ("gsm8k", {"path": "no/such.jsonl"}, r"^task\.path=no/such\.jsonl: no such file"),
@@ -270,7 +270,7 @@ def test_on_the_command_line_what_is_missing_is_a_short_error(run):
     for overrides, word in [
         (["task=svamp"], "cannot be read from the hub"),
         (["task=prosqa"], "not on the hub"),
-        (["task=gsm8k", "task.split=train"], "task.split=train: one of test, valid"),
+        (["task=gsm8k", "task.split=exam"], "task.split=exam: one of test, valid, train"),
     ]:
         result = run(*overrides)
         assert result.code == 2

@@ -193,7 +193,7 @@ def test_the_text_that_a_model_writes_reaches_the_rule(graded, family, rule, gol
 
 def test_equal_answers_are_one_vote(graded):
     texts = [f"### {answer}" for answer in (r"\text{18}", "18", "x=18", "7", "7.0")]
-    more = {"answer.temperature": 1, "n": 64, "answer.top_p": 1}
+    more = {"answer.temperature": 1, "n": 64, "answer.top_p": 1, "budget": "fixed"}
     rollouts, metrics = graded("coconut", "latex", "18", *texts, **more)
     assert set(rollouts["prediction"]) == {"18", "7"}
     assert (rollouts["prediction"] == "18").equals(rollouts["correct"])

@@ -289,6 +289,18 @@ def test_a_stopped_run_resumes_to_the_same_weights(folders, tmp_path, stop, save
     assert seen == []
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
+def test_damaged_states_are_named_and_set_aside(folders, tmp_path, caplog, name):
+    whole, _ = train(*folders, tmp_path / "out")
+    best = json.loads((tmp_path / "out/checkpoint-8/trainer_state.json").read_text())["best_global_step"]
+    path = tmp_path / f"out/checkpoint-{best}" / name
+    path.write_bytes(path.read_bytes()[:-9])
+    again, _ = train(*folders, tmp_path / "out")
+    assert f"checkpoint-{best} is damaged: it is now damaged-checkpoint-{best}" in caplog.text
+    a, b = (dict(model.named_parameters()) for model in (again, whole))
+    assert all(torch.equal(a[each], b[each]) for each in b)
+
+
 def test_micro_batches_make_the_same_update(folders, tmp_path, monkeypatch):
     sizes, real = {1: [], 2: []}, RewardLoss.__call__
     trained = {}

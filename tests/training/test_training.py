@@ -183,6 +183,23 @@ def test_a_stopped_run_resumes_to_the_same_weights(adapter, tmp_path, stop, save
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-10"]
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "digests.json"])
+def test_a_damaged_state_is_named_and_set_aside(adapter, tmp_path, caplog, name):
+    def stop_at_5(done, figures):
+        if done == 5:
+            raise Crash
+
+    with pytest.raises(Crash):
+        train(adapter, tmp_path / "stopped", report=stop_at_5)
+    path = tmp_path / "stopped/checkpoint-4" / name
+    path.write_bytes(path.read_bytes()[:-9])
+    train(adapter, tmp_path / "stopped")
+    assert f"{path.parent} is damaged: it is now damaged-checkpoint-4" in caplog.text
+    train(adapter, tmp_path / "whole")
+    a, b = (weights(tmp_path / each) for each in ("stopped", "whole"))
+    assert all(torch.equal(a[each], b[each]) for each in b)
+
+
 def test_a_finished_run_is_not_trained_again(adapter, tmp_path):
     train(adapter, tmp_path / "out")
     updates = []

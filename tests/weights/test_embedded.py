@@ -7,7 +7,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from latent_tts.config import build as config
+from latent_tts.config import reference
 from latent_tts.engine.rollout import Engine
 from latent_tts.pipeline.models import rollout_plan
 from latent_tts.random.draw import Draw
@@ -16,7 +16,7 @@ from latent_tts.sampler.greedy import Greedy
 from latent_tts.task.arith import Arith
 from latent_tts.types import Reasoner
 
-FILES = sorted((Path(config.conf_dir()) / "model").glob("demo_*.yaml"))
+FILES = sorted((Path(reference.conf_dir()) / "model").glob("demo_*.yaml"))
 QUESTIONS = Arith("valid", 60, None, 0).questions()
 LARGEST = 3 * 2**20
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.checkpoint import files
+from latent_tts.checkpoint import files, joining
 from latent_tts.errors import UsageError, bad_value, is_whole
 from latent_tts.types import Question
 
@@ -56,14 +56,14 @@ class CheckpointAdapter:
     def __post_init__(self) -> None:
         if not isinstance(self.checkpoint, str):
             raise bad_value(
-                "model.checkpoint", self.checkpoint, f"a folder or hub id: model={self.name} has no default"
+                "model.checkpoint", self.checkpoint, f"must be a folder or hub id: model={self.name} has no default"
             )
         for key in ("trained_latents", "recommended"):
             value = getattr(self, key)
             if not isinstance(value, Mapping | None):
-                raise bad_value(f"model.{key}", value, "a mapping, as in conf/model/*.yaml")
+                raise bad_value(f"model.{key}", value, "must be a mapping, as in conf/model/*.yaml")
         if not (is_whole(self.latents) and self.latents >= 0):
-            raise bad_value("model.latents", self.latents, "a number of latent thoughts, 0 or more")
+            raise bad_value("model.latents", self.latents, "must be a number of latent thoughts, 0 or more")
 
     @property
     def prompt_recipe(self) -> str:
@@ -138,7 +138,7 @@ class CheckpointAdapter:
     @cached_property
     def folder(self) -> Path:
         """The local checkpoint folder."""
-        return files.resolve(self.checkpoint, self.revision)
+        return joining.whole(files.resolve(self.checkpoint, self.revision), files.MODEL_KEY)
 
     @cached_property
     def digest(self) -> str:
@@ -151,6 +151,11 @@ class CheckpointAdapter:
         return files.read_config(self.folder)
 
     @cached_property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes of the backbone, by the names that most configs use; see `files.sizes`."""
+        return files.sizes(self.config, files.weight_shapes(self.folder))
+
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The fast tokenizer."""
         return files.load_tokenizer(self.folder)
@@ -158,12 +163,12 @@ class CheckpointAdapter:
     @cached_property
     def width(self) -> int:
         """D of the backbone."""
-        return int(next(self.config[key] for key in files.SIZES if key in self.config))
+        return int(next(self.sizes[key] for key in files.SIZES if key in self.sizes))
 
     @cached_property
     def positions(self) -> int:
         """The longest sequence, in tokens and latents, that the backbone takes."""
-        return int(next(self.config[key] for key in ("n_positions", "max_position_embeddings") if key in self.config))
+        return int(self.sizes["n_positions" if "n_embd" in self.sizes else "max_position_embeddings"])
 
     @cached_property
     def latent_id(self) -> int:
@@ -215,14 +220,14 @@ class CheckpointAdapter:
 
     def _chosen_eos(self, tokens: Sequence[Any]) -> tuple[int, ...]:
         ids = []
-        allowed = f"a token of {self.checkpoint}, by its text or id, or a list of them"
+        allowed = f"must be a token of {self.checkpoint}, by its text or id, or a list of them"
         if not tokens:
             raise bad_value("model.eos", list(tokens), allowed)
         for token in tokens:
             found = self.tokenizer.token_to_id(token) if isinstance(token, str) else token
             if not is_whole(found) or self.tokenizer.id_to_token(found) is None:
                 raise bad_value(
-                    "model.eos", token, f"a token of {self.checkpoint}, by its text or id, or a list of them"
+                    "model.eos", token, f"must be a token of {self.checkpoint}, by its text or id, or a list of them"
                 )
             ids.append(found)
         return tuple(dict.fromkeys(ids))

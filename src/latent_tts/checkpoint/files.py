@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -39,8 +40,22 @@ SIZES = {
         *("intermediate_size", "max_position_embeddings", "vocab_size"),
     ),
 }
-# what some configs (GPT-Neo's) call the sizes of Llama-like ones
-OTHER_NAMES = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+# what other configs call the sizes of Llama-like ones
+OTHER_NAMES = {
+    "hidden_size": ("d_model", "n_embed"),
+    "num_hidden_layers": ("num_layers", "n_layer", "n_layers"),
+    "num_attention_heads": ("num_heads", "n_head", "n_heads", "attention_heads"),
+    "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
+    "head_dim": ("kv_channels",),
+    "intermediate_size": ("ffn_dim", "ffn_hidden_size"),
+    "max_position_embeddings": ("max_seq_len", "seq_length", "model_max_length"),
+}
+# models whose config need not say how wide the inner layer is: four times the model, as transformers takes it
+FOUR_TIMES = ("gpt_neo", "bloom", "falcon", "gpt_neox_japanese", "mpt")
+UNBOUNDED = {"bloom": 1 << 20}  # tokens of a sequence, where attention scores fall with distance and no limit is named
+# how many experts a mixture has, and how many of them a token goes through
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k")
 # layers whose memory of a sequence are keys and values of its tokens
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # models with another memory (recurrent states, convolutions), from which no latent could be taken back
@@ -48,9 +63,14 @@ RECURRENT = (
     *("mamba", "falcon_mamba", "rwkv", "jamba", "zamba", "bamba", "recurrent_gemma", "xlstm", "falcon_h1"),
     *("granitemoehybrid", "lfm2", "plamo2", "nemotron_h", "qwen3_next", "kimi_linear", "reformer"),
 )
+# encoders, unless their config says `is_decoder`
+BIDIRECTIONAL = (
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "data2vec", "megatron-bert", "rembert"),
+    *("roformer", "big_bird", "roc_bert", "xmod", "mobilebert"),
+)
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
-EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight")
+EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight")
 # sizes in `config.json`, and the axis of a weight that is at least as long: a model larger than its files is not made
 LIMITS = (
     ("vocab_size", EMBEDDINGS, 0),
@@ -65,7 +85,8 @@ LIMITS = (
     ("head_dim", ("self_attn.q_proj.weight",), 0),
 )
 NARROW_EMBEDDINGS = ("word_embed_proj_dim", "embedding_size")  # of models whose embedding is narrower than their blocks
-LAYER = re.compile(r"(?:^|\.)(?:h|layers)\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.")
+EXPERT = re.compile(r"(?:^|\.)experts\.")
 # implementations in transformers itself; any other name is code that it would fetch from the hub
 IMPLEMENTATIONS = (
     *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
@@ -94,7 +115,7 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
             raise bad_value(key, checkpoint, f"no such built-in checkpoint; one of {', '.join(shipped)}")
         return folder
     if checkpoint.startswith(gguf.PREFIX):
-        return gguf.converted(Path(checkpoint.removeprefix(gguf.PREFIX)).expanduser(), key)
+        return gguf.converted(gguf.found(checkpoint, key), key)
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
@@ -152,11 +173,40 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config with its sizes under the names that most configs use."""
-    named = {name: config[other] for other, name in OTHER_NAMES.items() if other in config}
-    common = {**named, **config}
-    if "num_layers" in config and common.get("intermediate_size") is None and is_whole(config.get("hidden_size")):
-        common["intermediate_size"] = 4 * config["hidden_size"]  # as transformers takes it for GPT-Neo
+    text = config.get("text_config")  # of a model that sees, too
+    config = {**config, **text} if isinstance(text, Mapping) else dict(config)
+    if "n_embd" in config:
+        return config
+    named = {
+        name: next((config[other] for other in others if other in config), None) for name, others in OTHER_NAMES.items()
+    }
+    common = {name: value for name, value in named.items() if value is not None} | config
+    kind, width = config.get("model_type"), common.get("hidden_size")
+    if common.get("intermediate_size") is None and kind in FOUR_TIMES and is_whole(width):
+        common["intermediate_size"] = 4 * width
+    if kind in UNBOUNDED:
+        common.setdefault("max_position_embeddings", UNBOUNDED[kind])
     return common
+
+
+def sizes(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[str, Any]:
+    """`common_sizes` of a checkpoint and, as `block_weights`, the matrix entries of a block that a token goes through.
+
+    Args:
+        config: the checkpoint's `config.json`.
+        shapes: of its tensors.
+    """
+    common = common_sizes(config)
+    experts = next((common[name] for name in EXPERTS if is_whole(common.get(name))), 0)
+    chosen = next((common[name] for name in CHOSEN_EXPERTS if is_whole(common.get(name))), experts)
+    blocks: dict[str, float] = {}
+    for name, shape in shapes.items():
+        found = LAYER.search(name)
+        if found is None or len(shape) not in (2, 3) or name.endswith("bias"):
+            continue
+        of_experts = experts and (EXPERT.search(name) or (len(shape) == 3 and shape[0] == experts))
+        blocks[found[1]] = blocks.get(found[1], 0.0) + math.prod(shape) * (chosen / experts if of_experts else 1.0)
+    return common | ({"block_weights": sum(blocks.values()) / len(blocks)} if blocks else {})
 
 
 def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
@@ -165,9 +215,12 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
     Raises:
         UsageError: it has an encoder, or another memory.
     """
+    config = common_sizes(config)
     kind, why = str(config.get("model_type", "")), "latents are fed to decoders made of attention"
     if config.get("is_encoder_decoder"):
         raise bad_value(key, folder, f"a {kind} model has an encoder; {why}")
+    if kind.startswith(BIDIRECTIONAL) and not config.get("is_decoder"):
+        raise bad_value(key, folder, f"in a {kind} model tokens attend to those after them; {why}")
     layers = config.get("layer_types") or []
     other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
     if other or kind.startswith(RECURRENT):
@@ -231,7 +284,8 @@ def check_shapes(
     Raises:
         UsageError: it has more layers, or a larger size.
     """
-    name = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    config = common_sizes(config)
+    name = "n_layer" if "n_embd" in config else "num_hidden_layers"
     layers = len({found[1] for tensor in shapes if (found := LAYER.search(tensor))})
     if is_whole(config.get(name)) and config[name] > layers:
         raise bad_value(key, folder, f"config.json has {name}={config[name]}, the weights have {layers} layers")
@@ -426,7 +480,9 @@ def check_vocabulary(
     Raises:
         UsageError: one has not.
     """
-    rows = next((shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS)), config["vocab_size"])
+    rows = next(
+        (shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS)), common_sizes(config)["vocab_size"]
+    )
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
     if beyond:
         token = min(beyond, key=lambda name: (name not in LATENT_TOKENS, beyond[name]))

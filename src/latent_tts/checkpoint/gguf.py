@@ -37,6 +37,27 @@ def models_folder() -> Path:
     return Path(os.environ.get("LTTS_CACHE") or ".cache/latent_tts").expanduser() / "models"
 
 
+def found(checkpoint: str, key: str) -> Path:
+    """The file that `gguf:FILE` names; a name without a folder is also looked for among fetched models.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    name = Path(checkpoint.removeprefix(PREFIX)).expanduser()
+    fetched = models_folder() / name.name
+    file = fetched if not name.is_file() and name.name == str(name) else name
+    if not file.is_file():
+        hint = f"; `{FETCHED[file.name]}` fetches it" if file.name in FETCHED else ""
+        raise bad_value(key, checkpoint, f"no such file{hint}")
+    return file
+
+
+def digest(file: Path) -> str:
+    """What identifies a GGUF file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
 def converted(file: Path, key: str) -> Path:
     """The checkpoint folder of a GGUF file, which is made at the first call (imports torch and transformers).
 
@@ -45,14 +66,9 @@ def converted(file: Path, key: str) -> Path:
         key: the config key that errors name.
 
     Raises:
-        UsageError: there is no such file, it is damaged, or of an architecture that is not supported.
+        UsageError: the file is damaged, or of an architecture that is not supported.
     """
-    if not file.is_file():
-        hint = f"; `{FETCHED[file.name]}` fetches it" if file.name in FETCHED else ""
-        raise bad_value(key, f"{PREFIX}{file}", f"no such file{hint}")
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-    folder = models_folder() / f"gguf{VERSION}-{digest}"
+    folder = models_folder() / f"gguf{VERSION}-{digest(file)}"
     if not folder.is_dir():
         if find_spec("gguf") is None:
             raise bad_value(key, f"{PREFIX}{file}", "the package gguf is not installed: pip install 'latent-tts[gguf]'")

@@ -25,9 +25,9 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: a value is not usable, or `prune` is not told what to remove.
     """
-    require("action", cfg.action, cfg.action in ("list", "prune"), "list or prune")
-    older_than = quantity("older_than", cfg.older_than, SECONDS, "an age, as in 30d, 12h or 90m")
-    max_size = quantity("max_size", cfg.max_size, BYTES, "a size, as in 20GB or 500MB")
+    require("action", cfg.action, cfg.action in ("list", "prune"), "must be list or prune")
+    older_than = quantity("older_than", cfg.older_than, SECONDS, "must be an age, as in 30d, 12h or 90m")
+    max_size = quantity("max_size", cfg.max_size, BYTES, "must be a size, as in 20GB or 500MB")
     root = Path(cfg.paths.cache).expanduser()
     entries = cache_entries(root)
     chosen = older_than is not None or max_size is not None or cfg.stale
@@ -77,7 +77,7 @@ def show(root: Path, entries: Sequence[CacheEntry]) -> None:
         numbers = [f"{name}={value}" for name, value in sampler.items() if is_number(value)]
         cells = [entry.folder.name, key.get("name", "?"), " ".join([kind, *numbers])]
         cells += [key.get(column, "?") for column in ("latents", "seed", "dtype")]
-        used = age(time.time() - entry.used) + ("" if is_current(key) else ", stale")
+        used = report.age(time.time() - entry.used) + ("" if is_current(key) else ", stale")
         rows.append([*cells, entry.rollouts, size(entry.size), used])
     columns = ["entry", "model", "sampler", "latents", "seed", "dtype", "rollouts", "size", "last used"]
     total = size(sum(entry.size for entry in entries))
@@ -102,9 +102,3 @@ def size(count: float) -> str:
     """Bytes in the largest unit of which there is one."""
     unit = next(name for name in reversed(BYTES) if count >= BYTES[name] or name == "B")
     return f"{count / BYTES[unit]:.3g} {unit}"
-
-
-def age(seconds: float) -> str:
-    """Seconds in the largest unit of which there is one."""
-    unit = next(name for name in reversed(SECONDS) if seconds >= SECONDS[name] or name == "m")
-    return f"{max(seconds, 0) / SECONDS[unit]:.0f} {unit}"

@@ -27,7 +27,7 @@ def main(cfg: DictConfig) -> None:
     folders = [folder for runs in chosen for folder in run_folders(Path(runs).expanduser())]
     output = Path(cfg.output or "").expanduser()
     if not cfg.output or output.is_dir():
-        raise bad_value("output", cfg.output, "the path of a CSV file")
+        raise bad_value("output", cfg.output, "must be the path of a CSV file")
     joined, left_out, means = write_joined(output, list(dict.fromkeys(folders)), aggregator_builder(cfg))
     for folder in left_out:
         log.warning("%s: incomplete, left out", folder)

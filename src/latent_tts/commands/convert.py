@@ -16,16 +16,22 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: there are no weights, a config or tokenizer is missing, or the new folder is in use.
     """
-    require("lora_alpha", cfg.lora_alpha, cfg.lora_alpha > 0, "a positive number")
-    require("latents", cfg.latents, cfg.latents is None or cfg.latents >= 0, "0 or more, or null")
+    require("lora_alpha", cfg.lora_alpha, cfg.lora_alpha > 0, "must be a positive number")
+    require("latents", cfg.latents, cfg.latents is None or cfg.latents >= 0, "must be 0 or more, or null")
     dst = Path(cfg.dst).expanduser()
-    convert_checkpoint(
-        Path(cfg.src).expanduser(),
-        dst,
-        tokenizer=Path(cfg.tokenizer).expanduser() if cfg.tokenizer else None,
-        config=cfg.config,
-        base=cfg.base,
-        lora_alpha=cfg.lora_alpha,
-        latents=cfg.latents,
-    )
+    existed = dst.exists()
+    try:
+        convert_checkpoint(
+            Path(cfg.src).expanduser(),
+            dst,
+            tokenizer=Path(cfg.tokenizer).expanduser() if cfg.tokenizer else None,
+            config=cfg.config,
+            base=cfg.base,
+            lora_alpha=cfg.lora_alpha,
+            latents=cfg.latents,
+        )
+    except KeyboardInterrupt:
+        if dst.exists() and not existed:
+            raise KeyboardInterrupt(f"remove {dst}, which is not complete, and re-run the command") from None
+        raise
     print(dst)

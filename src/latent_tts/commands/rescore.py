@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> None:
     source = Path(cfg.run).expanduser()
     record = rescoring.read_record(source)
     rows = cfg.engine.rows
-    require("engine.rows", rows, rows is None or rows >= 1, "1 or more, or null")
+    require("engine.rows", rows, rows is None or rows >= 1, "must be 1 or more, or null")
     request = run_request(merged_config(cfg, record))
     if isinstance(request.scorer, NoScorer):
         raise bad_value(

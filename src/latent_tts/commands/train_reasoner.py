@@ -9,12 +9,14 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.checkpoint import files as checkpoint
+from latent_tts.checkpoint import gguf, joining
 from latent_tts.config import build as config
-from latent_tts.errors import bad_value, computing, require
+from latent_tts.errors import bad_value, check_seed, computing, require
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
 from latent_tts.task.arith import Arith
 from latent_tts.training.optimization import check_device
+from latent_tts.training.reasoner.questions import training_questions
 from latent_tts.training.states import STATES
 
 log = logging.getLogger(__name__)
@@ -34,16 +36,23 @@ def main(cfg: DictConfig) -> None:
 def train(cfg: DictConfig) -> None:
     """The command, in a folder that no other process writes to."""
     given = config.given_keys()
-    require("save_every", cfg.save_every, cfg.save_every >= 1, "a number of updates, 1 or more")
-    require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "1 or more")
+    require("save_every", cfg.save_every, cfg.save_every >= 1, "must be a number of updates, 1 or more")
+    require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "must be 1 or more")
+    check_seed(cfg.seed)
     check_device(cfg.device)
     if "model.checkpoint" in given:
         raise bad_value("model.checkpoint", cfg.model.checkpoint, f"to train from it give init={cfg.model.checkpoint}")
-    task = config.build("task", cfg.task)
-    if not isinstance(task, Arith):
-        raise bad_value("task", task.name, "training needs a task that writes out its steps: task=arith")
-    require("task.split", task.split, task.split == "train", "train: the other splits are to report on")
-    require("task.limit", task.limit, task.limit is None, "only null: every update takes new questions")
+    require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary in ("all", "used"), "must be all or used")
+    task, lora = config.build("task", cfg.task), config.build("lora", cfg.lora)
+    if not cfg.init:
+        require(
+            "task",
+            task.name,
+            isinstance(task, Arith),
+            "must be arith without init=: a new backbone knows only its words",
+        )
+        require("lora.rank", lora.rank, lora.rank is None, "must be null without init=: a new backbone has no base")
+        require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary == "all", "must be all without init=")
     for key in given if cfg.init else ():
         why = f"init={cfg.init} brings its own shape and weights; no backbone is made"
         require(key, OmegaConf.select(cfg, key), not key.startswith("backbone."), why)
@@ -61,12 +70,18 @@ def train(cfg: DictConfig) -> None:
         )
     recipe.check(adapter)
     optimization = config.build("optimization", cfg.optimization)
-    source = checkpoint.resolve(str(cfg.init), key="init") if cfg.init else None
+    step_results = getattr(recipe, "step_loss", 0) > 0
+    questions = training_questions(task, valid_questions=cfg.valid_questions, seed=cfg.seed, step_results=step_results)
+    if cfg.init_vocabulary == "used":
+        require("init_vocabulary", "used", bool(questions.finite), f"must be all: task={task.name} is no finite set")
+    source = joining.whole(checkpoint.resolve(str(cfg.init), key="init"), "init") if cfg.init else None
     if output.exists() and not output.is_dir():
         raise bad_value("output", output, "a folder is wanted, this is a file")
     # these import torch: everything above has been checked without it
     backbone = config.build("backbone", cfg.backbone)
-    from latent_tts.training.reasoner.train import train_reasoner
+    from latent_tts.training.reasoner.train import Start, train_reasoner
+
+    start = backbone if source is None else Start(lasting_name(str(cfg.init)), source, cfg.init_vocabulary == "used")
 
     with (
         report.progress_bar(recipe.updates, "updates") as bar,
@@ -75,20 +90,27 @@ def train(cfg: DictConfig) -> None:
         trained = train_reasoner(
             recipe,
             adapter,
-            source or backbone,
-            task,
+            start,
+            questions,
             optimization,
-            valid_questions=cfg.valid_questions,
+            lora=lora,
             seed=cfg.seed,
             device=cfg.device,
             output=output,
             settings=resumed_settings(cfg),
             save_every=cfg.save_every,
-            report=lambda done, figures: report.show(bar, done, f"loss {figures['loss']:.3f}"),
+            report=lambda done, figures: bar.show(done, f"loss {figures['loss']:.3f}"),
         )
     if trained is not None:  # in the first process of a launch
         log.info("%d updates, exact match on valid %.3f", trained.updates, trained.exact_match)
         print(trained.checkpoint)
+
+
+def lasting_name(init: str) -> str:
+    """The name of a checkpoint that an adapter's record keeps: paths of this machine in full."""
+    kind, path = (gguf.PREFIX, init.removeprefix(gguf.PREFIX)) if init.startswith(gguf.PREFIX) else ("", init)
+    local = Path(path).expanduser()
+    return f"{kind}{local.resolve()}" if local.exists() else init
 
 
 def resumed_settings(cfg: DictConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from latent_tts.config import build as config
 from latent_tts.config.requests import annotated_run, default_annotation_spec, plain, run_request
-from latent_tts.errors import bad_value, computing, require
+from latent_tts.errors import bad_value, check_seed, computing, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation import annotate
 from latent_tts.pipeline.spec import check_run
@@ -43,9 +43,9 @@ def main(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig) -> None:
     """The command, in a folder that no other process writes to."""
-    require("init", cfg.init, cfg.init in INITS, f"one of {', '.join(INITS)}")
-    require("seed", cfg.seed, cfg.seed >= 0, "0 or more")
-    require("weights_dtype", cfg.weights_dtype, cfg.weights_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+    require("init", cfg.init, cfg.init in INITS, f"must be one of {', '.join(INITS)}")
+    check_seed(cfg.seed)
+    require("weights_dtype", cfg.weights_dtype, cfg.weights_dtype in DTYPES, f"must be one of {', '.join(DTYPES)}")
     check_device(cfg.device)
     output = Path(cfg.output).expanduser()
     if output.exists() and not output.is_dir():
@@ -87,7 +87,7 @@ def train(cfg: DictConfig) -> None:
                 weights_dtype=cfg.weights_dtype,
                 output=output,
                 calibrate=lambda checkpoint: None if annotated is None else calibrate(annotated, checkpoint),
-                report=lambda done, figures: report.show(bar, done, note(figures)),
+                report=lambda done, figures: bar.show(done, note(figures)),
             )
     if results is not None:  # in the first process of a launch
         show(results)

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from latent_tts.config.build import build, user_conf_dir
+from latent_tts.config.build import build
+from latent_tts.config.reference import user_conf_dir
 from latent_tts.config.requests import engine_settings
-from latent_tts.errors import bad_value, require
+from latent_tts.errors import bad_value, check_seed, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline import environment
 from latent_tts.pipeline.spec import (
@@ -76,9 +77,10 @@ def check_values(cfg: DictConfig) -> Sequence[str]:
     Raises:
         UsageError: a value is not allowed.
     """
-    require("n", cfg.n, cfg.n >= 1, "a number of rollouts, 1 or more")
-    require("seconds", cfg.seconds, cfg.seconds > 0, "above 0")
-    allowed = f"a list out of {', '.join(BYTES_PER_NUMBER)}"
+    require("n", cfg.n, cfg.n >= 1, "must be a number of rollouts, 1 or more")
+    check_seed(cfg.seed)
+    require("seconds", cfg.seconds, cfg.seconds > 0, "must be above 0")
+    allowed = f"must be a list out of {', '.join(BYTES_PER_NUMBER)}"
     require("dtypes", "[]", len(cfg.dtypes) > 0, allowed)
     dtypes = [full_dtype(dtype) for dtype in cfg.dtypes]
     for dtype in dtypes:
@@ -106,7 +108,7 @@ def writable(path: Path) -> Path:
     Raises:
         UsageError: it cannot.
     """
-    require("output", path, not path.is_dir(), "the path of a YAML file, this is a folder")
+    require("output", path, not path.is_dir(), "must be the path of a YAML file, this is a folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from latent_tts.config.reference import conf_dir
 from latent_tts.config.schemas import SCHEMAS
 from latent_tts.errors import LatentTTSError, UsageError, bad_value, unknown_key
 from latent_tts.results.files import LOCK
@@ -26,25 +27,9 @@ from latent_tts.results.files import LOCK
 
 @cache
 def register_schemas() -> None:
-    """Make the schemas known to Hydra as `NAME_schema`, and to help texts `${groups_of:NAME}`."""
-    OmegaConf.register_new_resolver("groups_of", groups_of)
+    """Make the schemas known to Hydra as `NAME_schema`."""
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(f"{name}_schema", schema)
-
-
-def conf_dir() -> str:
-    """Directory of the YAML files: packaged in a wheel, `conf/` in a checkout."""
-    here = Path(__file__).resolve().parents[1]
-    packaged = here / "conf"
-    return str(packaged if packaged.is_dir() else here.parents[1] / "conf")
-
-
-def groups_of(command: str) -> str:
-    """A line for each group that a command takes, with its options, those of other packages and the user's included."""
-    loader = GlobalHydra.instance().config_loader()
-    groups = {group.removeprefix("optional ") for entry in defaults_of(command) for group in entry}
-    options = {group: sorted(loader.get_group_options(group)) for group in sorted(groups)}
-    return "".join(f"{group}: {', '.join(names)}\n" for group, names in options.items() if names)
 
 
 def defaults_of(command: str) -> list[Any]:
@@ -52,15 +37,6 @@ def defaults_of(command: str) -> list[Any]:
     # composing the defaults again would take as long as a small run
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{command}.yaml")
     return [entry for entry in own.defaults if OmegaConf.is_dict(entry)]
-
-
-def user_conf_dir() -> Path | None:
-    """Folder of the user's own options, as `ltts tune` writes one: `GROUP/OPTION.yaml`; None without a home."""
-    home = os.environ.get("XDG_CONFIG_HOME")
-    try:
-        return Path(home or Path.home() / ".config") / "latent_tts"
-    except RuntimeError:  # neither HOME nor an entry in the password database
-        return None
 
 
 def output_dir() -> Path:
@@ -95,7 +71,7 @@ def build(group: str, node: Any) -> Any:
         UsageError: the object refuses a value.
     """
     if not OmegaConf.is_dict(node):
-        raise bad_value(group, node, f"an option of the group, as in `{group}=NAME`")
+        raise bad_value(group, node, f"must be an option of the group, as in `{group}=NAME`")
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:

@@ -14,7 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from latent_tts.config.build import conf_dir, defaults_of
+from latent_tts.config.build import defaults_of
+from latent_tts.config.reference import conf_dir
 from latent_tts.config.schemas import SCHEMAS
 
 

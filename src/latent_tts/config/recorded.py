@@ -19,7 +19,8 @@ from hydra.plugins.config_source import ConfigSource
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.aggregator import Aggregator
-from latent_tts.config.build import build, conf_dir
+from latent_tts.config.build import build
+from latent_tts.config.reference import conf_dir
 from latent_tts.errors import UsageError
 
 TARGET = "_target_"

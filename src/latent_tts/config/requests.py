@@ -27,9 +27,9 @@ def run_request(cfg: DictConfig) -> RunRequest:
     Raises:
         UsageError: an option refuses a value.
     """
-    allowed = "options of the group, as in aggregator=[majority]"
+    allowed = "must be options of the group, as in aggregator=[majority]"
     require("aggregator", cfg.aggregator, OmegaConf.is_dict(cfg.aggregator), allowed)
-    require("cache", cfg.cache, cfg.cache in MODES, 'on, refresh or off (in YAML in quotes: "on", "off")')
+    require("cache", cfg.cache, cfg.cache in MODES, 'must be on, refresh or off (in YAML in quotes: "on", "off")')
     chosen = {key for key in ("schedule", "budget", "scorer.checkpoint") if is_given(key)}
     return RunRequest(
         engine=engine_settings(cfg.engine),

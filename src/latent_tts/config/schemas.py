@@ -113,6 +113,22 @@ class TuneConfig:
 
 
 @dataclass
+class ProbeConfig:
+    """Keys of `ltts probe`."""
+
+    tolerances: list[float] = MISSING
+    guess: str = MISSING
+    chunk: int | None = MISSING
+    threshold: float = MISSING
+    directions: int = MISSING
+    max_answer_tokens: int = MISSING
+    output: str = MISSING
+    engine: EngineConfig = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+
+
+@dataclass
 class RescoreConfig:
     """Keys of `ltts rescore`."""
 
@@ -129,10 +145,12 @@ class TrainReasonerConfig:
 
     output: str = MISSING
     init: str | None = MISSING
+    init_vocabulary: str = MISSING
     seed: int = MISSING
     device: str = MISSING
     save_every: int = MISSING
     valid_questions: int = MISSING
+    lora: Any = MISSING
     model: Any = MISSING
     task: Any = MISSING
     recipe: Any = MISSING
@@ -204,7 +222,7 @@ class PlotConfig:
 
     runs: list[str] = MISSING
     output: str | None = MISSING
-    format: str = MISSING
+    format: str | None = MISSING
     against: str = MISSING
 
 
@@ -237,6 +255,7 @@ SCHEMAS = {
     "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
     "tune": TuneConfig,
+    "probe": ProbeConfig,
     "train_reasoner": TrainReasonerConfig,
     "train_rm": TrainRMConfig,
     "cache": CacheConfig,

@@ -45,7 +45,7 @@ class Shape:
         layers, width, vocabulary: as named.
         attention: width of all query heads together.
         keys: width of all key heads together.
-        block_weights: matrix entries of one block.
+        block_weights: matrix entries of one block that a token goes through, the mean over blocks.
     """
 
     layers: int
@@ -53,21 +53,26 @@ class Shape:
     vocabulary: int
     attention: int
     keys: int
-    block_weights: int
+    block_weights: float
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Shape:
-        """Read the sizes of GPT-2-like (`n_embd`) or Llama-like (`hidden_size`) configs."""
+        """Read the sizes of GPT-2-like (`n_embd`) or Llama-like (`hidden_size`) configs.
+
+        Without `block_weights` (`checkpoint.files.sizes`), blocks are taken for dense ones as in GPT-2 or Llama.
+        """
         if "n_embd" in config:
             width = int(config["n_embd"])
             inner = int(config.get("n_inner") or 4 * width)
-            weights = 4 * width * width + 2 * width * inner
+            weights = config.get("block_weights", 4 * width * width + 2 * width * inner)
             return cls(int(config["n_layer"]), width, int(config["vocab_size"]), width, width, weights)
         config = common_sizes(config)
         width, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         head = int(config.get("head_dim") or width // heads)
         attention, keys = heads * head, int(config.get("num_key_value_heads") or heads) * head
-        weights = width * (2 * attention + 2 * keys) + 3 * width * int(config["intermediate_size"])
+        weights = config.get("block_weights")
+        if weights is None:
+            weights = width * (2 * attention + 2 * keys) + 3 * width * int(config["intermediate_size"])
         return cls(int(config["num_hidden_layers"]), width, int(config["vocab_size"]), attention, keys, weights)
 
     def pass_flops(self, tokens: Count, context: Count) -> Count:
@@ -101,7 +106,7 @@ class Shape:
 
     def block_bytes(self, item: int) -> int:
         """Bytes of the blocks' matrices."""
-        return self.layers * self.block_weights * item
+        return int(self.layers * self.block_weights * item)
 
     def head_bytes(self, item: int) -> int:
         """Bytes of the LM head's matrix."""

@@ -34,12 +34,14 @@ class AnswerSampling:
 
     def __post_init__(self) -> None:
         if not (is_number(self.temperature) and self.temperature >= 0):
-            raise bad_value("answer.temperature", self.temperature, "a finite number, 0 (no sampling) or more")
+            raise bad_value("answer.temperature", self.temperature, "must be a finite number, 0 (no sampling) or more")
         if not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise bad_value("answer.top_p", self.top_p, "a number in (0, 1]")
+            raise bad_value("answer.top_p", self.top_p, "must be a number in (0, 1]")
         if self.top_p < 1 and not self.random:
             raise bad_value(
-                "answer.top_p", self.top_p, "1 with answer.temperature=0, which takes the most probable token anyway"
+                "answer.top_p",
+                self.top_p,
+                "must be 1 with answer.temperature=0, which takes the most probable token anyway",
             )
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from latent_tts.checkpoint.files import EXPERTS
 from latent_tts.engine.attention import use_own_attention
 from latent_tts.engine.backbone import prepare_backbone
 from latent_tts.engine.head import choose, head_of
@@ -32,7 +33,6 @@ LATENTS, LOG_PROBABILITIES = 2e-4, 1e-3  # of the largest value; absolute. In fl
 HALF = 2.0  # times the distance between the model's own two kinds of attention, in half precision
 HALF_REFUSED = 4.0  # times that where a difference would mean that the model cannot be run at all
 HALF_ROUNDINGS = 4.0  # and never less than so many roundings of the largest value
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 OBSERVED = "latent_tts_observed"
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 

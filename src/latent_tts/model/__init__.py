@@ -46,6 +46,11 @@ class ModelAdapter(Protocol):
         ...
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes of the backbone, as `checkpoint.files.sizes` gives them."""
+        ...
+
+    @property
     def digest(self) -> str:
         """A digest of weights, shape and tokenizer."""
         ...

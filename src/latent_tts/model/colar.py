@@ -44,11 +44,6 @@ class Colar(CheckpointAdapter):
             raise bad_value("model.thinking_speed", self.thinking_speed, "must be an integer, 1 or more")
 
     @property
-    def max_latents(self) -> int:
-        """The maximum number of latents, after which `###` is forced."""
-        return self.latents
-
-    @property
     def prompt_recipe(self) -> str:
         """A text that identifies how prompts are made."""
         return PROMPT.format(question="{question}", speed=self.thinking_speed)

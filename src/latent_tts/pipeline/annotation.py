@@ -13,7 +13,7 @@ from typing import Any
 
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import LESS_MEMORY, RunError, bad_value, computing, require
+from latent_tts.errors import LESS_MEMORY, RunError, bad_value, check_seed, computing, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import DRAWING, code_digests
 from latent_tts.pipeline.keys import ENGINE_SEMANTICS, own_fields
@@ -79,16 +79,17 @@ class AnnotationSpec:
             UsageError: a value is not usable.
         """
         adapter, sampler = self.adapter, self.sampler
-        require("n", self.n, 2 <= self.n < MAX_LABELLED, f"rollouts to compare, 2 or more, less than {MAX_LABELLED}")
-        allowed = f"completions of each prefix, 1 or more, less than {MAX_LABELLED}"
+        require("n", self.n, 2 <= self.n < MAX_LABELLED, f"must be 2 or more, less than {MAX_LABELLED}")
+        check_seed(self.seed)
+        allowed = f"must be 1 or more, less than {MAX_LABELLED}"
         require("completions", self.completions, 1 <= self.completions < MAX_LABELLED, allowed)
-        require("keep", self.keep, self.keep in KEEP, f"one of {', '.join(KEEP)}")
+        require("keep", self.keep, self.keep in KEEP, f"must be one of {', '.join(KEEP)}")
         if not sampler.random_latents:
-            allowed = "one whose latents differ: gaussian, or dropout in prompt or thoughts"
+            allowed = "must be one whose latents differ: gaussian, or dropout in prompt or thoughts"
             raise bad_value("sampler", sampler.name, allowed)
         adapter.check()
         if adapter.latents == 0:
-            raise bad_value("model.latents", 0, "labels are of latents: 1 or more")
+            raise bad_value("model.latents", 0, "must be 1 or more: labels are of latents")
         check_sampler(sampler, adapter)
         schedule = settle_schedule(self.schedule, adapter, chosen=self.schedule_chosen)
         require_steps(schedule, adapter, "a label is of a prefix h_1..h_t, completed from there")
@@ -115,7 +116,7 @@ class AnnotationSpec:
             **({"answer": self.answers.settings} if self.answers.random else {}),
             "latents": adapter.latents,
             "latent_id": adapter.latent_id,
-            "width": Shape.from_config(adapter.config).width,
+            "width": Shape.from_config(adapter.sizes).width,
             "dtype": engine.dtype,
             **({"quantize": engine.quantize} if engine.quantize is not None else {}),
             "task": {key: value for key, value in self.config["task"].items() if key != "limit"},
@@ -195,7 +196,7 @@ def _label(
 
     jobs = [LabelJob(q.id, place, prompts[q.id], lambda ids, q=q: is_right(q, ids)) for place, q in questions]
     device, sampler = find_device(spec.engine), spec.answers.over(spec.sampler)
-    shape, longest = Shape.from_config(adapter.config), max(len(job.prompt) for job in jobs)
+    shape, longest = Shape.from_config(adapter.sizes), max(len(job.prompt) for job in jobs)
     suffix, own_prompt = reserved_positions(adapter, spec.max_answer_tokens), "prompt" in sampler.random_phases
     # completions are there beside the rollouts that they complete
     bytes_per_row = 2 * row_bytes(shape, longest, suffix, spec.engine.bytes_per_number, own_prompt)
@@ -217,4 +218,4 @@ def _label(
                 for entries, rollouts in label(jobs, engine, sampler, labelling):
                     write(entries)
                     done, drawn = done + len(entries), drawn + rollouts
-                    report.show(bar, done, f"{drawn / (time.perf_counter() - started):.0f} rollouts/s")
+                    bar.show(done, f"{drawn / (time.perf_counter() - started):.0f} rollouts/s")

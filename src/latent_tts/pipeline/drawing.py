@@ -38,6 +38,7 @@ from latent_tts.pipeline.models import (
     rows_per_batch,
     write_computation,
 )
+from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
 from latent_tts.results import report
 from latent_tts.results.cache import (
@@ -100,11 +101,13 @@ def draw(
     total = sum(len(job.rollouts) for job in jobs)
     with report.progress_bar(total, "rollouts") as bar, PartWriter(cache.folder) as writer:
         with computing("drawing rollouts", f"what was drawn is in {cache.folder}", LESS_MEMORY):
+            progress = drawer.progress(bar, answers=answers)
             for batch in drawer.batches(jobs):
                 if dissimilarity is None:
                     drawer.catch_up(batch)
-                writer.put(drawer.draw(batch, answers=answers, dissimilarity=dissimilarity, kept=kept))
-                report.advance(bar, sum(len(job.rollouts) for job in batch))
+                with progress.batch(batch):
+                    part = drawer.draw(batch, answers=answers, dissimilarity=dissimilarity, kept=kept)
+                writer.put(part)
 
 
 def think_again(
@@ -138,14 +141,15 @@ def think_again(
     writer = PartWriter(scores.folder) if scored and scores is not None else None
     with report.progress_bar(len(missing), "rollouts") as bar, writer or nullcontext():
         with computing("thinking again", "what was scored is in the cache", LESS_MEMORY):
+            progress = drawer.progress(bar, answers=False)
             for batch in drawer.batches(jobs):
-                thought = drawer.roll(batch, answers=False)
+                with progress.batch(batch):
+                    thought = drawer.roll(batch, answers=False)
                 if kept is not None:
                     kept.put(places_of(batch), to_host(thought.latents_RTD))
                 if writer is not None:
                     columns = drawer.scorer.score(batch, thought.latents_RTD, thought.steps_R)
                     writer.put(partial(score_table, batch, columns, to_score))
-                report.advance(bar, len(thought.answer_ids))
 
 
 def score_kept(
@@ -174,11 +178,12 @@ def score_kept(
     scorer.log_work(jobs)
     with report.progress_bar(len(lacking), "scores") as bar, PartWriter(scores.folder) as writer:
         with computing("scoring rollouts", f"what was scored is in {scores.folder}", LESS_MEMORY):
+            progress = BatchProgress(bar, scorer.model.backbone, scorer.shape, scorer.max_flops)
             for batch in batches(jobs, rows, max_prompts(scorer.shape.width, torch.device(device).type)):
                 latents_RTD, steps_R = read_latents(batch)
-                columns = scorer.score(batch, latents_RTD, steps_R)
+                with progress.batch(batch):
+                    columns = scorer.score(batch, latents_RTD, steps_R)
                 writer.put(partial(score_table, batch, columns))
-                report.advance(bar, len(steps_R))
 
 
 def jobs_of(spec: RunSpec, lacking: pd.DataFrame) -> list[RolloutJob]:
@@ -353,27 +358,33 @@ class Drawer:
         if not self._scored and not spec.search.guided:
             return own
         assert spec.scorer is not None
-        scorer = Shape.from_config(spec.scorer.config)
+        scorer = Shape.from_config(spec.scorer.sizes)
         scoring = row_bytes(scorer, longest, spec.adapter.latents, number, own_prompt=False)
         return 2 * (own + scoring) if spec.search.guided else max(own, scoring)
 
+    def grown(self, job: RolloutJob) -> int:
+        """How many rollouts a job grows; a guided search keeps fewer."""
+        return self.spec.n if self.spec.search.guided else len(job.rollouts)
+
+    def max_flops(self, job: RolloutJob, *, answers: bool) -> float:
+        """Operations of a job whose answers are as long as allowed."""
+        spec, passes, latents, prompt = self.spec, self.spec.passes, self.spec.adapter.latents, len(job.prompt)
+        chosen = spec.max_answer_tokens - len(spec.forced_ids)
+        per_rollout = passes.rollout(prompt, latents, chosen) if answers else passes.thinking(prompt, latents)
+        return passes.once(prompt) + self.grown(job) * per_rollout
+
+    def progress(self, bar: report.ProgressBar, *, answers: bool) -> BatchProgress:
+        """What moves a bar while batches are drawn."""
+        return BatchProgress(bar, self.engine.lm.base_model, self.spec.shape, partial(self.max_flops, answers=answers))
+
     def log_work(self, jobs: Sequence[RolloutJob], *, answers: bool) -> None:
         """Say how much there is to draw and to score, and what it takes."""
-        spec, passes, most = self.spec, self.spec.passes, self.spec.adapter.latents
-        chosen = spec.max_answer_tokens - len(spec.forced_ids)
-
-        def flops_per_rollout(prompt: int) -> float:
-            return passes.rollout(prompt, most, chosen) if answers else passes.thinking(prompt, most)
-
-        def grown(job: RolloutJob) -> int:
-            return spec.n if spec.search.guided else len(job.rollouts)
-
-        work = sum(passes.once(len(job.prompt)) + grown(job) * flops_per_rollout(len(job.prompt)) for job in jobs)
+        spec, work = self.spec, sum(self.max_flops(job, answers=answers) for job in jobs)
         weights = spec.shape.weight_bytes(spec.engine.bytes_per_number)
         log.info(
             "%d rollouts to draw: at most %.3g GFLOP (every answer as long as allowed), at least %.0f s at the "
             "%.3g GFLOP/s of this device's %s products, about %.2g GB for a batch of %d rows and the weights",
-            sum(map(grown, jobs)), work / 1e9, work / self.rates.flops, self.rates.flops / 1e9, spec.engine.dtype,
+            sum(map(self.grown, jobs)), work / 1e9, work / self.rates.flops, self.rates.flops / 1e9, spec.engine.dtype,
             (self.rows * self.bytes_per_row + weights) / 1e9, self.rows,
         )  # fmt: skip
         if self._scored:
@@ -389,10 +400,7 @@ class Drawer:
 
     def log_thinking(self, jobs: Sequence[RolloutJob], why: str) -> None:
         """Say that drawn rollouts are thought again, and what it takes."""
-        passes, most = self.spec.passes, self.spec.adapter.latents
-        work = sum(
-            passes.once(len(job.prompt)) + len(job.rollouts) * passes.thinking(len(job.prompt), most) for job in jobs
-        )
+        work = sum(self.max_flops(job, answers=False) for job in jobs)
         log.info(
             "latents are not in the cache, so %d rollouts are thought again for %s, answers stay: at most %.3g GFLOP, "
             "at least %.0f s",
@@ -420,7 +428,7 @@ class BatchScorer:
     def __init__(self, spec: RunSpec, device: str, rates: Rates | None = None) -> None:
         assert spec.scorer is not None
         self._spec, self._scorer, self._device = spec, spec.scorer, device
-        self.shape = Shape.from_config(spec.scorer.config)
+        self.shape = Shape.from_config(spec.scorer.sizes)
         self.rates = rates or measured_rates(self.shape.width, spec.engine.dtype, device)
 
     @cached_property
@@ -467,14 +475,14 @@ class BatchScorer:
         number = self._spec.engine.bytes_per_number
         return row_bytes(self.shape, longest, self._spec.adapter.latents, number, own_prompt=True)
 
+    def max_flops(self, job: RolloutJob) -> float:
+        """Operations of scoring a job."""
+        prompt, latents = len(job.prompt), self._spec.adapter.latents
+        return self.shape.prompt_flops(prompt) + len(job.rollouts) * self.shape.scoring_flops(prompt, latents)
+
     def log_work(self, jobs: Sequence[RolloutJob]) -> None:
         """Say how much there is to score, and what it takes."""
-        steps = self._spec.adapter.latents
-        work = sum(
-            self.shape.prompt_flops(len(job.prompt))
-            + len(job.rollouts) * self.shape.scoring_flops(len(job.prompt), steps)
-            for job in jobs
-        )
+        work = sum(map(self.max_flops, jobs))
         count = sum(len(job.rollouts) for job in jobs)
         log.info("%d rollouts to score with %s: at most %.3g GFLOP", count, self._scorer.name, work / 1e9)
 

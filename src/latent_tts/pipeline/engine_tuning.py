@@ -72,7 +72,7 @@ def measure(
         UsageError: the device is not there.
         RunError: a failure while drawing.
     """
-    device, shape = find_device(settings[0]), Shape.from_config(adapter.config)
+    device, shape = find_device(settings[0]), Shape.from_config(adapter.sizes)
     suffix = reserved_positions(adapter, max_answer_tokens)
     longest, own_prompt = max(map(len, prompts.values())), "prompt" in sampler.random_phases
     jobs = [RolloutJob(key, key, prompt, list(range(n))) for key, prompt in prompts.items()]

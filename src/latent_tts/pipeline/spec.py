@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from latent_tts.aggregator import Aggregator
@@ -19,7 +20,7 @@ from latent_tts.budget import Budget
 from latent_tts.budget.fixed import Fixed
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import UsageError, bad_value, is_whole, require
+from latent_tts.errors import UsageError, bad_value, check_seed, is_whole, require
 from latent_tts.model import ModelAdapter
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
@@ -60,15 +61,15 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", full_dtype(self.dtype))
-        allowed = f"one of {', '.join(BYTES_PER_NUMBER)} ({', '.join(SHORT_DTYPES)})"
+        allowed = f"must be one of {', '.join(BYTES_PER_NUMBER)} ({', '.join(SHORT_DTYPES)})"
         require("engine.dtype", self.dtype, self.dtype in BYTES_PER_NUMBER, allowed)
         is_device = DEVICE.fullmatch(self.device) is not None
-        require("engine.device", self.device, is_device, "one of auto, cpu, cuda, cuda:INDEX")
-        allowed = "1 or more, or null to let the model decide"
+        require("engine.device", self.device, is_device, "must be one of auto, cpu, cuda, cuda:INDEX")
+        allowed = "must be 1 or more, or null to let the model decide"
         require("engine.rows", self.rows, self.rows is None or self.rows >= 1, allowed)
         if self.quantize is None:
             return
-        require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "null, int8 or float8")
+        require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
         fitting = QUANTIZED_FROM[self.quantize]
         allowed = f"takes engine.dtype={' or '.join(fitting)}"
         require("engine.quantize", self.quantize, self.dtype in fitting, allowed)
@@ -153,7 +154,7 @@ class RunSpec(RunRequest):
     @cached_property
     def shape(self) -> Shape:
         """The sizes of the model."""
-        return Shape.from_config(self.adapter.config)
+        return Shape.from_config(self.adapter.sizes)
 
     @property
     def passes(self) -> RolloutCost:
@@ -185,8 +186,9 @@ class RunSpec(RunRequest):
 
     def wanted(self) -> pd.DataFrame:
         """The rollouts of the run (columns `row_key`, `rollout`), in the order of its tables."""
-        pairs = [(self.row_key(question), number) for question in self.questions for number in range(self.kept)]
-        return pd.DataFrame(pairs, columns=["row_key", "rollout"])
+        keys = np.array([self.row_key(question) for question in self.questions], dtype=object)
+        numbers = np.tile(np.arange(self.kept, dtype=np.int32), len(keys))
+        return pd.DataFrame({"row_key": keys.repeat(self.kept), "rollout": numbers})
 
 
 def check_run(request: RunRequest) -> RunSpec:
@@ -196,8 +198,9 @@ def check_run(request: RunRequest) -> RunSpec:
         UsageError: a value, a file or a question is not usable; the message names it.
     """
     adapter, sampler, decode = request.adapter, request.sampler, request.decode
-    require("n", request.n, 1 <= request.n <= MAX_ROLLOUTS, f"a number of rollouts, 1 to {MAX_ROLLOUTS}")
-    require("answer.decode", decode, decode in ("all", "winners"), "all or winners")
+    require("n", request.n, 1 <= request.n <= MAX_ROLLOUTS, f"must be a number of rollouts, 1 to {MAX_ROLLOUTS}")
+    check_seed(request.seed)
+    require("answer.decode", decode, decode in ("all", "winners"), "must be all or winners")
     adapter.check()
     check_sampler(sampler, adapter)
     schedule = settle_schedule(request.schedule, adapter, chosen="schedule" in request.chosen)
@@ -358,7 +361,7 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     if search.survivors is None:
         return
     require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
-    require("answer.decode", decode, decode == "all", f"all: search={search.name} decodes the beams it keeps")
+    require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
 
 
 def settle_budget(request: RunRequest, questions: Sequence[Question]) -> Budget:
@@ -412,7 +415,7 @@ def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[s
         UsageError: it has not.
     """
     longest = max(map(len, prompts.values())) + adapter.latents
-    tokens, highest = int(scorer.config.get("vocab_size", 0)), max(map(max, prompts.values()))
+    tokens, highest = int(scorer.sizes["vocab_size"]), max(map(max, prompts.values()))
     checkpoint = scorer.name.partition(":")[2]
     why = f"it has {scorer_positions(scorer)} positions, the longest prompt with its latents needs {longest}"
     require("scorer.checkpoint", checkpoint, longest <= scorer_positions(scorer), why)
@@ -423,12 +426,12 @@ def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[s
 
 def scorer_positions(scorer: Scorer) -> int:
     """The longest sequence a scorer takes."""
-    return int(scorer.config.get("n_positions", scorer.config.get("max_position_embeddings", 0)))
+    return int(scorer.sizes["n_positions" if "n_embd" in scorer.sizes else "max_position_embeddings"])
 
 
 def check_answer_limit(max_answer_tokens: int) -> None:
     """Raise UsageError unless an answer may have a token."""
-    require("max_answer_tokens", max_answer_tokens, max_answer_tokens >= 1, "1 or more")
+    require("max_answer_tokens", max_answer_tokens, max_answer_tokens >= 1, "must be 1 or more")
 
 
 def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
@@ -457,7 +460,7 @@ def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int
     """
     ids = adapter.forced_ids(prefix)
     if len(ids) >= max_answer_tokens:
-        allowed = f"fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
+        allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
         raise bad_value("answer.forced_prefix", prefix, allowed)
     return ids
 

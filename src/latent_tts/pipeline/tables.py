@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,35 +62,36 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     """The rollouts table: cached rows with their scores, and answers read by the model's and the task's rules."""
     adapter, rule, rows = spec.adapter, spec.task.rule, drawn.rows
-    answer_ids = [[int(token) for token in ids] for ids in rows["answer_ids"]]
-    texts = [adapter.answer_text(ids) for ids in answer_ids]
-    owners = [question for question in spec.questions for _ in range(spec.kept)]
-    answers = [
-        None if stop == NOT_DECODED else rule.read(text, adapter)
-        for stop, text in zip(rows["stop_reason"], texts, strict=True)
-    ]
+    golds = [question.answer for question in spec.questions for _ in range(spec.kept)]
+    # many rollouts give the same answer: each is read once
+    texts = _once_per_value(lambda *ids: adapter.answer_text([int(token) for token in ids]), rows["answer_ids"])
+    answers = _once_per_value(
+        lambda stop, text: None if stop == NOT_DECODED else rule.read(text, adapter),
+        zip(rows["stop_reason"], texts, strict=True),
+    )
+    right = _once_per_value(
+        lambda answer, gold: None not in (answer, gold) and rule.is_right(answer, gold),
+        zip(answers, golds, strict=True),
+    )
     predictions = [  # equal answers of a question get one form, so that they are one vote
         form
         for start in range(0, len(answers), spec.kept)
         for form in shared_forms(answers[start : start + spec.kept], rule.equal)
     ]
-    correct = None
-    if has_gold(spec.questions):
-        correct = [a is not None and rule.is_right(a, q.gold) for a, q in zip(answers, owners, strict=True)]
     table = pd.DataFrame(
         {
             "question_index": np.repeat(np.arange(len(spec.questions), dtype="int32"), spec.kept),
-            "question_id": [question.id for question in owners],
+            "question_id": np.array([question.id for question in spec.questions], dtype=object).repeat(spec.kept),
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.array(predictions, dtype=object),
-            "correct": correct if correct is not None else pd.array([None] * len(rows), dtype="boolean"),
+            "correct": right if has_gold(spec.questions) else pd.array([None] * len(rows), dtype="boolean"),
             "score": pd.array([None] * len(rows), dtype="Float32"),
             "answer_logprob": rows["answer_logprob"],
             "answer_margin": rows["answer_margin"],
             "stop_reason": rows["stop_reason"],
             "answer_text": texts,
-            "answer_ids": answer_ids,
-            "answer_tokens": [len(ids) for ids in answer_ids],
+            "answer_ids": rows["answer_ids"],
+            "answer_tokens": rows["answer_ids"].map(len),
             "latent_steps": rows["latent_steps"].astype("int32"),
             **{name: rows[name].astype("int32") for name in COUNT_COLUMNS if name in rows},
             **{name: rows[name] for name in MEASURED},
@@ -136,6 +137,18 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[dict[str, Any]]:
     return lines
 
 
+def _once_per_value(function: Callable[..., Any], values: Iterable[Iterable[Any]]) -> list[Any]:
+    """What a function makes of each of some tuples of arguments, called once for equal ones."""
+    made: dict[tuple[Any, ...], Any] = {}
+    results = []
+    for value in values:
+        arguments = tuple(value)
+        if arguments not in made:
+            made[arguments] = function(*arguments)
+        results.append(made[arguments])
+    return results
+
+
 def _warn_of_useless_answers(rollouts: pd.DataFrame) -> None:
     """Warn where nearly no answer can be read, or nearly all are cut off: then accuracies say nothing of the model."""
     decoded = rollouts[rollouts["stop_reason"] != NOT_DECODED]
@@ -174,7 +187,7 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
     assert drawn.winners is not None
     assert spec.scorer is not None
     n, passes, begun = spec.n, spec.passes, len(spec.forced_ids)
-    head = Shape.from_config(spec.scorer.config)
+    head = Shape.from_config(spec.scorer.sizes)
     steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, n)
     figures = []
     for budget, pick_Q in drawn.winners.picks.items():
@@ -227,7 +240,7 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
             thinking = float(passes.thinking(prompt, steps_N).mean())
             each = thinking + (each - thinking) * spec.kept / spec.n
         if scores is not None and spec.scorer is not None:
-            head = Shape.from_config(spec.scorer.config)
+            head = Shape.from_config(spec.scorer.sizes)
             each += float(head.scoring_flops(prompt, steps_N).mean())
             # official positions need a prefill for each length of text: a cost of the rollouts, not of the question
             once += head.prompt_flops(prompt)

@@ -32,6 +32,7 @@ class Draw:
         history_RTD: the latents of the rows so far, for samplers that read them; set by the engine.
         donor_RTD: the latents of another question, for samplers with `needs_donor`; set by the engine.
         spread_RD: standard deviations that the model predicts for the current latent; set by the engine.
+        keeps_normals: whether normals are kept, because they will be asked for again; set by the engine.
     """
 
     def __init__(self, keys_R2: Tensor, rollouts_R: Tensor, width: int, blocks: int = 0) -> None:
@@ -39,6 +40,8 @@ class Draw:
         self.history_RTD: Tensor | None = None
         self.donor_RTD: Tensor | None = None
         self.spread_RD: Tensor | None = None
+        self.keeps_normals = False
+        self._normals: dict[tuple[int, int], Tensor] = {}
         self._layers: Sequence[int] = ()
         self._ahead: dict[tuple, Tensor] = {}
 
@@ -54,6 +57,14 @@ class Draw:
 
     def normal(self, step: int, width: int) -> Tensor:
         """Standard normals (R, width) in float32, by Box-Muller in float64, so that devices agree."""
+        if (step, width) not in self._normals:
+            normal = self._normal(step, width)
+            if not self.keeps_normals:
+                return normal
+            self._normals[step, width] = normal
+        return self._normals[step, width]
+
+    def _normal(self, step: int, width: int) -> Tensor:
         place, stream = _place(0, step), int(Stream.LATENT_NOISE)
         words = bits.words(self.keys_R2, self.rollouts_R, -(-width // 4), place, stream)
         uniform = (words.flatten(1).to(torch.float64) + 0.5) * 2.0**-32

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, is_whole
 from latent_tts.training.reasoner.curriculum import Staged, check_weight
 
 if TYPE_CHECKING:
@@ -36,11 +35,7 @@ class Coconut(Staged):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weight("step_loss", self.step_loss)
-        if not (is_whole(self.latents) and self.latents >= max(1, len(self.stage_updates))):
-            stages = f"recipe.stage_updates has {len(self.stage_updates)} stages"
-            raise bad_value(
-                "model.latents", self.latents, f"must be {max(1, len(self.stage_updates))} or more ({stages})"
-            )
+        self.check_latents()
 
     def objective(self, adapter: CheckpointAdapter) -> CoconutObjective:
         """Create the model in training with its loss (imports torch)."""

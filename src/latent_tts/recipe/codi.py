@@ -54,11 +54,7 @@ class Codi(Distilled):
         if self.projector_dropout is None:
             raise bad_value("recipe.projector_dropout", None, "must be a number in [0, 1)")
         check_dropout("projector_dropout", self.projector_dropout)
-        if not (is_whole(self.latents) and self.latents >= max(1, len(self.stage_updates))):
-            stages = f"recipe.stage_updates has {len(self.stage_updates)} stages"
-            raise bad_value(
-                "model.latents", self.latents, f"must be {max(1, len(self.stage_updates))} or more ({stages})"
-            )
+        self.check_latents()
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
         """Add a new projector to a checkpoint without one (imports torch)."""
@@ -70,4 +66,4 @@ class Codi(Distilled):
         """Create the model in training with its loss (imports torch)."""
         from latent_tts.training.reasoner.codi import CodiObjective
 
-        return CodiObjective(adapter, self.weights, self.projector_dropout)
+        return CodiObjective(adapter, self, self.projector_dropout)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.errors import bad_value, is_whole
+from latent_tts.errors import bad_value, check_positive, is_whole
 from latent_tts.training.reasoner.curriculum import Recipe, Stage, check_dropout, check_updates, check_weight
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class Colar(Recipe):
             raise bad_value("model.thinking_speed", self.speed, "must be an integer, 1 or more")
         if self.head_hidden is not None and not (is_whole(self.head_hidden) and self.head_hidden >= 1):
             raise bad_value("recipe.head_hidden", self.head_hidden, "must be a positive integer, or null")
-        if not (is_whole(self.latents) and self.latents >= 1):
-            raise bad_value("model.latents", self.latents, "must be an integer, 1 or more")
+        check_positive("model", self, whole=("latents",))
 
     def stages(self) -> list[Stage]:
         """The stages in order."""

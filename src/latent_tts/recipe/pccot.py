@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.errors import bad_value, is_whole
+from latent_tts.errors import bad_value, check_positive
 from latent_tts.training.reasoner.curriculum import Distilled
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ class Pccot(Distilled):
         super().__post_init__()
         if not isinstance(self.projection, bool):
             raise bad_value("recipe.projection", self.projection, "must be true or false")
-        for key in ("latents", "sweeps"):
-            if not (is_whole(getattr(self, key)) and getattr(self, key) >= 1):
-                raise bad_value(f"model.{key}", getattr(self, key), "must be an integer, 1 or more")
+        check_positive("model", self, whole=("latents", "sweeps"))
 
     def latents_in(self, stage: int) -> int:
         """T in every stage, since a sweep computes all latents together."""
@@ -65,7 +63,7 @@ class Pccot(Distilled):
         """Create the model in training with its loss (imports torch)."""
         from latent_tts.training.reasoner.pccot import PccotObjective
 
-        return PccotObjective(adapter, self.weights, self.sweeps)
+        return PccotObjective(adapter, self, self.sweeps)
 
     def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
         """T and K."""

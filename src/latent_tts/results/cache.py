@@ -177,7 +177,10 @@ def cache_root(root: Path, mode: str) -> Iterator[Path]:
         yield root
         return
     with TemporaryDirectory(prefix="latent_tts_") as folder:
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("nothing is kept, because of cache=off") from None
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,7 @@ def _figures(a: CompletedRun, b: CompletedRun, selection: Selection) -> Iterator
     figure_b = str(selection.b_figure or selection.a_figure)
     for key, name, side in (("a_figure", figure_a, a), ("b_figure", figure_b, b)):
         known = ["coverage", *side.aggregators]
-        require(key, name, name in known, f"one of {', '.join(known)}")
+        require(key, name, name in known, f"must be one of {', '.join(known)}")
     yield figure_a, figure_b
 
 
@@ -170,6 +170,6 @@ def _budgets(a: CompletedRun, b: CompletedRun, selection: Selection) -> list[tup
         return [(n, n) for n in sorted(set(a.reported) & set(b.reported))]
     for key, n, side in (("a_n", selection.a_n, a), ("b_n", selection.b_n, b)):
         known = ", ".join(map(str, sorted(side.reported)))
-        require(key, n, n is None or n in side.reported, f"one of {known}, which the run reports, or null")
+        require(key, n, n is None or n in side.reported, f"must be one of {known}, which the run reports, or null")
     of_a, of_b = (sorted(side.reported) if n is None else [n] for n, side in ((selection.a_n, a), (selection.b_n, b)))
     return list(product(of_a, of_b))

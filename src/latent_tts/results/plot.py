@@ -1,22 +1,26 @@
-"""Metrics tables to figures. Nothing is recomputed: what is drawn is what the CSV says."""
+"""Figures from metrics tables. Nothing is recomputed: what is drawn is what the CSV says."""
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from latent_tts.errors import UsageError, printable
 from latent_tts.results.files import whole_file
-from latent_tts.results.run_folder import CURVE_COLUMNS, DIGEST_COLUMNS, digest_label
+from latent_tts.results.run_folder import CURVE_COLUMNS, DIGEST_COLUMNS, UNKNOWN, digest_label
 
-PANELS = (("coverage", "Coverage"), ("accuracy", "Accuracy"))
-MOST_TOGETHER = 2  # models in one pair of panels; more get a pair each
-MOST_INSIDE = 6  # names that stand inside a panel; more stand below it
-DASHES = ("-", "--", ":", "-.")
-UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same table gives the same file
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 AGAINST = {
     "n": "rollouts per question (n)",
@@ -24,131 +28,430 @@ AGAINST = {
     "seconds": "seconds per question",
     "diversity": "diversity of latents (mean pairwise cosine dissimilarity)",
 }
+METRICS_DRAWN = ("coverage", "accuracy")
+FORMATS = ("png", "svg", "pdf")
+MAX_MODELS_TOGETHER = 2  # more models get a row of panels each
+MAX_LINES_TOGETHER = 8  # in one panel of accuracies; more get a panel per aggregator
+MAX_BANDS = 4  # in one panel; more intervals are bars at the curves' ends
+MIN_SWEPT = 3  # values of a parameter that make a sequential palette
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, with violet and grey for yellow and black
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#6a3d9a", "#e69f00", "#56b4e9", "#cc79a7", "#555555")
+SEQUENTIAL = ("viridis_r", "YlOrBr", "Blues", "Greens", "Purples", "Greys")  # the first where there is one sweep
+CYCLES = (("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("v", (0, (5, 1, 1, 1, 1, 1))))
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,  # publishers refuse matplotlib's default, Type 3
+    "text.parse_math": False,  # names are no formulas
+}
+UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same table gives the same file
+PANEL_WIDTH, PANEL_HEIGHT, LEGEND_LINE = 4.6, 3.3, 0.2  # inches
+LETTER = 0.066  # inches, of the legend's text
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a line is drawn.
+
+    Attributes:
+        color, marker, dash: as matplotlib takes them.
+    """
+
+    color: Any
+    marker: str = "o"
+    dash: Any = "-"
+
+    def marks(self) -> dict[str, Any]:
+        """Keyword arguments of `Axes.plot` and `Line2D`."""
+        return {"color": self.color, "marker": self.marker, "linestyle": self.dash}
 
 
 def scaling_curve(metrics: pd.DataFrame, path: Path, against: str = "n") -> Path:
-    """Coverage and accuracy against n or another figure of the same rows, with 95 % bands.
+    """Draw the figure of a metrics table into a file; see `scaling_figure` and `save_figure`."""
+    return save_figure(scaling_figure(metrics, against), [path])[0]
 
-    A curve has a colour (a sampler's, where no pair of panels has two curves of one), an aggregator a dash.
 
-    More than two models are drawn below each other.
+def save_figure(figure: Figure, paths: Sequence[Path]) -> Sequence[Path]:
+    """Write a figure into files; the ending of each is its format, one of `FORMATS`."""
+    import matplotlib
+
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = path.suffix.removeprefix(".") or "png"
+        style: dict[Any, Any] = STYLE | {"svg.hashsalt": path.name}
+        with whole_file(path) as partial, matplotlib.rc_context(style), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name's letters may be missing from the font
+            figure.savefig(partial, format=kind, dpi=150, metadata=UNDATED.get(kind))
+    return paths
+
+
+def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
+    """Coverage and accuracy against n or another figure of the same rows, with 95 % intervals.
+
+    A curve has a colour, out of a sequential palette where curves differ in a number; an aggregator has a dash, or a
+    panel where there are many lines. More than two models have a row of panels each.
 
     Args:
         metrics: a metrics table, or one of means over seeds; several runs make several curves. Where one curve has
             several rows at an n, those with the most rollouts drawn count. Runs of a metrics table that differ in the
             seed alone make one curve, of the means of their values and of their bounds.
-        path: of the figure; its ending is the format.
-        against: n, a cost of each n, or `diversity`: then a curve is a sampler, with a point for each of its values.
+        against: n, a cost of each n, or `diversity`: then a curve is a sampler at its largest n, with a point for each
+            of the sampler's values.
 
     Raises:
         UsageError: there is nothing to draw.
     """
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+    points = _points(metrics, against)
+    models = list(points["model"].unique())
+    in_rows = len(models) > MAX_MODELS_TOGETHER
+    points, attributes, notes = _named_curves(points, against, in_rows=in_rows)
+    parts = [points[points["model"] == model] for model in models] if in_rows else [points]
+    looks, aggregators = _looks(attributes), [name for name in points["aggregator"].unique() if name]
+    accuracies = points[points["metric"] == "accuracy"]
+    lines = accuracies[["model"] * in_rows + ["label", "aggregator"]].drop_duplicates()
+    lines = lines["model"].value_counts().max() if in_rows else len(lines)
+    together = len(aggregators) > 1 and lines <= MAX_LINES_TOGETHER
+    panels: list[tuple[str, Sequence[str]]] = [("coverage", [""])]
+    panels += [("accuracy", aggregators)] if together else [("accuracy", [name]) for name in aggregators]
+    panels = [panel for panel in panels if (points["metric"] == panel[0]).any()]
+    marks = _aggregator_looks(aggregators, one_curve=len(looks) == 1) if together else {}
+    columns = len(panels) if in_rows or len(panels) < 4 else math.ceil(len(panels) / 2)
+    rows = len(parts) if in_rows else math.ceil(len(panels) / columns)
+    with matplotlib.rc_context(STYLE):
+        averaged = "seeds" not in metrics and bool(points["seed"].str.contains(",").any())
+        handles = [*_legend(looks, marks), _interval_handle(parts, marks, averaged=averaged)]
+        width = max(2, columns) * (PANEL_WIDTH if columns < 3 else 0.8 * PANEL_WIDTH)
+        letters = max(len(str(handle.get_label())) for handle in handles)
+        ncols = max(1, min(len(handles), int(width / (LETTER * letters + 0.6))))
+        height = rows * (PANEL_HEIGHT if rows == 1 else 0.85 * PANEL_HEIGHT)
+        height += LEGEND_LINE * math.ceil(len(handles) / ncols) + 0.5
+        figure = Figure(figsize=(width, height), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for index, part in enumerate(parts):
+            axes = list(grid[index] if in_rows else grid.flat)
+            for axis, panel in zip(axes, panels, strict=False):
+                _draw_panel(axis, part, panel, looks, marks, against)
+            for axis in axes[len(panels) :]:
+                axis.remove()
+            _share_scale([axis for axis, (metric, _) in zip(axes, panels, strict=False) if metric == "accuracy"])
+            if in_rows:
+                title = printable(models[index] + notes[models[index]])
+                axes[0].set_title(title, loc="left", fontsize=9, fontweight="bold")
+        lowest = rows * columns if in_rows else len(panels)
+        for axis in grid.flat[lowest - columns : lowest]:
+            axis.set_xlabel(AGAINST[against])
+        figure.legend(handles=handles, loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
+        figure.suptitle(_title(points, against), fontsize=10)
+    return figure
 
-    # names are no formulas
-    metrics = metrics.map(lambda cell: printable(cell).replace("$", r"\$") if isinstance(cell, str) else cell)
-    shown = metrics[metrics["metric"].isin([name for name, _ in PANELS])].dropna(subset="value")
-    shown = shown.assign(x=shown["n"])
+
+def _points(metrics: pd.DataFrame, against: str) -> pd.DataFrame:
+    """The rows to draw, one per point: means over the seeds of a curve, with their place `x`."""
+    points = metrics[metrics["metric"].isin(METRICS_DRAWN)].dropna(subset="value")
+    points = points.assign(x=points["n"])
     if against != "n":
         same = ["run_id", "n", "drawn"]
-        figures = metrics[metrics["metric"] == against].drop_duplicates(same).set_index(same)["value"].rename("other")
-        shown = shown.join(figures, on=same)
-        shown = shown.assign(x=shown["other"]).dropna(subset="x")
-    if shown.empty:
+        beside = metrics[metrics["metric"] == against].drop_duplicates(same).set_index(same)["value"].rename("beside")
+        points = points.join(beside, on=same)
+        points = points.assign(x=points["beside"]).dropna(subset="x")
+    if points.empty:
         raise UsageError(f"nothing to draw: the table has neither coverage nor accuracy with {against} beside it")
     point = [*CURVE_COLUMNS, "aggregator", "n", "metric"]
-    shown = shown.sort_values("drawn").drop_duplicates([*point, "seed"], keep="last")
-    seeds = shown.groupby(CURVE_COLUMNS, dropna=False)["seed"].nunique()
-    bounds = "means of 95 % intervals" if seeds.max() > 1 else "95 % intervals"
-    if "seeds" in shown:
-        seeds = shown["seeds"]
-    means = {"x": "mean", "value": "mean", "ci_low": "mean", "ci_high": "mean", "questions": "first"}
-    shown = shown.groupby(point, sort=False, dropna=False, as_index=False).agg(means)
-    shown["settings"] = _without_common(shown["settings"])
-    kinds = [name for name in CURVE_COLUMNS if against != "diversity" or name != "sampler_value"]
-    models = metrics.loc[metrics["model"].isin(shown["model"]), "model"].unique()
-    parts = [shown] if len(models) <= MOST_TOGETHER else [shown[shown["model"] == model] for model in models]
-    varying = [name for name in kinds if any(part[name].nunique(dropna=False) > 1 for part in parts)]
-    if shown.groupby("model", dropna=False)["checkpoint"].nunique().max() == 1:
-        varying = [name for name in varying if name != "checkpoint"]  # the model's name says it
-    for name in DIGEST_COLUMNS:
-        others = [other for other in varying if other not in DIGEST_COLUMNS] or ["metric"]
-        if name in varying and shown.groupby(others, dropna=False)[name].nunique().max() == 1:
-            varying.remove(name)  # names say it
-    size = (10, 4.2 if len(parts) == 1 else 2.8 * len(parts))
-    figure, grid = plt.subplots(
-        len(parts), 2, figsize=size, sharex="col", sharey=True, squeeze=False, layout="constrained"
+    points = points.sort_values("drawn", kind="stable").drop_duplicates([*point, "seed"], keep="last").sort_index()
+    kept = dict.fromkeys(("x", "value", "ci_low", "ci_high"), "mean")
+    points = points.groupby(point, sort=False, dropna=False, as_index=False).agg(
+        {**kept, "questions": "first", "seed": lambda seeds: ",".join(dict.fromkeys(seeds))}
     )
-    aggregators = sorted(name for name in shown["aggregator"].unique() if name)
-    dashes = {name: DASHES[index % len(DASHES)] for index, name in enumerate(aggregators)}
-    samplers = sorted(shown["sampler"].unique())
-    one_each = not any(part.drop_duplicates(kinds)["sampler"].duplicated().any() for part in parts)
-    for axes, part in zip(grid, parts, strict=True):
-        named = next(axis for axis, (metric, _) in zip(axes, PANELS, strict=True) if metric in set(part["metric"]))
-        for index, (values, rows) in enumerate(part.groupby(kinds, sort=len(parts) > 1, dropna=False)):
-            curve = dict(zip(kinds, values, strict=True))
-            color = f"C{samplers.index(curve['sampler']) if one_each else index}"
-            named.plot([], [], "-", marker="o", markersize=3.5, color=color, label=_label(curve, varying))
-            for axis, (metric, _) in zip(axes, PANELS, strict=True):
-                for aggregator, line in rows[rows["metric"] == metric].groupby("aggregator", sort=False):
-                    line = line.sort_values("x")
-                    dash = dashes.get(aggregator, "-")
-                    axis.plot(line["x"], line["value"], dash, marker="o", markersize=3.5, color=color)
-                    axis.fill_between(line["x"], line["ci_low"], line["ci_high"], color=color, alpha=0.12, linewidth=0)
-        for aggregator, dash in dashes.items() if len(dashes) > 1 else ():
-            axes[-1].plot([], [], dash, color="0.3", label=aggregator)
+    if against == "diversity":
+        curve = [name for name in CURVE_COLUMNS if name != "sampler_value"]
+        points = points[points["n"] == points.groupby(curve, dropna=False)["n"].transform("max")]
+    return points
+
+
+def _named_curves(
+    points: pd.DataFrame, against: str, *, in_rows: bool
+) -> tuple[pd.DataFrame, dict[str, dict[str, str]], dict[str, str]]:
+    """Name the curves by what tells them apart.
+
+    Args:
+        points: see `_points`.
+        against: the x axis.
+        in_rows: each model has panels of its own.
+
+    Returns:
+        The points with the `label` of their curve; by label, what the label says, by name; by model, what the title of
+        its row adds.
+    """
+    columns = list(CURVE_COLUMNS)
+    if against == "diversity":
+        columns = [*(name for name in columns if name not in ("sampler_param", "sampler_value")), "n"]
+    keys = points[columns].fillna("").astype(str)
+    curves = keys.drop_duplicates()
+    parts = [part for _, part in curves.groupby("model")] if in_rows else [curves]
+    varying = [name for name in columns if any(part[name].nunique() > 1 for part in parts)]
+    for name in (*DIGEST_COLUMNS, "checkpoint", "budget"):  # needed only where nothing else tells curves apart
+        others = [other for other in varying if other != name]
+        if name in varying and others and all(len(part[others].drop_duplicates()) == len(part) for part in parts):
+            varying = others
+    of_sampler = [name for name in ("sampler", "sampler_param", "sampler_value") if name in columns]
+    notes = dict.fromkeys(curves["model"], "")
+    samplers = curves[["model", *of_sampler]].drop_duplicates()
+    value_per_model = in_rows and "sampler_value" in columns and not samplers.duplicated(["model", "sampler"]).any()
+    if value_per_model and samplers[of_sampler].drop_duplicates().duplicated("sampler").any():
+        for model, rows in samplers.groupby("model"):
+            values = [_sampler_text(row) for _, row in rows.iterrows() if row["sampler_value"]]
+            notes[str(model)] = f": {', '.join(values)}" if values else ""
+        of_sampler = ["sampler"]
+    changed = [dict(_split(text)) for text in curves["settings"]]
+    common = set.intersection(*(set(each.items()) for each in changed))
+    labels, attributes = [], {}
+    for (_, curve), settings in zip(curves.iterrows(), changed, strict=True):
+        told = {name: curve[name] for name in varying if not name.startswith(("sampler", "settings")) and curve[name]}
+        if "settings" in varying:
+            told |= {key: value for key, value in settings.items() if (key, value) not in common}
+        if not told or any(name.startswith("sampler") for name in varying):
+            told |= {name: curve[name] for name in of_sampler if curve[name]}
+        labels.append(_label(told))
+        attributes[labels[-1]] = told
+    named = keys.merge(curves.assign(label=labels), on=columns, how="left")
+    return points.assign(label=named["label"].to_numpy()), attributes, notes
+
+
+def _split(settings: str) -> Iterable[tuple[str, str]]:
+    """Settings as tables have them, `key=value` by commas, by key."""
+    for setting in re.split(r",(?=[\w.]+=)", settings):
+        key, _, value = setting.partition("=")
+        if key:
+            yield key, value
+
+
+def _sampler_text(told: Mapping[str, str] | pd.Series) -> str:
+    """A sampler with its value, as in `gaussian sigma=0.4`."""
+    text, name, value = (str(told.get(key, "")) for key in ("sampler", "sampler_param", "sampler_value"))
+    return f"{text} {name}={value}" if name and value else text
+
+
+def _label(told: Mapping[str, str]) -> str:
+    """What tells a curve from others, as a legend says it: `gaussian sigma=0.4, float32`."""
+    parts = [_sampler_text(told)] if "sampler" in told else []
+    for name, value in told.items():
+        if name in DIGEST_COLUMNS:
+            parts.append(digest_label(name, value))
+        elif name in CURVE_COLUMNS and name != "budget":
+            parts += [] if name.startswith("sampler") else [value]
+        else:
+            parts.append(f"{name}={value}" if value else name)
+    return printable(", ".join(parts))
+
+
+def _looks(attributes: dict[str, dict[str, str]]) -> dict[str, Look]:
+    """The look of each curve, in the legend's order: sequential colours along a swept number, else distinct ones."""
+    sweep = _sweep(attributes)
+    if sweep is None:
+        count = len(COLORS)
+        return {
+            label: Look(COLORS[index % count], *CYCLES[index // count % len(CYCLES)])
+            for index, label in enumerate(attributes)
+        }
+    from matplotlib import colormaps
+
+    looks = {}
+    for index, group in enumerate(sweep):
+        palette = colormaps[SEQUENTIAL[index + (len(sweep) > 1)]]
+        marker, dash = CYCLES[index % len(CYCLES)]
+        for place, label in zip(np.linspace(0.35, 1, len(group)) if len(group) > 1 else [0.9], group, strict=True):
+            looks[label] = Look(palette(place), marker, dash)
+    return looks
+
+
+def _sweep(attributes: dict[str, dict[str, str]]) -> list[list[str]] | None:
+    """The labels of curves that differ in one number only, ascending, in a list per kind of curve; None without any."""
+    best: list[list[str]] = []
+    for name in dict.fromkeys(name for told in attributes.values() for name in told):
+        groups: dict[tuple, list[tuple[float, str]]] = {}
+        for label, told in attributes.items():
+            rest = tuple(sorted((key, value) for key, value in told.items() if key != name))
+            groups.setdefault(rest, []).append((_number(told.get(name, "")), label))
+        ordered = [sorted(group) for group in groups.values()]
+        numeric = all(len(group) == 1 or not math.isnan(group[0][0] + group[-1][0]) for group in ordered)
+        fits = len(ordered) < len(SEQUENTIAL)
+        if numeric and fits and max(map(len, ordered)) > max([MIN_SWEPT - 1, *map(len, best)]):
+            best = [[label for _, label in group] for group in ordered]
+    return best or None
+
+
+def _number(text: str) -> float:
+    """The number that a text is; NaN for another text."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _aggregator_looks(aggregators: Sequence[str], *, one_curve: bool) -> dict[str, Look]:
+    """The look of each aggregator in a panel that has several; a colour of None is the curve's."""
+    return {
+        name: Look(COLORS[(index + 1) % len(COLORS)] if one_curve else None, *CYCLES[index % len(CYCLES)])
+        for index, name in enumerate(aggregators)
+    }
+
+
+def _draw_panel(
+    axis: Axes,
+    part: pd.DataFrame,
+    panel: tuple[str, Sequence[str]],
+    looks: dict[str, Look],
+    marks: dict[str, Look],
+    against: str,
+) -> None:
+    """Draw the lines of a metric and its aggregators, with the intervals of the first aggregator."""
+    metric, aggregators = panel
+    part = part[part["metric"] == metric]
+    axis.set_ylabel(f"{metric} ({aggregators[0]})" if metric == "accuracy" and len(aggregators) == 1 else metric)
+    labels = [label for label in looks if label in set(part["label"])]
+    singles = [label for label in labels if part.loc[part["label"] == label, "x"].nunique() == 1]
+    thin: dict[str, Any] = {"linewidth": 1, "markersize": 3} if len(labels) > MAX_BANDS else {}
+    for place, label in enumerate(labels):
+        for index, aggregator in enumerate(aggregators):
+            line = part[(part["label"] == label) & (part["aggregator"].fillna("") == aggregator)].sort_values("x")
+            look = looks[label]
+            if aggregator in marks:
+                own = marks[aggregator]
+                look = Look(own.color or look.color, own.marker, own.dash)
+            style: dict[str, Any] = look.marks() | thin | _ring(index)
+            if label in singles:
+                bars = len(singles) * len(aggregators)
+                beside = singles.index(label) * len(aggregators) + index - (bars - 1) / 2
+                _draw_bars(axis, _beside(line["x"], beside, bars, against), line, style)
+                continue
+            axis.plot(line["x"], line["value"], **style)
+            if index == 0 and not thin:
+                alpha = 0.15 if len(labels) <= 2 else 0.1
+                axis.fill_between(
+                    line["x"], line["ci_low"], line["ci_high"], color=look.color, alpha=alpha, linewidth=0
+                )
+            elif index == 0:
+                end = line.tail(1)
+                _draw_bars(axis, _beside(end["x"], place + 1, len(labels), against), end, style | {"marker": ""})
+    _set_ticks(axis, part, against)
+
+
+def _ring(index: int) -> dict[str, Any]:
+    """Every other aggregator has rings around the filled markers of the one before: of equal lines both are seen."""
+    return {"markerfacecolor": "none", "markersize": 6.5} if index % 2 else {}
+
+
+def _draw_bars(axis: Axes, x: pd.Series, line: pd.DataFrame, style: Mapping[str, Any]) -> None:
+    """Draw points with error bars."""
+    reach = np.abs(line[["ci_low", "ci_high"]].to_numpy().T - line["value"].to_numpy())
+    axis.errorbar(x, line["value"], reach, capsize=2, elinewidth=0.9, **style)
+
+
+def _beside(x: pd.Series, place: float, count: int, against: str) -> pd.Series:
+    """Where bars of curves that share an n are drawn: side by side, within an octave."""
+    return x * 2 ** (place * min(0.12, 0.9 / count)) if against == "n" else x
+
+
+def _set_ticks(axis: Axes, part: pd.DataFrame, against: str) -> None:
+    """Ticks as people write them: the n that were drawn, 1-2-5 steps of costs, percent."""
+    from matplotlib import ticker
+
+    steps, low, high = [1, 2, 5, 10], part["x"].min(), part["x"].max()
+    if against == "n":
+        axis.set_xscale("log", base=2)
+        margin = 0.25 + 0.02 * math.log2(high / low)
+        left, right = axis.dataLim.intervalx
+        axis.set_xlim(min(left, low) / 2**margin, max(right, high) * 2**margin)
+        axis.xaxis.set_major_locator(ticker.FixedLocator(_spaced(sorted(part["n"].unique()))))
+    elif against != "diversity" and high > 3 * low > 0:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=20))
+    else:
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(7, steps=steps))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.10g}"))
+    axis.yaxis.set_major_locator(ticker.MaxNLocator(7, steps=steps))
+    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda share, _: f"{100 * share:.6g}%"))
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(max(bottom, -0.02), min(top, 1.02))
+    axis.grid(alpha=0.25, linewidth=0.6)
+
+
+def _spaced(numbers: Sequence[int]) -> list[int]:
+    """Numbers of a logarithmic axis whose texts do not touch: the last, and those far enough from the one above."""
+    distance = math.log2(numbers[-1] / numbers[0]) / 10
+    kept = [numbers[-1]]
+    for number in reversed(numbers[:-1]):
+        if math.log2(kept[-1] / number) >= distance:
+            kept.append(number)
+    return kept[::-1]
+
+
+def _share_scale(axes: Sequence[Axes]) -> None:
+    """Give the accuracies of different aggregators one scale."""
+    if axes:
+        limits = [axis.get_ylim() for axis in axes]
         for axis in axes:
-            names = len(axis.get_legend_handles_labels()[1])
-            below = {"loc": "upper left", "bbox_to_anchor": (0, -0.2), "ncols": 2} if names > MOST_INSIDE else {}
-            if names:
-                axis.legend(fontsize=8, frameon=False, **below)
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}" if against == "n" else "{x:.2g}"))
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-            axis.grid(alpha=0.25)
-    for top, bottom, (metric, title) in zip(grid[0], grid[-1], PANELS, strict=True):
-        top.set_title(f"{title} ({aggregators[0]})" if metric == "accuracy" and len(aggregators) == 1 else title)
-        bottom.set_xlabel(AGAINST[against])
-    for axis, name in zip(grid[:, 0], ["questions"] if len(parts) == 1 else models, strict=True):
-        axis.set_ylabel(name)
-    first = shown.iloc[0]
-    subject = f"{first['model']} on " if len(models) == 1 else ""
-    where = "" if {"task", "split"} & set(varying) else f"{subject}{first['task']}/{first['split']}"
-    over = f"{_range(shown['questions'])} questions" + (f", {_range(seeds)} seeds" if seeds.max() > 1 else "")
-    figure.suptitle(", ".join(part for part in (where, over, bounds) if part), fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kind = path.suffix.removeprefix(".") or "png"
-    with whole_file(path) as partial, plt.rc_context({"svg.hashsalt": path.name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # a name's letters may be missing from the font
-        figure.savefig(partial, format=kind, dpi=150, metadata=UNDATED.get(kind))
-    plt.close(figure)
-    return path
+            axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def _legend(looks: dict[str, Look], marks: dict[str, Look]) -> list[Artist]:
+    """The legend's entries: curves, then aggregators that share a panel."""
+    from matplotlib.lines import Line2D
+
+    handles: list[Artist] = [Line2D([], [], label=label, **look.marks()) for label, look in looks.items()]
+    for index, (name, look) in enumerate(marks.items()):
+        style: dict[str, Any] = look.marks() | {"color": look.color or "0.3"} | _ring(index)
+        handles.append(Line2D([], [], label=name, **style))
+    return handles
+
+
+def _interval_handle(parts: Sequence[pd.DataFrame], marks: dict[str, Look], *, averaged: bool) -> Artist:
+    """The legend's entry for bands, or for bars where there is no band."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    label = "mean of the seeds' 95% intervals" if averaged else "95% interval"
+    crowded = all(part["label"].nunique() > MAX_BANDS for part in parts)
+    single = all((part.groupby("label")["x"].nunique() == 1).all() for part in parts)
+    if single:
+        return Line2D([], [], color="0.5", marker="|", markersize=10, linestyle="", label=label)
+    label += f" of {next(iter(marks))}" if marks else ""
+    if crowded:
+        return Line2D([], [], color="0.5", marker="|", markersize=10, linestyle="", label=f"{label} at the end")
+    return Patch(color="0.5", alpha=0.3, linewidth=0, label=label)
+
+
+def _title(points: pd.DataFrame, against: str) -> str:
+    """What the figure is of: models, tasks, questions, seeds; said of all curves, or that they differ."""
+    models, tasks = points["model"].unique(), (points["task"] + "/" + points["split"]).unique()
+    named = [str(models[0]) if len(models) == 1 else f"{len(models)} models"]
+    named.append(f"on {', '.join(tasks) if len(tasks) <= 3 else f'{len(tasks)} tasks'}")
+    digests = [digest for digest in points["questions_digest"].unique() if digest and not digest.startswith(UNKNOWN)]
+    questions = f"{_range(points['questions'])} questions"
+    if len(digests) > len(tasks):
+        questions = f"{len(digests)} different sets of {questions}"
+    parts = [" ".join(named), questions]
+    seeds = points["seed"].unique()
+    counts = pd.Series([len(text.split(",")) for text in seeds])
+    if len(seeds) == 1:
+        parts.append(f"seed {seeds[0]}" if counts[0] == 1 else f"means over seeds {', '.join(seeds[0].split(','))}")
+    else:
+        parts.append("different seeds" if counts.max() == 1 else f"means over {_range(counts)} seeds")
+    if against == "diversity" and points["n"].nunique() == 1:
+        parts.append(f"n = {points['n'].iloc[0]}")
+    return printable(", ".join(parts))
 
 
 def _range(counts: pd.Series) -> str:
     """A number, or the lowest and the highest of several."""
     low, high = int(counts.min()), int(counts.max())
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _without_common(settings: pd.Series) -> pd.Series:
-    """Settings (`key=value` by commas) without those that all have: they tell no curve from another."""
-    parts = [re.split(r",(?=[\w.]+=)", text) for text in settings]
-    common = set.intersection(*map(set, parts))
-    return pd.Series([",".join(one for one in part if one not in common) for part in parts], index=settings.index)
-
-
-def _label(curve: dict, varying: list[str]) -> str:
-    """What differs between the curves, by its value; the sampler where nothing else does."""
-    sampler = curve["sampler"]
-    if curve["sampler_param"] and "sampler_value" in curve:
-        sampler += f" {curve['sampler_param']}={curve['sampler_value']}"
-    hidden = ("sampler", "budget", *DIGEST_COLUMNS)
-    others = [curve[name] for name in varying if not name.startswith(hidden)]
-    others += [digest_label(name, curve[name]) for name in varying if name in DIGEST_COLUMNS]
-    sampler_varies = any(name.startswith("sampler") for name in varying)
-    return ", ".join([sampler] * (sampler_varies or not any(others)) + [str(value) for value in others if value])

@@ -90,9 +90,40 @@ def warnings_once() -> Iterator[None]:
         OncePerSweep.seen = None
 
 
+class ProgressBar:
+    """A bar on stderr with rate, time spent and time left; silent where stderr is no terminal."""
+
+    def __init__(self, progress: Progress, total: int, unit: str) -> None:
+        """Add the bar to a display."""
+        self._progress = progress
+        self._task = progress.add_task(unit, total=total, note="")
+        self._done = 0
+
+    @property
+    def visible(self) -> bool:
+        """Whether anybody sees it."""
+        return not self._progress.disable
+
+    def advance(self, count: int) -> None:
+        """Some more are done."""
+        self._done += count
+        self.show_part(0)
+
+    def show_part(self, count: float) -> None:
+        """Beside those that are done, others have come as far as `count` whole ones."""
+        completed = self._done + count
+        elapsed = self._progress.tasks[0].elapsed or 0
+        rate = completed / max(elapsed, 1e-9)
+        self.show(completed, f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s" if completed else "")
+
+    def show(self, done: float, note: str) -> None:
+        """Set the bar to `done` with a note beside it."""
+        self._progress.update(self._task, completed=done, note=note)
+
+
 @contextmanager
-def progress_bar(total: int, unit: str) -> Iterator[Progress]:
-    """A bar on stderr with the rate and the time left, silent when stderr is no terminal; `advance(0, k)` moves it."""
+def progress_bar(total: int, unit: str) -> Iterator[ProgressBar]:
+    """A bar that is on the screen within the block."""
     console = stderr_console()
     columns = (
         TextColumn("{task.description}"),
@@ -101,22 +132,11 @@ def progress_bar(total: int, unit: str) -> Iterator[Progress]:
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(compact=True),
+        TextColumn("left"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        progress.add_task(unit, total=total, note="")
-        yield progress
-
-
-def advance(progress: Progress, count: int) -> None:
-    """Move a bar on and show its rate."""
-    task = progress.tasks[0]
-    progress.advance(task.id, count)
-    progress.update(task.id, note=f"{task.completed / max(task.elapsed or 0, 1e-9):.0f}/s")
-
-
-def show(progress: Progress, done: int, note: str) -> None:
-    """Set a bar to `done` with a note beside it."""
-    progress.update(progress.tasks[0].id, completed=done, note=note)
+    # a forward pass may take long: the rate is taken over minutes
+    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=300) as progress:
+        yield ProgressBar(progress, total, unit)
 
 
 # Tables
@@ -232,6 +252,12 @@ def _text(text: str, console: Console, style: str = "") -> Text:
 def print_line(text: str) -> None:
     """A line on stdout, control characters written out."""
     print(printable(text))
+
+
+def age(seconds: float) -> str:
+    """Seconds in the largest unit of which there is one: minutes, hours or days."""
+    unit, length = next((each for each in (("d", 86400), ("h", 3600)) if seconds >= each[1]), ("m", 60))
+    return f"{max(seconds, 0) / length:.0f} {unit}"
 
 
 def percent(row: Mapping[Any, Any]) -> str:

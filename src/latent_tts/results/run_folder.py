@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
 ANSWERS, SCORES, FIGURE = "answers.jsonl", "scores.parquet", "scaling.png"
-TABLES = (METRICS, ROLLOUTS, ANSWERS, LATENTS, SCORES)
+METRICS_OVER_SEEDS = "metrics_over_seeds.csv"
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+TABLES = (METRICS, ROLLOUTS, ANSWERS, LATENTS, SCORES)
+OUTPUT_FOLDERS = ("outputs", "multirun")  # `conf/hydra_folders.yaml`: COMMAND/TIME in each
 
 ROLLOUT_COLUMNS = [
     "question_index",
@@ -252,10 +254,11 @@ def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:
 
 def name_weights_once(metrics: pd.DataFrame) -> pd.DataFrame:
     """A table in which the checkpoint and scorer of equal weights have one path, since folders are moved and copied."""
-    known = metrics[metrics["weights_digest"] != ""]
-    names = known.groupby(["model", "weights_digest"])[["checkpoint", "scorer"]].transform("first")
-    named = names.reindex(metrics.index).fillna(metrics[names.columns])
-    return metrics.assign(checkpoint=named["checkpoint"], scorer=named["scorer"])
+    known, named = metrics["weights_digest"] != "", metrics.copy()
+    for name in ("checkpoint", "scorer"):
+        first = metrics.groupby(["model", "weights_digest"])[name].transform("first")
+        named[name] = metrics[name].mask(known, first)
+    return named
 
 
 def digest_label(column: str, digest: str) -> str:
@@ -346,6 +349,20 @@ def run_folders(path: Path, key: str = "runs") -> list[Path]:
     if not found:
         raise bad_value(key, path, "neither a run folder nor a folder of runs")
     return sorted(found, key=lambda folder: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in folder.parts])
+
+
+def last_run() -> Path:
+    """The folder of the run or sweep in this folder whose table was written last.
+
+    Raises:
+        UsageError: there is none.
+    """
+    tables = [table for name in OUTPUT_FOLDERS for table in Path(name).glob(f"*/*/**/{METRICS}")]
+    if not tables:
+        raise UsageError(
+            f"no run in the folders {' and '.join(OUTPUT_FOLDERS)} of this one; name a run folder or a table"
+        )
+    return Path(*max(tables, key=lambda table: table.stat().st_mtime).parts[:3])
 
 
 def join_metrics(folders: list[Path]) -> tuple[pd.DataFrame, list[Path]]:

@@ -16,7 +16,8 @@ class Sampler(Protocol):
     """How rollouts of a question are made to differ. Options inherit these defaults, under which nothing is random.
 
     Attributes:
-        name, param: the sampler and its parameter as shown in tables.
+        name: as shown in tables.
+        param: the field that tables show as its parameter; None if there is none.
     """
 
     name: ClassVar[str]
@@ -25,7 +26,7 @@ class Sampler(Protocol):
     @property
     def value(self) -> float | str | None:
         """The value of the parameter; None if there is no parameter."""
-        return None
+        return getattr(self, self.param) if self.param else None
 
     @property
     def random_phases(self) -> frozenset[Phase]:

@@ -32,12 +32,7 @@ class Control(Sampler):
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise bad_value("sampler.mode", self.mode, f"one of {', '.join(MODES)}")
-
-    @property
-    def value(self) -> str:
-        """The parameter shown in tables."""
-        return self.mode
+            raise bad_value("sampler.mode", self.mode, f"must be one of {', '.join(MODES)}")
 
     @property
     def needs_donor(self) -> bool:

@@ -52,7 +52,7 @@ class Dropout(Sampler):
         if not (is_number(self.rate) and 0 <= self.rate < 1):
             raise bad_value("sampler.rate", self.rate, "must be a number in [0, 1)")
         if not isinstance(self.site, str) or self.site not in SITES:
-            raise bad_value("sampler.site", self.site, f"one of {', '.join(SITES)}")
+            raise bad_value("sampler.site", self.site, f"must be one of {', '.join(SITES)}")
         if (
             isinstance(self.where, str)
             or not isinstance(self.where, Sequence)
@@ -62,11 +62,6 @@ class Dropout(Sampler):
             raise bad_value("sampler.where", self.where, f"must be a list of {', '.join(PHASES)}")
         if self.mask not in ("fresh", "locked"):
             raise bad_value("sampler.mask", self.mask, "must be fresh or locked")
-
-    @property
-    def value(self) -> float:
-        """The parameter shown in tables."""
-        return self.rate
 
     @property
     def random_phases(self) -> frozenset[Phase]:

@@ -39,11 +39,6 @@ class Gaussian(Sampler):
             raise bad_value("sampler.relative", self.relative, "must be true or false")
 
     @property
-    def value(self) -> float:
-        """The parameter shown in tables."""
-        return self.sigma
-
-    @property
     def random_latents(self) -> bool:
         """True unless sigma is 0."""
         return self.sigma > 0

@@ -38,11 +38,6 @@ class Native(Sampler):
             raise bad_value("sampler.temperature", self.temperature, "must be a finite number, 0 or more")
 
     @property
-    def value(self) -> float:
-        """The parameter shown in tables."""
-        return self.temperature
-
-    @property
     def random_latents(self) -> bool:
         """True unless the temperature is 0."""
         return self.temperature > 0

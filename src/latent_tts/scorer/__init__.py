@@ -33,6 +33,11 @@ class Scorer(Protocol):
         ...
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes of the backbone, as `checkpoint.files.sizes` gives them."""
+        ...
+
+    @property
     def reduction(self) -> str:
         """How step scores are reduced to the score of a rollout: `sum`, `mean` or `last`."""
         ...

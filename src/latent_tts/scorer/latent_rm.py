@@ -41,9 +41,11 @@ def check_settings(reduce: str | None, positions: str) -> None:
         UsageError: one of them is unknown.
     """
     if reduce is not None and str(reduce) not in REDUCTIONS:
-        raise bad_value("scorer.reduce", reduce, f"one of {', '.join(REDUCTIONS)}, or null for the LatentRM's own")
+        raise bad_value(
+            "scorer.reduce", reduce, f"must be one of {', '.join(REDUCTIONS)}, or null for the LatentRM's own"
+        )
     if str(positions) not in POSITIONS:
-        raise bad_value("scorer.positions", positions, f"one of {', '.join(POSITIONS)}")
+        raise bad_value("scorer.positions", positions, f"must be one of {', '.join(POSITIONS)}")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ class LatentRM:
     def config(self) -> dict[str, Any]:
         """The checkpoint's `config.json`."""
         return files.read_json(self.folder, "config.json", key=KEY)
+
+    @cached_property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes of the backbone, by the names that most configs use; see `files.sizes`."""
+        return files.sizes(self.config, files.weight_shapes(self.folder, key=KEY))
 
     @cached_property
     def trained(self) -> dict[str, Any]:
@@ -149,18 +156,16 @@ class LatentRM:
             UsageError: a file is missing or truncated, the head does not have one output, or the width is not that of
                 the reasoner.
         """
-        shapes: dict[str, list[int]] = {}
-        for path in files.weight_files(self.folder, key=KEY):
-            shapes |= files.tensor_shapes(path, key=KEY)
+        shapes = files.weight_shapes(self.folder, key=KEY)
         files.check_sizes(self.config, self.folder, key=KEY)
         files.check_shapes(self.config, shapes, self.folder, key=KEY)
-        width = _width(self.config)
+        width = _width(self.sizes)
         if {name: shapes.get(name) for name in HEAD} != {"classifier.weight": [1, width], "classifier.bias": [1]}:
             found = ", ".join(f"{name} {shapes.get(name, 'missing')}" for name in sorted(HEAD))
             raise bad_value(
                 KEY, self.checkpoint, f"not a LatentRM: its head must have one output for width {width}, found {found}"
             )
-        wanted = _width(reasoner.config)
+        wanted = _width(reasoner.sizes)
         if width != wanted:
             raise bad_value(KEY, self.checkpoint, f"its width is {width}; the latents of {reasoner.name} have {wanted}")
         if self.positions == "official":

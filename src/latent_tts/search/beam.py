@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, is_whole
+from latent_tts.errors import bad_value, check_positive
 from latent_tts.random.philox import Stream, key_of, philox
 
 if TYPE_CHECKING:
@@ -52,10 +52,7 @@ class Beam:
     guided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for key in ("beams", "candidates"):
-            value = getattr(self, key)
-            if not (is_whole(value) and value >= 1):
-                raise bad_value(f"search.{key}", value, "must be a positive integer")
+        check_positive("search", self, whole=("beams", "candidates"))
         if not isinstance(self.diverse, bool):
             raise bad_value("search.diverse", self.diverse, "must be true or false")
 

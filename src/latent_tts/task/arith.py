@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, islice
 
 from latent_tts.errors import bad_value, is_whole
@@ -72,7 +73,7 @@ class Arith:
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
-            raise bad_value("task.split", self.split, f"one of {', '.join(SPLITS)}")
+            raise bad_value("task.split", self.split, f"must be one of {', '.join(SPLITS)}")
         if self.limit is not None and not (is_whole(self.limit) and self.limit >= 1):
             raise bad_value("task.limit", self.limit, "must be a positive number of questions, or null for the default")
         allowed = self._level.steps
@@ -109,6 +110,17 @@ class Arith:
 def split_of(question_id: str) -> str:
     """The split of a standard problem, by the hash of its text: a tenth each goes to test and valid."""
     return {0: "test", 1: "valid"}.get(int(question_id, 16) % 10, "train")
+
+
+def is_problem(text: str) -> bool:
+    """Whether a text looks like a problem of this task: all its words are of its templates, the last ones too."""
+    vocabulary, last = _vocabulary(), CLOSING.partition("{")[0]
+    return last in text and all(word in vocabulary for word in re.findall(r"[A-Za-z]+", text))
+
+
+@cache
+def _vocabulary() -> frozenset[str]:
+    return frozenset(words())
 
 
 def make_problem(dice: Dice, level: Level) -> Question:

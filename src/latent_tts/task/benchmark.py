@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.task.jsonl import Row, check_file, check_limit, file_rows, is_file, read_questions
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
 FOLDER_VARIABLE = "LTTS_DATA"
+MARKS, SENTENCES = "marks", "sentences"
+MARK = re.compile(r"<<.*?>>")
 LAYOUT = 'one {"question": ..., "answer": ...} per line, or a list of them, or rows with the set\'s own field names'
 
 
@@ -50,8 +52,13 @@ class Split:
     marker: str | None = None
     distinct: bool = False
 
-    def row(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """A row under this package's field names, which it may have already, without surrounding spaces."""
+    def row(self, fields: Mapping[str, Any], steps: str = MARKS) -> dict[str, Any]:
+        """A row under this package's field names, which it may have already, without surrounding spaces.
+
+        Args:
+            fields: of the row.
+            steps: what the steps are: the calculator marks `<<48/2=24>>` of a written solution, or its lines.
+        """
         row = dict(fields)
         for name, own in (("question", self.question), ("answer", self.answer)):
             if own in row:
@@ -61,7 +68,12 @@ class Split:
         answer = row.get("answer")
         if self.marker is not None and isinstance(answer, str) and self.marker in answer:
             written, _, answer = answer.rpartition(self.marker)
-            row |= {"answer": answer.strip(), "steps": row.get("steps") or re.findall(r"<<.*?>>", written)}
+            row |= {"answer": answer.strip(), "steps": row.get("steps") or re.findall(MARK, written)}
+            if steps == SENTENCES:
+                lines = (re.sub(MARK, "", line).strip() for line in written.splitlines())
+                row["steps"] = [line for line in lines if line]
+        elif steps == SENTENCES:
+            row["steps"] = []  # there is no written solution
         return row
 
 
@@ -78,6 +90,7 @@ class Benchmark:
         answer: how answers are read: `decimal`, `latex` or `words`.
         tolerance: largest |prediction - gold| that counts as right; null for exact.
         splits: the fields of each `Split`, by its name.
+        steps: what training takes as written steps: `marks` (`<<48/2=24>>`) or `sentences` (lines of the solution).
     """
 
     name: str
@@ -87,11 +100,13 @@ class Benchmark:
     answer: str
     tolerance: float | None
     splits: Mapping[str, Mapping[str, Any]]
+    steps: str = MARKS
 
     def __post_init__(self) -> None:
         if self.split not in self.splits:
-            raise bad_value("task.split", self.split, f"one of {', '.join(self.splits)}")
+            raise bad_value("task.split", self.split, f"must be one of {', '.join(self.splits)}")
         check_limit(self.limit)
+        require("task.steps", self.steps, self.steps in (MARKS, SENTENCES), f"must be {MARKS} or {SENTENCES}")
         _ = self.rule
         if self.path is not None:
             check_file(self.path)
@@ -138,7 +153,7 @@ class Benchmark:
         """
         if self._file is not None:
             source, found = f"task.path={self._file}", file_rows(self._file)
-            rows = ((place, self._split.row(fields)) for place, fields in found)
+            rows = ((place, self._split.row(fields, self.steps)) for place, fields in found)
         else:
             source, rows = f"{self._split.hub}, split {self._split.hub_split}", self._hub_rows()
         questions = read_questions(rows, self.rule, self.limit, source)
@@ -162,7 +177,7 @@ class Benchmark:
             problem = f"task={self.name}: {split.hub} cannot be read from the hub ({reason})"
             raise UsageError(self._how_to_get(problem)) from error
         rows: list[Row] = [
-            (f"{split.hub}@{split.revision}, split {split.hub_split}: row {number}", split.row(fields))
+            (f"{split.hub}@{split.revision}, split {split.hub_split}: row {number}", split.row(fields, self.steps))
             for number, fields in enumerate(table)
         ]
         if split.distinct:

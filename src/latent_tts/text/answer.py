@@ -40,7 +40,7 @@ class AnswerRule:
 
     def __post_init__(self) -> None:
         if self.name not in RULES:
-            raise bad_value("task.answer", self.name, f"one of {', '.join(RULES)}")
+            raise bad_value("task.answer", self.name, f"must be one of {', '.join(RULES)}")
         if self.tolerance is not None and not (is_number(self.tolerance) and self.tolerance >= 0):
             raise bad_value("task.tolerance", self.tolerance, "must be a number, 0 or more, or null for exact")
         if self.tolerance is not None and self.name != "decimal":

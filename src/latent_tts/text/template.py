@@ -61,7 +61,7 @@ def warm_up() -> None:
     """Import what `render` needs and stop its clock, in the process that renders."""
     from transformers.utils import chat_template_utils
 
-    vars(chat_template_utils)["datetime"] = Standstill
+    chat_template_utils.datetime = Standstill  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
 
 def render(template: str, question: str, tokens: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from latent_tts.checkpoint import files
 from latent_tts.checkpoint.loading import compute_exactly
 from latent_tts.errors import RunError, bad_value
 from latent_tts.training.optimization import Optimization
-from latent_tts.training.states import last_state, remove_incomplete_states
+from latent_tts.training.states import clean_states, last_state, write_digests
 
 log = logging.getLogger(__name__)
 Report = Callable[[int, Mapping[str, float]], None]  # report(updates_done, figures), called after every update
@@ -161,7 +161,7 @@ class ResumableTrainer(Trainer):
             KeyboardInterrupt: Ctrl-C was pressed. The state is saved first, unless Ctrl-C is pressed again.
         """
         states = Path(str(self.args.output_dir))
-        remove_incomplete_states(states)
+        clean_states(states)
         last = last_state(states)
         if last is not None:
             log.info("resuming from %s", last)
@@ -178,17 +178,33 @@ class ResumableTrainer(Trainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the weights; tied weights only once, as safetensors requires."""
+        """Save the trained weights; tied weights only once, as safetensors requires."""
         assert self.model is not None
-        super()._save(output_dir, {name: value.detach() for name, value in self.model.named_parameters()})
+        super()._save(output_dir, {name: value.detach() for name, value in trained_parameters(self.model)})
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a state, and the digests of its files."""
+        super()._save_checkpoint(model, trial)
+        if self.is_world_process_zero():
+            write_digests(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load all weights of a state."""
+        """Load the trained weights of a state."""
         assert self.model is not None
-        weights = load_file(Path(resume_from_checkpoint) / files.WEIGHTS)
-        with torch.no_grad():
-            for name, value in self.model.named_parameters():
-                value.copy_(weights[name])
+        load_parameters(self.model, Path(resume_from_checkpoint))
+
+
+def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that training changes, by name; those of a frozen base are no part of a state."""
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+
+
+def load_parameters(model: nn.Module, state: Path) -> None:
+    """Copy the weights of a saved state into a model."""
+    weights = load_file(state / files.WEIGHTS)
+    with torch.no_grad():
+        for name, value in trained_parameters(model):
+            value.copy_(weights[name])
 
 
 class _UpdateCallback(TrainerCallback):

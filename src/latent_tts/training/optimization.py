@@ -46,4 +46,4 @@ def check_device(device: object) -> None:
         UsageError: it is not the name of a device.
     """
     if not (isinstance(device, str) and DEVICE.fullmatch(device)):
-        raise bad_value("device", device, "one of auto, cpu, cuda, cuda:INDEX")
+        raise bad_value("device", device, "must be one of auto, cpu, cuda, cuda:INDEX")

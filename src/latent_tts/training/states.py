@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from latent_tts.errors import bad_value
-from latent_tts.results.files import whole_file
+from latent_tts.results.files import file_digest, launch_rank, whole_file
 
 SETTINGS, STATES, FINISHED = "settings.json", "states", "checkpoint"
+DIGESTS = "digests.json"  # of a state's files
+log = logging.getLogger(__name__)
 
 
 def claim(output: Path, settings: Mapping[str, Any]) -> None:
@@ -22,11 +26,14 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
         settings: the JSON-able settings that a resumed run must share with the stopped one.
 
     Raises:
-        UsageError: the folder contains a run with other settings.
+        UsageError: the folder contains a run with other settings, or settings that cannot be read.
     """
     path, wanted = output / SETTINGS, json.loads(json.dumps(settings))
     if path.is_file():
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise bad_value("output", output, f"{SETTINGS} cannot be read ({error})") from error
         for key in [*wanted, *found]:
             if found.get(key) != wanted.get(key):
                 raise bad_value(
@@ -48,12 +55,47 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def last_state(states: Path) -> Path | None:
     """The folder of the latest complete state, `checkpoint-UPDATES`; None if there is none."""
-    complete = [path for path in states.glob("checkpoint-*") if read_state(path)]
+    complete = [path for path in _saved(states) if read_state(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def remove_incomplete_states(states: Path) -> None:
-    """Remove states that were not written completely; the Trainer would count them as saved ones."""
-    for path in states.glob("checkpoint-*"):
+def write_digests(state: Path) -> None:
+    """Write the digests of a state's files beside them, as the last of its files."""
+    # each process of a launch writes its own rng_state_RANK.pth, maybe later
+    names = sorted(path.name for path in state.iterdir() if path.is_file() and not path.name.startswith("rng_state_"))
+    with whole_file(state / DIGESTS) as partial:
+        partial.write_text(json.dumps({name: file_digest(state / name) for name in names}, indent=1) + "\n")
+
+
+def clean_states(states: Path) -> None:
+    """Remove states that were not written completely, which the Trainer would count, and set damaged ones aside."""
+    for path in _saved(states):  # every process of a launch does this at the same time
         if not read_state(path):
-            shutil.rmtree(path, ignore_errors=True)  # every process of a launch does this at the same time
+            shutil.rmtree(path, ignore_errors=True)
+        elif _is_damaged(path):
+            set_state_aside(path, "is damaged")
+
+
+def set_state_aside(state: Path, why: str) -> None:
+    """Rename a state, so that training does not resume from it."""
+    aside = state.with_name(f"damaged-{state.name}")
+    if launch_rank() == 0:
+        log.warning("%s %s: it is now %s, and training resumes from an earlier state or anew", state, why, aside.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):  # another process was first
+        state.rename(aside)
+
+
+def _saved(states: Path) -> list[Path]:
+    return [path for path in states.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+
+
+def _is_damaged(state: Path) -> bool:
+    """Whether a file of a state is not as it was written; those of earlier versions have no digests."""
+    path = state / DIGESTS
+    if not path.is_file():
+        return False
+    try:
+        return any(file_digest(state / name) != digest for name, digest in json.loads(path.read_text()).items())
+    except (OSError, ValueError, AttributeError):
+        return True

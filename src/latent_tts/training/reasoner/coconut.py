@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.training.reasoner.batch import Sequences, TokenBatch, encode_batch, step_results_loss, written_loss
 from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.initial import load_trainable_lm
+from latent_tts.training.reasoner.initial import lm_head, load_trainable_lm
 from latent_tts.types import Question
 
 
@@ -31,9 +31,7 @@ def training_logits(
         latents: T.
         next_latent: turns a final hidden state into the latent that is fed back.
     """
-    rows, embed = Sequences(lm), lm.get_input_embeddings()
-    head = lm.get_output_embeddings()
-    assert head is not None
+    rows, embed, head = Sequences(lm), lm.get_input_embeddings(), lm_head(lm)
     embeddings, mask, thoughts = embed(batch.prompt_QL), batch.prompt_mask_QL, []
     for _ in range(latents):
         thoughts.append(rows.feed(embeddings, mask)[:, -1:])

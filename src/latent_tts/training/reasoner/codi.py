@@ -15,8 +15,8 @@ from latent_tts.errors import bad_value
 from latent_tts.model.codi import PROJECTOR
 from latent_tts.training.reasoner.batch import Sequences, TokenBatch, encode_batch, step_results_loss, written_loss
 from latent_tts.training.reasoner.coconut import CoconutObjective
-from latent_tts.training.reasoner.curriculum import DistillationWeights, Stage, written_before_answer
-from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, load_trainable_lm
+from latent_tts.training.reasoner.curriculum import Distilled, Stage, written_before_answer
+from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, lm_head, load_trainable_lm
 from latent_tts.types import Question
 
 SAMPLE_TOKENS = 32
@@ -86,12 +86,12 @@ class CodiObjective(CoconutObjective):
 
     Attributes:
         own: the projector.
-        weights: weights of the parts of the loss.
+        recipe: with the weights of the parts of the loss.
     """
 
-    def __init__(self, adapter: CheckpointAdapter, weights: DistillationWeights, projector_dropout: float) -> None:
-        super().__init__(adapter, weights.step)
-        self.weights = weights
+    def __init__(self, adapter: CheckpointAdapter, recipe: Distilled, projector_dropout: float) -> None:
+        super().__init__(adapter, recipe.step_loss)
+        self.recipe = recipe
         tensors = loading.load_tensors(adapter.folder, PROJECTOR)
         projector = codi_projector(adapter.width, tensors["1.bias"].shape[0], projector_dropout)
         projector.load_state_dict(tensors)
@@ -122,7 +122,7 @@ class CodiObjective(CoconutObjective):
         """
         if not stage.latents:
             return super().loss(questions, stage)
-        weights, embed = self.weights, self.lm.get_input_embeddings()
+        recipe, embed = self.recipe, self.lm.get_input_embeddings()
         written_stage = Stage(0, 0, 0)
         student = encode_batch(self.adapter, questions, stage, self.lm.device)
         teacher = encode_batch(self.adapter, questions, written_stage, self.lm.device)
@@ -136,26 +136,23 @@ class CodiObjective(CoconutObjective):
         embeddings = torch.cat([latents_QSD, embed(student.written_QA[:, :-1])], dim=1)
         mask = F.pad(student.written_mask_QA[:, :-1], (pending, 0), value=1)
         layers = [layer[:, pending:] for layer in rows.feed_all_layers(embeddings, mask)]
-        loss = self._written_loss(layers[-1], student) + weights.teacher * teacher_loss
-        if weights.distill:
-            distance = alignment(self._before_answer(layers, questions, stage), before, weights.distill_loss)
-            loss = loss + weights.distill * distance
-        if weights.step:
-            head = self.lm.get_output_embeddings()
-            assert head is not None
-            loss = loss + weights.step * step_results_loss(head(thoughts_QTD), student)
+        loss = self._written_loss(layers[-1], student) + recipe.teacher_weight * teacher_loss
+        if recipe.distill_weight:
+            distance = alignment(self._before_answer(layers, questions, stage), before, recipe.distill_loss)
+            loss = loss + recipe.distill_weight * distance
+        if recipe.step_loss:
+            loss = loss + recipe.step_loss * step_results_loss(lm_head(self.lm)(thoughts_QTD), student)
         return loss
 
     def _written_loss(self, hidden_QAD: Tensor, batch: TokenBatch) -> Tensor:
         """The cross-entropy from the hidden states of all written tokens except the last."""
-        head = self.lm.get_output_embeddings()
-        assert head is not None
-        return written_loss(head(hidden_QAD[:, batch.forced - 1 :]), batch)
+        return written_loss(lm_head(self.lm)(hidden_QAD[:, batch.forced - 1 :]), batch)
 
     def _before_answer(self, layers, questions: list[Question], stage: Stage) -> list[Tensor]:
         """Per layer, the hidden states (Q, D) at the token before the answer, selected from those of written tokens."""
         encode, end = self.adapter.tokenizer.encode, len(self.adapter.thinking_end_ids)
-        places = [end + len(encode(written_before_answer(q.steps, stage)).ids) - 1 for q in questions]
+        texts = [written_before_answer(q.steps, stage) for q in questions]
+        places = [end + len(encode(text, add_special_tokens=False).ids) - 1 for text in texts]
         place_Q = torch.tensor(places, device=self.lm.device)
         row_Q = torch.arange(len(questions), device=self.lm.device)
         return [layer[row_Q, place_Q] for layer in layers]

@@ -16,7 +16,7 @@ from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.training.reasoner.batch import Sequences, pad_rows
 from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, load_trainable_lm
+from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, lm_head, load_trainable_lm
 from latent_tts.types import Question, Reasoner
 
 
@@ -145,9 +145,7 @@ class ColarObjective:
         embeddings = torch.cat([embed(prompt_QL), fed_QSD[:, :-1]], dim=1)
         hidden = rows.feed(embeddings, torch.cat([prompt_mask_QL, slots.mask_QS[:, :-1]], dim=1))
         hidden_QSD = hidden[:, prompt_QL.shape[1] - 1 :]
-        head = self.lm.get_output_embeddings()
-        assert head is not None
-        loss = bag_cross_entropy(head(hidden_QSD), slots)
+        loss = bag_cross_entropy(lm_head(self.lm)(hidden_QSD), slots)
         if self.latent_weight:
             features = self.head["fc"](hidden_QSD[slots.latent_QS])
             gap = self.head["mean"](features).float() - gold_QSD[slots.latent_QS].detach().float() / std

@@ -6,9 +6,10 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from latent_tts.checkpoint.files import LATENT_TOKENS
 from latent_tts.errors import bad_value, is_number, is_whole
 
 if TYPE_CHECKING:
@@ -66,10 +67,14 @@ class Recipe(Protocol):
     Attributes:
         family: the family of the trained checkpoints, as adapters name it.
         words: words in the adapter's prompts and answers that the task's vocabulary lacks (for word-level tokenizers).
+        tokens: special tokens that the adapter needs.
+        new_tokens: what the rows of those begin from that a model lacks: `mean`, or a token of it.
     """
 
     family: ClassVar[str]
     words: ClassVar[tuple[str, ...]] = ()
+    tokens: ClassVar[tuple[str, ...]] = ()
+    new_tokens: str = "mean"
 
     def stages(self) -> list[Stage]:
         """The stages in order."""
@@ -117,13 +122,17 @@ class Staged(Recipe):
         final_updates: updates with `latents` latents and no written step.
         final_dropout: dropout rate of those; null keeps the backbone's.
         latents: T of the trained reasoner.
+        new_tokens: what embeddings of the latent tokens begin from in a model that lacks them: `mean`, or a token.
     """
+
+    tokens: ClassVar[tuple[str, ...]] = LATENT_TOKENS
 
     written_updates: int
     stage_updates: Sequence[int]
     final_updates: int
     final_dropout: float | None
     latents: int
+    new_tokens: str = field(default="mean", kw_only=True)
 
     def __post_init__(self) -> None:
         check_updates("written_updates", self.written_updates)
@@ -136,6 +145,17 @@ class Staged(Recipe):
             check_updates("stage_updates", updates)
         check_dropout("final_dropout", self.final_dropout)
 
+    def check_latents(self) -> None:
+        """Check that there are latents, and as many as stages that each add one.
+
+        Raises:
+            UsageError: there are fewer.
+        """
+        least = max(1, len(self.stage_updates))
+        if not (is_whole(self.latents) and self.latents >= least):
+            stages = f"recipe.stage_updates has {len(self.stage_updates)} stages"
+            raise bad_value("model.latents", self.latents, f"must be {least} or more ({stages})")
+
     def latents_in(self, stage: int) -> int:
         """Number of latents of the stage that hides the first `stage` steps: one per step."""
         return stage
@@ -145,23 +165,6 @@ class Staged(Recipe):
         middle = [Stage(updates, self.latents_in(k), k) for k, updates in enumerate(self.stage_updates, start=1)]
         final = Stage(self.final_updates, self.latents, None, self.final_dropout)
         return [Stage(self.written_updates, 0, 0), *middle, final]
-
-
-@dataclass(frozen=True)
-class DistillationWeights:
-    """The weights of the parts of a distillation loss; the student's cross-entropy has weight 1.
-
-    Attributes:
-        teacher: of the teacher's cross-entropy.
-        distill: of the distance between their hidden states before the answer.
-        step: of the cross-entropy of the result of each latent's step.
-        distill_loss: kind of distance, `smooth_l1` or `l1`.
-    """
-
-    teacher: float
-    distill: float
-    step: float
-    distill_loss: str
 
 
 @dataclass(frozen=True)
@@ -186,11 +189,6 @@ class Distilled(Staged):
             check_weight(key, getattr(self, key))
         if self.distill_loss not in ("smooth_l1", "l1"):
             raise bad_value("recipe.distill_loss", self.distill_loss, "must be smooth_l1 or l1")
-
-    @property
-    def weights(self) -> DistillationWeights:
-        """The weights of the parts of the loss."""
-        return DistillationWeights(self.teacher_weight, self.distill_weight, self.step_loss, self.distill_loss)
 
 
 def written_text(steps: Sequence[str], answer: str, stage: Stage) -> str:

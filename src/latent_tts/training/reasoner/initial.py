@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from latent_tts.checkpoint import files, loading
+from latent_tts.checkpoint.vocabulary import MEAN, check_begin, cut_to, fit_rows, with_tokens
 from latent_tts.training.reasoner.vocabulary import UNKNOWN, word_level_tokenizer
 
 if TYPE_CHECKING:
@@ -36,6 +38,13 @@ def embedding_table(lm: PreTrainedModel) -> Tensor:
     return layer.weight.detach()
 
 
+def lm_head(lm: PreTrainedModel) -> nn.Module:
+    """The layer that makes logits of final hidden states."""
+    layer = lm.get_output_embeddings()
+    assert layer is not None
+    return layer
+
+
 def write_initial_checkpoint(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:
     """Write the checkpoint folder that training starts from, completely or not at all; replaces an older one.
 
@@ -55,21 +64,50 @@ def write_initial_checkpoint(make: Callable[[Path], None], folder: Path, recipe:
     partial.rename(folder)
 
 
-def copy_checkpoint(source: Path, folder: Path) -> None:
-    """Copy the weights (shards become one file), config and tokenizer of a checkpoint.
+def copy_checkpoint(
+    source: Path, folder: Path, tokens: Sequence[str] = (), begin: str = MEAN, texts: Sequence[str] | None = None
+) -> None:
+    """Copy the weights (shards become one file), config and tokenizer of a checkpoint, fitted to a vocabulary.
+
+    Args:
+        source: the checkpoint.
+        folder: to write to.
+        tokens: special tokens that the new tokenizer is to have.
+        begin: what rows of tokens that are new begin from: `mean`, or a token.
+        texts: the texts whose tokens are kept; None keeps all tokens.
 
     Raises:
-        UsageError: a file is missing or truncated.
+        UsageError: a file is missing or truncated, or the model cannot be fitted.
     """
-    files.load_tokenizer(source, key="init")
+    old = files.load_tokenizer(source, key="init")
+    check_begin(begin, old, "recipe.new_tokens")
     files.weight_files(source, key="init")
-    for path in (source / "tokenizer.json", *source.glob("tokenizer_config.json")):
+    for path in source.glob("tokenizer_config.json"):
         shutil.copyfile(path, folder / path.name)
     config = files.read_config(source)
     files.check_sizes(config, source, key="init")
     config.pop("latent_tts", None)  # the new training may use other latents
+    tensors = loading.load_tensors(source, "")
+    new = with_tokens(old if texts is None else cut_to(old, texts, "init_vocabulary"), tokens)
+    if new.get_vocab() != old.get_vocab():
+        tensors = fit_rows(tensors, old, new, begin, source, "init")
+        rows = next(value.shape[0] for name, value in tensors.items() if name.endswith(files.EMBEDDINGS))
+        config |= {"vocab_size": int(rows)} | moved_ids(config, old, new)
+    new.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(loading.load_tensors(source, ""), folder / files.WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / files.WEIGHTS, metadata={"format": "pt"})
+
+
+def moved_ids(config: Mapping[str, Any], old: Tokenizer, new: Tokenizer) -> dict[str, Any]:
+    """The ids of special tokens in a `config.json`, by another tokenizer."""
+    moved: dict[str, Any] = {}
+    for name, value in config.items():
+        if name.endswith("_token_id") and value is not None:
+            ids = [
+                new.token_to_id(str(old.id_to_token(each))) for each in (value if isinstance(value, list) else [value])
+            ]
+            moved[name] = ids if isinstance(value, list) else ids[0]
+    return moved
 
 
 def add_words(folder: Path, words: tuple[str, ...], seed: int) -> None:

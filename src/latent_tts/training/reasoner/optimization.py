@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from latent_tts.errors import bad_value, check_positive
+from latent_tts.errors import bad_value, check_positive, is_number
 from latent_tts.training.optimization import Optimization
 
 
@@ -19,20 +19,29 @@ class ReasonerOptimization(Optimization):
             `lr` / 20. Training may end before.
         warmup: number of updates in the warm-up.
         bf16: whether the forward pass runs under bfloat16 autocast.
+        minutes: of training, validation and saving not counted; the recipe's numbers of updates, `warmup` and
+            `cosine_updates` are shares of it then. None: the recipe's updates end the run.
+        follow: the log of a run by the clock, which this one is to repeat update by update.
     """
 
     cosine_updates: int
     warmup: int
     bf16: bool
+    minutes: float | None = None
+    follow: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("optimization", self, whole=("cosine_updates", "warmup"))
         if not isinstance(self.bf16, bool):
             raise bad_value("optimization.bf16", self.bf16, "must be true or false")
+        if self.minutes is not None and not (is_number(self.minutes) and self.minutes > 0):
+            raise bad_value("optimization.minutes", self.minutes, "must be a positive number, or null")
+        if self.follow is not None and (self.minutes is not None or not isinstance(self.follow, str)):
+            raise bad_value("optimization.follow", self.follow, "must be a file, with optimization.minutes=null")
 
-    def lr_at(self, update: int) -> float:
-        """The learning rate of update number `update`, from 0."""
+    def lr_at(self, update: float) -> float:
+        """The learning rate of update number `update`, from 0; between two updates where the clock decides."""
         if update < self.warmup:
             return self.lr * (update + 1) / self.warmup
         done = min(1.0, (update - self.warmup) / max(1, self.cosine_updates - self.warmup))

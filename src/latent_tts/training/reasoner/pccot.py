@@ -16,8 +16,8 @@ from latent_tts.model.pccot import PROJECTION
 from latent_tts.training.reasoner.batch import Sequences, encode_batch
 from latent_tts.training.reasoner.coconut import CoconutObjective
 from latent_tts.training.reasoner.codi import CodiObjective
-from latent_tts.training.reasoner.curriculum import DistillationWeights, Stage
-from latent_tts.training.reasoner.initial import add_tensors, has_tensors, load_trainable_lm
+from latent_tts.training.reasoner.curriculum import Distilled, Stage
+from latent_tts.training.reasoner.initial import add_tensors, has_tensors, lm_head, load_trainable_lm
 from latent_tts.types import Question
 
 
@@ -46,9 +46,9 @@ class PccotObjective(CodiObjective):
         sweeps: K.
     """
 
-    def __init__(self, adapter: CheckpointAdapter, weights: DistillationWeights, sweeps: int) -> None:
-        CoconutObjective.__init__(self, adapter, weights.step)
-        self.weights, self.sweeps = weights, sweeps
+    def __init__(self, adapter: CheckpointAdapter, recipe: Distilled, sweeps: int) -> None:
+        CoconutObjective.__init__(self, adapter, recipe.step_loss)
+        self.recipe, self.sweeps = recipe, sweeps
         tensors = loading.load_tensors(adapter.folder, PROJECTION)
         if tensors:
             projection = pccot_projection(adapter.width)
@@ -82,8 +82,7 @@ class PccotObjective(CodiObjective):
         """The number of questions whose written tokens are all predicted by the argmax, after K sweeps of latents."""
         if not stage.latents:
             return super().exact_matches(questions, stage)
-        embed, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
-        assert head is not None
+        embed, head = self.lm.get_input_embeddings(), lm_head(self.lm)
         batch, rows = encode_batch(self.adapter, questions, stage, self.lm.device), Sequences(self.lm)
         hidden_Q1D = rows.feed(embed(batch.prompt_QL), batch.prompt_mask_QL)[:, -1:]
         latents_QSD, _ = self.think(rows, hidden_Q1D, stage.latents)

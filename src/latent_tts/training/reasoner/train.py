@@ -1,18 +1,18 @@
 """Trains reasoners of every family, with new questions in every update, and writes the finished checkpoint.
 
-All random numbers are keyed: problems by their index, torch's dropout by a seed that is drawn for each update.
+All random numbers are keyed: problems by their index, epochs by their number, torch's dropout by a seed that is drawn
+for each update.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
@@ -20,23 +20,40 @@ from transformers import TrainerCallback, TrainingArguments
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.checkpoint.joining import probe, write_adapter
 from latent_tts.errors import bad_value
 from latent_tts.random.philox import Stream, key_of, philox
-from latent_tts.task.arith import Arith, words
-from latent_tts.training.core import Report, ResumableTrainer, training_arguments
+from latent_tts.task.arith import words
+from latent_tts.training.core import (
+    Report,
+    ResumableTrainer,
+    load_parameters,
+    trained_parameters,
+    training_arguments,
+)
 from latent_tts.training.reasoner.backbone import BackboneConfig
 from latent_tts.training.reasoner.batch import question_batches
 from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
-from latent_tts.training.reasoner.initial import add_tensors, copy_checkpoint, write_initial_checkpoint
+from latent_tts.training.reasoner.initial import (
+    add_tensors,
+    checkpoint_tensors,
+    copy_checkpoint,
+    write_initial_checkpoint,
+)
+from latent_tts.training.reasoner.lora import Lora
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
+from latent_tts.training.reasoner.pace import Pace, pace_of
+from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
-from latent_tts.training.states import FINISHED, STATES, claim, last_state, read_state
+from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state
 from latent_tts.types import Question
 
 VALID_BATCH = 250
 METRIC = "eval_exact_match"
 INITIAL = "initial"
 OLD_STATE = "state.safetensors"
+FULL = Lora(rank=None, alpha=1.0, targets=None, dropout=0.0)  # no adapter: all weights are trained
+PROBES, PROBE_TOKENS = 4, 12
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,21 @@ class TrainedReasoner:
     checkpoint: Path
     updates: int
     exact_match: float
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that training starts from.
+
+    Attributes:
+        checkpoint: as the user named it.
+        folder: where it lies.
+        only_used: whether the vocabulary is cut to the tokens of the questions.
+    """
+
+    checkpoint: str
+    folder: Path
+    only_used: bool = False
 
 
 class QuestionOrder(Dataset):
@@ -77,11 +109,19 @@ class ReasonerModule(nn.Module):
 
     Attributes:
         objective: the loss.
+        adapted: PEFT's model around the causal LM; None where all weights are trained.
     """
 
-    def __init__(self, objective: Objective) -> None:
+    adapted: Any
+
+    def __init__(self, objective: Objective, lora: Lora = FULL, new_tokens: Sequence[int] = (), seed: int = 0) -> None:
         super().__init__()
         self.lm, self.own, self.objective = objective.lm, objective.own, objective
+        adapted = None
+        if lora.rank is not None:
+            torch.manual_seed(seed)  # of the adapter's weights
+            adapted = lora.attach(objective.lm, new_tokens)
+        self.__dict__["adapted"] = adapted  # not registered as a module: it has the same weights
 
     def forward(self, questions: list[Question], stage: Stage) -> Tensor:
         """The loss of a batch."""
@@ -107,16 +147,25 @@ class ReasonerTrainer(ResumableTrainer):
     """The Trainer for a recipe: its stages, dropout keyed by the update, evaluation by exact match."""
 
     def __init__(
-        self, recipe: Recipe, module: ReasonerModule, valid: list[Question], *, seed: int, save_every: int, **more: Any
+        self,
+        recipe: Recipe,
+        module: ReasonerModule,
+        valid: list[Question],
+        *,
+        pace: Pace,
+        seed: int,
+        save_every: int,
+        **more: Any,
     ) -> None:
-        """Create a trainer from recipe, module, validation questions, seed of dropout, and updates between states."""
-        super().__init__(model=module, callbacks=[_SaveCallback(recipe, save_every)], **more)
+        """Create a trainer from recipe, module, validation questions, pace, seed of dropout, and updates per state."""
+        super().__init__(model=module, callbacks=[_SaveCallback(recipe, pace, save_every)], **more)
         self.recipe, self.module, self.valid, self.key = recipe, module, valid, key_of(seed, "training")
+        self.pace = pace
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """The loss in the stage of the current update."""
         update = self.state.global_step
-        stage = self.recipe.stage_at(update)
+        stage = self.recipe.stage_at(self.pace.planned(update))
         if stage.dropout is not None:
             self.module.set_dropout(stage.dropout)
         counter = (update, len(self.micro_losses), self.args.process_index, int(Stream.TRAINING))
@@ -125,7 +174,7 @@ class ReasonerTrainer(ResumableTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Exact match on the validation questions, in the stage of the last update."""
-        stage = self.recipe.stage_at(self.state.global_step - 1)
+        stage = self.recipe.stage_at(self.pace.planned(self.state.global_step - 1))
         figures = {METRIC: self.module.exact_match(self.valid, stage)}
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
@@ -133,27 +182,51 @@ class ReasonerTrainer(ResumableTrainer):
 
 
 class _SaveCallback(TrainerCallback):
-    """Evaluates and saves every few updates and at the end of each stage."""
+    """Evaluates and saves every few updates, at the end of each stage and of the run; keeps the pace."""
 
-    def __init__(self, recipe: Recipe, save_every: int) -> None:
-        self.recipe, self.save_every = recipe, save_every
+    def __init__(self, recipe: Recipe, pace: Pace, save_every: int) -> None:
+        self.recipe, self.pace, self.save_every = recipe, pace, save_every
+        self.lr = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.pace.start()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.lr = kwargs["optimizer"].param_groups[0]["lr"]
+        self.pace.stop(state.global_step, lambda seconds: _of_first_process(seconds, args))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        done = state.global_step
-        if done == self.recipe.updates or self.recipe.stage_at(done) != self.recipe.stage_at(done - 1):
+        done, pace, recipe = state.global_step, self.pace, self.recipe
+        if args.process_index == 0:
+            stage = recipe.stage_at(pace.planned(done - 1))
+            figures = {"latents": stage.latents, "hidden_steps": stage.hidden_steps, "lr": self.lr}
+            pace.log(done - 1, figures)
+        over = pace.finished(done)
+        control.should_training_stop = control.should_training_stop or over
+        ends = over or recipe.stage_at(pace.planned(done)) != recipe.stage_at(pace.planned(done - 1))
+        if ends or done % self.save_every == 0:
             control.should_evaluate = control.should_save = True
-        if done % self.save_every == 0:
-            control.should_evaluate = control.should_save = True
+        if pace.wants_saving():
+            control.should_save = True
+
+
+def _of_first_process(number: float, arguments: TrainingArguments) -> float:
+    """A number of the first process of a launch, in all processes."""
+    if arguments.world_size == 1:
+        return number
+    shared = torch.tensor(number, dtype=torch.float64, device=arguments.device)
+    torch.distributed.broadcast(shared, 0)
+    return float(shared.item())
 
 
 def train_reasoner(
     recipe: Recipe,
     adapter: CheckpointAdapter,
-    start: Path | BackboneConfig,
-    task: Arith,
+    start: Start | BackboneConfig,
+    questions: TrainingQuestions,
     optimization: ReasonerOptimization,
     *,
-    valid_questions: int,
+    lora: Lora,
     seed: int,
     device: str,
     output: Path,
@@ -167,9 +240,9 @@ def train_reasoner(
         recipe: the stages and the objective.
         adapter: that of the initial checkpoint, which is written to `output`/initial.
         start: the checkpoint to start from, or the size of a new backbone.
-        task: the training questions.
+        questions: to train and validate on.
         optimization: batch, learning rate and so on.
-        valid_questions: number of questions of the validation split on which exact match is measured.
+        lora: the low-rank adapter that is trained in place of the weights, if it has a rank.
         seed: seed of new weights and dropout.
         device: `auto`, `cpu`, `cuda` or `cuda:INDEX`.
         output: folder for `settings.json`, the initial checkpoint, the states and the finished checkpoint.
@@ -185,46 +258,62 @@ def train_reasoner(
         RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
-    arguments = trainer_arguments(recipe, optimization, output / STATES, seed=seed, device=device)
+    pace = pace_of(recipe.updates, optimization.minutes, optimization.follow, output / STATES)
+    arguments = trainer_arguments(recipe, optimization, output / STATES, seed=seed, device=device, max_steps=pace.limit)
     with arguments.main_process_first():
         if (output / OLD_STATE).is_file():
             raise bad_value("output", output, f"contains a {OLD_STATE} of an earlier version; choose another folder")
         claim(output, settings)
+        clean_states(output / STATES)
         if arguments.process_index == 0 and last_state(output / STATES) is None:
 
             def make(folder: Path) -> None:
-                if isinstance(start, Path):
-                    copy_checkpoint(start, folder)
+                if isinstance(start, Start):
+                    texts = questions.texts if start.only_used else None
+                    copy_checkpoint(start.folder, folder, recipe.tokens, recipe.new_tokens, texts)
                 else:
                     start.create(word_level_tokenizer([*words(), *recipe.words]), folder, seed)
 
             write_initial_checkpoint(make, output / INITIAL, recipe, seed)
     adapter.check()
-    valid = replace(task, split="valid", limit=valid_questions).questions()
+    check_lengths([*questions.finite, *questions.valid], adapter, adapter.latents)
+    new_tokens = lacking_tokens(start, recipe, adapter)
     trainer = train(
-        recipe, adapter, task.stream(), valid, optimization, arguments,
-        seed=seed, save_every=save_every, report=report,
+        recipe, adapter, questions.stream(), questions.valid, optimization, arguments,
+        lora=lora, new_tokens=new_tokens, seed=seed, save_every=save_every, report=report, pace=pace,
     )  # fmt: skip
     last = last_state(output / STATES)
     assert last is not None
     if not trainer.is_world_process_zero():
         return None
-    export(recipe, last, adapter, output / FINISHED)
+    if lora.rank is None:
+        export(recipe, last, adapter, output / FINISHED)
+    else:
+        assert isinstance(start, Start)
+        module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
+        load_parameters(module, last)
+        export_adapter(module, recipe.trained_with(adapter), adapter, start.checkpoint, output / FINISHED)
     figures = [entry[METRIC] for entry in read_state(last)["log_history"] if METRIC in entry]
-    return TrainedReasoner(output / FINISHED, recipe.updates, figures[-1])
+    return TrainedReasoner(output / FINISHED, read_state(last)["global_step"], figures[-1])
 
 
 def trainer_arguments(
-    recipe: Recipe, optimization: ReasonerOptimization, states: Path, *, seed: int, device: str
+    recipe: Recipe,
+    optimization: ReasonerOptimization,
+    states: Path,
+    *,
+    seed: int,
+    device: str,
+    max_steps: int | None = None,
 ) -> TrainingArguments:
-    """The settings of the Trainer; callbacks decide when it evaluates and saves."""
+    """The settings of the Trainer; callbacks decide when it evaluates and saves. By default it does all updates."""
     return training_arguments(
         optimization,
         states,
         seed=seed,
         bf16=optimization.bf16,
         device=device,
-        max_steps=recipe.updates,
+        max_steps=recipe.updates if max_steps is None else max_steps,
         train_sampling_strategy="sequential",
         eval_strategy="no",
         save_strategy="no",
@@ -244,6 +333,9 @@ def train(
     seed: int,
     save_every: int,
     report: Report,
+    lora: Lora = FULL,
+    new_tokens: Sequence[int] = (),
+    pace: Pace | None = None,
 ) -> ReasonerTrainer:
     """Train to the end of the recipe's stages, from the last state if there is one.
 
@@ -257,30 +349,38 @@ def train(
         seed: seed of dropout.
         save_every: number of updates between saved states.
         report: called as `report(updates_done, figures)` after every update.
+        lora: the low-rank adapter, if it has a rank.
+        new_tokens: ids whose rows are trained beside a low-rank adapter.
+        pace: the place of each update in the recipe; None counts updates.
 
     Raises:
         RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
-    module = ReasonerModule(recipe.objective(adapter))
-    decayed = [p for p in module.parameters() if p.dim() >= 2]
-    others = [p for p in module.parameters() if p.dim() < 2]
+    pace = pace or Pace(recipe.updates)
+    last = last_state(Path(str(arguments.output_dir)))
+    done = 0 if last is None else read_state(last)["global_step"]
+    pace.resume(done)
+    module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
+    trained = [parameter for _, parameter in trained_parameters(module)]
+    decayed = [p for p in trained if p.dim() >= 2]
+    others = [p for p in trained if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": optimization.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98))  # `lr_at` returns the rate itself, not a factor
     trainer = ReasonerTrainer(
         recipe,
         module,
         valid,
+        pace=pace,
         seed=seed,
         save_every=save_every,
-        report=report,
+        report=lambda done, figures: report(pace.planned(done - 1) + 1, figures),
         args=arguments,
-        train_dataset=QuestionOrder(stream, optimization.batch, recipe.updates),
+        train_dataset=QuestionOrder(stream, optimization.batch, pace.limit),
         data_collator=lambda questions: {"questions": questions},
-        optimizers=(optimizer, LambdaLR(optimizer, lambda update: optimization.lr_at(update))),
+        optimizers=(optimizer, LambdaLR(optimizer, lambda update: optimization.lr_at(pace.place(update)))),
     )
-    last = last_state(Path(str(arguments.output_dir)))
-    if last is None or read_state(last)["global_step"] < recipe.updates:
+    if not pace.finished(done):
         trainer.fit()
     return trainer
 
@@ -288,13 +388,54 @@ def train(
 def export(recipe: Recipe, state: Path, adapter: CheckpointAdapter, folder: Path) -> None:
     """Write the weights of a state as a checkpoint folder in bfloat16, with the tokenizer of the initial checkpoint."""
     module = ReasonerModule(recipe.objective(adapter))
-    weights = load_file(state / files.WEIGHTS)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(weights[name])
+    load_parameters(module, state)
     objective = module.objective
     objective.lm.config.latent_tts = recipe.trained_with(adapter)
     objective.lm.bfloat16().save_pretrained(folder)
     for prefix, own in objective.own.items():
         add_tensors(folder, f"{prefix}.", own.bfloat16())
     shutil.copyfile(adapter.folder / "tokenizer.json", folder / "tokenizer.json")
+
+
+def lacking_tokens(start: Start | BackboneConfig, recipe: Recipe, adapter: CheckpointAdapter) -> list[int]:
+    """The ids of the recipe's tokens that the model to start from lacks."""
+    if not isinstance(start, Start):
+        return []
+    old = files.load_tokenizer(start.folder, key="init")
+    lacking = [token for token in recipe.tokens if old.token_to_id(token) is None]
+    return [files.token_id(adapter.tokenizer, token, adapter.folder) for token in lacking]
+
+
+@torch.no_grad()
+def export_adapter(
+    module: ReasonerModule, trained_with: dict[str, Any], adapter: CheckpointAdapter, base: str, folder: Path
+) -> None:
+    """Write a trained low-rank adapter in bfloat16, with the probe of the model as its rounded weights make it."""
+    from peft import get_peft_model_state_dict
+
+    for _, parameter in trained_parameters(module):
+        parameter.copy_(parameter.bfloat16())
+    module.eval()
+    state = get_peft_model_state_dict(module.adapted, save_embedding_layers=False)
+    own = {}
+    for prefix, part in module.objective.own.items():
+        own |= checkpoint_tensors(f"{prefix}.", part)
+    settings = module.adapted.peft_config["default"].to_dict()
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+    vocabulary = int(module.lm.config.vocab_size)
+    prompts_PL = torch.arange(PROBES * PROBE_TOKENS).reshape(PROBES, PROBE_TOKENS) * 7919 % vocabulary
+    prompts_PL[:, -3:] = torch.tensor([vocabulary - 1, vocabulary - 2, vocabulary - 3])  # new tokens among them
+    found = probe(module.lm.cpu(), prompts_PL, max(1, adapter.latents))
+    config = {"latent_tts": trained_with} | {
+        name: adapter.config[name] for name in adapter.config if name.endswith("_token_id") or name in own_settings(own)
+    }
+    write_adapter(
+        folder, base, adapter.folder / "tokenizer.json",
+        {name: value.detach().cpu().bfloat16().contiguous() for name, value in state.items()}, plain,
+        {name: value.bfloat16() for name, value in own.items()}, found, config, "init",
+    )  # fmt: skip
+
+
+def own_settings(own: dict[str, Tensor]) -> tuple[str, ...]:
+    """The keys of `config.json` that describe a family's own tensors."""
+    return ("projector", "projector_hidden_size") if any(name.startswith("projector.") for name in own) else ()

@@ -46,7 +46,7 @@ class RewardLoss:
 
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
-            raise bad_value("loss.name", self.name, f"one of {', '.join(LOSSES)}")
+            raise bad_value("loss.name", self.name, f"must be one of {', '.join(LOSSES)}")
         if not isinstance(self.normalize, bool):
             raise bad_value("loss.normalize", self.normalize, "must be true or false")
         if self.normalize and self.name == "bce":

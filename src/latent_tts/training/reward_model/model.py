@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,37 +20,33 @@ from transformers import PreTrainedModel
 from latent_tts.model import ModelAdapter
 
 
-@dataclass(frozen=True)
-class PackedLayout:
+def packed_layout(lengths_Q: Tensor, longest: int, rollouts: int, latents: int) -> tuple[Tensor, Tensor]:
     """Mask and positions of rows of one question each: the prompt, then the latents of N rollouts (S = L + N*T).
 
-    Attributes:
-        mask_Q1SS: True where a position (third axis) attends to another (last axis): a prompt token to the prompt up to
-            itself, a latent to the prompt and to its own rollout up to itself.
-        positions_QS: position ids; the first latent of every rollout follows the last prompt token.
+    Args:
+        lengths_Q: number of tokens of each prompt.
+        longest: L, to which prompts are padded on the right.
+        rollouts: N.
+        latents: T.
+
+    Returns:
+        The mask (Q, 1, S, S), True where a position (third axis) attends to another (last axis): a prompt token to the
+        prompt up to itself, a latent to the prompt and to its own rollout up to itself, padding to the prompt up to
+        itself, so that no row of the mask is empty. And the position ids (Q, S): the first latent of every rollout
+        follows the last prompt token.
     """
-
-    mask_Q1SS: Tensor
-    positions_QS: Tensor
-
-    @classmethod
-    def of(cls, lengths_Q: Tensor, longest: int, rollouts: int, latents: int) -> PackedLayout:
-        """The layout of prompts with `lengths_Q` tokens, padded on the right to `longest`.
-
-        Padding attends to the prompt up to itself, so that no row of the mask is empty; nothing attends to padding.
-        """
-        device, questions = lengths_Q.device, len(lengths_Q)
-        place_L = torch.arange(longest, device=device)
-        rollout_S = torch.cat(
-            [place_L.new_full((longest,), -1), torch.arange(rollouts, device=device).repeat_interleave(latents)]
-        )
-        order_S = torch.cat([place_L, torch.arange(latents, device=device).repeat(rollouts)])
-        is_prompt_S = rollout_S < 0
-        siblings_SS = (rollout_S[:, None] == rollout_S[None]) & (order_S[None] <= order_S[:, None])
-        real_QS = ~is_prompt_S | (order_S < lengths_Q[:, None])
-        to_prompt_QSS = (~is_prompt_S[:, None] & is_prompt_S[None]) & real_QS[:, None]
-        positions_QS = torch.where(is_prompt_S, order_S, order_S + lengths_Q[:, None])
-        return cls((siblings_SS | to_prompt_QSS)[:, None], positions_QS.expand(questions, -1))
+    device, questions = lengths_Q.device, len(lengths_Q)
+    place_L = torch.arange(longest, device=device)
+    rollout_S = torch.cat(
+        [place_L.new_full((longest,), -1), torch.arange(rollouts, device=device).repeat_interleave(latents)]
+    )
+    order_S = torch.cat([place_L, torch.arange(latents, device=device).repeat(rollouts)])
+    is_prompt_S = rollout_S < 0
+    siblings_SS = (rollout_S[:, None] == rollout_S[None]) & (order_S[None] <= order_S[:, None])
+    real_QS = ~is_prompt_S | (order_S < lengths_Q[:, None])
+    to_prompt_QSS = (~is_prompt_S[:, None] & is_prompt_S[None]) & real_QS[:, None]
+    positions_QS = torch.where(is_prompt_S, order_S, order_S + lengths_Q[:, None])
+    return (siblings_SS | to_prompt_QSS)[:, None], positions_QS.expand(questions, -1)
 
 
 class LatentRMModule(nn.Module):
@@ -101,15 +96,15 @@ class LatentRMModule(nn.Module):
         questions, rollouts, latents, width = latents_QNTD.shape
         prompt_QLD = self.backbone.get_input_embeddings()(prompt_QL)
         latents_QRD = latents_QNTD.reshape(questions, rollouts * latents, width).to(prompt_QLD.dtype)
-        packed = PackedLayout.of(lengths_Q, prompt_QL.shape[1], rollouts, latents)
+        mask_Q1SS, positions_QS = packed_layout(lengths_Q, prompt_QL.shape[1], rollouts, latents)
         # additive, since attention functions other than SDPA add the mask to the scores
-        additive_Q1SS = torch.zeros_like(packed.mask_Q1SS, dtype=prompt_QLD.dtype).masked_fill(
-            ~packed.mask_Q1SS, torch.finfo(prompt_QLD.dtype).min
+        additive_Q1SS = torch.zeros_like(mask_Q1SS, dtype=prompt_QLD.dtype).masked_fill(
+            ~mask_Q1SS, torch.finfo(prompt_QLD.dtype).min
         )
         hidden_QSD = self.backbone(
             inputs_embeds=torch.cat([prompt_QLD, latents_QRD], dim=1),
             attention_mask=additive_Q1SS,
-            position_ids=packed.positions_QS,
+            position_ids=positions_QS,
             use_cache=False,
         ).last_hidden_state
         weight, bias = self.classifier.weight, self.classifier.bias

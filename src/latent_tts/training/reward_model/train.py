@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainingAr
 from transformers.trainer_utils import EvalPrediction
 
 from latent_tts.checkpoint import files
-from latent_tts.errors import RunError
 from latent_tts.model import ModelAdapter
 from latent_tts.results.files import whole_file
 from latent_tts.training.core import Report, ResumableTrainer, training_arguments
@@ -25,7 +24,7 @@ from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
 from latent_tts.training.reward_model.model import LatentRMModule
 from latent_tts.training.reward_model.optimization import RewardOptimization
-from latent_tts.training.states import FINISHED, STATES, last_state, read_state
+from latent_tts.training.states import FINISHED, STATES, clean_states, last_state, read_state, set_state_aside
 
 METRIC = "selection_accuracy"
 RESULTS = "train_rm.json"
@@ -149,7 +148,7 @@ def train(
         The trainer, whose `evaluate` measures the model.
 
     Raises:
-        RunError: a loss or gradient is not finite, or the best state was removed; the last state is kept.
+        RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
     trainer = RewardTrainer(
@@ -167,15 +166,14 @@ def train(
     if not optimization.epochs:
         return trainer
     states = Path(str(arguments.output_dir))
-    last = last_state(states)
+    clean_states(states)
+    while (last := last_state(states)) is not None and not (_best(last) / files.WEIGHTS).is_file():
+        set_state_aside(last, f"needs {_best(last).name}, the best state so far, which is not there")
     if last is None or not _has_ended(last, optimization):
         trainer.fit()
         last = last_state(states)
     assert last is not None
-    best = states / f"checkpoint-{read_state(last)['best_global_step']}"
-    if not (best / files.WEIGHTS).is_file():
-        raise RunError(f"the best state {best} was removed; train in another output folder")
-    model.load_state_dict(load_file(best / files.WEIGHTS))
+    model.load_state_dict(load_file(_best(last) / files.WEIGHTS))
     return trainer
 
 
@@ -241,6 +239,11 @@ def _selection(prediction: EvalPrediction) -> dict[str, float]:
     assert isinstance(scores, np.ndarray)
     assert isinstance(corrects, np.ndarray)
     return {METRIC: selection_accuracy(scores, corrects)}
+
+
+def _best(last: Path) -> Path:
+    """The best state so far when a state was saved; it may be that state."""
+    return last.with_name(f"checkpoint-{read_state(last).get('best_global_step')}")
 
 
 def _has_ended(folder: Path, optimization: RewardOptimization) -> bool:

@@ -1,0 +1,95 @@
+"""Sweeps until all latents are committed, by model, sampler, tolerance and guess: writes guesses.csv.
+
+python experiments/parallel_in_time/guesses.py [OUTPUT [OVERRIDE...]], as in model=coconut model.checkpoint=FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from latent_tts.config.build import conf_dir, register_schemas
+from latent_tts.config.requests import run_request
+from latent_tts.engine.rollout import Engine, Rollouts
+from latent_tts.errors import UsageError
+from latent_tts.pipeline.models import load_reasoner, rollout_plan
+from latent_tts.pipeline.spec import RunSpec, check_run
+from latent_tts.random.draw import Draw
+from latent_tts.schedule import Schedule
+from latent_tts.schedule.sequential import Sequential
+from latent_tts.schedule.speculative import Speculative
+
+MODELS = ("demo_coconut", "demo_codi", "demo_colar")
+SAMPLERS = ("greedy", "gaussian", "dropout")
+TOLERANCES = (0.0, 0.01, 0.1, 0.3)
+GUESSES = ("token", "zero", "greedy", "sibling")
+QUESTIONS, ROLLOUTS = 100, 4
+
+
+def roll(engine: Engine, spec: RunSpec, schedule: Schedule) -> Rollouts:
+    """All rollouts of a run in one batch, under a schedule."""
+    engine.plan = rollout_plan(spec.adapter, spec.max_answer_tokens, schedule)
+    numbers_QN = torch.arange(spec.n).repeat(len(spec.questions), 1)
+    draw = Draw.of(spec.seed, [question.id for question in spec.questions], numbers_QN, engine.width, engine.blocks)
+    prompts = [spec.prompts[question.id] for question in spec.questions]
+    return engine.roll(prompts, draw, spec.answers.over(spec.sampler))
+
+
+def measure(model: list[str]) -> list[dict[str, object]]:
+    """A row per sampler, tolerance and guess."""
+    rows, engine = [], None
+    for sampler in SAMPLERS:
+        line = [*model, f"sampler={sampler}", f"n={ROLLOUTS}", f"task.limit={QUESTIONS}", "task.split=valid"]
+        cfg = compose("run", [*line, "scorer=none"], return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        OmegaConf.set_struct(cfg, False)
+        del cfg["hydra"]
+        spec = check_run(run_request(cfg))
+        if engine is None:
+            reasoner = load_reasoner(spec.adapter, spec.engine, "cpu", longest=spec.longest_sequence)
+            engine = Engine(reasoner, rollout_plan(spec.adapter, spec.max_answer_tokens))
+        there = roll(engine, spec, Sequential())
+        for tolerance, guess in product(TOLERANCES, GUESSES):
+            try:
+                schedule = Speculative(None, tolerance, guess)
+                schedule.check(spec.adapter)
+            except UsageError:  # sibling at a tolerance; a model without the token
+                continue
+            here = roll(engine, spec, schedule)
+            equal = [one == other for one, other in zip(here.answer_ids, there.answer_ids, strict=True)]
+            rows.append(
+                {
+                    "model": spec.adapter.name, "latents": spec.adapter.latents, "sampler": sampler,
+                    "tolerance": tolerance, "guess": guess,
+                    "sequential_passes": float(there.steps_R.float().mean()),
+                    "sweeps": float(here.sweeps_R.float().mean()),
+                    "sweeps_95": float(here.sweeps_R.float().quantile(0.95)),
+                    "commits": float(here.commits_R.float().mean()),
+                    "conflicts": float(here.conflicts_R.float().mean()),
+                    "equal_answers": sum(equal) / len(equal),
+                    "questions": len(spec.questions), "rollouts": spec.n,
+                }
+            )  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure the built-in models, or the one that is given."""
+    output, *given = sys.argv[1:] or [str(Path(__file__).with_name("guesses.csv"))]
+    register_schemas()
+    models = [given] if given else [[f"model={name}"] for name in MODELS]
+    with initialize_config_dir(conf_dir(), version_base=None):
+        rows = [row for model in models for row in measure(model)]
+    pd.DataFrame(rows).to_csv(output, index=False, float_format="%.4g")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Adapters as checkpoints: a folder with small matrices and a few rows names its base and is joined with it, once.
+
+Such a folder holds `adapter_config.json` and `adapter_model.safetensors` of PEFT, the tokenizer, the family's own
+tensors (`own.safetensors`), the record `latent_tts.json`, and a probe: what the model made of a few prompts in float32
+when it was written. The join is a checkpoint folder like any other, in float32, kept beside converted models under a
+digest of base and adapter; it is cast once, to the dtype of the run, as it is loaded. A join whose probe differs is not
+kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latent_tts.checkpoint import files, gguf
+from latent_tts.errors import RunError, UsageError, bad_value
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+RECORD, WEIGHTS, OWN, PROBE = "latent_tts.json", "adapter_model.safetensors", "own.safetensors", "probe.safetensors"
+PREFIX = "base_model.model."  # of PEFT's names
+ROWS, FACTORS = ".token_adapter.trainable_tokens_delta", (".lora_A.weight", ".lora_B.weight")
+# what PEFT can do besides, which a product alpha / rank * B A does not cover
+PLAIN = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False}
+TRANSPOSED = "gpt2"  # the kind of model whose layers keep their weights the other way round
+TOLERANCE = 1e-3
+VERSION = 1  # of what joining writes; part of the folder's name
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter that names its base, as `train-reasoner` writes it."""
+    return (folder / files.ADAPTER).is_file() and (folder / RECORD).is_file()
+
+
+def base_digest(base: str, key: str) -> str:
+    """What identifies a base: its file if it is GGUF, else weights, shape and tokenizer.
+
+    Raises:
+        UsageError: there is no such base.
+    """
+    if base.startswith(gguf.PREFIX):
+        return gguf.digest(gguf.found(base, key))
+    return files.digest(base_folder(base, key))
+
+
+def base_folder(base: str, key: str) -> Path:
+    """The checkpoint folder of a base, which may be an adapter itself; raises as `whole` does."""
+    return whole(files.resolve(base, key=key), key)
+
+
+def whole(folder: Path, key: str) -> Path:
+    """The folder itself, or the join of the adapter in it (imports torch and transformers when it is made).
+
+    Raises:
+        UsageError: the adapter is damaged, its base is missing or another one, or its probe differs.
+    """
+    if not is_adapter(folder):
+        return folder
+    record = files.read_json(folder, RECORD, key=key)
+    base, wanted = record.get("base"), record.get("base_digest")
+    if not isinstance(base, str):
+        raise bad_value(key, folder, f"{RECORD} names no base")
+    try:
+        found = base_digest(base, key)
+    except UsageError as error:
+        reason = str(error).splitlines()[0].partition(": ")[2]
+        raise bad_value(key, folder, f"an adapter of the base {base}, which cannot be read: {reason}") from error
+    if found != wanted:
+        raise bad_value(key, folder, f"an adapter of another base: {base} has the digest {found}, not {wanted}")
+    sha = hashlib.sha256(str(found).encode())
+    for name in (files.ADAPTER, RECORD, WEIGHTS, OWN, PROBE, "tokenizer.json"):
+        path = folder / name
+        if path.is_file():
+            sha.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        elif name != OWN:
+            raise bad_value(key, folder, f"the folder lacks {name}")
+    target = gguf.models_folder() / f"joined{VERSION}-{sha.hexdigest()[:16]}"
+    if not target.is_dir():
+        log.info("%s: joining it with %s, once, in %s", folder, base, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix="partial-"))
+        try:
+            join(folder, base_folder(base, key), partial, record, key)
+            partial.chmod(0o755)
+            with contextlib.suppress(OSError):  # another process was first
+                partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key: str) -> None:
+    """Write the join of an adapter and its base, in float32, and compare it with the adapter's probe.
+
+    Raises:
+        UsageError: the adapter does not fit the base, or the probe differs.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from latent_tts.checkpoint import loading
+    from latent_tts.checkpoint.vocabulary import MEAN, fit_rows
+
+    settings = files.read_json(folder, files.ADAPTER, key=key)
+    for name, value in PLAIN.items():
+        if settings.get(name, value) != value:
+            raise bad_value(key, folder, f"{files.ADAPTER} has {name}={settings[name]}, which is not supported")
+    old, new = files.load_tokenizer(base, key=key), files.load_tokenizer(folder, key=key)
+    tensors = fit_rows(loading.load_tensors(base, ""), old, new, MEAN, base, key)
+    tensors = add_adapter({name: value.float() for name, value in tensors.items()}, load_file(folder / WEIGHTS),
+                          settings | {"transposed": files.read_config(base).get("model_type") == TRANSPOSED},
+                          folder, key)  # fmt: skip
+    if (folder / OWN).is_file():
+        tensors |= {name: value.float() for name, value in load_file(folder / OWN).items()}
+    config = files.read_config(base) | (record.get("config") or {})
+    rows = next(value.shape[0] for name, value in tensors.items() if name.endswith(files.EMBEDDINGS))
+    config |= {"vocab_size": int(rows), "dtype": "float32"}
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in (folder / "tokenizer.json", *base.glob("tokenizer_config.json")):
+        shutil.copyfile(path, target / path.name)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, target / files.WEIGHTS,
+              metadata={"format": "pt"})  # fmt: skip
+    lm = loading.load_causal_lm(target, device="cpu", dtype="float32", key=key)
+    wanted = load_file(folder / PROBE)
+    found = probe(lm, wanted["prompts_PL"], int(wanted["latents_PTD"].shape[1]))
+    for name in ("latents_PTD", "logprobs_PA"):
+        if wanted[name].shape != found[name].shape:
+            raise bad_value(key, folder, f"its probe has {name} of {list(wanted[name].shape)}")
+        distance = float((wanted[name] - found[name]).abs().max() / wanted[name].abs().max().clamp(min=1))
+        if not distance <= TOLERANCE:
+            raise bad_value(
+                key, folder, f"joined with its base it computes something else than when it was written: {name} of its "
+                f"probe differ by {distance:.2g} of their largest value, more than {TOLERANCE:g}",
+            )  # fmt: skip
+
+
+def add_adapter(
+    tensors: dict[str, Tensor], adapter: Mapping[str, Tensor], settings: Mapping[str, Any], folder: Path, key: str
+) -> dict[str, Tensor]:
+    """The tensors of a base with alpha / rank times B A added to its weights, and the adapter's rows put in.
+
+    Raises:
+        UsageError: a tensor of the adapter fits no weight.
+    """
+    scale = float(settings["lora_alpha"]) / int(settings["r"])
+    tied, left = "lm_head.weight" not in tensors, set(adapter)
+    rows = settings.get("trainable_token_indices") or {}
+    for name, value in adapter.items():
+        module = name.removeprefix(PREFIX)
+        if module.endswith(ROWS):
+            module = module.removesuffix(ROWS)
+            weight, places = tensors.get(f"{module}.weight"), rows.get(module.rpartition(".")[2]) or []
+            if weight is not None and list(value.shape) == [len(places), weight.shape[1]] and fits(places, weight):
+                weight[places] = value.float()
+                left.discard(name)
+            elif module == "lm_head" and tied:  # the embedding has them
+                left.discard(name)
+        elif module.endswith(FACTORS[0]):
+            weight_name, other = f"{module.removesuffix(FACTORS[0])}.weight", name.replace(*FACTORS)
+            if weight_name in tensors and other in adapter:
+                delta = scale * (adapter[other].float() @ value.float())
+                delta = delta.T if settings.get("transposed") else delta
+                if delta.shape == tensors[weight_name].shape:
+                    tensors[weight_name] = tensors[weight_name] + delta
+                    left -= {name, other}
+    if left:
+        raise bad_value(key, folder, f"its tensor {min(left)} fits no weight of the base")
+    return tensors
+
+
+def fits(places: Sequence[int], weight: Tensor) -> bool:
+    """Whether a matrix has these rows."""
+    return all(0 <= place < weight.shape[0] for place in places)
+
+
+def probe(lm: Any, prompts_PL: Tensor, latents: int) -> dict[str, Tensor]:
+    """What a causal LM makes of prompts, by its own forward pass in float32, latents fed back as they are.
+
+    Args:
+        lm: the model, in evaluation mode.
+        prompts_PL: token ids of P prompts of the same length.
+        latents: T; 1 or more.
+
+    Returns:
+        The prompts, the latents (P, T, D), and the log-probabilities (P, A) of some tokens after the last one.
+    """
+    import torch
+
+    embed = lm.get_input_embeddings()
+    with torch.inference_mode():
+        inputs_PLD, latents_PTD = embed(prompts_PL), []
+        for _ in range(latents):
+            hidden_PLD = lm.base_model(inputs_embeds=inputs_PLD, use_cache=False).last_hidden_state
+            latents_PTD.append(hidden_PLD[:, -1])
+            inputs_PLD = torch.cat([inputs_PLD, hidden_PLD[:, -1:]], dim=1)
+        logits_PV = lm(inputs_embeds=inputs_PLD, use_cache=False).logits[:, -1].float()
+        logprobs_PV = logits_PV.log_softmax(-1)
+        some = torch.linspace(0, logprobs_PV.shape[1] - 1, min(64, logprobs_PV.shape[1])).long()
+        some = torch.cat([some, torch.arange(max(0, logprobs_PV.shape[1] - 8), logprobs_PV.shape[1])])
+        found = {"latents_PTD": torch.stack(latents_PTD, 1).float(), "logprobs_PA": logprobs_PV[:, some]}
+    return {"prompts_PL": prompts_PL} | {name: value.clone().contiguous() for name, value in found.items()}
+
+
+def write_adapter(
+    folder: Path, base: str, tokenizer: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any],
+    own: Mapping[str, Tensor], found: Mapping[str, Tensor], config: Mapping[str, Any], key: str,
+) -> None:  # fmt: skip
+    """Write an adapter as a checkpoint folder, whole or not at all.
+
+    Args:
+        folder: to write.
+        base: checkpoint that it belongs to.
+        tokenizer: the `tokenizer.json`.
+        weights: of PEFT, in bfloat16.
+        settings: PEFT's config.
+        own: tensors that the family adds.
+        found: the probe.
+        config: entries of the join's `config.json` that the base's lacks.
+        key: the config key that errors name.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        (partial / files.ADAPTER).write_text(json.dumps({**settings, "base_model_name_or_path": base}, indent=2) + "\n")
+        save_file(dict(weights), partial / WEIGHTS, metadata={"format": "pt"})
+        if own:
+            save_file(dict(own), partial / OWN, metadata={"format": "pt"})
+        save_file(dict(found), partial / PROBE)
+        shutil.copyfile(tokenizer, partial / "tokenizer.json")
+        record = {"base": base, "base_digest": base_digest(base, key), "config": dict(config)}
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written: {error}") from error

@@ -1,0 +1,131 @@
+"""Vocabularies that grow or shrink, and the rows of embedding and LM head that follow them (imports torch)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
+
+from latent_tts.checkpoint import files
+from latent_tts.errors import bad_value
+
+MEAN = "mean"  # what new rows begin from, unless it is a token
+HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+def with_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
+    """A copy of a tokenizer that has these special tokens too."""
+    grown = Tokenizer.from_str(tokenizer.to_str())
+    lacking = [token for token in tokens if tokenizer.token_to_id(token) is None]
+    grown.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in lacking])
+    return grown
+
+
+def cut_to(tokenizer: Tokenizer, texts: Iterable[str], key: str) -> Tokenizer:
+    """A copy of a tokenizer with only the tokens that some texts need: they are split as before.
+
+    Kept are their tokens, the parts that each is merged of, byte tokens and added tokens. Other texts fall back to
+    smaller pieces.
+
+    Args:
+        tokenizer: byte-level BPE.
+        texts: whose tokens are kept.
+        key: the config key that errors name.
+
+    Raises:
+        UsageError: it is a tokenizer of another kind.
+    """
+    content = json.loads(tokenizer.to_str())
+    model, alphabet = content["model"], set(ByteLevel.alphabet())
+    vocabulary: dict[str, int] = model.get("vocab", {})
+    if model.get("type") != "BPE" or not alphabet <= set(vocabulary):
+        raise bad_value(key, "used", f"needs a byte-level BPE tokenizer, and this one is {model.get('type')}")
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    parts: dict[str, set[str]] = {}
+    for one, other in merges:
+        parts.setdefault(one + other, set()).update((one, other))
+    kept = alphabet | {token["content"] for token in content["added_tokens"]}
+    left = [token for text in texts for token in set(tokenizer.encode(text, add_special_tokens=False).tokens) - kept]
+    while left:
+        token = left.pop()
+        if token not in kept:
+            kept.add(token)
+            left += parts.get(token, ())
+    order = sorted((token for token in vocabulary if token in kept), key=vocabulary.__getitem__)
+    beyond = [token for token in content["added_tokens"] if token["content"] not in vocabulary]
+    ids = {token: place for place, token in enumerate([*order, *(token["content"] for token in beyond)])}
+    model["vocab"] = {token: ids[token] for token in order}
+    model["merges"] = [list(pair) for pair in merges if "".join(pair) in ids and ids.keys() >= set(pair)]
+    _renumber(content, {old: ids[token] for token, old in _all_ids(content, vocabulary).items() if token in ids}, ids)
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def _all_ids(content: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, int]:
+    return {**vocabulary, **{token["content"]: token["id"] for token in content["added_tokens"]}}
+
+
+def _renumber(content: dict[str, Any], new: Mapping[int, int], ids: Mapping[str, int]) -> None:
+    """Give added tokens, and the special tokens of a post-processor, their new ids."""
+    for token in content["added_tokens"]:
+        token["id"] = ids[token["content"]]
+    processor = content.get("post_processor") or {}
+    for special in (processor.get("special_tokens") or {}).values():
+        special["ids"] = [new[old] for old in special["ids"]]
+
+
+def fit_rows(
+    tensors: Mapping[str, Tensor], old: Tokenizer, new: Tokenizer, begin: str, folder: Path, key: str
+) -> dict[str, Tensor]:
+    """The tensors of a causal LM with a row of embedding and LM head for each token of another tokenizer.
+
+    Args:
+        tensors: of the model.
+        old: its tokenizer.
+        new: the other one: more tokens, or fewer.
+        begin: what rows of new tokens begin from: `mean`, the mean of all rows, or the row of a token.
+        folder: of the model, for errors.
+        key: the config key that errors name.
+
+    Raises:
+        UsageError: the model has no embedding that can be fitted, or fewer rows than its tokenizer has tokens.
+    """
+    names = [name for name in tensors if name.endswith((*files.EMBEDDINGS, *HEADS))]
+    if not any(name.endswith(files.EMBEDDINGS) for name in names):
+        raise bad_value(key, folder, f"has no embedding ({', '.join(files.EMBEDDINGS)}) to fit to new tokens")
+    rows = int(tensors[names[0]].shape[0])
+    ids = old.get_vocab(with_added_tokens=True)
+    if max(ids.values()) >= rows:
+        token = max(ids, key=ids.__getitem__)
+        raise bad_value(
+            key, folder, f"has no room for new tokens: its tokenizer gives {token!r} the id {ids[token]}, and the "
+            f"embedding has {rows} rows",
+        )  # fmt: skip
+    size = max(new.get_vocab(with_added_tokens=True).values()) + 1
+    wanted = [ids.get(str(new.id_to_token(row))) for row in range(size)]
+    if all(
+        new.token_to_id(token) == place for token, place in ids.items()
+    ):  # nothing is cut: rows without a token stay
+        wanted += range(size, rows)
+    fitted = dict(tensors)
+    for name in names:
+        table = tensors[name]
+        start = table.float().mean(0).to(table.dtype) if begin == MEAN else table[ids[begin]]
+        result = table[[0 if place is None else place for place in wanted]].clone()
+        result[[row for row, place in enumerate(wanted) if place is None]] = start
+        fitted[name] = result
+    return fitted
+
+
+def check_begin(begin: object, tokenizer: Tokenizer, key: str) -> None:
+    """Check what rows of new tokens begin from.
+
+    Raises:
+        UsageError: it is neither `mean` nor a token.
+    """
+    if begin != MEAN and not (isinstance(begin, str) and tokenizer.token_to_id(begin) is not None):
+        raise bad_value(key, begin, f"must be {MEAN}, or a token of the model that training starts from")

@@ -1,0 +1,108 @@
+"""`ltts probe`: how latents depend on each other, and whether computing them in parallel pays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from omegaconf import DictConfig
+
+from latent_tts.config.build import build
+from latent_tts.config.requests import engine_settings
+from latent_tts.errors import is_number, require
+from latent_tts.model import ModelAdapter
+from latent_tts.pipeline.spec import encode_prompts, reserved_positions
+from latent_tts.results import report, statistics
+from latent_tts.results.dependency_figure import draw_dependencies
+from latent_tts.results.files import locked_folder, whole_file
+from latent_tts.schedule.speculative import Speculative
+from latent_tts.task import Task
+
+if TYPE_CHECKING:
+    from latent_tts.pipeline.probing import Probe
+
+QUESTIONS, DEPENDENCIES, FIGURE = "questions.csv", "dependencies.csv", "dependencies.png"
+
+
+def main(cfg: DictConfig) -> None:
+    """Probe greedy rollouts, print tables, write `questions.csv`, `dependencies.csv` and a picture.
+
+    Raises:
+        UsageError: a value is not usable.
+        RunError: a failure while computing.
+    """
+    engine = engine_settings(cfg.engine)
+    task: Task = build("task", cfg.task)
+    adapter: ModelAdapter = build("model", cfg.model)
+    require("directions", cfg.directions, cfg.directions >= 1, "1 or more")
+    allowed = "a number above 0"
+    require("threshold", cfg.threshold, is_number(cfg.threshold) and cfg.threshold > 0, allowed)
+    require("tolerances", "[]", len(cfg.tolerances) > 0, "a list of numbers in [0, 1)")
+    why = "latents of a model without own sweeps: those of this model are part of it"
+    require("model", adapter.name, adapter.own_schedule is None, why)
+    require("guess", cfg.guess, cfg.guess in ("token", "zero"), "token or zero: rollouts of a probe have no siblings")
+    adapter.check()
+    for tolerance in cfg.tolerances:
+        Speculative(cfg.chunk, tolerance, cfg.guess).check(adapter)
+    prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
+    output = Path(cfg.output).expanduser()
+    with locked_folder(output, "output"):
+        from latent_tts.pipeline.probing import probe
+
+        found = probe(
+            adapter, engine, prompts,
+            tolerances=[float(tolerance) for tolerance in cfg.tolerances], guess=cfg.guess, chunk=cfg.chunk,
+            threshold=cfg.threshold, directions=cfg.directions, max_answer_tokens=cfg.max_answer_tokens,
+        )  # fmt: skip
+        with whole_file(output / QUESTIONS) as path:
+            found.questions.to_csv(path, index=False, float_format="%.6g")
+        latents = [str(place + 1) for place in range(len(found.relative_TT))]
+        with whole_file(output / DEPENDENCIES) as path:
+            pd.DataFrame(found.relative_TT, index=latents, columns=latents).to_csv(path, float_format="%.4g")
+        title = f"{adapter.name} on {task.name}, {len(prompts)} questions"
+        draw_dependencies(found.relative_TT, title, output / FIGURE)
+    show(found, adapter.name, cfg.threshold, cfg.guess)
+    print(output / QUESTIONS)
+
+
+def show(found: Probe, model: str, threshold: float, guess: str) -> None:
+    """Print dependencies, the graph's figures, sweeps for each tolerance, and what they recommend."""
+    total = len(found.relative_TT)
+    cells = [["" if not np.isfinite(v) or s >= t else f"{v:.2f}" for s, v in enumerate(row)] for t, row in
+             enumerate(found.relative_TT)]  # fmt: skip
+    title = f"{model}: relative change of each latent (row) per relative change of an earlier one (column)"
+    columns = ["latent", *(str(place + 1) for place in range(total))]
+    report.print_table(title, columns, [[str(place + 1), *row] for place, row in enumerate(cells)])
+    rows = found.questions
+    report.print_line(
+        f"{len(rows)} questions, {rows['latents'].mean():.2f} latents; dependencies of at least {threshold:g}: "
+        f"critical path {rows['critical_path'].mean():.2f}, parallel potential {rows['potential'].mean():.2f}; "
+        f"growth rate {rows['growth'].mean():+.2f} per latent"
+    )
+    lines = []
+    for tolerance in found.tolerances:
+        sweeps_Q, equal_Q = rows[f"sweeps_{tolerance:g}"], rows[f"equal_{tolerance:g}"]
+        low, high = statistics.interval(sweeps_Q.to_numpy(dtype=np.float64), high=float(total))
+        explained = found.explained(tolerance)
+        lines.append(
+            [
+                f"{tolerance:g}",
+                f"{sweeps_Q.mean():.2f} [{low:.2f}, {high:.2f}]",
+                f"{found.commits_per_sweep(tolerance):.2f}",
+                f"{100 * equal_Q.mean():.1f}",
+                "" if np.isnan(explained) else f"{explained:.2f}",
+            ]
+        )
+    columns = ["tolerance", "sweeps", "commits/sweep", "answers as sequential %", "R² of growth"]
+    report.print_table(f"{model}: schedule=speculative, guess={guess}", columns, lines)
+    if found.recommended is None:
+        report.print_line(
+            "recommended: schedule=sequential: no tolerance commits more than 1.5 latents per sweep and leaves 99 % of "
+            "the answers as they are"
+        )
+    else:
+        report.print_line(
+            f"recommended: schedule=speculative schedule.tolerance={found.recommended:g} schedule.guess={guess}"
+        )

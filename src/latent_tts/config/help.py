@@ -1,0 +1,161 @@
+"""Texts of `ltts COMMAND --help`, `ltts help` and `ltts list`, at the width of the terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from latent_tts.config.reference import (
+    GROUPS,
+    Key,
+    chosen_options,
+    option_names,
+    read_command,
+    read_option,
+    shown_default,
+)
+from latent_tts.errors import UsageError, printable
+
+LEFT = 34  # largest width of the left column
+PLURALS = {
+    "models": "model", "tasks": "task", "samplers": "sampler", "schedules": "schedule", "searches": "search",
+    "budgets": "budget", "scorers": "scorer", "aggregators": "aggregator", "recipes": "recipe",
+    "engines": "engine", "experiments": "experiment",
+}  # fmt: skip
+FLAGS_TEXT = (
+    ("-m, --multirun", "run a job per combination of comma-separated values: seed=0,1,2 -m"),
+    ("--cfg job", "print the config that the command would run with, and stop"),
+    ("--config-dir FOLDER", "also find options in FOLDER/GROUP/OPTION.yaml"),
+    ("-h, --help", "this text; with GROUP=OPTION it lists the keys of that option"),
+    ("--hydra-help", "flags of Hydra, which reads the command line"),
+)
+
+
+def definitions(rows: Iterable[tuple[str, str]], width: int, indent: int = 2, longest: int = LEFT) -> str:
+    """Two columns: terms on the left, their texts wrapped on the right; a long term stands on a line of its own."""
+    rows = list(rows)
+    left = max([len(term) for term, _ in rows if len(term) <= longest], default=0) + 2
+    lines = []
+    for term, text in rows:
+        wrapped = textwrap.wrap(printable(text), max(20, width - indent - left), break_long_words=False) or [""]
+        head = " " * indent + printable(term).ljust(left)
+        if len(term) + 2 > left:
+            lines.append(" " * indent + printable(term))
+            head = " " * (indent + left)
+        if head.strip() or wrapped[0]:
+            lines.append((head + wrapped[0]).rstrip())
+        lines += [" " * (indent + left) + line for line in wrapped[1:]]
+    return "\n".join(lines)
+
+
+def command_help(name: str, about: str, positional: Sequence[str], overrides: Sequence[str], places: Sequence[Path],
+                 width: int) -> str:  # fmt: skip
+    """The help of a command.
+
+    Args:
+        name: of the command, as in `train-rm`.
+        about: what it does.
+        positional: its positional arguments, as in `cli.COMMANDS`.
+        overrides: the arguments beside `--help`: options in them are shown with their keys.
+        places: folders with options, see `reference.conf_dirs`.
+        width: of the text, in characters.
+    """
+    command_file = name.replace("-", "_")
+    command, width = read_command(command_file), max(50, width)
+    arguments = [_positional(argument) for argument in positional]
+    groups = {group: option_names(group, places) for group in command.groups}
+    groups = {group: options for group, options in groups.items() if options and group != "local"}
+    usage = ["usage: ltts", name, *arguments, "[KEY=VALUE ...]", *["[GROUP=OPTION ...] [-m]"] * bool(groups)]
+    parts = [" ".join(usage), f"{about[0].upper()}{about[1:]}."]
+    if command.examples:
+        parts += [
+            "\n" + definitions(rows, width, longest=width // 2) if isinstance(rows, list) else rows
+            for rows in _examples(command.examples)
+        ]
+    parts += ["Keys:", definitions(map(_key_row, command.keys), width)]
+    chosen = chosen_options(command_file, overrides, places)
+    if groups:
+        parts.append("Groups, with their options (* is the one chosen) and the keys of what is chosen:")
+    for group, options in groups.items():
+        parts.append(f"{group}: {GROUPS.get(group, '')}".rstrip(": "))
+        rows = []
+        for option in (read_option(group, option, places) for option in options):
+            mark = "*" if option.name in chosen[group] else " "
+            rows.append((f"{mark} {group}={option.name}", option.about))
+        parts.append(definitions(rows, width))
+        keys = [key for option in options if option in chosen[group] for key in read_option(group, option, places).keys]
+        if keys and group != "experiment":
+            parts.append(definitions(map(_key_row, keys), width, indent=4))
+    flags = [row for row in FLAGS_TEXT if groups or row[0] not in ("-m, --multirun", "--config-dir FOLDER")]
+    return _join([*parts, "Flags:", definitions(flags, width)], width)
+
+
+def group_help(group: str, places: Sequence[Path], width: int) -> str:
+    """The options of a group with all their keys."""
+    parts = [f"{group}: {GROUPS.get(group, '')}".rstrip(": ")]
+    for name in option_names(group, places):
+        option = read_option(group, name, places)
+        parts.append(definitions([(f"{group}={name}", option.about)], width))
+        if option.keys:
+            parts.append(definitions(map(_key_row, option.keys), width, indent=4))
+    return _join(parts, width)
+
+
+def options_text(what: Sequence[str], places: Sequence[Path], width: int) -> str:
+    """The options of some groups, named in the plural (all of them by default), with a line each.
+
+    Raises:
+        UsageError: there is no such group.
+    """
+    for word in what:
+        if word not in PLURALS:
+            raise UsageError(f"ltts list: nothing is called {word!r}; one of {', '.join(PLURALS)}, runs")
+    parts = []
+    for word in what or PLURALS:
+        group = PLURALS[word]
+        options = [read_option(group, name, places) for name in option_names(group, places)]
+        parts += [f"{word} ({group}=NAME): {GROUPS[group]}"]
+        parts += [definitions([(option.name, option.about) for option in options], width)]
+    return _join(parts, width)
+
+
+def _key_row(key: Key) -> tuple[str, str]:
+    """A key with its default; a default that refers to something else is told with the type."""
+    shown, notes = shown_default(key.default), [key.kind] if key.kind else []
+    term = f"{key.name}={shown}"
+    if "${" in key.default or shown == "required":
+        term = key.name
+        notes.append("required" if shown == "required" else f"default: {shown}")
+    return term, f"{key.comment} [{'; '.join(notes)}]".strip() if notes else key.comment
+
+
+def _examples(lines: Sequence[str]) -> list[str | list[tuple[str, str]]]:
+    """The comment of a command's file in paragraphs: command lines with what they do, or text."""
+    paragraphs: list[str | list[tuple[str, str]]] = []
+    for line in lines:
+        last = paragraphs[-1] if paragraphs else None
+        if line.startswith("  "):
+            term, _, text = line.strip().partition("  ")
+            if isinstance(last, list):
+                last.append((term, text.strip()))
+            else:
+                paragraphs.append([(term, text.strip())])
+        elif line:
+            paragraphs[-1:] = [f"{last} {line}"] if isinstance(last, str) else [*paragraphs[-1:], line]
+    return paragraphs
+
+
+def _positional(argument: str) -> str:
+    """A positional argument as usage lines have it: `RUN`, `[RUNS ...]`, `[ACTION]`."""
+    name = argument.rstrip("*?").upper()
+    return f"[{name} ...]" if argument.endswith("*") else f"[{name}]" if argument.endswith("?") else name
+
+
+def _join(parts: Sequence[str], width: int) -> str:
+    """Parts with an empty line before each one that is not indented; those are wrapped."""
+    text = ""
+    for part in parts:
+        indented = part.startswith((" ", "\n"))
+        text += ("\n" if indented else "\n\n") + (part if indented else textwrap.fill(part, width))
+    return text.lstrip("\n")

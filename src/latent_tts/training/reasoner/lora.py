@@ -1,0 +1,79 @@
+"""Low-rank adapters of PEFT in training: small matrices beside frozen weights, and rows of new tokens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from latent_tts.errors import bad_value, check_positive, is_number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ALL_LINEAR = "all-linear"  # PEFT's name for every linear layer but the head
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The keys `lora.*`.
+
+    Attributes:
+        rank: of the product that is added to a weight; None trains all weights.
+        alpha: the product counts alpha / rank.
+        targets: names of the linear layers; None for all but the head.
+        dropout: rate before the product, in [0, 1).
+    """
+
+    rank: int | None
+    alpha: float
+    targets: Sequence[str] | None
+    dropout: float
+
+    def __post_init__(self) -> None:
+        if self.rank is None:
+            return
+        check_positive("lora", self, whole=("rank",), real=("alpha",))
+        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise bad_value("lora.dropout", self.dropout, "must be a number in [0, 1)")
+        names = self.targets
+        if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+            raise bad_value(
+                "lora.targets", names, "must be a list of names of layers, as in [q_proj,v_proj], or null for all"
+            )
+        if find_spec("peft") is None:
+            raise bad_value("lora.rank", self.rank, "peft is not installed: pip install 'latent-tts[convert]'")
+
+    def attach(self, lm: PreTrainedModel, tokens: Sequence[int]) -> Any:
+        """Put the adapter into a causal LM, in place; only it and the rows of `tokens` are trained.
+
+        Returns:
+            PEFT's model around it.
+
+        Raises:
+            UsageError: the model has no such layer.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        embedding = lm.get_input_embeddings()
+        name = next(name for name, module in lm.named_modules() if module is embedding).rpartition(".")[2]
+        rows: dict[str, list[int]] = {name: list(tokens)} if tokens else {}
+        if tokens and not lm.config.tie_word_embeddings:
+            head = lm.get_output_embeddings()
+            rows[next(name for name, module in lm.named_modules() if module is head)] = list(tokens)
+        config = LoraConfig(
+            r=self.rank or 0,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=self.dropout,
+            target_modules=ALL_LINEAR if self.targets is None else list(self.targets),
+            trainable_token_indices=rows or None,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # PEFT uses deprecated names of transformers
+                return get_peft_model(lm, config)
+        except ValueError as error:
+            raise bad_value("lora.targets", self.targets, " ".join(str(error).split())[:160]) from error

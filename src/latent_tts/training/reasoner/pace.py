@@ -1,0 +1,201 @@
+"""Where a run stands in its recipe: by updates, by the clock, or as a log of another run says.
+
+By the clock, a recipe's numbers of updates are shares: after half the time, stage and learning rate are those of the
+middle update. Each update's place is logged, so a run can be repeated by its log: bit for bit on one machine.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from latent_tts.errors import RunError, bad_value
+from latent_tts.results.files import whole_file
+
+LOG = "updates.jsonl"
+NO_LIMIT = 10**7  # updates of a run that the clock ends
+SAVE_SECONDS = 60.0  # between two saved states of such a run
+
+
+@dataclass
+class Pace:
+    """The place of every update in the recipe; this one counts updates.
+
+    Attributes:
+        updates: of the recipe.
+    """
+
+    updates: int
+
+    @property
+    def limit(self) -> int:
+        """Most updates of the run."""
+        return self.updates
+
+    def place(self, update: int) -> float:
+        """The place of an update in the recipe: an update number, with a fraction where time decides."""
+        return float(update)
+
+    def planned(self, update: int) -> int:
+        """The update of the recipe whose stage an update has."""
+        return min(int(self.place(update)), self.updates - 1)
+
+    def finished(self, done: int) -> bool:
+        """Whether a run is over after this many updates."""
+        return done >= self.limit
+
+    def start(self) -> None:
+        """An update begins."""
+
+    def stop(self, update: int, agree: Callable[[float], float]) -> None:
+        """An update's weights are changed; `agree` makes a number that of the first process in all."""
+
+    def log(self, update: int, figures: dict[str, Any]) -> None:
+        """An update is over."""
+
+    def resume(self, done: int) -> None:
+        """A run goes on after this many updates."""
+
+    def wants_saving(self) -> bool:
+        """Whether a state is due for another reason than the number of updates."""
+        return False
+
+
+@dataclass
+class Followed(Pace):
+    """As another run's log says, to its last update.
+
+    Attributes:
+        places: of each update.
+    """
+
+    places: list[float]
+
+    @property
+    def limit(self) -> int:
+        """The updates of the other run."""
+        return len(self.places)
+
+    def place(self, update: int) -> float:
+        """As logged."""
+        return self.places[min(update, len(self.places) - 1)]
+
+
+@dataclass
+class Timed(Pace):
+    """By the clock: the time of updates counts, that of validation, saving and loading does not.
+
+    Attributes:
+        minutes: of all updates together, over all resumes.
+        path: of the log.
+        seconds: of each update so far.
+        places: of each update so far, and of the next one.
+    """
+
+    minutes: float
+    path: Path
+    seconds: list[float] = field(default_factory=list)
+    places: list[float] = field(default_factory=list)
+    _started: float = 0.0
+    _saved: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def limit(self) -> int:
+        """None that matters: the clock ends the run."""
+        return NO_LIMIT
+
+    def place(self, update: int) -> float:
+        """The share of the time used when the update began, in updates of the recipe."""
+        if update < len(self.places):
+            return self.places[update]
+        place = self._share() * self.updates
+        if update == len(self.places) == len(self.seconds):
+            self.places.append(place)
+        return place
+
+    def _share(self) -> float:
+        return sum(self.seconds) / (60 * self.minutes)
+
+    def finished(self, done: int) -> bool:
+        """Whether the time is used up."""
+        return done > 0 and self._share() >= 1
+
+    def start(self) -> None:
+        """The clock of an update."""
+        self._started = time.perf_counter()
+
+    def stop(self, update: int, agree: Callable[[float], float]) -> None:
+        """Count the update's time.
+
+        Raises:
+            RunError: the first update took all of it.
+        """
+        self.place(update)
+        self.seconds.append(agree(time.perf_counter() - self._started))
+        if update == 0 and self._share() >= 1:
+            raise RunError(
+                f"optimization.minutes={self.minutes:g}: too few for one update, which took {self.seconds[0]:.2g} s"
+            )
+
+    def log(self, update: int, figures: dict[str, Any]) -> None:
+        """Append an update to the log."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"update": update, "place": self.places[update],
+                                   "seconds": self.seconds[update], **figures}) + "\n")  # fmt: skip
+
+    def resume(self, done: int) -> None:
+        """Take the updates of the saved state from the log; drop later ones."""
+        rows = read_log(self.path)[:done]
+        self.seconds, self.places = [row["seconds"] for row in rows], [row["place"] for row in rows]
+        if self.path.is_file():
+            with whole_file(self.path) as partial:
+                partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def wants_saving(self) -> bool:
+        """Once a minute."""
+        due = time.monotonic() - self._saved >= SAVE_SECONDS
+        if due:
+            self._saved = time.monotonic()
+        return due
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log, up to one that was cut off."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or not {"place", "seconds", "update"} <= row.keys() or row["update"] != len(rows):
+            break
+        rows.append(row)
+    return rows
+
+
+def pace_of(updates: int, minutes: float | None, follow: str | None, states: Path) -> Pace:
+    """The pace of a run.
+
+    Args:
+        updates: of the recipe.
+        minutes: of training; None: as many updates as the recipe has.
+        follow: the log of another run; None for none.
+        states: folder of the run's states, in which a run by the clock writes its log.
+
+    Raises:
+        UsageError: there is no such log.
+    """
+    if follow is not None:
+        rows = read_log(Path(follow).expanduser())
+        if not rows:
+            raise bad_value("optimization.follow", follow, f"no log of a run by the clock ({LOG} in its states)")
+        if rows[-1]["place"] > updates:
+            raise bad_value(
+                "optimization.follow", follow, f"the log of a longer recipe: this one has {updates} updates"
+            )
+        return Followed(updates, [row["place"] for row in rows])
+    return Pace(updates) if minutes is None else Timed(updates, minutes, states / LOG)

@@ -1,0 +1,143 @@
+"""Adapters as checkpoints: joined with their base, right or refused."""
+
+import json
+import shutil
+
+import pytest
+import tiny_gguf
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from latent_tts.checkpoint import files, joining
+from latent_tts.checkpoint.joining import PROBE, RECORD, WEIGHTS, probe, whole, write_adapter
+from latent_tts.errors import UsageError
+from latent_tts.model.coconut import Coconut
+from latent_tts.training.reasoner.initial import copy_checkpoint
+from latent_tts.training.reasoner.lora import Lora
+
+KEY = "model.checkpoint"
+PROMPTS = torch.arange(16).reshape(4, 4) + 250
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def made(request, tmp_path, monkeypatch):
+    """An adapter's folder, and PEFT's model that it was written of."""
+    monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
+    file = tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.model(tied=request.param))
+    initial = tmp_path / "initial"
+    initial.mkdir()
+    copy_checkpoint(files.resolve(f"gguf:{file}"), initial, files.LATENT_TOKENS)
+    lm = AutoModelForCausalLM.from_pretrained(initial, dtype=torch.float32).eval()
+    size = lm.config.vocab_size
+    adapted = Lora(rank=4, alpha=8, targets=None, dropout=0.0).attach(lm, list(range(size - 3, size)))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in lm.parameters():
+            if parameter.requires_grad:
+                parameter.copy_((torch.randn(parameter.shape) * 0.3).bfloat16())
+    state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    settings = adapted.peft_config["default"].to_dict()
+    settings = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
+    folder = tmp_path / "adapter"
+    write_adapter(
+        folder, f"gguf:{file}", initial / "tokenizer.json",
+        {name: value.bfloat16() for name, value in state.items()}, settings,
+        {}, probe(lm, PROMPTS, 2), {"latent_tts": {"latents": 2}}, KEY,
+    )  # fmt: skip
+    return folder, lm
+
+
+def test_the_join_computes_what_the_adapter_did_beside_its_base_and_has_its_rows(made):
+    folder, lm = made
+    joined = AutoModelForCausalLM.from_pretrained(whole(folder, KEY), dtype=torch.float32).eval()
+    ids = torch.arange(240, 266)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(joined(ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-4)
+    rows = joined.get_input_embeddings().weight[-3:]
+    assert torch.equal(rows, lm.get_input_embeddings()(torch.arange(263, 266)))
+    if lm.config.tie_word_embeddings:
+        assert torch.equal(joined.get_output_embeddings().weight[-3:], rows)
+
+
+def test_it_is_run_as_any_checkpoint_and_made_once(made, monkeypatch):
+    folder, _ = made
+    adapter = Coconut(name="own", checkpoint=str(folder), latents=2, recommended={})
+    adapter.check()
+    assert adapter.config["latent_tts"] == {"latents": 2}
+    lm = adapter.load(device="cpu", dtype="bfloat16").lm
+    exact = load_file(adapter.folder / files.WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert exact[name].dtype == torch.float32
+    assert torch.equal(lm.state_dict()[name], exact[name].bfloat16())  # cast once
+    monkeypatch.setattr(joining, "join", None)
+    assert whole(folder, KEY) == adapter.folder
+
+
+def change_json(path, **more):
+    path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+
+def change_weights(path, change):
+    save_file(change(load_file(path)), path)
+
+
+def swap_rows(tensors):
+    return {
+        name: value.flip(0).contiguous() if "trainable_tokens" in name else value for name, value in tensors.items()
+    }
+
+
+def other_base(folder):
+    file = json.loads((folder / RECORD).read_text())["base"].removeprefix("gguf:")
+    tied = "lm_head" not in " ".join(load_file(folder / WEIGHTS))
+    tiny_gguf.write(folder.parent / "other.gguf", tiny_gguf.model(seed=1, tied=tied)).rename(file)
+
+
+def unnoticed_other_base(folder):
+    other_base(folder)
+    base = json.loads((folder / RECORD).read_text())["base"]
+    change_json(folder / RECORD, base_digest=joining.base_digest(base, KEY))
+
+
+PLANTED = {
+    "another scale": (lambda folder: change_json(folder / files.ADAPTER, lora_alpha=16), "computes something else"),
+    "another order of rows": (lambda folder: change_weights(folder / WEIGHTS, swap_rows), "computes something else"),
+    "another base, recorded": (unnoticed_other_base, "computes something else"),
+    "another base": (other_base, "an adapter of another base"),
+    "no base": (lambda folder: change_json(folder / RECORD, base="gguf:nosuch.gguf"), "which cannot be read: no such"),
+    "no record of a base": (lambda folder: change_json(folder / RECORD, base=None), "names no base"),
+    "no probe": (lambda folder: (folder / PROBE).unlink(), "lacks probe.safetensors"),
+    "a kind that is not supported": (
+        lambda folder: change_json(folder / files.ADAPTER, use_rslora=True), "use_rslora=True, which is not supported"
+    ),
+    "a tensor that fits nothing": (
+        lambda folder: change_weights(folder / WEIGHTS, lambda found: found | {"x.lora_A.weight": torch.zeros(4, 4)}),
+        "x.lora_A.weight fits no weight",
+    ),
+    "ids beyond the embedding": (
+        lambda folder: change_json(
+            folder / files.ADAPTER, trainable_token_indices={"embed_tokens": [263, 264, 999], "lm_head": [1, 2, 999]}
+        ),
+        "fits no weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_an_adapter_that_is_not_what_was_written_is_refused_and_leaves_no_join(made, fault):
+    folder, _ = made
+    change, words = PLANTED[fault]
+    change(folder)
+    with pytest.raises(UsageError, match=rf"\A{KEY}={folder}: .*{words}"):
+        whole(folder, KEY)
+    assert not list((folder.parent / "cache" / "models").glob("joined*"))
+    assert not list((folder.parent / "cache" / "models").glob("partial*"))
+
+
+def test_the_digest_covers_the_adapter(made):
+    folder, _ = made
+    copy = shutil.copytree(folder, folder.parent / "copy")
+    change_weights(copy / WEIGHTS, lambda found: {name: value.float() * (1 + 1e-6) for name, value in found.items()})
+    assert files.digest(whole(folder, KEY)) != files.digest(whole(copy, KEY))

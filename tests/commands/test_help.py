@@ -1,0 +1,181 @@
+"""Help, lists and completion: every key and option with its comment, at the terminal's width, in a real shell."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from refusal import check
+
+from latent_tts.cli import COMMANDS
+from latent_tts.config.completion import SCRIPTS, candidates
+from latent_tts.config.help import PLURALS, definitions
+from latent_tts.config.reference import GROUPS, conf_dir, option_names, read_command, read_option
+
+CONF = [Path(conf_dir())]
+FILES = [name.replace("-", "_") for name in COMMANDS]
+OPTIONS = [(group, name) for group in GROUPS for name in option_names(group, CONF)]
+
+
+def test_help_needs_neither_torch_nor_hydra():
+    code = (
+        "import sys; from latent_tts import cli; cli.main(['train-reasoner', '--help']); cli.main(['list']); "
+        "assert not {'torch', 'transformers', 'hydra', 'pandas'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize("command", FILES)
+def test_every_key_of_a_command_has_a_comment_and_a_type(command):
+    for key in read_command(command).keys:
+        assert key.comment, key.name
+        assert key.kind or key.name.startswith(("task.", "annotate.")), key.name
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_every_option_says_what_it_is_and_what_its_keys_mean(group, name):
+    option = read_option(group, name, CONF)
+    assert option.about
+    for key in option.keys if group != "experiment" else ():
+        assert key.comment, key.name
+
+
+def test_every_group_is_described_and_can_be_listed():
+    groups = {group for command in FILES for group in read_command(command).groups}
+    assert groups == set(GROUPS)
+    assert set(PLURALS.values()) == set(GROUPS) - {"local"}
+
+
+def test_a_commands_help_lists_keys_types_defaults_and_options(ltts):
+    shown = ltts("run", "--help").out
+    lines = {" ".join(line.split()) for line in shown.splitlines()}
+    assert "usage: ltts run [KEY=VALUE ...] [GROUP=OPTION ...] [-m]" in lines
+    assert "n=16 rollouts per question [integer]" in lines
+    assert "answer.top_p=1.0 draw only from the most probable tokens that together reach this" in lines
+    assert "sampler.rate dropout rate, in [0, 1) [number; default: model.recommended.rate]" in lines
+    assert "* sampler=dropout Monte Carlo dropout: dropout switched on at test time" in lines
+    assert "sampler=gaussian Gaussian noise added to every latent" in lines
+    assert "sampler.sigma" not in shown
+    assert "sampler.sigma" in ltts("run", "sampler=gaussian", "-h").out
+    assert ltts("run", "-h").out == ltts("help", "run").out == shown
+    assert ltts("help", "run", "sampler=gaussian").out == ltts("run", "--help", "sampler=gaussian").out
+    assert "recipe=codi" in ltts("train-reasoner", "model=demo_codi", "--help").out
+    assert "* recipe=codi" in ltts("train-reasoner", "model=demo_codi", "--help").out
+    assert "Groups" not in ltts("plot", "-h").out
+    assert "usage: ltts compare A B [KEY=VALUE ...]" in ltts("compare", "-h").out
+
+
+def test_options_of_the_user_and_of_a_folder_are_shown(ltts, tmp_path):
+    for folder, name in (("config/latent_tts", "mine"), ("here", "other")):
+        (tmp_path / folder / "task").mkdir(parents=True)
+        (tmp_path / folder / "task" / f"{name}.yaml").write_text(f"# {name} questions\npath: x # where\n")
+    assert "task=mine   " in ltts("run", "--help").out
+    shown = ltts("run", "--help", "--config-dir", "here", "task=other").out
+    assert "* task=other" in shown
+    assert "task.path=x  where" in shown
+    assert "mine questions" in ltts("list", "tasks").out
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_texts_fit_the_terminal(ltts, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = [ltts("help", "sampler").out, ltts("list").out] + [ltts(command, "-h").out for command in ("tune", "cache")]
+    for line in "\n".join(shown).splitlines():
+        assert len(line) <= width or line.startswith("  ltts") or " " not in line.strip(), line
+    assert definitions([("a", "word " * 20)], width).count("\n") == (100 - 1) // (width - 5)
+
+
+def test_a_group_and_all_options_are_listed(ltts):
+    shown = ltts("help", "sampler").out
+    assert "sampler.sigma" in shown
+    assert "sampler.rate" in shown
+    assert [line.split()[0] for line in ltts("list", "searches").out.splitlines()[1:]] == ["beam", "independent"]
+    every = ltts("list").out
+    assert all(f"{plural} ({group}=NAME)" in every for plural, group in PLURALS.items())
+    check(ltts("list", "smaplers"), "'smaplers'", "one of models, tasks, samplers")
+    check(ltts("help", "nothing"), "no command or group 'nothing'", "one of run, rescore")
+    check(ltts("completion", "fish"), "usage: ltts completion bash|zsh")
+
+
+def test_runs_are_listed(run, ltts, tmp_path):
+    check(ltts("list", "runs"), "no run in outputs or multirun")
+    folder = run().last.parent
+    started = folder.with_name("started")
+    (started / ".hydra").mkdir(parents=True)
+    shown = ltts("list", "runs").out
+    assert "2 runs" in shown
+    row = next(line for line in shown.splitlines() if folder.name[:10] in line)
+    assert "demo_coconut" in row
+    assert "incomplete" in shown
+    check(ltts("list", "runs", "nowhere"), "runs=nowhere: no such folder")
+
+
+def offered(line: str) -> list[str]:
+    words = {"list": ["models", "runs"], "help": ["run"]}
+    return candidates(line, list(COMMANDS), words, ["--help", "-m"])
+
+
+def test_what_a_line_can_go_on_with():
+    assert offered("ltts r") == ["run", "rescore"]
+    assert offered("ltts list ") == ["models", "runs"]
+    assert offered("ltts run sampler=g") == ["sampler=gaussian", "sampler=greedy"]
+    assert offered("ltts run sampler=gaussian,dr") == ["sampler=gaussian,dropout"]
+    assert offered("ltts run sampler=gaussian sampler.s") == ["sampler.sigma="]
+    assert offered("ltts run sampler=dropout sampler.s") == ["sampler.site="]
+    assert offered("ltts run keep_latents=") == ["keep_latents=true", "keep_latents=false"]
+    assert offered("ltts run -") == ["--help", "-m"]
+    assert "seed=" in offered("ltts run n=4 ")
+    assert offered("ltts run task.path=qu") == []
+    assert offered("ltts nothing ") == []
+
+
+@pytest.fixture
+def ltts_on_path(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "ltts"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m latent_tts "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+
+def test_bash_completes(ltts_on_path):
+    script = """
+        eval "$(ltts completion bash)"
+        tab() {
+            COMP_LINE="$1" COMP_POINT=${#1} COMP_WORDS=($1) COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
+            _ltts 2>/dev/null
+            echo "${COMPREPLY[*]}"
+        }
+        complete -p ltts
+        tab "ltts resc"
+        tab "ltts run sampler=ga"
+        tab "ltts run answer.de"
+    """
+    done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["complete -o default -F _ltts ltts", "rescore", "gaussian", "answer.decode="]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_completes(ltts_on_path, tmp_path):
+    script = """
+        autoload -Uz compinit && compinit -u -d "$1"
+        eval "$(ltts completion zsh)"
+        compadd() { print -- "${@:#-*}" }
+        PREFIX="sampler=ga" CURRENT=3 words=(ltts run "sampler=ga")
+        _ltts
+        PREFIX="answer.de" words=(ltts run "answer.de")
+        _ltts
+    """
+    done = subprocess.run(
+        ["zsh", "-f", "-c", script, "zsh", tmp_path / "dump"], capture_output=True, text=True, check=True
+    )
+    words = done.stdout.split()
+    assert words == ["sampler=gaussian", "answer.decode="], done.stderr
+
+
+def test_scripts_say_where_they_go(ltts):
+    for shell, script in SCRIPTS.items():
+        assert f'eval "$(ltts completion {shell})"' in script
+        assert ltts("completion", shell).out.rstrip() == script.rstrip()

@@ -1,0 +1,115 @@
+"""Runs by the clock: what counts, what is logged, and that a log repeats them."""
+
+import json
+
+import pytest
+from refusal import check
+from safetensors.torch import load_file
+
+from latent_tts.errors import RunError, UsageError
+from latent_tts.training.reasoner import pace as module
+from latent_tts.training.reasoner.pace import Followed, Pace, Timed, pace_of, read_log
+from latent_tts.training.states import last_state
+
+TINY = [
+    "train-reasoner", "backbone.layers=1", "backbone.width=16", "backbone.heads=2", "backbone.positions=128",
+    "recipe.written_updates=4", "recipe.stage_updates=[2]", "recipe.final_updates=4", "model.latents=2",
+    "optimization.batch=4", "optimization.bf16=false", "optimization.warmup=2", "optimization.cosine_updates=10",
+    "valid_questions=2", "device=cpu", "save_every=3",
+]  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that shows what a test sets."""
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def take(pace, clock, seconds, updates):
+    for update in updates:
+        pace.start()
+        clock[0] += seconds
+        pace.stop(update, lambda number: number)
+        pace.log(update, {})
+        clock[0] += 100.0  # validation, saving
+
+
+def test_the_place_of_an_update_is_the_share_of_the_time_that_updates_took(tmp_path, clock):
+    pace = Timed(10, minutes=0.5, path=tmp_path / "log")
+    take(pace, clock, 5.0, range(5))
+    assert pace.places == pytest.approx([0, 10 / 6, 20 / 6, 5, 40 / 6])
+    assert [pace.planned(update) for update in range(5)] == [0, 1, 3, 5, 6]
+    assert not pace.finished(5)
+    take(pace, clock, 5.0, [5])
+    assert pace.finished(6)
+
+
+def test_time_is_summed_over_resumes_and_later_updates_are_dropped(tmp_path, clock):
+    first = Timed(10, minutes=1, path=tmp_path / "log")
+    take(first, clock, 6.0, range(5))
+    with (tmp_path / "log").open("a") as file:
+        file.write('{"update": 5, "pl')  # killed while it wrote
+    again = Timed(10, minutes=1, path=tmp_path / "log")
+    again.resume(3)
+    assert again.places == first.places[:3]
+    assert again.place(3) == first.places[3]
+    assert len(read_log(tmp_path / "log")) == 3
+    take(again, clock, 6.0, [3])
+    assert [row["update"] for row in read_log(tmp_path / "log")] == [0, 1, 2, 3]
+
+
+def test_states_are_due_every_minute(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    pace = Timed(10, minutes=5, path=tmp_path / "log")
+    due = []
+    for now[0] in (30.0, 61.0, 90.0, 122.0):
+        due.append(pace.wants_saving())
+    assert due == [False, True, False, True]
+    assert not Pace(10).wants_saving()
+
+
+def test_minutes_too_few_for_one_update_are_an_error(tmp_path, clock):
+    with pytest.raises(RunError, match=r"optimization\.minutes=0\.01: too few for one update, which took 2 s"):
+        take(Timed(10, minutes=0.01, path=tmp_path / "log"), clock, 2.0, [0])
+
+
+def test_a_log_is_followed_to_its_end(tmp_path, clock):
+    take(Timed(10, minutes=1, path=tmp_path / "log"), clock, 25.0, range(3))
+    pace = pace_of(10, None, str(tmp_path / "log"), tmp_path)
+    assert isinstance(pace, Followed)
+    assert [pace.place(update) for update in range(3)] == pytest.approx([0, 25 / 6, 50 / 6])
+    assert pace.limit == 3
+    with pytest.raises(UsageError, match=r"optimization\.follow=.*longer recipe"):
+        pace_of(5, None, str(tmp_path / "log"), tmp_path)
+
+
+def test_a_run_by_the_clock_is_repeated_bit_for_bit_by_its_log(ltts, place):
+    timed = ltts(*TINY, "output=timed", "optimization.minutes=0.03")
+    assert timed.code == 0, timed.err
+    log = place / "timed" / "states" / "updates.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["update"] for row in rows] == list(range(len(rows)))
+    assert rows[-1]["hidden_steps"] is None  # the last stage was reached
+    assert all(row["lr"] > 0 for row in rows)
+    assert sum(row["seconds"] for row in rows[:-1]) < 1.8 <= sum(row["seconds"] for row in rows)
+    followed = ltts(*TINY, "output=followed", f"optimization.follow={log}")
+    assert followed.code == 0, followed.err
+    states = [last_state(place / name / "states") for name in ("timed", "followed")]
+    one, other = (load_file(state / "model.safetensors") for state in states)
+    assert states[0].name == states[1].name == f"checkpoint-{len(rows)}"
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["optimization.minutes=0"], ["optimization.minutes=0", "positive"]),
+        (["optimization.follow=nosuch"], ["optimization.follow=nosuch", "no log"]),
+        (["optimization.follow=nosuch", "optimization.minutes=1"], ["optimization.follow=nosuch", "minutes=null"]),
+    ],
+)
+def test_what_is_no_pace_is_refused(ltts, more, words):
+    check(ltts(*TINY, "output=out", *more), *words)

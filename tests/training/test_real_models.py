@@ -1,0 +1,141 @@
+"""Training on any causal LM, whole or by an adapter, from the command line; tiny models prove mechanics only."""
+
+import json
+
+import pytest
+import tiny_gguf
+from refusal import check
+from safetensors.torch import load_file
+
+from latent_tts.checkpoint import files
+from latent_tts.training.states import last_state
+
+ROWS = [
+    {
+        "question": f"What is {a} plus {b} times 2?",
+        "answer": a + 2 * b,
+        "steps": [f"<<{b}*2={2 * b}>>", f"<<{a}+{2 * b}={a + 2 * b}>>"],
+    }
+    for a in range(2, 7)
+    for b in range(2, 6)
+]
+LORA = ["lora.rank=4", "lora.alpha=8"]
+
+
+@pytest.fixture
+def train(ltts, place):
+    """`ltts train-reasoner` from a tiny GGUF model on twenty questions."""
+    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    file = tiny_gguf.write(place / "m.gguf", tiny_gguf.model())
+
+    def run(*more, model="coconut", init=f"gguf:{file}", updates=4):
+        stages = {
+            "coconut": ["recipe.written_updates=1", "recipe.stage_updates=[1]", f"recipe.final_updates={updates - 2}"],
+            "cot": [f"recipe.written_updates={updates}"],
+        }
+        stages["codi"] = stages["coconut"]
+        latents = [] if model == "cot" else ["model.latents=2"]
+        return ltts(
+            "train-reasoner", f"model={model}", f"init={init}", "task=jsonl", "task.path=rows.jsonl", "device=cpu",
+            "output=out", "optimization.batch=4", "optimization.bf16=false", "valid_questions=2", "save_every=2",
+            "optimization.warmup=1", "optimization.lr=0.01", *latents, *stages[model], *more,
+        )  # fmt: skip
+
+    return run
+
+
+def draw(ltts, model, folder, *more):
+    latents = [] if model == "cot" else ["model.latents=2"]
+    sampler = ["sampler=greedy", "answer.temperature=0.5"] if model == "cot" else ["sampler=gaussian"]
+    return ltts(
+        "run", f"model={model}", f"model.checkpoint={folder}", "task=jsonl", "task.path=rows.jsonl", "task.limit=3",
+        "n=2", "max_answer_tokens=4", *latents, *sampler, *more,
+    )  # fmt: skip
+
+
+SLOW = pytest.mark.slow
+CASES = [("coconut", LORA), pytest.param("codi", LORA, marks=SLOW), pytest.param("cot", LORA, marks=SLOW),
+         pytest.param("coconut", [], marks=SLOW), ("cot", []), pytest.param("codi", [], marks=SLOW)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "how"), CASES)
+def test_a_model_from_a_gguf_file_is_trained_and_run(train, ltts, model, how):
+    done = train(*how, model=model)
+    assert done.code == 0, done.err
+    assert (done.last / files.ADAPTER).is_file() == bool(how)
+    result = draw(ltts, model, done.last)
+    assert result.code == 0, result.err
+    if how:
+        names = " ".join(load_file(done.last / "adapter_model.safetensors"))
+        assert ("trainable_tokens_delta" in names) == (model != "cot")
+        assert "embed_tokens.weight" not in names
+
+
+def test_a_stopped_adapter_run_resumes_bit_for_bit_with_small_states(train, place, monkeypatch):
+    done = train(*LORA)
+    assert done.code == 0, done.err
+    whole = load_file(last_state(place / "out" / "states") / "model.safetensors")
+    base = load_file(place / "out" / "initial" / "model.safetensors")
+    assert not set(base) & set(whole)
+    (place / "out").rename(place / "first")
+    from latent_tts.training.reasoner import train as training
+
+    stop = training.ReasonerTrainer.loss_of
+
+    def interrupted(self, model, inputs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return stop(self, model, inputs)
+
+    monkeypatch.setattr(training.ReasonerTrainer, "loss_of", interrupted)
+    assert train(*LORA).code == 130
+    monkeypatch.setattr(training.ReasonerTrainer, "loss_of", stop)
+    assert train(*LORA).code == 0
+    again = load_file(last_state(place / "out" / "states") / "model.safetensors")
+    assert again.keys() == whole.keys()
+    assert all(again[name].equal(whole[name]) for name in whole)
+
+
+def test_an_adapter_of_a_cut_vocabulary_is_joined_with_the_whole_base(train, ltts, place):
+    done = train(*LORA, "init_vocabulary=used")
+    assert done.code == 0, done.err
+    assert draw(ltts, "coconut", done.last).code == 0
+    sizes = [files.load_tokenizer(folder).get_vocab_size() for folder in (done.last, place / "out" / "initial")]
+    assert sizes[0] == sizes[1] < len(tiny_gguf.vocabulary()) + 3
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_an_adapter(train, ltts, place):
+    first = train(*LORA)
+    (place / "out").rename(place / "first")
+    second = train(*LORA, init=place / "first" / "checkpoint")
+    assert (first.code, second.code) == (0, 0), second.err
+    assert draw(ltts, "coconut", second.last).code == 0
+
+
+BAD = [
+    (["lora.rank=0"], ["lora.rank=0", "positive integer"]),
+    (["lora.rank=4", "lora.targets=[nosuch]"], ["lora.targets=", "nosuch"]),
+    (["lora.rank=4", "lora.dropout=1"], ["lora.dropout=1", "[0, 1)"]),
+    (["init_vocabulary=some"], ["init_vocabulary=some", "all or used"]),
+    (["recipe.new_tokens=nosuch"], ["recipe.new_tokens=nosuch", "mean, or a token"]),
+    (["model.checkpoint=x"], ["model.checkpoint=x", "init="]),
+    (["init=null"], ["task=rows", "without init="]),
+    (["init=gguf:nosuch.gguf"], ["init=gguf:nosuch.gguf", "no such file"]),
+    (["task=math500"], ["task.split=train", "one of test"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("more", "words"), BAD, ids=lambda value: value[0])
+def test_what_cannot_be_trained_is_refused(train, more, words, monkeypatch, place):
+    (place / "data").mkdir()
+    (place / "data" / "math500.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    monkeypatch.setenv("LTTS_DATA", str(place / "data"))
+    check(train(*more), *words)
+    assert not (place / "out" / "checkpoint").exists()
+
+
+def test_a_stream_has_no_vocabulary_of_its_own(ltts, place):
+    file = tiny_gguf.write(place / "m.gguf", tiny_gguf.model())
+    done = ltts("train-reasoner", f"init=gguf:{file}", "init_vocabulary=used", "output=out")
+    check(done, "init_vocabulary=used", "no finite set")
