@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -21,6 +22,15 @@ CHAT = (
 
 def vocabulary() -> list[str]:
     return [*SPECIAL, *sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
+
+
+def tokenizer() -> Tokenizer:
+    """The tokenizer without a file."""
+    ids = {token: place for place, token in enumerate(vocabulary())}
+    made = Tokenizer(models.BPE(ids, [tuple(merge.split(" ")) for merge in MERGES]))
+    made.pre_tokenizer, made.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(SPECIAL)
+    return made
 
 
 def model(seed: int = 0, *, tied: bool = True) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.config.build import in_sweep, output_dir
+from latent_tts.config.build import compose, in_sweep, output_dir
 from latent_tts.config.recorded import aggregator_builder, literal, recorded
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.errors import bad_value, require
@@ -18,6 +18,7 @@ from latent_tts.pipeline.run_output import clear_run_folder, write_run_folder
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import make_tables
 from latent_tts.results import report
+from latent_tts.results.cache import KEY_JSON
 from latent_tts.results.files import locked_folder
 from latent_tts.results.run_folder import METRICS, write_scores
 from latent_tts.scorer.none import NoScorer
@@ -84,7 +85,8 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     merged.engine = OmegaConf.merge({"quantize": None}, merged.engine)
     merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
     # a run without a cache kept its latents, and scores need a folder
-    kept = Path(record["cache"]).parent if "cache" in record else Path(merged.paths.cache).resolve()
+    entry = Path(str(record.get("cache", "")))
+    kept = entry.parent if (entry / KEY_JSON).is_file() else compose("run").paths.cache  # a record names no new folder
     merged.cache, merged.paths.cache = "on", cfg.paths.cache or str(kept)
     return merged
 

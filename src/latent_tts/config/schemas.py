@@ -151,6 +151,7 @@ class TrainReasonerConfig:
     save_every: int = MISSING
     valid_questions: int = MISSING
     lora: Any = MISSING
+    validation: Any = MISSING
     model: Any = MISSING
     task: Any = MISSING
     recipe: Any = MISSING

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,18 @@ ROLLOUT_COLUMNS = [
     "latent_steps",
 ]
 COUNT_COLUMNS = ["sweeps", "commits", "conflicts"]  # of the schedule; absent in older run folders
+COLUMN_KINDS: dict[str, tuple[Callable[[pa.DataType], bool], list[str]]] = {
+    "texts": (lambda kind: str(kind) in ("string", "large_string", "null"), [
+        "question_id", "prediction", "stop_reason", "answer_text",
+    ]),
+    "integers": (pa.types.is_integer, ["rollout", "answer_tokens", "latent_steps"]),
+    "numbers": (lambda kind: pa.types.is_floating(kind) or pa.types.is_null(kind), [
+        "score", "answer_logprob", "answer_margin",
+    ]),
+    "true or false": (pa.types.is_boolean, ["correct"]),
+    "lists of integers": (lambda kind: pa.types.is_list(kind) and pa.types.is_integer(kind.value_type), ["answer_ids"]),
+}  # fmt: skip
+NEVER_NULL = ["question_id", "rollout", "stop_reason", "answer_text", "answer_ids"]
 METRIC_COLUMNS = [
     "run_id",
     "model",
@@ -101,7 +113,20 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
         there = pq.read_schema(folder / ROLLOUTS).names
         own = [name for name in ROLLOUT_COLUMNS if name != "question_index"]  # which early runs do not have
         columns = [*own, *(name for name in COUNT_COLUMNS if name in there)]
-        rollouts = pd.read_parquet(folder / ROLLOUTS, columns=columns)
+        table = pq.read_table(folder / ROLLOUTS, columns=columns)
+        missing = [name for name in own if name not in table.column_names]
+        if missing or not len(table):
+            raise ValueError(f"it has no {f'column {missing[0]}' if missing else 'rows'}")
+        for kind, (is_kind, names) in COLUMN_KINDS.items():
+            wrong = [name for name in names if name in table.column_names and not is_kind(table[name].type)]
+            if wrong:
+                raise ValueError(f"column {wrong[0]} must contain {kind}")
+        for name in NEVER_NULL:
+            if table[name].null_count:
+                raise ValueError(f"column {name} lacks a value")
+        if table["correct"].null_count not in (0, len(table)):  # null in all rows without gold answers
+            raise ValueError("column correct lacks a value")
+        rollouts = table.to_pandas()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
     check_file(folder, ROLLOUTS)
@@ -233,6 +258,10 @@ def read_metrics(path: Path) -> pd.DataFrame:
     for name in NUMBER_COLUMNS:
         if not is_numeric_dtype(frame[name]):
             raise UsageError(f"{path}: not a metrics table: column {name} must contain numbers")
+    for name in ("n", "drawn", "questions"):
+        counts = frame[name].dropna()
+        if not (np.isfinite(counts) & (counts >= 1) & (counts % 1 == 0) & (counts < 1 << 53)).all():
+            raise UsageError(f"{path}: not a metrics table: column {name} must contain integers, 1 or more")
     for name in REQUIRED_COLUMNS:
         if frame[name].isna().any():
             raise UsageError(f"{path}: not a metrics table, its row {frame[name].isna().argmax() + 1} has no {name}")
