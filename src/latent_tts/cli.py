@@ -23,6 +23,7 @@ from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, printable,
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("draw rollouts, pick answers, write the scaling curve", ()),
     "rescore": ("score the rollouts of a completed run with another scorer", ("run",)),
+    "replay": ("apply a budget to the rollouts of a completed run; nothing is drawn", ("run",)),
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
     "train-reasoner": ("train a latent reasoner with its family's recipe; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
@@ -122,6 +123,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
 
     multirun = [flag for flag in arguments if flag in ("-m", "--multirun")][:1]
     command, names, positional, others = name.replace("-", "_"), list(COMMANDS[name][1]), {}, []
+    flags: list[str] = []
     expects_value = False
     for place, argument in enumerate(arguments):
         if argument in ("-m", "--multirun"):
@@ -135,7 +137,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
                 override = meant.key_of_flag(command, argument, following)
                 hint = f"did you mean {override}? " if override else _meant(argument, FLAGS + FLAGS_WITH_VALUE)
                 raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(FLAGS + FLAGS_WITH_VALUE)}")
-            others.append(argument)
+            (flags if expects_value or argument.startswith("-") else others).append(argument)
         elif names:
             positional.setdefault(names[0].rstrip("*?"), []).append(meant.quoted(argument))
             if not names[0].endswith("*"):
@@ -147,7 +149,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
                 f"ltts {name}: {argument!r} is not of the form key=value; {hint}`ltts {name} --help` lists keys"
             )
         expects_value = argument in FLAGS_WITH_VALUE
-    given_keys = {argument.partition("=")[0] for argument in others}
+    given_keys = {argument.partition("=")[0] for argument in flags + others}
     if names and not names[0].endswith(("*", "?")) and not (set(names) | {*FLAGS[2:], *FLAGS_WITH_VALUE}) & given_keys:
         usage = " ".join(["ltts", name, *(key.upper() for key in COMMANDS[name][1])])
         raise UsageError(
@@ -155,7 +157,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
         )
     variadic = {f"{n.rstrip('*')}" for n in COMMANDS[name][1] if n.endswith("*")}
     given = [f"{k}=[{','.join(v)}]" if k in variadic else f"{k}={v[0]}" for k, v in positional.items()]
-    return multirun + others + given
+    return multirun + flags + others + given  # argparse wants what is no flag in one piece
 
 
 def _exists(path: str) -> bool:
@@ -314,7 +316,7 @@ def is_refused(error: Exception) -> bool:
 
 def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     """A wrong key or a wrong type."""
-    from latent_tts.config.meant import options_with
+    from latent_tts.config.meant import nested_key, options_with
 
     first = str(cause).splitlines()[0]
     key = cause.full_key or cause.key or ""
@@ -325,6 +327,9 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
         key = key or missing[1]
         elsewhere = options_with(key)
         hint = [f"options with that key: {', '.join(elsewhere)}"] if elsewhere else []
+        command = sys.argv[0].partition(" ")[2].replace("-", "_")  # as `_run_hydra` sets it
+        if "." not in key and (nested := nested_key(command, key)):
+            return [f"{key}: no such key; did you mean {nested}? `{sys.argv[0]} --help` lists keys"]
         return [str(unknown_key(key, (k for k in known if k not in ("_target_", "hydra")))), *hint]
     value = re.match(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", first)
     if value:

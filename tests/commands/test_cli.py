@@ -208,7 +208,7 @@ def test_plot_draws_from_the_table_alone(completed, ltts, tmp_path):
     (tmp_path / "results_by_gflops.csv").write_bytes(table.read_bytes())
     assert ltts("plot", "results_by_gflops.csv").last.name == "figure_by_gflops.svg"
     check_refused(
-        "plot", f"runs=[{table}]", "against=luck", words=["against=luck: one of n, gflops, seconds, diversity"]
+        "plot", f"runs=[{table}]", "against=luck", words=["against=luck: must be one of n, gflops, seconds, diversity"]
     )
 
 
@@ -224,3 +224,14 @@ def test_a_forced_prefix_begins_every_answer_and_is_a_cache_of_its_own(run, comp
     assert plain_cache.name != forced_cache.name
     metrics = pd.read_csv(forced.last, keep_default_na=False)
     assert set(metrics["settings"].str.contains("answer.forced_prefix=###")) == {True}
+
+
+def test_flags_and_positional_arguments_stand_in_any_order(ltts):
+    for line in (
+        ["a", "b", "--cfg", "job", "a_n=4"],
+        ["--cfg", "job", "a", "a_n=4", "b"],
+        ["a", "a_n=4", "b", "-c", "job"],
+    ):
+        shown = ltts("compare", *line)
+        assert shown.code == 0, shown.err
+        assert "a: a\nb: b\n" in shown.out

@@ -50,7 +50,7 @@ def arrays_of(predictions, values):
 @given(rollout_lists(VALUES))
 def test_picks_are_those_that_accuracy_counts(aggregator, drawn):
     arrays = arrays_of(*drawn)
-    pick_Q, _ = statistics.picks(aggregator, arrays)
+    pick_Q, _ = statistics.supported_picks(aggregator, arrays)
     right_Q = [pick >= 0 and arrays.correct_QD[question, pick] for question, pick in enumerate(pick_Q)]
     n = arrays.prediction_QD.shape[1]
     np.testing.assert_array_equal(right_Q, statistics.picked_accuracy(aggregator, arrays, n))
@@ -64,17 +64,17 @@ def test_shares_and_values_are_those_of_the_definitions(drawn):
         counts = Counter(value for value in predictions if value >= 0)
         most = max(counts.values(), default=0)
         assert statistics.agreement(arrays.prediction_QD)[question] == most / len(predictions)
-        pick, share = (values[question] for values in statistics.picks(Majority(), arrays))
+        pick, share = (values[question] for values in statistics.supported_picks(Majority(), arrays))
         assert (pick < 0) == (most == 0) == np.isnan(share)
         assert pick < 0 or share == pytest.approx(most / sum(counts.values()))
         weights = {place: math.exp(score / 0.5) for place, score in enumerate(scores) if not math.isnan(score)}
         weights = {place: weight for place, weight in weights.items() if predictions[place] >= 0}
-        pick, share = (values[question] for values in statistics.picks(Weighted(0.5), arrays))
+        pick, share = (values[question] for values in statistics.supported_picks(Weighted(0.5), arrays))
         mine = sum(weight for place, weight in weights.items() if predictions[place] == predictions[pick])
         assert (pick < 0) == (not weights) == np.isnan(share)
         assert pick < 0 or share == pytest.approx(mine / sum(weights.values()))
         known = [score for score in scores if not math.isnan(score)]
-        pick, score = (values[question] for values in statistics.picks(BestOfN(), arrays))
+        pick, score = (values[question] for values in statistics.supported_picks(BestOfN(), arrays))
         assert (pick < 0) == (not known) == np.isnan(score)
         assert pick < 0 or score == max(known) == scores[pick]
 

@@ -22,6 +22,7 @@ from latent_tts.results.run_folder import (
     TABLES,
     has_curve,
     write_answers,
+    write_budget,
     write_metrics,
     write_rollouts,
     write_run_json,
@@ -60,6 +61,9 @@ def write_run_folder(
     write_rollouts(folder, tables.rollouts)
     write_answers(folder, tables.answers)
     write_metrics(folder / METRICS, tables.metrics)
+    if tables.budget is not None:
+        write_budget(folder, tables.budget)
+        record |= {"budget": budget_summary(tables.budget)}
     if has_curve(tables.metrics):
         plot.scaling_curve(tables.metrics, folder / FIGURE)
     if verification is not None:
@@ -86,6 +90,16 @@ def write_run_folder(
             **record,
         },
     )
+
+
+def budget_summary(budget: pd.DataFrame) -> dict[str, Any]:
+    """What the questions got, and why no more."""
+    return {
+        "used": int(budget["used"].sum()),
+        "drawn": int(budget["drawn"].sum()),
+        "why": budget["why"].value_counts().to_dict(),
+        "certificates": budget["certificate"][budget["certificate"] != ""].value_counts().to_dict(),
+    }
 
 
 def _computation(folder: Path) -> dict[str, str]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from latent_tts.aggregator import Vote
+from latent_tts.aggregator import Aggregator, Vote
+from latent_tts.budget import is_adaptive
 from latent_tts.engine.cost import Shape
 from latent_tts.pipeline.rollouts import RunRollouts
+from latent_tts.pipeline.rounds import adaptive_figures, budget_table, with_counts
 from latent_tts.pipeline.scores import Scores
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import statistics
@@ -34,14 +37,16 @@ class RunTables:
     """The tables of a run.
 
     Attributes:
-        rollouts: `rollouts.parquet`, with `cache.MEASURED` beside its columns.
+        rollouts: `rollouts.parquet`, a row per rollout, with `cache.MEASURED` beside its columns.
         answers: `answers.jsonl`, see `answer_lines`.
-        metrics: `metrics.csv`.
+        metrics: `metrics.csv`, a row per figure.
+        budget: a row per question where the budget looked at its rollouts: see `rounds.budget_table`.
     """
 
     rollouts: pd.DataFrame
     answers: list[dict[str, Any]]
     metrics: pd.DataFrame
+    budget: pd.DataFrame | None = None
 
 
 def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) -> RunTables:
@@ -52,17 +57,26 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         drawn: its rollouts.
         settings: keys that differ from their defaults and have no column of their own.
     """
+    budget = None
+    if drawn.outcome is not None:
+        spec = with_counts(spec, drawn.outcome)
     rollouts = rollout_table(spec, drawn)
     _warn_of_useless_answers(rollouts)
-    figures = all_figures(spec, drawn, rollouts) if drawn.winners is None else winner_figures(spec, drawn, rollouts)
+    if drawn.outcome is not None:
+        budget = budget_table(spec, drawn.outcome, rollouts)
+        figures = adaptive_figures(spec, drawn.outcome, rollouts, budget)
+    elif drawn.winners is not None:
+        figures = winner_figures(spec, drawn, rollouts)
+    else:
+        figures = all_figures(spec, drawn, rollouts)
     metrics = metric_rows(figures, run_columns(spec, settings))
-    return RunTables(rollouts, answer_lines(spec, rollouts), metrics)
+    return RunTables(rollouts, answer_lines(spec, rollouts), metrics, budget)
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     """The rollouts table: cached rows with their scores, and answers read by the model's and the task's rules."""
     adapter, rule, rows = spec.adapter, spec.task.rule, drawn.rows
-    golds = [question.answer for question in spec.questions for _ in range(spec.kept)]
+    golds = [question.answer for question, count in zip(spec.questions, spec.drawn, strict=True) for _ in range(count)]
     # many rollouts give the same answer: each is read once
     texts = _once_per_value(lambda *ids: adapter.answer_text([int(token) for token in ids]), rows["answer_ids"])
     answers = _once_per_value(
@@ -75,13 +89,13 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     )
     predictions = [  # equal answers of a question get one form, so that they are one vote
         form
-        for start in range(0, len(answers), spec.kept)
-        for form in shared_forms(answers[start : start + spec.kept], rule.equal)
+        for start, end in pairwise([0, *accumulate(spec.drawn)])
+        for form in shared_forms(answers[start:end], rule.equal)
     ]
     table = pd.DataFrame(
         {
-            "question_index": np.repeat(np.arange(len(spec.questions), dtype="int32"), spec.kept),
-            "question_id": np.array([question.id for question in spec.questions], dtype=object).repeat(spec.kept),
+            "question_index": np.arange(len(spec.questions), dtype="int32").repeat(spec.drawn),
+            "question_id": np.array([question.id for question in spec.questions], dtype=object).repeat(spec.drawn),
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.array(predictions, dtype=object),
             "correct": right if has_gold(spec.questions) else pd.array([None] * len(rows), dtype="boolean"),
@@ -111,30 +125,42 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[dict[str, Any]]:
         `rollout`, the `share` of the votes or the `score` it was picked by, how many rollouts `agree` with it (None
         where only picks were decoded), and whether it is `correct` (None without gold).
     """
-    arrays = rollout_arrays(rollouts, spec.kept)
-    predictions = rollouts["prediction"].to_numpy(dtype=object).reshape(-1, spec.kept)
+    drawn_Q = np.array(spec.drawn)
     lines: list[dict[str, Any]] = [
         {"index": index, "id": question.id, "question": question.text}
         | ({} if question.answer is None else {"gold": question.answer})
-        | {"rollouts": spec.kept, "picks": {}}
+        | {"rollouts": int(drawn_Q[index]), "picks": {}}
         for index, question in enumerate(spec.questions)
     ]
-    for aggregator in spec.aggregators:
-        reason = "share" if isinstance(aggregator.rule(arrays), Vote) else "score"
-        for line, pick, support in zip(lines, *statistics.picks(aggregator, arrays), strict=True):
-            code = arrays.prediction_QD[line["index"], pick] if pick >= 0 else -1
-            agree = int((arrays.prediction_QD[line["index"]] == code).sum()) if code >= 0 else 0
-            correct = None
-            if arrays.correct_QD is not None:
-                correct = bool(pick >= 0 and arrays.correct_QD[line["index"], pick])
-            line["picks"][aggregator.name] = {
-                "answer": predictions[line["index"], pick] if code >= 0 else None,
-                "rollout": int(pick) if pick >= 0 else None,
-                reason: None if np.isnan(support) else float(support),
-                "agree": agree if spec.decode == "all" else None,
-                "correct": correct,
-            }
+    for drawn in np.unique(drawn_Q):  # budgets may give unequally many
+        alike = rollouts[np.repeat(drawn_Q == drawn, drawn_Q)]
+        for aggregator in spec.aggregators:
+            picked = _picked(aggregator, alike, int(drawn), all_decoded=spec.decode == "all")
+            for index, pick in zip(np.flatnonzero(drawn_Q == drawn), picked, strict=True):
+                lines[index]["picks"][aggregator.name] = pick
     return lines
+
+
+def _picked(
+    aggregator: Aggregator, rollouts: pd.DataFrame, drawn: int, *, all_decoded: bool
+) -> Iterator[dict[str, Any]]:
+    """What an aggregator picks for each question, see `answer_lines`."""
+    arrays = rollout_arrays(rollouts, drawn)
+    predictions = rollouts["prediction"].to_numpy(dtype=object).reshape(-1, drawn)
+    reason = "share" if isinstance(aggregator.rule(arrays), Vote) else "score"
+    for question, (pick, support) in enumerate(zip(*statistics.supported_picks(aggregator, arrays), strict=True)):
+        code_N = arrays.prediction_QD[question]
+        code = code_N[pick] if pick >= 0 else -1
+        correct = None
+        if arrays.correct_QD is not None:
+            correct = bool(pick >= 0 and arrays.correct_QD[question, pick])
+        yield {
+            "answer": predictions[question, pick] if code >= 0 else None,
+            "rollout": int(pick) if pick >= 0 else None,
+            reason: None if np.isnan(support) else float(support),
+            "agree": (int((code_N == code).sum()) if code >= 0 else 0) if all_decoded else None,
+            "correct": correct,
+        }
 
 
 def _once_per_value(function: Callable[..., Any], values: Iterable[Iterable[Any]]) -> list[Any]:
@@ -272,7 +298,7 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "settings": ",".join(f"{key}={value}" for key, value in sorted(shown.items())),
         "schedule": spec.schedule.name,
         "search": "" if spec.search.survivors is None else spec.search.name,
-        "budget": spec.budget.name,
+        "budget": spec.budget.label if is_adaptive(spec.budget) else spec.budget.name,
         "scorer": "" if scorer is None else scorer.name,
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,

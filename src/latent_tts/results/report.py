@@ -261,7 +261,9 @@ def age(seconds: float) -> str:
 
 
 def percent(row: Mapping[Any, Any]) -> str:
-    """A fraction in percent with its standard deviation over seeds, if it has one, and its interval."""
+    """A fraction in percent with its standard deviation over seeds, if it has one, and its interval; empty for none."""
+    if pd.isna(row["value"]):
+        return ""
     spread = f" ± {100 * row['seed_sd']:.1f}" if pd.notna(row.get("seed_sd")) else ""
     interval = "" if pd.isna(row["ci_low"]) else f" [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
     return f"{100 * row['value']:.1f}{spread}{interval}"
@@ -288,7 +290,7 @@ def print_metrics(
     named = pd.Series(pd.Categorical(list(labels), list(dict.fromkeys(labels))), metrics.index)
     groups = metrics.groupby([named, "n", "drawn"], observed=True)
     lines = [
-        {"label": str(label), "n": f"{n:g}", "drawn": f"{drawn:g}", **figures_of(rows)}
+        {"label": str(label), "n": f"{n:g}", "drawn": drawn_text(drawn, rows), **figures_of(rows)}
         for (label, n, drawn), rows in groups
     ]
     spare = {"drawn": 1, "GFLOP/question": 2, "rollouts/s": 3}
@@ -300,6 +302,14 @@ def print_metrics(
     names = ["drawn", *quality, "GFLOP/question", "rollouts/s"]
     columns = [Column(name, [line.get(name, "") for line in lines], spare.get(name, 0)) for name in names]
     print_columns(curve_title(metrics), keys, columns, list(table_notes(metrics)))
+
+
+def drawn_text(drawn: float, rows: pd.DataFrame) -> str:
+    """Rollouts per question; where they are unequally many the mean, and how many of them were used."""
+    value = dict(zip(rows["metric"], rows["value"], strict=True))
+    if "rollouts_drawn" not in value:
+        return f"{drawn:g}"
+    return f"{value['rollouts_drawn']:.1f} ({value['rollouts_used']:.1f} used)"
 
 
 def figures_of(rows: pd.DataFrame) -> dict[str, str]:

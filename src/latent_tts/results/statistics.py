@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from latent_tts.aggregator import Aggregator, Picks, Ranking, Vote
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.random.philox import Stream, key_of, philox
-from latent_tts.types import Bools, Floats, RolloutArrays
+from latent_tts.types import Bools, Floats, Int64, RolloutArrays
 
 SUBSETS = 256
 TEMPERATURES = tuple(2.0 ** (power / 2) for power in range(-12, 13))  # 1/64 to 64
@@ -84,37 +84,51 @@ def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: 
     return _voted_accuracies(*_votes(rule, rollouts), correct_QD, budgets)
 
 
-def picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[NDArray[np.int64], Floats]:
-    """The pick of each question, out of all its rollouts.
-
-    Returns:
-        The number (Q,) of the picked rollout, -1 for none; and what it was picked by (Q,): the value of a `Ranking`,
-        in a `Vote` the prediction's share of all weight. NaN where there is no pick, and for other rules.
-    """
-    rule, everything_D = aggregator.rule(rollouts), np.arange(rollouts.prediction_QD.shape[1])
-    if isinstance(rule, Picks):
-        pick_Q = np.asarray(rule.pick(everything_D[None])[:, 0], dtype=np.int64)
-        return pick_Q, np.full(len(pick_Q), np.nan)
-    if isinstance(rule, Ranking):
-        value_QD = np.where(np.isnan(rule.value_QD), -np.inf, rule.value_QD)
-        best_Q = value_QD.max(1)
-        return np.where(best_Q > -np.inf, value_QD.argmax(1), -1), np.where(best_Q > -np.inf, best_Q, np.nan)
-    classes_QD, log_weight_QD = _votes(rule, rollouts)
-    pick_Q, share_Q = np.empty(len(classes_QD), dtype=np.int64), np.full(len(classes_QD), np.nan)
-    for question, (class_D, log_weight_D) in enumerate(zip(classes_QD, log_weight_QD, strict=True)):
-        column_D1 = log_weight_D[:, None].copy()
-        elected = _elect([everything_D[::-1, None]], class_D[:, None], int(class_D.max()) + 1, column_D1)
-        pick_Q[question] = pick = int(next(elected)[0, 0])
-        if pick >= 0:
-            weight_D = np.exp(log_weight_D - log_weight_D.max())
-            share_Q[question] = weight_D[class_D == class_D[pick]].sum() / weight_D.sum()
-    return pick_Q, share_Q
-
-
 def agreement(prediction_QD: NDArray[np.int64]) -> Floats:
     """Share (Q,) of all rollouts of a question that give its most frequent answer; 0 where no answer can be read."""
     counts = [np.unique(row_D[row_D >= 0], return_counts=True)[1] for row_D in prediction_QD]
     return np.array([count.max(initial=0) for count in counts]) / prediction_QD.shape[1]
+
+
+def picks(aggregator: Aggregator, rollouts: RolloutArrays) -> Int64:
+    """The pick (Q,) of each question among all its rollouts; -1 for none.
+
+    A question may have fewer rollouts than others: those that it lacks are masked, unreadable and without
+    log-probability and score.
+    """
+    rule, drawn = aggregator.rule(rollouts), rollouts.prediction_QD.shape[1]
+    if isinstance(rule, Ranking):
+        value_QD = np.where(np.isnan(rule.value_QD), -np.inf, rule.value_QD)
+        return np.where(value_QD.max(1) > -np.inf, value_QD.argmax(1), -1)
+    if isinstance(rule, Picks):
+        return rule.pick(np.arange(drawn)[None, :])[:, 0].astype(np.int64)
+    classes_QD, log_weight_QD = _votes(rule, rollouts)
+    # the lowest rollout number comes last: see `_vote_counts`
+    all_in_one_step = [np.arange(drawn)[::-1, None]]
+    width = int(classes_QD.max()) + 1
+    return next(_elect(all_in_one_step, np.ascontiguousarray(classes_QD.T), width, log_weight_QD.T.copy()))[0]
+
+
+def supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[Int64, Floats]:
+    """`picks`, and what each was picked by.
+
+    Returns:
+        Numbers (Q,) of the picked rollouts, -1 for none; and (Q,): the value of a `Ranking`, in a `Vote` the
+        prediction's share of all weight. NaN where there is no pick, and for other rules.
+    """
+    rule, pick_Q = aggregator.rule(rollouts), picks(aggregator, rollouts)
+    if isinstance(rule, Picks):
+        return pick_Q, np.full(len(pick_Q), np.nan)
+    place_Q1 = np.maximum(pick_Q, 0)[:, None]
+    if isinstance(rule, Ranking):
+        support_Q = np.take_along_axis(rule.value_QD, place_Q1, axis=1)[:, 0]
+    else:
+        classes_QD, log_weight_QD = _votes(rule, rollouts)
+        most_Q1 = log_weight_QD.max(1, keepdims=True)
+        weight_QD = np.exp(log_weight_QD - np.where(np.isfinite(most_Q1), most_Q1, 0.0))
+        mine_QD = classes_QD == np.take_along_axis(classes_QD, place_Q1, axis=1)
+        support_Q = (weight_QD * mine_QD).sum(1) / np.maximum(weight_QD.sum(1), np.finfo(np.float64).tiny)
+    return pick_Q, np.where(pick_Q >= 0, support_Q, np.nan)
 
 
 def subsets(drawn: int, n: int) -> Iterator[NDArray[np.int64]]:
