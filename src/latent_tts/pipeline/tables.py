@@ -70,7 +70,8 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
     else:
         figures = all_figures(spec, drawn, rollouts)
     metrics = metric_rows(figures, run_columns(spec, settings))
-    return RunTables(rollouts, answer_lines(spec, rollouts), metrics, budget)
+    used = spec.drawn if drawn.outcome is None else [stop.used for stop in drawn.outcome.stops]
+    return RunTables(rollouts, answer_lines(spec, rollouts, used), metrics, budget)
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
@@ -116,8 +117,13 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     return table
 
 
-def answer_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[dict[str, Any]]:
-    """What each question was answered, picked from all its rollouts.
+def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> list[dict[str, Any]]:
+    """What each question was answered.
+
+    Args:
+        spec: the run.
+        rollouts: its rollouts table.
+        used: from how many of its rollouts each question's answer is picked: all, unless the budget stopped earlier.
 
     Returns:
         For each question `index` (from 0), `id`, `question`, `gold` if it is known, `rollouts` (their number) and
@@ -125,18 +131,19 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[dict[str, Any]]:
         `rollout`, the `share` of the votes or the `score` it was picked by, how many rollouts `agree` with it (None
         where only picks were decoded), and whether it is `correct` (None without gold).
     """
-    drawn_Q = np.array(spec.drawn)
+    used_Q = np.array(used)
+    rollouts = rollouts[rollouts["rollout"].to_numpy() < np.repeat(used_Q, spec.drawn)]
     lines: list[dict[str, Any]] = [
         {"index": index, "id": question.id, "question": question.text}
         | ({} if question.answer is None else {"gold": question.answer})
-        | {"rollouts": int(drawn_Q[index]), "picks": {}}
+        | {"rollouts": int(used_Q[index]), "picks": {}}
         for index, question in enumerate(spec.questions)
     ]
-    for drawn in np.unique(drawn_Q):  # budgets may give unequally many
-        alike = rollouts[np.repeat(drawn_Q == drawn, drawn_Q)]
+    for number in np.unique(used_Q):  # budgets may give unequally many
+        alike = rollouts[np.repeat(used_Q == number, used_Q)]
         for aggregator in spec.aggregators:
-            picked = _picked(aggregator, alike, int(drawn), all_decoded=spec.decode == "all")
-            for index, pick in zip(np.flatnonzero(drawn_Q == drawn), picked, strict=True):
+            picked = _picked(aggregator, alike, int(number), all_decoded=spec.decode == "all")
+            for index, pick in zip(np.flatnonzero(used_Q == number), picked, strict=True):
                 lines[index]["picks"][aggregator.name] = pick
     return lines
 

@@ -294,7 +294,8 @@ def print_metrics(
         for (label, n, drawn), rows in groups
     ]
     spare = {"drawn": 1, "GFLOP/question": 2, "rollouts/s": 3}
-    quality = [name for name in dict.fromkeys(name for line in lines for name in line) if name.endswith(" %")]
+    shown = dict.fromkeys(name for line in lines for name, cell in line.items() if cell)
+    quality = [name for name in shown if name.endswith(" %")]
     lines += [{**job, quality[0]: "failed"} for job in failed]
     keys = [Column("n", [line["n"] for line in lines])]
     if any(line["label"] for line in lines):
