@@ -403,7 +403,7 @@ def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: S
         return budget
     fits = budget.name == "fixed" or "budget" not in request.chosen
     require("budget", budget.name, fits, f"must be fixed: search={search.name} has no figures at a smaller n")
-    return budget
+    return Fixed()
 
 
 def check_adaptive(
