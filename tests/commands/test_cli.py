@@ -175,7 +175,7 @@ def test_compare_pairs_two_runs(run, completed, ltts):
     result = ltts("compare", completed, run("budget=ladder", "sampler.rate=0.5").last.parent)
     assert result.code == 0, result.err
     assert "coverage" in result.out
-    assert "6 questions, 1 seeds" in result.out
+    assert "6 questions, 1 seed;" in result.out
     same = ltts("compare", completed, completed)
     assert same.out.count("0.0 [-39.0, 39.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
 

@@ -27,7 +27,8 @@ def main(cfg: DictConfig) -> None:
         shown = pd.Series({"value": one.difference, "ci_low": one.ci_low, "ci_high": one.ci_high})
         rows.append([figure, n, f"{100 * one.a:.1f}", f"{100 * one.b:.1f}", report.percent(shown)])
     last = found[-1]
-    title = f"A - B in points: {last.questions} questions, {last.seeds} seeds; A {cfg.a}, B {cfg.b}"
+    over = f"{report.counted(last.questions, 'question')}, {report.counted(last.seeds, 'seed')}"
+    title = f"A - B in percentage points: {over}; A {cfg.a}, B {cfg.b}"
     report.print_table(title, ["figure", "n", "A %", "B %", "A - B"], rows)
     if cfg.output is not None:
         output = Path(cfg.output).expanduser()

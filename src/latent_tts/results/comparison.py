@@ -21,7 +21,7 @@ Side = dict[str, CompletedRun]  # by seed
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of A at one n, held against one of B.
+    """A figure of A at one n, compared with one of B.
 
     Attributes:
         a_figure, b_figure: coverage, or the aggregator whose accuracy is compared.
@@ -46,11 +46,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is held against what; None is everything that both sides have in common.
+    """What is compared with what; None is everything that both sides have in common.
 
     Attributes:
         a_figure, b_figure: coverage or an aggregator; one of them alone stands for both.
-        a_n, b_n: rollouts per question; one of them alone is held against all of the other side.
+        a_n, b_n: rollouts per question; one of them alone is compared with all of the other side.
     """
 
     a_figure: str | None = None
@@ -127,8 +127,8 @@ def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, 
         per_a, per_b = a[seed].per_question(figures[0], budgets[0]), b[seed].per_question(figures[1], budgets[1])
         if set(per_a.index) != set(per_b.index):
             raise UsageError(f"a and b have different questions (seed {seed}); compare runs on the same questions")
-        of_a, of_b = (side[seed].curve["questions_digest"] for side in (a, b))
-        if of_a != of_b and not any(digest.startswith(UNKNOWN) for digest in (of_a, of_b)):
+        digest_a, digest_b = (side[seed].curve["questions_digest"] for side in (a, b))
+        if digest_a != digest_b and not any(digest.startswith(UNKNOWN) for digest in (digest_a, digest_b)):
             raise UsageError(f"a and b have different gold answers (seed {seed}); compare runs on the same questions")
         values_a.append(per_a)
         values_b.append(per_b[per_a.index])
@@ -141,7 +141,7 @@ def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, 
 
 
 def _figures(a: CompletedRun, b: CompletedRun, selection: Selection) -> Iterator[tuple[str, str]]:
-    """Which figure of A is held against which of B."""
+    """Which figure of A is compared with which of B."""
     if selection.a_figure is None and selection.b_figure is None:
         both = ["coverage", *sorted(set(a.aggregators) & set(b.aggregators))]
         yield from zip(both, both, strict=True)
@@ -155,11 +155,11 @@ def _figures(a: CompletedRun, b: CompletedRun, selection: Selection) -> Iterator
 
 
 def _budgets(a: CompletedRun, b: CompletedRun, selection: Selection) -> list[tuple[int, int]]:
-    """Which n of A is held against which of B."""
+    """Which n of A is compared with which of B."""
     if selection.a_n is None and selection.b_n is None:
         return [(n, n) for n in sorted(set(a.reported) & set(b.reported))]
     for key, n, side in (("a_n", selection.a_n, a), ("b_n", selection.b_n, b)):
         known = ", ".join(map(str, sorted(side.reported)))
         require(key, n, n is None or n in side.reported, f"must be one of {known}, which the run reports, or null")
-    of_a, of_b = (sorted(side.reported) if n is None else [n] for n, side in ((selection.a_n, a), (selection.b_n, b)))
-    return list(product(of_a, of_b))
+    sides = ((selection.a_n, a), (selection.b_n, b))
+    return list(product(*(sorted(side.reported) if n is None else [n] for n, side in sides)))
