@@ -57,8 +57,8 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("run aggregator=[]", ["aggregator: needs a value"]),
         ("run n=null", ["n: needs a value"]),
         ("run model.recommended=null", ["model.recommended: must be a mapping with rate"]),
-        ("run model.trained_latents=3", ["model.trained_latents=3: a mapping"]),
-        ("train-rm seed=-1", ["seed=-1: 0 or more"]),
+        ("run model.trained_latents=3", ["model.trained_latents=3: must be a mapping"]),
+        ("train-rm seed=-1", ["seed=-1: must be 0 or more"]),
         ("run =3", ["=3: not of the form key=value"]),
         ("collect ~nosuchuser/x", ["no home folder"]),
     ],
@@ -107,13 +107,13 @@ def test_a_sweeps_errors_name_their_job_and_stand_in_its_log(run, monkeypatch):
     monkeypatch.setattr("latent_tts.commands.run.draw_rollouts", fail)
     result = run("n=0,1", "seed=7", "-m")
     assert result.code == 2
-    assert "ltts: error: job n=0: n=0: a number" in result.err
+    assert "ltts: error: job n=0: n=0: must be a number" in result.err
     assert "ltts: error: job n=1: the disk burns" in result.err
     logs = {path.parent.name: path.read_text() for path in Path("multirun").rglob("run.log")}
     (sweep,) = Path("multirun/run").iterdir()
     assert logs.keys() == {sweep.name, "1"}
     assert "the disk burns" in logs["1"]
-    assert "job n=0: n=0: a number of rollouts" in logs[sweep.name]
+    assert "job n=0: n=0: must be a number of rollouts" in logs[sweep.name]
     assert "job n=1: the disk burns" in logs[sweep.name]
     single = run("seed=8")
     assert single.code == 1
