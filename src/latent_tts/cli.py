@@ -315,7 +315,7 @@ def is_refused(error: Exception) -> bool:
 
 def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     """A wrong key or a wrong type."""
-    from latent_tts.config.meant import options_with
+    from latent_tts.config.meant import nested_key, options_with
 
     first = str(cause).splitlines()[0]
     key = cause.full_key or cause.key or ""
@@ -326,6 +326,9 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
         key = key or missing[1]
         elsewhere = options_with(key)
         hint = [f"options with that key: {', '.join(elsewhere)}"] if elsewhere else []
+        command = sys.argv[0].partition(" ")[2].replace("-", "_")  # as `_run_hydra` sets it
+        if "." not in key and (nested := nested_key(command, key)):
+            return [f"{key}: no such key; did you mean {nested}? `{sys.argv[0]} --help` lists keys"]
         return [str(unknown_key(key, (k for k in known if k not in ("_target_", "hydra")))), *hint]
     value = re.match(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", first)
     if value:

@@ -49,6 +49,10 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("run -n 4", ["did you mean n=4?"]),
         ("run --seed=3", ["did you mean seed=3?"]),
         ("run gausian", ["did you mean sampler=gaussian?"]),
+        ("run sampler gaussian", ["did you mean sampler=NAME?"]),
+        ("run limit=5", ["limit: no such key; did you mean task.limit?"]),
+        ("run temperature=1", ["did you mean answer.temperature?"]),
+        ("annotate dtype=fp16", ["did you mean engine.dtype?"]),
         ("run sampler=gausian", ["did you mean gaussian?"]),
         ("run task.path=x", ["task.path: no such key", "task=jsonl"]),
         ("rum", ["did you mean run?"]),
@@ -61,12 +65,17 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("train-rm seed=-1", ["seed=-1: must be 0 or more"]),
         ("run =3", ["=3: not of the form key=value"]),
         ("collect ~nosuchuser/x", ["no home folder"]),
+        ("run seed=-1", ["seed=-1: must be 0 or more"]),
     ],
 )
 def test_a_line_of_which_the_meaning_can_be_told(ltts, line, words):
     result = ltts(*line.split())
     check(result, *words)
     assert "Error executing job" not in result.err
+
+
+def test_spaces_around_the_equals_sign(ltts):
+    check(ltts("run", "n = 4"), "did you mean n=4?")
 
 
 @pytest.mark.parametrize("value", ["~/a b.jsonl", "ä.jsonl", "a[1].jsonl", "a (b),c.jsonl", "it's.jsonl", "{x}.jsonl"])

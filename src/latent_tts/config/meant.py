@@ -43,10 +43,21 @@ def key_of_flag(command: str, flag: str, value: str | None) -> str | None:
 
 
 def option_of(command: str, word: str) -> str | None:
-    """The option of a command's groups that a word is, or is similar to: `sampler=gaussian` for `gausian`."""
+    """What an argument without a key may mean: `n=4` for `n = 4`, `sampler=gaussian` for `gausian`."""
+    key, equals, value = (part.strip() for part in word.partition("="))
+    if equals:
+        return f"{key}={value}" if key in (*_keys(command), *_groups(command)) else None
+    if word in _groups(command):
+        return f"{word}=NAME"
     groups = {option: group for group in _groups(command) for option in _options(group)}
     close = closest(word, list(groups))
     return f"{groups[close]}={close}" if close else None
+
+
+def nested_key(command: str, name: str) -> str | None:
+    """The key that ends with a name: `task.limit` for `limit`."""
+    keys = _keys(command) if command in SCHEMAS else ()
+    return min((key for key in keys if key.endswith(f".{name}")), key=lambda key: key.count("."), default=None)
 
 
 def options_with(key: str) -> list[str]:
