@@ -161,5 +161,6 @@ def _budgets(a: CompletedRun, b: CompletedRun, selection: Selection) -> list[tup
     for key, n, side in (("a_n", selection.a_n, a), ("b_n", selection.b_n, b)):
         known = ", ".join(map(str, sorted(side.reported)))
         require(key, n, n is None or n in side.reported, f"must be one of {known}, which the run reports, or null")
-    sides = ((selection.a_n, a), (selection.b_n, b))
-    return list(product(*(sorted(side.reported) if n is None else [n] for n, side in sides)))
+    ns_a = sorted(a.reported) if selection.a_n is None else [selection.a_n]
+    ns_b = sorted(b.reported) if selection.b_n is None else [selection.b_n]
+    return list(product(ns_a, ns_b))
