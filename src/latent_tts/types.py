@@ -25,6 +25,7 @@ Floats: TypeAlias = NDArray[np.floating]
 Bools: TypeAlias = NDArray[np.bool_]
 Int64: TypeAlias = NDArray[np.int64]
 Float32: TypeAlias = NDArray[np.float32]
+Float64: TypeAlias = NDArray[np.float64]
 Phase = Literal["prompt", "thoughts", "answer"]
 PHASES: tuple[Phase, ...] = ("prompt", "thoughts", "answer")
 Site = Literal["embedding", "attention", "ffn"]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from latent_tts.budget import is_adaptive
 from latent_tts.engine.cost import Shape
 from latent_tts.pipeline.rollouts import RunRollouts
+from latent_tts.pipeline.rounds import adaptive_figures, budget_table, with_counts
 from latent_tts.pipeline.scores import Scores
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import statistics
@@ -29,10 +32,17 @@ MAX_USELESS = 0.95  # share of answers
 
 @dataclass
 class RunTables:
-    """The tables of a run: `rollouts.parquet` (with `cache.MEASURED` beside its columns) and `metrics.csv`."""
+    """The tables of a run: `rollouts.parquet` (with `cache.MEASURED` beside its columns) and `metrics.csv`.
+
+    Attributes:
+        rollouts: a row per rollout.
+        metrics: a row per figure.
+        budget: a row per question where the budget looked at its rollouts: see `rounds.budget_table`.
+    """
 
     rollouts: pd.DataFrame
     metrics: pd.DataFrame
+    budget: pd.DataFrame | None = None
 
 
 def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) -> RunTables:
@@ -43,16 +53,25 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         drawn: its rollouts.
         settings: keys that differ from their defaults and have no column of their own.
     """
+    budget = None
+    if drawn.outcome is not None:
+        spec = with_counts(spec, drawn.outcome)
     rollouts = rollout_table(spec, drawn)
     _warn_of_useless_answers(rollouts)
-    figures = all_figures(spec, drawn, rollouts) if drawn.winners is None else winner_figures(spec, drawn, rollouts)
-    return RunTables(rollouts, metric_rows(figures, run_columns(spec, settings)))
+    if drawn.outcome is not None:
+        budget = budget_table(spec, drawn.outcome, rollouts)
+        figures = adaptive_figures(spec, drawn.outcome, rollouts, budget)
+    elif drawn.winners is not None:
+        figures = winner_figures(spec, drawn, rollouts)
+    else:
+        figures = all_figures(spec, drawn, rollouts)
+    return RunTables(rollouts, metric_rows(figures, run_columns(spec, settings)), budget)
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     """The rollouts table: cached rows with their scores, and answers read by the model's and the task's rules."""
     adapter, rule, rows = spec.adapter, spec.task.rule, drawn.rows
-    golds = [question.answer for question in spec.questions for _ in range(spec.kept)]
+    golds = [question.answer for question, count in zip(spec.questions, spec.drawn, strict=True) for _ in range(count)]
     # many rollouts give the same answer: each is read once
     texts = _once_per_value(lambda *ids: adapter.answer_text([int(token) for token in ids]), rows["answer_ids"])
     answers = _once_per_value(
@@ -64,12 +83,12 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     )
     predictions = [  # equal answers of a question get one form, so that they are one vote
         form
-        for start in range(0, len(answers), spec.kept)
-        for form in shared_forms(answers[start : start + spec.kept], rule.equal)
+        for start, end in pairwise([0, *accumulate(spec.drawn)])
+        for form in shared_forms(answers[start:end], rule.equal)
     ]
     table = pd.DataFrame(
         {
-            "question_id": np.array([question.id for question in spec.questions], dtype=object).repeat(spec.kept),
+            "question_id": np.array([question.id for question in spec.questions], dtype=object).repeat(spec.drawn),
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.array(predictions, dtype=object),
             "correct": right,
@@ -225,7 +244,7 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "settings": ",".join(f"{key}={value}" for key, value in sorted(shown.items())),
         "schedule": spec.schedule.name,
         "search": "" if spec.search.survivors is None else spec.search.name,
-        "budget": spec.budget.name,
+        "budget": spec.budget.label if is_adaptive(spec.budget) else spec.budget.name,
         "scorer": "" if scorer is None else scorer.name,
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,

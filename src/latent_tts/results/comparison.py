@@ -143,14 +143,13 @@ def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, 
 def _figures(a: CompletedRun, b: CompletedRun, selection: Selection) -> Iterator[tuple[str, str]]:
     """Which figure of A is compared with which of B."""
     if selection.a_figure is None and selection.b_figure is None:
-        both = ["coverage", *sorted(set(a.aggregators) & set(b.aggregators))]
+        both = sorted(set(a.figures) & set(b.figures), key=lambda name: (name != "coverage", name))
         yield from zip(both, both, strict=True)
         return
     figure_a = str(selection.a_figure or selection.b_figure)
     figure_b = str(selection.b_figure or selection.a_figure)
     for key, name, side in (("a_figure", figure_a, a), ("b_figure", figure_b, b)):
-        known = ["coverage", *side.aggregators]
-        require(key, name, name in known, f"must be one of {', '.join(known)}")
+        require(key, name, name in side.figures, f"must be one of {', '.join(side.figures)}")
     yield figure_a, figure_b
 
 

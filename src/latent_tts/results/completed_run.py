@@ -18,6 +18,7 @@ from latent_tts.results.metrics import rollout_arrays
 from latent_tts.results.run_folder import (
     CURVE_COLUMNS,
     ROLLOUTS,
+    read_budget,
     read_rollouts,
     read_run_json,
     read_run_metrics,
@@ -37,6 +38,7 @@ class CompletedRun:
         rollouts: its rollouts table.
         aggregators: by name, as they were in the run.
         all_decoded: False where only winners were decoded (`answer.decode=winners`).
+        budget: where each question ended, if the run's budget looked at its rollouts.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class CompletedRun:
     rollouts: pd.DataFrame
     aggregators: dict[str, Aggregator]
     all_decoded: bool
+    budget: pd.DataFrame | None = None
 
     @classmethod
     def read(cls, folder: Path, build_aggregator: AggregatorBuilder) -> CompletedRun:
@@ -63,6 +66,7 @@ class CompletedRun:
             read_rollouts(folder),
             {name: build_aggregator(name, node) for name, node in record["aggregators"].items()},
             record["config"]["answer"]["decode"] != "winners",
+            read_budget(folder),
         )
 
     @property
@@ -76,6 +80,14 @@ class CompletedRun:
         return {name: str(self.metrics[name].iloc[0]) for name in CURVE_COLUMNS}
 
     @property
+    def figures(self) -> list[str]:
+        """The figures that each question has: coverage, and the accuracies of aggregators."""
+        if self.budget is None:
+            return ["coverage", *self.aggregators]
+        accuracy = self.metrics[(self.metrics["metric"] == "accuracy") & self.metrics["value"].notna()]
+        return accuracy["aggregator"].tolist()
+
+    @property
     def reported(self) -> list[int]:
         """The budgets n in the metrics table."""
         return [int(n) for n in self.metrics["n"].unique()]
@@ -86,6 +98,10 @@ class CompletedRun:
         Raises:
             UsageError: questions have unequal numbers of rollouts, or a rollout is missing or there twice.
         """
+        if self.budget is not None:
+            if figure not in self.figures:
+                raise UsageError(f"{self.folder}: its budget stopped for {self.figures[0]}; it has no {figure}")
+            return pd.Series(self.budget["correct"].to_numpy(dtype=np.float64), index=self.budget["question_id"])
         ids, arrays = self._arrays
         n = min(n, arrays.correct_QD.shape[1])  # a search keeps fewer rollouts than it grew
         values: np.ndarray

@@ -99,14 +99,14 @@ def rollout_figures(
     return figures
 
 
-def measured_figures(sums: pd.DataFrame, rollouts: pd.DataFrame, questions: int, n: int) -> dict[str, float]:
+def measured_figures(sums: pd.DataFrame, rollouts: pd.DataFrame, questions: int, n: float) -> dict[str, float]:
     """What was measured when rollouts were drawn, per question.
 
     Args:
         sums: rows whose `cache.MEASURED_SUMS` add up to the run's; a missing value makes its figure missing.
         rollouts: the rollouts table, for `peak_memory_bytes`.
         questions: Q.
-        n: rollouts per question.
+        n: rollouts per question, where they are unequally many their mean.
     """
     each = sums.sum(skipna=False) / questions
     return {
@@ -134,7 +134,7 @@ def metric_rows(figures: Sequence[Figures], run: Mapping[str, Any]) -> pd.DataFr
         shared = {**run, "n": at.n, "drawn": at.drawn, "questions": questions}
         for (metric, aggregator), values_Q in at.per_question.items():
             low, high = (None, None)
-            if metric in MAX_VALUE:
+            if metric in MAX_VALUE and not np.isnan(values_Q).any():
                 low, high = statistics.interval(values_Q, high=MAX_VALUE[metric])
             row = {"metric": metric, "aggregator": aggregator, "value": values_Q.mean(), "ci_low": low, "ci_high": high}
             rows.append(shared | row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -105,7 +105,9 @@ def _text(text: str) -> Text:
 
 
 def percent(row: pd.Series) -> str:
-    """A fraction in percent with its interval, and with its standard deviation over seeds where it has one."""
+    """A fraction in percent with its interval, and its standard deviation over seeds if it has one; empty for none."""
+    if pd.isna(row["value"]):
+        return ""
     # beside a spread there is no room in a row of a terminal
     spread = f" ± {100 * row['seed_sd']:.1f}\n" if pd.notna(row.get("seed_sd")) else " "
     interval = "" if pd.isna(row["ci_low"]) else f"[{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
@@ -136,7 +138,7 @@ def print_metrics(metrics: pd.DataFrame) -> None:
             by_name = {row["aggregator"]: row for _, row in at.iterrows() if row["metric"] == "accuracy"}
             rate = by_metric.get("rollouts_per_second")
             lines.append(
-                [n, drawn]
+                [n, _drawn(drawn, by_metric)]
                 + [percent(by_name[name]) if name in by_name else "" for name in names]
                 + [percent(by_metric["coverage"]) if "coverage" in by_metric else ""]
                 + [f"{by_metric['gflops']['value']:.3g}"]
@@ -150,6 +152,14 @@ def print_metrics(metrics: pd.DataFrame) -> None:
 def print_line(text: str) -> None:
     """A line on stdout, control characters written out."""
     print(printable(text))
+
+
+def _drawn(drawn: object, by_metric: Mapping[str, pd.Series]) -> str:
+    """Rollouts per question; where they are unequally many the mean, and how many of them were used."""
+    if "rollouts_drawn" not in by_metric:
+        return str(drawn)
+    mean, used = (by_metric[name]["value"] for name in ("rollouts_drawn", "rollouts_used"))
+    return f"{mean:.1f} ({used:.1f} used)"
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:

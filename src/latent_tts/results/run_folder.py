@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
-SCORES, FIGURE = "scores.parquet", "scaling.png"
+SCORES, FIGURE, BUDGET = "scores.parquet", "scaling.png", "budget.parquet"
 METRICS_OVER_SEEDS = "metrics_over_seeds.csv"
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-TABLES = (METRICS, ROLLOUTS, LATENTS, SCORES)
+TABLES = (METRICS, ROLLOUTS, BUDGET, LATENTS, SCORES)
 OUTPUT_FOLDERS = ("outputs", "multirun")  # `conf/hydra_folders.yaml`: COMMAND/TIME in each
 
 
@@ -45,6 +45,7 @@ ROLLOUT_COLUMNS = [
     "latent_steps",
 ]
 COUNT_COLUMNS = ["sweeps", "commits", "conflicts"]  # of the schedule; absent in older run folders
+BUDGET_COLUMNS = ["question_id", "used", "drawn", "why", "certificate", "pick", "answer", "correct"]
 COLUMN_KINDS: dict[str, tuple[Callable[[pa.DataType], bool], list[str]]] = {
     "texts": (lambda kind: str(kind) in ("string", "large_string", "null"), [
         "question_id", "prediction", "stop_reason", "answer_text",
@@ -132,6 +133,28 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
     check_file(folder, ROLLOUTS)
     return rollouts
+
+
+def write_budget(folder: Path, budget: pd.DataFrame) -> None:
+    """Write `budget.parquet`: a row per question of a run whose budget looked at its rollouts."""
+    with whole_file(folder / BUDGET) as path:
+        budget.to_parquet(path, index=False)
+
+
+def read_budget(folder: Path) -> pd.DataFrame | None:
+    """The `budget.parquet` of a run folder; None where every question got the same number of rollouts.
+
+    Raises:
+        UsageError: it is damaged or of another run.
+    """
+    if not (folder / BUDGET).is_file():
+        return None
+    try:
+        budget = pd.read_parquet(folder / BUDGET, columns=BUDGET_COLUMNS)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UsageError(f"{folder / BUDGET}: cannot be read ({str(error).splitlines()[0]})") from error
+    check_file(folder, BUDGET)
+    return budget
 
 
 class LatentsFile:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from latent_tts.aggregator import Aggregator, Picks, Ranking
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.random.philox import Stream, key_of, philox
-from latent_tts.types import Bools, Floats, RolloutArrays
+from latent_tts.types import Bools, Floats, Int64, RolloutArrays
 
 SUBSETS = 256
 TEMPERATURES = tuple(2.0 ** (power / 2) for power in range(-12, 13))  # 1/64 to 64
@@ -81,6 +81,27 @@ def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: 
     if isinstance(rule, Picks):
         return np.array([_called_accuracy(aggregator, rollouts, n) for n in budgets])
     return _voted_accuracies(rule.log_weight_QD, rollouts, budgets)
+
+
+def picks(aggregator: Aggregator, rollouts: RolloutArrays) -> Int64:
+    """The pick (Q,) of each question among all its rollouts; -1 for none.
+
+    A question may have fewer rollouts than others: those that it lacks are masked, unreadable and without
+    log-probability and score.
+    """
+    rule, drawn = aggregator.rule(rollouts), rollouts.correct_QD.shape[1]
+    if isinstance(rule, Ranking):
+        value_QD = np.where(np.isnan(rule.value_QD), -np.inf, rule.value_QD)
+        return np.where(value_QD.max(1) > -np.inf, value_QD.argmax(1), -1)
+    if isinstance(rule, Picks):
+        return rule.pick(np.arange(drawn)[None, :])[:, 0].astype(np.int64)
+    votes_QD = (rollouts.prediction_QD >= 0) & np.isfinite(rule.log_weight_QD)
+    log_weight_QD = np.where(votes_QD, rule.log_weight_QD, -np.inf)
+    classes_QD = _classes(rollouts.prediction_QD, votes_QD)
+    # the lowest rollout number comes last: see `_vote_counts`
+    all_in_one_step = [np.arange(drawn)[::-1, None]]
+    width = int(classes_QD.max()) + 1
+    return next(_elect(all_in_one_step, np.ascontiguousarray(classes_QD.T), width, log_weight_QD.T.copy()))[0]
 
 
 def subsets(drawn: int, n: int) -> Iterator[NDArray[np.int64]]:
