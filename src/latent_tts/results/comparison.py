@@ -63,7 +63,7 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
     """The complete runs at or below a folder, by seed.
 
     Raises:
-        UsageError: there are none, one is damaged, or two have the same seed.
+        UsageError: there are none, one is damaged or cannot be compared, or two have the same seed.
     """
     runs: Side = {}
     for folder in run_folders(path, key):
@@ -75,6 +75,8 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
                 f"{key}={path}: {folder} has answers only for its picks (answer.decode=winners), "
                 "so it cannot be compared"
             )
+        if not run.has_gold:
+            raise UsageError(f"{key}={path}: the questions of {folder} have no gold answers, so there is no accuracy")
         if run.seed in runs:
             raise UsageError(f"{key}={path}: holds several runs of seed {run.seed}; name one run folder")
         runs[run.seed] = run
@@ -111,6 +113,14 @@ def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
     if not found:
         raise UsageError("a and b report no n in common; run both with budget=ladder, or name them: a_n=64 b_n=1")
     return found
+
+
+def described_sides(a: Side, b: Side) -> tuple[str, str]:
+    """What tells one side from the other, as in `sampler=dropout, `; empty where their settings are equal."""
+    curves = [next(iter(side.values())).curve for side in (a, b)]
+    names = [name for name in curves[0] if curves[0][name] != curves[1][name] and not name.endswith("_digest")]
+    first, second = ("".join(f"{name}={curve[name]}, " for name in names if curve[name]) for curve in curves)
+    return first, second
 
 
 def write_differences(path: Path, found: Sequence[Difference]) -> None:
