@@ -23,6 +23,7 @@ from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, printable,
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("draw rollouts, pick answers, write the scaling curve", ()),
     "rescore": ("score the rollouts of a completed run with another scorer", ("run",)),
+    "replay": ("apply a budget to the rollouts of a completed run; nothing is drawn", ("run",)),
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
     "train-reasoner": ("train a latent reasoner with its family's recipe; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),

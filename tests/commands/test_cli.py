@@ -146,7 +146,7 @@ def test_a_folder_used_again_holds_the_new_run_alone(run, tmp_path):
     assert {"latents.safetensors", "scaling.png"} <= {path.name for path in first.last.parent.iterdir()}
     second = run("hydra.run.dir=mine", "seed=1")
     left = {path.name for path in second.last.parent.iterdir()} - {".hydra", "run.log"}
-    assert left == {"metrics.csv", "rollouts.parquet", "run.json"}
+    assert left == {"answers.jsonl", "metrics.csv", "rollouts.parquet", "run.json"}
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["seed"] == 1
 
 
@@ -175,7 +175,7 @@ def test_compare_pairs_two_runs(run, completed, ltts):
     result = ltts("compare", completed, run("budget=ladder", "sampler.rate=0.5").last.parent)
     assert result.code == 0, result.err
     assert "coverage" in result.out
-    assert "6 questions, 1 seeds" in result.out
+    assert "6 questions, 1 seed\n" in result.out
     same = ltts("compare", completed, completed)
     assert same.out.count("0.0 [-39.0, 39.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.config.build import compose, output_dir
-from latent_tts.config.recorded import aggregator_builder, literal, recorded
+from latent_tts.config.build import compose, in_sweep, output_dir
+from latent_tts.config.recorded import aggregator_builder, recorded_run
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.errors import bad_value, require
 from latent_tts.pipeline import rescoring, sweep
@@ -59,29 +59,23 @@ def main(cfg: DictConfig) -> None:
             folder, spec, rollouts, tables, settings, seconds=seconds, rescored=str(source),
             cache=str(rollouts.cache.folder.resolve()),
         )  # fmt: skip
-    report.print_metrics(tables.metrics)
-    print(folder / METRICS)
+    if not in_sweep():
+        report.print_metrics(tables.metrics)
+        print(folder / METRICS)
 
 
-def finish_sweep(folder: Path, jobs: Mapping[Path, DictConfig]) -> None:
-    """Join the tables of a sweep's jobs (their configs by folder), and print what was written."""
-    sweep.finish(folder, list(jobs), aggregator_builder(*jobs.values()))
+def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence[DictConfig]) -> None:
+    """Join the tables of a sweep's jobs, which ran with these configs, and print what was written."""
+    sweep.finish(folder, jobs, aggregator_builder(*configs))
 
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     """The run's config with this command's scorer, aggregators, device, rows and cache in it."""
     options = ("model", "task", "sampler", "schedule", "search", "budget")
-    merged: Any = OmegaConf.create(literal(record["config"]))
-    for group in options:
-        if group in merged:
-            merged[group] = recorded(group, record["config"][group], cfg)
+    merged = recorded_run(record, options, cfg)
     for key in ("scorer", "aggregator"):
         # unresolved, so that `${model...}` finds the run's model
         merged[key] = OmegaConf.create(OmegaConf.to_container(cfg[key], resolve=False))
-    # a run of before there were answer sampling, forced beginnings, schedules and quantisation says nothing about them
-    merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0, "forced_prefix": ""}, merged.answer)
-    merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
-    merged.engine = OmegaConf.merge({"quantize": None}, merged.engine)
     merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
     # a run without a cache kept its latents, and scores need a folder
     entry = Path(str(record.get("cache", "")))

@@ -28,7 +28,7 @@ def is_key(command: str, text: str) -> bool:
     """Whether a command may have a key: `runs/epoch` of `runs/epoch=6.ckpt` is none."""
     if text.startswith(("+", "~", "hydra")):
         return True
-    return "/" not in text and " " not in text
+    return " " not in text and ("/" not in text or (Path(conf_dir()) / text).is_dir())
 
 
 def key_of_flag(command: str, flag: str, value: str | None) -> str | None:

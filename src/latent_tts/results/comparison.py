@@ -63,7 +63,7 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
     """The complete runs at or below a folder, by seed.
 
     Raises:
-        UsageError: there are none, one is damaged, or two have the same seed.
+        UsageError: there are none, one is damaged or cannot be compared, or two have the same seed.
     """
     runs: Side = {}
     for folder in run_folders(path, key):
@@ -75,6 +75,8 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
                 f"{key}={path}: {folder} has answers only for its picks (answer.decode=winners), "
                 "so it cannot be compared"
             )
+        if not run.has_gold:
+            raise UsageError(f"{key}={path}: the questions of {folder} have no gold answers, so there is no accuracy")
         if run.seed in runs:
             raise UsageError(f"{key}={path}: holds several runs of seed {run.seed}; name one run folder")
         runs[run.seed] = run
@@ -113,6 +115,14 @@ def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
     return found
 
 
+def described_sides(a: Side, b: Side) -> tuple[str, str]:
+    """What tells one side from the other, as in `sampler=dropout, `; empty where their settings are equal."""
+    curves = [next(iter(side.values())).curve for side in (a, b)]
+    names = [name for name in curves[0] if curves[0][name] != curves[1][name] and not name.endswith("_digest")]
+    first, second = ("".join(f"{name}={curve[name]}, " for name in names if curve[name]) for curve in curves)
+    return first, second
+
+
 def write_differences(path: Path, found: Sequence[Difference]) -> None:
     """Write differences as a CSV, a row each."""
     columns = [field.name for field in fields(Difference)]
@@ -143,14 +153,13 @@ def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, 
 def _figures(a: CompletedRun, b: CompletedRun, selection: Selection) -> Iterator[tuple[str, str]]:
     """Which figure of A is held against which of B."""
     if selection.a_figure is None and selection.b_figure is None:
-        both = ["coverage", *sorted(set(a.aggregators) & set(b.aggregators))]
+        both = sorted(set(a.figures) & set(b.figures), key=lambda name: (name != "coverage", name))
         yield from zip(both, both, strict=True)
         return
     figure_a = str(selection.a_figure or selection.b_figure)
     figure_b = str(selection.b_figure or selection.a_figure)
     for key, name, side in (("a_figure", figure_a, a), ("b_figure", figure_b, b)):
-        known = ["coverage", *side.aggregators]
-        require(key, name, name in known, f"must be one of {', '.join(known)}")
+        require(key, name, name in side.figures, f"must be one of {', '.join(side.figures)}")
     yield figure_a, figure_b
 
 
