@@ -28,7 +28,8 @@ def main(cfg: DictConfig) -> None:
         shown = {"value": one.difference, "ci_low": one.ci_low, "ci_high": one.ci_high}
         rows.append([figure, n, f"{100 * one.a:.1f}", f"{100 * one.b:.1f}", report.percent(shown)])
     last = found[-1]
-    title = f"A - B in points: {last.questions} questions, {last.seeds} seed{'s' if last.seeds > 1 else ''}"
+    over = f"{report.counted(last.questions, 'question')}, {report.counted(last.seeds, 'seed')}"
+    title = f"A - B in percentage points: {over}"
     report.print_table(title, ["figure", "n", "A %", "B %", "A - B"], rows)
     for key, words in zip(("a", "b"), described_sides(a, b), strict=True):
         print(f"{key.upper()}: {words}{cfg[key]}")

@@ -33,7 +33,7 @@ AggregatorBuilder = Callable[[str, Mapping[str, Any]], Aggregator]
 
 @dataclass(frozen=True)
 class CompletedRun:
-    """A run.
+    """A run as its folder describes it.
 
     Attributes:
         folder: where it lies.
