@@ -162,7 +162,7 @@ def test_what_was_used_longest_ago_goes_first():
 def test_what_cannot_be_pruned_so_is_said(ltts):
     check(ltts("cache", "prune"), "older_than=30d, max_size=20GB or stale=true")
     check(ltts("cache", "older_than=30d"), "ltts cache prune")
-    check(ltts("cache", "forget"), "action=forget: list or prune")
+    check(ltts("cache", "forget"), "action=forget: must be list or prune")
     check(ltts("cache", "prune", "older_than=month"), "older_than=month: must be an age")
     check(ltts("cache", "prune", "max_size=1e9"), "max_size=")
     nothing = ltts("cache", "paths.cache=nowhere")
