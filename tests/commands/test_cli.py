@@ -146,7 +146,7 @@ def test_a_folder_used_again_holds_the_new_run_alone(run, tmp_path):
     assert {"latents.safetensors", "scaling.png"} <= {path.name for path in first.last.parent.iterdir()}
     second = run("hydra.run.dir=mine", "seed=1")
     left = {path.name for path in second.last.parent.iterdir()} - {".hydra", "run.log"}
-    assert left == {"metrics.csv", "rollouts.parquet", "run.json"}
+    assert left == {"answers.jsonl", "metrics.csv", "rollouts.parquet", "run.json"}
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["seed"] == 1
 
 
@@ -175,7 +175,7 @@ def test_compare_pairs_two_runs(run, completed, ltts):
     result = ltts("compare", completed, run("budget=ladder", "sampler.rate=0.5").last.parent)
     assert result.code == 0, result.err
     assert "coverage" in result.out
-    assert "6 questions, 1 seeds" in result.out
+    assert "6 questions, 1 seed\n" in result.out
     same = ltts("compare", completed, completed)
     assert same.out.count("0.0 [-39.0, 39.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
 
@@ -208,7 +208,7 @@ def test_plot_draws_from_the_table_alone(completed, ltts, tmp_path):
     (tmp_path / "results_by_gflops.csv").write_bytes(table.read_bytes())
     assert ltts("plot", "results_by_gflops.csv").last.name == "figure_by_gflops.svg"
     check_refused(
-        "plot", f"runs=[{table}]", "against=luck", words=["against=luck: one of n, gflops, seconds, diversity"]
+        "plot", f"runs=[{table}]", "against=luck", words=["against=luck: must be one of n, gflops, seconds, diversity"]
     )
 
 
@@ -224,3 +224,14 @@ def test_a_forced_prefix_begins_every_answer_and_is_a_cache_of_its_own(run, comp
     assert plain_cache.name != forced_cache.name
     metrics = pd.read_csv(forced.last, keep_default_na=False)
     assert set(metrics["settings"].str.contains("answer.forced_prefix=###")) == {True}
+
+
+def test_flags_and_positional_arguments_stand_in_any_order(ltts):
+    for line in (
+        ["a", "b", "--cfg", "job", "a_n=4"],
+        ["--cfg", "job", "a", "a_n=4", "b"],
+        ["a", "a_n=4", "b", "-c", "job"],
+    ):
+        shown = ltts("compare", *line)
+        assert shown.code == 0, shown.err
+        assert "a: a\nb: b\n" in shown.out

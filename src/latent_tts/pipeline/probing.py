@@ -117,7 +117,7 @@ def probe(
             relative[place, :steps, :steps] = found.relative_TT.float().cpu().numpy()
             path = found.critical_path(threshold)
             row |= {"critical_path": path, "potential": steps / max(path, 1), "growth": found.growth}
-            report.advance(bar, 1)
+            bar.advance(1)
     some_TT = np.isfinite(relative).any(0)
     mean_TT = np.full(some_TT.shape, np.nan)
     mean_TT[some_TT] = np.nanmean(relative[:, some_TT], axis=0)
