@@ -180,6 +180,20 @@ def test_compare_pairs_two_runs(run, completed, ltts):
     assert same.out.count("0.0 [-39.0, 39.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
 
 
+def test_compare_pairs_the_questions_that_both_sides_have(run, completed, ltts):
+    fewer = run("task.limit=4").last.parent
+    refused = ltts("compare", completed, fewer)
+    assert refused.code == 2
+    assert "4 of 6 and 4 are shared; questions=shared compares those" in refused.err
+    shared = ltts("compare", completed, fewer, "questions=shared")
+    assert shared.code == 0, shared.err
+    assert "4 questions, 1 seed\n" in shared.out
+    none = ltts("compare", completed, run("task.split=valid").last.parent, "questions=shared")
+    assert none.code == 2
+    assert "0 of 6 and 6 are shared" in none.err
+    assert ltts("compare", completed, fewer, "questions=other").code == 2
+
+
 def test_compare_holds_the_vote_against_one_greedy_rollout(run, completed, ltts, tmp_path):
     greedy = run("sampler=greedy", "n=1").last.parent
     result = ltts("compare", completed, greedy, "a_n=4", "b_n=1", "output=paired.csv")

@@ -310,7 +310,7 @@ def print_metrics(
     print_columns(curve_title(metrics), keys, columns, list(table_notes(metrics)))
 
 
-def drawn_text(drawn: float, rows: pd.DataFrame) -> str:
+def drawn_text(drawn: Any, rows: pd.DataFrame) -> str:
     """Rollouts per question; where they are unequally many the mean, and how many of them were used."""
     value = dict(zip(rows["metric"], rows["value"], strict=True))
     if "rollouts_drawn" not in value:
