@@ -1,11 +1,15 @@
 """Failures while computing."""
 
+import socket
+import threading
 import weakref
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 
-from latent_tts.errors import RunError, computing
+from latent_tts.errors import RunError, computing, hub_clients
 
 
 def test_what_failed_leaves_no_tensors_behind_for_whoever_keeps_the_error():
@@ -23,3 +27,47 @@ def test_what_failed_leaves_no_tensors_behind_for_whoever_keeps_the_error():
         draw()
     assert kept.value.__cause__ is not None
     assert left[0]() is None
+
+
+def flags() -> list[bool]:
+    return [datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE]
+
+
+def test_the_hubs_clients_do_not_try_again_for_a_minute_where_nothing_answers(monkeypatch):
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    before = flags()
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
+        with hub_clients():  # nobody listens
+            assert flags() == [True, True]
+        server.listen()
+        with hub_clients():
+            assert flags() == before
+    assert flags() == before
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    with hub_clients():
+        assert flags() == before
+
+
+def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch):
+    asked = threading.Event()
+
+    def look_up(*_):
+        asked.wait(30)
+        raise OSError
+
+    monkeypatch.setattr("socket.create_connection", look_up)
+    within = []
+
+    def use() -> None:
+        within.extend(flags())
+        raise KeyError("not in the cache")
+
+    with pytest.raises(ConnectionError, match="cannot be reached, and no copy is on this disk"), hub_clients(0.05):
+        use()
+    assert within == [True, True]
+    assert not asked.is_set()
+    asked.set()

@@ -23,6 +23,7 @@ from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, printable,
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("draw rollouts, pick answers, write the scaling curve", ()),
     "rescore": ("score the rollouts of a completed run with another scorer", ("run",)),
+    "replay": ("apply a budget to the rollouts of a completed run; nothing is drawn", ("run",)),
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
     "train-reasoner": ("train a latent reasoner with its family's recipe; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
@@ -39,6 +40,10 @@ MAX_LINES = 4
 KEPT = "finished work is kept; "
 FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
 FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--config-dir", "-cn", "--config-name"]
+FLAG_CHOICES = {
+    **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
+    **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
+}
 
 
 def usage() -> str:
@@ -122,6 +127,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
 
     multirun = [flag for flag in arguments if flag in ("-m", "--multirun")][:1]
     command, names, positional, others = name.replace("-", "_"), list(COMMANDS[name][1]), {}, []
+    flags: list[str] = []
     expects_value = False
     for place, argument in enumerate(arguments):
         if argument in ("-m", "--multirun"):
@@ -135,7 +141,12 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
                 override = meant.key_of_flag(command, argument, following)
                 hint = f"did you mean {override}? " if override else _meant(argument, FLAGS + FLAGS_WITH_VALUE)
                 raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(FLAGS + FLAGS_WITH_VALUE)}")
-            others.append(argument)
+            choices = FLAG_CHOICES.get(arguments[place - 1]) if expects_value else None
+            if choices is not None and argument not in choices:
+                raise UsageError(f"{arguments[place - 1]} {argument}: must be one of {', '.join(choices)}")
+            if argument in FLAG_CHOICES and place + 1 == len(arguments):
+                raise UsageError(f"{argument}: needs one of {', '.join(FLAG_CHOICES[argument])} after it")
+            (flags if expects_value or argument.startswith("-") else others).append(argument)
         elif names:
             positional.setdefault(names[0].rstrip("*?"), []).append(meant.quoted(argument))
             if not names[0].endswith("*"):
@@ -147,7 +158,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
                 f"ltts {name}: {argument!r} is not of the form key=value; {hint}`ltts {name} --help` lists keys"
             )
         expects_value = argument in FLAGS_WITH_VALUE
-    given_keys = {argument.partition("=")[0] for argument in others}
+    given_keys = {argument.partition("=")[0] for argument in flags + others}
     if names and not names[0].endswith(("*", "?")) and not (set(names) | {*FLAGS[2:], *FLAGS_WITH_VALUE}) & given_keys:
         usage = " ".join(["ltts", name, *(key.upper() for key in COMMANDS[name][1])])
         raise UsageError(
@@ -155,7 +166,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
         )
     variadic = {f"{n.rstrip('*')}" for n in COMMANDS[name][1] if n.endswith("*")}
     given = [f"{k}=[{','.join(v)}]" if k in variadic else f"{k}={v[0]}" for k, v in positional.items()]
-    return multirun + others + given
+    return multirun + flags + others + given  # argparse wants what is no flag in one piece
 
 
 def _exists(path: str) -> bool:
@@ -271,6 +282,8 @@ def describe(error: Exception) -> tuple[list[str], int]:
         own = [path.stem for path in (Path(conf_dir()) / group).glob("*.yaml")]
         options = sorted({*own, *(error.options or ())})  # Hydra's own list also has those of other packages
         hint = ["`ltts tune` makes it"] if (group, option) == ("engine", "tuned") else []
+        if not group:
+            return [f"--config-name {option}: no such config; one of {', '.join(options)}"], 2
         return [f"{group}={option}: no such option; {_meant(option, options)}one of {', '.join(options)}", *hint], 2
     if isinstance(error, OverrideParseException):
         fixed = quoted_override(error.override)
@@ -314,7 +327,7 @@ def is_refused(error: Exception) -> bool:
 
 def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     """A wrong key or a wrong type."""
-    from latent_tts.config.meant import options_with
+    from latent_tts.config.meant import nested_key, options_with
 
     first = str(cause).splitlines()[0]
     key = cause.full_key or cause.key or ""
@@ -325,10 +338,18 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
         key = key or missing[1]
         elsewhere = options_with(key)
         hint = [f"options with that key: {', '.join(elsewhere)}"] if elsewhere else []
+        command = sys.argv[0].partition(" ")[2].replace("-", "_")  # as `_run_hydra` sets it
+        if "." not in key and (nested := nested_key(command, key)):
+            return [f"{key}: no such key; did you mean {nested}? `{sys.argv[0]} --help` lists keys"]
         return [str(unknown_key(key, (k for k in known if k not in ("_target_", "hydra")))), *hint]
     value = re.match(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", first)
     if value:
         return [f"{key}={value[1]}: must be of type {value[2].lower()}"]
+    value = re.match(r"Value '(.*?)' is not a valid bool", first)
+    if value:
+        return [f"{key}={value[1]}: must be true or false"]
+    if re.search(r"is not a ListConfig, list or tuple", first):
+        return [f"{key}: must be a list, as in {key}=[A,B]"]
     missing = re.match(r"Missing mandatory value: (.+)|field '(.+)' is not Optional", first)
     if missing:
         return [f"{key or missing[1] or missing[2]}: needs a value; null and an empty list are none"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+import threading
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import TypeGuard
 
@@ -114,3 +116,54 @@ def reason(error: BaseException) -> str:
     """What an exception says, in one line; an empty MemoryError says nothing itself."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+
+
+@contextmanager
+def hub_clients(seconds: float = 3.0) -> Iterator[None]:
+    """Let the clients of the Hugging Face hub use only what they have on disk if the hub cannot be reached.
+
+    They would try again for a minute. Behind a proxy nothing is changed.
+
+    Args:
+        seconds: how long to wait for the hub.
+
+    Raises:
+        ConnectionError: the hub cannot be reached, and a client did not find what it needs on disk.
+    """
+    from urllib.request import getproxies
+
+    import huggingface_hub.constants as settings
+
+    flag = "HF_HUB_OFFLINE"
+    modules = [vars(module) for module in (settings, sys.modules.get("datasets.config")) if module is not None]
+    before = [module[flag] for module in modules]
+    offline = not (any(before) or "https" in getproxies() or _answers(settings.ENDPOINT, seconds))
+    try:
+        for module in modules if offline else ():
+            module[flag] = True
+        yield
+    except Exception as error:
+        if offline:
+            raise ConnectionError(f"{settings.ENDPOINT} cannot be reached, and no copy is on this disk") from error
+        raise
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module[flag] = value
+
+
+def _answers(address: str, seconds: float) -> bool:
+    """Whether a server takes a connection in time; looking up its name counts."""
+    from socket import create_connection
+    from urllib.parse import urlsplit
+
+    url, found = urlsplit(address), threading.Event()
+
+    def connect() -> None:
+        with suppress(OSError):
+            create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), seconds).close()
+            found.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found.is_set()

@@ -18,10 +18,11 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.parametrize("architecture", gguf_files.ARCHITECTURES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_converted_model_computes_what_the_original_does(tmp_path, tied):
-    lm = tiny_gguf.model(tied=tied)
-    folder = files.resolve(f"gguf:{tiny_gguf.write(tmp_path / 'model.gguf', lm)}")
+def test_a_converted_model_computes_what_the_original_does(tmp_path, tied, architecture):
+    lm = tiny_gguf.model(tied=tied, architecture=architecture)
+    folder = files.resolve(f"gguf:{tiny_gguf.write(tmp_path / 'model.gguf', lm, architecture=architecture)}")
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
@@ -88,6 +89,9 @@ BAD = {
     "`make smollm2` fetches it": lambda folder: folder / "SmolLM2-135M-Instruct.Q4_1.gguf",
     "of the architecture mamba; must be one of llama": lambda folder: tiny_gguf.write(
         folder / "model.gguf", tiny_gguf.model(), architecture="mamba"
+    ),
+    "lacks the weight model.layers.1.mlp.up_proj.weight": lambda folder: tiny_gguf.write(
+        folder / "model.gguf", tiny_gguf.model(), without="blk.1.ffn_up.weight"
     ),
     "truncated or not GGUF": lambda folder: damaged(tiny_gguf.write(folder / "model.gguf", tiny_gguf.model())),
 }

@@ -65,6 +65,18 @@ def test_a_cut_vocabulary_reads_its_texts_as_before_and_its_logits_are_the_model
     assert lm.config.eos_token_id == tokenizer.token_to_id("<|im_end|>")
 
 
+def test_shards_in_half_precision_are_joined_and_grow_in_their_dtype(tmp_path):
+    before = tiny_gguf.model(tied=False).bfloat16()
+    before.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    tiny_gguf.tokenizer().save(str(tmp_path / "shards" / "tokenizer.json"))
+    lm, _ = fitted(tmp_path / "shards", tmp_path / "new", tokens=files.LATENT_TOKENS)
+    size, rows = before.config.vocab_size, lm.get_output_embeddings().weight
+    assert torch.equal(rows[:size], before.get_output_embeddings().weight.float())
+    mean = before.get_output_embeddings().weight.float().mean(0).bfloat16().float()
+    assert torch.equal(rows[size:], mean.expand(3, -1))
+
+
 def test_the_parts_that_a_kept_token_is_merged_of_are_kept(source):
     cut = cut_to(files.load_tokenizer(source(True)), ["the"], "init_vocabulary")
     assert "he" in cut.get_vocab()

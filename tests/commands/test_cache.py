@@ -11,8 +11,10 @@ import tiny
 from refusal import check
 
 from latent_tts.commands.cache import size, to_prune
+from latent_tts.pipeline.drawing import Drawer
 from latent_tts.results import report
 from latent_tts.results.cache import CacheEntry, cache_entries
+from latent_tts.results.files import file_digest
 
 
 def drawn_now(result) -> int:
@@ -33,14 +35,25 @@ def spoil(folder) -> None:
         wrong = table.to_pandas().assign(answer_logprob=-99.0)
         stem = path.stem.rpartition("-")[0]
         pq.write_table(type(table).from_pandas(wrong, schema=table.schema), path)
-        from latent_tts.results.files import file_digest
-
         path.rename(path.with_name(f"{stem}-{file_digest(path)}.parquet"))
 
 
 def logprobs(result) -> list:
     assert result.code == 0, result.err
     return pd.read_parquet(result.last.parent / "rollouts.parquet")["answer_logprob"].tolist()
+
+
+@pytest.mark.parametrize("columns", [[], ["row_key", "rollout"]])
+def test_a_part_without_its_columns_is_set_aside_and_drawn_again(run, tmp_path, columns):
+    true = logprobs(run())
+    (path,) = (tmp_path / "cache").glob("*/*.parquet")
+    pq.write_table(pq.read_table(path).select(columns), path)
+    named = path.with_name(f"{path.stem.rpartition('-')[0]}-{file_digest(path)}.parquet")
+    path.rename(named)
+    again = run()
+    assert (logprobs(again), drawn_now(again)) == (true, 24)
+    assert f"{named} is damaged: it is now {named.name}.damaged" in again.err
+    assert again.err.count("is damaged") == 1
 
 
 def test_refresh_draws_again_and_replaces_what_is_there_and_nothing_else(run, checkpoint, tmp_path):
@@ -98,6 +111,33 @@ def test_a_damaged_part_is_drawn_and_a_damaged_score_made_again_in_the_same_run(
     assert len(list((tmp_path / "cache").rglob("*.damaged"))) == 1
 
 
+def test_a_disk_that_is_full_ends_the_run_and_names_it(run, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("latent_tts.results.parts.pq.write_table", full)
+    result = run()
+    assert result.code == 1
+    assert "no space left on the disk\nfinished work is kept" in result.err
+
+
+def test_ctrl_c_keeps_every_batch_that_was_drawn(run, monkeypatch):
+    drawn, draw = [], Drawer.draw
+
+    def interrupted(self, batch, **options):
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        drawn.append(batch)
+        return draw(self, batch, **options)
+
+    monkeypatch.setattr(Drawer, "draw", interrupted)
+    assert run("engine.rows=4").code == 130
+    monkeypatch.undo()
+    again = run("engine.rows=4")
+    assert drawn_now(again) == 12
+    assert logprobs(again) == pytest.approx(logprobs(run("paths.cache=whole")), abs=1e-5)
+
+
 @pytest.mark.parametrize("value", ["maybe", "true", "null"])
 def test_another_mode_is_refused(run, value):
     check(run(f"cache={value}"), "cache")
@@ -150,8 +190,8 @@ def test_what_was_used_longest_ago_goes_first():
 def test_what_cannot_be_pruned_so_is_said(ltts):
     check(ltts("cache", "prune"), "older_than=30d, max_size=20GB or stale=true")
     check(ltts("cache", "older_than=30d"), "ltts cache prune")
-    check(ltts("cache", "forget"), "action=forget: list or prune")
-    check(ltts("cache", "prune", "older_than=month"), "older_than=month: an age")
+    check(ltts("cache", "forget"), "action=forget: must be list or prune")
+    check(ltts("cache", "prune", "older_than=month"), "older_than=month: must be an age")
     check(ltts("cache", "prune", "max_size=1e9"), "max_size=")
     nothing = ltts("cache", "paths.cache=nowhere")
     assert (nothing.code, "0 entries" in nothing.out) == (0, True)

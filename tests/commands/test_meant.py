@@ -49,6 +49,10 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("run -n 4", ["did you mean n=4?"]),
         ("run --seed=3", ["did you mean seed=3?"]),
         ("run gausian", ["did you mean sampler=gaussian?"]),
+        ("run sampler gaussian", ["did you mean sampler=NAME?"]),
+        ("run limit=5", ["limit: no such key; did you mean task.limit?"]),
+        ("run temperature=1", ["did you mean answer.temperature?"]),
+        ("annotate dtype=fp16", ["did you mean engine.dtype?"]),
         ("run sampler=gausian", ["did you mean gaussian?"]),
         ("run task.path=x", ["task.path: no such key", "task=jsonl"]),
         ("rum", ["did you mean run?"]),
@@ -57,16 +61,27 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("run aggregator=[]", ["aggregator: needs a value"]),
         ("run n=null", ["n: needs a value"]),
         ("run model.recommended=null", ["model.recommended: must be a mapping with rate"]),
-        ("run model.trained_latents=3", ["model.trained_latents=3: a mapping"]),
-        ("train-rm seed=-1", ["seed=-1: 0 or more"]),
+        ("run model.trained_latents=3", ["model.trained_latents=3: must be a mapping"]),
+        ("train-rm seed=-1", ["seed=-1: must be 0 or more"]),
         ("run =3", ["=3: not of the form key=value"]),
         ("collect ~nosuchuser/x", ["no home folder"]),
+        ("run --cfg jobs", ["--cfg jobs: must be one of job, hydra, all"]),
+        ("run --cfg", ["--cfg: needs one of job, hydra, all"]),
+        ("run -cn nosuch", ["--config-name nosuch: no such config"]),
+        ("run keep_latents=maybe", ["keep_latents=maybe: must be true or false"]),
+        ("run paths.cache=", ["paths.cache=: must be a folder"]),
+        ("tune dtypes=fp32", ["dtypes: must be a list, as in dtypes=[A,B]"]),
+        ("run seed=-1", ["seed=-1: must be 0 or more"]),
     ],
 )
 def test_a_line_of_which_the_meaning_can_be_told(ltts, line, words):
     result = ltts(*line.split())
     check(result, *words)
     assert "Error executing job" not in result.err
+
+
+def test_spaces_around_the_equals_sign(ltts):
+    check(ltts("run", "n = 4"), "did you mean n=4?")
 
 
 @pytest.mark.parametrize("value", ["~/a b.jsonl", "ä.jsonl", "a[1].jsonl", "a (b),c.jsonl", "it's.jsonl", "{x}.jsonl"])
@@ -107,13 +122,13 @@ def test_a_sweeps_errors_name_their_job_and_stand_in_its_log(run, monkeypatch):
     monkeypatch.setattr("latent_tts.commands.run.draw_rollouts", fail)
     result = run("n=0,1", "seed=7", "-m")
     assert result.code == 2
-    assert "ltts: error: job n=0: n=0: a number" in result.err
+    assert "ltts: error: job n=0: n=0: must be a number" in result.err
     assert "ltts: error: job n=1: the disk burns" in result.err
     logs = {path.parent.name: path.read_text() for path in Path("multirun").rglob("run.log")}
     (sweep,) = Path("multirun/run").iterdir()
     assert logs.keys() == {sweep.name, "1"}
     assert "the disk burns" in logs["1"]
-    assert "job n=0: n=0: a number of rollouts" in logs[sweep.name]
+    assert "job n=0: n=0: must be a number of rollouts" in logs[sweep.name]
     assert "job n=1: the disk burns" in logs[sweep.name]
     single = run("seed=8")
     assert single.code == 1

@@ -19,6 +19,9 @@ BUILDING = [option for option in OPTIONS if "_target_" in OmegaConf.load(CONF.jo
 def load(group: str, option: str) -> DictConfig:
     loaded = OmegaConf.load(CONF / group / f"{option}.yaml")
     assert isinstance(loaded, DictConfig)
+    for entry in loaded.pop("defaults", []):  # options of a group within the group
+        for key in entry if OmegaConf.is_dict(entry) else ():
+            loaded[key] = load(f"{group}/{key}", entry[key])
     return loaded
 
 

@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -5,8 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+from latent_tts.checkpoint.files import check_shapes, check_sizes, sizes
 from latent_tts.engine.cost import BatchCost, Rates, RolloutCost, Shape, Work
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.random.draw import Draw
@@ -17,6 +28,23 @@ from latent_tts.types import Reasoner
 LENGTH, VOCABULARY = 12, 50
 SHAPE = Shape(layers=3, width=8, vocabulary=40, attention=8, keys=4, block_weights=500)
 lengths = st.integers(0, 200)
+OTHER_SIZES = {
+    "opt": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "word_embed_proj_dim": 32,
+    },
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "gpt_neox": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
+    "qwen3_moe": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    },
+    "granitemoe": {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
 
 
 def gpt2(**changes):
@@ -61,6 +89,25 @@ def test_a_prefill_costs_what_is_counted_less_the_masked_half(lm):
     masked = shape.layers * 4 * shape.attention * LENGTH * (LENGTH - 1) / 2  # eager attention computes it nevertheless
     assert shape.prompt_flops(LENGTH) == blocks - masked
     assert head == 2 * LENGTH * shape.width * shape.vocabulary
+
+
+@pytest.mark.parametrize("kind", OTHER_SIZES)
+def test_blocks_of_other_families_have_the_weights_that_a_token_goes_through(kind):
+    config = CONFIG_MAPPING[kind](**OTHER_SIZES[kind], vocab_size=VOCABULARY)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config)
+    shapes = {name: list(tensor.shape) for name, tensor in lm.state_dict().items()}
+    written = json.loads(config.to_json_string())
+    check_sizes(written, Path("model"))
+    check_shapes(written, shapes, Path("model"))
+    shape = Shape.from_config(sizes(written, shapes))
+    assert (shape.layers, shape.width, shape.attention) == (2, 32, 32)
+    active = 0.0
+    for name, tensor in lm.state_dict().items():
+        if tensor.ndim > 1 and "embed" not in name and ".wte" not in name and "lm_head" not in name:
+            is_expert = "experts." in name or tensor.ndim == 3
+            active += tensor.numel() * (0.5 if is_expert else 1.0)
+    assert shape.layers * shape.block_weights == active
 
 
 @pytest.mark.parametrize("lm", MODELS)

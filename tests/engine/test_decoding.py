@@ -43,7 +43,7 @@ def test_a_bad_top_p_is_named(top_p):
 
 
 def test_top_p_without_sampling_is_named():
-    with pytest.raises(UsageError, match=r"\Aanswer\.top_p=0\.9: 1 with answer\.temperature=0"):
+    with pytest.raises(UsageError, match=r"\Aanswer\.top_p=0\.9: must be 1 with answer\.temperature=0"):
         AnswerSampling(0, 0.9)
 
 

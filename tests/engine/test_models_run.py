@@ -82,6 +82,8 @@ def test_a_run_says_once_how_it_is_computed_and_keeps_that(ltts, other, tmp_path
         ({"model_type": "mamba2"}, ["model.checkpoint=", "mamba2", "running state", "rewound"]),
         ({"model_type": "qwen3_next", "layer_types": ["linear_attention"]}, ["running state (linear_attention)"]),
         ({"is_encoder_decoder": True}, ["model.checkpoint=", "has an encoder"]),
+        ({"model_type": "roberta"}, ["in a roberta model tokens attend to those after them"]),
+        ({"model_type": "openai-gpt"}, ["a openai-gpt model keeps no keys and values"]),
         (
             {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 20}},
             ["beyond 20 tokens", "longrope", "depend on the batch"],

@@ -152,7 +152,7 @@ def test_every_word_of_problems_is_in_words(splits):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "dev"}, r"^task\.split=dev: one of train, valid, test, hard"),
+        ({"split": "dev"}, r"^task\.split=dev: must be one of train, valid, test, hard"),
         ({"split": None}, r"^task\.split=null: "),
         ({"limit": 0}, r"^task\.limit=0: must be a positive number"),
         ({"limit": 2.5}, r"^task\.limit=2\.5: "),
@@ -242,9 +242,10 @@ def test_tolerance_decides_equality(write):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"question": "a"}, "has no answer"),
+        ({"question": "a"}, "has no answer, the rows before it have one"),
         ({"question": "a", "answer": None}, "has no answer"),
         ({"question": "a", "answer": " "}, "has no answer"),
+        ({"question": "a", "answer": True}, "answer must be a text or a number"),
         ({"answer": 1}, "has no question"),
         ({"question": "", "answer": 1}, "has no question"),
         ('{"question": "a", "answer": 1', "is not JSON"),

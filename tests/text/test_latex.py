@@ -11,6 +11,11 @@ from latent_tts.text.latex import EXPRESSIONS, canonical_latex, equal_latex
 SAME = [
     [r"\frac{1}{2}", r"\frac12", r"\dfrac 12", "0.5", ".50", "1/2", r"\boxed{\frac{1}{2}}", r"$\frac12$."],
     [r"\frac{1}{4}", r"\(0.25\)", "25/100", r"\left(\frac12\right)^2"],
+    [r"\frac{1}{3}", r"0.\overline{3}", r".\overline{3}", "1/3"],
+    [r"\frac{13}{6}", r"2.1\overline{6}", r"2\frac{1}{6}"],
+    [r"\text{monday}", "Monday", "monday.", r"\text{Monday}"],
+    [r"\text{yes}", "Yes", r"\text{yes}."],
+    ["3", r"\log_2 8", r"\log_{2} 8"],
     ["18", "9+9=18", "18.", "18.00", "+18", "1.8e1", r"1.8\times 10^1", "18%", r"18\%", r"18^\circ", r"18\text{ cm}",
      r"\text{18}", r"\mathbf{18}", "18 apples", "18 dollars.", "\u20ac18", "018", r"\boxed{18}", r"\(18\)", "**18**"],
     ["36", "$36", r"\$36", r"\$36.00"],
@@ -54,7 +59,8 @@ def test_math_verify_decides_equality_where_forms_differ(prediction, gold):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "gold"), [("2", "3"), (r"\frac12", r"\frac13"), ("x+1", "x-1"), ("(1,2)", "(2,1)"), ("0.34", "1/3")]
+    ("prediction", "gold"),
+    [("2", "3"), (r"\frac12", r"\frac13"), ("x+1", "x-1"), ("(1,2)", "(2,1)"), ("0.34", "1/3"), ("no", r"\text{yes}")],
 )
 def test_other_values_are_not_equal(prediction, gold):
     assert not equal_latex(canonical_latex(prediction), canonical_latex(gold))

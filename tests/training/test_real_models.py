@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny_gguf
+import torch
 from refusal import check
 from safetensors.torch import load_file
 
@@ -96,6 +97,15 @@ def test_a_stopped_adapter_run_resumes_bit_for_bit_with_small_states(train, plac
     assert all(again[name].equal(whole[name]) for name in whole)
 
 
+def test_convert_joins_an_adapter_with_its_base(train, ltts, place):
+    adapter = train(*LORA, updates=2).last
+    done = ltts("convert", adapter, "joined")
+    assert done.code == 0, done.err
+    assert not (place / "joined" / files.ADAPTER).exists()
+    assert draw(ltts, "coconut", "joined").code == 0
+    check(ltts("convert", adapter, "again", "latents=3"), "latents=3", "must be null", "latent_tts.json")
+
+
 def test_an_adapter_of_a_cut_vocabulary_is_joined_with_the_whole_base(train, ltts, place):
     done = train(*LORA, "init_vocabulary=used")
     assert done.code == 0, done.err
@@ -117,6 +127,8 @@ BAD = [
     (["lora.rank=0"], ["lora.rank=0", "positive integer"]),
     (["lora.rank=4", "lora.targets=[nosuch]"], ["lora.targets=", "nosuch"]),
     (["lora.rank=4", "lora.dropout=1"], ["lora.dropout=1", "[0, 1)"]),
+    (["validation.every=0"], ["validation.every=0", "1 or more"]),
+    (["validation.dtype=int8"], ["validation.dtype=int8", "must be float32"]),
     (["init_vocabulary=some"], ["init_vocabulary=some", "all or used"]),
     (["recipe.new_tokens=nosuch"], ["recipe.new_tokens=nosuch", "mean, or a token"]),
     (["model.checkpoint=x"], ["model.checkpoint=x", "init="]),
@@ -133,6 +145,33 @@ def test_what_cannot_be_trained_is_refused(train, more, words, monkeypatch, plac
     monkeypatch.setenv("LTTS_DATA", str(place / "data"))
     check(train(*more), *words)
     assert not (place / "out" / "checkpoint").exists()
+
+
+def test_the_engine_validates_the_joined_weights_and_the_best_become_the_checkpoint(train, ltts, place, monkeypatch):
+    from latent_tts.training.reasoner.validation import Validation
+
+    measure, seen = Validation.measure, []
+
+    def scored(self, lm, *rest):
+        figures = measure(self, lm, *rest)
+        assert not any("lora" in name for name, _ in lm.named_parameters())
+        assert lm.dtype == torch.bfloat16
+        seen.append((rest[2].latents, figures))
+        best = {"eval_greedy_accuracy": 1.0 if len(seen) == 4 else 0.0, "eval_coverage_at_3": 0.0}
+        return figures | best
+
+    monkeypatch.setattr(Validation, "measure", scored)
+    whole = train(*LORA, "validation.every=1", "validation.rollouts=3", "validation.max_answer_tokens=4", updates=5)
+    assert whole.code == 0, whole.err
+    assert [latents for latents, _ in seen] == [0, 1, 2, 2, 2]
+    record = json.loads((place / "out" / "states" / "best" / "best.json").read_text())
+    assert record["update"] == 4
+    best = load_file(place / "out" / "states" / "best" / "model.safetensors")
+    written = load_file(whole.last / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.lora_B"
+    assert written[f"base_model.model.{name}.weight"].equal(best[f"lm.{name}.default.weight"].bfloat16())
+    state = json.loads((last_state(place / "out" / "states") / "trainer_state.json").read_text())
+    assert any("eval_coverage_at_3" in entry for entry in state["log_history"])
 
 
 def test_a_stream_has_no_vocabulary_of_its_own(ltts, place):

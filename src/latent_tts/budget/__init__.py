@@ -1,15 +1,306 @@
-"""The numbers of rollouts n at which metrics are reported; one option of the group `budget` per module."""
+"""How many rollouts the questions of a run get, and at which numbers metrics are reported; one option per module.
+
+`fixed` and `ladder` give every question n rollouts. `adaptive` and `shared` look at what a question has so far (its
+`Tally`) and decide how many more it gets: `next` is asked again until nobody gets any.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latent_tts.text.classes import shared_forms
+from latent_tts.types import Float64, Int64
+
+TIE = 1e-12  # relative; as in `results.statistics`: sums of equal weights differ by less, whatever their order
+NOT_CERTIFIED = "not certified"
+
+
+@dataclass(frozen=True)
+class Votes:
+    """The votes of a question after each of its rollouts; K classes of answers, which may differ from row to row.
+
+    Attributes:
+        weight_NK: summed weights of each class; 0 where it has no vote.
+        first_NK: number of the rollout that voted for it first; N where none has.
+    """
+
+    weight_NK: Float64
+    first_NK: Int64
+
+    @cached_property
+    def leader_N(self) -> Int64:
+        """The class that a vote elects: the largest weight; of tied ones, the one that was voted for first."""
+        best_NK = self.weight_NK >= self.weight_NK.max(1, keepdims=True) * (1 - TIE)
+        return np.where(best_NK, self.first_NK, self.first_NK.max() + 1).argmin(1)
+
+    @cached_property
+    def lead_N(self) -> Float64:
+        """The weight of the leader."""
+        return np.take_along_axis(self.weight_NK, self.leader_N[:, None], 1)[:, 0]
+
+    @cached_property
+    def second_N(self) -> Float64:
+        """The largest weight of a rival of the leader; 0 where there is none."""
+        rivals_NK = self.weight_NK.copy()
+        np.put_along_axis(rivals_NK, self.leader_N[:, None], 0.0, 1)
+        return rivals_NK.max(1)
+
+    @property
+    def total_N(self) -> Float64:
+        """The weight of all votes."""
+        return self.weight_NK.sum(1)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a question has after some of its rollouts. Nothing in it says which answer is right.
+
+    Attributes:
+        n: the most rollouts that it may get.
+        answers: the canonical answers in the order of rollouts; None for unreadable ones, which do not vote.
+        log_weight_N: logarithms of the weights of the votes: 0 for a vote by majority. NaN for none.
+        max_log_weight: the largest that a rollout can have; None where it is not known.
+        logprob_N: summed log-probability of each answer.
+        score_N: score of each rollout; NaN where it has none.
+        equal: whether two answers are one vote; None where only equal strings are. Equality by value is not transitive,
+            so that a late string can form the classes anew.
+        prompt_gflop: what the question costs once.
+        gflop_N: what each rollout costs.
+    """
+
+    n: int
+    answers: Sequence[str | None]
+    log_weight_N: Float64
+    logprob_N: Float64
+    score_N: Float64
+    max_log_weight: float | None = 0.0
+    equal: Callable[[str, str], bool] | None = None
+    prompt_gflop: float = 0.0
+    gflop_N: Float64 = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def drawn(self) -> int:
+        """The number of rollouts so far."""
+        return len(self.answers)
+
+    @cached_property
+    def weight_N(self) -> Float64:
+        """The weights of the votes, relative to the largest possible (or, if that is not known, the largest so far)."""
+        readable_N = np.array([answer is not None for answer in self.answers], dtype=bool)
+        votes_N = readable_N & np.isfinite(self.log_weight_N)
+        most = self.max_log_weight
+        if most is None:
+            most = float(self.log_weight_N[votes_N].max(initial=0.0)) if votes_N.any() else 0.0
+        return np.exp(np.where(votes_N, self.log_weight_N - most, -np.inf))
+
+    @cached_property
+    def string_votes(self) -> Votes:
+        """The votes where every string is a class of its own."""
+        code_N, voting_N = _codes(self.answers), self.weight_N > 0
+        first_K = np.full(int(code_N.max(initial=0)) + 1, self.drawn)
+        np.minimum.at(first_K, code_N[voting_N], np.flatnonzero(voting_N))
+        since_NK = np.arange(self.drawn)[:, None] >= first_K
+        return Votes(_sums(code_N, self.weight_N), np.where(since_NK, first_K, self.drawn))
+
+    @cached_property
+    def votes(self) -> Votes:
+        """The votes by class, after each rollout as they are formed of the answers until then."""
+        if self.equal is None:
+            return self.string_votes
+        weight_NK = self.sums(self.weight_N)
+        first_NK = np.full(weight_NK.shape, self.drawn)
+        for place, code_N in enumerate(self._classes):
+            voting_N = self.weight_N[: place + 1] > 0
+            np.minimum.at(first_NK[place], code_N[voting_N], np.flatnonzero(voting_N))
+        return Votes(weight_NK, first_NK)
+
+    def sums(self, value_N: NDArray[Any]) -> Float64:
+        """Sums (N, K) of a value of each rollout over the classes of `votes`, after each rollout."""
+        if self.equal is None:
+            return _sums(_codes(self.answers), value_N)
+        sum_NK = np.zeros((self.drawn, max(1, len(set(self.answers) - {None}))))
+        for place, code_N in enumerate(self._classes):
+            read_N = code_N >= 0
+            sum_NK[place] = np.bincount(code_N[read_N], value_N[: place + 1][read_N], sum_NK.shape[1])
+        return sum_NK
+
+    @cached_property
+    def _classes(self) -> list[Int64]:
+        """After each rollout the classes of the answers until then; -1 for unreadable ones."""
+        assert self.equal is not None
+        classes: list[Int64] = []
+        known: set[str | None] = {None}
+        form_of: dict[str | None, str | None] = {None: None}
+        for place, answer in enumerate(self.answers):
+            if answer not in known:
+                known.add(answer)
+                distinct = list(known)
+                form_of = dict(zip(distinct, shared_forms(distinct, self.equal), strict=True))
+            classes.append(_codes([form_of[each] for each in self.answers[: place + 1]]))
+        return classes
+
+    def until(self, count: int) -> Tally:
+        """The same after its first rollouts only."""
+        return Tally(
+            self.n, self.answers[:count], self.log_weight_N[:count], self.logprob_N[:count], self.score_N[:count],
+            self.max_log_weight, self.equal, self.prompt_gflop, self.gflop_N[:count],
+        )  # fmt: skip
+
+
+def _codes(answers: Sequence[str | None]) -> Int64:
+    """Answers numbered from 0 in the order of their first occurrence; -1 for None."""
+    numbers: dict[str | None, int] = {}
+    return np.array(
+        [-1 if answer is None else numbers.setdefault(answer, len(numbers)) for answer in answers], dtype=np.int64
+    )
+
+
+def _sums(code_N: Int64, value_N: NDArray[Any]) -> Float64:
+    added_NK = np.zeros((len(code_N), int(code_N.max(initial=0)) + 1))
+    readable_N = np.flatnonzero(code_N >= 0)
+    added_NK[readable_N, code_N[readable_N]] = value_N[readable_N]
+    return added_NK.cumsum(0)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where a question needs no more rollouts.
+
+    Attributes:
+        used: rollouts that its answer is of; those drawn beyond are not used.
+        why: the rule that said so, `n` (it has all), or `total` (the budget is spent).
+        certificate: what is known of the answer's error, for rules that say so.
+    """
+
+    used: int
+    why: str
+    certificate: str = ""
+
+
+class Rule(Protocol):
+    """When a question has enough rollouts; an option of the group `budget/rule`.
+
+    Attributes:
+        name: as shown in tables.
+        needs_score: whether it reads scores.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether it reads scores."""
+        ...
+
+    @property
+    def aggregator(self) -> str:
+        """Name of the aggregator whose pick it stops for."""
+        ...
+
+    def check(self, answer_rule: str) -> None:
+        """Check that it can be applied to answers of a kind (`decimal`, `latex` or `words`).
+
+        Raises:
+            UsageError: it cannot.
+        """
+        ...
+
+    def stop(self, tally: Tally) -> Stop | None:
+        """The first rollout after which there are enough; None if there are not.
+
+        What it says of the first rollouts depends on nothing that comes after them.
+        """
+        ...
+
+    def at_cap(self) -> str:
+        """The certificate of a question that reached n."""
+        ...
 
 
 class Budget(Protocol):
-    """The numbers of rollouts per question at which metrics are reported."""
+    """How many rollouts the questions of a run get.
+
+    Attributes:
+        name: of the option.
+        adaptive: whether that depends on the rollouts, so that questions have unequally many.
+    """
 
     name: ClassVar[str]
+    adaptive: ClassVar[bool]
 
     def reported(self, n: int) -> list[int]:
         """The numbers of rollouts with rows in the metrics table: ascending, in [1, n], the last is n."""
         ...
+
+
+class AdaptiveBudget(Budget, Protocol):
+    """A budget that looks at what questions have so far."""
+
+    @property
+    def label(self) -> str:
+        """Its name in tables, with the settings that tell it from others of its kind."""
+        ...
+
+    @property
+    def aggregator(self) -> str:
+        """Name of the aggregator that the run reports."""
+        ...
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether it reads scores."""
+        ...
+
+    def check(self, questions: int, n: int, answer_rule: str) -> None:
+        """Check that it can be applied to a run.
+
+        Args:
+            questions: how many there are.
+            n: the most rollouts of each.
+            answer_rule: `decimal`, `latex` or `words`.
+
+        Raises:
+            UsageError: it cannot.
+        """
+        ...
+
+    def next(self, tallies: Sequence[Tally]) -> Int64:
+        """How many more rollouts each question gets (Q,); all 0: they have enough."""
+        ...
+
+    def stops(self, tallies: Sequence[Tally]) -> list[Stop]:
+        """Where each question ended, when all have enough."""
+        ...
+
+
+def is_adaptive(budget: Budget) -> TypeGuard[AdaptiveBudget]:
+    """Whether a budget looks at what questions have so far."""
+    return budget.adaptive
+
+
+def play(
+    budget: AdaptiveBudget, questions: int, tallies_after: Callable[[Int64], list[Tally]]
+) -> tuple[list[Tally], list[Stop]]:
+    """Rounds of rollouts until no question gets any more.
+
+    Args:
+        budget: who gets how many.
+        questions: Q.
+        tallies_after: what each question has after so many of its rollouts (Q,), drawn now or drawn before.
+
+    Returns:
+        What each question has at the end, and where it ended.
+    """
+    drawn_Q = np.zeros(questions, dtype=np.int64)
+    while True:
+        tallies = tallies_after(drawn_Q)
+        more_Q = budget.next(tallies)
+        if not more_Q.any():
+            return tallies, budget.stops(tallies)
+        drawn_Q = drawn_Q + more_Q

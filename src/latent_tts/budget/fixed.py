@@ -11,6 +11,7 @@ class Fixed:
     """Reports at n alone."""
 
     name: ClassVar[str] = "fixed"
+    adaptive: ClassVar[bool] = False
 
     def reported(self, n: int) -> list[int]:
         """Only n."""

@@ -11,6 +11,7 @@ class Ladder:
     """Reports at 1, 2, 4, ..., n: a whole curve from one set of rollouts."""
 
     name: ClassVar[str] = "ladder"
+    adaptive: ClassVar[bool] = False
 
     def reported(self, n: int) -> list[int]:
         """1, 2, 4, ..., n."""

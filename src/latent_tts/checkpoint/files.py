@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import gguf
-from latent_tts.errors import UsageError, bad_value, is_whole
+from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,6 +68,7 @@ BIDIRECTIONAL = (
     *("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "data2vec", "megatron-bert", "rembert"),
     *("roformer", "big_bird", "roc_bert", "xmod", "mobilebert"),
 )
+WITHOUT_CACHE = ("openai-gpt", "xlnet", "xlm", "flaubert")  # in transformers
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight")
@@ -126,7 +127,8 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
     from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
 
     try:
-        return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=WANTED_FILES))
+        with hub_clients():
+            return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=WANTED_FILES))
     except Exception as error:  # the hub client raises many kinds of errors; all mean that the download failed
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
@@ -223,6 +225,8 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
         raise bad_value(key, folder, f"in a {kind} model tokens attend to those after them; {why}")
     layers = config.get("layer_types") or []
     other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
+    if kind in WITHOUT_CACHE:
+        raise bad_value(key, folder, f"a {kind} model keeps no keys and values of earlier tokens; {why}")
     if other or kind.startswith(RECURRENT):
         state = f" ({', '.join(other)})" if other else ""
         raise bad_value(

@@ -23,7 +23,7 @@ from latent_tts.errors import UsageError, bad_value
 log = logging.getLogger(__name__)
 PREFIX = "gguf:"
 VERSION = 1  # of what conversion writes; part of the folder's name
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # decoders that transformers reads and the engine runs
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # decoders that transformers reads and the engine runs
 # Files that a command of this project fetches
 FETCHED = {"SmolLM2-135M-Instruct.Q4_1.gguf": "make smollm2"}
 # How llama.cpp splits texts before merging: what it names, and whether each digit stands alone. transformers reads
@@ -129,11 +129,16 @@ def convert(file: Path, folder: Path, key: str) -> None:
     where, name = str(file.resolve().parent), file.name
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that `disable_progress_bar` does not reach
-            lm: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where, gguf_file=name, dtype=torch.float32, output_loading_info=True
+            )
             tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=name)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise bad_value(key, f"{PREFIX}{file}", f"transformers cannot read it: {reason}") from error
+    lm, info = loaded
+    if info["missing_keys"]:
+        raise bad_value(key, f"{PREFIX}{file}", f"lacks the weight {min(info['missing_keys'])}")
     del lm.config.quantization_config  # the weights are plain now, and with a record `save_pretrained` refuses
     lm.hf_quantizer = None
     lm.is_quantized = False

@@ -41,15 +41,16 @@ def cut_to(tokenizer: Tokenizer, texts: Iterable[str], key: str) -> Tokenizer:
         UsageError: it is a tokenizer of another kind.
     """
     content = json.loads(tokenizer.to_str())
-    model, alphabet = content["model"], set(ByteLevel.alphabet())
-    vocabulary: dict[str, int] = model.get("vocab", {})
-    if model.get("type") != "BPE" or not alphabet <= set(vocabulary):
+    model = content["model"]
+    if model.get("type") != "BPE" or '"ByteLevel"' not in json.dumps(content["pre_tokenizer"]):
         raise bad_value(key, "used", f"needs a byte-level BPE tokenizer, and this one is {model.get('type')}")
+    vocabulary: dict[str, int] = model["vocab"]
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     parts: dict[str, set[str]] = {}
     for one, other in merges:
         parts.setdefault(one + other, set()).update((one, other))
-    kept = alphabet | {token["content"] for token in content["added_tokens"]}
+    kept = set(ByteLevel.alphabet()) & set(vocabulary)  # some tokenizers lack bytes that are in no text
+    kept |= {token["content"] for token in content["added_tokens"]}
     left = [token for text in texts for token in set(tokenizer.encode(text, add_special_tokens=False).tokens) - kept]
     while left:
         token = left.pop()

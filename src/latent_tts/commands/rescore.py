@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.config.build import output_dir
-from latent_tts.config.recorded import aggregator_builder, literal, recorded
+from latent_tts.config.build import compose, in_sweep, output_dir
+from latent_tts.config.recorded import aggregator_builder, recorded_run
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.errors import bad_value, require
 from latent_tts.pipeline import rescoring, sweep
@@ -18,6 +18,7 @@ from latent_tts.pipeline.run_output import clear_run_folder, write_run_folder
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import make_tables
 from latent_tts.results import report
+from latent_tts.results.cache import KEY_JSON
 from latent_tts.results.files import locked_folder
 from latent_tts.results.run_folder import METRICS, write_scores
 from latent_tts.scorer.none import NoScorer
@@ -58,32 +59,27 @@ def main(cfg: DictConfig) -> None:
             folder, spec, rollouts, tables, settings, seconds=seconds, rescored=str(source),
             cache=str(rollouts.cache.folder.resolve()),
         )  # fmt: skip
-    report.print_metrics(tables.metrics)
-    print(folder / METRICS)
+    if not in_sweep():
+        report.print_metrics(tables.metrics)
+        print(folder / METRICS)
 
 
-def finish_sweep(folder: Path, jobs: Mapping[Path, DictConfig]) -> None:
-    """Join the tables of a sweep's jobs (their configs by folder), and print what was written."""
-    sweep.finish(folder, list(jobs), aggregator_builder(*jobs.values()))
+def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence[DictConfig]) -> None:
+    """Join the tables of a sweep's jobs, which ran with these configs, and print what was written."""
+    sweep.finish(folder, jobs, aggregator_builder(*configs))
 
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     """The run's config with this command's scorer, aggregators, device, rows and cache in it."""
     options = ("model", "task", "sampler", "schedule", "search", "budget")
-    merged: Any = OmegaConf.create(literal(record["config"]))
-    for group in options:
-        if group in merged:
-            merged[group] = recorded(group, record["config"][group], cfg)
+    merged = recorded_run(record, options, cfg)
     for key in ("scorer", "aggregator"):
         # unresolved, so that `${model...}` finds the run's model
         merged[key] = OmegaConf.create(OmegaConf.to_container(cfg[key], resolve=False))
-    # a run of before there were answer sampling, forced beginnings, schedules and quantisation says nothing about them
-    merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0, "forced_prefix": ""}, merged.answer)
-    merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
-    merged.engine = OmegaConf.merge({"quantize": None}, merged.engine)
     merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
     # a run without a cache kept its latents, and scores need a folder
-    kept = Path(record["cache"]).parent if "cache" in record else Path(merged.paths.cache).resolve()
+    entry = Path(str(record.get("cache", "")))
+    kept = entry.parent if (entry / KEY_JSON).is_file() else compose("run").paths.cache  # a record names no new folder
     merged.cache, merged.paths.cache = "on", cfg.paths.cache or str(kept)
     return merged
 

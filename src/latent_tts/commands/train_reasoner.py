@@ -70,6 +70,10 @@ def train(cfg: DictConfig) -> None:
         )
     recipe.check(adapter)
     optimization = config.build("optimization", cfg.optimization)
+    validation = config.build("validation", cfg.validation)
+    if adapter.family == "CoLaR":
+        why = "must be null for CoLaR: the engine draws its exact match as it is"
+        require("validation.every", validation.every, validation.every is None, why)
     step_results = getattr(recipe, "step_loss", 0) > 0
     questions = training_questions(task, valid_questions=cfg.valid_questions, seed=cfg.seed, step_results=step_results)
     if cfg.init_vocabulary == "used":
@@ -94,6 +98,7 @@ def train(cfg: DictConfig) -> None:
             questions,
             optimization,
             lora=lora,
+            validation=validation,
             seed=cfg.seed,
             device=cfg.device,
             output=output,

@@ -8,7 +8,7 @@ are compared as text before anything is imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,25 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
     return made
 
 
+def recorded_run(record: Mapping[str, Any], groups: Iterable[str], *given: DictConfig) -> Any:
+    """The config of a run as its `run.json` has it, the options of some groups safe to `build`; the others are text.
+
+    Args:
+        record: the `run.json`.
+        groups: of the options.
+        given: as in `recorded`.
+    """
+    merged: Any = OmegaConf.create(literal(record["config"]))
+    for group in groups:
+        if group in merged:
+            merged[group] = recorded(group, record["config"][group], *given)
+    # a run of before there were answer sampling, forced beginnings, schedules and quantisation says nothing about them
+    merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0, "forced_prefix": ""}, merged.answer)
+    merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
+    merged.engine = OmegaConf.merge({"quantize": None}, merged.engine)
+    return merged
+
+
 def aggregator_builder(*given: DictConfig) -> Callable[[str, Mapping[str, Any]], Aggregator]:
     """What makes an aggregator of its name and its node in a `run.json`; `given` as in `recorded`."""
     return lambda name, node: build(f"aggregator.{name}", recorded("aggregator", node, *given))
@@ -89,7 +108,7 @@ def _targets_of(group: str) -> frozenset[str]:
 
 @cache
 def _own_targets(group: str) -> frozenset[str]:
-    files = sorted((Path(conf_dir()) / group).glob("*.yaml"))
+    files = sorted((Path(conf_dir()) / group).rglob("*.yaml"))
     return frozenset(target for file in files for target in _targets_in(_unresolved(OmegaConf.load(file))))
 
 

@@ -140,6 +140,23 @@ class RescoreConfig:
 
 
 @dataclass
+class ReplayScorerConfig:
+    """What a replay says of the run's scores."""
+
+    range: list[float] | None = MISSING
+
+
+@dataclass
+class ReplayConfig:
+    """Keys of `ltts replay`."""
+
+    run: str = MISSING
+    n: int | None = MISSING
+    scorer: ReplayScorerConfig = MISSING
+    budget: Any = MISSING
+
+
+@dataclass
 class TrainReasonerConfig:
     """Keys of `ltts train-reasoner`."""
 
@@ -151,6 +168,7 @@ class TrainReasonerConfig:
     save_every: int = MISSING
     valid_questions: int = MISSING
     lora: Any = MISSING
+    validation: Any = MISSING
     model: Any = MISSING
     task: Any = MISSING
     recipe: Any = MISSING
@@ -213,6 +231,7 @@ class CompareConfig:
     b_figure: str | None = MISSING
     a_n: int | None = MISSING
     b_n: int | None = MISSING
+    questions: str = MISSING
     output: str | None = MISSING
 
 
@@ -254,6 +273,7 @@ SCHEMAS = {
     "run": RunConfig,
     "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
+    "replay": ReplayConfig,
     "tune": TuneConfig,
     "probe": ProbeConfig,
     "train_reasoner": TrainReasonerConfig,

@@ -24,7 +24,7 @@ SCORING_SEMANTICS = 2  # the same for step scores
 # fields that change no rollout: where files are, what tables call them, what other options take as defaults
 NO_PART = {
     "model": {"name", "checkpoint", "revision", "recommended", "latent_rm", "trained_latents"},
-    "scorer": {"checkpoint", "revision", "reduce", "only_own"},
+    "scorer": {"checkpoint", "revision", "reduce", "range", "only_own"},
 }
 
 

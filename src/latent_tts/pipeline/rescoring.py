@@ -58,6 +58,8 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     """
     if spec.search.survivors is not None:
         raise bad_value("run", source, f"its rollouts are those that its own scorer chose (search={spec.search.name})")
+    if spec.budget.adaptive:
+        raise bad_value("run", source, f"its rollouts are those that budget={spec.budget.name} asked for, one by one")
     if spec.scorer is None:
         raise bad_value(
             "scorer", "auto", "the model's own was trained for other weights; name one, as in scorer.checkpoint=FOLDER"

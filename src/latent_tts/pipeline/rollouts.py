@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
 
+from latent_tts.budget import Tally, is_adaptive, play
 from latent_tts.errors import RunError
 from latent_tts.pipeline.keys import latents_key, rollout_key
+from latent_tts.pipeline.rounds import Outcome, Tallying, with_counts
 from latent_tts.pipeline.scores import Scores, open_scores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, SCORE_FIELDS, RolloutCache, ScoreCache
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import LatentsFile
-from latent_tts.types import COMPUTATIONS, Computation, Float32
+from latent_tts.types import COMPUTATIONS, Computation, Float32, Int64
 
 log = logging.getLogger(__name__)
 KeyOf: TypeAlias = Callable[[RunSpec, Computation], Mapping[str, Any]]
@@ -39,6 +41,7 @@ class RunRollouts:
         cache: where they are kept.
         drawn_now: how many the cache did not have.
         winners: None where all answers were decoded.
+        outcome: where each question ended, if the budget looked at its rollouts.
     """
 
     rows: pd.DataFrame
@@ -47,6 +50,7 @@ class RunRollouts:
     cache: RolloutCache
     drawn_now: int
     winners: Winners | None = None
+    outcome: Outcome | None = None
 
 
 @dataclass
@@ -76,7 +80,35 @@ def draw_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     """
     if spec.decode == "winners":
         return decode_winners(spec, think_rollouts(spec, latents))
+    if is_adaptive(spec.budget):
+        return draw_in_rounds(spec, latents)
     return gather_rollouts(spec, rollout_key, spec.wanted(), latents=latents)
+
+
+def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
+    """The same where the budget looks at the rollouts of a round before it gives another.
+
+    The rollouts of a round are drawn together, whichever question they are of, so that places that are freed go to the
+    others; each question has its first rollouts, so that cache and tables nest with those of every other budget.
+    """
+    assert is_adaptive(spec.budget)
+    tallying, drawn_now, before = Tallying(spec), 0, [0] * len(spec.questions)
+
+    def tallies_after(drawn_Q: Int64) -> list[Tally]:
+        nonlocal drawn_now, before
+        part = replace(spec, counts=drawn_Q.tolist())
+        new = part.wanted(before)
+        if not new.empty:
+            rollouts = gather_rollouts(part, rollout_key, new)
+            tallying.add(rollouts.rows, None if rollouts.scores is None else rollouts.scores.score, before, part.drawn)
+            drawn_now, before = drawn_now + rollouts.drawn_now, part.drawn
+        return tallying.tallies()
+
+    outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
+    ended = replace(with_counts(spec, outcome), refresh=False)
+    rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
+    rollouts.outcome, rollouts.drawn_now = outcome, drawn_now
+    return rollouts
 
 
 def think_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:

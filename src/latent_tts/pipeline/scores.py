@@ -14,6 +14,7 @@ from latent_tts.pipeline.keys import score_key
 from latent_tts.pipeline.spec import RunSpec, scorer_positions
 from latent_tts.results.cache import ScoreCache
 from latent_tts.results.parts import GatheredRows
+from latent_tts.scorer import Scorer
 from latent_tts.types import Float32, Floats
 
 ROWS_AT_ONCE = 1 << 14
@@ -66,7 +67,18 @@ def reduce_scores(
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         scores.score[part] = spec.scorer.score_rollouts(scores.step_scores(part))
+    check_range(spec.scorer, scores.score)
     return scores
+
+
+def check_range(scorer: Scorer, score: Floats) -> None:
+    """Raise RunError for a score beyond `scorer.range`."""
+    if scorer.range is None:
+        return
+    low, high = scorer.range
+    beyond = score[(score < low) | (score > high)]
+    if len(beyond):
+        raise RunError(f"scorer.range=[{low:g},{high:g}]: a rollout has the score {beyond[0]:g}; declare a wider range")
 
 
 def score_positions(spec: RunSpec, rows: pd.DataFrame) -> dict[tuple[str, int], int]:

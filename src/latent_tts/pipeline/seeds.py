@@ -20,7 +20,8 @@ from latent_tts.results.run_folder import (
     write_metrics,
 )
 
-PER_QUESTION = ("accuracy", "coverage", "invalid_rate")  # the metrics that a rollouts table has for each question
+# metrics that a rollouts table has for each question
+PER_QUESTION = ("accuracy", "coverage", "invalid_rate", "agreement")
 
 
 def write_joined(
@@ -77,7 +78,10 @@ def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
 
 
 def _interval(runs: Sequence[CompletedRun], metric: str, aggregator: str, n: int) -> tuple[float, float]:
+    figure = aggregator if metric == "accuracy" else metric
     if metric not in PER_QUESTION or not all(run.all_decoded for run in runs):
         return np.nan, np.nan
-    seeds = pd.concat([run.per_question(aggregator if metric == "accuracy" else metric, n) for run in runs], axis=1)
+    if any(run.budget is not None and figure not in run.figures for run in runs):
+        return np.nan, np.nan
+    seeds = pd.concat([run.per_question(figure, n) for run in runs], axis=1)
     return statistics.interval(seeds.mean(axis=1).to_numpy())

@@ -16,19 +16,23 @@ import pandas as pd
 
 from latent_tts.aggregator import Aggregator
 from latent_tts.aggregator.weighted import Weighted
-from latent_tts.budget import Budget
+from latent_tts.budget import AdaptiveBudget, Budget, is_adaptive
+from latent_tts.budget.adaptive import Adaptive
 from latent_tts.budget.fixed import Fixed
+from latent_tts.budget.rule.confidence import Confidence
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, check_seed, is_whole, require
 from latent_tts.model import ModelAdapter
+from latent_tts.pipeline import calibration
+from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
 from latent_tts.search import Search
-from latent_tts.task import Task
+from latent_tts.task import Task, has_gold
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
@@ -142,6 +146,7 @@ class RunSpec(RunRequest):
         prompts: token ids by question id.
         donors: the question whose latents each question reads, by question id; empty unless the sampler needs them.
         forced_ids: token ids that every answer begins with.
+        counts: rollouts of each question where they are unequally many, in the order of `questions`.
     """
 
     scorer: Scorer | None
@@ -149,6 +154,7 @@ class RunSpec(RunRequest):
     prompts: dict[str, list[int]]
     donors: dict[str, Question]
     forced_ids: list[int]
+    counts: list[int] | None = None
 
     @cached_property
     def shape(self) -> Shape:
@@ -174,6 +180,11 @@ class RunSpec(RunRequest):
         return self.n if self.search.survivors is None else self.search.survivors
 
     @property
+    def drawn(self) -> list[int]:
+        """Rollouts of each question in the tables, in the order of `questions`."""
+        return [self.kept] * len(self.questions) if self.counts is None else self.counts
+
+    @property
     def reported(self) -> list[int]:
         """The n that get rows in the metrics."""
         return self.budget.reported(self.n)
@@ -183,11 +194,18 @@ class RunSpec(RunRequest):
         donor = self.donors.get(question.id)
         return question.id if donor is None else f"{question.id}<{donor.id}"
 
-    def wanted(self) -> pd.DataFrame:
-        """The rollouts of the run (columns `row_key`, `rollout`), in the order of its tables."""
+    def wanted(self, after: Sequence[int] | None = None) -> pd.DataFrame:
+        """The rollouts of the run (columns `row_key`, `rollout`), in the order of its tables.
+
+        Args:
+            after: of each question as many of its first rollouts are left out.
+        """
         keys = np.array([self.row_key(question) for question in self.questions], dtype=object)
-        numbers = np.tile(np.arange(self.kept, dtype=np.int32), len(keys))
-        return pd.DataFrame({"row_key": keys.repeat(self.kept), "rollout": numbers})
+        was_Q = np.zeros(len(keys), dtype=np.int64) if after is None else np.array(after)
+        size_Q = np.array(self.drawn) - was_Q
+        begins_Q = np.concatenate([[0], size_Q.cumsum()[:-1]])
+        numbers = np.arange(size_Q.sum()) + (was_Q - begins_Q).repeat(size_Q)
+        return pd.DataFrame({"row_key": keys.repeat(size_Q), "rollout": numbers.astype(np.int32)})
 
 
 def check_run(request: RunRequest) -> RunSpec:
@@ -205,14 +223,24 @@ def check_run(request: RunRequest) -> RunSpec:
     schedule = settle_schedule(request.schedule, adapter, chosen="schedule" in request.chosen)
     scorer = settle_scorer(request)
     aggregators = settle_aggregators(request, scorer)
-    scorer = None if isinstance(scorer, NoScorer) else scorer
+    budget = settle_budget(request, scorer, aggregators)
+    scorer = None if isinstance(scorer, NoScorer) or (is_adaptive(budget) and not budget.needs_score) else scorer
     check_search(request, schedule, scorer)
     if schedule.verified:
         require("answer.decode", decode, decode == "all", "all: schedule.verify compares every answer")
-    budget = settle_budget(request)
+        why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
+        require("budget", budget.name, not is_adaptive(budget), why)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
+    if not has_gold(questions):
+        name = request.task.name
+        log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
+        require("budget", budget.name, not is_adaptive(budget), "must be fixed or ladder: there are no gold answers")
+        budget = budget if "budget" in request.chosen else Fixed()
+    if is_adaptive(budget):
+        budget.check(len(questions), request.n, request.task.rule.name)
+        budget = calibrated(budget, request, aggregators, questions)
     prompts = encode_prompts(adapter, questions, reserved)
     settled = {
         "schedule": schedule,
@@ -323,7 +351,7 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
         if scored and chosen:
             raise bad_value("aggregator", ",".join(scored), f"needs a scorer ({why})")
         if scorer.reason is not None:
-            log.info("%s, so rollouts get no scores", why)
+            log.info("%s, so rollouts get no scores", why, extra={"once": True})
         aggregators = [aggregator for aggregator in aggregators if not aggregator.needs_score]
     else:
         aggregators = [
@@ -361,18 +389,67 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
 
 
-def settle_budget(request: RunRequest) -> Budget:
+def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
     """The requested budget; where a search keeps few of its rollouts, the default gives way to `fixed`.
 
     Raises:
-        UsageError: the search has no figures at a smaller n, and a budget was chosen that reports them.
+        UsageError: the search has no figures at a smaller n, and a budget was chosen that reports them; or the budget
+            looks at what the run does not have.
     """
     budget, search = request.budget, request.search
     if search.survivors is None:
+        if is_adaptive(budget):
+            check_adaptive(budget, request.decode, scorer, aggregators)
         return budget
     fits = budget.name == "fixed" or "budget" not in request.chosen
     require("budget", budget.name, fits, f"must be fixed: search={search.name} has no figures at a smaller n")
     return Fixed()
+
+
+def check_adaptive(
+    budget: AdaptiveBudget, decode: str, scorer: Scorer | NoScorer, aggregators: Sequence[Aggregator]
+) -> None:
+    """Check that a budget finds in a run what it looks at.
+
+    Raises:
+        UsageError: it does not.
+    """
+    require("answer.decode", decode, decode == "all", f"must be all: budget={budget.name} looks at every answer")
+    if budget.needs_score and isinstance(scorer, NoScorer):
+        why = "scorer=none" if scorer.reason is None else f"scorer=auto: {scorer.reason}"
+        raise bad_value("budget", budget.label, f"needs scores, and there is no scorer ({why})")
+    reported = [aggregator.name for aggregator in aggregators]
+    allowed = f"stops for {budget.aggregator}, which is not reported: aggregator=[{','.join(reported)}]"
+    require("budget", budget.label, budget.aggregator in reported, allowed)
+    if not budget.needs_score:
+        return
+    assert not isinstance(scorer, NoScorer)
+    if scorer.positions == "official":
+        why = "scores a rollout by the answers of all n, so that none has a score before; scorer.positions=correct"
+        raise bad_value("scorer.positions", "official", why)
+    if budget.aggregator == "weighted" and scorer.range is None:
+        raise bad_value(
+            "budget", budget.label, "bounds the weights still to come, and scores have no declared range\n"
+            "scorer.range=[LOW,HIGH] declares one; a score beyond it is an error",
+        )  # fmt: skip
+
+
+def calibrated(
+    budget: AdaptiveBudget, request: RunRequest, aggregators: Sequence[Aggregator], questions: Sequence[Question]
+) -> AdaptiveBudget:
+    """A budget whose rule has been calibrated, where it asks for that; see `calibration.fit`.
+
+    Raises:
+        UsageError: the run that it is to be calibrated on cannot be used.
+    """
+    if not (isinstance(budget, Adaptive) and isinstance(budget.rule, Confidence)):
+        return budget
+    weighted = [each.temperature for each in aggregators if isinstance(each, Weighted)]
+    temperature = weighted[0] if weighted and budget.aggregator == "weighted" else None
+    fitted = calibration.fit(
+        budget.rule, request.adapter.digest, request.config["sampler"], [each.id for each in questions], temperature
+    )
+    return replace(budget, rule=replace(budget.rule, fitted=fitted))
 
 
 def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any], positions: int, longest: int) -> None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from latent_tts.aggregator import Aggregator, Vote
+from latent_tts.budget import is_adaptive
 from latent_tts.engine.cost import Shape
 from latent_tts.pipeline.rollouts import RunRollouts
+from latent_tts.pipeline.rounds import adaptive_figures, budget_table, with_counts
 from latent_tts.pipeline.scores import Scores
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
 from latent_tts.results.files import settings_digest
-from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_figures
+from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_arrays, rollout_figures
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.schedule import DRAFTED
+from latent_tts.task import has_gold
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Float32, Question
 
@@ -29,10 +34,19 @@ MAX_USELESS = 0.95  # share of answers
 
 @dataclass
 class RunTables:
-    """The tables of a run: `rollouts.parquet` (with `cache.MEASURED` beside its columns) and `metrics.csv`."""
+    """The tables of a run.
+
+    Attributes:
+        rollouts: `rollouts.parquet`, a row per rollout, with `cache.MEASURED` beside its columns.
+        answers: `answers.jsonl`, see `answer_lines`.
+        metrics: `metrics.csv`, a row per figure.
+        budget: a row per question where the budget looked at its rollouts: see `rounds.budget_table`.
+    """
 
     rollouts: pd.DataFrame
+    answers: list[dict[str, Any]]
     metrics: pd.DataFrame
+    budget: pd.DataFrame | None = None
 
 
 def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) -> RunTables:
@@ -43,16 +57,27 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         drawn: its rollouts.
         settings: keys that differ from their defaults and have no column of their own.
     """
+    budget = None
+    if drawn.outcome is not None:
+        spec = with_counts(spec, drawn.outcome)
     rollouts = rollout_table(spec, drawn)
     _warn_of_useless_answers(rollouts)
-    figures = all_figures(spec, drawn, rollouts) if drawn.winners is None else winner_figures(spec, drawn, rollouts)
-    return RunTables(rollouts, metric_rows(figures, run_columns(spec, settings)))
+    if drawn.outcome is not None:
+        budget = budget_table(spec, drawn.outcome, rollouts)
+        figures = adaptive_figures(spec, drawn.outcome, rollouts, budget)
+    elif drawn.winners is not None:
+        figures = winner_figures(spec, drawn, rollouts)
+    else:
+        figures = all_figures(spec, drawn, rollouts)
+    metrics = metric_rows(figures, run_columns(spec, settings))
+    used = spec.drawn if drawn.outcome is None else [stop.used for stop in drawn.outcome.stops]
+    return RunTables(rollouts, answer_lines(spec, rollouts, used), metrics, budget)
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     """The rollouts table: cached rows with their scores, and answers read by the model's and the task's rules."""
     adapter, rule, rows = spec.adapter, spec.task.rule, drawn.rows
-    golds = [question.answer for question in spec.questions for _ in range(spec.kept)]
+    golds = [question.answer for question, count in zip(spec.questions, spec.drawn, strict=True) for _ in range(count)]
     # many rollouts give the same answer: each is read once
     texts = _once_per_value(lambda *ids: adapter.answer_text([int(token) for token in ids]), rows["answer_ids"])
     answers = _once_per_value(
@@ -60,19 +85,21 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
         zip(rows["stop_reason"], texts, strict=True),
     )
     right = _once_per_value(
-        lambda answer, gold: answer is not None and rule.is_right(answer, gold), zip(answers, golds, strict=True)
+        lambda answer, gold: None not in (answer, gold) and rule.is_right(answer, gold),
+        zip(answers, golds, strict=True),
     )
     predictions = [  # equal answers of a question get one form, so that they are one vote
         form
-        for start in range(0, len(answers), spec.kept)
-        for form in shared_forms(answers[start : start + spec.kept], rule.equal)
+        for start, end in pairwise([0, *accumulate(spec.drawn)])
+        for form in shared_forms(answers[start:end], rule.equal)
     ]
     table = pd.DataFrame(
         {
-            "question_id": np.array([question.id for question in spec.questions], dtype=object).repeat(spec.kept),
+            "question_index": np.arange(len(spec.questions), dtype="int32").repeat(spec.drawn),
+            "question_id": np.array([question.id for question in spec.questions], dtype=object).repeat(spec.drawn),
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.array(predictions, dtype=object),
-            "correct": right,
+            "correct": right if has_gold(spec.questions) else pd.array([None] * len(rows), dtype="boolean"),
             "score": pd.array([None] * len(rows), dtype="Float32"),
             "answer_logprob": rows["answer_logprob"],
             "answer_margin": rows["answer_margin"],
@@ -88,6 +115,59 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     if drawn.scores is not None:
         _add_scores(table, drawn.scores)
     return table
+
+
+def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> list[dict[str, Any]]:
+    """What each question was answered.
+
+    Args:
+        spec: the run.
+        rollouts: its rollouts table.
+        used: from how many of its rollouts each question's answer is picked: all, unless the budget stopped earlier.
+
+    Returns:
+        For each question `index` (from 0), `id`, `question`, `gold` if it is known, `rollouts` (their number) and
+        `picks`: by aggregator the `answer` (None if it cannot be read, or nothing is picked), the number of the
+        `rollout`, the `share` of the votes or the `score` it was picked by, how many rollouts `agree` with it (None
+        where only picks were decoded), and whether it is `correct` (None without gold).
+    """
+    used_Q = np.array(used)
+    rollouts = rollouts[rollouts["rollout"].to_numpy() < np.repeat(used_Q, spec.drawn)]
+    lines: list[dict[str, Any]] = [
+        {"index": index, "id": question.id, "question": question.text}
+        | ({} if question.answer is None else {"gold": question.answer})
+        | {"rollouts": int(used_Q[index]), "picks": {}}
+        for index, question in enumerate(spec.questions)
+    ]
+    for number in np.unique(used_Q):  # budgets may give unequally many
+        alike = rollouts[np.repeat(used_Q == number, used_Q)]
+        for aggregator in spec.aggregators:
+            picked = _picked(aggregator, alike, int(number), all_decoded=spec.decode == "all")
+            for index, pick in zip(np.flatnonzero(used_Q == number), picked, strict=True):
+                lines[index]["picks"][aggregator.name] = pick
+    return lines
+
+
+def _picked(
+    aggregator: Aggregator, rollouts: pd.DataFrame, drawn: int, *, all_decoded: bool
+) -> Iterator[dict[str, Any]]:
+    """What an aggregator picks for each question, see `answer_lines`."""
+    arrays = rollout_arrays(rollouts, drawn)
+    predictions = rollouts["prediction"].to_numpy(dtype=object).reshape(-1, drawn)
+    reason = "share" if isinstance(aggregator.rule(arrays), Vote) else "score"
+    for question, (pick, support) in enumerate(zip(*statistics.supported_picks(aggregator, arrays), strict=True)):
+        code_N = arrays.prediction_QD[question]
+        code = code_N[pick] if pick >= 0 else -1
+        correct = None
+        if arrays.correct_QD is not None:
+            correct = bool(pick >= 0 and arrays.correct_QD[question, pick])
+        yield {
+            "answer": predictions[question, pick] if code >= 0 else None,
+            "rollout": int(pick) if pick >= 0 else None,
+            reason: None if np.isnan(support) else float(support),
+            "agree": (int((code_N == code).sum()) if code >= 0 else 0) if all_decoded else None,
+            "correct": correct,
+        }
 
 
 def _once_per_value(function: Callable[..., Any], values: Iterable[Iterable[Any]]) -> list[Any]:
@@ -155,12 +235,12 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             scoring = head.prompt_flops(prompt) + head.scoring_flops(prompt, steps_N[:budget]).sum()
             decoding = passes.once(prompt) + passes.rollout(prompt, steps_N[pick], answer - begun)
             gflops_Q.append(float(thinking + scoring + decoding) / 1e9)
-        # a question none of whose rollouts has a score has no pick
-        right = picked["correct"].where(picked["score"].notna(), other=False)
-        values: dict[tuple[str, str], statistics.Floats] = {
-            ("accuracy", "best_of_n"): np.array(right, dtype=np.float64),
-            ("invalid_rate", ""): np.array(picked["prediction"].isna(), dtype=np.float64),
-        }
+        values: dict[tuple[str, str], statistics.Floats] = {}
+        if has_gold(spec.questions):
+            # a question none of whose rollouts has a score has no pick
+            right = picked["correct"].where(picked["score"].notna(), other=False)
+            values["accuracy", "best_of_n"] = np.array(right, dtype=np.float64)
+        values["invalid_rate", ""] = np.array(picked["prediction"].isna(), dtype=np.float64)
         diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
         if budget > 1 and all(value is not None for value in diversity_Q):
             values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)
@@ -225,7 +305,7 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "settings": ",".join(f"{key}={value}" for key, value in sorted(shown.items())),
         "schedule": spec.schedule.name,
         "search": "" if spec.search.survivors is None else spec.search.name,
-        "budget": spec.budget.name,
+        "budget": spec.budget.label if is_adaptive(spec.budget) else spec.budget.name,
         "scorer": "" if scorer is None else scorer.name,
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,

@@ -47,6 +47,11 @@ class Scorer(Protocol):
         """Temperature of the score-weighted vote, as chosen when the scorer was trained; 1 if none was chosen."""
         ...
 
+    @property
+    def range(self) -> Sequence[float] | None:
+        """The lowest and the highest score that a rollout can have; None if that is not known."""
+        ...
+
     def check(self, reasoner: ModelAdapter, sampler: Mapping[str, Any]) -> list[str]:
         """Check every file, reading only the headers of the weights; return warnings.
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from latent_tts.checkpoint.files import SHIPPED_PREFIX
 from latent_tts.scorer.latent_rm import LatentRM, check_settings
 from latent_tts.scorer.none import NoScorer
 
 
-def auto(checkpoint: str | None, latents: int | None, reduce: str | None, positions: str) -> LatentRM | NoScorer:
+def auto(
+    checkpoint: str | None,
+    latents: int | None,
+    reduce: str | None,
+    positions: str,
+    range: Sequence[float] | None = None,
+) -> LatentRM | NoScorer:
     """The built-in scorer of a model.
 
     Args:
@@ -15,14 +23,15 @@ def auto(checkpoint: str | None, latents: int | None, reduce: str | None, positi
         latents: T of the model; if 0 there is nothing to score.
         reduce: of the LatentRM.
         positions: of the LatentRM.
+        range: of the LatentRM.
 
     Raises:
-        UsageError: `reduce` or `positions` is unknown.
+        UsageError: `reduce`, `positions` or `range` is not allowed.
     """
-    check_settings(reduce, positions)
+    check_settings(reduce, positions, range)
     if checkpoint is None or not checkpoint.startswith(SHIPPED_PREFIX):
         hint = "; for the published LatentRM of this model use scorer=latent_rm" if checkpoint else ""
         return NoScorer(f"this model has no built-in LatentRM{hint}")
     if latents == 0:
         return NoScorer("a LatentRM scores latents, and model.latents=0")
-    return LatentRM(checkpoint, reduce, positions, only_own=True)
+    return LatentRM(checkpoint, reduce, positions, range=range, only_own=True)

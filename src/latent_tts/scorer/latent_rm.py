@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latent_tts.checkpoint import files
-from latent_tts.errors import bad_value, is_number
+from latent_tts.errors import bad_value, is_number, require
 from latent_tts.model import ModelAdapter
 from latent_tts.types import Floats, RewardModel
 
@@ -34,8 +34,8 @@ REDUCTIONS = {"sum": np.sum, "mean": np.mean, "last": lambda scores: scores[-1]}
 POSITIONS = ("correct", "official")
 
 
-def check_settings(reduce: str | None, positions: str) -> None:
-    """Check the settings of a LatentRM.
+def check_settings(reduce: str | None, positions: str, bounds: Sequence[float] | None = None) -> None:
+    """Check the settings of a LatentRM: `reduce`, `positions` and `range`.
 
     Raises:
         UsageError: one of them is unknown.
@@ -46,6 +46,10 @@ def check_settings(reduce: str | None, positions: str) -> None:
         )
     if str(positions) not in POSITIONS:
         raise bad_value("scorer.positions", positions, f"must be one of {', '.join(POSITIONS)}")
+    if bounds is None:
+        return
+    ok = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(map(is_number, bounds)) and bounds[0] < bounds[1]
+    require("scorer.range", bounds, ok, "must be two numbers in ascending order, as in scorer.range=[-20,20], or null")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class LatentRM:
             left padding of the official script, by the length of the longest text among the rollouts of the question
             minus that of the row. A score then depends on the answers of all rollouts of the question.
         revision: commit or tag of a hub id.
+        range: lowest and highest score of a rollout; a score beyond it is an error. None if nobody knows.
         only_own: use it only for the reasoner that it was trained for (set by `scorer=auto`).
     """
 
@@ -66,10 +71,11 @@ class LatentRM:
     reduce: str | None
     positions: str
     revision: str | None = None
+    range: Sequence[float] | None = None
     only_own: bool = False
 
     def __post_init__(self) -> None:
-        check_settings(self.reduce, self.positions)
+        check_settings(self.reduce, self.positions, self.range)
         if not isinstance(self.checkpoint, str):
             raise bad_value(
                 KEY, self.checkpoint, "must be a folder, shipped:NAME or a hub id: this model names no LatentRM"
@@ -187,7 +193,7 @@ class LatentRM:
             keys = [key for key in sorted({*trained, *sampler}) if trained.get(key) != sampler.get(key)]
             if keys:
                 there, here = (_sampler_text(which, keys) for which in (trained, sampler))
-                warnings.append(f"{KEY}={self.checkpoint} was trained on rollouts with {there}; this run has {here}")
+                warnings.append(f"{KEY}={self.checkpoint} was trained on {there} and scores {here} here")
         reduce = self.trained.get("reduce")
         if self.reduce is not None and reduce is not None and reduce != self.reduce:
             warnings.append(
@@ -228,10 +234,12 @@ class LatentRM:
 
 
 def _sampler_text(sampler: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Some keys of a sampler's config, as on the command line; a module of the group is named like its option."""
-    values = {key: sampler[key] for key in keys if key in sampler}
-    parts = [f"sampler={str(values.pop('_target_')).split('.')[-2:][0]}"] if "_target_" in values else []
-    return ", ".join(parts + [f"sampler.{key}={value}" for key, value in values.items()]) or "the default"
+    """A sampler in words, by the keys that differ from another's: `dropout 0.05`, `dropout rate=0.05 site=residual`."""
+    # a module of the group is named like its option
+    kind = str(sampler.get("_target_", "rollouts")).split(".")[-2:][0]
+    if "_target_" in keys:
+        return " ".join([kind, *[f"{value:g}" for value in sampler.values() if is_number(value)][:1]])
+    return " ".join([kind, *(f"{key}={sampler[key]}" for key in keys if key in sampler)])
 
 
 def _width(config: Mapping[str, Any]) -> int | None:

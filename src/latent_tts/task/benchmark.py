@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import UsageError, bad_value, hub_clients, require
 from latent_tts.task.jsonl import Row, check_file, check_limit, file_rows, is_file, read_questions
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question
@@ -171,7 +171,8 @@ class Benchmark:
         try:
             from datasets import load_dataset
 
-            table: Any = load_dataset(split.hub, split.subset, split=split.hub_split, revision=split.revision)
+            with hub_clients():
+                table: Any = load_dataset(split.hub, split.subset, split=split.hub_split, revision=split.revision)
         except Exception as error:  # datasets, huggingface_hub, httpx and pyarrow share no base class
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             problem = f"task={self.name}: {split.hub} cannot be read from the hub ({reason})"

@@ -7,9 +7,10 @@ them appears (`guard.py`); if they fail, the answer is unreadable.
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from latent_tts.text.guard import Guard
-from latent_tts.text.number import MAX_LENGTH, SPACE, number, tidy, write_fraction
+from latent_tts.text.number import MAX_LENGTH, OTHER_VALUE, SPACE, number, tidy, write_fraction
 
 EXPRESSIONS = "latent_tts.text.expressions"
 MIN_UNIT_LETTERS = 3  # of a unit after a number; shorter words may be variables
@@ -24,7 +25,9 @@ SHORT_FRACTION = re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)(?!\d)")
 THOUSANDS = re.compile(rf"(?<![\w.,^])[1-9]\d{{0,2}}(?:(?:{SPACE}|\{{,\}}|,\s*\\!\s*)\d{{3}})+(?![\w.,]*\d)")
 MIXED = re.compile(rf"(?<![\w.,^/])(\d+){SPACE}(\d+)\s*/\s*(\d+)(?![\d.])")
 FLOAT = re.compile(r"[+-]?\s*(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
-SIDE_BY_SIDE = re.compile(rf"\d{SPACE}\.?\d")
+SIDE_BY_SIDE = re.compile(rf"(?<!_)\d{SPACE}\.?\d")  # in `\log_2 8` they are not
+REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\overline\s*\{\s*(\d+)\s*\}")
+WORDS = re.compile(r"(?:[A-Za-z]{4,}|(?i:yes))(?: [A-Za-z]{2,})*")
 
 
 def canonical_latex(raw: str | None, guard: Guard | None = None) -> str | None:
@@ -82,11 +85,23 @@ def _expression(text: str) -> str | None:
         text = text.replace("\\$", "").replace("$", "").strip()
     text = text.translate(SIGNS).replace(r"\varnothing", r"\emptyset")
     text = re.sub(r"√\s*(\d+|\w|(?=[({]))", lambda root: rf"\sqrt{{{root[1]}}}" if root[1] else r"\sqrt", text)
+    if WORDS.fullmatch(text) and not OTHER_VALUE.intersection(text.casefold().split()):
+        text = rf"\text{{{text}}}"  # not a product of variables
+    text = REPEATING.sub(_repeating, text)
     text = SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
     text = THOUSANDS.sub(lambda found: re.sub(r"\D", "", found[0]), text)
     text = MIXED.sub(_mixed, text)
     text = re.sub(r"(?<=\d)\s*x\s*(?=\d)", r"\\times ", text)
     return None if not text or SIDE_BY_SIDE.search(text) or FLOAT.fullmatch(text) else " ".join(text.split())
+
+
+def _repeating(found: re.Match[str]) -> str:
+    """The fraction of a repeating decimal."""
+    whole, first, again = found.groups()
+    value = Fraction(
+        int((whole + first + again) or 0) - int((whole + first) or 0), 10 ** len(first) * (10 ** len(again) - 1)
+    )
+    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _mixed(found: re.Match[str]) -> str:

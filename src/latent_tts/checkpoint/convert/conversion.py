@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files as checkpoint
+from latent_tts.checkpoint import joining
 from latent_tts.checkpoint.convert import layouts, peft
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -33,7 +35,8 @@ def convert_checkpoint(
     """Convert a checkpoint into a folder that `ltts run` reads.
 
     Args:
-        src: a pickle, or a folder with a pickle, with safetensors of a training code, or with a LoRA adapter of PEFT.
+        src: a pickle, or a folder with a pickle, with safetensors of a training code, or with a LoRA adapter of PEFT
+            or of `train-reasoner`, which is joined with its base.
         dst: the new folder.
         tokenizer: folder of the backbone's tokenizer; None: the folder of the weights.
         config: the backbone's `config.json`; None: look in the tokenizer's folder, then beside the weights.
@@ -44,10 +47,17 @@ def convert_checkpoint(
     Raises:
         UsageError: the weights, a config or the tokenizer is missing, or the new folder is in use.
     """
+    own = src.is_dir() and joining.is_adapter(src)
     whole = src.is_dir() and (peft.is_adapter(src) or peft.is_pccot(src))
-    beside, pickles = (src, {}) if whole else find_weights(src)
+    beside, pickles = (src, {}) if own or whole else find_weights(src)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise bad_value("dst", dst, "must be a new or empty folder")
+    if own:  # of `train-reasoner`
+        given = {"tokenizer": tokenizer, "config": config, "base": base, "latents": latents}
+        for key, value in given.items():
+            require(key, value, value is None, f"must be null: {src / joining.RECORD} says it")
+        shutil.copytree(joining.whole(src, "src"), dst, dirs_exist_ok=True)
+        return
     folders = [tokenizer, beside] if tokenizer is not None else [beside]
     if not (folders[0] / "tokenizer.json").is_file():
         key, value = ("tokenizer", folders[0]) if tokenizer is not None else ("src", src)

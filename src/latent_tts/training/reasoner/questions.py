@@ -19,9 +19,10 @@ from itertools import count
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.random.philox import Stream, key_of, philox
-from latent_tts.task import Task
+from latent_tts.task import Task, require_gold
 from latent_tts.task.arith import Arith, is_problem, split_of
 from latent_tts.task.benchmark import Benchmark
+from latent_tts.text.answer import AnswerRule
 from latent_tts.training.reasoner.curriculum import Stage, written_text
 from latent_tts.types import Question, text_digest
 
@@ -39,11 +40,13 @@ class TrainingQuestions:
     Attributes:
         stream: the training questions from the first one on, without end, the same at every call.
         valid: the validation questions.
+        rule: how answers are read and compared.
         finite: the questions of a finite set; none for a stream.
     """
 
     stream: Callable[[], Iterator[Question]]
     valid: list[Question]
+    rule: AnswerRule
     finite: Sequence[Question] = ()
 
     @property
@@ -69,19 +72,21 @@ def training_questions(task: Task, *, valid_questions: int, seed: int, step_resu
         require("task.split", task.split, task.split == "train", "must be train: the other splits are to report on")
         require("task.limit", task.limit, task.limit is None, "must be null: every update takes new questions")
         valid = replace(task, split="valid", limit=valid_questions).questions()
-        return TrainingQuestions(task.stream, valid)
+        return TrainingQuestions(task.stream, valid, task.rule)
     if isinstance(task, Benchmark):
         splits = ", ".join(task.splits)
         require(
             "task.split", task.split, task.split == "train",
             f"must be train (task={task.name} has {splits}): the other splits are to report on",
         )  # fmt: skip
-    questions = usable(task.questions(), task, step_results=step_results)
+    questions = task.questions()
+    require_gold(task, questions, "training needs them")
+    questions = usable(questions, task, step_results=step_results)
     valid = _split_valid(task, valid_questions)
     if valid is None:
         questions, valid = hold_out(questions, valid_questions)
         log.info("task=%s: %d questions are held out to validate on", task.name, len(valid))
-    return TrainingQuestions(lambda: epochs(questions, seed), valid, questions)
+    return TrainingQuestions(lambda: epochs(questions, seed), valid, task.rule, questions)
 
 
 def usable(questions: Sequence[Question], task: Task, *, step_results: bool) -> list[Question]:
@@ -163,7 +168,7 @@ def check_lengths(questions: Sequence[Question], adapter: CheckpointAdapter, lat
     """
     written = Stage(1, 0, 0)
     for question in questions:
-        text = written_text(question.steps, question.answer, written)
+        text = written_text(question.steps, question.gold, written)
         needed = len(adapter.encode(question)) + latents + len(adapter.thinking_end_ids) + 1
         needed += len(adapter.tokenizer.encode(text, add_special_tokens=False).ids)
         if needed > adapter.positions:

@@ -24,6 +24,7 @@ from latent_tts.checkpoint.joining import probe, write_adapter
 from latent_tts.errors import bad_value
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import words
+from latent_tts.text.answer import AnswerRule
 from latent_tts.training.core import (
     Report,
     ResumableTrainer,
@@ -44,6 +45,7 @@ from latent_tts.training.reasoner.lora import Lora
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.pace import Pace, pace_of
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths
+from latent_tts.training.reasoner.validation import BEST, Validation, joined_copy, keep_if_best
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state
 from latent_tts.types import Question
@@ -84,6 +86,21 @@ class Start:
     checkpoint: str
     folder: Path
     only_used: bool = False
+
+
+@dataclass(frozen=True)
+class DrawnValidation:
+    """Validation by the engine.
+
+    Attributes:
+        settings: when and how.
+        adapter: how prompts are written and answers read.
+        rule: of the task.
+    """
+
+    settings: Validation
+    adapter: CheckpointAdapter
+    rule: AnswerRule
 
 
 class QuestionOrder(Dataset):
@@ -153,14 +170,16 @@ class ReasonerTrainer(ResumableTrainer):
         valid: list[Question],
         *,
         pace: Pace,
+        drawn: DrawnValidation | None,
         seed: int,
         save_every: int,
         **more: Any,
     ) -> None:
-        """Create a trainer from recipe, module, validation questions, pace, seed of dropout, and updates per state."""
-        super().__init__(model=module, callbacks=[_SaveCallback(recipe, pace, save_every)], **more)
+        """Create a trainer from recipe, module, validation, pace, seed of dropout, and updates between states."""
+        every = None if drawn is None else drawn.settings.every
+        super().__init__(model=module, callbacks=[_SaveCallback(recipe, pace, save_every, every)], **more)
         self.recipe, self.module, self.valid, self.key = recipe, module, valid, key_of(seed, "training")
-        self.pace = pace
+        self.pace, self.drawn = pace, drawn
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """The loss in the stage of the current update."""
@@ -176,16 +195,30 @@ class ReasonerTrainer(ResumableTrainer):
         """Exact match on the validation questions, in the stage of the last update."""
         stage = self.recipe.stage_at(self.pace.planned(self.state.global_step - 1))
         figures = {METRIC: self.module.exact_match(self.valid, stage)}
+        if self.drawn is not None:
+            figures |= self._draw(self.drawn, stage)
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+    def _draw(self, drawn: DrawnValidation, stage: Stage) -> dict[str, float]:
+        """Accuracy and coverage of the weights so far by the engine; the best ones of the last stage are kept."""
+        self.module.eval()
+        lm, next_latent = joined_copy(self.module, drawn.settings.dtype)
+        figures = drawn.settings.measure(lm, next_latent, drawn.adapter, stage, self.valid, drawn.rule)
+        self.module.train()
+        if stage == self.recipe.stages()[-1] and self.is_world_process_zero():
+            weights = {name: value.detach().cpu() for name, value in trained_parameters(self.module)}
+            keep_if_best(Path(str(self.args.output_dir)), weights, self.state.global_step, figures)
         return figures
 
 
 class _SaveCallback(TrainerCallback):
     """Evaluates and saves every few updates, at the end of each stage and of the run; keeps the pace."""
 
-    def __init__(self, recipe: Recipe, pace: Pace, save_every: int) -> None:
+    def __init__(self, recipe: Recipe, pace: Pace, save_every: int, validate_every: int | None) -> None:
         self.recipe, self.pace, self.save_every = recipe, pace, save_every
+        self.validate_every = validate_every
         self.lr = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -206,6 +239,8 @@ class _SaveCallback(TrainerCallback):
         ends = over or recipe.stage_at(pace.planned(done)) != recipe.stage_at(pace.planned(done - 1))
         if ends or done % self.save_every == 0:
             control.should_evaluate = control.should_save = True
+        if self.validate_every is not None and done % self.validate_every == 0:
+            control.should_evaluate = True
         if pace.wants_saving():
             control.should_save = True
 
@@ -227,6 +262,7 @@ def train_reasoner(
     optimization: ReasonerOptimization,
     *,
     lora: Lora,
+    validation: Validation,
     seed: int,
     device: str,
     output: Path,
@@ -243,6 +279,7 @@ def train_reasoner(
         questions: to train and validate on.
         optimization: batch, learning rate and so on.
         lora: the low-rank adapter that is trained in place of the weights, if it has a rank.
+        validation: by the engine; it chooses the weights that become the checkpoint. Off without `every`.
         seed: seed of new weights and dropout.
         device: `auto`, `cpu`, `cuda` or `cuda:INDEX`.
         output: folder for `settings.json`, the initial checkpoint, the states and the finished checkpoint.
@@ -281,17 +318,19 @@ def train_reasoner(
     trainer = train(
         recipe, adapter, questions.stream(), questions.valid, optimization, arguments,
         lora=lora, new_tokens=new_tokens, seed=seed, save_every=save_every, report=report, pace=pace,
+        drawn=None if validation.every is None else DrawnValidation(validation, adapter, questions.rule),
     )  # fmt: skip
     last = last_state(output / STATES)
     assert last is not None
+    chosen = last if validation.every is None else output / STATES / BEST
     if not trainer.is_world_process_zero():
         return None
     if lora.rank is None:
-        export(recipe, last, adapter, output / FINISHED)
+        export(recipe, chosen, adapter, output / FINISHED)
     else:
         assert isinstance(start, Start)
         module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
-        load_parameters(module, last)
+        load_parameters(module, chosen)
         export_adapter(module, recipe.trained_with(adapter), adapter, start.checkpoint, output / FINISHED)
     figures = [entry[METRIC] for entry in read_state(last)["log_history"] if METRIC in entry]
     return TrainedReasoner(output / FINISHED, read_state(last)["global_step"], figures[-1])
@@ -336,6 +375,7 @@ def train(
     lora: Lora = FULL,
     new_tokens: Sequence[int] = (),
     pace: Pace | None = None,
+    drawn: DrawnValidation | None = None,
 ) -> ReasonerTrainer:
     """Train to the end of the recipe's stages, from the last state if there is one.
 
@@ -352,6 +392,7 @@ def train(
         lora: the low-rank adapter, if it has a rank.
         new_tokens: ids whose rows are trained beside a low-rank adapter.
         pace: the place of each update in the recipe; None counts updates.
+        drawn: validation by the engine; None for exact match alone.
 
     Raises:
         RunError: a loss or gradient is not finite; the last state is kept.
@@ -372,6 +413,7 @@ def train(
         module,
         valid,
         pace=pace,
+        drawn=drawn,
         seed=seed,
         save_every=save_every,
         report=lambda done, figures: report(pace.planned(done - 1) + 1, figures),

@@ -1,0 +1,210 @@
+"""`budget/rule=confidence`: a posterior over answers in which every rollout has a confidence of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from latent_tts.budget import Stop, Tally
+from latent_tts.errors import is_number, require
+from latent_tts.types import Float64, Int64
+
+SOURCES = ("likelihood", "score")
+AGGREGATORS = ("majority", "weighted")
+PREFIXES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48)  # the rollouts that a fit looks at
+RIDGE, STEPS = 1e-3, 100  # of Newton's method; the ridge keeps separable examples finite
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a rollout is worth as evidence for its answer, as fitted on other questions.
+
+    Attributes:
+        vote: log-odds that a rollout of average confidence adds to its answer.
+        slope: what one standard deviation of confidence adds to that.
+        unseen: log-weight of an answer that no rollout has given yet.
+        mean, sd: of the confidence.
+    """
+
+    vote: float
+    slope: float
+    unseen: float
+    mean: float
+    sd: float
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """Stops when the vote's pick has a posterior mass of `threshold` among all answers.
+
+    Each rollout i has a confidence x_i: the log-probability of its answer, or its score. The posterior mass of an
+    answer is the softmax over answers of summed evidence,
+
+        P(a) = exp(e_a) / (exp(unseen) + sum over b of exp(e_b)),
+        e_a = sum over rollouts i with answer a of (vote + slope x_i),
+
+    where x is standardised. In CGES the evidence of a rollout is the log-odds of its confidence being right, as if
+    rollouts were independent given the right answer. They are not: a model repeats its mistakes. So `vote`, `slope` and
+    `unseen` are fitted (by maximum likelihood, on prefixes of rollouts) to the answer that all n rollouts of a question
+    elect: P is then the probability that drawing on changes nothing. They are fitted on the run that `calibration`
+    names, on questions of `valid`; a question that the run reports is refused there.
+
+    Source: CGES, confidence-guided early stopping (arXiv 2511.02603); the fit is this project's own.
+
+    Attributes:
+        calibration: folder of a run of the same model and sampler on other questions.
+        threshold: in (0, 1).
+        by: `likelihood` or `score`: what a rollout's confidence is.
+        aggregator: `majority` or `weighted`: the vote that it stops for.
+        fitted: filled in by the pipeline from `calibration`.
+    """
+
+    calibration: str | None = None
+    threshold: float = 0.95
+    by: str = "likelihood"
+    aggregator: str = "majority"
+    fitted: Calibration | None = None
+
+    name: ClassVar[str] = "confidence"
+
+    def __post_init__(self) -> None:
+        ok = is_number(self.threshold) and 0 < self.threshold < 1
+        require("budget.rule.threshold", self.threshold, ok, "must be a number in (0, 1)")
+        require("budget.rule.by", self.by, self.by in SOURCES, f"must be one of {', '.join(SOURCES)}")
+        allowed = f"must be one of {', '.join(AGGREGATORS)}"
+        require("budget.rule.aggregator", self.aggregator, self.aggregator in AGGREGATORS, allowed)
+        named = isinstance(self.calibration, str)
+        allowed = "must be the folder of a run of this model and sampler on questions of valid, to be calibrated on"
+        require("budget.rule.calibration", self.calibration, named, allowed)
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether confidences or votes are scores."""
+        return self.by == "score" or self.aggregator == "weighted"
+
+    def check(self, answer_rule: str) -> None:
+        """Accept answers of any kind."""
+
+    def stop(self, tally: Tally) -> Stop | None:
+        """The first rollout after which the posterior mass is high enough."""
+        if tally.drawn == 0:
+            return None
+        enough_N = self.posterior(tally) >= self.threshold
+        return Stop(int(enough_N.argmax()) + 1, self.name) if enough_N.any() else None
+
+    def at_cap(self) -> str:
+        """No certificate."""
+        return ""
+
+    def posterior(self, tally: Tally) -> Float64:
+        """The posterior mass (N,) of the vote's pick after each rollout; 0 before anything can be picked."""
+        fitted = self.fitted
+        assert fitted is not None, "not calibrated"
+        count_NK, confidence_NK = evidence(tally, self.by, fitted.mean, fitted.sd)
+        logit_NK = np.where(count_NK > 0, fitted.vote * count_NK + fitted.slope * confidence_NK, -np.inf)
+        most_N1 = np.maximum(logit_NK.max(1, keepdims=True), fitted.unseen)
+        mass_NK = np.exp(logit_NK - most_N1)
+        total_N = mass_NK.sum(1) + np.exp(fitted.unseen - most_N1[:, 0])
+        leader_N1 = tally.votes.leader_N[:, None]
+        return np.where(tally.votes.lead_N > 0, np.take_along_axis(mass_NK, leader_N1, 1)[:, 0] / total_N, 0.0)
+
+
+def confidences(tally: Tally, by: str) -> Float64:
+    """The confidence (N,) of each rollout."""
+    return tally.logprob_N if by == "likelihood" else tally.score_N
+
+
+def evidence(tally: Tally, by: str, mean: float, sd: float) -> tuple[Float64, Float64]:
+    """After each rollout, for each class, how many rollouts voted for it and the sum of their confidences (N, K)."""
+    standard_N = (confidences(tally, by) - mean) / sd
+    return tally.sums(np.ones(tally.drawn)), tally.sums(np.where(np.isfinite(standard_N), standard_N, 0.0))
+
+
+def calibrate(tallies: Sequence[Tally], by: str) -> Calibration:
+    """Fit the evidence of rollouts to what all of a question's rollouts elect.
+
+    Args:
+        tallies: questions with all their n rollouts.
+        by: `likelihood` or `score`.
+
+    Raises:
+        ValueError: no question has a readable answer and confidences that differ.
+    """
+    read_N = np.concatenate([_of_readable(tally, by) for tally in tallies]) if tallies else np.zeros(0)
+    if len(read_N) < 2 or not read_N.std() > 0:
+        raise ValueError("its rollouts have no readable answers with confidences that differ")
+    mean, sd = float(read_N.mean()), float(read_N.std())
+    rows, elected = [], []
+    for tally in tallies:
+        if not tally.votes.lead_N[-1] > 0:
+            continue
+        chosen = tally.answers[int(tally.votes.first_NK[-1, tally.votes.leader_N[-1]])]
+        for count in (count for count in PREFIXES if count < tally.drawn):
+            part = tally.until(count)
+            counts_NK, sums_NK = evidence(part, by, mean, sd)
+            rows.append(np.stack([counts_NK[-1], sums_NK[-1]], axis=-1))
+            elected.append(_class_of(part, chosen))
+    if not rows:
+        raise ValueError("a calibration needs questions with two rollouts or more, one of them readable")
+    vote, slope, unseen = _fit(rows, np.array(elected))
+    return Calibration(vote, slope, unseen, mean, sd)
+
+
+def _of_readable(tally: Tally, by: str) -> Float64:
+    value_N = confidences(tally, by)
+    readable_N = np.array([answer is not None for answer in tally.answers], dtype=bool)
+    return value_N[readable_N & np.isfinite(value_N)]
+
+
+def _class_of(tally: Tally, answer: str | None) -> int:
+    """The column of an answer after all rollouts of a tally; -1 if none has given it."""
+    at = [place for place, each in enumerate(tally.answers) if each == answer]
+    if not at:
+        return -1
+    marked_N = np.zeros(tally.drawn)
+    marked_N[at[0]] = 1.0
+    return int(tally.sums(marked_N)[-1].argmax())
+
+
+def _fit(rows: Sequence[Float64], elected_E: Int64) -> tuple[float, float, float]:
+    """Vote, slope and unseen of the most likely softmax, by Newton's method; E examples of K classes each."""
+    width = max(map(len, rows))
+    # the last column is an answer that nobody has given yet
+    feature_EKF = np.zeros((len(rows), width + 1, 3))
+    there_EK = np.zeros((len(rows), width + 1), dtype=bool)
+    for place, row in enumerate(rows):
+        feature_EKF[place, : len(row), :2] = row
+        there_EK[place, : len(row)] = row[:, 0] > 0
+    feature_EKF[:, -1, 2], there_EK[:, -1] = 1.0, True
+    target_E = np.where(elected_E < 0, width, elected_E)
+    wanted_EF = np.take_along_axis(feature_EKF, target_E[:, None, None], 1)[:, 0]
+
+    def loss(weight_F: Float64) -> tuple[float, Float64]:
+        logit_EK = np.where(there_EK, feature_EKF @ weight_F, -np.inf)
+        logit_EK -= logit_EK.max(1, keepdims=True)
+        log_total_E = np.log(np.exp(logit_EK).sum(1))
+        chosen_E = np.take_along_axis(logit_EK, target_E[:, None], 1)[:, 0]
+        return float((log_total_E - chosen_E).mean() + RIDGE / 2 * weight_F @ weight_F), logit_EK
+
+    weight_F = np.zeros(3)
+    value, logit_EK = loss(weight_F)
+    for _ in range(STEPS):
+        mass_EK = np.exp(logit_EK)
+        mass_EK /= mass_EK.sum(1, keepdims=True)
+        mean_EF = np.einsum("ek,ekf->ef", mass_EK, feature_EKF)
+        gradient_F = (mean_EF - wanted_EF).mean(0) + RIDGE * weight_F
+        second_FF = np.einsum("ek,ekf,ekg->fg", mass_EK, feature_EKF, feature_EKF) / len(rows)
+        second_FF += RIDGE * np.eye(3) - mean_EF.T @ mean_EF / len(rows)
+        step_F, size = np.linalg.solve(second_FF, gradient_F), 1.0
+        lower, logit_EK = loss(weight_F - step_F)
+        while lower > value and size > 1e-6:
+            size /= 2
+            lower, logit_EK = loss(weight_F - size * step_F)
+        weight_F = weight_F - size * step_F
+        if value - lower < 1e-12:
+            break
+        value = lower
+    return float(weight_F[0]), float(weight_F[1]), float(weight_F[2])

@@ -1,0 +1,100 @@
+"""`budget/rule=lockout` (default): stop when no vote still to come can change the pick of n rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from latent_tts.budget import Stop, Tally, Votes
+from latent_tts.errors import require
+from latent_tts.types import Bools, Float64
+
+ROUNDING = 1e-9  # relative; sums of n weights in another order differ by far less
+AGGREGATORS = ("majority", "weighted")
+
+
+@dataclass(frozen=True)
+class Lockout:
+    """The vote of n rollouts with fewer of them, always the same answer.
+
+    After k rollouts the leader has the weight a, a rival b, and m = (n - k) w is the most that the n - k rollouts left
+    can add, with w the largest weight of a rollout (1 in a vote by majority). The rule stops when for every rival
+
+        a > b + m,   or   a = b + m and the leader was voted for before the rival.
+
+    Proof. A rival ends with at most b + m and the leader with at least a. If a > b + m, the leader wins. If a = b + m,
+    the rival can at best tie, and a tie goes to the answer that was voted for first; both have their first votes. An
+    answer without a vote so far is a rival with b = 0 whose first vote comes later. The pick is the first rollout that
+    voted for the leader, and that one is drawn. Unreadable rollouts vote for none and use up rollouts.
+
+    Classes that a late string can form anew (`task.answer=latex`): a is the weight of the leader's most frequent single
+    string, and b that of all other readable rollouts together. A class always holds all rollouts of a string. So the
+    class of this string has at least a, and every other at most b + m: the elected class is that of this string. It may
+    be written as another form of the same value.
+
+    `weighted` votes: weights are exp(score / temperature), so w is known only with a range of scores, which
+    `scorer.range` declares and scoring enforces. a has to exceed b + m by a part in 1e9, since sums are rounded.
+
+    Attributes:
+        aggregator: `majority` or `weighted`.
+    """
+
+    aggregator: str = "majority"
+
+    name: ClassVar[str] = "lockout"
+
+    def __post_init__(self) -> None:
+        allowed = f"must be one of {', '.join(AGGREGATORS)}"
+        require("budget.rule.aggregator", self.aggregator, self.aggregator in AGGREGATORS, allowed)
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether votes are weighted."""
+        return self.aggregator == "weighted"
+
+    def check(self, answer_rule: str) -> None:
+        """Accept answers of any kind."""
+
+    def stop(self, tally: Tally) -> Stop | None:
+        """The first rollout after which the pick of n is known."""
+        assert tally.max_log_weight is not None, "the largest weight is not known"
+        if tally.drawn == 0:
+            return None
+        left_N = tally.n - np.arange(1, tally.drawn + 1.0)
+        counted = bool(np.all(np.isin(tally.weight_N, (0.0, 1.0))))
+        if tally.equal is None:
+            locked_N = _locked(tally.votes, left_N, counted)
+        else:
+            locked_N = _locked_by_string(tally.string_votes, left_N, counted)
+        locked_N &= left_N > 0
+        return Stop(int(locked_N.argmax()) + 1, self.name) if locked_N.any() else None
+
+    def at_cap(self) -> str:
+        """No certificate: the pick is that of n by definition."""
+        return ""
+
+
+def _locked(votes: Votes, left_N: Float64, counted: bool) -> Bools:
+    """Whether every rival, and an answer that nobody has voted for yet, is behind the leader for good."""
+    lead_N1, left_N1 = votes.lead_N[:, None], left_N[:, None]
+    reached_NK = votes.weight_NK + left_N1
+    first_N1 = np.take_along_axis(votes.first_NK, votes.leader_N[:, None], 1)
+    if counted:
+        behind_NK = (lead_N1 > reached_NK) | ((lead_N1 == reached_NK) & (first_N1 < votes.first_NK))
+        new_N = votes.lead_N >= left_N
+    else:
+        behind_NK = lead_N1 * (1 - ROUNDING) > reached_NK
+        new_N = votes.lead_N * (1 - ROUNDING) > left_N
+    np.put_along_axis(behind_NK, votes.leader_N[:, None], True, 1)
+    return behind_NK.all(1) & new_N & (votes.lead_N > 0)
+
+
+def _locked_by_string(votes: Votes, left_N: Float64, counted: bool) -> Bools:
+    """Whether the most frequent string alone outweighs all other strings and rollouts to come."""
+    others_N = votes.total_N - votes.lead_N + left_N
+    if not counted:
+        return votes.lead_N * (1 - ROUNDING) > others_N
+    first_N = np.take_along_axis(votes.first_NK, votes.leader_N[:, None], 1)[:, 0]
+    return (votes.lead_N > others_N) | ((votes.lead_N == others_N) & (first_N == votes.first_NK.min(1)))

@@ -1,0 +1,91 @@
+"""`budget/rule=reward`: for best-of-n, stop when the expected gain in the best score is below a cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from scipy.special import gammaln, stdtr
+
+from latent_tts.budget import Stop, Tally
+from latent_tts.errors import is_number, require
+from latent_tts.types import Float64
+
+MIN_SCORES = 3  # Student's t needs two degrees of freedom for an expected gain
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Stops when one more rollout is expected to raise the best score by less than `cost`.
+
+    Weitzman's rule: with known scores F and recall of the best one z so far, drawing on is worth its cost as long as
+    E[max(X - z, 0)] > cost, whatever the number of rollouts left. F is not known here. Scores of a question are taken
+    as normal with unknown mean and variance (prior 1/variance), so that the next one is Student's t with k - 1 degrees
+    of freedom around the mean m of the k scores so far, with scale s = sd sqrt(1 + 1/k). With u = (z - m) / s,
+
+        E[max(X - z, 0)] = s ( f(u) (k - 1 + u^2) / (k - 2) - u (1 - F(u)) ),
+
+    f and F its density and distribution. The first decision falls after three scored rollouts. A rollout without a
+    score is one without a gain. With a distribution that is only estimated the rule is no longer proven to be optimal.
+
+    Source: Weitzman 1979, Optimal search for the best alternative (Econometrica 47, 641); BEACON (arXiv 2510.15945)
+    applies it to sampling from language models.
+
+    Attributes:
+        cost: of one rollout, in units of the score; above 0.
+    """
+
+    cost: float = 0.1
+
+    name: ClassVar[str] = "reward"
+    needs_score: ClassVar[bool] = True
+    aggregator: ClassVar[str] = "best_of_n"
+
+    def __post_init__(self) -> None:
+        ok = is_number(self.cost) and self.cost > 0
+        require("budget.rule.cost", self.cost, ok, "must be a positive number, in units of the score")
+
+    def check(self, answer_rule: str) -> None:
+        """Accept answers of any kind."""
+
+    def stop(self, tally: Tally) -> Stop | None:
+        """The first rollout after which the expected gain is below the cost."""
+        if tally.drawn == 0:
+            return None
+        enough_N = expected_gains(tally.score_N) < self.cost
+        return Stop(int(enough_N.argmax()) + 1, self.name) if enough_N.any() else None
+
+    def at_cap(self) -> str:
+        """No certificate."""
+        return ""
+
+
+def expected_gains(score_N: Float64) -> Float64:
+    """What one more rollout is expected to add to the best score, after each rollout; inf before that is known."""
+    scored_N = np.isfinite(score_N)
+    value_N = np.where(scored_N, score_N, 0.0)
+    count_N = scored_N.cumsum().astype(float)
+    known_N = count_N >= MIN_SCORES
+    k_N = np.where(known_N, count_N, MIN_SCORES)
+    origin = value_N[scored_N.argmax()]  # sums are about the first score, so that a large mean costs no digits
+    moved_N = np.where(scored_N, value_N - origin, 0.0)
+    mean_N = moved_N.cumsum() / k_N
+    square_N = np.maximum(np.square(moved_N).cumsum() - k_N * np.square(mean_N), 0.0)
+    scale_N = np.sqrt(square_N / (k_N - 1) * (1 + 1 / k_N))
+    best_N = np.maximum.accumulate(np.where(scored_N, moved_N, -np.inf))
+    spread_N = scale_N > 1e-12 * np.maximum(1.0, np.abs(origin))
+    u_N = np.where(known_N & spread_N, (best_N - mean_N) / np.where(spread_N, scale_N, 1.0), 0.0)
+    gain_N = scale_N * unit_gain(u_N, k_N - 1)
+    return np.where(known_N, np.where(spread_N, gain_N, 0.0), np.inf)
+
+
+def unit_gain(u_N: Float64, freedom_N: Float64) -> Float64:
+    """E[max(X - u, 0)] of Student's t with some degrees of freedom, each above 1."""
+    log_density_N = (
+        gammaln((freedom_N + 1) / 2)
+        - gammaln(freedom_N / 2)
+        - np.log(freedom_N * np.pi) / 2
+        - (freedom_N + 1) / 2 * np.log1p(np.square(u_N) / freedom_N)
+    )
+    return np.exp(log_density_N) * (freedom_N + np.square(u_N)) / (freedom_N - 1) - u_N * stdtr(freedom_N, -u_N)

@@ -1,0 +1,156 @@
+"""`budget=shared`: one budget for all questions; each round goes where a rollout is worth most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import ClassVar
+
+import numpy as np
+from scipy.special import betaln, gammaln, stdtr
+
+from latent_tts.budget import Stop, Tally
+from latent_tts.errors import bad_value, check_positive, is_number, require
+from latent_tts.types import Float64, Int64
+
+AGGREGATORS = ("majority", "best_of_n")
+UNITS = ("rollouts", "gflop")
+MIN_SCORES = 3
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Spends one budget on all questions, in rounds.
+
+    Every question first gets `first` rollouts. Then each round goes to the share `step` of the questions where rollouts
+    are worth most, `round` rollouts each, until `total` is spent or no rollout is worth anything. What a round of
+    rollouts is worth is the chance that it changes the pick, per unit of cost:
+
+    - `majority`: the chance that the runner-up overtakes the leader if all r rollouts of the round go to one of both.
+      With a and b votes and a uniform prior over their shares, the runner-up's votes are beta-binomial with parameters
+      r, b + 1 and a + 1. Where no vote still to come can change the leader, a rollout is worth nothing.
+    - `best_of_n`: the chance that one of r scores exceeds the best so far, 1 - F(u)^r, with F Student's t around the
+      mean of the k scores so far (see `budget/rule=reward`); 1 before there are three.
+
+    Both are exact for the models named and only an ordering for real rollouts. Of questions of equal worth, the one
+    with fewer rollouts is first, then the earlier one of the task, so that nothing depends on batches.
+
+    Attributes:
+        total: the budget of the whole set, prompts included where it is in GFLOP.
+        unit: `rollouts` or `gflop`. In GFLOP a round is given while its expected cost, at the question's mean per
+            rollout so far, is left; what is spent differs from the total by the error of that expectation.
+        first: rollouts that every question gets.
+        round: rollouts that a chosen question gets at a time.
+        step: share of the questions that a round goes to, in (0, 1].
+        aggregator: the pick that rollouts are to change: `majority` or `best_of_n`.
+    """
+
+    total: float
+    unit: str = "rollouts"
+    first: int = 4
+    round: int = 4
+    step: float = 0.1
+    aggregator: str = "majority"
+
+    name: ClassVar[str] = "shared"
+    adaptive: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_positive("budget", self, whole=["first", "round"], real=["total"])
+        require("budget.unit", self.unit, self.unit in UNITS, f"must be one of {', '.join(UNITS)}")
+        require("budget.step", self.step, is_number(self.step) and 0 < self.step <= 1, "must be a number in (0, 1]")
+        allowed = f"must be one of {', '.join(AGGREGATORS)}"
+        require("budget.aggregator", self.aggregator, self.aggregator in AGGREGATORS, allowed)
+
+    @property
+    def label(self) -> str:
+        """The settings that tell it from others."""
+        rounds = f"first={self.first} round={self.round} step={self.step:g}"
+        return f"shared {self.total:g} {self.unit} {self.aggregator} {rounds}"
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether the pick is one of scores."""
+        return self.aggregator == "best_of_n"
+
+    def reported(self, n: int) -> list[int]:
+        """Only n, the most that a question may get."""
+        return [n]
+
+    def check(self, questions: int, n: int, answer_rule: str) -> None:
+        """Check that the budget is enough for `first` rollouts of each question."""
+        del answer_rule
+        needed = questions * min(self.first, n)
+        if self.unit == "rollouts" and self.total < needed:
+            raise bad_value(
+                "budget.total", f"{self.total:g}",
+                f"{questions} questions with budget.first={self.first} need {needed} rollouts or more",
+            )  # fmt: skip
+
+    def next(self, tallies: Sequence[Tally]) -> Int64:
+        """The first rollouts of all questions, or a round for those where it is worth most."""
+        more_Q = np.zeros(len(tallies), dtype=np.int64)
+        if not all(tally.drawn for tally in tallies):
+            return np.array([0 if tally.drawn else min(self.first, tally.n) for tally in tallies], dtype=np.int64)
+        left = self.total - sum(map(self._spent, tallies))
+        size_Q = np.array([min(self.round, tally.n - tally.drawn) for tally in tallies])
+        cost_Q = np.array([size * self._cost(tally) for size, tally in zip(size_Q, tallies, strict=True)])
+        worth_Q = np.array([self._worth(tally, int(size)) for size, tally in zip(size_Q, tallies, strict=True)])
+        rate_Q = np.divide(worth_Q, cost_Q, out=np.zeros_like(worth_Q), where=cost_Q > 0)
+        drawn_Q = np.array([tally.drawn for tally in tallies])
+        by_worth_Q = np.lexsort((drawn_Q, -rate_Q))
+        for place in by_worth_Q[: ceil(self.step * len(tallies))]:
+            if rate_Q[place] <= 0:
+                break
+            size = int(size_Q[place])
+            if self.unit == "rollouts":
+                size = min(size, int(left))
+            elif cost_Q[place] > left:
+                size = 0
+            more_Q[place], left = size, left - size * self._cost(tallies[place])
+        return more_Q
+
+    def stops(self, tallies: Sequence[Tally]) -> list[Stop]:
+        """All that was drawn is used."""
+        return [Stop(tally.drawn, "n" if tally.drawn == tally.n else "total") for tally in tallies]
+
+    def _spent(self, tally: Tally) -> float:
+        return tally.drawn if self.unit == "rollouts" else tally.prompt_gflop + float(tally.gflop_N.sum())
+
+    def _cost(self, tally: Tally) -> float:
+        return 1.0 if self.unit == "rollouts" else float(tally.gflop_N.mean())
+
+    def _worth(self, tally: Tally, size: int) -> float:
+        if size == 0:
+            return 0.0
+        return chance_of_new_leader(tally, size) if self.aggregator == "majority" else chance_of_new_best(tally, size)
+
+
+def chance_of_new_leader(tally: Tally, size: int) -> float:
+    """Probability that the runner-up overtakes the leader of a vote within some rollouts; see `Shared`."""
+    votes, left = tally.votes, tally.n - tally.drawn
+    lead, second = float(votes.lead_N[-1]), float(votes.second_N[-1])
+    if lead == 0:
+        return 1.0
+    if lead - second > left:
+        return 0.0
+    gained_K = np.arange(size + 1.0)
+    log_mass_K = gammaln(size + 1) - gammaln(gained_K + 1) - gammaln(size - gained_K + 1)
+    log_mass_K += betaln(gained_K + second + 1, size - gained_K + lead + 1) - betaln(second + 1, lead + 1)
+    behind_K: Float64 = lead + (size - gained_K) - (second + gained_K)
+    # a tie goes to whoever was voted for first, which is half of an overtaking
+    return float((np.exp(log_mass_K) * ((behind_K < 0) + 0.5 * (behind_K == 0))).sum())
+
+
+def chance_of_new_best(tally: Tally, size: int) -> float:
+    """Probability that one of some rollouts scores above the best so far; see `Shared`."""
+    score_N = tally.score_N[np.isfinite(tally.score_N)]
+    count = len(score_N)
+    if count < MIN_SCORES:
+        return 1.0
+    scale = float(score_N.std(ddof=1)) * np.sqrt(1 + 1 / count)
+    if scale <= 1e-12 * max(1.0, float(np.abs(score_N).max())):
+        return 0.0
+    below = float(stdtr(count - 1, (score_N.max() - score_N.mean()) / scale))
+    return 1 - below**size

@@ -1,0 +1,61 @@
+"""`ltts replay RUN`: apply a budget to the rollouts that a run has; nothing is drawn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from latent_tts.config.build import output_dir
+from latent_tts.config.recorded import aggregator_builder, recorded, recorded_run
+from latent_tts.config.requests import run_request
+from latent_tts.errors import require
+from latent_tts.pipeline import replaying, sweep
+from latent_tts.pipeline.run_output import clear_run_folder
+from latent_tts.pipeline.spec import check_run
+from latent_tts.results import report
+from latent_tts.results.files import locked_folder
+from latent_tts.results.run_folder import METRICS
+
+
+def main(cfg: DictConfig) -> None:
+    """Apply `cfg.budget` to the rollouts of `cfg.run` and write a run folder of its own.
+
+    Raises:
+        UsageError: no complete run there, or the budget cannot be applied to it.
+    """
+    started, source = time.perf_counter(), Path(cfg.run).expanduser()
+    record = replaying.read_record(source)
+    of_run = record["config"]["n"]
+    require("n", cfg.n, cfg.n is None or 1 <= cfg.n <= of_run, f"must be 1 to {of_run}, which the run has, or null")
+    spec = check_run(run_request(merged_config(cfg, record)))
+    replaying.check_spec(spec, source, record)
+    folder = output_dir()
+    with locked_folder(folder, "hydra.run.dir"):
+        clear_run_folder(folder)
+        tables = replaying.replay(spec, source, record)
+        seconds = time.perf_counter() - started
+        replaying.write_folder(folder, spec, tables, record, source, seconds)
+    report.print_metrics(tables.metrics)
+    print(folder / METRICS)
+
+
+def finish_sweep(folder: Path, jobs: Mapping[Path, DictConfig]) -> None:
+    """Join the tables of a sweep's jobs (their configs by folder), and print what was written."""
+    sweep.finish(folder, list(jobs), aggregator_builder(*jobs.values()))
+
+
+def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
+    """The run's config with this command's budget, n and range of scores in it."""
+    merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "scorer"), cfg)
+    merged.aggregator = {name: recorded("aggregator", node, cfg) for name, node in record["aggregators"].items()}
+    merged.budget = OmegaConf.create(OmegaConf.to_container(cfg.budget, resolve=False))
+    merged.n = cfg.n or merged.n
+    if "cache" in record:
+        merged.paths.cache = str(Path(record["cache"]).parent)
+    if cfg.scorer.range is not None:
+        merged.scorer.range = list(cfg.scorer.range)
+    return merged

@@ -1,0 +1,71 @@
+"""`budget/rule=confidence` calibrated on the rollouts of another run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_tts.budget import Tally
+from latent_tts.budget.rule.confidence import Calibration, Confidence, calibrate
+from latent_tts.errors import UsageError, bad_value
+from latent_tts.results.run_folder import RUN_JSON, is_complete, read_rollouts, read_run_json
+
+KEY = "budget.rule.calibration"
+
+
+def fit(
+    rule: Confidence,
+    checkpoint_digest: str,
+    sampler: Mapping[str, Any],
+    questions: Sequence[str],
+    temperature: float | None,
+) -> Calibration:
+    """Calibrate a rule on the run that it names.
+
+    Args:
+        rule: the rule.
+        checkpoint_digest: of the model that it is to be used with.
+        sampler: config of the sampler that it is to be used with.
+        questions: ids of the questions that it is to be used on.
+        temperature: of the weighted vote, if it stops for that.
+
+    Raises:
+        UsageError: there is no such run, it is of another model or sampler, or has some of these questions.
+    """
+    folder = Path(str(rule.calibration)).expanduser()
+    if not is_complete(folder):
+        raise bad_value(KEY, folder, f"no {RUN_JSON} there: the folder of a run that completed is wanted")
+    record = read_run_json(folder, {"checkpoint_digest": str, "config.sampler": dict, "config.answer.decode": str})
+    if record["checkpoint_digest"] != checkpoint_digest:
+        raise bad_value(KEY, folder, "a run of another checkpoint; it has to be of the same one")
+    if record["config"]["sampler"] != dict(sampler):
+        raise bad_value(KEY, folder, "a run with another sampler, or other settings of it; they have to be the same")
+    if record["config"]["answer"]["decode"] == "winners":
+        raise bad_value(KEY, folder, "its rollouts have no answers (answer.decode=winners)")
+    rollouts = read_rollouts(folder)
+    shared = set(rollouts["question_id"]) & set(questions)
+    if shared:
+        raise bad_value(
+            KEY, folder, f"has {len(shared)} of the questions that this run reports, such as {min(shared)}\n"
+            "calibrate on others, as on task.split=valid",
+        )  # fmt: skip
+    tallies = []
+    for _, rows in rollouts.sort_values("rollout", kind="stable").groupby("question_id", sort=False):
+        score_N = rows["score"].to_numpy(dtype=np.float64, na_value=np.nan)
+        tallies.append(
+            Tally(
+                n=len(rows),
+                answers=[answer if isinstance(answer, str) else None for answer in rows["prediction"]],
+                log_weight_N=np.zeros(len(rows)) if temperature is None else score_N / temperature,
+                max_log_weight=0.0 if temperature is None else None,
+                logprob_N=rows["answer_logprob"].to_numpy(dtype=np.float64),
+                score_N=score_N,
+            )
+        )
+    try:
+        return calibrate(tallies, rule.by)
+    except ValueError as error:
+        raise UsageError(f"{KEY}={folder}: {error}") from error

@@ -1,0 +1,131 @@
+"""A budget applied to the rollouts of a completed run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_tts.budget import is_adaptive, play
+from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.pipeline import rescoring
+from latent_tts.pipeline.rollouts import CachedRollouts, entries
+from latent_tts.pipeline.rounds import Outcome, Tallying, adaptive_figures, budget_table, with_counts
+from latent_tts.pipeline.run_output import budget_summary
+from latent_tts.pipeline.scores import check_range
+from latent_tts.pipeline.spec import RunSpec
+from latent_tts.pipeline.tables import RunTables, run_columns
+from latent_tts.results.cache import MEASURED
+from latent_tts.results.metrics import metric_rows
+from latent_tts.results.run_folder import (
+    BUDGET,
+    METRICS,
+    read_rollouts,
+    write_budget,
+    write_metrics,
+    write_rollouts,
+    write_run_json,
+)
+from latent_tts.types import Floats
+
+
+def read_record(source: Path) -> dict[str, Any]:
+    """The `run.json` of a run folder.
+
+    Raises:
+        UsageError: there is none, it is damaged, or its questions have unequally many rollouts.
+    """
+    record = rescoring.read_record(source)
+    if (source / BUDGET).is_file():
+        raise bad_value("run", source, "its budget drew what it asked for; a run with all n rollouts is wanted")
+    if not isinstance(record["config"].get("n"), int) or not isinstance(record.get("aggregators"), dict):
+        raise bad_value("run", source, "its run.json does not say n and aggregators; repeat the run with ltts run")
+    return record
+
+
+def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
+    """Check that the budget can be applied to a run.
+
+    Raises:
+        UsageError: it does not look at rollouts, or the checkpoint has changed since the run.
+    """
+    allowed = "must be adaptive or shared: those look at rollouts; the run's own table has the figures of the others"
+    require("budget", spec.budget.name, is_adaptive(spec.budget), allowed)
+    if spec.adapter.digest != record["checkpoint_digest"]:
+        raise UsageError(
+            f"run={source}: model.checkpoint={spec.adapter.checkpoint} has changed since that run "
+            f"({record['checkpoint_digest']} then, {spec.adapter.digest} now)"
+        )
+
+
+def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
+    """The tables of a run as if its rollouts had been drawn in rounds.
+
+    Args:
+        spec: the run, with the budget to be applied and the most rollouts that a question may get.
+        source: its folder.
+        record: its `run.json`.
+
+    Raises:
+        UsageError: its rollouts table is damaged, or has no scores.
+        RunError: the questions are not those of the run.
+    """
+    assert is_adaptive(spec.budget)
+    rollouts = read_rollouts(source)
+    expected = [question.id for question in spec.questions for _ in range(record["config"]["n"])]
+    if list(rollouts["question_id"]) != expected:
+        raise RunError(f"run={source}: its questions are not those of its task any more")
+    rollouts = rollouts[rollouts["rollout"] < spec.n].reset_index(drop=True)
+    score = rollouts["score"].to_numpy(dtype=np.float64, na_value=np.nan)
+    if spec.budget.needs_score:
+        if np.isnan(score).all():
+            raise bad_value("budget", spec.budget.label, f"needs scores, and the rollouts of run={source} have none")
+        assert spec.scorer is not None
+        check_range(spec.scorer, score)
+    tallying, questions = Tallying(spec), len(spec.questions)
+    tallying.add(rollouts, score if spec.budget.needs_score else None, [0] * questions, [spec.n] * questions)
+    whole = tallying.tallies()
+    outcome = Outcome(
+        *play(
+            spec.budget,
+            len(whole),
+            lambda drawn_Q: [tally.until(int(count)) for tally, count in zip(whole, drawn_Q, strict=True)],
+        )
+    )
+    drawn = rollouts[rollouts["rollout"] < np.repeat(outcome.counts, spec.n)].reset_index(drop=True)
+    drawn = drawn.assign(**dict.fromkeys(MEASURED, np.nan))
+    drawn["seconds"] = recorded_seconds(with_counts(spec, outcome))
+    budget = budget_table(spec, outcome, drawn)
+    figures = adaptive_figures(spec, outcome, drawn, budget)
+    return RunTables(drawn, metric_rows(figures, run_columns(spec, record["settings"])), budget)
+
+
+def recorded_seconds(spec: RunSpec) -> Floats | float:
+    """What each rollout took when it was drawn, in the order of the tables; NaN if the cache does not have all."""
+    wanted = spec.wanted()
+    for cache in entries(spec):
+        cached = CachedRollouts.read(spec, cache, wanted, scored=False)
+        if cached.complete:
+            return cached.rows.frame()["seconds"].to_numpy(dtype=np.float64)
+    return np.nan
+
+
+def write_folder(
+    folder: Path, spec: RunSpec, tables: RunTables, record: Mapping[str, Any], source: Path, seconds: float
+) -> None:
+    """Write the folder of a replay; what is not of the budget is as in the run's own `run.json`."""
+    assert tables.budget is not None
+    write_rollouts(folder, tables.rollouts)
+    write_metrics(folder / METRICS, tables.metrics)
+    write_budget(folder, tables.budget)
+    kept = {key: value for key, value in record.items() if key not in ("files", "format", "rollouts", "seconds")}
+    own = {
+        "config": spec.config,
+        "replayed": str(source),
+        "budget": budget_summary(tables.budget),
+        "rollouts": {"total": len(tables.rollouts), "drawn_now": 0},
+        "seconds": {"this_command": seconds},
+    }
+    write_run_json(folder, kept | own)

@@ -1,0 +1,200 @@
+"""What questions have after some of their rollouts, and the figures of a run whose budget looked at that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import numpy as np
+import pandas as pd
+
+from latent_tts.aggregator.weighted import Weighted
+from latent_tts.budget import Stop, Tally, is_adaptive
+from latent_tts.engine.cost import Shape
+from latent_tts.pipeline.spec import RunSpec
+from latent_tts.results import statistics
+from latent_tts.results.cache import MEASURED_SUMS
+from latent_tts.results.metrics import Figures, measured_figures
+from latent_tts.text.classes import shared_forms
+from latent_tts.types import Float64, Floats, Int64, RolloutArrays
+
+
+@dataclass
+class _Drawn:
+    """The rollouts of a question so far, in order."""
+
+    answers: list[str | None] = field(default_factory=list)
+    logprob: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+class Tallying:
+    """The tallies of a run's questions; rollouts are added as they come, and each answer is read once."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec = spec
+        self._drawn = [_Drawn() for _ in spec.questions]
+        rule = spec.task.rule
+        self._equal = cache(rule.equal) if rule.name == "latex" else None
+
+    def add(self, rows: pd.DataFrame, score: Floats | None, before: Sequence[int], counts: Sequence[int]) -> None:
+        """Add the next rollouts of each question.
+
+        Args:
+            rows: `answer_ids`, `answer_logprob` and `latent_steps` of each, question-major.
+            score: of each; None where they have none.
+            before: how many each question had.
+            counts: how many it has now.
+        """
+        adapter, rule, start = self.spec.adapter, self.spec.task.rule, 0
+        for drawn, was, now in zip(self._drawn, before, counts, strict=True):
+            part = slice(start, start := start + now - was)
+            of = rows.iloc[part]
+            tokens = [[int(token) for token in ids] for ids in of["answer_ids"]]
+            drawn.answers += [rule.read(adapter.answer_text(ids), adapter) for ids in tokens]
+            drawn.tokens += map(len, tokens)
+            drawn.logprob += of["answer_logprob"].tolist()
+            drawn.steps += of["latent_steps"].tolist()
+            drawn.score += [np.nan] * len(of) if score is None else score[part].tolist()
+
+    def tallies(self) -> list[Tally]:
+        """What each question has."""
+        tallies = []
+        for place, drawn in enumerate(self._drawn):
+            score_N = np.array(drawn.score, dtype=np.float64)
+            log_weight_N, most = self._log_weights(score_N)
+            once, each_N = self._gflop(place, np.array(drawn.steps), np.array(drawn.tokens))
+            tallies.append(
+                Tally(
+                    n=self.spec.n,
+                    answers=list(drawn.answers),
+                    log_weight_N=log_weight_N,
+                    logprob_N=np.array(drawn.logprob, dtype=np.float64),
+                    score_N=score_N,
+                    max_log_weight=most,
+                    equal=self._equal,
+                    prompt_gflop=once,
+                    gflop_N=each_N,
+                )
+            )
+        return tallies
+
+    def _log_weights(self, score_N: Float64) -> tuple[Float64, float | None]:
+        """Logarithms of the weights of votes, and the largest possible one."""
+        spec = self.spec
+        assert is_adaptive(spec.budget)
+        if spec.budget.aggregator != "weighted":
+            return np.zeros(len(score_N)), 0.0
+        temperature = next(each.temperature for each in spec.aggregators if isinstance(each, Weighted))
+        assert spec.scorer is not None
+        assert temperature is not None
+        bounds = spec.scorer.range
+        return score_N / temperature, None if bounds is None else bounds[1] / temperature
+
+    def _gflop(self, place: int, steps_N: Int64, tokens_N: Int64) -> tuple[float, Float64]:
+        """GFLOP that a question costs once, and what each rollout adds."""
+        spec, prompt = self.spec, len(self.spec.prompts[self.spec.questions[place].id])
+        once = spec.passes.once(prompt)
+        each_N = np.asarray(spec.passes.rollout(prompt, steps_N, tokens_N - len(spec.forced_ids)), dtype=np.float64)
+        if spec.scorer is not None:
+            head = Shape.from_config(spec.scorer.config)
+            once += head.prompt_flops(prompt)
+            each_N = each_N + head.scoring_flops(prompt, steps_N)
+        return float(once) / 1e9, each_N / 1e9
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the questions of a run ended, in its order.
+
+    Attributes:
+        tallies: what each had drawn.
+        stops: how much of it was used, and why no more.
+    """
+
+    tallies: list[Tally]
+    stops: list[Stop]
+
+    @property
+    def counts(self) -> list[int]:
+        """Rollouts that were drawn."""
+        return [tally.drawn for tally in self.tallies]
+
+
+def with_counts(spec: RunSpec, outcome: Outcome) -> RunSpec:
+    """The run with the rollouts that its questions ended with."""
+    return replace(spec, counts=outcome.counts)
+
+
+def budget_table(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame) -> pd.DataFrame:
+    """A row per question: what was used and drawn, why no more, what is known of the error, and the pick."""
+    used = [stop.used for stop in outcome.stops]
+    starts = np.cumsum([0, *outcome.counts[:-1]])
+    pick_Q = _picks(spec, outcome, rollouts, starts)
+    places = np.where(pick_Q >= 0, starts + pick_Q, 0)
+    answers = rollouts["prediction"].to_numpy(dtype=object)[places]
+    return pd.DataFrame(
+        {
+            "question_id": [question.id for question in spec.questions],
+            "used": np.array(used, dtype=np.int32),
+            "drawn": np.array(outcome.counts, dtype=np.int32),
+            "why": [stop.why for stop in outcome.stops],
+            "certificate": [stop.certificate for stop in outcome.stops],
+            "pick": pick_Q.astype(np.int32),
+            "answer": pd.array(np.where(pick_Q >= 0, answers, None), dtype=object),
+            "correct": rollouts["correct"].to_numpy(dtype=bool)[places] & (pick_Q >= 0),
+        }
+    )
+
+
+def _picks(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, starts: Int64) -> Int64:
+    """The pick of each question among the rollouts that it used; -1 for none. Rollouts it lacks are masked."""
+    assert is_adaptive(spec.budget)
+    widest = max(stop.used for stop in outcome.stops)
+    shape = len(starts), widest
+    prediction_QD, correct_QD = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=bool)
+    logprob_QD, score_QD = np.full(shape, np.nan), np.full(shape, np.nan)
+    correct = rollouts["correct"].to_numpy(dtype=bool)
+    for place, (tally, stop) in enumerate(zip(outcome.tallies, outcome.stops, strict=True)):
+        own, there = slice(stop.used), slice(starts[place], starts[place] + stop.used)
+        equal = tally.equal or str.__eq__
+        forms, known = shared_forms(tally.answers[own], equal), dict[str | None, int]()
+        codes = [-1 if form is None else known.setdefault(form, len(known)) for form in forms]
+        prediction_QD[place, own], correct_QD[place, own] = codes, correct[there]
+        logprob_QD[place, own], score_QD[place, own] = tally.logprob_N[own], tally.score_N[own]
+    chosen = next(each for each in spec.aggregators if each.name == spec.budget.aggregator)
+    return statistics.picks(chosen, RolloutArrays(prediction_QD, correct_QD, logprob_QD, score_QD))
+
+
+def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, table: pd.DataFrame) -> list[Figures]:
+    """The figures at n, the most that a question may get; null where they would need rollouts that were not drawn."""
+    assert is_adaptive(spec.budget)
+    questions, counts = len(spec.questions), np.array(outcome.counts)
+    owner = np.repeat(np.arange(questions), counts)
+
+    def summed(column: str) -> Float64:
+        return np.bincount(owner, rollouts[column].to_numpy(dtype=np.float64), questions).astype(np.float64)
+
+    unknown = np.full(questions, np.nan)
+    right = table["correct"].to_numpy(dtype=np.float64)
+    values = {
+        ("accuracy", each.name): right if each.name == spec.budget.aggregator else unknown for each in spec.aggregators
+    }
+    values |= {
+        ("coverage", ""): unknown,
+        ("rollouts_used", ""): table["used"].to_numpy(dtype=np.float64),
+        ("rollouts_drawn", ""): counts.astype(np.float64),
+        ("latent_steps", ""): summed("latent_steps"),
+        ("answer_tokens", ""): summed("answer_tokens"),
+        ("gflops", ""): np.array([tally.prompt_gflop + tally.gflop_N.sum() for tally in outcome.tallies]),
+    }
+    if rollouts[list(MEASURED_SUMS)].notna().all().all():
+        measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, questions, float(counts.mean()))
+    elif rollouts["seconds"].notna().all():  # a replay: they were drawn in the batches of another run
+        measured = {"recorded_seconds": float(rollouts["seconds"].sum()) / questions}
+    else:
+        measured = {}
+    return [Figures(spec.n, spec.n, values, measured)]

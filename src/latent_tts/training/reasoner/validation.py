@@ -1,0 +1,152 @@
+"""Validation by the engine: what `ltts run` would report of the weights so far, and the best of them kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latent_tts.checkpoint import files
+from latent_tts.errors import bad_value, check_positive, is_number, is_whole
+from latent_tts.text.answer import AnswerRule
+from latent_tts.types import Question, Reasoner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latent_tts.checkpoint.adapter import CheckpointAdapter
+    from latent_tts.training.reasoner.curriculum import Stage
+
+BEST, RECORD = "best", "best.json"
+AT_ONCE = 64  # questions that run together
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The keys `validation.*`.
+
+    Attributes:
+        every: updates between two validations; None for none.
+        rollouts: n of the coverage.
+        sigma: of the Gaussian noise on the latents of these rollouts.
+        temperature: of the answer tokens of these rollouts, in stages without latents.
+        max_answer_tokens: token limit of an answer.
+        dtype: that the weights are cast to.
+    """
+
+    every: int | None
+    rollouts: int
+    sigma: float
+    temperature: float
+    max_answer_tokens: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        check_positive("validation", self, whole=("rollouts", "max_answer_tokens"))
+        if self.every is not None and not (is_whole(self.every) and self.every >= 1):
+            raise bad_value("validation.every", self.every, "must be a number of updates, 1 or more, or null")
+        for key in ("sigma", "temperature"):
+            value = getattr(self, key)
+            if not (is_number(value) and value >= 0):
+                raise bad_value(f"validation.{key}", value, "must be a number, 0 or more")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise bad_value("validation.dtype", self.dtype, "must be float32, bfloat16 or float16")
+
+    def measure(
+        self,
+        lm: Any,
+        next_latent: Any,
+        adapter: CheckpointAdapter,
+        stage: Stage,
+        questions: Sequence[Question],
+        rule: AnswerRule,
+    ) -> dict[str, float]:
+        """Greedy accuracy, and coverage of `rollouts` noisy rollouts, of a model that nobody else uses.
+
+        Args:
+            lm: the causal LM, whole; it is cast and changed.
+            next_latent: what turns its hidden states into latents, in the same dtype.
+            adapter: how prompts are written and answers read.
+            stage: whose number of latents is thought.
+            questions: to answer.
+            rule: how answers are read and compared.
+        """
+        import torch
+
+        from latent_tts.engine.decoding import AnswerSampling
+        from latent_tts.engine.rollout import SEQUENTIAL, Engine, RolloutPlan
+        from latent_tts.random.draw import Draw
+        from latent_tts.sampler.gaussian import Gaussian
+        from latent_tts.sampler.greedy import Greedy
+
+        plan = RolloutPlan(
+            stage.latents, adapter.thinking_end_ids, adapter.eos_id, self.max_answer_tokens, adapter.stop_id,
+            schedule=adapter.own_schedule or SEQUENTIAL, other_eos_ids=adapter.eos_ids[1:],
+            latent_id=None if adapter.own_schedule is None else adapter.latent_id,
+        )  # fmt: skip
+        engine = Engine(Reasoner(lm, next_latent), plan)
+        noisy = AnswerSampling(self.temperature).over(Greedy())
+        if stage.latents:
+            noisy = Gaussian(self.sigma, relative=False)
+        shares = []
+        for sampler, rollouts in ((Greedy(), 1), (noisy, self.rollouts)):
+            solved = 0
+            for start in range(0, len(questions), AT_ONCE):
+                part = questions[start : start + AT_ONCE]
+                numbers_QN = torch.arange(rollouts, device=lm.device).repeat(len(part), 1)
+                draw = Draw.of(0, [question.id for question in part], numbers_QN, engine.width)
+                rolled = engine.roll([adapter.encode(question) for question in part], draw, sampler)
+                texts = [adapter.answer_text(ids) for ids in rolled.answer_ids]
+                for place, question in enumerate(part):
+                    read = [rule.read(text, adapter) for text in texts[place * rollouts : (place + 1) * rollouts]]
+                    solved += any(answer is not None and rule.is_right(answer, question.answer) for answer in read)
+            shares.append(solved / len(questions))
+        return {"eval_greedy_accuracy": shares[0], f"eval_coverage_at_{self.rollouts}": shares[1]}
+
+
+def joined_copy(module: Any, dtype: str) -> tuple[Any, Any]:
+    """A copy of a model in training, with its adapter joined in float32 and cast once, and of its latents' module."""
+    import torch
+    from torch import nn
+
+    kind = getattr(torch, dtype)
+    lm = copy.deepcopy(module.objective.lm if module.adapted is None else module.adapted)
+    lm = lm if module.adapted is None else lm.merge_and_unload()
+    lm.set_attn_implementation("sdpa")
+    next_latent = module.objective.next_latent
+    if isinstance(next_latent, nn.Module):
+        next_latent = copy.deepcopy(next_latent).to(kind).eval()
+    return lm.to(kind).eval().requires_grad_(False), next_latent
+
+
+def keep_if_best(states: Path, weights: Mapping[str, Tensor], update: int, figures: dict[str, float]) -> bool:
+    """Keep weights beside the saved states if no earlier ones were as good; says whether it did.
+
+    The first figure counts, the second among equal ones.
+    """
+    from safetensors.torch import save_file
+
+    score, folder = list(figures.values()), states / BEST
+    best = read_best(states)
+    if best is not None and best["score"] >= score:
+        return False
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(dict(weights), partial / files.WEIGHTS)
+    (partial / RECORD).write_text(json.dumps({"update": update, "score": score, "figures": figures}) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return True
+
+
+def read_best(states: Path) -> dict[str, Any] | None:
+    """The record of the best weights so far; None if there are none."""
+    try:
+        return json.loads((states / BEST / RECORD).read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,66 @@
+"""Tables of someone else's run folder, whose digests fit: what is no table of a run is refused in one line."""
+
+import json
+
+import pandas as pd
+import pytest
+import tiny
+from refusal import check
+
+from latent_tts.results.files import file_digest
+
+ROLLOUTS, METRICS = "rollouts.parquet", "metrics.csv"
+
+
+def sign(folder, name) -> None:
+    """Make `run.json` hold the digest of a changed file."""
+    record = json.loads((folder / "run.json").read_text())
+    record["files"][name] = file_digest(folder / name)
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "words"),
+    [
+        ("prediction", [1], "column prediction must contain texts"),
+        ("rollout", "0", "column rollout must contain integers"),
+        ("rollout", None, "column rollout must contain integers"),
+        ("correct", 1, "column correct must contain true or false"),
+        ("answer_logprob", "low", "column answer_logprob must contain numbers"),
+        ("question_id", None, "column question_id lacks a value"),
+    ],
+)
+def test_rollouts_of_wrong_types(ltts, own_copy, column, value, words):
+    table = pd.read_parquet(own_copy / ROLLOUTS)
+    table[column] = pd.Series([value] * len(table), dtype=object)
+    table.to_parquet(own_copy / ROLLOUTS, index=False)
+    sign(own_copy, ROLLOUTS)
+    check(ltts("compare", own_copy, own_copy), f"{ROLLOUTS}: cannot be read", words)
+
+
+def test_rollouts_without_rows(ltts, own_copy):
+    pd.read_parquet(own_copy / ROLLOUTS).iloc[:0].to_parquet(own_copy / ROLLOUTS, index=False)
+    sign(own_copy, ROLLOUTS)
+    check(ltts("compare", own_copy, own_copy), f"{ROLLOUTS}: cannot be read", "it has no rows")
+
+
+@pytest.mark.parametrize(("column", "value"), [("n", "inf"), ("n", "0"), ("drawn", "-4"), ("questions", "1.5")])
+def test_counts_that_are_none(ltts, own_copy, column, value):
+    table = pd.read_csv(own_copy / METRICS, dtype=str, keep_default_na=False)
+    table.assign(**{column: value}).to_csv(own_copy / METRICS, index=False)
+    sign(own_copy, METRICS)
+    words = f"column {column} must contain integers, 1 or more"
+    check(ltts("compare", own_copy, own_copy), METRICS, words)
+    check(ltts("collect", own_copy, "output=all.csv"), METRICS, words)
+
+
+@pytest.mark.parametrize("cache", ["elsewhere/0123456789abcdef", 5])
+def test_a_record_makes_no_folder_elsewhere(run, ltts, checkpoint, tmp_path, cache):
+    tiny.write_latent_rm(tmp_path / "rm", checkpoint)
+    assert run("hydra.run.dir=one", "keep_latents=true").code == 0
+    record = json.loads((tmp_path / "one/run.json").read_text())
+    record["cache"], record["config"]["paths"]["cache"] = cache, str(tmp_path / "elsewhere")
+    (tmp_path / "one/run.json").write_text(json.dumps(record))
+    rescored = ltts("rescore", "one", "scorer=latent_rm", "scorer.checkpoint=rm")
+    assert rescored.code == 0, rescored.err
+    assert not (tmp_path / "elsewhere").exists()
