@@ -162,6 +162,16 @@ def test_collect_needs_no_sweeps_unless_they_are_named(completed, ltts, tmp_path
     assert "multirun/run" in ltts("collect", "outputs/run", "multirun/run").err
 
 
+def test_collect_names_no_interrupted_run_that_was_completed_elsewhere(run, ltts):
+    (run("seed=1").last.parent / "run.json").unlink()
+    assert run("seed=1").code == 0
+    result = ltts("collect", "outputs/run", "output=all.csv")
+    assert result.code == 0, result.err
+    assert "incomplete" not in result.err
+    (run("seed=2").last.parent / "run.json").unlink()
+    assert ltts("collect", "outputs/run", "output=all.csv").err.count("incomplete, left out") == 1
+
+
 def test_collect_joins_what_is_complete_and_names_what_is_not(run, completed, ltts, tmp_path):
     first = shutil.copytree(completed, tmp_path / "outputs" / "run" / "first")
     (run("seed=1").last.parent / "run.json").unlink()
