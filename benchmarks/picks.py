@@ -68,7 +68,7 @@ def cost_of(call: Callable[[], object], repeats: int) -> tuple[float, float]:
 def quadratic(aggregator: Aggregator, rollouts: RolloutArrays, budgets: list[int]) -> None:
     """Run the slow way, on the subsets of `latent_tts.results.statistics`."""
     for n in budgets:
-        accuracy(aggregator, rollouts, np.concatenate(list(stats.subsets(rollouts.correct_QD.shape[1], n))))
+        accuracy(aggregator, rollouts, np.concatenate(list(stats.subsets(rollouts.prediction_QD.shape[1], n))))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,6 +17,8 @@ from omegaconf import OmegaConf
 
 from latent_tts import cli
 from latent_tts.errors import JobsFailed
+from latent_tts.pipeline.sweep import SweepJob
+from latent_tts.results.report import warnings_once
 
 
 class TolerantSweeper(BasicSweeper):
@@ -51,29 +53,37 @@ class TolerantSweeper(BasicSweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        launchable, codes = [], [0]
-        log_file = folder / f"{self.config.hydra.job.name}.log"
+        codes, log_file = [0], folder / f"{self.config.hydra.job.name}.log"
 
-        def report(error: Exception, job: Sequence[str]) -> None:
+        def report_failure(error: Exception, job: Sequence[str]) -> None:
             codes.append(cli.say(error, name(job)))
             with log_file.open("a") as file:
                 file.write(name(job) + "\n".join(cli.describe(error)[0]) + "\n")
 
+        launchable = []
         for job in jobs:
             try:
                 self.validate_batch_is_legal([job])
                 launchable.append(job)
             except Exception as error:  # any error of composing a job is a failure of that job only
-                report(error, job)
-        results = self.launcher.launch(launchable, initial_job_idx=0) if launchable else []
-        for job, result in zip(launchable, results, strict=True):
-            if result.status is JobStatus.FAILED:
-                report(result._return_value, job)
+                report_failure(error, job)
+        with warnings_once():
+            results = self.launcher.launch(launchable, initial_job_idx=0) if launchable else []
+        finished, configs = [], []
+        for job in jobs:
+            ran = None
+            if job in launchable:
+                result = results[launchable.index(job)]
+                refused = False
+                if result.status is JobStatus.FAILED:
+                    report_failure(result._return_value, job)
+                    refused = cli.is_refused(result._return_value)
+                if result.hydra_cfg is not None and not refused:
+                    ran = Path(result.hydra_cfg.hydra.runtime.output_dir)
+                    configs.append(result.cfg)
+            finished.append(SweepJob([override for override in job if override not in common], ran))
         if hasattr(command, "finish_sweep"):
-            ran = [r for r in results if not (r.status is JobStatus.FAILED and cli.is_refused(r._return_value))]
-            command.finish_sweep(
-                folder, {Path(r.hydra_cfg.hydra.runtime.output_dir): r.cfg for r in ran if r.hydra_cfg}
-            )
+            command.finish_sweep(folder, finished, configs)
         if max(codes):
             raise JobsFailed(max(codes))
         return results

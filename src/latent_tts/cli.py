@@ -40,6 +40,10 @@ MAX_LINES = 4
 KEPT = "finished work is kept; "
 FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
 FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--config-dir", "-cn", "--config-name"]
+FLAG_CHOICES = {
+    **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
+    **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
+}
 
 
 def usage() -> str:
@@ -137,6 +141,11 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
                 override = meant.key_of_flag(command, argument, following)
                 hint = f"did you mean {override}? " if override else _meant(argument, FLAGS + FLAGS_WITH_VALUE)
                 raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(FLAGS + FLAGS_WITH_VALUE)}")
+            choices = FLAG_CHOICES.get(arguments[place - 1]) if expects_value else None
+            if choices is not None and argument not in choices:
+                raise UsageError(f"{arguments[place - 1]} {argument}: must be one of {', '.join(choices)}")
+            if argument in FLAG_CHOICES and place + 1 == len(arguments):
+                raise UsageError(f"{argument}: needs one of {', '.join(FLAG_CHOICES[argument])} after it")
             (flags if expects_value or argument.startswith("-") else others).append(argument)
         elif names:
             positional.setdefault(names[0].rstrip("*?"), []).append(meant.quoted(argument))
@@ -273,6 +282,8 @@ def describe(error: Exception) -> tuple[list[str], int]:
         own = [path.stem for path in (Path(conf_dir()) / group).glob("*.yaml")]
         options = sorted({*own, *(error.options or ())})  # Hydra's own list also has those of other packages
         hint = ["`ltts tune` makes it"] if (group, option) == ("engine", "tuned") else []
+        if not group:
+            return [f"--config-name {option}: no such config; one of {', '.join(options)}"], 2
         return [f"{group}={option}: no such option; {_meant(option, options)}one of {', '.join(options)}", *hint], 2
     if isinstance(error, OverrideParseException):
         fixed = quoted_override(error.override)
@@ -334,6 +345,11 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     value = re.match(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", first)
     if value:
         return [f"{key}={value[1]}: must be of type {value[2].lower()}"]
+    value = re.match(r"Value '(.*?)' is not a valid bool", first)
+    if value:
+        return [f"{key}={value[1]}: must be true or false"]
+    if re.search(r"is not a ListConfig, list or tuple", first):
+        return [f"{key}: must be a list, as in {key}=[A,B]"]
     missing = re.match(r"Missing mandatory value: (.+)|field '(.+)' is not Optional", first)
     if missing:
         return [f"{key or missing[1] or missing[2]}: needs a value; null and an empty list are none"]

@@ -44,14 +44,20 @@ class Question:
     Attributes:
         id: content hash of the text (a repeat of the same text gets `-2`, `-3`, ...).
         text: what is asked.
-        answer: the gold answer, canonical.
+        answer: the gold answer, canonical; None where it is not known.
         steps: written-out reasoning, one string per step; empty if the task has none.
     """
 
     id: str
     text: str
-    answer: str
+    answer: str | None
     steps: tuple[str, ...] = ()
+
+    @property
+    def gold(self) -> str:
+        """The gold answer of a question that has one."""
+        assert self.answer is not None, f"question {self.id} has no gold answer"
+        return self.answer
 
 
 @dataclass(frozen=True)
@@ -135,21 +141,20 @@ class RolloutArrays:
 
     Attributes:
         prediction_QD: equal integers where canonical predictions of one question are equal, -1 where unreadable.
-        correct_QD: whether the prediction is right.
+        correct_QD: whether the prediction is right; None where gold answers are not known.
         answer_logprob_QD: summed log-probability of the answer.
         score_QD: trajectory score, NaN if a rollout has none.
     """
 
     prediction_QD: NDArray[np.int64]
-    correct_QD: Bools
+    correct_QD: Bools | None
     answer_logprob_QD: Floats
     score_QD: Floats
 
     def questions(self, part: slice) -> RolloutArrays:
         """The arrays of a slice of the questions."""
-        return RolloutArrays(
-            self.prediction_QD[part], self.correct_QD[part], self.answer_logprob_QD[part], self.score_QD[part]
-        )
+        correct_QD = None if self.correct_QD is None else self.correct_QD[part]
+        return RolloutArrays(self.prediction_QD[part], correct_QD, self.answer_logprob_QD[part], self.score_QD[part])
 
 
 @dataclass(frozen=True)

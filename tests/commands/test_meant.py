@@ -65,6 +65,12 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("train-rm seed=-1", ["seed=-1: must be 0 or more"]),
         ("run =3", ["=3: not of the form key=value"]),
         ("collect ~nosuchuser/x", ["no home folder"]),
+        ("run --cfg jobs", ["--cfg jobs: must be one of job, hydra, all"]),
+        ("run --cfg", ["--cfg: needs one of job, hydra, all"]),
+        ("run -cn nosuch", ["--config-name nosuch: no such config"]),
+        ("run keep_latents=maybe", ["keep_latents=maybe: must be true or false"]),
+        ("run paths.cache=", ["paths.cache=: must be a folder"]),
+        ("tune dtypes=fp32", ["dtypes: must be a list, as in dtypes=[A,B]"]),
         ("run seed=-1", ["seed=-1: must be 0 or more"]),
     ],
 )

@@ -407,11 +407,11 @@ DROPOUT = {"_target_": "latent_tts.sampler.dropout.Dropout", "rate": 0.1, "site"
         ({"sampler": DROPOUT, "reduce": "sum"}, None, None),
         ({"sampler": DROPOUT, "reduce": "mean"}, "mean", None),
         ({"reasoner": "0123", "reasoner_name": "another"}, None, ["another (0123)", "not for tiny"]),
-        ({"sampler": DROPOUT | {"rate": 0.3}}, None, ["with sampler.rate=0.3; this run has sampler.rate=0.1"]),
+        ({"sampler": DROPOUT | {"rate": 0.3}}, None, ["trained on dropout rate=0.3 and scores dropout rate=0.1 here"]),
         (
             {"sampler": {"_target_": "Gaussian", "sigma": 0.4}},
             None,
-            ["with sampler=Gaussian, sampler.sigma=0.4; this run has sampler=dropout, "],
+            ["trained on Gaussian 0.4 and scores dropout 0.1 here"],
         ),
         ({"reduce": "mean"}, "sum", ["scorer.reduce=sum", "trained with mean"]),
     ],

@@ -242,9 +242,10 @@ def test_tolerance_decides_equality(write):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"question": "a"}, "has no answer"),
+        ({"question": "a"}, "has no answer, the rows before it have one"),
         ({"question": "a", "answer": None}, "has no answer"),
         ({"question": "a", "answer": " "}, "has no answer"),
+        ({"question": "a", "answer": True}, "answer must be a text or a number"),
         ({"answer": 1}, "has no question"),
         ({"question": "", "answer": 1}, "has no question"),
         ('{"question": "a", "answer": 1', "is not JSON"),

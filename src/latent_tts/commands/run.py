@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from latent_tts.config.build import output_dir
+from latent_tts.config.build import in_sweep, output_dir
 from latent_tts.config.recorded import aggregator_builder
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.pipeline import sweep
@@ -25,7 +25,7 @@ from latent_tts.results.run_folder import LATENTS, METRICS
 
 
 def main(cfg: DictConfig) -> None:
-    """Run one job, print its table and the table's path.
+    """Run one job; print its table and the table's path, unless it is a sweep's, which has one table.
 
     Raises:
         UsageError: something in the config is wrong; nothing has been loaded.
@@ -48,10 +48,11 @@ def main(cfg: DictConfig) -> None:
             write_run_folder(
                 folder, spec, rollouts, tables, settings, seconds=seconds, verification=verification, **kept
             )
-    report.print_metrics(tables.metrics)
-    for line in schedule_lines(spec, tables.rollouts) + ([] if verification is None else verification.lines):
-        report.print_line(line)
-    print(folder / METRICS)
+    if not in_sweep():
+        report.print_metrics(tables.metrics)
+        for line in schedule_lines(spec, tables.rollouts) + ([] if verification is None else verification.lines):
+            report.print_line(line)
+        print(folder / METRICS)
     if verification is not None:
         verification.check()
 
@@ -68,6 +69,6 @@ def sweep_overrides(cfg: DictConfig, swept: set[str]) -> list[str]:
     return [] if given or "n" not in swept else ["budget=fixed"]
 
 
-def finish_sweep(folder: Path, jobs: Mapping[Path, DictConfig]) -> None:
-    """Join the tables of a sweep's jobs (their configs by folder), and print what was written."""
-    sweep.finish(folder, list(jobs), aggregator_builder(*jobs.values()))
+def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence[DictConfig]) -> None:
+    """Join the tables of a sweep's jobs, which ran with these configs, and print what was written."""
+    sweep.finish(folder, jobs, aggregator_builder(*configs))

@@ -44,6 +44,11 @@ def output_dir() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
+def in_sweep() -> bool:
+    """Whether the running job is one of a sweep."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def remove_record() -> None:
     """Remove the folder of a refused job, so that it does not look like an interrupted run.
 

@@ -29,6 +29,7 @@ def run_request(cfg: DictConfig) -> RunRequest:
     """
     allowed = "must be options of the group, as in aggregator=[majority]"
     require("aggregator", cfg.aggregator, OmegaConf.is_dict(cfg.aggregator), allowed)
+    require("paths.cache", cfg.paths.cache, cfg.paths.cache != "", "must be a folder")
     require("cache", cfg.cache, cfg.cache in MODES, 'must be on, refresh or off (in YAML in quotes: "on", "off")')
     chosen = {key for key in ("schedule", "budget", "scorer.checkpoint") if is_given(key)}
     return RunRequest(

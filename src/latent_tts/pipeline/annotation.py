@@ -30,7 +30,7 @@ from latent_tts.results.annotations import FORMAT, SETTINGS, AnnotationFolder
 from latent_tts.results.files import launch_rank, locked_folder, written_in_parts
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
-from latent_tts.task import Task
+from latent_tts.task import Task, require_gold
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
@@ -133,13 +133,14 @@ def annotate(spec: AnnotationSpec) -> Path:
     """
     spec.check()
     questions = spec.task.questions()
+    require_gold(spec.task, questions, "a label says how often completions are right")
     prompts = encode_prompts(spec.adapter, questions, reserved_positions(spec.adapter, spec.max_answer_tokens))
     with locked_folder(spec.output, "output"):
         return _annotate(spec, questions, prompts)
 
 
 def _annotate(spec: AnnotationSpec, questions: Sequence[Question], prompts: Mapping[str, list[int]]) -> Path:
-    golds = {question.id: question.answer for question in questions}
+    golds = {question.id: question.gold for question in questions}
     if launch_rank() > 0:
         _wait_for_first_process(spec, {question.id for question in questions})
         return spec.output
@@ -191,7 +192,7 @@ def _label(
 
     def is_right(question: Question, ids: list[int]) -> bool:
         prediction = rule.read(adapter.answer_text(ids), adapter)
-        return prediction is not None and rule.is_right(prediction, question.answer)
+        return prediction is not None and rule.is_right(prediction, question.gold)
 
     jobs = [LabelJob(q.id, place, prompts[q.id], lambda ids, q=q: is_right(q, ids)) for place, q in questions]
     device, sampler = find_device(spec.engine), spec.answers.over(spec.sampler)

@@ -16,13 +16,12 @@ from latent_tts.pipeline.tables import RunTables
 from latent_tts.pipeline.verification import VERIFICATION, Verification, write_verification
 from latent_tts.results import plot
 from latent_tts.results.run_folder import (
-    BUDGET,
     FIGURE,
-    LATENTS,
     METRICS,
-    ROLLOUTS,
     RUN_JSON,
-    SCORES,
+    TABLES,
+    has_curve,
+    write_answers,
     write_budget,
     write_metrics,
     write_rollouts,
@@ -32,7 +31,7 @@ from latent_tts.results.run_folder import (
 
 def clear_run_folder(folder: Path) -> None:
     """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
-    for name in (RUN_JSON, METRICS, ROLLOUTS, BUDGET, LATENTS, SCORES, FIGURE, VERIFICATION):
+    for name in (RUN_JSON, *TABLES, FIGURE, VERIFICATION):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -60,11 +59,12 @@ def write_run_folder(
         **record: what else `run.json` says.
     """
     write_rollouts(folder, tables.rollouts)
+    write_answers(folder, tables.answers)
     write_metrics(folder / METRICS, tables.metrics)
     if tables.budget is not None:
         write_budget(folder, tables.budget)
         record |= {"budget": budget_summary(tables.budget)}
-    if tables.metrics["n"].nunique() > 1:
+    if has_curve(tables.metrics):
         plot.scaling_curve(tables.metrics, folder / FIGURE)
     if verification is not None:
         write_verification(folder, verification)

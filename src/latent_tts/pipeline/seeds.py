@@ -20,7 +20,8 @@ from latent_tts.results.run_folder import (
     write_metrics,
 )
 
-PER_QUESTION = ("accuracy", "coverage", "invalid_rate")  # the metrics that a rollouts table has for each question
+# metrics that a rollouts table has for each question
+PER_QUESTION = ("accuracy", "coverage", "invalid_rate", "agreement")
 
 
 def write_joined(

@@ -25,13 +25,14 @@ from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, check_seed, is_whole, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline import calibration
+from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
 from latent_tts.search import Search
-from latent_tts.task import Task
+from latent_tts.task import Task, has_gold
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
@@ -232,6 +233,11 @@ def check_run(request: RunRequest) -> RunSpec:
     reserved = reserved_positions(adapter, request.max_answer_tokens)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
+    if not has_gold(questions):
+        name = request.task.name
+        log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
+        require("budget", budget.name, not is_adaptive(budget), "must be fixed or ladder: there are no gold answers")
+        budget = budget if "budget" in request.chosen else Fixed()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
         budget = calibrated(budget, request, aggregators, questions)
@@ -345,7 +351,7 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
         if scored and chosen:
             raise bad_value("aggregator", ",".join(scored), f"needs a scorer ({why})")
         if scorer.reason is not None:
-            log.info("%s, so rollouts get no scores", why)
+            log.info("%s, so rollouts get no scores", why, extra={"once": True})
         aggregators = [aggregator for aggregator in aggregators if not aggregator.needs_score]
     else:
         aggregators = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from latent_tts.aggregator import Aggregator, Vote
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.cost import Shape
 from latent_tts.pipeline.rollouts import RunRollouts
@@ -20,9 +21,10 @@ from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
 from latent_tts.results.files import settings_digest
-from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_figures
+from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_arrays, rollout_figures
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.schedule import DRAFTED
+from latent_tts.task import has_gold
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Float32, Question
 
@@ -32,15 +34,17 @@ MAX_USELESS = 0.95  # share of answers
 
 @dataclass
 class RunTables:
-    """The tables of a run: `rollouts.parquet` (with `cache.MEASURED` beside its columns) and `metrics.csv`.
+    """The tables of a run.
 
     Attributes:
-        rollouts: a row per rollout.
-        metrics: a row per figure.
+        rollouts: `rollouts.parquet`, a row per rollout, with `cache.MEASURED` beside its columns.
+        answers: `answers.jsonl`, see `answer_lines`.
+        metrics: `metrics.csv`, a row per figure.
         budget: a row per question where the budget looked at its rollouts: see `rounds.budget_table`.
     """
 
     rollouts: pd.DataFrame
+    answers: list[dict[str, Any]]
     metrics: pd.DataFrame
     budget: pd.DataFrame | None = None
 
@@ -65,7 +69,9 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         figures = winner_figures(spec, drawn, rollouts)
     else:
         figures = all_figures(spec, drawn, rollouts)
-    return RunTables(rollouts, metric_rows(figures, run_columns(spec, settings)), budget)
+    metrics = metric_rows(figures, run_columns(spec, settings))
+    used = spec.drawn if drawn.outcome is None else [stop.used for stop in drawn.outcome.stops]
+    return RunTables(rollouts, answer_lines(spec, rollouts, used), metrics, budget)
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
@@ -79,7 +85,8 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
         zip(rows["stop_reason"], texts, strict=True),
     )
     right = _once_per_value(
-        lambda answer, gold: answer is not None and rule.is_right(answer, gold), zip(answers, golds, strict=True)
+        lambda answer, gold: None not in (answer, gold) and rule.is_right(answer, gold),
+        zip(answers, golds, strict=True),
     )
     predictions = [  # equal answers of a question get one form, so that they are one vote
         form
@@ -88,10 +95,11 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     ]
     table = pd.DataFrame(
         {
+            "question_index": np.arange(len(spec.questions), dtype="int32").repeat(spec.drawn),
             "question_id": np.array([question.id for question in spec.questions], dtype=object).repeat(spec.drawn),
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.array(predictions, dtype=object),
-            "correct": right,
+            "correct": right if has_gold(spec.questions) else pd.array([None] * len(rows), dtype="boolean"),
             "score": pd.array([None] * len(rows), dtype="Float32"),
             "answer_logprob": rows["answer_logprob"],
             "answer_margin": rows["answer_margin"],
@@ -107,6 +115,59 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     if drawn.scores is not None:
         _add_scores(table, drawn.scores)
     return table
+
+
+def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> list[dict[str, Any]]:
+    """What each question was answered.
+
+    Args:
+        spec: the run.
+        rollouts: its rollouts table.
+        used: from how many of its rollouts each question's answer is picked: all, unless the budget stopped earlier.
+
+    Returns:
+        For each question `index` (from 0), `id`, `question`, `gold` if it is known, `rollouts` (their number) and
+        `picks`: by aggregator the `answer` (None if it cannot be read, or nothing is picked), the number of the
+        `rollout`, the `share` of the votes or the `score` it was picked by, how many rollouts `agree` with it (None
+        where only picks were decoded), and whether it is `correct` (None without gold).
+    """
+    used_Q = np.array(used)
+    rollouts = rollouts[rollouts["rollout"].to_numpy() < np.repeat(used_Q, spec.drawn)]
+    lines: list[dict[str, Any]] = [
+        {"index": index, "id": question.id, "question": question.text}
+        | ({} if question.answer is None else {"gold": question.answer})
+        | {"rollouts": int(used_Q[index]), "picks": {}}
+        for index, question in enumerate(spec.questions)
+    ]
+    for number in np.unique(used_Q):  # budgets may give unequally many
+        alike = rollouts[np.repeat(used_Q == number, used_Q)]
+        for aggregator in spec.aggregators:
+            picked = _picked(aggregator, alike, int(number), all_decoded=spec.decode == "all")
+            for index, pick in zip(np.flatnonzero(used_Q == number), picked, strict=True):
+                lines[index]["picks"][aggregator.name] = pick
+    return lines
+
+
+def _picked(
+    aggregator: Aggregator, rollouts: pd.DataFrame, drawn: int, *, all_decoded: bool
+) -> Iterator[dict[str, Any]]:
+    """What an aggregator picks for each question, see `answer_lines`."""
+    arrays = rollout_arrays(rollouts, drawn)
+    predictions = rollouts["prediction"].to_numpy(dtype=object).reshape(-1, drawn)
+    reason = "share" if isinstance(aggregator.rule(arrays), Vote) else "score"
+    for question, (pick, support) in enumerate(zip(*statistics.supported_picks(aggregator, arrays), strict=True)):
+        code_N = arrays.prediction_QD[question]
+        code = code_N[pick] if pick >= 0 else -1
+        correct = None
+        if arrays.correct_QD is not None:
+            correct = bool(pick >= 0 and arrays.correct_QD[question, pick])
+        yield {
+            "answer": predictions[question, pick] if code >= 0 else None,
+            "rollout": int(pick) if pick >= 0 else None,
+            reason: None if np.isnan(support) else float(support),
+            "agree": (int((code_N == code).sum()) if code >= 0 else 0) if all_decoded else None,
+            "correct": correct,
+        }
 
 
 def _once_per_value(function: Callable[..., Any], values: Iterable[Iterable[Any]]) -> list[Any]:
@@ -174,12 +235,12 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             scoring = head.prompt_flops(prompt) + head.scoring_flops(prompt, steps_N[:budget]).sum()
             decoding = passes.once(prompt) + passes.rollout(prompt, steps_N[pick], answer - begun)
             gflops_Q.append(float(thinking + scoring + decoding) / 1e9)
-        # a question none of whose rollouts has a score has no pick
-        right = picked["correct"].where(picked["score"].notna(), other=False)
-        values: dict[tuple[str, str], statistics.Floats] = {
-            ("accuracy", "best_of_n"): np.array(right, dtype=np.float64),
-            ("invalid_rate", ""): np.array(picked["prediction"].isna(), dtype=np.float64),
-        }
+        values: dict[tuple[str, str], statistics.Floats] = {}
+        if has_gold(spec.questions):
+            # a question none of whose rollouts has a score has no pick
+            right = picked["correct"].where(picked["score"].notna(), other=False)
+            values["accuracy", "best_of_n"] = np.array(right, dtype=np.float64)
+        values["invalid_rate", ""] = np.array(picked["prediction"].isna(), dtype=np.float64)
         diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
         if budget > 1 and all(value is not None for value in diversity_Q):
             values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)

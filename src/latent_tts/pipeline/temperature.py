@@ -11,14 +11,19 @@ from latent_tts.pipeline.tables import rollout_table
 from latent_tts.results import statistics
 from latent_tts.results.files import whole_file
 from latent_tts.results.metrics import rollout_arrays
+from latent_tts.task import require_gold
 
 
 def choose_temperature(spec: RunSpec) -> float:
     """The temperature at which the vote of the run's rollouts, weighted by its scorer, is right most often.
 
     Rollouts are drawn where the cache lacks them: annotations say which are right, but a vote needs their predictions.
+
+    Raises:
+        UsageError: the questions have no gold answers.
     """
     assert spec.scorer is not None
+    require_gold(spec.task, spec.questions, "the temperature of the weighted vote is chosen by accuracy")
     rollouts = rollout_table(spec, draw_rollouts(spec))
     return statistics.best_temperature(rollout_arrays(rollouts, spec.n))
 

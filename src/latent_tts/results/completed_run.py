@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +17,10 @@ from latent_tts.errors import UsageError
 from latent_tts.results import statistics
 from latent_tts.results.metrics import rollout_arrays
 from latent_tts.results.run_folder import (
+    ANSWERS,
     CURVE_COLUMNS,
     ROLLOUTS,
+    check_file,
     read_budget,
     read_rollouts,
     read_run_json,
@@ -30,7 +33,7 @@ AggregatorBuilder = Callable[[str, Mapping[str, Any]], Aggregator]
 
 @dataclass(frozen=True)
 class CompletedRun:
-    """A run.
+    """A run as its folder describes it.
 
     Attributes:
         folder: where it lies.
@@ -79,6 +82,21 @@ class CompletedRun:
         """What runs that are seeds of each other have in common: `run_folder.CURVE_COLUMNS`."""
         return {name: str(self.metrics[name].iloc[0]) for name in CURVE_COLUMNS}
 
+    @cached_property
+    def golds(self) -> dict[str, str | None]:
+        """The gold answer of each question, by its id; empty for a run of before there was `answers.jsonl`."""
+        path = self.folder / ANSWERS
+        if not path.is_file():
+            return {}
+        check_file(self.folder, ANSWERS)
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return {line["id"]: line.get("gold") for line in lines}
+
+    @property
+    def has_gold(self) -> bool:
+        """Whether its questions have gold answers, so that its rollouts are right or wrong."""
+        return bool(self.rollouts["correct"].notna().all())
+
     @property
     def figures(self) -> list[str]:
         """The figures that each question has: coverage, and the accuracies of aggregators."""
@@ -93,7 +111,11 @@ class CompletedRun:
         return [int(n) for n in self.metrics["n"].unique()]
 
     def per_question(self, figure: str, n: int) -> pd.Series:
-        """A figure (coverage, invalid_rate, or an aggregator's accuracy) of each question at n, by question id.
+        """A figure of each question at n, by question id.
+
+        Args:
+            figure: coverage, invalid_rate, agreement, or an aggregator, whose accuracy is meant.
+            n: rollouts per question.
 
         Raises:
             UsageError: questions have unequal numbers of rollouts, or a rollout is missing or there twice.
@@ -103,12 +125,15 @@ class CompletedRun:
                 raise UsageError(f"{self.folder}: its budget stopped for {self.figures[0]}; it has no {figure}")
             return pd.Series(self.budget["correct"].to_numpy(dtype=np.float64), index=self.budget["question_id"])
         ids, arrays = self._arrays
-        n = min(n, arrays.correct_QD.shape[1])  # a search keeps fewer rollouts than it grew
+        n = min(n, arrays.prediction_QD.shape[1])  # a search keeps fewer rollouts than it grew
         values: np.ndarray
-        if figure == "coverage":
-            values = statistics.coverage(arrays.correct_QD, n)
-        elif figure == "invalid_rate":
+        if figure == "invalid_rate":
             values = (arrays.prediction_QD < 0).mean(1)
+        elif figure == "agreement":
+            values = statistics.agreement(arrays.prediction_QD)
+        elif figure == "coverage":
+            assert arrays.correct_QD is not None, "coverage needs gold answers"
+            values = statistics.coverage(arrays.correct_QD, n)
         else:
             values = statistics.picked_accuracy(self.aggregators[figure], arrays, n)
         return pd.Series(values, index=ids)

@@ -17,7 +17,7 @@ from latent_tts.results.statistics import Floats
 from latent_tts.types import RolloutArrays
 
 # the largest value of each metric that has an interval
-MAX_VALUE = {"accuracy": 1.0, "coverage": 1.0, "invalid_rate": 1.0, "diversity": 2.0}
+MAX_VALUE = {"accuracy": 1.0, "coverage": 1.0, "invalid_rate": 1.0, "agreement": 1.0, "diversity": 2.0}
 
 
 @dataclass
@@ -42,13 +42,14 @@ def rollout_arrays(rollouts: pd.DataFrame, drawn: int) -> RolloutArrays:
     predictions = rollouts["prediction"].to_numpy(dtype=object).reshape(-1, drawn)
     codes = np.full(predictions.shape, -1, dtype=np.int64)
     for row, values in enumerate(predictions):
-        known: dict[str, int] = {}
+        code_of: dict[str, int] = {}
         for column, value in enumerate(values):
             if value is not None and value == value:
-                codes[row, column] = known.setdefault(value, len(known))
+                codes[row, column] = code_of.setdefault(value, len(code_of))
+    known = rollouts["correct"].notna().all()
     return RolloutArrays(
         prediction_QD=codes,
-        correct_QD=rollouts["correct"].to_numpy(dtype=bool).reshape(-1, drawn),
+        correct_QD=rollouts["correct"].to_numpy(dtype=bool).reshape(-1, drawn) if known else None,
         answer_logprob_QD=rollouts["answer_logprob"].to_numpy(dtype=np.float64).reshape(-1, drawn),
         score_QD=rollouts["score"].to_numpy(dtype=np.float64, na_value=np.nan).reshape(-1, drawn),
     )
@@ -63,7 +64,7 @@ def rollout_figures(
     diversity_Q: Sequence[float | None],
     gflops: Sequence[tuple[float, float]],
 ) -> list[Figures]:
-    """The figures of a run whose rollouts all have answers.
+    """The figures of a run whose rollouts all have answers; without gold answers neither accuracy nor coverage.
 
     Args:
         rollouts: a rollouts table with the columns `cache.MEASURED` beside its own.
@@ -80,14 +81,19 @@ def rollout_figures(
 
     once_Q, each_Q = np.array(gflops, dtype=np.float64).T
     sizes = [min(n, drawn) for n in reported]
-    accuracies = {one.name: statistics.picked_accuracies(one, arrays, sizes) for one in aggregators}
+    correct_QD, accuracies = arrays.correct_QD, {}
+    if correct_QD is not None:
+        accuracies = {one.name: statistics.picked_accuracies(one, arrays, sizes) for one in aggregators}
     figures = []
     for place, (n, size) in enumerate(zip(reported, sizes, strict=True)):
         values: dict[tuple[str, str], Floats] = {
             ("accuracy", name): accuracy_BQ[place] for name, accuracy_BQ in accuracies.items()
         }
-        values["coverage", ""] = statistics.coverage(arrays.correct_QD, size)
+        if correct_QD is not None:
+            values["coverage", ""] = statistics.coverage(correct_QD, size)
         values["invalid_rate", ""] = (arrays.prediction_QD < 0).mean(1)
+        if n >= drawn:
+            values["agreement", ""] = statistics.agreement(arrays.prediction_QD)
         if size > 1 and all(value is not None for value in diversity_Q):
             values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)
         values["latent_steps", ""] = n * per_rollout("latent_steps")

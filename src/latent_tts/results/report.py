@@ -1,33 +1,56 @@
-"""What a person sees: the log handler and progress on stderr, tables on stdout."""
+"""What a person sees: log lines and progress on stderr, tables on stdout."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
 
 import pandas as pd
+from rich import box
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from latent_tts.errors import printable
-from latent_tts.results.run_folder import DIGEST_COLUMNS, digest_label
+from latent_tts.results.run_folder import CURVE_COLUMNS
+
+STATISTICS = "docs/statistics.md"
+GAP = 2  # spaces between columns
+UNLIMITED = 100_000  # columns of a pipe
+
+
+# Log lines and progress
+
+
+@cache
+def stderr_console() -> Console:
+    """The console that log lines and progress bars share, so that lines appear above a bar."""
+    return Console(stderr=True)
 
 
 def log_handler() -> logging.Handler:
-    """The console handler of Hydra's logging configs: rich on a terminal's stderr, plain unbroken lines on a pipe's."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        handler: logging.Handler = RichHandler(console=console, show_path=False, show_time=False, markup=False)
-        handler.setFormatter(PrintableFormatter("%(message)s"))
-        return handler
-    handler = logging.StreamHandler()
+    """The console handler of Hydra's logging configs."""
+    handler = LineHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
+    handler.addFilter(OncePerSweep())
     return handler
+
+
+class LineHandler(logging.Handler):
+    """Writes records to stderr as they are: no line is broken, and nothing but the level of a warning has a colour."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        text = Text(self.format(record))
+        if record.levelno >= logging.WARNING:
+            text.stylize("yellow", 0, len(record.levelname))
+        stderr_console().print(text, soft_wrap=True)
 
 
 class PrintableFormatter(logging.Formatter):
@@ -36,6 +59,35 @@ class PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
         return printable(super().format(record))
+
+
+class OncePerSweep(logging.Filter):
+    """Lets a warning of a sweep's jobs through once; one that differs only in numbers is the same.
+
+    A record with the attribute `once` is treated like a warning.
+    """
+
+    seen: ClassVar[set[str] | None] = None  # None outside sweeps
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is to be written."""
+        seen = OncePerSweep.seen
+        if seen is None or not (record.levelno >= logging.WARNING or getattr(record, "once", False)):
+            return True
+        words = re.sub(r"[0-9][0-9.e+-]*", "#", record.getMessage())
+        new = words not in seen
+        seen.add(words)
+        return new
+
+
+@contextmanager
+def warnings_once() -> Iterator[None]:
+    """Within this context each warning is written once; see `OncePerSweep`."""
+    OncePerSweep.seen = set()
+    try:
+        yield
+    finally:
+        OncePerSweep.seen = None
 
 
 class ProgressBar:
@@ -72,7 +124,7 @@ class ProgressBar:
 @contextmanager
 def progress_bar(total: int, unit: str) -> Iterator[ProgressBar]:
     """A bar that is on the screen within the block."""
-    console = Console(stderr=True)
+    console = stderr_console()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -87,66 +139,114 @@ def progress_bar(total: int, unit: str) -> Iterator[ProgressBar]:
         yield ProgressBar(progress, total, unit)
 
 
-def print_table(title: str, columns: list[str], rows: list[list[Any]]) -> None:
-    """A table on stdout: the first column to the left, the others to the right; text is shown as it is, markup too."""
-    table = Table(title=_text(title.replace("\n", "\\n")), title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(_text(column), justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_text(str(cell)) for cell in row))
-    console = Console()
-    if not console.is_terminal:  # a pipe has no width of its own: never cut results there
-        console = Console(width=160)
-    console.print(table)
+# Tables
 
 
-def _text(text: str) -> Text:
-    return Text(printable(text))
+@dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        name: its heading.
+        cells: one per row.
+        spare: 0 for a column that every table shows; of the others, the one with the highest number is left out first
+            where the terminal is too narrow.
+        left: whether cells are aligned to the left.
+        breaks: a space, and what follows it: where the table is narrow, cells are broken at such a space. By default
+            an interval goes below its figure.
+    """
+
+    name: str
+    cells: Sequence[str]
+    spare: int = 0
+    left: bool = False
+    breaks: str = " ["
+
+    def lines(self, *, narrow: bool) -> list[str]:
+        """The heading and the cells, as they are shown."""
+        return [
+            self.name,
+            *(cell.replace(self.breaks, "\n" + self.breaks[1:]) if narrow else cell for cell in self.cells),
+        ]
+
+    def width(self, *, narrow: bool) -> int:
+        """Characters of the longest line."""
+        lines = "\n".join(printable(text) for text in self.lines(narrow=narrow)).split("\n")
+        return max(Text(line).cell_len for line in lines)
 
 
-def percent(row: pd.Series) -> str:
-    """A fraction in percent with its interval, and its standard deviation over seeds if it has one; empty for none."""
-    if pd.isna(row["value"]):
-        return ""
-    # beside a spread there is no room in a row of a terminal
-    spread = f" ± {100 * row['seed_sd']:.1f}\n" if pd.notna(row.get("seed_sd")) else " "
-    interval = "" if pd.isna(row["ci_low"]) else f"[{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
-    return f"{100 * row['value']:.1f}{spread}{interval}".rstrip()
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout whose columns are all shown: the first aligned to the left, the others to the right."""
+    cells = [[str(row[place]) for row in rows] for place in range(len(columns))]
+    first, *others = (Column(name, own) for name, own in zip(columns, cells, strict=True))
+    print_columns(title, [Column(first.name, first.cells, left=True)], others)
 
 
-def print_metrics(metrics: pd.DataFrame) -> None:
-    """Accuracy, coverage and costs of each curve, a row for each n; of means over seeds with their spread (±)."""
-    named = ["model", "task", "split", "sampler", "sampler_param", "sampler_value", "settings", "scorer", "seed"]
-    curve = [*named, *DIGEST_COLUMNS]
-    several = {column: metrics.groupby(named, dropna=False)[column].transform("nunique") for column in DIGEST_COLUMNS}
-    for values, rows in metrics.groupby(curve, sort=False, dropna=False):
-        part = dict(zip(curve, values, strict=True))
-        parameter = f" {part['sampler_param']}={part['sampler_value']}" if part["sampler_param"] else ""
-        title = f"{part['model']} on {part['task']}/{part['split']}: {part['sampler']}{parameter}, "
-        title += f"{'mean ± sd of seeds' if ',' in str(part['seed']) else 'seed'} {part['seed']}"
-        title += f", {int(rows['questions'].iloc[0])} questions" + (
-            f" ({part['settings']})" if part["settings"] else ""
-        )
-        title += f", scored by {part['scorer']}" if part["scorer"] else ""
-        for column, counts in several.items():
-            title += f", {digest_label(column, str(part[column]))}" if counts[rows.index[0]] > 1 else ""
-        accuracy = rows[rows["metric"] == "accuracy"]
-        names = list(dict.fromkeys(accuracy["aggregator"]))
-        lines = []
-        for (n, drawn), at in rows.groupby(["n", "drawn"], sort=True):
-            by_metric = {row["metric"]: row for _, row in at.iterrows() if row["metric"] != "accuracy"}
-            by_name = {row["aggregator"]: row for _, row in at.iterrows() if row["metric"] == "accuracy"}
-            rate = by_metric.get("rollouts_per_second")
-            lines.append(
-                [n, _drawn(drawn, by_metric)]
-                + [percent(by_name[name]) if name in by_name else "" for name in names]
-                + [percent(by_metric["coverage"]) if "coverage" in by_metric else ""]
-                + [f"{by_metric['gflops']['value']:.3g}"]
-                + ["" if rate is None else f"{rate['value']:.0f}"]
-            )
-        print_table(
-            title, ["n", "drawn", *[f"{name} %" for name in names], "coverage %", "GFLOP/question", "rollouts/s"], lines
-        )
+def print_columns(title: str, keys: Sequence[Column], columns: Sequence[Column], notes: Sequence[str] = ()) -> None:
+    """A table on stdout that fits the terminal; texts are shown as they are, markup too.
+
+    On a terminal, intervals go below their figures where it is narrow, then spare columns are left out, then columns
+    that still do not fit make further tables. A pipe gets aligned text of any width.
+
+    Args:
+        title: printed above.
+        keys: the columns that begin every table.
+        columns: the others, in order.
+        notes: printed below, a line each.
+    """
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=UNLIMITED)
+    tables, narrow = fitting_tables(keys, columns, console.width)
+    console.print(_text(title.replace("\n", "\\n"), console, "bold" if console.is_terminal else ""))
+    for table in tables:
+        grid = Table(
+            box=box.SIMPLE_HEAD if console.is_terminal else None, show_edge=False, pad_edge=False,
+            padding=(0, GAP - 1 if console.is_terminal else GAP, 0, 0), header_style="bold",
+        )  # fmt: skip
+        for column in table:
+            grid.add_column(_text(column.name, console), justify="left" if column.left else "right", overflow="fold")
+        for row in zip(*(column.lines(narrow=narrow)[1:] for column in table), strict=True):
+            if any(row[len(keys) :]) or len(table) == len(keys):
+                grid.add_row(*(_text(cell, console) for cell in row))
+        with console.capture() as captured:
+            console.print(grid)
+        print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)
+    for note in notes:
+        console.print(_text(note, console, "dim" if console.is_terminal else ""), soft_wrap=True)
+
+
+def fitting_tables(keys: Sequence[Column], columns: Sequence[Column], width: int) -> tuple[list[list[Column]], bool]:
+    """The tables that columns make on a terminal of some width, and whether intervals go below their figures."""
+
+    def fits(others: Sequence[Column], *, narrow: bool) -> bool:
+        shown = [*keys, *others]
+        return sum(column.width(narrow=narrow) + GAP for column in shown) - GAP <= width
+
+    left = list(columns)
+    while True:
+        for narrow in (False, True):
+            if fits(left, narrow=narrow):
+                return [[*keys, *left]], narrow
+        spare = max(left, key=lambda column: column.spare, default=None)
+        if spare is None or spare.spare == 0:
+            break
+        left.remove(spare)
+    tables: list[list[Column]] = [[]]
+    for column in left:
+        if tables[-1] and not fits([*tables[-1], column], narrow=True):
+            tables.append([])
+        tables[-1].append(column)
+    return [[*keys, *table] for table in tables], True
+
+
+def _text(text: str, console: Console, style: str = "") -> Text:
+    """A text without control characters, in ASCII where the console's encoding lacks the sign ±."""
+    try:
+        "±".encode(console.encoding)
+    except (UnicodeEncodeError, LookupError):
+        text = text.replace("±", "+-")
+    return Text(printable(text), style)
 
 
 def print_line(text: str) -> None:
@@ -154,15 +254,108 @@ def print_line(text: str) -> None:
     print(printable(text))
 
 
-def _drawn(drawn: object, by_metric: Mapping[str, pd.Series]) -> str:
-    """Rollouts per question; where they are unequally many the mean, and how many of them were used."""
-    if "rollouts_drawn" not in by_metric:
-        return str(drawn)
-    mean, used = (by_metric[name]["value"] for name in ("rollouts_drawn", "rollouts_used"))
-    return f"{mean:.1f} ({used:.1f} used)"
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: `1 entry`, `2 entries`."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
 def age(seconds: float) -> str:
     """Seconds in the largest unit of which there is one: minutes, hours or days."""
     unit, length = next((each for each in (("d", 86400), ("h", 3600)) if seconds >= each[1]), ("m", 60))
     return f"{max(seconds, 0) / length:.0f} {unit}"
+
+
+def percent(row: Mapping[Any, Any]) -> str:
+    """A fraction in percent with its standard deviation over seeds, if it has one, and its interval; empty for none."""
+    if pd.isna(row["value"]):
+        return ""
+    spread = f" ± {100 * row['seed_sd']:.1f}" if pd.notna(row.get("seed_sd")) else ""
+    interval = "" if pd.isna(row["ci_low"]) else f" [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
+    return f"{100 * row['value']:.1f}{spread}{interval}"
+
+
+# The table of a run or a sweep
+
+
+def print_metrics(
+    metrics: pd.DataFrame, labels: Sequence[str] | None = None, failed: Sequence[Mapping[str, str]] = ()
+) -> None:
+    """One table of accuracy, coverage and costs: a row for each curve and n.
+
+    Args:
+        metrics: a metrics table, or one of means over seeds.
+        labels: for each of its rows what its curve is called; None for the columns in which curves differ.
+        failed: `label` and `n` of jobs that failed; each is a row that says so.
+    """
+    if labels is None:
+        differing = [name for name in CURVE_COLUMNS if metrics[name].nunique() > 1]
+        labels = [" ".join(f"{name}={row[name]}" for name in differing) for row in metrics.to_dict("records")]
+    if metrics["seed"].nunique() > 1:
+        labels = [f"{label} seed={seed}".lstrip() for label, seed in zip(labels, metrics["seed"], strict=True)]
+    named = pd.Series(pd.Categorical(list(labels), list(dict.fromkeys(labels))), metrics.index)
+    groups = metrics.groupby([named, "n", "drawn"], observed=True)
+    lines = [
+        {"label": str(label), "n": f"{n:g}", "drawn": drawn_text(drawn, rows), **figures_of(rows)}
+        for (label, n, drawn), rows in groups
+    ]
+    spare = {"drawn": 1, "GFLOP/question": 2, "rollouts/s": 3}
+    shown = dict.fromkeys(name for line in lines for name, cell in line.items() if cell)
+    quality = [name for name in shown if name.endswith(" %")]
+    lines += [{**job, quality[0]: "failed"} for job in failed]
+    keys = [Column("n", [line["n"] for line in lines])]
+    if any(line["label"] for line in lines):
+        keys.insert(0, Column("", [line["label"] for line in lines], left=True, breaks=" "))
+    names = ["drawn", *quality, "GFLOP/question", "rollouts/s"]
+    columns = [Column(name, [line.get(name, "") for line in lines], spare.get(name, 0)) for name in names]
+    print_columns(curve_title(metrics), keys, columns, list(table_notes(metrics)))
+
+
+def drawn_text(drawn: Any, rows: pd.DataFrame) -> str:
+    """Rollouts per question; where they are unequally many the mean, and how many of them were used."""
+    value = dict(zip(rows["metric"], rows["value"], strict=True))
+    if "rollouts_drawn" not in value:
+        return f"{drawn:g}"
+    return f"{value['rollouts_drawn']:.1f} ({value['rollouts_used']:.1f} used)"
+
+
+def figures_of(rows: pd.DataFrame) -> dict[str, str]:
+    """The figures of a curve at one n, by the headings of their columns."""
+    figures = {}
+    for metric in ("accuracy", "coverage", "agreement"):
+        for row in rows[rows["metric"] == metric].to_dict("records"):
+            if metric != "agreement" or "coverage" not in set(rows["metric"]):
+                figures[f"{row['aggregator'] or metric} %"] = percent(row)
+    for metric, name, form in (("gflops", "GFLOP/question", ".3g"), ("rollouts_per_second", "rollouts/s", ".0f")):
+        for value in rows.loc[rows["metric"] == metric, "value"]:
+            figures[name] = format(value, form)
+    return figures
+
+
+def curve_title(metrics: pd.DataFrame) -> str:
+    """What all rows of a table have in common."""
+
+    def common(column: str) -> str:
+        values = metrics[column].unique()
+        return str(values[0]) if len(values) == 1 and pd.notna(values[0]) else ""
+
+    place = "/".join(filter(None, [common("task"), common("split")]))
+    where = " on ".join(filter(None, [common("model"), place]))
+    parameter = f" {common('sampler_param')}={common('sampler_value')}" if common("sampler_value") else ""
+    what = f"{common('sampler')}{parameter}" if common("sampler") else ""
+    seeds = f"{'mean ± sd of seeds' if ',' in common('seed') else 'seed'} {common('seed')}" if common("seed") else ""
+    questions = f"{float(common('questions')):g} questions" if common("questions") else ""
+    if questions and common("settings"):
+        questions += f" ({common('settings')})"
+    scorer = f"scored by {common('scorer')}" if common("scorer") else ""
+    described = ", ".join(filter(None, [what, seeds, questions, scorer]))
+    return ": ".join(filter(None, [where, described]))
+
+
+def table_notes(metrics: pd.DataFrame) -> Iterator[str]:
+    """What a reader of a table has to know."""
+    if not metrics["metric"].isin(["accuracy", "coverage"]).any():
+        yield "no gold answers; agreement: share of rollouts with the most frequent answer"
+    if (metrics["n"] < metrics["drawn"]).any():
+        drawn = sorted(set(metrics["drawn"]))
+        number = f"the {drawn[0]:g}" if len(drawn) == 1 else "the"
+        yield f"n: mean over choices of n of {number} rollouts drawn ({STATISTICS})"

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
-SCORES, FIGURE, BUDGET = "scores.parquet", "scaling.png", "budget.parquet"
+ANSWERS, SCORES, FIGURE, BUDGET = "answers.jsonl", "scores.parquet", "scaling.png", "budget.parquet"
 METRICS_OVER_SEEDS = "metrics_over_seeds.csv"
 SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-TABLES = (METRICS, ROLLOUTS, BUDGET, LATENTS, SCORES)
+TABLES = (METRICS, ROLLOUTS, ANSWERS, BUDGET, LATENTS, SCORES)
 OUTPUT_FOLDERS = ("outputs", "multirun")  # `conf/hydra_folders.yaml`: COMMAND/TIME in each
 
-
 ROLLOUT_COLUMNS = [
+    "question_index",
     "question_id",
     "rollout",
     "prediction",
@@ -57,7 +57,7 @@ COLUMN_KINDS: dict[str, tuple[Callable[[pa.DataType], bool], list[str]]] = {
     "true or false": (pa.types.is_boolean, ["correct"]),
     "lists of integers": (lambda kind: pa.types.is_list(kind) and pa.types.is_integer(kind.value_type), ["answer_ids"]),
 }  # fmt: skip
-NEVER_NULL = ["question_id", "rollout", "correct", "stop_reason", "answer_text", "answer_ids"]
+NEVER_NULL = ["question_id", "rollout", "stop_reason", "answer_text", "answer_ids"]
 METRIC_COLUMNS = [
     "run_id",
     "model",
@@ -88,12 +88,8 @@ METRIC_COLUMNS = [
 ]
 FORMAT = 2  # of run folders and tables; those of 1 do not say which questions and weights they are of
 NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions", "format"]
-ALWAYS_THERE = ["n", "drawn", "metric", "questions", "format"]  # in every row
-
-
+REQUIRED_COLUMNS = ["n", "drawn", "metric", "questions", "format"]  # have a value in every row
 RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]
-
-
 UNKNOWN = "unknown"  # how the digest of a run's questions begins that does not say which they are
 DIGEST_COLUMNS = ["questions_digest", "weights_digest"]  # since format 2
 # what makes rows belong to one curve: names, settings, and the question set and weights behind the names
@@ -109,16 +105,17 @@ def write_rollouts(folder: Path, rollouts: pd.DataFrame) -> None:
 
 
 def read_rollouts(folder: Path) -> pd.DataFrame:
-    """The `rollouts.parquet` of a run folder.
+    """The `rollouts.parquet` of a run folder, without `question_index`.
 
     Raises:
         UsageError: it is missing, damaged or of another run.
     """
     try:
         there = pq.read_schema(folder / ROLLOUTS).names
-        columns = [*ROLLOUT_COLUMNS, *(name for name in COUNT_COLUMNS if name in there)]
+        own = [name for name in ROLLOUT_COLUMNS if name != "question_index"]  # which early runs do not have
+        columns = [*own, *(name for name in COUNT_COLUMNS if name in there)]
         table = pq.read_table(folder / ROLLOUTS, columns=columns)
-        missing = [name for name in ROLLOUT_COLUMNS if name not in table.column_names]
+        missing = [name for name in own if name not in table.column_names]
         if missing or not len(table):
             raise ValueError(f"it has no {f'column {missing[0]}' if missing else 'rows'}")
         for kind, (is_kind, names) in COLUMN_KINDS.items():
@@ -128,11 +125,19 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
         for name in NEVER_NULL:
             if table[name].null_count:
                 raise ValueError(f"column {name} lacks a value")
+        if table["correct"].null_count not in (0, len(table)):  # null in all rows without gold answers
+            raise ValueError("column correct lacks a value")
         rollouts = table.to_pandas()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
     check_file(folder, ROLLOUTS)
     return rollouts
+
+
+def write_answers(folder: Path, answers: Sequence[Mapping[str, Any]]) -> None:
+    """Write `answers.jsonl`: a line per question."""
+    with whole_file(folder / ANSWERS) as path, path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
 
 
 def write_budget(folder: Path, budget: pd.DataFrame) -> None:
@@ -280,12 +285,17 @@ def read_metrics(path: Path) -> pd.DataFrame:
         counts = frame[name].dropna()
         if not (np.isfinite(counts) & (counts >= 1) & (counts % 1 == 0) & (counts < 1 << 53)).all():
             raise UsageError(f"{path}: not a metrics table: column {name} must contain integers, 1 or more")
-    for name in ALWAYS_THERE:
+    for name in REQUIRED_COLUMNS:
         if frame[name].isna().any():
             raise UsageError(f"{path}: not a metrics table, its row {frame[name].isna().argmax() + 1} has no {name}")
     if (found := frame["format"].max()) > FORMAT:
         raise UsageError(f"{path}: format {found:g}, this version reads those up to {FORMAT}")
     return plain_cells(frame)[METRIC_COLUMNS + [name for name in frame.columns if name not in METRIC_COLUMNS]]
+
+
+def has_curve(metrics: pd.DataFrame) -> bool:
+    """Whether a table has accuracy or coverage at several n."""
+    return metrics.loc[metrics["metric"].isin(["accuracy", "coverage"]), "n"].nunique() > 1
 
 
 def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:

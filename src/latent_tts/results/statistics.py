@@ -14,7 +14,7 @@ from math import comb, log2
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_tts.aggregator import Aggregator, Picks, Ranking
+from latent_tts.aggregator import Aggregator, Picks, Ranking, Vote
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.types import Bools, Floats, Int64, RolloutArrays
@@ -72,15 +72,22 @@ def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: 
     Raises:
         ValueError: a budget is out of range.
     """
-    drawn = rollouts.correct_QD.shape[1]
+    correct_QD = rollouts.correct_QD
+    assert correct_QD is not None, "accuracies need gold answers"
     for n in budgets:
-        _check_budget(drawn, n)
+        _check_budget(correct_QD.shape[1], n)
     rule = aggregator.rule(rollouts)
     if isinstance(rule, Ranking):
-        return _ranked_accuracies(rule.value_QD, rollouts.correct_QD, budgets)
+        return _ranked_accuracies(rule.value_QD, correct_QD, budgets)
     if isinstance(rule, Picks):
-        return np.array([_called_accuracy(aggregator, rollouts, n) for n in budgets])
-    return _voted_accuracies(rule.log_weight_QD, rollouts, budgets)
+        return np.array([_called_accuracy(aggregator, rollouts, correct_QD, n) for n in budgets])
+    return _voted_accuracies(*_votes(rule, rollouts), correct_QD, budgets)
+
+
+def agreement(prediction_QD: NDArray[np.int64]) -> Floats:
+    """Share (Q,) of all rollouts of a question that give its most frequent answer; 0 where no answer can be read."""
+    counts = [np.unique(row_D[row_D >= 0], return_counts=True)[1] for row_D in prediction_QD]
+    return np.array([count.max(initial=0) for count in counts]) / prediction_QD.shape[1]
 
 
 def picks(aggregator: Aggregator, rollouts: RolloutArrays) -> Int64:
@@ -89,19 +96,39 @@ def picks(aggregator: Aggregator, rollouts: RolloutArrays) -> Int64:
     A question may have fewer rollouts than others: those that it lacks are masked, unreadable and without
     log-probability and score.
     """
-    rule, drawn = aggregator.rule(rollouts), rollouts.correct_QD.shape[1]
+    rule, drawn = aggregator.rule(rollouts), rollouts.prediction_QD.shape[1]
     if isinstance(rule, Ranking):
         value_QD = np.where(np.isnan(rule.value_QD), -np.inf, rule.value_QD)
         return np.where(value_QD.max(1) > -np.inf, value_QD.argmax(1), -1)
     if isinstance(rule, Picks):
         return rule.pick(np.arange(drawn)[None, :])[:, 0].astype(np.int64)
-    votes_QD = (rollouts.prediction_QD >= 0) & np.isfinite(rule.log_weight_QD)
-    log_weight_QD = np.where(votes_QD, rule.log_weight_QD, -np.inf)
-    classes_QD = _classes(rollouts.prediction_QD, votes_QD)
+    classes_QD, log_weight_QD = _votes(rule, rollouts)
     # the lowest rollout number comes last: see `_vote_counts`
     all_in_one_step = [np.arange(drawn)[::-1, None]]
     width = int(classes_QD.max()) + 1
     return next(_elect(all_in_one_step, np.ascontiguousarray(classes_QD.T), width, log_weight_QD.T.copy()))[0]
+
+
+def supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[Int64, Floats]:
+    """`picks`, and what each was picked by.
+
+    Returns:
+        Numbers (Q,) of the picked rollouts, -1 for none; and (Q,): the value of a `Ranking`, in a `Vote` the
+        prediction's share of all weight. NaN where there is no pick, and for other rules.
+    """
+    rule, pick_Q = aggregator.rule(rollouts), picks(aggregator, rollouts)
+    if isinstance(rule, Picks):
+        return pick_Q, np.full(len(pick_Q), np.nan)
+    place_Q1 = np.maximum(pick_Q, 0)[:, None]
+    if isinstance(rule, Ranking):
+        support_Q = np.take_along_axis(rule.value_QD, place_Q1, axis=1)[:, 0]
+    else:
+        classes_QD, log_weight_QD = _votes(rule, rollouts)
+        most_Q1 = log_weight_QD.max(1, keepdims=True)
+        weight_QD = np.exp(log_weight_QD - np.where(np.isfinite(most_Q1), most_Q1, 0.0))
+        mine_QD = classes_QD == np.take_along_axis(classes_QD, place_Q1, axis=1)
+        support_Q = (weight_QD * mine_QD).sum(1) / np.maximum(weight_QD.sum(1), np.finfo(np.float64).tiny)
+    return pick_Q, np.where(pick_Q >= 0, support_Q, np.nan)
 
 
 def subsets(drawn: int, n: int) -> Iterator[NDArray[np.int64]]:
@@ -162,8 +189,8 @@ def _ranked_accuracies(value_QD: Floats, correct_QD: Bools, budgets: Sequence[in
     return np.array([(right_QD * -np.diff(_none_of(value_QD.shape[1], n))).sum(1) for n in budgets])
 
 
-def _called_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, n: int) -> Floats:
-    questions, drawn = rollouts.correct_QD.shape
+def _called_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, correct_QD: Bools, n: int) -> Floats:
+    questions, drawn = correct_QD.shape
     right_Q, count = np.zeros(questions), 0
     for members_SN in subsets(drawn, n):
         count += len(members_SN)
@@ -174,7 +201,7 @@ def _called_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, n: int) ->
                 chunk = rollouts.questions(part)
                 rule = aggregator.rule(chunk)
                 assert isinstance(rule, Picks)
-                right_Q[part] += _right(rule.pick(part_SN), chunk.correct_QD).sum(1)
+                right_Q[part] += _right(rule.pick(part_SN), correct_QD[part]).sum(1)
     return right_Q / count
 
 
@@ -182,12 +209,16 @@ def _right(pick_QS: NDArray[np.integer], correct_QD: Bools) -> Bools:
     return (pick_QS >= 0) & np.take_along_axis(correct_QD, np.maximum(pick_QS, 0), axis=1)
 
 
-def _voted_accuracies(log_weight_QD: Floats, rollouts: RolloutArrays, budgets: Sequence[int]) -> Floats:
-    correct_QD = rollouts.correct_QD
+def _votes(rule: Vote, rollouts: RolloutArrays) -> tuple[NDArray[np.int64], Floats]:
+    """For each rollout the class of its prediction (0 where it does not vote) and its log-weight (-inf there)."""
+    votes_QD = (rollouts.prediction_QD >= 0) & np.isfinite(rule.log_weight_QD)
+    return _classes(rollouts.prediction_QD, votes_QD), np.where(votes_QD, rule.log_weight_QD, -np.inf)
+
+
+def _voted_accuracies(
+    classes_QD: NDArray[np.int64], log_weight_QD: Floats, correct_QD: Bools, budgets: Sequence[int]
+) -> Floats:
     drawn = correct_QD.shape[1]
-    votes_QD = (rollouts.prediction_QD >= 0) & np.isfinite(log_weight_QD)
-    log_weight_QD = np.where(votes_QD, log_weight_QD, -np.inf)
-    classes_QD = _classes(rollouts.prediction_QD, votes_QD)
 
     def count(orders_SN: NDArray[np.int64], sizes: Sequence[int]) -> Floats:
         return _vote_counts(orders_SN, sizes, classes_QD, log_weight_QD, correct_QD)
@@ -199,7 +230,7 @@ def _voted_accuracies(log_weight_QD: Floats, rollouts: RolloutArrays, budgets: S
         walked_BQ += count(orders_SD, walked)
     for place, n in enumerate(budgets):
         if n == 1:
-            result_BQ[place] = (votes_QD & correct_QD).mean(1)
+            result_BQ[place] = ((classes_QD > 0) & correct_QD).mean(1)
         elif n in walked:
             result_BQ[place] = walked_BQ[walked.index(n)] / SUBSETS
         else:
@@ -285,7 +316,7 @@ def best_temperature(rollouts: RolloutArrays, grid: Sequence[float] = TEMPERATUR
     Returns:
         The best one; of several equally good ones the nearest to 1 (in ratio), of two as near the lower.
     """
-    drawn = rollouts.correct_QD.shape[1]
+    drawn = rollouts.prediction_QD.shape[1]
     right = {value: float(picked_accuracy(Weighted(value), rollouts, drawn).sum()) for value in grid}
     return min(grid, key=lambda value: (-right[value], round(abs(log2(value)), 9), value))
 

@@ -193,7 +193,7 @@ class LatentRM:
             keys = [key for key in sorted({*trained, *sampler}) if trained.get(key) != sampler.get(key)]
             if keys:
                 there, here = (_sampler_text(which, keys) for which in (trained, sampler))
-                warnings.append(f"{KEY}={self.checkpoint} was trained on rollouts with {there}; this run has {here}")
+                warnings.append(f"{KEY}={self.checkpoint} was trained on {there} and scores {here} here")
         reduce = self.trained.get("reduce")
         if self.reduce is not None and reduce is not None and reduce != self.reduce:
             warnings.append(
@@ -234,10 +234,12 @@ class LatentRM:
 
 
 def _sampler_text(sampler: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Some keys of a sampler's config, as on the command line; a module of the group is named like its option."""
-    values = {key: sampler[key] for key in keys if key in sampler}
-    parts = [f"sampler={str(values.pop('_target_')).split('.')[-2:][0]}"] if "_target_" in values else []
-    return ", ".join(parts + [f"sampler.{key}={value}" for key, value in values.items()]) or "the default"
+    """A sampler in words, by the keys that differ from another's: `dropout 0.05`, `dropout rate=0.05 site=residual`."""
+    # a module of the group is named like its option
+    kind = str(sampler.get("_target_", "rollouts")).split(".")[-2:][0]
+    if "_target_" in keys:
+        return " ".join([kind, *[f"{value:g}" for value in sampler.values() if is_number(value)][:1]])
+    return " ".join([kind, *(f"{key}={sampler[key]}" for key in keys if key in sampler)])
 
 
 def _width(config: Mapping[str, Any]) -> int | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+from latent_tts.errors import UsageError
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question
 
@@ -28,3 +30,14 @@ class Task(Protocol):
     def rule(self) -> AnswerRule:
         """How answers are read and compared."""
         ...
+
+
+def has_gold(questions: Sequence[Question]) -> bool:
+    """Whether the gold answers of a task's questions are known: either all have one, or none."""
+    return questions[0].answer is not None
+
+
+def require_gold(task: Task, questions: Sequence[Question], why: str) -> None:
+    """Raise UsageError unless the questions of a task have gold answers, which `why` says that something needs."""
+    if not has_gold(questions):
+        raise UsageError(f"task={task.name}: its questions have no gold answers (the field answer); {why}")

@@ -1,4 +1,4 @@
-"""`task=jsonl`: a file of JSON objects, one per line or in a list, with `question`, `answer` and optionally `steps`."""
+"""`task=jsonl`: a file of JSON objects, one per line or in a list: `question`, and optionally `answer` and `steps`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -62,9 +63,10 @@ class Jsonl:
         """The questions in file order; a repeated text gets the id suffix `-2`, `-3`, ...
 
         Raises:
-            UsageError: a row cannot be read; the error names file and line.
+            UsageError: a row cannot be read, or only some rows have an answer; the error names file and line.
         """
-        return read_questions(file_rows(str(self.path)), self.rule, self.limit, f"task.path={self.path}")
+        source = f"task.path={self.path}"
+        return read_questions(file_rows(str(self.path)), self.rule, self.limit, source, gold_optional=True)
 
 
 def check_limit(limit: object) -> None:
@@ -175,11 +177,13 @@ def _json_object(where: str, line: str) -> Mapping[str, Any]:
 
 def _is_object(where: str, row: Any) -> Mapping[str, Any]:
     if not isinstance(row, dict):
-        raise UsageError(f"{where} is not a JSON object with question and answer")
+        raise UsageError(f"{where} is not a JSON object with a question")
     return row
 
 
-def read_questions(rows: Iterable[Row], rule: AnswerRule, limit: int | None, source: str) -> list[Question]:
+def read_questions(
+    rows: Iterable[Row], rule: AnswerRule, limit: int | None, source: str, *, gold_optional: bool = False
+) -> list[Question]:
     """Turn rows with the fields `question`, `answer` and optionally `steps` into questions, in order.
 
     Args:
@@ -187,6 +191,7 @@ def read_questions(rows: Iterable[Row], rule: AnswerRule, limit: int | None, sou
         rule: how gold answers are read.
         limit: the first `limit` rows; None for all.
         source: where the rows come from, for the error if there are none.
+        gold_optional: whether rows may have no answer; then all have one, or none.
 
     Raises:
         UsageError: a row cannot be read, which the error names, or there are no rows.
@@ -194,7 +199,13 @@ def read_questions(rows: Iterable[Row], rule: AnswerRule, limit: int | None, sou
     seen: Counter[str] = Counter()
     questions = []
     for where, row in islice(rows, limit):
-        text, gold, steps = _fields(where, row, rule)
+        text, steps = _question(where, row)
+        gold = _gold(where, row, rule)
+        if gold is None and not gold_optional:
+            raise UsageError(f"{where} has no answer; each row needs question and answer; {_fields_of(row)}")
+        if questions and (gold is None) != (questions[0].answer is None):
+            here, before = ("no answer", "one") if gold is None else ("an answer", "none")
+            raise UsageError(f"{where} has {here}, the rows before it have {before}: give all rows an answer, or none")
         question_id = text_digest(text)
         seen[question_id] += 1
         if seen[question_id] > 1:
@@ -205,25 +216,41 @@ def read_questions(rows: Iterable[Row], rule: AnswerRule, limit: int | None, sou
     return questions
 
 
-def _fields(where: str, row: Mapping[str, Any], rule: AnswerRule) -> tuple[str, str, tuple[str, ...]]:
-    for field in ("question", "answer"):
-        if not str(row.get(field) or ("" if row.get(field) != 0 else "0")).strip():
-            found = ", ".join(map(repr, row)) or "nothing"
-            raise UsageError(
-                f"{where} has no {field}; each row needs question and answer; this one has {_short(found)}"
-            )
-    if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
-        raise UsageError(f"{where}: answer must be a text or a number")
-    gold = rule.parse(str(row["answer"]))
-    if gold is None:
-        hint = "; task=gsm8k reads rows with the answer after ####" if "####" in str(row["answer"]) else ""
-        raise UsageError(f"{where}: the answer {_short(repr(str(row['answer'])))} is not {rule.allowed}{hint}")
+def _question(where: str, row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Text and steps of a row."""
+    if _is_blank(row.get("question")):
+        raise UsageError(f"{where} has no question; each row needs one; {_fields_of(row)}")
     text, steps = row["question"], row.get("steps") or []
     if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:  # a lone surrogate
         raise UsageError(f"{where}: question must be a text")
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         raise UsageError(f"{where}: steps must be a list of texts")
-    return text, gold, tuple(steps)
+    return text, tuple(steps)
+
+
+def _gold(where: str, row: Mapping[str, Any], rule: AnswerRule) -> str | None:
+    """The canonical gold answer of a row; None if it has none."""
+    answer = row.get("answer")
+    if _is_blank(answer):
+        similar = {key.casefold(): key for key in row if key != "answer"}
+        if meant := get_close_matches("answer", similar, n=1, cutoff=0.65):
+            raise UsageError(f"{where} has no answer; did you mean answer by {_short(repr(similar[meant[0]]))}?")
+        return None
+    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+        raise UsageError(f"{where}: answer must be a text or a number")
+    gold = rule.parse(str(answer))
+    if gold is None:
+        hint = "; task=gsm8k reads rows with the answer after ####" if "####" in str(answer) else ""
+        raise UsageError(f"{where}: the answer {_short(repr(str(answer)))} is not {rule.allowed}{hint}")
+    return gold
+
+
+def _is_blank(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _fields_of(row: Mapping[str, Any]) -> str:
+    return f"this one has {_short(', '.join(map(repr, row)) or 'nothing')}"
 
 
 def _short(text: str) -> str:

@@ -70,10 +70,10 @@ def encode_batch(
     def encode(text: str) -> list[int]:
         return adapter.tokenizer.encode(text, add_special_tokens=False).ids
 
-    written = [[*end, *encode(written_text(q.steps, q.answer, stage))] for q in questions]
+    written = [[*end, *encode(written_text(q.steps, q.gold, stage))] for q in questions]
     prompt_QL, prompt_mask_QL = pad_rows([adapter.encode(question) for question in questions], eos, device, left=True)
     written_QA, written_mask_QA = pad_rows([[*ids, eos] for ids in written], eos, device, left=False)
-    results = [[*step_results(q.steps), *[q.answer] * stage.latents][: stage.latents] for q in questions]
+    results = [[*step_results(q.steps), *[q.gold] * stage.latents][: stage.latents] for q in questions]
     results_QT = torch.tensor([[encode(result)[0] for result in row] for row in results], device=device)
     return TokenBatch(prompt_QL, prompt_mask_QL, written_QA, written_mask_QA, len(end), results_QT)
 

@@ -77,7 +77,7 @@ def encode_slots(adapter: Colar, questions: list[Question], speed: int, device: 
     rows, encode = [], adapter.tokenizer.encode
     for question in questions:
         steps = encode("".join(f"{step}\n" for step in question.steps), add_special_tokens=False).ids
-        answer = encode(f"Answer:{question.answer}", add_special_tokens=False).ids
+        answer = encode(f"Answer:{question.gold}", add_special_tokens=False).ids
         latents = [steps[start : start + speed] for start in range(0, len(steps), speed)]
         rows.append((latents, [*adapter.thinking_end_ids, *answer, adapter.eos_id]))
     longest = max(len(latents) + len(tokens) for latents, tokens in rows)
@@ -170,7 +170,7 @@ class ColarObjective:
         def next_latent(hidden_RD: Tensor) -> Tensor:
             return self.head["mean"](self.head["fc"](hidden_RD)) * self.adapter.latent_std
 
-        longest = max(len(adapter.tokenizer.encode(f"Answer:{q.answer}").ids) for q in questions)
+        longest = max(len(adapter.tokenizer.encode(f"Answer:{q.gold}").ids) for q in questions)
         plan = RolloutPlan(stage.latents, adapter.thinking_end_ids, adapter.eos_id, longest + 1, adapter.stop_id)
         engine = Engine(Reasoner(self.lm, next_latent), plan)
         rollouts_QN = torch.zeros(len(questions), 1, dtype=torch.long, device=self.lm.device)
@@ -179,4 +179,4 @@ class ColarObjective:
         self.lm.set_attn_implementation("eager")  # the engine has set its own attention
         texts = [adapter.answer_text(ids) for ids in rollouts.answer_ids]
         answers = [(adapter.answer_span(text), adapter.raw_answer(text)) for text in texts]
-        return sum(q.answer in read for read, q in zip(answers, questions, strict=True))
+        return sum(q.gold in read for read, q in zip(answers, questions, strict=True))

@@ -19,7 +19,7 @@ from itertools import count
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.random.philox import Stream, key_of, philox
-from latent_tts.task import Task
+from latent_tts.task import Task, require_gold
 from latent_tts.task.arith import Arith, is_problem, split_of
 from latent_tts.task.benchmark import Benchmark
 from latent_tts.text.answer import AnswerRule
@@ -79,7 +79,9 @@ def training_questions(task: Task, *, valid_questions: int, seed: int, step_resu
             "task.split", task.split, task.split == "train",
             f"must be train (task={task.name} has {splits}): the other splits are to report on",
         )  # fmt: skip
-    questions = usable(task.questions(), task, step_results=step_results)
+    questions = task.questions()
+    require_gold(task, questions, "training needs them")
+    questions = usable(questions, task, step_results=step_results)
     valid = _split_valid(task, valid_questions)
     if valid is None:
         questions, valid = hold_out(questions, valid_questions)
@@ -166,7 +168,7 @@ def check_lengths(questions: Sequence[Question], adapter: CheckpointAdapter, lat
     """
     written = Stage(1, 0, 0)
     for question in questions:
-        text = written_text(question.steps, question.answer, written)
+        text = written_text(question.steps, question.gold, written)
         needed = len(adapter.encode(question)) + latents + len(adapter.thinking_end_ids) + 1
         needed += len(adapter.tokenizer.encode(text, add_special_tokens=False).ids)
         if needed > adapter.positions:

@@ -1,0 +1,46 @@
+"""What a sweep prints: one table over all jobs, each warning once, a row for a job that failed."""
+
+import re
+
+import pytest
+import tiny
+
+from latent_tts.pipeline.sweep import SweepJob
+
+
+def test_a_sweep_prints_one_table_and_each_warning_once(run, checkpoint, tmp_path):
+    trained = {"reasoner": "0123", "sampler": {"_target_": "latent_tts.sampler.dropout.Dropout", "rate": 0.05}}
+    latent_rm = tiny.write_latent_rm(tmp_path / "rm", checkpoint, trained)
+    scored = ["scorer=latent_rm", f"scorer.checkpoint={latent_rm}"]
+    swept = run("sampler=gaussian", "sampler.sigma=0.1,0.2,-1", "n=2,4", *scored, "-m")
+    assert swept.code == 2
+    assert swept.out.count("best_of_n %") == 1
+    rows = [line.split()[:2] for line in swept.out.splitlines() if line.startswith("sigma=")]
+    assert rows == [[f"sigma={sigma}", str(n)] for sigma in ("0.1", "0.2", "-1") for n in (2, 4)]
+    failed = [line for line in swept.out.splitlines() if line.startswith("sigma=-1")]
+    assert all("failed" in line for line in failed)
+    assert swept.out.splitlines()[-1].endswith("metrics.csv")
+    assert not re.search(r"/[0-5]/metrics.csv", swept.out)
+    warnings = [line for line in swept.err.splitlines() if line.startswith("WARNING scorer")]
+    assert len(warnings) == 2
+    assert "was trained on dropout 0.05 and scores gaussian 0.1 here" in warnings[1]
+    assert "_target_" not in swept.err
+    # the log of each job has all its warnings
+    logs = [path.read_text() for path in swept.last.parent.glob("*/run.log")]
+    assert sorted(log.count("was trained on dropout 0.05") for log in logs) == [1, 1, 1, 1]
+    alone = run("sampler=gaussian", "sampler.sigma=0.2", *scored)
+    assert alone.err.count("WARNING scorer") == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label", "row"),
+    [
+        (["sampler=gaussian", "sampler.sigma=0.1"], "sampler=gaussian sigma=0.1", {"n": ""}),
+        (["n=4", "seed=1", "model=codi"], "model=codi", {"label": "model=codi seed=1", "n": "4"}),
+        (["n=4", "budget=fixed"], "", {"label": "", "n": "4"}),
+    ],
+)
+def test_a_job_is_called_by_what_only_it_has(overrides, label, row):
+    job = SweepJob(overrides, None)
+    assert job.label == label
+    assert job.row == {"label": label} | row
