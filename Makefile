@@ -5,10 +5,10 @@ QUESTIONS ?= 1000
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-slow coverage lint format type golden wheel-smoke plots reasoner reasoner-cot reasoner-codi
-.PHONY: reasoner-colar reasoner-pccot latent-rm smollm2 bench clean
+.PHONY: reasoner-colar reasoner-pccot parallel-in-time latent-rm smollm2 bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -51,7 +51,7 @@ type: .venv/.installed ## check the types
 	$(BIN)/pyright
 
 golden: .venv/.installed ## rewrite the golden table of the tests (review its diff)
-	LTTS_GOLDEN=write $(BIN)/pytest tests/commands/test_golden.py
+	LTTS_GOLDEN=write $(BIN)/pytest tests/commands/test_golden.py tests/results/test_report.py -k golden
 
 wheel-smoke: .venv/.installed ## build the wheel, install it in another venv, run it there
 	$(BIN)/pytest -m slow tests/test_wheel.py
@@ -94,6 +94,9 @@ reasoner-colar: $(WRITTEN) ## retrain the built-in CoLaR reasoner (in three part
 	$(COLAR) init=outputs/colar_arith_2/checkpoint output=outputs/colar_arith recipe.final_updates=500 \
 		recipe.latent_noise=0.1 recipe.latent_weight=2 \
 		optimization.lr=1.5e-3 optimization.warmup=10 optimization.cosine_updates=500
+
+parallel-in-time: .venv/.installed ## train the reasoners of experiments/parallel_in_time (16 of 5 to 10 minutes; resumes)
+	experiments/parallel_in_time/train.sh
 
 latent-rm: .venv/.installed ## annotate, then retrain the built-in LatentRM
 	$(BIN)/ltts train-rm output=outputs/coconut_arith_rm weights_dtype=bfloat16

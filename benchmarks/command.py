@@ -9,7 +9,8 @@ with an empty cache, then again with everything cached. Each time:
 - `imports`: what loading modules took, torch and transformers included;
 - `device`: what drawing and scoring the batches took by the clock that waits for the device, from `run.json`. With
   everything cached that is 0, although `run.json` still says what drawing took when it was done;
-- `host`: the rest: configs, tokenization, loading and proving models, statistics, tables, figures.
+- `host`: the rest: configs, tokenization, loading and proving models, statistics, tables, figures;
+- `peak_bytes`: the most memory that the process held, looked at every 50 ms.
 
 On a CPU the batches are the host's work too; `device` is what the rollouts themselves took. On a busy machine
 `processor_seconds` is the figure to compare; LTTS_BENCH_CLOCK=cpu gives `imports` in processor seconds, and then `host`
@@ -28,9 +29,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+SECONDS_BETWEEN_LOOKS = 0.05
 DEFAULT = ["-m", "sampler=gaussian,dropout", "n=64", "task.limit=1000"]
 
 
@@ -83,7 +88,14 @@ def measure(overrides: list[str], folder: Path) -> dict[str, float]:
     places = [f"paths.cache={folder / 'cache'}", f"hydra.run.dir={output}", f"hydra.sweep.dir={output}"]
     line = [sys.executable, __file__, f"--child={report}", "--", *overrides, *places]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run(line, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    peak = 0
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            with suppress(psutil.Error):  # it has just ended
+                peak = max(peak, psutil.Process(process.pid).memory_info().rss)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    if process.returncode:
+        sys.exit(process.returncode)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     records = [json.loads(path.read_text()) for path in output.rglob("run.json")]
     device = sum(
@@ -99,6 +111,7 @@ def measure(overrides: list[str], folder: Path) -> dict[str, float]:
         "imports": imports,
         "device": device,
         "host": seconds - imports - device,
+        "peak_bytes": peak,
     }
 
 
@@ -120,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
                 shares = ", ".join(f"{name} {result[name]:.1f} s" for name in ("imports", "device", "host"))
                 print(
                     f"{cache} cache, {result['rollouts']} rollouts: {result['seconds']:.1f} s "
-                    f"({result['processor_seconds']:.1f} s of processor time): {shares}",
+                    f"({result['processor_seconds']:.1f} s of processor time, "
+                    f"{result['peak_bytes'] / 1e6:.0f} MB): {shares}",
                     flush=True,
                 )
     print(json.dumps(results))

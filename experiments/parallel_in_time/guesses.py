@@ -46,7 +46,7 @@ def measure(model: list[str]) -> list[dict[str, object]]:
     """A row per sampler, tolerance and guess."""
     rows, engine = [], None
     for sampler in SAMPLERS:
-        line = [*model, f"sampler={sampler}", f"n={ROLLOUTS}", f"task.limit={QUESTIONS}", "task.split=valid"]
+        line = [f"sampler={sampler}", f"n={ROLLOUTS}", f"task.limit={QUESTIONS}", "task.split=valid", *model]
         cfg = compose("run", [*line, "scorer=none"], return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         OmegaConf.set_struct(cfg, False)

@@ -134,20 +134,21 @@ def hub_clients(seconds: float = 3.0) -> Iterator[None]:
 
     import huggingface_hub.constants as settings
 
-    named = [module for module in (settings, sys.modules.get("datasets.config")) if module is not None]
-    before = [module.HF_HUB_OFFLINE for module in named]
+    flag = "HF_HUB_OFFLINE"
+    modules = [vars(module) for module in (settings, sys.modules.get("datasets.config")) if module is not None]
+    before = [module[flag] for module in modules]
     offline = not (any(before) or "https" in getproxies() or _answers(settings.ENDPOINT, seconds))
     try:
-        for module in named if offline else ():
-            module.HF_HUB_OFFLINE = True
+        for module in modules if offline else ():
+            module[flag] = True
         yield
     except Exception as error:
         if offline:
             raise ConnectionError(f"{settings.ENDPOINT} cannot be reached, and no copy is on this disk") from error
         raise
     finally:
-        for module, value in zip(named, before, strict=True):
-            module.HF_HUB_OFFLINE = value
+        for module, value in zip(modules, before, strict=True):
+            module[flag] = value
 
 
 def _answers(address: str, seconds: float) -> bool:

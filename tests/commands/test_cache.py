@@ -11,6 +11,7 @@ import tiny
 from refusal import check
 
 from latent_tts.commands.cache import size, to_prune
+from latent_tts.pipeline.drawing import Drawer
 from latent_tts.results import report
 from latent_tts.results.cache import CacheEntry, cache_entries
 from latent_tts.results.files import file_digest
@@ -108,6 +109,33 @@ def test_a_damaged_part_is_drawn_and_a_damaged_score_made_again_in_the_same_run(
         assert f"{path.name} is damaged: it is now {path.name}.damaged" in again.err.replace("\n", "")
         pd.testing.assert_frame_equal(pd.read_parquet(again.last.parent / "rollouts.parquet"), expected)
     assert len(list((tmp_path / "cache").rglob("*.damaged"))) == 1
+
+
+def test_a_disk_that_is_full_ends_the_run_and_names_it(run, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("latent_tts.results.parts.pq.write_table", full)
+    result = run()
+    assert result.code == 1
+    assert "no space left on the disk\nfinished work is kept" in result.err
+
+
+def test_ctrl_c_keeps_every_batch_that_was_drawn(run, monkeypatch):
+    drawn, draw = [], Drawer.draw
+
+    def interrupted(self, batch, **options):
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        drawn.append(batch)
+        return draw(self, batch, **options)
+
+    monkeypatch.setattr(Drawer, "draw", interrupted)
+    assert run("engine.rows=4").code == 130
+    monkeypatch.undo()
+    again = run("engine.rows=4")
+    assert drawn_now(again) == 12
+    assert logprobs(again) == pytest.approx(logprobs(run("paths.cache=whole")), abs=1e-5)
 
 
 @pytest.mark.parametrize("value", ["maybe", "true", "null"])

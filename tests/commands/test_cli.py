@@ -162,6 +162,16 @@ def test_collect_needs_no_sweeps_unless_they_are_named(completed, ltts, tmp_path
     assert "multirun/run" in ltts("collect", "outputs/run", "multirun/run").err
 
 
+def test_collect_names_no_interrupted_run_that_was_completed_elsewhere(run, ltts):
+    (run("seed=1").last.parent / "run.json").unlink()
+    assert run("seed=1").code == 0
+    result = ltts("collect", "outputs/run", "output=all.csv")
+    assert result.code == 0, result.err
+    assert "incomplete" not in result.err
+    (run("seed=2").last.parent / "run.json").unlink()
+    assert ltts("collect", "outputs/run", "output=all.csv").err.count("incomplete, left out") == 1
+
+
 def test_collect_joins_what_is_complete_and_names_what_is_not(run, completed, ltts, tmp_path):
     first = shutil.copytree(completed, tmp_path / "outputs" / "run" / "first")
     (run("seed=1").last.parent / "run.json").unlink()
@@ -178,6 +188,20 @@ def test_compare_pairs_two_runs(run, completed, ltts):
     assert "6 questions, 1 seed\n" in result.out
     same = ltts("compare", completed, completed)
     assert same.out.count("0.0 [-39.0, 39.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
+
+
+def test_compare_pairs_the_questions_that_both_sides_have(run, completed, ltts):
+    fewer = run("task.limit=4").last.parent
+    refused = ltts("compare", completed, fewer)
+    assert refused.code == 2
+    assert "4 of 6 and 4 are shared; questions=shared compares those" in refused.err
+    shared = ltts("compare", completed, fewer, "questions=shared")
+    assert shared.code == 0, shared.err
+    assert "4 questions, 1 seed\n" in shared.out
+    none = ltts("compare", completed, run("task.split=valid").last.parent, "questions=shared")
+    assert none.code == 2
+    assert "0 of 6 and 6 are shared" in none.err
+    assert ltts("compare", completed, fewer, "questions=other").code == 2
 
 
 def test_compare_holds_the_vote_against_one_greedy_rollout(run, completed, ltts, tmp_path):

@@ -118,7 +118,7 @@ def offered(line: str) -> list[str]:
 
 
 def test_what_a_line_can_go_on_with():
-    assert offered("ltts r") == ["run", "rescore"]
+    assert offered("ltts resc") == ["rescore"]
     assert offered("ltts list ") == ["models", "runs"]
     assert offered("ltts run sampler=g") == ["sampler=gaussian", "sampler=greedy"]
     assert offered("ltts run sampler=gaussian,dr") == ["sampler=gaussian,dropout"]

@@ -94,7 +94,7 @@ def test_a_terminal_shows_the_time_left_and_ctrl_c_what_is_kept(tmp_path):
     master, slave = pty.openpty()
     environment = os.environ | {"LTTS_CACHE": str(tmp_path / "cache"), "TERM": "xterm", "COLUMNS": "100"}
     line = [sys.executable, "-m", "latent_tts", "run", "n=64", "task.limit=2000", "engine.rows=256"]
-    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=slave, stdout=subprocess.PIPE)
+    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=slave, stdout=subprocess.DEVNULL)
     os.close(slave)
     seen, interrupted = "", False
     give_up = time.monotonic() + 300
@@ -108,7 +108,13 @@ def test_a_terminal_shows_the_time_left_and_ctrl_c_what_is_kept(tmp_path):
         if not interrupted and re.search(r"rollouts .*/128000 \d+/s [\d:]+ [\d:]+ left", plain):
             process.send_signal(signal.SIGINT)
             interrupted = True
-    process.kill()
+    code = process.wait(60) if interrupted else process.kill()
+    while select.select([master], [], [], 0.1)[0]:
+        try:
+            seen += os.read(master, 4096).decode(errors="replace")
+        except OSError:
+            break
+    os.close(master)
     assert interrupted, seen[-2000:]
-    assert process.wait() == 130
+    assert code == 130
     assert "interrupted: finished work is kept; re-run the command to resume" in seen

@@ -217,6 +217,7 @@ TITLES = [
     ({"questions": 50}, "m on t/test, 50 to 100 questions, seed 0"),
     ({"questions_digest": "b" * 16, "questions": 50}, "m on t/test, 2 different sets of 50 to 100 questions, seed 0"),
     ({"task": "other"}, "m on t/test, other/test, 100 questions, seed 0"),
+    ({"task": "file", "split": ""}, "m on t/test, file, 100 questions, seed 0"),
     ({"model": "other"}, "2 models on t/test, 100 questions, seed 0"),
 ]
 

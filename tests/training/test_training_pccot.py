@@ -50,7 +50,7 @@ def objective_of(folder, **changes):
     return objective
 
 
-def plain_logits(objective, adapter, question, written):
+def plain_logits(objective, adapter, question, written, sweeps=2):
     """Logits of the written tokens, from whole passes over one row for every sweep."""
     lm, embed = objective.lm, objective.lm.get_input_embeddings()
     prompt_LD = embed(torch.tensor(adapter.encode(question)))
@@ -59,7 +59,7 @@ def plain_logits(objective, adapter, question, written):
     def hidden(vectors_SD):
         return lm.base_model(inputs_embeds=vectors_SD[None], use_cache=False).last_hidden_state[0]
 
-    for _ in range(2):
+    for _ in range(sweeps):
         states = hidden(torch.cat([prompt_LD, latents_TD]))
         latents_TD = objective.next_latent(states[len(prompt_LD) - 1 : -1])
     states = hidden(torch.cat([prompt_LD, latents_TD, embed(torch.tensor(written))]))
@@ -80,6 +80,26 @@ def test_the_students_loss_equals_one_without_padding_or_cache(folder):
         logits = plain_logits(objective, adapter, question, written[:-1])
         losses.append(F.cross_entropy(logits, torch.tensor(written[1:]), reduction="none"))
     torch.testing.assert_close(objective.loss(QUESTIONS, FINAL), torch.cat(losses).mean(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sweeps", [3, 5])
+def test_with_as_many_sweeps_as_latents_each_is_computed_once(folder, sweeps):
+    adapter = adapter_of(folder)
+    objective = objective_of(folder, teacher_weight=0.0, distill_weight=0.0, step_loss=0.0, sweeps=sweeps)
+    losses, right = [], 0
+    for question in QUESTIONS:
+        written = written_of(adapter, question)
+        logits = plain_logits(objective, adapter, question, written[:-1], sweeps=3)
+        losses.append(F.cross_entropy(logits, torch.tensor(written[1:]), reduction="none"))
+        right += logits.argmax(-1).tolist() == written[1:]
+    fed = []
+    objective.lm.base_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: fed.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    torch.testing.assert_close(objective.loss(QUESTIONS, FINAL), torch.cat(losses).mean(), rtol=1e-5, atol=1e-5)
+    assert fed.count(1) == 2  # h_1 needs the prompt alone, and h_3 runs before the answer
+    with torch.no_grad():
+        assert objective.exact_matches(QUESTIONS, FINAL) == right
 
 
 def test_every_part_counts_by_its_weight(folder):

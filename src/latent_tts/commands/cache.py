@@ -41,8 +41,9 @@ def main(cfg: DictConfig) -> None:
     gone = to_prune(entries, older_than=older_than, max_size=max_size, stale=cfg.stale, now=time.time())
     for entry in gone:
         shutil.rmtree(entry.folder)
-    freed, left = (sum(entry.size for entry in each) for each in (gone, entries))
-    print(f"removed {len(gone)} of {len(entries)} entries, freed {size(freed)} of {size(left)} in {root}")
+    freed, total = (sum(entry.size for entry in each) for each in (gone, entries))
+    removed = f"{len(gone)} of {report.counted(len(entries), 'entry', 'entries')}"
+    print(f"removed {removed}, freed {size(freed)} of {size(total)} in {root}")
 
 
 def to_prune(
@@ -81,7 +82,7 @@ def show(root: Path, entries: Sequence[CacheEntry]) -> None:
         rows.append([*cells, entry.rollouts, size(entry.size), used])
     columns = ["entry", "model", "sampler", "latents", "seed", "dtype", "rollouts", "size", "last used"]
     total = size(sum(entry.size for entry in entries))
-    report.print_table(f"{root}: {len(entries)} entries, {total}", columns, rows)
+    report.print_table(f"{root}: {report.counted(len(entries), 'entry', 'entries')}, {total}", columns, rows)
 
 
 def quantity(key: str, value: str | None, units: dict[str, int], allowed: str) -> float | None:

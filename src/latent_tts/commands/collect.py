@@ -29,11 +29,19 @@ def main(cfg: DictConfig) -> None:
     if not cfg.output or output.is_dir():
         raise bad_value("output", cfg.output, "must be the path of a CSV file")
     joined, left_out, means = write_joined(output, list(dict.fromkeys(folders)), aggregator_builder(cfg))
+    completed = {job_config(folder) for folder in folders if folder not in left_out} - {None}
     for folder in left_out:
-        log.warning("%s: incomplete, left out", folder)
+        if job_config(folder) not in completed:
+            log.warning("%s: incomplete, left out", folder)
     if joined.empty:
         raise UsageError(f"runs={list(cfg.runs)}: none of {len(folders)} run folders is complete")
     log.info("%d of %d runs, %d rows", len(folders) - len(left_out), len(folders), len(joined))
     if means is not None:
         print(means)
     print(output)
+
+
+def job_config(folder: Path) -> str | None:
+    """The composed config of a run folder, which an interrupted run shares with its repetition; None for none."""
+    path = folder / ".hydra" / "config.yaml"
+    return path.read_text() if path.is_file() else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from latent_tts.config.recorded import aggregator_builder
+from latent_tts.errors import require
 from latent_tts.results import report
 from latent_tts.results.comparison import Selection, described_sides, differences, read_side, write_differences
 
@@ -17,8 +18,9 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: the two sides do not have the same questions and seeds, or share no budget, or lack a figure.
     """
+    require("questions", cfg.questions, cfg.questions in ("same", "shared"), "must be same or shared")
     a, b = (read_side(key, Path(cfg[key]).expanduser(), aggregator_builder(cfg)) for key in ("a", "b"))
-    found = differences(a, b, Selection(cfg.a_figure, cfg.b_figure, cfg.a_n, cfg.b_n))
+    found = differences(a, b, Selection(cfg.a_figure, cfg.b_figure, cfg.a_n, cfg.b_n, cfg.questions == "shared"))
     rows = []
     for one in found:
         figure = one.a_figure if one.a_figure == one.b_figure else f"{one.a_figure} - {one.b_figure}"
@@ -26,7 +28,8 @@ def main(cfg: DictConfig) -> None:
         shown = {"value": one.difference, "ci_low": one.ci_low, "ci_high": one.ci_high}
         rows.append([figure, n, f"{100 * one.a:.1f}", f"{100 * one.b:.1f}", report.percent(shown)])
     last = found[-1]
-    title = f"A - B in points: {last.questions} questions, {last.seeds} seed{'s' if last.seeds > 1 else ''}"
+    over = f"{report.counted(last.questions, 'question')}, {report.counted(last.seeds, 'seed')}"
+    title = f"A - B in percentage points: {over}"
     report.print_table(title, ["figure", "n", "A %", "B %", "A - B"], rows)
     for key, words in zip(("a", "b"), described_sides(a, b), strict=True):
         print(f"{key.upper()}: {words}{cfg[key]}")

@@ -10,6 +10,7 @@ from latent_tts.config.reference import (
     GROUPS,
     Key,
     chosen_options,
+    nested_groups,
     option_names,
     read_command,
     read_option,
@@ -87,8 +88,19 @@ def command_help(name: str, about: str, positional: Sequence[str], overrides: Se
         keys = [key for option in options if option in chosen[group] for key in read_option(group, option, places).keys]
         if keys and group != "experiment":
             parts.append(definitions(map(_key_row, keys), width, indent=4))
+        parts += [_nested_help(nested, places, width) for nested in nested_groups(group, places)]
     flags = [row for row in FLAGS_TEXT if groups or row[0] not in ("-m, --multirun", "--config-dir FOLDER")]
     return _join([*parts, "Flags:", definitions(flags, width)], width)
+
+
+def _nested_help(group: str, places: Sequence[Path], width: int) -> str:
+    """The options of a group inside a group, with their keys, below those of the outer group."""
+    parts = [f"  {group}, where the option above has one:"]
+    for name in option_names(group, places):
+        option = read_option(group, name, places)
+        parts.append(definitions([(f"{group}={name}", option.about)], width, indent=4))
+        parts += [definitions(map(_key_row, option.keys), width, indent=6)] if option.keys else []
+    return "\n".join(parts)
 
 
 def group_help(group: str, places: Sequence[Path], width: int) -> str:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 
-from latent_tts.config.build import defaults_of
-from latent_tts.config.reference import conf_dir
-from latent_tts.config.schemas import SCHEMAS
+from latent_tts.config.reference import chosen_options, conf_dir, option_names, read_command, read_option
+
+PLACES = (Path(conf_dir()),)
 
 
 def closest(word: str, known: list[str]) -> str | None:
@@ -56,14 +53,15 @@ def option_of(command: str, word: str) -> str | None:
 
 def nested_key(command: str, name: str) -> str | None:
     """The key that ends with a name: `task.limit` for `limit`."""
-    keys = _keys(command) if command in SCHEMAS else ()
+    keys = _keys(command) if (PLACES[0] / f"{command}.yaml").is_file() else ()
     return min((key for key in keys if key.endswith(f".{name}")), key=lambda key: key.count("."), default=None)
 
 
 def options_with(key: str) -> list[str]:
     """The options of a key's group that have the key: `task=jsonl` for `task.path`."""
-    group, _, name = key.partition(".")
-    return [f"{group}={option}" for option in _options(group) if name in _flat(_read(f"{group}/{option}"))]
+    group = key.partition(".")[0]
+    options = [read_option(group, name, PLACES) for name in _options(group)]
+    return [f"{group}={option.name}" for option in options if key in (each.name for each in option.keys)]
 
 
 def quoted(text: str) -> str:
@@ -98,34 +96,17 @@ def no_option(arguments: list[str]) -> str | None:
 
 
 def _groups(command: str) -> list[str]:
-    entries = [entry for entry in defaults_of(command) for entry in entry]
-    return [name for entry in entries if (Path(conf_dir()) / (name := str(entry).removeprefix("optional "))).is_dir()]
+    return [group for group in read_command(command).groups if _options(group)]
 
 
 def _options(group: str) -> list[str]:
-    return sorted(path.stem for path in (Path(conf_dir()) / group).glob("*.yaml"))
+    return option_names(group, PLACES)
 
 
 @cache
 def _keys(command: str) -> tuple[str, ...]:
     """The keys of a command and of the options that it chooses by default."""
-    keys = [*(f for f in SCHEMAS[command].__dataclass_fields__), *_flat(_read(command))]
-    for entry in defaults_of(command):
-        for group, option in entry.items():
-            if isinstance(option, str) and option in _options(str(group)):
-                keys += [f"{group}.{key}" for key in _flat(_read(f"{group}/{option}"))]
-    return tuple(key for key in dict.fromkeys(keys) if not key.startswith(("hydra", "defaults")))
-
-
-@cache
-def _read(name: str) -> Mapping[str, Any]:
-    content: Any = OmegaConf.to_container(OmegaConf.load(Path(conf_dir()) / f"{name}.yaml"), resolve=False)
-    return content
-
-
-def _flat(content: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in content.items():
-        if key != "_target_":
-            yield key
-        if isinstance(value, Mapping):
-            yield from (f"{key}.{part}" for part in _flat(value))
+    keys = [key.name for key in read_command(command).keys]
+    for group, options in chosen_options(command, (), PLACES).items():
+        keys += [key.name for option in options for key in read_option(group, option, PLACES).keys]
+    return tuple(dict.fromkeys(keys))

@@ -121,12 +121,24 @@ def option_names(group: str, places: Sequence[Path]) -> list[str]:
     return sorted({path.stem for place in places for path in (place / group).glob("*.yaml")})
 
 
+def nested_groups(group: str, places: Sequence[Path]) -> list[str]:
+    """The groups inside a group, as `budget/rule`."""
+    folders = {path.name for place in places for path in (place / group).glob("*/") if any(path.glob("*.yaml"))}
+    return [f"{group}/{name}" for name in sorted(folders)]
+
+
 def read_option(group: str, name: str, places: Sequence[Path]) -> Option:
     """An option, as the first file of that name has it; its keys begin with the group."""
     path = next(file for place in places if (file := place / group / f"{name}.yaml").is_file())
     text = path.read_text(errors="replace")
     about = _top_comment(text)
-    prefix = "" if "# @package _global_" in text else f"{group}.{name}." if group == "aggregator" else f"{group}."
+    prefix = (
+        ""
+        if "# @package _global_" in text
+        else f"{group}.{name}."
+        if group == "aggregator"
+        else f"{group.replace('/', '.')}."
+    )
     try:
         root = yaml.compose(text)
     except yaml.YAMLError:  # composing it says what is wrong

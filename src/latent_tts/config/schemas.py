@@ -231,6 +231,7 @@ class CompareConfig:
     b_figure: str | None = MISSING
     a_n: int | None = MISSING
     b_n: int | None = MISSING
+    questions: str = MISSING
     output: str | None = MISSING
 
 

@@ -21,7 +21,7 @@ Side = dict[str, CompletedRun]  # by seed
 
 @dataclass(frozen=True)
 class Difference:
-    """A figure of A at one n, held against one of B.
+    """A figure of A at one n, compared with one of B.
 
     Attributes:
         a_figure, b_figure: coverage, or the aggregator whose accuracy is compared.
@@ -46,17 +46,19 @@ class Difference:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is held against what; None is everything that both sides have in common.
+    """What is compared with what; None is everything that both sides have in common.
 
     Attributes:
         a_figure, b_figure: coverage or an aggregator; one of them alone stands for both.
-        a_n, b_n: rollouts per question; one of them alone is held against all of the other side.
+        a_n, b_n: rollouts per question; one of them alone is compared with all of the other side.
+        shared: whether the questions that both sides have are compared where the sides have different ones.
     """
 
     a_figure: str | None = None
     b_figure: str | None = None
     a_n: int | None = None
     b_n: int | None = None
+    shared: bool = False
 
 
 def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side:
@@ -106,7 +108,7 @@ def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
         raise UsageError(f"a has the seeds {sorted(a)}, b has {sorted(b)}: both sides need the same seeds")
     any_a, any_b = a[min(a)], b[min(b)]  # budgets and aggregators are the same for all seeds
     found = [
-        _difference(a, b, figures, budgets)
+        _difference(a, b, figures, budgets, shared=selection.shared)
         for figures in _figures(any_a, any_b, selection)
         for budgets in _budgets(any_a, any_b, selection)
     ]
@@ -131,17 +133,30 @@ def write_differences(path: Path, found: Sequence[Difference]) -> None:
         spreadsheet_cells(table).to_csv(partial, index=False, float_format="%.6g")
 
 
-def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, int]) -> Difference:
+def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, int], *, shared: bool) -> Difference:
     values_a, values_b, questions = [], [], []
     for seed in sorted(a):
         per_a, per_b = a[seed].per_question(figures[0], budgets[0]), b[seed].per_question(figures[1], budgets[1])
-        if set(per_a.index) != set(per_b.index):
-            raise UsageError(f"a and b have different questions (seed {seed}); compare runs on the same questions")
-        of_a, of_b = (side[seed].curve["questions_digest"] for side in (a, b))
-        if of_a != of_b and not any(digest.startswith(UNKNOWN) for digest in (of_a, of_b)):
+        common = per_a.index[per_a.index.isin(per_b.index)]
+        differ = len(common) < max(len(per_a), len(per_b))
+        if differ and not (shared and len(common)):
+            hint = "; questions=shared compares those" if len(common) else ""
+            raise UsageError(
+                f"a and b have different questions (seed {seed}): {len(common)} of {len(per_a)} and {len(per_b)} are "
+                f"shared{hint}"
+            )
+        digest_a, digest_b = (side[seed].curve["questions_digest"] for side in (a, b))
+        unknown = any(digest.startswith(UNKNOWN) for digest in (digest_a, digest_b))
+        gold_a, gold_b = (side[seed].golds for side in (a, b))
+        if differ:
+            equal = not (gold_a and gold_b) or all(gold_a[one] == gold_b[one] for one in common)
+        else:
+            equal = digest_a == digest_b or unknown
+        if not equal:
             raise UsageError(f"a and b have different gold answers (seed {seed}); compare runs on the same questions")
+        per_a, per_b = per_a[common], per_b[common]
         values_a.append(per_a)
-        values_b.append(per_b[per_a.index])
+        values_b.append(per_b)
         questions += list(per_a.index)
     clusters = np.unique(questions, return_inverse=True)[1]
     left, right = np.concatenate(values_a), np.concatenate(values_b)
@@ -151,7 +166,7 @@ def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, 
 
 
 def _figures(a: CompletedRun, b: CompletedRun, selection: Selection) -> Iterator[tuple[str, str]]:
-    """Which figure of A is held against which of B."""
+    """Which figure of A is compared with which of B."""
     if selection.a_figure is None and selection.b_figure is None:
         both = sorted(set(a.figures) & set(b.figures), key=lambda name: (name != "coverage", name))
         yield from zip(both, both, strict=True)
@@ -164,11 +179,12 @@ def _figures(a: CompletedRun, b: CompletedRun, selection: Selection) -> Iterator
 
 
 def _budgets(a: CompletedRun, b: CompletedRun, selection: Selection) -> list[tuple[int, int]]:
-    """Which n of A is held against which of B."""
+    """Which n of A is compared with which of B."""
     if selection.a_n is None and selection.b_n is None:
         return [(n, n) for n in sorted(set(a.reported) & set(b.reported))]
     for key, n, side in (("a_n", selection.a_n, a), ("b_n", selection.b_n, b)):
         known = ", ".join(map(str, sorted(side.reported)))
         require(key, n, n is None or n in side.reported, f"must be one of {known}, which the run reports, or null")
-    of_a, of_b = (sorted(side.reported) if n is None else [n] for n, side in ((selection.a_n, a), (selection.b_n, b)))
-    return list(product(of_a, of_b))
+    ns_a = sorted(a.reported) if selection.a_n is None else [selection.a_n]
+    ns_b = sorted(b.reported) if selection.b_n is None else [selection.b_n]
+    return list(product(ns_a, ns_b))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +17,10 @@ from latent_tts.errors import UsageError
 from latent_tts.results import statistics
 from latent_tts.results.metrics import rollout_arrays
 from latent_tts.results.run_folder import (
+    ANSWERS,
     CURVE_COLUMNS,
     ROLLOUTS,
+    check_file,
     read_budget,
     read_rollouts,
     read_run_json,
@@ -30,7 +33,7 @@ AggregatorBuilder = Callable[[str, Mapping[str, Any]], Aggregator]
 
 @dataclass(frozen=True)
 class CompletedRun:
-    """A run.
+    """A run as its folder describes it.
 
     Attributes:
         folder: where it lies.
@@ -78,6 +81,16 @@ class CompletedRun:
     def curve(self) -> dict[str, str]:
         """What runs that are seeds of each other have in common: `run_folder.CURVE_COLUMNS`."""
         return {name: str(self.metrics[name].iloc[0]) for name in CURVE_COLUMNS}
+
+    @cached_property
+    def golds(self) -> dict[str, str | None]:
+        """The gold answer of each question, by its id; empty for a run of before there was `answers.jsonl`."""
+        path = self.folder / ANSWERS
+        if not path.is_file():
+            return {}
+        check_file(self.folder, ANSWERS)
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return {line["id"]: line.get("gold") for line in lines}
 
     @property
     def has_gold(self) -> bool:

@@ -211,6 +211,8 @@ def runs_of(places: pd.DataFrame) -> list[tuple[str, range]]:
 class GatheredRows:
     """Columns of the rows that somebody wants, gathered from one table after another; the first of equal rows counts.
 
+    Each column can be had once, so that there are never two copies of all of them.
+
     Attributes:
         wanted: the rows (columns `row_key`, `rollout`), in the order that they come out in.
     """
@@ -274,12 +276,16 @@ class GatheredRows:
         return values
 
     def _column(self, name: str) -> pa.Array:
-        """A column of the rows that were found, in the order of `wanted`."""
+        """A column of the rows that were found, in the order of `wanted`; it is not kept here any longer."""
         chunks = [chunk for _, table in self._pieces for chunk in table[name].chunks]
+        self._pieces = [(places, table.drop_columns(name)) for places, table in self._pieces]
         if self._permutation is None:
             places = [np.empty(0, dtype=np.int64), *(places for places, _ in self._pieces)]
             self._permutation = pa.array(np.concatenate(places).argsort())
-        return pa.chunked_array(chunks, self._schema.field(name).type).combine_chunks().take(self._permutation)
+        column = pa.chunked_array(chunks, self._schema.field(name).type).combine_chunks().take(self._permutation)
+        del chunks
+        pa.default_memory_pool().release_unused()
+        return column
 
     def _places(self, table: pa.Table) -> Int64:
         """Where each row of a table stands in `wanted`; -1 for those that are not wanted."""

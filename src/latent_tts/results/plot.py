@@ -432,7 +432,7 @@ def _interval_handle(parts: Sequence[pd.DataFrame], marks: dict[str, Look], *, a
 
 def _title(points: pd.DataFrame, against: str) -> str:
     """What the figure is of: models, tasks, questions, seeds; said of all curves, or that they differ."""
-    models, tasks = points["model"].unique(), (points["task"] + "/" + points["split"]).unique()
+    models, tasks = points["model"].unique(), (points["task"] + "/" + points["split"]).str.rstrip("/").unique()
     named = [str(models[0]) if len(models) == 1 else f"{len(models)} models"]
     named.append(f"on {', '.join(tasks) if len(tasks) <= 3 else f'{len(tasks)} tasks'}")
     digests = [digest for digest in points["questions_digest"].unique() if digest and not digest.startswith(UNKNOWN)]

@@ -254,6 +254,11 @@ def print_line(text: str) -> None:
     print(printable(text))
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A number with its noun: `1 entry`, `2 entries`."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 def age(seconds: float) -> str:
     """Seconds in the largest unit of which there is one: minutes, hours or days."""
     unit, length = next((each for each in (("d", 86400), ("h", 3600)) if seconds >= each[1]), ("m", 60))
@@ -305,7 +310,7 @@ def print_metrics(
     print_columns(curve_title(metrics), keys, columns, list(table_notes(metrics)))
 
 
-def drawn_text(drawn: float, rows: pd.DataFrame) -> str:
+def drawn_text(drawn: Any, rows: pd.DataFrame) -> str:
     """Rollouts per question; where they are unequally many the mean, and how many of them were used."""
     value = dict(zip(rows["metric"], rows["value"], strict=True))
     if "rollouts_drawn" not in value:

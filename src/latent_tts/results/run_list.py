@@ -34,7 +34,7 @@ def print_runs(paths: Sequence[Path]) -> None:
         raise UsageError(f"no run in {' or '.join(OUTPUT_FOLDERS)}; `ltts list runs FOLDER` looks in FOLDER")
     ages = {folder: time.time() - folder.stat().st_mtime for folder in dict.fromkeys(folders)}
     rows = [_row(folder, age) for folder, age in sorted(ages.items(), key=lambda item: -item[1])]
-    report.print_table(f"{len(rows)} run{'s' * (len(rows) != 1)}", COLUMNS, rows)
+    report.print_table(report.counted(len(rows), "run"), COLUMNS, rows)
 
 
 def _row(folder: Path, age: float) -> list[str]:
@@ -48,5 +48,5 @@ def _row(folder: Path, age: float) -> list[str]:
     first = table.iloc[0]
     sampler = f"{first['sampler']} {first['sampler_value']}".strip()
     questions, n = str(int(first["questions"])), str(int(table["n"].max()))
-    return [str(folder), first["model"], f"{first['task']}/{first['split']}", sampler, first["seed"], questions, n,
-            report.age(age)]  # fmt: skip
+    task = f"{first['task']}/{first['split']}".rstrip("/")
+    return [str(folder), first["model"], task, sampler, first["seed"], questions, n, report.age(age)]
