@@ -51,7 +51,7 @@ type: .venv/.installed ## check the types
 	$(BIN)/pyright
 
 golden: .venv/.installed ## rewrite the golden table of the tests (review its diff)
-	LTTS_GOLDEN=write $(BIN)/pytest tests/commands/test_golden.py
+	LTTS_GOLDEN=write $(BIN)/pytest tests/commands/test_golden.py tests/results/test_report.py -k golden
 
 wheel-smoke: .venv/.installed ## build the wheel, install it in another venv, run it there
 	$(BIN)/pytest -m slow tests/test_wheel.py

@@ -1,14 +1,13 @@
 """Templates of prompts: what they see, and the limits that they are rendered in."""
 
-import time
-
 import pytest
 
+from latent_tts.text import template
 from latent_tts.text.template import MAX_CHARACTERS, TemplateError, names_question, rendered
 
 
 @pytest.mark.parametrize(
-    ("template", "text"),
+    ("source", "text"),
     [
         ("Q: {{question}}\nA:", "Q: 1+1?\nA:"),
         ("{{ messages[0]['content'] | upper }}", "1+1?"),
@@ -17,12 +16,12 @@ from latent_tts.text.template import MAX_CHARACTERS, TemplateError, names_questi
         ("{% if add_generation_prompt %}go{% endif %}", "go"),
     ],
 )
-def test_a_template_sees_the_question_and_the_special_tokens(template, text):
-    assert rendered(template, "1+1?", {"bos_token": "<s>"}) == text
+def test_a_template_sees_the_question_and_the_special_tokens(source, text):
+    assert rendered(source, "1+1?", {"bos_token": "<s>"}) == text
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("source", "words"),
     [
         ("{{ question", "TemplateSyntaxError"),
         ("{{ raise_exception('only two roles') }}", "only two roles"),
@@ -33,23 +32,22 @@ def test_a_template_sees_the_question_and_the_special_tokens(template, text):
         ("{{ 'x' * (10 ** 11) }}", "too much memory"),
     ],
 )
-def test_a_template_that_fails_says_why(template, words):
+def test_a_template_that_fails_says_why(source, words):
     with pytest.raises(TemplateError, match=words):
-        rendered(template, "1+1?", {})
+        rendered(source, "1+1?", {})
 
 
-def test_a_template_without_end_is_stopped():
-    started = time.monotonic()
+def test_a_template_without_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(template, "SECONDS", 0.2)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(TemplateError, match="more than 2 s"):
+    with pytest.raises(TemplateError, match=r"more than 0\.2 s"):
         rendered(endless, "1+1?", {})
-    assert time.monotonic() - started < 60
     assert rendered("{{question}}", "next", {}) == "next"
 
 
 @pytest.mark.parametrize(
-    ("template", "named"),
+    ("text", "named"),
     [("{{question}}", True), ("{{- question | trim }}", True), ("{{ questions }}", False), ("question", False)],
 )
-def test_the_place_of_the_question_is_found(template, named):
-    assert names_question(template) is named
+def test_the_place_of_the_question_is_found(text, named):
+    assert names_question(text) is named

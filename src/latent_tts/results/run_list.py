@@ -48,5 +48,5 @@ def _row(folder: Path, age: float) -> list[str]:
     first = table.iloc[0]
     sampler = f"{first['sampler']} {first['sampler_value']}".strip()
     questions, n = str(int(first["questions"])), str(int(table["n"].max()))
-    return [str(folder), first["model"], f"{first['task']}/{first['split']}".rstrip("/"), sampler, first["seed"], questions, n,
-            report.age(age)]  # fmt: skip
+    task = f"{first['task']}/{first['split']}".rstrip("/")
+    return [str(folder), first["model"], task, sampler, first["seed"], questions, n, report.age(age)]
