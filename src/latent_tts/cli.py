@@ -22,6 +22,7 @@ from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, printable,
 # name: (what it does, names of its positional arguments; a trailing * takes the rest, a trailing ? may be missing)
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("draw rollouts, pick answers, write the scaling curve", ()),
+    "ask": ("ask a question, or one per line of standard input: votes, picks, costs", ("question?",)),
     "rescore": ("score the rollouts of a completed run with another scorer", ("run",)),
     "replay": ("apply a budget to the rollouts of a completed run; nothing is drawn", ("run",)),
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
@@ -35,11 +36,19 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cache": ("list the cache of rollouts, or remove entries of it", ("action?",)),
     "convert": ("rewrite a pickle or a training checkpoint for ltts run", ("src", "dst")),
 }
-RESUMABLE = ("run", "rescore", "annotate", "train-reasoner", "train-rm")  # the others keep nothing of what they began
+RESUMABLE = (
+    "run",
+    "ask",
+    "rescore",
+    "annotate",
+    "train-reasoner",
+    "train-rm",
+)  # the others keep nothing of what they began
 MAX_LINES = 4
 KEPT = "finished work is kept; "
 FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
 FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--config-dir", "-cn", "--config-name"]
+FLAGS_OF_COMMAND = {"ask": {"--json": ["json=true"], "--example": ["task=arith", "task.limit=1"]}}  # and their keys
 FLAG_CHOICES = {
     **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
     **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
@@ -81,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     from latent_tts.config import information
 
     name, *others = arguments
+    own_flags = FLAGS_OF_COMMAND.get(name, {})
+    others = [part for word in others for part in own_flags.get(word, [word])]
     try:
         if name == "help" and (not others or others[0] in COMMANDS):
             print(information.help_of(others[0], others[1:], COMMANDS) if others else usage())
@@ -139,8 +150,9 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
             if not expects_value and argument.startswith("-") and flag not in FLAGS + FLAGS_WITH_VALUE:
                 following = arguments[place + 1] if place + 1 < len(arguments) else None
                 override = meant.key_of_flag(command, argument, following)
-                hint = f"did you mean {override}? " if override else _meant(argument, FLAGS + FLAGS_WITH_VALUE)
-                raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(FLAGS + FLAGS_WITH_VALUE)}")
+                known = [*FLAGS_OF_COMMAND.get(name, ()), *FLAGS, *FLAGS_WITH_VALUE]
+                hint = f"did you mean {override}? " if override else _meant(argument, known)
+                raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(known)}")
             choices = FLAG_CHOICES.get(arguments[place - 1]) if expects_value else None
             if choices is not None and argument not in choices:
                 raise UsageError(f"{arguments[place - 1]} {argument}: must be one of {', '.join(choices)}")

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 
 def test_unknown_command(ltts):
-    check(ltts("rum"), "rum", "run, rescore")
+    check(ltts("rum"), "rum", "run, ask, rescore")
 
 
 def test_unknown_flag(ltts):

@@ -95,7 +95,7 @@ def test_a_group_and_all_options_are_listed(ltts):
     every = ltts("list").out
     assert all(f"{plural} ({group}=NAME)" in every for plural, group in PLURALS.items())
     check(ltts("list", "smaplers"), "'smaplers'", "one of models, tasks, samplers")
-    check(ltts("help", "nothing"), "no command or group 'nothing'", "one of run, rescore")
+    check(ltts("help", "nothing"), "no command or group 'nothing'", "one of run, ask, rescore")
     check(ltts("completion", "fish"), "usage: ltts completion bash|zsh")
 
 

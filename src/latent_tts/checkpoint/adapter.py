@@ -6,6 +6,7 @@ A family adds its prompt recipe, its answer rule and what it does with a hidden 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from latent_tts.schedule import Schedule
 
 log = logging.getLogger(__name__)
+MAX_WORDS = 120  # of a vocabulary that an error lists
 
 
 @dataclass(frozen=True)
@@ -263,10 +265,17 @@ class CheckpointAdapter:
             start, end = encoding.offsets[encoding.ids.index(unknown)]
             raise UsageError(
                 f"question {question.id}: the word {text[start:end]!r} is not in the vocabulary of "
-                f"model={self.name}\na word-level model reads only the words of its own task; "
-                "use a checkpoint with a subword tokenizer"
+                f"model={self.name}\na word-level model reads only the words of its own task: numbers and "
+                f"{' '.join(self._known_words)}\n`ltts ask --example` asks a question of the built-in reasoners; "
+                "for other words use a checkpoint with a subword tokenizer"
             )
         return encoding.ids
+
+    @property
+    def _known_words(self) -> list[str]:
+        """The first words of the vocabulary, without numbers and special tokens."""
+        words = [token for token in sorted(self.tokenizer.get_vocab()) if re.fullmatch(r"[A-Za-z]+", token)]
+        return words if len(words) <= MAX_WORDS else [*words[:MAX_WORDS], "..."]
 
     @cached_property
     def _unknown_id(self) -> int | None:

@@ -13,15 +13,12 @@ from latent_tts.config.build import in_sweep, output_dir
 from latent_tts.config.recorded import aggregator_builder
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.pipeline import sweep
-from latent_tts.pipeline.rollouts import draw_rollouts
-from latent_tts.pipeline.run_output import clear_run_folder, write_run_folder
+from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import check_run
-from latent_tts.pipeline.tables import make_tables, schedule_lines
-from latent_tts.pipeline.verification import verify
+from latent_tts.pipeline.tables import schedule_lines
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
-from latent_tts.results.files import locked_folder
-from latent_tts.results.run_folder import LATENTS, METRICS
+from latent_tts.results.run_folder import METRICS
 
 
 def main(cfg: DictConfig) -> None:
@@ -34,27 +31,17 @@ def main(cfg: DictConfig) -> None:
     started, request = time.perf_counter(), run_request(cfg)
     with cache_root(request.cache, cfg.cache) as cache:
         spec = check_run(replace(request, cache=cache))
-        folder, settings = output_dir(), changed_settings(cfg)
-        with locked_folder(folder, "hydra.run.dir"):
-            clear_run_folder(folder)
-            compared = spec.schedule.verified
-            rollouts = draw_rollouts(spec, folder / LATENTS if cfg.keep_latents or compared else None)
-            tables = make_tables(spec, rollouts, settings)
-            verification = verify(spec, rollouts, folder) if compared else None
-            if not cfg.keep_latents:
-                (folder / LATENTS).unlink(missing_ok=True)
-            seconds = time.perf_counter() - started
-            kept = {} if cfg.cache == "off" else {"cache": str(rollouts.cache.folder.resolve())}
-            write_run_folder(
-                folder, spec, rollouts, tables, settings, seconds=seconds, verification=verification, **kept
-            )
+        done = complete_run(
+            output_dir(), spec, changed_settings(cfg),
+            started=started, keep_latents=cfg.keep_latents, keep_cache=cfg.cache != "off",
+        )  # fmt: skip
     if not in_sweep():
-        report.print_metrics(tables.metrics)
-        for line in schedule_lines(spec, tables.rollouts) + ([] if verification is None else verification.lines):
+        report.print_metrics(done.tables.metrics)
+        for line in [*schedule_lines(spec, done.tables.rollouts), *done.verification_lines]:
             report.print_line(line)
-        print(folder / METRICS)
-    if verification is not None:
-        verification.check()
+        print(output_dir() / METRICS)
+    if done.verification is not None:
+        done.verification.check()
 
 
 def sweep_overrides(cfg: DictConfig, swept: set[str]) -> list[str]:

@@ -36,7 +36,11 @@ def defaults_of(command: str) -> list[Any]:
     """The choices of options in the command's own file."""
     # composing the defaults again would take as long as a small run
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{command}.yaml")
-    return [entry for entry in own.defaults if OmegaConf.is_dict(entry)]
+    bases = [base for base in own.defaults if base in SCHEMAS]  # a command may extend another one
+    return [
+        *(entry for base in bases for entry in defaults_of(base)),
+        *(entry for entry in own.defaults if OmegaConf.is_dict(entry)),
+    ]
 
 
 def output_dir() -> Path:

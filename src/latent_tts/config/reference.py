@@ -160,21 +160,21 @@ def read_command(command: str) -> Command:
     text = (Path(conf_dir()) / f"{command}.yaml").read_text()
     root = yaml.compose(text)
     defaults = next(value for key, value in root.value if key.value == "defaults")
-    groups: dict[str, list[str]] = {}
+    bases = [read_command(entry.value) for entry in defaults.value if entry.value in list(SCHEMAS)]  # it extends them
+    groups = {group: list(chosen) for base in bases for group, chosen in base.groups.items()}
     for entry in defaults.value:
         for key, value in entry.value if isinstance(entry, yaml.MappingNode) else ():
-            group = key.value.removeprefix("optional ")
-            if not group.startswith("override "):
+            group = key.value.removeprefix("optional ").removeprefix("override ")
+            if not group.startswith("hydra/"):
                 chosen = [each.value for each in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
                 groups[group] = [name for name in chosen if name != "null"]
     kinds = _schema_kinds(SCHEMAS[command])
     for key, value in root.value:  # what describes an object, as `optimization` does
         target = next((v.value for k, v in value.value if k.value == "_target_"), "") if _is_block(value) else ""
         kinds |= {f"{key.value}.{name}": kind for name, kind in _argument_kinds(target).items()}
-    keys = tuple(
-        Key(key.name, key.default, key.comment, kinds.get(key.name, "")) for key in _keys(root, text, nested=True)
-    )
-    return Command(tuple(_top_comment(text)[1:]), keys, groups)
+    keys = [Key(key.name, key.default, key.comment, kinds.get(key.name, "")) for key in _keys(root, text, nested=True)]
+    keys += [key for base in bases for key in base.keys]
+    return Command(tuple(_top_comment(text)[1:]), tuple(keys), groups)
 
 
 def chosen_options(command: str, overrides: Iterable[str], places: Sequence[Path]) -> dict[str, list[str]]:

@@ -140,8 +140,9 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
     """The keys of a job that differ from their defaults and have no column of their own."""
     aggregators = {f"aggregator.{name}._target_" for name in cfg.aggregator}
     own_columns = {
-        "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task._target_",
-        "cache", "sampler._target_", "budget", "scorer._target_", "scorer.checkpoint", "scorer.latents", "paths",
+        "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task.texts",
+        "task._target_", "question", "json", "cache", "sampler._target_", "budget", "scorer._target_",
+        "scorer.checkpoint", "scorer.latents", "paths",
         "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "search._target_",
         "schedule._target_", "schedule.verify",
     }  # fmt: skip

@@ -64,6 +64,14 @@ class RunConfig:
 
 
 @dataclass
+class AskConfig(RunConfig):
+    """Keys of `ltts ask`: those of `ltts run`, the question, and how the answer is printed."""
+
+    question: str | None = MISSING
+    json: bool = MISSING
+
+
+@dataclass
 class ScoringEngineConfig:
     """How kept rollouts are scored; the dtype is the run's."""
 
@@ -271,6 +279,7 @@ class ConvertConfig:
 
 SCHEMAS = {
     "run": RunConfig,
+    "ask": AskConfig,
     "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
     "replay": ReplayConfig,

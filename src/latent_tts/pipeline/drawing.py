@@ -310,6 +310,8 @@ class Drawer:
             compared = pa.array([dissimilarity[place] for place in places], pa.list_(pa.float32()))
         if kept is not None:
             kept.put(places, to_host(latents_RTD))
+        if answers and self.spec.on_answers is not None:
+            self.spec.on_answers(places, rollouts.answer_ids)
 
         def table() -> pa.Table:
             columns = _answer_columns(rollouts, answers=answers) | measured

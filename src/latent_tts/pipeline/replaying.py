@@ -99,7 +99,8 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     drawn["seconds"] = recorded_seconds(with_counts(spec, outcome))
     budget = budget_table(spec, outcome, drawn)
     figures = adaptive_figures(spec, outcome, drawn, budget)
-    return RunTables(drawn, [], metric_rows(figures, run_columns(spec, record["settings"])), budget)
+    metrics = metric_rows(figures, run_columns(spec, record["settings"]))
+    return RunTables(drawn, [], metrics, figures[0].per_question["gflops", ""], budget)
 
 
 def recorded_seconds(spec: RunSpec) -> Floats | float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -110,6 +110,7 @@ class RunRequest:
         config: the resolved config, as `run.json` keeps it.
         chosen: which of the keys `schedule`, `budget`, `aggregator` and `scorer.checkpoint` somebody set; the others
             are defaults, which may give way.
+        on_answers: called with the (row key, rollout) and the answer ids of each batch when it is drawn.
     """
 
     adapter: ModelAdapter
@@ -131,6 +132,7 @@ class RunRequest:
     config: Mapping[str, Any]
     refresh: bool = False
     chosen: frozenset[str] = frozenset()
+    on_answers: Callable[[Sequence[tuple[str, int]], Sequence[Sequence[int]]], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,14 +236,15 @@ def check_run(request: RunRequest) -> RunSpec:
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
     if not has_gold(questions):
-        name = request.task.name
-        log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
         require("budget", budget.name, not is_adaptive(budget), "must be fixed or ladder: there are no gold answers")
         budget = budget if "budget" in request.chosen else Fixed()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
         budget = calibrated(budget, request, aggregators, questions)
     prompts = encode_prompts(adapter, questions, reserved)
+    if not has_gold(questions):
+        name = request.task.name
+        log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
     settled = {
         "schedule": schedule,
         "budget": budget,

@@ -26,7 +26,7 @@ from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.schedule import DRAFTED
 from latent_tts.task import has_gold
 from latent_tts.text.classes import shared_forms
-from latent_tts.types import Float32, Question
+from latent_tts.types import Float32, Floats, Question
 
 log = logging.getLogger(__name__)
 MAX_USELESS = 0.95  # share of answers
@@ -40,12 +40,14 @@ class RunTables:
         rollouts: `rollouts.parquet`, a row per rollout, with `cache.MEASURED` beside its columns.
         answers: `answers.jsonl`, see `answer_lines`.
         metrics: `metrics.csv`, a row per figure.
+        gflops_Q: of each question, at the largest reported n.
         budget: a row per question where the budget looked at its rollouts: see `rounds.budget_table`.
     """
 
     rollouts: pd.DataFrame
     answers: list[dict[str, Any]]
     metrics: pd.DataFrame
+    gflops_Q: Floats
     budget: pd.DataFrame | None = None
 
 
@@ -71,7 +73,8 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         figures = all_figures(spec, drawn, rollouts)
     metrics = metric_rows(figures, run_columns(spec, settings))
     used = spec.drawn if drawn.outcome is None else [stop.used for stop in drawn.outcome.stops]
-    return RunTables(rollouts, answer_lines(spec, rollouts, used), metrics, budget)
+    gflops_Q = max(figures, key=lambda each: each.n).per_question["gflops", ""]
+    return RunTables(rollouts, answer_lines(spec, rollouts, used), metrics, gflops_Q, budget)
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:

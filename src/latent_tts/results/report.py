@@ -90,6 +90,11 @@ def warnings_once() -> Iterator[None]:
         OncePerSweep.seen = None
 
 
+def print_status(text: str) -> None:
+    """A line on stderr, above a bar."""
+    stderr_console().print(Text(printable(text)), soft_wrap=True)
+
+
 class ProgressBar:
     """A bar on stderr with rate, time spent and time left; silent where stderr is no terminal."""
 

@@ -404,12 +404,13 @@ def run_folders(path: Path, key: str = "runs") -> list[Path]:
 
 
 def last_run() -> Path:
-    """The folder of the run or sweep in this folder whose table was written last.
+    """The folder of the run or sweep in this folder whose table was written last; questions to `ltts ask` are none.
 
     Raises:
         UsageError: there is none.
     """
     tables = [table for name in OUTPUT_FOLDERS for table in Path(name).glob(f"*/*/**/{METRICS}")]
+    tables = [table for table in tables if table.parts[1] != "ask"]
     if not tables:
         raise UsageError(
             f"no run in the folders {' and '.join(OUTPUT_FOLDERS)} of this one; name a run folder or a table"

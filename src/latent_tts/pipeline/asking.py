@@ -1,0 +1,109 @@
+"""What `ltts ask` shows: votes while rollouts arrive, then a table per question, or a JSON object."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from latent_tts.pipeline.running import CompletedRun
+from latent_tts.pipeline.spec import RunSpec
+from latent_tts.results import report
+from latent_tts.results.cache import NOT_DECODED
+from latent_tts.text.classes import shared_forms
+
+UNREADABLE = "unreadable"
+MAX_TEXT = 60  # characters of a question in a line of votes
+
+
+class ArrivingVotes:
+    """Shows the votes of a question after each batch that has brought some, above the progress bar."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        """Begin without votes."""
+        self._spec = spec
+        self._questions = {spec.row_key(question): question for question in spec.questions}
+        self._answers: dict[str, list[str | None]] = {key: [] for key in self._questions}
+
+    def add(self, places: Sequence[tuple[str, int]], answer_ids: Sequence[Sequence[int]]) -> None:
+        """Take the answers of a batch, see `RunRequest.on_answers`, and show the votes of its questions."""
+        adapter, rule = self._spec.adapter, self._spec.task.rule
+        for (key, _), ids in zip(places, answer_ids, strict=True):
+            self._answers[key].append(rule.read(adapter.answer_text(list(ids)), adapter))
+        for key in dict.fromkeys(key for key, _ in places):
+            answers = self._answers[key]
+            votes = votes_text(count_votes(shared_forms(answers, rule.equal)), answers.count(None))
+            text = "" if len(self._questions) == 1 else f"{shortened(self._questions[key].text)} "
+            report.print_status(f"{text}{report.counted(len(answers), 'rollout')}: {votes}")
+
+
+def described_answers(spec: RunSpec, done: CompletedRun) -> list[dict[str, Any]]:
+    """A line of `answers.jsonl` per question, with votes and costs.
+
+    Returns:
+        Lines as of `tables.answer_lines`, with `votes` (how many rollouts gave each answer that can be read, the most
+        frequent first), `unreadable` (how many gave none), `agreement` (share of rollouts with the most frequent
+        answer), `seconds` and `gflops`. Votes count the rollouts that were used and decoded.
+    """
+    rollouts = done.tables.rollouts
+    seconds = rollouts["seconds"].to_numpy(dtype=float)
+    if done.rollouts.winners is not None:
+        seconds = seconds + done.rollouts.winners.decoding["seconds"].fillna(0).to_numpy(dtype=float)
+    seconds_Q = np.bincount(rollouts["question_index"], seconds, len(spec.questions))
+    lines = []
+    for line in done.tables.answers:
+        own = rollouts[(rollouts["question_index"] == line["index"]) & (rollouts["rollout"] < line["rollouts"])]
+        predictions = own["prediction"][own["stop_reason"] != NOT_DECODED].tolist()
+        votes = count_votes(predictions)
+        costs = {"seconds": float(seconds_Q[line["index"]]), "gflops": float(done.tables.gflops_Q[line["index"]])}
+        agreement = max(votes.values(), default=0) / len(predictions)
+        counted = {"votes": votes, "unreadable": predictions.count(None), "agreement": agreement}
+        lines.append(line | counted | costs)
+    return lines
+
+
+def count_votes(answers: Iterable[str | None]) -> dict[str, int]:
+    """How many rollouts gave each answer that can be read, the most frequent first."""
+    return dict(Counter(answer for answer in answers if answer is not None).most_common())
+
+
+def votes_text(votes: dict[str, int], unreadable: int) -> str:
+    """Votes as people read them: `8 (12), 9 (3), unreadable (1)`."""
+    counts = [f"{answer} ({count})" for answer, count in votes.items()]
+    return ", ".join(counts + [f"{UNREADABLE} ({unreadable})"] * bool(unreadable))
+
+
+def print_answer(line: dict[str, Any]) -> None:
+    """Print a table of a question's picks, with votes and costs below it; see `described_answers`."""
+    picks = line["picks"]
+    rows = list(picks.values())
+    names = report.Column("picked by", list(picks), left=True)
+    columns = [
+        report.Column("answer", [UNREADABLE if pick["answer"] is None else pick["answer"] for pick in rows]),
+        report.Column("share or score", [_support(pick) for pick in rows]),
+        report.Column("rollouts that agree", ["" if pick["agree"] is None else str(pick["agree"]) for pick in rows]),
+    ]
+    if "gold" in line:
+        columns.append(report.Column("correct", ["yes" if pick["correct"] else "no" for pick in rows]))
+    notes = [
+        f"votes: {votes_text(line['votes'], line['unreadable'])}; agreement {100 * line['agreement']:.0f} %",
+        f"{report.counted(line['rollouts'], 'rollout')}: {line['seconds']:.2g} s, {line['gflops']:.3g} GFLOP",
+    ]
+    if "gold" in line:
+        notes.insert(0, f"right answer: {line['gold']}")
+    report.print_columns(line["question"], [names], columns, notes)
+
+
+def _support(pick: dict[str, Any]) -> str:
+    """What an answer was picked by: its share of the votes in percent, or its score."""
+    if pick.get("share") is not None:
+        return f"{100 * pick['share']:.1f} %"
+    return "" if pick.get("score") is None else f"{pick['score']:.3g}"
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text in one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 3]}..."
