@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,9 @@ def main(cfg: DictConfig) -> None:
     print(folder / METRICS)
 
 
-def finish_sweep(folder: Path, jobs: Mapping[Path, DictConfig]) -> None:
-    """Join the tables of a sweep's jobs (their configs by folder), and print what was written."""
-    sweep.finish(folder, list(jobs), aggregator_builder(*jobs.values()))
+def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence[DictConfig]) -> None:
+    """Join the tables of a sweep's jobs, which ran with these configs, and print what was written."""
+    sweep.finish(folder, jobs, aggregator_builder(*configs))
 
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
