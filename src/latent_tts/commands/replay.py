@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.config.build import output_dir
+from latent_tts.config.build import in_sweep, output_dir
 from latent_tts.config.recorded import aggregator_builder, recorded, recorded_run
 from latent_tts.config.requests import run_request
 from latent_tts.errors import require
@@ -39,8 +39,9 @@ def main(cfg: DictConfig) -> None:
         tables = replaying.replay(spec, source, record)
         seconds = time.perf_counter() - started
         replaying.write_folder(folder, spec, tables, record, source, seconds)
-    report.print_metrics(tables.metrics)
-    print(folder / METRICS)
+    if not in_sweep():
+        report.print_metrics(tables.metrics)
+        print(folder / METRICS)
 
 
 def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence[DictConfig]) -> None:
