@@ -112,7 +112,7 @@ def new_model(arguments: argparse.Namespace) -> PreTrainedModel:
         )
     torch.set_default_dtype(DTYPES[arguments.dtype[0]])
     with torch.device(arguments.device):
-        lm: nn.Module = (GPT2LMHeadModel if arguments.model == "gpt2" else LlamaForCausalLM)(config)
+        lm: nn.Module = GPT2LMHeadModel(config) if isinstance(config, GPT2Config) else LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     return cast(PreTrainedModel, lm.eval().requires_grad_(False))
 
@@ -182,7 +182,7 @@ class Stopwatch:
         self._hook.remove()
         if self._device.startswith("cuda"):
             torch.cuda.synchronize()
-        seconds = dict.fromkeys(("prefill", "latents", "answers", "random_latents", "random"), 0.0)
+        seconds: dict[str, float] = dict.fromkeys(("prefill", "latents", "answers", "random_latents", "random"), 0.0)
         for phase, drawing, begin, end in self._spans:
             took = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
             seconds[phase] += -took if drawing else took

@@ -108,7 +108,7 @@ def run_line(checkpoint: Path, *arguments: object) -> list[str]:
     """`ltts run` on the tiny reasoner and a few questions; without a ladder of budgets, it draws no figure."""
     budget = [] if any(str(argument).startswith("budget") for argument in arguments) else ["budget=fixed"]
     few = ["task.limit=6", "n=4", "max_answer_tokens=4"]
-    return ["run", f"model.checkpoint={checkpoint}", *few, *budget, *map(str, arguments)]
+    return ["run", "model=demo_coconut", f"model.checkpoint={checkpoint}", *few, *budget, *map(str, arguments)]
 
 
 @pytest.fixture(scope="session")

@@ -201,6 +201,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
 
     from latent_tts.config.build import (
         conf_dir,
+        name_after_checkpoint,
         refuse_unknown_keys,
         register_schemas,
         remove_record,
@@ -222,6 +223,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         stay_where_started()
         try:
             refuse_unknown_keys(cfg)
+            name_after_checkpoint(cfg)
             module.main(cfg)
         except Exception as error:
             if is_refused(error):

@@ -151,7 +151,7 @@ def test_what_the_cache_holds_is_listed_and_pruned_by_age(run, ltts, tmp_path):
     assert listed.code == 0, listed.err
     assert "2 entries" in listed.out
     (row,) = [line for line in listed.out.splitlines() if "gaussian" in line]
-    for cell in ("demo_coconut", "gaussian sigma=0.25", " 7 ", "float32", " 24 ", "KB", " 0 m "):
+    for cell in ("demo_coconut", "gaussian sigma=0.25", " 7 ", "float32", " 24 ", "KB", " 0 m"):
         assert cell in row
     assert "stale" not in listed.out
     old, new = sorted(cache_entries(tmp_path / "cache"), key=lambda entry: entry.key["seed"])

@@ -97,7 +97,7 @@ def fuzzing(draws: int):
     return decorate
 
 
-@fuzzing(10)
+@fuzzing(60)
 def test_no_line_ends_in_a_raw_exception(ltts, checkpoint, folder, line, damaged, content):
     fuzz(ltts, checkpoint, folder, line, damaged, content)
 

@@ -48,7 +48,8 @@ def test_every_group_is_described_and_can_be_listed():
     assert set(PLURALS.values()) == set(GROUPS) - {"local"}
 
 
-def test_a_commands_help_lists_keys_types_defaults_and_options(ltts):
+def test_a_commands_help_lists_keys_types_defaults_and_options(ltts, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     shown = ltts("run", "--help").out
     lines = {" ".join(line.split()) for line in shown.splitlines()}
     assert "usage: ltts run [KEY=VALUE ...] [GROUP=OPTION ...] [-m]" in lines

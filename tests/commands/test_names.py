@@ -72,3 +72,11 @@ def test_an_output_encoding_without_every_character_is_no_error(encoding, tmp_pa
     done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr.decode()[-600:]
     assert rb"\u540d" in done.stdout
+
+
+def test_a_checkpoint_given_alone_is_called_by_its_own_name(ltts, checkpoint):
+    result = ltts("run", f"model.checkpoint={checkpoint}", "task.limit=2", "n=1", "max_answer_tokens=2")
+    assert result.code == 0, result.err
+    assert f"{checkpoint.name} on arith/test" in result.out
+    assert "demo_coconut" not in result.out
+    assert pd.read_csv(result.last)["model"].eq(checkpoint.name).all()

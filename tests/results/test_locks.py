@@ -137,7 +137,8 @@ def test_a_file_of_another_run_or_a_damaged_one_is_refused_by_name(run, ltts, tm
     (tmp_path / "one" / name).write_bytes((tmp_path / "other" / name).read_bytes())
     refused = "is damaged, or of another run"
     check(ltts("compare", "one", "one"), f"one/{name}: {refused}")
-    assert json.loads((one.last.parent / "run.json").read_text())["files"].keys() == {"metrics.csv", "rollouts.parquet"}
+    named = json.loads((one.last.parent / "run.json").read_text())["files"].keys()
+    assert named == {"answers.jsonl", "metrics.csv", "rollouts.parquet"}
     assert other.code == 0
     if name == "metrics.csv":
         check(ltts("collect", "one", "output=all.csv"), f"one/{name}: {refused}")

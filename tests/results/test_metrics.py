@@ -65,7 +65,7 @@ def test_each_budget_has_its_rows_and_no_others(table):
 
     picks = [("accuracy", "likelihood"), ("accuracy", "majority")]
     assert rows(1) == sorted(picks + [(metric, "") for metric in ALWAYS])
-    assert rows(2) == sorted(picks + [(metric, "") for metric in ALWAYS | MEASURED | {"diversity"}])
+    assert rows(2) == sorted(picks + [(metric, "") for metric in ALWAYS | MEASURED | {"agreement", "diversity"}])
     assert set(table["n"]) == {1, 2}
 
 
@@ -111,7 +111,7 @@ def test_columns_without_a_figure_are_empty(table):
 
 
 def test_rates_have_intervals_and_costs_have_none(table):
-    with_interval = table["metric"].isin({"accuracy", "coverage", "invalid_rate", "diversity"})
+    with_interval = table["metric"].isin({"accuracy", "agreement", "coverage", "invalid_rate", "diversity"})
     assert table.loc[with_interval, ["ci_low", "ci_high"]].notna().all(axis=None)
     assert table.loc[~with_interval, ["ci_low", "ci_high"]].isna().all(axis=None)
     found = [cell(table, 2, "invalid_rate", column=name) for name in ("ci_low", "ci_high")]
@@ -130,7 +130,7 @@ def test_measured_costs_are_given_for_everything_drawn_alone(table):
 def test_one_rollout_has_no_diversity():
     first = rollout_table().iloc[[0, 2]]
     table = rows_of(first, drawn=1, reported=[1], diversity_Q=[None, None])
-    assert set(table["metric"]) == ALWAYS | MEASURED | {"accuracy"}
+    assert set(table["metric"]) == ALWAYS | MEASURED | {"accuracy", "agreement"}
 
 
 def test_diversity_is_left_out_where_a_question_has_none():

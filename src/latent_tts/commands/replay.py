@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.config.build import output_dir
+from latent_tts.config.build import in_sweep, output_dir
 from latent_tts.config.recorded import aggregator_builder, recorded, recorded_run
 from latent_tts.config.requests import run_request
 from latent_tts.errors import require
@@ -39,13 +39,14 @@ def main(cfg: DictConfig) -> None:
         tables = replaying.replay(spec, source, record)
         seconds = time.perf_counter() - started
         replaying.write_folder(folder, spec, tables, record, source, seconds)
-    report.print_metrics(tables.metrics)
-    print(folder / METRICS)
+    if not in_sweep():
+        report.print_metrics(tables.metrics)
+        print(folder / METRICS)
 
 
-def finish_sweep(folder: Path, jobs: Mapping[Path, DictConfig]) -> None:
-    """Join the tables of a sweep's jobs (their configs by folder), and print what was written."""
-    sweep.finish(folder, list(jobs), aggregator_builder(*jobs.values()))
+def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence[DictConfig]) -> None:
+    """Join the tables of a sweep's jobs, which ran with these configs, and print what was written."""
+    sweep.finish(folder, jobs, aggregator_builder(*configs))
 
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:

@@ -152,6 +152,13 @@ def given_keys() -> list[str]:
     return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
 
 
+def name_after_checkpoint(cfg: DictConfig) -> None:
+    """Name a model after its checkpoint where the command line gives that alone: the default's name is another's."""
+    given = set(given_keys())
+    if "model.checkpoint" in given and not given & {"model", "model.name"} and cfg.model.checkpoint:
+        cfg.model.name = Path(str(cfg.model.checkpoint).rpartition(":")[2]).name
+
+
 def stay_where_started() -> None:
     """Relative paths mean the folder that the command was started in, also under `hydra.job.chdir`."""
     os.chdir(HydraConfig.get().runtime.cwd)

@@ -16,13 +16,14 @@ from latent_tts.pipeline.rounds import Outcome, Tallying, adaptive_figures, budg
 from latent_tts.pipeline.run_output import budget_summary
 from latent_tts.pipeline.scores import check_range
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.pipeline.tables import RunTables, run_columns
+from latent_tts.pipeline.tables import RunTables, answer_lines, run_columns
 from latent_tts.results.cache import MEASURED
 from latent_tts.results.metrics import metric_rows
 from latent_tts.results.run_folder import (
     BUDGET,
     METRICS,
     read_rollouts,
+    write_answers,
     write_budget,
     write_metrics,
     write_rollouts,
@@ -96,11 +97,14 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     )
     drawn = rollouts[rollouts["rollout"] < np.repeat(outcome.counts, spec.n)].reset_index(drop=True)
     drawn = drawn.assign(**dict.fromkeys(MEASURED, np.nan))
-    drawn["seconds"] = recorded_seconds(with_counts(spec, outcome))
+    spec = with_counts(spec, outcome)
+    drawn["question_index"] = np.arange(len(spec.questions), dtype="int32").repeat(spec.drawn)
+    drawn["seconds"] = recorded_seconds(spec)
     budget = budget_table(spec, outcome, drawn)
     figures = adaptive_figures(spec, outcome, drawn, budget)
+    answers = answer_lines(spec, drawn, [stop.used for stop in outcome.stops])
     metrics = metric_rows(figures, run_columns(spec, record["settings"]))
-    return RunTables(drawn, [], metrics, figures[0].per_question["gflops", ""], budget)
+    return RunTables(drawn, answers, metrics, figures[0].per_question["gflops", ""], budget)
 
 
 def recorded_seconds(spec: RunSpec) -> Floats | float:
@@ -119,6 +123,7 @@ def write_folder(
     """Write the folder of a replay; what is not of the budget is as in the run's own `run.json`."""
     assert tables.budget is not None
     write_rollouts(folder, tables.rollouts)
+    write_answers(folder, tables.answers)
     write_metrics(folder / METRICS, tables.metrics)
     write_budget(folder, tables.budget)
     kept = {key: value for key, value in record.items() if key not in ("files", "format", "rollouts", "seconds")}

@@ -100,7 +100,7 @@ class Tallying:
         once = spec.passes.once(prompt)
         each_N = np.asarray(spec.passes.rollout(prompt, steps_N, tokens_N - len(spec.forced_ids)), dtype=np.float64)
         if spec.scorer is not None:
-            head = Shape.from_config(spec.scorer.config)
+            head = Shape.from_config(spec.scorer.sizes)
             once += head.prompt_flops(prompt)
             each_N = each_N + head.scoring_flops(prompt, steps_N)
         return float(once) / 1e9, each_N / 1e9

@@ -142,9 +142,12 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> 
         | {"rollouts": int(used_Q[index]), "picks": {}}
         for index, question in enumerate(spec.questions)
     ]
+    reported = spec.aggregators
+    if is_adaptive(spec.budget):  # where to stop depends on the data, so the pick of another aggregator would be biased
+        reported = [each for each in reported if each.name == spec.budget.aggregator]
     for number in np.unique(used_Q):  # budgets may give unequally many
         alike = rollouts[np.repeat(used_Q == number, used_Q)]
-        for aggregator in spec.aggregators:
+        for aggregator in reported:
             picked = _picked(aggregator, alike, int(number), all_decoded=spec.decode == "all")
             for index, pick in zip(np.flatnonzero(used_Q == number), picked, strict=True):
                 lines[index]["picks"][aggregator.name] = pick

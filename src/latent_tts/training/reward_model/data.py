@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from latent_tts.engine.cost import Shape
 from latent_tts.errors import UsageError, bad_value
 from latent_tts.model import ModelAdapter
 from latent_tts.results.annotations import AnnotationFolder
@@ -114,7 +115,7 @@ def open_questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestion
     latent_id = folder.settings.get("latent_id", getattr(adapter, "latent_id", None))
     if latent_id is None:
         raise bad_value(key, path, f"neither its settings nor model={adapter.name} have a latent_id")
-    folder.width = adapter.width
+    folder.width = Shape.from_config(adapter.sizes).width
     mixed = MixedQuestions(folder, adapter, latent_id, key)
     if mixed.unmixed is None:
         log.info("%s: %d questions", key, len(mixed))
