@@ -313,7 +313,8 @@ def describe(error: Exception) -> tuple[list[str], int]:
         return [f"{file[1]}.yaml: {lines[0]}" if file else lines[0], *lines[1:]], 2
     if isinstance(error, HydraException):
         return [line for line in str(error).splitlines() if line.strip()], 2
-    if "Config group override must be" in str(error):
+    of_a_list = isinstance(error, TypeError) and "is not iterable" in str(error)  # of numbers, where Hydra wants names
+    if "Config group override must be" in str(error) or (of_a_list and no_option(sys.argv[1:])):
         return [no_option(sys.argv[1:]) or str(error)], 2
     if "No space left on device" in str(error):
         where = getattr(error, "filename", None)

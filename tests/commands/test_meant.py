@@ -58,6 +58,7 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("rum", ["did you mean run?"]),
         ("run aggregator=null", ["aggregator=null: no such option", "majority"]),
         ("run schedule=nan", ["schedule=nan: no such option", "sequential"]),
+        ("run task=[1,2]", ["task=[1,2]: no such option", "arith"]),
         ("run aggregator=[]", ["aggregator: needs a value"]),
         ("run n=null", ["n: needs a value"]),
         ("run model.recommended=null", ["model.recommended: must be a mapping with rate"]),

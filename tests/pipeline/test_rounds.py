@@ -43,7 +43,7 @@ BUDGETS = {
     "weighted": ["budget=adaptive", "budget.rule.aggregator=weighted", "scorer.range=[-1000,1000]"],
     "certified": ["budget=adaptive", "budget/rule=certified", "budget.rule.delta=0.9", "budget.round=1"],
     "posterior": ["budget=adaptive", "budget/rule=posterior", "budget.rule.threshold=0.7", "budget.first=2"],
-    "confidence": ["budget=adaptive", "budget/rule=confidence", "budget.rule.threshold=0.6", "budget.round=2"],
+    "confidence": ["budget=adaptive", "budget/rule=confidence", "budget.rule.by=score", "budget.rule.threshold=0.6"],
     "reward": ["budget=adaptive", "budget/rule=reward", "budget.rule.cost=0.01", "budget.round=2"],
     "shared": ["budget=shared", "budget.total=33", "budget.step=0.4"],
     "gflop": ["budget=shared", "budget.total=0.00012", "budget.unit=gflop", "budget.round=2"],
