@@ -120,7 +120,7 @@ def test_a_sweeps_errors_name_their_job_and_stand_in_its_log(run, monkeypatch):
     def fail(*arguments):
         raise RunError("the disk burns")
 
-    monkeypatch.setattr("latent_tts.commands.run.draw_rollouts", fail)
+    monkeypatch.setattr("latent_tts.pipeline.running.draw_rollouts", fail)
     result = run("n=0,1", "seed=7", "-m")
     assert result.code == 2
     assert "ltts: error: job n=0: n=0: must be a number" in result.err
@@ -140,7 +140,7 @@ def test_a_sweeps_errors_name_their_job_and_stand_in_its_log(run, monkeypatch):
     "error", [OSError(28, "No space left on device", "f"), RuntimeError("No space left on device")]
 )
 def test_a_full_disk_is_one_line(run, monkeypatch, error):
-    monkeypatch.setattr("latent_tts.commands.run.make_tables", lambda *arguments: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("latent_tts.pipeline.running.make_tables", lambda *arguments: (_ for _ in ()).throw(error))
     result = run()
     assert result.code == 1
     assert "no space left on the disk\nfinished work is kept" in result.err
@@ -149,7 +149,7 @@ def test_a_full_disk_is_one_line(run, monkeypatch, error):
 def test_an_empty_memory_error_says_what_it_is(run, monkeypatch):
     with pytest.raises(RunError, match="drawing failed: out of memory"), computing("drawing", "kept"):
         raise MemoryError
-    monkeypatch.setattr("latent_tts.commands.run.make_tables", lambda *arguments: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr("latent_tts.pipeline.running.make_tables", lambda *arguments: (_ for _ in ()).throw(MemoryError()))
     result = run()
     assert result.code == 1
     assert "ltts: error: out of memory\n" in result.err
