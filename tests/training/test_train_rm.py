@@ -379,7 +379,7 @@ def test_the_command_writes_the_published_layout(command, checkpoint, tmp_path):
     record = config.pop("latent_rm")
     assert record == {
         "reasoner": annotated.adapter_of(checkpoint).digest,
-        "reasoner_name": "demo_coconut",
+        "reasoner_name": checkpoint.name,
         "sampler": {"name": "dropout", "rate": 0.1},
         "loss": "contrastive",
         "init": "reasoner",
