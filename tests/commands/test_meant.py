@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -149,7 +150,8 @@ def test_a_full_disk_is_one_line(run, monkeypatch, error):
 def test_an_empty_memory_error_says_what_it_is(run, monkeypatch):
     with pytest.raises(RunError, match="drawing failed: out of memory"), computing("drawing", "kept"):
         raise MemoryError
-    monkeypatch.setattr("latent_tts.pipeline.running.make_tables", lambda *arguments: (_ for _ in ()).throw(MemoryError()))
+    failing = Mock(side_effect=MemoryError)
+    monkeypatch.setattr("latent_tts.pipeline.running.make_tables", failing)
     result = run()
     assert result.code == 1
     assert "ltts: error: out of memory\n" in result.err
