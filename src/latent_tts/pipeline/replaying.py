@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from latent_tts.budget import is_adaptive, play
-from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.errors import RunError, bad_value, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import CachedRollouts, entries
 from latent_tts.pipeline.rounds import Outcome, Tallying, adaptive_figures, budget_table, with_counts
@@ -54,11 +54,7 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     """
     allowed = "must be adaptive or shared: those look at rollouts; the run's own table has the figures of the others"
     require("budget", spec.budget.name, is_adaptive(spec.budget), allowed)
-    if spec.adapter.digest != record["checkpoint_digest"]:
-        raise UsageError(
-            f"run={source}: model.checkpoint={spec.adapter.checkpoint} has changed since that run "
-            f"({record['checkpoint_digest']} then, {spec.adapter.digest} now)"
-        )
+    rescoring.check_weights(spec, source, record)
 
 
 def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:

@@ -64,6 +64,15 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
         raise bad_value(
             "scorer", "auto", "the model's own was trained for other weights; name one, as in scorer.checkpoint=FOLDER"
         )
+    check_weights(spec, source, record)
+
+
+def check_weights(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
+    """Check that the checkpoint is the one that a run was drawn from.
+
+    Raises:
+        UsageError: it has changed since.
+    """
     if spec.adapter.digest != record["checkpoint_digest"]:
         raise UsageError(
             f"run={source}: model.checkpoint={spec.adapter.checkpoint} has changed since that run "
