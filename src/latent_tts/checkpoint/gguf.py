@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,16 +75,23 @@ def converted(file: Path, key: str) -> Path:
             raise bad_value(key, f"{PREFIX}{file}", "the package gguf is not installed: pip install 'latent-tts[gguf]'")
         check(file, key)
         log.info("%s: converting it, once, to %s", file, folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
-        try:
+        with whole_folder(folder) as partial:
             convert(file, partial, key)
-            partial.chmod(0o755)
-            with contextlib.suppress(OSError):  # another process was first
-                partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name once all is written; nothing is left after a failure."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        with contextlib.suppress(OSError):  # another process was first
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check(file: Path, key: str) -> None:

@@ -9,12 +9,10 @@ kept.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,15 +84,8 @@ def whole(folder: Path, key: str) -> Path:
     target = gguf.models_folder() / f"joined{VERSION}-{sha.hexdigest()[:16]}"
     if not target.is_dir():
         log.info("%s: joining it with %s, once, in %s", folder, base, target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=target.parent, prefix="partial-"))
-        try:
+        with gguf.whole_folder(target) as partial:
             join(folder, base_folder(base, key), partial, record, key)
-            partial.chmod(0o755)
-            with contextlib.suppress(OSError):  # another process was first
-                partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
