@@ -61,6 +61,7 @@ class RunConfig:
     budget: Any = MISSING
     scorer: Any = MISSING
     aggregator: Any = MISSING
+    executor: Any = MISSING
 
 
 @dataclass
@@ -102,6 +103,7 @@ class AnnotateConfig:
     task: Any = MISSING
     sampler: Any = MISSING
     schedule: Any = MISSING
+    executor: Any = MISSING
 
 
 @dataclass

@@ -22,6 +22,16 @@ class DirectionSums:
         """How many rollouts, the first ones, the sums of a question hold."""
         return self._sums[key][0] if key in self._sums else 0
 
+    def get(self, key: str) -> tuple[int, Tensor] | None:
+        """How many rollouts of a question were taken in, and the sums (T, D) of their directions; None if none were."""
+        return self._sums.get(key)
+
+    def put(self, key: str, count: int, sums_TD: Tensor) -> None:
+        """Set what `get` returned somewhere else."""
+        self.forget(key)
+        self._sums[key] = count, sums_TD
+        self._drop_oldest()
+
     def forget(self, key: str) -> None:
         """Begin a question anew."""
         self._sums.pop(key, None)

@@ -19,7 +19,7 @@ from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.rollout import RolloutPlan
 from latent_tts.errors import bad_value
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.spec import COMPUTATION, EngineSettings
+from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, exit_ids
 from latent_tts.results.files import whole_file
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
@@ -147,6 +147,8 @@ def rollout_plan(
         adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
         forced_ids=list(forced_ids), other_eos_ids=adapter.eos_ids[1:],
     )  # fmt: skip
+    if schedule is not None and schedule.exit is not None:
+        return replace(plan, exit=schedule.exit, exit_ids=exit_ids(adapter, schedule))
     if schedule is None or schedule.stepwise:
         return plan
     return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.first_guess == "token" else None)

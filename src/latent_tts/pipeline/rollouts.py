@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +21,7 @@ from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, SCORE_FIELDS
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import LatentsFile
+from latent_tts.results.timeline import Span
 from latent_tts.types import COMPUTATIONS, Computation, Float32, Int64
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class RunRollouts:
         drawn_now: how many the cache did not have.
         winners: None where all answers were decoded.
         outcome: where each question ended, if the budget looked at its rollouts.
+        timeline: which worker was busy when.
     """
 
     rows: pd.DataFrame
@@ -51,6 +53,7 @@ class RunRollouts:
     drawn_now: int
     winners: Winners | None = None
     outcome: Outcome | None = None
+    timeline: list[Span] = field(default_factory=list)
 
 
 @dataclass
@@ -93,6 +96,7 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     """
     assert is_adaptive(spec.budget)
     tallying, drawn_now, before = Tallying(spec), 0, [0] * len(spec.questions)
+    timeline: list[Span] = []
 
     def tallies_after(drawn_Q: Int64) -> list[Tally]:
         nonlocal drawn_now, before
@@ -102,12 +106,14 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
             rollouts = gather_rollouts(part, rollout_key, new)
             tallying.add(rollouts.rows, None if rollouts.scores is None else rollouts.scores.score, before, part.drawn)
             drawn_now, before = drawn_now + rollouts.drawn_now, part.drawn
+            timeline.extend(rollouts.timeline)
         return tallying.tallies()
 
     outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
     ended = replace(with_counts(spec, outcome), refresh=False)
     rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now
+    rollouts.timeline = timeline + rollouts.timeline
     return rollouts
 
 
@@ -151,9 +157,9 @@ def gather_rollouts(
         if found[cache.folder].complete:
             break
     else:
-        from latent_tts.pipeline.drawing import load
+        from latent_tts.pipeline.drawing import computation_of
 
-        cache = RolloutCache(spec.cache, key_of(spec, load(spec).computation), about(spec))
+        cache = RolloutCache(spec.cache, key_of(spec, computation_of(spec)), about(spec))
     cached = found.get(cache.folder) or CachedRollouts.read(spec, cache, wanted, scored=scored)
     cached.log_found()
     if latents is None:
@@ -220,11 +226,14 @@ class CachedRollouts:
         """Draw and score what is missing; see `gather_rollouts`."""
         scorer = spec.scorer if self.score_cache is not None else None
         lacking, unscored = self.rows.missing(), len(self.scores.missing())
+        timeline: list[Span] = []
         if len(lacking):
             from latent_tts.pipeline.drawing import draw
 
             at_once = scorer is not None and scorer.positions == "correct"  # official ones need all answers first
-            draw(spec, self.cache, lacking, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept)
+            timeline += draw(
+                spec, self.cache, lacking, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept
+            )
             self._read()
         if len(gone := self.rows.missing()):
             where = f"the cache {self.cache.folder}; re-run the command to draw them"
@@ -236,7 +245,7 @@ class CachedRollouts:
         if len(to_score) or len(to_keep):
             from latent_tts.pipeline.drawing import think_again
 
-            think_again(spec, self.score_cache, to_score, offsets, to_keep, kept)
+            timeline += think_again(spec, self.score_cache, to_score, offsets, to_keep, kept)
             self._read()
         return RunRollouts(
             rows=rows,
@@ -244,6 +253,7 @@ class CachedRollouts:
             scores=None if scorer is None else reduce_scores(spec, self.scores, offsets, unscored),
             cache=self.cache,
             drawn_now=lacking["row_key"].nunique() * spec.n if spec.search.guided else len(lacking),
+            timeline=timeline,
         )
 
 
@@ -273,6 +283,7 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
         rows[column] = pd.Series(values, dtype=object).astype(rows[column].dtype)
     decoding = whole.rows[list(MEASURED_SUMS)].set_axis(places).reindex(range(len(rows)))
     thought.winners = Winners(picks, decoding, whole.drawn_now)
+    thought.timeline += whole.timeline
     return thought
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,8 @@ from latent_tts.budget.rule.confidence import Confidence
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, check_seed, is_whole, require
+from latent_tts.executor import Executor
+from latent_tts.executor.local import Local
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
@@ -110,6 +112,7 @@ class RunRequest:
         config: the resolved config, as `run.json` keeps it.
         chosen: which of the keys `schedule`, `budget`, `aggregator` and `scorer.checkpoint` somebody set; the others
             are defaults, which may give way.
+        executor: where rollouts are computed.
         on_answers: called with the (row key, rollout) and the answer ids of each batch when it is drawn.
     """
 
@@ -130,6 +133,7 @@ class RunRequest:
     engine: EngineSettings
     cache: Path
     config: Mapping[str, Any]
+    executor: Executor = field(default_factory=Local)
     refresh: bool = False
     chosen: frozenset[str] = frozenset()
     on_answers: Callable[[Sequence[tuple[str, int]], Sequence[Sequence[int]]], None] | None = None
@@ -169,7 +173,9 @@ class RunSpec(RunRequest):
         adapter = self.adapter
         forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
-        return RolloutCost.of(self.shape, adapter.latents, forced, self.sampler.random_phases, repeated, stops)
+        looked_at = None if self.schedule.exit is None else len(exit_ids(adapter, self.schedule))
+        phases = self.sampler.random_phases
+        return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at)
 
     @property
     def longest_sequence(self) -> int:
@@ -219,6 +225,7 @@ def check_run(request: RunRequest) -> RunSpec:
     adapter, sampler, decode = request.adapter, request.sampler, request.decode
     require("n", request.n, 1 <= request.n <= MAX_ROLLOUTS, f"must be a number of rollouts, 1 to {MAX_ROLLOUTS}")
     check_seed(request.seed)
+    request.executor.check(request.engine.device)
     require("answer.decode", decode, decode in ("all", "winners"), "must be all or winners")
     adapter.check()
     check_sampler(sampler, adapter)
@@ -233,6 +240,11 @@ def check_run(request: RunRequest) -> RunSpec:
         why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
         require("budget", budget.name, not is_adaptive(budget), why)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
+    if schedule.exit is not None:
+        beyond = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
+        allowed = f"must be at most max_answer_tokens={request.max_answer_tokens} tokens, it has {beyond}"
+        fits = beyond <= request.max_answer_tokens
+        require("schedule.exit_prefix", schedule.exit_prefix, fits, allowed)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
     if not has_gold(questions):
@@ -296,6 +308,8 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
     """
     own = adapter.own_schedule
     if own is not None:
+        allowed = f"must be null: model={adapter.name} has a schedule of its own, {own}"
+        require("schedule.exit", schedule.exit, schedule.exit is None, allowed)
         require(
             "schedule", schedule.name, not chosen and schedule.stepwise,
             f"model={adapter.name} has its own, {own}: it is part of the model and cannot be chosen",
@@ -389,6 +403,8 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     if search.survivors is None:
         return
     require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
+    allowed = f"must be null: search={search.name} grows rollouts of equally many latents"
+    require("schedule.exit", schedule.exit, schedule.exit is None, allowed)
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
 
 
@@ -540,6 +556,20 @@ def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int
         allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
         raise bad_value("answer.forced_prefix", prefix, allowed)
     return ids
+
+
+def exit_ids(adapter: ModelAdapter, schedule: Schedule) -> list[int]:
+    """The tokens between a latent and the answer that `schedule.exit` is about, as if it were the last one.
+
+    Raises:
+        UsageError: the model cannot read `schedule.exit_prefix`.
+    """
+    prefix = schedule.exit_prefix or ""
+    try:
+        return [*adapter.thinking_end_ids, *adapter.forced_ids(prefix)]
+    except UsageError as error:
+        allowed = f"must be text in the vocabulary of model={adapter.name}, without its eos"
+        raise bad_value("schedule.exit_prefix", prefix, allowed) from error
 
 
 def encode_prompts(adapter: ModelAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:

@@ -136,6 +136,16 @@ class Schedule(Protocol):
         return None
 
     @property
+    def exit(self) -> float | None:
+        """How little a latent moves the answer of a rollout that stops thinking there; None: none stops."""
+        return None
+
+    @property
+    def exit_prefix(self) -> str | None:
+        """What the model writes before the part of its answer that `exit` is about."""
+        return None
+
+    @property
     def exact(self) -> bool:
         """Whether its latents are certain to be those of `sequential`, up to rounding."""
         return False
