@@ -73,6 +73,16 @@ def test_packed_siblings_score_what_plain_rows_score_and_have_their_gradients(fa
         assert (a.grad - b.grad).abs().max() < 1e-9 * max(1.0, float(b.grad.abs().max())), name
 
 
+def test_gradients_of_latent_rm_are_equal_when_activations_are_computed_again():
+    module, found = rm("llama"), []
+    batch = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2]), torch.randn(2, 3, 2, 32).double()
+    for module.recompute in (False, True):
+        module.zero_grad()
+        module(*batch).square().sum().backward()
+        found.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 def test_dropout_stays_off_in_training(checkpoint):
     adapter = annotated.adapter_of(checkpoint)
     assert adapter.config["resid_pdrop"] > 0

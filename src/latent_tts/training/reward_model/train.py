@@ -151,6 +151,9 @@ def train(
         RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
+    model.recompute = optimization.gradient_checkpointing
+    if model.recompute:
+        blocks_of(model.backbone)
     trainer = RewardTrainer(
         loss,
         max(data.rollouts, valid.rollouts),
