@@ -320,7 +320,7 @@ def test_batches_by_tokens_stay_below_their_limits_and_lose_no_question(tokens, 
         assert parts <= len(batch) <= most
         sizes = [lengths(question) for question in batch]
         pieces = [micro_batch(sizes, part, parts) for part in range(parts)]
-        assert sum(pieces, []) == sizes
+        assert [size for piece in pieces for size in piece] == sizes
         assert sum(len(piece) * sum(map(max, zip(*piece, strict=True))) for piece in pieces) <= tokens
     drawn = [question.id for batch in batches for question in batch]
     assert len(set(drawn)) == len(drawn)

@@ -42,7 +42,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     Raises:
         UsageError: it has none that transformers knows.
     """
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
         raise bad_value("optimization.gradient_checkpointing", True, "must be false: this model has no blocks for it")
     return blocks
@@ -68,7 +68,8 @@ class _BlockCache(Cache):
 def _recomputed(block: nn.Module) -> Callable[..., Any]:
     """The forward pass of a block with gradient checkpointing; the cache is filled as without."""
     plain = type(block).forward
-    place = next((module.layer_idx for module in block.modules() if hasattr(module, "layer_idx")), None)
+    numbers = (getattr(module, "layer_idx", None) for module in block.modules())
+    place: Any = next((number for number in numbers if number is not None), None)
 
     def forward(hidden: Tensor, *inputs: Any, **named: Any) -> Any:
         cache = next((value for value in (*inputs, *named.values()) if isinstance(value, Cache)), None)

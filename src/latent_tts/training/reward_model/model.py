@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from latent_tts.model import ModelAdapter
-from latent_tts.training.recompute import blocks_of, recomputing_blocks
+from latent_tts.training.recompute import recomputing_blocks
 
 
 def packed_layout(lengths_Q: Tensor, longest: int, rollouts: int, latents: int) -> tuple[Tensor, Tensor]:
