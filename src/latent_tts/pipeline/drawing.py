@@ -385,8 +385,10 @@ class Drawer:
         """Operations of a job whose answers are as long as allowed."""
         spec, passes, latents, prompt = self.spec, self.spec.passes, self.spec.adapter.latents, len(job.prompt)
         chosen = spec.max_answer_tokens - len(spec.forced_ids)
-        per_rollout = passes.rollout(prompt, latents, chosen) if answers else passes.thinking(prompt, latents)
-        return passes.once(prompt) + self.grown(job) * per_rollout
+        per_rollout = (
+            passes.rollout_flops(prompt, latents, chosen) if answers else passes.thinking_flops(prompt, latents)
+        )
+        return passes.shared_flops(prompt) + self.grown(job) * per_rollout
 
     def progress(self, bar: report.ProgressBar, *, answers: bool) -> BatchProgress:
         """What moves a bar while batches are drawn."""
@@ -565,6 +567,6 @@ def _measured(started: float, device: torch.device, rows: int) -> Columns:
     return {"seconds": seconds, "peak_memory_bytes": peak_bytes(device), "device": device.type, "rows": rows}
 
 
-def _shares(stretches: Sequence[Work], rates: Rates, rows: int) -> Columns:
-    """A row's share of what a batch cannot do without."""
-    return {"floor_seconds": rates.floor(stretches) / rows, "bytes": sum(work.bytes for work in stretches) / rows}
+def _shares(parts: Sequence[Work], rates: Rates, rows: int) -> Columns:
+    """A row's share of a batch's least seconds, and of the bytes that it must read or write."""
+    return {"floor_seconds": rates.floor_seconds(parts) / rows, "bytes": sum(work.bytes for work in parts) / rows}
