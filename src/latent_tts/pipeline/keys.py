@@ -48,6 +48,7 @@ def rollout_key(spec: RunSpec, computation: Computation) -> dict[str, Any]:
         "sampler": spec.config["sampler"],
         "seed": spec.seed,
         "schedule": spec.schedule.key,
+        **({"draft": spec.draft.digest} if spec.draft is not None else {}),
         "dtype": spec.engine.dtype,
         "max_answer_tokens": spec.max_answer_tokens,
         **({"answer": spec.answers.settings} if spec.answers.random else {}),

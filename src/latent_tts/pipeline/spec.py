@@ -20,6 +20,7 @@ from latent_tts.budget import AdaptiveBudget, Budget, is_adaptive
 from latent_tts.budget.adaptive import Adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.budget.rule.confidence import Confidence
+from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, check_seed, is_whole, require
@@ -141,6 +142,7 @@ class RunSpec(RunRequest):
 
     Attributes:
         schedule: the requested one, or the model's own.
+        draft: the file of its draft head; None without one.
         scorer: None where rollouts get no scores.
         aggregators: those that can be reported.
         n: 1 where all rollouts of a question would be the same.
@@ -152,6 +154,7 @@ class RunSpec(RunRequest):
     """
 
     scorer: Scorer | None
+    draft: DraftFile | None
     questions: list[Question]
     prompts: dict[str, list[int]]
     donors: dict[str, Question]
@@ -247,6 +250,7 @@ def check_run(request: RunRequest) -> RunSpec:
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
     settled = {
         "schedule": schedule,
+        "draft": None if schedule.draft is None else find_draft(schedule.draft, adapter),
         "budget": budget,
         "scorer": scorer,
         "aggregators": aggregators,
