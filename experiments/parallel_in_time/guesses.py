@@ -89,7 +89,7 @@ def measure(model: list[str], draft: str | None) -> list[dict[str, object]]:
 
 def draft_of(draft: str, spec: RunSpec) -> tuple[Path, DraftRecord]:
     """The file of a draft head, and its record."""
-    found = find_draft(draft, spec.adapter)
+    found = find_draft(draft, spec.adapter.digest, spec.adapter.latents)
     return found.path, found.record
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import bad_value
 
 KEY = "schedule.draft"
@@ -57,8 +56,13 @@ class DraftFile:
     record: DraftRecord
 
 
-def find_draft(path: str, adapter: CheckpointAdapter) -> DraftFile:
+def find_draft(path: str, reasoner: str, latents: int) -> DraftFile:
     """The draft head at a path.
+
+    Args:
+        path: of its file.
+        reasoner: digest of the model whose latents it is to predict.
+        latents: T of that model.
 
     Raises:
         UsageError: there is none, or it is another model's.
@@ -71,9 +75,9 @@ def find_draft(path: str, adapter: CheckpointAdapter) -> DraftFile:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         why = "no file" if not file.is_file() else f"no draft head ({error})"
         raise bad_value(KEY, path, f"{why}; ltts train-draft writes one") from error
-    if record.reasoner != adapter.digest:
-        raise bad_value(KEY, path, f"was trained for other weights than {adapter.checkpoint}")
-    if record.latents != adapter.latents:
-        raise bad_value(KEY, path, f"was trained for model.latents={record.latents}, not {adapter.latents}")
+    if record.reasoner != reasoner:
+        raise bad_value(KEY, path, "was trained for other weights than those of the model")
+    if record.latents != latents:
+        raise bad_value(KEY, path, f"was trained for model.latents={record.latents}, not {latents}")
     with file.open("rb") as opened:
         return DraftFile(file, hashlib.file_digest(opened, "sha256").hexdigest()[:16], record)

@@ -250,7 +250,7 @@ def check_run(request: RunRequest) -> RunSpec:
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
     settled = {
         "schedule": schedule,
-        "draft": None if schedule.draft is None else find_draft(schedule.draft, adapter),
+        "draft": found_draft(schedule, adapter),
         "budget": budget,
         "scorer": scorer,
         "aggregators": aggregators,
@@ -307,6 +307,16 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
         schedule = own
     schedule.check(adapter)
     return schedule
+
+
+def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
+    """The draft head of a schedule; None where it has none.
+
+    Raises:
+        UsageError: it is not there, or another model's.
+    """
+    path = schedule.draft_path
+    return None if path is None else find_draft(path, adapter.digest, adapter.latents)
 
 
 def require_steps(schedule: Schedule, adapter: ModelAdapter, why: str) -> None:

@@ -138,7 +138,7 @@ class Schedule(Protocol):
         return None
 
     @property
-    def draft(self) -> str | None:
+    def draft_path(self) -> str | None:
         """The file of the draft head that makes its guesses; None without one."""
         return None
 

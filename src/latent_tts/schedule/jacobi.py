@@ -50,6 +50,11 @@ class Jacobi(Schedule):
         check_chunk_and_guess(self.chunk, self.guess, self.draft)
 
     @property
+    def draft_path(self) -> str | None:
+        """The file of the draft head that makes its guesses; None without one."""
+        return self.draft
+
+    @property
     def first_guess(self) -> str:
         """What latents are before they are computed."""
         return self.guess

@@ -72,6 +72,11 @@ class Speculative(Schedule):
             )
 
     @property
+    def draft_path(self) -> str | None:
+        """The file of the draft head that makes its guesses; None without one."""
+        return self.draft
+
+    @property
     def first_guess(self) -> str:
         """What latents are before they are computed."""
         return self.guess
