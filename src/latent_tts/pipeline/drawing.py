@@ -29,7 +29,7 @@ from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import LESS_MEMORY, RunError, computing
-from latent_tts.pipeline.keys import latents_key, score_key
+from latent_tts.pipeline.keys import chosen_by_scores, latents_key, score_key
 from latent_tts.pipeline.models import (
     find_device,
     load_reasoner,
@@ -54,7 +54,7 @@ from latent_tts.results.cache import (
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import PartWriter, ragged, runs_of
 from latent_tts.results.run_folder import LatentsFile
-from latent_tts.types import Reasoner
+from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
 Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
@@ -65,6 +65,19 @@ _directions = DirectionSums()  # of the questions drawn last, for their next rou
 def load(spec: RunSpec) -> Reasoner:
     """The model of a run, loaded and proven; it is kept for the next call."""
     return load_reasoner(spec.adapter, spec.engine, find_device(spec.engine), longest=spec.longest_sequence)
+
+
+def load_scorer_of(spec: RunSpec) -> RewardModel:
+    """The scorer of a run, the same way."""
+    assert spec.scorer is not None
+    longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
+    return load_scorer(spec.scorer, spec.engine.dtype, find_device(spec.engine), longest=longest)
+
+
+def find_computations(spec: RunSpec) -> tuple[Computation, Computation | None]:
+    """How the models that determine a run's rollouts are computed; see `keys.computations`. Loads them."""
+    scoring = load_scorer_of(spec).computation if chosen_by_scores(spec) else None
+    return load(spec).computation, scoring
 
 
 def draw(
@@ -260,7 +273,7 @@ class Drawer:
     @cached_property
     def _latents(self) -> str:
         """What determines the latents of the run."""
-        return settings_digest(latents_key(self.spec, self.engine.reasoner.computation))
+        return settings_digest(latents_key(self.spec, *find_computations(self.spec)))
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
         """Pack jobs into batches, the runs of a question in order."""
@@ -438,13 +451,13 @@ class BatchScorer:
     @cached_property
     def model(self) -> LatentScorer:
         """The loaded model."""
-        longest = max(map(len, self._spec.prompts.values())) + self._spec.adapter.latents
-        return LatentScorer(load_scorer(self._scorer, self._spec.engine.dtype, self._device, longest=longest))
+        return LatentScorer(load_scorer_of(self._spec))
 
     @cached_property
     def digest(self) -> str:
         """What `cache.SCORED_BY` says of its scores."""
-        return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n))
+        computation = self.model.model.computation
+        return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n, computation))
 
     def score(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, steps_R: Tensor) -> Columns:
         """The columns `cache.SCORE_FIELDS` of a batch, with its latents (zeros where a row has none).

@@ -12,10 +12,9 @@ import pandas as pd
 from latent_tts.errors import RunError, UsageError, bad_value
 from latent_tts.pipeline.keys import rollout_key
 from latent_tts.pipeline.rollouts import CachedRollouts, RunRollouts, about, entries, gather_rollouts
-from latent_tts.pipeline.scores import open_scores, reduce_scores, score_positions
+from latent_tts.pipeline.scores import cached_scores, reduce_scores, score_positions, settle_scores
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results.cache import MEASURED, SCORE_FIELDS, RolloutCache
-from latent_tts.results.parts import GatheredRows
+from latent_tts.results.cache import MEASURED, RolloutCache
 from latent_tts.results.run_folder import LATENTS, RUN_JSON, KeptLatents, is_complete, read_run_json
 from latent_tts.results.run_folder import (
     read_rollouts as read_rollout_table,
@@ -108,7 +107,7 @@ def rescore_rollouts(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> 
     # a run folder does not have what was measured when rollouts were drawn
     found = kept.assign(row_key=wanted["row_key"], **dict.fromkeys(MEASURED, np.nan))
     way = next((each for each in COMPUTATIONS if each.way.items() <= record.items()), Computation())
-    cache = RolloutCache(spec.cache, rollout_key(spec, way), about(spec))
+    cache = RolloutCache(spec.cache, rollout_key(spec, way, None), about(spec))
     return _score_kept(spec, cache, found, KeptLatents(source, len(kept)))
 
 
@@ -117,7 +116,7 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
     import torch
 
     from latent_tts.engine.diversity import DirectionSums
-    from latent_tts.pipeline.drawing import score_kept
+    from latent_tts.pipeline.drawing import load_scorer_of, score_kept
 
     n, steps_R = spec.n, rows["latent_steps"].to_numpy()
     first = {spec.row_key(question): place * n for place, question in enumerate(spec.questions)}
@@ -127,13 +126,14 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
         steps = np.concatenate([steps_R[row : row + count] for row, count in begins])
         return torch.cat([latents.rows(row, count) for row, count in begins]), torch.from_numpy(steps)
 
-    offsets, scores = score_positions(spec, rows), GatheredRows(spec.wanted(), SCORE_FIELDS)
-    score_cache = open_scores(spec, cache.folder)
-    score_cache.gather(scores)
-    lacking = scores.missing()
+    offsets, candidates = score_positions(spec, rows), cached_scores(spec, cache.folder, spec.wanted())
+    for each in candidates:
+        each.gather_later_ones()
+    scores = settle_scores(candidates, lambda: load_scorer_of(spec).computation)
+    lacking = scores.rows.missing()
     if len(lacking):
-        score_kept(spec, score_cache, lacking, offsets, read_latents)
-        score_cache.gather(scores)
+        score_kept(spec, scores.open(), lacking, offsets, read_latents)
+        scores.gather_later_ones()
     compared = [DirectionSums().add([key], latents.rows(row, n)).numpy() for key, row in first.items()]
     beyond_RT = np.arange(spec.adapter.latents) >= steps_R[:, None]
     dissimilarity_RT = np.where(beyond_RT, np.float32(np.nan), np.concatenate(compared))
