@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
     "train-reasoner": ("train a latent reasoner with its family's recipe; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
+    "train-draft": ("train a small head that predicts a reasoner's latents, for schedule.guess=draft", ()),
     "tune": ("measure which engine settings are fastest on this machine and save them as engine=tuned", ()),
     "probe": ("measure how latents depend on each other, and whether computing them in parallel pays", ()),
     "collect": ("join tables of runs, average over seeds, list incomplete runs", ("runs*",)),

@@ -32,6 +32,8 @@ KEYS = {
                        "task.limit", "model", "backbone.layers", "backbone.width", "backbone.number_scale",
                        "optimization.batch", "optimization.lr", "optimization.bf16", "recipe.latents",
                        "recipe.stage_updates", "recipe.final_updates", "recipe.final_dropout"],
+    "train-draft": ["output", "updates", "batch", "lr", "valid_questions", "seed", "sampler", "model", "model.latents",
+                    "task", "task.split", "engine.dtype", "engine.device"],
     "train-rm": ["output", "annotations", "valid_annotations", "init", "seed", "bf16", "weights_dtype", "loss.name"],
 }  # fmt: skip
 FILES = ["run.json", "metrics.csv", "rollouts.parquet", ".hydra", "nothing"]
@@ -88,6 +90,8 @@ def fuzz(ltts, checkpoint, folder, line, damaged, content):
         "train-reasoner": {"output": "trained", "valid_questions": 2, "backbone.layers": 1, "backbone.width": 8,
                            "backbone.heads": 2, "optimization.batch": 2, "recipe.written_updates": 1,
                            "recipe.stage_updates": "[1,1]", "recipe.final_updates": 1, "recipe.latents": 2},
+        "train-draft": {"model.checkpoint": checkpoint, "model.latents": 2, "updates": 1, "batch": 2,
+                        "valid_questions": 2, "output": "draft"},
         "train-rm": {"model.checkpoint": checkpoint, "annotations": copy, "valid_annotations": copy},
     }[command]  # fmt: skip
     base = {key: value for key, value in base.items() if key not in given_keys and key.split(".")[0] not in given_keys}

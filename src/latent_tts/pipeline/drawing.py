@@ -24,6 +24,7 @@ from torch import Tensor
 from latent_tts.engine.cost import BatchCost, Rates, Shape, Work
 from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
 from latent_tts.engine.diversity import DirectionSums
+from latent_tts.engine.draft import load_draft
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes
 from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
@@ -263,7 +264,9 @@ class Drawer:
         """The loaded reasoner."""
         spec = self.spec
         plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-        return Engine(load(spec), plan)
+        reasoner = load(spec)
+        draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
+        return Engine(reasoner, plan, draft)
 
     @cached_property
     def scorer(self) -> BatchScorer:
@@ -370,6 +373,8 @@ class Drawer:
         spec, number, longest = self.spec, self.spec.engine.bytes_per_number, max(len(job.prompt) for job in jobs)
         suffix = reserved_positions(spec.adapter, spec.max_answer_tokens)
         own = row_bytes(spec.shape, longest, suffix, number, self.own_prompt)
+        if spec.draft is not None:
+            own += 4 * longest * spec.shape.width  # its copy of the prompt's states
         if not self._scored and not spec.search.guided:
             return own
         assert spec.scorer is not None
