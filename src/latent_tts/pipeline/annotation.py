@@ -74,7 +74,7 @@ def _wait_for_first_process(spec: AnnotationSpec, wanted: set[str]) -> None:
     while True:
         if (spec.output / SETTINGS).is_file():
             folder = AnnotationFolder(spec.output, key="output") if any(spec.output.glob("*.parquet")) else None
-            if folder is not None and folder.complete and folder.settings == settings and wanted <= folder.present():
+            if folder is not None and folder.complete and folder.made_with(settings) and wanted <= folder.present():
                 return
         if os.getppid() != launcher:
             raise RunError(f"process 0 ended before {spec.output} was complete; re-run the command to resume")
@@ -95,6 +95,8 @@ def _label(
     pool = executor.open(LabellingWork.of(spec, longest), spec.engine.device)
     workers = pool.describe()
     folder.rows = rows = min(each.rows for each in workers)
+    for worker in workers:
+        folder.settle_computation(worker.computation.way)
     per_question = workers[0].completions
     log.info(
         "%d questions to annotate: n=%d rollouts each, and at most %d completions of their %d prefixes for each that "

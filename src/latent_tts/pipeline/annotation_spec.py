@@ -15,7 +15,7 @@ from latent_tts.executor.local import Local
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import DRAWING, code_digests
 from latent_tts.pipeline.keys import ENGINE_SEMANTICS, own_fields
-from latent_tts.pipeline.spec import EngineSettings, check_sampler, require_steps, settle_schedule
+from latent_tts.pipeline.spec import EngineSettings, check_sampler, refuse_early_exit, require_steps, settle_schedule
 from latent_tts.results.annotations import FORMAT
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
@@ -98,12 +98,12 @@ class AnnotationSpec:
         check_sampler(sampler, adapter)
         schedule = settle_schedule(self.schedule, adapter, chosen=self.schedule_chosen)
         allowed = "must be null: labels are of rollouts that make all latents"
-        require("schedule.exit", schedule.exit, schedule.exit is None, allowed)
+        refuse_early_exit(schedule, allowed)
         require_steps(schedule, adapter, "a label is of a prefix h_1..h_t, completed from there")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that determines an annotation besides its question."""
+        """Everything that determines an annotation besides its question, and how the loaded model is computed."""
         adapter, engine = self.adapter, self.engine
         return {
             "format": FORMAT,

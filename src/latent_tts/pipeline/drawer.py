@@ -32,6 +32,7 @@ from latent_tts.engine.device import (
     synchronized_seconds,
 )
 from latent_tts.engine.diversity import DirectionSums
+from latent_tts.engine.draft import load_draft
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes
 from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
@@ -40,7 +41,7 @@ from latent_tts.errors import RunError
 from latent_tts.executor import Executor
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import DRAWING, PACKAGE, code_digests
-from latent_tts.pipeline.keys import computed_attributes, latents_key, score_key
+from latent_tts.pipeline.keys import chosen_by_scores, computed_attributes, latents_key, score_key
 from latent_tts.pipeline.models import find_device, load_reasoner, load_scorer, rollout_plan, rows_per_batch
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
@@ -49,7 +50,7 @@ from latent_tts.results.cache import MEASURED, NOT_DECODED, ROLLOUT_SCHEMA, SCOR
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
 from latent_tts.scorer import Scorer
-from latent_tts.types import Computation, Reasoner
+from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
 Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
@@ -136,7 +137,8 @@ class Description:
 
     Attributes:
         name: for people.
-        computation: how it computes the model.
+        computation: how it computes the reasoner.
+        scoring: how it computes the scorer; None where it has none to compute.
         device: that it computes on.
         threads: of a CPU.
         rows: most rows of a batch.
@@ -147,12 +149,18 @@ class Description:
 
     name: str
     computation: Computation
+    scoring: Computation | None
     device: str
     threads: int
     rows: int
     bytes_per_row: int
     rates: Rates
     memory: str
+
+    @property
+    def scoring_attention(self) -> str | None:
+        """The attention of the scorer; see `Computation`."""
+        return None if self.scoring is None else self.scoring.attention
 
 
 @dataclass(frozen=True)
@@ -231,6 +239,19 @@ def load(spec: RunSpec) -> Reasoner:
     return load_reasoner(spec.adapter, spec.engine, find_device(spec.engine), longest=spec.longest_sequence)
 
 
+def load_scorer_of(spec: RunSpec) -> RewardModel:
+    """The scorer of a run, the same way."""
+    assert spec.scorer is not None
+    longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
+    return load_scorer(spec.scorer, spec.engine.dtype, find_device(spec.engine), longest=longest)
+
+
+def computations_here(spec: RunSpec) -> tuple[Computation, Computation | None]:
+    """How this process computes the models that determine a run's rollouts; see `keys.computations`. Loads them."""
+    scoring = load_scorer_of(spec).computation if chosen_by_scores(spec) else None
+    return load(spec).computation, scoring
+
+
 def places_of(batch: Sequence[RolloutJob]) -> list[Place]:
     """The (row key, rollout) of each row of a batch."""
     return [(job.row_key, number) for job in batch for number in job.rollouts]
@@ -263,8 +284,8 @@ def max_flops(spec: RunSpec, job: RolloutJob, *, answers: bool) -> float:
     """Operations of a job whose answers are as long as allowed."""
     passes, latents, prompt = spec.passes, spec.adapter.latents, len(job.prompt)
     chosen = spec.max_answer_tokens - len(spec.forced_ids)
-    per_rollout = passes.rollout(prompt, latents, chosen) if answers else passes.thinking(prompt, latents)
-    return passes.once(prompt) + grown(spec, job) * per_rollout
+    per_rollout = passes.rollout_flops(prompt, latents, chosen) if answers else passes.thinking_flops(prompt, latents)
+    return passes.shared_flops(prompt) + grown(spec, job) * per_rollout
 
 
 def directions_key(latents: str, row_key: str) -> str:
@@ -272,9 +293,9 @@ def directions_key(latents: str, row_key: str) -> str:
     return f"{latents} {row_key}"
 
 
-def latents_digest(spec: RunSpec, computation: Computation) -> str:
-    """What determines the latents of a run."""
-    return settings_digest(latents_key(spec, computation))
+def latents_digest(spec: RunSpec, computations: tuple[Computation, Computation | None]) -> str:
+    """What determines the latents of a run whose models are computed so; see `keys.computations`."""
+    return settings_digest(latents_key(spec, *computations))
 
 
 def not_compared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
@@ -324,7 +345,9 @@ class Drawer:
         """The loaded reasoner."""
         spec = self.spec
         plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-        return Engine(load(spec), plan)
+        reasoner = load(spec)
+        draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
+        return Engine(reasoner, plan, draft)
 
     @cached_property
     def scorer(self) -> BatchScorer:
@@ -333,13 +356,14 @@ class Drawer:
 
     @cached_property
     def _latents(self) -> str:
-        return latents_digest(self.spec, self.engine.reasoner.computation)
+        return latents_digest(self.spec, computations_here(self.spec))
 
     def describe(self) -> Description:
-        """What the driver has to know of this worker; loads the reasoner."""
+        """What the driver has to know of this worker; loads its models."""
         return Description(
             name=f"{socket.gethostname()} {os.getpid()}",
             computation=self.engine.reasoner.computation,
+            scoring=self.scorer.model.model.computation if self._scored or chosen_by_scores(self.spec) else None,
             device=self.device,
             threads=torch.get_num_threads(),
             rows=self.rows,
@@ -488,6 +512,8 @@ class Drawer:
         spec, number = self.spec, self.spec.engine.bytes_per_number
         suffix = reserved_positions(spec.adapter, spec.max_answer_tokens)
         own = row_bytes(spec.shape, longest, suffix, number, self.own_prompt)
+        if spec.draft is not None:
+            own += 4 * longest * spec.shape.width  # its copy of the prompt's states
         if not self._scored and not spec.search.guided:
             return own
         assert spec.scorer is not None
@@ -520,13 +546,13 @@ class BatchScorer:
     @cached_property
     def model(self) -> LatentScorer:
         """The loaded model."""
-        longest = max(map(len, self._spec.prompts.values())) + self._spec.adapter.latents
-        return LatentScorer(load_scorer(self._scorer, self._spec.engine.dtype, self._device, longest=longest))
+        return LatentScorer(load_scorer_of(self._spec))
 
     @cached_property
     def digest(self) -> str:
         """What `cache.SCORED_BY` says of its scores."""
-        return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n))
+        computation = self.model.model.computation
+        return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n, computation))
 
     def score(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, steps_R: Tensor) -> Columns:
         """The columns `cache.SCORE_FIELDS` of a batch, with its latents (zeros where a row has none).
@@ -635,6 +661,6 @@ def _measured(started: float, device: torch.device, rows: int) -> Columns:
     return {"seconds": seconds, "peak_memory_bytes": peak_bytes(device), "device": device.type, "rows": rows}
 
 
-def _shares(stretches: Sequence[Work], rates: Rates, rows: int) -> Columns:
-    """A row's share of what a batch cannot do without."""
-    return {"floor_seconds": rates.floor(stretches) / rows, "bytes": sum(work.bytes for work in stretches) / rows}
+def _shares(parts: Sequence[Work], rates: Rates, rows: int) -> Columns:
+    """A row's share of a batch's least seconds, and of the bytes that it must read or write."""
+    return {"floor_seconds": rates.floor_seconds(parts) / rows, "bytes": sum(work.bytes for work in parts) / rows}

@@ -28,16 +28,18 @@ from latent_tts.pipeline.drawer import (
     Request,
     Shard,
     Sums,
+    computations_here,
     directions,
     directions_key,
     grown,
     latents_digest,
-    load,
+    load_scorer_of,
     max_flops,
     not_compared,
     pack,
     score_table,
 )
+from latent_tts.pipeline.keys import chosen_by_scores
 from latent_tts.pipeline.models import find_device, rows_per_batch, write_computation
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
@@ -51,11 +53,21 @@ from latent_tts.types import Computation
 log = logging.getLogger(__name__)
 
 
-def computation_of(spec: RunSpec) -> Computation:
-    """How the model of a run is computed, which is known once it is loaded."""
+def find_computations(spec: RunSpec) -> tuple[Computation, Computation | None]:
+    """How the models that determine a run's rollouts are computed; see `keys.computations`. Loads them."""
     if spec.executor.in_process:
-        return load(spec).computation
-    return Stage(spec, max(map(len, spec.prompts.values())), scored=False).computation
+        return computations_here(spec)
+    stage = Stage(spec, max(map(len, spec.prompts.values())), scored=chosen_by_scores(spec))
+    return stage.computations
+
+
+def find_scoring(spec: RunSpec) -> Computation:
+    """How the scorer of a run is computed. Loads it."""
+    if spec.executor.in_process:
+        return load_scorer_of(spec).computation
+    scoring = Stage(spec, max(map(len, spec.prompts.values())), scored=True).workers[0].scoring
+    assert scoring is not None
+    return scoring
 
 
 def draw(
@@ -89,7 +101,7 @@ def draw(
     jobs = jobs_of(spec, lacking)
     stage = Stage.of(spec, jobs, scored=scored)
     stage.log_work(jobs, answers=answers)
-    write_computation(cache.folder, stage.computation)
+    write_computation(cache.folder, stage.workers[0].computation)
     if dissimilarity is None:
         stage.log_catching_up(jobs)
     request = Request(answers, scored, compares=dissimilarity is None, keeps=kept is not None)
@@ -238,9 +250,10 @@ class Stage:
         work = DrawingWork.of(spec, longest, scored=scored, max_bytes=known_to_fit(spec.cache))
         self._pool = spec.executor.open(work, spec.engine.device)
         self.workers: list[Description] = self._pool.describe()
-        if len({tuple(each.computation.way.items()) for each in self.workers}) > 1:
+        ways = {(each.computation.attention, each.computation.logits, each.scoring_attention) for each in self.workers}
+        if len(ways) > 1:
             names = ", ".join(each.name for each in self.workers)
-            raise RunError(f"the workers {names} compute the model in different ways, so their rollouts differ")
+            raise RunError(f"the workers {names} compute the models in different ways, so their rollouts differ")
 
     @classmethod
     def of(cls, spec: RunSpec, jobs: Sequence[RolloutJob], *, scored: bool) -> Stage:
@@ -248,9 +261,10 @@ class Stage:
         return cls(spec, max(len(job.prompt) for job in jobs), scored=scored)
 
     @property
-    def computation(self) -> Computation:
-        """How the workers compute the model."""
-        return self.workers[0].computation
+    def computations(self) -> tuple[Computation, Computation | None]:
+        """How the workers compute the models that determine the rollouts; see `keys.computations`."""
+        first = self.workers[0]
+        return first.computation, first.scoring if chosen_by_scores(self.spec) else None
 
     @property
     def _rows(self) -> int:
@@ -275,7 +289,7 @@ class Stage:
         # where a question's rollouts are in several shards, the sums that they are compared by go from worker to worker
         divided = is_adaptive(self.spec.budget) or fixed
         request = replace(request, sums=request.compares and not here and divided)
-        latents = latents_digest(self.spec, self.computation)
+        latents = latents_digest(self.spec, self.computations)
 
         def make_shard(contents: list[list[RolloutJob]]) -> Shard:
             own = [job for content in contents for job in content]
@@ -332,7 +346,7 @@ class Stage:
         """Say how many drawn rollouts have to be thought again, to be compared with those to come."""
         if self.spec.adapter.latents:
             first = [next(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
-            before = not_compared(first, latents_digest(self.spec, self.computation))
+            before = not_compared(first, latents_digest(self.spec, self.computations))
             if before:
                 self.log_thinking(before, "their distance from the new ones")
 

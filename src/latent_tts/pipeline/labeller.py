@@ -17,7 +17,7 @@ from latent_tts.pipeline.dispatch import Unit
 from latent_tts.pipeline.drawer import check_code, check_weights, code_of_driver
 from latent_tts.pipeline.models import find_device, load_reasoner, rollout_plan, rows_per_batch
 from latent_tts.pipeline.spec import reserved_positions
-from latent_tts.types import LabelledQuestion, UnmixedQuestion
+from latent_tts.types import Computation, LabelledQuestion, UnmixedQuestion
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,12 @@ class LabellerDescription:
     """What a worker says of itself.
 
     Attributes:
+        computation: how it computes the model.
         rows: most rows of a batch.
         completions: most completions that a kept question takes.
     """
 
+    computation: Computation
     rows: int
     completions: int
 
@@ -99,7 +101,7 @@ class Labeller:
     def describe(self) -> LabellerDescription:
         """What the driver has to know of this worker."""
         completions = completions_of(self._sampler, self._engine, self._labelling)
-        return LabellerDescription(self._labelling.rows, completions)
+        return LabellerDescription(self._engine.reasoner.computation, self._labelling.rows, completions)
 
     def compute(self, shard: list[QuestionToLabel]) -> tuple[list[LabelledQuestion | UnmixedQuestion], int]:
         """A record of each question of a shard, and how many rollouts (completions included) that took."""

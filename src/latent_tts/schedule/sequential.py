@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from latent_tts.errors import bad_value, is_number, require
-from latent_tts.schedule import LatentModel, LatentSequence, Schedule
+from latent_tts.schedule import EarlyExit, LatentModel, LatentSequence, Schedule
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Sequential(Schedule):
         if not isinstance(self.exit_prefix, str):
             allowed = "must be the text that the model writes before its answer, as in '###' (of embedded reasoners)"
             raise bad_value("schedule.exit_prefix", self.exit_prefix, f"{allowed}; '' for none")
+
+    @property
+    def early_exit(self) -> EarlyExit | None:
+        """What `exit` and `exit_prefix` say."""
+        return None if self.exit is None else EarlyExit(float(self.exit), self.exit_prefix or "")
 
     @property
     def exact(self) -> bool:
