@@ -34,6 +34,8 @@ from latent_tts.pipeline.models import (
     find_device,
     load_reasoner,
     load_scorer,
+    open_engine,
+    refuse_graphs,
     rollout_plan,
     rows_per_batch,
     write_computation,
@@ -239,6 +241,10 @@ class Drawer:
         """
         self.spec, self._scored = spec, scored
         self.device = find_device(spec.engine)
+        if spec.search.guided:
+            refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
+        if not spec.schedule.stepwise:
+            refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
         self.bytes_per_row = self._bytes_per_row(jobs)
         self.rows = rows_per_batch(spec.engine, spec.shape, self.bytes_per_row, self.device, own_prompt=self.own_prompt)
@@ -250,7 +256,7 @@ class Drawer:
         """The loaded reasoner."""
         spec = self.spec
         plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-        return Engine(load(spec), plan)
+        return open_engine(load(spec), plan, spec.engine)
 
     @cached_property
     def scorer(self) -> BatchScorer:
