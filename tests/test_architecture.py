@@ -137,6 +137,7 @@ def test_commands_are_short_and_import_no_other_command():
 REFUSED = [
     "run n=0",
     "ask question n=0",
+    "trace question n=0",
     "rescore nowhere",
     "replay nowhere",
     "annotate n=0",

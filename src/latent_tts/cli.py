@@ -23,6 +23,7 @@ from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, printable,
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("draw rollouts, pick answers, write the scaling curve", ()),
     "ask": ("ask a question, or one per line of standard input: votes, picks, costs", ("question?",)),
+    "trace": ("look into rollouts: latents, tokens, scores, sweeps, answers; a page and tables", ("question*",)),
     "rescore": ("score the rollouts of a completed run with another scorer", ("run",)),
     "replay": ("apply a budget to the rollouts of a completed run; nothing is drawn", ("run",)),
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
 RESUMABLE = (
     "run",
     "ask",
+    "trace",
     "rescore",
     "annotate",
     "train-reasoner",
@@ -48,7 +50,8 @@ MAX_LINES = 4
 KEPT = "finished work is kept; "
 FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
 FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--config-dir", "-cn", "--config-name"]
-FLAGS_OF_COMMAND = {"ask": {"--json": ["json=true"], "--example": ["task=arith", "task.limit=1"]}}  # and their keys
+EXAMPLE = {"--example": ["task=arith", "task.limit=1"]}
+FLAGS_OF_COMMAND = {"ask": {"--json": ["json=true"], **EXAMPLE}, "trace": EXAMPLE}  # and their keys
 FLAG_CHOICES = {
     **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
     **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),

@@ -26,7 +26,7 @@ from latent_tts.engine.state import State, open_state
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.schedule import DRAFTED, Counts, Schedule
+from latent_tts.schedule import DRAFTED, Counts, Schedule, Sweep
 from latent_tts.schedule.sequential import Sequential
 from latent_tts.types import Forward, Reasoner
 
@@ -82,6 +82,7 @@ class Rollouts:
         answer_margin_R: smallest gap between the two highest logits of an answer position; NaN if none was decoded.
         stopped_R: whether the row ended by eos (otherwise by the token limit).
         sweeps_R, commits_R, conflicts_R: what the schedule counted, see `schedule.Counts`.
+        timeline: the sweeps that counted so; empty unless `Engine.keeps_timeline`.
     """
 
     latents_RTD: Tensor
@@ -93,10 +94,17 @@ class Rollouts:
     sweeps_R: Tensor
     commits_R: Tensor
     conflicts_R: Tensor
+    timeline: list[Sweep] = field(default_factory=list)
 
 
 class Engine:
-    """Runs rollouts of one loaded model."""
+    """Runs rollouts of one loaded model.
+
+    Attributes:
+        keeps_timeline: whether `roll` says what each sweep did.
+    """
+
+    keeps_timeline = False
 
     def __init__(self, reasoner: Reasoner, plan: RolloutPlan) -> None:
         self.reasoner, self.plan = reasoner, plan
@@ -138,6 +146,7 @@ class Engine:
         with SiteHooks(self.lm, sampler) as hooks:
             rollouts = RolloutState.start(self, prompts, draw, hooks)
             rollouts.drafts_RTD = drafts_RTD
+            rollouts.counts.timeline = [] if self.keeps_timeline else None
             rollouts.make_latents()
             return rollouts.decode_answers() if answers else rollouts.without_answers()
 
@@ -437,7 +446,7 @@ class RolloutState:
         counts = Counts.of_steps(steps_R) if self._plan.schedule.stepwise else self.counts
         return Rollouts(
             self.latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
-            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(),
+            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(), counts.timeline or [],
         )  # fmt: skip
 
     def _drop_finished(

@@ -34,15 +34,24 @@ NEEDED = {
 }
 
 
-def read_record(source: Path) -> dict[str, Any]:
+def read_run(source: Path) -> dict[str, Any]:
     """The `run.json` of a run folder.
 
     Raises:
-        UsageError: there is none, it is damaged, or its rollouts cannot be scored by others.
+        UsageError: there is none, or it is damaged.
     """
     if not is_complete(source):
         raise bad_value("run", source, f"no {RUN_JSON} there: the folder of a run that completed is wanted")
-    record = read_run_json(source, NEEDED)
+    return read_run_json(source, NEEDED)
+
+
+def read_record(source: Path) -> dict[str, Any]:
+    """The `run.json` of a run folder whose rollouts can be scored by others.
+
+    Raises:
+        UsageError: there is none, it is damaged, or its rollouts cannot be scored.
+    """
+    record = read_run(source)
     if record["config"]["answer"]["decode"] == "winners":
         raise bad_value(
             "run", source, "it decoded only its own scorer's winners (answer.decode=winners); others have no answers"
