@@ -137,7 +137,6 @@ def test_commands_are_short_and_import_no_other_command():
 REFUSED = [
     "run n=0",
     "ask question n=0",
-    "trace question n=0",
     "rescore nowhere",
     "replay nowhere",
     "annotate n=0",
@@ -145,6 +144,7 @@ REFUSED = [
     "train-rm optimization.lr=0",
     "tune n=0",
     "probe directions=0",
+    "trace question n=0",
     "collect nowhere",
     "compare nowhere nothere",
     "plot nowhere",

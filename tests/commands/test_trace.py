@@ -37,7 +37,9 @@ def data_of(result) -> dict:
 
 
 def test_maps_tokens_and_scores_are_the_engines_own(ltts, tmp_path):
-    result = ltts("trace", "--example", "n=4", "keep_latents=true", "hydra.run.dir=traced", "against=null", "directions=1")
+    result = ltts(
+        "trace", "--example", "n=4", "keep_latents=true", "hydra.run.dir=traced", "against=null", "directions=1"
+    )
     data = data_of(result)
     [question] = data["questions"]
     own = question["samplers"][0]
@@ -61,7 +63,9 @@ def test_maps_tokens_and_scores_are_the_engines_own(ltts, tmp_path):
     both = np.concatenate([there.reshape(-1, 2), deterministic.reshape(-1, 2)])
     np.testing.assert_allclose(both.mean(0), 0, atol=1e-4)
     flat = latents_NTD.reshape(-1, latents_NTD.shape[-1]).astype(float)
-    ratio = np.linalg.norm(there.reshape(-1, 2)[1:] - there.reshape(-1, 2)[0], axis=1) / np.linalg.norm(flat[1:] - flat[0], axis=1)
+    ratio = np.linalg.norm(there.reshape(-1, 2)[1:] - there.reshape(-1, 2)[0], axis=1) / np.linalg.norm(
+        flat[1:] - flat[0], axis=1
+    )
     assert (ratio <= 1.0001).all()
     assert ratio.mean() > 0.5
 
@@ -128,12 +132,12 @@ def test_a_run_whose_rollouts_are_gone_is_drawn_again(own_copy, ltts, tmp_path):
     assert [each or None for each in question["samplers"][0]["predictions"]] == own["prediction"].tolist()
 
 
-@pytest.mark.parametrize(
-    ("schedule", "conflicts"), [("speculative", True), ("jacobi", False), ("sequential", False)]
-)
+@pytest.mark.parametrize(("schedule", "conflicts"), [("speculative", True), ("jacobi", False), ("sequential", False)])
 def test_the_timeline_adds_up_to_what_the_schedule_counts(trace, schedule, conflicts):
     more = ["schedule.sweeps=3", "schedule.chunk=4"] if schedule == "jacobi" else []
-    own = data_of(trace(QUESTION, f"schedule={schedule}", *more, "against=null", "directions=0"))["questions"][0]["samplers"][0]
+    own = data_of(trace(QUESTION, f"schedule={schedule}", *more, "against=null", "directions=0"))["questions"][0][
+        "samplers"
+    ][0]
     first, stop, final = (np.array(own[name]) for name in ("first", "stop", "final"))
     assert (final[:, -1] == 6).all()
     assert (np.diff(final, axis=1) >= 0).all()
@@ -242,5 +246,7 @@ def test_tsne_without_scikit_learn_is_refused_by_its_extra(ltts, monkeypatch):
 def test_both_maps_are_drawn_where_scikit_learn_is_there(trace):
     pytest.importorskip("sklearn")
     maps = data_of(trace(QUESTION, "maps=[pca,tsne]", "directions=0"))["questions"][0]["maps"]
-    assert [(each["method"], each["step"]) for each in maps] == [(name, step) for name in ("pca", "tsne") for step in (None, *range(6))]
+    assert [(each["method"], each["step"]) for each in maps] == [
+        (name, step) for name in ("pca", "tsne") for step in (None, *range(6))
+    ]
     assert all(each["explained"] is None for each in maps if each["method"] == "tsne")

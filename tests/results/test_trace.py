@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -42,15 +43,17 @@ def rollouts(name, count, *, scored=True, gold=True, seed=0):
     own_NT = np.arange(LATENTS) < steps_N[:, None]
     latents_NTD[~own_NT] = 0
     first_NS = np.minimum(np.arange(LATENTS), steps_N[:, None])
+    stop_NS = np.minimum(first_NS + 1, steps_N[:, None])
+    step_scores_NT = np.where(own_NT, generator.normal(size=own_NT.shape), np.nan).astype(np.float32)
     return TracedRollouts(
         sampler=name, latents_NTD=latents_NTD, steps_N=steps_N,
         predictions=[str(number % 2) for number in range(count)],
         correct_N=[number % 2 == 0 for number in range(count)] if gold else None,
         texts=[name] * count, stop_reasons=["eos"] * count, answer_logprob_N=np.linspace(-1, 0, count),
-        step_scores_NT=np.where(own_NT, generator.normal(size=own_NT.shape), np.nan).astype(np.float32) if scored else None,
+        step_scores_NT=step_scores_NT if scored else None,
         score_N=np.arange(count, dtype=float) if scored else None,
         counts={"sweeps": steps_N.tolist(), "commits": steps_N.tolist(), "conflicts": [0] * count},
-        timeline=Timeline(first_NS, np.minimum(first_NS + 1, steps_N[:, None]), np.minimum(first_NS + 1, steps_N[:, None])),
+        timeline=Timeline(first_NS, stop_NS, stop_NS),
         lens=Lens(
             token_NTK=np.where(own_NT[..., None], [0, 1], -1),
             probability_NTK=np.where(own_NT[..., None], [0.75, 0.25], np.nan).astype(np.float32),
@@ -69,7 +72,14 @@ def made(text="a question", gold="0", **more):
         maps=[draw_map("pca", samplers, step) for step in (None, *range(LATENTS))],
         dependencies=Dependencies(np.tril(np.full((LATENTS, LATENTS), 0.5), -1), 0.1, [0, 1, 2], -0.5),
     )  # fmt: skip
-    return Trace({"model": text, "run": text}, text, {0: text, 1: "b"}, text if samplers[0].score_N is not None else None, "", [question])
+    return Trace(
+        {"model": text, "run": text},
+        text,
+        {0: text, 1: "b"},
+        text if samplers[0].score_N is not None else None,
+        "",
+        [question],
+    )
 
 
 class Parsed(HTMLParser):
@@ -133,7 +143,9 @@ def test_a_map_leaves_out_what_a_rollout_does_not_have():
 def test_neighbours_stay_neighbours_and_nothing_is_random():
     pytest.importorskip("sklearn")
     far = replace(rollouts("a", 12), steps_N=np.full(12, LATENTS))
-    far.latents_NTD[:] = 0.01 * np.random.default_rng(0).normal(size=far.latents_NTD.shape) + np.arange(12).reshape(-1, 1, 1) // 6 * 50
+    far.latents_NTD[:] = (
+        0.01 * np.random.default_rng(0).normal(size=far.latents_NTD.shape) + np.arange(12).reshape(-1, 1, 1) // 6 * 50
+    )
     one, other = (draw_map("tsne", [far]).points[0] for _ in range(2))
     np.testing.assert_array_equal(one, other)
     left, right = one[:6].reshape(-1, 2), one[6:].reshape(-1, 2)
@@ -164,7 +176,7 @@ def test_the_chain_is_as_long_as_the_critical_path(relative, threshold):
     relative = np.tril(relative, -1)
     chain = longest_chain(relative, threshold)
     assert len(chain) == Found(torch.from_numpy(relative), 0.0).critical_path(threshold)
-    assert all(relative[later, earlier] >= threshold for earlier, later in zip(chain, chain[1:], strict=False))
+    assert all(relative[later, earlier] >= threshold for earlier, later in pairwise(chain))
 
 
 @given(st.recursive(st.text() | st.sampled_from(HOSTILE), lambda inner: st.lists(inner, max_size=3)))
@@ -202,7 +214,10 @@ def test_the_page_holds_every_view_and_a_row_per_rollout():
     figures = {attributes["data-figure"] for _, attributes in parsed.elements if "data-figure" in attributes}
     assert figures == {"map", "lens", "scores", "spread", "timeline", "graph"}
     rows = [each for each in parsed.named("tr") if "data-rollout" in each]
-    assert [(each["data-sampler"], each["data-rollout"]) for each in rows] == [("2", "0"), *(("0", str(i)) for i in range(4))]
+    assert [(each["data-sampler"], each["data-rollout"]) for each in rows] == [
+        ("2", "0"),
+        *(("0", str(i)) for i in range(4)),
+    ]
     assert len([each for each in parsed.named("button") if each["aria-pressed"] == "false"]) == 5
     [question] = parsed.data["questions"]
     assert question["samplers"][0]["tokens"][1] == [[0, 1], [0, 1], [-1, -1]]

@@ -14,8 +14,8 @@ from latent_tts.config.recorded import recorded, recorded_run
 from latent_tts.config.requests import against_option, changed_settings, run_request
 from latent_tts.errors import UsageError, require
 from latent_tts.pipeline import rescoring
-from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.rollouts import draw_rollouts
+from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import RunRequest, check_run
 from latent_tts.pipeline.tables import schedule_lines
 from latent_tts.pipeline.trace_spec import View, check_trace, of_a_run, warn_of_differences

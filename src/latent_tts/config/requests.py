@@ -149,7 +149,8 @@ def against_option(cfg: DictConfig, against: str | None, beside: Sampler) -> tup
     elif {"rate", "sigma"} - set(cfg.model.get("recommended") or ()):
         return None  # nobody says how strong it should be
     known = GlobalHydra.instance().config_loader().get_group_options("sampler")
-    require("against", against, name in known, f"must be auto, null or a sampler, as in gaussian:0.2; {', '.join(known)}")
+    allowed = f"must be auto, null or a sampler, as in gaussian:0.2; one of {', '.join(known)}"
+    require("against", against, name in known, allowed)
     node = OmegaConf.to_container(compose("run", [f"sampler={name}"]).sampler, resolve=False)
     merged: Any = OmegaConf.create({"model": literal(plain(cfg)["model"]), "sampler": node})
     if colon:
@@ -178,7 +179,8 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
         "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task.texts",
         "task._target_", "question", "json", "cache", "sampler._target_", "budget", "scorer._target_",
         "scorer.checkpoint", "scorer.latents", "paths",
-        "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "against", "maps", "top", "threshold", "directions", "search._target_",
+        "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "search._target_",
+        "against", "maps", "top", "threshold", "directions",
         "schedule._target_", "schedule.verify",
     }  # fmt: skip
     return changed_keys(cfg, own_columns | aggregators)

@@ -205,7 +205,7 @@ class RolloutState:
         """Take what `start` or `fork` has prepared; `own_last` says whether the last prompt token is each row's own."""
         self.engine, self.draw, self.latents_RTD, self.steps_R = engine, draw, latents_RTD, steps_R
         self.step, self.thinking_R = step, thinking_R
-        self.counts = Counts(*(torch.zeros_like(steps_R) for _ in range(3)))
+        self.counts = Counts(torch.zeros_like(steps_R), torch.zeros_like(steps_R), torch.zeros_like(steps_R))
         self.drafts_RTD: Tensor | None = None
         self._plan, self._lm, self._hooks, self._state = engine.plan, engine.lm, hooks, state
         self._embed: Callable[[Tensor], Tensor] = self._lm.get_input_embeddings()

@@ -139,9 +139,7 @@ def drawn_beside(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: i
     )  # fmt: skip
 
 
-def of_a_run(
-    spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Sequence[str], n: int | None
-) -> RunSpec:
+def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Sequence[str], n: int | None) -> RunSpec:
     """Some questions of a completed run.
 
     Args:
@@ -232,7 +230,13 @@ def about(spec: TraceSpec) -> dict[str, str]:
 def sampler_text(sampler: Sampler) -> str:
     """A sampler with its parameter: `dropout 0.05`."""
     value = sampler.value
-    return sampler.name if value is None else f"{sampler.name} {value:g}" if is_number(value) else f"{sampler.name} {value}"
+    return (
+        sampler.name
+        if value is None
+        else f"{sampler.name} {value:g}"
+        if is_number(value)
+        else f"{sampler.name} {value}"
+    )
 
 
 def schedule_text(key: str | Mapping[str, Any]) -> str:
@@ -241,5 +245,3 @@ def schedule_text(key: str | Mapping[str, Any]) -> str:
         return key
     named = [f"{name}={value}" for name, value in key.items() if name != "name" and value is not None]
     return " ".join([str(key["name"]), *named])
-
-

@@ -175,7 +175,9 @@ def traced_rollouts(
                 sampler=sampler_text(spec.sampler),
                 latents_NTD=latents_NTD,
                 steps_N=steps_N,
-                predictions=[None if text is None else str(text) for text in rows["prediction"].replace({np.nan: None})],
+                predictions=[
+                    None if text is None else str(text) for text in rows["prediction"].replace({np.nan: None})
+                ],
                 correct_N=None if rows["correct"].isna().all() else [bool(each) for each in rows["correct"]],
                 texts=rows["answer_text"].tolist(),
                 stop_reasons=rows["stop_reason"].tolist(),

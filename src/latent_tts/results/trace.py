@@ -1,4 +1,4 @@
-"""What `ltts trace` shows of some questions, as plain arrays: the terminal and the page read it and compute nothing new.
+"""What `ltts trace` shows of some questions, as plain arrays that the terminal and the page read.
 
 Letters beyond the legend of `types.py`: K tokens of a lens, G written steps whose result is one token.
 """

@@ -65,7 +65,9 @@ def question_data(question: TracedQuestion) -> dict[str, Any]:
         "results": question.results,
         "selected": best or 0,
         "samplers": [rollouts_data(each) for each in question.samplers],
-        "spread": [[plain(each) for each in question.drift_and_spread(place)] for place in range(len(question.samplers))],
+        "spread": [
+            [plain(each) for each in question.drift_and_spread(place)] for place in range(len(question.samplers))
+        ],
         "maps": [map_data(each) for each in question.maps],
         "graph": None if question.dependencies is None else graph_data(question.dependencies),
     }

@@ -16,10 +16,17 @@ from latent_tts.types import Float64
 
 MAP_WIDTH, MAP_HEIGHT = 96, 18
 MAX_ROWS = 16  # of a table of rollouts
-# marks of right and wrong rollouts, of another sampler's, of sweeps: committed, to be computed again, final, not computed
-SIGNS = {"right": "●", "wrong": "×", "against": "·", "commit": "✓", "conflict": "↻", "kept": "·", "free": " "}
+# marks of rollouts, and of the latents of a sweep: committed, to be computed again, final before, not computed
+SIGNS = {"right": "●", "wrong": "✗", "against": "·", "commit": "✓", "conflict": "↻", "kept": "·", "free": " "}
 ASCII = {"right": "o", "wrong": "x", "against": ".", "commit": "C", "conflict": "!", "kept": ".", "free": " "}
-STYLES = {"right": "cyan", "wrong": "red", "against": "magenta", "deterministic": "bold", "commit": "cyan", "conflict": "red"}
+STYLES = {
+    "right": "cyan",
+    "wrong": "red",
+    "against": "magenta",
+    "deterministic": "bold",
+    "commit": "cyan",
+    "conflict": "red",
+}
 STEPS = string.digits[1:] + string.ascii_letters  # what marks the latents of the deterministic rollout
 
 
@@ -77,7 +84,9 @@ def latents_table(trace: Trace, question: TracedQuestion) -> tuple[list[report.C
     """A row per latent: what it says, drift and spread, scores, what it depends on."""
     own, anchor, graph = question.rollouts, question.deterministic, question.dependencies
     latents = max(each.latents for each in question.samplers)
-    certain = [f"{100 * value:.0f}" if np.isfinite(value) else "" for value in anchor.lens.probability_NTK[0, :latents, 0]]
+    certain = [
+        f"{100 * value:.0f}" if np.isfinite(value) else "" for value in anchor.lens.probability_NTK[0, :latents, 0]
+    ]
     columns = [report.Column("says", [said(trace, anchor, latent) for latent in range(latents)], left=True)]
     columns.append(report.Column("%", certain))
     if question.results:
@@ -134,10 +143,7 @@ def rollouts_table(trace: Trace, question: TracedQuestion) -> tuple[list[report.
         columns.append(column("right", ["yes" if own.correct_N and own.correct_N[i] else "no" for own, i, _ in rows]))
     if question.rollouts.score_N is not None:
         columns.append(column("score", [number(None if own.score_N is None else own.score_N[i]) for own, i, _ in rows]))
-    says = [
-        " ".join(said(trace, own, latent, i) for latent in range(own.steps_N[i]))
-        for own, i, _ in rows
-    ]
+    says = [" ".join(said(trace, own, latent, i) for latent in range(own.steps_N[i])) for own, i, _ in rows]
     columns.append(column("latents say", says, left=True))
     for name in question.rollouts.counts if trace.schedule != "sequential" else ():
         columns.append(column(name, [str(own.counts[name][i]) for own, i, _ in rows], 1))
@@ -218,8 +224,12 @@ def print_side_by_side(trace: Trace) -> None:
         columns.append(report.Column("mean spread", [spread for _, spread in means], 2))
     if not trace.no_dependencies:
         graphs = [each.dependencies for each in questions]
-        columns.append(report.Column("critical path", ["" if graph is None else str(len(graph.path)) for graph in graphs], 1))
-    report.print_columns("side by side", [report.Column("question", [each.id for each in questions], left=True)], columns)
+        columns.append(
+            report.Column("critical path", ["" if graph is None else str(len(graph.path)) for graph in graphs], 1)
+        )
+    report.print_columns(
+        "side by side", [report.Column("question", [each.id for each in questions], left=True)], columns
+    )
 
 
 def number(value: float | None) -> str:
