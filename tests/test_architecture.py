@@ -142,6 +142,7 @@ REFUSED = [
     "annotate n=0",
     "train-reasoner save_every=0",
     "train-rm optimization.lr=0",
+    "train-draft updates=0",
     "tune n=0",
     "probe directions=0",
     "trace question n=0",

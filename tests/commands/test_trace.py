@@ -219,7 +219,7 @@ def test_a_pipe_gets_plain_text(trace):
         ((QUESTION, "against=greedy:1"), ["against=greedy:1", "no parameter"]),
         ((QUESTION, "against=native"), ["sampler=native", "predicts no spread"]),
         ((QUESTION, "n=0"), ["n=0"]),
-        (("run=nowhere",), ["run=nowhere", "no run.json there"]),
+        (("run=nowhere",), ["run=nowhere", "a completed run"]),
     ],
 )
 def test_it_refuses(ltts, arguments, words):

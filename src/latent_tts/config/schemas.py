@@ -198,6 +198,22 @@ class TrainReasonerConfig:
 
 
 @dataclass
+class TrainDraftConfig:
+    """Keys of `ltts train-draft`."""
+
+    output: str = MISSING
+    updates: int = MISSING
+    batch: int = MISSING
+    lr: float = MISSING
+    valid_questions: int = MISSING
+    seed: int = MISSING
+    engine: EngineConfig = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+    sampler: Any = MISSING
+
+
+@dataclass
 class QuestionsConfig:
     """What `ltts annotate` makes where `ltts train-rm` is given no folder."""
 
@@ -301,6 +317,7 @@ SCHEMAS = {
     "probe": ProbeConfig,
     "train_reasoner": TrainReasonerConfig,
     "train_rm": TrainRMConfig,
+    "train_draft": TrainDraftConfig,
     "cache": CacheConfig,
     "collect": CollectConfig,
     "compare": CompareConfig,

@@ -33,11 +33,13 @@ class Jacobi(Schedule):
             ones.
         chunk: C, the number of latents computed in parallel; None for all.
         guess: the latents before the first sweep, see `LatentSequence.guess`.
+        draft: the file of a draft head, with `guess=draft`.
     """
 
     sweeps: int
     chunk: int | None = None
     guess: str = "token"
+    draft: str | None = None
 
     name: ClassVar[str] = "jacobi"
     stepwise: ClassVar[bool] = False
@@ -45,7 +47,12 @@ class Jacobi(Schedule):
     def __post_init__(self) -> None:
         if not (is_whole(self.sweeps) and self.sweeps >= 1):
             raise bad_value("schedule.sweeps", self.sweeps, "must be an integer, 1 or more")
-        check_chunk_and_guess(self.chunk, self.guess)
+        check_chunk_and_guess(self.chunk, self.guess, self.draft)
+
+    @property
+    def draft_path(self) -> str | None:
+        """The file of the draft head that makes its guesses; None without one."""
+        return self.draft
 
     @property
     def first_guess(self) -> str:
