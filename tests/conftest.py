@@ -55,6 +55,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def latent_rm(checkpoint: Path, tmp_path: Path) -> Path:
+    """A LatentRM with random weights for that reasoner."""
+    import tiny
+
+    return tiny.write_latent_rm(tmp_path / "rm", checkpoint)
+
+
 @dataclass
 class Result:
     """What a command gave back."""

@@ -84,6 +84,7 @@ class Computation:
 COMPUTATIONS = tuple(
     Computation(attention, logits) for attention in ("shared-prefix", "transformers") for logits in ("head", "model")
 )
+SCORING_COMPUTATIONS = tuple(each for each in COMPUTATIONS if each.logits == "head")  # of models without an LM head
 
 
 @dataclass(frozen=True)

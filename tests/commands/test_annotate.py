@@ -8,7 +8,9 @@ import pytest
 from refusal import check
 
 from latent_tts.engine import labelling
+from latent_tts.pipeline import models
 from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.types import COMPUTATIONS
 
 SMALL = ("n=4", "completions=2", "max_answer_tokens=4", "task.limit=6")
 NOISE = ("sampler=gaussian", "sampler.sigma=1.0")
@@ -109,6 +111,15 @@ def test_other_settings_need_another_folder(annotate):
     result = annotate("keep=all", "task.limit=1", "completions=3")
     assert result.code == 2
     assert "completions: 2 there, 3 now" in result.err
+
+
+def test_labels_of_a_reasoner_computed_in_two_ways_do_not_mix(annotate, monkeypatch):
+    first = annotate("keep=all", "task.limit=2")
+    assert AnnotationFolder(first.last).settings["computation"] == {"attention": "shared-prefix", "logits": "head"}
+    monkeypatch.setattr(models, "_loaded", {})
+    monkeypatch.setattr(models, "prove_reasoner", lambda reasoner, longest: COMPUTATIONS[2])
+    assert annotate("keep=all", "task.limit=2").code == 0  # all labels are there: no reasoner is loaded
+    check(annotate("keep=all"), "made with other settings", "computation:", '"transformers"')
 
 
 def test_a_labelled_question_whose_gold_answer_has_changed_is_named(annotate, tmp_path):

@@ -125,7 +125,7 @@ def test_a_rollout_costs_its_passes_and_a_head_for_each_answer_token_and_the_eos
     for _ in range(latents + forced + answer):
         blocks, head, output = counted(lm, 1, past)
         past, total = output.past_key_values, total + blocks
-    assert RolloutCost(shape, latents, forced).rollout(LENGTH, latents, answer) == total + (answer + 1) * head
+    assert RolloutCost(shape, latents, forced).rollout_flops(LENGTH, latents, answer) == total + (answer + 1) * head
 
 
 @pytest.mark.parametrize("lm", MODELS)
@@ -151,10 +151,10 @@ def test_what_of_the_prompt_is_a_rollouts_own_moves_from_the_question_to_the_rol
     assert RolloutCost.of(SHAPE, 0, 1, ("thoughts",), (), looks_for_stop=False).own_last is False
     for own, tokens in ((last, 1), (whole, 20)):
         moved = SHAPE.pass_flops(tokens, 20 - tokens)
-        assert own.rollout(20, 6, 3) - plain.rollout(20, 6, 3) == moved
-        assert own.thinking(20, 6) - plain.thinking(20, 6) == moved
-        assert plain.once(20) - own.once(20) == moved
-    assert whole.once(20) == 0
+        assert own.rollout_flops(20, 6, 3) - plain.rollout_flops(20, 6, 3) == moved
+        assert own.thinking_flops(20, 6) - plain.thinking_flops(20, 6) == moved
+        assert plain.shared_flops(20) - own.shared_flops(20) == moved
+    assert whole.shared_flops(20) == 0
 
 
 def test_gpt2_costs_two_operations_a_weight_and_token():
@@ -166,7 +166,7 @@ def test_gpt2_costs_two_operations_a_weight_and_token():
 
 
 def test_the_floor_waits_for_operations_or_for_bytes():
-    assert Rates(flops=10.0, bytes=2.0).floor([Work(30.0, 4.0), Work(5.0, 8.0)]) == 3.0 + 4.0
+    assert Rates(flops=10.0, bytes=2.0).floor_seconds([Work(30.0, 4.0), Work(5.0, 8.0)]) == 3.0 + 4.0
 
 
 @settings(derandomize=True, deadline=None)
@@ -209,8 +209,8 @@ def test_a_batch_needs_what_its_passes_need(data, own, forced, stop):
     prefill = blocks + one * prefixes(everything)
     assert [work.bytes for work in batch.work()] == pytest.approx([prefill, thoughts, answers])
 
-    once = sum(map(passes.once, prompts_Q))
-    each = sum(passes.rollout(*row) for row in zip(prompts_R, steps_R, answers_R, strict=True))
+    once = sum(map(passes.shared_flops, prompts_Q))
+    each = sum(passes.rollout_flops(*row) for row in zip(prompts_R, steps_R, answers_R, strict=True))
     assert sum(work.flops for work in batch.work()) == pytest.approx(once + each)
 
 

@@ -160,7 +160,7 @@ def test_keys_of_runs_without_it_are_those_of_before():
     keys = []
     for kind in (None, "int8"):
         spec.engine = EngineSettings("float32", "cpu", None, kind)
-        keys.append(rollout_key(spec, Computation()))
+        keys.append(rollout_key(spec, Computation(), None))
     loaded, int8 = keys
     assert "quantize" not in loaded
     assert int8 == loaded | {"quantize": "int8"}

@@ -189,8 +189,9 @@ def test_every_field_of_an_adapter_that_can_change_a_rollout_is_part_of_the_key(
 
 def test_a_field_that_only_says_how_scores_are_used_is_no_part_of_the_key(checkpoint):
     one = LatentRM(str(checkpoint), None, "correct")
-    assert keys.score_key(one, "float32", 4) == keys.score_key(replace(one, reduce="mean"), "float32", 8)
-    assert keys.score_key(one, "float32", 4) != keys.score_key(replace(one, positions="official"), "float32", 4)
+    key = keys.score_key(one, "float32", 4, COMPUTATIONS[0])
+    assert keys.score_key(replace(one, reduce="mean"), "float32", 8, COMPUTATIONS[0]) == key
+    assert keys.score_key(replace(one, positions="official"), "float32", 4, COMPUTATIONS[0]) != key
 
 
 def test_a_base_class_of_another_package_counts_and_a_library_counts_by_its_version():
@@ -212,3 +213,34 @@ def test_how_a_model_is_computed_is_part_of_the_key(run, monkeypatch):
     assert (ours["attention"], theirs["attention"]) == ("shared-prefix", "transformers")
     assert ours["cache"] != theirs["cache"]
     assert theirs["rollouts"]["drawn_now"] == 30
+
+
+def test_how_a_scorer_is_computed_is_part_of_the_key_of_its_scores(run, latent_rm, monkeypatch):
+    line = ["scorer=latent_rm", f"scorer.checkpoint={latent_rm}"]
+    first, again = record_of(run(*line)), record_of(run(*line))
+    assert again["rollouts"] == {"total": 24, "drawn_now": 0, "scored_now": 0}
+    monkeypatch.setattr(models, "_loaded", {})
+    monkeypatch.setattr(models, "prove_reward_model", lambda model, longest: COMPUTATIONS[2])
+    other = record_of(run(*line))  # complete scores serve, whichever way they were computed
+    assert other["rollouts"]["scored_now"] == 0
+    assert other["scorer"] == first["scorer"]
+    longer = record_of(run(*line, "n=5"))  # those of two ways are not mixed
+    assert longer["rollouts"] == {"total": 30, "drawn_now": 6, "scored_now": 30}
+    assert (first["scorer"]["attention"], longer["scorer"]["attention"]) == ("shared-prefix", "transformers")
+
+
+def test_how_a_guiding_scorer_is_computed_is_part_of_the_key_of_the_rollouts(run, latent_rm, monkeypatch):
+    beam = ["search=beam", "search.beams=2", "search.candidates=2"]
+    line = ["scorer=latent_rm", f"scorer.checkpoint={latent_rm}", *beam]
+    first = record_of(run(*line))
+    monkeypatch.setattr(models, "_loaded", {})
+    monkeypatch.setattr(models, "prove_reward_model", lambda model, longest: COMPUTATIONS[2])
+    again, longer = record_of(run(*line)), record_of(run(*line, "task.limit=7"))
+    assert again["rollouts"]["drawn_now"] == 0
+    assert longer["rollouts"]["drawn_now"] == 7 * 4
+    assert longer["cache"] != first["cache"]
+
+
+def record_of(result) -> dict:
+    assert result.code == 0, result.err
+    return json.loads((result.last.parent / "run.json").read_text())

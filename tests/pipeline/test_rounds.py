@@ -155,7 +155,7 @@ REFUSED = {
     ),
     "an aggregator that is not reported": (
         ["budget=adaptive", "aggregator=[likelihood]"],
-        ["budget=lockout", "stops for majority, which is not reported", "[likelihood]"],
+        ["budget=lockout", "looks at the pick of majority, which is not reported", "[likelihood]"],
     ),
     "winners": (["budget=adaptive", "answer.decode=winners"], ["answer.decode=winners"]),
     "a beam": (["budget=adaptive", "search=beam", "n=16"], ["budget=adaptive", "must be fixed", "search=beam"]),

@@ -151,7 +151,7 @@ def test_a_folder_of_before_there_were_gold_answers_is_read_and_not_gone_on_with
     folder.check()
     assert [got.question_id for got in folder.read()] == ["q0"]
     assert folder.index().to_pylist() == rows
-    with pytest.raises(UsageError, match="format: 1 there, 3 now"):
+    with pytest.raises(UsageError, match="format: 1 there, 4 now"):
         AnnotationFolder(written.path, WANTED, {"q0": "5"})
 
 
@@ -300,8 +300,8 @@ def test_what_is_no_annotation_folder(path, tmp_path):
     (path / SETTINGS).write_text("{")
     with pytest.raises(UsageError, match=r"annotations\.json: is not the record"):
         AnnotationFolder(path)
-    (path / SETTINGS).write_text(json.dumps({"settings": {"format": 4}}))
-    with pytest.raises(UsageError, match="format 4, this version reads 1 to 3"):
+    (path / SETTINGS).write_text(json.dumps({"settings": {"format": 5}}))
+    with pytest.raises(UsageError, match="format 5, this version reads 1 to 4"):
         AnnotationFolder(path)
     (path / SETTINGS).write_text(json.dumps({"settings": WANTED | {"format": FORMAT}}))
     part_of(path, 0).write_bytes(b"PAR1")

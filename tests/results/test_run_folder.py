@@ -199,7 +199,7 @@ def test_scores_made_with_rollouts_and_those_made_later_are_found(tmp_path, cach
     add(cache, [row("a", 0, **at_once), row("a", 1, **at_once | {"scored_by": "two"}), row("a", 2)])
     pairs = [("a", 0), ("a", 1), ("a", 2)]
     rows, scores = GatheredRows(wanted(*pairs), ROLLOUT_FIELDS), GatheredRows(wanted(*pairs), SCORE_FIELDS)
-    cache.gather(rows, scores, "one")
+    cache.gather(rows, {"one": scores})
     assert scores.missing()["rollout"].tolist() == [1, 2]
     assert scores.frame()["seconds"].tolist() == [0.5]
     later = ScoreCache(cache.folder, KEY)

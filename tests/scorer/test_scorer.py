@@ -20,24 +20,18 @@ from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.pipeline import drawing
 from latent_tts.pipeline.drawing import score_kept
-from latent_tts.pipeline.scores import open_scores, reduce_scores, score_positions
+from latent_tts.pipeline.scores import CachedScores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import EngineSettings
-from latent_tts.results.cache import SCORE_FIELDS
-from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import read_metrics
 from latent_tts.scorer.auto import auto
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
 from latent_tts.search.independent import Independent
 from latent_tts.task.arith import Arith
+from latent_tts.types import Computation
 
 SCORED = {"best_of_n", "weighted"}
 WIDE = Path(__file__).parents[1] / "parity" / "latent_rm"
-
-
-@pytest.fixture
-def latent_rm(checkpoint, tmp_path):
-    return tiny.write_latent_rm(tmp_path / "rm", checkpoint)
 
 
 @pytest.fixture
@@ -144,16 +138,16 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
     answer_ids = [adapter.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     places = [(q.id, i) for q in questions for i in range(3)]
     rows = pd.DataFrame(places, columns=["row_key", "rollout"]).assign(latent_steps=6, answer_ids=answer_ids)
-    cache, offsets = open_scores(spec, tmp_path / "cache"), score_positions(spec, rows)
-    gathered = GatheredRows(rows[["row_key", "rollout"]], SCORE_FIELDS)
+    offsets = score_positions(spec, rows)
+    cached = CachedScores(spec, tmp_path / "cache", rows[["row_key", "rollout"]], Computation())
 
     def read_latents(batch):
         found = [places.index((job.row_key, number)) for job in batch for number in job.rollouts]
         return latents[found], torch.full((len(found),), 6)
 
-    score_kept(spec, cache, gathered.missing(), offsets, read_latents)
-    cache.gather(gathered)
-    scores = reduce_scores(spec, gathered, offsets, 6)
+    score_kept(spec, cached.open(), cached.rows.missing(), offsets, read_latents)
+    cached.gather_later_ones()
+    scores = reduce_scores(spec, cached, offsets, 6)
     assert scores.prefills == ([1, 1] if positions == "correct" else [2, 2])
     model = scorer.load(device="cpu", dtype="float32")
     for row, tokens in enumerate(answer_tokens):

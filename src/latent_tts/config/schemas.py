@@ -73,6 +73,19 @@ class AskConfig(RunConfig):
 
 
 @dataclass
+class TraceConfig(RunConfig):
+    """Keys of `ltts trace`: those of `ltts run`, the questions, and what is shown of their rollouts."""
+
+    question: list[str] = MISSING
+    run: str | None = MISSING
+    against: str | None = MISSING
+    maps: list[str] = MISSING
+    top: int = MISSING
+    threshold: float = MISSING
+    directions: int = MISSING
+
+
+@dataclass
 class ScoringEngineConfig:
     """How kept rollouts are scored; the dtype is the run's."""
 
@@ -186,6 +199,22 @@ class TrainReasonerConfig:
 
 
 @dataclass
+class TrainDraftConfig:
+    """Keys of `ltts train-draft`."""
+
+    output: str = MISSING
+    updates: int = MISSING
+    batch: int = MISSING
+    lr: float = MISSING
+    valid_questions: int = MISSING
+    seed: int = MISSING
+    engine: EngineConfig = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+    sampler: Any = MISSING
+
+
+@dataclass
 class QuestionsConfig:
     """What `ltts annotate` makes where `ltts train-rm` is given no folder."""
 
@@ -281,6 +310,7 @@ class ConvertConfig:
 SCHEMAS = {
     "run": RunConfig,
     "ask": AskConfig,
+    "trace": TraceConfig,
     "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
     "replay": ReplayConfig,
@@ -288,6 +318,7 @@ SCHEMAS = {
     "probe": ProbeConfig,
     "train_reasoner": TrainReasonerConfig,
     "train_rm": TrainRMConfig,
+    "train_draft": TrainDraftConfig,
     "cache": CacheConfig,
     "collect": CollectConfig,
     "compare": CompareConfig,

@@ -15,10 +15,10 @@ SHARED_PREFIX = Computation()
 
 
 def prepare_backbone(lm: PreTrainedModel, computation: Computation = SHARED_PREFIX) -> None:
-    """Make a model's layers read shared prefixes, GPT-2's activation one kernel, and packed what can be packed.
+    """Make a model's layers read shared prefixes, run GPT-2's activation as one kernel, and pack the layers it can.
 
-    All of it is the same function; in half precision GPT-2's activation rounds once instead of after each of its eight
-    operations. A model that is computed by transformers gets back its own attention and keeps the rest.
+    None of it changes the function; in half precision GPT-2's activation rounds once instead of after each of its eight
+    operations. A model that is computed by transformers gets its own attention back, and nothing else changes.
     """
     if computation.attention == "transformers":
         use_own_attention(lm)

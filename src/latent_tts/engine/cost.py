@@ -14,12 +14,12 @@ import numpy as np
 from latent_tts.checkpoint.files import common_sizes
 from latent_tts.types import Int64
 
-Count = Any  # a number, or an array of one a rollout
+Count = Any  # a number, or an array with one per rollout
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a stretch of computing cannot do without: operations, and bytes read or written."""
+    """The operations that a part of a computation needs, and the bytes it must read or write."""
 
     flops: float
     bytes: float
@@ -27,14 +27,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine was measured to do: operations a second of matrix products, bytes a second of a copy."""
+    """What a machine was measured to do: operations per second of matrix products, bytes per second of a copy."""
 
     flops: float
     bytes: float
 
-    def floor(self, stretches: Sequence[Work]) -> float:
-        """Seconds below which no implementation gets: each stretch waits for its operations or for its bytes."""
-        return sum(max(work.flops / self.flops, work.bytes / self.bytes) for work in stretches)
+    def floor_seconds(self, parts: Sequence[Work]) -> float:
+        """The least seconds that any implementation takes: each part waits for its operations or for its bytes."""
+        return sum(max(work.flops / self.flops, work.bytes / self.bytes) for work in parts)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Shape:
     def from_config(cls, config: dict[str, Any]) -> Shape:
         """Read the sizes of GPT-2-like (`n_embd`) or Llama-like (`hidden_size`) configs.
 
-        Without `block_weights` (`checkpoint.files.sizes`), blocks are taken for dense ones as in GPT-2 or Llama.
+        Without `block_weights` (`checkpoint.files.sizes`), blocks count as dense ones, as in GPT-2 or Llama.
         """
         if "n_embd" in config:
             width = int(config["n_embd"])
@@ -85,7 +85,7 @@ class Shape:
         return self.pass_flops(prompt, 0)
 
     def repeated_flops(self, prompt: Count, passes: Sequence[tuple[int, int]]) -> Count:
-        """Operations of what a schedule runs again: (latents, latents before them) of each pass."""
+        """Operations of the passes that a schedule repeats: each has (latents, latents before them)."""
         return sum(self.pass_flops(tokens, prompt + before) for tokens, before in passes)
 
     def head_flops(self, tokens: Count) -> Count:
@@ -93,11 +93,11 @@ class Shape:
         return 2.0 * self.width * self.vocabulary * tokens
 
     def scoring_flops(self, prompt: Count, latents: Count) -> Count:
-        """Operations of scoring one rollout beyond the shared prefill: the latents, and one output at each."""
+        """Operations of scoring one rollout, without the shared prefill: its latents, and one output at each."""
         return self.pass_flops(latents, prompt) + 2.0 * self.width * latents
 
     def cache_bytes(self, tokens: int, item: int) -> int:
-        """Bytes of the keys and values of `tokens` tokens at `item` bytes a number."""
+        """Bytes of the keys and values of `tokens` tokens at `item` bytes per number."""
         return 2 * self.layers * self.keys * tokens * item
 
     def weight_bytes(self, item: int) -> int:
@@ -113,12 +113,12 @@ class Shape:
         return self.width * self.vocabulary * item
 
     def prefill_work(self, prompts_Q: Sequence[int], copies: int, item: int) -> Work:
-        """Running prompts in one pass, each `copies` times: weights are read once, keys and values written."""
+        """Work of running prompts in one pass, each `copies` times: weights are read once, keys and values written."""
         written = self.cache_bytes(sum(prompts_Q), item)
         return Work(copies * sum(map(self.prompt_flops, prompts_Q)), self.block_bytes(item) + copies * written)
 
     def scoring_work(self, prompts_Q: Sequence[int], steps_R: Int64, item: int) -> list[Work]:
-        """The prompts, then the latents of all rows (question-major) in one pass."""
+        """The work of scoring: the prompts, then the latents of all rows (question-major) in one pass."""
         prompts_R = np.repeat(prompts_Q, len(steps_R) // len(prompts_Q))
         read = self.block_bytes(item) + self.cache_bytes(sum(prompts_Q) + int(steps_R.sum()), item)
         flops = float(self.scoring_flops(prompts_R, steps_R).sum())
@@ -127,15 +127,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class RolloutCost:
-    """What the rollouts of a run go through, and what that costs.
+    """The passes of a run's rollouts, and what they cost.
 
     Attributes:
         shape: of the model.
-        latents: T, or the most of them.
+        latents: T; the maximum where rows stop by a token.
         forced: end-of-thinking tokens and the like, fed with the last latent in one pass.
-        own_prompt: whether the prompt runs once a rollout.
-        own_last: whether its last token does: its pass makes h_1, and differs where thoughts are random.
-        repeated: what a schedule runs again, see `Shape.repeated_flops`.
+        own_prompt: whether the prompt runs once per rollout.
+        own_last: whether only the last prompt token runs once per rollout: its pass makes h_1, and is random where
+            thoughts are.
+        repeated: the passes that a schedule repeats, see `Shape.repeated_flops`.
         looks_for_stop: whether the LM head runs before every latent, and once more after fewer than `latents`.
     """
 
@@ -162,7 +163,7 @@ class RolloutCost:
         own_last = latents > 0 and "thoughts" in random_phases and not own_prompt
         return cls(shape, latents, forced, own_prompt, own_last, repeated, looks_for_stop)
 
-    def once(self, prompt: int) -> float:
+    def shared_flops(self, prompt: int) -> float:
         """Operations that a question's rollouts share.
 
         Args:
@@ -170,8 +171,8 @@ class RolloutCost:
         """
         return 0.0 if self.own_prompt else self.shape.pass_flops(prompt - self.own_last, 0)
 
-    def thinking(self, prompt: Count, steps: Count) -> Count:
-        """Operations of one rollout beyond them, if it ends with its last latent, which is made but not run.
+    def thinking_flops(self, prompt: Count, steps: Count) -> Count:
+        """Operations of one rollout, without the shared ones, that ends with its last latent, made but not run.
 
         Args:
             prompt: L.
@@ -179,8 +180,8 @@ class RolloutCost:
         """
         return self.shape.pass_flops(np.maximum(steps - 1, 0), prompt) + self._beside(prompt, steps)
 
-    def rollout(self, prompt: Count, steps: Count, answer: Count) -> Count:
-        """The same with its answer.
+    def rollout_flops(self, prompt: Count, steps: Count, answer: Count) -> Count:
+        """Operations of one rollout with its answer, without the shared ones.
 
         Args:
             prompt: L.
@@ -190,23 +191,23 @@ class RolloutCost:
         suffix = self.shape.pass_flops(steps + self.forced + answer, prompt)
         return suffix + self.shape.head_flops(answer + 1) + self._beside(prompt, steps)
 
-    def checks(self, steps: Count) -> Count:
-        """How often a rollout looks whether to stop."""
+    def stop_checks(self, steps: Count) -> Count:
+        """How often a rollout checks whether to stop."""
         return np.minimum(steps + 1, self.latents) * self.looks_for_stop
 
     def _beside(self, prompt: Count, steps: Count) -> Count:
         shape = self.shape
         own = shape.prompt_flops(prompt) if self.own_prompt else shape.pass_flops(self.own_last, prompt - self.own_last)
-        return own + shape.repeated_flops(prompt, self.repeated) + shape.head_flops(self.checks(steps))
+        return own + shape.repeated_flops(prompt, self.repeated) + shape.head_flops(self.stop_checks(steps))
 
 
 @dataclass(frozen=True)
 class BatchCost:
-    """Rollouts that are drawn together, N of each of Q questions, question-major: R = Q*N rows.
+    """The cost of rollouts that are drawn together, N of each of Q questions, question-major: R = Q*N rows.
 
     Attributes:
-        passes: what each goes through.
-        item: bytes of a number.
+        passes: the passes of each rollout.
+        item: bytes per number.
         prompts_Q: L of each question.
         steps_R: latents of each row.
         answers_R: answer tokens of each row without the final eos, which is chosen too; None: no answer is decoded.
@@ -219,15 +220,15 @@ class BatchCost:
     answers_R: Int64 | None
 
     def work(self) -> list[Work]:
-        """Prefill, thoughts and answers. In each, every pass reads the weights once for all rows.
+        """The work of prefill, thoughts and answers. In each, every pass reads the weights once for all rows.
 
-        Keys and values are read once a question for its prompt (once a row if each has its own) and once a row beyond
-        it. Activations, embeddings and logits are left out: they can stay in a cache.
+        A pass reads a prompt's keys and values once per question (once per row if each row has its own), and those of
+        the suffix once per row. Activations, embeddings and logits are left out: they can stay in a cache.
         """
         shape, own_prompt = self.passes.shape, self.passes.own_prompt
         shared_Q = (self.prompts_Q - self.passes.own_last).tolist()
-        stretches = [shape.prefill_work(shared_Q, self._rollouts if own_prompt else 1, self.item), self._thoughts()]
-        return stretches if self.answers_R is None else [*stretches, self._answers(self.answers_R)]
+        parts = [shape.prefill_work(shared_Q, self._rollouts if own_prompt else 1, self.item), self._thoughts()]
+        return parts if self.answers_R is None else [*parts, self._answers(self.answers_R)]
 
     @property
     def _rollouts(self) -> int:
@@ -242,25 +243,26 @@ class BatchCost:
     def _thoughts(self) -> Work:
         passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
         prompts_R = self._prompts_R()
-        flops_R = passes.thinking(prompts_R, self.steps_R) - passes.own_prompt * shape.prompt_flops(prompts_R)
+        flops_R = passes.thinking_flops(prompts_R, self.steps_R) - passes.own_prompt * shape.prompt_flops(prompts_R)
         fed_R = np.maximum(self.steps_R - 1, 0) + own
         suffixes = (fed_R * (fed_R + 1) / 2).sum()
         suffixes += len(fed_R) * sum(before + tokens + own for tokens, before in passes.repeated)
         prompts = prompts_R if passes.own_prompt else self.prompts_Q
         prefix = self._read((prompts - own).sum())  # as one pass reads it
         read = (int(fed_R.max()) + len(passes.repeated)) * (shape.block_bytes(self.item) + prefix)
-        heads = int(passes.checks(self.steps_R).max()) * shape.head_bytes(self.item)
+        heads = int(passes.stop_checks(self.steps_R).max()) * shape.head_bytes(self.item)
         return Work(float(flops_R.sum()), read + self._read(suffixes) + heads)
 
     def _answers(self, answers_R: Int64) -> Work:
         passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
         prompts_R = self._prompts_R()
-        flops_R = passes.rollout(prompts_R, self.steps_R, answers_R) - passes.thinking(prompts_R, self.steps_R)
+        flops_R = passes.rollout_flops(prompts_R, self.steps_R, answers_R)
+        flops_R -= passes.thinking_flops(prompts_R, self.steps_R)
         first_R = own + self.steps_R + passes.forced
         suffixes = ((2 * first_R + answers_R) * (answers_R + 1) / 2).sum()
         if passes.own_prompt:
             prefixes = ((answers_R + 1) * prompts_R).sum()
-        else:  # read as long as one of its rollouts goes on
+        else:  # read until the last of its rollouts ends
             prefixes = ((answers_R.reshape(-1, self._rollouts).max(1) + 1) * (self.prompts_Q - own)).sum()
         weights = (int(answers_R.max()) + 1) * shape.weight_bytes(self.item)
         return Work(float(flops_R.sum()), weights + self._read(prefixes + suffixes))

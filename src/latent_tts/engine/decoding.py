@@ -1,8 +1,8 @@
-"""How answer tokens are chosen: the most probable one, or drawn; whatever sampler makes the latents differ.
+"""How answer tokens are chosen: the most probable one, or drawn. Every sampler of latents can be combined with it.
 
-One random number an answer token, keyed by (seed, question, rollout, step), is looked up in the cumulative distribution
-over token ids. So a draw depends on no other row, and where rounding moves two nearly equal logits past each other it
-stays what it was. (A Gumbel draw would take a number for every entry of the vocabulary.)
+Each answer token takes one random number, keyed by (seed, question, rollout, step), which is looked up in the
+cumulative distribution over token ids. So a draw depends on no other row, and stays the same where rounding swaps two
+nearly equal logits. (A Gumbel draw would take a number for every entry of the vocabulary.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class AnswerSampling:
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most probable token.
-        top_p: only the most probable tokens that together reach this share are drawn from, in (0, 1].
+        top_p: a token is drawn from the fewest most probable ones whose shares add up to this, in (0, 1].
     """
 
     temperature: float = 0.0
@@ -51,11 +51,11 @@ class AnswerSampling:
 
     @property
     def settings(self) -> dict[str, float]:
-        """What keys of caches hold; empty where nothing is drawn."""
+        """What the cache key holds; empty where nothing is drawn."""
         return {"temperature": float(self.temperature), "top_p": float(self.top_p)} if self.random else {}
 
     def over(self, sampler: Sampler) -> Sampler:
-        """A sampler of the same latents whose answer tokens are chosen so."""
+        """The sampler, with answer tokens chosen in this way."""
         return SampledAnswers(sampler, self) if self.random else sampler
 
 

@@ -22,17 +22,17 @@ class Dependencies:
     """How the latents of a rollout depend on each other.
 
     Attributes:
-        relative_TT: row t, column s: the relative change of h_t per relative change of h_s alone, directly, not by
-            latents in between; the root mean square over directions. Zero for s >= t.
-        growth: mean over directions and latents of the log of a relative perturbation of h_1 as it is passed on, per
-            latent: above 0 it grows. NaN for fewer than two latents.
+        relative_TT: row t, column s: the relative change of h_t per relative change of h_s, with the latents in between
+            held fixed; the root mean square over directions. Zero for s >= t.
+        growth: by how much the logarithm of a relative perturbation of h_1 grows per latent, the mean over directions.
+            Above 0 it grows. NaN for fewer than two latents.
     """
 
     relative_TT: Tensor
     growth: float
 
     def critical_path(self, threshold: float) -> int:
-        """Latents on the longest chain in which each depends on the one before by at least a threshold."""
+        """Latents on the longest chain in which each depends on the one before by at least `threshold`."""
         length: list[int] = []
         for row in (self.relative_TT >= threshold).tolist():
             length.append(1 + max((length[s] for s, depends in enumerate(row[: len(length)]) if depends), default=0))
@@ -40,10 +40,10 @@ class Dependencies:
 
 
 class PlainRecurrence:
-    """F of one question: all latents from those before them, as the model itself computes them."""
+    """F of one question: every latent from those before it, as the model itself computes them."""
 
     def __init__(self, reasoner: Reasoner, prompt: list[int]) -> None:
-        """Take a model with eager attention, and a prompt's token ids."""
+        """Create it from a model with eager attention and the token ids of a prompt."""
         self.reasoner = reasoner
         self.prompt_LD = reasoner.lm.get_input_embeddings()(torch.tensor(prompt, device=reasoner.lm.device)).detach()
 
@@ -68,7 +68,7 @@ def find_dependencies(recurrence: PlainRecurrence, latents_TD: Tensor, direction
     Args:
         recurrence: of its question.
         latents_TD: its latents.
-        directions: number of random directions for each latent, always the same ones.
+        directions: random directions per latent; every call takes the same ones.
     """
     total, width = latents_TD.shape
     size_T = latents_TD.norm(dim=-1)

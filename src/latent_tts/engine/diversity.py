@@ -1,4 +1,4 @@
-"""How far the latents of rollouts are from those of the rollouts before them, summed up where they are made."""
+"""How far the latents of a rollout are from those of the rollouts before it, summed on the device that makes them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ MAX_KEPT_BYTES = 1 << 26  # of sums; the oldest go first
 
 
 class DirectionSums:
-    """Sums of the directions of each question's latents: a rollout is compared with them, not with every other one.
+    """Sums of the directions of each question's latents. A rollout is compared with the sum, not with every other one.
 
-    Sums of questions that were not seen for long are dropped, so that memory does not grow with their number.
+    The sums of the questions seen longest ago are dropped, so that memory does not grow with the number of questions.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[int, Tensor]] = {}
 
     def counted(self, key: str) -> int:
-        """How many rollouts, the first ones, the sums of a question hold."""
+        """How many of a question's first rollouts its sums hold."""
         return self._sums[key][0] if key in self._sums else 0
 
     def forget(self, key: str) -> None:
-        """Begin a question anew."""
+        """Drop a question's sums."""
         self._sums.pop(key, None)
 
     def add(self, keys: list[str], latents_RTD: Tensor) -> Tensor:
-        """Compare N rollouts of each of Q questions with those before them, and take them in.
+        """Compare N rollouts of each of Q questions with those before them, and add them to the sums.
 
         Args:
             keys: of the questions; the rollouts are the next ones of each.

@@ -52,7 +52,7 @@ class Labelling:
         completions: M, completions of each prefix.
         keep_all: label every question, not only those with right and wrong rollouts.
         seed: of every random number.
-        rows: most rows of a batch.
+        rows: maximum rows per batch.
         latent_id: placeholder of a latent in the written form.
     """
 
@@ -76,7 +76,7 @@ def label(
         labelling: how many, and how they are keyed.
 
     Yields:
-        A record of each question of a batch, and how many rollouts (completions included) the batch took.
+        The records of a batch's questions, and how many rollouts (completions included) the batch took.
     """
     questions_per_batch = max(1, labelling.rows // labelling.rollouts)
     by_length = sorted(jobs, key=lambda job: (-len(job.prompt), job.index))
@@ -88,7 +88,7 @@ def label(
 def label_batch(
     jobs: Sequence[LabelJob], engine: Engine, sampler: Sampler, labelling: Labelling
 ) -> tuple[list[LabelledQuestion | UnmixedQuestion], int]:
-    """Rollouts and labels of some questions, and how many rollouts (completions included) that took."""
+    """The records of some questions, and how many rollouts (completions included) they took."""
     n, device = labelling.rollouts, engine.device
     ids = [job.question_id for job in jobs]
     numbers_QN = torch.arange(n, device=device).expand(len(jobs), n)
@@ -130,7 +130,7 @@ def label_batch(
 
 
 def completions_of(sampler: Sampler, engine: Engine, labelling: Labelling) -> int:
-    """Completions that a kept question takes: n for each prefix that something random follows, at most."""
+    """Completions of a kept question at most: M for each prefix of each rollout that something random follows."""
     prefixes = engine.plan.latents - (not _random_after_the_last(sampler, engine))
     return labelling.rollouts * prefixes * labelling.completions
 
@@ -143,7 +143,7 @@ def _random_after_the_last(sampler: Sampler, engine: Engine) -> bool:
 def _completed(
     jobs: Sequence[LabelJob], state: RolloutState, rows: np.ndarray, step: int, labelling: Labelling
 ) -> np.ndarray:
-    """Share of right completions of `rows`, each from its first `step` latents."""
+    """The share of completions that are right, for each of `rows` from its first `step` latents."""
     count, device, n = labelling.completions, state.latents_RTD.device, labelling.rollouts
     keys = torch.tensor([key_of(labelling.seed, f"{job.question_id} from {step}") for job in jobs], device=device)
     shares = np.empty(len(rows), dtype=np.float32)
@@ -166,7 +166,7 @@ def _parts(rows: np.ndarray, most: int, n: int) -> Iterator[slice]:
 
 
 def _are_right(jobs: Sequence[LabelJob], owners: np.ndarray, answers: Sequence[list[int]]) -> Bools:
-    """Which answers are right; many rows have the same one, so each is read once a question."""
+    """Which answers are right. Rows of a question often have equal answers, so each is read once."""
     seen: dict[tuple[int, tuple[int, ...]], bool] = {}
     right = np.empty(len(answers), dtype=np.bool_)
     for row, (owner, ids) in enumerate(zip(owners.tolist(), answers, strict=True)):

@@ -1,7 +1,7 @@
-"""`scorer.positions=official`: position ids as the official script makes them, for its published figures.
+"""`scorer.positions=official`: position ids as the official script makes them, to repeat its published figures.
 
-The official script gives the LatentRM the rollouts of a batch as left-padded texts without position ids, so that every
-row is moved to the right by its padding: by the tokens of the longest text of its group minus its own.
+The official script gives the LatentRM the rollouts of a question as left-padded texts without position ids. So padding
+shifts the positions of every row: by the length of the longest text of its group minus its own.
 
 Source: ModalityDance/LatentTTS at 6657f20, src/infer_gpt2_rm.py.
 """

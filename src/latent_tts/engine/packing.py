@@ -1,4 +1,4 @@
-"""Which rollouts share a batch: like counts and like prompt lengths together, at most `rows` rows."""
+"""Which rollouts share a batch: questions with equally many, prompts of similar length, at most `rows` rows."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class RolloutJob:
     """A question that still needs rollouts.
 
     Attributes:
-        row_key: what the cache calls the question.
+        row_key: the question's name in the cache.
         question_id: keys its random numbers.
         prompt: token ids.
         rollouts: numbers of the rollouts to draw, ascending.
-        donor: prompt of the question whose latents it reads, for the sampler that needs one.
+        donor: prompt of the question whose latents it uses, for the sampler that needs one.
         position_offset: added to the position ids, for scores as the official script makes them.
     """
 
@@ -48,7 +48,7 @@ def max_prompts(width: int, device: str) -> int:
 
 def row_bytes(shape: Shape, prompt: int, suffix: int, item: int, own_prompt: bool) -> int:
     """Upper estimate of one row's bytes: keys and values, activations, logits."""
-    tokens = suffix + prompt  # a batch of many questions with one rollout each has a prefix a row
+    tokens = suffix + prompt  # in a batch of many questions with one rollout each, every row has its own prefix
     activations = 16 * shape.width * (prompt if own_prompt else 1) * 4
     return shape.cache_bytes(tokens, item) + activations + 3 * 4 * shape.vocabulary
 
@@ -62,14 +62,14 @@ def rows_that_fit(rows: int, bytes_per_row: int, device: str) -> int:
 
 
 def batches(jobs: Sequence[RolloutJob], rows: int, prompts: int | None = None) -> Iterator[list[RolloutJob]]:
-    """Batches of jobs with equally many rollouts each, longest prompts first (what does not fit fails at once).
+    """Batches of jobs with equally many rollouts each, longest prompts first, so that what does not fit fails at once.
 
     Args:
         jobs: in any order.
-        rows: most rollouts of a batch.
-        prompts: most jobs of a batch; None for as many as there are rows.
+        rows: maximum rollouts per batch.
+        prompts: maximum jobs per batch; None for `rows`.
     """
-    most = rows if prompts is None else prompts
+    max_jobs = rows if prompts is None else prompts
     pieces = [
         replace(job, rollouts=job.rollouts[start : start + rows])
         for job in jobs
@@ -79,7 +79,7 @@ def batches(jobs: Sequence[RolloutJob], rows: int, prompts: int | None = None) -
     batch: list[RolloutJob] = []
     for piece in pieces:
         count = len(piece.rollouts)
-        if batch and (count != len(batch[0].rollouts) or (len(batch) + 1) * count > rows or len(batch) == most):
+        if batch and (count != len(batch[0].rollouts) or (len(batch) + 1) * count > rows or len(batch) == max_jobs):
             yield batch
             batch = []
         batch.append(piece)

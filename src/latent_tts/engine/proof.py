@@ -46,7 +46,7 @@ def prove_reasoner(reasoner: Reasoner, longest: int) -> Computation:
         longest: tokens of the longest sequence that it will run.
 
     Raises:
-        RunError: it computes the same by none of the engine's ways, or nothing finite.
+        RunError: none of the engine's ways agrees with the model, or the model's own values are not finite.
     """
     lm = reasoner.lm
     head = lm.get_output_embeddings()
@@ -72,19 +72,19 @@ def prove_reasoner(reasoner: Reasoner, longest: int) -> Computation:
 
 @torch.inference_mode()
 def prove_reward_model(model: RewardModel, longest: int) -> Computation:
-    """The same of a LatentRM's backbone, which has no LM head."""
+    """How the engine has to compute a LatentRM's backbone, which has no LM head. See `prove_reasoner`."""
     attention, reason, _, _ = _settle(model.backbone, lambda hidden: hidden, None, longest)
     return Computation(attention, "head", reason)
 
 
 @dataclass
 class _Walk:
-    """What R rows were fed after their prompts, and what came of it.
+    """What R rows were fed after their prompts, and the hidden states that this gave.
 
     Attributes:
         fed_RSD: two latents, a token, and a token that the model chose.
-        hidden_RPD: final hidden states of the last prompt token and of what was fed, and once more of the last token,
-            after it was forgotten and the rows were taken the other way round.
+        hidden_RPD: final hidden states of the last prompt token and of what was fed; then those of the last token
+            again, fed once more after a rewind and a fork that swaps the rows.
     """
 
     fed_RSD: Tensor
@@ -93,7 +93,7 @@ class _Walk:
 
 @dataclass
 class _Reference:
-    """The same vectors through the model's own forward pass, and how far another way may be off.
+    """What the model's own forward pass makes of the same vectors, and how far another way may be off.
 
     Attributes:
         hidden_RPD: as in `_Walk`.
@@ -111,14 +111,14 @@ class _Reference:
 
     @property
     def finite(self) -> bool:
-        """Whether there is anything to compare with."""
+        """Whether all hidden states are finite."""
         return bool(self.hidden_RPD.isfinite().all())
 
 
 def _settle(
     lm: PreTrainedModel, make_latent: Callable[[Tensor], Tensor], head: nn.Module | None, longest: int
 ) -> tuple[Any, str, _Walk, _Reference]:
-    """The attention that computes a model right, why it is not the shared-prefix one, and the proof of it."""
+    """The attention that computes a model right, why it is not shared-prefix attention, and the walk that proves it."""
     if getattr(lm, "_is_stateful", False):
         raise RunError(f"{type(lm).__name__} keeps a running state, which cannot be rewound or forked")
     reason, ways, problem = _seen_problem(lm, longest), ["transformers"], ""
@@ -175,13 +175,13 @@ def _walked(
 
 
 def _reference(lm: PreTrainedModel, walk: _Walk, *, with_logits: bool) -> _Reference:
-    """The same vectors through the model itself, and how far another way may be off."""
+    """Run the vectors of a walk through the model itself."""
     half = lm.dtype.itemsize < 4
     passes = []
     for kind in ("eager", "sdpa") if half else (None,):
         try:
             use_own_attention(lm, kind)
-        except ValueError:  # it has one kind alone
+        except ValueError:  # the model has only one of the two
             continue
         passes.append(_whole_sequences(lm, walk, with_logits=with_logits))
     (hidden_RPD, logits_RAV), (other_RPD, other_RAV) = passes[0], passes[-1]
@@ -259,9 +259,10 @@ def _distance(ours: Tensor, theirs: Tensor, *, typical: bool) -> float:
 
 
 def _typical_or_largest(differences: Tensor, *, typical: bool) -> float:
-    """The largest difference, infinite if one is not finite; the median where single ones may be anything.
+    """The largest difference, infinite if one is not finite; the median if `typical`.
 
-    In half precision rounding decides which expert of a mixture a token goes to where two are nearly as good.
+    Mixtures of experts in half precision take the median: where two experts are nearly equal, rounding decides which
+    one a token goes to, and single values differ by any amount.
     """
     size = differences.double().abs().nan_to_num(nan=float("inf"))
     return float(size.median() if typical else size.max())
@@ -272,10 +273,11 @@ class _Observed:
     """What a model asks of its attention function.
 
     Attributes:
-        layers: that called it.
-        arguments: what they gave besides queries, keys, values, mask and scale.
-        not_causal: whether a mask hides at the longest sequence what a causal one shows, or shows what it hides.
-        masks: how many it made.
+        longest: tokens of the longest sequence.
+        layers: those that called the function.
+        arguments: what they passed besides queries, keys, values, mask and scale.
+        not_causal: whether a mask of the longest sequence differs from a causal one.
+        masks: how many masks the model made.
     """
 
     longest: int
@@ -294,7 +296,7 @@ class _Observed:
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
 
     def mask(self, *, mask_function: Callable, use_vmap: bool = False, **arguments: Any) -> None:
-        """Look at what the first and the last token of the longest sequence attend to."""
+        """Count what the first and the last token of the longest sequence attend to."""
         self.masks += 1
         last, shown = self.longest - 1, {"batch_size": 1, "q_length": 1, "allow_is_causal_skip": False}
         for query, visible in ((0, 1), (last, self.longest)):
@@ -316,7 +318,7 @@ def _seen_problem(lm: PreTrainedModel, longest: int) -> str | None:
     try:
         lm.set_attn_implementation(OBSERVED)
         ids = torch.zeros(1, 2, dtype=torch.long, device=lm.device)
-        # with a cache, or positions would be searched for several sequences in one row
+        # with a cache: without one, transformers looks for several sequences in one row
         body(inputs_embeds=embed(ids), past_key_values=DynamicCache(), use_cache=True)
     except torch.OutOfMemoryError:
         raise

@@ -1,9 +1,9 @@
 """`engine.quantize`: the linear layers of a transformer's blocks in int8 or float8, through torchao.
 
 Embeddings, the LM head and what a family adds beside the transformer (projector, latent head) stay as they were loaded.
-A weight has one scale an output channel. int8 is of weights alone: quantised activations would turn the rounding by
-which batches differ into steps of a code, and rollouts would depend on their batch (docs/tuning.md has the figures).
-float8 multiplies quantised activations, one scale a token, so that no row's scale depends on another's.
+A weight has one scale per output channel. int8 quantises weights alone: it would enlarge the rounding by which
+activations differ between batches, and rollouts would depend on their batch (docs/tuning.md has the figures). float8
+quantises activations too, with one scale per token, so that no row's scale depends on another's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def quantize(lm: PreTrainedModel, kind: str) -> None:
     """Quantise the linear layers of a causal LM's blocks in place; GPT-2's `Conv1D` become `nn.Linear` before.
 
     Args:
-        lm: on a device that `check_device` has let pass, in bfloat16 or (`int8`) float32.
+        lm: on a device that passed `check_device`, in bfloat16 or (`int8`) float32.
         kind: `int8` or `float8`.
 
     Raises:
@@ -72,7 +72,7 @@ def quantize(lm: PreTrainedModel, kind: str) -> None:
 
 
 def as_linear(conv: Conv1D) -> nn.Linear:
-    """The same layer with its weight the other way round."""
+    """The same layer with its weight transposed."""
     linear = nn.Linear(conv.nx, conv.nf, device="meta")
     linear.weight = nn.Parameter(conv.weight.detach().t().contiguous(), requires_grad=conv.weight.requires_grad)
     linear.bias = conv.bias
@@ -80,7 +80,7 @@ def as_linear(conv: Conv1D) -> nn.Linear:
 
 
 def _check_layers(blocks: nn.Module, kind: str) -> None:
-    """Raises UsageError unless every matrix of the blocks is the weight of a linear layer of a shape that is done."""
+    """Raises UsageError unless every matrix of the blocks is the weight of a linear layer of a supported shape."""
     for name, module in blocks.named_modules():
         shapes = [tuple(weight.shape) for weight in module.parameters(recurse=False) if weight.dim() > 1]
         if shapes and type(module) is not nn.Linear:

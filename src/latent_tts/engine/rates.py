@@ -1,4 +1,4 @@
-"""What a device does at best, measured: matrix products and copies."""
+"""The best rates of a device, measured: matrix products and copies."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from latent_tts.engine.cost import Rates
 from latent_tts.engine.device import is_gpu, synchronized_seconds
 
-CPU_PRODUCT_ROWS, GPU_PRODUCT_ROWS = 512, 1 << 19  # of the products timed; a GPU's fewer from width 128 on
-GPU_PRODUCT = 1 << 33  # rows * width * width there
+CPU_PRODUCT_ROWS, GPU_PRODUCT_ROWS = 512, 1 << 19  # of the timed products
+GPU_PRODUCT = 1 << 33  # maximum rows * width * width of a GPU's product, so that it has fewer rows from width 128 on
 CPU_COPIED, GPU_COPIED = 1 << 25, 1 << 30  # bytes
-GPU_CALLS = 20  # timed together, so that launching them and waiting for the last one hardly count
+GPU_CALLS = 20  # timed together, so that launching and waiting hardly count
 
 
 @lru_cache(maxsize=8)
 def measured_rates(width: int, dtype: str, device: str) -> Rates:
-    """What the device does at best: a matrix product of a model's width, and a copy too large for small caches."""
+    """The best rates of a device: of a matrix product of a model's width, and of a copy too large for its caches."""
     on_gpu, kind = is_gpu(device), getattr(torch, dtype)
     rows = min(GPU_PRODUCT_ROWS, GPU_PRODUCT // width**2) if on_gpu else CPU_PRODUCT_ROWS
     a = torch.ones(rows, width, dtype=kind, device=device)

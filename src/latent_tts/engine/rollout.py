@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latent_tts.engine.backbone import prepare_backbone
+from latent_tts.engine.draft import DraftHead
 from latent_tts.engine.head import Choice, choose, head_of
 from latent_tts.engine.prompts import pad_prompts, split_prompts
 from latent_tts.engine.sites import SiteHooks
@@ -26,7 +27,7 @@ from latent_tts.engine.state import State, open_state
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.schedule import DRAFTED, Counts, Schedule
+from latent_tts.schedule import OF_OTHERS, Counts, Schedule, Sweep
 from latent_tts.schedule.sequential import Sequential
 from latent_tts.types import Forward, Reasoner
 
@@ -82,6 +83,7 @@ class Rollouts:
         answer_margin_R: smallest gap between the two highest logits of an answer position; NaN if none was decoded.
         stopped_R: whether the row ended by eos (otherwise by the token limit).
         sweeps_R, commits_R, conflicts_R: what the schedule counted, see `schedule.Counts`.
+        timeline: the sweeps that counted so; empty unless `Engine.keeps_timeline`.
     """
 
     latents_RTD: Tensor
@@ -93,13 +95,41 @@ class Rollouts:
     sweeps_R: Tensor
     commits_R: Tensor
     conflicts_R: Tensor
+    timeline: list[Sweep] = field(default_factory=list)
+
+
+@dataclass
+class PromptStates:
+    """Final hidden states of prompts, for a draft head.
+
+    Attributes:
+        hidden_QLD: of their tokens; of questions, or of rows whose prompts are their own.
+        lengths_Q: how many of them count: all but each prompt's last token, which makes h_1.
+    """
+
+    hidden_QLD: Tensor
+    lengths_Q: Tensor
+
+    def of_rows(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Hidden states (R, L, D) and their numbers (R), a row per rollout."""
+        copies = rows // len(self.lengths_Q)
+        return self.hidden_QLD.repeat_interleave(copies, 0), self.lengths_Q.repeat_interleave(copies)
 
 
 class Engine:
-    """Runs rollouts of one loaded model."""
+    """Runs rollouts of one loaded model.
 
-    def __init__(self, reasoner: Reasoner, plan: RolloutPlan) -> None:
-        self.reasoner, self.plan = reasoner, plan
+    Attributes:
+        reasoner: the model.
+        plan: what a rollout consists of.
+        draft: predicts latents, for a schedule whose guesses it makes.
+        keeps_timeline: whether `roll` says what each sweep did.
+    """
+
+    keeps_timeline = False
+
+    def __init__(self, reasoner: Reasoner, plan: RolloutPlan, draft: DraftHead | None = None) -> None:
+        self.reasoner, self.plan, self.draft = reasoner, plan, draft
         self.lm = reasoner.lm
         prepare_backbone(self.lm, reasoner.computation)
         self.head = head_of(reasoner)
@@ -136,15 +166,16 @@ class Engine:
         draw.donor_RTD = donor_RTD
         drafts_RTD = self._drafts(prompts, draw, sampler)
         with SiteHooks(self.lm, sampler) as hooks:
-            rollouts = RolloutState.start(self, prompts, draw, hooks)
+            rollouts = RolloutState.start(self, prompts, draw, hooks, keep_states=self.draft is not None)
             rollouts.drafts_RTD = drafts_RTD
+            rollouts.counts.timeline = [] if self.keeps_timeline else None
             rollouts.make_latents()
             return rollouts.decode_answers() if answers else rollouts.without_answers()
 
     def _drafts(self, prompts: list[list[int]], draw: Draw, sampler: Sampler) -> Tensor | None:
         """What the schedule's guesses are made of, where that is other rollouts of the questions: their latents."""
         guess = self.plan.schedule.first_guess
-        if guess not in DRAFTED:
+        if guess not in OF_OTHERS:
             return None
         rollouts = draw.rollouts_R.shape[0] // len(prompts)
         first = torch.arange(0, draw.rollouts_R.shape[0], rollouts, device=draw.rollouts_R.device)
@@ -272,6 +303,7 @@ class RolloutState:
         steps_R: latents of each row.
         counts: what the schedule has counted so far.
         drafts_RTD: latents that guesses are made of, where the schedule's are.
+        prompt_states: see `PromptStates`; None where they are not kept.
     """
 
     def __init__(
@@ -290,8 +322,9 @@ class RolloutState:
         """Take what `start` or `fork` has prepared; `own_last` says whether the last prompt token is each row's own."""
         self.engine, self.draw, self.latents_RTD, self.steps_R = engine, draw, latents_RTD, steps_R
         self.step, self.thinking_R = step, thinking_R
-        self.counts = Counts(*(torch.zeros_like(steps_R) for _ in range(3)))
+        self.counts = Counts(torch.zeros_like(steps_R), torch.zeros_like(steps_R), torch.zeros_like(steps_R))
         self.drafts_RTD: Tensor | None = None
+        self.prompt_states: PromptStates | None = None
         self._plan, self._lm, self._hooks, self._state = engine.plan, engine.lm, hooks, state
         self._embed: Callable[[Tensor], Tensor] = self._lm.get_input_embeddings()
         self._own_last = own_last
@@ -303,7 +336,9 @@ class RolloutState:
         draw.keeps_normals = not engine.plan.schedule.stepwise  # each sweep asks for a latent's noise again
 
     @classmethod
-    def start(cls, engine: Engine, prompts: list[list[int]], draw: Draw, hooks: SiteHooks) -> RolloutState:
+    def start(
+        cls, engine: Engine, prompts: list[list[int]], draw: Draw, hooks: SiteHooks, *, keep_states: bool = False
+    ) -> RolloutState:
         """Run Q prompts for R = Q*N rows.
 
         Args:
@@ -311,6 +346,7 @@ class RolloutState:
             prompts: Q lists of token ids, none empty.
             draw: random numbers of the R rows, question-major.
             hooks: the sampler's.
+            keep_states: whether `prompt_states` are kept.
         """
         layout = Layout.of(engine.plan, hooks.sampler, len(prompts), draw.rollouts_R.shape[0])
         state = open_state(
@@ -322,17 +358,17 @@ class RolloutState:
         )
         rows = unstarted_rows(engine, layout.rows)
         self = cls(engine, hooks, state, draw, step=0, own_last=layout.own_last, **rows)
-        self._run_prompts(prompts)
+        self._run_prompts(prompts, keep_states=keep_states)
         return self
 
-    def _run_prompts(self, prompts: list[list[int]]) -> None:
+    def _run_prompts(self, prompts: list[list[int]], *, keep_states: bool = False) -> None:
         """Run the prompts, all but the last token of each where that is each row's own."""
         rows = self.latents_RTD.shape[0]
         prefixes = rows // self._state.rollouts
         shared = [
             prompt[:-1] if self._own_last else prompt for prompt in prompts for _ in range(prefixes // len(prompts))
         ]
-        last_PD = self._prefill(shared)
+        last_PD = self._prefill(shared, keep_states=keep_states)
         if self._own_last:
             ids = torch.tensor([prompt[-1] for prompt in prompts], device=last_PD.device)
             self._pending_RSD = self._embed(ids.repeat_interleave(rows // len(prompts)))[:, None]
@@ -417,13 +453,28 @@ class RolloutState:
         elif what == "zero":
             self.latents_RTD[:, start:stop] = 0
         else:
+            if what == "draft" and self.drafts_RTD is None:
+                self.drafts_RTD = self._predict_latents()
             assert self.drafts_RTD is not None
-            own_noise = what == "greedy" and not self._hooks.sampler.needs_spread
+            own_noise = what != "sibling" and not self._hooks.sampler.needs_spread
+            if what == "draft" and start == 0:
+                self.latents_RTD[:, 0] = self.drafts_RTD[:, 0]
+                start = 1
             for step in range(start, stop):
                 draft_RD = self.drafts_RTD[:, step]
                 self.latents_RTD[:, step] = (
                     self._hooks.sampler.latent(draft_RD, self.draw, step) if own_noise else draft_RD
                 )
+
+    def _predict_latents(self) -> Tensor:
+        """h_1, with its noise, and what the draft head predicts of the others (R, T, D)."""
+        assert self.engine.draft is not None
+        assert self.prompt_states is not None
+        first_R1D, _ = self.compute(0, 1)
+        self.counts.sweeps_R += not self.first_is_free
+        prompt_RLD, lengths_R = self.prompt_states.of_rows(len(first_R1D))
+        predicted = self.engine.draft(first_R1D[:, 0], prompt_RLD, lengths_R)
+        return torch.cat([first_R1D, predicted.to(first_R1D.dtype)], 1)
 
     def compute(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Make latents first..stop-1 from those before them as they are now. See `LatentSequence.compute`."""
@@ -521,7 +572,7 @@ class RolloutState:
         counts = Counts.of_steps(steps_R) if self._plan.schedule.stepwise else self.counts
         return Rollouts(
             self.latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
-            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(),
+            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(), counts.timeline or [],
         )  # fmt: skip
 
     def _drop_finished(
@@ -542,15 +593,20 @@ class RolloutState:
 
     # --- passes
 
-    def _prefill(self, prompts: list[list[int]]) -> Tensor:
+    def _prefill(self, prompts: list[list[int]], *, keep_states: bool) -> Tensor:
         """Run the prompts; returns the hidden state (prompts, D) of each one's last token."""
         ids_QL, lengths_Q = pad_prompts(prompts, self.engine.device)
+        if keep_states:
+            kept_QLD = self.latents_RTD.new_zeros(*ids_QL.shape, self.engine.width)
+            self.prompt_states = PromptStates(kept_QLD, lengths_Q if self._own_last else lengths_Q - 1)
         if ids_QL.shape[1] == 0:  # prompts of one token that belongs to the rollouts
             return self._state.prefill(self._embed(ids_QL), lengths_Q).sum(1)
         last = []
         for piece, longest in split_prompts(list(map(len, prompts)), lengths_Q.device.type):
             self._hooks.set_pass(self.draw.rows(piece), Forward("prompt", 0, longest))
             hidden_QLD = self._state.prefill(self._embed(ids_QL[piece, :longest]), lengths_Q[piece])
+            if self.prompt_states is not None:
+                self.prompt_states.hidden_QLD[piece, :longest] = hidden_QLD
             ends = (lengths_Q[piece] - 1).clamp(min=0)
             last.append(hidden_QLD[torch.arange(len(ends), device=ends.device), ends])
         return torch.cat(last)

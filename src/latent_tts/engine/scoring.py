@@ -1,4 +1,4 @@
-"""Scores of latents: a LatentRM over the same layout as rollouts, one prefix a question and a short suffix a rollout.
+"""Scores of latents: a LatentRM over the layout of rollouts, one prefix per question and a short suffix per rollout.
 
 A step score is the classifier's output at a latent's position. It depends on the prompt and on the latents up to that
 one alone, never on the answer, on other rows or on how many latents come in one pass.

@@ -96,7 +96,7 @@ class AnnotationSpec:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that determines an annotation besides its question."""
+        """Everything that determines an annotation besides its question, and how the loaded model is computed."""
         adapter, engine = self.adapter, self.engine
         return {
             "format": FORMAT,
@@ -170,7 +170,7 @@ def _wait_for_first_process(spec: AnnotationSpec, wanted: set[str]) -> None:
     while True:
         if (spec.output / SETTINGS).is_file():
             folder = AnnotationFolder(spec.output, key="output") if any(spec.output.glob("*.parquet")) else None
-            if folder is not None and folder.complete and folder.settings == settings and wanted <= folder.present():
+            if folder is not None and folder.complete and folder.made_with(settings) and wanted <= folder.present():
                 return
         if os.getppid() != launcher:
             raise RunError(f"process 0 ended before {spec.output} was complete; re-run the command to resume")
@@ -206,6 +206,7 @@ def _label(
     labelling = Labelling(spec.n, spec.completions, spec.keep == "all", spec.seed, rows, adapter.latent_id)
     plan = rollout_plan(adapter, spec.max_answer_tokens)
     engine = Engine(load_reasoner(adapter, spec.engine, device, longest=longest + suffix), plan)
+    folder.settle_computation(engine.reasoner.computation.way)
     per_question = completions_of(sampler, engine, labelling)
     log.info(
         "%d questions to annotate: n=%d rollouts each, and at most %d completions of their %d prefixes for each that "

@@ -24,12 +24,13 @@ from torch import Tensor
 from latent_tts.engine.cost import BatchCost, Rates, Shape, Work
 from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
 from latent_tts.engine.diversity import DirectionSums
+from latent_tts.engine.draft import load_draft
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes
 from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import LESS_MEMORY, RunError, computing
-from latent_tts.pipeline.keys import latents_key, score_key
+from latent_tts.pipeline.keys import chosen_by_scores, latents_key, score_key
 from latent_tts.pipeline.models import (
     find_device,
     load_reasoner,
@@ -56,7 +57,7 @@ from latent_tts.results.cache import (
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import PartWriter, ragged, runs_of
 from latent_tts.results.run_folder import LatentsFile
-from latent_tts.types import Reasoner
+from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
 Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
@@ -67,6 +68,19 @@ _directions = DirectionSums()  # of the questions drawn last, for their next rou
 def load(spec: RunSpec) -> Reasoner:
     """The model of a run, loaded and proven; it is kept for the next call."""
     return load_reasoner(spec.adapter, spec.engine, find_device(spec.engine), longest=spec.longest_sequence)
+
+
+def load_scorer_of(spec: RunSpec) -> RewardModel:
+    """The scorer of a run, the same way."""
+    assert spec.scorer is not None
+    longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
+    return load_scorer(spec.scorer, spec.engine.dtype, find_device(spec.engine), longest=longest)
+
+
+def find_computations(spec: RunSpec) -> tuple[Computation, Computation | None]:
+    """How the models that determine a run's rollouts are computed; see `keys.computations`. Loads them."""
+    scoring = load_scorer_of(spec).computation if chosen_by_scores(spec) else None
+    return load(spec).computation, scoring
 
 
 def draw(
@@ -256,7 +270,9 @@ class Drawer:
         """The loaded reasoner."""
         spec = self.spec
         plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-        return open_engine(load(spec), plan, spec.engine)
+        reasoner = load(spec)
+        draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
+        return open_engine(reasoner, plan, spec.engine, draft)
 
     @cached_property
     def scorer(self) -> BatchScorer:
@@ -266,7 +282,7 @@ class Drawer:
     @cached_property
     def _latents(self) -> str:
         """What determines the latents of the run."""
-        return settings_digest(latents_key(self.spec, self.engine.reasoner.computation))
+        return settings_digest(latents_key(self.spec, *find_computations(self.spec)))
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
         """Pack jobs into batches, the runs of a question in order."""
@@ -363,6 +379,8 @@ class Drawer:
         spec, number, longest = self.spec, self.spec.engine.bytes_per_number, max(len(job.prompt) for job in jobs)
         suffix = reserved_positions(spec.adapter, spec.max_answer_tokens)
         own = row_bytes(spec.shape, longest, suffix, number, self.own_prompt)
+        if spec.draft is not None:
+            own += 4 * longest * spec.shape.width  # its copy of the prompt's states
         if not self._scored and not spec.search.guided:
             return own
         assert spec.scorer is not None
@@ -378,8 +396,10 @@ class Drawer:
         """Operations of a job whose answers are as long as allowed."""
         spec, passes, latents, prompt = self.spec, self.spec.passes, self.spec.adapter.latents, len(job.prompt)
         chosen = spec.max_answer_tokens - len(spec.forced_ids)
-        per_rollout = passes.rollout(prompt, latents, chosen) if answers else passes.thinking(prompt, latents)
-        return passes.once(prompt) + self.grown(job) * per_rollout
+        per_rollout = (
+            passes.rollout_flops(prompt, latents, chosen) if answers else passes.thinking_flops(prompt, latents)
+        )
+        return passes.shared_flops(prompt) + self.grown(job) * per_rollout
 
     def progress(self, bar: report.ProgressBar, *, answers: bool) -> BatchProgress:
         """What moves a bar while batches are drawn."""
@@ -442,13 +462,13 @@ class BatchScorer:
     @cached_property
     def model(self) -> LatentScorer:
         """The loaded model."""
-        longest = max(map(len, self._spec.prompts.values())) + self._spec.adapter.latents
-        return LatentScorer(load_scorer(self._scorer, self._spec.engine.dtype, self._device, longest=longest))
+        return LatentScorer(load_scorer_of(self._spec))
 
     @cached_property
     def digest(self) -> str:
         """What `cache.SCORED_BY` says of its scores."""
-        return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n))
+        computation = self.model.model.computation
+        return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n, computation))
 
     def score(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, steps_R: Tensor) -> Columns:
         """The columns `cache.SCORE_FIELDS` of a batch, with its latents (zeros where a row has none).
@@ -558,6 +578,6 @@ def _measured(started: float, device: torch.device, rows: int) -> Columns:
     return {"seconds": seconds, "peak_memory_bytes": peak_bytes(device), "device": device.type, "rows": rows}
 
 
-def _shares(stretches: Sequence[Work], rates: Rates, rows: int) -> Columns:
-    """A row's share of what a batch cannot do without."""
-    return {"floor_seconds": rates.floor(stretches) / rows, "bytes": sum(work.bytes for work in stretches) / rows}
+def _shares(parts: Sequence[Work], rates: Rates, rows: int) -> Columns:
+    """A row's share of a batch's least seconds, and of the bytes that it must read or write."""
+    return {"floor_seconds": rates.floor_seconds(parts) / rows, "bytes": sum(work.bytes for work in parts) / rows}

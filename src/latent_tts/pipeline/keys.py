@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import DRAWING, PACKAGE, SCORING, code_digests
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer import Scorer
-from latent_tts.types import Computation
+from latent_tts.types import COMPUTATIONS, SCORING_COMPUTATIONS, Computation
 
 FORMAT = 3  # of cache entries; those of others are not read
 # part of every cache key: raised when the same settings give other rollouts, for a reason that is not in their code
@@ -28,12 +29,13 @@ NO_PART = {
 }
 
 
-def rollout_key(spec: RunSpec, computation: Computation) -> dict[str, Any]:
+def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | None) -> dict[str, Any]:
     """Everything that determines a rollout besides its question and number; for a search also its scorer.
 
     Args:
         spec: the run.
         computation: how the loaded model is computed.
+        scoring: how the loaded scorer is computed; None unless the rollouts are chosen by scores.
 
     Raises:
         UsageError: a field of the model has a value that cannot be told from another.
@@ -48,16 +50,19 @@ def rollout_key(spec: RunSpec, computation: Computation) -> dict[str, Any]:
         "sampler": spec.config["sampler"],
         "seed": spec.seed,
         "schedule": spec.schedule.key,
+        **({"draft": spec.draft.digest} if spec.draft is not None else {}),
         "dtype": spec.engine.dtype,
         "max_answer_tokens": spec.max_answer_tokens,
         **({"answer": spec.answers.settings} if spec.answers.random else {}),
         **({"forced_ids": spec.forced_ids} if spec.forced_ids else {}),
         **({"quantize": spec.engine.quantize} if spec.engine.quantize is not None else {}),
     }
-    if spec.search.survivors is None or spec.scorer is None:
+    if not chosen_by_scores(spec):
         return key
-    scored_by = {"scorer": score_key(spec.scorer, spec.engine.dtype, spec.n), "reduce": spec.scorer.reduction}
-    return key | {"search": spec.config["search"], **scored_by}
+    assert spec.scorer is not None
+    assert scoring is not None
+    scored_by = score_key(spec.scorer, spec.engine.dtype, spec.n, scoring)
+    return key | {"search": spec.config["search"], "scorer": scored_by, "reduce": spec.scorer.reduction}
 
 
 def is_current(key: Mapping[str, Any]) -> bool:
@@ -66,11 +71,21 @@ def is_current(key: Mapping[str, Any]) -> bool:
     return key.get("format") == FORMAT and own.get(PACKAGE) == code_digests([], [], DRAWING)[PACKAGE]
 
 
-def latents_key(spec: RunSpec, computation: Computation) -> dict[str, Any]:
+def latents_key(spec: RunSpec, computation: Computation, scoring: Computation | None) -> dict[str, Any]:
     """The same for latents without answers, which nothing about answers determines."""
     about_answers = ("max_answer_tokens", "answer", "forced_ids")
-    key = {name: value for name, value in rollout_key(spec, computation).items() if name not in about_answers}
-    return key | {"answers": "none"}
+    key = rollout_key(spec, computation, scoring)
+    return {name: value for name, value in key.items() if name not in about_answers} | {"answers": "none"}
+
+
+def computations(spec: RunSpec) -> list[tuple[Computation, Computation | None]]:
+    """The ways in which the models that determine a run's rollouts may be computed: the reasoner, a guiding scorer."""
+    return list(product(COMPUTATIONS, SCORING_COMPUTATIONS if chosen_by_scores(spec) else [None]))
+
+
+def chosen_by_scores(spec: RunSpec) -> bool:
+    """Whether a scorer has a say in which rollouts a run has."""
+    return spec.search.survivors is not None and spec.scorer is not None
 
 
 def model_key(adapter: ModelAdapter) -> dict[str, Any]:
@@ -89,10 +104,14 @@ def model_key(adapter: ModelAdapter) -> dict[str, Any]:
     }
 
 
-def score_key(scorer: Scorer, dtype: str, n: int) -> dict[str, Any]:
+def score_key(scorer: Scorer, dtype: str, n: int, computation: Computation) -> dict[str, Any]:
     """Everything that determines a rollout's step scores besides the rollout.
 
-    With official positions the other rollouts of its question do too, so n is part of the key.
+    Args:
+        scorer: the scorer.
+        dtype: that it is computed in.
+        n: rollouts of each question; with official positions the others of its question determine a score, too.
+        computation: how the loaded scorer is computed.
 
     Raises:
         UsageError: a field of the scorer has a value that cannot be told from another.
@@ -100,6 +119,7 @@ def score_key(scorer: Scorer, dtype: str, n: int) -> dict[str, Any]:
     key = {
         "format": FORMAT,
         "semantics": SCORING_SEMANTICS,
+        "computation": computation.attention,
         "checkpoint": scorer.digest,
         "scorer": f"{type(scorer).__module__}.{type(scorer).__qualname__}",
         "fields": own_fields("scorer", scorer),

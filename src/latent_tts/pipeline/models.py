@@ -14,6 +14,7 @@ import torch
 
 from latent_tts.engine import quantization
 from latent_tts.engine.cost import Shape
+from latent_tts.engine.draft import DraftHead
 from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
@@ -144,14 +145,18 @@ def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, dev
     return rows
 
 
-def open_engine(reasoner: Reasoner, plan: RolloutPlan, settings: EngineSettings) -> Engine:
+def open_engine(
+    reasoner: Reasoner, plan: RolloutPlan, settings: EngineSettings, draft: DraftHead | None = None
+) -> Engine:
     """An engine that replays CUDA graphs where it can and `engine.graph` allows it.
+
+    A schedule that guesses decides on the way what it computes, so there are none where a draft head is given.
 
     Raises:
         RunError: `engine.graph=on`, and the model cannot be replayed.
     """
-    if reasoner.lm.device.type != "cuda" or settings.graph == "off":
-        return Engine(reasoner, plan)
+    if reasoner.lm.device.type != "cuda" or settings.graph == "off" or not plan.schedule.stepwise:
+        return Engine(reasoner, plan, draft)
     return GraphEngine(reasoner, plan, needed=settings.graph == "on")
 
 

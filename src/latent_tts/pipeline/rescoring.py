@@ -1,4 +1,4 @@
-"""The rollouts of a completed run, to be scored by another scorer."""
+"""`ltts rescore`: the rollouts of a completed run, scored by another scorer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import pandas as pd
 from latent_tts.errors import RunError, UsageError, bad_value
 from latent_tts.pipeline.keys import rollout_key
 from latent_tts.pipeline.rollouts import CachedRollouts, RunRollouts, about, entries, gather_rollouts
-from latent_tts.pipeline.scores import open_scores, reduce_scores, score_positions
+from latent_tts.pipeline.scores import cached_scores, reduce_scores, score_positions, settle_scores
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results.cache import MEASURED, SCORE_FIELDS, RolloutCache
-from latent_tts.results.parts import GatheredRows
+from latent_tts.results.cache import MEASURED, RolloutCache
 from latent_tts.results.run_folder import LATENTS, RUN_JSON, KeptLatents, is_complete, read_run_json
 from latent_tts.results.run_folder import (
     read_rollouts as read_rollout_table,
@@ -34,41 +33,50 @@ NEEDED = {
 }
 
 
-def read_record(source: Path) -> dict[str, Any]:
+def read_run(source: Path) -> dict[str, Any]:
     """The `run.json` of a run folder.
 
     Raises:
-        UsageError: there is none, it is damaged, or its rollouts cannot be scored by others.
+        UsageError: there is none, or it is damaged.
     """
     if not is_complete(source):
-        raise bad_value("run", source, f"no {RUN_JSON} there: the folder of a run that completed is wanted")
-    record = read_run_json(source, NEEDED)
+        raise bad_value("run", source, f"must be the folder of a completed run, which has a {RUN_JSON}")
+    return read_run_json(source, NEEDED)
+
+
+def read_record(source: Path) -> dict[str, Any]:
+    """The `run.json` of a run folder whose rollouts can be scored by others.
+
+    Raises:
+        UsageError: there is none, it is damaged, or its rollouts cannot be scored by another scorer.
+    """
+    record = read_run(source)
     if record["config"]["answer"]["decode"] == "winners":
         raise bad_value(
-            "run", source, "it decoded only its own scorer's winners (answer.decode=winners); others have no answers"
+            "run", source, "it decoded only the picks of its own scorer (answer.decode=winners); others have no answers"
         )
     return record
 
 
 def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
-    """Check that a run can be scored as its record says that it was drawn.
+    """Check that a run's rollouts can be scored by another scorer.
 
     Raises:
-        UsageError: there is no scorer for it, its own scorer chose its rollouts, or its checkpoint has changed.
+        UsageError: a scorer is missing; a search or a budget chose the rollouts; or the checkpoint has changed.
     """
     if spec.search.survivors is not None:
-        raise bad_value("run", source, f"its rollouts are those that its own scorer chose (search={spec.search.name})")
+        raise bad_value("run", source, f"its own scorer chose its rollouts (search={spec.search.name})")
     if spec.budget.adaptive:
-        raise bad_value("run", source, f"its rollouts are those that budget={spec.budget.name} asked for, one by one")
+        raise bad_value("run", source, f"its questions have different numbers of rollouts (budget={spec.budget.name})")
     if spec.scorer is None:
         raise bad_value(
-            "scorer", "auto", "the model's own was trained for other weights; name one, as in scorer.checkpoint=FOLDER"
+            "scorer", "auto", "the model's LatentRM was trained for other weights; choose one: scorer.checkpoint=FOLDER"
         )
     check_weights(spec, source, record)
 
 
 def check_weights(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
-    """Check that the checkpoint is the one that a run was drawn from.
+    """Check that the checkpoint is the one that drew a run.
 
     Raises:
         UsageError: it has changed since.
@@ -81,7 +89,7 @@ def check_weights(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> Non
 
 
 def rescore_rollouts(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunRollouts:
-    """The run's rollouts as the cache or its folder has them, scored.
+    """Score the rollouts of a run, which are read from the cache or from the run's folder.
 
     Args:
         spec: the run.
@@ -89,8 +97,8 @@ def rescore_rollouts(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> 
         record: its `run.json`.
 
     Raises:
-        UsageError: neither has them.
-        RunError: the questions are not those of the run, or a failure while scoring.
+        UsageError: neither has the rollouts.
+        RunError: the questions are not those of the run, or scoring failed.
     """
     wanted = spec.wanted()
     if any(CachedRollouts.read(spec, cache, wanted, scored=False).complete for cache in entries(spec)):
@@ -98,17 +106,17 @@ def rescore_rollouts(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> 
     if not (source / LATENTS).is_file():
         raise bad_value(
             "run", source,
-            f"its rollouts are not in the cache {spec.cache}, nor their latents in {LATENTS}\n"
-            "the run's own command draws them again; with keep_latents=true they stay in the run folder",
+            f"its rollouts are not in the cache {spec.cache}, and its latents are not in {LATENTS}\n"
+            "re-run the run's command to draw them again; keep_latents=true keeps latents in the run folder",
         )  # fmt: skip
     kept = read_rollout_table(source)
     ids = [question.id for question in spec.questions for _ in range(spec.n)]
     if list(kept["question_id"]) != ids:
-        raise RunError(f"run={source}: its questions are not those of its task any more")
-    # what was measured when they were drawn is not kept beside the tables
+        raise RunError(f"run={source}: the questions of its task have changed since that run")
+    # a run folder does not have what was measured when rollouts were drawn
     found = kept.assign(row_key=wanted["row_key"], **dict.fromkeys(MEASURED, np.nan))
     way = next((each for each in COMPUTATIONS if each.way.items() <= record.items()), Computation())
-    cache = RolloutCache(spec.cache, rollout_key(spec, way), about(spec))
+    cache = RolloutCache(spec.cache, rollout_key(spec, way, None), about(spec))
     return _score_kept(spec, cache, found, KeptLatents(source, len(kept)))
 
 
@@ -117,7 +125,7 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
     import torch
 
     from latent_tts.engine.diversity import DirectionSums
-    from latent_tts.pipeline.drawing import score_kept
+    from latent_tts.pipeline.drawing import load_scorer_of, score_kept
 
     n, steps_R = spec.n, rows["latent_steps"].to_numpy()
     first = {spec.row_key(question): place * n for place, question in enumerate(spec.questions)}
@@ -127,13 +135,14 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
         steps = np.concatenate([steps_R[row : row + count] for row, count in begins])
         return torch.cat([latents.rows(row, count) for row, count in begins]), torch.from_numpy(steps)
 
-    offsets, scores = score_positions(spec, rows), GatheredRows(spec.wanted(), SCORE_FIELDS)
-    score_cache = open_scores(spec, cache.folder)
-    score_cache.gather(scores)
-    lacking = scores.missing()
+    offsets, candidates = score_positions(spec, rows), cached_scores(spec, cache.folder, spec.wanted())
+    for each in candidates:
+        each.gather_later_ones()
+    scores = settle_scores(candidates, lambda: load_scorer_of(spec).computation)
+    lacking = scores.rows.missing()
     if len(lacking):
-        score_kept(spec, score_cache, lacking, offsets, read_latents)
-        score_cache.gather(scores)
+        score_kept(spec, scores.open(), lacking, offsets, read_latents)
+        scores.gather_later_ones()
     compared = [DirectionSums().add([key], latents.rows(row, n)).numpy() for key, row in first.items()]
     beyond_RT = np.arange(spec.adapter.latents) >= steps_R[:, None]
     dissimilarity_RT = np.where(beyond_RT, np.float32(np.nan), np.concatenate(compared))

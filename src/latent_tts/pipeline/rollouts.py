@@ -13,18 +13,25 @@ import pandas as pd
 
 from latent_tts.budget import Tally, is_adaptive, play
 from latent_tts.errors import RunError
-from latent_tts.pipeline.keys import latents_key, rollout_key
+from latent_tts.pipeline.keys import computations, latents_key, rollout_key
 from latent_tts.pipeline.rounds import Outcome, Tallying, with_counts
-from latent_tts.pipeline.scores import Scores, open_scores, reduce_scores, score_positions
+from latent_tts.pipeline.scores import (
+    CachedScores,
+    Scores,
+    cached_scores,
+    reduce_scores,
+    score_positions,
+    settle_scores,
+)
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, SCORE_FIELDS, RolloutCache, ScoreCache
+from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, RolloutCache
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import LatentsFile
-from latent_tts.types import COMPUTATIONS, Computation, Float32, Int64
+from latent_tts.types import Computation, Float32, Int64
 
 log = logging.getLogger(__name__)
-KeyOf: TypeAlias = Callable[[RunSpec, Computation], Mapping[str, Any]]
+KeyOf: TypeAlias = Callable[[RunSpec, Computation, Computation | None], Mapping[str, Any]]
 
 ANSWER_COLUMNS = ["answer_ids", "answer_logprob", "answer_margin", "stop_reason"]
 
@@ -151,9 +158,9 @@ def gather_rollouts(
         if found[cache.folder].complete:
             break
     else:
-        from latent_tts.pipeline.drawing import load
+        from latent_tts.pipeline.drawing import find_computations
 
-        cache = RolloutCache(spec.cache, key_of(spec, load(spec).computation), about(spec))
+        cache = RolloutCache(spec.cache, key_of(spec, *find_computations(spec)), about(spec))
     cached = found.get(cache.folder) or CachedRollouts.read(spec, cache, wanted, scored=scored)
     cached.log_found()
     if latents is None:
@@ -169,30 +176,25 @@ class CachedRollouts:
     Attributes:
         cache: the entry.
         rows: the rollouts.
-        score_cache: of their scores; None without a scorer.
-        scores: the scores.
+        scores: of them, for each way to compute the scorer; none without a scorer.
     """
 
     cache: RolloutCache
     rows: GatheredRows
-    score_cache: ScoreCache | None
-    scores: GatheredRows
+    scores: list[CachedScores]
 
     @classmethod
     def read(cls, spec: RunSpec, cache: RolloutCache, wanted: pd.DataFrame, *, scored: bool) -> CachedRollouts:
         """Read what is there."""
-        score_cache = open_scores(spec, cache.folder) if scored and spec.scorer is not None else None
-        rows, scores = GatheredRows(wanted, ROLLOUT_FIELDS), GatheredRows(wanted, SCORE_FIELDS)
-        self = cls(cache, rows, score_cache, scores)
+        scores = cached_scores(spec, cache.folder, wanted) if scored and spec.scorer is not None else []
+        self = cls(cache, GatheredRows(wanted, ROLLOUT_FIELDS), scores)
         self._read()
         return self
 
     def _read(self) -> None:
-        if self.score_cache is None:
-            self.cache.gather(self.rows)
-            return
-        self.cache.gather(self.rows, self.scores, self.score_cache.folder.name)
-        self.score_cache.gather(self.scores)
+        self.cache.gather(self.rows, {scores.digest: scores.rows for scores in self.scores})
+        for scores in self.scores:
+            scores.gather_later_ones()
 
     @property
     def complete(self) -> bool:
@@ -201,13 +203,24 @@ class CachedRollouts:
 
     def log_found(self) -> None:
         """Say what is there."""
-        told = [(self.rows, f"in the cache {self.cache.folder}")]
-        if self.score_cache is not None:
-            told.append((self.scores, f"scored in the cache {self.score_cache.folder}"))
+        told = [(self.rows, "in the cache"), *((scores.rows, "scored in the cache") for scores in self.scores)]
         for rows, where in told:
             there = len(rows.wanted) - len(rows.missing())
             if there:
-                log.info("%d of %d rollouts are %s", there, len(rows.wanted), where)
+                log.info("%d of %d rollouts are %s %s", there, len(rows.wanted), where, self.cache.folder)
+
+    def _settled_scores(self, spec: RunSpec) -> CachedScores | None:
+        """The scores of the run; those of other ways to compute the scorer are put away."""
+        if not self.scores:
+            return None
+
+        def computation() -> Computation:
+            from latent_tts.pipeline.drawing import load_scorer_of
+
+            return load_scorer_of(spec).computation
+
+        self.scores = [settle_scores(self.scores, computation)]
+        return self.scores[0]
 
     def complete_with(
         self,
@@ -218,30 +231,33 @@ class CachedRollouts:
         dissimilarity: Mapping[tuple[str, int], np.ndarray] | None,
     ) -> RunRollouts:
         """Draw and score what is missing; see `gather_rollouts`."""
-        scorer = spec.scorer if self.score_cache is not None else None
-        lacking, unscored = self.rows.missing(), len(self.scores.missing())
+        lacking, scores, unscored = self.rows.missing(), self._settled_scores(spec), 0
+        if scores is not None:
+            unscored = len(scores.rows.missing())
         if len(lacking):
             from latent_tts.pipeline.drawing import draw
 
-            at_once = scorer is not None and scorer.positions == "correct"  # official ones need all answers first
+            # official positions need all answers first
+            at_once = scores is not None and spec.scorer is not None and spec.scorer.positions == "correct"
             draw(spec, self.cache, lacking, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept)
             self._read()
         if len(gone := self.rows.missing()):
             where = f"the cache {self.cache.folder}; re-run the command to draw them"
             raise RunError(f"{len(gone)} rollouts are missing from {where}")
         rows = self.rows.frame()
-        offsets = {} if scorer is None else score_positions(spec, rows)
-        to_score = self.scores.missing() if scorer is not None else lacking.iloc[:0]
+        offsets = {} if scores is None else score_positions(spec, rows)
+        to_score = scores.rows.missing() if scores is not None else lacking.iloc[:0]
         to_keep = self.rows.wanted.drop(lacking.index) if kept is not None else lacking.iloc[:0]
         if len(to_score) or len(to_keep):
             from latent_tts.pipeline.drawing import think_again
 
-            think_again(spec, self.score_cache, to_score, offsets, to_keep, kept)
+            score_cache = scores.open() if scores is not None else None
+            think_again(spec, score_cache, to_score, offsets, to_keep, kept)
             self._read()
         return RunRollouts(
             rows=rows,
             dissimilarity_RT=self.rows.padded("dissimilarity"),
-            scores=None if scorer is None else reduce_scores(spec, self.scores, offsets, unscored),
+            scores=None if scores is None else reduce_scores(spec, scores, offsets, unscored),
             cache=self.cache,
             drawn_now=lacking["row_key"].nunique() * spec.n if spec.search.guided else len(lacking),
         )
@@ -278,8 +294,8 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
 
 def entries(spec: RunSpec, key_of: KeyOf = rollout_key) -> Iterator[RolloutCache]:
     """The cache entries of a run's rollouts that are there, one per way to compute them."""
-    for computation in COMPUTATIONS:
-        key = key_of(spec, computation)
+    for ways in computations(spec):
+        key = key_of(spec, *ways)
         if (spec.cache / settings_digest(key)).is_dir():
             yield RolloutCache(spec.cache, key, about(spec))
 

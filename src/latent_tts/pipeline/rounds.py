@@ -95,15 +95,17 @@ class Tallying:
         return score_N / temperature, None if bounds is None else bounds[1] / temperature
 
     def _gflop(self, place: int, steps_N: Int64, tokens_N: Int64) -> tuple[float, Float64]:
-        """GFLOP that a question costs once, and what each rollout adds."""
+        """The GFLOP that a question's rollouts share, and what each rollout adds."""
         spec, prompt = self.spec, len(self.spec.prompts[self.spec.questions[place].id])
-        once = spec.passes.once(prompt)
-        each_N = np.asarray(spec.passes.rollout(prompt, steps_N, tokens_N - len(spec.forced_ids)), dtype=np.float64)
+        shared = spec.passes.shared_flops(prompt)
+        each_N = np.asarray(
+            spec.passes.rollout_flops(prompt, steps_N, tokens_N - len(spec.forced_ids)), dtype=np.float64
+        )
         if spec.scorer is not None:
             head = Shape.from_config(spec.scorer.sizes)
-            once += head.prompt_flops(prompt)
+            shared += head.prompt_flops(prompt)
             each_N = each_N + head.scoring_flops(prompt, steps_N)
-        return float(once) / 1e9, each_N / 1e9
+        return float(shared) / 1e9, each_N / 1e9
 
 
 @dataclass(frozen=True)

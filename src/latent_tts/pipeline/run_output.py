@@ -27,6 +27,7 @@ from latent_tts.results.run_folder import (
     write_rollouts,
     write_run_json,
 )
+from latent_tts.scorer import Scorer
 
 
 def clear_run_folder(folder: Path) -> None:
@@ -79,7 +80,7 @@ def write_run_folder(
                 for aggregator in spec.aggregators
             },
             "checkpoint_digest": spec.adapter.digest,
-            "scorer": None if scorer is None else {"name": scorer.name, "digest": scorer.digest},
+            "scorer": None if scorer is None else _scorer_record(scorer, drawn),
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
             "grading": {"given_up": spec.task.rule.given_up},
@@ -90,6 +91,12 @@ def write_run_folder(
             **record,
         },
     )
+
+
+def _scorer_record(scorer: Scorer, drawn: RunRollouts) -> dict[str, str]:
+    """Which scorer it was, and how it was computed."""
+    attention = {} if drawn.scores is None else {"attention": drawn.scores.attention}
+    return {"name": scorer.name, "digest": scorer.digest, **attention}
 
 
 def budget_summary(budget: pd.DataFrame) -> dict[str, Any]:

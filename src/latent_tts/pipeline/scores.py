@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,11 @@ import pandas as pd
 from latent_tts.errors import RunError
 from latent_tts.pipeline.keys import score_key
 from latent_tts.pipeline.spec import RunSpec, scorer_positions
-from latent_tts.results.cache import ScoreCache
+from latent_tts.results.cache import SCORE_FIELDS, SCORES_FOLDER, ScoreCache
+from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.scorer import Scorer
-from latent_tts.types import Float32, Floats
+from latent_tts.types import SCORING_COMPUTATIONS, Computation, Float32, Floats
 
 ROWS_AT_ONCE = 1 << 14
 
@@ -30,6 +31,7 @@ class Scores:
         score: the score of each rollout.
         prefills: how many prompts the scorer ran for each question.
         scored_now: how many rollouts the cache had no scores of.
+        attention: of the scorer; see `Computation`.
     """
 
     rows: pd.DataFrame
@@ -37,33 +39,81 @@ class Scores:
     score: Floats
     prefills: list[int]
     scored_now: int
+    attention: str
 
     def step_scores(self, rows: slice = slice(None)) -> list[Float32]:
         """The step scores of some rollouts, each with as many as it has latents."""
         return [row[: len(row) - np.isnan(row).sum()] for row in self.step_scores_RT[rows]]
 
 
-def open_scores(spec: RunSpec, rollouts: Path) -> ScoreCache:
-    """The cache of the scores that the run's scorer gives to rollouts that are there, below their folder."""
-    assert spec.scorer is not None
-    return ScoreCache(rollouts, score_key(spec.scorer, spec.engine.dtype, spec.n))
+class CachedScores:
+    """What the cache has of the scores of a run's rollouts by its scorer, computed in one way.
+
+    Attributes:
+        computation: the way.
+        digest: of the scorer's key.
+        rows: the columns `cache.SCORE_FIELDS` of the rollouts.
+    """
+
+    def __init__(self, spec: RunSpec, rollouts: Path, wanted: pd.DataFrame, computation: Computation) -> None:
+        """Look nothing up.
+
+        Args:
+            spec: the run, which has a scorer.
+            rollouts: the folder of the rollouts.
+            wanted: which ones (columns `row_key`, `rollout`).
+            computation: the way.
+        """
+        assert spec.scorer is not None
+        self.computation, self.rows = computation, GatheredRows(wanted, SCORE_FIELDS)
+        self._rollouts, self._key = rollouts, score_key(spec.scorer, spec.engine.dtype, spec.n, computation)
+        self.digest = settings_digest(self._key)
+
+    def open(self) -> ScoreCache:
+        """The cache of scores that are made later, below the folder of the rollouts."""
+        return ScoreCache(self._rollouts, self._key)
+
+    def gather_later_ones(self) -> None:
+        """Gather what is missing from that cache, if it is there."""
+        if (self._rollouts / SCORES_FOLDER / self.digest).is_dir():
+            self.open().gather(self.rows)
+
+
+def cached_scores(spec: RunSpec, rollouts: Path, wanted: pd.DataFrame) -> list[CachedScores]:
+    """One for each way to compute the run's scorer; see `CachedScores` for the arguments."""
+    return [CachedScores(spec, rollouts, wanted, computation) for computation in SCORING_COMPUTATIONS]
+
+
+def settle_scores(candidates: Sequence[CachedScores], computation: Callable[[], Computation]) -> CachedScores:
+    """The scores that are complete, whichever way they were computed; else those of the way that serves now.
+
+    Args:
+        candidates: see `cached_scores`.
+        computation: loads the scorer and says how it is computed.
+    """
+    found = next((each for each in candidates if each.rows.missing().empty), None)
+    if found is not None:
+        return found
+    way = computation()
+    return next(each for each in candidates if each.computation.attention == way.attention)
 
 
 def reduce_scores(
-    spec: RunSpec, gathered: GatheredRows, offsets: Mapping[tuple[str, int], int], scored_now: int
+    spec: RunSpec, cached: CachedScores, offsets: Mapping[tuple[str, int], int], scored_now: int
 ) -> Scores:
     """The scores of rollouts from their step scores.
 
     Args:
         spec: the run, which has a scorer.
-        gathered: the columns `cache.SCORE_FIELDS` of all its rollouts.
+        cached: all its rollouts.
         offsets: see `score_positions`.
         scored_now: see `Scores`.
     """
     assert spec.scorer is not None
-    rows, step_scores_RT = gathered.frame(), gathered.padded("step_scores")
+    rows, step_scores_RT = cached.rows.frame(), cached.rows.padded("step_scores")
     distinct = [{offsets.get((spec.row_key(q), i), 0) for i in range(spec.n)} for q in spec.questions]
-    scores = Scores(rows, step_scores_RT, np.empty(len(rows)), list(map(len, distinct)), scored_now)
+    prefills, attention = list(map(len, distinct)), cached.computation.attention
+    scores = Scores(rows, step_scores_RT, np.empty(len(rows)), prefills, scored_now, attention)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         scores.score[part] = spec.scorer.score_rollouts(scores.step_scores(part))

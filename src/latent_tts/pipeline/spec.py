@@ -20,6 +20,7 @@ from latent_tts.budget import AdaptiveBudget, Budget, is_adaptive
 from latent_tts.budget.adaptive import Adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.budget.rule.confidence import Confidence
+from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, check_seed, is_whole, require
@@ -42,7 +43,7 @@ DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
-# torchao multiplies int8 codes before their scale, too large for float16, and float8 into bfloat16 only
+# torchao multiplies int8 codes before it scales them, which overflows float16; its float8 products are bfloat16 only
 QUANTIZED_FROM = {"int8": ("float32", "bfloat16"), "float8": ("bfloat16",)}
 
 
@@ -52,9 +53,9 @@ class EngineSettings:
 
     Attributes:
         dtype: of weights and activations: `float32`, `bfloat16` or `float16` (`fp32`, `bf16`, `fp16` mean the same).
-        device: `auto`, `cpu`, `cuda` or `cuda:INDEX`; whether it is there is asked where something is computed.
-        rows: most rows of a batch; None follows from the model's width and the device.
-        quantize: None, `int8` or `float8`: the reasoner's blocks.
+        device: `auto`, `cpu`, `cuda` or `cuda:INDEX`. Whether it exists is checked where something is computed.
+        rows: maximum rows per batch; None derives it from the model's width and the device.
+        quantize: None, or the format of the reasoner's blocks: `int8` or `float8`.
         graph: whether batches are replayed as CUDA graphs: `auto`, `on` or `off`.
     """
 
@@ -85,7 +86,7 @@ class EngineSettings:
 
     @property
     def bytes_per_number(self) -> int:
-        """Bytes of a number in `dtype`."""
+        """Bytes per number of `dtype`."""
         return BYTES_PER_NUMBER[self.dtype]
 
 
@@ -96,7 +97,7 @@ def full_dtype(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """What the user asked for: the objects that the config describes, and its plain values.
+    """What the user asked for: the objects that the config describes, and its values.
 
     Attributes:
         adapter, task, sampler, schedule, search, budget, aggregators: the chosen options.
@@ -104,16 +105,16 @@ class RunRequest:
         answers: how answer tokens are chosen.
         decode: `all`, or `winners`: only best-of-n picks are decoded.
         forced_prefix: text that every answer begins with.
-        n: rollouts of each question.
+        n: rollouts per question.
         seed: of every random number.
         max_answer_tokens: token limit of an answer.
         engine: how rollouts are computed.
         cache: folder of cached rollouts.
-        refresh: whether rollouts are drawn again that the cache has.
+        refresh: whether to draw anew the rollouts that the cache has.
         config: the resolved config, as `run.json` keeps it.
-        chosen: which of the keys `schedule`, `budget`, `aggregator` and `scorer.checkpoint` somebody set; the others
-            are defaults, which may give way.
-        on_answers: called with the (row key, rollout) and the answer ids of each batch when it is drawn.
+        chosen: which of the keys `schedule`, `budget`, `aggregator` and `scorer.checkpoint` the user set. The others
+            are defaults, which may be replaced by what the model or the search needs.
+        on_answers: called after each batch with the (row key, rollout) pairs and the answer ids.
     """
 
     adapter: ModelAdapter
@@ -140,21 +141,23 @@ class RunRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec(RunRequest):
-    """A run, checked: every value that a stage of the pipeline reads.
+    """A checked run: every value that a stage of the pipeline reads.
 
     Attributes:
         schedule: the requested one, or the model's own.
-        scorer: None where rollouts get no scores.
+        draft: the file of its draft head; None without one.
+        scorer: None if rollouts get no scores.
         aggregators: those that can be reported.
-        n: 1 where all rollouts of a question would be the same.
+        n: the requested one; 1 if all rollouts of a question would be the same.
         questions: of the task.
         prompts: token ids by question id.
-        donors: the question whose latents each question reads, by question id; empty unless the sampler needs them.
+        donors: by question id, the question whose latents it uses; empty unless the sampler needs them.
         forced_ids: token ids that every answer begins with.
-        counts: rollouts of each question where they are unequally many, in the order of `questions`.
+        counts: rollouts of each of `questions`; None if each has as many.
     """
 
     scorer: Scorer | None
+    draft: DraftFile | None
     questions: list[Question]
     prompts: dict[str, list[int]]
     donors: dict[str, Question]
@@ -168,7 +171,7 @@ class RunSpec(RunRequest):
 
     @property
     def passes(self) -> RolloutCost:
-        """What a rollout goes through."""
+        """The passes of a rollout, and their cost."""
         adapter = self.adapter
         forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
@@ -195,7 +198,7 @@ class RunSpec(RunRequest):
         return self.budget.reported(self.n)
 
     def row_key(self, question: Question) -> str:
-        """What the cache calls a question: its id, and its donor's where it has one."""
+        """A question's name in the cache: its id, and the id of its donor if it has one."""
         donor = self.donors.get(question.id)
         return question.id if donor is None else f"{question.id}<{donor.id}"
 
@@ -203,21 +206,21 @@ class RunSpec(RunRequest):
         """The rollouts of the run (columns `row_key`, `rollout`), in the order of its tables.
 
         Args:
-            after: of each question as many of its first rollouts are left out.
+            after: how many of each question's first rollouts to leave out; None for none.
         """
         keys = np.array([self.row_key(question) for question in self.questions], dtype=object)
-        was_Q = np.zeros(len(keys), dtype=np.int64) if after is None else np.array(after)
-        size_Q = np.array(self.drawn) - was_Q
-        begins_Q = np.concatenate([[0], size_Q.cumsum()[:-1]])
-        numbers = np.arange(size_Q.sum()) + (was_Q - begins_Q).repeat(size_Q)
+        first_Q = np.zeros(len(keys), dtype=np.int64) if after is None else np.array(after)
+        size_Q = np.array(self.drawn) - first_Q
+        start_Q = np.concatenate([[0], size_Q.cumsum()[:-1]])
+        numbers = np.arange(size_Q.sum()) + (first_Q - start_Q).repeat(size_Q)
         return pd.DataFrame({"row_key": keys.repeat(size_Q), "rollout": numbers.astype(np.int32)})
 
 
 def check_run(request: RunRequest) -> RunSpec:
-    """Check everything that does not need torch.
+    """Check everything that can be checked without torch.
 
     Raises:
-        UsageError: a value, a file or a question is not usable; the message names it.
+        UsageError: a value, a file or a question cannot be used; the message names it.
     """
     adapter, sampler, decode = request.adapter, request.sampler, request.decode
     require("n", request.n, 1 <= request.n <= MAX_ROLLOUTS, f"must be a number of rollouts, 1 to {MAX_ROLLOUTS}")
@@ -250,6 +253,7 @@ def check_run(request: RunRequest) -> RunSpec:
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
     settled = {
         "schedule": schedule,
+        "draft": found_draft(schedule, adapter),
         "budget": budget,
         "scorer": scorer,
         "aggregators": aggregators,
@@ -272,7 +276,8 @@ def check_sampler(sampler: Sampler, adapter: ModelAdapter) -> None:
     """Check that a sampler can draw from a model.
 
     Raises:
-        UsageError: it reads a spread that the model does not predict, or acts on latents that the model does not have.
+        UsageError: the sampler reads a spread that the model does not predict, or acts on latents and the model has
+            none.
     """
     if sampler.needs_spread and not adapter.has_spread:
         raise bad_value(
@@ -292,10 +297,10 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
     Args:
         schedule: the requested one.
         adapter: the model.
-        chosen: whether somebody chose it.
+        chosen: whether the user chose it.
 
     Raises:
-        UsageError: the model cannot run it, or has its own and another was chosen.
+        UsageError: the model cannot run it; or the model has its own, and the user chose another.
     """
     own = adapter.own_schedule
     if own is not None:
@@ -308,17 +313,27 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
     return schedule
 
 
+def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
+    """The draft head of a schedule; None where it has none.
+
+    Raises:
+        UsageError: it is not there, or another model's.
+    """
+    path = schedule.draft_path
+    return None if path is None else find_draft(path, adapter.digest, adapter.latents)
+
+
 def require_steps(schedule: Schedule, adapter: ModelAdapter, why: str) -> None:
-    """Raise UsageError unless the schedule makes one latent after another, which `why` says that something needs."""
+    """Raise UsageError with the reason `why` unless the schedule makes one latent after another."""
     key, value = ("schedule", schedule.name) if adapter.own_schedule is None else ("model", adapter.name)
     require(key, value, schedule.stepwise, f"{why}, and parallel sweeps make all latents at once")
 
 
 def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
-    """The scorer of the run, or the reason why there is none; warnings of the scorer are logged.
+    """The scorer of the run, or the reason why there is none. The scorer's warnings are logged.
 
     Raises:
-        UsageError: a scorer was asked for that cannot score these rollouts.
+        UsageError: the user chose a scorer that cannot score these rollouts.
     """
     scorer, adapter, sampler, config = request.scorer, request.adapter, request.sampler, request.config
     assert scorer is not None
@@ -330,7 +345,7 @@ def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
             return NoScorer(f"{scorer.checkpoint} was trained for other weights than {adapter.checkpoint}")
         answers_differ = request.answers.random or sampler.random_answers
         if request.n > 1 and answers_differ and not sampler.random_latents:
-            why = f"sampler {sampler.name} gives all rollouts of a question the same latents, which it scores alike"
+            why = f"sampler {sampler.name} gives all rollouts of a question the same latents, and so the same score"
             if not scorer.only_own:
                 raise bad_value("scorer", scorer.name, why)
             return NoScorer(why)
@@ -348,7 +363,7 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
     Default aggregators that cannot be reported are left out.
 
     Raises:
-        UsageError: one that was asked for cannot be reported.
+        UsageError: one that the user chose cannot be reported.
     """
     aggregators, chosen = request.aggregators, "aggregator" in request.chosen
     if isinstance(scorer, NoScorer):
@@ -369,7 +384,7 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
     if request.decode == "all":
         return aggregators
     if isinstance(scorer, NoScorer):
-        raise bad_value("answer.decode", "winners", "needs a scorer, which finds them")
+        raise bad_value("answer.decode", "winners", "needs a scorer, which finds the winners")
     if scorer.positions == "official":
         raise bad_value(
             "scorer.positions", "official", "needs every answer, and answer.decode=winners decodes only the picks"
@@ -382,10 +397,10 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
 
 
 def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None) -> None:
-    """Check that the search can be run with everything else.
+    """Check that the search goes with the schedule, the scorer and `answer.decode`.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it does not.
     """
     search, decode = request.search, request.decode
     search.check(request.n, request.sampler, scorer)
@@ -396,11 +411,11 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
 
 
 def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
-    """The requested budget; where a search keeps few of its rollouts, the default gives way to `fixed`.
+    """The requested budget; `fixed` in place of the default if a search keeps few of its rollouts.
 
     Raises:
-        UsageError: the search has no figures at a smaller n, and a budget was chosen that reports them; or the budget
-            looks at what the run does not have.
+        UsageError: the search has no figures at a smaller n, and the user chose a budget that reports them; or the
+            budget looks at something that the run does not have.
     """
     budget, search = request.budget, request.search
     if search.survivors is None:
@@ -415,27 +430,27 @@ def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: S
 def check_adaptive(
     budget: AdaptiveBudget, decode: str, scorer: Scorer | NoScorer, aggregators: Sequence[Aggregator]
 ) -> None:
-    """Check that a budget finds in a run what it looks at.
+    """Check that a run has what its budget looks at: every answer, scores, the aggregator.
 
     Raises:
-        UsageError: it does not.
+        UsageError: something is missing.
     """
     require("answer.decode", decode, decode == "all", f"must be all: budget={budget.name} looks at every answer")
     if budget.needs_score and isinstance(scorer, NoScorer):
         why = "scorer=none" if scorer.reason is None else f"scorer=auto: {scorer.reason}"
         raise bad_value("budget", budget.label, f"needs scores, and there is no scorer ({why})")
     reported = [aggregator.name for aggregator in aggregators]
-    allowed = f"stops for {budget.aggregator}, which is not reported: aggregator=[{','.join(reported)}]"
+    allowed = f"looks at the pick of {budget.aggregator}, which is not reported: aggregator=[{','.join(reported)}]"
     require("budget", budget.label, budget.aggregator in reported, allowed)
     if not budget.needs_score:
         return
     assert not isinstance(scorer, NoScorer)
     if scorer.positions == "official":
-        why = "scores a rollout by the answers of all n, so that none has a score before; scorer.positions=correct"
+        why = "gives scores only once all n answers are known, and the budget needs them earlier; use correct"
         raise bad_value("scorer.positions", "official", why)
     if budget.aggregator == "weighted" and scorer.range is None:
         raise bad_value(
-            "budget", budget.label, "bounds the weights still to come, and scores have no declared range\n"
+            "budget", budget.label, "bounds the weights of future votes, and scores have no declared range\n"
             "scorer.range=[LOW,HIGH] declares one; a score beyond it is an error",
         )  # fmt: skip
 
@@ -443,10 +458,10 @@ def check_adaptive(
 def calibrated(
     budget: AdaptiveBudget, request: RunRequest, aggregators: Sequence[Aggregator], questions: Sequence[Question]
 ) -> AdaptiveBudget:
-    """A budget whose rule has been calibrated, where it asks for that; see `calibration.fit`.
+    """The budget, with its rule calibrated if it needs that; see `calibration.fit`.
 
     Raises:
-        UsageError: the run that it is to be calibrated on cannot be used.
+        UsageError: the run to calibrate on cannot be used.
     """
     if not (isinstance(budget, Adaptive) and isinstance(budget.rule, Confidence)):
         return budget
@@ -459,18 +474,18 @@ def calibrated(
 
 
 def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any], positions: int, longest: int) -> None:
-    """Check that positions mean the same in all sequences of a run.
+    """Check that the meaning of positions does not depend on the batch.
 
     Args:
         key: the config key of the checkpoint, which the error names.
         checkpoint: its value.
         config: the checkpoint's `config.json`.
-        positions: the longest sequence that it takes.
+        positions: tokens of the longest sequence that the checkpoint takes.
         longest: tokens of the longest sequence of the run.
 
     Raises:
-        UsageError: beyond a length that some sequence may exceed, the model scales positions by the longest sequence of
-            the batch.
+        UsageError: the model scales positions by the longest sequence of the batch once that exceeds a limit, and a
+            sequence of this run may exceed it.
     """
     given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
     rope: dict[str, Any] = {}
@@ -482,9 +497,9 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
         limit = part.get("original_max_position_embeddings", config.get("original_max_position_embeddings", positions))
         if kind in LENGTH_DEPENDENT_ROPE and is_whole(limit) and longest > limit:
             raise bad_value(
-                key, checkpoint, f"beyond {limit} tokens it scales positions by the length of the longest sequence "
-                f"beside it ({kind}), and this run may have one of {longest}: results would depend on the batch\n"
-                "shorter questions, or a smaller max_answer_tokens",
+                key, checkpoint, f"it scales positions by the longest sequence of the batch ({kind}) beyond {limit} "
+                f"tokens, so results would depend on the batch; this run may need {longest} tokens\n"
+                "use shorter questions or a smaller max_answer_tokens",
             )  # fmt: skip
 
 
@@ -492,7 +507,7 @@ def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[s
     """Check that a scorer has the positions and the vocabulary that the prompts need.
 
     Raises:
-        UsageError: it has not.
+        UsageError: it has fewer.
     """
     longest = max(map(len, prompts.values())) + adapter.latents
     tokens, highest = int(scorer.sizes["vocab_size"]), max(map(max, prompts.values()))
@@ -500,17 +515,17 @@ def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[s
     why = f"it has {scorer_positions(scorer)} positions, the longest prompt with its latents needs {longest}"
     require("scorer.checkpoint", checkpoint, longest <= scorer_positions(scorer), why)
     check_position_scaling("scorer.checkpoint", checkpoint, scorer.config, scorer_positions(scorer), longest)
-    why = f"it knows {tokens} tokens, and prompts of model={adapter.name} have number {highest}"
+    why = f"its vocabulary has {tokens} tokens, and prompts of model={adapter.name} have token id {highest}"
     require("scorer.checkpoint", checkpoint, highest < tokens, why)
 
 
 def scorer_positions(scorer: Scorer) -> int:
-    """The longest sequence a scorer takes."""
+    """Tokens of the longest sequence that a scorer takes."""
     return int(scorer.sizes["n_positions" if "n_embd" in scorer.sizes else "max_position_embeddings"])
 
 
 def check_answer_limit(max_answer_tokens: int) -> None:
-    """Raise UsageError unless an answer may have a token."""
+    """Raise UsageError unless an answer may have at least one token."""
     require("max_answer_tokens", max_answer_tokens, max_answer_tokens >= 1, "must be 1 or more")
 
 
@@ -518,7 +533,7 @@ def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
     """Positions that a rollout needs beyond its prompt.
 
     Raises:
-        UsageError: the model does not have as many, or an answer may have no token.
+        UsageError: the model has fewer, or `max_answer_tokens` is below 1.
     """
     check_answer_limit(max_answer_tokens)
     needed = adapter.latents + len(adapter.thinking_end_ids) + max_answer_tokens
@@ -526,8 +541,8 @@ def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
         raise bad_value(
             "model.latents",
             adapter.latents,
-            f"with max_answer_tokens={max_answer_tokens} a rollout needs {needed} positions "
-            f"beyond the prompt, {adapter.name} has {adapter.positions}",
+            f"with max_answer_tokens={max_answer_tokens} a rollout needs {needed} positions beyond the prompt, "
+            f"and {adapter.name} has {adapter.positions} in all",
         )
     return needed
 
@@ -536,7 +551,7 @@ def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int
     """Token ids of `answer.forced_prefix`.
 
     Raises:
-        UsageError: the model cannot read it, or it leaves no token to choose.
+        UsageError: the tokenizer cannot read it, or it leaves no token to choose.
     """
     ids = adapter.forced_ids(prefix)
     if len(ids) >= max_answer_tokens:
@@ -563,7 +578,7 @@ def encode_prompts(adapter: ModelAdapter, questions: Sequence[Question], reserve
 
 
 def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
-    """The question whose latents each question reads: the next one; the last question reads the first one's.
+    """By question id, the question whose latents it uses: the next one, and for the last question the first one.
 
     Raises:
         UsageError: there is only one question.
@@ -574,7 +589,7 @@ def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
 
 
 def needed_rollouts(request: RunRequest) -> int:
-    """The requested n; 1, with a warning, where nothing random makes rollouts differ."""
+    """The requested n; 1, with a warning, if nothing random makes rollouts differ."""
     if request.sampler.deterministic and not request.answers.random and request.n > 1:
         log.warning(
             "n=%d: sampler %s gives the same rollout every time, so one is drawn", request.n, request.sampler.name

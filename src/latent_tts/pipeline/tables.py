@@ -23,7 +23,7 @@ from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
 from latent_tts.results.files import settings_digest
 from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_arrays, rollout_figures
 from latent_tts.results.run_folder import COUNT_COLUMNS
-from latent_tts.schedule import DRAFTED
+from latent_tts.schedule import OF_OTHERS
 from latent_tts.task import has_gold
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Float32, Floats, Question
@@ -237,9 +237,9 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             spec.questions, steps_QN, pick_Q, picked["answer_tokens"], strict=True
         ):
             prompt = len(spec.prompts[question.id])
-            thinking = passes.once(prompt) + passes.thinking(prompt, steps_N[:budget]).sum()
+            thinking = passes.shared_flops(prompt) + passes.thinking_flops(prompt, steps_N[:budget]).sum()
             scoring = head.prompt_flops(prompt) + head.scoring_flops(prompt, steps_N[:budget]).sum()
-            decoding = passes.once(prompt) + passes.rollout(prompt, steps_N[pick], answer - begun)
+            decoding = passes.shared_flops(prompt) + passes.rollout_flops(prompt, steps_N[pick], answer - begun)
             gflops_Q.append(float(thinking + scoring + decoding) / 1e9)
         values: dict[tuple[str, str], statistics.Floats] = {}
         if has_gold(spec.questions):
@@ -262,7 +262,7 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
 
 
 def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list[tuple[float, float]]:
-    """Per question: GFLOP paid once, and GFLOP that each of its n rollouts adds on average."""
+    """For each question, the GFLOP that its rollouts share, and the GFLOP that each of them adds on average."""
     passes, begun = spec.passes, len(spec.forced_ids)
     answers_QN = rollouts["answer_tokens"].to_numpy().reshape(-1, spec.kept) - begun
     steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, spec.kept)
@@ -270,21 +270,26 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
     pairs = []
     for place, question in enumerate(spec.questions):
         prompt, steps_N = len(spec.prompts[question.id]), steps_QN[place]
-        once, each = passes.once(prompt), float(passes.rollout(prompt, steps_N, answers_QN[place]).mean())
-        if spec.schedule.first_guess in DRAFTED:
-            once += float(passes.thinking(prompt, spec.adapter.latents))
+        shared, each = (
+            passes.shared_flops(prompt),
+            float(passes.rollout_flops(prompt, steps_N, answers_QN[place]).mean()),
+        )
+        if spec.schedule.first_guess in OF_OTHERS:
+            shared += float(passes.thinking_flops(prompt, spec.adapter.latents))
+        if spec.draft is not None:
+            each += spec.draft.record.flops(prompt)
         if conflicts_QN is not None:  # with all latents before them, which is a little too many
             each += float((conflicts_QN[place] * spec.shape.pass_flops(1, prompt + steps_N)).mean())
         if spec.kept < spec.n:  # a search: n think, those kept answer
-            thinking = float(passes.thinking(prompt, steps_N).mean())
+            thinking = float(passes.thinking_flops(prompt, steps_N).mean())
             each = thinking + (each - thinking) * spec.kept / spec.n
         if scores is not None and spec.scorer is not None:
             head = Shape.from_config(spec.scorer.sizes)
             each += float(head.scoring_flops(prompt, steps_N).mean())
             # official positions need a prefill for each length of text: a cost of the rollouts, not of the question
-            once += head.prompt_flops(prompt)
+            shared += head.prompt_flops(prompt)
             each += (scores.prefills[place] - 1) * head.prompt_flops(prompt) / spec.n
-        pairs.append((once / 1e9, each / 1e9))
+        pairs.append((shared / 1e9, each / 1e9))
     return pairs
 
 

@@ -45,10 +45,11 @@ from latent_tts.results.files import (
 from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason
 
 log = logging.getLogger(__name__)
-# parts of format 1 have no gold answers, those of 2 no digests, so a writer does not go on with them
-FORMAT, READABLE = 3, (1, 2, 3)
+# parts of format 1 have no gold answers, those of 2 no digests, settings of 3 do not say how the reasoner was computed,
+# so a writer does not go on with them
+FORMAT, READABLE = 4, (1, 2, 3, 4)
 DAMAGED = "is damaged; `ltts annotate` with this folder as its output labels its questions again"
-SETTINGS, INDEX = "annotations.json", "index.parquet"
+SETTINGS, INDEX, COMPUTATION = "annotations.json", "index.parquet", "computation"
 MOST_OPEN = 64  # shards kept open
 NO_STEP = -100.0  # the label, on disk, of a step that a rollout does not have
 SHARD_NAME = re.compile(r"(\d+)_on(\d+)\.safetensors")
@@ -123,7 +124,9 @@ class AnnotationFolder:
             self.official = False
         else:
             record = self._read_settings()
-            self._refuse_other_settings(record["settings"])
+            self._refuse_other_settings(record["settings"], self.settings)
+            if COMPUTATION in record["settings"]:
+                self.settings[COMPUTATION] = record["settings"][COMPUTATION]
             self.complete, self.rows = bool(record["complete"]), record["rows"]
             self._set_damaged_aside()
             self._refuse_other_answers()
@@ -131,6 +134,22 @@ class AnnotationFolder:
         for shard in self._shards():  # stopped between a shard and its part of the index
             if shard.name not in parts:
                 shard.unlink()
+
+    def made_with(self, settings: Mapping[str, Any]) -> bool:
+        """Whether these are its settings, however the reasoner was computed."""
+        return {name: value for name, value in self.settings.items() if name != COMPUTATION} == settings
+
+    def settle_computation(self, way: Mapping[str, str]) -> None:
+        """Record how the reasoner is computed; to be called before `add`, once the reasoner is loaded.
+
+        Raises:
+            UsageError: the labels that are there were made with a reasoner that is computed in another way.
+        """
+        if COMPUTATION in self.settings:
+            self._refuse_other_settings(self.settings, {**self.settings, COMPUTATION: dict(way)})
+            return
+        self.settings[COMPUTATION] = dict(way)
+        self._write_settings({})
 
     def present(self) -> set[str]:
         """Ids of the questions that are done, kept or dropped."""
@@ -363,10 +382,10 @@ class AnnotationFolder:
         with whole_file(self.path / SETTINGS) as partial:
             partial.write_text(json.dumps(record, indent=1) + "\n")
 
-    def _refuse_other_settings(self, found: Mapping[str, Any]) -> None:
-        for name in [*self.settings, *found]:
-            ours, theirs = self.settings.get(name), found.get(name)
-            if ours != theirs:
+    def _refuse_other_settings(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        for name in [*wanted, *found]:
+            ours, theirs = wanted.get(name), found.get(name)
+            if ours != theirs and (name in wanted or name != COMPUTATION):  # known only once the reasoner is loaded
                 raise UsageError(
                     f"{self._key}={self.path}: was made with other settings; choose another folder or remove it\n"
                     f"{name}: {json.dumps(theirs)} there, {json.dumps(ours)} now"

@@ -115,26 +115,25 @@ class RolloutCache(PartCache):
 
     schema = ROLLOUT_SCHEMA
 
-    def gather(self, rows: GatheredRows, scores: GatheredRows | None = None, scored_by: str = "") -> None:
+    def gather(self, rows: GatheredRows, scores: Mapping[str, GatheredRows] | None = None) -> None:
         """Gather the missing ones of some rows, and of those the step scores that were made with them.
 
         Args:
             rows: with columns of `ROLLOUT_FIELDS`.
-            scores: with columns of `SCORE_FIELDS`.
-            scored_by: digest of the scorer's key.
+            scores: with columns of `SCORE_FIELDS`, by the digest of the scorer's key.
 
         Raises:
             RunError: a part cannot be read, or is damaged and cannot be set aside.
         """
-        names = [
-            name for name in ROLLOUT_SCHEMA.names if scores is not None or not name.startswith((SCORING, "scored"))
-        ]
+        names = [name for name in ROLLOUT_SCHEMA.names if scores or not name.startswith((SCORING, "scored"))]
         for table in self._tables(rows, names):
             rows.take(table)
-            if scores is not None:
-                taken = table.select([*PLACE, *(SCORING + name for name in SCORE_FIELDS.names)])
-                by = table[SCORED_BY].to_numpy()
-                scores.take(taken.rename_columns(SCORE_SCHEMA.names), by == scored_by)
+            if not scores:
+                continue
+            taken = table.select([*PLACE, *(SCORING + name for name in SCORE_FIELDS.names)])
+            by = table[SCORED_BY].to_numpy()
+            for digest, scored in scores.items():
+                scored.take(taken.rename_columns(SCORE_SCHEMA.names), by == digest)
 
     def discard(self, wanted: pd.DataFrame) -> None:
         """Remove rows, and every scorer's scores of them."""

@@ -26,9 +26,9 @@ class Figures:
 
     Attributes:
         n: rollouts per question.
-        drawn: rollouts per question that the figures are means over.
+        drawn: rollouts per question over which the figures are means.
         per_question: values (Q,) by metric and aggregator (empty for metrics that belong to none), in table order.
-        measured: figures that were measured for all questions together, by metric.
+        measured: figures measured for all questions together, by metric.
     """
 
     n: int
@@ -64,22 +64,22 @@ def rollout_figures(
     diversity_Q: Sequence[float | None],
     gflops: Sequence[tuple[float, float]],
 ) -> list[Figures]:
-    """The figures of a run whose rollouts all have answers; without gold answers neither accuracy nor coverage.
+    """The figures of a run whose rollouts all have answers. Without gold answers there is no accuracy and no coverage.
 
     Args:
         rollouts: a rollouts table with the columns `cache.MEASURED` beside its own.
         drawn: rollouts of each question in the table.
-        reported: budgets n, each at most `drawn`; or one that is larger: a search grew as many and kept `drawn`.
-        aggregators: which picks to report.
+        reported: budgets n, each at most `drawn`; for a search the one number that it grew, of which it kept `drawn`.
+        aggregators: whose picks to report.
         diversity_Q: each question's diversity over its drawn rollouts.
-        gflops: per question what is paid once, and what each of its rollouts adds on average.
+        gflops: for each question, the GFLOP that its rollouts share, and the GFLOP that each adds on average.
     """
     arrays = rollout_arrays(rollouts, drawn)
 
     def per_rollout(column: str) -> Floats:
         return rollouts[column].to_numpy(dtype=np.float64).reshape(-1, drawn).mean(1)
 
-    once_Q, each_Q = np.array(gflops, dtype=np.float64).T
+    shared_Q, each_Q = np.array(gflops, dtype=np.float64).T
     sizes = [min(n, drawn) for n in reported]
     correct_QD, accuracies = arrays.correct_QD, {}
     if correct_QD is not None:
@@ -98,21 +98,21 @@ def rollout_figures(
             values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)
         values["latent_steps", ""] = n * per_rollout("latent_steps")
         values["answer_tokens", ""] = size * per_rollout("answer_tokens")
-        values["gflops", ""] = once_Q + n * each_Q
-        # what a rollout took was measured in batches of the whole budget, and is reported for it alone
-        measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, len(once_Q), n) if n >= drawn else {}
+        values["gflops", ""] = shared_Q + n * each_Q
+        # costs were measured in batches of the whole budget, so they are reported for that budget alone
+        measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, len(shared_Q), n) if n >= drawn else {}
         figures.append(Figures(n, max(n, drawn), values, measured))
     return figures
 
 
 def measured_figures(sums: pd.DataFrame, rollouts: pd.DataFrame, questions: int, n: float) -> dict[str, float]:
-    """What was measured when rollouts were drawn, per question.
+    """The figures that were measured while rollouts were drawn, per question.
 
     Args:
         sums: rows whose `cache.MEASURED_SUMS` add up to the run's; a missing value makes its figure missing.
         rollouts: the rollouts table, for `peak_memory_bytes`.
         questions: Q.
-        n: rollouts per question, where they are unequally many their mean.
+        n: rollouts per question; the mean where questions have different numbers of them.
     """
     each = sums.sum(skipna=False) / questions
     return {
@@ -125,7 +125,7 @@ def measured_figures(sums: pd.DataFrame, rollouts: pd.DataFrame, questions: int,
 
 
 def metric_rows(figures: Sequence[Figures], run: Mapping[str, Any]) -> pd.DataFrame:
-    """The metrics table: a row per n, metric and aggregator, with intervals where they have a meaning.
+    """The metrics table: a row per n, metric and aggregator; metrics with a largest value get intervals.
 
     Args:
         figures: of each reported n.

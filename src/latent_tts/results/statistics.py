@@ -21,18 +21,18 @@ from latent_tts.types import Bools, Floats, Int64, RolloutArrays
 
 SUBSETS = 256
 TEMPERATURES = tuple(2.0 ** (power / 2) for power in range(-12, 13))  # 1/64 to 64
-TIE = 1e-12  # relative; sums of equal weights differ by less, whatever the order of summation
-MAX_CELLS = 2**15  # of one array in a loop: it stays in the cache of a processor, and bounds memory
+TIE = 1e-12  # relative; equal weights summed in another order differ by less
+MAX_CELLS = 2**15  # of one array in a loop, so that it fits the processor's cache and memory stays bounded
 MAX_CACHED_DRAWN = 4096
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
-NEGLIGIBLE = 1e-3  # deviations below this share of the range say little of larger ones
+NEGLIGIBLE = 1e-3  # share of the range; smaller deviations are hardly evidence of how values differ
 
 
 # Figures over subsets
 
 
 def coverage(correct_QD: Bools, n: int) -> Floats:
-    """Unbiased pass@n of each question: 1 - C(d - c, n) / C(d, n), with c right ones of d rollouts.
+    """Unbiased pass@n of each question: 1 - C(d - c, n) / C(d, n), where c of d rollouts are right.
 
     Args:
         correct_QD: which of the d rollouts are right.
@@ -55,11 +55,11 @@ def picked_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, n: int) -> 
 
 
 def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: Sequence[int]) -> Floats:
-    """Share of the subsets of each size whose pick is right.
+    """For each size, the share of subsets whose pick is right.
 
-    The share is exact for a `Ranking`. For other rules it is exact where there are at most `SUBSETS` subsets of a size,
-    at n = 1 and at n = d. Elsewhere it is the mean over `SUBSETS` subsets: the first n of as many seeded permutations,
-    which depend on d alone. Subsets are therefore nested in those of larger budgets.
+    The share is exact for a `Ranking`. For other rules it is exact at n = 1, at n = d, and where there are at most
+    `SUBSETS` subsets of a size. Elsewhere it is the mean over `SUBSETS` subsets: the first n rollouts of as many seeded
+    permutations, which depend on d alone. So each subset is contained in one of every larger budget.
 
     Args:
         aggregator: how a pick is made; a subset without a pick counts as wrong.
@@ -85,7 +85,7 @@ def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: 
 
 
 def agreement(prediction_QD: NDArray[np.int64]) -> Floats:
-    """Share (Q,) of all rollouts of a question that give its most frequent answer; 0 where no answer can be read."""
+    """The share (Q,) of a question's rollouts that give its most frequent answer; 0 where no answer can be read."""
     counts = [np.unique(row_D[row_D >= 0], return_counts=True)[1] for row_D in prediction_QD]
     return np.array([count.max(initial=0) for count in counts]) / prediction_QD.shape[1]
 
@@ -93,8 +93,8 @@ def agreement(prediction_QD: NDArray[np.int64]) -> Floats:
 def picks(aggregator: Aggregator, rollouts: RolloutArrays) -> Int64:
     """The pick (Q,) of each question among all its rollouts; -1 for none.
 
-    A question may have fewer rollouts than others: those that it lacks are masked, unreadable and without
-    log-probability and score.
+    A question may have fewer rollouts than others. Those that it lacks are unreadable and have neither log-probability
+    nor score.
     """
     rule, drawn = aggregator.rule(rollouts), rollouts.prediction_QD.shape[1]
     if isinstance(rule, Ranking):
@@ -110,11 +110,11 @@ def picks(aggregator: Aggregator, rollouts: RolloutArrays) -> Int64:
 
 
 def supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[Int64, Floats]:
-    """`picks`, and what each was picked by.
+    """The pick of each question, as in `picks`, and its support.
 
     Returns:
-        Numbers (Q,) of the picked rollouts, -1 for none; and (Q,): the value of a `Ranking`, in a `Vote` the
-        prediction's share of all weight. NaN where there is no pick, and for other rules.
+        Numbers (Q,) of the picked rollouts, -1 for none; and the support (Q,) of each: its value in a `Ranking`, its
+        prediction's share of all weight in a `Vote`. NaN where there is no pick, and for other rules.
     """
     rule, pick_Q = aggregator.rule(rollouts), picks(aggregator, rollouts)
     if isinstance(rule, Picks):
@@ -132,7 +132,7 @@ def supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[In
 
 
 def subsets(drawn: int, n: int) -> Iterator[NDArray[np.int64]]:
-    """The subsets of size n that a figure at n is a mean over, as ascending rollout numbers, in pieces (S, N)."""
+    """The subsets of size n over which a figure at n is a mean: ascending rollout numbers, in pieces (S, N)."""
     if _has_few_subsets(drawn, n):
         yield np.array(list(combinations(range(drawn), n)))
     elif n == 1:
@@ -148,7 +148,7 @@ def _check_budget(drawn: int, n: int) -> None:
 
 
 def _has_few_subsets(drawn: int, n: int) -> bool:
-    # of n < drawn there are at least `drawn` subsets; that spares binomials of many digits
+    # for n < drawn there are at least `drawn` subsets, so that large binomials need not be computed
     return n == drawn or (drawn <= SUBSETS and comb(drawn, n) <= SUBSETS)
 
 
@@ -185,7 +185,7 @@ def _ranked_accuracies(value_QD: Floats, correct_QD: Bools, budgets: Sequence[in
     value_QD = np.where(np.isnan(value_QD), -np.inf, value_QD)
     order_QD = np.argsort(-value_QD, axis=1, kind="stable")
     right_QD = np.take_along_axis(correct_QD & (value_QD > -np.inf), order_QD, axis=1)
-    # a subset's pick has rank r if it holds none of the r better ones, less those that hold none of r + 1
+    # P(the pick has rank r) = P(a subset holds none of the r best) - P(it holds none of the r + 1 best)
     return np.array([(right_QD * -np.diff(_none_of(value_QD.shape[1], n))).sum(1) for n in budgets])
 
 
@@ -257,7 +257,7 @@ def _vote_counts(
     log_weight_QD: Floats,
     correct_QD: Bools,
 ) -> Floats:
-    """How many of the first n rollouts of each order elect a right pick, for each n of the ascending sizes (B, Q)."""
+    """For how many orders the first n rollouts elect a right pick, for each n of the ascending sizes (B, Q)."""
     # within a step the lowest rollout number comes last, since the last of several writes to a cell stays
     steps = [-np.sort(-orders_SN[:, low:high].T, axis=0) for low, high in pairwise([0, *sizes])]
     longest = max(map(len, steps))
@@ -314,7 +314,7 @@ def best_temperature(rollouts: RolloutArrays, grid: Sequence[float] = TEMPERATUR
         grid: temperatures to try, each positive.
 
     Returns:
-        The best one; of several equally good ones the nearest to 1 (in ratio), of two as near the lower.
+        The best one; of equally good ones the one nearest to 1 (in ratio), and of two equally near ones the lower.
     """
     drawn = rollouts.prediction_QD.shape[1]
     right = {value: float(picked_accuracy(Weighted(value), rollouts, drawn).sum()) for value in grid}
@@ -325,11 +325,11 @@ def best_temperature(rollouts: RolloutArrays, grid: Sequence[float] = TEMPERATUR
 
 
 def diversity(dissimilarity_NT: Floats) -> float | None:
-    """Mean pairwise cosine dissimilarity of one question's latent thoughts, averaged over steps; None for one rollout.
+    """Mean pairwise cosine dissimilarity of one question's latents, averaged over steps; None for one rollout.
 
     Args:
-        dissimilarity_NT: 1 - cosine with the latent of the same step of each rollout before, summed; NaN at steps that
-            a rollout does not have. Steps count that all rollouts have.
+        dissimilarity_NT: 1 - cosine with the latent of the same step, summed over the rollouts before; NaN at steps
+            that a rollout does not have. Only steps that all rollouts have count.
 
     Source: You et al. (arXiv 2510.07745), section 5: 1 - cos, over pairs of rollouts, mean over steps.
     """
@@ -338,7 +338,8 @@ def diversity(dissimilarity_NT: Floats) -> float | None:
     if count < 2 or shared_NT.shape[1] == 0:
         return None
     pairs = count * (count - 1) / 2
-    return max(0.0, float(shared_NT.sum(0, dtype=np.float64).mean() / pairs))  # equal latents differ by rounding alone
+    # rounding may make equal latents differ by a little less than 0
+    return max(0.0, float(shared_NT.sum(0, dtype=np.float64).mean() / pairs))
 
 
 # Intervals
@@ -347,38 +348,39 @@ def diversity(dissimilarity_NT: Floats) -> float | None:
 def interval(
     values_N: Floats, clusters: NDArray[np.int64] | None = None, *, low: float = 0.0, high: float = 1.0
 ) -> tuple[float, float]:
-    """95 % interval of the mean of values in [low, high], over more questions of the same kind.
+    """95 % interval of the mean of values in [low, high], over the questions that these are a sample of.
 
-    A score interval: the set of means p that are within t standard errors of the sample mean m, where the variance is
-    the one that the data would have if their mean were p. For p = m + x, with C questions, A = m - low, B = high - m
-    and s2 the variance of the data, it is bounded by
+    It is a score interval: the set of means p that are within t standard errors of the sample mean m, where the
+    variance is the one that the data would have if their mean were p. For p = m + x, with C questions, A = m - low,
+    B = high - m and s2 the variance of the data, the upper end solves
 
         C x^2 = t^2 V(x),   V(x) = (B - x) (s2 / B + L x),
 
-    and below m by the same with A in place of B. V is the variance after a share x / (L' B) of the data has moved up:
-    a mean that is higher than the sample's needs values that the sample lacks, and L in (0, 1] says how large they are
-    in relation to the range. L = 1 puts them at the bound; L = s2 / (A B) lets all data grow alike. Between these two,
+    and the lower end the same with A in place of B. V is the variance after a share x / (L' B) of the data has moved
+    up. A mean higher than the sample's needs values that the sample lacks, and L in (0, 1] says how large they are
+    relative to the range. L = 1 puts them at the bound; L = s2 / (A B) lets all data grow alike. Between the two,
 
         L = w + (1 - w) s2 / (A B),   w = exp(-k / 2),   k = (sum e^2)^2 / sum e^4,
 
-    where e are deviations from m and k is the number of questions that carry the variance: without any evidence of how
-    values differ, the bound is assumed. t is Student's quantile with 2 C / (kurtosis - 1 - skewness^2) degrees of
-    freedom (Satterthwaite), which are infinite where values have two places, since s2 is then known from m.
+    where e are the deviations from m and k is the number of questions that carry the variance. So the bound is assumed
+    where nothing shows how values differ. t is Student's quantile with 2 C / (kurtosis - 1 - skewness^2) degrees of
+    freedom (Satterthwaite). They are infinite if there are only two different values, since m then determines s2.
 
     - Values 0 and 1 have s2 = A B, so that L = 1, t = 1.96 and V = p (1 - p): Wilson's interval.
-    - Differences that are all 0 have s2 = 0: half a width of t^2 / (C + t^2), as Tango's interval for paired shares.
-    - Means over subsets go to Wilson's interval continuously as they go to 0 and 1.
+    - Differences that are all 0 have s2 = 0: the half-width is t^2 / (C + t^2), as in Tango's interval for paired
+      shares.
+    - As means over subsets approach 0 and 1, their interval approaches Wilson's.
     - The width is never 0, unless low = high.
 
     Args:
         values_N: one per question, or several with `clusters`.
-        clusters: for each value the question it belongs to, where a question occurs several times (once per seed).
-            Questions are the sampling unit: variance is estimated between them.
-        low: the least value possible.
-        high: the largest value possible.
+        clusters: the question of each value, if questions occur several times (once per seed). Questions are the
+            sampling unit: variance is estimated between them.
+        low: the least possible value.
+        high: the largest possible value.
 
     Returns:
-        Lower and upper end, within [low, high], the mean between them.
+        Lower and upper end, within [low, high] and on either side of the mean.
 
     Source: Wilson 1927 (JASA 22, 209); Tango 1998 (Stat. Med. 17, 891); Satterthwaite 1946 (Biometrics Bull. 2, 110);
     Student's quantile: Wallace 1959 (Ann. Math. Stat. 30, 1124). V, L and w are this project's own; their coverage is
@@ -388,7 +390,7 @@ def interval(
     share_C = np.bincount(owner_N) / len(values_N)
     count = len(share_C)
     mean = float(np.clip(np.mean(values_N), low, high))
-    # of equally large clusters the deviations of their means; larger ones weigh more
+    # the deviations of the clusters' means, weighted by the clusters' sizes
     e_C = count * (np.bincount(owner_N, values_N) / len(values_N) - share_C * mean)
     square_C = np.square(e_C)
     moment2, moment4 = float(square_C.mean()), float(np.square(square_C).mean())
@@ -416,6 +418,6 @@ def interval(
 
 
 def paired_difference(a_N: Floats, b_N: Floats, clusters: NDArray[np.int64]) -> tuple[float, float, float]:
-    """Mean of a - b over paired values in [0, 1], with the `interval` over questions with all their values."""
+    """The mean of a - b over paired values in [0, 1], and its `interval`, where `clusters` are the questions."""
     difference_N = a_N - b_N
     return float(difference_N.mean()), *interval(difference_N, clusters, low=-1.0)
