@@ -15,6 +15,7 @@ class EngineConfig:
     dtype: str = MISSING
     device: str = MISSING
     rows: int | None = MISSING
+    graph: str = MISSING
     quantize: str | None = MISSING
 
 
@@ -70,6 +71,19 @@ class AskConfig(RunConfig):
 
     question: str | None = MISSING
     json: bool = MISSING
+
+
+@dataclass
+class TraceConfig(RunConfig):
+    """Keys of `ltts trace`: those of `ltts run`, the questions, and what is shown of their rollouts."""
+
+    question: list[str] = MISSING
+    run: str | None = MISSING
+    against: str | None = MISSING
+    maps: list[str] = MISSING
+    top: int = MISSING
+    threshold: float = MISSING
+    directions: int = MISSING
 
 
 @dataclass
@@ -298,6 +312,7 @@ class ConvertConfig:
 SCHEMAS = {
     "run": RunConfig,
     "ask": AskConfig,
+    "trace": TraceConfig,
     "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
     "replay": ReplayConfig,

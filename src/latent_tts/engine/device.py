@@ -47,6 +47,11 @@ def free_cached_memory(device: torch.device | str) -> None:
         torch.cuda.empty_cache()
 
 
+def reserved_bytes(device: torch.device) -> int:
+    """Bytes that torch has taken from a GPU; 0 on a CPU."""
+    return torch.cuda.memory_reserved(device) if is_gpu(device) else 0
+
+
 def synchronized_seconds(device: torch.device) -> float:
     """Seconds of a clock, read once everything queued on a GPU is done."""
     if is_gpu(device):

@@ -15,7 +15,7 @@ from latent_tts.engine.rollout import Engine
 from latent_tts.pipeline.annotation_spec import AnnotationSpec, QuestionToLabel
 from latent_tts.pipeline.dispatch import Unit
 from latent_tts.pipeline.drawer import check_code, check_weights, code_of_driver
-from latent_tts.pipeline.models import find_device, load_reasoner, rollout_plan, rows_per_batch
+from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs, rollout_plan, rows_per_batch
 from latent_tts.pipeline.spec import reserved_positions
 from latent_tts.types import Computation, LabelledQuestion, UnmixedQuestion
 
@@ -86,6 +86,7 @@ class Labeller:
             spec: the annotation.
             longest: tokens of the longest prompt to come.
         """
+        refuse_graphs(spec.engine, "ltts annotate forks its rollouts")
         adapter, sampler = spec.adapter, spec.answers.over(spec.sampler)
         self._spec, self._sampler = spec, sampler
         self._device = find_device(spec.engine)
