@@ -468,7 +468,8 @@ class RolloutState:
         ids = torch.tensor(list(self._plan.exit_ids), dtype=torch.long, device=self.engine.device)
         following_RSD = self._embed(ids).expand(latent_RSD.shape[0], -1, -1)
         used = self._state.used
-        forwards = [Forward("thoughts", self.step, 1), Forward("answer", self._plan.latents, len(ids))]
+        answered = self._plan.latents + len(ids) - len(self._plan.thinking_end_ids)
+        forwards = [Forward("thoughts", self.step, 1), Forward("answer", answered, len(ids))]
         hidden_RSD = self._run(torch.cat([latent_RSD, following_RSD], 1), forwards, self.thinking_R)
         self._state.rewind(used + 1)
         self._hidden_RD = hidden_RSD[:, 0]

@@ -413,7 +413,7 @@ class Drawer:
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the tensors that are to be freed
         free_cached_memory(self.device)
-        return [part for piece in pieces for part in self._fitted(piece, shard)]
+        return [part for piece in pieces for smaller in self.batches(piece) for part in self._fitted(smaller, shard)]
 
     def _halves(self, batch: list[RolloutJob]) -> list[list[RolloutJob]]:
         """The batches of half as many rows; the rows of all later ones are halved too."""
