@@ -118,6 +118,7 @@ bench: .venv/.installed ## run all benchmarks
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/turns.py
 	$(BIN)/python benchmarks/picks.py
+	$(BIN)/python benchmarks/schedules.py
 	$(BIN)/python benchmarks/command.py
 
 clean: ## remove outputs, caches, build files and .venv

@@ -144,7 +144,7 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
         "task._target_", "question", "json", "cache", "sampler._target_", "budget", "scorer._target_",
         "scorer.checkpoint", "scorer.latents", "paths",
         "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "search._target_",
-        "schedule._target_", "schedule.verify",
+        "schedule._target_", "schedule.verify", "schedule.probe",
     }  # fmt: skip
     return changed_keys(cfg, own_columns | aggregators)
 
