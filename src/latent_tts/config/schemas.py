@@ -72,6 +72,19 @@ class AskConfig(RunConfig):
 
 
 @dataclass
+class TraceConfig(RunConfig):
+    """Keys of `ltts trace`: those of `ltts run`, the questions, and what is shown of their rollouts."""
+
+    question: list[str] = MISSING
+    run: str | None = MISSING
+    against: str | None = MISSING
+    maps: list[str] = MISSING
+    top: int = MISSING
+    threshold: float = MISSING
+    directions: int = MISSING
+
+
+@dataclass
 class ScoringEngineConfig:
     """How kept rollouts are scored; the dtype is the run's."""
 
@@ -298,6 +311,7 @@ class ConvertConfig:
 SCHEMAS = {
     "run": RunConfig,
     "ask": AskConfig,
+    "trace": TraceConfig,
     "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
     "replay": ReplayConfig,

@@ -27,7 +27,7 @@ from latent_tts.engine.state import State, open_state
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.schedule import OF_OTHERS, Counts, Schedule
+from latent_tts.schedule import OF_OTHERS, Counts, Schedule, Sweep
 from latent_tts.schedule.sequential import Sequential
 from latent_tts.types import Forward, Reasoner
 
@@ -83,6 +83,7 @@ class Rollouts:
         answer_margin_R: smallest gap between the two highest logits of an answer position; NaN if none was decoded.
         stopped_R: whether the row ended by eos (otherwise by the token limit).
         sweeps_R, commits_R, conflicts_R: what the schedule counted, see `schedule.Counts`.
+        timeline: the sweeps that counted so; empty unless `Engine.keeps_timeline`.
     """
 
     latents_RTD: Tensor
@@ -94,6 +95,7 @@ class Rollouts:
     sweeps_R: Tensor
     commits_R: Tensor
     conflicts_R: Tensor
+    timeline: list[Sweep] = field(default_factory=list)
 
 
 @dataclass
@@ -121,7 +123,10 @@ class Engine:
         reasoner: the model.
         plan: what a rollout consists of.
         draft: predicts latents, for a schedule whose guesses it makes.
+        keeps_timeline: whether `roll` says what each sweep did.
     """
+
+    keeps_timeline = False
 
     def __init__(self, reasoner: Reasoner, plan: RolloutPlan, draft: DraftHead | None = None) -> None:
         self.reasoner, self.plan, self.draft = reasoner, plan, draft
@@ -163,6 +168,7 @@ class Engine:
         with SiteHooks(self.lm, sampler) as hooks:
             rollouts = RolloutState.start(self, prompts, draw, hooks, keep_states=self.draft is not None)
             rollouts.drafts_RTD = drafts_RTD
+            rollouts.counts.timeline = [] if self.keeps_timeline else None
             rollouts.make_latents()
             return rollouts.decode_answers() if answers else rollouts.without_answers()
 
@@ -222,7 +228,7 @@ class RolloutState:
         """Take what `start` or `fork` has prepared; `own_last` says whether the last prompt token is each row's own."""
         self.engine, self.draw, self.latents_RTD, self.steps_R = engine, draw, latents_RTD, steps_R
         self.step, self.thinking_R = step, thinking_R
-        self.counts = Counts(*(torch.zeros_like(steps_R) for _ in range(3)))
+        self.counts = Counts(torch.zeros_like(steps_R), torch.zeros_like(steps_R), torch.zeros_like(steps_R))
         self.drafts_RTD: Tensor | None = None
         self.prompt_states: PromptStates | None = None
         self._plan, self._lm, self._hooks, self._state = engine.plan, engine.lm, hooks, state
@@ -482,7 +488,7 @@ class RolloutState:
         counts = Counts.of_steps(steps_R) if self._plan.schedule.stepwise else self.counts
         return Rollouts(
             self.latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
-            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(),
+            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(), counts.timeline or [],
         )  # fmt: skip
 
     def _drop_finished(

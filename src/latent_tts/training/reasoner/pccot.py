@@ -31,8 +31,9 @@ def add_projection(folder: Path, sweeps: int, seed: int, *, projection: bool) ->
         projection: whether latents are projected; otherwise they are the hidden states.
     """
     if projection and not has_tensors(folder, PROJECTION):
+        width = int(load_trainable_lm(folder).config.hidden_size)  # which may draw random numbers
         torch.manual_seed(seed)
-        add_tensors(folder, PROJECTION, pccot_projection(int(load_trainable_lm(folder).config.hidden_size)))
+        add_tensors(folder, PROJECTION, pccot_projection(width))
     content = files.read_config(folder)
     content["latent_tts"] = {**(content.get("latent_tts") or {}), "sweeps": sweeps}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
