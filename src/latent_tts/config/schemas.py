@@ -15,6 +15,7 @@ class EngineConfig:
     dtype: str = MISSING
     device: str = MISSING
     rows: int | None = MISSING
+    graph: str = MISSING
     quantize: str | None = MISSING
 
 

@@ -17,7 +17,7 @@ from latent_tts.engine.draft import load_draft
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import LESS_MEMORY, computing
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.models import find_device, load_reasoner, rollout_plan
+from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs, rollout_plan
 from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.random.draw import Draw
 from latent_tts.results import report
@@ -104,6 +104,7 @@ def probe(
         RunError: a failure while computing.
     """
     device = find_device(engine)
+    refuse_graphs(engine, "ltts probe runs each question once")
     with (
         computing("probing", "nothing was written", LESS_MEMORY),
         report.progress_bar(len(prompts), "questions") as bar,

@@ -57,12 +57,14 @@ class EngineSettings:
         device: `auto`, `cpu`, `cuda` or `cuda:INDEX`. Whether it exists is checked where something is computed.
         rows: maximum rows per batch; None derives it from the model's width and the device.
         quantize: None, or the format of the reasoner's blocks: `int8` or `float8`.
+        graph: whether batches are replayed as CUDA graphs: `auto`, `on` or `off`.
     """
 
     dtype: str
     device: str
     rows: int | None
     quantize: str | None = None
+    graph: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", full_dtype(self.dtype))
@@ -72,6 +74,7 @@ class EngineSettings:
         require("engine.device", self.device, is_device, "must be one of auto, cpu, cuda, cuda:INDEX")
         allowed = "must be 1 or more, or null to let the model decide"
         require("engine.rows", self.rows, self.rows is None or self.rows >= 1, allowed)
+        require("engine.graph", self.graph, self.graph in ("auto", "on", "off"), "must be auto, on or off")
         if self.quantize is None:
             return
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
