@@ -14,7 +14,7 @@ help: ## list the targets
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev,fast,gguf,quant]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev,fast,gguf,quant,trace]'
 	@touch $@
 
 # CUDA builds of torch bring triton along; with a CPU build, its interpreter and compiler test the GPU kernels
@@ -123,6 +123,7 @@ bench: .venv/.installed ## run all benchmarks
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/turns.py
 	$(BIN)/python benchmarks/picks.py
+	$(BIN)/python benchmarks/schedules.py
 	$(BIN)/python benchmarks/command.py
 
 clean: ## remove outputs, caches, build files and .venv

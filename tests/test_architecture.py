@@ -145,6 +145,7 @@ REFUSED = [
     "train-draft updates=0",
     "tune n=0",
     "probe directions=0",
+    "trace question n=0",
     "collect nowhere",
     "compare nowhere nothere",
     "plot nowhere",

@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train-draft": ("train a small head that predicts a reasoner's latents, for schedule.guess=draft", ()),
     "tune": ("measure which engine settings are fastest on this machine and save them as engine=tuned", ()),
     "probe": ("measure how latents depend on each other, and whether computing them in parallel pays", ()),
+    "trace": ("look into rollouts: latents, tokens, scores, sweeps, answers; a page and tables", ("question*",)),
     "collect": ("join tables of runs, average over seeds, list incomplete runs", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals", ("a", "b")),
     "plot": ("draw figures from metrics tables", ("runs*",)),
@@ -40,6 +41,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
 RESUMABLE = (
     "run",
     "ask",
+    "trace",
     "rescore",
     "annotate",
     "train-reasoner",
@@ -49,7 +51,8 @@ MAX_LINES = 4
 KEPT = "finished work is kept; "
 FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
 FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--config-dir", "-cn", "--config-name"]
-FLAGS_OF_COMMAND = {"ask": {"--json": ["json=true"], "--example": ["task=arith", "task.limit=1"]}}  # and their keys
+EXAMPLE = {"--example": ["task=arith", "task.limit=1"]}
+FLAGS_OF_COMMAND = {"ask": {"--json": ["json=true"], **EXAMPLE}, "trace": EXAMPLE}  # and their keys
 FLAG_CHOICES = {
     **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
     **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),

@@ -21,6 +21,8 @@ KEYS = {
     "cache": ["action", "older_than", "max_size", "stale", "paths.cache"],
     "annotate": ["output", "n", "completions", "keep", "sampler", "schedule", "task.split", "model.latents"],
     "rescore": ["run", "scorer", "aggregator", "engine.rows", "engine.device", "paths.cache"],
+    "trace": ["question", "run", "n", "against", "maps", "top", "threshold", "directions", "sampler", "schedule",
+              "task", "model.latents", "model.name", "scorer", "engine.rows", "paths.cache", "cache", "keep_latents"],
     "collect": ["runs", "output"],
     "compare": ["a", "b", "a_figure", "b_figure", "a_n", "b_n", "output"],
     "plot": ["runs", "output", "format", "against"],
@@ -72,6 +74,9 @@ def fuzz(ltts, checkpoint, folder, line, damaged, content):
         path = copy / damaged
         shutil.rmtree(path) if path.is_dir() else path.write_bytes(content)
     given_keys = {argument.partition("=")[0] for argument in rest}
+    traced = {"run": copy}
+    if "run" not in given_keys and damaged == "nothing":
+        traced = {"model.checkpoint": checkpoint, "task": "arith", "task.limit": 1, "max_answer_tokens": 2, "n": 2}
     base = {
         "run": {"model.checkpoint": checkpoint, "task.limit": 2, "max_answer_tokens": 2, "n": 2},
         "ask": {"model.checkpoint": checkpoint, "max_answer_tokens": 2, "n": 2},
@@ -81,6 +86,7 @@ def fuzz(ltts, checkpoint, folder, line, damaged, content):
         "cache": {"action": "prune"},
         "annotate": {"model.checkpoint": checkpoint, "task.limit": 2, "max_answer_tokens": 2, "n": 2, "completions": 1},
         "rescore": {"run": copy, "scorer": "latent_rm"},
+        "trace": {"hydra.run.dir": "traced", **traced},
         "collect": {"runs": f"[{copy}]"},
         "compare": {"a": copy, "b": folder},
         "plot": {"runs": f"[{copy}]"},

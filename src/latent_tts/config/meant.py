@@ -37,7 +37,7 @@ def is_key(command: str, text: str) -> bool:
     """Whether a command may have a key: `runs/epoch` of `runs/epoch=6.ckpt` is none."""
     if text.startswith(("+", "~", "hydra")):
         return True
-    if command == "ask" and not re.fullmatch(r"[\w./@-]+", text):  # `2+2=?` is a question
+    if command in ("ask", "trace") and not re.fullmatch(r"[\w./@-]+", text):  # `2+2=?` is a question
         return False
     return " " not in text and ("/" not in text or (Path(conf_dir()) / text).is_dir())
 

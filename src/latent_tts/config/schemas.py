@@ -15,6 +15,7 @@ class EngineConfig:
     dtype: str = MISSING
     device: str = MISSING
     rows: int | None = MISSING
+    graph: str = MISSING
     quantize: str | None = MISSING
 
 
@@ -72,6 +73,19 @@ class AskConfig(RunConfig):
 
 
 @dataclass
+class TraceConfig(RunConfig):
+    """Keys of `ltts trace`: those of `ltts run`, the questions, and what is shown of their rollouts."""
+
+    question: list[str] = MISSING
+    run: str | None = MISSING
+    against: str | None = MISSING
+    maps: list[str] = MISSING
+    top: int = MISSING
+    threshold: float = MISSING
+    directions: int = MISSING
+
+
+@dataclass
 class ScoringEngineConfig:
     """How kept rollouts are scored; the dtype is the run's."""
 
@@ -126,6 +140,8 @@ class ProbeConfig:
 
     tolerances: list[float] = MISSING
     guess: str = MISSING
+    draft: str | None = MISSING
+    mixing: int = MISSING
     chunk: int | None = MISSING
     threshold: float = MISSING
     directions: int = MISSING
@@ -296,6 +312,7 @@ class ConvertConfig:
 SCHEMAS = {
     "run": RunConfig,
     "ask": AskConfig,
+    "trace": TraceConfig,
     "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
     "replay": ReplayConfig,

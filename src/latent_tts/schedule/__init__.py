@@ -38,6 +38,20 @@ class LatentModel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What one sweep did with the latents of each row (int64, R; latents are counted from 0).
+
+    Attributes:
+        first_R, stop_R: the latents that it computed are first..stop-1; none where both are equal.
+        final_R: how many latents are final after it.
+    """
+
+    first_R: Tensor
+    stop_R: Tensor
+    final_R: Tensor
+
+
 @dataclass
 class Counts:
     """What a schedule counts per row (int64, R).
@@ -46,11 +60,14 @@ class Counts:
         sweeps_R: passes that computed latents of the row.
         commits_R: latents found to be made from the latents that are final; 0 where a schedule does not check.
         conflicts_R: latents that were computed from others than those, and were computed again.
+        timeline: the sweeps in order, that of the prompt's pass included; None where nobody asks for them. Schedules
+            that compute one latent after another add none.
     """
 
     sweeps_R: Tensor
     commits_R: Tensor
     conflicts_R: Tensor
+    timeline: list[Sweep] | None = None
 
     @classmethod
     def of_steps(cls, steps_R: Tensor) -> Counts:

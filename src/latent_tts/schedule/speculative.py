@@ -29,7 +29,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.errors import bad_value, is_number, is_whole
-from latent_tts.schedule import LatentModel, LatentSequence, Schedule, check_chunk_and_guess, check_parallel
+from latent_tts.schedule import LatentModel, LatentSequence, Schedule, Sweep, check_chunk_and_guess, check_parallel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,6 +136,9 @@ class Speculative(Schedule):
             commits_R = (valid_RT | (place_T < committed_R[:, None])).long().cumprod(1).sum(1) - committed_R
             counts.sweeps_R += active_R & (not free)
             counts.conflicts_R += window_RT.sum(1) - commits_R
+            if counts.timeline is not None:
+                start_R = torch.where(active_R, committed_R, total)
+                counts.timeline.append(Sweep(start_R, start_R + window_RT.sum(1), committed_R + commits_R))
             committed_R = committed_R + commits_R
             if mixing is not None:
                 open_RT = window_RT & (place_T >= committed_R[:, None])
