@@ -51,6 +51,19 @@ def test_the_engine_benchmark_ends_with_its_results(engine_benchmark, capsys):
 
 
 @pytest.mark.slow
+def test_the_schedules_benchmark_says_when_auto_is_slower(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    schedules = importlib.import_module("schedules")
+    schedules.main(["--layers=1", "--width=32", "--questions=2", "--rows", "1", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].split(",")[0].strip() for line in lines] == [
+        "independent latents", "1 rows", "2 rows", "dependent latents", "1 rows", "2 rows",
+    ]  # fmt: skip
+    assert all("target 1.1: " in line for line in lines if "rows," in line)
+    assert "up to 0 rows" in lines[3]  # one commit per sweep
+
+
+@pytest.mark.slow
 def test_the_command_benchmark_says_where_the_time_of_a_run_goes(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     command = importlib.import_module("command")
