@@ -169,7 +169,7 @@ def engine_settings(node: DictConfig) -> EngineSettings:
     Raises:
         UsageError: a value is not allowed.
     """
-    return EngineSettings(node.dtype, node.device, node.rows, node.quantize)
+    return EngineSettings(node.dtype, node.device, node.rows, node.quantize, node.graph)
 
 
 def changed_settings(cfg: DictConfig) -> dict[str, Any]:
@@ -179,9 +179,9 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
         "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task.texts",
         "task._target_", "question", "json", "cache", "sampler._target_", "budget", "scorer._target_",
         "scorer.checkpoint", "scorer.latents", "paths",
-        "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "search._target_",
+        "engine.dtype", "engine.rows", "engine.device", "engine.graph", "keep_latents", "run", "search._target_",
         "against", "maps", "top", "threshold", "directions",
-        "schedule._target_", "schedule.verify",
+        "schedule._target_", "schedule.verify", "schedule.probe",
     }  # fmt: skip
     return changed_keys(cfg, own_columns | aggregators)
 

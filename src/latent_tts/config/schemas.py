@@ -15,6 +15,7 @@ class EngineConfig:
     dtype: str = MISSING
     device: str = MISSING
     rows: int | None = MISSING
+    graph: str = MISSING
     quantize: str | None = MISSING
 
 
@@ -139,6 +140,8 @@ class ProbeConfig:
 
     tolerances: list[float] = MISSING
     guess: str = MISSING
+    draft: str | None = MISSING
+    mixing: int = MISSING
     chunk: int | None = MISSING
     threshold: float = MISSING
     directions: int = MISSING

@@ -35,6 +35,8 @@ from latent_tts.pipeline.models import (
     find_device,
     load_reasoner,
     load_scorer,
+    open_engine,
+    refuse_graphs,
     rollout_plan,
     rows_per_batch,
     write_computation,
@@ -253,6 +255,10 @@ class Drawer:
         """
         self.spec, self._scored = spec, scored
         self.device = find_device(spec.engine)
+        if spec.search.guided:
+            refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
+        if not spec.schedule.stepwise:
+            refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
         self.bytes_per_row = self._bytes_per_row(jobs)
         self.rows = rows_per_batch(spec.engine, spec.shape, self.bytes_per_row, self.device, own_prompt=self.own_prompt)
@@ -266,7 +272,7 @@ class Drawer:
         plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
         reasoner = load(spec)
         draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
-        return Engine(reasoner, plan, draft)
+        return open_engine(reasoner, plan, spec.engine, draft)
 
     @cached_property
     def scorer(self) -> BatchScorer:

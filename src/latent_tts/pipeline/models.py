@@ -14,10 +14,12 @@ import torch
 
 from latent_tts.engine import quantization
 from latent_tts.engine.cost import Shape
+from latent_tts.engine.draft import DraftHead
+from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
-from latent_tts.engine.rollout import RolloutPlan
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.engine.rollout import Engine, RolloutPlan
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.spec import COMPUTATION, EngineSettings
 from latent_tts.results.files import whole_file
@@ -116,6 +118,10 @@ def find_device(engine: EngineSettings) -> str:
         UsageError: there is no such device, or it cannot do `engine.quantize`.
     """
     device = _find_device(engine.device)
+    on_gpu = device.startswith("cuda")
+    require(
+        "engine.graph", engine.graph, on_gpu or engine.graph != "on", f"graphs need CUDA, this is {device}: auto or off"
+    )
     if engine.quantize is not None:
         quantization.check_device(engine.quantize, device)
     return device
@@ -142,6 +148,26 @@ def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, dev
     if rows < wanted:
         log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted, rows)
     return rows
+
+
+def open_engine(
+    reasoner: Reasoner, plan: RolloutPlan, settings: EngineSettings, draft: DraftHead | None = None
+) -> Engine:
+    """An engine that replays CUDA graphs where it can and `engine.graph` allows it.
+
+    A schedule that guesses decides on the way what it computes, so there are none where a draft head is given.
+
+    Raises:
+        RunError: `engine.graph=on`, and the model cannot be replayed.
+    """
+    if reasoner.lm.device.type != "cuda" or settings.graph == "off" or not plan.schedule.stepwise:
+        return Engine(reasoner, plan, draft)
+    return GraphEngine(reasoner, plan, needed=settings.graph == "on")
+
+
+def refuse_graphs(settings: EngineSettings, why: str) -> None:
+    """Raise UsageError if `engine.graph=on` asks for graphs where there are none."""
+    require("engine.graph", settings.graph, settings.graph != "on", f"must be auto or off: {why}")
 
 
 def rollout_plan(
