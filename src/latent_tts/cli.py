@@ -28,8 +28,10 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "annotate": ("label every step of rollouts, for train-rm to learn from; resumable", ()),
     "train-reasoner": ("train a latent reasoner with its family's recipe; resumable", ()),
     "train-rm": ("train LatentRM, which scores rollouts by their latents; resumable", ()),
+    "train-draft": ("train a small head that predicts a reasoner's latents, for schedule.guess=draft", ()),
     "tune": ("measure which engine settings are fastest on this machine and save them as engine=tuned", ()),
     "probe": ("measure how latents depend on each other, and whether computing them in parallel pays", ()),
+    "trace": ("look into rollouts: latents, tokens, scores, sweeps, answers; a page and tables", ("question*",)),
     "collect": ("join tables of runs, average over seeds, list incomplete runs", ("runs*",)),
     "compare": ("paired differences of two run folders with intervals", ("a", "b")),
     "plot": ("draw figures from metrics tables", ("runs*",)),
@@ -39,6 +41,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
 RESUMABLE = (
     "run",
     "ask",
+    "trace",
     "rescore",
     "annotate",
     "train-reasoner",
@@ -48,7 +51,8 @@ MAX_LINES = 4
 KEPT = "finished work is kept; "
 FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
 FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--config-dir", "-cn", "--config-name"]
-FLAGS_OF_COMMAND = {"ask": {"--json": ["json=true"], "--example": ["task=arith", "task.limit=1"]}}  # and their keys
+EXAMPLE = {"--example": ["task=arith", "task.limit=1"]}
+FLAGS_OF_COMMAND = {"ask": {"--json": ["json=true"], **EXAMPLE}, "trace": EXAMPLE}  # and their keys
 FLAG_CHOICES = {
     **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
     **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
@@ -177,6 +181,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
             f"usage: {usage} [key=value ...]; {names[0].upper()} is missing; `ltts {name} --help` lists keys"
         )
     variadic = {f"{n.rstrip('*')}" for n in COMMANDS[name][1] if n.endswith("*")}
+    meant.check_choices(command, others)
     given = [f"{k}=[{','.join(v)}]" if k in variadic else f"{k}={v[0]}" for k, v in positional.items()]
     return multirun + flags + others + given  # argparse wants what is no flag in one piece
 
@@ -286,7 +291,7 @@ def describe(error: Exception) -> tuple[list[str], int]:
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
-    from latent_tts.config.meant import no_option, quoted_override
+    from latent_tts.config.meant import no_option, quoted_override, takes_list
     from latent_tts.config.reference import conf_dir
 
     if isinstance(error, LatentTTSError):
@@ -306,11 +311,16 @@ def describe(error: Exception) -> tuple[list[str], int]:
     ambiguous = re.match(r"Ambiguous value for argument '(.+?)'\n", str(error), re.S)
     if ambiguous:
         key, _, value = ambiguous[1].partition("=")
-        return [f"{ambiguous[1]}: several values; -m runs a job for each, {key}=[{value}] is a list"], 2
+        several = f"{ambiguous[1]}: several values; -m runs a job for each"
+        command = sys.argv[0].partition(" ")[2].replace("-", "_")
+        return [several + (f", {key}=[{value}] is a list" if takes_list(command, key) else "")], 2
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         lines, file = _describe_omegaconf(error, cause), re.match(r"In '(.+?)': ", str(error))
         return [f"{file[1]}.yaml: {lines[0]}" if file else lines[0], *lines[1:]], 2
+    group = re.match(r"Could not override '(.+?)'\. No match in the defaults list", str(error))
+    if group:
+        return [f"{group[1]}: {sys.argv[0]} has no such group; `{sys.argv[0]} --help` lists its groups and keys"], 2
     if isinstance(error, HydraException):
         return [line for line in str(error).splitlines() if line.strip()], 2
     of_a_list = isinstance(error, TypeError) and "is not iterable" in str(error)  # of numbers, where Hydra wants names
@@ -357,6 +367,15 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
         if "." not in key and (nested := nested_key(command, key)):
             return [f"{key}: no such key; did you mean {nested}? `{sys.argv[0]} --help` lists keys"]
         return [str(unknown_key(key, (k for k in known if k not in ("_target_", "hydra")))), *hint]
+    wrong = re.match(r"Cannot merge DictConfig with ListConfig|Invalid type assigned: .* is not a subclass of", first)
+    if wrong:
+        given = next((each.partition("=")[2] for each in sys.argv if each.lstrip("+").startswith(f"{key}=")), "")
+        if given.startswith("{"):
+            return [f"{key}={given}: must be a list, as in {key}=[A,B]"]
+        return [f"{key}={given}: must be a mapping; set a key of it, as in {key}.KEY=VALUE"]
+    value = re.match(r"Cannot convert '(\w+)' to string: '(.*)'$", first)
+    if value:
+        return [f"{key}={value[2]}: must be text, not a {value[1]}"]
     value = re.match(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", first)
     if value:
         return [f"{key}={value[1]}: must be of type {value[2].lower()}"]

@@ -1,4 +1,4 @@
-"""Tests the engine on a simulated device, for machines without a GPU: `python tests/helpers/elsewhere.py`.
+"""Tests engine and training on a simulated device, for machines without a GPU: `python tests/helpers/elsewhere.py`.
 
 Tensors on the device `elsewhere` compute on the CPU, but refuse what tensors on a GPU refuse: operations with tensors
 on the CPU, and views by NumPy. The engine therefore runs the same code as on CUDA (random numbers by torch, no packed
@@ -10,6 +10,8 @@ It needs its own process, since torch registers such a device permanently.
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -31,9 +33,14 @@ _setup_privateuseone_for_python_backend("elsewhere", _Backend())
 torch._C._set_only_lift_cpu_tensors(True)  # otherwise torch.tensor(numbers, device=...) skips the dispatch
 
 import devices  # noqa: E402
+import objectives  # noqa: E402
 
 from latent_tts.engine import head, prompts  # noqa: E402
 from latent_tts.random import draw as rng  # noqa: E402
+from latent_tts.task.arith import Arith, words  # noqa: E402
+from latent_tts.training.reasoner.backbone import BackboneConfig  # noqa: E402
+from latent_tts.training.reasoner.train import ReasonerModule  # noqa: E402
+from latent_tts.training.reasoner.vocabulary import word_level_tokenizer  # noqa: E402
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("elsewhere:0")
 head.VALUES_AT_ONCE["elsewhere"] = head.VALUES_AT_ONCE["cuda"]
@@ -98,18 +105,52 @@ def is_accepted_scalar(function: Any, tensor: Tensor) -> bool:
     return tensor.dim() == 0 and torch.Tag.pointwise in function.tags
 
 
-def moved(module: nn.Module) -> Any:
+def moved(module: nn.Module, *, trained: bool = False) -> Any:
     """Move the weights of a module to the simulated device."""
+    made: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for part in module.modules():
         for name, weight in part._parameters.items():
-            part._parameters[name] = None if weight is None else nn.Parameter(There(weight.data), False)
+            if weight is not None:
+                there = made.setdefault(id(weight), nn.Parameter(There(weight.data), trained))
+                part._parameters[name] = there
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else There(buffer)
     return module
 
 
+def training_losses(family: str, checkpoint: Path, folder: Path, *, there: bool) -> list[Tensor]:
+    """The loss of each stage and its gradients, and the numbers of exact answers, in float64 without dropout."""
+    recipe, adapter = objectives.made(family, checkpoint, folder)
+    module = ReasonerModule(recipe.objective(adapter)).double().eval()
+    module = moved(module, trained=True) if there else module
+    questions, values = Arith("valid", 5, None, 0).questions(), []
+    for stage in recipe.stages():
+        loss = module(questions, stage)
+        gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+        with torch.no_grad():
+            hits = module.objective.exact_matches(questions, stage)
+        values += [loss, *(gradient for gradient in gradients if gradient is not None), torch.tensor(float(hits))]
+    return [value.here if isinstance(value, There) else value for value in values]
+
+
+def check_training() -> None:
+    """Check the objective of every family."""
+    with TemporaryDirectory() as place:
+        checkpoint = Path(place) / "checkpoint"
+        checkpoint.mkdir()
+        BackboneConfig(2, 16, 2, 128, 0.0, 0.5).create(word_level_tokenizer(words()), checkpoint, seed=3)
+        for family in objectives.RECIPES:
+            expected = training_losses(family, checkpoint, Path(place) / family, there=False)
+            with Dispatch():
+                found = training_losses(family, checkpoint, Path(place) / family, there=True)
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6)  # losses are float32
+            print(f"{family}, training: same", flush=True)
+
+
 def main() -> None:
     """Check all cases."""
+    check_training()
     place = devices.Place(ELSEWHERE, moved, Dispatch)
     for name, case in devices.cases():
         print(name, end="", flush=True)

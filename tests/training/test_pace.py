@@ -72,6 +72,25 @@ def test_states_are_due_every_minute(tmp_path, clock):
     assert not Pace(10).wants_saving()
 
 
+def test_validations_take_a_share_of_the_time_at_most(tmp_path, clock, caplog):
+    caplog.set_level("INFO")
+    pace = Timed(100, minutes=10, path=tmp_path / "log", share=0.25)
+    done = []
+    for update in range(40):
+        take(pace, clock, 5.0, [update])
+        if pace.may_validate(update):
+            done.append(update)
+            with pace.validating(lambda number: number):
+                clock[0] += 10.0
+    assert done == [0, 15, 23, 31, 39]  # the first one's time is not known before
+    assert 10.0 * len(done) <= 0.25 * sum(pace.seconds)
+    assert "validation.share=0.25: no validation after update 2" in caplog.text
+    again = Timed(100, minutes=10, path=tmp_path / "log", share=0.25)
+    again.resume(40)
+    assert again.may_validate(40)
+    assert Pace(10).may_validate(0)
+
+
 def test_minutes_too_few_for_one_update_are_an_error(tmp_path, clock):
     with pytest.raises(RunError, match=r"optimization\.minutes=0\.01: too few for one update, which took 2 s"):
         take(Timed(10, minutes=0.01, path=tmp_path / "log"), clock, 2.0, [0])
@@ -110,6 +129,11 @@ def test_a_run_by_the_clock_is_repeated_bit_for_bit_by_its_log(ltts, place, monk
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        (["validation.share=0.5"], ["validation.share=0.5", "optimization.minutes"]),
+        (["validation.share=0", "optimization.minutes=1"], ["validation.share=0", "positive"]),
+        (["optimization.batch_tokens=0"], ["optimization.batch_tokens=0", "positive integer"]),
+        (["optimization.batch_tokens=20"], ["optimization.batch_tokens=20", "or more: question"]),
+        (["optimization.gradient_checkpointing=3"], ["optimization.gradient_checkpointing=3", "true or false"]),
         (["optimization.minutes=0"], ["optimization.minutes=0", "positive"]),
         (["optimization.follow=nosuch"], ["optimization.follow=nosuch", "no log"]),
         (["optimization.follow=nosuch", "optimization.minutes=1"], ["optimization.follow=nosuch", "minutes=null"]),

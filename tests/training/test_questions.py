@@ -62,6 +62,11 @@ def test_every_question_comes_once_per_epoch_in_an_order_keyed_by_seed_and_epoch
     assert list(islice(epochs(found.finite, seed=1), size)) != first
 
 
+def test_the_order_of_a_file_does_not_matter(tmp_path):
+    questions = chosen(jsonl(tmp_path, ROWS)).finite
+    assert list(islice(epochs(questions, 0), 30)) == list(islice(epochs(questions[::-1], 0), 30))
+
+
 def test_a_set_without_valid_holds_questions_out_that_more_rows_do_not_move(tmp_path):
     few, more = (chosen(jsonl(tmp_path, rows), valid=3) for rows in (ROWS[:30], [*ROWS[:30], *WRITTEN[:0]]))
     assert len(few.valid) == 3

@@ -73,6 +73,16 @@ def test_packed_siblings_score_what_plain_rows_score_and_have_their_gradients(fa
         assert (a.grad - b.grad).abs().max() < 1e-9 * max(1.0, float(b.grad.abs().max())), name
 
 
+def test_gradients_of_latent_rm_are_equal_when_activations_are_computed_again():
+    module, found = rm("llama"), []
+    batch = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([3, 2]), torch.randn(2, 3, 2, 32).double()
+    for module.recompute in (False, True):
+        module.zero_grad()
+        module(*batch).square().sum().backward()
+        found.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 def test_dropout_stays_off_in_training(checkpoint):
     adapter = annotated.adapter_of(checkpoint)
     assert adapter.config["resid_pdrop"] > 0
@@ -251,7 +261,8 @@ def test_a_few_updates_choose_better_than_chance(folders, tmp_path):
 
 
 def test_bfloat16_autocast_runs_and_keeps_the_weights_in_float32(folders, tmp_path):
-    model, trainer = train(*folders, tmp_path / "out", bf16=True, epochs=1)
+    model, trainer = train(*folders, tmp_path / "out", bf16=True, epochs=1, gradient_checkpointing=True)
+    assert model.recompute
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     whole, _ = train(*folders, tmp_path / "whole", epochs=1)
     difference = (model.classifier.weight - whole.classifier.weight).abs().max()

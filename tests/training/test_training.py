@@ -9,7 +9,10 @@ from itertools import islice
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from latent_tts.engine.rollout import Engine, RolloutPlan
@@ -22,7 +25,13 @@ from latent_tts.task.arith import Arith
 from latent_tts.training.core import ResumableTrainer
 from latent_tts.training.reasoner import coconut
 from latent_tts.training.reasoner import train as training
-from latent_tts.training.reasoner.batch import encode_batch, question_batches, written_loss
+from latent_tts.training.reasoner.batch import (
+    TokenBudget,
+    encode_batch,
+    micro_batch,
+    question_batches,
+    written_loss,
+)
 from latent_tts.training.reasoner.curriculum import Stage, written_text
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.states import last_state
@@ -103,6 +112,39 @@ def test_the_padded_batch_computes_what_the_engine_computes(adapter, latents):
     draw = Draw.of(0, [q.id for q in questions], torch.zeros(5, 1, dtype=torch.long), engine.width)
     rollouts = engine.roll([adapter.encode(q) for q in questions], draw, Greedy())
     assert predicted == [ids[0] for ids in rollouts.answer_ids]
+
+
+@pytest.mark.parametrize("latents", [0, 1, 4])
+def test_passes_over_the_cache_lose_what_whole_passes_lose(adapter, latents):
+    """The loss and its gradients, beside a pass over the whole row for every latent, one question after the other."""
+    questions, stage = Arith("valid", 5, None, 0).questions(), Stage(1, latents, min(latents, 1))
+    objective = coconut.CoconutObjective(adapter, 0.5)
+    lm, embed, encode = objective.lm.double().eval(), objective.lm.get_input_embeddings(), adapter.tokenizer.encode
+    loss = objective.loss(questions, stage)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in lm.named_parameters()}
+    lm.zero_grad()
+    written, results = [], []
+    for question in questions:
+        row, thoughts = embed(torch.tensor([adapter.encode(question)])), []
+        for _ in range(latents):
+            thoughts.append(lm.base_model(inputs_embeds=row, use_cache=False).last_hidden_state[0, -1])
+            row = torch.cat([row, thoughts[-1][None, None]], dim=1)
+        text = encode(written_text(question.steps, question.answer, stage)).ids
+        ids = torch.tensor([*adapter.thinking_end_ids, *text, adapter.eos_id])
+        hidden = lm.base_model(inputs_embeds=torch.cat([row, embed(ids)[None]], 1), use_cache=False).last_hidden_state
+        end = len(adapter.thinking_end_ids)
+        logits = lm.lm_head(hidden[0, row.shape[1] + end - 1 : -1])
+        written.append(F.cross_entropy(logits, ids[end:], reduction="none"))
+        if thoughts:
+            named = [*(step.rpartition("=")[2].removesuffix(">>") for step in question.steps), *[question.answer] * 4]
+            first = torch.tensor([encode(result).ids[0] for result in named[:latents]])
+            results.append(F.cross_entropy(lm.lm_head(torch.stack(thoughts)), first, reduction="none"))
+    plain = torch.cat(written).mean() + (0.5 * torch.cat(results).mean() if results else 0.0)
+    plain.backward()
+    torch.testing.assert_close(loss.double(), plain, rtol=1e-5, atol=0)
+    for name, parameter in lm.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_reach_the_prompt_through_every_latent(adapter):
@@ -259,6 +301,65 @@ def test_batches_are_of_like_length_and_lose_no_question():
     assert sorted(q.id for batch in batches for q in batch) == sorted(q.id for q in first)
     spread = [max(len(q.text) for q in batch) - min(len(q.text) for q in batch) for batch in batches]
     assert max(spread) < max(len(q.text) for q in first) - min(len(q.text) for q in first)
+
+
+def lengths(question):
+    words = len(question.text.split())
+    return words, 3 + 4 * len(question.steps)
+
+
+def by_tokens(seed=0, parts=1, tokens=200, most=100):
+    return TokenBudget(most, tokens, parts, lengths, seed).batches(Arith("train", None, None, 0).stream())
+
+
+@settings(derandomize=True, deadline=None, max_examples=20)
+@given(tokens=st.integers(250, 600), parts=st.integers(1, 3), most=st.integers(3, 20))
+def test_batches_by_tokens_stay_below_their_limits_and_lose_no_question(tokens, parts, most):
+    batches = list(islice(by_tokens(0, parts, tokens, most), 120))
+    for batch in batches:
+        assert parts <= len(batch) <= most
+        sizes = [lengths(question) for question in batch]
+        pieces = [micro_batch(sizes, part, parts) for part in range(parts)]
+        assert [size for piece in pieces for size in piece] == sizes
+        assert sum(len(piece) * sum(map(max, zip(*piece, strict=True))) for piece in pieces) <= tokens
+    drawn = [question.id for batch in batches for question in batch]
+    assert len(set(drawn)) == len(drawn)
+    first = [q.id for q in islice(Arith("train", None, None, 0).stream(), len(drawn) // 2)]
+    assert set(first) <= set(drawn)
+
+
+def test_batches_by_tokens_are_keyed_and_of_like_length():
+    one, again, other = ([[q.id for q in b] for b in islice(by_tokens(seed), 8)] for seed in (0, 0, 1))
+    assert one == again != other
+    batches = list(islice(by_tokens(), 16))
+    filled = [len(b) * sum(map(max, zip(*map(lengths, b), strict=True))) for b in batches]
+    real = [sum(sum(lengths(q)) for q in b) for b in batches]
+    assert sum(real) > 0.85 * sum(filled)
+    assert sum(filled) > 0.7 * 200 * len(batches)
+
+
+def test_a_question_that_fills_an_update_alone_is_refused_where_it_has_micro_batches():
+    with pytest.raises(UsageError, match=r"optimization\.batch_tokens=60: must be \d+ or more: question .* 4 micro"):
+        next(by_tokens(parts=4, tokens=60))
+
+
+def test_an_update_by_tokens_weighs_its_questions_alike(adapter, tmp_path):
+    recipe = replace(RECIPE, written_updates=1, stage_updates=[], final_updates=0, step_loss=0.0)
+    optimization = replace(OPTIMIZATION, accumulation=2, batch=8, batch_tokens=500)
+    sizes, losses, real = [], [], coconut.CoconutObjective.loss
+
+    def loss(self, questions, stage):
+        sizes.append(len(questions))
+        losses.append(real(self, questions, stage))
+        return losses[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coconut.CoconutObjective, "loss", loss)
+        told = []
+        train(adapter, tmp_path / "out", recipe, optimization, report=lambda done, figures: told.append(figures))
+    assert sizes[0] + 1 == sizes[1]
+    mean = (sizes[0] * losses[0] + sizes[1] * losses[1]).item() / sum(sizes)
+    assert told[0]["loss"] == pytest.approx(mean, rel=1e-6)
 
 
 def test_train_reasoner_writes_a_checkpoint_that_runs(ltts, tmp_path):

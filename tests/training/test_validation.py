@@ -1,5 +1,7 @@
 """What the engine says of weights in training: the figures of `ltts run`, and the best weights kept."""
 
+from dataclasses import replace
+
 import pytest
 import scripted
 import torch
@@ -12,7 +14,7 @@ from latent_tts.training.reasoner.validation import Validation, keep_if_best, re
 from latent_tts.types import Question
 
 RULE = AnswerRule("decimal")
-SETTINGS = Validation(every=1, rollouts=3, sigma=0.5, temperature=1.0, max_answer_tokens=3, dtype="float32")
+SETTINGS = Validation(every=1, rollouts=3, sigma=0.5, temperature=1.0, max_answer_tokens=3, share=1.0, dtype="float32")
 QUESTIONS = [Question(str(place), f"Question {place}?", str(17 + place % 4)) for place in range(8)]  # two have 18
 
 
@@ -29,7 +31,7 @@ def test_accuracy_is_the_share_of_questions_that_greedy_decoding_answers(tmp_pat
 
 def test_coverage_counts_questions_that_any_rollout_answers(tmp_path):
     """Two answers are equally likely, so without latents some of many drawn rollouts give each of them."""
-    settings = Validation(every=1, rollouts=30, sigma=0.0, temperature=1.0, max_answer_tokens=3, dtype="float32")
+    settings = replace(SETTINGS, rollouts=30, sigma=0.0)
     figures = measured(tmp_path, "### 18", "### 19", latents=0, settings=settings)
     assert figures["eval_greedy_accuracy"] == 0.25
     assert figures["eval_coverage_at_30"] == 0.5

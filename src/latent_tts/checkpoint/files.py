@@ -43,12 +43,12 @@ SIZES = {
 # what other configs call the sizes of Llama-like ones
 OTHER_NAMES = {
     "hidden_size": ("d_model", "n_embed"),
-    "num_hidden_layers": ("num_layers", "n_layer", "n_layers"),
-    "num_attention_heads": ("num_heads", "n_head", "n_heads", "attention_heads"),
+    "num_hidden_layers": ("num_layers", "n_layer", "n_layers", "decoder_layers"),
+    "num_attention_heads": ("num_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads"),
     "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
     "head_dim": ("kv_channels",),
-    "intermediate_size": ("ffn_dim", "ffn_hidden_size"),
-    "max_position_embeddings": ("max_seq_len", "seq_length", "model_max_length"),
+    "intermediate_size": ("ffn_dim", "ffn_hidden_size", "decoder_ffn_dim"),
+    "max_position_embeddings": ("max_seq_len", "seq_length", "model_max_length", "max_target_positions"),
 }
 # models whose config need not say how wide the inner layer is: four times the model, as transformers takes it
 FOUR_TIMES = ("gpt_neo", "bloom", "falcon", "gpt_neox_japanese", "mpt")
@@ -65,19 +65,23 @@ RECURRENT = (
 )
 # encoders, unless their config says `is_decoder`
 BIDIRECTIONAL = (
-    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "data2vec", "megatron-bert", "rembert"),
-    *("roformer", "big_bird", "roc_bert", "xmod", "mobilebert"),
+    *("bert", "bert-generation", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert"),
+    *("electra", "ernie", "data2vec-text", "megatron-bert", "rembert", "roformer", "big_bird", "roc_bert", "xmod"),
+    "mobilebert",
 )
+# sizes of what each layer looks up for a token's id; a latent has none
+PER_LAYER_INPUTS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
 WITHOUT_CACHE = ("openai-gpt", "xlnet", "xlm", "flaubert")  # in transformers
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight")
-# sizes in `config.json`, and the axis of a weight that is at least as long: a model larger than its files is not made
+# sizes in `config.json`, and the axis of a weight that is at least as long (None: one of them, since GPT-2 and others
+# transpose it): a model larger than its files is not made
 LIMITS = (
     ("vocab_size", EMBEDDINGS, 0),
     ("n_embd", ("wte.weight",), 1),
     ("n_positions", ("wpe.weight",), 0),
-    ("n_inner", ("mlp.c_fc.weight",), 1),
+    ("n_inner", ("mlp.c_fc.weight",), None),
     ("n_head", ("attn.c_attn.weight",), 0),
     ("hidden_size", ("embed_tokens.weight", "embed_in.weight"), 1),
     ("intermediate_size", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), 0),
@@ -86,7 +90,7 @@ LIMITS = (
     ("head_dim", ("self_attn.q_proj.weight",), 0),
 )
 NARROW_EMBEDDINGS = ("word_embed_proj_dim", "embedding_size")  # of models whose embedding is narrower than their blocks
-LAYER = re.compile(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(?:h|layers?|blocks?)\.(\d+)\.")
 EXPERT = re.compile(r"(?:^|\.)experts\.")
 # implementations in transformers itself; any other name is code that it would fetch from the hub
 IMPLEMENTATIONS = (
@@ -221,17 +225,22 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
     kind, why = str(config.get("model_type", "")), "latents are fed to decoders made of attention"
     if config.get("is_encoder_decoder"):
         raise bad_value(key, folder, f"a {kind} model has an encoder; {why}")
-    if kind.startswith(BIDIRECTIONAL) and not config.get("is_decoder"):
+    if kind in BIDIRECTIONAL and not config.get("is_decoder"):
         raise bad_value(key, folder, f"in a {kind} model tokens attend to those after them; {why}")
     layers = config.get("layer_types") or []
     other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
     if kind in WITHOUT_CACHE:
         raise bad_value(key, folder, f"a {kind} model keeps no keys and values of earlier tokens; {why}")
+    if all(config.get(name) for name in PER_LAYER_INPUTS):
+        raise bad_value(key, folder, f"in a {kind} model every layer looks a token's id up; latents have none")
+    heads = [config.get(name) for name in ("num_attention_heads", "num_key_value_heads")]
+    if config.get("kv_lora_rank") and None not in heads and heads[0] != heads[1]:
+        wanted = "with kv_lora_rank, keys have as many heads as queries"
+        raise bad_value(key, folder, f"config.json has num_key_value_heads={heads[1]}, must be {heads[0]}: {wanted}")
     if other or kind.startswith(RECURRENT):
         state = f" ({', '.join(other)})" if other else ""
-        raise bad_value(
-            key, folder, f"a {kind} model keeps a running state{state}, which cannot be rewound or forked; {why}"
-        )
+        memory = f"a {kind} model keeps another memory than keys and values{state}"
+        raise bad_value(key, folder, f"{memory}, as a running state, which cannot be rewound or forked; {why}")
 
 
 def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
@@ -297,7 +306,7 @@ def check_shapes(
         value, found = config.get(name), next((t for t in shapes if t.endswith(suffixes)), None)
         if found is None or not is_whole(value) or (axis == 1 and any(other in config for other in NARROW_EMBEDDINGS)):
             continue
-        if len(shapes[found]) != 2 or value > shapes[found][axis]:
+        if len(shapes[found]) != 2 or value > (max(shapes[found]) if axis is None else shapes[found][axis]):
             raise bad_value(key, folder, f"config.json has {name}={value}, but {found} is {shapes[found]}")
 
 

@@ -129,7 +129,12 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
     unused = sorted(name for name in info["unexpected_keys"] if IN_BLOCK.search(name))
     if unused:
         raise bad_value(key, folder, f"config.json describes fewer layers than the weights have: {unused[0]} ...")
-    if model.get_output_embeddings() is not None and model.base_model is model:  # a name that none of its parts has
+    name_body(model)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def name_body(model: PreTrainedModel) -> None:
+    """Let `base_model` of a causal LM be the part without its LM head: some classes say a name that no part has."""
+    if model.get_output_embeddings() is not None and model.base_model is model:
         parts = (name for name, part in model.named_children() if isinstance(part, PreTrainedModel))
         model.base_model_prefix = next(parts, model.base_model_prefix)
-    return model.to(device).eval().requires_grad_(False)

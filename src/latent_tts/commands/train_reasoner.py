@@ -71,6 +71,8 @@ def train(cfg: DictConfig) -> None:
     recipe.check(adapter)
     optimization = config.build("optimization", cfg.optimization)
     validation = config.build("validation", cfg.validation)
+    if optimization.minutes is None and "validation.share" in given:
+        raise bad_value("validation.share", validation.share, "needs optimization.minutes: it bounds runs by the clock")
     if adapter.family == "CoLaR":
         why = "must be null for CoLaR: the engine draws its exact match as it is"
         require("validation.every", validation.every, validation.every is None, why)

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.config.reference import conf_dir
+from latent_tts.config.reference import conf_dir, conf_dirs, nested_groups
 from latent_tts.config.schemas import SCHEMAS
 from latent_tts.errors import LatentTTSError, UsageError, bad_value, unknown_key
 from latent_tts.results.files import LOCK
@@ -76,6 +76,10 @@ def build(group: str, node: Any) -> Any:
     """
     if not OmegaConf.is_dict(node):
         raise bad_value(group, node, f"must be an option of the group, as in `{group}=NAME`")
+    for nested in nested_groups(group, conf_dirs()):
+        name = nested.rpartition("/")[2]
+        if name in node and not OmegaConf.is_dict(node[name]):
+            raise bad_value(nested.replace("/", "."), node[name], f"must be an option, as in `{nested}=NAME`")
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
@@ -86,7 +90,7 @@ def build(group: str, node: Any) -> Any:
             raise cause from None
         if isinstance(error.__cause__, TypeError):
             _refuse_unknown_arguments(group, node)
-        reason = str(error.__cause__ or error).splitlines()[0].rstrip(":")
+        reason = " ".join(str(error.__cause__ or error).split())[:200].rstrip(":")
         if isinstance(error.__cause__, AttributeError | TypeError | ValueError | KeyError):
             reason = f"a value is of a wrong type ({reason})"
         raise UsageError(f"{group}: {reason}") from error

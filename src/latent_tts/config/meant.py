@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from latent_tts.config.reference import chosen_options, conf_dir, option_names, read_command, read_option
+from latent_tts.config.reference import (
+    chosen_options,
+    conf_dir,
+    conf_dirs,
+    nested_groups,
+    option_names,
+    options_with_nested,
+    read_command,
+    read_option,
+)
+from latent_tts.errors import bad_value
 
 PLACES = (Path(conf_dir()),)
 
@@ -25,7 +37,7 @@ def is_key(command: str, text: str) -> bool:
     """Whether a command may have a key: `runs/epoch` of `runs/epoch=6.ckpt` is none."""
     if text.startswith(("+", "~", "hydra")):
         return True
-    if command == "ask" and not re.fullmatch(r"[\w./@-]+", text):  # `2+2=?` is a question
+    if command in ("ask", "trace") and not re.fullmatch(r"[\w./@-]+", text):  # `2+2=?` is a question
         return False
     return " " not in text and ("/" not in text or (Path(conf_dir()) / text).is_dir())
 
@@ -84,6 +96,51 @@ def quoted_override(override: str) -> str | None:
         return None
     plain = not re.search(r'[\\"$`!]', fixed)
     return (f'"{fixed}"' if plain else shlex.quote(fixed)) if equals else None
+
+
+def check_choices(command: str, arguments: Sequence[str]) -> None:
+    """Check that no argument chooses several options where one is allowed, or one that the others have no place for.
+
+    Raises:
+        UsageError: one does.
+    """
+    known, places = read_command(command), conf_dirs()
+    nested = {name: group for group in known.groups for name in nested_groups(group, places)}
+    for argument in arguments:
+        key, _, text = argument.lstrip("+").partition("=")
+        if key not in known.groups and key not in nested:
+            continue
+        names = ", ".join(option_names(key, places))
+        for value in _values(argument):
+            several = isinstance(value, list)
+            if key in known.lists:
+                if several and not all(isinstance(each, str | int | float) for each in value):
+                    raise bad_value(key, text, f"must be a list of {names}")
+            elif several or (isinstance(value, dict) and key in nested):
+                found = [str(each) for each in value if str(each) in option_names(key, places)]
+                sweep = f"; -m {key}={','.join(found)} runs a job for each" if len(found) > 1 else ""
+                raise bad_value(key, text, f"must be one of {names}{sweep}")
+        if key in nested:
+            group, able = nested[key], options_with_nested(key, places)
+            chosen = chosen_options(command, arguments, places)[group]
+            if chosen and not set(chosen) & set(able):
+                choose = " or ".join(f"{group}={option}" for option in able)
+                raise bad_value(key, text, f"{group}={chosen[0]} has no {key.rpartition('/')[2]}; choose {choose}")
+
+
+def takes_list(command: str, key: str) -> bool:
+    """Whether a key can have a list: all but the groups of which one option is chosen."""
+    known = read_command(command)
+    return key not in known.groups or key in known.lists
+
+
+def _values(argument: str) -> Iterator[Any]:
+    """The values of an override, several in a sweep; none where Hydra will say what is wrong with it."""
+    try:
+        override = OverridesParser.create().parse_override(argument)
+        yield from override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+    except (HydraException, ValueError):
+        return
 
 
 def no_option(arguments: list[str]) -> str | None:

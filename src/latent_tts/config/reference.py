@@ -82,11 +82,13 @@ class Command:
         examples: the comment at the top of its file, without the first line.
         keys: its own keys.
         groups: its groups in order, with the option chosen by default, or the list of them.
+        lists: those of its groups of which several options can be chosen.
     """
 
     examples: tuple[str, ...]
     keys: tuple[Key, ...]
     groups: Mapping[str, list[str]]
+    lists: frozenset[str]
 
 
 def conf_dir() -> str:
@@ -127,6 +129,13 @@ def nested_groups(group: str, places: Sequence[Path]) -> list[str]:
     return [f"{group}/{name}" for name in sorted(folders)]
 
 
+def options_with_nested(nested: str, places: Sequence[Path]) -> list[str]:
+    """The options of a group that have a group inside it, as those of `budget` that take a `budget/rule`."""
+    group, _, name = nested.rpartition("/")
+    files = {path.stem: path.read_text(errors="replace") for place in places for path in (place / group).glob("*.yaml")}
+    return sorted(option for option, text in files.items() if re.search(rf"^  - {re.escape(name)}:", text, re.M))
+
+
 def read_option(group: str, name: str, places: Sequence[Path]) -> Option:
     """An option, as the first file of that name has it; its keys begin with the group."""
     path = next(file for place in places if (file := place / group / f"{name}.yaml").is_file())
@@ -162,9 +171,12 @@ def read_command(command: str) -> Command:
     defaults = next(value for key, value in root.value if key.value == "defaults")
     bases = [read_command(entry.value) for entry in defaults.value if entry.value in list(SCHEMAS)]  # it extends them
     groups = {group: list(chosen) for base in bases for group, chosen in base.groups.items()}
+    lists = {group for base in bases for group in base.lists}
     for entry in defaults.value:
         for key, value in entry.value if isinstance(entry, yaml.MappingNode) else ():
             group = key.value.removeprefix("optional ").removeprefix("override ")
+            if isinstance(value, yaml.SequenceNode):
+                lists.add(group)
             if not group.startswith("hydra/"):
                 chosen = [each.value for each in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
                 groups[group] = [name for name in chosen if name != "null"]
@@ -174,7 +186,7 @@ def read_command(command: str) -> Command:
         kinds |= {f"{key.value}.{name}": kind for name, kind in _argument_kinds(target).items()}
     keys = [Key(key.name, key.default, key.comment, kinds.get(key.name, "")) for key in _keys(root, text, nested=True)]
     keys += [key for base in bases for key in base.keys]
-    return Command(tuple(_top_comment(text)[1:]), tuple(keys), groups)
+    return Command(tuple(_top_comment(text)[1:]), tuple(keys), groups, frozenset(lists))
 
 
 def chosen_options(command: str, overrides: Iterable[str], places: Sequence[Path]) -> dict[str, list[str]]:

@@ -6,17 +6,20 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from latent_tts.config.build import build, changed_keys, compose, is_default, is_given
-from latent_tts.config.recorded import literal, recorded
+from latent_tts.config.recorded import TARGET, literal, recorded
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import bad_value, require
 from latent_tts.pipeline.annotation import AnnotationSpec
 from latent_tts.pipeline.spec import EngineSettings, RunRequest
 from latent_tts.results.annotations import SETTINGS, AnnotationFolder
 from latent_tts.results.cache import MODES
+from latent_tts.sampler import Sampler
 
 log = logging.getLogger(__name__)
 
@@ -127,13 +130,46 @@ def annotated_run(cfg: DictConfig, valid: AnnotationFolder) -> DictConfig | None
     return run
 
 
+def against_option(cfg: DictConfig, against: str | None, beside: Sampler) -> tuple[Sampler, dict[str, Any]] | None:
+    """The sampler that `against` of `ltts trace` names, with its config; None for none.
+
+    Args:
+        cfg: the config of the run, whose model says what its parameter is by default.
+        against: `NAME`, `NAME:VALUE`, `auto` or None.
+        beside: the run's own sampler.
+
+    Raises:
+        UsageError: there is no such sampler, or it refuses the value.
+    """
+    if against is None:
+        return None
+    name, colon, value = ("dropout" if beside.name == "gaussian" else "gaussian", "", "")
+    if against != "auto":
+        name, colon, value = against.partition(":")
+    elif {"rate", "sigma"} - set(cfg.model.get("recommended") or ()):
+        return None  # nobody says how strong it should be
+    known = GlobalHydra.instance().config_loader().get_group_options("sampler")
+    allowed = f"must be auto, null or a sampler, as in gaussian:0.2; one of {', '.join(known)}"
+    require("against", against, name in known, allowed)
+    node = OmegaConf.to_container(compose("run", [f"sampler={name}"]).sampler, resolve=False)
+    merged: Any = OmegaConf.create({"model": literal(plain(cfg)["model"]), "sampler": node})
+    if colon:
+        param = get_class(merged.sampler[TARGET]).param
+        require("against", against, param is not None, f"{name} has no parameter")
+        try:
+            merged.sampler[param] = float(value)
+        except ValueError as error:
+            raise bad_value("against", against, f"{param} must be a number, as in {name}:0.2") from error
+    return build("sampler", merged.sampler), plain(merged)["sampler"]
+
+
 def engine_settings(node: DictConfig) -> EngineSettings:
     """The keys `engine.*`.
 
     Raises:
         UsageError: a value is not allowed.
     """
-    return EngineSettings(node.dtype, node.device, node.rows, node.quantize)
+    return EngineSettings(node.dtype, node.device, node.rows, node.quantize, node.graph)
 
 
 def changed_settings(cfg: DictConfig) -> dict[str, Any]:
@@ -143,8 +179,9 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
         "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task.texts",
         "task._target_", "question", "json", "cache", "sampler._target_", "budget", "scorer._target_",
         "scorer.checkpoint", "scorer.latents", "paths",
-        "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "search._target_",
-        "schedule._target_", "schedule.verify",
+        "engine.dtype", "engine.rows", "engine.device", "engine.graph", "keep_latents", "run", "search._target_",
+        "against", "maps", "top", "threshold", "directions",
+        "schedule._target_", "schedule.verify", "schedule.probe",
     }  # fmt: skip
     return changed_keys(cfg, own_columns | aggregators)
 

@@ -15,6 +15,7 @@ class EngineConfig:
     dtype: str = MISSING
     device: str = MISSING
     rows: int | None = MISSING
+    graph: str = MISSING
     quantize: str | None = MISSING
 
 
@@ -72,6 +73,19 @@ class AskConfig(RunConfig):
 
 
 @dataclass
+class TraceConfig(RunConfig):
+    """Keys of `ltts trace`: those of `ltts run`, the questions, and what is shown of their rollouts."""
+
+    question: list[str] = MISSING
+    run: str | None = MISSING
+    against: str | None = MISSING
+    maps: list[str] = MISSING
+    top: int = MISSING
+    threshold: float = MISSING
+    directions: int = MISSING
+
+
+@dataclass
 class ScoringEngineConfig:
     """How kept rollouts are scored; the dtype is the run's."""
 
@@ -126,6 +140,8 @@ class ProbeConfig:
 
     tolerances: list[float] = MISSING
     guess: str = MISSING
+    draft: str | None = MISSING
+    mixing: int = MISSING
     chunk: int | None = MISSING
     threshold: float = MISSING
     directions: int = MISSING
@@ -182,6 +198,22 @@ class TrainReasonerConfig:
     recipe: Any = MISSING
     backbone: Any = MISSING
     optimization: Any = MISSING
+
+
+@dataclass
+class TrainDraftConfig:
+    """Keys of `ltts train-draft`."""
+
+    output: str = MISSING
+    updates: int = MISSING
+    batch: int = MISSING
+    lr: float = MISSING
+    valid_questions: int = MISSING
+    seed: int = MISSING
+    engine: EngineConfig = MISSING
+    model: Any = MISSING
+    task: Any = MISSING
+    sampler: Any = MISSING
 
 
 @dataclass
@@ -280,6 +312,7 @@ class ConvertConfig:
 SCHEMAS = {
     "run": RunConfig,
     "ask": AskConfig,
+    "trace": TraceConfig,
     "annotate": AnnotateConfig,
     "rescore": RescoreConfig,
     "replay": ReplayConfig,
@@ -287,6 +320,7 @@ SCHEMAS = {
     "probe": ProbeConfig,
     "train_reasoner": TrainReasonerConfig,
     "train_rm": TrainRMConfig,
+    "train_draft": TrainDraftConfig,
     "cache": CacheConfig,
     "collect": CollectConfig,
     "compare": CompareConfig,

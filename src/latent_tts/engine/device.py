@@ -25,6 +25,11 @@ def free_bytes(device: torch.device | str) -> int:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
+def reserved_bytes(device: torch.device) -> int:
+    """Bytes that torch has taken from a GPU; 0 on a CPU."""
+    return torch.cuda.memory_reserved(device) if is_gpu(device) else 0
+
+
 def synchronized_seconds(device: torch.device) -> float:
     """Seconds of a clock, read once everything queued on a GPU is done."""
     if is_gpu(device):

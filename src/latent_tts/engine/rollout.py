@@ -12,21 +12,22 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from latent_tts.engine.backbone import prepare_backbone
-from latent_tts.engine.head import choose, head_of
+from latent_tts.engine.draft import DraftHead
+from latent_tts.engine.head import Choice, choose, head_of
 from latent_tts.engine.prompts import pad_prompts, split_prompts
 from latent_tts.engine.sites import SiteHooks
 from latent_tts.engine.state import State, open_state
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.schedule import DRAFTED, Counts, Schedule
+from latent_tts.schedule import OF_OTHERS, Counts, Schedule, Sweep
 from latent_tts.schedule.sequential import Sequential
 from latent_tts.types import Forward, Reasoner
 
@@ -82,6 +83,7 @@ class Rollouts:
         answer_margin_R: smallest gap between the two highest logits of an answer position; NaN if none was decoded.
         stopped_R: whether the row ended by eos (otherwise by the token limit).
         sweeps_R, commits_R, conflicts_R: what the schedule counted, see `schedule.Counts`.
+        timeline: the sweeps that counted so; empty unless `Engine.keeps_timeline`.
     """
 
     latents_RTD: Tensor
@@ -93,13 +95,41 @@ class Rollouts:
     sweeps_R: Tensor
     commits_R: Tensor
     conflicts_R: Tensor
+    timeline: list[Sweep] = field(default_factory=list)
+
+
+@dataclass
+class PromptStates:
+    """Final hidden states of prompts, for a draft head.
+
+    Attributes:
+        hidden_QLD: of their tokens; of questions, or of rows whose prompts are their own.
+        lengths_Q: how many of them count: all but each prompt's last token, which makes h_1.
+    """
+
+    hidden_QLD: Tensor
+    lengths_Q: Tensor
+
+    def of_rows(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Hidden states (R, L, D) and their numbers (R), a row per rollout."""
+        copies = rows // len(self.lengths_Q)
+        return self.hidden_QLD.repeat_interleave(copies, 0), self.lengths_Q.repeat_interleave(copies)
 
 
 class Engine:
-    """Runs rollouts of one loaded model."""
+    """Runs rollouts of one loaded model.
 
-    def __init__(self, reasoner: Reasoner, plan: RolloutPlan) -> None:
-        self.reasoner, self.plan = reasoner, plan
+    Attributes:
+        reasoner: the model.
+        plan: what a rollout consists of.
+        draft: predicts latents, for a schedule whose guesses it makes.
+        keeps_timeline: whether `roll` says what each sweep did.
+    """
+
+    keeps_timeline = False
+
+    def __init__(self, reasoner: Reasoner, plan: RolloutPlan, draft: DraftHead | None = None) -> None:
+        self.reasoner, self.plan, self.draft = reasoner, plan, draft
         self.lm = reasoner.lm
         prepare_backbone(self.lm, reasoner.computation)
         self.head = head_of(reasoner)
@@ -136,15 +166,16 @@ class Engine:
         draw.donor_RTD = donor_RTD
         drafts_RTD = self._drafts(prompts, draw, sampler)
         with SiteHooks(self.lm, sampler) as hooks:
-            rollouts = RolloutState.start(self, prompts, draw, hooks)
+            rollouts = RolloutState.start(self, prompts, draw, hooks, keep_states=self.draft is not None)
             rollouts.drafts_RTD = drafts_RTD
+            rollouts.counts.timeline = [] if self.keeps_timeline else None
             rollouts.make_latents()
             return rollouts.decode_answers() if answers else rollouts.without_answers()
 
     def _drafts(self, prompts: list[list[int]], draw: Draw, sampler: Sampler) -> Tensor | None:
         """What the schedule's guesses are made of, where that is other rollouts of the questions: their latents."""
         guess = self.plan.schedule.first_guess
-        if guess not in DRAFTED:
+        if guess not in OF_OTHERS:
             return None
         rollouts = draw.rollouts_R.shape[0] // len(prompts)
         first = torch.arange(0, draw.rollouts_R.shape[0], rollouts, device=draw.rollouts_R.device)
@@ -157,6 +188,100 @@ class Engine:
         with SiteHooks(self.lm, source) as hooks:
             made_QTD = RolloutState.start(sequential, prompts, own, hooks).make_latents().latents_RTD
         return made_QTD.repeat_interleave(rollouts, 0)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of a batch of rollouts.
+
+    Attributes:
+        rows: R.
+        siblings: rows that share a prefix: N, or 1 where each runs its own prompt.
+        own_last: whether the last prompt token belongs to each row, since its pass makes h_1 and is random.
+        capacity: most slots of a row.
+    """
+
+    rows: int
+    siblings: int
+    own_last: bool
+    capacity: int
+
+    @classmethod
+    def of(cls, plan: RolloutPlan, sampler: Sampler, questions: int, rows: int) -> Layout:
+        """The layout of rows of a number of questions."""
+        phases = sampler.random_phases
+        own_last = plan.latents > 0 and bool(phases & {"prompt", "thoughts"})
+        capacity = plan.latents + own_last + len(plan.thinking_end_ids) + plan.max_answer_tokens
+        return cls(rows, 1 if "prompt" in phases else rows // questions, own_last, capacity)
+
+
+class _Rows(TypedDict):
+    latents_RTD: Tensor
+    steps_R: Tensor
+    thinking_R: Tensor | None
+
+
+def unstarted_rows(engine: Engine, rows: int) -> _Rows:
+    """The latents of R rows, their numbers, and which rows go on, before anything is made (see `RolloutState`)."""
+    plan, device = engine.plan, engine.device
+    stops = plan.stop_id is not None
+    return {
+        "latents_RTD": torch.zeros(rows, plan.latents, engine.width, dtype=engine.lm.dtype, device=device),
+        "steps_R": torch.full((rows,), 0 if stops else plan.latents, device=device),
+        "thinking_R": torch.ones(rows, dtype=torch.bool, device=device) if stops else None,
+    }
+
+
+class Answers:
+    """The answers of R rows in the making.
+
+    Attributes:
+        ids_RA, lengths_R, logprob_R, margin_R, stopped_R: see `Rollouts`.
+    """
+
+    def __init__(self, plan: RolloutPlan, rows: int, device: torch.device) -> None:
+        self._eos_ids = torch.tensor(plan.eos_ids, dtype=torch.long, device=device)
+        self._forced_ids = torch.tensor(plan.forced_ids, dtype=torch.long, device=device)
+        self.ids_RA = torch.empty(rows, plan.max_answer_tokens, dtype=torch.long, device=device)
+        self.lengths_R = torch.empty(rows, dtype=torch.long, device=device)
+        self.logprob_R, self.margin_R = torch.empty(2, rows, device=device)
+        self.stopped_R = torch.empty(rows, dtype=torch.bool, device=device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all but the forced beginning."""
+        forced = self._forced_ids.shape[0]
+        self.ids_RA.fill_(-1)
+        self.ids_RA[:, :forced] = self._forced_ids
+        self.lengths_R.fill_(forced)
+        self.logprob_R.zero_()
+        self.margin_R.fill_(float("inf"))
+        self.stopped_R.fill_(False)
+
+    def take(self, choice: Choice, here: Tensor, alive: Tensor, position: int | Tensor, *, over: bool) -> Tensor:
+        """Take the next tokens of some rows.
+
+        Args:
+            choice: of each of these rows.
+            here: which rows they are.
+            alive: which of them still go on.
+            position: of the token in the answer (int64, 1, as a tensor).
+            over: whether only an eos may still come.
+
+        Returns:
+            Which of them go on.
+        """
+        # selecting rows by a mask would make the CPU wait for a GPU each time
+        ended = (choice.token_R[:, None] == self._eos_ids).any(1)
+        counts, stopping, alive = alive & ended if over else alive, alive & ended, alive & ~ended
+        if not over:
+            self.ids_RA[here, position] = torch.where(alive, choice.token_R, self.ids_RA[here, position])
+            self.lengths_R[here] += alive
+        self.logprob_R[here] += torch.where(counts, choice.logprob_R, 0.0)
+        margin_R = self.margin_R[here]
+        self.margin_R[here] = torch.where(counts, torch.minimum(margin_R, choice.margin_R), margin_R)
+        self.stopped_R[here] |= stopping
+        return alive
 
 
 class RolloutState:
@@ -178,6 +303,7 @@ class RolloutState:
         steps_R: latents of each row.
         counts: what the schedule has counted so far.
         drafts_RTD: latents that guesses are made of, where the schedule's are.
+        prompt_states: see `PromptStates`; None where they are not kept.
     """
 
     def __init__(
@@ -196,8 +322,9 @@ class RolloutState:
         """Take what `start` or `fork` has prepared; `own_last` says whether the last prompt token is each row's own."""
         self.engine, self.draw, self.latents_RTD, self.steps_R = engine, draw, latents_RTD, steps_R
         self.step, self.thinking_R = step, thinking_R
-        self.counts = Counts(*(torch.zeros_like(steps_R) for _ in range(3)))
+        self.counts = Counts(torch.zeros_like(steps_R), torch.zeros_like(steps_R), torch.zeros_like(steps_R))
         self.drafts_RTD: Tensor | None = None
+        self.prompt_states: PromptStates | None = None
         self._plan, self._lm, self._hooks, self._state = engine.plan, engine.lm, hooks, state
         self._embed: Callable[[Tensor], Tensor] = self._lm.get_input_embeddings()
         self._own_last = own_last
@@ -209,7 +336,9 @@ class RolloutState:
         draw.keeps_normals = not engine.plan.schedule.stepwise  # each sweep asks for a latent's noise again
 
     @classmethod
-    def start(cls, engine: Engine, prompts: list[list[int]], draw: Draw, hooks: SiteHooks) -> RolloutState:
+    def start(
+        cls, engine: Engine, prompts: list[list[int]], draw: Draw, hooks: SiteHooks, *, keep_states: bool = False
+    ) -> RolloutState:
         """Run Q prompts for R = Q*N rows.
 
         Args:
@@ -217,41 +346,34 @@ class RolloutState:
             prompts: Q lists of token ids, none empty.
             draw: random numbers of the R rows, question-major.
             hooks: the sampler's.
+            keep_states: whether `prompt_states` are kept.
         """
-        plan, device, phases = engine.plan, engine.device, hooks.sampler.random_phases
-        rows = draw.rollouts_R.shape[0]
-        rollouts = rows // len(prompts)
-        own_prompt = "prompt" in phases
-        # The last prompt token's pass makes h_1: it is the rollout's own if that pass is random.
-        own_last = plan.latents > 0 and (own_prompt or "thoughts" in phases)
-        copies = rollouts if own_prompt else 1
-        shared = [prompt[:-1] if own_last else prompt for prompt in prompts for _ in range(copies)]
-        capacity = plan.latents + own_last + len(plan.thinking_end_ids) + plan.max_answer_tokens
-        stops = plan.stop_id is not None
-        self = cls(
-            engine,
-            hooks,
-            open_state(
-                cast(PreTrainedModel, engine.lm.base_model),
-                engine.reasoner.computation,
-                rollouts // copies,
-                capacity,
-                before_part=hooks.select_part,
-            ),
-            draw,
-            torch.zeros(rows, plan.latents, engine.width, dtype=engine.lm.dtype, device=device),
-            torch.full((rows,), 0 if stops else plan.latents, device=device),
-            step=0,
-            thinking_R=torch.ones(rows, dtype=torch.bool, device=device) if stops else None,
-            own_last=own_last,
+        layout = Layout.of(engine.plan, hooks.sampler, len(prompts), draw.rollouts_R.shape[0])
+        state = open_state(
+            cast(PreTrainedModel, engine.lm.base_model),
+            engine.reasoner.computation,
+            layout.siblings,
+            layout.capacity,
+            before_part=hooks.select_part,
         )
-        last_PD = self._prefill(shared)
-        if own_last:
-            ids = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-            self._pending_RSD = self._embed(ids.repeat_interleave(rollouts))[:, None]
-        else:
-            self._hidden_RD = last_PD.repeat_interleave(rollouts // copies, 0)
+        rows = unstarted_rows(engine, layout.rows)
+        self = cls(engine, hooks, state, draw, step=0, own_last=layout.own_last, **rows)
+        self._run_prompts(prompts, keep_states=keep_states)
         return self
+
+    def _run_prompts(self, prompts: list[list[int]], *, keep_states: bool = False) -> None:
+        """Run the prompts, all but the last token of each where that is each row's own."""
+        rows = self.latents_RTD.shape[0]
+        prefixes = rows // self._state.rollouts
+        shared = [
+            prompt[:-1] if self._own_last else prompt for prompt in prompts for _ in range(prefixes // len(prompts))
+        ]
+        last_PD = self._prefill(shared, keep_states=keep_states)
+        if self._own_last:
+            ids = torch.tensor([prompt[-1] for prompt in prompts], device=last_PD.device)
+            self._pending_RSD = self._embed(ids.repeat_interleave(rows // len(prompts)))[:, None]
+        else:
+            self._hidden_RD = last_PD.repeat_interleave(self._state.rollouts, 0)
 
     def fork(self, rows: Tensor, draw: Draw, step: int | None = None) -> RolloutState:
         """Rollouts of their own that share the first latents with some of these; these stay as they are.
@@ -331,13 +453,28 @@ class RolloutState:
         elif what == "zero":
             self.latents_RTD[:, start:stop] = 0
         else:
+            if what == "draft" and self.drafts_RTD is None:
+                self.drafts_RTD = self._predict_latents()
             assert self.drafts_RTD is not None
-            own_noise = what == "greedy" and not self._hooks.sampler.needs_spread
+            own_noise = what != "sibling" and not self._hooks.sampler.needs_spread
+            if what == "draft" and start == 0:
+                self.latents_RTD[:, 0] = self.drafts_RTD[:, 0]
+                start = 1
             for step in range(start, stop):
                 draft_RD = self.drafts_RTD[:, step]
                 self.latents_RTD[:, step] = (
                     self._hooks.sampler.latent(draft_RD, self.draw, step) if own_noise else draft_RD
                 )
+
+    def _predict_latents(self) -> Tensor:
+        """h_1, with its noise, and what the draft head predicts of the others (R, T, D)."""
+        assert self.engine.draft is not None
+        assert self.prompt_states is not None
+        first_R1D, _ = self.compute(0, 1)
+        self.counts.sweeps_R += not self.first_is_free
+        prompt_RLD, lengths_R = self.prompt_states.of_rows(len(first_R1D))
+        predicted = self.engine.draft(first_R1D[:, 0], prompt_RLD, lengths_R)
+        return torch.cat([first_R1D, predicted.to(first_R1D.dtype)], 1)
 
     def compute(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Make latents first..stop-1 from those before them as they are now. See `LatentSequence.compute`."""
@@ -388,56 +525,54 @@ class RolloutState:
 
     def decode_answers(self) -> Rollouts:
         """Decode the answers; rows that finish leave the batch. Afterwards `fork` works, and nothing else."""
-        plan, device, chooses = self._plan, self.engine.device, self._hooks.sampler.chooses_tokens
-        rows, forced = self.latents_RTD.shape[0], len(plan.forced_ids)
+        plan, forced = self._plan, len(self._plan.forced_ids)
         kept = self._state, self._state.used, self.draw
-        eos = torch.tensor(plan.eos_ids, dtype=torch.long, device=device)
-        end = torch.tensor([*plan.thinking_end_ids, *plan.forced_ids], dtype=torch.long, device=device)
-        embeddings_RSD, first_valid_R = self._embed(end).expand(rows, -1, -1), None
-        if self._pending_RSD is not None:
-            embeddings_RSD = torch.cat([self._pending_RSD, embeddings_RSD], dim=1)
-            first_valid_R = self.thinking_R
-        ids_RA = torch.full((rows, plan.max_answer_tokens), -1, device=device)
-        ids_RA[:, :forced] = end[len(plan.thinking_end_ids) :]
-        lengths_R = torch.full((rows,), forced, device=device)
-        logprob_R = torch.zeros(rows, device=device)
-        margin_R = torch.full((rows,), float("inf"), device=device)
-        stopped_R = torch.zeros(rows, dtype=torch.bool, device=device)
-        here = torch.arange(rows, device=device)  # the original number of each row in the batch
-        alive = torch.ones(rows, dtype=torch.bool, device=device)
+        answers = Answers(plan, self.latents_RTD.shape[0], self.engine.device)
+        here = torch.arange(self.latents_RTD.shape[0], device=self.engine.device)  # each row's number before some left
+        alive = torch.ones_like(here, dtype=torch.bool)
+        embeddings_RSD, first_valid_R = self._before_answers(self._ending_ids())
         for position in range(forced, plan.max_answer_tokens + (plan.eos_id is not None)):
-            step = plan.latents + position
-            forward = Forward("answer", step, embeddings_RSD.shape[1])
-            hidden_RD = self._run_pending(embeddings_RSD, forward, first_valid_R)
+            choice = self._choose(embeddings_RSD, plan.latents + position, first_valid_R)
             first_valid_R = None
-            choice = choose(self.engine.head, hidden_RD, partial(self._sampled_token, step) if chooses else None)
-            token = choice.token_R
-            ended = torch.isin(token, eos)
-            over = position == plan.max_answer_tokens  # only an eos may still come
-            counts, stopping, alive = alive & ended if over else alive, alive & ended, alive & ~ended
-            # selecting rows by a mask would make the CPU wait for a GPU each time
-            if not over:
-                ids_RA[here, position] = torch.where(alive, token, ids_RA[here, position])
-                lengths_R[here] += alive
-            logprob_R[here] += torch.where(counts, choice.logprob_R, 0.0)
-            margin_R[here] = torch.where(counts, torch.minimum(margin_R[here], choice.margin_R), margin_R[here])
-            stopped_R[here] |= stopping
+            over = position == plan.max_answer_tokens
+            alive = answers.take(choice, here, alive, position, over=over)
             left_Q = alive.view(-1, self._state.rollouts).sum(1).tolist()
             if over or not any(left_Q):
                 break
-            token, here, alive = self._drop_finished(token, here, alive, left_Q)
+            token, here, alive = self._drop_finished(choice.token_R, here, alive, left_Q)
             embeddings_RSD = self._embed(token)[:, None]
         self._state, used, self.draw = kept
         self._state.rewind(used)
-        ids = [ids[:length] for ids, length in zip(ids_RA.tolist(), lengths_R.tolist(), strict=True)]
-        return self._finished(ids, logprob_R.cpu(), margin_R.cpu(), stopped_R.cpu())
+        return self._with_answers(answers)
+
+    def _ending_ids(self) -> Tensor:
+        """What is fed after the last latent."""
+        ids = [*self._plan.thinking_end_ids, *self._plan.forced_ids]
+        return torch.tensor(ids, dtype=torch.long, device=self.engine.device)
+
+    def _before_answers(self, ending_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is run before the first answer token (R, S, D), and in which rows the first of it counts."""
+        embeddings_RSD = self._embed(ending_ids).expand(self.latents_RTD.shape[0], -1, -1)
+        if self._pending_RSD is None:
+            return embeddings_RSD, None
+        return torch.cat([self._pending_RSD, embeddings_RSD], dim=1), self.thinking_R
+
+    def _choose(self, embeddings_RSD: Tensor, step: int, first_valid_R: Tensor | None = None) -> Choice:
+        """Run what stands before an answer token and choose it."""
+        hidden_RD = self._run_pending(embeddings_RSD, Forward("answer", step, embeddings_RSD.shape[1]), first_valid_R)
+        chooses = self._hooks.sampler.chooses_tokens
+        return choose(self.engine.head, hidden_RD, partial(self._sampled_token, step) if chooses else None)
+
+    def _with_answers(self, answers: Answers) -> Rollouts:
+        ids = [ids[:n] for ids, n in zip(answers.ids_RA.tolist(), answers.lengths_R.tolist(), strict=True)]
+        return self._finished(ids, answers.logprob_R.cpu(), answers.margin_R.cpu(), answers.stopped_R.cpu())
 
     def _finished(self, ids: list[list[int]], logprob_R: Tensor, margin_R: Tensor, stopped_R: Tensor) -> Rollouts:
         steps_R = self.steps_R.cpu()
         counts = Counts.of_steps(steps_R) if self._plan.schedule.stepwise else self.counts
         return Rollouts(
             self.latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
-            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(),
+            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(), counts.timeline or [],
         )  # fmt: skip
 
     def _drop_finished(
@@ -458,15 +593,20 @@ class RolloutState:
 
     # --- passes
 
-    def _prefill(self, prompts: list[list[int]]) -> Tensor:
+    def _prefill(self, prompts: list[list[int]], *, keep_states: bool) -> Tensor:
         """Run the prompts; returns the hidden state (prompts, D) of each one's last token."""
         ids_QL, lengths_Q = pad_prompts(prompts, self.engine.device)
+        if keep_states:
+            kept_QLD = self.latents_RTD.new_zeros(*ids_QL.shape, self.engine.width)
+            self.prompt_states = PromptStates(kept_QLD, lengths_Q if self._own_last else lengths_Q - 1)
         if ids_QL.shape[1] == 0:  # prompts of one token that belongs to the rollouts
             return self._state.prefill(self._embed(ids_QL), lengths_Q).sum(1)
         last = []
         for piece, longest in split_prompts(list(map(len, prompts)), lengths_Q.device.type):
             self._hooks.set_pass(self.draw.rows(piece), Forward("prompt", 0, longest))
             hidden_QLD = self._state.prefill(self._embed(ids_QL[piece, :longest]), lengths_Q[piece])
+            if self.prompt_states is not None:
+                self.prompt_states.hidden_QLD[piece, :longest] = hidden_QLD
             ends = (lengths_Q[piece] - 1).clamp(min=0)
             last.append(hidden_QLD[torch.arange(len(ends), device=ends.device), ends])
         return torch.cat(last)

@@ -186,7 +186,7 @@ def _label(
     from latent_tts.engine.labelling import LabelJob, Labelling, completions_of, label
     from latent_tts.engine.packing import row_bytes
     from latent_tts.engine.rollout import Engine
-    from latent_tts.pipeline.models import find_device, load_reasoner, rollout_plan, rows_per_batch
+    from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs, rollout_plan, rows_per_batch
 
     adapter, rule = spec.adapter, spec.task.rule
 
@@ -195,6 +195,7 @@ def _label(
         return prediction is not None and rule.is_right(prediction, question.gold)
 
     jobs = [LabelJob(q.id, place, prompts[q.id], lambda ids, q=q: is_right(q, ids)) for place, q in questions]
+    refuse_graphs(spec.engine, "ltts annotate forks its rollouts")
     device, sampler = find_device(spec.engine), spec.answers.over(spec.sampler)
     shape, longest = Shape.from_config(adapter.sizes), max(len(job.prompt) for job in jobs)
     suffix, own_prompt = reserved_positions(adapter, spec.max_answer_tokens), "prompt" in sampler.random_phases

@@ -24,6 +24,7 @@ from torch import Tensor
 from latent_tts.engine.cost import BatchCost, Rates, Shape, Work
 from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
 from latent_tts.engine.diversity import DirectionSums
+from latent_tts.engine.draft import load_draft
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes
 from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
@@ -34,6 +35,8 @@ from latent_tts.pipeline.models import (
     find_device,
     load_reasoner,
     load_scorer,
+    open_engine,
+    refuse_graphs,
     rollout_plan,
     rows_per_batch,
     write_computation,
@@ -252,6 +255,10 @@ class Drawer:
         """
         self.spec, self._scored = spec, scored
         self.device = find_device(spec.engine)
+        if spec.search.guided:
+            refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
+        if not spec.schedule.stepwise:
+            refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
         self.bytes_per_row = self._bytes_per_row(jobs)
         self.rows = rows_per_batch(spec.engine, spec.shape, self.bytes_per_row, self.device, own_prompt=self.own_prompt)
@@ -263,7 +270,9 @@ class Drawer:
         """The loaded reasoner."""
         spec = self.spec
         plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-        return Engine(load(spec), plan)
+        reasoner = load(spec)
+        draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
+        return open_engine(reasoner, plan, spec.engine, draft)
 
     @cached_property
     def scorer(self) -> BatchScorer:
@@ -370,6 +379,8 @@ class Drawer:
         spec, number, longest = self.spec, self.spec.engine.bytes_per_number, max(len(job.prompt) for job in jobs)
         suffix = reserved_positions(spec.adapter, spec.max_answer_tokens)
         own = row_bytes(spec.shape, longest, suffix, number, self.own_prompt)
+        if spec.draft is not None:
+            own += 4 * longest * spec.shape.width  # its copy of the prompt's states
         if not self._scored and not spec.search.guided:
             return own
         assert spec.scorer is not None

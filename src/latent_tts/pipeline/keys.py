@@ -50,6 +50,7 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
         "sampler": spec.config["sampler"],
         "seed": spec.seed,
         "schedule": spec.schedule.key,
+        **({"draft": spec.draft.digest} if spec.draft is not None else {}),
         "dtype": spec.engine.dtype,
         "max_answer_tokens": spec.max_answer_tokens,
         **({"answer": spec.answers.settings} if spec.answers.random else {}),

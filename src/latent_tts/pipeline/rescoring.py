@@ -33,15 +33,24 @@ NEEDED = {
 }
 
 
-def read_record(source: Path) -> dict[str, Any]:
+def read_run(source: Path) -> dict[str, Any]:
     """The `run.json` of a run folder.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    if not is_complete(source):
+        raise bad_value("run", source, f"must be the folder of a completed run, which has a {RUN_JSON}")
+    return read_run_json(source, NEEDED)
+
+
+def read_record(source: Path) -> dict[str, Any]:
+    """The `run.json` of a run folder whose rollouts can be scored by others.
 
     Raises:
         UsageError: there is none, it is damaged, or its rollouts cannot be scored by another scorer.
     """
-    if not is_complete(source):
-        raise bad_value("run", source, f"must be the folder of a completed run, which has a {RUN_JSON}")
-    record = read_run_json(source, NEEDED)
+    record = read_run(source)
     if record["config"]["answer"]["decode"] == "winners":
         raise bad_value(
             "run", source, "it decoded only the picks of its own scorer (answer.decode=winners); others have no answers"

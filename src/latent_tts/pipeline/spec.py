@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from latent_tts.budget import AdaptiveBudget, Budget, is_adaptive
 from latent_tts.budget.adaptive import Adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.budget.rule.confidence import Confidence
+from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, check_seed, is_whole, require
@@ -28,6 +29,7 @@ from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
+from latent_tts.schedule.auto import Auto
 from latent_tts.scorer import Scorer
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
@@ -55,12 +57,14 @@ class EngineSettings:
         device: `auto`, `cpu`, `cuda` or `cuda:INDEX`. Whether it exists is checked where something is computed.
         rows: maximum rows per batch; None derives it from the model's width and the device.
         quantize: None, or the format of the reasoner's blocks: `int8` or `float8`.
+        graph: whether batches are replayed as CUDA graphs: `auto`, `on` or `off`.
     """
 
     dtype: str
     device: str
     rows: int | None
     quantize: str | None = None
+    graph: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", full_dtype(self.dtype))
@@ -70,6 +74,7 @@ class EngineSettings:
         require("engine.device", self.device, is_device, "must be one of auto, cpu, cuda, cuda:INDEX")
         allowed = "must be 1 or more, or null to let the model decide"
         require("engine.rows", self.rows, self.rows is None or self.rows >= 1, allowed)
+        require("engine.graph", self.graph, self.graph in ("auto", "on", "off"), "must be auto, on or off")
         if self.quantize is None:
             return
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
@@ -141,6 +146,8 @@ class RunSpec(RunRequest):
 
     Attributes:
         schedule: the requested one, or the model's own.
+        draft: the file of its draft head; None without one.
+        planned: the keys that `schedule=auto` has chosen, as tables show them; empty without it.
         scorer: None if rollouts get no scores.
         aggregators: those that can be reported.
         n: the requested one; 1 if all rollouts of a question would be the same.
@@ -152,6 +159,8 @@ class RunSpec(RunRequest):
     """
 
     scorer: Scorer | None
+    draft: DraftFile | None
+    planned: dict[str, Any]
     questions: list[Question]
     prompts: dict[str, list[int]]
     donors: dict[str, Question]
@@ -222,6 +231,7 @@ def check_run(request: RunRequest) -> RunSpec:
     require("answer.decode", decode, decode in ("all", "winners"), "must be all or winners")
     adapter.check()
     check_sampler(sampler, adapter)
+    request, planned = follow_plan(request)
     schedule = settle_schedule(request.schedule, adapter, chosen="schedule" in request.chosen)
     scorer = settle_scorer(request)
     aggregators = settle_aggregators(request, scorer)
@@ -247,6 +257,8 @@ def check_run(request: RunRequest) -> RunSpec:
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
     settled = {
         "schedule": schedule,
+        "draft": found_draft(schedule, adapter),
+        "planned": planned,
         "budget": budget,
         "scorer": scorer,
         "aggregators": aggregators,
@@ -304,6 +316,36 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
         schedule = own
     schedule.check(adapter)
     return schedule
+
+
+def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any]]:
+    """A request with the schedule that `schedule=auto` chooses, also in its config, and the keys that tables show.
+
+    Raises:
+        UsageError: there is no plan to follow.
+    """
+    schedule = request.schedule
+    if not isinstance(schedule, Auto) or request.adapter.own_schedule is not None:
+        return request, {}
+    same = request.sampler.deterministic and not request.answers.random  # then one rollout of a question is drawn
+    rows = len(request.task.questions()) * (1 if same else request.n)
+    rows = min(rows, request.engine.rows or rows)
+    chosen = schedule.choose(request.adapter, request.adapter.digest, rows=rows, dtype=request.engine.dtype)
+    values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
+    node = {"_target_": f"{type(chosen).__module__}.{type(chosen).__qualname__}", **values}
+    changed = {f"schedule.{field.name}" for field in fields(chosen) if values[field.name] != field.default}
+    shown = {key: value for name, value in values.items() if (key := f"schedule.{name}") in changed}
+    return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown
+
+
+def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
+    """The draft head of a schedule; None where it has none.
+
+    Raises:
+        UsageError: it is not there, or another model's.
+    """
+    path = schedule.draft_path
+    return None if path is None else find_draft(path, adapter.digest, adapter.latents)
 
 
 def require_steps(schedule: Schedule, adapter: ModelAdapter, why: str) -> None:

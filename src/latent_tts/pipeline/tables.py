@@ -23,7 +23,7 @@ from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
 from latent_tts.results.files import settings_digest
 from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_arrays, rollout_figures
 from latent_tts.results.run_folder import COUNT_COLUMNS
-from latent_tts.schedule import DRAFTED
+from latent_tts.schedule import OF_OTHERS
 from latent_tts.task import has_gold
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Float32, Floats, Question
@@ -274,8 +274,10 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
             passes.shared_flops(prompt),
             float(passes.rollout_flops(prompt, steps_N, answers_QN[place]).mean()),
         )
-        if spec.schedule.first_guess in DRAFTED:
+        if spec.schedule.first_guess in OF_OTHERS:
             shared += float(passes.thinking_flops(prompt, spec.adapter.latents))
+        if spec.draft is not None:
+            each += spec.draft.record.flops(prompt)
         if conflicts_QN is not None:  # with all latents before them, which is a little too many
             each += float((conflicts_QN[place] * spec.shape.pass_flops(1, prompt + steps_N)).mean())
         if spec.kept < spec.n:  # a search: n think, those kept answer
@@ -302,7 +304,7 @@ def schedule_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[str]:
 def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that say which run a metrics row belongs to."""
     sampler, scorer = spec.sampler, spec.scorer
-    shown = {key: value for key, value in settings.items() if key != f"sampler.{sampler.param}"}
+    shown = {key: value for key, value in settings.items() if key != f"sampler.{sampler.param}"} | spec.planned
     columns = {
         "model": spec.adapter.name,
         "checkpoint": spec.adapter.checkpoint,
@@ -319,7 +321,7 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,
         "questions_digest": questions_digest(spec.questions),
-        "weights_digest": "+".join(each.digest for each in (spec.adapter, scorer) if each is not None),
+        "weights_digest": "+".join(each.digest for each in (spec.adapter, scorer, spec.draft) if each is not None),
     }
     paths = ("checkpoint", "scorer")  # the digest says whose weights, wherever they are
     identity = {name: value for name, value in columns.items() if name not in paths} | {"n": spec.n}

@@ -88,7 +88,7 @@ def verify(spec: RunSpec, drawn: RunRollouts, folder: Path) -> Verification:
     Raises:
         RunError: a failure while drawing.
     """
-    sequential = replace(spec, schedule=Sequential(), scorer=None)
+    sequential = replace(spec, schedule=Sequential(), draft=None, scorer=None)
     with TemporaryDirectory(prefix="latent_tts_") as elsewhere:
         other = draw_rollouts(sequential, Path(elsewhere) / LATENTS)
         kept = [KeptLatents(each, len(drawn.rows)) for each in (folder, Path(elsewhere))]

@@ -247,11 +247,18 @@ def fitting_tables(keys: Sequence[Column], columns: Sequence[Column], width: int
 
 def _text(text: str, console: Console, style: str = "") -> Text:
     """A text without control characters, in ASCII where the console's encoding lacks the sign ±."""
-    try:
-        "±".encode(console.encoding)
-    except (UnicodeEncodeError, LookupError):
+    if not encodes(console, "±"):
         text = text.replace("±", "+-")
     return Text(printable(text), style)
+
+
+def encodes(console: Console, signs: str) -> bool:
+    """Whether a console can show some signs."""
+    try:
+        signs.encode(console.encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def print_line(text: str) -> None:

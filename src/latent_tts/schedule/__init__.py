@@ -38,6 +38,20 @@ class LatentModel(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What one sweep did with the latents of each row (int64, R; latents are counted from 0).
+
+    Attributes:
+        first_R, stop_R: the latents that it computed are first..stop-1; none where both are equal.
+        final_R: how many latents are final after it.
+    """
+
+    first_R: Tensor
+    stop_R: Tensor
+    final_R: Tensor
+
+
 @dataclass
 class Counts:
     """What a schedule counts per row (int64, R).
@@ -46,11 +60,14 @@ class Counts:
         sweeps_R: passes that computed latents of the row.
         commits_R: latents found to be made from the latents that are final; 0 where a schedule does not check.
         conflicts_R: latents that were computed from others than those, and were computed again.
+        timeline: the sweeps in order, that of the prompt's pass included; None where nobody asks for them. Schedules
+            that compute one latent after another add none.
     """
 
     sweeps_R: Tensor
     commits_R: Tensor
     conflicts_R: Tensor
+    timeline: list[Sweep] | None = None
 
     @classmethod
     def of_steps(cls, steps_R: Tensor) -> Counts:
@@ -95,7 +112,9 @@ class LatentSequence(Protocol):
             start: the first.
             stop: after the last.
             what: `token` (the embedding of `<|latent|>`), `zero`, `greedy` (the question's latents without noise, and
-                the row's own noise), or `sibling` (the latents of the question's first rollout in the batch).
+                the row's own noise), `draft` (what a draft head predicts from h_1, and the row's own noise; h_1 itself
+                is computed, in a sweep of its own if it is not free), or `sibling` (the latents of the question's first
+                rollout in the batch).
         """
         ...
 
@@ -136,6 +155,11 @@ class Schedule(Protocol):
         return None
 
     @property
+    def draft_path(self) -> str | None:
+        """The file of the draft head that makes its guesses; None without one."""
+        return None
+
+    @property
     def exact(self) -> bool:
         """Whether its latents are certain to be those of `sequential`, up to rounding."""
         return False
@@ -171,8 +195,8 @@ class Schedule(Protocol):
         return []
 
 
-DRAFTED = ("greedy", "sibling")  # guesses made of another rollout of the question
-GUESSES = ("token", "zero", *DRAFTED)
+OF_OTHERS = ("greedy", "sibling")  # guesses made of another rollout of the question
+GUESSES = ("token", "zero", *OF_OTHERS, "draft")
 
 
 def check_parallel(name: str, chunk: int | None, guess: str, model: LatentModel) -> None:
@@ -185,7 +209,8 @@ def check_parallel(name: str, chunk: int | None, guess: str, model: LatentModel)
         model: the model.
 
     Raises:
-        UsageError: the model has no latents, or fewer than `chunk`, or has no token for the guess.
+        UsageError: the model has no latents, or fewer than `chunk`, or has no token for the guess, or no latents to
+            draft.
     """
     if model.latents == 0:
         raise bad_value("schedule", name, f"must be sequential: model={model.name} has no latents")
@@ -193,10 +218,12 @@ def check_parallel(name: str, chunk: int | None, guess: str, model: LatentModel)
         raise bad_value("schedule.chunk", chunk, f"must be at most model.latents={model.latents}")
     if guess == "token":
         _ = model.latent_id
+    if guess == "draft" and model.latents < 2:
+        raise bad_value("schedule.guess", guess, "a draft head predicts h_2 and later latents, and model.latents=1")
 
 
-def check_chunk_and_guess(chunk: object, guess: object) -> None:
-    """Check the values of `schedule.chunk` and `schedule.guess`.
+def check_chunk_and_guess(chunk: object, guess: object, draft: object) -> None:
+    """Check the values of `schedule.chunk`, `schedule.guess` and `schedule.draft`.
 
     Raises:
         UsageError: one of them is not usable.
@@ -205,3 +232,7 @@ def check_chunk_and_guess(chunk: object, guess: object) -> None:
         raise bad_value("schedule.chunk", chunk, "must be an integer, 1 or more, or null for all latents")
     if guess not in GUESSES:
         raise bad_value("schedule.guess", guess, f"one of {', '.join(GUESSES)}")
+    if guess == "draft" and not (isinstance(draft, str) and draft):
+        raise bad_value("schedule.draft", draft, "must be the file of a draft head, which ltts train-draft writes")
+    if guess != "draft" and draft is not None:
+        raise bad_value("schedule.draft", draft, f"must be null with schedule.guess={guess}")

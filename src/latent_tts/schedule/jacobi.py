@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from latent_tts.errors import bad_value, is_whole
-from latent_tts.schedule import LatentModel, LatentSequence, Schedule, check_chunk_and_guess, check_parallel
+from latent_tts.schedule import LatentModel, LatentSequence, Schedule, Sweep, check_chunk_and_guess, check_parallel
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,13 @@ class Jacobi(Schedule):
             ones.
         chunk: C, the number of latents computed in parallel; None for all.
         guess: the latents before the first sweep, see `LatentSequence.guess`.
+        draft: the file of a draft head, with `guess=draft`.
     """
 
     sweeps: int
     chunk: int | None = None
     guess: str = "token"
+    draft: str | None = None
 
     name: ClassVar[str] = "jacobi"
     stepwise: ClassVar[bool] = False
@@ -45,7 +47,12 @@ class Jacobi(Schedule):
     def __post_init__(self) -> None:
         if not (is_whole(self.sweeps) and self.sweeps >= 1):
             raise bad_value("schedule.sweeps", self.sweeps, "must be an integer, 1 or more")
-        check_chunk_and_guess(self.chunk, self.guess)
+        check_chunk_and_guess(self.chunk, self.guess, self.draft)
+
+    @property
+    def draft_path(self) -> str | None:
+        """The file of the draft head that makes its guesses; None without one."""
+        return self.draft
 
     @property
     def first_guess(self) -> str:
@@ -73,15 +80,21 @@ class Jacobi(Schedule):
 
     def run(self, latents: LatentSequence) -> None:
         """Compute all latents."""
-        settled = 0
-        for first, start, stop in self._sweeps(latents.total):
+        import torch
+
+        settled, counts, sweeps = 0, latents.counts, list(self._sweeps(latents.total))
+        for (first, start, stop), following in zip(sweeps, [*sweeps[1:], None], strict=True):
             if first <= start:
                 latents.guess(start, stop, self.guess)
             changed = max(first, start)
             made_RSD, _ = latents.compute(first, stop)
             latents.latents_RTD[:, changed:stop] = made_RSD[:, changed - first :]
-            latents.counts.sweeps_R += 1
+            counts.sweeps_R += 1
             settled = changed + 1
+            if counts.timeline is not None:
+                is_last = following is None or following[1] > start  # of its chunk, whose latents stay as they are
+                ends = (changed, stop, stop if is_last else settled)
+                counts.timeline.append(Sweep(*(torch.full_like(counts.sweeps_R, end) for end in ends)))
         latents.commit(settled)
 
     def repeated_passes(self, latents: int) -> list[tuple[int, int]]:

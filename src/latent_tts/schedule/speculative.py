@@ -25,10 +25,11 @@ Source: optimistic execution (Kung and Robinson 1981) over the iteration of Song
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.errors import bad_value, is_number
-from latent_tts.schedule import LatentModel, LatentSequence, Schedule, check_chunk_and_guess, check_parallel
+from latent_tts.errors import bad_value, is_number, is_whole
+from latent_tts.schedule import LatentModel, LatentSequence, Schedule, Sweep, check_chunk_and_guess, check_parallel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,19 +43,25 @@ class Speculative(Schedule):
         chunk: C, the number of latents that a row computes side by side; None for all.
         tolerance: relative RMS difference up to which a latent counts as unchanged; 0 asks for equal bits.
         guess: the latents before the first sweep, see `LatentSequence.guess`.
+        draft: the file of a draft head, with `guess=draft`.
+        mixing: number of earlier sweeps that the next guesses are extrapolated from; 0 takes what the last one made.
         verify: whether the rollouts are compared with those of `schedule=sequential`.
     """
 
     chunk: int | None = None
     tolerance: float = 0.0
     guess: str = "token"
+    draft: str | None = None
+    mixing: int = 0
     verify: bool = False
 
     name: ClassVar[str] = "speculative"
     stepwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_chunk_and_guess(self.chunk, self.guess)
+        check_chunk_and_guess(self.chunk, self.guess, self.draft)
+        if not (is_whole(self.mixing) and self.mixing >= 0):
+            raise bad_value("schedule.mixing", self.mixing, "must be an integer, 0 or more")
         if not (is_number(self.tolerance) and 0 <= self.tolerance < 1):
             raise bad_value("schedule.tolerance", self.tolerance, "must be a number in [0, 1)")
         if not isinstance(self.verify, bool):
@@ -63,6 +70,11 @@ class Speculative(Schedule):
             raise bad_value(
                 "schedule.guess", self.guess, "needs schedule.tolerance=0: otherwise rollouts would depend on the batch"
             )
+
+    @property
+    def draft_path(self) -> str | None:
+        """The file of the draft head that makes its guesses; None without one."""
+        return self.draft
 
     @property
     def first_guess(self) -> str:
@@ -76,8 +88,9 @@ class Speculative(Schedule):
 
     @property
     def key(self) -> dict[str, Any]:
-        """The schedule's part of the cache key; `verify` changes no rollout."""
-        return {"name": self.name, "chunk": self.chunk, "tolerance": self.tolerance, "guess": self.guess}
+        """The schedule's part of the cache key; `verify` changes no rollout, and a draft's digest is added to it."""
+        names = ("name", "chunk", "tolerance", "guess", "mixing")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def exact(self) -> bool:
@@ -103,6 +116,7 @@ class Speculative(Schedule):
         version_RT = values_RTD.new_zeros(values_RTD.shape[:2], dtype=torch.int64)
         committed_R = version_RT.new_zeros(len(version_RT))
         limit_R = committed_R + total  # T, or fewer once the model has stopped
+        mixing = _Mixing(self.mixing) if self.mixing else None
         first = 0
         while first < total:
             active_R = committed_R < limit_R
@@ -114,6 +128,7 @@ class Speculative(Schedule):
             made_RSD, stops_RS = latents.compute(first, stop)
             now_RSD, window_RS = values_RTD[:, first:stop], window_RT[:, first:stop]
             changed_RS = window_RS & ~self._equal(now_RSD, made_RSD)
+            before_RTD = values_RTD if mixing is None else values_RTD.clone()
             now_RSD[changed_RS] = made_RSD[changed_RS]
             version_RT[:, first:stop] += changed_RS
 
@@ -121,7 +136,15 @@ class Speculative(Schedule):
             commits_R = (valid_RT | (place_T < committed_R[:, None])).long().cumprod(1).sum(1) - committed_R
             counts.sweeps_R += active_R & (not free)
             counts.conflicts_R += window_RT.sum(1) - commits_R
+            if counts.timeline is not None:
+                start_R = torch.where(active_R, committed_R, total)
+                counts.timeline.append(Sweep(start_R, start_R + window_RT.sum(1), committed_R + commits_R))
             committed_R = committed_R + commits_R
+            if mixing is not None:
+                open_RT = window_RT & (place_T >= committed_R[:, None])
+                mixed_RSD = mixing.mix(first, before_RTD, made_RSD, open_RT)
+                mixed_RS = changed_RS & open_RT[:, first:stop]  # nothing was made from the changed values yet
+                now_RSD[mixed_RS] = mixed_RSD[mixed_RS]
             if stops_RS is not None:
                 final_RS = stops_RS & (place_T[first:stop] < committed_R[:, None]) & window_RS
                 stopped_R = final_RS.any(1)
@@ -138,6 +161,55 @@ class Speculative(Schedule):
             return (one == other).all(-1)
         difference, size = (one - other).float().square().mean(-1), other.float().square().mean(-1)
         return difference <= self.tolerance**2 * size
+
+
+class _Mixing:
+    """Triangular Anderson mixing: the next guesses, extrapolated from what the last sweeps changed.
+
+    A latent's coefficients minimise the residuals (made minus guessed) of all uncommitted latents up to it, so it
+    depends on its own row and on latents before it alone.
+
+    Source: Tang et al. 2024 (arXiv 2402.09970), section 3.
+    """
+
+    DAMPING = 1e-4  # relative to the largest residual change; with equal changes any coefficients would do
+
+    def __init__(self, sweeps: int) -> None:
+        self.sweeps = sweeps
+        self.history: list[tuple[Tensor, Tensor, Tensor]] = []  # made, residual, which ones; the newest last
+
+    def mix(self, first: int, values_RTD: Tensor, made_RSD: Tensor, open_RT: Tensor) -> Tensor:
+        """Guesses (R, S, D) for the next sweep; `made_RSD` where there is nothing to extrapolate from.
+
+        Args:
+            first: the first of the S latents.
+            values_RTD: what they were made from.
+            made_RSD: what the sweep made.
+            open_RT: which it made of each row and did not commit: those that became final say nothing of the others.
+        """
+        import torch
+
+        place = slice(first, first + made_RSD.shape[1])
+        made_RTD = values_RTD.to(torch.float64, copy=True)
+        made_RTD[:, place] = made_RSD.to(torch.float64)
+        residual_RTD = (made_RTD - values_RTD) * open_RT[..., None]
+        self.history = [*self.history[-self.sweeps :], (made_RTD, residual_RTD, open_RT)]
+        if len(self.history) == 1:
+            return made_RSD
+        made_changes, residual_changes = [], []
+        for (made, residual, had), (next_made, next_residual, has) in pairwise(self.history):
+            both_RT1 = (had & has)[..., None]
+            made_changes.append((next_made - made) * both_RT1)
+            residual_changes.append((next_residual - residual) * both_RT1)
+        change_RTMD = torch.stack(residual_changes, 2)
+        gram_RTMM = torch.einsum("rtid,rtjd->rtij", change_RTMD, change_RTMD).cumsum(1)
+        wanted_RTM1 = torch.einsum("rtid,rtd->rti", change_RTMD, residual_RTD).cumsum(1)[..., None]
+        largest_RT = gram_RTMM.diagonal(dim1=-2, dim2=-1).amax(-1)
+        damping_RT = self.DAMPING * largest_RT + torch.finfo(gram_RTMM.dtype).tiny
+        gram_RTMM = gram_RTMM + damping_RT[..., None, None] * torch.eye(gram_RTMM.shape[-1], device=gram_RTMM.device)
+        coefficients_RTM1 = torch.linalg.solve(gram_RTMM, wanted_RTM1)
+        mixed_RTD = made_RTD - (coefficients_RTM1 * torch.stack(made_changes, 2)).sum(2)
+        return mixed_RTD[:, place].to(made_RSD.dtype)
 
 
 def _sum_before(version_RT: Tensor) -> Tensor:

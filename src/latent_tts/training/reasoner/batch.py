@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.errors import bad_value
+from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.training.reasoner.curriculum import Stage, step_results, written_text
 from latent_tts.types import Question
 
@@ -25,6 +27,82 @@ def question_batches(stream: Iterator[Question], batch: int) -> Iterator[list[Qu
         pool.sort(key=lambda question: len(question.text.split()))
         for index in (3, 6, 0, 5, 2, 7, 1, 4):  # a fixed order that mixes long and short batches
             yield pool[index * batch : (index + 1) * batch]
+
+
+@dataclass(frozen=True)
+class TokenBudget:
+    """How many questions an update takes.
+
+    Attributes:
+        questions: at most.
+        tokens: at most, padding included.
+        parts: micro-batches of an update in all processes; each has a question at least.
+        lengths: the tokens of a question's prompt, and of what may follow it.
+        seed: of the order of batches.
+    """
+
+    questions: int
+    tokens: int
+    parts: int
+    lengths: Callable[[Question], tuple[int, int]]
+    seed: int
+
+    def batches(self, stream: Iterator[Question]) -> Iterator[list[Question]]:
+        """Batches of questions of like length, which lose no question.
+
+        Questions for about `BATCHES_PER_POOL` batches are sorted by length and cut, longest and shortest first in
+        turns. What is too little for a batch comes first among the next ones. The order of the batches is keyed.
+
+        Raises:
+            UsageError: a question is so long that an update would have too few.
+        """
+        left: list[Question] = []
+        for pool_number in count():
+            pool, taken = left, 0
+            while taken < BATCHES_PER_POOL * self.tokens and len(pool) < BATCHES_PER_POOL * self.questions:
+                question = next(stream)
+                self.check(question)
+                pool.append(question)
+                taken += sum(self.lengths(question))
+            batches, left = self._cut(pool, longest_first=pool_number % 2 == 0)
+            key = key_of(self.seed, "batches")
+            draws = [philox((place, pool_number, 0, int(Stream.TRAINING)), key)[:2] for place in range(len(batches))]
+            yield from (batches[place] for place in sorted(range(len(batches)), key=draws.__getitem__))
+
+    def check(self, question: Question) -> None:
+        """Check that a batch of questions as long as this one has a question per micro-batch.
+
+        Raises:
+            UsageError: it has not.
+        """
+        needed = self.parts * sum(self.lengths(question))
+        if needed > self.tokens:
+            raise bad_value(
+                "optimization.batch_tokens", self.tokens, f"must be {needed} or more: question {question.id} with its "
+                f"steps and latents has {needed // self.parts} tokens, and an update has {self.parts} micro-batches",
+            )  # fmt: skip
+
+    def _cut(self, pool: list[Question], *, longest_first: bool) -> tuple[list[list[Question]], list[Question]]:
+        """The batches of a pool, and the questions that are left."""
+        batches: list[list[Question]] = []
+        current: list[Question] = []
+        longest = (0, 0)
+        pool = sorted(pool, key=lambda question: (sum(self.lengths(question)), question.id), reverse=longest_first)
+        for question in pool:
+            prompt, rest = self.lengths(question)
+            wider = max(longest[0], prompt), max(longest[1], rest)
+            full = len(current) == self.questions or (len(current) + 1) * sum(wider) > self.tokens
+            if full and len(current) >= self.parts:
+                batches.append(current)
+                current, wider = [], (prompt, rest)
+            current.append(question)
+            longest = wider
+        return batches, current
+
+
+def micro_batch(batch: list[Question], part: int, parts: int) -> list[Question]:
+    """One of the parts of a batch, as equal as can be."""
+    return batch[part * len(batch) // parts : (part + 1) * len(batch) // parts]
 
 
 def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:

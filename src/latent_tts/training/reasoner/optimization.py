@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from latent_tts.errors import bad_value, check_positive, is_number
+from latent_tts.errors import bad_value, check_positive, is_number, is_whole
 from latent_tts.training.optimization import Optimization
 
 
@@ -14,7 +14,9 @@ class ReasonerOptimization(Optimization):
     """How the weights of a reasoner are updated.
 
     Attributes:
-        batch, accumulation, lr, weight_decay, clip: as in `Optimization`.
+        batch, accumulation, lr, weight_decay, clip, gradient_checkpointing: as in `Optimization`.
+        batch_tokens: most tokens per update, padding included, with every step written and all latents; None for any
+            number. An update then has as many questions of like length as fit, at most `batch`.
         cosine_updates: length of the learning-rate schedule in updates, warm-up included: a cosine from `lr` to
             `lr` / 20. Training may end before.
         warmup: number of updates in the warm-up.
@@ -27,6 +29,7 @@ class ReasonerOptimization(Optimization):
     cosine_updates: int
     warmup: int
     bf16: bool
+    batch_tokens: int | None = None
     minutes: float | None = None
     follow: str | None = None
 
@@ -35,6 +38,8 @@ class ReasonerOptimization(Optimization):
         check_positive("optimization", self, whole=("cosine_updates", "warmup"))
         if not isinstance(self.bf16, bool):
             raise bad_value("optimization.bf16", self.bf16, "must be true or false")
+        if self.batch_tokens is not None and not (is_whole(self.batch_tokens) and self.batch_tokens > 0):
+            raise bad_value("optimization.batch_tokens", self.batch_tokens, "must be a positive integer, or null")
         if self.minutes is not None and not (is_number(self.minutes) and self.minutes > 0):
             raise bad_value("optimization.minutes", self.minutes, "must be a positive number, or null")
         if self.follow is not None and (self.minutes is not None or not isinstance(self.follow, str)):

@@ -7,8 +7,10 @@ middle update. Each update's place is logged, so a run can be repeated by its lo
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from latent_tts.errors import RunError, bad_value
 from latent_tts.results.files import whole_file
 
+log = logging.getLogger(__name__)
 LOG = "updates.jsonl"
 NO_LIMIT = 10**7  # updates of a run that the clock ends
 SAVE_SECONDS = 60.0  # between two saved states of such a run
@@ -64,6 +67,15 @@ class Pace:
         """Whether a state is due for another reason than the number of updates."""
         return False
 
+    def may_validate(self, update: int) -> bool:
+        """Whether the validation that is due after an update takes place."""
+        return True
+
+    @contextmanager
+    def validating(self, agree: Callable[[float], float]) -> Iterator[None]:
+        """A validation; `agree` makes a number that of the first process in all."""
+        yield
+
 
 @dataclass
 class Followed(Pace):
@@ -71,9 +83,11 @@ class Followed(Pace):
 
     Attributes:
         places: of each update.
+        validated: whether a validation followed each update.
     """
 
     places: list[float]
+    validated: list[bool]
 
     @property
     def limit(self) -> int:
@@ -84,6 +98,10 @@ class Followed(Pace):
         """As logged."""
         return self.places[min(update, len(self.places) - 1)]
 
+    def may_validate(self, update: int) -> bool:
+        """As logged."""
+        return self.validated[update]
+
 
 @dataclass
 class Timed(Pace):
@@ -92,16 +110,20 @@ class Timed(Pace):
     Attributes:
         minutes: of all updates together, over all resumes.
         path: of the log.
+        share: of the updates' time since this process began that validations may take.
         seconds: of each update so far.
         places: of each update so far, and of the next one.
     """
 
     minutes: float
     path: Path
+    share: float = 1.0
     seconds: list[float] = field(default_factory=list)
     places: list[float] = field(default_factory=list)
     _started: float = 0.0
     _saved: float = field(default_factory=lambda: time.monotonic())
+    _resumed: int = 0  # updates of earlier processes
+    _validations: list[float] = field(default_factory=list)  # seconds
 
     @property
     def limit(self) -> int:
@@ -150,6 +172,7 @@ class Timed(Pace):
     def resume(self, done: int) -> None:
         """Take the updates of the saved state from the log; drop later ones."""
         rows = read_log(self.path)[:done]
+        self._resumed = done
         self.seconds, self.places = [row["seconds"] for row in rows], [row["place"] for row in rows]
         if self.path.is_file():
             with whole_file(self.path) as partial:
@@ -161,6 +184,21 @@ class Timed(Pace):
         if due:
             self._saved = time.monotonic()
         return due
+
+    def may_validate(self, update: int) -> bool:
+        """Whether one that takes as long as the last one stays within the share; the first one does."""
+        allowed = self.share * sum(self.seconds[self._resumed :])
+        within = not self._validations or sum(self._validations) + self._validations[-1] <= allowed
+        if not within:
+            log.info("validation.share=%g: no validation after update %d", self.share, update + 1)
+        return within
+
+    @contextmanager
+    def validating(self, agree: Callable[[float], float]) -> Iterator[None]:
+        """Count the time of a validation."""
+        started = time.perf_counter()
+        yield
+        self._validations.append(agree(time.perf_counter() - started))
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -177,7 +215,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def pace_of(updates: int, minutes: float | None, follow: str | None, states: Path) -> Pace:
+def pace_of(updates: int, minutes: float | None, follow: str | None, states: Path, share: float = 1.0) -> Pace:
     """The pace of a run.
 
     Args:
@@ -185,6 +223,7 @@ def pace_of(updates: int, minutes: float | None, follow: str | None, states: Pat
         minutes: of training; None: as many updates as the recipe has.
         follow: the log of another run; None for none.
         states: folder of the run's states, in which a run by the clock writes its log.
+        share: of the updates' time that validations of a run by the clock may take.
 
     Raises:
         UsageError: there is no such log.
@@ -197,5 +236,5 @@ def pace_of(updates: int, minutes: float | None, follow: str | None, states: Pat
             raise bad_value(
                 "optimization.follow", follow, f"the log of a longer recipe: this one has {updates} updates"
             )
-        return Followed(updates, [row["place"] for row in rows])
-    return Pace(updates) if minutes is None else Timed(updates, minutes, states / LOG)
+        return Followed(updates, [row["place"] for row in rows], [row.get("validated", True) for row in rows])
+    return Pace(updates) if minutes is None else Timed(updates, minutes, states / LOG, share)

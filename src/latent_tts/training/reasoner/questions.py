@@ -153,11 +153,18 @@ def hold_out(questions: Sequence[Question], number: int) -> tuple[list[Question]
 
 
 def epochs(questions: Sequence[Question], seed: int) -> Iterator[Question]:
-    """A finite set again and again, in an order of its own in each epoch."""
-    key = key_of(seed, "epochs")
+    """A finite set again and again, in an order of its own in each epoch, whatever the order of its rows."""
+    keyed = [(key_of(seed, f"epochs/{question.id}"), question) for question in questions]
     for epoch in count():
-        draws = [philox((place, epoch, 0, int(Stream.TRAINING)), key)[:2] for place in range(len(questions))]
-        yield from (questions[place] for place in sorted(range(len(questions)), key=draws.__getitem__))
+        draws = {q.id: philox((epoch, 0, 0, int(Stream.TRAINING)), key)[:2] for key, q in keyed}
+        yield from sorted(questions, key=lambda question: (draws[question.id], question.id))
+
+
+def token_lengths(question: Question, adapter: CheckpointAdapter, latents: int) -> tuple[int, int]:
+    """The tokens of a question's prompt, and those of all latents, all steps and the answer."""
+    text = written_text(question.steps, question.gold, Stage(1, 0, 0))
+    written = len(adapter.tokenizer.encode(text, add_special_tokens=False).ids)
+    return len(adapter.encode(question)), latents + len(adapter.thinking_end_ids) + written + 1
 
 
 def check_lengths(questions: Sequence[Question], adapter: CheckpointAdapter, latents: int) -> None:
@@ -166,11 +173,8 @@ def check_lengths(questions: Sequence[Question], adapter: CheckpointAdapter, lat
     Raises:
         UsageError: one does not.
     """
-    written = Stage(1, 0, 0)
     for question in questions:
-        text = written_text(question.steps, question.gold, written)
-        needed = len(adapter.encode(question)) + latents + len(adapter.thinking_end_ids) + 1
-        needed += len(adapter.tokenizer.encode(text, add_special_tokens=False).ids)
+        needed = sum(token_lengths(question, adapter, latents))
         if needed > adapter.positions:
             raise UsageError(
                 f"question {question.id} with its steps has {needed} tokens, and the model takes {adapter.positions}\n"

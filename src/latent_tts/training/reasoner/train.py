@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from latent_tts.training.core import (
     training_arguments,
 )
 from latent_tts.training.reasoner.backbone import BackboneConfig
-from latent_tts.training.reasoner.batch import question_batches
+from latent_tts.training.reasoner.batch import TokenBudget, micro_batch, question_batches
 from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
 from latent_tts.training.reasoner.initial import (
     add_tensors,
@@ -44,9 +46,10 @@ from latent_tts.training.reasoner.initial import (
 from latent_tts.training.reasoner.lora import Lora
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.pace import Pace, pace_of
-from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths
+from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths, token_lengths
 from latent_tts.training.reasoner.validation import BEST, Validation, joined_copy, keep_if_best
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
+from latent_tts.training.recompute import blocks_of, recomputing_blocks
 from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state
 from latent_tts.types import Question
 
@@ -56,6 +59,7 @@ INITIAL = "initial"
 OLD_STATE = "state.safetensors"
 FULL = Lora(rank=None, alpha=1.0, targets=None, dropout=0.0)  # no adapter: all weights are trained
 PROBES, PROBE_TOKENS = 4, 12
+LENGTHS_KEPT = 100_000  # of questions; sorting asks for each several times
 
 
 @dataclass(frozen=True)
@@ -103,22 +107,25 @@ class DrawnValidation:
     rule: AnswerRule
 
 
-class QuestionOrder(Dataset):
-    """The training questions in the order of the updates; they can only be read forwards."""
+class MicroBatches(Dataset):
+    """The micro-batches of all updates in order, those of one update after one another; they are only read forwards."""
 
-    def __init__(self, stream: Iterator[Question], batch: int, updates: int) -> None:
-        self.batches, self.batch, self.updates = question_batches(stream, batch), batch, updates
+    def __init__(self, batches: Iterator[list[Question]], parts: int, updates: int) -> None:
+        """Take the questions of each update, its number of micro-batches in all processes, and the updates."""
+        self.batches, self.parts, self.updates = batches, parts, updates
         self.number, self.current = -1, []
 
     def __len__(self) -> int:
-        return self.batch * self.updates
+        return self.parts * self.updates
 
-    def __getitem__(self, place: int) -> Question:
-        number, within = divmod(place, self.batch)
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        """The questions of a micro-batch, and the weight of its loss in the mean over the update's."""
+        number, part = divmod(place, self.parts)
         while self.number < number:
             self.number, self.current = self.number + 1, next(self.batches)
         assert self.number == number
-        return self.current[within]
+        questions = micro_batch(self.current, part, self.parts)
+        return {"questions": questions, "weight": len(questions) * self.parts / len(self.current)}
 
 
 class ReasonerModule(nn.Module):
@@ -127,12 +134,22 @@ class ReasonerModule(nn.Module):
     Attributes:
         objective: the loss.
         adapted: PEFT's model around the causal LM; None where all weights are trained.
+        recompute: whether the backward pass computes activations again.
     """
 
     adapted: Any
 
-    def __init__(self, objective: Objective, lora: Lora = FULL, new_tokens: Sequence[int] = (), seed: int = 0) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        lora: Lora = FULL,
+        new_tokens: Sequence[int] = (),
+        seed: int = 0,
+        *,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.lm, self.own, self.objective = objective.lm, objective.own, objective
         adapted = None
         if lora.rank is not None:
@@ -142,7 +159,8 @@ class ReasonerModule(nn.Module):
 
     def forward(self, questions: list[Question], stage: Stage) -> Tensor:
         """The loss of a batch."""
-        return self.objective.loss(questions, stage)
+        with recomputing_blocks(self.lm) if self.recompute else nullcontext():
+            return self.objective.loss(questions, stage)
 
     def set_dropout(self, rate: float) -> None:
         """Set the rate of every active dropout module."""
@@ -187,16 +205,17 @@ class ReasonerTrainer(ResumableTrainer):
         stage = self.recipe.stage_at(self.pace.planned(update))
         if stage.dropout is not None:
             self.module.set_dropout(stage.dropout)
-        counter = (update, len(self.micro_losses), self.args.process_index, int(Stream.TRAINING))
-        torch.manual_seed(philox(counter, self.key)[0])
-        return model(inputs["questions"], stage), None
+        part = len(self.micro_losses) * self.args.world_size + self.args.process_index
+        torch.manual_seed(philox((update, part, 0, int(Stream.TRAINING)), self.key)[0])
+        return inputs["weight"] * model(inputs["questions"], stage), None
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Exact match on the validation questions, in the stage of the last update."""
         stage = self.recipe.stage_at(self.pace.planned(self.state.global_step - 1))
-        figures = {METRIC: self.module.exact_match(self.valid, stage)}
-        if self.drawn is not None:
-            figures |= self._draw(self.drawn, stage)
+        with self.pace.validating(lambda seconds: of_first_process(seconds, self.args)):
+            figures = {METRIC: self.module.exact_match(self.valid, stage)}
+            if self.drawn is not None:
+                figures |= self._draw(self.drawn, stage)
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
@@ -226,26 +245,26 @@ class _SaveCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.lr = kwargs["optimizer"].param_groups[0]["lr"]
-        self.pace.stop(state.global_step, lambda seconds: _of_first_process(seconds, args))
+        self.pace.stop(state.global_step, lambda seconds: of_first_process(seconds, args))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done, pace, recipe = state.global_step, self.pace, self.recipe
-        if args.process_index == 0:
-            stage = recipe.stage_at(pace.planned(done - 1))
-            figures = {"latents": stage.latents, "hidden_steps": stage.hidden_steps, "lr": self.lr}
-            pace.log(done - 1, figures)
         over = pace.finished(done)
         control.should_training_stop = control.should_training_stop or over
         ends = over or recipe.stage_at(pace.planned(done)) != recipe.stage_at(pace.planned(done - 1))
-        if ends or done % self.save_every == 0:
-            control.should_evaluate = control.should_save = True
-        if self.validate_every is not None and done % self.validate_every == 0:
-            control.should_evaluate = True
-        if pace.wants_saving():
-            control.should_save = True
+        saves = ends or done % self.save_every == 0
+        validates = saves or (self.validate_every is not None and done % self.validate_every == 0)
+        if validates and not over:
+            validates = pace.may_validate(done - 1)
+        if args.process_index == 0:
+            stage = recipe.stage_at(pace.planned(done - 1))
+            figures = {"latents": stage.latents, "hidden_steps": stage.hidden_steps, "lr": self.lr}
+            pace.log(done - 1, figures | {"validated": validates})
+        control.should_evaluate = control.should_evaluate or validates
+        control.should_save = control.should_save or saves or bool(of_first_process(pace.wants_saving(), args))
 
 
-def _of_first_process(number: float, arguments: TrainingArguments) -> float:
+def of_first_process(number: float, arguments: TrainingArguments) -> float:
     """A number of the first process of a launch, in all processes."""
     if arguments.world_size == 1:
         return number
@@ -295,7 +314,7 @@ def train_reasoner(
         RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
-    pace = pace_of(recipe.updates, optimization.minutes, optimization.follow, output / STATES)
+    pace = pace_of(recipe.updates, optimization.minutes, optimization.follow, output / STATES, validation.share)
     arguments = trainer_arguments(recipe, optimization, output / STATES, seed=seed, device=device, max_steps=pace.limit)
     with arguments.main_process_first():
         if (output / OLD_STATE).is_file():
@@ -346,7 +365,7 @@ def trainer_arguments(
     max_steps: int | None = None,
 ) -> TrainingArguments:
     """The settings of the Trainer; callbacks decide when it evaluates and saves. By default it does all updates."""
-    return training_arguments(
+    arguments = training_arguments(
         optimization,
         states,
         seed=seed,
@@ -359,6 +378,8 @@ def trainer_arguments(
         save_total_limit=1,
         logging_steps=25,
     )
+    arguments.per_device_train_batch_size = 1  # an item is a micro-batch
+    return arguments
 
 
 def train(
@@ -402,7 +423,15 @@ def train(
     last = last_state(Path(str(arguments.output_dir)))
     done = 0 if last is None else read_state(last)["global_step"]
     pace.resume(done)
-    module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
+    recompute = optimization.gradient_checkpointing
+    module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed, recompute=recompute)
+    if recompute:
+        blocks_of(module.lm)
+    parts = arguments.world_size * optimization.accumulation
+    batches = question_batches(stream, optimization.batch)
+    if optimization.batch_tokens is not None:
+        lengths = lru_cache(LENGTHS_KEPT)(lambda question: token_lengths(question, adapter, adapter.latents))
+        batches = TokenBudget(optimization.batch, optimization.batch_tokens, parts, lengths, seed).batches(stream)
     trained = [parameter for _, parameter in trained_parameters(module)]
     decayed = [p for p in trained if p.dim() >= 2]
     others = [p for p in trained if p.dim() < 2]
@@ -418,8 +447,8 @@ def train(
         save_every=save_every,
         report=lambda done, figures: report(pace.planned(done - 1) + 1, figures),
         args=arguments,
-        train_dataset=QuestionOrder(stream, optimization.batch, pace.limit),
-        data_collator=lambda questions: {"questions": questions},
+        train_dataset=MicroBatches(batches, parts, pace.limit),
+        data_collator=lambda items: items[0],
         optimizers=(optimizer, LambdaLR(optimizer, lambda update: optimization.lr_at(pace.place(update)))),
     )
     if not pace.finished(done):

@@ -35,6 +35,8 @@ class Validation:
         sigma: of the Gaussian noise on the latents of these rollouts.
         temperature: of the answer tokens of these rollouts, in stages without latents.
         max_answer_tokens: token limit of an answer.
+        share: of the time of updates that validations may take in a run by the clock; what would exceed it is left
+            out, except at the end.
         dtype: that the weights are cast to.
     """
 
@@ -43,6 +45,7 @@ class Validation:
     sigma: float
     temperature: float
     max_answer_tokens: int
+    share: float
     dtype: str
 
     def __post_init__(self) -> None:
@@ -53,6 +56,8 @@ class Validation:
             value = getattr(self, key)
             if not (is_number(value) and value >= 0):
                 raise bad_value(f"validation.{key}", value, "must be a number, 0 or more")
+        if not (is_number(self.share) and self.share > 0):
+            raise bad_value("validation.share", self.share, "must be a positive number")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise bad_value("validation.dtype", self.dtype, "must be float32, bfloat16 or float16")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from latent_tts.model import ModelAdapter
+from latent_tts.training.recompute import recomputing_blocks
 
 
 def packed_layout(lengths_Q: Tensor, longest: int, rollouts: int, latents: int) -> tuple[Tensor, Tensor]:
@@ -58,6 +60,7 @@ class LatentRMModule(nn.Module):
         backbone: the causal LM without its head.
         prefix: what the backbone's keys begin with in the causal LM's checkpoint (`transformer`, `model`).
         classifier: the head.
+        recompute: whether the backward pass computes activations again.
     """
 
     def __init__(self, lm: PreTrainedModel, seed: int) -> None:
@@ -68,6 +71,7 @@ class LatentRMModule(nn.Module):
             seed: of the head's weights: normal, with the standard deviation of the backbone's own initial weights.
         """
         super().__init__()
+        self.recompute = False
         lm.set_attn_implementation("sdpa")
         self.prefix = lm.base_model_prefix
         self.backbone: Any = lm.base_model.requires_grad_(True)
@@ -101,12 +105,13 @@ class LatentRMModule(nn.Module):
         additive_Q1SS = torch.zeros_like(mask_Q1SS, dtype=prompt_QLD.dtype).masked_fill(
             ~mask_Q1SS, torch.finfo(prompt_QLD.dtype).min
         )
-        hidden_QSD = self.backbone(
-            inputs_embeds=torch.cat([prompt_QLD, latents_QRD], dim=1),
-            attention_mask=additive_Q1SS,
-            position_ids=positions_QS,
-            use_cache=False,
-        ).last_hidden_state
+        with recomputing_blocks(self.backbone) if self.recompute else nullcontext():
+            hidden_QSD = self.backbone(
+                inputs_embeds=torch.cat([prompt_QLD, latents_QRD], dim=1),
+                attention_mask=additive_Q1SS,
+                position_ids=positions_QS,
+                use_cache=False,
+            ).last_hidden_state
         weight, bias = self.classifier.weight, self.classifier.bias
         with torch.autocast(hidden_QSD.device.type, enabled=False):
             logits_QR1 = F.linear(hidden_QSD[:, prompt_QL.shape[1] :].to(weight.dtype), weight, bias)

@@ -14,7 +14,7 @@ class RewardOptimization(Optimization):
     """How the weights of LatentRM are updated; after the warm-up the learning rate falls to 0 by a cosine.
 
     Attributes:
-        batch, accumulation, lr, weight_decay, clip: as in `Optimization`.
+        batch, accumulation, lr, weight_decay, clip, gradient_checkpointing: as in `Optimization`.
         warmup: share of the updates in the warm-up, in [0, 1).
         epochs: maximum number of passes over the questions; 0 leaves LatentRM untrained.
         evaluations: number of evaluations on `valid_annotations` per epoch; each saves a state.

@@ -20,6 +20,7 @@ from latent_tts.checkpoint import files
 from latent_tts.model import ModelAdapter
 from latent_tts.results.files import whole_file
 from latent_tts.training.core import Report, ResumableTrainer, training_arguments
+from latent_tts.training.recompute import blocks_of
 from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
 from latent_tts.training.reward_model.model import LatentRMModule
@@ -151,6 +152,9 @@ def train(
         RunError: a loss or gradient is not finite; the last state is kept.
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
+    model.recompute = optimization.gradient_checkpointing
+    if model.recompute:
+        blocks_of(model.backbone)
     trainer = RewardTrainer(
         loss,
         max(data.rollouts, valid.rollouts),

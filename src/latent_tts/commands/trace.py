@@ -1,0 +1,114 @@
+"""`ltts trace QUESTION`: a window into rollouts, in the terminal and as a page."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from latent_tts.config.build import given_keys, is_given, output_dir
+from latent_tts.config.recorded import recorded, recorded_run
+from latent_tts.config.requests import against_option, changed_settings, run_request
+from latent_tts.errors import UsageError, require
+from latent_tts.pipeline import rescoring
+from latent_tts.pipeline.rollouts import draw_rollouts
+from latent_tts.pipeline.running import complete_run
+from latent_tts.pipeline.spec import RunRequest, check_run
+from latent_tts.pipeline.tables import schedule_lines
+from latent_tts.pipeline.trace_spec import View, check_trace, of_a_run, warn_of_differences
+from latent_tts.results import report
+from latent_tts.results.cache import cache_root
+from latent_tts.results.files import locked_folder, whole_file
+from latent_tts.results.trace_page import render_page
+from latent_tts.results.trace_report import print_trace
+from latent_tts.task.asked import Asked
+
+PAGE = "trace.html"
+# beside `run` only these keys mean something: the others are the run's
+OWN_KEYS = ("run", "question", "n", "against", "maps", "top", "threshold", "directions", "paths.cache")
+OWN_KEYS += ("engine.device", "engine.rows")
+
+
+def main(cfg: DictConfig) -> None:
+    """Trace some questions; print what a terminal can show, and the path of the page.
+
+    Raises:
+        UsageError: something in the config is wrong, or a question is not in the run; nothing has been loaded.
+        RunError: a failure while drawing or computing; what was drawn stays in the cache.
+    """
+    started = time.perf_counter()
+    view = View(list(cfg.maps), cfg.top, cfg.threshold, cfg.directions)
+    source = None if cfg.run is None else Path(cfg.run).expanduser()
+    record = {} if source is None else rescoring.read_run(source)
+    merged = cfg if source is None else merged_config(cfg, record)
+    request, folder, lines = run_request(merged), output_dir(), []
+    if source is None:
+        request = with_texts(request, list(cfg.question))
+    against = against_option(merged, cfg.against, request.sampler)
+    with cache_root(request.cache, merged.cache) as cache, locked_folder(folder, "hydra.run.dir"):
+        run = check_run(replace(request, cache=cache))
+        if source is not None:
+            run = of_a_run(run, source, record, list(cfg.question), cfg.n if is_given("n") else None)
+        spec = check_trace(run, view, against, n=request.n if source is None else max(run.drawn), source=source)
+        if source is None:
+            done = complete_run(
+                folder, run, changed_settings(cfg),
+                started=started, keep_latents=cfg.keep_latents, keep_cache=cfg.cache != "off",
+            )  # fmt: skip
+            spec, rollouts = spec.with_counts(done.tables.rollouts), done.rollouts
+            lines = [*schedule_lines(run, done.tables.rollouts), *done.verification_lines]
+        else:
+            done, rollouts = None, draw_rollouts(run)
+            warn_of_differences(run, rollouts, source)
+        from latent_tts.pipeline.tracing import trace
+
+        shown = trace(spec, rollouts)
+    with whole_file(folder / PAGE) as path:
+        path.write_text(render_page(shown), encoding="utf-8")
+    print_trace(shown)
+    for line in lines:
+        report.print_line(line)
+    print(folder / PAGE)
+    if done is not None and done.verification is not None:
+        done.verification.check()
+
+
+def with_texts(request: RunRequest, texts: list[str]) -> RunRequest:
+    """The request with the questions of the command line.
+
+    Raises:
+        UsageError: there is none, or one and a task that has its own.
+    """
+    if not isinstance(request.task, Asked):
+        allowed = "the chosen task has questions of its own; leave out one of both"
+        require("question", f"[{','.join(texts)}]", not texts, allowed)
+        return request
+    if not texts and not request.task.texts:
+        raise UsageError('no question; ltts trace "QUESTION", ltts trace ID run=FOLDER, or ltts trace --example')
+    for text in texts:
+        require("question", repr(text), bool(text.strip()), "is empty; ask something")
+    texts = texts or request.task.texts
+    task = {**request.config["task"], "texts": texts}
+    return replace(request, task=replace(request.task, texts=texts), config={**request.config, "task": task})
+
+
+def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
+    """The run's config, with this command's device, rows and cache in it.
+
+    Raises:
+        UsageError: a key was given that is the run's.
+    """
+    for key in given_keys():
+        allowed = f"run={cfg.run} has its own; beside run there are {', '.join(OWN_KEYS)}"
+        require(key, OmegaConf.select(cfg, key), key in OWN_KEYS or key.startswith("hydra"), allowed)
+    merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "scorer", "budget"), cfg)
+    merged.aggregator = {name: recorded("aggregator", node, cfg) for name, node in record["aggregators"].items()}
+    merged.cache, merged.engine.device, merged.engine.rows = "on", cfg.engine.device, cfg.engine.rows
+    if is_given("paths.cache"):
+        merged.paths.cache = cfg.paths.cache
+    elif "cache" in record:
+        merged.paths.cache = str(Path(record["cache"]).parent)
+    return merged

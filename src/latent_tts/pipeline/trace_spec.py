@@ -1,0 +1,247 @@
+"""What `ltts trace` is asked for, checked without torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from latent_tts.budget.fixed import Fixed
+from latent_tts.engine.decoding import AnswerSampling
+from latent_tts.errors import RunError, UsageError, bad_value, is_number, require
+from latent_tts.pipeline import rescoring
+from latent_tts.pipeline.rollouts import RunRollouts
+from latent_tts.pipeline.spec import RunSpec, check_sampler
+from latent_tts.pipeline.tables import rollout_table
+from latent_tts.results.cache import NOT_DECODED
+from latent_tts.results.run_folder import ANSWERS, read_rollouts
+from latent_tts.results.trace import MAPS
+from latent_tts.sampler import Sampler
+from latent_tts.sampler.greedy import Greedy
+from latent_tts.search.independent import Independent
+
+MAX_QUESTIONS = 8  # side by side
+MAX_ROLLOUTS = 64  # of a run that has more
+MAX_TOKENS = 20  # of a lens
+SHOWN_IDS = 3  # in an error
+GREEDY = f"{Greedy.__module__}.{Greedy.__qualname__}"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class View:
+    """What is shown of the rollouts.
+
+    Attributes:
+        maps: methods, see `results.trace.MAPS`.
+        top: tokens of each latent.
+        threshold: relative dependency from which a latent counts as depending on another.
+        directions: random directions per latent for the dependencies; 0 for none.
+    """
+
+    maps: list[str]
+    top: int
+    threshold: float
+    directions: int
+
+    def __post_init__(self) -> None:
+        known = [name for name in self.maps if name in MAPS]
+        allowed = f"must be a list of {' and '.join(MAPS)}, as in maps=[{','.join(MAPS)}]"
+        require("maps", f"[{','.join(self.maps)}]", bool(known) and known == list(dict.fromkeys(self.maps)), allowed)
+        if "tsne" in self.maps and find_spec("sklearn") is None:
+            why = "scikit-learn is not installed: pip install 'latent-tts[trace]'"
+            raise bad_value("maps", f"[{','.join(self.maps)}]", why)
+        require("top", self.top, 1 <= self.top <= MAX_TOKENS, f"must be 1 to {MAX_TOKENS}")
+        ok = is_number(self.threshold) and self.threshold > 0
+        require("threshold", self.threshold, ok, "must be a number above 0")
+        require("directions", self.directions, self.directions >= 0, "must be 0 (no dependency graph) or more")
+
+
+@dataclass(frozen=True)
+class TraceSpec:
+    """What is to be shown.
+
+    Attributes:
+        run: the rollouts, of few questions.
+        against: those of another sampler on the same maps; None for none.
+        deterministic: one rollout per question without randomness.
+        view: how they are shown.
+        source: the folder of the run; None where it is drawn now.
+    """
+
+    run: RunSpec
+    against: RunSpec | None
+    deterministic: RunSpec
+    view: View
+    source: Path | None = None
+
+    def with_counts(self, table: pd.DataFrame) -> TraceSpec:
+        """The same once the rollouts are drawn, of which a budget may give unequally many."""
+        if self.run.search.survivors is not None:
+            return self
+        counts = table.groupby("question_index", sort=True).size().tolist()
+        return replace(self, run=replace(self.run, counts=counts, budget=Fixed()))
+
+    @property
+    def no_dependencies(self) -> str:
+        """Why there is no dependency graph; empty where there is one."""
+        adapter = self.run.adapter
+        if self.view.directions == 0:
+            return "directions=0"
+        if adapter.own_schedule is not None:
+            return f"model={adapter.name} makes its latents in sweeps of its own"
+        return ""
+
+
+def check_trace(
+    run: RunSpec,
+    view: View,
+    against: tuple[Sampler, Mapping[str, Any]] | None,
+    *,
+    n: int,
+    source: Path | None = None,
+) -> TraceSpec:
+    """Check that a run can be traced.
+
+    Args:
+        run: the run, of the questions to be shown.
+        view: how they are shown.
+        against: another sampler for the same maps, with its config.
+        n: how many of its rollouts to draw.
+        source: see `TraceSpec`.
+
+    Raises:
+        UsageError: there are too many questions, or nothing to see.
+    """
+    few = len(run.questions) <= MAX_QUESTIONS
+    require("task.limit", len(run.questions), few, f"a trace shows at most {MAX_QUESTIONS} questions side by side")
+    require("model.latents", run.adapter.latents, run.adapter.latents > 0, "must be 1 or more: a trace shows latents")
+    other = None
+    if against is not None:
+        sampler, config = against
+        why = "reads the latents of other questions, so it has no place on the map of one"
+        require("against", sampler.name, not sampler.needs_donor, why)
+        check_sampler(sampler, run.adapter)
+        other = drawn_beside(run, sampler, config, 1 if sampler.deterministic else n)
+    return TraceSpec(run, other, drawn_beside(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
+
+
+def drawn_beside(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: int) -> RunSpec:
+    """The same questions under another sampler, each rollout on its own and every answer the most probable one."""
+    return replace(
+        run, sampler=sampler, search=Independent(), budget=Fixed(), answers=AnswerSampling(), decode="all", counts=None,
+        donors={}, refresh=False, on_answers=None, n=n, config={**run.config, "sampler": dict(config)},
+    )  # fmt: skip
+
+
+def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Sequence[str], n: int | None) -> RunSpec:
+    """Some questions of a completed run.
+
+    Args:
+        spec: the run.
+        source: its folder.
+        record: its `run.json`.
+        wanted: ids of questions, or beginnings of ids; none for the first question.
+        n: how many of a question's first rollouts to show; None for all, or `MAX_ROLLOUTS`.
+
+    Raises:
+        UsageError: a question is not in the run, it has fewer rollouts, or its checkpoint has changed.
+        RunError: its questions are not those of its task any more.
+    """
+    rescoring.check_weights(spec, source, record)
+    questions = {question.id: question for question in spec.questions}
+    table = read_rollouts(source)
+    counts = table.groupby("question_id", sort=False).size()
+    if gone := [name for name in counts.index if name not in questions]:
+        raise RunError(f"run={source}: question {gone[0]} is not one of its task any more")
+    chosen = [questions[name] for name in find_ids(wanted, list(counts.index), source)]
+    has = [int(counts[question.id]) for question in chosen]
+    whole = spec.search.survivors is not None or (spec.scorer is not None and spec.scorer.positions == "official")
+    if n is not None:
+        why = f"must be 1 to {min(has)}, which the run has"
+        require("n", n, 1 <= n <= min(has), why)
+        why = "its rollouts are drawn or scored all together, so n cannot be smaller"
+        require("n", n, not whole or n == max(has), why)
+    limit = n or MAX_ROLLOUTS
+    given = {question.id: spec.donors[question.id] for question in chosen if question.id in spec.donors}
+    counted = None if whole else [min(limit, count) for count in has]
+    return replace(spec, questions=chosen, donors=given, counts=counted, budget=Fixed(), decode="all")
+
+
+def warn_of_differences(run: RunSpec, rollouts: RunRollouts, source: Path) -> None:
+    """Warn of answers that differ from those of the run's folder, as on another machine where rounding decides."""
+    there = read_rollouts(source).set_index(["question_id", "rollout"])
+    here = rollout_table(run, rollouts).set_index(["question_id", "rollout"])
+    before = there.loc[here.index]
+    decoded = before["stop_reason"] != NOT_DECODED
+    changed = (before["answer_text"] != here["answer_text"]) & decoded
+    if changed.any():
+        log.warning("run=%s: %d of %d answers are others than then: drawn again, and rounded in another way",
+                    source, changed.sum(), decoded.sum())  # fmt: skip
+
+
+def find_ids(wanted: Sequence[str], ids: Sequence[str], source: Path) -> list[str]:
+    """The ids of a run's questions that are meant: ids, or beginnings that only one has; the first one for none.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    found = []
+    for text in wanted or ids[:1]:
+        fits = [text] if text in ids else [name for name in ids if text and name.startswith(text)]
+        if len(fits) != 1:
+            shown = ", ".join((fits or ids)[:SHOWN_IDS])
+            what = "several begin so" if fits else "not a question of this run"
+            raise UsageError(f"question={text}: {what}; {source / ANSWERS} has them by their id, as in {shown}")
+        found += fits
+    return list(dict.fromkeys(found))
+
+
+def about(spec: TraceSpec) -> dict[str, str]:
+    """The settings, as people read them."""
+    run, view = spec.run, spec.view
+    sampled = sampler_text(run.sampler)
+    place = "/".join(filter(None, [run.task.name, run.task.split]))
+    rollouts = sorted(set(run.drawn))
+    settings = {
+        "model": run.adapter.name,
+        "checkpoint": run.adapter.checkpoint,
+        "task": place,
+        "sampler": sampled,
+        "against": "" if spec.against is None else sampler_text(spec.against.sampler),
+        "rollouts": f"{rollouts[0]}" if len(rollouts) == 1 else f"{rollouts[0]} to {rollouts[-1]}",
+        "latents": f"{'up to ' if run.adapter.stop_id is not None else ''}{run.adapter.latents}",
+        "schedule": schedule_text(run.schedule.key),
+        "search": "" if run.search.survivors is None else run.search.name,
+        "scorer": "" if run.scorer is None else run.scorer.name.removeprefix("latent_rm:"),
+        "seed": str(run.seed),
+        "dtype": run.engine.dtype,
+        "threshold": f"{view.threshold:g}",
+        "run": "" if spec.source is None else str(spec.source),
+    }
+    return {key: value for key, value in settings.items() if value}
+
+
+def sampler_text(sampler: Sampler) -> str:
+    """A sampler with its parameter: `dropout 0.05`."""
+    value = sampler.value
+    return (
+        sampler.name
+        if value is None
+        else f"{sampler.name} {value:g}"
+        if is_number(value)
+        else f"{sampler.name} {value}"
+    )
+
+
+def schedule_text(key: str | Mapping[str, Any]) -> str:
+    """A schedule with its settings: `speculative chunk=3 tolerance=0.01`."""
+    if isinstance(key, str):
+        return key
+    named = [f"{name}={value}" for name, value in key.items() if name != "name" and value is not None]
+    return " ".join([str(key["name"]), *named])

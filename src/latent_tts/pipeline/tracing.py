@@ -1,0 +1,238 @@
+"""What `ltts trace` shows, gathered from a run's rollouts.
+
+Answers and scores are those of the run. Latents are thought again: the generator is keyed, so they are the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from latent_tts.engine.attention import use_own_attention
+from latent_tts.engine.dependencies import PlainRecurrence, find_dependencies
+from latent_tts.engine.lens import read_latents
+from latent_tts.engine.rollout import Engine, Rollouts
+from latent_tts.errors import LESS_MEMORY, UsageError, computing
+from latent_tts.model import ModelAdapter
+from latent_tts.pipeline.drawing import Drawer, jobs_of, places_of
+from latent_tts.pipeline.models import find_device, refuse_graphs
+from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
+from latent_tts.pipeline.spec import RunSpec
+from latent_tts.pipeline.tables import answer_lines, rollout_table
+from latent_tts.pipeline.trace_spec import TraceSpec, about, sampler_text
+from latent_tts.results.run_folder import COUNT_COLUMNS
+from latent_tts.results.trace import (
+    Dependencies,
+    LatentMap,
+    Lens,
+    Timeline,
+    Trace,
+    TracedQuestion,
+    TracedRollouts,
+    draw_map,
+    longest_chain,
+    own_latents,
+)
+from latent_tts.types import Float32, Int64, Question
+
+RESULT = re.compile(r"=\s*([^=<>]+?)[\s.]*(?:>>.*)?$")  # of a written step, as in `<<3+4=7>>`
+
+
+def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
+    """Everything there is to see of a run's questions.
+
+    Args:
+        asked: what to show.
+        rollouts: of `asked.run`.
+
+    Raises:
+        RunError: a failure while drawing or computing.
+    """
+    run, view = asked.run, asked.view
+    beside = [spec for spec in (asked.against, asked.deterministic) if spec is not None]
+    drawn = [(run, rollouts), *((spec, draw_rollouts(spec)) for spec in beside)]
+    with computing("tracing", "what was drawn is in the cache", LESS_MEMORY):
+        results_Q = [step_results(run.adapter, question) for question in run.questions]
+        samplers = [
+            traced_rollouts(spec, made, view.top, [[token for _, _, token in each] for each in results_Q])
+            for spec, made in drawn
+        ]
+        graphs_Q = find_graphs(asked, samplers[-1])
+    answers = answer_lines(run, rollout_table(run, rollouts), run.drawn)
+    questions = [
+        TracedQuestion(
+            id=question.id, text=question.text, gold=question.answer, steps=question.steps,
+            results=[(step, text) for step, text, _ in results_Q[place]],
+            samplers=(own := [each[place] for each in samplers]),
+            picks=answers[place]["picks"],
+            maps=draw_maps(view.maps, own),
+            dependencies=graphs_Q[place],
+        )
+        for place, question in enumerate(run.questions)
+    ]  # fmt: skip
+    ids = np.unique(np.concatenate([own.lens.token_NTK.ravel() for each in questions for own in each.samplers]))
+    scorer = run.scorer
+    return Trace(
+        about=about(asked),
+        schedule=run.schedule.name,
+        vocabulary={int(token): run.adapter.answer_text([int(token)]) for token in ids if token >= 0},
+        scorer=None if scorer is None else scorer.name,
+        no_dependencies=asked.no_dependencies,
+        questions=questions,
+    )
+
+
+def step_results(adapter: ModelAdapter, question: Question) -> list[tuple[int, str, int]]:
+    """The results of a question's written steps that are one token: number of the step, text, id of the token."""
+    found = []
+    for number, step in enumerate(question.steps):
+        result = RESULT.search(step)
+        try:
+            ids = adapter.forced_ids(result[1]) if result else []
+        except UsageError:  # a word that the model does not know
+            continue
+        if result and len(ids) == 1:
+            found.append((number, result[1], ids[0]))
+    return found
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """The latents of a run's rollouts, R of them in the order of its tables, and the sweeps that made them.
+
+    Attributes:
+        engine: that made them.
+        latents_RTD: zeros beyond a rollout's own.
+        steps_R: how many each has.
+        timelines: first, stop and final latents of sweeps (3, R, S), see `results.trace.Timeline`.
+    """
+
+    engine: Engine
+    latents_RTD: Float32
+    steps_R: Int64
+    timeline_3RS: Int64
+
+
+def think(spec: RunSpec) -> Thoughts:
+    """Think the rollouts of a run again."""
+    wanted = spec.wanted()
+    rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
+    jobs, total = jobs_of(spec, wanted), spec.adapter.latents
+    refuse_graphs(spec.engine, "what each sweep did is read by the host")
+    drawer = Drawer(spec, jobs, scored=False)
+    drawer.engine.keeps_timeline = True
+    latents_RTD = np.zeros((len(rows), total, drawer.engine.width), dtype=np.float32)
+    steps_R, sweeps = np.zeros(len(rows), dtype=np.int64), []
+    for batch in drawer.batches(jobs):
+        made, here = drawer.roll(batch, answers=False), [rows[place] for place in places_of(batch)]
+        latents_RTD[here] = made.latents_RTD.float().cpu().numpy()
+        steps_R[here] = made.steps_R.numpy()
+        sweeps.append((here, sweeps_of(made)))
+    longest = max((each.shape[2] for _, each in sweeps), default=0)
+    timeline_3RS = np.repeat(steps_R[None, :, None], 3, 0).repeat(longest, 2)
+    for here, each in sweeps:
+        timeline_3RS[:, here, : each.shape[2]] = each
+    return Thoughts(drawer.engine, latents_RTD, steps_R, timeline_3RS)
+
+
+def sweeps_of(made: Rollouts) -> Int64:
+    """First, stop and final latents (3, R, S) of each sweep; where a schedule keeps none, a sweep made each latent."""
+    steps_R = made.steps_R.numpy()
+    if made.timeline:
+        of_each = [[getattr(sweep, name).cpu().numpy() for sweep in made.timeline] for name in
+                   ("first_R", "stop_R", "final_R")]  # fmt: skip
+        timeline_3RS = np.stack([np.stack(each, 1) for each in of_each])
+        timeline_3RS[2] = np.minimum(timeline_3RS[2], steps_R[:, None])
+        return timeline_3RS
+    place_S = np.arange(steps_R.max(initial=0))
+    ends = np.stack([place_S, place_S + 1, place_S + 1])
+    return np.minimum(ends[:, None], steps_R[:, None])
+
+
+def traced_rollouts(
+    spec: RunSpec, rollouts: RunRollouts, top: int, results_Q: Sequence[Sequence[int]]
+) -> list[TracedRollouts]:
+    """The rollouts of each question, with what their latents say.
+
+    Args:
+        spec: the run.
+        rollouts: its rollouts.
+        top: tokens of each latent.
+        results_Q: of each question the tokens whose ranks are asked for.
+    """
+    thoughts, table = think(spec), rollout_table(spec, rollouts)
+    step_scores_RT = None if rollouts.scores is None else rollouts.scores.step_scores_RT
+    traced, start = [], 0
+    for count, results in zip(spec.drawn, results_Q, strict=True):
+        own = slice(start, start := start + count)
+        rows = table.iloc[own]
+        latents_NTD, steps_N = thoughts.latents_RTD[own], thoughts.steps_R[own]
+        traced.append(
+            TracedRollouts(
+                sampler=sampler_text(spec.sampler),
+                latents_NTD=latents_NTD,
+                steps_N=steps_N,
+                predictions=[
+                    None if text is None else str(text) for text in rows["prediction"].replace({np.nan: None})
+                ],
+                correct_N=None if rows["correct"].isna().all() else [bool(each) for each in rows["correct"]],
+                texts=rows["answer_text"].tolist(),
+                stop_reasons=rows["stop_reason"].tolist(),
+                answer_logprob_N=rows["answer_logprob"].to_numpy(dtype=np.float64),
+                step_scores_NT=None if step_scores_RT is None else step_scores_RT[own],
+                score_N=None if step_scores_RT is None else rows["score"].to_numpy(dtype=np.float64, na_value=np.nan),
+                counts={name: rows[name].tolist() for name in COUNT_COLUMNS if name in rows},
+                timeline=Timeline(*thoughts.timeline_3RS[:, own]),
+                lens=read_lens(thoughts.engine, latents_NTD, steps_N, top, results),
+            )
+        )
+    return traced
+
+
+def read_lens(engine: Engine, latents_NTD: Float32, steps_N: Int64, top: int, results: Sequence[int]) -> Lens:
+    """Read rollouts' latents through the LM head."""
+    own_NT = own_latents(steps_N, latents_NTD.shape[1])
+    values_XD = torch.from_numpy(latents_NTD[own_NT]).to(engine.device, engine.lm.dtype)
+    read = [each.numpy() for each in read_latents(engine.head, values_XD, top, results)]
+    tokens = read[0].shape[1]
+    lens = Lens(
+        token_NTK=np.full((*own_NT.shape, tokens), -1, dtype=np.int64),
+        probability_NTK=np.full((*own_NT.shape, tokens), np.nan, dtype=np.float32),
+        rank_NTG=np.full((*own_NT.shape, len(results)), -1, dtype=np.int64),
+    )
+    for whole, part in zip((lens.token_NTK, lens.probability_NTK, lens.rank_NTG), read, strict=True):
+        whole[own_NT] = part
+    return lens
+
+
+def draw_maps(methods: Sequence[str], samplers: Sequence[TracedRollouts]) -> list[LatentMap]:
+    """For each method the map of all latents and one of each latent that some rollout has."""
+    longest = max(int(each.steps_N.max(initial=0)) for each in samplers)
+    if not longest:
+        return []
+    return [draw_map(method, samplers, step) for method in methods for step in (None, *range(longest))]
+
+
+def find_graphs(asked: TraceSpec, deterministic: Sequence[TracedRollouts]) -> list[Dependencies | None]:
+    """How the latents of each question's deterministic rollout depend on each other."""
+    run, view = asked.run, asked.view
+    if asked.no_dependencies:
+        return [None] * len(deterministic)
+    plain = run.adapter.load(device=find_device(run.engine), dtype=run.engine.dtype)
+    use_own_attention(plain.lm, "eager")
+    graphs: list[Dependencies | None] = []
+    for question, rollout in zip(run.questions, deterministic, strict=True):
+        steps = int(rollout.steps_N[0])
+        if not steps:
+            graphs.append(None)
+            continue
+        latents_TD = torch.from_numpy(rollout.latents_NTD[0, :steps]).to(plain.lm.device, plain.lm.dtype)
+        found = find_dependencies(PlainRecurrence(plain, run.prompts[question.id]), latents_TD, view.directions)
+        relative_TT = found.relative_TT.double().cpu().numpy()
+        chain = longest_chain(relative_TT, view.threshold)
+        graphs.append(Dependencies(relative_TT, view.threshold, chain, found.growth))
+    return graphs

@@ -1,0 +1,358 @@
+"""What `ltts trace` shows of some questions, as plain arrays that the terminal and the page read.
+
+Letters beyond the legend of `types.py`: K tokens of a lens, G written steps whose result is one token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from latent_tts.types import Bools, Float32, Float64, Floats, Int64
+
+MAPS = ("pca", "tsne")
+MAX_PERPLEXITY = 30.0
+UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True)
+class Lens:
+    """Latents read through the LM head (logit lens).
+
+    Attributes:
+        token_NTK: ids of the most probable tokens, the first one the head's argmax; -1 beyond a rollout's latents.
+        probability_NTK: their probabilities; NaN beyond a rollout's latents.
+        rank_NTG: how many tokens are more probable than the result of each written step; -1 beyond a rollout's latents.
+    """
+
+    token_NTK: Int64
+    probability_NTK: Float32
+    rank_NTG: Int64
+
+    @property
+    def spells_NTG(self) -> Bools:
+        """Whether a latent's most probable token is the result of a step."""
+        return self.rank_NTG == 0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What the sweeps of a schedule did, S of them (`schedule.Sweep`).
+
+    Attributes:
+        first_NS, stop_NS: latents first..stop-1, counted from 0, were computed; none where both are equal.
+        final_NS: how many latents were final afterwards.
+    """
+
+    first_NS: Int64
+    stop_NS: Int64
+    final_NS: Int64
+
+
+@dataclass(frozen=True)
+class TracedRollouts:
+    """Rollouts of a question under one sampler.
+
+    Attributes:
+        sampler: its name and parameter, as in `dropout 0.05`.
+        latents_NTD: zeros beyond a rollout's own.
+        steps_N: latents of each rollout.
+        predictions: None where the answer cannot be read, or was not decoded.
+        correct_N: None without a gold answer.
+        texts: what the model wrote.
+        stop_reasons: `eos`, `length` or `not_decoded`.
+        answer_logprob_N: NaN where the answer was not decoded.
+        step_scores_NT: None without a scorer; NaN beyond a rollout's latents.
+        score_N: None without a scorer.
+        counts: `sweeps`, `commits` and `conflicts` of each rollout.
+        timeline: of the schedule.
+        lens: of the latents.
+    """
+
+    sampler: str
+    latents_NTD: Float32
+    steps_N: Int64
+    predictions: list[str | None]
+    correct_N: list[bool] | None
+    texts: list[str]
+    stop_reasons: list[str]
+    answer_logprob_N: Floats
+    step_scores_NT: Float32 | None
+    score_N: Floats | None
+    counts: dict[str, list[int]]
+    timeline: Timeline
+    lens: Lens
+
+    @property
+    def latents(self) -> int:
+        """The most latents of a rollout."""
+        return int(self.steps_N.max(initial=0))
+
+    @property
+    def spelled_TG(self) -> Float64:
+        """Share of the rollouts that have a latent in which it says the result of a step; NaN where none has it."""
+        own_NT = own_latents(self.steps_N, self.latents_NTD.shape[1])
+        count_T = own_NT.sum(0)
+        spelled_TG = self.lens.spells_NTG.sum(0).astype(np.float64)
+        return np.divide(spelled_TG, count_T[:, None], where=count_T[:, None] > 0, out=np.full_like(spelled_TG, np.nan))
+
+
+@dataclass(frozen=True)
+class Vote:
+    """An answer with the number of rollouts that gave it.
+
+    Attributes:
+        answer: `unreadable` for None.
+        count: of rollouts.
+        kind: `right` or `wrong`; without a gold answer `voted` for the most frequent and `other`.
+    """
+
+    answer: str
+    count: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class LatentMap:
+    """Latents of all samplers in a plane.
+
+    Attributes:
+        method: one of `MAPS`.
+        step: the latent whose values are on the map, from 0; None for all latents.
+        points: for each sampler (N, T, 2), or (N, 1, 2) with one step; NaN beyond a rollout's latents.
+        explained: shares of the variance along both axes; None for t-SNE.
+    """
+
+    method: str
+    step: int | None
+    points: list[Float64]
+    explained: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """How the latents of the deterministic rollout depend on each other.
+
+    Attributes:
+        relative_TT: row t, column s: relative change of latent t per relative change of latent s.
+        threshold: from which one counts as depending on another.
+        path: the latents, from 0, of the longest chain of dependencies.
+        growth: mean log growth of a perturbation per latent; NaN for fewer than two latents.
+    """
+
+    relative_TT: Float64
+    threshold: float
+    path: list[int]
+    growth: float
+
+    @property
+    def potential(self) -> float:
+        """Latents per latent of the critical path."""
+        return len(self.relative_TT) / max(len(self.path), 1)
+
+
+@dataclass(frozen=True)
+class TracedQuestion:
+    """One question.
+
+    Attributes:
+        id, text, gold: as in `types.Question`.
+        steps: its written steps.
+        results: the results of the written steps that are one token of the model, with the number of the step, from 0.
+        samplers: rollouts of the run's sampler, of the other one if there is one, and the deterministic rollout last.
+        picks: what each aggregator picks, as `answers.jsonl` has it.
+        maps: for each method that of all latents, then one for each latent.
+        dependencies: None where they were not asked for or do not exist.
+    """
+
+    id: str
+    text: str
+    gold: str | None
+    steps: tuple[str, ...]
+    results: list[tuple[int, str]]
+    samplers: list[TracedRollouts]
+    picks: dict[str, dict[str, Any]]
+    maps: list[LatentMap]
+    dependencies: Dependencies | None
+
+    @property
+    def rollouts(self) -> TracedRollouts:
+        """Those of the run's sampler."""
+        return self.samplers[0]
+
+    @property
+    def deterministic(self) -> TracedRollouts:
+        """The rollout without randomness."""
+        return self.samplers[-1]
+
+    @property
+    def voted(self) -> str | None:
+        """The most frequent answer, the first of equally frequent ones; None where none can be read."""
+        counts = Counter(answer for answer in self.rollouts.predictions if answer is not None)
+        return counts.most_common(1)[0][0] if counts else None
+
+    @property
+    def votes(self) -> list[Vote]:
+        """How many rollouts gave each answer, the most frequent first, unreadable ones last."""
+        own = self.rollouts
+        counts = Counter(own.predictions)
+        unreadable = counts.pop(None, 0)
+        votes = []
+        for answer, count in counts.most_common():
+            if own.correct_N is None:
+                kind = "voted" if answer == self.voted else "other"
+            else:
+                kind = "right" if own.correct_N[own.predictions.index(answer)] else "wrong"
+            votes.append(Vote(str(answer), count, kind))
+        return votes + [Vote(UNREADABLE, unreadable, "other" if own.correct_N is None else "wrong")] * bool(unreadable)
+
+    @property
+    def votes_text(self) -> str:
+        """The votes as people read them: `8 (12), 9 (3), unreadable (1)`."""
+        return ", ".join(f"{vote.answer} ({vote.count})" for vote in self.votes)
+
+    @property
+    def listed(self) -> list[tuple[int, int, str]]:
+        """The rollouts of tables: place of the sampler, number, label; the deterministic one first."""
+        return [
+            (len(self.samplers) - 1, 0, self.deterministic.sampler),
+            *((0, number, str(number)) for number in range(len(self.rollouts.steps_N))),
+        ]
+
+    def drift_and_spread(self, place: int) -> tuple[Float64, Float64]:
+        """Of the rollouts of `samplers[place]`; see `drift_and_spread`."""
+        chosen, anchor = self.samplers[place], self.deterministic
+        return drift_and_spread(chosen.latents_NTD, chosen.steps_N, anchor.latents_NTD[0], int(anchor.steps_N[0]))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything that `ltts trace` shows.
+
+    Attributes:
+        about: the settings by their keys, in the order in which they are shown.
+        schedule: its name.
+        vocabulary: the text of every token id in a lens.
+        scorer: None without a scorer.
+        no_dependencies: why there is no dependency graph; empty where there is one.
+        questions: side by side.
+    """
+
+    about: dict[str, str]
+    schedule: str
+    vocabulary: dict[int, str]
+    scorer: str | None
+    no_dependencies: str
+    questions: list[TracedQuestion]
+
+
+# The arithmetic of maps and of dependencies
+
+
+def own_latents(steps_N: Int64, latents: int) -> Bools:
+    """Which of T latents each rollout has (N, T)."""
+    return np.arange(latents) < np.asarray(steps_N)[:, None]
+
+
+def principal_axes(values_XD: Floats) -> tuple[Float64, Float64, tuple[float, float]]:
+    """The mean (D), the two axes (2, D) of largest variance, and the shares of it that they have.
+
+    The largest component of an axis is positive, so that a map is not mirrored by rounding.
+    """
+    values_XD = np.asarray(values_XD, dtype=np.float64)
+    mean_D = values_XD.mean(0)
+    _, size, axes = np.linalg.svd(values_XD - mean_D, full_matrices=False)
+    axes_2D, size_2 = np.zeros((2, values_XD.shape[1])), np.zeros(2)
+    axes_2D[: len(axes)], size_2[: len(size)] = axes[:2], size[:2]
+    axes_2D *= np.sign(np.take_along_axis(axes_2D, np.abs(axes_2D).argmax(1)[:, None], 1) + 1e-300)
+    total = float(np.square(size).sum())
+    first, second = (float(value) for value in (np.square(size_2) / total if total else size_2))
+    return mean_D, axes_2D, (first, second)
+
+
+def draw_map(method: str, samplers: Sequence[TracedRollouts], step: int | None = None) -> LatentMap:
+    """A map of the latents of some samplers, or of one latent of each rollout.
+
+    Raises:
+        ImportError: `tsne` without scikit-learn.
+    """
+    chosen = slice(None) if step is None else slice(step, step + 1)
+    own = [own_latents(each.steps_N, each.latents_NTD.shape[1])[:, chosen] for each in samplers]
+    values_XD = np.concatenate(
+        [each.latents_NTD[:, chosen][there] for each, there in zip(samplers, own, strict=True)]
+    ).astype(np.float64)
+    explained = None
+    if method == "pca":
+        mean_D, axes_2D, explained = principal_axes(values_XD)
+        points_X2 = (values_XD - mean_D) @ axes_2D.T
+    else:
+        points_X2 = neighbour_embedding(values_XD)
+    points, start = [], 0
+    for there in own:
+        points_NT2 = np.full((*there.shape, 2), np.nan)
+        points_NT2[there] = points_X2[start : start + there.sum()]
+        points.append(points_NT2)
+        start += int(there.sum())
+    return LatentMap(method, step, points, explained)
+
+
+def neighbour_embedding(values_XD: Float64) -> Float64:
+    """t-SNE (X, 2), begun at the principal components, so that nothing of it is random; zeros for fewer than four."""
+    from sklearn.manifold import TSNE
+
+    count = len(values_XD)
+    if count < 4 or not np.ptp(values_XD, axis=0).any():
+        return np.zeros((count, 2))
+    perplexity = min(MAX_PERPLEXITY, (count - 1) / 3)
+    mean_D, axes_2D, _ = principal_axes(values_XD)
+    start_X2 = (values_XD - mean_D) @ axes_2D.T
+    start_X2 *= 1e-4 / start_X2[:, 0].std()
+    made = TSNE(perplexity=perplexity, init=start_X2.astype(np.float32), method="exact", random_state=0)
+    return made.fit_transform(values_XD.astype(np.float32)).astype(np.float64)
+
+
+def drift_and_spread(
+    latents_NTD: Floats, steps_N: Int64, deterministic_TD: Floats, deterministic_steps: int
+) -> tuple[Float64, Float64]:
+    """How far rollouts are from the deterministic one, per latent, in multiples of the deterministic latent's norm.
+
+    The mean of few rollouts lies beside the mean of all by chance: what their spread explains is taken off the drift,
+    which is unbiased in the square.
+
+    Args:
+        latents_NTD: of the rollouts.
+        steps_N: how many each has.
+        deterministic_TD: the latents without randomness.
+        deterministic_steps: how many there are.
+
+    Returns:
+        The drift (T): distance of the rollouts' mean from the deterministic latent, 0 where chance explains it. The
+        spread (T): root mean square distance of rollouts from their mean. NaN where fewer than two rollouts, or the
+        deterministic one, have no such latent.
+    """
+    latents = deterministic_TD.shape[0]
+    own_NT = own_latents(steps_N, latents)
+    drift_T, spread_T = np.full(latents, np.nan), np.full(latents, np.nan)
+    for step in range(deterministic_steps):
+        values_ND = np.asarray(latents_NTD[own_NT[:, step], step], dtype=np.float64)
+        anchor_D = np.asarray(deterministic_TD[step], dtype=np.float64)
+        count, size = len(values_ND), np.linalg.norm(anchor_D)
+        if count > 1 and size:
+            mean_D = values_ND.mean(0)
+            variance = np.square(values_ND - mean_D).sum() / (count - 1)
+            drift_T[step] = np.sqrt(max(np.square(mean_D - anchor_D).sum() - variance / count, 0.0)) / size
+            spread_T[step] = np.sqrt(variance) / size
+    return drift_T, spread_T
+
+
+def longest_chain(relative_TT: Floats, threshold: float) -> list[int]:
+    """The latents of the longest chain in which each depends on the one before by at least a threshold."""
+    chains: list[list[int]] = []
+    for latent, row in enumerate(relative_TT):
+        before = [chains[s] for s in range(latent) if row[s] >= threshold]
+        chains.append([*max(before, key=len, default=[]), latent])
+    return max(chains, key=len, default=[])

@@ -1,0 +1,252 @@
+"""`ltts trace` through the command line: what it shows is what the engine computes, and what is refused."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from marks import slow
+from refusal import check
+from safetensors.numpy import load_file
+from terminal import on_terminal
+
+from latent_tts.model.coconut import Coconut
+
+QUESTION = "Ann has 5 apples. She buys 3 more. How many apples does Ann have?"
+OTHER = "Ben has 40 pens. He loses 12. How many pens does Ben have?"
+SMALL = ("max_answer_tokens=4", "n=4")
+
+
+@pytest.fixture
+def trace(ltts, checkpoint):
+    """`ltts trace` on the tiny reasoner."""
+    return lambda *arguments: ltts("trace", *arguments, f"model.checkpoint={checkpoint}", *SMALL)
+
+
+def page(result) -> str:
+    assert result.code == 0, result.err
+    assert result.last.name == "trace.html"
+    return result.last.read_text(encoding="utf-8")
+
+
+def data_of(result) -> dict:
+    [found] = re.findall(r'<script type="application/json" id="trace-data">(.*?)</script>', page(result), re.S)
+    return json.loads(found)
+
+
+def test_maps_tokens_and_scores_are_the_engines_own(ltts, tmp_path):
+    result = ltts(
+        "trace", "--example", "n=4", "keep_latents=true", "hydra.run.dir=traced", "against=null", "directions=1"
+    )
+    data = data_of(result)
+    [question] = data["questions"]
+    own = question["samplers"][0]
+    assert own["name"] == "dropout 0.05"
+    latents_NTD = load_file("traced/latents.safetensors")["latents_RTD"]
+    assert latents_NTD.shape[:2] == (4, 6)
+
+    adapter = Coconut(name="", checkpoint="shipped:coconut_arith", latents=6, recommended={})
+    lm = adapter.load(device="cpu", dtype="float32").lm
+    logits = torch.from_numpy(latents_NTD) @ lm.get_output_embeddings().weight.T
+    np.testing.assert_array_equal(np.array(own["tokens"])[..., 0], logits.argmax(-1))
+    probability = logits.softmax(-1).sort(-1, descending=True).values[..., :5]
+    np.testing.assert_allclose(own["probabilities"], probability.detach(), rtol=1e-3, atol=1e-6)
+    for place, (_, text) in enumerate(question["results"]):
+        [token] = [int(token) for token, shown in data["vocabulary"].items() if shown == text]
+        rank = (logits > logits[..., token, None]).sum(-1)
+        np.testing.assert_array_equal(np.array(own["ranks"])[..., place], rank)
+
+    there = np.array(question["maps"][0]["points"][0], dtype=float)
+    deterministic = np.array(question["maps"][0]["points"][1], dtype=float)
+    both = np.concatenate([there.reshape(-1, 2), deterministic.reshape(-1, 2)])
+    np.testing.assert_allclose(both.mean(0), 0, atol=1e-4)
+    flat = latents_NTD.reshape(-1, latents_NTD.shape[-1]).astype(float)
+    ratio = np.linalg.norm(there.reshape(-1, 2)[1:] - there.reshape(-1, 2)[0], axis=1) / np.linalg.norm(
+        flat[1:] - flat[0], axis=1
+    )
+    assert (ratio <= 1.0001).all()
+    assert ratio.mean() > 0.5
+
+    rescored = ltts("rescore", "traced", "scorer=latent_rm", "scorer.checkpoint=shipped:coconut_arith_rm")
+    assert rescored.code == 0, rescored.err
+    scores = pd.read_parquet(rescored.last.with_name("scores.parquet"))
+    np.testing.assert_allclose(own["stepScores"], np.stack(scores["step_scores"]), rtol=1e-4)
+    np.testing.assert_allclose(own["scores"], scores["score"], rtol=1e-4)
+    table = pd.read_parquet("traced/rollouts.parquet")
+    assert own["predictions"] == table["prediction"].tolist()
+    assert own["correct"] == table["correct"].tolist()
+
+
+def test_the_first_map_is_the_plane_of_largest_variance(trace):
+    data = data_of(trace(QUESTION, "keep_latents=true", "hydra.run.dir=traced", "against=null", "sampler=gaussian"))
+    points = data["questions"][0]["maps"]
+    for drawn in points:
+        step = slice(None) if drawn["step"] is None else slice(drawn["step"], drawn["step"] + 1)
+        latents = load_file("traced/latents.safetensors")["latents_RTD"][:, step].astype(float)
+        there = np.array(drawn["points"][0], dtype=float)
+        spread = [np.square(each - each.mean((0, 1))).sum() for each in (latents, there)]
+        assert 0 < spread[1] <= spread[0] * 1.001
+        assert sum(drawn["explained"]) <= 1.001
+
+
+def test_several_questions_stand_side_by_side_with_a_row_each(trace):
+    result = trace(QUESTION, OTHER, "scorer=none", "against=gaussian:0.3", "directions=0")
+    data = data_of(result)
+    assert len(data["questions"]) == 2
+    assert [each["name"] for each in data["questions"][1]["samplers"]] == ["dropout 0.05", "gaussian 0.3", "greedy"]
+    assert [len(each["predictions"]) for each in data["questions"][1]["samplers"]] == [4, 4, 1]
+    assert data["questions"][0]["graph"] is None
+    assert QUESTION in page(result)
+    assert "No scorer, so no scores." in page(result)
+    shown = result.out
+    assert shown.index(QUESTION) < shown.index(OTHER) < shown.index("side by side")
+    assert "no dependency graph: directions=0" in shown
+    assert "mean score" not in shown
+
+
+def test_a_question_of_a_run_has_the_answers_of_the_run(run, ltts):
+    folder = run("scorer=none", "sampler=gaussian", "seed=3").last.parent
+    table = pd.read_parquet(folder / "rollouts.parquet")
+    ids = list(dict.fromkeys(table["question_id"]))
+    result = ltts("trace", ids[2], ids[4][:7], f"run={folder}")
+    data = data_of(result)
+    for name, question in zip((ids[2], ids[4]), data["questions"], strict=True):
+        own = table[table["question_id"] == name]
+        assert [each or None for each in question["samplers"][0]["predictions"]] == own["prediction"].tolist()
+        assert question["samplers"][0]["correct"] == own["correct"].tolist()
+    assert [each["name"] for each in data["questions"][0]["samplers"]] == ["gaussian 0.4", "dropout 0.05", "greedy"]
+    assert not [line for line in result.err.splitlines() if "drawn again" in line]
+    fewer = data_of(ltts("trace", ids[2], f"run={folder}", "n=2", "against=null", "directions=0"))
+    assert fewer["questions"][0]["samplers"][0]["predictions"] == data["questions"][0]["samplers"][0]["predictions"][:2]
+    first = page(ltts("trace", f"run={folder}", "against=null", "directions=0"))
+    assert f"question {ids[0]}" in first
+
+
+def test_a_run_whose_rollouts_are_gone_is_drawn_again(own_copy, ltts, tmp_path):
+    result = ltts("trace", f"run={own_copy}", f"paths.cache={tmp_path / 'empty'}", "directions=0")
+    [question] = data_of(result)["questions"]
+    table = pd.read_parquet(own_copy / "rollouts.parquet")
+    own = table[table["question_id"] == table["question_id"].iloc[0]]
+    assert [each or None for each in question["samplers"][0]["predictions"]] == own["prediction"].tolist()
+
+
+@pytest.mark.parametrize(("schedule", "conflicts"), [("speculative", True), ("jacobi", False), ("sequential", False)])
+def test_the_timeline_adds_up_to_what_the_schedule_counts(trace, schedule, conflicts):
+    more = ["schedule.sweeps=3", "schedule.chunk=4"] if schedule == "jacobi" else []
+    own = data_of(trace(QUESTION, f"schedule={schedule}", *more, "against=null", "directions=0"))["questions"][0][
+        "samplers"
+    ][0]
+    first, stop, final = (np.array(own[name]) for name in ("first", "stop", "final"))
+    assert (final[:, -1] == 6).all()
+    assert (np.diff(final, axis=1) >= 0).all()
+    computed = stop - first
+    assert (computed > 0).sum(1).tolist() == own["counts"]["sweeps"]
+    if schedule == "jacobi":
+        assert final[0].tolist() == [1, 2, 4, 5, 6]
+        return
+    committed = np.diff(final, axis=1, prepend=0)
+    assert committed.sum(1).tolist() == own["counts"]["commits"]
+    assert (computed - committed).sum(1).tolist() == own["counts"]["conflicts"]
+    assert (np.array(own["counts"]["conflicts"]) > 0).all() == conflicts
+
+
+def test_a_model_that_decides_how_many_latents_it_needs(ltts):
+    result = ltts("trace", "task=arith", "task.limit=6", "model=demo_colar", "n=2", "directions=1", "against=null")
+    data = data_of(result)
+    steps = [steps for question in data["questions"] for steps in question["samplers"][0]["steps"]]
+    assert len(set(steps)) > 1
+    for question in data["questions"]:
+        own = question["samplers"][0]
+        for rollout, count in enumerate(own["steps"]):
+            points = question["maps"][0]["points"][0][rollout]
+            assert [point[0] is not None for point in points] == [step < count for step in range(len(points))]
+            assert [row[0] >= 0 for row in own["tokens"][rollout]] == [step < count for step in range(len(points))]
+        greedy = question["samplers"][-1]["steps"][0]
+        assert len(question["graph"]["relative"]) == greedy
+
+
+def test_a_model_with_sweeps_of_its_own_has_a_timeline_and_no_graph(ltts):
+    result = ltts("trace", "--example", "model=demo_pccot", "n=2", "against=null", "scorer=none")
+    [question] = data_of(result)["questions"]
+    assert question["graph"] is None
+    assert "sweeps of its own" in page(result)
+    assert "sweeps of rollout 0" in result.out
+
+
+def test_words_for_latents_of_the_built_in_reasoner(ltts):
+    shown = ltts("trace", "--example", "n=2", "against=null", "directions=0").out
+    assert re.search(r"1 +38 +9\d +38 of step 1: 100 %", shown)
+    assert re.search(r"greedy +7 +yes +-[0-9.]+ +38 7 7 7 7 7", shown)
+
+
+@pytest.mark.parametrize("columns", [80, slow(100)])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_it_fits_the_terminal(place, checkpoint, columns, encoding):
+    code = "import sys; from latent_tts import cli; sys.exit(cli.main(sys.argv[1:]))"
+    line = ["trace", QUESTION, f"model.checkpoint={checkpoint}", *SMALL, "schedule=speculative", "directions=1"]
+    shown = on_terminal(code, *line, columns=columns, encoding=encoding)
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    table = plain[plain.index("latent") :]
+    wide = [each for each in table.splitlines() if len(each) > columns and each.lstrip()[:1].isdigit()]
+    assert not wide
+    assert ("C !" in plain) == (encoding == "ascii")
+    assert ("✓ ↻" in plain) == (encoding == "utf-8")
+    assert "\x1b[" in shown
+
+
+def test_a_pipe_gets_plain_text(trace):
+    assert "\x1b" not in trace(QUESTION, "directions=0").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ["no question", "ltts trace --example"]),
+        (("",), ["question=''", "is empty"]),
+        ((QUESTION, "--example"), ["has questions of its own"]),
+        (("task=arith",), ["task.limit=2000", "at most 8 questions"]),
+        (("--example", "model=demo_cot", "sampler=greedy"), ["model.latents=0", "shows latents"]),
+        ((QUESTION, "maps=[umap]"), ["maps=[umap]", "pca and tsne"]),
+        ((QUESTION, "maps=[]"), ["maps=[]"]),
+        ((QUESTION, "top=0"), ["top=0", "1 to 20"]),
+        ((QUESTION, "threshold=0"), ["threshold=0", "above 0"]),
+        ((QUESTION, "directions=-1"), ["directions=-1"]),
+        ((QUESTION, "against=nosuch"), ["against=nosuch", "dropout, gaussian, greedy"]),
+        ((QUESTION, "against=gaussian:much"), ["against=gaussian:much", "sigma must be a number"]),
+        ((QUESTION, "against=gaussian:-1"), ["sigma=-1"]),
+        ((QUESTION, "against=greedy:1"), ["against=greedy:1", "no parameter"]),
+        ((QUESTION, "against=native"), ["sampler=native", "predicts no spread"]),
+        ((QUESTION, "n=0"), ["n=0"]),
+        (("run=nowhere",), ["run=nowhere", "a completed run"]),
+    ],
+)
+def test_it_refuses(ltts, arguments, words):
+    check(ltts("trace", *arguments), *words)
+
+
+def test_it_refuses_what_a_run_does_not_have(completed, ltts, monkeypatch):
+    def loading(*_, **__):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr("latent_tts.checkpoint.loading.load_causal_lm", loading)
+    check(ltts("trace", "0123456789abcdef", f"run={completed}"), "question=0123456789abcdef", "answers.jsonl", "as in")
+    check(ltts("trace", f"run={completed}", "n=9"), "n=9", "must be 1 to 4")
+    check(ltts("trace", f"run={completed}", "sampler=gaussian"), "sampler=", "has its own")
+    check(ltts("trace", f"run={completed}", "seed=1"), "seed=1", "has its own")
+    check(ltts("trace", f"run={completed}", "question=[a,'']"), "question=a", "not a question of this run")
+
+
+def test_tsne_without_scikit_learn_is_refused_by_its_extra(ltts, monkeypatch):
+    monkeypatch.setattr("latent_tts.pipeline.trace_spec.find_spec", lambda name: None)
+    check(ltts("trace", QUESTION, "maps=[pca,tsne]"), "maps=[pca,tsne]", "pip install 'latent-tts[trace]'")
+
+
+def test_both_maps_are_drawn_where_scikit_learn_is_there(trace):
+    pytest.importorskip("sklearn")
+    maps = data_of(trace(QUESTION, "maps=[pca,tsne]", "directions=0"))["questions"][0]["maps"]
+    assert [(each["method"], each["step"]) for each in maps] == [
+        (name, step) for name in ("pca", "tsne") for step in (None, *range(6))
+    ]
+    assert all(each["explained"] is None for each in maps if each["method"] == "tsne")
