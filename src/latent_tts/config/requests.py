@@ -183,7 +183,7 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
         "scorer.checkpoint", "scorer.latents", "paths",
         "engine.dtype", "engine.rows", "engine.device", "engine.graph", "executor", "keep_latents", "run",
         "search._target_", "against", "maps", "top", "threshold", "directions",
-        "schedule._target_", "schedule.verify",
+        "schedule._target_", "schedule.verify", "schedule.probe",
     }  # fmt: skip
     return changed_keys(cfg, own_columns | aggregators)
 

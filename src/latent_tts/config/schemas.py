@@ -142,6 +142,8 @@ class ProbeConfig:
 
     tolerances: list[float] = MISSING
     guess: str = MISSING
+    draft: str | None = MISSING
+    mixing: int = MISSING
     chunk: int | None = MISSING
     threshold: float = MISSING
     directions: int = MISSING

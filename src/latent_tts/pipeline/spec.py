@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
+from latent_tts.schedule.auto import Auto
 from latent_tts.scorer import Scorer
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
@@ -150,6 +151,7 @@ class RunSpec(RunRequest):
     Attributes:
         schedule: the requested one, or the model's own.
         draft: the file of its draft head; None without one.
+        planned: the keys that `schedule=auto` has chosen, as tables show them; empty without it.
         scorer: None if rollouts get no scores.
         aggregators: those that can be reported.
         n: the requested one; 1 if all rollouts of a question would be the same.
@@ -162,6 +164,7 @@ class RunSpec(RunRequest):
 
     scorer: Scorer | None
     draft: DraftFile | None
+    planned: dict[str, Any]
     questions: list[Question]
     prompts: dict[str, list[int]]
     donors: dict[str, Question]
@@ -235,6 +238,7 @@ def check_run(request: RunRequest) -> RunSpec:
     require("answer.decode", decode, decode in ("all", "winners"), "must be all or winners")
     adapter.check()
     check_sampler(sampler, adapter)
+    request, planned = follow_plan(request)
     schedule = settle_schedule(request.schedule, adapter, chosen="schedule" in request.chosen)
     scorer = settle_scorer(request)
     aggregators = settle_aggregators(request, scorer)
@@ -266,6 +270,7 @@ def check_run(request: RunRequest) -> RunSpec:
     settled = {
         "schedule": schedule,
         "draft": found_draft(schedule, adapter),
+        "planned": planned,
         "budget": budget,
         "scorer": scorer,
         "aggregators": aggregators,
@@ -325,6 +330,26 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
         schedule = own
     schedule.check(adapter)
     return schedule
+
+
+def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any]]:
+    """A request with the schedule that `schedule=auto` chooses, also in its config, and the keys that tables show.
+
+    Raises:
+        UsageError: there is no plan to follow.
+    """
+    schedule = request.schedule
+    if not isinstance(schedule, Auto) or request.adapter.own_schedule is not None:
+        return request, {}
+    same = request.sampler.deterministic and not request.answers.random  # then one rollout of a question is drawn
+    rows = len(request.task.questions()) * (1 if same else request.n)
+    rows = min(rows, request.engine.rows or rows)
+    chosen = schedule.choose(request.adapter, request.adapter.digest, rows=rows, dtype=request.engine.dtype)
+    values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
+    node = {"_target_": f"{type(chosen).__module__}.{type(chosen).__qualname__}", **values}
+    changed = {f"schedule.{field.name}" for field in fields(chosen) if values[field.name] != field.default}
+    shown = {key: value for name, value in values.items() if (key := f"schedule.{name}") in changed}
+    return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown
 
 
 def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
