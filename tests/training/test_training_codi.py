@@ -177,6 +177,7 @@ def test_bad_values_are_refused_by_name(wrong):
         recipe_with(wrong)
 
 
+@pytest.mark.slow  # the loop is shared: test_training.py has a quick twin
 def test_a_stopped_run_resumes_to_the_same_weights(folder, tmp_path):
     check_resume(Recipe(**VALUES), adapter_of(folder), tmp_path, "own.projector.1.weight")
 
