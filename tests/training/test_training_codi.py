@@ -197,7 +197,7 @@ def test_train_reasoner_starts_from_a_plain_lm_and_writes_a_codi_checkpoint_that
     config = json.loads((tmp_path / "out/checkpoint/config.json").read_text())
     assert config["latent_tts"] == {"latents": 2}
     assert config["projector_hidden_size"] == 32  # twice the width, for the identity
-    run = ltts("run", "model=codi", "model.checkpoint=out/checkpoint", "model.latents=2", "task.limit=2", "n=2")
+    run = ltts("run", "model=codi", "model.checkpoint=out/checkpoint", "model.latents=2", "task.limit=2", "n=1")
     assert run.code == 0, run.err
 
 
