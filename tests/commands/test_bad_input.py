@@ -84,6 +84,8 @@ def test_a_bad_override_on_the_command_line(run, overrides, words):
         (["model.latents=-1"], ["model.latents=-1", "0 or more"]),
         (["max_answer_tokens=0"], ["max_answer_tokens=0", "1 or more"]),
         (["engine.rows=0"], ["engine.rows=0", "1 or more"]),
+        (["engine.graph=maybe"], ["engine.graph=maybe", "auto, on or off"]),
+        (["engine.graph=on", "engine.device=cpu"], ["engine.graph=on", "graphs need CUDA, this is cpu"]),
     ],
     ids=lambda value: " ".join(value) if value and "=" in value[0] else None,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,10 +14,11 @@ from latent_tts.config.build import build
 from latent_tts.config.requests import engine_settings
 from latent_tts.errors import is_number, require
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.spec import encode_prompts, reserved_positions
+from latent_tts.pipeline.spec import encode_prompts, found_draft, reserved_positions
 from latent_tts.results import report, statistics
 from latent_tts.results.dependency_figure import draw_dependencies
 from latent_tts.results.files import locked_folder, whole_file
+from latent_tts.schedule.auto import PLAN, Plan
 from latent_tts.schedule.speculative import Speculative
 from latent_tts.task import Task
 
@@ -42,10 +44,13 @@ def main(cfg: DictConfig) -> None:
     require("tolerances", "[]", len(cfg.tolerances) > 0, "a list of numbers in [0, 1)")
     why = "latents of a model without own sweeps: those of this model are part of it"
     require("model", adapter.name, adapter.own_schedule is None, why)
-    require("guess", cfg.guess, cfg.guess in ("token", "zero"), "token or zero: rollouts of a probe have no siblings")
+    guesses = ("token", "zero", "draft")
+    require("guess", cfg.guess, cfg.guess in guesses, "token, zero or draft: rollouts of a probe have no siblings")
     adapter.check()
-    for tolerance in cfg.tolerances:
-        Speculative(cfg.chunk, tolerance, cfg.guess).check(adapter)
+    schedules = [Speculative(cfg.chunk, float(t), cfg.guess, cfg.draft, cfg.mixing) for t in cfg.tolerances]
+    for schedule in schedules:
+        schedule.check(adapter)
+    draft = found_draft(schedules[0], adapter)
     prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
     output = Path(cfg.output).expanduser()
     with locked_folder(output, "output"):
@@ -53,8 +58,8 @@ def main(cfg: DictConfig) -> None:
 
         found = probe(
             adapter, engine, prompts,
-            tolerances=[float(tolerance) for tolerance in cfg.tolerances], guess=cfg.guess, chunk=cfg.chunk,
-            threshold=cfg.threshold, directions=cfg.directions, max_answer_tokens=cfg.max_answer_tokens,
+            schedules=schedules, draft=draft, threshold=cfg.threshold, directions=cfg.directions,
+            max_answer_tokens=cfg.max_answer_tokens,
         )  # fmt: skip
         with whole_file(output / QUESTIONS) as path:
             found.questions.to_csv(path, index=False, float_format="%.6g")
@@ -63,11 +68,20 @@ def main(cfg: DictConfig) -> None:
             pd.DataFrame(found.relative_TT, index=latents, columns=latents).to_csv(path, float_format="%.4g")
         title = f"{adapter.name} on {task.name}, {len(prompts)} questions"
         draw_dependencies(found.relative_TT, title, output / FIGURE)
-    show(found, adapter.name, cfg.threshold, cfg.guess)
+        chosen = next((each for each in schedules if each.tolerance == found.recommended), None)
+        with whole_file(output / PLAN) as path:
+            path.write_text(plan_of(found, adapter, engine.dtype, chosen).text)
+    show(found, adapter.name, cfg.threshold, cfg.guess, chosen)
     print(output / QUESTIONS)
 
 
-def show(found: Probe, model: str, threshold: float, guess: str) -> None:
+def plan_of(found: Probe, adapter: ModelAdapter, dtype: str, chosen: Speculative | None) -> Plan:
+    """What `schedule=auto` follows."""
+    keys = None if chosen is None or found.max_rows == 0 else asdict(chosen)
+    return Plan(adapter.digest, adapter.latents, dtype, found.device, found.max_rows, keys)
+
+
+def show(found: Probe, model: str, threshold: float, guess: str, chosen: Speculative | None) -> None:
     """Print dependencies, the graph's figures, sweeps for each tolerance, and what they recommend."""
     total = len(found.relative_TT)
     cells = [["" if not np.isfinite(v) or s >= t else f"{v:.2f}" for s, v in enumerate(row)] for t, row in
@@ -97,12 +111,24 @@ def show(found: Probe, model: str, threshold: float, guess: str) -> None:
         )
     columns = ["tolerance", "sweeps", "commits/sweep", "answers as sequential %", "R² of growth"]
     report.print_table(f"{model}: schedule=speculative, guess={guess}", columns, lines)
-    if found.recommended is None:
+    if chosen is None:
         report.print_line(
             "recommended: schedule=sequential: no tolerance commits more than 1.5 latents per sweep and leaves 99 % of "
             "the answers as they are"
         )
-    else:
+    elif found.max_rows == 0:
         report.print_line(
-            f"recommended: schedule=speculative schedule.tolerance={found.recommended:g} schedule.guess={guess}"
+            f"recommended: schedule=sequential: {described(chosen)} takes {found.ratios[1]:.2f} times as long for one "
+            f"rollout on this {found.device}"
         )
+    else:
+        report.print_line(f"recommended, for up to {found.max_rows} rows: schedule=speculative {described(chosen)}")
+        times = ", ".join(f"{rows}: {ratio:.2f}" for rows, ratio in found.ratios.items())
+        report.print_line(f"time of it over schedule=sequential on this {found.device}, by rows: {times}")
+
+
+def described(schedule: Speculative) -> str:
+    """Its keys as the command line takes them."""
+    keys = {"tolerance": f"{schedule.tolerance:g}", "guess": schedule.guess, "chunk": schedule.chunk}
+    keys |= {"draft": schedule.draft, "mixing": schedule.mixing or None}
+    return " ".join(f"schedule.{key}={value}" for key, value in keys.items() if value is not None)

@@ -13,6 +13,7 @@ CANDIDATES = "candidates"  # the word with which the scripts ask for what is bel
 VALUES = {"true or false": ("true", "false")}
 OWN_VALUES = {
     "engine.dtype": ("float32", "bfloat16", "float16"),
+    "engine.graph": ("auto", "on", "off"),
     "cache": ("on", "refresh", "off"),
     "answer.decode": ("all", "winners"),
     "against": ("n", "gflops", "seconds", "diversity"),

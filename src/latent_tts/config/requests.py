@@ -16,7 +16,7 @@ from latent_tts.config.build import build, changed_keys, compose, is_default, is
 from latent_tts.config.recorded import TARGET, literal, recorded
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import bad_value, require
-from latent_tts.pipeline.annotation import AnnotationSpec
+from latent_tts.pipeline.annotation_spec import AnnotationSpec
 from latent_tts.pipeline.spec import EngineSettings, RunRequest
 from latent_tts.results.annotations import SETTINGS, AnnotationFolder
 from latent_tts.results.cache import MODES
@@ -48,6 +48,7 @@ def run_request(cfg: DictConfig) -> RunRequest:
         adapter=build("model", cfg.model),
         schedule=build("schedule", cfg.schedule),
         search=build("search", cfg.search),
+        executor=build("executor", cfg.executor),
         decode=cfg.answer.decode,
         forced_prefix=cfg.answer.forced_prefix,
         n=cfg.n,
@@ -73,6 +74,7 @@ def annotation_spec(cfg: DictConfig) -> AnnotationSpec:
         task=build("task", cfg.task),
         adapter=build("model", cfg.model),
         schedule=build("schedule", cfg.schedule),
+        executor=build("executor", cfg.executor),
         n=cfg.n,
         completions=cfg.completions,
         keep=cfg.keep,
@@ -168,7 +170,7 @@ def engine_settings(node: DictConfig) -> EngineSettings:
     Raises:
         UsageError: a value is not allowed.
     """
-    return EngineSettings(node.dtype, node.device, node.rows, node.quantize)
+    return EngineSettings(node.dtype, node.device, node.rows, node.quantize, node.graph)
 
 
 def changed_settings(cfg: DictConfig) -> dict[str, Any]:
@@ -178,9 +180,9 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
         "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task.texts",
         "task._target_", "question", "json", "cache", "sampler._target_", "budget", "scorer._target_",
         "scorer.checkpoint", "scorer.latents", "paths",
-        "engine.dtype", "engine.rows", "engine.device", "keep_latents", "run", "search._target_",
-        "against", "maps", "top", "threshold", "directions",
-        "schedule._target_", "schedule.verify",
+        "engine.dtype", "engine.rows", "engine.device", "engine.graph", "executor", "keep_latents", "run",
+        "search._target_", "against", "maps", "top", "threshold", "directions",
+        "schedule._target_", "schedule.verify", "schedule.probe",
     }  # fmt: skip
     return changed_keys(cfg, own_columns | aggregators)
 

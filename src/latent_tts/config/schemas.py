@@ -15,6 +15,7 @@ class EngineConfig:
     dtype: str = MISSING
     device: str = MISSING
     rows: int | None = MISSING
+    graph: str = MISSING
     quantize: str | None = MISSING
 
 
@@ -61,6 +62,7 @@ class RunConfig:
     budget: Any = MISSING
     scorer: Any = MISSING
     aggregator: Any = MISSING
+    executor: Any = MISSING
 
 
 @dataclass
@@ -115,6 +117,7 @@ class AnnotateConfig:
     task: Any = MISSING
     sampler: Any = MISSING
     schedule: Any = MISSING
+    executor: Any = MISSING
 
 
 @dataclass
@@ -139,6 +142,8 @@ class ProbeConfig:
 
     tolerances: list[float] = MISSING
     guess: str = MISSING
+    draft: str | None = MISSING
+    mixing: int = MISSING
     chunk: int | None = MISSING
     threshold: float = MISSING
     directions: int = MISSING

@@ -108,6 +108,24 @@ class SharedPrefixCache:
         if self.valid_RC is not None:
             self.valid_RC[:, used:] = True
 
+    def count(self, tokens: int) -> None:
+        """Say that S more slots are used."""
+        self.used += tokens
+
+    def places(self, tokens: int) -> Tensor:
+        """How many tokens stand before each of the next S in its suffix (S, or R x S)."""
+        assert self.lengths_Q is not None
+        if self.valid_RC is None:
+            return torch.arange(self.used, self.used + tokens, device=self.lengths_Q.device)
+        counts_RS = self.valid_RC[:, : self.used + tokens].cumsum(1)[:, self.used :]
+        return (counts_RS - 1).clamp(min=0)  # of slots that hold nothing
+
+    def later_slots(self, tokens: int, device: torch.device) -> Tensor | None:
+        """Which of the slots that `append` gives come after each of the S tokens (S, C); None if none does."""
+        if tokens == 1:
+            return None
+        return torch.ones(tokens, self.used + tokens, dtype=torch.bool, device=device).triu(self.used + 1)
+
     def fork(self, questions: Tensor, rows: Tensor) -> SharedPrefixCache:
         """A cache of its own with some of the questions and suffixes.
 
@@ -168,6 +186,93 @@ class SharedPrefixCache:
         if self._work is None:
             self._work = torch.empty_like(self.suffix[0][0]).flatten()
         return self._work[: part.numel()].view(part.shape).copy_(part)
+
+
+@dataclass
+class FixedCache(SharedPrefixCache):
+    """A cache of given sizes whose tensors stay where they are, so that passes can be recorded and replayed.
+
+    What a recording would keep as a number, and what differs between its replays, is on the device.
+
+    Attributes:
+        questions: Q.
+        length: L, most tokens of a prefix.
+        at_1: slots used so far (int64), where a pass is to be replayed at several; None where `used` says it.
+        window: slots that such a pass looks at.
+    """
+
+    questions: int = 0
+    length: int = 0
+    at_1: Tensor | None = None
+    window: int = 0
+    _known: int = 0  # questions whose prefixes are there
+
+    def restart(self) -> None:
+        """Forget all questions."""
+        self._known = self.used = 0
+        self.at_1 = None
+        if self.valid_RC is not None:
+            self.valid_RC.fill_(True)
+
+    def add_questions(self, lengths_Q: Tensor) -> None:
+        """See `SharedPrefixCache`."""
+        if self.lengths_Q is None:
+            self.lengths_Q = lengths_Q.new_zeros(self.questions)
+        self._known += lengths_Q.shape[0]
+        self.lengths_Q[self._known - lengths_Q.shape[0] : self._known] = lengths_Q
+
+    def write_prefix(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """See `SharedPrefixCache`."""
+        if layer == len(self.prefix):
+            # zeros, since padding takes part in sums with weight zero
+            sizes = [(self.questions, part.shape[1], self.length, part.shape[3]) for part in (key, value)]
+            self.prefix.append([(key.new_zeros(sizes[0]), value.new_zeros(sizes[1]))])
+        new = slice(self._known - key.shape[0], self._known)
+        for kept, part in zip(self.prefix[layer][0], (key, value), strict=True):
+            kept[new, :, : part.shape[2]] = part
+
+    def reserve(self, tokens: int, first_valid_R: Tensor | None) -> None:
+        """See `SharedPrefixCache`; slots counted on the device are not checked."""
+        if self.at_1 is None:
+            super().reserve(tokens, first_valid_R)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> Piece:
+        """See `SharedPrefixCache`; a pass at `at_1` has one token."""
+        if self.at_1 is None:
+            return super().append(layer, key, value)
+        keys, values = self.suffix[layer]
+        keys.index_copy_(2, self.at_1, key)
+        values.index_copy_(2, self.at_1, value)
+        return keys[:, :, : self.window], values[:, :, : self.window]
+
+    def count(self, tokens: int) -> None:
+        """See `SharedPrefixCache`."""
+        if self.at_1 is None:
+            super().count(tokens)
+        else:
+            self.at_1.add_(tokens)
+
+    def places(self, tokens: int) -> Tensor:
+        """See `SharedPrefixCache`."""
+        if self.at_1 is None:
+            return super().places(tokens)
+        if self.valid_RC is None:
+            return self.at_1
+        earlier_C = torch.arange(self.window, device=self.at_1.device) < self.at_1
+        return (self.valid_RC[:, : self.window] & earlier_C).sum(1, keepdim=True)
+
+    def later_slots(self, tokens: int, device: torch.device) -> Tensor | None:
+        """See `SharedPrefixCache`."""
+        if self.at_1 is None:
+            return super().later_slots(tokens, device)
+        return (torch.arange(self.window, device=device) > self.at_1)[None]
+
+    def fork(self, questions: Tensor, rows: Tensor) -> SharedPrefixCache:
+        """Not to be forked: rows stay where they are."""
+        raise NotImplementedError
+
+    def _new_suffix(self, like: Tensor, rows: int) -> Tensor:
+        return super()._new_suffix(like, rows).zero_()
 
 
 def attend(
@@ -234,9 +339,9 @@ def _attend_piece(
     before.masked_fill_(padding[:, None, None, :], float("-inf"))
     # (r, H, G*S, used + S); in this order bfloat16 products on a CPU take half the time
     after = (cache.dense(keys) @ own.transpose(-1, -2)).transpose(-1, -2)
-    if tokens > 1:
-        future = torch.ones(tokens, keys.shape[2], dtype=torch.bool, device=own.device).triu(cache.used + 1)
-        after = after.masked_fill(future.repeat(own.shape[2] // tokens, 1), float("-inf"))
+    later = cache.later_slots(tokens, own.device)
+    if later is not None:
+        after = after.masked_fill(later.repeat(own.shape[2] // tokens, 1), float("-inf"))
     if cache.valid_RC is not None:
         after = after.masked_fill(~cache.valid_RC[rows, None, None, : keys.shape[2]], float("-inf"))
     after = after.unflatten(0, (count, cache.rollouts)).transpose(1, 2)

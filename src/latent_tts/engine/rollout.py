@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from latent_tts.engine.backbone import prepare_backbone
 from latent_tts.engine.draft import DraftHead
-from latent_tts.engine.head import choose, head_of
+from latent_tts.engine.early_exit import AnswerMovement
+from latent_tts.engine.head import Choice, choose, head_of
 from latent_tts.engine.prompts import pad_prompts, split_prompts
 from latent_tts.engine.sites import SiteHooks
 from latent_tts.engine.state import State, open_state
@@ -50,6 +51,8 @@ class RolloutPlan:
         forced_ids: what every answer begins with, fewer than `max_answer_tokens`; they run in the pass of the
             end-of-thinking tokens.
         other_eos_ids: further tokens that end an answer.
+        exit: see `schedule.EarlyExit.threshold`; None where no row stops by it.
+        exit_ids: tokens between the last latent and the one whose distribution that is about.
     """
 
     latents: int
@@ -61,6 +64,13 @@ class RolloutPlan:
     schedule: Schedule = SEQUENTIAL
     forced_ids: list[int] = field(default_factory=list)
     other_eos_ids: Sequence[int] = ()
+    exit: float | None = None
+    exit_ids: Sequence[int] = ()
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rollouts may have unequally many latents."""
+        return self.stop_id is not None or self.exit is not None
 
     @property
     def eos_ids(self) -> list[int]:
@@ -190,6 +200,99 @@ class Engine:
         return made_QTD.repeat_interleave(rollouts, 0)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of a batch of rollouts.
+
+    Attributes:
+        rows: R.
+        siblings: rows that share a prefix: N, or 1 where each runs its own prompt.
+        own_last: whether the last prompt token belongs to each row, since its pass makes h_1 and is random.
+        capacity: most slots of a row.
+    """
+
+    rows: int
+    siblings: int
+    own_last: bool
+    capacity: int
+
+    @classmethod
+    def of(cls, plan: RolloutPlan, sampler: Sampler, questions: int, rows: int) -> Layout:
+        """The layout of rows of a number of questions."""
+        phases = sampler.random_phases
+        own_last = plan.latents > 0 and bool(phases & {"prompt", "thoughts"})
+        capacity = plan.latents + own_last + len(plan.thinking_end_ids) + plan.max_answer_tokens
+        return cls(rows, 1 if "prompt" in phases else rows // questions, own_last, capacity)
+
+
+class _Rows(TypedDict):
+    latents_RTD: Tensor
+    steps_R: Tensor
+    thinking_R: Tensor | None
+
+
+def unstarted_rows(engine: Engine, rows: int) -> _Rows:
+    """The latents of R rows, their numbers, and which rows go on, before anything is made (see `RolloutState`)."""
+    plan, device = engine.plan, engine.device
+    return {
+        "latents_RTD": torch.zeros(rows, plan.latents, engine.width, dtype=engine.lm.dtype, device=device),
+        "steps_R": torch.full((rows,), 0 if plan.ragged else plan.latents, device=device),
+        "thinking_R": torch.ones(rows, dtype=torch.bool, device=device) if plan.ragged else None,
+    }
+
+
+class Answers:
+    """The answers of R rows in the making.
+
+    Attributes:
+        ids_RA, lengths_R, logprob_R, margin_R, stopped_R: see `Rollouts`.
+    """
+
+    def __init__(self, plan: RolloutPlan, rows: int, device: torch.device) -> None:
+        self._eos_ids = torch.tensor(plan.eos_ids, dtype=torch.long, device=device)
+        self._forced_ids = torch.tensor(plan.forced_ids, dtype=torch.long, device=device)
+        self.ids_RA = torch.empty(rows, plan.max_answer_tokens, dtype=torch.long, device=device)
+        self.lengths_R = torch.empty(rows, dtype=torch.long, device=device)
+        self.logprob_R, self.margin_R = torch.empty(2, rows, device=device)
+        self.stopped_R = torch.empty(rows, dtype=torch.bool, device=device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all but the forced beginning."""
+        forced = self._forced_ids.shape[0]
+        self.ids_RA.fill_(-1)
+        self.ids_RA[:, :forced] = self._forced_ids
+        self.lengths_R.fill_(forced)
+        self.logprob_R.zero_()
+        self.margin_R.fill_(float("inf"))
+        self.stopped_R.fill_(False)
+
+    def take(self, choice: Choice, here: Tensor, alive: Tensor, position: int | Tensor, *, over: bool) -> Tensor:
+        """Take the next tokens of some rows.
+
+        Args:
+            choice: of each of these rows.
+            here: which rows they are.
+            alive: which of them still go on.
+            position: of the token in the answer (int64, 1, as a tensor).
+            over: whether only an eos may still come.
+
+        Returns:
+            Which of them go on.
+        """
+        # selecting rows by a mask would make the CPU wait for a GPU each time
+        ended = (choice.token_R[:, None] == self._eos_ids).any(1)
+        counts, stopping, alive = alive & ended if over else alive, alive & ended, alive & ~ended
+        if not over:
+            self.ids_RA[here, position] = torch.where(alive, choice.token_R, self.ids_RA[here, position])
+            self.lengths_R[here] += alive
+        self.logprob_R[here] += torch.where(counts, choice.logprob_R, 0.0)
+        margin_R = self.margin_R[here]
+        self.margin_R[here] = torch.where(counts, torch.minimum(margin_R, choice.margin_R), margin_R)
+        self.stopped_R[here] |= stopping
+        return alive
+
+
 class RolloutState:
     """R rollouts in the making: `start` runs the prompts, then latents are made and answers decoded.
 
@@ -234,6 +337,7 @@ class RolloutState:
         self._plan, self._lm, self._hooks, self._state = engine.plan, engine.lm, hooks, state
         self._embed: Callable[[Tensor], Tensor] = self._lm.get_input_embeddings()
         self._own_last = own_last
+        self._movement = AnswerMovement(engine.head)
         # what is not run yet: the last latent; after parallel sweeps also those before it that may have changed
         self._pending_RSD: Tensor | None = latents_RTD[:, step - 1, None] if step else None
         self._pending_steps = range(0)  # the latents that all but the last of the pending ones would make
@@ -254,40 +358,32 @@ class RolloutState:
             hooks: the sampler's.
             keep_states: whether `prompt_states` are kept.
         """
-        plan, device, phases = engine.plan, engine.device, hooks.sampler.random_phases
-        rows = draw.rollouts_R.shape[0]
-        rollouts = rows // len(prompts)
-        own_prompt = "prompt" in phases
-        # The last prompt token's pass makes h_1: it is the rollout's own if that pass is random.
-        own_last = plan.latents > 0 and (own_prompt or "thoughts" in phases)
-        copies = rollouts if own_prompt else 1
-        shared = [prompt[:-1] if own_last else prompt for prompt in prompts for _ in range(copies)]
-        capacity = plan.latents + own_last + len(plan.thinking_end_ids) + plan.max_answer_tokens
-        stops = plan.stop_id is not None
-        self = cls(
-            engine,
-            hooks,
-            open_state(
-                cast(PreTrainedModel, engine.lm.base_model),
-                engine.reasoner.computation,
-                rollouts // copies,
-                capacity,
-                before_part=hooks.select_part,
-            ),
-            draw,
-            torch.zeros(rows, plan.latents, engine.width, dtype=engine.lm.dtype, device=device),
-            torch.full((rows,), 0 if stops else plan.latents, device=device),
-            step=0,
-            thinking_R=torch.ones(rows, dtype=torch.bool, device=device) if stops else None,
-            own_last=own_last,
+        layout = Layout.of(engine.plan, hooks.sampler, len(prompts), draw.rollouts_R.shape[0])
+        state = open_state(
+            cast(PreTrainedModel, engine.lm.base_model),
+            engine.reasoner.computation,
+            layout.siblings,
+            layout.capacity,
+            before_part=hooks.select_part,
         )
-        last_PD = self._prefill(shared, keep_states=keep_states)
-        if own_last:
-            ids = torch.tensor([prompt[-1] for prompt in prompts], device=device)
-            self._pending_RSD = self._embed(ids.repeat_interleave(rollouts))[:, None]
-        else:
-            self._hidden_RD = last_PD.repeat_interleave(rollouts // copies, 0)
+        rows = unstarted_rows(engine, layout.rows)
+        self = cls(engine, hooks, state, draw, step=0, own_last=layout.own_last, **rows)
+        self._run_prompts(prompts, keep_states=keep_states)
         return self
+
+    def _run_prompts(self, prompts: list[list[int]], *, keep_states: bool = False) -> None:
+        """Run the prompts, all but the last token of each where that is each row's own."""
+        rows = self.latents_RTD.shape[0]
+        prefixes = rows // self._state.rollouts
+        shared = [
+            prompt[:-1] if self._own_last else prompt for prompt in prompts for _ in range(prefixes // len(prompts))
+        ]
+        last_PD = self._prefill(shared, keep_states=keep_states)
+        if self._own_last:
+            ids = torch.tensor([prompt[-1] for prompt in prompts], device=last_PD.device)
+            self._pending_RSD = self._embed(ids.repeat_interleave(rows // len(prompts)))[:, None]
+        else:
+            self._hidden_RD = last_PD.repeat_interleave(self._state.rollouts, 0)
 
     def fork(self, rows: Tensor, draw: Draw, step: int | None = None) -> RolloutState:
         """Rollouts of their own that share the first latents with some of these; these stay as they are.
@@ -343,21 +439,42 @@ class RolloutState:
 
     def advance(self) -> Tensor:
         """Make one more latent (R, D) of every row that still thinks (zeros elsewhere)."""
-        step = self.step
-        if self._pending_RSD is not None:
+        step, settled_R = self.step, None
+        if self._pending_RSD is not None and step > 0 and self._plan.exit is not None:
+            settled_R = self._run_and_look(self._pending_RSD, self._plan.exit)
+        elif self._pending_RSD is not None:
             self._hidden_RD = self._run_pending(self._pending_RSD, Forward("thoughts", step, 1), self.thinking_R)
         assert self._hidden_RD is not None
         latent_RD = self._latent_after(self._hidden_RD, step)
         if self.thinking_R is not None:
-            self.thinking_R = self.thinking_R & (
-                choose(self.engine.head, self._hidden_RD).token_R != self._plan.stop_id
-            )
+            if self._plan.stop_id is not None:
+                stopping_R = choose(self.engine.head, self._hidden_RD).token_R == self._plan.stop_id
+                self.thinking_R = self.thinking_R & ~stopping_R
+            if settled_R is not None:
+                self.thinking_R = self.thinking_R & ~settled_R
             self.steps_R = self.steps_R + self.thinking_R
             latent_RD = latent_RD * self.thinking_R[:, None]
         self.latents_RTD[:, step] = latent_RD
         self._pending_RSD = self.latents_RTD[:, step, None]
         self.step += 1
         return self.latents_RTD[:, step]
+
+    def _run_and_look(self, latent_RSD: Tensor, threshold: float) -> Tensor | None:
+        """Run a latent, and in the same pass, to be forgotten, what would follow it if it were the last one.
+
+        Returns:
+            Which rows' answers it has moved by no more than `threshold`; None after the first latent.
+        """
+        ids = torch.tensor(list(self._plan.exit_ids), dtype=torch.long, device=self.engine.device)
+        following_RSD = self._embed(ids).expand(latent_RSD.shape[0], -1, -1)
+        used = self._state.used
+        answered = self._plan.latents + len(ids) - len(self._plan.thinking_end_ids)
+        forwards = [Forward("thoughts", self.step, 1), Forward("answer", answered, len(ids))]
+        hidden_RSD = self._run(torch.cat([latent_RSD, following_RSD], 1), forwards, self.thinking_R)
+        self._state.rewind(used + 1)
+        self._hidden_RD = hidden_RSD[:, 0]
+        moved_R = self._movement.since_last(hidden_RSD[:, -1])
+        return None if moved_R is None else moved_R <= threshold
 
     def guess(self, start: int, stop: int, what: str) -> None:
         """Put a guess in the place of latents start..stop-1. See `LatentSequence.guess`."""
@@ -439,49 +556,47 @@ class RolloutState:
 
     def decode_answers(self) -> Rollouts:
         """Decode the answers; rows that finish leave the batch. Afterwards `fork` works, and nothing else."""
-        plan, device, chooses = self._plan, self.engine.device, self._hooks.sampler.chooses_tokens
-        rows, forced = self.latents_RTD.shape[0], len(plan.forced_ids)
+        plan, forced = self._plan, len(self._plan.forced_ids)
         kept = self._state, self._state.used, self.draw
-        eos = torch.tensor(plan.eos_ids, dtype=torch.long, device=device)
-        end = torch.tensor([*plan.thinking_end_ids, *plan.forced_ids], dtype=torch.long, device=device)
-        embeddings_RSD, first_valid_R = self._embed(end).expand(rows, -1, -1), None
-        if self._pending_RSD is not None:
-            embeddings_RSD = torch.cat([self._pending_RSD, embeddings_RSD], dim=1)
-            first_valid_R = self.thinking_R
-        ids_RA = torch.full((rows, plan.max_answer_tokens), -1, device=device)
-        ids_RA[:, :forced] = end[len(plan.thinking_end_ids) :]
-        lengths_R = torch.full((rows,), forced, device=device)
-        logprob_R = torch.zeros(rows, device=device)
-        margin_R = torch.full((rows,), float("inf"), device=device)
-        stopped_R = torch.zeros(rows, dtype=torch.bool, device=device)
-        here = torch.arange(rows, device=device)  # the original number of each row in the batch
-        alive = torch.ones(rows, dtype=torch.bool, device=device)
+        answers = Answers(plan, self.latents_RTD.shape[0], self.engine.device)
+        here = torch.arange(self.latents_RTD.shape[0], device=self.engine.device)  # each row's number before some left
+        alive = torch.ones_like(here, dtype=torch.bool)
+        embeddings_RSD, first_valid_R = self._before_answers(self._ending_ids())
         for position in range(forced, plan.max_answer_tokens + (plan.eos_id is not None)):
-            step = plan.latents + position
-            forward = Forward("answer", step, embeddings_RSD.shape[1])
-            hidden_RD = self._run_pending(embeddings_RSD, forward, first_valid_R)
+            choice = self._choose(embeddings_RSD, plan.latents + position, first_valid_R)
             first_valid_R = None
-            choice = choose(self.engine.head, hidden_RD, partial(self._sampled_token, step) if chooses else None)
-            token = choice.token_R
-            ended = torch.isin(token, eos)
-            over = position == plan.max_answer_tokens  # only an eos may still come
-            counts, stopping, alive = alive & ended if over else alive, alive & ended, alive & ~ended
-            # selecting rows by a mask would make the CPU wait for a GPU each time
-            if not over:
-                ids_RA[here, position] = torch.where(alive, token, ids_RA[here, position])
-                lengths_R[here] += alive
-            logprob_R[here] += torch.where(counts, choice.logprob_R, 0.0)
-            margin_R[here] = torch.where(counts, torch.minimum(margin_R[here], choice.margin_R), margin_R[here])
-            stopped_R[here] |= stopping
+            over = position == plan.max_answer_tokens
+            alive = answers.take(choice, here, alive, position, over=over)
             left_Q = alive.view(-1, self._state.rollouts).sum(1).tolist()
             if over or not any(left_Q):
                 break
-            token, here, alive = self._drop_finished(token, here, alive, left_Q)
+            token, here, alive = self._drop_finished(choice.token_R, here, alive, left_Q)
             embeddings_RSD = self._embed(token)[:, None]
         self._state, used, self.draw = kept
         self._state.rewind(used)
-        ids = [ids[:length] for ids, length in zip(ids_RA.tolist(), lengths_R.tolist(), strict=True)]
-        return self._finished(ids, logprob_R.cpu(), margin_R.cpu(), stopped_R.cpu())
+        return self._with_answers(answers)
+
+    def _ending_ids(self) -> Tensor:
+        """What is fed after the last latent."""
+        ids = [*self._plan.thinking_end_ids, *self._plan.forced_ids]
+        return torch.tensor(ids, dtype=torch.long, device=self.engine.device)
+
+    def _before_answers(self, ending_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is run before the first answer token (R, S, D), and in which rows the first of it counts."""
+        embeddings_RSD = self._embed(ending_ids).expand(self.latents_RTD.shape[0], -1, -1)
+        if self._pending_RSD is None:
+            return embeddings_RSD, None
+        return torch.cat([self._pending_RSD, embeddings_RSD], dim=1), self.thinking_R
+
+    def _choose(self, embeddings_RSD: Tensor, step: int, first_valid_R: Tensor | None = None) -> Choice:
+        """Run what stands before an answer token and choose it."""
+        hidden_RD = self._run_pending(embeddings_RSD, Forward("answer", step, embeddings_RSD.shape[1]), first_valid_R)
+        chooses = self._hooks.sampler.chooses_tokens
+        return choose(self.engine.head, hidden_RD, partial(self._sampled_token, step) if chooses else None)
+
+    def _with_answers(self, answers: Answers) -> Rollouts:
+        ids = [ids[:n] for ids, n in zip(answers.ids_RA.tolist(), answers.lengths_R.tolist(), strict=True)]
+        return self._finished(ids, answers.logprob_R.cpu(), answers.margin_R.cpu(), answers.stopped_R.cpu())
 
     def _finished(self, ids: list[list[int]], logprob_R: Tensor, margin_R: Tensor, stopped_R: Tensor) -> Rollouts:
         steps_R = self.steps_R.cpu()

@@ -106,7 +106,13 @@ class KeyValueState:
     """
 
     def __init__(
-        self, backbone: PreTrainedModel, rollouts: int, capacity: int, *, position_offset_Q: Tensor | None = None
+        self,
+        backbone: PreTrainedModel,
+        rollouts: int,
+        capacity: int,
+        *,
+        position_offset_Q: Tensor | None = None,
+        cache: SharedPrefixCache | None = None,
     ) -> None:
         """Open a state without questions.
 
@@ -115,9 +121,10 @@ class KeyValueState:
             rollouts: N.
             capacity: most slots of a row.
             position_offset_Q: added to the position ids of each question that will be prefilled; None adds nothing.
+            cache: where keys and values are kept; None for memory of its own.
         """
         self._backbone, self._position_offset_Q = backbone, position_offset_Q
-        self._cache = SharedPrefixCache(rollouts, capacity)
+        self._cache = SharedPrefixCache(rollouts, capacity) if cache is None else cache
 
     @property
     def rollouts(self) -> int:
@@ -155,13 +162,8 @@ class KeyValueState:
         positions_R1 = cache.lengths_Q.repeat_interleave(self.rollouts)[:, None]
         if self._position_offset_Q is not None:
             positions_R1 = positions_R1 + self._position_offset_Q.repeat_interleave(self.rollouts)[:, None]
-        if cache.valid_RC is None:
-            slots = torch.arange(cache.used, cache.used + tokens, device=positions_R1.device)
-        else:
-            counts_RS = cache.valid_RC[:, : cache.used + tokens].cumsum(1)[:, cache.used :]
-            slots = (counts_RS - 1).clamp(min=0)  # of slots that hold nothing
-        hidden_RSD = self._run(embeddings_RSD, positions_R1 + slots)
-        cache.used += tokens
+        hidden_RSD = self._run(embeddings_RSD, positions_R1 + cache.places(tokens))
+        cache.count(tokens)
         return hidden_RSD
 
     def rewind(self, used: int) -> None:

@@ -16,7 +16,7 @@ from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_byte
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import computing
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.models import find_device, load_reasoner, rollout_plan
+from latent_tts.pipeline.models import find_device, load_reasoner, open_engine, rollout_plan
 from latent_tts.pipeline.spec import EngineSettings, reserved_positions
 from latent_tts.sampler import Sampler
 from latent_tts.search.independent import Independent
@@ -81,7 +81,7 @@ def measure(
     expected: dict[int, list[list[int]]] = {}  # answers of the first dtype, by rows
     with computing("measuring", "nothing was written"):
         for chosen in settings:
-            engine = Engine(load_reasoner(adapter, chosen, device, longest=longest + suffix), plan)
+            engine = open_engine(load_reasoner(adapter, chosen, device, longest=longest + suffix), plan, chosen)
             bytes_per_row = row_bytes(shape, longest, suffix, chosen.bytes_per_number, own_prompt)
             deadline, best, same = time.perf_counter() + seconds / len(settings), 0.0, 1.0
             worse = 0

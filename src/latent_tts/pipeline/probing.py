@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 import torch
 
+from latent_tts.checkpoint.draft import DraftFile
 from latent_tts.engine.attention import use_own_attention
 from latent_tts.engine.dependencies import PlainRecurrence, find_dependencies
+from latent_tts.engine.device import synchronized_seconds
+from latent_tts.engine.draft import load_draft
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import LESS_MEMORY, computing
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.models import find_device, load_reasoner, rollout_plan
+from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs, rollout_plan
 from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.random.draw import Draw
 from latent_tts.results import report
@@ -23,6 +26,7 @@ from latent_tts.schedule.speculative import Speculative
 
 MIN_COMMITS_PER_SWEEP = 1.5  # fewer do not pay for the latents that are computed again
 MIN_EQUAL = 0.99  # share of answers that a recommended tolerance leaves as they are
+TIMED_ROWS, TIMED_QUESTIONS = (1, 4, 16, 64, 256), 9
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,21 @@ class Probe:
             `growth`, and for each tolerance `sweeps_TOLERANCE` and `equal_TOLERANCE`.
         relative_TT: mean over questions of the relative dependencies; NaN where no question has the latent.
         tolerances: those tried.
+        ratios: by rows of a batch, the time of the recommended schedule over that of `sequential`: the median over
+            questions, answers included. Up to the first that is not below 1; empty where none is recommended.
+        device: where times were measured, as in `cpu`.
     """
 
     questions: pd.DataFrame
     relative_TT: np.ndarray
     tolerances: Sequence[float]
+    ratios: Mapping[int, float] = field(default_factory=dict)
+    device: str = "cpu"
+
+    @property
+    def max_rows(self) -> int:
+        """The most rows for which the recommended schedule takes less time than `sequential`."""
+        return max((rows for rows, ratio in self.ratios.items() if ratio < 1), default=0)
 
     def commits_per_sweep(self, tolerance: float) -> float:
         """Latents per sweep of all questions together."""
@@ -68,9 +82,8 @@ def probe(
     engine: EngineSettings,
     prompts: Mapping[str, list[int]],
     *,
-    tolerances: Sequence[float],
-    guess: str,
-    chunk: int | None,
+    schedules: Sequence[Speculative],
+    draft: DraftFile | None,
     threshold: float,
     directions: int,
     max_answer_tokens: int,
@@ -81,9 +94,8 @@ def probe(
         adapter: the model.
         engine: how it is computed.
         prompts: token ids by question id.
-        tolerances: `schedule.tolerance` to try.
-        guess: `schedule.guess`.
-        chunk: `schedule.chunk`.
+        schedules: those to try, with different tolerances.
+        draft: the file of their draft head; None without one.
         threshold: relative dependency from which one latent counts as depending on another.
         directions: random directions for each latent.
         max_answer_tokens: most tokens of an answer.
@@ -92,18 +104,24 @@ def probe(
         RunError: a failure while computing.
     """
     device = find_device(engine)
+    refuse_graphs(engine, "ltts probe runs each question once")
     with (
         computing("probing", "nothing was written", LESS_MEMORY),
         report.progress_bar(len(prompts), "questions") as bar,
     ):
         reasoner = load_reasoner(adapter, engine, device)
-        there = _roll(Engine(reasoner, rollout_plan(adapter, max_answer_tokens)), prompts)
+        head = None if draft is None else load_draft(draft.path, draft.record, reasoner.lm.device)
+        engines = {
+            schedule.tolerance: Engine(reasoner, rollout_plan(adapter, max_answer_tokens, schedule), head)
+            for schedule in schedules
+        }
+        sequential = Engine(reasoner, rollout_plan(adapter, max_answer_tokens))
+        there = _roll(sequential, prompts)
         rows = [
             {"question_id": name, "latents": int(steps)} for name, steps in zip(prompts, there.steps_R, strict=True)
         ]
-        for tolerance in tolerances:
-            schedule = Speculative(chunk, tolerance, guess)
-            here = _roll(Engine(reasoner, rollout_plan(adapter, max_answer_tokens, schedule)), prompts)
+        for tolerance, parallel in engines.items():
+            here = _roll(parallel, prompts)
             for place, row in enumerate(rows):
                 row[f"sweeps_{tolerance:g}"] = int(here.sweeps_R[place])
                 row[f"equal_{tolerance:g}"] = here.answer_ids[place] == there.answer_ids[place]
@@ -118,13 +136,39 @@ def probe(
             path = found.critical_path(threshold)
             row |= {"critical_path": path, "potential": steps / max(path, 1), "growth": found.growth}
             bar.advance(1)
-    some_TT = np.isfinite(relative).any(0)
+        found = Probe(pd.DataFrame(rows), _mean(relative), list(engines), device=torch.device(device).type)
+        if found.recommended is None:
+            return found
+        return replace(found, ratios=time_ratios(sequential, engines[found.recommended], prompts))
+
+
+def _mean(relative_QTT: np.ndarray) -> np.ndarray:
+    """The mean over the questions that have both latents; NaN where none has."""
+    some_TT = np.isfinite(relative_QTT).any(0)
     mean_TT = np.full(some_TT.shape, np.nan)
-    mean_TT[some_TT] = np.nanmean(relative[:, some_TT], axis=0)
-    return Probe(pd.DataFrame(rows), mean_TT, tolerances)
+    mean_TT[some_TT] = np.nanmean(relative_QTT[:, some_TT], axis=0)
+    return mean_TT
 
 
-def _roll(engine: Engine, prompts: Mapping[str, list[int]]) -> Rollouts:
-    numbers_Q1 = torch.zeros(len(prompts), 1, dtype=torch.long, device=engine.device)
-    draw = Draw.of(0, list(prompts), numbers_Q1, engine.width, engine.blocks)
+def time_ratios(sequential: Engine, parallel: Engine, prompts: Mapping[str, list[int]]) -> dict[int, float]:
+    """See `Probe.ratios`. The engines take turns, question by question, so that a busy machine slows both."""
+    ratios: dict[int, float] = {}
+    for rows in TIMED_ROWS:
+        pairs = []
+        for name, prompt in list(prompts.items())[: 1 + TIMED_QUESTIONS]:
+            seconds = []
+            for engine in (sequential, parallel):
+                begun = synchronized_seconds(engine.device)
+                _roll(engine, {name: prompt}, rows)
+                seconds.append(synchronized_seconds(engine.device) - begun)
+            pairs.append(seconds[1] / seconds[0])
+        ratios[rows] = float(np.median(pairs[1:] or pairs))  # the first question warms up
+        if ratios[rows] >= 1:
+            break
+    return ratios
+
+
+def _roll(engine: Engine, prompts: Mapping[str, list[int]], rollouts: int = 1) -> Rollouts:
+    numbers_QN = torch.arange(rollouts, device=engine.device).repeat(len(prompts), 1)
+    draw = Draw.of(0, list(prompts), numbers_QN, engine.width, engine.blocks)
     return engine.roll(list(prompts.values()), draw, Greedy())

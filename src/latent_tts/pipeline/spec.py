@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,11 +24,14 @@ from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, check_seed, is_whole, require
+from latent_tts.executor import Executor
+from latent_tts.executor.local import Local
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
+from latent_tts.schedule.auto import Auto
 from latent_tts.scorer import Scorer
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
@@ -56,12 +59,14 @@ class EngineSettings:
         device: `auto`, `cpu`, `cuda` or `cuda:INDEX`. Whether it exists is checked where something is computed.
         rows: maximum rows per batch; None derives it from the model's width and the device.
         quantize: None, or the format of the reasoner's blocks: `int8` or `float8`.
+        graph: whether batches are replayed as CUDA graphs: `auto`, `on` or `off`.
     """
 
     dtype: str
     device: str
     rows: int | None
     quantize: str | None = None
+    graph: str = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", full_dtype(self.dtype))
@@ -71,6 +76,7 @@ class EngineSettings:
         require("engine.device", self.device, is_device, "must be one of auto, cpu, cuda, cuda:INDEX")
         allowed = "must be 1 or more, or null to let the model decide"
         require("engine.rows", self.rows, self.rows is None or self.rows >= 1, allowed)
+        require("engine.graph", self.graph, self.graph in ("auto", "on", "off"), "must be auto, on or off")
         if self.quantize is None:
             return
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
@@ -111,6 +117,7 @@ class RunRequest:
         config: the resolved config, as `run.json` keeps it.
         chosen: which of the keys `schedule`, `budget`, `aggregator` and `scorer.checkpoint` the user set. The others
             are defaults, which may be replaced by what the model or the search needs.
+        executor: where rollouts are computed.
         on_answers: called after each batch with the (row key, rollout) pairs and the answer ids.
     """
 
@@ -131,6 +138,7 @@ class RunRequest:
     engine: EngineSettings
     cache: Path
     config: Mapping[str, Any]
+    executor: Executor = field(default_factory=Local)
     refresh: bool = False
     chosen: frozenset[str] = frozenset()
     on_answers: Callable[[Sequence[tuple[str, int]], Sequence[Sequence[int]]], None] | None = None
@@ -143,6 +151,7 @@ class RunSpec(RunRequest):
     Attributes:
         schedule: the requested one, or the model's own.
         draft: the file of its draft head; None without one.
+        planned: the keys that `schedule=auto` has chosen, as tables show them; empty without it.
         scorer: None if rollouts get no scores.
         aggregators: those that can be reported.
         n: the requested one; 1 if all rollouts of a question would be the same.
@@ -155,6 +164,7 @@ class RunSpec(RunRequest):
 
     scorer: Scorer | None
     draft: DraftFile | None
+    planned: dict[str, Any]
     questions: list[Question]
     prompts: dict[str, list[int]]
     donors: dict[str, Question]
@@ -172,7 +182,9 @@ class RunSpec(RunRequest):
         adapter = self.adapter
         forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
-        return RolloutCost.of(self.shape, adapter.latents, forced, self.sampler.random_phases, repeated, stops)
+        looked_at = None if self.schedule.early_exit is None else len(exit_ids(adapter, self.schedule))
+        phases = self.sampler.random_phases
+        return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at)
 
     @property
     def longest_sequence(self) -> int:
@@ -222,9 +234,11 @@ def check_run(request: RunRequest) -> RunSpec:
     adapter, sampler, decode = request.adapter, request.sampler, request.decode
     require("n", request.n, 1 <= request.n <= MAX_ROLLOUTS, f"must be a number of rollouts, 1 to {MAX_ROLLOUTS}")
     check_seed(request.seed)
+    request.executor.check(request.engine.device)
     require("answer.decode", decode, decode in ("all", "winners"), "must be all or winners")
     adapter.check()
     check_sampler(sampler, adapter)
+    request, planned = follow_plan(request)
     schedule = settle_schedule(request.schedule, adapter, chosen="schedule" in request.chosen)
     scorer = settle_scorer(request)
     aggregators = settle_aggregators(request, scorer)
@@ -236,6 +250,11 @@ def check_run(request: RunRequest) -> RunSpec:
         why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
         require("budget", budget.name, not is_adaptive(budget), why)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
+    if schedule.early_exit is not None:
+        beyond = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
+        allowed = f"must be at most max_answer_tokens={request.max_answer_tokens} tokens, it has {beyond}"
+        fits = beyond <= request.max_answer_tokens
+        require("schedule.exit_prefix", schedule.early_exit.prefix, fits, allowed)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
     if not has_gold(questions):
@@ -251,6 +270,7 @@ def check_run(request: RunRequest) -> RunSpec:
     settled = {
         "schedule": schedule,
         "draft": found_draft(schedule, adapter),
+        "planned": planned,
         "budget": budget,
         "scorer": scorer,
         "aggregators": aggregators,
@@ -301,6 +321,8 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
     """
     own = adapter.own_schedule
     if own is not None:
+        allowed = f"must be null: model={adapter.name} has a schedule of its own, {own}"
+        refuse_early_exit(schedule, allowed)
         require(
             "schedule", schedule.name, not chosen and schedule.stepwise,
             f"model={adapter.name} has its own, {own}: it is part of the model and cannot be chosen",
@@ -308,6 +330,26 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
         schedule = own
     schedule.check(adapter)
     return schedule
+
+
+def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any]]:
+    """A request with the schedule that `schedule=auto` chooses, also in its config, and the keys that tables show.
+
+    Raises:
+        UsageError: there is no plan to follow.
+    """
+    schedule = request.schedule
+    if not isinstance(schedule, Auto) or request.adapter.own_schedule is not None:
+        return request, {}
+    same = request.sampler.deterministic and not request.answers.random  # then one rollout of a question is drawn
+    rows = len(request.task.questions()) * (1 if same else request.n)
+    rows = min(rows, request.engine.rows or rows)
+    chosen = schedule.choose(request.adapter, request.adapter.digest, rows=rows, dtype=request.engine.dtype)
+    values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
+    node = {"_target_": f"{type(chosen).__module__}.{type(chosen).__qualname__}", **values}
+    changed = {f"schedule.{field.name}" for field in fields(chosen) if values[field.name] != field.default}
+    shown = {key: value for name, value in values.items() if (key := f"schedule.{name}") in changed}
+    return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown
 
 
 def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
@@ -404,6 +446,8 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     if search.survivors is None:
         return
     require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
+    allowed = f"must be null: search={search.name} grows rollouts of equally many latents"
+    refuse_early_exit(schedule, allowed)
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
 
 
@@ -555,6 +599,26 @@ def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int
         allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
         raise bad_value("answer.forced_prefix", prefix, allowed)
     return ids
+
+
+def refuse_early_exit(schedule: Schedule, allowed: str) -> None:
+    """Raise UsageError, which says what is `allowed`, if rollouts may stop thinking early."""
+    if schedule.early_exit is not None:
+        raise bad_value("schedule.exit", schedule.early_exit.threshold, allowed)
+
+
+def exit_ids(adapter: ModelAdapter, schedule: Schedule) -> list[int]:
+    """The tokens between a latent and the answer that `schedule.exit` is about, as if it were the last one.
+
+    Raises:
+        UsageError: the model cannot read `schedule.exit_prefix`.
+    """
+    prefix = "" if schedule.early_exit is None else schedule.early_exit.prefix
+    try:
+        return [*adapter.thinking_end_ids, *adapter.forced_ids(prefix)]
+    except UsageError as error:
+        allowed = f"must be text in the vocabulary of model={adapter.name}, without its eos"
+        raise bad_value("schedule.exit_prefix", prefix, allowed) from error
 
 
 def encode_prompts(adapter: ModelAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:

@@ -294,7 +294,13 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
 
 
 def schedule_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[str]:
-    """What a schedule that does not compute one latent after another has counted, per rollout on average."""
+    """What a schedule has counted that does not compute all latents one after another, per rollout on average."""
+    if spec.schedule.early_exit is not None:
+        steps, most = rollouts["latent_steps"], spec.adapter.latents
+        return [
+            f"schedule.exit={spec.schedule.early_exit.threshold:g}, per rollout: {steps.mean():.2f} of at most {most} "
+            f"latents; {100 * (steps < most).mean():.0f} % have fewer"
+        ]
     if spec.schedule.stepwise or not set(COUNT_COLUMNS) <= set(rollouts.columns):
         return []
     counts = [f"{rollouts[name].mean():.2f} {name}" for name in COUNT_COLUMNS if rollouts[name].any()]
@@ -304,7 +310,7 @@ def schedule_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[str]:
 def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that say which run a metrics row belongs to."""
     sampler, scorer = spec.sampler, spec.scorer
-    shown = {key: value for key, value in settings.items() if key != f"sampler.{sampler.param}"}
+    shown = {key: value for key, value in settings.items() if key != f"sampler.{sampler.param}"} | spec.planned
     columns = {
         "model": spec.adapter.name,
         "checkpoint": spec.adapter.checkpoint,
@@ -321,7 +327,7 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,
         "questions_digest": questions_digest(spec.questions),
-        "weights_digest": "+".join(each.digest for each in (spec.adapter, scorer) if each is not None),
+        "weights_digest": "+".join(each.digest for each in (spec.adapter, scorer, spec.draft) if each is not None),
     }
     paths = ("checkpoint", "scorer")  # the digest says whose weights, wherever they are
     identity = {name: value for name, value in columns.items() if name not in paths} | {"n": spec.n}

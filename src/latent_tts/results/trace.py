@@ -233,9 +233,8 @@ class TracedQuestion:
     def said(self, place: int, rollout: int) -> list[tuple[int, bool]]:
         """The most probable token of each latent of a rollout, and whether it is the result of a step."""
         lens, steps = self.samplers[place].lens, int(self.samplers[place].steps_N[rollout])
-        is_result_T = lens.spells_NTG[rollout, :steps].any(1)
-        return [(int(token), bool(is_result)) for token, is_result in
-                zip(lens.token_NTK[rollout, :steps, 0], is_result_T, strict=True)]  # fmt: skip
+        said_T, results_TG = lens.token_NTK[rollout, :steps, 0], lens.spells_NTG[rollout, :steps]
+        return [(int(token), bool(results_G.any())) for token, results_G in zip(said_T, results_TG, strict=True)]
 
     def drift_and_spread(self, place: int) -> tuple[Float64, Float64]:
         """Of the rollouts of `samplers[place]`; see `drift_and_spread`."""

@@ -1,0 +1,482 @@
+"""Rollouts by CUDA graphs: the passes of a batch are recorded once and replayed for later batches of the same sizes.
+
+At small batches a GPU spends nine tenths of its time waiting for the next kernel to be launched; a graph launches all
+kernels of a pass at once. A recording runs the same code as `RolloutState`, on tensors that stay where they are. What
+differs between batches (random keys, prompts, donors) or between replays (the slot, the position in the answer) is read
+from the device. What is the same in all batches of a bucket is recorded as a number.
+
+A recording is trusted once a batch other than the recorded one gave what the same passes give without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Protocol, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from latent_tts.engine.attention import FixedCache
+from latent_tts.engine.device import free_bytes, reserved_bytes
+from latent_tts.engine.rollout import (
+    Answers,
+    Engine,
+    Layout,
+    RolloutPlan,
+    Rollouts,
+    RolloutState,
+    unstarted_rows,
+)
+from latent_tts.engine.sites import SiteHooks
+from latent_tts.engine.state import KeyValueState
+from latent_tts.errors import RunError
+from latent_tts.random.draw import Draw
+from latent_tts.sampler import Sampler
+from latent_tts.types import Reasoner
+
+log = logging.getLogger(__name__)
+SHORTEST = 16  # of prefixes and of the slots that a pass looks at; longer ones are powers of two
+MEMORY_SHARE = 0.25  # of what is free once the model is loaded; batches take at most half (`packing.MEMORY_SHARE`)
+_ROUNDING, _OTHER_ORDER = 0.25, 16.0  # see `agreement`: of the same passes, and of sums in another order
+_MOST, _HALF = 0.9, 0.5  # of the rollouts agree at least with those in tensors that grow, in float32 and half precision
+MAX_RECORDED = 256  # passes of a bucket; later answer tokens of a sampler that is random in answers are not recorded
+
+Replay: TypeAlias = Callable[[], object]
+
+
+class Recorder(Protocol):
+    """Records passes of one bucket."""
+
+    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Replay:
+        """Record a function that reads and writes tensors in place; returns what runs it again.
+
+        Args:
+            run: it was run before.
+            tensors: what differs between its runs.
+        """
+        ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs, whose temporary tensors share their memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Replay:
+        """See `Recorder`."""
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device_of(tensors[0]),
+            # other threads write parts meanwhile
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+        ):
+            run()
+        return graph.replay
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The passes that make latents first..stop-1."""
+
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """The pass that chooses the first answer token after a number of latents."""
+
+    latents: int
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The pass that chooses a later answer token.
+
+    Attributes:
+        window: slots that it looks at.
+        over: whether only an eos may still come.
+        position: of the token in the answer; None where the device knows it, since no random number depends on it.
+    """
+
+    window: int
+    over: bool
+    position: int | None
+
+
+Passes: TypeAlias = Latents | FirstToken | NextToken
+
+
+class FixedRollouts(RolloutState):
+    """R rollouts whose tensors stay where they are, for one batch after another."""
+
+    def __init__(self, engine: Engine, hooks: SiteHooks, draw: Draw, questions: int, length: int) -> None:
+        """Make the tensors.
+
+        Args:
+            engine: the model and the plan.
+            hooks: the sampler's.
+            draw: random numbers of a batch, as an example.
+            questions: Q.
+            length: most tokens of a prefix.
+        """
+        rows, device = draw.rollouts_R.shape[0], engine.device
+        layout = Layout.of(engine.plan, hooks.sampler, questions, rows)
+        self._cache = FixedCache(layout.siblings, layout.capacity, questions=rows // layout.siblings, length=length)
+        backbone = cast(PreTrainedModel, engine.lm.base_model)
+        state = KeyValueState(backbone, layout.siblings, layout.capacity, cache=self._cache)
+        own = Draw(draw.keys_R2.clone(), draw.rollouts_R.clone(), draw.width, draw.blocks)
+        if draw.donor_RTD is not None:
+            own.donor_RTD = draw.donor_RTD.clone()
+        super().__init__(engine, hooks, state, own, step=0, own_last=layout.own_last, **unstarted_rows(engine, rows))
+        self._answers = Answers(engine.plan, rows, device)
+        self._ending = self._ending_ids()
+        self._begin_RD = torch.zeros_like(self._embed(self._answers.lengths_R))
+        self._thinking_R, self._steps_R = self.thinking_R, self.steps_R
+        self._here, self._token_R = torch.arange(rows, device=device), torch.zeros_like(own.rollouts_R)
+        self._alive_R = torch.ones_like(own.rollouts_R, dtype=torch.bool)
+        self._going = torch.ones((), dtype=torch.bool, device=device)
+        self._position_1, self._at_1 = torch.zeros(2, 1, dtype=torch.long, device=device)
+
+    def tensors(self) -> list[Tensor]:
+        """All that differs between batches or between the passes of a batch."""
+        cache, answers, draw = self._cache, self._answers, self.draw
+        pieces = [part for layer in cache.prefix for piece in layer for part in piece]
+        pieces += [part for piece in cache.suffix for part in piece]
+        found = [
+            *pieces, cache.lengths_Q, cache.valid_RC, draw.keys_R2, draw.rollouts_R, draw.donor_RTD, self.latents_RTD,
+            self._begin_RD, self._thinking_R, self._steps_R, self._token_R, self._alive_R, self._going,
+            self._position_1, self._at_1, answers.ids_RA, answers.lengths_R, answers.logprob_R, answers.margin_R,
+            answers.stopped_R,
+        ]  # fmt: skip
+        return [tensor for tensor in found if tensor is not None]
+
+    def load(self, prompts: list[list[int]], draw: Draw, hooks: SiteHooks) -> None:
+        """Begin another batch of the same sizes: run its prompts."""
+        self._hooks = hooks
+        self.draw.keys_R2.copy_(draw.keys_R2)
+        self.draw.rollouts_R.copy_(draw.rollouts_R)
+        if draw.donor_RTD is not None:
+            assert self.draw.donor_RTD is not None
+            self.draw.donor_RTD.copy_(draw.donor_RTD)
+        self._cache.restart()
+        self.latents_RTD.zero_()
+        if self._thinking_R is not None:
+            self._thinking_R.fill_(True)
+            self._steps_R.zero_()
+        self._run_prompts(prompts)
+        begin_RD = self._pending_RSD[:, 0] if self._own_last and self._pending_RSD is not None else self._hidden_RD
+        assert begin_RD is not None
+        self._begin_RD.copy_(begin_RD)
+
+    def walk(self, run: Callable[[Passes], None], *, answers: bool) -> Rollouts:
+        """Run all passes of the batch, and learn one pass late whether rows are left; returns the rollouts."""
+        plan, total, made = self._plan, self._plan.latents, 0
+        stride = total if plan.stop_id is None else 1
+        left = _LateFlag(self._going)
+        while made < total and (self._thinking_R is None or left.before_last()):
+            run(Latents(made, min(made + stride, total)))
+            made = min(made + stride, total)
+            left.read()
+        if not answers:
+            return self._copied(self.without_answers())
+        left = _LateFlag(self._going)
+        run(FirstToken(made))
+        left.read()
+        first, last = len(plan.forced_ids) + 1, plan.max_answer_tokens - (plan.eos_id is None)
+        used = self._used_after(made) + len(self._ending) + bool(made)
+        for position in range(first, last + 1):
+            if not left.before_last():
+                break
+            window = min(_power_of_two(used + position - first + 1), self._cache.capacity)
+            own = position if self._hooks.sampler.random_answers else None
+            run(NextToken(window, position == plan.max_answer_tokens, own))
+            left.read()
+        return self._copied(self._with_answers(self._answers))
+
+    def run(self, passes: Passes) -> None:
+        """Run some passes, as they are recorded."""
+        if isinstance(passes, Latents):
+            self._run_latents(passes.first, passes.stop)
+        elif isinstance(passes, FirstToken):
+            self._run_first_token(passes.latents)
+        else:
+            self._run_next_token(passes)
+
+    def rewind(self) -> None:
+        """Go back to where every pass has room, though what it computes there is of no use."""
+        self._at_1.zero_()
+        self._position_1.zero_()
+
+    def _used_after(self, latents: int) -> int:
+        """Slots used once so many latents are made: the last of them is not run yet."""
+        return max(latents - 1, 0) + (self._own_last and latents > 0)
+
+    def _stand_after(self, latents: int) -> None:
+        """Be where so many latents are made."""
+        self.step, self.thinking_R, self.steps_R = latents, self._thinking_R, self._steps_R
+        self._cache.used, self._cache.at_1 = self._used_after(latents), None
+        self._hidden_RD, self._pending_RSD = self._begin_RD, None
+        if latents:
+            self._pending_RSD = self.latents_RTD[:, latents - 1, None]
+        elif self._own_last:
+            self._pending_RSD = self._begin_RD[:, None]
+
+    def _run_latents(self, first: int, stop: int) -> None:
+        self._stand_after(first)
+        for _ in range(first, stop):
+            self.advance()
+        if self.thinking_R is not None:
+            assert self._thinking_R is not None
+            self._thinking_R.copy_(self.thinking_R)
+            self._steps_R.copy_(self.steps_R)
+            self._going.copy_(self.thinking_R.any())
+
+    def _run_first_token(self, latents: int) -> None:
+        self._stand_after(latents)
+        self._answers.restart()
+        self._alive_R.fill_(True)
+        embeddings_RSD, first_valid_R = self._before_answers(self._ending)
+        position = len(self._plan.forced_ids)
+        choice = self._choose(embeddings_RSD, self._plan.latents + position, first_valid_R)
+        self._position_1.fill_(position)
+        self._at_1.fill_(self._cache.used)
+        over = position == self._plan.max_answer_tokens
+        self._keep(choice.token_R, self._answers.take(choice, self._here, self._alive_R, position, over=over))
+
+    def _run_next_token(self, passes: NextToken) -> None:
+        self._cache.at_1, self._cache.window = self._at_1, passes.window
+        step = self._plan.latents + (len(self._plan.forced_ids) + 1 if passes.position is None else passes.position)
+        choice = self._choose(self._embed(self._token_R)[:, None], step)
+        alive = self._answers.take(choice, self._here, self._alive_R, self._position_1, over=passes.over)
+        self._keep(choice.token_R, alive)
+
+    def _keep(self, token_R: Tensor, alive_R: Tensor) -> None:
+        self._token_R.copy_(token_R)
+        self._alive_R.copy_(alive_R)
+        self._going.copy_(alive_R.any())
+        self._position_1.add_(1)
+
+    def _copied(self, rollouts: Rollouts) -> Rollouts:
+        """The rollouts in memory of their own."""
+        values = {each.name: getattr(rollouts, each.name) for each in fields(rollouts)}
+        return replace(rollouts, **{name: x.clone() for name, x in values.items() if isinstance(x, Tensor)})
+
+
+class _LateFlag:
+    """A flag on the device that the host reads one pass late, through pinned memory, so that the device never waits."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self._flag, self._reads = flag, 0
+        pinned = flag.is_cuda
+        self._host = [torch.ones((), dtype=torch.bool, pin_memory=pinned) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
+
+    def read(self) -> None:
+        """Read the flag as the passes so far leave it."""
+        place = self._reads % 2
+        self._host[place].copy_(self._flag, non_blocking=True)
+        if self._copied:
+            self._copied[place].record(torch.cuda.current_stream(self._flag.device))
+        self._reads += 1
+
+    def before_last(self) -> bool:
+        """What the last but one reading found; True if there was none."""
+        if self._reads < 2:
+            return True
+        place = self._reads % 2
+        if self._copied:
+            self._copied[place].synchronize()
+        return bool(self._host[place])
+
+
+class _Bucket:
+    """Batches of the same sizes: what is recorded of them, and whether it is trusted."""
+
+    def __init__(self, rollouts: FixedRollouts, recorder: Recorder) -> None:
+        self.rollouts, self._recorder = rollouts, recorder
+        self._replays: dict[Passes, Replay] = {}
+        self._trusted = False  # whether a batch was compared since the last recording
+        self._pool_bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it holds on its device."""
+        return self._pool_bytes + sum(tensor.nbytes for tensor in self.rollouts.tensors())
+
+    def roll(self, prompts: list[list[int]], draw: Draw, hooks: SiteHooks, *, answers: bool) -> Rollouts:
+        """The rollouts of a batch.
+
+        Raises:
+            RunError: replayed passes do not give what the same passes give when they are run.
+        """
+        new: list[Passes] = []
+
+        def run(passes: Passes) -> None:
+            if passes not in self._replays and passes not in new:
+                new.append(passes)
+            self.rollouts.run(passes)
+
+        def replay(passes: Passes) -> None:
+            if passes in self._replays:
+                self._replays[passes]()
+            else:
+                run(passes)
+
+        self.rollouts.load(prompts, draw, hooks)
+        found = self.rollouts.walk(replay if self._trusted else run, answers=answers)
+        if not self._trusted and self._replays:
+            self.rollouts.load(prompts, draw, hooks)
+            agreeing = agreement(self.rollouts.walk(replay, answers=answers), found, _ROUNDING)
+            if agreeing < 1:
+                raise RunError(f"{1 - agreeing:.1%} of the rollouts differ when they are replayed")
+            self._trusted = True
+        for passes in new[: MAX_RECORDED - len(self._replays)]:
+            self._record(passes)
+        return found
+
+    def _record(self, passes: Passes) -> None:
+        self.rollouts.rewind()
+        tensors, run = self.rollouts.tensors(), partial(self.rollouts.run, passes)
+        before = reserved_bytes(tensors[0].device)
+        self._replays[passes] = self._recorder.record(run, tensors)
+        self._pool_bytes += max(0, reserved_bytes(tensors[0].device) - before)
+        self._trusted = False
+
+
+def agreement(found: Rollouts, wanted: Rollouts, roundings: float) -> float:
+    """Share of rollouts that agree: latents and log-probabilities within rounding, steps and answers exactly.
+
+    Args:
+        found: some rollouts.
+        wanted: the same, computed otherwise.
+        roundings: how many roundings of the dtype (of float32, if it is wider) their mean difference may be.
+    """
+    limit = roundings * max(torch.finfo(dtype).eps for dtype in (wanted.latents_RTD.dtype, torch.float32))
+    agree_R = (found.steps_R == wanted.steps_R) & torch.isclose(
+        found.answer_logprob_R, wanted.answer_logprob_R, rtol=10 * limit, atol=10 * limit, equal_nan=True
+    )
+    agree_R &= torch.tensor([ours == theirs for ours, theirs in zip(found.answer_ids, wanted.answer_ids, strict=True)])
+    if wanted.latents_RTD.shape[1]:
+        ours_RX, theirs_RX = (each.latents_RTD.flatten(1).double() for each in (found, wanted))
+        agree_R &= ((ours_RX - theirs_RX).abs().mean(1) <= limit * theirs_RX.abs().mean(1)).cpu()
+    return float(agree_R.double().mean())
+
+
+class GraphEngine(Engine):
+    """An engine that replays recordings where batches of the same sizes come again.
+
+    The first batch of a bucket runs as without graphs, since recording costs more than one batch saves. The second one
+    is recorded, the third one is compared, later ones are replayed.
+    """
+
+    def __init__(
+        self,
+        reasoner: Reasoner,
+        plan: RolloutPlan,
+        *,
+        needed: bool = False,
+        new_recorder: Callable[[], Recorder] = CudaRecorder,
+        max_bytes: float | None = None,
+    ) -> None:
+        """Record nothing yet.
+
+        Args:
+            reasoner: the model.
+            plan: what a rollout consists of.
+            needed: record the first batch of a bucket already, and let a failure be an error; otherwise batches run
+                without graphs where they fail, and that is said.
+            new_recorder: makes what records the passes of a bucket.
+            max_bytes: that all buckets may hold; None for a share of the device's memory.
+
+        Raises:
+            RunError: graphs are needed, and the model is computed in a way that cannot be recorded.
+        """
+        super().__init__(reasoner, plan)
+        self._needed, self._new_recorder = needed, new_recorder
+        self._max_bytes = MEMORY_SHARE * free_bytes(self.device) if max_bytes is None else max_bytes
+        self._buckets: dict[tuple, _Bucket] = {}  # the one that was made first comes first
+        self._met: set[tuple] = set()
+        self._refused: set[tuple] = set()
+        self._samplers: dict[int, Sampler] = {}  # kept, since a bucket's key holds its sampler's identity
+        self._usable = reasoner.computation.attention == "shared-prefix" and plan.schedule.stepwise
+        if needed and not self._usable:
+            raise RunError(f"engine.graph=on: not with transformers' own attention ({reasoner.computation.reason})")
+
+    @torch.inference_mode()
+    def roll(
+        self,
+        prompts: list[list[int]],
+        draw: Draw,
+        sampler: Sampler,
+        *,
+        donor_RTD: Tensor | None = None,
+        answers: bool = True,
+    ) -> Rollouts:
+        """See `Engine.roll`."""
+
+        def usual() -> Rollouts:
+            return Engine.roll(self, prompts, draw, sampler, donor_RTD=donor_RTD, answers=answers)
+
+        key = self._key(prompts, draw, sampler, answers=answers)
+        if key is None or key in self._refused:
+            return usual()
+        if not self._needed and key not in self._met:
+            self._met.add(key)
+            return usual()
+        draw.donor_RTD = donor_RTD
+        try:
+            with SiteHooks(self.lm, sampler) as hooks:
+                if key in self._buckets:
+                    found = self._buckets[key].roll(prompts, draw, hooks, answers=answers)
+                    self._evict(key)
+                    return found
+                bucket = self._new_bucket(len(prompts), key[2], draw, hooks)
+                found = bucket.roll(prompts, draw, hooks, answers=answers)
+            expected = usual()
+            agreeing = agreement(found, expected, _OTHER_ORDER)
+            if agreeing < (_MOST if self.lm.dtype.itemsize >= 4 else _HALF):
+                raise RunError(f"{1 - agreeing:.1%} of the rollouts differ in tensors of fixed sizes")
+            self._buckets[key] = bucket
+            self._evict(key)
+            return expected
+        except (RuntimeError, RunError) as error:  # torch's errors of memory and of recording are RuntimeErrors
+            self._buckets.pop(key, None)
+            self._refused.add(key)
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if self._needed and not isinstance(error, torch.OutOfMemoryError):
+                raise RunError(f"engine.graph=on: {why}") from error
+            log.warning("batches like this one run without CUDA graphs, which is slower (%s)", why)
+        return usual()
+
+    def _new_bucket(self, questions: int, length: int, draw: Draw, hooks: SiteHooks) -> _Bucket:
+        rollouts = FixedRollouts(self, hooks, draw, questions, length)
+        return _Bucket(rollouts, self._new_recorder())
+
+    def _evict(self, key: tuple) -> None:
+        """Drop the oldest buckets until the others hold no more than is allowed, at last the one that was used now."""
+        while self._buckets and sum(bucket.bytes for bucket in self._buckets.values()) > self._max_bytes:
+            oldest = next(iter(self._buckets))
+            del self._buckets[oldest]
+            if oldest == key:
+                self._refused.add(key)
+                log.info("batches of %d rows are too large to be recorded: they run without CUDA graphs", key[1])
+
+    def _key(self, prompts: list[list[int]], draw: Draw, sampler: Sampler, *, answers: bool) -> tuple | None:
+        """What a batch shares with the others of its bucket; None where it is not to be recorded."""
+        tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
+        longest = max(map(len, prompts)) - Layout.of(self.plan, sampler, len(prompts), len(prompts)).own_last
+        if not self._usable or self.keeps_timeline or longest < 1 or (answers and tokens < 1):
+            return None
+        self._samplers[id(sampler)] = sampler
+        return len(prompts), draw.rollouts_R.shape[0], _power_of_two(longest), id(sampler), answers
+
+
+def _power_of_two(number: int) -> int:
+    """The next power of two, at least `SHORTEST`."""
+    return max(SHORTEST, 1 << (number - 1).bit_length())

@@ -1,0 +1,344 @@
+"""Recorded passes: one batch is recorded, and what is recorded gives the rollouts of other batches.
+
+A GPU records kernels, here operators are recorded: what the host reads, or a pass keeps as a number, stays as it was in
+the recorded batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any, ClassVar
+
+import pytest
+import tiny
+import torch
+from against_oracle import MASKS, NOISE, assert_rows_equal
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from latent_tts.engine import graphs
+from latent_tts.engine.decoding import AnswerSampling
+from latent_tts.engine.graphs import CudaRecorder, FirstToken, GraphEngine, Latents, NextToken
+from latent_tts.engine.rollout import Engine
+from latent_tts.errors import RunError
+from latent_tts.pipeline import drawing
+from latent_tts.random import bits
+from latent_tts.random.draw import Draw
+from latent_tts.results.run_folder import read_rollouts
+from latent_tts.sampler import Sampler
+from latent_tts.sampler.control import Control
+from latent_tts.sampler.dropout import Dropout
+from latent_tts.sampler.gaussian import Gaussian
+from latent_tts.sampler.greedy import Greedy
+from latent_tts.sampler.native import Native
+from latent_tts.types import Reasoner
+
+DRAWN = AnswerSampling(1.5, 0.9)
+SAMPLERS = {
+    "greedy": Greedy(),
+    "gaussian": NOISE,
+    "relative": Gaussian(0.3, True),
+    "native": Native(0.5),
+    "dropout everywhere": MASKS,
+    "dropout in thoughts": Dropout(0.2, "ffn", ["thoughts"], "fresh"),
+    "locked dropout": Dropout(0.2, "residual", ["thoughts", "answer"], "locked"),
+    "drawn answers": DRAWN.over(NOISE),
+    "repeat": Control("repeat"),
+    "shuffle": Control("shuffle"),
+}
+PLANS = {
+    "plain": {"latents": 2},
+    "stops by a token": {"latents": 3, "stop_id": 11},
+    "forced beginning": {"latents": 1, "forced_ids": [5]},
+    "no latents": {"latents": 0},
+    "no end": {"latents": 1, "ends": False},
+}
+FEW = [
+    ("gpt2", "gaussian", "plain"),
+    ("llama", "drawn answers", "forced beginning"),
+    ("gpt2", "dropout in thoughts", "stops by a token"),
+    ("qwen3", "dropout everywhere", "no end"),
+    ("gpt2", "shuffle", "plain"),
+]
+N = 2
+LENGTHS = [[9, 3], [2, 7], [1, 1], [4, 8]]
+
+
+def _replaced(made: dict[int, object], value: object) -> object:
+    return made.get(id(value), value)
+
+
+class Recording(TorchDispatchMode):
+    """Records the operators of a pass and the tensors that they are given, as a CUDA graph records kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+        self.recorded = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Callable[[], object]:
+        self.recorded += 1
+        before, self.calls = [tensor.clone() for tensor in tensors], []
+        with self:
+            run()
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)  # a GPU runs nothing while it records
+        calls = self.calls
+
+        def replay() -> None:
+            made: dict[int, object] = {}
+            for func, args, kwargs, out in calls:
+                args, kwargs = tree_map(partial(_replaced, made), (args, kwargs))
+                result = func(*args, **kwargs)
+                made |= {id(old): new for old, new in zip(tree_leaves(out), tree_leaves(result), strict=True)}
+
+        return replay
+
+
+class Tracer(Recording):
+    """The same by `make_fx`, which is slower."""
+
+    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Callable[[], object]:
+        def traced(*tensors):
+            run()
+            return tensors
+
+        self.recorded += 1
+        before = [tensor.clone() for tensor in tensors]
+        module = make_fx(traced)(*tensors)
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
+        return lambda: module(*tensors)
+
+
+@pytest.fixture(autouse=True)
+def decisions_by_operators(monkeypatch):
+    """What draws masks on a CPU is no operator: a tracer does not see it."""
+
+    def decide(keys_R2, rollouts_R, places_P, stream, threshold, kept):
+        rows, places, tokens, _, per_token = kept.shape
+        counter = torch.arange(tokens * per_token // 4), places_P[None, :, None], rollouts_R[:, None, None], stream
+        words = bits.philox(counter, (keys_R2[:, :1, None], keys_R2[:, 1:, None]))
+        for half in range(2):
+            halves = [word >> shift & 0xFFFF for word in words[2 * half : 2 * half + 2] for shift in (0, 16)]
+            values = torch.stack(halves, -1).view(rows, places, tokens, per_token)
+            kept[:, :, :, half] = (values ^ 0x8000) >= threshold
+
+    monkeypatch.setattr(bits, "decide", decide)
+
+
+def both(
+    family: str = "gpt2",
+    *,
+    device: str = "cpu",
+    ends: bool = True,
+    answer: int = 3,
+    latents: int = 2,
+    recorder: Callable[[], Any] = Recording,
+    **settings,
+):
+    """An engine, one that records, and the recorders that it has made."""
+    made = tiny.reasoner(family, next_latent=lambda hidden: hidden.tanh())
+    reasoner = Reasoner(made.lm.to(device), made.next_latent, lambda hidden: hidden.square())
+    known = {name: settings.pop(name) for name in ("needed", "max_bytes") if name in settings}
+    plan = tiny.plan(latents, eos_id=tiny.EOS_IDS[family] if ends else None, answer=answer, **settings)
+    recorders: list[Any] = []
+
+    def new_recorder() -> Any:
+        recorders.append(recorder())
+        return recorders[-1]
+
+    settings = {"needed": True, "max_bytes": 1e9} | known
+    return Engine(reasoner, plan), GraphEngine(reasoner, plan, new_recorder=new_recorder, **settings), recorders
+
+
+def rolled(engine: Engine, sampler: Sampler, number: int, lengths: list[int], *, answers: bool = True):
+    """A batch that has keys, rollouts, prompts and donors of its own."""
+    prompts = tiny.prompts([length + number for length in lengths])
+    ids, numbers = (
+        [f"{number}-{place}" for place in range(len(lengths))],
+        torch.arange(number, number + N, device=engine.device),
+    )
+    draw = Draw.of(3, ids, numbers.repeat(len(lengths), 1), tiny.WIDTH, engine.blocks)
+    donor_RTD = None
+    if sampler.needs_donor:
+        donor_RTD = torch.full(
+            (len(lengths) * N, engine.plan.latents, tiny.WIDTH), 0.1 * number, dtype=torch.float64, device=engine.device
+        )
+    return engine.roll(prompts, draw, sampler, donor_RTD=donor_RTD, answers=answers)
+
+
+def assert_same(found, wanted):
+    torch.testing.assert_close(found.steps_R, wanted.steps_R)
+    for row in range(len(wanted.answer_ids)):
+        assert_rows_equal(found, row, wanted, row)
+
+
+def check(family: str, sampler: Sampler, plan: dict, recorder: type[Recording] = Recording) -> None:
+    eager, graphed, recorders = both(family, recorder=recorder, **plan)
+    for number, lengths in enumerate(LENGTHS):
+        assert_same(rolled(graphed, sampler, number, lengths), rolled(eager, sampler, number, lengths))
+    assert recorders[0].recorded >= 2
+
+
+@pytest.mark.parametrize(("family", "sampler", "plan"), FEW)
+def test_a_recorded_batch_gives_the_rollouts_of_others(family, sampler, plan):
+    check(family, SAMPLERS[sampler], PLANS[plan])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "sampler", "plan"), FEW)
+def test_so_does_a_traced_one(family, sampler, plan):
+    check(family, SAMPLERS[sampler], PLANS[plan], Tracer)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("family", "sampler", "plan"), FEW)
+def test_so_does_a_graph_of_kernels(family, sampler, plan):
+    eager, graphed, recorders = both(family, device="cuda:0", recorder=CudaRecorder, **PLANS[plan])
+    for number, lengths in enumerate(LENGTHS):
+        found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
+        torch.testing.assert_close(found.latents_RTD, wanted.latents_RTD, rtol=0, atol=1e-3)  # noise is float32
+        assert found.answer_ids == wanted.answer_ids
+    assert len(recorders) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sampler", "plan"), list(product(SAMPLERS, PLANS)))
+def test_so_does_every_sampler_with_every_plan(sampler, plan):
+    if PLANS[plan]["latents"] == 0 and SAMPLERS[sampler].only_latents:
+        pytest.skip("there are no latents to change")
+    check("llama_tied", SAMPLERS[sampler], PLANS[plan])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["demo_coconut", "demo_codi", "demo_colar", "demo_cot"])
+def test_so_does_every_adapter(ltts, monkeypatch, tmp_path, model):
+    line = ["run", f"model={model}", "task.limit=12", "n=4", "engine.rows=8", "max_answer_tokens=4", "budget=fixed"]
+    line += ["answer.temperature=1"] if model == "demo_cot" else ["sampler=gaussian"]
+    runs = []
+    for way in ("eager", "recorded"):
+        runs.append(ltts(*line, f"paths.cache={tmp_path / way}"))
+        assert runs[-1].code == 0, runs[-1].err
+        monkeypatch.setattr(
+            drawing, "open_engine", lambda reasoner, plan, _: GraphEngine(reasoner, plan, new_recorder=Recording)
+        )
+    there, here = (read_rollouts(run.last.parent) for run in runs)
+    assert "without CUDA graphs" not in runs[1].err
+    assert list(here["answer_text"]) == list(there["answer_text"])
+    torch.testing.assert_close(*(torch.tensor(table["answer_logprob"]) for table in (here, there)), rtol=0, atol=1e-4)
+
+
+def test_latents_are_made_without_answers():
+    eager, graphed, recorders = both()
+    for number, lengths in enumerate(LENGTHS):
+        found, wanted = (rolled(engine, NOISE, number, lengths, answers=False) for engine in (graphed, eager))
+        torch.testing.assert_close(found.latents_RTD, wanted.latents_RTD, rtol=0, atol=1e-9)
+        assert found.answer_ids == [[]] * 4
+    assert recorders[0].recorded == 1
+
+
+def test_the_window_grows_with_what_is_used(monkeypatch):
+    monkeypatch.setattr(graphs, "SHORTEST", 4)
+    eager, graphed, recorders = both(answer=5, ends=False)
+    for number, lengths in enumerate([[9, 13], [12, 9], [15, 7]]):
+        assert_same(rolled(graphed, NOISE, number, lengths), rolled(eager, NOISE, number, lengths))
+    assert recorders[0].recorded == 4  # latents, the first token, and the others in windows of 4 and 8
+
+
+def test_a_batch_is_recorded_when_another_one_of_its_sizes_comes():
+    eager, graphed, recorders = both(needed=False)
+    for number, (lengths, made) in enumerate([([9, 3], 0), ([40, 3], 0), ([2, 7], 1), ([33, 9], 2), ([5], 2)]):
+        assert_same(rolled(graphed, NOISE, number, lengths), rolled(eager, NOISE, number, lengths))
+        assert len(recorders) == made
+    rolled(graphed, Gaussian(0.1, False), 0, [9, 3])
+    assert len(recorders) == 2  # this sampler's first
+
+
+def test_the_oldest_batches_give_way(caplog):
+    eager, graphed, recorders = both()
+    sizes = [[9, 3], [5], [1, 2, 3]]
+    for number, lengths in enumerate(sizes[:2]):
+        rolled(graphed, NOISE, number, lengths)
+    small = sum(bucket.bytes for bucket in graphed._buckets.values())
+    graphed._max_bytes = small + 1
+    rolled(graphed, NOISE, 2, [6])
+    assert len(graphed._buckets) == 2
+    assert_same(rolled(graphed, NOISE, 2, sizes[2]), rolled(eager, NOISE, 2, sizes[2]))
+    assert len(graphed._buckets) == 1
+    graphed._max_bytes = 1
+    for number in range(3):
+        assert_same(rolled(graphed, NOISE, number, [9, 3]), rolled(eager, NOISE, number, [9, 3]))
+    assert not graphed._buckets
+    assert len(recorders) == 4  # what is too large is not tried again
+
+
+@dataclass(frozen=True)
+class ReadsOnTheHost(Sampler):
+    """What a recording keeps of it is wrong in other batches."""
+
+    name: ClassVar[str] = "reads"
+
+    def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
+        return h_RD + 0.1 * draw.rollouts_R.tolist()[0]
+
+
+def test_a_recording_that_gives_something_else_is_not_used(caplog):
+    eager, graphed, recorders = both(needed=False)
+    sampler = ReadsOnTheHost()
+    for number in range(5):
+        assert_same(rolled(graphed, sampler, number, [9, 3]), rolled(eager, sampler, number, [9, 3]))
+    assert len(recorders) == 1
+    (said,) = [record.message for record in caplog.records if "CUDA graphs" in record.message]
+    assert "100.0% of the rollouts differ when they are replayed" in said
+    graphed = both()[1]
+    rolled(graphed, sampler, 0, [9, 3])
+    with pytest.raises(RunError, match=r"engine\.graph=on: 100\.0% of the rollouts differ"):
+        rolled(graphed, sampler, 1, [9, 3])
+
+
+class Fails(Recording):
+    def record(self, run, tensors):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+def test_what_cannot_be_recorded_runs_as_usual(caplog):
+    eager, graphed, _ = both(needed=False)
+    graphed._new_recorder = Fails
+    for number in range(3):
+        assert_same(rolled(graphed, NOISE, number, [9, 3]), rolled(eager, NOISE, number, [9, 3]))
+    (said,) = [record.message for record in caplog.records if "CUDA graphs" in record.message]
+    assert said.endswith("slower (operation not permitted when stream is capturing)")
+
+
+def test_tensors_of_fixed_sizes_that_give_something_else_are_not_used(monkeypatch, caplog):
+    eager, graphed, _ = both(needed=False)
+    monkeypatch.setattr(graphs.FixedCache, "places", lambda self, tokens: torch.zeros(tokens, dtype=torch.long))
+    for number in range(3):
+        assert_same(rolled(graphed, NOISE, number, [9, 3]), rolled(eager, NOISE, number, [9, 3]))
+    assert "in tensors of fixed sizes" in caplog.text
+
+
+def test_finished_rows_are_noticed_one_pass_late(monkeypatch):
+    _, graphed, _ = both(latents=40, answer=40, stop_id=11)
+    ran: list[object] = []
+    monkeypatch.setattr(graphs._Bucket, "_record", lambda self, passes: None)
+    run = graphs.FixedRollouts.run
+    monkeypatch.setattr(graphs.FixedRollouts, "run", lambda self, passes: (ran.append(passes), run(self, passes)))
+    rollouts = rolled(graphed, NOISE, 0, [9, 3])
+    thinking, tokens = int(rollouts.steps_R.max()), max(map(len, rollouts.answer_ids))
+    assert thinking < 35
+    assert tokens < 35
+    # the pass that finds the end, and the one that is there before that is known
+    assert sum(isinstance(passes, Latents) for passes in ran) == thinking + 2
+    assert sum(isinstance(passes, FirstToken | NextToken) for passes in ran) == tokens + 2
