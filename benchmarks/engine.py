@@ -2,7 +2,7 @@
 
     python benchmarks/engine.py [--case 4x64 16x16] [--dtype fp32 bf16] [--sampler gaussian dropout dropout_prompt]
                                 [--device cpu] [--model gpt2] [--repeats 3] [--layers 12] [--width 768]
-                                [--quantize int8]
+                                [--quantize int8] [--graph off]
 
 A case is questions x rollouts. Models have random weights in the size of GPT-2 small, or of Llama-3.2-1B on CUDA. The
 lengths of prompts are quantiles of GSM8K's test questions at 1.3 tokens per word, from `gsm8k_test.jsonl` in the folder
@@ -15,6 +15,9 @@ also measures the limits of the machine: the model's own matrix products for the
 `ceiling_share` is the rate of operations in the latent phase divided by the rate of these products. On a CPU,
 `baseline.py` draws at most 256 rows at once (more do not fit in memory), and a larger case is timed on a part of its
 questions. It masks the prompt in both dropout settings, like the official code.
+
+On CUDA, batches are replayed as CUDA graphs; `--graph off` does without. A batch is drawn three times before it is
+timed (recorded, compared, replayed); phases are timed without graphs.
 
 On a busy machine, use LTTS_BENCH_CLOCK=cpu and OMP_NUM_THREADS=1 to count processor seconds.
 
@@ -45,10 +48,11 @@ import baseline
 from baseline import clock, seconds_of
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.device import peak_bytes
+from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packed import PackedLinear, can_be_packed
 from latent_tts.engine.packing import RolloutJob, batches, default_rows, max_prompts
 from latent_tts.engine.quantization import quantize
-from latent_tts.engine.rollout import Engine, RolloutPlan
+from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts
 from latent_tts.engine.sites import find_blocks
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
@@ -229,6 +233,19 @@ def memory(device: str) -> tuple[int, int]:
     return pages * resource.getpagesize(), peak_bytes(torch.device(device))
 
 
+def new_engine(lm: PreTrainedModel, plan: RolloutPlan, graph: str) -> Engine:
+    """An engine with or without CUDA graphs (`on`, `off`)."""
+    reasoner = Reasoner(lm, lambda hidden: hidden)
+    return GraphEngine(reasoner, plan, needed=True) if graph == "on" else Engine(reasoner, plan)
+
+
+def roll_batch(engine: Engine, batch: list[RolloutJob], sampler: Sampler) -> Rollouts:
+    """Draw the rollouts of a batch."""
+    numbers = torch.tensor([job.rollouts for job in batch], device=engine.device)
+    draw = Draw.of(0, [job.question_id for job in batch], numbers, engine.width, engine.blocks)
+    return engine.roll([job.prompt for job in batch], draw, sampler)
+
+
 def timed(arguments: argparse.Namespace, lm: PreTrainedModel, full: Callable, brief: Callable) -> dict[str, float]:
     """Median seconds of a call after a brief one, and its memory."""
     device = arguments.device
@@ -252,22 +269,27 @@ def measure_engine(arguments: argparse.Namespace) -> dict[str, float]:
     rows = default_rows(width, device, "prompt" in sampler.random_phases)
     parts = list(batches(jobs, rows, max_prompts(width, device)))
 
-    def roll(plan: RolloutPlan, part: list[RolloutJob], sampler: Sampler) -> None:
-        engine = Engine(Reasoner(lm, lambda hidden: hidden), plan)
-        numbers = torch.tensor([job.rollouts for job in part], device=device)
-        draw = Draw.of(0, [job.question_id for job in part], numbers, width, engine.blocks)
-        engine.roll([job.prompt for job in part], draw, sampler)
-
     plan, brief = (
         RolloutPlan(latents, [vocabulary - 1], None, answer) for latents, answer in ((LATENTS, ANSWER), (1, 1))
     )
-    result = timed(
-        arguments, lm, lambda: [roll(plan, part, sampler) for part in parts], lambda: roll(brief, parts[0], sampler)
-    )
+    engine = new_engine(lm, plan, arguments.graph)
+
+    def full() -> None:
+        for part in parts:
+            roll_batch(engine, part, sampler)
+
+    def warm_up() -> None:
+        if arguments.graph == "on":
+            for _ in range(3):
+                full()
+        else:
+            roll_batch(new_engine(lm, brief, "off"), parts[0], sampler)
+
+    result = timed(arguments, lm, full, warm_up)
 
     watch = Stopwatch(sampler, lm, LATENTS, device)
     for part in parts:
-        watch.run(partial(roll, plan, part))
+        watch.run(partial(roll_batch, new_engine(lm, plan, "off"), part))
     spent = watch.close()
     total = sum(spent.values())
     flops = latent_flops(lm, jobs, sampler)
@@ -313,6 +335,7 @@ def measure_in_process(
 ) -> dict[str, float]:
     """Run one measurement in its own process."""
     sizes = [f"--{name}={getattr(arguments, name)}" for name in ("model", "device", "repeats", "layers", "width")]
+    sizes += [f"--graph={arguments.graph}"]
     sizes += [] if arguments.quantize is None else [f"--quantize={arguments.quantize}"]
     chosen = [f"--measure={what}", f"--case={case}", f"--sampler={sampler}", f"--dtype={dtype}"]
     done = subprocess.run([sys.executable, __file__, *sizes, *chosen], check=True, stdout=subprocess.PIPE, text=True)
@@ -333,10 +356,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--quantize", choices=["int8", "float8"], help="quantize the engine's blocks; the naive way stays in --dtype"
     )
+    parser.add_argument("--graph", choices=["on", "off"], help="CUDA graphs; on with --device cuda, off otherwise")
     parser.add_argument("--measure", choices=["engine", "baseline"], help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.model == "llama-1b" and arguments.device == "cpu":
         parser.error("--model llama-1b: needs --device cuda")
+    arguments.graph = arguments.graph or ("on" if arguments.device == "cuda" else "off")
+    if arguments.graph == "on" and arguments.device == "cpu":
+        parser.error("--graph on: needs --device cuda")
     if arguments.measure:
         print(json.dumps(measure(arguments)))
         return
@@ -369,6 +396,7 @@ def row(
         "dtype": dtype,
         "quantize": arguments.quantize,
         "device": arguments.device,
+        "graph": arguments.graph,
         "threads": torch.get_num_threads(),
         "clock": "cpu" if os.environ.get("LTTS_BENCH_CLOCK") == "cpu" else "wall",
         "rollouts_per_second": round(ours["rollouts_per_second"], 3),

@@ -3,9 +3,13 @@
 import argparse
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -99,3 +103,22 @@ def test_the_benchmark_of_picks_sets_counting_beside_all_pairs(monkeypatch, caps
     assert [result["aggregator"] for result in results] == ["majority", "likelihood", "best_of_n", "weighted"]
     for result in results:
         assert result["ratio"] == pytest.approx(result["quadratic_seconds"] / result["seconds"])
+
+
+def test_the_table_of_a_gpu_ends_on_a_cpu(engine_benchmark, capsys):
+    table = importlib.import_module("gpu_table")
+    table.main(["--device=cpu", "--layers=1", "--width=32", "--repeats=1", "--case", "1x1", "--profile=1x1"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(case["case"], case["graph"]) for case in results["cases"]] == [("1x1", "off")]
+    assert results["kernels"]["off"][0]["ms"] > 0
+
+
+def test_the_check_of_a_gpu_says_that_there_is_none():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(["bash", BENCHMARKS / "gpu_check.sh"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (
+        2,
+        "there is no CUDA device here; --device cpu shows that this script works\n",
+    )

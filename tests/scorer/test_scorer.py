@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from marks import slow
 from refusal import check, check_refused
 from safetensors.numpy import load_file
 
@@ -38,6 +39,14 @@ WIDE = Path(__file__).parents[1] / "parity" / "latent_rm"
 def scored(run, latent_rm):
     """`ltts run` with a LatentRM."""
     return lambda *arguments: run("scorer=latent_rm", f"scorer.checkpoint={latent_rm}", *arguments)
+
+
+@pytest.fixture
+def refuse_scored(refuse, latent_rm):
+    """A run with a LatentRM, which is to be refused."""
+    return lambda *overrides, words: refuse(
+        "scorer=latent_rm", f"scorer.checkpoint={latent_rm}", *overrides, words=words
+    )
 
 
 def tables(result) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
@@ -201,10 +210,12 @@ def test_winners_are_the_picks_of_the_same_rollouts_and_nothing_else_is_decoded(
     pd.testing.assert_frame_equal(rollouts, again)
 
 
-def test_only_winners_of_a_scorer_can_be_decoded(refuse, scored):
+def test_only_winners_of_a_scorer_can_be_decoded(refuse, refuse_scored):
     refuse("answer.decode=winners", words=["answer.decode=winners", "needs a scorer"])
-    check(scored("answer.decode=winners", "scorer.positions=official"), "scorer.positions=official", "every answer")
-    check(scored("answer.decode=winners", "aggregator=[majority,best_of_n]"), "aggregator=majority,best_of_n")
+    refuse_scored(
+        "answer.decode=winners", "scorer.positions=official", words=["scorer.positions=official", "every answer"]
+    )
+    refuse_scored("answer.decode=winners", "aggregator=[majority,best_of_n]", words=["aggregator=majority,best_of_n"])
     refuse("answer.decode=some", words=["answer.decode=some", "all or winners"])
 
 
@@ -226,7 +237,7 @@ def latents_of(result):
     return load_file(result.last.parent / "latents.safetensors")["latents_RTD"]
 
 
-@pytest.mark.parametrize("sampler", ["gaussian", "dropout"])
+@pytest.mark.parametrize("sampler", [slow("gaussian"), "dropout"])
 def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, latent_rm, sampler):
     line = [f"sampler={sampler}", "scorer=latent_rm", f"scorer.checkpoint={latent_rm}"]
     whole = run(*line, "keep_latents=true", "paths.cache=other", "engine.rows=5")
@@ -336,14 +347,14 @@ def test_a_bad_override(refuse, overrides, words):
     refuse(*overrides, words=words)
 
 
-def test_a_scorer_without_latents_to_score(scored):
-    check(scored("model.latents=0"), "model.latents=0")
+def test_a_scorer_without_latents_to_score(refuse_scored):
+    refuse_scored("model.latents=0", words=["model.latents=0"])
 
 
-def test_a_truncated_scorer_checkpoint(scored, latent_rm):
+def test_a_truncated_scorer_checkpoint(refuse_scored, latent_rm):
     weights = latent_rm / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    check(scored(), "scorer.checkpoint", "truncated")
+    refuse_scored(words=["scorer.checkpoint", "truncated"])
 
 
 @pytest.fixture
@@ -374,10 +385,10 @@ def test_official_positions_need_a_tokenizer_and_correct_ones_do_not(latent_rm, 
     refused(latent_rm, reasoner, "lacks tokenizer.json", positions="official")
 
 
-def test_too_few_positions(scored, latent_rm):
+def test_too_few_positions(refuse_scored, latent_rm):
     config_json = json.loads((latent_rm / "config.json").read_text())
     (latent_rm / "config.json").write_text(json.dumps(config_json | {"n_positions": 20}))
-    check(scored(), "has 20 positions")
+    refuse_scored(words=["has 20 positions"])
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,8 @@ def _is_block(node: yaml.Node) -> bool:
     return isinstance(node, yaml.MappingNode) and not node.flow_style
 
 
-def _argument_kinds(target: str) -> dict[str, str]:
+@cache
+def _argument_kinds(target: str) -> Mapping[str, str]:
     """The types of what an option's object takes, in words, by key; nothing for what cannot be found.
 
     The source is parsed and not imported: some options import torch.

@@ -471,7 +471,7 @@ class GraphEngine(Engine):
         """What a batch shares with the others of its bucket; None where it is not to be recorded."""
         tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
         longest = max(map(len, prompts)) - Layout.of(self.plan, sampler, len(prompts), len(prompts)).own_last
-        if not self._usable or longest < 1 or (answers and tokens < 1):
+        if not self._usable or self.keeps_timeline or longest < 1 or (answers and tokens < 1):
             return None
         self._samplers[id(sampler)] = sampler
         return len(prompts), draw.rollouts_R.shape[0], _power_of_two(longest), id(sampler), answers

@@ -19,7 +19,7 @@ from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.rollout import Engine, RolloutPlan
-from latent_tts.errors import bad_value, require
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.spec import COMPUTATION, EngineSettings
 from latent_tts.results.files import whole_file
@@ -43,8 +43,8 @@ def load_reasoner(
         longest: tokens of the longest sequence that it will run; None for the longest that it takes.
 
     Raises:
-        UsageError: it cannot be loaded.
-        RunError: the engine computes it in no way as it computes itself.
+        UsageError: it cannot be loaded, or the engine computes it in no way as it computes itself.
+        RunError: its own values are not finite.
     """
     key = (type(adapter).__name__, adapter.digest, device, engine.dtype, engine.quantize)
 
@@ -55,7 +55,8 @@ def load_reasoner(
         return reasoner
 
     longest = adapter.positions if longest is None else longest
-    return _keep_proven("model", adapter.name, key, load, prove_reasoner, longest)
+    where = ("model.checkpoint", adapter.checkpoint)
+    return _keep_proven("model", adapter.name, where, key, load, prove_reasoner, longest)
 
 
 def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int, base: Reasoner | None = None) -> RewardModel:
@@ -70,12 +71,13 @@ def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int, base: 
     """
     key = (type(scorer).__name__, scorer.digest, device, dtype, None if base is None else str(id(base.lm)))
     load = partial(scorer.load, device=device, dtype=dtype, base=base)
-    return _keep_proven("scorer", scorer.name, key, load, prove_reward_model, longest)
+    return _keep_proven("scorer", scorer.name, ("scorer", scorer.name), key, load, prove_reward_model, longest)
 
 
 def _keep_proven(
     kind: str,
     name: str,
+    where: tuple[str, str],
     key: tuple[str | None, ...],
     load: Callable[[], Any],
     prove: Callable[[Any, int], Computation],
@@ -85,7 +87,10 @@ def _keep_proven(
     proof = (*key, str(longest))
 
     def computation() -> Computation:
-        found = prove(model, longest)
+        try:
+            found = prove(model, longest)
+        except UsageError as error:
+            raise bad_value(*where, str(error)) from error
         if found.reason:
             log.warning("%s: computed with %s: %s", name, described(found), found.reason)
         return found

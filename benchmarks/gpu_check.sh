@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Tests and measures the engine on a machine with a GPU, in less than five minutes.
+#
+#     benchmarks/gpu_check.sh [--wheels FOLDER] [--device cuda|cpu] [--report FILE]
+#
+# The machine needs Python >= 3.11 with torch >= 2.11 and Triton >= 3.6. Packages that are missing are taken from FOLDER
+# (pip download -r <(benchmarks/gpu_check.sh --requirements) -d FOLDER) and kept apart from those of the machine. It
+# prints the tests, milliseconds of each case with CUDA graphs off and on, the kernels that take them, and a whole
+# `ltts run`. --device cpu runs the same on a model of two small layers, to see that the script works.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+wheels="" device=cuda report=""
+python=${PYTHON:-python3}
+requirements() {
+    "$python" - <<'PYTHON'
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from re import match
+
+project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+for line in [*project["dependencies"], "pytest", "pytest-xdist", "hypothesis", "psutil"]:
+    name = match(r"[A-Za-z0-9_.-]+", line)[0]
+    try:
+        version(name)
+    except PackageNotFoundError:
+        if name != "torch":
+            print(line)
+PYTHON
+}
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --wheels) wheels=$2; shift 2 ;;
+        --device) device=$2; shift 2 ;;
+        --report) report=$2; shift 2 ;;
+        --requirements) requirements; exit ;;
+        *) echo "$1: unknown; --wheels FOLDER, --device cuda|cpu, --report FILE"; exit 2 ;;
+    esac
+done
+if [ "$device" = cuda ] && ! "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then
+    echo "there is no CUDA device here; --device cpu shows that this script works"
+    exit 2
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+[ -z "$report" ] || exec > >(tee "$report") 2>&1
+missing=$(requirements)
+if [ -n "$missing" ]; then
+    if [ -z "$wheels" ]; then echo "missing: $missing; give --wheels FOLDER"; exit 2; fi
+    # not --no-deps: what these need is in the folder too; torch is the machine's
+    "$python" -c 'import torch; print(f"torch=={torch.__version__}")' > "$work/constraints"
+    echo "$missing" > "$work/requirements"
+    "$python" -m pip install -q --no-index --find-links "$wheels" --target "$work/packages" -c "$work/constraints" \
+        -r "$work/requirements" || exit 1
+    rm -rf "$work"/packages/torch "$work"/packages/torch-* "$work"/packages/nvidia* "$work"/packages/triton*
+fi
+export PYTHONPATH=$PWD/src:$work/packages LTTS_CACHE=$work/cache HF_HUB_OFFLINE=1
+small=() table=(--device "$device") line=(-m sampler=gaussian,dropout n=64 task.limit=1000)
+if [ "$device" = cpu ]; then
+    small=(--layers 2 --width 64 --repeats 1)
+    table+=(--case 1x64 1x1 --profile 1x64)
+    line=(sampler=gaussian n=4 task.limit=8)
+fi
+started=$SECONDS
+echo "== tests"
+if [ "$device" = cuda ]; then
+    timeout 110 "$python" -m pytest -q -p no:cacheprovider -n 8 -m gpu tests 2>&1 | tail -25
+else
+    timeout 110 "$python" -m pytest -q -p no:cacheprovider -n 0 tests/engine/test_graphs.py 2>&1 | tail -25
+fi
+echo "== milliseconds of a batch, $((SECONDS - started)) s after the start"
+timeout 110 "$python" benchmarks/gpu_table.py "${table[@]}" "${small[@]}"
+echo "== a whole command, $((SECONDS - started)) s after the start"
+timeout 70 "$python" benchmarks/command.py -- "${line[@]}" "engine.device=$device"
+echo "== done, $((SECONDS - started)) s after the start"
