@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 from refusal import check
 
-from latent_tts.engine import labelling
-from latent_tts.pipeline import models
+from latent_tts.pipeline import labeller, models
 from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.types import COMPUTATIONS
 
@@ -62,7 +61,7 @@ def test_the_same_line_goes_on_and_ends_with_the_same_labels(annotate, ltts, che
 
 
 def test_what_was_labelled_before_a_stop_is_kept(annotate, tmp_path, monkeypatch):
-    label_batch, started = labelling.label_batch, []
+    label_batch, started = labeller.label_batch, []
 
     def stop_in_the_second_batch(*arguments):
         started.append(True)
@@ -70,7 +69,7 @@ def test_what_was_labelled_before_a_stop_is_kept(annotate, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return label_batch(*arguments)
 
-    monkeypatch.setattr(labelling, "label_batch", stop_in_the_second_batch)
+    monkeypatch.setattr(labeller, "label_batch", stop_in_the_second_batch)
     assert annotate("keep=all", "engine.rows=4").code == 130
     assert len(AnnotationFolder(tmp_path / "labels").present()) == 1
 

@@ -16,10 +16,9 @@ from marks import slow
 from refusal import check, check_refused
 from safetensors.numpy import load_file
 
-from latent_tts.engine.diversity import DirectionSums
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
-from latent_tts.pipeline import drawing
+from latent_tts.pipeline import drawer
 from latent_tts.pipeline.drawing import score_kept
 from latent_tts.pipeline.scores import CachedScores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import EngineSettings
@@ -257,11 +256,11 @@ def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, latent
 
 
 def test_each_n_of_a_sweep_gives_the_diversity_that_it_gives_alone(run, monkeypatch):
-    monkeypatch.setattr(drawing, "_directions", DirectionSums())
+    monkeypatch.setattr(drawer.directions, "_sums", {})
     alone = [run(f"n={n}", f"paths.cache=alone{n}", "sampler=gaussian", "scorer=none") for n in (2, 3, 6)]
     for number, n in enumerate((2, 3, 6)):
         if n == 6:  # as another process would
-            monkeypatch.setattr(drawing, "_directions", DirectionSums())
+            monkeypatch.setattr(drawer.directions, "_sums", {})
         grown = run(f"n={n}", "sampler=gaussian", "scorer=none", "engine.rows=7")
         assert ("18 rollouts are thought again for their distance" in grown.err) == (n == 6)
         found, expected = (value(tables(each)[1], "diversity", n=n) for each in (grown, alone[number]))

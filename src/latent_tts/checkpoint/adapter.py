@@ -34,8 +34,9 @@ class CheckpointAdapter:
         name: what tables call the model.
         checkpoint: folder, `shipped:NAME`, `gguf:FILE` or hub id.
         latents: T, the number of latent thoughts.
-        recommended: `sigma` and `rate` that suit it, and `answer_tokens` where answers are long; the samplers'
-            configs and `max_answer_tokens` take them as defaults.
+        recommended: `sigma` and `rate` that suit it, `answer_tokens` where answers are long, and `answer_lead`, the
+            text that its answers begin with; the samplers' configs, `max_answer_tokens` and `schedule.exit_prefix`
+            take them as defaults.
         revision: commit or tag of a hub id.
         trained_latents: T of training, by `checkpoint`; a `config.json` with `latent_tts.latents` says its own.
         latent_rm: checkpoint of the LatentRM that was trained for it, the default of `scorer`; None if there is none.
@@ -45,7 +46,7 @@ class CheckpointAdapter:
     name: str
     checkpoint: str
     latents: int
-    recommended: Mapping[str, float]
+    recommended: Mapping[str, Any]
     revision: str | None = None
     trained_latents: Mapping[str, int] | None = None
     latent_rm: str | None = None

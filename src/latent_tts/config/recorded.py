@@ -72,6 +72,7 @@ def recorded_run(record: Mapping[str, Any], groups: Iterable[str], *given: DictC
     merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0, "forced_prefix": ""}, merged.answer)
     merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
     merged.engine = OmegaConf.merge({"quantize": None}, merged.engine, {"graph": "auto"})  # graphs change no result
+    merged.executor = {"_target_": "latent_tts.executor.local.Local"}  # what is read from it is not computed by others
     return merged
 
 

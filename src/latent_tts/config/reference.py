@@ -32,6 +32,7 @@ GROUPS = {
     "aggregator": "how one answer is picked from many rollouts; a list",
     "recipe": "how a family is trained",
     "engine": "how rollouts are computed",
+    "executor": "where rollouts are computed",
     "experiment": "settings that belong together",
     "local": "your own defaults, in conf/local/default.yaml",
 }

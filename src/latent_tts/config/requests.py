@@ -15,7 +15,7 @@ from latent_tts.config.build import build, changed_keys, compose, is_default, is
 from latent_tts.config.recorded import TARGET, literal, recorded
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import bad_value, require
-from latent_tts.pipeline.annotation import AnnotationSpec
+from latent_tts.pipeline.annotation_spec import AnnotationSpec
 from latent_tts.pipeline.spec import EngineSettings, RunRequest
 from latent_tts.results.annotations import SETTINGS, AnnotationFolder
 from latent_tts.results.cache import MODES
@@ -46,6 +46,7 @@ def run_request(cfg: DictConfig) -> RunRequest:
         adapter=build("model", cfg.model),
         schedule=build("schedule", cfg.schedule),
         search=build("search", cfg.search),
+        executor=build("executor", cfg.executor),
         decode=cfg.answer.decode,
         forced_prefix=cfg.answer.forced_prefix,
         n=cfg.n,
@@ -71,6 +72,7 @@ def annotation_spec(cfg: DictConfig) -> AnnotationSpec:
         task=build("task", cfg.task),
         adapter=build("model", cfg.model),
         schedule=build("schedule", cfg.schedule),
+        executor=build("executor", cfg.executor),
         n=cfg.n,
         completions=cfg.completions,
         keep=cfg.keep,
@@ -179,8 +181,8 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
         "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task.texts",
         "task._target_", "question", "json", "cache", "sampler._target_", "budget", "scorer._target_",
         "scorer.checkpoint", "scorer.latents", "paths",
-        "engine.dtype", "engine.rows", "engine.device", "engine.graph", "keep_latents", "run", "search._target_",
-        "against", "maps", "top", "threshold", "directions",
+        "engine.dtype", "engine.rows", "engine.device", "engine.graph", "executor", "keep_latents", "run",
+        "search._target_", "against", "maps", "top", "threshold", "directions",
         "schedule._target_", "schedule.verify", "schedule.probe",
     }  # fmt: skip
     return changed_keys(cfg, own_columns | aggregators)

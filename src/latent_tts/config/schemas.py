@@ -62,6 +62,7 @@ class RunConfig:
     budget: Any = MISSING
     scorer: Any = MISSING
     aggregator: Any = MISSING
+    executor: Any = MISSING
 
 
 @dataclass
@@ -116,6 +117,7 @@ class AnnotateConfig:
     task: Any = MISSING
     sampler: Any = MISSING
     schedule: Any = MISSING
+    executor: Any = MISSING
 
 
 @dataclass
