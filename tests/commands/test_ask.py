@@ -11,6 +11,7 @@ import pytest
 from refusal import check
 from terminal import on_terminal
 
+from latent_tts import cli
 from latent_tts.config.reference import read_command
 from latent_tts.results.run_folder import last_run
 
@@ -153,9 +154,10 @@ def test_plot_does_not_take_a_question_for_the_last_run(run, ask):
 
 
 def test_votes_arrive_while_rollouts_are_drawn(place, checkpoint):
-    code = "import sys; from latent_tts import cli; sys.exit(cli.main(sys.argv[1:]))"
-    arguments = ["ask", QUESTION, f"model.checkpoint={checkpoint}", "n=4", "engine.rows=2", "max_answer_tokens=4"]
-    shown = on_terminal(code, *arguments, columns=100)
+    line = ["ask", QUESTION, f"model.checkpoint={checkpoint}", "n=4", "engine.rows=2", "max_answer_tokens=4"]
+    codes = []
+    shown = on_terminal(lambda _: codes.append(cli.main(line)), columns=100)
+    assert codes == [0], shown
     first, second = shown.index("2 rollouts: "), shown.index("4 rollouts: ")
     assert first < second < shown.index("picked by")
     assert "INFO" not in shown

@@ -185,9 +185,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_a_budget_cannot_look_at_is_named(run, case):
+def test_what_a_budget_cannot_look_at_is_named(refuse, case):
     overrides, words = REFUSED[case]
-    check(run(*overrides), *words)
+    refuse(*overrides, words=words)
 
 
 def test_a_weighted_lead_without_a_range_is_refused_and_a_score_beyond_it_an_error(ltts, family):

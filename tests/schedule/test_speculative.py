@@ -77,6 +77,7 @@ def test_whatever_is_guessed_the_latents_are_the_sequential_ones(
     assert (here.conflicts_R <= here.sweeps_R * (chunk or latents)).all()
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("guess", ["token", "greedy"])
 @pytest.mark.parametrize("family", sorted(STOP_IDS))
 def test_commits_end_at_the_stop_token(family, guess):

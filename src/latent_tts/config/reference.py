@@ -32,6 +32,7 @@ GROUPS = {
     "aggregator": "how one answer is picked from many rollouts; a list",
     "recipe": "how a family is trained",
     "engine": "how rollouts are computed",
+    "executor": "where rollouts are computed",
     "experiment": "settings that belong together",
     "local": "your own defaults, in conf/local/default.yaml",
 }
@@ -250,7 +251,8 @@ def _is_block(node: yaml.Node) -> bool:
     return isinstance(node, yaml.MappingNode) and not node.flow_style
 
 
-def _argument_kinds(target: str) -> dict[str, str]:
+@cache
+def _argument_kinds(target: str) -> Mapping[str, str]:
     """The types of what an option's object takes, in words, by key; nothing for what cannot be found.
 
     The source is parsed and not imported: some options import torch.
