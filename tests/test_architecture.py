@@ -19,7 +19,7 @@ SRC = ROOT / "src" / "latent_tts"
 # The order of rooms, lowest first: a file imports from its own room and from rooms of earlier lines.
 ORDER = [
     {"errors", "types"},
-    {"text", "random", "schedule", "aggregator"},
+    {"text", "random", "schedule", "aggregator", "executor"},
     {"budget", "checkpoint", "sampler", "task"},
     {"model"},
     {"scorer", "results"},
@@ -32,7 +32,7 @@ ORDER = [
 ]
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 LOOSE_MODULES = {"__init__", "__main__", "cli", "errors", "types"}
-GROUPS = {"aggregator", "budget", "model", "recipe", "sampler", "schedule", "scorer", "search", "task"}
+GROUPS = {"aggregator", "budget", "executor", "model", "recipe", "sampler", "schedule", "scorer", "search", "task"}
 KNOW_HYDRA = {"cli", "config", "commands"}
 MAX_STATEMENTS_PER_COMMAND = 100
 

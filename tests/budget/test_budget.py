@@ -1,4 +1,5 @@
 import pytest
+from marks import slow
 
 from latent_tts.budget.fixed import Fixed
 from latent_tts.budget.ladder import Ladder
@@ -33,8 +34,8 @@ def test_budgets_ascend_from_at_least_one_to_n(budget):
         (["n=6"], [1, 2, 4, 6]),
         (["n=6", "budget=fixed"], [6]),
         (["n=2,6", "-m"], [2, 6]),
-        (["n=2,6", "budget=ladder", "-m"], [1, 2, 4, 6]),
-        (["n=6", "seed=0,1", "-m"], [1, 2, 4, 6]),
+        slow(["n=2,6", "budget=ladder", "-m"], [1, 2, 4, 6]),
+        slow(["n=6", "seed=0,1", "-m"], [1, 2, 4, 6]),
     ],
     ids=lambda value: " ".join(map(str, value)),
 )

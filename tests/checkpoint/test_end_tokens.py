@@ -62,8 +62,8 @@ def test_files_that_differ_are_named_once(folder, caplog):
 
 
 @pytest.mark.parametrize("eos", ["nonsense", 10**6, 1.5, "[]"])
-def test_a_token_that_is_not_there_is_refused(run, eos):
-    check(run(f"model.eos={eos}"), "model.eos=" if eos != "[]" else "model.eos")
+def test_a_token_that_is_not_there_is_refused(refuse, eos):
+    refuse(f"model.eos={eos}", words=["model.eos=" if eos != "[]" else "model.eos"])
 
 
 def test_a_tokenizer_beyond_the_embedding_is_refused_before_loading(folder, ltts):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from refusal import check
+from refusal import check_refused
 from safetensors.torch import load_file
 
 from latent_tts.checkpoint import files, loading
@@ -42,8 +42,8 @@ def change(folder: Path, **settings) -> Path:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_refused_by_name_before_anything_is_loaded(run, folder, settings, words):
-    check(run(f"model.checkpoint={change(folder, **settings)}"), str(folder), *words)
+def test_refused_by_name_before_anything_is_loaded(refuse, folder, settings, words):
+    refuse(f"model.checkpoint={change(folder, **settings)}", words=[str(folder), *words])
 
 
 @pytest.mark.parametrize("size", ["hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"])
@@ -70,17 +70,17 @@ def test_what_is_harmless_is_left_out(run, checkpoint, folder, settings):
     assert torch.equal(*(lm(ids).logits for lm in loaded))
 
 
-def test_code_of_a_checkpoint_is_never_run(run, folder, tmp_path):
+def test_code_of_a_checkpoint_is_never_run(refuse, folder, tmp_path):
     (folder / "modeling_own.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w').close()\n")
     names = {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"}
     change(folder, model_type="own", auto_map=names)
-    check(run(f"model.checkpoint={folder}"), "auto_map", "never run", "model_type=own")
+    refuse(f"model.checkpoint={folder}", words=["auto_map", "never run", "model_type=own"])
     assert not (tmp_path / "pwned").exists()
 
 
-def test_an_adapter_beside_the_weights_is_not_loaded_instead(run, folder):
+def test_an_adapter_beside_the_weights_is_not_loaded_instead(refuse, folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/other"}')
-    check(run(f"model.checkpoint={folder}"), "adapter_config.json", "ltts convert")
+    refuse(f"model.checkpoint={folder}", words=["adapter_config.json", "ltts convert"])
 
 
 @pytest.fixture
@@ -97,10 +97,10 @@ def sharded(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("index", [True, False])
-def test_sharded_pickles_are_converted_together(ltts, run, checkpoint, sharded, index):
+def test_sharded_pickles_are_converted_together(ltts, refuse, checkpoint, sharded, index):
     if not index:
         (sharded / "pytorch_model.bin.index.json").unlink()
-    check(run(f"model.checkpoint={sharded}"), f"`ltts convert {sharded} NEW_FOLDER`")
+    refuse(f"model.checkpoint={sharded}", words=[f"`ltts convert {sharded} NEW_FOLDER`"])
     result = ltts("convert", sharded, "new")
     assert result.code == 0, result.err
     new, old = load_file(result.last / "model.safetensors"), load_file(checkpoint / "model.safetensors")
@@ -108,14 +108,15 @@ def test_sharded_pickles_are_converted_together(ltts, run, checkpoint, sharded, 
     assert all(torch.equal(new[name], old[name]) for name in old)
 
 
-def test_some_of_the_shards_are_refused(ltts, sharded):
+def test_some_of_the_shards_are_refused(place, sharded):
     first, second = sorted(sharded.glob("*.bin"))
-    check(ltts("convert", first, "new"), "one of 2 shards", f"src={sharded}")
+    line = "convert", f"src={sharded}", "dst=new"
+    check_refused("convert", f"src={first}", "dst=new", words=["one of 2 shards", f"src={sharded}"])
     torch.save({"other": torch.zeros(1)}, second)
-    check(ltts("convert", sharded, "new"), "lacks the tensor", "index.json")
+    check_refused(*line, words=["lacks the tensor", "index.json"])
     second.unlink()
-    check(ltts("convert", sharded, "new"), f"lacks {second.name}")
+    check_refused(*line, words=[f"lacks {second.name}"])
     (sharded / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "../a.bin"}}')
-    check(ltts("convert", sharded, "new"), "'../a.bin', which is no file of the folder")
+    check_refused(*line, words=["'../a.bin', which is no file of the folder"])
     (sharded / "pytorch_model.bin.index.json").unlink()
-    check(ltts("convert", sharded, "new"), "1 of 2 shards")
+    check_refused(*line, words=["1 of 2 shards"])

@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from refusal import check
+from refusal import check, check_refused
 
-from latent_tts.engine import labelling
-from latent_tts.pipeline import models
+from latent_tts.pipeline import labeller, models
 from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.types import COMPUTATIONS
 
@@ -62,7 +61,7 @@ def test_the_same_line_goes_on_and_ends_with_the_same_labels(annotate, ltts, che
 
 
 def test_what_was_labelled_before_a_stop_is_kept(annotate, tmp_path, monkeypatch):
-    label_batch, started = labelling.label_batch, []
+    label_batch, started = labeller.label_batch, []
 
     def stop_in_the_second_batch(*arguments):
         started.append(True)
@@ -70,7 +69,7 @@ def test_what_was_labelled_before_a_stop_is_kept(annotate, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return label_batch(*arguments)
 
-    monkeypatch.setattr(labelling, "label_batch", stop_in_the_second_batch)
+    monkeypatch.setattr(labeller, "label_batch", stop_in_the_second_batch)
     assert annotate("keep=all", "engine.rows=4").code == 130
     assert len(AnnotationFolder(tmp_path / "labels").present()) == 1
 
@@ -100,10 +99,11 @@ BAD = [
 
 @pytest.mark.every_other
 @pytest.mark.parametrize(("overrides", "words"), BAD, ids=lambda value: " ".join(value))
-def test_annotate_refuses(annotate, overrides, words):
-    result = annotate(*overrides, sampler=() if overrides[0].startswith("sampler") else NOISE)
-    assert result.code == 2, result.err
-    assert all(word in result.err for word in words), result.err
+def test_annotate_refuses(place, checkpoint, overrides, words):
+    sampler = () if overrides[0].startswith("sampler") else NOISE
+    check_refused(
+        "annotate", f"model.checkpoint={checkpoint}", *SMALL, *sampler, "output=labels", *overrides, words=words
+    )
 
 
 def test_other_settings_need_another_folder(annotate):
@@ -137,8 +137,8 @@ def test_a_labelled_question_whose_gold_answer_has_changed_is_named(annotate, tm
 
 
 def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):
-    few = ["annotate.annotations.limit=24", "annotate.valid_annotations.limit=12", "annotate.valid_annotations.n=4"]
-    few += [f"annotate.{key}.completions=1" for key in ("annotations", "valid_annotations")]
+    few = ["annotate.annotations.limit=16", "annotate.valid_annotations.limit=12"]
+    few += [f"annotate.{key}.{one}" for key in ("annotations", "valid_annotations") for one in ("n=4", "completions=1")]
     line = ["train-rm", f"output={tmp_path / 'rm'}", "optimization.epochs=1", "optimization.batch=4", *few]
     result = ltts(*line)
     assert result.code == 0, result.err

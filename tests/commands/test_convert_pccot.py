@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from oracle import pccot_rollout
-from refusal import check
+from refusal import check, check_refused
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
 from training_code import ANSWER, FIXTURE, QUESTION, VOCABULARY, WIDTH, backbone, edit_json
@@ -63,9 +64,10 @@ def train(kind: str, folder: Path, base: Path, *, projection: bool, embeddings: 
 
 
 # with the embeddings of all tokens in its file, as PEFT saves them where it sees that their number grew, or without
-@pytest.fixture(
-    params=[("gpt2", False, False), ("gpt2", True, True), ("llama", True, False), ("llama", False, True)], ids=str
-)
+KINDS = [("gpt2", True, True), ("llama", False, True), slow(("gpt2", False, False)), slow(("llama", True, False))]
+
+
+@pytest.fixture(params=KINDS, ids=str)
 def trained(request, tmp_path):
     kind, projection, embeddings = request.param
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -104,12 +106,19 @@ def test_the_merged_adapter_thinks_as_the_one_beside_its_weights(trained, ltts, 
     assert "pcot" not in "".join(path.read_text() for path in (tmp_path / "new").glob("*.json"))
 
 
-@pytest.fixture
-def gpt2(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def gpt2_trained(tmp_path_factory) -> Path:
+    """An adapter that no test may change; its base is beside it."""
+    folder = tmp_path_factory.mktemp("gpt2")
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        train("gpt2", tmp_path / "adapter", tmp_path / "base", projection=False, embeddings=True)
-    return tmp_path / "adapter"
+        train("gpt2", folder / "adapter", folder / "base", projection=False, embeddings=True)
+    return folder / "adapter"
+
+
+@pytest.fixture
+def gpt2(gpt2_trained, place) -> Path:
+    return shutil.copytree(gpt2_trained, place / "adapter")
 
 
 def test_whole_weights_need_no_merging(gpt2, ltts, tmp_path):
@@ -164,9 +173,9 @@ def test_without_peft_the_line_says_how_to_get_it(gpt2, ltts, monkeypatch):
     ],
     ids=str,
 )
-def test_what_does_not_fit_is_refused(gpt2, ltts, file, changes, words):
+def test_what_does_not_fit_is_refused(gpt2, file, changes, words):
     edit_json(gpt2 / file, **changes)
-    check(ltts("convert", "adapter", "new"), *words)
+    check_refused("convert", "src=adapter", "dst=new", words=words)
     assert not Path("new").exists()
 
 

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from annotated import adapter_of, write
 from omegaconf import OmegaConf
-from refusal import check
+from refusal import check, check_refused
 
 from latent_tts.config.recorded import literal
 
@@ -46,37 +47,43 @@ def rewrite(folder, change):
     path.write_text(json.dumps(record))
 
 
-def refused(result, tmp_path, *words):
+def compare_refused(folder, *words):
+    check_refused("compare", f"a={folder}", f"b={folder}", words=[*words])
+    assert not Path("pwned").exists()
+
+
+def refused(result, *words):
     check(result, *words)
-    assert not (tmp_path / "pwned").exists()
+    assert not Path("pwned").exists()
 
 
 @pytest.mark.parametrize("node", STRANGERS, ids=lambda node: str(node)[:50])
-def test_an_aggregator_of_a_run_folder_is_one_of_the_group(ltts, finished, tmp_path, node):
+def test_an_aggregator_of_a_run_folder_is_one_of_the_group(finished, node):
     rewrite(finished, lambda record: record["aggregators"].update(majority=node))
-    refused(ltts("compare", finished, finished), tmp_path, "aggregator")
+    compare_refused(finished, "aggregator")
 
 
 @pytest.mark.parametrize("key", ["nested", "list", "_args_", "_partial_"])
-def test_no_value_of_an_option_is_code_either(ltts, finished, tmp_path, key):
+def test_no_value_of_an_option_is_code_either(finished, key):
     stranger = {"_target_": "builtins.open", "file": "pwned", "mode": "w"}
     values = {"nested": {"a": stranger}, "list": [[stranger]], "_args_": ["pwned", "w"], "_partial_": True}
     rewrite(finished, lambda record: record["aggregators"]["majority"].update({key: values[key]}))
     words = ["builtins.open", "--config-dir=DIR"] if key in ("nested", "list") else [key, "no option has"]
-    refused(ltts("compare", finished, finished), tmp_path, *words)
+    compare_refused(finished, *words)
 
 
 @pytest.mark.parametrize("group", ["model", "task", "sampler", "schedule", "search", "budget"])
-def test_rescoring_builds_only_known_options(ltts, finished, tmp_path, group):
+def test_rescoring_builds_only_known_options(finished, group):
     stranger = {"_target_": "builtins.open", "file": "pwned", "mode": "w"}
     rewrite(finished, lambda record: record["config"].update({group: stranger}))
-    refused(ltts("rescore", finished, "scorer=latent_rm"), tmp_path, group, "builtins.open")
+    check_refused("rescore", f"run={finished}", "scorer=latent_rm", words=[group, "builtins.open"])
+    assert not Path("pwned").exists()
 
 
-def test_seeds_and_collected_tables_build_only_known_options(ltts, run, finished, tmp_path):
+def test_seeds_and_collected_tables_build_only_known_options(ltts, run, finished):
     other = run("scorer=none", "seed=1").last.parent
     rewrite(other, lambda record: record["aggregators"].update(majority=STRANGERS[0]))
-    refused(ltts("collect", "outputs/run"), tmp_path, "distutils.spawn.spawn")
+    refused(ltts("collect", "outputs/run"), "distutils.spawn.spawn")
 
 
 def test_a_config_of_the_users_allows_a_class_of_its_own(ltts, finished, tmp_path):
@@ -85,7 +92,7 @@ def test_a_config_of_the_users_allows_a_class_of_its_own(ltts, finished, tmp_pat
     )
     node = {"_target_": "mine.Mine"}
     rewrite(finished, lambda record: record["aggregators"].update(mine=node))
-    refused(ltts("compare", finished, finished), tmp_path, "mine.Mine", "--config-dir=DIR")
+    refused(ltts("compare", finished, finished), "mine.Mine", "--config-dir=DIR")
     (tmp_path / "own" / "aggregator").mkdir(parents=True)
     (tmp_path / "own" / "aggregator" / "mine.yaml").write_text(yaml.safe_dump(node))
     (tmp_path / "own" / "broken.yaml").write_text("{")
@@ -110,7 +117,7 @@ def test_annotations_name_only_known_options(ltts, checkpoint, tmp_path):
     folders = [write(tmp_path / name, adapter_of(checkpoint), 4, task=task) for name in ("data", "valid")]
     line = ["train-rm", f"model.checkpoint={checkpoint}", "model.latents=3"]
     result = ltts(*line, f"annotations={folders[0]}", f"valid_annotations={folders[1]}", "output=rm")
-    refused(result, tmp_path, "task", "builtins.open")
+    refused(result, "task", "builtins.open")
     assert not (tmp_path / "rm").exists()
 
 

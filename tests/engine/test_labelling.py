@@ -9,7 +9,7 @@ from marks import slow
 from oracle import Oracle
 
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.engine.labelling import MAX_COMPLETIONS, LabelJob, label, label_batch
+from latent_tts.engine.labelling import MAX_COMPLETIONS, LabelJob, label_batch
 from latent_tts.engine.rollout import Engine
 from latent_tts.random.draw import Draw
 from latent_tts.random.philox import key_of
@@ -101,8 +101,9 @@ def test_the_last_label_under_noise_is_the_rollouts_own_correctness_and_costs_no
 def test_labels_do_not_depend_on_the_batch(sampler, rows):
     engine = Engine(tiny.reasoner("gpt2"), plan("gpt2"))
     whole, _ = label_batch(jobs(), engine, sampler, labelling())
-    parts = list(label(jobs()[::-1], engine, sampler, labelling(rows=rows)))
-    assert len(parts) == (1 if rows >= N * len(LENGTHS) else len(LENGTHS))
+    size = max(1, rows // N)
+    batches = [jobs()[::-1][start : start + size] for start in range(0, len(LENGTHS), size)]
+    parts = [label_batch(batch, engine, sampler, labelling(rows=rows)) for batch in batches]
     by_id = {entry.question_id: entry for entries, _ in parts for entry in entries}
     for entry in whole:
         other = by_id.pop(entry.question_id)

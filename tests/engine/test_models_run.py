@@ -11,6 +11,11 @@ from marks import slow
 from refusal import check
 from transformers import AutoModelForCausalLM, GPTNeoConfig, MistralConfig
 
+from latent_tts.checkpoint import files
+from latent_tts.engine import proof
+from latent_tts.errors import UsageError
+from latent_tts.pipeline import models
+
 SIZES = {"hidden_size": 16, "initializer_range": 0.3, "max_position_embeddings": 128, **tiny.OWN_IDS}
 LLAMA = {"intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 CONFIGS = {
@@ -80,7 +85,12 @@ def test_a_run_says_once_how_it_is_computed_and_keeps_that(ltts, other, tmp_path
     ("config", "words"),
     [
         ({"model_type": "mamba2"}, ["model.checkpoint=", "mamba2", "running state", "rewound"]),
-        ({"model_type": "qwen3_next", "layer_types": ["linear_attention"]}, ["running state (linear_attention)"]),
+        ({"model_type": "qwen3_next", "layer_types": ["linear_attention"]}, ["keys and values (linear_attention)"]),
+        (
+            {"model_type": "gemma3n", "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 9},
+            ["in a gemma3n model every layer looks a token's id up"],
+        ),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 8}, ["num_key_value_heads=1, must be 2: with kv_lora_rank"]),
         ({"is_encoder_decoder": True}, ["model.checkpoint=", "has an encoder"]),
         ({"model_type": "roberta"}, ["in a roberta model tokens attend to those after them"]),
         ({"model_type": "openai-gpt"}, ["a openai-gpt model keeps no keys and values"]),
@@ -95,3 +105,22 @@ def test_models_that_cannot_be_run_latent_by_latent_are_refused_before_they_are_
 ):
     folder = other("mistral_wide", **config)
     check(ltts(*command(folder, tmp_path)), *words)
+
+
+def test_a_model_that_the_engine_does_not_compute_right_is_a_usage_error(ltts, other, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_loaded", {})
+    monkeypatch.setattr(proof, "_hidden_problem", lambda *_: "hidden states are off by 0.5 of their largest value")
+    folder = other("mistral_wide")
+    check(ltts(*command(folder, tmp_path)), f"model.checkpoint={folder}: MistralForCausalLM cannot be run latent by")
+
+
+def test_decoders_whose_names_begin_like_an_encoder_are_not_taken_for_one(tmp_path):
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    for kind in ("ernie4_5", "ernie4_5_moe", "modernbert-decoder"):
+        files.check_decoder({"model_type": kind, **sizes}, tmp_path)
+    with pytest.raises(UsageError, match="in a ernie model tokens attend to those after them"):
+        files.check_decoder({"model_type": "ernie"}, tmp_path)
+    files.check_shapes({"n_embd": 4, "n_inner": 9}, {"transformer.h.0.mlp.c_fc.weight": [9, 4]}, tmp_path)
+    files.check_shapes({"num_hidden_layers": 1}, {"bert.encoder.layer.0.output.dense.weight": [4, 4]}, tmp_path)
+    with pytest.raises(UsageError, match="n_inner=10"):
+        files.check_shapes({"n_embd": 4, "n_inner": 10}, {"transformer.h.0.mlp.c_fc.weight": [9, 4]}, tmp_path)

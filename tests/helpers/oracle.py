@@ -35,11 +35,11 @@ class Row:
 class Oracle:
     """Runs single rollouts on a copy of a reasoner's model, with the attention of transformers."""
 
-    def __init__(self, reasoner: Reasoner, plan: RolloutPlan) -> None:
+    def __init__(self, reasoner: Reasoner, plan: RolloutPlan, *, masked: bool = True) -> None:
         self.lm, self.next_latent, self.plan = tiny.plain_copy(reasoner.lm), reasoner.next_latent, plan
         self.latent_spread = reasoner.latent_spread
         self.embed = self.lm.get_input_embeddings()
-        self.places = _places(self.lm)
+        self.places = _places(self.lm) if masked else {}
         self.factors: dict[tuple[Site, int], list[Tensor]] = {}
         for place, module in self.places.items():
             if module is not None:
@@ -120,8 +120,8 @@ class Oracle:
 
     def _run(self) -> tuple[Tensor, Tensor]:
         """Run the whole sequence; returns final hidden state (D) and logits (V) of the last position."""
-        vectors_SD = self.fed_SD
-        if self.places["embedding", 0] is None:
+        vectors_SD = self.fed_SD.clone()  # some models scale what they are given in place
+        if self.places and self.places["embedding", 0] is None:
             vectors_SD = vectors_SD * self._factors(("embedding", 0))
         out = self.lm(inputs_embeds=vectors_SD[None], output_hidden_states=True, use_cache=False)
         return out.hidden_states[-1][0, -1], out.logits[0, -1]
@@ -163,7 +163,7 @@ def _places(lm: PreTrainedModel) -> dict[tuple[Site, int], nn.Module | None]:
         # a mixture of experts ends in none of its layers
         places["attention", layer], places["ffn", layer] = (
             block.self_attn.o_proj,
-            getattr(block.mlp, "down_proj", block.mlp),
+            getattr(block.mlp, "down_proj", block.mlp) if hasattr(block, "mlp") else block.feed_forward,
         )
     return places
 

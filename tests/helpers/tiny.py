@@ -14,15 +14,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     CohereConfig,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTBigCodeConfig,
+    GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -37,6 +42,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from latent_tts.checkpoint.loading import name_body
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.rollout import RolloutPlan
 from latent_tts.random.draw import Draw
@@ -94,13 +100,39 @@ OTHER_CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SHAPE, **OWN_IDS, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     ),
+    # its experts give the tokens of all rows one after another
+    "llama4": lambda: Llama4TextConfig(**SHAPE, **OWN_IDS, head_dim=8, intermediate_size_mlp=48, num_local_experts=2),
+    "llama4_chunks": lambda: Llama4TextConfig(
+        **SHAPE, **OWN_IDS, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, attention_chunk_size=8
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **WITHOUT_GROUPS, **OWN_IDS, **MOE, num_key_value_heads=4, q_lora_rank=12, kv_lora_rank=8, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, n_group=1, topk_group=1, n_routed_experts=4,
+    ),
+    "gptj": lambda: GPTJConfig(**GPT, **OWN_IDS, rotary_dim=4),
+    "gpt_bigcode": lambda: GPTBigCodeConfig(**GPT, **OWN_IDS),
 }  # fmt: skip
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GPT = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": POSITIONS, "vocab_size": VOCABULARY,
+       "initializer_range": 0.3}  # fmt: skip
+# Llama-like ones, by transformers' name, with what they need besides
+for _name, _more in {
+    "apertus": {}, "arcee": {}, "biogpt": {}, "bitnet": {}, "ernie4_5": {}, "exaone4": {}, "glm": {"head_dim": 8},
+    "dots1": MOE | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 8},
+    "glm4": {"head_dim": 8}, "gpt_oss": MOE | {"head_dim": 8, "sliding_window": WINDOW},
+    "granitemoe": MOE | {"num_local_experts": 4}, "helium": {"head_dim": 8}, "hunyuan_v1_dense": {"head_dim": 8},
+    "minimax_m2": MOE | {"head_dim": 8, "num_local_experts": 4}, "nemotron": {}, "olmo": {}, "persimmon": {},
+    "seed_oss": {"head_dim": 8}, "stablelm": {}, "starcoder2": {}, "xglm": {},
+}.items():  # fmt: skip
+    OTHER_CONFIGS[_name] = lambda kind=_name, more=_more: AutoConfig.for_model(kind, **SHAPE, **OWN_IDS, **more)
 
 
 def _build(family: str) -> PreTrainedModel:
     if family in FAMILIES:
         return FAMILIES[family]()
-    return AutoModelForCausalLM.from_config(OTHER_CONFIGS[family]())
+    lm = AutoModelForCausalLM.from_config(OTHER_CONFIGS[family]())
+    name_body(lm)
+    return lm
 
 
 # ids that the models of `reasoner` often write

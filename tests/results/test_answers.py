@@ -23,6 +23,7 @@ from latent_tts.pipeline.temperature import choose_temperature
 from latent_tts.results import statistics
 from latent_tts.results.run_folder import read_metrics
 from latent_tts.task.arith import Arith
+from latent_tts.task.jsonl import Jsonl
 from latent_tts.types import Question, RolloutArrays
 
 TEXT = "Gina has 21 books. How many books does Gina have?"
@@ -188,8 +189,11 @@ def test_what_needs_gold_answers_refuses_questions_without(run, ltts, bare, chec
         ([{"answer": " ", "answers": 1}], "line 1 has no answer; did you mean answer by 'answers'"),
     ],
 )
-def test_rows_have_gold_or_none(run, tmp_path, rows, words):
+def test_rows_have_gold_or_none(refuse, tmp_path, rows, words):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"question": TEXT} | row) + "\n" for row in rows))
-    check(run("task=jsonl", f"task.path={path}"), str(path), words)
-    assert run("task=jsonl", f"task.path={path}", "task.limit=1").code == (0 if len(rows) > 1 else 2)
+    refuse("task=jsonl", f"task.path={path}", words=[str(path), words])
+    if len(rows) > 1:
+        assert len(Jsonl(str(path), None, 1, None).questions()) == 1
+    else:
+        refuse("task=jsonl", f"task.path={path}", "task.limit=1", words=[str(path), words])

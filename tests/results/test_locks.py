@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from refusal import check
+from refusal import check, check_refused
 from safetensors.numpy import load_file, save_file
 
 from latent_tts.errors import UsageError
@@ -132,16 +133,17 @@ def test_the_second_writer_of_an_output_folder_is_refused(ltts, tmp_path, comman
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "rollouts.parquet"])
-def test_a_file_of_another_run_or_a_damaged_one_is_refused_by_name(run, ltts, tmp_path, name):
-    one, other = run("hydra.run.dir=one"), run("hydra.run.dir=other", "seed=1")
+def test_a_file_of_another_run_or_a_damaged_one_is_refused_by_name(run, completed, tmp_path, name):
+    shutil.copytree(completed, tmp_path / "one")
+    other = run("hydra.run.dir=other", "seed=1")
     (tmp_path / "one" / name).write_bytes((tmp_path / "other" / name).read_bytes())
     refused = "is damaged, or of another run"
-    check(ltts("compare", "one", "one"), f"one/{name}: {refused}")
-    named = json.loads((one.last.parent / "run.json").read_text())["files"].keys()
+    check_refused("compare", "a=one", "b=one", words=[f"one/{name}: {refused}"])
+    named = json.loads((tmp_path / "one" / "run.json").read_text())["files"].keys()
     assert named == {"answers.jsonl", "metrics.csv", "rollouts.parquet"}
     assert other.code == 0
     if name == "metrics.csv":
-        check(ltts("collect", "one", "output=all.csv"), f"one/{name}: {refused}")
+        check_refused("collect", "runs=[one]", "output=all.csv", words=[f"one/{name}: {refused}"])
 
 
 def test_overwritten_latents_are_refused_by_name(run, ltts, checkpoint, tmp_path):

@@ -6,7 +6,7 @@ from matplotlib import colormaps
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import same_color, to_rgba
 from matplotlib.figure import Figure
-from refusal import check
+from refusal import check, check_refused
 
 from latent_tts.errors import UsageError
 from latent_tts.results.plot import COLORS, MAX_BANDS, save_figure, scaling_figure
@@ -273,15 +273,16 @@ def test_nothing_to_draw_is_an_error():
             figure_of(table, against)
 
 
-def test_a_table_without_figures_is_named_and_what_there_is_is_drawn(run, ltts, tmp_path):
-    table = pd.read_csv(run("budget=ladder").last, dtype=str, keep_default_na=False)
+def test_a_table_without_figures_is_named_and_what_there_is_is_drawn(completed, ltts, tmp_path):
+    table = pd.read_csv(completed / "metrics.csv", dtype=str, keep_default_na=False)
     figures = table["metric"].isin(["coverage", "accuracy"])
     table[~figures].to_csv(tmp_path / "costs.csv", index=False)
     table.assign(value="", ci_low="", ci_high="").to_csv(tmp_path / "empty.csv", index=False)
     for name in ("costs", "empty"):
-        check(ltts("plot", f"{name}.csv"), f"runs={name}.csv: nothing to draw", "neither coverage nor accuracy")
-        check(ltts("plot", f"{name}.csv", "output=all.png"), f"runs={name}.csv: nothing to draw")
-    check(ltts("plot", "costs.csv", "empty.csv", "output=all.png"), "runs=costs.csv,empty.csv")
+        words = [f"runs={name}.csv: nothing to draw", "neither coverage nor accuracy"]
+        check_refused("plot", f"runs=[{name}.csv]", words=words)
+        check_refused("plot", f"runs=[{name}.csv]", "output=all.png", words=words[:1])
+    check_refused("plot", "runs=[costs.csv,empty.csv]", "output=all.png", words=["runs=costs.csv,empty.csv"])
     table.assign(value=table["value"].where(table["metric"] != "coverage", "")).to_csv(
         tmp_path / "half.csv", index=False
     )
@@ -292,7 +293,7 @@ def test_a_table_without_figures_is_named_and_what_there_is_is_drawn(run, ltts, 
 
 def test_plot_alone_draws_the_last_run_or_sweep(run, ltts, tmp_path):
     check(ltts("plot"), "no run in the folders outputs and multirun")
-    for arguments in (["budget=ladder"], ["seed=0,1", "budget=ladder", "-m"]):
+    for arguments in (["n=2", "budget=ladder"], ["n=2", "seed=0,1", "budget=ladder", "-m"]):
         done = run(*arguments)
         drawn = ltts("plot")
         assert drawn.code == 0, drawn.err

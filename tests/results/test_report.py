@@ -50,25 +50,6 @@ TABLES = {
         ["sampler=gaussian model=demo_coconut"] * 43 + ["sampler=dropout model=demo_coconut"] * 43,
     ),
 }
-SHOW = """
-import json, sys
-from pathlib import Path
-from latent_tts.results import report
-from latent_tts.results.run_folder import read_metrics
-folder = Path(sys.argv[1])
-for columns in (80, 100, 120, 160):
-    resize(columns)
-    for path in sorted(folder.glob("*.csv")):
-        print(f"== {columns} {path.stem}")
-        labels = json.loads(path.with_suffix(".json").read_text())
-        failed = [{"label": "sampler=gaussian sigma=-1", "n": "64"}] if labels else []
-        report.print_metrics(read_metrics(path), labels, failed)
-        print(path)
-    print(f"== {columns} compare")
-    rows = [["best_of_n - majority", "64 - 1", "61.8", "58.3", report.percent(
-        {"value": 0.035, "ci_low": -0.015, "ci_high": 0.085})]]
-    report.print_table("A - B in points: 1000 questions, 1 seed", ["figure", "n", "A %", "B %", "A - B"], rows)
-"""
 
 
 @pytest.fixture(scope="module", params=["utf-8", "ascii"])
@@ -78,10 +59,24 @@ def shown(request, tmp_path_factory):
         tmp_path_factory.mktemp(request.param) / "a_folder_with_a_long_name" / "outputs" / "run" / "2026-11-28_09-22"
     )
     folder.mkdir(parents=True)
-    for name, (table, labels) in TABLES.items():
+    for name, (table, _) in TABLES.items():
         write_metrics(folder / f"{name}.csv", table)
-        (folder / f"{name}.json").write_text("null" if labels is None else str(labels).replace("'", '"'))
-    text = on_terminal(SHOW, str(folder), encoding=request.param)
+
+    def show(resize):
+        for columns in WIDTHS:
+            resize(columns)
+            for name, (_, labels) in TABLES.items():
+                print(f"== {columns} {name}")
+                failed = [{"label": "sampler=gaussian sigma=-1", "n": "64"}] if labels else []
+                report.print_metrics(read_metrics(folder / f"{name}.csv"), labels, failed)
+                print(folder / f"{name}.csv")
+            print(f"== {columns} compare")
+            difference = report.percent({"value": 0.035, "ci_low": -0.015, "ci_high": 0.085})
+            rows = [["best_of_n - majority", "64 - 1", "61.8", "58.3", difference]]
+            title, head = "A - B in points: 1000 questions, 1 seed", ["figure", "n", "A %", "B %", "A - B"]
+            report.print_table(title, head, rows)
+
+    text = on_terminal(show, encoding=request.param)
     parts = re.split(r"^== (\d+) (\S+)\n", text, flags=re.MULTILINE)[1:]
     tables = {(int(parts[i]), parts[i + 1]): parts[i + 2] for i in range(0, len(parts), 3)}
     return request.param, folder, tables

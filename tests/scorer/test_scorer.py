@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from marks import slow
 from refusal import check, check_refused
 from safetensors.numpy import load_file
 
-from latent_tts.engine.diversity import DirectionSums
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
-from latent_tts.pipeline import drawing
+from latent_tts.pipeline import drawer
 from latent_tts.pipeline.drawing import score_kept
 from latent_tts.pipeline.scores import CachedScores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import EngineSettings
@@ -38,6 +38,14 @@ WIDE = Path(__file__).parents[1] / "parity" / "latent_rm"
 def scored(run, latent_rm):
     """`ltts run` with a LatentRM."""
     return lambda *arguments: run("scorer=latent_rm", f"scorer.checkpoint={latent_rm}", *arguments)
+
+
+@pytest.fixture
+def refuse_scored(refuse, latent_rm):
+    """A run with a LatentRM, which is to be refused."""
+    return lambda *overrides, words: refuse(
+        "scorer=latent_rm", f"scorer.checkpoint={latent_rm}", *overrides, words=words
+    )
 
 
 def tables(result) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
@@ -201,10 +209,12 @@ def test_winners_are_the_picks_of_the_same_rollouts_and_nothing_else_is_decoded(
     pd.testing.assert_frame_equal(rollouts, again)
 
 
-def test_only_winners_of_a_scorer_can_be_decoded(refuse, scored):
+def test_only_winners_of_a_scorer_can_be_decoded(refuse, refuse_scored):
     refuse("answer.decode=winners", words=["answer.decode=winners", "needs a scorer"])
-    check(scored("answer.decode=winners", "scorer.positions=official"), "scorer.positions=official", "every answer")
-    check(scored("answer.decode=winners", "aggregator=[majority,best_of_n]"), "aggregator=majority,best_of_n")
+    refuse_scored(
+        "answer.decode=winners", "scorer.positions=official", words=["scorer.positions=official", "every answer"]
+    )
+    refuse_scored("answer.decode=winners", "aggregator=[majority,best_of_n]", words=["aggregator=majority,best_of_n"])
     refuse("answer.decode=some", words=["answer.decode=some", "all or winners"])
 
 
@@ -226,7 +236,7 @@ def latents_of(result):
     return load_file(result.last.parent / "latents.safetensors")["latents_RTD"]
 
 
-@pytest.mark.parametrize("sampler", ["gaussian", "dropout"])
+@pytest.mark.parametrize("sampler", [slow("gaussian"), "dropout"])
 def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, latent_rm, sampler):
     line = [f"sampler={sampler}", "scorer=latent_rm", f"scorer.checkpoint={latent_rm}"]
     whole = run(*line, "keep_latents=true", "paths.cache=other", "engine.rows=5")
@@ -246,11 +256,11 @@ def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, latent
 
 
 def test_each_n_of_a_sweep_gives_the_diversity_that_it_gives_alone(run, monkeypatch):
-    monkeypatch.setattr(drawing, "_directions", DirectionSums())
+    monkeypatch.setattr(drawer.directions, "_sums", {})
     alone = [run(f"n={n}", f"paths.cache=alone{n}", "sampler=gaussian", "scorer=none") for n in (2, 3, 6)]
     for number, n in enumerate((2, 3, 6)):
         if n == 6:  # as another process would
-            monkeypatch.setattr(drawing, "_directions", DirectionSums())
+            monkeypatch.setattr(drawer.directions, "_sums", {})
         grown = run(f"n={n}", "sampler=gaussian", "scorer=none", "engine.rows=7")
         assert ("18 rollouts are thought again for their distance" in grown.err) == (n == 6)
         found, expected = (value(tables(each)[1], "diversity", n=n) for each in (grown, alone[number]))
@@ -336,14 +346,14 @@ def test_a_bad_override(refuse, overrides, words):
     refuse(*overrides, words=words)
 
 
-def test_a_scorer_without_latents_to_score(scored):
-    check(scored("model.latents=0"), "model.latents=0")
+def test_a_scorer_without_latents_to_score(refuse_scored):
+    refuse_scored("model.latents=0", words=["model.latents=0"])
 
 
-def test_a_truncated_scorer_checkpoint(scored, latent_rm):
+def test_a_truncated_scorer_checkpoint(refuse_scored, latent_rm):
     weights = latent_rm / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    check(scored(), "scorer.checkpoint", "truncated")
+    refuse_scored(words=["scorer.checkpoint", "truncated"])
 
 
 @pytest.fixture
@@ -374,10 +384,10 @@ def test_official_positions_need_a_tokenizer_and_correct_ones_do_not(latent_rm, 
     refused(latent_rm, reasoner, "lacks tokenizer.json", positions="official")
 
 
-def test_too_few_positions(scored, latent_rm):
+def test_too_few_positions(refuse_scored, latent_rm):
     config_json = json.loads((latent_rm / "config.json").read_text())
     (latent_rm / "config.json").write_text(json.dumps(config_json | {"n_positions": 20}))
-    check(scored(), "has 20 positions")
+    refuse_scored(words=["has 20 positions"])
 
 
 @pytest.mark.parametrize(

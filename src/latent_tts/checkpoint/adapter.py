@@ -34,18 +34,19 @@ class CheckpointAdapter:
         name: what tables call the model.
         checkpoint: folder, `shipped:NAME`, `gguf:FILE` or hub id.
         latents: T, the number of latent thoughts.
-        recommended: `sigma` and `rate` that suit it, and `answer_tokens` where answers are long; the samplers'
-            configs and `max_answer_tokens` take them as defaults.
+        recommended: `sigma` and `rate` that suit it, `answer_tokens` where answers are long, and `answer_lead`, the
+            text that its answers begin with; the samplers' configs, `max_answer_tokens` and `schedule.exit_prefix`
+            take them as defaults.
         revision: commit or tag of a hub id.
         trained_latents: T of training, by `checkpoint`; a `config.json` with `latent_tts.latents` says its own.
-        latent_rm: checkpoint of the LatentRM trained for it, if there is one: what `scorer` takes as its default.
-        eos: the tokens that end an answer, by text or id, one or a list; None takes all that the files name.
+        latent_rm: checkpoint of the LatentRM that was trained for it, the default of `scorer`; None if there is none.
+        eos: the tokens that end an answer, by text or id, one or a list; None: all that the files name.
     """
 
     name: str
     checkpoint: str
     latents: int
-    recommended: Mapping[str, float]
+    recommended: Mapping[str, Any]
     revision: str | None = None
     trained_latents: Mapping[str, int] | None = None
     latent_rm: str | None = None
@@ -73,7 +74,7 @@ class CheckpointAdapter:
         return "{question}" + self.question_end.replace("\n", "\\n") + "<|start-latent|>"
 
     def check(self) -> None:
-        """Read everything but the weights; warn if the model was trained with another number of latents.
+        """Check everything but the weights; warn if the model was trained with another number of latents.
 
         Raises:
             UsageError: a file is missing or cut off, the checkpoint is of another family, its tensors do not fit its

@@ -1,4 +1,4 @@
-"""Checkpoint folders: found, checked and read. Nothing here imports torch.
+"""Finds, checks and reads checkpoint folders. Nothing here imports torch.
 
 A checkpoint is a folder (or a hub id) in the usual transformers layout: `config.json`, `tokenizer.json` and
 safetensors, whole or sharded. Pickles are never read here; `ltts convert` turns one into such a folder.
@@ -30,7 +30,7 @@ PICKLE_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.bin")
 ADAPTER = "adapter_config.json"  # of PEFT
 CHAT_TEMPLATE = "chat_template.jinja"
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_*")
-# the tensors that tell the families apart; a checkpoint with none of them is COCONUT's, a plain causal LM
+# the tensors that tell the families apart; without any of them, a checkpoint is COCONUT's, a plain causal LM
 FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "prj.": "PCCoT", "classifier.": "LatentRM"}
 # what `config.json` says of a backbone's shape, by the key of its width: GPT-2-like and Llama-like
 SIZES = {
@@ -40,15 +40,15 @@ SIZES = {
         *("intermediate_size", "max_position_embeddings", "vocab_size"),
     ),
 }
-# what other configs call the sizes of Llama-like ones
+# the names of Llama-like sizes in other configs
 OTHER_NAMES = {
     "hidden_size": ("d_model", "n_embed"),
-    "num_hidden_layers": ("num_layers", "n_layer", "n_layers"),
-    "num_attention_heads": ("num_heads", "n_head", "n_heads", "attention_heads"),
+    "num_hidden_layers": ("num_layers", "n_layer", "n_layers", "decoder_layers"),
+    "num_attention_heads": ("num_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads"),
     "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
     "head_dim": ("kv_channels",),
-    "intermediate_size": ("ffn_dim", "ffn_hidden_size"),
-    "max_position_embeddings": ("max_seq_len", "seq_length", "model_max_length"),
+    "intermediate_size": ("ffn_dim", "ffn_hidden_size", "decoder_ffn_dim", "moe_intermediate_size"),
+    "max_position_embeddings": ("max_seq_len", "seq_length", "model_max_length", "max_target_positions"),
 }
 # models whose config need not say how wide the inner layer is: four times the model, as transformers takes it
 FOUR_TIMES = ("gpt_neo", "bloom", "falcon", "gpt_neox_japanese", "mpt")
@@ -65,19 +65,23 @@ RECURRENT = (
 )
 # encoders, unless their config says `is_decoder`
 BIDIRECTIONAL = (
-    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "ernie", "data2vec", "megatron-bert", "rembert"),
-    *("roformer", "big_bird", "roc_bert", "xmod", "mobilebert"),
+    *("bert", "bert-generation", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert"),
+    *("electra", "ernie", "data2vec-text", "megatron-bert", "rembert", "roformer", "big_bird", "roc_bert", "xmod"),
+    "mobilebert",
 )
+# sizes of what each layer looks up for a token's id; a latent has none
+PER_LAYER_INPUTS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
 WITHOUT_CACHE = ("openai-gpt", "xlnet", "xlm", "flaubert")  # in transformers
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight")
-# sizes in `config.json`, and the axis of a weight that is at least as long: a model larger than its files is not made
+# sizes in `config.json`, and the axis of a weight that must be as long (None: either, since GPT-2 and others transpose
+# it), so that no model larger than its files is created
 LIMITS = (
     ("vocab_size", EMBEDDINGS, 0),
     ("n_embd", ("wte.weight",), 1),
     ("n_positions", ("wpe.weight",), 0),
-    ("n_inner", ("mlp.c_fc.weight",), 1),
+    ("n_inner", ("mlp.c_fc.weight",), None),
     ("n_head", ("attn.c_attn.weight",), 0),
     ("hidden_size", ("embed_tokens.weight", "embed_in.weight"), 1),
     ("intermediate_size", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), 0),
@@ -86,9 +90,9 @@ LIMITS = (
     ("head_dim", ("self_attn.q_proj.weight",), 0),
 )
 NARROW_EMBEDDINGS = ("word_embed_proj_dim", "embedding_size")  # of models whose embedding is narrower than their blocks
-LAYER = re.compile(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.")
+LAYER = re.compile(r"(?:^|\.)(?:h|layers?|blocks?)\.(\d+)\.")
 EXPERT = re.compile(r"(?:^|\.)experts\.")
-# implementations in transformers itself; any other name is code that it would fetch from the hub
+# implementations in transformers itself; for any other name it would fetch code from the hub
 IMPLEMENTATIONS = (
     *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
     *("grouped_mm", "batched_mm"),
@@ -106,7 +110,7 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
         key: the config key that errors name.
 
     Raises:
-        UsageError: there is no such folder, and it cannot be fetched.
+        UsageError: there is no such folder, and nothing can be fetched.
     """
     if checkpoint.startswith(SHIPPED_PREFIX):
         name = checkpoint.removeprefix(SHIPPED_PREFIX)
@@ -174,7 +178,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
 
 def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with its sizes under the names that most configs use."""
+    """The config with its sizes under the names that most configs use."""
     text = config.get("text_config")  # of a model that sees, too
     config = {**config, **text} if isinstance(text, Mapping) else dict(config)
     if "n_embd" in config:
@@ -212,33 +216,38 @@ def sizes(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[st
 
 
 def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
-    """Check that a backbone is a decoder whose memory can be rewound and forked: keys and values of its tokens.
+    """Check that a backbone is a decoder whose memory, keys and values of its tokens, can be rewound and forked.
 
     Raises:
-        UsageError: it has an encoder, or another memory.
+        UsageError: it has an encoder, or another kind of memory.
     """
     config = common_sizes(config)
     kind, why = str(config.get("model_type", "")), "latents are fed to decoders made of attention"
     if config.get("is_encoder_decoder"):
         raise bad_value(key, folder, f"a {kind} model has an encoder; {why}")
-    if kind.startswith(BIDIRECTIONAL) and not config.get("is_decoder"):
+    if kind in BIDIRECTIONAL and not config.get("is_decoder"):
         raise bad_value(key, folder, f"in a {kind} model tokens attend to those after them; {why}")
     layers = config.get("layer_types") or []
     other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
     if kind in WITHOUT_CACHE:
         raise bad_value(key, folder, f"a {kind} model keeps no keys and values of earlier tokens; {why}")
+    if all(config.get(name) for name in PER_LAYER_INPUTS):
+        raise bad_value(key, folder, f"in a {kind} model every layer looks a token's id up; latents have none")
+    heads = [config.get(name) for name in ("num_attention_heads", "num_key_value_heads")]
+    if config.get("kv_lora_rank") and None not in heads and heads[0] != heads[1]:
+        wanted = "with kv_lora_rank, keys have as many heads as queries"
+        raise bad_value(key, folder, f"config.json has num_key_value_heads={heads[1]}, must be {heads[0]}: {wanted}")
     if other or kind.startswith(RECURRENT):
         state = f" ({', '.join(other)})" if other else ""
-        raise bad_value(
-            key, folder, f"a {kind} model keeps a running state{state}, which cannot be rewound or forked; {why}"
-        )
+        memory = f"a {kind} model keeps another memory than keys and values{state}"
+        raise bad_value(key, folder, f"{memory}, as a running state, which cannot be rewound or forked; {why}")
 
 
 def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY) -> None:
-    """Check that a backbone is one that can be run, and its sizes in its `config.json`.
+    """Check that a backbone can be run, and that its `config.json` has its sizes.
 
     Raises:
-        UsageError: it is none, it asks for code from elsewhere, or a size is missing or no whole number.
+        UsageError: it cannot be run, it asks for code from elsewhere, or a size is missing or not a whole number.
     """
     check_settings(config, folder, key=key)
     check_decoder(config, folder, key=key)
@@ -283,7 +292,7 @@ def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
 def check_shapes(
     config: Mapping[str, Any], shapes: Mapping[str, list[int]], folder: Path, *, key: str = MODEL_KEY
 ) -> None:
-    """Check that a `config.json` describes no larger model than the weights are of.
+    """Check that a `config.json` does not describe a larger model than the weights.
 
     Raises:
         UsageError: it has more layers, or a larger size.
@@ -297,12 +306,12 @@ def check_shapes(
         value, found = config.get(name), next((t for t in shapes if t.endswith(suffixes)), None)
         if found is None or not is_whole(value) or (axis == 1 and any(other in config for other in NARROW_EMBEDDINGS)):
             continue
-        if len(shapes[found]) != 2 or value > shapes[found][axis]:
+        if len(shapes[found]) != 2 or value > (max(shapes[found]) if axis is None else shapes[found][axis]):
             raise bad_value(key, folder, f"config.json has {name}={value}, but {found} is {shapes[found]}")
 
 
 def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
-    """The safetensors files of a checkpoint, in order; each is whole, and shards hold what their index says.
+    """The safetensors files of a checkpoint, in order. Each is whole, and shards hold the tensors that the index lists.
 
     Raises:
         UsageError: there are none, one is missing or cut off, or there is only a pickle.
@@ -482,7 +491,7 @@ def check_vocabulary(
     """Check that every id of a tokenizer has a row in the embedding.
 
     Raises:
-        UsageError: one has not.
+        UsageError: an id has none.
     """
     rows = next(
         (shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS)), common_sizes(config)["vocab_size"]

@@ -1,7 +1,7 @@
 """Models in GGUF files, rewritten once as checkpoint folders, which are kept beside the cache of rollouts.
 
-The folder's name holds the digest of the file, so a second start finds it and a changed file is another model. Weights
-are dequantised to float32: products of two halves have no exact place in a shorter dtype.
+The folder's name holds the digest of the file: a second start finds the folder, and a changed file is another model.
+Weights are dequantised to float32, since products of two half-precision numbers are not exact in a shorter dtype.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def found(checkpoint: str, key: str) -> Path:
 
 
 def digest(file: Path) -> str:
-    """What identifies a GGUF file."""
+    """The digest of a GGUF file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
@@ -82,7 +82,7 @@ def converted(file: Path, key: str) -> Path:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name once all is written; nothing is left after a failure."""
+    """A folder to write into, which gets its name once everything is written; a failure leaves nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
     try:
@@ -156,7 +156,7 @@ def convert(file: Path, folder: Path, key: str) -> None:
 
 
 def _write_splitting(path: Path, splitting: str | None, file: Path) -> None:
-    """Add to a tokenizer how texts are split before merging, where transformers leaves it out."""
+    """Add to a tokenizer how texts are split before merging, if transformers has left it out."""
     if splitting in SINGLE_DIGITS:
         content = json.loads(path.read_text())
         own = content["pre_tokenizer"]

@@ -1,10 +1,10 @@
-"""Adapters as checkpoints: a folder with small matrices and a few rows names its base and is joined with it, once.
+"""Adapters as checkpoints: a folder with small matrices and a few rows, which is joined with its base once.
 
 Such a folder holds `adapter_config.json` and `adapter_model.safetensors` of PEFT, the tokenizer, the family's own
-tensors (`own.safetensors`), the record `latent_tts.json`, and a probe: what the model made of a few prompts in float32
-when it was written. The join is a checkpoint folder like any other, in float32, kept beside converted models under a
-digest of base and adapter; it is cast once, to the dtype of the run, as it is loaded. A join whose probe differs is not
-kept.
+tensors (`own.safetensors`), the record `latent_tts.json` that names the base, and a probe: what the trained model
+computed from a few prompts in float32. The join of adapter and base is a checkpoint folder like any other, in float32,
+kept beside converted models under a digest of both; loading casts it once, to the dtype of the run. A join that does
+not compute what the probe says is not kept.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 RECORD, WEIGHTS, OWN, PROBE = "latent_tts.json", "adapter_model.safetensors", "own.safetensors", "probe.safetensors"
 PREFIX = "base_model.model."  # of PEFT's names
 ROWS, FACTORS = ".token_adapter.trainable_tokens_delta", (".lora_A.weight", ".lora_B.weight")
-# what PEFT can do besides, which a product alpha / rank * B A does not cover
+# options of PEFT that a product alpha / rank * B A does not cover
 PLAIN = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False}
-TRANSPOSED = "gpt2"  # the kind of model whose layers keep their weights the other way round
+TRANSPOSED = "gpt2"  # the kind of model whose layers keep their weights transposed
 TOLERANCE = 1e-3
 VERSION = 1  # of what joining writes; part of the folder's name
 
@@ -40,7 +40,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_digest(base: str, key: str) -> str:
-    """What identifies a base: its file if it is GGUF, else weights, shape and tokenizer.
+    """The digest of a base: of its file if it is GGUF, else of weights, shape and tokenizer.
 
     Raises:
         UsageError: there is no such base.
@@ -59,7 +59,7 @@ def whole(folder: Path, key: str) -> Path:
     """The folder itself, or the join of the adapter in it (imports torch and transformers when it is made).
 
     Raises:
-        UsageError: the adapter is damaged, its base is missing or another one, or its probe differs.
+        UsageError: the adapter is damaged, its base is missing or has changed, or the probe differs.
     """
     if not is_adapter(folder):
         return folder
@@ -101,9 +101,7 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
     from latent_tts.checkpoint.vocabulary import MEAN, fit_rows
 
     settings = files.read_json(folder, files.ADAPTER, key=key)
-    for name, value in PLAIN.items():
-        if settings.get(name, value) != value:
-            raise bad_value(key, folder, f"{files.ADAPTER} has {name}={settings[name]}, which is not supported")
+    check_plain(settings, folder, key)
     old, new = files.load_tokenizer(base, key=key), files.load_tokenizer(folder, key=key)
     tensors = fit_rows(loading.load_tensors(base, ""), old, new, MEAN, base, key)
     tensors = add_adapter({name: value.float() for name, value in tensors.items()}, load_file(folder / WEIGHTS),
@@ -128,15 +126,33 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
         distance = float((wanted[name] - found[name]).abs().max() / wanted[name].abs().max().clamp(min=1))
         if not distance <= TOLERANCE:
             raise bad_value(
-                key, folder, f"joined with its base it computes something else than when it was written: {name} of its "
-                f"probe differ by {distance:.2g} of their largest value, more than {TOLERANCE:g}",
+                key, folder, "joined with its base it computes something else than the trained model did: "
+                f"{name} of its probe differ by {distance:.2g} of their largest value, more than {TOLERANCE:g}",
             )  # fmt: skip
+
+
+def check_plain(settings: Mapping[str, Any], folder: Path, key: str) -> None:
+    """Check that an adapter is nothing but a product that is added to weights.
+
+    Raises:
+        UsageError: PEFT's settings say more.
+    """
+    for name, value in PLAIN.items():
+        if settings.get(name, value) != value:
+            raise bad_value(key, folder, f"{files.ADAPTER} has {name}={settings[name]}, which is not supported")
+
+
+def lasting_name(checkpoint: str) -> str:
+    """The name of a checkpoint that an adapter's record keeps: paths of this machine in full."""
+    kind = gguf.PREFIX if checkpoint.startswith(gguf.PREFIX) else ""
+    local = Path(checkpoint.removeprefix(kind)).expanduser()
+    return f"{kind}{local.resolve()}" if local.exists() else checkpoint
 
 
 def add_adapter(
     tensors: dict[str, Tensor], adapter: Mapping[str, Tensor], settings: Mapping[str, Any], folder: Path, key: str
 ) -> dict[str, Tensor]:
-    """The tensors of a base with alpha / rank times B A added to its weights, and the adapter's rows put in.
+    """The tensors of a base with alpha / rank times B A added to its weights, and the rows of the adapter in place.
 
     Raises:
         UsageError: a tensor of the adapter fits no weight.
@@ -173,7 +189,7 @@ def fits(places: Sequence[int], weight: Tensor) -> bool:
 
 
 def probe(lm: Any, prompts_PL: Tensor, latents: int) -> dict[str, Tensor]:
-    """What a causal LM makes of prompts, by its own forward pass in float32, latents fed back as they are.
+    """What a causal LM computes from prompts by its own forward pass in float32, with latents fed back unchanged.
 
     Args:
         lm: the model, in evaluation mode.

@@ -33,10 +33,10 @@ def load_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def read_pickles(pickles: Mapping[Path, set[str]]) -> dict[str, Tensor]:
-    """A state dict from the shards of a pickle, each with the tensors that it has to have.
+    """A state dict from the shards of a pickle, given with the tensors that each must contain.
 
     Raises:
-        UsageError: a file is no pickle of tensors, or lacks one.
+        UsageError: a file is not a pickle of tensors, or lacks a tensor.
     """
     state: dict[str, Tensor] = {}
     for path, wanted in pickles.items():
@@ -52,7 +52,7 @@ def read_pickle(pickle: Path) -> dict[str, Tensor]:
     """A state dict from a pickle (nothing but tensors is unpickled).
 
     Raises:
-        UsageError: the file is no pickle of tensors.
+        UsageError: the file is not a pickle of tensors.
     """
     try:
         state = torch.load(pickle, map_location="cpu", weights_only=True)
@@ -77,7 +77,7 @@ def load_causal_lm(folder: Path, *, device: str, dtype: str, key: str = files.MO
 
 
 def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrainedModel:
-    """The same without a language-model head, for checkpoints that have another head.
+    """As `load_causal_lm`, without a language-model head, for checkpoints that have another head.
 
     Raises:
         UsageError: a weight is missing or has another shape than the config says.
@@ -86,10 +86,10 @@ def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrai
 
 
 def compute_exactly() -> None:
-    """Set torch so that a dtype means the same on every GPU, whatever an environment asked for.
+    """Set torch so that a dtype means the same on every GPU, whatever the environment says.
 
-    Products of float32 without TensorFloat-32, sums within products of half precision in float32. Attention without
-    cuDNN, which makes a plan for every new shape, as nearly every batch of prompts has one.
+    Products of float32 do not use TensorFloat-32, and products of half precision are summed in float32. Attention does
+    not use cuDNN, which makes a plan for every new shape: nearly every batch of prompts has one.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -129,7 +129,12 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
     unused = sorted(name for name in info["unexpected_keys"] if IN_BLOCK.search(name))
     if unused:
         raise bad_value(key, folder, f"config.json describes fewer layers than the weights have: {unused[0]} ...")
-    if model.get_output_embeddings() is not None and model.base_model is model:  # a name that none of its parts has
+    name_body(model)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def name_body(model: PreTrainedModel) -> None:
+    """Make `base_model` of a causal LM the part without its LM head: some classes give it a name that no part has."""
+    if model.get_output_embeddings() is not None and model.base_model is model:
         parts = (name for name, part in model.named_children() if isinstance(part, PreTrainedModel))
         model.base_model_prefix = next(parts, model.base_model_prefix)
-    return model.to(device).eval().requires_grad_(False)

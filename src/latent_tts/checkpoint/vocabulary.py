@@ -14,7 +14,7 @@ from torch import Tensor
 from latent_tts.checkpoint import files
 from latent_tts.errors import bad_value
 
-MEAN = "mean"  # what new rows begin from, unless it is a token
+MEAN = "mean"  # the initial value of new rows, unless it is the row of a token
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 
@@ -27,10 +27,10 @@ def with_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
 
 
 def cut_to(tokenizer: Tokenizer, texts: Iterable[str], key: str) -> Tokenizer:
-    """A copy of a tokenizer with only the tokens that some texts need: they are split as before.
+    """A copy of a tokenizer with only the tokens that some texts need; these are split as before.
 
-    Kept are their tokens, the parts that each is merged of, byte tokens and added tokens. Other texts fall back to
-    smaller pieces.
+    It keeps their tokens, the tokens that these are merged from, byte tokens and added tokens. Other texts are split
+    into smaller tokens.
 
     Args:
         tokenizer: byte-level BPE.
@@ -82,13 +82,13 @@ def _renumber(content: dict[str, Any], new: Mapping[int, int], ids: Mapping[str,
 def fit_rows(
     tensors: Mapping[str, Tensor], old: Tokenizer, new: Tokenizer, begin: str, folder: Path, key: str
 ) -> dict[str, Tensor]:
-    """The tensors of a causal LM with a row of embedding and LM head for each token of another tokenizer.
+    """The tensors of a causal LM, with a row of embedding and LM head for each token of another tokenizer.
 
     Args:
         tensors: of the model.
         old: its tokenizer.
         new: the other one: more tokens, or fewer.
-        begin: what rows of new tokens begin from: `mean`, the mean of all rows, or the row of a token.
+        begin: initial value of the rows of new tokens: `mean`, the mean of all rows, or a token, whose row is copied.
         folder: of the model, for errors.
         key: the config key that errors name.
 
@@ -123,7 +123,7 @@ def fit_rows(
 
 
 def check_begin(begin: object, tokenizer: Tokenizer, key: str) -> None:
-    """Check what rows of new tokens begin from.
+    """Check the initial value of the rows of new tokens.
 
     Raises:
         UsageError: it is neither `mean` nor a token.

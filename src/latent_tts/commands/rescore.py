@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config.build import compose, in_sweep, output_dir
-from latent_tts.config.recorded import aggregator_builder, recorded_run
+from latent_tts.config.recorded import finish_sweep as finish_sweep
+from latent_tts.config.recorded import recorded_run
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.errors import bad_value, require
-from latent_tts.pipeline import rescoring, sweep
+from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.run_output import clear_run_folder, write_run_folder
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import make_tables
@@ -62,11 +62,6 @@ def main(cfg: DictConfig) -> None:
     if not in_sweep():
         report.print_metrics(tables.metrics)
         print(folder / METRICS)
-
-
-def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence[DictConfig]) -> None:
-    """Join the tables of a sweep's jobs, which ran with these configs, and print what was written."""
-    sweep.finish(folder, jobs, aggregator_builder(*configs))
 
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:

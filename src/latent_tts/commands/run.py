@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from omegaconf import DictConfig
 
 from latent_tts.config.build import in_sweep, output_dir
-from latent_tts.config.recorded import aggregator_builder
+from latent_tts.config.recorded import finish_sweep as finish_sweep
 from latent_tts.config.requests import changed_settings, run_request
-from latent_tts.pipeline import sweep
 from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import schedule_lines
@@ -54,8 +51,3 @@ def sweep_overrides(cfg: DictConfig, swept: set[str]) -> list[str]:
     keys = {override.partition("=")[0] for override in cfg.hydra.overrides.task}
     given = "budget" in keys or cfg.hydra.runtime.choices.budget != "ladder"
     return [] if given or "n" not in swept else ["budget=fixed"]
-
-
-def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence[DictConfig]) -> None:
-    """Join the tables of a sweep's jobs, which ran with these configs, and print what was written."""
-    sweep.finish(folder, jobs, aggregator_builder(*configs))

@@ -22,7 +22,7 @@ LEFT = 34  # largest width of the left column
 PLURALS = {
     "models": "model", "tasks": "task", "samplers": "sampler", "schedules": "schedule", "searches": "search",
     "budgets": "budget", "scorers": "scorer", "aggregators": "aggregator", "recipes": "recipe",
-    "engines": "engine", "experiments": "experiment",
+    "engines": "engine", "executors": "executor", "experiments": "experiment",
 }  # fmt: skip
 FLAGS_TEXT = (
     ("-m, --multirun", "run a job per combination of comma-separated values: seed=0,1,2 -m"),

@@ -8,7 +8,7 @@ are compared as text before anything is imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from latent_tts.aggregator import Aggregator
 from latent_tts.config.build import build
 from latent_tts.config.reference import conf_dir
 from latent_tts.errors import UsageError
+from latent_tts.pipeline import sweep
 
 TARGET = "_target_"
 NEVER_RECORDED = ("_args_", "_partial_")  # no option has them
@@ -71,12 +72,21 @@ def recorded_run(record: Mapping[str, Any], groups: Iterable[str], *given: DictC
     merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0, "forced_prefix": ""}, merged.answer)
     merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
     merged.engine = OmegaConf.merge({"quantize": None}, merged.engine, {"graph": "auto"})  # graphs change no result
+    merged.executor = {"_target_": "latent_tts.executor.local.Local"}  # what is read from it is not computed by others
     return merged
 
 
 def aggregator_builder(*given: DictConfig) -> Callable[[str, Mapping[str, Any]], Aggregator]:
     """What makes an aggregator of its name and its node in a `run.json`; `given` as in `recorded`."""
     return lambda name, node: build(f"aggregator.{name}", recorded("aggregator", node, *given))
+
+
+def finish_sweep(folder: Path, jobs: Sequence[sweep.SweepJob], configs: Sequence[DictConfig]) -> None:
+    """Join the tables of a sweep's jobs, which ran with these configs, and print what was written.
+
+    The sweeper calls it for the commands that have this name.
+    """
+    sweep.finish(folder, jobs, aggregator_builder(*configs))
 
 
 def literal(value: Any) -> Any:

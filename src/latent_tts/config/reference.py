@@ -32,6 +32,7 @@ GROUPS = {
     "aggregator": "how one answer is picked from many rollouts; a list",
     "recipe": "how a family is trained",
     "engine": "how rollouts are computed",
+    "executor": "where rollouts are computed",
     "experiment": "settings that belong together",
     "local": "your own defaults, in conf/local/default.yaml",
 }
@@ -129,11 +130,16 @@ def nested_groups(group: str, places: Sequence[Path]) -> list[str]:
     return [f"{group}/{name}" for name in sorted(folders)]
 
 
-def options_with_nested(nested: str, places: Sequence[Path]) -> list[str]:
-    """The options of a group that have a group inside it, as those of `budget` that take a `budget/rule`."""
+def options_with_nested(nested: str, places: Sequence[Path]) -> dict[str, str]:
+    """The options of a group that have a group inside it, as those of `budget` that take a `budget/rule`.
+
+    Returns:
+        The option of the inner group that each chooses by default.
+    """
     group, _, name = nested.rpartition("/")
     files = {path.stem: path.read_text(errors="replace") for place in places for path in (place / group).glob("*.yaml")}
-    return sorted(option for option, text in files.items() if re.search(rf"^  - {re.escape(name)}:", text, re.M))
+    found = {option: re.search(rf"^  - {re.escape(name)}: *([\w-]+)", files[option], re.M) for option in sorted(files)}
+    return {option: default[1] for option, default in found.items() if default}
 
 
 def read_option(group: str, name: str, places: Sequence[Path]) -> Option:
@@ -245,7 +251,8 @@ def _is_block(node: yaml.Node) -> bool:
     return isinstance(node, yaml.MappingNode) and not node.flow_style
 
 
-def _argument_kinds(target: str) -> dict[str, str]:
+@cache
+def _argument_kinds(target: str) -> Mapping[str, str]:
     """The types of what an option's object takes, in words, by key; nothing for what cannot be found.
 
     The source is parsed and not imported: some options import torch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from latent_tts.config.build import build, changed_keys, compose, is_default, is
 from latent_tts.config.recorded import TARGET, literal, recorded
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import bad_value, require
-from latent_tts.pipeline.annotation import AnnotationSpec
+from latent_tts.pipeline.annotation_spec import AnnotationSpec
 from latent_tts.pipeline.spec import EngineSettings, RunRequest
 from latent_tts.results.annotations import SETTINGS, AnnotationFolder
 from latent_tts.results.cache import MODES
 from latent_tts.sampler import Sampler
 
 log = logging.getLogger(__name__)
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?(e-?[0-9]+)?")
 
 
 def run_request(cfg: DictConfig) -> RunRequest:
@@ -46,6 +48,7 @@ def run_request(cfg: DictConfig) -> RunRequest:
         adapter=build("model", cfg.model),
         schedule=build("schedule", cfg.schedule),
         search=build("search", cfg.search),
+        executor=build("executor", cfg.executor),
         decode=cfg.answer.decode,
         forced_prefix=cfg.answer.forced_prefix,
         n=cfg.n,
@@ -71,6 +74,7 @@ def annotation_spec(cfg: DictConfig) -> AnnotationSpec:
         task=build("task", cfg.task),
         adapter=build("model", cfg.model),
         schedule=build("schedule", cfg.schedule),
+        executor=build("executor", cfg.executor),
         n=cfg.n,
         completions=cfg.completions,
         keep=cfg.keep,
@@ -156,10 +160,7 @@ def against_option(cfg: DictConfig, against: str | None, beside: Sampler) -> tup
     if colon:
         param = get_class(merged.sampler[TARGET]).param
         require("against", against, param is not None, f"{name} has no parameter")
-        try:
-            merged.sampler[param] = float(value)
-        except ValueError as error:
-            raise bad_value("against", against, f"{param} must be a number, as in {name}:0.2") from error
+        merged.sampler[param] = float(value) if NUMBER.fullmatch(value) else value
     return build("sampler", merged.sampler), plain(merged)["sampler"]
 
 
@@ -179,8 +180,8 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
         "n", "seed", "model.name", "model.checkpoint", "model.latent_rm", "task.split", "task.path", "task.texts",
         "task._target_", "question", "json", "cache", "sampler._target_", "budget", "scorer._target_",
         "scorer.checkpoint", "scorer.latents", "paths",
-        "engine.dtype", "engine.rows", "engine.device", "engine.graph", "keep_latents", "run", "search._target_",
-        "against", "maps", "top", "threshold", "directions",
+        "engine.dtype", "engine.rows", "engine.device", "engine.graph", "executor", "keep_latents", "run",
+        "search._target_", "against", "maps", "top", "threshold", "directions",
         "schedule._target_", "schedule.verify", "schedule.probe",
     }  # fmt: skip
     return changed_keys(cfg, own_columns | aggregators)

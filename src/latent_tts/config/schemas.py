@@ -62,6 +62,7 @@ class RunConfig:
     budget: Any = MISSING
     scorer: Any = MISSING
     aggregator: Any = MISSING
+    executor: Any = MISSING
 
 
 @dataclass
@@ -116,6 +117,7 @@ class AnnotateConfig:
     task: Any = MISSING
     sampler: Any = MISSING
     schedule: Any = MISSING
+    executor: Any = MISSING
 
 
 @dataclass
@@ -250,6 +252,7 @@ class TrainRMConfig:
     weights_dtype: str = MISSING
     model: Any = MISSING
     loss: Any = MISSING
+    lora: Any = MISSING
     optimization: Any = MISSING
 
 

@@ -138,6 +138,7 @@ class RolloutCost:
             thoughts are.
         repeated: the passes that a schedule repeats, see `Shape.repeated_flops`.
         looks_for_stop: whether the LM head runs before every latent, and once more after fewer than `latents`.
+        exit_tokens: tokens run beside each latent but the last, to see whether it moves the answer; None: nobody looks.
     """
 
     shape: Shape
@@ -147,6 +148,7 @@ class RolloutCost:
     own_last: bool = False
     repeated: Sequence[tuple[int, int]] = ()
     looks_for_stop: bool = False
+    exit_tokens: int | None = None
 
     @classmethod
     def of(
@@ -157,11 +159,12 @@ class RolloutCost:
         random_phases: Collection[str],
         repeated: Sequence[tuple[int, int]],
         looks_for_stop: bool,
+        exit_tokens: int | None = None,
     ) -> RolloutCost:
         """The cost of rollouts that are random in some phases."""
         own_prompt = "prompt" in random_phases
         own_last = latents > 0 and "thoughts" in random_phases and not own_prompt
-        return cls(shape, latents, forced, own_prompt, own_last, repeated, looks_for_stop)
+        return cls(shape, latents, forced, own_prompt, own_last, repeated, looks_for_stop, exit_tokens)
 
     def shared_flops(self, prompt: int) -> float:
         """Operations that a question's rollouts share.
@@ -192,13 +195,19 @@ class RolloutCost:
         return suffix + self.shape.head_flops(answer + 1) + self._beside(prompt, steps)
 
     def stop_checks(self, steps: Count) -> Count:
-        """How often a rollout checks whether to stop."""
-        return np.minimum(steps + 1, self.latents) * self.looks_for_stop
+        """How often the LM head runs to see whether a rollout stops thinking."""
+        return np.minimum(steps + 1, self.latents) * self.looks_for_stop + self._exit_checks(steps)
+
+    def _exit_checks(self, steps: Count) -> Count:
+        """How often a rollout checks whether its answer still moves."""
+        return np.minimum(steps, self.latents - 1) * (self.exit_tokens is not None)
 
     def _beside(self, prompt: Count, steps: Count) -> Count:
         shape = self.shape
         own = shape.prompt_flops(prompt) if self.own_prompt else shape.pass_flops(self.own_last, prompt - self.own_last)
-        return own + shape.repeated_flops(prompt, self.repeated) + shape.head_flops(self.stop_checks(steps))
+        checks = self._exit_checks(steps)  # at contexts of prompt + 1, prompt + 2, ... latents, so at their mean
+        checking = checks * shape.pass_flops(self.exit_tokens or 0, prompt + (checks + 1) / 2)
+        return own + shape.repeated_flops(prompt, self.repeated) + checking + shape.head_flops(self.stop_checks(steps))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "could not create a memory")
 
 
 def is_gpu(device: torch.device | str) -> bool:
@@ -23,6 +26,25 @@ def free_bytes(device: torch.device | str) -> int:
         return psutil.virtual_memory().available  # counts the file cache, which the system gives up on demand
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def device_name(device: torch.device | str) -> str:
+    """The kind of a device, as in `NVIDIA H100`, or `cpu`."""
+    return torch.cuda.get_device_name(device) if is_gpu(device) else "cpu"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had: torch's on a GPU, torch's on a CPU, Python's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
+
+
+def free_cached_memory(device: torch.device | str) -> None:
+    """Give back what is allocated and not used."""
+    gc.collect()
+    if is_gpu(device):
+        torch.cuda.empty_cache()
 
 
 def reserved_bytes(device: torch.device) -> int:

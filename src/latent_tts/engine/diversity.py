@@ -22,6 +22,16 @@ class DirectionSums:
         """How many of a question's first rollouts its sums hold."""
         return self._sums[key][0] if key in self._sums else 0
 
+    def get(self, key: str) -> tuple[int, Tensor] | None:
+        """How many rollouts of a question were taken in, and the sums (T, D) of their directions; None if none were."""
+        return self._sums.get(key)
+
+    def put(self, key: str, count: int, sums_TD: Tensor) -> None:
+        """Set what `get` returned somewhere else."""
+        self.forget(key)
+        self._sums[key] = count, sums_TD
+        self._drop_oldest()
+
     def forget(self, key: str) -> None:
         """Drop a question's sums."""
         self._sums.pop(key, None)

@@ -64,26 +64,6 @@ class Labelling:
     latent_id: int
 
 
-def label(
-    jobs: Sequence[LabelJob], engine: Engine, sampler: Sampler, labelling: Labelling
-) -> Iterator[tuple[list[LabelledQuestion | UnmixedQuestion], int]]:
-    """Label questions batch by batch, longest prompts first.
-
-    Args:
-        jobs: what to label.
-        engine: the loaded reasoner.
-        sampler: what makes rollouts and completions differ.
-        labelling: how many, and how they are keyed.
-
-    Yields:
-        The records of a batch's questions, and how many rollouts (completions included) the batch took.
-    """
-    questions_per_batch = max(1, labelling.rows // labelling.rollouts)
-    by_length = sorted(jobs, key=lambda job: (-len(job.prompt), job.index))
-    for start in range(0, len(by_length), questions_per_batch):
-        yield label_batch(by_length[start : start + questions_per_batch], engine, sampler, labelling)
-
-
 @torch.inference_mode()
 def label_batch(
     jobs: Sequence[LabelJob], engine: Engine, sampler: Sampler, labelling: Labelling

@@ -24,7 +24,7 @@ from latent_tts.engine.backbone import prepare_backbone
 from latent_tts.engine.head import choose, head_of
 from latent_tts.engine.prompts import pad_prompts
 from latent_tts.engine.state import open_state
-from latent_tts.errors import RunError
+from latent_tts.errors import LatentTTSError, RunError, UsageError
 from latent_tts.types import Computation, Reasoner, RewardModel
 
 PROMPTS, ROLLOUTS, FED = [[3, 1, 2], [5, 4, 2, 0, 1]], 2, 4  # token ids modulo the vocabulary; vectors fed to a row
@@ -46,12 +46,13 @@ def prove_reasoner(reasoner: Reasoner, longest: int) -> Computation:
         longest: tokens of the longest sequence that it will run.
 
     Raises:
-        RunError: none of the engine's ways agrees with the model, or the model's own values are not finite.
+        UsageError: none of the engine's ways agrees with the model.
+        RunError: the model's own values are not finite.
     """
     lm = reasoner.lm
     head = lm.get_output_embeddings()
     if head is None:
-        raise RunError(f"{type(lm).__name__} has no LM head")
+        raise UsageError(f"{type(lm).__name__} has no LM head")
     attention, reason, walk, wanted = _settle(lm, reasoner.next_latent, head, longest)
     assert wanted.logits_RAV is not None
     found = Computation(attention, "head", reason)
@@ -66,7 +67,8 @@ def prove_reasoner(reasoner: Reasoner, longest: int) -> Computation:
         wanted.logits_limit *= HALF_REFUSED
     problem = _logits_problem(found, reasoner, walk.hidden_RPD, wanted)
     if problem is not None:
-        raise RunError(f"{type(lm).__name__}: the engine does not compute this model as it computes itself: {problem}")
+        name = type(lm).__name__
+        raise UsageError(f"{name}: the engine does not compute this model as it computes itself: {problem}")
     return found
 
 
@@ -120,7 +122,7 @@ def _settle(
 ) -> tuple[Any, str, _Walk, _Reference]:
     """The attention that computes a model right, why it is not shared-prefix attention, and the walk that proves it."""
     if getattr(lm, "_is_stateful", False):
-        raise RunError(f"{type(lm).__name__} keeps a running state, which cannot be rewound or forked")
+        raise UsageError(f"{type(lm).__name__} keeps a running state, which cannot be rewound or forked")
     reason, ways, problem = _seen_problem(lm, longest), ["transformers"], ""
     if reason is None:
         ways.insert(0, "shared-prefix")
@@ -130,10 +132,13 @@ def _settle(
             walk = _walked(lm, Computation(way), make_latent, head)
         except torch.OutOfMemoryError:
             raise
-        except (RunError, *FAILURES) as error:
-            problem = f"it fails with {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+        except (LatentTTSError, *FAILURES) as error:
+            problem = f"it {_failure(error)}"
         else:
-            wanted = _reference(lm, walk, with_logits=head is not None)
+            try:
+                wanted = _reference(lm, walk, with_logits=head is not None)
+            except FAILURES as error:
+                raise UsageError(f"{type(lm).__name__}: its own forward pass {_failure(error)}") from error
             if not wanted.finite:
                 dtype = str(lm.dtype).removeprefix("torch.")
                 raise RunError(f"the model's own forward pass gives values that are not finite in {dtype}")
@@ -143,9 +148,14 @@ def _settle(
                 return way, reason or "", walk, wanted
         if way == "shared-prefix":
             reason = f"shared-prefix attention: {problem}"
-    raise RunError(
+    raise UsageError(
         f"{type(lm).__name__} cannot be run latent by latent: with transformers' own attention and cache {problem}"
     )
+
+
+def _failure(error: Exception) -> str:
+    """What an exception says, in part of a sentence."""
+    return f"fails with {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
 
 
 def _walked(
@@ -310,7 +320,7 @@ class _Observed:
 
 def _seen_problem(lm: PreTrainedModel, longest: int) -> str | None:
     """Why shared-prefix attention cannot be right, as far as can be seen without computing; None if nothing is seen."""
-    layers = int(lm.config.get_text_config().num_hidden_layers)
+    layers = int(lm.config.get_text_config(decoder=True).num_hidden_layers)
     observed = _Observed(max(longest, max(map(len, PROMPTS)) + FED))
     AttentionInterface.register(OBSERVED, observed.attend)
     AttentionMaskInterface.register(OBSERVED, observed.mask)
@@ -323,7 +333,7 @@ def _seen_problem(lm: PreTrainedModel, longest: int) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
-        return f"shared-prefix attention: it fails with {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        return f"shared-prefix attention: it {_failure(error)}"
     finally:
         use_own_attention(lm)
     if len(observed.layers) < layers:

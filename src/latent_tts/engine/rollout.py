@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from latent_tts.engine.backbone import prepare_backbone
 from latent_tts.engine.draft import DraftHead
+from latent_tts.engine.early_exit import AnswerMovement
 from latent_tts.engine.head import Choice, choose, head_of
 from latent_tts.engine.prompts import pad_prompts, split_prompts
 from latent_tts.engine.sites import SiteHooks
@@ -50,6 +51,8 @@ class RolloutPlan:
         forced_ids: what every answer begins with, fewer than `max_answer_tokens`; they run in the pass of the
             end-of-thinking tokens.
         other_eos_ids: further tokens that end an answer.
+        exit: see `schedule.EarlyExit.threshold`; None where no row stops by it.
+        exit_ids: tokens between the last latent and the one whose distribution that is about.
     """
 
     latents: int
@@ -61,6 +64,13 @@ class RolloutPlan:
     schedule: Schedule = SEQUENTIAL
     forced_ids: list[int] = field(default_factory=list)
     other_eos_ids: Sequence[int] = ()
+    exit: float | None = None
+    exit_ids: Sequence[int] = ()
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rollouts may have unequally many latents."""
+        return self.stop_id is not None or self.exit is not None
 
     @property
     def eos_ids(self) -> list[int]:
@@ -224,11 +234,10 @@ class _Rows(TypedDict):
 def unstarted_rows(engine: Engine, rows: int) -> _Rows:
     """The latents of R rows, their numbers, and which rows go on, before anything is made (see `RolloutState`)."""
     plan, device = engine.plan, engine.device
-    stops = plan.stop_id is not None
     return {
         "latents_RTD": torch.zeros(rows, plan.latents, engine.width, dtype=engine.lm.dtype, device=device),
-        "steps_R": torch.full((rows,), 0 if stops else plan.latents, device=device),
-        "thinking_R": torch.ones(rows, dtype=torch.bool, device=device) if stops else None,
+        "steps_R": torch.full((rows,), 0 if plan.ragged else plan.latents, device=device),
+        "thinking_R": torch.ones(rows, dtype=torch.bool, device=device) if plan.ragged else None,
     }
 
 
@@ -328,6 +337,7 @@ class RolloutState:
         self._plan, self._lm, self._hooks, self._state = engine.plan, engine.lm, hooks, state
         self._embed: Callable[[Tensor], Tensor] = self._lm.get_input_embeddings()
         self._own_last = own_last
+        self._movement = AnswerMovement(engine.head)
         # what is not run yet: the last latent; after parallel sweeps also those before it that may have changed
         self._pending_RSD: Tensor | None = latents_RTD[:, step - 1, None] if step else None
         self._pending_steps = range(0)  # the latents that all but the last of the pending ones would make
@@ -429,21 +439,42 @@ class RolloutState:
 
     def advance(self) -> Tensor:
         """Make one more latent (R, D) of every row that still thinks (zeros elsewhere)."""
-        step = self.step
-        if self._pending_RSD is not None:
+        step, settled_R = self.step, None
+        if self._pending_RSD is not None and step > 0 and self._plan.exit is not None:
+            settled_R = self._run_and_look(self._pending_RSD, self._plan.exit)
+        elif self._pending_RSD is not None:
             self._hidden_RD = self._run_pending(self._pending_RSD, Forward("thoughts", step, 1), self.thinking_R)
         assert self._hidden_RD is not None
         latent_RD = self._latent_after(self._hidden_RD, step)
         if self.thinking_R is not None:
-            self.thinking_R = self.thinking_R & (
-                choose(self.engine.head, self._hidden_RD).token_R != self._plan.stop_id
-            )
+            if self._plan.stop_id is not None:
+                stopping_R = choose(self.engine.head, self._hidden_RD).token_R == self._plan.stop_id
+                self.thinking_R = self.thinking_R & ~stopping_R
+            if settled_R is not None:
+                self.thinking_R = self.thinking_R & ~settled_R
             self.steps_R = self.steps_R + self.thinking_R
             latent_RD = latent_RD * self.thinking_R[:, None]
         self.latents_RTD[:, step] = latent_RD
         self._pending_RSD = self.latents_RTD[:, step, None]
         self.step += 1
         return self.latents_RTD[:, step]
+
+    def _run_and_look(self, latent_RSD: Tensor, threshold: float) -> Tensor | None:
+        """Run a latent, and in the same pass, to be forgotten, what would follow it if it were the last one.
+
+        Returns:
+            Which rows' answers it has moved by no more than `threshold`; None after the first latent.
+        """
+        ids = torch.tensor(list(self._plan.exit_ids), dtype=torch.long, device=self.engine.device)
+        following_RSD = self._embed(ids).expand(latent_RSD.shape[0], -1, -1)
+        used = self._state.used
+        answered = self._plan.latents + len(ids) - len(self._plan.thinking_end_ids)
+        forwards = [Forward("thoughts", self.step, 1), Forward("answer", answered, len(ids))]
+        hidden_RSD = self._run(torch.cat([latent_RSD, following_RSD], 1), forwards, self.thinking_R)
+        self._state.rewind(used + 1)
+        self._hidden_RD = hidden_RSD[:, 0]
+        moved_R = self._movement.since_last(hidden_RSD[:, -1])
+        return None if moved_R is None else moved_R <= threshold
 
     def guess(self, start: int, stop: int, what: str) -> None:
         """Put a guess in the place of latents start..stop-1. See `LatentSequence.guess`."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from latent_tts.errors import RunError
+from latent_tts.errors import UsageError
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.types import Forward, Site
@@ -21,33 +24,62 @@ BRANCHES: tuple[tuple[Site, tuple[str, ...]], ...] = (
 class SiteHooks:
     """Hooks on a backbone that multiply outputs by a sampler's factors; they do nothing before the first `set_pass`.
 
-    Used as a context manager: the hooks go when it ends.
+    Used as a context manager: the hooks go when it ends. Then, a site that did not run once in every pass is an error,
+    since its factors were lost.
     """
 
     def __init__(self, lm: PreTrainedModel, sampler: Sampler) -> None:
+        """Put the hooks on.
+
+        Raises:
+            UsageError: the model's blocks do not have the sites that the sampler masks.
+        """
         self.sampler = sampler
         self._draw: Draw | None = None  # of the rows that run
         self._pass_draw: Draw | None = None  # of all rows of the pass
         self._forwards: tuple[Forward, ...] = ()
         self._part = slice(None)  # which of the pass's tokens run
         self._handles = []
+        self._passes, self._runs = 0, Counter()  # of the backbone; of each site
         if not sampler.random_phases:
             return
         blocks = find_blocks(lm)
+        if not blocks:
+            raise UsageError(f"sampler={sampler.name}: {type(lm.base_model).__name__} has no blocks to mask")
+        self._name = f"sampler={sampler.name}: the branches of {type(blocks[0]).__name__}"
+        self._sites: list[tuple[Site, int, nn.Module]] = [
+            (site, layer, self._branch(block, names)) for layer, block in enumerate(blocks) for site, names in BRANCHES
+        ]
+        self._handles.append(lm.base_model.register_forward_pre_hook(self._count_pass))
         self._handles.append(blocks[0].register_forward_pre_hook(self._embedding, with_kwargs=True))
-        for layer, block in enumerate(blocks):
-            for site, names in BRANCHES:
-                module = next((getattr(block, name) for name in names if hasattr(block, name)), None)
-                if module is None:
-                    raise RunError(f"sampler=dropout: {type(block).__name__} has none of {', '.join(names)} to mask")
-                self._handles.append(module.register_forward_hook(self._hook(site, layer)))
+        for site, layer, module in self._sites:
+            self._handles.append(module.register_forward_hook(self._hook(site, layer)))
+
+    def _branch(self, block: nn.Module, names: tuple[str, ...]) -> nn.Module:
+        """The module whose output a block adds to its input."""
+        module = next((getattr(block, name) for name in names if hasattr(block, name)), None)
+        if module is None:
+            raise UsageError(f"{self._name} cannot be masked: it has none of {', '.join(names)}")
+        if "residual" in inspect.signature(module.forward).parameters:
+            raise UsageError(f"{self._name} cannot be masked: {type(module).__name__} adds what it gets itself")
+        return module
+
+    def _count_pass(self, module: nn.Module, args: tuple) -> None:
+        del module, args
+        self._passes += 1
 
     def __enter__(self) -> SiteHooks:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
+        if kind is None and self._handles:
+            wrong = [(site, layer) for site, layer, _ in self._sites if self._runs[site, layer] != self._passes]
+            if wrong:
+                (site, layer), runs = wrong[0], self._runs[wrong[0]]
+                which = f"the {site} branch of block {layer}"
+                raise UsageError(f"{self._name} cannot be masked: {which} ran {runs} times in {self._passes} passes")
 
     def set_pass(self, draw: Draw, *forwards: Forward) -> None:
         """Say which pass comes next (or which, side by side in one), and the random numbers of its rows."""
@@ -68,6 +100,12 @@ class SiteHooks:
         factors = self._side_by_side(parts, output)
         if factors.shape[1] > 1:
             factors = factors[:, self._part]
+        if output.dim() == 2:  # some mixtures of experts give the tokens of all rows one after another
+            return self._multiply(output.view(factors.shape[0], -1, output.shape[1]), factors).view_as(output)
+        return self._multiply(output, factors)
+
+    @staticmethod
+    def _multiply(output: Tensor, factors: Tensor) -> Tensor:
         # multiplied in float32 at least; widening first is twice as fast as a product of two dtypes
         return (output.to(torch.promote_types(output.dtype, factors.dtype)) * factors).to(output.dtype)
 
@@ -76,7 +114,8 @@ class SiteHooks:
         if len(parts) == 1 and parts[0] is not None:
             return parts[0]
         one = torch.ones((), device=output.device)
-        sizes = [(output.shape[0], forward.tokens, output.shape[2]) for forward in self._forwards]
+        rows = next(part.shape[0] for part in parts if part is not None)
+        sizes = [(rows, forward.tokens, output.shape[-1]) for forward in self._forwards]
         whole = [(one if part is None else part).expand(size) for part, size in zip(parts, sizes, strict=True)]
         return torch.cat(whole, dim=1)
 
@@ -89,6 +128,7 @@ class SiteHooks:
     def _hook(self, site: Site, layer: int):
         def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
             del module, args
+            self._runs[site, layer] += 1
             if isinstance(output, tuple):
                 return (self._apply(site, layer, output[0]), *output[1:])
             return self._apply(site, layer, output)
@@ -97,9 +137,13 @@ class SiteHooks:
 
 
 def find_blocks(lm: PreTrainedModel) -> nn.ModuleList:
-    """The transformer blocks of a causal LM: its one module list of `num_hidden_layers` entries."""
-    layers = lm.config.get_text_config().num_hidden_layers
+    """The transformer blocks of a causal LM: its one module list of `num_hidden_layers` entries.
+
+    Raises:
+        UsageError: it has none.
+    """
+    layers = lm.config.get_text_config(decoder=True).num_hidden_layers
     for module in lm.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return module
-    raise RunError(f"{type(lm.base_model).__name__}: no module list of {layers} blocks found")
+    raise UsageError(f"{type(lm.base_model).__name__}: no module list of {layers} blocks found")

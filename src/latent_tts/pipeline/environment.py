@@ -5,13 +5,16 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 
-def versions(*, quantized: bool) -> dict[str, str]:
-    """Versions of what a result depends on, and the commit where there is one."""
+@cache
+def versions(*, quantized: bool) -> Mapping[str, str]:
+    """Versions of what a result depends on, and the commit where there is one, as they were at the first call."""
     names = ["latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core"]
     names += [name for name in ("numba", "math-verify") if find_spec(name.replace("-", "_")) is not None]
     names += ["torchao"] if quantized else []

@@ -139,13 +139,13 @@ def own_fields(group: str, option: Any) -> dict[str, Any]:
     kind = type(option)
     names = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
     names |= set(getattr(option, "__dict__", ()))
-    names -= NO_PART[group] | set(_computed(kind))
+    names -= NO_PART[group] | set(computed_attributes(kind))
     values = {name: getattr(option, name) for name in sorted(names)}
     return {name: _plain(f"{group}.{name}", value) for name, value in values.items() if not isinstance(value, Path)}
 
 
-def _computed(kind: type) -> Iterable[str]:
-    """The attributes that follow from others and from the checkpoint."""
+def computed_attributes(kind: type) -> Iterable[str]:
+    """The attributes that an option computes from its others and from its checkpoint."""
     return (name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, cached_property))
 
 

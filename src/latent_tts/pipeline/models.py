@@ -19,9 +19,9 @@ from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.rollout import Engine, RolloutPlan
-from latent_tts.errors import bad_value, require
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.spec import COMPUTATION, EngineSettings
+from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, exit_ids
 from latent_tts.results.files import whole_file
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
@@ -43,8 +43,8 @@ def load_reasoner(
         longest: tokens of the longest sequence that it will run; None for the longest that it takes.
 
     Raises:
-        UsageError: it cannot be loaded.
-        RunError: the engine computes it in no way as it computes itself.
+        UsageError: it cannot be loaded, or the engine computes it in no way as it computes itself.
+        RunError: its own values are not finite.
     """
     key = (type(adapter).__name__, adapter.digest, device, engine.dtype, engine.quantize)
 
@@ -55,19 +55,29 @@ def load_reasoner(
         return reasoner
 
     longest = adapter.positions if longest is None else longest
-    return _keep_proven("model", adapter.name, key, load, prove_reasoner, longest)
+    where = ("model.checkpoint", adapter.checkpoint)
+    return _keep_proven("model", adapter.name, where, key, load, prove_reasoner, longest)
 
 
-def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int) -> RewardModel:
-    """The scorer's model, loaded and proven; the last one is kept. See `load_reasoner`."""
-    key = (type(scorer).__name__, scorer.digest, device, dtype)
-    load = partial(scorer.load, device=device, dtype=dtype)
-    return _keep_proven("scorer", scorer.name, key, load, prove_reward_model, longest)
+def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int, base: Reasoner | None = None) -> RewardModel:
+    """The scorer's model, loaded and proven; the last one is kept. See `load_reasoner`.
+
+    Args:
+        scorer: the scorer.
+        dtype: that it is computed in.
+        device: where.
+        longest: tokens of the longest sequence that it will run.
+        base: the loaded reasoner whose weights it shares.
+    """
+    key = (type(scorer).__name__, scorer.digest, device, dtype, None if base is None else str(id(base.lm)))
+    load = partial(scorer.load, device=device, dtype=dtype, base=base)
+    return _keep_proven("scorer", scorer.name, ("scorer", scorer.name), key, load, prove_reward_model, longest)
 
 
 def _keep_proven(
     kind: str,
     name: str,
+    where: tuple[str, str],
     key: tuple[str | None, ...],
     load: Callable[[], Any],
     prove: Callable[[Any, int], Computation],
@@ -77,7 +87,10 @@ def _keep_proven(
     proof = (*key, str(longest))
 
     def computation() -> Computation:
-        found = prove(model, longest)
+        try:
+            found = prove(model, longest)
+        except UsageError as error:
+            raise bad_value(*where, str(error)) from error
         if found.reason:
             log.warning("%s: computed with %s: %s", name, described(found), found.reason)
         return found
@@ -150,12 +163,17 @@ def open_engine(
 ) -> Engine:
     """An engine that replays CUDA graphs where it can and `engine.graph` allows it.
 
-    A schedule that guesses decides on the way what it computes, so there are none where a draft head is given.
+    A schedule that guesses, or rollouts that stop early, decide on the way what is computed, so there are none then.
 
     Raises:
         RunError: `engine.graph=on`, and the model cannot be replayed.
     """
-    if reasoner.lm.device.type != "cuda" or settings.graph == "off" or not plan.schedule.stepwise:
+    if (
+        reasoner.lm.device.type != "cuda"
+        or settings.graph == "off"
+        or not plan.schedule.stepwise
+        or plan.exit is not None
+    ):
         return Engine(reasoner, plan, draft)
     return GraphEngine(reasoner, plan, needed=settings.graph == "on")
 
@@ -173,6 +191,8 @@ def rollout_plan(
         adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
         forced_ids=list(forced_ids), other_eos_ids=adapter.eos_ids[1:],
     )  # fmt: skip
+    if schedule is not None and schedule.early_exit is not None:
+        return replace(plan, exit=schedule.early_exit.threshold, exit_ids=exit_ids(adapter, schedule))
     if schedule is None or schedule.stepwise:
         return plan
     return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.first_guess == "token" else None)

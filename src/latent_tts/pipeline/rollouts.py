@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,6 +28,7 @@ from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, RolloutCache
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import LatentsFile
+from latent_tts.results.timeline import Span
 from latent_tts.types import Computation, Float32, Int64
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class RunRollouts:
         drawn_now: how many the cache did not have.
         winners: None where all answers were decoded.
         outcome: where each question ended, if the budget looked at its rollouts.
+        timeline: which worker was busy when.
     """
 
     rows: pd.DataFrame
@@ -58,6 +60,7 @@ class RunRollouts:
     drawn_now: int
     winners: Winners | None = None
     outcome: Outcome | None = None
+    timeline: list[Span] = field(default_factory=list)
 
 
 @dataclass
@@ -100,6 +103,7 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     """
     assert is_adaptive(spec.budget)
     tallying, drawn_now, before = Tallying(spec), 0, [0] * len(spec.questions)
+    timeline: list[Span] = []
 
     def tallies_after(drawn_Q: Int64) -> list[Tally]:
         nonlocal drawn_now, before
@@ -109,12 +113,14 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
             rollouts = gather_rollouts(part, rollout_key, new)
             tallying.add(rollouts.rows, None if rollouts.scores is None else rollouts.scores.score, before, part.drawn)
             drawn_now, before = drawn_now + rollouts.drawn_now, part.drawn
+            timeline.extend(rollouts.timeline)
         return tallying.tallies()
 
     outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
     ended = replace(with_counts(spec, outcome), refresh=False)
     rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now
+    rollouts.timeline = timeline + rollouts.timeline
     return rollouts
 
 
@@ -215,9 +221,9 @@ class CachedRollouts:
             return None
 
         def computation() -> Computation:
-            from latent_tts.pipeline.drawing import load_scorer_of
+            from latent_tts.pipeline.drawing import find_scoring
 
-            return load_scorer_of(spec).computation
+            return find_scoring(spec)
 
         self.scores = [settle_scores(self.scores, computation)]
         return self.scores[0]
@@ -232,6 +238,7 @@ class CachedRollouts:
     ) -> RunRollouts:
         """Draw and score what is missing; see `gather_rollouts`."""
         lacking, scores, unscored = self.rows.missing(), self._settled_scores(spec), 0
+        timeline: list[Span] = []
         if scores is not None:
             unscored = len(scores.rows.missing())
         if len(lacking):
@@ -239,7 +246,9 @@ class CachedRollouts:
 
             # official positions need all answers first
             at_once = scores is not None and spec.scorer is not None and spec.scorer.positions == "correct"
-            draw(spec, self.cache, lacking, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept)
+            timeline += draw(
+                spec, self.cache, lacking, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept
+            )
             self._read()
         if len(gone := self.rows.missing()):
             where = f"the cache {self.cache.folder}; re-run the command to draw them"
@@ -252,7 +261,7 @@ class CachedRollouts:
             from latent_tts.pipeline.drawing import think_again
 
             score_cache = scores.open() if scores is not None else None
-            think_again(spec, score_cache, to_score, offsets, to_keep, kept)
+            timeline += think_again(spec, score_cache, to_score, offsets, to_keep, kept)
             self._read()
         return RunRollouts(
             rows=rows,
@@ -260,6 +269,7 @@ class CachedRollouts:
             scores=None if scores is None else reduce_scores(spec, scores, offsets, unscored),
             cache=self.cache,
             drawn_now=lacking["row_key"].nunique() * spec.n if spec.search.guided else len(lacking),
+            timeline=timeline,
         )
 
 
@@ -289,6 +299,7 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
         rows[column] = pd.Series(values, dtype=object).astype(rows[column].dtype)
     decoding = whole.rows[list(MEASURED_SUMS)].set_axis(places).reindex(range(len(rows)))
     thought.winners = Winners(picks, decoding, whole.drawn_now)
+    thought.timeline += whole.timeline
     return thought
 
 

@@ -27,12 +27,13 @@ from latent_tts.results.run_folder import (
     write_rollouts,
     write_run_json,
 )
+from latent_tts.results.timeline import TIMELINE, TIMELINE_FIGURE, describe_timeline, write_timeline
 from latent_tts.scorer import Scorer
 
 
 def clear_run_folder(folder: Path) -> None:
     """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
-    for name in (RUN_JSON, *TABLES, FIGURE, VERIFICATION):
+    for name in (RUN_JSON, *TABLES, FIGURE, VERIFICATION, TIMELINE, TIMELINE_FIGURE):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -69,6 +70,9 @@ def write_run_folder(
         plot.scaling_curve(tables.metrics, folder / FIGURE)
     if verification is not None:
         write_verification(folder, verification)
+    if drawn.timeline and not spec.executor.in_process:
+        write_timeline(folder, drawn.timeline, "rollouts")
+        record |= {"executor": {"name": spec.executor.name, **describe_timeline(drawn.timeline)}}
     config, scorer = spec.config, spec.scorer
     write_run_json(
         folder,

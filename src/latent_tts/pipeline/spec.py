@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,8 @@ from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, check_seed, is_whole, require
+from latent_tts.executor import Executor
+from latent_tts.executor.local import Local
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
@@ -115,6 +117,7 @@ class RunRequest:
         config: the resolved config, as `run.json` keeps it.
         chosen: which of the keys `schedule`, `budget`, `aggregator` and `scorer.checkpoint` the user set. The others
             are defaults, which may be replaced by what the model or the search needs.
+        executor: where rollouts are computed.
         on_answers: called after each batch with the (row key, rollout) pairs and the answer ids.
     """
 
@@ -135,6 +138,7 @@ class RunRequest:
     engine: EngineSettings
     cache: Path
     config: Mapping[str, Any]
+    executor: Executor = field(default_factory=Local)
     refresh: bool = False
     chosen: frozenset[str] = frozenset()
     on_answers: Callable[[Sequence[tuple[str, int]], Sequence[Sequence[int]]], None] | None = None
@@ -178,7 +182,9 @@ class RunSpec(RunRequest):
         adapter = self.adapter
         forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
-        return RolloutCost.of(self.shape, adapter.latents, forced, self.sampler.random_phases, repeated, stops)
+        looked_at = None if self.schedule.early_exit is None else len(exit_ids(adapter, self.schedule))
+        phases = self.sampler.random_phases
+        return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at)
 
     @property
     def longest_sequence(self) -> int:
@@ -228,6 +234,7 @@ def check_run(request: RunRequest) -> RunSpec:
     adapter, sampler, decode = request.adapter, request.sampler, request.decode
     require("n", request.n, 1 <= request.n <= MAX_ROLLOUTS, f"must be a number of rollouts, 1 to {MAX_ROLLOUTS}")
     check_seed(request.seed)
+    request.executor.check(request.engine.device)
     require("answer.decode", decode, decode in ("all", "winners"), "must be all or winners")
     adapter.check()
     check_sampler(sampler, adapter)
@@ -243,6 +250,11 @@ def check_run(request: RunRequest) -> RunSpec:
         why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
         require("budget", budget.name, not is_adaptive(budget), why)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
+    if schedule.early_exit is not None:
+        beyond = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
+        allowed = f"must be at most max_answer_tokens={request.max_answer_tokens} tokens, it has {beyond}"
+        fits = beyond <= request.max_answer_tokens
+        require("schedule.exit_prefix", schedule.early_exit.prefix, fits, allowed)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
     if not has_gold(questions):
@@ -309,6 +321,8 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
     """
     own = adapter.own_schedule
     if own is not None:
+        allowed = f"must be null: model={adapter.name} has a schedule of its own, {own}"
+        refuse_early_exit(schedule, allowed)
         require(
             "schedule", schedule.name, not chosen and schedule.stepwise,
             f"model={adapter.name} has its own, {own}: it is part of the model and cannot be chosen",
@@ -432,6 +446,8 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     if search.survivors is None:
         return
     require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
+    allowed = f"must be null: search={search.name} grows rollouts of equally many latents"
+    refuse_early_exit(schedule, allowed)
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
 
 
@@ -583,6 +599,26 @@ def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int
         allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
         raise bad_value("answer.forced_prefix", prefix, allowed)
     return ids
+
+
+def refuse_early_exit(schedule: Schedule, allowed: str) -> None:
+    """Raise UsageError, which says what is `allowed`, if rollouts may stop thinking early."""
+    if schedule.early_exit is not None:
+        raise bad_value("schedule.exit", schedule.early_exit.threshold, allowed)
+
+
+def exit_ids(adapter: ModelAdapter, schedule: Schedule) -> list[int]:
+    """The tokens between a latent and the answer that `schedule.exit` is about, as if it were the last one.
+
+    Raises:
+        UsageError: the model cannot read `schedule.exit_prefix`.
+    """
+    prefix = "" if schedule.early_exit is None else schedule.early_exit.prefix
+    try:
+        return [*adapter.thinking_end_ids, *adapter.forced_ids(prefix)]
+    except UsageError as error:
+        allowed = f"must be text in the vocabulary of model={adapter.name}, without its eos"
+        raise bad_value("schedule.exit_prefix", prefix, allowed) from error
 
 
 def encode_prompts(adapter: ModelAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:

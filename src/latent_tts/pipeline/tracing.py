@@ -18,12 +18,14 @@ from latent_tts.engine.lens import read_latents
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import LESS_MEMORY, UsageError, computing
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.drawing import Drawer, jobs_of, places_of
+from latent_tts.pipeline.drawer import Drawer, places_of
+from latent_tts.pipeline.drawing import jobs_of
 from latent_tts.pipeline.models import find_device, refuse_graphs
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import answer_lines, rollout_table
 from latent_tts.pipeline.trace_spec import TraceSpec, about, sampler_text
+from latent_tts.results.cache import known_to_fit
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.results.trace import (
     Dependencies,
@@ -123,7 +125,8 @@ def think(spec: RunSpec) -> Thoughts:
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
     jobs, total = jobs_of(spec, wanted), spec.adapter.latents
     refuse_graphs(spec.engine, "what each sweep did is read by the host")
-    drawer = Drawer(spec, jobs, scored=False)
+    longest = max(len(job.prompt) for job in jobs)
+    drawer = Drawer(spec, longest, scored=False, max_bytes=known_to_fit(spec.cache))
     drawer.engine.keeps_timeline = True
     latents_RTD = np.zeros((len(rows), total, drawer.engine.width), dtype=np.float32)
     steps_R, sweeps = np.zeros(len(rows), dtype=np.int64), []

@@ -21,6 +21,7 @@ from latent_tts.results.parts import PLACE, GatheredRows, PartIndex, part_files,
 
 NOT_DECODED = "not_decoded"  # the stop reason of a rollout whose answer nobody needed
 KEY_JSON, SCORES_FOLDER = "key.json", "scores"
+MEMORY_JSON = "memory.json"  # beside the entries
 ENTRY_NAME = re.compile(r"[0-9a-f]{16}")
 
 MODES = ("on", "refresh", "off")
@@ -180,6 +181,25 @@ def cache_root(root: Path, mode: str) -> Iterator[Path]:
             yield Path(folder)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("nothing is kept, because of cache=off") from None
+
+
+def known_to_fit(root: Path) -> dict[str, int]:
+    """Estimated bytes of the largest batches that fit, by model, dtype and device, where larger ones did not."""
+    try:
+        found = json.loads((root / MEMORY_JSON).read_text())
+    except (OSError, ValueError):
+        return {}
+    known = found.items() if isinstance(found, dict) else ()
+    return {key: size for key, size in known if isinstance(size, int)}
+
+
+def remember_what_fits(root: Path, key: str, size: int) -> None:
+    """Remember it for later commands, if the folder can be written to."""
+    known = known_to_fit(root)
+    if known.get(key) == size:
+        return
+    with suppress(OSError), whole_file(root / MEMORY_JSON) as path:
+        path.write_text(json.dumps(known | {key: size}, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,19 @@ class LatentSequence(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class EarlyExit:
+    """A rollout stops thinking once a further latent no longer moves its answer.
+
+    Attributes:
+        threshold: total variation up to which the distribution of the answer's first token has not moved.
+        prefix: what the model writes before that token.
+    """
+
+    threshold: float
+    prefix: str
+
+
 class Schedule(Protocol):
     """The order in which the latents of a rollout are computed. Options inherit these defaults.
 
@@ -152,6 +165,11 @@ class Schedule(Protocol):
     @property
     def first_guess(self) -> str | None:
         """What latents are before they are computed, see `LatentSequence.guess`; None where nothing is guessed."""
+        return None
+
+    @property
+    def early_exit(self) -> EarlyExit | None:
+        """When a rollout makes fewer latents than it may; None: never, but for models with a token that stops them."""
         return None
 
     @property

@@ -193,6 +193,11 @@ class ResumableTrainer(Trainer):
         assert self.model is not None
         load_parameters(self.model, Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        """Load the trained weights of the best state."""
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that training changes, by name; those of a frozen base are no part of a state."""

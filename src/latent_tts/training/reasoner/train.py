@@ -43,7 +43,7 @@ from latent_tts.training.reasoner.initial import (
     copy_checkpoint,
     write_initial_checkpoint,
 )
-from latent_tts.training.reasoner.lora import Lora
+from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.pace import Pace, pace_of
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths, token_lengths
@@ -57,7 +57,6 @@ VALID_BATCH = 250
 METRIC = "eval_exact_match"
 INITIAL = "initial"
 OLD_STATE = "state.safetensors"
-FULL = Lora(rank=None, alpha=1.0, targets=None, dropout=0.0)  # no adapter: all weights are trained
 PROBES, PROBE_TOKENS = 4, 12
 LENGTHS_KEPT = 100_000  # of questions; sorting asks for each several times
 
@@ -491,8 +490,6 @@ def export_adapter(
     own = {}
     for prefix, part in module.objective.own.items():
         own |= checkpoint_tensors(f"{prefix}.", part)
-    settings = module.adapted.peft_config["default"].to_dict()
-    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     vocabulary = int(module.lm.config.vocab_size)
     prompts_PL = torch.arange(PROBES * PROBE_TOKENS).reshape(PROBES, PROBE_TOKENS) * 7919 % vocabulary
     prompts_PL[:, -3:] = torch.tensor([vocabulary - 1, vocabulary - 2, vocabulary - 3])  # new tokens among them
@@ -502,7 +499,8 @@ def export_adapter(
     }
     write_adapter(
         folder, base, adapter.folder / "tokenizer.json",
-        {name: value.detach().cpu().bfloat16().contiguous() for name, value in state.items()}, plain,
+        {name: value.detach().cpu().bfloat16().contiguous() for name, value in state.items()},
+        plain_settings(module.adapted),
         {name: value.bfloat16() for name, value in own.items()}, found, config, "init",
     )  # fmt: skip
 

@@ -1,0 +1,262 @@
+"""`executor=ray`: workers in processes of their own, on this machine or on those of a Ray cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, ClassVar, NoReturn
+
+import psutil
+
+from latent_tts.errors import LatentTTSError, RunError, bad_value, is_whole, require
+from latent_tts.executor import Finished, Work, Worker
+
+log = logging.getLogger(__name__)
+CORES_PER_WORKER, MIN_WORKERS = 4, 2
+SECONDS_TO_ANSWER = 3.0  # of a cluster's address
+MIN_STORE_BYTES, MAX_STORE_BYTES = 1 << 27, 1 << 31  # of what workers have sent and the driver has not yet written
+SHARDS = ("measured", "fixed")
+# A Ray of this machine alone listens on its loopback address; the variable says so on other systems than Linux, too.
+LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@dataclass(frozen=True)
+class Ray:
+    """Workers that are actors of Ray Core.
+
+    Attributes:
+        workers: how many; None for one per GPU, or one per `CORES_PER_WORKER` cores where there are none.
+        address: of a cluster's head, HOST:PORT; None starts Ray on this machine alone.
+        shard: `measured` or `fixed`, see `Executor.fixed`.
+        max_restarts: how often Ray starts a dead worker again.
+        max_task_retries: how often it gives the worker its shard again.
+    """
+
+    workers: int | None = None
+    address: str | None = None
+    shard: str = "measured"
+    max_restarts: int = 3
+    max_task_retries: int = 3
+
+    name: ClassVar[str] = "ray"
+    in_process: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        few = self.workers is None or (is_whole(self.workers) and self.workers >= 1)
+        require("executor.workers", self.workers, few, "must be 1 or more, or null")
+        require("executor.shard", self.shard, self.shard in SHARDS, f"must be one of {', '.join(SHARDS)}")
+        for key in ("max_restarts", "max_task_retries"):
+            value = getattr(self, key)
+            require(f"executor.{key}", value, is_whole(value) and value >= 0, "must be 0 or more")
+
+    @property
+    def fixed(self) -> bool:
+        """Whether shards are the batches of `executor=local`."""
+        return self.shard == "fixed"
+
+    def check(self, device: str) -> None:
+        """Check that Ray is installed, that its address answers, and that workers may choose their GPU.
+
+        Raises:
+            UsageError: one of these is not so.
+        """
+        if find_spec("ray") is None:
+            raise bad_value("executor", self.name, "Ray is not installed: pip install 'latent-tts[ray]'")
+        if device.startswith("cuda:"):
+            raise bad_value("engine.device", device, "must be auto, cpu or cuda: executor=ray gives each worker a GPU")
+        if self.address is None:
+            return
+        host, _, port = str(self.address).rpartition(":")
+        wanted = bool(host) and port.isdigit()
+        require("executor.address", self.address, wanted, "must be HOST:PORT of a Ray cluster's head, or null")
+        try:
+            socket.create_connection((host, int(port)), SECONDS_TO_ANSWER).close()
+        except (OSError, OverflowError) as error:
+            allowed = f"nobody answers there ({error}); `ray start --head` on a machine says its address"
+            raise bad_value("executor.address", self.address, allowed) from error
+
+    def open(self, work: Work, device: str) -> RayPool:
+        """Start Ray and the workers, unless they are there from the work before, and tell them what to do.
+
+        Raises:
+            UsageError: Ray or its workers cannot be had.
+        """
+        return RayPool(_actors(self, on_gpus=device != "cpu"), work)
+
+
+class RayPool:
+    """Actors that were told what to do."""
+
+    def __init__(self, actors: list[Any], work: Work) -> None:
+        self._actors = dict(enumerate(actors))
+        self._running: dict[Any, int] = {}
+        content = pickle.dumps(work)
+        self._id = hashlib.sha256(content).hexdigest()
+        self._content = _ray().put(content)
+
+    @property
+    def workers(self) -> Sequence[int]:
+        """Those that are not lost."""
+        return list(self._actors)
+
+    def describe(self) -> list[Any]:
+        """What each worker says of itself."""
+        return [found.result for found in self._describe()]
+
+    def _describe(self) -> list[Finished]:
+        for worker in self.workers:
+            self._call(worker, "describe")
+        found = [self.next_finished() for _ in self.workers]
+        return sorted((each for each in found if not each.lost), key=lambda each: each.worker)
+
+    def submit(self, worker: int, shard: Any) -> None:
+        """Give an idle worker a shard."""
+        self._call(worker, "compute", shard)
+
+    def _call(self, worker: int, method: str, *arguments: Any) -> None:
+        # in a list, so that a worker fetches the work only if it is new to it
+        reference = self._actors[worker].call.remote(self._id, [self._content], method, *arguments)
+        self._running[reference] = worker
+
+    def next_finished(self) -> Finished:
+        """Wait until some worker is done with its shard.
+
+        Raises:
+            RunError: no worker is left, or Ray is gone.
+        """
+        ray, worker = _ray(), -1
+        try:
+            (reference,), _ = ray.wait(list(self._running), num_returns=1)
+            worker = self._running.pop(reference)
+            result, seconds, warnings = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            _raise_cause(error)
+        except ray.exceptions.RayError as error:
+            return self._lose(worker, error)
+        for name, level, text in warnings:
+            logging.getLogger(name).log(level, "%s", text, extra={"once": True})
+        return Finished(worker, result, seconds)
+
+    def _lose(self, worker: int, error: Exception) -> Finished:
+        """Give up a worker that Ray does not start again."""
+        self._actors.pop(worker, None)
+        why = " ".join(str(error).split("\n\n")[0].split())
+        if not self._actors:
+            raise RunError(f"no worker of executor=ray is left: {why}") from error
+        log.warning("executor=ray lost worker %d, %d are left: %s", worker, len(self._actors), why)
+        return Finished(worker, None, 0.0, lost=True)
+
+
+class _Actor:
+    """A worker's process."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self._warnings = _Warnings()
+        logging.getLogger("latent_tts").addHandler(self._warnings)
+        self._id, self._worker = "", None
+
+    def call(self, work_id: str, content: list[Any], method: str, *arguments: Any) -> tuple[Any, float, list[Any]]:
+        """What a method of the worker gives, the seconds that it took, and the warnings that it logged."""
+        worker = self._ready(work_id, content)
+        started = time.perf_counter()
+        result = getattr(worker, method)(*arguments)
+        return result, time.perf_counter() - started, self._warnings.taken()
+
+    def _ready(self, work_id: str, content: list[Any]) -> Worker:
+        """The worker of a piece of work; one that was started again has forgotten it."""
+        if self._worker is None or self._id != work_id:
+            work: Work = pickle.loads(_ray().get(content[0]))
+            self._worker, self._id = work.start(), work_id
+        return self._worker
+
+
+class _Warnings(logging.Handler):
+    """Keeps warnings until somebody takes them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._records: list[tuple[str, int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one."""
+        self._records.append((record.name, record.levelno, record.getMessage()))
+
+    def taken(self) -> list[tuple[str, int, str]]:
+        """Those since the last call."""
+        records, self._records = self._records, []
+        return records
+
+
+_started: dict[tuple[Ray, bool], list[Any]] = {}  # the actors of this process
+
+
+def _ray() -> Any:
+    import ray
+
+    return ray
+
+
+def _actors(executor: Ray, *, on_gpus: bool) -> list[Any]:
+    """The actors of an executor; those of another end."""
+    key = executor, on_gpus
+    if key not in _started:
+        if _started:
+            _started.clear()
+            _ray().shutdown()
+        _connect(executor.address)
+        _started[key] = _start_actors(executor, on_gpus)
+    return list(_started[key])
+
+
+def _connect(address: str | None) -> None:
+    if address is None:
+        os.environ |= LOOPBACK_ALONE
+    ray = _ray()
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    try:
+        if address is not None:
+            ray.init(address=address, **common)
+            return
+        store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
+        ray.init(num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
+    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+        key, value = ("executor", "ray") if address is None else ("executor.address", address)
+        raise bad_value(key, value, f"Ray cannot be started ({' '.join(str(error).split())[:200]})") from error
+
+
+def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
+    ray = _ray()
+    there = ray.cluster_resources()
+    cores, gpus = int(there.get("CPU", 1)), int(there.get("GPU", 0)) if on_gpus else 0
+    workers = executor.workers or gpus or max(MIN_WORKERS, cores // CORES_PER_WORKER)
+    threads = max(1, cores // workers)
+    kind = ray.remote(_Actor).options(
+        num_cpus=min(threads, cores / workers),
+        num_gpus=gpus / workers if gpus else 0,
+        max_restarts=executor.max_restarts,
+        max_task_retries=executor.max_task_retries,
+    )
+    return [kind.remote(threads) for _ in range(workers)]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _raise_cause(error: Any) -> NoReturn:
+    """Raise what a worker raised."""
+    cause = error.cause
+    if isinstance(cause, LatentTTSError | RuntimeError | MemoryError | OSError):
+        raise cause from None
+    raise error

@@ -1,0 +1,130 @@
+"""What is to be labelled, checked without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from latent_tts.engine.cost import Shape
+from latent_tts.engine.decoding import AnswerSampling
+from latent_tts.errors import bad_value, check_seed, require
+from latent_tts.executor import Executor
+from latent_tts.executor.local import Local
+from latent_tts.model import ModelAdapter
+from latent_tts.pipeline.code import DRAWING, code_digests
+from latent_tts.pipeline.keys import ENGINE_SEMANTICS, own_fields
+from latent_tts.pipeline.spec import EngineSettings, check_sampler, refuse_early_exit, require_steps, settle_schedule
+from latent_tts.results.annotations import FORMAT
+from latent_tts.sampler import Sampler
+from latent_tts.schedule import Schedule
+from latent_tts.task import Task
+from latent_tts.types import Question
+
+KEEP = ("mixed", "all")
+MAX_LABELLED = 1 << 16  # rollout number and completion number share a 32-bit counter word
+
+
+@dataclass(frozen=True)
+class QuestionToLabel:
+    """A question whose rollouts are to be labelled.
+
+    Attributes:
+        question: with its gold answer.
+        place: among the questions of the task.
+        prompt: token ids.
+    """
+
+    question: Question
+    place: int
+    prompt: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotationSpec:
+    """What is to be labelled.
+
+    Attributes:
+        adapter, task, sampler, schedule: the chosen options.
+        answers: how answer tokens are chosen, of rollouts and completions alike.
+        n: rollouts of each question.
+        completions: M, completions of each prefix.
+        keep: `mixed` or `all`: which questions get labels.
+        seed: of every random number.
+        max_answer_tokens: token limit of an answer.
+        engine: how rollouts are computed.
+        output: the annotation folder.
+        executor: where rollouts are computed.
+        config: the resolved config, for `sampler` and `task`.
+        schedule_chosen: whether somebody chose the schedule.
+    """
+
+    adapter: ModelAdapter
+    task: Task
+    sampler: Sampler
+    schedule: Schedule
+    answers: AnswerSampling
+    n: int
+    completions: int
+    keep: str
+    seed: int
+    max_answer_tokens: int
+    engine: EngineSettings
+    output: Path
+    config: Mapping[str, Any]
+    executor: Executor = field(default_factory=Local)
+    schedule_chosen: bool = False
+
+    def check(self) -> None:
+        """Check everything that does not need torch or the questions.
+
+        Raises:
+            UsageError: a value is not usable.
+        """
+        adapter, sampler = self.adapter, self.sampler
+        require("n", self.n, 2 <= self.n < MAX_LABELLED, f"must be 2 or more, less than {MAX_LABELLED}")
+        check_seed(self.seed)
+        self.executor.check(self.engine.device)
+        allowed = f"must be 1 or more, less than {MAX_LABELLED}"
+        require("completions", self.completions, 1 <= self.completions < MAX_LABELLED, allowed)
+        require("keep", self.keep, self.keep in KEEP, f"must be one of {', '.join(KEEP)}")
+        if not sampler.random_latents:
+            allowed = "must be one whose latents differ: gaussian, or dropout in prompt or thoughts"
+            raise bad_value("sampler", sampler.name, allowed)
+        adapter.check()
+        if adapter.latents == 0:
+            raise bad_value("model.latents", 0, "must be 1 or more: labels are of latents")
+        check_sampler(sampler, adapter)
+        schedule = settle_schedule(self.schedule, adapter, chosen=self.schedule_chosen)
+        allowed = "must be null: labels are of rollouts that make all latents"
+        refuse_early_exit(schedule, allowed)
+        require_steps(schedule, adapter, "a label is of a prefix h_1..h_t, completed from there")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that determines an annotation besides its question, and how the loaded model is computed."""
+        adapter, engine = self.adapter, self.engine
+        return {
+            "format": FORMAT,
+            "semantics": ENGINE_SEMANTICS[engine.dtype],
+            "reasoner": adapter.digest,
+            "reasoner_name": adapter.name,
+            "prompt": adapter.prompt_recipe,
+            "fields": own_fields("model", adapter),
+            "code": code_digests((adapter, self.sampler), [self.config.get(name) for name in DRAWING], DRAWING),
+            "eos": list(adapter.eos_ids),
+            "sampler": self.config["sampler"],
+            "n": self.n,
+            "completions": self.completions,
+            "keep": self.keep,
+            "seed": self.seed,
+            "max_answer_tokens": self.max_answer_tokens,
+            **({"answer": self.answers.settings} if self.answers.random else {}),
+            "latents": adapter.latents,
+            "latent_id": adapter.latent_id,
+            "width": Shape.from_config(adapter.sizes).width,
+            "dtype": engine.dtype,
+            **({"quantize": engine.quantize} if engine.quantize is not None else {}),
+            "task": {key: value for key, value in self.config["task"].items() if key != "limit"},
+        }

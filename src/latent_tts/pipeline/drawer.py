@@ -1,0 +1,680 @@
+"""What a worker does with its share of a run: batches drawn, scored and compared where their latents are made.
+
+Latents are scored, compared and, if they are to be kept, copied right after a batch has made them, and nowhere else.
+Whoever needs those of rollouts that are there already has them thought again: the generator is keyed, so they are the
+same, and answers are not touched.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from latent_tts.engine.cost import BatchCost, Rates, Shape, Work
+from latent_tts.engine.device import (
+    device_name,
+    free_cached_memory,
+    is_out_of_memory,
+    peak_bytes,
+    reset_peak_bytes,
+    synchronized_seconds,
+)
+from latent_tts.engine.diversity import DirectionSums
+from latent_tts.engine.draft import load_draft
+from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes
+from latent_tts.engine.rates import measured_rates
+from latent_tts.engine.rollout import Engine, Rollouts
+from latent_tts.engine.scoring import LatentScorer
+from latent_tts.errors import RunError
+from latent_tts.executor import Executor
+from latent_tts.model import ModelAdapter
+from latent_tts.pipeline.code import DRAWING, PACKAGE, code_digests
+from latent_tts.pipeline.keys import chosen_by_scores, computed_attributes, latents_key, score_key
+from latent_tts.pipeline.models import (
+    find_device,
+    load_reasoner,
+    load_scorer,
+    open_engine,
+    refuse_graphs,
+    rollout_plan,
+    rows_per_batch,
+)
+from latent_tts.pipeline.progress import BatchProgress
+from latent_tts.pipeline.spec import RunSpec, reserved_positions
+from latent_tts.results import report
+from latent_tts.results.cache import MEASURED, NOT_DECODED, ROLLOUT_SCHEMA, SCORE_SCHEMA, SCORED_BY, SCORING
+from latent_tts.results.files import settings_digest
+from latent_tts.results.parts import ragged
+from latent_tts.scorer import Scorer
+from latent_tts.types import Computation, Reasoner, RewardModel
+
+log = logging.getLogger(__name__)
+Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
+Place: TypeAlias = tuple[str, int]
+Sums: TypeAlias = dict[str, tuple[int, Tensor]]  # by row key: see `DirectionSums`
+directions = DirectionSums()  # of the questions drawn last, for their next round and the next job of a sweep
+
+
+# What driver and worker tell each other
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is made of rollouts.
+
+    Attributes:
+        answers: whether answers are decoded.
+        scored: whether the run's scorer reads their latents.
+        drawn: whether they are new; else they are thought again, for scores or latents alone.
+        compares: whether they are compared with those before them.
+        keeps: whether latents come back.
+        sums: whether the sums of directions come back, for the next rollouts of their questions.
+    """
+
+    answers: bool
+    scored: bool
+    drawn: bool = True
+    compares: bool = False
+    keeps: bool = False
+    sums: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rollouts for a worker.
+
+    Attributes:
+        jobs: questions, with a range of rollouts each.
+        request: what is made of them.
+        dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is not computed.
+        sums: of questions some of whose rollouts another worker has drawn.
+        bar: of the driver's process, which a worker in it moves.
+    """
+
+    jobs: list[RolloutJob]
+    request: Request
+    dissimilarity: Mapping[Place, np.ndarray] = field(default_factory=dict)
+    sums: Sums = field(default_factory=dict)
+    bar: report.ProgressBar | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch of a shard, computed.
+
+    Attributes:
+        places: (row key, rollout) of each row.
+        make_table: makes what the cache keeps of it; None where nothing is.
+        answer_ids: of each row; None where answers were not decoded.
+        latents_RTD: on the host, if they are wanted.
+        sums: of directions, if they are wanted.
+        max_bytes: the estimate of a batch that fits, where one was too large for the memory of `Description.memory`.
+    """
+
+    places: list[Place]
+    make_table: Callable[[], pa.Table] | None
+    answer_ids: list[list[int]] | None = None
+    latents_RTD: Tensor | None = None
+    sums: Sums = field(default_factory=dict)
+    max_bytes: int | None = None
+
+    def packed(self) -> Part:
+        """The same for another process: with the table instead of the function that makes it."""
+        return self if self.make_table is None else replace(self, make_table=partial(_same, self.make_table()))
+
+
+def _same(table: pa.Table) -> pa.Table:
+    return table
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a worker says of itself.
+
+    Attributes:
+        name: for people.
+        computation: how it computes the reasoner.
+        scoring: how it computes the scorer; None where it has none to compute.
+        device: that it computes on.
+        threads: of a CPU.
+        rows: most rows of a batch.
+        bytes_per_row: upper estimate.
+        rates: measured, of its device.
+        memory: what `max_bytes` of its parts holds for: model, dtype and device.
+    """
+
+    name: str
+    computation: Computation
+    scoring: Computation | None
+    device: str
+    threads: int
+    rows: int
+    bytes_per_row: int
+    rates: Rates
+    memory: str
+
+    @property
+    def scoring_attention(self) -> str | None:
+        """The attention of the scorer; see `Computation`."""
+        return None if self.scoring is None else self.scoring.attention
+
+
+@dataclass(frozen=True)
+class DrawingWork:
+    """The rollouts of a run, or some of them, as workers are told about them.
+
+    Attributes:
+        spec: the run; without questions where the worker is in another process: shards bring theirs.
+        longest: tokens of the longest prompt to come.
+        scored: whether the run's scorer reads latents.
+        max_bytes: what is known to fit, by `Description.memory`.
+        code: digest of the code that draws, where the worker is in another process; else None.
+    """
+
+    spec: RunSpec
+    longest: int
+    scored: bool
+    max_bytes: Mapping[str, int]
+    code: str | None
+
+    @classmethod
+    def of(cls, spec: RunSpec, longest: int, *, scored: bool, max_bytes: Mapping[str, int]) -> DrawingWork:
+        """Work of a run's own executor."""
+        if spec.executor.in_process:
+            return cls(spec, longest, scored, max_bytes, None)
+        prompt = max(spec.prompts.items(), key=lambda item: len(item[1]))
+        lean = replace(
+            spec, questions=[], prompts=dict([prompt]), donors={}, counts=None, refresh=False, on_answers=None
+        )
+        return cls(lean, longest, scored, max_bytes, code_of_driver(spec.executor))
+
+    def start(self) -> Drawer:
+        """A worker in this process.
+
+        Raises:
+            RunError: this process has other code or another checkpoint than the driver.
+        """
+        if self.code is not None:
+            check_code(self.code)
+            check_weights(self.spec.adapter, self.spec.scorer)
+        packed = self.code is not None
+        return Drawer(self.spec, self.longest, scored=self.scored, max_bytes=self.max_bytes, packed=packed)
+
+
+def code_of_driver(executor: Executor) -> str | None:
+    """A digest of the code that draws, for workers in other processes; None where there are none."""
+    return None if executor.in_process else _code()
+
+
+def check_code(code: str) -> None:
+    """Raise RunError unless this process has the driver's code that draws."""
+    if _code() != code:
+        raise RunError(f"the worker on {socket.gethostname()} has another version of latent_tts than the driver")
+
+
+def check_weights(*options: ModelAdapter | Scorer | None) -> None:
+    """Raise RunError unless this machine has the driver's weights; options forget what they knew of its files."""
+    for option in filter(None, options):
+        digest = option.digest
+        for name in computed_attributes(type(option)):
+            vars(option).pop(name, None)  # this machine may have other files under the same paths
+        if option.digest != digest:
+            where = f"the worker on {socket.gethostname()}"
+            raise RunError(f"{where} has other weights of {option.name} than the driver")
+
+
+def _code() -> str:
+    return code_digests([], [], DRAWING)[PACKAGE]
+
+
+# The worker
+
+
+def load(spec: RunSpec) -> Reasoner:
+    """The model of a run, loaded and proven; it is kept for the next call."""
+    return load_reasoner(spec.adapter, spec.engine, find_device(spec.engine), longest=spec.longest_sequence)
+
+
+def load_scorer_of(spec: RunSpec) -> RewardModel:
+    """The scorer of a run, the same way. An adapter shares the weights of its reasoner."""
+    assert spec.scorer is not None
+    longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
+    shares = spec.scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
+    base = load(spec) if shares else None
+    return load_scorer(spec.scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
+
+
+def computations_here(spec: RunSpec) -> tuple[Computation, Computation | None]:
+    """How this process computes the models that determine a run's rollouts; see `keys.computations`. Loads them."""
+    scoring = load_scorer_of(spec).computation if chosen_by_scores(spec) else None
+    return load(spec).computation, scoring
+
+
+def places_of(batch: Sequence[RolloutJob]) -> list[Place]:
+    """The (row key, rollout) of each row of a batch."""
+    return [(job.row_key, number) for job in batch for number in job.rollouts]
+
+
+def to_host(latents_RTD: Tensor) -> Tensor:
+    """The same latents on the CPU, from a GPU through pinned memory."""
+    if not latents_RTD.is_cuda:
+        return latents_RTD
+    host = torch.empty(latents_RTD.shape, dtype=latents_RTD.dtype, pin_memory=True)
+    host.copy_(latents_RTD, non_blocking=True)
+    torch.cuda.current_stream(latents_RTD.device).synchronize()
+    return host
+
+
+def pack(spec: RunSpec, jobs: Sequence[RolloutJob], rows: int, device: str) -> Iterator[list[RolloutJob]]:
+    """Batches of at most `rows` rows, the runs of a question in order."""
+    search = spec.search
+    # prompts run in batches of their own size, unless each job brings many rows
+    prompts = None if search.guided else max_prompts(spec.shape.width, torch.device(device).type)
+    return batches(jobs, max(search.survivors or 1, rows // search.rows_per_survivor), prompts)
+
+
+def grown(spec: RunSpec, job: RolloutJob) -> int:
+    """How many rollouts a job grows; a guided search keeps fewer."""
+    return spec.n if spec.search.guided else len(job.rollouts)
+
+
+def max_flops(spec: RunSpec, job: RolloutJob, *, answers: bool) -> float:
+    """Operations of a job whose answers are as long as allowed."""
+    passes, latents, prompt = spec.passes, spec.adapter.latents, len(job.prompt)
+    chosen = spec.max_answer_tokens - len(spec.forced_ids)
+    per_rollout = passes.rollout_flops(prompt, latents, chosen) if answers else passes.thinking_flops(prompt, latents)
+    return passes.shared_flops(prompt) + grown(spec, job) * per_rollout
+
+
+def directions_key(latents: str, row_key: str) -> str:
+    """What `directions` calls a question of a run whose latents have a digest."""
+    return f"{latents} {row_key}"
+
+
+def latents_digest(spec: RunSpec, computations: tuple[Computation, Computation | None]) -> str:
+    """What determines the latents of a run whose models are computed so; see `keys.computations`."""
+    return settings_digest(latents_key(spec, *computations))
+
+
+def not_compared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
+    """The rollouts that come before those of some jobs and were not compared yet, or are known no more."""
+    unknown = []
+    for job in jobs:
+        key, first = directions_key(latents, job.row_key), job.rollouts[0]
+        known = directions.counted(key)
+        if known > first:
+            directions.forget(key)
+            known = 0
+        if known < first:
+            unknown.append(replace(job, rollouts=range(known, first)))
+    return unknown
+
+
+class Drawer:
+    """Rolls batches of a run's rollouts, and scores and compares their latents where they are made."""
+
+    def __init__(
+        self, spec: RunSpec, longest: int, *, scored: bool, max_bytes: Mapping[str, int], packed: bool = False
+    ) -> None:
+        """Measure the machine; models are loaded when they are first needed.
+
+        Args:
+            spec: the run.
+            longest: tokens of the longest prompt that will be rolled.
+            scored: whether the run's scorer reads latents.
+            max_bytes: see `DrawingWork`.
+            packed: whether parts go to another process.
+        """
+        self.spec, self._scored, self._packed = spec, scored, packed
+        self.device = find_device(spec.engine)
+        if spec.search.guided:
+            refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
+        if not spec.schedule.stepwise or spec.schedule.early_exit is not None:
+            refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
+        self.own_prompt = "prompt" in spec.sampler.random_phases
+        self.bytes_per_row = self._bytes_per_row(longest)
+        self.rows = rows_per_batch(spec.engine, spec.shape, self.bytes_per_row, self.device, own_prompt=self.own_prompt)
+        self.memory = f"{spec.adapter.digest} {spec.engine.dtype} {device_name(self.device)}"
+        self._max_bytes = max_bytes.get(self.memory)
+        while self._max_bytes is not None and self.rows > 1 and self.rows * self.bytes_per_row > self._max_bytes:
+            self.rows //= 2
+        self.rates = measured_rates(spec.shape.width, spec.engine.dtype, self.device)
+        self._sampler = spec.answers.over(spec.sampler)
+        self._progress: tuple[report.ProgressBar, BatchProgress] | None = None
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The loaded reasoner."""
+        spec = self.spec
+        plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
+        reasoner = load(spec)
+        draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
+        return open_engine(reasoner, plan, spec.engine, draft)
+
+    @cached_property
+    def scorer(self) -> BatchScorer:
+        """The loaded scorer."""
+        return BatchScorer(self.spec, self.device, self.rates)
+
+    @cached_property
+    def _latents(self) -> str:
+        return latents_digest(self.spec, computations_here(self.spec))
+
+    def describe(self) -> Description:
+        """What the driver has to know of this worker; loads its models."""
+        return Description(
+            name=f"{socket.gethostname()} {os.getpid()}",
+            computation=self.engine.reasoner.computation,
+            scoring=self.scorer.model.model.computation if self._scored or chosen_by_scores(self.spec) else None,
+            device=self.device,
+            threads=torch.get_num_threads(),
+            rows=self.rows,
+            bytes_per_row=self.bytes_per_row,
+            rates=self.rates,
+            memory=self.memory,
+        )
+
+    def compute(self, shard: Shard) -> list[Part]:
+        """Compute a shard batch by batch. Where one does not fit memory, it is split, and those after it are smaller.
+
+        Raises:
+            RunError: latents, log-probabilities or scores are not finite.
+        """
+        for key, (count, sums_TD) in shard.sums.items():
+            directions.put(directions_key(self._latents, key), count, sums_TD)
+        parts = []
+        for batch in list(self.batches(shard.jobs)):
+            for piece in self.batches(batch):  # the same, unless one before it did not fit
+                for part in self._fitted(piece, shard):
+                    parts.append(part.packed() if self._packed else part)
+        return parts
+
+    def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
+        """Pack jobs into batches."""
+        return pack(self.spec, jobs, self.rows, self.device)
+
+    def _fitted(self, batch: list[RolloutJob], shard: Shard) -> list[Part]:
+        """The parts of a batch: one, or several of fewer rows where it does not fit memory."""
+        try:
+            return [self._part(batch, shard)]
+        except (RuntimeError, MemoryError) as error:
+            pieces = self._halves(batch) if is_out_of_memory(error) else []
+            if len(pieces) < 2:
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors that are to be freed
+        free_cached_memory(self.device)
+        return [part for piece in pieces for smaller in self.batches(piece) for part in self._fitted(smaller, shard)]
+
+    def _halves(self, batch: list[RolloutJob]) -> list[list[RolloutJob]]:
+        """The batches of half as many rows; the rows of all later ones are halved too."""
+        rows = sum(len(job.rollouts) for job in batch) * self.spec.search.rows_per_survivor
+        self.rows = max(1, rows // 2)
+        pieces = list(self.batches(batch))
+        if len(pieces) > 1:
+            self._max_bytes = self.rows * self.bytes_per_row
+            log.warning("engine.rows: %d rows do not fit the memory of %s, so batches are halved to %d",
+                        rows, device_name(self.device), self.rows)  # fmt: skip
+        return pieces
+
+    def _part(self, batch: list[RolloutJob], shard: Shard) -> Part:
+        request = shard.request
+        if request.compares:
+            self.catch_up(batch)
+        with self._shown(batch, shard):
+            return self.draw(batch, shard) if request.drawn else self._think(batch, shard)
+
+    def _shown(self, batch: list[RolloutJob], shard: Shard) -> AbstractContextManager[None]:
+        """What moves the driver's bar while a batch is computed."""
+        if shard.bar is None:
+            return nullcontext()
+        if self._progress is None or self._progress[0] is not shard.bar:
+            most = partial(max_flops, self.spec, answers=shard.request.answers)
+            self._progress = shard.bar, BatchProgress(shard.bar, self.engine.lm.base_model, self.spec.shape, most)
+        return self._progress[1].batch(batch)
+
+    def roll(self, batch: Sequence[RolloutJob], *, answers: bool) -> Rollouts:
+        """Draw a batch.
+
+        Raises:
+            RunError: latents or log-probabilities are not finite.
+        """
+        spec, scorer, reduction = self.spec, None, None
+        if spec.search.guided:
+            assert spec.scorer is not None
+            scorer, reduction = self.scorer.model, spec.scorer.reduction
+        rollouts = spec.search.roll(
+            self.engine, batch, self._sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers
+        )
+        finite_R = rollouts.latents_RTD.flatten(1).isfinite().all(1)
+        _require_finite("latents", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+        if answers:
+            finite_R = rollouts.answer_logprob_R.isfinite()
+            _require_finite("log-probabilities of answers", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+        return rollouts
+
+    def draw(self, batch: list[RolloutJob], shard: Shard) -> Part:
+        """Draw a batch."""
+        request = shard.request
+        started = _begin(self.engine.device)
+        rollouts = self.roll(batch, answers=request.answers)
+        measured = _measured(started, self.engine.device, len(rollouts.answer_ids))
+        places, latents_RTD, steps_R = places_of(batch), rollouts.latents_RTD, rollouts.steps_R.numpy()
+        rollouts.latents_RTD = latents_RTD[:0]  # the table does not hold them
+        scored = self.scorer.score(batch, latents_RTD, rollouts.steps_R) if request.scored else {}
+        if request.compares:
+            compared = ragged(directions.add(self._keys(batch), latents_RTD).numpy(), steps_R)
+        else:
+            compared = pa.array([shard.dissimilarity[place] for place in places], pa.list_(pa.float32()))
+
+        def table() -> pa.Table:
+            columns = _answer_columns(rollouts, answers=request.answers) | measured
+            if not self.spec.search.guided:  # what a search cannot do without is not counted
+                columns |= self._least(batch, rollouts, answers=request.answers)
+            columns["dissimilarity"] = compared
+            if scored:
+                columns[SCORED_BY] = self.scorer.digest
+                columns |= {SCORING + name: column for name, column in scored.items()}
+            return _table(ROLLOUT_SCHEMA, batch, columns)
+
+        return Part(
+            places=places,
+            make_table=table,
+            answer_ids=rollouts.answer_ids if request.answers else None,
+            latents_RTD=to_host(latents_RTD) if request.keeps else None,
+            sums=self._sums(batch) if request.sums else {},
+            max_bytes=self._max_bytes,
+        )
+
+    def _think(self, batch: list[RolloutJob], shard: Shard) -> Part:
+        """Think the rollouts of a batch again."""
+        request = shard.request
+        thought = self.roll(batch, answers=False)
+        make_table = None
+        if request.scored:
+            make_table = partial(score_table, batch, self.scorer.score(batch, thought.latents_RTD, thought.steps_R))
+        latents_RTD = to_host(thought.latents_RTD) if request.keeps else None
+        return Part(places_of(batch), make_table, latents_RTD=latents_RTD, max_bytes=self._max_bytes)
+
+    def catch_up(self, batch: Sequence[RolloutJob]) -> None:
+        """Think the rollouts before a batch again, as far as what is known of them has to be compared with it."""
+        if not self.spec.adapter.latents:
+            return
+        for earlier in self.batches(not_compared(batch, self._latents)):
+            directions.add(self._keys(earlier), self.roll(earlier, answers=False).latents_RTD)
+
+    def _keys(self, batch: Sequence[RolloutJob]) -> list[str]:
+        return [directions_key(self._latents, job.row_key) for job in batch]
+
+    def _sums(self, batch: Sequence[RolloutJob]) -> Sums:
+        found = {job.row_key: directions.get(directions_key(self._latents, job.row_key)) for job in batch}
+        return {key: (each[0], each[1].cpu()) for key, each in found.items() if each is not None}
+
+    def _bytes_per_row(self, longest: int) -> int:
+        """Upper estimate of a row's bytes; a guided search holds the rows of two steps, in reasoner and scorer."""
+        spec, number = self.spec, self.spec.engine.bytes_per_number
+        suffix = reserved_positions(spec.adapter, spec.max_answer_tokens)
+        own = row_bytes(spec.shape, longest, suffix, number, self.own_prompt)
+        if spec.draft is not None:
+            own += 4 * longest * spec.shape.width  # its copy of the prompt's states
+        if not self._scored and not spec.search.guided:
+            return own
+        assert spec.scorer is not None
+        scorer = Shape.from_config(spec.scorer.sizes)
+        scoring = row_bytes(scorer, longest, spec.adapter.latents, number, own_prompt=False)
+        return 2 * (own + scoring) if spec.search.guided else max(own, scoring)
+
+    def _least(self, batch: Sequence[RolloutJob], rollouts: Rollouts, *, answers: bool) -> Columns:
+        """A row's share of what drawing a batch cannot do without."""
+        begun = len(self.spec.forced_ids)
+        least = BatchCost(
+            passes=self.spec.passes,
+            item=self.engine.lm.dtype.itemsize,
+            prompts_Q=np.array([len(job.prompt) for job in batch]),
+            steps_R=rollouts.steps_R.numpy(),
+            answers_R=np.array([len(ids) - begun for ids in rollouts.answer_ids]) if answers else None,
+        )
+        return _shares(least.work(), self.rates, len(rollouts.answer_ids))
+
+
+class BatchScorer:
+    """The run's scorer, loaded when it is first needed, over batches of latents."""
+
+    def __init__(self, spec: RunSpec, device: str, rates: Rates | None = None) -> None:
+        assert spec.scorer is not None
+        self._spec, self._scorer, self._device = spec, spec.scorer, device
+        self.shape = Shape.from_config(spec.scorer.sizes)
+        self.rates = rates or measured_rates(self.shape.width, spec.engine.dtype, device)
+
+    @cached_property
+    def model(self) -> LatentScorer:
+        """The loaded model."""
+        return LatentScorer(load_scorer_of(self._spec))
+
+    @cached_property
+    def digest(self) -> str:
+        """What `cache.SCORED_BY` says of its scores."""
+        computation = self.model.model.computation
+        return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n, computation))
+
+    def score(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, steps_R: Tensor) -> Columns:
+        """The columns `cache.SCORE_FIELDS` of a batch, with its latents (zeros where a row has none).
+
+        Raises:
+            RunError: step scores are not finite.
+        """
+        scorer, steps = self.model, int(steps_R.max())
+        started = _begin(scorer.device)
+        scores_RT = torch.zeros(len(latents_RTD), 0)  # of rows without latents
+        if steps:
+            offsets = [job.position_offset for job in batch]
+            scores_RT = scorer.score(
+                [job.prompt for job in batch],
+                latents_RTD[:, :steps],
+                steps_R=steps_R,
+                position_offset_Q=torch.tensor(offsets, device=scorer.device) if any(offsets) else None,
+            ).cpu()
+            beyond_RT = torch.arange(steps) >= steps_R[:, None]
+            finite_R = (scores_RT.isfinite() | beyond_RT).all(1)
+            _require_finite("step scores", finite_R, batch, scorer.backbone.dtype, "scoring rollouts")
+        measured = _measured(started, scorer.device, len(latents_RTD))
+        prompts = [len(job.prompt) for job in batch]
+        least = self.shape.scoring_work(prompts, steps_R.numpy(), scorer.backbone.dtype.itemsize)
+        columns = {"step_scores": ragged(scores_RT.float().numpy(), steps_R.numpy())}
+        columns |= {name: measured[name] for name in MEASURED if name in measured}
+        return columns | _shares(least, self.rates, len(latents_RTD))
+
+    def bytes_per_row(self, jobs: Sequence[RolloutJob]) -> int:
+        """Upper estimate of a row's bytes; a batch may hold one row per prompt."""
+        longest = max(len(job.prompt) for job in jobs)
+        number = self._spec.engine.bytes_per_number
+        return row_bytes(self.shape, longest, self._spec.adapter.latents, number, own_prompt=True)
+
+    def max_flops(self, job: RolloutJob) -> float:
+        """Operations of scoring a job."""
+        prompt, latents = len(job.prompt), self._spec.adapter.latents
+        return self.shape.prompt_flops(prompt) + len(job.rollouts) * self.shape.scoring_flops(prompt, latents)
+
+    def log_work(self, jobs: Sequence[RolloutJob]) -> None:
+        """Say how much there is to score, and what it takes."""
+        work = sum(map(self.max_flops, jobs))
+        count = sum(len(job.rollouts) for job in jobs)
+        log.info("%d rollouts to score with %s: at most %.3g GFLOP", count, self._scorer.name, work / 1e9)
+
+
+def score_table(batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:
+    """The scores of a batch as a part of their cache has them."""
+    return _table(SCORE_SCHEMA, batch, columns)
+
+
+def _table(schema: pa.Schema, batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:
+    """A table of a batch's rows; what `columns` does not have is null."""
+    counts = [len(job.rollouts) for job in batch]
+    rows = sum(counts)
+    places = {
+        "row_key": pa.array([job.row_key for job in batch]).take(pa.array(np.repeat(np.arange(len(batch)), counts))),
+        "rollout": pa.array(np.concatenate([np.asarray(job.rollouts, dtype=np.int32) for job in batch])),
+    }
+    arrays = []
+    for column_field in schema:
+        column: Any = (places | columns).get(column_field.name)
+        if not isinstance(column, pa.Array):
+            column = pa.repeat(pa.scalar(column, column_field.type), rows)
+        arrays.append(column.cast(column_field.type))
+    return pa.table(arrays, schema=schema)
+
+
+def _answer_columns(rollouts: Rollouts, *, answers: bool) -> Columns:
+    """What a batch's rows say of their answers."""
+    stopped = np.where(rollouts.stopped_R.numpy(), "eos", "length")
+    return {
+        "answer_ids": pa.array(rollouts.answer_ids, pa.list_(pa.int32())),
+        "answer_logprob": pa.array(rollouts.answer_logprob_R.float().numpy()),
+        "answer_margin": pa.array(rollouts.answer_margin_R.float().numpy()),
+        "stop_reason": pa.array(stopped) if answers else NOT_DECODED,
+        "latent_steps": pa.array(rollouts.steps_R.numpy()),
+        "sweeps": pa.array(rollouts.sweeps_R.numpy()),
+        "commits": pa.array(rollouts.commits_R.numpy()),
+        "conflicts": pa.array(rollouts.conflicts_R.numpy()),
+    }
+
+
+def _require_finite(what: str, finite_R: Tensor, batch: Sequence[RolloutJob], dtype: torch.dtype, doing: str) -> None:
+    """Raise RunError unless all rows of a batch are finite."""
+    if finite_R.all():
+        return
+    owners = [job.question_id for job in batch for _ in job.rollouts]
+    first = owners[int(finite_R.int().argmin())]
+    raise RunError(
+        f"{doing} failed: {what} of question {first} are not finite in {str(dtype).removeprefix('torch.')}\n"
+        "the weights, a very large sampler.sigma, or float16, whose range is small (engine.dtype=bfloat16 has that of "
+        "float32)"
+    )
+
+
+def _begin(device: torch.device) -> float:
+    """When a batch begins; its peak memory is counted from here."""
+    reset_peak_bytes(device)
+    return synchronized_seconds(device)
+
+
+def _measured(started: float, device: torch.device, rows: int) -> Columns:
+    """A row's share of what a batch took; memory is the batch's."""
+    seconds = (synchronized_seconds(device) - started) / rows
+    return {"seconds": seconds, "peak_memory_bytes": peak_bytes(device), "device": device.type, "rows": rows}
+
+
+def _shares(parts: Sequence[Work], rates: Rates, rows: int) -> Columns:
+    """A row's share of a batch's least seconds, and of the bytes that it must read or write."""
+    return {"floor_seconds": rates.floor_seconds(parts) / rows, "bytes": sum(work.bytes for work in parts) / rows}

@@ -1,0 +1,142 @@
+"""What a worker does with its share of an annotation."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from latent_tts.engine.cost import Shape
+from latent_tts.engine.device import device_name, free_cached_memory, is_out_of_memory
+from latent_tts.engine.labelling import LabelJob, Labelling, completions_of, label_batch
+from latent_tts.engine.packing import row_bytes
+from latent_tts.engine.rollout import Engine
+from latent_tts.pipeline.annotation_spec import AnnotationSpec, QuestionToLabel
+from latent_tts.pipeline.dispatch import Unit
+from latent_tts.pipeline.drawer import check_code, check_weights, code_of_driver
+from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs, rollout_plan, rows_per_batch
+from latent_tts.pipeline.spec import reserved_positions
+from latent_tts.types import Computation, LabelledQuestion, UnmixedQuestion
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LabellerDescription:
+    """What a worker says of itself.
+
+    Attributes:
+        computation: how it computes the model.
+        rows: most rows of a batch.
+        completions: most completions that a kept question takes.
+    """
+
+    computation: Computation
+    rows: int
+    completions: int
+
+
+@dataclass(frozen=True)
+class LabellingWork:
+    """An annotation, as workers are told about it.
+
+    Attributes:
+        spec: the annotation.
+        longest: tokens of the longest prompt.
+        code: digest of the code that draws, where the worker is in another process; else None.
+    """
+
+    spec: AnnotationSpec
+    longest: int
+    code: str | None
+
+    @classmethod
+    def of(cls, spec: AnnotationSpec, longest: int) -> LabellingWork:
+        """Work of an annotation's own executor."""
+        return cls(spec, longest, code_of_driver(spec.executor))
+
+    def start(self) -> Labeller:
+        """A worker in this process.
+
+        Raises:
+            RunError: this process has other code or another checkpoint than the driver.
+        """
+        if self.code is not None:
+            check_code(self.code)
+            check_weights(self.spec.adapter)
+        return Labeller(self.spec, self.longest)
+
+
+def units_of(jobs: Sequence[QuestionToLabel], spec: AnnotationSpec, rows: int) -> list[Unit[list[QuestionToLabel]]]:
+    """Batches, longest prompts first, or single questions, as the executor shares them out."""
+    size = max(1, rows // spec.n) if spec.executor.fixed else 1
+    by_length = sorted(jobs, key=lambda job: (-len(job.prompt), job.place))
+    contents = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+    return [Unit(content, sum(len(job.prompt) for job in content), len(content)) for content in contents]
+
+
+class Labeller:
+    """Draws and labels the rollouts of questions."""
+
+    def __init__(self, spec: AnnotationSpec, longest: int) -> None:
+        """Load the model.
+
+        Args:
+            spec: the annotation.
+            longest: tokens of the longest prompt to come.
+        """
+        refuse_graphs(spec.engine, "ltts annotate forks its rollouts")
+        adapter, sampler = spec.adapter, spec.answers.over(spec.sampler)
+        self._spec, self._sampler = spec, sampler
+        self._device = find_device(spec.engine)
+        shape = Shape.from_config(adapter.sizes)
+        suffix, own_prompt = reserved_positions(adapter, spec.max_answer_tokens), "prompt" in sampler.random_phases
+        # completions are there beside the rollouts that they complete
+        bytes_per_row = 2 * row_bytes(shape, longest, suffix, spec.engine.bytes_per_number, own_prompt)
+        rows = rows_per_batch(spec.engine, shape, bytes_per_row, self._device, own_prompt=own_prompt)
+        self._labelling = Labelling(spec.n, spec.completions, spec.keep == "all", spec.seed, rows, adapter.latent_id)
+        plan = rollout_plan(adapter, spec.max_answer_tokens)
+        self._engine = Engine(load_reasoner(adapter, spec.engine, self._device, longest=longest + suffix), plan)
+
+    def describe(self) -> LabellerDescription:
+        """What the driver has to know of this worker."""
+        completions = completions_of(self._sampler, self._engine, self._labelling)
+        return LabellerDescription(self._engine.reasoner.computation, self._labelling.rows, completions)
+
+    def compute(self, shard: list[QuestionToLabel]) -> tuple[list[LabelledQuestion | UnmixedQuestion], int]:
+        """A record of each question of a shard, and how many rollouts (completions included) that took."""
+        adapter, rule = self._spec.adapter, self._spec.task.rule
+
+        def is_right(job: QuestionToLabel, ids: list[int]) -> bool:
+            prediction = rule.read(adapter.answer_text(ids), adapter)
+            return prediction is not None and rule.is_right(prediction, job.question.gold)
+
+        waiting = [
+            LabelJob(job.question.id, job.place, job.prompt, lambda ids, job=job: is_right(job, ids)) for job in shard
+        ]
+        entries, rollouts = [], 0
+        while waiting:
+            size = max(1, self._labelling.rows // self._labelling.rollouts)
+            labelled = self._fitted(waiting[:size])
+            if labelled is None:
+                continue  # with fewer rows
+            entries += labelled[0]
+            rollouts += labelled[1]
+            waiting = waiting[size:]
+        return entries, rollouts
+
+    def _fitted(self, batch: list[LabelJob]) -> tuple[list[LabelledQuestion | UnmixedQuestion], int] | None:
+        """A batch labelled; None if it does not fit memory: then the rows of all later batches are halved."""
+        rows = self._labelling.rows
+        try:
+            return label_batch(batch, self._engine, self._sampler, self._labelling)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or rows == 1:
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors that are to be freed
+        free_cached_memory(self._device)
+        self._labelling = replace(self._labelling, rows=rows // 2)
+        log.warning("engine.rows: %d rows do not fit the memory of %s, so batches are halved to %d",
+                    rows, device_name(self._device), rows // 2)  # fmt: skip
+        return None

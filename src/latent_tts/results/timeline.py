@@ -1,0 +1,89 @@
+"""Which worker of a run was busy when: a table, a picture, and what `run.json` says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from latent_tts.results.files import whole_file
+from latent_tts.results.plot import save_figure
+
+TIMELINE, TIMELINE_FIGURE = "timeline.csv", "timeline.png"
+MAX_DRAWN_WORKERS = 64  # the picture shows the first ones
+MAX_HEIGHT = 12.0  # inches
+
+
+@dataclass(frozen=True)
+class Span:
+    """A shard that a worker had.
+
+    Attributes:
+        worker: which one.
+        started, ended: seconds by the driver's clock.
+        rows: rollouts, or questions of an annotation; 0 for a shard that was lost with its worker.
+    """
+
+    worker: int
+    started: float
+    ended: float
+    rows: int
+
+
+def describe_timeline(spans: Sequence[Span]) -> dict[str, Any]:
+    """What `run.json` says of a timeline.
+
+    Returns:
+        `workers` and `shards` (counts), `lost` (shards computed again), `seconds` (from the first shard's start to the
+        last one's end), `busy` (share of them, by worker), `ended_apart` (seconds between the ends of the first and of
+        the last worker).
+    """
+    table = pd.DataFrame(spans)
+    first, last = table["started"].min(), table["ended"].max()
+    per_worker = table.assign(busy=table["ended"] - table["started"]).groupby("worker")
+    ends = per_worker["ended"].max()
+    return {
+        "workers": len(ends),
+        "shards": len(table),
+        "lost": int((table["rows"] == 0).sum()),
+        "seconds": float(last - first),
+        "busy": [float(share) for share in per_worker["busy"].sum() / max(last - first, 1e-9)],
+        "ended_apart": float(ends.max() - ends.min()),
+    }
+
+
+def write_timeline(folder: Path, spans: Sequence[Span], unit: str) -> None:
+    """Write a row per shard, seconds counted from the first one's start, and the picture."""
+    table = pd.DataFrame(spans).sort_values(["started", "worker"])
+    start = table["started"].min()
+    table = table.assign(started=table["started"] - start, ended=table["ended"] - start)
+    with whole_file(folder / TIMELINE) as path:
+        table.rename(columns={"rows": unit}).to_csv(path, index=False, float_format="%.4f")
+    _draw(folder / TIMELINE_FIGURE, table)
+
+
+def _draw(path: Path, table: pd.DataFrame) -> None:
+    """A row per worker, a bar per shard; a shard that was lost is hollow."""
+    from matplotlib.figure import Figure
+
+    workers = sorted(table["worker"].unique())[:MAX_DRAWN_WORKERS]
+    figure = Figure(figsize=(9, min(MAX_HEIGHT, 1.2 + 0.3 * len(workers))), layout="constrained")
+    axes = figure.subplots()
+    for place, worker in enumerate(workers):
+        own = table[table["worker"] == worker]
+        for lost, rows in own.groupby(own["rows"] == 0):
+            spans = list(zip(rows["started"], rows["ended"] - rows["started"], strict=True))
+            face = "none" if lost else [("#0072b2", "#56b4e9")[index % 2] for index in range(len(spans))]
+            axes.broken_barh(spans, (place - 0.4, 0.8), facecolors=face, edgecolor="#d55e00" if lost else "none")
+    axes.set_yticks(range(len(workers)), [str(worker) for worker in workers])
+    axes.set_xlim(0, table["ended"].max())
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("worker")
+    count = table["worker"].nunique()
+    shown = "" if count == len(workers) else f", of which {len(workers)} are shown"
+    axes.set_title(f"{len(table)} shards on {count} workers{shown}", fontsize=9)
+    save_figure(figure, [path])

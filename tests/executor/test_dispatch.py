@@ -1,0 +1,134 @@
+"""Who computes what next: workers of set speeds, in virtual time, take shards from the queue."""
+
+import heapq
+import itertools
+from collections import defaultdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latent_tts.errors import RunError
+from latent_tts.executor import Finished
+from latent_tts.pipeline.dispatch import MAX_SECONDS, MIN_SECONDS, ShardQueue, Unit, results_of
+
+
+class Machines:
+    """A pool of workers that need `cost / speed` seconds for a shard; those that `die` do so in their nth shard."""
+
+    def __init__(self, speeds, costs, die=None):
+        self.now, self._speeds, self._costs, self._die = 0.0, dict(enumerate(speeds)), costs, dict(die or {})
+        self._ends, self.running, self.computed = [], {}, []
+
+    @property
+    def workers(self):
+        return list(self._speeds)
+
+    def submit(self, worker, shard):
+        assert worker not in self.running, "a busy worker got a shard"
+        self.running[worker] = shard
+        seconds = sum(self._costs[unit] for unit in shard) / self._speeds[worker]
+        heapq.heappush(self._ends, (self.now + seconds, worker, seconds))
+
+    def next_finished(self):
+        self.now, worker, seconds = heapq.heappop(self._ends)
+        shard = self.running.pop(worker)
+        if worker in self._die:
+            self._die[worker] -= 1
+            if self._die[worker] < 0:
+                del self._speeds[worker]
+                if not self._speeds:
+                    raise RunError("no worker is left")
+                return Finished(worker, None, 0.0, lost=True)
+        self.computed += shard
+        return Finished(worker, shard, seconds)
+
+
+def compute(speeds, costs, first_rows=4, keys=None, die=None):
+    units = [Unit(number, cost, 1, (keys or {}).get(number, frozenset())) for number, cost in enumerate(costs)]
+    machines, timeline = Machines(speeds, costs, die), []
+    results = list(results_of(
+        machines, ShardQueue(units, len(speeds), first_rows), lambda content: content, timeline,
+        clock=lambda: machines.now,
+    ))  # fmt: skip
+    return machines, timeline, results
+
+
+def ends(timeline):
+    last = defaultdict(float)
+    for span in timeline:
+        last[span.worker] = max(last[span.worker], span.ended)
+    return last
+
+
+@given(
+    st.lists(st.floats(0.1, 10), min_size=1, max_size=5),
+    st.lists(st.floats(0.01, 100), min_size=1, max_size=60),
+    st.one_of(st.none(), st.integers(1, 10)),
+    st.dictionaries(st.integers(1, 4), st.integers(0, 3)),
+)
+def test_everything_is_computed_once_whoever_dies(speeds, costs, first_rows, die):
+    machines, timeline, results = compute(speeds, costs, first_rows, die=die)  # worker 0 lives
+    assert sorted(machines.computed) == list(range(len(costs)))
+    assert [unit for content, _ in results for unit in content] == machines.computed
+    assert sum(span.rows for span in timeline) == len(costs)
+
+
+def test_of_two_workers_one_is_three_times_slower_and_both_end_within_one_small_shard():
+    _, timeline, _ = compute([3.0, 1.0], [1.0] * 3000)
+    small = min(span.ended - span.started for span in timeline)
+    first, last = sorted(ends(timeline).values())
+    assert small <= MIN_SECONDS + 1  # a question takes the slower worker a second
+    assert last - first <= MIN_SECONDS + 1
+    work = {worker: sum(span.rows for span in timeline if span.worker == worker) for worker in (0, 1)}
+    assert work[0] / work[1] == pytest.approx(3, rel=0.05)
+
+
+def test_a_worker_that_becomes_slow_gets_less():
+    class Slowing(Machines):
+        def submit(self, worker, shard):
+            self._speeds[1] = 1.0 if self.now > 100 else 9.0
+            super().submit(worker, shard)
+
+    machines, timeline = Slowing([9.0, 9.0], [1.0] * 20000), []
+    queue = ShardQueue([Unit(number, 1.0, 1) for number in range(20000)], 2, 4)
+    list(results_of(machines, queue, list, timeline, clock=lambda: machines.now))
+    first, last = sorted(ends(timeline).values())
+    assert last - first <= MIN_SECONDS + 1
+
+
+def test_the_longest_questions_go_first_and_no_shard_takes_longer_than_allowed():
+    costs = [1.0 + number % 7 for number in range(5000)]
+    _, timeline, results = compute([2.0, 1.0], costs)
+    order = [costs[unit] for content, _ in results for unit in content]
+    assert order[0] == 7
+    assert order[-1] == 1
+    assert max(span.ended - span.started for span in timeline) <= MAX_SECONDS + 7
+    assert len(timeline) < 1300  # not a shard per question
+
+
+def test_no_worker_is_idle_while_work_is_left():
+    _, timeline, _ = compute([3.0, 1.0, 2.0], [1.0] * 500)
+    for worker in range(3):
+        own = sorted((span.started, span.ended) for span in timeline if span.worker == worker)
+        assert own[0][0] == 0
+        assert all(after[0] == before[1] for before, after in itertools.pairwise(own))
+
+
+def test_fixed_shards_are_single_units_in_their_order():
+    _, timeline, results = compute([1.0, 1.0], [3.0, 1.0, 2.0, 5.0], first_rows=None)
+    assert sorted(content for content, _ in results) == [[0], [1], [2], [3]]
+    assert [span.rows for span in timeline] == [1] * 4
+
+
+def test_units_of_one_question_are_computed_one_after_another_in_order():
+    keys = {number: frozenset(f"question {number % 3}") for number in range(30)}
+    machines, _, _ = compute([1.0, 2.0, 3.0, 5.0], [1.0 + number % 4 for number in range(30)], None, keys)
+    for question in range(3):
+        own = [unit for unit in machines.computed if unit % 3 == question]
+        assert own == sorted(own)
+
+
+def test_without_a_worker_the_error_is_raised():
+    with pytest.raises(RunError, match="no worker is left"):
+        compute([1.0], [1.0] * 10, die={0: 1})

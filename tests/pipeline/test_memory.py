@@ -1,0 +1,116 @@
+"""Batches that do not fit memory are halved; what fits is remembered, and results are equal."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from latent_tts.engine.rollout import Engine, RolloutState
+from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.results.run_folder import ROLLOUT_COLUMNS
+
+ROUNDED = ["answer_logprob", "answer_margin", "score"]
+HALVED = "16 rows do not fit the memory of cpu, so batches are halved to 8"
+
+
+@pytest.fixture
+def seven_rows(monkeypatch):
+    """A device that holds seven rows."""
+    roll, start = Engine.roll, RolloutState.start
+
+    def refuse(rows):
+        if rows > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def roll_few(self, prompts, draw, *arguments, **options):
+        refuse(len(draw.rollouts_R))
+        return roll(self, prompts, draw, *arguments, **options)
+
+    def start_few(engine, prompts, draw, *arguments, **options):
+        refuse(len(draw.rollouts_R))
+        return start(engine, prompts, draw, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "roll", roll_few)
+    monkeypatch.setattr(RolloutState, "start", start_few)
+
+
+def rollouts(result):
+    assert result.code == 0, result.err
+    return pd.read_parquet(result.last.parent / "rollouts.parquet")
+
+
+def check_equal(one, other):
+    exact = [name for name in ROLLOUT_COLUMNS if name not in ROUNDED]
+    pd.testing.assert_frame_equal(one[exact], other[exact])
+    pd.testing.assert_frame_equal(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_that_does_not_fit_is_halved_said_once_and_remembered(run, request, tmp_path):
+    whole = rollouts(run("sampler=gaussian", "engine.rows=16", "paths.cache=whole"))
+    request.getfixturevalue("seven_rows")
+    halved = run("sampler=gaussian", "engine.rows=16")
+    check_equal(rollouts(halved), whole)
+    assert halved.err.count(HALVED) == 1
+    assert halved.err.count("8 rows do not fit the memory of cpu, so batches are halved to 4") == 1
+    assert halved.err.count("do not fit") == 2
+    (key,) = json.loads((tmp_path / "cache" / "memory.json").read_text())
+    assert key.endswith(" float32 cpu")
+    again = run("sampler=gaussian", "engine.rows=16", "seed=1")
+    assert again.code == 0
+    assert "halved" not in again.err
+
+
+def test_labels_are_made_in_smaller_batches(ltts, checkpoint, request):
+    line = ["annotate", "model=demo_coconut", f"model.checkpoint={checkpoint}", "task.limit=6", "n=4", "completions=2",
+            "keep=all", "max_answer_tokens=4", "sampler=gaussian", "engine.rows=16"]  # fmt: skip
+    whole = ltts(*line, "output=whole")
+    request.getfixturevalue("seven_rows")
+    halved = ltts(*line, "output=halved")
+    assert halved.code == 0, halved.err
+    assert halved.err.count(HALVED) == 1
+    for one, other in zip(AnnotationFolder(whole.last).read(), AnnotationFolder(halved.last).read(), strict=True):
+        np.testing.assert_array_equal(one.labels_NT, other.labels_NT)
+
+
+def test_a_single_row_that_does_not_fit_ends_the_run(run, monkeypatch):
+    def never(self, *arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
+
+    monkeypatch.setattr(Engine, "roll", never)
+    result = run()
+    assert result.code == 1
+    assert "drawing rollouts failed: CUDA out of memory. Tried\n" in result.err
+    assert "a smaller engine.rows needs less memory" in result.err
+
+
+CAPPED = """
+import resource, sys
+from pathlib import Path
+import torch
+from latent_tts import cli
+
+torch.ones(1) @ torch.ones(1)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+cap = pages * resource.getpagesize() + int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_AS, (cap, cap))
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_AS") or sys.platform != "linux", reason="needs a cap on memory")
+def test_under_a_cap_on_memory_a_run_is_completed_in_smaller_batches(tmp_path):
+    line = ["run", "task.limit=64", "n=64", "sampler=gaussian", "scorer=none", "budget=fixed", "engine.rows=4096"]
+    frames = []
+    for cap in (1 << 40, 450 << 20):
+        arguments = [str(cap), *line, f"hydra.run.dir={cap}", f"paths.cache=cache{cap}"]
+        done = subprocess.run([sys.executable, "-c", CAPPED, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        frames.append(pd.read_parquet(tmp_path / str(cap) / "rollouts.parquet"))
+    assert "batches are halved" in done.stderr
+    check_equal(*frames)
