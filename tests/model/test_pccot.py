@@ -137,7 +137,7 @@ def line(folder, place):
 
 
 def test_a_run_has_the_models_schedule_and_its_costs(ltts, line):
-    result = ltts("run", *line, "sampler=gaussian", "n=3")
+    result = ltts("run", *line, "sampler=gaussian", "n=3", "budget=fixed")
     assert result.code == 0, result.err
     metrics = pd.read_csv(result.last)
     assert set(metrics["schedule"]) == {"jacobi"}

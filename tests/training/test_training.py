@@ -373,7 +373,7 @@ def test_train_reasoner_writes_a_checkpoint_that_runs(ltts, tmp_path):
     assert result.last.name == "checkpoint"
     assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "out/checkpoint/model.safetensors").values())
     assert json.loads((tmp_path / "out/checkpoint/config.json").read_text())["latent_tts"] == {"latents": 6}
-    run = ltts("run", "model.checkpoint=out/checkpoint", "task.limit=2", "n=2", "max_answer_tokens=3")
+    run = ltts("run", "model.checkpoint=out/checkpoint", "task.limit=2", "n=2", "budget=fixed", "max_answer_tokens=3")
     assert run.code == 0, run.err
     assert ltts(*line).code == 0  # finished: re-running does no harm
     assert ltts(*line, "seed=1").code == 2  # another run in the same folder
