@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from refusal import check
+from refusal import check, check_refused
 
 from latent_tts.pipeline import labeller, models
 from latent_tts.results.annotations import AnnotationFolder
@@ -99,10 +99,11 @@ BAD = [
 
 @pytest.mark.every_other
 @pytest.mark.parametrize(("overrides", "words"), BAD, ids=lambda value: " ".join(value))
-def test_annotate_refuses(annotate, overrides, words):
-    result = annotate(*overrides, sampler=() if overrides[0].startswith("sampler") else NOISE)
-    assert result.code == 2, result.err
-    assert all(word in result.err for word in words), result.err
+def test_annotate_refuses(place, checkpoint, overrides, words):
+    sampler = () if overrides[0].startswith("sampler") else NOISE
+    check_refused(
+        "annotate", f"model.checkpoint={checkpoint}", *SMALL, *sampler, "output=labels", *overrides, words=words
+    )
 
 
 def test_other_settings_need_another_folder(annotate):
@@ -136,8 +137,8 @@ def test_a_labelled_question_whose_gold_answer_has_changed_is_named(annotate, tm
 
 
 def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):
-    few = ["annotate.annotations.limit=24", "annotate.valid_annotations.limit=12", "annotate.valid_annotations.n=4"]
-    few += [f"annotate.{key}.completions=1" for key in ("annotations", "valid_annotations")]
+    few = ["annotate.annotations.limit=16", "annotate.valid_annotations.limit=12"]
+    few += [f"annotate.{key}.{one}" for key in ("annotations", "valid_annotations") for one in ("n=4", "completions=1")]
     line = ["train-rm", f"output={tmp_path / 'rm'}", "optimization.epochs=1", "optimization.batch=4", *few]
     result = ltts(*line)
     assert result.code == 0, result.err

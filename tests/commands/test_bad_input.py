@@ -281,7 +281,7 @@ def test_a_cache_below_a_file(refuse, tmp_path):
 
 
 def test_in_a_sweep_the_other_jobs_still_run_and_refused_ones_leave_no_folder(run, ltts):
-    swept = run("n=1,abc,0,2", "-m")
+    swept = run("n=1,abc,0,2", "budget=fixed", "-m")
     assert swept.code == 2
     assert "n=abc" in swept.err
     assert "n=0" in swept.err
@@ -317,8 +317,8 @@ def test_bad_folders_of_the_other_commands(ltts, run, own_copy):
     check_refused("compare", "a=nowhere", "b=nothere", words=["a=nowhere: no such folder"])
     sides = f"a={own_copy}", f"b={own_copy}"
     check_refused("compare", sides[0], "b=nothere", words=["b=nothere: no such folder"])
-    check(ltts("compare", own_copy, run("seed=7").last.parent), "seeds")
-    check(ltts("compare", own_copy, run("task.split=valid").last.parent), "different questions")
+    check_refused("compare", sides[0], f"b={run('seed=7').last.parent}", words=["seeds"])
+    check_refused("compare", sides[0], f"b={run('task.split=valid').last.parent}", words=["different questions"])
     check_refused("compare", *sides, "b_n=3", words=["b_n=3", "the run reports"])
     check_refused("collect", f"runs=[{own_copy}]", "output=null", words=["output=null"])
     (own_copy / "run.json").unlink()

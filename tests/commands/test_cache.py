@@ -139,8 +139,8 @@ def test_ctrl_c_keeps_every_batch_that_was_drawn(run, monkeypatch):
 
 
 @pytest.mark.parametrize("value", ["maybe", "true", "null"])
-def test_another_mode_is_refused(run, value):
-    check(run(f"cache={value}"), "cache")
+def test_another_mode_is_refused(refuse, value):
+    refuse(f"cache={value}", words=["cache"])
 
 
 def test_what_the_cache_holds_is_listed_and_pruned_by_age(run, ltts, tmp_path):

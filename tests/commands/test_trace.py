@@ -7,10 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from marks import slow
-from refusal import check
+from refusal import check, check_refused
 from safetensors.numpy import load_file
-from terminal import on_terminal
 
 from latent_tts.model.coconut import Coconut
 
@@ -181,49 +179,41 @@ def test_words_for_latents_of_the_built_in_reasoner(ltts):
     assert re.search(r"greedy +7 +yes +-[0-9.]+ +38 7 7 7 7 7", shown)
 
 
-@pytest.mark.parametrize("columns", [80, slow(100)])
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_it_fits_the_terminal(place, checkpoint, columns, encoding):
-    code = "import sys; from latent_tts import cli; sys.exit(cli.main(sys.argv[1:]))"
-    line = ["trace", QUESTION, f"model.checkpoint={checkpoint}", *SMALL, "schedule=speculative", "directions=1"]
-    shown = on_terminal(code, *line, columns=columns, encoding=encoding)
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
-    table = plain[plain.index("latent") :]
-    wide = [each for each in table.splitlines() if len(each) > columns and each.lstrip()[:1].isdigit()]
-    assert not wide
-    assert ("C !" in plain) == (encoding == "ascii")
-    assert ("✓ ↻" in plain) == (encoding == "utf-8")
-    assert "\x1b[" in shown
-
-
 def test_a_pipe_gets_plain_text(trace):
     assert "\x1b" not in trace(QUESTION, "directions=0").out
 
 
+def test_it_refuses_questions_that_are_none(ltts):
+    check(ltts("trace"), "no question", "ltts trace --example")
+    check(ltts("trace", ""), "question=''", "is empty")
+    check(ltts("trace", QUESTION, "--example"), "has questions of its own")
+
+
+ASKED = f"question=['{QUESTION}']"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("overrides", "words"),
     [
-        ((), ["no question", "ltts trace --example"]),
-        (("",), ["question=''", "is empty"]),
-        ((QUESTION, "--example"), ["has questions of its own"]),
-        (("task=arith",), ["task.limit=2000", "at most 8 questions"]),
-        (("--example", "model=demo_cot", "sampler=greedy"), ["model.latents=0", "shows latents"]),
-        ((QUESTION, "maps=[umap]"), ["maps=[umap]", "pca and tsne"]),
-        ((QUESTION, "maps=[]"), ["maps=[]"]),
-        ((QUESTION, "top=0"), ["top=0", "1 to 20"]),
-        ((QUESTION, "threshold=0"), ["threshold=0", "above 0"]),
-        ((QUESTION, "directions=-1"), ["directions=-1"]),
-        ((QUESTION, "against=nosuch"), ["against=nosuch", "dropout, gaussian, greedy"]),
-        ((QUESTION, "against=gaussian:much"), ["against=gaussian:much", "sigma must be a number"]),
-        ((QUESTION, "against=gaussian:-1"), ["sigma=-1"]),
-        ((QUESTION, "against=greedy:1"), ["against=greedy:1", "no parameter"]),
-        ((QUESTION, "against=native"), ["sampler=native", "predicts no spread"]),
-        ((QUESTION, "n=0"), ["n=0"]),
-        (("run=nowhere",), ["run=nowhere", "a completed run"]),
+        (["task=arith", "task.limit=9"], ["task.limit=9", "at most 8 questions"]),
+        (["task=arith", "task.limit=1", "model=demo_cot", "sampler=greedy"], ["model.latents=0", "shows latents"]),
+        ([ASKED, "maps=[umap]"], ["maps=[umap]", "pca and tsne"]),
+        ([ASKED, "maps=[]"], ["maps=[]"]),
+        ([ASKED, "top=0"], ["top=0", "1 to 20"]),
+        ([ASKED, "threshold=0"], ["threshold=0", "above 0"]),
+        ([ASKED, "directions=-1"], ["directions=-1"]),
+        ([ASKED, "against=nosuch"], ["against=nosuch", "dropout, gaussian, greedy"]),
+        ([ASKED, "against='gaussian:much'"], ["sampler.sigma=much"]),
+        ([ASKED, "against='gaussian:-1'"], ["sigma=-1"]),
+        ([ASKED, "against='greedy:1'"], ["against=greedy:1", "no parameter"]),
+        ([ASKED, "against=native"], ["sampler=native", "predicts no spread"]),
+        ([ASKED, "against='control:shuffle'"], ["against=control", "has no place"]),
+        ([ASKED, "n=0"], ["n=0"]),
+        (["run=nowhere"], ["run=nowhere", "a completed run"]),
     ],
 )
-def test_it_refuses(ltts, arguments, words):
-    check(ltts("trace", *arguments), *words)
+def test_it_refuses(place, overrides, words):
+    check_refused("trace", *overrides, words=words)
 
 
 def test_it_refuses_what_a_run_does_not_have(completed, ltts, monkeypatch):
@@ -243,6 +233,7 @@ def test_tsne_without_scikit_learn_is_refused_by_its_extra(ltts, monkeypatch):
     check(ltts("trace", QUESTION, "maps=[pca,tsne]"), "maps=[pca,tsne]", "pip install 'latent-tts[trace]'")
 
 
+@pytest.mark.slow
 def test_both_maps_are_drawn_where_scikit_learn_is_there(trace):
     pytest.importorskip("sklearn")
     maps = data_of(trace(QUESTION, "maps=[pca,tsne]", "directions=0"))["questions"][0]["maps"]

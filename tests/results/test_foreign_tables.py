@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 import tiny
-from refusal import check
+from refusal import check_refused
 
 from latent_tts.results.files import file_digest
 
@@ -19,6 +19,10 @@ def sign(folder, name) -> None:
     (folder / "run.json").write_text(json.dumps(record))
 
 
+def compare_refused(folder, *words):
+    check_refused("compare", f"a={folder}", f"b={folder}", words=[*words])
+
+
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
@@ -30,28 +34,28 @@ def sign(folder, name) -> None:
         ("question_id", None, "column question_id lacks a value"),
     ],
 )
-def test_rollouts_of_wrong_types(ltts, own_copy, column, value, words):
+def test_rollouts_of_wrong_types(own_copy, column, value, words):
     table = pd.read_parquet(own_copy / ROLLOUTS)
     table[column] = pd.Series([value] * len(table), dtype=object)
     table.to_parquet(own_copy / ROLLOUTS, index=False)
     sign(own_copy, ROLLOUTS)
-    check(ltts("compare", own_copy, own_copy), f"{ROLLOUTS}: cannot be read", words)
+    compare_refused(own_copy, f"{ROLLOUTS}: cannot be read", words)
 
 
-def test_rollouts_without_rows(ltts, own_copy):
+def test_rollouts_without_rows(own_copy):
     pd.read_parquet(own_copy / ROLLOUTS).iloc[:0].to_parquet(own_copy / ROLLOUTS, index=False)
     sign(own_copy, ROLLOUTS)
-    check(ltts("compare", own_copy, own_copy), f"{ROLLOUTS}: cannot be read", "it has no rows")
+    compare_refused(own_copy, f"{ROLLOUTS}: cannot be read", "it has no rows")
 
 
 @pytest.mark.parametrize(("column", "value"), [("n", "inf"), ("n", "0"), ("drawn", "-4"), ("questions", "1.5")])
-def test_counts_that_are_none(ltts, own_copy, column, value):
+def test_counts_that_are_none(own_copy, column, value):
     table = pd.read_csv(own_copy / METRICS, dtype=str, keep_default_na=False)
     table.assign(**{column: value}).to_csv(own_copy / METRICS, index=False)
     sign(own_copy, METRICS)
     words = f"column {column} must contain integers, 1 or more"
-    check(ltts("compare", own_copy, own_copy), METRICS, words)
-    check(ltts("collect", own_copy, "output=all.csv"), METRICS, words)
+    compare_refused(own_copy, METRICS, words)
+    check_refused("collect", f"runs=[{own_copy}]", "output=all.csv", words=[METRICS, words])
 
 
 @pytest.mark.parametrize("cache", ["elsewhere/0123456789abcdef", 5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from latent_tts.results.cache import MODES
 from latent_tts.sampler import Sampler
 
 log = logging.getLogger(__name__)
+NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?(e-?[0-9]+)?")
 
 
 def run_request(cfg: DictConfig) -> RunRequest:
@@ -158,10 +160,7 @@ def against_option(cfg: DictConfig, against: str | None, beside: Sampler) -> tup
     if colon:
         param = get_class(merged.sampler[TARGET]).param
         require("against", against, param is not None, f"{name} has no parameter")
-        try:
-            merged.sampler[param] = float(value)
-        except ValueError as error:
-            raise bad_value("against", against, f"{param} must be a number, as in {name}:0.2") from error
+        merged.sampler[param] = float(value) if NUMBER.fullmatch(value) else value
     return build("sampler", merged.sampler), plain(merged)["sampler"]
 
 

@@ -223,6 +223,19 @@ class TracedQuestion:
             *((0, number, str(number)) for number in range(len(self.rollouts.steps_N))),
         ]
 
+    @property
+    def counted(self) -> list[str]:
+        """What the schedule counts, where rollouts differ in it or a latent was computed twice."""
+        counts = self.rollouts.counts
+        told = any(counts.get("conflicts", [])) or any(len(set(values)) > 1 for values in counts.values())
+        return list(counts) if told else []
+
+    def said(self, place: int, rollout: int) -> list[tuple[int, bool]]:
+        """The most probable token of each latent of a rollout, and whether it is the result of a step."""
+        lens, steps = self.samplers[place].lens, int(self.samplers[place].steps_N[rollout])
+        said_T, results_TG = lens.token_NTK[rollout, :steps, 0], lens.spells_NTG[rollout, :steps]
+        return [(int(token), bool(results_G.any())) for token, results_G in zip(said_T, results_TG, strict=True)]
+
     def drift_and_spread(self, place: int) -> tuple[Float64, Float64]:
         """Of the rollouts of `samplers[place]`; see `drift_and_spread`."""
         chosen, anchor = self.samplers[place], self.deterministic

@@ -51,6 +51,10 @@ def print_question(trace: Trace, question: TracedQuestion, console: Console, sig
         for line in map_lines(question, question.maps[0], min(console.width, MAP_WIDTH + 4) - 2, signs):
             console.print(line, soft_wrap=True)
         console.print(legend(question, question.maps[0], signs), soft_wrap=True)
+    keys, columns = spread_table(question)
+    if keys[0].cells:
+        print()
+        report.print_columns("drift from the deterministic latents, and spread, in norms of those", keys, columns)
     print()
     report.print_columns(f"rollouts of {question.rollouts.sampler}", *rollouts_table(trace, question))
     if trace.schedule != "sequential":
@@ -67,7 +71,6 @@ def notes(trace: Trace, question: TracedQuestion) -> Iterator[str]:
              question.picks.items()]  # fmt: skip
     if picks:
         yield f"picked: {', '.join(picks)}"
-    yield "drift, spread: of the latents from the deterministic ones and among themselves, in multiples of their norm"
     graph = question.dependencies
     if graph is None:
         if trace.no_dependencies:
@@ -81,7 +84,7 @@ def notes(trace: Trace, question: TracedQuestion) -> Iterator[str]:
 
 
 def latents_table(trace: Trace, question: TracedQuestion) -> tuple[list[report.Column], list[report.Column]]:
-    """A row per latent: what it says, drift and spread, scores, what it depends on."""
+    """A row per latent: what it says, scores, what it depends on."""
     own, anchor, graph = question.rollouts, question.deterministic, question.dependencies
     latents = max(each.latents for each in question.samplers)
     certain = [
@@ -92,10 +95,6 @@ def latents_table(trace: Trace, question: TracedQuestion) -> tuple[list[report.C
     if question.results:
         cells = [", ".join(spelled(question, own, latent)) for latent in range(latents)]
         columns.append(report.Column("rollouts that say a result", cells, left=True, breaks=", "))
-    for place, each in enumerate(question.samplers[:-1]):
-        drift_T, spread_T = question.drift_and_spread(place)
-        columns.append(report.Column(f"{each.sampler}: drift", [number(value) for value in drift_T[:latents]], 2))
-        columns.append(report.Column("spread", [number(value) for value in spread_T[:latents]], 2))
     if own.step_scores_NT is not None:
         means = [number(_mean(own.step_scores_NT[:, latent])) for latent in range(latents)]
         columns.append(report.Column("mean score", means, 1))
@@ -105,6 +104,21 @@ def latents_table(trace: Trace, question: TracedQuestion) -> tuple[list[report.C
                  range(latents)]  # fmt: skip
         columns.append(report.Column("depends on", cells, left=True))
     return [report.Column("latent", [str(latent + 1) for latent in range(latents)])], columns
+
+
+def spread_table(question: TracedQuestion) -> tuple[list[report.Column], list[report.Column]]:
+    """Two rows per sampler: drift and spread, a column per latent."""
+    rows = [
+        (f"{each.sampler}: {what}", values_T)
+        for place, each in enumerate(question.samplers[:-1])
+        for what, values_T in zip(("drift", "spread"), question.drift_and_spread(place), strict=True)
+        if np.isfinite(values_T).any()
+    ]
+    latents = max(each.latents for each in question.samplers)
+    columns = [
+        report.Column(str(step + 1), [number(values_T[step]) for _, values_T in rows]) for step in range(latents)
+    ]
+    return [report.Column("latent", [name for name, _ in rows], left=True)], columns
 
 
 def said(trace: Trace, rollouts: TracedRollouts, latent: int, rollout: int = 0) -> str:
@@ -194,8 +208,8 @@ def timeline_lines(question: TracedQuestion, signs: dict[str, str]) -> Iterator[
     """The sweeps of a rollout, the one that best_of_n picks if there is one: a line per sweep."""
     own, rollout = question.rollouts, question.picks.get("best_of_n", {}).get("rollout") or 0
     yield Text(
-        f"sweeps of rollout {rollout}: {signs['commit']} final after it, {signs['conflict']} computed from values that "
-        f"changed, {signs['kept']} final before"
+        f"sweeps of rollout {rollout}: {signs['commit']} final after it, {signs['conflict']} computed from a guess, "
+        f"not final, {signs['kept']} final before"
     )
     before, timeline = 0, own.timeline
     for sweep, (first, stop, final) in enumerate(
@@ -204,7 +218,7 @@ def timeline_lines(question: TracedQuestion, signs: dict[str, str]) -> Iterator[
         if first == stop:
             continue
         line = Text(f"{sweep + 1:>4}  ")
-        for latent in range(own.steps_N[rollout]):
+        for latent in range(timeline.stop_NS[rollout].max()):
             kind = "kept" if latent < before else "free" if not first <= latent < stop else "commit"
             kind = "conflict" if kind == "commit" and latent >= final else kind
             line.append(signs[kind] + " ", STYLES.get(kind, "dim"))
@@ -220,8 +234,8 @@ def print_side_by_side(trace: Trace) -> None:
         columns.insert(0, report.Column("right answer", [str(each.gold) for each in questions]))
     for place, each in enumerate(questions[0].samplers[:-1]):
         means = [[number(_mean(values)) for values in question.drift_and_spread(place)] for question in questions]
-        columns.append(report.Column(f"{each.sampler}: mean drift", [drift for drift, _ in means], 2))
-        columns.append(report.Column("mean spread", [spread for _, spread in means], 2))
+        columns.append(report.Column(f"drift of {each.sampler}", [drift for drift, _ in means], 2))
+        columns.append(report.Column(f"spread of {each.sampler}", [spread for _, spread in means], 3))
     if not trace.no_dependencies:
         graphs = [each.dependencies for each in questions]
         columns.append(

@@ -3,7 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("trace-data").textContent);
   const namespace = document.getElementById("svg").namespaceURI;
-  const WIDTH = 520, PAD = 36;
+  const WIDTH = 520, PAD = 46;
 
   function element(name, attributes = {}, ...children) {
     return filled(document.createElement(name), attributes, children);
@@ -71,6 +71,9 @@
       for (const row of section.querySelectorAll(".rollouts tbody tr")) {
         row.addEventListener("click", () => this.select(Number(row.dataset.sampler), Number(row.dataset.rollout)));
       }
+      for (const button of section.querySelectorAll(".bar button")) {
+        button.addEventListener("click", () => this.move(Number(button.dataset.move)));
+      }
       this.drawControls();
       this.drawSpread();
       if (content.graph) this.drawGraph();
@@ -119,6 +122,9 @@
         row.querySelector("button").setAttribute("aria-pressed", current);
       }
       this.section.querySelector(".status").textContent = this.label(this.sampler, this.rollout);
+      for (const place of this.section.querySelectorAll("[data-chosen]")) {
+        place.textContent = this.sampler === this.anchor ? "deterministic rollout" : `rollout ${this.rollout}`;
+      }
       for (const button of this.section.querySelectorAll(".controls button")) {
         const { step, method, against } = button.dataset;
         const pressed = step !== undefined ? step === String(this.step ?? "all") : method !== undefined ? method === this.method : this.showsAgainst;
@@ -202,7 +208,7 @@
         [[mark("cross", 11, 7, 4, gold ? "wrong" : "other")], gold ? "wrong" : "another answer"],
       ];
       if (this.anchor > 1 && this.showsAgainst) entries.push([[mark("ring", 11, 7, 4, "against")], this.content.samplers[1].name]);
-      if (!many) entries.push([[shape("ellipse", { cx: 11, cy: 7, rx: 9, ry: 5, class: "ellipse main" })], "spread on the map (1 sd), arrow: drift"]);
+      if (!many) entries.push([[shape("ellipse", { cx: 11, cy: 7, rx: 9, ry: 5, class: "ellipse main" })], "spread (1 sd) and mean of rollouts in this plane"]);
       entries.push([[shape("circle", { cx: 11, cy: 7, r: 5, class: "halo" })], "selected"]);
       legend(this.legend("map"), entries);
     }
@@ -238,12 +244,12 @@
           cell.style.setProperty("--p", probability);
           return cell;
         });
-        const says = said.map(([step, result]) => `= result of step ${step + 1}`).join(", ");
-        return element("tr", {}, element("th", { scope: "row" }, latent + 1), ...cells, element("td", { class: "says" }, says));
+        const says = said.map(([step]) => `step ${step + 1}`).join(", ");
+        return element("tr", {}, element("th", { scope: "row" }, latent + 1), ...(results.length ? [element("td", { class: "says" }, says)] : []), ...cells);
       });
-      const most = Math.max(0, ...rows.map((row) => row.children.length - 2));
-      const head = element("tr", {}, element("th", { scope: "col" }, "latent"),
-        ...range(most).map((place) => element("th", { scope: "col" }, place ? "" : "most probable tokens, %")), element("th", { scope: "col" }, ""));
+      const most = Math.max(1, ...tokens[this.rollout].map((row) => row.length));
+      const head = element("tr", {}, element("th", { scope: "col" }, "latent"), ...(results.length ? [element("th", { scope: "col" }, "result of")] : []),
+        element("th", { scope: "col", colspan: most, class: "tokens" }, "most probable tokens, %"));
       this.figure("lens").replaceChildren(rows.length
         ? element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows))
         : element("p", { class: "none" }, "This rollout has no latents."));
@@ -254,7 +260,7 @@
       const [bottom, top] = [low ?? Math.min(...found), Math.max(...found, low ?? -Infinity)];
       const x = scale(1, Math.max(this.latents, 2), PAD + 10, WIDTH - 16), y = scale(bottom, top, height - 26, 12);
       const parts = [];
-      for (const value of ticks(bottom, top, 4)) {
+      for (const value of ticks(bottom, top)) {
         parts.push(line(PAD, y(value), WIDTH - 6, y(value), { class: "axis" }));
         parts.push(text(PAD - 6, y(value) + 4, short(value), { "text-anchor": "end" }));
       }
@@ -289,6 +295,13 @@
         chart.drawing.append(halo);
       }
       this.figure("scores").replaceChildren(chart.drawing);
+      const gold = this.content.gold !== null, bar = (attributes) => [line(0, 7, 22, 7, attributes)];
+      legend(this.legend("scores"), [
+        [bar({ class: `path ${gold ? "right" : "voted"}` }), gold ? "right" : "most frequent answer"],
+        [bar({ class: `path ${gold ? "wrong" : "other"}` }), gold ? "wrong" : "another answer"],
+        ...(last.stepScores ? [[bar({ class: "path anchor", "stroke-dasharray": "5 4" }), "deterministic"]] : []),
+        [bar({ class: "halo" }), "selected"],
+      ]);
     }
 
     drawSpread() {
@@ -315,27 +328,28 @@
     }
 
     drawTimeline() {
-      const { first, stop, final, counts, steps } = this.chosen, own = steps[this.rollout];
+      const { first, stop, final, counts } = this.chosen;
       const sweeps = range(first[this.rollout].length).filter((sweep) => stop[this.rollout][sweep] > first[this.rollout][sweep]);
-      const size = Math.min(30, (WIDTH - 70) / Math.max(this.latents, 1)), row = Math.min(26, size);
-      const height = 34 + sweeps.length * row, parts = [];
-      for (const latent of range(this.latents)) parts.push(text(66 + (latent + 0.5) * size, 16, latent + 1));
+      const latents = range(Math.max(this.latents, ...sweeps.map((sweep) => stop[this.rollout][sweep])));
+      const size = Math.min(64, (WIDTH - 76) / Math.max(latents.length, 1)), row = 26;
+      const height = 34 + sweeps.length * row, parts = [text(2, 16, "sweep", { "text-anchor": "start" })];
+      for (const latent of latents) parts.push(text(66 + (latent + 0.5) * size, 16, latent + 1));
       sweeps.forEach((sweep, place) => {
         const y = 24 + place * row, before = place ? final[this.rollout][sweeps[place - 1]] : 0;
-        parts.push(text(56, y + row / 2 + 4, `sweep ${place + 1}`, { "text-anchor": "end" }));
-        for (const latent of range(this.latents)) {
-          const made = latent >= first[this.rollout][sweep] && latent < stop[this.rollout][sweep] && latent < own;
+        parts.push(text(44, y + row / 2 + 5, place + 1, { "text-anchor": "end" }));
+        for (const latent of latents) {
+          const made = latent >= first[this.rollout][sweep] && latent < stop[this.rollout][sweep];
           const kind = latent < before ? "kept" : !made ? "free" : latent < final[this.rollout][sweep] ? "commit" : "conflict";
           const x = 66 + latent * size;
-          const what = { kept: "final before", free: "not computed", commit: "computed, final", conflict: "computed from a guess, not final" }[kind];
+          const what = { kept: "final before", free: "not computed", commit: "computed, final", conflict: "computed, not final" }[kind];
           parts.push(titled(shape("rect", { x: x + 1, y: y + 1, width: size - 2, height: row - 2, rx: 3, class: kind }), `sweep ${place + 1}, latent ${latent + 1}: ${what}`));
-          if (kind === "commit" || kind === "conflict") parts.push(text(x + size / 2, y + row / 2 + 4, kind === "commit" ? "✓" : "↻", { class: "sign" }));
+          if (kind === "commit" || kind === "conflict") parts.push(text(x + size / 2, y + row / 2 + 5, kind === "commit" ? "✓" : "↻", { class: "sign" }));
         }
       });
       const told = Object.entries(counts).map(([name, values]) => `${values[this.rollout]} ${name}`).join(", ");
       this.figure("timeline").replaceChildren(canvas(Math.max(height, 60), "sweeps of the schedule", ...parts), element("p", { class: "note" }, told));
       const box = (kind) => [shape("rect", { x: 3, y: 1, width: 14, height: 12, rx: 3, class: kind })];
-      legend(this.legend("timeline"), [[box("commit"), "final after this sweep"], [box("conflict"), "computed from values that changed"], [box("kept"), "final before"], [box("free"), "not computed"]]);
+      legend(this.legend("timeline"), [[box("commit"), "final after this sweep"], [box("conflict"), "computed from a guess, not final"], [box("kept"), "final before"], [box("free"), "not computed"]]);
     }
 
     drawGraph() {
