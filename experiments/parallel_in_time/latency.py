@@ -3,7 +3,8 @@
 python experiments/parallel_in_time/latency.py OUTPUT NAME=FAMILY:FOLDER:T:K..., as in seq=coconut:FOLDER:12:0
 
 One question after another, the reasoners in turn, so that a busy machine meets all of them alike. Processor seconds of
-one thread: milliseconds per question, median and 95th percentile over questions.
+one thread: milliseconds per question, median and 95th percentile over questions. Where the machine has a counter of the
+processor's energy (RAPL) that may be read, also joules per question; the counter includes what else runs.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,15 @@ from latent_tts.task.arith import Arith
 
 QUESTIONS, WARM_UP, SIZES = 60, 5, (1, 16)
 PHASES = ("prompt", "latents", "answer")
+ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
+
+
+def joules() -> float:
+    """The processor's energy counter; NaN without one. It begins again at some value, which a difference may meet."""
+    try:
+        return int(ENERGY.read_text()) / 1e6
+    except OSError:
+        return float("nan")
 
 
 def adapter_of(family: str, folder: str, latents: int, sweeps: int) -> Any:
@@ -71,16 +82,20 @@ def main() -> None:
     rows = []
     for rollouts in SIZES:
         taken = {name: [] for name in engines}
+        energy = {name: [] for name in engines}
         for question in questions:
             for name, (adapter, engine) in engines.items():
+                begun = joules()
                 taken[name].append(phases(engine, adapter.encode(question), question.id, rollouts))
+                energy[name].append(joules() - begun)
         for name, times in taken.items():
             times_QP = np.array(times[WARM_UP:])
             whole = {"whole": times_QP.sum(1)} | dict(zip(PHASES, times_QP.T, strict=True))
             for phase, ms_Q in whole.items():
                 rows.append(
                     {"reasoner": name, "rollouts": rollouts, "phase": phase, "median_ms": np.median(ms_Q),
-                     "p95_ms": np.quantile(ms_Q, 0.95), "questions": QUESTIONS}
+                     "p95_ms": np.quantile(ms_Q, 0.95), "questions": QUESTIONS,
+                     "joules": np.median(energy[name][WARM_UP:]) if phase == "whole" else float("nan")}
                 )  # fmt: skip
             print(rows[-4:], flush=True)
     pd.DataFrame(rows).to_csv(output, index=False, float_format="%.4g")

@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             print(information.help_of(others[0], others[1:], COMMANDS) if others else usage())
             return 0
         if name in information.COMMANDS:
-            information.run(name, others, COMMANDS, FLAGS + FLAGS_WITH_VALUE)
+            flags = {each: [*FLAGS_OF_COMMAND.get(each, ()), *FLAGS, *FLAGS_WITH_VALUE] for each in COMMANDS}
+            information.run(name, others, COMMANDS, flags, FLAG_CHOICES)
             return 0
         if name not in COMMANDS:
             known = [*COMMANDS, *information.COMMANDS]
@@ -147,9 +148,16 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
     for place, argument in enumerate(arguments):
         if argument in ("-m", "--multirun"):
             continue
-        key, equals, _ = argument.lstrip("-").partition("=")
+        if name in meant.ASKING and not expects_value and argument.startswith("-") and " " in argument:
+            others.append(f"question={meant.quoted(argument)}")  # `-3 + 4?`
+            continue
+        equals = "=" in argument
         is_path = bool(names) and not argument.startswith("-") and _exists(argument)
-        if expects_value or argument.startswith("-") or (equals and not is_path and meant.is_key(command, key)):
+        if (
+            expects_value
+            or argument.startswith("-")
+            or (equals and not is_path and meant.is_override(command, argument))
+        ):
             flag = argument.split("=")[0]
             if not expects_value and argument.startswith("-") and flag not in FLAGS + FLAGS_WITH_VALUE:
                 following = arguments[place + 1] if place + 1 < len(arguments) else None
@@ -352,7 +360,7 @@ def is_refused(error: Exception) -> bool:
 
 def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     """A wrong key or a wrong type."""
-    from latent_tts.config.meant import nested_key, options_with
+    from latent_tts.config.meant import ASKING, closest, nested_key, options_with, quoted_override
 
     first = str(cause).splitlines()[0]
     key = cause.full_key or cause.key or ""
@@ -366,6 +374,9 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
         command = sys.argv[0].partition(" ")[2].replace("-", "_")  # as `_run_hydra` sets it
         if "." not in key and (nested := nested_key(command, key)):
             return [f"{key}: no such key; did you mean {nested}? `{sys.argv[0]} --help` lists keys"]
+        question = next((each for each in sys.argv if command in ASKING and each.startswith(f"{key}=")), None)
+        if question and not closest(key, known):
+            hint.append(f"to ask it: {sys.argv[0]} {quoted_override(f'question={question}')}")
         return [str(unknown_key(key, (k for k in known if k not in ("_target_", "hydra")))), *hint]
     wrong = re.match(r"Cannot merge DictConfig with ListConfig|Invalid type assigned: .* is not a subclass of", first)
     if wrong:

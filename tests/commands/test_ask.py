@@ -161,3 +161,22 @@ def test_votes_arrive_while_rollouts_are_drawn(place, checkpoint):
     first, second = shown.index("2 rollouts: "), shown.index("4 rollouts: ")
     assert first < second < shown.index("picked by")
     assert "INFO" not in shown
+
+
+@pytest.mark.parametrize("question", ["x=3+4, what is x?", "n=4 apples. How much?", "-x + 4?", "task=Find x"])
+def test_a_question_may_begin_like_a_key_or_a_flag(ask, question):
+    check(ask(question, "--json"), "is not in the vocabulary of")  # it was taken for a question
+
+
+def test_a_word_that_may_be_a_key_says_how_to_ask_it(ask):
+    check(ask("x=3+4"), "x: no such key", """to ask it: ltts ask "question='x=3+4'\"""")
+    check(ask("question='x=3+4'"), "the word 'x' is not in the vocabulary")
+    check(ask("smapler=gaussian", QUESTION), "smapler: no such key; did you mean sampler?")
+    assert ask("model.name=my model", QUESTION, "aggregator=[majority, likelihood]", "n=2").code == 0
+
+
+def test_a_sweep_asks_once_per_job(ask):
+    swept = ask(QUESTION, "-m", "n=2,4", "scorer=none", "hydra.sweep.dir=asked")
+    assert swept.code == 0, swept.err
+    assert [swept.out.count(f"{n} rollouts: ") for n in (2, 4)] == [1, 1]
+    assert [len((Path("asked") / job / "answers.jsonl").read_text().splitlines()) for job in "01"] == [1, 1]

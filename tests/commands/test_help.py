@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from refusal import check
 
-from latent_tts.cli import COMMANDS
+from latent_tts.cli import COMMANDS, FLAG_CHOICES, FLAGS_OF_COMMAND
 from latent_tts.config.completion import SCRIPTS, candidates
 from latent_tts.config.help import PLURALS, definitions
 from latent_tts.config.reference import GROUPS, conf_dir, option_names, read_command, read_option
@@ -115,7 +115,8 @@ def test_runs_are_listed(run, ltts, tmp_path):
 
 def offered(line: str) -> list[str]:
     words = {"list": ["models", "runs"], "help": ["run"]}
-    return candidates(line, list(COMMANDS), words, ["--help", "-m"])
+    flags = {name: ["--help", "-m", *FLAGS_OF_COMMAND.get(name, ())] for name in COMMANDS}
+    return candidates(line, list(COMMANDS), words, flags, FLAG_CHOICES)
 
 
 def test_what_a_line_can_go_on_with():
@@ -127,6 +128,19 @@ def test_what_a_line_can_go_on_with():
     assert offered("ltts run sampler=dropout sampler.s") == ["sampler.site="]
     assert offered("ltts run keep_latents=") == ["keep_latents=true", "keep_latents=false"]
     assert offered("ltts run -") == ["--help", "-m"]
+    assert offered("ltts ask --json --") == ["--help", "--json", "--example"]
+    assert offered("ltts run --i") == []
+    assert offered("ltts run -i ") == list(FLAG_CHOICES["-i"])
+    assert offered("ltts run --cfg h") == ["hydra"]
+    assert offered("ltts run --config-dir ") == []
+    assert offered("ltts run budget=adaptive budget/") == ["budget/rule="]
+    assert offered("ltts run budget=adaptive budget/rule=p") == ["budget/rule=posterior"]
+    assert offered("ltts run budget=adaptive budget/rule=posterior budget.rule.") == ["budget.rule.threshold="]
+    assert offered("ltts run budget/") == []
+    assert offered("ltts run +experiment=s") == ["+experiment=smoke"]
+    assert offered("ltts run aggregator=[ma") == ["aggregator=[majority"]
+    assert offered("ltts run aggregator=[majority,li") == ["aggregator=[majority,likelihood"]
+    assert offered("ltts cache p") == ["prune", "paths.cache="]
     assert "seed=" in offered("ltts run n=4 ")
     assert offered("ltts run task.path=qu") == []
     assert offered("ltts nothing ") == []
@@ -153,9 +167,13 @@ def test_bash_completes(ltts_on_path):
         tab "ltts resc"
         tab "ltts run sampler=ga"
         tab "ltts run answer.de"
+        tab "ltts ask --j"
+        tab "ltts ask --json --ex"
+        tab "ltts run --info defaults-"
     """
     done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["complete -o default -F _ltts ltts", "rescore", "gaussian", "answer.decode="]
+    wanted = ["rescore", "gaussian", "answer.decode=", "--json", "--example", "defaults-tree"]
+    assert done.stdout.splitlines() == ["complete -o default -F _ltts ltts", *wanted]
 
 
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
@@ -163,17 +181,19 @@ def test_zsh_completes(ltts_on_path, tmp_path):
     script = """
         autoload -Uz compinit && compinit -u -d "$1"
         eval "$(ltts completion zsh)"
-        compadd() { print -- "${@:#-*}" }
+        compadd() { print -- "${@[@]:#(-S|--|)}" }
         PREFIX="sampler=ga" CURRENT=3 words=(ltts run "sampler=ga")
         _ltts
         PREFIX="answer.de" words=(ltts run "answer.de")
+        _ltts
+        PREFIX="--ex" CURRENT=4 words=(ltts ask --json "--ex")
         _ltts
     """
     done = subprocess.run(
         ["zsh", "-f", "-c", script, "zsh", tmp_path / "dump"], capture_output=True, text=True, check=True
     )
     words = done.stdout.split()
-    assert words == ["sampler=gaussian", "answer.decode="], done.stderr
+    assert words == ["sampler=gaussian", "answer.decode=", "--example"], done.stderr
 
 
 def test_scripts_say_where_they_go(ltts):

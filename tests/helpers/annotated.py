@@ -18,6 +18,10 @@ def adapter_of(checkpoint: Path) -> Coconut:
     return Coconut(name="tiny", checkpoint=str(checkpoint), latents=T, recommended={})
 
 
+def width_of(adapter: Coconut) -> int:
+    return adapter.config.get("n_embd") or adapter.config["hidden_size"]
+
+
 def settings_of(adapter: Coconut) -> dict[str, Any]:
     return {
         "reasoner": adapter.digest,
@@ -25,7 +29,7 @@ def settings_of(adapter: Coconut) -> dict[str, Any]:
         "sampler": {"name": "dropout", "rate": 0.1},
         "n": N,
         "latents": T,
-        "width": adapter.config["n_embd"],
+        "width": width_of(adapter),
         "latent_id": adapter.latent_id,
     }
 
@@ -33,7 +37,7 @@ def settings_of(adapter: Coconut) -> dict[str, Any]:
 def entry(index: int, adapter: Coconut, seed: int = 0, n: int = N, steps: list[int] | None = None) -> LabelledQuestion:
     """A question with right and wrong rollouts, whose labels approach the outcome step by step."""
     random = np.random.default_rng([seed, index])
-    width = adapter.config["n_embd"]
+    width = width_of(adapter)
     correct_N = np.arange(n) < random.integers(1, n)
     random.shuffle(correct_N)
     direction_D = np.where(np.arange(width) % 2, 1.0, -1.0)

@@ -81,7 +81,7 @@ def test_prompts_and_what_is_forced(folder):
     assert model.encode(question)[-1] == model.start_id
     assert model.encode(question)[:-1] == model.tokenizer.encode(question.text).ids
     assert model.tokenizer.decode(model.thinking_end_ids, skip_special_tokens=False) == "<|end-latent|>###"
-    assert model.raw_answer(" 14 ") == "14"
+    assert model.decimal_answer(" 14 ") == "14"
 
 
 def test_a_projection_is_not_needed_where_the_config_speaks_of_sweeps(folder, tmp_path):
@@ -137,7 +137,7 @@ def line(folder, place):
 
 
 def test_a_run_has_the_models_schedule_and_its_costs(ltts, line):
-    result = ltts("run", *line, "sampler=gaussian", "n=3")
+    result = ltts("run", *line, "sampler=gaussian", "n=3", "budget=fixed")
     assert result.code == 0, result.err
     metrics = pd.read_csv(result.last)
     assert set(metrics["schedule"]) == {"jacobi"}

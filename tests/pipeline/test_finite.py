@@ -84,7 +84,7 @@ def test_rollouts_without_latents_have_no_score_and_are_no_best_of_n(ltts, thoug
     monkeypatch.setattr(AnswerRule, "is_right", lambda self, prediction, gold: True)
     scorer = tiny.write_latent_rm(tmp_path / "rm", thoughtless)
     line = ["model=demo_colar", f"model.checkpoint={thoughtless}", "task.limit=3", "n=2", "max_answer_tokens=3"]
-    result = ltts("run", *line, "scorer=latent_rm", f"scorer.checkpoint={scorer}", *decode)
+    result = ltts("run", *line, "budget=fixed", "scorer=latent_rm", f"scorer.checkpoint={scorer}", *decode)
     assert result.code == 0, result.err
     rollouts = pd.read_parquet(result.last.parent / "rollouts.parquet")
     assert set(rollouts["latent_steps"]) == {0}

@@ -6,7 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 import tiny
-from refusal import check
+from refusal import check_refused
 
 from latent_tts.results.run_folder import DIGEST_COLUMNS, read_metrics
 from latent_tts.task.arith import Arith
@@ -108,18 +108,19 @@ def test_the_weights_of_a_scorer_are_part_of_a_curve(seeded, ltts, checkpoint, t
     assert ltts("collect", "mix", "output=mix.csv").out.split() == ["mix.csv"]
 
 
-def test_compare_takes_no_side_of_two_curves_and_no_other_gold_answers(seeded, ltts, questions, tmp_path):
+def test_compare_takes_no_side_of_two_curves_and_no_other_gold_answers(seeded, questions, tmp_path):
     seeded("a", 0, "mix/0")
     seeded("b", 1, "mix/1")
-    check(ltts("compare", "mix", "mix"), "a=mix: holds runs that are not seeds of each other", "questions_digest")
+    others = "holds runs that are not seeds of each other"
+    check_refused("compare", "a=mix", "b=mix", words=[f"a=mix: {others}", "questions_digest"])
     seeded("a", 1, "sampler/0", "sampler.rate=0.5")
     seeded("a", 0, "sampler/1")
-    check(ltts("compare", "sampler", "sampler"), "sampler_value: 0.5 in sampler/0")
+    check_refused("compare", "a=sampler", "b=sampler", words=["sampler_value: 0.5 in sampler/0"])
     path = tmp_path / "a" / "test.jsonl"
     first, *others = path.read_text().splitlines(keepends=True)
     path.write_text("".join([json.dumps(json.loads(first) | {"answer": "12345"}) + "\n", *others]))
     seeded("a", 0, "golds")
-    check(ltts("compare", "mix/0", "golds"), "a and b have different gold answers (seed 0)")
+    check_refused("compare", "a=mix/0", "b=golds", words=["a and b have different gold answers (seed 0)"])
 
 
 def test_tables_that_do_not_say_what_they_are_of_are_read_and_not_averaged_with_others(seeded, ltts, tmp_path):
@@ -128,7 +129,8 @@ def test_tables_that_do_not_say_what_they_are_of_are_read_and_not_averaged_with_
         forget_identity(folder)
     assert ltts("collect", "old", "output=old.csv").out.split() == ["old.csv"]
     assert set(read_metrics(tmp_path / "old.csv")["format"]) == {1}
-    check(ltts("compare", "old", "old"), "a=old: holds runs that are not seeds of each other", "unknown, of ")
+    words = ["a=old: holds runs that are not seeds of each other", "unknown, of "]
+    check_refused("compare", "a=old", "b=old", words=words)
     assert ltts("compare", "old/0", "old/0").code == 0
     tables = [pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False) for folder in folders]
     pd.concat(tables).to_csv("one.csv", index=False)
@@ -146,7 +148,8 @@ def test_a_later_format_is_refused_by_name(seeded, ltts):
     folder = seeded("a", 0, "later")
     table = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False).assign(format="3")
     table.to_csv("later.csv", index=False)
-    check(ltts("plot", "later.csv"), "later.csv: format 3, this version reads those up to 2")
+    check_refused("plot", "runs=[later.csv]", words=["later.csv: format 3, this version reads those up to 2"])
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"format": 3}))
-    check(ltts("compare", "later", "later"), "run.json: format 3, this version reads those up to 2")
+    words = ["run.json: format 3, this version reads those up to 2"]
+    check_refused("compare", "a=later", "b=later", words=words)

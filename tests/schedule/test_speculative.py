@@ -219,7 +219,7 @@ def test_verify_compares_with_the_sequential_run(run):
 
 def test_a_tolerance_is_stated_in_the_tables_and_its_changed_answers_are_named(place, ltts):
     line = "schedule=speculative", "schedule.tolerance=0.9", "schedule.verify=true", "task.limit=20", "scorer=none"
-    result = ltts("run", *line, "n=2")
+    result = ltts("run", *line, "n=2", "budget=fixed")
     assert result.code == 0, result.err  # a tolerance promises no equality
     table = pd.read_csv(result.last.parent / "verification.csv")
     assert table["changed"].any()

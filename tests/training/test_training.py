@@ -22,7 +22,6 @@ from latent_tts.random.draw import Draw
 from latent_tts.recipe.coconut import Coconut as Recipe
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.task.arith import Arith
-from latent_tts.training.core import ResumableTrainer
 from latent_tts.training.reasoner import coconut
 from latent_tts.training.reasoner import train as training
 from latent_tts.training.reasoner.batch import (
@@ -35,6 +34,7 @@ from latent_tts.training.reasoner.batch import (
 from latent_tts.training.reasoner.curriculum import Stage, written_text
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.states import last_state
+from latent_tts.training.trainer import ResumableTrainer
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(written_updates=3, stage_updates=[2, 2], final_updates=3, final_dropout=None, latents=3, step_loss=0.5)
@@ -373,7 +373,7 @@ def test_train_reasoner_writes_a_checkpoint_that_runs(ltts, tmp_path):
     assert result.last.name == "checkpoint"
     assert all(t.dtype == torch.bfloat16 for t in load_file(tmp_path / "out/checkpoint/model.safetensors").values())
     assert json.loads((tmp_path / "out/checkpoint/config.json").read_text())["latent_tts"] == {"latents": 6}
-    run = ltts("run", "model.checkpoint=out/checkpoint", "task.limit=2", "n=2", "max_answer_tokens=3")
+    run = ltts("run", "model.checkpoint=out/checkpoint", "task.limit=2", "n=2", "budget=fixed", "max_answer_tokens=3")
     assert run.code == 0, run.err
     assert ltts(*line).code == 0  # finished: re-running does no harm
     assert ltts(*line, "seed=1").code == 2  # another run in the same folder

@@ -177,6 +177,7 @@ def test_bad_values_are_refused_by_name(wrong):
         recipe_with(wrong)
 
 
+@pytest.mark.slow  # the loop is shared: test_training.py has a quick twin
 def test_a_stopped_run_resumes_to_the_same_weights(folder, tmp_path):
     check_resume(Recipe(**VALUES), adapter_of(folder), tmp_path, "own.projector.1.weight")
 
@@ -196,7 +197,7 @@ def test_train_reasoner_starts_from_a_plain_lm_and_writes_a_codi_checkpoint_that
     config = json.loads((tmp_path / "out/checkpoint/config.json").read_text())
     assert config["latent_tts"] == {"latents": 2}
     assert config["projector_hidden_size"] == 32  # twice the width, for the identity
-    run = ltts("run", "model=codi", "model.checkpoint=out/checkpoint", "model.latents=2", "task.limit=2", "n=2")
+    run = ltts("run", "model=codi", "model.checkpoint=out/checkpoint", "model.latents=2", "task.limit=2", "n=1")
     assert run.code == 0, run.err
 
 

@@ -183,6 +183,7 @@ def test_bad_values_are_refused_by_name(wrong):
         recipe_with(wrong)
 
 
+@pytest.mark.slow  # the loop is shared: test_training.py has a quick twin
 def test_a_stopped_run_resumes_to_the_same_weights(folder, tmp_path):
     recipe = recipe_with({"latent_noise": 0.3})
     check_resume(recipe, adapter_of(folder), tmp_path, "own.lt_head.mean.weight")

@@ -47,7 +47,7 @@ OTHER_NAMES = {
     "num_attention_heads": ("num_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads"),
     "num_key_value_heads": ("num_kv_heads", "n_head_kv"),
     "head_dim": ("kv_channels",),
-    "intermediate_size": ("ffn_dim", "ffn_hidden_size", "decoder_ffn_dim"),
+    "intermediate_size": ("ffn_dim", "ffn_hidden_size", "decoder_ffn_dim", "moe_intermediate_size"),
     "max_position_embeddings": ("max_seq_len", "seq_length", "model_max_length", "max_target_positions"),
 }
 # models whose config need not say how wide the inner layer is: four times the model, as transformers takes it

@@ -101,9 +101,7 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
     from latent_tts.checkpoint.vocabulary import MEAN, fit_rows
 
     settings = files.read_json(folder, files.ADAPTER, key=key)
-    for name, value in PLAIN.items():
-        if settings.get(name, value) != value:
-            raise bad_value(key, folder, f"{files.ADAPTER} has {name}={settings[name]}, which is not supported")
+    check_plain(settings, folder, key)
     old, new = files.load_tokenizer(base, key=key), files.load_tokenizer(folder, key=key)
     tensors = fit_rows(loading.load_tensors(base, ""), old, new, MEAN, base, key)
     tensors = add_adapter({name: value.float() for name, value in tensors.items()}, load_file(folder / WEIGHTS),
@@ -131,6 +129,24 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
                 key, folder, "joined with its base it computes something else than the trained model did: "
                 f"{name} of its probe differ by {distance:.2g} of their largest value, more than {TOLERANCE:g}",
             )  # fmt: skip
+
+
+def check_plain(settings: Mapping[str, Any], folder: Path, key: str) -> None:
+    """Check that an adapter is nothing but a product that is added to weights.
+
+    Raises:
+        UsageError: PEFT's settings say more.
+    """
+    for name, value in PLAIN.items():
+        if settings.get(name, value) != value:
+            raise bad_value(key, folder, f"{files.ADAPTER} has {name}={settings[name]}, which is not supported")
+
+
+def lasting_name(checkpoint: str) -> str:
+    """The name of a checkpoint that an adapter's record keeps: paths of this machine in full."""
+    kind = gguf.PREFIX if checkpoint.startswith(gguf.PREFIX) else ""
+    local = Path(checkpoint.removeprefix(kind)).expanduser()
+    return f"{kind}{local.resolve()}" if local.exists() else checkpoint
 
 
 def add_adapter(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def codi_projector(width: int, hidden: int, dropout: float = 0.0) -> nn.Sequential:
@@ -26,3 +29,27 @@ def colar_head(width: int, hidden: int, *, spread: bool) -> nn.ModuleDict:
     if spread:
         layers["log_std"] = nn.Linear(hidden, width)
     return nn.ModuleDict(layers)
+
+
+class LowRank(nn.Module):
+    """A linear layer with a low-rank product added to its output.
+
+    Attributes:
+        layer: the linear layer. One with `product` and `finish` computes more than a product; see
+            `engine.packed.PackedLinear`.
+        down_RD, up_DR: the matrices of rank R.
+        scale: by which their product counts.
+    """
+
+    def __init__(self, layer: nn.Module, down_RD: Tensor, up_DR: Tensor, scale: float) -> None:
+        super().__init__()
+        self.layer, self.scale = layer, scale
+        self.down_RD, self.up_DR = (nn.Parameter(value, requires_grad=False) for value in (down_RD, up_DR))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        added = self.scale * F.linear(F.linear(x, self.down_RD), self.up_DR)
+        layer: Any = self.layer
+        if hasattr(layer, "product"):
+            return layer.finish(layer.product(x) + added)
+        return layer(x) + added

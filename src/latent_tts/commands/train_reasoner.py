@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.checkpoint import files as checkpoint
-from latent_tts.checkpoint import gguf, joining
+from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
 from latent_tts.errors import bad_value, check_seed, computing, require
 from latent_tts.results import report
@@ -87,7 +87,9 @@ def train(cfg: DictConfig) -> None:
     backbone = config.build("backbone", cfg.backbone)
     from latent_tts.training.reasoner.train import Start, train_reasoner
 
-    start = backbone if source is None else Start(lasting_name(str(cfg.init)), source, cfg.init_vocabulary == "used")
+    start = backbone
+    if source is not None:
+        start = Start(joining.lasting_name(str(cfg.init)), source, cfg.init_vocabulary == "used")
 
     with (
         report.progress_bar(recipe.updates, "updates") as bar,
@@ -111,13 +113,6 @@ def train(cfg: DictConfig) -> None:
     if trained is not None:  # in the first process of a launch
         log.info("%d updates, exact match on valid %.3f", trained.updates, trained.exact_match)
         print(trained.checkpoint)
-
-
-def lasting_name(init: str) -> str:
-    """The name of a checkpoint that an adapter's record keeps: paths of this machine in full."""
-    kind, path = (gguf.PREFIX, init.removeprefix(gguf.PREFIX)) if init.startswith(gguf.PREFIX) else ("", init)
-    local = Path(path).expanduser()
-    return f"{kind}{local.resolve()}" if local.exists() else init
 
 
 def resumed_settings(cfg: DictConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
 from latent_tts.config.requests import annotated_run, default_annotation_spec, plain, run_request
 from latent_tts.errors import bad_value, check_seed, computing, require
@@ -53,13 +54,18 @@ def train(cfg: DictConfig) -> None:
     config.build("sampler", cfg.sampler)  # a wrong value is refused even where nothing has to be annotated
     loss: RewardLoss = config.build("loss", cfg.loss)
     optimization: RewardOptimization = config.build("optimization", cfg.optimization)
+    lora = config.build("lora", cfg.lora)
+    if lora.rank is not None:
+        why = "must be reasoner with lora.rank: an adapter shares the reasoner's weights"
+        require("init", cfg.init, cfg.init == "reasoner", why)
+        require("lora.dropout", lora.dropout, lora.dropout == 0, "must be 0: a LatentRM is trained without dropout")
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
     keys = ("annotations", "valid_annotations")
     data, valid = (open_questions(annotation_folder(cfg, key), adapter, key) for key in keys)
     annotated = annotated_run(cfg, valid.folder)
     settings = plain(cfg)
-    kept = {key: settings[key] for key in ("init", "seed", "bf16", "weights_dtype", "loss", "optimization")}
+    kept = {key: settings[key] for key in ("init", "seed", "bf16", "weights_dtype", "loss", "optimization", "lora")}
     identities = {key: questions.identity for key, questions in zip(keys, (data, valid), strict=True)}
     claim(output, {"reasoner": adapter.digest, **identities, **kept})
     # imports torch: everything above has been checked without it
@@ -81,6 +87,8 @@ def train(cfg: DictConfig) -> None:
                 loss,
                 optimization,
                 init=cfg.init,
+                lora=lora,
+                base=joining.lasting_name(str(cfg.model.checkpoint)),
                 seed=cfg.seed,
                 bf16=cfg.bf16,
                 device=cfg.device,

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from latent_tts.config.reference import GROUPS, Key, chosen_options, conf_dirs, option_names, read_command, read_option
+from latent_tts.config.reference import (
+    GROUPS,
+    Key,
+    chosen_options,
+    conf_dirs,
+    nested_groups,
+    option_names,
+    options_with_nested,
+    read_command,
+    read_option,
+)
 
 FOLDER_FLAGS = ("-cd", "--config-dir")
+ACTIONS = {"cache": ("list", "prune")}  # what can follow a command without a key
 CANDIDATES = "candidates"  # the word with which the scripts ask for what is below
 VALUES = {"true or false": ("true", "false")}
 OWN_VALUES = {
@@ -19,6 +31,7 @@ OWN_VALUES = {
     "against": ("n", "gflops", "seconds", "diversity"),
     "format": ("png", "svg", "pdf"),
     "keep": ("mixed", "all"),
+    "action": ACTIONS["cache"],
 }
 BASH = """# completion of ltts in bash; in ~/.bashrc: eval "$(ltts completion bash)"
 _ltts() {
@@ -50,7 +63,11 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH}
 
 
 def candidates(
-    line: str, commands: Iterable[str], words: Mapping[str, Sequence[str]], flags: Iterable[str]
+    line: str,
+    commands: Iterable[str],
+    words: Mapping[str, Sequence[str]],
+    flags: Mapping[str, Sequence[str]],
+    flag_choices: Mapping[str, Sequence[str]],
 ) -> list[str]:
     """What can stand at the end of a command line; nothing where a path is wanted.
 
@@ -58,7 +75,8 @@ def candidates(
         line: up to the cursor, `ltts` included.
         commands: names of commands with keys.
         words: names of the other commands, with the words that can follow each.
-        flags: of the commands with keys.
+        flags: of each command with keys.
+        flag_choices: the words that can follow a flag.
     """
     given = line.split()[1:]
     word = given.pop() if given and not line.endswith(" ") else ""
@@ -70,17 +88,23 @@ def candidates(
     if name not in commands:
         return []
     if word.startswith("-"):
-        return _beginning(flags, word)
+        return _beginning(flags[name], word)
+    if others and others[-1] in flag_choices:
+        return _beginning(flag_choices[others[-1]], word)
+    if others and others[-1] in FOLDER_FLAGS:
+        return []
     places = conf_dirs(folder for flag, folder in pairwise(others) if flag in FOLDER_FLAGS)
     key, equals, value = word.partition("=")
     if equals:
-        before, comma, last = value.rpartition(",")
-        values = _values(name, key, others, places)
-        return [f"{key}={before}{comma}{each}" for each in _beginning(values, last)]
+        last = re.split(r"[,\[]", value)[-1]  # of the values of a sweep or a list
+        values = _values(name, key.lstrip("+"), others, places)
+        return [f"{word.removesuffix(last)}{each}" for each in _beginning(values, last)]
     command = read_command(name.replace("-", "_"))
-    groups = [group for group in command.groups if option_names(group, places)]
+    groups = [group for group in [*command.groups, *_nested(name, others, places)] if option_names(group, places)]
     keys = [key.name for key in _keys(name, others, places)]
-    return _beginning([f"{key}=" for key in dict.fromkeys([*groups, *keys])], word)
+    sign = word[: len(word) - len(word.lstrip("+"))]
+    found = _beginning([f"{sign}{key}=" for key in dict.fromkeys([*groups, *keys])], word)
+    return [*_beginning(ACTIONS.get(name, ()), word), *found]
 
 
 def _keys(name: str, overrides: Sequence[str], places: Sequence[Path]) -> list[Key]:
@@ -89,12 +113,25 @@ def _keys(name: str, overrides: Sequence[str], places: Sequence[Path]) -> list[K
     keys = list(read_command(command).keys)
     for group, options in chosen_options(command, overrides, places).items():
         keys += [key for option in options for key in read_option(group, option, places).keys]
+    for group, option in _nested(name, overrides, places).items():
+        keys += read_option(group, option, places).keys if option in option_names(group, places) else ()
     return keys
+
+
+def _nested(name: str, overrides: Sequence[str], places: Sequence[Path]) -> dict[str, str]:
+    """The groups inside the options that a command has under some overrides, with the option chosen in each."""
+    chosen: dict[str, str] = {}
+    for group, options in chosen_options(name.replace("-", "_"), overrides, places).items():
+        for nested in nested_groups(group, places):
+            defaults = options_with_nested(nested, places)
+            chosen.update((nested, defaults[option]) for option in options if option in defaults)
+    given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
+    return {group: given.get(group, default) for group, default in chosen.items()}
 
 
 def _values(name: str, key: str, overrides: Sequence[str], places: Sequence[Path]) -> Sequence[str]:
     """The values that a key can have, if they are few."""
-    if key in GROUPS:
+    if key in GROUPS or key in _nested(name, overrides, places):
         return option_names(key, places)
     if key in OWN_VALUES:
         return OWN_VALUES[key]

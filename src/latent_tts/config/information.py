@@ -20,21 +20,28 @@ COMMANDS: Commands = {
 }
 
 
-def run(name: str, words: Sequence[str], commands: Commands, flags: Sequence[str]) -> None:
+def run(
+    name: str,
+    words: Sequence[str],
+    commands: Commands,
+    flags: Mapping[str, Sequence[str]],
+    flag_choices: Mapping[str, Sequence[str]],
+) -> None:
     """Print what a command of this module is asked for.
 
     Args:
         name: of the command.
         words: what follows it.
         commands: those with keys.
-        flags: of those.
+        flags: of each of those.
+        flag_choices: the words that can follow a flag.
 
     Raises:
         UsageError: a word is unknown.
     """
     width = shutil.get_terminal_size((100, 24)).columns
     if name == "completion":
-        print(_completion(words, commands, flags))
+        print(_completion(words, commands, flags, flag_choices))
     elif name == "list" and words[:1] == ["runs"]:
         from latent_tts.results.run_list import print_runs
 
@@ -56,10 +63,15 @@ def help_of(name: str, arguments: Sequence[str], commands: Commands) -> str:
     return command_help(name, *commands[name], overrides, conf_dirs(folders), width)
 
 
-def _completion(words: Sequence[str], commands: Commands, flags: Sequence[str]) -> str:
+def _completion(
+    words: Sequence[str],
+    commands: Commands,
+    flags: Mapping[str, Sequence[str]],
+    flag_choices: Mapping[str, Sequence[str]],
+) -> str:
     if words[:1] == [CANDIDATES]:
         follow = {"list": [*PLURALS, "runs"], "help": [*commands, *GROUPS], "completion": list(SCRIPTS)}
-        return "\n".join(candidates(words[1] if words[1:] else "", commands, follow, flags))
+        return "\n".join(candidates(words[1] if words[1:] else "", commands, follow, flags, flag_choices))
     if len(words) != 1 or words[0] not in SCRIPTS:
         raise UsageError(f"usage: ltts completion {'|'.join(SCRIPTS)}; it prints a script, which says where it goes")
     return SCRIPTS[words[0]].rstrip()

@@ -26,6 +26,7 @@ from latent_tts.config.reference import (
 from latent_tts.errors import bad_value
 
 PLACES = (Path(conf_dir()),)
+ASKING = ("ask", "trace")  # commands that take a question
 
 
 def closest(word: str, known: list[str]) -> str | None:
@@ -33,13 +34,24 @@ def closest(word: str, known: list[str]) -> str | None:
     return next(iter(get_close_matches(word, known, n=1, cutoff=0.6)), None)
 
 
-def is_key(command: str, text: str) -> bool:
-    """Whether a command may have a key: `runs/epoch` of `runs/epoch=6.ckpt` is none."""
-    if text.startswith(("+", "~", "hydra")):
+def is_override(command: str, argument: str) -> bool:
+    """Whether an argument with `=` sets a key of a command: `runs/epoch=6.ckpt` and `x=3+4, what is x?` set none."""
+    key, _, value = argument.partition("=")
+    if argument.startswith(("+", "~", "hydra")):
         return True
-    if command in ("ask", "trace") and not re.fullmatch(r"[\w./@-]+", text):  # `2+2=?` is a question
+    if command in ASKING and _is_question(command, key, value):
         return False
-    return " " not in text and ("/" not in text or (Path(conf_dir()) / text).is_dir())
+    return " " not in key and ("/" not in key or (Path(conf_dir()) / key).is_dir())
+
+
+def _is_question(command: str, key: str, value: str) -> bool:
+    """Whether `KEY=VALUE` is rather a question: `2+2=?`, or several words where no key takes them."""
+    if not re.fullmatch(r"[A-Za-z_][\w./@-]*", key):
+        return True
+    known = read_command(command)
+    kinds = {each.name: each.kind for each in known.keys}
+    takes_words = "text" in kinds.get(key, "") or ("." in key and key.partition(".")[0] in known.groups)
+    return not takes_words and not value.startswith(("[", "{", "'", '"')) and bool(re.search(r"\s|\?$", value))
 
 
 def key_of_flag(command: str, flag: str, value: str | None) -> str | None:

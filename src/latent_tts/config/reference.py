@@ -130,11 +130,16 @@ def nested_groups(group: str, places: Sequence[Path]) -> list[str]:
     return [f"{group}/{name}" for name in sorted(folders)]
 
 
-def options_with_nested(nested: str, places: Sequence[Path]) -> list[str]:
-    """The options of a group that have a group inside it, as those of `budget` that take a `budget/rule`."""
+def options_with_nested(nested: str, places: Sequence[Path]) -> dict[str, str]:
+    """The options of a group that have a group inside it, as those of `budget` that take a `budget/rule`.
+
+    Returns:
+        The option of the inner group that each chooses by default.
+    """
     group, _, name = nested.rpartition("/")
     files = {path.stem: path.read_text(errors="replace") for place in places for path in (place / group).glob("*.yaml")}
-    return sorted(option for option, text in files.items() if re.search(rf"^  - {re.escape(name)}:", text, re.M))
+    found = {option: re.search(rf"^  - {re.escape(name)}: *([\w-]+)", files[option], re.M) for option in sorted(files)}
+    return {option: default[1] for option, default in found.items() if default}
 
 
 def read_option(group: str, name: str, places: Sequence[Path]) -> Option:

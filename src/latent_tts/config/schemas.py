@@ -252,6 +252,7 @@ class TrainRMConfig:
     weights_dtype: str = MISSING
     model: Any = MISSING
     loss: Any = MISSING
+    lora: Any = MISSING
     optimization: Any = MISSING
 
 

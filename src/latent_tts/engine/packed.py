@@ -9,6 +9,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 ROWS = 256  # what oneDNN lays weights out for; any number of rows works
@@ -43,3 +44,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output."""
         return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, *self._after)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The output without GELU."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
+
+    def finish(self, product: Tensor) -> Tensor:
+        """GELU of a product, if asked for."""
+        return F.gelu(product, approximate="tanh") if self._after[0] == "gelu" else product

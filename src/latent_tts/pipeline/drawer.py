@@ -248,10 +248,12 @@ def load(spec: RunSpec) -> Reasoner:
 
 
 def load_scorer_of(spec: RunSpec) -> RewardModel:
-    """The scorer of a run, the same way."""
+    """The scorer of a run, the same way. An adapter shares the weights of its reasoner."""
     assert spec.scorer is not None
     longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
-    return load_scorer(spec.scorer, spec.engine.dtype, find_device(spec.engine), longest=longest)
+    shares = spec.scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
+    base = load(spec) if shares else None
+    return load_scorer(spec.scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
 
 
 def computations_here(spec: RunSpec) -> tuple[Computation, Computation | None]:

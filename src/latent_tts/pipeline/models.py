@@ -59,10 +59,18 @@ def load_reasoner(
     return _keep_proven("model", adapter.name, where, key, load, prove_reasoner, longest)
 
 
-def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int) -> RewardModel:
-    """The scorer's model, loaded and proven; the last one is kept. See `load_reasoner`."""
-    key = (type(scorer).__name__, scorer.digest, device, dtype)
-    load = partial(scorer.load, device=device, dtype=dtype)
+def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int, base: Reasoner | None = None) -> RewardModel:
+    """The scorer's model, loaded and proven; the last one is kept. See `load_reasoner`.
+
+    Args:
+        scorer: the scorer.
+        dtype: that it is computed in.
+        device: where.
+        longest: tokens of the longest sequence that it will run.
+        base: the loaded reasoner whose weights it shares.
+    """
+    key = (type(scorer).__name__, scorer.digest, device, dtype, None if base is None else str(id(base.lm)))
+    load = partial(scorer.load, device=device, dtype=dtype, base=base)
     return _keep_proven("scorer", scorer.name, ("scorer", scorer.name), key, load, prove_reward_model, longest)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from latent_tts.model import ModelAdapter
-from latent_tts.types import Floats, RewardModel
+from latent_tts.types import Floats, Reasoner, RewardModel
 
 
 class Scorer(Protocol):
@@ -68,6 +68,11 @@ class Scorer(Protocol):
         """The scores (R) of rollouts from their step scores; NaN for a rollout without any."""
         ...
 
-    def load(self, *, device: str, dtype: str) -> RewardModel:
-        """Load the weights."""
+    @property
+    def base_digest(self) -> str | None:
+        """The digest of the reasoner whose weights the scorer shares; None if it has weights of its own."""
+        ...
+
+    def load(self, *, device: str, dtype: str, base: Reasoner | None = None) -> RewardModel:
+        """Load the weights; `base` is the reasoner with `base_digest`, loaded there in that dtype."""
         ...

@@ -1,7 +1,8 @@
 """`scorer=latent_rm`: a transformer that reads the prompt and the latents and scores every latent.
 
 A checkpoint has the backbone's weights (named as in its causal LM), `classifier.weight` (1, D), `classifier.bias` (1),
-and the backbone's `config.json`. `ltts train-rm` adds the key `latent_rm` to the config: the reasoner and sampler of
+and the backbone's `config.json`. One that `ltts train-rm lora.rank=R` wrote is an adapter of the reasoner
+(`checkpoint.reward_adapter`). `ltts train-rm` adds the key `latent_rm` to the config: the reasoner and sampler of
 the training rollouts, the reduction of step scores, and the temperature of the weighted vote, chosen on `valid`.
 
 Source: You et al. (arXiv 2510.07745), section 4; checkpoint layout of ModalityDance/LatentTTS at 6657f20. Its CODI
@@ -19,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latent_tts.checkpoint import files
+from latent_tts.checkpoint import files, reward_adapter
 from latent_tts.errors import bad_value, is_number, require
 from latent_tts.model import ModelAdapter
-from latent_tts.types import Floats, RewardModel
+from latent_tts.types import Floats, Reasoner, RewardModel
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
 
 KEY = "scorer.checkpoint"
-HEAD = {"classifier.weight", "classifier.bias"}
+HEAD = set(reward_adapter.HEAD)
 REDUCTIONS = {"sum": np.sum, "mean": np.mean, "last": lambda scores: scores[-1]}
 POSITIONS = ("correct", "official")
 
@@ -99,7 +100,21 @@ class LatentRM:
     @cached_property
     def sizes(self) -> dict[str, Any]:
         """The sizes of the backbone, by the names that most configs use; see `files.sizes`."""
-        return files.sizes(self.config, files.weight_shapes(self.folder, key=KEY))
+        return files.sizes(self.config, files.weight_shapes(self._backbone_folder, key=KEY))
+
+    @cached_property
+    def _is_adapter(self) -> bool:
+        return reward_adapter.is_reward_adapter(self.folder)
+
+    @cached_property
+    def _backbone_folder(self) -> Path:
+        """The folder with the backbone's weights."""
+        return reward_adapter.base_folder(self.folder, KEY) if self._is_adapter else self.folder
+
+    @property
+    def base_digest(self) -> str | None:
+        """The digest of the reasoner whose weights an adapter shares; None for a LatentRM with weights of its own."""
+        return str(self.trained.get("reasoner")) if self._is_adapter else None
 
     @cached_property
     def trained(self) -> dict[str, Any]:
@@ -111,10 +126,17 @@ class LatentRM:
 
     @cached_property
     def digest(self) -> str:
-        """A digest of the weights, the config, and the tokenizer if there is one."""
+        """A digest of the weights, the config, and the tokenizer if there is one.
+
+        The config of an adapter has the digest of its reasoner.
+        """
         sha = hashlib.sha256()
         tokenizer = [path for path in [self.folder / "tokenizer.json"] if path.is_file()]
-        for path in [self.folder / "config.json", *tokenizer, *files.weight_files(self.folder, key=KEY)]:
+        if self._is_adapter:
+            weights = reward_adapter.file_paths(self.folder, KEY)
+        else:
+            weights = files.weight_files(self.folder, key=KEY)
+        for path in [self.folder / "config.json", *tokenizer, *weights]:
             with path.open("rb") as file:
                 sha.update(hashlib.file_digest(file, "sha256").digest())
         return sha.hexdigest()[:16]
@@ -162,9 +184,13 @@ class LatentRM:
             UsageError: a file is missing or truncated, the head does not have one output, or the width is not that of
                 the reasoner.
         """
-        shapes = files.weight_shapes(self.folder, key=KEY)
-        files.check_sizes(self.config, self.folder, key=KEY)
-        files.check_shapes(self.config, shapes, self.folder, key=KEY)
+        shapes = files.weight_shapes(self._backbone_folder, key=KEY)
+        if not self._is_adapter:
+            files.check_sizes(self.config, self.folder, key=KEY)
+            files.check_shapes(self.config, shapes, self.folder, key=KEY)
+        else:
+            shapes |= reward_adapter.tensor_shapes(self.folder, KEY)
+            reward_adapter.read_settings(self.folder, KEY)
         width = _width(self.sizes)
         if {name: shapes.get(name) for name in HEAD} != {"classifier.weight": [1, width], "classifier.bias": [1]}:
             found = ", ".join(f"{name} {shapes.get(name, 'missing')}" for name in sorted(HEAD))
@@ -212,18 +238,31 @@ class LatentRM:
         scores = [float(reduce(np.asarray(row, dtype=np.float64))) if len(row) else np.nan for row in step_scores]
         return np.array(scores, dtype=np.float64)
 
-    def load(self, *, device: str, dtype: str) -> RewardModel:
-        """Load the weights (imports torch)."""
+    def load(self, *, device: str, dtype: str, base: Reasoner | None = None) -> RewardModel:
+        """Load the weights (imports torch).
+
+        Args:
+            device: where to.
+            dtype: that they are cast to.
+            base: the reasoner with the digest `base_digest`, loaded there in that dtype: an adapter shares its weights,
+                with the same scores as without it.
+        """
         import torch
         from safetensors import safe_open
         from torch.nn import functional as F
 
-        from latent_tts.checkpoint import loading
+        from latent_tts.checkpoint import joining, loading
 
-        backbone = loading.load_backbone(self.folder, device=device, dtype=dtype, key=KEY)
+        if base is None:
+            backbone = loading.load_backbone(self._backbone_folder, device=device, dtype=dtype, key=KEY)
+        else:
+            backbone = reward_adapter.sharing_copy(base.lm.base_model)
+        paths = files.weight_files(self.folder, key=KEY) if not self._is_adapter else [self.folder / joining.OWN]
+        if self._is_adapter:
+            reward_adapter.attach(backbone, backbone.base_model_prefix, self.folder, KEY)
         precise = torch.promote_types(backbone.dtype, torch.float32)
         head: dict[str, Tensor] = {}
-        for path in files.weight_files(self.folder, key=KEY):
+        for path in paths:
             with safe_open(path, framework="pt", device="cpu") as file:
                 head |= {name: file.get_tensor(name).to(device, precise) for name in HEAD & set(file.keys())}
 

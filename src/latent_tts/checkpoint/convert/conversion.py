@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files as checkpoint
-from latent_tts.checkpoint import joining
+from latent_tts.checkpoint import joining, reward_adapter
 from latent_tts.checkpoint.convert import layouts, peft
 from latent_tts.errors import UsageError, bad_value, require
 
@@ -35,8 +35,8 @@ def convert_checkpoint(
     """Convert a checkpoint into a folder that `ltts run` reads.
 
     Args:
-        src: a pickle, or a folder with a pickle, with safetensors of a training code, or with a LoRA adapter of PEFT
-            or of `train-reasoner`, which is joined with its base.
+        src: a pickle, or a folder with a pickle, with safetensors of a training code, or with a LoRA adapter of PEFT,
+            of `train-reasoner` or of `train-rm`, which is joined with its base.
         dst: the new folder.
         tokenizer: folder of the backbone's tokenizer; None: the folder of the weights.
         config: the backbone's `config.json`; None: look in the tokenizer's folder, then beside the weights.
@@ -47,15 +47,20 @@ def convert_checkpoint(
     Raises:
         UsageError: the weights, a config or the tokenizer is missing, or the new folder is in use.
     """
-    own = src.is_dir() and joining.is_adapter(src)
+    scores = src.is_dir() and reward_adapter.is_reward_adapter(src)
+    own = scores or (src.is_dir() and joining.is_adapter(src))
     whole = src.is_dir() and (peft.is_adapter(src) or peft.is_pccot(src))
     beside, pickles = (src, {}) if own or whole else find_weights(src)
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise bad_value("dst", dst, "must be a new or empty folder")
-    if own:  # of `train-reasoner`
+    if own:  # of `train-reasoner` or `train-rm`
         given = {"tokenizer": tokenizer, "config": config, "base": base, "latents": latents}
         for key, value in given.items():
-            require(key, value, value is None, f"must be null: {src / joining.RECORD} says it")
+            record = src / ("config.json" if scores else joining.RECORD)
+            require(key, value, value is None, f"must be null: {record} says it")
+        if scores:
+            reward_adapter.join(src, dst, "src")
+            return
         shutil.copytree(joining.whole(src, "src"), dst, dirs_exist_ok=True)
         return
     folders = [tokenizer, beside] if tokenizer is not None else [beside]

@@ -56,6 +56,7 @@ class Lora:
             UsageError: the model has no such layer.
         """
         from peft import LoraConfig, get_peft_model
+        from transformers.pytorch_utils import Conv1D
 
         embedding = lm.get_input_embeddings()
         name = next(name for name, module in lm.named_modules() if module is embedding).rpartition(".")[2]
@@ -63,7 +64,9 @@ class Lora:
         if tokens and not lm.config.tie_word_embeddings:
             head = lm.get_output_embeddings()
             rows[next(name for name, module in lm.named_modules() if module is head)] = list(tokens)
+        transposed = any(isinstance(module, Conv1D) for module in lm.modules())
         config = LoraConfig(
+            fan_in_fan_out=transposed,
             r=self.rank or 0,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.dropout,
@@ -77,3 +80,12 @@ class Lora:
                 return get_peft_model(lm, config)
         except ValueError as error:
             raise bad_value("lora.targets", self.targets, " ".join(str(error).split())[:160]) from error
+
+
+FULL = Lora(rank=None, alpha=1.0, targets=None, dropout=0.0)  # no adapter: all weights are trained
+
+
+def plain_settings(adapted: Any) -> dict[str, Any]:
+    """PEFT's config of an adapter in training, as JSON takes it."""
+    settings = adapted.peft_config["default"].to_dict()
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}

@@ -27,13 +27,6 @@ from latent_tts.errors import bad_value
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import words
 from latent_tts.text.answer import AnswerRule
-from latent_tts.training.core import (
-    Report,
-    ResumableTrainer,
-    load_parameters,
-    trained_parameters,
-    training_arguments,
-)
 from latent_tts.training.reasoner.backbone import BackboneConfig
 from latent_tts.training.reasoner.batch import TokenBudget, micro_batch, question_batches
 from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
@@ -43,7 +36,7 @@ from latent_tts.training.reasoner.initial import (
     copy_checkpoint,
     write_initial_checkpoint,
 )
-from latent_tts.training.reasoner.lora import Lora
+from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.pace import Pace, pace_of
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths, token_lengths
@@ -51,13 +44,19 @@ from latent_tts.training.reasoner.validation import BEST, Validation, joined_cop
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.recompute import blocks_of, recomputing_blocks
 from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state
+from latent_tts.training.trainer import (
+    Report,
+    ResumableTrainer,
+    load_parameters,
+    trained_parameters,
+    training_arguments,
+)
 from latent_tts.types import Question
 
 VALID_BATCH = 250
 METRIC = "eval_exact_match"
 INITIAL = "initial"
 OLD_STATE = "state.safetensors"
-FULL = Lora(rank=None, alpha=1.0, targets=None, dropout=0.0)  # no adapter: all weights are trained
 PROBES, PROBE_TOKENS = 4, 12
 LENGTHS_KEPT = 100_000  # of questions; sorting asks for each several times
 
@@ -491,8 +490,6 @@ def export_adapter(
     own = {}
     for prefix, part in module.objective.own.items():
         own |= checkpoint_tensors(f"{prefix}.", part)
-    settings = module.adapted.peft_config["default"].to_dict()
-    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     vocabulary = int(module.lm.config.vocab_size)
     prompts_PL = torch.arange(PROBES * PROBE_TOKENS).reshape(PROBES, PROBE_TOKENS) * 7919 % vocabulary
     prompts_PL[:, -3:] = torch.tensor([vocabulary - 1, vocabulary - 2, vocabulary - 3])  # new tokens among them
@@ -502,7 +499,8 @@ def export_adapter(
     }
     write_adapter(
         folder, base, adapter.folder / "tokenizer.json",
-        {name: value.detach().cpu().bfloat16().contiguous() for name, value in state.items()}, plain,
+        {name: value.detach().cpu().bfloat16().contiguous() for name, value in state.items()},
+        plain_settings(module.adapted),
         {name: value.bfloat16() for name, value in own.items()}, found, config, "init",
     )  # fmt: skip
 

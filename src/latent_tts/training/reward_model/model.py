@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from latent_tts.checkpoint import reward_adapter
 from latent_tts.model import ModelAdapter
+from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.recompute import recomputing_blocks
+from latent_tts.training.trainer import trained_parameters
 
 
 def packed_layout(lengths_Q: Tensor, longest: int, rollouts: int, latents: int) -> tuple[Tensor, Tensor]:
@@ -61,20 +64,30 @@ class LatentRMModule(nn.Module):
         prefix: what the backbone's keys begin with in the causal LM's checkpoint (`transformer`, `model`).
         classifier: the head.
         recompute: whether the backward pass computes activations again.
+        adapted: PEFT's model around the causal LM; None where all weights are trained.
     """
 
-    def __init__(self, lm: PreTrainedModel, seed: int) -> None:
+    adapted: Any
+
+    def __init__(self, lm: PreTrainedModel, seed: int, lora: Lora = FULL) -> None:
         """Take the backbone of `lm` (and its weights) and make a head.
 
         Args:
             lm: the reasoner's causal LM.
-            seed: of the head's weights: normal, with the standard deviation of the backbone's own initial weights.
+            seed: of the head's weights: normal, with the standard deviation of the backbone's own initial weights; and
+                of the adapter's.
+            lora: the low-rank adapter that is trained in place of the weights, if it has a rank.
         """
         super().__init__()
+        adapted = None
+        if lora.rank is not None:
+            torch.manual_seed(seed)
+            adapted = lora.attach(lm, [])
+        self.__dict__["adapted"] = adapted  # not registered as a module: it has the same weights
         self.recompute = False
         lm.set_attn_implementation("sdpa")
         self.prefix = lm.base_model_prefix
-        self.backbone: Any = lm.base_model.requires_grad_(True)
+        self.backbone: Any = lm.base_model.requires_grad_(True) if adapted is None else lm.base_model
         self.classifier = nn.Linear(lm.config.hidden_size, 1)
         generator = torch.Generator().manual_seed(seed)
         std = getattr(lm.config, "initializer_range", 0.02)
@@ -119,17 +132,34 @@ class LatentRMModule(nn.Module):
 
     @torch.no_grad()
     def round_to(self, dtype: torch.dtype) -> None:
-        """Round the weights to `dtype`, so that figures are those of the checkpoint that will be written."""
-        for parameter in self.parameters():
+        """Round the trained weights to `dtype`, so that figures are those of the checkpoint that will be written."""
+        for _, parameter in trained_parameters(self):
             parameter.copy_(parameter.to(dtype))
 
     def write(self, folder: Path, adapter: ModelAdapter, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
-        """Write the checkpoint: weights, the reasoner's tokenizer, and its config with `latent_rm: record`."""
+        """Write the checkpoint: weights, the reasoner's tokenizer, and its config with `latent_rm: record`.
+
+        An adapter is written without the reasoner's weights; the record names its checkpoint as `base`.
+        """
+        if self.adapted is not None:
+            from peft import get_peft_model_state_dict
+
+            state = get_peft_model_state_dict(self.adapted, save_embedding_layers=False)
+            head = {f"classifier.{name}": value for name, value in self.classifier.named_parameters()}
+            reward_adapter.write(
+                folder, adapter.folder, _rounded(state, dtype), plain_settings(self.adapted), _rounded(head, dtype),
+                adapter.config | {"latent_rm": dict(record)},
+            )  # fmt: skip
+            return
         folder.mkdir(parents=True, exist_ok=True)
         named = {f"{self.prefix}.{name}": value for name, value in self.backbone.named_parameters()}
         named |= {f"classifier.{name}": value for name, value in self.classifier.named_parameters()}
-        tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in named.items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(_rounded(named, dtype), folder / "model.safetensors", metadata={"format": "pt"})
         shutil.copyfile(adapter.folder / "tokenizer.json", folder / "tokenizer.json")
         config = {**adapter.config, "dtype": str(dtype).removeprefix("torch."), "latent_rm": dict(record)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _rounded(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors as a file takes them."""
+    return {name: value.detach().to("cpu", dtype).contiguous() for name, value in tensors.items()}

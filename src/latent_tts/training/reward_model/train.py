@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainingArguments
@@ -19,13 +18,14 @@ from transformers.trainer_utils import EvalPrediction
 from latent_tts.checkpoint import files
 from latent_tts.model import ModelAdapter
 from latent_tts.results.files import whole_file
-from latent_tts.training.core import Report, ResumableTrainer, training_arguments
+from latent_tts.training.reasoner.lora import FULL, Lora
 from latent_tts.training.recompute import blocks_of
 from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
 from latent_tts.training.reward_model.model import LatentRMModule
 from latent_tts.training.reward_model.optimization import RewardOptimization
 from latent_tts.training.states import FINISHED, STATES, clean_states, last_state, read_state, set_state_aside
+from latent_tts.training.trainer import Report, ResumableTrainer, load_parameters, training_arguments
 
 METRIC = "selection_accuracy"
 RESULTS = "train_rm.json"
@@ -39,6 +39,8 @@ def train_latent_rm(
     optimization: RewardOptimization,
     *,
     init: str,
+    lora: Lora,
+    base: str,
     seed: int,
     bf16: bool,
     device: str,
@@ -56,6 +58,8 @@ def train_latent_rm(
         loss: the loss to minimise.
         optimization: batch, learning rate and so on.
         init: initial weights of the backbone, `reasoner` or `random`.
+        lora: the low-rank adapter that is trained in place of the weights, if it has a rank.
+        base: the reasoner's checkpoint, as an adapter's record is to name it.
         seed: seed of the head's weights and of the order of questions.
         bf16: whether the forward pass runs under bfloat16 autocast.
         device: `auto`, `cpu`, `cuda` or `cuda:INDEX`.
@@ -74,7 +78,7 @@ def train_latent_rm(
     """
     started = time.perf_counter()
     arguments = trainer_arguments(optimization, len(data), output / STATES, seed=seed, bf16=bf16, device=device)
-    model = initial_model(adapter, init, seed)
+    model = initial_model(adapter, init, seed, lora)
     trainer = train(model, loss, data, valid, optimization, arguments, report=report)
     dtype = getattr(torch, weights_dtype)
     model.round_to(dtype)
@@ -88,7 +92,7 @@ def train_latent_rm(
         "loss": loss.name,
         "init": init,
         "reduce": "sum",
-    }
+    } | ({} if lora.rank is None else {"base": base})
     model.write(output / FINISHED, adapter, dtype, record)
     accuracy = figures[f"eval_{METRIC}"]
     results = {
@@ -114,13 +118,13 @@ def read_results(output: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def initial_model(adapter: ModelAdapter, init: str, seed: int) -> LatentRMModule:
+def initial_model(adapter: ModelAdapter, init: str, seed: int, lora: Lora = FULL) -> LatentRMModule:
     """LatentRM before training, in float32: with the reasoner's weights, or with random ones if `init=random`."""
     lm = adapter.load(device="cpu", dtype="float32").lm
     if init == "random":
         torch.manual_seed(seed)
         lm = AutoModelForCausalLM.from_config(lm.config).float()
-    return LatentRMModule(lm, seed)
+    return LatentRMModule(lm, seed, lora)
 
 
 def train(
@@ -177,7 +181,7 @@ def train(
         trainer.fit()
         last = last_state(states)
     assert last is not None
-    model.load_state_dict(load_file(_best(last) / files.WEIGHTS))
+    load_parameters(model, _best(last))
     return trainer
 
 

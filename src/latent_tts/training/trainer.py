@@ -1,4 +1,4 @@
-"""The core of both trainings: devices, accumulation, saved states, resuming, Ctrl-C, and a stop at non-finite values.
+"""Shared by both trainings: devices, accumulation, saved states, resuming, Ctrl-C, and a stop at non-finite values.
 
 It is built on transformers' Trainer, which adds mixed precision and, with `accelerate launch`, several processes.
 """
@@ -192,6 +192,11 @@ class ResumableTrainer(Trainer):
         """Load the trained weights of a state."""
         assert self.model is not None
         load_parameters(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Load the trained weights of the best state."""
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
