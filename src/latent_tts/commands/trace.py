@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     started = time.perf_counter()
     view = View(list(cfg.maps), cfg.top, cfg.threshold, cfg.directions)
     source = None if cfg.run is None else Path(cfg.run).expanduser()
-    record = {} if source is None else rescoring.read_run(source)
+    record = {} if source is None else rescoring.read_run(source, rescoring.NEEDED | {"aggregators": dict})
     merged = cfg if source is None else merged_config(cfg, record)
     request, folder, lines = run_request(merged), output_dir(), []
     if source is None:
