@@ -62,8 +62,8 @@ def main(cfg: DictConfig) -> None:
             rollouts = done.rollouts if run.decode == "all" else draw_rollouts(spec.run)
             lines = [*schedule_lines(run, done.tables.rollouts), *done.verification_lines]
         else:
-            done, rollouts = None, draw_rollouts(run)
-            warn_of_differences(run, rollouts, source)
+            done, rollouts = None, draw_rollouts(spec.run)
+            warn_of_differences(spec.run, rollouts, source)
         from latent_tts.pipeline.tracing import trace
 
         shown = trace(spec, rollouts)
