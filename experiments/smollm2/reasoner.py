@@ -166,10 +166,10 @@ def try_batches(file: Path, folder: Path, device: str, seconds: float) -> list[T
     import torch
 
     from latent_tts.checkpoint import files, joining
-    from latent_tts.training.core import resolve_device, trained_parameters
     from latent_tts.training.reasoner import train as training
     from latent_tts.training.reasoner.initial import copy_checkpoint, write_initial_checkpoint
     from latent_tts.training.reasoner.questions import epochs, usable
+    from latent_tts.training.trainer import resolve_device, trained_parameters
 
     recipe, lora, task = built("recipe"), built("lora"), built("task", ["task.split=train"])
     source = joining.whole(files.resolve(f"gguf:{file}", key="init"), "init")

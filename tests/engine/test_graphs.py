@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from latent_tts.engine import graphs
+from latent_tts.engine import attention, graphs
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.engine.graphs import CudaRecorder, FirstToken, GraphEngine, Latents, NextToken
 from latent_tts.engine.rollout import Engine
@@ -249,7 +249,7 @@ def test_latents_are_made_without_answers():
 
 
 def test_the_window_grows_with_what_is_used(monkeypatch):
-    monkeypatch.setattr(graphs, "SHORTEST", 4)
+    monkeypatch.setattr(attention, "SHORTEST", 4)
     eager, graphed, recorders = both(answer=5, ends=False)
     for number, lengths in enumerate([[9, 13], [12, 9], [15, 7]]):
         assert_same(rolled(graphed, NOISE, number, lengths), rolled(eager, NOISE, number, lengths))

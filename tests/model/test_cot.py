@@ -47,7 +47,7 @@ def test_a_prompt_is_the_question_and_a_newline(checkpoint):
     [("<<3+4=7>>\n<<7*2=14>>\n### 14", "14"), ("### 1\n### 2 ", "2"), ("<<3+4=7>>\n<<7", None), ("", None)],
 )
 def test_the_answer_stands_after_the_last_sign(checkpoint, text, raw):
-    assert adapter(checkpoint).raw_answer(text) == raw
+    assert adapter(checkpoint).decimal_answer(text) == raw
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_template_that_is_missing_or_fails_is_refused(checkpoint, prompt, word
 )
 def test_the_answer_of_an_instruct_model_is_the_last_number_or_line(checkpoint, text, raw, span):
     cot = adapter(checkpoint, prompt="{{question}}")
-    assert (cot.raw_answer(text), cot.answer_span(text)) == (raw, span)
+    assert (cot.decimal_answer(text), cot.answer_span(text)) == (raw, span)
 
 
 def test_a_gguf_file_is_run_from_the_command_line(ltts, tmp_path):

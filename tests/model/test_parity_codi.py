@@ -39,4 +39,4 @@ def test_the_latent_is_projected() -> None:
     ],
 )
 def test_the_answer_is_the_last_number(text: str, answer: str | None) -> None:
-    assert CODI.model.raw_answer(text) == answer
+    assert CODI.model.decimal_answer(text) == answer

@@ -146,4 +146,4 @@ def test_a_config_without_the_embeddings_spread(tmp_path):
     ],
 )
 def test_the_answer_follows_the_last_answer_sign(text, answer):
-    assert colar().raw_answer(text) == answer
+    assert colar().decimal_answer(text) == answer

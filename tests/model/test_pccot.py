@@ -81,7 +81,7 @@ def test_prompts_and_what_is_forced(folder):
     assert model.encode(question)[-1] == model.start_id
     assert model.encode(question)[:-1] == model.tokenizer.encode(question.text).ids
     assert model.tokenizer.decode(model.thinking_end_ids, skip_special_tokens=False) == "<|end-latent|>###"
-    assert model.raw_answer(" 14 ") == "14"
+    assert model.decimal_answer(" 14 ") == "14"
 
 
 def test_a_projection_is_not_needed_where_the_config_speaks_of_sweeps(folder, tmp_path):

@@ -22,7 +22,6 @@ from latent_tts.random.draw import Draw
 from latent_tts.recipe.coconut import Coconut as Recipe
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.task.arith import Arith
-from latent_tts.training.core import ResumableTrainer
 from latent_tts.training.reasoner import coconut
 from latent_tts.training.reasoner import train as training
 from latent_tts.training.reasoner.batch import (
@@ -35,6 +34,7 @@ from latent_tts.training.reasoner.batch import (
 from latent_tts.training.reasoner.curriculum import Stage, written_text
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.states import last_state
+from latent_tts.training.trainer import ResumableTrainer
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(written_updates=3, stage_updates=[2, 2], final_updates=3, final_dropout=None, latents=3, step_loss=0.5)

@@ -26,7 +26,7 @@ def accuracy(adapter, reasoner: Reasoner, sampler) -> float:
     engine = Engine(reasoner, rollout_plan(adapter, written, adapter.own_schedule))
     draw = Draw.of(0, [q.id for q in QUESTIONS], torch.zeros(len(QUESTIONS), 1, dtype=torch.long), engine.width)
     rollouts = engine.roll([adapter.encode(q) for q in QUESTIONS], draw, sampler)
-    answers = [adapter.raw_answer(adapter.answer_text(ids)) for ids in rollouts.answer_ids]
+    answers = [adapter.decimal_answer(adapter.answer_text(ids)) for ids in rollouts.answer_ids]
     return sum(answer == q.answer for answer, q in zip(answers, QUESTIONS, strict=True)) / len(QUESTIONS)
 
 

@@ -303,6 +303,6 @@ class CheckpointAdapter:
         """The part of an answer's text that holds the answer, unchanged: all of it, unless a family says otherwise."""
         return answer_text.strip()
 
-    def raw_answer(self, answer_text: str) -> str | None:
+    def decimal_answer(self, answer_text: str) -> str | None:
         """The number in an answer's text: the answer, unless a family's own evaluation reads numbers in another way."""
         return self.answer_span(answer_text)

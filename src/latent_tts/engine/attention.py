@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -21,8 +22,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from latent_tts.engine.kernel_check import is_usable
+
 Piece = tuple[Tensor, Tensor]
 NAME = "latent_tts_shared_prefix"
+KERNEL_WIDTHS = range(16, 257)  # of heads
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_TOLERANCE = 8  # roundings of half precision; values are of the order of 1
+KERNEL_TOLERANCE_32 = 1e-5
+# questions, siblings, key heads, query heads of each, tokens, slots used, prefix tokens, whether slots hold nothing
+KERNEL_CASES = [(2, 3, 2, 1, 1, 4, 20, False), (3, 40, 1, 2, 1, 0, 70, True), (2, 1, 2, 4, 3, 2, 5, True)]
+SHORTEST = 16  # of what grows by powers of two
+MAX_NUMBER = 1 << 12  # of the slots that are counted without a kernel
 
 
 @dataclass
@@ -125,6 +136,12 @@ class SharedPrefixCache:
         if tokens == 1:
             return None
         return torch.ones(tokens, self.used + tokens, dtype=torch.bool, device=device).triu(self.used + 1)
+
+    def used_1(self, device: torch.device) -> Tensor:
+        """`used` on the device (int64)."""
+        if self.used > MAX_NUMBER:
+            return torch.full((1,), self.used, device=device)
+        return _numbers(device)[self.used : self.used + 1]
 
     def fork(self, questions: Tensor, rows: Tensor) -> SharedPrefixCache:
         """A cache of its own with some of the questions and suffixes.
@@ -267,12 +284,30 @@ class FixedCache(SharedPrefixCache):
             return super().later_slots(tokens, device)
         return (torch.arange(self.window, device=device) > self.at_1)[None]
 
+    def used_1(self, device: torch.device) -> Tensor:
+        """See `SharedPrefixCache`."""
+        return super().used_1(device) if self.at_1 is None else self.at_1
+
+    def window_of(self, slots: int) -> int:
+        """How many slots a pass that sees some looks at: one recording serves several passes of the same window.
+
+        The kernel reads from the device how many there are; operators look at all, so that their windows grow.
+        """
+        if self.suffix and has_kernel(self.suffix[0][0]):
+            return self.capacity
+        return min(power_of_two(slots), self.capacity)
+
     def fork(self, questions: Tensor, rows: Tensor) -> SharedPrefixCache:
         """Not to be forked: rows stay where they are."""
         raise NotImplementedError
 
     def _new_suffix(self, like: Tensor, rows: int) -> Tensor:
         return super()._new_suffix(like, rows).zero_()
+
+
+def power_of_two(number: int) -> int:
+    """The next power of two, at least `SHORTEST`."""
+    return max(SHORTEST, 1 << (number - 1).bit_length())
 
 
 def attend(
@@ -313,6 +348,8 @@ def attend(
 
     keys, values = cache.append(layer, key, value)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if has_kernel(query) and value.shape == key.shape:
+        return _attend_by_kernel(cache, query, layer, (keys, values), scale), None
     # query heads that share a key head become more query tokens of that head
     own = (query.unflatten(1, (-1, groups)) * scale).flatten(2, 3)
     parts = [
@@ -352,6 +389,77 @@ def _attend_piece(
     after = after.unflatten(2, (cache.rollouts, -1)).transpose(1, 2).flatten(0, 1)  # (r, H, G*S, used + S)
     out = (before @ prefix_values).view(siblings.shape).transpose(1, 2)
     return out.reshape(own.shape) + after @ cache.dense(values)
+
+
+def _attend_by_kernel(cache: SharedPrefixCache, query: Tensor, layer: int, suffix: Piece, scale: float) -> Tensor:
+    """Attended values (R, S, heads, K)."""
+    from latent_tts.engine.attention_kernel import attend_piece
+
+    assert cache.lengths_Q is not None
+    out, used_1 = query.new_empty(*query.transpose(1, 2).shape), cache.used_1(query.device)
+    for questions, rows, prefix in cache.pieces(layer):
+        valid_RC = None if cache.valid_RC is None else cache.valid_RC[rows]
+        own = suffix[0][rows], suffix[1][rows]
+        attend_piece(query[rows], prefix, own, cache.lengths_Q[questions], used_1, valid_RC, scale, out[rows])
+    return out
+
+
+def has_kernel(like: Tensor) -> bool:
+    """Whether Triton's kernel attends with heads like these (..., K)."""
+    return like.is_cuda and _has_kernel(like.device, like.dtype, like.shape[-1])
+
+
+@cache
+def _has_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    if dtype not in KERNEL_DTYPES:
+        return False
+
+    def agrees() -> bool:
+        if width not in KERNEL_WIDTHS:
+            raise ValueError(f"heads of width {width}, not {KERNEL_WIDTHS[0]} to {KERNEL_WIDTHS[-1]}")
+        from latent_tts.engine.attention_kernel import attend_piece
+
+        return kernel_agrees(attend_piece, device, dtype, width)
+
+    return is_usable("attention", f"{device} in {dtype}", agrees)
+
+
+def kernel_agrees(attend_piece: Any, device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the kernel gives what the operators give, for ragged prompts, grouped heads and unused slots."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    agree = True
+    for questions, siblings, heads, groups, tokens, used, length, with_valid in KERNEL_CASES:
+        rows, capacity = questions * siblings, used + tokens + 2
+        lengths_Q = torch.tensor([length - 3 * place for place in range(questions)], device=device).clamp(min=0)
+        prefix, suffix = ([numbers(count, heads, size, width) for _ in range(2)] for count, size in
+                          ((questions, length), (rows, capacity)))  # fmt: skip
+        valid_RC = None
+        if with_valid:
+            valid_RC = torch.rand(rows, capacity, generator=generator).to(device) < 0.6
+            valid_RC[:, 0] = True
+        query = numbers(rows, heads * groups, tokens, width)
+        out = torch.empty(rows, tokens, heads * groups, width, dtype=dtype, device=device)
+        used_1 = torch.tensor([used], device=device)
+        attend_piece(query, tuple(prefix), tuple(suffix), lengths_Q, used_1, valid_RC, width**-0.5, out)
+        kept = SharedPrefixCache(siblings, capacity, lengths_Q, used=used, valid_RC=valid_RC)
+        own = (query.unflatten(1, (heads, groups)).double() * width**-0.5).flatten(2, 3)
+        wide = [[part.double() for part in pair] for pair in (prefix, [part[:, :, : used + tokens] for part in suffix])]
+        slices = slice(0, questions), slice(0, rows)
+        expected = _attend_piece(kept, *slices, tokens, own, tuple(wide[0]), tuple(wide[1]))  # type: ignore[arg-type]
+        difference = (out.double() - expected.reshape(query.shape).transpose(1, 2)).abs().max()
+        limit = KERNEL_TOLERANCE_32 if dtype == torch.float32 else KERNEL_TOLERANCE * torch.finfo(dtype).eps
+        agree &= bool(difference < limit)
+    return agree
+
+
+@cache
+def _numbers(device: torch.device) -> Tensor:
+    """The first numbers from 0 on, so that a count on the device needs no copy to it."""
+    return torch.arange(MAX_NUMBER + 1, device=device)
 
 
 def use_shared_prefix_attention(lm: PreTrainedModel) -> None:

@@ -42,7 +42,7 @@ class Shape:
     """The sizes of a decoder-only transformer.
 
     Attributes:
-        layers, width, vocabulary: as named.
+        layers, width, vocabulary: number of blocks, hidden size, size of the vocabulary.
         attention: width of all query heads together.
         keys: width of all key heads together.
         block_weights: matrix entries of one block that a token goes through, the mean over blocks.
@@ -137,7 +137,8 @@ class RolloutCost:
         own_last: whether only the last prompt token runs once per rollout: its pass makes h_1, and is random where
             thoughts are.
         repeated: the passes that a schedule repeats, see `Shape.repeated_flops`.
-        looks_for_stop: whether the LM head runs before every latent, and once more after fewer than `latents`.
+        looks_for_stop: whether rows may stop early: the LM head runs before every latent, and once more in a row that
+            stops before `latents`.
         exit_tokens: tokens run beside each latent but the last, to see whether it moves the answer; None: nobody looks.
     """
 
@@ -175,7 +176,9 @@ class RolloutCost:
         return 0.0 if self.own_prompt else self.shape.pass_flops(prompt - self.own_last, 0)
 
     def thinking_flops(self, prompt: Count, steps: Count) -> Count:
-        """Operations of one rollout, without the shared ones, that ends with its last latent, made but not run.
+        """Operations of one rollout without an answer, and without the shared ones.
+
+        Its last latent is computed but not fed back.
 
         Args:
             prompt: L.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from latent_tts.engine.attention import FixedCache
+from latent_tts.engine.attention import FixedCache, power_of_two
 from latent_tts.engine.device import free_bytes, reserved_bytes
 from latent_tts.engine.rollout import (
     Answers,
@@ -39,7 +39,6 @@ from latent_tts.sampler import Sampler
 from latent_tts.types import Reasoner
 
 log = logging.getLogger(__name__)
-SHORTEST = 16  # of prefixes and of the slots that a pass looks at; longer ones are powers of two
 MEMORY_SHARE = 0.25  # of what is free once the model is loaded; batches take at most half (`packing.MEMORY_SHARE`)
 _ROUNDING, _OTHER_ORDER = 0.25, 16.0  # see `agreement`: of the same passes, and of sums in another order
 _MOST, _HALF = 0.9, 0.5  # of the rollouts agree at least with those in tensors that grow, in float32 and half precision
@@ -193,7 +192,7 @@ class FixedRollouts(RolloutState):
         for position in range(first, last + 1):
             if not left.before_last():
                 break
-            window = min(_power_of_two(used + position - first + 1), self._cache.capacity)
+            window = self._cache.window_of(used + position - first + 1)
             own = position if self._hooks.sampler.random_answers else None
             run(NextToken(window, position == plan.max_answer_tokens, own))
             left.read()
@@ -474,9 +473,4 @@ class GraphEngine(Engine):
         if not self._usable or self.keeps_timeline or longest < 1 or (answers and tokens < 1):
             return None
         self._samplers[id(sampler)] = sampler
-        return len(prompts), draw.rollouts_R.shape[0], _power_of_two(longest), id(sampler), answers
-
-
-def _power_of_two(number: int) -> int:
-    """The next power of two, at least `SHORTEST`."""
-    return max(SHORTEST, 1 << (number - 1).bit_length())
+        return len(prompts), draw.rollouts_R.shape[0], power_of_two(longest), id(sampler), answers

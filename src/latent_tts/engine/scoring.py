@@ -1,4 +1,4 @@
-"""Scores of latents: a LatentRM over the layout of rollouts, one prefix per question and a short suffix per rollout.
+"""Scores of latents by a LatentRM, on one prefix per question and a short suffix per rollout.
 
 A step score is the classifier's output at a latent's position. It depends on the prompt and on the latents up to that
 one alone, never on the answer, on other rows or on how many latents come in one pass.
@@ -16,7 +16,7 @@ from latent_tts.types import RewardModel
 
 
 class LatentScorer:
-    """Scores the latents of one loaded LatentRM's reasoner."""
+    """Scores latents with one loaded LatentRM."""
 
     def __init__(self, model: RewardModel) -> None:
         self.model, self.backbone = model, model.backbone
@@ -31,7 +31,7 @@ class LatentScorer:
     def open(
         self, prompts: list[list[int]], rollouts: int, capacity: int, *, position_offset_Q: Tensor | None = None
     ) -> State:
-        """Run Q prompts; what comes back takes the latents of `rollouts` rows per question.
+        """Run Q prompts; returns a state to which the latents of `rollouts` rows per question are appended.
 
         Args:
             prompts: Q lists of token ids, none empty; the start token is their last.

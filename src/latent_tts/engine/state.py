@@ -1,4 +1,4 @@
-"""What rows of sequences have in memory, behind five operations: prefill, append, rewind, blank, fork.
+"""The keys and values of a batch of sequences, behind five operations: prefill, append, rewind, blank, fork.
 
 The latent loop and the scorer know these operations alone (`State`). There are two ways behind them: shared-prefix
 attention (`KeyValueState`), and transformers' own attention and cache (`transformers_state.py`) for models that the

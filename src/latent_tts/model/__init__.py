@@ -123,7 +123,7 @@ class ModelAdapter(Protocol):
     def answer_span(self, answer_text: str) -> str | None:
         """The part of a generated text that contains the answer, unchanged; None if there is none."""
 
-    def raw_answer(self, answer_text: str) -> str | None:
+    def decimal_answer(self, answer_text: str) -> str | None:
         """The number in a generated text, as the family's own evaluation reads it; None if there is none."""
 
     def load(self, *, device: str, dtype: str) -> Reasoner:

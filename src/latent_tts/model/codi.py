@@ -51,7 +51,7 @@ class Codi(CheckpointAdapter):
         """The text after the last `answer is` (and a colon), or the whole text."""
         return re.split(r"answer is\s*:?", answer_text, flags=re.IGNORECASE)[-1].strip()
 
-    def raw_answer(self, answer_text: str) -> str | None:
+    def decimal_answer(self, answer_text: str) -> str | None:
         """The last number in the text, after removing commas: an optional minus, digits, an optional point and digits.
 
         As in the official evaluation, `5-2=3` gives `3` and `x-3` gives `-3`.

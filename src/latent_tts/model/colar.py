@@ -110,7 +110,7 @@ class Colar(CheckpointAdapter):
         """The text after the last `Answer:`, without `#` at its ends."""
         return answer_text.rpartition("Answer:")[2].strip("# \n")
 
-    def raw_answer(self, answer_text: str) -> str:
+    def decimal_answer(self, answer_text: str) -> str:
         """The text of `answer_span`, without commas.
 
         The official rule keeps commas and cannot read `1,234`; here they are removed on purpose, as for CODI.

@@ -117,7 +117,7 @@ class Cot(CheckpointAdapter):
         lines = [line.strip() for line in end.splitlines() if line.strip()]
         return boxed if boxed is not None else lines[-1] if lines else None
 
-    def raw_answer(self, answer_text: str) -> str | None:
+    def decimal_answer(self, answer_text: str) -> str | None:
         """The number in that text; for instruct models the last one, without commas, wherever it stands."""
         if self.prompt == PLAIN:
             return self.answer_span(answer_text)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from latent_tts.pipeline.running import CompletedRun
+from latent_tts.pipeline.running import RunResult
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import NOT_DECODED
@@ -39,7 +39,7 @@ class ArrivingVotes:
             report.print_status(f"{text}{report.counted(len(answers), 'rollout')}: {votes}")
 
 
-def described_answers(spec: RunSpec, done: CompletedRun) -> list[dict[str, Any]]:
+def described_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
     """A line of `answers.jsonl` per question, with votes and costs.
 
     Returns:

@@ -37,12 +37,12 @@ def fit(
     """
     folder = Path(str(rule.calibration)).expanduser()
     if not is_complete(folder):
-        raise bad_value(KEY, folder, f"no {RUN_JSON} there: the folder of a run that completed is wanted")
+        raise bad_value(KEY, folder, f"must be the folder of a completed run; it has no {RUN_JSON}")
     record = read_run_json(folder, {"checkpoint_digest": str, "config.sampler": dict, "config.answer.decode": str})
     if record["checkpoint_digest"] != checkpoint_digest:
-        raise bad_value(KEY, folder, "a run of another checkpoint; it has to be of the same one")
+        raise bad_value(KEY, folder, "that run used another checkpoint; calibrate on a run of this one")
     if record["config"]["sampler"] != dict(sampler):
-        raise bad_value(KEY, folder, "a run with another sampler, or other settings of it; they have to be the same")
+        raise bad_value(KEY, folder, "that run used another sampler, or other settings of it; calibrate on one of this")
     if record["config"]["answer"]["decode"] == "winners":
         raise bad_value(KEY, folder, "its rollouts have no answers (answer.decode=winners)")
     rollouts = read_rollouts(folder)

@@ -96,10 +96,10 @@ def draw_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
 
 
 def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
-    """The same where the budget looks at the rollouts of a round before it gives another.
+    """Draw and score round by round, for a budget that looks at the rollouts of a round before it grants the next.
 
-    The rollouts of a round are drawn together, whichever question they are of, so that places that are freed go to the
-    others; each question has its first rollouts, so that cache and tables nest with those of every other budget.
+    The rollouts of a round are drawn together, so that questions that have stopped leave their places in a batch to the
+    others. A question always gets rollouts 0, 1, 2, ..., so cache and tables nest with those of every other budget.
     """
     assert is_adaptive(spec.budget)
     tallying, drawn_now, before = Tallying(spec), 0, [0] * len(spec.questions)
@@ -125,7 +125,7 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
 
 
 def think_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
-    """The same without answers: latents and their scores."""
+    """Draw latents and score them, without decoding answers."""
     return gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
 
 
@@ -142,7 +142,7 @@ def gather_rollouts(
     """Some rollouts of a run, those that the cache has and the others drawn now, scored where there is a scorer.
 
     A model is loaded only if something is missing. How it is computed is part of the key, and known once it is loaded;
-    an entry that has everything serves whichever way its rollouts were computed: it was right for them.
+    a complete entry is used whichever way its rollouts were computed, because that way was proven right for them.
 
     Args:
         spec: the run.
@@ -216,7 +216,7 @@ class CachedRollouts:
                 log.info("%d of %d rollouts are %s %s", there, len(rows.wanted), where, self.cache.folder)
 
     def _settled_scores(self, spec: RunSpec) -> CachedScores | None:
-        """The scores of the run; those of other ways to compute the scorer are put away."""
+        """The scores of the run; those of other ways to compute the scorer are dropped."""
         if not self.scores:
             return None
 
@@ -276,8 +276,8 @@ class CachedRollouts:
 def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
     """Decode the best-of-n pick of each reported n, each among the first n rollouts.
 
-    The picks are drawn again in full, with the same random numbers, and kept with the whole rollouts of other runs:
-    their answers read keys and values that were made under the rollout's own masks.
+    The picks are drawn again in full, with the same random numbers, because an answer is decoded from the keys and
+    values of its own rollout, which are not cached. They are cached with the complete rollouts of other runs.
     """
     assert thought.scores is not None, "winners are found by scores"
     n, wanted = spec.n, spec.wanted()

@@ -18,7 +18,7 @@ from latent_tts.results.run_folder import LATENTS
 
 
 @dataclass(frozen=True)
-class CompletedRun:
+class RunResult:
     """What a run has made.
 
     Attributes:
@@ -39,7 +39,7 @@ class CompletedRun:
 
 def complete_run(
     folder: Path, spec: RunSpec, settings: Mapping[str, Any], *, started: float, keep_latents: bool, keep_cache: bool
-) -> CompletedRun:
+) -> RunResult:
     """Draw a run, make its tables and write its folder.
 
     Args:
@@ -65,4 +65,4 @@ def complete_run(
         seconds = time.perf_counter() - started
         kept = {"cache": str(rollouts.cache.folder.resolve())} if keep_cache else {}
         write_run_folder(folder, spec, rollouts, tables, settings, seconds=seconds, verification=verification, **kept)
-    return CompletedRun(rollouts, tables, verification)
+    return RunResult(rollouts, tables, verification)

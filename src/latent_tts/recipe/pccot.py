@@ -5,13 +5,12 @@ Source: Wu et al. 2025 (arXiv 2506.18582), section 3; whyNLP/PCCoT, `models/mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.errors import bad_value, check_positive
-from latent_tts.training.reasoner.curriculum import Distilled, Stage, check_updates
+from latent_tts.training.reasoner.curriculum import Distilled
 
 if TYPE_CHECKING:
     from latent_tts.checkpoint.adapter import CheckpointAdapter
@@ -23,8 +22,7 @@ class Pccot(Distilled):
     """The stages: every step written (only the teacher), then teacher and student side by side.
 
     The original PCCoT starts from a pretrained model and has only the last stage. Stages in between can guide the
-    student: it has all T latents and writes one step less in each stage. `sweep_updates` guide it too: enough sweeps
-    give every latent what it needs, and the student learns to need one sweep less at a time.
+    student: it has all T latents and writes one step less in each stage.
 
     Attributes:
         written_updates: updates of only the teacher.
@@ -38,14 +36,10 @@ class Pccot(Distilled):
         distill_weight: of the distance between their hidden states before the answer.
         distill_loss: `smooth_l1` or `l1`.
         step_loss: weight of the loss by which each latent predicts the result of its step; 0 is plain PCCoT.
-        sweep_updates: updates with more sweeps before the final ones, the last of them with K + 1.
-        step_loss_sweeps: `last`, or `all`: whether latents predict results in every sweep.
     """
 
     sweeps: int
     projection: bool
-    sweep_updates: Sequence[int] = field(default_factory=list)
-    step_loss_sweeps: str = "last"
 
     family: ClassVar[str] = "PCCoT"
 
@@ -54,25 +48,10 @@ class Pccot(Distilled):
         if not isinstance(self.projection, bool):
             raise bad_value("recipe.projection", self.projection, "must be true or false")
         check_positive("model", self, whole=("latents", "sweeps"))
-        if not isinstance(self.sweep_updates, list):
-            raise bad_value(
-                "recipe.sweep_updates", self.sweep_updates, "must be a list of numbers of updates, as in [100,100]"
-            )
-        for updates in self.sweep_updates:
-            check_updates("sweep_updates", updates)
-        if self.step_loss_sweeps not in ("last", "all"):
-            raise bad_value("recipe.step_loss_sweeps", self.step_loss_sweeps, "must be last or all")
 
     def latents_in(self, stage: int) -> int:
         """T in every stage, since a sweep computes all latents together."""
         return self.latents
-
-    def stages(self) -> list[Stage]:
-        """The stages in order."""
-        *before, final = super().stages()
-        more = range(self.sweeps + len(self.sweep_updates), self.sweeps, -1)
-        guided = [replace(final, updates=u, sweeps=k) for u, k in zip(self.sweep_updates, more, strict=True)]
-        return [*before, *guided, final]
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
         """Add a new projection to a checkpoint without one, and K to its config (imports torch)."""
@@ -84,7 +63,7 @@ class Pccot(Distilled):
         """Create the model in training with its loss (imports torch)."""
         from latent_tts.training.reasoner.pccot import PccotObjective
 
-        return PccotObjective(adapter, self, self.sweeps, every_sweep=self.step_loss_sweeps == "all")
+        return PccotObjective(adapter, self, self.sweeps)
 
     def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
         """T and K."""

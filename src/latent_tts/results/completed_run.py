@@ -1,4 +1,4 @@
-"""The folder of a completed run, read again: what `compare` pairs and what is averaged over seeds."""
+"""Reads the folder of a completed run back, for `ltts compare` and for means over seeds."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class CompletedRun:
 
         Args:
             folder: of a run that completed.
-            build_aggregator: makes an aggregator of its name and the node that describes it.
+            build_aggregator: makes an aggregator from its name and its config node.
 
         Raises:
             UsageError: a file of it is damaged.
@@ -84,7 +84,7 @@ class CompletedRun:
 
     @cached_property
     def golds(self) -> dict[str, str | None]:
-        """The gold answer of each question, by its id; empty for a run of before there was `answers.jsonl`."""
+        """The gold answer of each question, by its id; empty for runs older than `answers.jsonl`."""
         path = self.folder / ANSWERS
         if not path.is_file():
             return {}

@@ -21,7 +21,7 @@ class AnswerFormat(Protocol):
     def answer_span(self, answer_text: str) -> str | None:
         """The part of a generated text that contains the answer, unchanged; None if there is none."""
 
-    def raw_answer(self, answer_text: str) -> str | None:
+    def decimal_answer(self, answer_text: str) -> str | None:
         """The number in a generated text, as the family's own evaluation reads it; None if there is none."""
 
 
@@ -66,7 +66,7 @@ class AnswerRule:
 
         Numbers are read as by the family's own evaluation; other answers are read from the text unchanged.
         """
-        where = family.raw_answer if self.name == "decimal" else family.answer_span
+        where = family.decimal_answer if self.name == "decimal" else family.answer_span
         return self.parse(where(answer_text))
 
     def parse(self, raw: str | None) -> str | None:

@@ -1,6 +1,6 @@
 """Training of reasoners and LatentRMs.
 
-- `core`: shared by both: the Trainer with devices, accumulation, saved states, resuming and Ctrl-C (imports torch).
+- `trainer`: shared by both: the Trainer with devices, accumulation, saved states, resuming and Ctrl-C (imports torch).
 - `optimization`, `folder`: shared settings, and the output folder (without torch).
 - `reasoner/`: training of latent reasoners of every family, by recipes (`latent_tts.recipe`).
 - `reward_model/`: training of LatentRM on annotated rollouts.

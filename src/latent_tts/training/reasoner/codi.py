@@ -98,22 +98,22 @@ class CodiObjective(CoconutObjective):
         self.own = nn.ModuleDict({PROJECTOR.removesuffix("."): projector.float().train()})
         self.next_latent = projector
 
-    def think(self, rows: Sequences, hidden_Q1D: Tensor, stage: Stage) -> tuple[Tensor, list[Tensor]]:
+    def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
         """Compute the latents.
 
         Args:
             rows: the prompts; all latents except the last are appended.
             hidden_Q1D: final hidden state of each prompt's last token, from which the first latent is made.
-            stage: says how many.
+            latents: T.
 
         Returns:
-            The latents (Q, S, D) that were not appended, here the last one (S = 1), and hidden states (Q, T, D) from
-            which all latents were made, each time that they were.
+            The latents (Q, S, D) that were not appended, here the last one (S = 1), and the hidden states (Q, T, D)
+            from which all latents were made.
         """
         thoughts = [hidden_Q1D]
-        for _ in range(stage.latents - 1):
+        for _ in range(latents - 1):
             thoughts.append(rows.feed(self.next_latent(thoughts[-1])))
-        return self.next_latent(thoughts[-1]), [torch.cat(thoughts, dim=1)]
+        return self.next_latent(thoughts[-1]), torch.cat(thoughts, dim=1)
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
         """Without latents the teacher's cross-entropy, else the weighted sum of both cross-entropies and the distance.
@@ -131,7 +131,7 @@ class CodiObjective(CoconutObjective):
         layers = rows.fork().feed_all_layers(embed(teacher.written_QA[:, :-1]), teacher.written_mask_QA[:, :-1])
         teacher_loss = self._written_loss(layers[-1], teacher)
         before = self._before_answer(layers, questions, written_stage)
-        latents_QSD, thoughts = self.think(rows, hidden_Q1D, stage)
+        latents_QSD, thoughts_QTD = self.think(rows, hidden_Q1D, stage.latents)
         pending = latents_QSD.shape[1]
         embeddings = torch.cat([latents_QSD, embed(student.written_QA[:, :-1])], dim=1)
         mask = F.pad(student.written_mask_QA[:, :-1], (pending, 0), value=1)
@@ -141,9 +141,7 @@ class CodiObjective(CoconutObjective):
             distance = alignment(self._before_answer(layers, questions, stage), before, recipe.distill_loss)
             loss = loss + recipe.distill_weight * distance
         if recipe.step_loss:
-            head = lm_head(self.lm)
-            step_losses = [step_results_loss(head(thoughts_QTD), student) for thoughts_QTD in thoughts]
-            loss = loss + recipe.step_loss * torch.stack(step_losses).mean()
+            loss = loss + recipe.step_loss * step_results_loss(lm_head(self.lm)(thoughts_QTD), student)
         return loss
 
     def _written_loss(self, hidden_QAD: Tensor, batch: TokenBatch) -> Tensor:

@@ -178,5 +178,5 @@ class ColarObjective:
         rollouts = engine.roll([adapter.encode(q) for q in questions], draw, Greedy())
         self.lm.set_attn_implementation("eager")  # the engine has set its own attention
         texts = [adapter.answer_text(ids) for ids in rollouts.answer_ids]
-        answers = [(adapter.answer_span(text), adapter.raw_answer(text)) for text in texts]
+        answers = [(adapter.answer_span(text), adapter.decimal_answer(text)) for text in texts]
         return sum(q.gold in read for read, q in zip(answers, questions, strict=True))

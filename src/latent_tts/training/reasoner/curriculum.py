@@ -32,7 +32,6 @@ class Stage:
         hidden_steps: number of leading steps that are not written; None for all.
         dropout: rate of every active dropout module; None keeps the backbone's.
         speed: number of written tokens that each latent compresses (only CoLaR).
-        sweeps: number of sweeps that compute the latents (only PCCoT); None for the reasoner's K.
     """
 
     updates: int
@@ -40,7 +39,6 @@ class Stage:
     hidden_steps: int | None
     dropout: float | None = None
     speed: int = 1
-    sweeps: int | None = None
 
 
 class Objective(Protocol):

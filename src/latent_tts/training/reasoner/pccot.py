@@ -45,14 +45,11 @@ class PccotObjective(CodiObjective):
     Attributes:
         own: the projection, if the checkpoint has one.
         sweeps: K.
-        every_sweep: whether latents predict results in every sweep, not only in the last one.
     """
 
-    def __init__(
-        self, adapter: CheckpointAdapter, recipe: Distilled, sweeps: int, *, every_sweep: bool = False
-    ) -> None:
+    def __init__(self, adapter: CheckpointAdapter, recipe: Distilled, sweeps: int) -> None:
         CoconutObjective.__init__(self, adapter, recipe.step_loss)
-        self.recipe, self.sweeps, self.every_sweep = recipe, sweeps, every_sweep
+        self.recipe, self.sweeps = recipe, sweeps
         tensors = loading.load_tensors(adapter.folder, PROJECTION)
         if tensors:
             projection = pccot_projection(adapter.width)
@@ -60,28 +57,27 @@ class PccotObjective(CodiObjective):
             self.own = nn.ModuleDict({PROJECTION.removesuffix("."): projection.float().train()})
             self.next_latent = projection
 
-    def think(self, rows: Sequences, hidden_Q1D: Tensor, stage: Stage) -> tuple[Tensor, list[Tensor]]:
-        """Compute the latents in sweeps; one after another where there are T or more, which gives the same latents.
+    def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
+        """Compute the latents in K sweeps; one after another where K >= T, which gives the same latents.
 
         Args:
             rows: the prompts; not changed by sweeps.
             hidden_Q1D: final hidden state of each prompt's last token, from which every sweep makes the first latent.
-            stage: says how many latents, and how many sweeps where they are not K.
+            latents: T.
 
         Returns:
             The latents (Q, S, D) that were not appended to `rows`, S = T after sweeps, and the hidden states (Q, T, D)
-            from which the last sweep (or every one) made all T.
+            from which the last sweep made all T.
         """
-        sweeps, latents = stage.sweeps or self.sweeps, stage.latents
-        if sweeps >= latents:
-            return super().think(rows, hidden_Q1D, stage)
+        if self.sweeps >= latents:
+            return super().think(rows, hidden_Q1D, latents)
         token = torch.tensor(self.adapter.latent_id, device=hidden_Q1D.device)
         latents_QTD = self.lm.get_input_embeddings()(token).expand(len(hidden_Q1D), latents, -1)
-        thoughts = []
-        for _ in range(sweeps):
-            thoughts.append(torch.cat([hidden_Q1D, rows.fork().feed(latents_QTD)[:, :-1]], dim=1))
-            latents_QTD = self.next_latent(thoughts[-1])
-        return latents_QTD, thoughts if self.every_sweep else thoughts[-1:]
+        before_QTD = hidden_Q1D
+        for _ in range(self.sweeps):
+            before_QTD = torch.cat([hidden_Q1D, rows.fork().feed(latents_QTD)[:, :-1]], dim=1)
+            latents_QTD = self.next_latent(before_QTD)
+        return latents_QTD, before_QTD
 
     def exact_matches(self, questions: list[Question], stage: Stage) -> int:
         """The number of questions whose written tokens are all predicted by the argmax, after K sweeps of latents."""
@@ -90,7 +86,7 @@ class PccotObjective(CodiObjective):
         embed, head = self.lm.get_input_embeddings(), lm_head(self.lm)
         batch, rows = encode_batch(self.adapter, questions, stage, self.lm.device), Sequences(self.lm)
         hidden_Q1D = rows.feed(embed(batch.prompt_QL), batch.prompt_mask_QL)[:, -1:]
-        latents_QSD, _ = self.think(rows, hidden_Q1D, stage)
+        latents_QSD, _ = self.think(rows, hidden_Q1D, stage.latents)
         pending = latents_QSD.shape[1]
         mask = F.pad(batch.written_mask_QA[:, :-1], (pending, 0), value=1)
         hidden = rows.feed(torch.cat([latents_QSD, embed(batch.written_QA[:, :-1])], dim=1), mask)

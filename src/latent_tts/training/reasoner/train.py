@@ -27,13 +27,6 @@ from latent_tts.errors import bad_value
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import words
 from latent_tts.text.answer import AnswerRule
-from latent_tts.training.core import (
-    Report,
-    ResumableTrainer,
-    load_parameters,
-    trained_parameters,
-    training_arguments,
-)
 from latent_tts.training.reasoner.backbone import BackboneConfig
 from latent_tts.training.reasoner.batch import TokenBudget, micro_batch, question_batches
 from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
@@ -51,6 +44,13 @@ from latent_tts.training.reasoner.validation import BEST, Validation, joined_cop
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.recompute import blocks_of, recomputing_blocks
 from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state
+from latent_tts.training.trainer import (
+    Report,
+    ResumableTrainer,
+    load_parameters,
+    trained_parameters,
+    training_arguments,
+)
 from latent_tts.types import Question
 
 VALID_BATCH = 250

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from latent_tts.checkpoint import reward_adapter
 from latent_tts.model import ModelAdapter
-from latent_tts.training.core import trained_parameters
 from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.recompute import recomputing_blocks
+from latent_tts.training.trainer import trained_parameters
 
 
 def packed_layout(lengths_Q: Tensor, longest: int, rollouts: int, latents: int) -> tuple[Tensor, Tensor]:

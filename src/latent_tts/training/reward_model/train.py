@@ -18,7 +18,6 @@ from transformers.trainer_utils import EvalPrediction
 from latent_tts.checkpoint import files
 from latent_tts.model import ModelAdapter
 from latent_tts.results.files import whole_file
-from latent_tts.training.core import Report, ResumableTrainer, load_parameters, training_arguments
 from latent_tts.training.reasoner.lora import FULL, Lora
 from latent_tts.training.recompute import blocks_of
 from latent_tts.training.reward_model.data import MixedQuestions, collate
@@ -26,6 +25,7 @@ from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
 from latent_tts.training.reward_model.model import LatentRMModule
 from latent_tts.training.reward_model.optimization import RewardOptimization
 from latent_tts.training.states import FINISHED, STATES, clean_states, last_state, read_state, set_state_aside
+from latent_tts.training.trainer import Report, ResumableTrainer, load_parameters, training_arguments
 
 METRIC = "selection_accuracy"
 RESULTS = "train_rm.json"

@@ -1,4 +1,4 @@
-"""The core of both trainings: devices, accumulation, saved states, resuming, Ctrl-C, and a stop at non-finite values.
+"""Shared by both trainings: devices, accumulation, saved states, resuming, Ctrl-C, and a stop at non-finite values.
 
 It is built on transformers' Trainer, which adds mixed precision and, with `accelerate launch`, several processes.
 """

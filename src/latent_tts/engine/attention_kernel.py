@@ -1,0 +1,132 @@
+"""Shared-prefix attention on a GPU in one kernel: a question's rows as a tile against its prefix, then their suffixes.
+
+Imported only if Triton is installed (it comes with CUDA builds of torch on Linux). `attention.py` compares the kernel
+with the operators before it uses it. Sizes of tiles are fixed for each head width, so that nothing is tuned while it
+runs.
+
+Source: the online softmax of FlashAttention (Dao et al. 2022, arXiv 2205.14135).
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton is not installed with CPU builds of torch, and a kernel is launched by indexing it
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# queries and prefix tokens of a tile, by padded width
+TILES = {16: (64, 64), 32: (64, 64), 64: (64, 64), 128: (64, 32), 256: (32, 32)}
+MAX_TILE_32 = 32  # in float32, whose products hold more in registers
+FEW_QUERIES = 16  # the smallest tile of queries that a product takes
+WARPS, STAGES = 4, 2
+
+
+def attend_piece(
+    query: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    suffix: tuple[Tensor, Tensor],
+    lengths_Q: Tensor,
+    used_1: Tensor,
+    valid_RC: Tensor | None,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Attended values of R = Q*N rows.
+
+    Args:
+        query: (R, heads, S, K).
+        prefix: keys and values (Q, key heads, L, K), right-padded.
+        suffix: keys and values (R, key heads, C, K), those of the S new tokens included.
+        lengths_Q: tokens of each prefix.
+        used_1: slots of the suffixes before the new tokens (int64).
+        valid_RC: which slots hold something; None for all that are used.
+        scale: factor of the scores.
+        out: output (R, S, heads, K), contiguous.
+    """
+    (rows, heads, tokens, width), (questions, key_heads, _, _) = query.shape, prefix[0].shape
+    groups, siblings = heads // key_heads, rows // questions
+    padded = max(16, triton.next_power_of_2(width))
+    count = siblings * groups * tokens
+    queries, prefix_tokens = tile(query.dtype, padded, count)
+    valid = used_1 if valid_RC is None else valid_RC.view(torch.uint8)
+    with torch.cuda.device_of(out):
+        _attend[triton.cdiv(count, queries), key_heads, questions](
+            query, *prefix, *suffix, out, lengths_Q, used_1, valid,
+            *query.stride()[:3], *prefix[0].stride()[:3], *suffix[0].stride()[:3], valid.stride(0),
+            siblings, tokens, groups, scale, WIDTH=width, PADDED=padded, QUERIES=queries, TOKENS=prefix_tokens,
+            HAS_VALID=valid_RC is not None, num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip
+
+
+def tile(dtype: torch.dtype, padded: int, count: int) -> tuple[int, int]:
+    """Queries and prefix tokens of a tile, for heads of a padded width and `count` queries of each question."""
+    queries, prefix_tokens = TILES[padded]
+    if dtype == torch.float32:
+        queries, prefix_tokens = min(queries, MAX_TILE_32), min(prefix_tokens, MAX_TILE_32)
+    return (FEW_QUERIES if count <= FEW_QUERIES else queries), prefix_tokens
+
+
+@triton.jit(do_not_specialize=["lengths", "used", "valid", "valid_row", "siblings", "tokens"])
+def _attend(
+    query, prefix_keys, prefix_values, keys, values, out, lengths, used, valid,
+    query_row, query_head, query_token, prefix_question, prefix_head, prefix_token,
+    suffix_row, suffix_head, suffix_slot, valid_row, siblings, tokens, groups, scale,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, HAS_VALID: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    key_head, question = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    per_row = groups * tokens
+    inside = place < siblings * per_row
+    row = question * siblings + place // per_row
+    head, token = key_head * groups + place % per_row // tokens, place % tokens
+    element = tl.arange(0, PADDED)
+    whole = inside[:, None] & (element < WIDTH)[None, :]
+    at = row * query_row + head * query_head + token * query_token
+    queries = tl.load(query + at[:, None] + element[None, :], whole, 0.0)
+    highest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    sums = tl.zeros([QUERIES, PADDED], tl.float32)
+
+    length = tl.load(lengths + question).to(tl.int32)
+    prefix_at = question * prefix_question + key_head.to(tl.int64) * prefix_head
+    for start in range(0, length, TOKENS):
+        there = start + tl.arange(0, TOKENS)
+        known = there < length
+        at_prefix = prefix_at + there.to(tl.int64)[:, None] * prefix_token + element[None, :]
+        mask = known[:, None] & (element < WIDTH)[None, :]
+        prefix = tl.load(prefix_keys + at_prefix, mask, 0.0)
+        scores = tl.dot(queries, tl.trans(prefix), input_precision="ieee") * scale
+        scores = tl.where(known[None, :], scores, float("-inf"))
+        new = tl.maximum(highest, tl.max(scores, 1))
+        weights, kept = tl.exp(scores - new[:, None]), tl.exp(highest - new)
+        prefix = tl.load(prefix_values + at_prefix, mask, 0.0)
+        sums = sums * kept[:, None] + tl.dot(weights.to(prefix.dtype), prefix, input_precision="ieee")
+        total = total * kept + tl.sum(weights, 1)
+        highest = new
+
+    before = tl.load(used).to(tl.int32)
+    suffix_at = row * suffix_row + key_head.to(tl.int64) * suffix_head
+    queries_32 = queries.to(tl.float32)
+    for slot in range(0, before + tokens):
+        seen = inside & (slot <= before + token)
+        if HAS_VALID:
+            seen = seen & (tl.load(valid + row * valid_row + slot, inside, 0) != 0)
+        at_suffix = (suffix_at + slot * suffix_slot)[:, None] + element[None, :]
+        mask = seen[:, None] & (element < WIDTH)[None, :]
+        suffix = tl.load(keys + at_suffix, mask, 0.0).to(tl.float32)
+        score = tl.where(seen, tl.sum(queries_32 * suffix, 1) * scale, float("-inf"))
+        new = tl.maximum(highest, score)
+        shift = tl.where(new == float("-inf"), 0.0, new)  # nothing to attend to yet
+        weight, kept = tl.exp(score - shift), tl.exp(highest - shift)
+        suffix = tl.load(values + at_suffix, mask, 0.0).to(tl.float32)
+        sums = sums * kept[:, None] + weight[:, None] * suffix
+        total = total * kept + weight
+        highest = new
+
+    attended = sums / tl.where(total > 0, total, 1.0)[:, None]
+    heads = tl.num_programs(1) * groups
+    at_out = (row * tokens + token) * heads * WIDTH + head * WIDTH
+    tl.store(out + at_out[:, None] + element[None, :], attended.to(out.dtype.element_ty), whole)

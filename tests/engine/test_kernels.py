@@ -1,0 +1,198 @@
+"""Triton's kernels of the engine: its interpreter says that they are right, its compiler that GPUs take them."""
+
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from latent_tts.engine import attention, kernel_check
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+AGREES = """
+import torch, triton_interpreter
+from latent_tts.engine import attention, attention_kernel
+
+cpu, right = torch.device("cpu"), attention_kernel.attend_piece
+for dtype in attention.KERNEL_DTYPES:
+    for width in (16, 40):
+        assert attention.kernel_agrees(right, cpu, dtype, width), (dtype, width)
+
+def wrong(*arguments, by):
+    arguments = list(arguments)
+    arguments[by] = arguments[by] + 1
+    right(*arguments)
+
+for by in (3, 4):
+    assert not attention.kernel_agrees(lambda *given: wrong(*given, by=by), cpu, torch.float32, 16)
+"""
+LOOKS = """
+import torch, triton_interpreter
+from latent_tts.engine import head, head_kernel
+
+cpu, right = torch.device("cpu"), head_kernel.look
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    assert head.kernel_agrees(right, cpu, dtype), dtype
+for place in range(3):
+    def wrong(*given):
+        found = [part.clone() for part in right(*given)]
+        found[place].flatten()[-1] += 1
+        return found
+    assert not head.kernel_agrees(wrong, cpu, torch.float32), place
+
+layer = torch.nn.Linear(8, 777).requires_grad_(False)
+for rows in (1, 3):
+    hidden_RD = torch.randn(rows, 8)
+    wanted = head.choose(layer, hidden_RD)
+    head.has_kernel, head.VALUES_AT_ONCE = lambda hidden: True, {"cuda": 500, "cpu": 1 << 20}
+    found = head.choose(layer, hidden_RD)
+    head.has_kernel = lambda hidden: False
+    assert found.token_R.equal(wanted.token_R)
+    torch.testing.assert_close(found.logprob_R, wanted.logprob_R)
+    torch.testing.assert_close(found.margin_R, wanted.margin_R)
+"""
+ROLLS = """
+import torch, triton_interpreter, tiny
+from latent_tts.engine import attention
+from latent_tts.engine.graphs import GraphEngine
+from latent_tts.engine.rollout import Engine
+from latent_tts.sampler.dropout import Dropout
+from latent_tts.sampler.gaussian import Gaussian
+from latent_tts.types import Reasoner
+
+class Runs:
+    def record(self, run, tensors):
+        return run
+
+prompt = Dropout(0.2, "residual", ["prompt"], "fresh")
+for family, sampler, stop_id in (("llama", Gaussian(0.3, False), 6), ("gpt2", prompt, None)):
+    made = tiny.reasoner(family)
+    reasoner = Reasoner(made.lm.float(), made.next_latent)
+    plan, prompts = tiny.plan(2, eos_id=tiny.EOS_IDS[family], answer=2, stop_id=stop_id), tiny.prompts([9, 1])
+    found = []
+    for kernel in (False, True):
+        attention.has_kernel = lambda like, kernel=kernel: kernel
+        engines = [Engine(reasoner, plan)]
+        if kernel:
+            engines.append(GraphEngine(reasoner, plan, needed=True, new_recorder=Runs, max_bytes=1e9))
+        for engine in engines:
+            for _ in range(3 if engine is engines[-1] and kernel else 1):
+                found.append(engine.roll(prompts, tiny.draw(["a", "b"], range(2)), sampler))
+    for other in found[1:]:
+        torch.testing.assert_close(other.latents_RTD, found[0].latents_RTD, rtol=1e-3, atol=1e-3)
+        assert other.answer_ids == found[0].answer_ids and other.steps_R.equal(found[0].steps_R)
+"""
+COMPILES = """
+from itertools import product
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from latent_tts.engine import attention_kernel as kernels, head_kernel
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+of_dtype = "query", "prefix_keys", "prefix_values", "keys", "values", "out"
+aligned = *of_dtype, *[f"{a}_{b}" for a in ("query", "prefix", "suffix") for b in ("row", "head", "token", "slot")]
+names = kernels._attend.arg_names
+for (dtype, short), padded, count, generation in product(NAMES.items(), (64, 128), (1, 64), SHARED):
+    queries, tokens = kernels.tile(dtype, padded, count)
+    valid = count > 1
+    sizes = {"WIDTH": padded - 32, "PADDED": padded, "QUERIES": queries, "TOKENS": tokens, "HAS_VALID": valid}
+    kinds = dict.fromkeys(names, "i32") | dict.fromkeys(of_dtype, "*" + short) | dict.fromkeys(sizes, "constexpr")
+    kinds |= {"lengths": "*i64", "used": "*i64", "valid": "*u8" if valid else "*i64", "scale": "fp32"}
+    attributes = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in aligned}
+    source = ASTSource(kernels._attend, kinds, sizes, attributes)
+    options = {"num_warps": kernels.WARPS, "num_stages": kernels.STAGES}
+    made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+    assert made.asm["cubin"] and made.metadata.shared <= SHARED[generation], (short, padded, generation)
+
+for short, generation, bias in product(NAMES.values(), SHARED, (False, True)):
+    sizes = {"HAS_BIAS": bias, "BLOCK": head_kernel.BLOCK}
+    kinds = {"logits": "*" + short, "bias": "*" + short, "highest": "*fp32", "places": "*i64", "total": "*fp32"}
+    kinds |= {"stride": "i32", "tokens": "i32"} | dict.fromkeys(sizes, "constexpr")
+    source = ASTSource(head_kernel._look, {name: kinds[name] for name in head_kernel._look.arg_names}, sizes)
+    made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options={"num_warps": head_kernel.WARPS})
+    assert made.asm["cubin"]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, as CUDA builds of torch bring it")
+@pytest.mark.parametrize(
+    ("code", "interpret"),
+    [(AGREES, "1"), (LOOKS, "1"), (ROLLS, "1"), (COMPILES, "0")],
+    ids=["attention agrees", "the visit to logits agrees", "attention makes the same rollouts", "all compile"],
+)
+def test_kernels(tmp_path, code, interpret):
+    path = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def by_operators(query, prefix, suffix, lengths_Q, used_1, valid_RC, scale, out):
+    """What the kernel does, token by token."""
+    rows, heads, tokens, _ = query.shape
+    groups, siblings = heads // prefix[0].shape[1], rows // len(lengths_Q)
+    for row in range(rows):
+        length, used = int(lengths_Q[row // siblings]), int(used_1)
+        for token in range(tokens):
+            end = used + token + 1
+            seen = torch.ones(end, dtype=torch.bool) if valid_RC is None else valid_RC[row, :end]
+            keys, values = (
+                torch.cat([before[row // siblings, :, :length], own[row, :, :end][:, seen]], 1).repeat_interleave(
+                    groups, 0
+                )
+                for before, own in zip(prefix, suffix, strict=True)
+            )
+            weights = (keys @ query[row, :, token, :, None] * scale).softmax(1)
+            out[row, token] = (weights * values).sum(1)
+
+
+def wrong(*arguments):
+    by_operators(*arguments)
+    arguments[-1][-1, -1] += 0.1
+
+
+def raising(*arguments):
+    raise RuntimeError("out of resource: shared memory\nmore")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Ask `has_kernel` as on a GPU: of a device that says so and computes on the CPU."""
+
+    def ask(attend_piece, width=32, dtype=torch.float32):
+        kernel = SimpleNamespace(attend_piece=attend_piece)
+        monkeypatch.setitem(sys.modules, "latent_tts.engine.attention_kernel", kernel)
+        monkeypatch.setattr(kernel_check, "find_spec", lambda name: name == "triton")
+        agrees = attention.kernel_agrees
+        monkeypatch.setattr(
+            attention,
+            "kernel_agrees",
+            lambda kernel, _, dtype, width: agrees(kernel, torch.device("cpu"), dtype, width),
+        )
+        return attention._has_kernel.__wrapped__(torch.device("cuda", 0), dtype, width)
+
+    return ask
+
+
+def test_a_kernel_that_agrees_is_used(asked, caplog):
+    assert asked(by_operators)
+    assert not asked(by_operators, dtype=torch.float64)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("kernel", "width", "why"),
+    [(wrong, 32, "differ from those of torch"), (raising, 32, "RuntimeError: out of resource"), (wrong, 8, "width 8")],
+)
+def test_one_that_fails_or_differs_is_not_used_and_that_is_said(asked, caplog, kernel, width, why):
+    with caplog.at_level(logging.WARNING):
+        assert not asked(kernel, width)
+    assert [why in record.getMessage() for record in caplog.records] == [True]
