@@ -11,11 +11,9 @@ al. 2024, arXiv 2402.05099).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
+
+from latent_tts.engine.kernel_check import is_usable
 
 Piece = tuple[Tensor, Tensor]
 NAME = "latent_tts_shared_prefix"
@@ -34,7 +34,6 @@ KERNEL_TOLERANCE_32 = 1e-5
 KERNEL_CASES = [(2, 3, 2, 1, 1, 4, 20, False), (3, 40, 1, 2, 1, 0, 70, True), (2, 1, 2, 4, 3, 2, 5, True)]
 SHORTEST = 16  # of what grows by powers of two
 MAX_NUMBER = 1 << 12  # of the slots that are counted without a kernel
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -412,20 +411,17 @@ def has_kernel(like: Tensor) -> bool:
 
 @cache
 def _has_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    if dtype not in KERNEL_DTYPES or find_spec("triton") is None:
+    if dtype not in KERNEL_DTYPES:
         return False
-    why = f"heads have width {width}, not {KERNEL_WIDTHS[0]} to {KERNEL_WIDTHS[-1]}"
-    try:
-        if width in KERNEL_WIDTHS:
-            from latent_tts.engine.attention_kernel import attend_piece
 
-            if kernel_agrees(attend_piece, device, dtype, width):
-                return True
-            why = "its values differ from those of torch"
-    except Exception as error:  # a compiler, a driver or a missing C compiler may raise anything
-        why = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-    log.warning("Triton's attention is not used on %s in %s (%s); torch's operators are slower", device, dtype, why)
-    return False
+    def agrees() -> bool:
+        if width not in KERNEL_WIDTHS:
+            raise ValueError(f"heads of width {width}, not {KERNEL_WIDTHS[0]} to {KERNEL_WIDTHS[-1]}")
+        from latent_tts.engine.attention_kernel import attend_piece
+
+        return kernel_agrees(attend_piece, device, dtype, width)
+
+    return is_usable("attention", f"{device} in {dtype}", agrees)
 
 
 def kernel_agrees(attend_piece: Any, device: torch.device, dtype: torch.dtype, width: int) -> bool:

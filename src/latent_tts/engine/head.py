@@ -10,14 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from latent_tts.engine.kernel_check import is_usable
 from latent_tts.types import Reasoner
 
+# tokens, how many eighths logits differ by at most, whether there is a bias
+KERNEL_CASES = [(4096, 4, False), (9001, 40, True), (300, 1000, False), (5000, 2, True), (2, 3, False)]
 BLOCK = 64  # the highest logit is looked for in blocks: maxima are vectorized, places of maxima are not
 VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits of a piece
 SORTED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}  # of whole rows; a sampler may need 50 bytes for each
@@ -94,7 +98,7 @@ def choose(head: nn.Module, hidden_RD: Tensor, token: Callable[[Tensor, slice], 
             logit, the lowest id where several are as high.
     """
     if token is None and type(head) is nn.Linear:
-        return _highest(head, hidden_RD)
+        return _highest_by_kernel(head, hidden_RD) if has_kernel(hidden_RD) else _highest(head, hidden_RD)
     return _chosen(head(hidden_RD), token)
 
 
@@ -114,10 +118,62 @@ def _highest(head: nn.Linear, hidden_RD: Tensor) -> Choice:
         # in this order the product needs no rearranged copy of the weights, and places lie side by side for maxima
         torch.mm(head.weight[piece], hidden_RD.t(), out=product)
         found.visit(product, piece.start, None if head.bias is None else head.bias[piece])
+    return _choice(head, hidden_RD, found)
+
+
+def _highest_by_kernel(head: nn.Linear, hidden_RD: Tensor) -> Choice:
+    """The same on a GPU: one kernel looks at the logits of a piece once."""
+    from latent_tts.engine.head_kernel import look
+
+    rows, vocabulary = hidden_RD.shape[0], head.out_features
+    at_once = max(BLOCK, VALUES_AT_ONCE["cuda"] // rows)
+    found = _Found(rows, hidden_RD.device)
+    for start in range(0, vocabulary, at_once):
+        piece = slice(start, min(start + at_once, vocabulary))
+        bias_P = None if head.bias is None else head.bias[piece]
+        found.add(*look(hidden_RD @ head.weight[piece].t(), bias_P), start)
+    return _choice(head, hidden_RD, found)
+
+
+def _choice(head: nn.Linear, hidden_RD: Tensor, found: _Found) -> Choice:
+    """The choice of the highest logit, settled in float32."""
     token_2R, logits_2R = found.token_2R, found.highest_2R
     if hidden_RD.dtype.itemsize < 4:
         token_2R, logits_2R = _settled(head, hidden_RD, token_2R)
     return Choice(token_2R[0], logits_2R[0] - found.highest_2R[0] - found.total_R.log(), logits_2R[0] - logits_2R[1])
+
+
+def has_kernel(hidden_RD: Tensor) -> bool:
+    """Whether Triton's kernel looks at the logits of hidden states like these."""
+    return hidden_RD.is_cuda and hidden_RD.dtype != torch.float64 and _has_kernel(hidden_RD.device, hidden_RD.dtype)
+
+
+@cache
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    def agrees() -> bool:
+        from latent_tts.engine.head_kernel import look
+
+        return kernel_agrees(look, device, dtype)
+
+    return is_usable("visit to logits", f"{device} in {dtype}", agrees)
+
+
+def kernel_agrees(look: Callable[..., tuple[Tensor, Tensor, Tensor]], device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel finds what the operators find, also among equal logits and beyond a whole number of blocks."""
+    generator, agree = torch.Generator().manual_seed(0), True
+    for tokens, levels, with_bias in KERNEL_CASES:
+        drawn = torch.randint(-levels, levels, (5, tokens), generator=generator)
+        logits_RP = (drawn.float() / 8).to(device, dtype)
+        bias_P = None
+        if with_bias:
+            bias_P = (torch.randint(-8, 8, (tokens,), generator=generator).float() / 8).to(device, dtype)
+        wide_RP = logits_RP.float() if bias_P is None else logits_RP.float() + bias_P.float()
+        highest_2R, place_2R = wide_RP.sort(dim=1, descending=True, stable=True)
+        total_R = (wide_RP - highest_2R[:, :1]).exp().sum(1)
+        found = look(logits_RP, bias_P)
+        agree &= torch.equal(found[0], highest_2R[:, :2].t()) and torch.equal(found[1], place_2R[:, :2].t())
+        agree &= torch.allclose(found[2], total_R, rtol=1e-4)
+    return agree
 
 
 class _Found:
@@ -139,12 +195,20 @@ class _Found:
         if bias_P is not None:
             logits_PR += bias_P.float()[:, None]
         own_2R, place_2R = _highest_two(logits_PR)
+        self._rank(own_2R, start + place_2R)
+        self.total_R += logits_PR.sub_(self.highest_2R[0]).exp_().sum(0)
+
+    def add(self, own_2R: Tensor, place_2R: Tensor, own_total_R: Tensor, start: int) -> None:
+        """Take what was found among the tokens from `start` on: the two highest, their places, and the sum."""
+        self._rank(own_2R, start + place_2R)
+        self.total_R += own_total_R * (own_2R[0] - self.highest_2R[0]).exp_()
+
+    def _rank(self, own_2R: Tensor, token_2R: Tensor) -> None:
         before_R = self.highest_2R[0]
         self.highest_2R, self.token_2R = _first_two(
-            torch.cat([self.highest_2R, own_2R]), torch.cat([self.token_2R, start + place_2R])
+            torch.cat([self.highest_2R, own_2R]), torch.cat([self.token_2R, token_2R])
         )
-        highest_R = self.highest_2R[0]
-        self.total_R = self.total_R * (before_R - highest_R).exp_() + logits_PR.sub_(highest_R).exp_().sum(0)
+        self.total_R = self.total_R * (before_R - self.highest_2R[0]).exp_()
 
 
 def _settled(head: nn.Linear, hidden_RD: Tensor, token_2R: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Triton's attention: its interpreter says that it is right, its compiler that GPUs take it."""
+"""Triton's kernels of the engine: its interpreter says that they are right, its compiler that GPUs take them."""
 
 import importlib.util
 import logging
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from latent_tts.engine import attention
+from latent_tts.engine import attention, kernel_check
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 AGREES = """
@@ -30,6 +30,31 @@ def wrong(*arguments, by):
 
 for by in (3, 4):
     assert not attention.kernel_agrees(lambda *given: wrong(*given, by=by), cpu, torch.float32, 16)
+"""
+LOOKS = """
+import torch, triton_interpreter
+from latent_tts.engine import head, head_kernel
+
+cpu, right = torch.device("cpu"), head_kernel.look
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    assert head.kernel_agrees(right, cpu, dtype), dtype
+for place in range(3):
+    def wrong(*given):
+        found = [part.clone() for part in right(*given)]
+        found[place].flatten()[-1] += 1
+        return found
+    assert not head.kernel_agrees(wrong, cpu, torch.float32), place
+
+layer = torch.nn.Linear(8, 777).requires_grad_(False)
+for rows in (1, 3):
+    hidden_RD = torch.randn(rows, 8)
+    wanted = head.choose(layer, hidden_RD)
+    head.has_kernel, head.VALUES_AT_ONCE = lambda hidden: True, {"cuda": 500, "cpu": 1 << 20}
+    found = head.choose(layer, hidden_RD)
+    head.has_kernel = lambda hidden: False
+    assert found.token_R.equal(wanted.token_R)
+    torch.testing.assert_close(found.logprob_R, wanted.logprob_R)
+    torch.testing.assert_close(found.margin_R, wanted.margin_R)
 """
 ROLLS = """
 import torch, triton_interpreter, tiny
@@ -67,7 +92,7 @@ from itertools import product
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from latent_tts.engine import attention_kernel as kernels
+from latent_tts.engine import attention_kernel as kernels, head_kernel
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
@@ -85,6 +110,14 @@ for (dtype, short), padded, count, generation in product(NAMES.items(), (64, 128
     options = {"num_warps": kernels.WARPS, "num_stages": kernels.STAGES}
     made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
     assert made.asm["cubin"] and made.metadata.shared <= SHARED[generation], (short, padded, generation)
+
+for short, generation, bias in product(NAMES.values(), SHARED, (False, True)):
+    sizes = {"HAS_BIAS": bias, "BLOCK": head_kernel.BLOCK}
+    kinds = {"logits": "*" + short, "bias": "*" + short, "highest": "*fp32", "places": "*i64", "total": "*fp32"}
+    kinds |= {"stride": "i32", "tokens": "i32"} | dict.fromkeys(sizes, "constexpr")
+    source = ASTSource(head_kernel._look, {name: kinds[name] for name in head_kernel._look.arg_names}, sizes)
+    made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options={"num_warps": head_kernel.WARPS})
+    assert made.asm["cubin"]
 """
 
 
@@ -92,10 +125,10 @@ for (dtype, short), padded, count, generation in product(NAMES.items(), (64, 128
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, as CUDA builds of torch bring it")
 @pytest.mark.parametrize(
     ("code", "interpret"),
-    [(AGREES, "1"), (ROLLS, "1"), (COMPILES, "0")],
-    ids=["agrees with operators", "makes the same rollouts", "compiles for GPUs"],
+    [(AGREES, "1"), (LOOKS, "1"), (ROLLS, "1"), (COMPILES, "0")],
+    ids=["attention agrees", "the visit to logits agrees", "attention makes the same rollouts", "all compile"],
 )
-def test_the_kernel(tmp_path, code, interpret):
+def test_kernels(tmp_path, code, interpret):
     path = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -137,7 +170,7 @@ def asked(monkeypatch):
     def ask(attend_piece, width=32, dtype=torch.float32):
         kernel = SimpleNamespace(attend_piece=attend_piece)
         monkeypatch.setitem(sys.modules, "latent_tts.engine.attention_kernel", kernel)
-        monkeypatch.setattr(attention, "find_spec", lambda name: name == "triton")
+        monkeypatch.setattr(kernel_check, "find_spec", lambda name: name == "triton")
         agrees = attention.kernel_agrees
         monkeypatch.setattr(
             attention,
