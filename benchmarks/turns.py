@@ -45,7 +45,10 @@ class Side:
 
     def take_a_turn(self, jobs: list[RolloutJob], sampler: Sampler) -> None:
         """Draw all rollouts once, in one batch."""
-        with patch.object(bits, "has_numba", bits.has_numba if self.numba else lambda: False):
+        with (
+            patch.object(bits, "has_numba", bits.has_numba if self.numba else lambda: False),
+            patch.object(bits, "BLOCKS_WITHOUT_NUMBA", 0),
+        ):
             self._draw(jobs, sampler)
 
     def _draw(self, jobs: list[RolloutJob], sampler: Sampler) -> None:

@@ -151,6 +151,7 @@ def on_cpu(request, monkeypatch):
     if request.param == "numba":
         pytest.importorskip("numba")
         assert bits.has_numba()
+        monkeypatch.setattr(bits, "BLOCKS_WITHOUT_NUMBA", -1)
     else:
         monkeypatch.setattr(bits, "has_numba", lambda: False)
 
@@ -173,6 +174,19 @@ def test_tokens_of_a_pass_follow_one_another(tokens, width, threshold):
         words = np.array(words_of(row, (7 << 16) | 2, tokens * per_token)).reshape(2, tokens, 4 * per_token)
         expected = np.concatenate([words[0], words[1]], axis=1)[:, :width] >= threshold - 32768
         assert keep[row].tolist() == expected.tolist()
+
+
+def test_numba_is_loaded_for_many_decisions_only(monkeypatch):
+    by_numba = []
+    monkeypatch.setattr(
+        bits, "decide_by_numba", lambda *arguments: by_numba.append(bits.decide_by_operators(*arguments))
+    )
+    monkeypatch.setattr(bits, "has_numba", lambda: True)
+    monkeypatch.setattr(bits, "BLOCKS_WITHOUT_NUMBA", 100)
+    monkeypatch.setattr(bits, "_decided", 0)
+    first, *others = (draws(rollouts=3).keep(7, 2, 1, 64, 20000) for _ in range(3))  # 72 blocks each
+    assert len(by_numba) == 2
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_a_threshold_may_change_between_layers_drawn_together():

@@ -20,6 +20,9 @@ from torch import Tensor
 from latent_tts.random.philox import philox
 
 log = logging.getLogger(__name__)
+# decided by NumPy before numba is loaded: by then NumPy has lost as much time as loading takes, half a second
+BLOCKS_WITHOUT_NUMBA = 1 << 24
+_decided = 0
 BLOCKS_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 22}  # on a CPU arrays of 128 KiB, which stay in the cache of a core
 
 
@@ -52,7 +55,7 @@ def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, t
         kept: output (R, P, S, 2, 4B), bool, contiguous: the decisions from words 0 and 1, then from words 2 and 3, of
             the B blocks of each of S tokens.
     """
-    if kept.device.type == "cpu" and has_numba():
+    if kept.device.type == "cpu" and numba_pays(kept.numel() // 8):
         decide_by_numba(keys_R2, rollouts_R, places_P, stream, threshold, kept)
     elif has_kernels(kept.device):
         from latent_tts.random import triton_kernels
@@ -116,6 +119,13 @@ def _fill_in_pieces(fill: Callable[[slice], None], kept: Tensor) -> None:
     else:
         for piece in pieces:
             fill(piece)
+
+
+def numba_pays(blocks: int) -> bool:
+    """Whether to decide more blocks by numba: it is installed, and loading it takes less than it saves."""
+    global _decided
+    _decided += blocks
+    return _decided > BLOCKS_WITHOUT_NUMBA and has_numba()
 
 
 @cache
