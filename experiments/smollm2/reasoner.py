@@ -40,7 +40,7 @@ RECORD = "base.json"
 BATCHES = (32, 64, 128, 256)
 MIN_UPDATES = 400  # in the whole training; a larger batch that allows fewer is not taken
 MEMORY_SHARE = 0.8  # of the device
-RESERVE = 110.0  # seconds that the export and the evaluation are expected to take
+RESERVE = 130.0  # seconds that validation, export and evaluation are expected to take
 SHARES = 1800  # updates of the recipe, which are shares of the time
 LATENTS = 6
 
@@ -364,6 +364,7 @@ def main() -> None:
     record |= {"trials": [vars(trial) for trial in trials], "batch": best.batch, "stages": stages, "updates": updates}
     record["seconds"] = seconds
     dtype = "float32" if options.device == "cpu" else "bfloat16"
+    pack(training, options.out, record)  # whatever becomes of the evaluation
     record |= evaluate(training / "checkpoint", options.out, options.device, options.limit - 10, dtype)
     pack(training, options.out, record)
     words = {True: "it thinks", False: "it does not think", None: "the controls were not drawn"}[record["thinks"]]

@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import shutil
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import tiny_gguf
 from refusal import check
 
+from latent_tts.checkpoint.kept import kept_models
 from latent_tts.commands.cache import size, to_prune
 from latent_tts.pipeline.drawer import Drawer
 from latent_tts.results import report
@@ -185,6 +188,35 @@ def test_what_was_used_longest_ago_goes_first():
     assert to_prune(entries, **rules | {"max_size": 3e9}) == []
     assert (size(0), size(1500), size(2.5e12)) == ("0 B", "1.5 KB", "2.5 TB")
     assert (report.age(3), report.age(7300), report.age(90000)) == ("0 m", "2 h", "1 d")
+
+
+def test_models_that_were_converted_or_joined_are_listed_and_pruned(ltts, place):
+    file = tiny_gguf.write(place / "mine.gguf", tiny_gguf.model())
+    line = ["run", "model=cot", "task.limit=2", "n=1", "sampler=greedy", "max_answer_tokens=2"]
+    assert ltts(*line, f"model.checkpoint=gguf:{file}").code == 0
+    models = place / "cache" / "models"
+    (converted,) = kept_models(place / "cache")
+    assert (converted.source, converted.kind, converted.stale) == (str(file), "converted from GGUF", False)
+    old = shutil.copytree(converted.folder, models / "joined0-0123456789abcdef")
+    (models / "partial-abc").mkdir()
+    shutil.copyfile(file, models / "fetched.gguf")
+    listed = ltts("cache")
+    assert "3 models" in listed.out
+    assert "1 entry" in listed.out
+    (row,) = [line for line in listed.out.splitlines() if "joined0-0123456789abcdef" in line]
+    assert "stale" in row
+    assert "unfinished" in listed.out
+    pruned = ltts("cache", "prune", "stale=true")
+    assert pruned.out.startswith("removed 0 of 1 entry and 1 of 3 models"), pruned.out
+    assert not old.exists()
+    os.utime(converted.folder, (0, 0))
+    assert ltts(*line, f"model.checkpoint=gguf:{file}").code == 0  # which is a use
+    assert ltts("cache", "prune", "older_than=30d").out.startswith("removed 0 of 1 entry and 0 of 2 models")
+    os.utime(models / "partial-abc", (0, 0))
+    assert ltts("cache", "prune", "stale=true").out.startswith("removed 0 of 1 entry and 1 of 2 models")
+    assert ltts("cache", "prune", "max_size=1KB").out.startswith("removed 1 of 1 entry and 1 of 1 model,")
+    assert {path.name for path in models.iterdir()} == {"fetched.gguf"}
+    assert ltts(*line, f"model.checkpoint=gguf:{file}").code == 0
 
 
 def test_what_cannot_be_pruned_so_is_said(ltts):

@@ -145,18 +145,7 @@ def words_of(row, place, count):
     return [value - 65536 if value >= 32768 else value for value in unsigned]
 
 
-@pytest.fixture(params=["numpy", "numba"])
-def on_cpu(request, monkeypatch):
-    """How decisions are computed."""
-    if request.param == "numba":
-        pytest.importorskip("numba")
-        assert bits.has_numba()
-        monkeypatch.setattr(bits, "BLOCKS_WITHOUT_NUMBA", -1)
-    else:
-        monkeypatch.setattr(bits, "has_numba", lambda: False)
-
-
-@pytest.mark.usefixtures("two_threads", "on_cpu")
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("blocks_at_once", [1, 20, 65536])  # pieces of one row, of rows of two questions, all rows
 def test_decisions_are_philox_words_whatever_the_pieces_and_threads(monkeypatch, blocks_at_once):
     monkeypatch.setattr(bits, "BLOCKS_AT_ONCE", {"cpu": blocks_at_once})
@@ -165,7 +154,6 @@ def test_decisions_are_philox_words_whatever_the_pieces_and_threads(monkeypatch,
     assert keep.tolist() == expected
 
 
-@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(("tokens", "width", "threshold"), [(3, 20, 0), (1, 8, 65535), (2, 33, 1), (1, 768, 32768)])
 def test_tokens_of_a_pass_follow_one_another(tokens, width, threshold):
     """Decisions of token s are those of blocks s*B on, B blocks a token."""
@@ -174,19 +162,6 @@ def test_tokens_of_a_pass_follow_one_another(tokens, width, threshold):
         words = np.array(words_of(row, (7 << 16) | 2, tokens * per_token)).reshape(2, tokens, 4 * per_token)
         expected = np.concatenate([words[0], words[1]], axis=1)[:, :width] >= threshold - 32768
         assert keep[row].tolist() == expected.tolist()
-
-
-def test_numba_is_loaded_for_many_decisions_only(monkeypatch):
-    by_numba = []
-    monkeypatch.setattr(
-        bits, "decide_by_numba", lambda *arguments: by_numba.append(bits.decide_by_operators(*arguments))
-    )
-    monkeypatch.setattr(bits, "has_numba", lambda: True)
-    monkeypatch.setattr(bits, "BLOCKS_WITHOUT_NUMBA", 100)
-    monkeypatch.setattr(bits, "_decided", 0)
-    first, *others = (draws(rollouts=3).keep(7, 2, 1, 64, 20000) for _ in range(3))  # 72 blocks each
-    assert len(by_numba) == 2
-    assert all(torch.equal(first, other) for other in others)
 
 
 def test_a_threshold_may_change_between_layers_drawn_together():

@@ -275,11 +275,11 @@ def test_nothing_to_draw_is_an_error():
 
 def test_a_table_without_figures_is_named_and_what_there_is_is_drawn(completed, ltts, tmp_path):
     table = pd.read_csv(completed / "metrics.csv", dtype=str, keep_default_na=False)
-    figures = table["metric"].isin(["coverage", "accuracy"])
+    figures = table["metric"].isin(["coverage", "accuracy", "agreement"])
     table[~figures].to_csv(tmp_path / "costs.csv", index=False)
     table.assign(value="", ci_low="", ci_high="").to_csv(tmp_path / "empty.csv", index=False)
     for name in ("costs", "empty"):
-        words = [f"runs={name}.csv: nothing to draw", "neither coverage nor accuracy"]
+        words = [f"runs={name}.csv: nothing to draw", "no coverage, accuracy or agreement"]
         check_refused("plot", f"runs=[{name}.csv]", words=words)
         check_refused("plot", f"runs=[{name}.csv]", "output=all.png", words=words[:1])
     check_refused("plot", "runs=[costs.csv,empty.csv]", "output=all.png", words=["runs=costs.csv,empty.csv"])

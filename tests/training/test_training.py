@@ -114,10 +114,12 @@ def test_the_padded_batch_computes_what_the_engine_computes(adapter, latents):
     assert predicted == [ids[0] for ids in rollouts.answer_ids]
 
 
+@pytest.mark.parametrize("scale", [1, 1000])  # numbers above 200 have several tokens
 @pytest.mark.parametrize("latents", [0, 1, 4])
-def test_passes_over_the_cache_lose_what_whole_passes_lose(adapter, latents):
+def test_passes_over_the_cache_lose_what_whole_passes_lose(adapter, latents, scale):
     """The loss and its gradients, beside a pass over the whole row for every latent, one question after the other."""
     questions, stage = Arith("valid", 5, None, 0).questions(), Stage(1, latents, min(latents, 1))
+    questions[0] = replace(questions[0], steps=(f"<<{scale}*3={scale * 3}>>", *questions[0].steps[1:]))
     objective = coconut.CoconutObjective(adapter, 0.5)
     lm, embed, encode = objective.lm.double().eval(), objective.lm.get_input_embeddings(), adapter.tokenizer.encode
     loss = objective.loss(questions, stage)
@@ -138,8 +140,13 @@ def test_passes_over_the_cache_lose_what_whole_passes_lose(adapter, latents):
         written.append(F.cross_entropy(logits, ids[end:], reduction="none"))
         if thoughts:
             named = [*(step.rpartition("=")[2].removesuffix(">>") for step in question.steps), *[question.answer] * 4]
-            first = torch.tensor([encode(result).ids[0] for result in named[:latents]])
-            results.append(F.cross_entropy(lm.lm_head(torch.stack(thoughts)), first, reduction="none"))
+            prompt = len(adapter.encode(question))
+            for step, result in enumerate(named[:latents]):
+                ids = torch.tensor(encode(result).ids)
+                inputs = torch.cat([row[:, : prompt + step], embed(ids[None, :-1])], 1)
+                hidden = lm.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state[0]
+                logits = lm.lm_head(hidden[prompt + step - 1 :])
+                results.append(F.cross_entropy(logits, ids, reduction="none"))
     plain = torch.cat(written).mean() + (0.5 * torch.cat(results).mean() if results else 0.0)
     plain.backward()
     torch.testing.assert_close(loss.double(), plain, rtol=1e-5, atol=0)
@@ -160,7 +167,7 @@ def test_each_latent_is_asked_for_its_steps_result_and_then_for_the_answer(adapt
     question = next(q for q in Arith("valid", 50, [2], 0).stream())
     batch = encode_batch(adapter, [question], Stage(1, 4, None), CPU)
     first = question.steps[0].rpartition("=")[2].removesuffix(">>")
-    assert adapter.tokenizer.decode(batch.results_QT[0].tolist()) == first + question.answer * 3
+    assert adapter.tokenizer.decode(batch.results_QTR[0, :, 0].tolist()) == first + question.answer * 3
     with_steps, without = (coconut.CoconutObjective(adapter, weight) for weight in (1.0, 0.0))
     with_steps.lm.eval()
     without.lm.eval()

@@ -1,6 +1,7 @@
 """CODI's objective against a slow and plain one, and its training from the command line."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,8 +78,11 @@ def plain_loss(objective, adapter, questions, values):
             sums[role].append(F.cross_entropy(predicted, torch.tensor(ids[len(end) :]), reduction="none"))
             before[role].append([layer[len(vectors) + len(forced) - 1] for layer in layers])
         results = [step.rpartition("=")[2].removesuffix(">>") for step in question.steps] + [question.answer] * 3
-        first = torch.tensor([encode(result).ids[0] for result in results[: values["latents"]]])
-        sums["steps"].append(F.cross_entropy(lm.lm_head(torch.stack(thoughts)), first, reduction="none"))
+        for step, result in enumerate(results[: values["latents"]]):
+            ids = torch.tensor(encode(result).ids)
+            states = plain_states(lm, torch.cat([thinking[: len(start) + step], embed(ids[:-1])]))[-1]
+            predicted = lm.lm_head(states[len(start) + step - 1 :])
+            sums["steps"].append(F.cross_entropy(predicted, ids, reduction="none"))
     means = {key: torch.cat(losses).mean() for key, losses in sums.items()}
     distances = []
     for student, teacher in zip(
@@ -95,8 +99,10 @@ def plain_loss(objective, adapter, questions, values):
     )
 
 
-def test_the_loss_equals_one_without_padding_cache_or_shared_prompts(folder):
+@pytest.mark.parametrize("result", [30, 3000])  # numbers above 200 have several tokens
+def test_the_loss_equals_one_without_padding_cache_or_shared_prompts(folder, result):
     adapter, questions = adapter_of(folder), Arith("valid", 5, None, 0).questions()
+    questions[0] = replace(questions[0], steps=(f"<<{result}*1={result}>>", *questions[0].steps[1:]))
     recipe = Recipe(**VALUES)
     objective = recipe.objective(adapter)
     objective.lm.double().eval()

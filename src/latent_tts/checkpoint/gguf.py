@@ -24,6 +24,7 @@ from latent_tts.errors import UsageError, bad_value
 log = logging.getLogger(__name__)
 PREFIX = "gguf:"
 VERSION = 1  # of what conversion writes; part of the folder's name
+PARTIAL, SOURCE = "partial-", "source.json"  # a folder that is being written; what a model was made from
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # decoders that transformers reads and the engine runs
 # Files that a command of this project fetches
 FETCHED = {"SmolLM2-135M-Instruct.Q4_1.gguf": "make smollm2"}
@@ -75,23 +76,36 @@ def converted(file: Path, key: str) -> Path:
             raise bad_value(key, f"{PREFIX}{file}", "the package gguf is not installed: pip install 'latent-tts[gguf]'")
         check(file, key)
         log.info("%s: converting it, once, to %s", file, folder)
-        with whole_folder(folder) as partial:
+        with whole_folder(folder, str(file)) as partial:
             convert(file, partial, key)
+    note_use(folder)
     return folder
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name once everything is written; a failure leaves nothing."""
+def whole_folder(folder: Path, source: str) -> Iterator[Path]:
+    """A folder to write into, which gets its name once everything is written; a failure leaves nothing.
+
+    Args:
+        folder: the name.
+        source: what the model in it is made from, for `ltts cache`.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix="partial-"))
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=PARTIAL))
     try:
         yield partial
+        (partial / SOURCE).write_text(json.dumps({"from": source}) + "\n")
         partial.chmod(0o755)
         with contextlib.suppress(OSError):  # another process was first
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def note_use(folder: Path) -> None:
+    """Say that a kept model was used now, by the time of its folder."""
+    with contextlib.suppress(OSError):  # a cache that others own
+        os.utime(folder)
 
 
 def check(file: Path, key: str) -> None:

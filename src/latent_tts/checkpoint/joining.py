@@ -84,8 +84,9 @@ def whole(folder: Path, key: str) -> Path:
     target = gguf.models_folder() / f"joined{VERSION}-{sha.hexdigest()[:16]}"
     if not target.is_dir():
         log.info("%s: joining it with %s, once, in %s", folder, base, target)
-        with gguf.whole_folder(target) as partial:
+        with gguf.whole_folder(target, str(folder)) as partial:
             join(folder, base_folder(base, key), partial, record, key)
+    gguf.note_use(target)
     return target
 
 

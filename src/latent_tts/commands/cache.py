@@ -1,4 +1,4 @@
-"""`ltts cache`: list the entries of the cache of rollouts; `ltts cache prune` removes some."""
+"""`ltts cache`: list what the cache folder holds, rollouts and models; `ltts cache prune` removes some."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from omegaconf import DictConfig
 
+from latent_tts.checkpoint.kept import KeptModel, kept_models
 from latent_tts.errors import UsageError, bad_value, is_number, require
 from latent_tts.pipeline.keys import is_current
 from latent_tts.results import report
@@ -29,44 +31,68 @@ def main(cfg: DictConfig) -> None:
     older_than = quantity("older_than", cfg.older_than, SECONDS, "must be an age, as in 30d, 12h or 90m")
     max_size = quantity("max_size", cfg.max_size, BYTES, "must be a size, as in 20GB or 500MB")
     root = Path(cfg.paths.cache).expanduser()
-    entries = cache_entries(root)
+    entries, models = cache_entries(root), kept_models(root)
     chosen = older_than is not None or max_size is not None or cfg.stale
     if cfg.action == "list":
         if chosen:
             raise bad_value("action", "list", "older_than, max_size and stale go with prune: ltts cache prune ...")
         show(root, entries)
+        if models:
+            show_models(root / "models", models)
         return
     if not chosen:
         raise UsageError("action=prune: say what to remove: older_than=30d, max_size=20GB or stale=true")
-    gone = to_prune(entries, older_than=older_than, max_size=max_size, stale=cfg.stale, now=time.time())
-    for entry in gone:
-        shutil.rmtree(entry.folder)
-    freed, total = (sum(entry.size for entry in each) for each in (gone, entries))
-    removed = f"{len(gone)} of {report.counted(len(entries), 'entry', 'entries')}"
+    everything = sorted([*entries, *models], key=lambda each: -each.used)
+    gone = to_prune(everything, older_than=older_than, max_size=max_size, stale=cfg.stale, now=time.time())
+    for each in gone:
+        shutil.rmtree(each.folder)
+    freed, total = (sum(each.size for each in every) for every in (gone, everything))
+    count = sum(isinstance(each, KeptModel) for each in gone)
+    removed = f"{len(gone) - count} of {report.counted(len(entries), 'entry', 'entries')}"
+    removed += f" and {count} of {report.counted(len(models), 'model')}" if models else ""
     print(f"removed {removed}, freed {size(freed)} of {size(total)} in {root}")
 
 
+Kept = TypeVar("Kept", bound=CacheEntry | KeptModel)
+
+
 def to_prune(
-    entries: Sequence[CacheEntry], *, older_than: float | None, max_size: float | None, stale: bool, now: float
-) -> list[CacheEntry]:
-    """The entries that any of the conditions chooses.
+    kept: Sequence[Kept], *, older_than: float | None, max_size: float | None, stale: bool, now: float
+) -> list[Kept]:
+    """The entries and models that any of the conditions chooses.
 
     Args:
-        entries: of the cache, the one used last first.
+        kept: what there is, the one used last first.
         older_than: seconds.
         max_size: bytes that those left may have together.
         stale: whether to choose those that this version of the code does not read.
         now: in seconds since the epoch.
     """
     gone, left = [], 0
-    for entry in entries:
-        too_old = older_than is not None and now - entry.used > older_than
-        too_large = max_size is not None and left + entry.size > max_size
-        if too_old or too_large or (stale and not is_current(entry.key)):
-            gone.append(entry)
+    for each in kept:
+        too_old = older_than is not None and now - each.used > older_than
+        too_large = max_size is not None and left + each.size > max_size
+        if too_old or too_large or (stale and is_stale(each)):
+            gone.append(each)
         else:
-            left += entry.size
+            left += each.size
     return gone
+
+
+def is_stale(kept: CacheEntry | KeptModel) -> bool:
+    """Whether this version of the code does not read it."""
+    return kept.stale if isinstance(kept, KeptModel) else not is_current(kept.key)
+
+
+def show_models(folder: Path, models: Sequence[KeptModel]) -> None:
+    """The models as a table."""
+    rows = []
+    for model in models:
+        used = report.age(time.time() - model.used) + (", stale" if model.stale else "")
+        rows.append([model.folder.name, model.kind, model.source, size(model.size), used])
+    total = size(sum(model.size for model in models))
+    title = f"{folder}: {report.counted(len(models), 'model')}, {total}"
+    report.print_table(title, ["folder", "made", "from", "size", "last used"], rows)
 
 
 def show(root: Path, entries: Sequence[CacheEntry]) -> None:

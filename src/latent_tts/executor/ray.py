@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
 import pickle
 import socket
+import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar, NoReturn
 
@@ -23,8 +26,14 @@ CORES_PER_WORKER, MIN_WORKERS = 4, 2
 SECONDS_TO_ANSWER = 3.0  # of a cluster's address
 MIN_STORE_BYTES, MAX_STORE_BYTES = 1 << 27, 1 << 31  # of what workers have sent and the driver has not yet written
 SHARDS = ("measured", "fixed")
-# A Ray of this machine alone listens on its loopback address; the variable says so on other systems than Linux, too.
+SECONDS_BETWEEN_LOOKS = 1.0  # at the processes of the local Ray
+# A Ray of this machine alone listens on its loopback address; the first variable says so on Linux, too.
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # stdout is the command's; what Ray prints there is discarded
+NODE = ("gcs_server", "raylet")  # without these processes a local Ray is gone
+# Ray ends the process of a driver whose node is gone, without a word: a shell then says it in its place
+ENDED = "error: the command was killed, or ended by Ray because Ray's node is gone; re-run the command to resume"
+WATCH = f'read -r end || echo "{ENDED}" >&2'
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,11 @@ class RayPool:
         """
         ray, worker = _ray(), -1
         try:
-            (reference,), _ = ray.wait(list(self._running), num_returns=1)
+            ready: list[Any] = []
+            while not ready:
+                ready, _ = ray.wait(list(self._running), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
+                _check_node()
+            reference = ready[0]
             worker = self._running.pop(reference)
             result, seconds, warnings = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -197,6 +210,7 @@ class _Warnings(logging.Handler):
         return records
 
 
+_node: list[psutil.Process] = []  # of the local Ray
 _started: dict[tuple[Ray, bool], list[Any]] = {}  # the actors of this process
 
 
@@ -218,9 +232,21 @@ def _actors(executor: Ray, *, on_gpus: bool) -> list[Any]:
     return list(_started[key])
 
 
+@cache
+def _say_if_ended() -> None:
+    """Have a line printed, by another process, if this one is ended before it gets to its end."""
+    watch = subprocess.Popen(["/bin/sh", "-c", WATCH], stdin=subprocess.PIPE, start_new_session=True)
+
+    def end() -> None:
+        watch.communicate(b"well\n")
+
+    atexit.register(end)
+
+
 def _connect(address: str | None) -> None:
-    if address is None:
-        os.environ |= LOOPBACK_ALONE
+    _say_if_ended()
+    _node.clear()
+    os.environ |= SILENT | (LOOPBACK_ALONE if address is None else {})
     ray = _ray()
     logging.getLogger("ray").setLevel(logging.ERROR)
     common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
@@ -230,9 +256,21 @@ def _connect(address: str | None) -> None:
             return
         store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
         ray.init(num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
+        _node.extend(each for each in psutil.Process().children() if each.name() in NODE)
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
         raise bad_value(key, value, f"Ray cannot be started ({' '.join(str(error).split())[:200]})") from error
+
+
+def _check_node() -> None:
+    """Raise RunError if a process of the local Ray is gone: this process would be ended by Ray in some seconds."""
+    for process in _node:
+        try:
+            gone = process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            gone = True
+        if gone:
+            raise RunError(f"Ray's process {process.pid} ended; what workers had sent is kept, re-run to resume")
 
 
 def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -135,7 +136,7 @@ def budget_table(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame) -> pd.
     """A row per question: what was used and drawn, why no more, what is known of the error, and the pick."""
     used = [stop.used for stop in outcome.stops]
     starts = np.cumsum([0, *outcome.counts[:-1]])
-    pick_Q = _picks(spec, outcome, rollouts, starts)
+    pick_Q = _picks(spec, outcome)
     places = np.where(pick_Q >= 0, starts + pick_Q, 0)
     answers = rollouts["prediction"].to_numpy(dtype=object)[places]
     return pd.DataFrame(
@@ -147,28 +148,40 @@ def budget_table(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame) -> pd.
             "certificate": [stop.certificate for stop in outcome.stops],
             "pick": pick_Q.astype(np.int32),
             "answer": pd.array(np.where(pick_Q >= 0, answers, None), dtype=object),
-            "correct": rollouts["correct"].to_numpy(dtype=bool)[places] & (pick_Q >= 0),
+            "correct": _right(rollouts, places, pick_Q),
         }
     )
 
 
-def _picks(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, starts: Int64) -> Int64:
+def _right(rollouts: pd.DataFrame, places: Int64, pick_Q: Int64) -> np.ndarray:
+    """Whether each question's pick is right; None without gold answers."""
+    if rollouts["correct"].isna().any():
+        return np.full(len(pick_Q), None, dtype=object)
+    return rollouts["correct"].to_numpy(dtype=bool)[places] & (pick_Q >= 0)
+
+
+def _picks(spec: RunSpec, outcome: Outcome) -> Int64:
     """The pick of each question among the rollouts that it used; -1 for none. Rollouts it lacks are masked."""
     assert is_adaptive(spec.budget)
     widest = max(stop.used for stop in outcome.stops)
-    shape = len(starts), widest
-    prediction_QD, correct_QD = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=bool)
+    shape = len(outcome.stops), widest
+    prediction_QD = np.full(shape, -1, dtype=np.int64)
     logprob_QD, score_QD = np.full(shape, np.nan), np.full(shape, np.nan)
-    correct = rollouts["correct"].to_numpy(dtype=bool)
     for place, (tally, stop) in enumerate(zip(outcome.tallies, outcome.stops, strict=True)):
-        own, there = slice(stop.used), slice(starts[place], starts[place] + stop.used)
+        own = slice(stop.used)
         equal = tally.equal or str.__eq__
         forms, known = shared_forms(tally.answers[own], equal), dict[str | None, int]()
         codes = [-1 if form is None else known.setdefault(form, len(known)) for form in forms]
-        prediction_QD[place, own], correct_QD[place, own] = codes, correct[there]
+        prediction_QD[place, own] = codes
         logprob_QD[place, own], score_QD[place, own] = tally.logprob_N[own], tally.score_N[own]
     chosen = next(each for each in spec.aggregators if each.name == spec.budget.aggregator)
-    return statistics.picks(chosen, RolloutArrays(prediction_QD, correct_QD, logprob_QD, score_QD))
+    return statistics.picks(chosen, RolloutArrays(prediction_QD, None, logprob_QD, score_QD))
+
+
+def _agreement(tally: Tally, stop: Stop) -> float:
+    """The share of the rollouts that were used which give the most frequent answer among them."""
+    forms = shared_forms(tally.answers[: stop.used], tally.equal or str.__eq__)
+    return max(Counter(form for form in forms if form is not None).values(), default=0) / stop.used
 
 
 def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, table: pd.DataFrame) -> list[Figures]:
@@ -181,12 +194,14 @@ def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, ta
         return np.bincount(owner, rollouts[column].to_numpy(dtype=np.float64), questions).astype(np.float64)
 
     unknown = np.full(questions, np.nan)
-    right = table["correct"].to_numpy(dtype=np.float64)
-    values = {
-        ("accuracy", each.name): right if each.name == spec.budget.aggregator else unknown for each in spec.aggregators
-    }
+    values: dict[tuple[str, str], Floats] = {}
+    if table["correct"].notna().all():
+        right = table["correct"].to_numpy(dtype=np.float64)
+        for each in spec.aggregators:
+            values["accuracy", each.name] = right if each.name == spec.budget.aggregator else unknown
+        values["coverage", ""] = unknown
     values |= {
-        ("coverage", ""): unknown,
+        ("agreement", ""): np.array([_agreement(*each) for each in zip(outcome.tallies, outcome.stops, strict=True)]),
         ("rollouts_used", ""): table["used"].to_numpy(dtype=np.float64),
         ("rollouts_drawn", ""): counts.astype(np.float64),
         ("latent_steps", ""): summed("latent_steps"),

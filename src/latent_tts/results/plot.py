@@ -15,7 +15,7 @@ import pandas as pd
 
 from latent_tts.errors import UsageError, printable
 from latent_tts.results.files import whole_file
-from latent_tts.results.run_folder import CURVE_COLUMNS, DIGEST_COLUMNS, UNKNOWN, digest_label
+from latent_tts.results.run_folder import CURVE_COLUMNS, DIGEST_COLUMNS, UNKNOWN, digest_label, figures_drawn
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -28,7 +28,6 @@ AGAINST = {
     "seconds": "seconds per question",
     "diversity": "diversity of latents (mean pairwise cosine dissimilarity)",
 }
-METRICS_DRAWN = ("coverage", "accuracy")
 FORMATS = ("png", "svg", "pdf")
 MAX_MODELS_TOGETHER = 2  # more models get a row of panels each
 MAX_LINES_TOGETHER = 8  # in one panel of accuracies; more get a panel per aggregator
@@ -91,7 +90,7 @@ def save_figure(figure: Figure, paths: Sequence[Path]) -> Sequence[Path]:
 
 
 def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
-    """Coverage and accuracy against n or another figure of the same rows, with 95 % intervals.
+    """Coverage and accuracy against n or another figure of the same rows, with 95 % intervals; without gold, agreement.
 
     A curve has a colour, out of a sequential palette where curves differ in a number; an aggregator has a dash, or a
     panel where there are many lines. More than two models have a row of panels each.
@@ -119,7 +118,7 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
     lines = accuracies[["model"] * in_rows + ["label", "aggregator"]].drop_duplicates()
     lines = lines["model"].value_counts().max() if in_rows else len(lines)
     together = len(aggregators) > 1 and lines <= MAX_LINES_TOGETHER
-    panels: list[tuple[str, Sequence[str]]] = [("coverage", [""])]
+    panels: list[tuple[str, Sequence[str]]] = [("coverage", [""]), ("agreement", [""])]
     panels += [("accuracy", aggregators)] if together else [("accuracy", [name]) for name in aggregators]
     panels = [panel for panel in panels if (points["metric"] == panel[0]).any()]
     marks = _aggregator_looks(aggregators, one_curve=len(looks) == 1) if together else {}
@@ -155,7 +154,7 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
 
 def _points(metrics: pd.DataFrame, against: str) -> pd.DataFrame:
     """The rows to draw, one per point: means over the seeds of a curve, with their place `x`."""
-    points = metrics[metrics["metric"].isin(METRICS_DRAWN)].dropna(subset="value")
+    points = metrics[metrics["metric"].isin(figures_drawn(metrics))].dropna(subset="value")
     points = points.assign(x=points["n"])
     if against != "n":
         same = ["run_id", "n", "drawn"]
@@ -163,7 +162,7 @@ def _points(metrics: pd.DataFrame, against: str) -> pd.DataFrame:
         points = points.join(beside, on=same)
         points = points.assign(x=points["beside"]).dropna(subset="x")
     if points.empty:
-        raise UsageError(f"nothing to draw: the table has neither coverage nor accuracy with {against} beside it")
+        raise UsageError(f"nothing to draw: the table has no coverage, accuracy or agreement with {against} beside it")
     point = [*CURVE_COLUMNS, "aggregator", "n", "metric"]
     points = points.sort_values("drawn", kind="stable").drop_duplicates([*point, "seed"], keep="last").sort_index()
     kept = dict.fromkeys(("x", "value", "ci_low", "ci_high"), "mean")

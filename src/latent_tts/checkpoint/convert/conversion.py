@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files as checkpoint
-from latent_tts.checkpoint import joining, reward_adapter
+from latent_tts.checkpoint import gguf, joining, reward_adapter
 from latent_tts.checkpoint.convert import layouts, peft
 from latent_tts.errors import UsageError, bad_value, require
 
@@ -61,7 +61,7 @@ def convert_checkpoint(
         if scores:
             reward_adapter.join(src, dst, "src")
             return
-        shutil.copytree(joining.whole(src, "src"), dst, dirs_exist_ok=True)
+        shutil.copytree(joining.whole(src, "src"), dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(gguf.SOURCE))
         return
     folders = [tokenizer, beside] if tokenizer is not None else [beside]
     if not (folders[0] / "tokenizer.json").is_file():

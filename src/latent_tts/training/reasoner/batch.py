@@ -123,7 +123,7 @@ class TokenBatch:
         prompt_QL, written_QA: ids (int64); `written` begins with the end-of-thinking tokens, if there are any.
         prompt_mask_QL, written_mask_QA: 1 on real tokens.
         forced: number of leading tokens of `written` that are forced, which the model need not predict.
-        results_QT: the first token of the result of each latent's step; that of the answer after the last step.
+        results_QTR: the tokens of the result of each latent's step; of the answer after the last step. -100 on padding.
     """
 
     prompt_QL: Tensor
@@ -131,7 +131,7 @@ class TokenBatch:
     written_QA: Tensor
     written_mask_QA: Tensor
     forced: int
-    results_QT: Tensor
+    results_QTR: Tensor
 
     @property
     def targets_QA(self) -> Tensor:
@@ -152,8 +152,11 @@ def encode_batch(
     prompt_QL, prompt_mask_QL = pad_rows([adapter.encode(question) for question in questions], eos, device, left=True)
     written_QA, written_mask_QA = pad_rows([[*ids, eos] for ids in written], eos, device, left=False)
     results = [[*step_results(q.steps), *[q.gold] * stage.latents][: stage.latents] for q in questions]
-    results_QT = torch.tensor([[encode(result)[0] for result in row] for row in results], device=device)
-    return TokenBatch(prompt_QL, prompt_mask_QL, written_QA, written_mask_QA, len(end), results_QT)
+    ids = [encode(result) for row in results for result in row] or [[eos]]
+    results_NR, mask_NR = pad_rows(ids, eos, device, left=False)
+    results_QTR = results_NR.masked_fill(mask_NR == 0, -100)[: len(questions) * stage.latents]
+    results_QTR = results_QTR.view(len(questions), stage.latents, results_NR.shape[1])
+    return TokenBatch(prompt_QL, prompt_mask_QL, written_QA, written_mask_QA, len(end), results_QTR)
 
 
 def written_loss(logits_QAV: Tensor, batch: TokenBatch) -> Tensor:
@@ -161,14 +164,14 @@ def written_loss(logits_QAV: Tensor, batch: TokenBatch) -> Tensor:
     return F.cross_entropy(logits_QAV.float().flatten(0, 1), batch.targets_QA.flatten(), ignore_index=-100)
 
 
-def step_results_loss(logits_QTV: Tensor, batch: TokenBatch) -> Tensor:
-    """Mean cross-entropy of the result of each latent's step.
+def step_results_loss(logits_QTRV: Tensor, batch: TokenBatch) -> Tensor:
+    """Mean cross-entropy of the tokens of the result of each latent's step.
 
     Each latent must predict the result of the step that it replaces; inference does not use this prediction. It is a
     light form of the step-level supervision of SIM-CoT (Wei et al. 2025, arXiv 2509.20317), with the model's own head
     as decoder.
     """
-    return F.cross_entropy(logits_QTV.float().flatten(0, 1), batch.results_QT.flatten())
+    return F.cross_entropy(logits_QTRV.float().flatten(0, 2), batch.results_QTR.flatten(), ignore_index=-100)
 
 
 class Sequences:
@@ -213,3 +216,35 @@ class Sequences:
             assert part.values is not None
             other.cache.update(part.keys, part.values, layer)
         return other
+
+
+def result_logits(
+    prompts: Sequences,
+    thoughts_QTD: Tensor,
+    next_latent: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor], Tensor],
+    batch: TokenBatch,
+) -> Tensor:
+    """Logits (Q, T, R, V) of the tokens of the result of each latent's step.
+
+    A latent's hidden state predicts the first token, as if the result were written in the latent's place; the others
+    follow from the prompt, the latents before and the tokens before.
+
+    Args:
+        prompts: rows that end with the prompts; not changed.
+        thoughts_QTD: final hidden states of which the latents are made.
+        next_latent: makes them.
+        head: the LM head.
+        batch: with the results.
+    """
+    logits_QTV = head(thoughts_QTD)
+    steps, length = batch.results_QTR.shape[1:]
+    if length == 1:
+        return logits_QTV[:, :, None]
+    embed, latents_QTD, rest = prompts.lm.get_input_embeddings(), next_latent(thoughts_QTD), []
+    for step in range(steps):
+        ids_QS = batch.results_QTR[:, step, :-1]
+        mask_QS = F.pad((ids_QS != -100).long(), (step, 0), value=1)
+        inputs_QSD = torch.cat([latents_QTD[:, :step], embed(ids_QS.clamp(min=0))], dim=1)
+        rest.append(head(prompts.fork().feed(inputs_QSD, mask_QS)[:, step:]))
+    return torch.cat([logits_QTV[:, :, None], torch.stack(rest, dim=1)], dim=2)

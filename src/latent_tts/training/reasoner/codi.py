@@ -13,7 +13,14 @@ from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.modules import codi_projector
 from latent_tts.errors import bad_value
 from latent_tts.model.codi import PROJECTOR
-from latent_tts.training.reasoner.batch import Sequences, TokenBatch, encode_batch, step_results_loss, written_loss
+from latent_tts.training.reasoner.batch import (
+    Sequences,
+    TokenBatch,
+    encode_batch,
+    result_logits,
+    step_results_loss,
+    written_loss,
+)
 from latent_tts.training.reasoner.coconut import CoconutObjective
 from latent_tts.training.reasoner.curriculum import Distilled, Stage, written_before_answer
 from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, lm_head, load_trainable_lm
@@ -128,6 +135,7 @@ class CodiObjective(CoconutObjective):
         teacher = encode_batch(self.adapter, questions, written_stage, self.lm.device)
         rows = Sequences(self.lm)
         hidden_Q1D = rows.feed(embed(student.prompt_QL), student.prompt_mask_QL)[:, -1:]
+        prompts = rows.fork() if recipe.step_loss and student.results_QTR.shape[2] > 1 else rows
         layers = rows.fork().feed_all_layers(embed(teacher.written_QA[:, :-1]), teacher.written_mask_QA[:, :-1])
         teacher_loss = self._written_loss(layers[-1], teacher)
         before = self._before_answer(layers, questions, written_stage)
@@ -141,7 +149,8 @@ class CodiObjective(CoconutObjective):
             distance = alignment(self._before_answer(layers, questions, stage), before, recipe.distill_loss)
             loss = loss + recipe.distill_weight * distance
         if recipe.step_loss:
-            loss = loss + recipe.step_loss * step_results_loss(lm_head(self.lm)(thoughts_QTD), student)
+            results = result_logits(prompts, thoughts_QTD, self.next_latent, lm_head(self.lm), student)
+            loss = loss + recipe.step_loss * step_results_loss(results, student)
         return loss
 
     def _written_loss(self, hidden_QAD: Tensor, batch: TokenBatch) -> Tensor:

@@ -1,0 +1,63 @@
+"""Models that were made from others and are kept in `models` in the cache folder: from GGUF files, and joined ones."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from latent_tts.checkpoint import gguf, joining
+
+KINDS: Mapping[str, tuple[str, int]] = {
+    "gguf": ("converted from GGUF", gguf.VERSION),
+    "joined": ("adapter joined with its base", joining.VERSION),
+}
+NAME = re.compile(r"([a-z]+)(\d+)-[0-9a-f]{16}")
+UNFINISHED_SECONDS = 3600.0  # after which nobody is still writing it
+
+
+@dataclass(frozen=True)
+class KeptModel:
+    """A model as `ltts cache` lists it.
+
+    Attributes:
+        folder: of the model.
+        kind: how it was made.
+        source: what of, as the user named it; `?` where it was not written down.
+        size: bytes.
+        used: when it was last loaded, in seconds since the epoch.
+        stale: whether this version does not read it.
+    """
+
+    folder: Path
+    kind: str
+    source: str
+    size: int
+    used: float
+    stale: bool
+
+
+def kept_models(cache: Path) -> list[KeptModel]:
+    """The models in a cache folder, the one used last first; fetched files are left out."""
+    found = [_kept(folder) for folder in (cache / "models").glob("*/")]
+    return sorted((each for each in found if each is not None), key=lambda each: (-each.used, each.folder.name))
+
+
+def _kept(folder: Path) -> KeptModel | None:
+    parts = NAME.fullmatch(folder.name)
+    if parts is not None and parts[1] in KINDS:
+        kind, version = KINDS[parts[1]]
+        stale = int(parts[2]) != version
+    elif folder.name.startswith(gguf.PARTIAL):
+        kind, stale = "unfinished", time.time() - folder.stat().st_mtime > UNFINISHED_SECONDS
+    else:
+        return None
+    source = "?"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        source = str(json.loads((folder / gguf.SOURCE).read_text())["from"])
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return KeptModel(folder, kind, source, size, folder.stat().st_mtime, stale)
