@@ -100,8 +100,8 @@ def test_several_questions_stand_side_by_side_with_a_row_each(trace):
     assert "No scorer, so no scores." in page(result)
     shown = result.out
     assert shown.index(QUESTION) < shown.index(OTHER) < shown.index("side by side")
-    assert "no dependency graph: directions=0" in shown
-    assert "mean score" not in shown
+    assert "no dependency graph: left out by directions=0" in shown
+    assert "score" not in shown.replace("scorer", "")
 
 
 def test_a_question_of_a_run_has_the_answers_of_the_run(run, ltts):
@@ -163,6 +163,36 @@ def test_a_model_that_decides_how_many_latents_it_needs(ltts):
             assert [row[0] >= 0 for row in own["tokens"][rollout]] == [step < count for step in range(len(points))]
         greedy = question["samplers"][-1]["steps"][0]
         assert len(question["graph"]["relative"]) == greedy
+
+
+def test_every_answer_is_shown_where_a_run_decodes_only_its_picks(ltts):
+    line = ["--example", "n=4", "answer.decode=winners", "against=null", "directions=0", "hydra.run.dir=traced"]
+    drawn = data_of(ltts("trace", *line))["questions"][0]["samplers"][0]
+    assert None not in drawn["predictions"]
+    assert (pd.read_parquet("traced/rollouts.parquet")["stop_reason"] == "not_decoded").sum() == 3
+    again = data_of(ltts("trace", "run=traced", "against=null", "directions=0"))["questions"][0]["samplers"][0]
+    assert again == drawn
+
+
+def test_a_budget_that_looks_at_rollouts_has_one_pick_and_its_own_counts(ltts):
+    line = [
+        "task=arith",
+        "task.limit=3",
+        "n=16",
+        "budget=adaptive",
+        "against=null",
+        "directions=0",
+        "hydra.run.dir=traced",
+    ]
+    result = ltts("trace", *line)
+    table = pd.read_parquet("traced/rollouts.parquet")
+    counts = table.groupby("question_index").size().tolist()
+    assert len(set(counts)) > 1 or counts[0] < 16
+    assert [len(each["samplers"][0]["steps"]) for each in data_of(result)["questions"]] == counts
+    assert "majority" in result.out
+    assert "best_of_n" not in result.out
+    again = ltts("trace", *table["question_id"].unique(), "run=traced", "against=null", "directions=0")
+    assert data_of(again)["questions"] == data_of(result)["questions"]
 
 
 def test_a_model_with_sweeps_of_its_own_has_a_timeline_and_no_graph(ltts):

@@ -42,7 +42,7 @@ def main(cfg: DictConfig) -> None:
     started = time.perf_counter()
     view = View(list(cfg.maps), cfg.top, cfg.threshold, cfg.directions)
     source = None if cfg.run is None else Path(cfg.run).expanduser()
-    record = {} if source is None else rescoring.read_run(source)
+    record = {} if source is None else rescoring.read_run(source, rescoring.NEEDED | {"aggregators": dict})
     merged = cfg if source is None else merged_config(cfg, record)
     request, folder, lines = run_request(merged), output_dir(), []
     if source is None:
@@ -58,11 +58,12 @@ def main(cfg: DictConfig) -> None:
                 folder, run, changed_settings(cfg),
                 started=started, keep_latents=cfg.keep_latents, keep_cache=cfg.cache != "off",
             )  # fmt: skip
-            spec, rollouts = spec.with_counts(done.tables.rollouts), done.rollouts
+            spec = spec.with_counts(done.tables.rollouts)
+            rollouts = done.rollouts if run.decode == "all" else draw_rollouts(spec.run)
             lines = [*schedule_lines(run, done.tables.rollouts), *done.verification_lines]
         else:
-            done, rollouts = None, draw_rollouts(run)
-            warn_of_differences(run, rollouts, source)
+            done, rollouts = None, draw_rollouts(spec.run)
+            warn_of_differences(spec.run, rollouts, source)
         from latent_tts.pipeline.tracing import trace
 
         shown = trace(spec, rollouts)
