@@ -82,11 +82,7 @@
     figure(name) { return this.section.querySelector(`[data-figure="${name}"]`); }
     legend(name) { return this.section.querySelector(`[data-legend="${name}"]`); }
     get chosen() { return this.content.samplers[this.sampler]; }
-    kind(sampler, rollout) {
-      const { correct, predictions } = this.content.samplers[sampler];
-      if (correct) return correct[rollout] ? "right" : "wrong";
-      return predictions[rollout] !== null && predictions[rollout] === this.content.voted ? "voted" : "other";
-    }
+    kind(sampler, rollout) { return this.content.samplers[sampler].kinds[rollout]; }
     label(sampler, rollout) {
       const { name, predictions, correct, scores } = this.content.samplers[sampler];
       const which = sampler === this.anchor ? "deterministic rollout" : `${name}, rollout ${rollout}`;
