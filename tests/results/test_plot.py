@@ -81,6 +81,7 @@ def texts(axis) -> list[str]:
     return [tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("count", [1, 3, 8, 20])
 @pytest.mark.parametrize("table", [sweep, checkpoints])
 def test_every_curve_has_a_look_and_a_legend_entry_of_its_own(count, table):
