@@ -14,7 +14,7 @@ help: ## list the targets
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev,fast,gguf,launchers,quant,ray,trace]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[convert,dev,gguf,launchers,quant,ray,trace]'
 	@touch $@
 
 # CUDA builds of torch bring triton along; with a CPU build, its interpreter and compiler test the GPU kernels

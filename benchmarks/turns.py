@@ -6,8 +6,7 @@
 The model has the size of GPT-2 small and runs on a CPU; rollouts are as in `engine.py`. Prints, for each case and
 sampler, the median, minimum and maximum of the paired ratios of seconds (first side over second side), in total and per
 phase, after one pair as a warm-up. For each side it also prints the rate of operations in the latent phase as a share
-of the rate of matrix products, which is measured right before and right after. A side with `-numpy` draws dropout's
-decisions by NumPy, as without numba.
+of the rate of matrix products, which is measured right before and right after.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from unittest.mock import patch
 
 import torch
 from transformers import PreTrainedModel
@@ -25,12 +23,9 @@ from transformers import PreTrainedModel
 import engine as bench
 from latent_tts.engine.packing import RolloutJob
 from latent_tts.engine.rollout import Engine, RolloutPlan
-from latent_tts.random import bits
 from latent_tts.sampler import Sampler
 from latent_tts.search.independent import Independent
 from latent_tts.types import Reasoner
-
-SIDES = [f"{dtype}{way}" for dtype in bench.DTYPES for way in ("", "-numpy")]
 
 
 @dataclass
@@ -39,16 +34,11 @@ class Side:
 
     lm: PreTrainedModel
     unprepared: PreTrainedModel  # for the products' rate
-    numba: bool
     seconds: list[dict[str, float]] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
 
     def take_a_turn(self, jobs: list[RolloutJob], sampler: Sampler) -> None:
         """Draw all rollouts once, in one batch."""
-        with patch.object(bits, "has_numba", bits.has_numba if self.numba else lambda: False):
-            self._draw(jobs, sampler)
-
-    def _draw(self, jobs: list[RolloutJob], sampler: Sampler) -> None:
         plan = RolloutPlan(bench.LATENTS, [int(self.lm.config.vocab_size) - 1], None, bench.ANSWER)
         engine, rows = Engine(Reasoner(self.lm, lambda hidden: hidden), plan), sum(len(job.rollouts) for job in jobs)
         before = bench.product_rate(self.unprepared, rows, "cpu")
@@ -74,15 +64,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--case", nargs="+", default=["4x64", "16x16"], metavar="QxN")
     parser.add_argument("--sampler", nargs="+", default=["gaussian", "dropout"], choices=bench.SAMPLERS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sides", nargs=2, default=["fp32", "bf16"], choices=SIDES)
+    parser.add_argument("--sides", nargs=2, default=["fp32", "bf16"], choices=bench.DTYPES)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     arguments = parser.parse_args(argv)
     sizes = {"model": "gpt2", "device": "cpu", "layers": arguments.layers, "width": arguments.width}
     models = {}
     for name in dict.fromkeys(arguments.sides):
-        make = partial(bench.new_model, argparse.Namespace(**sizes, dtype=[name.removesuffix("-numpy")]))
-        models[name] = make(), make(), not name.endswith("-numpy")
+        make = partial(bench.new_model, argparse.Namespace(**sizes, dtype=[name]))
+        models[name] = make(), make()
     vocabulary = int(next(iter(models.values()))[0].config.vocab_size)
     for case in arguments.case:
         questions, rollouts = map(int, case.split("x"))

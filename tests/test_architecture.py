@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -200,6 +201,14 @@ def test_tests_lie_in_the_same_rooms_as_the_code():
 def test_tests_share_code_through_helpers_alone():
     tests = {path: imports(ast.parse(path.read_text())) for path in (ROOT / "tests").rglob("*.py")}
     assert not [str(path) for path, names in tests.items() if any(name.startswith("test_") for name in names)]
+
+
+def test_the_page_has_the_order_of_rooms_and_names_every_file_of_engine_and_pipeline():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    (block,) = [block for block in page.split("```") if "errors types <" in block]
+    assert [set(rooms.split()) for rooms in block.split("<")] == ORDER
+    files = [path.name for room in ("engine", "pipeline") for path in (SRC / room).glob("*.py")]
+    assert not [name for name in files if name != "__init__.py" and not re.search(rf"\b{name}", page)]
 
 
 def test_every_guarantee_names_a_test():

@@ -1,6 +1,7 @@
 """Budgets that look at rollouts: `ltts run` draws what `ltts replay` would have drawn, and ends where it does."""
 
 import json
+import threading
 
 import numpy as np
 import pandas as pd
@@ -8,9 +9,10 @@ import pytest
 import scripted
 import tiny
 from marks import slow
-from refusal import check
+from refusal import check_refused
 
 from latent_tts.results.run_folder import BUDGET_COLUMNS, read_metrics
+from latent_tts.text.answer import AnswerRule
 
 N = 12
 # of twelve rollouts most are 42, so that some questions stop early and others do not
@@ -192,35 +194,52 @@ def test_what_a_budget_cannot_look_at_is_named(refuse, case):
 
 def test_a_weighted_lead_without_a_range_is_refused_and_a_score_beyond_it_an_error(ltts, family):
     line = ["run", *family, "budget=adaptive", "budget.rule.aggregator=weighted"]
-    check(ltts(*line), "budget=lockout aggregator=weighted", "no declared range", "scorer.range")
+    check_refused(*line, words=["budget=lockout aggregator=weighted", "no declared range", "scorer.range"])
     result = ltts(*line, "scorer.range=[0,1e-9]")
     assert result.code == 1
     assert "scorer.range=[0,1e-09]: a rollout has the score" in result.err
-    check(ltts(*line, "scorer.range=[-9,9]", "scorer.positions=official"), "scorer.positions=official", "correct")
+    official = ["scorer.range=[-9,9]", "scorer.positions=official"]
+    check_refused(*line, *official, words=["scorer.positions=official", "correct"])
 
 
-def test_certified_refuses_answers_that_are_compared_by_value(ltts, family, tmp_path):
+def test_certified_refuses_answers_that_are_compared_by_value(place, family, tmp_path):
     (tmp_path / "task.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
     line = ["task=jsonl", f"task.path={tmp_path / 'task.jsonl'}", "task.answer=latex", "budget=adaptive"]
-    check(ltts("run", *family, *line, "budget/rule=certified"), "budget/rule=certified", "equal as strings")
+    words = ["budget/rule=certified", "equal as strings"]
+    check_refused("run", *family, *line, "budget/rule=certified", words=words)
 
 
 def test_a_calibration_on_the_questions_of_the_run_is_refused(ltts, family):
     assert ltts("run", *family, "budget=fixed", "hydra.run.dir=full").code == 0
     line = ["budget=adaptive", "budget/rule=confidence", "budget.rule.calibration=full"]
-    check(ltts("run", *family, *line), "budget.rule.calibration=full", "5 of the questions")
-    check(ltts("run", *family, "sampler.sigma=0.3", *line), "budget.rule.calibration=full", "another sampler")
+    check_refused("run", *family, *line, words=["budget.rule.calibration=full", "5 of the questions"])
+    words = ["budget.rule.calibration=full", "another sampler"]
+    check_refused("run", *family, "sampler.sigma=0.3", *line, words=words)
 
 
 def test_a_replay_names_what_it_cannot_replay(ltts, family):
     assert ltts("run", *family, "budget=fixed", "hydra.run.dir=full").code == 0
     assert ltts("run", *family, "budget=adaptive", "hydra.run.dir=live").code == 0
-    check(ltts("replay", "nowhere"), "run=nowhere", "run.json")
-    check(ltts("replay", "live"), "run=live", "all n rollouts")
-    check(ltts("replay", "full", "budget=fixed"), "budget=fixed", "adaptive or shared")
-    check(ltts("replay", "full", "n=13"), "n=13", "1 to 12")
-    check(ltts("rescore", "live", "scorer=latent_rm", family[-1]), "run=live", "budget=adaptive")
+    check_refused("replay", "run=nowhere", words=["run=nowhere", "run.json"])
+    check_refused("replay", "run=live", words=["run=live", "all n rollouts"])
+    check_refused("replay", "run=full", "budget=fixed", words=["budget=fixed", "adaptive or shared"])
+    check_refused("replay", "run=full", "n=13", words=["n=13", "1 to 12"])
+    check_refused("rescore", "run=live", "scorer=latent_rm", family[-1], words=["run=live", "budget=adaptive"])
     half = ltts("replay", "full", "n=6", "hydra.run.dir=half")
     assert half.code == 0
     assert pd.read_parquet("half/budget.parquet")["drawn"].max() <= 6
     assert np.isfinite(read_metrics(half.last)["n"]).all()
+
+
+def test_answers_are_read_while_the_next_batch_is_drawn(ltts, family, monkeypatch):
+    readers, read = [], AnswerRule.read
+
+    def remember(self, *arguments):
+        readers.append(threading.current_thread().name)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(AnswerRule, "read", remember)
+    result = ltts("run", *family, *BUDGETS["lockout"], "engine.rows=3", "hydra.run.dir=ahead")
+    assert result.code == 0, result.err
+    assert "answer reader" in readers
+    assert readers.count("answer reader") < N * 5  # equal ones are read once

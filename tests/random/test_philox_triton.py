@@ -108,7 +108,6 @@ def test_where_they_are_usable_all_numbers_come_from_them(monkeypatch):
     kernels = SimpleNamespace(words=kernel("words"), decide=kernel("decide"))
     monkeypatch.setitem(sys.modules, "latent_tts.random.triton_kernels", kernels)
     monkeypatch.setattr("latent_tts.random.triton_kernels", kernels, raising=False)
-    monkeypatch.setattr("latent_tts.random.bits.has_numba", lambda: False)
     draw = Draw.of(0, ["question"], torch.arange(2)[None], 8)
     expected = draw.normal(0, 8), draw.uniform(0), draw.keep(0, 0, 1, 8, 30_000)
     assert not taken

@@ -145,17 +145,7 @@ def words_of(row, place, count):
     return [value - 65536 if value >= 32768 else value for value in unsigned]
 
 
-@pytest.fixture(params=["numpy", "numba"])
-def on_cpu(request, monkeypatch):
-    """How decisions are computed."""
-    if request.param == "numba":
-        pytest.importorskip("numba")
-        assert bits.has_numba()
-    else:
-        monkeypatch.setattr(bits, "has_numba", lambda: False)
-
-
-@pytest.mark.usefixtures("two_threads", "on_cpu")
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("blocks_at_once", [1, 20, 65536])  # pieces of one row, of rows of two questions, all rows
 def test_decisions_are_philox_words_whatever_the_pieces_and_threads(monkeypatch, blocks_at_once):
     monkeypatch.setattr(bits, "BLOCKS_AT_ONCE", {"cpu": blocks_at_once})
@@ -164,7 +154,6 @@ def test_decisions_are_philox_words_whatever_the_pieces_and_threads(monkeypatch,
     assert keep.tolist() == expected
 
 
-@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(("tokens", "width", "threshold"), [(3, 20, 0), (1, 8, 65535), (2, 33, 1), (1, 768, 32768)])
 def test_tokens_of_a_pass_follow_one_another(tokens, width, threshold):
     """Decisions of token s are those of blocks s*B on, B blocks a token."""

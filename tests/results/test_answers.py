@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from latent_tts.aggregator.weighted import Weighted
 from latent_tts.errors import UsageError
 from latent_tts.pipeline.temperature import choose_temperature
 from latent_tts.results import statistics
+from latent_tts.results.plot import scaling_figure
 from latent_tts.results.run_folder import read_metrics
 from latent_tts.task.arith import Arith
 from latent_tts.task.jsonl import Jsonl
@@ -64,7 +66,11 @@ def test_shares_and_values_are_those_of_the_definitions(drawn):
     for question, (predictions, scores) in enumerate(rows):
         counts = Counter(value for value in predictions if value >= 0)
         most = max(counts.values(), default=0)
-        assert statistics.agreement(arrays.prediction_QD)[question] == most / len(predictions)
+        assert statistics.agreement(arrays.prediction_QD, len(predictions))[question] == most / len(predictions)
+        for n in range(1, len(predictions)):
+            among = [Counter(value for value in subset if value >= 0) for subset in combinations(predictions, n)]
+            wanted = np.mean([max(count.values(), default=0) / n for count in among])
+            assert statistics.agreement(arrays.prediction_QD, n)[question] == pytest.approx(wanted)
         pick, share = (values[question] for values in statistics.supported_picks(Majority(), arrays))
         assert (pick < 0) == (most == 0) == np.isnan(share)
         assert pick < 0 or share == pytest.approx(most / sum(counts.values()))
@@ -138,7 +144,7 @@ def test_questions_without_gold_give_answers_agreement_and_costs(run, ltts, bare
             assert pick == other["picks"][name] | {"correct": None}
     rollouts, metrics = pd.read_parquet(result.last.parent / "rollouts.parquet"), read_metrics(result.last)
     assert rollouts["correct"].isna().all()
-    assert set(metrics["n"]) == {4}
+    assert set(metrics["n"]) == {4}  # as chosen
     assert {"agreement", "gflops", "invalid_rate"} <= set(metrics["metric"])
     assert not {"accuracy", "coverage"} & set(metrics["metric"])
     both = ["agreement", "gflops", "latent_steps"]
@@ -153,20 +159,49 @@ def test_questions_without_gold_give_answers_agreement_and_costs(run, ltts, bare
     } == dict.fromkeys(("majority", "likelihood", "best_of_n", "weighted"))
 
 
-def test_a_sweep_over_questions_without_gold_has_agreement_and_no_curve(run, bare):
+def test_a_sweep_over_questions_without_gold_has_a_curve_of_agreement(run, bare):
     result = run(*bare, "seed=0,1", "n=2,4", "-m")
     assert result.code == 0, result.err
     assert set(read_metrics(result.last)["metric"]) >= {"agreement", "gflops"}
     means = read_metrics(result.last.parent / "metrics_over_seeds.csv")
     agreement = means[means["metric"] == "agreement"]
     assert agreement["ci_low"].notna().all()
-    assert not (result.last.parent / "scaling.png").exists()
+    assert (result.last.parent / "scaling.png").exists()
 
 
-def test_a_ladder_over_questions_without_gold_has_costs_at_every_n(run, bare):
-    metrics = read_metrics(run(*bare, "budget=ladder").last)
+def test_a_ladder_over_questions_without_gold_has_costs_and_agreement_at_every_n(run, bare):
+    done = run(*bare, "budget=ladder")
+    metrics = read_metrics(done.last)
     assert set(metrics[metrics["metric"] == "gflops"]["n"]) == {1, 2, 4}
-    assert set(metrics[metrics["metric"] == "agreement"]["n"]) == {4}
+    agreement = metrics[metrics["metric"] == "agreement"].set_index("n")["value"]
+    assert set(agreement.index) == {1, 2, 4}
+    assert agreement[1] >= agreement[2] >= agreement[4]  # it is that of the n rollouts alone
+    figure = scaling_figure(metrics)
+    assert [axis.get_ylabel() for axis in figure.axes] == ["agreement"]
+    assert (done.last.parent / "scaling.png").exists()
+
+
+def test_a_budget_needs_no_gold(run, ltts, bare):
+    """Rules look at answers, so they stop and pick where they would with gold answers."""
+    budget = ["budget=adaptive", "budget.round=1"]
+    with_gold, whole = run(*budget), run(*bare)
+    for result in (run(*bare, *budget), ltts("replay", whole.last.parent, *budget)):
+        assert result.code == 0, result.err
+        assert "agreement %" in result.out
+        tables = [pd.read_parquet(each.last.parent / "budget.parquet") for each in (with_gold, result)]
+        pd.testing.assert_frame_equal(*(table.drop(columns="correct") for table in tables))
+        assert tables[1]["correct"].isna().all()
+        metrics = read_metrics(result.last)
+        assert not {"accuracy", "coverage"} & set(metrics["metric"])
+        both = [
+            table.set_index("metric")["value"][["agreement", "gflops"]]
+            for table in (read_metrics(with_gold.last), metrics)
+        ]
+        pd.testing.assert_series_equal(*both)
+    swept = run(*bare, *budget, "seed=0,1", "-m")
+    assert swept.code == 0, swept.err
+    means = read_metrics(swept.last.parent / "metrics_over_seeds.csv").set_index("metric")
+    assert means.loc["agreement", ["ci_low", "ci_high"]].notna().all()
 
 
 def test_what_needs_gold_answers_refuses_questions_without(run, ltts, bare, checkpoint):

@@ -50,7 +50,7 @@ def test_it_is_sequential_where_the_probe_says_so(write_plan, drawn):
     record, metrics, new = drawn("n=2", "schedule=auto")
     assert new == 0
     assert set(metrics["schedule"]) == {"sequential"}
-    assert record["config"]["schedule"] == {"_target_": "latent_tts.schedule.sequential.Sequential"}
+    assert record["config"]["schedule"]["_target_"] == "latent_tts.schedule.sequential.Sequential"
 
 
 def test_it_follows_a_plan_up_to_its_rows(write_plan, drawn):
@@ -97,12 +97,21 @@ def test_auto_before_probe_is_refused_by_name(refuse):
         ({"latents": 3}, ["model.latents (3, not 4)"]),
         ({"dtype": "bfloat16"}, ["engine.dtype (bfloat16, not float32)"]),
         ({"more": 1}, ["schedule.probe=outputs/probe", "no plan"]),
-        ({"schedule": {"chunk": 0}}, ["schedule.probe=outputs/probe", "no schedule"]),
+        ({"schedule": {"chunk": 0}}, ["schedule.probe=outputs/probe", "no plan", "schedule.chunk=0"]),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(write_plan, refuse, changes, words):
     write_plan(Speculative(), max_rows=1000, **changes)
     refuse("schedule=auto", f"model.latents={LATENTS}", words=words)
+
+
+def test_a_plan_is_for_the_device_that_it_was_timed_on(write_plan, run):
+    write_plan(Speculative(2, 0.3, "zero"), device="cuda")
+    line = f"model.latents={LATENTS}", "schedule=auto", "engine.device=cpu"
+    refused = run(*line, "n=2")
+    assert refused.code == 2
+    assert "schedule=auto: its plan was faster on cuda" in refused.err
+    assert run(*line, "n=3").code == 0  # too many rows for the plan: sequential anywhere
 
 
 def test_a_model_with_sweeps_of_its_own_takes_no_plan(refuse):

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config.build import given_keys, is_given, output_dir
 from latent_tts.config.recorded import recorded, recorded_run
-from latent_tts.config.requests import against_option, changed_settings, run_request
+from latent_tts.config.requests import beside_option, changed_settings, run_request
 from latent_tts.errors import UsageError, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import draw_rollouts
@@ -28,7 +28,7 @@ from latent_tts.task.asked import Asked
 
 PAGE = "trace.html"
 # beside `run` only these keys mean something: the others are the run's
-OWN_KEYS = ("run", "question", "n", "against", "maps", "top", "threshold", "directions", "paths.cache")
+OWN_KEYS = ("run", "question", "n", "beside", "maps", "top", "threshold", "directions", "paths.cache")
 OWN_KEYS += ("engine.device", "engine.rows")
 
 
@@ -42,27 +42,28 @@ def main(cfg: DictConfig) -> None:
     started = time.perf_counter()
     view = View(list(cfg.maps), cfg.top, cfg.threshold, cfg.directions)
     source = None if cfg.run is None else Path(cfg.run).expanduser()
-    record = {} if source is None else rescoring.read_run(source)
+    record = {} if source is None else rescoring.read_run(source, rescoring.NEEDED | {"aggregators": dict})
     merged = cfg if source is None else merged_config(cfg, record)
     request, folder, lines = run_request(merged), output_dir(), []
     if source is None:
         request = with_texts(request, list(cfg.question))
-    against = against_option(merged, cfg.against, request.sampler)
+    beside = beside_option(merged, cfg.beside, request.sampler)
     with cache_root(request.cache, merged.cache) as cache, locked_folder(folder, "hydra.run.dir"):
         run = check_run(replace(request, cache=cache))
         if source is not None:
             run = of_a_run(run, source, record, list(cfg.question), cfg.n if is_given("n") else None)
-        spec = check_trace(run, view, against, n=request.n if source is None else max(run.drawn), source=source)
+        spec = check_trace(run, view, beside, n=request.n if source is None else max(run.drawn), source=source)
         if source is None:
             done = complete_run(
                 folder, run, changed_settings(cfg),
                 started=started, keep_latents=cfg.keep_latents, keep_cache=cfg.cache != "off",
             )  # fmt: skip
-            spec, rollouts = spec.with_counts(done.tables.rollouts), done.rollouts
+            spec = spec.with_counts(done.tables.rollouts)
+            rollouts = done.rollouts if run.decode == "all" else draw_rollouts(spec.run)
             lines = [*schedule_lines(run, done.tables.rollouts), *done.verification_lines]
         else:
-            done, rollouts = None, draw_rollouts(run)
-            warn_of_differences(run, rollouts, source)
+            done, rollouts = None, draw_rollouts(spec.run)
+            warn_of_differences(spec.run, rollouts, source)
         from latent_tts.pipeline.tracing import trace
 
         shown = trace(spec, rollouts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -72,5 +73,5 @@ def main(cfg: DictConfig) -> None:
             save_draft(head, path, DraftRecord(adapter.digest, adapter.latents, loaded.width))
     title = f"{adapter.name}, {len(valid)} questions: relative RMS error of each predicted latent"
     columns = ["latent", *(str(place) for place in range(2, adapter.latents + 1))]
-    report.print_table(title, columns, [["error", *(f"{error:.2f}" for error in errors)]])
+    report.print_table(title, columns, [["error", *("" if math.isnan(error) else f"{error:.2f}" for error in errors)]])
     print(output / FILE)

@@ -3,7 +3,7 @@
 Imported only if Triton is installed. `head.py` compares the kernel with the operators before it uses it.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportAttributeAccessIssue=false
 # Triton is not installed with CPU builds of torch, and a kernel is launched by indexing it
 
 from __future__ import annotations

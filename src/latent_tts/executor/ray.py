@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
 import pickle
 import socket
+import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar, NoReturn
 
@@ -23,8 +27,14 @@ CORES_PER_WORKER, MIN_WORKERS = 4, 2
 SECONDS_TO_ANSWER = 3.0  # of a cluster's address
 MIN_STORE_BYTES, MAX_STORE_BYTES = 1 << 27, 1 << 31  # of what workers have sent and the driver has not yet written
 SHARDS = ("measured", "fixed")
-# A Ray of this machine alone listens on its loopback address; the variable says so on other systems than Linux, too.
+SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1.0, 5.0  # at the processes of the local Ray; without them
+# A Ray of this machine alone listens on its loopback address; the first variable says so on Linux, too.
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # stdout is the command's; what Ray prints there is discarded
+NODE = ("gcs_server", "raylet")  # without these processes a local Ray is gone
+# Ray ends the process of a driver whose node is gone, without a word: a shell then says it in its place
+ENDED = "error: the command was killed, or ended by Ray because Ray's node is gone; re-run the command to resume"
+WATCH = f'read -r end || echo "{ENDED}" >&2'
 
 
 @dataclass(frozen=True)
@@ -218,9 +228,20 @@ def _actors(executor: Ray, *, on_gpus: bool) -> list[Any]:
     return list(_started[key])
 
 
+@cache
+def _say_if_ended() -> None:
+    """Have a line printed, by another process, if this one is ended before it gets to its end."""
+    watch = subprocess.Popen(["/bin/sh", "-c", WATCH], stdin=subprocess.PIPE, start_new_session=True)
+
+    def end() -> None:
+        watch.communicate(b"well\n")
+
+    atexit.register(end)
+
+
 def _connect(address: str | None) -> None:
-    if address is None:
-        os.environ |= LOOPBACK_ALONE
+    _say_if_ended()
+    os.environ |= SILENT | (LOOPBACK_ALONE if address is None else {})
     ray = _ray()
     logging.getLogger("ray").setLevel(logging.ERROR)
     common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
@@ -230,9 +251,29 @@ def _connect(address: str | None) -> None:
             return
         store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
         ray.init(num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
+        _end_with([each for each in psutil.Process().children() if each.name() in NODE])
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
         raise bad_value(key, value, f"Ray cannot be started ({' '.join(str(error).split())[:200]})") from error
+
+
+def _end_with(processes: Sequence[psutil.Process]) -> None:
+    """Watch the processes of the local Ray: without them a driver waits for ever, so this one ends soon after."""
+
+    def is_gone(process: psutil.Process) -> bool:
+        try:
+            return process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    def watch() -> None:
+        while _ray().is_initialized() and not any(map(is_gone, processes)):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if _ray().is_initialized():
+            time.sleep(SECONDS_TO_END)
+            os._exit(1)
+
+    threading.Thread(target=watch, name="watch of Ray's node", daemon=True).start()
 
 
 def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:

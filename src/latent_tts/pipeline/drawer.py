@@ -37,7 +37,7 @@ from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_byte
 from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
-from latent_tts.errors import RunError
+from latent_tts.errors import RunError, require
 from latent_tts.executor import Executor
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import DRAWING, PACKAGE, code_digests
@@ -236,7 +236,7 @@ def check_weights(*options: ModelAdapter | Scorer | None) -> None:
 
 
 def _code() -> str:
-    return code_digests([], [], DRAWING)[PACKAGE]
+    return code_digests([], [], (*DRAWING, "executor", "pipeline", "scorer"))[PACKAGE]
 
 
 # The worker
@@ -339,6 +339,9 @@ class Drawer:
         """
         self.spec, self._scored, self._packed = spec, scored, packed
         self.device = find_device(spec.engine)
+        kind = torch.device(self.device).type
+        allowed = f"its plan was faster on {spec.planned_on}, and this run is on {kind}; ltts probe makes another"
+        require("schedule", "auto", spec.planned_on in (None, kind), allowed)
         if spec.search.guided:
             refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
         if not spec.schedule.stepwise or spec.schedule.early_exit is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 def versions(*, quantized: bool) -> Mapping[str, str]:
     """Versions of what a result depends on, and the commit where there is one, as they were at the first call."""
     names = ["latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core"]
-    names += [name for name in ("numba", "math-verify") if find_spec(name.replace("-", "_")) is not None]
+    names += ["math-verify"] if find_spec("math_verify") is not None else []
     names += ["torchao"] if quantized else []
     return {"python": platform.python_version(), **{name: version(name) for name in names}, **commit()}
 

@@ -33,15 +33,15 @@ NEEDED = {
 }
 
 
-def read_run(source: Path) -> dict[str, Any]:
-    """The `run.json` of a run folder.
+def read_run(source: Path, needed: Mapping[str, type] = NEEDED) -> dict[str, Any]:
+    """The `run.json` of a run folder, which has some values, see `read_run_json`.
 
     Raises:
         UsageError: there is none, or it is damaged.
     """
     if not is_complete(source):
         raise bad_value("run", source, f"must be the folder of a completed run, which has a {RUN_JSON}")
-    return read_run_json(source, NEEDED)
+    return read_run_json(source, needed)
 
 
 def read_record(source: Path) -> dict[str, Any]:

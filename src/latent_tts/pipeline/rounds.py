@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -31,11 +35,49 @@ class _Drawn:
     tokens: list[int] = field(default_factory=list)
 
 
+class AnswerReader:
+    """Reads answers, equal ones once, in a thread: those of a batch while the next one is drawn."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._adapter, self._rule = spec.adapter, spec.task.rule
+        self._read: dict[tuple[int, ...], str | None] = {}
+        self._queue: queue.SimpleQueue[list[tuple[int, ...]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read_all, name="answer reader", daemon=True)
+        self._one_at_a_time = threading.Lock()  # grading may share a process of its own
+
+    def __enter__(self) -> AnswerReader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def take(self, places: Sequence[tuple[str, int]], answer_ids: Sequence[Sequence[int]]) -> None:
+        """Take the answers of a batch; see `RunRequest.on_answers`."""
+        del places
+        self._queue.put([tuple(ids) for ids in answer_ids])
+
+    def read(self, ids: tuple[int, ...]) -> str | None:
+        """The answer in some ids; None if it cannot be read."""
+        with self._one_at_a_time:
+            if ids not in self._read:
+                self._read[ids] = self._rule.read(self._adapter.answer_text(list(ids)), self._adapter)
+            return self._read[ids]
+
+    def _read_all(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            with suppress(Exception):  # whoever asks for the answer gets the error
+                for ids in batch:
+                    self.read(ids)
+
+
 class Tallying:
     """The tallies of a run's questions; rollouts are added as they come, and each answer is read once."""
 
-    def __init__(self, spec: RunSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: RunSpec, read: Callable[[tuple[int, ...]], str | None]) -> None:
+        """Begin without rollouts; `read` is `AnswerReader.read`."""
+        self.spec, self._read = spec, read
         self._drawn = [_Drawn() for _ in spec.questions]
         rule = spec.task.rule
         self._equal = cache(rule.equal) if rule.name == "latex" else None
@@ -49,12 +91,12 @@ class Tallying:
             before: how many each question had.
             counts: how many it has now.
         """
-        adapter, rule, start = self.spec.adapter, self.spec.task.rule, 0
+        start = 0
         for drawn, was, now in zip(self._drawn, before, counts, strict=True):
             part = slice(start, start := start + now - was)
             of = rows.iloc[part]
-            tokens = [[int(token) for token in ids] for ids in of["answer_ids"]]
-            drawn.answers += [rule.read(adapter.answer_text(ids), adapter) for ids in tokens]
+            tokens = [tuple(int(token) for token in ids) for ids in of["answer_ids"]]
+            drawn.answers += map(self._read, tokens)
             drawn.tokens += map(len, tokens)
             drawn.logprob += of["answer_logprob"].tolist()
             drawn.steps += of["latent_steps"].tolist()
@@ -135,7 +177,7 @@ def budget_table(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame) -> pd.
     """A row per question: what was used and drawn, why no more, what is known of the error, and the pick."""
     used = [stop.used for stop in outcome.stops]
     starts = np.cumsum([0, *outcome.counts[:-1]])
-    pick_Q = _picks(spec, outcome, rollouts, starts)
+    pick_Q = _picks(spec, outcome)
     places = np.where(pick_Q >= 0, starts + pick_Q, 0)
     answers = rollouts["prediction"].to_numpy(dtype=object)[places]
     return pd.DataFrame(
@@ -147,28 +189,40 @@ def budget_table(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame) -> pd.
             "certificate": [stop.certificate for stop in outcome.stops],
             "pick": pick_Q.astype(np.int32),
             "answer": pd.array(np.where(pick_Q >= 0, answers, None), dtype=object),
-            "correct": rollouts["correct"].to_numpy(dtype=bool)[places] & (pick_Q >= 0),
+            "correct": _right(rollouts, places, pick_Q),
         }
     )
 
 
-def _picks(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, starts: Int64) -> Int64:
+def _right(rollouts: pd.DataFrame, places: Int64, pick_Q: Int64) -> np.ndarray:
+    """Whether each question's pick is right; None without gold answers."""
+    if rollouts["correct"].isna().any():
+        return np.full(len(pick_Q), None, dtype=object)
+    return rollouts["correct"].to_numpy(dtype=bool)[places] & (pick_Q >= 0)
+
+
+def _picks(spec: RunSpec, outcome: Outcome) -> Int64:
     """The pick of each question among the rollouts that it used; -1 for none. Rollouts it lacks are masked."""
     assert is_adaptive(spec.budget)
     widest = max(stop.used for stop in outcome.stops)
-    shape = len(starts), widest
-    prediction_QD, correct_QD = np.full(shape, -1, dtype=np.int64), np.zeros(shape, dtype=bool)
+    shape = len(outcome.stops), widest
+    prediction_QD = np.full(shape, -1, dtype=np.int64)
     logprob_QD, score_QD = np.full(shape, np.nan), np.full(shape, np.nan)
-    correct = rollouts["correct"].to_numpy(dtype=bool)
     for place, (tally, stop) in enumerate(zip(outcome.tallies, outcome.stops, strict=True)):
-        own, there = slice(stop.used), slice(starts[place], starts[place] + stop.used)
+        own = slice(stop.used)
         equal = tally.equal or str.__eq__
         forms, known = shared_forms(tally.answers[own], equal), dict[str | None, int]()
         codes = [-1 if form is None else known.setdefault(form, len(known)) for form in forms]
-        prediction_QD[place, own], correct_QD[place, own] = codes, correct[there]
+        prediction_QD[place, own] = codes
         logprob_QD[place, own], score_QD[place, own] = tally.logprob_N[own], tally.score_N[own]
     chosen = next(each for each in spec.aggregators if each.name == spec.budget.aggregator)
-    return statistics.picks(chosen, RolloutArrays(prediction_QD, correct_QD, logprob_QD, score_QD))
+    return statistics.picks(chosen, RolloutArrays(prediction_QD, None, logprob_QD, score_QD))
+
+
+def _agreement(tally: Tally, stop: Stop) -> float:
+    """The share of the rollouts that were used which give the most frequent answer among them."""
+    forms = shared_forms(tally.answers[: stop.used], tally.equal or str.__eq__)
+    return max(Counter(form for form in forms if form is not None).values(), default=0) / stop.used
 
 
 def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, table: pd.DataFrame) -> list[Figures]:
@@ -181,12 +235,14 @@ def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, ta
         return np.bincount(owner, rollouts[column].to_numpy(dtype=np.float64), questions).astype(np.float64)
 
     unknown = np.full(questions, np.nan)
-    right = table["correct"].to_numpy(dtype=np.float64)
-    values = {
-        ("accuracy", each.name): right if each.name == spec.budget.aggregator else unknown for each in spec.aggregators
-    }
+    values: dict[tuple[str, str], Floats] = {}
+    if table["correct"].notna().all():
+        right = table["correct"].to_numpy(dtype=np.float64)
+        for each in spec.aggregators:
+            values["accuracy", each.name] = right if each.name == spec.budget.aggregator else unknown
+        values["coverage", ""] = unknown
     values |= {
-        ("coverage", ""): unknown,
+        ("agreement", ""): np.array([_agreement(*each) for each in zip(outcome.tallies, outcome.stops, strict=True)]),
         ("rollouts_used", ""): table["used"].to_numpy(dtype=np.float64),
         ("rollouts_drawn", ""): counts.astype(np.float64),
         ("latent_steps", ""): summed("latent_steps"),

@@ -81,7 +81,7 @@ def _interval(runs: Sequence[CompletedRun], metric: str, aggregator: str, n: int
     figure = aggregator if metric == "accuracy" else metric
     if metric not in PER_QUESTION or not all(run.all_decoded for run in runs):
         return np.nan, np.nan
-    if any(run.budget is not None and figure not in run.figures for run in runs):
+    if figure != "agreement" and any(run.budget is not None and figure not in run.figures for run in runs):
         return np.nan, np.nan
     seeds = pd.concat([run.per_question(figure, n) for run in runs], axis=1)
     return statistics.interval(seeds.mean(axis=1).to_numpy())

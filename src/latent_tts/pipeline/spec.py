@@ -152,6 +152,7 @@ class RunSpec(RunRequest):
         schedule: the requested one, or the model's own.
         draft: the file of its draft head; None without one.
         planned: the keys that `schedule=auto` has chosen, as tables show them; empty without it.
+        planned_on: the kind of device on which what it has chosen was faster; None where any will do.
         scorer: None if rollouts get no scores.
         aggregators: those that can be reported.
         n: the requested one; 1 if all rollouts of a question would be the same.
@@ -165,6 +166,7 @@ class RunSpec(RunRequest):
     scorer: Scorer | None
     draft: DraftFile | None
     planned: dict[str, Any]
+    planned_on: str | None
     questions: list[Question]
     prompts: dict[str, list[int]]
     donors: dict[str, Question]
@@ -238,7 +240,7 @@ def check_run(request: RunRequest) -> RunSpec:
     require("answer.decode", decode, decode in ("all", "winners"), "must be all or winners")
     adapter.check()
     check_sampler(sampler, adapter)
-    request, planned = follow_plan(request)
+    request, planned, planned_on = follow_plan(request)
     schedule = settle_schedule(request.schedule, adapter, chosen="schedule" in request.chosen)
     scorer = settle_scorer(request)
     aggregators = settle_aggregators(request, scorer)
@@ -257,9 +259,6 @@ def check_run(request: RunRequest) -> RunSpec:
         require("schedule.exit_prefix", schedule.early_exit.prefix, fits, allowed)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
-    if not has_gold(questions):
-        require("budget", budget.name, not is_adaptive(budget), "must be fixed or ladder: there are no gold answers")
-        budget = budget if "budget" in request.chosen else Fixed()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
         budget = calibrated(budget, request, aggregators, questions)
@@ -271,6 +270,7 @@ def check_run(request: RunRequest) -> RunSpec:
         "schedule": schedule,
         "draft": found_draft(schedule, adapter),
         "planned": planned,
+        "planned_on": planned_on,
         "budget": budget,
         "scorer": scorer,
         "aggregators": aggregators,
@@ -332,24 +332,28 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
     return schedule
 
 
-def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any]]:
-    """A request with the schedule that `schedule=auto` chooses, also in its config, and the keys that tables show.
+def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | None]:
+    """A request with the schedule that `schedule=auto` chooses, also in its config.
+
+    Returns:
+        The request, the keys that tables show, and the device that a parallel schedule was timed on.
 
     Raises:
         UsageError: there is no plan to follow.
     """
     schedule = request.schedule
     if not isinstance(schedule, Auto) or request.adapter.own_schedule is not None:
-        return request, {}
+        return request, {}, None
     same = request.sampler.deterministic and not request.answers.random  # then one rollout of a question is drawn
     rows = len(request.task.questions()) * (1 if same else request.n)
-    rows = min(rows, request.engine.rows or rows)
-    chosen = schedule.choose(request.adapter, request.adapter.digest, rows=rows, dtype=request.engine.dtype)
+    plan = schedule.read(request.adapter, request.adapter.digest, request.engine.dtype)
+    chosen = plan.choose(min(rows, request.engine.rows or rows))
     values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
     node = {"_target_": f"{type(chosen).__module__}.{type(chosen).__qualname__}", **values}
     changed = {f"schedule.{field.name}" for field in fields(chosen) if values[field.name] != field.default}
     shown = {key: value for name, value in values.items() if (key := f"schedule.{name}") in changed}
-    return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown
+    device = None if chosen.stepwise else plan.device
+    return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown, device
 
 
 def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:

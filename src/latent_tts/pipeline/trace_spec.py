@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from latent_tts.budget import is_adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import RunError, UsageError, bad_value, is_number, require
@@ -68,14 +69,14 @@ class TraceSpec:
 
     Attributes:
         run: the rollouts, of few questions.
-        against: those of another sampler on the same maps; None for none.
+        beside: those of another sampler on the same maps; None for none.
         deterministic: one rollout per question without randomness.
         view: how they are shown.
         source: the folder of the run; None where it is drawn now.
     """
 
     run: RunSpec
-    against: RunSpec | None
+    beside: RunSpec | None
     deterministic: RunSpec
     view: View
     source: Path | None = None
@@ -85,14 +86,14 @@ class TraceSpec:
         if self.run.search.survivors is not None:
             return self
         counts = table.groupby("question_index", sort=True).size().tolist()
-        return replace(self, run=replace(self.run, counts=counts, budget=Fixed()))
+        return replace(self, run=with_fixed_budget(self.run, counts))
 
     @property
     def no_dependencies(self) -> str:
         """Why there is no dependency graph; empty where there is one."""
         adapter = self.run.adapter
         if self.view.directions == 0:
-            return "directions=0"
+            return "left out by directions=0"
         if adapter.own_schedule is not None:
             return f"model={adapter.name} makes its latents in sweeps of its own"
         return ""
@@ -101,7 +102,7 @@ class TraceSpec:
 def check_trace(
     run: RunSpec,
     view: View,
-    against: tuple[Sampler, Mapping[str, Any]] | None,
+    beside: tuple[Sampler, Mapping[str, Any]] | None,
     *,
     n: int,
     source: Path | None = None,
@@ -111,7 +112,7 @@ def check_trace(
     Args:
         run: the run, of the questions to be shown.
         view: how they are shown.
-        against: another sampler for the same maps, with its config.
+        beside: another sampler for the same maps, with its config.
         n: how many of its rollouts to draw.
         source: see `TraceSpec`.
 
@@ -121,11 +122,12 @@ def check_trace(
     few = len(run.questions) <= MAX_QUESTIONS
     require("task.limit", len(run.questions), few, f"a trace shows at most {MAX_QUESTIONS} questions side by side")
     require("model.latents", run.adapter.latents, run.adapter.latents > 0, "must be 1 or more: a trace shows latents")
+    run = replace(run, decode="all")  # a trace shows every answer
     other = None
-    if against is not None:
-        sampler, config = against
+    if beside is not None:
+        sampler, config = beside
         why = "reads the latents of other questions, so it has no place on the map of one"
-        require("against", sampler.name, not sampler.needs_donor, why)
+        require("beside", sampler.name, not sampler.needs_donor, why)
         check_sampler(sampler, run.adapter)
         other = drawn_beside(run, sampler, config, 1 if sampler.deterministic else n)
     return TraceSpec(run, other, drawn_beside(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
@@ -170,7 +172,15 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
     limit = n or MAX_ROLLOUTS
     given = {question.id: spec.donors[question.id] for question in chosen if question.id in spec.donors}
     counted = None if whole else [min(limit, count) for count in has]
-    return replace(spec, questions=chosen, donors=given, counts=counted, budget=Fixed(), decode="all")
+    return with_fixed_budget(replace(spec, questions=chosen, donors=given), counted)
+
+
+def with_fixed_budget(run: RunSpec, counts: list[int] | None) -> RunSpec:
+    """The run with the rollouts that it has; where its budget looked at them, it has picks of one aggregator alone."""
+    budget, aggregators = run.budget, run.aggregators
+    if is_adaptive(budget):
+        aggregators = [each for each in aggregators if each.name == budget.aggregator]
+    return replace(run, counts=counts, budget=Fixed(), aggregators=aggregators)
 
 
 def warn_of_differences(run: RunSpec, rollouts: RunRollouts, source: Path) -> None:
@@ -213,7 +223,7 @@ def about(spec: TraceSpec) -> dict[str, str]:
         "checkpoint": run.adapter.checkpoint,
         "task": place,
         "sampler": sampled,
-        "against": "" if spec.against is None else sampler_text(spec.against.sampler),
+        "beside": "" if spec.beside is None else sampler_text(spec.beside.sampler),
         "rollouts": f"{rollouts[0]}" if len(rollouts) == 1 else f"{rollouts[0]} to {rollouts[-1]}",
         "latents": f"{'up to ' if run.adapter.stop_id is not None else ''}{run.adapter.latents}",
         "schedule": schedule_text(run.schedule.key),

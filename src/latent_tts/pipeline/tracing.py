@@ -20,7 +20,7 @@ from latent_tts.errors import LESS_MEMORY, UsageError, computing
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.drawer import Drawer, places_of
 from latent_tts.pipeline.drawing import jobs_of
-from latent_tts.pipeline.models import find_device, refuse_graphs
+from latent_tts.pipeline.models import find_device
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import answer_lines, rollout_table
@@ -55,7 +55,7 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
         RunError: a failure while drawing or computing.
     """
     run, view = asked.run, asked.view
-    beside = [spec for spec in (asked.against, asked.deterministic) if spec is not None]
+    beside = [spec for spec in (asked.beside, asked.deterministic) if spec is not None]
     drawn = [(run, rollouts), *((spec, draw_rollouts(spec)) for spec in beside)]
     with computing("tracing", "what was drawn is in the cache", LESS_MEMORY):
         results_Q = [step_results(run.adapter, question) for question in run.questions]
@@ -124,9 +124,7 @@ def think(spec: RunSpec) -> Thoughts:
     wanted = spec.wanted()
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
     jobs, total = jobs_of(spec, wanted), spec.adapter.latents
-    refuse_graphs(spec.engine, "what each sweep did is read by the host")
-    longest = max(len(job.prompt) for job in jobs)
-    drawer = Drawer(spec, longest, scored=False, max_bytes=known_to_fit(spec.cache))
+    drawer = Drawer(spec, max(len(job.prompt) for job in jobs), scored=False, max_bytes=known_to_fit(spec.cache))
     drawer.engine.keeps_timeline = True
     latents_RTD = np.zeros((len(rows), total, drawer.engine.width), dtype=np.float32)
     steps_R, sweeps = np.zeros(len(rows), dtype=np.int64), []
@@ -135,8 +133,8 @@ def think(spec: RunSpec) -> Thoughts:
         latents_RTD[here] = made.latents_RTD.float().cpu().numpy()
         steps_R[here] = made.steps_R.numpy()
         sweeps.append((here, sweeps_of(made)))
-    longest = max((each.shape[2] for _, each in sweeps), default=0)
-    timeline_3RS = np.repeat(steps_R[None, :, None], 3, 0).repeat(longest, 2)
+    most = max((each.shape[2] for _, each in sweeps), default=0)
+    timeline_3RS = np.repeat(steps_R[None, :, None], 3, 0).repeat(most, 2)
     for here, each in sweeps:
         timeline_3RS[:, here, : each.shape[2]] = each
     return Thoughts(drawer.engine, latents_RTD, steps_R, timeline_3RS)

@@ -1,7 +1,7 @@
 """Philox words of many rows as torch tensors, and the keep decisions of dropout made from them.
 
-Three implementations give the same integers: a Triton kernel (on a GPU, if Triton works), a numba function (keep
-decisions on a CPU, if numba is installed), and the operators of torch and NumPy (everywhere else).
+Two implementations give the same integers: Triton kernels (on a GPU, if Triton works), and the operators of torch and
+NumPy (everywhere else).
 """
 
 from __future__ import annotations
@@ -52,28 +52,12 @@ def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, t
         kept: output (R, P, S, 2, 4B), bool, contiguous: the decisions from words 0 and 1, then from words 2 and 3, of
             the B blocks of each of S tokens.
     """
-    if kept.device.type == "cpu" and has_numba():
-        decide_by_numba(keys_R2, rollouts_R, places_P, stream, threshold, kept)
-    elif has_kernels(kept.device):
+    if has_kernels(kept.device):
         from latent_tts.random import triton_kernels
 
         triton_kernels.decide(keys_R2, rollouts_R, places_P, stream, threshold, kept)
     else:
         decide_by_operators(keys_R2, rollouts_R, places_P, stream, threshold, kept)
-
-
-def decide_by_numba(
-    keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor
-) -> None:
-    """`decide` on a CPU by a compiled function, 14 times as fast as by NumPy's operators."""
-    from latent_tts.random.numba_kernel import decide as compiled
-
-    keys, rollouts, places, out = (x.contiguous().numpy() for x in (keys_R2, rollouts_R, places_P, kept))
-
-    def fill(rows: slice) -> None:
-        compiled(keys[rows], rollouts[rows], places, stream, threshold, out[rows])
-
-    _fill_in_pieces(fill, kept)
 
 
 def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
@@ -119,12 +103,6 @@ def _fill_in_pieces(fill: Callable[[slice], None], kept: Tensor) -> None:
 
 
 @cache
-def has_numba() -> bool:
-    """Whether numba is installed (the extra `fast`)."""
-    return find_spec("numba") is not None
-
-
-@cache
 def has_kernels(device: torch.device) -> bool:
     """Whether to use the Triton kernels: the device is a GPU, and they compile and agree with the operators."""
     if device.type != "cuda" or find_spec("triton") is None:
@@ -155,5 +133,5 @@ def agree(kernels: Any, device: torch.device) -> bool:
 
 @cache
 def _workers(threads: int) -> ThreadPoolExecutor:
-    """Threads that draw; NumPy and the compiled function release the interpreter's lock while they compute."""
+    """Threads that draw; NumPy releases the interpreter's lock while it computes."""
     return ThreadPoolExecutor(threads)

@@ -120,6 +120,8 @@ class CompletedRun:
         Raises:
             UsageError: questions have unequal numbers of rollouts, or a rollout is missing or there twice.
         """
+        if self.budget is not None and figure == "agreement":
+            return self._agreement_of_used(self.budget)
         if self.budget is not None:
             if figure not in self.figures:
                 raise UsageError(f"{self.folder}: its budget stopped for {self.figures[0]}; it has no {figure}")
@@ -130,13 +132,19 @@ class CompletedRun:
         if figure == "invalid_rate":
             values = (arrays.prediction_QD < 0).mean(1)
         elif figure == "agreement":
-            values = statistics.agreement(arrays.prediction_QD)
+            values = statistics.agreement(arrays.prediction_QD, n)
         elif figure == "coverage":
             assert arrays.correct_QD is not None, "coverage needs gold answers"
             values = statistics.coverage(arrays.correct_QD, n)
         else:
             values = statistics.picked_accuracy(self.aggregators[figure], arrays, n)
         return pd.Series(values, index=ids)
+
+    def _agreement_of_used(self, budget: pd.DataFrame) -> pd.Series:
+        """The agreement of the rollouts that each question used."""
+        used = self.rollouts["question_id"].map(dict(zip(budget["question_id"], budget["used"], strict=True)))
+        of_question = self.rollouts[self.rollouts["rollout"] < used].groupby("question_id", sort=False)["prediction"]
+        return of_question.agg(lambda answers: answers.value_counts().max() / len(answers)).fillna(0.0)
 
     @cached_property
     def _arrays(self) -> tuple[list[str], RolloutArrays]:

@@ -92,8 +92,8 @@ def rollout_figures(
         if correct_QD is not None:
             values["coverage", ""] = statistics.coverage(correct_QD, size)
         values["invalid_rate", ""] = (arrays.prediction_QD < 0).mean(1)
-        if n >= drawn:
-            values["agreement", ""] = statistics.agreement(arrays.prediction_QD)
+        if n >= drawn or correct_QD is None:  # beside accuracies, a curve of it would say nothing new
+            values["agreement", ""] = statistics.agreement(arrays.prediction_QD, size)
         if size > 1 and all(value is not None for value in diversity_Q):
             values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)
         values["latent_steps", ""] = n * per_rollout("latent_steps")

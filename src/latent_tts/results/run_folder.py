@@ -294,8 +294,14 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
 
 def has_curve(metrics: pd.DataFrame) -> bool:
-    """Whether a table has accuracy or coverage at several n."""
-    return metrics.loc[metrics["metric"].isin(["accuracy", "coverage"]), "n"].nunique() > 1
+    """Whether a table has accuracy or coverage at several n, or agreement where there are no gold answers."""
+    return metrics.loc[metrics["metric"].isin(figures_drawn(metrics)), "n"].nunique() > 1
+
+
+def figures_drawn(metrics: pd.DataFrame) -> list[str]:
+    """The metrics that a figure shows; agreement only where there is neither accuracy nor coverage."""
+    judged = metrics["metric"].isin(["accuracy", "coverage"]) & metrics["value"].notna()
+    return ["coverage", "accuracy"] if judged.any() else ["agreement"]
 
 
 def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:

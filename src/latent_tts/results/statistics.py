@@ -84,10 +84,22 @@ def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: 
     return _voted_accuracies(*_votes(rule, rollouts), correct_QD, budgets)
 
 
-def agreement(prediction_QD: NDArray[np.int64]) -> Floats:
-    """The share (Q,) of a question's rollouts that give its most frequent answer; 0 where no answer can be read."""
-    counts = [np.unique(row_D[row_D >= 0], return_counts=True)[1] for row_D in prediction_QD]
-    return np.array([count.max(initial=0) for count in counts]) / prediction_QD.shape[1]
+def agreement(prediction_QD: NDArray[np.int64], n: int) -> Floats:
+    """The share (Q,) of n rollouts of a question that give the most frequent answer among them, the mean over subsets.
+
+    Args:
+        prediction_QD: as in `RolloutArrays`; what cannot be read is no answer.
+        n: rollouts of a subset, at most D.
+    """
+    drawn = prediction_QD.shape[1]
+    _check_budget(drawn, n)
+    pieces = list(subsets(drawn, n))
+    shares = np.empty(len(prediction_QD))
+    for question, row_D in enumerate(prediction_QD):
+        is_answer_CD = row_D == np.unique(row_D[row_D >= 0])[:, None]
+        counts = [is_answer_CD[:, piece_SN].sum(2).max(0, initial=0) for piece_SN in pieces]
+        shares[question] = np.concatenate(counts).mean() / n
+    return shares
 
 
 def picks(aggregator: Aggregator, rollouts: RolloutArrays) -> Int64:

@@ -46,6 +46,18 @@ class Plan:
         """The content of its file."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
+    def choose(self, rows: int) -> Sequential | Speculative:
+        """The schedule of a run whose batches have at most so many rows."""
+        if self.schedule is None:
+            log.info("schedule=auto: sequential, which the probe recommends")
+            return Sequential()
+        if rows > self.max_rows:
+            log.info("schedule=auto: sequential: %d rows, and by the probe over %d do not pay", rows, self.max_rows)
+            return Sequential()
+        schedule = Speculative(**self.schedule)
+        log.info("schedule=auto: %s, which the probe recommends for up to %d rows", schedule, self.max_rows)
+        return schedule
+
 
 @dataclass(frozen=True)
 class Auto(Schedule):
@@ -77,19 +89,27 @@ class Auto(Schedule):
         """Never called."""
         raise AssertionError("the chosen schedule runs")
 
-    def choose(self, model: LatentModel, reasoner: str, *, rows: int, dtype: str) -> Sequential | Speculative:
-        """The schedule to run.
+    def read(self, model: LatentModel, reasoner: str, dtype: str) -> Plan:
+        """The plan of a run.
 
         Args:
             model: the model.
             reasoner: its digest.
-            rows: most rows of a batch of the run.
             dtype: of the run.
 
         Raises:
             UsageError: there is no plan, or it is not for this model and dtype.
         """
-        plan, path = self._read(model)
+        path = Path(self.probe).expanduser() / PLAN
+        try:
+            plan = Plan(**json.loads(path.read_text()))
+            if plan.schedule is not None:
+                Speculative(**plan.schedule)
+        except OSError as error:
+            why = f"follows ltts probe, and {path} is not there; ltts probe model={model.name} writes it"
+            raise bad_value("schedule", self.name, why) from error
+        except (TypeError, ValueError, UsageError) as error:
+            raise bad_value("schedule.probe", self.probe, f"{PLAN} holds no plan ({error})") from error
         for what, found, wanted in (
             ("weights", plan.reasoner, reasoner),
             ("model.latents", plan.latents, model.latents),
@@ -98,25 +118,4 @@ class Auto(Schedule):
             if found != wanted:
                 shown = "" if what == "weights" else f" ({found}, not {wanted})"
                 raise bad_value("schedule.probe", self.probe, f"{PLAN} was made for other {what}{shown}")
-        if plan.schedule is None:
-            log.info("schedule=auto: sequential, which %s recommends", path)
-            return Sequential()
-        if rows > plan.max_rows:
-            log.info("schedule=auto: sequential: %d rows, and by %s more than %d do not pay", rows, path, plan.max_rows)
-            return Sequential()
-        try:
-            schedule = Speculative(**plan.schedule)
-        except (TypeError, UsageError) as error:
-            raise bad_value("schedule.probe", self.probe, f"{PLAN} holds no schedule ({error})") from error
-        log.info("schedule=auto: %s, which %s recommends for up to %d rows", schedule, path, plan.max_rows)
-        return schedule
-
-    def _read(self, model: LatentModel) -> tuple[Plan, Path]:
-        path = Path(self.probe).expanduser() / PLAN
-        try:
-            return Plan(**json.loads(path.read_text())), path
-        except OSError as error:
-            why = f"follows ltts probe, and {path} is not there; ltts probe model={model.name} writes it"
-            raise bad_value("schedule", self.name, why) from error
-        except (TypeError, ValueError) as error:
-            raise bad_value("schedule.probe", self.probe, f"{PLAN} holds no plan ({error})") from error
+        return plan
