@@ -56,6 +56,7 @@ def line_of(checkpoint, *arguments):
     return ("run", "model=demo_coconut", f"model.checkpoint={checkpoint}", *few, *arguments)
 
 
+@pytest.mark.slow  # Ray and its workers take half a minute to start; test_dispatch.py is quick
 def test_runs_rounds_and_annotations_equal_those_of_local(checkpoint, tmp_path):
     def both(name, line):
         return [(*line, f"{key}={name}_local"), (*line, *RAY, "executor.shard=fixed", f"{key}={name}_ray")]

@@ -8,6 +8,7 @@ import tiny
 import torch
 from against_oracle import MASKS, NOISE, TOLERANCE, assert_rows_equal, name, roll
 from refusal import check_refused
+from torch.utils.flop_counter import FlopCounterMode
 
 from latent_tts.checkpoint.draft import DraftRecord
 from latent_tts.engine.draft import DraftHead, load_draft, save_draft
@@ -84,6 +85,16 @@ def test_a_file_gives_back_the_head(tmp_path):
     other = inputs[1].clone()
     other[1, 3:] = 9.0  # padding
     assert torch.equal(loaded(inputs[0], other, inputs[2]), loaded(*inputs))
+
+
+def test_operations_are_those_of_a_prediction(monkeypatch):
+    # the counter does not see into torch's fused operators, which scores and sums of attention are on CPUs
+    monkeypatch.setattr("torch.backends.mha.get_fastpath_enabled", lambda: False)
+    head, prompt = head_of(9), 20
+    with FlopCounterMode(display=False) as counter:
+        head(torch.zeros(1, tiny.WIDTH), torch.zeros(1, prompt, tiny.WIDTH), torch.tensor([prompt]))
+    attention = 2 * 2 * 8 * (8 + prompt + 1) * tiny.WIDTH
+    assert DraftRecord("", 9, tiny.WIDTH).flops(prompt) == counter.get_total_flops() + attention
 
 
 def question(number):

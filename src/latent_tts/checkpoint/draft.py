@@ -31,9 +31,9 @@ class DraftRecord:
 
     def flops(self, prompt: int) -> float:
         """Operations of a prediction after a prompt of so many tokens."""
-        predicted = self.latents - 1
-        products = 15 * predicted + 2 * prompt  # two attentions, MLP and output; keys and values of the prompt
-        return 2 * products * self.width**2 + 4 * predicted * (predicted + prompt) * self.width
+        predicted, read = self.latents - 1, prompt + 1
+        products = 15 * predicted + 2 * read  # two attentions, MLP and output; keys and values of what is read
+        return 2 * products * self.width**2 + 4 * predicted * (predicted + read) * self.width
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -236,7 +236,7 @@ def check_weights(*options: ModelAdapter | Scorer | None) -> None:
 
 
 def _code() -> str:
-    return code_digests([], [], DRAWING)[PACKAGE]
+    return code_digests([], [], (*DRAWING, "executor", "pipeline", "scorer"))[PACKAGE]
 
 
 # The worker

@@ -55,7 +55,7 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
         RunError: a failure while drawing or computing.
     """
     run, view = asked.run, asked.view
-    beside = [spec for spec in (asked.against, asked.deterministic) if spec is not None]
+    beside = [spec for spec in (asked.beside, asked.deterministic) if spec is not None]
     drawn = [(run, rollouts), *((spec, draw_rollouts(spec)) for spec in beside)]
     with computing("tracing", "what was drawn is in the cache", LESS_MEMORY):
         results_Q = [step_results(run.adapter, question) for question in run.questions]
