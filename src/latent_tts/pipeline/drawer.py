@@ -283,6 +283,17 @@ def latents_digest(spec: RunSpec, computations: tuple[Computation, Computation |
     return settings_digest(latents_key(spec, *computations))
 
 
+def one_per_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], list[RolloutJob]]]:
+    """Places and jobs: the first run of rollouts of each question, then its second one after a gap, and so on."""
+    left = list(enumerate(jobs))
+    while left:
+        first: dict[str, tuple[int, RolloutJob]] = {}
+        for place, job in left:
+            first.setdefault(job.row_key, (place, job))
+        yield [place for place, _ in first.values()], [job for _, job in first.values()]
+        left = [each for each in left if first[each[1].row_key][0] != each[0]]
+
+
 def not_compared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
     """The rollouts that come before those of some jobs and were not compared yet, or are known no more."""
     unknown = []
@@ -409,7 +420,7 @@ class Drawer:
     def _part(self, batch: list[RolloutJob], shard: Shard) -> Part:
         request = shard.request
         if request.compares:
-            self.catch_up(batch)
+            self.catch_up(next(one_per_question(batch))[1])
         with self._shown(batch, shard):
             return self.draw(batch, shard) if request.drawn else self._think(batch, shard)
 
@@ -449,10 +460,10 @@ class Drawer:
         rollouts = self.roll(batch, answers=request.answers)
         measured = _measured(started, self.engine.device, len(rollouts.answer_ids))
         places, latents_RTD, steps_R = places_of(batch), rollouts.latents_RTD, rollouts.steps_R.numpy()
-        rollouts.latents_RTD = latents_RTD[:0]  # the table does not hold them
+        rollouts.latents_RTD = latents_RTD.new_empty(0)  # the table does not hold them
         scored = self.scorer.score(batch, latents_RTD, rollouts.steps_R) if request.scored else {}
         if request.compares:
-            compared = ragged(directions.add(self._keys(batch), latents_RTD).numpy(), steps_R)
+            compared = ragged(self._compare(batch, latents_RTD).numpy(), steps_R)
         else:
             compared = pa.array([shard.dissimilarity[place] for place in places], pa.list_(pa.float32()))
 
@@ -489,8 +500,25 @@ class Drawer:
         """Think the rollouts before a batch again, as far as what is known of them has to be compared with it."""
         if not self.spec.adapter.latents:
             return
+        kept = self._keys(batch)
         for earlier in self.batches(not_compared(batch, self._latents)):
-            directions.add(self._keys(earlier), self.roll(earlier, answers=False).latents_RTD)
+            latents_RTD = self.roll(earlier, answers=False).latents_RTD
+            directions.add(self._keys(earlier), latents_RTD, first=[job.rollouts[0] for job in earlier], kept=kept)
+
+    def _compare(self, batch: list[RolloutJob], latents_RTD: Tensor) -> Tensor:
+        """How far the rollouts of a batch are from those before them, see `DirectionSums.add`."""
+        summed_RT = torch.zeros(latents_RTD.shape[:2])
+        rows_JN = torch.arange(len(latents_RTD)).view(len(batch), -1)
+        if not self.spec.adapter.latents:
+            return summed_RT
+        for places, jobs in one_per_question(batch):
+            self.catch_up(jobs)
+            rows_R = rows_JN[places].flatten()
+            first = [job.rollouts[0] for job in jobs]
+            summed_RT[rows_R] = directions.add(
+                self._keys(jobs), latents_RTD[rows_R.to(latents_RTD.device)], first=first
+            )
+        return summed_RT
 
     def _keys(self, batch: Sequence[RolloutJob]) -> list[str]:
         return [directions_key(self._latents, job.row_key) for job in batch]
