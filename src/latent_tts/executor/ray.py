@@ -188,7 +188,11 @@ class _Actor:
     def _ready(self, work_id: str, content: list[Any]) -> Worker:
         """The worker of a piece of work; one that was started again has forgotten it."""
         if self._worker is None or self._id != work_id:
-            work: Work = pickle.loads(_ray().get(content[0]))
+            try:
+                work: Work = pickle.loads(_ray().get(content[0]))
+            except (ImportError, AttributeError) as error:
+                where = f"the worker on {socket.gethostname()}"
+                raise RunError(f"{where} does not have the driver's code: {error}") from error
             self._worker, self._id = work.start(), work_id
         return self._worker
 

@@ -17,11 +17,11 @@ from latent_tts.types import Float64
 MAP_WIDTH, MAP_HEIGHT = 96, 18
 MAX_ROWS = 16  # of a table of rollouts
 # marks of rollouts, and of the latents of a sweep: committed, to be computed again, final before, not computed
-SIGNS = {"right": "●", "wrong": "✗", "voted": "●", "other": "✗", "against": "·",
+SIGNS = {"right": "●", "wrong": "✗", "voted": "●", "other": "✗", "beside": "·",
          "commit": "✓", "conflict": "↻", "kept": "·", "free": " "}  # fmt: skip
-ASCII = {"right": "o", "wrong": "x", "voted": "o", "other": "x", "against": ".",
+ASCII = {"right": "o", "wrong": "x", "voted": "o", "other": "x", "beside": ".",
          "commit": "C", "conflict": "!", "kept": ".", "free": " "}  # fmt: skip
-STYLES = {"right": "cyan", "wrong": "red", "voted": "cyan", "other": "red", "against": "magenta",
+STYLES = {"right": "cyan", "wrong": "red", "voted": "cyan", "other": "red", "beside": "magenta",
           "deterministic": "bold", "commit": "cyan", "conflict": "red"}  # fmt: skip
 STEPS = string.digits[1:] + string.ascii_letters  # what marks the latents of the deterministic rollout
 
@@ -178,7 +178,7 @@ def map_lines(question: TracedQuestion, drawn: LatentMap, width: int, signs: dic
 
     anchor = len(drawn.points) - 1
     for point_2 in points[1] if anchor > 1 else ():
-        put(point_2, signs["against"], STYLES["against"])
+        put(point_2, signs["beside"], STYLES["beside"])
     for kind, path_T2 in zip(question.kinds(0), drawn.points[0], strict=True):
         for point_2 in path_T2:
             put(point_2, signs[kind], STYLES[kind])
@@ -197,7 +197,7 @@ def legend(question: TracedQuestion, drawn: LatentMap, signs: dict[str, str]) ->
     axes = "t-SNE" if drawn.explained is None else f"PCA, {100 * sum(drawn.explained):.0f} % of the variance"
     kinds = ("voted", "other") if own.correct_N is None else ("right", "wrong")
     marks = [f"{signs[kind]} {own.sampler}, {KINDS[kind]}" for kind in kinds]
-    marks += [f"{signs['against']} {question.samplers[1].sampler}"] * (len(question.samplers) > 2)
+    marks += [f"{signs['beside']} {question.samplers[1].sampler}"] * (len(question.samplers) > 2)
     return printable(f"{axes}: {'; '.join(marks)}; 1 2 3 ... the deterministic latents")
 
 
