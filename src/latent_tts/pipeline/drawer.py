@@ -38,10 +38,8 @@ from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import RunError, require
-from latent_tts.executor import Executor
-from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.code import DRAWING, PACKAGE, code_digests
-from latent_tts.pipeline.keys import chosen_by_scores, computed_attributes, latents_key, score_key
+from latent_tts.pipeline.code import DRAWING
+from latent_tts.pipeline.keys import chosen_by_scores, latents_key, score_key
 from latent_tts.pipeline.models import (
     find_device,
     load_reasoner,
@@ -53,11 +51,11 @@ from latent_tts.pipeline.models import (
 )
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
+from latent_tts.pipeline.worker_checks import check_code, check_draft, check_weights, code_of_driver
 from latent_tts.results import report
 from latent_tts.results.cache import MEASURED, NOT_DECODED, ROLLOUT_SCHEMA, SCORE_SCHEMA, SCORED_BY, SCORING
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
-from latent_tts.scorer import Scorer
 from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
@@ -180,14 +178,14 @@ class DrawingWork:
         longest: tokens of the longest prompt to come.
         scored: whether the run's scorer reads latents.
         max_bytes: what is known to fit, by `Description.memory`.
-        code: digest of the code that draws, where the worker is in another process; else None.
+        code: see `worker_checks.code_of_driver`.
     """
 
     spec: RunSpec
     longest: int
     scored: bool
     max_bytes: Mapping[str, int]
-    code: str | None
+    code: Mapping[str, str] | None
 
     @classmethod
     def of(cls, spec: RunSpec, longest: int, *, scored: bool, max_bytes: Mapping[str, int]) -> DrawingWork:
@@ -198,45 +196,22 @@ class DrawingWork:
         lean = replace(
             spec, questions=[], prompts=dict([prompt]), donors={}, counts=None, refresh=False, on_answers=None
         )
-        return cls(lean, longest, scored, max_bytes, code_of_driver(spec.executor))
+        options = (spec.adapter, spec.sampler, spec.schedule, spec.search, spec.scorer)
+        code = code_of_driver(spec.executor, options, [spec.config.get(name) for name in (*DRAWING, "scorer")])
+        return cls(lean, longest, scored, max_bytes, code)
 
     def start(self) -> Drawer:
         """A worker in this process.
 
         Raises:
-            RunError: this process has other code or another checkpoint than the driver.
+            RunError: this process has other code, weights or another draft head than the driver.
         """
         if self.code is not None:
             check_code(self.code)
             check_weights(self.spec.adapter, self.spec.scorer)
+            check_draft(self.spec.draft)
         packed = self.code is not None
         return Drawer(self.spec, self.longest, scored=self.scored, max_bytes=self.max_bytes, packed=packed)
-
-
-def code_of_driver(executor: Executor) -> str | None:
-    """A digest of the code that draws, for workers in other processes; None where there are none."""
-    return None if executor.in_process else _code()
-
-
-def check_code(code: str) -> None:
-    """Raise RunError unless this process has the driver's code that draws."""
-    if _code() != code:
-        raise RunError(f"the worker on {socket.gethostname()} has another version of latent_tts than the driver")
-
-
-def check_weights(*options: ModelAdapter | Scorer | None) -> None:
-    """Raise RunError unless this machine has the driver's weights; options forget what they knew of its files."""
-    for option in filter(None, options):
-        digest = option.digest
-        for name in computed_attributes(type(option)):
-            vars(option).pop(name, None)  # this machine may have other files under the same paths
-        if option.digest != digest:
-            where = f"the worker on {socket.gethostname()}"
-            raise RunError(f"{where} has other weights of {option.name} than the driver")
-
-
-def _code() -> str:
-    return code_digests([], [], (*DRAWING, "executor", "pipeline", "scorer"))[PACKAGE]
 
 
 # The worker
