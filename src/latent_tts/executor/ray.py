@@ -141,10 +141,13 @@ class RayPool:
         Raises:
             RunError: no worker is left, or Ray is gone.
         """
-        ray, worker = _ray(), -1
+        ray = _ray()
         try:
             (reference,), _ = ray.wait(list(self._running), num_returns=1)
-            worker = self._running.pop(reference)
+        except ray.exceptions.RayError as error:
+            raise RunError(f"Ray is gone: {_in_one_line(error)}") from error
+        worker = self._running.pop(reference)
+        try:
             result, seconds, warnings = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             _raise_cause(error)
@@ -156,8 +159,8 @@ class RayPool:
 
     def _lose(self, worker: int, error: Exception) -> Finished:
         """Give up a worker that Ray does not start again."""
-        self._actors.pop(worker, None)
-        why = " ".join(str(error).split("\n\n")[0].split())
+        del self._actors[worker]
+        why = _in_one_line(error)
         if not self._actors:
             raise RunError(f"no worker of executor=ray is left: {why}") from error
         log.warning("executor=ray lost worker %d, %d are left: %s", worker, len(self._actors), why)
@@ -293,6 +296,11 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
         max_task_retries=executor.max_task_retries,
     )
     return [kind.remote(threads) for _ in range(workers)]
+
+
+def _in_one_line(error: Exception) -> str:
+    """The first paragraph of what Ray says."""
+    return " ".join(str(error).split("\n\n")[0].split())
 
 
 def _cores() -> int:
