@@ -112,7 +112,7 @@ sys.exit(cli.main(sys.argv[2:]))
 def test_under_a_cap_on_memory_a_run_is_completed_in_smaller_batches(tmp_path):
     line = ["run", "task.limit=64", "n=64", "sampler=gaussian", "scorer=none", "budget=fixed", "engine.rows=4096"]
     frames = []
-    for cap in (1 << 40, 450 << 20):
+    for cap in (1 << 40, 900 << 20):
         arguments = [str(cap), *line, f"hydra.run.dir={cap}", f"paths.cache=cache{cap}"]
         done = subprocess.run([sys.executable, "-c", CAPPED, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

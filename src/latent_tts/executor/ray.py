@@ -148,7 +148,7 @@ class RayPool:
         try:
             (reference,), _ = ray.wait(list(self._running), num_returns=1)
         except ray.exceptions.RayError as error:
-            raise RunError(f"Ray cannot say which worker of executor=ray is done: {_reason(error)}") from error
+            raise RunError(f"Ray is gone: {_in_one_line(error)}") from error
         worker = self._running.pop(reference)
         try:
             result, seconds, warnings = ray.get(reference)
@@ -162,17 +162,12 @@ class RayPool:
 
     def _lose(self, worker: int, error: Exception) -> Finished:
         """Give up a worker that Ray does not start again."""
-        self._actors.pop(worker, None)
-        why = _reason(error)
+        del self._actors[worker]
+        why = _in_one_line(error)
         if not self._actors:
             raise RunError(f"no worker of executor=ray is left: {why}") from error
         log.warning("executor=ray lost worker %d, %d are left: %s", worker, len(self._actors), why)
         return Finished(worker, None, 0.0, lost=True)
-
-
-def _reason(error: Exception) -> str:
-    """The first paragraph of an exception, in a line."""
-    return " ".join(str(error).split("\n\n")[0].split())
 
 
 class _Actor:
@@ -372,6 +367,11 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
         allowed += f"cluster is in use; each worker takes {plan.cores:g} cores and {plan.gpus:g} GPUs"
         raise bad_value("executor.workers", executor.workers, allowed)
     return actors
+
+
+def _in_one_line(error: Exception) -> str:
+    """The first paragraph of what Ray says."""
+    return " ".join(str(error).split("\n\n")[0].split())
 
 
 def _cores() -> int:
