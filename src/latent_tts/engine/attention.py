@@ -257,6 +257,8 @@ class FixedCache(SharedPrefixCache):
         """See `SharedPrefixCache`; a pass at `at_1` has one token."""
         if self.at_1 is None:
             return super().append(layer, key, value)
+        if layer == len(self.suffix):  # nothing stands between the prompt and the answer
+            self.suffix.append((self._new_suffix(key, key.shape[0]), self._new_suffix(value, key.shape[0])))
         keys, values = self.suffix[layer]
         keys.index_copy_(2, self.at_1, key)
         values.index_copy_(2, self.at_1, value)
