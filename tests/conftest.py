@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from refusal import check_refused
 
 from latent_tts import cli
 
@@ -160,6 +159,8 @@ def run(ltts: Callable[..., Result], checkpoint: Path) -> Callable[..., Result]:
 @pytest.fixture
 def refuse(place: Path, checkpoint: Path) -> Callable[..., None]:
     """`ltts run` on the tiny reasoner, which is to refuse what it is given in `words` that name it."""
+    from refusal import check_refused  # imports Hydra, which the process that starts the workers does not need
+
     return lambda *arguments, words: check_refused(*run_line(checkpoint, *arguments), words=words)
 
 

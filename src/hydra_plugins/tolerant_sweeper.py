@@ -44,6 +44,10 @@ class TolerantSweeper(BasicSweeper):
         if hasattr(command, "sweep_overrides"):
             swept = {str(one.key_or_group) for one in overrides if one.is_sweep_override()}
             own_overrides = command.sweep_overrides(self.config, swept)
+        if own_overrides:  # folders are named after what the user gave
+            names = self.config.hydra.job.config.override_dirname
+            excluded = [*names.exclude_keys, *(one.partition("=")[0] for one in own_overrides)]
+            own_overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(excluded)}]")
         jobs = [[*job, *own_overrides] for job in self.split_arguments(overrides, None)[0]]
         common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
 

@@ -21,7 +21,7 @@ KEYS = {
     "cache": ["action", "older_than", "max_size", "stale", "paths.cache"],
     "annotate": ["output", "n", "completions", "keep", "sampler", "schedule", "task.split", "model.latents"],
     "rescore": ["run", "scorer", "aggregator", "engine.rows", "engine.device", "paths.cache"],
-    "trace": ["question", "run", "n", "against", "maps", "top", "threshold", "directions", "sampler", "schedule",
+    "trace": ["question", "run", "n", "beside", "maps", "top", "threshold", "directions", "sampler", "schedule",
               "task", "model.latents", "model.name", "scorer", "engine.rows", "paths.cache", "cache", "keep_latents"],
     "collect": ["runs", "output"],
     "compare": ["a", "b", "a_figure", "b_figure", "a_n", "b_n", "output"],

@@ -19,6 +19,17 @@ from latent_tts.config.meant import quoted, quoted_override
 from latent_tts.errors import RunError, computing
 
 
+def test_a_sweep_over_n_names_its_folders_after_what_was_given(ltts, checkpoint):
+    line = ["run", f"model.checkpoint={checkpoint}", "task.limit=2", "n=1,2", "sampler=greedy", "-m"]
+    dirname = "hydra.sweep.subdir=${hydra.job.override_dirname}"
+    made = ltts(
+        *line, dirname, "hydra.sweep.dir=sw", "hydra.job.config.override_dirname.exclude_keys=[model.checkpoint]"
+    )
+    assert made.code == 0, made.err
+    names = sorted(path.parent.name for path in Path("sw").rglob("run.json"))
+    assert names == [f"n={n},sampler=greedy,task.limit=2" for n in (1, 2)]
+
+
 def test_paths_with_an_equals_sign(run, ltts, tmp_path):
     subdir = "hydra.sweep.subdir=${hydra.job.override_dirname}"
     made = run("n=1,2", "sampler=gaussian", "-m", subdir, "hydra.sweep.dir=sw", "keep_latents=true")

@@ -36,7 +36,7 @@ def data_of(result) -> dict:
 
 def test_maps_tokens_and_scores_are_the_engines_own(ltts, tmp_path):
     result = ltts(
-        "trace", "--example", "n=4", "keep_latents=true", "hydra.run.dir=traced", "against=null", "directions=1"
+        "trace", "--example", "n=4", "keep_latents=true", "hydra.run.dir=traced", "beside=null", "directions=1"
     )
     data = data_of(result)
     [question] = data["questions"]
@@ -78,7 +78,7 @@ def test_maps_tokens_and_scores_are_the_engines_own(ltts, tmp_path):
 
 
 def test_the_first_map_is_the_plane_of_largest_variance(trace):
-    data = data_of(trace(QUESTION, "keep_latents=true", "hydra.run.dir=traced", "against=null", "sampler=gaussian"))
+    data = data_of(trace(QUESTION, "keep_latents=true", "hydra.run.dir=traced", "beside=null", "sampler=gaussian"))
     points = data["questions"][0]["maps"]
     for drawn in points:
         step = slice(None) if drawn["step"] is None else slice(drawn["step"], drawn["step"] + 1)
@@ -90,7 +90,7 @@ def test_the_first_map_is_the_plane_of_largest_variance(trace):
 
 
 def test_several_questions_stand_side_by_side_with_a_row_each(trace):
-    result = trace(QUESTION, OTHER, "scorer=none", "against=gaussian:0.3", "directions=0")
+    result = trace(QUESTION, OTHER, "scorer=none", "beside=gaussian:0.3", "directions=0")
     data = data_of(result)
     assert len(data["questions"]) == 2
     assert [each["name"] for each in data["questions"][1]["samplers"]] == ["dropout 0.05", "gaussian 0.3", "greedy"]
@@ -101,7 +101,7 @@ def test_several_questions_stand_side_by_side_with_a_row_each(trace):
     shown = result.out
     assert shown.index(QUESTION) < shown.index(OTHER) < shown.index("side by side")
     assert "no dependency graph: left out by directions=0" in shown
-    assert "mean score" not in shown
+    assert "score" not in shown.replace("scorer", "")
 
 
 def test_a_question_of_a_run_has_the_answers_of_the_run(run, ltts):
@@ -116,9 +116,9 @@ def test_a_question_of_a_run_has_the_answers_of_the_run(run, ltts):
         assert question["samplers"][0]["correct"] == own["correct"].tolist()
     assert [each["name"] for each in data["questions"][0]["samplers"]] == ["gaussian 0.4", "dropout 0.05", "greedy"]
     assert not [line for line in result.err.splitlines() if "drawn again" in line]
-    fewer = data_of(ltts("trace", ids[2], f"run={folder}", "n=2", "against=null", "directions=0"))
+    fewer = data_of(ltts("trace", ids[2], f"run={folder}", "n=2", "beside=null", "directions=0"))
     assert fewer["questions"][0]["samplers"][0]["predictions"] == data["questions"][0]["samplers"][0]["predictions"][:2]
-    first = page(ltts("trace", f"run={folder}", "against=null", "directions=0"))
+    first = page(ltts("trace", f"run={folder}", "beside=null", "directions=0"))
     assert f"question {ids[0]}" in first
 
 
@@ -133,7 +133,7 @@ def test_a_run_whose_rollouts_are_gone_is_drawn_again(own_copy, ltts, tmp_path):
 @pytest.mark.parametrize(("schedule", "conflicts"), [("speculative", True), ("jacobi", False), ("sequential", False)])
 def test_the_timeline_adds_up_to_what_the_schedule_counts(trace, schedule, conflicts):
     more = ["schedule.sweeps=3", "schedule.chunk=4"] if schedule == "jacobi" else []
-    own = data_of(trace(QUESTION, f"schedule={schedule}", *more, "against=null", "directions=0"))["questions"][0][
+    own = data_of(trace(QUESTION, f"schedule={schedule}", *more, "beside=null", "directions=0"))["questions"][0][
         "samplers"
     ][0]
     first, stop, final = (np.array(own[name]) for name in ("first", "stop", "final"))
@@ -151,7 +151,7 @@ def test_the_timeline_adds_up_to_what_the_schedule_counts(trace, schedule, confl
 
 
 def test_a_model_that_decides_how_many_latents_it_needs(ltts):
-    result = ltts("trace", "task=arith", "task.limit=6", "model=demo_colar", "n=2", "directions=1", "against=null")
+    result = ltts("trace", "task=arith", "task.limit=6", "model=demo_colar", "n=2", "directions=1", "beside=null")
     data = data_of(result)
     steps = [steps for question in data["questions"] for steps in question["samplers"][0]["steps"]]
     assert len(set(steps)) > 1
@@ -166,11 +166,11 @@ def test_a_model_that_decides_how_many_latents_it_needs(ltts):
 
 
 def test_every_answer_is_shown_where_a_run_decodes_only_its_picks(ltts):
-    line = ["--example", "n=4", "answer.decode=winners", "against=null", "directions=0", "hydra.run.dir=traced"]
+    line = ["--example", "n=4", "answer.decode=winners", "beside=null", "directions=0", "hydra.run.dir=traced"]
     drawn = data_of(ltts("trace", *line))["questions"][0]["samplers"][0]
     assert None not in drawn["predictions"]
     assert (pd.read_parquet("traced/rollouts.parquet")["stop_reason"] == "not_decoded").sum() == 3
-    again = data_of(ltts("trace", "run=traced", "against=null", "directions=0"))["questions"][0]["samplers"][0]
+    again = data_of(ltts("trace", "run=traced", "beside=null", "directions=0"))["questions"][0]["samplers"][0]
     assert again == drawn
 
 
@@ -180,7 +180,7 @@ def test_a_budget_that_looks_at_rollouts_has_one_pick_and_its_own_counts(ltts):
         "task.limit=3",
         "n=16",
         "budget=adaptive",
-        "against=null",
+        "beside=null",
         "directions=0",
         "hydra.run.dir=traced",
     ]
@@ -191,12 +191,12 @@ def test_a_budget_that_looks_at_rollouts_has_one_pick_and_its_own_counts(ltts):
     assert [len(each["samplers"][0]["steps"]) for each in data_of(result)["questions"]] == counts
     assert "majority" in result.out
     assert "best_of_n" not in result.out
-    again = ltts("trace", *table["question_id"].unique(), "run=traced", "against=null", "directions=0")
+    again = ltts("trace", *table["question_id"].unique(), "run=traced", "beside=null", "directions=0")
     assert data_of(again)["questions"] == data_of(result)["questions"]
 
 
 def test_a_model_with_sweeps_of_its_own_has_a_timeline_and_no_graph(ltts):
-    result = ltts("trace", "--example", "model=demo_pccot", "n=2", "against=null", "scorer=none")
+    result = ltts("trace", "--example", "model=demo_pccot", "n=2", "beside=null", "scorer=none")
     [question] = data_of(result)["questions"]
     assert question["graph"] is None
     assert "sweeps of its own" in page(result)
@@ -204,7 +204,7 @@ def test_a_model_with_sweeps_of_its_own_has_a_timeline_and_no_graph(ltts):
 
 
 def test_words_for_latents_of_the_built_in_reasoner(ltts):
-    shown = ltts("trace", "--example", "n=2", "against=null", "directions=0").out
+    shown = ltts("trace", "--example", "n=2", "beside=null", "directions=0").out
     assert re.search(r"1 +38 +9\d +38 of step 1: 100 %", shown)
     assert re.search(r"greedy +7 +yes +-[0-9.]+ +38 7 7 7 7 7", shown)
 
@@ -232,12 +232,12 @@ ASKED = f"question=['{QUESTION}']"
         ([ASKED, "top=0"], ["top=0", "1 to 20"]),
         ([ASKED, "threshold=0"], ["threshold=0", "above 0"]),
         ([ASKED, "directions=-1"], ["directions=-1"]),
-        ([ASKED, "against=nosuch"], ["against=nosuch", "dropout, gaussian, greedy"]),
-        ([ASKED, "against='gaussian:much'"], ["sampler.sigma=much"]),
-        ([ASKED, "against='gaussian:-1'"], ["sigma=-1"]),
-        ([ASKED, "against='greedy:1'"], ["against=greedy:1", "no parameter"]),
-        ([ASKED, "against=native"], ["sampler=native", "predicts no spread"]),
-        ([ASKED, "against='control:shuffle'"], ["against=control", "has no place"]),
+        ([ASKED, "beside=nosuch"], ["beside=nosuch", "dropout, gaussian, greedy"]),
+        ([ASKED, "beside='gaussian:much'"], ["sampler.sigma=much"]),
+        ([ASKED, "beside='gaussian:-1'"], ["sigma=-1"]),
+        ([ASKED, "beside='greedy:1'"], ["beside=greedy:1", "no parameter"]),
+        ([ASKED, "beside=native"], ["sampler=native", "predicts no spread"]),
+        ([ASKED, "beside='control:shuffle'"], ["beside=control", "has no place"]),
         ([ASKED, "n=0"], ["n=0"]),
         (["run=nowhere"], ["run=nowhere", "a completed run"]),
     ],

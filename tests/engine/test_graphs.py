@@ -228,7 +228,7 @@ def test_so_does_every_sampler_with_every_plan(sampler, plan):
 @pytest.mark.parametrize("model", ["demo_coconut", "demo_codi", "demo_colar", "demo_cot"])
 def test_so_does_every_adapter(ltts, monkeypatch, tmp_path, model):
     line = ["run", f"model={model}", "task.limit=12", "n=4", "engine.rows=8", "max_answer_tokens=4", "budget=fixed"]
-    line += ["answer.temperature=1", "sampler=greedy"] if model == "demo_cot" else ["sampler=gaussian"]
+    line += ["sampler=greedy", "answer.temperature=1"] if model == "demo_cot" else ["sampler=gaussian"]
     runs = []
     for way in ("eager", "recorded"):
         runs.append(ltts(*line, f"paths.cache={tmp_path / way}"))

@@ -5,7 +5,7 @@ import itertools
 from collections import defaultdict
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from latent_tts.errors import RunError
@@ -61,9 +61,10 @@ def ends(timeline):
     return last
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.floats(0.1, 10), min_size=1, max_size=5),
-    st.lists(st.floats(0.01, 100), min_size=1, max_size=60),
+    st.lists(st.floats(0.01, 100), min_size=1, max_size=30),
     st.one_of(st.none(), st.integers(1, 10)),
     st.dictionaries(st.integers(1, 4), st.integers(0, 3)),
 )

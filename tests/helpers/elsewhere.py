@@ -27,6 +27,9 @@ class _Backend(_DummyBackendModule):
     def device_count(self) -> int:
         return 0
 
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
 
 torch.inference_mode = torch.no_grad  # tensor subclasses cannot be sliced under inference_mode
 _setup_privateuseone_for_python_backend("elsewhere", _Backend())
@@ -34,6 +37,7 @@ torch._C._set_only_lift_cpu_tensors(True)  # otherwise torch.tensor(numbers, dev
 
 import devices  # noqa: E402
 import objectives  # noqa: E402
+import tiny  # noqa: E402
 
 from latent_tts.engine import head, prompts  # noqa: E402
 from latent_tts.random import draw as rng  # noqa: E402
@@ -41,6 +45,8 @@ from latent_tts.task.arith import Arith, words  # noqa: E402
 from latent_tts.training.reasoner.backbone import BackboneConfig  # noqa: E402
 from latent_tts.training.reasoner.train import ReasonerModule  # noqa: E402
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer  # noqa: E402
+from latent_tts.training.reward_model.loss import RewardLoss  # noqa: E402
+from latent_tts.training.reward_model.model import LatentRMModule  # noqa: E402
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("elsewhere:0")
 head.VALUES_AT_ONCE["elsewhere"] = head.VALUES_AT_ONCE["cuda"]
@@ -133,8 +139,31 @@ def training_losses(family: str, checkpoint: Path, folder: Path, *, there: bool)
     return [value.here if isinstance(value, There) else value for value in values]
 
 
+def reward_loss(*, there: bool) -> list[Tensor]:
+    """The loss of a LatentRM and its gradients, in float64."""
+    module = LatentRMModule(tiny.reasoner("llama").lm, seed=0)
+    module = moved(module, trained=True) if there else module
+    random = torch.Generator().manual_seed(0)
+    batch = [torch.tensor([[3, 4, 5], [6, 7, 0]]), torch.tensor([3, 2])]
+    latents_QNTD = torch.randn(2, 4, 3, tiny.WIDTH, generator=random).double()
+    batch += [latents_QNTD, torch.rand(2, 4, 3, generator=random).double()]
+    batch += [torch.tensor([[True, False, True, False]] * 2)]
+    if there:
+        batch = [There(value) for value in batch]
+    loss = RewardLoss("contrastive", False)(module(*batch[:3]), *batch[3:])
+    gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
+    values = [loss, *(gradient for gradient in gradients if gradient is not None)]
+    return [value.here if isinstance(value, There) else value for value in values]
+
+
 def check_training() -> None:
-    """Check the objective of every family."""
+    """Check the objective of every family, and that of LatentRM."""
+    expected = reward_loss(there=False)
+    with Dispatch():
+        found = reward_loss(there=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    print("LatentRM, training: same", flush=True)
     with TemporaryDirectory() as place:
         checkpoint = Path(place) / "checkpoint"
         checkpoint.mkdir()

@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from latent_tts.engine.rollout import Engine, RolloutState
+from latent_tts.pipeline.drawer import one_per_question
 from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.results.run_folder import ROLLOUT_COLUMNS
 
@@ -107,10 +109,17 @@ sys.exit(cli.main(sys.argv[2:]))
 def test_under_a_cap_on_memory_a_run_is_completed_in_smaller_batches(tmp_path):
     line = ["run", "task.limit=64", "n=64", "sampler=gaussian", "scorer=none", "budget=fixed", "engine.rows=4096"]
     frames = []
-    for cap in (1 << 40, 450 << 20):
+    for cap in (1 << 40, 900 << 20):
         arguments = [str(cap), *line, f"hydra.run.dir={cap}", f"paths.cache=cache{cap}"]
         done = subprocess.run([sys.executable, "-c", CAPPED, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         frames.append(pd.read_parquet(tmp_path / str(cap) / "rollouts.parquet"))
     assert "batches are halved" in done.stderr
     check_equal(*frames)
+
+
+def test_runs_of_a_question_with_a_gap_are_compared_one_after_another():
+    jobs = [SimpleNamespace(row_key=key, number=number) for number, key in enumerate("abaca")]
+    assert [(places, [job.number for job in found]) for places, found in one_per_question(jobs)] == [
+        (places, places) for places in ([0, 1, 3], [2], [4])
+    ]

@@ -1,6 +1,7 @@
 """Budgets that look at rollouts: `ltts run` draws what `ltts replay` would have drawn, and ends where it does."""
 
 import json
+import threading
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from marks import slow
 from refusal import check_refused
 
 from latent_tts.results.run_folder import BUDGET_COLUMNS, read_metrics
+from latent_tts.text.answer import AnswerRule
 
 N = 12
 # of twelve rollouts most are 42, so that some questions stop early and others do not
@@ -227,3 +229,17 @@ def test_a_replay_names_what_it_cannot_replay(ltts, family):
     assert half.code == 0
     assert pd.read_parquet("half/budget.parquet")["drawn"].max() <= 6
     assert np.isfinite(read_metrics(half.last)["n"]).all()
+
+
+def test_answers_are_read_while_the_next_batch_is_drawn(ltts, family, monkeypatch):
+    readers, read = [], AnswerRule.read
+
+    def remember(self, *arguments):
+        readers.append(threading.current_thread().name)
+        return read(self, *arguments)
+
+    monkeypatch.setattr(AnswerRule, "read", remember)
+    result = ltts("run", *family, *BUDGETS["lockout"], "engine.rows=3", "hydra.run.dir=ahead")
+    assert result.code == 0, result.err
+    assert "answer reader" in readers
+    assert readers.count("answer reader") < N * 5  # equal ones are read once

@@ -100,6 +100,7 @@ def test_a_moved_checkpoint_and_a_moved_scorer_stay_on_one_curve(seeded, ltts, c
     assert ltts("compare", "mix", "mix").code == 0
 
 
+@pytest.mark.slow  # the reasoner's weights are in the quick test above
 def test_the_weights_of_a_scorer_are_part_of_a_curve(seeded, ltts, checkpoint, tmp_path):
     scored = ["scorer=latent_rm", f"scorer.checkpoint={tmp_path / 'rm'}"]
     for seed in (0, 1):

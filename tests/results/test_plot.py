@@ -81,6 +81,7 @@ def texts(axis) -> list[str]:
     return [tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("count", [1, 3, 8, 20])
 @pytest.mark.parametrize("table", [sweep, checkpoints])
 def test_every_curve_has_a_look_and_a_legend_entry_of_its_own(count, table):
@@ -303,3 +304,34 @@ def test_plot_alone_draws_the_last_run_or_sweep(run, ltts, tmp_path):
     means = (done.last.parent / "scaling.svg").read_text()
     assert "mean of the seeds" not in means, "drawn from the table without intervals over seeds"
     assert ltts("plot", "against=gflops", "format=pdf").last.name == "scaling_by_gflops.pdf"
+
+
+def places_of_bars(axis) -> list[float]:
+    return [float(bar.lines[2][0].get_segments()[0][0, 0]) for bar in axis.containers]
+
+
+def test_bars_at_one_place_stand_side_by_side_on_every_axis():
+    costs = [
+        row | {"run_id": row["checkpoint"]}
+        for name in checkpoints(8)
+        for row in (name, name | {"metric": "gflops", "aggregator": "", "value": 0.1 * name["n"]})
+    ]
+    for against in ("n", "gflops"):
+        axis = figure_of(costs, against).axes[0]
+        assert len(set(places_of_bars(axis))) == 8, against
+        assert min(places_of_bars(axis)) > (16 if against == "n" else 1.6)
+    point = [
+        row | {"run_id": "r", "sampler_value": "0.1"}
+        for name in rows(ns=(16,), aggregators=AGGREGATORS)
+        for row in (name, name | {"metric": "diversity", "aggregator": "", "value": 0.08})
+    ]
+    axis = figure_of(point, "diversity").axes[1]
+    assert len(set(places_of_bars(axis))) == 4
+    assert axis.get_xlim() == pytest.approx((0.064, 0.096))
+
+
+def test_bars_of_curves_that_end_at_different_n_stay_there():
+    long = [row | {"checkpoint": row["checkpoint"] + "x"} for row in checkpoints(3)]
+    places = sorted(places_of_bars(figure_of(checkpoints(3, ns=(1, 2)) + long).axes[0]))
+    assert places[2] < 3
+    assert places[3] > 16

@@ -2,30 +2,19 @@
 
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from marks import slow
 from terminal import on_terminal
 from traces import made
 
 from latent_tts.results.trace_report import print_trace
 
-CODE = f"""
-sys.path.insert(0, {str(Path(__file__).parents[1] / "helpers")!r})
-from dataclasses import replace
-from traces import made
-from latent_tts.results.trace_report import print_trace
-trace = made("a question")
-print_trace(replace(trace, questions=trace.questions * 2))
-"""
 
-
-@pytest.mark.parametrize(
-    ("columns", "encoding"), [(80, "ascii"), (100, "utf-8"), slow(80, "utf-8"), slow(100, "ascii")]
-)
+@pytest.mark.parametrize(("columns", "encoding"), [(80, "ascii"), (100, "utf-8"), (80, "utf-8"), (100, "ascii")])
 def test_it_fits_the_terminal(columns, encoding):
-    shown = on_terminal(CODE, columns=columns, encoding=encoding)
+    trace = made("a question")
+    twice = replace(trace, questions=trace.questions * 2)
+    shown = on_terminal(lambda _: print_trace(twice), columns=columns, encoding=encoding)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     tables = [
         line for line in plain.splitlines() if not re.search("drift, spread:|dependencies of|PCA|sweeps of|model", line)

@@ -31,9 +31,9 @@ class DraftRecord:
 
     def flops(self, prompt: int) -> float:
         """Operations of a prediction after a prompt of so many tokens."""
-        predicted = self.latents - 1
-        products = 15 * predicted + 2 * prompt  # two attentions, MLP and output; keys and values of the prompt
-        return 2 * products * self.width**2 + 4 * predicted * (predicted + prompt) * self.width
+        predicted, read = self.latents - 1, prompt + 1
+        products = 15 * predicted + 2 * read  # two attentions, MLP and output; keys and values of what is read
+        return 2 * products * self.width**2 + 4 * predicted * (predicted + read) * self.width
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -79,5 +79,11 @@ def find_draft(path: str, reasoner: str, latents: int) -> DraftFile:
         raise bad_value(KEY, path, "was trained for other weights than those of the model")
     if record.latents != latents:
         raise bad_value(KEY, path, f"was trained for model.latents={record.latents}, not {latents}")
+    file = file.resolve()  # a worker may have another working directory
+    return DraftFile(file, draft_digest(file), record)
+
+
+def draft_digest(file: Path) -> str:
+    """16 hex digits that stand for a draft head's file; raises OSError."""
     with file.open("rb") as opened:
-        return DraftFile(file, hashlib.file_digest(opened, "sha256").hexdigest()[:16], record)
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]

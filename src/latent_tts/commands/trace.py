@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config.build import given_keys, is_given, output_dir
 from latent_tts.config.recorded import recorded, recorded_run
-from latent_tts.config.requests import against_option, changed_settings, run_request
+from latent_tts.config.requests import beside_option, changed_settings, run_request
 from latent_tts.errors import UsageError, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import draw_rollouts
@@ -28,7 +28,7 @@ from latent_tts.task.asked import Asked
 
 PAGE = "trace.html"
 # beside `run` only these keys mean something: the others are the run's
-OWN_KEYS = ("run", "question", "n", "against", "maps", "top", "threshold", "directions", "paths.cache")
+OWN_KEYS = ("run", "question", "n", "beside", "maps", "top", "threshold", "directions", "paths.cache")
 OWN_KEYS += ("engine.device", "engine.rows")
 
 
@@ -47,12 +47,12 @@ def main(cfg: DictConfig) -> None:
     request, folder, lines = run_request(merged), output_dir(), []
     if source is None:
         request = with_texts(request, list(cfg.question))
-    against = against_option(merged, cfg.against, request.sampler)
+    beside = beside_option(merged, cfg.beside, request.sampler)
     with cache_root(request.cache, merged.cache) as cache, locked_folder(folder, "hydra.run.dir"):
         run = check_run(replace(request, cache=cache))
         if source is not None:
             run = of_a_run(run, source, record, list(cfg.question), cfg.n if is_given("n") else None)
-        spec = check_trace(run, view, against, n=request.n if source is None else max(run.drawn), source=source)
+        spec = check_trace(run, view, beside, n=request.n if source is None else max(run.drawn), source=source)
         if source is None:
             done = complete_run(
                 folder, run, changed_settings(cfg),

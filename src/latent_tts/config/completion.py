@@ -29,6 +29,8 @@ OWN_VALUES = {
     "cache": ("on", "refresh", "off"),
     "answer.decode": ("all", "winners"),
     "against": ("n", "gflops", "seconds", "diversity"),
+    "beside": ("auto", "dropout", "gaussian", "null"),
+    "maps": ("[pca]", "[pca,tsne]"),
     "format": ("png", "svg", "pdf"),
     "keep": ("mixed", "all"),
     "action": ACTIONS["cache"],

@@ -134,32 +134,32 @@ def annotated_run(cfg: DictConfig, valid: AnnotationFolder) -> DictConfig | None
     return run
 
 
-def against_option(cfg: DictConfig, against: str | None, beside: Sampler) -> tuple[Sampler, dict[str, Any]] | None:
-    """The sampler that `against` of `ltts trace` names, with its config; None for none.
+def beside_option(cfg: DictConfig, beside: str | None, own: Sampler) -> tuple[Sampler, dict[str, Any]] | None:
+    """The sampler that `beside` of `ltts trace` names, with its config; None for none.
 
     Args:
         cfg: the config of the run, whose model says what its parameter is by default.
-        against: `NAME`, `NAME:VALUE`, `auto` or None.
-        beside: the run's own sampler.
+        beside: `NAME`, `NAME:VALUE`, `auto` or None.
+        own: the run's sampler.
 
     Raises:
         UsageError: there is no such sampler, or it refuses the value.
     """
-    if against is None:
+    if beside is None:
         return None
-    name, colon, value = ("dropout" if beside.name == "gaussian" else "gaussian", "", "")
-    if against != "auto":
-        name, colon, value = against.partition(":")
-    elif {"rate", "sigma"} - set(cfg.model.get("recommended") or ()):
+    name, colon, value = ("dropout" if own.name == "gaussian" else "gaussian", "", "")
+    if beside != "auto":
+        name, colon, value = beside.partition(":")
+    elif ("rate" if name == "dropout" else "sigma") not in (cfg.model.get("recommended") or ()):
         return None  # nobody says how strong it should be
     known = GlobalHydra.instance().config_loader().get_group_options("sampler")
     allowed = f"must be auto, null or a sampler, as in gaussian:0.2; one of {', '.join(known)}"
-    require("against", against, name in known, allowed)
+    require("beside", beside, name in known, allowed)
     node = OmegaConf.to_container(compose("run", [f"sampler={name}"]).sampler, resolve=False)
     merged: Any = OmegaConf.create({"model": literal(plain(cfg)["model"]), "sampler": node})
     if colon:
         param = get_class(merged.sampler[TARGET]).param
-        require("against", against, param is not None, f"{name} has no parameter")
+        require("beside", beside, param is not None, f"{name} has no parameter")
         merged.sampler[param] = float(value) if NUMBER.fullmatch(value) else value
     return build("sampler", merged.sampler), plain(merged)["sampler"]
 
@@ -181,7 +181,7 @@ def changed_settings(cfg: DictConfig) -> dict[str, Any]:
         "task._target_", "question", "json", "cache", "sampler._target_", "budget", "scorer._target_",
         "scorer.checkpoint", "scorer.latents", "paths",
         "engine.dtype", "engine.rows", "engine.device", "engine.graph", "executor", "keep_latents", "run",
-        "search._target_", "against", "maps", "top", "threshold", "directions",
+        "search._target_", "beside", "maps", "top", "threshold", "directions",
         "schedule._target_", "schedule.verify", "schedule.probe",
     }  # fmt: skip
     return changed_keys(cfg, own_columns | aggregators)

@@ -79,7 +79,7 @@ class TraceConfig(RunConfig):
 
     question: list[str] = MISSING
     run: str | None = MISSING
-    against: str | None = MISSING
+    beside: str | None = MISSING
     maps: list[str] = MISSING
     top: int = MISSING
     threshold: float = MISSING

@@ -9,6 +9,7 @@ import os
 import pickle
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ CORES_PER_WORKER, MIN_WORKERS = 4, 2
 SECONDS_TO_ANSWER = 3.0  # of a cluster's address
 MIN_STORE_BYTES, MAX_STORE_BYTES = 1 << 27, 1 << 31  # of what workers have sent and the driver has not yet written
 SHARDS = ("measured", "fixed")
-SECONDS_BETWEEN_LOOKS = 1.0  # at the processes of the local Ray
+SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1.0, 5.0  # at the processes of the local Ray; without them
 # A Ray of this machine alone listens on its loopback address; the first variable says so on Linux, too.
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # stdout is the command's; what Ray prints there is discarded
@@ -140,14 +141,13 @@ class RayPool:
         Raises:
             RunError: no worker is left, or Ray is gone.
         """
-        ray, worker = _ray(), -1
+        ray = _ray()
         try:
-            ready: list[Any] = []
-            while not ready:
-                ready, _ = ray.wait(list(self._running), num_returns=1, timeout=SECONDS_BETWEEN_LOOKS)
-                _check_node()
-            reference = ready[0]
-            worker = self._running.pop(reference)
+            (reference,), _ = ray.wait(list(self._running), num_returns=1)
+        except ray.exceptions.RayError as error:
+            raise RunError(f"Ray is gone: {_in_one_line(error)}") from error
+        worker = self._running.pop(reference)
+        try:
             result, seconds, warnings = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             _raise_cause(error)
@@ -159,8 +159,8 @@ class RayPool:
 
     def _lose(self, worker: int, error: Exception) -> Finished:
         """Give up a worker that Ray does not start again."""
-        self._actors.pop(worker, None)
-        why = " ".join(str(error).split("\n\n")[0].split())
+        del self._actors[worker]
+        why = _in_one_line(error)
         if not self._actors:
             raise RunError(f"no worker of executor=ray is left: {why}") from error
         log.warning("executor=ray lost worker %d, %d are left: %s", worker, len(self._actors), why)
@@ -188,7 +188,11 @@ class _Actor:
     def _ready(self, work_id: str, content: list[Any]) -> Worker:
         """The worker of a piece of work; one that was started again has forgotten it."""
         if self._worker is None or self._id != work_id:
-            work: Work = pickle.loads(_ray().get(content[0]))
+            try:
+                work: Work = pickle.loads(_ray().get(content[0]))
+            except (ImportError, AttributeError) as error:
+                where = f"the worker on {socket.gethostname()}"
+                raise RunError(f"{where} does not have the driver's code: {error}") from error
             self._worker, self._id = work.start(), work_id
         return self._worker
 
@@ -210,7 +214,6 @@ class _Warnings(logging.Handler):
         return records
 
 
-_node: list[psutil.Process] = []  # of the local Ray
 _started: dict[tuple[Ray, bool], list[Any]] = {}  # the actors of this process
 
 
@@ -245,7 +248,6 @@ def _say_if_ended() -> None:
 
 def _connect(address: str | None) -> None:
     _say_if_ended()
-    _node.clear()
     os.environ |= SILENT | (LOOPBACK_ALONE if address is None else {})
     ray = _ray()
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -256,21 +258,29 @@ def _connect(address: str | None) -> None:
             return
         store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
         ray.init(num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
-        _node.extend(each for each in psutil.Process().children() if each.name() in NODE)
+        _end_with([each for each in psutil.Process().children() if each.name() in NODE])
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
         raise bad_value(key, value, f"Ray cannot be started ({' '.join(str(error).split())[:200]})") from error
 
 
-def _check_node() -> None:
-    """Raise RunError if a process of the local Ray is gone: this process would be ended by Ray in some seconds."""
-    for process in _node:
+def _end_with(processes: Sequence[psutil.Process]) -> None:
+    """Watch the processes of the local Ray: without them a driver waits for ever, so this one ends soon after."""
+
+    def is_gone(process: psutil.Process) -> bool:
         try:
-            gone = process.status() == psutil.STATUS_ZOMBIE
+            return process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
-            gone = True
-        if gone:
-            raise RunError(f"Ray's process {process.pid} ended; what workers had sent is kept, re-run to resume")
+            return True
+
+    def watch() -> None:
+        while _ray().is_initialized() and not any(map(is_gone, processes)):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if _ray().is_initialized():
+            time.sleep(SECONDS_TO_END)
+            os._exit(1)
+
+    threading.Thread(target=watch, name="watch of Ray's node", daemon=True).start()
 
 
 def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
@@ -286,6 +296,11 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
         max_task_retries=executor.max_task_retries,
     )
     return [kind.remote(threads) for _ in range(workers)]
+
+
+def _in_one_line(error: Exception) -> str:
+    """The first paragraph of what Ray says."""
+    return " ".join(str(error).split("\n\n")[0].split())
 
 
 def _cores() -> int:

@@ -12,7 +12,7 @@ from latent_tts.budget import is_adaptive, play
 from latent_tts.errors import RunError, bad_value, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import CachedRollouts, entries
-from latent_tts.pipeline.rounds import Outcome, Tallying, adaptive_figures, budget_table, with_counts
+from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, adaptive_figures, budget_table, with_counts
 from latent_tts.pipeline.run_output import budget_summary
 from latent_tts.pipeline.scores import check_range
 from latent_tts.pipeline.spec import RunSpec
@@ -81,7 +81,7 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
             raise bad_value("budget", spec.budget.label, f"needs scores, and the rollouts of run={source} have none")
         assert spec.scorer is not None
         check_range(spec.scorer, score)
-    tallying, questions = Tallying(spec), len(spec.questions)
+    tallying, questions = Tallying(spec, AnswerReader(spec).read), len(spec.questions)
     tallying.add(rollouts, score if spec.budget.needs_score else None, [0] * questions, [spec.n] * questions)
     whole = tallying.tallies()
     outcome = Outcome(

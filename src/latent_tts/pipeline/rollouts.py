@@ -14,7 +14,7 @@ import pandas as pd
 from latent_tts.budget import Tally, is_adaptive, play
 from latent_tts.errors import RunError
 from latent_tts.pipeline.keys import computations, latents_key, rollout_key
-from latent_tts.pipeline.rounds import Outcome, Tallying, with_counts
+from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, with_counts
 from latent_tts.pipeline.scores import (
     CachedScores,
     Scores,
@@ -102,12 +102,14 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     others. A question always gets rollouts 0, 1, 2, ..., so cache and tables nest with those of every other budget.
     """
     assert is_adaptive(spec.budget)
-    tallying, drawn_now, before = Tallying(spec), 0, [0] * len(spec.questions)
+    reader = AnswerReader(spec)
+    tallying, drawn_now, before = Tallying(spec, reader.read), 0, [0] * len(spec.questions)
     timeline: list[Span] = []
+    drawing = replace(spec, on_answers=spec.on_answers or reader.take)  # `ltts ask` reads them itself
 
     def tallies_after(drawn_Q: Int64) -> list[Tally]:
         nonlocal drawn_now, before
-        part = replace(spec, counts=drawn_Q.tolist())
+        part = replace(drawing, counts=drawn_Q.tolist())
         new = part.wanted(before)
         if not new.empty:
             rollouts = gather_rollouts(part, rollout_key, new)
@@ -116,7 +118,8 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
             timeline.extend(rollouts.timeline)
         return tallying.tallies()
 
-    outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
+    with reader:
+        outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
     ended = replace(with_counts(spec, outcome), refresh=False)
     rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now

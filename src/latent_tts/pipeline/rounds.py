@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -32,11 +35,49 @@ class _Drawn:
     tokens: list[int] = field(default_factory=list)
 
 
+class AnswerReader:
+    """Reads answers, equal ones once, in a thread: those of a batch while the next one is drawn."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        self._adapter, self._rule = spec.adapter, spec.task.rule
+        self._read: dict[tuple[int, ...], str | None] = {}
+        self._queue: queue.SimpleQueue[list[tuple[int, ...]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._read_all, name="answer reader", daemon=True)
+        self._one_at_a_time = threading.Lock()  # grading may share a process of its own
+
+    def __enter__(self) -> AnswerReader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def take(self, places: Sequence[tuple[str, int]], answer_ids: Sequence[Sequence[int]]) -> None:
+        """Take the answers of a batch; see `RunRequest.on_answers`."""
+        del places
+        self._queue.put([tuple(ids) for ids in answer_ids])
+
+    def read(self, ids: tuple[int, ...]) -> str | None:
+        """The answer in some ids; None if it cannot be read."""
+        with self._one_at_a_time:
+            if ids not in self._read:
+                self._read[ids] = self._rule.read(self._adapter.answer_text(list(ids)), self._adapter)
+            return self._read[ids]
+
+    def _read_all(self) -> None:
+        while (batch := self._queue.get()) is not None:
+            with suppress(Exception):  # whoever asks for the answer gets the error
+                for ids in batch:
+                    self.read(ids)
+
+
 class Tallying:
     """The tallies of a run's questions; rollouts are added as they come, and each answer is read once."""
 
-    def __init__(self, spec: RunSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: RunSpec, read: Callable[[tuple[int, ...]], str | None]) -> None:
+        """Begin without rollouts; `read` is `AnswerReader.read`."""
+        self.spec, self._read = spec, read
         self._drawn = [_Drawn() for _ in spec.questions]
         rule = spec.task.rule
         self._equal = cache(rule.equal) if rule.name == "latex" else None
@@ -50,12 +91,12 @@ class Tallying:
             before: how many each question had.
             counts: how many it has now.
         """
-        adapter, rule, start = self.spec.adapter, self.spec.task.rule, 0
+        start = 0
         for drawn, was, now in zip(self._drawn, before, counts, strict=True):
             part = slice(start, start := start + now - was)
             of = rows.iloc[part]
-            tokens = [[int(token) for token in ids] for ids in of["answer_ids"]]
-            drawn.answers += [rule.read(adapter.answer_text(ids), adapter) for ids in tokens]
+            tokens = [tuple(int(token) for token in ids) for ids in of["answer_ids"]]
+            drawn.answers += map(self._read, tokens)
             drawn.tokens += map(len, tokens)
             drawn.logprob += of["answer_logprob"].tolist()
             drawn.steps += of["latent_steps"].tolist()

@@ -224,7 +224,8 @@ class RunSpec(RunRequest):
         size_Q = np.array(self.drawn) - first_Q
         start_Q = np.concatenate([[0], size_Q.cumsum()[:-1]])
         numbers = np.arange(size_Q.sum()) + (first_Q - start_Q).repeat(size_Q)
-        row_keys = pd.Categorical.from_codes(np.arange(len(keys)).repeat(size_Q), keys)  # a text per row is large
+        codes = np.arange(len(keys)).repeat(size_Q)  # a text per row is large
+        row_keys = pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(keys))
         return pd.DataFrame({"row_key": row_keys, "rollout": numbers.astype(np.int32)})
 
 

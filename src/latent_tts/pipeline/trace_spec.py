@@ -69,14 +69,14 @@ class TraceSpec:
 
     Attributes:
         run: the rollouts, of few questions.
-        against: those of another sampler on the same maps; None for none.
+        beside: those of another sampler on the same maps; None for none.
         deterministic: one rollout per question without randomness.
         view: how they are shown.
         source: the folder of the run; None where it is drawn now.
     """
 
     run: RunSpec
-    against: RunSpec | None
+    beside: RunSpec | None
     deterministic: RunSpec
     view: View
     source: Path | None = None
@@ -102,7 +102,7 @@ class TraceSpec:
 def check_trace(
     run: RunSpec,
     view: View,
-    against: tuple[Sampler, Mapping[str, Any]] | None,
+    beside: tuple[Sampler, Mapping[str, Any]] | None,
     *,
     n: int,
     source: Path | None = None,
@@ -112,7 +112,7 @@ def check_trace(
     Args:
         run: the run, of the questions to be shown.
         view: how they are shown.
-        against: another sampler for the same maps, with its config.
+        beside: another sampler for the same maps, with its config.
         n: how many of its rollouts to draw.
         source: see `TraceSpec`.
 
@@ -124,10 +124,10 @@ def check_trace(
     require("model.latents", run.adapter.latents, run.adapter.latents > 0, "must be 1 or more: a trace shows latents")
     run = replace(run, decode="all")  # a trace shows every answer
     other = None
-    if against is not None:
-        sampler, config = against
+    if beside is not None:
+        sampler, config = beside
         why = "reads the latents of other questions, so it has no place on the map of one"
-        require("against", sampler.name, not sampler.needs_donor, why)
+        require("beside", sampler.name, not sampler.needs_donor, why)
         check_sampler(sampler, run.adapter)
         other = drawn_beside(run, sampler, config, 1 if sampler.deterministic else n)
     return TraceSpec(run, other, drawn_beside(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
@@ -223,7 +223,7 @@ def about(spec: TraceSpec) -> dict[str, str]:
         "checkpoint": run.adapter.checkpoint,
         "task": place,
         "sampler": sampled,
-        "against": "" if spec.against is None else sampler_text(spec.against.sampler),
+        "beside": "" if spec.beside is None else sampler_text(spec.beside.sampler),
         "rollouts": f"{rollouts[0]}" if len(rollouts) == 1 else f"{rollouts[0]} to {rollouts[-1]}",
         "latents": f"{'up to ' if run.adapter.stop_id is not None else ''}{run.adapter.latents}",
         "schedule": schedule_text(run.schedule.key),

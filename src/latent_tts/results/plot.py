@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ FORMATS = ("png", "svg", "pdf")
 MAX_MODELS_TOGETHER = 2  # more models get a row of panels each
 MAX_LINES_TOGETHER = 8  # in one panel of accuracies; more get a panel per aggregator
 MAX_BANDS = 4  # in one panel; more intervals are bars at the curves' ends
+NEAR = 0.03  # of the x axis: bars so near to each other are drawn side by side
 MIN_SWEPT = 3  # values of a parameter that make a sequential palette
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, with violet and grey for yellow and black
@@ -50,6 +52,7 @@ STYLE: dict[Any, Any] = {
 }
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}  # the same table gives the same file
 PANEL_WIDTH, PANEL_HEIGHT, LEGEND_LINE = 4.6, 3.3, 0.2  # inches
+MIN_COLUMNS = 1.4  # a single panel is so much wider, for its legend
 LETTER = 0.066  # inches, of the legend's text
 
 
@@ -127,7 +130,7 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
     with matplotlib.rc_context(STYLE):
         averaged = "seeds" not in metrics and bool(points["seed"].str.contains(",").any())
         handles = [*_legend(looks, marks), _interval_handle(parts, marks, averaged=averaged)]
-        width = max(2, columns) * (PANEL_WIDTH if columns < 3 else 0.8 * PANEL_WIDTH)
+        width = max(MIN_COLUMNS, columns) * (PANEL_WIDTH if columns < 3 else 0.8 * PANEL_WIDTH)
         letters = max(len(str(handle.get_label())) for handle in handles)
         ncols = max(1, min(len(handles), int(width / (LETTER * letters + 0.6))))
         height = rows * (PANEL_HEIGHT if rows == 1 else 0.85 * PANEL_HEIGHT)
@@ -317,8 +320,13 @@ def _draw_panel(
     axis.set_ylabel(f"{metric} ({aggregators[0]})" if metric == "accuracy" and len(aggregators) == 1 else metric)
     labels = [label for label in looks if label in set(part["label"])]
     singles = [label for label in labels if part.loc[part["label"] == label, "x"].nunique() == 1]
+    ends = part.groupby("label")["x"].max()
+    places = np.log(ends) if _is_logarithmic(part, against) else ends
+    near = NEAR * (places.max() - places.min())
+    neighbours = {label: [other for other in labels if abs(places[other] - places[label]) <= near] for label in labels}
+    beside = partial(_beside, part=part, against=against)
     thin: dict[str, Any] = {"linewidth": 1, "markersize": 3} if len(labels) > MAX_BANDS else {}
-    for place, label in enumerate(labels):
+    for label in labels:
         for index, aggregator in enumerate(aggregators):
             line = part[(part["label"] == label) & (part["aggregator"].fillna("") == aggregator)].sort_values("x")
             look = looks[label]
@@ -327,9 +335,10 @@ def _draw_panel(
                 look = Look(own.color or look.color, own.marker, own.dash)
             style: dict[str, Any] = look.marks() | thin | _ring(index)
             if label in singles:
-                bars = len(singles) * len(aggregators)
-                beside = singles.index(label) * len(aggregators) + index - (bars - 1) / 2
-                _draw_bars(axis, _beside(line["x"], beside, bars, against), line, style)
+                others = [other for other in neighbours[label] if other in singles]
+                bars = len(others) * len(aggregators)
+                place = others.index(label) * len(aggregators) + index - (bars - 1) / 2
+                _draw_bars(axis, beside(line["x"], place, bars), line, style)
                 continue
             axis.plot(line["x"], line["value"], **style)
             if index == 0 and not thin:
@@ -338,8 +347,9 @@ def _draw_panel(
                     line["x"], line["ci_low"], line["ci_high"], color=look.color, alpha=alpha, linewidth=0
                 )
             elif index == 0:
-                end = line.tail(1)
-                _draw_bars(axis, _beside(end["x"], place + 1, len(labels), against), end, style | {"marker": ""})
+                end, others = line.tail(1), neighbours[label]
+                x = beside(end["x"], others.index(label) + 1, len(others))
+                _draw_bars(axis, x, end, style | {"marker": ""})
     _set_ticks(axis, part, against)
 
 
@@ -354,9 +364,17 @@ def _draw_bars(axis: Axes, x: pd.Series, line: pd.DataFrame, style: Mapping[str,
     axis.errorbar(x, line["value"], reach, capsize=2, elinewidth=0.9, **style)
 
 
-def _beside(x: pd.Series, place: float, count: int, against: str) -> pd.Series:
-    """Where bars of curves that share an n are drawn: side by side, within an octave."""
-    return x * 2 ** (place * min(0.12, 0.9 / count)) if against == "n" else x
+def _beside(x: pd.Series, place: float, count: int, *, part: pd.DataFrame, against: str) -> pd.Series:
+    """Where bars that share a place on the x axis are drawn: side by side, within an octave or a tenth of the axis."""
+    if _is_logarithmic(part, against):
+        return x * 2 ** (place * min(0.12, 0.9 / count))
+    width = part["x"].max() - part["x"].min()
+    return x + place * min(0.012, 0.1 / count) * (width or 0.2 * x.abs())
+
+
+def _is_logarithmic(part: pd.DataFrame, against: str) -> bool:
+    """Whether the x axis is: that of n, and those of costs that differ much."""
+    return against == "n" or (against != "diversity" and part["x"].max() > 3 * part["x"].min() > 0)
 
 
 def _set_ticks(axis: Axes, part: pd.DataFrame, against: str) -> None:
@@ -370,11 +388,13 @@ def _set_ticks(axis: Axes, part: pd.DataFrame, against: str) -> None:
         left, right = axis.dataLim.intervalx
         axis.set_xlim(min(left, low) / 2**margin, max(right, high) * 2**margin)
         axis.xaxis.set_major_locator(ticker.FixedLocator(_spaced(sorted(part["n"].unique()))))
-    elif against != "diversity" and high > 3 * low > 0:
+    elif _is_logarithmic(part, against):
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,), numticks=20))
     else:
         axis.xaxis.set_major_locator(ticker.MaxNLocator(7, steps=steps))
+    if low == high and against != "n":
+        axis.set_xlim(0.8 * low, 1.2 * high)
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.10g}"))
     axis.yaxis.set_major_locator(ticker.MaxNLocator(7, steps=steps))

@@ -17,6 +17,8 @@ from latent_tts.types import Bools, Float32, Float64, Floats, Int64
 MAPS = ("pca", "tsne")
 MAX_PERPLEXITY = 30.0
 UNREADABLE = "unreadable"
+# of rollouts: with a gold answer the first two, else the others
+KINDS = {"right": "right", "wrong": "wrong", "voted": "most frequent answer", "other": "another answer"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Vote:
     Attributes:
         answer: `unreadable` for None.
         count: of rollouts.
-        kind: `right` or `wrong`; without a gold answer `voted` for the most frequent and `other`.
+        kind: see `KINDS`.
     """
 
     answer: str
@@ -198,17 +200,18 @@ class TracedQuestion:
     @property
     def votes(self) -> list[Vote]:
         """How many rollouts gave each answer, the most frequent first, unreadable ones last."""
-        own = self.rollouts
-        counts = Counter(own.predictions)
+        kinds = dict(zip(self.rollouts.predictions, self.kinds(0), strict=True))
+        counts = Counter(self.rollouts.predictions)
         unreadable = counts.pop(None, 0)
-        votes = []
-        for answer, count in counts.most_common():
-            if own.correct_N is None:
-                kind = "voted" if answer == self.voted else "other"
-            else:
-                kind = "right" if own.correct_N[own.predictions.index(answer)] else "wrong"
-            votes.append(Vote(str(answer), count, kind))
-        return votes + [Vote(UNREADABLE, unreadable, "other" if own.correct_N is None else "wrong")] * bool(unreadable)
+        votes = [Vote(str(answer), count, kinds[answer]) for answer, count in counts.most_common()]
+        return votes + ([Vote(UNREADABLE, unreadable, kinds[None])] if unreadable else [])
+
+    def kinds(self, place: int) -> list[str]:
+        """The kind of each rollout of `samplers[place]`, see `KINDS`."""
+        own = self.samplers[place]
+        if own.correct_N is not None:
+            return ["right" if correct else "wrong" for correct in own.correct_N]
+        return ["voted" if answer is not None and answer == self.voted else "other" for answer in own.predictions]
 
     @property
     def votes_text(self) -> str:

@@ -61,10 +61,11 @@ def question_data(question: TracedQuestion) -> dict[str, Any]:
     best = question.picks.get("best_of_n", {}).get("rollout")
     return {
         "gold": question.gold,
-        "voted": question.voted,
         "results": question.results,
         "selected": best or 0,
-        "samplers": [rollouts_data(each) for each in question.samplers],
+        "samplers": [
+            rollouts_data(each) | {"kinds": question.kinds(place)} for place, each in enumerate(question.samplers)
+        ],
         "spread": [
             [plain(each) for each in question.drift_and_spread(place)] for place in range(len(question.samplers))
         ],

@@ -11,22 +11,18 @@ from rich.text import Text
 
 from latent_tts.errors import printable
 from latent_tts.results import report
-from latent_tts.results.trace import LatentMap, Trace, TracedQuestion, TracedRollouts
+from latent_tts.results.trace import KINDS, LatentMap, Trace, TracedQuestion, TracedRollouts
 from latent_tts.types import Float64
 
 MAP_WIDTH, MAP_HEIGHT = 96, 18
 MAX_ROWS = 16  # of a table of rollouts
 # marks of rollouts, and of the latents of a sweep: committed, to be computed again, final before, not computed
-SIGNS = {"right": "●", "wrong": "✗", "against": "·", "commit": "✓", "conflict": "↻", "kept": "·", "free": " "}
-ASCII = {"right": "o", "wrong": "x", "against": ".", "commit": "C", "conflict": "!", "kept": ".", "free": " "}
-STYLES = {
-    "right": "cyan",
-    "wrong": "red",
-    "against": "magenta",
-    "deterministic": "bold",
-    "commit": "cyan",
-    "conflict": "red",
-}
+SIGNS = {"right": "●", "wrong": "✗", "voted": "●", "other": "✗", "beside": "·",
+         "commit": "✓", "conflict": "↻", "kept": "·", "free": " "}  # fmt: skip
+ASCII = {"right": "o", "wrong": "x", "voted": "o", "other": "x", "beside": ".",
+         "commit": "C", "conflict": "!", "kept": ".", "free": " "}  # fmt: skip
+STYLES = {"right": "cyan", "wrong": "red", "voted": "cyan", "other": "red", "beside": "magenta",
+          "deterministic": "bold", "commit": "cyan", "conflict": "red"}  # fmt: skip
 STEPS = string.digits[1:] + string.ascii_letters  # what marks the latents of the deterministic rollout
 
 
@@ -96,8 +92,10 @@ def latents_table(trace: Trace, question: TracedQuestion) -> tuple[list[report.C
         cells = [", ".join(spelled(question, own, latent)) for latent in range(latents)]
         columns.append(report.Column("rollouts that say a result", cells, left=True, breaks=", "))
     if own.step_scores_NT is not None:
-        means = [number(_mean(own.step_scores_NT[:, latent])) for latent in range(latents)]
-        columns.append(report.Column("mean score", means, 1))
+        kinds_N = np.array(question.kinds(0))
+        for kind in dict.fromkeys(sorted(kinds_N, key=list(KINDS).index)):
+            means = [number(_mean(own.step_scores_NT[kinds_N == kind, latent]), 3) for latent in range(latents)]
+            columns.append(report.Column(f"score, {KINDS[kind]}", means, 1))
     if graph is not None:
         there = len(graph.relative_TT)
         cells = [depends_on(graph.relative_TT[latent], graph.threshold) if latent < there else "" for latent in
@@ -178,11 +176,10 @@ def map_lines(question: TracedQuestion, drawn: LatentMap, width: int, signs: dic
             across, up = (point_2 - low_2) / span_2
             cells[round((1 - up) * (MAP_HEIGHT - 1)), round(across * (width - 1))] = sign, style
 
-    anchor, own = len(drawn.points) - 1, question.rollouts
+    anchor = len(drawn.points) - 1
     for point_2 in points[1] if anchor > 1 else ():
-        put(point_2, signs["against"], STYLES["against"])
-    for rollout, path_T2 in enumerate(drawn.points[0]):
-        kind = "right" if own.correct_N is None or own.correct_N[rollout] else "wrong"
+        put(point_2, signs["beside"], STYLES["beside"])
+    for kind, path_T2 in zip(question.kinds(0), drawn.points[0], strict=True):
         for point_2 in path_T2:
             put(point_2, signs[kind], STYLES[kind])
     for latent, point_2 in enumerate(points[anchor]):
@@ -198,9 +195,9 @@ def legend(question: TracedQuestion, drawn: LatentMap, signs: dict[str, str]) ->
     """What the marks of a map mean."""
     own = question.rollouts
     axes = "t-SNE" if drawn.explained is None else f"PCA, {100 * sum(drawn.explained):.0f} % of the variance"
-    marks = [f"{signs['right']} {own.sampler}" + ("" if own.correct_N is None else ", right")]
-    marks += [f"{signs['wrong']} wrong"] * (own.correct_N is not None)
-    marks += [f"{signs['against']} {question.samplers[1].sampler}"] * (len(question.samplers) > 2)
+    kinds = ("voted", "other") if own.correct_N is None else ("right", "wrong")
+    marks = [f"{signs[kind]} {own.sampler}, {KINDS[kind]}" for kind in kinds]
+    marks += [f"{signs['beside']} {question.samplers[1].sampler}"] * (len(question.samplers) > 2)
     return printable(f"{axes}: {'; '.join(marks)}; 1 2 3 ... the deterministic latents")
 
 
@@ -246,9 +243,11 @@ def print_side_by_side(trace: Trace) -> None:
     )
 
 
-def number(value: float | None) -> str:
+def number(value: float | None, digits: int = 2) -> str:
     """A number in a table; empty for none."""
-    return "" if value is None or not np.isfinite(value) else f"{value:.2g}" if abs(value) < 10 else f"{value:.1f}"
+    if value is None or not np.isfinite(value):
+        return ""
+    return f"{value:.{digits}g}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def _mean(values: np.ndarray) -> float:

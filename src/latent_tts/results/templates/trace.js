@@ -64,7 +64,7 @@
       this.step = null;
       this.method = content.maps.length ? content.maps[0].method : null;
       this.methods = [...new Set(content.maps.map((map) => map.method))];
-      this.showsAgainst = true;
+      this.showsBeside = true;
       this.latents = Math.max(...content.samplers.flatMap((each) => each.steps));
       for (const vote of section.querySelectorAll(".vote")) vote.style.flex = `${vote.dataset.share} 1 0`;
       for (const cell of section.querySelectorAll(".share")) cell.style.setProperty("--p", cell.dataset.value);
@@ -82,11 +82,7 @@
     figure(name) { return this.section.querySelector(`[data-figure="${name}"]`); }
     legend(name) { return this.section.querySelector(`[data-legend="${name}"]`); }
     get chosen() { return this.content.samplers[this.sampler]; }
-    kind(sampler, rollout) {
-      const { correct, predictions } = this.content.samplers[sampler];
-      if (correct) return correct[rollout] ? "right" : "wrong";
-      return predictions[rollout] !== null && predictions[rollout] === this.content.voted ? "voted" : "other";
-    }
+    kind(sampler, rollout) { return this.content.samplers[sampler].kinds[rollout]; }
     label(sampler, rollout) {
       const { name, predictions, correct, scores } = this.content.samplers[sampler];
       const which = sampler === this.anchor ? "deterministic rollout" : `${name}, rollout ${rollout}`;
@@ -126,9 +122,9 @@
         place.textContent = this.sampler === this.anchor ? "deterministic rollout" : `rollout ${this.rollout}`;
       }
       for (const button of this.section.querySelectorAll(".controls button")) {
-        const { step, method, against } = button.dataset;
-        const pressed = step !== undefined ? step === String(this.step ?? "all") : method !== undefined ? method === this.method : this.showsAgainst;
-        button.setAttribute("aria-pressed", against !== undefined ? this.showsAgainst : pressed);
+        const { step, method, beside } = button.dataset;
+        const pressed = step !== undefined ? step === String(this.step ?? "all") : method !== undefined ? method === this.method : this.showsBeside;
+        button.setAttribute("aria-pressed", beside !== undefined ? this.showsBeside : pressed);
       }
       if (this.method) this.drawMap();
       this.drawLens();
@@ -151,7 +147,7 @@
       }
       if (this.anchor > 1) {
         groups.push(element("div", { class: "group" },
-          button(this.content.samplers[1].name, { "data-against": "" }, () => { this.showsAgainst = !this.showsAgainst; })));
+          button(this.content.samplers[1].name, { "data-beside": "" }, () => { this.showsBeside = !this.showsBeside; })));
       }
       this.section.querySelector(".controls").replaceChildren(...(this.method ? groups : []));
     }
@@ -166,21 +162,21 @@
       const at = (point) => [WIDTH / 2 + (point[0] - (lowX + highX) / 2) * unit, height / 2 - (point[1] - (lowY + highY) / 2) * unit];
       const there = (path) => path.map((point, step) => [point, step]).filter(([point]) => point[0] !== null);
       const layers = [], hits = [], many = map.step === null;
-      const places = range(map.points.length - 1).filter((place) => place === 0 || this.showsAgainst).reverse();
+      const places = range(map.points.length - 1).filter((place) => place === 0 || this.showsBeside).reverse();
       for (const place of places) {
-        const against = place > 0;
+        const beside = place > 0;
         map.points[place].forEach((path, rollout) => {
           const kind = this.kind(place, rollout), points = there(path).map(([point]) => at(point));
-          if (many && !against && points.length > 1) layers.push(polyline(points, { class: `path faint ${kind}` }));
+          if (many && !beside && points.length > 1) layers.push(polyline(points, { class: `path faint ${kind}` }));
           for (const [x, y] of points) {
-            if (against) layers.push(mark("ring", x, y, many ? 2.6 : 4, "against half"));
+            if (beside) layers.push(mark("ring", x, y, many ? 2.6 : 4, "beside half"));
             else layers.push(mark(kind === "wrong" || kind === "other" ? "cross" : "dot", x, y, many ? 3.2 : 4.6, kind));
             const hit = titled(shape("circle", { cx: x, cy: y, r: 9, class: "hit" }), this.label(place, rollout));
-            if (!against) hit.addEventListener("click", () => this.select(place, rollout));
+            if (!beside) hit.addEventListener("click", () => this.select(place, rollout));
             hits.push(hit);
           }
         });
-        if (!many) layers.push(...this.ellipse(map.points[place].map((path) => path[0]).filter((point) => point[0] !== null).map(at), against ? "against" : "main", map.points[this.anchor][0][0], at));
+        if (!many) layers.push(...this.ellipse(map.points[place].map((path) => path[0]).filter((point) => point[0] !== null).map(at), beside ? "beside" : "main", map.points[this.anchor][0][0], at));
       }
       const path = there(map.points[this.anchor][0]);
       if (many) layers.push(polyline(path.map(([point]) => at(point)), { class: "path anchor half" }));
@@ -207,7 +203,7 @@
         [[mark("dot", 11, 7, 4, gold ? "right" : "voted")], `${this.content.samplers[0].name}, ${gold ? "right" : "most frequent answer"}`],
         [[mark("cross", 11, 7, 4, gold ? "wrong" : "other")], gold ? "wrong" : "another answer"],
       ];
-      if (this.anchor > 1 && this.showsAgainst) entries.push([[mark("ring", 11, 7, 4, "against")], this.content.samplers[1].name]);
+      if (this.anchor > 1 && this.showsBeside) entries.push([[mark("ring", 11, 7, 4, "beside")], this.content.samplers[1].name]);
       if (!many) entries.push([[shape("ellipse", { cx: 11, cy: 7, rx: 9, ry: 5, class: "ellipse main" })], "spread (1 sd) and mean of rollouts in this plane"]);
       entries.push([[shape("circle", { cx: 11, cy: 7, r: 5, class: "halo" })], "selected"]);
       legend(this.legend("map"), entries);
@@ -311,7 +307,7 @@
       }
       const chart = this.chart(220, pairs.flat(), "drift and spread of latents", 0), entries = [];
       pairs.forEach(([drift, spread], place) => {
-        const kind = place ? "against" : "main", name = this.content.samplers[place].name;
+        const kind = place ? "beside" : "main", name = this.content.samplers[place].name;
         const solid = this.curve(chart, spread, kind), dashed = this.curve(chart, drift, kind);
         dashed.setAttribute("stroke-dasharray", "5 4");
         for (const [values, what] of [[spread, "spread"], [drift, "drift"]]) {
@@ -403,7 +399,7 @@
       ArrowUp: () => question.move(-1), ArrowDown: () => question.move(1),
       ArrowLeft: () => question.moveStep(-1), ArrowRight: () => question.moveStep(1),
       g: () => question.select(question.anchor, 0), m: () => question.nextMethod(),
-      a: () => { question.showsAgainst = !question.showsAgainst; question.draw(); },
+      a: () => { question.showsBeside = !question.showsBeside; question.draw(); },
       n: () => turn(1), p: () => turn(-1),
     };
     if (!Object.hasOwn(actions, event.key)) return;
