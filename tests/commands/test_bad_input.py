@@ -206,7 +206,7 @@ def test_a_config_with_a_value_of_a_wrong_type(refuse, broken, name, value, word
     (broken / "config.json").write_text(json.dumps(config | {name: value}))
     refuse(f"model.checkpoint={broken}", words=[f"model.checkpoint={broken}", words])
     if value is not None:
-        check_refused("train_reasoner", f"init={broken}", words=[f"init={broken}", words])
+        check_refused("train_reasoner", f"init={broken}", "valid_questions=2", words=[f"init={broken}", words])
 
 
 def test_weights_that_give_no_numbers(run, broken):
@@ -393,7 +393,7 @@ def test_damaged_rollouts(own_copy):
 
 
 def test_training_refuses_bad_values(ltts, place, checkpoint):
-    train = ("train_reasoner", "output=out")
+    train = ("train_reasoner", "output=out", "valid_questions=2")
     check(ltts("train-reasoner", "output=out", "save_every=0"), "save_every=0")
     check_refused(*train, "backbone.heads=3", words=["backbone.heads=3", "must divide"])
     check_refused(*train, "backbone.dropout=1", words=["backbone.dropout=1", "[0, 1)"])
@@ -433,7 +433,8 @@ def test_training_refuses_bad_values(ltts, place, checkpoint):
     ],
 )
 def test_training_refuses_values_of_a_wrong_type(place, command, override, allowed):
-    check_refused(command, override, words=[override, allowed])
+    few = ["valid_questions=2"] if command == "train_reasoner" else []
+    check_refused(command, *few, override, words=[override, allowed])
 
 
 def test_the_traceback_is_there_for_who_asks(run, monkeypatch):

@@ -37,7 +37,9 @@ def test_batches_of_any_size_give_what_a_double_loop_gives(counts, questions, st
         patch.setattr(diversity, "MAX_WORKING_BYTES", memory)
         for count in counts:
             batch = torch.from_numpy(latents_QNTD[:, start : start + count]).flatten(0, 1)
-            found.append(sums.add(list("abc"[:questions]), batch).unflatten(0, (questions, count)))
+            found.append(
+                sums.add(list("abc"[:questions]), batch, first=[start] * questions).unflatten(0, (questions, count))
+            )
             start += count
             assert sums.counted("a") == start
     expected = np.stack([by_pairs(latents) for latents in latents_QNTD])
@@ -47,14 +49,31 @@ def test_batches_of_any_size_give_what_a_double_loop_gives(counts, questions, st
 def test_small_distances_keep_their_precision():
     base = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(0)).double()
     latents_RTD = base + 1e-5 * torch.randn(40, 2, 64, generator=torch.Generator().manual_seed(1)).double()
-    found = DirectionSums().add(["a"], latents_RTD).numpy()
+    found = DirectionSums().add(["a"], latents_RTD, first=[0]).numpy()
     np.testing.assert_allclose(found, by_pairs(latents_RTD.numpy()), rtol=1e-3)
-    assert (DirectionSums().add(["a"], base.expand(8, -1, -1)).abs() < 1e-12).all()
+    assert (DirectionSums().add(["a"], base.expand(8, -1, -1), first=[0]).abs() < 1e-12).all()
 
 
 def test_sums_of_questions_seen_long_ago_are_dropped(monkeypatch):
     monkeypatch.setattr(diversity, "MAX_KEPT_BYTES", 3 * 8 * 2 * 4)
     sums = DirectionSums()
     for key in "abcad":
-        sums.add([key], torch.ones(1, 2, 4))
+        sums.add([key], torch.ones(1, 2, 4), first=[sums.counted(key)])
     assert [sums.counted(key) for key in "abcd"] == [2, 0, 1, 1]
+
+
+def test_sums_of_the_questions_being_compared_are_kept(monkeypatch):
+    monkeypatch.setattr(diversity, "MAX_KEPT_BYTES", 8 * 2 * 4)
+    sums = DirectionSums()
+    for key in "abc":
+        sums.add([key], torch.ones(1, 2, 4), first=[0], kept="abc")
+    assert [sums.counted(key) for key in "abc"] == [1, 1, 1]
+    sums.add(list("abc"), torch.ones(3, 2, 4), first=[1, 1, 1])
+
+
+@pytest.mark.parametrize(("keys", "first"), [(["a"], [2]), (["a"], [0]), (["b"], [1]), (["b", "b"], [0, 0])])
+def test_rollouts_are_not_compared_with_others_than_those_before_them(keys, first):
+    sums = DirectionSums()
+    sums.add(["a"], torch.ones(1, 2, 4), first=[0])
+    with pytest.raises(ValueError, match="needed"):
+        sums.add(keys, torch.ones(len(keys), 2, 4), first=first)

@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from latent_tts.executor.ray import Ray
+from latent_tts.errors import RunError
+from latent_tts.executor.ray import Ray, RayPool
+from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.results.annotations import AnnotationFolder
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
@@ -107,3 +110,50 @@ def test_without_ray_the_extra_is_named(refuse, monkeypatch):
     monkeypatch.setattr("latent_tts.executor.ray.find_spec", lambda name: None)
     refuse("executor=ray", words=["executor=ray", "pip install 'latent-tts[ray]'"])
     Ray()  # an option that is not used needs nothing
+
+
+class Gone(Exception):
+    """What Ray raises for an actor that it does not start again."""
+
+
+class FakeRay:
+    """Actors whose tasks are done at once; those of dead ones raise."""
+
+    class exceptions:
+        RayTaskError = type("RayTaskError", (Exception,), {})
+        RayError = Gone
+
+    def __init__(self, dead):
+        self._dead = dead
+
+    def put(self, content):
+        return content
+
+    def wait(self, references, num_returns):
+        return references[:1], references[1:]
+
+    def get(self, reference):
+        if reference[0] in self._dead:
+            raise Gone("The actor died\nunexpectedly.\n\nMore about it.")
+        return reference[1], 1.0, []
+
+
+class FakeActor:
+    def __init__(self, number):
+        self.call = SimpleNamespace(remote=lambda _id, _content, _method, shard=None: (number, shard))
+
+
+def test_a_lost_workers_shard_goes_to_another_and_without_workers_one_line_says_why(monkeypatch, caplog):
+    fake = FakeRay({1})
+    monkeypatch.setattr("latent_tts.executor.ray._ray", lambda: fake)
+    pool = RayPool([FakeActor(0), FakeActor(1)], "work")
+    units = [Unit(number, 1.0, 1) for number in range(20)]
+    timeline = []
+    results = [part for _, part in results_of(pool, ShardQueue(units, 2, 1), tuple, timeline)]
+    assert sorted(unit for part in results for unit in part) == list(range(20))
+    assert pool.workers == [0]
+    assert [span.worker for span in timeline if not span.rows] == [1]
+    assert "lost worker 1, 1 are left: The actor died unexpectedly." in caplog.text
+    fake._dead.add(0)
+    with pytest.raises(RunError, match=r"^no worker of executor=ray is left: The actor died unexpectedly\.$"):
+        list(results_of(pool, ShardQueue(units, 1, 1), tuple, timeline))

@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,11 @@ import pytest
 import torch
 
 from latent_tts.engine.rollout import Engine, RolloutState
+from latent_tts.pipeline import drawing
+from latent_tts.pipeline.drawer import Part, Request, one_per_question
+from latent_tts.pipeline.drawing import Stage
 from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.results.cache import known_to_fit
 from latent_tts.results.run_folder import ROLLOUT_COLUMNS
 
 ROUNDED = ["answer_logprob", "answer_margin", "score"]
@@ -107,10 +112,33 @@ sys.exit(cli.main(sys.argv[2:]))
 def test_under_a_cap_on_memory_a_run_is_completed_in_smaller_batches(tmp_path):
     line = ["run", "task.limit=64", "n=64", "sampler=gaussian", "scorer=none", "budget=fixed", "engine.rows=4096"]
     frames = []
-    for cap in (1 << 40, 450 << 20):
+    for cap in (1 << 40, 900 << 20):
         arguments = [str(cap), *line, f"hydra.run.dir={cap}", f"paths.cache=cache{cap}"]
         done = subprocess.run([sys.executable, "-c", CAPPED, *arguments], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         frames.append(pd.read_parquet(tmp_path / str(cap) / "rollouts.parquet"))
     assert "batches are halved" in done.stderr
     check_equal(*frames)
+
+
+def test_runs_of_a_question_with_a_gap_are_compared_one_after_another():
+    jobs = [SimpleNamespace(row_key=key, number=number) for number, key in enumerate("abaca")]
+    assert [(places, [job.number for job in found]) for places, found in one_per_question(jobs)] == [
+        (places, places) for places in ([0, 1, 3], [2], [4])
+    ]
+
+
+def test_what_fits_is_remembered_for_the_memory_of_the_worker_that_said_it(monkeypatch, tmp_path):
+    parts = [Part([], None, max_bytes=5, memory="small"), Part([], None, memory="large")]
+    monkeypatch.setattr(drawing, "results_of", lambda *_: [([], parts)])
+    monkeypatch.setattr(drawing, "latents_digest", lambda *_: "digest")
+    monkeypatch.setattr(Stage, "computations", None)
+    stage = Stage.__new__(Stage)
+    stage.spec = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+        executor=SimpleNamespace(in_process=False, fixed=False), budget=SimpleNamespace(adaptive=False), cache=tmp_path
+    )
+    stage.workers = [SimpleNamespace(memory=name, rows=8, device="cpu") for name in ("large", "small")]  # pyright: ignore
+    stage._pool, stage.timeline = None, []  # pyright: ignore[reportAttributeAccessIssue]
+    bar = SimpleNamespace(advance=lambda rows: None)
+    assert list(stage.parts([], Request(True, False), bar)) == parts  # pyright: ignore[reportArgumentType]
+    assert known_to_fit(tmp_path) == {"small": 5}

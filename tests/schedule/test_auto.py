@@ -67,6 +67,11 @@ def test_it_follows_a_plan_up_to_its_rows(write_plan, drawn):
     assert set(drawn("n=3", "schedule=auto", "engine.rows=8")[1]["schedule"]) == {"speculative"}
 
 
+def test_a_plan_with_a_value_of_another_kind_is_refused(write_plan, refuse):
+    write_plan(None, max_rows="8")
+    refuse("model.latents=4", "schedule=auto", words=["schedule.probe=", "no plan (max_rows is '8')"])
+
+
 def test_a_run_is_read_back_without_the_plan(write_plan, run, ltts, place):
     write_plan(Speculative(None, 0.3, "zero"))
     result = run("model.latents=4", "schedule=auto", "n=2", "hydra.run.dir=planned")

@@ -208,6 +208,10 @@ def test_a_bad_value_is_named(key, value):
             ["schedule=jacobi", "schedule.sweeps=2", "model.latents=0", "sampler=greedy"],
             ["schedule=jacobi", "no latents"],
         ),
+        (
+            ["schedule=jacobi", "schedule.sweeps=2", "schedule.guess=sibling", "model.latents=4"],
+            ["schedule.guess=sibling", "schedule.sweeps=4 or more"],
+        ),
     ],
 )
 def test_a_run_refuses(refuse, overrides, words):

@@ -157,6 +157,37 @@ def test_what_a_row_commits_does_not_depend_on_its_batch(tolerance):
     assert int(alone.sweeps_R) == int(whole.sweeps_R[5])
 
 
+@settings(derandomize=True, deadline=None, max_examples=12)
+@given(
+    st.sampled_from(sorted(REASONERS)), st.sampled_from([Greedy(), IN_THOUGHTS]), st.none() | st.integers(1, 5),
+    st.sampled_from([0.0, 0.1]), st.booleans(),
+)  # fmt: skip
+def test_the_timeline_adds_up_to_what_is_counted(family, sampler, chunk, tolerance, stops):
+    engine = Engine(
+        REASONERS[family], plan(5, Speculative(chunk, tolerance), stop_id=STOP_IDS[family] if stops else None)
+    )
+    prompts = tiny.prompts([1, 9])
+    untold = roll(engine, prompts, range(2), sampler)
+    assert untold.timeline == []
+    engine.keeps_timeline = True
+    told = roll(engine, prompts, range(2), sampler)
+    torch.testing.assert_close(told.latents_RTD, untold.latents_RTD, rtol=0, atol=0)
+    before_R, sweeps_R, conflicts_R = torch.zeros(3, 4, dtype=torch.long)
+    for number, sweep in enumerate(told.timeline):
+        computed_R = sweep.stop_R - sweep.first_R
+        assert (sweep.final_R >= before_R).all()
+        assert stops or (sweep.final_R[computed_R > 0] > before_R[computed_R > 0]).all()
+        assert (sweep.first_R[computed_R > 0] == before_R[computed_R > 0]).all()
+        free = number == 0 and sampler == Greedy()  # the prompt's pass makes the first latent
+        sweeps_R += (computed_R > 0) & (not free)
+        conflicts_R += computed_R - (sweep.final_R - before_R)
+        before_R = torch.where(computed_R > 0, sweep.final_R, before_R)
+    assert sweeps_R.tolist() == told.sweeps_R.tolist()
+    assert before_R.tolist() == told.steps_R.tolist()
+    if not stops:  # else what was committed beyond the stop is in neither
+        assert conflicts_R.tolist() == told.conflicts_R.tolist()
+
+
 # --- errors in a sweep
 
 

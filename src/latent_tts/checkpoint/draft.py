@@ -79,5 +79,11 @@ def find_draft(path: str, reasoner: str, latents: int) -> DraftFile:
         raise bad_value(KEY, path, "was trained for other weights than those of the model")
     if record.latents != latents:
         raise bad_value(KEY, path, f"was trained for model.latents={record.latents}, not {latents}")
+    file = file.resolve()  # a worker may have another working directory
+    return DraftFile(file, draft_digest(file), record)
+
+
+def draft_digest(file: Path) -> str:
+    """16 hex digits that stand for a draft head's file; raises OSError."""
     with file.open("rb") as opened:
-        return DraftFile(file, hashlib.file_digest(opened, "sha256").hexdigest()[:16], record)
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]

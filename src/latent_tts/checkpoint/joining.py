@@ -28,7 +28,8 @@ RECORD, WEIGHTS, OWN, PROBE = "latent_tts.json", "adapter_model.safetensors", "o
 PREFIX = "base_model.model."  # of PEFT's names
 ROWS, FACTORS = ".token_adapter.trainable_tokens_delta", (".lora_A.weight", ".lora_B.weight")
 # options of PEFT that a product alpha / rank * B A does not cover
-PLAIN = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False}
+PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False}
+PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}}
 TRANSPOSED = "gpt2"  # the kind of model whose layers keep their weights transposed
 TOLERANCE = 1e-3
 VERSION = 1  # of what joining writes; part of the folder's name

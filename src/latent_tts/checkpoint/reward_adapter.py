@@ -94,7 +94,7 @@ def attach(backbone: nn.Module, prefix: str, folder: Path, key: str) -> None:
 
     settings = read_settings(folder, key)
     factors, layers = load_file(folder / joining.WEIGHTS), dict(backbone.named_modules())
-    weight = next(backbone.parameters())
+    weight, left = next(backbone.parameters()), set(factors)
     for name in sorted(name for name in factors if name.endswith(joining.FACTORS[0])):
         path = name.removeprefix(joining.PREFIX).removesuffix(joining.FACTORS[0]).removeprefix(f"{prefix}.")
         other = name.replace(*joining.FACTORS)
@@ -103,6 +103,9 @@ def attach(backbone: nn.Module, prefix: str, folder: Path, key: str) -> None:
         down_RD, up_DR = (factors[each].to(weight.device, weight.dtype) for each in (name, other))
         parent, _, own_name = path.rpartition(".")
         setattr(layers[parent], own_name, LowRank(layers[path], down_RD, up_DR, settings["scale"]))
+        left -= {name, other}
+    if left:
+        raise bad_value(key, folder, f"its tensor {min(left)} fits no layer of the reasoner")
 
 
 def read_settings(folder: Path, key: str) -> dict[str, Any]:

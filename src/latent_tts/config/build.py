@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.config.reference import conf_dir, conf_dirs, nested_groups
+from latent_tts.config.reference import conf_dir, nested_groups
 from latent_tts.config.schemas import SCHEMAS
 from latent_tts.errors import LatentTTSError, UsageError, bad_value, unknown_key
 from latent_tts.results.files import LOCK
@@ -76,7 +76,7 @@ def build(group: str, node: Any) -> Any:
     """
     if not OmegaConf.is_dict(node):
         raise bad_value(group, node, f"must be an option of the group, as in `{group}=NAME`")
-    for nested in nested_groups(group, conf_dirs()):
+    for nested in nested_groups(group, [Path(conf_dir())]):  # looking for other packages takes as long as all of build
         name = nested.rpartition("/")[2]
         if name in node and not OmegaConf.is_dict(node[name]):
             raise bad_value(nested.replace("/", "."), node[name], f"must be an option, as in `{nested}=NAME`")

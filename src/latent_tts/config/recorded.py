@@ -33,7 +33,7 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
 
     Args:
         group: of the option, as in `sampler`.
-        node: as read from JSON. `${...}` in it is text.
+        node: as read from JSON.
         given: configs of this command; classes that they name are allowed.
 
     Raises:
@@ -51,7 +51,10 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
     for key in NEVER_RECORDED:
         if key in _keys_in(node):
             raise UsageError(f"{group}: {name} is recorded with {key}, which no option has")
-    made = OmegaConf.create(literal(node))
+    for text in _texts_in(node):
+        if "${" in text:  # Hydra resolves what it builds twice, so no escape would keep it a text
+            raise UsageError(f"{group}: the folder names {text[:60]!r}; what is read back has no interpolations")
+    made = OmegaConf.create(dict(node))
     assert isinstance(made, DictConfig)
     return made
 
@@ -96,6 +99,18 @@ def literal(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: literal(part) for key, part in value.items()}
     return [literal(part) for part in value] if isinstance(value, list) else value
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text in a plain value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from (str(key), *_texts_in(part))
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts_in(part)
 
 
 def _refusal(group: str, target: object) -> UsageError:

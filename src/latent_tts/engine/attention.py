@@ -104,13 +104,16 @@ class SharedPrefixCache:
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> Piece:
         """Add keys and values (R, H, S, K) to a layer's suffixes; returns all of them so far."""
-        if layer == len(self.suffix):
-            self.suffix.append((self._new_suffix(key, key.shape[0]), self._new_suffix(value, key.shape[0])))
+        self._make_suffix(layer, key, value)
         end = self.used + key.shape[2]
         keys, values = self.suffix[layer]
         keys[:, :, self.used : end] = key
         values[:, :, self.used : end] = value
         return keys[:, :, :end], values[:, :, :end]
+
+    def _make_suffix(self, layer: int, key: Tensor, value: Tensor) -> None:
+        if layer == len(self.suffix):
+            self.suffix.append((self._new_suffix(key, key.shape[0]), self._new_suffix(value, key.shape[0])))
 
     def rewind(self, used: int) -> None:
         """Forget all slots from `used` on."""
@@ -257,6 +260,7 @@ class FixedCache(SharedPrefixCache):
         """See `SharedPrefixCache`; a pass at `at_1` has one token."""
         if self.at_1 is None:
             return super().append(layer, key, value)
+        self._make_suffix(layer, key, value)  # a model without latents appends nothing before its first token
         keys, values = self.suffix[layer]
         keys.index_copy_(2, self.at_1, key)
         values.index_copy_(2, self.at_1, value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -36,17 +38,25 @@ class DirectionSums:
         """Drop a question's sums."""
         self._sums.pop(key, None)
 
-    def add(self, keys: list[str], latents_RTD: Tensor) -> Tensor:
+    def add(self, keys: list[str], latents_RTD: Tensor, *, first: list[int], kept: Collection[str] = ()) -> Tensor:
         """Compare N rollouts of each of Q questions with those before them, and add them to the sums.
 
         Args:
-            keys: of the questions; the rollouts are the next ones of each.
+            keys: of the questions, each once.
             latents_RTD: question-major, in order; zeros where a row has no latent.
+            first: the number of each question's first rollout; those before it were added before.
+            kept: questions whose sums are not dropped.
 
         Returns:
             (R, T) in float32 on the CPU: 1 - cosine with the latent of the same step of each rollout before, summed. A
             latent of zeros has a cosine of 0 with all.
+
+        Raises:
+            ValueError: the sums of a question do not hold the rollouts before its first one.
         """
+        counted = [self.counted(key) for key in keys]
+        if counted != first or len(set(keys)) < len(keys):
+            raise ValueError(f"the sums hold {counted} rollouts, and those before {first} are needed")
         latents_QNTD = latents_RTD.unflatten(0, (len(keys), -1))
         questions, rollouts, steps, width = latents_QNTD.shape
         summed_QNT = torch.zeros(questions, rollouts, steps, dtype=torch.float32)
@@ -65,7 +75,7 @@ class DirectionSums:
                 count = self.counted(key) + rollouts
                 self.forget(key)
                 self._sums[key] = count, sums_TD.clone()
-        self._drop_oldest()
+        self._drop_oldest(kept)
         return summed_QNT.flatten(0, 1)
 
     def _sum_of(self, key: str, like: Tensor) -> Tensor:
@@ -73,9 +83,9 @@ class DirectionSums:
             return torch.zeros(like.shape[2:], dtype=torch.float64, device=like.device)
         return self._sums[key][1].to(like.device)
 
-    def _drop_oldest(self) -> None:
+    def _drop_oldest(self, kept: Collection[str] = ()) -> None:
         held = sum(sums_TD.nbytes for _, sums_TD in self._sums.values())
-        for key in list(self._sums):
+        for key in [key for key in self._sums if key not in kept]:
             if held <= MAX_KEPT_BYTES:
                 return
             held -= self._sums[key][1].nbytes

@@ -502,7 +502,11 @@ class RolloutState:
         assert self.engine.draft is not None
         assert self.prompt_states is not None
         first_R1D, _ = self.compute(0, 1)
-        self.counts.sweeps_R += not self.first_is_free
+        if not self.first_is_free:
+            self.counts.sweeps_R += 1
+            if self.counts.timeline is not None:
+                start_R = torch.zeros_like(self.counts.sweeps_R)
+                self.counts.timeline.append(Sweep(start_R, start_R + 1, start_R))
         prompt_RLD, lengths_R = self.prompt_states.of_rows(len(first_R1D))
         predicted = self.engine.draft(first_R1D[:, 0], prompt_RLD, lengths_R)
         return torch.cat([first_R1D, predicted.to(first_R1D.dtype)], 1)

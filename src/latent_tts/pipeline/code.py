@@ -21,6 +21,7 @@ PACKAGE = "latent_tts"
 DRAWING = ("checkpoint", "engine", "model", "random", "sampler", "schedule", "search")
 NOP, MAX_PREAMBLE = opmap["NOP"], 8  # instructions of a class body before its docstring, rather more than less
 SCORING = ("checkpoint", "engine", "scorer")
+WHOLE = ("",)  # all rooms
 
 
 def code_digests(objects: Iterable[object], configs: Iterable[Any], rooms: tuple[str, ...]) -> dict[str, str]:

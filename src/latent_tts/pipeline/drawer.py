@@ -38,10 +38,8 @@ from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import RunError, require
-from latent_tts.executor import Executor
-from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.code import DRAWING, PACKAGE, code_digests
-from latent_tts.pipeline.keys import chosen_by_scores, computed_attributes, latents_key, score_key
+from latent_tts.pipeline.code import DRAWING
+from latent_tts.pipeline.keys import chosen_by_scores, latents_key, score_key
 from latent_tts.pipeline.models import (
     find_device,
     load_reasoner,
@@ -53,11 +51,11 @@ from latent_tts.pipeline.models import (
 )
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
+from latent_tts.pipeline.worker_checks import check_code, check_draft, check_weights, code_of_driver
 from latent_tts.results import report
 from latent_tts.results.cache import MEASURED, NOT_DECODED, ROLLOUT_SCHEMA, SCORE_SCHEMA, SCORED_BY, SCORING
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
-from latent_tts.scorer import Scorer
 from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
@@ -120,7 +118,8 @@ class Part:
         answer_ids: of each row; None where answers were not decoded.
         latents_RTD: on the host, if they are wanted.
         sums: of directions, if they are wanted.
-        max_bytes: the estimate of a batch that fits, where one was too large for the memory of `Description.memory`.
+        max_bytes: the estimate of a batch that fits, where one was too large.
+        memory: of its worker, see `Description.memory`.
     """
 
     places: list[Place]
@@ -129,6 +128,7 @@ class Part:
     latents_RTD: Tensor | None = None
     sums: Sums = field(default_factory=dict)
     max_bytes: int | None = None
+    memory: str = ""
 
     def packed(self) -> Part:
         """The same for another process: with the table instead of the function that makes it."""
@@ -180,14 +180,14 @@ class DrawingWork:
         longest: tokens of the longest prompt to come.
         scored: whether the run's scorer reads latents.
         max_bytes: what is known to fit, by `Description.memory`.
-        code: digest of the code that draws, where the worker is in another process; else None.
+        code: see `worker_checks.code_of_driver`.
     """
 
     spec: RunSpec
     longest: int
     scored: bool
     max_bytes: Mapping[str, int]
-    code: str | None
+    code: Mapping[str, str] | None
 
     @classmethod
     def of(cls, spec: RunSpec, longest: int, *, scored: bool, max_bytes: Mapping[str, int]) -> DrawingWork:
@@ -198,45 +198,22 @@ class DrawingWork:
         lean = replace(
             spec, questions=[], prompts=dict([prompt]), donors={}, counts=None, refresh=False, on_answers=None
         )
-        return cls(lean, longest, scored, max_bytes, code_of_driver(spec.executor))
+        options = (spec.adapter, spec.sampler, spec.schedule, spec.search, spec.scorer)
+        code = code_of_driver(spec.executor, options, [spec.config.get(name) for name in (*DRAWING, "scorer")])
+        return cls(lean, longest, scored, max_bytes, code)
 
     def start(self) -> Drawer:
         """A worker in this process.
 
         Raises:
-            RunError: this process has other code or another checkpoint than the driver.
+            RunError: this process has other code, weights or another draft head than the driver.
         """
         if self.code is not None:
             check_code(self.code)
             check_weights(self.spec.adapter, self.spec.scorer)
+            check_draft(self.spec.draft)
         packed = self.code is not None
         return Drawer(self.spec, self.longest, scored=self.scored, max_bytes=self.max_bytes, packed=packed)
-
-
-def code_of_driver(executor: Executor) -> str | None:
-    """A digest of the code that draws, for workers in other processes; None where there are none."""
-    return None if executor.in_process else _code()
-
-
-def check_code(code: str) -> None:
-    """Raise RunError unless this process has the driver's code that draws."""
-    if _code() != code:
-        raise RunError(f"the worker on {socket.gethostname()} has another version of latent_tts than the driver")
-
-
-def check_weights(*options: ModelAdapter | Scorer | None) -> None:
-    """Raise RunError unless this machine has the driver's weights; options forget what they knew of its files."""
-    for option in filter(None, options):
-        digest = option.digest
-        for name in computed_attributes(type(option)):
-            vars(option).pop(name, None)  # this machine may have other files under the same paths
-        if option.digest != digest:
-            where = f"the worker on {socket.gethostname()}"
-            raise RunError(f"{where} has other weights of {option.name} than the driver")
-
-
-def _code() -> str:
-    return code_digests([], [], (*DRAWING, "executor", "pipeline", "scorer"))[PACKAGE]
 
 
 # The worker
@@ -306,6 +283,17 @@ def directions_key(latents: str, row_key: str) -> str:
 def latents_digest(spec: RunSpec, computations: tuple[Computation, Computation | None]) -> str:
     """What determines the latents of a run whose models are computed so; see `keys.computations`."""
     return settings_digest(latents_key(spec, *computations))
+
+
+def one_per_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], list[RolloutJob]]]:
+    """Places and jobs: the first run of rollouts of each question, then its second one after a gap, and so on."""
+    left = list(enumerate(jobs))
+    while left:
+        first: dict[str, tuple[int, RolloutJob]] = {}
+        for place, job in left:
+            first.setdefault(job.row_key, (place, job))
+        yield [place for place, _ in first.values()], [job for _, job in first.values()]
+        left = [each for each in left if first[each[1].row_key][0] != each[0]]
 
 
 def not_compared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
@@ -434,7 +422,7 @@ class Drawer:
     def _part(self, batch: list[RolloutJob], shard: Shard) -> Part:
         request = shard.request
         if request.compares:
-            self.catch_up(batch)
+            self.catch_up(next(one_per_question(batch))[1])
         with self._shown(batch, shard):
             return self.draw(batch, shard) if request.drawn else self._think(batch, shard)
 
@@ -474,10 +462,10 @@ class Drawer:
         rollouts = self.roll(batch, answers=request.answers)
         measured = _measured(started, self.engine.device, len(rollouts.answer_ids))
         places, latents_RTD, steps_R = places_of(batch), rollouts.latents_RTD, rollouts.steps_R.numpy()
-        rollouts.latents_RTD = latents_RTD[:0]  # the table does not hold them
+        rollouts.latents_RTD = latents_RTD.new_empty(0)  # the table does not hold them
         scored = self.scorer.score(batch, latents_RTD, rollouts.steps_R) if request.scored else {}
         if request.compares:
-            compared = ragged(directions.add(self._keys(batch), latents_RTD).numpy(), steps_R)
+            compared = ragged(self._compare(batch, latents_RTD).numpy(), steps_R)
         else:
             compared = pa.array([shard.dissimilarity[place] for place in places], pa.list_(pa.float32()))
 
@@ -498,6 +486,7 @@ class Drawer:
             latents_RTD=to_host(latents_RTD) if request.keeps else None,
             sums=self._sums(batch) if request.sums else {},
             max_bytes=self._max_bytes,
+            memory=self.memory,
         )
 
     def _think(self, batch: list[RolloutJob], shard: Shard) -> Part:
@@ -508,14 +497,37 @@ class Drawer:
         if request.scored:
             make_table = partial(score_table, batch, self.scorer.score(batch, thought.latents_RTD, thought.steps_R))
         latents_RTD = to_host(thought.latents_RTD) if request.keeps else None
-        return Part(places_of(batch), make_table, latents_RTD=latents_RTD, max_bytes=self._max_bytes)
+        return Part(
+            places=places_of(batch),
+            make_table=make_table,
+            latents_RTD=latents_RTD,
+            max_bytes=self._max_bytes,
+            memory=self.memory,
+        )
 
     def catch_up(self, batch: Sequence[RolloutJob]) -> None:
         """Think the rollouts before a batch again, as far as what is known of them has to be compared with it."""
         if not self.spec.adapter.latents:
             return
+        kept = self._keys(batch)
         for earlier in self.batches(not_compared(batch, self._latents)):
-            directions.add(self._keys(earlier), self.roll(earlier, answers=False).latents_RTD)
+            latents_RTD = self.roll(earlier, answers=False).latents_RTD
+            directions.add(self._keys(earlier), latents_RTD, first=[job.rollouts[0] for job in earlier], kept=kept)
+
+    def _compare(self, batch: list[RolloutJob], latents_RTD: Tensor) -> Tensor:
+        """How far the rollouts of a batch are from those before them, see `DirectionSums.add`."""
+        summed_RT = torch.zeros(latents_RTD.shape[:2])
+        rows_JN = torch.arange(len(latents_RTD)).view(len(batch), -1)
+        if not self.spec.adapter.latents:
+            return summed_RT
+        for places, jobs in one_per_question(batch):
+            self.catch_up(jobs)
+            rows_R = rows_JN[places].flatten()
+            first = [job.rollouts[0] for job in jobs]
+            summed_RT[rows_R] = directions.add(
+                self._keys(jobs), latents_RTD[rows_R.to(latents_RTD.device)], first=first
+            )
+        return summed_RT
 
     def _keys(self, batch: Sequence[RolloutJob]) -> list[str]:
         return [directions_key(self._latents, job.row_key) for job in batch]

@@ -22,6 +22,7 @@ FORMAT = 3  # of cache entries; those of others are not read
 # part of every cache key: raised when the same settings give other rollouts, for a reason that is not in their code
 ENGINE_SEMANTICS = {"float32": 2, "bfloat16": 3, "float16": 3}
 SCORING_SEMANTICS = 2  # the same for step scores
+COMPARING_SEMANTICS = 2  # the same for `dissimilarity`
 # fields that change no rollout: where files are, what tables call them, what other options take as defaults
 NO_PART = {
     "model": {"name", "checkpoint", "revision", "recommended", "latent_rm", "trained_latents"},
@@ -44,6 +45,7 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     key = {
         "format": FORMAT,
         "semantics": ENGINE_SEMANTICS[spec.engine.dtype],
+        "compared": COMPARING_SEMANTICS,
         **model_key(spec.adapter),
         "computation": computation.way,
         "code": code_digests(drawing, [spec.config.get(name) for name in DRAWING], DRAWING),

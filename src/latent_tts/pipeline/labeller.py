@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from latent_tts.engine.cost import Shape
@@ -13,10 +13,11 @@ from latent_tts.engine.labelling import LabelJob, Labelling, completions_of, lab
 from latent_tts.engine.packing import row_bytes
 from latent_tts.engine.rollout import Engine
 from latent_tts.pipeline.annotation_spec import AnnotationSpec, QuestionToLabel
+from latent_tts.pipeline.code import DRAWING
 from latent_tts.pipeline.dispatch import Unit
-from latent_tts.pipeline.drawer import check_code, check_weights, code_of_driver
 from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs, rollout_plan, rows_per_batch
 from latent_tts.pipeline.spec import reserved_positions
+from latent_tts.pipeline.worker_checks import check_code, check_weights, code_of_driver
 from latent_tts.types import Computation, LabelledQuestion, UnmixedQuestion
 
 log = logging.getLogger(__name__)
@@ -44,17 +45,19 @@ class LabellingWork:
     Attributes:
         spec: the annotation.
         longest: tokens of the longest prompt.
-        code: digest of the code that draws, where the worker is in another process; else None.
+        code: see `worker_checks.code_of_driver`.
     """
 
     spec: AnnotationSpec
     longest: int
-    code: str | None
+    code: Mapping[str, str] | None
 
     @classmethod
     def of(cls, spec: AnnotationSpec, longest: int) -> LabellingWork:
         """Work of an annotation's own executor."""
-        return cls(spec, longest, code_of_driver(spec.executor))
+        options = (spec.adapter, spec.sampler, spec.schedule, spec.task, spec.task.rule)
+        configs = [spec.config.get(name) for name in (*DRAWING, "task")]
+        return cls(spec, longest, code_of_driver(spec.executor, options, configs))
 
     def start(self) -> Labeller:
         """A worker in this process.

@@ -144,7 +144,7 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
     if len(lacking):
         score_kept(spec, scores.open(), lacking, offsets, read_latents)
         scores.gather_later_ones()
-    compared = [DirectionSums().add([key], latents.rows(row, n)).numpy() for key, row in first.items()]
+    compared = [DirectionSums().add([key], latents.rows(row, n), first=[0]).numpy() for key, row in first.items()]
     beyond_RT = np.arange(spec.adapter.latents) >= steps_R[:, None]
     dissimilarity_RT = np.where(beyond_RT, np.float32(np.nan), np.concatenate(compared))
     return RunRollouts(rows, dissimilarity_RT, reduce_scores(spec, scores, offsets, len(lacking)), cache, drawn_now=0)

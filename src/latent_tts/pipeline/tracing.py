@@ -144,11 +144,10 @@ def sweeps_of(made: Rollouts) -> Int64:
     """First, stop and final latents (3, R, S) of each sweep; where a schedule keeps none, a sweep made each latent."""
     steps_R = made.steps_R.numpy()
     if made.timeline:
-        of_each = [[getattr(sweep, name).cpu().numpy() for sweep in made.timeline] for name in
-                   ("first_R", "stop_R", "final_R")]  # fmt: skip
-        timeline_3RS = np.stack([np.stack(each, 1) for each in of_each])
-        timeline_3RS[2] = np.minimum(timeline_3RS[2], steps_R[:, None])
-        return timeline_3RS
+        names = ("first_R", "stop_R", "final_R")
+        return np.stack([
+            np.stack([getattr(sweep, name).cpu().numpy() for sweep in made.timeline], 1) for name in names
+        ])  # fmt: skip
     place_S = np.arange(steps_R.max(initial=0))
     ends = np.stack([place_S, place_S + 1, place_S + 1])
     return np.minimum(ends[:, None], steps_R[:, None])

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, is_whole
 from latent_tts.schedule import LatentModel, LatentSequence, Schedule
 from latent_tts.schedule.sequential import Sequential
 from latent_tts.schedule.speculative import Speculative
@@ -83,7 +83,11 @@ class Auto(Schedule):
         Raises:
             UsageError: always.
         """
-        raise bad_value("schedule", self.name, "is chosen by ltts run and ltts ask alone; choose one here")
+        raise bad_value(
+            "schedule",
+            self.name,
+            "is chosen before a run begins, by ltts run, ask and trace; choose another schedule here",
+        )
 
     def run(self, latents: LatentSequence) -> None:
         """Never called."""
@@ -103,6 +107,8 @@ class Auto(Schedule):
         path = Path(self.probe).expanduser() / PLAN
         try:
             plan = Plan(**json.loads(path.read_text()))
+            if not is_whole(plan.max_rows):
+                raise ValueError(f"max_rows is {plan.max_rows!r}")
             if plan.schedule is not None:
                 Speculative(**plan.schedule)
         except OSError as error:

@@ -68,9 +68,14 @@ class Jacobi(Schedule):
         """Check that a model can use this schedule.
 
         Raises:
-            UsageError: as `check_parallel`, or the model decides the number of latents itself.
+            UsageError: as `check_parallel`, or the model decides the number of latents itself, or a rollout would
+                depend on the first one of its batch.
         """
         check_parallel(self.name, self.chunk, self.guess, model)
+        needed = self.chunk or model.latents
+        if self.guess == "sibling" and self.sweeps < needed:
+            why = f"needs schedule.sweeps={needed} or more: otherwise rollouts would depend on the batch"
+            raise bad_value("schedule.guess", self.guess, why)
         if model.stop_id is not None:
             raise bad_value(
                 "schedule",

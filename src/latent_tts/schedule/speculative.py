@@ -136,9 +136,7 @@ class Speculative(Schedule):
             commits_R = (valid_RT | (place_T < committed_R[:, None])).long().cumprod(1).sum(1) - committed_R
             counts.sweeps_R += active_R & (not free)
             counts.conflicts_R += window_RT.sum(1) - commits_R
-            if counts.timeline is not None:
-                start_R = torch.where(active_R, committed_R, total)
-                counts.timeline.append(Sweep(start_R, start_R + window_RT.sum(1), committed_R + commits_R))
+            start_R = torch.where(active_R, committed_R, total)
             committed_R = committed_R + commits_R
             if mixing is not None:
                 open_RT = window_RT & (place_T >= committed_R[:, None])
@@ -150,6 +148,8 @@ class Speculative(Schedule):
                 stopped_R = final_RS.any(1)
                 limit_R = torch.where(stopped_R, first + final_RS.long().argmax(1), limit_R)
                 committed_R = torch.minimum(committed_R, limit_R)
+            if counts.timeline is not None:
+                counts.timeline.append(Sweep(start_R, start_R + window_RT.sum(1), committed_R))
             chunk = self.chunk or total
             first = int(torch.where(committed_R < limit_R, committed_R, total).min())
         counts.commits_R += limit_R

@@ -63,6 +63,6 @@ def _donor_latents(engine: Engine, batch: Sequence[RolloutJob]) -> Tensor:
     prompts = [job.donor for job in batch if job.donor is not None]
     assert len(prompts) == len(batch), "a job without a donor"
     draw = Draw.of(0, [job.row_key for job in batch], torch.zeros(len(batch), 1, dtype=torch.long), engine.width)
-    donor = Engine(engine.reasoner, replace(engine.plan, stop_id=None, exit=None))
+    donor = Engine(engine.reasoner, replace(engine.plan, stop_id=None, exit=None), engine.draft)
     latents_QTD = donor.roll(prompts, draw, Greedy(), answers=False).latents_RTD
     return latents_QTD.to(engine.device, engine.lm.dtype).repeat_interleave(len(batch[0].rollouts), 0)
