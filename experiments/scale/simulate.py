@@ -119,6 +119,8 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     axes.axvline(3, color="grey", lw=0.8, ls="--")
     axes.set_yticks(range(len(names)), names)
     axes.set_xscale("log")
+    axes.set_xticks([1, 3, 10, 30, 100], ["1", "3", "10", "30", "100"])
+    axes.minorticks_off()
     axes.invert_yaxis()
     axes.set_xlabel("percent above total work / (total speed x availability)")
     seeds = table["seed"].nunique()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import time
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -217,6 +218,17 @@ def test_models_that_were_converted_or_joined_are_listed_and_pruned(ltts, place)
     assert ltts("cache", "prune", "max_size=1KB").out.startswith("removed 1 of 1 entry and 1 of 1 model,")
     assert {path.name for path in models.iterdir()} == {"fetched.gguf"}
     assert ltts(*line, f"model.checkpoint=gguf:{file}").code == 0
+
+
+def test_a_model_that_is_being_written_is_never_pruned(tmp_path):
+    folder = tmp_path / "models" / "partial-abc"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(2000))
+    os.utime(folder, (0, 0))  # a large file is written for long after it was created
+    everything = {"older_than": 0.0, "max_size": 1.0, "stale": True, "now": time.time() + 9}
+    assert to_prune(kept_models(tmp_path), **everything) == []
+    os.utime(folder / "model.safetensors", (0, 0))
+    assert [each.folder for each in to_prune(kept_models(tmp_path), **everything)] == [folder]
 
 
 def test_what_cannot_be_pruned_so_is_said(ltts):

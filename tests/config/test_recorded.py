@@ -121,6 +121,16 @@ def test_annotations_name_only_known_options(ltts, checkpoint, tmp_path):
     assert not (tmp_path / "rm").exists()
 
 
+@pytest.mark.parametrize("command", ["rescore", "replay"])
+def test_an_interpolation_in_a_folder_is_refused_and_reads_nothing(finished, ltts, monkeypatch, command):
+    monkeypatch.setenv("SECRET", "hunter2")
+    rewrite(finished, lambda record: record["config"]["model"].update(name="${oc.env:SECRET}"))
+    options = ["scorer=latent_rm"] if command == "rescore" else ["budget=adaptive"]
+    result = ltts(command, finished, *options)
+    refused(result, "model: the folder names '${oc.env:SECRET}'", "no interpolations")
+    assert "hunter2" not in result.err + result.out
+
+
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", r"\${a}", r"\\${a} b ${c", "plain", r"a\b", "$ {}", ["${a}"], 3])
 def test_text_of_data_is_never_an_interpolation(value):
     assert OmegaConf.to_container(OmegaConf.create({"key": literal(value)}), resolve=True) == {"key": value}

@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from latent_tts.engine.rollout import Engine, RolloutState
-from latent_tts.pipeline.drawer import one_per_question
+from latent_tts.pipeline import drawing
+from latent_tts.pipeline.drawer import Part, Request, one_per_question
+from latent_tts.pipeline.drawing import Stage
 from latent_tts.results.annotations import AnnotationFolder
+from latent_tts.results.cache import known_to_fit
 from latent_tts.results.run_folder import ROLLOUT_COLUMNS
 
 ROUNDED = ["answer_logprob", "answer_margin", "score"]
@@ -123,3 +126,19 @@ def test_runs_of_a_question_with_a_gap_are_compared_one_after_another():
     assert [(places, [job.number for job in found]) for places, found in one_per_question(jobs)] == [
         (places, places) for places in ([0, 1, 3], [2], [4])
     ]
+
+
+def test_what_fits_is_remembered_for_the_memory_of_the_worker_that_said_it(monkeypatch, tmp_path):
+    parts = [Part([], None, max_bytes=5, memory="small"), Part([], None, memory="large")]
+    monkeypatch.setattr(drawing, "results_of", lambda *_: [([], parts)])
+    monkeypatch.setattr(drawing, "latents_digest", lambda *_: "digest")
+    monkeypatch.setattr(Stage, "computations", None)
+    stage = Stage.__new__(Stage)
+    stage.spec = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+        executor=SimpleNamespace(in_process=False, fixed=False), budget=SimpleNamespace(adaptive=False), cache=tmp_path
+    )
+    stage.workers = [SimpleNamespace(memory=name, rows=8, device="cpu") for name in ("large", "small")]  # pyright: ignore
+    stage._pool, stage.timeline = None, []  # pyright: ignore[reportAttributeAccessIssue]
+    bar = SimpleNamespace(advance=lambda rows: None)
+    assert list(stage.parts([], Request(True, False), bar)) == parts  # pyright: ignore[reportArgumentType]
+    assert known_to_fit(tmp_path) == {"small": 5}

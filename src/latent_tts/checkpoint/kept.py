@@ -17,7 +17,7 @@ KINDS: Mapping[str, tuple[str, int]] = {
     "joined": ("adapter joined with its base", joining.VERSION),
 }
 NAME = re.compile(r"([a-z]+)(\d+)-[0-9a-f]{16}")
-UNFINISHED_SECONDS = 3600.0  # after which nobody is still writing it
+UNFINISHED, UNFINISHED_SECONDS = "unfinished", 3600.0  # since its last change; after them nobody is still writing it
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ class KeptModel:
     used: float
     stale: bool
 
+    @property
+    def being_written(self) -> bool:
+        """Whether another process may be making it."""
+        return self.kind == UNFINISHED and not self.stale
+
 
 def kept_models(cache: Path) -> list[KeptModel]:
     """The models in a cache folder, the one used last first; fetched files are left out."""
@@ -53,7 +58,8 @@ def _kept(folder: Path) -> KeptModel | None:
         kind, version = KINDS[parts[1]]
         stale = int(parts[2]) != version
     elif folder.name.startswith(gguf.PARTIAL):
-        kind, stale = "unfinished", time.time() - folder.stat().st_mtime > UNFINISHED_SECONDS
+        newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+        kind, stale = UNFINISHED, time.time() - newest > UNFINISHED_SECONDS
     else:
         return None
     source = "?"

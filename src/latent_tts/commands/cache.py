@@ -59,7 +59,7 @@ Kept = TypeVar("Kept", bound=CacheEntry | KeptModel)
 def to_prune(
     kept: Sequence[Kept], *, older_than: float | None, max_size: float | None, stale: bool, now: float
 ) -> list[Kept]:
-    """The entries and models that any of the conditions chooses.
+    """The entries and models that any of the conditions chooses; never a model that is being written.
 
     Args:
         kept: what there is, the one used last first.
@@ -72,7 +72,8 @@ def to_prune(
     for each in kept:
         too_old = older_than is not None and now - each.used > older_than
         too_large = max_size is not None and left + each.size > max_size
-        if too_old or too_large or (stale and is_stale(each)):
+        written = isinstance(each, KeptModel) and each.being_written
+        if not written and (too_old or too_large or (stale and is_stale(each))):
             gone.append(each)
         else:
             left += each.size

@@ -53,9 +53,7 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
             raise UsageError(f"{group}: {name} is recorded with {key}, which no option has")
     for text in _texts_in(node):
         if "${" in text:  # Hydra resolves what it builds twice, so no escape would keep it a text
-            raise UsageError(
-                f"{group}: the folder names {text[:60]!r}; `${{...}}` is never followed in what is read back"
-            )
+            raise UsageError(f"{group}: the folder names {text[:60]!r}; what is read back has no interpolations")
     made = OmegaConf.create(dict(node))
     assert isinstance(made, DictConfig)
     return made

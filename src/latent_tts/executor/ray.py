@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import logging
+import math
 import os
 import pickle
 import socket
@@ -25,6 +26,8 @@ from latent_tts.executor import Finished, Work, Worker
 log = logging.getLogger(__name__)
 CORES_PER_WORKER, MIN_WORKERS = 4, 2
 SECONDS_TO_ANSWER = 3.0  # of a cluster's address
+SECONDS_TO_PLACE = 300  # all workers; their processes may have to load a slow disk's libraries
+RAY_STEPS, TINY = 10_000, 1e-6  # Ray counts resources in ten-thousandths
 MIN_STORE_BYTES, MAX_STORE_BYTES = 1 << 27, 1 << 31  # of what workers have sent and the driver has not yet written
 SHARDS = ("measured", "fixed")
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1.0, 5.0  # at the processes of the local Ray; without them
@@ -178,6 +181,10 @@ class _Actor:
         logging.getLogger("latent_tts").addHandler(self._warnings)
         self._id, self._worker = "", None
 
+    def is_placed(self) -> bool:
+        """True: its process runs."""
+        return True
+
     def call(self, work_id: str, content: list[Any], method: str, *arguments: Any) -> tuple[Any, float, list[Any]]:
         """What a method of the worker gives, the seconds that it took, and the warnings that it logged."""
         worker = self._ready(work_id, content)
@@ -283,19 +290,83 @@ def _end_with(processes: Sequence[psutil.Process]) -> None:
     threading.Thread(target=watch, name="watch of Ray's node", daemon=True).start()
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What Ray may use of a machine."""
+
+    cores: float
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class WorkerPlan:
+    """How many workers there are, and what Ray reserves for each.
+
+    Attributes:
+        workers: how many.
+        cores: whole, or one k-th of a core.
+        gpus: 1, one k-th of a GPU, or 0.
+    """
+
+    workers: int
+    cores: float
+    gpus: float
+
+    @property
+    def threads(self) -> int:
+        """Of each worker."""
+        return max(1, int(self.cores))
+
+    def fits(self, machines: Sequence[Machine]) -> bool:
+        """Whether the machines hold all workers."""
+        return sum(map(self._places, machines)) >= self.workers
+
+    def _places(self, machine: Machine) -> int:
+        on_cores = math.floor(machine.cores / self.cores + TINY) if self.cores else self.workers
+        # a part is one of a single GPU
+        on_gpus = int(machine.gpus) * math.floor(1 / self.gpus + TINY) if self.gpus else self.workers
+        return min(on_cores, on_gpus)
+
+    @classmethod
+    def of(cls, machines: Sequence[Machine], workers: int | None) -> WorkerPlan:
+        """The plan with the most cores per worker, all of them on some machine."""
+        cores, gpus = (sum(int(getattr(each, name)) for each in machines) for name in ("cores", "gpus"))
+        whole = sum(int(each.cores) // CORES_PER_WORKER for each in machines)
+        count = workers or gpus or max(MIN_WORKERS, whole)
+        per_gpu = math.ceil(count / gpus) if gpus else 0  # workers that share one
+        own = _part(per_gpu) if gpus else 0.0
+        most = max((int(each.cores) for each in machines), default=0)
+        shares = [*(float(each) for each in range(most, 0, -1)), *map(_part, range(2, count + 1))] if cores else []
+        plans = (cls(count, share, own) for share in shares)
+        return next((plan for plan in plans if plan.fits(machines)), cls(count, 0.0, own))
+
+
+def _part(count: int) -> float:
+    """One of `count` parts of a core or GPU; Ray counts in steps, and all of them together must not be more than 1."""
+    return math.floor(RAY_STEPS / count) / RAY_STEPS
+
+
 def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
     ray = _ray()
-    there = ray.cluster_resources()
-    cores, gpus = int(there.get("CPU", 1)), int(there.get("GPU", 0)) if on_gpus else 0
-    workers = executor.workers or gpus or max(MIN_WORKERS, cores // CORES_PER_WORKER)
-    threads = max(1, cores // workers)
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    machines = [Machine(each.get("CPU", 0.0), each.get("GPU", 0.0) if on_gpus else 0.0) for each in there]
+    plan = WorkerPlan.of(machines, executor.workers)
     kind = ray.remote(_Actor).options(
-        num_cpus=min(threads, cores / workers),
-        num_gpus=gpus / workers if gpus else 0,
+        num_cpus=plan.cores,
+        num_gpus=plan.gpus,
         max_restarts=executor.max_restarts,
         max_task_retries=executor.max_task_retries,
     )
-    return [kind.remote(threads) for _ in range(workers)]
+    actors = [kind.remote(plan.threads) for _ in range(plan.workers)]
+    signs = [actor.is_placed.remote() for actor in actors]
+    placed, missing = ray.wait(signs, num_returns=len(signs), timeout=SECONDS_TO_PLACE)
+    if missing:
+        for actor in actors:
+            ray.kill(actor)
+        allowed = f"only {len(placed)} of {len(signs)} workers started in {SECONDS_TO_PLACE} s: the rest of the "
+        allowed += f"cluster is in use; each worker takes {plan.cores:g} cores and {plan.gpus:g} GPUs"
+        raise bad_value("executor.workers", executor.workers, allowed)
+    return actors
 
 
 def _in_one_line(error: Exception) -> str:

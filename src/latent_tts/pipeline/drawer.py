@@ -118,7 +118,8 @@ class Part:
         answer_ids: of each row; None where answers were not decoded.
         latents_RTD: on the host, if they are wanted.
         sums: of directions, if they are wanted.
-        max_bytes: the estimate of a batch that fits, where one was too large for the memory of `Description.memory`.
+        max_bytes: the estimate of a batch that fits, where one was too large.
+        memory: of its worker, see `Description.memory`.
     """
 
     places: list[Place]
@@ -127,6 +128,7 @@ class Part:
     latents_RTD: Tensor | None = None
     sums: Sums = field(default_factory=dict)
     max_bytes: int | None = None
+    memory: str = ""
 
     def packed(self) -> Part:
         """The same for another process: with the table instead of the function that makes it."""
@@ -484,6 +486,7 @@ class Drawer:
             latents_RTD=to_host(latents_RTD) if request.keeps else None,
             sums=self._sums(batch) if request.sums else {},
             max_bytes=self._max_bytes,
+            memory=self.memory,
         )
 
     def _think(self, batch: list[RolloutJob], shard: Shard) -> Part:
@@ -494,7 +497,13 @@ class Drawer:
         if request.scored:
             make_table = partial(score_table, batch, self.scorer.score(batch, thought.latents_RTD, thought.steps_R))
         latents_RTD = to_host(thought.latents_RTD) if request.keeps else None
-        return Part(places_of(batch), make_table, latents_RTD=latents_RTD, max_bytes=self._max_bytes)
+        return Part(
+            places=places_of(batch),
+            make_table=make_table,
+            latents_RTD=latents_RTD,
+            max_bytes=self._max_bytes,
+            memory=self.memory,
+        )
 
     def catch_up(self, batch: Sequence[RolloutJob]) -> None:
         """Think the rollouts before a batch again, as far as what is known of them has to be compared with it."""

@@ -302,7 +302,7 @@ class Stage:
                 for key, (count, sums_TD) in part.sums.items():
                     directions.put(directions_key(latents, key), count, sums_TD)
                 if part.max_bytes is not None:
-                    remember_what_fits(self.spec.cache, self.workers[0].memory, part.max_bytes)
+                    remember_what_fits(self.spec.cache, part.memory, part.max_bytes)
                 yield part
             if not here:
                 bar.advance(sum(len(job.rollouts) for content in contents for job in content))

@@ -1,0 +1,91 @@
+"""Where the workers of `executor=ray` are placed, and what it does when Ray fails; Ray itself is simulated."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from latent_tts.errors import RunError, UsageError
+from latent_tts.executor import ray as executor
+from latent_tts.executor.ray import Machine, Ray, RayPool, WorkerPlan
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "plan"),
+    [
+        ([Machine(8)], None, WorkerPlan(2, 4, 0)),
+        ([Machine(2)], None, WorkerPlan(2, 1, 0)),
+        ([Machine(6), Machine(6)], None, WorkerPlan(2, 6, 0)),
+        ([Machine(6), Machine(6)], 3, WorkerPlan(3, 3, 0)),
+        ([Machine(2)], 8, WorkerPlan(8, 0.25, 0)),
+        ([Machine(16, 2)], None, WorkerPlan(2, 8, 1)),
+        ([Machine(16, 2)], 3, WorkerPlan(3, 5, 0.5)),
+        ([Machine(16, 3)], 2, WorkerPlan(2, 8, 1)),
+        ([Machine(8, 1), Machine(2, 2)], None, WorkerPlan(3, 1, 1)),
+        ([Machine(4, 1)], 3, WorkerPlan(3, 1, 0.3333)),
+        ([Machine(0, 1)], None, WorkerPlan(1, 0, 1)),
+    ],
+)
+def test_workers_fit_the_machines(machines, workers, plan):
+    assert WorkerPlan.of(machines, workers) == plan
+
+
+@given(
+    st.lists(st.builds(Machine, st.integers(0, 9), st.integers(0, 4)), min_size=1, max_size=4),
+    st.none() | st.integers(1, 20),
+)
+def test_every_worker_finds_a_machine_and_ray_takes_the_amounts(machines, workers):
+    plan = WorkerPlan.of(machines, workers)
+    assert plan.fits(machines)
+    assert workers in (None, plan.workers)
+    for amount in (plan.cores, plan.gpus):
+        assert amount <= 1 or amount == int(amount)
+        assert amount * 10_000 == pytest.approx(round(amount * 10_000))
+
+
+class SimulatedRay:
+    """Machines on which only some actors are placed."""
+
+    exceptions = SimpleNamespace(RayError=OSError, RayTaskError=ArithmeticError)
+
+    def __init__(self, placed):
+        self.placed, self.killed = placed, []
+
+    def nodes(self):
+        return [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": {"CPU": 99.0}}]
+
+    def remote(self, _):
+        actor = SimpleNamespace(is_placed=SimpleNamespace(remote=object))
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda threads: actor))
+
+    def wait(self, references, num_returns, timeout=None):
+        if timeout is None:
+            raise OSError("the node is gone\n\nand much more")
+        return references[: self.placed], references[self.placed :]
+
+    def kill(self, actor):
+        self.killed.append(actor)
+
+    def put(self, content):
+        return content
+
+
+def test_workers_that_cannot_be_placed_are_counted_in_a_line(monkeypatch):
+    simulated = SimulatedRay(placed=1)
+    monkeypatch.setattr(executor, "_ray", lambda: simulated)
+    with pytest.raises(UsageError, match="only 1 of 2 workers started in 300 s"):
+        executor._start_actors(Ray(workers=2), on_gpus=False)
+    assert len(simulated.killed) == 2
+    simulated.placed = 2
+    assert len(executor._start_actors(Ray(workers=2), on_gpus=False)) == 2
+
+
+def test_a_failure_of_waiting_loses_no_worker_and_is_one_line(monkeypatch):
+    monkeypatch.setattr(executor, "_ray", lambda: SimulatedRay(0))
+    call = SimpleNamespace(call=SimpleNamespace(remote=lambda *_: object()))
+    pool = RayPool([call, call], "work")  # pyright: ignore[reportArgumentType]
+    pool.submit(0, "shard")
+    with pytest.raises(RunError, match=r"the node is gone\Z"):
+        pool.next_finished()
+    assert list(pool.workers) == [0, 1]
