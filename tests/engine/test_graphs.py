@@ -48,6 +48,7 @@ SAMPLERS = {
     "dropout in thoughts": Dropout(0.2, "ffn", ["thoughts"], "fresh"),
     "locked dropout": Dropout(0.2, "residual", ["thoughts", "answer"], "locked"),
     "drawn answers": DRAWN.over(NOISE),
+    "drawn answers of greedy": DRAWN.over(Greedy()),
     "repeat": Control("repeat"),
     "shuffle": Control("shuffle"),
 }
@@ -56,6 +57,7 @@ PLANS = {
     "stops by a token": {"latents": 3, "stop_id": 11},
     "forced beginning": {"latents": 1, "forced_ids": [5]},
     "no latents": {"latents": 0},
+    "answers right after the prompt": {"latents": 0, "end": 0},
     "no end": {"latents": 1, "ends": False},
 }
 FEW = [
@@ -64,6 +66,7 @@ FEW = [
     ("gpt2", "dropout in thoughts", "stops by a token"),
     ("qwen3", "dropout everywhere", "no end"),
     ("gpt2", "shuffle", "plain"),
+    ("gpt2", "drawn answers of greedy", "answers right after the prompt"),
 ]
 N = 2
 LENGTHS = [[9, 3], [2, 7], [1, 1], [4, 8]]

@@ -219,12 +219,14 @@ class RunSpec(RunRequest):
         Args:
             after: how many of each question's first rollouts to leave out; None for none.
         """
-        keys = np.array([self.row_key(question) for question in self.questions], dtype=object)
+        keys = [self.row_key(question) for question in self.questions]
         first_Q = np.zeros(len(keys), dtype=np.int64) if after is None else np.array(after)
         size_Q = np.array(self.drawn) - first_Q
         start_Q = np.concatenate([[0], size_Q.cumsum()[:-1]])
         numbers = np.arange(size_Q.sum()) + (first_Q - start_Q).repeat(size_Q)
-        return pd.DataFrame({"row_key": keys.repeat(size_Q), "rollout": numbers.astype(np.int32)})
+        codes = np.arange(len(keys)).repeat(size_Q)  # a text per row is large
+        row_keys = pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(keys))
+        return pd.DataFrame({"row_key": row_keys, "rollout": numbers.astype(np.int32)})
 
 
 def check_run(request: RunRequest) -> RunSpec:

@@ -96,10 +96,11 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
         for start, end in pairwise([0, *accumulate(spec.drawn)])
         for form in shared_forms(answers[start:end], rule.equal)
     ]
+    ids = np.array([question.id for question in spec.questions], dtype=object).repeat(spec.drawn)
     table = pd.DataFrame(
         {
             "question_index": np.arange(len(spec.questions), dtype="int32").repeat(spec.drawn),
-            "question_id": np.array([question.id for question in spec.questions], dtype=object).repeat(spec.drawn),
+            "question_id": pd.Series(ids, dtype=object),  # a text of pandas' own per row is large
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.array(predictions, dtype=object),
             "correct": right if has_gold(spec.questions) else pd.array([None] * len(rows), dtype="boolean"),
@@ -107,13 +108,14 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
             "answer_logprob": rows["answer_logprob"],
             "answer_margin": rows["answer_margin"],
             "stop_reason": rows["stop_reason"],
-            "answer_text": texts,
+            "answer_text": pd.Series(texts, dtype=object),
             "answer_ids": rows["answer_ids"],
             "answer_tokens": rows["answer_ids"].map(len),
             "latent_steps": rows["latent_steps"].astype("int32"),
             **{name: rows[name].astype("int32") for name in COUNT_COLUMNS if name in rows},
             **{name: rows[name] for name in MEASURED},
-        }
+        },
+        copy=False,
     )
     if drawn.scores is not None:
         _add_scores(table, drawn.scores)
@@ -135,7 +137,8 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> 
         where only picks were decoded), and whether it is `correct` (None without gold).
     """
     used_Q = np.array(used)
-    rollouts = rollouts[rollouts["rollout"].to_numpy() < np.repeat(used_Q, spec.drawn)]
+    if (used_Q < spec.drawn).any():  # a copy of all of them is large
+        rollouts = rollouts[rollouts["rollout"].to_numpy() < np.repeat(used_Q, spec.drawn)]
     lines: list[dict[str, Any]] = [
         {"index": index, "id": question.id, "question": question.text}
         | ({} if question.answer is None else {"gold": question.answer})
@@ -146,7 +149,8 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> 
     if is_adaptive(spec.budget):  # where to stop depends on the data, so the pick of another aggregator would be biased
         reported = [each for each in reported if each.name == spec.budget.aggregator]
     for number in np.unique(used_Q):  # budgets may give unequally many
-        alike = rollouts[np.repeat(used_Q == number, used_Q)]
+        chosen_Q = used_Q == number
+        alike = rollouts if chosen_Q.all() else rollouts[np.repeat(chosen_Q, used_Q)]
         for aggregator in reported:
             picked = _picked(aggregator, alike, int(number), all_decoded=spec.decode == "all")
             for index, pick in zip(np.flatnonzero(used_Q == number), picked, strict=True):

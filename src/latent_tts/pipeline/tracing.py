@@ -20,7 +20,7 @@ from latent_tts.errors import LESS_MEMORY, UsageError, computing
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.drawer import Drawer, places_of
 from latent_tts.pipeline.drawing import jobs_of
-from latent_tts.pipeline.models import find_device
+from latent_tts.pipeline.models import find_device, refuse_graphs
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import answer_lines, rollout_table
@@ -123,6 +123,7 @@ def think(spec: RunSpec) -> RethoughtRollouts:
     wanted = spec.wanted()
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
     jobs, total = jobs_of(spec, wanted), spec.adapter.latents
+    refuse_graphs(spec.engine, "the host reads what each sweep did")
     drawer = Drawer(spec, max(len(job.prompt) for job in jobs), scored=False, max_bytes=known_to_fit(spec.cache))
     drawer.engine.keeps_timeline = True
     latents_RTD = np.zeros((len(rows), total, drawer.engine.width), dtype=np.float32)

@@ -227,7 +227,6 @@ class GatheredRows:
         self._ids = ids[self._order]
         self._found = np.zeros(len(ids), dtype=np.bool_)
         self._pieces: list[tuple[Int64, pa.Table]] = []
-        self._permutation: pa.Array | None = None  # from the order in which rows were found
 
     def take(self, table: pa.Table, which: Bools | None = None) -> None:
         """Keep those rows of a table (of those that `which` names) that are wanted and still missing."""
@@ -238,7 +237,7 @@ class GatheredRows:
         rows = np.flatnonzero(fresh)
         places, first = np.unique(places[rows], return_index=True)
         if len(places):
-            self._found[places], self._permutation = True, None
+            self._found[places] = True
             self._pieces.append((places, table.select(self._schema.names).take(rows[first])))
 
     def contains(self, table: pa.Table) -> Bools:
@@ -258,34 +257,49 @@ class GatheredRows:
 
     def frame(self) -> pd.DataFrame:
         """The rows that were found, in the order of `wanted`, with their columns but lists of fractions."""
-        found = self.wanted if self._found.all() else self.wanted[self._found]
+        places = self.wanted[PLACE] if self._found.all() else self.wanted.loc[self._found, PLACE]
         columns = {}
         for field in self._schema:
             if field.type != FRACTIONS:
-                objects = pa.types.is_string(field.type) or pa.types.is_list(field.type)
-                column = self._column(field.name)
-                columns[field.name] = shared_objects(column) if objects else column.to_numpy(zero_copy_only=False)
-        return found[PLACE].reset_index(drop=True).assign(**columns)
+                values = self._values(field)
+                # pandas would make a text of its own for every row
+                columns[field.name] = pd.Series(values, dtype=values.dtype, copy=False)
+        own = {name: places[name].array for name in PLACE}
+        return pd.DataFrame(own | columns, copy=False)
 
     def padded(self, name: str) -> Float32:
         """A column of lists of fractions (rows, longest), NaN beyond a row's own."""
-        lists = self._column(name)
-        lengths = lists.value_lengths().to_numpy()
-        values = np.full((len(lists), lengths.max(initial=0)), np.nan, dtype=np.float32)
-        values[np.arange(values.shape[1]) < lengths[:, None]] = lists.flatten().to_numpy()
+        pieces = self._taken(name)
+        lengths = [column.value_lengths().to_numpy() for _, column in pieces]
+        longest = max((piece.max(initial=0) for piece in lengths), default=0)
+        values = np.full((int(self._found.sum()), longest), np.nan, dtype=np.float32)
+        for (rows, column), length in zip(pieces, lengths, strict=True):
+            inside = np.arange(longest) < length[:, None]
+            values[rows[inside.nonzero()[0]], inside.nonzero()[1]] = column.flatten().to_numpy()
         return values
 
-    def _column(self, name: str) -> pa.Array:
-        """A column of the rows that were found, in the order of `wanted`; it is not kept here any longer."""
-        chunks = [chunk for _, table in self._pieces for chunk in table[name].chunks]
+    def _values(self, field: pa.Field) -> np.ndarray:
+        """A column of the rows that were found, in the order of `wanted`: numbers, or objects that equal rows share."""
+        pieces, known = self._taken(field.name), {}
+        objects = pa.types.is_string(field.type) or pa.types.is_list(field.type)
+        dtype = np.dtype(object) if objects else np.dtype(field.type.to_pandas_dtype())
+        if dtype.kind == "i" and any(column.null_count for _, column in pieces):
+            dtype = np.dtype(np.float64)
+        values = np.empty(int(self._found.sum()), dtype=dtype)
+        for rows, column in pieces:
+            values[rows] = shared_objects(column, known) if objects else column.to_numpy(zero_copy_only=False)
+        return values
+
+    def _taken(self, name: str) -> list[tuple[Int64, pa.Array]]:
+        """A column by pieces, each with the places of its rows among those found; it is not kept here any longer."""
+        columns = [table[name].combine_chunks() for _, table in self._pieces]
         self._pieces = [(places, table.drop_columns(name)) for places, table in self._pieces]
-        if self._permutation is None:
-            places = [np.empty(0, dtype=np.int64), *(places for places, _ in self._pieces)]
-            self._permutation = pa.array(np.concatenate(places).argsort())
-        column = pa.chunked_array(chunks, self._schema.field(name).type).combine_chunks().take(self._permutation)
-        del chunks
+        ranks = None if self._found.all() else self._found.cumsum() - 1
         pa.default_memory_pool().release_unused()
-        return column
+        return [
+            (places if ranks is None else ranks[places], column)
+            for (places, _), column in zip(self._pieces, columns, strict=True)
+        ]
 
     def _places(self, table: pa.Table) -> Int64:
         """Where each row of a table stands in `wanted`; -1 for those that are not wanted."""
@@ -302,19 +316,28 @@ class GatheredRows:
 # Columns
 
 
-def shared_objects(column: pa.Array) -> np.ndarray:
-    """A column as Python objects (texts, or lists of numbers), equal ones the same object: many rows are equal."""
+def shared_objects(column: pa.Array, known: dict[Any, Any]) -> np.ndarray:
+    """A column as Python objects (texts, or lists of numbers), equal ones the same object: many rows are equal.
+
+    Args:
+        column: of texts or lists.
+        known: the objects so far, also of other columns; more are added.
+    """
     if not pa.types.is_list(column.type):
         encoded = column.dictionary_encode()
-        return np.array(encoded.dictionary.to_pylist(), dtype=object)[encoded.indices.to_numpy()]
+        texts = [known.setdefault(text, text) for text in encoded.dictionary.to_pylist()]
+        indices = encoded.indices.to_numpy(zero_copy_only=False) if not encoded.null_count else None
+        if indices is None:
+            indices = encoded.indices.fill_null(len(texts)).to_numpy()
+            texts.append(None)
+        return np.array(texts, dtype=object)[indices]
     values, stops = column.flatten().to_numpy(), column.value_lengths().to_numpy().cumsum()
-    found: dict[bytes, list[Any]] = {}
     objects, start = np.empty(len(column), dtype=object), 0
     for row, stop in enumerate(stops.tolist()):
         content = values[start:stop].tobytes()
-        if content not in found:
-            found[content] = values[start:stop].tolist()
-        objects[row], start = found[content], stop
+        if content not in known:
+            known[content] = values[start:stop].tolist()
+        objects[row], start = known[content], stop
     return objects
 
 

@@ -22,6 +22,7 @@ from latent_tts.types import Float32
 if TYPE_CHECKING:
     from torch import Tensor
 
+ROWS_AT_ONCE = 1 << 16  # of a table, where all at once would be large
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
 ANSWERS, SCORES, FIGURE, BUDGET = "answers.jsonl", "scores.parquet", "scaling.png", "budget.parquet"
 METRICS_OVER_SEEDS = "metrics_over_seeds.csv"
@@ -101,7 +102,11 @@ def write_rollouts(folder: Path, rollouts: pd.DataFrame) -> None:
     """Write `rollouts.parquet`."""
     with whole_file(folder / ROLLOUTS) as path:
         columns = [*ROLLOUT_COLUMNS, *(name for name in COUNT_COLUMNS if name in rollouts)]
-        rollouts[columns].to_parquet(path, index=False)
+        schema = pa.Schema.from_pandas(rollouts[columns], preserve_index=False)
+        with pq.ParquetWriter(path, schema, compression="snappy") as writer:
+            for start in range(0, len(rollouts), ROWS_AT_ONCE):  # all rows once more would be large
+                part = rollouts[columns].iloc[start : start + ROWS_AT_ONCE]
+                writer.write_table(pa.Table.from_pandas(part, schema, preserve_index=False))
 
 
 def read_rollouts(folder: Path) -> pd.DataFrame:
