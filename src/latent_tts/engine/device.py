@@ -17,7 +17,8 @@ import psutil
 import torch
 
 log = logging.getLogger(__name__)
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "could not create a memory")
 
 
