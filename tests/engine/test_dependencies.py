@@ -77,17 +77,23 @@ def test_latents_that_are_constants_depend_on_nothing():
     plain, latents_TD = recurrence("gpt2", next_latent=lambda hidden: 0 * hidden + 1)
     found = find_dependencies(plain, latents_TD, 2)
     assert not found.relative_TT.any()
-    assert found.critical_path(0.1) == 1
+    assert found.critical_path(0.1) == [0]
     assert found.growth == -math.inf
 
 
 @pytest.mark.parametrize(
     ("edges", "path"),
-    [([], 1), ([(1, 0), (2, 1), (3, 2)], 4), ([(1, 0), (3, 2)], 2), ([(3, 0)], 2), ([(2, 0), (3, 2), (3, 1)], 3)],
+    [
+        ([], [0]),
+        ([(1, 0), (2, 1), (3, 2)], [0, 1, 2, 3]),
+        ([(1, 0), (3, 2)], [0, 1]),
+        ([(3, 0)], [0, 3]),
+        ([(2, 0), (3, 2), (3, 1)], [0, 2, 3]),
+    ],
 )
 def test_the_critical_path_is_the_longest_chain(edges, path):
     relative_TT = torch.zeros(4, 4)
     for later, earlier in edges:
         relative_TT[later, earlier] = 0.5
     assert Dependencies(relative_TT, 0.0).critical_path(0.5) == path
-    assert Dependencies(relative_TT, 0.0).critical_path(0.51) == 1
+    assert Dependencies(relative_TT, 0.0).critical_path(0.51) == [0]

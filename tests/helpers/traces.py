@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from latent_tts.results.trace import Dependencies, Lens, Timeline, Trace, TracedQuestion, TracedRollouts, draw_map
+from latent_tts.results.trace import DependencyGraph, Lens, Timeline, Trace, TracedQuestion, TracedRollouts, draw_map
 
 LATENTS, WIDTH = 3, 4
 
@@ -42,7 +42,7 @@ def made(text="a question", gold="0", **more):
         id=text, text=text, gold=gold, steps=(text,), results=[(0, text)], samplers=samplers,
         picks={text: {"answer": text, "rollout": 1, "correct": None if gold is None else True}},
         maps=[draw_map("pca", samplers, step) for step in (None, *range(LATENTS))],
-        dependencies=Dependencies(np.tril(np.full((LATENTS, LATENTS), 0.5), -1), 0.1, [0, 1, 2], -0.5),
+        dependencies=DependencyGraph(np.tril(np.full((LATENTS, LATENTS), 0.5), -1), 0.1, [0, 1, 2], -0.5),
     )  # fmt: skip
     return Trace(
         {"model": text, "run": text},

@@ -4,18 +4,15 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from traces import LATENTS, WIDTH, made, rollouts
 
-from latent_tts.engine.dependencies import Dependencies as Found
-from latent_tts.results.trace import draw_map, drift_and_spread, longest_chain, principal_axes
+from latent_tts.results.trace import draw_map, drift_and_spread, principal_axes
 from latent_tts.results.trace_page import json_in_html, render_page
 
 HOSTILE = [
@@ -111,14 +108,6 @@ def test_drift_is_free_of_the_chance_of_few_rollouts():
     assert unmoved < 0.02  # the plain distance of the means would be 1 / 8
     nothing = drift_and_spread(np.ones((1, 1, 50)), np.ones(1, dtype=int), anchor, 1)
     assert np.isnan(nothing).all()
-
-
-@given(arrays(np.float64, (6, 6), elements=st.floats(0, 1)), st.floats(0.05, 1))
-def test_the_chain_is_as_long_as_the_critical_path(relative, threshold):
-    relative = np.tril(relative, -1)
-    chain = longest_chain(relative, threshold)
-    assert len(chain) == Found(torch.from_numpy(relative), 0.0).critical_path(threshold)
-    assert all(relative[later, earlier] >= threshold for earlier, later in pairwise(chain))
 
 
 @given(st.recursive(st.text() | st.sampled_from(HOSTILE), lambda inner: st.lists(inner, max_size=3)))

@@ -31,12 +31,13 @@ class Dependencies:
     relative_TT: Tensor
     growth: float
 
-    def critical_path(self, threshold: float) -> int:
-        """Latents on the longest chain in which each depends on the one before by at least `threshold`."""
-        length: list[int] = []
-        for row in (self.relative_TT >= threshold).tolist():
-            length.append(1 + max((length[s] for s, depends in enumerate(row[: len(length)]) if depends), default=0))
-        return max(length, default=0)
+    def critical_path(self, threshold: float) -> list[int]:
+        """The latents of the longest chain in which each depends on the one before by at least `threshold`."""
+        chains: list[list[int]] = []
+        for latent, row in enumerate((self.relative_TT >= threshold).tolist()):
+            before = [chain for chain, depends in zip(chains, row, strict=False) if depends]
+            chains.append([*max(before, key=len, default=[]), latent])
+        return max(chains, key=len, default=[])
 
 
 class PlainRecurrence:

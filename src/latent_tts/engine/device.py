@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import gc
+import logging
 import resource
 import sys
 import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import torch
 
+log = logging.getLogger(__name__)
+Job, Result = TypeVar("Job"), TypeVar("Result")
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "could not create a memory")
 
 
@@ -45,6 +51,43 @@ def free_cached_memory(device: torch.device | str) -> None:
     gc.collect()
     if is_gpu(device):
         torch.cuda.empty_cache()
+
+
+def compute_in_batches(
+    jobs: Sequence[Job],
+    compute: Callable[[list[Job]], Result],
+    divide: Callable[[Sequence[Job]], Iterable[list[Job]]],
+    halve: Callable[[list[Job]], bool],
+    device: torch.device | str,
+) -> Iterator[Result]:
+    """The result of each batch of some jobs; a batch that does not fit memory is computed as smaller ones.
+
+    Args:
+        jobs: what to compute.
+        compute: computes a batch.
+        divide: makes batches of the present size.
+        halve: makes the size half that of a batch; returns whether it could.
+        device: whose unused memory is given back before the smaller batches.
+    """
+    for batch in list(divide(jobs)):
+        for piece in divide(batch):  # the same, unless one before it did not fit
+            try:
+                result = compute(piece)
+            except (RuntimeError, MemoryError) as error:
+                if not (is_out_of_memory(error) and halve(piece)):
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold the tensors that are to be freed
+            else:
+                yield result
+                continue
+            free_cached_memory(device)
+            yield from compute_in_batches(piece, compute, divide, halve, device)
+
+
+def warn_of_halving(rows: int, device: torch.device | str) -> None:
+    """Say that so many rows were too many."""
+    log.warning("engine.rows: %d rows do not fit the memory of %s, so batches are halved to %d",
+                rows, device_name(device), max(1, rows // 2))  # fmt: skip
 
 
 def reserved_bytes(device: torch.device) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -24,12 +23,12 @@ from torch import Tensor
 
 from latent_tts.engine.cost import BatchCost, Rates, Shape, Work
 from latent_tts.engine.device import (
+    compute_in_batches,
     device_name,
-    free_cached_memory,
-    is_out_of_memory,
     peak_bytes,
     reset_peak_bytes,
     synchronized_seconds,
+    warn_of_halving,
 )
 from latent_tts.engine.diversity import DirectionSums
 from latent_tts.engine.draft import load_draft
@@ -385,39 +384,23 @@ class Drawer:
         """
         for key, (count, sums_TD) in shard.sums.items():
             directions.put(directions_key(self._latents, key), count, sums_TD)
-        parts = []
-        for batch in list(self.batches(shard.jobs)):
-            for piece in self.batches(batch):  # the same, unless one before it did not fit
-                for part in self._fitted(piece, shard):
-                    parts.append(part.packed() if self._packed else part)
-        return parts
+        part_of = partial(self._part, shard=shard)
+        found = compute_in_batches(shard.jobs, part_of, self.batches, self._halve, self.device)
+        return [part.packed() if self._packed else part for part in found]
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
         """Pack jobs into batches."""
         return pack(self.spec, jobs, self.rows, self.device)
 
-    def _fitted(self, batch: list[RolloutJob], shard: Shard) -> list[Part]:
-        """The parts of a batch: one, or several of fewer rows where it does not fit memory."""
-        try:
-            return [self._part(batch, shard)]
-        except (RuntimeError, MemoryError) as error:
-            pieces = self._halves(batch) if is_out_of_memory(error) else []
-            if len(pieces) < 2:
-                raise
-            traceback.clear_frames(error.__traceback__)  # they hold the tensors that are to be freed
-        free_cached_memory(self.device)
-        return [part for piece in pieces for smaller in self.batches(piece) for part in self._fitted(smaller, shard)]
-
-    def _halves(self, batch: list[RolloutJob]) -> list[list[RolloutJob]]:
-        """The batches of half as many rows; the rows of all later ones are halved too."""
+    def _halve(self, batch: list[RolloutJob]) -> bool:
+        """Halve the rows of a batch and of all later ones, if that divides it."""
         rows = sum(len(job.rollouts) for job in batch) * self.spec.search.rows_per_survivor
         self.rows = max(1, rows // 2)
-        pieces = list(self.batches(batch))
-        if len(pieces) > 1:
-            self._max_bytes = self.rows * self.bytes_per_row
-            log.warning("engine.rows: %d rows do not fit the memory of %s, so batches are halved to %d",
-                        rows, device_name(self.device), self.rows)  # fmt: skip
-        return pieces
+        if len(list(self.batches(batch))) < 2:
+            return False
+        self._max_bytes = self.rows * self.bytes_per_row
+        warn_of_halving(rows, self.device)
+        return True
 
     def _part(self, batch: list[RolloutJob], shard: Shard) -> Part:
         request = shard.request

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from latent_tts.engine.cost import Shape
-from latent_tts.engine.device import device_name, free_cached_memory, is_out_of_memory
+from latent_tts.engine.device import compute_in_batches, warn_of_halving
 from latent_tts.engine.labelling import LabelJob, Labelling, completions_of, label_batch
 from latent_tts.engine.packing import row_bytes
 from latent_tts.engine.rollout import Engine
@@ -19,8 +17,6 @@ from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs
 from latent_tts.pipeline.spec import reserved_positions
 from latent_tts.pipeline.worker_checks import check_code, check_weights, code_of_driver
 from latent_tts.types import Computation, LabelledQuestion, UnmixedQuestion
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,31 +111,27 @@ class Labeller:
             prediction = rule.read(adapter.answer_text(ids), adapter)
             return prediction is not None and rule.is_right(prediction, job.question.gold)
 
-        waiting = [
+        jobs = [
             LabelJob(job.question.id, job.place, job.prompt, lambda ids, job=job: is_right(job, ids)) for job in shard
         ]
         entries, rollouts = [], 0
-        while waiting:
-            size = max(1, self._labelling.rows // self._labelling.rollouts)
-            labelled = self._fitted(waiting[:size])
-            if labelled is None:
-                continue  # with fewer rows
-            entries += labelled[0]
-            rollouts += labelled[1]
-            waiting = waiting[size:]
+        for labelled, count in compute_in_batches(jobs, self._label, self._batches, self._halve, self._device):
+            entries += labelled
+            rollouts += count
         return entries, rollouts
 
-    def _fitted(self, batch: list[LabelJob]) -> tuple[list[LabelledQuestion | UnmixedQuestion], int] | None:
-        """A batch labelled; None if it does not fit memory: then the rows of all later batches are halved."""
+    def _batches(self, jobs: Sequence[LabelJob]) -> list[list[LabelJob]]:
+        size = max(1, self._labelling.rows // self._labelling.rollouts)
+        return [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
+
+    def _label(self, batch: list[LabelJob]) -> tuple[list[LabelledQuestion | UnmixedQuestion], int]:
+        return label_batch(batch, self._engine, self._sampler, self._labelling)
+
+    def _halve(self, _: list[LabelJob]) -> bool:
+        """Halve the rows of all later batches; those of one question are divided in it."""
         rows = self._labelling.rows
-        try:
-            return label_batch(batch, self._engine, self._sampler, self._labelling)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or rows == 1:
-                raise
-            traceback.clear_frames(error.__traceback__)  # they hold the tensors that are to be freed
-        free_cached_memory(self._device)
+        if rows == 1:
+            return False
         self._labelling = replace(self._labelling, rows=rows // 2)
-        log.warning("engine.rows: %d rows do not fit the memory of %s, so batches are halved to %d",
-                    rows, device_name(self._device), rows // 2)  # fmt: skip
-        return None
+        warn_of_halving(rows, self._device)
+        return True

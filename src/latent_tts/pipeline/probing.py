@@ -133,7 +133,7 @@ def probe(
             latents_TD = there.latents_RTD[place, :steps].to(device, plain.lm.dtype)
             found = find_dependencies(PlainRecurrence(plain, prompt), latents_TD, directions)
             relative[place, :steps, :steps] = found.relative_TT.float().cpu().numpy()
-            path = found.critical_path(threshold)
+            path = len(found.critical_path(threshold))
             row |= {"critical_path": path, "potential": steps / max(path, 1), "growth": found.growth}
             bar.advance(1)
         found = Probe(pd.DataFrame(rows), _mean(relative), list(engines), device=torch.device(device).type)

@@ -28,7 +28,7 @@ from latent_tts.pipeline.trace_spec import TraceSpec, about, sampler_text
 from latent_tts.results.cache import known_to_fit
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.results.trace import (
-    Dependencies,
+    DependencyGraph,
     LatentMap,
     Lens,
     Timeline,
@@ -36,7 +36,6 @@ from latent_tts.results.trace import (
     TracedQuestion,
     TracedRollouts,
     draw_map,
-    longest_chain,
     own_latents,
 )
 from latent_tts.types import Float32, Int64, Question
@@ -103,7 +102,7 @@ def step_results(adapter: ModelAdapter, question: Question) -> list[tuple[int, s
 
 
 @dataclass(frozen=True)
-class Thoughts:
+class RethoughtRollouts:
     """The latents of a run's rollouts, R of them in the order of its tables, and the sweeps that made them.
 
     Attributes:
@@ -119,7 +118,7 @@ class Thoughts:
     timeline_3RS: Int64
 
 
-def think(spec: RunSpec) -> Thoughts:
+def think(spec: RunSpec) -> RethoughtRollouts:
     """Think the rollouts of a run again."""
     wanted = spec.wanted()
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
@@ -138,7 +137,7 @@ def think(spec: RunSpec) -> Thoughts:
     timeline_3RS = np.repeat(steps_R[None, :, None], 3, 0).repeat(most, 2)
     for here, each in sweeps:
         timeline_3RS[:, here, : each.shape[2]] = each
-    return Thoughts(drawer.engine, latents_RTD, steps_R, timeline_3RS)
+    return RethoughtRollouts(drawer.engine, latents_RTD, steps_R, timeline_3RS)
 
 
 def sweeps_of(made: Rollouts) -> Int64:
@@ -218,14 +217,14 @@ def draw_maps(methods: Sequence[str], samplers: Sequence[TracedRollouts]) -> lis
     return [draw_map(method, samplers, step) for method in methods for step in (None, *range(longest))]
 
 
-def find_graphs(asked: TraceSpec, deterministic: Sequence[TracedRollouts]) -> list[Dependencies | None]:
+def find_graphs(asked: TraceSpec, deterministic: Sequence[TracedRollouts]) -> list[DependencyGraph | None]:
     """How the latents of each question's deterministic rollout depend on each other."""
     run, view = asked.run, asked.view
     if asked.no_dependencies:
         return [None] * len(deterministic)
     plain = run.adapter.load(device=find_device(run.engine), dtype=run.engine.dtype)
     use_own_attention(plain.lm, "eager")
-    graphs: list[Dependencies | None] = []
+    graphs: list[DependencyGraph | None] = []
     for question, rollout in zip(run.questions, deterministic, strict=True):
         steps = int(rollout.steps_N[0])
         if not steps:
@@ -234,6 +233,6 @@ def find_graphs(asked: TraceSpec, deterministic: Sequence[TracedRollouts]) -> li
         latents_TD = torch.from_numpy(rollout.latents_NTD[0, :steps]).to(plain.lm.device, plain.lm.dtype)
         found = find_dependencies(PlainRecurrence(plain, run.prompts[question.id]), latents_TD, view.directions)
         relative_TT = found.relative_TT.double().cpu().numpy()
-        chain = longest_chain(relative_TT, view.threshold)
-        graphs.append(Dependencies(relative_TT, view.threshold, chain, found.growth))
+        chain = found.critical_path(view.threshold)
+        graphs.append(DependencyGraph(relative_TT, view.threshold, chain, found.growth))
     return graphs

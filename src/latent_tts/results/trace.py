@@ -136,7 +136,7 @@ class LatentMap:
 
 
 @dataclass(frozen=True)
-class Dependencies:
+class DependencyGraph:
     """How the latents of the deterministic rollout depend on each other.
 
     Attributes:
@@ -179,7 +179,7 @@ class TracedQuestion:
     samplers: list[TracedRollouts]
     picks: dict[str, dict[str, Any]]
     maps: list[LatentMap]
-    dependencies: Dependencies | None
+    dependencies: DependencyGraph | None
 
     @property
     def rollouts(self) -> TracedRollouts:
@@ -363,12 +363,3 @@ def drift_and_spread(
             drift_T[step] = np.sqrt(max(np.square(mean_D - anchor_D).sum() - variance / count, 0.0)) / size
             spread_T[step] = np.sqrt(variance) / size
     return drift_T, spread_T
-
-
-def longest_chain(relative_TT: Floats, threshold: float) -> list[int]:
-    """The latents of the longest chain in which each depends on the one before by at least a threshold."""
-    chains: list[list[int]] = []
-    for latent, row in enumerate(relative_TT):
-        before = [chains[s] for s in range(latent) if row[s] >= threshold]
-        chains.append([*max(before, key=len, default=[]), latent])
-    return max(chains, key=len, default=[])

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from latent_tts.results.trace import Dependencies, LatentMap, Trace, TracedQuestion, TracedRollouts
+from latent_tts.results.trace import DependencyGraph, LatentMap, Trace, TracedQuestion, TracedRollouts
 
 TEMPLATES = Path(__file__).parent / "templates"
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -100,7 +100,7 @@ def map_data(drawn: LatentMap) -> dict[str, Any]:
     return {"method": drawn.method, "step": drawn.step, "points": points, "explained": drawn.explained}
 
 
-def graph_data(dependencies: Dependencies) -> dict[str, Any]:
+def graph_data(dependencies: DependencyGraph) -> dict[str, Any]:
     """What it reads of a dependency graph."""
     return {
         "relative": plain(dependencies.relative_TT),
