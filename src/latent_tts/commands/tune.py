@@ -125,4 +125,5 @@ def write_settings(path: Path, engine: EngineSettings, dtype: str, rows: int, me
             f"# by `ltts tune` on {date.today()}, {machine.get('gpu', machine['processor'])}: {measured}\n"
             "defaults: [default, _self_]\n"
             f"dtype: {dtype}\ndevice: {engine.device}\nrows: {rows}\nquantize: {engine.quantize or 'null'}\n"
+            f'graph: "{engine.graph}"\n'
         )
