@@ -260,7 +260,7 @@ def test_it_refuses_what_a_run_does_not_have(completed, ltts, monkeypatch):
 
 def test_tsne_without_scikit_learn_is_refused_by_its_extra(ltts, monkeypatch):
     monkeypatch.setattr("latent_tts.pipeline.trace_spec.find_spec", lambda name: None)
-    check(ltts("trace", QUESTION, "maps=[pca,tsne]"), "maps=[pca,tsne]", "pip install 'latent-tts[trace]'")
+    check(ltts("trace", QUESTION, "maps=[pca,tsne]"), "maps=[pca,tsne]", "pip install '.[trace]'")
 
 
 @pytest.mark.slow

@@ -194,4 +194,4 @@ def test_what_cannot_be_is_refused(refuse, overrides, words):
 def test_without_torchao_the_extra_is_named(refuse, monkeypatch):
     present = find_spec
     monkeypatch.setattr("latent_tts.pipeline.spec.find_spec", lambda name: None if name == "torchao" else present(name))
-    refuse("engine.quantize=int8", words=["engine.quantize=int8", "pip install 'latent-tts[quant]'"])
+    refuse("engine.quantize=int8", words=["engine.quantize=int8", "pip install '.[quant]'"])

@@ -108,7 +108,7 @@ def test_what_cannot_be_is_refused(refuse, arguments, words):
 
 def test_without_ray_the_extra_is_named(refuse, monkeypatch):
     monkeypatch.setattr("latent_tts.executor.ray.find_spec", lambda name: None)
-    refuse("executor=ray", words=["executor=ray", "pip install 'latent-tts[ray]'"])
+    refuse("executor=ray", words=["executor=ray", "pip install '.[ray]'"])
     Ray()  # an option that is not used needs nothing
 
 

@@ -73,7 +73,7 @@ def converted(file: Path, key: str) -> Path:
     folder = models_folder() / f"gguf{VERSION}-{digest(file)}"
     if not folder.is_dir():
         if find_spec("gguf") is None:
-            raise bad_value(key, f"{PREFIX}{file}", "the package gguf is not installed: pip install 'latent-tts[gguf]'")
+            raise bad_value(key, f"{PREFIX}{file}", "gguf is not installed: pip install '.[gguf]' in the clone")
         check(file, key)
         log.info("%s: converting it, once, to %s", file, folder)
         with whole_folder(folder, str(file)) as partial:

@@ -81,7 +81,7 @@ class Ray:
             UsageError: one of these is not so.
         """
         if find_spec("ray") is None:
-            raise bad_value("executor", self.name, "Ray is not installed: pip install 'latent-tts[ray]'")
+            raise bad_value("executor", self.name, "Ray is not installed: pip install '.[ray]' in the clone")
         if device.startswith("cuda:"):
             raise bad_value("engine.device", device, "must be auto, cpu or cuda: executor=ray gives each worker a GPU")
         if self.address is None:

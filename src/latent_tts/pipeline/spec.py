@@ -84,7 +84,7 @@ class EngineSettings:
         allowed = f"takes engine.dtype={' or '.join(fitting)}"
         require("engine.quantize", self.quantize, self.dtype in fitting, allowed)
         if find_spec("torchao") is None:
-            why = "torchao is not installed: pip install 'latent-tts[quant]'"
+            why = "torchao is not installed: pip install '.[quant]' in the clone"
             raise bad_value("engine.quantize", self.quantize, why)
 
     @property

@@ -55,7 +55,7 @@ class View:
         allowed = f"must be a list of {' and '.join(MAPS)}, as in maps=[{','.join(MAPS)}]"
         require("maps", f"[{','.join(self.maps)}]", bool(known) and known == list(dict.fromkeys(self.maps)), allowed)
         if "tsne" in self.maps and find_spec("sklearn") is None:
-            why = "scikit-learn is not installed: pip install 'latent-tts[trace]'"
+            why = "scikit-learn is not installed: pip install '.[trace]' in the clone"
             raise bad_value("maps", f"[{','.join(self.maps)}]", why)
         require("top", self.top, 1 <= self.top <= MAX_TOKENS, f"must be 1 to {MAX_TOKENS}")
         ok = is_number(self.threshold) and self.threshold > 0

@@ -44,7 +44,7 @@ class Lora:
                 "lora.targets", names, "must be a list of names of layers, as in [q_proj,v_proj], or null for all"
             )
         if find_spec("peft") is None:
-            raise bad_value("lora.rank", self.rank, "peft is not installed: pip install 'latent-tts[convert]'")
+            raise bad_value("lora.rank", self.rank, "peft is not installed: pip install '.[convert]' in the clone")
 
     def attach(self, lm: PreTrainedModel, tokens: Sequence[int]) -> Any:
         """Put the adapter into a causal LM, in place; only it and the rows of `tokens` are trained.
