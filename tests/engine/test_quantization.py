@@ -154,6 +154,7 @@ def test_keys_of_runs_without_it_are_those_of_before():
         max_answer_tokens=4,
         search=SimpleNamespace(survivors=None),
         schedule=SimpleNamespace(key="sequential"),
+        draft=None,
         answers=SimpleNamespace(random=False),
         forced_ids=[],
     )
