@@ -337,6 +337,9 @@ def describe(error: Exception) -> tuple[list[str], int]:
     if "No space left on device" in str(error):
         where = getattr(error, "filename", None)
         return [f"{f'{where}: ' if where else ''}no space left on the disk", KEPT + "free some space first"], 1
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        named = next((each.partition("=")[0] for each in sys.argv[1:] if "\0" in each), "a key")
+        return [f"{named}: has the character NUL, which no path can have"], 2
     if isinstance(error, RuntimeError) and "home directory" in str(error):
         return ["~ in a path: this user has no home folder; write the path in full"], 2
     if isinstance(error, MemoryError):

@@ -199,6 +199,11 @@ def test_a_user_without_a_home(monkeypatch, ltts):
     check(ltts("tune", "task.limit=1"), "output=null", "no home folder")
 
 
+def test_a_path_with_the_character_nul_is_named(ltts, checkpoint):
+    few = f"model.checkpoint={checkpoint}", "task.limit=2", "n=2", "completions=1", "max_answer_tokens=2"
+    check(ltts("annotate", *few, "output='\0'"), "output: has the character NUL")
+
+
 def test_short_dtypes_are_familiar(run, ltts, checkpoint):
     result = run("engine.dtype=fp32")
     assert result.code == 0, result.err

@@ -94,7 +94,10 @@ def test_a_terminal_shows_the_time_left_and_ctrl_c_what_is_kept(tmp_path):
     master, slave = pty.openpty()
     environment = os.environ | {"LTTS_CACHE": str(tmp_path / "cache"), "TERM": "xterm", "COLUMNS": "100"}
     line = [sys.executable, "-m", "latent_tts", "run", "n=64", "task.limit=2000", "engine.rows=256"]
-    process = subprocess.Popen(line, cwd=tmp_path, env=environment, stderr=slave, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        line, cwd=tmp_path, env=environment, stderr=slave, stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )  # fmt: skip
     os.close(slave)
     seen, interrupted = "", False
     give_up = time.monotonic() + 300
