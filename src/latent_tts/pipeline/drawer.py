@@ -238,9 +238,9 @@ def computations_here(spec: RunSpec) -> tuple[Computation, Computation | None]:
     return load(spec).computation, scoring
 
 
-def places_of(batch: Sequence[RolloutJob]) -> list[Place]:
-    """The (row key, rollout) of each row of a batch."""
-    return [(job.row_key, number) for job in batch for number in job.rollouts]
+def places_of(jobs: Iterable[RolloutJob]) -> list[Place]:
+    """The (row key, rollout) of each rollout of some jobs."""
+    return [(job.row_key, number) for job in jobs for number in job.rollouts]
 
 
 def to_host(latents_RTD: Tensor) -> Tensor:
@@ -282,6 +282,12 @@ def directions_key(latents: str, row_key: str) -> str:
 def latents_digest(spec: RunSpec, computations: tuple[Computation, Computation | None]) -> str:
     """What determines the latents of a run whose models are computed so; see `keys.computations`."""
     return settings_digest(latents_key(spec, *computations))
+
+
+def sums_of(jobs: Iterable[RolloutJob], latents: str) -> Sums:
+    """The sums of directions of the questions of some jobs, where they are known."""
+    found = {job.row_key: directions.get(directions_key(latents, job.row_key)) for job in jobs}
+    return {key: each for key, each in found.items() if each is not None}
 
 
 def one_per_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], list[RolloutJob]]]:
@@ -516,8 +522,7 @@ class Drawer:
         return [directions_key(self._latents, job.row_key) for job in batch]
 
     def _sums(self, batch: Sequence[RolloutJob]) -> Sums:
-        found = {job.row_key: directions.get(directions_key(self._latents, job.row_key)) for job in batch}
-        return {key: (each[0], each[1].cpu()) for key, each in found.items() if each is not None}
+        return {key: (count, sums_TD.cpu()) for key, (count, sums_TD) in sums_of(batch, self._latents).items()}
 
     def _bytes_per_row(self, longest: int) -> int:
         """Upper estimate of a row's bytes; a guided search holds the rows of two steps, in reasoner and scorer."""

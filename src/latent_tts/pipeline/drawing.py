@@ -27,7 +27,6 @@ from latent_tts.pipeline.drawer import (
     Place,
     Request,
     Shard,
-    Sums,
     computations_here,
     directions,
     directions_key,
@@ -37,7 +36,9 @@ from latent_tts.pipeline.drawer import (
     max_flops,
     not_compared,
     pack,
+    places_of,
     score_table,
+    sums_of,
 )
 from latent_tts.pipeline.keys import chosen_by_scores
 from latent_tts.pipeline.models import find_device, rows_per_batch, write_computation
@@ -293,8 +294,8 @@ class Stage:
 
         def make_shard(contents: list[list[RolloutJob]]) -> Shard:
             own = [job for content in contents for job in content]
-            known = {} if dissimilarity is None else {place: dissimilarity[place] for place in _places(own)}
-            return Shard(own, request, known, self._sums(own, latents) if request.sums else {}, bar if here else None)
+            known = {} if dissimilarity is None else {place: dissimilarity[place] for place in places_of(own)}
+            return Shard(own, request, known, sums_of(own, latents) if request.sums else {}, bar if here else None)
 
         queue = ShardQueue(units, len(self.workers), None if fixed else self._rows)
         for contents, parts in results_of(self._pool, queue, make_shard, self.timeline):
@@ -322,11 +323,6 @@ class Stage:
             )
             for content in contents
         ]
-
-    def _sums(self, jobs: Sequence[RolloutJob], latents: str) -> Sums:
-        """The sums of directions of questions whose first rollouts are drawn."""
-        found = {job.row_key: directions.get(directions_key(latents, job.row_key)) for job in jobs}
-        return {key: each for key, each in found.items() if each is not None}
 
     def log_work(self, jobs: Sequence[RolloutJob], *, answers: bool) -> None:
         """Say how much there is to draw and to score, and what it takes."""
@@ -364,8 +360,3 @@ class Stage:
         if self._scored:
             first = self.workers[0]
             BatchScorer(self.spec, first.device, first.rates).log_work(jobs)
-
-
-def _places(jobs: Iterable[RolloutJob]) -> list[Place]:
-    """The (row key, rollout) of each rollout of some jobs."""
-    return [(job.row_key, number) for job in jobs for number in job.rollouts]
