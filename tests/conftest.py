@@ -18,6 +18,7 @@ from latent_tts import cli
 
 def pytest_configure(config: pytest.Config) -> None:
     """Only tests marked `gpu` see a GPU: the others are to compute the same everywhere."""
+    gc.disable()  # imports make many objects that stay
     chosen = config.getoption("markexpr")
     if chosen and "gpu" not in chosen.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -37,8 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector need not look at it again and again."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

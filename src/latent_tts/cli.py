@@ -212,6 +212,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     """Hand over to Hydra, and turn what it raises into a line and an exit code."""
     import hydra
 
+    from latent_tts.config import jobs
     from latent_tts.config.build import (
         conf_dir,
         name_after_checkpoint,
@@ -222,7 +223,6 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     )
     from latent_tts.config.failures import Failures
     from latent_tts.config.folder_lock import FolderLock
-    from latent_tts.config.single_job import run_single_job
 
     module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
     register_schemas()
@@ -248,7 +248,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     Failures.kept.clear()
     try:
         command = name.replace("-", "_")
-        if not run_single_job(command, job, arguments):
+        if not jobs.run(command, job, arguments):
             hydra.main(version_base="1.3", config_path=conf_dir(), config_name=command)(job)()
         if Failures.kept:
             raise Failures.kept.pop()

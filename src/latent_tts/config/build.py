@@ -32,8 +32,9 @@ def register_schemas() -> None:
         ConfigStore.instance().store(f"{name}_schema", schema)
 
 
+@cache
 def defaults_of(command: str) -> list[Any]:
-    """The choices of options in the command's own file."""
+    """The choices of options in the command's own file, which callers must not modify."""
     # composing the defaults again would take as long as a small run
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{command}.yaml")
     bases = [base for base in own.defaults if base in SCHEMAS]  # a command may extend another one
