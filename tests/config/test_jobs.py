@@ -10,6 +10,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.utils import JobRuntime, setup_globals
 from hydra.types import RunMode
+from marks import slow
 from omegaconf import OmegaConf
 from refusal import check
 
@@ -35,7 +36,7 @@ def composed_by(loader, *overrides, mode=RunMode.RUN):
     return OmegaConf.to_yaml(cfg), flags, OmegaConf.is_readonly(cfg.hydra), OmegaConf.get_type(cfg)
 
 
-@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+@pytest.mark.parametrize("mode", [RunMode.RUN, slow(RunMode.MULTIRUN)])
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -80,18 +80,22 @@ def _stamps(source: ConfigSource) -> tuple[tuple[str, int, int], ...] | None:
     return tuple((path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in sorted(paths))
 
 
-class _NotRunHere(Exception):
-    """The arguments ask for another mode or have no config: `hydra.main` has to see them."""
+class _IsSweep(Exception):
+    """The config says that it is of a sweep."""
 
 
 class _Hydra(Hydra):
-    def compose_config(self, *arguments: Any, **more: Any) -> DictConfig:
+    def compose_config(
+        self, config_name: str | None, overrides: list[str], run_mode: RunMode, *arguments: Any, **more: Any
+    ) -> DictConfig:
         try:
-            cfg = super().compose_config(*arguments, **more)
-        except Exception as error:
-            raise _NotRunHere from error
-        if more["run_mode"] == RunMode.RUN and cfg.hydra.mode == RunMode.MULTIRUN:
-            raise _NotRunHere
+            cfg = super().compose_config(config_name, overrides, run_mode, *arguments, **more)
+        except Exception:
+            if run_mode == RunMode.RUN and self.get_mode(config_name, overrides) == RunMode.MULTIRUN:
+                raise _IsSweep from None
+            raise
+        if run_mode == RunMode.RUN and cfg.hydra.mode == RunMode.MULTIRUN:
+            raise _IsSweep
         return cfg
 
 
@@ -104,22 +108,23 @@ def run(command: str, job: Callable[[DictConfig], None], arguments: Sequence[str
         arguments: of the command line; `-m` is the first.
 
     Returns:
-        Whether it ran. False where `hydra.main` has to: for other flags, other modes, and arguments that it refuses.
+        Whether it ran. False where `hydra.main` has to: for other flags, and for `-m` beside `hydra.mode`.
     """
-    sweep = arguments[:1] in (["-m"], ["--multirun"])
-    overrides = list(arguments[1:] if sweep else arguments)
-    if any(each.startswith("-") or (sweep and each.startswith("hydra.mode")) for each in overrides):
+    flagged = arguments[:1] in (["-m"], ["--multirun"])
+    overrides = list(arguments[1:] if flagged else arguments)
+    if any(each.startswith("-") or (flagged and each.startswith("hydra.mode")) for each in overrides):
         return False
     version.setbase("1.3")
     hydra = _Hydra(command, Loader(create_config_search_path(conf_dir())))
     GlobalHydra.instance().initialize(hydra)
     try:
-        if sweep:
+        if flagged:
             hydra.multirun(command, job, [*overrides, "hydra.mode=MULTIRUN"])
         else:
-            hydra.run(command, job, overrides)
-    except _NotRunHere:
-        return False
+            try:
+                hydra.run(command, job, overrides)
+            except _IsSweep:
+                hydra.multirun(command, job, overrides)
     finally:
         GlobalHydra.instance().clear()
     return True
