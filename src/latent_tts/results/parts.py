@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 def write_part(folder: Path, table: pa.Table) -> None:
     """Write one part."""
     with digest_named_file(folder, uuid.uuid4().hex, PART_SUFFIX) as path:
-        pq.write_table(table, path, compression="zstd", compression_level=1)
+        # Arrow takes a relative path with a colon for a URI
+        pq.write_table(table, path.absolute(), compression="zstd", compression_level=1)
 
 
 class PartWriter:
@@ -183,7 +184,7 @@ class PartIndex:
         table = self._table.filter(pc.call_function("is_in", [self._table["part"]], pc.SetLookupOptions(there)))
         with suppress(OSError):  # without it, the parts are read
             with digest_named_file(self._folder, uuid.uuid4().hex, INDEX_SUFFIX) as path:
-                pq.write_table(table, path, compression="zstd")
+                pq.write_table(table, path.absolute(), compression="zstd")
             for path in self._files:
                 path.unlink(missing_ok=True)
 
