@@ -98,7 +98,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     )
     for start, end in pairwise([0, *accumulate(spec.drawn)]):
         # equal answers of a question get one form, so that they are one vote
-        answers[start:end] = shared_forms(answers[start:end], rule.equal)
+        answers[start:end] = shared_forms(answers[start:end].tolist(), rule.equal)
     ids = np.array([question.id for question in spec.questions], dtype=object).repeat(spec.drawn)
     return pd.DataFrame(
         {
