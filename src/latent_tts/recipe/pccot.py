@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.errors import bad_value, check_positive
+from latent_tts.errors import check_fields
 from latent_tts.training.reasoner.curriculum import Distilled
 
 if TYPE_CHECKING:
@@ -45,9 +45,8 @@ class Pccot(Distilled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.projection, bool):
-            raise bad_value("recipe.projection", self.projection, "must be true or false")
-        check_positive("model", self, whole=("latents", "sweeps"))
+        check_fields("recipe", self, projection="true or false")
+        check_fields("model", self, latents="a positive integer", sweeps="a positive integer")
 
     def latents_in(self, stage: int) -> int:
         """T in every stage, since a sweep computes all latents together."""

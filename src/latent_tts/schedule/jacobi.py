@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from latent_tts.errors import bad_value, is_whole
+from latent_tts.errors import bad_value, check_fields
 from latent_tts.schedule import LatentModel, LatentSequence, Schedule, Sweep, check_chunk_and_guess, check_parallel
 
 
@@ -45,9 +45,8 @@ class Jacobi(Schedule):
     stepwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (is_whole(self.sweeps) and self.sweeps >= 1):
-            raise bad_value("schedule.sweeps", self.sweeps, "must be an integer, 1 or more")
-        check_chunk_and_guess(self.chunk, self.guess, self.draft)
+        check_fields("schedule", self, sweeps="a positive integer")
+        check_chunk_and_guess(self)
 
     @property
     def draft_path(self) -> str | None:
