@@ -94,7 +94,9 @@ def train(cfg: DictConfig) -> None:
                 device=cfg.device,
                 weights_dtype=cfg.weights_dtype,
                 output=output,
-                calibrate=lambda checkpoint: None if annotated is None else calibrate(annotated, checkpoint),
+                set_temperature=lambda checkpoint: (
+                    None if annotated is None else set_temperature(annotated, checkpoint)
+                ),
                 report=lambda done, figures: bar.show(done, note(figures)),
             )
     if results is not None:  # in the first process of a launch
@@ -109,7 +111,7 @@ def annotation_folder(cfg: DictConfig, key: str) -> Path:
     return annotate(default_annotation_spec(cfg, key))
 
 
-def calibrate(run: DictConfig, checkpoint: Path) -> float:
+def set_temperature(run: DictConfig, checkpoint: Path) -> float:
     """Choose the temperature of the weighted vote and write it into the `config.json` of a LatentRM.
 
     Args:

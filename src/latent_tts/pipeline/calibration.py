@@ -16,7 +16,7 @@ from latent_tts.results.run_folder import RUN_JSON, is_complete, read_rollouts, 
 KEY = "budget.rule.calibration"
 
 
-def fit(
+def calibrate_on_run(
     rule: Confidence,
     checkpoint_digest: str,
     sampler: Mapping[str, Any],

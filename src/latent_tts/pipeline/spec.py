@@ -505,7 +505,7 @@ def check_adaptive(
 def calibrated(
     budget: AdaptiveBudget, request: RunRequest, aggregators: Sequence[Aggregator], questions: Sequence[Question]
 ) -> AdaptiveBudget:
-    """The budget, with its rule calibrated if it needs that; see `calibration.fit`.
+    """The budget, with its rule calibrated if it needs that; see `calibration.calibrate_on_run`.
 
     Raises:
         UsageError: the run to calibrate on cannot be used.
@@ -514,7 +514,7 @@ def calibrated(
         return budget
     weighted = [each.temperature for each in aggregators if isinstance(each, Weighted)]
     temperature = weighted[0] if weighted and budget.aggregator == "weighted" else None
-    fitted = calibration.fit(
+    fitted = calibration.calibrate_on_run(
         budget.rule, request.adapter.digest, request.config["sampler"], [each.id for each in questions], temperature
     )
     return replace(budget, rule=replace(budget.rule, fitted=fitted))
