@@ -81,8 +81,7 @@ class EngineSettings:
             return
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
         fitting = QUANTIZED_FROM[self.quantize]
-        allowed = f"takes engine.dtype={' or '.join(fitting)}"
-        require("engine.quantize", self.quantize, self.dtype in fitting, allowed)
+        require("engine.quantize", self.quantize, self.dtype in fitting, f"takes engine.dtype={' or '.join(fitting)}")
         if find_spec("torchao") is None:
             why = "torchao is not installed: pip install '.[quant]' in the clone"
             raise bad_value("engine.quantize", self.quantize, why)
@@ -391,12 +390,10 @@ def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
         answers_differ = request.answers.random or sampler.random_answers
         if request.n > 1 and answers_differ and not sampler.random_latents:
             why = f"sampler {sampler.name} gives all rollouts of a question the same latents, and so the same score"
-            if not scorer.only_own:
-                raise bad_value("scorer", scorer.name, why)
+            require("scorer", scorer.name, scorer.only_own, why)
             return NoScorer(why)
     if not isinstance(scorer, NoScorer):
-        if adapter.latents == 0:
-            raise bad_value("scorer", scorer.name, "a scorer scores latents, and model.latents=0")
+        require("scorer", scorer.name, adapter.latents != 0, "a scorer scores latents, and model.latents=0")
         for warning in scorer.check(adapter, config["sampler"]):
             log.warning("%s", warning)
     return scorer
@@ -650,8 +647,7 @@ def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
     Raises:
         UsageError: there is only one question.
     """
-    if len(questions) < 2:
-        raise bad_value("sampler.mode", "shuffle", "needs at least two questions")
+    require("sampler.mode", "shuffle", len(questions) >= 2, "needs at least two questions")
     return {q.id: other for q, other in zip(questions, [*questions[1:], questions[0]], strict=True)}
 
 

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.loading import compute_exactly
-from latent_tts.errors import RunError, bad_value
+from latent_tts.errors import RunError, bad_value, require
 from latent_tts.training.optimization import Optimization
 from latent_tts.training.states import clean_states, last_state, write_digests
 
@@ -43,8 +43,7 @@ def resolve_device(wanted: str) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not count):
         return torch.device("cpu")
     index = int(wanted.partition(":")[2] or 0)
-    if index >= count:
-        raise bad_value("device", wanted, f"this machine has {count} CUDA devices; use device=cpu")
+    require("device", wanted, index < count, f"this machine has {count} CUDA devices; use device=cpu")
     return torch.device("cuda", index)
 
 
