@@ -12,14 +12,13 @@ from omegaconf import DictConfig
 from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
 from latent_tts.config.requests import annotated_run, default_annotation_spec, plain, run_request
-from latent_tts.errors import bad_value, check_seed, computing, require
+from latent_tts.errors import bad_value, check_device, check_seed, computing, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation import annotate
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.temperature import choose_temperature, write_temperature
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
-from latent_tts.training.optimization import check_device
 from latent_tts.training.reward_model.data import open_questions
 from latent_tts.training.reward_model.loss import RewardLoss
 from latent_tts.training.reward_model.optimization import RewardOptimization
@@ -47,7 +46,7 @@ def train(cfg: DictConfig) -> None:
     require("init", cfg.init, cfg.init in INITS, f"must be one of {', '.join(INITS)}")
     check_seed(cfg.seed)
     require("weights_dtype", cfg.weights_dtype, cfg.weights_dtype in DTYPES, f"must be one of {', '.join(DTYPES)}")
-    check_device(cfg.device)
+    check_device("device", cfg.device)
     output = Path(cfg.output).expanduser()
     if output.exists() and not output.is_dir():
         raise bad_value("output", output, "must be a folder, not a file")

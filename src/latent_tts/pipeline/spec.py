@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -23,7 +22,7 @@ from latent_tts.budget.rule.confidence import Confidence
 from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import UsageError, bad_value, check_seed, is_whole, require
+from latent_tts.errors import UsageError, bad_value, check_device, check_fields, check_seed, is_whole, require
 from latent_tts.executor import Executor
 from latent_tts.executor.local import Local
 from latent_tts.model import ModelAdapter
@@ -42,7 +41,6 @@ from latent_tts.types import Question
 log = logging.getLogger(__name__)
 COMPUTATION = "computation.json"  # beside cached rollouts: how they were computed
 MAX_ROLLOUTS = 1 << 20
-DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
@@ -72,11 +70,9 @@ class EngineSettings:
         object.__setattr__(self, "dtype", full_dtype(self.dtype))
         allowed = f"must be one of {', '.join(BYTES_PER_NUMBER)} ({', '.join(SHORT_DTYPES)})"
         require("engine.dtype", self.dtype, self.dtype in BYTES_PER_NUMBER, allowed)
-        is_device = DEVICE.fullmatch(self.device) is not None
-        require("engine.device", self.device, is_device, "must be one of auto, cpu, cuda, cuda:INDEX")
-        allowed = "must be 1 or more, or null to let the model decide"
-        require("engine.rows", self.rows, self.rows is None or self.rows >= 1, allowed)
-        require("engine.graph", self.graph, self.graph in ("auto", "on", "off"), "must be auto, on or off")
+        check_device("engine.device", self.device)
+        rows = "a positive integer, or null to let the model decide"
+        check_fields("engine", self, rows=rows, graph=("auto", "on", "off"))
         if self.quantize is None:
             return
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
