@@ -17,8 +17,6 @@ from omegaconf import OmegaConf
 
 from latent_tts import cli
 from latent_tts.errors import JobsFailed
-from latent_tts.pipeline.sweep import SweepJob
-from latent_tts.results.report import warnings_once
 
 
 class TolerantSweeper(BasicSweeper):
@@ -32,6 +30,10 @@ class TolerantSweeper(BasicSweeper):
         Raises:
             JobsFailed: at least one job failed.
         """
+        # Hydra imports this file for every command: what only sweeps need is imported here
+        from latent_tts.pipeline.sweep import SweepJob
+        from latent_tts.results.report import warnings_once
+
         assert self.config is not None
         assert self.launcher is not None
         assert self.hydra_context is not None

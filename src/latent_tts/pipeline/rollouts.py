@@ -212,11 +212,13 @@ class CachedRollouts:
 
     def log_found(self) -> None:
         """Say what is there."""
-        told = [(self.rows, "in the cache"), *((scores.rows, "scored in the cache") for scores in self.scores)]
-        for rows, where in told:
-            there = len(rows.wanted) - len(rows.missing())
-            if there:
-                log.info("%d of %d rollouts are %s %s", there, len(rows.wanted), where, self.cache.folder)
+        there = len(self.rows.wanted) - len(self.rows.missing())
+        scored = max((len(scores.rows.wanted) - len(scores.rows.missing()) for scores in self.scores), default=0)
+        of_scores = f", {'all' if scored == there else scored} of them scored" if self.scores else ""
+        if there:
+            log.info(
+                "%d of %d rollouts are in the cache %s%s", there, len(self.rows.wanted), self.cache.folder, of_scores
+            )
 
     def _settled_scores(self, spec: RunSpec) -> CachedScores | None:
         """The scores of the run; those of other ways to compute the scorer are dropped."""

@@ -23,6 +23,7 @@ from latent_tts.results.run_folder import CURVE_COLUMNS
 STATISTICS = "docs/statistics.md"
 GAP = 2  # spaces between columns
 UNLIMITED = 100_000  # columns of a pipe
+JOB_LINE = re.compile(r"(?<=^INFO )\t#(\d+) : ")  # of Hydra's launchers
 
 
 # Log lines and progress
@@ -54,11 +55,11 @@ class LineHandler(logging.Handler):
 
 
 class PrintableFormatter(logging.Formatter):
-    """Writes control characters out."""
+    """Writes control characters out, and names the jobs of a sweep, which Hydra sets off by a tab."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
-        return printable(super().format(record))
+        return printable(JOB_LINE.sub(r"job \1: ", super().format(record)))
 
 
 class OncePerSweep(logging.Filter):
