@@ -51,10 +51,11 @@ class TolerantSweeper(BasicSweeper):
             excluded = [*names.exclude_keys, *(one.partition("=")[0] for one in own_overrides)]
             own_overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(excluded)}]")
         jobs = [[*job, *own_overrides] for job in self.split_arguments(overrides, None)[0]]
-        common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+        common = set.intersection(*map(set, jobs))
 
         def name(job: Sequence[str]) -> str:
-            return f"job {' '.join(override for override in job if override not in common)}: "
+            own = [override for override in job if override not in common]
+            return f"job {' '.join(own)}: " if own else ""
 
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -337,18 +337,18 @@ class Stage:
         self._log_scoring(jobs)
 
     def log_catching_up(self, jobs: Sequence[RolloutJob]) -> None:
-        """Say how many drawn rollouts have to be thought again, to be compared with those to come."""
+        """Say of how many drawn rollouts latents are computed again, to be compared with those to come."""
         if self.spec.adapter.latents:
             first = [next(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
             before = not_compared(first, latents_digest(self.spec, self.computations))
             if before:
-                self.log_thinking(before, "their distance from the new ones")
+                self.log_thinking(before, "diversity")
 
     def log_thinking(self, jobs: Sequence[RolloutJob], why: str) -> None:
-        """Say that drawn rollouts are thought again, and what it takes."""
+        """Say that latents of drawn rollouts are computed again, and what it takes."""
         work = sum(max_flops(self.spec, job, answers=False) for job in jobs)
         log.info(
-            "latents are not in the cache, so %d rollouts are thought again for %s, answers stay: at most %.3g GFLOP%s",
+            "latents of %d cached rollouts to compute again, for %s: at most %.3g GFLOP%s",
             sum(len(job.rollouts) for job in jobs), why, work / 1e9, self._shortest_time(work),
         )  # fmt: skip
         self._log_scoring(jobs)
