@@ -158,7 +158,7 @@ def test_a_run_has_the_models_schedule_and_its_costs(ltts, line):
         ("run", ["schedule=sequential"], ["schedule=sequential", "model=pccot", "its own"]),
         ("run", ["schedule=jacobi"], ["schedule=jacobi", "model=pccot", "its own"]),
         ("annotate", ["output=labels"], ["model=pccot", "prefix"]),
-        ("run", ["model.sweeps=0"], ["model.sweeps=0", "1 or more"]),
+        ("run", ["model.sweeps=0"], ["model.sweeps=0", "positive integer"]),
     ],
 )
 def test_what_a_parallel_model_refuses(line, command, overrides, words):

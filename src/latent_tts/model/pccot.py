@@ -24,7 +24,7 @@ from functools import cached_property
 from typing import Any
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import bad_value, is_whole
+from latent_tts.errors import bad_value, check_fields, is_whole
 from latent_tts.schedule.jacobi import Jacobi
 from latent_tts.types import Reasoner
 
@@ -51,14 +51,11 @@ class Pccot(CheckpointAdapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (is_whole(self.sweeps) and self.sweeps >= 1):
-            raise bad_value("model.sweeps", self.sweeps, "must be an integer, 1 or more")
+        check_fields("model", self, sweeps="a positive integer", known_first="true or false")
         if self.latents < 1:
             raise bad_value("model.latents", self.latents, "must be an integer, 1 or more: the sweeps compute latents")
         if not isinstance(self.answer_prompt, str):
             raise bad_value("model.answer_prompt", self.answer_prompt, "must be a text, which may be empty")
-        if not isinstance(self.known_first, bool):
-            raise bad_value("model.known_first", self.known_first, "must be true or false")
 
     @property
     def prompt_recipe(self) -> str:

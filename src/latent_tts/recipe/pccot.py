@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.errors import bad_value, check_positive
+from latent_tts.errors import check_fields
 from latent_tts.training.reasoner.curriculum import Distilled
 
 if TYPE_CHECKING:
@@ -47,10 +47,8 @@ class Pccot(Distilled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("projection", "known_first"):
-            if not isinstance(getattr(self, key), bool):
-                raise bad_value(f"recipe.{key}", getattr(self, key), "must be true or false")
-        check_positive("model", self, whole=("latents", "sweeps"))
+        check_fields("recipe", self, projection="true or false", known_first="true or false")
+        check_fields("model", self, latents="a positive integer", sweeps="a positive integer")
 
     def latents_in(self, stage: int) -> int:
         """T in every stage, since a sweep computes all latents together."""

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from latent_tts.errors import bad_value, is_whole
+from latent_tts.errors import bad_value, check_fields
 from latent_tts.schedule import LatentModel, LatentSequence, Schedule, Sweep, check_chunk_and_guess, check_parallel
 
 
@@ -52,11 +52,8 @@ class Jacobi(Schedule):
     stepwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (is_whole(self.sweeps) and self.sweeps >= 1):
-            raise bad_value("schedule.sweeps", self.sweeps, "must be an integer, 1 or more")
-        check_chunk_and_guess(self.chunk, self.guess, self.draft)
-        if not isinstance(self.known_first, bool):
-            raise bad_value("schedule.known_first", self.known_first, "must be true or false")
+        check_fields("schedule", self, sweeps="a positive integer", known_first="true or false")
+        check_chunk_and_guess(self)
         if self.known_first and self.guess == "draft":
             raise bad_value(
                 "schedule.known_first", True, "must be false with schedule.guess=draft, which begins with h_1"
