@@ -108,7 +108,8 @@ def show(root: Path, entries: Sequence[CacheEntry]) -> None:
         rows.append([*cells, entry.rollouts, size(entry.size), used])
     columns = ["entry", "model", "sampler", "latents", "seed", "dtype", "rollouts", "size", "last used"]
     total = size(sum(entry.size for entry in entries))
-    report.print_table(f"{root}: {report.counted(len(entries), 'entry', 'entries')}, {total}", columns, rows)
+    title = f"{root}: {report.counted(len(entries), 'entry', 'entries')}, {total}"
+    report.print_table(title, columns, rows, {"seed": 1, "dtype": 2, "latents": 3})
 
 
 def quantity(key: str, value: str | None, units: dict[str, int], allowed: str) -> float | None:
