@@ -246,7 +246,7 @@ def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, latent
     whole = run(*line, "keep_latents=true", "paths.cache=other", "engine.rows=5")
     first, drawn = run(f"sampler={sampler}", "scorer=none"), tables(whole)
     later = run(*line, "keep_latents=true")
-    assert "24 rollouts are thought again for scores, answers stay: at most" in later.err
+    assert "latents of 24 cached rollouts to compute again, for scores: at most" in later.err
     rollouts, _, record = tables(later)
     assert record["rollouts"] == {"total": 24, "drawn_now": 0, "scored_now": 24}
     np.testing.assert_allclose(rollouts["score"], drawn[0]["score"], rtol=0, atol=1e-4)
@@ -255,7 +255,7 @@ def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, latent
     pd.testing.assert_frame_equal(rollouts[answers], tables(first)[0][answers])
     # scores that are there stay when latents are made again
     again = run(*line, "keep_latents=true")
-    assert "24 rollouts are thought again for latents.safetensors" in again.err
+    assert "latents of 24 cached rollouts to compute again, for latents.safetensors" in again.err
     pd.testing.assert_frame_equal(tables(again)[0], rollouts)
 
 
@@ -266,7 +266,7 @@ def test_each_n_of_a_sweep_gives_the_diversity_that_it_gives_alone(run, monkeypa
         if n == 6:  # as another process would
             monkeypatch.setattr(drawer.directions, "_sums", {})
         grown = run(f"n={n}", "sampler=gaussian", "scorer=none", "engine.rows=7")
-        assert ("18 rollouts are thought again for their distance" in grown.err) == (n == 6)
+        assert ("latents of 18 cached rollouts to compute again, for diversity" in grown.err) == (n == 6)
         found, expected = (value(tables(each)[1], "diversity", n=n) for each in (grown, alone[number]))
         assert found == pytest.approx(expected, abs=1e-6)
 

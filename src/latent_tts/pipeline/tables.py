@@ -14,6 +14,7 @@ import pandas as pd
 from latent_tts.aggregator import Aggregator, Vote
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.cost import Shape
+from latent_tts.pipeline.costs import rollout_gflop
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.rounds import adaptive_figures, budget_table, with_counts
 from latent_tts.pipeline.scores import Scores
@@ -24,7 +25,6 @@ from latent_tts.results.files import settings_digest
 from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_arrays, rollout_figures
 from latent_tts.results.parts import release_memory
 from latent_tts.results.run_folder import COUNT_COLUMNS
-from latent_tts.schedule import OF_OTHERS
 from latent_tts.task import has_gold
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Float32, Floats, Question, RolloutArrays
@@ -219,23 +219,19 @@ def all_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> li
 def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
     """The figures of each reported n where only its picks were decoded, each n as if it were the only one."""
     assert drawn.winners is not None
-    assert spec.scorer is not None
-    n, passes, begun = spec.n, spec.passes, len(spec.forced_ids)
-    head = Shape.from_config(spec.scorer.sizes)
-    steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, n)
+    n = spec.n
+    steps_QN, conflicts_QN = (rollouts[name].to_numpy().reshape(-1, n) for name in ("latent_steps", "conflicts"))
     figures = []
     for budget, pick_Q in drawn.winners.picks.items():
         places = np.arange(len(pick_Q)) * n + pick_Q
         picked = rollouts.iloc[places]
         gflops_Q = []
-        for question, steps_N, pick, answer in zip(
-            spec.questions, steps_QN, pick_Q, picked["answer_tokens"], strict=True
-        ):
-            prompt = len(spec.prompts[question.id])
-            thinking = passes.shared_flops(prompt) + passes.thinking_flops(prompt, steps_N[:budget]).sum()
-            scoring = head.prompt_flops(prompt) + head.scoring_flops(prompt, steps_N[:budget]).sum()
-            decoding = passes.shared_flops(prompt) + passes.rollout_flops(prompt, steps_N[pick], answer - begun)
-            gflops_Q.append(float(thinking + scoring + decoding) / 1e9)
+        for place, (question, pick) in enumerate(zip(spec.questions, pick_Q, strict=True)):
+            steps_N, conflicts_N, own = steps_QN[place, :budget], conflicts_QN[place, :budget], slice(pick, pick + 1)
+            tokens_1 = picked["answer_tokens"].to_numpy()[place : place + 1]
+            thinking = rollout_gflop(spec, question, steps_N, None, conflicts_N)
+            decoding = rollout_gflop(spec, question, steps_N[own], tokens_1, conflicts_N[own], scored=False)
+            gflops_Q.append(sum(shared + each_N.sum() for shared, each_N in (thinking, decoding)))
         values: dict[tuple[str, str], statistics.Floats] = {}
         if has_gold(spec.questions):
             # a question none of whose rollouts has a score has no pick
@@ -258,33 +254,20 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
 
 def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list[tuple[float, float]]:
     """For each question, the GFLOP that its rollouts share, and the GFLOP that each of them adds on average."""
-    passes, begun = spec.passes, len(spec.forced_ids)
-    answers_QN = rollouts["answer_tokens"].to_numpy().reshape(-1, spec.kept) - begun
-    steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, spec.kept)
-    conflicts_QN = rollouts["conflicts"].to_numpy().reshape(-1, spec.kept) if "conflicts" in rollouts else None
+    names = ["latent_steps", "answer_tokens", *(["conflicts"] if "conflicts" in rollouts else [])]
+    columns = [rollouts[name].to_numpy().reshape(-1, spec.kept) for name in names]
     pairs = []
     for place, question in enumerate(spec.questions):
-        prompt, steps_N = len(spec.prompts[question.id]), steps_QN[place]
-        shared, each = (
-            passes.shared_flops(prompt),
-            float(passes.rollout_flops(prompt, steps_N, answers_QN[place]).mean()),
-        )
-        if spec.schedule.first_guess in OF_OTHERS:
-            shared += float(passes.thinking_flops(prompt, spec.adapter.latents))
-        if spec.draft is not None:
-            each += spec.draft.record.flops(prompt)
-        if conflicts_QN is not None:  # with all latents before them, which is a little too many
-            each += float((conflicts_QN[place] * spec.shape.pass_flops(1, prompt + steps_N)).mean())
+        shared, each_N = rollout_gflop(spec, question, *(column_QN[place] for column_QN in columns))
+        each = float(each_N.mean())
         if spec.kept < spec.n:  # a search: n think, those kept answer
-            thinking = float(passes.thinking_flops(prompt, steps_N).mean())
-            each = thinking + (each - thinking) * spec.kept / spec.n
+            _, grown_N = rollout_gflop(spec, question, columns[0][place], None)
+            each = float(grown_N.mean()) + (each - float(grown_N.mean())) * spec.kept / spec.n
         if scores is not None and spec.scorer is not None:
-            head = Shape.from_config(spec.scorer.sizes)
-            each += float(head.scoring_flops(prompt, steps_N).mean())
             # official positions need a prefill for each length of text: a cost of the rollouts, not of the question
-            shared += head.prompt_flops(prompt)
-            each += (scores.prefills[place] - 1) * head.prompt_flops(prompt) / spec.n
-        pairs.append((shared / 1e9, each / 1e9))
+            prefill = Shape.from_config(spec.scorer.sizes).prompt_flops(len(spec.prompts[question.id]))
+            each += (scores.prefills[place] - 1) * float(prefill) / 1e9 / spec.n
+        pairs.append((shared, each))
     return pairs
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.results.files import file_digest, plain_cells, spreadsheet_cells, whole_file
 from latent_tts.results.parts import runs_of
 from latent_tts.types import Float32
@@ -409,8 +409,7 @@ def run_folders(path: Path, key: str = "runs") -> list[Path]:
     Raises:
         UsageError: there are none.
     """
-    if not path.is_dir():
-        raise bad_value(key, path, "no such folder")
+    require(key, path, path.is_dir(), "no such folder")
     found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir()]
     if not found:
         raise bad_value(key, path, "neither a run folder nor a folder of runs")
