@@ -13,7 +13,6 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from difflib import get_close_matches
-from functools import wraps
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -232,20 +231,19 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     from latent_tts.config.folder_lock import FolderLock
     from latent_tts.config.single_job import run_single_job
 
-    module = importlib.import_module(f"latent_tts.commands.{name.replace('-', '_')}")
+    command = name.replace("-", "_")
     register_schemas()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
     saved_argv, saved_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     # with the full error set, Hydra lets exceptions through instead of printing them and exiting with 1
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = [f"ltts {name}", *arguments], "1"
 
-    @wraps(module.main)  # Hydra names the job by its module
     def job(cfg: Any) -> None:
         stay_where_started()
         try:
             refuse_unknown_keys(cfg)
             name_after_checkpoint(cfg)
-            module.main(cfg)
+            importlib.import_module(job.__module__).main(cfg)  # slow, and needless where the config is refused
         except Exception as error:
             if is_refused(error):
                 remove_record()
@@ -253,9 +251,9 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
                 log_to_files(error)
             raise
 
+    job.__module__ = f"latent_tts.commands.{command}"  # Hydra names the job by its module
     Failures.kept.clear()
     try:
-        command = name.replace("-", "_")
         if not run_single_job(command, job, arguments):
             hydra.main(version_base="1.3", config_path=conf_dir(), config_name=command)(job)()
         if Failures.kept:

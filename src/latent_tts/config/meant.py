@@ -17,6 +17,7 @@ from latent_tts.config.reference import (
     chosen_options,
     conf_dir,
     conf_dirs,
+    keys_of,
     nested_groups,
     option_names,
     options_with_nested,
@@ -179,7 +180,4 @@ def _options(group: str) -> list[str]:
 @cache
 def _keys(command: str) -> tuple[str, ...]:
     """The keys of a command and of the options that it chooses by default."""
-    keys = [key.name for key in read_command(command).keys]
-    for group, options in chosen_options(command, (), PLACES).items():
-        keys += [key.name for option in options for key in read_option(group, option, PLACES).keys]
-    return tuple(dict.fromkeys(keys))
+    return tuple(dict.fromkeys(key.name for key in keys_of(command, (), PLACES)))

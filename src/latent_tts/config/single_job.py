@@ -9,6 +9,7 @@ from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -16,15 +17,17 @@ from latent_tts.config.build import conf_dir
 
 
 class _NotASingleJob(Exception):
-    """The arguments ask for a sweep or have no config: `hydra.main` has to see them."""
+    """The arguments ask for a sweep, or may: `hydra.main` has to see them."""
 
 
 class _SingleJob(Hydra):
     def compose_config(self, *arguments: Any, **more: Any) -> DictConfig:
         try:
             cfg = super().compose_config(*arguments, **more)
-        except Exception as error:
-            raise _NotASingleJob from error
+        except ConfigCompositionException as error:
+            if str(error).startswith("Ambiguous value"):  # of several values: the config may say that it is a sweep
+                raise _NotASingleJob from error
+            raise
         if cfg.hydra.mode == RunMode.MULTIRUN:
             raise _NotASingleJob
         return cfg
@@ -35,11 +38,11 @@ def run_single_job(command: str, job: Callable[[DictConfig], None], arguments: S
 
     Args:
         command: name of the primary config.
-        job: takes the config; what it raises passes.
+        job: takes the config. What it raises passes, and so does an error of composing the config.
         arguments: of the command line.
 
     Returns:
-        Whether it ran. False where `hydra.main` has to: for flags, sweeps, and arguments that it refuses.
+        Whether it ran. False where `hydra.main` has to: for flags, sweeps, and several values of a key.
     """
     if any(argument.startswith("-") for argument in arguments):
         return False

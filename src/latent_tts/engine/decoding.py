@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, is_number
+from latent_tts.errors import check_fields, require
 from latent_tts.sampler import Sampler
 from latent_tts.types import Forward, Phase, Site
 
@@ -33,16 +33,9 @@ class AnswerSampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (is_number(self.temperature) and self.temperature >= 0):
-            raise bad_value("answer.temperature", self.temperature, "must be a finite number, 0 (no sampling) or more")
-        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise bad_value("answer.top_p", self.top_p, "must be a number in (0, 1]")
-        if self.top_p < 1 and not self.random:
-            raise bad_value(
-                "answer.top_p",
-                self.top_p,
-                "must be 1 with answer.temperature=0, which takes the most probable token anyway",
-            )
+        check_fields("answer", self, temperature="a finite number, 0 or more", top_p="a number in (0, 1]")
+        allowed = "must be 1 with answer.temperature=0, which takes the most probable token anyway"
+        require("answer.top_p", self.top_p, self.random or self.top_p == 1, allowed)
 
     @property
     def random(self) -> bool:

@@ -14,11 +14,12 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from latent_tts.errors import bad_value
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SECONDS_BETWEEN_PARTS = 2.0
 LOCK = ".lock"
