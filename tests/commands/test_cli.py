@@ -25,6 +25,22 @@ def test_help_lists_every_command_and_imports_nothing_slow():
         assert f"\n  {command} " in done.stdout
 
 
+@pytest.mark.parametrize("argument", ["samplr=gaussian", "sampler=gausian", "n=many", "-n=4"])
+def test_a_refused_config_is_composed_once_and_imports_nothing_slow(tmp_path, argument):
+    code = f"""
+import sys
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from latent_tts import cli
+compose, composed = ConfigLoaderImpl.load_configuration, []
+ConfigLoaderImpl.load_configuration = lambda *given, **more: composed.append(1) or compose(*given, **more)
+assert cli.main(['run', {argument!r}]) == 2
+assert len(composed) <= 1, composed
+assert not {{'torch', 'pandas', 'pyarrow', 'rich'}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_cfg_job_prints_the_config_and_runs_nothing(ltts, tmp_path):
     result = ltts("run", "--cfg", "job", "n=3")
     assert result.code == 0
@@ -67,6 +83,9 @@ def test_the_readmes_sweep_draws_no_rollout_twice(run, tmp_path):
     sweep = result.last.parent
     drawn = [json.loads((sweep / str(job) / "run.json").read_text())["rollouts"]["drawn_now"] for job in range(3)]
     assert drawn == [6, 6, 12]
+    assert "\nINFO job 1: model=demo_coconut" in result.err
+    assert "INFO 6 of 12 rollouts are in the cache" in result.err
+    assert "\\t" not in result.err
     joined = pd.read_csv(result.last)
     assert sorted(set(joined["n"])) == [1, 2, 4]
     assert (sweep / "scaling.png").is_file()

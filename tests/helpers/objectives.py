@@ -26,7 +26,10 @@ RECIPES: dict[str, tuple[type[Recipe], dict[str, Any], type, dict[str, Any]]] = 
     "codi": (
         CodiRecipe, DISTILLED | {"projector_hidden": 24, "projector_init": "random", "projector_dropout": 0.1}, Codi, {}
     ),
-    "pccot": (PccotRecipe, DISTILLED | {"sweeps": 2, "projection": True}, Pccot, {"sweeps": 2, "answer_prompt": ""}),
+    "pccot": (
+        PccotRecipe, DISTILLED | {"sweeps": 2, "known_first": False, "projection": True},
+        Pccot, {"sweeps": 2, "answer_prompt": ""},
+    ),
     "colar": (
         ColarRecipe,
         {"written_updates": 1, "final_updates": 1, "final_dropout": None, "speed": 5, "latents": 9,

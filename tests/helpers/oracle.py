@@ -179,15 +179,21 @@ def plain_scores(family, prompt, latents_TD, shift=0):
     return model.classifier(hidden[0, len(prompt) :])
 
 
-def pccot_rollout(lm, projection, prompt, latent_id, end_ids, latents, sweeps, answer, eos_id):
-    """Latents and greedy ids as `PCCoTGPT2LMHeadModel.forward` computes them; every pass runs the whole sequence."""
+def pccot_rollout(lm, projection, prompt, latent_id, end_ids, latents, sweeps, answer, eos_id, *, known_first=False):
+    """Latents and greedy ids as `PCCoTGPT2LMHeadModel.forward` computes them; every pass runs the whole sequence.
+
+    With `known_first`, which that code does not have, the first sweep begins with h_1.
+    """
     embed = lm.get_input_embeddings()
     prompt_LD, boundary = embed(torch.tensor(prompt)), len(prompt)
 
     def hidden(vectors_SD):
         return lm.base_model(inputs_embeds=vectors_SD[None]).last_hidden_state[0]
 
-    first = hidden(torch.cat([prompt_LD, embed(torch.tensor([latent_id] * latents))]))
+    begin_TD = embed(torch.tensor([latent_id] * latents))
+    if known_first:
+        begin_TD = torch.cat([projection(hidden(prompt_LD)[-1:]), begin_TD[1:]])
+    first = hidden(torch.cat([prompt_LD, begin_TD]))
     inputs_TD = projection(first[boundary - 1 : boundary + latents - 1])
     for _ in range(sweeps):
         fed_TD = inputs_TD

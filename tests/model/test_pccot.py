@@ -55,10 +55,12 @@ def adapter(folder: Path, **more) -> Pccot:
     return Pccot(**fields | {"answer_prompt": "###"} | more)
 
 
-@pytest.mark.parametrize("sweeps", [1, 2, 4, 6])
+@pytest.mark.parametrize(
+    ("sweeps", "known_first"), [(1, False), (2, False), (4, False), (6, False), (1, True), (2, True)]
+)
 @torch.inference_mode()
-def test_rollouts_are_those_of_the_papers_procedure(folder, sweeps):
-    model = adapter(folder, sweeps=sweeps)
+def test_rollouts_are_those_of_the_papers_procedure(folder, sweeps, known_first):
+    model = adapter(folder, sweeps=sweeps, known_first=known_first)
     model.check()
     reasoner = model.load(device="cpu", dtype="float64")
     questions = Arith("test", 3, None, 0).questions()
@@ -70,8 +72,9 @@ def test_rollouts_are_those_of_the_papers_procedure(folder, sweeps):
     lm = tiny.plain_copy(reasoner.lm)
     for row, prompt in enumerate(prompts):
         latents_TD, ids = pccot_rollout(
-            lm, reasoner.next_latent, prompt, model.latent_id, model.thinking_end_ids, T, sweeps, 5, model.eos_id
-        )
+            lm, reasoner.next_latent, prompt, model.latent_id, model.thinking_end_ids, T, sweeps, 5, model.eos_id,
+            known_first=known_first,
+        )  # fmt: skip
         torch.testing.assert_close(draw.history_RTD[row], latents_TD, rtol=0, atol=1e-9)
         assert result.answer_ids[row] == ids
 
@@ -98,6 +101,7 @@ def test_a_projection_is_not_needed_where_the_config_speaks_of_sweeps(folder, tm
         ({"sweeps": 0}, r"model\.sweeps=0: "),
         ({"latents": 0}, r"model\.latents=0: "),
         ({"answer_prompt": None}, r"model\.answer_prompt=null: "),
+        ({"known_first": 1}, r"model\.known_first=1: "),
         ({"checkpoint": None}, r"model\.checkpoint=null: "),
     ],
 )
@@ -120,9 +124,11 @@ def test_checkpoints_it_cannot_read(folder, checkpoint, tmp_path):
 
 
 def test_other_numbers_than_those_of_training_are_warned_of(folder, caplog):
-    adapter(folder, latents=3, sweeps=5).check()
+    adapter(folder, latents=3, sweeps=5, known_first=True).check()
     assert "model.latents=3" in caplog.text
     assert "model.sweeps=5" in caplog.text
+    assert "model.known_first=true" in caplog.text
+    assert "was trained with false" in caplog.text
     assert f"trained with {T}" in caplog.text
     assert f"trained with {K}" in caplog.text
 
@@ -152,7 +158,7 @@ def test_a_run_has_the_models_schedule_and_its_costs(ltts, line):
         ("run", ["schedule=sequential"], ["schedule=sequential", "model=pccot", "its own"]),
         ("run", ["schedule=jacobi"], ["schedule=jacobi", "model=pccot", "its own"]),
         ("annotate", ["output=labels"], ["model=pccot", "prefix"]),
-        ("run", ["model.sweeps=0"], ["model.sweeps=0", "1 or more"]),
+        ("run", ["model.sweeps=0"], ["model.sweeps=0", "positive integer"]),
     ],
 )
 def test_what_a_parallel_model_refuses(line, command, overrides, words):

@@ -68,6 +68,7 @@ def test_live_picks_and_drawn_are_those_of_the_replay(ltts, lines, family, name)
     assert full.code == 0, full.err
     live = ltts("run", *family, *budget, "hydra.run.dir=live", "paths.cache=another")
     assert live.code == 0, live.err
+    assert live.err.count("rollouts to draw") == live.err.count("INFO rounds: ") == 1
     replayed = ltts("replay", "full", *budget, "hydra.run.dir=replayed")
     assert replayed.code == 0, replayed.err
     tables = [pd.read_parquet(result.last.with_name("budget.parquet")) for result in (live, replayed)]

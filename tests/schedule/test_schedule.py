@@ -70,15 +70,18 @@ def test_as_many_sweeps_as_a_chunk_has_latents_equal_the_sequential_oracle(chunk
 @settings(derandomize=True, deadline=None, max_examples=12)
 @given(
     st.sampled_from(["gpt2", "llama"]), st.sampled_from([NOISE, IN_THOUGHTS]), st.integers(1, 6), st.integers(1, 7),
-    st.none() | st.integers(1, 6), st.sampled_from(["token", "zero"]),
+    st.none() | st.integers(1, 6), st.sampled_from(["token", "zero"]), st.booleans(),
 )  # fmt: skip
-def test_after_k_sweeps_the_first_k_latents_are_the_sequential_ones(family, sampler, latents, sweeps, chunk, guess):
+def test_after_k_sweeps_the_first_k_latents_are_the_sequential_ones(
+    family, sampler, latents, sweeps, chunk, guess, known_first
+):
     reasoner, prompts = REASONERS[family], tiny.prompts([5, 2])
+    jacobi = Jacobi(sweeps, chunk, guess, known_first=known_first)
     sequential, parallel = (
         roll(Engine(reasoner, here), prompts, range(2), sampler)
-        for here in (tiny.plan(latents, answer=1), plan(latents, Jacobi(sweeps, chunk, guess), answer=1))
+        for here in (tiny.plan(latents, answer=1), plan(latents, jacobi, answer=1))
     )
-    exact = latents if sweeps >= (chunk or latents) else sweeps
+    exact = latents if sweeps >= (chunk or latents) else min(sweeps + known_first, latents)
     torch.testing.assert_close(parallel.latents_RTD[:, :exact], sequential.latents_RTD[:, :exact], **TOLERANCE)
     if exact == latents:
         assert parallel.answer_ids == sequential.answer_ids
@@ -166,6 +169,10 @@ def test_what_sweeps_give_does_not_depend_on_the_batch(sampler):
         (Jacobi(2), NOISE, [3, 3]),
         (Jacobi(2, 2), NOISE, [1, 1, 2, 1]),
         (Jacobi(1, 2), NOISE, [1, 3]),
+        (Jacobi(3, known_first=True), NOISE, [3, 2, 1]),
+        (Jacobi(2, known_first=True), NOISE, [3, 2]),
+        (Jacobi(2, known_first=True), IN_THOUGHTS, [1, 3, 2]),
+        (Jacobi(1, 2, known_first=True), NOISE, [2, 2]),
     ],
     ids=str,
 )
@@ -193,7 +200,13 @@ def test_repeated_passes_cost_by_their_context():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [*(("sweeps", v) for v in (0, -1, 1.5, "2", None, True)), ("chunk", 0), ("chunk", "2"), ("guess", "mean")],
+    [
+        *(("sweeps", v) for v in (0, -1, 1.5, "2", None, True)),
+        ("chunk", 0),
+        ("chunk", "2"),
+        ("guess", "mean"),
+        ("known_first", 1),
+    ],
 )
 def test_a_bad_value_is_named(key, value):
     with pytest.raises(UsageError, match=rf"\Aschedule\.{key}="):

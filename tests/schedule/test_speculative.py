@@ -291,7 +291,7 @@ def test_a_bad_value_is_named(key, value):
     ("overrides", "words"),
     [
         (["model.latents=3", "schedule.chunk=4"], ["schedule.chunk=4", "at most model.latents=3"]),
-        (["schedule.chunk=0"], ["schedule.chunk=0", "1 or more"]),
+        (["schedule.chunk=0"], ["schedule.chunk=0", "positive integer"]),
         (["schedule.tolerance=-1"], ["schedule.tolerance=-1", "[0, 1)"]),
         (["schedule.guess=sibling", "schedule.tolerance=0.1"], ["schedule.guess=sibling", "schedule.tolerance=0"]),
         (["model.latents=0", "sampler=greedy"], ["schedule=speculative", "no latents"]),

@@ -169,9 +169,9 @@ def test_a_split_without_a_copy_on_the_hub_says_where_it_is(name, split, origin)
     [
         ("gsm8k", {"split": "exam"}, r"^task\.split=exam: must be one of test, valid, train$"),
         ("svamp", {"split": None}, r"^task\.split=null: must be one of test$"),
-        ("gsm8k", {"limit": 0}, r"^task\.limit=0: must be a positive number"),
+        ("gsm8k", {"limit": 0}, r"^task\.limit=0: must be a positive integer"),
         ("gsm8k", {"path": "no/such.jsonl"}, r"^task\.path=no/such\.jsonl: no such file"),
-        ("gsm8k", {"tolerance": -1}, r"^task\.tolerance=-1: must be a number, 0 or more"),
+        ("gsm8k", {"tolerance": -1}, r"^task\.tolerance=-1: must be a finite number, 0 or more"),
         (
             "math500",
             {"tolerance": 0.1},

@@ -154,7 +154,7 @@ def test_every_word_of_problems_is_in_words(splits):
     [
         ({"split": "dev"}, r"^task\.split=dev: must be one of train, valid, test, hard"),
         ({"split": None}, r"^task\.split=null: "),
-        ({"limit": 0}, r"^task\.limit=0: must be a positive number"),
+        ({"limit": 0}, r"^task\.limit=0: must be a positive integer"),
         ({"limit": 2.5}, r"^task\.limit=2\.5: "),
         ({"limit": True}, r"^task\.limit=True: "),
         ({"limit": "many"}, r"^task\.limit=many: "),

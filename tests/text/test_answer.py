@@ -112,7 +112,7 @@ def test_the_gold_answers_form_decides_between_an_equation_and_its_value(predict
     ("arguments", "message"),
     [
         (("digits",), r"^task\.answer=digits: must be one of decimal, latex, words$"),
-        (("decimal", -1), r"^task\.tolerance=-1: must be a number, 0 or more"),
+        (("decimal", -1), r"^task\.tolerance=-1: must be a finite number, 0 or more"),
         (("words", 0.1), r"^task\.tolerance=0\.1: must be null: it applies only to task\.answer=decimal$"),
     ],
 )

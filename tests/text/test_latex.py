@@ -41,7 +41,20 @@ SAME = [
     ["1024", "2^{10}"],
     [r"\frac{7}{2}", r"3 \frac12", "3.5", "3 1/2", r"3\ 1/2", "3\u00bd", "3 1/2 cups"],
     [r"-\frac{7}{2}", "-3 1/2", r"-3\frac12"],
-    [r"\frac{3}{4}", "3/4 cup", r"\frac 34", r"\frac 3 4"],
+    [r"\frac{3}{4}", "3/4 cup", r"\frac 34", r"\frac 3 4", "3\u20444", r"\frac12+\sin^2 30^\circ", r"\cos(30°)^2",
+     r"\sin^{2}\left(90^\circ-30^{\circ}\right)"],
+    ["1", r"\tan 45^\circ", r"\tan{45^\circ}", r"\tan\left(45^\circ\right)", r"2\sin 30°", r"1 \\"],
+    [r"\sqrt[3]{2}", r"\sqrt[3]2", "2^{1/3}"],
+    ["1500", r"1.5\times10^{3}", r"1.5 \cdot 10^3", "1.5\u00d710^3", r"1500\degree", "\uff11\uff0c\uff15\uff10\uff10",
+     "\u0661\u066c\u0665\u0660\u0660", "\u202a1500\u202c", r"{\bf 1500}", r"\displaystyle 1500", "USD 1500"],
+    [r"\frac{1}{7}", r"0.\dot{1}4285\dot{7}", r"0.\overline{142857}"],
+    ["x = 18", "18=x", "x=18"],
+    ["42_{5}", "42_5", "042_{5}", "$42_5$"],
+    [r"\text{6:05pm}", "6:05 PM", r"6:05\text{ p.m.}", "06:05pm"],
+    ["3:4:5", "6:8:10", "3 : 4 : 5"],
+    [r"\text{allrealnumbers}", "all real numbers", r"\text{all real numbers}"],
+    [r"\left\{25, 50\right\}", r"50\%, 25\%", "\uff12\uff15, 50"],
+    [r"\left(1, 2\right)", "(1, 2)", r"\langle 1,2\rangle", "\uff081\uff0c2\uff09"],
 ]  # fmt: skip
 
 
@@ -52,7 +65,17 @@ def test_equal_values_are_one_vote(answers):
 
 @pytest.mark.parametrize(
     ("prediction", "gold"),
-    [("5", "x=5"), ("x=5", "5"), ("east", r"\text{east}"), (r"\frac{x^2-1}{x-1}", "x+1"), ("-1", r"\cos \pi")],
+    [
+        ("5", "x=5"),
+        ("x=5", "5"),
+        ("5=x", "5"),
+        ("5", "5=x"),
+        ("42", "42_5"),
+        ("42_5", "42"),
+        ("east", r"\text{east}"),
+        (r"\frac{x^2-1}{x-1}", "x+1"),
+        ("-1", r"\cos \pi"),
+    ],
 )
 def test_math_verify_decides_equality_where_forms_differ(prediction, gold):
     assert equal_latex(canonical_latex(prediction), canonical_latex(gold))
@@ -60,7 +83,22 @@ def test_math_verify_decides_equality_where_forms_differ(prediction, gold):
 
 @pytest.mark.parametrize(
     ("prediction", "gold"),
-    [("2", "3"), (r"\frac12", r"\frac13"), ("x+1", "x-1"), ("(1,2)", "(2,1)"), ("0.34", "1/3"), ("no", r"\text{yes}")],
+    [
+        ("2", "3"),
+        (r"\frac12", r"\frac13"),
+        ("x+1", "x-1"),
+        ("(1,2)", "(2,1)"),
+        ("0.34", "1/3"),
+        ("no", r"\text{yes}"),
+        ("42_5", "42_6"),
+        ("42_5", "22"),
+        ("3:4:5", "3:5:4"),
+        ("3:4:5", "3/20"),
+        ("6:05 AM", "6:05 PM"),
+        ("6:05", "12:10"),
+        (r"\sin 30", r"\sin 30^\circ"),
+        ("x=17", "18=x"),
+    ],
 )
 def test_other_values_are_not_equal(prediction, gold):
     assert not equal_latex(canonical_latex(prediction), canonical_latex(gold))
@@ -71,7 +109,8 @@ def test_other_values_are_not_equal(prediction, gold):
     [
         None, "", "  ", ".", "$", "$$", "()", "+", "#", r"\frac{1", "(((((", "1/0", "0/0", "\x00",
         "9^{9^{9}}", "9^{9^{9^9}}", "((9^{999})^{999})^{999}", "100000!", "x^{10^{9}}", "1e999", "(a+b+c)^{1000}",
-        "1" * 501, "3 4", "1 2 3", r"3\,4", "1/2 1/3", "2^3 4", "4 10/3", "(3 4, 5)", r"\sqrt 3 4",
+        "1" * 501, "3 4", "1 2 3", r"3\,4", "1/2 1/3", "2^3 4", "4 10/3", "(3 4, 5)", r"\sqrt 3 4", "18 million",
+        r"18\text{ million}", "2 dozen",
     ],
 )  # fmt: skip
 def test_what_has_no_value_or_one_too_large_is_not_read(raw):

@@ -398,7 +398,7 @@ SMALL = (
     [
         ("model.checkpoint=somewhere", "init=somewhere"),
         ("device=gpu", "one of auto, cpu, cuda, cuda:INDEX"),
-        ("device=cuda:64", "CUDA devices; use device=cpu"),
+        ("device=cuda:64", "CUDA devices; device=cpu works"),
         ("optimization.accumulation=3", "must divide optimization.batch=4"),
     ],
 )

@@ -21,6 +21,7 @@ VALUES = {
     "final_dropout": None,
     "latents": 3,
     "sweeps": 2,
+    "known_first": False,
     "projection": True,
     "teacher_weight": 0.7,
     "distill_weight": 2.0,
@@ -50,7 +51,7 @@ def objective_of(folder, **changes):
     return objective
 
 
-def plain_logits(objective, adapter, question, written, sweeps=2):
+def plain_logits(objective, adapter, question, written, sweeps=2, *, known_first=False):
     """Logits of the written tokens, from whole passes over one row for every sweep."""
     lm, embed = objective.lm, objective.lm.get_input_embeddings()
     prompt_LD = embed(torch.tensor(adapter.encode(question)))
@@ -59,6 +60,8 @@ def plain_logits(objective, adapter, question, written, sweeps=2):
     def hidden(vectors_SD):
         return lm.base_model(inputs_embeds=vectors_SD[None], use_cache=False).last_hidden_state[0]
 
+    if known_first:
+        latents_TD = torch.cat([objective.next_latent(hidden(prompt_LD)[-1:]), latents_TD[1:]])
     for _ in range(sweeps):
         states = hidden(torch.cat([prompt_LD, latents_TD]))
         latents_TD = objective.next_latent(states[len(prompt_LD) - 1 : -1])
@@ -71,13 +74,17 @@ def written_of(adapter, question):
     return [*adapter.thinking_end_ids, *ids, adapter.eos_id]
 
 
-def test_the_students_loss_equals_one_without_padding_or_cache(folder):
+@pytest.mark.parametrize("known_first", [False, True])
+def test_the_students_loss_equals_one_without_padding_or_cache(folder, known_first):
     adapter = adapter_of(folder)
-    objective = objective_of(folder, teacher_weight=0.0, distill_weight=0.0, step_loss=0.0)
+    zero = {"teacher_weight": 0.0, "distill_weight": 0.0, "step_loss": 0.0}
+    objective = objective_of(folder, **zero, sweeps=1 + (not known_first), known_first=known_first)
     losses = []
     for question in QUESTIONS:
         written = written_of(adapter, question)
-        logits = plain_logits(objective, adapter, question, written[:-1])
+        logits = plain_logits(
+            objective, adapter, question, written[:-1], 1 + (not known_first), known_first=known_first
+        )
         losses.append(F.cross_entropy(logits, torch.tensor(written[1:]), reduction="none"))
     torch.testing.assert_close(objective.loss(QUESTIONS, FINAL), torch.cat(losses).mean(), rtol=1e-5, atol=1e-5)
 
@@ -143,12 +150,13 @@ def test_bad_values_are_refused_by_name(wrong):
 
 
 def test_train_reasoner_writes_a_checkpoint_that_runs(ltts, checkpoint, tmp_path):
-    own = ["model=pccot", "model.latents=3", "model.sweeps=2", "model.answer_prompt=''"]
+    own = ["model=pccot", "model.latents=3", "model.sweeps=2", "model.answer_prompt=''", "model.known_first=true"]
     updates = ["recipe.written_updates=1", "recipe.stage_updates=[1]", "recipe.final_updates=1"]
     small = ["optimization.batch=4", "optimization.bf16=false", "valid_questions=4", f"output={tmp_path / 'out'}"]
     trained = ltts("train-reasoner", *own, *updates, *small, f"init={checkpoint}")
     assert trained.code == 0, trained.err
-    assert json.loads((trained.last / "config.json").read_text())["latent_tts"] == {"latents": 3, "sweeps": 2}
+    recorded = json.loads((trained.last / "config.json").read_text())["latent_tts"]
+    assert recorded == {"latents": 3, "sweeps": 2, "known_first": True}
     result = ltts("run", *own, f"model.checkpoint={trained.last}", "sampler=greedy", "n=1", "task.limit=3")
     assert result.code == 0, result.err
     assert "trained with" not in result.err

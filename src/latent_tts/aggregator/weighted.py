@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from latent_tts.aggregator import Vote
-from latent_tts.errors import bad_value, is_number
+from latent_tts.errors import check_fields
 from latent_tts.types import RolloutArrays
 
 
@@ -25,11 +25,7 @@ class Weighted:
     needs_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        value = self.temperature
-        if value is not None and not (is_number(value) and value > 0):
-            raise bad_value(
-                "aggregator.weighted.temperature", value, "must be a positive number, or null for the scorer's own"
-            )
+        check_fields("aggregator.weighted", self, temperature="a positive number, or null for the scorer's own")
 
     def rule(self, rollouts: RolloutArrays) -> Vote:
         """Weigh votes by exp(score / temperature), the softmax up to a factor; without a score there is no vote."""

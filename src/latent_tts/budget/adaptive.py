@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from latent_tts.budget import Rule, Stop, Tally
-from latent_tts.errors import check_positive
+from latent_tts.errors import check_fields
 from latent_tts.types import Int64
 
 
@@ -34,7 +34,7 @@ class Adaptive:
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive("budget", self, whole=["round"] if self.first is None else ["round", "first"])
+        check_fields("budget", self, round="a positive integer", first="a positive integer, or null")
 
     @property
     def label(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import betaln, gammaln, stdtr
 
 from latent_tts.budget import Stop, Tally
-from latent_tts.errors import bad_value, check_positive, is_number, require
+from latent_tts.errors import bad_value, check_fields
 from latent_tts.types import Float64, Int64
 
 AGGREGATORS = ("majority", "best_of_n")
@@ -57,11 +57,10 @@ class Shared:
     adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive("budget", self, whole=["first", "round"], real=["total"])
-        require("budget.unit", self.unit, self.unit in UNITS, f"must be one of {', '.join(UNITS)}")
-        require("budget.step", self.step, is_number(self.step) and 0 < self.step <= 1, "must be a number in (0, 1]")
-        allowed = f"must be one of {', '.join(AGGREGATORS)}"
-        require("budget.aggregator", self.aggregator, self.aggregator in AGGREGATORS, allowed)
+        check_fields(
+            "budget", self, first="a positive integer", round="a positive integer", total="a positive number",
+            unit=UNITS, step="a number in (0, 1]", aggregator=AGGREGATORS,
+        )  # fmt: skip
 
     @property
     def label(self) -> str:

@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from latent_tts.config.reference import conf_dir, nested_groups
 from latent_tts.config.schemas import SCHEMAS
-from latent_tts.errors import LatentTTSError, UsageError, bad_value, unknown_key
+from latent_tts.errors import LatentTTSError, UsageError, bad_value, require, unknown_key
 from latent_tts.results.files import LOCK
 
 
@@ -75,8 +75,7 @@ def build(group: str, node: Any) -> Any:
     Raises:
         UsageError: the object refuses a value.
     """
-    if not OmegaConf.is_dict(node):
-        raise bad_value(group, node, f"must be an option of the group, as in `{group}=NAME`")
+    require(group, node, OmegaConf.is_dict(node), f"must be an option of the group, as in `{group}=NAME`")
     for nested in nested_groups(group, [Path(conf_dir())]):  # looking for other packages takes as long as all of build
         name = nested.rpartition("/")[2]
         if name in node and not OmegaConf.is_dict(node[name]):

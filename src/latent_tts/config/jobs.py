@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobRuntime
+from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
@@ -90,9 +91,10 @@ class _Hydra(Hydra):
     ) -> DictConfig:
         try:
             cfg = super().compose_config(config_name, overrides, run_mode, *arguments, **more)
-        except Exception:
-            if run_mode == RunMode.RUN and self.get_mode(config_name, overrides) == RunMode.MULTIRUN:
-                raise _IsSweep from None
+        except ConfigCompositionException as error:
+            several_values = str(error).startswith("Ambiguous value")
+            if several_values and self.get_mode(config_name, overrides) == RunMode.MULTIRUN:
+                raise _IsSweep from error
             raise
         if run_mode == RunMode.RUN and cfg.hydra.mode == RunMode.MULTIRUN:
             raise _IsSweep
@@ -104,7 +106,7 @@ def run(command: str, job: Callable[[DictConfig], None], arguments: Sequence[str
 
     Args:
         command: name of the primary config.
-        job: takes the config; what it raises passes.
+        job: takes the config. What it raises passes, and so does an error of composing the config.
         arguments: of the command line; `-m` is the first.
 
     Returns:

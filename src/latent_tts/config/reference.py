@@ -218,6 +218,13 @@ def chosen_options(command: str, overrides: Iterable[str], places: Sequence[Path
     return {group: [name for name in names if name in option_names(group, places)] for group, names in chosen.items()}
 
 
+def keys_of(command: str, overrides: Iterable[str], places: Sequence[Path]) -> list[Key]:
+    """The keys of a command and of the options that it has under some overrides."""
+    chosen = chosen_options(command, overrides, places).items()
+    options = [read_option(group, option, places) for group, names in chosen for option in names]
+    return [*read_command(command).keys, *(key for option in options for key in option.keys)]
+
+
 def shown_default(default: str) -> str:
     """A default as people read it: an interpolation by what it refers to."""
     found = re.fullmatch(r"\$\{(?:oc\.(env|select):)?([^,}]+)(?:,(.*))?\}", default)

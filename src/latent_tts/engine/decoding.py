@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, is_number
+from latent_tts.errors import check_fields, require
 from latent_tts.sampler import Sampler
 from latent_tts.types import Forward, Phase, Site
 
@@ -33,16 +33,9 @@ class AnswerSampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (is_number(self.temperature) and self.temperature >= 0):
-            raise bad_value("answer.temperature", self.temperature, "must be a finite number, 0 (no sampling) or more")
-        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise bad_value("answer.top_p", self.top_p, "must be a number in (0, 1]")
-        if self.top_p < 1 and not self.random:
-            raise bad_value(
-                "answer.top_p",
-                self.top_p,
-                "must be 1 with answer.temperature=0, which takes the most probable token anyway",
-            )
+        check_fields("answer", self, temperature="a finite number, 0 or more", top_p="a number in (0, 1]")
+        allowed = "must be 1 with answer.temperature=0, which takes the most probable token anyway"
+        require("answer.top_p", self.top_p, self.random or self.top_p == 1, allowed)
 
     @property
     def random(self) -> bool:
@@ -122,7 +115,8 @@ class SampledAnswers(Sampler):
         import torch
 
         assert len(logits_RV) == len(draw.rollouts_R), "random numbers of other rows"
-        weight_RV = ((logits_RV - logits_RV.amax(-1, keepdim=True)) / self.sampling.temperature).exp()
+        temperature = max(self.sampling.temperature, torch.finfo(torch.float32).tiny)  # a smaller one is 0 in float32
+        weight_RV = ((logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature).exp()
         if self.sampling.top_p < 1:
             weight_RV = weight_RV * in_nucleus(weight_RV, self.sampling.top_p)
         cumulative_RV = weight_RV.double().cumsum(-1)

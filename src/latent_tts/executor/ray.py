@@ -20,7 +20,7 @@ from typing import Any, ClassVar, NoReturn
 
 import psutil
 
-from latent_tts.errors import LatentTTSError, RunError, bad_value, is_whole, require
+from latent_tts.errors import LatentTTSError, RunError, bad_value, check_fields, require
 from latent_tts.executor import Finished, Work, Worker
 
 log = logging.getLogger(__name__)
@@ -62,12 +62,10 @@ class Ray:
     in_process: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        few = self.workers is None or (is_whole(self.workers) and self.workers >= 1)
-        require("executor.workers", self.workers, few, "must be 1 or more, or null")
-        require("executor.shard", self.shard, self.shard in SHARDS, f"must be one of {', '.join(SHARDS)}")
-        for key in ("max_restarts", "max_task_retries"):
-            value = getattr(self, key)
-            require(f"executor.{key}", value, is_whole(value) and value >= 0, "must be 0 or more")
+        check_fields(
+            "executor", self, workers="a positive integer, or null", shard=SHARDS, max_restarts="an integer, 0 or more",
+            max_task_retries="an integer, 0 or more",
+        )  # fmt: skip
 
     @property
     def fixed(self) -> bool:

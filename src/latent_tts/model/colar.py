@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import bad_value, is_number, is_whole
+from latent_tts.errors import bad_value, check_fields, is_number
 from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ class Colar(CheckpointAdapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (is_whole(self.thinking_speed) and self.thinking_speed >= 1):
-            raise bad_value("model.thinking_speed", self.thinking_speed, "must be an integer, 1 or more")
+        check_fields("model", self, thinking_speed="a positive integer")
 
     @property
     def prompt_recipe(self) -> str:

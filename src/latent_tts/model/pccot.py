@@ -5,6 +5,9 @@ hidden state before it. After K sweeps the answer attends to the final latents. 
 but as a part of the model: a different K or order is a different model, and there is no sequential result that the
 sweeps approximate.
 
+With `known_first` the first sweep begins with h_1 in its place, which the prompt's pass makes. So K sweeps reach one
+step further in the same number of passes. Published models are not trained in this way.
+
 A checkpoint is a causal LM in the layout of transformers with the tensors `prj.*` of the projection, or without them if
 `config.json` has `latent_tts.sweeps` (`use_projection=false` in the original code). The published files contain a LoRA
 adapter of PEFT, which `ltts convert` merges.
@@ -21,7 +24,7 @@ from functools import cached_property
 from typing import Any
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import bad_value, is_whole
+from latent_tts.errors import bad_value, check_fields, is_whole
 from latent_tts.schedule.jacobi import Jacobi
 from latent_tts.types import Reasoner
 
@@ -36,18 +39,19 @@ class Pccot(CheckpointAdapter):
     Attributes:
         sweeps: K, 1 or more; `latent_tts.sweeps` in `config.json` records the K of training.
         answer_prompt: text forced after the latents and `<|end-latent|>`.
+        known_first: whether the first sweep begins with h_1; `latent_tts.known_first` records that of training.
     """
 
     sweeps: int = 3
     answer_prompt: str = "The answer is:"
+    known_first: bool = False
 
     family = "PCCoT"
     question_end = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (is_whole(self.sweeps) and self.sweeps >= 1):
-            raise bad_value("model.sweeps", self.sweeps, "must be an integer, 1 or more")
+        check_fields("model", self, sweeps="a positive integer", known_first="true or false")
         if self.latents < 1:
             raise bad_value("model.latents", self.latents, "must be an integer, 1 or more: the sweeps compute latents")
         if not isinstance(self.answer_prompt, str):
@@ -61,7 +65,7 @@ class Pccot(CheckpointAdapter):
     @property
     def own_schedule(self) -> Jacobi:
         """The sweeps of the model."""
-        return Jacobi(self.sweeps, None, "token")
+        return Jacobi(self.sweeps, None, "token", known_first=self.known_first)
 
     @cached_property
     def thinking_end_ids(self) -> list[int]:
@@ -90,7 +94,7 @@ class Pccot(CheckpointAdapter):
         return family == self.family or (family == "COCONUT" and is_whole(self._recorded.get("sweeps")))
 
     def check(self) -> None:
-        """Check every file; warn about numbers of latents or sweeps that the model was not trained with.
+        """Check every file; warn about latents and sweeps that the model was not trained with.
 
         Raises:
             UsageError: as for every family.
@@ -99,6 +103,10 @@ class Pccot(CheckpointAdapter):
         trained = self._recorded.get("sweeps")
         if is_whole(trained) and trained != self.sweeps:
             log.warning("model.sweeps=%d: %s was trained with %d", self.sweeps, self.checkpoint, trained)
+        known = self._recorded.get("known_first", False)
+        if known != self.known_first:
+            given = str(self.known_first).lower()
+            log.warning("model.known_first=%s: %s was trained with %s", given, self.checkpoint, str(known).lower())
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check that the projection, if there is one, is complete and has the width of the backbone.

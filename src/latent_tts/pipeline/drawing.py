@@ -329,32 +329,35 @@ class Stage:
         spec, first = self.spec, self.workers[0]
         work = sum(max_flops(spec, job, answers=answers) for job in jobs)
         weights = spec.shape.weight_bytes(spec.engine.bytes_per_number)
-        where = "this device" if len(self.workers) == 1 else f"{len(self.workers)} workers"
         log.info(
-            "%d rollouts to draw: at most %.3g GFLOP (every answer as long as allowed), at least %.0f s at the "
-            "%.3g GFLOP/s of %s's %s products, about %.2g GB for a batch of %d rows and the weights",
-            sum(grown(spec, job) for job in jobs), work / 1e9, work / self._flops, self._flops / 1e9, where,
-            spec.engine.dtype, (first.rows * first.bytes_per_row + weights) / 1e9, first.rows,
+            "%d rollouts to draw: at most %.3g GFLOP%s; %.2g GB for weights and batches of %d rows",
+            sum(grown(spec, job) for job in jobs), work / 1e9, self._shortest_time(work),
+            (first.rows * first.bytes_per_row + weights) / 1e9, first.rows,
         )  # fmt: skip
         self._log_scoring(jobs)
 
     def log_catching_up(self, jobs: Sequence[RolloutJob]) -> None:
-        """Say how many drawn rollouts have to be thought again, to be compared with those to come."""
+        """Say of how many drawn rollouts latents are computed again, to be compared with those to come."""
         if self.spec.adapter.latents:
             first = [next(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
             before = not_compared(first, latents_digest(self.spec, self.computations))
             if before:
-                self.log_thinking(before, "their distance from the new ones")
+                self.log_thinking(before, "diversity")
 
     def log_thinking(self, jobs: Sequence[RolloutJob], why: str) -> None:
-        """Say that drawn rollouts are thought again, and what it takes."""
+        """Say that latents of drawn rollouts are computed again, and what it takes."""
         work = sum(max_flops(self.spec, job, answers=False) for job in jobs)
         log.info(
-            "latents are not in the cache, so %d rollouts are thought again for %s, answers stay: at most %.3g GFLOP, "
-            "at least %.0f s",
-            sum(len(job.rollouts) for job in jobs), why, work / 1e9, work / self._flops,
+            "latents of %d cached rollouts to compute again, for %s: at most %.3g GFLOP%s",
+            sum(len(job.rollouts) for job in jobs), why, work / 1e9, self._shortest_time(work),
         )  # fmt: skip
         self._log_scoring(jobs)
+
+    def _shortest_time(self, work: float) -> str:
+        """The seconds that operations take at the speed of the device's matrix products; empty for less than one."""
+        where = "this device" if len(self.workers) == 1 else f"{len(self.workers)} workers"
+        seconds = work / self._flops
+        return f" ({seconds:.0f} s at the {self._flops / 1e9:.3g} GFLOP/s of {where})" if seconds >= 1 else ""
 
     def _log_scoring(self, jobs: Sequence[RolloutJob]) -> None:
         if self._scored:

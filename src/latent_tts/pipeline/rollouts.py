@@ -24,6 +24,7 @@ from latent_tts.pipeline.scores import (
     settle_scores,
 )
 from latent_tts.pipeline.spec import RunSpec
+from latent_tts.results import report
 from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, RolloutCache
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
@@ -42,7 +43,8 @@ class RunRollouts:
     """The rollouts of a run.
 
     Attributes:
-        rows: as the cache has them, in the order of `RunSpec.wanted`; equal answers are one object.
+        rows: as the cache has them, in the order of `RunSpec.wanted`; equal answers are one object, and what was
+            measured includes scoring.
         dissimilarity_RT: per latent the dissimilarities with the rollouts before, see `cache.ROLLOUT_FIELDS`; NaN
             where a rollout has none.
         scores: None without a scorer.
@@ -104,15 +106,18 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     assert is_adaptive(spec.budget)
     reader = AnswerReader(spec)
     tallying, drawn_now, before = Tallying(spec, reader.read), 0, [0] * len(spec.questions)
+    rounds = 0
     timeline: list[Span] = []
     drawing = replace(spec, on_answers=spec.on_answers or reader.take)  # `ltts ask` reads them itself
 
     def tallies_after(drawn_Q: Int64) -> list[Tally]:
-        nonlocal drawn_now, before
+        nonlocal drawn_now, before, rounds
         part = replace(drawing, counts=drawn_Q.tolist())
         new = part.wanted(before)
         if not new.empty:
-            rollouts = gather_rollouts(part, rollout_key, new)
+            rounds += 1
+            with report.in_round(rounds):
+                rollouts = gather_rollouts(part, rollout_key, new)
             tallying.add(rollouts.rows, None if rollouts.scores is None else rollouts.scores.score, before, part.drawn)
             drawn_now, before = drawn_now + rollouts.drawn_now, part.drawn
             timeline.extend(rollouts.timeline)
@@ -120,8 +125,11 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
 
     with reader:
         outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
+    total = sum(outcome.counts)
+    log.info("rounds: %d; rollouts: %d, %d of them drawn now", rounds, total, drawn_now)
     ended = replace(with_counts(spec, outcome), refresh=False)
-    rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
+    with report.in_round(rounds + 1):
+        rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now
     rollouts.timeline = timeline + rollouts.timeline
     return rollouts
@@ -212,11 +220,13 @@ class CachedRollouts:
 
     def log_found(self) -> None:
         """Say what is there."""
-        told = [(self.rows, "in the cache"), *((scores.rows, "scored in the cache") for scores in self.scores)]
-        for rows, where in told:
-            there = len(rows.wanted) - len(rows.missing())
-            if there:
-                log.info("%d of %d rollouts are %s %s", there, len(rows.wanted), where, self.cache.folder)
+        there = len(self.rows.wanted) - len(self.rows.missing())
+        scored = max((len(scores.rows.wanted) - len(scores.rows.missing()) for scores in self.scores), default=0)
+        of_scores = f", {'all' if scored == there else scored} of them scored" if self.scores else ""
+        if there:
+            log.info(
+                "%d of %d rollouts are in the cache %s%s", there, len(self.rows.wanted), self.cache.folder, of_scores
+            )
 
     def _settled_scores(self, spec: RunSpec) -> CachedScores | None:
         """The scores of the run; those of other ways to compute the scorer are dropped."""
@@ -269,7 +279,7 @@ class CachedRollouts:
         return RunRollouts(
             rows=rows,
             dissimilarity_RT=self.rows.padded("dissimilarity"),
-            scores=None if scores is None else reduce_scores(spec, scores, offsets, unscored),
+            scores=None if scores is None else reduce_scores(spec, scores, rows, offsets, unscored),
             cache=self.cache,
             drawn_now=lacking["row_key"].nunique() * spec.n if spec.search.guided else len(lacking),
             timeline=timeline,

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.training.reasoner.curriculum import Staged, check_weight
+from latent_tts.errors import check_fields
+from latent_tts.training.reasoner.curriculum import Staged
 
 if TYPE_CHECKING:
     from latent_tts.checkpoint.adapter import CheckpointAdapter
@@ -34,7 +35,7 @@ class Coconut(Staged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weight("step_loss", self.step_loss)
+        check_fields("recipe", self, step_loss="a finite number, 0 or more")
         self.check_latents()
 
     def objective(self, adapter: CheckpointAdapter) -> CoconutObjective:

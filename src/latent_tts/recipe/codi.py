@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, is_whole
-from latent_tts.training.reasoner.curriculum import Distilled, check_dropout
+from latent_tts.errors import check_fields
+from latent_tts.training.reasoner.curriculum import Distilled
 
 if TYPE_CHECKING:
     from latent_tts.checkpoint.adapter import CheckpointAdapter
@@ -47,13 +47,10 @@ class Codi(Distilled):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.projector_hidden is not None and not (is_whole(self.projector_hidden) and self.projector_hidden >= 1):
-            raise bad_value("recipe.projector_hidden", self.projector_hidden, "must be a positive integer, or null")
-        if self.projector_init not in ("random", "identity"):
-            raise bad_value("recipe.projector_init", self.projector_init, "must be random or identity")
-        if self.projector_dropout is None:
-            raise bad_value("recipe.projector_dropout", None, "must be a number in [0, 1)")
-        check_dropout("projector_dropout", self.projector_dropout)
+        check_fields(
+            "recipe", self, projector_hidden="a positive integer, or null", projector_init=("random", "identity"),
+            projector_dropout="a number in [0, 1)",
+        )  # fmt: skip
         self.check_latents()
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:

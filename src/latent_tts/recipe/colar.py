@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.errors import bad_value, check_positive, is_whole
-from latent_tts.training.reasoner.curriculum import Recipe, Stage, check_dropout, check_updates, check_weight
+from latent_tts.errors import KINDS, check_fields, require
+from latent_tts.training.reasoner.curriculum import Recipe, Stage
 
 if TYPE_CHECKING:
     from latent_tts.checkpoint.adapter import CheckpointAdapter
@@ -52,18 +52,16 @@ class Colar(Recipe):
     words: ClassVar[tuple[str, ...]] = PROMPT_WORDS
 
     def __post_init__(self) -> None:
-        check_updates("written_updates", self.written_updates)
-        check_updates("final_updates", self.final_updates)
-        check_dropout("final_dropout", self.final_dropout)
-        if self.latent_loss not in ("mse", "nll"):
-            raise bad_value("recipe.latent_loss", self.latent_loss, "must be mse or nll")
-        check_weight("latent_weight", self.latent_weight)
-        check_weight("latent_noise", self.latent_noise)
-        if not (is_whole(self.speed) and self.speed >= 1):
-            raise bad_value("model.thinking_speed", self.speed, "must be an integer, 1 or more")
-        if self.head_hidden is not None and not (is_whole(self.head_hidden) and self.head_hidden >= 1):
-            raise bad_value("recipe.head_hidden", self.head_hidden, "must be a positive integer, or null")
-        check_positive("model", self, whole=("latents",))
+        check_fields(
+            "recipe", self, written_updates="an integer, 0 or more", final_updates="an integer, 0 or more",
+            final_dropout="a number in [0, 1), or null", latent_loss=("mse", "nll"),
+            latent_weight="a finite number, 0 or more", latent_noise="a finite number, 0 or more",
+            head_hidden="a positive integer, or null",
+        )  # fmt: skip
+        require(
+            "model.thinking_speed", self.speed, KINDS["a positive integer"](self.speed), "must be a positive integer"
+        )
+        check_fields("model", self, latents="a positive integer")
 
     def stages(self) -> list[Stage]:
         """The stages in order."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.training.reasoner.curriculum import Recipe, Stage, check_updates
+from latent_tts.errors import check_fields
+from latent_tts.training.reasoner.curriculum import Recipe, Stage
 
 if TYPE_CHECKING:
     from latent_tts.checkpoint.adapter import CheckpointAdapter
@@ -25,7 +26,7 @@ class Cot(Recipe):
     family: ClassVar[str] = "COCONUT"  # the same files: a plain causal LM
 
     def __post_init__(self) -> None:
-        check_updates("written_updates", self.written_updates)
+        check_fields("recipe", self, written_updates="an integer, 0 or more")
 
     def stages(self) -> list[Stage]:
         """The only stage."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.errors import bad_value, check_positive
+from latent_tts.errors import check_fields
 from latent_tts.training.reasoner.curriculum import Distilled
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Pccot(Distilled):
         final_dropout: dropout rate of those; null keeps the backbone's.
         latents: T of the trained reasoner.
         sweeps: K of the trained reasoner.
+        known_first: whether its first sweep begins with h_1, which the prompt's pass makes, and not the latent token.
         projection: whether latents are projected; otherwise they are the hidden states.
         teacher_weight: of the teacher's cross-entropy; the student's has weight 1.
         distill_weight: of the distance between their hidden states before the answer.
@@ -39,15 +40,15 @@ class Pccot(Distilled):
     """
 
     sweeps: int
+    known_first: bool
     projection: bool
 
     family: ClassVar[str] = "PCCoT"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.projection, bool):
-            raise bad_value("recipe.projection", self.projection, "must be true or false")
-        check_positive("model", self, whole=("latents", "sweeps"))
+        check_fields("recipe", self, projection="true or false", known_first="true or false")
+        check_fields("model", self, latents="a positive integer", sweeps="a positive integer")
 
     def latents_in(self, stage: int) -> int:
         """T in every stage, since a sweep computes all latents together."""
@@ -63,8 +64,8 @@ class Pccot(Distilled):
         """Create the model in training with its loss (imports torch)."""
         from latent_tts.training.reasoner.pccot import PccotObjective
 
-        return PccotObjective(adapter, self, self.sweeps)
+        return PccotObjective(adapter, self, self.sweeps, known_first=self.known_first)
 
     def trained_with(self, adapter: CheckpointAdapter) -> dict[str, Any]:
-        """T and K."""
-        return {"latents": self.latents, "sweeps": self.sweeps}
+        """T, K, and what the first sweep begins with."""
+        return {"latents": self.latents, "sweeps": self.sweeps, "known_first": self.known_first}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value
+from latent_tts.errors import check_fields
 from latent_tts.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ class Control(Sampler):
     param: ClassVar[str | None] = "mode"
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise bad_value("sampler.mode", self.mode, f"must be one of {', '.join(MODES)}")
+        check_fields("sampler", self, mode=MODES)
 
     @property
     def needs_donor(self) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, is_number
+from latent_tts.errors import bad_value, check_fields
 from latent_tts.sampler import Sampler
 from latent_tts.types import PHASES, Forward, Phase, Site
 
@@ -49,10 +49,7 @@ class Dropout(Sampler):
     param: ClassVar[str | None] = "rate"
 
     def __post_init__(self) -> None:
-        if not (is_number(self.rate) and 0 <= self.rate < 1):
-            raise bad_value("sampler.rate", self.rate, "must be a number in [0, 1)")
-        if not isinstance(self.site, str) or self.site not in SITES:
-            raise bad_value("sampler.site", self.site, f"must be one of {', '.join(SITES)}")
+        check_fields("sampler", self, rate="a number in [0, 1)", site=SITES, mask=("fresh", "locked"))
         if (
             isinstance(self.where, str)
             or not isinstance(self.where, Sequence)
@@ -60,8 +57,6 @@ class Dropout(Sampler):
             or not all(phase in PHASES for phase in self.where)
         ):
             raise bad_value("sampler.where", self.where, f"must be a list of {', '.join(PHASES)}")
-        if self.mask not in ("fresh", "locked"):
-            raise bad_value("sampler.mask", self.mask, "must be fresh or locked")
 
     @property
     def random_phases(self) -> frozenset[Phase]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, is_number
+from latent_tts.errors import check_fields
 from latent_tts.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ class Gaussian(Sampler):
     param: ClassVar[str | None] = "sigma"
 
     def __post_init__(self) -> None:
-        if not (is_number(self.sigma) and self.sigma >= 0):
-            raise bad_value("sampler.sigma", self.sigma, "must be a finite number, 0 or more")
-        if not isinstance(self.relative, bool):
-            raise bad_value("sampler.relative", self.relative, "must be true or false")
+        check_fields("sampler", self, sigma="a finite number, 0 or more", relative="true or false")
 
     @property
     def random_latents(self) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, is_number
+from latent_tts.errors import check_fields
 from latent_tts.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ class Native(Sampler):
     param: ClassVar[str | None] = "temperature"
 
     def __post_init__(self) -> None:
-        if not (is_number(self.temperature) and self.temperature >= 0):
-            raise bad_value("sampler.temperature", self.temperature, "must be a finite number, 0 or more")
+        check_fields("sampler", self, temperature="a finite number, 0 or more")
 
     @property
     def random_latents(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from latent_tts.errors import bad_value, is_whole
+from latent_tts.errors import bad_value, check_fields, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -230,8 +230,7 @@ def check_parallel(name: str, chunk: int | None, guess: str, model: LatentModel)
         UsageError: the model has no latents, or fewer than `chunk`, or has no token for the guess, or no latents to
             draft.
     """
-    if model.latents == 0:
-        raise bad_value("schedule", name, f"must be sequential: model={model.name} has no latents")
+    require("schedule", name, model.latents != 0, f"must be sequential: model={model.name} has no latents")
     if chunk is not None and chunk > model.latents:
         raise bad_value("schedule.chunk", chunk, f"must be at most model.latents={model.latents}")
     if guess == "token":
@@ -240,16 +239,14 @@ def check_parallel(name: str, chunk: int | None, guess: str, model: LatentModel)
         raise bad_value("schedule.guess", guess, "a draft head predicts h_2 and later latents, and model.latents=1")
 
 
-def check_chunk_and_guess(chunk: object, guess: object, draft: object) -> None:
-    """Check the values of `schedule.chunk`, `schedule.guess` and `schedule.draft`.
+def check_chunk_and_guess(schedule: Any) -> None:
+    """Check the fields `chunk`, `guess` and `draft` of a schedule.
 
     Raises:
         UsageError: one of them is not usable.
     """
-    if chunk is not None and not (is_whole(chunk) and chunk >= 1):
-        raise bad_value("schedule.chunk", chunk, "must be an integer, 1 or more, or null for all latents")
-    if guess not in GUESSES:
-        raise bad_value("schedule.guess", guess, f"one of {', '.join(GUESSES)}")
+    check_fields("schedule", schedule, chunk="a positive integer, or null for all latents", guess=GUESSES)
+    guess, draft = schedule.guess, schedule.draft
     if guess == "draft" and not (isinstance(draft, str) and draft):
         raise bad_value("schedule.draft", draft, "must be the file of a draft head, which ltts train-draft writes")
     if guess != "draft" and draft is not None:

@@ -6,6 +6,9 @@ sweep k the first k latents equal those of `schedule=sequential`, and after T sw
 Final latents keep their keys and values, and later sweeps leave them out. With `chunk` = C, chunks of C latents are
 computed one after another, and only the latents of a chunk are computed in parallel; `sweeps` = C is then enough.
 
+With `known_first` the sweeps begin with h_1, which the prompt's pass makes, instead of a guess: k sweeps give k+1 final
+latents in as many passes.
+
 Random numbers are keyed by (rollout, step) and not by the sweep, so noise and masks of a step are the same in every
 sweep, and the argument above holds for random latents too. There is no early stopping: if it depended on the batch, so
 would the rollouts; if it depended on the row, it would save nothing while other rows continue.
@@ -18,9 +21,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
-from latent_tts.errors import bad_value, is_whole
+from latent_tts.errors import bad_value, check_fields
 from latent_tts.schedule import LatentModel, LatentSequence, Schedule, Sweep, check_chunk_and_guess, check_parallel
 
 
@@ -34,20 +38,26 @@ class Jacobi(Schedule):
         chunk: C, the number of latents computed in parallel; None for all.
         guess: the latents before the first sweep, see `LatentSequence.guess`.
         draft: the file of a draft head, with `guess=draft`.
+        known_first: whether h_1 is computed before the sweeps. Samplers that change the pass over the prompt's last
+            token need a pass of its own for it.
     """
 
     sweeps: int
     chunk: int | None = None
     guess: str = "token"
     draft: str | None = None
+    known_first: bool = False
 
     name: ClassVar[str] = "jacobi"
     stepwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (is_whole(self.sweeps) and self.sweeps >= 1):
-            raise bad_value("schedule.sweeps", self.sweeps, "must be an integer, 1 or more")
-        check_chunk_and_guess(self.chunk, self.guess, self.draft)
+        check_fields("schedule", self, sweeps="a positive integer", known_first="true or false")
+        check_chunk_and_guess(self)
+        if self.known_first and self.guess == "draft":
+            raise bad_value(
+                "schedule.known_first", True, "must be false with schedule.guess=draft, which begins with h_1"
+            )
 
     @property
     def draft_path(self) -> str | None:
@@ -62,7 +72,8 @@ class Jacobi(Schedule):
     @property
     def key(self) -> dict[str, Any]:
         """The schedule's part of the cache key."""
-        return {"name": self.name, "sweeps": self.sweeps, "chunk": self.chunk, "guess": self.guess}
+        known = {"known_first": True} if self.known_first else {}
+        return {"name": self.name, "sweeps": self.sweeps, "chunk": self.chunk, "guess": self.guess, **known}
 
     def check(self, model: LatentModel) -> None:
         """Check that a model can use this schedule.
@@ -72,7 +83,7 @@ class Jacobi(Schedule):
                 depend on the first one of its batch.
         """
         check_parallel(self.name, self.chunk, self.guess, model)
-        needed = self.chunk or model.latents
+        needed = self.chunk or model.latents - self.known_first
         if self.guess == "sibling" and self.sweeps < needed:
             why = f"needs schedule.sweeps={needed} or more: otherwise rollouts would depend on the batch"
             raise bad_value("schedule.guess", self.guess, why)
@@ -94,7 +105,7 @@ class Jacobi(Schedule):
             changed = max(first, start)
             made_RSD, _ = latents.compute(first, stop)
             latents.latents_RTD[:, changed:stop] = made_RSD[:, changed - first :]
-            counts.sweeps_R += 1
+            counts.sweeps_R += not (self.known_first and stop == 1 and latents.first_is_free)
             settled = changed + 1
             if counts.timeline is not None:
                 is_last = following is None or following[1] > start  # of its chunk, whose latents stay as they are
@@ -113,8 +124,8 @@ class Jacobi(Schedule):
         The input of latent t is latent t-1. Inputs of latents below `first` were already final when they were run.
         """
         first, chunk = 0, self.chunk or max(latents, 1)
-        for start in range(0, latents, chunk):
-            stop = min(start + chunk, latents)
+        starts = [0] * self.known_first + list(range(int(self.known_first), latents, chunk))
+        for start, stop in pairwise([*starts, latents]):
             for _ in range(min(self.sweeps, stop - start)):
                 yield first, start, stop
                 first = max(first, start) + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from latent_tts.errors import bad_value, is_number, require
+from latent_tts.errors import check_fields, require
 from latent_tts.schedule import EarlyExit, LatentModel, LatentSequence, Schedule
 
 
@@ -26,13 +26,12 @@ class Sequential(Schedule):
     stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.exit is None:
-            return
-        share = is_number(self.exit) and 0 <= self.exit < 1
-        require("schedule.exit", self.exit, share, "must be a number in [0, 1), or null to make all latents")
-        if not isinstance(self.exit_prefix, str):
-            allowed = "must be the text that the model writes before its answer, as in '###' (of embedded reasoners)"
-            raise bad_value("schedule.exit_prefix", self.exit_prefix, f"{allowed}; '' for none")
+        check_fields("schedule", self, exit="a number in [0, 1), or null to make all latents")
+        allowed = (
+            "must be the text that the model writes before its answer, as in '###' (of embedded reasoners); '' for none"
+        )
+        is_text = self.exit is None or isinstance(self.exit_prefix, str)
+        require("schedule.exit_prefix", self.exit_prefix, is_text, allowed)
 
     @property
     def early_exit(self) -> EarlyExit | None:

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.errors import bad_value, is_number, is_whole
+from latent_tts.errors import check_fields, require
 from latent_tts.schedule import LatentModel, LatentSequence, Schedule, Sweep, check_chunk_and_guess, check_parallel
 
 if TYPE_CHECKING:
@@ -59,17 +59,11 @@ class Speculative(Schedule):
     stepwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_chunk_and_guess(self.chunk, self.guess, self.draft)
-        if not (is_whole(self.mixing) and self.mixing >= 0):
-            raise bad_value("schedule.mixing", self.mixing, "must be an integer, 0 or more")
-        if not (is_number(self.tolerance) and 0 <= self.tolerance < 1):
-            raise bad_value("schedule.tolerance", self.tolerance, "must be a number in [0, 1)")
-        if not isinstance(self.verify, bool):
-            raise bad_value("schedule.verify", self.verify, "must be true or false")
-        if self.guess == "sibling" and self.tolerance > 0:
-            raise bad_value(
-                "schedule.guess", self.guess, "needs schedule.tolerance=0: otherwise rollouts would depend on the batch"
-            )
+        check_chunk_and_guess(self)
+        kinds = {"mixing": "an integer, 0 or more", "tolerance": "a number in [0, 1)", "verify": "true or false"}
+        check_fields("schedule", self, **kinds)
+        allowed = "needs schedule.tolerance=0: otherwise rollouts would depend on the batch"
+        require("schedule.guess", self.guess, self.guess != "sibling" or self.tolerance == 0, allowed)
 
     @property
     def draft_path(self) -> str | None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, check_positive
+from latent_tts.errors import bad_value, check_fields
 from latent_tts.random.philox import Stream, key_of, philox
 
 if TYPE_CHECKING:
@@ -52,9 +52,9 @@ class Beam:
     guided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive("search", self, whole=("beams", "candidates"))
-        if not isinstance(self.diverse, bool):
-            raise bad_value("search.diverse", self.diverse, "must be true or false")
+        check_fields(
+            "search", self, beams="a positive integer", candidates="a positive integer", diverse="true or false"
+        )
 
     @property
     def survivors(self) -> int:

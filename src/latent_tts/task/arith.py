@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count, islice
 
-from latent_tts.errors import bad_value, is_whole
+from latent_tts.errors import bad_value, check_fields
 from latent_tts.random.philox import Dice, Stream, key_of
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, text_digest
@@ -72,10 +72,7 @@ class Arith:
     rule = AnswerRule("decimal")
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise bad_value("task.split", self.split, f"must be one of {', '.join(SPLITS)}")
-        if self.limit is not None and not (is_whole(self.limit) and self.limit >= 1):
-            raise bad_value("task.limit", self.limit, "must be a positive number of questions, or null for the default")
+        check_fields("task", self, split=SPLITS, limit="a positive integer, or null for the default")
         allowed = self._level.steps
         if self.steps is not None and not (
             isinstance(self.steps, list) and self.steps and all(step in allowed for step in self.steps)

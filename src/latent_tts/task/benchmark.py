@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from latent_tts.errors import UsageError, bad_value, hub_clients, require
-from latent_tts.task.jsonl import Row, check_file, check_limit, file_rows, is_file, read_questions
+from latent_tts.errors import UsageError, bad_value, check_fields, hub_clients, require
+from latent_tts.task.jsonl import Row, check_file, file_rows, is_file, read_questions
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question
 
@@ -103,9 +103,7 @@ class Benchmark:
     steps: str = MARKS
 
     def __post_init__(self) -> None:
-        if self.split not in self.splits:
-            raise bad_value("task.split", self.split, f"must be one of {', '.join(self.splits)}")
-        check_limit(self.limit)
+        check_fields("task", self, split=self.splits, limit="a positive integer, or null for all")
         require("task.steps", self.steps, self.steps in (MARKS, SENTENCES), f"must be {MARKS} or {SENTENCES}")
         _ = self.rule
         if self.path is not None:

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from latent_tts.errors import UsageError, bad_value, is_whole
+from latent_tts.errors import UsageError, bad_value, check_fields
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, text_digest
 
@@ -50,7 +50,7 @@ class Jsonl:
         return Path(str(self.path)).name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
 
     def __post_init__(self) -> None:
-        check_limit(self.limit)
+        check_fields("task", self, limit="a positive integer, or null for all")
         _ = self.rule
         check_file(self.path)
 
@@ -67,16 +67,6 @@ class Jsonl:
         """
         source = f"task.path={self.path}"
         return read_questions(file_rows(str(self.path)), self.rule, self.limit, source, gold_optional=True)
-
-
-def check_limit(limit: object) -> None:
-    """Check a value of `task.limit`.
-
-    Raises:
-        UsageError: it is not a positive integer or None.
-    """
-    if limit is not None and not (is_whole(limit) and limit >= 1):
-        raise bad_value("task.limit", limit, "must be a positive number of questions, or null for all")
 
 
 def check_file(path: object) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from latent_tts.errors import bad_value, is_number
+from latent_tts.errors import bad_value, check_fields, require
 from latent_tts.text import latex
 from latent_tts.text.guard import Guard
 from latent_tts.text.number import MAX_LENGTH, canonical_number, close, tidy
@@ -39,10 +39,8 @@ class AnswerRule:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in RULES:
-            raise bad_value("task.answer", self.name, f"must be one of {', '.join(RULES)}")
-        if self.tolerance is not None and not (is_number(self.tolerance) and self.tolerance >= 0):
-            raise bad_value("task.tolerance", self.tolerance, "must be a number, 0 or more, or null for exact")
+        require("task.answer", self.name, self.name in RULES, f"must be one of {', '.join(RULES)}")
+        check_fields("task", self, tolerance="a finite number, 0 or more, or null for exact")
         if self.tolerance is not None and self.name != "decimal":
             raise bad_value("task.tolerance", self.tolerance, "must be null: it applies only to task.answer=decimal")
 

@@ -71,10 +71,13 @@ def equal(prediction: str, gold: str) -> bool:
 @lru_cache(maxsize=1 << 12)
 def _expression(text: str) -> Any:
     """The sympy expression that math-verify reads; None if it cannot read the text."""
+    import sympy
     from math_verify import LatexExtractionConfig, parse
 
     inside = text if DELIMITER.search(text) else f"${text}$"
     found = parse(inside, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=0)
+    if found and isinstance(found[0], sympy.Eq) and found[0].rhs.is_Symbol and not found[0].lhs.free_symbols:
+        return sympy.Eq(found[0].rhs, found[0].lhs, evaluate=False)  # `18 = x`
     return found[0] if found else None
 
 

@@ -9,33 +9,46 @@ from fractions import Fraction
 MAX_LENGTH = 500  # characters of an answer; the longest gold answer of MATH-500 has 53
 MAX_EXPONENT = 400  # beyond the range of floats; a larger one is not an answer
 
-INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+# full-width forms, the ideographic full stop, the Arabic separators, the slash of fractions
+PLAIN_FORMS = {0xFF01 + place: 0x21 + place for place in range(94)}
+PLAIN_FORMS |= str.maketrans("\u3002\u066a\u066b\u066c\u2044\u2215", ".%.,//")
 # the minus sign and hyphens always mean minus; a dash between two values may mean a range
-MINUS = re.compile("[\u2010\u2011\u2212\ufe63\uff0d]")
-DASH = re.compile(r"(^|[(\[{,;:=<>$])\s*[\u2012-\u2015]\s*(?=[\d.$\\])")
+MINUS = re.compile("[\u02d7\u2010\u2011\u2212\u2796\ufe63]")
+DASH = re.compile(r"(^|[(\[{,;:=<>$])\s*[\u2012-\u2015\ufe58]\s*(?=[\d.$\\])")
 VULGAR = {sign: rf"\frac{{{upper}}}{{{lower}}}" for sign, upper, lower in zip(
     "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True
 )}  # fmt: skip
 
 SPACE = r"(?:\s|~|\\[,;:! ])+"
 SEPARATOR = rf"(?:{SPACE}|,(?:\s*\\!\s*)?|\{{,\}}|[_'\u2019])"
+TIMES = r"\s*(?:[xX*\u00d7\u00b7]|\\times(?![A-Za-z])|\\cdot(?![A-Za-z]))\s*"
 DIGITS = rf"(?:[1-9]\d{{0,2}}(?P<separator>{SEPARATOR})\d{{3}}(?:(?P=separator)\d{{3}})*|\d+)"
-PLAIN = rf"(?:{DIGITS}(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{{1,9}})?"
+POWER = (
+    rf"[eE](?P<exponent>[+-]?\d{{1,9}})|{TIMES}10\s*\^\s*"
+    r"(?:\{\s*(?P<power>[+-]?\s*\d{1,9})\s*\}|(?P<power_digit>\d(?!\d)))"
+)
+PLAIN = rf"(?:(?P<digits>{DIGITS}(?:\.\d*)?|\.\d+)(?:{POWER})?)"
 ARGUMENT = r"(?:\{{\s*(?P<{0}>\d+)\s*\}}|(?P<{0}_digit>\d))"
 FRACTION = (
     r"(?:(?P<upper>\d+)\s*/\s*(?P<lower>\d+)"
     rf"|\\[dtc]?frac\s*{ARGUMENT.format('numerator')}\s*{ARGUMENT.format('denominator')})"
 )
 MIXED = rf"(?:(?P<whole>\d+)(?:{SPACE}|(?=\\)))?{FRACTION}"
-CURRENCY = r"(?:(?:US|AU|CA|NZ|HK|A|C)?\\?\$|[€£¥₹₩₽₪₫₱฿₦¢]|\\pounds|\\euro)"
+CURRENCY = (
+    r"(?:(?:US|AU|CA|NZ|HK|A|C)?\\?\$|[€£¥₹₩₽₪₫₱฿₦¢]|\\pounds|\\euro|(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?=[\s\d]))"
+)
 SIGN = r"[+-]?"
+SQUARE = r"\s*\^\s*\{\s*[23]\s*\}|\^?[23²³]"
 NUMBER = re.compile(
     rf"(?P<sign>{SIGN})\s*{CURRENCY}?\s*(?P<inner_sign>{SIGN})\s*(?:(?P<fraction>{MIXED})|(?P<plain>{PLAIN}))"
-    rf"(?:{SPACE})?(?P<tail>(?:{CURRENCY}|\\?%|°|\^\s*\\circ|\^\s*\{{\s*\\circ\s*\}})?(?P<unit>[^\d\\]*?(?:\^?[23²³])?))"
+    rf"(?:{SPACE})?(?P<tail>(?:{CURRENCY}|\\?%|°|\^\s*\\circ|\^\s*\{{\s*\\circ\s*\}})?(?P<unit>[^\d\\]*?(?:{SQUARE})?))"
 )
-WORD = re.compile(r"(?P<letters>\D+?)\.?(?:\^?[23]|[²³])?")
-WRAPPERS = [("**", "**"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")]
+WORD = re.compile(rf"(?P<letters>\D+?)\.?(?:{SQUARE})?")
+WRAPPERS = [("**", "**"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("{", "}")]
 WRAPPERS += [(rf"\{name}{{", "}") for name in ("boxed", "text", "textbf", "mathrm", "mathbf", "mbox")]
+STYLE = re.compile(r"\\(?:displaystyle|textstyle|bf|rm|it)(?![A-Za-z])")
+UNIT_TEXT = re.compile(r"\\(?:text|textrm|textit|mathrm|mathit|mbox|rm)\s*\{([^{}\\\d$]*)\}")
 # words after a number that change its value or continue a sentence, so they are not units
 OTHER_VALUE = frozenset(
     re.split(
@@ -47,11 +60,13 @@ OTHER_VALUE = frozenset(
     )
 )
 MAX_UNIT_WORDS = 4
+MAGNITUDE = re.compile(r"(?<![A-Za-z])(?:hundred|thousand|million|billion|trillion|dozen)s?(?![A-Za-z])", re.I)
 
 
 def tidy(raw: str) -> str:
-    """The text on one line: one sign for minus, single spaces, fractions written out, no invisible characters."""
-    text = MINUS.sub("-", INVISIBLE.sub("", raw))
+    """The text on one line: ASCII digits and minus signs, single spaces, fractions written out, nothing invisible."""
+    text = MINUS.sub("-", INVISIBLE.sub("", raw).translate(PLAIN_FORMS))
+    text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)
     text = "".join(f" {VULGAR[sign]}" if sign in VULGAR else sign for sign in text)
     return " ".join(DASH.sub(r"\1-", " ".join(text.split())).split())
 
@@ -72,19 +87,19 @@ def number(text: str, *, min_unit_letters: int = 1) -> Fraction | None:
     """
     if len(text) > MAX_LENGTH:
         return None
-    found = NUMBER.fullmatch(_unwrapped(text))
+    found = NUMBER.fullmatch(UNIT_TEXT.sub(r" \1", unwrapped(text)))
     if found is None or (found["sign"] and found["inner_sign"]) or not _is_unit(found["unit"] or "", min_unit_letters):
         return None
     value = _fraction(found) if found["fraction"] else _decimal(found)
     return -value if value is not None and "-" in (found["sign"], found["inner_sign"]) else value
 
 
-def _unwrapped(text: str) -> str:
+def unwrapped(text: str) -> str:
     r"""The text without a final dot and without enclosing marks such as `$...$` or `\boxed{...}`."""
     before = None
     while text != before:
         before = text
-        text = text.strip().removesuffix(".").rstrip()
+        text = STYLE.sub("", text).strip().removesuffix(".").rstrip()
         for left, right in WRAPPERS:
             if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
                 text = text[len(left) : -len(right)].strip()
@@ -92,7 +107,8 @@ def _unwrapped(text: str) -> str:
 
 
 def _is_unit(text: str, min_letters: int) -> bool:
-    words = re.split(r"[\s/*·-]+", text.strip(" .")) if text.strip(" .") else []
+    text = text.strip(" .")
+    words = re.split(r"[\s/*·-]+", re.sub(r"^/(?=[^\W\d_]{3})", "", text)) if text else []  # `$5/hour`
     if len(words) > MAX_UNIT_WORDS:
         return False
     for word in words:
@@ -114,10 +130,11 @@ def _fraction(found: re.Match[str]) -> Fraction | None:
 
 
 def _decimal(found: re.Match[str]) -> Fraction | None:
-    digits = found["plain"]
+    digits = found["digits"]
     if found["separator"]:
         digits = digits.replace(found["separator"], "")
-    value = Decimal(digits)
+    exponent = (found["exponent"] or found["power"] or found["power_digit"] or "0").replace(" ", "")
+    value = Decimal(f"{digits}e{exponent}")
     return Fraction(value) if value == 0 or _exponent(value) <= MAX_EXPONENT else None
 
 

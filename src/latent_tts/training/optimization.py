@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
-from latent_tts.errors import bad_value, check_positive, is_number
-
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+from latent_tts.errors import check_fields, require
 
 
 @dataclass(frozen=True)
@@ -33,22 +30,9 @@ class Optimization:
     gradient_checkpointing: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_positive("optimization", self, whole=("batch", "accumulation"), real=("lr", "clip"))
-        if self.batch % self.accumulation:
-            raise bad_value(
-                "optimization.accumulation", self.accumulation, f"must divide optimization.batch={self.batch}"
-            )
-        if not (is_number(self.weight_decay) and self.weight_decay >= 0):
-            raise bad_value("optimization.weight_decay", self.weight_decay, "must be a number, 0 or more")
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise bad_value("optimization.gradient_checkpointing", self.gradient_checkpointing, "must be true or false")
-
-
-def check_device(device: object) -> None:
-    """Check the form of a device name; training checks whether the machine has the device.
-
-    Raises:
-        UsageError: it is not the name of a device.
-    """
-    if not (isinstance(device, str) and DEVICE.fullmatch(device)):
-        raise bad_value("device", device, "must be one of auto, cpu, cuda, cuda:INDEX")
+        check_fields(
+            "optimization", self, batch="a positive integer", accumulation="a positive integer", lr="a positive number",
+            weight_decay="a finite number, 0 or more", clip="a positive number", gradient_checkpointing="true or false",
+        )  # fmt: skip
+        allowed = f"must divide optimization.batch={self.batch}"
+        require("optimization.accumulation", self.accumulation, self.batch % self.accumulation == 0, allowed)

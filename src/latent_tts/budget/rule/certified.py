@@ -10,7 +10,7 @@ import numpy as np
 from scipy.special import betaln
 
 from latent_tts.budget import NOT_CERTIFIED, Stop, Tally
-from latent_tts.errors import RunError, bad_value, is_number, is_whole, require
+from latent_tts.errors import RunError, bad_value, check_fields, is_whole, require
 from latent_tts.types import Float64
 
 
@@ -60,8 +60,7 @@ class Certified:
     aggregator: ClassVar[str] = "majority"
 
     def __post_init__(self) -> None:
-        ok = is_number(self.delta) and 0 < self.delta < 1
-        require("budget.rule.delta", self.delta, ok, "must be a number in (0, 1)")
+        check_fields("budget.rule", self, delta="a number in (0, 1)")
         ok = self.answers is None or (is_whole(self.answers) and self.answers >= 2)
         require("budget.rule.answers", self.answers, ok, "must be 2 or more, or null if it is not known")
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from latent_tts.budget import Stop, Tally
-from latent_tts.errors import is_number, require
+from latent_tts.errors import check_fields, require
 from latent_tts.types import Float64, Int64
 
 SOURCES = ("likelihood", "score")
@@ -71,11 +71,7 @@ class Confidence:
     name: ClassVar[str] = "confidence"
 
     def __post_init__(self) -> None:
-        ok = is_number(self.threshold) and 0 < self.threshold < 1
-        require("budget.rule.threshold", self.threshold, ok, "must be a number in (0, 1)")
-        require("budget.rule.by", self.by, self.by in SOURCES, f"must be one of {', '.join(SOURCES)}")
-        allowed = f"must be one of {', '.join(AGGREGATORS)}"
-        require("budget.rule.aggregator", self.aggregator, self.aggregator in AGGREGATORS, allowed)
+        check_fields("budget.rule", self, threshold="a number in (0, 1)", by=SOURCES, aggregator=AGGREGATORS)
         named = isinstance(self.calibration, str)
         allowed = "must be the folder of a run of this model and sampler on questions of valid, to be calibrated on"
         require("budget.rule.calibration", self.calibration, named, allowed)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from latent_tts.budget import Stop, Tally, Votes
-from latent_tts.errors import require
+from latent_tts.errors import check_fields
 from latent_tts.types import Bools, Float64
 
 ROUNDING = 1e-9  # relative; sums of n weights in another order differ by far less
@@ -46,8 +46,7 @@ class Lockout:
     name: ClassVar[str] = "lockout"
 
     def __post_init__(self) -> None:
-        allowed = f"must be one of {', '.join(AGGREGATORS)}"
-        require("budget.rule.aggregator", self.aggregator, self.aggregator in AGGREGATORS, allowed)
+        check_fields("budget.rule", self, aggregator=AGGREGATORS)
 
     @property
     def needs_score(self) -> bool:

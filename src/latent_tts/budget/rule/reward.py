@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import gammaln, stdtr
 
 from latent_tts.budget import Stop, Tally
-from latent_tts.errors import is_number, require
+from latent_tts.errors import check_fields
 from latent_tts.types import Float64
 
 MIN_SCORES = 3  # Student's t needs two degrees of freedom for an expected gain
@@ -43,8 +43,7 @@ class Reward:
     aggregator: ClassVar[str] = "best_of_n"
 
     def __post_init__(self) -> None:
-        ok = is_number(self.cost) and self.cost > 0
-        require("budget.rule.cost", self.cost, ok, "must be a positive number, in units of the score")
+        check_fields("budget.rule", self, cost="a positive number")
 
     def check(self, answer_rule: str) -> None:
         """Accept answers of any kind."""

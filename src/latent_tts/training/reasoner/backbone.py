@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from latent_tts.errors import bad_value, check_positive, is_number
+from latent_tts.errors import check_fields, require
 from latent_tts.training.reasoner.vocabulary import END_OF_TEXT
 
 PERIODS = (2.0, 3.0, 4.0, 5.0, 7.0, 10.0, 16.0, 25.0, 50.0, 100.0, 200.0, 400.0)
@@ -34,13 +34,9 @@ class BackboneConfig:
     number_scale: float
 
     def __post_init__(self) -> None:
-        check_positive("backbone", self, whole=("layers", "width", "heads", "positions"))
-        if self.width % self.heads:
-            raise bad_value("backbone.heads", self.heads, f"must divide backbone.width={self.width}")
-        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise bad_value("backbone.dropout", self.dropout, "must be a number in [0, 1)")
-        if not (is_number(self.number_scale) and self.number_scale >= 0):
-            raise bad_value("backbone.number_scale", self.number_scale, "must be a number, 0 or more")
+        sizes = dict.fromkeys(("layers", "width", "heads", "positions"), "a positive integer")
+        check_fields("backbone", self, **sizes, dropout="a number in [0, 1)", number_scale="a finite number, 0 or more")
+        require("backbone.heads", self.heads, self.width % self.heads == 0, f"must divide backbone.width={self.width}")
 
     def create(self, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
         """Write an initial checkpoint: config, tokenizer and random weights (float32)."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from latent_tts.checkpoint.files import LATENT_TOKENS
-from latent_tts.errors import bad_value, is_number, is_whole
+from latent_tts.errors import bad_value, check_fields, is_whole, require
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -135,15 +135,16 @@ class Staged(Recipe):
     new_tokens: str = field(default="mean", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_updates("written_updates", self.written_updates)
-        check_updates("final_updates", self.final_updates)
-        if not isinstance(self.stage_updates, list):
-            raise bad_value(
-                "recipe.stage_updates", self.stage_updates, "must be a list of numbers of updates, as in [100,100]"
-            )
+        kinds = dict.fromkeys(("written_updates", "final_updates"), "an integer, 0 or more")
+        check_fields("recipe", self, **kinds, final_dropout="a number in [0, 1), or null")
+        listed = isinstance(self.stage_updates, list)
+        require(
+            "recipe.stage_updates", self.stage_updates, listed, "must be a list of numbers of updates, as in [100,100]"
+        )
         for updates in self.stage_updates:
-            check_updates("stage_updates", updates)
-        check_dropout("final_dropout", self.final_dropout)
+            require(
+                "recipe.stage_updates", updates, is_whole(updates) and updates >= 0, "must be an integer, 0 or more"
+            )
 
     def check_latents(self) -> None:
         """Check that there are latents, and as many as stages that each add one.
@@ -185,10 +186,8 @@ class Distilled(Staged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("teacher_weight", "distill_weight", "step_loss"):
-            check_weight(key, getattr(self, key))
-        if self.distill_loss not in ("smooth_l1", "l1"):
-            raise bad_value("recipe.distill_loss", self.distill_loss, "must be smooth_l1 or l1")
+        weights = dict.fromkeys(("teacher_weight", "distill_weight", "step_loss"), "a finite number, 0 or more")
+        check_fields("recipe", self, **weights, distill_loss=("smooth_l1", "l1"))
 
 
 def written_text(steps: Sequence[str], answer: str, stage: Stage) -> str:
@@ -205,33 +204,3 @@ def written_before_answer(steps: Sequence[str], stage: Stage) -> str:
 def step_results(steps: Sequence[str]) -> list[str]:
     """The result `c` of each step `<<a+b=c>>`."""
     return [step.rpartition("=")[2].removesuffix(">>") for step in steps]
-
-
-def check_updates(key: str, value: object) -> None:
-    """Check a number of updates.
-
-    Raises:
-        UsageError: it is not an integer, 0 or more.
-    """
-    if not (is_whole(value) and value >= 0):
-        raise bad_value(f"recipe.{key}", value, "must be an integer, 0 or more")
-
-
-def check_weight(key: str, value: object) -> None:
-    """Check the weight of a loss.
-
-    Raises:
-        UsageError: it is not a number, 0 or more.
-    """
-    if not (is_number(value) and value >= 0):
-        raise bad_value(f"recipe.{key}", value, "must be a number, 0 or more")
-
-
-def check_dropout(key: str, value: object) -> None:
-    """Check a dropout rate.
-
-    Raises:
-        UsageError: it is neither a number in [0, 1) nor None.
-    """
-    if value is not None and not (is_number(value) and 0 <= value < 1):
-        raise bad_value(f"recipe.{key}", value, "must be a number in [0, 1), or null")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from latent_tts.errors import bad_value, check_positive, is_number
+from latent_tts.errors import bad_value, check_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,9 +35,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank is None:
             return
-        check_positive("lora", self, whole=("rank",), real=("alpha",))
-        if not (is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise bad_value("lora.dropout", self.dropout, "must be a number in [0, 1)")
+        kinds = {"rank": "a positive integer", "alpha": "a positive number", "dropout": "a number in [0, 1)"}
+        check_fields("lora", self, **kinds)
         names = self.targets
         if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
             raise bad_value(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from latent_tts.errors import bad_value, check_positive, is_number, is_whole
+from latent_tts.errors import bad_value, check_fields
 from latent_tts.training.optimization import Optimization
 
 
@@ -35,13 +35,10 @@ class ReasonerOptimization(Optimization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("optimization", self, whole=("cosine_updates", "warmup"))
-        if not isinstance(self.bf16, bool):
-            raise bad_value("optimization.bf16", self.bf16, "must be true or false")
-        if self.batch_tokens is not None and not (is_whole(self.batch_tokens) and self.batch_tokens > 0):
-            raise bad_value("optimization.batch_tokens", self.batch_tokens, "must be a positive integer, or null")
-        if self.minutes is not None and not (is_number(self.minutes) and self.minutes > 0):
-            raise bad_value("optimization.minutes", self.minutes, "must be a positive number, or null")
+        check_fields(
+            "optimization", self, cosine_updates="a positive integer", warmup="a positive integer",
+            bf16="true or false", batch_tokens="a positive integer, or null", minutes="a positive number, or null",
+        )  # fmt: skip
         if self.follow is not None and (self.minutes is not None or not isinstance(self.follow, str)):
             raise bad_value("optimization.follow", self.follow, "must be a file, with optimization.minutes=null")
 

@@ -45,11 +45,12 @@ class PccotObjective(CodiObjective):
     Attributes:
         own: the projection, if the checkpoint has one.
         sweeps: K.
+        known_first: whether the first sweep begins with h_1.
     """
 
-    def __init__(self, adapter: CheckpointAdapter, recipe: Distilled, sweeps: int) -> None:
+    def __init__(self, adapter: CheckpointAdapter, recipe: Distilled, sweeps: int, *, known_first: bool) -> None:
         CoconutObjective.__init__(self, adapter, recipe.step_loss)
-        self.recipe, self.sweeps = recipe, sweeps
+        self.recipe, self.sweeps, self.known_first = recipe, sweeps, known_first
         tensors = loading.load_tensors(adapter.folder, PROJECTION)
         if tensors:
             projection = pccot_projection(adapter.width)
@@ -74,6 +75,8 @@ class PccotObjective(CodiObjective):
         token = torch.tensor(self.adapter.latent_id, device=hidden_Q1D.device)
         latents_QTD = self.lm.get_input_embeddings()(token).expand(len(hidden_Q1D), latents, -1)
         before_QTD = hidden_Q1D
+        if self.known_first:
+            latents_QTD = torch.cat([self.next_latent(hidden_Q1D), latents_QTD[:, 1:]], dim=1)
         for _ in range(self.sweeps):
             before_QTD = torch.cat([hidden_Q1D, rows.fork().feed(latents_QTD)[:, :-1]], dim=1)
             latents_QTD = self.next_latent(before_QTD)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files
-from latent_tts.errors import bad_value, check_positive, is_number, is_whole
+from latent_tts.errors import check_fields
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, Reasoner
 
@@ -49,17 +49,11 @@ class Validation:
     dtype: str
 
     def __post_init__(self) -> None:
-        check_positive("validation", self, whole=("rollouts", "max_answer_tokens"))
-        if self.every is not None and not (is_whole(self.every) and self.every >= 1):
-            raise bad_value("validation.every", self.every, "must be a number of updates, 1 or more, or null")
-        for key in ("sigma", "temperature"):
-            value = getattr(self, key)
-            if not (is_number(value) and value >= 0):
-                raise bad_value(f"validation.{key}", value, "must be a number, 0 or more")
-        if not (is_number(self.share) and self.share > 0):
-            raise bad_value("validation.share", self.share, "must be a positive number")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise bad_value("validation.dtype", self.dtype, "must be float32, bfloat16 or float16")
+        check_fields(
+            "validation", self, every="a positive integer, or null", rollouts="a positive integer",
+            sigma="a finite number, 0 or more", temperature="a finite number, 0 or more",
+            max_answer_tokens="a positive integer", share="a positive number", dtype=("float32", "bfloat16", "float16"),
+        )  # fmt: skip
 
     def measure(
         self,

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from latent_tts.errors import bad_value
+from latent_tts.errors import check_fields, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,12 +45,9 @@ class RewardLoss:
     normalize: bool
 
     def __post_init__(self) -> None:
-        if self.name not in LOSSES:
-            raise bad_value("loss.name", self.name, f"must be one of {', '.join(LOSSES)}")
-        if not isinstance(self.normalize, bool):
-            raise bad_value("loss.normalize", self.normalize, "must be true or false")
-        if self.normalize and self.name == "bce":
-            raise bad_value("loss.normalize", self.normalize, "must be false: loss.name=bce has no softmax")
+        check_fields("loss", self, name=LOSSES, normalize="true or false")
+        softmax = not self.normalize or self.name != "bce"
+        require("loss.normalize", self.normalize, softmax, "must be false: loss.name=bce has no softmax")
 
     def __call__(self, logits_QNT: Tensor, labels_QNT: Tensor, correct_QN: Tensor) -> Tensor:
         """The loss, a scalar (imports torch)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from latent_tts.errors import bad_value, check_positive, is_number, is_whole
+from latent_tts.errors import check_fields
 from latent_tts.training.optimization import Optimization
 
 
@@ -28,11 +28,10 @@ class RewardOptimization(Optimization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("optimization", self, whole=("evaluations", "patience"))
-        if not (is_whole(self.epochs) and self.epochs >= 0):
-            raise bad_value("optimization.epochs", self.epochs, "must be an integer, 0 or more")
-        if not (is_number(self.warmup) and 0 <= self.warmup < 1):
-            raise bad_value("optimization.warmup", self.warmup, "must be a number in [0, 1)")
+        check_fields(
+            "optimization", self, warmup="a number in [0, 1)", epochs="an integer, 0 or more",
+            evaluations="a positive integer", patience="a positive integer",
+        )  # fmt: skip
 
     def updates_per_epoch(self, questions: int) -> int:
         """Number of updates per pass over the questions; the last update may have fewer questions."""
