@@ -74,7 +74,7 @@ class ByHand:
         slow("gpt2", NOISE, False, "sum"),
         ("gpt2", MASKS, True, "last"),
         slow("qwen3", EVERYWHERE, False, "mean"),
-        ("llama", NOISE, True, "sum"),
+        slow("llama", NOISE, True, "sum"),
         slow("gpt2", AnswerSampling(1.5, 0.9).over(NOISE), False, "sum"),
         ("mistral", NOISE, False, "sum"),  # these two through transformers' own attention and cache
         slow("gpt_neo", EVERYWHERE, True, "mean"),
