@@ -155,7 +155,7 @@ def test_the_timeline_adds_up_to_what_the_schedule_counts(trace, schedule, confl
 
 
 def test_a_model_that_decides_how_many_latents_it_needs(ltts):
-    result = ltts("trace", "task=arith", "task.limit=6", "model=demo_colar", "n=2", "directions=1", "beside=null")
+    result = ltts("trace", "task=arith", "task.limit=4", "model=demo_colar", "n=2", "directions=1", "beside=null")
     data = data_of(result)
     steps = [steps for question in data["questions"] for steps in question["samplers"][0]["steps"]]
     assert len(set(steps)) > 1

@@ -87,6 +87,7 @@ def test_logits_far_from_zero_keep_their_probabilities():
     assert_equal(in_pieces(64 * 4, lm_head, hidden_RD), plain(lm_head(hidden_RD)))
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()
