@@ -102,7 +102,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
             "question_index": np.arange(len(spec.questions), dtype="int32").repeat(spec.drawn),
             "question_id": pd.Series(ids, dtype=object),  # a text of pandas' own per row is large
             "rollout": rows["rollout"].astype("int32"),
-            "prediction": pd.array(predictions, dtype=object),
+            "prediction": pd.Series(predictions, dtype=object),  # else pandas makes NaN of None
             "correct": right if has_gold(spec.questions) else pd.array([None] * len(rows), dtype="boolean"),
             "score": pd.array([None] * len(rows), dtype="Float32"),
             "answer_logprob": rows["answer_logprob"],
