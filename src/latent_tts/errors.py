@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 LESS_MEMORY = " (a smaller engine.rows needs less memory)"
 
-
+DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 # what moves a terminal's cursor, changes its colours or the direction of text
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]")
 
@@ -114,6 +114,12 @@ def check_fields(group: str, option: object, **kinds: str | Iterable[str]) -> No
             words = list(kind)
             ok, kind = value in words, " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
         require(f"{group}.{name}", value, ok, f"must be {kind}")
+
+
+def check_device(key: str, device: object) -> None:
+    """Raise the usual error unless a device has a known name; whether it exists is checked where it is used."""
+    known = isinstance(device, str) and DEVICE.fullmatch(device) is not None
+    require(key, device, known, "must be one of auto, cpu, cuda, cuda:INDEX")
 
 
 def check_seed(seed: int) -> None:

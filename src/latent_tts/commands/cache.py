@@ -34,8 +34,7 @@ def main(cfg: DictConfig) -> None:
     entries, models = cache_entries(root), kept_models(root)
     chosen = older_than is not None or max_size is not None or cfg.stale
     if cfg.action == "list":
-        if chosen:
-            raise bad_value("action", "list", "older_than, max_size and stale go with prune: ltts cache prune ...")
+        require("action", "list", not chosen, "older_than, max_size and stale go with prune: ltts cache prune ...")
         show(root, entries)
         if models:
             show_models(root / "models", models)

@@ -77,8 +77,7 @@ def find_tables(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise bad_value("runs", path, "no such file or folder")
+    require("runs", path, path.is_dir(), "no such file or folder")
     names = (RESULTS, RESULTS_BY, METRICS_OVER_SEEDS, METRICS)
     own = [table for name in names for table in sorted(path.glob(name))]
     found = own or sorted(table for name in names for table in path.rglob(name))

@@ -39,8 +39,7 @@ def main(cfg: DictConfig) -> None:
     task: Task = build("task", cfg.task)
     adapter: ModelAdapter = build("model", cfg.model)
     require("directions", cfg.directions, cfg.directions >= 1, "1 or more")
-    allowed = "a number above 0"
-    require("threshold", cfg.threshold, is_number(cfg.threshold) and cfg.threshold > 0, allowed)
+    require("threshold", cfg.threshold, is_number(cfg.threshold) and cfg.threshold > 0, "a number above 0")
     require("tolerances", "[]", len(cfg.tolerances) > 0, "a list of numbers in [0, 1)")
     why = "latents of a model without own sweeps: those of this model are part of it"
     require("model", adapter.name, adapter.own_schedule is None, why)

@@ -84,7 +84,7 @@ def with_texts(request: RunRequest, texts: list[str]) -> RunRequest:
         UsageError: there is none, or one and a task that has its own.
     """
     if not isinstance(request.task, Asked):
-        allowed = "the chosen task has questions of its own; leave out one of both"
+        allowed = "the chosen task has questions of its own; leave one out"
         require("question", f"[{','.join(texts)}]", not texts, allowed)
         return request
     if not texts and not request.task.texts:

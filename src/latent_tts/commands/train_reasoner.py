@@ -11,11 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from latent_tts.checkpoint import files as checkpoint
 from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
-from latent_tts.errors import bad_value, check_seed, computing, require
+from latent_tts.errors import bad_value, check_device, check_seed, computing, require
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
 from latent_tts.task.arith import Arith
-from latent_tts.training.optimization import check_device
 from latent_tts.training.reasoner.questions import training_questions
 from latent_tts.training.states import STATES
 
@@ -39,7 +38,7 @@ def train(cfg: DictConfig) -> None:
     require("save_every", cfg.save_every, cfg.save_every >= 1, "must be a number of updates, 1 or more")
     require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "must be 1 or more")
     check_seed(cfg.seed)
-    check_device(cfg.device)
+    check_device("device", cfg.device)
     if "model.checkpoint" in given:
         raise bad_value("model.checkpoint", cfg.model.checkpoint, f"to train from it give init={cfg.model.checkpoint}")
     require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary in ("all", "used"), "must be all or used")

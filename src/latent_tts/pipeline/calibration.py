@@ -10,13 +10,13 @@ import numpy as np
 
 from latent_tts.budget import Tally
 from latent_tts.budget.rule.confidence import Calibration, Confidence, calibrate
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.results.run_folder import RUN_JSON, is_complete, read_rollouts, read_run_json
 
 KEY = "budget.rule.calibration"
 
 
-def fit(
+def calibrate_on_run(
     rule: Confidence,
     checkpoint_digest: str,
     sampler: Mapping[str, Any],
@@ -36,8 +36,7 @@ def fit(
         UsageError: there is no such run, it is of another model or sampler, or has some of these questions.
     """
     folder = Path(str(rule.calibration)).expanduser()
-    if not is_complete(folder):
-        raise bad_value(KEY, folder, f"must be the folder of a completed run; it has no {RUN_JSON}")
+    require(KEY, folder, is_complete(folder), f"must be the folder of a completed run; it has no {RUN_JSON}")
     record = read_run_json(folder, {"checkpoint_digest": str, "config.sampler": dict, "config.answer.decode": str})
     if record["checkpoint_digest"] != checkpoint_digest:
         raise bad_value(KEY, folder, "that run used another checkpoint; calibrate on a run of this one")

@@ -165,10 +165,8 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
     has = [int(counts[question.id]) for question in chosen]
     whole = spec.search.survivors is not None or (spec.scorer is not None and spec.scorer.positions == "official")
     if n is not None:
-        why = f"must be 1 to {min(has)}, which the run has"
-        require("n", n, 1 <= n <= min(has), why)
-        why = "its rollouts are drawn or scored all together, so n cannot be smaller"
-        require("n", n, not whole or n == max(has), why)
+        require("n", n, 1 <= n <= min(has), f"must be 1 to {min(has)}, which the run has")
+        require("n", n, not whole or n == max(has), "its rollouts were drawn or scored all together: n must be theirs")
     limit = n or MAX_ROLLOUTS
     given = {question.id: spec.donors[question.id] for question in chosen if question.id in spec.donors}
     counted = None if whole else [min(limit, count) for count in has]

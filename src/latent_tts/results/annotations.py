@@ -32,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latent_tts.errors import RunError, UsageError, bad_value
+from latent_tts.errors import RunError, UsageError, bad_value, require
 from latent_tts.results.files import (
     bytes_digest,
     digest_in_name,
@@ -106,11 +106,9 @@ class AnnotationFolder:
             raise bad_value(key, path, "a folder is wanted, this is a file")
         self.official = not (path / SETTINGS).is_file()
         if settings is None:
-            if not path.is_dir():
-                raise bad_value(key, path, "no such folder; `ltts annotate` makes one")
+            require(key, path, path.is_dir(), "no such folder; `ltts annotate` makes one")
             record = {"settings": {}, "complete": True} if self.official else self._read_settings()
-            if not self._shards():
-                raise bad_value(key, path, "an empty folder: no shards of annotations (K_on0.safetensors)")
+            require(key, path, bool(self._shards()), "an empty folder: no shards of annotations (K_on0.safetensors)")
             self.settings, self.complete = record["settings"], bool(record["complete"])
             self.width: int | None = self.settings.get("width")
             return
@@ -200,13 +198,13 @@ class AnnotationFolder:
         digest = file_digest(shard)
         part = pa.Table.from_pylist([row | {"digest": digest} for row in rows], schema=PART_SCHEMA)
         with digest_named_file(self.path, shard.stem, ".parquet") as partial:
-            pq.write_table(part, partial)
+            pq.write_table(part, partial.absolute())
 
     def finish(self) -> dict[str, int]:
         """Join the index and mark the folder complete; returns how many questions were kept, and dropped by reason."""
         counts = self.counts()
         with whole_file(self.path / INDEX) as partial:
-            pq.write_table(self.index(), partial)
+            pq.write_table(self.index(), partial.absolute())
         self.complete = True
         self._write_settings(counts)
         return counts
@@ -348,8 +346,7 @@ class AnnotationFolder:
         from safetensors import SafetensorError, safe_open
 
         if shard.name in self._digests and shard not in self._whole:
-            if file_digest(shard) != self._digests[shard.name]:
-                raise bad_value(self._key, shard, DAMAGED)
+            require(self._key, shard, file_digest(shard) == self._digests[shard.name], DAMAGED)
             self._whole.add(shard)
         try:
             opened = safe_open(shard, framework="np")

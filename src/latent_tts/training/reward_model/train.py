@@ -46,7 +46,7 @@ def train_latent_rm(
     device: str,
     weights_dtype: str,
     output: Path,
-    calibrate: Callable[[Path], float | None],
+    set_temperature: Callable[[Path], float | None],
     report: Report,
 ) -> dict[str, Any] | None:
     """Train LatentRM and write its checkpoint and `train_rm.json`; resumes a run that was stopped.
@@ -65,7 +65,7 @@ def train_latent_rm(
         device: `auto`, `cpu`, `cuda` or `cuda:INDEX`.
         weights_dtype: dtype of the checkpoint, `float32` or `bfloat16`.
         output: folder for the states and the finished checkpoint.
-        calibrate: chooses the temperature of the weighted vote and writes it into the checkpoint.
+        set_temperature: chooses the temperature of the weighted vote and writes it into the checkpoint.
         report: called as `report(updates_done, figures)` after every update.
 
     Returns:
@@ -100,7 +100,7 @@ def train_latent_rm(
         "parameters": sum(p.numel() for p in model.parameters()),
         "questions": len(data),
         "valid_questions": len(valid),
-        "temperature": calibrate(output / FINISHED),
+        "temperature": set_temperature(output / FINISHED),
         "valid_loss": figures["eval_loss"],
         "valid_chance": valid.chance,
         "valid_selection_accuracy": accuracy,
