@@ -176,7 +176,7 @@ def test_official_shards_are_read_without_our_record(path, tmp_path):
     with pytest.raises(UsageError, match=r"holds shards but no annotations\.json"):
         AnnotationFolder(official, WANTED)
     folder.width = D + 1
-    with pytest.raises(UsageError, match=f"width {D}, {D + 1} is wanted"):
+    with pytest.raises(UsageError, match=f"width {D}, must be {D + 1}"):
         folder.check()
 
 
@@ -278,7 +278,7 @@ def test_no_flipped_bit_passes_unseen_and_a_writer_sets_the_shard_aside(path, ki
 
 def test_a_shard_that_is_gone(path):
     (path / "1_on0.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"names 1_on0\.safetensors, which is not there"):
+    with pytest.raises(UsageError, match=r"names 1_on0\.safetensors, which does not exist"):
         AnnotationFolder(path).check()
 
 

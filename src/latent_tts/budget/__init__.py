@@ -1,7 +1,7 @@
 """How many rollouts the questions of a run get, and at which numbers metrics are reported; one option per module.
 
 `fixed` and `ladder` give every question n rollouts. `adaptive` and `shared` look at what a question has so far (its
-`Tally`) and decide how many more it gets: `next` is asked again until nobody gets any.
+`Tally`) and decide how many more it gets: `next` is called until no question gets any.
 """
 
 from __future__ import annotations

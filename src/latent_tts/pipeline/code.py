@@ -41,7 +41,7 @@ def code_digests(objects: Iterable[object], configs: Iterable[Any], rooms: tuple
 @cache
 def digest_of_package(package: str) -> str:
     """The digest of a package that is not this one: all modules of its distribution, or of its folder."""
-    if package in _own_libraries():  # too large to read, and nobody edits them
+    if package in _own_libraries():  # too large to read, and not edited
         return version(package)
     module = sys.modules.get(package)
     if module is None:

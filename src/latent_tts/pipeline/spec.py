@@ -357,7 +357,7 @@ def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
     """The draft head of a schedule; None where it has none.
 
     Raises:
-        UsageError: it is not there, or another model's.
+        UsageError: it does not exist, or is another model's.
     """
     path = schedule.draft_path
     return None if path is None else find_draft(path, adapter.digest, adapter.latents)

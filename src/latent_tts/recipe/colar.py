@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.errors import KINDS, check_fields, require
+from latent_tts.errors import VALUE_KINDS, check_fields, require
 from latent_tts.training.reasoner.curriculum import Recipe, Stage
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ class Colar(Recipe):
             head_hidden="a positive integer, or null",
         )  # fmt: skip
         require(
-            "model.thinking_speed", self.speed, KINDS["a positive integer"](self.speed), "must be a positive integer"
+            "model.thinking_speed",
+            self.speed,
+            VALUE_KINDS["a positive integer"](self.speed),
+            "must be a positive integer",
         )
         check_fields("model", self, latents="a positive integer")
 
