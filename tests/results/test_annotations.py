@@ -202,7 +202,7 @@ def write_part(path: Path, number: int) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("0_latent_embeds", np.zeros((N, T, D + 1), np.float32), "latent_embeds has width 6, 5"),
+        ("0_latent_embeds", np.zeros((N, T, D + 1), np.float32), "latent_embeds has width 6, must be 5"),
         ("0_latent_embeds", np.zeros((N, T), np.float32), "latent_embeds is"),
         ("0_estimations", np.zeros((N, T + 1), np.float32), "estimations is"),
         ("0_corrects", np.zeros(N + 1, np.bool_), "corrects is"),
