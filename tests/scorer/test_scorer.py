@@ -22,6 +22,7 @@ from latent_tts.pipeline import drawer
 from latent_tts.pipeline.drawing import score_kept
 from latent_tts.pipeline.scores import CachedScores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import EngineSettings
+from latent_tts.results.cache import MEASURED
 from latent_tts.results.run_folder import read_metrics
 from latent_tts.scorer.auto import auto
 from latent_tts.scorer.latent_rm import LatentRM
@@ -146,6 +147,7 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
     answer_ids = [adapter.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     places = [(q.id, i) for q in questions for i in range(3)]
     rows = pd.DataFrame(places, columns=["row_key", "rollout"]).assign(latent_steps=6, answer_ids=answer_ids)
+    rows = rows.assign(**dict.fromkeys(MEASURED, 1.0))
     offsets = score_positions(spec, rows)
     cached = CachedScores(spec, tmp_path / "cache", rows[["row_key", "rollout"]], Computation())
 
@@ -155,7 +157,9 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
 
     score_kept(spec, cached.open(), cached.rows.missing(), offsets, read_latents)
     cached.gather_later_ones()
-    scores = reduce_scores(spec, cached, offsets, 6)
+    scores = reduce_scores(spec, cached, rows, offsets, 6)
+    assert scores.seconds > 0
+    assert rows["seconds"].sum() == pytest.approx(6 + scores.seconds)
     assert scores.prefills == ([1, 1] if positions == "correct" else [2, 2])
     model = scorer.load(device="cpu", dtype="float32")
     for row, tokens in enumerate(answer_tokens):

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from latent_tts.checkpoint import gguf
 from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole, require
@@ -433,6 +433,11 @@ def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     return tokenizer
 
 
+def is_token(token: Any, tokenizer: Tokenizer) -> TypeGuard[int]:
+    """Whether a value is the id of a token."""
+    return is_whole(token) and 0 <= token < 1 << 31 and tokenizer.id_to_token(token) is not None
+
+
 def eos_ids(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[int]]:
     """Ids of the end tokens that each of a checkpoint's files names."""
     return _special_ids("eos", folder, config, tokenizer)
@@ -444,11 +449,11 @@ def pad_ids(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> se
 
 
 def _special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Ids of a kind of special token (`eos`, `pad`) by the file that names them; others than whole numbers left out."""
+    """Ids of a kind of special token (`eos`, `pad`) by the file that names them, without those of no token."""
 
     def ids_of(settings: Mapping[str, Any]) -> list[int]:
         value = settings.get(f"{kind}_token_id")
-        return [token for token in (value if isinstance(value, list) else [value]) if is_whole(token)]
+        return [token for token in (value if isinstance(value, list) else [value]) if is_token(token, tokenizer)]
 
     def optional(name: str) -> dict[str, Any]:
         return read_json(folder, name) if (folder / name).is_file() else {}

@@ -69,6 +69,8 @@ def key_of_flag(command: str, flag: str, value: str | None) -> str | None:
 def option_of(command: str, word: str) -> str | None:
     """What an argument without a key may mean: `n=4` for `n = 4`, `sampler=gaussian` for `gausian`."""
     key, equals, value = (part.strip() for part in word.partition("="))
+    if word.startswith("~"):
+        return None
     if equals:
         return f"{key}={value}" if key in (*_keys(command), *_groups(command)) else None
     if word in _groups(command):
@@ -162,7 +164,7 @@ def no_option(arguments: list[str]) -> str | None:
         key, _, value = argument.lstrip("+").partition("=")
         if not key and value:
             return f"{argument}: not of the form key=value"
-        if key and (Path(conf_dir()) / key).is_dir() and value not in _options(key):
+        if key and _options(key) and value not in _options(key):
             return f"{key}={value}: no such option; one of {', '.join(_options(key))}"
     return None
 

@@ -146,4 +146,5 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
     compared = [DirectionSums().add([key], latents.rows(row, n), first=[0]).numpy() for key, row in first.items()]
     beyond_RT = np.arange(spec.adapter.latents) >= steps_R[:, None]
     dissimilarity_RT = np.where(beyond_RT, np.float32(np.nan), np.concatenate(compared))
-    return RunRollouts(rows, dissimilarity_RT, reduce_scores(spec, scores, offsets, len(missing)), cache, drawn_now=0)
+    reduced = reduce_scores(spec, scores, rows, offsets, len(missing))
+    return RunRollouts(rows, dissimilarity_RT, reduced, cache, drawn_now=0)

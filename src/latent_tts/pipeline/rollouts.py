@@ -43,7 +43,8 @@ class RunRollouts:
     """The rollouts of a run.
 
     Attributes:
-        rows: as the cache has them, in the order of `RunSpec.wanted`; equal answers are one object.
+        rows: as the cache has them, in the order of `RunSpec.wanted`; equal answers are one object, and what was
+            measured includes scoring.
         dissimilarity_RT: per latent the dissimilarities with the rollouts before, see `cache.ROLLOUT_FIELDS`; NaN
             where a rollout has none.
         scores: None without a scorer.
@@ -278,7 +279,7 @@ class CachedRollouts:
         return RunRollouts(
             rows=rows,
             dissimilarity_RT=self.rows.padded("dissimilarity"),
-            scores=None if scores is None else reduce_scores(spec, scores, offsets, unscored),
+            scores=None if scores is None else reduce_scores(spec, scores, rows, offsets, unscored),
             cache=self.cache,
             drawn_now=missing["row_key"].nunique() * spec.n if spec.search.guided else len(missing),
             timeline=timeline,

@@ -198,13 +198,13 @@ class AnnotationFolder:
         digest = file_digest(shard)
         part = pa.Table.from_pylist([row | {"digest": digest} for row in rows], schema=PART_SCHEMA)
         with digest_named_file(self.path, shard.stem, ".parquet") as partial:
-            pq.write_table(part, partial)
+            pq.write_table(part, partial.absolute())
 
     def finish(self) -> dict[str, int]:
         """Join the index and mark the folder complete; returns how many questions were kept, and dropped by reason."""
         counts = self.counts()
         with whole_file(self.path / INDEX) as partial:
-            pq.write_table(self.index(), partial)
+            pq.write_table(self.index(), partial.absolute())
         self.complete = True
         self._write_settings(counts)
         return counts

@@ -107,12 +107,16 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
     Raises:
         UsageError: another process holds it, or it cannot be made.
     """
-    place = folder.resolve()
+    try:
+        place = folder.resolve()
+    except RuntimeError as error:
+        raise bad_value(key, folder, "a link in it leads to itself") from error
     if launch_rank() > 0 or place in _held:
         yield
         return
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = []
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(folder / LOCK)
     except FileExistsError as error:

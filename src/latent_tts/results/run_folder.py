@@ -58,6 +58,7 @@ COLUMN_KINDS: dict[str, tuple[Callable[[pa.DataType], bool], list[str]]] = {
     "true or false": (pa.types.is_boolean, ["correct"]),
     "lists of integers": (lambda kind: pa.types.is_list(kind) and pa.types.is_integer(kind.value_type), ["answer_ids"]),
 }  # fmt: skip
+OBJECT_COLUMNS = dict.fromkeys(COLUMN_KINDS["texts"][1], pa.string()) | {"answer_ids": pa.list_(pa.int64())}
 NEVER_NULL = ["question_id", "rollout", "stop_reason", "answer_text", "answer_ids"]
 METRIC_COLUMNS = [
     "run_id",
@@ -102,10 +103,12 @@ def write_rollouts(folder: Path, rollouts: pd.DataFrame) -> None:
     """Write `rollouts.parquet`."""
     with whole_file(folder / ROLLOUTS) as path:
         columns = [*ROLLOUT_COLUMNS, *(name for name in COUNT_COLUMNS if name in rollouts)]
-        schema = pa.Schema.from_pandas(rollouts[columns], preserve_index=False)
+        schema = pa.Schema.from_pandas(rollouts.iloc[:0][columns], preserve_index=False)
+        for name, kind in OBJECT_COLUMNS.items():  # their values do not say which kind where all are missing
+            schema = schema.set(schema.get_field_index(name), pa.field(name, kind))
         with pq.ParquetWriter(path, schema, compression="snappy") as writer:
             for start in range(0, len(rollouts), ROWS_AT_ONCE):  # all rows once more would be large
-                part = rollouts[columns].iloc[start : start + ROWS_AT_ONCE]
+                part = rollouts.iloc[start : start + ROWS_AT_ONCE][columns]
                 writer.write_table(pa.Table.from_pandas(part, schema, preserve_index=False))
 
 
