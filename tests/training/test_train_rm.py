@@ -8,6 +8,7 @@ import annotated
 import numpy as np
 import pytest
 import torch
+from marks import slow
 from refusal import check
 from safetensors.torch import load_file, save_file
 from tiny import prompts, reasoner
@@ -274,7 +275,7 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize(("stop", "saved"), [(Crash, 4), (KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
+@pytest.mark.parametrize(("stop", "saved"), [slow(Crash, 4), (KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
 def test_a_stopped_run_resumes_to_the_same_weights(folders, tmp_path, stop, saved):
     def stop_at_5(done, figures):
         if done == 5:
@@ -300,7 +301,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(folders, tmp_path, stop, save
     assert seen == []
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["optimizer.pt", slow("model.safetensors")])
 def test_damaged_states_are_named_and_set_aside(folders, tmp_path, caplog, name):
     whole, _ = train(*folders, tmp_path / "out")
     best = json.loads((tmp_path / "out/checkpoint-8/trainer_state.json").read_text())["best_global_step"]
