@@ -219,6 +219,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     """Hand over to Hydra, and turn what it raises into a line and an exit code."""
     import hydra
 
+    from latent_tts.config import jobs
     from latent_tts.config.build import (
         conf_dir,
         name_after_checkpoint,
@@ -229,7 +230,6 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     )
     from latent_tts.config.failures import Failures
     from latent_tts.config.folder_lock import FolderLock
-    from latent_tts.config.single_job import run_single_job
 
     command = name.replace("-", "_")
     register_schemas()
@@ -254,7 +254,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     job.__module__ = f"latent_tts.commands.{command}"  # Hydra names the job by its module
     Failures.kept.clear()
     try:
-        if not run_single_job(command, job, arguments):
+        if not jobs.run(command, job, arguments):
             hydra.main(version_base="1.3", config_path=conf_dir(), config_name=command)(job)()
         if Failures.kept:
             raise Failures.kept.pop()

@@ -201,7 +201,7 @@ def test_collect_joins_what_is_complete_and_names_what_is_not(run, completed, lt
 
 
 def test_compare_pairs_two_runs(run, completed, ltts):
-    result = ltts("compare", completed, run("budget=ladder", "sampler.rate=0.5").last.parent)
+    result = ltts("compare", completed, run("sampler.rate=0.5").last.parent)
     assert result.code == 0, result.err
     assert "coverage" in result.out
     assert "6 questions, 1 seed\n" in result.out

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from refusal import check
@@ -135,6 +135,7 @@ def test_the_quoted_form_that_is_shown_works(ltts, run, tmp_path, monkeypatch, v
     assert result.code == 0, result.err
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(blacklist_categories=["Cc", "Cs"])))
 def test_quotes_keep_every_text(text):
     override = OverridesParser.create().parse_override(f"key={quoted(text)}")

@@ -308,7 +308,7 @@ def test_annotate_refuses_latents_that_run_ahead(place, checkpoint):
 
 
 def test_a_run_of_a_model_that_decides_how_many_latents_it_needs(place, ltts):
-    line = "run", "model=demo_colar", "task.limit=8", "n=2", "sampler=gaussian", "schedule=speculative"
+    line = "run", "budget=fixed", "model=demo_colar", "task.limit=8", "n=2", "sampler=gaussian", "schedule=speculative"
     result = ltts(*line, "schedule.guess=zero", "schedule.chunk=4", "schedule.verify=true")
     assert result.code == 0, result.err
     rollouts = pd.read_parquet(result.last.parent / "rollouts.parquet")

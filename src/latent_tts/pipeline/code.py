@@ -21,6 +21,11 @@ PACKAGE = "latent_tts"
 DRAWING = ("checkpoint", "engine", "model", "random", "sampler", "schedule", "search")
 NOP, MAX_PREAMBLE = opmap["NOP"], 8  # instructions of a class body before its docstring, rather more than less
 SCORING = ("checkpoint", "engine", "scorer")
+# fields that change no rollout: where files are, what tables call them, what other options take as defaults
+NO_PART = {
+    "model": {"name", "checkpoint", "revision", "recommended", "latent_rm", "trained_latents"},
+    "scorer": {"checkpoint", "revision", "reduce", "range", "only_own"},
+}
 WHOLE = ("",)  # all rooms
 
 

@@ -366,13 +366,16 @@ def drawn_text(drawn: Any, rows: pd.DataFrame) -> str:
 def figures_of(rows: pd.DataFrame) -> dict[str, str]:
     """The figures of a curve at one n, by the headings of their columns."""
     figures = {}
-    for metric in ("accuracy", "coverage", "agreement"):
-        for row in rows[rows["metric"] == metric].to_dict("records"):
-            if metric != "agreement" or "coverage" not in set(rows["metric"]):
+    records = rows.to_dict("records")
+    covered = any(row["metric"] == "coverage" for row in records)
+    for metric in ("accuracy", "coverage") if covered else ("accuracy", "agreement"):
+        for row in records:
+            if row["metric"] == metric:
                 figures[f"{row['aggregator'] or metric} %"] = percent(row)
     for metric, name, form in (("gflops", "GFLOP/question", ".3g"), ("rollouts_per_second", "rollouts/s", ".0f")):
-        for value in rows.loc[rows["metric"] == metric, "value"]:
-            figures[name] = format(value, form)
+        for row in records:
+            if row["metric"] == metric:
+                figures[name] = format(row["value"], form)
     return figures
 
 

@@ -108,6 +108,9 @@ def open_questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestion
         raise bad_value(
             key, path, f"annotated with the reasoner {of}; model.checkpoint is {adapter.name} ({adapter.digest})"
         )
+    found = folder.settings.get("latents", adapter.latents)
+    if found != adapter.latents:
+        raise bad_value(key, path, f"its rollouts were made with model.latents={found}, not {adapter.latents}; name it")
     if not folder.complete:
         log.warning(
             "%s=%s: incomplete, because `ltts annotate` has not finished; the finished questions are used", key, path
