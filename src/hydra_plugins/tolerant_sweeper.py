@@ -17,8 +17,6 @@ from omegaconf import OmegaConf
 
 from latent_tts import cli
 from latent_tts.errors import JobsFailed
-from latent_tts.pipeline.sweep import SweepJob
-from latent_tts.results.report import warnings_once
 
 
 class TolerantSweeper(BasicSweeper):
@@ -32,6 +30,10 @@ class TolerantSweeper(BasicSweeper):
         Raises:
             JobsFailed: at least one job failed.
         """
+        # Hydra imports this file for every command: what only sweeps need is imported here
+        from latent_tts.pipeline.sweep import SweepJob
+        from latent_tts.results.report import warnings_once
+
         assert self.config is not None
         assert self.launcher is not None
         assert self.hydra_context is not None
@@ -49,10 +51,11 @@ class TolerantSweeper(BasicSweeper):
             excluded = [*names.exclude_keys, *(one.partition("=")[0] for one in own_overrides)]
             own_overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(excluded)}]")
         jobs = [[*job, *own_overrides] for job in self.split_arguments(overrides, None)[0]]
-        common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+        common = set.intersection(*map(set, jobs))
 
         def name(job: Sequence[str]) -> str:
-            return f"job {' '.join(override for override in job if override not in common)}: "
+            own = [override for override in job if override not in common]
+            return f"job {' '.join(own)}: " if own else ""
 
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 LESS_MEMORY = " (a smaller engine.rows needs less memory)"
 
-
+DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 # what moves a terminal's cursor, changes its colours or the direction of text
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]")
 
@@ -82,7 +82,7 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-KINDS: dict[str, Callable[[Any], bool]] = {  # of values, as errors call them
+VALUE_KINDS: dict[str, Callable[[Any], bool]] = {  # of values, as errors call them
     "a positive integer": lambda value: is_whole(value) and value > 0,
     "an integer, 0 or more": lambda value: is_whole(value) and value >= 0,
     "a positive number": lambda value: is_number(value) and value > 0,
@@ -100,7 +100,7 @@ def check_fields(group: str, option: object, **kinds: str | Iterable[str]) -> No
     Args:
         group: what their keys begin with.
         option: has them as attributes.
-        **kinds: what each must be: one of `KINDS`, which may go on with `, or null`; or one of some words.
+        **kinds: what each must be: one of `VALUE_KINDS`, maybe followed by `, or null`; or one of some words.
 
     Raises:
         UsageError: a field has another value.
@@ -109,11 +109,17 @@ def check_fields(group: str, option: object, **kinds: str | Iterable[str]) -> No
         value = getattr(option, name)
         if isinstance(kind, str):
             plain, null, _ = kind.partition(", or null")
-            ok = KINDS[plain](value) or (bool(null) and value is None)
+            ok = VALUE_KINDS[plain](value) or (bool(null) and value is None)
         else:
             words = list(kind)
             ok, kind = value in words, " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
         require(f"{group}.{name}", value, ok, f"must be {kind}")
+
+
+def check_device(key: str, device: object) -> None:
+    """Raise the usual error unless a device has a known name; whether it exists is checked where it is used."""
+    known = isinstance(device, str) and DEVICE.fullmatch(device) is not None
+    require(key, device, known, "must be one of auto, cpu, cuda, cuda:INDEX")
 
 
 def check_seed(seed: int) -> None:

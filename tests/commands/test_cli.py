@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,37 @@ def test_help_lists_every_command_and_imports_nothing_slow():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     for command in ("run", "train-reasoner", "train-rm", "collect", "compare", "plot", "convert"):
         assert f"\n  {command} " in done.stdout
+
+
+@pytest.mark.parametrize("argument", ["samplr=gaussian", "sampler=gausian", "n=many", "-n=4"])
+def test_a_refused_config_is_composed_once_and_imports_nothing_slow(tmp_path, argument):
+    code = f"""
+import sys
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from latent_tts import cli
+compose, composed = ConfigLoaderImpl.load_configuration, []
+ConfigLoaderImpl.load_configuration = lambda *given, **more: composed.append(1) or compose(*given, **more)
+assert cli.main(['run', {argument!r}]) == 2
+assert len(composed) <= 1, composed
+assert not {{'torch', 'pandas', 'pyarrow', 'rich'}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("main", ["lambda: os.kill(os.getpid(), signal.SIGINT)", "lambda: 130"])
+def test_ctrl_c_before_a_command_begins_and_after_it_ended_shows_no_traceback(main):
+    code = f"""
+import atexit, os, signal
+from latent_tts import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+cli.main = {main}
+cli.entry()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ("" if "130" in main else "interrupted: nothing was begun\n")
 
 
 def test_cfg_job_prints_the_config_and_runs_nothing(ltts, tmp_path):
@@ -67,6 +99,9 @@ def test_the_readmes_sweep_draws_no_rollout_twice(run, tmp_path):
     sweep = result.last.parent
     drawn = [json.loads((sweep / str(job) / "run.json").read_text())["rollouts"]["drawn_now"] for job in range(3)]
     assert drawn == [6, 6, 12]
+    assert "\nINFO job 1: model=demo_coconut" in result.err
+    assert "INFO 6 of 12 rollouts are in the cache" in result.err
+    assert "\\t" not in result.err
     joined = pd.read_csv(result.last)
     assert sorted(set(joined["n"])) == [1, 2, 4]
     assert (sweep / "scaling.png").is_file()
@@ -182,7 +217,7 @@ def test_collect_joins_what_is_complete_and_names_what_is_not(run, completed, lt
 
 
 def test_compare_pairs_two_runs(run, completed, ltts):
-    result = ltts("compare", completed, run("budget=ladder", "sampler.rate=0.5").last.parent)
+    result = ltts("compare", completed, run("sampler.rate=0.5").last.parent)
     assert result.code == 0, result.err
     assert "coverage" in result.out
     assert "6 questions, 1 seed\n" in result.out

@@ -63,12 +63,18 @@ def test_an_aggregator_of_a_run_folder_is_one_of_the_group(finished, node):
     compare_refused(finished, "aggregator")
 
 
-@pytest.mark.parametrize("key", ["nested", "list", "_args_", "_partial_"])
+@pytest.mark.parametrize("key", ["nested", "list", "hydra", "_args_", "_partial_"])
 def test_no_value_of_an_option_is_code_either(finished, key):
     stranger = {"_target_": "builtins.open", "file": "pwned", "mode": "w"}
-    values = {"nested": {"a": stranger}, "list": [[stranger]], "_args_": ["pwned", "w"], "_partial_": True}
+    values = {
+        "nested": {"a": stranger},
+        "list": [[stranger]],
+        "hydra": stranger,
+        "_args_": ["pwned", "w"],
+        "_partial_": True,
+    }
     rewrite(finished, lambda record: record["aggregators"]["majority"].update({key: values[key]}))
-    words = ["builtins.open", "--config-dir=DIR"] if key in ("nested", "list") else [key, "no option has"]
+    words = ["builtins.open", "--config-dir=DIR"] if key in ("nested", "list", "hydra") else [key, "no option has"]
     compare_refused(finished, *words)
 
 

@@ -112,6 +112,7 @@ def test_the_engine_equals_the_oracle_where_rows_stop_thinking_by_a_token(family
     assert len(set(result.steps_R.tolist())) > 1, "nothing to tell a fixed number of steps from"
 
 
+@pytest.mark.every_other
 @two_families
 @samplers
 def test_rows_that_finish_leave_the_batch_without_changing_the_others(family, sampler):
@@ -159,6 +160,7 @@ def test_an_eos_right_after_the_last_allowed_token_counts_as_stopped():
             assert_rows_equal(short, row, long, row)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("family", "sampler"),
     [*(("gpt2", sampler) for sampler in SAMPLERS.values()), ("llama", NOISE), ("qwen3", MASKS)],

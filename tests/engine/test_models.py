@@ -94,6 +94,7 @@ def test_each_family_takes_the_way_that_is_right(family):
             assert bool(reason) == bool(found.reason)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("family", EACH)
 def test_rollouts_equal_the_oracle_under_dropout_everywhere(family):
     check(family, MASKS)

@@ -165,6 +165,7 @@ WRONG = {
 }
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("kind", "sampler"), WRONG.values(), ids=WRONG.keys())
 def test_the_statistic_rejects_wrong_sampling(kind: str, sampler: Sampler) -> None:
     mean, variance = fits(stochastic_latents(sampler, 150), kind)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from marks import slow
 from safetensors.torch import load_file, save_file
 
 from latent_tts.aggregator.likelihood import Likelihood
@@ -34,7 +35,7 @@ def failure(result) -> str:
     return result.err
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, slow(np.inf)])
 def test_log_probabilities_that_are_not_finite_name_the_question(run, checkpoint, tmp_path, monkeypatch, value):
     monkeypatch.setattr(models, "prove_reasoner", lambda reasoner, longest: Computation())  # it would see them first
     model = shutil.copytree(checkpoint, tmp_path / "model")

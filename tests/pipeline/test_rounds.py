@@ -68,6 +68,7 @@ def test_live_picks_and_drawn_are_those_of_the_replay(ltts, lines, family, name)
     assert full.code == 0, full.err
     live = ltts("run", *family, *budget, "hydra.run.dir=live", "paths.cache=another")
     assert live.code == 0, live.err
+    assert live.err.count("rollouts to draw") == live.err.count("INFO rounds: ") == 1
     replayed = ltts("replay", "full", *budget, "hydra.run.dir=replayed")
     assert replayed.code == 0, replayed.err
     tables = [pd.read_parquet(result.last.with_name("budget.parquet")) for result in (live, replayed)]
@@ -215,6 +216,21 @@ def test_a_calibration_on_the_questions_of_the_run_is_refused(ltts, family):
     check_refused("run", *family, *line, words=["budget.rule.calibration=full", "5 of the questions"])
     words = ["budget.rule.calibration=full", "another sampler"]
     check_refused("run", *family, "sampler.sigma=0.3", *line, words=words)
+
+
+def test_a_calibration_on_other_rollouts_or_scores_is_refused(ltts, family):
+    valid = ["task.split=valid", "budget=fixed"]
+    assert ltts("run", *family, *valid, "hydra.run.dir=valid").code == 0
+    assert ltts("run", *family, "task.split=valid", "budget=adaptive", "hydra.run.dir=adaptive").code == 0
+    line = ["run", *family, "budget=adaptive", "budget/rule=confidence"]
+    check_refused(*line, "budget.rule.calibration=adaptive", words=["its budget drew what it asked for"])
+    line.append("budget.rule.calibration=valid")
+    for other, group in [
+        ("model.latents=3", "model"), ("answer.temperature=0.5", "answer"), ("max_answer_tokens=3", "max_answer_tokens")
+    ]:  # fmt: skip
+        check_refused(*line, other, words=["budget.rule.calibration=valid", f"another {group}, or other settings"])
+    check_refused(*line, "budget.rule.by=score", "scorer.reduce=last", words=["another scorer, or other settings"])
+    assert ltts(*line, "budget.rule.by=score").code == 0
 
 
 def test_a_replay_names_what_it_cannot_replay(ltts, family):

@@ -1,5 +1,7 @@
 """Figures by their elements: panels, lines, colours, dashes, intervals, legend, axes, title."""
 
+import itertools
+
 import pandas as pd
 import pytest
 from matplotlib import colormaps
@@ -103,7 +105,8 @@ def test_every_curve_has_a_look_and_a_legend_entry_of_its_own(count, table):
 
 def test_a_swept_number_has_a_sequential_palette_in_its_order():
     figure = figure_of(sweep(12))
-    assert entries(figure)[:12] == [f"gaussian sigma={0.1 * (place + 1):g}" for place in range(12)]
+    assert entries(figure)[:12] == [f"sigma={0.1 * (place + 1):g}" for place in range(12)]
+    assert figure.get_suptitle() == "m on t/test, gaussian, 100 questions, seed 0"
     brightness = [sum(line.get_color()[:3]) for line in lines(figure.axes[0])]
     assert brightness == sorted(brightness, reverse=True)
     two = figure_of(sweep(3) + [row | {"sampler": "dropout", "sampler_param": "rate"} for row in sweep(3)])
@@ -197,6 +200,43 @@ def test_a_figure_against_diversity_has_the_largest_n_and_a_point_per_value_of_t
     assert entries(figure) == ["gaussian", "mean of the seeds' 95% intervals"]
     assert figure.get_suptitle().endswith("means over seeds 0, 1, n = 4")
     assert axis.get_xscale() == "linear"
+    assert [text.get_text() for text in axis.texts] == ["0.1", "0.9"]
+    assert [text.xy for text in axis.texts] == [pytest.approx((0.24, 0.54)), pytest.approx((0.44, 0.79))]
+
+
+def with_figure(table: list[dict], metric: str, value: float) -> list[dict]:
+    """Rows of a table, each run with a figure beside them."""
+    named = [row | {"run_id": f"{row['checkpoint']}{row['sampler_value']}"} for row in table]
+    return named + [row | {"metric": metric, "aggregator": "", "value": value} for row in named]
+
+
+@pytest.mark.parametrize("against", ["n", "gflops", "seconds", "diversity"])
+@pytest.mark.parametrize("aggregators", [("majority",), AGGREGATORS])
+def test_no_text_is_cut_and_no_text_covers_another(against, aggregators):
+    names = [rows(aggregators=aggregators, checkpoint=name) for name in "abc"]
+    table = [row for place, each in enumerate(names) for row in with_figure(each, against, 0.1 + 0.1 * place)]
+    figure = figure_of(table, against)
+    figure.draw_without_rendering()
+    elements = [figure._suptitle, *figure.legends]
+    for axis in figure.axes:
+        elements += [text for text in (axis.xaxis.label, axis.yaxis.label) if text.get_text()]
+        for side, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+            elements += [tick.label1 for tick in side.get_major_ticks() if low <= tick.get_loc() <= high]
+    boxes = [element.get_window_extent().padded(-1) for element in elements]
+    for box, other in itertools.combinations(boxes, 2):
+        assert not box.overlaps(other), (elements[boxes.index(box)], elements[boxes.index(other)])
+    for box in boxes:
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1, elements[boxes.index(box)]
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1, elements[boxes.index(box)]
+
+
+@pytest.mark.parametrize("diversity", [0.0, 0.08])
+def test_bars_of_a_single_point_are_apart(diversity):
+    table = with_figure(rows(ns=(16,), aggregators=AGGREGATORS, checkpoint="c"), "diversity", diversity)
+    axis = figure_of(table, "diversity").axes[1]
+    axis.figure.draw_without_rendering()
+    places = sorted(axis.transData.transform((x, 0.5))[0] for x in places_of_bars(axis))
+    assert min(right - left for left, right in itertools.pairwise(places)) > 6
 
 
 def test_more_than_two_models_have_a_row_of_panels_each():

@@ -1,5 +1,6 @@
 """Tables on terminals of four widths, in two encodings, and through pipes."""
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from marks import slow
 from terminal import STYLE, on_terminal
 
 from latent_tts.results import report
@@ -52,7 +54,7 @@ TABLES = {
 }
 
 
-@pytest.fixture(scope="module", params=["utf-8", "ascii"])
+@pytest.fixture(scope="module", params=["utf-8", slow("ascii")])
 def shown(request, tmp_path_factory):
     """The tables as they stand on terminals: by width and name, with the encoding."""
     folder = (
@@ -149,6 +151,37 @@ def test_where_it_is_wide_an_interval_stands_beside_its_figure(shown):
     figure = f"{100 * row['value']:.1f} [{100 * row['ci_low']:.1f}, {100 * row['ci_high']:.1f}]"
     assert figure in STYLE.sub("", tables[160, "run"])
     assert figure not in STYLE.sub("", tables[80, "run"])
+
+
+def test_a_column_that_can_be_spared_goes_before_a_second_table_is_made():
+    def show(resize):
+        for columns in (30, 20):
+            resize(columns)
+            report.print_table("runs", ["folder", "seed", "n"], [["outputs/run", "12345", "64"]], {"seed": 1})
+
+    wide, narrow = STYLE.sub("", on_terminal(show)).split("runs\n")[1:]
+    assert wide.splitlines()[0].split() == ["folder", "seed", "n"]
+    assert narrow.splitlines()[0].split() == ["folder", "n"]
+    assert "12345" not in narrow
+
+
+def test_bars_of_rounds_leave_the_screen_and_later_rounds_log_warnings_alone(caplog):
+    log = logging.getLogger("latent_tts.pipeline")
+
+    def show(resize):
+        for number in (1, 2):
+            with report.in_round(number), report.progress_bar(4, "rollouts") as bar:
+                log.info("drawing of round %d", number)
+                log.warning("trouble in round %d", number)
+                bar.advance(4)
+        log.info("after the rounds")
+
+    with caplog.at_level(logging.INFO, "latent_tts"):
+        text = on_terminal(show)
+    assert "round 2: rollouts" in text
+    assert text.endswith("\x1b[2K")  # the bar is erased
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["drawing of round 1", "trouble in round 1", "trouble in round 2", "after the rounds"]
 
 
 def test_a_sweep_names_its_curves_and_failures_in_rows(shown):

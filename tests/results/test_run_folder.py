@@ -3,6 +3,7 @@ import time
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -194,6 +195,22 @@ def test_gathered_rows_are_those_of_a_loop_over_dictionaries(pairs, tables):
     assert again == pairs
 
 
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), min_size=1, max_size=20, unique=True),
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), max_size=9),
+    st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=9),
+)
+@settings(derandomize=True, deadline=None, max_examples=80)
+def test_runs_that_hold_a_missing_row_are_those_of_a_loop(pairs, there, runs):
+    rows = GatheredRows(wanted(*pairs), ROLLOUT_FIELDS)
+    if there:
+        rows.take(pa.Table.from_pylist([row(*pair) for pair in there], schema=ROLLOUT_SCHEMA))
+    missing = set(pairs) - set(there)
+    expected = [any((key, first + more) in missing for more in range(count)) for key, first, count in runs]
+    keys, first, count = zip(*runs, strict=True)
+    assert rows.any_missing(pa.table({"row_key": keys, "first": first, "count": count})).to_pylist() == expected
+
+
 def test_scores_made_with_rollouts_and_those_made_later_are_found(tmp_path, cache):
     at_once = {"scored_by": "one", "scoring_step_scores": [1.0, 2.0], "scoring_seconds": 0.5}
     add(cache, [row("a", 0, **at_once), row("a", 1, **at_once | {"scored_by": "two"}), row("a", 2)])
@@ -363,11 +380,15 @@ def test_a_cache_that_cannot_be_made_is_a_usage_error(tmp_path):
 
 
 def test_rollouts_are_written_with_their_columns_in_order(tmp_path):
-    table = pd.DataFrame({name: ["x", None] for name in reversed([*ROLLOUT_COLUMNS, "seconds"])})
+    values = {name: [0.5, np.nan] for name in reversed([*ROLLOUT_COLUMNS, "seconds"])}
+    texts = {name: ["x", "y"] for name in ("question_id", "stop_reason", "answer_text")}
+    table = pd.DataFrame(values | texts | {"answer_ids": [[1, 2], []], "prediction": [None, None]})
     write_rollouts(tmp_path, table)
+    assert pq.read_schema(tmp_path / ROLLOUTS).field("prediction").type == pa.string()  # as if one could be read
     table = pd.read_parquet(tmp_path / ROLLOUTS)
     assert list(table.columns) == ROLLOUT_COLUMNS
-    assert table["prediction"].isna().tolist() == [False, True]
+    assert table["prediction"].isna().all()
+    assert list(map(list, table["answer_ids"])) == [[1, 2], []]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

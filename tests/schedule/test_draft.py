@@ -32,6 +32,7 @@ def head_of(latents, seed=0):
     return DraftHead(latents, tiny.WIDTH).eval().requires_grad_(False)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("stop_id", [None, 11], ids=["fixed", "stops"])
 @pytest.mark.parametrize("sampler", [Greedy(), NOISE, IN_THOUGHTS, MASKS], ids=name)
 @pytest.mark.parametrize("chunk", [None, 2])

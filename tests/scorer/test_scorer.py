@@ -22,6 +22,7 @@ from latent_tts.pipeline import drawer
 from latent_tts.pipeline.drawing import score_kept
 from latent_tts.pipeline.scores import CachedScores, reduce_scores, score_positions
 from latent_tts.pipeline.spec import EngineSettings
+from latent_tts.results.cache import MEASURED
 from latent_tts.results.run_folder import read_metrics
 from latent_tts.scorer.auto import auto
 from latent_tts.scorer.latent_rm import LatentRM
@@ -85,7 +86,7 @@ def test_a_run_with_a_scorer_reports_every_pick_from_the_same_rollouts(run, scor
     result = run("scorer=none")
     assert "scorer=auto" not in result.err
     plain, plain_metrics, _ = tables(result)
-    rollouts, metrics, record = tables(scored("budget=ladder"))
+    rollouts, metrics, record = tables(scored())
     pd.testing.assert_frame_equal(plain.drop(columns="score"), rollouts.drop(columns="score"))
     assert rollouts["score"].notna().all()
     assert set(metrics["aggregator"]) == {"", "majority", "likelihood"} | SCORED
@@ -146,6 +147,7 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
     answer_ids = [adapter.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     places = [(q.id, i) for q in questions for i in range(3)]
     rows = pd.DataFrame(places, columns=["row_key", "rollout"]).assign(latent_steps=6, answer_ids=answer_ids)
+    rows = rows.assign(**dict.fromkeys(MEASURED, 1.0))
     offsets = score_positions(spec, rows)
     cached = CachedScores(spec, tmp_path / "cache", rows[["row_key", "rollout"]], Computation())
 
@@ -155,7 +157,9 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
 
     score_kept(spec, cached.open(), cached.rows.missing(), offsets, read_latents)
     cached.gather_later_ones()
-    scores = reduce_scores(spec, cached, offsets, 6)
+    scores = reduce_scores(spec, cached, rows, offsets, 6)
+    assert scores.seconds > 0
+    assert rows["seconds"].sum() == pytest.approx(6 + scores.seconds)
     assert scores.prefills == ([1, 1] if positions == "correct" else [2, 2])
     model = scorer.load(device="cpu", dtype="float32")
     for row, tokens in enumerate(answer_tokens):
@@ -242,7 +246,7 @@ def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, latent
     whole = run(*line, "keep_latents=true", "paths.cache=other", "engine.rows=5")
     first, drawn = run(f"sampler={sampler}", "scorer=none"), tables(whole)
     later = run(*line, "keep_latents=true")
-    assert "24 rollouts are thought again for scores, answers stay: at most" in later.err
+    assert "latents of 24 cached rollouts to compute again, for scores: at most" in later.err
     rollouts, _, record = tables(later)
     assert record["rollouts"] == {"total": 24, "drawn_now": 0, "scored_now": 24}
     np.testing.assert_allclose(rollouts["score"], drawn[0]["score"], rtol=0, atol=1e-4)
@@ -251,7 +255,7 @@ def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, latent
     pd.testing.assert_frame_equal(rollouts[answers], tables(first)[0][answers])
     # scores that are there stay when latents are made again
     again = run(*line, "keep_latents=true")
-    assert "24 rollouts are thought again for latents.safetensors" in again.err
+    assert "latents of 24 cached rollouts to compute again, for latents.safetensors" in again.err
     pd.testing.assert_frame_equal(tables(again)[0], rollouts)
 
 
@@ -262,7 +266,7 @@ def test_each_n_of_a_sweep_gives_the_diversity_that_it_gives_alone(run, monkeypa
         if n == 6:  # as another process would
             monkeypatch.setattr(drawer.directions, "_sums", {})
         grown = run(f"n={n}", "sampler=gaussian", "scorer=none", "engine.rows=7")
-        assert ("18 rollouts are thought again for their distance" in grown.err) == (n == 6)
+        assert ("latents of 18 cached rollouts to compute again, for diversity" in grown.err) == (n == 6)
         found, expected = (value(tables(each)[1], "diversity", n=n) for each in (grown, alone[number]))
         assert found == pytest.approx(expected, abs=1e-6)
 
@@ -279,10 +283,10 @@ def test_rollouts_and_their_scores_are_one_part(scored, tmp_path):
 
 
 def test_rescoring_equals_a_run_with_that_scorer_and_draws_nothing(run, scored, ltts, latent_rm):
-    source = run("budget=ladder", "sampler.site=residual").last.parent
+    source = run("sampler.site=residual").last.parent
     rollouts, metrics, record = tables(rescore(ltts, source, latent_rm, "scorer.reduce=mean"))
     assert record["rollouts"] == {"total": 24, "drawn_now": 0, "scored_now": 24}
-    expected = scored("budget=ladder", "sampler.site=residual", "scorer.reduce=mean")
+    expected = scored("sampler.site=residual", "scorer.reduce=mean")
     direct, direct_metrics, direct_record = tables(expected)
     assert direct_record["rollouts"]["scored_now"] == 0
     pd.testing.assert_frame_equal(rollouts, direct)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny_gguf
 import torch
-from refusal import check
+from refusal import check, check_refused
 from safetensors.torch import load_file
 
 from latent_tts.checkpoint import files
@@ -55,8 +55,8 @@ def draw(ltts, model, folder, *more):
     latents = [] if model == "cot" else ["model.latents=2"]
     sampler = ["sampler=greedy", "answer.temperature=0.5"] if model == "cot" else ["sampler=gaussian"]
     return ltts(
-        "run", f"model={model}", f"model.checkpoint={folder}", "task=jsonl", "task.path=rows.jsonl", "task.limit=3",
-        "n=2", "max_answer_tokens=4", *latents, *sampler, *more,
+        "run", "budget=fixed", f"model={model}", f"model.checkpoint={folder}", "task=jsonl", "task.path=rows.jsonl",
+        "task.limit=3", "n=2", "max_answer_tokens=4", *latents, *sampler, *more,
     )  # fmt: skip
 
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_trained_is_refused(train, more, words, monkeypatch, plac
     (place / "data").mkdir()
     (place / "data" / "math500.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     monkeypatch.setenv("LTTS_DATA", str(place / "data"))
-    check(train(*more), *words)
+    check_refused(*train.line(*more), words=words)
     assert not (place / "out" / "checkpoint").exists()
 
 

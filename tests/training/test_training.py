@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -207,7 +208,7 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize(("stop", "saved"), [(Crash, 4), (KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
+@pytest.mark.parametrize(("stop", "saved"), [(Crash, 4), slow(KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
 def test_a_stopped_run_resumes_to_the_same_weights(adapter, tmp_path, stop, saved):
     def stop_at_5(done, figures):
         if done == 5:
@@ -232,7 +233,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(adapter, tmp_path, stop, save
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-10"]
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "digests.json"])
+@pytest.mark.parametrize("name", ["optimizer.pt", slow("rng_state.pth"), slow("digests.json")])
 def test_a_damaged_state_is_named_and_set_aside(adapter, tmp_path, caplog, name):
     def stop_at_5(done, figures):
         if done == 5:
@@ -397,7 +398,7 @@ SMALL = (
     [
         ("model.checkpoint=somewhere", "init=somewhere"),
         ("device=gpu", "one of auto, cpu, cuda, cuda:INDEX"),
-        ("device=cuda:64", "CUDA devices; use device=cpu"),
+        ("device=cuda:64", "CUDA devices; device=cpu works"),
         ("optimization.accumulation=3", "must divide optimization.batch=4"),
     ],
 )

@@ -201,7 +201,7 @@ def test_train_reasoner_from_scratch_writes_a_colar_checkpoint_that_runs(ltts, t
     assert config["latent_tts"] == {"thinking_speed": 8}
     assert config["latent_embedding_std"] > 0
     run = ltts(
-        "run", "model=colar", "model.checkpoint=out/checkpoint", "model.latents=3", "model.thinking_speed=8",
-        "task.limit=2", "n=2", "max_answer_tokens=3",
+        "run", "budget=fixed", "model=colar", "model.checkpoint=out/checkpoint", "model.latents=3",
+        "model.thinking_speed=8", "task.limit=2", "n=2", "max_answer_tokens=3",
     )  # fmt: skip
     assert run.code == 0, run.err

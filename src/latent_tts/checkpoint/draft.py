@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from latent_tts.errors import bad_value
+from latent_tts.errors import bad_value, require
 
 KEY = "schedule.draft"
 RECORD = "latent_tts.draft"  # in the file's metadata
@@ -75,10 +75,8 @@ def find_draft(path: str, reasoner: str, latents: int) -> DraftFile:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         why = "no file" if not file.is_file() else f"no draft head ({error})"
         raise bad_value(KEY, path, f"{why}; ltts train-draft writes one") from error
-    if record.reasoner != reasoner:
-        raise bad_value(KEY, path, "was trained for other weights than those of the model")
-    if record.latents != latents:
-        raise bad_value(KEY, path, f"was trained for model.latents={record.latents}, not {latents}")
+    require(KEY, path, record.reasoner == reasoner, "was trained for other weights than those of the model")
+    require(KEY, path, record.latents == latents, f"was trained for model.latents={record.latents}, not {latents}")
     file = file.resolve()  # a worker may have another working directory
     return DraftFile(file, draft_digest(file), record)
 

@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from latent_tts.checkpoint import gguf
-from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole
+from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole, require
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -150,14 +150,12 @@ def convert_hint(path: Path, key: str = MODEL_KEY) -> str:
 def read_json(folder: Path, name: str, *, key: str = MODEL_KEY) -> dict[str, Any]:
     """A JSON file of a checkpoint folder, as a dict."""
     path = folder / name
-    if not path.is_file():
-        raise bad_value(key, folder, f"the folder lacks {name}")
+    require(key, folder, path.is_file(), f"the folder lacks {name}")
     try:
         content = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise bad_value(key, folder, f"{name} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise bad_value(key, folder, f"{name} does not hold an object")
+    require(key, folder, isinstance(content, dict), f"{name} does not hold an object")
     return content
 
 
@@ -229,8 +227,7 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
         raise bad_value(key, folder, f"in a {kind} model tokens attend to those after them; {why}")
     layers = config.get("layer_types") or []
     other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
-    if kind in WITHOUT_CACHE:
-        raise bad_value(key, folder, f"a {kind} model keeps no keys and values of earlier tokens; {why}")
+    require(key, folder, kind not in WITHOUT_CACHE, f"a {kind} model keeps no keys and values of earlier tokens; {why}")
     if all(config.get(name) for name in PER_LAYER_INPUTS):
         raise bad_value(key, folder, f"in a {kind} model every layer looks a token's id up; latents have none")
     heads = [config.get(name) for name in ("num_attention_heads", "num_key_value_heads")]
@@ -426,8 +423,7 @@ def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise bad_value(key, folder, "the folder lacks tokenizer.json")
+    require(key, folder, path.is_file(), "the folder lacks tokenizer.json")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare Exception
@@ -435,6 +431,11 @@ def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     tokenizer.no_padding()  # a tokenizer keeps what it was last used with in training
     tokenizer.no_truncation()
     return tokenizer
+
+
+def is_token(token: Any, tokenizer: Tokenizer) -> TypeGuard[int]:
+    """Whether a value is the id of a token."""
+    return is_whole(token) and 0 <= token < 1 << 31 and tokenizer.id_to_token(token) is not None
 
 
 def eos_ids(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[int]]:
@@ -448,11 +449,11 @@ def pad_ids(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> se
 
 
 def _special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Ids of a kind of special token (`eos`, `pad`) by the file that names them; others than whole numbers left out."""
+    """Ids of a kind of special token (`eos`, `pad`) by the file that names them, without those of no token."""
 
     def ids_of(settings: Mapping[str, Any]) -> list[int]:
         value = settings.get(f"{kind}_token_id")
-        return [token for token in (value if isinstance(value, list) else [value]) if is_whole(token)]
+        return [token for token in (value if isinstance(value, list) else [value]) if is_token(token, tokenizer)]
 
     def optional(name: str) -> dict[str, Any]:
         return read_json(folder, name) if (folder / name).is_file() else {}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, gguf
-from latent_tts.errors import RunError, UsageError, bad_value
+from latent_tts.errors import RunError, UsageError, bad_value, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +73,7 @@ def whole(folder: Path, key: str) -> Path:
     except UsageError as error:
         reason = str(error).splitlines()[0].partition(": ")[2]
         raise bad_value(key, folder, f"an adapter of the base {base}, which cannot be read: {reason}") from error
-    if found != wanted:
-        raise bad_value(key, folder, f"an adapter of another base: {base} has the digest {found}, not {wanted}")
+    require(key, folder, found == wanted, f"an adapter of another base: {base} has the digest {found}, not {wanted}")
     sha = hashlib.sha256(str(found).encode())
     for name in (files.ADAPTER, RECORD, WEIGHTS, OWN, PROBE, "tokenizer.json"):
         path = folder / name

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, joining
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -61,8 +61,7 @@ def file_paths(folder: Path, key: str) -> list[Path]:
     """
     paths = [folder / name for name in (files.ADAPTER, joining.WEIGHTS, joining.OWN)]
     for path in paths:
-        if not path.is_file():
-            raise bad_value(key, folder, f"the folder lacks {path.name}")
+        require(key, folder, path.is_file(), f"the folder lacks {path.name}")
     return paths
 
 

@@ -63,8 +63,7 @@ def asked_texts(cfg: DictConfig) -> list[str]:
     """
     takes_texts = OmegaConf.is_dict(cfg.task) and "texts" in cfg.task
     if cfg.question is not None:
-        allowed = "the chosen task has questions of its own; leave out one of both"
-        require("question", cfg.question, takes_texts, allowed)
+        require("question", cfg.question, takes_texts, "the chosen task has questions of its own; leave one out")
         require("question", repr(cfg.question), bool(cfg.question.strip()), "is empty; ask something")
         return [cfg.question]
     if not takes_texts or cfg.task.texts:

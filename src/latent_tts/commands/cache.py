@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     """List the entries, or remove those that the keys choose and say what was freed.
 
     Raises:
-        UsageError: a value is not usable, or `prune` is not told what to remove.
+        UsageError: a value is not usable, or `prune` lacks a condition.
     """
     require("action", cfg.action, cfg.action in ("list", "prune"), "must be list or prune")
     older_than = quantity("older_than", cfg.older_than, SECONDS, "must be an age, as in 30d, 12h or 90m")
@@ -34,8 +34,7 @@ def main(cfg: DictConfig) -> None:
     entries, models = cache_entries(root), kept_models(root)
     chosen = older_than is not None or max_size is not None or cfg.stale
     if cfg.action == "list":
-        if chosen:
-            raise bad_value("action", "list", "older_than, max_size and stale go with prune: ltts cache prune ...")
+        require("action", "list", not chosen, "older_than, max_size and stale go with prune: ltts cache prune ...")
         show(root, entries)
         if models:
             show_models(root / "models", models)
@@ -109,7 +108,8 @@ def show(root: Path, entries: Sequence[CacheEntry]) -> None:
         rows.append([*cells, entry.rollouts, size(entry.size), used])
     columns = ["entry", "model", "sampler", "latents", "seed", "dtype", "rollouts", "size", "last used"]
     total = size(sum(entry.size for entry in entries))
-    report.print_table(f"{root}: {report.counted(len(entries), 'entry', 'entries')}, {total}", columns, rows)
+    title = f"{root}: {report.counted(len(entries), 'entry', 'entries')}, {total}"
+    report.print_table(title, columns, rows, {"seed": 1, "dtype": 2, "latents": 3})
 
 
 def quantity(key: str, value: str | None, units: dict[str, int], allowed: str) -> float | None:

@@ -50,7 +50,9 @@ def main(cfg: DictConfig) -> None:
         name, against = "figure" if table.name == RESULTS else "scaling", cfg.against
         if table.match(RESULTS_BY):
             against = table.stem.removeprefix("results_by_")
-            require("runs", table, against in plot.AGAINST, f"results_by_X.csv, X one of {', '.join(plot.AGAINST)}")
+            require(
+                "runs", table, against in plot.AGAINST, f"must be results_by_X.csv with X of {', '.join(plot.AGAINST)}"
+            )
             name = "figure"
         name += "" if against == "n" else f"_by_{against}"
         draw([table], read_metrics(table), [table.with_name(f"{name}.{kind}") for kind in formats], against)
@@ -77,8 +79,7 @@ def find_tables(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        raise bad_value("runs", path, "no such file or folder")
+    require("runs", path, path.is_dir(), "no such file or folder")
     names = (RESULTS, RESULTS_BY, METRICS_OVER_SEEDS, METRICS)
     own = [table for name in names for table in sorted(path.glob(name))]
     found = own or sorted(table for name in names for table in path.rglob(name))

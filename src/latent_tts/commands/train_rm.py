@@ -12,14 +12,13 @@ from omegaconf import DictConfig
 from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
 from latent_tts.config.requests import annotated_run, default_annotation_spec, plain, run_request
-from latent_tts.errors import bad_value, check_seed, computing, require
+from latent_tts.errors import bad_value, check_device, check_seed, computing, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation import annotate
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.temperature import choose_temperature, write_temperature
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
-from latent_tts.training.optimization import check_device
 from latent_tts.training.reward_model.data import open_questions
 from latent_tts.training.reward_model.loss import RewardLoss
 from latent_tts.training.reward_model.optimization import RewardOptimization
@@ -47,10 +46,10 @@ def train(cfg: DictConfig) -> None:
     require("init", cfg.init, cfg.init in INITS, f"must be one of {', '.join(INITS)}")
     check_seed(cfg.seed)
     require("weights_dtype", cfg.weights_dtype, cfg.weights_dtype in DTYPES, f"must be one of {', '.join(DTYPES)}")
-    check_device(cfg.device)
+    check_device("device", cfg.device)
     output = Path(cfg.output).expanduser()
     if output.exists() and not output.is_dir():
-        raise bad_value("output", output, "must be a folder, not a file")
+        raise bad_value("output", output, "must be a folder, this is a file")
     config.build("sampler", cfg.sampler)  # a wrong value is refused even where nothing has to be annotated
     loss: RewardLoss = config.build("loss", cfg.loss)
     optimization: RewardOptimization = config.build("optimization", cfg.optimization)
@@ -94,7 +93,9 @@ def train(cfg: DictConfig) -> None:
                 device=cfg.device,
                 weights_dtype=cfg.weights_dtype,
                 output=output,
-                calibrate=lambda checkpoint: None if annotated is None else calibrate(annotated, checkpoint),
+                set_temperature=lambda checkpoint: (
+                    None if annotated is None else set_temperature(annotated, checkpoint)
+                ),
                 report=lambda done, figures: bar.show(done, note(figures)),
             )
     if results is not None:  # in the first process of a launch
@@ -109,16 +110,15 @@ def annotation_folder(cfg: DictConfig, key: str) -> Path:
     return annotate(default_annotation_spec(cfg, key))
 
 
-def calibrate(run: DictConfig, checkpoint: Path) -> float:
-    """Choose the temperature of the weighted vote and write it into the `config.json` of a LatentRM.
+def set_temperature(run: DictConfig | None, checkpoint: Path) -> float | None:
+    """Choose the temperature of the weighted vote on a run, and write it into the `config.json` of a LatentRM.
 
     Args:
-        run: the run to choose on.
+        run: the run to choose on; None where it is not known.
         checkpoint: the LatentRM's folder.
-
-    Returns:
-        The temperature.
     """
+    if run is None:
+        return None
     run.scorer.checkpoint = str(checkpoint)
     temperature = choose_temperature(check_run(run_request(run)))
     write_temperature(checkpoint, temperature)

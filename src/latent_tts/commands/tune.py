@@ -41,8 +41,7 @@ def main(cfg: DictConfig) -> None:
     """
     engine, dtypes = engine_settings(cfg.engine), check_values(cfg)
     sampler: Sampler = build("sampler", cfg.sampler)
-    if sampler.needs_donor:
-        raise bad_value("sampler", sampler.name, "must draw rollouts: greedy, gaussian or dropout")
+    require("sampler", sampler.name, not sampler.needs_donor, "must draw rollouts: greedy, gaussian or dropout")
     task: Task = build("task", cfg.task)
     adapter: ModelAdapter = build("model", cfg.model)
     adapter.check()

@@ -17,11 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from latent_tts.config.reference import conf_dir, nested_groups
 from latent_tts.config.schemas import SCHEMAS
-from latent_tts.errors import LatentTTSError, UsageError, bad_value, unknown_key
+from latent_tts.errors import LatentTTSError, UsageError, bad_value, require, unknown_key
 from latent_tts.results.files import LOCK
 
 
@@ -32,8 +32,9 @@ def register_schemas() -> None:
         ConfigStore.instance().store(f"{name}_schema", schema)
 
 
+@cache
 def defaults_of(command: str) -> list[Any]:
-    """The choices of options in the command's own file."""
+    """The choices of options in the command's own file, which callers must not modify."""
     # composing the defaults again would take as long as a small run
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{command}.yaml")
     bases = [base for base in own.defaults if base in SCHEMAS]  # a command may extend another one
@@ -74,8 +75,7 @@ def build(group: str, node: Any) -> Any:
     Raises:
         UsageError: the object refuses a value.
     """
-    if not OmegaConf.is_dict(node):
-        raise bad_value(group, node, f"must be an option of the group, as in `{group}=NAME`")
+    require(group, node, OmegaConf.is_dict(node), f"must be an option of the group, as in `{group}=NAME`")
     for nested in nested_groups(group, [Path(conf_dir())]):  # looking for other packages takes as long as all of build
         name = nested.rpartition("/")[2]
         if name in node and not OmegaConf.is_dict(node[name]):
@@ -130,16 +130,16 @@ def changed_keys(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
     chosen = {str(group): choices.get(str(group)) for group in cfg if group != "engine"}
     overrides = [f"{group}={option}" for group, option in chosen.items() if option and "[" not in option]
     sources = tuple(source.path for source in hydra_cfg.runtime.config_sources)
-    before, after = _flat(_defaults(str(hydra_cfg.job.config_name), tuple(overrides), sources)), _flat(cfg)
+    before, after = _defaults(str(hydra_cfg.job.config_name), tuple(overrides), sources), _flat(cfg)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     hidden = tuple(f"{key}." for key in known)
     return {k: v for k, v in sorted(changed.items()) if k not in known and not k.startswith(hidden)}
 
 
 @lru_cache(maxsize=8)
-def _defaults(command: str, overrides: tuple[str, ...], sources: tuple[str, ...]) -> DictConfig:
-    """The same config again for the jobs of a sweep: composing is slow. Callers must not modify it."""
-    return compose(command, overrides)
+def _defaults(command: str, overrides: tuple[str, ...], sources: tuple[str, ...]) -> Mapping[str, Any]:
+    """The values by key, the same for the jobs of a sweep: composing is slow."""
+    return _flat(compose(command, overrides))
 
 
 def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
@@ -174,7 +174,7 @@ def is_given(group: str) -> bool:
 
 
 def is_default(group: str, cfg: DictConfig) -> bool:
-    """Whether nobody chose the options of a group of several: neither the command line nor an experiment."""
+    """Whether neither the command line nor an experiment chose the options of a group of several."""
     if is_given(group):
         return False
     own = defaults_of(str(HydraConfig.get().job.config_name))
@@ -184,15 +184,12 @@ def is_default(group: str, cfg: DictConfig) -> bool:
 def _flat(cfg: DictConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
-    def walk(prefix: str, node: Any) -> None:
+    def walk(prefix: str, node: Any, resolved: Any) -> None:
         if isinstance(node, Mapping):
             for key, value in node.items():
-                walk(f"{prefix}{key}.", value)
+                walk(f"{prefix}{key}.", value, resolved[key])
         else:
-            flat[prefix.removesuffix(".")] = node
+            flat[prefix.removesuffix(".")] = None if resolved == MISSING else resolved
 
-    container = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(container, dict)
-    walk("", container)
-    resolved = {key: OmegaConf.select(cfg, key) for key in flat}
-    return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in resolved.items()}
+    walk("", *(OmegaConf.to_container(cfg, resolve=resolve) for resolve in (False, True)))
+    return flat

@@ -12,6 +12,7 @@ from latent_tts.config.reference import (
     Key,
     chosen_options,
     conf_dirs,
+    keys_of,
     nested_groups,
     option_names,
     options_with_nested,
@@ -71,7 +72,7 @@ def candidates(
     flags: Mapping[str, Sequence[str]],
     flag_choices: Mapping[str, Sequence[str]],
 ) -> list[str]:
-    """What can stand at the end of a command line; nothing where a path is wanted.
+    """What can stand at the end of a command line; nothing where a path is expected.
 
     Args:
         line: up to the cursor, `ltts` included.
@@ -111,10 +112,7 @@ def candidates(
 
 def _keys(name: str, overrides: Sequence[str], places: Sequence[Path]) -> list[Key]:
     """The keys of a command and of the options that it has under some overrides."""
-    command = name.replace("-", "_")
-    keys = list(read_command(command).keys)
-    for group, options in chosen_options(command, overrides, places).items():
-        keys += [key for option in options for key in read_option(group, option, places).keys]
+    keys = keys_of(name.replace("-", "_"), overrides, places)
     for group, option in _nested(name, overrides, places).items():
         keys += read_option(group, option, places).keys if option in option_names(group, places) else ()
     return keys

@@ -42,16 +42,16 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
     if not isinstance(node, Mapping):
         raise UsageError(f"{group}: not the record of an option, but {str(node)[:60]!r}")
     name = node.get(TARGET)
-    known = _targets_of(group) | {target for cfg in given for target in _targets_in(_unresolved(cfg))}
+    known = _targets_of(group) | {target for cfg in given for target in _targets_of_config(cfg)}
     if not isinstance(name, str) or name not in known:
         raise _refusal(group, name)
     for nested in _targets_in({key: value for key, value in node.items() if key != TARGET}):
         if nested not in known:
             raise _refusal(group, nested)
     for key in NEVER_RECORDED:
-        if key in _keys_in(node):
+        if any(key == name for name, _ in _parts(node)):
             raise UsageError(f"{group}: {name} is recorded with {key}, which no option has")
-    for text in _texts_in(node):
+    for text in (part for pair in _parts(node) for part in pair if isinstance(part, str)):
         if "${" in text:  # Hydra resolves what it builds twice, so no escape would keep it a text
             raise UsageError(f"{group}: the folder names {text[:60]!r}; what is read back has no interpolations")
     made = OmegaConf.create(dict(node))
@@ -71,7 +71,7 @@ def recorded_run(record: Mapping[str, Any], groups: Iterable[str], *given: DictC
     for group in groups:
         if group in merged:
             merged[group] = recorded(group, record["config"][group], *given)
-    # a run of before there were answer sampling, forced beginnings, schedules and quantisation says nothing about them
+    # older runs lack the keys of answer sampling, forced beginnings, schedules and quantisation
     merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0, "forced_prefix": ""}, merged.answer)
     merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
     merged.engine = OmegaConf.merge({"quantize": None}, merged.engine, {"graph": "auto"})  # graphs change no result
@@ -101,16 +101,15 @@ def literal(value: Any) -> Any:
     return [literal(part) for part in value] if isinstance(value, list) else value
 
 
-def _texts_in(value: Any) -> Iterator[str]:
-    """Every text in a plain value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from (str(key), *_texts_in(part))
+def _parts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every part of a plain value with its key, at any depth; parts of a list have the key of the list."""
+    yield key, value
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _parts(part, str(name))
     elif isinstance(value, list):
         for part in value:
-            yield from _texts_in(part)
+            yield from _parts(part, key)
 
 
 def _refusal(group: str, target: object) -> UsageError:
@@ -134,43 +133,27 @@ def _targets_of(group: str) -> frozenset[str]:
 @cache
 def _own_targets(group: str) -> frozenset[str]:
     files = sorted((Path(conf_dir()) / group).rglob("*.yaml"))
-    return frozenset(target for file in files for target in _targets_in(_unresolved(OmegaConf.load(file))))
+    return frozenset(target for file in files for target in _targets_of_config(OmegaConf.load(file)))
 
 
 def _targets_of_source(source: ConfigSource, group: str = "") -> Iterator[str]:
     for name in source.list(group, ObjectType.CONFIG):
         try:
             content = source.load_config(f"{group}/{name}".lstrip("/")).config
-        except Exception:  # a file that cannot be read names nothing; whoever chooses it is told why
+        except Exception:  # a file that cannot be read names nothing; choosing it raises the error
             continue
-        yield from _targets_in(_unresolved(content))
+        yield from _targets_of_config(content)
     for name in source.list(group, ObjectType.GROUP):
         if name != "hydra":
             yield from _targets_of_source(source, f"{group}/{name}".lstrip("/"))
 
 
-def _unresolved(cfg: Any) -> Any:
-    return OmegaConf.to_container(cfg, resolve=False)
+def _targets_of_config(cfg: Any) -> Iterator[str]:
+    """Every class that a config names, but for Hydra's own part."""
+    content: Any = OmegaConf.to_container(cfg, resolve=False)
+    return _targets_in({key: value for key, value in content.items() if key != "hydra"} if content else {})
 
 
-def _targets_in(value: Any) -> Iterator[Any]:
+def _targets_in(value: Any) -> Iterator[str]:
     """Every class that a plain value names, at any depth."""
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            if key == TARGET:
-                yield part if isinstance(part, str) else repr(part)
-            elif key != "hydra":
-                yield from _targets_in(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _targets_in(part)
-
-
-def _keys_in(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield key
-            yield from _keys_in(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _keys_in(part)
+    return (part if isinstance(part, str) else repr(part) for key, part in _parts(value) if key == TARGET)

@@ -43,20 +43,26 @@ class AnswerConfig(AnswerSamplingConfig):
 
 
 @dataclass
-class RunConfig:
-    """Keys of `ltts run`; the groups are checked by the objects they make."""
+class DrawingConfig:
+    """Keys of the commands that draw rollouts; the groups are checked by the objects they make."""
 
     n: int = MISSING
     seed: int = MISSING
     max_answer_tokens: int = MISSING
-    keep_latents: bool = MISSING
-    cache: str = MISSING
-    answer: AnswerConfig = MISSING
     engine: EngineConfig = MISSING
-    paths: PathsConfig = MISSING
     model: Any = MISSING
     task: Any = MISSING
     sampler: Any = MISSING
+
+
+@dataclass
+class RunConfig(DrawingConfig):
+    """Keys of `ltts run`."""
+
+    keep_latents: bool = MISSING
+    cache: str = MISSING
+    answer: AnswerConfig = MISSING
+    paths: PathsConfig = MISSING
     schedule: Any = MISSING
     search: Any = MISSING
     budget: Any = MISSING
@@ -102,38 +108,24 @@ class OptionalPathsConfig:
 
 
 @dataclass
-class AnnotateConfig:
+class AnnotateConfig(DrawingConfig):
     """Keys of `ltts annotate`."""
 
     output: str = MISSING
-    n: int = MISSING
     completions: int = MISSING
     keep: str = MISSING
-    seed: int = MISSING
-    max_answer_tokens: int = MISSING
     answer: AnswerSamplingConfig = MISSING
-    engine: EngineConfig = MISSING
-    model: Any = MISSING
-    task: Any = MISSING
-    sampler: Any = MISSING
     schedule: Any = MISSING
     executor: Any = MISSING
 
 
 @dataclass
-class TuneConfig:
+class TuneConfig(DrawingConfig):
     """Keys of `ltts tune`."""
 
     seconds: float = MISSING
     dtypes: list[str] = MISSING
-    n: int = MISSING
-    seed: int = MISSING
-    max_answer_tokens: int = MISSING
     output: str | None = MISSING
-    engine: EngineConfig = MISSING
-    model: Any = MISSING
-    task: Any = MISSING
-    sampler: Any = MISSING
 
 
 @dataclass

@@ -80,16 +80,16 @@ class SharedPrefixCache:
             self.prefix.append([])
         self.prefix[layer].append((key.contiguous(), value.contiguous()))
 
-    def reserve(self, tokens: int, first_valid_R: Tensor | None) -> None:
-        """Check that S more slots are left, and mark the first one as holding nothing where `first_valid_R` is False.
+    def reserve(self, tokens: int, keep_first_R: Tensor | None) -> None:
+        """Check that S more slots are left, and mark the first one as holding nothing where `keep_first_R` is False.
 
         Raises:
             ValueError: there are too few.
         """
         if self.used + tokens > self.capacity:
             raise ValueError(f"{self.used} slots and {tokens} more exceed the capacity of {self.capacity}")
-        if first_valid_R is not None:
-            self._validity(first_valid_R)[:, self.used] = first_valid_R
+        if keep_first_R is not None:
+            self._validity(keep_first_R)[:, self.used] = keep_first_R
 
     def blank(self, first_R: Tensor) -> None:
         """Mark each row's slots from its own first one on as holding nothing."""
@@ -225,7 +225,7 @@ class FixedCache(SharedPrefixCache):
     length: int = 0
     at_1: Tensor | None = None
     window: int = 0
-    _known: int = 0  # questions whose prefixes are there
+    _known: int = 0  # questions whose prefixes are set
 
     def restart(self) -> None:
         """Forget all questions."""
@@ -251,10 +251,10 @@ class FixedCache(SharedPrefixCache):
         for kept, part in zip(self.prefix[layer][0], (key, value), strict=True):
             kept[new, :, : part.shape[2]] = part
 
-    def reserve(self, tokens: int, first_valid_R: Tensor | None) -> None:
+    def reserve(self, tokens: int, keep_first_R: Tensor | None) -> None:
         """See `SharedPrefixCache`; slots counted on the device are not checked."""
         if self.at_1 is None:
-            super().reserve(tokens, first_valid_R)
+            super().reserve(tokens, keep_first_R)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> Piece:
         """See `SharedPrefixCache`; a pass at `at_1` has one token."""

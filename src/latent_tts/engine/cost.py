@@ -139,7 +139,7 @@ class RolloutCost:
         repeated: the passes that a schedule repeats, see `Shape.repeated_flops`.
         looks_for_stop: whether rows may stop early: the LM head runs before every latent, and once more in a row that
             stops before `latents`.
-        exit_tokens: tokens run beside each latent but the last, to see whether it moves the answer; None: nobody looks.
+        exit_tokens: tokens run beside each latent but the last, to see whether it moves the answer; None: no check.
     """
 
     shape: Shape
@@ -184,7 +184,7 @@ class RolloutCost:
             prompt: L.
             steps: its latents.
         """
-        return self.shape.pass_flops(np.maximum(steps - 1, 0), prompt) + self._beside(prompt, steps)
+        return self.shape.pass_flops(np.maximum(steps - 1, 0), prompt) + self._other_flops(prompt, steps)
 
     def rollout_flops(self, prompt: Count, steps: Count, answer: Count) -> Count:
         """Operations of one rollout with its answer, without the shared ones.
@@ -195,7 +195,7 @@ class RolloutCost:
             answer: answer tokens that were chosen, without the final eos, which is chosen too.
         """
         suffix = self.shape.pass_flops(steps + self.forced + answer, prompt)
-        return suffix + self.shape.head_flops(answer + 1) + self._beside(prompt, steps)
+        return suffix + self.shape.head_flops(answer + 1) + self._other_flops(prompt, steps)
 
     def stop_checks(self, steps: Count) -> Count:
         """How often the LM head runs to see whether a rollout stops thinking."""
@@ -205,7 +205,8 @@ class RolloutCost:
         """How often a rollout checks whether its answer still moves."""
         return np.minimum(steps, self.latents - 1) * (self.exit_tokens is not None)
 
-    def _beside(self, prompt: Count, steps: Count) -> Count:
+    def _other_flops(self, prompt: Count, steps: Count) -> Count:
+        """Operations beside the suffix: own prompt or last prompt token, repeated sweeps, stop checks."""
         shape = self.shape
         own = shape.prompt_flops(prompt) if self.own_prompt else shape.pass_flops(self.own_last, prompt - self.own_last)
         checks = self._exit_checks(steps)  # at contexts of prompt + 1, prompt + 2, ... latents, so at their mean

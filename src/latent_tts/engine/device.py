@@ -16,6 +16,8 @@ from typing import TypeVar
 import psutil
 import torch
 
+from latent_tts.errors import require
+
 log = logging.getLogger(__name__)
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -25,6 +27,20 @@ NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "co
 def is_gpu(device: torch.device | str) -> bool:
     """Whether a device is a GPU."""
     return torch.device(device).type == "cuda"
+
+
+def resolve_device(key: str, wanted: str) -> str:
+    """The torch device that a config key names; `auto` is the first GPU, if there is one, else the CPU.
+
+    Raises:
+        UsageError: this machine does not have it.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and not count):
+        return "cpu"
+    index = int(wanted.partition(":")[2] or 0)
+    require(key, wanted, index < count, f"this machine has {count} CUDA devices; {key}=cpu works anywhere")
+    return f"cuda:{index}"
 
 
 def free_bytes(device: torch.device | str) -> int:

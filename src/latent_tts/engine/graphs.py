@@ -240,9 +240,9 @@ class FixedRollouts(RolloutState):
         self._stand_after(latents)
         self._answers.restart()
         self._alive_R.fill_(True)
-        embeddings_RSD, first_valid_R = self._before_answers(self._ending)
+        embeddings_RSD, keep_first_R = self._before_answers(self._ending)
         position = len(self._plan.forced_ids)
-        choice = self._choose(embeddings_RSD, self._plan.latents + position, first_valid_R)
+        choice = self._choose(embeddings_RSD, self._plan.latents + position, keep_first_R)
         self._position_1.fill_(position)
         self._at_1.fill_(self._cache.used)
         over = position == self._plan.max_answer_tokens

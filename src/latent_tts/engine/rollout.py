@@ -565,10 +565,10 @@ class RolloutState:
         answers = Answers(plan, self.latents_RTD.shape[0], self.engine.device)
         here = torch.arange(self.latents_RTD.shape[0], device=self.engine.device)  # each row's number before some left
         alive = torch.ones_like(here, dtype=torch.bool)
-        embeddings_RSD, first_valid_R = self._before_answers(self._ending_ids())
+        embeddings_RSD, keep_first_R = self._before_answers(self._ending_ids())
         for position in range(forced, plan.max_answer_tokens + (plan.eos_id is not None)):
-            choice = self._choose(embeddings_RSD, plan.latents + position, first_valid_R)
-            first_valid_R = None
+            choice = self._choose(embeddings_RSD, plan.latents + position, keep_first_R)
+            keep_first_R = None
             over = position == plan.max_answer_tokens
             alive = answers.take(choice, here, alive, position, over=over)
             left_Q = alive.view(-1, self._state.rollouts).sum(1).tolist()
@@ -592,9 +592,9 @@ class RolloutState:
             return embeddings_RSD, None
         return torch.cat([self._pending_RSD, embeddings_RSD], dim=1), self.thinking_R
 
-    def _choose(self, embeddings_RSD: Tensor, step: int, first_valid_R: Tensor | None = None) -> Choice:
+    def _choose(self, embeddings_RSD: Tensor, step: int, keep_first_R: Tensor | None = None) -> Choice:
         """Run what stands before an answer token and choose it."""
-        hidden_RD = self._run_pending(embeddings_RSD, Forward("answer", step, embeddings_RSD.shape[1]), first_valid_R)
+        hidden_RD = self._run_pending(embeddings_RSD, Forward("answer", step, embeddings_RSD.shape[1]), keep_first_R)
         chooses = self._hooks.sampler.chooses_tokens
         return choose(self.engine.head, hidden_RD, partial(self._sampled_token, step) if chooses else None)
 
@@ -646,10 +646,10 @@ class RolloutState:
             last.append(hidden_QLD[torch.arange(len(ends), device=ends.device), ends])
         return torch.cat(last)
 
-    def _run_pending(self, embeddings_RSD: Tensor, forward: Forward, first_valid_R: Tensor | None = None) -> Tensor:
+    def _run_pending(self, embeddings_RSD: Tensor, forward: Forward, keep_first_R: Tensor | None = None) -> Tensor:
         """Append what is pending to every row, and what follows it; returns the last token's hidden state (R, D).
 
-        In rows that `first_valid_R` excludes the first of the tokens leaves no trace. Without any tokens, as where an
+        In rows that `keep_first_R` excludes the first of the tokens leaves no trace. Without any tokens, as where an
         answer follows right after the prompt, that is the prompt's last one.
         """
         if forward.tokens == 0:
@@ -658,12 +658,12 @@ class RolloutState:
         thoughts = [Forward("thoughts", step, 1) for step in self._pending_steps]
         self._pending_steps = range(0)
         forwards = [*thoughts, replace(forward, tokens=forward.tokens - len(thoughts))]
-        return self._run(embeddings_RSD, forwards, first_valid_R)[:, -1]
+        return self._run(embeddings_RSD, forwards, keep_first_R)[:, -1]
 
-    def _run(self, embeddings_RSD: Tensor, forwards: list[Forward], first_valid_R: Tensor | None = None) -> Tensor:
+    def _run(self, embeddings_RSD: Tensor, forwards: list[Forward], keep_first_R: Tensor | None = None) -> Tensor:
         """Append tokens to every row, those of several forward passes side by side; returns hidden states (R, S, D)."""
         self._hooks.set_pass(self.draw, *forwards)
-        return self._state.append(embeddings_RSD, first_valid_R)
+        return self._state.append(embeddings_RSD, keep_first_R)
 
     def _latent_after(self, hidden_RD: Tensor, step: int) -> Tensor:
         """The latent that model and sampler make of the hidden states before it."""

@@ -45,13 +45,13 @@ class State(Protocol):
         """
         ...
 
-    def append(self, embeddings_RSD: Tensor, first_valid_R: Tensor | None = None) -> Tensor:
+    def append(self, embeddings_RSD: Tensor, keep_first_R: Tensor | None = None) -> Tensor:
         """Append S tokens to every row; returns their final hidden states (R, S, D).
 
         Args:
             embeddings_RSD: what is appended.
-            first_valid_R: in rows where it is False the first token's slot holds nothing, and no token attends to it;
-                None for none such.
+            keep_first_R: False in rows whose first token is ignored: its slot stays empty, and no token attends to it.
+                None keeps all.
         """
         ...
 
@@ -82,7 +82,7 @@ def open_state(
     position_offset_Q: Tensor | None = None,
     before_part: Callable[[Tensor, slice], None] | None = None,
 ) -> State:
-    """A state without questions, of the kind that computes a model right.
+    """An empty state, of the kind that was proven to compute this model correctly.
 
     Args:
         backbone: a transformer that `prepare_backbone` has prepared, without its LM head.
@@ -154,11 +154,11 @@ class KeyValueState:
         self._cache.fills_prefix = False
         return hidden_QLD
 
-    def append(self, embeddings_RSD: Tensor, first_valid_R: Tensor | None = None) -> Tensor:
+    def append(self, embeddings_RSD: Tensor, keep_first_R: Tensor | None = None) -> Tensor:
         """Append S tokens to every row; returns their final hidden states (R, S, D). See `State.append`."""
         cache, tokens = self._cache, embeddings_RSD.shape[1]
         assert cache.lengths_Q is not None, "no prompts"
-        cache.reserve(tokens, first_valid_R)
+        cache.reserve(tokens, keep_first_R)
         positions_R1 = cache.lengths_Q.repeat_interleave(self.rollouts)[:, None]
         if self._position_offset_Q is not None:
             positions_R1 = positions_R1 + self._position_offset_Q.repeat_interleave(self.rollouts)[:, None]

@@ -76,14 +76,14 @@ class TransformersState:
         self._rows += embeddings_QLD.shape[0] * self.rollouts
         return hidden_QLD
 
-    def append(self, embeddings_RSD: Tensor, first_valid_R: Tensor | None = None) -> Tensor:
+    def append(self, embeddings_RSD: Tensor, keep_first_R: Tensor | None = None) -> Tensor:
         """Append S tokens to every row; returns their final hidden states (R, S, D). See `State.append`."""
         tokens = embeddings_RSD.shape[1]
         if self.used + tokens > self._capacity:
             raise ValueError(f"{self.used} slots and {tokens} more exceed the capacity of {self._capacity}")
         parts = [(group, True) for group in self._groups]
-        if first_valid_R is not None:
-            parts = [part for group in self._groups for part in group.split(first_valid_R)]
+        if keep_first_R is not None:
+            parts = [part for group in self._groups for part in group.split(keep_first_R)]
             self._groups = [group for group, _ in parts]
         hidden_RSD = torch.zeros_like(embeddings_RSD)
         for group, first_valid in parts:
@@ -176,9 +176,9 @@ class _Group:
         cache.batch_select_indices(places)
         return _Group(self.rows[places], cache, self.prompt, self.holds)
 
-    def split(self, first_valid_R: Tensor) -> list[tuple[_Group, bool]]:
+    def split(self, keep_first_R: Tensor) -> list[tuple[_Group, bool]]:
         """The rows for which a flag holds, and the others."""
-        flags = first_valid_R[self.rows]
+        flags = keep_first_R[self.rows]
         parts = [((flags == flag).nonzero()[:, 0], flag) for flag in (True, False)]
         return [
             (self if len(places) == len(self.rows) else self.select(places), flag)

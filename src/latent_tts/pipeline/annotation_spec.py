@@ -57,7 +57,7 @@ class AnnotationSpec:
         output: the annotation folder.
         executor: where rollouts are computed.
         config: the resolved config, for `sampler` and `task`.
-        schedule_chosen: whether somebody chose the schedule.
+        schedule_chosen: whether the user chose the schedule.
     """
 
     adapter: ModelAdapter
@@ -93,8 +93,7 @@ class AnnotationSpec:
             allowed = "must be one whose latents differ: gaussian, or dropout in prompt or thoughts"
             raise bad_value("sampler", sampler.name, allowed)
         adapter.check()
-        if adapter.latents == 0:
-            raise bad_value("model.latents", 0, "must be 1 or more: labels are of latents")
+        require("model.latents", 0, adapter.latents != 0, "must be 1 or more: labels are of latents")
         check_sampler(sampler, adapter)
         schedule = settle_schedule(self.schedule, adapter, chosen=self.schedule_chosen)
         allowed = "must be null: labels are of rollouts that make all latents"

@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from latent_tts.engine import quantization
 from latent_tts.engine.cost import Shape
+from latent_tts.engine.device import resolve_device
 from latent_tts.engine.draft import DraftHead
 from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import default_rows, rows_that_fit
@@ -99,7 +98,7 @@ def _keep_proven(
 
 
 def write_computation(folder: Path, computation: Computation) -> None:
-    """Say beside rollouts how they were computed."""
+    """Write down, beside rollouts, how they were computed."""
     with whole_file(folder / COMPUTATION) as path:
         path.write_text(json.dumps(asdict(computation), indent=1) + "\n")
 
@@ -125,7 +124,7 @@ def find_device(engine: EngineSettings) -> str:
     Raises:
         UsageError: there is no such device, or it cannot do `engine.quantize`.
     """
-    device = _find_device(engine.device)
+    device = resolve_device("engine.device", engine.device)
     on_gpu = device.startswith("cuda")
     require(
         "engine.graph", engine.graph, on_gpu or engine.graph != "on", f"graphs need CUDA, this is {device}: auto or off"
@@ -133,20 +132,6 @@ def find_device(engine: EngineSettings) -> str:
     if engine.quantize is not None:
         quantization.check_device(engine.quantize, device)
     return device
-
-
-def _find_device(wanted: str) -> str:
-    if wanted == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if wanted == "cpu":
-        return "cpu"
-    index = wanted.partition(":")[2]
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index or 0) >= count:
-        raise bad_value(
-            "engine.device", wanted, f"this machine has {count} CUDA devices; engine.device=cpu works anywhere"
-        )
-    return f"cuda:{index or 0}"
 
 
 def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, device: str, *, own_prompt: bool) -> int:

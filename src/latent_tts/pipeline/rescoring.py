@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from latent_tts.errors import RunError, UsageError, bad_value
+from latent_tts.errors import RunError, UsageError, bad_value, require
 from latent_tts.pipeline.keys import rollout_key
 from latent_tts.pipeline.rollouts import CachedRollouts, RunRollouts, about, entries, gather_rollouts
 from latent_tts.pipeline.scores import cached_scores, reduce_scores, score_positions, settle_scores
@@ -39,8 +39,7 @@ def read_run(source: Path, needed: Mapping[str, type] = NEEDED) -> dict[str, Any
     Raises:
         UsageError: there is none, or it is damaged.
     """
-    if not is_complete(source):
-        raise bad_value("run", source, f"must be the folder of a completed run, which has a {RUN_JSON}")
+    require("run", source, is_complete(source), f"must be the folder of a completed run, which has a {RUN_JSON}")
     return read_run_json(source, needed)
 
 
@@ -140,11 +139,12 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
     for each in candidates:
         each.gather_later_ones()
     scores = settle_scores(candidates, lambda: load_scorer_of(spec).computation)
-    lacking = scores.rows.missing()
-    if len(lacking):
-        score_kept(spec, scores.open(), lacking, offsets, read_latents)
+    missing = scores.rows.missing()
+    if len(missing):
+        score_kept(spec, scores.open(), missing, offsets, read_latents)
         scores.gather_later_ones()
     compared = [DirectionSums().add([key], latents.rows(row, n), first=[0]).numpy() for key, row in first.items()]
     beyond_RT = np.arange(spec.adapter.latents) >= steps_R[:, None]
     dissimilarity_RT = np.where(beyond_RT, np.float32(np.nan), np.concatenate(compared))
-    return RunRollouts(rows, dissimilarity_RT, reduce_scores(spec, scores, offsets, len(lacking)), cache, drawn_now=0)
+    reduced = reduce_scores(spec, scores, rows, offsets, len(missing))
+    return RunRollouts(rows, dissimilarity_RT, reduced, cache, drawn_now=0)

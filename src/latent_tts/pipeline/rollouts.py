@@ -24,6 +24,7 @@ from latent_tts.pipeline.scores import (
     settle_scores,
 )
 from latent_tts.pipeline.spec import RunSpec
+from latent_tts.results import report
 from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, RolloutCache
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
@@ -42,7 +43,8 @@ class RunRollouts:
     """The rollouts of a run.
 
     Attributes:
-        rows: as the cache has them, in the order of `RunSpec.wanted`; equal answers are one object.
+        rows: as the cache has them, in the order of `RunSpec.wanted`; equal answers are one object, and what was
+            measured includes scoring.
         dissimilarity_RT: per latent the dissimilarities with the rollouts before, see `cache.ROLLOUT_FIELDS`; NaN
             where a rollout has none.
         scores: None without a scorer.
@@ -104,15 +106,18 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     assert is_adaptive(spec.budget)
     reader = AnswerReader(spec)
     tallying, drawn_now, before = Tallying(spec, reader.read), 0, [0] * len(spec.questions)
+    rounds = 0
     timeline: list[Span] = []
     drawing = replace(spec, on_answers=spec.on_answers or reader.take)  # `ltts ask` reads them itself
 
     def tallies_after(drawn_Q: Int64) -> list[Tally]:
-        nonlocal drawn_now, before
+        nonlocal drawn_now, before, rounds
         part = replace(drawing, counts=drawn_Q.tolist())
         new = part.wanted(before)
         if not new.empty:
-            rollouts = gather_rollouts(part, rollout_key, new)
+            rounds += 1
+            with report.in_round(rounds):
+                rollouts = gather_rollouts(part, rollout_key, new)
             tallying.add(rollouts.rows, None if rollouts.scores is None else rollouts.scores.score, before, part.drawn)
             drawn_now, before = drawn_now + rollouts.drawn_now, part.drawn
             timeline.extend(rollouts.timeline)
@@ -120,8 +125,11 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
 
     with reader:
         outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
+    total = sum(outcome.counts)
+    log.info("rounds: %d; rollouts: %d, %d of them drawn now", rounds, total, drawn_now)
     ended = replace(with_counts(spec, outcome), refresh=False)
-    rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
+    with report.in_round(rounds + 1):
+        rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now
     rollouts.timeline = timeline + rollouts.timeline
     return rollouts
@@ -152,7 +160,7 @@ def gather_rollouts(
         key_of: what determines the rollouts.
         wanted: which ones (columns `row_key`, `rollout`), those of a question side by side.
         answers: whether to decode the answers.
-        scored: whether the run's scorer is asked.
+        scored: whether the run's scorer scores them.
         dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is known.
         latents: where to write the latents of all of them; None to keep none.
 
@@ -194,7 +202,7 @@ class CachedRollouts:
 
     @classmethod
     def read(cls, spec: RunSpec, cache: RolloutCache, wanted: pd.DataFrame, *, scored: bool) -> CachedRollouts:
-        """Read what is there."""
+        """Read what the cache entry has."""
         scores = cached_scores(spec, cache.folder, wanted) if scored and spec.scorer is not None else []
         self = cls(cache, GatheredRows(wanted, ROLLOUT_FIELDS), scores)
         self._read()
@@ -207,16 +215,18 @@ class CachedRollouts:
 
     @property
     def complete(self) -> bool:
-        """Whether every rollout is there."""
+        """Whether it has every rollout."""
         return self.rows.missing().empty
 
     def log_found(self) -> None:
-        """Say what is there."""
-        told = [(self.rows, "in the cache"), *((scores.rows, "scored in the cache") for scores in self.scores)]
-        for rows, where in told:
-            there = len(rows.wanted) - len(rows.missing())
-            if there:
-                log.info("%d of %d rollouts are %s %s", there, len(rows.wanted), where, self.cache.folder)
+        """Log what was found."""
+        there = len(self.rows.wanted) - len(self.rows.missing())
+        scored = max((len(scores.rows.wanted) - len(scores.rows.missing()) for scores in self.scores), default=0)
+        of_scores = f", {'all' if scored == there else scored} of them scored" if self.scores else ""
+        if there:
+            log.info(
+                "%d of %d rollouts are in the cache %s%s", there, len(self.rows.wanted), self.cache.folder, of_scores
+            )
 
     def _settled_scores(self, spec: RunSpec) -> CachedScores | None:
         """The scores of the run; those of other ways to compute the scorer are dropped."""
@@ -240,17 +250,17 @@ class CachedRollouts:
         dissimilarity: Mapping[tuple[str, int], np.ndarray] | None,
     ) -> RunRollouts:
         """Draw and score what is missing; see `gather_rollouts`."""
-        lacking, scores, unscored = self.rows.missing(), self._settled_scores(spec), 0
+        missing, scores, unscored = self.rows.missing(), self._settled_scores(spec), 0
         timeline: list[Span] = []
         if scores is not None:
             unscored = len(scores.rows.missing())
-        if len(lacking):
+        if len(missing):
             from latent_tts.pipeline.drawing import draw
 
             # official positions need all answers first
             at_once = scores is not None and spec.scorer is not None and spec.scorer.positions == "correct"
             timeline += draw(
-                spec, self.cache, lacking, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept
+                spec, self.cache, missing, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept
             )
             self._read()
         if len(gone := self.rows.missing()):
@@ -258,20 +268,20 @@ class CachedRollouts:
             raise RunError(f"{len(gone)} rollouts are missing from {where}")
         rows = self.rows.frame()
         offsets = {} if scores is None else score_positions(spec, rows)
-        to_score = scores.rows.missing() if scores is not None else lacking.iloc[:0]
-        to_keep = self.rows.wanted.drop(lacking.index) if kept is not None else lacking.iloc[:0]
+        to_score = scores.rows.missing() if scores is not None else missing.iloc[:0]
+        to_keep = self.rows.wanted.drop(missing.index) if kept is not None else missing.iloc[:0]
         if len(to_score) or len(to_keep):
-            from latent_tts.pipeline.drawing import think_again
+            from latent_tts.pipeline.drawing import recompute_latents
 
             score_cache = scores.open() if scores is not None else None
-            timeline += think_again(spec, score_cache, to_score, offsets, to_keep, kept)
+            timeline += recompute_latents(spec, score_cache, to_score, offsets, to_keep, kept)
             self._read()
         return RunRollouts(
             rows=rows,
             dissimilarity_RT=self.rows.padded("dissimilarity"),
-            scores=None if scores is None else reduce_scores(spec, scores, offsets, unscored),
+            scores=None if scores is None else reduce_scores(spec, scores, rows, offsets, unscored),
             cache=self.cache,
-            drawn_now=lacking["row_key"].nunique() * spec.n if spec.search.guided else len(lacking),
+            drawn_now=missing["row_key"].nunique() * spec.n if spec.search.guided else len(missing),
             timeline=timeline,
         )
 
@@ -307,7 +317,7 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
 
 
 def entries(spec: RunSpec, key_of: KeyOf = rollout_key) -> Iterator[RolloutCache]:
-    """The cache entries of a run's rollouts that are there, one per way to compute them."""
+    """The existing cache entries of a run's rollouts, one per way to compute them."""
     for ways in computations(spec):
         key = key_of(spec, *ways)
         if (spec.cache / settings_digest(key)).is_dir():

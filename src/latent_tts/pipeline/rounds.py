@@ -15,7 +15,7 @@ import pandas as pd
 
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Stop, Tally, is_adaptive
-from latent_tts.engine.cost import Shape
+from latent_tts.pipeline.costs import rollout_gflop
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED_SUMS
@@ -33,6 +33,7 @@ class _Drawn:
     score: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    conflicts: list[int] = field(default_factory=list)
 
 
 class AnswerReader:
@@ -67,7 +68,7 @@ class AnswerReader:
 
     def _read_all(self) -> None:
         while (batch := self._queue.get()) is not None:
-            with suppress(Exception):  # whoever asks for the answer gets the error
+            with suppress(Exception):  # `read` raises the error
                 for ids in batch:
                     self.read(ids)
 
@@ -86,7 +87,7 @@ class Tallying:
         """Add the next rollouts of each question.
 
         Args:
-            rows: `answer_ids`, `answer_logprob` and `latent_steps` of each, question-major.
+            rows: `answer_ids`, `answer_logprob`, `latent_steps` and maybe `conflicts` of each, question-major.
             score: of each; None where they have none.
             before: how many each question had.
             counts: how many it has now.
@@ -100,15 +101,18 @@ class Tallying:
             drawn.tokens += map(len, tokens)
             drawn.logprob += of["answer_logprob"].tolist()
             drawn.steps += of["latent_steps"].tolist()
-            drawn.score += [np.nan] * len(of) if score is None else score[part].tolist()
+            drawn.conflicts += of["conflicts"].tolist() if "conflicts" in of else [0] * len(of)
+            # as in `rollouts.parquet`, so that equal scores there are equal here
+            drawn.score += [np.nan] * len(of) if score is None else score[part].astype(np.float32).tolist()
 
     def tallies(self) -> list[Tally]:
         """What each question has."""
         tallies = []
-        for place, drawn in enumerate(self._drawn):
+        for question, drawn in zip(self.spec.questions, self._drawn, strict=True):
             score_N = np.array(drawn.score, dtype=np.float64)
             log_weight_N, most = self._log_weights(score_N)
-            once, each_N = self._gflop(place, np.array(drawn.steps), np.array(drawn.tokens))
+            counts = (np.array(each, dtype=np.int64) for each in (drawn.steps, drawn.tokens, drawn.conflicts))
+            once, each_N = rollout_gflop(self.spec, question, *counts)
             tallies.append(
                 Tally(
                     n=self.spec.n,
@@ -135,19 +139,6 @@ class Tallying:
         assert temperature is not None
         bounds = spec.scorer.range
         return score_N / temperature, None if bounds is None else bounds[1] / temperature
-
-    def _gflop(self, place: int, steps_N: Int64, tokens_N: Int64) -> tuple[float, Float64]:
-        """The GFLOP that a question's rollouts share, and what each rollout adds."""
-        spec, prompt = self.spec, len(self.spec.prompts[self.spec.questions[place].id])
-        shared = spec.passes.shared_flops(prompt)
-        each_N = np.asarray(
-            spec.passes.rollout_flops(prompt, steps_N, tokens_N - len(spec.forced_ids)), dtype=np.float64
-        )
-        if spec.scorer is not None:
-            head = Shape.from_config(spec.scorer.sizes)
-            shared += head.prompt_flops(prompt)
-            each_N = each_N + head.scoring_flops(prompt, steps_N)
-        return float(shared) / 1e9, each_N / 1e9
 
 
 @dataclass(frozen=True)

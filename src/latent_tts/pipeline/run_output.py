@@ -141,9 +141,9 @@ def _counts(drawn: RunRollouts) -> dict[str, int]:
 
 def _seconds(drawn: RunRollouts) -> dict[str, float]:
     """What drawing, scoring and decoding took, whichever run that was."""
-    seconds = {"drawing" if drawn.winners is None else "thinking": float(drawn.rows["seconds"].sum())}
-    if drawn.scores is not None:
-        seconds["scoring"] = float(drawn.scores.rows["seconds"].sum())
+    scoring = {} if drawn.scores is None else {"scoring": drawn.scores.seconds}
+    drawing = float(drawn.rows["seconds"].sum()) - sum(scoring.values())
+    seconds = {"drawing" if drawn.winners is None else "thinking": drawing} | scoring
     if drawn.winners is not None:
         seconds["decoding"] = float(drawn.winners.decoding["seconds"].sum())
     return seconds

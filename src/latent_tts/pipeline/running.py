@@ -14,6 +14,7 @@ from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import RunTables, make_tables
 from latent_tts.pipeline.verification import Verification, verify
 from latent_tts.results.files import locked_folder
+from latent_tts.results.parts import release_memory
 from latent_tts.results.run_folder import LATENTS
 
 
@@ -48,7 +49,7 @@ def complete_run(
         settings: see `make_tables`.
         started: when the command began, by `time.perf_counter`.
         keep_latents: whether latents stay in the folder.
-        keep_cache: whether the cache is there after the command.
+        keep_cache: whether the cache outlives the command.
 
     Raises:
         UsageError: another command uses the folder.
@@ -58,7 +59,9 @@ def complete_run(
         clear_run_folder(folder)
         compared = spec.schedule.verified
         rollouts = draw_rollouts(spec, folder / LATENTS if keep_latents or compared else None)
+        release_memory()
         tables = make_tables(spec, rollouts, settings)
+        release_memory()
         verification = verify(replace(spec, on_answers=None), rollouts, folder) if compared else None
         if not keep_latents:
             (folder / LATENTS).unlink(missing_ok=True)

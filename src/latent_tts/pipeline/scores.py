@@ -12,7 +12,7 @@ import pandas as pd
 from latent_tts.errors import RunError
 from latent_tts.pipeline.keys import score_key
 from latent_tts.pipeline.spec import RunSpec, scorer_positions
-from latent_tts.results.cache import SCORE_FIELDS, SCORES_FOLDER, ScoreCache
+from latent_tts.results.cache import MEASURED_SUMS, SCORE_FIELDS, SCORES_FOLDER, ScoreCache
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.scorer import Scorer
@@ -26,24 +26,25 @@ class Scores:
     """The scores of a run's rollouts.
 
     Attributes:
-        rows: what scoring each rollout took (`cache.MEASURED`), in the order of `RunSpec.wanted`.
-        step_scores_RT: of each latent, NaN beyond a rollout's own.
+        step_scores_RT: of each latent, NaN beyond a rollout's own; the rows are in the order of `RunSpec.wanted`.
         score: the score of each rollout.
         prefills: how many prompts the scorer ran for each question.
         scored_now: how many rollouts the cache had no scores of.
+        seconds: that scoring took.
         attention: of the scorer; see `Computation`.
     """
 
-    rows: pd.DataFrame
     step_scores_RT: Float32
     score: Floats
     prefills: list[int]
     scored_now: int
+    seconds: float
     attention: str
 
     def step_scores(self, rows: slice = slice(None)) -> list[Float32]:
         """The step scores of some rollouts, each with as many as it has latents."""
-        return [row[: len(row) - np.isnan(row).sum()] for row in self.step_scores_RT[rows]]
+        own_RT = self.step_scores_RT[rows]
+        return [row[:steps] for row, steps in zip(own_RT, (~np.isnan(own_RT)).sum(1).tolist(), strict=True)]
 
 
 class CachedScores:
@@ -56,7 +57,7 @@ class CachedScores:
     """
 
     def __init__(self, spec: RunSpec, rollouts: Path, wanted: pd.DataFrame, computation: Computation) -> None:
-        """Look nothing up.
+        """Begin without rows.
 
         Args:
             spec: the run, which has a scorer.
@@ -74,7 +75,7 @@ class CachedScores:
         return ScoreCache(self._rollouts, self._key)
 
     def gather_later_ones(self) -> None:
-        """Gather what is missing from that cache, if it is there."""
+        """Gather what is missing from that cache, if it exists."""
         if (self._rollouts / SCORES_FOLDER / self.digest).is_dir():
             self.open().gather(self.rows)
 
@@ -99,13 +100,18 @@ def settle_scores(candidates: Sequence[CachedScores], computation: Callable[[], 
 
 
 def reduce_scores(
-    spec: RunSpec, cached: CachedScores, offsets: Mapping[tuple[str, int], int], scored_now: int
+    spec: RunSpec,
+    cached: CachedScores,
+    rollouts: pd.DataFrame,
+    offsets: Mapping[tuple[str, int], int],
+    scored_now: int,
 ) -> Scores:
-    """The scores of rollouts from their step scores.
+    """The scores of rollouts from their step scores. What scoring took is added to what drawing took.
 
     Args:
         spec: the run, which has a scorer.
         cached: all its rollouts.
+        rollouts: the same rollouts with the columns `cache.MEASURED`, which are changed.
         offsets: see `score_positions`.
         scored_now: see `Scores`.
     """
@@ -113,7 +119,11 @@ def reduce_scores(
     rows, step_scores_RT = cached.rows.frame(), cached.rows.padded("step_scores")
     distinct = [{offsets.get((spec.row_key(q), i), 0) for i in range(spec.n)} for q in spec.questions]
     prefills, attention = list(map(len, distinct)), cached.computation.attention
-    scores = Scores(rows, step_scores_RT, np.empty(len(rows)), prefills, scored_now, attention)
+    scores = Scores(step_scores_RT, np.empty(len(rows)), prefills, scored_now, float(rows["seconds"].sum()), attention)
+    for name in MEASURED_SUMS:
+        rollouts[name] += rows.pop(name).to_numpy()
+    peaks = [rollouts["peak_memory_bytes"].to_numpy(dtype=float), rows["peak_memory_bytes"].to_numpy()]
+    rollouts["peak_memory_bytes"] = np.maximum(*peaks)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         scores.score[part] = spec.scorer.score_rollouts(scores.step_scores(part))

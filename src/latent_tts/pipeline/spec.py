@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -23,7 +22,7 @@ from latent_tts.budget.rule.confidence import Confidence
 from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import UsageError, bad_value, check_seed, is_whole, require
+from latent_tts.errors import UsageError, bad_value, check_device, check_fields, check_seed, is_whole, require
 from latent_tts.executor import Executor
 from latent_tts.executor.local import Local
 from latent_tts.model import ModelAdapter
@@ -42,7 +41,6 @@ from latent_tts.types import Question
 log = logging.getLogger(__name__)
 COMPUTATION = "computation.json"  # beside cached rollouts: how they were computed
 MAX_ROLLOUTS = 1 << 20
-DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")
@@ -72,17 +70,14 @@ class EngineSettings:
         object.__setattr__(self, "dtype", full_dtype(self.dtype))
         allowed = f"must be one of {', '.join(BYTES_PER_NUMBER)} ({', '.join(SHORT_DTYPES)})"
         require("engine.dtype", self.dtype, self.dtype in BYTES_PER_NUMBER, allowed)
-        is_device = DEVICE.fullmatch(self.device) is not None
-        require("engine.device", self.device, is_device, "must be one of auto, cpu, cuda, cuda:INDEX")
-        allowed = "must be 1 or more, or null to let the model decide"
-        require("engine.rows", self.rows, self.rows is None or self.rows >= 1, allowed)
-        require("engine.graph", self.graph, self.graph in ("auto", "on", "off"), "must be auto, on or off")
+        check_device("engine.device", self.device)
+        rows = "a positive integer, or null to let the model decide"
+        check_fields("engine", self, rows=rows, graph=("auto", "on", "off"))
         if self.quantize is None:
             return
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
         fitting = QUANTIZED_FROM[self.quantize]
-        allowed = f"takes engine.dtype={' or '.join(fitting)}"
-        require("engine.quantize", self.quantize, self.dtype in fitting, allowed)
+        require("engine.quantize", self.quantize, self.dtype in fitting, f"takes engine.dtype={' or '.join(fitting)}")
         if find_spec("torchao") is None:
             why = "torchao is not installed: pip install '.[quant]' in the clone"
             raise bad_value("engine.quantize", self.quantize, why)
@@ -263,7 +258,7 @@ def check_run(request: RunRequest) -> RunSpec:
     questions = request.task.questions()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
-        budget = calibrated(budget, request, aggregators, questions)
+        budget = calibrated(budget, request, aggregators, scorer, questions)
     prompts = encode_prompts(adapter, questions, reserved)
     if not has_gold(questions):
         name = request.task.name
@@ -362,7 +357,7 @@ def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
     """The draft head of a schedule; None where it has none.
 
     Raises:
-        UsageError: it is not there, or another model's.
+        UsageError: it does not exist, or is another model's.
     """
     path = schedule.draft_path
     return None if path is None else find_draft(path, adapter.digest, adapter.latents)
@@ -391,12 +386,10 @@ def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
         answers_differ = request.answers.random or sampler.random_answers
         if request.n > 1 and answers_differ and not sampler.random_latents:
             why = f"sampler {sampler.name} gives all rollouts of a question the same latents, and so the same score"
-            if not scorer.only_own:
-                raise bad_value("scorer", scorer.name, why)
+            require("scorer", scorer.name, scorer.only_own, why)
             return NoScorer(why)
     if not isinstance(scorer, NoScorer):
-        if adapter.latents == 0:
-            raise bad_value("scorer", scorer.name, "a scorer scores latents, and model.latents=0")
+        require("scorer", scorer.name, adapter.latents != 0, "a scorer scores latents, and model.latents=0")
         for warning in scorer.check(adapter, config["sampler"]):
             log.warning("%s", warning)
     return scorer
@@ -503,9 +496,13 @@ def check_adaptive(
 
 
 def calibrated(
-    budget: AdaptiveBudget, request: RunRequest, aggregators: Sequence[Aggregator], questions: Sequence[Question]
+    budget: AdaptiveBudget,
+    request: RunRequest,
+    aggregators: Sequence[Aggregator],
+    scorer: Scorer | None,
+    questions: Sequence[Question],
 ) -> AdaptiveBudget:
-    """The budget, with its rule calibrated if it needs that; see `calibration.fit`.
+    """The budget, with its rule calibrated if it needs that; see `calibration.calibrate_on_run`.
 
     Raises:
         UsageError: the run to calibrate on cannot be used.
@@ -514,8 +511,12 @@ def calibrated(
         return budget
     weighted = [each.temperature for each in aggregators if isinstance(each, Weighted)]
     temperature = weighted[0] if weighted and budget.aggregator == "weighted" else None
-    fitted = calibration.fit(
-        budget.rule, request.adapter.digest, request.config["sampler"], [each.id for each in questions], temperature
+    fitted = calibration.calibrate_on_run(
+        budget.rule,
+        request.config,
+        {"model": request.adapter.digest, "scorer": None if scorer is None else scorer.digest},
+        [each.id for each in questions],
+        temperature,
     )
     return replace(budget, rule=replace(budget.rule, fitted=fitted))
 
@@ -650,8 +651,7 @@ def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
     Raises:
         UsageError: there is only one question.
     """
-    if len(questions) < 2:
-        raise bad_value("sampler.mode", "shuffle", "needs at least two questions")
+    require("sampler.mode", "shuffle", len(questions) >= 2, "needs at least two questions")
     return {q.id: other for q, other in zip(questions, [*questions[1:], questions[0]], strict=True)}
 
 

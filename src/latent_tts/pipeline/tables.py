@@ -14,6 +14,7 @@ import pandas as pd
 from latent_tts.aggregator import Aggregator, Vote
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.cost import Shape
+from latent_tts.pipeline.costs import rollout_gflop
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.rounds import adaptive_figures, budget_table, with_counts
 from latent_tts.pipeline.scores import Scores
@@ -22,11 +23,11 @@ from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED, MEASURED_SUMS, NOT_DECODED
 from latent_tts.results.files import settings_digest
 from latent_tts.results.metrics import Figures, measured_figures, metric_rows, rollout_arrays, rollout_figures
+from latent_tts.results.parts import release_memory
 from latent_tts.results.run_folder import COUNT_COLUMNS
-from latent_tts.schedule import OF_OTHERS
 from latent_tts.task import has_gold
 from latent_tts.text.classes import shared_forms
-from latent_tts.types import Float32, Floats, Question
+from latent_tts.types import Float32, Floats, Question, RolloutArrays
 
 log = logging.getLogger(__name__)
 MAX_USELESS = 0.95  # share of answers
@@ -63,6 +64,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
     if drawn.outcome is not None:
         spec = with_counts(spec, drawn.outcome)
     rollouts = rollout_table(spec, drawn)
+    release_memory()
     _warn_of_useless_answers(rollouts)
     if drawn.outcome is not None:
         budget = budget_table(spec, drawn.outcome, rollouts)
@@ -71,6 +73,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         figures = winner_figures(spec, drawn, rollouts)
     else:
         figures = all_figures(spec, drawn, rollouts)
+    release_memory()
     metrics = metric_rows(figures, run_columns(spec, settings))
     used = spec.drawn if drawn.outcome is None else [stop.used for stop in drawn.outcome.stops]
     gflops_Q = max(figures, key=lambda each: each.n).per_question["gflops", ""]
@@ -80,31 +83,31 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     """The rollouts table: cached rows with their scores, and answers read by the model's and the task's rules."""
     adapter, rule, rows = spec.adapter, spec.task.rule, drawn.rows
-    golds = [question.answer for question, count in zip(spec.questions, spec.drawn, strict=True) for _ in range(count)]
+    golds = np.array([question.answer for question in spec.questions], dtype=object).repeat(spec.drawn)
     # many rollouts give the same answer: each is read once
-    texts = _once_per_value(lambda *ids: adapter.answer_text([int(token) for token in ids]), rows["answer_ids"])
+    texts = _once_per_value(lambda *ids: adapter.answer_text(list(map(int, ids))), rows["answer_ids"], len(rows))
     answers = _once_per_value(
         lambda stop, text: None if stop == NOT_DECODED else rule.read(text, adapter),
         zip(rows["stop_reason"], texts, strict=True),
+        len(rows),
     )
     right = _once_per_value(
         lambda answer, gold: None not in (answer, gold) and rule.is_right(answer, gold),
         zip(answers, golds, strict=True),
+        len(rows),
     )
-    predictions = [  # equal answers of a question get one form, so that they are one vote
-        form
-        for start, end in pairwise([0, *accumulate(spec.drawn)])
-        for form in shared_forms(answers[start:end], rule.equal)
-    ]
+    for start, end in pairwise([0, *accumulate(spec.drawn)]):
+        # equal answers of a question get one form, so that they are one vote
+        answers[start:end] = shared_forms(answers[start:end].tolist(), rule.equal)
     ids = np.array([question.id for question in spec.questions], dtype=object).repeat(spec.drawn)
-    table = pd.DataFrame(
+    return pd.DataFrame(
         {
             "question_index": np.arange(len(spec.questions), dtype="int32").repeat(spec.drawn),
             "question_id": pd.Series(ids, dtype=object),  # a text of pandas' own per row is large
             "rollout": rows["rollout"].astype("int32"),
-            "prediction": pd.array(predictions, dtype=object),
-            "correct": right if has_gold(spec.questions) else pd.array([None] * len(rows), dtype="boolean"),
-            "score": pd.array([None] * len(rows), dtype="Float32"),
+            "prediction": pd.Series(answers, dtype=object),
+            "correct": right.astype(bool) if has_gold(spec.questions) else pd.array([None] * len(rows), "boolean"),
+            "score": pd.array(np.full(len(rows), np.nan) if drawn.scores is None else drawn.scores.score, "Float32"),
             "answer_logprob": rows["answer_logprob"],
             "answer_margin": rows["answer_margin"],
             "stop_reason": rows["stop_reason"],
@@ -117,9 +120,6 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
         },
         copy=False,
     )
-    if drawn.scores is not None:
-        _add_scores(table, drawn.scores)
-    return table
 
 
 def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> list[dict[str, Any]]:
@@ -151,19 +151,19 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> 
     for number in np.unique(used_Q):  # budgets may give unequally many
         chosen_Q = used_Q == number
         alike = rollouts if chosen_Q.all() else rollouts[np.repeat(chosen_Q, used_Q)]
+        arrays = rollout_arrays(alike, int(number))
+        predictions = alike["prediction"].to_numpy(dtype=object).reshape(-1, number)
         for aggregator in reported:
-            picked = _picked(aggregator, alike, int(number), all_decoded=spec.decode == "all")
+            picked = _picked(aggregator, arrays, predictions, all_decoded=spec.decode == "all")
             for index, pick in zip(np.flatnonzero(used_Q == number), picked, strict=True):
                 lines[index]["picks"][aggregator.name] = pick
     return lines
 
 
 def _picked(
-    aggregator: Aggregator, rollouts: pd.DataFrame, drawn: int, *, all_decoded: bool
+    aggregator: Aggregator, arrays: RolloutArrays, predictions: np.ndarray, *, all_decoded: bool
 ) -> Iterator[dict[str, Any]]:
-    """What an aggregator picks for each question, see `answer_lines`."""
-    arrays = rollout_arrays(rollouts, drawn)
-    predictions = rollouts["prediction"].to_numpy(dtype=object).reshape(-1, drawn)
+    """What an aggregator picks for each question, see `answer_lines`; predictions (Q, D) are texts."""
     reason = "share" if isinstance(aggregator.rule(arrays), Vote) else "score"
     for question, (pick, support) in enumerate(zip(*statistics.supported_picks(aggregator, arrays), strict=True)):
         code_N = arrays.prediction_QD[question]
@@ -180,37 +180,28 @@ def _picked(
         }
 
 
-def _once_per_value(function: Callable[..., Any], values: Iterable[Iterable[Any]]) -> list[Any]:
-    """What a function makes of each of some tuples of arguments, called once for equal ones."""
+def _once_per_value(function: Callable[..., Any], values: Iterable[Iterable[Any]], count: int) -> np.ndarray:
+    """What a function makes of each of `count` tuples of arguments, called once for equal ones."""
     made: dict[tuple[Any, ...], Any] = {}
-    results = []
-    for value in values:
+    results = np.empty(count, dtype=object)
+    for place, value in enumerate(values):
         arguments = tuple(value)
         if arguments not in made:
             made[arguments] = function(*arguments)
-        results.append(made[arguments])
+        results[place] = made[arguments]
     return results
 
 
 def _warn_of_useless_answers(rollouts: pd.DataFrame) -> None:
     """Warn where nearly no answer can be read, or nearly all are cut off: then accuracies say nothing of the model."""
-    decoded = rollouts[rollouts["stop_reason"] != NOT_DECODED]
+    decoded = rollouts["stop_reason"] != NOT_DECODED
     for useless, what in (
-        (decoded["prediction"].isna(), "cannot be read by the task's rule"),
-        (decoded["stop_reason"] == "length", "are cut off at max_answer_tokens"),
+        (decoded & rollouts["prediction"].isna(), "cannot be read by the task's rule"),
+        (rollouts["stop_reason"] == "length", "are cut off at max_answer_tokens"),
     ):
-        if len(decoded) and useless.mean() >= MAX_USELESS:
-            example = decoded["answer_text"][useless].iloc[0]
-            log.warning("%.0f %% of the answers %s, as in %r", 100 * useless.mean(), what, example[-80:])
-
-
-def _add_scores(rollouts: pd.DataFrame, scores: Scores) -> None:
-    """Put scores, and what they cost, into a rollouts table."""
-    rollouts["score"] = pd.array(scores.score, dtype="Float32")
-    for name in MEASURED_SUMS:
-        rollouts[name] += scores.rows[name].to_numpy()
-    peaks = [rollouts["peak_memory_bytes"].to_numpy(dtype=float), scores.rows["peak_memory_bytes"].to_numpy()]
-    rollouts["peak_memory_bytes"] = np.maximum(*peaks)
+        if decoded.any() and useless.sum() >= MAX_USELESS * decoded.sum():
+            example = rollouts["answer_text"].iloc[useless.argmax()]
+            log.warning("%.0f %% of the answers %s, as in %r", 100 * useless.sum() / decoded.sum(), what, example[-80:])
 
 
 def all_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
@@ -228,23 +219,19 @@ def all_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> li
 def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
     """The figures of each reported n where only its picks were decoded, each n as if it were the only one."""
     assert drawn.winners is not None
-    assert spec.scorer is not None
-    n, passes, begun = spec.n, spec.passes, len(spec.forced_ids)
-    head = Shape.from_config(spec.scorer.sizes)
-    steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, n)
+    n = spec.n
+    steps_QN, conflicts_QN = (rollouts[name].to_numpy().reshape(-1, n) for name in ("latent_steps", "conflicts"))
     figures = []
     for budget, pick_Q in drawn.winners.picks.items():
         places = np.arange(len(pick_Q)) * n + pick_Q
         picked = rollouts.iloc[places]
         gflops_Q = []
-        for question, steps_N, pick, answer in zip(
-            spec.questions, steps_QN, pick_Q, picked["answer_tokens"], strict=True
-        ):
-            prompt = len(spec.prompts[question.id])
-            thinking = passes.shared_flops(prompt) + passes.thinking_flops(prompt, steps_N[:budget]).sum()
-            scoring = head.prompt_flops(prompt) + head.scoring_flops(prompt, steps_N[:budget]).sum()
-            decoding = passes.shared_flops(prompt) + passes.rollout_flops(prompt, steps_N[pick], answer - begun)
-            gflops_Q.append(float(thinking + scoring + decoding) / 1e9)
+        for place, (question, pick) in enumerate(zip(spec.questions, pick_Q, strict=True)):
+            steps_N, conflicts_N, own = steps_QN[place, :budget], conflicts_QN[place, :budget], slice(pick, pick + 1)
+            tokens_1 = picked["answer_tokens"].to_numpy()[place : place + 1]
+            thinking = rollout_gflop(spec, question, steps_N, None, conflicts_N)
+            decoding = rollout_gflop(spec, question, steps_N[own], tokens_1, conflicts_N[own], scored=False)
+            gflops_Q.append(sum(shared + each_N.sum() for shared, each_N in (thinking, decoding)))
         values: dict[tuple[str, str], statistics.Floats] = {}
         if has_gold(spec.questions):
             # a question none of whose rollouts has a score has no pick
@@ -267,33 +254,20 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
 
 def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list[tuple[float, float]]:
     """For each question, the GFLOP that its rollouts share, and the GFLOP that each of them adds on average."""
-    passes, begun = spec.passes, len(spec.forced_ids)
-    answers_QN = rollouts["answer_tokens"].to_numpy().reshape(-1, spec.kept) - begun
-    steps_QN = rollouts["latent_steps"].to_numpy().reshape(-1, spec.kept)
-    conflicts_QN = rollouts["conflicts"].to_numpy().reshape(-1, spec.kept) if "conflicts" in rollouts else None
+    names = ["latent_steps", "answer_tokens", *(["conflicts"] if "conflicts" in rollouts else [])]
+    columns = [rollouts[name].to_numpy().reshape(-1, spec.kept) for name in names]
     pairs = []
     for place, question in enumerate(spec.questions):
-        prompt, steps_N = len(spec.prompts[question.id]), steps_QN[place]
-        shared, each = (
-            passes.shared_flops(prompt),
-            float(passes.rollout_flops(prompt, steps_N, answers_QN[place]).mean()),
-        )
-        if spec.schedule.first_guess in OF_OTHERS:
-            shared += float(passes.thinking_flops(prompt, spec.adapter.latents))
-        if spec.draft is not None:
-            each += spec.draft.record.flops(prompt)
-        if conflicts_QN is not None:  # with all latents before them, which is a little too many
-            each += float((conflicts_QN[place] * spec.shape.pass_flops(1, prompt + steps_N)).mean())
+        shared, each_N = rollout_gflop(spec, question, *(column_QN[place] for column_QN in columns))
+        each = float(each_N.mean())
         if spec.kept < spec.n:  # a search: n think, those kept answer
-            thinking = float(passes.thinking_flops(prompt, steps_N).mean())
-            each = thinking + (each - thinking) * spec.kept / spec.n
+            _, grown_N = rollout_gflop(spec, question, columns[0][place], None)
+            each = float(grown_N.mean()) + (each - float(grown_N.mean())) * spec.kept / spec.n
         if scores is not None and spec.scorer is not None:
-            head = Shape.from_config(spec.scorer.sizes)
-            each += float(head.scoring_flops(prompt, steps_N).mean())
             # official positions need a prefill for each length of text: a cost of the rollouts, not of the question
-            shared += head.prompt_flops(prompt)
-            each += (scores.prefills[place] - 1) * head.prompt_flops(prompt) / spec.n
-        pairs.append((shared / 1e9, each / 1e9))
+            prefill = Shape.from_config(spec.scorer.sizes).prompt_flops(len(spec.prompts[question.id]))
+            each += (scores.prefills[place] - 1) * float(prefill) / 1e9 / spec.n
+        pairs.append((shared, each))
     return pairs
 
 

@@ -160,15 +160,13 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
     table = read_rollouts(source)
     counts = table.groupby("question_id", sort=False).size()
     if gone := [name for name in counts.index if name not in questions]:
-        raise RunError(f"run={source}: question {gone[0]} is not one of its task any more")
+        raise RunError(f"run={source}: the questions of its task have changed since that run: {gone[0]} is missing")
     chosen = [questions[name] for name in find_ids(wanted, list(counts.index), source)]
     has = [int(counts[question.id]) for question in chosen]
     whole = spec.search.survivors is not None or (spec.scorer is not None and spec.scorer.positions == "official")
     if n is not None:
-        why = f"must be 1 to {min(has)}, which the run has"
-        require("n", n, 1 <= n <= min(has), why)
-        why = "its rollouts are drawn or scored all together, so n cannot be smaller"
-        require("n", n, not whole or n == max(has), why)
+        require("n", n, 1 <= n <= min(has), f"must be 1 to {min(has)}, which the run has")
+        require("n", n, not whole or n == max(has), "its rollouts were drawn or scored all together: n must be theirs")
     limit = n or MAX_ROLLOUTS
     given = {question.id: spec.donors[question.id] for question in chosen if question.id in spec.donors}
     counted = None if whole else [min(limit, count) for count in has]
@@ -191,7 +189,7 @@ def warn_of_differences(run: RunSpec, rollouts: RunRollouts, source: Path) -> No
     decoded = before["stop_reason"] != NOT_DECODED
     changed = (before["answer_text"] != here["answer_text"]) & decoded
     if changed.any():
-        log.warning("run=%s: %d of %d answers are others than then: drawn again, and rounded in another way",
+        log.warning("run=%s: %d of %d answers differ from those of the run: they were drawn again, with other rounding",
                     source, changed.sum(), decoded.sum())  # fmt: skip
 
 
@@ -206,8 +204,8 @@ def find_ids(wanted: Sequence[str], ids: Sequence[str], source: Path) -> list[st
         fits = [text] if text in ids else [name for name in ids if text and name.startswith(text)]
         if len(fits) != 1:
             shown = ", ".join((fits or ids)[:SHOWN_IDS])
-            what = "several begin so" if fits else "not a question of this run"
-            raise UsageError(f"question={text}: {what}; {source / ANSWERS} has them by their id, as in {shown}")
+            what = "the ids of several questions begin with it" if fits else "no question of this run"
+            raise UsageError(f"question={text}: {what}; {source / ANSWERS} lists the ids, such as {shown}")
         found += fits
     return list(dict.fromkeys(found))
 

@@ -1,7 +1,7 @@
 """Parquet parts: tables of rollouts in a folder, written by a thread, found by an index, gathered row by row.
 
-A part is there whole or not at all, and has the digest of its bytes in its name. A part whose bytes are others is
-damaged: it is named, set aside and counts as not there.
+A part is complete or absent, and has the digest of its bytes in its name. A part with other bytes is damaged: it is
+named, set aside and counts as missing.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ INDEX_SCHEMA = pa.schema(
     [("part", pa.string()), ("row_key", pa.string()), ("first", pa.int32()), ("count", pa.int32())]
 )
 log = logging.getLogger(__name__)
+pa.set_memory_pool(pa.system_memory_pool())  # see `release_memory`
 
 
 # Writing
@@ -45,14 +46,15 @@ log = logging.getLogger(__name__)
 def write_part(folder: Path, table: pa.Table) -> None:
     """Write one part."""
     with digest_named_file(folder, uuid.uuid4().hex, PART_SUFFIX) as path:
-        pq.write_table(table, path, compression="zstd", compression_level=1)
+        # Arrow takes a relative path with a colon for a URI
+        pq.write_table(table, path.absolute(), compression="zstd", compression_level=1)
 
 
 class PartWriter:
     """Writes tables as parts of a folder, in a thread, so that who computes them does not wait for the disk.
 
     A part is written every two seconds, when there are `MAX_PART_BYTES`, and at the end, however it ends: leaving the
-    block waits until everything that was handed over is written. An error of the thread is raised by the next `put`,
+    block waits until everything that was put is written. An error of the thread is raised by the next `put`,
     or at the end of the block.
     """
 
@@ -67,7 +69,7 @@ class PartWriter:
         return self
 
     def put(self, make: Callable[[], pa.Table]) -> None:
-        """Hand over a table as the function that makes it; the thread calls it."""
+        """Queue a table as the function that makes it; the thread calls it."""
         if self._error is not None:
             raise self._error
         self._queue.put(make)
@@ -86,7 +88,7 @@ class PartWriter:
         written = time.perf_counter()
         while (make := self._queue.get()) is not None:
             if self._error is not None:
-                continue  # nobody may wait for a place in the queue
+                continue  # no `put` may wait for a place in the queue
             try:
                 pending.append(make())
                 late = time.perf_counter() - written > SECONDS_BETWEEN_PARTS
@@ -183,7 +185,7 @@ class PartIndex:
         table = self._table.filter(pc.call_function("is_in", [self._table["part"]], pc.SetLookupOptions(there)))
         with suppress(OSError):  # without it, the parts are read
             with digest_named_file(self._folder, uuid.uuid4().hex, INDEX_SUFFIX) as path:
-                pq.write_table(table, path, compression="zstd")
+                pq.write_table(table, path.absolute(), compression="zstd")
             for path in self._files:
                 path.unlink(missing_ok=True)
 
@@ -209,7 +211,7 @@ def runs_of(places: pd.DataFrame) -> list[tuple[str, range]]:
 
 
 class GatheredRows:
-    """Columns of the rows that somebody wants, gathered from one table after another; the first of equal rows counts.
+    """Columns of some wanted rows, gathered from one table after another; the first of equal rows counts.
 
     Each column can be had once, so that there are never two copies of all of them.
 
@@ -218,15 +220,18 @@ class GatheredRows:
     """
 
     def __init__(self, wanted: pd.DataFrame, schema: pa.Schema) -> None:
-        """Want some rows, with the columns of a schema."""
+        """Want some rows, at least one and each once, with the columns of a schema."""
         self.wanted, self._schema = wanted, schema
         codes, keys = pd.factorize(wanted["row_key"])
-        ids = (codes.astype(np.int64) << 32) + wanted["rollout"].to_numpy()
         self._codes = {key: code for code, key in enumerate(keys)}
-        self._order = ids.argsort(kind="stable")
-        self._ids = ids[self._order]
+        ids = (codes.astype(np.int64) << 32) + wanted["rollout"].to_numpy()
+        # runs of consecutive rollouts, by their ids: a few numbers instead of some per row
+        places = np.flatnonzero(np.diff(ids, prepend=-2) != 1)
+        order = ids[places].argsort()
+        self._first, self._place = ids[places[order]], places[order]
+        self._count = np.diff(places, append=len(ids))[order]
         self._found = np.zeros(len(ids), dtype=np.bool_)
-        self._pieces: list[tuple[Int64, pa.Table]] = []
+        self._pieces: list[tuple[np.ndarray, pa.Table]] = []
 
     def take(self, table: pa.Table, which: Bools | None = None) -> None:
         """Keep those rows of a table (of those that `which` names) that are wanted and still missing."""
@@ -238,7 +243,8 @@ class GatheredRows:
         places, first = np.unique(places[rows], return_index=True)
         if len(places):
             self._found[places] = True
-            self._pieces.append((places, table.select(self._schema.names).take(rows[first])))
+            taken = table.select(self._schema.names).take(rows[first])
+            self._pieces.append((places.astype(np.min_scalar_type(len(self._found))), taken))
 
     def contains(self, table: pa.Table) -> Bools:
         """Which rows of a table are wanted."""
@@ -246,10 +252,16 @@ class GatheredRows:
 
     def any_missing(self, runs: pa.Table) -> pa.Array:
         """Which runs (columns `row_key`, `first`, `count`) hold a row that is still missing."""
-        missing = np.concatenate([[0], np.cumsum(~self._found[self._order])])
+        missing = np.concatenate([[0], np.cumsum(~self._found)])
+        before = np.cumsum(missing[self._place + self._count] - missing[self._place])
+
+        def missing_below(ids: Int64) -> Int64:
+            run = (self._first.searchsorted(ids, side="right") - 1).clip(min=0)
+            stop = self._place[run] + (ids - self._first[run]).clip(0, self._count[run])
+            return before[run] - missing[self._place[run] + self._count[run]] + missing[stop]
+
         first = self._ids_of(runs["row_key"], runs["first"])
-        low, high = (self._ids.searchsorted(ids) for ids in (first, first + runs["count"].to_numpy()))
-        return pa.array(missing[high] > missing[low])
+        return pa.array(missing_below(first + runs["count"].to_numpy()) > missing_below(first))
 
     def missing(self) -> pd.DataFrame:
         """The rows of `wanted` that are still missing."""
@@ -290,12 +302,12 @@ class GatheredRows:
             values[rows] = shared_objects(column, known) if objects else column.to_numpy(zero_copy_only=False)
         return values
 
-    def _taken(self, name: str) -> list[tuple[Int64, pa.Array]]:
+    def _taken(self, name: str) -> list[tuple[np.ndarray, pa.Array]]:
         """A column by pieces, each with the places of its rows among those found; it is not kept here any longer."""
         columns = [table[name].combine_chunks() for _, table in self._pieces]
         self._pieces = [(places, table.drop_columns(name)) for places, table in self._pieces]
         ranks = None if self._found.all() else self._found.cumsum() - 1
-        pa.default_memory_pool().release_unused()
+        release_memory()
         return [
             (places if ranks is None else ranks[places], column)
             for (places, _), column in zip(self._pieces, columns, strict=True)
@@ -304,8 +316,9 @@ class GatheredRows:
     def _places(self, table: pa.Table) -> Int64:
         """Where each row of a table stands in `wanted`; -1 for those that are not wanted."""
         ids = self._ids_of(table["row_key"], table["rollout"])
-        at = self._ids.searchsorted(ids).clip(max=len(self._ids) - 1)
-        return np.where(self._ids[at] == ids, self._order[at], -1)
+        run = (self._first.searchsorted(ids, side="right") - 1).clip(min=0)
+        beyond = ids - self._first[run]
+        return np.where((beyond >= 0) & (beyond < self._count[run]), self._place[run] + beyond, -1)
 
     def _ids_of(self, keys: pa.ChunkedArray, numbers: pa.ChunkedArray) -> Int64:
         encoded = keys.combine_chunks().dictionary_encode()
@@ -339,6 +352,11 @@ def shared_objects(column: pa.Array, known: dict[Any, Any]) -> np.ndarray:
             known[content] = values[start:stop].tolist()
         objects[row], start = known[content], stop
     return objects
+
+
+def release_memory() -> None:
+    """Give memory that Arrow and NumPy have freed back to the system: after a stage it is about 100 bytes per row."""
+    pa.default_memory_pool().release_unused()
 
 
 def ragged(values_RT: np.ndarray, lengths_R: np.ndarray) -> pa.ListArray:

@@ -27,7 +27,7 @@ AGAINST = {
     "n": "rollouts per question (n)",
     "gflops": "GFLOP per question",
     "seconds": "seconds per question",
-    "diversity": "diversity of latents (mean pairwise cosine dissimilarity)",
+    "diversity": "diversity of latents\n(mean pairwise cosine dissimilarity)",
 }
 FORMATS = ("png", "svg", "pdf")
 MAX_MODELS_TOGETHER = 2  # more models get a row of panels each
@@ -35,6 +35,7 @@ MAX_LINES_TOGETHER = 8  # in one panel of accuracies; more get a panel per aggre
 MAX_BANDS = 4  # in one panel; more intervals are bars at the curves' ends
 NEAR = 0.03  # of the x axis: bars so near to each other are drawn side by side
 MIN_SWEPT = 3  # values of a parameter that make a sequential palette
+MAX_VALUES = 8  # of a sampler that are written at the points of a curve
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, with violet and grey for yellow and black
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#6a3d9a", "#e69f00", "#56b4e9", "#cc79a7", "#555555")
@@ -214,17 +215,26 @@ def _named_curves(
         of_sampler = ["sampler"]
     changed = [dict(_split(text)) for text in curves["settings"]]
     common = set.intersection(*(set(each.items()) for each in changed))
+    shared = _shared_sampler(points, against)
     labels, attributes = [], {}
     for (_, curve), settings in zip(curves.iterrows(), changed, strict=True):
         told = {name: curve[name] for name in varying if not name.startswith(("sampler", "settings")) and curve[name]}
         if "settings" in varying:
             told |= {key: value for key, value in settings.items() if (key, value) not in common}
-        if not told or any(name.startswith("sampler") for name in varying):
-            told |= {name: curve[name] for name in of_sampler if curve[name]}
+        if not told or any(name in of_sampler for name in varying):
+            told |= {name: curve[name] for name in of_sampler if curve[name] and name not in shared}
+        told = told or {"sampler": curve["sampler"]}
         labels.append(_label(told))
         attributes[labels[-1]] = told
     named = keys.merge(curves.assign(label=labels), on=columns, how="left")
     return points.assign(label=named["label"].to_numpy()), attributes, notes
+
+
+def _shared_sampler(points: pd.DataFrame, against: str) -> tuple[str, ...]:
+    """The column of the sampler's name where the title says it: curves of a model differ in its parameter."""
+    one = len(points[["sampler", "sampler_param"]].drop_duplicates()) == 1
+    differ = points.groupby("model")["sampler_value"].nunique().max() > 1
+    return ("sampler",) if one and differ and against != "diversity" else ()
 
 
 def _split(settings: str) -> Iterable[tuple[str, str]]:
@@ -236,14 +246,14 @@ def _split(settings: str) -> Iterable[tuple[str, str]]:
 
 
 def _sampler_text(told: Mapping[str, str] | pd.Series) -> str:
-    """A sampler with its value, as in `gaussian sigma=0.4`."""
+    """A sampler with its value, as in `gaussian sigma=0.4`; without the name of a sampler that all curves share."""
     text, name, value = (str(told.get(key, "")) for key in ("sampler", "sampler_param", "sampler_value"))
-    return f"{text} {name}={value}" if name and value else text
+    return f"{text} {name}={value}".strip() if name and value else text
 
 
 def _label(told: Mapping[str, str]) -> str:
     """What tells a curve from others, as a legend says it: `gaussian sigma=0.4, float32`."""
-    parts = [_sampler_text(told)] if "sampler" in told else []
+    parts = [_sampler_text(told)] if "sampler" in told or "sampler_value" in told else []
     for name, value in told.items():
         if name in DIGEST_COLUMNS:
             parts.append(digest_label(name, value))
@@ -341,6 +351,8 @@ def _draw_panel(
                 _draw_bars(axis, beside(line["x"], place, bars), line, style)
                 continue
             axis.plot(line["x"], line["value"], **style)
+            if index == 0 and against == "diversity":
+                _write_values(axis, line, look)
             if index == 0 and not thin:
                 alpha = 0.15 if len(labels) <= 2 else 0.1
                 axis.fill_between(
@@ -364,12 +376,27 @@ def _draw_bars(axis: Axes, x: pd.Series, line: pd.DataFrame, style: Mapping[str,
     axis.errorbar(x, line["value"], reach, capsize=2, elinewidth=0.9, **style)
 
 
+def _write_values(axis: Axes, line: pd.DataFrame, look: Look) -> None:
+    """Write the sampler's value at the points of a curve, at the first and at every other one where there are many."""
+    step = math.ceil(len(line) / MAX_VALUES)
+    for point in line.iloc[::step].itertuples():
+        axis.annotate(
+            str(point.sampler_value), (point.x, point.value), (0, 5), textcoords="offset points",
+            ha="center", fontsize=7, color=look.color,
+        )  # fmt: skip
+
+
 def _beside(x: pd.Series, place: float, count: int, *, part: pd.DataFrame, against: str) -> pd.Series:
     """Where bars that share a place on the x axis are drawn: side by side, within an octave or a tenth of the axis."""
     if _is_logarithmic(part, against):
         return x * 2 ** (place * min(0.12, 0.9 / count))
     width = part["x"].max() - part["x"].min()
-    return x + place * min(0.012, 0.1 / count) * (width or 0.2 * x.abs())
+    return x + place * (width * min(0.012, 0.1 / count) or 2 * _margin(x.max()) * min(0.05, 0.5 / count))
+
+
+def _margin(x: float) -> float:
+    """What an axis has on either side of its only place."""
+    return 0.2 * abs(x) or 0.1
 
 
 def _is_logarithmic(part: pd.DataFrame, against: str) -> bool:
@@ -394,7 +421,7 @@ def _set_ticks(axis: Axes, part: pd.DataFrame, against: str) -> None:
     else:
         axis.xaxis.set_major_locator(ticker.MaxNLocator(7, steps=steps))
     if low == high and against != "n":
-        axis.set_xlim(0.8 * low, 1.2 * high)
+        axis.set_xlim(low - _margin(low), high + _margin(low))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.10g}"))
     axis.yaxis.set_major_locator(ticker.MaxNLocator(7, steps=steps))
@@ -454,11 +481,12 @@ def _title(points: pd.DataFrame, against: str) -> str:
     models, tasks = points["model"].unique(), (points["task"] + "/" + points["split"]).str.rstrip("/").unique()
     named = [str(models[0]) if len(models) == 1 else f"{len(models)} models"]
     named.append(f"on {', '.join(tasks) if len(tasks) <= 3 else f'{len(tasks)} tasks'}")
+    sampler = [str(points["sampler"].iloc[0])] if _shared_sampler(points, against) else []
     digests = [digest for digest in points["questions_digest"].unique() if digest and not digest.startswith(UNKNOWN)]
     questions = f"{_range(points['questions'])} questions"
     if len(digests) > len(tasks):
         questions = f"{len(digests)} different sets of {questions}"
-    parts = [" ".join(named), questions]
+    parts = [" ".join(named), *sampler, questions]
     seeds = points["seed"].unique()
     counts = pd.Series([len(text.split(",")) for text in seeds])
     if len(seeds) == 1:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -23,6 +24,8 @@ from latent_tts.results.run_folder import CURVE_COLUMNS
 STATISTICS = "docs/statistics.md"
 GAP = 2  # spaces between columns
 UNLIMITED = 100_000  # columns of a pipe
+_round: ContextVar[int] = ContextVar("round", default=0)  # 0 outside of rounds
+JOB_LINE = re.compile(r"(?<=^INFO )\t#(\d+) : ")  # of Hydra's launchers
 
 
 # Log lines and progress
@@ -54,11 +57,11 @@ class LineHandler(logging.Handler):
 
 
 class PrintableFormatter(logging.Formatter):
-    """Writes control characters out."""
+    """Writes control characters out, and names the jobs of a sweep, which Hydra sets off by a tab."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line of a record."""
-        return printable(super().format(record))
+        return printable(JOB_LINE.sub(r"job \1: ", super().format(record)))
 
 
 class OncePerSweep(logging.Filter):
@@ -95,6 +98,24 @@ def print_status(text: str) -> None:
     stderr_console().print(Text(printable(text)), soft_wrap=True)
 
 
+@contextmanager
+def in_round(number: int) -> Iterator[None]:
+    """Name bars after a round, remove each at its end, and log no more than warnings after the first round.
+
+    Args:
+        number: of the round, from 1.
+    """
+    logger = logging.getLogger("latent_tts")
+    level, token = logger.level, _round.set(number)
+    if number > 1:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        _round.reset(token)
+
+
 class ProgressBar:
     """A bar on stderr with rate, time spent and time left; silent where stderr is no terminal."""
 
@@ -106,16 +127,16 @@ class ProgressBar:
 
     @property
     def visible(self) -> bool:
-        """Whether anybody sees it."""
+        """Whether it is shown."""
         return not self._progress.disable
 
     def advance(self, count: int) -> None:
-        """Some more are done."""
+        """Count some more as done."""
         self._done += count
         self.show_part(0)
 
     def show_part(self, count: float) -> None:
-        """Beside those that are done, others have come as far as `count` whole ones."""
+        """Show that, besides those that are done, others have progressed by as much as `count` whole ones."""
         completed = self._done + count
         elapsed = self._progress.tasks[0].elapsed or 0
         rate = completed / max(elapsed, 1e-9)
@@ -139,9 +160,12 @@ def progress_bar(total: int, unit: str) -> Iterator[ProgressBar]:
         TimeRemainingColumn(compact=True),
         TextColumn("left"),
     )
+    number = _round.get()
     # a forward pass may take long: the rate is taken over minutes
-    with Progress(*columns, console=console, disable=not console.is_terminal, speed_estimate_period=300) as progress:
-        yield ProgressBar(progress, total, unit)
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=300, transient=number > 0
+    ) as progress:
+        yield ProgressBar(progress, total, f"round {number}: {unit}" if number else unit)
 
 
 # Tables
@@ -180,10 +204,19 @@ class Column:
         return max(Text(line).cell_len for line in lines)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout whose columns are all shown: the first aligned to the left, the others to the right."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], spare: Mapping[str, int] | None = None
+) -> None:
+    """A table on stdout: the first column aligned to the left, the others to the right.
+
+    Args:
+        title: printed above.
+        columns: their headings.
+        rows: a cell per column.
+        spare: see `Column.spare`; by default every column is shown.
+    """
     cells = [[str(row[place]) for row in rows] for place in range(len(columns))]
-    first, *others = (Column(name, own) for name, own in zip(columns, cells, strict=True))
+    first, *others = (Column(name, own, (spare or {}).get(name, 0)) for name, own in zip(columns, cells, strict=True))
     print_columns(title, [Column(first.name, first.cells, left=True)], others)
 
 
@@ -333,13 +366,16 @@ def drawn_text(drawn: Any, rows: pd.DataFrame) -> str:
 def figures_of(rows: pd.DataFrame) -> dict[str, str]:
     """The figures of a curve at one n, by the headings of their columns."""
     figures = {}
-    for metric in ("accuracy", "coverage", "agreement"):
-        for row in rows[rows["metric"] == metric].to_dict("records"):
-            if metric != "agreement" or "coverage" not in set(rows["metric"]):
+    records = rows.to_dict("records")
+    covered = any(row["metric"] == "coverage" for row in records)
+    for metric in ("accuracy", "coverage") if covered else ("accuracy", "agreement"):
+        for row in records:
+            if row["metric"] == metric:
                 figures[f"{row['aggregator'] or metric} %"] = percent(row)
     for metric, name, form in (("gflops", "GFLOP/question", ".3g"), ("rollouts_per_second", "rollouts/s", ".0f")):
-        for value in rows.loc[rows["metric"] == metric, "value"]:
-            figures[name] = format(value, form)
+        for row in records:
+            if row["metric"] == metric:
+                figures[name] = format(row["value"], form)
     return figures
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.results.files import file_digest, plain_cells, spreadsheet_cells, whole_file
 from latent_tts.results.parts import runs_of
 from latent_tts.types import Float32
@@ -58,6 +58,7 @@ COLUMN_KINDS: dict[str, tuple[Callable[[pa.DataType], bool], list[str]]] = {
     "true or false": (pa.types.is_boolean, ["correct"]),
     "lists of integers": (lambda kind: pa.types.is_list(kind) and pa.types.is_integer(kind.value_type), ["answer_ids"]),
 }  # fmt: skip
+OBJECT_COLUMNS = dict.fromkeys(COLUMN_KINDS["texts"][1], pa.string()) | {"answer_ids": pa.list_(pa.int64())}
 NEVER_NULL = ["question_id", "rollout", "stop_reason", "answer_text", "answer_ids"]
 METRIC_COLUMNS = [
     "run_id",
@@ -102,10 +103,12 @@ def write_rollouts(folder: Path, rollouts: pd.DataFrame) -> None:
     """Write `rollouts.parquet`."""
     with whole_file(folder / ROLLOUTS) as path:
         columns = [*ROLLOUT_COLUMNS, *(name for name in COUNT_COLUMNS if name in rollouts)]
-        schema = pa.Schema.from_pandas(rollouts[columns], preserve_index=False)
+        schema = pa.Schema.from_pandas(rollouts.iloc[:0][columns], preserve_index=False)
+        for name, kind in OBJECT_COLUMNS.items():  # their values do not say which kind where all are missing
+            schema = schema.set(schema.get_field_index(name), pa.field(name, kind))
         with pq.ParquetWriter(path, schema, compression="snappy") as writer:
             for start in range(0, len(rollouts), ROWS_AT_ONCE):  # all rows once more would be large
-                part = rollouts[columns].iloc[start : start + ROWS_AT_ONCE]
+                part = rollouts.iloc[start : start + ROWS_AT_ONCE][columns]
                 writer.write_table(pa.Table.from_pandas(part, schema, preserve_index=False))
 
 
@@ -170,7 +173,7 @@ def read_budget(folder: Path) -> pd.DataFrame | None:
 class LatentsFile:
     """`latents.safetensors` in the making: one tensor `latents_RTD`, whose rows come in any order.
 
-    It is there under its name once the block ends well; rows with fewer steps end in zeros.
+    It gets its name when the block ends well; rows with fewer steps end in zeros.
     """
 
     def __init__(self, path: Path, wanted: pd.DataFrame, shape_TD: tuple[int, int], dtype: str) -> None:
@@ -381,16 +384,16 @@ def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
     found = record.get("format", 1) if isinstance(record, dict) else 1
     if not isinstance(found, int) or found > FORMAT:
         raise UsageError(f"{path}: format {found}, this version reads those up to {FORMAT}")
-    lacking = []
+    missing = []
     for key, kind in needed.items():
         value = record
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if not isinstance(value, kind):
-            lacking.append(key)
-    if lacking:
+            missing.append(key)
+    if missing:
         raise UsageError(
-            f"{path}: values missing or of the wrong type: {', '.join(lacking[:5])}; repeat the run with ltts run"
+            f"{path}: values missing or of the wrong type: {', '.join(missing[:5])}; repeat the run with ltts run"
         )
     return record
 
@@ -406,8 +409,7 @@ def run_folders(path: Path, key: str = "runs") -> list[Path]:
     Raises:
         UsageError: there are none.
     """
-    if not path.is_dir():
-        raise bad_value(key, path, "no such folder")
+    require(key, path, path.is_dir(), "no such folder")
     found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir()]
     if not found:
         raise bad_value(key, path, "neither a run folder nor a folder of runs")

@@ -76,6 +76,13 @@ def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: 
     assert correct_QD is not None, "accuracies need gold answers"
     for n in budgets:
         _check_budget(correct_QD.shape[1], n)
+    result_BQ = np.empty((len(budgets), len(correct_QD)))
+    for part in _parts(*correct_QD.shape):
+        result_BQ[:, part] = _accuracies(aggregator, rollouts.questions(part), correct_QD[part], budgets)
+    return result_BQ
+
+
+def _accuracies(aggregator: Aggregator, rollouts: RolloutArrays, correct_QD: Bools, budgets: Sequence[int]) -> Floats:
     rule = aggregator.rule(rollouts)
     if isinstance(rule, Ranking):
         return _ranked_accuracies(rule.value_QD, correct_QD, budgets)
@@ -128,6 +135,12 @@ def supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[In
         Numbers (Q,) of the picked rollouts, -1 for none; and the support (Q,) of each: its value in a `Ranking`, its
         prediction's share of all weight in a `Vote`. NaN where there is no pick, and for other rules.
     """
+    parts = _parts(*rollouts.prediction_QD.shape)
+    pick, support = zip(*(_supported_picks(aggregator, rollouts.questions(part)) for part in parts), strict=True)
+    return np.concatenate(pick), np.concatenate(support)
+
+
+def _supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[Int64, Floats]:
     rule, pick_Q = aggregator.rule(rollouts), picks(aggregator, rollouts)
     if isinstance(rule, Picks):
         return pick_Q, np.full(len(pick_Q), np.nan)
@@ -141,6 +154,12 @@ def supported_picks(aggregator: Aggregator, rollouts: RolloutArrays) -> tuple[In
         mine_QD = classes_QD == np.take_along_axis(classes_QD, place_Q1, axis=1)
         support_Q = (weight_QD * mine_QD).sum(1) / np.maximum(weight_QD.sum(1), np.finfo(np.float64).tiny)
     return pick_Q, np.where(pick_Q >= 0, support_Q, np.nan)
+
+
+def _parts(questions: int, drawn: int) -> Iterator[slice]:
+    """Slices of the questions whose arrays stay small; all of them where each slice would make permutations anew."""
+    size = max(1, 8 * MAX_CELLS // drawn) if drawn <= MAX_CACHED_DRAWN else questions
+    return (slice(start, start + size) for start in range(0, questions, size))
 
 
 def subsets(drawn: int, n: int) -> Iterator[NDArray[np.int64]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from latent_tts.errors import bad_value, check_fields
+from latent_tts.errors import bad_value, check_fields, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ class Counts:
         sweeps_R: passes that computed latents of the row.
         commits_R: latents found to be made from the latents that are final; 0 where a schedule does not check.
         conflicts_R: latents that were computed from others than those, and were computed again.
-        timeline: the sweeps in order, that of the prompt's pass included; None where nobody asks for them. Schedules
+        timeline: the sweeps in order, that of the prompt's pass included; None unless asked for. Schedules
             that compute one latent after another add none.
     """
 
@@ -230,8 +230,7 @@ def check_parallel(name: str, chunk: int | None, guess: str, model: LatentModel)
         UsageError: the model has no latents, or fewer than `chunk`, or has no token for the guess, or no latents to
             draft.
     """
-    if model.latents == 0:
-        raise bad_value("schedule", name, f"must be sequential: model={model.name} has no latents")
+    require("schedule", name, model.latents != 0, f"must be sequential: model={model.name} has no latents")
     if chunk is not None and chunk > model.latents:
         raise bad_value("schedule.chunk", chunk, f"must be at most model.latents={model.latents}")
     if guess == "token":

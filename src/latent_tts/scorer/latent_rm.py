@@ -45,8 +45,7 @@ def check_settings(reduce: str | None, positions: str, bounds: Sequence[float] |
         raise bad_value(
             "scorer.reduce", reduce, f"must be one of {', '.join(REDUCTIONS)}, or null for the LatentRM's own"
         )
-    if str(positions) not in POSITIONS:
-        raise bad_value("scorer.positions", positions, f"must be one of {', '.join(POSITIONS)}")
+    require("scorer.positions", positions, str(positions) in POSITIONS, f"must be one of {', '.join(POSITIONS)}")
     if bounds is None:
         return
     ok = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(map(is_number, bounds)) and bounds[0] < bounds[1]
@@ -64,7 +63,7 @@ class LatentRM:
             left padding of the official script, by the length of the longest text among the rollouts of the question
             minus that of the row. A score then depends on the answers of all rollouts of the question.
         revision: commit or tag of a hub id.
-        range: lowest and highest score of a rollout; a score beyond it is an error. None if nobody knows.
+        range: lowest and highest score of a rollout; a score beyond it is an error. None if it is not known.
         only_own: use it only for the reasoner that it was trained for (set by `scorer=auto`).
     """
 
@@ -120,8 +119,7 @@ class LatentRM:
     def trained(self) -> dict[str, Any]:
         """The record of its training in `config.json`; empty for the published checkpoints."""
         trained = self.config.get("latent_rm", {})
-        if not isinstance(trained, dict):
-            raise bad_value(KEY, self.folder, "latent_rm in config.json must be an object")
+        require(KEY, self.folder, isinstance(trained, dict), "latent_rm in config.json must be an object")
         return trained
 
     @cached_property

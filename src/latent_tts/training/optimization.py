@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
-from latent_tts.errors import bad_value, check_fields, require
-
-DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+from latent_tts.errors import check_fields, require
 
 
 @dataclass(frozen=True)
@@ -39,13 +36,3 @@ class Optimization:
         )  # fmt: skip
         allowed = f"must divide optimization.batch={self.batch}"
         require("optimization.accumulation", self.accumulation, self.batch % self.accumulation == 0, allowed)
-
-
-def check_device(device: object) -> None:
-    """Check the form of a device name; training checks whether the machine has the device.
-
-    Raises:
-        UsageError: it is not the name of a device.
-    """
-    if not (isinstance(device, str) and DEVICE.fullmatch(device)):
-        raise bad_value("device", device, "must be one of auto, cpu, cuda, cuda:INDEX")

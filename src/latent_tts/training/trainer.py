@@ -25,27 +25,13 @@ from transformers.utils import logging as transformers_logging
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.loading import compute_exactly
+from latent_tts.engine.device import resolve_device
 from latent_tts.errors import RunError, bad_value
 from latent_tts.training.optimization import Optimization
 from latent_tts.training.states import clean_states, last_state, write_digests
 
 log = logging.getLogger(__name__)
 Report = Callable[[int, Mapping[str, float]], None]  # report(updates_done, figures), called after every update
-
-
-def resolve_device(wanted: str) -> torch.device:
-    """The device that a `device` key names; `auto` is CUDA if available, else the CPU.
-
-    Raises:
-        UsageError: the machine does not have the device.
-    """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "cpu" or (wanted == "auto" and not count):
-        return torch.device("cpu")
-    index = int(wanted.partition(":")[2] or 0)
-    if index >= count:
-        raise bad_value("device", wanted, f"this machine has {count} CUDA devices; use device=cpu")
-    return torch.device("cuda", index)
 
 
 def training_arguments(
@@ -66,7 +52,7 @@ def training_arguments(
     """
     transformers_logging.set_verbosity_error()
     compute_exactly()
-    target = resolve_device(device)
+    target = torch.device(resolve_device("device", device))
     arguments = TrainingArguments(
         output_dir=str(states),
         use_cpu=target.type == "cpu",

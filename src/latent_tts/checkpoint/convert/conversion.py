@@ -57,7 +57,7 @@ def convert_checkpoint(
         given = {"tokenizer": tokenizer, "config": config, "base": base, "latents": latents}
         for key, value in given.items():
             record = src / ("config.json" if scores else joining.RECORD)
-            require(key, value, value is None, f"must be null: {record} says it")
+            require(key, value, value is None, f"must be null: {record} gives it")
         if scores:
             reward_adapter.join(src, dst, "src")
             return
@@ -108,11 +108,9 @@ def find_weights(src: Path) -> tuple[Path, dict[Path, set[str]]]:
         shard = checkpoint.PICKLE_SHARD.fullmatch(src.name)
         if shard and int(shard[2]) > 1:
             raise bad_value("src", src, f"is one of {int(shard[2])} shards; name their folder: src={src.parent}")
-        if src.suffix == ".safetensors":
-            raise bad_value("src", src, f"name the folder of safetensors: src={src.parent}")
+        require("src", src, src.suffix != ".safetensors", f"name the folder of safetensors: src={src.parent}")
         return src.parent, {src: set()}
-    if not src.is_dir():
-        raise bad_value("src", src, "no such file or folder")
+    require("src", src, src.is_dir(), "no such file or folder")
     if any((src / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.INDEX)):
         return src, {}
     if not (src / checkpoint.PICKLES[0]).is_file() and (shards := checkpoint.pickle_shards(src)):
@@ -133,8 +131,7 @@ def find_config(given: str | None, folders: list[Path]) -> dict[str, Any]:
     """
     if given is not None:
         path = Path(given).expanduser()
-        if not path.is_file():
-            raise bad_value("config", given, "no such file; it must be a config.json")
+        require("config", given, path.is_file(), "no such file; it must be a config.json")
         return checkpoint.read_config(path.parent, path.name)
     for folder in folders:
         path = folder / "config.json"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files as checkpoint
-from latent_tts.errors import UsageError, bad_value, is_whole
+from latent_tts.errors import UsageError, bad_value, is_whole, require
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,8 +53,7 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
     for name in ("megatron_config", "megatron_core"):  # PEFT imports the module that they name
         if settings.get(name) not in (None, "megatron.core"):
             raise bad_value("src", folder, f"{checkpoint.ADAPTER} has {name}, which is not supported")
-    if not (folder / WEIGHTS).is_file():
-        raise bad_value("src", folder, f"lacks {WEIGHTS}")
+    require("src", folder, (folder / WEIGHTS).is_file(), f"lacks {WEIGHTS}")
     checkpoint.tensor_shapes(folder / WEIGHTS, key="src")
     own = settings.get("base_model_name_or_path")
     named = base or HUB_IDS.get(str(own), own)
