@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.pipeline import code, keys, models
+from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import COMPUTATIONS
 
@@ -164,6 +166,20 @@ class Soft(Coconut):
 
     softness: float = 0.5
     table: object = None
+
+
+def test_a_model_is_loaded_again_for_another_value_of_an_added_field(checkpoint):
+    @dataclass(frozen=True)
+    class Scaled(Coconut):
+        scale: float = 1.0
+
+        def load(self, *, device: str, dtype: str):
+            return replace(super().load(device=device, dtype=dtype), next_latent=lambda h_RD: h_RD * self.scale)
+
+    engine, one = EngineSettings("float32", "cpu", None), torch.ones(1)
+    for scale in (1.0, 0.5, 0.5):
+        adapter = Scaled("scaled", str(checkpoint), 2, {}, scale=scale)
+        assert models.load_reasoner(adapter, engine, "cpu", longest=20).next_latent(one).item() == scale
 
 
 def soft(checkpoint, **changes) -> Soft:
