@@ -69,15 +69,11 @@ def main(cfg: DictConfig) -> None:
         draw_dependencies(found.relative_TT, title, output / FIGURE)
         chosen = next((each for each in schedules if each.tolerance == found.recommended), None)
         with whole_file(output / PLAN) as path:
-            path.write_text(plan_of(found, adapter, engine.dtype, chosen).text)
+            keys = None if chosen is None or found.max_rows == 0 else asdict(chosen)
+            plan = Plan(adapter.digest, adapter.latents, engine.dtype, found.device, found.max_rows, keys)
+            path.write_text(plan.text)
     show(found, adapter.name, cfg.threshold, cfg.guess, chosen)
     print(output / QUESTIONS)
-
-
-def plan_of(found: Probe, adapter: ModelAdapter, dtype: str, chosen: Speculative | None) -> Plan:
-    """What `schedule=auto` follows."""
-    keys = None if chosen is None or found.max_rows == 0 else asdict(chosen)
-    return Plan(adapter.digest, adapter.latents, dtype, found.device, found.max_rows, keys)
 
 
 def show(found: Probe, model: str, threshold: float, guess: str, chosen: Speculative | None) -> None:

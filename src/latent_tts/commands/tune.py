@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -48,10 +49,10 @@ def main(cfg: DictConfig) -> None:
     check_sampler(sampler, adapter)
     prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
     path = writable(output_path(cfg.output))
-    from latent_tts.pipeline.engine_tuning import measure, settings_of
+    from latent_tts.pipeline.engine_tuning import measure
 
     measurements = measure(
-        adapter, sampler, prompts, settings_of(engine, dtypes),
+        adapter, sampler, prompts, [replace(engine, dtype=dtype) for dtype in dtypes],
         n=cfg.n, seed=cfg.seed, max_answer_tokens=cfg.max_answer_tokens, seconds=cfg.seconds,
     )  # fmt: skip
     best = max(measurements, key=lambda measured: measured.rate)

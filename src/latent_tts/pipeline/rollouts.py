@@ -91,7 +91,8 @@ def draw_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
         RunError: a failure while drawing or scoring; what was computed stays in the cache.
     """
     if spec.decode == "winners":
-        return decode_winners(spec, think_rollouts(spec, latents))
+        thought = gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
+        return decode_winners(spec, thought)
     if is_adaptive(spec.budget):
         return draw_in_rounds(spec, latents)
     return gather_rollouts(spec, rollout_key, spec.wanted(), latents=latents)
@@ -133,11 +134,6 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now
     rollouts.timeline = timeline + rollouts.timeline
     return rollouts
-
-
-def think_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
-    """Draw latents and score them, without decoding answers."""
-    return gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
 
 
 def gather_rollouts(

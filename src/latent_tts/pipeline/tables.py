@@ -72,7 +72,14 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
     elif drawn.winners is not None:
         figures = winner_figures(spec, drawn, rollouts)
     else:
-        figures = all_figures(spec, drawn, rollouts)
+        figures = rollout_figures(
+            rollouts,
+            drawn=spec.kept,
+            reported=spec.reported,
+            aggregators=spec.aggregators,
+            diversity_Q=diversities(drawn.dissimilarity_RT, spec.kept, spec.kept),
+            gflops=gflops(spec, rollouts, drawn.scores),
+        )
     release_memory()
     metrics = metric_rows(figures, run_columns(spec, settings))
     used = spec.drawn if drawn.outcome is None else [stop.used for stop in drawn.outcome.stops]
@@ -202,18 +209,6 @@ def _warn_of_useless_answers(rollouts: pd.DataFrame) -> None:
         if decoded.any() and useless.sum() >= MAX_USELESS * decoded.sum():
             example = rollouts["answer_text"].iloc[useless.argmax()]
             log.warning("%.0f %% of the answers %s, as in %r", 100 * useless.sum() / decoded.sum(), what, example[-80:])
-
-
-def all_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
-    """The figures of each reported n where every rollout has an answer."""
-    return rollout_figures(
-        rollouts,
-        drawn=spec.kept,
-        reported=spec.reported,
-        aggregators=spec.aggregators,
-        diversity_Q=diversities(drawn.dissimilarity_RT, spec.kept, spec.kept),
-        gflops=gflops(spec, rollouts, drawn.scores),
-    )
 
 
 def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
