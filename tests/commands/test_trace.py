@@ -230,7 +230,7 @@ ASKED = f"question=['{QUESTION}']"
         ([ASKED, "maps=[umap]"], ["maps=[umap]", "pca and tsne"]),
         ([ASKED, "maps=[]"], ["maps=[]"]),
         ([ASKED, "top=0"], ["top=0", "1 to 20"]),
-        ([ASKED, "threshold=0"], ["threshold=0", "above 0"]),
+        ([ASKED, "threshold=0"], ["threshold=0", "a positive number"]),
         ([ASKED, "directions=-1"], ["directions=-1"]),
         ([ASKED, "beside=nosuch"], ["beside=nosuch", "dropout, gaussian, greedy"]),
         ([ASKED, "beside='gaussian:much'"], ["sampler.sigma=much"]),

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from latent_tts.checkpoint import files as checkpoint
 from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
-from latent_tts.errors import bad_value, check_device, check_seed, computing, require
+from latent_tts.errors import bad_value, check_device, check_fields, check_seed, computing, require
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
 from latent_tts.task import Task
@@ -92,13 +92,12 @@ def check_values(cfg: DictConfig) -> None:
     Raises:
         UsageError: a value is not allowed.
     """
-    require("save_every", cfg.save_every, cfg.save_every >= 1, "must be a number of updates, 1 or more")
-    require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "must be 1 or more")
+    counts = dict.fromkeys(("save_every", "valid_questions"), "a positive integer")
+    check_fields("", cfg, **counts, init_vocabulary=("all", "used"))
     check_seed(cfg.seed)
     check_device("device", cfg.device)
     if config.is_given("model.checkpoint"):
         raise bad_value("model.checkpoint", cfg.model.checkpoint, f"to train from it give init={cfg.model.checkpoint}")
-    require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary in ("all", "used"), "must be all or used")
 
 
 def check_start(cfg: DictConfig, task: Task, lora: Lora) -> None:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from latent_tts.config.build import build
 from latent_tts.config.reference import user_conf_dir
 from latent_tts.config.requests import engine_settings
-from latent_tts.errors import bad_value, check_seed, require
+from latent_tts.errors import bad_value, check_fields, check_seed, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline import environment
 from latent_tts.pipeline.spec import (
@@ -77,9 +77,8 @@ def check_values(cfg: DictConfig) -> Sequence[str]:
     Raises:
         UsageError: a value is not allowed.
     """
-    require("n", cfg.n, cfg.n >= 1, "must be a number of rollouts, 1 or more")
+    check_fields("", cfg, n="a positive integer", seconds="a positive number")
     check_seed(cfg.seed)
-    require("seconds", cfg.seconds, cfg.seconds > 0, "must be above 0")
     allowed = f"must be a list out of {', '.join(BYTES_PER_NUMBER)}"
     require("dtypes", "[]", len(cfg.dtypes) > 0, allowed)
     dtypes = [full_dtype(dtype) for dtype in cfg.dtypes]

@@ -36,12 +36,8 @@ class ArrivingVotes:
         for key in dict.fromkeys(key for key, _ in places):
             answers = self._answers[key]
             votes = votes_text(count_votes(shared_forms(answers, rule.equal)), answers.count(None))
-            text = (
-                ""
-                if len(self._questions) == 1
-                else f"{shorten(self._questions[key].text, MAX_TEXT, placeholder='...')} "
-            )
-            report.print_status(f"{text}{report.counted(len(answers), 'rollout')}: {votes}")
+            text = shorten(self._questions[key].text, MAX_TEXT, placeholder="...") if len(self._questions) > 1 else ""
+            report.print_status(f"{text} {report.counted(len(answers), 'rollout')}: {votes}".lstrip())
 
 
 def described_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import pandas as pd
 from latent_tts.budget import is_adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import RunError, UsageError, bad_value, is_number, require
+from latent_tts.errors import RunError, UsageError, bad_value, check_fields, is_number, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.spec import RunSpec, check_sampler
@@ -58,9 +58,7 @@ class View:
             why = "scikit-learn is not installed: pip install '.[trace]' in the clone"
             raise bad_value("maps", f"[{','.join(self.maps)}]", why)
         require("top", self.top, 1 <= self.top <= MAX_TOKENS, f"must be 1 to {MAX_TOKENS}")
-        ok = is_number(self.threshold) and self.threshold > 0
-        require("threshold", self.threshold, ok, "must be a number above 0")
-        require("directions", self.directions, self.directions >= 0, "must be 0 (no dependency graph) or more")
+        check_fields("", self, threshold="a positive number", directions="an integer, 0 or more")
 
 
 @dataclass(frozen=True)
