@@ -1,8 +1,8 @@
 """What a worker does with its share of a run: batches drawn, scored and compared where their latents are made.
 
 Latents are scored, compared and, if they are to be kept, copied right after a batch has made them, and nowhere else.
-Whoever needs those of rollouts that are there already has them thought again: the generator is keyed, so they are the
-same, and answers are not touched.
+For rollouts that are in the cache already, latents are recomputed: the generator is keyed, so they are the same, and
+answers are not touched.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ directions = DirectionSums()  # of the questions drawn last, for their next roun
 
 @dataclass(frozen=True)
 class Request:
-    """What is made of rollouts.
+    """What a worker computes for the rollouts of a shard.
 
     Attributes:
         answers: whether answers are decoded.
         scored: whether the run's scorer reads their latents.
-        drawn: whether they are new; else they are thought again, for scores or latents alone.
+        drawn: whether they are new; else only their latents are recomputed, to be scored or kept.
         compares: whether they are compared with those before them.
         keeps: whether latents come back.
         sums: whether the sums of directions come back, for the next rollouts of their questions.
@@ -94,7 +94,7 @@ class Shard:
 
     Attributes:
         jobs: questions, with a range of rollouts each.
-        request: what is made of them.
+        request: what is computed for them.
         dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is not computed.
         sums: of questions some of whose rollouts another worker has drawn.
         bar: of the driver's process, which a worker in it moves.
@@ -224,7 +224,7 @@ def load(spec: RunSpec) -> Reasoner:
 
 
 def load_scorer_of(spec: RunSpec) -> RewardModel:
-    """The scorer of a run, the same way. An adapter shares the weights of its reasoner."""
+    """The scorer of a run, loaded, proven and kept. A LoRA scorer shares the weights of the loaded reasoner."""
     assert spec.scorer is not None
     longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
     shares = spec.scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
@@ -302,7 +302,7 @@ def one_per_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], li
 
 
 def not_compared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
-    """The rollouts that come before those of some jobs and were not compared yet, or are known no more."""
+    """Earlier rollouts of the same questions that `directions` lacks: never compared, or dropped since."""
     unknown = []
     for job in jobs:
         key, first = directions_key(latents, job.row_key), job.rollouts[0]
@@ -495,7 +495,7 @@ class Drawer:
         )
 
     def catch_up(self, batch: Sequence[RolloutJob]) -> None:
-        """Think the rollouts before a batch again, as far as what is known of them has to be compared with it."""
+        """Recompute the earlier latents that `directions` lacks, so that a batch can be compared with them."""
         if not self.spec.adapter.latents:
             return
         kept = self._keys(batch)
@@ -539,7 +539,7 @@ class Drawer:
         return 2 * (own + scoring) if spec.search.guided else max(own, scoring)
 
     def _least(self, batch: Sequence[RolloutJob], rollouts: Rollouts, *, answers: bool) -> Columns:
-        """A row's share of what drawing a batch cannot do without."""
+        """Each row's share of the least time and bytes that drawing a batch takes."""
         begun = len(self.spec.forced_ids)
         least = BatchCost(
             passes=self.spec.passes,

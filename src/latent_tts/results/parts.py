@@ -1,7 +1,7 @@
 """Parquet parts: tables of rollouts in a folder, written by a thread, found by an index, gathered row by row.
 
-A part is there whole or not at all, and has the digest of its bytes in its name. A part whose bytes are others is
-damaged: it is named, set aside and counts as not there.
+A part is there whole or not at all, and has the digest of its bytes in its name. A part with other bytes is
+damaged: it is reported, renamed and treated as missing.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class GatheredRows:
     """
 
     def __init__(self, wanted: pd.DataFrame, schema: pa.Schema) -> None:
-        """Want some rows, at least one and each once, with the columns of a schema."""
+        """Start empty; `wanted` has at least one row and none twice. `schema` has the columns to gather."""
         self.wanted, self._schema = wanted, schema
         codes, keys = pd.factorize(wanted["row_key"])
         self._codes = {key: code for code, key in enumerate(keys)}
