@@ -127,7 +127,7 @@ def entry() -> None:
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read stdout has left, as `| head` does: end as other programs do then
+    except BrokenPipeError:  # the reader of stdout is gone, as with `| head`: end as other programs do
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     sys.exit(code)

@@ -76,7 +76,7 @@ def test_growth_explains_sweeps_where_they_differ():
         (["threshold=0"], ["threshold=0", "above 0"]),
         (["directions=0"], ["directions=0", "1 or more"]),
         (["model.latents=0"], ["no latents"]),
-        (["model=demo_pccot"], ["model=demo_pccot", "part of it"]),
+        (["model=demo_pccot"], ["model=demo_pccot", "without sweeps of its own"]),
     ],
 )
 def test_it_refuses(place, overrides, words):

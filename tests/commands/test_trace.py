@@ -251,11 +251,13 @@ def test_it_refuses_what_a_run_does_not_have(completed, ltts, monkeypatch):
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr("latent_tts.checkpoint.loading.load_causal_lm", loading)
-    check(ltts("trace", "0123456789abcdef", f"run={completed}"), "question=0123456789abcdef", "answers.jsonl", "as in")
+    check(
+        ltts("trace", "0123456789abcdef", f"run={completed}"), "question=0123456789abcdef", "answers.jsonl", "such as"
+    )
     check(ltts("trace", f"run={completed}", "n=9"), "n=9", "must be 1 to 4")
     check(ltts("trace", f"run={completed}", "sampler=gaussian"), "sampler=", "has its own")
     check(ltts("trace", f"run={completed}", "seed=1"), "seed=1", "has its own")
-    check(ltts("trace", f"run={completed}", "question=[a,'']"), "question=a", "not a question of this run")
+    check(ltts("trace", f"run={completed}", "question=[a,'']"), "question=a", "no question of this run")
 
 
 def test_tsne_without_scikit_learn_is_refused_by_its_extra(ltts, monkeypatch):

@@ -218,6 +218,21 @@ def test_a_calibration_on_the_questions_of_the_run_is_refused(ltts, family):
     check_refused("run", *family, "sampler.sigma=0.3", *line, words=words)
 
 
+def test_a_calibration_on_other_rollouts_or_scores_is_refused(ltts, family):
+    valid = ["task.split=valid", "budget=fixed"]
+    assert ltts("run", *family, *valid, "hydra.run.dir=valid").code == 0
+    assert ltts("run", *family, "task.split=valid", "budget=adaptive", "hydra.run.dir=adaptive").code == 0
+    line = ["run", *family, "budget=adaptive", "budget/rule=confidence"]
+    check_refused(*line, "budget.rule.calibration=adaptive", words=["its budget drew what it asked for"])
+    line.append("budget.rule.calibration=valid")
+    for other, group in [
+        ("model.latents=3", "model"), ("answer.temperature=0.5", "answer"), ("max_answer_tokens=3", "max_answer_tokens")
+    ]:  # fmt: skip
+        check_refused(*line, other, words=["budget.rule.calibration=valid", f"another {group}, or other settings"])
+    check_refused(*line, "budget.rule.by=score", "scorer.reduce=last", words=["another scorer, or other settings"])
+    assert ltts(*line, "budget.rule.by=score").code == 0
+
+
 def test_a_replay_names_what_it_cannot_replay(ltts, family):
     assert ltts("run", *family, "budget=fixed", "hydra.run.dir=full").code == 0
     assert ltts("run", *family, "budget=adaptive", "hydra.run.dir=live").code == 0

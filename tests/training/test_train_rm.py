@@ -329,6 +329,21 @@ def test_micro_batches_make_the_same_update(folders, tmp_path, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3, msg=name)
 
 
+def test_questions_of_an_unequal_last_micro_batch_weigh_as_much(folders, tmp_path):
+    losses = {1: [], 2: []}
+    for accumulation, seen in losses.items():
+        output, few = tmp_path / str(accumulation), {"batch": 12, "lr": 1e-9, "epochs": 1}
+        train(
+            *folders,
+            output,
+            lambda _, figures, seen=seen: seen.append(figures["loss"]),
+            accumulation=accumulation,
+            **few,
+        )
+    assert len(losses[1]) == 3  # of 12, 12 and 8 questions; the last micro-batches have 6 and 2
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_training_stops_when_the_choice_gets_no_better(folders, tmp_path):
     _, trainer = train(*folders, tmp_path / "out", lr=1e-9, epochs=20, patience=2)
     assert trainer.state.global_step == 3 * 2  # a first figure, and two that are no better
@@ -439,6 +454,10 @@ def test_values_out_of_range_are_refused():
             replace(OPTIMIZATION, **{key: wrong})
     with pytest.raises(UsageError, match="bce has no softmax"):
         RewardLoss("bce", True)
+
+
+def test_annotations_of_fewer_latents_are_refused(command):
+    check(command("model.latents=5"), "annotations=", "made with model.latents=3, not 5")
 
 
 def test_no_mixed_outcome(command, checkpoint, tmp_path):

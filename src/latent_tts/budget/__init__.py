@@ -1,7 +1,7 @@
 """How many rollouts the questions of a run get, and at which numbers metrics are reported; one option per module.
 
 `fixed` and `ladder` give every question n rollouts. `adaptive` and `shared` look at what a question has so far (its
-`Tally`) and decide how many more it gets: `next` is asked again until nobody gets any.
+`Tally`) and decide how many more it gets: `next` is called until no question gets any.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Tally:
         votes_N = readable_N & np.isfinite(self.log_weight_N)
         most = self.max_log_weight
         if most is None:
-            most = float(self.log_weight_N[votes_N].max(initial=0.0)) if votes_N.any() else 0.0
+            most = float(self.log_weight_N[votes_N].max()) if votes_N.any() else 0.0
         return np.exp(np.where(votes_N, self.log_weight_N - most, -np.inf))
 
     @cached_property

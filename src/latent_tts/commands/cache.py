@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     """List the entries, or remove those that the keys choose and say what was freed.
 
     Raises:
-        UsageError: a value is not usable, or `prune` is not told what to remove.
+        UsageError: a value is not usable, or `prune` lacks a condition.
     """
     require("action", cfg.action, cfg.action in ("list", "prune"), "must be list or prune")
     older_than = quantity("older_than", cfg.older_than, SECONDS, "must be an age, as in 30d, 12h or 90m")

@@ -38,13 +38,13 @@ def main(cfg: DictConfig) -> None:
     engine = engine_settings(cfg.engine)
     task: Task = build("task", cfg.task)
     adapter: ModelAdapter = build("model", cfg.model)
-    require("directions", cfg.directions, cfg.directions >= 1, "1 or more")
-    require("threshold", cfg.threshold, is_number(cfg.threshold) and cfg.threshold > 0, "a number above 0")
-    require("tolerances", "[]", len(cfg.tolerances) > 0, "a list of numbers in [0, 1)")
-    why = "latents of a model without own sweeps: those of this model are part of it"
+    require("directions", cfg.directions, cfg.directions >= 1, "must be 1 or more")
+    require("threshold", cfg.threshold, is_number(cfg.threshold) and cfg.threshold > 0, "must be a number above 0")
+    require("tolerances", "[]", len(cfg.tolerances) > 0, "must be a list of numbers in [0, 1)")
+    why = "must be a model without sweeps of its own, such as PCCoT has"
     require("model", adapter.name, adapter.own_schedule is None, why)
     guesses = ("token", "zero", "draft")
-    require("guess", cfg.guess, cfg.guess in guesses, "token, zero or draft: rollouts of a probe have no siblings")
+    require("guess", cfg.guess, cfg.guess in guesses, "must be token, zero or draft: a probe has no sibling rollouts")
     adapter.check()
     schedules = [Speculative(cfg.chunk, float(t), cfg.guess, cfg.draft, cfg.mixing) for t in cfg.tolerances]
     for schedule in schedules:

@@ -59,7 +59,7 @@ def train(cfg: DictConfig) -> None:
     if OmegaConf.is_missing(cfg, "recipe"):
         raise bad_value("recipe", "???", f"model={cfg.model.name} names no recipe; give one, as in recipe=coconut")
     recipe = config.build("recipe", cfg.recipe)
-    require("recipe", type(recipe).__name__.lower(), recipe.updates >= 1, "one with at least one update")
+    require("recipe", type(recipe).__name__.lower(), recipe.updates >= 1, "must have at least one update")
     adapter = config.build("model", OmegaConf.merge(cfg.model, {"checkpoint": str(output / "initial")}))
     if recipe.family != adapter.family:
         raise bad_value(
@@ -73,7 +73,7 @@ def train(cfg: DictConfig) -> None:
     if optimization.minutes is None and "validation.share" in given:
         raise bad_value("validation.share", validation.share, "needs optimization.minutes: it bounds runs by the clock")
     if adapter.family == "CoLaR":
-        why = "must be null for CoLaR: the engine draws its exact match as it is"
+        why = "must be null for CoLaR, whose exact match is drawn by the engine anyway"
         require("validation.every", validation.every, validation.every is None, why)
     step_results = getattr(recipe, "step_loss", 0) > 0
     questions = training_questions(task, valid_questions=cfg.valid_questions, seed=cfg.seed, step_results=step_results)
@@ -81,7 +81,7 @@ def train(cfg: DictConfig) -> None:
         require("init_vocabulary", "used", bool(questions.finite), f"must be all: task={task.name} is no finite set")
     source = joining.whole(checkpoint.resolve(str(cfg.init), key="init"), "init") if cfg.init else None
     if output.exists() and not output.is_dir():
-        raise bad_value("output", output, "a folder is wanted, this is a file")
+        raise bad_value("output", output, "must be a folder, this is a file")
     # these import torch: everything above has been checked without it
     backbone = config.build("backbone", cfg.backbone)
     from latent_tts.training.reasoner.train import Start, train_reasoner

@@ -49,7 +49,7 @@ def train(cfg: DictConfig) -> None:
     check_device("device", cfg.device)
     output = Path(cfg.output).expanduser()
     if output.exists() and not output.is_dir():
-        raise bad_value("output", output, "must be a folder, not a file")
+        raise bad_value("output", output, "must be a folder, this is a file")
     config.build("sampler", cfg.sampler)  # a wrong value is refused even where nothing has to be annotated
     loss: RewardLoss = config.build("loss", cfg.loss)
     optimization: RewardOptimization = config.build("optimization", cfg.optimization)

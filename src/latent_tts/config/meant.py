@@ -150,7 +150,7 @@ def takes_list(command: str, key: str) -> bool:
 
 
 def _values(argument: str) -> Iterator[Any]:
-    """The values of an override, several in a sweep; none where Hydra will say what is wrong with it."""
+    """The values of an override, several in a sweep; none where Hydra will report the error."""
     try:
         override = OverridesParser.create().parse_override(argument)
         yield from override.sweep_iterator() if override.is_sweep_override() else [override.value()]

@@ -90,11 +90,11 @@ class Ray:
         try:
             socket.create_connection((host, int(port)), SECONDS_TO_ANSWER).close()
         except (OSError, OverflowError) as error:
-            allowed = f"nobody answers there ({error}); `ray start --head` on a machine says its address"
+            allowed = f"no Ray cluster answers there ({error}); `ray start --head` prints the address"
             raise bad_value("executor.address", self.address, allowed) from error
 
     def open(self, work: Work, device: str) -> RayPool:
-        """Start Ray and the workers, unless they are there from the work before, and tell them what to do.
+        """Start Ray and the workers, unless they are left from earlier work, and send them the work.
 
         Raises:
             UsageError: Ray or its workers cannot be had.
@@ -103,7 +103,7 @@ class Ray:
 
 
 class RayPool:
-    """Actors that were told what to do."""
+    """Actors that have received the work."""
 
     def __init__(self, actors: list[Any], work: Work) -> None:
         self._actors = dict(enumerate(actors))
@@ -203,7 +203,7 @@ class _Actor:
 
 
 class _Warnings(logging.Handler):
-    """Keeps warnings until somebody takes them."""
+    """Keeps warnings until they are taken."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -69,7 +69,7 @@ def measure(
         seconds: most time for measuring, shared by the dtypes; loading is left out.
 
     Raises:
-        UsageError: the device is not there.
+        UsageError: this machine does not have the device.
         RunError: a failure while drawing.
     """
     device, shape = find_device(settings[0]), Shape.from_config(adapter.sizes)

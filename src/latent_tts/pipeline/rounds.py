@@ -68,7 +68,7 @@ class AnswerReader:
 
     def _read_all(self) -> None:
         while (batch := self._queue.get()) is not None:
-            with suppress(Exception):  # whoever asks for the answer gets the error
+            with suppress(Exception):  # `read` raises the error
                 for ids in batch:
                     self.read(ids)
 
@@ -102,7 +102,8 @@ class Tallying:
             drawn.logprob += of["answer_logprob"].tolist()
             drawn.steps += of["latent_steps"].tolist()
             drawn.conflicts += of["conflicts"].tolist() if "conflicts" in of else [0] * len(of)
-            drawn.score += [np.nan] * len(of) if score is None else score[part].tolist()
+            # as in `rollouts.parquet`, so that equal scores there are equal here
+            drawn.score += [np.nan] * len(of) if score is None else score[part].astype(np.float32).tolist()
 
     def tallies(self) -> list[Tally]:
         """What each question has."""

@@ -57,7 +57,7 @@ class CachedScores:
     """
 
     def __init__(self, spec: RunSpec, rollouts: Path, wanted: pd.DataFrame, computation: Computation) -> None:
-        """Describe the scores without reading any; see `gather_later_ones`.
+        """Begin without rows.
 
         Args:
             spec: the run, which has a scorer.
@@ -75,7 +75,7 @@ class CachedScores:
         return ScoreCache(self._rollouts, self._key)
 
     def gather_later_ones(self) -> None:
-        """Read missing scores from the cache of those that were made after drawing, if there is one."""
+        """Gather what is missing from that cache, if it exists."""
         if (self._rollouts / SCORES_FOLDER / self.digest).is_dir():
             self.open().gather(self.rows)
 

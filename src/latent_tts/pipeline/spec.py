@@ -258,7 +258,7 @@ def check_run(request: RunRequest) -> RunSpec:
     questions = request.task.questions()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
-        budget = calibrated(budget, request, aggregators, questions)
+        budget = calibrated(budget, request, aggregators, scorer, questions)
     prompts = encode_prompts(adapter, questions, reserved)
     if not has_gold(questions):
         name = request.task.name
@@ -357,7 +357,7 @@ def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
     """The draft head of a schedule; None where it has none.
 
     Raises:
-        UsageError: it is not there, or another model's.
+        UsageError: it does not exist, or is another model's.
     """
     path = schedule.draft_path
     return None if path is None else find_draft(path, adapter.digest, adapter.latents)
@@ -496,7 +496,11 @@ def check_adaptive(
 
 
 def calibrated(
-    budget: AdaptiveBudget, request: RunRequest, aggregators: Sequence[Aggregator], questions: Sequence[Question]
+    budget: AdaptiveBudget,
+    request: RunRequest,
+    aggregators: Sequence[Aggregator],
+    scorer: Scorer | None,
+    questions: Sequence[Question],
 ) -> AdaptiveBudget:
     """The budget, with its rule calibrated if it needs that; see `calibration.calibrate_on_run`.
 
@@ -508,7 +512,11 @@ def calibrated(
     weighted = [each.temperature for each in aggregators if isinstance(each, Weighted)]
     temperature = weighted[0] if weighted and budget.aggregator == "weighted" else None
     fitted = calibration.calibrate_on_run(
-        budget.rule, request.adapter.digest, request.config["sampler"], [each.id for each in questions], temperature
+        budget.rule,
+        request.config,
+        {"model": request.adapter.digest, "scorer": None if scorer is None else scorer.digest},
+        [each.id for each in questions],
+        temperature,
     )
     return replace(budget, rule=replace(budget.rule, fitted=fitted))
 

@@ -160,7 +160,7 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
     table = read_rollouts(source)
     counts = table.groupby("question_id", sort=False).size()
     if gone := [name for name in counts.index if name not in questions]:
-        raise RunError(f"run={source}: question {gone[0]} is not one of its task any more")
+        raise RunError(f"run={source}: the questions of its task have changed since that run: {gone[0]} is missing")
     chosen = [questions[name] for name in find_ids(wanted, list(counts.index), source)]
     has = [int(counts[question.id]) for question in chosen]
     whole = spec.search.survivors is not None or (spec.scorer is not None and spec.scorer.positions == "official")
@@ -189,7 +189,7 @@ def warn_of_differences(run: RunSpec, rollouts: RunRollouts, source: Path) -> No
     decoded = before["stop_reason"] != NOT_DECODED
     changed = (before["answer_text"] != here["answer_text"]) & decoded
     if changed.any():
-        log.warning("run=%s: %d of %d answers are others than then: drawn again, and rounded in another way",
+        log.warning("run=%s: %d of %d answers differ from those of the run: they were drawn again, with other rounding",
                     source, changed.sum(), decoded.sum())  # fmt: skip
 
 
@@ -204,8 +204,8 @@ def find_ids(wanted: Sequence[str], ids: Sequence[str], source: Path) -> list[st
         fits = [text] if text in ids else [name for name in ids if text and name.startswith(text)]
         if len(fits) != 1:
             shown = ", ".join((fits or ids)[:SHOWN_IDS])
-            what = "several begin so" if fits else "not a question of this run"
-            raise UsageError(f"question={text}: {what}; {source / ANSWERS} has them by their id, as in {shown}")
+            what = "the ids of several questions begin with it" if fits else "no question of this run"
+            raise UsageError(f"question={text}: {what}; {source / ANSWERS} lists the ids, such as {shown}")
         found += fits
     return list(dict.fromkeys(found))
 

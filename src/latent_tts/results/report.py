@@ -127,16 +127,16 @@ class ProgressBar:
 
     @property
     def visible(self) -> bool:
-        """Whether anybody sees it."""
+        """Whether it is shown."""
         return not self._progress.disable
 
     def advance(self, count: int) -> None:
-        """Some more are done."""
+        """Count some more as done."""
         self._done += count
         self.show_part(0)
 
     def show_part(self, count: float) -> None:
-        """Beside those that are done, others have come as far as `count` whole ones."""
+        """Show that, besides those that are done, others have progressed by as much as `count` whole ones."""
         completed = self._done + count
         elapsed = self._progress.tasks[0].elapsed or 0
         rate = completed / max(elapsed, 1e-9)

@@ -145,7 +145,12 @@ def hold_out(questions: Sequence[Question], number: int) -> tuple[list[Question]
         UsageError: there are too few.
     """
     number = min(number, int(len(questions) * HELD_OUT_SHARE))
-    require("task", f"{len(questions)} questions", number != 0, "10 or more are wanted, to hold out one to validate on")
+    require(
+        "task",
+        f"{len(questions)} questions",
+        number != 0,
+        "must be 10 or more, to hold one out for validation",
+    )
     held = set(sorted({text_digest(question.text) for question in questions})[:number])
     parts = [[q for q in questions if (text_digest(q.text) in held) is inside] for inside in (False, True)]
     return parts[0], parts[1]
