@@ -69,7 +69,7 @@ class Tally:
         logprob_N: summed log-probability of each answer.
         score_N: score of each rollout; NaN where it has none.
         equal: whether two answers are one vote; None where only equal strings are. Equality by value is not transitive,
-            so that a late string can form the classes anew.
+            so that a later answer can regroup the earlier ones.
         prompt_gflop: what the question costs once.
         gflop_N: what each rollout costs.
     """

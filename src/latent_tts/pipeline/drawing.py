@@ -98,6 +98,7 @@ def draw(
     Raises:
         RunError: a failure while drawing.
         OSError: the cache cannot be written to.
+        KeyboardInterrupt: with the number of rollouts that are kept.
     """
     jobs = jobs_of(spec, missing)
     stage = Stage.of(spec, jobs, scored=scored)
@@ -106,16 +107,21 @@ def draw(
     if dissimilarity is None:
         stage.log_catching_up(jobs)
     request = Request(answers, scored, compares=dissimilarity is None, keeps=kept is not None)
-    total = sum(len(job.rollouts) for job in jobs)
-    with report.progress_bar(total, "rollouts") as bar, PartWriter(cache.folder) as writer:
-        with computing("drawing rollouts", f"what was drawn is in {cache.folder}", LESS_MEMORY):
-            for part in stage.parts(jobs, request, bar, dissimilarity):
-                if kept is not None and part.latents_RTD is not None:
-                    kept.put(part.places, part.latents_RTD)
-                if spec.on_answers is not None and part.answer_ids is not None:
-                    spec.on_answers(part.places, part.answer_ids)
-                assert part.make_table is not None
-                writer.put(part.make_table)
+    total, done = sum(len(job.rollouts) for job in jobs), 0
+    try:
+        with report.progress_bar(total, "rollouts") as bar, PartWriter(cache.folder) as writer:
+            with computing("drawing rollouts", f"what was drawn is in {cache.folder}", LESS_MEMORY):
+                for part in stage.parts(jobs, request, bar, dissimilarity):
+                    if kept is not None and part.latents_RTD is not None:
+                        kept.put(part.places, part.latents_RTD)
+                    if spec.on_answers is not None and part.answer_ids is not None:
+                        spec.on_answers(part.places, part.answer_ids)
+                    assert part.make_table is not None
+                    writer.put(part.make_table)
+                    done += len(part.places)
+    except KeyboardInterrupt:
+        whole = "; those of an unfinished batch are not" if done < total else ""
+        raise KeyboardInterrupt(f"{done} of {total} rollouts are kept{whole}; re-run the command to resume") from None
     return stage.timeline
 
 

@@ -149,7 +149,7 @@ def gather_rollouts(
     """Some rollouts of a run, those that the cache has and the others drawn now, scored where there is a scorer.
 
     A model is loaded only if something is missing. How it is computed is part of the key, and known once it is loaded;
-    a complete entry is used whichever way its rollouts were computed, because that way was proven right for them.
+    a complete entry serves whichever way that was: each is checked against the model's own pass before it draws.
 
     Args:
         spec: the run.

@@ -110,7 +110,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "question_index": np.arange(len(spec.questions), dtype="int32").repeat(spec.drawn),
-            "question_id": pd.Series(ids, dtype=object),  # a text of pandas' own per row is large
+            "question_id": pd.Series(ids, dtype=object),  # pandas' own strings would take one object per row
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.Series(answers, dtype=object),
             "correct": right.astype(bool) if has_gold(spec.questions) else pd.array([None] * len(rows), "boolean"),
@@ -144,7 +144,7 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> 
         where only picks were decoded), and whether it is `correct` (None without gold).
     """
     used_Q = np.array(used)
-    if (used_Q < spec.drawn).any():  # a copy of all of them is large
+    if (used_Q < spec.drawn).any():  # without need, no copy of all rows
         rollouts = rollouts[rollouts["rollout"].to_numpy() < np.repeat(used_Q, spec.drawn)]
     lines: list[dict[str, Any]] = [
         {"index": index, "id": question.id, "question": question.text}
