@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,21 @@ assert not {{'torch', 'pandas', 'pyarrow', 'rich'}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("main", ["lambda: os.kill(os.getpid(), signal.SIGINT)", "lambda: 130"])
+def test_ctrl_c_before_a_command_begins_and_after_it_ended_shows_no_traceback(main):
+    code = f"""
+import atexit, os, signal
+from latent_tts import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+cli.main = {main}
+cli.entry()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ("" if "130" in main else "interrupted: nothing was begun\n")
 
 
 def test_cfg_job_prints_the_config_and_runs_nothing(ltts, tmp_path):

@@ -240,7 +240,7 @@ ASKED = f"question=['{QUESTION}']"
         ([ASKED, "maps=[umap]"], ["maps=[umap]", "pca and tsne"]),
         ([ASKED, "maps=[]"], ["maps=[]"]),
         ([ASKED, "top=0"], ["top=0", "1 to 20"]),
-        ([ASKED, "threshold=0"], ["threshold=0", "above 0"]),
+        ([ASKED, "threshold=0"], ["threshold=0", "a positive number"]),
         ([ASKED, "directions=-1"], ["directions=-1"]),
         ([ASKED, "beside=nosuch"], ["beside=nosuch", "dropout, gaussian, greedy"]),
         ([ASKED, "beside='gaussian:much'"], ["sampler.sigma=much"]),
@@ -261,11 +261,13 @@ def test_it_refuses_what_a_run_does_not_have(completed, ltts, monkeypatch):
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr("latent_tts.checkpoint.loading.load_causal_lm", loading)
-    check(ltts("trace", "0123456789abcdef", f"run={completed}"), "question=0123456789abcdef", "answers.jsonl", "as in")
+    check(
+        ltts("trace", "0123456789abcdef", f"run={completed}"), "question=0123456789abcdef", "answers.jsonl", "such as"
+    )
     check(ltts("trace", f"run={completed}", "n=9"), "n=9", "must be 1 to 4")
     check(ltts("trace", f"run={completed}", "sampler=gaussian"), "sampler=", "has its own")
     check(ltts("trace", f"run={completed}", "seed=1"), "seed=1", "has its own")
-    check(ltts("trace", f"run={completed}", "question=[a,'']"), "question=a", "not a question of this run")
+    check(ltts("trace", f"run={completed}", "question=[a,'']"), "question=a", "no question of this run")
 
 
 def test_tsne_without_scikit_learn_is_refused_by_its_extra(ltts, monkeypatch):

@@ -19,6 +19,16 @@ from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import COMPUTATIONS
 
+SEARCH = """
+from dataclasses import dataclass
+from latent_tts.search.independent import Independent
+
+@dataclass(frozen=True)
+class Shifted(Independent):
+    '''Independent rollouts with an option.'''
+    shift: int = 0
+"""
+
 NOISE = '''
 """An add-on's sampler."""
 from dataclasses import dataclass
@@ -102,6 +112,13 @@ def test_all_modules_of_an_installed_distribution_count_and_those_of_others_do_n
         assert (digest() != first) == counts
         (tmp_path / name).write_text("x = 1\n")
     forget("mine_a")
+
+
+def test_an_option_of_a_search_without_a_scorer_is_part_of_the_key(addon, run):
+    (addon / "noise_helper.py").write_text(SEARCH)
+    line = ["search._target_=noise_helper.Shifted"]
+    caches = [record_of(run(*line, *shift))["cache"] for shift in ([], ["+search.shift=1"])]
+    assert len({*caches, record_of(run())["cache"]}) == 3
 
 
 def test_what_this_package_draws_and_scores_with_is_part_of_the_key(monkeypatch, tmp_path):

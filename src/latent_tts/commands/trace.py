@@ -27,7 +27,7 @@ from latent_tts.results.trace_report import print_trace
 from latent_tts.task.asked import Asked
 
 PAGE = "trace.html"
-# beside `run` only these keys mean something: the others are the run's
+# the only keys that can be given with `run`: the others are the run's
 OWN_KEYS = ("run", "question", "n", "beside", "maps", "top", "threshold", "directions", "paths.cache")
 OWN_KEYS += ("engine.device", "engine.rows")
 
@@ -104,7 +104,7 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
         UsageError: a key was given that is the run's.
     """
     for key in given_keys():
-        allowed = f"run={cfg.run} has its own; beside run there are {', '.join(OWN_KEYS)}"
+        allowed = f"run={cfg.run} has its own; with run, only these keys can be given: {', '.join(OWN_KEYS)}"
         require(key, OmegaConf.select(cfg, key), key in OWN_KEYS or key.startswith("hydra"), allowed)
     merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "scorer", "budget"), cfg)
     merged.aggregator = {name: recorded("aggregator", node, cfg) for name, node in record["aggregators"].items()}

@@ -174,7 +174,7 @@ def is_given(group: str) -> bool:
 
 
 def is_default(group: str, cfg: DictConfig) -> bool:
-    """Whether nobody chose the options of a group of several: neither the command line nor an experiment."""
+    """Whether neither the command line nor an experiment chose the options of a group of several."""
     if is_given(group):
         return False
     own = defaults_of(str(HydraConfig.get().job.config_name))

@@ -151,7 +151,7 @@ def beside_option(cfg: DictConfig, beside: str | None, own: Sampler) -> tuple[Sa
     if beside != "auto":
         name, colon, value = beside.partition(":")
     elif ("rate" if name == "dropout" else "sigma") not in (cfg.model.get("recommended") or ()):
-        return None  # nobody says how strong it should be
+        return None  # the model recommends no strength
     known = GlobalHydra.instance().config_loader().get_group_options("sampler")
     allowed = f"must be auto, null or a sampler, as in gaussian:0.2; one of {', '.join(known)}"
     require("beside", beside, name in known, allowed)

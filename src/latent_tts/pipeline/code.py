@@ -1,4 +1,4 @@
-"""Digests of the code behind the objects of a run: what an edit of it makes other rollouts of.
+"""Digests of the code that determines a run's rollouts: editing that code voids the cache.
 
 Code is compared as it is compiled, so comments, docstrings, assertions and layout do not count.
 """
@@ -46,7 +46,7 @@ def code_digests(objects: Iterable[object], configs: Iterable[Any], rooms: tuple
 @cache
 def digest_of_package(package: str) -> str:
     """The digest of a package that is not this one: all modules of its distribution, or of its folder."""
-    if package in _own_libraries():  # too large to read, and nobody edits them
+    if package in _own_libraries():  # too large to read, and not edited
         return version(package)
     module = sys.modules.get(package)
     if module is None:

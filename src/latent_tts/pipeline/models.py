@@ -107,7 +107,7 @@ def _keep_proven(
 
 
 def write_computation(folder: Path, computation: Computation) -> None:
-    """Say beside rollouts how they were computed."""
+    """Write down, beside rollouts, how they were computed."""
     with whole_file(folder / COMPUTATION) as path:
         path.write_text(json.dumps(asdict(computation), indent=1) + "\n")
 

@@ -68,7 +68,7 @@ class AnswerReader:
 
     def _read_all(self) -> None:
         while (batch := self._queue.get()) is not None:
-            with suppress(Exception):  # whoever asks for the answer gets the error
+            with suppress(Exception):  # `read` raises the error
                 for ids in batch:
                     self.read(ids)
 

@@ -357,7 +357,7 @@ def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
     """The draft head of a schedule; None where it has none.
 
     Raises:
-        UsageError: it is not there, or another model's.
+        UsageError: it does not exist, or is another model's.
     """
     path = schedule.draft_path
     return None if path is None else find_draft(path, adapter.digest, adapter.latents)
@@ -572,18 +572,13 @@ def scorer_positions(scorer: Scorer) -> int:
     return int(scorer.sizes["n_positions" if "n_embd" in scorer.sizes else "max_position_embeddings"])
 
 
-def check_answer_limit(max_answer_tokens: int) -> None:
-    """Raise UsageError unless an answer may have at least one token."""
-    require("max_answer_tokens", max_answer_tokens, max_answer_tokens >= 1, "must be 1 or more")
-
-
 def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
     """Positions that a rollout needs beyond its prompt.
 
     Raises:
         UsageError: the model has fewer, or `max_answer_tokens` is below 1.
     """
-    check_answer_limit(max_answer_tokens)
+    require("max_answer_tokens", max_answer_tokens, max_answer_tokens >= 1, "must be 1 or more")
     needed = adapter.latents + len(adapter.thinking_end_ids) + max_answer_tokens
     if needed >= adapter.positions:
         raise bad_value(

@@ -14,7 +14,7 @@ import pandas as pd
 from latent_tts.budget import is_adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import RunError, UsageError, bad_value, is_number, require
+from latent_tts.errors import RunError, UsageError, bad_value, check_fields, is_number, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.spec import RunSpec, check_sampler
@@ -58,9 +58,7 @@ class View:
             why = "scikit-learn is not installed: pip install '.[trace]' in the clone"
             raise bad_value("maps", f"[{','.join(self.maps)}]", why)
         require("top", self.top, 1 <= self.top <= MAX_TOKENS, f"must be 1 to {MAX_TOKENS}")
-        ok = is_number(self.threshold) and self.threshold > 0
-        require("threshold", self.threshold, ok, "must be a number above 0")
-        require("directions", self.directions, self.directions >= 0, "must be 0 (no dependency graph) or more")
+        check_fields("", self, threshold="a positive number", directions="an integer, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
     table = read_rollouts(source)
     counts = table.groupby("question_id", sort=False).size()
     if gone := [name for name in counts.index if name not in questions]:
-        raise RunError(f"run={source}: question {gone[0]} is not one of its task any more")
+        raise RunError(f"run={source}: the questions of its task have changed since that run: {gone[0]} is missing")
     chosen = [questions[name] for name in find_ids(wanted, list(counts.index), source)]
     has = [int(counts[question.id]) for question in chosen]
     whole = spec.search.survivors is not None or (spec.scorer is not None and spec.scorer.positions == "official")
@@ -196,7 +194,7 @@ def warn_of_differences(run: RunSpec, rollouts: RunRollouts, source: Path) -> No
     decoded = before["stop_reason"] != NOT_DECODED
     changed = (before["answer_text"] != here["answer_text"]) & decoded
     if changed.any():
-        log.warning("run=%s: %d of %d answers are others than then: drawn again, and rounded in another way",
+        log.warning("run=%s: %d of %d answers differ from those of the run: they were drawn again, with other rounding",
                     source, changed.sum(), decoded.sum())  # fmt: skip
 
 
@@ -211,8 +209,8 @@ def find_ids(wanted: Sequence[str], ids: Sequence[str], source: Path) -> list[st
         fits = [text] if text in ids else [name for name in ids if text and name.startswith(text)]
         if len(fits) != 1:
             shown = ", ".join((fits or ids)[:SHOWN_IDS])
-            what = "several begin so" if fits else "not a question of this run"
-            raise UsageError(f"question={text}: {what}; {source / ANSWERS} has them by their id, as in {shown}")
+            what = "the ids of several questions begin with it" if fits else "no question of this run"
+            raise UsageError(f"question={text}: {what}; {source / ANSWERS} lists the ids, such as {shown}")
         found += fits
     return list(dict.fromkeys(found))
 

@@ -117,7 +117,7 @@ def open_questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestion
         )
     latent_id = folder.settings.get("latent_id", getattr(adapter, "latent_id", None))
     if latent_id is None:
-        raise bad_value(key, path, f"neither its settings nor model={adapter.name} have a latent_id")
+        raise bad_value(key, path, f"neither its settings nor model={adapter.name} has a latent_id")
     folder.width = Shape.from_config(adapter.sizes).width
     mixed = MixedQuestions(folder, adapter, latent_id, key)
     if mixed.unmixed is None:

@@ -176,7 +176,7 @@ def train(
     states = Path(str(arguments.output_dir))
     clean_states(states)
     while (last := last_state(states)) is not None and not (_best(last) / files.WEIGHTS).is_file():
-        set_state_aside(last, f"needs {_best(last).name}, the best state so far, which is not there")
+        set_state_aside(last, f"needs {_best(last).name}, the best state so far, which is missing")
     if last is None or not _has_ended(last, optimization):
         trainer.fit()
         last = last_state(states)
