@@ -95,6 +95,8 @@ def test_live_picks_and_drawn_are_those_of_the_replay(ltts, lines, family, name)
     assert live_metrics.set_index("metric")["value"]["rollouts_drawn"] == pytest.approx(table["drawn"].mean())
     record = json.loads((live.last.parent / "run.json").read_text())
     assert record["budget"]["drawn"] == table["drawn"].sum() == record["rollouts"]["drawn_now"]
+    if "scored_now" in record["rollouts"]:
+        assert record["rollouts"]["scored_now"] == table["drawn"].sum()
 
 
 def test_the_vote_of_lockout_is_that_of_all_rollouts_and_costs_fewer(ltts, family):

@@ -490,6 +490,18 @@ def test_a_loss_that_is_not_finite_is_exit_1(command, monkeypatch):
     assert "Traceback" not in result.err
 
 
+def test_a_prompt_of_ours_may_begin_with_the_end_token(folders, monkeypatch):
+    adapter, path = folders[:2]
+
+    def first_ids() -> list[int]:
+        questions = MixedQuestions(AnnotationFolder(path), adapter, adapter.latent_id, "annotations")
+        return questions[0]["prompt"].tolist()
+
+    prompt = first_ids()
+    monkeypatch.setattr(type(adapter), "eos_id", prompt[0])
+    assert first_ids() == prompt
+
+
 def test_official_shards_can_be_trained_on(command, folders, tmp_path):
     official = tmp_path / "official"
     official.mkdir()
