@@ -235,12 +235,13 @@ def print_columns(title: str, keys: Sequence[Column], columns: Sequence[Column],
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=UNLIMITED)
+    ruled = console.is_terminal and encodes(console, "─")
     tables, narrow = fitting_tables(keys, columns, console.width)
     console.print(_text(title.replace("\n", "\\n"), console, "bold" if console.is_terminal else ""))
     for table in tables:
         grid = Table(
-            box=box.SIMPLE_HEAD if console.is_terminal else None, show_edge=False, pad_edge=False,
-            padding=(0, GAP - 1 if console.is_terminal else GAP, 0, 0), header_style="bold",
+            box=box.SIMPLE_HEAD if ruled else None, show_edge=False, pad_edge=False,
+            padding=(0, GAP - 1 if ruled else GAP, 0, 0), header_style="bold",
         )  # fmt: skip
         for column in table:
             grid.add_column(_text(column.name, console), justify="left" if column.left else "right", overflow="fold")
