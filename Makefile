@@ -95,7 +95,7 @@ reasoner-colar: $(WRITTEN) ## retrain the built-in CoLaR reasoner (in three part
 		recipe.latent_noise=0.1 recipe.latent_weight=2 \
 		optimization.lr=1.5e-3 optimization.warmup=10 optimization.cosine_updates=500
 
-parallel-in-time: .venv/.installed ## train the reasoners of experiments/parallel_in_time (16 of 5 to 10 minutes; resumes)
+parallel-in-time: .venv/.installed ## train the reasoners of experiments/parallel_in_time (19 of 5 to 10 minutes; resumes)
 	experiments/parallel_in_time/train.sh
 
 latent-rm: .venv/.installed ## annotate, then retrain the built-in LatentRM

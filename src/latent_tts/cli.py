@@ -127,9 +127,14 @@ def entry() -> None:
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read stdout has left, as `| head` does: end as other programs do then
+    except BrokenPipeError:  # the reader of stdout is gone, as with `| head`: end as other programs do
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    except KeyboardInterrupt:  # before the command began
+        print("interrupted: nothing was begun", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    if code == 128 + signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends what is left without a traceback
     sys.exit(code)
 
 

@@ -78,6 +78,14 @@ def asked_folder(name: str) -> list[Path]:
     return sorted(Path("outputs/ask").glob(f"*/{name}"))
 
 
+def test_unreadable_answers_are_no_votes(ask):
+    asked = ask(QUESTION, "--json", "n=8", "sampler=greedy", "answer.temperature=20", "scorer=none")
+    (line,) = lines_of(asked)
+    rollouts = pd.read_parquet(asked_folder("rollouts.parquet")[0])
+    assert 0 < line["unreadable"] == rollouts["prediction"].isna().sum() < 8
+    assert line["votes"] == Counter(rollouts["prediction"].dropna())
+
+
 def test_an_example_is_a_question_of_the_built_in_reasoners_kind(ask):
     [line] = lines_of(ask("--example", "--json", "n=2"))
     assert line["gold"].isdigit()

@@ -136,7 +136,10 @@ def test_ctrl_c_keeps_every_batch_that_was_drawn(run, monkeypatch):
         return draw(self, batch, shard)
 
     monkeypatch.setattr(Drawer, "draw", interrupted)
-    assert run("engine.rows=4").code == 130
+    stopped = run("engine.rows=4")
+    assert stopped.code == 130
+    kept = "12 of 24 rollouts are kept; those of an unfinished batch are not; re-run the command to resume"
+    assert f"interrupted: {kept}\n" in stopped.err
     monkeypatch.undo()
     again = run("engine.rows=4")
     assert drawn_now(again) == 12

@@ -57,7 +57,8 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
     [
         ("compare", ["usage: ltts compare A B"]),
         ("compare x", ["usage: ltts compare A B", "B is missing"]),
-        ("run n=1,4", ["n=1,4: several values; -m", "n=[1,4]"]),
+        ("run n=1,4", ["n=1,4: several values; -m runs a job for each"]),
+        ("probe tolerances=0.1,0.2", ["several values; -m runs a job for each, tolerances=[0.1,0.2] is a list"]),
         ("run --limit 5", ["did you mean task.limit=5?"]),
         ("run -n 4", ["did you mean n=4?"]),
         ("run --seed=3", ["did you mean seed=3?"]),
@@ -117,6 +118,10 @@ def test_a_line_of_which_the_meaning_can_be_told(ltts, line, words):
     result = ltts(*line.split())
     check(result, *words)
     assert "Error executing job" not in result.err
+
+
+def test_a_number_is_offered_no_list(ltts):
+    assert "is a list" not in ltts("run", "n=1,4").err
 
 
 def test_spaces_around_the_equals_sign(ltts):

@@ -74,10 +74,10 @@ def test_growth_explains_sweeps_where_they_differ():
         (["chunk=9"], ["schedule.chunk=9", "at most model.latents=6"]),
         (["guess=sibling"], ["guess=sibling", "token, zero or draft"]),
         (["guess=draft"], ["schedule.draft=null"]),
-        (["threshold=0"], ["threshold=0", "above 0"]),
-        (["directions=0"], ["directions=0", "1 or more"]),
+        (["threshold=0"], ["threshold=0", "a positive number"]),
+        (["directions=0"], ["directions=0", "a positive integer"]),
         (["model.latents=0"], ["no latents"]),
-        (["model=demo_pccot"], ["model=demo_pccot", "part of it"]),
+        (["model=demo_pccot"], ["model=demo_pccot", "without sweeps of its own"]),
     ],
 )
 def test_it_refuses(place, overrides, words):

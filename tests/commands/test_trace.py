@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -184,14 +185,23 @@ def test_a_budget_that_looks_at_rollouts_has_one_pick_and_its_own_counts(ltts):
         "task.limit=3",
         "n=16",
         "budget=adaptive",
+        "budget/rule=posterior",
+        "budget.rule.threshold=0.7",
+        "budget.round=8",
         "beside=null",
         "directions=0",
         "hydra.run.dir=traced",
     ]
     result = ltts("trace", *line)
-    table = pd.read_parquet("traced/rollouts.parquet")
-    counts = table.groupby("question_index").size().tolist()
-    assert len(set(counts)) > 1 or counts[0] < 16
+    table, budget = pd.read_parquet("traced/rollouts.parquet"), pd.read_parquet("traced/budget.parquet")
+    counts = budget["used"].tolist()
+    assert sum(counts) < len(table)
+    answers = [json.loads(line) for line in Path("traced/answers.jsonl").read_text().splitlines()]
+    for answer, own in zip(answers, data_of(result)["questions"], strict=True):
+        assert (
+            own["samplers"][0]["predictions"][answer["picks"]["majority"]["rollout"]]
+            == answer["picks"]["majority"]["answer"]
+        )
     assert [len(each["samplers"][0]["steps"]) for each in data_of(result)["questions"]] == counts
     assert "majority" in result.out
     assert "best_of_n" not in result.out
@@ -230,7 +240,7 @@ ASKED = f"question=['{QUESTION}']"
         ([ASKED, "maps=[umap]"], ["maps=[umap]", "pca and tsne"]),
         ([ASKED, "maps=[]"], ["maps=[]"]),
         ([ASKED, "top=0"], ["top=0", "1 to 20"]),
-        ([ASKED, "threshold=0"], ["threshold=0", "above 0"]),
+        ([ASKED, "threshold=0"], ["threshold=0", "a positive number"]),
         ([ASKED, "directions=-1"], ["directions=-1"]),
         ([ASKED, "beside=nosuch"], ["beside=nosuch", "dropout, gaussian, greedy"]),
         ([ASKED, "beside='gaussian:much'"], ["sampler.sigma=much"]),
@@ -251,11 +261,13 @@ def test_it_refuses_what_a_run_does_not_have(completed, ltts, monkeypatch):
         raise AssertionError("a model is loaded")
 
     monkeypatch.setattr("latent_tts.checkpoint.loading.load_causal_lm", loading)
-    check(ltts("trace", "0123456789abcdef", f"run={completed}"), "question=0123456789abcdef", "answers.jsonl", "as in")
+    check(
+        ltts("trace", "0123456789abcdef", f"run={completed}"), "question=0123456789abcdef", "answers.jsonl", "such as"
+    )
     check(ltts("trace", f"run={completed}", "n=9"), "n=9", "must be 1 to 4")
     check(ltts("trace", f"run={completed}", "sampler=gaussian"), "sampler=", "has its own")
     check(ltts("trace", f"run={completed}", "seed=1"), "seed=1", "has its own")
-    check(ltts("trace", f"run={completed}", "question=[a,'']"), "question=a", "not a question of this run")
+    check(ltts("trace", f"run={completed}", "question=[a,'']"), "question=a", "no question of this run")
 
 
 def test_tsne_without_scikit_learn_is_refused_by_its_extra(ltts, monkeypatch):

@@ -199,6 +199,7 @@ def test_an_ascii_terminal_gets_ascii(shown):
     text = "".join(tables.values())
     assert text.isascii() == (encoding == "ascii")
     assert ("+- 1.2" in text) == (encoding == "ascii")
+    assert "|" not in text
     assert "\\u" not in text
 
 

@@ -256,8 +256,11 @@ def test_a_tolerance_is_stated_in_the_tables_and_its_changed_answers_are_named(p
     table = pd.read_csv(result.last.parent / "verification.csv")
     assert table["changed"].any()
     assert f"{table['changed'].sum()} changed answers" in result.out
-    for row in table[table["changed"]].itertuples():
-        assert f"question {row.question_id}, rollout {row.rollout}: " in result.out
+    changed = table[table["changed"]]
+    for place, row in enumerate(changed.itertuples()):
+        assert (f"question {row.question_id}, rollout {row.rollout}: " in result.out) == (place < 10)
+    assert len(changed) > 10
+    assert f"and {len(changed) - 10} more, in verification.csv" in result.out
     assert pd.read_csv(result.last)["settings"].str.contains("schedule.tolerance=0.9").all()
     assert "schedule.tolerance=0.9" in result.out
 

@@ -144,13 +144,14 @@ def check_choices(command: str, arguments: Sequence[str]) -> None:
 
 
 def takes_list(command: str, key: str) -> bool:
-    """Whether a key can have a list: all but the groups of which one option is chosen."""
+    """Whether a key can have a list: no group of which one option is chosen, and no key of another kind."""
     known = read_command(command)
-    return key not in known.groups or key in known.lists
+    kinds = {each.name: each.kind for each in known.keys}
+    return key in known.lists or (key not in known.groups and "list" in kinds.get(key, "list"))
 
 
 def _values(argument: str) -> Iterator[Any]:
-    """The values of an override, several in a sweep; none where Hydra will say what is wrong with it."""
+    """The values of an override, several in a sweep; none where Hydra will report the error."""
     try:
         override = OverridesParser.create().parse_override(argument)
         yield from override.sweep_iterator() if override.is_sweep_override() else [override.value()]

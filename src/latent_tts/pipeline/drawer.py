@@ -1,8 +1,8 @@
 """What a worker does with its share of a run: batches drawn, scored and compared where their latents are made.
 
 Latents are scored, compared and, if they are to be kept, copied right after a batch has made them, and nowhere else.
-Whoever needs those of rollouts that are there already has them thought again: the generator is keyed, so they are the
-same, and answers are not touched.
+Latents of rollouts that were drawn earlier are recomputed where they are needed: the random numbers are keyed, so they
+are the same. Answers are left alone.
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ Sums: TypeAlias = dict[str, tuple[int, Tensor]]  # by row key: see `DirectionSum
 directions = DirectionSums()  # of the questions drawn last, for their next round and the next job of a sweep
 
 
-# What driver and worker tell each other
+# Messages between driver and worker
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is made of rollouts.
+    """What a worker computes for the rollouts of a shard.
 
     Attributes:
         answers: whether answers are decoded.
         scored: whether the run's scorer reads their latents.
-        drawn: whether they are new; else they are thought again, for scores or latents alone.
+        drawn: whether they are new; otherwise latents are recomputed, for scores or to be kept.
         compares: whether they are compared with those before them.
         keeps: whether latents come back.
         sums: whether the sums of directions come back, for the next rollouts of their questions.
@@ -94,7 +94,7 @@ class Shard:
 
     Attributes:
         jobs: questions, with a range of rollouts each.
-        request: what is made of them.
+        request: what is computed for them.
         dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is not computed.
         sums: of questions some of whose rollouts another worker has drawn.
         bar: of the driver's process, which a worker in it moves.
@@ -115,8 +115,8 @@ class Part:
         places: (row key, rollout) of each row.
         make_table: makes what the cache keeps of it; None where nothing is.
         answer_ids: of each row; None where answers were not decoded.
-        latents_RTD: on the host, if they are wanted.
-        sums: of directions, if they are wanted.
+        latents_RTD: on the host, if they are asked for.
+        sums: of directions, if they are asked for.
         max_bytes: the estimate of a batch that fits, where one was too large.
         memory: of its worker, see `Description.memory`.
     """
@@ -140,7 +140,7 @@ def _same(table: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True)
 class Description:
-    """What a worker says of itself.
+    """A worker, as it describes itself.
 
     Attributes:
         name: for people.
@@ -172,7 +172,7 @@ class Description:
 
 @dataclass(frozen=True)
 class DrawingWork:
-    """The rollouts of a run, or some of them, as workers are told about them.
+    """The rollouts of a run, or some of them, as workers receive them.
 
     Attributes:
         spec: the run; without questions where the worker is in another process: shards bring theirs.
@@ -224,7 +224,7 @@ def load(spec: RunSpec) -> Reasoner:
 
 
 def load_scorer_of(spec: RunSpec) -> RewardModel:
-    """The scorer of a run, the same way. An adapter shares the weights of its reasoner."""
+    """The scorer of a run, loaded, proven and kept. A LoRA scorer shares the weights of the loaded reasoner."""
     assert spec.scorer is not None
     longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
     shares = spec.scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
@@ -302,7 +302,7 @@ def one_per_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], li
 
 
 def not_compared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
-    """The rollouts that come before those of some jobs and were not compared yet, or are known no more."""
+    """Earlier rollouts of the same questions that `directions` lacks: never compared, or dropped since."""
     unknown = []
     for job in jobs:
         key, first = directions_key(latents, job.row_key), job.rollouts[0]
@@ -413,7 +413,7 @@ class Drawer:
         if request.compares:
             self.catch_up(next(one_per_question(batch))[1])
         with self._shown(batch, shard):
-            return self.draw(batch, shard) if request.drawn else self._think(batch, shard)
+            return self.draw(batch, shard) if request.drawn else self._recompute(batch, shard)
 
     def _shown(self, batch: list[RolloutJob], shard: Shard) -> AbstractContextManager[None]:
         """What moves the driver's bar while a batch is computed."""
@@ -478,8 +478,8 @@ class Drawer:
             memory=self.memory,
         )
 
-    def _think(self, batch: list[RolloutJob], shard: Shard) -> Part:
-        """Think the rollouts of a batch again."""
+    def _recompute(self, batch: list[RolloutJob], shard: Shard) -> Part:
+        """Recompute the latents of a batch."""
         request = shard.request
         thought = self.roll(batch, answers=False)
         make_table = None
@@ -495,7 +495,7 @@ class Drawer:
         )
 
     def catch_up(self, batch: Sequence[RolloutJob]) -> None:
-        """Think the rollouts before a batch again, as far as what is known of them has to be compared with it."""
+        """Recompute the earlier rollouts that a batch has to be compared with and whose sums are not known."""
         if not self.spec.adapter.latents:
             return
         kept = self._keys(batch)
@@ -539,7 +539,7 @@ class Drawer:
         return 2 * (own + scoring) if spec.search.guided else max(own, scoring)
 
     def _least(self, batch: Sequence[RolloutJob], rollouts: Rollouts, *, answers: bool) -> Columns:
-        """A row's share of what drawing a batch cannot do without."""
+        """Each row's share of the least time and bytes that drawing a batch takes."""
         begun = len(self.spec.forced_ids)
         least = BatchCost(
             passes=self.spec.passes,

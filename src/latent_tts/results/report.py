@@ -127,16 +127,16 @@ class ProgressBar:
 
     @property
     def visible(self) -> bool:
-        """Whether anybody sees it."""
+        """Whether it is shown."""
         return not self._progress.disable
 
     def advance(self, count: int) -> None:
-        """Some more are done."""
+        """Count some more as done."""
         self._done += count
         self.show_part(0)
 
     def show_part(self, count: float) -> None:
-        """Beside those that are done, others have come as far as `count` whole ones."""
+        """Show that, besides those that are done, others have progressed by as much as `count` whole ones."""
         completed = self._done + count
         elapsed = self._progress.tasks[0].elapsed or 0
         rate = completed / max(elapsed, 1e-9)
@@ -235,12 +235,13 @@ def print_columns(title: str, keys: Sequence[Column], columns: Sequence[Column],
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=UNLIMITED)
+    ruled = console.is_terminal and encodes(console, "─")
     tables, narrow = fitting_tables(keys, columns, console.width)
     console.print(_text(title.replace("\n", "\\n"), console, "bold" if console.is_terminal else ""))
     for table in tables:
         grid = Table(
-            box=box.SIMPLE_HEAD if console.is_terminal else None, show_edge=False, pad_edge=False,
-            padding=(0, GAP - 1 if console.is_terminal else GAP, 0, 0), header_style="bold",
+            box=box.SIMPLE_HEAD if ruled else None, show_edge=False, pad_edge=False,
+            padding=(0, GAP - 1 if ruled else GAP, 0, 0), header_style="bold",
         )  # fmt: skip
         for column in table:
             grid.add_column(_text(column.name, console), justify="left" if column.left else "right", overflow="fold")
