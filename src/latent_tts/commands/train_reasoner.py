@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from latent_tts.checkpoint import files as checkpoint
 from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
-from latent_tts.errors import bad_value, check_device, check_seed, computing, require
+from latent_tts.errors import UsageError, bad_value, check_device, check_seed, computing, require
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
 from latent_tts.task.arith import Arith
@@ -57,7 +57,7 @@ def train(cfg: DictConfig) -> None:
         require(key, OmegaConf.select(cfg, key), not key.startswith("backbone."), why)
     output = Path(cfg.output).expanduser()
     if OmegaConf.is_missing(cfg, "recipe"):
-        raise bad_value("recipe", "???", f"model={cfg.model.name} names no recipe; give one, as in recipe=coconut")
+        raise UsageError(f"recipe: model={cfg.model.name} names no recipe; give one, as in recipe=coconut")
     recipe = config.build("recipe", cfg.recipe)
     require("recipe", type(recipe).__name__.lower(), recipe.updates >= 1, "must have at least one update")
     adapter = config.build("model", OmegaConf.merge(cfg.model, {"checkpoint": str(output / "initial")}))
