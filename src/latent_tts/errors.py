@@ -98,7 +98,7 @@ def check_fields(group: str, option: object, **kinds: str | Iterable[str]) -> No
     """Check fields of an option.
 
     Args:
-        group: what their keys begin with.
+        group: what their keys begin with; empty for keys of a command.
         option: has them as attributes.
         **kinds: what each must be: one of `VALUE_KINDS`, maybe followed by `, or null`; or one of some words.
 
@@ -113,7 +113,7 @@ def check_fields(group: str, option: object, **kinds: str | Iterable[str]) -> No
         else:
             words = list(kind)
             ok, kind = value in words, " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
-        require(f"{group}.{name}", value, ok, f"must be {kind}")
+        require(f"{group}.{name}".lstrip("."), value, ok, f"must be {kind}")
 
 
 def check_device(key: str, device: object) -> None:

@@ -161,6 +161,25 @@ def test_settings_name_what_differs_from_the_defaults_and_has_no_column(run):
     assert set(table["seed"]) == {2}
 
 
+def test_settings_name_what_files_of_the_user_set(run, tmp_path):
+    own = tmp_path / "own"
+    for name, content in {
+        "local/default": "# @package _global_\nmax_answer_tokens: 3\nanswer: {temperature: 0.9}\n",
+        "model/mine": "defaults: [demo_coconut, _self_]\nlatents: 3\n",
+        "sampler/dropout": "rate: 0.9\n",  # this package's own option of that name wins
+        "sampler/answers": "defaults: [dropout, _self_]\nwhere: [thoughts, answer]\n",
+    }.items():
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        (own / f"{name}.yaml").write_text(content)
+    line = [f"--config-dir={own}"]
+    table = pd.read_csv(run(*line, "model=mine", "sampler=answers").last)
+    (settings,) = set(table["settings"])
+    for expected in ("answer.temperature=0.9", "model.latents=3", "sampler.where=['thoughts', 'answer']"):
+        assert expected in settings
+    # the fixture's own line wins over the file, as in any command
+    assert "max_answer_tokens=4" in settings
+
+
 def test_a_jsonl_file_is_a_task(run, tmp_path):
     rows = [{"question": "Ann has 3 pens. She buys 4 more. How many pens does Ann have?", "answer": 7}] * 2
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -180,14 +181,23 @@ def test_a_budget_that_looks_at_rollouts_has_one_pick_and_its_own_counts(ltts):
         "task.limit=3",
         "n=16",
         "budget=adaptive",
+        "budget/rule=posterior",
+        "budget.rule.threshold=0.7",
+        "budget.round=8",
         "beside=null",
         "directions=0",
         "hydra.run.dir=traced",
     ]
     result = ltts("trace", *line)
-    table = pd.read_parquet("traced/rollouts.parquet")
-    counts = table.groupby("question_index").size().tolist()
-    assert len(set(counts)) > 1 or counts[0] < 16
+    table, budget = pd.read_parquet("traced/rollouts.parquet"), pd.read_parquet("traced/budget.parquet")
+    counts = budget["used"].tolist()
+    assert sum(counts) < len(table)
+    answers = [json.loads(line) for line in Path("traced/answers.jsonl").read_text().splitlines()]
+    for answer, own in zip(answers, data_of(result)["questions"], strict=True):
+        assert (
+            own["samplers"][0]["predictions"][answer["picks"]["majority"]["rollout"]]
+            == answer["picks"]["majority"]["answer"]
+        )
     assert [len(each["samplers"][0]["steps"]) for each in data_of(result)["questions"]] == counts
     assert "majority" in result.out
     assert "best_of_n" not in result.out
@@ -230,7 +240,7 @@ ASKED = f"question=['{QUESTION}']"
         ([ASKED, "maps=[umap]"], ["maps=[umap]", "pca and tsne"]),
         ([ASKED, "maps=[]"], ["maps=[]"]),
         ([ASKED, "top=0"], ["top=0", "1 to 20"]),
-        ([ASKED, "threshold=0"], ["threshold=0", "above 0"]),
+        ([ASKED, "threshold=0"], ["threshold=0", "a positive number"]),
         ([ASKED, "directions=-1"], ["directions=-1"]),
         ([ASKED, "beside=nosuch"], ["beside=nosuch", "dropout, gaussian, greedy"]),
         ([ASKED, "beside='gaussian:much'"], ["sampler.sigma=much"]),

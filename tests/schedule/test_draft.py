@@ -195,7 +195,7 @@ def test_a_run_refuses(refuse, place, overrides, words):
     ("overrides", "words"),
     [
         (["updates=0"], ["updates=0"]),
-        (["lr=0"], ["lr=0", "above 0"]),
+        (["lr=0"], ["lr=0", "a positive number"]),
         (["model.latents=1"], ["model.latents=1", "2 or more"]),
         (["model=demo_pccot"], ["own sweeps"]),
         (["sampler=control", "sampler.mode=shuffle"], ["sampler=control"]),

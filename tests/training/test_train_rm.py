@@ -437,7 +437,7 @@ def test_no_epochs_write_the_untrained_latent_rm(command, checkpoint, tmp_path):
     [
         (["valid_annotations=nosuch"], ["valid_annotations=nosuch", "no such folder"]),
         (["init=zeros"], ["init=zeros", "reasoner, random"]),
-        (["weights_dtype=int8"], ["weights_dtype=int8", "float32, bfloat16"]),
+        (["weights_dtype=int8"], ["weights_dtype=int8", "float32 or bfloat16"]),
         (["loss.name=mse"], ["loss.name=mse", "contrastive, bce, last_step"]),
         (["optimization.lr=0"], ["optimization.lr=0", "positive"]),
         (["model.checkpoint=shipped:coconut_arith"], ["annotations=", "annotated with the reasoner tiny"]),
@@ -488,6 +488,18 @@ def test_a_loss_that_is_not_finite_is_exit_1(command, monkeypatch):
     assert result.code == 1
     assert "the loss is nan at update 0" in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_prompt_of_ours_may_begin_with_the_end_token(folders, monkeypatch):
+    adapter, path = folders[:2]
+
+    def first_ids() -> list[int]:
+        questions = MixedQuestions(AnnotationFolder(path), adapter, adapter.latent_id, "annotations")
+        return questions[0]["prompt"].tolist()
+
+    prompt = first_ids()
+    monkeypatch.setattr(type(adapter), "eos_id", prompt[0])
+    assert first_ids() == prompt
 
 
 def test_official_shards_can_be_trained_on(command, folders, tmp_path):

@@ -69,7 +69,7 @@ class Tally:
         logprob_N: summed log-probability of each answer.
         score_N: score of each rollout; NaN where it has none.
         equal: whether two answers are one vote; None where only equal strings are. Equality by value is not transitive,
-            so that a late string can form the classes anew.
+            so that a later answer can regroup the earlier ones.
         prompt_gflop: what the question costs once.
         gflop_N: what each rollout costs.
     """
@@ -174,7 +174,8 @@ class Stop:
 
     Attributes:
         used: rollouts that its answer is of; those drawn beyond are not used.
-        why: the rule that said so, `n` (it has all), or `total` (the budget is spent).
+        why: the rule that said so, `n` (it has all), `total` (the budget is spent), or `worth` (no round is worth
+            anything).
         certificate: what is known of the answer's error, for rules that say so.
     """
 

@@ -11,6 +11,9 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -19,7 +22,7 @@ from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from latent_tts.config.reference import conf_dir, nested_groups
+from latent_tts.config.reference import conf_dir, nested_groups, option_names
 from latent_tts.config.schemas import SCHEMAS
 from latent_tts.errors import LatentTTSError, UsageError, bad_value, require, unknown_key
 from latent_tts.results.files import LOCK
@@ -118,7 +121,9 @@ def refuse_unknown_keys(cfg: DictConfig, prefix: str = "") -> None:
 
 
 def changed_keys(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
-    """The keys that differ from their defaults under the same group choices, with their values.
+    """The keys that differ from this package's defaults under the same group choices, with their values.
+
+    What files of the user and of other packages set counts as changed, so that runs under other files are other curves.
 
     Args:
         cfg: the job's config.
@@ -128,24 +133,36 @@ def changed_keys(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
     choices = hydra_cfg.runtime.choices
     # an option of `engine` is no choice of its own, but settings
     chosen = {str(group): choices.get(str(group)) for group in cfg if group != "engine"}
-    overrides = [f"{group}={option}" for group, option in chosen.items() if option and "[" not in option]
-    sources = tuple(source.path for source in hydra_cfg.runtime.config_sources)
-    before, after = _defaults(str(hydra_cfg.job.config_name), tuple(overrides), sources), _flat(cfg)
+    own = {group: option_names(group, [Path(conf_dir())]) for group in chosen}
+    overrides = [f"{group}={option}" for group, option in chosen.items() if option in own[group]]
+    before, after = _defaults(str(hydra_cfg.job.config_name), tuple(overrides)), _flat(cfg)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     hidden = tuple(f"{key}." for key in known)
     return {k: v for k, v in sorted(changed.items()) if k not in known and not k.startswith(hidden)}
 
 
-@lru_cache(maxsize=8)
-def _defaults(command: str, overrides: tuple[str, ...], sources: tuple[str, ...]) -> Mapping[str, Any]:
-    """The values by key, the same for the jobs of a sweep: composing is slow."""
-    return _flat(compose(command, overrides))
+@lru_cache(maxsize=64)
+def _defaults(command: str, overrides: tuple[str, ...]) -> Mapping[str, Any]:
+    """The values by key, from this package's files alone; the same for the jobs of a sweep: composing is slow."""
+    places = ConfigSearchPathImpl()
+    for provider, path in (
+        ("hydra", "pkg://hydra.conf"),
+        ("main", f"file://{conf_dir()}"),
+        ("schema", "structured://"),
+    ):
+        places.append(provider, path)
+    local = any("optional local" in entry for entry in defaults_of(command)) and option_names(
+        "local", [Path(conf_dir())]
+    )
+    without_local = ["~local"] if local else []  # a clone's conf/local is the user's
+    return _flat(compose(command, [*overrides, *without_local], ConfigLoaderImpl(places)))
 
 
-def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The config of a command under some overrides, open to changes."""
-    loader = GlobalHydra.instance().config_loader()
-    cfg = loader.load_configuration(command, list(overrides), run_mode=RunMode.RUN)
+def compose(command: str, overrides: Sequence[str] = (), loader: ConfigLoader | None = None) -> DictConfig:
+    """The config of a command under some overrides, open to changes; by default from all that Hydra was told."""
+    cfg = (loader or GlobalHydra.instance().config_loader()).load_configuration(
+        command, list(overrides), run_mode=RunMode.RUN
+    )
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]  # as in the config of a job
     return cfg

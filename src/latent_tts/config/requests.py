@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from latent_tts.pipeline.spec import EngineSettings, RunRequest
 from latent_tts.results.annotations import SETTINGS, AnnotationFolder
 from latent_tts.results.cache import MODES
 from latent_tts.sampler import Sampler
+from latent_tts.task.asked import Asked
 
 log = logging.getLogger(__name__)
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?(e-?[0-9]+)?")
@@ -59,6 +61,23 @@ def run_request(cfg: DictConfig) -> RunRequest:
         config=plain(cfg),
         chosen=frozenset(chosen if is_default("aggregator", cfg) else {*chosen, "aggregator"}),
     )
+
+
+def with_texts(request: RunRequest, texts: list[str]) -> RunRequest:
+    """A request whose questions are these texts; unchanged for none.
+
+    Raises:
+        UsageError: the task has questions of its own, or a text is empty.
+    """
+    if not texts:
+        return request
+    asked, why = request.task, "the chosen task has questions of its own; leave one out"
+    require("question", ",".join(texts), isinstance(asked, Asked), why)
+    for text in texts:
+        require("question", repr(text), bool(text.strip()), "is empty; ask something")
+    assert isinstance(asked, Asked)
+    config = {**request.config, "task": {**request.config["task"], "texts": texts}}
+    return replace(request, task=replace(asked, texts=texts), config=config)
 
 
 def annotation_spec(cfg: DictConfig) -> AnnotationSpec:

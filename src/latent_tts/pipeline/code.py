@@ -1,4 +1,4 @@
-"""Digests of the code behind the objects of a run: what an edit of it makes other rollouts of.
+"""Digests of the code that determines a run's rollouts: editing that code voids the cache.
 
 Code is compared as it is compiled, so comments, docstrings, assertions and layout do not count.
 """

@@ -69,7 +69,7 @@ directions = DirectionSums()  # of the questions drawn last, for their next roun
 
 @dataclass(frozen=True)
 class Request:
-    """What is made of rollouts.
+    """What a worker computes for the rollouts of a shard.
 
     Attributes:
         answers: whether answers are decoded.
@@ -94,7 +94,7 @@ class Shard:
 
     Attributes:
         jobs: questions, with a range of rollouts each.
-        request: what is made of them.
+        request: what is computed for them.
         dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is not computed.
         sums: of questions some of whose rollouts another worker has drawn.
         bar: of the driver's process, which a worker in it moves.
@@ -224,7 +224,7 @@ def load(spec: RunSpec) -> Reasoner:
 
 
 def load_scorer_of(spec: RunSpec) -> RewardModel:
-    """The scorer of a run, the same way. An adapter shares the weights of its reasoner."""
+    """The scorer of a run, loaded, proven and kept. A LoRA scorer shares the weights of the loaded reasoner."""
     assert spec.scorer is not None
     longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
     shares = spec.scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
@@ -302,7 +302,7 @@ def one_per_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], li
 
 
 def not_compared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
-    """The rollouts that come before those of some jobs and were not compared yet, or are known no more."""
+    """Earlier rollouts of the same questions that `directions` lacks: never compared, or dropped since."""
     unknown = []
     for job in jobs:
         key, first = directions_key(latents, job.row_key), job.rollouts[0]
@@ -539,7 +539,7 @@ class Drawer:
         return 2 * (own + scoring) if spec.search.guided else max(own, scoring)
 
     def _least(self, batch: Sequence[RolloutJob], rollouts: Rollouts, *, answers: bool) -> Columns:
-        """A row's share of what drawing a batch cannot do without."""
+        """Each row's share of the least time and bytes that drawing a batch takes."""
         begun = len(self.spec.forced_ids)
         least = BatchCost(
             passes=self.spec.passes,

@@ -6,7 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -106,11 +106,6 @@ def measure(
                 if worse == MAX_WORSE or time.perf_counter() + 4 * taken > deadline:
                     break
     return measurements
-
-
-def settings_of(engine: EngineSettings, dtypes: Sequence[str]) -> list[EngineSettings]:
-    """The engine settings with each of some dtypes; raises UsageError for one that they do not go with."""
-    return [replace(engine, dtype=dtype) for dtype in dtypes]
 
 
 def rows_to_try(rollouts: int, bytes_per_row: int, device: str) -> Iterator[int]:

@@ -47,6 +47,7 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
         "sampler": spec.config["sampler"],
         "seed": spec.seed,
         "schedule": spec.schedule.key,
+        "search": spec.config["search"],
         **({"draft": spec.draft.digest} if spec.draft is not None else {}),
         "dtype": spec.engine.dtype,
         "max_answer_tokens": spec.max_answer_tokens,
@@ -59,7 +60,7 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     assert spec.scorer is not None
     assert scoring is not None
     scored_by = score_key(spec.scorer, spec.engine.dtype, spec.n, scoring)
-    return key | {"search": spec.config["search"], "scorer": scored_by, "reduce": spec.scorer.reduction}
+    return key | {"scorer": scored_by, "reduce": spec.scorer.reduction}
 
 
 def is_current(key: Mapping[str, Any]) -> bool:

@@ -91,7 +91,8 @@ def draw_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
         RunError: a failure while drawing or scoring; what was computed stays in the cache.
     """
     if spec.decode == "winners":
-        return decode_winners(spec, think_rollouts(spec, latents))
+        thought = gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
+        return decode_winners(spec, thought)
     if is_adaptive(spec.budget):
         return draw_in_rounds(spec, latents)
     return gather_rollouts(spec, rollout_key, spec.wanted(), latents=latents)
@@ -105,13 +106,13 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     """
     assert is_adaptive(spec.budget)
     reader = AnswerReader(spec)
-    tallying, drawn_now, before = Tallying(spec, reader.read), 0, [0] * len(spec.questions)
-    rounds = 0
+    tallying, before = Tallying(spec, reader.read), [0] * len(spec.questions)
+    rounds, drawn_now, scored_now = 0, 0, 0
     timeline: list[Span] = []
     drawing = replace(spec, on_answers=spec.on_answers or reader.take)  # `ltts ask` reads them itself
 
     def tallies_after(drawn_Q: Int64) -> list[Tally]:
-        nonlocal drawn_now, before, rounds
+        nonlocal before, rounds, drawn_now, scored_now
         part = replace(drawing, counts=drawn_Q.tolist())
         new = part.wanted(before)
         if not new.empty:
@@ -120,6 +121,7 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
                 rollouts = gather_rollouts(part, rollout_key, new)
             tallying.add(rollouts.rows, None if rollouts.scores is None else rollouts.scores.score, before, part.drawn)
             drawn_now, before = drawn_now + rollouts.drawn_now, part.drawn
+            scored_now += 0 if rollouts.scores is None else rollouts.scores.scored_now
             timeline.extend(rollouts.timeline)
         return tallying.tallies()
 
@@ -131,13 +133,10 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     with report.in_round(rounds + 1):
         rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now
+    if rollouts.scores is not None:
+        rollouts.scores.scored_now += scored_now
     rollouts.timeline = timeline + rollouts.timeline
     return rollouts
-
-
-def think_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
-    """Draw latents and score them, without decoding answers."""
-    return gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
 
 
 def gather_rollouts(
@@ -153,7 +152,7 @@ def gather_rollouts(
     """Some rollouts of a run, those that the cache has and the others drawn now, scored where there is a scorer.
 
     A model is loaded only if something is missing. How it is computed is part of the key, and known once it is loaded;
-    a complete entry is used whichever way its rollouts were computed, because that way was proven right for them.
+    a complete entry serves whichever way that was: each is checked against the model's own pass before it draws.
 
     Args:
         spec: the run.

@@ -111,7 +111,7 @@ def reduce_scores(
     Args:
         spec: the run, which has a scorer.
         cached: all its rollouts.
-        rollouts: the same rollouts with the columns `cache.MEASURED`, which are changed.
+        rollouts: the same rollouts; their columns `cache.MEASURED` are modified in place.
         offsets: see `score_positions`.
         scored_now: see `Scores`.
     """

@@ -144,7 +144,7 @@ class RolloutCache(PartCache):
 
 
 class ScoreCache(PartCache):
-    """Step scores made later, of the rollouts of one `RolloutCache`, in its folder; reductions are not in it."""
+    """Step scores made after drawing, in the folder of their `RolloutCache`; they are reduced when they are read."""
 
     schema = SCORE_SCHEMA
 

@@ -220,7 +220,7 @@ class GatheredRows:
     """
 
     def __init__(self, wanted: pd.DataFrame, schema: pa.Schema) -> None:
-        """Want some rows, at least one and each once, with the columns of a schema."""
+        """Start empty; `wanted` has at least one row and none twice. `schema` has the columns to gather."""
         self.wanted, self._schema = wanted, schema
         codes, keys = pd.factorize(wanted["row_key"])
         self._codes = {key: code for code, key in enumerate(keys)}

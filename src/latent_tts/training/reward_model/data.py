@@ -49,7 +49,9 @@ class MixedQuestions:
             )
         if not self.rows:
             raise bad_value(key, folder.path, f"none of its {len(rows)} questions has both right and wrong rollouts")
-        self.folder, self.latent_id, self.pad_id = folder, latent_id, adapter.eos_id
+        self.folder, self.latent_id = folder, latent_id
+        # official texts are padded on the left; in ours, a prompt may begin with the end token
+        self.pad_id = adapter.eos_id if folder.official else None
         self.chance = float(np.mean([row["share_correct"] for row in self.rows]))
         self.rollouts = max(row["rollouts"] for row in self.rows)
         self.positions = adapter.positions
