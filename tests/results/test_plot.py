@@ -1,6 +1,8 @@
 """Figures by their elements: panels, lines, colours, dashes, intervals, legend, axes, title."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,9 +13,10 @@ from matplotlib.colors import same_color, to_rgba
 from matplotlib.figure import Figure
 from refusal import check, check_refused
 
+from latent_tts.commands.plot import find_tables
 from latent_tts.errors import UsageError
 from latent_tts.results.plot import COLORS, MAX_BANDS, save_figure, scaling_figure
-from latent_tts.results.run_folder import RUN_COLUMNS
+from latent_tts.results.run_folder import RUN_COLUMNS, read_metrics
 
 AGGREGATORS = ("majority", "likelihood", "best_of_n", "weighted")
 ROW = dict.fromkeys(RUN_COLUMNS, "") | {
@@ -332,6 +335,23 @@ def test_a_table_without_figures_is_named_and_what_there_is_is_drawn(completed, 
     drawn = ltts("plot", "half.csv", "output=half.svg")
     assert drawn.code == 0, drawn.err
     assert drawn.last.is_file()
+
+
+def test_make_plots_draws_every_figure_that_ltts_plot_made():
+    root = Path(__file__).parents[2]
+    recipe = re.search(r"^plots:.*\n((\t.*\n)+)", (root / "Makefile").read_text(), re.M)
+    assert recipe is not None
+    folders = [word for line in re.findall(r"ltts plot (.*)", recipe[1]) for word in line.split() if "=" not in word]
+    tables = [table for folder in folders for table in find_tables(root / folder)]
+    assert all(len(read_metrics(table)) for table in tables)
+    drawn = {
+        table.with_name(table.name.replace("results", "figure").replace(".csv", ".svg"))
+        for table in (root / "experiments").rglob("results*.csv")
+    }
+    made_elsewhere = {root / "experiments" / "budgets" / "figure.svg"}
+    assert {figure for figure in drawn if figure.exists()} - made_elsewhere == {
+        table.with_name(table.name.replace("results", "figure").replace(".csv", ".svg")) for table in tables
+    }
 
 
 def test_plot_alone_draws_the_last_run_or_sweep(run, ltts, tmp_path):
