@@ -164,6 +164,14 @@ def test_weights_of_which_the_largest_is_not_known_are_relative_to_the_largest_s
     np.testing.assert_allclose(tally.weight_N, np.exp([-2.0, 0.0, -32.0]))
 
 
+def test_a_total_that_no_round_is_worth_is_named(caplog):
+    shared, tallies = Shared(total=100.0, first=4, round=2), [tally_of("aaaa", n=16), tally_of("bbbb", n=4)]
+    assert shared.next(tallies).tolist() == [0, 0]
+    assert [stop.why for stop in shared.stops(tallies)] == ["worth", "n"]
+    assert "budget.total=100: 8 spent; the next 2 rollouts" in caplog.text
+    assert [stop.why for stop in Shared(total=9.0).stops([tally_of("aabb", n=16)])] == ["total"]
+
+
 def test_a_total_below_the_first_rollouts_is_named(caplog):
     shared = Shared(total=3.0, unit="gflop", first=4)
     assert shared.next([tally_of("aabb", n=16), tally_of("aaab", n=16)]).tolist() == [0, 0]

@@ -54,7 +54,7 @@ BUDGETS = {
 
 
 CASES = [(family, name) for family in TEXTS for name in BUDGETS]
-QUICK = {("coconut", "lockout"), ("coconut", "reward"), ("codi", "shared")}
+QUICK = {("coconut", "lockout"), ("codi", "shared")}
 
 
 @pytest.mark.parametrize(("family", "name"), [case if case in QUICK else slow(*case) for case in CASES])
@@ -218,6 +218,14 @@ def test_a_calibration_on_the_questions_of_the_run_is_refused(ltts, family):
     check_refused("run", *family, *line, words=["budget.rule.calibration=full", "5 of the questions"])
     words = ["budget.rule.calibration=full", "another sampler"]
     check_refused("run", *family, "sampler.sigma=0.3", *line, words=words)
+
+
+def test_a_run_without_randomness_has_one_rollout_to_replay(ltts, family):
+    greedy = "sampler=greedy", "answer.temperature=0", "budget=fixed", "hydra.run.dir=greedy"
+    line = [each for each in family if not each.startswith(("sampler", "answer.temperature"))]
+    assert ltts("run", *line, *greedy).code == 0
+    result = ltts("replay", "greedy", "budget=adaptive")
+    assert result.code == 0, result.err
 
 
 def test_a_calibration_on_other_rollouts_or_scores_is_refused(ltts, family):

@@ -174,7 +174,8 @@ class Stop:
 
     Attributes:
         used: rollouts that its answer is of; those drawn beyond are not used.
-        why: the rule that said so, `n` (it has all), or `total` (the budget is spent).
+        why: the rule that said so, `n` (it has all), `total` (the budget is spent), or `worth` (no round is worth
+            anything).
         certificate: what is known of the answer's error, for rules that say so.
     """
 

@@ -31,7 +31,7 @@ class Shared:
 
     - `majority`: the chance that the runner-up overtakes the leader if all r rollouts of the round go to one of both.
       With a and b votes and a uniform prior over their shares, the runner-up's votes are beta-binomial with parameters
-      r, b + 1 and a + 1. Where no vote still to come can change the leader, a rollout is worth nothing.
+      r, b + 1 and a + 1. Where no vote of the round can change the leader, its rollouts are worth nothing.
     - `best_of_n`: the chance that one of r scores exceeds the best so far, 1 - F(u)^r, with F Student's t around the
       mean of the k scores so far (see `budget/rule=reward`); 1 before there are three.
 
@@ -119,8 +119,20 @@ class Shared:
         return more_Q
 
     def stops(self, tallies: Sequence[Tally]) -> list[Stop]:
-        """All that was drawn is used."""
-        return [Stop(tally.drawn, "n" if tally.drawn == tally.n else "total") for tally in tallies]
+        """All that was drawn is used. Where every other question is at `n` or `worth`, part of the total is left."""
+        stops = [Stop(tally.drawn, self._why(tally)) for tally in tallies]
+        kinds = {stop.why for stop in stops}
+        if "worth" in kinds and "total" not in kinds:
+            log.warning(
+                "budget.total=%g: %.4g spent; the next %d rollouts of a question can change no pick",
+                self.total, sum(map(self._spent, tallies)), self.round,
+            )  # fmt: skip
+        return stops
+
+    def _why(self, tally: Tally) -> str:
+        if tally.drawn == tally.n:
+            return "n"
+        return "total" if self._worth(tally, min(self.round, tally.n - tally.drawn)) > 0 else "worth"
 
     def _spent(self, tally: Tally) -> float:
         return tally.drawn if self.unit == "rollouts" else tally.prompt_gflop + float(tally.gflop_N.sum())

@@ -60,8 +60,9 @@ def main(cfg: DictConfig) -> None:
                 folder, run, changed_settings(cfg),
                 started=started, keep_latents=cfg.keep_latents, keep_cache=cfg.cache != "off",
             )  # fmt: skip
-            spec = spec.with_counts(done.tables.rollouts)
-            rollouts = done.rollouts if run.decode == "all" else draw_rollouts(spec.run)
+            spec = spec.with_counts(done.tables.rollouts, done.tables.budget)
+            as_drawn = run.decode == "all" and done.tables.budget is None
+            rollouts = done.rollouts if as_drawn else draw_rollouts(spec.run)
             lines = [*schedule_lines(run, done.tables.rollouts), *done.verification_lines]
         else:
             done, rollouts = None, draw_rollouts(spec.run)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Tally
 from latent_tts.budget.rule.confidence import Calibration, Confidence, calibrate
 from latent_tts.errors import UsageError, bad_value, require
@@ -67,7 +68,7 @@ def calibrate_on_run(
             Tally(
                 n=len(rows),
                 answers=[answer if isinstance(answer, str) else None for answer in rows["prediction"]],
-                log_weight_N=np.zeros(len(rows)) if temperature is None else score_N / temperature,
+                log_weight_N=np.zeros(len(rows)) if temperature is None else Weighted(temperature).log_weights(score_N),
                 max_log_weight=0.0 if temperature is None else None,
                 logprob_N=rows["answer_logprob"].to_numpy(dtype=np.float64),
                 score_N=score_N,

@@ -75,7 +75,8 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     """
     assert is_adaptive(spec.budget)
     rollouts = read_rollouts(source)
-    expected = [question.id for question in spec.questions for _ in range(record["config"]["n"])]
+    per_question = len(rollouts) // len(spec.questions)  # one, whatever n was, where nothing is random
+    expected = [question.id for question in spec.questions for _ in range(per_question)]
     if list(rollouts["question_id"]) != expected:
         raise RunError(f"run={source}: the questions of its task have changed since that run")
     rollouts = rollouts[rollouts["rollout"] < spec.n].reset_index(drop=True)

@@ -134,11 +134,10 @@ class Tallying:
         assert is_adaptive(spec.budget)
         if spec.budget.aggregator != "weighted":
             return np.zeros(len(score_N)), 0.0
-        temperature = next(each.temperature for each in spec.aggregators if isinstance(each, Weighted))
+        weighted = next(each for each in spec.aggregators if isinstance(each, Weighted))
         assert spec.scorer is not None
-        assert temperature is not None
         bounds = spec.scorer.range
-        return score_N / temperature, None if bounds is None else bounds[1] / temperature
+        return weighted.log_weights(score_N), None if bounds is None else weighted.log_weights(bounds[1])
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.spec import RunSpec, check_sampler
 from latent_tts.pipeline.tables import rollout_table
 from latent_tts.results.cache import NOT_DECODED
-from latent_tts.results.run_folder import ANSWERS, read_rollouts
+from latent_tts.results.run_folder import ANSWERS, read_budget, read_rollouts
 from latent_tts.results.trace import MAPS
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
@@ -79,11 +79,13 @@ class TraceSpec:
     view: View
     source: Path | None = None
 
-    def with_counts(self, table: pd.DataFrame) -> TraceSpec:
-        """The same once the rollouts are drawn, of which a budget may give unequally many."""
+    def with_counts(self, table: pd.DataFrame, budget: pd.DataFrame | None) -> TraceSpec:
+        """The same once the rollouts are drawn: those that a budget used, which may be unequally many."""
         if self.run.search.survivors is not None:
             return self
         counts = table.groupby("question_index", sort=True).size().tolist()
+        if budget is not None:
+            counts = budget["used"].tolist()
         return replace(self, run=with_fixed_budget(self.run, counts))
 
     @property
@@ -147,7 +149,8 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
         source: its folder.
         record: its `run.json`.
         wanted: ids of questions, or beginnings of ids; none for the first question.
-        n: how many of a question's first rollouts to show; None for all, or `MAX_ROLLOUTS`.
+        n: how many of a question's first rollouts to show; None for all that the run's budget used, at most
+            `MAX_ROLLOUTS`.
 
     Raises:
         UsageError: a question is not in the run, it has fewer rollouts, or its checkpoint has changed.
@@ -166,6 +169,10 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
         require("n", n, 1 <= n <= min(has), f"must be 1 to {min(has)}, which the run has")
         require("n", n, not whole or n == max(has), "its rollouts were drawn or scored all together: n must be theirs")
     limit = n or MAX_ROLLOUTS
+    budget = read_budget(source)
+    if budget is not None and n is None:
+        used = dict(zip(budget["question_id"], budget["used"], strict=True))
+        has = [int(used.get(question.id, count)) for question, count in zip(chosen, has, strict=True)]
     given = {question.id: spec.donors[question.id] for question in chosen if question.id in spec.donors}
     counted = None if whole else [min(limit, count) for count in has]
     return with_fixed_budget(replace(spec, questions=chosen, donors=given), counted)
