@@ -25,6 +25,7 @@ from latent_tts.engine.cost import BatchCost, Rates, Shape, Work
 from latent_tts.engine.device import (
     compute_in_batches,
     device_name,
+    keep_freed_memory,
     peak_bytes,
     reset_peak_bytes,
     synchronized_seconds,
@@ -332,6 +333,7 @@ class Drawer:
         """
         self.spec, self._scored, self._packed = spec, scored, packed
         self.device = find_device(spec.engine)
+        keep_freed_memory()
         kind = torch.device(self.device).type
         allowed = f"its plan was faster on {spec.planned_on}, and this run is on {kind}; ltts probe makes another"
         require("schedule", "auto", spec.planned_on in (None, kind), allowed)
