@@ -61,8 +61,9 @@ def keep_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):  # not every C library has it
         set_option = ctypes.CDLL(None).mallopt
-        set_option(M_MMAP_THRESHOLD, KEPT_BYTES) or set_option(M_MMAP_THRESHOLD, OLD_MAX_THRESHOLD)
         set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
+        if not set_option(M_MMAP_THRESHOLD, KEPT_BYTES):
+            set_option(M_MMAP_THRESHOLD, OLD_MAX_THRESHOLD)
 
 
 def device_name(device: torch.device | str) -> str:
