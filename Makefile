@@ -57,7 +57,7 @@ wheel-smoke: .venv/.installed ## build the wheel, install it in another venv, ru
 	$(BIN)/pytest -m slow tests/test_wheel.py
 
 plots: .venv/.installed ## redraw the figures of docs/ and experiments/
-	$(BIN)/ltts plot experiments format=svg
+	$(BIN)/ltts plot experiments/main_curve experiments/latent_rm experiments/sampling format=svg
 	$(BIN)/ltts plot experiments/main_curve output=docs/scaling.png
 	$(BIN)/python docs/draw_figures.py
 
@@ -95,7 +95,7 @@ reasoner-colar: $(WRITTEN) ## retrain the built-in CoLaR reasoner (in three part
 		recipe.latent_noise=0.1 recipe.latent_weight=2 \
 		optimization.lr=1.5e-3 optimization.warmup=10 optimization.cosine_updates=500
 
-parallel-in-time: .venv/.installed ## train the reasoners of experiments/parallel_in_time (16 of 5 to 10 minutes; resumes)
+parallel-in-time: .venv/.installed ## train the reasoners of experiments/parallel_in_time (19 of 5 to 10 minutes; resumes)
 	experiments/parallel_in_time/train.sh
 
 latent-rm: .venv/.installed ## annotate, then retrain the built-in LatentRM

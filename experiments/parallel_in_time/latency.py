@@ -1,6 +1,7 @@
 """Time of prompt, latents and answer, for reasoners side by side: writes latency.csv.
 
 python experiments/parallel_in_time/latency.py OUTPUT NAME=FAMILY:FOLDER:T:K..., as in seq=coconut:FOLDER:12:0
+FAMILY is coconut, pccot, or pccot-first where the sweeps begin with h_1.
 
 One question after another, the reasoners in turn, so that a busy machine meets all of them alike. Processor seconds of
 one thread: milliseconds per question, median and 95th percentile over questions. Where the machine has a counter of the
@@ -46,8 +47,8 @@ def adapter_of(family: str, folder: str, latents: int, sweeps: int) -> Any:
     """The adapter of a trained reasoner."""
     shared: dict[str, Any] = {"name": family, "checkpoint": folder, "revision": None, "eos": None, "latents": latents}
     more: dict[str, Any] = {"trained_latents": None, "recommended": {}}
-    if family == "pccot":
-        return Pccot(**shared, **more, sweeps=sweeps, answer_prompt="")
+    if family.startswith("pccot"):
+        return Pccot(**shared, **more, sweeps=sweeps, answer_prompt="", known_first=family == "pccot-first")
     return Coconut(**shared, **more, latent_rm=None)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
-
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-GROUP = "latent_tts.conf"
+from latent_tts.config.reference import conf_packages
 
 
 class ThirdPartyConf(SearchPathPlugin):
@@ -15,5 +13,5 @@ class ThirdPartyConf(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Append them in the order of their names."""
-        for entry in sorted(entry_points(group=GROUP)):
+        for entry in conf_packages():
             search_path.append(provider=entry.name, path=f"pkg://{entry.value}")

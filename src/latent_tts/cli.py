@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -126,9 +127,14 @@ def entry() -> None:
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read stdout has left, as `| head` does: end as other programs do then
+    except BrokenPipeError:  # the reader of stdout is gone, as with `| head`: end as other programs do
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    except KeyboardInterrupt:  # before the command began
+        print("interrupted: nothing was begun", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    if code == 128 + signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends what is left without a traceback
     sys.exit(code)
 
 
@@ -150,6 +156,12 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
         if name in meant.ASKING and not expects_value and argument.startswith("-") and " " in argument:
             others.append(f"question={meant.quoted(argument)}")  # `-3 + 4?`
             continue
+        if not argument.isprintable() and (found := re.search("[\ud800-\udfff]", argument)):
+            raise UsageError(
+                f"{argument}: the byte {ord(found[0]) & 0xFF:#04x} is not UTF-8; rename the file or folder"
+            )
+        if argument.startswith("=") and not expects_value:
+            raise UsageError(f"{argument}: not of the form key=value; `ltts {name} --help` lists keys")
         equals = "=" in argument
         is_path = bool(names) and not argument.startswith("-") and _exists(argument)
         if (
@@ -163,6 +175,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
                 override = meant.key_of_flag(command, argument, following)
                 known = [*FLAGS_OF_COMMAND.get(name, ()), *FLAGS, *FLAGS_WITH_VALUE]
                 hint = f"did you mean {override}? " if override else _meant(argument, known)
+                hint = f"the file or folder is ./{argument}; " if names and _exists(argument) else hint
                 raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(known)}")
             choices = FLAG_CHOICES.get(arguments[place - 1]) if expects_value else None
             if choices is not None and argument not in choices:
@@ -211,6 +224,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     """Hand over to Hydra, and turn what it raises into a line and an exit code."""
     import hydra
 
+    from latent_tts.config import jobs
     from latent_tts.config.build import (
         conf_dir,
         name_after_checkpoint,
@@ -221,7 +235,6 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     )
     from latent_tts.config.failures import Failures
     from latent_tts.config.folder_lock import FolderLock
-    from latent_tts.config.single_job import run_single_job
 
     command = name.replace("-", "_")
     register_schemas()
@@ -246,7 +259,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
     job.__module__ = f"latent_tts.commands.{command}"  # Hydra names the job by its module
     Failures.kept.clear()
     try:
-        if not run_single_job(command, job, arguments):
+        if not jobs.run(command, job, arguments):
             hydra.main(version_base="1.3", config_path=conf_dir(), config_name=command)(job)()
         if Failures.kept:
             raise Failures.kept.pop()
@@ -312,7 +325,7 @@ def describe(error: Exception) -> tuple[list[str], int]:
         return [f"{group}={option}: no such option; {_meant(option, options)}one of {', '.join(options)}", *hint], 2
     if isinstance(error, OverrideParseException):
         fixed = quoted_override(error.override)
-        hint = f"write {fixed}, with quotes around the value" if fixed else str(error).splitlines()[0]
+        hint = f"write {fixed}, with quotes around the value" if fixed else f"`{sys.argv[0]} --help` lists keys"
         return [f"{error.override}: {'cannot be read' if fixed else 'not of the form key=value'}; {hint}"], 2
     ambiguous = re.match(r"Ambiguous value for argument '(.+?)'\n", str(error), re.S)
     if ambiguous:
@@ -335,11 +348,13 @@ def describe(error: Exception) -> tuple[list[str], int]:
     if "No space left on device" in str(error):
         where = getattr(error, "filename", None)
         return [f"{f'{where}: ' if where else ''}no space left on the disk", KEPT + "free some space first"], 1
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in str(error):
+        return [f"a name is not UTF-8: {error.object!r:.200}"], 2
     if isinstance(error, ValueError) and "embedded null" in str(error):
         named = next((each.partition("=")[0] for each in sys.argv[1:] if "\0" in each), "a key")
         return [f"{named}: has the character NUL, which no path can have"], 2
     if isinstance(error, RuntimeError) and "home directory" in str(error):
-        return ["~ in a path: this user has no home folder; write the path in full"], 2
+        return ["~ in a path: that user has no home folder; write the path in full"], 2
     if isinstance(error, MemoryError):
         return [
             f"out of memory{': ' if str(error) else ''}{error}",
@@ -347,9 +362,8 @@ def describe(error: Exception) -> tuple[list[str], int]:
         ], 1
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return [f"{where}{error.strerror or error}"], 2 if isinstance(
-            error, FileExistsError | NotADirectoryError
-        ) else 1
+        of_user = isinstance(error, FileExistsError | NotADirectoryError) or error.errno == errno.ENAMETOOLONG
+        return [f"{where}{error.strerror or error}"], 2 if of_user else 1
     hint = KEPT + "set HYDRA_FULL_ERROR=1 to see the traceback"
     return [f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}", hint], 1
 

@@ -82,7 +82,7 @@ def is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-KINDS: dict[str, Callable[[Any], bool]] = {  # of values, as errors call them
+VALUE_KINDS: dict[str, Callable[[Any], bool]] = {  # of values, as errors call them
     "a positive integer": lambda value: is_whole(value) and value > 0,
     "an integer, 0 or more": lambda value: is_whole(value) and value >= 0,
     "a positive number": lambda value: is_number(value) and value > 0,
@@ -98,9 +98,9 @@ def check_fields(group: str, option: object, **kinds: str | Iterable[str]) -> No
     """Check fields of an option.
 
     Args:
-        group: what their keys begin with.
+        group: what their keys begin with; empty for keys of a command.
         option: has them as attributes.
-        **kinds: what each must be: one of `KINDS`, which may go on with `, or null`; or one of some words.
+        **kinds: what each must be: one of `VALUE_KINDS`, maybe followed by `, or null`; or one of some words.
 
     Raises:
         UsageError: a field has another value.
@@ -109,11 +109,11 @@ def check_fields(group: str, option: object, **kinds: str | Iterable[str]) -> No
         value = getattr(option, name)
         if isinstance(kind, str):
             plain, null, _ = kind.partition(", or null")
-            ok = KINDS[plain](value) or (bool(null) and value is None)
+            ok = VALUE_KINDS[plain](value) or (bool(null) and value is None)
         else:
             words = list(kind)
             ok, kind = value in words, " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
-        require(f"{group}.{name}", value, ok, f"must be {kind}")
+        require(f"{group}.{name}".lstrip("."), value, ok, f"must be {kind}")
 
 
 def check_device(key: str, device: object) -> None:

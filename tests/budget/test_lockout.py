@@ -127,5 +127,5 @@ def test_it_saves_what_the_field_says_it_does():
 
 
 def test_an_aggregator_without_votes_is_refused():
-    with pytest.raises(UsageError, match=r"budget.rule.aggregator=best_of_n: must be one of majority, weighted"):
+    with pytest.raises(UsageError, match=r"budget.rule.aggregator=best_of_n: must be majority or weighted"):
         Lockout("best_of_n")

@@ -148,9 +148,9 @@ def test_the_chance_of_an_overtaking_is_that_of_its_model():
         (lambda: Adaptive(Lockout(), 0), "budget.round=0: must be a positive integer"),
         (lambda: Adaptive(Lockout(), 8, 0), "budget.first=0: must be a positive integer"),
         (lambda: Shared(0), "budget.total=0: must be a positive number"),
-        (lambda: Shared(9, "seconds"), "budget.unit=seconds: must be one of rollouts, gflop"),
+        (lambda: Shared(9, "seconds"), "budget.unit=seconds: must be rollouts or gflop"),
         (lambda: Shared(9, step=0), "budget.step=0: must be a number in"),
-        (lambda: Shared(9, aggregator="weighted"), "budget.aggregator=weighted: must be one of majority, best_of_n"),
+        (lambda: Shared(9, aggregator="weighted"), "budget.aggregator=weighted: must be majority or best_of_n"),
         (lambda: Shared(9).check(10, 64, "decimal"), "budget.total=9: 10 questions with budget.first=4 need 40"),
     ],
 )

@@ -17,6 +17,7 @@ from latent_tts.budget.rule.confidence import Confidence, calibrate
 from latent_tts.budget.rule.lockout import Lockout
 from latent_tts.budget.rule.posterior import Posterior
 from latent_tts.budget.rule.reward import Reward, expected_gains
+from latent_tts.budget.shared import Shared
 from latent_tts.errors import RunError, UsageError
 
 ANSWERS = st.lists(st.sampled_from(["7", "12", "3", None]), min_size=1, max_size=40)
@@ -158,6 +159,25 @@ def test_confidence_says_how_often_drawing_on_changes_nothing():
     assert said.mean() == pytest.approx(happened.mean(), abs=0.04)
 
 
+def test_weights_of_which_the_largest_is_not_known_are_relative_to_the_largest_so_far():
+    tally = tally_of(list("abc"), log_weights=[-770.0, -768.0, -800.0], max_log_weight=None)
+    np.testing.assert_allclose(tally.weight_N, np.exp([-2.0, 0.0, -32.0]))
+
+
+def test_a_total_that_no_round_is_worth_is_named(caplog):
+    shared, tallies = Shared(total=100.0, first=4, round=2), [tally_of("aaaa", n=16), tally_of("bbbb", n=4)]
+    assert shared.next(tallies).tolist() == [0, 0]
+    assert [stop.why for stop in shared.stops(tallies)] == ["worth", "n"]
+    assert "budget.total=100: 8 spent; the next 2 rollouts" in caplog.text
+    assert [stop.why for stop in Shared(total=9.0).stops([tally_of("aabb", n=16)])] == ["total"]
+
+
+def test_a_total_below_the_first_rollouts_is_named(caplog):
+    shared = Shared(total=3.0, unit="gflop", first=4)
+    assert shared.next([tally_of("aabb", n=16), tally_of("aaab", n=16)]).tolist() == [0, 0]
+    assert "budget.total=3: the first 4 rollouts of all questions alone took 6 GFLOP" in caplog.text
+
+
 def test_confidence_without_a_spread_is_refused():
     with pytest.raises(ValueError, match="confidences that differ"):
         calibrate([tally_of(["7"] * 4)], "likelihood")
@@ -177,10 +197,10 @@ def test_confidence_without_a_spread_is_refused():
         (lambda: Posterior(1.0), "budget.rule.threshold=1.0: must be a number in"),
         (lambda: Confidence(), "budget.rule.calibration=null: must be the folder of a run"),
         (lambda: Confidence("run", threshold=1.0), "budget.rule.threshold=1.0: must be a number in"),
-        (lambda: Confidence("run", by="luck"), "budget.rule.by=luck: must be one of likelihood, score"),
+        (lambda: Confidence("run", by="luck"), "budget.rule.by=luck: must be likelihood or score"),
         (
             lambda: Confidence("run", aggregator="best_of_n"),
-            "aggregator=best_of_n: must be one of majority",
+            "aggregator=best_of_n: must be majority or weighted",
         ),
         (lambda: Reward(0.0), "budget.rule.cost=0.0: must be a positive number"),
     ],

@@ -51,6 +51,13 @@ def test_one_named_by_the_tokenizer_alone_is_taken(folder):
     assert adapter(folder).eos_ids == (adapter(folder).tokenizer.token_to_id("apples"),)
 
 
+def test_ids_of_no_token_end_nothing(folder, caplog):
+    write(folder, "config.json", eos_token_id=[-1, 0, 10**9, 10**30, None])
+    adapter(folder).check()
+    assert adapter(folder).eos_ids == (0,)
+    assert not caplog.messages
+
+
 def test_files_that_differ_are_named_once(folder, caplog):
     adapter(folder).check()
     assert not caplog.messages
@@ -61,7 +68,7 @@ def test_files_that_differ_are_named_once(folder, caplog):
     assert "generation_config.json has [0, 5]" in message
 
 
-@pytest.mark.parametrize("eos", ["nonsense", 10**6, 1.5, "[]"])
+@pytest.mark.parametrize("eos", ["nonsense", 10**6, 10**30, -1, 1.5, "[]"])
 def test_a_token_that_is_not_there_is_refused(refuse, eos):
     refuse(f"model.eos={eos}", words=["model.eos=" if eos != "[]" else "model.eos"])
 

@@ -148,7 +148,7 @@ def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):
     again = ltts(*line)
     assert again.last == result.last
     assert "to annotate" not in again.err
-    scored = ltts("run", "task.limit=3", "n=4", "scorer=latent_rm", f"scorer.checkpoint={result.last}")
+    scored = ltts("run", "budget=fixed", "task.limit=3", "n=4", "scorer=latent_rm", f"scorer.checkpoint={result.last}")
     assert scored.code == 0, scored.err
     assert "was trained" not in scored.err
     assert {"best_of_n", "weighted"} <= set(pd.read_csv(scored.last)["aggregator"])

@@ -78,6 +78,14 @@ def asked_folder(name: str) -> list[Path]:
     return sorted(Path("outputs/ask").glob(f"*/{name}"))
 
 
+def test_unreadable_answers_are_no_votes(ask):
+    asked = ask(QUESTION, "--json", "n=8", "sampler=greedy", "answer.temperature=20", "scorer=none")
+    (line,) = lines_of(asked)
+    rollouts = pd.read_parquet(asked_folder("rollouts.parquet")[0])
+    assert 0 < line["unreadable"] == rollouts["prediction"].isna().sum() < 8
+    assert line["votes"] == Counter(rollouts["prediction"].dropna())
+
+
 def test_an_example_is_a_question_of_the_built_in_reasoners_kind(ask):
     [line] = lines_of(ask("--example", "--json", "n=2"))
     assert line["gold"].isdigit()
@@ -163,6 +171,7 @@ def test_votes_arrive_while_rollouts_are_drawn(place, checkpoint):
     assert "INFO" not in shown
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("question", ["x=3+4, what is x?", "n=4 apples. How much?", "-x + 4?", "task=Find x"])
 def test_a_question_may_begin_like_a_key_or_a_flag(ask, question):
     check(ask(question, "--json"), "is not in the vocabulary of")  # it was taken for a question

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def test_help_lists_every_command_and_imports_nothing_slow():
         assert f"\n  {command} " in done.stdout
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("argument", ["samplr=gaussian", "sampler=gausian", "n=many", "-n=4"])
 def test_a_refused_config_is_composed_once_and_imports_nothing_slow(tmp_path, argument):
     code = f"""
@@ -39,6 +41,21 @@ assert not {{'torch', 'pandas', 'pyarrow', 'rich'}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("main", ["lambda: os.kill(os.getpid(), signal.SIGINT)", "lambda: 130"])
+def test_ctrl_c_before_a_command_begins_and_after_it_ended_shows_no_traceback(main):
+    code = f"""
+import atexit, os, signal
+from latent_tts import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))
+cli.main = {main}
+cli.entry()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ("" if "130" in main else "interrupted: nothing was begun\n")
 
 
 def test_cfg_job_prints_the_config_and_runs_nothing(ltts, tmp_path):
@@ -145,6 +162,25 @@ def test_settings_name_what_differs_from_the_defaults_and_has_no_column(run):
     assert set(table["seed"]) == {2}
 
 
+def test_settings_name_what_files_of_the_user_set(run, tmp_path):
+    own = tmp_path / "own"
+    for name, content in {
+        "local/default": "# @package _global_\nmax_answer_tokens: 3\nanswer: {temperature: 0.9}\n",
+        "model/mine": "defaults: [demo_coconut, _self_]\nlatents: 3\n",
+        "sampler/dropout": "rate: 0.9\n",  # this package's own option of that name wins
+        "sampler/answers": "defaults: [dropout, _self_]\nwhere: [thoughts, answer]\n",
+    }.items():
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        (own / f"{name}.yaml").write_text(content)
+    line = [f"--config-dir={own}"]
+    table = pd.read_csv(run(*line, "model=mine", "sampler=answers").last)
+    (settings,) = set(table["settings"])
+    for expected in ("answer.temperature=0.9", "model.latents=3", "sampler.where=['thoughts', 'answer']"):
+        assert expected in settings
+    # the fixture's own line wins over the file, as in any command
+    assert "max_answer_tokens=4" in settings
+
+
 def test_a_jsonl_file_is_a_task(run, tmp_path):
     rows = [{"question": "Ann has 3 pens. She buys 4 more. How many pens does Ann have?", "answer": 7}] * 2
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -201,7 +237,7 @@ def test_collect_joins_what_is_complete_and_names_what_is_not(run, completed, lt
 
 
 def test_compare_pairs_two_runs(run, completed, ltts):
-    result = ltts("compare", completed, run("budget=ladder", "sampler.rate=0.5").last.parent)
+    result = ltts("compare", completed, run("sampler.rate=0.5").last.parent)
     assert result.code == 0, result.err
     assert "coverage" in result.out
     assert "6 questions, 1 seed\n" in result.out

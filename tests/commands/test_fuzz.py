@@ -78,7 +78,7 @@ def fuzz(ltts, checkpoint, folder, line, damaged, content):
     if "run" not in given_keys and damaged == "nothing":
         traced = {"model.checkpoint": checkpoint, "task": "arith", "task.limit": 1, "max_answer_tokens": 2, "n": 2}
     base = {
-        "run": {"model.checkpoint": checkpoint, "task.limit": 2, "max_answer_tokens": 2, "n": 2},
+        "run": {"model.checkpoint": checkpoint, "task.limit": 2, "max_answer_tokens": 2, "n": 2, "budget": "fixed"},
         "ask": {"model.checkpoint": checkpoint, "max_answer_tokens": 2, "n": 2},
         "replay": {"run": copy, "budget": "adaptive"},
         "probe": {"model.checkpoint": checkpoint, "task.limit": 1, "max_answer_tokens": 2, "directions": 1,

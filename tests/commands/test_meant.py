@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from refusal import check
@@ -19,6 +19,7 @@ from latent_tts.config.meant import quoted, quoted_override
 from latent_tts.errors import RunError, computing
 
 
+@pytest.mark.slow
 def test_a_sweep_over_n_names_its_folders_after_what_was_given(ltts, checkpoint):
     line = ["run", f"model.checkpoint={checkpoint}", "task.limit=2", "n=1,2", "sampler=greedy", "-m"]
     dirname = "hydra.sweep.subdir=${hydra.job.override_dirname}"
@@ -56,7 +57,8 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
     [
         ("compare", ["usage: ltts compare A B"]),
         ("compare x", ["usage: ltts compare A B", "B is missing"]),
-        ("run n=1,4", ["n=1,4: several values; -m", "n=[1,4]"]),
+        ("run n=1,4", ["n=1,4: several values; -m runs a job for each"]),
+        ("probe tolerances=0.1,0.2", ["several values; -m runs a job for each, tolerances=[0.1,0.2] is a list"]),
         ("run --limit 5", ["did you mean task.limit=5?"]),
         ("run -n 4", ["did you mean n=4?"]),
         ("run --seed=3", ["did you mean seed=3?"]),
@@ -98,6 +100,11 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("train-rm seed=-1", ["seed=-1: must be 0 or more"]),
         ("run =3", ["=3: not of the form key=value"]),
         ("collect ~nosuchuser/x", ["no home folder"]),
+        ("collect =", ["=: not of the form key=value"]),
+        ("run ~sampler", ["ltts run: '~sampler' is not of the form key=value; `ltts"]),
+        ("run sampler.=3", ["sampler.=3: not of the form key=value; `ltts run --help` lists keys"]),
+        ("collect \udcff", ["the byte 0xff is not UTF-8"]),
+        (f"run hydra.run.dir={300 * 'x'}", ["hydra.run.dir=xxx", "File name too long"]),
         ("run --cfg jobs", ["--cfg jobs: must be one of job, hydra, all"]),
         ("run --cfg", ["--cfg: needs one of job, hydra, all"]),
         ("run -cn nosuch", ["--config-name nosuch: no such config"]),
@@ -111,6 +118,10 @@ def test_a_line_of_which_the_meaning_can_be_told(ltts, line, words):
     result = ltts(*line.split())
     check(result, *words)
     assert "Error executing job" not in result.err
+
+
+def test_a_number_is_offered_no_list(ltts):
+    assert "is a list" not in ltts("run", "n=1,4").err
 
 
 def test_spaces_around_the_equals_sign(ltts):
@@ -130,6 +141,7 @@ def test_the_quoted_form_that_is_shown_works(ltts, run, tmp_path, monkeypatch, v
     assert result.code == 0, result.err
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(blacklist_categories=["Cc", "Cs"])))
 def test_quotes_keep_every_text(text):
     override = OverridesParser.create().parse_override(f"key={quoted(text)}")
@@ -202,6 +214,18 @@ def test_a_user_without_a_home(monkeypatch, ltts):
 def test_a_path_with_the_character_nul_is_named(ltts, checkpoint):
     few = f"model.checkpoint={checkpoint}", "task.limit=2", "n=2", "completions=1", "max_answer_tokens=2"
     check(ltts("annotate", *few, "output='\0'"), "output: has the character NUL")
+
+
+def test_a_relative_path_with_a_colon_is_no_address(run, ltts, checkpoint):
+    assert run("paths.cache=a:cache").code == 0
+    few = f"model.checkpoint={checkpoint}", "task.limit=2", "n=2", "completions=1", "max_answer_tokens=2"
+    assert ltts("annotate", *few, "output=a:labels").code == 0
+
+
+def test_a_path_that_looks_like_a_flag_is_shown_as_it_works(ltts, own_copy, place):
+    own_copy.rename(place / "-runs")
+    check(ltts("collect", "-runs"), "the file or folder is ./-runs")
+    assert ltts("collect", "./-runs").code == 0
 
 
 def test_short_dtypes_are_familiar(run, ltts, checkpoint):

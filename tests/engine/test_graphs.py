@@ -194,6 +194,7 @@ def check(family: str, sampler: Sampler, plan: dict, recorder: type[Recording] =
     assert recorders[0].recorded >= 2
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("family", "sampler", "plan"), FEW)
 def test_a_recorded_batch_gives_the_rollouts_of_others(family, sampler, plan):
     check(family, SAMPLERS[sampler], PLANS[plan])

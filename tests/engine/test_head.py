@@ -87,6 +87,21 @@ def test_logits_far_from_zero_keep_their_probabilities():
     assert_equal(in_pieces(64 * 4, lm_head, hidden_RD), plain(lm_head(hidden_RD)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.inference_mode()
+def test_log_probabilities_in_half_precision_are_of_the_logits_that_were_settled(dtype):
+    generator = torch.Generator().manual_seed(1)
+    lm_head = nn.Linear(64, 300, dtype=dtype)
+    lm_head.weight[:] = torch.randn(lm_head.weight.shape, generator=generator) * 2
+    hidden_RD = torch.randn(400, 64, generator=generator).to(dtype)
+    choice = in_pieces(10**6, lm_head, hidden_RD)
+    exact_R = (hidden_RD.double() @ lm_head.weight.double().t() + lm_head.bias.double()).log_softmax(-1).amax(-1)
+    assert choice.logprob_R.max() <= 0
+    assert (choice.logprob_R.double() - exact_R).abs().mean() < 0.01
+    assert exact_R.max() > -1e-3, "no row is sure enough to come out above 0"
+
+
+@pytest.mark.every_other
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from marks import slow
-from refusal import check
+from refusal import check, check_refused
 from transformers import AutoModelForCausalLM, GPTNeoConfig, MistralConfig
 
 from latent_tts.checkpoint import files
@@ -48,7 +48,7 @@ def other(checkpoint, tmp_path):
 
 def command(folder, tmp_path, name="run", *more):
     return [
-        "run", "model=coconut", f"model.checkpoint={folder}", "model.latents=2", "sampler=gaussian",
+        "run", "budget=fixed", "model=coconut", f"model.checkpoint={folder}", "model.latents=2", "sampler=gaussian",
         "sampler.sigma=0.3", "task.limit=3", "n=2", "max_answer_tokens=3", "engine.device=cpu",
         f"paths.cache={tmp_path}/cache", f"hydra.run.dir={tmp_path}/{name}", *more,
     ]  # fmt: skip
@@ -100,11 +100,9 @@ def test_a_run_says_once_how_it_is_computed_and_keeps_that(ltts, other, tmp_path
         ),
     ],
 )
-def test_models_that_cannot_be_run_latent_by_latent_are_refused_before_they_are_loaded(
-    ltts, other, tmp_path, config, words
-):
+def test_models_that_cannot_be_run_latent_by_latent_are_refused_before_they_are_loaded(place, other, config, words):
     folder = other("mistral_wide", **config)
-    check(ltts(*command(folder, tmp_path)), *words)
+    check_refused(*command(folder, place), words=words)
 
 
 def test_a_model_that_the_engine_does_not_compute_right_is_a_usage_error(ltts, other, tmp_path, monkeypatch):

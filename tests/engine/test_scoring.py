@@ -22,6 +22,7 @@ def latents_RTD():
     return torch.randn(len(LENGTHS) * ROLLOUTS, STEPS, tiny.WIDTH, generator=torch.Generator().manual_seed(0)).double()
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("shifts", [None, [0, 7, 40]], ids=["correct", "official"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "mistral", "gpt_neo"])
 def test_scores_equal_a_plain_forward_pass_of_each_row(family, latents_RTD, shifts):

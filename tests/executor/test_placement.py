@@ -70,6 +70,9 @@ class SimulatedRay:
     def put(self, content):
         return content
 
+    def init(self, **_):
+        raise Exception("The current node timed out during startup.\nMore about it.")
+
 
 def test_workers_that_cannot_be_placed_are_counted_in_a_line(monkeypatch):
     simulated = SimulatedRay(placed=1)
@@ -79,6 +82,18 @@ def test_workers_that_cannot_be_placed_are_counted_in_a_line(monkeypatch):
     assert len(simulated.killed) == 2
     simulated.placed = 2
     assert len(executor._start_actors(Ray(workers=2), on_gpus=False)) == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "key"), [(None, "executor=ray"), ("10.0.0.1:6379", "executor.address=10.0.0.1:6379")]
+)
+def test_a_ray_that_is_too_slow_to_start_is_one_line(monkeypatch, address, key):
+    monkeypatch.setattr(executor, "_ray", lambda: SimulatedRay(0))
+    monkeypatch.setattr(executor, "_say_if_ended", lambda: None)
+    for name in executor.SILENT | executor.LOOPBACK_ALONE:
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(UsageError, match=rf"\A{key}: Ray cannot be started \(The current node timed out [^\n]*\Z"):
+        executor._connect(address)
 
 
 def test_a_failure_of_waiting_loses_no_worker_and_is_one_line(monkeypatch):

@@ -92,10 +92,10 @@ def test_runs_rounds_and_annotations_equal_those_of_local(checkpoint, tmp_path):
 
 
 BAD = [
-    (["executor.address=127.0.0.1:1"], ["executor.address=127.0.0.1:1", "nobody answers there"]),
+    (["executor.address=127.0.0.1:1"], ["executor.address=127.0.0.1:1", "no Ray cluster answers there"]),
     (["executor.address=here"], ["executor.address=here", "HOST:PORT"]),
     (["executor.workers=0"], ["executor.workers=0", "positive integer"]),
-    (["executor.shard=small"], ["executor.shard=small", "measured, fixed"]),
+    (["executor.shard=small"], ["executor.shard=small", "measured or fixed"]),
     (["executor.max_restarts=-1"], ["executor.max_restarts=-1", "0 or more"]),
     (["engine.device=cuda:0"], ["engine.device=cuda:0", "gives each worker a GPU"]),
 ]

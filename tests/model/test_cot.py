@@ -94,6 +94,7 @@ def test_answers_may_be_as_long_as_the_model_recommends(run):
     assert "answer_tokens: 128" in result.out
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -108,6 +109,7 @@ def test_a_sampler_of_latents_needs_latents(refuse, overrides, words):
     refuse(*overrides, words=words)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     "override", ["sampler=gaussian sampler.sigma=0", "sampler=dropout sampler.where=[answer] answer.temperature=0.5"]
 )
@@ -183,7 +185,7 @@ def test_a_gguf_file_is_run_from_the_command_line(ltts, tmp_path):
     file = tiny_gguf.write(tmp_path / "model.gguf", tiny_gguf.model())
     (tmp_path / "q.jsonl").write_text('{"question": "1+1?", "answer": 2}\n{"question": "3", "answer": 3}\n')
     done = ltts(
-        "run", "model=cot", f"model.checkpoint=gguf:{file}", "model.prompt=chat", "task=jsonl",
+        "run", "budget=fixed", "model=cot", f"model.checkpoint=gguf:{file}", "model.prompt=chat", "task=jsonl",
         f"task.path={tmp_path / 'q.jsonl'}", "sampler=greedy", "answer.temperature=0.7", "n=3", "max_answer_tokens=5",
     )  # fmt: skip
     assert done.code == 0, done.err

@@ -61,6 +61,7 @@ def rolled(reasoner, rows):
     ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("together", [True, False], ids=["batch", "single"])
 def test_the_engine_thinks_and_answers_like_the_official_code(together):
     reasoner = colar().load(device="cpu", dtype="float32")  # its own: the engine changes the attention
@@ -78,7 +79,15 @@ def test_rollouts_of_a_run_have_latents_of_their_own_number(ltts, tmp_path):
     file = tmp_path / "questions.jsonl"
     questions = [text.removeprefix("Question: ").partition(" Let's think")[0] for text in EXPECTED["prompts"]]
     file.write_text("".join(json.dumps({"question": text, "answer": "1"}) + "\n" for text in questions))
-    line = ["run", "model=colar", f"model.checkpoint={COLAR}", "model.latents=16", "task=jsonl", f"task.path={file}"]
+    line = [
+        "run",
+        "budget=fixed",
+        "model=colar",
+        f"model.checkpoint={COLAR}",
+        "model.latents=16",
+        "task=jsonl",
+        f"task.path={file}",
+    ]
     result = ltts(
         *line, "sampler=dropout", "sampler.where=[thoughts,answer]", "n=3", "max_answer_tokens=5", "keep_latents=true"
     )

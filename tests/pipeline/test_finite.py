@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from marks import slow
 from safetensors.torch import load_file, save_file
 
 from latent_tts.aggregator.likelihood import Likelihood
@@ -34,7 +35,7 @@ def failure(result) -> str:
     return result.err
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, slow(np.inf)])
 def test_log_probabilities_that_are_not_finite_name_the_question(run, checkpoint, tmp_path, monkeypatch, value):
     monkeypatch.setattr(models, "prove_reasoner", lambda reasoner, longest: Computation())  # it would see them first
     model = shutil.copytree(checkpoint, tmp_path / "model")
@@ -78,6 +79,7 @@ def thoughtless(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("decode", [[], ["answer.decode=winners", "aggregator=[best_of_n]"]])
 def test_rollouts_without_latents_have_no_score_and_are_no_best_of_n(ltts, thoughtless, tmp_path, monkeypatch, decode):
     monkeypatch.setattr(AnswerRule, "read", lambda self, text, family: "1")

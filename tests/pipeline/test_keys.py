@@ -9,13 +9,25 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.pipeline import code, keys, models
+from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import COMPUTATIONS
+
+SEARCH = """
+from dataclasses import dataclass
+from latent_tts.search.independent import Independent
+
+@dataclass(frozen=True)
+class Shifted(Independent):
+    '''Independent rollouts with an option.'''
+    shift: int = 0
+"""
 
 NOISE = '''
 """An add-on's sampler."""
@@ -102,6 +114,13 @@ def test_all_modules_of_an_installed_distribution_count_and_those_of_others_do_n
     forget("mine_a")
 
 
+def test_an_option_of_a_search_without_a_scorer_is_part_of_the_key(addon, run):
+    (addon / "noise_helper.py").write_text(SEARCH)
+    line = ["search._target_=noise_helper.Shifted"]
+    caches = [record_of(run(*line, *shift))["cache"] for shift in ([], ["+search.shift=1"])]
+    assert len({*caches, record_of(run())["cache"]}) == 3
+
+
 def test_what_this_package_draws_and_scores_with_is_part_of_the_key(monkeypatch, tmp_path):
     root = Path(code.__file__).resolve().parents[1]
     for room in {*code.DRAWING, *code.SCORING}:
@@ -164,6 +183,20 @@ class Soft(Coconut):
 
     softness: float = 0.5
     table: object = None
+
+
+def test_a_model_is_loaded_again_for_another_value_of_an_added_field(checkpoint):
+    @dataclass(frozen=True)
+    class Scaled(Coconut):
+        scale: float = 1.0
+
+        def load(self, *, device: str, dtype: str):
+            return replace(super().load(device=device, dtype=dtype), next_latent=lambda h_RD: h_RD * self.scale)
+
+    engine, one = EngineSettings("float32", "cpu", None), torch.ones(1)
+    for scale in (1.0, 0.5, 0.5):
+        adapter = Scaled("scaled", str(checkpoint), 2, {}, scale=scale)
+        assert models.load_reasoner(adapter, engine, "cpu", longest=20).next_latent(one).item() == scale
 
 
 def soft(checkpoint, **changes) -> Soft:
@@ -229,6 +262,7 @@ def test_how_a_scorer_is_computed_is_part_of_the_key_of_its_scores(run, latent_r
     assert (first["scorer"]["attention"], longer["scorer"]["attention"]) == ("shared-prefix", "transformers")
 
 
+@pytest.mark.slow
 def test_how_a_guiding_scorer_is_computed_is_part_of_the_key_of_the_rollouts(run, latent_rm, monkeypatch):
     beam = ["search=beam", "search.beams=2", "search.candidates=2"]
     line = ["scorer=latent_rm", f"scorer.checkpoint={latent_rm}", *beam]

@@ -72,6 +72,7 @@ def test_a_batch_that_does_not_fit_is_halved_said_once_and_remembered(run, reque
     assert "halved" not in again.err
 
 
+@pytest.mark.slow
 def test_labels_are_made_in_smaller_batches(ltts, checkpoint, request):
     line = ["annotate", "model=demo_coconut", f"model.checkpoint={checkpoint}", "task.limit=6", "n=4", "completions=2",
             "keep=all", "max_answer_tokens=4", "sampler=gaussian", "engine.rows=16"]  # fmt: skip

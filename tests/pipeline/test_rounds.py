@@ -54,7 +54,7 @@ BUDGETS = {
 
 
 CASES = [(family, name) for family in TEXTS for name in BUDGETS]
-QUICK = {("coconut", "lockout"), ("coconut", "reward"), ("codi", "shared")}
+QUICK = {("coconut", "lockout"), ("codi", "shared")}
 
 
 @pytest.mark.parametrize(("family", "name"), [case if case in QUICK else slow(*case) for case in CASES])
@@ -95,6 +95,8 @@ def test_live_picks_and_drawn_are_those_of_the_replay(ltts, lines, family, name)
     assert live_metrics.set_index("metric")["value"]["rollouts_drawn"] == pytest.approx(table["drawn"].mean())
     record = json.loads((live.last.parent / "run.json").read_text())
     assert record["budget"]["drawn"] == table["drawn"].sum() == record["rollouts"]["drawn_now"]
+    if "scored_now" in record["rollouts"]:
+        assert record["rollouts"]["scored_now"] == table["drawn"].sum()
 
 
 def test_the_vote_of_lockout_is_that_of_all_rollouts_and_costs_fewer(ltts, family):
@@ -216,6 +218,29 @@ def test_a_calibration_on_the_questions_of_the_run_is_refused(ltts, family):
     check_refused("run", *family, *line, words=["budget.rule.calibration=full", "5 of the questions"])
     words = ["budget.rule.calibration=full", "another sampler"]
     check_refused("run", *family, "sampler.sigma=0.3", *line, words=words)
+
+
+def test_a_run_without_randomness_has_one_rollout_to_replay(ltts, family):
+    greedy = "sampler=greedy", "answer.temperature=0", "budget=fixed", "hydra.run.dir=greedy"
+    line = [each for each in family if not each.startswith(("sampler", "answer.temperature"))]
+    assert ltts("run", *line, *greedy).code == 0
+    result = ltts("replay", "greedy", "budget=adaptive")
+    assert result.code == 0, result.err
+
+
+def test_a_calibration_on_other_rollouts_or_scores_is_refused(ltts, family):
+    valid = ["task.split=valid", "budget=fixed"]
+    assert ltts("run", *family, *valid, "hydra.run.dir=valid").code == 0
+    assert ltts("run", *family, "task.split=valid", "budget=adaptive", "hydra.run.dir=adaptive").code == 0
+    line = ["run", *family, "budget=adaptive", "budget/rule=confidence"]
+    check_refused(*line, "budget.rule.calibration=adaptive", words=["its budget drew what it asked for"])
+    line.append("budget.rule.calibration=valid")
+    for other, group in [
+        ("model.latents=3", "model"), ("answer.temperature=0.5", "answer"), ("max_answer_tokens=3", "max_answer_tokens")
+    ]:  # fmt: skip
+        check_refused(*line, other, words=["budget.rule.calibration=valid", f"another {group}, or other settings"])
+    check_refused(*line, "budget.rule.by=score", "scorer.reduce=last", words=["another scorer, or other settings"])
+    assert ltts(*line, "budget.rule.by=score").code == 0
 
 
 def test_a_replay_names_what_it_cannot_replay(ltts, family):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from marks import slow
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.draft import DraftRecord, find_draft
@@ -35,7 +36,9 @@ def new_process(monkeypatch):
     forget()
 
 
-@pytest.mark.parametrize("module", ["text/answer.py", "scorer/latent_rm.py", "pipeline/labeller.py", "executor/ray.py"])
+@pytest.mark.parametrize(
+    "module", ["text/answer.py", slow("scorer/latent_rm.py"), slow("pipeline/labeller.py"), slow("executor/ray.py")]
+)
 def test_a_difference_in_any_module_of_the_package_is_refused(module, new_process, tmp_path, monkeypatch):
     driver = code_of_driver(Ray(), [], [])
     assert driver is not None

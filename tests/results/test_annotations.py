@@ -176,7 +176,7 @@ def test_official_shards_are_read_without_our_record(path, tmp_path):
     with pytest.raises(UsageError, match=r"holds shards but no annotations\.json"):
         AnnotationFolder(official, WANTED)
     folder.width = D + 1
-    with pytest.raises(UsageError, match=f"width {D}, {D + 1} is wanted"):
+    with pytest.raises(UsageError, match=f"width {D}, must be {D + 1}"):
         folder.check()
 
 
@@ -202,7 +202,7 @@ def write_part(path: Path, number: int) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("0_latent_embeds", np.zeros((N, T, D + 1), np.float32), "latent_embeds has width 6, 5"),
+        ("0_latent_embeds", np.zeros((N, T, D + 1), np.float32), "latent_embeds has width 6, must be 5"),
         ("0_latent_embeds", np.zeros((N, T), np.float32), "latent_embeds is"),
         ("0_estimations", np.zeros((N, T + 1), np.float32), "estimations is"),
         ("0_corrects", np.zeros(N + 1, np.bool_), "corrects is"),
@@ -278,7 +278,7 @@ def test_no_flipped_bit_passes_unseen_and_a_writer_sets_the_shard_aside(path, ki
 
 def test_a_shard_that_is_gone(path):
     (path / "1_on0.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"names 1_on0\.safetensors, which is not there"):
+    with pytest.raises(UsageError, match=r"names 1_on0\.safetensors, which does not exist"):
         AnnotationFolder(path).check()
 
 

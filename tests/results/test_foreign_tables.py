@@ -5,6 +5,7 @@ import json
 import pandas as pd
 import pytest
 import tiny
+from marks import slow
 from refusal import check_refused
 
 from latent_tts.results.files import file_digest
@@ -58,7 +59,7 @@ def test_counts_that_are_none(own_copy, column, value):
     check_refused("collect", f"runs=[{own_copy}]", "output=all.csv", words=[METRICS, words])
 
 
-@pytest.mark.parametrize("cache", ["elsewhere/0123456789abcdef", 5])
+@pytest.mark.parametrize("cache", ["elsewhere/0123456789abcdef", slow(5)])
 def test_a_record_makes_no_folder_elsewhere(run, ltts, checkpoint, tmp_path, cache):
     tiny.write_latent_rm(tmp_path / "rm", checkpoint)
     assert run("hydra.run.dir=one", "keep_latents=true").code == 0

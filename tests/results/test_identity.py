@@ -125,7 +125,7 @@ def test_compare_takes_no_side_of_two_curves_and_no_other_gold_answers(seeded, q
 
 
 def test_tables_that_do_not_say_what_they_are_of_are_read_and_not_averaged_with_others(seeded, ltts, tmp_path):
-    folders = [seeded("a", seed, f"old/{seed}", "n=2", "budget=ladder") for seed in (0, 1)]
+    folders = [seeded("a", seed, f"old/{seed}", "n=2") for seed in (0, 1)]
     for folder in folders:
         forget_identity(folder)
     assert ltts("collect", "old", "output=old.csv").out.split() == ["old.csv"]

@@ -76,7 +76,7 @@ def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path):
         raise KeyError
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=r"output=.*file: a folder is wanted"):
+    with pytest.raises(UsageError, match=r"output=.*file: must be a folder"):
         locked_folder(tmp_path / "file", "output").__enter__()
 
 

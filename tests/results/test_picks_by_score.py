@@ -55,6 +55,7 @@ PICKS = [
 ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("aggregator", "plain"), PICKS)
 @quick
 @given(table=rollout_lists(VALUES), data=st.data())
@@ -80,6 +81,8 @@ def test_without_any_score_nothing_is_picked():
     unscored = arrays([[GOLD, GOLD]], [[np.nan, np.nan]])
     assert stats.picked_accuracy(BestOfN(), unscored, 2) == [0]
     assert stats.picked_accuracy(Weighted(1.0), unscored, 2) == [0]
+    coldest = stats.picked_accuracy(Weighted(1e-320), arrays([[2, GOLD, 2]], [[-1.0, 3.0, 2.9]]), 3)
+    assert coldest == [1]
 
 
 @quick

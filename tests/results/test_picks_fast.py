@@ -31,6 +31,7 @@ def random_rollouts(questions, drawn, answers, seed=0):
 VOTES = [Majority(), Weighted(1.0), Weighted(1 / 64), Weighted(64.0)]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("aggregator", VOTES, ids=str)
 @pytest.mark.parametrize(("drawn", "answers"), [(2, 2), (5, 3), (16, 4), (64, 3), (64, 500), (257, 40)])
 def test_votes_equal_the_comparison_of_all_pairs(aggregator, drawn, answers):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from marks import slow
 from terminal import STYLE, on_terminal
 
 from latent_tts.results import report
@@ -53,7 +54,7 @@ TABLES = {
 }
 
 
-@pytest.fixture(scope="module", params=["utf-8", "ascii"])
+@pytest.fixture(scope="module", params=["utf-8", slow("ascii")])
 def shown(request, tmp_path_factory):
     """The tables as they stand on terminals: by width and name, with the encoding."""
     folder = (
@@ -198,6 +199,7 @@ def test_an_ascii_terminal_gets_ascii(shown):
     text = "".join(tables.values())
     assert text.isascii() == (encoding == "ascii")
     assert ("+- 1.2" in text) == (encoding == "ascii")
+    assert "|" not in text
     assert "\\u" not in text
 
 

@@ -100,7 +100,16 @@ def test_runs(ltts, folder, tmp_path):
     path = tmp_path / "questions.jsonl"
     question = Question("q", json.loads((COLAR / "expected.json").read_text())["prompts"][0], "1")
     path.write_text(json.dumps({"question": question.text, "answer": "1"}) + "\n")
-    line = ["run", "model=colar", "model.latents=4", "task=jsonl", f"task.path={path}", "max_answer_tokens=3", "n=3"]
+    line = [
+        "run",
+        "budget=fixed",
+        "model=colar",
+        "model.latents=4",
+        "task=jsonl",
+        f"task.path={path}",
+        "max_answer_tokens=3",
+        "n=3",
+    ]
     result = ltts(*line, f"model.checkpoint={folder}", "sampler=native", "sampler.temperature=2.0")
     assert result.code == 0, result.err
     columns = pd.read_csv(result.last).iloc[0]

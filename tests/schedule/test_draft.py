@@ -32,6 +32,7 @@ def head_of(latents, seed=0):
     return DraftHead(latents, tiny.WIDTH).eval().requires_grad_(False)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("stop_id", [None, 11], ids=["fixed", "stops"])
 @pytest.mark.parametrize("sampler", [Greedy(), NOISE, IN_THOUGHTS, MASKS], ids=name)
 @pytest.mark.parametrize("chunk", [None, 2])
@@ -101,6 +102,7 @@ def question(number):
     return Question(str(number), str(number), None)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("stop_id", [None, 11], ids=["fixed", "stops"])
 def test_training_makes_predictions_better(stop_id):
     engine = Engine(tiny.reasoner("gpt2", torch.float32), tiny.plan(4, stop_id=stop_id))
@@ -194,7 +196,7 @@ def test_a_run_refuses(refuse, place, overrides, words):
     ("overrides", "words"),
     [
         (["updates=0"], ["updates=0"]),
-        (["lr=0"], ["lr=0", "above 0"]),
+        (["lr=0"], ["lr=0", "a positive number"]),
         (["model.latents=1"], ["model.latents=1", "2 or more"]),
         (["model=demo_pccot"], ["own sweeps"]),
         (["sampler=control", "sampler.mode=shuffle"], ["sampler=control"]),

@@ -35,6 +35,8 @@ def test_what_cannot_exit_is_refused(refuse, arguments, words):
 
 
 def test_a_model_with_a_schedule_of_its_own_refuses_it(ltts):
-    result = ltts("run", "model=demo_pccot", "schedule.exit=0.1", "schedule.exit_prefix=x", "n=2", "task.limit=2")
+    result = ltts(
+        "run", "budget=fixed", "model=demo_pccot", "schedule.exit=0.1", "schedule.exit_prefix=x", "n=2", "task.limit=2"
+    )
     assert result.code == 2
     assert "schedule.exit=0.1: must be null: model=demo_pccot has a schedule of its own" in result.err

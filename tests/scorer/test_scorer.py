@@ -86,7 +86,7 @@ def test_a_run_with_a_scorer_reports_every_pick_from_the_same_rollouts(run, scor
     result = run("scorer=none")
     assert "scorer=auto" not in result.err
     plain, plain_metrics, _ = tables(result)
-    rollouts, metrics, record = tables(scored("budget=ladder"))
+    rollouts, metrics, record = tables(scored())
     pd.testing.assert_frame_equal(plain.drop(columns="score"), rollouts.drop(columns="score"))
     assert rollouts["score"].notna().all()
     assert set(metrics["aggregator"]) == {"", "majority", "likelihood"} | SCORED
@@ -283,10 +283,10 @@ def test_rollouts_and_their_scores_are_one_part(scored, tmp_path):
 
 
 def test_rescoring_equals_a_run_with_that_scorer_and_draws_nothing(run, scored, ltts, latent_rm):
-    source = run("budget=ladder", "sampler.site=residual").last.parent
+    source = run("sampler.site=residual").last.parent
     rollouts, metrics, record = tables(rescore(ltts, source, latent_rm, "scorer.reduce=mean"))
     assert record["rollouts"] == {"total": 24, "drawn_now": 0, "scored_now": 24}
-    expected = scored("budget=ladder", "sampler.site=residual", "scorer.reduce=mean")
+    expected = scored("sampler.site=residual", "scorer.reduce=mean")
     direct, direct_metrics, direct_record = tables(expected)
     assert direct_record["rollouts"]["scored_now"] == 0
     pd.testing.assert_frame_equal(rollouts, direct)

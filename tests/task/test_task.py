@@ -323,6 +323,7 @@ def test_a_bad_list_is_named_by_file_and_row(tmp_path, text, message):
         jsonl(str(path)).questions()
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("start", ['{"question": "', '[{"question": "', "", "["])
 def test_a_small_file_of_one_huge_row_takes_little_memory(tmp_path, start):
     path = tmp_path / "bomb.jsonl.gz"
@@ -361,9 +362,19 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
     not_gzip.write_bytes(b'{"question": "a", "answer": 1}\n')
     cut.write_bytes(gzip.compress(b'{"question": "a", "answer": 1}\n' * 100)[:-12])
     not_text.write_bytes(b"\xff\xfe\x00{")
-    for path in (not_gzip, cut, not_text):
-        with pytest.raises(UsageError, match=rf"^task\.path={re.escape(str(path))}: cannot be read"):
+    for path, why in ((not_gzip, "cannot be read"), (cut, "cannot be read"), (not_text, "is not UTF-8")):
+        with pytest.raises(UsageError, match=rf"^task\.path={re.escape(str(path))}: {why}"):
             jsonl(str(path)).questions()
+
+
+@pytest.mark.parametrize(
+    ("before", "words"), [("", "begins with"), ('{"question": "a", "answer": 1}', "line 100002: ")]
+)
+def test_blank_lines_without_end_are_refused(tmp_path, before, words):
+    path = tmp_path / "blank.jsonl.gz"
+    path.write_bytes(gzip.compress(before.encode() + b"\n" * 200_000))
+    with pytest.raises(UsageError, match=f"{words}.*more than 100,000 blank lines"):
+        jsonl(str(path)).questions()
 
 
 @pytest.mark.parametrize(

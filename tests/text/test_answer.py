@@ -173,13 +173,16 @@ def graded(ltts, tmp_path):
         checkpoint = scripted.make(tmp_path / "scripted", family, *texts)
         line = {"n": 1, "sampler": "greedy", "task.path": "q.jsonl", "task.answer": rule} | more
         options = [f"{key}={value}" for key, value in line.items()]
-        result = ltts("run", f"model={family}", f"model.checkpoint={checkpoint}", "task=jsonl", *options)
+        result = ltts(
+            "run", "budget=fixed", f"model={family}", f"model.checkpoint={checkpoint}", "task=jsonl", *options
+        )
         assert result.code == 0, result.err
         return pd.read_parquet(result.last.parent / "rollouts.parquet"), pd.read_csv(result.last)
 
     return run
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("family", "rule", "gold", "text"),
     [("codi", "latex", POLAR, f"The answer is: {POLAR}"), ("colar", "latex", "(0,1)", "Answer:(0,1)"),

@@ -5,7 +5,7 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
-from refusal import check
+from refusal import check_refused
 from safetensors.torch import load_file
 
 from latent_tts.errors import RunError, UsageError
@@ -139,5 +139,5 @@ def test_a_run_by_the_clock_is_repeated_bit_for_bit_by_its_log(ltts, place, monk
         (["optimization.follow=nosuch", "optimization.minutes=1"], ["optimization.follow=nosuch", "minutes=null"]),
     ],
 )
-def test_what_is_no_pace_is_refused(ltts, more, words):
-    check(ltts(*TINY, "output=out", *more), *words)
+def test_what_is_no_pace_is_refused(place, more, words):
+    check_refused(*TINY, "output=out", *more, words=words)

@@ -134,7 +134,7 @@ def test_copies_in_other_quotes_cases_and_spaces_are_the_same_question():
     [
         (lambda rows: [row | {"steps": []} for row in rows], "no question of it has any"),
         (lambda rows: [rows[0] | {"steps": ["<<1+1=2>>", " "]}, *rows[1:]], "step 2 is empty"),
-        (lambda rows: rows[:4], "10 or more are wanted"),
+        (lambda rows: rows[:4], "must be 10 or more"),
         (lambda rows: [{name: row[name] for name in ("question", "steps")} for row in rows], "have no gold answers"),
     ],
 )

@@ -7,7 +7,7 @@ import sys
 import pytest
 import tiny_gguf
 import torch
-from refusal import check
+from refusal import check, check_refused
 from safetensors.torch import load_file
 
 from latent_tts.checkpoint import files
@@ -55,14 +55,19 @@ def draw(ltts, model, folder, *more):
     latents = [] if model == "cot" else ["model.latents=2"]
     sampler = ["sampler=greedy", "answer.temperature=0.5"] if model == "cot" else ["sampler=gaussian"]
     return ltts(
-        "run", f"model={model}", f"model.checkpoint={folder}", "task=jsonl", "task.path=rows.jsonl", "task.limit=3",
-        "n=2", "max_answer_tokens=4", *latents, *sampler, *more,
+        "run", "budget=fixed", f"model={model}", f"model.checkpoint={folder}", "task=jsonl", "task.path=rows.jsonl",
+        "task.limit=3", "n=2", "max_answer_tokens=4", *latents, *sampler, *more,
     )  # fmt: skip
 
 
 SLOW = pytest.mark.slow
-CASES = [("coconut", LORA), pytest.param("codi", LORA, marks=SLOW), pytest.param("cot", LORA, marks=SLOW),
-         pytest.param("coconut", [], marks=SLOW), ("cot", []), pytest.param("codi", [], marks=SLOW)]  # fmt: skip
+CASES = [
+    ("coconut", LORA),
+    *(
+        pytest.param(*case, marks=SLOW)
+        for case in [("codi", LORA), ("cot", LORA), ("coconut", []), ("cot", []), ("codi", [])]
+    ),
+]
 
 
 @pytest.mark.parametrize(("model", "how"), CASES)
@@ -78,6 +83,7 @@ def test_a_model_from_a_gguf_file_is_trained_and_run(train, ltts, model, how):
         assert "embed_tokens.weight" not in names
 
 
+@pytest.mark.slow
 def test_a_stopped_adapter_run_resumes_bit_for_bit_with_small_states(train, place, monkeypatch):
     done = train(*LORA)
     assert done.code == 0, done.err
@@ -103,6 +109,7 @@ def test_a_stopped_adapter_run_resumes_bit_for_bit_with_small_states(train, plac
     assert all(again[name].equal(whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_convert_joins_an_adapter_with_its_base(train, ltts, place):
     adapter = train(*LORA, updates=2).last
     done = ltts("convert", adapter, "joined")
@@ -149,7 +156,7 @@ def test_what_cannot_be_trained_is_refused(train, more, words, monkeypatch, plac
     (place / "data").mkdir()
     (place / "data" / "math500.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
     monkeypatch.setenv("LTTS_DATA", str(place / "data"))
-    check(train(*more), *words)
+    check_refused(*train.line(*more), words=words)
     assert not (place / "out" / "checkpoint").exists()
 
 

@@ -8,6 +8,7 @@ import annotated
 import numpy as np
 import pytest
 import torch
+from marks import slow
 from refusal import check
 from safetensors.torch import load_file, save_file
 from tiny import prompts, reasoner
@@ -274,7 +275,7 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize(("stop", "saved"), [(Crash, 4), (KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
+@pytest.mark.parametrize(("stop", "saved"), [slow(Crash, 4), (KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
 def test_a_stopped_run_resumes_to_the_same_weights(folders, tmp_path, stop, saved):
     def stop_at_5(done, figures):
         if done == 5:
@@ -300,7 +301,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(folders, tmp_path, stop, save
     assert seen == []
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors"])
+@pytest.mark.parametrize("name", ["optimizer.pt", slow("model.safetensors")])
 def test_damaged_states_are_named_and_set_aside(folders, tmp_path, caplog, name):
     whole, _ = train(*folders, tmp_path / "out")
     best = json.loads((tmp_path / "out/checkpoint-8/trainer_state.json").read_text())["best_global_step"]
@@ -326,6 +327,21 @@ def test_micro_batches_make_the_same_update(folders, tmp_path, monkeypatch):
     assert sizes == {1: [8] * 4, 2: [4] * 8}
     for (name, a), (_, b) in zip(trained[1].named_parameters(), trained[2].named_parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3, msg=name)
+
+
+def test_questions_of_an_unequal_last_micro_batch_weigh_as_much(folders, tmp_path):
+    losses = {1: [], 2: []}
+    for accumulation, seen in losses.items():
+        output, few = tmp_path / str(accumulation), {"batch": 12, "lr": 1e-9, "epochs": 1}
+        train(
+            *folders,
+            output,
+            lambda _, figures, seen=seen: seen.append(figures["loss"]),
+            accumulation=accumulation,
+            **few,
+        )
+    assert len(losses[1]) == 3  # of 12, 12 and 8 questions; the last micro-batches have 6 and 2
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_training_stops_when_the_choice_gets_no_better(folders, tmp_path):
@@ -421,7 +437,7 @@ def test_no_epochs_write_the_untrained_latent_rm(command, checkpoint, tmp_path):
     [
         (["valid_annotations=nosuch"], ["valid_annotations=nosuch", "no such folder"]),
         (["init=zeros"], ["init=zeros", "reasoner, random"]),
-        (["weights_dtype=int8"], ["weights_dtype=int8", "float32, bfloat16"]),
+        (["weights_dtype=int8"], ["weights_dtype=int8", "float32 or bfloat16"]),
         (["loss.name=mse"], ["loss.name=mse", "contrastive, bce, last_step"]),
         (["optimization.lr=0"], ["optimization.lr=0", "positive"]),
         (["model.checkpoint=shipped:coconut_arith"], ["annotations=", "annotated with the reasoner tiny"]),
@@ -438,6 +454,10 @@ def test_values_out_of_range_are_refused():
             replace(OPTIMIZATION, **{key: wrong})
     with pytest.raises(UsageError, match="bce has no softmax"):
         RewardLoss("bce", True)
+
+
+def test_annotations_of_fewer_latents_are_refused(command):
+    check(command("model.latents=5"), "annotations=", "made with model.latents=3, not 5")
 
 
 def test_no_mixed_outcome(command, checkpoint, tmp_path):
@@ -468,6 +488,18 @@ def test_a_loss_that_is_not_finite_is_exit_1(command, monkeypatch):
     assert result.code == 1
     assert "the loss is nan at update 0" in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_prompt_of_ours_may_begin_with_the_end_token(folders, monkeypatch):
+    adapter, path = folders[:2]
+
+    def first_ids() -> list[int]:
+        questions = MixedQuestions(AnnotationFolder(path), adapter, adapter.latent_id, "annotations")
+        return questions[0]["prompt"].tolist()
+
+    prompt = first_ids()
+    monkeypatch.setattr(type(adapter), "eos_id", prompt[0])
+    assert first_ids() == prompt
 
 
 def test_official_shards_can_be_trained_on(command, folders, tmp_path):

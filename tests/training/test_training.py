@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -207,7 +208,7 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize(("stop", "saved"), [(Crash, 4), (KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
+@pytest.mark.parametrize(("stop", "saved"), [(Crash, 4), slow(KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
 def test_a_stopped_run_resumes_to_the_same_weights(adapter, tmp_path, stop, saved):
     def stop_at_5(done, figures):
         if done == 5:
@@ -232,7 +233,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(adapter, tmp_path, stop, save
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-10"]
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "digests.json"])
+@pytest.mark.parametrize("name", ["optimizer.pt", slow("rng_state.pth"), slow("digests.json")])
 def test_a_damaged_state_is_named_and_set_aside(adapter, tmp_path, caplog, name):
     def stop_at_5(done, figures):
         if done == 5:
@@ -322,7 +323,7 @@ def by_tokens(seed=0, parts=1, tokens=200, most=100):
 @settings(derandomize=True, deadline=None, max_examples=20)
 @given(tokens=st.integers(250, 600), parts=st.integers(1, 3), most=st.integers(3, 20))
 def test_batches_by_tokens_stay_below_their_limits_and_lose_no_question(tokens, parts, most):
-    batches = list(islice(by_tokens(0, parts, tokens, most), 120))
+    batches = list(islice(by_tokens(0, parts, tokens, most), 50))
     for batch in batches:
         assert parts <= len(batch) <= most
         sizes = [lengths(question) for question in batch]

@@ -189,6 +189,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(folder, tmp_path):
     check_resume(recipe, adapter_of(folder), tmp_path, "own.lt_head.mean.weight")
 
 
+@pytest.mark.slow
 def test_train_reasoner_from_scratch_writes_a_colar_checkpoint_that_runs(ltts, tmp_path):
     line = (
         "train-reasoner", "model=colar", "output=out", "recipe.written_updates=1", "recipe.final_updates=2",
@@ -201,7 +202,7 @@ def test_train_reasoner_from_scratch_writes_a_colar_checkpoint_that_runs(ltts, t
     assert config["latent_tts"] == {"thinking_speed": 8}
     assert config["latent_embedding_std"] > 0
     run = ltts(
-        "run", "model=colar", "model.checkpoint=out/checkpoint", "model.latents=3", "model.thinking_speed=8",
-        "task.limit=2", "n=2", "max_answer_tokens=3",
+        "run", "budget=fixed", "model=colar", "model.checkpoint=out/checkpoint", "model.latents=3",
+        "model.thinking_speed=8", "task.limit=2", "n=2", "max_answer_tokens=3",
     )  # fmt: skip
     assert run.code == 0, run.err

@@ -149,12 +149,14 @@ def test_bad_values_are_refused_by_name(wrong):
         Recipe(**VALUES | wrong)
 
 
+@pytest.mark.slow
 def test_train_reasoner_writes_a_checkpoint_that_runs(ltts, checkpoint, tmp_path):
     own = ["model=pccot", "model.latents=3", "model.sweeps=2", "model.answer_prompt=''", "model.known_first=true"]
     updates = ["recipe.written_updates=1", "recipe.stage_updates=[1]", "recipe.final_updates=1"]
     small = ["optimization.batch=4", "optimization.bf16=false", "valid_questions=4", f"output={tmp_path / 'out'}"]
     trained = ltts("train-reasoner", *own, *updates, *small, f"init={checkpoint}")
     assert trained.code == 0, trained.err
+    assert "trained with" not in trained.err
     recorded = json.loads((trained.last / "config.json").read_text())["latent_tts"]
     assert recorded == {"latents": 3, "sweeps": 2, "known_first": True}
     result = ltts("run", *own, f"model.checkpoint={trained.last}", "sampler=greedy", "n=1", "task.limit=3")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from latent_tts.aggregator import Vote
 from latent_tts.errors import check_fields
-from latent_tts.types import RolloutArrays
+from latent_tts.types import Float32, Float64, RolloutArrays
+
+MIN_TEMPERATURE = 1e-200  # below it, quotients of scores overflow; the highest score already has all the weight
+T = TypeVar("T", Float32, Float64, float)
 
 
 @dataclass(frozen=True)
@@ -29,5 +32,9 @@ class Weighted:
 
     def rule(self, rollouts: RolloutArrays) -> Vote:
         """Weigh votes by exp(score / temperature), the softmax up to a factor; without a score there is no vote."""
+        return Vote(self.log_weights(rollouts.score_QD))
+
+    def log_weights(self, score: T) -> T:
+        """Logarithms of the weights of scores, up to a constant: score / temperature."""
         assert self.temperature is not None, "no temperature chosen"
-        return Vote(rollouts.score_QD / self.temperature)
+        return score / max(self.temperature, MIN_TEMPERATURE)

@@ -1,7 +1,7 @@
 """How many rollouts the questions of a run get, and at which numbers metrics are reported; one option per module.
 
 `fixed` and `ladder` give every question n rollouts. `adaptive` and `shared` look at what a question has so far (its
-`Tally`) and decide how many more it gets: `next` is asked again until nobody gets any.
+`Tally`) and decide how many more it gets: `next` is called until no question gets any.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Tally:
         logprob_N: summed log-probability of each answer.
         score_N: score of each rollout; NaN where it has none.
         equal: whether two answers are one vote; None where only equal strings are. Equality by value is not transitive,
-            so that a late string can form the classes anew.
+            so that a later answer can regroup the earlier ones.
         prompt_gflop: what the question costs once.
         gflop_N: what each rollout costs.
     """
@@ -96,7 +96,7 @@ class Tally:
         votes_N = readable_N & np.isfinite(self.log_weight_N)
         most = self.max_log_weight
         if most is None:
-            most = float(self.log_weight_N[votes_N].max(initial=0.0)) if votes_N.any() else 0.0
+            most = float(self.log_weight_N[votes_N].max()) if votes_N.any() else 0.0
         return np.exp(np.where(votes_N, self.log_weight_N - most, -np.inf))
 
     @cached_property
@@ -174,7 +174,8 @@ class Stop:
 
     Attributes:
         used: rollouts that its answer is of; those drawn beyond are not used.
-        why: the rule that said so, `n` (it has all), or `total` (the budget is spent).
+        why: the rule that said so, `n` (it has all), `total` (the budget is spent), or `worth` (no round is worth
+            anything).
         certificate: what is known of the answer's error, for rules that say so.
     """
 

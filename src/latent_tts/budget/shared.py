@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -17,6 +18,7 @@ from latent_tts.types import Float64, Int64
 AGGREGATORS = ("majority", "best_of_n")
 UNITS = ("rollouts", "gflop")
 MIN_SCORES = 3
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Shared:
 
     - `majority`: the chance that the runner-up overtakes the leader if all r rollouts of the round go to one of both.
       With a and b votes and a uniform prior over their shares, the runner-up's votes are beta-binomial with parameters
-      r, b + 1 and a + 1. Where no vote still to come can change the leader, a rollout is worth nothing.
+      r, b + 1 and a + 1. Where no vote of the round can change the leader, its rollouts are worth nothing.
     - `best_of_n`: the chance that one of r scores exceeds the best so far, 1 - F(u)^r, with F Student's t around the
       mean of the k scores so far (see `budget/rule=reward`); 1 before there are three.
 
@@ -39,7 +41,8 @@ class Shared:
     Attributes:
         total: the budget of the whole set, prompts included where it is in GFLOP.
         unit: `rollouts` or `gflop`. In GFLOP a round is given while its expected cost, at the question's mean per
-            rollout so far, is left; what is spent differs from the total by the error of that expectation.
+            rollout so far, is left; what is spent differs from the total by the error of that expectation. A total
+            below the cost of the first rollouts is overspent, with a warning.
         first: rollouts that every question gets.
         round: rollouts that a chosen question gets at a time.
         step: share of the questions that a round goes to, in (0, 1].
@@ -93,6 +96,11 @@ class Shared:
         if not all(tally.drawn for tally in tallies):
             return np.array([0 if tally.drawn else min(self.first, tally.n) for tally in tallies], dtype=np.int64)
         left = self.total - sum(map(self._spent, tallies))
+        if left < 0 and all(tally.drawn <= self.first for tally in tallies):
+            log.warning(
+                "budget.total=%g: the first %d rollouts of all questions alone took %.4g %s",
+                self.total, self.first, self.total - left, self.unit.upper(),
+            )  # fmt: skip
         size_Q = np.array([min(self.round, tally.n - tally.drawn) for tally in tallies])
         cost_Q = np.array([size * self._cost(tally) for size, tally in zip(size_Q, tallies, strict=True)])
         worth_Q = np.array([self._worth(tally, int(size)) for size, tally in zip(size_Q, tallies, strict=True)])
@@ -111,8 +119,20 @@ class Shared:
         return more_Q
 
     def stops(self, tallies: Sequence[Tally]) -> list[Stop]:
-        """All that was drawn is used."""
-        return [Stop(tally.drawn, "n" if tally.drawn == tally.n else "total") for tally in tallies]
+        """All that was drawn is used. Where every other question is at `n` or `worth`, part of the total is left."""
+        stops = [Stop(tally.drawn, self._why(tally)) for tally in tallies]
+        kinds = {stop.why for stop in stops}
+        if "worth" in kinds and "total" not in kinds:
+            log.warning(
+                "budget.total=%g: %.4g spent; the next %d rollouts of a question can change no pick",
+                self.total, sum(map(self._spent, tallies)), self.round,
+            )  # fmt: skip
+        return stops
+
+    def _why(self, tally: Tally) -> str:
+        if tally.drawn == tally.n:
+            return "n"
+        return "total" if self._worth(tally, min(self.round, tally.n - tally.drawn)) > 0 else "worth"
 
     def _spent(self, tally: Tally) -> float:
         return tally.drawn if self.unit == "rollouts" else tally.prompt_gflop + float(tally.gflop_N.sum())

@@ -228,10 +228,8 @@ class CheckpointAdapter:
             raise bad_value("model.eos", list(tokens), allowed)
         for token in tokens:
             found = self.tokenizer.token_to_id(token) if isinstance(token, str) else token
-            if not is_whole(found) or self.tokenizer.id_to_token(found) is None:
-                raise bad_value(
-                    "model.eos", token, f"must be a token of {self.checkpoint}, by its text or id, or a list of them"
-                )
+            if not files.is_token(found, self.tokenizer):
+                raise bad_value("model.eos", token, allowed)
             ids.append(found)
         return tuple(dict.fromkeys(ids))
 

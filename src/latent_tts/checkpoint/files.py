@@ -10,10 +10,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from latent_tts.checkpoint import gguf
 from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole, require
@@ -98,6 +100,17 @@ IMPLEMENTATIONS = (
     *("grouped_mm", "batched_mm"),
 )
 TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which replaces `folder` when the block ends well."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KEY) -> Path:
@@ -433,6 +446,11 @@ def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     return tokenizer
 
 
+def is_token(token: Any, tokenizer: Tokenizer) -> TypeGuard[int]:
+    """Whether a value is the id of a token."""
+    return is_whole(token) and 0 <= token < 1 << 31 and tokenizer.id_to_token(token) is not None
+
+
 def eos_ids(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[int]]:
     """Ids of the end tokens that each of a checkpoint's files names."""
     return _special_ids("eos", folder, config, tokenizer)
@@ -444,11 +462,11 @@ def pad_ids(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> se
 
 
 def _special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Ids of a kind of special token (`eos`, `pad`) by the file that names them; others than whole numbers left out."""
+    """Ids of a kind of special token (`eos`, `pad`) by the file that names them, without those of no token."""
 
     def ids_of(settings: Mapping[str, Any]) -> list[int]:
         value = settings.get(f"{kind}_token_id")
-        return [token for token in (value if isinstance(value, list) else [value]) if is_whole(token)]
+        return [token for token in (value if isinstance(value, list) else [value]) if is_token(token, tokenizer)]
 
     def optional(name: str) -> dict[str, Any]:
         return read_json(folder, name) if (folder / name).is_file() else {}

@@ -17,7 +17,7 @@ KINDS: Mapping[str, tuple[str, int]] = {
     "joined": ("adapter joined with its base", joining.VERSION),
 }
 NAME = re.compile(r"([a-z]+)(\d+)-[0-9a-f]{16}")
-UNFINISHED, UNFINISHED_SECONDS = "unfinished", 3600.0  # since its last change; after them nobody is still writing it
+UNFINISHED, UNFINISHED_SECONDS = "unfinished", 3600.0  # since its last change; then its writer is gone
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ import sys
 import time
 from dataclasses import replace
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from latent_tts.config.build import in_sweep, output_dir
-from latent_tts.config.requests import changed_settings, run_request
-from latent_tts.errors import UsageError, require
+from latent_tts.config.requests import changed_settings, run_request, with_texts
+from latent_tts.errors import UsageError
 from latent_tts.pipeline.asking import ArrivingVotes, described_answers, print_answer
 from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import check_run
@@ -19,6 +19,7 @@ from latent_tts.pipeline.tables import schedule_lines
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
 from latent_tts.results.run_folder import ANSWERS
+from latent_tts.task import Task
 from latent_tts.task.asked import Asked
 
 
@@ -30,10 +31,8 @@ def main(cfg: DictConfig) -> None:
         RunError: a failure while drawing; what was drawn stays in the cache.
     """
     started = time.perf_counter()
-    texts, request = asked_texts(cfg), run_request(cfg)
-    if isinstance(request.task, Asked) and texts:
-        task = {**request.config["task"], "texts": texts}
-        request = replace(request, task=replace(request.task, texts=texts), config={**request.config, "task": task})
+    request = run_request(cfg)
+    request = with_texts(request, asked_texts(cfg, request.task))
     with cache_root(request.cache, cfg.cache) as cache:
         spec = check_run(replace(request, cache=cache))
         if not cfg.json and report.stderr_console().is_terminal:
@@ -55,18 +54,15 @@ def main(cfg: DictConfig) -> None:
         done.verification.check()
 
 
-def asked_texts(cfg: DictConfig) -> list[str]:
+def asked_texts(cfg: DictConfig, task: Task) -> list[str]:
     """The question, or the lines of standard input; none where the task has its own.
 
     Raises:
-        UsageError: there is no question, or one and a task that has its own.
+        UsageError: there is no question.
     """
-    takes_texts = OmegaConf.is_dict(cfg.task) and "texts" in cfg.task
     if cfg.question is not None:
-        require("question", cfg.question, takes_texts, "the chosen task has questions of its own; leave one out")
-        require("question", repr(cfg.question), bool(cfg.question.strip()), "is empty; ask something")
         return [cfg.question]
-    if not takes_texts or cfg.task.texts:
+    if not isinstance(task, Asked) or task.texts:
         return []
     if in_sweep() or sys.stdin is None or sys.stdin.isatty():
         where = "" if in_sweep() else ", a question per line on standard input"

@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     """List the entries, or remove those that the keys choose and say what was freed.
 
     Raises:
-        UsageError: a value is not usable, or `prune` is not told what to remove.
+        UsageError: a value is not usable, or `prune` lacks a condition.
     """
     require("action", cfg.action, cfg.action in ("list", "prune"), "must be list or prune")
     older_than = quantity("older_than", cfg.older_than, SECONDS, "must be an age, as in 30d, 12h or 90m")
@@ -71,17 +71,13 @@ def to_prune(
     for each in kept:
         too_old = older_than is not None and now - each.used > older_than
         too_large = max_size is not None and left + each.size > max_size
-        written = isinstance(each, KeptModel) and each.being_written
-        if not written and (too_old or too_large or (stale and is_stale(each))):
+        is_model = isinstance(each, KeptModel)
+        unread = each.stale if is_model else not is_current(each.key)
+        if not (is_model and each.being_written) and (too_old or too_large or (stale and unread)):
             gone.append(each)
         else:
             left += each.size
     return gone
-
-
-def is_stale(kept: CacheEntry | KeptModel) -> bool:
-    """Whether this version of the code does not read it."""
-    return kept.stale if isinstance(kept, KeptModel) else not is_current(kept.key)
 
 
 def show_models(folder: Path, models: Sequence[KeptModel]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from latent_tts.checkpoint.convert.conversion import convert_checkpoint
-from latent_tts.errors import require
+from latent_tts.errors import check_fields
 
 
 def main(cfg: DictConfig) -> None:
@@ -16,8 +16,7 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UsageError: there are no weights, a config or tokenizer is missing, or the new folder is in use.
     """
-    require("lora_alpha", cfg.lora_alpha, cfg.lora_alpha > 0, "must be a positive number")
-    require("latents", cfg.latents, cfg.latents is None or cfg.latents >= 0, "must be 0 or more, or null")
+    check_fields("", cfg, lora_alpha="a positive number", latents="an integer, 0 or more, or null")
     dst = Path(cfg.dst).expanduser()
     existed = dst.exists()
     try:

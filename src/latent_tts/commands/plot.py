@@ -50,7 +50,9 @@ def main(cfg: DictConfig) -> None:
         name, against = "figure" if table.name == RESULTS else "scaling", cfg.against
         if table.match(RESULTS_BY):
             against = table.stem.removeprefix("results_by_")
-            require("runs", table, against in plot.AGAINST, f"results_by_X.csv, X one of {', '.join(plot.AGAINST)}")
+            require(
+                "runs", table, against in plot.AGAINST, f"must be results_by_X.csv with X of {', '.join(plot.AGAINST)}"
+            )
             name = "figure"
         name += "" if against == "n" else f"_by_{against}"
         draw([table], read_metrics(table), [table.with_name(f"{name}.{kind}") for kind in formats], against)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from latent_tts.config.build import build
 from latent_tts.config.requests import engine_settings
-from latent_tts.errors import is_number, require
+from latent_tts.errors import check_fields, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.spec import encode_prompts, found_draft, reserved_positions
 from latent_tts.results import report, statistics
@@ -38,13 +38,12 @@ def main(cfg: DictConfig) -> None:
     engine = engine_settings(cfg.engine)
     task: Task = build("task", cfg.task)
     adapter: ModelAdapter = build("model", cfg.model)
-    require("directions", cfg.directions, cfg.directions >= 1, "1 or more")
-    require("threshold", cfg.threshold, is_number(cfg.threshold) and cfg.threshold > 0, "a number above 0")
-    require("tolerances", "[]", len(cfg.tolerances) > 0, "a list of numbers in [0, 1)")
-    why = "latents of a model without own sweeps: those of this model are part of it"
+    check_fields("", cfg, directions="a positive integer", threshold="a positive number")
+    require("tolerances", "[]", len(cfg.tolerances) > 0, "must be a list of numbers in [0, 1)")
+    why = "must be a model without sweeps of its own, such as PCCoT has"
     require("model", adapter.name, adapter.own_schedule is None, why)
     guesses = ("token", "zero", "draft")
-    require("guess", cfg.guess, cfg.guess in guesses, "token, zero or draft: rollouts of a probe have no siblings")
+    require("guess", cfg.guess, cfg.guess in guesses, "must be token, zero or draft: a probe has no sibling rollouts")
     adapter.check()
     schedules = [Speculative(cfg.chunk, float(t), cfg.guess, cfg.draft, cfg.mixing) for t in cfg.tolerances]
     for schedule in schedules:
@@ -69,15 +68,11 @@ def main(cfg: DictConfig) -> None:
         draw_dependencies(found.relative_TT, title, output / FIGURE)
         chosen = next((each for each in schedules if each.tolerance == found.recommended), None)
         with whole_file(output / PLAN) as path:
-            path.write_text(plan_of(found, adapter, engine.dtype, chosen).text)
+            keys = None if chosen is None or found.max_rows == 0 else asdict(chosen)
+            plan = Plan(adapter.digest, adapter.latents, engine.dtype, found.device, found.max_rows, keys)
+            path.write_text(plan.text)
     show(found, adapter.name, cfg.threshold, cfg.guess, chosen)
     print(output / QUESTIONS)
-
-
-def plan_of(found: Probe, adapter: ModelAdapter, dtype: str, chosen: Speculative | None) -> Plan:
-    """What `schedule=auto` follows."""
-    keys = None if chosen is None or found.max_rows == 0 else asdict(chosen)
-    return Plan(adapter.digest, adapter.latents, dtype, found.device, found.max_rows, keys)
 
 
 def show(found: Probe, model: str, threshold: float, guess: str, chosen: Speculative | None) -> None:

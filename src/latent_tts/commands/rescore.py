@@ -12,7 +12,7 @@ from latent_tts.config.build import compose, in_sweep, output_dir
 from latent_tts.config.recorded import finish_sweep as finish_sweep
 from latent_tts.config.recorded import recorded_run
 from latent_tts.config.requests import changed_settings, run_request
-from latent_tts.errors import bad_value, require
+from latent_tts.errors import bad_value, check_fields
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.run_output import clear_run_folder, write_run_folder
 from latent_tts.pipeline.spec import check_run
@@ -36,8 +36,7 @@ def main(cfg: DictConfig) -> None:
     started = time.perf_counter()
     source = Path(cfg.run).expanduser()
     record = rescoring.read_record(source)
-    rows = cfg.engine.rows
-    require("engine.rows", rows, rows is None or rows >= 1, "must be 1 or more, or null")
+    check_fields("engine", cfg.engine, rows="a positive integer, or null")
     request = run_request(merged_config(cfg, record))
     if isinstance(request.scorer, NoScorer):
         raise bad_value(

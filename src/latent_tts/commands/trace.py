@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config.build import given_keys, is_given, output_dir
 from latent_tts.config.recorded import recorded, recorded_run
-from latent_tts.config.requests import beside_option, changed_settings, run_request
+from latent_tts.config.requests import beside_option, changed_settings, run_request, with_texts
 from latent_tts.errors import UsageError, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import draw_rollouts
 from latent_tts.pipeline.running import complete_run
-from latent_tts.pipeline.spec import RunRequest, check_run
+from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import schedule_lines
 from latent_tts.pipeline.trace_spec import View, check_trace, of_a_run, warn_of_differences
 from latent_tts.results import report
@@ -27,7 +27,7 @@ from latent_tts.results.trace_report import print_trace
 from latent_tts.task.asked import Asked
 
 PAGE = "trace.html"
-# beside `run` only these keys mean something: the others are the run's
+# the only keys that can be given with `run`: the others are the run's
 OWN_KEYS = ("run", "question", "n", "beside", "maps", "top", "threshold", "directions", "paths.cache")
 OWN_KEYS += ("engine.device", "engine.rows")
 
@@ -47,6 +47,8 @@ def main(cfg: DictConfig) -> None:
     request, folder, lines = run_request(merged), output_dir(), []
     if source is None:
         request = with_texts(request, list(cfg.question))
+        if isinstance(request.task, Asked) and not request.task.texts:
+            raise UsageError('no question; ltts trace "QUESTION", ltts trace ID run=FOLDER, or ltts trace --example')
     beside = beside_option(merged, cfg.beside, request.sampler)
     with cache_root(request.cache, merged.cache) as cache, locked_folder(folder, "hydra.run.dir"):
         run = check_run(replace(request, cache=cache))
@@ -58,8 +60,9 @@ def main(cfg: DictConfig) -> None:
                 folder, run, changed_settings(cfg),
                 started=started, keep_latents=cfg.keep_latents, keep_cache=cfg.cache != "off",
             )  # fmt: skip
-            spec = spec.with_counts(done.tables.rollouts)
-            rollouts = done.rollouts if run.decode == "all" else draw_rollouts(spec.run)
+            spec = spec.with_counts(done.tables.rollouts, done.tables.budget)
+            as_drawn = run.decode == "all" and done.tables.budget is None
+            rollouts = done.rollouts if as_drawn else draw_rollouts(spec.run)
             lines = [*schedule_lines(run, done.tables.rollouts), *done.verification_lines]
         else:
             done, rollouts = None, draw_rollouts(spec.run)
@@ -77,25 +80,6 @@ def main(cfg: DictConfig) -> None:
         done.verification.check()
 
 
-def with_texts(request: RunRequest, texts: list[str]) -> RunRequest:
-    """The request with the questions of the command line.
-
-    Raises:
-        UsageError: there is none, or one and a task that has its own.
-    """
-    if not isinstance(request.task, Asked):
-        allowed = "the chosen task has questions of its own; leave one out"
-        require("question", f"[{','.join(texts)}]", not texts, allowed)
-        return request
-    if not texts and not request.task.texts:
-        raise UsageError('no question; ltts trace "QUESTION", ltts trace ID run=FOLDER, or ltts trace --example')
-    for text in texts:
-        require("question", repr(text), bool(text.strip()), "is empty; ask something")
-    texts = texts or request.task.texts
-    task = {**request.config["task"], "texts": texts}
-    return replace(request, task=replace(request.task, texts=texts), config={**request.config, "task": task})
-
-
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     """The run's config, with this command's device, rows and cache in it.
 
@@ -103,7 +87,7 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
         UsageError: a key was given that is the run's.
     """
     for key in given_keys():
-        allowed = f"run={cfg.run} has its own; beside run there are {', '.join(OWN_KEYS)}"
+        allowed = f"run={cfg.run} has its own; with run, only these keys can be given: {', '.join(OWN_KEYS)}"
         require(key, OmegaConf.select(cfg, key), key in OWN_KEYS or key.startswith("hydra"), allowed)
     merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "scorer", "budget"), cfg)
     merged.aggregator = {name: recorded("aggregator", node, cfg) for name, node in record["aggregators"].items()}

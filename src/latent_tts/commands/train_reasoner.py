@@ -11,10 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from latent_tts.checkpoint import files as checkpoint
 from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
-from latent_tts.errors import bad_value, check_device, check_seed, computing, require
+from latent_tts.errors import UsageError, bad_value, check_device, check_fields, check_seed, computing, require
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
+from latent_tts.task import Task
 from latent_tts.task.arith import Arith
+from latent_tts.training.reasoner.lora import Lora
 from latent_tts.training.reasoner.questions import training_questions
 from latent_tts.training.states import STATES
 
@@ -34,54 +36,25 @@ def main(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig) -> None:
     """The command, in a folder that no other process writes to."""
-    given = config.given_keys()
-    require("save_every", cfg.save_every, cfg.save_every >= 1, "must be a number of updates, 1 or more")
-    require("valid_questions", cfg.valid_questions, cfg.valid_questions >= 1, "must be 1 or more")
-    check_seed(cfg.seed)
-    check_device("device", cfg.device)
-    if "model.checkpoint" in given:
-        raise bad_value("model.checkpoint", cfg.model.checkpoint, f"to train from it give init={cfg.model.checkpoint}")
-    require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary in ("all", "used"), "must be all or used")
+    check_values(cfg)
     task, lora = config.build("task", cfg.task), config.build("lora", cfg.lora)
-    if not cfg.init:
-        require(
-            "task",
-            task.name,
-            isinstance(task, Arith),
-            "must be arith without init=: a new backbone knows only its words",
-        )
-        require("lora.rank", lora.rank, lora.rank is None, "must be null without init=: a new backbone has no base")
-        require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary == "all", "must be all without init=")
-    for key in given if cfg.init else ():
-        why = f"init={cfg.init} brings its own shape and weights; no backbone is made"
-        require(key, OmegaConf.select(cfg, key), not key.startswith("backbone."), why)
+    check_start(cfg, task, lora)
     output = Path(cfg.output).expanduser()
-    if OmegaConf.is_missing(cfg, "recipe"):
-        raise bad_value("recipe", "???", f"model={cfg.model.name} names no recipe; give one, as in recipe=coconut")
-    recipe = config.build("recipe", cfg.recipe)
-    require("recipe", type(recipe).__name__.lower(), recipe.updates >= 1, "one with at least one update")
-    adapter = config.build("model", OmegaConf.merge(cfg.model, {"checkpoint": str(output / "initial")}))
-    if recipe.family != adapter.family:
-        raise bad_value(
-            "recipe",
-            type(recipe).__name__.lower(),
-            f"it trains {recipe.family} reasoners, and model={adapter.name} reads {adapter.family} checkpoints",
-        )
-    recipe.check(adapter)
-    optimization = config.build("optimization", cfg.optimization)
-    validation = config.build("validation", cfg.validation)
-    if optimization.minutes is None and "validation.share" in given:
+    recipe, adapter = build_recipe(cfg, output)
+    optimization, validation = (
+        config.build("optimization", cfg.optimization),
+        config.build("validation", cfg.validation),
+    )
+    if optimization.minutes is None and config.is_given("validation.share"):
         raise bad_value("validation.share", validation.share, "needs optimization.minutes: it bounds runs by the clock")
     if adapter.family == "CoLaR":
-        why = "must be null for CoLaR: the engine draws its exact match as it is"
+        why = "must be null for CoLaR, whose exact match is drawn by the engine anyway"
         require("validation.every", validation.every, validation.every is None, why)
     step_results = getattr(recipe, "step_loss", 0) > 0
     questions = training_questions(task, valid_questions=cfg.valid_questions, seed=cfg.seed, step_results=step_results)
     if cfg.init_vocabulary == "used":
         require("init_vocabulary", "used", bool(questions.finite), f"must be all: task={task.name} is no finite set")
     source = joining.whole(checkpoint.resolve(str(cfg.init), key="init"), "init") if cfg.init else None
-    if output.exists() and not output.is_dir():
-        raise bad_value("output", output, "a folder is wanted, this is a file")
     # these import torch: everything above has been checked without it
     backbone = config.build("backbone", cfg.backbone)
     from latent_tts.training.reasoner.train import Start, train_reasoner
@@ -89,7 +62,6 @@ def train(cfg: DictConfig) -> None:
     start = backbone
     if source is not None:
         start = Start(joining.lasting_name(str(cfg.init)), source, cfg.init_vocabulary == "used")
-
     with (
         report.progress_bar(recipe.updates, "updates") as bar,
         computing("training", f"the states in {output / STATES} are kept"),
@@ -112,6 +84,55 @@ def train(cfg: DictConfig) -> None:
     if trained is not None:  # in the first process of a launch
         log.info("%d updates, exact match on valid %.3f", trained.updates, trained.exact_match)
         print(trained.checkpoint)
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Check the command's own keys.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+    counts = dict.fromkeys(("save_every", "valid_questions"), "a positive integer")
+    check_fields("", cfg, **counts, init_vocabulary=("all", "used"))
+    check_seed(cfg.seed)
+    check_device("device", cfg.device)
+    if config.is_given("model.checkpoint"):
+        raise bad_value("model.checkpoint", cfg.model.checkpoint, f"to train from it give init={cfg.model.checkpoint}")
+
+
+def check_start(cfg: DictConfig, task: Task, lora: Lora) -> None:
+    """Check that nothing is asked of a new backbone that only `init` has, and the other way round.
+
+    Raises:
+        UsageError: something is.
+    """
+    if cfg.init:
+        why = f"init={cfg.init} brings its own shape and weights; no backbone is made"
+        for key in config.given_keys():
+            require(key, OmegaConf.select(cfg, key), not key.startswith("backbone."), why)
+        return
+    why = "must be arith without init=: a new backbone knows only its words"
+    require("task", task.name, isinstance(task, Arith), why)
+    require("lora.rank", lora.rank, lora.rank is None, "must be null without init=: a new backbone has no base")
+    require("init_vocabulary", cfg.init_vocabulary, cfg.init_vocabulary == "all", "must be all without init=")
+
+
+def build_recipe(cfg: DictConfig, output: Path) -> tuple[Any, Any]:
+    """The recipe, and the adapter of the checkpoint that training starts from.
+
+    Raises:
+        UsageError: there is none, or both do not fit.
+    """
+    if OmegaConf.is_missing(cfg, "recipe"):
+        raise UsageError(f"recipe: model={cfg.model.name} names no recipe; give one, as in recipe=coconut")
+    recipe = config.build("recipe", cfg.recipe)
+    name = type(recipe).__name__.lower()
+    require("recipe", name, recipe.updates >= 1, "must have at least one update")
+    adapter = config.build("model", OmegaConf.merge(cfg.model, {"checkpoint": str(output / "initial")}))
+    why = f"it trains {recipe.family} reasoners, and model={adapter.name} reads {adapter.family} checkpoints"
+    require("recipe", name, recipe.family == adapter.family, why)
+    recipe.check(adapter)
+    return recipe, adapter
 
 
 def resumed_settings(cfg: DictConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
 from latent_tts.config.requests import annotated_run, default_annotation_spec, plain, run_request
-from latent_tts.errors import bad_value, check_device, check_seed, computing, require
+from latent_tts.errors import check_device, check_fields, check_seed, computing, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation import annotate
 from latent_tts.pipeline.spec import check_run
@@ -43,13 +43,10 @@ def main(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig) -> None:
     """The command, in a folder that no other process writes to."""
-    require("init", cfg.init, cfg.init in INITS, f"must be one of {', '.join(INITS)}")
+    check_fields("", cfg, init=INITS, weights_dtype=DTYPES)
     check_seed(cfg.seed)
-    require("weights_dtype", cfg.weights_dtype, cfg.weights_dtype in DTYPES, f"must be one of {', '.join(DTYPES)}")
     check_device("device", cfg.device)
     output = Path(cfg.output).expanduser()
-    if output.exists() and not output.is_dir():
-        raise bad_value("output", output, "must be a folder, not a file")
     config.build("sampler", cfg.sampler)  # a wrong value is refused even where nothing has to be annotated
     loss: RewardLoss = config.build("loss", cfg.loss)
     optimization: RewardOptimization = config.build("optimization", cfg.optimization)

@@ -11,15 +11,18 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
-from latent_tts.config.reference import conf_dir, nested_groups
+from latent_tts.config.reference import conf_dir, nested_groups, option_names
 from latent_tts.config.schemas import SCHEMAS
 from latent_tts.errors import LatentTTSError, UsageError, bad_value, require, unknown_key
 from latent_tts.results.files import LOCK
@@ -32,8 +35,9 @@ def register_schemas() -> None:
         ConfigStore.instance().store(f"{name}_schema", schema)
 
 
+@cache
 def defaults_of(command: str) -> list[Any]:
-    """The choices of options in the command's own file."""
+    """The choices of options in the command's own file, which callers must not modify."""
     # composing the defaults again would take as long as a small run
     own: Any = OmegaConf.load(Path(conf_dir()) / f"{command}.yaml")
     bases = [base for base in own.defaults if base in SCHEMAS]  # a command may extend another one
@@ -117,7 +121,9 @@ def refuse_unknown_keys(cfg: DictConfig, prefix: str = "") -> None:
 
 
 def changed_keys(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
-    """The keys that differ from their defaults under the same group choices, with their values.
+    """The keys that differ from this package's defaults under the same group choices, with their values.
+
+    What files of the user and of other packages set counts as changed, so that runs under other files are other curves.
 
     Args:
         cfg: the job's config.
@@ -127,24 +133,36 @@ def changed_keys(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
     choices = hydra_cfg.runtime.choices
     # an option of `engine` is no choice of its own, but settings
     chosen = {str(group): choices.get(str(group)) for group in cfg if group != "engine"}
-    overrides = [f"{group}={option}" for group, option in chosen.items() if option and "[" not in option]
-    sources = tuple(source.path for source in hydra_cfg.runtime.config_sources)
-    before, after = _flat(_defaults(str(hydra_cfg.job.config_name), tuple(overrides), sources)), _flat(cfg)
+    own = {group: option_names(group, [Path(conf_dir())]) for group in chosen}
+    overrides = [f"{group}={option}" for group, option in chosen.items() if option in own[group]]
+    before, after = _defaults(str(hydra_cfg.job.config_name), tuple(overrides)), _flat(cfg)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     hidden = tuple(f"{key}." for key in known)
     return {k: v for k, v in sorted(changed.items()) if k not in known and not k.startswith(hidden)}
 
 
-@lru_cache(maxsize=8)
-def _defaults(command: str, overrides: tuple[str, ...], sources: tuple[str, ...]) -> DictConfig:
-    """The same config again for the jobs of a sweep: composing is slow. Callers must not modify it."""
-    return compose(command, overrides)
+@lru_cache(maxsize=64)
+def _defaults(command: str, overrides: tuple[str, ...]) -> Mapping[str, Any]:
+    """The values by key, from this package's files alone; the same for the jobs of a sweep: composing is slow."""
+    places = ConfigSearchPathImpl()
+    for provider, path in (
+        ("hydra", "pkg://hydra.conf"),
+        ("main", f"file://{conf_dir()}"),
+        ("schema", "structured://"),
+    ):
+        places.append(provider, path)
+    local = any("optional local" in entry for entry in defaults_of(command)) and option_names(
+        "local", [Path(conf_dir())]
+    )
+    without_local = ["~local"] if local else []  # a clone's conf/local is the user's
+    return _flat(compose(command, [*overrides, *without_local], ConfigLoaderImpl(places)))
 
 
-def compose(command: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """The config of a command under some overrides, open to changes."""
-    loader = GlobalHydra.instance().config_loader()
-    cfg = loader.load_configuration(command, list(overrides), run_mode=RunMode.RUN)
+def compose(command: str, overrides: Sequence[str] = (), loader: ConfigLoader | None = None) -> DictConfig:
+    """The config of a command under some overrides, open to changes; by default from all that Hydra was told."""
+    cfg = (loader or GlobalHydra.instance().config_loader()).load_configuration(
+        command, list(overrides), run_mode=RunMode.RUN
+    )
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]  # as in the config of a job
     return cfg
@@ -173,7 +191,7 @@ def is_given(group: str) -> bool:
 
 
 def is_default(group: str, cfg: DictConfig) -> bool:
-    """Whether nobody chose the options of a group of several: neither the command line nor an experiment."""
+    """Whether neither the command line nor an experiment chose the options of a group of several."""
     if is_given(group):
         return False
     own = defaults_of(str(HydraConfig.get().job.config_name))
@@ -183,15 +201,12 @@ def is_default(group: str, cfg: DictConfig) -> bool:
 def _flat(cfg: DictConfig) -> dict[str, Any]:
     flat: dict[str, Any] = {}
 
-    def walk(prefix: str, node: Any) -> None:
+    def walk(prefix: str, node: Any, resolved: Any) -> None:
         if isinstance(node, Mapping):
             for key, value in node.items():
-                walk(f"{prefix}{key}.", value)
+                walk(f"{prefix}{key}.", value, resolved[key])
         else:
-            flat[prefix.removesuffix(".")] = node
+            flat[prefix.removesuffix(".")] = None if resolved == MISSING else resolved
 
-    container = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(container, dict)
-    walk("", container)
-    resolved = {key: OmegaConf.select(cfg, key) for key in flat}
-    return {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in resolved.items()}
+    walk("", *(OmegaConf.to_container(cfg, resolve=resolve) for resolve in (False, True)))
+    return flat

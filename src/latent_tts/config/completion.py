@@ -72,7 +72,7 @@ def candidates(
     flags: Mapping[str, Sequence[str]],
     flag_choices: Mapping[str, Sequence[str]],
 ) -> list[str]:
-    """What can stand at the end of a command line; nothing where a path is wanted.
+    """What can stand at the end of a command line; nothing where a path is expected.
 
     Args:
         line: up to the cursor, `ltts` included.

@@ -133,7 +133,7 @@ def options_text(what: Sequence[str], places: Sequence[Path], width: int) -> str
 
 
 def _key_row(key: Key) -> tuple[str, str]:
-    """A key with its default; a default that refers to something else is told with the type."""
+    """A key with its default; a default that refers to another key is shown with the type."""
     shown, notes = shown_default(key.default), [key.kind] if key.kind else []
     term = f"{key.name}={shown}"
     if "${" in key.default or shown == "required":

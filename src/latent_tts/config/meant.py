@@ -69,6 +69,8 @@ def key_of_flag(command: str, flag: str, value: str | None) -> str | None:
 def option_of(command: str, word: str) -> str | None:
     """What an argument without a key may mean: `n=4` for `n = 4`, `sampler=gaussian` for `gausian`."""
     key, equals, value = (part.strip() for part in word.partition("="))
+    if word.startswith("~"):
+        return None
     if equals:
         return f"{key}={value}" if key in (*_keys(command), *_groups(command)) else None
     if word in _groups(command):
@@ -142,13 +144,14 @@ def check_choices(command: str, arguments: Sequence[str]) -> None:
 
 
 def takes_list(command: str, key: str) -> bool:
-    """Whether a key can have a list: all but the groups of which one option is chosen."""
+    """Whether a key can have a list: no group of which one option is chosen, and no key of another kind."""
     known = read_command(command)
-    return key not in known.groups or key in known.lists
+    kinds = {each.name: each.kind for each in known.keys}
+    return key in known.lists or (key not in known.groups and "list" in kinds.get(key, "list"))
 
 
 def _values(argument: str) -> Iterator[Any]:
-    """The values of an override, several in a sweep; none where Hydra will say what is wrong with it."""
+    """The values of an override, several in a sweep; none where Hydra will report the error."""
     try:
         override = OverridesParser.create().parse_override(argument)
         yield from override.sweep_iterator() if override.is_sweep_override() else [override.value()]
@@ -162,7 +165,7 @@ def no_option(arguments: list[str]) -> str | None:
         key, _, value = argument.lstrip("+").partition("=")
         if not key and value:
             return f"{argument}: not of the form key=value"
-        if key and (Path(conf_dir()) / key).is_dir() and value not in _options(key):
+        if key and _options(key) and value not in _options(key):
             return f"{key}={value}: no such option; one of {', '.join(_options(key))}"
     return None
 

@@ -51,10 +51,8 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
     for key in NEVER_RECORDED:
         if any(key == name for name, _ in _parts(node)):
             raise UsageError(f"{group}: {name} is recorded with {key}, which no option has")
-    for text in (text for pair in _parts(node) for text in pair):
-        if (
-            isinstance(text, str) and "${" in text
-        ):  # Hydra resolves what it builds twice, so no escape would keep it a text
+    for text in (part for pair in _parts(node) for part in pair if isinstance(part, str)):
+        if "${" in text:  # Hydra resolves what it builds twice, so no escape would keep it a text
             raise UsageError(f"{group}: the folder names {text[:60]!r}; what is read back has no interpolations")
     made = OmegaConf.create(dict(node))
     assert isinstance(made, DictConfig)
@@ -73,7 +71,7 @@ def recorded_run(record: Mapping[str, Any], groups: Iterable[str], *given: DictC
     for group in groups:
         if group in merged:
             merged[group] = recorded(group, record["config"][group], *given)
-    # a run of before there were answer sampling, forced beginnings, schedules and quantisation says nothing about them
+    # older runs lack the keys of answer sampling, forced beginnings, schedules and quantisation
     merged.answer = OmegaConf.merge({"temperature": 0.0, "top_p": 1.0, "forced_prefix": ""}, merged.answer)
     merged.schedule = merged.get("schedule", {"_target_": "latent_tts.schedule.sequential.Sequential"})
     merged.engine = OmegaConf.merge({"quantize": None}, merged.engine, {"graph": "auto"})  # graphs change no result
@@ -142,7 +140,7 @@ def _targets_of_source(source: ConfigSource, group: str = "") -> Iterator[str]:
     for name in source.list(group, ObjectType.CONFIG):
         try:
             content = source.load_config(f"{group}/{name}".lstrip("/")).config
-        except Exception:  # a file that cannot be read names nothing; whoever chooses it is told why
+        except Exception:  # a file that cannot be read names nothing; choosing it raises the error
             continue
         yield from _targets_of_config(content)
     for name in source.list(group, ObjectType.GROUP):

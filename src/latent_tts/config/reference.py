@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,20 @@ def user_conf_dir() -> Path | None:
         return None
 
 
+def conf_packages() -> tuple[EntryPoint, ...]:
+    """The packages that bring options, by name; looked for once per search path of Python."""
+    return _conf_packages(tuple(sys.path))
+
+
+@cache
+def _conf_packages(search_path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    return tuple(sorted(entry_points(group=PACKAGES)))
+
+
 def conf_dirs(extra: Iterable[str] = ()) -> list[Path]:
     """Where options are found, in the order in which they win: this package's, other packages', the user's, `extra`."""
     packages = []
-    for entry in sorted(entry_points(group=PACKAGES)):
+    for entry in conf_packages():
         with suppress(ImportError):  # a broken package: a command that uses it says so
             spec = find_spec(entry.value)
             packages += [Path(place) for place in spec.submodule_search_locations or ()] if spec else []

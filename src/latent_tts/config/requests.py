@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from latent_tts.config.build import build, changed_keys, compose, is_default, is
 from latent_tts.config.recorded import TARGET, literal, recorded
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import bad_value, require
+from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation_spec import AnnotationSpec
-from latent_tts.pipeline.spec import EngineSettings, RunRequest
+from latent_tts.pipeline.spec import EngineSettings, RunRequest, check_sampler
 from latent_tts.results.annotations import SETTINGS, AnnotationFolder
 from latent_tts.results.cache import MODES
 from latent_tts.sampler import Sampler
+from latent_tts.task import Task
+from latent_tts.task.asked import Asked
 
 log = logging.getLogger(__name__)
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?(e-?[0-9]+)?")
@@ -59,6 +63,37 @@ def run_request(cfg: DictConfig) -> RunRequest:
         config=plain(cfg),
         chosen=frozenset(chosen if is_default("aggregator", cfg) else {*chosen, "aggregator"}),
     )
+
+
+def with_texts(request: RunRequest, texts: list[str]) -> RunRequest:
+    """A request whose questions are these texts; unchanged for none.
+
+    Raises:
+        UsageError: the task has questions of its own, or a text is empty.
+    """
+    if not texts:
+        return request
+    asked, why = request.task, "the chosen task has questions of its own; leave one out"
+    require("question", ",".join(texts), isinstance(asked, Asked), why)
+    for text in texts:
+        require("question", repr(text), bool(text.strip()), "is empty; ask something")
+    assert isinstance(asked, Asked)
+    config = {**request.config, "task": {**request.config["task"], "texts": texts}}
+    return replace(request, task=replace(asked, texts=texts), config=config)
+
+
+def drawing_options(cfg: DictConfig) -> tuple[Sampler, Task, ModelAdapter]:
+    """The options of a command that draws rollouts of a model on its own, not for a run.
+
+    Raises:
+        UsageError: an option refuses a value, or the sampler does not fit.
+    """
+    sampler: Sampler = build("sampler", cfg.sampler)
+    require("sampler", sampler.name, not sampler.needs_donor, "must draw rollouts: greedy, gaussian or dropout")
+    task, adapter = build("task", cfg.task), build("model", cfg.model)
+    adapter.check()
+    check_sampler(sampler, adapter)
+    return sampler, task, adapter
 
 
 def annotation_spec(cfg: DictConfig) -> AnnotationSpec:
@@ -151,7 +186,7 @@ def beside_option(cfg: DictConfig, beside: str | None, own: Sampler) -> tuple[Sa
     if beside != "auto":
         name, colon, value = beside.partition(":")
     elif ("rate" if name == "dropout" else "sigma") not in (cfg.model.get("recommended") or ()):
-        return None  # nobody says how strong it should be
+        return None  # the model recommends no strength
     known = GlobalHydra.instance().config_loader().get_group_options("sampler")
     allowed = f"must be auto, null or a sampler, as in gaussian:0.2; one of {', '.join(known)}"
     require("beside", beside, name in known, allowed)

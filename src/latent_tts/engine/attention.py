@@ -225,7 +225,7 @@ class FixedCache(SharedPrefixCache):
     length: int = 0
     at_1: Tensor | None = None
     window: int = 0
-    _known: int = 0  # questions whose prefixes are there
+    _known: int = 0  # questions whose prefixes are set
 
     def restart(self) -> None:
         """Forget all questions."""

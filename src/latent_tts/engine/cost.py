@@ -139,7 +139,7 @@ class RolloutCost:
         repeated: the passes that a schedule repeats, see `Shape.repeated_flops`.
         looks_for_stop: whether rows may stop early: the LM head runs before every latent, and once more in a row that
             stops before `latents`.
-        exit_tokens: tokens run beside each latent but the last, to see whether it moves the answer; None: nobody looks.
+        exit_tokens: tokens run beside each latent but the last, to see whether it moves the answer; None: no check.
     """
 
     shape: Shape

@@ -119,7 +119,8 @@ class SampledAnswers(Sampler):
         import torch
 
         assert len(logits_RV) == len(draw.rollouts_R), "random numbers of other rows"
-        weight_RV = ((logits_RV - logits_RV.amax(-1, keepdim=True)) / self.sampling.temperature).exp()
+        temperature = max(self.sampling.temperature, torch.finfo(torch.float32).tiny)  # a smaller one is 0 in float32
+        weight_RV = ((logits_RV - logits_RV.amax(-1, keepdim=True)) / temperature).exp()
         if self.sampling.top_p < 1:
             weight_RV = weight_RV * in_nucleus(weight_RV, self.sampling.top_p)
         cumulative_RV = weight_RV.double().cumsum(-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-TOKENS = 32  # that are told apart; all others are one
+TOKENS = 32  # that are distinguished; all others count as one
 LOGITS_AT_ONCE = 1 << 24
 
 

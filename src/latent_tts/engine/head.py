@@ -137,10 +137,14 @@ def _highest_by_kernel(head: nn.Linear, hidden_RD: Tensor) -> Choice:
 
 def _choice(head: nn.Linear, hidden_RD: Tensor, found: _Found) -> Choice:
     """The choice of the highest logit, settled in float32."""
-    token_2R, logits_2R = found.token_2R, found.highest_2R
+    token_2R, logits_2R, total_R = found.token_2R, found.highest_2R, found.total_R
     if hidden_RD.dtype.itemsize < 4:
         token_2R, logits_2R = _settled(head, hidden_RD, token_2R)
-    return Choice(token_2R[0], logits_2R[0] - found.highest_2R[0] - found.total_R.log(), logits_2R[0] - logits_2R[1])
+        # a logarithm above 0 would come of a logit that its own sum holds rounded
+        settled_R, rounded_R = ((each - found.highest_2R[0]).exp().sum(0) for each in (logits_2R, found.highest_2R))
+        total_R = (total_R - rounded_R).clamp(min=0) + settled_R
+    logprob_R = (logits_2R[0] - found.highest_2R[0] - total_R.log()).clamp(max=0)
+    return Choice(token_2R[0], logprob_R, logits_2R[0] - logits_2R[1])
 
 
 def has_kernel(hidden_RD: Tensor) -> bool:

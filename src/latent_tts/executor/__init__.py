@@ -49,7 +49,7 @@ class Finished:
 
 
 class Pool(Protocol):
-    """Workers that were told what to do."""
+    """Workers that have received the work."""
 
     @property
     def workers(self) -> Sequence[int]:

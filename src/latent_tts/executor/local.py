@@ -50,7 +50,7 @@ class Local:
         return True
 
     def check(self, device: str) -> None:
-        """Accept every device: whether it is there is asked where something is computed."""
+        """Accept every device: whether it exists is checked where something is computed."""
         del device
 
     def open(self, work: Work, device: str) -> LocalPool:

@@ -90,11 +90,11 @@ class Ray:
         try:
             socket.create_connection((host, int(port)), SECONDS_TO_ANSWER).close()
         except (OSError, OverflowError) as error:
-            allowed = f"nobody answers there ({error}); `ray start --head` on a machine says its address"
+            allowed = f"no Ray cluster answers there ({error}); `ray start --head` prints the address"
             raise bad_value("executor.address", self.address, allowed) from error
 
     def open(self, work: Work, device: str) -> RayPool:
-        """Start Ray and the workers, unless they are there from the work before, and tell them what to do.
+        """Start Ray and the workers, unless they are left from earlier work, and send them the work.
 
         Raises:
             UsageError: Ray or its workers cannot be had.
@@ -103,7 +103,7 @@ class Ray:
 
 
 class RayPool:
-    """Actors that were told what to do."""
+    """Actors that have received the work."""
 
     def __init__(self, actors: list[Any], work: Work) -> None:
         self._actors = dict(enumerate(actors))
@@ -203,7 +203,7 @@ class _Actor:
 
 
 class _Warnings(logging.Handler):
-    """Keeps warnings until somebody takes them."""
+    """Keeps warnings until they are taken."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -264,7 +264,7 @@ def _connect(address: str | None) -> None:
         store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
         ray.init(num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
         _end_with([each for each in psutil.Process().children() if each.name() in NODE])
-    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of any class: a node that is slow to start is a plain Exception
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
         raise bad_value(key, value, f"Ray cannot be started ({' '.join(str(error).split())[:200]})") from error
 

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from latent_tts.errors import LESS_MEMORY, RunError, computing
@@ -110,13 +111,10 @@ def _label(
             with written_in_parts(folder.add) as write:
                 first_rows = None if executor.fixed else max(1, rows // spec.n)
                 queue = ShardQueue(units_of(jobs, spec, rows), len(pool.workers), first_rows)
-                for _, (entries, rollouts) in results_of(pool, queue, _joined, timeline):
+                results = results_of(pool, queue, lambda contents: list(chain(*contents)), timeline)
+                for _, (entries, rollouts) in results:
                     write(entries)
                     done, drawn = done + len(entries), drawn + rollouts
                     bar.show(done, f"{drawn / (time.perf_counter() - started):.0f} rollouts/s")
     if not executor.in_process:
         write_timeline(folder.path, timeline, "questions")
-
-
-def _joined(contents: Sequence[list[QuestionToLabel]]) -> list[QuestionToLabel]:
-    return [job for content in contents for job in content]

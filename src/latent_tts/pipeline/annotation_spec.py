@@ -57,7 +57,7 @@ class AnnotationSpec:
         output: the annotation folder.
         executor: where rollouts are computed.
         config: the resolved config, for `sampler` and `task`.
-        schedule_chosen: whether somebody chose the schedule.
+        schedule_chosen: whether the user chose the schedule.
     """
 
     adapter: ModelAdapter

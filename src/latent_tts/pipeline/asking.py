@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,9 @@ from latent_tts.pipeline.running import RunResult
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import NOT_DECODED
+from latent_tts.results.trace import UNREADABLE
 from latent_tts.text.classes import shared_forms
 
-UNREADABLE = "unreadable"
 MAX_TEXT = 60  # characters of a question in a line of votes
 
 
@@ -35,8 +36,8 @@ class ArrivingVotes:
         for key in dict.fromkeys(key for key, _ in places):
             answers = self._answers[key]
             votes = votes_text(count_votes(shared_forms(answers, rule.equal)), answers.count(None))
-            text = "" if len(self._questions) == 1 else f"{shortened(self._questions[key].text)} "
-            report.print_status(f"{text}{report.counted(len(answers), 'rollout')}: {votes}")
+            text = shorten(self._questions[key].text, MAX_TEXT, placeholder="...") if len(self._questions) > 1 else ""
+            report.print_status(f"{text} {report.counted(len(answers), 'rollout')}: {votes}".lstrip())
 
 
 def described_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
@@ -101,9 +102,3 @@ def _support(pick: dict[str, Any]) -> str:
     if pick.get("share") is not None:
         return f"{100 * pick['share']:.1f} %"
     return "" if pick.get("score") is None else f"{pick['score']:.3g}"
-
-
-def shortened(text: str) -> str:
-    """The beginning of a text in one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 3]}..."

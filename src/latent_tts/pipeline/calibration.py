@@ -8,18 +8,20 @@ from typing import Any
 
 import numpy as np
 
+from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Tally
 from latent_tts.budget.rule.confidence import Calibration, Confidence, calibrate
 from latent_tts.errors import UsageError, bad_value, require
-from latent_tts.results.run_folder import RUN_JSON, is_complete, read_rollouts, read_run_json
+from latent_tts.pipeline.code import NO_PART
+from latent_tts.results.run_folder import BUDGET, RUN_JSON, is_complete, read_rollouts, read_run_json
 
 KEY = "budget.rule.calibration"
 
 
 def calibrate_on_run(
     rule: Confidence,
-    checkpoint_digest: str,
-    sampler: Mapping[str, Any],
+    config: Mapping[str, Any],
+    digests: Mapping[str, str | None],
     questions: Sequence[str],
     temperature: float | None,
 ) -> Calibration:
@@ -27,23 +29,31 @@ def calibrate_on_run(
 
     Args:
         rule: the rule.
-        checkpoint_digest: of the model that it is to be used with.
-        sampler: config of the sampler that it is to be used with.
+        config: of the run that it is to be used in.
+        digests: of the weights there: `model`, and `scorer`, which may be None.
         questions: ids of the questions that it is to be used on.
         temperature: of the weighted vote, if it stops for that.
 
     Raises:
-        UsageError: there is no such run, it is of another model or sampler, or has some of these questions.
+        UsageError: there is no such run, its rollouts or scores are others, or it has some of these questions.
     """
     folder = Path(str(rule.calibration)).expanduser()
     require(KEY, folder, is_complete(folder), f"must be the folder of a completed run; it has no {RUN_JSON}")
-    record = read_run_json(folder, {"checkpoint_digest": str, "config.sampler": dict, "config.answer.decode": str})
-    if record["checkpoint_digest"] != checkpoint_digest:
+    needed = {f"config.{group}": dict for group in ("model", "sampler", "search", "answer", "scorer")}
+    record = read_run_json(folder, {"checkpoint_digest": str, **needed})
+    if record["checkpoint_digest"] != digests["model"]:
         raise bad_value(KEY, folder, "that run used another checkpoint; calibrate on a run of this one")
-    if record["config"]["sampler"] != dict(sampler):
-        raise bad_value(KEY, folder, "that run used another sampler, or other settings of it; calibrate on one of this")
-    if record["config"]["answer"]["decode"] == "winners":
+    if record["config"]["answer"].get("decode") == "winners":
         raise bad_value(KEY, folder, "its rollouts have no answers (answer.decode=winners)")
+    if (folder / BUDGET).is_file():
+        raise bad_value(KEY, folder, "its budget drew what it asked for; calibrate on a run with all n rollouts")
+    groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
+    for group in groups:
+        if _settings(record["config"], group) != _settings(config, group):
+            why = f"that run used another {group}, or other settings of it; calibrate on one of this"
+            raise bad_value(KEY, folder, why)
+    if rule.needs_score and (record.get("scorer") or {}).get("digest") != digests["scorer"]:
+        raise bad_value(KEY, folder, "that run used another scorer; calibrate on a run with this one")
     rollouts = read_rollouts(folder)
     shared = set(rollouts["question_id"]) & set(questions)
     if shared:
@@ -58,7 +68,7 @@ def calibrate_on_run(
             Tally(
                 n=len(rows),
                 answers=[answer if isinstance(answer, str) else None for answer in rows["prediction"]],
-                log_weight_N=np.zeros(len(rows)) if temperature is None else score_N / temperature,
+                log_weight_N=np.zeros(len(rows)) if temperature is None else Weighted(temperature).log_weights(score_N),
                 max_log_weight=0.0 if temperature is None else None,
                 logprob_N=rows["answer_logprob"].to_numpy(dtype=np.float64),
                 score_N=score_N,
@@ -68,3 +78,10 @@ def calibrate_on_run(
         return calibrate(tallies, rule.by)
     except ValueError as error:
         raise UsageError(f"{KEY}={folder}: {error}") from error
+
+
+def _settings(config: Mapping[str, Any], group: str) -> Any:
+    """What a config says of a group that changes rollouts or scores."""
+    value = config.get(group)
+    no_part = NO_PART.get(group, set()) - {"reduce"}
+    return {key: each for key, each in value.items() if key not in no_part} if isinstance(value, Mapping) else value

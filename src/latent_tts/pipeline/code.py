@@ -1,4 +1,4 @@
-"""Digests of the code behind the objects of a run: what an edit of it makes other rollouts of.
+"""Digests of the code that determines a run's rollouts: editing that code voids the cache.
 
 Code is compared as it is compiled, so comments, docstrings, assertions and layout do not count.
 """
@@ -21,6 +21,11 @@ PACKAGE = "latent_tts"
 DRAWING = ("checkpoint", "engine", "model", "random", "sampler", "schedule", "search")
 NOP, MAX_PREAMBLE = opmap["NOP"], 8  # instructions of a class body before its docstring, rather more than less
 SCORING = ("checkpoint", "engine", "scorer")
+# fields that change no rollout: where files are, what tables call them, what other options take as defaults
+NO_PART = {
+    "model": {"name", "checkpoint", "revision", "recommended", "latent_rm", "trained_latents"},
+    "scorer": {"checkpoint", "revision", "reduce", "range", "only_own"},
+}
 WHOLE = ("",)  # all rooms
 
 
@@ -41,7 +46,7 @@ def code_digests(objects: Iterable[object], configs: Iterable[Any], rooms: tuple
 @cache
 def digest_of_package(package: str) -> str:
     """The digest of a package that is not this one: all modules of its distribution, or of its folder."""
-    if package in _own_libraries():  # too large to read, and nobody edits them
+    if package in _own_libraries():  # too large to read, and not edited
         return version(package)
     module = sys.modules.get(package)
     if module is None:

@@ -64,7 +64,7 @@ class ShardQueue(Generic[T]):
         self._running: dict[str, int] = {}  # keys of units, with how many are being computed
 
     def __len__(self) -> int:
-        """How many units nobody has taken."""
+        """How many units are left."""
         return len(self._units)
 
     def take(self, worker: int) -> list[Unit[T]]:

@@ -1,8 +1,8 @@
 """What a worker does with its share of a run: batches drawn, scored and compared where their latents are made.
 
 Latents are scored, compared and, if they are to be kept, copied right after a batch has made them, and nowhere else.
-Whoever needs those of rollouts that are there already has them thought again: the generator is keyed, so they are the
-same, and answers are not touched.
+Latents of rollouts that were drawn earlier are recomputed where they are needed: the random numbers are keyed, so they
+are the same. Answers are left alone.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latent_tts.engine.cost import BatchCost, Rates, Shape, Work
+from latent_tts.engine.cost import BatchCost, Rates, Shape
 from latent_tts.engine.device import (
     compute_in_batches,
     device_name,
     keep_freed_memory,
-    peak_bytes,
-    reset_peak_bytes,
-    synchronized_seconds,
     warn_of_halving,
 )
 from latent_tts.engine.diversity import DirectionSums
@@ -36,14 +33,24 @@ from latent_tts.engine.draft import load_draft
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes
 from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
-from latent_tts.engine.scoring import LatentScorer
-from latent_tts.errors import RunError, require
+from latent_tts.errors import require
+from latent_tts.pipeline.batch_columns import (
+    Columns,
+    answer_columns,
+    batch_table,
+    begin_measuring,
+    least_columns,
+    measured_columns,
+    require_finite,
+    score_table,
+)
+from latent_tts.pipeline.batch_scorer import BatchScorer
 from latent_tts.pipeline.code import DRAWING
-from latent_tts.pipeline.keys import chosen_by_scores, latents_key, score_key
+from latent_tts.pipeline.keys import chosen_by_scores, latents_key
 from latent_tts.pipeline.models import (
     find_device,
-    load_reasoner,
-    load_scorer,
+    load_reasoner_of,
+    load_scorer_of,
     open_engine,
     refuse_graphs,
     rollout_plan,
@@ -53,29 +60,28 @@ from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
 from latent_tts.pipeline.worker_checks import check_code, check_draft, check_weights, code_of_driver
 from latent_tts.results import report
-from latent_tts.results.cache import MEASURED, NOT_DECODED, ROLLOUT_SCHEMA, SCORE_SCHEMA, SCORED_BY, SCORING
+from latent_tts.results.cache import ROLLOUT_SCHEMA, SCORED_BY, SCORING
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
-from latent_tts.types import Computation, Reasoner, RewardModel
+from latent_tts.types import Computation
 
 log = logging.getLogger(__name__)
-Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
 Place: TypeAlias = tuple[str, int]
 Sums: TypeAlias = dict[str, tuple[int, Tensor]]  # by row key: see `DirectionSums`
 directions = DirectionSums()  # of the questions drawn last, for their next round and the next job of a sweep
 
 
-# What driver and worker tell each other
+# Messages between driver and worker
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is made of rollouts.
+    """What a worker computes for the rollouts of a shard.
 
     Attributes:
         answers: whether answers are decoded.
         scored: whether the run's scorer reads their latents.
-        drawn: whether they are new; else they are thought again, for scores or latents alone.
+        drawn: whether they are new; otherwise latents are recomputed, for scores or to be kept.
         compares: whether they are compared with those before them.
         keeps: whether latents come back.
         sums: whether the sums of directions come back, for the next rollouts of their questions.
@@ -95,7 +101,7 @@ class Shard:
 
     Attributes:
         jobs: questions, with a range of rollouts each.
-        request: what is made of them.
+        request: what is computed for them.
         dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is not computed.
         sums: of questions some of whose rollouts another worker has drawn.
         bar: of the driver's process, which a worker in it moves.
@@ -116,8 +122,8 @@ class Part:
         places: (row key, rollout) of each row.
         make_table: makes what the cache keeps of it; None where nothing is.
         answer_ids: of each row; None where answers were not decoded.
-        latents_RTD: on the host, if they are wanted.
-        sums: of directions, if they are wanted.
+        latents_RTD: on the host, if they are asked for.
+        sums: of directions, if they are asked for.
         max_bytes: the estimate of a batch that fits, where one was too large.
         memory: of its worker, see `Description.memory`.
     """
@@ -141,7 +147,7 @@ def _same(table: pa.Table) -> pa.Table:
 
 @dataclass(frozen=True)
 class Description:
-    """What a worker says of itself.
+    """A worker, as it describes itself.
 
     Attributes:
         name: for people.
@@ -173,7 +179,7 @@ class Description:
 
 @dataclass(frozen=True)
 class DrawingWork:
-    """The rollouts of a run, or some of them, as workers are told about them.
+    """The rollouts of a run, or some of them, as workers receive them.
 
     Attributes:
         spec: the run; without questions where the worker is in another process: shards bring theirs.
@@ -219,24 +225,10 @@ class DrawingWork:
 # The worker
 
 
-def load(spec: RunSpec) -> Reasoner:
-    """The model of a run, loaded and proven; it is kept for the next call."""
-    return load_reasoner(spec.adapter, spec.engine, find_device(spec.engine), longest=spec.longest_sequence)
-
-
-def load_scorer_of(spec: RunSpec) -> RewardModel:
-    """The scorer of a run, the same way. An adapter shares the weights of its reasoner."""
-    assert spec.scorer is not None
-    longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
-    shares = spec.scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
-    base = load(spec) if shares else None
-    return load_scorer(spec.scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
-
-
 def computations_here(spec: RunSpec) -> tuple[Computation, Computation | None]:
     """How this process computes the models that determine a run's rollouts; see `keys.computations`. Loads them."""
     scoring = load_scorer_of(spec).computation if chosen_by_scores(spec) else None
-    return load(spec).computation, scoring
+    return load_reasoner_of(spec).computation, scoring
 
 
 def places_of(jobs: Iterable[RolloutJob]) -> list[Place]:
@@ -303,7 +295,7 @@ def one_per_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], li
 
 
 def not_compared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
-    """The rollouts that come before those of some jobs and were not compared yet, or are known no more."""
+    """Earlier rollouts of the same questions that `directions` lacks: never compared, or dropped since."""
     unknown = []
     for job in jobs:
         key, first = directions_key(latents, job.row_key), job.rollouts[0]
@@ -357,7 +349,7 @@ class Drawer:
         """The loaded reasoner."""
         spec = self.spec
         plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-        reasoner = load(spec)
+        reasoner = load_reasoner_of(spec)
         draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
         return open_engine(reasoner, plan, spec.engine, draft)
 
@@ -415,7 +407,7 @@ class Drawer:
         if request.compares:
             self.catch_up(next(one_per_question(batch))[1])
         with self._shown(batch, shard):
-            return self.draw(batch, shard) if request.drawn else self._think(batch, shard)
+            return self.draw(batch, shard) if request.drawn else self._recompute(batch, shard)
 
     def _shown(self, batch: list[RolloutJob], shard: Shard) -> AbstractContextManager[None]:
         """What moves the driver's bar while a batch is computed."""
@@ -440,18 +432,18 @@ class Drawer:
             self.engine, batch, self._sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers
         )
         finite_R = rollouts.latents_RTD.flatten(1).isfinite().all(1)
-        _require_finite("latents", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+        require_finite("latents", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
         if answers:
             finite_R = rollouts.answer_logprob_R.isfinite()
-            _require_finite("log-probabilities of answers", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+            require_finite("log-probabilities of answers", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
         return rollouts
 
     def draw(self, batch: list[RolloutJob], shard: Shard) -> Part:
         """Draw a batch."""
         request = shard.request
-        started = _begin(self.engine.device)
+        started = begin_measuring(self.engine.device)
         rollouts = self.roll(batch, answers=request.answers)
-        measured = _measured(started, self.engine.device, len(rollouts.answer_ids))
+        measured = measured_columns(started, self.engine.device, len(rollouts.answer_ids))
         places, latents_RTD, steps_R = places_of(batch), rollouts.latents_RTD, rollouts.steps_R.numpy()
         rollouts.latents_RTD = latents_RTD.new_empty(0)  # the table does not hold them
         scored = self.scorer.score(batch, latents_RTD, rollouts.steps_R) if request.scored else {}
@@ -461,14 +453,14 @@ class Drawer:
             compared = pa.array([shard.dissimilarity[place] for place in places], pa.list_(pa.float32()))
 
         def table() -> pa.Table:
-            columns = _answer_columns(rollouts, answers=request.answers) | measured
+            columns = answer_columns(rollouts, answers=request.answers) | measured
             if not self.spec.search.guided:  # what a search cannot do without is not counted
                 columns |= self._least(batch, rollouts, answers=request.answers)
             columns["dissimilarity"] = compared
             if scored:
                 columns[SCORED_BY] = self.scorer.digest
                 columns |= {SCORING + name: column for name, column in scored.items()}
-            return _table(ROLLOUT_SCHEMA, batch, columns)
+            return batch_table(ROLLOUT_SCHEMA, batch, columns)
 
         return Part(
             places=places,
@@ -480,8 +472,8 @@ class Drawer:
             memory=self.memory,
         )
 
-    def _think(self, batch: list[RolloutJob], shard: Shard) -> Part:
-        """Think the rollouts of a batch again."""
+    def _recompute(self, batch: list[RolloutJob], shard: Shard) -> Part:
+        """Recompute the latents of a batch."""
         request = shard.request
         thought = self.roll(batch, answers=False)
         make_table = None
@@ -497,7 +489,7 @@ class Drawer:
         )
 
     def catch_up(self, batch: Sequence[RolloutJob]) -> None:
-        """Think the rollouts before a batch again, as far as what is known of them has to be compared with it."""
+        """Recompute the earlier rollouts that a batch has to be compared with and whose sums are not known."""
         if not self.spec.adapter.latents:
             return
         kept = self._keys(batch)
@@ -541,7 +533,7 @@ class Drawer:
         return 2 * (own + scoring) if spec.search.guided else max(own, scoring)
 
     def _least(self, batch: Sequence[RolloutJob], rollouts: Rollouts, *, answers: bool) -> Columns:
-        """A row's share of what drawing a batch cannot do without."""
+        """Each row's share of the least time and bytes that drawing a batch takes."""
         begun = len(self.spec.forced_ids)
         least = BatchCost(
             passes=self.spec.passes,
@@ -550,136 +542,4 @@ class Drawer:
             steps_R=rollouts.steps_R.numpy(),
             answers_R=np.array([len(ids) - begun for ids in rollouts.answer_ids]) if answers else None,
         )
-        return _shares(least.work(), self.rates, len(rollouts.answer_ids))
-
-
-class BatchScorer:
-    """The run's scorer, loaded when it is first needed, over batches of latents."""
-
-    def __init__(self, spec: RunSpec, device: str, rates: Rates | None = None) -> None:
-        assert spec.scorer is not None
-        self._spec, self._scorer, self._device = spec, spec.scorer, device
-        self.shape = Shape.from_config(spec.scorer.sizes)
-        self.rates = rates or measured_rates(self.shape.width, spec.engine.dtype, device)
-
-    @cached_property
-    def model(self) -> LatentScorer:
-        """The loaded model."""
-        return LatentScorer(load_scorer_of(self._spec))
-
-    @cached_property
-    def digest(self) -> str:
-        """What `cache.SCORED_BY` says of its scores."""
-        computation = self.model.model.computation
-        return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n, computation))
-
-    def score(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, steps_R: Tensor) -> Columns:
-        """The columns `cache.SCORE_FIELDS` of a batch, with its latents (zeros where a row has none).
-
-        Raises:
-            RunError: step scores are not finite.
-        """
-        scorer, steps = self.model, int(steps_R.max())
-        started = _begin(scorer.device)
-        scores_RT = torch.zeros(len(latents_RTD), 0)  # of rows without latents
-        if steps:
-            offsets = [job.position_offset for job in batch]
-            scores_RT = scorer.score(
-                [job.prompt for job in batch],
-                latents_RTD[:, :steps],
-                steps_R=steps_R,
-                position_offset_Q=torch.tensor(offsets, device=scorer.device) if any(offsets) else None,
-            ).cpu()
-            beyond_RT = torch.arange(steps) >= steps_R[:, None]
-            finite_R = (scores_RT.isfinite() | beyond_RT).all(1)
-            _require_finite("step scores", finite_R, batch, scorer.backbone.dtype, "scoring rollouts")
-        measured = _measured(started, scorer.device, len(latents_RTD))
-        prompts = [len(job.prompt) for job in batch]
-        least = self.shape.scoring_work(prompts, steps_R.numpy(), scorer.backbone.dtype.itemsize)
-        columns = {"step_scores": ragged(scores_RT.float().numpy(), steps_R.numpy())}
-        columns |= {name: measured[name] for name in MEASURED if name in measured}
-        return columns | _shares(least, self.rates, len(latents_RTD))
-
-    def bytes_per_row(self, jobs: Sequence[RolloutJob]) -> int:
-        """Upper estimate of a row's bytes; a batch may hold one row per prompt."""
-        longest = max(len(job.prompt) for job in jobs)
-        number = self._spec.engine.bytes_per_number
-        return row_bytes(self.shape, longest, self._spec.adapter.latents, number, own_prompt=True)
-
-    def max_flops(self, job: RolloutJob) -> float:
-        """Operations of scoring a job."""
-        prompt, latents = len(job.prompt), self._spec.adapter.latents
-        return self.shape.prompt_flops(prompt) + len(job.rollouts) * self.shape.scoring_flops(prompt, latents)
-
-    def log_work(self, jobs: Sequence[RolloutJob]) -> None:
-        """Say how much there is to score, and what it takes."""
-        work = sum(map(self.max_flops, jobs))
-        count = sum(len(job.rollouts) for job in jobs)
-        log.info("%d rollouts to score with %s: at most %.3g GFLOP", count, self._scorer.name, work / 1e9)
-
-
-def score_table(batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:
-    """The scores of a batch as a part of their cache has them."""
-    return _table(SCORE_SCHEMA, batch, columns)
-
-
-def _table(schema: pa.Schema, batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:
-    """A table of a batch's rows; what `columns` does not have is null."""
-    counts = [len(job.rollouts) for job in batch]
-    rows = sum(counts)
-    places = {
-        "row_key": pa.array([job.row_key for job in batch]).take(pa.array(np.repeat(np.arange(len(batch)), counts))),
-        "rollout": pa.array(np.concatenate([np.asarray(job.rollouts, dtype=np.int32) for job in batch])),
-    }
-    arrays = []
-    for column_field in schema:
-        column: Any = (places | columns).get(column_field.name)
-        if not isinstance(column, pa.Array):
-            column = pa.repeat(pa.scalar(column, column_field.type), rows)
-        arrays.append(column.cast(column_field.type))
-    return pa.table(arrays, schema=schema)
-
-
-def _answer_columns(rollouts: Rollouts, *, answers: bool) -> Columns:
-    """What a batch's rows say of their answers."""
-    stopped = np.where(rollouts.stopped_R.numpy(), "eos", "length")
-    return {
-        "answer_ids": pa.array(rollouts.answer_ids, pa.list_(pa.int32())),
-        "answer_logprob": pa.array(rollouts.answer_logprob_R.float().numpy()),
-        "answer_margin": pa.array(rollouts.answer_margin_R.float().numpy()),
-        "stop_reason": pa.array(stopped) if answers else NOT_DECODED,
-        "latent_steps": pa.array(rollouts.steps_R.numpy()),
-        "sweeps": pa.array(rollouts.sweeps_R.numpy()),
-        "commits": pa.array(rollouts.commits_R.numpy()),
-        "conflicts": pa.array(rollouts.conflicts_R.numpy()),
-    }
-
-
-def _require_finite(what: str, finite_R: Tensor, batch: Sequence[RolloutJob], dtype: torch.dtype, doing: str) -> None:
-    """Raise RunError unless all rows of a batch are finite."""
-    if finite_R.all():
-        return
-    owners = [job.question_id for job in batch for _ in job.rollouts]
-    first = owners[int(finite_R.int().argmin())]
-    raise RunError(
-        f"{doing} failed: {what} of question {first} are not finite in {str(dtype).removeprefix('torch.')}\n"
-        "the weights, a very large sampler.sigma, or float16, whose range is small (engine.dtype=bfloat16 has that of "
-        "float32)"
-    )
-
-
-def _begin(device: torch.device) -> float:
-    """When a batch begins; its peak memory is counted from here."""
-    reset_peak_bytes(device)
-    return synchronized_seconds(device)
-
-
-def _measured(started: float, device: torch.device, rows: int) -> Columns:
-    """A row's share of what a batch took; memory is the batch's."""
-    seconds = (synchronized_seconds(device) - started) / rows
-    return {"seconds": seconds, "peak_memory_bytes": peak_bytes(device), "device": device.type, "rows": rows}
-
-
-def _shares(parts: Sequence[Work], rates: Rates, rows: int) -> Columns:
-    """A row's share of a batch's least seconds, and of the bytes that it must read or write."""
-    return {"floor_seconds": rates.floor_seconds(parts) / rows, "bytes": sum(work.bytes for work in parts) / rows}
+        return least_columns(least.work(), self.rates, len(rollouts.answer_ids))

@@ -18,9 +18,10 @@ from torch import Tensor
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts
 from latent_tts.errors import LESS_MEMORY, RunError, computing
+from latent_tts.pipeline.batch_columns import score_table
+from latent_tts.pipeline.batch_scorer import BatchScorer
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.pipeline.drawer import (
-    BatchScorer,
     Description,
     DrawingWork,
     Part,
@@ -32,16 +33,14 @@ from latent_tts.pipeline.drawer import (
     directions_key,
     grown,
     latents_digest,
-    load_scorer_of,
     max_flops,
     not_compared,
     pack,
     places_of,
-    score_table,
     sums_of,
 )
 from latent_tts.pipeline.keys import chosen_by_scores
-from latent_tts.pipeline.models import find_device, rows_per_batch, write_computation
+from latent_tts.pipeline.models import find_device, load_scorer_of, rows_per_batch, write_computation
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
@@ -74,7 +73,7 @@ def find_scoring(spec: RunSpec) -> Computation:
 def draw(
     spec: RunSpec,
     cache: RolloutCache,
-    lacking: pd.DataFrame,
+    missing: pd.DataFrame,
     *,
     answers: bool = True,
     scored: bool = False,
@@ -86,7 +85,7 @@ def draw(
     Args:
         spec: the run.
         cache: where they go.
-        lacking: which ones (columns `row_key`, `rollout`).
+        missing: which ones (columns `row_key`, `rollout`).
         answers: whether to decode the answers.
         scored: whether the run's scorer reads their latents.
         dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is known; else it is computed.
@@ -98,28 +97,34 @@ def draw(
     Raises:
         RunError: a failure while drawing.
         OSError: the cache cannot be written to.
+        KeyboardInterrupt: with the number of rollouts that are kept.
     """
-    jobs = jobs_of(spec, lacking)
+    jobs = jobs_of(spec, missing)
     stage = Stage.of(spec, jobs, scored=scored)
     stage.log_work(jobs, answers=answers)
     write_computation(cache.folder, stage.workers[0].computation)
     if dissimilarity is None:
         stage.log_catching_up(jobs)
     request = Request(answers, scored, compares=dissimilarity is None, keeps=kept is not None)
-    total = sum(len(job.rollouts) for job in jobs)
-    with report.progress_bar(total, "rollouts") as bar, PartWriter(cache.folder) as writer:
-        with computing("drawing rollouts", f"what was drawn is in {cache.folder}", LESS_MEMORY):
-            for part in stage.parts(jobs, request, bar, dissimilarity):
-                if kept is not None and part.latents_RTD is not None:
-                    kept.put(part.places, part.latents_RTD)
-                if spec.on_answers is not None and part.answer_ids is not None:
-                    spec.on_answers(part.places, part.answer_ids)
-                assert part.make_table is not None
-                writer.put(part.make_table)
+    total, done = sum(len(job.rollouts) for job in jobs), 0
+    try:
+        with report.progress_bar(total, "rollouts") as bar, PartWriter(cache.folder) as writer:
+            with computing("drawing rollouts", f"what was drawn is in {cache.folder}", LESS_MEMORY):
+                for part in stage.parts(jobs, request, bar, dissimilarity):
+                    if kept is not None and part.latents_RTD is not None:
+                        kept.put(part.places, part.latents_RTD)
+                    if spec.on_answers is not None and part.answer_ids is not None:
+                        spec.on_answers(part.places, part.answer_ids)
+                    assert part.make_table is not None
+                    writer.put(part.make_table)
+                    done += len(part.places)
+    except KeyboardInterrupt:
+        whole = "; those of an unfinished batch are not" if done < total else ""
+        raise KeyboardInterrupt(f"{done} of {total} rollouts are kept{whole}; re-run the command to resume") from None
     return stage.timeline
 
 
-def think_again(
+def recompute_latents(
     spec: RunSpec,
     scores: ScoreCache | None,
     unscored: pd.DataFrame,
@@ -127,7 +132,7 @@ def think_again(
     unkept: pd.DataFrame,
     kept: LatentsFile | None,
 ) -> list[Span]:
-    """Make the latents of drawn rollouts again, to score or to keep them; answers and recorded scores stay.
+    """Recompute the latents of drawn rollouts, to score or to keep them; answers and recorded scores stay.
 
     Args:
         spec: the run.
@@ -148,12 +153,12 @@ def think_again(
     jobs = shifted_jobs(jobs_of(spec, missing), offsets)
     scored = len(unscored) > 0
     stage = Stage.of(spec, jobs, scored=scored)
-    stage.log_thinking(jobs, "scores" if scored else "latents.safetensors")
+    stage.log_recomputing(jobs, "scores" if scored else "latents.safetensors")
     to_score = set(unscored.itertuples(index=False, name=None))
     request = Request(answers=False, scored=scored, drawn=False, keeps=kept is not None)
     writer = PartWriter(scores.folder) if scored and scores is not None else None
     with report.progress_bar(len(missing), "rollouts") as bar, writer or nullcontext():
-        with computing("thinking again", "what was scored is in the cache", LESS_MEMORY):
+        with computing("recomputing latents", "what was scored is in the cache", LESS_MEMORY):
             for part in stage.parts(jobs, request, bar):
                 if kept is not None and part.latents_RTD is not None:
                     kept.put(part.places, part.latents_RTD)
@@ -163,7 +168,7 @@ def think_again(
 
 
 def _rows_of(make_table: Callable[[], pa.Table], wanted: set[Place]) -> pa.Table:
-    """The rows of a table that are wanted."""
+    """The rows of a table at some places."""
     table = make_table()
     places = zip(*(table[name].to_pylist() for name in PLACE), strict=True)
     return table.filter(pa.array([place in wanted for place in places]))
@@ -172,7 +177,7 @@ def _rows_of(make_table: Callable[[], pa.Table], wanted: set[Place]) -> pa.Table
 def score_kept(
     spec: RunSpec,
     scores: ScoreCache,
-    lacking: pd.DataFrame,
+    missing: pd.DataFrame,
     offsets: Mapping[Place, int],
     read_latents: Callable[[Sequence[RolloutJob]], tuple[Tensor, Tensor]],
 ) -> None:
@@ -181,19 +186,19 @@ def score_kept(
     Args:
         spec: the run.
         scores: where step scores go.
-        lacking: which ones to score (columns `row_key`, `rollout`).
-        offsets: see `think_again`.
+        missing: which ones to score (columns `row_key`, `rollout`).
+        offsets: see `recompute_latents`.
         read_latents: makes the latents (R, T, D) of a batch, zeros where a row has none, and their numbers (R).
 
     Raises:
         RunError: a failure while scoring; what was scored stays in the cache.
         OSError: the cache cannot be written to.
     """
-    jobs, device = shifted_jobs(jobs_of(spec, lacking), offsets), find_device(spec.engine)
+    jobs, device = shifted_jobs(jobs_of(spec, missing), offsets), find_device(spec.engine)
     scorer = BatchScorer(spec, device)
     rows = rows_per_batch(spec.engine, scorer.shape, scorer.bytes_per_row(jobs), device, own_prompt=False)
     scorer.log_work(jobs)
-    with report.progress_bar(len(lacking), "scores") as bar, PartWriter(scores.folder) as writer:
+    with report.progress_bar(len(missing), "scores") as bar, PartWriter(scores.folder) as writer:
         with computing("scoring rollouts", f"what was scored is in {scores.folder}", LESS_MEMORY):
             progress = BatchProgress(bar, scorer.model.backbone, scorer.shape, scorer.max_flops)
             for batch in batches(jobs, rows, max_prompts(scorer.shape.width, torch.device(device).type)):
@@ -203,11 +208,11 @@ def score_kept(
                 writer.put(partial(score_table, batch, columns))
 
 
-def jobs_of(spec: RunSpec, lacking: pd.DataFrame) -> list[RolloutJob]:
+def jobs_of(spec: RunSpec, missing: pd.DataFrame) -> list[RolloutJob]:
     """Jobs for some rollouts (columns `row_key`, `rollout`), one per run of consecutive numbers of a question."""
     questions = {spec.row_key(question): question for question in spec.questions}
     jobs, whole = [], range(spec.kept)
-    runs: Iterable[tuple[str, range]] = runs_of(lacking)
+    runs: Iterable[tuple[str, range]] = runs_of(missing)
     if spec.search.guided:  # it grows all that it keeps, or none
         runs = dict.fromkeys((key for key, _ in runs), whole).items()
     for key, numbers in runs:
@@ -229,7 +234,7 @@ def shifted_jobs(jobs: Sequence[RolloutJob], offsets: Mapping[Place, int]) -> li
 
 
 class Stage:
-    """The workers of a run's executor, told to draw rollouts or to think them again.
+    """The workers of a run's executor, which draw rollouts or recompute their latents.
 
     Attributes:
         timeline: which worker was busy when.
@@ -325,7 +330,7 @@ class Stage:
         ]
 
     def log_work(self, jobs: Sequence[RolloutJob], *, answers: bool) -> None:
-        """Say how much there is to draw and to score, and what it takes."""
+        """Log how much there is to draw and to score, and what it costs."""
         spec, first = self.spec, self.workers[0]
         work = sum(max_flops(spec, job, answers=answers) for job in jobs)
         weights = spec.shape.weight_bytes(spec.engine.bytes_per_number)
@@ -342,9 +347,9 @@ class Stage:
             first = [next(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
             before = not_compared(first, latents_digest(self.spec, self.computations))
             if before:
-                self.log_thinking(before, "diversity")
+                self.log_recomputing(before, "diversity")
 
-    def log_thinking(self, jobs: Sequence[RolloutJob], why: str) -> None:
+    def log_recomputing(self, jobs: Sequence[RolloutJob], why: str) -> None:
         """Say that latents of drawn rollouts are computed again, and what it takes."""
         work = sum(max_flops(self.spec, job, answers=False) for job in jobs)
         log.info(

@@ -6,7 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -69,7 +69,7 @@ def measure(
         seconds: most time for measuring, shared by the dtypes; loading is left out.
 
     Raises:
-        UsageError: the device is not there.
+        UsageError: this machine does not have the device.
         RunError: a failure while drawing.
     """
     device, shape = find_device(settings[0]), Shape.from_config(adapter.sizes)
@@ -106,11 +106,6 @@ def measure(
                 if worse == MAX_WORSE or time.perf_counter() + 4 * taken > deadline:
                     break
     return measurements
-
-
-def settings_of(engine: EngineSettings, dtypes: Sequence[str]) -> list[EngineSettings]:
-    """The engine settings with each of some dtypes; raises UsageError for one that they do not go with."""
-    return [replace(engine, dtype=dtype) for dtype in dtypes]
 
 
 def rows_to_try(rollouts: int, bytes_per_row: int, device: str) -> Iterator[int]:

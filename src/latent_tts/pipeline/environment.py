@@ -1,4 +1,4 @@
-"""What a result depends on beside its config: versions, commit, machine."""
+"""What a result depends on besides its config: versions, commit, machine."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from latent_tts.errors import bad_value
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.code import DRAWING, PACKAGE, SCORING, code_digests
+from latent_tts.pipeline.code import DRAWING, NO_PART, PACKAGE, SCORING, code_digests
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer import Scorer
 from latent_tts.types import COMPUTATIONS, SCORING_COMPUTATIONS, Computation
@@ -23,11 +23,6 @@ FORMAT = 3  # of cache entries; those of others are not read
 ENGINE_SEMANTICS = {"float32": 2, "bfloat16": 3, "float16": 3}
 SCORING_SEMANTICS = 2  # the same for step scores
 COMPARING_SEMANTICS = 2  # the same for `dissimilarity`
-# fields that change no rollout: where files are, what tables call them, what other options take as defaults
-NO_PART = {
-    "model": {"name", "checkpoint", "revision", "recommended", "latent_rm", "trained_latents"},
-    "scorer": {"checkpoint", "revision", "reduce", "range", "only_own"},
-}
 
 
 def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | None) -> dict[str, Any]:
@@ -52,6 +47,7 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
         "sampler": spec.config["sampler"],
         "seed": spec.seed,
         "schedule": spec.schedule.key,
+        "search": spec.config["search"],
         **({"draft": spec.draft.digest} if spec.draft is not None else {}),
         "dtype": spec.engine.dtype,
         "max_answer_tokens": spec.max_answer_tokens,
@@ -64,7 +60,7 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     assert spec.scorer is not None
     assert scoring is not None
     scored_by = score_key(spec.scorer, spec.engine.dtype, spec.n, scoring)
-    return key | {"search": spec.config["search"], "scorer": scored_by, "reduce": spec.scorer.reduction}
+    return key | {"scorer": scored_by, "reduce": spec.scorer.reduction}
 
 
 def is_current(key: Mapping[str, Any]) -> bool:

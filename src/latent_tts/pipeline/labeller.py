@@ -21,7 +21,7 @@ from latent_tts.types import Computation, LabelledQuestion, UnmixedQuestion
 
 @dataclass(frozen=True)
 class LabellerDescription:
-    """What a worker says of itself.
+    """A worker, as it describes itself.
 
     Attributes:
         computation: how it computes the model.
@@ -36,7 +36,7 @@ class LabellerDescription:
 
 @dataclass(frozen=True)
 class LabellingWork:
-    """An annotation, as workers are told about it.
+    """An annotation, as workers receive it.
 
     Attributes:
         spec: the annotation.
@@ -91,7 +91,7 @@ class Labeller:
         self._device = find_device(spec.engine)
         shape = Shape.from_config(adapter.sizes)
         suffix, own_prompt = reserved_positions(adapter, spec.max_answer_tokens), "prompt" in sampler.random_phases
-        # completions are there beside the rollouts that they complete
+        # completions are in memory together with the rollouts that they complete
         bytes_per_row = 2 * row_bytes(shape, longest, suffix, spec.engine.bytes_per_number, own_prompt)
         rows = rows_per_batch(spec.engine, shape, bytes_per_row, self._device, own_prompt=own_prompt)
         self._labelling = Labelling(spec.n, spec.completions, spec.keep == "all", spec.seed, rows, adapter.latent_id)

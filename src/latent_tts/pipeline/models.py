@@ -20,7 +20,9 @@ from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, exit_ids
+from latent_tts.pipeline.code import PACKAGE
+from latent_tts.pipeline.keys import own_fields
+from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, RunSpec, exit_ids
 from latent_tts.results.files import whole_file
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
@@ -45,7 +47,7 @@ def load_reasoner(
         UsageError: it cannot be loaded, or the engine computes it in no way as it computes itself.
         RunError: its own values are not finite.
     """
-    key = (type(adapter).__name__, adapter.digest, device, engine.dtype, engine.quantize)
+    key = (_kind("model", adapter), adapter.digest, device, engine.dtype, engine.quantize)
 
     def load() -> Reasoner:
         reasoner = adapter.load(device=device, dtype=engine.dtype)
@@ -68,9 +70,30 @@ def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int, base: 
         longest: tokens of the longest sequence that it will run.
         base: the loaded reasoner whose weights it shares.
     """
-    key = (type(scorer).__name__, scorer.digest, device, dtype, None if base is None else str(id(base.lm)))
+    key = (_kind("scorer", scorer), scorer.digest, device, dtype, None if base is None else str(id(base.lm)))
     load = partial(scorer.load, device=device, dtype=dtype, base=base)
     return _keep_proven("scorer", scorer.name, ("scorer", scorer.name), key, load, prove_reward_model, longest)
+
+
+def load_reasoner_of(spec: RunSpec) -> Reasoner:
+    """The model of a run, loaded and proven; it is kept for the next call."""
+    return load_reasoner(spec.adapter, spec.engine, find_device(spec.engine), longest=spec.longest_sequence)
+
+
+def load_scorer_of(spec: RunSpec) -> RewardModel:
+    """The scorer of a run, loaded, proven and kept. A LoRA scorer shares the weights of the loaded reasoner."""
+    assert spec.scorer is not None
+    longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
+    shares = spec.scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
+    base = load_reasoner_of(spec) if shares else None
+    return load_scorer(spec.scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
+
+
+def _kind(group: str, option: ModelAdapter | Scorer) -> str:
+    """The class of an option, and the fields that its model may depend on; in this package models depend on none."""
+    kind = type(option)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return name if name.startswith(f"{PACKAGE}.") else f"{name} {json.dumps(own_fields(group, option), sort_keys=True)}"
 
 
 def _keep_proven(
@@ -98,7 +121,7 @@ def _keep_proven(
 
 
 def write_computation(folder: Path, computation: Computation) -> None:
-    """Say beside rollouts how they were computed."""
+    """Write down, beside rollouts, how they were computed."""
     with whole_file(folder / COMPUTATION) as path:
         path.write_text(json.dumps(asdict(computation), indent=1) + "\n")
 

@@ -40,9 +40,13 @@ def read_record(source: Path) -> dict[str, Any]:
     """
     record = rescoring.read_record(source)
     if (source / BUDGET).is_file():
-        raise bad_value("run", source, "its budget drew what it asked for; a run with all n rollouts is wanted")
+        raise bad_value(
+            "run",
+            source,
+            "must be a run with all n rollouts of each question; its budget stopped earlier",
+        )
     if not isinstance(record["config"].get("n"), int) or not isinstance(record.get("aggregators"), dict):
-        raise bad_value("run", source, "its run.json does not say n and aggregators; repeat the run with ltts run")
+        raise bad_value("run", source, "its run.json lacks n or aggregators; repeat the run with ltts run")
     return record
 
 
@@ -71,9 +75,10 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     """
     assert is_adaptive(spec.budget)
     rollouts = read_rollouts(source)
-    expected = [question.id for question in spec.questions for _ in range(record["config"]["n"])]
+    per_question = len(rollouts) // len(spec.questions)  # one, whatever n was, where nothing is random
+    expected = [question.id for question in spec.questions for _ in range(per_question)]
     if list(rollouts["question_id"]) != expected:
-        raise RunError(f"run={source}: its questions are not those of its task any more")
+        raise RunError(f"run={source}: the questions of its task have changed since that run")
     rollouts = rollouts[rollouts["rollout"] < spec.n].reset_index(drop=True)
     score = rollouts["score"].to_numpy(dtype=np.float64, na_value=np.nan)
     if spec.budget.needs_score:

@@ -124,8 +124,8 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
     import torch
 
     from latent_tts.engine.diversity import DirectionSums
-    from latent_tts.pipeline.drawer import load_scorer_of
     from latent_tts.pipeline.drawing import score_kept
+    from latent_tts.pipeline.models import load_scorer_of
 
     n, steps_R = spec.n, rows["latent_steps"].to_numpy()
     first = {spec.row_key(question): place * n for place, question in enumerate(spec.questions)}
@@ -139,12 +139,12 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
     for each in candidates:
         each.gather_later_ones()
     scores = settle_scores(candidates, lambda: load_scorer_of(spec).computation)
-    lacking = scores.rows.missing()
-    if len(lacking):
-        score_kept(spec, scores.open(), lacking, offsets, read_latents)
+    missing = scores.rows.missing()
+    if len(missing):
+        score_kept(spec, scores.open(), missing, offsets, read_latents)
         scores.gather_later_ones()
     compared = [DirectionSums().add([key], latents.rows(row, n), first=[0]).numpy() for key, row in first.items()]
     beyond_RT = np.arange(spec.adapter.latents) >= steps_R[:, None]
     dissimilarity_RT = np.where(beyond_RT, np.float32(np.nan), np.concatenate(compared))
-    reduced = reduce_scores(spec, scores, rows, offsets, len(lacking))
+    reduced = reduce_scores(spec, scores, rows, offsets, len(missing))
     return RunRollouts(rows, dissimilarity_RT, reduced, cache, drawn_now=0)

@@ -91,7 +91,8 @@ def draw_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
         RunError: a failure while drawing or scoring; what was computed stays in the cache.
     """
     if spec.decode == "winners":
-        return decode_winners(spec, think_rollouts(spec, latents))
+        thought = gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
+        return decode_winners(spec, thought)
     if is_adaptive(spec.budget):
         return draw_in_rounds(spec, latents)
     return gather_rollouts(spec, rollout_key, spec.wanted(), latents=latents)
@@ -105,13 +106,13 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     """
     assert is_adaptive(spec.budget)
     reader = AnswerReader(spec)
-    tallying, drawn_now, before = Tallying(spec, reader.read), 0, [0] * len(spec.questions)
-    rounds = 0
+    tallying, before = Tallying(spec, reader.read), [0] * len(spec.questions)
+    rounds, drawn_now, scored_now = 0, 0, 0
     timeline: list[Span] = []
     drawing = replace(spec, on_answers=spec.on_answers or reader.take)  # `ltts ask` reads them itself
 
     def tallies_after(drawn_Q: Int64) -> list[Tally]:
-        nonlocal drawn_now, before, rounds
+        nonlocal before, rounds, drawn_now, scored_now
         part = replace(drawing, counts=drawn_Q.tolist())
         new = part.wanted(before)
         if not new.empty:
@@ -120,6 +121,7 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
                 rollouts = gather_rollouts(part, rollout_key, new)
             tallying.add(rollouts.rows, None if rollouts.scores is None else rollouts.scores.score, before, part.drawn)
             drawn_now, before = drawn_now + rollouts.drawn_now, part.drawn
+            scored_now += 0 if rollouts.scores is None else rollouts.scores.scored_now
             timeline.extend(rollouts.timeline)
         return tallying.tallies()
 
@@ -131,13 +133,10 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
     with report.in_round(rounds + 1):
         rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now
+    if rollouts.scores is not None:
+        rollouts.scores.scored_now += scored_now
     rollouts.timeline = timeline + rollouts.timeline
     return rollouts
-
-
-def think_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
-    """Draw latents and score them, without decoding answers."""
-    return gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
 
 
 def gather_rollouts(
@@ -153,14 +152,14 @@ def gather_rollouts(
     """Some rollouts of a run, those that the cache has and the others drawn now, scored where there is a scorer.
 
     A model is loaded only if something is missing. How it is computed is part of the key, and known once it is loaded;
-    a complete entry is used whichever way its rollouts were computed, because that way was proven right for them.
+    a complete entry serves whichever way that was: each is checked against the model's own pass before it draws.
 
     Args:
         spec: the run.
         key_of: what determines the rollouts.
         wanted: which ones (columns `row_key`, `rollout`), those of a question side by side.
         answers: whether to decode the answers.
-        scored: whether the run's scorer is asked.
+        scored: whether the run's scorer scores them.
         dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is known.
         latents: where to write the latents of all of them; None to keep none.
 
@@ -202,7 +201,7 @@ class CachedRollouts:
 
     @classmethod
     def read(cls, spec: RunSpec, cache: RolloutCache, wanted: pd.DataFrame, *, scored: bool) -> CachedRollouts:
-        """Read what is there."""
+        """Read what the cache entry has."""
         scores = cached_scores(spec, cache.folder, wanted) if scored and spec.scorer is not None else []
         self = cls(cache, GatheredRows(wanted, ROLLOUT_FIELDS), scores)
         self._read()
@@ -215,11 +214,11 @@ class CachedRollouts:
 
     @property
     def complete(self) -> bool:
-        """Whether every rollout is there."""
+        """Whether it has every rollout."""
         return self.rows.missing().empty
 
     def log_found(self) -> None:
-        """Say what is there."""
+        """Log what was found."""
         there = len(self.rows.wanted) - len(self.rows.missing())
         scored = max((len(scores.rows.wanted) - len(scores.rows.missing()) for scores in self.scores), default=0)
         of_scores = f", {'all' if scored == there else scored} of them scored" if self.scores else ""
@@ -250,17 +249,17 @@ class CachedRollouts:
         dissimilarity: Mapping[tuple[str, int], np.ndarray] | None,
     ) -> RunRollouts:
         """Draw and score what is missing; see `gather_rollouts`."""
-        lacking, scores, unscored = self.rows.missing(), self._settled_scores(spec), 0
+        missing, scores, unscored = self.rows.missing(), self._settled_scores(spec), 0
         timeline: list[Span] = []
         if scores is not None:
             unscored = len(scores.rows.missing())
-        if len(lacking):
+        if len(missing):
             from latent_tts.pipeline.drawing import draw
 
             # official positions need all answers first
             at_once = scores is not None and spec.scorer is not None and spec.scorer.positions == "correct"
             timeline += draw(
-                spec, self.cache, lacking, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept
+                spec, self.cache, missing, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept
             )
             self._read()
         if len(gone := self.rows.missing()):
@@ -268,20 +267,20 @@ class CachedRollouts:
             raise RunError(f"{len(gone)} rollouts are missing from {where}")
         rows = self.rows.frame()
         offsets = {} if scores is None else score_positions(spec, rows)
-        to_score = scores.rows.missing() if scores is not None else lacking.iloc[:0]
-        to_keep = self.rows.wanted.drop(lacking.index) if kept is not None else lacking.iloc[:0]
+        to_score = scores.rows.missing() if scores is not None else missing.iloc[:0]
+        to_keep = self.rows.wanted.drop(missing.index) if kept is not None else missing.iloc[:0]
         if len(to_score) or len(to_keep):
-            from latent_tts.pipeline.drawing import think_again
+            from latent_tts.pipeline.drawing import recompute_latents
 
             score_cache = scores.open() if scores is not None else None
-            timeline += think_again(spec, score_cache, to_score, offsets, to_keep, kept)
+            timeline += recompute_latents(spec, score_cache, to_score, offsets, to_keep, kept)
             self._read()
         return RunRollouts(
             rows=rows,
             dissimilarity_RT=self.rows.padded("dissimilarity"),
             scores=None if scores is None else reduce_scores(spec, scores, rows, offsets, unscored),
             cache=self.cache,
-            drawn_now=lacking["row_key"].nunique() * spec.n if spec.search.guided else len(lacking),
+            drawn_now=missing["row_key"].nunique() * spec.n if spec.search.guided else len(missing),
             timeline=timeline,
         )
 
@@ -317,7 +316,7 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
 
 
 def entries(spec: RunSpec, key_of: KeyOf = rollout_key) -> Iterator[RolloutCache]:
-    """The cache entries of a run's rollouts that are there, one per way to compute them."""
+    """The existing cache entries of a run's rollouts, one per way to compute them."""
     for ways in computations(spec):
         key = key_of(spec, *ways)
         if (spec.cache / settings_digest(key)).is_dir():

@@ -68,7 +68,7 @@ class AnswerReader:
 
     def _read_all(self) -> None:
         while (batch := self._queue.get()) is not None:
-            with suppress(Exception):  # whoever asks for the answer gets the error
+            with suppress(Exception):  # `read` raises the error
                 for ids in batch:
                     self.read(ids)
 
@@ -102,7 +102,8 @@ class Tallying:
             drawn.logprob += of["answer_logprob"].tolist()
             drawn.steps += of["latent_steps"].tolist()
             drawn.conflicts += of["conflicts"].tolist() if "conflicts" in of else [0] * len(of)
-            drawn.score += [np.nan] * len(of) if score is None else score[part].tolist()
+            # as in `rollouts.parquet`, so that equal scores there are equal here
+            drawn.score += [np.nan] * len(of) if score is None else score[part].astype(np.float32).tolist()
 
     def tallies(self) -> list[Tally]:
         """What each question has."""
@@ -133,11 +134,10 @@ class Tallying:
         assert is_adaptive(spec.budget)
         if spec.budget.aggregator != "weighted":
             return np.zeros(len(score_N)), 0.0
-        temperature = next(each.temperature for each in spec.aggregators if isinstance(each, Weighted))
+        weighted = next(each for each in spec.aggregators if isinstance(each, Weighted))
         assert spec.scorer is not None
-        assert temperature is not None
         bounds = spec.scorer.range
-        return score_N / temperature, None if bounds is None else bounds[1] / temperature
+        return weighted.log_weights(score_N), None if bounds is None else weighted.log_weights(bounds[1])
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,6 @@ from latent_tts.results.run_folder import (
     write_run_json,
 )
 from latent_tts.results.timeline import TIMELINE, TIMELINE_FIGURE, describe_timeline, write_timeline
-from latent_tts.scorer import Scorer
 
 
 def clear_run_folder(folder: Path) -> None:
@@ -73,7 +72,10 @@ def write_run_folder(
     if drawn.timeline and not spec.executor.in_process:
         write_timeline(folder, drawn.timeline, "rollouts")
         record |= {"executor": {"name": spec.executor.name, **describe_timeline(drawn.timeline)}}
-    config, scorer = spec.config, spec.scorer
+    config = spec.config
+    scored_by = {} if spec.scorer is None else {"name": spec.scorer.name, "digest": spec.scorer.digest}
+    if drawn.scores is not None:
+        scored_by["attention"] = drawn.scores.attention
     write_run_json(
         folder,
         {
@@ -84,7 +86,7 @@ def write_run_folder(
                 for aggregator in spec.aggregators
             },
             "checkpoint_digest": spec.adapter.digest,
-            "scorer": None if scorer is None else _scorer_record(scorer, drawn),
+            "scorer": scored_by or None,
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
             "grading": {"given_up": spec.task.rule.given_up},
@@ -95,12 +97,6 @@ def write_run_folder(
             **record,
         },
     )
-
-
-def _scorer_record(scorer: Scorer, drawn: RunRollouts) -> dict[str, str]:
-    """Which scorer it was, and how it was computed."""
-    attention = {} if drawn.scores is None else {"attention": drawn.scores.attention}
-    return {"name": scorer.name, "digest": scorer.digest, **attention}
 
 
 def budget_summary(budget: pd.DataFrame) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def complete_run(
         settings: see `make_tables`.
         started: when the command began, by `time.perf_counter`.
         keep_latents: whether latents stay in the folder.
-        keep_cache: whether the cache is there after the command.
+        keep_cache: whether the cache outlives the command.
 
     Raises:
         UsageError: another command uses the folder.

@@ -57,7 +57,7 @@ class CachedScores:
     """
 
     def __init__(self, spec: RunSpec, rollouts: Path, wanted: pd.DataFrame, computation: Computation) -> None:
-        """Look nothing up.
+        """Begin without rows.
 
         Args:
             spec: the run, which has a scorer.
@@ -75,7 +75,7 @@ class CachedScores:
         return ScoreCache(self._rollouts, self._key)
 
     def gather_later_ones(self) -> None:
-        """Gather what is missing from that cache, if it is there."""
+        """Gather what is missing from that cache, if it exists."""
         if (self._rollouts / SCORES_FOLDER / self.digest).is_dir():
             self.open().gather(self.rows)
 
@@ -111,7 +111,7 @@ def reduce_scores(
     Args:
         spec: the run, which has a scorer.
         cached: all its rollouts.
-        rollouts: the same rollouts with the columns `cache.MEASURED`, which are changed.
+        rollouts: the same rollouts; their columns `cache.MEASURED` are modified in place.
         offsets: see `score_positions`.
         scored_now: see `Scores`.
     """

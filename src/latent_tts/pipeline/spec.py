@@ -245,20 +245,14 @@ def check_run(request: RunRequest) -> RunSpec:
     scorer = None if isinstance(scorer, NoScorer) or (is_adaptive(budget) and not budget.needs_score) else scorer
     check_search(request, schedule, scorer)
     if schedule.verified:
-        require("answer.decode", decode, decode == "all", "all: schedule.verify compares every answer")
-        why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
-        require("budget", budget.name, not is_adaptive(budget), why)
+        check_comparable(decode, budget)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
-    if schedule.early_exit is not None:
-        beyond = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
-        allowed = f"must be at most max_answer_tokens={request.max_answer_tokens} tokens, it has {beyond}"
-        fits = beyond <= request.max_answer_tokens
-        require("schedule.exit_prefix", schedule.early_exit.prefix, fits, allowed)
+    check_exit(schedule, adapter, request.max_answer_tokens)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
-        budget = calibrated(budget, request, aggregators, questions)
+        budget = calibrated(budget, request, aggregators, scorer, questions)
     prompts = encode_prompts(adapter, questions, reserved)
     if not has_gold(questions):
         name = request.task.name
@@ -357,7 +351,7 @@ def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
     """The draft head of a schedule; None where it has none.
 
     Raises:
-        UsageError: it is not there, or another model's.
+        UsageError: it does not exist, or is another model's.
     """
     path = schedule.draft_path
     return None if path is None else find_draft(path, adapter.digest, adapter.latents)
@@ -450,6 +444,30 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
 
 
+def check_comparable(decode: str, budget: Budget) -> None:
+    """Check that every rollout can be compared, as `schedule.verify` does.
+
+    Raises:
+        UsageError: one cannot.
+    """
+    require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
+    why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
+    require("budget", budget.name, not is_adaptive(budget), why)
+
+
+def check_exit(schedule: Schedule, adapter: ModelAdapter, max_answer_tokens: int) -> None:
+    """Check that what `schedule.exit` looks at is no longer than an answer.
+
+    Raises:
+        UsageError: it is.
+    """
+    if schedule.early_exit is None:
+        return
+    beyond = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
+    allowed = f"must be at most max_answer_tokens={max_answer_tokens} tokens, it has {beyond}"
+    require("schedule.exit_prefix", schedule.early_exit.prefix, beyond <= max_answer_tokens, allowed)
+
+
 def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
     """The requested budget; `fixed` in place of the default if a search keeps few of its rollouts.
 
@@ -496,7 +514,11 @@ def check_adaptive(
 
 
 def calibrated(
-    budget: AdaptiveBudget, request: RunRequest, aggregators: Sequence[Aggregator], questions: Sequence[Question]
+    budget: AdaptiveBudget,
+    request: RunRequest,
+    aggregators: Sequence[Aggregator],
+    scorer: Scorer | None,
+    questions: Sequence[Question],
 ) -> AdaptiveBudget:
     """The budget, with its rule calibrated if it needs that; see `calibration.calibrate_on_run`.
 
@@ -508,7 +530,11 @@ def calibrated(
     weighted = [each.temperature for each in aggregators if isinstance(each, Weighted)]
     temperature = weighted[0] if weighted and budget.aggregator == "weighted" else None
     fitted = calibration.calibrate_on_run(
-        budget.rule, request.adapter.digest, request.config["sampler"], [each.id for each in questions], temperature
+        budget.rule,
+        request.config,
+        {"model": request.adapter.digest, "scorer": None if scorer is None else scorer.digest},
+        [each.id for each in questions],
+        temperature,
     )
     return replace(budget, rule=replace(budget.rule, fitted=fitted))
 
@@ -564,18 +590,13 @@ def scorer_positions(scorer: Scorer) -> int:
     return int(scorer.sizes["n_positions" if "n_embd" in scorer.sizes else "max_position_embeddings"])
 
 
-def check_answer_limit(max_answer_tokens: int) -> None:
-    """Raise UsageError unless an answer may have at least one token."""
-    require("max_answer_tokens", max_answer_tokens, max_answer_tokens >= 1, "must be 1 or more")
-
-
 def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
     """Positions that a rollout needs beyond its prompt.
 
     Raises:
         UsageError: the model has fewer, or `max_answer_tokens` is below 1.
     """
-    check_answer_limit(max_answer_tokens)
+    require("max_answer_tokens", max_answer_tokens, max_answer_tokens >= 1, "must be 1 or more")
     needed = adapter.latents + len(adapter.thinking_end_ids) + max_answer_tokens
     if needed >= adapter.positions:
         raise bad_value(

@@ -72,7 +72,14 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
     elif drawn.winners is not None:
         figures = winner_figures(spec, drawn, rollouts)
     else:
-        figures = all_figures(spec, drawn, rollouts)
+        figures = rollout_figures(
+            rollouts,
+            drawn=spec.kept,
+            reported=spec.reported,
+            aggregators=spec.aggregators,
+            diversity_Q=diversities(drawn.dissimilarity_RT, spec.kept, spec.kept),
+            gflops=gflops(spec, rollouts, drawn.scores),
+        )
     release_memory()
     metrics = metric_rows(figures, run_columns(spec, settings))
     used = spec.drawn if drawn.outcome is None else [stop.used for stop in drawn.outcome.stops]
@@ -103,7 +110,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "question_index": np.arange(len(spec.questions), dtype="int32").repeat(spec.drawn),
-            "question_id": pd.Series(ids, dtype=object),  # a text of pandas' own per row is large
+            "question_id": pd.Series(ids, dtype=object),  # pandas' own strings would take one object per row
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.Series(answers, dtype=object),
             "correct": right.astype(bool) if has_gold(spec.questions) else pd.array([None] * len(rows), "boolean"),
@@ -137,7 +144,7 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> 
         where only picks were decoded), and whether it is `correct` (None without gold).
     """
     used_Q = np.array(used)
-    if (used_Q < spec.drawn).any():  # a copy of all of them is large
+    if (used_Q < spec.drawn).any():  # without need, no copy of all rows
         rollouts = rollouts[rollouts["rollout"].to_numpy() < np.repeat(used_Q, spec.drawn)]
     lines: list[dict[str, Any]] = [
         {"index": index, "id": question.id, "question": question.text}
@@ -202,18 +209,6 @@ def _warn_of_useless_answers(rollouts: pd.DataFrame) -> None:
         if decoded.any() and useless.sum() >= MAX_USELESS * decoded.sum():
             example = rollouts["answer_text"].iloc[useless.argmax()]
             log.warning("%.0f %% of the answers %s, as in %r", 100 * useless.sum() / decoded.sum(), what, example[-80:])
-
-
-def all_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
-    """The figures of each reported n where every rollout has an answer."""
-    return rollout_figures(
-        rollouts,
-        drawn=spec.kept,
-        reported=spec.reported,
-        aggregators=spec.aggregators,
-        diversity_Q=diversities(drawn.dissimilarity_RT, spec.kept, spec.kept),
-        gflops=gflops(spec, rollouts, drawn.scores),
-    )
 
 
 def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:

@@ -14,13 +14,13 @@ import pandas as pd
 from latent_tts.budget import is_adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import RunError, UsageError, bad_value, is_number, require
+from latent_tts.errors import RunError, UsageError, bad_value, check_fields, is_number, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.spec import RunSpec, check_sampler
 from latent_tts.pipeline.tables import rollout_table
 from latent_tts.results.cache import NOT_DECODED
-from latent_tts.results.run_folder import ANSWERS, read_rollouts
+from latent_tts.results.run_folder import ANSWERS, read_budget, read_rollouts
 from latent_tts.results.trace import MAPS
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
@@ -58,9 +58,7 @@ class View:
             why = "scikit-learn is not installed: pip install '.[trace]' in the clone"
             raise bad_value("maps", f"[{','.join(self.maps)}]", why)
         require("top", self.top, 1 <= self.top <= MAX_TOKENS, f"must be 1 to {MAX_TOKENS}")
-        ok = is_number(self.threshold) and self.threshold > 0
-        require("threshold", self.threshold, ok, "must be a number above 0")
-        require("directions", self.directions, self.directions >= 0, "must be 0 (no dependency graph) or more")
+        check_fields("", self, threshold="a positive number", directions="an integer, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -81,11 +79,13 @@ class TraceSpec:
     view: View
     source: Path | None = None
 
-    def with_counts(self, table: pd.DataFrame) -> TraceSpec:
-        """The same once the rollouts are drawn, of which a budget may give unequally many."""
+    def with_counts(self, table: pd.DataFrame, budget: pd.DataFrame | None) -> TraceSpec:
+        """The same once the rollouts are drawn: those that a budget used, which may be unequally many."""
         if self.run.search.survivors is not None:
             return self
         counts = table.groupby("question_index", sort=True).size().tolist()
+        if budget is not None:
+            counts = budget["used"].tolist()
         return replace(self, run=with_fixed_budget(self.run, counts))
 
     @property
@@ -149,7 +149,8 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
         source: its folder.
         record: its `run.json`.
         wanted: ids of questions, or beginnings of ids; none for the first question.
-        n: how many of a question's first rollouts to show; None for all, or `MAX_ROLLOUTS`.
+        n: how many of a question's first rollouts to show; None for all that the run's budget used, at most
+            `MAX_ROLLOUTS`.
 
     Raises:
         UsageError: a question is not in the run, it has fewer rollouts, or its checkpoint has changed.
@@ -160,7 +161,7 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
     table = read_rollouts(source)
     counts = table.groupby("question_id", sort=False).size()
     if gone := [name for name in counts.index if name not in questions]:
-        raise RunError(f"run={source}: question {gone[0]} is not one of its task any more")
+        raise RunError(f"run={source}: the questions of its task have changed since that run: {gone[0]} is missing")
     chosen = [questions[name] for name in find_ids(wanted, list(counts.index), source)]
     has = [int(counts[question.id]) for question in chosen]
     whole = spec.search.survivors is not None or (spec.scorer is not None and spec.scorer.positions == "official")
@@ -168,6 +169,10 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
         require("n", n, 1 <= n <= min(has), f"must be 1 to {min(has)}, which the run has")
         require("n", n, not whole or n == max(has), "its rollouts were drawn or scored all together: n must be theirs")
     limit = n or MAX_ROLLOUTS
+    budget = read_budget(source)
+    if budget is not None and n is None:
+        used = dict(zip(budget["question_id"], budget["used"], strict=True))
+        has = [int(used.get(question.id, count)) for question, count in zip(chosen, has, strict=True)]
     given = {question.id: spec.donors[question.id] for question in chosen if question.id in spec.donors}
     counted = None if whole else [min(limit, count) for count in has]
     return with_fixed_budget(replace(spec, questions=chosen, donors=given), counted)
@@ -189,7 +194,7 @@ def warn_of_differences(run: RunSpec, rollouts: RunRollouts, source: Path) -> No
     decoded = before["stop_reason"] != NOT_DECODED
     changed = (before["answer_text"] != here["answer_text"]) & decoded
     if changed.any():
-        log.warning("run=%s: %d of %d answers are others than then: drawn again, and rounded in another way",
+        log.warning("run=%s: %d of %d answers differ from those of the run: they were drawn again, with other rounding",
                     source, changed.sum(), decoded.sum())  # fmt: skip
 
 
@@ -204,8 +209,8 @@ def find_ids(wanted: Sequence[str], ids: Sequence[str], source: Path) -> list[st
         fits = [text] if text in ids else [name for name in ids if text and name.startswith(text)]
         if len(fits) != 1:
             shown = ", ".join((fits or ids)[:SHOWN_IDS])
-            what = "several begin so" if fits else "not a question of this run"
-            raise UsageError(f"question={text}: {what}; {source / ANSWERS} has them by their id, as in {shown}")
+            what = "the ids of several questions begin with it" if fits else "no question of this run"
+            raise UsageError(f"question={text}: {what}; {source / ANSWERS} lists the ids, such as {shown}")
         found += fits
     return list(dict.fromkeys(found))
 

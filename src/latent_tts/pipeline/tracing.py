@@ -1,6 +1,6 @@
 """What `ltts trace` shows, gathered from a run's rollouts.
 
-Answers and scores are those of the run. Latents are thought again: the generator is keyed, so they are the same.
+Answers and scores are those of the run. Latents are recomputed: the random numbers are keyed, so they are the same.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def step_results(adapter: ModelAdapter, question: Question) -> list[tuple[int, s
 
 
 @dataclass(frozen=True)
-class RethoughtRollouts:
+class RecomputedLatents:
     """The latents of a run's rollouts, R of them in the order of its tables, and the sweeps that made them.
 
     Attributes:
@@ -118,8 +118,8 @@ class RethoughtRollouts:
     timeline_3RS: Int64
 
 
-def think(spec: RunSpec) -> RethoughtRollouts:
-    """Think the rollouts of a run again."""
+def recompute(spec: RunSpec) -> RecomputedLatents:
+    """Recompute the latents of a run's rollouts."""
     wanted = spec.wanted()
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
     jobs, total = jobs_of(spec, wanted), spec.adapter.latents
@@ -137,7 +137,7 @@ def think(spec: RunSpec) -> RethoughtRollouts:
     timeline_3RS = np.repeat(steps_R[None, :, None], 3, 0).repeat(most, 2)
     for here, each in sweeps:
         timeline_3RS[:, here, : each.shape[2]] = each
-    return RethoughtRollouts(drawer.engine, latents_RTD, steps_R, timeline_3RS)
+    return RecomputedLatents(drawer.engine, latents_RTD, steps_R, timeline_3RS)
 
 
 def sweeps_of(made: Rollouts) -> Int64:
@@ -164,13 +164,13 @@ def traced_rollouts(
         top: tokens of each latent.
         results_Q: of each question the tokens whose ranks are asked for.
     """
-    thoughts, table = think(spec), rollout_table(spec, rollouts)
+    recomputed, table = recompute(spec), rollout_table(spec, rollouts)
     step_scores_RT = None if rollouts.scores is None else rollouts.scores.step_scores_RT
     traced, start = [], 0
     for count, results in zip(spec.drawn, results_Q, strict=True):
         own = slice(start, start := start + count)
         rows = table.iloc[own]
-        latents_NTD, steps_N = thoughts.latents_RTD[own], thoughts.steps_R[own]
+        latents_NTD, steps_N = recomputed.latents_RTD[own], recomputed.steps_R[own]
         traced.append(
             TracedRollouts(
                 sampler=sampler_text(spec.sampler),
@@ -186,8 +186,8 @@ def traced_rollouts(
                 step_scores_NT=None if step_scores_RT is None else step_scores_RT[own],
                 score_N=None if step_scores_RT is None else rows["score"].to_numpy(dtype=np.float64, na_value=np.nan),
                 counts={name: rows[name].tolist() for name in COUNT_COLUMNS if name in rows},
-                timeline=Timeline(*thoughts.timeline_3RS[:, own]),
-                lens=read_lens(thoughts.engine, latents_NTD, steps_N, top, results),
+                timeline=Timeline(*recomputed.timeline_3RS[:, own]),
+                lens=read_lens(recomputed.engine, latents_NTD, steps_N, top, results),
             )
         )
     return traced

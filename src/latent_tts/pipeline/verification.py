@@ -20,6 +20,7 @@ from latent_tts.schedule.sequential import Sequential
 VERIFICATION = "verification.csv"
 MAX_DEVIATION = 1e-5  # relative RMS of latents in float32, where the schedule promises equality
 ROWS_AT_ONCE = 1 << 12
+MAX_CHANGED = 10  # answers that are printed
 MIN_MARGIN = 1e-3  # below it rounding may change an answer
 
 
@@ -44,7 +45,7 @@ class Verification:
 
     @property
     def lines(self) -> list[str]:
-        """What a person reads: the largest deviation, and every changed answer."""
+        """What a person reads: the largest deviation, and the first changed answers."""
         rows, changed = self.rows, self.changed
         close = int((changed["margin"] < MIN_MARGIN).sum())
         largest = rows.iloc[int(rows["deviation"].to_numpy().argmax())]
@@ -53,11 +54,13 @@ class Verification:
             f"{largest['deviation']:.2g} (question {largest['question_id']}, rollout {largest['rollout']}), "
             f"{len(changed)} changed answers, {close} of them with a margin below {MIN_MARGIN:g}"
         ]
-        return lines + [
+        lines += [
             f"question {row.question_id}, rollout {row.rollout}: {row.prediction} instead of {row.sequential} "
             f"(margin {row.margin:.2g})"
-            for row in changed.itertuples()
+            for row in changed.head(MAX_CHANGED).itertuples()
         ]
+        left = len(changed) - MAX_CHANGED
+        return lines + [f"and {left} more, in {VERIFICATION}"] * (left > 0)
 
     def check(self) -> None:
         """Raise RunError if the schedule promises equality and rounding cannot explain a difference."""

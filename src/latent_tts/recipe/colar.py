@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from latent_tts.errors import KINDS, check_fields, require
+from latent_tts.errors import VALUE_KINDS, check_fields, require
 from latent_tts.training.reasoner.curriculum import Recipe, Stage
 
 if TYPE_CHECKING:
@@ -58,9 +58,8 @@ class Colar(Recipe):
             latent_weight="a finite number, 0 or more", latent_noise="a finite number, 0 or more",
             head_hidden="a positive integer, or null",
         )  # fmt: skip
-        require(
-            "model.thinking_speed", self.speed, KINDS["a positive integer"](self.speed), "must be a positive integer"
-        )
+        kind = "a positive integer"
+        require("model.thinking_speed", self.speed, VALUE_KINDS[kind](self.speed), f"must be {kind}")
         check_fields("model", self, latents="a positive integer")
 
     def stages(self) -> list[Stage]:

@@ -55,10 +55,10 @@ class Pccot(Distilled):
         return self.latents
 
     def add_own_tensors(self, folder: Path, seed: int) -> None:
-        """Add a new projection to a checkpoint without one, and K to its config (imports torch)."""
+        """Add a new projection to a checkpoint without one, and how it sweeps to its config (imports torch)."""
         from latent_tts.training.reasoner.pccot import add_projection
 
-        add_projection(folder, self.sweeps, seed, projection=self.projection)
+        add_projection(folder, self.sweeps, seed, projection=self.projection, known_first=self.known_first)
 
     def objective(self, adapter: CheckpointAdapter) -> PccotObjective:
         """Create the model in training with its loss (imports torch)."""

@@ -46,11 +46,11 @@ from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason
 
 log = logging.getLogger(__name__)
 # parts of format 1 have no gold answers, those of 2 no digests, settings of 3 do not say how the reasoner was computed,
-# so a writer does not go on with them
+# so a writer does not resume them
 FORMAT, READABLE = 4, (1, 2, 3, 4)
 DAMAGED = "is damaged; `ltts annotate` with this folder as its output labels its questions again"
 SETTINGS, INDEX, COMPUTATION = "annotations.json", "index.parquet", "computation"
-MOST_OPEN = 64  # shards kept open
+MAX_OPEN = 64  # shards kept open
 NO_STEP = -100.0  # the label, on disk, of a step that a rollout does not have
 SHARD_NAME = re.compile(r"(\d+)_on(\d+)\.safetensors")
 INDEX_SCHEMA = pa.schema(
@@ -90,7 +90,7 @@ class AnnotationFolder:
         """Open a folder.
 
         Args:
-            path: the folder; made if it is to be written and not there.
+            path: the folder; a writer makes it.
             settings: everything JSON-able that determines the annotations; None opens the folder to read.
             answers: gold answer of each question that is to be there, by its id; to write.
             key: the config key that errors name.
@@ -101,9 +101,9 @@ class AnnotationFolder:
         self.path, self._key, self._answers = path, key, answers or {}
         self._opened: dict[Path, tuple[Any, set[str]]] = {}
         self._digests: dict[str, str] = {}  # of shards, as the index has them
-        self._whole: set[Path] = set()  # shards that were held against them
+        self._whole: set[Path] = set()  # shards whose digests were checked
         if path.exists() and not path.is_dir():
-            raise bad_value(key, path, "a folder is wanted, this is a file")
+            raise bad_value(key, path, "must be a folder, this is a file")
         self.official = not (path / SETTINGS).is_file()
         if settings is None:
             require(key, path, path.is_dir(), "no such folder; `ltts annotate` makes one")
@@ -141,7 +141,7 @@ class AnnotationFolder:
         """Record how the reasoner is computed; to be called before `add`, once the reasoner is loaded.
 
         Raises:
-            UsageError: the labels that are there were made with a reasoner that is computed in another way.
+            UsageError: the existing labels were made with a reasoner that is computed in another way.
         """
         if COMPUTATION in self.settings:
             self._refuse_other_settings(self.settings, {**self.settings, COMPUTATION: dict(way)})
@@ -198,13 +198,13 @@ class AnnotationFolder:
         digest = file_digest(shard)
         part = pa.Table.from_pylist([row | {"digest": digest} for row in rows], schema=PART_SCHEMA)
         with digest_named_file(self.path, shard.stem, ".parquet") as partial:
-            pq.write_table(part, partial)
+            pq.write_table(part, partial.absolute())
 
     def finish(self) -> dict[str, int]:
         """Join the index and mark the folder complete; returns how many questions were kept, and dropped by reason."""
         counts = self.counts()
         with whole_file(self.path / INDEX) as partial:
-            pq.write_table(self.index(), partial)
+            pq.write_table(self.index(), partial.absolute())
         self.complete = True
         self._write_settings(counts)
         return counts
@@ -219,7 +219,7 @@ class AnnotationFolder:
         """The index (columns of `INDEX_SCHEMA`) by ascending index, one row a question; the last shard wins.
 
         Raises:
-            UsageError: a part cannot be read, or names a shard that is not there.
+            UsageError: a part cannot be read, or names a shard that does not exist.
         """
         by_id: dict[str, dict[str, Any]] = {}
         for row in self._official_rows() if self.official else self._part_rows():
@@ -268,7 +268,7 @@ class AnnotationFolder:
         """The opened shard of a row, its index there, and the names of its tensors, whose shapes fit."""
         path, index = self.path / row["shard"], row["index"]
         if path not in self._opened:
-            if len(self._opened) >= MOST_OPEN:
+            if len(self._opened) >= MAX_OPEN:
                 self._opened.pop(next(iter(self._opened)))
             opened = self._open(path)
             self._opened[path] = opened, set(opened.keys())
@@ -295,7 +295,7 @@ class AnnotationFolder:
                 if not SHARD_NAME.fullmatch(str(row["shard"])):
                     raise bad_value(self._key, part, f"names {row['shard']!r}, which is no shard's name")
                 if not (self.path / row["shard"]).is_file():
-                    raise bad_value(self._key, self.path, f"the index names {row['shard']}, which is not there")
+                    raise bad_value(self._key, self.path, f"the index names {row['shard']}, which does not exist")
                 if row["digest"] is not None:
                     self._digests.setdefault(row["shard"], row["digest"])
                 yield row
@@ -402,10 +402,10 @@ def _wrong_shapes(shapes: Sequence[tuple[int, ...]], wanted: int | None) -> str 
     """What is wrong with the shapes of an entry's ids, latents, labels and outcomes."""
     ids, latents, labels, corrects = shapes
     if len(latents) != 3 or 0 in latents:
-        return f"latent_embeds is {latents}, (rollouts, latents, width) is wanted"
+        return f"latent_embeds is {latents}, must be (rollouts, latents, width)"
     n, steps, width = latents
     if wanted not in (None, width):
-        return f"latent_embeds has width {width}, {wanted} is wanted"
+        return f"latent_embeds has width {width}, must be {wanted}"
     if labels != (n, steps):
         return f"estimations is {labels}, latent_embeds {latents}"
     if corrects != (n,):

@@ -19,7 +19,7 @@ from latent_tts.errors import bad_value
 from latent_tts.results.files import settings_digest, whole_file
 from latent_tts.results.parts import PLACE, GatheredRows, PartIndex, part_files, whole_parts, write_part
 
-NOT_DECODED = "not_decoded"  # the stop reason of a rollout whose answer nobody needed
+NOT_DECODED = "not_decoded"  # the stop reason of a rollout whose answer was not needed
 KEY_JSON, SCORES_FOLDER = "key.json", "scores"
 MEMORY_JSON = "memory.json"  # beside the entries
 ENTRY_NAME = re.compile(r"[0-9a-f]{16}")
@@ -103,7 +103,7 @@ class PartCache:
         index.save()
 
     def discard(self, wanted: pd.DataFrame) -> None:
-        """Remove rows (columns `row_key`, `rollout`), so that they are made again.
+        """Remove rows (columns `row_key`, `rollout`), so that they are drawn again.
 
         Raises:
             RunError: a part cannot be read, or is damaged and cannot be set aside.
@@ -144,7 +144,7 @@ class RolloutCache(PartCache):
 
 
 class ScoreCache(PartCache):
-    """Step scores made later, of the rollouts of one `RolloutCache`, in its folder; reductions are not in it."""
+    """Step scores made after drawing, in the folder of their `RolloutCache`; they are reduced when they are read."""
 
     schema = SCORE_SCHEMA
 

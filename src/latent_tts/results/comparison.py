@@ -70,7 +70,8 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
     runs: Side = {}
     for folder in run_folders(path, key):
         if not is_complete(folder):
-            raise UsageError(f"{key}={path}: {folder} did not complete; run it again")
+            which = "the run" if folder == path else str(folder)
+            raise UsageError(f"{key}={path}: {which} did not complete; re-run its command")
         run = CompletedRun.read(folder, build_aggregator)
         if not run.all_decoded:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Files written whole: under another name, then renamed, so that a file that is there is complete."""
+"""Files written whole: under another name, then renamed, so that an existing file is complete."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 def written_in_parts(write: Callable[[list[T]], None]) -> Iterator[Callable[[Iterable[T]], None]]:
     """A function that takes results; `write` gets them two seconds' worth at a time, and the rest at the end.
 
-    However it ends: an interruption loses nothing that was handed over.
+    However it ends: an interruption loses no result that was taken.
     """
     pending: list[T] = []
     written = time.perf_counter()
@@ -60,7 +60,7 @@ def written_in_parts(write: Callable[[list[T]], None]) -> Iterator[Callable[[Ite
 def whole_file(path: Path) -> Iterator[Path]:
     """A path to write to, renamed to `path` when the block ends well.
 
-    What is there after a power cut is the old file or the whole new one: bytes reach the disk before the name does.
+    After a power cut there is the old file or the whole new one: bytes reach the disk before the name does.
     """
     partial = _partial(path)
     try:
@@ -94,7 +94,7 @@ def launch_rank() -> int:
 
 @contextmanager
 def locked_folder(folder: Path, key: str) -> Iterator[None]:
-    """Hold a folder as its only writer; it is made if it is not there. The lock ends with the process, however it ends.
+    """Hold a folder, made if it is missing, as its only writer. The lock ends with the process, however it ends.
 
     Within the process that holds it, the folder can be locked again, to no effect.
 
@@ -107,22 +107,26 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
     Raises:
         UsageError: another process holds it, or it cannot be made.
     """
-    place = folder.resolve()
+    try:
+        place = folder.resolve()
+    except RuntimeError as error:
+        raise bad_value(key, folder, "a link in it leads to itself") from error
     if launch_rank() > 0 or place in _held:
         yield
         return
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = []
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(folder / LOCK)
     except FileExistsError as error:
-        raise bad_value(key, folder, "a folder is wanted, this is a file") from error
+        raise bad_value(key, folder, "must be a folder, this is a file") from error
     except BlockingIOError as error:
         allowed = f"process {_holder(folder / LOCK)} writes there; choose another folder, or wait until it has ended"
         raise bad_value(key, folder, allowed) from error
     except OSError as error:
         if error.errno in NO_LOCKS:
-            log.warning("%s: its file system has no locks, so see to it that no other process writes there", folder)
+            log.warning("%s: its file system has no locks, so make sure that no other process writes there", folder)
             yield
             return
         raise bad_value(key, folder, f"cannot be written to ({error.strerror})") from error

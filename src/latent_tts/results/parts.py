@@ -1,7 +1,7 @@
 """Parquet parts: tables of rollouts in a folder, written by a thread, found by an index, gathered row by row.
 
-A part is there whole or not at all, and has the digest of its bytes in its name. A part whose bytes are others is
-damaged: it is named, set aside and counts as not there.
+A part is complete or absent, and has the digest of its bytes in its name. A part with other bytes is damaged: it is
+named, set aside and counts as missing.
 """
 
 from __future__ import annotations
@@ -46,14 +46,15 @@ pa.set_memory_pool(pa.system_memory_pool())  # see `release_memory`
 def write_part(folder: Path, table: pa.Table) -> None:
     """Write one part."""
     with digest_named_file(folder, uuid.uuid4().hex, PART_SUFFIX) as path:
-        pq.write_table(table, path, compression="zstd", compression_level=1)
+        # Arrow takes a relative path with a colon for a URI
+        pq.write_table(table, path.absolute(), compression="zstd", compression_level=1)
 
 
 class PartWriter:
     """Writes tables as parts of a folder, in a thread, so that who computes them does not wait for the disk.
 
     A part is written every two seconds, when there are `MAX_PART_BYTES`, and at the end, however it ends: leaving the
-    block waits until everything that was handed over is written. An error of the thread is raised by the next `put`,
+    block waits until everything that was put is written. An error of the thread is raised by the next `put`,
     or at the end of the block.
     """
 
@@ -68,7 +69,7 @@ class PartWriter:
         return self
 
     def put(self, make: Callable[[], pa.Table]) -> None:
-        """Hand over a table as the function that makes it; the thread calls it."""
+        """Queue a table as the function that makes it; the thread calls it."""
         if self._error is not None:
             raise self._error
         self._queue.put(make)
@@ -87,7 +88,7 @@ class PartWriter:
         written = time.perf_counter()
         while (make := self._queue.get()) is not None:
             if self._error is not None:
-                continue  # nobody may wait for a place in the queue
+                continue  # no `put` may wait for a place in the queue
             try:
                 pending.append(make())
                 late = time.perf_counter() - written > SECONDS_BETWEEN_PARTS
@@ -184,7 +185,7 @@ class PartIndex:
         table = self._table.filter(pc.call_function("is_in", [self._table["part"]], pc.SetLookupOptions(there)))
         with suppress(OSError):  # without it, the parts are read
             with digest_named_file(self._folder, uuid.uuid4().hex, INDEX_SUFFIX) as path:
-                pq.write_table(table, path, compression="zstd")
+                pq.write_table(table, path.absolute(), compression="zstd")
             for path in self._files:
                 path.unlink(missing_ok=True)
 
@@ -210,7 +211,7 @@ def runs_of(places: pd.DataFrame) -> list[tuple[str, range]]:
 
 
 class GatheredRows:
-    """Columns of the rows that somebody wants, gathered from one table after another; the first of equal rows counts.
+    """Columns of some wanted rows, gathered from one table after another; the first of equal rows counts.
 
     Each column can be had once, so that there are never two copies of all of them.
 
@@ -219,7 +220,7 @@ class GatheredRows:
     """
 
     def __init__(self, wanted: pd.DataFrame, schema: pa.Schema) -> None:
-        """Want some rows, at least one and each once, with the columns of a schema."""
+        """Start empty; `wanted` has at least one row and none twice. `schema` has the columns to gather."""
         self.wanted, self._schema = wanted, schema
         codes, keys = pd.factorize(wanted["row_key"])
         self._codes = {key: code for code, key in enumerate(keys)}

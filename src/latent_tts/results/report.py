@@ -127,16 +127,16 @@ class ProgressBar:
 
     @property
     def visible(self) -> bool:
-        """Whether anybody sees it."""
+        """Whether it is shown."""
         return not self._progress.disable
 
     def advance(self, count: int) -> None:
-        """Some more are done."""
+        """Count some more as done."""
         self._done += count
         self.show_part(0)
 
     def show_part(self, count: float) -> None:
-        """Beside those that are done, others have come as far as `count` whole ones."""
+        """Show that, besides those that are done, others have progressed by as much as `count` whole ones."""
         completed = self._done + count
         elapsed = self._progress.tasks[0].elapsed or 0
         rate = completed / max(elapsed, 1e-9)
@@ -235,12 +235,13 @@ def print_columns(title: str, keys: Sequence[Column], columns: Sequence[Column],
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=UNLIMITED)
+    ruled = console.is_terminal and encodes(console, "─")
     tables, narrow = fitting_tables(keys, columns, console.width)
     console.print(_text(title.replace("\n", "\\n"), console, "bold" if console.is_terminal else ""))
     for table in tables:
         grid = Table(
-            box=box.SIMPLE_HEAD if console.is_terminal else None, show_edge=False, pad_edge=False,
-            padding=(0, GAP - 1 if console.is_terminal else GAP, 0, 0), header_style="bold",
+            box=box.SIMPLE_HEAD if ruled else None, show_edge=False, pad_edge=False,
+            padding=(0, GAP - 1 if ruled else GAP, 0, 0), header_style="bold",
         )  # fmt: skip
         for column in table:
             grid.add_column(_text(column.name, console), justify="left" if column.left else "right", overflow="fold")
@@ -366,13 +367,16 @@ def drawn_text(drawn: Any, rows: pd.DataFrame) -> str:
 def figures_of(rows: pd.DataFrame) -> dict[str, str]:
     """The figures of a curve at one n, by the headings of their columns."""
     figures = {}
-    for metric in ("accuracy", "coverage", "agreement"):
-        for row in rows[rows["metric"] == metric].to_dict("records"):
-            if metric != "agreement" or "coverage" not in set(rows["metric"]):
+    records = rows.to_dict("records")
+    covered = any(row["metric"] == "coverage" for row in records)
+    for metric in ("accuracy", "coverage") if covered else ("accuracy", "agreement"):
+        for row in records:
+            if row["metric"] == metric:
                 figures[f"{row['aggregator'] or metric} %"] = percent(row)
     for metric, name, form in (("gflops", "GFLOP/question", ".3g"), ("rollouts_per_second", "rollouts/s", ".0f")):
-        for value in rows.loc[rows["metric"] == metric, "value"]:
-            figures[name] = format(value, form)
+        for row in records:
+            if row["metric"] == metric:
+                figures[name] = format(row["value"], form)
     return figures
 
 

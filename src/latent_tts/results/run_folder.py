@@ -173,7 +173,7 @@ def read_budget(folder: Path) -> pd.DataFrame | None:
 class LatentsFile:
     """`latents.safetensors` in the making: one tensor `latents_RTD`, whose rows come in any order.
 
-    It is there under its name once the block ends well; rows with fewer steps end in zeros.
+    It gets its name when the block ends well; rows with fewer steps end in zeros.
     """
 
     def __init__(self, path: Path, wanted: pd.DataFrame, shape_TD: tuple[int, int], dtype: str) -> None:
@@ -384,16 +384,16 @@ def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
     found = record.get("format", 1) if isinstance(record, dict) else 1
     if not isinstance(found, int) or found > FORMAT:
         raise UsageError(f"{path}: format {found}, this version reads those up to {FORMAT}")
-    lacking = []
+    missing = []
     for key, kind in needed.items():
         value = record
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if not isinstance(value, kind):
-            lacking.append(key)
-    if lacking:
+            missing.append(key)
+    if missing:
         raise UsageError(
-            f"{path}: values missing or of the wrong type: {', '.join(lacking[:5])}; repeat the run with ltts run"
+            f"{path}: values missing or of the wrong type: {', '.join(missing[:5])}; repeat the run with ltts run"
         )
     return record
 

@@ -336,8 +336,8 @@ def drift_and_spread(
 ) -> tuple[Float64, Float64]:
     """How far rollouts are from the deterministic one, per latent, in multiples of the deterministic latent's norm.
 
-    The mean of few rollouts lies beside the mean of all by chance: what their spread explains is taken off the drift,
-    which is unbiased in the square.
+    The mean of a few rollouts is off by chance; the part that their spread explains is subtracted, which makes the
+    squared drift unbiased.
 
     Args:
         latents_NTD: of the rollouts.

@@ -60,7 +60,7 @@ class Counts:
         sweeps_R: passes that computed latents of the row.
         commits_R: latents found to be made from the latents that are final; 0 where a schedule does not check.
         conflicts_R: latents that were computed from others than those, and were computed again.
-        timeline: the sweeps in order, that of the prompt's pass included; None where nobody asks for them. Schedules
+        timeline: the sweeps in order, that of the prompt's pass included; None unless asked for. Schedules
             that compute one latent after another add none.
     """
 

@@ -78,7 +78,7 @@ class Auto(Schedule):
         return self.name
 
     def check(self, model: LatentModel) -> None:
-        """Refuse to be used as it is.
+        """Refuse to be used unsettled.
 
         Raises:
             UsageError: always.
@@ -112,7 +112,7 @@ class Auto(Schedule):
             if plan.schedule is not None:
                 Speculative(**plan.schedule)
         except OSError as error:
-            why = f"follows ltts probe, and {path} is not there; ltts probe model={model.name} writes it"
+            why = f"follows ltts probe, and {path} does not exist; ltts probe model={model.name} writes it"
             raise bad_value("schedule", self.name, why) from error
         except (TypeError, ValueError, UsageError) as error:
             raise bad_value("schedule.probe", self.probe, f"{PLAN} holds no plan ({error})") from error

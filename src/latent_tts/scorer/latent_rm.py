@@ -63,7 +63,7 @@ class LatentRM:
             left padding of the official script, by the length of the longest text among the rollouts of the question
             minus that of the row. A score then depends on the answers of all rollouts of the question.
         revision: commit or tag of a hub id.
-        range: lowest and highest score of a rollout; a score beyond it is an error. None if nobody knows.
+        range: lowest and highest score of a rollout; a score beyond it is an error. None if it is not known.
         only_own: use it only for the reasoner that it was trained for (set by `scorer=auto`).
     """
 

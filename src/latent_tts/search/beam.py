@@ -149,9 +149,8 @@ class Beam:
                     step_score_QC = step_score_QC.masked_fill(~alive_QC, float("nan"))
                 so_far_QCT[..., step] = step_score_QC
                 rank_QC = prefix_scores(so_far_QCT, reduction)
-                if alive_QC is not None and step:  # all candidates of a finished beam are the same: keep the first
-                    again = ~alive_QC & (candidate_C % self.candidates != 0)
-                    rank_QC = rank_QC.masked_fill(again, float("-inf"))
+                if alive_QC is not None and step:
+                    rank_QC = rank_QC.masked_fill(copies(~alive_QC, self.candidates), float("-inf"))
                 kept_QB = self._best(rank_QC)
                 last = step == latents - 1
                 chosen_QC = kept_QB if last else kept_QB.repeat_interleave(self.candidates, 1)
@@ -177,6 +176,12 @@ class Beam:
         survivors = best_QB + torch.arange(self.beams, device=rank_QC.device) * self.candidates
         order = rank_QC.gather(1, survivors).argsort(dim=1, descending=True, stable=True)
         return survivors.gather(1, order)
+
+
+def copies(stopped_QC: Tensor, candidates: int) -> Tensor:
+    """Whether a candidate (Q, C) has the latents of an earlier one of its beam: all that have stopped are the same."""
+    stopped_QBc = stopped_QC.unflatten(1, (-1, candidates))
+    return (stopped_QBc & (stopped_QBc.cumsum(-1) > 1)).flatten(1)
 
 
 def children(parents_QC: Tensor, step: int, candidate_C: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, text_digest
 
 MAX_CHARACTERS = 1_000_000  # per row; the longest row of the published sets has 7,000
+MAX_BLANK = 100_000  # lines in a row: a small .gz may hold very many
 MAX_SHOWN = 100  # characters of a row that an error quotes
 PIECE = 1 << 16  # characters of a JSON list read at once
 NOT_SPACE = re.compile(r"[^ \t\r\n]|\Z")
@@ -102,6 +103,9 @@ def file_rows(path: str) -> Iterator[Row]:
                 text, number = file.readline(MAX_CHARACTERS + 1), number + 1
                 if not text:
                     return
+                if number > MAX_BLANK:
+                    raise bad_value("task.path", path, f"begins with more than {MAX_BLANK:,} blank lines")
+            blank = 0
             if text.lstrip().startswith("["):
                 yield from _list_rows(f"task.path={path}: row", file, text.lstrip()[1:])
                 return
@@ -109,10 +113,15 @@ def file_rows(path: str) -> Iterator[Row]:
                 where = f"task.path={path}: line {number}"
                 if len(text) > MAX_CHARACTERS:
                     raise _too_long(where)
-                if text.strip():
+                blank = 0 if text.strip() else blank + 1
+                if blank > MAX_BLANK:
+                    raise UsageError(f"{where}: there are more than {MAX_BLANK:,} blank lines before it")
+                if not blank:
                     yield where, _json_object(where, text)
                 text, number = file.readline(MAX_CHARACTERS + 1), number + 1
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+    except UnicodeDecodeError as error:
+        raise bad_value("task.path", path, f"is not UTF-8 ({error}); save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise bad_value("task.path", path, f"cannot be read ({error})") from error
 
 

@@ -89,10 +89,9 @@ def equal_latex(prediction: str, gold: str, guard: Guard | None = None) -> bool:
     bases = IN_BASE.fullmatch(prediction), IN_BASE.fullmatch(gold)
     if all(bases):
         return False
-    if any(bases):
-        return equal_latex(
-            *(found[1] if found else text for found, text in zip(bases, (prediction, gold), strict=True)), guard
-        )
+    if bases[0] or bases[1]:
+        prediction, gold = (found[1] if found else text for found, text in zip(bases, (prediction, gold), strict=True))
+        return equal_latex(prediction, gold, guard)
     return (guard or Guard(EXPRESSIONS)).call("equal", prediction, gold, otherwise=False)
 
 

@@ -62,7 +62,7 @@ class Certified:
     def __post_init__(self) -> None:
         check_fields("budget.rule", self, delta="a number in (0, 1)")
         ok = self.answers is None or (is_whole(self.answers) and self.answers >= 2)
-        require("budget.rule.answers", self.answers, ok, "must be 2 or more, or null if it is not known")
+        require("budget.rule.answers", self.answers, ok, "must be 2 or more, or null where it is not known")
 
     def check(self, answer_rule: str) -> None:
         """Refuse LaTeX: the certificate is of fixed answers, and a late string can form its classes anew."""
@@ -79,7 +79,7 @@ class Certified:
         if self.answers is not None and seen > self.answers:
             raise RunError(
                 f"budget.rule.answers={self.answers}: a question has {seen} different answers\n"
-                "leave it away (null) where their number is not known"
+                "leave it out (null) where their number is not known"
             )
         ratio_N, threshold = self._log_ratios(votes.lead_N, votes.second_N), log(self._threshold(tally.n))
         enough_N = ratio_N >= threshold

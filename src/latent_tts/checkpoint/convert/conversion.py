@@ -57,7 +57,7 @@ def convert_checkpoint(
         given = {"tokenizer": tokenizer, "config": config, "base": base, "latents": latents}
         for key, value in given.items():
             record = src / ("config.json" if scores else joining.RECORD)
-            require(key, value, value is None, f"must be null: {record} says it")
+            require(key, value, value is None, f"must be null: {record} gives it")
         if scores:
             reward_adapter.join(src, dst, "src")
             return

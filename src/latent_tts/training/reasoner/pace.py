@@ -55,7 +55,7 @@ class Pace:
         """An update begins."""
 
     def stop(self, update: int, agree: Callable[[float], float]) -> None:
-        """An update's weights are changed; `agree` makes a number that of the first process in all."""
+        """An update's weights are changed; `agree` gives every process the first one's number."""
 
     def log(self, update: int, figures: dict[str, Any]) -> None:
         """An update is over."""

@@ -21,21 +21,22 @@ from latent_tts.training.reasoner.initial import add_tensors, has_tensors, lm_he
 from latent_tts.types import Question
 
 
-def add_projection(folder: Path, sweeps: int, seed: int, *, projection: bool) -> None:
-    """Add a projection, if asked for and missing, to a checkpoint, and K to its config.
+def add_projection(folder: Path, sweeps: int, seed: int, *, projection: bool, known_first: bool) -> None:
+    """Add a projection, if asked for and missing, to a checkpoint, and how it sweeps to its config.
 
     Args:
         folder: the checkpoint, changed in place.
         sweeps: K.
         seed: seed of the random weights.
         projection: whether latents are projected; otherwise they are the hidden states.
+        known_first: whether the first sweep begins with h_1.
     """
     if projection and not has_tensors(folder, PROJECTION):
         width = int(load_trainable_lm(folder).config.hidden_size)  # which may draw random numbers
         torch.manual_seed(seed)
         add_tensors(folder, PROJECTION, pccot_projection(width))
     content = files.read_config(folder)
-    content["latent_tts"] = {**(content.get("latent_tts") or {}), "sweeps": sweeps}
+    content["latent_tts"] = {**(content.get("latent_tts") or {}), "sweeps": sweeps, "known_first": known_first}
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 

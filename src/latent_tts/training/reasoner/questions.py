@@ -51,7 +51,7 @@ class TrainingQuestions:
 
     @property
     def texts(self) -> list[str]:
-        """All that a finite set and the validation questions may be written as."""
+        """Every text that training or validation may read, to find the vocabulary in use."""
         questions = [*self.finite, *self.valid]
         return [text for q in questions for text in (q.text, *(f"{step}\n" for step in q.steps), f"### {q.answer}")]
 
@@ -145,7 +145,12 @@ def hold_out(questions: Sequence[Question], number: int) -> tuple[list[Question]
         UsageError: there are too few.
     """
     number = min(number, int(len(questions) * HELD_OUT_SHARE))
-    require("task", f"{len(questions)} questions", number != 0, "10 or more are wanted, to hold out one to validate on")
+    require(
+        "task",
+        f"{len(questions)} questions",
+        number != 0,
+        "must be 10 or more, to hold one out for validation",
+    )
     held = set(sorted({text_digest(question.text) for question in questions})[:number])
     parts = [[q for q in questions if (text_digest(q.text) in held) is inside] for inside in (False, True)]
     return parts[0], parts[1]
@@ -192,7 +197,7 @@ def digest_of(text: str) -> str:
 
 
 def known_set(text: str) -> tuple[str, str] | None:
-    """The built-in set and split (`test` or `valid`) that a question belongs to; None for no one."""
+    """The built-in set and split (`test` or `valid`) that a question belongs to; None if it is in no set."""
     if is_problem(text):
         split = split_of(text_digest(text))
         return None if split == "train" else ("arith", split)

@@ -49,7 +49,9 @@ class MixedQuestions:
             )
         if not self.rows:
             raise bad_value(key, folder.path, f"none of its {len(rows)} questions has both right and wrong rollouts")
-        self.folder, self.latent_id, self.pad_id = folder, latent_id, adapter.eos_id
+        self.folder, self.latent_id = folder, latent_id
+        # official texts are padded on the left; in ours, a prompt may begin with the end token
+        self.pad_id = adapter.eos_id if folder.official else None
         self.chance = float(np.mean([row["share_correct"] for row in self.rows]))
         self.rollouts = max(row["rollouts"] for row in self.rows)
         self.positions = adapter.positions
@@ -108,13 +110,16 @@ def open_questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestion
         raise bad_value(
             key, path, f"annotated with the reasoner {of}; model.checkpoint is {adapter.name} ({adapter.digest})"
         )
+    found = folder.settings.get("latents", adapter.latents)
+    if found != adapter.latents:
+        raise bad_value(key, path, f"its rollouts were made with model.latents={found}, not {adapter.latents}; name it")
     if not folder.complete:
         log.warning(
             "%s=%s: incomplete, because `ltts annotate` has not finished; the finished questions are used", key, path
         )
     latent_id = folder.settings.get("latent_id", getattr(adapter, "latent_id", None))
     if latent_id is None:
-        raise bad_value(key, path, f"neither its settings nor model={adapter.name} have a latent_id")
+        raise bad_value(key, path, f"neither its settings nor model={adapter.name} has a latent_id")
     folder.width = Shape.from_config(adapter.sizes).width
     mixed = MixedQuestions(folder, adapter, latent_id, key)
     if mixed.unmixed is None:

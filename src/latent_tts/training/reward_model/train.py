@@ -176,7 +176,7 @@ def train(
     states = Path(str(arguments.output_dir))
     clean_states(states)
     while (last := last_state(states)) is not None and not (_best(last) / files.WEIGHTS).is_file():
-        set_state_aside(last, f"needs {_best(last).name}, the best state so far, which is not there")
+        set_state_aside(last, f"needs {_best(last).name}, the best state so far, which is missing")
     if last is None or not _has_ended(last, optimization):
         trainer.fit()
         last = last_state(states)
@@ -193,10 +193,17 @@ class RewardTrainer(ResumableTrainer):
         super().__init__(**more)
         self.reward_loss, self.rollouts = loss, rollouts
 
+    def get_batch_samples(self, *arguments: Any, **more: Any) -> tuple[list[dict[str, Any]], Any]:
+        """The micro-batches of an update, each with its weight: the last one of an epoch may have fewer questions."""
+        batches, items = super().get_batch_samples(*arguments, **more)
+        sizes = [len(batch["lengths_Q"]) for batch in batches]
+        weights = [size * len(sizes) / sum(sizes) for size in sizes]
+        return [batch | {"weight": weight} for batch, weight in zip(batches, weights, strict=True)], items
+
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and the scores (Q, N) of its rollouts."""
         logits_QNT = model(inputs["prompt_QL"], inputs["lengths_Q"], inputs["latents_QNTD"])
-        loss = self.reward_loss(logits_QNT, inputs["labels_QNT"], inputs["correct_QN"])
+        loss = self.reward_loss(logits_QNT, inputs["labels_QNT"], inputs["correct_QN"]) * inputs.get("weight", 1.0)
         return loss, rollout_scores(logits_QNT, ~inputs["labels_QNT"].isnan())
 
     def prediction_step(self, model: nn.Module, inputs: dict, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
