@@ -14,6 +14,7 @@ from marks import slow
 from omegaconf import OmegaConf
 from refusal import check
 
+from latent_tts.config import build
 from latent_tts.config.build import conf_dir, register_schemas
 from latent_tts.config.jobs import Loader
 
@@ -77,6 +78,7 @@ def test_a_sweep_composes_each_choice_of_options_once(run, monkeypatch):
 
     monkeypatch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", counted)
     monkeypatch.setattr("latent_tts.config.jobs._composed", {})
+    build._defaults.cache_clear()
     swept = run("scorer=none", "sampler=greedy,gaussian", "seed=3,4", "n=1", "-m", "hydra.sweep.dir=swept")
     assert swept.code == 0, swept.err
     found = [json.loads(Path(f"swept/{job}/run.json").read_text())["config"] for job in range(4)]
