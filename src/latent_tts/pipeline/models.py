@@ -23,7 +23,7 @@ from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, exit_ids
-from latent_tts.results.files import whole_file
+from latent_tts.results.files import set_aside, settings_digest, whole_file
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
 from latent_tts.types import Computation, Reasoner, RewardModel
@@ -109,7 +109,25 @@ def _keep_proven(
 def write_computation(folder: Path, computation: Computation) -> None:
     """Write down, beside rollouts, how they were computed."""
     with whole_file(folder / COMPUTATION) as path:
-        path.write_text(json.dumps(asdict(computation), indent=1) + "\n")
+        said = asdict(computation)
+        path.write_text(json.dumps(said | {"digest": settings_digest(said)}, indent=1) + "\n")
+
+
+def read_computation(folder: Path) -> Computation | None:
+    """How the rollouts of a cache entry were computed; None where that is not known. A damaged file is set aside."""
+    path = folder / COMPUTATION
+    try:
+        said = json.loads(path.read_text())
+        digest = said.pop("digest", None)  # earlier versions wrote none
+        computation = Computation(**said)
+        if digest in (None, settings_digest(said)):
+            return computation
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    log.warning("%s is damaged: it is now %s", path, set_aside(path).name)
+    return None
 
 
 def described(computation: Computation) -> str:

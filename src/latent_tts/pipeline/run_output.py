@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from latent_tts.pipeline import environment
+from latent_tts.pipeline.models import read_computation
 from latent_tts.pipeline.rollouts import RunRollouts
-from latent_tts.pipeline.spec import COMPUTATION, RunSpec
+from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import RunTables
 from latent_tts.pipeline.verification import VERIFICATION, Verification, write_verification
 from latent_tts.results import plot
@@ -111,12 +111,10 @@ def budget_summary(budget: pd.DataFrame) -> dict[str, Any]:
 
 def _computation(folder: Path) -> dict[str, str]:
     """How the rollouts were computed: which attention, whose logits, and why not the usual ones."""
-    path = folder / COMPUTATION
-    if not path.is_file():
+    computation = read_computation(folder)
+    if computation is None:
         return {}
-    computation = json.loads(path.read_text())
-    why = {"computation_reason": computation["reason"]} if computation["reason"] else {}
-    return {"attention": computation["attention"], "logits": computation["logits"], **why}
+    return computation.way | ({"computation_reason": computation.reason} if computation.reason else {})
 
 
 def _where_drawn(rows: pd.DataFrame) -> dict[str, list[Any]]:
