@@ -119,12 +119,11 @@ def read_computation(folder: Path) -> Computation | None:
     try:
         said = json.loads(path.read_text())
         digest = said.pop("digest", None)  # earlier versions wrote none
-        computation = Computation(**said)
         if digest in (None, settings_digest(said)):
-            return computation
+            return Computation(said["attention"], said["logits"], said["reason"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     log.warning("%s is damaged: it is now %s", path, set_aside(path).name)
     return None
