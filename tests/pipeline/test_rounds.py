@@ -54,7 +54,7 @@ BUDGETS = {
 
 
 CASES = [(family, name) for family in TEXTS for name in BUDGETS]
-QUICK = {("coconut", "lockout"), ("coconut", "reward"), ("codi", "shared")}
+QUICK = {("coconut", "lockout"), ("codi", "shared")}
 
 
 @pytest.mark.parametrize(("family", "name"), [case if case in QUICK else slow(*case) for case in CASES])
