@@ -23,7 +23,7 @@ from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, RunSpec, exit_ids
-from latent_tts.results.files import set_aside, settings_digest, whole_file
+from latent_tts.results.files import settings_digest, whole_file
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
 from latent_tts.types import Computation, Reasoner, RewardModel
@@ -125,22 +125,6 @@ def write_computation(folder: Path, computation: Computation) -> None:
     with whole_file(folder / COMPUTATION) as path:
         said = asdict(computation)
         path.write_text(json.dumps(said | {"digest": settings_digest(said)}, indent=1) + "\n")
-
-
-def read_computation(folder: Path) -> Computation | None:
-    """How the rollouts of a cache entry were computed; None where that is not known. A damaged file is set aside."""
-    path = folder / COMPUTATION
-    try:
-        said = json.loads(path.read_text())
-        digest = said.pop("digest", None)  # earlier versions wrote none
-        if digest in (None, settings_digest(said)):
-            return Computation(said["attention"], said["logits"], said["reason"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass
-    log.warning("%s is damaged: it is now %s", path, set_aside(path).name)
-    return None
 
 
 def described(computation: Computation) -> str:

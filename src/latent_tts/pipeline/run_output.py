@@ -15,6 +15,7 @@ from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import RunTables
 from latent_tts.pipeline.verification import VERIFICATION, Verification, write_verification
 from latent_tts.results import plot
+from latent_tts.results.files import set_aside, settings_digest
 from latent_tts.results.run_folder import (
     FIGURE,
     METRICS,
@@ -28,6 +29,9 @@ from latent_tts.results.run_folder import (
     write_run_json,
 )
 from latent_tts.results.timeline import TIMELINE, TIMELINE_FIGURE, describe_timeline, write_timeline
+from latent_tts.types import Computation
+
+log = logging.getLogger(__name__)
 
 
 def clear_run_folder(folder: Path) -> None:
@@ -107,6 +111,22 @@ def budget_summary(budget: pd.DataFrame) -> dict[str, Any]:
         "why": budget["why"].value_counts().to_dict(),
         "certificates": budget["certificate"][budget["certificate"] != ""].value_counts().to_dict(),
     }
+
+
+def read_computation(folder: Path) -> Computation | None:
+    """How the rollouts of a cache entry were computed; None where that is not known. A damaged file is set aside."""
+    path = folder / COMPUTATION
+    try:
+        said = json.loads(path.read_text())
+        digest = said.pop("digest", None)  # earlier versions wrote none
+        if digest in (None, settings_digest(said)):
+            return Computation(said["attention"], said["logits"], said["reason"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    log.warning("%s is damaged: it is now %s", path, set_aside(path).name)
+    return None
 
 
 def _computation(folder: Path) -> dict[str, str]:
