@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +11,8 @@ from typing import Any
 import pandas as pd
 
 from latent_tts.pipeline import environment
-from latent_tts.pipeline.models import read_computation
 from latent_tts.pipeline.rollouts import RunRollouts
-from latent_tts.pipeline.spec import RunSpec
+from latent_tts.pipeline.spec import COMPUTATION, RunSpec
 from latent_tts.pipeline.tables import RunTables
 from latent_tts.pipeline.verification import VERIFICATION, Verification, write_verification
 from latent_tts.results import plot
