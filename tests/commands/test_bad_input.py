@@ -51,6 +51,7 @@ def test_a_bad_override_on_the_command_line(run, overrides, words):
     check(run(*overrides), *words)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -262,6 +262,7 @@ def test_how_a_scorer_is_computed_is_part_of_the_key_of_its_scores(run, latent_r
     assert (first["scorer"]["attention"], longer["scorer"]["attention"]) == ("shared-prefix", "transformers")
 
 
+@pytest.mark.slow
 def test_how_a_guiding_scorer_is_computed_is_part_of_the_key_of_the_rollouts(run, latent_rm, monkeypatch):
     beam = ["search=beam", "search.beams=2", "search.candidates=2"]
     line = ["scorer=latent_rm", f"scorer.checkpoint={latent_rm}", *beam]
