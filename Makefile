@@ -57,7 +57,7 @@ wheel-smoke: .venv/.installed ## build the wheel, install it in another venv, ru
 	$(BIN)/pytest -m slow tests/test_wheel.py
 
 plots: .venv/.installed ## redraw the figures of docs/ and experiments/
-	$(BIN)/ltts plot experiments format=svg
+	$(BIN)/ltts plot experiments/main_curve experiments/latent_rm experiments/sampling format=svg
 	$(BIN)/ltts plot experiments/main_curve output=docs/scaling.png
 	$(BIN)/python docs/draw_figures.py
 

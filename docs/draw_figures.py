@@ -39,6 +39,7 @@ def main() -> None:
     majority = gaussian[gaussian["aggregator"].isin(["", "majority"])]
     eight = majority[majority["sampler_value"].isin(SIGMAS[1:16:2])]
     few = pd.concat([dropout, gaussian[gaussian["sampler_value"].isin(["0.1", "0.2", "0.4", "0.8"])]])
+    votes = pd.concat([dropout[dropout["aggregator"].isin(["", "majority"])], eight])
     figures = {
         "one": both[both["sampler"] == "gaussian"],
         "searches": read_metrics(experiments / "latent_rm" / "results.csv"),
@@ -46,10 +47,13 @@ def main() -> None:
         "twenty": majority,
         "two_sweeps": few,
         "points": few[(few["n"] == 16) & few["aggregator"].isin(["", "majority"])],
+        "by_gflops": votes,
+        "by_diversity": votes,
     }
     for name, table in figures.items():
         path = ROOT / "docs" / "figures" / f"{name}.png"
-        scaling_figure(table).savefig(path, dpi=DPI)
+        against = name.removeprefix("by_") if name.startswith("by_") else "n"
+        scaling_figure(table, against).savefig(path, dpi=DPI)
         print(path)
 
 

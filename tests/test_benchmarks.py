@@ -110,6 +110,7 @@ def test_the_benchmark_of_picks_sets_counting_beside_all_pairs(monkeypatch, caps
         assert result["ratio"] == pytest.approx(result["quadratic_seconds"] / result["seconds"])
 
 
+@pytest.mark.slow
 def test_the_table_of_a_gpu_ends_on_a_cpu(engine_benchmark, capsys):
     table = importlib.import_module("gpu_table")
     table.main(["--device=cpu", "--layers=1", "--width=32", "--repeats=1", "--case", "1x1", "--profile=1x1"])
@@ -118,6 +119,7 @@ def test_the_table_of_a_gpu_ends_on_a_cpu(engine_benchmark, capsys):
     assert results["kernels"]["off"][0]["ms"] > 0
 
 
+@pytest.mark.slow
 def test_the_check_of_a_gpu_says_that_there_is_none():
     if torch.cuda.is_available():
         pytest.skip("there is one")

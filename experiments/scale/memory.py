@@ -39,7 +39,9 @@ def run(questions: int, rollouts: int, cache: Path, output: Path) -> tuple[float
     """Run in a process of its own; return its peak in MB and its processor seconds."""
     line = ["run", f"task.limit={questions}", f"n={rollouts}", "sampler=gaussian", "engine.device=cpu"]
     places = [f"paths.cache={cache}", f"hydra.run.dir={output}"]
-    with subprocess.Popen([sys.executable, "-c", CHILD, *line, *places], stdout=-3, stderr=-1, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, *line, *places], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
         said = process.stderr.read()
         _, status, usage = os.wait4(process.pid, 0)

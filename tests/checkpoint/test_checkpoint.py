@@ -289,6 +289,7 @@ def backbones() -> dict[str, PreTrainedModel]:
     }
 
 
+@pytest.mark.slow
 def test_any_causal_lm_can_carry_coconut(ltts, tmp_path):
     questions = ["A robe takes 2 bolts.", "James runs 3 sprints 3 times a week. How many?"]
     lines = [json.dumps({"question": text, "answer": "1"}) for text in questions]

@@ -18,6 +18,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("architecture", gguf_files.ARCHITECTURES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_converted_model_computes_what_the_original_does(tmp_path, tied, architecture):

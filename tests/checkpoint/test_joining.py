@@ -137,6 +137,7 @@ def test_an_adapter_that_is_not_what_was_written_is_refused_and_leaves_no_join(m
     assert not list((folder.parent / "cache" / "models").glob("partial*"))
 
 
+@pytest.mark.every_other
 def test_the_digest_covers_the_adapter(made):
     folder, _ = made
     copy = shutil.copytree(folder, folder.parent / "copy")

@@ -28,6 +28,7 @@ def fitted(source, folder, **more):
     return lm, files.load_tokenizer(folder)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("begin", ["mean", "<|im_start|>"])
 def test_new_tokens_get_rows_that_begin_as_asked_and_the_others_keep_theirs(source, tmp_path, tied, begin):

@@ -171,6 +171,7 @@ def test_votes_arrive_while_rollouts_are_drawn(place, checkpoint):
     assert "INFO" not in shown
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("question", ["x=3+4, what is x?", "n=4 apples. How much?", "-x + 4?", "task=Find x"])
 def test_a_question_may_begin_like_a_key_or_a_flag(ask, question):
     check(ask(question, "--json"), "is not in the vocabulary of")  # it was taken for a question

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import tiny_gguf
+from marks import slow
 from refusal import check
 
 from latent_tts.checkpoint.kept import kept_models
@@ -47,7 +48,7 @@ def logprobs(result) -> list:
     return pd.read_parquet(result.last.parent / "rollouts.parquet")["answer_logprob"].tolist()
 
 
-@pytest.mark.parametrize("columns", [[], ["row_key", "rollout"]])
+@pytest.mark.parametrize("columns", [slow([]), ["row_key", "rollout"]])
 def test_a_part_without_its_columns_is_set_aside_and_drawn_again(run, tmp_path, columns):
     true = logprobs(run())
     (path,) = (tmp_path / "cache").glob("*/*.parquet")

@@ -26,6 +26,7 @@ def test_help_lists_every_command_and_imports_nothing_slow():
         assert f"\n  {command} " in done.stdout
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("argument", ["samplr=gaussian", "sampler=gausian", "n=many", "-n=4"])
 def test_a_refused_config_is_composed_once_and_imports_nothing_slow(tmp_path, argument):
     code = f"""

@@ -25,6 +25,7 @@ def test_there_are_lines():
     assert len(lines()) >= 20
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("line", lines())
 def test_a_line_of_the_docs_can_be_typed(ltts, tmp_path, line):
     command, *arguments = shlex.split(line)[1:]

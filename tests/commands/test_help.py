@@ -176,6 +176,7 @@ def test_bash_completes(ltts_on_path):
     assert done.stdout.splitlines() == ["complete -o default -F _ltts ltts", *wanted]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
 def test_zsh_completes(ltts_on_path, tmp_path):
     script = """

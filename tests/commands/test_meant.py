@@ -19,6 +19,7 @@ from latent_tts.config.meant import quoted, quoted_override
 from latent_tts.errors import RunError, computing
 
 
+@pytest.mark.slow
 def test_a_sweep_over_n_names_its_folders_after_what_was_given(ltts, checkpoint):
     line = ["run", f"model.checkpoint={checkpoint}", "task.limit=2", "n=1,2", "sampler=greedy", "-m"]
     dirname = "hydra.sweep.subdir=${hydra.job.override_dirname}"

@@ -33,13 +33,14 @@ def test_it_writes_what_it_finds(probe, tmp_path):
     assert "recommended: schedule=" in result.out
 
 
+@pytest.mark.slow
 def test_what_it_finds_is_the_same_again(probe):
     tables = [pd.read_csv(probe(f"output={name}", "task.limit=3").last) for name in ("one", "other")]
     pd.testing.assert_frame_equal(*tables)
 
 
 def test_a_model_that_decides_how_many_latents_it_needs(place, ltts):
-    result = ltts("probe", "model=demo_colar", "guess=zero", "task.limit=6", "directions=1", "tolerances=[0.1]")
+    result = ltts("probe", "model=demo_colar", "guess=zero", "task.limit=4", "directions=1", "tolerances=[0.1]")
     assert result.code == 0, result.err
     questions = pd.read_csv(result.last)
     assert questions["latents"].nunique() > 1

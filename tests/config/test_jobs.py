@@ -36,6 +36,7 @@ def composed_by(loader, *overrides, mode=RunMode.RUN):
     return OmegaConf.to_yaml(cfg), flags, OmegaConf.is_readonly(cfg.hydra), OmegaConf.get_type(cfg)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("mode", [RunMode.RUN, slow(RunMode.MULTIRUN)])
 @pytest.mark.parametrize(
     "overrides",

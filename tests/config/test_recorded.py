@@ -57,6 +57,7 @@ def refused(result, *words):
     assert not Path("pwned").exists()
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("node", STRANGERS, ids=lambda node: str(node)[:50])
 def test_an_aggregator_of_a_run_folder_is_one_of_the_group(finished, node):
     rewrite(finished, lambda record: record["aggregators"].update(majority=node))

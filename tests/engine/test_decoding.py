@@ -104,6 +104,7 @@ def test_uniform_numbers_are_philox_words_of_the_token_stream():
     assert abs(np.corrcoef(draws(MANY).uniform(1), draws(MANY).uniform(2))[0, 1]) < 0.015
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("family", "sampler", "latents"),
     [

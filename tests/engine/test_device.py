@@ -1,5 +1,6 @@
 """What differs between devices, on a CPU."""
 
+import subprocess
 import sys
 
 import pytest
@@ -23,6 +24,31 @@ def test_a_peak_of_memory_can_be_reset():
 def test_a_cpu_has_the_free_memory_of_the_system(monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 12345})())
     assert free_bytes("cpu") == 12345
+
+
+KEPT = """
+import numpy as np, psutil
+from latent_tts.engine.device import keep_freed_memory
+from latent_tts.results.parts import release_memory
+
+def held_bytes():
+    return psutil.Process().memory_info().rss - before
+
+keep_freed_memory()
+before = psutil.Process().memory_info().rss
+pieces = [np.ones(1 << 23, dtype=np.uint8) for _ in range(16)]
+del pieces
+assert held_bytes() > 15 << 23, held_bytes()
+release_memory()
+assert held_bytes() < 2 << 23, held_bytes()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_is_kept_until_it_is_released():
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("device", "gpu"), [("cpu", False), ("cuda", True), ("cuda:3", True)])

@@ -36,6 +36,7 @@ def distribution(reasoner, sampler, prompts, steps):
     return found[0]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("sampler", [Greedy(), NOISE], ids=["greedy", "noise"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_rollout_stops_where_its_answer_settles_and_is_the_rollout_of_as_many_latents(family, sampler, monkeypatch):

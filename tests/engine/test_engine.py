@@ -64,6 +64,7 @@ def cases():
         yield family, sampler, dice.choice(LENGTHS), rollouts, dice.choice((0, 1, 3, 6))
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("family", "sampler", "lengths", "rollouts", "latents"), list(cases()), ids=name)
 def test_the_engine_equals_the_oracle(family, sampler, lengths, rollouts, latents):
     plan = tiny.plan(latents, eos_id=tiny.EOS_IDS[family], answer=3, end=1 + latents % 2)
@@ -80,6 +81,7 @@ def test_the_engine_equals_the_oracle_under_dropout_without_latents(where):
     check_against_oracle("qwen3", Dropout(0.3, "residual_embedding", where, "fresh"), [1, 7], 2, tiny.plan(0, answer=3))
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("family", "sampler"), [("gpt2", NOISE), ("llama", Dropout(0.2, "residual", ["thoughts"], "fresh"))], ids=name
 )
@@ -96,6 +98,7 @@ def test_the_engine_equals_the_oracle_without_end_of_thinking_tokens():
     check_against_oracle("llama", MASKS, [3, 1], 2, tiny.plan(2, end=0))
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("family", "sampler"),
     [
@@ -182,6 +185,7 @@ def test_results_do_not_depend_on_the_batch_or_its_order(family, sampler):
         assert_rows_equal(last, 0, whole, question * rollouts + rollouts - 1)
 
 
+@pytest.mark.every_other
 @samplers
 def test_four_rollouts_are_the_first_of_64(sampler):
     engine, prompts = Engine(tiny.reasoner("gpt2"), tiny.plan(3, eos_id=tiny.EOS_IDS["gpt2"])), tiny.prompts([1, 9])
@@ -236,6 +240,7 @@ def test_the_head_runs_only_where_an_answer_token_is_chosen(family, monkeypatch)
     assert calls == [(10, tiny.WIDTH)] * 3  # two tokens and the eos that might follow
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("latents", "forced"), [(3, [5]), (2, [7, 9, 7]), (0, [1, 2])])
 @pytest.mark.parametrize("sampler", [NOISE, MASKS], ids=name)
 def test_the_engine_equals_the_oracle_where_answers_have_a_forced_beginning(sampler, latents, forced):
@@ -261,6 +266,7 @@ class LastTokens(Gaussian):
         return torch.where(draw.rollouts_R % 2 == 0, logits_RV.argmin(-1), logits_RV.argmax(-1))
 
 
+@pytest.mark.every_other
 @two_families
 @pytest.mark.parametrize(
     ("sampler", "pieces"),
@@ -294,6 +300,7 @@ def test_no_hook_stays_on_the_model():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in reasoner.lm.modules())
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.bfloat16, 0.15), (torch.float16, 0.02)], ids=str)
 def test_half_precision_latents_are_finite_and_near_those_of_float32(family, dtype, allowed):

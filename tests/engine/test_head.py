@@ -101,6 +101,7 @@ def test_log_probabilities_in_half_precision_are_of_the_logits_that_were_settled
     assert exact_R.max() > -1e-3, "no row is sure enough to come out above 0"
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.inference_mode()

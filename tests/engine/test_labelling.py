@@ -96,6 +96,7 @@ def test_the_last_label_under_noise_is_the_rollouts_own_correctness_and_costs_no
         np.testing.assert_array_equal(entry.labels_NT[:, -1], entry.corrects_N)
 
 
+@pytest.mark.every_other
 @samplers
 @pytest.mark.parametrize("rows", [5, slow(1), slow(1000)])
 def test_labels_do_not_depend_on_the_batch(sampler, rows):

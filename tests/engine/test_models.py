@@ -82,6 +82,7 @@ def check(family, sampler, *, stop_id=None, dtype=torch.float32, change=None, ch
     return found
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("family", WAYS)
 def test_each_family_takes_the_way_that_is_right(family):
     attention, logits, reason = WAYS[family]
@@ -131,6 +132,7 @@ def test_a_branch_that_adds_its_input_itself_is_not_masked():
         roll(engine, tiny.prompts([3]), range(1), MASKS)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("family", ["mistral", slow("gpt_neo"), slow("gemma3"), slow("granite")])
 @pytest.mark.parametrize("sampler", [NOISE, MASKS], ids=["noise", "dropout"])
 def test_rows_that_stop_by_a_token_leave_no_trace(family, sampler):

@@ -94,6 +94,7 @@ def test_answers_may_be_as_long_as_the_model_recommends(run):
     assert "answer_tokens: 128" in result.out
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -108,6 +109,7 @@ def test_a_sampler_of_latents_needs_latents(refuse, overrides, words):
     refuse(*overrides, words=words)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     "override", ["sampler=gaussian sampler.sigma=0", "sampler=dropout sampler.where=[answer] answer.temperature=0.5"]
 )

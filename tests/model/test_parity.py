@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from marks import slow
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -118,7 +119,7 @@ DROPOUT = Dropout(0.2, "residual", ["prompt", "thoughts"], "fresh")
 
 
 @pytest.mark.parametrize(
-    ("kind", "sampler", "rollouts"), [("noise", NOISE, 4000), ("dropout", DROPOUT, 1250)], ids=["noise", "dropout"]
+    ("kind", "sampler", "rollouts"), [("noise", NOISE, 4000), slow("dropout", DROPOUT, 1250)], ids=["noise", "dropout"]
 )
 def test_stochastic_latents_have_the_official_mean_and_variance(kind: str, sampler: Sampler, rollouts: int) -> None:
     mean, variance = fits(stochastic_latents(sampler, rollouts), kind)

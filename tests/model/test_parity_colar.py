@@ -61,6 +61,7 @@ def rolled(reasoner, rows):
     ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("together", [True, False], ids=["batch", "single"])
 def test_the_engine_thinks_and_answers_like_the_official_code(together):
     reasoner = colar().load(device="cpu", dtype="float32")  # its own: the engine changes the attention

@@ -79,6 +79,7 @@ def thoughtless(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("decode", [[], ["answer.decode=winners", "aggregator=[best_of_n]"]])
 def test_rollouts_without_latents_have_no_score_and_are_no_best_of_n(ltts, thoughtless, tmp_path, monkeypatch, decode):
     monkeypatch.setattr(AnswerRule, "read", lambda self, text, family: "1")

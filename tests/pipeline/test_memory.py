@@ -4,6 +4,7 @@ import json
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.results.cache import known_to_fit
 from latent_tts.results.run_folder import ROLLOUT_COLUMNS
 
+MEMORY = Path(__file__).parents[2] / "experiments" / "scale" / "memory.py"
 ROUNDED = ["answer_logprob", "answer_margin", "score"]
 HALVED = "16 rows do not fit the memory of cpu, so batches are halved to 8"
 
@@ -70,6 +72,7 @@ def test_a_batch_that_does_not_fit_is_halved_said_once_and_remembered(run, reque
     assert "halved" not in again.err
 
 
+@pytest.mark.slow
 def test_labels_are_made_in_smaller_batches(ltts, checkpoint, request):
     line = ["annotate", "model=demo_coconut", f"model.checkpoint={checkpoint}", "task.limit=6", "n=4", "completions=2",
             "keep=all", "max_answer_tokens=4", "sampler=gaussian", "engine.rows=16"]  # fmt: skip
@@ -121,6 +124,16 @@ def test_under_a_cap_on_memory_a_run_is_completed_in_smaller_batches(tmp_path):
         frames.append(pd.read_parquet(tmp_path / str(cap) / "rollouts.parquet"))
     assert "batches are halved" in done.stderr
     check_equal(*frames)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_cached_rollout_takes_at_most_300_bytes(tmp_path):
+    line = [sys.executable, str(MEMORY), "--drawn=100", "--rollouts=500,20000", str(tmp_path)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    few, many = (float(row.split(",")[3]) for row in done.stdout.splitlines()[1:])
+    assert many - few < 20 * (20_000 - 500) * 300 / 1e6
 
 
 def test_runs_of_a_question_with_a_gap_are_compared_one_after_another():

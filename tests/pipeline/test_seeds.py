@@ -48,6 +48,7 @@ def row_of(table, metric, n, sampler="gaussian"):
     return row
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("metric", ["accuracy", "coverage", "invalid_rate"])
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_a_row_has_mean_and_spread_of_seeds_and_an_interval_over_questions_with_all_their_seeds(metric, n):

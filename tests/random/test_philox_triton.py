@@ -5,16 +5,21 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
+from latent_tts.engine.rollout import Engine
 from latent_tts.random import bits
 from latent_tts.random.draw import Draw
+from latent_tts.sampler.dropout import Dropout
 
+HELPERS = Path(__file__).parents[1] / "helpers"
 INTERPRETED = """
-import torch
+import torch, triton_interpreter
 from latent_tts.random import bits, triton_kernels as kernels
 from latent_tts.random.philox import philox
 
@@ -29,9 +34,13 @@ assert found[0] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], found
 assert found[1] == list(philox((0, ones, ones, ones), (ones, ones))), found
 assert bits.agree(kernels, cpu)
 
-right = kernels.decide
-kernels.decide = lambda *arguments: right(*arguments[:4], arguments[4] + 300, arguments[5])
-assert not bits.agree(kernels, cpu)
+for name in ("decide", "drop"):
+    right = getattr(kernels, name)
+    place = 4 if name == "decide" else 5  # of the threshold
+    wrong = lambda *arguments: right(*arguments[:place], arguments[place] + 300, *arguments[place + 1:])
+    setattr(kernels, name, wrong)
+    assert not bits.agree(kernels, cpu), name
+    setattr(kernels, name, right)
 """
 COMPILED = """
 import triton
@@ -39,12 +48,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from latent_tts.random import triton_kernels as kernels
 
-numbers = dict.fromkeys(("blocks", "tokens", "stream", "threshold"), "i32")
+numbers = dict.fromkeys(("blocks", "tokens", "stream", "threshold", "width", "first"), "i32") | {"scale": "fp32"}
 pointers = {"keys": "*i64", "rollouts": "*i64", "places": "*i64", "out": "*i64", "kept": "*i32"}
-for kernel in (kernels._words, kernels._decide):
+pointers |= {"output": "*bf16", "made": "*bf16"}
+for kernel, constants in (
+    (kernels._words, {"LANES": 256}), (kernels._decide, {"LANES": 256}),
+    (kernels._drop, {"LANES": 128, "ONE_MASK": True}), (kernels._drop, {"LANES": 128, "ONE_MASK": False}),
+):
     for place in ("i32", "i64"):  # a place beyond 2**31 is passed as the latter
-        kinds = pointers | numbers | {"place": place, "LANES": "constexpr"}
-        source = ASTSource(kernel, {name: kinds[name] for name in kernel.arg_names}, {"LANES": kernels.LANES})
+        kinds = pointers | numbers | {"place": place} | dict.fromkeys(constants, "constexpr")
+        source = ASTSource(kernel, {name: kinds[name] for name in kernel.arg_names}, constants)
         for generation in (75, 80, 90, 100):
             assert triton.compile(source, target=GPUTarget("cuda", generation, 32)).asm["cubin"]
 """
@@ -54,7 +67,8 @@ for kernel in (kernels._words, kernels._decide):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, as CUDA builds of torch bring it")
 @pytest.mark.parametrize(("code", "interpret"), [(INTERPRETED, "1"), (COMPILED, "0")], ids=["interpreted", "compiled"])
 def test_kernels_are_philox_and_compile_for_gpus(tmp_path, code, interpret):
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)}
+    path = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -74,7 +88,7 @@ def as_on_a_gpu(monkeypatch):
     return asked
 
 
-OPERATORS = SimpleNamespace(words=bits.words_by_operators, decide=bits.decide_by_operators)
+OPERATORS = SimpleNamespace(words=bits.words_by_operators, decide=bits.decide_by_operators, drop=bits.drop_by_operators)
 
 
 def test_kernels_that_agree_are_used(as_on_a_gpu, caplog):
@@ -95,7 +109,7 @@ def raising(*arguments):
 )
 def test_kernels_that_fail_or_differ_are_not_used_and_that_is_said_once(as_on_a_gpu, caplog, words, why):
     with caplog.at_level(logging.WARNING):
-        assert not as_on_a_gpu(SimpleNamespace(words=words, decide=OPERATORS.decide))
+        assert not as_on_a_gpu(SimpleNamespace(words=words, decide=OPERATORS.decide, drop=OPERATORS.drop))
     assert [why in record.getMessage() for record in caplog.records] == [True]
 
 
@@ -115,3 +129,31 @@ def test_where_they_are_usable_all_numbers_come_from_them(monkeypatch):
     found = draw.normal(0, 8), draw.uniform(0), draw.keep(0, 0, 1, 8, 30_000)
     assert taken == ["words", "words", "decide"]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("site", "where", "mask"),
+    [
+        ("residual_embedding", ["prompt", "thoughts", "answer"], "fresh"),
+        ("residual", ["thoughts", "answer"], "locked"),
+        ("ffn", ["thoughts"], "fresh"),
+    ],
+)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_rollouts_are_those_of_factors_where_a_kernel_drops(monkeypatch, family, site, where, mask):
+    engine, prompts = Engine(tiny.reasoner(family, torch.float32), tiny.plan(3, answer=4)), tiny.prompts([5, 1, 9])
+
+    def rolled():
+        return engine.roll(prompts, tiny.draw(["a", "b", "c"], range(3)), Dropout(0.3, site, where, mask))
+
+    expected, dropped = rolled(), []
+    kernels = SimpleNamespace(**vars(OPERATORS))
+    kernels.drop = lambda *arguments: (dropped.append(arguments[-1]), OPERATORS.drop(*arguments))[1]
+    monkeypatch.setitem(sys.modules, "latent_tts.random.triton_kernels", kernels)
+    monkeypatch.setattr("latent_tts.random.triton_kernels", kernels, raising=False)
+    monkeypatch.setattr(bits, "has_kernels", lambda device: True)
+    found = rolled()
+    assert dropped
+    assert torch.equal(found.latents_RTD, expected.latents_RTD)
+    assert found.answer_ids == expected.answer_ids
+    assert torch.equal(found.answer_logprob_R, expected.answer_logprob_R)

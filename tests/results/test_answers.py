@@ -159,6 +159,7 @@ def test_questions_without_gold_give_answers_agreement_and_costs(run, ltts, bare
     } == dict.fromkeys(("majority", "likelihood", "best_of_n", "weighted"))
 
 
+@pytest.mark.slow
 def test_a_sweep_over_questions_without_gold_has_a_curve_of_agreement(run, bare):
     result = run(*bare, "seed=0,1", "n=2,4", "-m")
     assert result.code == 0, result.err

@@ -55,6 +55,7 @@ PICKS = [
 ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("aggregator", "plain"), PICKS)
 @quick
 @given(table=rollout_lists(VALUES), data=st.data())

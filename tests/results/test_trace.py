@@ -117,6 +117,7 @@ def test_data_in_a_script_can_neither_end_it_nor_begin_another(value):
     assert json.loads(written) == value
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("text", HOSTILE)
 def test_texts_are_texts_on_the_page(text):
     harmless, hostile = Parsed(render_page(made())), Parsed(render_page(made(text)))

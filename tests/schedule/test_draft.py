@@ -102,6 +102,7 @@ def question(number):
     return Question(str(number), str(number), None)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("stop_id", [None, 11], ids=["fixed", "stops"])
 def test_training_makes_predictions_better(stop_id):
     engine = Engine(tiny.reasoner("gpt2", torch.float32), tiny.plan(4, stop_id=stop_id))

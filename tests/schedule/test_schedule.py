@@ -113,6 +113,7 @@ def by_hand(family, prompt, sampler, latents, jacobi, draw):
     return h_TD
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("sampler", [Greedy(), NOISE], ids=name)
 @pytest.mark.parametrize(("sweeps", "chunk", "guess"), [(1, None, "token"), (2, None, "zero"), (2, 3, "token")])
 @pytest.mark.parametrize("family", ["qwen3"])

@@ -121,6 +121,7 @@ def test_latents_that_depend_on_each_other_commit_one_by_one():
     assert result.conflicts_R.tolist() == [4 + 3 + 2 + 1] * 2
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("sampler", [Greedy(), NOISE, IN_THOUGHTS], ids=name)
 @pytest.mark.parametrize("tolerance", [1e-3, 0.1])
 def test_a_committed_latent_is_within_the_tolerance_of_what_those_before_it_make(sampler, tolerance):
@@ -310,6 +311,7 @@ def test_annotate_refuses_latents_that_run_ahead(place, checkpoint):
     check_refused(*line, words=["schedule=speculative", "prefix"])
 
 
+@pytest.mark.slow
 def test_a_run_of_a_model_that_decides_how_many_latents_it_needs(place, ltts):
     line = "run", "budget=fixed", "model=demo_colar", "task.limit=8", "n=2", "sampler=gaussian", "schedule=speculative"
     result = ltts(*line, "schedule.guess=zero", "schedule.chunk=4", "schedule.verify=true")

@@ -323,6 +323,7 @@ def test_a_bad_list_is_named_by_file_and_row(tmp_path, text, message):
         jsonl(str(path)).questions()
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("start", ['{"question": "', '[{"question": "', "", "["])
 def test_a_small_file_of_one_huge_row_takes_little_memory(tmp_path, start):
     path = tmp_path / "bomb.jsonl.gz"

@@ -182,6 +182,7 @@ def graded(ltts, tmp_path):
     return run
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("family", "rule", "gold", "text"),
     [("codi", "latex", POLAR, f"The answer is: {POLAR}"), ("colar", "latex", "(0,1)", "Answer:(0,1)"),

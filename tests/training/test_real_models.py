@@ -61,8 +61,13 @@ def draw(ltts, model, folder, *more):
 
 
 SLOW = pytest.mark.slow
-CASES = [("coconut", LORA), pytest.param("codi", LORA, marks=SLOW), pytest.param("cot", LORA, marks=SLOW),
-         pytest.param("coconut", [], marks=SLOW), ("cot", []), pytest.param("codi", [], marks=SLOW)]  # fmt: skip
+CASES = [
+    ("coconut", LORA),
+    *(
+        pytest.param(*case, marks=SLOW)
+        for case in [("codi", LORA), ("cot", LORA), ("coconut", []), ("cot", []), ("codi", [])]
+    ),
+]
 
 
 @pytest.mark.parametrize(("model", "how"), CASES)
@@ -78,6 +83,7 @@ def test_a_model_from_a_gguf_file_is_trained_and_run(train, ltts, model, how):
         assert "embed_tokens.weight" not in names
 
 
+@pytest.mark.slow
 def test_a_stopped_adapter_run_resumes_bit_for_bit_with_small_states(train, place, monkeypatch):
     done = train(*LORA)
     assert done.code == 0, done.err
@@ -103,6 +109,7 @@ def test_a_stopped_adapter_run_resumes_bit_for_bit_with_small_states(train, plac
     assert all(again[name].equal(whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_convert_joins_an_adapter_with_its_base(train, ltts, place):
     adapter = train(*LORA, updates=2).last
     done = ltts("convert", adapter, "joined")

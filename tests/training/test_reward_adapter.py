@@ -104,7 +104,12 @@ def test_a_run_shares_and_scores_as_the_joined_scorer(trained, checkpoint, ltts,
     assert abs(shared).max() > 0.1
     rescored = ltts("rescore", "shared", "scorer=latent_rm", f"scorer.checkpoint={trained}", "hydra.run.dir=again")
     assert rescored.code == 0, rescored.err
-    # in half precision the sum is rounded once, not the weights
+
+
+@pytest.mark.slow
+def test_in_half_precision_the_sum_is_rounded_once_and_not_the_weights(trained, checkpoint, ltts, place):
+    assert ltts("convert", trained, "joined").code == 0
+    joined = drawn(ltts, checkpoint, place / "joined", "joined_run")
     half = [drawn(ltts, checkpoint, folder, name, "engine.dtype=bfloat16")
             for folder, name in ((trained, "half"), (place / "joined", "half_joined"))]  # fmt: skip
     assert abs(half[0] - half[1]).max() < 0.1 * abs(joined).max()

@@ -189,6 +189,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(folder, tmp_path):
     check_resume(recipe, adapter_of(folder), tmp_path, "own.lt_head.mean.weight")
 
 
+@pytest.mark.slow
 def test_train_reasoner_from_scratch_writes_a_colar_checkpoint_that_runs(ltts, tmp_path):
     line = (
         "train-reasoner", "model=colar", "output=out", "recipe.written_updates=1", "recipe.final_updates=2",

@@ -149,6 +149,7 @@ def test_bad_values_are_refused_by_name(wrong):
         Recipe(**VALUES | wrong)
 
 
+@pytest.mark.slow
 def test_train_reasoner_writes_a_checkpoint_that_runs(ltts, checkpoint, tmp_path):
     own = ["model=pccot", "model.latents=3", "model.sweeps=2", "model.answer_prompt=''", "model.known_first=true"]
     updates = ["recipe.written_updates=1", "recipe.stage_updates=[1]", "recipe.final_updates=1"]

@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -98,6 +100,17 @@ IMPLEMENTATIONS = (
     *("grouped_mm", "batched_mm"),
 )
 TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to, which replaces `folder` when the block ends well."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KEY) -> Path:

@@ -239,19 +239,16 @@ def write_adapter(
     """
     from safetensors.torch import save_file
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    settings = {**settings, "base_model_name_or_path": base}
+    record = {"base": base, "base_digest": base_digest(base, key), "config": dict(config)}
     try:
-        partial.mkdir(parents=True)
-        (partial / files.ADAPTER).write_text(json.dumps({**settings, "base_model_name_or_path": base}, indent=2) + "\n")
-        save_file(dict(weights), partial / WEIGHTS, metadata={"format": "pt"})
-        if own:
-            save_file(dict(own), partial / OWN, metadata={"format": "pt"})
-        save_file(dict(found), partial / PROBE)
-        shutil.copyfile(tokenizer, partial / "tokenizer.json")
-        record = {"base": base, "base_digest": base_digest(base, key), "config": dict(config)}
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with files.whole_folder(folder) as partial:
+            (partial / files.ADAPTER).write_text(json.dumps(settings, indent=2) + "\n")
+            save_file(dict(weights), partial / WEIGHTS, metadata={"format": "pt"})
+            if own:
+                save_file(dict(own), partial / OWN, metadata={"format": "pt"})
+            save_file(dict(found), partial / PROBE)
+            shutil.copyfile(tokenizer, partial / "tokenizer.json")
+            (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {error}") from error

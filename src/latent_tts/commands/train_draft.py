@@ -8,15 +8,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from latent_tts.checkpoint.draft import DraftRecord
-from latent_tts.config.build import build
-from latent_tts.config.requests import engine_settings
+from latent_tts.config.requests import drawing_options, engine_settings
 from latent_tts.errors import LESS_MEMORY, bad_value, check_fields, check_seed, computing, require
-from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.spec import check_sampler, encode_prompts, reserved_positions
+from latent_tts.pipeline.spec import encode_prompts, reserved_positions
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder, whole_file
-from latent_tts.sampler import Sampler
-from latent_tts.task import Task
 from latent_tts.task.arith import Arith
 from latent_tts.training.reasoner.questions import epochs, hold_out, training_questions
 
@@ -34,12 +30,7 @@ def main(cfg: DictConfig) -> None:
     counts = dict.fromkeys(("updates", "batch", "valid_questions"), "a positive integer")
     check_fields("", cfg, **counts, lr="a positive number")
     check_seed(cfg.seed)
-    sampler: Sampler = build("sampler", cfg.sampler)
-    require("sampler", sampler.name, not sampler.needs_donor, "must draw rollouts: greedy, gaussian or dropout")
-    task: Task = build("task", cfg.task)
-    adapter: ModelAdapter = build("model", cfg.model)
-    adapter.check()
-    check_sampler(sampler, adapter)
+    sampler, task, adapter = drawing_options(cfg)
     if adapter.own_schedule is not None:
         raise bad_value("model", adapter.name, "has its own sweeps, which take no draft")
     require("model.latents", adapter.latents, adapter.latents >= 2, "must be 2 or more: a draft predicts h_2 and later")

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from latent_tts.checkpoint import files as checkpoint
 from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
-from latent_tts.errors import bad_value, check_device, check_fields, check_seed, computing, require
+from latent_tts.errors import UsageError, bad_value, check_device, check_fields, check_seed, computing, require
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
 from latent_tts.task import Task
@@ -123,8 +123,8 @@ def build_recipe(cfg: DictConfig, output: Path) -> tuple[Any, Any]:
     Raises:
         UsageError: there is none, or both do not fit.
     """
-    missing = OmegaConf.is_missing(cfg, "recipe")
-    require("recipe", "???", not missing, f"model={cfg.model.name} names no recipe; give one, as in recipe=coconut")
+    if OmegaConf.is_missing(cfg, "recipe"):
+        raise UsageError(f"recipe: model={cfg.model.name} names no recipe; give one, as in recipe=coconut")
     recipe = config.build("recipe", cfg.recipe)
     name = type(recipe).__name__.lower()
     require("recipe", name, recipe.updates >= 1, "must have at least one update")

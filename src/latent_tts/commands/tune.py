@@ -11,24 +11,19 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from latent_tts.config.build import build
 from latent_tts.config.reference import user_conf_dir
-from latent_tts.config.requests import engine_settings
+from latent_tts.config.requests import drawing_options, engine_settings
 from latent_tts.errors import bad_value, check_fields, check_seed, require
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline import environment
 from latent_tts.pipeline.spec import (
     BYTES_PER_NUMBER,
     EngineSettings,
-    check_sampler,
     encode_prompts,
     full_dtype,
     reserved_positions,
 )
 from latent_tts.results import report
 from latent_tts.results.files import whole_file
-from latent_tts.sampler import Sampler
-from latent_tts.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +36,7 @@ def main(cfg: DictConfig) -> None:
         RunError: a failure while drawing.
     """
     engine, dtypes = engine_settings(cfg.engine), check_values(cfg)
-    sampler: Sampler = build("sampler", cfg.sampler)
-    require("sampler", sampler.name, not sampler.needs_donor, "must draw rollouts: greedy, gaussian or dropout")
-    task: Task = build("task", cfg.task)
-    adapter: ModelAdapter = build("model", cfg.model)
-    adapter.check()
-    check_sampler(sampler, adapter)
+    sampler, task, adapter = drawing_options(cfg)
     prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
     path = writable(output_path(cfg.output))
     from latent_tts.pipeline.engine_tuning import measure

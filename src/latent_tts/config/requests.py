@@ -17,11 +17,13 @@ from latent_tts.config.build import build, changed_keys, compose, is_default, is
 from latent_tts.config.recorded import TARGET, literal, recorded
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import bad_value, require
+from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation_spec import AnnotationSpec
-from latent_tts.pipeline.spec import EngineSettings, RunRequest
+from latent_tts.pipeline.spec import EngineSettings, RunRequest, check_sampler
 from latent_tts.results.annotations import SETTINGS, AnnotationFolder
 from latent_tts.results.cache import MODES
 from latent_tts.sampler import Sampler
+from latent_tts.task import Task
 from latent_tts.task.asked import Asked
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,20 @@ def with_texts(request: RunRequest, texts: list[str]) -> RunRequest:
     assert isinstance(asked, Asked)
     config = {**request.config, "task": {**request.config["task"], "texts": texts}}
     return replace(request, task=replace(asked, texts=texts), config=config)
+
+
+def drawing_options(cfg: DictConfig) -> tuple[Sampler, Task, ModelAdapter]:
+    """The options of a command that draws rollouts of a model on its own, not for a run.
+
+    Raises:
+        UsageError: an option refuses a value, or the sampler does not fit.
+    """
+    sampler: Sampler = build("sampler", cfg.sampler)
+    require("sampler", sampler.name, not sampler.needs_donor, "must draw rollouts: greedy, gaussian or dropout")
+    task, adapter = build("task", cfg.task), build("model", cfg.model)
+    adapter.check()
+    check_sampler(sampler, adapter)
+    return sampler, task, adapter
 
 
 def annotation_spec(cfg: DictConfig) -> AnnotationSpec:

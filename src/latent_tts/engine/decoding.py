@@ -17,7 +17,7 @@ from latent_tts.types import Forward, Phase, Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latent_tts.random.draw import Draw
+    from latent_tts.random.draw import Draw, DropPlace
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class SampledAnswers(Sampler):
     def factors(self, site: Site, layer: int, draw: Draw, forward: Forward) -> Tensor | None:
         """The factors of the sampler of latents."""
         return self.latents.factors(site, layer, draw, forward)
+
+    def dropout(self, site: Site, layer: int, forward: Forward) -> DropPlace | None:
+        """That of the sampler of latents."""
+        return self.latents.dropout(site, layer, forward)
 
     @property
     def chooses_tokens(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import resource
@@ -21,6 +22,8 @@ from latent_tts.errors import require
 log = logging.getLogger(__name__)
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT_BYTES, OLD_MAX_THRESHOLD = 1 << 30, 1 << 25  # glibc before 2.35 takes no larger one
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "could not create a memory")
 
 
@@ -49,6 +52,18 @@ def free_bytes(device: torch.device | str) -> int:
         return psutil.virtual_memory().available  # counts the file cache, which the system gives up on demand
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep what a batch frees for the next one: clean pages cost 8 % of a run's time on a CPU.
+
+    `results.parts.release_memory` gives it back.
+    """
+    with suppress(OSError, AttributeError):  # not every C library has it
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
+        if not set_option(M_MMAP_THRESHOLD, KEPT_BYTES):
+            set_option(M_MMAP_THRESHOLD, OLD_MAX_THRESHOLD)
 
 
 def device_name(device: torch.device | str) -> str:

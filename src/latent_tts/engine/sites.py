@@ -94,6 +94,11 @@ class SiteHooks:
     def _apply(self, site: Site, layer: int, output: Tensor) -> Tensor:
         if self._draw is None:
             return output
+        if len(self._forwards) == 1 and self._draw.drops(output):
+            place = self.sampler.dropout(site, layer, self._forwards[0])
+            if place is not None:
+                output_RSD = output.reshape(len(self._draw.rollouts_R), -1, output.shape[-1])
+                return self._draw.drop(output_RSD, place, self._part.start or 0).view_as(output)
         parts = [self.sampler.factors(site, layer, self._draw, forward) for forward in self._forwards]
         if all(part is None for part in parts):
             return output

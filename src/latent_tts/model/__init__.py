@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from latent_tts.text.answer import AnswerFormat
 from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from latent_tts.schedule import Schedule
 
 
-class ModelAdapter(Protocol):
+class ModelAdapter(AnswerFormat, Protocol):
     """A checkpoint of a family of reasoners: its layout, its prompts and its answer format."""
 
     @property
@@ -119,12 +120,6 @@ class ModelAdapter(Protocol):
     def answer_text(self, answer_ids: list[int]) -> str:
         """The text of answer ids, with special tokens."""
         ...
-
-    def answer_span(self, answer_text: str) -> str | None:
-        """The part of a generated text that contains the answer, unchanged; None if there is none."""
-
-    def decimal_answer(self, answer_text: str) -> str | None:
-        """The number in a generated text, as the family's own evaluation reads it; None if there is none."""
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights."""

@@ -14,20 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latent_tts.engine.cost import BatchCost, Rates, Shape, Work
+from latent_tts.engine.cost import BatchCost, Rates, Shape
 from latent_tts.engine.device import (
     compute_in_batches,
     device_name,
-    peak_bytes,
-    reset_peak_bytes,
-    synchronized_seconds,
+    keep_freed_memory,
     warn_of_halving,
 )
 from latent_tts.engine.diversity import DirectionSums
@@ -35,14 +33,24 @@ from latent_tts.engine.draft import load_draft
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes
 from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
-from latent_tts.engine.scoring import LatentScorer
-from latent_tts.errors import RunError, require
+from latent_tts.errors import require
+from latent_tts.pipeline.batch_columns import (
+    Columns,
+    answer_columns,
+    batch_table,
+    begin_measuring,
+    least_columns,
+    measured_columns,
+    require_finite,
+    score_table,
+)
+from latent_tts.pipeline.batch_scorer import BatchScorer
 from latent_tts.pipeline.code import DRAWING
-from latent_tts.pipeline.keys import chosen_by_scores, latents_key, score_key
+from latent_tts.pipeline.keys import chosen_by_scores, latents_key
 from latent_tts.pipeline.models import (
     find_device,
-    load_reasoner,
-    load_scorer,
+    load_reasoner_of,
+    load_scorer_of,
     open_engine,
     refuse_graphs,
     rollout_plan,
@@ -52,13 +60,12 @@ from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
 from latent_tts.pipeline.worker_checks import check_code, check_draft, check_weights, code_of_driver
 from latent_tts.results import report
-from latent_tts.results.cache import MEASURED, NOT_DECODED, ROLLOUT_SCHEMA, SCORE_SCHEMA, SCORED_BY, SCORING
+from latent_tts.results.cache import ROLLOUT_SCHEMA, SCORED_BY, SCORING
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
-from latent_tts.types import Computation, Reasoner, RewardModel
+from latent_tts.types import Computation
 
 log = logging.getLogger(__name__)
-Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
 Place: TypeAlias = tuple[str, int]
 Sums: TypeAlias = dict[str, tuple[int, Tensor]]  # by row key: see `DirectionSums`
 directions = DirectionSums()  # of the questions drawn last, for their next round and the next job of a sweep
@@ -218,24 +225,10 @@ class DrawingWork:
 # The worker
 
 
-def load(spec: RunSpec) -> Reasoner:
-    """The model of a run, loaded and proven; it is kept for the next call."""
-    return load_reasoner(spec.adapter, spec.engine, find_device(spec.engine), longest=spec.longest_sequence)
-
-
-def load_scorer_of(spec: RunSpec) -> RewardModel:
-    """The scorer of a run, loaded, proven and kept. A LoRA scorer shares the weights of the loaded reasoner."""
-    assert spec.scorer is not None
-    longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
-    shares = spec.scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
-    base = load(spec) if shares else None
-    return load_scorer(spec.scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
-
-
 def computations_here(spec: RunSpec) -> tuple[Computation, Computation | None]:
     """How this process computes the models that determine a run's rollouts; see `keys.computations`. Loads them."""
     scoring = load_scorer_of(spec).computation if chosen_by_scores(spec) else None
-    return load(spec).computation, scoring
+    return load_reasoner_of(spec).computation, scoring
 
 
 def places_of(jobs: Iterable[RolloutJob]) -> list[Place]:
@@ -332,6 +325,7 @@ class Drawer:
         """
         self.spec, self._scored, self._packed = spec, scored, packed
         self.device = find_device(spec.engine)
+        keep_freed_memory()
         kind = torch.device(self.device).type
         allowed = f"its plan was faster on {spec.planned_on}, and this run is on {kind}; ltts probe makes another"
         require("schedule", "auto", spec.planned_on in (None, kind), allowed)
@@ -355,7 +349,7 @@ class Drawer:
         """The loaded reasoner."""
         spec = self.spec
         plan = rollout_plan(spec.adapter, spec.max_answer_tokens, spec.schedule, spec.forced_ids)
-        reasoner = load(spec)
+        reasoner = load_reasoner_of(spec)
         draft = None if spec.draft is None else load_draft(spec.draft.path, spec.draft.record, reasoner.lm.device)
         return open_engine(reasoner, plan, spec.engine, draft)
 
@@ -438,18 +432,18 @@ class Drawer:
             self.engine, batch, self._sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers
         )
         finite_R = rollouts.latents_RTD.flatten(1).isfinite().all(1)
-        _require_finite("latents", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+        require_finite("latents", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
         if answers:
             finite_R = rollouts.answer_logprob_R.isfinite()
-            _require_finite("log-probabilities of answers", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+            require_finite("log-probabilities of answers", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
         return rollouts
 
     def draw(self, batch: list[RolloutJob], shard: Shard) -> Part:
         """Draw a batch."""
         request = shard.request
-        started = _begin(self.engine.device)
+        started = begin_measuring(self.engine.device)
         rollouts = self.roll(batch, answers=request.answers)
-        measured = _measured(started, self.engine.device, len(rollouts.answer_ids))
+        measured = measured_columns(started, self.engine.device, len(rollouts.answer_ids))
         places, latents_RTD, steps_R = places_of(batch), rollouts.latents_RTD, rollouts.steps_R.numpy()
         rollouts.latents_RTD = latents_RTD.new_empty(0)  # the table does not hold them
         scored = self.scorer.score(batch, latents_RTD, rollouts.steps_R) if request.scored else {}
@@ -459,14 +453,14 @@ class Drawer:
             compared = pa.array([shard.dissimilarity[place] for place in places], pa.list_(pa.float32()))
 
         def table() -> pa.Table:
-            columns = _answer_columns(rollouts, answers=request.answers) | measured
+            columns = answer_columns(rollouts, answers=request.answers) | measured
             if not self.spec.search.guided:  # what a search cannot do without is not counted
                 columns |= self._least(batch, rollouts, answers=request.answers)
             columns["dissimilarity"] = compared
             if scored:
                 columns[SCORED_BY] = self.scorer.digest
                 columns |= {SCORING + name: column for name, column in scored.items()}
-            return _table(ROLLOUT_SCHEMA, batch, columns)
+            return batch_table(ROLLOUT_SCHEMA, batch, columns)
 
         return Part(
             places=places,
@@ -548,136 +542,4 @@ class Drawer:
             steps_R=rollouts.steps_R.numpy(),
             answers_R=np.array([len(ids) - begun for ids in rollouts.answer_ids]) if answers else None,
         )
-        return _shares(least.work(), self.rates, len(rollouts.answer_ids))
-
-
-class BatchScorer:
-    """The run's scorer, loaded when it is first needed, over batches of latents."""
-
-    def __init__(self, spec: RunSpec, device: str, rates: Rates | None = None) -> None:
-        assert spec.scorer is not None
-        self._spec, self._scorer, self._device = spec, spec.scorer, device
-        self.shape = Shape.from_config(spec.scorer.sizes)
-        self.rates = rates or measured_rates(self.shape.width, spec.engine.dtype, device)
-
-    @cached_property
-    def model(self) -> LatentScorer:
-        """The loaded model."""
-        return LatentScorer(load_scorer_of(self._spec))
-
-    @cached_property
-    def digest(self) -> str:
-        """What `cache.SCORED_BY` says of its scores."""
-        computation = self.model.model.computation
-        return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n, computation))
-
-    def score(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, steps_R: Tensor) -> Columns:
-        """The columns `cache.SCORE_FIELDS` of a batch, with its latents (zeros where a row has none).
-
-        Raises:
-            RunError: step scores are not finite.
-        """
-        scorer, steps = self.model, int(steps_R.max())
-        started = _begin(scorer.device)
-        scores_RT = torch.zeros(len(latents_RTD), 0)  # of rows without latents
-        if steps:
-            offsets = [job.position_offset for job in batch]
-            scores_RT = scorer.score(
-                [job.prompt for job in batch],
-                latents_RTD[:, :steps],
-                steps_R=steps_R,
-                position_offset_Q=torch.tensor(offsets, device=scorer.device) if any(offsets) else None,
-            ).cpu()
-            beyond_RT = torch.arange(steps) >= steps_R[:, None]
-            finite_R = (scores_RT.isfinite() | beyond_RT).all(1)
-            _require_finite("step scores", finite_R, batch, scorer.backbone.dtype, "scoring rollouts")
-        measured = _measured(started, scorer.device, len(latents_RTD))
-        prompts = [len(job.prompt) for job in batch]
-        least = self.shape.scoring_work(prompts, steps_R.numpy(), scorer.backbone.dtype.itemsize)
-        columns = {"step_scores": ragged(scores_RT.float().numpy(), steps_R.numpy())}
-        columns |= {name: measured[name] for name in MEASURED if name in measured}
-        return columns | _shares(least, self.rates, len(latents_RTD))
-
-    def bytes_per_row(self, jobs: Sequence[RolloutJob]) -> int:
-        """Upper estimate of a row's bytes; a batch may hold one row per prompt."""
-        longest = max(len(job.prompt) for job in jobs)
-        number = self._spec.engine.bytes_per_number
-        return row_bytes(self.shape, longest, self._spec.adapter.latents, number, own_prompt=True)
-
-    def max_flops(self, job: RolloutJob) -> float:
-        """Operations of scoring a job."""
-        prompt, latents = len(job.prompt), self._spec.adapter.latents
-        return self.shape.prompt_flops(prompt) + len(job.rollouts) * self.shape.scoring_flops(prompt, latents)
-
-    def log_work(self, jobs: Sequence[RolloutJob]) -> None:
-        """Say how much there is to score, and what it takes."""
-        work = sum(map(self.max_flops, jobs))
-        count = sum(len(job.rollouts) for job in jobs)
-        log.info("%d rollouts to score with %s: at most %.3g GFLOP", count, self._scorer.name, work / 1e9)
-
-
-def score_table(batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:
-    """The scores of a batch as a part of their cache has them."""
-    return _table(SCORE_SCHEMA, batch, columns)
-
-
-def _table(schema: pa.Schema, batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:
-    """A table of a batch's rows; what `columns` does not have is null."""
-    counts = [len(job.rollouts) for job in batch]
-    rows = sum(counts)
-    places = {
-        "row_key": pa.array([job.row_key for job in batch]).take(pa.array(np.repeat(np.arange(len(batch)), counts))),
-        "rollout": pa.array(np.concatenate([np.asarray(job.rollouts, dtype=np.int32) for job in batch])),
-    }
-    arrays = []
-    for column_field in schema:
-        column: Any = (places | columns).get(column_field.name)
-        if not isinstance(column, pa.Array):
-            column = pa.repeat(pa.scalar(column, column_field.type), rows)
-        arrays.append(column.cast(column_field.type))
-    return pa.table(arrays, schema=schema)
-
-
-def _answer_columns(rollouts: Rollouts, *, answers: bool) -> Columns:
-    """What a batch's rows say of their answers."""
-    stopped = np.where(rollouts.stopped_R.numpy(), "eos", "length")
-    return {
-        "answer_ids": pa.array(rollouts.answer_ids, pa.list_(pa.int32())),
-        "answer_logprob": pa.array(rollouts.answer_logprob_R.float().numpy()),
-        "answer_margin": pa.array(rollouts.answer_margin_R.float().numpy()),
-        "stop_reason": pa.array(stopped) if answers else NOT_DECODED,
-        "latent_steps": pa.array(rollouts.steps_R.numpy()),
-        "sweeps": pa.array(rollouts.sweeps_R.numpy()),
-        "commits": pa.array(rollouts.commits_R.numpy()),
-        "conflicts": pa.array(rollouts.conflicts_R.numpy()),
-    }
-
-
-def _require_finite(what: str, finite_R: Tensor, batch: Sequence[RolloutJob], dtype: torch.dtype, doing: str) -> None:
-    """Raise RunError unless all rows of a batch are finite."""
-    if finite_R.all():
-        return
-    owners = [job.question_id for job in batch for _ in job.rollouts]
-    first = owners[int(finite_R.int().argmin())]
-    raise RunError(
-        f"{doing} failed: {what} of question {first} are not finite in {str(dtype).removeprefix('torch.')}\n"
-        "the weights, a very large sampler.sigma, or float16, whose range is small (engine.dtype=bfloat16 has that of "
-        "float32)"
-    )
-
-
-def _begin(device: torch.device) -> float:
-    """When a batch begins; its peak memory is counted from here."""
-    reset_peak_bytes(device)
-    return synchronized_seconds(device)
-
-
-def _measured(started: float, device: torch.device, rows: int) -> Columns:
-    """A row's share of what a batch took; memory is the batch's."""
-    seconds = (synchronized_seconds(device) - started) / rows
-    return {"seconds": seconds, "peak_memory_bytes": peak_bytes(device), "device": device.type, "rows": rows}
-
-
-def _shares(parts: Sequence[Work], rates: Rates, rows: int) -> Columns:
-    """A row's share of a batch's least seconds, and of the bytes that it must read or write."""
-    return {"floor_seconds": rates.floor_seconds(parts) / rows, "bytes": sum(work.bytes for work in parts) / rows}
+        return least_columns(least.work(), self.rates, len(rollouts.answer_ids))

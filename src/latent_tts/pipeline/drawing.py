@@ -18,9 +18,10 @@ from torch import Tensor
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts
 from latent_tts.errors import LESS_MEMORY, RunError, computing
+from latent_tts.pipeline.batch_columns import score_table
+from latent_tts.pipeline.batch_scorer import BatchScorer
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.pipeline.drawer import (
-    BatchScorer,
     Description,
     DrawingWork,
     Part,
@@ -32,16 +33,14 @@ from latent_tts.pipeline.drawer import (
     directions_key,
     grown,
     latents_digest,
-    load_scorer_of,
     max_flops,
     not_compared,
     pack,
     places_of,
-    score_table,
     sums_of,
 )
 from latent_tts.pipeline.keys import chosen_by_scores
-from latent_tts.pipeline.models import find_device, rows_per_batch, write_computation
+from latent_tts.pipeline.models import find_device, load_scorer_of, rows_per_batch, write_computation
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report

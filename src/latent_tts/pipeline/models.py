@@ -22,8 +22,8 @@ from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
-from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, exit_ids
-from latent_tts.results.files import whole_file
+from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, RunSpec, exit_ids
+from latent_tts.results.files import settings_digest, whole_file
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
 from latent_tts.types import Computation, Reasoner, RewardModel
@@ -75,6 +75,20 @@ def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int, base: 
     return _keep_proven("scorer", scorer.name, ("scorer", scorer.name), key, load, prove_reward_model, longest)
 
 
+def load_reasoner_of(spec: RunSpec) -> Reasoner:
+    """The model of a run, loaded and proven; it is kept for the next call."""
+    return load_reasoner(spec.adapter, spec.engine, find_device(spec.engine), longest=spec.longest_sequence)
+
+
+def load_scorer_of(spec: RunSpec) -> RewardModel:
+    """The scorer of a run, loaded, proven and kept. A LoRA scorer shares the weights of the loaded reasoner."""
+    assert spec.scorer is not None
+    longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
+    shares = spec.scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
+    base = load_reasoner_of(spec) if shares else None
+    return load_scorer(spec.scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
+
+
 def _kind(group: str, option: ModelAdapter | Scorer) -> str:
     """The class of an option, and the fields that its model may depend on; in this package models depend on none."""
     kind = type(option)
@@ -109,7 +123,8 @@ def _keep_proven(
 def write_computation(folder: Path, computation: Computation) -> None:
     """Write down, beside rollouts, how they were computed."""
     with whole_file(folder / COMPUTATION) as path:
-        path.write_text(json.dumps(asdict(computation), indent=1) + "\n")
+        said = asdict(computation)
+        path.write_text(json.dumps(said | {"digest": settings_digest(said)}, indent=1) + "\n")
 
 
 def described(computation: Computation) -> str:

@@ -124,8 +124,8 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
     import torch
 
     from latent_tts.engine.diversity import DirectionSums
-    from latent_tts.pipeline.drawer import load_scorer_of
     from latent_tts.pipeline.drawing import score_kept
+    from latent_tts.pipeline.models import load_scorer_of
 
     n, steps_R = spec.n, rows["latent_steps"].to_numpy()
     first = {spec.row_key(question): place * n for place, question in enumerate(spec.questions)}

@@ -1,7 +1,7 @@
 """Philox words of many rows as torch tensors, and the keep decisions of dropout made from them.
 
 Two implementations give the same integers: Triton kernels (on a GPU, if Triton works), and the operators of torch and
-NumPy (everywhere else).
+NumPy (everywhere else). With kernels, dropout's decisions are made where they are used: see `drop`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,25 @@ def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, t
         decide_by_operators(keys_R2, rollouts_R, places_P, stream, threshold, kept)
 
 
+def drop(
+    output_RSD: Tensor, keys_R2: Tensor, rollouts_R: Tensor, place: int, stream: int, threshold: int, first: int | None
+) -> Tensor:
+    """Dropout: 0 where `decide` says so, else 65536 / (65536 - threshold) times as much, in the dtype of `output_RSD`.
+
+    Args:
+        output_RSD: in any dtype up to float32.
+        keys_R2: Philox keys (int64).
+        rollouts_R: the rows' rollout numbers (int64).
+        place: counter word of the masked place.
+        stream: counter word for the use of the numbers, a `Stream`.
+        threshold: see `decide`.
+        first: which of the tokens with decisions of their own the first one is; None gives all tokens those of one.
+    """
+    from latent_tts.random import triton_kernels
+
+    return triton_kernels.drop(output_RSD, keys_R2, rollouts_R, place, stream, threshold, first)
+
+
 def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
     """`words` by torch's operators."""
     counter = torch.arange(blocks, device=rollouts_R.device), place, rollouts_R[:, None], stream
@@ -87,6 +106,18 @@ def decide_by_operators(
             out[piece, :, :, half] = pair.view(word16).reshape(out[piece, :, :, half].shape) >= threshold - 32768
 
     _fill_in_pieces(fill, kept)
+
+
+def drop_by_operators(
+    output_RSD: Tensor, keys_R2: Tensor, rollouts_R: Tensor, place: int, stream: int, threshold: int, first: int | None
+) -> Tensor:
+    """`drop` by torch's operators."""
+    rows, tokens, width = output_RSD.shape
+    drawn = 1 if first is None else first + tokens
+    kept = torch.empty(rows, 1, drawn, 2, -(-width // 8) * 4, dtype=torch.bool, device=output_RSD.device)
+    decide_by_operators(keys_R2, rollouts_R, torch.tensor([place], device=kept.device), stream, threshold, kept)
+    factors = kept[:, 0].flatten(2)[..., :width].float() * (65536 / (65536 - threshold))
+    return (output_RSD.float() * factors[:, first or 0 :]).to(output_RSD.dtype)
 
 
 def _fill_in_pieces(fill: Callable[[slice], None], kept: Tensor) -> None:
@@ -128,7 +159,12 @@ def agree(kernels: Any, device: torch.device) -> bool:
     made = [torch.zeros(3, 3, 5, 2, 4 * 77, dtype=torch.bool, device=device) for _ in range(2)]
     for function, kept in zip((kernels.decide, decide_by_operators), made, strict=True):
         function(keys_R2, rollouts_R, places_P, 1, 20_000, kept)
-    return torch.equal(*made) and torch.equal(kernels.words(*numbers), words_by_operators(*numbers))
+    same = torch.equal(*made) and torch.equal(kernels.words(*numbers), words_by_operators(*numbers))
+    for dtype, width, first in ((torch.float32, 300, 2), (torch.bfloat16, 8, None), (torch.float16, 1100, 0)):
+        values = (torch.arange(3 * 2 * width, device=device) % 97 - 48).view(3, 2, width).to(dtype) / 8
+        arguments = values, keys_R2, rollouts_R, 3 << 16 | 5, 1, 20_000, first
+        same &= torch.equal(kernels.drop(*arguments), drop_by_operators(*arguments))
+    return same
 
 
 @cache

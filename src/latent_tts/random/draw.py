@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -19,6 +20,21 @@ from latent_tts.random.philox import Stream, key_of
 DECISIONS_PER_BLOCK = 8  # a Philox block is 128 bits, a dropout decision 16
 BLOCKS_AHEAD = {"cpu": 1 << 20, "cuda": 1 << 23}  # blocks drawn together for several places: 8 and 64 MiB of decisions
 MAX_STEP, MAX_LAYER = 1 << 16, 1 << 16
+
+
+@dataclass(frozen=True)
+class DropPlace:
+    """Where dropout is and how often; see `Draw.keep`."""
+
+    layer: int
+    step: int
+    tokens: int
+    threshold: int
+
+    @property
+    def scale(self) -> float:
+        """The factor of what is kept."""
+        return 65536 / (65536 - self.threshold)
 
 
 class Draw:
@@ -102,6 +118,16 @@ class Draw:
             # added to what is left, since a pass may ask for several steps at each place
             self._ahead |= {(code, *wanted[1:]): kept[:, i] for i, code in enumerate(layers)}
         return self._ahead.pop(wanted)
+
+    def drops(self, output_RSD: Tensor) -> bool:
+        """Whether `drop` takes this tensor: a GPU draws its decisions in one kernel with the product."""
+        return output_RSD.dtype.itemsize <= 4 and bits.has_kernels(output_RSD.device)
+
+    def drop(self, output_RSD: Tensor, place: DropPlace, first: int = 0) -> Tensor:
+        """A tensor of tokens `first`, `first` + 1, ... times the factors of a place."""
+        word, one_mask = _place(place.layer, place.step), place.tokens == 1
+        arguments = output_RSD, self.keys_R2, self.rollouts_R, word, int(Stream.DROPOUT), place.threshold
+        return bits.drop(*arguments, None if one_mask else first)
 
     def _decide(self, layers: Sequence[int], step: int, tokens: int, per_token: int, threshold: int) -> Tensor:
         """Keep decisions (R, len(layers), tokens, 8 * per_token) of several places."""

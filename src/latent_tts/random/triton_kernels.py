@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LANES = 256
+LANES, DROP_LANES = 256, 128
 
 
 def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
@@ -38,6 +38,22 @@ def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, t
         )  # fmt: skip
 
 
+def drop(
+    output_RSD: Tensor, keys_R2: Tensor, rollouts_R: Tensor, place: int, stream: int, threshold: int, first: int | None
+) -> Tensor:
+    """`bits.drop` by one kernel."""
+    output_RSD = output_RSD.contiguous()
+    made = torch.empty_like(output_RSD)
+    rows, tokens, width = output_RSD.shape
+    blocks, scale = triton.cdiv(width, 8), 65536 / (65536 - threshold)
+    with torch.cuda.device_of(made):
+        _drop[rows, triton.cdiv(tokens * blocks, DROP_LANES)](
+            output_RSD, made, keys_R2.contiguous(), rollouts_R.contiguous(), tokens, width, blocks, place, stream,
+            threshold, scale, first or 0, ONE_MASK=first is None, LANES=DROP_LANES,
+        )  # fmt: skip
+    return made
+
+
 @triton.jit(do_not_specialize=["blocks", "place", "stream"])
 def _words(keys, rollouts, out, blocks, place, stream, LANES: tl.constexpr):
     row, block = tl.program_id(0), tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -57,6 +73,33 @@ def _decide(keys, rollouts, places, kept, tokens, blocks, stream, threshold, LAN
     at, inside = kept + first + block // blocks * 2 * blocks + block % blocks, block < tokens * blocks
     tl.store(at, _four(c0, c1, threshold), inside)
     tl.store(at + blocks, _four(c2, c3, threshold), inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "width", "blocks", "place", "stream", "threshold", "scale", "first"])
+def _drop(
+    output, made, keys, rollouts, tokens, width, blocks, place, stream, threshold, scale, first,
+    ONE_MASK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    row, lane = tl.program_id(0), tl.program_id(1) * LANES + tl.arange(0, LANES)
+    token, block = lane // blocks, lane % blocks
+    counter = block if ONE_MASK else lane + first * blocks
+    c0, c1, c2, c3 = _philox(keys, rollouts, row, counter, place, stream)
+    at, inside = (row.to(tl.int64) * tokens + token) * width, token < tokens
+    _drop_half(output + at, made + at, c0, c1, 4 * block, width, inside, threshold, scale)
+    _drop_half(output + at, made + at, c2, c3, 4 * (blocks + block), width, inside, threshold, scale)
+
+
+@triton.jit
+def _drop_half(output, made, low, high, element, width, inside, threshold, scale):
+    """Four values of each lane times the factors of two words; see `_four`."""
+    quarter = tl.arange(0, 4)[None, :]
+    word = tl.where(quarter < 2, low[:, None], high[:, None])
+    half = (word >> (quarter % 2 * 16).to(word.dtype)) & 0xFFFF
+    factor = tl.where((half ^ 0x8000).to(tl.int32) >= threshold, scale, 0.0)
+    element = element[:, None] + quarter
+    inside = inside[:, None] & (element < width)
+    values = tl.load(output[:, None] + element, inside, 0.0)
+    tl.store(made[:, None] + element, (values.to(tl.float32) * factor).to(values.dtype), inside)
 
 
 @triton.jit

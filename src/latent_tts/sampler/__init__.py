@@ -9,7 +9,7 @@ from latent_tts.types import Forward, Phase, Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latent_tts.random.draw import Draw
+    from latent_tts.random.draw import Draw, DropPlace
 
 
 class Sampler(Protocol):
@@ -76,6 +76,10 @@ class Sampler(Protocol):
     def factors(self, site: Site, layer: int, draw: Draw, forward: Forward) -> Tensor | None:
         """Factors (R, S, D) that multiply the output of a site in a forward pass; None for all ones."""
         del site, layer, draw, forward
+
+    def dropout(self, site: Site, layer: int, forward: Forward) -> DropPlace | None:
+        """What `factors` are if they are those of dropout: a GPU draws them where it multiplies; None otherwise."""
+        del site, layer, forward
 
     def token(self, logits_RV: Tensor, draw: Draw, step: int) -> Tensor:
         """Ids (R) of the next answer tokens; called only if `chooses_tokens`."""

@@ -17,7 +17,7 @@ from latent_tts.types import PHASES, Forward, Phase, Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latent_tts.random.draw import Draw
+    from latent_tts.random.draw import Draw, DropPlace
 
 SITES: dict[str, tuple[Site, ...]] = {
     "ffn": ("ffn",),
@@ -72,21 +72,28 @@ class Dropout(Sampler):
     def _threshold(self) -> int:
         return min(round(self.rate * 65536), 65535)
 
+    def dropout(self, site: Site, layer: int, forward: Forward) -> DropPlace | None:
+        """The place of a site; None where there is no dropout."""
+        if site not in SITES[self.site] or forward.phase not in self.random_phases:
+            return None
+        from latent_tts.random.draw import DropPlace
+
+        if self.mask == "locked":
+            return DropPlace(code_of(site, layer), 0, 1, self._threshold)
+        step = forward.step + (0 if forward.phase == "prompt" else 1)
+        return DropPlace(code_of(site, layer), step, forward.tokens, self._threshold)
+
     def factors(self, site: Site, layer: int, draw: Draw, forward: Forward) -> Tensor | None:
         """Factors (R, S, D): 0 with probability `rate`, else 1 / (1 - rate); None where there is no dropout."""
-        if site not in SITES[self.site] or forward.phase not in self.random_phases:
+        place = self.dropout(site, layer, forward)
+        if place is None:
             return None
         import torch
 
-        code, width = code_of(site, layer), draw.width
         draw.expect_layers(masked_codes(self.site, draw.blocks))
-        if self.mask == "locked":
-            kept = draw.keep(code, 0, 1, width, self._threshold)
-        else:
-            step = forward.step + (0 if forward.phase == "prompt" else 1)
-            kept = draw.keep(code, step, forward.tokens, width, self._threshold)
+        kept = draw.keep(place.layer, place.step, place.tokens, draw.width, place.threshold)
         # torch converts bytes to floats several times faster than booleans
-        return kept.view(torch.uint8).to(torch.float32).mul_(65536 / (65536 - self._threshold))
+        return kept.view(torch.uint8).to(torch.float32).mul_(place.scale)
 
 
 def code_of(site: Site, layer: int) -> int:

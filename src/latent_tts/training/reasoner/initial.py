@@ -54,14 +54,10 @@ def write_initial_checkpoint(make: Callable[[Path], None], folder: Path, recipe:
         recipe: recipe of the family.
         seed: seed of new weights.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    make(partial)
-    add_words(partial, recipe.words, seed)
-    recipe.add_own_tensors(partial, seed)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with files.whole_folder(folder) as partial:
+        make(partial)
+        add_words(partial, recipe.words, seed)
+        recipe.add_own_tensors(partial, seed)
 
 
 def copy_checkpoint(

@@ -494,8 +494,9 @@ def export_adapter(
     prompts_PL = torch.arange(PROBES * PROBE_TOKENS).reshape(PROBES, PROBE_TOKENS) * 7919 % vocabulary
     prompts_PL[:, -3:] = torch.tensor([vocabulary - 1, vocabulary - 2, vocabulary - 3])  # new tokens among them
     found = probe(module.lm.cpu(), prompts_PL, max(1, adapter.latents))
+    of_projector = ("projector", "projector_hidden_size") if any(name.startswith("projector.") for name in own) else ()
     config = {"latent_tts": trained_with} | {
-        name: adapter.config[name] for name in adapter.config if name.endswith("_token_id") or name in own_settings(own)
+        name: value for name, value in adapter.config.items() if name.endswith("_token_id") or name in of_projector
     }
     write_adapter(
         folder, base, adapter.folder / "tokenizer.json",
@@ -503,8 +504,3 @@ def export_adapter(
         plain_settings(module.adapted),
         {name: value.bfloat16() for name, value in own.items()}, found, config, "init",
     )  # fmt: skip
-
-
-def own_settings(own: dict[str, Tensor]) -> tuple[str, ...]:
-    """The keys of `config.json` that describe a family's own tensors."""
-    return ("projector", "projector_hidden_size") if any(name.startswith("projector.") for name in own) else ()

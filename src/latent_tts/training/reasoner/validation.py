@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,13 +132,9 @@ def keep_if_best(states: Path, weights: Mapping[str, Tensor], update: int, figur
     best = read_best(states)
     if best is not None and best["score"] >= score:
         return False
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(dict(weights), partial / files.WEIGHTS)
-    (partial / RECORD).write_text(json.dumps({"update": update, "score": score, "figures": figures}) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with files.whole_folder(folder) as partial:
+        save_file(dict(weights), partial / files.WEIGHTS)
+        (partial / RECORD).write_text(json.dumps({"update": update, "score": score, "figures": figures}) + "\n")
     return True
 
 

@@ -1,0 +1,95 @@
+"""The run's scorer over batches of latents."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from latent_tts.engine.cost import Rates, Shape
+from latent_tts.engine.packing import RolloutJob, row_bytes
+from latent_tts.engine.rates import measured_rates
+from latent_tts.engine.scoring import LatentScorer
+from latent_tts.pipeline.batch_columns import (
+    Columns,
+    begin_measuring,
+    least_columns,
+    measured_columns,
+    require_finite,
+)
+from latent_tts.pipeline.keys import score_key
+from latent_tts.pipeline.models import load_scorer_of
+from latent_tts.pipeline.spec import RunSpec
+from latent_tts.results.cache import MEASURED
+from latent_tts.results.files import settings_digest
+from latent_tts.results.parts import ragged
+
+log = logging.getLogger(__name__)
+
+
+class BatchScorer:
+    """The run's scorer, loaded when it is first needed, over batches of latents."""
+
+    def __init__(self, spec: RunSpec, device: str, rates: Rates | None = None) -> None:
+        assert spec.scorer is not None
+        self._spec, self._scorer, self._device = spec, spec.scorer, device
+        self.shape = Shape.from_config(spec.scorer.sizes)
+        self.rates = rates or measured_rates(self.shape.width, spec.engine.dtype, device)
+
+    @cached_property
+    def model(self) -> LatentScorer:
+        """The loaded model."""
+        return LatentScorer(load_scorer_of(self._spec))
+
+    @cached_property
+    def digest(self) -> str:
+        """What `cache.SCORED_BY` says of its scores."""
+        computation = self.model.model.computation
+        return settings_digest(score_key(self._scorer, self._spec.engine.dtype, self._spec.n, computation))
+
+    def score(self, batch: Sequence[RolloutJob], latents_RTD: Tensor, steps_R: Tensor) -> Columns:
+        """The columns `cache.SCORE_FIELDS` of a batch, with its latents (zeros where a row has none).
+
+        Raises:
+            RunError: step scores are not finite.
+        """
+        scorer, steps = self.model, int(steps_R.max())
+        started = begin_measuring(scorer.device)
+        scores_RT = torch.zeros(len(latents_RTD), 0)  # of rows without latents
+        if steps:
+            offsets = [job.position_offset for job in batch]
+            scores_RT = scorer.score(
+                [job.prompt for job in batch],
+                latents_RTD[:, :steps],
+                steps_R=steps_R,
+                position_offset_Q=torch.tensor(offsets, device=scorer.device) if any(offsets) else None,
+            ).cpu()
+            beyond_RT = torch.arange(steps) >= steps_R[:, None]
+            finite_R = (scores_RT.isfinite() | beyond_RT).all(1)
+            require_finite("step scores", finite_R, batch, scorer.backbone.dtype, "scoring rollouts")
+        measured = measured_columns(started, scorer.device, len(latents_RTD))
+        prompts = [len(job.prompt) for job in batch]
+        least = self.shape.scoring_work(prompts, steps_R.numpy(), scorer.backbone.dtype.itemsize)
+        columns = {"step_scores": ragged(scores_RT.float().numpy(), steps_R.numpy())}
+        columns |= {name: measured[name] for name in MEASURED if name in measured}
+        return columns | least_columns(least, self.rates, len(latents_RTD))
+
+    def bytes_per_row(self, jobs: Sequence[RolloutJob]) -> int:
+        """Upper estimate of a row's bytes; a batch may hold one row per prompt."""
+        longest = max(len(job.prompt) for job in jobs)
+        number = self._spec.engine.bytes_per_number
+        return row_bytes(self.shape, longest, self._spec.adapter.latents, number, own_prompt=True)
+
+    def max_flops(self, job: RolloutJob) -> float:
+        """Operations of scoring a job."""
+        prompt, latents = len(job.prompt), self._spec.adapter.latents
+        return self.shape.prompt_flops(prompt) + len(job.rollouts) * self.shape.scoring_flops(prompt, latents)
+
+    def log_work(self, jobs: Sequence[RolloutJob]) -> None:
+        """Say how much there is to score, and what it takes."""
+        work = sum(map(self.max_flops, jobs))
+        count = sum(len(job.rollouts) for job in jobs)
+        log.info("%d rollouts to score with %s: at most %.3g GFLOP", count, self._scorer.name, work / 1e9)
