@@ -11,6 +11,8 @@ from refusal import check, check_refused
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from latent_tts.results.run_folder import read_rollouts
+
 
 def test_unknown_command(ltts):
     check(ltts("rum"), "rum", "run, ask, rescore")
@@ -391,6 +393,28 @@ def test_damaged_rollouts(own_copy):
     check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=[str(rollouts), "cannot be read"])
     rollouts.unlink()
     check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=[str(rollouts), "cannot be read"])
+
+
+def test_rollouts_with_damaged_metadata(own_copy):
+    rollouts = own_copy / "rollouts.parquet"
+    content = rollouts.read_bytes()
+    assert b'"numpy_type"' in content
+    rollouts.write_bytes(content.replace(b'"numpy_type"', b'"numpy_tipe"').replace(b'"name":', b'"nama":'))
+    check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=[str(rollouts)])
+
+
+@pytest.mark.parametrize("content", ["{", "[1]\n", "{}\n", 50_000 * "["])
+def test_answers_of_elsewhere_that_are_none(own_copy, content):
+    record = json.loads((own_copy / "run.json").read_text())
+    del record["files"]["answers.jsonl"]
+    (own_copy / "run.json").write_text(json.dumps(record))
+    (own_copy / "answers.jsonl").write_text(content)
+    check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=["answers.jsonl: cannot be read"])
+
+
+def test_a_record_nested_too_deep_ties_no_files_together(own_copy):
+    (own_copy / "run.json").write_text(50_000 * "[")
+    assert len(read_rollouts(own_copy))
 
 
 def test_training_refuses_bad_values(ltts, place, checkpoint):

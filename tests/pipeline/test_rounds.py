@@ -233,7 +233,7 @@ def test_a_calibration_on_other_rollouts_or_scores_is_refused(ltts, family):
     assert ltts("run", *family, *valid, "hydra.run.dir=valid").code == 0
     assert ltts("run", *family, "task.split=valid", "budget=adaptive", "hydra.run.dir=adaptive").code == 0
     line = ["run", *family, "budget=adaptive", "budget/rule=confidence"]
-    check_refused(*line, "budget.rule.calibration=adaptive", words=["its budget drew what it asked for"])
+    check_refused(*line, "budget.rule.calibration=adaptive", words=["its budget stopped questions early"])
     line.append("budget.rule.calibration=valid")
     for other, group in [
         ("model.latents=3", "model"), ("answer.temperature=0.5", "answer"), ("max_answer_tokens=3", "max_answer_tokens")

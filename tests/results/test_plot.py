@@ -1,6 +1,7 @@
 """Figures by their elements: panels, lines, colours, dashes, intervals, legend, axes, title."""
 
 import itertools
+import math
 import re
 from pathlib import Path
 
@@ -390,6 +391,12 @@ def test_bars_at_one_place_stand_side_by_side_on_every_axis():
     axis = figure_of(point, "diversity").axes[1]
     assert len(set(places_of_bars(axis))) == 4
     assert axis.get_xlim() == pytest.approx((0.064, 0.096))
+
+
+def test_bars_leave_most_of_a_short_axis_to_the_curves():
+    axis = figure_of(checkpoints(20, ns=(2, 4, 8))).axes[0]
+    low, high = axis.get_xlim()
+    assert math.log2(8 / 2) > 0.6 * math.log2(high / low)
 
 
 def test_bars_of_curves_that_end_at_different_n_stay_there():

@@ -46,7 +46,7 @@ def calibrate_on_run(
     if record["config"]["answer"].get("decode") == "winners":
         raise bad_value(KEY, folder, "its rollouts have no answers (answer.decode=winners)")
     if (folder / BUDGET).is_file():
-        raise bad_value(KEY, folder, "its budget drew what it asked for; calibrate on a run with all n rollouts")
+        raise bad_value(KEY, folder, "its budget stopped questions early; calibrate on a run with all n rollouts")
     groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
     for group in groups:
         if _settings(record["config"], group) != _settings(config, group):

@@ -23,7 +23,7 @@ from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, RunSpec, exit_ids
-from latent_tts.results.files import whole_file
+from latent_tts.results.files import settings_digest, whole_file
 from latent_tts.schedule import Schedule
 from latent_tts.scorer import Scorer
 from latent_tts.types import Computation, Reasoner, RewardModel
@@ -123,7 +123,8 @@ def _keep_proven(
 def write_computation(folder: Path, computation: Computation) -> None:
     """Write down, beside rollouts, how they were computed."""
     with whole_file(folder / COMPUTATION) as path:
-        path.write_text(json.dumps(asdict(computation), indent=1) + "\n")
+        said = asdict(computation)
+        path.write_text(json.dumps(said | {"digest": settings_digest(said)}, indent=1) + "\n")
 
 
 def described(computation: Computation) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from latent_tts.pipeline.spec import COMPUTATION, RunSpec
 from latent_tts.pipeline.tables import RunTables
 from latent_tts.pipeline.verification import VERIFICATION, Verification, write_verification
 from latent_tts.results import plot
+from latent_tts.results.files import set_aside, settings_digest
 from latent_tts.results.run_folder import (
     FIGURE,
     METRICS,
@@ -28,6 +30,9 @@ from latent_tts.results.run_folder import (
     write_run_json,
 )
 from latent_tts.results.timeline import TIMELINE, TIMELINE_FIGURE, describe_timeline, write_timeline
+from latent_tts.types import Computation
+
+log = logging.getLogger(__name__)
 
 
 def clear_run_folder(folder: Path) -> None:
@@ -109,14 +114,28 @@ def budget_summary(budget: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+def read_computation(folder: Path) -> Computation | None:
+    """How the rollouts of a cache entry were computed; None where that is not known. A damaged file is set aside."""
+    path = folder / COMPUTATION
+    try:
+        said = json.loads(path.read_text())
+        digest = said.pop("digest", None)  # earlier versions wrote none
+        if digest in (None, settings_digest(said)):
+            return Computation(said["attention"], said["logits"], said["reason"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    log.warning("%s is damaged: it is now %s", path, set_aside(path).name)
+    return None
+
+
 def _computation(folder: Path) -> dict[str, str]:
     """How the rollouts were computed: which attention, whose logits, and why not the usual ones."""
-    path = folder / COMPUTATION
-    if not path.is_file():
+    computation = read_computation(folder)
+    if computation is None:
         return {}
-    computation = json.loads(path.read_text())
-    why = {"computation_reason": computation["reason"]} if computation["reason"] else {}
-    return {"attention": computation["attention"], "logits": computation["logits"], **why}
+    return computation.way | ({"computation_reason": computation.reason} if computation.reason else {})
 
 
 def _where_drawn(rows: pd.DataFrame) -> dict[str, list[Any]]:

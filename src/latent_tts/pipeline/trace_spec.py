@@ -154,7 +154,7 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
 
     Raises:
         UsageError: a question is not in the run, it has fewer rollouts, or its checkpoint has changed.
-        RunError: its questions are not those of its task any more.
+        RunError: the questions of its task have changed since that run.
     """
     rescoring.check_weights(spec, source, record)
     questions = {question.id: question for question in spec.questions}

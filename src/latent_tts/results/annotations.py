@@ -368,7 +368,7 @@ class AnnotationFolder:
             record = json.loads(path.read_text())
             if not isinstance(record["settings"], dict):
                 raise ValueError("settings is not an object")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise bad_value(self._key, path, f"is not the record of annotations ({error})") from error
         if (found := record["settings"].get("format")) not in READABLE:
             raise bad_value(self._key, path, f"format {found}, this version reads {READABLE[0]} to {FORMAT}")

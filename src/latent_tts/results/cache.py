@@ -187,7 +187,7 @@ def known_to_fit(root: Path) -> dict[str, int]:
     """Estimated bytes of the largest batches that fit, by model, dtype and device, where larger ones did not."""
     try:
         found = json.loads((root / MEMORY_JSON).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     known = found.items() if isinstance(found, dict) else ()
     return {key: size for key, size in known if isinstance(size, int)}
@@ -234,7 +234,7 @@ def _entry(folder: Path) -> CacheEntry:
         with suppress(OSError, pa.ArrowException):  # damaged: what reads its rows says so
             rollouts += pq.read_metadata(path).num_rows
     key: Any = {}
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         key = json.loads((folder / KEY_JSON).read_text())
     sizes, times = [stat.st_size for _, stat in files], [stat.st_mtime for _, stat in files]
     return CacheEntry(folder, key if isinstance(key, dict) else {}, rollouts, sum(sizes), max(times))

@@ -89,8 +89,11 @@ class CompletedRun:
         if not path.is_file():
             return {}
         check_file(self.folder, ANSWERS)
-        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        return {line["id"]: line.get("gold") for line in lines}
+        try:
+            lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            return {line["id"]: line.get("gold") for line in lines}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UsageError(f"{path}: cannot be read ({error})") from error
 
     @property
     def has_gold(self) -> bool:

@@ -34,6 +34,7 @@ MAX_MODELS_TOGETHER = 2  # more models get a row of panels each
 MAX_LINES_TOGETHER = 8  # in one panel of accuracies; more get a panel per aggregator
 MAX_BANDS = 4  # in one panel; more intervals are bars at the curves' ends
 NEAR = 0.03  # of the x axis: bars so near to each other are drawn side by side
+OCTAVES = 6  # of an axis on which bars are as far apart as they get
 MIN_SWEPT = 3  # values of a parameter that make a sequential palette
 MAX_VALUES = 8  # of a sampler that are written at the points of a curve
 
@@ -352,7 +353,7 @@ def _draw_panel(
                 continue
             axis.plot(line["x"], line["value"], **style)
             if index == 0 and against == "diversity":
-                _write_values(axis, line, look)
+                _write_values(axis, line, look, below=labels.index(label) % 2 == 1)
             if index == 0 and not thin:
                 alpha = 0.15 if len(labels) <= 2 else 0.1
                 axis.fill_between(
@@ -376,20 +377,21 @@ def _draw_bars(axis: Axes, x: pd.Series, line: pd.DataFrame, style: Mapping[str,
     axis.errorbar(x, line["value"], reach, capsize=2, elinewidth=0.9, **style)
 
 
-def _write_values(axis: Axes, line: pd.DataFrame, look: Look) -> None:
-    """Write the sampler's value at the points of a curve, at the first and at every other one where there are many."""
+def _write_values(axis: Axes, line: pd.DataFrame, look: Look, *, below: bool) -> None:
+    """Write the sampler's value above or below the points of a curve; not at each where there are many."""
     step = math.ceil(len(line) / MAX_VALUES)
     for point in line.iloc[::step].itertuples():
         axis.annotate(
-            str(point.sampler_value), (point.x, point.value), (0, 5), textcoords="offset points",
-            ha="center", fontsize=7, color=look.color,
+            str(point.sampler_value), (point.x, point.value), (0, -5 if below else 5), textcoords="offset points",
+            ha="center", va="top" if below else "bottom", fontsize=7, color=look.color,
         )  # fmt: skip
 
 
 def _beside(x: pd.Series, place: float, count: int, *, part: pd.DataFrame, against: str) -> pd.Series:
-    """Where bars that share a place on the x axis are drawn: side by side, within an octave or a tenth of the axis."""
+    """Where bars that share a place on the x axis are drawn: side by side, within a seventh or a tenth of the axis."""
     if _is_logarithmic(part, against):
-        return x * 2 ** (place * min(0.12, 0.9 / count))
+        octaves = math.log2(part["x"].max() / part["x"].min()) or OCTAVES
+        return x * 2 ** (place * min(0.12, 0.9 / count) * min(1, octaves / OCTAVES))
     width = part["x"].max() - part["x"].min()
     return x + place * (width * min(0.012, 0.1 / count) or 2 * _margin(x.max()) * min(0.05, 0.5 / count))
 

@@ -88,6 +88,8 @@ METRIC_COLUMNS = [
     "questions",
     "format",
 ]
+# what a damaged table raises: its metadata may be damaged too
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
 FORMAT = 2  # of run folders and tables; those of 1 do not say which questions and weights they are of
 NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions", "format"]
 REQUIRED_COLUMNS = ["n", "drawn", "metric", "questions", "format"]  # have a value in every row
@@ -136,7 +138,7 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
         if table["correct"].null_count not in (0, len(table)):  # null in all rows without gold answers
             raise ValueError("column correct lacks a value")
         rollouts = table.to_pandas()
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise UsageError(f"{folder / ROLLOUTS}: cannot be read ({str(error).splitlines()[0]})") from error
     check_file(folder, ROLLOUTS)
     return rollouts
@@ -164,7 +166,7 @@ def read_budget(folder: Path) -> pd.DataFrame | None:
         return None
     try:
         budget = pd.read_parquet(folder / BUDGET, columns=BUDGET_COLUMNS)
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise UsageError(f"{folder / BUDGET}: cannot be read ({str(error).splitlines()[0]})") from error
     check_file(folder, BUDGET)
     return budget
@@ -357,7 +359,7 @@ def check_file(folder: Path, name: str) -> None:
     try:
         digest = json.loads((folder / RUN_JSON).read_text())["files"][name]
         wrong = file_digest(folder / name) != digest
-    except (OSError, ValueError, KeyError, TypeError):  # of format 1, or missing: what reads it says so
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # of format 1, or missing: what reads it says so
         return
     if wrong:
         raise UsageError(
