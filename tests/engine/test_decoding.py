@@ -139,7 +139,7 @@ def test_what_is_drawn_depends_neither_on_the_batch_nor_on_n():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["answer.temperature=-1"], ["answer.temperature=-1", "0 (no sampling) or more"]),
+        (["answer.temperature=-1"], ["answer.temperature=-1", "a finite number, 0 or more"]),
         (["answer.temperature=hot"], ["answer.temperature=hot", "float"]),
         (["answer.temperature=1", "answer.top_p=0"], ["answer.top_p=0", "(0, 1]"]),
         (["answer.top_p=0.9"], ["answer.top_p=0.9", "answer.temperature=0"]),

@@ -149,7 +149,7 @@ def test_keys_of_runs_without_it_are_those_of_before():
     spec: Any = SimpleNamespace(
         adapter=adapter,
         sampler=Greedy(),
-        config={"model": {"_target_": "m"}, "sampler": {}},
+        config={"model": {"_target_": "m"}, "sampler": {}, "search": {}},
         seed=0,
         max_answer_tokens=4,
         search=SimpleNamespace(survivors=None),
