@@ -395,6 +395,12 @@ def test_damaged_rollouts(own_copy):
     check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=[str(rollouts), "cannot be read"])
 
 
+def test_a_table_with_a_changed_figure_is_not_drawn(own_copy):
+    metrics = own_copy / "metrics.csv"
+    metrics.write_text(metrics.read_text().replace("0.", "1.", 1))
+    check_refused("plot", f"runs=[{own_copy}]", words=[str(metrics), "is damaged"])
+
+
 def test_rollouts_with_damaged_metadata(own_copy):
     rollouts = own_copy / "rollouts.parquet"
     content = rollouts.read_bytes()

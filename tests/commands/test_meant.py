@@ -97,6 +97,8 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
         ("run n=null", ["n: needs a value"]),
         ("run model.recommended=null", ["model.recommended: must be a mapping with rate"]),
         ("run model.trained_latents=3", ["model.trained_latents=3: must be a mapping"]),
+        ("run model.name={}", ["model.name={}: must be text"]),
+        ("run model.revision=[1]", ["model.revision=[1]: must be text"]),
         ("train-rm seed=-1", ["seed=-1: must be 0 or more"]),
         ("run =3", ["=3: not of the form key=value"]),
         ("collect ~nosuchuser/x", ["no home folder"]),

@@ -61,6 +61,10 @@ class CheckpointAdapter:
             raise bad_value(
                 "model.checkpoint", self.checkpoint, f"must be a folder or hub id: model={self.name} has no default"
             )
+        for key in ("name", "revision"):
+            value = getattr(self, key)
+            if not isinstance(value, str | int | float | None):
+                raise bad_value(f"model.{key}", value, "must be text, or null")
         for key in ("trained_latents", "recommended"):
             value = getattr(self, key)
             if not isinstance(value, Mapping | None):

@@ -13,6 +13,7 @@ from latent_tts.results import plot
 from latent_tts.results.run_folder import (
     METRICS,
     METRICS_OVER_SEEDS,
+    check_file,
     last_run,
     name_weights_once,
     read_metrics,
@@ -37,6 +38,9 @@ def main(cfg: DictConfig) -> None:
     formats = [cfg.format] if cfg.format else DEFAULT_FORMATS
     runs = [Path(path).expanduser() for path in cfg.runs] or [last_run()]
     tables = list(dict.fromkeys(table for path in runs for table in find_tables(path)))
+    for table in tables:
+        if table.name == METRICS:
+            check_file(table.parent, METRICS)
     if cfg.output is not None:
         frames = [read_metrics(table) for table in tables]
         if len(frames) > 1:
