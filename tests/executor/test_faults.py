@@ -1,4 +1,7 @@
-"""`executor=ray` under SIGKILL: of the command, of a worker, of Ray's node; the same line then gives equal tables."""
+"""`executor=ray` under SIGKILL: of the command, of Ray's node, of a worker.
+
+The same line then gives equal tables, and draws again no more than the shards in work and what was not yet written.
+"""
 
 import json
 import os
@@ -7,29 +10,86 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 
+from latent_tts.results.files import SECONDS_BETWEEN_PARTS
+from latent_tts.results.parts import part_files
 from latent_tts.results.run_folder import ROLLOUT_COLUMNS
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
 KILLS = int(os.environ.get("LTTS_KILLS", "20"))  # over the three victims
-SECONDS_TO_START, SECONDS_TO_SAY = 240, 30
-VICTIMS = ["driver", "worker", "node"]
+SECONDS_TO_START, SECONDS_TO_SAY, SECONDS_TO_WRITE = 600, 30, 5
+VICTIMS = ["driver", "node", "worker"]  # of one round; without a worker the command goes on to its end
+SHARDS = ["fixed", "measured"]  # in turns
+WORKERS, STARTS = 2, 3
 ROUNDED = ["answer_logprob", "answer_margin", "score"]
-QUESTIONS, ROLLOUTS = 1500, 16
+QUESTIONS, ROLLOUTS = 2000, 16
+# Python runs this before everything else, in Ray's workers too: each shard is written down as it begins and ends
+RECORDER = """
+import importlib.abc, importlib.util, json, os, sys, time
+
+class Recorder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "latent_tts.pipeline.drawer" or "SHARDS" not in os.environ:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (run(module), record(module.Drawer))
+        return spec
+
+def record(drawer):
+    compute, number = drawer.compute, 0
+    def say(**what):
+        log = os.open(os.environ["SHARDS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(log, (json.dumps(what | {"pid": os.getpid(), "time": time.monotonic()}) + "\\n").encode())
+        os.close(log)
+    def recorded(self, shard):
+        nonlocal number
+        number += 1
+        runs = [[job.row_key, job.rollouts[0], len(job.rollouts)] for job in shard.jobs]
+        say(shard=number, runs=runs)
+        parts = compute(self, shard)
+        say(shard=number, runs=None)
+        return parts
+    drawer.compute = recorded
+
+sys.meta_path.insert(0, Recorder())
+"""
+
+
+@dataclass
+class Drawn:
+    """A shard that a worker has begun.
+
+    Attributes:
+        places: the (row key, rollout) of its rollouts.
+        began, ended: seconds; None if it did not end.
+    """
+
+    places: set[tuple[str, int]]
+    began: float
+    ended: float | None = None
 
 
 @pytest.fixture
 def start(tmp_path, checkpoint):
     """Start `ltts run` in a folder of the test's own."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(RECORDER)
 
     def run(cache, *arguments):
         environment = os.environ | {
             "OMP_NUM_THREADS": "1", "LTTS_CACHE": str(tmp_path / cache), "XDG_CONFIG_HOME": str(tmp_path / "config"),
+            "PYTHONPATH": os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "SHARDS": str(tmp_path / f"{cache}.jsonl"),
         }  # fmt: skip
         line = [
             "run", "model=demo_coconut", f"model.checkpoint={checkpoint}", f"task.limit={QUESTIONS}", f"n={ROLLOUTS}",
@@ -54,52 +114,103 @@ def processes(driver, victim):
     return [each for each in family if each.name().startswith("ray::_Actor")]
 
 
-def wait_for_work(driver, folder, moments):
-    """Return at a random moment after the command has begun to draw."""
+def shards_of(log: Path, after: int) -> list[Drawn]:
+    """The shards that began in a log after its first lines; a worker that was left over may end one later."""
+    begun: dict[tuple[int, int], Drawn] = {}
+    for line in log.read_text().splitlines()[after:]:
+        said = json.loads(line)
+        key = said["pid"], said["shard"]
+        if said["runs"] is not None:
+            places = {(row, first + place) for row, first, count in said["runs"] for place in range(count)}
+            begun[key] = Drawn(places, said["time"])
+        elif key in begun:
+            begun[key].ended = said["time"]
+    return list(begun.values())
+
+
+def wait_for_work(driver, log, lines, moments):
+    """Return at a random moment after a worker has begun to draw."""
     until = time.monotonic() + SECONDS_TO_START
-    before = len(list(folder.rglob("*.parquet")))
     while driver.poll() is None and time.monotonic() < until:
-        if (
-            len(list(folder.rglob("*.parquet"))) > before
-            or "rollouts to draw" in folder.with_suffix(".txt").read_text()
-        ):
-            time.sleep(moments.uniform(0, 3))
+        if len(log.read_text().splitlines()) > lines:
+            time.sleep(moments.uniform(0, 10))
             return
         time.sleep(0.05)
+
+
+def kept_in(cache: Path) -> set[tuple[str, int]]:
+    """The rollouts in a cache."""
+    parts = [part for folder in cache.glob("*") for part in part_files(folder)]
+    tables = [pd.read_parquet(part, columns=["row_key", "rollout"]) for part in parts]
+    return {place for table in tables for place in table.itertuples(index=False, name=None)}
 
 
 def table(folder):
     return pd.read_parquet(folder / "rollouts.parquet")
 
 
+def kill_somewhen(command, victim, log, lines, moments):
+    """Kill a process of a kind while the command draws; says whether there was one to kill."""
+    wait_for_work(command, log, lines, moments)
+    found = processes(command, victim)[:1] if command.poll() is None else []
+    for process in found:
+        process.send_signal(signal.SIGKILL)
+    return bool(found)
+
+
+def surely_written(shards, stopped):
+    """The shards that ended so long before a command stopped that its writer has had the time to write them."""
+    longest = max(((shard.ended or stopped) - shard.began for shard in shards), default=0.0)
+    until = stopped - SECONDS_BETWEEN_PARTS - longest - SECONDS_TO_WRITE
+    return [shard for shard in shards if shard.ended is not None and shard.ended < until]
+
+
 def test_killed_again_and_again_the_same_line_gives_equal_tables(start, tmp_path):
     whole = start("whole")
     assert whole.wait() == 0, (tmp_path / "whole.txt").read_text()
-    moments, ended = random.Random(1), []
-    for kill in range(KILLS):
-        victim = VICTIMS[kill % len(VICTIMS)]
-        command = start("killed", "executor=ray", "executor.workers=2")
-        wait_for_work(command, tmp_path / "killed", moments)
-        if command.poll() is None:
-            for process in processes(command, victim)[:1]:
-                process.send_signal(signal.SIGKILL)
-        code, log = command.wait(), tmp_path / "killed.txt"
-        # the line comes from another process, after the command is gone
-        until = time.monotonic() + SECONDS_TO_SAY
-        while code != 0 and "re-run" not in log.read_text() and time.monotonic() < until:
-            time.sleep(0.05)
-        text = log.read_text()
-        assert "Traceback" not in text, text
-        if victim == "worker":
-            assert code == 0, text
-        elif code != 0:
-            assert "re-run" in text, text
-        ended.append(code)
-    last = start("killed", "executor=ray", "executor.workers=2")
-    assert last.wait() == 0, (tmp_path / "killed.txt").read_text()
-    one, other = table(tmp_path / "whole_run"), table(tmp_path / "killed_run")
-    exact = [name for name in ROLLOUT_COLUMNS if name not in ROUNDED]
-    pd.testing.assert_frame_equal(one[exact], other[exact])
-    pd.testing.assert_frame_equal(one, other, rtol=1e-3, atol=1e-4)
-    assert -signal.SIGKILL in ended
-    assert json.loads((tmp_path / "killed_run" / "run.json").read_text())["rollouts"]["total"] == QUESTIONS * ROLLOUTS
+    one = table(tmp_path / "whole_run")
+    moments, codes, checked = random.Random(1), [], 0
+    for first in range(0, KILLS, len(VICTIMS)):
+        name, shard = f"round{first}", SHARDS[first // len(VICTIMS) % len(SHARDS)]
+        folder, line = tmp_path / name, ["executor=ray", f"executor.workers={WORKERS}", f"executor.shard={shard}"]
+        log, text = folder.with_suffix(".jsonl"), folder.with_suffix(".txt")
+        log.touch()
+        computed = lost = largest = 0
+        for victim in [*VICTIMS[: KILLS - first], None]:
+            kept, lines = kept_in(folder), len(log.read_text().splitlines())
+            for _ in range(STARTS):
+                command = start(name, *line)
+                killed = victim is not None and kill_somewhen(command, victim, log, lines, moments)
+                code, stopped = command.wait(), time.monotonic()
+                if "Ray cannot be started" not in text.read_text():  # on a machine that is too busy
+                    break
+            # the line comes from another process, after the command is gone
+            while code != 0 and "re-run" not in text.read_text() and time.monotonic() < stopped + SECONDS_TO_SAY:
+                time.sleep(0.05)
+            said = text.read_text()
+            assert "Traceback" not in said, said
+            assert code == 0 or (killed and victim != "worker" and "re-run" in said), said
+            codes.append(code)
+
+            shards, now = shards_of(log, lines), kept_in(folder)
+            ended = [shard for shard in shards if shard.ended is not None]
+            assert not any(shard.places & kept for shard in shards), "what was kept is drawn again"
+            assert len(shards) - len(ended) <= (0 if not killed else 1 if victim == "worker" else WORKERS)
+            for shard in ended if code == 0 else surely_written(shards, stopped):
+                assert shard.places <= now, f"computed {stopped - shard.ended:.1f} s before the end, and lost"
+                checked += code != 0
+            computed += sum(len(shard.places) for shard in ended)
+            lost += sum(len(shard.places - now) for shard in ended)
+            largest = max([largest, *(len(shard.places) for shard in shards)])
+            if code == 0:
+                break
+        # a worker may be killed after the end of a shard and before its answer
+        assert 0 <= computed - lost - QUESTIONS * ROLLOUTS <= largest
+        other = table(tmp_path / f"{name}_run")
+        exact = [name for name in ROLLOUT_COLUMNS if name not in ROUNDED]
+        pd.testing.assert_frame_equal(one[exact], other[exact])
+        pd.testing.assert_frame_equal(one, other, rtol=1e-3, atol=1e-4)
+        run = json.loads((tmp_path / f"{name}_run" / "run.json").read_text())
+        assert run["rollouts"]["total"] == QUESTIONS * ROLLOUTS
+    assert -signal.SIGKILL in codes
+    assert checked > 0 or len(VICTIMS) > KILLS
