@@ -365,6 +365,12 @@ def test_a_damaged_metrics_table(own_copy, damage):
     changed = change(own_copy)
     if isinstance(changed, pd.DataFrame):
         changed.to_csv(own_copy / "metrics.csv", index=False)
+    *_, plot = commands_on(own_copy)
+    check_refused(*plot, words=[str(own_copy / "metrics.csv"), "is damaged"])
+    record = own_copy / "run.json"  # of a format without digests
+    record.write_text(
+        json.dumps({key: value for key, value in json.loads(record.read_text()).items() if key != "files"})
+    )
     for line in commands_on(own_copy):
         check_refused(*line, words=[str(own_copy), *words])
 
