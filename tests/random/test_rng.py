@@ -64,6 +64,16 @@ def test_normals_are_standard_normal():
     assert float(distance) * math.sqrt(count) < 1.63  # 99 % of the Kolmogorov distribution
 
 
+@pytest.mark.parametrize("ahead", [1 << 30, 100])
+def test_normals_of_several_steps_at_once_are_those_of_one_step(monkeypatch, ahead):
+    monkeypatch.setattr(rng, "NORMALS_AHEAD", ahead)
+    one, together = draws(rollouts=3), draws(rollouts=3)
+    together.steps = 5
+    for step, width in [(0, 10), (1, 10), (3, 10), (7, 10), (2, 6), (4, 10)]:
+        torch.testing.assert_close(together.normal(step, width), one.normal(step, width), rtol=0, atol=1e-6)
+    assert together.rows(slice(2)).steps == 0
+
+
 def test_normals_are_float32_and_finite(normals):
     assert normals.dtype == torch.float32
     assert normals.isfinite().all()

@@ -254,12 +254,12 @@ def test_annotate_refuses_parallel_sweeps(place, checkpoint):
 
 
 def test_sweeps_draw_a_latents_noise_once(monkeypatch):
-    drawn, normal = [], Draw._normal
+    drawn, draw = [], Draw._draw
 
-    def counted(self, step, width):
-        drawn.append(step)
-        return normal(self, step, width)
+    def counted(self, steps, width):
+        drawn.extend(steps)
+        return draw(self, steps, width)
 
-    monkeypatch.setattr(Draw, "_normal", counted)
+    monkeypatch.setattr(Draw, "_draw", counted)
     roll(Engine(tiny.reasoner("gpt2"), plan(4, Jacobi(3))), tiny.prompts([5, 2]), range(2), NOISE)
     assert sorted(drawn) == [0, 1, 2, 3]

@@ -368,6 +368,7 @@ class RolloutState:
         )
         rows = unstarted_rows(engine, layout.rows)
         self = cls(engine, hooks, state, draw, step=0, own_last=layout.own_last, **rows)
+        draw.steps = engine.plan.latents
         self._run_prompts(prompts, keep_states=keep_states)
         return self
 

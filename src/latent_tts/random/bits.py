@@ -7,7 +7,7 @@ NumPy (everywhere else). With kernels, dropout's decisions are made where they a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
@@ -38,6 +38,16 @@ def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: 
 
         return triton_kernels.words(keys_R2, rollouts_R, blocks, place, stream)
     return words_by_operators(keys_R2, rollouts_R, blocks, place, stream)
+
+
+def words_of_places(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, places: Sequence[int], stream: int) -> Tensor:
+    """`words` of several places (P*R, 4, B), place by place."""
+    if len(places) == 1:
+        return words(keys_R2, rollouts_R, blocks, places[0], stream)
+    if has_kernels(rollouts_R.device):
+        return torch.cat([words(keys_R2, rollouts_R, blocks, place, stream) for place in places])
+    place_R1 = torch.tensor(places, device=rollouts_R.device).repeat_interleave(len(rollouts_R))[:, None]
+    return words_by_operators(keys_R2.repeat(len(places), 1), rollouts_R.repeat(len(places)), blocks, place_R1, stream)
 
 
 def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor) -> None:
@@ -79,8 +89,8 @@ def drop(
     return triton_kernels.drop(output_RSD, keys_R2, rollouts_R, place, stream, threshold, first)
 
 
-def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
-    """`words` by torch's operators."""
+def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int | Tensor, stream: int) -> Tensor:
+    """`words` by torch's operators; `place` may differ by row (R, 1)."""
     counter = torch.arange(blocks, device=rollouts_R.device), place, rollouts_R[:, None], stream
     return torch.stack(philox(counter, (keys_R2[:, :1], keys_R2[:, 1:])), dim=1)
 

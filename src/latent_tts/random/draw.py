@@ -19,6 +19,7 @@ from latent_tts.random.philox import Stream, key_of
 
 DECISIONS_PER_BLOCK = 8  # a Philox block is 128 bits, a dropout decision 16
 BLOCKS_AHEAD = {"cpu": 1 << 20, "cuda": 1 << 23}  # blocks drawn together for several places: 8 and 64 MiB of decisions
+NORMALS_AHEAD = 1 << 16  # drawn together for several steps; a few rows then wait for one draw, not for one per step
 MAX_STEP, MAX_LAYER = 1 << 16, 1 << 16
 
 
@@ -49,6 +50,7 @@ class Draw:
         donor_RTD: the latents of another question, for samplers with `needs_donor`; set by the engine.
         spread_RD: standard deviations that the model predicts for the current latent; set by the engine.
         keeps_normals: whether normals are kept, because they will be asked for again; set by the engine.
+        steps: how many steps will ask for normals, so that few rows draw them together; set by the engine.
     """
 
     def __init__(self, keys_R2: Tensor, rollouts_R: Tensor, width: int, blocks: int = 0) -> None:
@@ -57,6 +59,7 @@ class Draw:
         self.donor_RTD: Tensor | None = None
         self.spread_RD: Tensor | None = None
         self.keeps_normals = False
+        self.steps = 0
         self._normals: dict[tuple[int, int], Tensor] = {}
         self._layers: Sequence[int] = ()
         self._ahead: dict[tuple, Tensor] = {}
@@ -74,19 +77,23 @@ class Draw:
     def normal(self, step: int, width: int) -> Tensor:
         """Standard normals (R, width) in float32, by Box-Muller in float64, so that devices agree."""
         if (step, width) not in self._normals:
-            normal = self._normal(step, width)
-            if not self.keeps_normals:
-                return normal
-            self._normals[step, width] = normal
-        return self._normals[step, width]
+            together = range(step, max(step + 1, self.steps))
+            if len(together) * self.rollouts_R.shape[0] * width > NORMALS_AHEAD:
+                together = range(step, step + 1)
+            self._normals |= {
+                (each, width): found for each, found in zip(together, self._draw(together, width), strict=True)
+            }
+        return self._normals[step, width] if self.keeps_normals else self._normals.pop((step, width))
 
-    def _normal(self, step: int, width: int) -> Tensor:
-        place, stream = _place(0, step), int(Stream.LATENT_NOISE)
-        words = bits.words(self.keys_R2, self.rollouts_R, -(-width // 4), place, stream)
+    def _draw(self, steps: range, width: int) -> Sequence[Tensor]:
+        """Normals (R, width) of each step."""
+        places, stream = [_place(0, step) for step in steps], int(Stream.LATENT_NOISE)
+        words = bits.words_of_places(self.keys_R2, self.rollouts_R, -(-width // 4), places, stream)
         uniform = (words.flatten(1).to(torch.float64) + 0.5) * 2.0**-32
         radius, angle = uniform.chunk(2, dim=-1)
         radius, angle = torch.sqrt(-2.0 * torch.log(radius)), angle * (2.0 * math.pi)
-        return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[:, :width].to(torch.float32)
+        normal = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)[:, :width].to(torch.float32)
+        return normal.chunk(len(steps))
 
     def uniform(self, step: int) -> Tensor:
         """Uniform numbers (R) in [0, 1), in float64 with 52 random bits, to draw one token per row."""
