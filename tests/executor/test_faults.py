@@ -29,7 +29,7 @@ VICTIMS = ["driver", "node", "worker"]  # of one round; without a worker the com
 SHARDS = ["fixed", "measured"]  # in turns
 WORKERS, STARTS = 2, 3
 ROUNDED = ["answer_logprob", "answer_margin", "score"]
-QUESTIONS, ROLLOUTS = 2000, 16
+QUESTIONS, ROLLOUTS = 1200, 16
 # Python runs this before everything else, in Ray's workers too: each shard is written down as it begins and ends
 RECORDER = """
 import importlib.abc, importlib.util, json, os, sys, time
