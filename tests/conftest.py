@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 
 from latent_tts import cli
 
@@ -19,6 +20,8 @@ from latent_tts import cli
 def pytest_configure(config: pytest.Config) -> None:
     """Only tests marked `gpu` see a GPU: the others are to compute the same everywhere."""
     gc.disable()  # imports make many objects that stay
+    settings.register_profile("patient", deadline=None)  # a busy machine or a measurement of coverage would miss one
+    settings.load_profile("patient")
     chosen = config.getoption("markexpr")
     if chosen and "gpu" not in chosen.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
