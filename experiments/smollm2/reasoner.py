@@ -177,7 +177,7 @@ def try_batches(file: Path, folder: Path, device: str, seconds: float) -> list[T
     write_initial_checkpoint(lambda to: copy_checkpoint(source, to, *tokens), folder, recipe, 0)
     adapter = built("model", [f"model.checkpoint={folder}"])
     new_tokens = training.lacking_tokens(training.Start(file.name, source), recipe, adapter)
-    place = resolve_device(device)
+    place = torch.device(resolve_device("--device", device))
     module = training.ReasonerModule(recipe.objective(adapter), lora, new_tokens).to(place)
     optimizer = torch.optim.AdamW([parameter for _, parameter in trained_parameters(module)], lr=1e-5)
     questions = epochs(usable(task.questions(), task, step_results=False), seed=0)

@@ -436,7 +436,7 @@ def test_no_epochs_write_the_untrained_latent_rm(command, checkpoint, tmp_path):
     ("overrides", "words"),
     [
         (["valid_annotations=nosuch"], ["valid_annotations=nosuch", "no such folder"]),
-        (["init=zeros"], ["init=zeros", "reasoner, random"]),
+        (["init=zeros"], ["init=zeros", "reasoner or random"]),
         (["weights_dtype=int8"], ["weights_dtype=int8", "float32 or bfloat16"]),
         (["loss.name=mse"], ["loss.name=mse", "contrastive, bce, last_step"]),
         (["optimization.lr=0"], ["optimization.lr=0", "positive"]),

@@ -47,9 +47,13 @@ class Loader(ConfigLoaderImpl):
         key = (config_name, run_mode, JobRuntime().get("name"), version.getbase(), tuple(files), tuple(chosen))
         if key not in _composed:
             composed = compose(config_name, chosen, run_mode, *arguments, **more)
+            try:
+                content = pickle.dumps(composed)
+            except pickle.PicklingError:  # Hydra imports the plugins of launchers twice, so their classes are not found
+                return compose(config_name, overrides, run_mode, *arguments, **more)
             while len(_composed) >= MAX_COMPOSED:
                 _composed.pop(next(iter(_composed)))
-            _composed[key] = pickle.dumps(composed)
+            _composed[key] = content
         cfg = pickle.loads(_composed[key])  # five times as fast as a deep copy
         self._apply_overrides_to_config([each for each in parsed if each not in options], cfg)
         own = [each for each in parsed if not each.is_hydra_override()]
