@@ -144,25 +144,18 @@ def changed_keys(cfg: DictConfig, known: set[str]) -> dict[str, Any]:
 @lru_cache(maxsize=64)
 def _defaults(command: str, overrides: tuple[str, ...]) -> Mapping[str, Any]:
     """The values by key, from this package's files alone; the same for the jobs of a sweep: composing is slow."""
-    places = ConfigSearchPathImpl()
-    for provider, path in (
-        ("hydra", "pkg://hydra.conf"),
-        ("main", f"file://{conf_dir()}"),
-        ("schema", "structured://"),
-    ):
+    places, conf = ConfigSearchPathImpl(), conf_dir()
+    for provider, path in (("hydra", "pkg://hydra.conf"), ("main", f"file://{conf}"), ("schema", "structured://")):
         places.append(provider, path)
-    local = any("optional local" in entry for entry in defaults_of(command)) and option_names(
-        "local", [Path(conf_dir())]
-    )
+    local = any("optional local" in entry for entry in defaults_of(command)) and option_names("local", [Path(conf)])
     without_local = ["~local"] if local else []  # a clone's conf/local is the user's
     return _flat(compose(command, [*overrides, *without_local], ConfigLoaderImpl(places)))
 
 
 def compose(command: str, overrides: Sequence[str] = (), loader: ConfigLoader | None = None) -> DictConfig:
     """The config of a command under some overrides, open to changes; by default from all that Hydra was told."""
-    cfg = (loader or GlobalHydra.instance().config_loader()).load_configuration(
-        command, list(overrides), run_mode=RunMode.RUN
-    )
+    loader = loader or GlobalHydra.instance().config_loader()
+    cfg = loader.load_configuration(command, list(overrides), run_mode=RunMode.RUN)
     OmegaConf.set_struct(cfg, False)
     del cfg["hydra"]  # as in the config of a job
     return cfg
