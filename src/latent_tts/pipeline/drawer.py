@@ -30,7 +30,7 @@ from latent_tts.engine.device import (
 )
 from latent_tts.engine.diversity import DirectionSums
 from latent_tts.engine.draft import load_draft
-from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes
+from latent_tts.engine.packing import RolloutJob, batches, max_prompts, question_ids, require_finite, row_bytes
 from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import require
@@ -41,7 +41,6 @@ from latent_tts.pipeline.batch_columns import (
     begin_measuring,
     least_columns,
     measured_columns,
-    require_finite,
     score_table,
 )
 from latent_tts.pipeline.batch_scorer import BatchScorer
@@ -432,10 +431,11 @@ class Drawer:
             self.engine, batch, self._sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers
         )
         finite_R = rollouts.latents_RTD.flatten(1).isfinite().all(1)
-        require_finite("latents", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+        require_finite("latents", finite_R, question_ids(batch), self.engine.lm.dtype, "drawing rollouts")
         if answers:
             finite_R = rollouts.answer_logprob_R.isfinite()
-            require_finite("log-probabilities of answers", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+            what, ids = "log-probabilities of answers", question_ids(batch)
+            require_finite(what, finite_R, ids, self.engine.lm.dtype, "drawing rollouts")
         return rollouts
 
     def draw(self, batch: list[RolloutJob], shard: Shard) -> Part:
