@@ -78,7 +78,7 @@ class TokenBudget:
         needed = self.parts * sum(self.lengths(question))
         if needed > self.tokens:
             raise bad_value(
-                "optimization.batch_tokens", self.tokens, f"must be {needed} or more: question {question.id} with its "
+                "optimization.batch_tokens", self.tokens, f"must be {needed} or more: question {question.quoted} with its "
                 f"steps and latents has {needed // self.parts} tokens, and an update has {self.parts} micro-batches",
             )  # fmt: skip
 
