@@ -121,7 +121,7 @@ def test_runs_fit_a_terminal_of_80_columns(run):
     shutil.copytree(folder, of_sweep)
     shown = STYLE.sub("", on_terminal(lambda _: cli.main(["list", "runs"]), columns=80))
     head, *rows = [line for line in shown.splitlines() if line[:1] not in (" ", "─", "")][1:]
-    assert head.split() == ["folder", "model", "task", "sampler", "n"]
+    assert head.split() == ["folder", "model", "sampler", "n"]
     assert sorted(row.split()[0] for row in rows) == sorted([str(of_sweep), str(Path("outputs/run") / folder.name)])
     assert max(map(len, shown.splitlines())) <= 80
 
