@@ -181,8 +181,8 @@ def check_lengths(questions: Sequence[Question], adapter: CheckpointAdapter, lat
         needed = sum(token_lengths(question, adapter, latents))
         if needed > adapter.positions:
             raise UsageError(
-                f"question {question.quoted} with its steps has {needed} tokens, and the model takes {adapter.positions}\n"
-                "leave it out"
+                f"question {question.quoted} with its steps has {needed} tokens, and the model takes "
+                f"{adapter.positions}; leave it out"
             )
 
 
