@@ -8,7 +8,7 @@ from pathlib import Path
 
 from latent_tts.errors import UsageError
 from latent_tts.results import report
-from latent_tts.results.run_folder import METRICS, OUTPUT_FOLDERS, is_complete, read_metrics, run_folders
+from latent_tts.results.run_folder import OUTPUT_FOLDERS, is_complete, read_run_metrics, run_folders
 
 COLUMNS = ["folder", "model", "task", "sampler", "seed", "questions", "n", "age"]
 SPARE = {"seed": 1, "questions": 2}  # left out first where the terminal is too narrow
@@ -43,7 +43,7 @@ def _row(folder: Path, age: float) -> list[str]:
     if not is_complete(folder):
         return [str(folder), "incomplete", "", "", "", "", "", report.age(age)]
     try:
-        table = read_metrics(folder / METRICS)
+        table = read_run_metrics(folder)
     except UsageError:
         return [str(folder), "damaged", "", "", "", "", "", report.age(age)]
     first = table.iloc[0]
