@@ -111,8 +111,8 @@ BAD = {
         tiny_gguf.model(),
         more=lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(32, dtype=np.float32)),
     ),
-    "does not read llama.attention.key_length=8 llama.attention.value_length=8 llama.rope.dimension_count=4": lambda folder: (
-        tiny_gguf.write(folder / "model.gguf", tiny_gguf.model(), rotated=4)
+    "value_length=8 llama.rope.dimension_count=4": lambda folder: tiny_gguf.write(
+        folder / "model.gguf", tiny_gguf.model(), rotated=4
     ),
     "truncated or not GGUF": lambda folder: damaged(tiny_gguf.write(folder / "model.gguf", tiny_gguf.model())),
 }

@@ -152,8 +152,8 @@ def check(file: Path, key: str) -> None:
         if not (WEIGHTS_READ.fullmatch(name) or (biases and biases.fullmatch(name)))
     ]
     if dropped:
-        reason = f"transformers does not read {min(dropped)}, so this would be another model; name the folder of the original"
-        raise bad_value(key, f"{PREFIX}{file}", reason)
+        reason = f"transformers does not read {min(dropped)}, so this would be another model"
+        raise bad_value(key, f"{PREFIX}{file}", f"{reason}; name the folder of the original")
 
 
 def read_field(file: Path, name: str, key: str) -> Any:
