@@ -13,6 +13,7 @@ from tallies import tally_of
 from latent_tts.budget import Stop
 from latent_tts.budget import play as play_rounds
 from latent_tts.budget.adaptive import Adaptive
+from latent_tts.budget.rule.confidence import Calibration, Confidence
 from latent_tts.budget.rule.lockout import Lockout
 from latent_tts.budget.rule.posterior import Posterior
 from latent_tts.budget.shared import Shared, chance_of_new_best, chance_of_new_leader
@@ -87,8 +88,12 @@ def test_names_tell_settings_apart():
         Shared(100).label,
         Shared(200).label,
         Shared(100, "gflop").label,
+        Shared(1234567).label,
+        Shared(1234568).label,
+        Adaptive(Confidence("a", fitted=Calibration(0.9, 0.1, 1.0, -2.0, 1.0))).label,
+        Adaptive(Confidence("a", fitted=Calibration(0.9, 0.2, 1.0, -2.0, 1.0))).label,
     }
-    assert len(names) == 8
+    assert len(names) == 12
 
 
 @given(QUESTIONS, st.integers(1, 4), st.integers(1, 5), st.integers(0, 60))
