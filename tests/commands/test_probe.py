@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from refusal import check_refused
 
-from latent_tts.commands.probe import chosen_guesses
 from latent_tts.errors import UsageError
 from latent_tts.pipeline import probing
+from latent_tts.pipeline.probe_spec import chosen_guesses
 from latent_tts.pipeline.probing import Probe, label
 from latent_tts.schedule.speculative import Speculative
 

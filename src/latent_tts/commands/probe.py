@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 
 from latent_tts.config.build import build
 from latent_tts.config.requests import engine_settings
-from latent_tts.errors import UsageError, check_fields, require
+from latent_tts.errors import check_fields, require
 from latent_tts.model import ModelAdapter
+from latent_tts.pipeline.probe_spec import chunks_to_try, schedules_to_try
 from latent_tts.pipeline.spec import encode_prompts, found_draft, reserved_positions
 from latent_tts.results import report, statistics
 from latent_tts.results.dependency_figure import draw_dependencies
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from latent_tts.pipeline.probing import Probe
 
 QUESTIONS, DEPENDENCIES, FIGURE = "questions.csv", "dependencies.csv", "dependencies.png"
-GUESSES = ("token", "zero", "draft")
 
 
 def main(cfg: DictConfig) -> None:
@@ -44,16 +44,8 @@ def main(cfg: DictConfig) -> None:
     why = "must be a model without sweeps of its own, such as PCCoT has"
     require("model", adapter.name, adapter.own_schedule is None, why)
     adapter.check()
-    guesses = chosen_guesses(cfg.guesses, cfg.draft, adapter)
-    schedules = [
-        Speculative(None, float(tolerance), guess, cfg.draft if guess == "draft" else None, cfg.mixing)
-        for guess in guesses
-        for tolerance in cfg.tolerances
-    ]
-    half, quarter = adapter.latents // 2, adapter.latents // 4
-    chunks = [chunk for chunk in (half, quarter) if chunk > 1] if cfg.chunks is None else list(cfg.chunks)
-    for schedule in [*schedules, *(replace(schedules[0], chunk=chunk) for chunk in chunks)]:
-        schedule.check(adapter)
+    schedules = schedules_to_try(cfg.guesses, cfg.tolerances, cfg.draft, cfg.mixing, adapter)
+    chunks = chunks_to_try(cfg.chunks, schedules[0], adapter)
     draft = next((found_draft(schedule, adapter) for schedule in schedules if schedule.guess == "draft"), None)
     prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
     output = Path(cfg.output).expanduser()
@@ -79,31 +71,6 @@ def main(cfg: DictConfig) -> None:
             path.write_text(plan.text)
     show(found, adapter.name, cfg.threshold)
     print(output / QUESTIONS)
-
-
-def chosen_guesses(given: list[str] | None, draft: str | None, adapter: ModelAdapter) -> list[str]:
-    """The guesses to try: those given, or all that the model has a token or a draft head for.
-
-    Raises:
-        UsageError: they are none of a probe's, or a draft head is given for no guess.
-    """
-    if given is None:
-        return [*(["token"] if has_latent_token(adapter) else []), "zero", *(["draft"] if draft else [])]
-    for guess in given:
-        why = f"must be of {', '.join(GUESSES)}: a probe has no sibling rollouts"
-        require("guesses", f"[{','.join(given)}]", guess in GUESSES, why)
-    require("guesses", "[]", len(given) > 0, f"must be a list of {', '.join(GUESSES)}")
-    require("draft", draft, draft is None or "draft" in given, "must be null where draft is none of guesses")
-    return list(dict.fromkeys(given))
-
-
-def has_latent_token(adapter: ModelAdapter) -> bool:
-    """Whether the tokenizer has the placeholder of a latent."""
-    try:
-        _ = adapter.latent_id
-    except UsageError:
-        return False
-    return True
 
 
 def show(found: Probe, model: str, threshold: float) -> None:
