@@ -150,8 +150,9 @@ def test_what_fits_is_remembered_for_the_memory_of_the_worker_that_said_it(monke
     monkeypatch.setattr(Stage, "computations", None)
     stage = Stage.__new__(Stage)
     stage.spec = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-        executor=SimpleNamespace(in_process=False, fixed=False), budget=SimpleNamespace(adaptive=False), cache=tmp_path
-    )
+        executor=SimpleNamespace(in_process=False, fixed=False), budget=SimpleNamespace(adaptive=False), cache=tmp_path,
+        search=SimpleNamespace(guided=False), adapter=SimpleNamespace(latents=6),
+    )  # fmt: skip
     stage.workers = [SimpleNamespace(memory=name, rows=8, device="cpu") for name in ("large", "small")]  # pyright: ignore
     stage._pool, stage.timeline = None, []  # pyright: ignore[reportAttributeAccessIssue]
     bar = SimpleNamespace(advance=lambda rows: None)

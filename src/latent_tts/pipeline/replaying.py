@@ -20,8 +20,8 @@ from latent_tts.pipeline.tables import RunTables, answer_lines, run_columns
 from latent_tts.results.cache import MEASURED
 from latent_tts.results.metrics import metric_rows
 from latent_tts.results.run_folder import (
-    BUDGET,
     METRICS,
+    read_budget,
     read_rollouts,
     write_answers,
     write_budget,
@@ -39,7 +39,7 @@ def read_record(source: Path) -> dict[str, Any]:
         UsageError: there is none, it is damaged, or its questions have unequally many rollouts.
     """
     record = rescoring.read_record(source)
-    if (source / BUDGET).is_file():
+    if read_budget(source) is not None:
         raise bad_value(
             "run",
             source,

@@ -78,8 +78,9 @@ class TokenBudget:
         needed = self.parts * sum(self.lengths(question))
         if needed > self.tokens:
             raise bad_value(
-                "optimization.batch_tokens", self.tokens, f"must be {needed} or more: question {question.id} with its "
-                f"steps and latents has {needed // self.parts} tokens, and an update has {self.parts} micro-batches",
+                "optimization.batch_tokens", self.tokens, f"must be {needed} or more: question {question.quoted} with "
+                f"its steps and latents has {needed // self.parts} tokens, and an update has {self.parts} "
+                "micro-batches",
             )  # fmt: skip
 
     def _cut(self, pool: list[Question], *, longest_first: bool) -> tuple[list[list[Question]], list[Question]]:
