@@ -122,7 +122,7 @@ class RunRequest:
     schedule: Schedule
     search: Search
     budget: Budget
-    scorer: Scorer | NoScorer | None
+    scorer: Scorer | NoScorer
     aggregators: list[Aggregator]
     answers: AnswerSampling
     decode: str
@@ -158,7 +158,7 @@ class RunSpec(RunRequest):
         counts: rollouts of each of `questions`; None if each has as many.
     """
 
-    scorer: Scorer | None
+    scorer: Scorer | None  # pyright: ignore[reportIncompatibleVariableOverride]
     draft: DraftFile | None
     planned: dict[str, Any]
     planned_on: str | None
@@ -187,6 +187,11 @@ class RunSpec(RunRequest):
     def longest_sequence(self) -> int:
         """Tokens and latents of the longest sequence that the model may run."""
         return max(map(len, self.prompts.values())) + reserved_positions(self.adapter, self.max_answer_tokens)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the scorer decides which rollouts the run has."""
+        return self.search.survivors is not None
 
     @property
     def kept(self) -> int:
@@ -370,7 +375,6 @@ def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
         UsageError: the user chose a scorer that cannot score these rollouts.
     """
     scorer, adapter, sampler, config = request.scorer, request.adapter, request.sampler, request.config
-    assert scorer is not None
     if isinstance(scorer, NoScorer) and "scorer.checkpoint" in request.chosen:
         given = config["scorer"].get("checkpoint")
         raise bad_value("scorer.checkpoint", given, f"{scorer.reason}; is scorer=latent_rm meant?")
@@ -434,9 +438,10 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     Raises:
         UsageError: it does not.
     """
-    search, decode = request.search, request.decode
+    search, decode, guided = request.search, request.decode, request.search.survivors is not None
+    require("search", search.name, scorer is not None or not guided, "needs a scorer, as in scorer=latent_rm")
     search.check(request.n, request.sampler, scorer)
-    if search.survivors is None:
+    if not guided:
         return
     require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
     allowed = f"must be null: search={search.name} grows rollouts of equally many latents"

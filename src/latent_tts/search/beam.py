@@ -49,7 +49,6 @@ class Beam:
     diverse: bool
 
     name: ClassVar[str] = "beam"
-    guided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(
@@ -70,12 +69,10 @@ class Beam:
         """Check that the search works with n, the sampler and the scorer.
 
         Raises:
-            UsageError: there is no scorer or it needs answers, n is not beams * candidates, or the sampler gives all
-                continuations of a prefix the same latents.
+            UsageError: the scorer needs answers, n is not beams * candidates, or the sampler gives all continuations of
+                a prefix the same latents.
         """
-        if scorer is None:
-            raise bad_value("search", self.name, "needs a scorer, as in scorer=latent_rm")
-        if scorer.positions != "correct":
+        if scorer is not None and scorer.positions != "correct":
             raise bad_value(
                 "scorer.positions", scorer.positions, "must be correct: search=beam scores before there are answers"
             )
