@@ -36,7 +36,6 @@ from latent_tts.errors import RunError, UsageError, bad_value, require
 from latent_tts.results.files import (
     bytes_digest,
     digest_in_name,
-    digest_named_file,
     file_digest,
     set_aside,
     settings_digest,
@@ -197,7 +196,7 @@ class AnnotationFolder:
             save_file(tensors, partial, metadata={"settings": settings_digest(self.settings)})
         digest = file_digest(shard)
         part = pa.Table.from_pylist([row | {"digest": digest} for row in rows], schema=PART_SCHEMA)
-        with digest_named_file(self.path, shard.stem, ".parquet") as partial:
+        with whole_file(shard.with_suffix(".parquet"), add_digest=True) as partial:
             pq.write_table(part, partial.absolute())
 
     def finish(self) -> dict[str, int]:
