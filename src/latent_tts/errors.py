@@ -59,8 +59,7 @@ def bad_value(key: str, value: object, allowed: str) -> UsageError:
 
 def require(key: str, value: object, ok: bool, allowed: str) -> None:
     """Raise `bad_value` unless a config value is allowed."""
-    if not ok:
-        raise bad_value(key, value, allowed)
+    require(key, value, bool(ok), allowed)
 
 
 def unknown_key(key: str, known: Iterable[str]) -> UsageError:

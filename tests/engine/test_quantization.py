@@ -152,6 +152,7 @@ def test_keys_of_runs_without_it_are_those_of_before():
         config={"model": {"_target_": "m"}, "sampler": {}, "search": {}},
         seed=0,
         max_answer_tokens=4,
+        search=None,
         guided=False,
         schedule=SimpleNamespace(key="sequential"),
         draft=None,

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import UsageError, require
 from latent_tts.results.files import file_digest, plain_cells, spreadsheet_cells, whole_file
 from latent_tts.results.parts import runs_of
 from latent_tts.types import Float32
@@ -408,8 +408,7 @@ def run_folders(path: Path, key: str = "runs") -> list[Path]:
     """
     require(key, path, path.is_dir(), "no such folder")
     found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir()]
-    if not found:
-        raise bad_value(key, path, "neither a run folder nor a folder of runs")
+    require(key, path, bool(found), "neither a run folder nor a folder of runs")
     return sorted(found, key=lambda folder: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in folder.parts])
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, check_fields
+from latent_tts.errors import bad_value, check_fields, require
 from latent_tts.random.philox import Stream, key_of, philox
 
 if TYPE_CHECKING:
@@ -82,15 +82,19 @@ class Beam:
                 sampler.name,
                 "must make the continuations of a beam differ: gaussian, or dropout with thoughts in sampler.where",
             )
-        if getattr(sampler, "mask", "fresh") != "fresh":
-            raise bad_value(
-                "sampler.mask", "locked", "must be fresh: with locked masks all continuations of a beam are the same"
-            )
+        require(
+            "sampler.mask",
+            "locked",
+            getattr(sampler, "mask", "fresh") == "fresh",
+            "must be fresh: with locked masks all continuations of a beam are the same",
+        )
         product = self.beams * self.candidates
-        if product != n:
-            raise bad_value(
-                "n", n, f"must be search.beams * search.candidates = {self.beams} * {self.candidates} = {product}"
-            )
+        require(
+            "n",
+            n,
+            product == n,
+            f"must be search.beams * search.candidates = {self.beams} * {self.candidates} = {product}",
+        )
 
     def roll(
         self,
