@@ -5,7 +5,7 @@ QUESTIONS ?= 1000
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-slow coverage lint format type golden wheel-smoke plots reasoner reasoner-cot reasoner-codi
-.PHONY: reasoner-colar reasoner-pccot parallel-in-time latent-rm smollm2 reasoner-smollm2 bench clean
+.PHONY: reasoner-colar reasoner-pccot reasoner-pccot24 parallel-in-time latent-rm smollm2 reasoner-smollm2 bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
@@ -79,11 +79,14 @@ reasoner-codi: .venv/.installed ## retrain the built-in CODI reasoner (from the 
 		recipe.written_updates=0 recipe.stage_updates=[] recipe.final_updates=150 \
 		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=150
 
-reasoner-pccot: .venv/.installed ## retrain the built-in PCCoT reasoner (from the built-in COCONUT one)
-	$(BIN)/ltts train-reasoner init=shipped:coconut_arith model=pccot output=outputs/pccot_arith \
-		model.latents=6 model.sweeps=3 model.answer_prompt="''" recipe.projection=false \
+PCCOT := $(BIN)/ltts train-reasoner init=shipped:coconut_arith model=pccot model.answer_prompt="''" recipe.projection=false \
 		recipe.written_updates=0 recipe.stage_updates=[] recipe.final_updates=400 \
 		optimization.lr=1e-3 optimization.warmup=10 optimization.cosine_updates=400
+reasoner-pccot: .venv/.installed ## retrain the built-in PCCoT reasoner (from the built-in COCONUT one)
+	$(PCCOT) model.latents=6 model.sweeps=3 output=outputs/pccot_arith
+
+reasoner-pccot24: .venv/.installed ## retrain the built-in PCCoT reasoner with 24 latents (from the built-in COCONUT one)
+	$(PCCOT) model.latents=24 model.sweeps=4 model.known_first=true output=outputs/pccot24_arith
 
 COLAR := $(BIN)/ltts train-reasoner model=colar model.latents=12 model.thinking_speed=4 recipe.written_updates=0
 reasoner-colar: $(WRITTEN) ## retrain the built-in CoLaR reasoner (in three parts; its model card says why)

@@ -7,11 +7,10 @@ import pandas as pd
 import pytest
 import torch
 from marks import slow
+from records import sign, write_old_record
 from refusal import check, check_refused
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-
-from latent_tts.results.run_folder import read_rollouts
 
 
 def test_unknown_command(ltts):
@@ -367,10 +366,7 @@ def test_a_damaged_metrics_table(own_copy, damage):
         changed.to_csv(own_copy / "metrics.csv", index=False)
     *_, plot = commands_on(own_copy)
     check_refused(*plot, words=[str(own_copy / "metrics.csv"), "is damaged"])
-    record = own_copy / "run.json"  # of a format without digests
-    record.write_text(
-        json.dumps({key: value for key, value in json.loads(record.read_text()).items() if key != "files"})
-    )
+    write_old_record(own_copy, "files")
     for line in commands_on(own_copy):
         check_refused(*line, words=[str(own_copy), *words])
 
@@ -417,16 +413,41 @@ def test_rollouts_with_damaged_metadata(own_copy):
 
 @pytest.mark.parametrize("content", ["{", "[1]\n", "{}\n", 50_000 * "["])
 def test_answers_of_elsewhere_that_are_none(own_copy, content):
-    record = json.loads((own_copy / "run.json").read_text())
-    del record["files"]["answers.jsonl"]
-    (own_copy / "run.json").write_text(json.dumps(record))
     (own_copy / "answers.jsonl").write_text(content)
+    sign(own_copy, "answers.jsonl")
     check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=["answers.jsonl: cannot be read"])
 
 
-def test_a_record_nested_too_deep_ties_no_files_together(own_copy):
-    (own_copy / "run.json").write_text(50_000 * "[")
-    assert len(read_rollouts(own_copy))
+@pytest.mark.parametrize("name", ["rollouts.parquet", "metrics.csv", "answers.jsonl"])
+def test_a_table_that_is_missing(own_copy, name):
+    (own_copy / name).unlink()
+    check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=[str(own_copy / name)])
+    if name == "metrics.csv":
+        check_refused("collect", f"runs=[{own_copy}]", words=[str(own_copy / name), "is missing"])
+
+
+def test_a_record_with_a_changed_byte_is_refused_by_every_command(own_copy, ltts):
+    record = own_copy / "run.json"
+    record.write_text(record.read_text().replace('"seed": 0', '"seed": 1', 1))
+    rescore = "rescore", f"run={own_copy}", "scorer=latent_rm", "scorer.checkpoint=any"
+    replay, trace = ("replay", f"run={own_copy}", "budget=adaptive"), ("trace", f"run={own_copy}")
+    for line in (*commands_on(own_copy), rescore, replay, trace):
+        check_refused(*line, words=[str(record), "is damaged", "draw that run again"])
+    assert "damaged" in ltts("list", "runs", own_copy).out
+
+
+def test_an_older_record_without_a_digest_is_read_with_a_word(own_copy, ltts):
+    write_old_record(own_copy, number=2)
+    compared = ltts("compare", own_copy, own_copy)
+    assert compared.code == 0, compared.err
+    assert compared.err.count("run.json: format 2 has no digest of the file") == 1
+
+
+def test_a_table_of_another_run_beside_those_of_a_run(own_copy):
+    pd.DataFrame({"question_id": ["0"]}).to_parquet(own_copy / "budget.parquet")
+    words = [str(own_copy / "budget.parquet"), "of another run"]
+    check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=words)
+    check_refused("replay", f"run={own_copy}", "budget=adaptive", words=words)
 
 
 def test_training_refuses_bad_values(ltts, place, checkpoint):

@@ -1,6 +1,5 @@
 """Data is never code: what a run folder or an annotation folder may name."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import yaml
 from annotated import adapter_of, write
 from omegaconf import OmegaConf
+from records import change_record
 from refusal import check, check_refused
 
 from latent_tts.config.recorded import literal
@@ -40,13 +40,6 @@ def finished(completed_with_latents, place, tmp_path, monkeypatch):
     return shutil.copytree(completed_with_latents, place / "outputs" / "run" / "finished")
 
 
-def rewrite(folder, change):
-    path = folder / "run.json"
-    record = json.loads(path.read_text())
-    change(record)
-    path.write_text(json.dumps(record))
-
-
 def compare_refused(folder, *words):
     check_refused("compare", f"a={folder}", f"b={folder}", words=[*words])
     assert not Path("pwned").exists()
@@ -60,7 +53,7 @@ def refused(result, *words):
 @pytest.mark.every_other
 @pytest.mark.parametrize("node", STRANGERS, ids=lambda node: str(node)[:50])
 def test_an_aggregator_of_a_run_folder_is_one_of_the_group(finished, node):
-    rewrite(finished, lambda record: record["aggregators"].update(majority=node))
+    change_record(finished, lambda record: record["aggregators"].update(majority=node))
     compare_refused(finished, "aggregator")
 
 
@@ -74,7 +67,7 @@ def test_no_value_of_an_option_is_code_either(finished, key):
         "_args_": ["pwned", "w"],
         "_partial_": True,
     }
-    rewrite(finished, lambda record: record["aggregators"]["majority"].update({key: values[key]}))
+    change_record(finished, lambda record: record["aggregators"]["majority"].update({key: values[key]}))
     words = ["builtins.open", "--config-dir=DIR"] if key in ("nested", "list", "hydra") else [key, "no option has"]
     compare_refused(finished, *words)
 
@@ -82,14 +75,14 @@ def test_no_value_of_an_option_is_code_either(finished, key):
 @pytest.mark.parametrize("group", ["model", "task", "sampler", "schedule", "search", "budget"])
 def test_rescoring_builds_only_known_options(finished, group):
     stranger = {"_target_": "builtins.open", "file": "pwned", "mode": "w"}
-    rewrite(finished, lambda record: record["config"].update({group: stranger}))
+    change_record(finished, lambda record: record["config"].update({group: stranger}))
     check_refused("rescore", f"run={finished}", "scorer=latent_rm", words=[group, "builtins.open"])
     assert not Path("pwned").exists()
 
 
 def test_seeds_and_collected_tables_build_only_known_options(ltts, run, finished):
     other = run("scorer=none", "seed=1").last.parent
-    rewrite(other, lambda record: record["aggregators"].update(majority=STRANGERS[0]))
+    change_record(other, lambda record: record["aggregators"].update(majority=STRANGERS[0]))
     refused(ltts("collect", "outputs/run"), "distutils.spawn.spawn")
 
 
@@ -98,7 +91,7 @@ def test_a_config_of_the_users_allows_a_class_of_its_own(ltts, finished, tmp_pat
         "from latent_tts.aggregator.majority import Majority\nclass Mine(Majority):\n    name = 'mine'\n"
     )
     node = {"_target_": "mine.Mine"}
-    rewrite(finished, lambda record: record["aggregators"].update(mine=node))
+    change_record(finished, lambda record: record["aggregators"].update(mine=node))
     refused(ltts("compare", finished, finished), "mine.Mine", "--config-dir=DIR")
     (tmp_path / "own" / "aggregator").mkdir(parents=True)
     (tmp_path / "own" / "aggregator" / "mine.yaml").write_text(yaml.safe_dump(node))
@@ -131,7 +124,7 @@ def test_annotations_name_only_known_options(ltts, checkpoint, tmp_path):
 @pytest.mark.parametrize("command", ["rescore", "replay"])
 def test_an_interpolation_in_a_folder_is_refused_and_reads_nothing(finished, ltts, monkeypatch, command):
     monkeypatch.setenv("SECRET", "hunter2")
-    rewrite(finished, lambda record: record["config"]["model"].update(name="${oc.env:SECRET}"))
+    change_record(finished, lambda record: record["config"]["model"].update(name="${oc.env:SECRET}"))
     options = ["scorer=latent_rm"] if command == "rescore" else ["budget=adaptive"]
     result = ltts(command, finished, *options)
     refused(result, "model: the folder names '${oc.env:SECRET}'", "no interpolations")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from latent_tts.errors import RunError
 from latent_tts.executor import Finished
-from latent_tts.pipeline.dispatch import MAX_SECONDS, MIN_SECONDS, ShardQueue, Unit, results_of
+from latent_tts.pipeline.dispatch import MAX_SECONDS, MIN_SECONDS, TOO_LARGE, ShardQueue, Unit, results_of
 
 
 class Machines:
@@ -48,10 +48,48 @@ def compute(speeds, costs, first_rows=4, keys=None, die=None):
     units = [Unit(number, cost, 1, (keys or {}).get(number, frozenset())) for number, cost in enumerate(costs)]
     machines, timeline = Machines(speeds, costs, die), []
     results = list(results_of(
-        machines, ShardQueue(units, len(speeds), first_rows), lambda content: content, timeline,
+        machines, ShardQueue(units, len(speeds), first_rows), lambda contents, early: contents, timeline,
         clock=lambda: machines.now,
     ))  # fmt: skip
     return machines, timeline, results
+
+
+class Questions(Machines):
+    """The same for contents (question, range of rollouts), of which one costs `costs[question]`."""
+
+    def submit(self, worker, shard):
+        contents, early = shard
+        for question, rollouts in contents:
+            elsewhere = [range_ for others, _ in self.running.values() for own, range_ in others if own == question]
+            before = any(other.start < rollouts.start for other in elsewhere)
+            assert (question in early) == before or any(
+                own == question and other.start < rollouts.start for own, other in contents
+            )
+        self.running[worker] = shard
+        seconds = sum(self._costs[question] * len(rollouts) for question, rollouts in contents) / self._speeds[worker]
+        heapq.heappush(self._ends, (self.now + seconds, worker, seconds))
+
+
+def cut(content, rows):
+    question, rollouts = content
+    return (question, rollouts[:rows]), (question, rollouts[rows:])
+
+
+def compute_questions(speeds, questions, first_rows=4, die=None, divisible=True):
+    """Draw rollouts of questions, each with a number and a cost of one."""
+    units = [
+        Unit((str(question), range(count)), cost * count, count, frozenset([str(question)]), divisible)
+        for question, (count, cost) in enumerate(questions)
+    ]
+    costs = {str(question): cost for question, (_, cost) in enumerate(questions)}
+    machines, timeline = Questions(speeds, costs, die), []
+    queue = ShardQueue(units, len(speeds), first_rows, cut)
+    contents = [
+        content
+        for shard, _ in results_of(machines, queue, lambda *shard: shard, timeline, clock=lambda: machines.now)
+        for content in shard
+    ]
+    return contents, timeline
 
 
 def ends(timeline):
@@ -85,6 +123,42 @@ def test_of_two_workers_one_is_three_times_slower_and_both_end_within_one_small_
     assert work[0] / work[1] == pytest.approx(3, rel=0.05)
 
 
+@pytest.mark.parametrize("questions", [[(2000, 0.2)], [(700, 0.3)] * 3])
+def test_few_questions_are_divided_and_a_slow_worker_ends_within_one_small_shard_of_a_quick_one(questions):
+    _, timeline = compute_questions([3.0, 1.0], questions, first_rows=64)
+    first, last = sorted(ends(timeline).values())
+    assert last - first <= TOO_LARGE * MIN_SECONDS + 0.3  # a rollout takes the slower worker so long
+    work = {worker: sum(span.rows for span in timeline if span.worker == worker) for worker in (0, 1)}
+    assert work[0] / work[1] == pytest.approx(3, rel=0.05)
+    for worker in range(2):
+        own = sorted((span.started, span.ended) for span in timeline if span.worker == worker)
+        assert own[0][0] == 0
+        assert all(after[0] == before[1] for before, after in itertools.pairwise(own))
+    assert len(timeline) < 60
+
+
+@given(
+    st.lists(st.floats(0.1, 10), min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 10)), min_size=1, max_size=5),
+    st.integers(1, 10),
+    st.dictionaries(st.integers(1, 4), st.integers(0, 3)),
+)
+def test_each_rollout_of_divided_questions_is_drawn_once_whoever_dies(speeds, questions, first_rows, die):
+    contents, _ = compute_questions(speeds, questions, first_rows, die)  # worker 0 lives
+    drawn = sorted((question, number) for question, rollouts in contents for number in rollouts)
+    assert drawn == sorted(
+        (str(place), number) for place, (count, _) in enumerate(questions) for number in range(count)
+    )
+
+
+def test_a_question_is_divided_among_workers_only_where_there_is_no_other():
+    contents, _ = compute_questions([1.0, 1.0], [(1000, 1.0)] * 4, first_rows=100)
+    begun = [next(place for place, content in enumerate(contents) if content[0] == str(each)) for each in range(4)]
+    assert sorted(begun)[1] == 1  # the second worker begins with another question
+    whole, _ = compute_questions([1.0, 1.0], [(1000, 1.0)] * 4, first_rows=100, divisible=False)
+    assert [len(rollouts) for _, rollouts in whole] == [1000] * 4
+
+
 def test_a_worker_that_becomes_slow_gets_less():
     class Slowing(Machines):
         def submit(self, worker, shard):
@@ -93,7 +167,7 @@ def test_a_worker_that_becomes_slow_gets_less():
 
     machines, timeline = Slowing([9.0, 9.0], [1.0] * 20000), []
     queue = ShardQueue([Unit(number, 1.0, 1) for number in range(20000)], 2, 4)
-    list(results_of(machines, queue, list, timeline, clock=lambda: machines.now))
+    list(results_of(machines, queue, lambda contents, early: contents, timeline, clock=lambda: machines.now))
     first, last = sorted(ends(timeline).values())
     assert last - first <= MIN_SECONDS + 1
 

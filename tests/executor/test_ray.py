@@ -149,11 +149,11 @@ def test_a_lost_workers_shard_goes_to_another_and_without_workers_one_line_says_
     pool = RayPool([FakeActor(0), FakeActor(1)], "work")
     units = [Unit(number, 1.0, 1) for number in range(20)]
     timeline = []
-    results = [part for _, part in results_of(pool, ShardQueue(units, 2, 1), tuple, timeline)]
+    results = [part for _, part in results_of(pool, ShardQueue(units, 2, 1), lambda units, _: tuple(units), timeline)]
     assert sorted(unit for part in results for unit in part) == list(range(20))
     assert pool.workers == [0]
     assert [span.worker for span in timeline if not span.rows] == [1]
     assert "lost worker 1, 1 are left: The actor died unexpectedly." in caplog.text
     fake._dead.add(0)
     with pytest.raises(RunError, match=r"^no worker of executor=ray is left: The actor died unexpectedly\.$"):
-        list(results_of(pool, ShardQueue(units, 1, 1), tuple, timeline))
+        list(results_of(pool, ShardQueue(units, 1, 1), lambda units, _: tuple(units), timeline))

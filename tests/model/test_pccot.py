@@ -133,6 +133,13 @@ def test_other_numbers_than_those_of_training_are_warned_of(folder, caplog):
     assert f"trained with {K}" in caplog.text
 
 
+def test_what_is_not_recorded_is_not_warned_of(folder, tmp_path, caplog):
+    unknown = copy(folder, tmp_path)
+    edit(unknown, {}, sweeps=None)
+    adapter(unknown, sweeps=5, known_first=True).check()
+    assert not caplog.records
+
+
 # --- runs
 
 

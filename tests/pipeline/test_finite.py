@@ -16,6 +16,7 @@ from latent_tts.aggregator.likelihood import Likelihood
 from latent_tts.checkpoint.files import load_tokenizer
 from latent_tts.pipeline import models
 from latent_tts.results.run_folder import read_metrics
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Computation, RolloutArrays
 
@@ -62,6 +63,19 @@ def test_step_scores_that_are_not_finite_name_the_question(run, checkpoint, tmp_
     questions = pd.read_parquet(run().last.parent / "rollouts.parquet")["question_id"]
     assert "scoring rollouts failed: step scores of question" in told
     assert any(question in told for question in questions)
+
+
+@pytest.mark.parametrize("value", [np.nan, slow(np.inf)])
+def test_scores_of_a_scorer_that_are_not_finite_name_the_question(run, latent_rm, monkeypatch, value):
+    reduced = LatentRM.score_rollouts
+
+    def spoiled(self, step_scores):
+        return np.where(np.arange(len(step_scores)) == 5, value, reduced(self, step_scores))
+
+    monkeypatch.setattr(LatentRM, "score_rollouts", spoiled)
+    told = failure(run("scorer=latent_rm", f"scorer.checkpoint={latent_rm}"))
+    questions = list(dict.fromkeys(pd.read_parquet(run().last.parent / "rollouts.parquet")["question_id"]))
+    assert f"of question {questions[1]} the score {value:g}; scores must be finite" in told
 
 
 @pytest.fixture(scope="module")

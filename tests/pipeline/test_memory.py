@@ -149,8 +149,9 @@ def test_what_fits_is_remembered_for_the_memory_of_the_worker_that_said_it(monke
     monkeypatch.setattr(drawing, "latents_digest", lambda *_: "digest")
     stage = Stage.__new__(Stage)
     stage.spec = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
-        executor=SimpleNamespace(in_process=False, fixed=False), budget=SimpleNamespace(adaptive=False), cache=tmp_path
-    )
+        executor=SimpleNamespace(in_process=False, fixed=False), budget=SimpleNamespace(adaptive=False), cache=tmp_path,
+        guided=False, adapter=SimpleNamespace(latents=6),
+    )  # fmt: skip
     common = {"rows": 8, "device": "cpu", "computations": None}
     stage.workers = [SimpleNamespace(memory=name, **common) for name in ("large", "small")]  # pyright: ignore
     stage._pool, stage.timeline = None, []  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,23 +1,13 @@
 """Tables of someone else's run folder, whose digests fit: what is no table of a run is refused in one line."""
 
-import json
-
 import pandas as pd
 import pytest
 import tiny
 from marks import slow
+from records import change_record, sign
 from refusal import check_refused
 
-from latent_tts.results.files import file_digest
-
 ROLLOUTS, METRICS = "rollouts.parquet", "metrics.csv"
-
-
-def sign(folder, name) -> None:
-    """Make `run.json` hold the digest of a changed file."""
-    record = json.loads((folder / "run.json").read_text())
-    record["files"][name] = file_digest(folder / name)
-    (folder / "run.json").write_text(json.dumps(record))
 
 
 def compare_refused(folder, *words):
@@ -63,9 +53,11 @@ def test_counts_that_are_none(own_copy, column, value):
 def test_a_record_makes_no_folder_elsewhere(run, ltts, checkpoint, tmp_path, cache):
     tiny.write_latent_rm(tmp_path / "rm", checkpoint)
     assert run("hydra.run.dir=one", "keep_latents=true").code == 0
-    record = json.loads((tmp_path / "one/run.json").read_text())
-    record["cache"], record["config"]["paths"]["cache"] = cache, str(tmp_path / "elsewhere")
-    (tmp_path / "one/run.json").write_text(json.dumps(record))
+
+    def elsewhere(record):
+        record["cache"], record["config"]["paths"]["cache"] = cache, str(tmp_path / "elsewhere")
+
+    change_record(tmp_path / "one", elsewhere)
     rescored = ltts("rescore", "one", "scorer=latent_rm", "scorer.checkpoint=rm")
     assert rescored.code == 0, rescored.err
     assert not (tmp_path / "elsewhere").exists()

@@ -6,6 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 import tiny
+from records import change_record, write_old_record
 from refusal import check_refused
 
 from latent_tts.results.run_folder import DIGEST_COLUMNS, read_metrics
@@ -39,8 +40,7 @@ def forget_identity(folder) -> None:
     """Make a run folder one of format 1."""
     table = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)
     table.drop(columns=[*DIGEST_COLUMNS, "format"]).to_csv(folder / "metrics.csv", index=False)
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("format", "files")}))
+    write_old_record(folder, "files")
 
 
 def test_a_sweep_over_two_files_of_one_name_has_means_of_each(run, ltts, questions, tmp_path):
@@ -150,7 +150,6 @@ def test_a_later_format_is_refused_by_name(seeded, ltts):
     table = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False).assign(format="3")
     table.to_csv("later.csv", index=False)
     check_refused("plot", "runs=[later.csv]", words=["later.csv: format 3, this version reads those up to 2"])
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps(record | {"format": 3}))
-    words = ["run.json: format 3, this version reads those up to 2"]
+    change_record(folder, lambda record: record.update(format=4))
+    words = ["run.json: format 4, this version reads those up to 3"]
     check_refused("compare", "a=later", "b=later", words=words)

@@ -1,4 +1,5 @@
 import time
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from latent_tts.results.run_folder import (
     is_complete,
     join_metrics,
     read_metrics,
+    read_run_json,
     run_folders,
     write_metrics,
     write_rollouts,
@@ -506,6 +508,17 @@ def test_joining_nothing_gives_an_empty_table(tmp_path):
     assert joined.empty
     assert list(joined.columns) == METRIC_COLUMNS
     assert left_out == [stopped]
+
+
+def test_no_changed_bit_of_a_record_passes_unseen(completed, tmp_path):
+    content = bytearray((completed / "run.json").read_bytes())
+    expected = read_run_json(completed, {})
+    for place in range(0, 8 * len(content), 101):
+        content[place // 8] ^= 1 << place % 8
+        (tmp_path / "run.json").write_bytes(content)
+        content[place // 8] ^= 1 << place % 8
+        with suppress(UsageError):
+            assert read_run_json(tmp_path, {}) == expected
 
 
 def test_run_folders_are_found_in_job_order(tmp_path):

@@ -321,8 +321,8 @@ def test_rescoring_refuses_what_has_no_latents_or_no_scorer(run, ltts, latent_rm
     (copied / "config.json").write_text(json.dumps(config_json | {"embd_pdrop": 0.3}))
     line = "rescore", f"run={source}", "scorer=latent_rm", f"scorer.checkpoint={latent_rm}"
     check_refused(*line, words=["has changed since"])
-    (source / "run.json").write_text("{}")
-    check_refused(*line, words=["missing", "config"])
+    (source / "run.json").write_text('{"format": 3}')
+    check_refused(*line, words=["run.json", "is damaged"])
     (source / "run.json").unlink()
     check_refused(*line, words=[str(source), "run.json"])
 

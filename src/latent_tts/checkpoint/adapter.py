@@ -272,7 +272,7 @@ class CheckpointAdapter:
         if unknown is not None and unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(unknown)]
             raise UsageError(
-                f"question {question.id}: the word {text[start:end]!r} is not in the vocabulary of "
+                f"question {question.quoted}: the word {text[start:end]!r} is not in the vocabulary of "
                 f"model={self.name}\na word-level model reads only the words of its own task: numbers and "
                 f"{' '.join(self._known_words)}\n`ltts ask --example` asks a question of the built-in reasoners; "
                 "for other words use a checkpoint with a subword tokenizer"

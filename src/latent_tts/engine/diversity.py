@@ -28,11 +28,11 @@ class DirectionSums:
         """How many rollouts of a question were taken in, and the sums (T, D) of their directions; None if none were."""
         return self._sums.get(key)
 
-    def put(self, key: str, count: int, sums_TD: Tensor) -> None:
-        """Set what `get` returned somewhere else."""
+    def put(self, key: str, count: int, sums_TD: Tensor, *, kept: Collection[str] = ()) -> None:
+        """Set what `get` returned somewhere else; the sums of the questions in `kept` are not dropped."""
         self.forget(key)
         self._sums[key] = count, sums_TD
-        self._drop_oldest()
+        self._drop_oldest(kept)
 
     def forget(self, key: str) -> None:
         """Drop a question's sums."""

@@ -99,10 +99,12 @@ class Cot(CheckpointAdapter):
             try:
                 text = rendered(self._template, question.text, self._tokens)
             except TemplateError as error:
-                raise self._bad_prompt(f"question {question.id} cannot be written: {error}") from error
+                raise self._bad_prompt(f"question {question.quoted} cannot be written: {error}") from error
             ids = self.text_ids(question, text, special=self.prompt != CHAT)  # a chat template writes them itself
         if not ids:
-            raise UsageError(f"question {question.id}: its text has no tokens in the vocabulary of model={self.name}")
+            raise UsageError(
+                f"question {question.quoted}: its text has no tokens in the vocabulary of model={self.name}"
+            )
         return ids
 
     def answer_span(self, answer_text: str) -> str | None:

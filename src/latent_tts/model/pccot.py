@@ -111,7 +111,9 @@ class Pccot(CheckpointAdapter):
         """
         super().check()
         trained = self._recorded.get("sweeps")
-        if is_whole(trained) and trained != self.sweeps:
+        if not is_whole(trained):
+            return
+        if trained != self.sweeps:
             log.warning("model.sweeps=%d: %s was trained with %d", self.sweeps, self.checkpoint, trained)
         known = self._recorded.get("known_first", False)
         if known != self.known_first:

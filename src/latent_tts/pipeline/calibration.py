@@ -13,7 +13,7 @@ from latent_tts.budget import Tally
 from latent_tts.budget.rule.confidence import Calibration, Confidence, calibrate
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.pipeline.code import NO_PART
-from latent_tts.results.run_folder import BUDGET, RUN_JSON, is_complete, read_rollouts, read_run_json
+from latent_tts.results.run_folder import RUN_JSON, is_complete, read_budget, read_rollouts, read_run_json
 
 KEY = "budget.rule.calibration"
 
@@ -56,7 +56,7 @@ def calibrate_on_run(
     require(
         KEY,
         folder,
-        not (folder / BUDGET).is_file(),
+        read_budget(folder) is None,
         "its budget stopped questions early; calibrate on a run with all n rollouts",
     )
     groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]

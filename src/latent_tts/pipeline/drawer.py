@@ -30,7 +30,7 @@ from latent_tts.engine.device import (
 )
 from latent_tts.engine.diversity import DirectionSums
 from latent_tts.engine.draft import load_draft
-from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes
+from latent_tts.engine.packing import RolloutJob, batches, max_prompts, question_ids, require_finite, row_bytes
 from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import require
@@ -41,7 +41,6 @@ from latent_tts.pipeline.batch_columns import (
     begin_measuring,
     least_columns,
     measured_columns,
-    require_finite,
     score_table,
 )
 from latent_tts.pipeline.batch_scorer import BatchScorer
@@ -103,6 +102,8 @@ class Shard:
         request: what is computed for them.
         dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is not computed.
         sums: of questions some of whose rollouts another worker has drawn.
+        early: row keys of questions with rollouts that another worker is still drawing: those of the shard are not
+            compared, and their latents come back.
         bar: of the driver's process, which a worker in it moves.
     """
 
@@ -110,6 +111,7 @@ class Shard:
     request: Request
     dissimilarity: Mapping[Place, np.ndarray] = field(default_factory=dict)
     sums: Sums = field(default_factory=dict)
+    early: frozenset[str] = frozenset()
     bar: report.ProgressBar | None = None
 
 
@@ -121,7 +123,8 @@ class Part:
         places: (row key, rollout) of each row.
         make_table: makes what the cache keeps of it; None where nothing is.
         answer_ids: of each row; None where answers were not decoded.
-        latents_RTD: on the host, if they are asked for.
+        latents_RTD: on the host, if they are asked for or some rows are early.
+        early: see `Shard.early`.
         sums: of directions, if they are asked for.
         max_bytes: the estimate of a batch that fits, where one was too large.
         memory: of its worker, see `Description.memory`.
@@ -131,13 +134,18 @@ class Part:
     make_table: Callable[[], pa.Table] | None
     answer_ids: list[list[int]] | None = None
     latents_RTD: Tensor | None = None
+    early: frozenset[str] = frozenset()
     sums: Sums = field(default_factory=dict)
     max_bytes: int | None = None
     memory: str = ""
 
     def packed(self) -> Part:
         """The same for another process: with the table instead of the function that makes it."""
-        return self if self.make_table is None else replace(self, make_table=partial(_same, self.make_table()))
+        return self if self.make_table is None else self.with_table(self.make_table())
+
+    def with_table(self, table: pa.Table) -> Part:
+        """The same with a table."""
+        return replace(self, make_table=partial(_same, table))
 
 
 def _same(table: pa.Table) -> pa.Table:
@@ -394,8 +402,8 @@ class Drawer:
 
     def _part(self, batch: list[RolloutJob], shard: Shard) -> Part:
         request = shard.request
-        if request.compares:
-            self.catch_up(next(one_per_question(batch))[1])
+        if request.compares and (compared := [job for job in batch if job.row_key not in shard.early]):
+            self.catch_up(next(one_per_question(compared))[1])
         with self._shown(batch, shard):
             return self.draw(batch, shard) if request.drawn else self._recompute(batch, shard)
 
@@ -422,10 +430,11 @@ class Drawer:
             self.engine, batch, self._sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers
         )
         finite_R = rollouts.latents_RTD.flatten(1).isfinite().all(1)
-        require_finite("latents", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+        require_finite("latents", finite_R, question_ids(batch), self.engine.lm.dtype, "drawing rollouts")
         if answers:
             finite_R = rollouts.answer_logprob_R.isfinite()
-            require_finite("log-probabilities of answers", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+            what, ids = "log-probabilities of answers", question_ids(batch)
+            require_finite(what, finite_R, ids, self.engine.lm.dtype, "drawing rollouts")
         return rollouts
 
     def draw(self, batch: list[RolloutJob], shard: Shard) -> Part:
@@ -437,8 +446,9 @@ class Drawer:
         places, latents_RTD, steps_R = places_of(batch), rollouts.latents_RTD, rollouts.steps_R.numpy()
         rollouts.latents_RTD = latents_RTD.new_empty(0)  # the table does not hold them
         scored = self.scorer.score(batch, latents_RTD, rollouts.steps_R) if request.scored else {}
+        early = shard.early.intersection(job.row_key for job in batch)
         if request.compares:
-            compared = ragged(self._compare(batch, latents_RTD).numpy(), steps_R)
+            compared = ragged(self._compare(batch, latents_RTD, early).numpy(), steps_R)
         else:
             compared = pa.array([shard.dissimilarity[place] for place in places], pa.list_(pa.float32()))
 
@@ -456,8 +466,9 @@ class Drawer:
             places=places,
             make_table=table,
             answer_ids=rollouts.answer_ids if request.answers else None,
-            latents_RTD=to_host(latents_RTD) if request.keeps else None,
-            sums=self._sums(batch) if request.sums else {},
+            latents_RTD=to_host(latents_RTD) if request.keeps or early else None,
+            early=early,
+            sums=self._sums([job for job in batch if job.row_key not in early]) if request.sums else {},
             max_bytes=self._max_bytes,
             memory=self.memory,
         )
@@ -487,13 +498,17 @@ class Drawer:
             latents_RTD = self.roll(earlier, answers=False).latents_RTD
             directions.add(self._keys(earlier), latents_RTD, first=[job.rollouts[0] for job in earlier], kept=kept)
 
-    def _compare(self, batch: list[RolloutJob], latents_RTD: Tensor) -> Tensor:
-        """How far the rollouts of a batch are from those before them, see `DirectionSums.add`."""
+    def _compare(self, batch: list[RolloutJob], latents_RTD: Tensor, early: frozenset[str]) -> Tensor:
+        """How far the rollouts of a batch are from those before them, see `DirectionSums.add`; 0 for early ones."""
         summed_RT = torch.zeros(latents_RTD.shape[:2])
         rows_JN = torch.arange(len(latents_RTD)).view(len(batch), -1)
         if not self.spec.adapter.latents:
             return summed_RT
-        for places, jobs in one_per_question(batch):
+        for found in one_per_question(batch):
+            here = [(place, job) for place, job in zip(*found, strict=True) if job.row_key not in early]
+            if not here:
+                continue
+            places, jobs = map(list, zip(*here, strict=True))
             self.catch_up(jobs)
             rows_R = rows_JN[places].flatten()
             first = [job.rollouts[0] for job in jobs]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import pandas as pd
@@ -28,8 +28,6 @@ from latent_tts.pipeline.drawer import (
     Place,
     Request,
     Shard,
-    directions,
-    directions_key,
     grown,
     latents_digest,
     max_flops,
@@ -38,6 +36,7 @@ from latent_tts.pipeline.drawer import (
     places_of,
     sums_of,
 )
+from latent_tts.pipeline.early_parts import EarlyParts
 from latent_tts.pipeline.models import (
     find_device,
     load_reasoner_of,
@@ -227,6 +226,17 @@ def shifted_jobs(jobs: Sequence[RolloutJob], offsets: Mapping[Place, int]) -> li
     ]
 
 
+def divide(jobs: Sequence[RolloutJob], rows: int) -> tuple[list[RolloutJob], list[RolloutJob]]:
+    """The first rollouts of some jobs, and the others."""
+    first, rest = [], []
+    for job in jobs:
+        for part, rollouts in ((first, job.rollouts[:rows]), (rest, job.rollouts[rows:])):
+            if len(rollouts):
+                part.append(replace(job, rollouts=rollouts))
+        rows = max(0, rows - len(job.rollouts))
+    return first, rest
+
+
 class Stage:
     """The workers of a run's executor, which draw rollouts or recompute their latents.
 
@@ -280,21 +290,24 @@ class Stage:
         """Have jobs computed; their parts as they come."""
         units = self._units(jobs, request)
         here, fixed = self.spec.executor.in_process, self.spec.executor.fixed
-        # where a question's rollouts are in several shards, the sums that they are compared by go from worker to worker
-        divided = is_adaptive(self.spec.budget) or fixed
-        request = replace(request, sums=request.compares and not here and divided)
+        divided = request.compares and not here
         latents = latents_digest(self.spec, self.workers[0].computations)
+        early_parts = EarlyParts(latents)
+        ends = {job.row_key: job.rollouts[-1] for job in jobs}
 
-        def make_shard(contents: list[list[RolloutJob]]) -> Shard:
+        def make_shard(contents: list[list[RolloutJob]], early: frozenset[str]) -> Shard:
             own = [job for content in contents for job in content]
             known = {} if dissimilarity is None else {place: dissimilarity[place] for place in places_of(own)}
-            return Shard(own, request, known, sums_of(own, latents) if request.sums else {}, bar if here else None)
+            early_parts.keys |= early
+            # where a question's rollouts are in several shards, the sums that they are compared by go between workers
+            goes_on = is_adaptive(self.spec.budget) or fixed or any(job.rollouts[-1] < ends[job.row_key] for job in own)
+            asked = replace(request, sums=divided and goes_on)
+            sums = sums_of((job for job in own if job.row_key not in early), latents) if divided else {}
+            return Shard(own, asked, known, sums, early, bar if here else None)
 
-        queue = ShardQueue(units, len(self.workers), None if fixed else self._rows)
+        queue = ShardQueue(units, len(self.workers), None if fixed else self._rows, divide)
         for contents, parts in results_of(self._pool, queue, make_shard, self.timeline):
-            for part in parts:
-                for key, (count, sums_TD) in part.sums.items():
-                    directions.put(directions_key(latents, key), count, sums_TD)
+            for part in early_parts.compared(parts):
                 if part.max_bytes is not None:
                     remember_what_fits(self.spec.cache, part.memory, part.max_bytes)
                 yield part
@@ -302,17 +315,26 @@ class Stage:
                 bar.advance(sum(len(job.rollouts) for content in contents for job in content))
 
     def _units(self, jobs: Sequence[RolloutJob], request: Request) -> list[Unit[list[RolloutJob]]]:
-        """Batches, or the jobs of each question, as the executor shares them out."""
-        if self.spec.executor.fixed:
-            contents = list(pack(self.spec, jobs, self._rows, self.workers[0].device))
+        """Batches, or the jobs of each question, as the executor shares them out.
+
+        The driver compares on the CPU what workers could not compare. It rounds as CPUs do, and lacks what is drawn
+        again before a gap in a question's rollouts.
+        """
+        fixed, device = self.spec.executor.fixed, self.workers[0].device
+        if fixed:
+            contents = list(pack(self.spec, jobs, self._rows, device))
         else:
             contents = [list(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
+        compares = request.compares and self.spec.adapter.latents > 0
+        gaps = {before.row_key for before, after in pairwise(jobs) if before.row_key == after.row_key}
+        divisible = not self.spec.guided and not (compares and fixed and device != "cpu")
         return [
             Unit(
                 content,
                 cost=sum(max_flops(self.spec, job, answers=request.answers) for job in content),
                 rows=sum(len(job.rollouts) for job in content),
-                keys=frozenset(job.row_key for job in content) if request.compares else frozenset(),
+                keys=frozenset(job.row_key for job in content) if compares else frozenset(),
+                divisible=divisible and not (compares and any(job.row_key in gaps for job in content)),
             )
             for content in contents
         ]

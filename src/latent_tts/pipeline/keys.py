@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from latent_tts.errors import bad_value
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.code import DRAWING, NO_PART, PACKAGE, SCORING, code_digests
+from latent_tts.pipeline.code import DRAWING, NO_PART, PACKAGE, SCORING, code_digests, computed_attributes
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer import Scorer
 from latent_tts.types import COMPUTATIONS, SCORING_COMPUTATIONS, Computation
@@ -132,14 +131,9 @@ def own_fields(group: str, option: Any) -> dict[str, Any]:
     kind = type(option)
     names = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
     names |= set(getattr(option, "__dict__", ()))
-    names -= NO_PART[group] | set(computed_attributes(kind))
+    names -= NO_PART[group] | computed_attributes(kind)
     values = {name: getattr(option, name) for name in sorted(names)}
     return {name: _plain(f"{group}.{name}", value) for name, value in values.items() if not isinstance(value, Path)}
-
-
-def computed_attributes(kind: type) -> Iterable[str]:
-    """The attributes that an option computes from its others and from its checkpoint."""
-    return (name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, cached_property))
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -20,8 +20,8 @@ from latent_tts.pipeline.tables import RunTables, answer_lines, run_columns
 from latent_tts.results.cache import MEASURED
 from latent_tts.results.metrics import metric_rows
 from latent_tts.results.run_folder import (
-    BUDGET,
     METRICS,
+    read_budget,
     read_rollouts,
     write_answers,
     write_budget,
@@ -42,7 +42,7 @@ def read_record(source: Path) -> dict[str, Any]:
     require(
         "run",
         source,
-        not (source / BUDGET).is_file(),
+        read_budget(source) is None,
         "must be a run with all n rollouts of each question; its budget stopped earlier",
     )
     require(

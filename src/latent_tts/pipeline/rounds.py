@@ -233,7 +233,7 @@ def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, ta
         ("rollouts_drawn", ""): counts.astype(np.float64),
         ("latent_steps", ""): summed("latent_steps"),
         ("answer_tokens", ""): summed("answer_tokens"),
-        ("gflops", ""): np.array([tally.prompt_gflop + tally.gflop_N.sum() for tally in outcome.tallies]),
+        ("gflops", ""): np.array([tally.gflop for tally in outcome.tallies]),
     }
     if rollouts[list(MEASURED_SUMS)].notna().all().all():
         measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, questions, float(counts.mean()))

@@ -127,8 +127,23 @@ def reduce_scores(
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         scores.score[part] = spec.scorer.score_rollouts(scores.step_scores(part))
+    _check_finite(spec, rows, scores)
     check_range(spec.scorer, scores.score)
     return scores
+
+
+def _check_finite(spec: RunSpec, rows: pd.DataFrame, scores: Scores) -> None:
+    """Raise RunError unless rollouts with steps have finite scores, and those without have none."""
+    has_steps_R = ~np.isnan(scores.step_scores_RT).all(1)
+    wrong_R = np.where(has_steps_R, ~np.isfinite(scores.score), ~np.isnan(scores.score))
+    if wrong_R.any():
+        assert spec.scorer is not None
+        row = int(wrong_R.argmax())
+        question = next(each.id for each in spec.questions if spec.row_key(each) == rows["row_key"].iloc[row])
+        raise RunError(
+            f"scorer={spec.scorer.name}: it gives a rollout of question {question} the score {scores.score[row]:g}; "
+            f"{'scores must be finite' if has_steps_R[row] else 'a rollout without latents has the score NaN'}"
+        )
 
 
 def check_range(scorer: Scorer, score: Floats) -> None:

@@ -665,9 +665,9 @@ def encode_prompts(adapter: ModelAdapter, questions: Sequence[Question], reserve
     for question in questions:
         if len(prompts[question.id]) + reserved > adapter.positions:
             raise UsageError(
-                f"question {question.id}: its prompt of {len(prompts[question.id])} tokens, with {reserved} for "
+                f"question {question.quoted}: its prompt of {len(prompts[question.id])} tokens, with {reserved} for "
                 f"latents and answer (model.latents, max_answer_tokens), needs more than the {adapter.positions} "
-                f"positions of {adapter.name}\nit begins {question.text[:60]!r}"
+                f"positions of {adapter.name}"
             )
     return prompts
 

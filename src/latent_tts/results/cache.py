@@ -213,7 +213,8 @@ class CacheEntry:
 
 def cache_entries(root: Path) -> list[CacheEntry]:
     """The entries of a cache, the one used last first; other folders and files are left out."""
-    folders = [path for path in root.glob("*/") if ENTRY_NAME.fullmatch(path.name) and (path / KEY_JSON).is_file()]
+    own = (path for path in root.glob("*/") if ENTRY_NAME.fullmatch(path.name) and not path.is_symlink())
+    folders = [path for path in own if (path / KEY_JSON).is_file()]
     return sorted(map(_entry, folders), key=lambda entry: (-entry.used, entry.folder.name))
 
 
@@ -226,5 +227,7 @@ def _entry(folder: Path) -> CacheEntry:
     key: Any = {}
     with suppress(ValueError, RecursionError):
         key = json.loads((folder / KEY_JSON).read_text())
+    if not isinstance(key, dict) or not all(isinstance(key.get(name) or {}, dict) for name in ("sampler", "code")):
+        key = {}
     sizes, times = [stat.st_size for _, stat in files], [stat.st_mtime for _, stat in files]
-    return CacheEntry(folder, key if isinstance(key, dict) else {}, rollouts, sum(sizes), max(times))
+    return CacheEntry(folder, key, rollouts, sum(sizes), max(times))

@@ -86,9 +86,9 @@ class CompletedRun:
     def golds(self) -> dict[str, str | None]:
         """The gold answer of each question, by its id; empty for runs older than `answers.jsonl`."""
         path = self.folder / ANSWERS
+        check_file(self.folder, ANSWERS)
         if not path.is_file():
             return {}
-        check_file(self.folder, ANSWERS)
         try:
             lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
             return {line["id"]: line.get("gold") for line in lines}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +17,14 @@ import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, require
-from latent_tts.results.files import file_digest, plain_cells, spreadsheet_cells, whole_file
+from latent_tts.results.files import file_digest, plain_cells, settings_digest, spreadsheet_cells, whole_file
 from latent_tts.results.parts import runs_of
 from latent_tts.types import Float32
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1 << 16  # of a table, where all at once would be large
 ROLLOUTS, METRICS, RUN_JSON, LATENTS = "rollouts.parquet", "metrics.csv", "run.json", "latents.safetensors"
 ANSWERS, SCORES, FIGURE, BUDGET = "answers.jsonl", "scores.parquet", "scaling.png", "budget.parquet"
@@ -85,7 +88,8 @@ METRIC_COLUMNS = [
 ]
 # what a damaged table raises: its metadata may be damaged too
 UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException)
-FORMAT = 2  # of run folders and tables; those of 1 do not say which questions and weights they are of
+FORMAT = 2  # of tables; those of 1 do not say which questions and weights they are of
+RECORD_FORMAT = 3  # of `run.json`; since 2 it has digests of tables, since 3 one of itself
 NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions", "format"]
 REQUIRED_COLUMNS = ["n", "drawn", "metric", "questions", "format"]  # have a value in every row
 RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]
@@ -157,13 +161,13 @@ def read_budget(folder: Path) -> pd.DataFrame | None:
     Raises:
         UsageError: it is damaged or of another run.
     """
+    check_file(folder, BUDGET)
     if not (folder / BUDGET).is_file():
         return None
     try:
         budget = pd.read_parquet(folder / BUDGET, columns=BUDGET_COLUMNS)
     except UNREADABLE as error:
         raise UsageError(f"{folder / BUDGET}: cannot be read ({str(error).splitlines()[0]})") from error
-    check_file(folder, BUDGET)
     return budget
 
 
@@ -338,49 +342,61 @@ def read_run_metrics(folder: Path) -> pd.DataFrame:
 
 
 def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `run.json`, last of all: its presence means that the run is complete; it has the other files' digests."""
+    """Write `run.json`, last of all: its presence means that the run is complete.
+
+    It has the digests of the folder's tables, and one of everything else in it.
+    """
     files = {name: file_digest(folder / name) for name in TABLES if (folder / name).is_file()}
-    content = {"format": FORMAT, "files": files, **record}
+    content = json.loads(json.dumps({"format": RECORD_FORMAT, "files": files, **record}, default=str))
+    content["digest"] = settings_digest(content)
     with whole_file(folder / RUN_JSON) as path:
-        path.write_text(json.dumps(content, indent=1, sort_keys=True, default=str) + "\n")
+        path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def check_file(folder: Path, name: str) -> None:
     """Check that a file of a run folder is the one that its `run.json` was written for.
 
     Raises:
-        UsageError: it is another.
+        UsageError: it is another, or one of the two is missing or damaged.
     """
-    try:
-        digest = json.loads((folder / RUN_JSON).read_text())["files"][name]
-        wrong = file_digest(folder / name) != digest
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # of format 1, or missing: what reads it says so
+    if not (folder / RUN_JSON).is_file():  # a table that lies alone
         return
-    if wrong:
-        raise UsageError(
-            f"{folder / name}: is damaged, or of another run than the {RUN_JSON} beside it\n"
-            "draw that run again with ltts run"
-        )
+    record = read_run_json(folder, {})
+    if not isinstance(files := record.get("files"), dict):  # of format 1
+        return
+    path = folder / name
+    found = file_digest(path) if path.is_file() else None
+    if found != files.get(name):
+        problem = "is missing" if found is None else f"is damaged, or of another run than the {RUN_JSON} beside it"
+        raise UsageError(f"{path}: {problem}\ndraw that run again with ltts run")
 
 
 def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
-    """Read a `run.json`.
+    """Read a `run.json`, and check that it is what was written.
 
     Args:
         folder: of the run.
         needed: the kinds of the values that have to be there, by dotted key.
 
+    Returns:
+        Its content without the digest.
+
     Raises:
-        UsageError: it cannot be read, or lacks one.
+        UsageError: it cannot be read, is damaged, or lacks a value.
     """
     path = folder / RUN_JSON
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
-    found = record.get("format", 1) if isinstance(record, dict) else 1
-    if not isinstance(found, int) or found > FORMAT:
-        raise UsageError(f"{path}: format {found}, this version reads those up to {FORMAT}")
+        raise UsageError(f"{path}: cannot be read ({error}); draw that run again with ltts run") from error
+    record = record if isinstance(record, dict) else {}
+    digest, found = record.pop("digest", None), record.get("format", 1)
+    if not isinstance(found, int) or found > RECORD_FORMAT:
+        raise UsageError(f"{path}: format {found}, this version reads those up to {RECORD_FORMAT}")
+    if digest is None and found < RECORD_FORMAT:
+        _warn_without_digest(path, found)
+    elif digest != settings_digest(record):
+        raise UsageError(f"{path}: is damaged, its content is not what was written; draw that run again with ltts run")
     missing = []
     for key, kind in needed.items():
         value = record
@@ -393,6 +409,11 @@ def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
             f"{path}: values missing or of the wrong type: {', '.join(missing[:5])}; repeat the run with ltts run"
         )
     return record
+
+
+@cache
+def _warn_without_digest(path: Path, found: int) -> None:
+    log.warning("%s: format %d has no digest of the file, so damage of it would not be noticed", path, found)
 
 
 def is_complete(folder: Path) -> bool:
@@ -427,9 +448,15 @@ def last_run() -> Path:
     return Path(*max(tables, key=lambda table: table.stat().st_mtime).parts[:3])
 
 
+def _has_metrics(folder: Path) -> bool:
+    """Whether a run folder has a metrics table; raises UsageError if the table that it had is missing or damaged."""
+    check_file(folder, METRICS)
+    return (folder / METRICS).is_file()
+
+
 def join_metrics(folders: list[Path]) -> tuple[pd.DataFrame, list[Path]]:
     """The metrics of the complete run folders in one table without repeated rows, and the folders left out."""
-    complete = [folder for folder in folders if is_complete(folder) and (folder / METRICS).is_file()]
+    complete = [folder for folder in folders if is_complete(folder) and _has_metrics(folder)]
     left_out = [folder for folder in folders if folder not in complete]
     if not complete:
         return pd.DataFrame(columns=METRIC_COLUMNS), left_out

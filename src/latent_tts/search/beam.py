@@ -117,6 +117,9 @@ class Beam:
             scorer: the loaded LatentRM.
             reduction: how step scores are reduced to the score of a prefix: `sum`, `mean` or `last`.
             answers: whether the survivors decode their answers.
+
+        Raises:
+            RunError: a step score is not finite.
         """
         assert scorer is not None, "no scorer"
         assert reduction is not None, "no reduction"
@@ -124,6 +127,7 @@ class Beam:
         prompts = [job.prompt for job in batch]
         import torch
 
+        from latent_tts.engine.packing import require_finite
         from latent_tts.engine.rollout import RolloutState
         from latent_tts.engine.sites import SiteHooks
         from latent_tts.random.draw import Draw
@@ -142,12 +146,16 @@ class Beam:
             rollouts = RolloutState.start(engine, prompts, draw_of(lineages_QC), hooks)
             scores = scorer.open(prompts, n, latents)
             so_far_QCT = torch.full((len(prompts), n, latents), float("nan"), dtype=torch.float64, device=device)
+            finite_Q = torch.ones(len(prompts), dtype=torch.bool, device=device)
             for step in range(latents):
                 latent_RD = rollouts.advance()
                 step_score_QC = scorer.extend(scores, latent_RD[:, None]).view(len(prompts), n).to(device)
                 alive_QC = None if rollouts.thinking_R is None else rollouts.thinking_R.view(len(prompts), n)
+                finite_QC = step_score_QC.isfinite()
                 if alive_QC is not None:
+                    finite_QC |= ~alive_QC
                     step_score_QC = step_score_QC.masked_fill(~alive_QC, float("nan"))
+                finite_Q &= finite_QC.all(1)
                 so_far_QCT[..., step] = step_score_QC
                 rank_QC = prefix_scores(so_far_QCT, reduction)
                 if alive_QC is not None and step:
@@ -164,6 +172,9 @@ class Beam:
                 if not last:
                     scores = scores.fork(rows)
                     so_far_QCT = so_far_QCT.flatten(0, 1)[rows].view_as(so_far_QCT)
+            require_finite(
+                "step scores", finite_Q, [job.question_id for job in batch], scorer.backbone.dtype, "drawing rollouts"
+            )
             return rollouts.decode_answers() if answers else rollouts.without_answers()
 
     def _best(self, rank_QC: Tensor) -> Tensor:

@@ -80,8 +80,9 @@ class TokenBudget:
             "optimization.batch_tokens",
             self.tokens,
             needed <= self.tokens,
-            f"must be {needed} or more: question {question.id} with its "
-            f"steps and latents has {needed // self.parts} tokens, and an update has {self.parts} micro-batches",
+            f"must be {needed} or more: question {question.quoted} with "
+            f"its steps and latents has {needed // self.parts} tokens, and an update has {self.parts} "
+            "micro-batches",
         )
 
     def _cut(self, pool: list[Question], *, longest_first: bool) -> tuple[list[list[Question]], list[Question]]:

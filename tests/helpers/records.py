@@ -1,0 +1,28 @@
+"""Changes to run folders whose `run.json` fits them afterwards, as someone else could make them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from latent_tts.results.files import file_digest
+from latent_tts.results.run_folder import write_run_json
+
+
+def change_record(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a `run.json` in place, and its digest with it."""
+    record = json.loads((folder / "run.json").read_text())
+    change(record)
+    write_run_json(folder, {key: value for key, value in record.items() if key != "digest"})
+
+
+def sign(folder: Path, name: str) -> None:
+    """Make `run.json` hold the digest of a changed file."""
+    change_record(folder, lambda record: record["files"].update({name: file_digest(folder / name)}))
+
+
+def write_old_record(folder: Path, *without: str, number: int = 1) -> None:
+    """Make a `run.json` one of an older format, without some keys and without a digest."""
+    record = json.loads((folder / "run.json").read_text()) | {"format": number}
+    left_out = {"digest", *without}
+    (folder / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k not in left_out}))
