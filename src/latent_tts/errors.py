@@ -59,7 +59,8 @@ def bad_value(key: str, value: object, allowed: str) -> UsageError:
 
 def require(key: str, value: object, ok: bool, allowed: str) -> None:
     """Raise `bad_value` unless a config value is allowed."""
-    require(key, value, bool(ok), allowed)
+    if not ok:
+        raise bad_value(key, value, allowed)
 
 
 def unknown_key(key: str, known: Iterable[str]) -> UsageError:
