@@ -199,6 +199,11 @@ class RolloutCost:
         suffix = self.shape.pass_flops(steps + self.forced + answer, prompt)
         return suffix + self.shape.head_flops(answer + 1) + self._other_flops(prompt, steps)
 
+    def guess_flops(self, prompt: int) -> float:
+        """Operations of the rollout whose latents are the guesses of others: its prompt, then all T one by one."""
+        checks = self.shape.head_flops(self.latents * self.looks_for_stop)
+        return self.shape.prompt_flops(prompt) + self.shape.pass_flops(self.latents - 1, prompt) + checks
+
     def stop_checks(self, steps: Count) -> Count:
         """How often the LM head runs to see whether a rollout stops thinking."""
         return np.minimum(steps + 1, self.latents) * self.looks_for_stop + self._exit_checks(steps)

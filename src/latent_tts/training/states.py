@@ -36,10 +36,12 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
             raise bad_value("output", output, f"{SETTINGS} cannot be read ({error})") from error
         require("output", output, isinstance(found, dict), f"{SETTINGS} holds no settings")
         for key in [*wanted, *found]:
-            if found.get(key) != wanted.get(key):
-                raise bad_value(
-                    "output", output, f"contains a run with another {key}; choose another folder or remove this one"
-                )
+            require(
+                "output",
+                output,
+                found.get(key) == wanted.get(key),
+                f"contains a run with another {key}; choose another folder or remove this one",
+            )
         return
     output.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:

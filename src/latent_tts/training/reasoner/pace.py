@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import RunError, bad_value, is_number
+from latent_tts.errors import RunError, is_number, require
 from latent_tts.results.files import settings_digest, whole_file
 
 log = logging.getLogger(__name__)
@@ -246,13 +246,14 @@ def pace_of(updates: int, minutes: float | None, follow: str | None, states: Pat
     if follow is not None:
         path = Path(follow).expanduser()
         rows = read_log(path)
-        if not rows:
-            raise bad_value("optimization.follow", follow, f"no log of a run by the clock ({LOG} in its states)")
-        if len(rows) < len(path.read_bytes().splitlines()):
-            raise bad_value("optimization.follow", follow, f"is damaged in line {len(rows) + 1}")
-        if rows[-1]["place"] > updates:
-            raise bad_value(
-                "optimization.follow", follow, f"the log of a longer recipe: this one has {updates} updates"
-            )
+        require("optimization.follow", follow, bool(rows), f"no log of a run by the clock ({LOG} in its states)")
+        whole = len(rows) == len(path.read_bytes().splitlines())
+        require("optimization.follow", follow, whole, f"is damaged in line {len(rows) + 1}")
+        require(
+            "optimization.follow",
+            follow,
+            rows[-1]["place"] <= updates,
+            f"the log of a longer recipe: this one has {updates} updates",
+        )
         return Followed(updates, [row["place"] for row in rows], [row.get("validated", True) for row in rows])
     return Pace(updates) if minutes is None else Timed(updates, minutes, states / LOG, share)
