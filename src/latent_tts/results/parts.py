@@ -123,7 +123,7 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
     """
     for path in paths:
         try:
-            table = _read_table(path, columns)
+            table = whole_table(path, columns)
             if table is None:
                 log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, set_aside(path).name)
                 continue
@@ -134,7 +134,7 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
         yield path, table
 
 
-def _read_table(path: Path, columns: list[str]) -> pa.Table | None:
+def whole_table(path: Path, columns: list[str]) -> pa.Table | None:
     """Columns of a file; None for one whose bytes are not those that were written."""
     content = path.read_bytes()
     if bytes_digest(content) != digest_in_name(path):
@@ -188,7 +188,7 @@ class PartIndex:
 
 def _index_table(path: Path) -> pa.Table | None:
     try:
-        table = _read_table(path, INDEX_SCHEMA.names)
+        table = whole_table(path, INDEX_SCHEMA.names)
     except OSError:
         return None
     return table.cast(INDEX_SCHEMA) if table is not None else None
