@@ -323,6 +323,26 @@ def test_an_error_of_the_writer_ends_the_work_and_is_raised(cache, monkeypatch):
     assert not partials(cache.folder)
 
 
+def test_a_file_system_that_is_slower_than_the_work_is_named_once(cache, monkeypatch, caplog):
+    write = parts.write_part
+    monkeypatch.setattr(parts, "write_part", lambda *arguments: (time.sleep(0.02), write(*arguments)))
+    monkeypatch.setattr(parts, "MAX_PART_BYTES", 1)
+    monkeypatch.setattr(parts, "SECONDS_TO_SAY", 0.1)
+    with PartWriter(cache.folder) as writer:
+        for rollout in range(30):
+            writer.put(lambda rollout=rollout: pa.Table.from_pylist([row("a", rollout)], cache.schema))
+    assert caplog.text.count(f"{cache.folder}: its file system is slower than the work") == 1
+    assert len(there(cache, *[("a", rollout) for rollout in range(30)])) == 30
+
+
+def test_work_that_is_slower_than_its_file_system_is_not_said_to_wait(cache, monkeypatch, caplog):
+    monkeypatch.setattr(parts, "SECONDS_TO_SAY", 0.0)
+    with PartWriter(cache.folder) as writer:
+        for rollout in range(3):
+            writer.put(lambda rollout=rollout: pa.Table.from_pylist([row("a", rollout)], cache.schema))
+    assert not caplog.text
+
+
 def damaged(good: bytes, place: int) -> bytes:
     """The same bytes with one bit flipped."""
     bits = bytearray(good)

@@ -263,7 +263,8 @@ def _connect(address: str | None) -> None:
             ray.init(address=address, **common)
             return
         store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
-        ray.init(num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
+        # without `local` it would be the cluster of this machine, or of RAY_ADDRESS
+        ray.init(address="local", num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
         _end_with([each for each in psutil.Process().children() if each.name() in NODE])
     except Exception as error:  # of any class: a node that is slow to start is a plain Exception
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
