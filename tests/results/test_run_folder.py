@@ -315,7 +315,7 @@ def test_an_error_of_the_writer_ends_the_work_and_is_raised(cache, monkeypatch):
                 writer.put(lambda: pa.Table.from_pylist([row("a", 0)], cache.schema))
                 time.sleep(0.001)
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left on device: '{cache.folder}'"):
         draw()
     assert len(handed) < 1000
     with pytest.raises(OSError, match="No space left"), PartWriter(cache.folder) as writer:

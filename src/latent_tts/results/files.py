@@ -66,7 +66,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     partial = _partial(path)
     try:
-        yield partial
+        with _named(path):
+            yield partial
         _rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -77,7 +78,8 @@ def digest_named_file(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
     """A path to write to, renamed to `folder/STEM-DIGEST.SUFFIX` when the block ends well; see `digest_in_name`."""
     partial = _partial(folder / f"{stem}{suffix}")
     try:
-        yield partial
+        with _named(folder):
+            yield partial
         _rename(partial, folder / f"{stem}-{file_digest(partial)}{suffix}")
     finally:
         partial.unlink(missing_ok=True)
@@ -180,6 +182,16 @@ def set_aside(path: Path) -> Path:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name what is written in errors that name no file: Arrow's."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _rename(partial: Path, path: Path) -> None:
