@@ -17,6 +17,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from latent_tts.config.interrupts import INTERRUPTS
 from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, printable, unknown_key
 
 # name: (what it does, names of its positional arguments; a trailing * takes the rest, a trailing ? may be missing)
@@ -125,6 +126,7 @@ def entry() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an encoding may lack a character of a table or a name
+    INTERRUPTS.install()
     try:
         code = main()
         sys.stdout.flush()
@@ -269,15 +271,14 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
             return say(Failures.kept.pop())
         return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt as interrupt:
-        resumed = "finished work is kept; re-run the command to resume"
-        kept = str(interrupt) or (resumed if name in RESUMABLE else "re-run the command")
-        print(f"interrupted: {kept}", file=sys.stderr)
-        return 130
+        return _say_interrupted(name, str(interrupt))
     except JobsFailed as failed:
         return failed.exit_code
     except BrokenPipeError:
         raise
     except Exception as error:
+        if INTERRUPTS.pending:  # a module in machine code makes another error of Ctrl-C
+            return _say_interrupted(name)
         if wants_traceback:
             raise
         return say(error)
@@ -288,6 +289,13 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         if saved_full is not None:
             os.environ["HYDRA_FULL_ERROR"] = saved_full
     return 0
+
+
+def _say_interrupted(name: str, kept: str = "") -> int:
+    """Print that a command was interrupted and what is kept; returns the exit code."""
+    resumed = f"{KEPT}re-run the command to resume"
+    print(f"interrupted: {kept or (resumed if name in RESUMABLE else 're-run the command')}", file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def say(error: Exception, job: str = "") -> int:

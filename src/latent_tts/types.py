@@ -27,6 +27,7 @@ Int64: TypeAlias = NDArray[np.int64]
 Float32: TypeAlias = NDArray[np.float32]
 Float64: TypeAlias = NDArray[np.float64]
 Phase = Literal["prompt", "thoughts", "answer"]
+MAX_QUOTED = 80  # characters of a question in an error
 PHASES: tuple[Phase, ...] = ("prompt", "thoughts", "answer")
 Site = Literal["embedding", "attention", "ffn"]
 UnmixedReason = Literal["all_correct", "all_wrong"]
@@ -52,6 +53,12 @@ class Question:
     text: str
     answer: str | None
     steps: tuple[str, ...] = ()
+
+    @property
+    def quoted(self) -> str:
+        """The beginning of the text in quotes, as errors name a question."""
+        text = " ".join(self.text.split())
+        return repr(text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}...")
 
     @property
     def gold(self) -> str:

@@ -1,6 +1,7 @@
 """The rules that look at probabilities: formulas against slow ones, guarantees by simulation."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -174,7 +175,8 @@ def test_a_total_that_no_round_is_worth_is_named(caplog):
 
 def test_a_total_below_the_first_rollouts_is_named(caplog):
     shared = Shared(total=3.0, unit="gflop", first=4)
-    assert shared.next([tally_of("aabb", n=16), tally_of("aaab", n=16)]).tolist() == [0, 0]
+    tallies = [replace(tally_of(answers, n=16), rounds=1) for answers in ("aabb", "aaab")]
+    assert shared.next(tallies).tolist() == [0, 0]
     assert "budget.total=3: the first 4 rollouts of all questions alone took 6 GFLOP" in caplog.text
 
 

@@ -124,7 +124,8 @@ def test_a_question_may_look_like_a_key_or_an_interpolation(ask, typed):
 
 def test_a_word_that_the_reasoner_does_not_know_is_named_with_what_it_knows(ltts):
     asked = ltts("ask", "Ann has 5 unicorns. How many pens does Ann have?")
-    check(asked, "the word 'unicorns'", "model=demo_coconut", "numbers and Ann Ben", "marbles", "ltts ask --example")
+    named = "question 'Ann has 5 unicorns. How many pens does Ann have?': the word 'unicorns'"
+    check(asked, named, "model=demo_coconut", "numbers and Ann Ben", "marbles", "ltts ask --example")
     assert "<|" not in asked.err
 
 

@@ -58,6 +58,34 @@ cli.entry()
     assert done.stderr == ("" if "130" in main else "interrupted: nothing was begun\n")
 
 
+@pytest.mark.parametrize("drops", ["weak reference", "except"])
+def test_ctrl_c_that_an_import_drops_is_raised_at_the_next(drops):
+    code = f"""
+import os, signal, weakref
+from latent_tts import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def press(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+def main():
+    if {drops!r} == "except":
+        try:
+            press()
+        except BaseException:
+            pass
+    else:
+        lock = press.__class__(press.__code__, globals())
+        reference = weakref.ref(lock, press)
+        del lock
+    import colorsys
+    print("went on")
+cli.main = main
+cli.entry()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted: nothing was begun\n"
+
+
 def test_cfg_job_prints_the_config_and_runs_nothing(ltts, tmp_path):
     result = ltts("run", "--cfg", "job", "n=3")
     assert result.code == 0

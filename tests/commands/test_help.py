@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 from refusal import check
+from terminal import STYLE, on_terminal
 
+from latent_tts import cli
 from latent_tts.cli import COMMANDS, FLAG_CHOICES, FLAGS_OF_COMMAND
 from latent_tts.config.completion import SCRIPTS, candidates
 from latent_tts.config.help import PLURALS, definitions
@@ -113,6 +115,17 @@ def test_runs_are_listed(run, ltts, tmp_path):
     check(ltts("list", "runs", "nowhere"), "runs=nowhere: no such folder")
 
 
+def test_runs_fit_a_terminal_of_80_columns(run):
+    folder = run("sampler=gaussian", "sampler.sigma=0.1").last.parent
+    of_sweep = Path("multirun/run") / folder.name / "0"
+    shutil.copytree(folder, of_sweep)
+    shown = STYLE.sub("", on_terminal(lambda _: cli.main(["list", "runs"]), columns=80))
+    head, *rows = [line for line in shown.splitlines() if line[:1] not in (" ", "─", "")][1:]
+    assert head.split() == ["folder", "model", "sampler", "n"]
+    assert sorted(row.split()[0] for row in rows) == sorted([str(of_sweep), str(Path("outputs/run") / folder.name)])
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def offered(line: str) -> list[str]:
     words = {"list": ["models", "runs"], "help": ["run"]}
     flags = {name: ["--help", "-m", *FLAGS_OF_COMMAND.get(name, ())] for name in COMMANDS}
@@ -140,6 +153,8 @@ def test_what_a_line_can_go_on_with():
     assert offered("ltts run +experiment=s") == ["+experiment=smoke"]
     assert offered("ltts run aggregator=[ma") == ["aggregator=[majority"]
     assert offered("ltts run aggregator=[majority,li") == ["aggregator=[majority,likelihood"]
+    assert offered("ltts run aggregator=[likelihood,li") == []
+    assert offered("ltts run sampler=gaussian,g") == ["sampler=gaussian,greedy"]
     assert offered("ltts cache p") == ["prune", "paths.cache="]
     assert "seed=" in offered("ltts run n=4 ")
     assert offered("ltts run task.path=qu") == []

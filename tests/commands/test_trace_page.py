@@ -43,6 +43,19 @@ def test_figures_are_drawn_and_texts_stay_texts(opened):
 
 
 @needs_chromium
+def test_every_column_is_in_sight_on_a_desktop(opened):
+    page, path = opened
+    page.open(path, 1280, 900)
+    hidden = "[...document.querySelectorAll('.scroll')].map((each) => each.scrollWidth - each.clientWidth)"
+    lens, spells, rollouts = page.run(hidden)[:3]
+    assert lens <= 0
+    assert spells <= 0
+    assert rollouts > 0  # of two questions side by side
+    page.run("document.querySelector('#question-1').remove()")
+    assert max(page.run(hidden)) <= 0
+
+
+@needs_chromium
 def test_keys_and_clicks_choose_rollouts_latents_and_questions(opened):
     page, path = opened
     page.open(path, 1400, 1000)

@@ -23,6 +23,7 @@ from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
+from latent_tts.schedule.jacobi import Jacobi
 from latent_tts.types import Reasoner
 
 LENGTH, VOCABULARY = 12, 50
@@ -235,6 +236,21 @@ def test_the_engine_does_the_operations_of_its_batch(sampler):
     masked_for_the_last_latent = 6 * shape.layers * 4 * shape.attention
     expected = sum(work.flops for work in least) + masked_in_prefill + masked_for_the_last_latent
     assert counter.get_total_flops() == expected
+
+
+def test_a_guess_made_of_another_rollout_costs_its_prompt_and_its_latents():
+    lm, latents, prompts, n = gpt2(), 3, [[1, 2, 3, 4, 5]] * 2, 3
+    shape, flops = shape_of(lm), {}
+    for guess in ("zero", "greedy"):
+        plan = RolloutPlan(latents, [7], None, 4, schedule=Jacobi(sweeps=2, guess=guess))
+        engine = Engine(Reasoner(lm, lambda hidden: hidden), plan)
+        draw = Draw.of(0, ["a", "b"], torch.arange(n).repeat(2, 1), shape.width, shape.layers)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            engine.roll(prompts, draw, Gaussian(0.1, False))
+        flops[guess] = counter.get_total_flops()
+    counted = 2 * RolloutCost.of(shape, latents, 1, (), (), looks_for_stop=False).guess_flops(len(prompts[0]))
+    masked = 2 * shape.layers * 4 * shape.attention * len(prompts[0]) * (len(prompts[0]) - 1) / 2
+    assert flops["greedy"] - flops["zero"] == counted + masked
 
 
 def test_scoring_reads_the_weights_twice_and_each_prompt_once():

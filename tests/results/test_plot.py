@@ -139,7 +139,7 @@ def test_equal_lines_of_two_aggregators_are_both_seen():
     assert weighted.get_markerfacecolor() == "none"
     assert weighted.get_markersize() > best.get_markersize()
     assert bands(accuracy) == 1
-    assert entries(figure) == ["gaussian", *AGGREGATORS, "95% interval of majority"]
+    assert entries(figure) == ["gaussian", *AGGREGATORS, "95% interval (accuracy: of majority)"]
 
 
 def test_two_curves_have_a_colour_each_and_aggregators_a_dash_each():

@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +184,24 @@ def test_bars_of_rounds_leave_the_screen_and_later_rounds_log_warnings_alone(cap
     assert text.endswith("\x1b[2K")  # the bar is erased
     said = [record.getMessage() for record in caplog.records]
     assert said == ["drawing of round 1", "trouble in round 1", "trouble in round 2", "after the rounds"]
+
+
+def test_a_warning_of_a_sweep_is_written_once_by_all_its_processes(capsys):
+    code = """
+import logging
+from latent_tts.results import report
+logging.getLogger().addHandler(report.log_handler())
+for text in ("n=4: the same", "n=8: the same", "another"):
+    logging.warning(text)
+"""
+
+    def written():
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+
+    with report.warnings_once():
+        assert written() == "WARNING n=4: the same\nWARNING another\n"
+        assert written() == ""
+    assert written().count("WARNING") == 3
 
 
 def test_a_sweep_names_its_curves_and_failures_in_rows(shown):

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeGuard
 
@@ -70,8 +70,9 @@ class Tally:
         score_N: score of each rollout; NaN where it has none.
         equal: whether two answers are one vote; None where only equal strings are. Equality by value is not transitive,
             so that a later answer can regroup the earlier ones.
-        prompt_gflop: what the question costs once.
-        gflop_N: what each rollout costs.
+        prompt_gflop: what a round of the question costs, however many rollouts it has: the prompt is run in each.
+        gflop_N: what each rollout costs beyond that.
+        rounds: in which it got rollouts.
     """
 
     n: int
@@ -83,11 +84,17 @@ class Tally:
     equal: Callable[[str, str], bool] | None = None
     prompt_gflop: float = 0.0
     gflop_N: Float64 = field(default_factory=lambda: np.zeros(0))
+    rounds: int = 0
 
     @property
     def drawn(self) -> int:
         """The number of rollouts so far."""
         return len(self.answers)
+
+    @property
+    def gflop(self) -> float:
+        """What its rollouts cost, in the rounds that they were drawn in."""
+        return self.rounds * self.prompt_gflop + float(self.gflop_N.sum())
 
     @cached_property
     def weight_N(self) -> Float64:
@@ -149,7 +156,7 @@ class Tally:
         """The same after its first rollouts only."""
         return Tally(
             self.n, self.answers[:count], self.log_weight_N[:count], self.logprob_N[:count], self.score_N[:count],
-            self.max_log_weight, self.equal, self.prompt_gflop, self.gflop_N[:count],
+            self.max_log_weight, self.equal, self.prompt_gflop, self.gflop_N[:count], self.rounds,
         )  # fmt: skip
 
 
@@ -298,10 +305,11 @@ def play(
     Returns:
         What each question has at the end, and where it ended.
     """
-    drawn_Q = np.zeros(questions, dtype=np.int64)
+    drawn_Q, rounds_Q = np.zeros(questions, dtype=np.int64), np.zeros(questions, dtype=np.int64)
     while True:
-        tallies = tallies_after(drawn_Q)
+        after = zip(tallies_after(drawn_Q), rounds_Q, strict=True)
+        tallies = [replace(tally, rounds=int(rounds)) for tally, rounds in after]
         more_Q = budget.next(tallies)
         if not more_Q.any():
             return tallies, budget.stops(tallies)
-        drawn_Q = drawn_Q + more_Q
+        drawn_Q, rounds_Q = drawn_Q + more_Q, rounds_Q + (more_Q > 0)

@@ -41,8 +41,9 @@ class Adaptive:
         """The rule with its settings and the sizes of rounds."""
         settings = {field.name: getattr(self.rule, field.name) for field in fields(self.rule)}  # pyright: ignore
         settings |= {"round": self.round, "first": self.first}
-        hidden = ("fitted", "calibration")
-        given = [f"{key}={value}" for key, value in settings.items() if value is not None and key not in hidden]
+        if "fitted" in settings:  # what the folder that it names gave
+            settings["calibration"] = settings.pop("fitted")
+        given = [f"{key}={value}" for key, value in settings.items() if value is not None]
         return f"{self.rule.name} {' '.join(given)}"
 
     @property

@@ -99,8 +99,8 @@ def candidates(
     places = conf_dirs(folder for flag, folder in pairwise(others) if flag in FOLDER_FLAGS)
     key, equals, value = word.partition("=")
     if equals:
-        last = re.split(r"[,\[]", value)[-1]  # of the values of a sweep or a list
-        values = _values(name, key.lstrip("+"), others, places)
+        *before, last = re.split(r"[,\[]", value)  # the values of a sweep or a list
+        values = [each for each in _values(name, key.lstrip("+"), others, places) if each not in before]
         return [f"{word.removesuffix(last)}{each}" for each in _beginning(values, last)]
     command = read_command(name.replace("-", "_"))
     groups = [group for group in [*command.groups, *_nested(name, others, places)] if option_names(group, places)]

@@ -46,6 +46,7 @@ class Shape:
         attention: width of all query heads together.
         keys: width of all key heads together.
         block_weights: matrix entries of one block that a token goes through, the mean over blocks.
+        block_item: bytes per entry of the blocks where they are quantised; None: as many as of other numbers.
     """
 
     layers: int
@@ -54,6 +55,7 @@ class Shape:
     attention: int
     keys: int
     block_weights: float
+    block_item: int | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Shape:
@@ -106,7 +108,7 @@ class Shape:
 
     def block_bytes(self, item: int) -> int:
         """Bytes of the blocks' matrices."""
-        return int(self.layers * self.block_weights * item)
+        return int(self.layers * self.block_weights * (self.block_item or item))
 
     def head_bytes(self, item: int) -> int:
         """Bytes of the LM head's matrix."""
@@ -196,6 +198,11 @@ class RolloutCost:
         """
         suffix = self.shape.pass_flops(steps + self.forced + answer, prompt)
         return suffix + self.shape.head_flops(answer + 1) + self._other_flops(prompt, steps)
+
+    def guess_flops(self, prompt: int) -> float:
+        """Operations of the rollout whose latents are the guesses of others: its prompt, then all T one by one."""
+        checks = self.shape.head_flops(self.latents * self.looks_for_stop)
+        return self.shape.prompt_flops(prompt) + self.shape.pass_flops(self.latents - 1, prompt) + checks
 
     def stop_checks(self, steps: Count) -> Count:
         """How often the LM head runs to see whether a rollout stops thinking."""

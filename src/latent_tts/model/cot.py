@@ -15,7 +15,7 @@ from functools import cached_property
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.text.template import TemplateError, names_question, rendered
 from latent_tts.types import Question, Reasoner
 
@@ -42,8 +42,9 @@ class Cot(CheckpointAdapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.latents != 0:
-            raise bad_value("model.latents", self.latents, "must be 0: an explicit chain of thought has no latents")
+        require(
+            "model.latents", self.latents, self.latents == 0, "must be 0: an explicit chain of thought has no latents"
+        )
         known = isinstance(self.prompt, str) and (self.prompt in (PLAIN, CHAT) or names_question(self.prompt))
         if not known:
             raise self._bad_prompt("must be plain, chat, or a Jinja template with {{question}}")
@@ -98,10 +99,12 @@ class Cot(CheckpointAdapter):
             try:
                 text = rendered(self._template, question.text, self._tokens)
             except TemplateError as error:
-                raise self._bad_prompt(f"question {question.id} cannot be written: {error}") from error
+                raise self._bad_prompt(f"question {question.quoted} cannot be written: {error}") from error
             ids = self.text_ids(question, text, special=self.prompt != CHAT)  # a chat template writes them itself
         if not ids:
-            raise UsageError(f"question {question.id}: its text has no tokens in the vocabulary of model={self.name}")
+            raise UsageError(
+                f"question {question.quoted}: its text has no tokens in the vocabulary of model={self.name}"
+            )
         return ids
 
     def answer_span(self, answer_text: str) -> str | None:

@@ -8,13 +8,11 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from latent_tts.engine.cost import Rates, Work
 from latent_tts.engine.device import peak_bytes, reset_peak_bytes, synchronized_seconds
 from latent_tts.engine.packing import RolloutJob
 from latent_tts.engine.rollout import Rollouts
-from latent_tts.errors import RunError
 from latent_tts.results.cache import NOT_DECODED, SCORE_SCHEMA
 
 Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
@@ -55,19 +53,6 @@ def answer_columns(rollouts: Rollouts, *, answers: bool) -> Columns:
         "commits": pa.array(rollouts.commits_R.numpy()),
         "conflicts": pa.array(rollouts.conflicts_R.numpy()),
     }
-
-
-def require_finite(what: str, finite_R: Tensor, batch: Sequence[RolloutJob], dtype: torch.dtype, doing: str) -> None:
-    """Raise RunError unless all rows of a batch are finite."""
-    if finite_R.all():
-        return
-    owners = [job.question_id for job in batch for _ in job.rollouts]
-    first = owners[int(finite_R.int().argmin())]
-    raise RunError(
-        f"{doing} failed: {what} of question {first} are not finite in {str(dtype).removeprefix('torch.')}\n"
-        "the weights, a very large sampler.sigma, or float16, whose range is small (engine.dtype=bfloat16 has that of "
-        "float32)"
-    )
 
 
 def begin_measuring(device: torch.device) -> float:

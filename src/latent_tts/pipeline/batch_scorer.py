@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latent_tts.engine.cost import Rates, Shape
-from latent_tts.engine.packing import RolloutJob, row_bytes
+from latent_tts.engine.packing import RolloutJob, question_ids, require_finite, row_bytes
 from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.pipeline.batch_columns import (
@@ -18,7 +18,6 @@ from latent_tts.pipeline.batch_columns import (
     begin_measuring,
     least_columns,
     measured_columns,
-    require_finite,
 )
 from latent_tts.pipeline.keys import score_key
 from latent_tts.pipeline.models import load_scorer_of
@@ -69,7 +68,7 @@ class BatchScorer:
             ).cpu()
             beyond_RT = torch.arange(steps) >= steps_R[:, None]
             finite_R = (scores_RT.isfinite() | beyond_RT).all(1)
-            require_finite("step scores", finite_R, batch, scorer.backbone.dtype, "scoring rollouts")
+            require_finite("step scores", finite_R, question_ids(batch), scorer.backbone.dtype, "scoring rollouts")
         measured = measured_columns(started, scorer.device, len(latents_RTD))
         prompts = [len(job.prompt) for job in batch]
         least = self.shape.scoring_work(prompts, steps_R.numpy(), scorer.backbone.dtype.itemsize)

@@ -36,7 +36,7 @@ def rollout_gflop(
     else:
         each_N = passes.rollout_flops(prompt, steps_N, tokens_N - len(spec.forced_ids))
     if spec.schedule.first_guess in OF_OTHERS:
-        shared += passes.thinking_flops(prompt, spec.adapter.latents)
+        shared += passes.guess_flops(prompt)
     if spec.draft is not None:
         each_N = each_N + spec.draft.record.flops(prompt)
     if conflicts_N is not None:  # with all latents before them, which is a little too many

@@ -12,8 +12,7 @@ from latent_tts.checkpoint.draft import DraftFile, draft_digest
 from latent_tts.errors import RunError
 from latent_tts.executor import Executor
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.code import PACKAGE, WHOLE, code_digests, digest_of_package
-from latent_tts.pipeline.keys import computed_attributes
+from latent_tts.pipeline.code import PACKAGE, WHOLE, code_digests, computed_attributes, digest_of_package
 from latent_tts.scorer import Scorer
 
 _checked: set[Hashable] = set()  # files of this machine that are the driver's
@@ -46,7 +45,7 @@ def check_code(code: Mapping[str, str]) -> None:
 def check_weights(*options: ModelAdapter | Scorer | None) -> None:
     """Raise RunError unless this machine has the driver's weights; options forget what they knew of its files."""
     for option in filter(None, options):
-        computed, digest = set(computed_attributes(type(option))), option.digest
+        computed, digest = computed_attributes(type(option)), option.digest
         settings = {name: value for name, value in vars(option).items() if name not in computed}
         key = type(option), repr(settings), digest
         known = {"digest"} if key in _checked else set()

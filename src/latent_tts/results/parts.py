@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latent_tts.errors import RunError
-from latent_tts.results.files import SECONDS_BETWEEN_PARTS, bytes_digest, digest_in_name, digest_named_file, set_aside
+from latent_tts.results.files import SECONDS_BETWEEN_PARTS, bytes_digest, digest_in_name, set_aside, whole_file
 from latent_tts.types import Bools, Float32, Int64
 
 PART_SUFFIX, INDEX_SUFFIX = ".parquet", ".index"
@@ -46,7 +46,7 @@ pa.set_memory_pool(pa.system_memory_pool())  # see `release_memory`
 
 def write_part(folder: Path, table: pa.Table) -> None:
     """Write one part."""
-    with digest_named_file(folder, uuid.uuid4().hex, PART_SUFFIX) as path:
+    with whole_file(folder / f"{uuid.uuid4().hex}{PART_SUFFIX}", add_digest=True) as path:
         # Arrow takes a relative path with a colon for a URI
         pq.write_table(table, path.absolute(), compression="zstd", compression_level=1)
 
@@ -92,24 +92,20 @@ class PartWriter:
 
     def _write_all(self) -> None:
         pending: list[pa.Table] = []
-        written = time.perf_counter()
-        while (make := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # no `put` may wait for a place in the queue
-            try:
+        queued, written = iter(self._queue.get, None), time.perf_counter()
+        try:
+            for make in queued:
                 pending.append(make())
                 late = time.perf_counter() - written > SECONDS_BETWEEN_PARTS
                 if late or sum(table.nbytes for table in pending) >= MAX_PART_BYTES:
-                    done, pending = pending, []
-                    self._write(done)
-                    written = time.perf_counter()
-            except BaseException as error:
-                self._error = error
-        if self._error is None and pending:
-            try:
+                    self._write(pending)
+                    pending, written = [], time.perf_counter()
+            if pending:
                 self._write(pending)
-            except BaseException as error:
-                self._error = error
+        except BaseException as error:
+            self._error = error
+            for _ in queued:  # no `put` may wait for a place in the queue
+                pass
 
     def _write(self, tables: Sequence[pa.Table]) -> None:
         table, started = pa.concat_tables(tables), time.perf_counter()
@@ -135,7 +131,7 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
     """
     for path in paths:
         try:
-            table = _read_table(path, columns)
+            table = whole_table(path, columns)
             if table is None:
                 log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, set_aside(path).name)
                 continue
@@ -146,7 +142,7 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
         yield path, table
 
 
-def _read_table(path: Path, columns: list[str]) -> pa.Table | None:
+def whole_table(path: Path, columns: list[str]) -> pa.Table | None:
     """Columns of a file; None for one whose bytes are not those that were written."""
     content = path.read_bytes()
     if bytes_digest(content) != digest_in_name(path):
@@ -192,7 +188,7 @@ class PartIndex:
         there = pa.array(sorted(self._paths), pa.string())
         table = self._table.filter(pc.call_function("is_in", [self._table["part"]], pc.SetLookupOptions(there)))
         with suppress(OSError):  # without it, the parts are read
-            with digest_named_file(self._folder, uuid.uuid4().hex, INDEX_SUFFIX) as path:
+            with whole_file(self._folder / f"{uuid.uuid4().hex}{INDEX_SUFFIX}", add_digest=True) as path:
                 pq.write_table(table, path.absolute(), compression="zstd")
             for path in self._files:
                 path.unlink(missing_ok=True)
@@ -200,7 +196,7 @@ class PartIndex:
 
 def _index_table(path: Path) -> pa.Table | None:
     try:
-        table = _read_table(path, INDEX_SCHEMA.names)
+        table = whole_table(path, INDEX_SCHEMA.names)
     except OSError:
         return None
     return table.cast(INDEX_SCHEMA) if table is not None else None

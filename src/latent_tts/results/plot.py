@@ -472,9 +472,9 @@ def _interval_handle(parts: Sequence[pd.DataFrame], marks: dict[str, Look], *, a
     single = all((part.groupby("label")["x"].nunique() == 1).all() for part in parts)
     if single:
         return Line2D([], [], color="0.5", marker="|", markersize=10, linestyle="", label=label)
-    label += f" of {next(iter(marks))}" if marks else ""
+    label += " at the end" * crowded + (f" (accuracy: of {next(iter(marks))})" if marks else "")
     if crowded:
-        return Line2D([], [], color="0.5", marker="|", markersize=10, linestyle="", label=f"{label} at the end")
+        return Line2D([], [], color="0.5", marker="|", markersize=10, linestyle="", label=label)
     return Patch(color="0.5", alpha=0.3, linewidth=0, label=label)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pandas as pd
 from rich import box
@@ -20,11 +23,13 @@ from rich.text import Text
 
 from latent_tts.errors import printable
 from latent_tts.results.run_folder import CURVE_COLUMNS
+from latent_tts.types import text_digest
 
 STATISTICS = "docs/statistics.md"
 GAP = 2  # spaces between columns
 UNLIMITED = 100_000  # columns of a pipe
 _round: ContextVar[int] = ContextVar("round", default=0)  # 0 outside of rounds
+SEEN_WARNINGS = "LTTS_SEEN_WARNINGS"  # environment variable of a sweep and its processes: a folder with a file for each
 JOB_LINE = re.compile(r"(?<=^INFO )\t#(\d+) : ")  # of Hydra's launchers
 
 
@@ -70,27 +75,28 @@ class OncePerSweep(logging.Filter):
     A record with the attribute `once` is treated like a warning.
     """
 
-    seen: ClassVar[set[str] | None] = None  # None outside sweeps
-
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is to be written."""
-        seen = OncePerSweep.seen
+        seen = os.environ.get(SEEN_WARNINGS)
         if seen is None or not (record.levelno >= logging.WARNING or getattr(record, "once", False)):
             return True
         words = re.sub(r"[0-9][0-9.e+-]*", "#", record.getMessage())
-        new = words not in seen
-        seen.add(words)
-        return new
+        try:
+            Path(seen, text_digest(words)).touch(exist_ok=False)
+        except OSError as error:  # others than this one where a job on another machine does not see the folder
+            return not isinstance(error, FileExistsError)
+        return True
 
 
 @contextmanager
 def warnings_once() -> Iterator[None]:
-    """Within this context each warning is written once; see `OncePerSweep`."""
-    OncePerSweep.seen = set()
-    try:
-        yield
-    finally:
-        OncePerSweep.seen = None
+    """Within this context each warning is written once, by whichever process comes first; see `OncePerSweep`."""
+    with TemporaryDirectory(prefix="latent_tts_") as folder:
+        os.environ[SEEN_WARNINGS] = folder
+        try:
+            yield
+        finally:
+            del os.environ[SEEN_WARNINGS]
 
 
 def print_status(text: str) -> None:

@@ -11,7 +11,8 @@ from latent_tts.results import report
 from latent_tts.results.run_folder import OUTPUT_FOLDERS, is_complete, read_run_metrics, run_folders
 
 COLUMNS = ["folder", "model", "task", "sampler", "seed", "questions", "n", "age"]
-SPARE = {"seed": 1, "questions": 2}  # left out first where the terminal is too narrow
+TEXTS = ("folder", "model", "task", "sampler")  # aligned to the left
+SPARE = {"task": 1, "age": 2, "seed": 3, "questions": 4}  # see `report.Column`; names of folders begin with the time
 
 
 def print_runs(paths: Sequence[Path]) -> None:
@@ -35,7 +36,9 @@ def print_runs(paths: Sequence[Path]) -> None:
         raise UsageError(f"no run in {' or '.join(OUTPUT_FOLDERS)}; `ltts list runs FOLDER` looks in FOLDER")
     ages = {folder: time.time() - folder.stat().st_mtime for folder in dict.fromkeys(folders)}
     rows = [_row(folder, age) for folder, age in sorted(ages.items(), key=lambda item: -item[1])]
-    report.print_table(report.counted(len(rows), "run"), COLUMNS, rows, SPARE)
+    cells = dict(zip(COLUMNS, zip(*rows, strict=True), strict=True))
+    folder, *columns = [report.Column(name, own, SPARE.get(name, 0), name in TEXTS) for name, own in cells.items()]
+    report.print_columns(report.counted(len(rows), "run"), [folder], columns)
 
 
 def _row(folder: Path, age: float) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -34,6 +35,11 @@ class Calibration:
     unseen: float
     mean: float
     sd: float
+
+    def __str__(self) -> str:
+        """A digest, since another calibration is another rule."""
+        values = " ".join(f"{value:.6g}" for value in (self.vote, self.slope, self.unseen, self.mean, self.sd))
+        return hashlib.sha256(values.encode()).hexdigest()[:6]
 
 
 @dataclass(frozen=True)
