@@ -452,11 +452,19 @@ def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
 
 
 def digest(folder: Path) -> str:
-    """16 hex digits that stand for the weights, the shape and the tokenizer of a checkpoint."""
+    """16 hex digits that stand for the weights, the shape and the tokenizer of a checkpoint.
+
+    Raises:
+        RunError: it is a model that was made once and kept, and is damaged.
+    """
     sha = hashlib.sha256()
+    known = {}
     for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
         with path.open("rb") as file:
-            sha.update(hashlib.file_digest(file, "sha256").digest())
+            of_file = hashlib.file_digest(file, "sha256")
+        sha.update(of_file.digest())
+        known[path.name] = of_file.hexdigest()[:16]
+    gguf.check_kept(folder, known)
     return sha.hexdigest()[:16]
 
 
