@@ -66,7 +66,7 @@ class Sampler(Protocol):
     @property
     def only_latents(self) -> bool:
         """Whether it changes only latents and the passes that compute them, so that it needs a model with latents."""
-        return False
+        return self.random_latents and self.random_phases <= {"thoughts"} and not self.chooses_tokens
 
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
         """The latent (R, D) that is fed back instead of the model's own `h_RD`; `step` counts from 0."""
