@@ -29,7 +29,6 @@ class Failures(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Take the error."""
-        del config, kwargs
         if job_return.status is JobStatus.FAILED and HydraConfig.get().mode == RunMode.RUN:
             self.kept.append(job_return._return_value)
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None

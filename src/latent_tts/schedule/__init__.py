@@ -209,7 +209,6 @@ class Schedule(Protocol):
 
         Those that depend on the rollout are left out; they are counted as its conflicts.
         """
-        del latents
         return []
 
 
