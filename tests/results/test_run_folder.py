@@ -13,7 +13,15 @@ from safetensors.torch import load_file
 
 from latent_tts.errors import UsageError
 from latent_tts.results import parts
-from latent_tts.results.cache import MEASURED, ROLLOUT_FIELDS, ROLLOUT_SCHEMA, SCORE_FIELDS, RolloutCache, ScoreCache
+from latent_tts.results.cache import (
+    MEASURED,
+    ROLLOUT_FIELDS,
+    ROLLOUT_SCHEMA,
+    SCORE_FIELDS,
+    SCORE_SCHEMA,
+    RolloutCache,
+    ScoreCache,
+)
 from latent_tts.results.files import whole_file, written_in_parts
 from latent_tts.results.parts import GatheredRows, PartWriter, runs_of
 from latent_tts.results.run_folder import (
@@ -59,9 +67,13 @@ def row(key, rollout, **changes):
     } | changes
 
 
+def schema_of(cache):
+    return ROLLOUT_SCHEMA if isinstance(cache, RolloutCache) else SCORE_SCHEMA
+
+
 def add(cache, rows):
     """Write a part."""
-    parts.write_part(cache.folder, pa.Table.from_pylist(rows, schema=cache.schema))
+    parts.write_part(cache.folder, pa.Table.from_pylist(rows, schema=schema_of(cache)))
 
 
 def gathered(cache, pairs):
@@ -233,12 +245,12 @@ def test_scores_made_with_rollouts_and_those_made_later_are_found(tmp_path, cach
 def many(cache):
     """300,000 rollouts of 5,000 questions, in parts of 16 MB at most."""
     rows = 300_000
-    table = pa.Table.from_pylist([row("x", 0)], schema=cache.schema).take(pa.array(np.zeros(rows, dtype=np.int64)))
+    table = pa.Table.from_pylist([row("x", 0)], schema=schema_of(cache)).take(pa.array(np.zeros(rows, dtype=np.int64)))
     keys = pa.array([f"{17 * number:016x}" for number in range(5000)]).take(pa.array(np.arange(rows) // 60))
-    table = table.set_column(0, cache.schema.field(0), keys)
-    table = table.set_column(1, cache.schema.field(1), pa.array((np.arange(rows) % 60).astype(np.int32)))
+    table = table.set_column(0, schema_of(cache).field(0), keys)
+    table = table.set_column(1, schema_of(cache).field(1), pa.array((np.arange(rows) % 60).astype(np.int32)))
     noise = np.random.default_rng(0).random(rows)
-    table = table.set_column(table.column_names.index("seconds"), cache.schema.field("seconds"), pa.array(noise))
+    table = table.set_column(table.column_names.index("seconds"), schema_of(cache).field("seconds"), pa.array(noise))
     with PartWriter(cache.folder) as writer:
         for start in range(0, rows, 20_000):
             writer.put(lambda start=start: table.slice(start, 20_000))
@@ -292,7 +304,9 @@ def test_what_was_handed_over_is_written_when_drawing_fails_or_is_interrupted(ca
         def draw(number=number, error=error):
             with PartWriter(cache.folder) as writer:
                 for rollout in range(9):
-                    writer.put(lambda rollout=rollout: pa.Table.from_pylist([row(str(number), rollout)], cache.schema))
+                    writer.put(
+                        lambda rollout=rollout: pa.Table.from_pylist([row(str(number), rollout)], schema_of(cache))
+                    )
                 raise error
 
         with pytest.raises(type(error)):
@@ -312,14 +326,14 @@ def test_an_error_of_the_writer_ends_the_work_and_is_raised(cache, monkeypatch):
         with PartWriter(cache.folder) as writer:
             for rollout in range(1000):
                 handed.append(rollout)
-                writer.put(lambda: pa.Table.from_pylist([row("a", 0)], cache.schema))
+                writer.put(lambda: pa.Table.from_pylist([row("a", 0)], schema_of(cache)))
                 time.sleep(0.001)
 
     with pytest.raises(OSError, match="No space left"):
         draw()
     assert len(handed) < 1000
     with pytest.raises(OSError, match="No space left"), PartWriter(cache.folder) as writer:
-        writer.put(lambda: pa.Table.from_pylist([row("a", 0)], cache.schema))
+        writer.put(lambda: pa.Table.from_pylist([row("a", 0)], schema_of(cache)))
     assert not partials(cache.folder)
 
 
