@@ -444,13 +444,18 @@ def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
         raise bad_value(key, path, f"truncated or not safetensors ({error})") from error
 
 
+digested: dict[str, Path] = {}  # checkpoint folders that this process has read, by their digests
+
+
 def digest(folder: Path) -> str:
     """16 hex digits that stand for the weights, the shape and the tokenizer of a checkpoint."""
     sha = hashlib.sha256()
     for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
         with path.open("rb") as file:
             sha.update(hashlib.file_digest(file, "sha256").digest())
-    return sha.hexdigest()[:16]
+    found = sha.hexdigest()[:16]
+    digested[found] = folder
+    return found
 
 
 def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
