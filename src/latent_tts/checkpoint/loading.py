@@ -19,7 +19,8 @@ from transformers.utils import logging
 from latent_tts.checkpoint import files
 from latent_tts.errors import bad_value, require
 
-IN_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*weight$")  # matrices, not the buffers of old checkpoints
+# matrices and biases of blocks, not the causal masks of old checkpoints
+IN_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*(weight|(?<!attn\.)(?<!attention\.)(?<!masked_)bias)$")
 
 
 def load_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -132,7 +133,8 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
         raise bad_value(key, folder, f"weights are missing: {missing} ...")
     unused = sorted(name for name in info["unexpected_keys"] if IN_BLOCK.search(name))
     if unused:
-        raise bad_value(key, folder, f"config.json describes fewer layers than the weights have: {unused[0]} ...")
+        reason = f"config.json describes fewer layers or biases than the weights have: {unused[0]} ..."
+        raise bad_value(key, folder, reason)
     name_body(model)
     return model.to(device).eval().requires_grad_(False)
 
