@@ -101,6 +101,7 @@ IMPLEMENTATIONS = (
     *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
     *("grouped_mm", "batched_mm"),
 )
+MAX_LABELS = 1 << 20
 TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
 
 
@@ -289,7 +290,7 @@ def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY
 
 
 def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
-    """Check that a `config.json` asks for no code from elsewhere and for no quantised weights, at any depth.
+    """Check that a `config.json` asks for no code or weights from elsewhere and no quantised ones, at any depth.
 
     `auto_map`, which names code in the checkpoint, is left alone: it is never run. So are the names of transformers'
     own attention, which `loading` does not hand on.
@@ -312,6 +313,12 @@ def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
             if strange:
                 why = f"none of {', '.join(IMPLEMENTATIONS)}; code from a hub is never run"
                 raise bad_value(key, folder, f"config.json has {name}={json.dumps(strange[0])}: {why}")
+        if name == "transformers_weights" and value is not None:  # transformers would read them instead
+            raise bad_value(
+                key, folder, f"config.json has {name}; the weights must be {WEIGHTS} or the shards of {INDEX}"
+            )
+        if name == "num_labels" and is_whole(value) and value > MAX_LABELS:  # transformers makes a name for each
+            raise bad_value(key, folder, f"config.json has num_labels={value}; must be {MAX_LABELS} at most")
         check_settings(value, folder, key=key)
 
 

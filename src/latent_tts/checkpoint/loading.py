@@ -123,7 +123,10 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
             trust_remote_code=False,
         )
         model, info = loaded
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
+    except (
+        *(RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError),
+        *(ImportError, StrictDataclassError),
+    ) as error:
         reason = f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
         if "auto_map" in settings and "trust_remote_code" in str(error):
             reason = f"its model_type={settings.get('model_type')} needs code of its own (auto_map), which is never run"
