@@ -33,7 +33,7 @@ PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "use_rslora": Fals
 PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}}
 TRANSPOSED = "gpt2"  # the kind of model whose layers keep their weights transposed
 TOLERANCE = 1e-3
-VERSION = 1  # of what joining writes; part of the folder's name
+VERSION = 2  # of what joining writes; part of the folder's name
 
 
 def is_adapter(folder: Path) -> bool:
@@ -108,8 +108,8 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
     rows = next(value.shape[0] for name, value in tensors.items() if name.endswith(files.EMBEDDINGS))
     config |= {"vocab_size": int(rows), "dtype": "float32"}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in (folder / "tokenizer.json", *base.glob("tokenizer_config.json")):
-        shutil.copyfile(path, target / path.name)
+    shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
+    files.copy_beside_tokenizer(base, target)
     save_file({name: value.contiguous() for name, value in tensors.items()}, target / files.WEIGHTS,
               metadata={"format": "pt"})  # fmt: skip
     lm = loading.load_causal_lm(target, device="cpu", dtype="float32", key=key)

@@ -182,7 +182,8 @@ class RunSpec(RunRequest):
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
         looked_at = None if self.schedule.early_exit is None else len(exit_ids(adapter, self.schedule))
         phases = self.sampler.random_phases
-        return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at)
+        made = adapter.latent_weights
+        return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at, made)
 
     @property
     def longest_sequence(self) -> int:
@@ -629,6 +630,7 @@ def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int
     Raises:
         UsageError: the tokenizer cannot read it, or it leaves no token to choose.
     """
+    require("answer.forced_prefix", prefix, isinstance(prefix, str), "must be a text")
     ids = adapter.forced_ids(prefix)
     if len(ids) >= max_answer_tokens:
         allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
