@@ -19,7 +19,8 @@ from transformers.utils import logging
 from latent_tts.checkpoint import files
 from latent_tts.errors import bad_value, require
 
-IN_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*weight$")  # matrices, not the buffers of old checkpoints
+# matrices and biases of blocks, not the causal masks of old checkpoints
+IN_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*(weight|(?<!attn\.)(?<!attention\.)(?<!masked_)bias)$")
 
 
 def load_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -128,7 +129,10 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
             trust_remote_code=False,
         )
         model, info = loaded
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
+    except (
+        *(RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError),
+        *(ImportError, StrictDataclassError),
+    ) as error:
         reason = f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
         if "auto_map" in settings and "trust_remote_code" in str(error):
             reason = f"its model_type={settings.get('model_type')} needs code of its own (auto_map), which is never run"
@@ -138,7 +142,8 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
         raise bad_value(key, folder, f"weights are missing: {missing} ...")
     unused = sorted(name for name in info["unexpected_keys"] if IN_BLOCK.search(name))
     if unused:
-        raise bad_value(key, folder, f"config.json describes fewer layers than the weights have: {unused[0]} ...")
+        reason = f"config.json describes fewer layers or biases than the weights have: {unused[0]} ..."
+        raise bad_value(key, folder, reason)
     name_body(model)
     return model.to(device).eval().requires_grad_(False)
 

@@ -58,10 +58,14 @@ class Cot(CheckpointAdapter):
         """Check that there is a template if the prompt needs one: the tokens are any tokenizer's.
 
         Raises:
-            UsageError: the checkpoint has no chat template.
+            UsageError: the checkpoint has no chat template, or does not name a special token of a given template.
         """
-        if self.prompt != PLAIN:
-            _ = self._template
+        if self.prompt == PLAIN:
+            return
+        _ = self._template
+        unnamed = [name for name in files.SPECIAL if name in self.prompt and name not in self._tokens]
+        if unnamed:
+            raise self._bad_prompt(f"{self.checkpoint} names no {unnamed[0]} in tokenizer_config.json; write the token")
 
     @cached_property
     def _template(self) -> str:

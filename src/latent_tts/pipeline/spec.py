@@ -640,6 +640,7 @@ def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int
     Raises:
         UsageError: the tokenizer cannot read it, or it leaves no token to choose.
     """
+    require("answer.forced_prefix", prefix, isinstance(prefix, str), "must be a text")
     ids = adapter.forced_ids(prefix)
     if len(ids) >= max_answer_tokens:
         allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"

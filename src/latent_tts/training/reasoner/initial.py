@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +75,7 @@ def copy_checkpoint(
     old = files.load_tokenizer(source, key="init")
     check_begin(begin, old, "recipe.new_tokens")
     files.weight_files(source, key="init")
-    for path in source.glob("tokenizer_config.json"):
-        shutil.copyfile(path, folder / path.name)
+    files.copy_beside_tokenizer(source, folder)
     config = files.read_config(source)
     files.check_sizes(config, source, key="init")
     config.pop("latent_tts", None)  # the new training may use other latents

@@ -149,6 +149,7 @@ def read_best(states: Path) -> dict[str, Any] | None:
     path = states / BEST / RECORD
     if not path.is_file():
         return None
+    record = None
     try:
         record = json.loads(path.read_text())
         whole = record.pop("digest", None) in (None, settings_digest(record))  # earlier versions wrote none
