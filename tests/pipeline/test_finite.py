@@ -10,11 +10,11 @@ import pytest
 import tiny
 from marks import slow
 from safetensors.torch import load_file, save_file
+from tables import picked_accuracy
 
 from latent_tts.aggregator.likelihood import Likelihood
 from latent_tts.checkpoint.files import load_tokenizer
 from latent_tts.pipeline import models
-from latent_tts.results import statistics
 from latent_tts.results.run_folder import read_metrics
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.text.answer import AnswerRule
@@ -114,6 +114,6 @@ def test_rollouts_without_latents_have_no_score_and_are_no_best_of_n(ltts, thoug
 def test_a_figure_that_is_missing_never_wins():
     correct = np.array([[True, False]])
     arrays = RolloutArrays(np.array([[0, 1]]), correct, np.array([[np.nan, -5.0]]), np.full((1, 2), np.nan))
-    assert statistics.picked_accuracy(Likelihood(), arrays, 2).tolist() == [0.0]
+    assert picked_accuracy(Likelihood(), arrays, 2).tolist() == [0.0]
     flipped = RolloutArrays(np.array([[1, 0]]), ~correct, arrays.answer_logprob_QD, arrays.score_QD)
-    assert statistics.picked_accuracy(Likelihood(), flipped, 2).tolist() == [1.0]
+    assert picked_accuracy(Likelihood(), flipped, 2).tolist() == [1.0]

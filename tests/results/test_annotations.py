@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from latent_tts.errors import RunError, UsageError
 from latent_tts.results import annotations
 from latent_tts.results.annotations import FORMAT, INDEX, SETTINGS, AnnotationFolder
-from latent_tts.results.files import digest_named_file, file_digest
+from latent_tts.results.files import file_digest, whole_file
 from latent_tts.types import LabelledQuestion, UnmixedQuestion, written_ids
 
 N, T, D, LATENT, END, PAD = 3, 4, 5, 90, 91, 0
@@ -195,7 +195,7 @@ def write_part(path: Path, number: int) -> None:
     part, shard = part_of(path, number), path / f"{number}_on0.safetensors"
     rows = [row | {"digest": file_digest(shard)} for row in pq.read_table(part).to_pylist()]
     part.unlink()
-    with digest_named_file(path, shard.stem, ".parquet") as partial:
+    with whole_file(shard.with_suffix(".parquet"), add_digest=True) as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema=annotations.PART_SCHEMA), partial)
 
 

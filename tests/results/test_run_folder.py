@@ -388,7 +388,7 @@ def test_rollouts_are_written_with_their_columns_in_order(tmp_path):
     write_rollouts(tmp_path, table)
     assert pq.read_schema(tmp_path / ROLLOUTS).field("prediction").type == pa.string()  # as if one could be read
     table = pd.read_parquet(tmp_path / ROLLOUTS)
-    assert list(table.columns) == ROLLOUT_COLUMNS
+    assert list(table.columns) == list(ROLLOUT_COLUMNS)
     assert table["prediction"].isna().all()
     assert list(map(list, table["answer_ids"])) == [[1, 2], []]
 

@@ -27,7 +27,6 @@ from latent_tts.results.run_folder import read_metrics
 from latent_tts.scorer.auto import auto
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
-from latent_tts.search.independent import Independent
 from latent_tts.task.arith import Arith
 from latent_tts.types import Computation
 
@@ -143,7 +142,7 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
     spec: Any = SimpleNamespace(
         adapter=adapter, questions=questions, prompts=prompts, n=3, scorer=scorer, engine=engine, kept=3, donors={}
     )
-    spec.row_key, spec.search = lambda question: question.id, Independent()
+    spec.row_key, spec.guided = lambda question: question.id, False
     answer_ids = [adapter.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     places = [(q.id, i) for q in questions for i in range(3)]
     rows = pd.DataFrame(places, columns=["row_key", "rollout"]).assign(latent_steps=6, answer_ids=answer_ids)

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import betaln, gammaln, stdtr
 
 from latent_tts.budget import Stop, Tally
-from latent_tts.errors import bad_value, check_fields
+from latent_tts.errors import check_fields, require
 from latent_tts.types import Float64, Int64
 
 AGGREGATORS = ("majority", "best_of_n")
@@ -84,11 +84,12 @@ class Shared:
         """Check that the budget is enough for `first` rollouts of each question."""
         del answer_rule
         needed = questions * min(self.first, n)
-        if self.unit == "rollouts" and self.total < needed:
-            raise bad_value(
-                "budget.total", f"{self.total:g}",
-                f"{questions} questions with budget.first={self.first} need {needed} rollouts or more",
-            )  # fmt: skip
+        require(
+            "budget.total",
+            f"{self.total:g}",
+            self.unit != "rollouts" or self.total >= needed,
+            f"{questions} questions with budget.first={self.first} need {needed} rollouts or more",
+        )
 
     def next(self, tallies: Sequence[Tally]) -> Int64:
         """The first rollouts of all questions, or a round for those where it is worth most."""

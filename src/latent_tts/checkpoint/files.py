@@ -137,10 +137,13 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_file():
-        raise bad_value(key, checkpoint, f"must be a folder; {convert_hint(folder, key)}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) or checkpoint.startswith("."):
-        raise bad_value(key, checkpoint, "no such folder, and not a hub id of the form owner/name")
+    require(key, checkpoint, not folder.is_file(), f"must be a folder; {convert_hint(folder, key)}")
+    require(
+        key,
+        checkpoint,
+        bool(re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint)) and not checkpoint.startswith("."),
+        "no such folder, and not a hub id of the form owner/name",
+    )
     from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
 
     try:
@@ -183,8 +186,12 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     Raises:
         UsageError: it is missing, empty or no JSON object.
     """
-    if (folder / name).is_file() and is_empty_json(folder / name):
-        raise bad_value(MODEL_KEY, folder, f"{name} is empty; copy the config.json of the model that was fine-tuned")
+    require(
+        MODEL_KEY,
+        folder,
+        not (folder / name).is_file() or not is_empty_json(folder / name),
+        f"{name} is empty; copy the config.json of the model that was fine-tuned",
+    )
     return read_json(folder, name)
 
 
@@ -234,15 +241,22 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
     """
     config = common_sizes(config)
     kind, why = str(config.get("model_type", "")), "latents are fed to decoders made of attention"
-    if config.get("is_encoder_decoder"):
-        raise bad_value(key, folder, f"a {kind} model has an encoder; {why}")
-    if kind in BIDIRECTIONAL and not config.get("is_decoder"):
-        raise bad_value(key, folder, f"in a {kind} model tokens attend to those after them; {why}")
+    require(key, folder, not config.get("is_encoder_decoder"), f"a {kind} model has an encoder; {why}")
+    require(
+        key,
+        folder,
+        kind not in BIDIRECTIONAL or bool(config.get("is_decoder")),
+        f"in a {kind} model tokens attend to those after them; {why}",
+    )
     layers = config.get("layer_types") or []
     other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
     require(key, folder, kind not in WITHOUT_CACHE, f"a {kind} model keeps no keys and values of earlier tokens; {why}")
-    if all(config.get(name) for name in PER_LAYER_INPUTS):
-        raise bad_value(key, folder, f"in a {kind} model every layer looks a token's id up; latents have none")
+    require(
+        key,
+        folder,
+        not all(config.get(name) for name in PER_LAYER_INPUTS),
+        f"in a {kind} model every layer looks a token's id up; latents have none",
+    )
     heads = [config.get(name) for name in ("num_attention_heads", "num_key_value_heads")]
     if config.get("kv_lora_rank") and None not in heads and heads[0] != heads[1]:
         wanted = "with kv_lora_rank, keys have as many heads as queries"
@@ -316,8 +330,12 @@ def check_shapes(
         value, found = config.get(name), next((t for t in shapes if t.endswith(suffixes)), None)
         if found is None or not is_whole(value) or (axis == 1 and any(other in config for other in NARROW_EMBEDDINGS)):
             continue
-        if len(shapes[found]) != 2 or value > (max(shapes[found]) if axis is None else shapes[found][axis]):
-            raise bad_value(key, folder, f"config.json has {name}={value}, but {found} is {shapes[found]}")
+        require(
+            key,
+            folder,
+            len(shapes[found]) == 2 and value <= (max(shapes[found]) if axis is None else shapes[found][axis]),
+            f"config.json has {name}={value}, but {found} is {shapes[found]}",
+        )
 
 
 def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
@@ -371,8 +389,12 @@ def _shards(folder: Path, key: str, index: str = INDEX) -> dict[str, set[str]]:
         raise bad_value(key, folder, f"{index} has no weight_map")
     shards: dict[str, set[str]] = {}
     for tensor, name in sorted(weight_map.items(), key=lambda item: (str(item[1]), item[0])):
-        if not isinstance(name, str) or Path(name).name != name:
-            raise bad_value(key, folder, f"{index} names {name!r}, which is no file of the folder")
+        require(
+            key,
+            folder,
+            isinstance(name, str) and Path(name).name == name,
+            f"{index} names {name!r}, which is no file of the folder",
+        )
         shards.setdefault(name, set()).add(tensor)
     return shards
 

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 
 log = logging.getLogger(__name__)
 PREFIX = "gguf:"
@@ -87,8 +87,12 @@ def converted(file: Path, key: str) -> Path:
     """
     folder = models_folder() / f"gguf{VERSION}-{digest(file)}"
     if not folder.is_dir():
-        if find_spec("gguf") is None:
-            raise bad_value(key, f"{PREFIX}{file}", "gguf is not installed: pip install '.[gguf]' in the clone")
+        require(
+            key,
+            f"{PREFIX}{file}",
+            find_spec("gguf") is not None,
+            "gguf is not installed: pip install '.[gguf]' in the clone",
+        )
         check(file, key)
         log.info("%s: converting it, once, to %s", file, folder)
         with whole_folder(folder, str(file)) as partial:

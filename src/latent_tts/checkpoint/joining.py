@@ -122,14 +122,17 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
     wanted = load_file(folder / PROBE)
     found = probe(lm, wanted["prompts_PL"], int(wanted["latents_PTD"].shape[1]))
     for name in ("latents_PTD", "logprobs_PA"):
-        if wanted[name].shape != found[name].shape:
-            raise bad_value(key, folder, f"its probe has {name} of {list(wanted[name].shape)}")
+        require(
+            key, folder, wanted[name].shape == found[name].shape, f"its probe has {name} of {list(wanted[name].shape)}"
+        )
         distance = float((wanted[name] - found[name]).abs().max() / wanted[name].abs().max().clamp(min=1))
-        if not distance <= TOLERANCE:
-            raise bad_value(
-                key, folder, "joined with its base it computes something else than the trained model did: "
-                f"{name} of its probe differ by {distance:.2g} of their largest value, more than {TOLERANCE:g}",
-            )  # fmt: skip
+        require(
+            key,
+            folder,
+            distance <= TOLERANCE,
+            "joined with its base it computes something else than the trained model did: "
+            f"{name} of its probe differ by {distance:.2g} of their largest value, more than {TOLERANCE:g}",
+        )
 
 
 def check_plain(settings: Mapping[str, Any], folder: Path, key: str) -> None:

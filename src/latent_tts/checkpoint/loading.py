@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from latent_tts.checkpoint import files
-from latent_tts.errors import bad_value
+from latent_tts.errors import bad_value, require
 
 IN_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*weight$")  # matrices, not the buffers of old checkpoints
 
@@ -62,8 +62,7 @@ def read_pickle(pickle: Path) -> dict[str, Tensor]:
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if not tensors or len(tensors) != len(state):
-        raise bad_value("src", pickle, "does not hold a dict of tensors")
+    require("src", pickle, bool(tensors) and len(tensors) == len(state), "does not hold a dict of tensors")
     return tensors
 
 
@@ -104,8 +103,13 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
     settings = files.read_json(folder, "config.json", key=key)
     files.check_settings(settings, folder, key=key)
     files.check_shapes(settings, files.weight_shapes(folder, key=key), folder, key=key)
-    if (folder / files.ADAPTER).is_file():  # transformers would load the model that it names instead
-        raise bad_value(key, folder, f"holds an adapter ({files.ADAPTER}); {files.convert_hint(folder, key)}")
+    # transformers would load the model that it names instead
+    require(
+        key,
+        folder,
+        not (folder / files.ADAPTER).is_file(),
+        f"holds an adapter ({files.ADAPTER}); {files.convert_hint(folder, key)}",
+    )
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config._attn_implementation = config._experts_implementation = None

@@ -48,8 +48,9 @@ def base_folder(folder: Path, key: str) -> Path:
         reason = str(error).splitlines()[0].partition(": ")[2]
         raise bad_value(key, folder, f"an adapter of the reasoner {base}, which cannot be read: {reason}") from error
     digest = files.digest(found)
-    if digest != wanted:
-        raise bad_value(key, folder, f"an adapter of another reasoner: {base} has the digest {digest}, not {wanted}")
+    require(
+        key, folder, digest == wanted, f"an adapter of another reasoner: {base} has the digest {digest}, not {wanted}"
+    )
     return found
 
 
@@ -97,8 +98,7 @@ def attach(backbone: nn.Module, prefix: str, folder: Path, key: str) -> None:
     for name in sorted(name for name in factors if name.endswith(joining.FACTORS[0])):
         path = name.removeprefix(joining.PREFIX).removesuffix(joining.FACTORS[0]).removeprefix(f"{prefix}.")
         other = name.replace(*joining.FACTORS)
-        if path not in layers or other not in factors:
-            raise bad_value(key, folder, f"its tensor {name} fits no layer of the reasoner")
+        require(key, folder, path in layers and other in factors, f"its tensor {name} fits no layer of the reasoner")
         down_RD, up_DR = (factors[each].to(weight.device, weight.dtype) for each in (name, other))
         parent, _, own_name = path.rpartition(".")
         setattr(layers[parent], own_name, LowRank(layers[path], down_RD, up_DR, settings["scale"]))

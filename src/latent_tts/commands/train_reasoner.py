@@ -45,8 +45,12 @@ def train(cfg: DictConfig) -> None:
         config.build("optimization", cfg.optimization),
         config.build("validation", cfg.validation),
     )
-    if optimization.minutes is None and config.is_given("validation.share"):
-        raise bad_value("validation.share", validation.share, "needs optimization.minutes: it bounds runs by the clock")
+    require(
+        "validation.share",
+        validation.share,
+        optimization.minutes is not None or not config.is_given("validation.share"),
+        "needs optimization.minutes: it bounds runs by the clock",
+    )
     if adapter.family == "CoLaR":
         why = "must be null for CoLaR, whose exact match is drawn by the engine anyway"
         require("validation.every", validation.every, validation.every is None, why)

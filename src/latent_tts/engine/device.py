@@ -122,9 +122,12 @@ def warn_of_halving(rows: int, device: torch.device | str) -> None:
                 rows, device_name(device), max(1, rows // 2))  # fmt: skip
 
 
-def reserved_bytes(device: torch.device) -> int:
-    """Bytes that torch has taken from a GPU; 0 on a CPU."""
-    return torch.cuda.memory_reserved(device) if is_gpu(device) else 0
+def unreturnable_bytes(device: torch.device) -> int:
+    """Bytes that torch has taken from a GPU and cannot give back, since they are in use; 0 on a CPU."""
+    if not is_gpu(device):
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
 def synchronized_seconds(device: torch.device) -> float:

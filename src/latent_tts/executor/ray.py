@@ -78,10 +78,18 @@ class Ray:
         Raises:
             UsageError: one of these is not so.
         """
-        if find_spec("ray") is None:
-            raise bad_value("executor", self.name, "Ray is not installed: pip install '.[ray]' in the clone")
-        if device.startswith("cuda:"):
-            raise bad_value("engine.device", device, "must be auto, cpu or cuda: executor=ray gives each worker a GPU")
+        require(
+            "executor",
+            self.name,
+            find_spec("ray") is not None,
+            "Ray is not installed: pip install '.[ray]' in the clone",
+        )
+        require(
+            "engine.device",
+            device,
+            not device.startswith("cuda:"),
+            "must be auto, cpu or cuda: executor=ray gives each worker a GPU",
+        )
         if self.address is None:
             return
         host, _, port = str(self.address).rpartition(":")

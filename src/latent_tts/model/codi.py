@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import bad_value
+from latent_tts.errors import require
 from latent_tts.types import Reasoner
 
 if TYPE_CHECKING:
@@ -37,15 +37,14 @@ class Codi(CheckpointAdapter):
         wanted |= {name: [self.width] for name in ("3.bias", "4.weight", "4.bias")}
         for name, shape in wanted.items():
             found = shapes.get(PROJECTOR + name)
-            if found is None:
-                raise bad_value("model.checkpoint", self.folder, f"the projector lacks {PROJECTOR}{name}")
-            if found != shape:
-                raise bad_value(
-                    "model.checkpoint",
-                    self.folder,
-                    f"{PROJECTOR}{name} has the shape {found}; with the backbone's width of {self.width} "
-                    f"it must be {shape}",
-                )
+            require("model.checkpoint", self.folder, found is not None, f"the projector lacks {PROJECTOR}{name}")
+            require(
+                "model.checkpoint",
+                self.folder,
+                found == shape,
+                f"{PROJECTOR}{name} has the shape {found}; with the backbone's width of {self.width} "
+                f"it must be {shape}",
+            )
 
     def answer_span(self, answer_text: str) -> str:
         """The text after the last `answer is` (and a colon), or the whole text."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import bad_value, check_fields, is_number
+from latent_tts.errors import bad_value, check_fields, is_number, require
 from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
@@ -91,14 +91,13 @@ class Colar(CheckpointAdapter):
             wanted |= {f"{layer}.weight": [self.width, hidden], f"{layer}.bias": [self.width]}
         for name, shape in wanted.items():
             found = shapes.get(HEAD + name)
-            if found is None:
-                raise bad_value("model.checkpoint", self.folder, f"the latent head lacks {HEAD}{name}")
-            if found != shape:
-                raise bad_value(
-                    "model.checkpoint",
-                    self.folder,
-                    f"{HEAD}{name} has the shape {found}; with the backbone's width of {self.width} it must be {shape}",
-                )
+            require("model.checkpoint", self.folder, found is not None, f"the latent head lacks {HEAD}{name}")
+            require(
+                "model.checkpoint",
+                self.folder,
+                found == shape,
+                f"{HEAD}{name} has the shape {found}; with the backbone's width of {self.width} it must be {shape}",
+            )
 
     def encode(self, question: Question) -> list[int]:
         """Token ids of the prompt, without a beginning-of-text token."""

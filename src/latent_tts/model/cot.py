@@ -15,7 +15,7 @@ from functools import cached_property
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.text.template import TemplateError, names_question, rendered
 from latent_tts.types import Question, Reasoner
 
@@ -42,8 +42,9 @@ class Cot(CheckpointAdapter):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.latents != 0:
-            raise bad_value("model.latents", self.latents, "must be 0: an explicit chain of thought has no latents")
+        require(
+            "model.latents", self.latents, self.latents == 0, "must be 0: an explicit chain of thought has no latents"
+        )
         known = isinstance(self.prompt, str) and (self.prompt in (PLAIN, CHAT) or names_question(self.prompt))
         if not known:
             raise self._bad_prompt("must be plain, chat, or a Jinja template with {{question}}")

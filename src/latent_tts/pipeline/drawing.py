@@ -28,7 +28,6 @@ from latent_tts.pipeline.drawer import (
     Place,
     Request,
     Shard,
-    computations_here,
     grown,
     latents_digest,
     max_flops,
@@ -38,8 +37,13 @@ from latent_tts.pipeline.drawer import (
     sums_of,
 )
 from latent_tts.pipeline.early_parts import EarlyParts
-from latent_tts.pipeline.keys import chosen_by_scores
-from latent_tts.pipeline.models import find_device, load_scorer_of, rows_per_batch, write_computation
+from latent_tts.pipeline.models import (
+    find_device,
+    load_reasoner_of,
+    load_scorer_of,
+    rows_per_batch,
+    write_computation,
+)
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
@@ -52,21 +56,11 @@ from latent_tts.types import Computation
 log = logging.getLogger(__name__)
 
 
-def find_computations(spec: RunSpec) -> tuple[Computation, Computation | None]:
-    """How the models that determine a run's rollouts are computed; see `keys.computations`. Loads them."""
+def find_computations(spec: RunSpec, *, scored: bool) -> tuple[Computation, Computation | None]:
+    """How the workers compute the run's reasoner and, where it is `scored`, its scorer. Loads them."""
     if spec.executor.in_process:
-        return computations_here(spec)
-    stage = Stage(spec, max(map(len, spec.prompts.values())), scored=chosen_by_scores(spec))
-    return stage.computations
-
-
-def find_scoring(spec: RunSpec) -> Computation:
-    """How the scorer of a run is computed. Loads it."""
-    if spec.executor.in_process:
-        return load_scorer_of(spec).computation
-    scoring = Stage(spec, max(map(len, spec.prompts.values())), scored=True).workers[0].scoring
-    assert scoring is not None
-    return scoring
+        return load_reasoner_of(spec).computation, load_scorer_of(spec).computation if scored else None
+    return Stage(spec, max(map(len, spec.prompts.values())), scored=scored).workers[0].computations
 
 
 def draw(
@@ -101,7 +95,7 @@ def draw(
     jobs = jobs_of(spec, missing)
     stage = Stage.of(spec, jobs, scored=scored)
     stage.log_work(jobs, answers=answers)
-    write_computation(cache.folder, stage.workers[0].computation)
+    write_computation(cache.folder, stage.workers[0].computations[0])
     if dissimilarity is None:
         stage.log_catching_up(jobs)
     request = Request(answers, scored, compares=dissimilarity is None, keeps=kept is not None)
@@ -212,7 +206,7 @@ def jobs_of(spec: RunSpec, missing: pd.DataFrame) -> list[RolloutJob]:
     questions = {spec.row_key(question): question for question in spec.questions}
     jobs, whole = [], range(spec.kept)
     runs: Iterable[tuple[str, range]] = runs_of(missing)
-    if spec.search.guided:  # it grows all that it keeps, or none
+    if spec.guided:  # it grows all that it keeps, or none
         runs = dict.fromkeys((key for key, _ in runs), whole).items()
     for key, numbers in runs:
         question = questions[key]
@@ -266,7 +260,7 @@ class Stage:
         work = DrawingWork.of(spec, longest, scored=scored, max_bytes=known_to_fit(spec.cache))
         self._pool = spec.executor.open(work, spec.engine.device)
         self.workers: list[Description] = self._pool.describe()
-        ways = {(each.computation.attention, each.computation.logits, each.scoring_attention) for each in self.workers}
+        ways = {tuple(one and tuple(one.way.values()) for one in each.computations) for each in self.workers}
         if len(ways) > 1:
             names = ", ".join(each.name for each in self.workers)
             raise RunError(f"the workers {names} compute the models in different ways, so their rollouts differ")
@@ -275,12 +269,6 @@ class Stage:
     def of(cls, spec: RunSpec, jobs: Sequence[RolloutJob], *, scored: bool) -> Stage:
         """The same for jobs that are known."""
         return cls(spec, max(len(job.prompt) for job in jobs), scored=scored)
-
-    @property
-    def computations(self) -> tuple[Computation, Computation | None]:
-        """How the workers compute the models that determine the rollouts; see `keys.computations`."""
-        first = self.workers[0]
-        return first.computation, first.scoring if chosen_by_scores(self.spec) else None
 
     @property
     def _rows(self) -> int:
@@ -303,7 +291,7 @@ class Stage:
         units = self._units(jobs, request)
         here, fixed = self.spec.executor.in_process, self.spec.executor.fixed
         divided = request.compares and not here
-        latents = latents_digest(self.spec, self.computations)
+        latents = latents_digest(self.spec, self.workers[0].computations)
         early_parts = EarlyParts(latents)
         ends = {job.row_key: job.rollouts[-1] for job in jobs}
 
@@ -339,7 +327,7 @@ class Stage:
             contents = [list(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
         compares = request.compares and self.spec.adapter.latents > 0
         gaps = {before.row_key for before, after in pairwise(jobs) if before.row_key == after.row_key}
-        divisible = not self.spec.search.guided and not (compares and fixed and device != "cpu")
+        divisible = not self.spec.guided and not (compares and fixed and device != "cpu")
         return [
             Unit(
                 content,
@@ -367,7 +355,7 @@ class Stage:
         """Say of how many drawn rollouts latents are computed again, to be compared with those to come."""
         if self.spec.adapter.latents:
             first = [next(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
-            before = not_compared(first, latents_digest(self.spec, self.computations))
+            before = not_compared(first, latents_digest(self.spec, self.workers[0].computations))
             if before:
                 self.log_recomputing(before, "diversity")
 

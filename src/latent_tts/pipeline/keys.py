@@ -30,7 +30,7 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     Args:
         spec: the run.
         computation: how the loaded model is computed.
-        scoring: how the loaded scorer is computed; None unless the rollouts are chosen by scores.
+        scoring: how the loaded scorer is computed; read only where it chooses the rollouts.
 
     Raises:
         UsageError: a field of the model has a value that cannot be told from another.
@@ -54,7 +54,7 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
         **({"forced_ids": spec.forced_ids} if spec.forced_ids else {}),
         **({"quantize": spec.engine.quantize} if spec.engine.quantize is not None else {}),
     }
-    if not chosen_by_scores(spec):
+    if not spec.guided:
         return key
     assert spec.scorer is not None
     assert scoring is not None
@@ -75,14 +75,9 @@ def latents_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     return {name: value for name, value in key.items() if name not in about_answers} | {"answers": "none"}
 
 
-def computations(spec: RunSpec) -> list[tuple[Computation, Computation | None]]:
+def possible_computations(spec: RunSpec) -> list[tuple[Computation, Computation | None]]:
     """The ways in which the models that determine a run's rollouts may be computed: the reasoner, a guiding scorer."""
-    return list(product(COMPUTATIONS, SCORING_COMPUTATIONS if chosen_by_scores(spec) else [None]))
-
-
-def chosen_by_scores(spec: RunSpec) -> bool:
-    """Whether a scorer has a say in which rollouts a run has."""
-    return spec.search.survivors is not None and spec.scorer is not None
+    return list(product(COMPUTATIONS, SCORING_COMPUTATIONS if spec.guided else [None]))
 
 
 def model_key(adapter: ModelAdapter) -> dict[str, Any]:

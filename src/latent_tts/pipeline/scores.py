@@ -85,7 +85,7 @@ def cached_scores(spec: RunSpec, rollouts: Path, wanted: pd.DataFrame) -> list[C
     return [CachedScores(spec, rollouts, wanted, computation) for computation in SCORING_COMPUTATIONS]
 
 
-def settle_scores(candidates: Sequence[CachedScores], computation: Callable[[], Computation]) -> CachedScores:
+def settle_scores(candidates: Sequence[CachedScores], computation: Callable[[], Computation | None]) -> CachedScores:
     """The scores that are complete, whichever way they were computed; else those of the way that serves now.
 
     Args:
@@ -96,7 +96,7 @@ def settle_scores(candidates: Sequence[CachedScores], computation: Callable[[], 
     if found is not None:
         return found
     way = computation()
-    return next(each for each in candidates if each.computation.attention == way.attention)
+    return next(each for each in candidates if way is not None and each.computation.attention == way.attention)
 
 
 def reduce_scores(

@@ -36,7 +36,6 @@ from latent_tts.errors import RunError, UsageError, bad_value, require
 from latent_tts.results.files import (
     bytes_digest,
     digest_in_name,
-    digest_named_file,
     file_digest,
     set_aside,
     settings_digest,
@@ -102,8 +101,7 @@ class AnnotationFolder:
         self._opened: dict[Path, tuple[Any, set[str]]] = {}
         self._digests: dict[str, str] = {}  # of shards, as the index has them
         self._whole: set[Path] = set()  # shards whose digests were checked
-        if path.exists() and not path.is_dir():
-            raise bad_value(key, path, "must be a folder, this is a file")
+        require(key, path, not path.exists() or path.is_dir(), "must be a folder, this is a file")
         self.official = not (path / SETTINGS).is_file()
         if settings is None:
             require(key, path, path.is_dir(), "no such folder; `ltts annotate` makes one")
@@ -115,8 +113,7 @@ class AnnotationFolder:
         self.settings, self.complete = json.loads(json.dumps({"format": FORMAT, **settings})), False
         self.width = self.settings.get("width")
         if self.official:
-            if self._shards():
-                raise bad_value(key, path, f"holds shards but no {SETTINGS}; choose another folder")
+            require(key, path, not self._shards(), f"holds shards but no {SETTINGS}; choose another folder")
             path.mkdir(parents=True, exist_ok=True)
             self._write_settings({})
             self.official = False
@@ -197,7 +194,7 @@ class AnnotationFolder:
             save_file(tensors, partial, metadata={"settings": settings_digest(self.settings)})
         digest = file_digest(shard)
         part = pa.Table.from_pylist([row | {"digest": digest} for row in rows], schema=PART_SCHEMA)
-        with digest_named_file(self.path, shard.stem, ".parquet") as partial:
+        with whole_file(shard.with_suffix(".parquet"), add_digest=True) as partial:
             pq.write_table(part, partial.absolute())
 
     def finish(self) -> dict[str, int]:
@@ -292,10 +289,18 @@ class AnnotationFolder:
     def _part_rows(self) -> Iterator[dict[str, Any]]:
         for part in self._parts():
             for row in self._read_part(part):
-                if not SHARD_NAME.fullmatch(str(row["shard"])):
-                    raise bad_value(self._key, part, f"names {row['shard']!r}, which is no shard's name")
-                if not (self.path / row["shard"]).is_file():
-                    raise bad_value(self._key, self.path, f"the index names {row['shard']}, which does not exist")
+                require(
+                    self._key,
+                    part,
+                    bool(SHARD_NAME.fullmatch(str(row["shard"]))),
+                    f"names {row['shard']!r}, which is no shard's name",
+                )
+                require(
+                    self._key,
+                    self.path,
+                    (self.path / row["shard"]).is_file(),
+                    f"the index names {row['shard']}, which does not exist",
+                )
                 if row["digest"] is not None:
                     self._digests.setdefault(row["shard"], row["digest"])
                 yield row
@@ -304,8 +309,9 @@ class AnnotationFolder:
         """The rows of a part; a column that an earlier format lacks is empty."""
         try:
             content = part.read_bytes()
-            if self.settings["format"] >= 3 and bytes_digest(content) != digest_in_name(part):
-                raise bad_value(self._key, part, DAMAGED)
+            require(
+                self._key, part, self.settings["format"] < 3 or bytes_digest(content) == digest_in_name(part), DAMAGED
+            )
             return pq.read_table(pa.BufferReader(content), schema=PART_SCHEMA).to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise bad_value(self._key, part, f"cannot be read ({str(error).splitlines()[0]})") from error
@@ -354,8 +360,12 @@ class AnnotationFolder:
         except (SafetensorError, OSError) as error:
             raise bad_value(self._key, shard, f"cut off, or not safetensors ({error})") from error
         made_by = (opened.metadata() or {}).get("settings")
-        if not self.official and made_by != settings_digest(self.settings):
-            raise bad_value(self._key, shard, f"a shard of another run: its settings are not those of {SETTINGS}")
+        require(
+            self._key,
+            shard,
+            bool(self.official) or made_by == settings_digest(self.settings),
+            f"a shard of another run: its settings are not those of {SETTINGS}",
+        )
         return opened
 
     def _shards(self) -> list[Path]:

@@ -57,32 +57,23 @@ def written_in_parts(write: Callable[[list[T]], None]) -> Iterator[Callable[[Ite
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when the block ends well.
+def whole_file(path: Path, *, add_digest: bool = False) -> Iterator[Path]:
+    """A path to write to, renamed to `path` when the block ends well; with its digest in the name, if that is wanted.
 
     After a power cut there is the old file or the whole new one: bytes reach the disk before the name does.
     """
-    partial = _partial(path)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
-        _rename(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def digest_named_file(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
-    """A path to write to, renamed to `folder/STEM-DIGEST.SUFFIX` when the block ends well; see `digest_in_name`."""
-    partial = _partial(folder / f"{stem}{suffix}")
-    try:
-        yield partial
-        _rename(partial, folder / f"{stem}-{file_digest(partial)}{suffix}")
+        _sync(partial)
+        os.replace(partial, path.with_stem(f"{path.stem}-{file_digest(partial)}") if add_digest else path)
+        _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def digest_in_name(path: Path) -> str | None:
-    """The digest of its content that a file has in its name; None where there is none."""
+    """The digest of its content that `whole_file` added to a name; None where there is none."""
     found = re.search(r"-([0-9a-f]{16})$", path.stem)
     return None if found is None else found[1]
 
@@ -173,16 +164,6 @@ def set_aside(path: Path) -> Path:
     with suppress(FileNotFoundError):  # another process was first
         os.replace(path, aside)
     return aside
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-
-
-def _rename(partial: Path, path: Path) -> None:
-    _sync(partial)
-    os.replace(partial, path)
-    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

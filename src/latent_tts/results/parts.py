@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latent_tts.errors import RunError
-from latent_tts.results.files import SECONDS_BETWEEN_PARTS, bytes_digest, digest_in_name, digest_named_file, set_aside
+from latent_tts.results.files import SECONDS_BETWEEN_PARTS, bytes_digest, digest_in_name, set_aside, whole_file
 from latent_tts.types import Bools, Float32, Int64
 
 PART_SUFFIX, INDEX_SUFFIX = ".parquet", ".index"
@@ -45,7 +45,7 @@ pa.set_memory_pool(pa.system_memory_pool())  # see `release_memory`
 
 def write_part(folder: Path, table: pa.Table) -> None:
     """Write one part."""
-    with digest_named_file(folder, uuid.uuid4().hex, PART_SUFFIX) as path:
+    with whole_file(folder / f"{uuid.uuid4().hex}{PART_SUFFIX}", add_digest=True) as path:
         # Arrow takes a relative path with a colon for a URI
         pq.write_table(table, path.absolute(), compression="zstd", compression_level=1)
 
@@ -85,24 +85,20 @@ class PartWriter:
 
     def _write_all(self) -> None:
         pending: list[pa.Table] = []
-        written = time.perf_counter()
-        while (make := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # no `put` may wait for a place in the queue
-            try:
+        queued, written = iter(self._queue.get, None), time.perf_counter()
+        try:
+            for make in queued:
                 pending.append(make())
                 late = time.perf_counter() - written > SECONDS_BETWEEN_PARTS
                 if late or sum(table.nbytes for table in pending) >= MAX_PART_BYTES:
-                    done, pending = pending, []
-                    self._write(done)
-                    written = time.perf_counter()
-            except BaseException as error:
-                self._error = error
-        if self._error is None and pending:
-            try:
+                    self._write(pending)
+                    pending, written = [], time.perf_counter()
+            if pending:
                 self._write(pending)
-            except BaseException as error:
-                self._error = error
+        except BaseException as error:
+            self._error = error
+            for _ in queued:  # no `put` may wait for a place in the queue
+                pass
 
     def _write(self, tables: Sequence[pa.Table]) -> None:
         table = pa.concat_tables(tables)
@@ -184,7 +180,7 @@ class PartIndex:
         there = pa.array(sorted(self._paths), pa.string())
         table = self._table.filter(pc.call_function("is_in", [self._table["part"]], pc.SetLookupOptions(there)))
         with suppress(OSError):  # without it, the parts are read
-            with digest_named_file(self._folder, uuid.uuid4().hex, INDEX_SUFFIX) as path:
+            with whole_file(self._folder / f"{uuid.uuid4().hex}{INDEX_SUFFIX}", add_digest=True) as path:
                 pq.write_table(table, path.absolute(), compression="zstd")
             for path in self._files:
                 path.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from latent_tts.errors import bad_value, check_fields, require
+from latent_tts.errors import check_fields, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -231,12 +231,20 @@ def check_parallel(name: str, chunk: int | None, guess: str, model: LatentModel)
             draft.
     """
     require("schedule", name, model.latents != 0, f"must be sequential: model={model.name} has no latents")
-    if chunk is not None and chunk > model.latents:
-        raise bad_value("schedule.chunk", chunk, f"must be at most model.latents={model.latents}")
+    require(
+        "schedule.chunk",
+        chunk,
+        chunk is None or chunk <= model.latents,
+        f"must be at most model.latents={model.latents}",
+    )
     if guess == "token":
         _ = model.latent_id
-    if guess == "draft" and model.latents < 2:
-        raise bad_value("schedule.guess", guess, "a draft head predicts h_2 and later latents, and model.latents=1")
+    require(
+        "schedule.guess",
+        guess,
+        guess != "draft" or model.latents >= 2,
+        "a draft head predicts h_2 and later latents, and model.latents=1",
+    )
 
 
 def check_chunk_and_guess(schedule: Any) -> None:
@@ -247,7 +255,10 @@ def check_chunk_and_guess(schedule: Any) -> None:
     """
     check_fields("schedule", schedule, chunk="a positive integer, or null for all latents", guess=GUESSES)
     guess, draft = schedule.guess, schedule.draft
-    if guess == "draft" and not (isinstance(draft, str) and draft):
-        raise bad_value("schedule.draft", draft, "must be the file of a draft head, which ltts train-draft writes")
-    if guess != "draft" and draft is not None:
-        raise bad_value("schedule.draft", draft, f"must be null with schedule.guess={guess}")
+    require(
+        "schedule.draft",
+        draft,
+        guess != "draft" or bool(isinstance(draft, str) and draft),
+        "must be the file of a draft head, which ltts train-draft writes",
+    )
+    require("schedule.draft", draft, guess == "draft" or draft is None, f"must be null with schedule.guess={guess}")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from latent_tts.errors import bad_value, check_fields
+from latent_tts.errors import bad_value, check_fields, require
 from latent_tts.schedule import LatentModel, LatentSequence, Schedule, Sweep, check_chunk_and_guess, check_parallel
 
 
@@ -54,10 +54,12 @@ class Jacobi(Schedule):
     def __post_init__(self) -> None:
         check_fields("schedule", self, sweeps="a positive integer", known_first="true or false")
         check_chunk_and_guess(self)
-        if self.known_first and self.guess == "draft":
-            raise bad_value(
-                "schedule.known_first", True, "must be false with schedule.guess=draft, which begins with h_1"
-            )
+        require(
+            "schedule.known_first",
+            True,
+            not self.known_first or self.guess != "draft",
+            "must be false with schedule.guess=draft, which begins with h_1",
+        )
 
     @property
     def draft_path(self) -> str | None:
@@ -87,12 +89,12 @@ class Jacobi(Schedule):
         if self.guess == "sibling" and self.sweeps < needed:
             why = f"needs schedule.sweeps={needed} or more: otherwise rollouts would depend on the batch"
             raise bad_value("schedule.guess", self.guess, why)
-        if model.stop_id is not None:
-            raise bad_value(
-                "schedule",
-                self.name,
-                f"must be sequential or speculative: model={model.name} decides after each latent whether to continue",
-            )
+        require(
+            "schedule",
+            self.name,
+            model.stop_id is None,
+            f"must be sequential or speculative: model={model.name} decides after each latent whether to continue",
+        )
 
     def run(self, latents: LatentSequence) -> None:
         """Compute all latents."""

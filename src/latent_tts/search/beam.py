@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, check_fields
+from latent_tts.errors import bad_value, check_fields, require
 from latent_tts.random.philox import Stream, key_of, philox
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ class Beam:
     diverse: bool
 
     name: ClassVar[str] = "beam"
-    guided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(
@@ -70,12 +69,10 @@ class Beam:
         """Check that the search works with n, the sampler and the scorer.
 
         Raises:
-            UsageError: there is no scorer or it needs answers, n is not beams * candidates, or the sampler gives all
-                continuations of a prefix the same latents.
+            UsageError: the scorer needs answers, n is not beams * candidates, or the sampler gives all continuations of
+                a prefix the same latents.
         """
-        if scorer is None:
-            raise bad_value("search", self.name, "needs a scorer, as in scorer=latent_rm")
-        if scorer.positions != "correct":
+        if scorer is not None and scorer.positions != "correct":
             raise bad_value(
                 "scorer.positions", scorer.positions, "must be correct: search=beam scores before there are answers"
             )
@@ -85,15 +82,19 @@ class Beam:
                 sampler.name,
                 "must make the continuations of a beam differ: gaussian, or dropout with thoughts in sampler.where",
             )
-        if getattr(sampler, "mask", "fresh") != "fresh":
-            raise bad_value(
-                "sampler.mask", "locked", "must be fresh: with locked masks all continuations of a beam are the same"
-            )
+        require(
+            "sampler.mask",
+            "locked",
+            getattr(sampler, "mask", "fresh") == "fresh",
+            "must be fresh: with locked masks all continuations of a beam are the same",
+        )
         product = self.beams * self.candidates
-        if product != n:
-            raise bad_value(
-                "n", n, f"must be search.beams * search.candidates = {self.beams} * {self.candidates} = {product}"
-            )
+        require(
+            "n",
+            n,
+            product == n,
+            f"must be search.beams * search.candidates = {self.beams} * {self.candidates} = {product}",
+        )
 
     def roll(
         self,

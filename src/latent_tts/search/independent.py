@@ -23,7 +23,6 @@ class Independent:
     """Draws every rollout independently of the others."""
 
     name: ClassVar[str] = "independent"
-    guided: ClassVar[bool] = False
     survivors: ClassVar[int | None] = None
     rows_per_survivor: ClassVar[int] = 1
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import bad_value
+from latent_tts.errors import bad_value, require
 from latent_tts.results.files import file_digest, launch_rank, whole_file
 
 SETTINGS, STATES, FINISHED = "settings.json", "states", "checkpoint"
@@ -35,10 +35,12 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
         except (OSError, ValueError) as error:
             raise bad_value("output", output, f"{SETTINGS} cannot be read ({error})") from error
         for key in [*wanted, *found]:
-            if found.get(key) != wanted.get(key):
-                raise bad_value(
-                    "output", output, f"contains a run with another {key}; choose another folder or remove this one"
-                )
+            require(
+                "output",
+                output,
+                found.get(key) == wanted.get(key),
+                f"contains a run with another {key}; choose another folder or remove this one",
+            )
         return
     output.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import RunError, bad_value
+from latent_tts.errors import RunError, require
 from latent_tts.results.files import whole_file
 
 log = logging.getLogger(__name__)
@@ -230,11 +230,12 @@ def pace_of(updates: int, minutes: float | None, follow: str | None, states: Pat
     """
     if follow is not None:
         rows = read_log(Path(follow).expanduser())
-        if not rows:
-            raise bad_value("optimization.follow", follow, f"no log of a run by the clock ({LOG} in its states)")
-        if rows[-1]["place"] > updates:
-            raise bad_value(
-                "optimization.follow", follow, f"the log of a longer recipe: this one has {updates} updates"
-            )
+        require("optimization.follow", follow, bool(rows), f"no log of a run by the clock ({LOG} in its states)")
+        require(
+            "optimization.follow",
+            follow,
+            rows[-1]["place"] <= updates,
+            f"the log of a longer recipe: this one has {updates} updates",
+        )
         return Followed(updates, [row["place"] for row in rows], [row.get("validated", True) for row in rows])
     return Pace(updates) if minutes is None else Timed(updates, minutes, states / LOG, share)

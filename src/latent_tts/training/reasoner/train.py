@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainingArguments
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.joining import probe, write_adapter
-from latent_tts.errors import bad_value
+from latent_tts.errors import require
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import words
 from latent_tts.text.answer import AnswerRule
@@ -316,8 +316,12 @@ def train_reasoner(
     pace = pace_of(recipe.updates, optimization.minutes, optimization.follow, output / STATES, validation.share)
     arguments = trainer_arguments(recipe, optimization, output / STATES, seed=seed, device=device, max_steps=pace.limit)
     with arguments.main_process_first():
-        if (output / OLD_STATE).is_file():
-            raise bad_value("output", output, f"contains a {OLD_STATE} of an earlier version; choose another folder")
+        require(
+            "output",
+            output,
+            not (output / OLD_STATE).is_file(),
+            f"contains a {OLD_STATE} of an earlier version; choose another folder",
+        )
         claim(output, settings)
         clean_states(output / STATES)
         if arguments.process_index == 0 and last_state(output / STATES) is None:
