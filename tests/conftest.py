@@ -6,13 +6,13 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
+from places import place_of_its_own
 
 from latent_tts import cli
 
@@ -94,20 +94,6 @@ class Result:
         return Path(self.out.splitlines()[-1])
 
 
-@contextmanager
-def place_of_its_own(folder: Path) -> Iterator[None]:
-    """An empty folder to run commands in, with a cache and a config folder of its own."""
-    handlers = logging.getLogger().handlers[:]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("LTTS_CACHE", str(folder / "cache"))
-        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
-        yield
-    for handler in set(logging.getLogger().handlers) - set(handlers):
-        handler.close()
-        logging.getLogger().removeHandler(handler)
-
-
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Path]:
     """The empty folder that a test's commands run in."""
@@ -172,6 +158,12 @@ def refuse(place: Path, checkpoint: Path) -> Callable[..., None]:
     from refusal import check_refused  # imports Hydra, which the process that starts the workers does not need
 
     return lambda *arguments, words: check_refused(*run_line(checkpoint, *arguments), words=words)
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and sweeps draw no figure, which takes longer than their tables."""
+    monkeypatch.setattr("latent_tts.results.plot.scaling_curve", lambda metrics, path: path)
 
 
 @pytest.fixture

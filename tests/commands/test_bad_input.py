@@ -282,7 +282,7 @@ def test_a_cache_below_a_file(refuse, tmp_path):
     refuse("paths.cache=file/below", words=["paths.cache=file/below"])
 
 
-def test_in_a_sweep_the_other_jobs_still_run_and_refused_ones_leave_no_folder(run, ltts):
+def test_in_a_sweep_the_other_jobs_still_run_and_refused_ones_leave_no_folder(run, ltts, no_figures):
     swept = run("n=1,abc,0,2", "budget=fixed", "-m")
     assert swept.code == 2
     assert "n=abc" in swept.err
