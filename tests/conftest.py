@@ -20,8 +20,9 @@ from latent_tts import cli
 def pytest_configure(config: pytest.Config) -> None:
     """Only tests marked `gpu` see a GPU: the others are to compute the same everywhere."""
     gc.disable()  # imports make many objects that stay
-    settings.register_profile("patient", deadline=None)  # a busy machine or a measurement of coverage would miss one
-    settings.load_profile("patient")
+    # a busy machine or a measurement of coverage would miss a deadline
+    settings.register_profile("quick", deadline=None, max_examples=50)
+    settings.load_profile("quick")
     chosen = config.getoption("markexpr")
     if chosen and "gpu" not in chosen.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

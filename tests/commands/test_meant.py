@@ -52,6 +52,7 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
     check(ltts("collect", "ouput=x"), "ouput: no such key; did you mean output?")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("line", "words"),
     [

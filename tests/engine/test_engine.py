@@ -68,11 +68,13 @@ def test_the_engine_equals_the_oracle(family, sampler, lengths, rollouts, latent
     check_against_oracle(family, sampler, lengths, rollouts, plan)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("family", "sampler"), [("gpt2", MASKS), ("llama", Greedy()), ("qwen3", NOISE)], ids=name)
 def test_the_engine_equals_the_oracle_over_twelve_latents(family, sampler):
     check_against_oracle(family, sampler, [2, 11], 1, tiny.plan(12, eos_id=tiny.EOS_IDS[family]))
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("where", WHERES, ids="+".join)
 def test_the_engine_equals_the_oracle_under_dropout_without_latents(where):
     check_against_oracle("qwen3", Dropout(0.3, "residual_embedding", where, "fresh"), [1, 7], 2, tiny.plan(0, answer=3))
@@ -197,6 +199,7 @@ def test_rollouts_of_a_question_differ(sampler):
     assert (torch.cdist(latents.flatten(1), latents.flatten(1)) + torch.eye(8)).min() > 0.1
 
 
+@pytest.mark.every_other
 @two_families
 @pytest.mark.parametrize(
     "sampler",

@@ -269,6 +269,7 @@ TITLES = [
 ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("columns", "title"), TITLES)
 def test_the_title_says_what_is_in_the_figure(columns, title):
     same = rows(questions_digest="a" * 16, sampler="gaussian")

@@ -192,6 +192,7 @@ def test_a_run_refuses(refuse, place, overrides, words):
     refuse("schedule=speculative", *overrides, words=words)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

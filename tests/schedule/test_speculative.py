@@ -292,6 +292,7 @@ def test_a_bad_value_is_named(key, value):
         Speculative(**{key: value})
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -330,6 +330,7 @@ def test_rescoring_refuses_what_has_no_latents_or_no_scorer(run, ltts, latent_rm
 # Bad input
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -64,6 +64,7 @@ def test_calls_return_what_the_function_returns(calls):
     assert not calls.given_up
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("function", ["endless", "deaf", "broken", "raising", "greedy"])
 def test_what_hangs_or_breaks_is_given_up_named_once_and_harms_no_later_call(calls, caplog, function):
     for _ in range(2):

@@ -126,6 +126,7 @@ def test_a_run_by_the_clock_is_repeated_bit_for_bit_by_its_log(ltts, place, monk
     assert all(one[name].equal(other[name]) for name in one)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("more", "words"),
     [

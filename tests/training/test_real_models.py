@@ -151,6 +151,7 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("more", "words"), BAD, ids=lambda value: value[0])
 def test_what_cannot_be_trained_is_refused(train, more, words, monkeypatch, place):
     (place / "data").mkdir()

@@ -163,6 +163,7 @@ def test_a_damaged_adapter_or_another_reasoner_is_refused(trained, checkpoint, p
     check(ltts("convert", trained, "new", "latents=3"), "latents=3", "must be null")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -115,6 +115,7 @@ def test_the_padded_batch_computes_what_the_engine_computes(adapter, latents):
     assert predicted == [ids[0] for ids in rollouts.answer_ids]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("scale", [1, 1000])  # numbers above 200 have several tokens
 @pytest.mark.parametrize("latents", [0, 1, 4])
 def test_passes_over_the_cache_lose_what_whole_passes_lose(adapter, latents, scale):
