@@ -61,6 +61,7 @@ def test_it_follows_a_plan_up_to_its_rows(write_plan, drawn):
     assert new == 0
     assert set(metrics["schedule"]) == {"speculative"}
     assert metrics["settings"].str.contains("schedule.tolerance=0.3").all()
+    assert record["settings"] == explicit[0]["settings"]  # from which `rescore` and `replay` take theirs
     assert metrics["run_id"].tolist() == explicit[1]["run_id"].tolist()
     assert record["config"]["schedule"] == explicit[0]["config"]["schedule"]
     assert set(drawn("n=3", "schedule=auto")[1]["schedule"]) == {"sequential"}

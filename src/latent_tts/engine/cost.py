@@ -46,6 +46,7 @@ class Shape:
         attention: width of all query heads together.
         keys: width of all key heads together.
         block_weights: matrix entries of one block that a token goes through, the mean over blocks.
+        block_item: bytes per entry of the blocks where they are quantised; None: as many as of other numbers.
     """
 
     layers: int
@@ -54,6 +55,7 @@ class Shape:
     attention: int
     keys: int
     block_weights: float
+    block_item: int | None = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Shape:
@@ -106,7 +108,7 @@ class Shape:
 
     def block_bytes(self, item: int) -> int:
         """Bytes of the blocks' matrices."""
-        return int(self.layers * self.block_weights * item)
+        return int(self.layers * self.block_weights * (self.block_item or item))
 
     def head_bytes(self, item: int) -> int:
         """Bytes of the LM head's matrix."""

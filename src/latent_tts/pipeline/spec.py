@@ -171,7 +171,8 @@ class RunSpec(RunRequest):
     @cached_property
     def shape(self) -> Shape:
         """The sizes of the model."""
-        return Shape.from_config(self.adapter.sizes)
+        quantized = self.engine.quantize is not None
+        return replace(Shape.from_config(self.adapter.sizes), block_item=1 if quantized else None)
 
     @property
     def passes(self) -> RolloutCost:

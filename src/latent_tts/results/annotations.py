@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 # so a writer does not resume them
 FORMAT, READABLE = 4, (1, 2, 3, 4)
 DAMAGED = "is damaged; `ltts annotate` with this folder as its output labels its questions again"
+MISSING = "is missing; `ltts annotate` with this folder as its output labels its questions again"
 SETTINGS, INDEX, COMPUTATION = "annotations.json", "index.parquet", "computation"
 MAX_OPEN = 64  # shards kept open
 NO_STEP = -100.0  # the label, on disk, of a step that a rollout does not have
@@ -103,9 +104,13 @@ class AnnotationFolder:
         self._whole: set[Path] = set()  # shards whose digests were checked
         require(key, path, not path.exists() or path.is_dir(), "must be a folder, this is a file")
         self.official = not (path / SETTINGS).is_file()
+        if self.official and self._parts():
+            raise bad_value(key, path, f"lacks {SETTINGS}, which was written with {self._parts()[0].name}; restore it")
         if settings is None:
             require(key, path, path.is_dir(), "no such folder; `ltts annotate` makes one")
             record = {"settings": {}, "complete": True} if self.official else self._read_settings()
+            if lost := self._lost_parts(record):
+                raise bad_value(key, path / lost, "is no part of this folder" if (path / lost).is_file() else MISSING)
             require(key, path, bool(self._shards()), "an empty folder: no shards of annotations (K_on0.safetensors)")
             self.settings, self.complete = record["settings"], bool(record["complete"])
             self.width: int | None = self.settings.get("width")
@@ -123,6 +128,10 @@ class AnnotationFolder:
             if COMPUTATION in record["settings"]:
                 self.settings[COMPUTATION] = record["settings"][COMPUTATION]
             self.complete, self.rows = bool(record["complete"]), record["rows"]
+            if lost := self._lost_parts(record):
+                log.warning("%s: parts are missing, such as %s; their questions are labelled again", path, lost)
+                self.complete = False
+                self._write_settings({})
             self._set_damaged_aside()
             self._refuse_other_answers()
         parts = {_shard_of(part) for part in self._parts()}
@@ -382,12 +391,25 @@ class AnnotationFolder:
             raise bad_value(self._key, path, f"is not the record of annotations ({error})") from error
         if (found := record["settings"].get("format")) not in READABLE:
             raise bad_value(self._key, path, f"format {found}, this version reads {READABLE[0]} to {FORMAT}")
-        return {"complete": False, "rows": None, **record}
+        digest = record.pop("digest", None)  # earlier versions wrote none
+        if digest not in (None, settings_digest(record)):
+            why = "is damaged; restore it, or annotate into another folder"
+            raise bad_value(self._key, path, why)
+        return {"complete": False, "rows": None, "parts": None, **record}
 
     def _write_settings(self, counts: Mapping[str, int]) -> None:
+        parts = [part.name for part in self._parts()] if self.complete else None
         record = {"settings": self.settings, "complete": self.complete, "rows": self.rows, "counts": counts}
+        record |= {"parts": parts}
         with whole_file(self.path / SETTINGS) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
+            content = json.dumps(record | {"digest": settings_digest(record)}, indent=1)
+            partial.write_text(content + "\n")
+
+    def _lost_parts(self, record: Mapping[str, Any]) -> str | None:
+        """A part that a finished folder lacks, or has though it is none of its own; None if there is no such part."""
+        if not record["complete"] or record.get("parts") is None:
+            return None
+        return min(set(record["parts"]) ^ {part.name for part in self._parts()}, default=None)
 
     def _refuse_other_settings(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for name in [*wanted, *found]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import bad_value, require
+from latent_tts.errors import bad_value, is_whole, require
 from latent_tts.results.files import file_digest, launch_rank, whole_file
 
 SETTINGS, STATES, FINISHED = "settings.json", "states", "checkpoint"
@@ -32,8 +32,9 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
     if path.is_file():
         try:
             found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise bad_value("output", output, f"{SETTINGS} cannot be read ({error})") from error
+        require("output", output, isinstance(found, dict), f"{SETTINGS} holds no settings")
         for key in [*wanted, *found]:
             require(
                 "output",
@@ -50,9 +51,10 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """The `trainer_state.json` of a saved state; empty if the state is incomplete, since this file is written last."""
     try:
-        return json.loads((folder / "trainer_state.json").read_text())
-    except (OSError, ValueError):
+        state = json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return state if isinstance(state, dict) and is_whole(state.get("global_step")) else {}
 
 
 def last_state(states: Path) -> Path | None:
@@ -64,7 +66,8 @@ def last_state(states: Path) -> Path | None:
 def write_digests(state: Path) -> None:
     """Write the digests of a state's files beside them, as the last of its files."""
     # each process of a launch writes its own rng_state_RANK.pth, maybe later
-    names = sorted(path.name for path in state.iterdir() if path.is_file() and not path.name.startswith("rng_state_"))
+    own = (path.name for path in state.iterdir() if path.is_file() and path.name != DIGESTS)
+    names = sorted(name for name in own if not name.startswith("rng_state_"))
     with whole_file(state / DIGESTS) as partial:
         partial.write_text(json.dumps({name: file_digest(state / name) for name in names}, indent=1) + "\n")
 
@@ -99,5 +102,5 @@ def _is_damaged(state: Path) -> bool:
         return False
     try:
         return any(file_digest(state / name) != digest for name, digest in json.loads(path.read_text()).items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return True

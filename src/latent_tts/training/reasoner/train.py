@@ -38,12 +38,12 @@ from latent_tts.training.reasoner.initial import (
 )
 from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
-from latent_tts.training.reasoner.pace import Pace, pace_of
+from latent_tts.training.reasoner.pace import LOG, Pace, pace_of
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths, token_lengths
-from latent_tts.training.reasoner.validation import BEST, Validation, joined_copy, keep_if_best
+from latent_tts.training.reasoner.validation import Validation, best_weights, joined_copy, keep_if_best
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.recompute import blocks_of, recomputing_blocks
-from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state
+from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state, set_state_aside
 from latent_tts.training.trainer import (
     Report,
     ResumableTrainer,
@@ -324,6 +324,10 @@ def train_reasoner(
         )
         claim(output, settings)
         clean_states(output / STATES)
+        while (last := last_state(output / STATES)) is not None and read_state(last)["global_step"] > pace.known():
+            set_state_aside(
+                last, f"is of update {read_state(last)['global_step']}, but {LOG} is whole to {pace.known()}"
+            )
         if arguments.process_index == 0 and last_state(output / STATES) is None:
 
             def make(folder: Path) -> None:
@@ -344,9 +348,9 @@ def train_reasoner(
     )  # fmt: skip
     last = last_state(output / STATES)
     assert last is not None
-    chosen = last if validation.every is None else output / STATES / BEST
     if not trainer.is_world_process_zero():
         return None
+    chosen = last if validation.every is None else best_weights(output / STATES)
     if lora.rank is None:
         export(recipe, chosen, adapter, output / FINISHED)
     else:
