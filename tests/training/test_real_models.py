@@ -119,6 +119,7 @@ def test_convert_joins_an_adapter_with_its_base(train, ltts, place):
     check(ltts("convert", adapter, "again", "latents=3"), "latents=3", "must be null", "latent_tts.json")
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_cut_vocabulary_is_joined_with_the_whole_base(train, ltts, place):
     done = train(*LORA, "init_vocabulary=used")
     assert done.code == 0, done.err
