@@ -159,7 +159,7 @@ def find_device(engine: EngineSettings) -> str:
 
 
 def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, device: str, *, own_prompt: bool) -> int:
-    """`engine.rows`, or what suits the model's width; fewer, with a warning for the former, if they do not fit memory."""
+    """`engine.rows`, or what suits the model's width; fewer where they do not fit memory, the former with a warning."""
     wanted = engine.rows or default_rows(shape.width, device, own_prompt)
     rows = rows_that_fit(wanted, bytes_per_row, device)
     if engine.rows is not None and rows < wanted:
