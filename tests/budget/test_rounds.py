@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tallies import tally_of
 
-from latent_tts.budget import Stop
+from latent_tts.budget import Rule, Stop
+from latent_tts.budget import play as play_rounds
 from latent_tts.budget.adaptive import Adaptive
+from latent_tts.budget.rule.confidence import Calibration, Confidence
 from latent_tts.budget.rule.lockout import Lockout
 from latent_tts.budget.rule.posterior import Posterior
 from latent_tts.budget.shared import Shared, chance_of_new_best, chance_of_new_leader
@@ -20,14 +22,14 @@ from latent_tts.errors import UsageError
 
 def play(budget, questions):
     """Rounds until nobody gets more; how many each question had after each round, and the stops."""
-    drawn, history = [0] * len(questions), []
-    while True:
-        tallies = [tally.until(count) for tally, count in zip(questions, drawn, strict=True)]
-        more = budget.next(tallies)
-        if not more.any():
-            return history, budget.stops(tallies)
-        drawn = [count + int(extra) for count, extra in zip(drawn, more, strict=True)]
-        history.append(drawn)
+    history = []
+
+    def tallies_after(drawn_Q):
+        history.append(drawn_Q.tolist())
+        return [tally.until(count) for tally, count in zip(questions, history[-1], strict=True)]
+
+    _, stops = play_rounds(budget, len(questions), tallies_after)
+    return history[1:], stops
 
 
 QUESTIONS = st.lists(
@@ -57,19 +59,12 @@ def test_what_a_round_drew_beyond_the_stop_is_not_used():
 
 
 @dataclass(frozen=True)
-class Never:
+class Never(Rule):
     name: ClassVar[str] = "never"
-    needs_score: ClassVar[bool] = False
-    aggregator: ClassVar[str] = "majority"
+    at_cap: ClassVar[str] = "nothing known"
 
-    def check(self, answer_rule):
-        del answer_rule
-
-    def stop(self, tally):
-        del tally
-
-    def at_cap(self):
-        return "nothing known"
+    def enough(self, tally):
+        return np.zeros(tally.drawn, dtype=bool)
 
 
 def test_a_question_without_a_stop_has_n_and_says_so():
@@ -86,8 +81,12 @@ def test_names_tell_settings_apart():
         Shared(100).label,
         Shared(200).label,
         Shared(100, "gflop").label,
+        Shared(1234567).label,
+        Shared(1234568).label,
+        Adaptive(Confidence("a", fitted=Calibration(0.9, 0.1, 1.0, -2.0, 1.0))).label,
+        Adaptive(Confidence("a", fitted=Calibration(0.9, 0.2, 1.0, -2.0, 1.0))).label,
     }
-    assert len(names) == 8
+    assert len(names) == 12
 
 
 @given(QUESTIONS, st.integers(1, 4), st.integers(1, 5), st.integers(0, 60))
@@ -113,11 +112,11 @@ def test_shared_gives_to_the_question_that_is_open():
 
 
 def test_shared_counts_gflop_with_the_prompt():
-    # a prompt of 1 and rollouts of 0.5 GFLOP: two questions with 4 rollouts cost 6
+    # a round costs 1 GFLOP for the prompt, which runs again, and 0.5 per rollout: two rounds of two questions cost 12
     questions = [tally_of(["7", "12"] * 8), tally_of(["7", "12"] * 8)]
-    _, stops = play(Shared(10.0, "gflop", first=4, round=4, step=1.0), questions)
+    _, stops = play(Shared(12.0, "gflop", first=4, round=4, step=1.0), questions)
     assert [stop.used for stop in stops] == [8, 8]
-    _, stops = play(Shared(9.9, "gflop", first=4, round=4, step=1.0), questions)
+    _, stops = play(Shared(11.9, "gflop", first=4, round=4, step=1.0), questions)
     assert [stop.used for stop in stops] == [8, 4]
 
 

@@ -1,6 +1,7 @@
 """The rules that look at probabilities: formulas against slow ones, guarantees by simulation."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_certified_stops_at_the_first_rollout_with_every_ratio_above_the_thresho
 def test_certified_stops_unanimous_rollouts_where_the_field_says_it_does():
     assert Certified(0.05, answers=2).stop(tally_of(["7"] * 64)).used == 8
     assert Certified(0.05).stop(tally_of(["7"] * 64)).used == 16
-    assert Certified(0.05).at_cap() == NOT_CERTIFIED
+    assert Certified(0.05).at_cap == NOT_CERTIFIED
 
 
 def test_certified_names_more_answers_than_were_declared():
@@ -174,7 +175,8 @@ def test_a_total_that_no_round_is_worth_is_named(caplog):
 
 def test_a_total_below_the_first_rollouts_is_named(caplog):
     shared = Shared(total=3.0, unit="gflop", first=4)
-    assert shared.next([tally_of("aabb", n=16), tally_of("aaab", n=16)]).tolist() == [0, 0]
+    tallies = [replace(tally_of(answers, n=16), rounds=1) for answers in ("aabb", "aaab")]
+    assert shared.next(tallies).tolist() == [0, 0]
     assert "budget.total=3: the first 4 rollouts of all questions alone took 6 GFLOP" in caplog.text
 
 

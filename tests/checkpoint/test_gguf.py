@@ -1,6 +1,7 @@
 """GGUF files as checkpoints: converted once, with the weights and the tokens of the model that they were made of."""
 
 import gguf
+import numpy as np
 import pytest
 import tiny_gguf
 import torch
@@ -93,6 +94,25 @@ BAD = {
     ),
     "lacks the weight model.layers.1.mlp.up_proj.weight": lambda folder: tiny_gguf.write(
         folder / "model.gguf", tiny_gguf.model(), without="blk.1.ffn_up.weight"
+    ),
+    "transformers does not read llama.rope.scaling.type=linear, so": lambda folder: tiny_gguf.write(
+        folder / "model.gguf",
+        tiny_gguf.model(),
+        more=lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR),
+    ),
+    # frequencies of Llama 3.1, of which the file has no field
+    "transformers does not read the weight rope_freqs.weight, so": lambda folder: tiny_gguf.write(
+        folder / "model.gguf",
+        tiny_gguf.model(),
+        more=lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(4, dtype=np.float32)),
+    ),
+    "transformers does not read the weight blk.0.attn_q.bias, so": lambda folder: tiny_gguf.write(
+        folder / "model.gguf",
+        tiny_gguf.model(),
+        more=lambda writer: writer.add_tensor("blk.0.attn_q.bias", np.ones(32, dtype=np.float32)),
+    ),
+    "value_length=8 llama.rope.dimension_count=4": lambda folder: tiny_gguf.write(
+        folder / "model.gguf", tiny_gguf.model(), rotated=4
     ),
     "truncated or not GGUF": lambda folder: damaged(tiny_gguf.write(folder / "model.gguf", tiny_gguf.model())),
 }

@@ -19,7 +19,7 @@ from latent_tts.commands.cache import size, to_prune
 from latent_tts.pipeline.drawer import Drawer
 from latent_tts.results import report
 from latent_tts.results.cache import CacheEntry, cache_entries
-from latent_tts.results.files import file_digest
+from latent_tts.types import file_digest
 
 
 def drawn_now(result) -> int:
@@ -182,6 +182,20 @@ def test_what_the_code_no_longer_reads_is_stale(run, ltts, tmp_path, monkeypatch
     assert "stale" in ltts("cache").out
     assert ltts("cache", "prune", "stale=true").out.startswith("removed 1 of 2 entries")
     assert [each.folder for each in cache_entries(tmp_path / "cache")] == [entry.folder]
+
+
+def test_entries_with_a_damaged_key_are_stale_and_links_are_no_entries(ltts, place):
+    keys = ['{"sampler": "x"}', '{"sampler": ["x"]}', '{"code": [1], "format": 3}', "[]", "", 50_000 * "[", "\udcff"]
+    for number, key in enumerate(keys):
+        entry = place / "cache" / f"{number:016x}"
+        entry.mkdir(parents=True)
+        (entry / "key.json").write_bytes(key.encode(errors="surrogateescape"))
+    os.symlink(shutil.move(entry, place / "elsewhere"), entry)
+    listed = ltts("cache")
+    assert listed.code == 0, listed.err
+    assert listed.out.count("stale") == 6
+    assert ltts("cache", "prune", "older_than=0m").out.startswith("removed 6 of 6 entries")
+    assert (place / "elsewhere" / "key.json").is_file()
 
 
 def test_what_was_used_longest_ago_goes_first():

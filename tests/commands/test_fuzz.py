@@ -17,7 +17,7 @@ KEYS = {
     "ask": ["question", "json", "n", "seed", "model.latents", "task", "task.texts", "sampler", "budget", "budget/rule",
             "budget.rule", "scorer", "aggregator", "answer.temperature", "answer", "engine.rows", "cache"],
     "replay": ["run", "n", "budget", "budget/rule", "budget.rule", "budget.round", "scorer.range", "aggregator"],
-    "probe": ["tolerances", "guess", "chunk", "threshold", "directions", "output", "task", "task.limit", "model"],
+    "probe": ["tolerances", "guesses", "chunks", "threshold", "directions", "output", "task", "task.limit", "model"],
     "cache": ["action", "older_than", "max_size", "stale", "paths.cache"],
     "annotate": ["output", "n", "completions", "keep", "sampler", "schedule", "task.split", "model.latents"],
     "rescore": ["run", "scorer", "aggregator", "engine.rows", "engine.device", "paths.cache"],

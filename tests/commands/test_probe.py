@@ -1,11 +1,18 @@
 """`ltts probe` through the command line."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 from refusal import check_refused
 
-from latent_tts.pipeline.probing import Probe
+from latent_tts.errors import UsageError
+from latent_tts.pipeline import probing
+from latent_tts.pipeline.probe_spec import chosen_guesses
+from latent_tts.pipeline.probing import Probe, label
+from latent_tts.schedule.speculative import Speculative
 
 
 @pytest.fixture
@@ -22,15 +29,26 @@ def test_it_writes_what_it_finds(probe, tmp_path):
     assert (questions["latents"] == 4).all()
     assert questions["critical_path"].between(1, 4).all()
     np.testing.assert_allclose(questions["potential"], 4 / questions["critical_path"], rtol=1e-5)
-    assert (questions["sweeps_0"] <= 3).all()  # the prompt's pass makes the first latent
-    assert (questions["sweeps_0.3"] <= questions["sweeps_0"]).all()
-    assert questions["equal_0"].all()
+    assert (questions["sweeps_token_0"] <= 3).all()  # the prompt's pass makes the first latent
+    assert (questions["sweeps_token_0.3"] <= questions["sweeps_token_0"]).all()
+    assert questions["equal_zero_0"].all()
     relative = pd.read_csv(result.last.parent / "dependencies.csv", index_col=0)
     assert (relative.to_numpy()[np.triu_indices(4)] == 0).all()
     assert relative.to_numpy()[np.tril_indices(4, -1)].min() > 0
     assert (result.last.parent / "dependencies.png").stat().st_size > 5000
     assert f"growth rate {questions['growth'].mean():+.2f}" in result.out
     assert "recommended: schedule=" in result.out
+
+
+def test_the_best_schedule_is_tried_in_chunks_too(probe, monkeypatch):
+    monkeypatch.setattr(probing, "MIN_EQUAL", 0)
+    monkeypatch.setattr(probing, "MIN_COMMITS_PER_SWEEP", 0)
+    result = probe("tolerances=[0.9]", "guesses=[zero]", "chunks=[3]", "directions=1", "max_answer_tokens=1")
+    assert result.code == 0, result.err
+    questions = pd.read_csv(result.last)
+    assert (questions["conflicts_zero_0.9_3"] <= questions["conflicts_zero_0.9"]).all()
+    plan = json.loads((result.last.parent / "plan.json").read_text())
+    assert (plan["max_rows"] == 0) == (plan["schedule"] is None)
 
 
 @pytest.mark.slow
@@ -40,29 +58,62 @@ def test_what_it_finds_is_the_same_again(probe):
 
 
 def test_a_model_that_decides_how_many_latents_it_needs(place, ltts):
-    result = ltts("probe", "model=demo_colar", "guess=zero", "task.limit=4", "directions=1", "tolerances=[0.1]")
+    result = ltts("probe", "model=demo_colar", "task.limit=4", "directions=1", "tolerances=[0.1]")
     assert result.code == 0, result.err
     questions = pd.read_csv(result.last)
     assert questions["latents"].nunique() > 1
     assert (questions["critical_path"] <= questions["latents"]).all()
 
 
-def found(sweeps, equal, growth):
-    table = {"latents": 6, "growth": growth, "sweeps_0": 6, "equal_0": True, "sweeps_0.1": sweeps, "equal_0.1": equal}
-    return Probe(pd.DataFrame(table, index=range(len(growth))), np.zeros((6, 6)), [0.0, 0.1])
+def test_by_default_every_guess_is_tried_that_the_model_can_make():
+    class NoToken:
+        @property
+        def latent_id(self):
+            raise UsageError("none")
+
+    assert chosen_guesses(None, None, NoToken()) == ["zero"]
+    assert chosen_guesses(None, "head.safetensors", NoToken()) == ["zero", "draft"]
+
+
+def found(**outcomes):
+    """A probe of four questions of 6 latents: sweeps and equal answers of each schedule, by GUESS_TENTHS."""
+    table: dict = {"latents": 6, "growth": np.arange(4.0)}
+    schedules = []
+    for name, (sweeps, equal) in outcomes.items():
+        guess, tenths = name.split("_")
+        schedules.append(Speculative(None, int(tenths) / 10, guess))
+        table |= {f"sweeps_{label(schedules[-1])}": sweeps, f"equal_{label(schedules[-1])}": equal}
+    return Probe(pd.DataFrame(table, index=range(4)), np.zeros((6, 6)), schedules)
 
 
 def test_a_tolerance_is_recommended_where_it_pays_and_answers_stay():
-    growth = np.arange(4.0)
-    assert found(3, True, growth).recommended == 0.1
-    assert found(5, True, growth).recommended is None  # 1.2 latents per sweep
-    assert found(3, [True, True, True, False], growth).recommended is None
+    assert found(token_0=(6, True), token_1=(3, True)).recommended == Speculative(None, 0.1, "token")
+    assert found(token_0=(6, True), token_1=(5, True)).recommended is None  # 1.2 latents per sweep
+    assert found(token_0=(6, True), token_1=(3, [True, True, True, False])).recommended is None
+
+
+def test_the_guess_with_the_fewest_sweeps_is_recommended_and_the_smallest_tolerance_of_equal_ones():
+    assert found(token_1=(3, True), zero_1=(2, True)).recommended == Speculative(None, 0.1, "zero")
+    assert found(token_3=(3, True), token_1=(3, True)).recommended == Speculative(None, 0.1, "token")
+    assert found(token_1=(3, True), zero_1=(2, False)).recommended == Speculative(None, 0.1, "token")
+
+
+@pytest.mark.parametrize(
+    ("sweeps", "equal", "chunk"),
+    [([3, 3], True, 2), ([3, 3.1], True, 2), ([3, 3.5], True, 3), ([3.5, 3.5], True, None), ([3, 3], False, None)],
+)
+def test_the_smallest_chunk_that_takes_hardly_more_sweeps_is_recommended(sweeps, equal, chunk):
+    made = found(zero_1=(3, True))
+    chunked = [Speculative(3, 0.1, "zero"), Speculative(2, 0.1, "zero")]
+    made.questions[[f"sweeps_{label(each)}" for each in chunked]] = sweeps
+    made.questions[[f"equal_{label(each)}" for each in chunked]] = equal
+    assert replace(made, chunked=chunked).recommended == Speculative(chunk, 0.1, "zero")
 
 
 def test_growth_explains_sweeps_where_they_differ():
-    growth = np.arange(4.0)
-    assert found([1, 2, 3, 4], True, growth).explained(0.1) == pytest.approx(1)
-    assert np.isnan(found(3, True, growth).explained(0.1))
+    schedule = Speculative(None, 0.1, "token")
+    assert found(token_1=([1, 2, 3, 4], True)).explained(schedule) == pytest.approx(1)
+    assert np.isnan(found(token_1=(3, True)).explained(schedule))
 
 
 @pytest.mark.parametrize(
@@ -70,10 +121,12 @@ def test_growth_explains_sweeps_where_they_differ():
     [
         (["tolerances=[-1]"], ["schedule.tolerance=-1", "[0, 1)"]),
         (["tolerances=[]"], ["tolerances=[]"]),
-        (["chunk=0"], ["schedule.chunk=0"]),
-        (["chunk=9"], ["schedule.chunk=9", "at most model.latents=6"]),
-        (["guess=sibling"], ["guess=sibling", "token, zero or draft"]),
-        (["guess=draft"], ["schedule.draft=null"]),
+        (["chunks=[0]"], ["schedule.chunk=0"]),
+        (["chunks=[9]"], ["schedule.chunk=9", "at most model.latents=6"]),
+        (["guesses=[token,sibling]"], ["guesses=[token,sibling]", "token, zero, draft"]),
+        (["guesses=[]"], ["guesses=[]", "token, zero, draft"]),
+        (["guesses=[draft]"], ["schedule.draft=null"]),
+        (["guesses=[zero]", "draft=head.safetensors"], ["draft=head.safetensors", "guesses"]),
         (["threshold=0"], ["threshold=0", "a positive number"]),
         (["directions=0"], ["directions=0", "a positive integer"]),
         (["model.latents=0"], ["no latents"]),

@@ -6,6 +6,7 @@ the recorded batch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +16,18 @@ from typing import Any, ClassVar
 import pytest
 import tiny
 import torch
-from against_oracle import MASKS, NOISE, assert_rows_equal
+from against_oracle import NOISE, assert_rows_equal
+from hypothesis import given
+from hypothesis import strategies as st
+from marks import slow
+from recordable import FEW, PLANS, SAMPLERS
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from latent_tts.engine import attention, graphs
-from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.engine.graphs import CudaRecorder, FirstToken, GraphEngine, Latents, NextToken
+from latent_tts.engine.graphs import CudaRecorder, FirstToken, GraphEngine, Latents, Move, NextToken, Prompts
 from latent_tts.engine.rollout import Engine
 from latent_tts.errors import RunError
 from latent_tts.pipeline import drawer
@@ -31,43 +35,9 @@ from latent_tts.random import bits
 from latent_tts.random.draw import Draw
 from latent_tts.results.run_folder import read_rollouts
 from latent_tts.sampler import Sampler
-from latent_tts.sampler.control import Control
-from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
-from latent_tts.sampler.greedy import Greedy
-from latent_tts.sampler.native import Native
 from latent_tts.types import Reasoner
 
-DRAWN = AnswerSampling(1.5, 0.9)
-SAMPLERS = {
-    "greedy": Greedy(),
-    "gaussian": NOISE,
-    "relative": Gaussian(0.3, True),
-    "native": Native(0.5),
-    "dropout everywhere": MASKS,
-    "dropout in thoughts": Dropout(0.2, "ffn", ["thoughts"], "fresh"),
-    "locked dropout": Dropout(0.2, "residual", ["thoughts", "answer"], "locked"),
-    "drawn answers": DRAWN.over(NOISE),
-    "drawn answers of greedy": DRAWN.over(Greedy()),
-    "repeat": Control("repeat"),
-    "shuffle": Control("shuffle"),
-}
-PLANS = {
-    "plain": {"latents": 2},
-    "stops by a token": {"latents": 3, "stop_id": 11},
-    "forced beginning": {"latents": 1, "forced_ids": [5]},
-    "no latents": {"latents": 0},
-    "answers right after the prompt": {"latents": 0, "end": 0},
-    "no end": {"latents": 1, "ends": False},
-}
-FEW = [
-    ("gpt2", "gaussian", "plain"),
-    ("llama", "drawn answers", "forced beginning"),
-    ("gpt2", "dropout in thoughts", "stops by a token"),
-    ("qwen3", "dropout everywhere", "no end"),
-    ("gpt2", "shuffle", "plain"),
-    ("gpt2", "drawn answers of greedy", "answers right after the prompt"),
-]
 N = 2
 LENGTHS = [[9, 3], [2, 7], [1, 1], [4, 8]]
 
@@ -217,6 +187,19 @@ def test_so_does_a_graph_of_kernels(family, sampler, plan):
     assert len(recorders) == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("moves_soon")
+def test_a_graph_of_kernels_moves_rows(monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "N", 8)
+    plan = PLANS["stops by a token"]
+    eager, graphed, _ = both("gpt2", device="cuda:0", recorder=CudaRecorder, answer=12, **plan)
+    for number, lengths in enumerate([[9, 3, 5], *[[4, 8, 6]] * 3], 2):
+        found, wanted = (rolled(engine, NOISE, number, lengths) for engine in (graphed, eager))
+        assert found.answer_ids == wanted.answer_ids
+    (bucket,) = graphed._buckets.values()
+    assert any(isinstance(passes, Move) for passes in bucket._trusted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "plan"), list(product(SAMPLERS, PLANS)))
 def test_so_does_every_sampler_with_every_plan(sampler, plan):
@@ -249,7 +232,7 @@ def test_latents_are_made_without_answers():
         found, wanted = (rolled(engine, NOISE, number, lengths, answers=False) for engine in (graphed, eager))
         torch.testing.assert_close(found.latents_RTD, wanted.latents_RTD, rtol=0, atol=1e-9)
         assert found.answer_ids == [[]] * 4
-    assert recorders[0].recorded == 1
+    assert recorders[0].recorded == 2  # prompts and latents
 
 
 def test_the_window_grows_with_what_is_used(monkeypatch):
@@ -257,7 +240,91 @@ def test_the_window_grows_with_what_is_used(monkeypatch):
     eager, graphed, recorders = both(answer=5, ends=False)
     for number, lengths in enumerate([[9, 13], [12, 9], [15, 7]]):
         assert_same(rolled(graphed, NOISE, number, lengths), rolled(eager, NOISE, number, lengths))
-    assert recorders[0].recorded == 4  # latents, the first token, and the others in windows of 4 and 8
+    assert recorders[0].recorded == 5  # prompts, latents, the first token, and the others in windows of 4 and 8
+
+
+@pytest.mark.parametrize(("family", "sampler", "plan"), [FEW[0], FEW[3]])
+def test_long_prompts_are_not_recorded(monkeypatch, family, sampler, plan):
+    monkeypatch.setattr(graphs, "PROMPT_TOKENS", 0)
+    ran = passes_run(monkeypatch)
+    check(family, SAMPLERS[sampler], PLANS[plan])
+    assert not any(isinstance(passes, Prompts) for passes in ran)
+
+
+def passes_run(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The passes that are run from now on, without those that are replayed."""
+    ran: list[object] = []
+    run = graphs.FixedRollouts.run
+    monkeypatch.setattr(graphs.FixedRollouts, "run", lambda self, passes: (ran.append(passes), run(self, passes)))
+    return ran
+
+
+@pytest.fixture
+def moves_soon(monkeypatch):
+    """Rows move to smaller tensors as soon as half of them have finished."""
+    monkeypatch.setattr(graphs, "MIN_ROWS", 1)
+    monkeypatch.setattr(graphs, "MIN_WANTED", 0)
+
+
+@pytest.mark.usefixtures("moves_soon")
+@pytest.mark.parametrize(
+    ("family", "sampler", "plan"),
+    [
+        ("gpt2", "gaussian", "stops by a token"),
+        slow("gpt2", "gaussian", "plain"),
+        slow("llama", "gaussian", "stops by a token"),
+        slow("gpt2", "dropout everywhere but in answers", "stops by a token"),
+    ],
+)
+def test_rows_that_go_on_move_to_smaller_tensors(monkeypatch, family, sampler, plan):
+    monkeypatch.setattr(sys.modules[__name__], "N", 8)
+    eager, graphed, _ = both(family, answer=12, **PLANS[plan])
+    for number, lengths in enumerate([[9, 3, 5], *[[4, 8, 6]] * 3], 2):
+        found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
+        assert_same(found, wanted)
+    (bucket,) = graphed._buckets.values()
+    moves = {passes for passes in bucket._trusted if isinstance(passes, Move)}  # replayed in more than one batch
+    assert moves
+    assert all(2 * move.target[0] * move.target[1] <= move.source[0] * move.source[1] for move in moves)
+
+
+def test_rows_move_once_other_batches_have_wanted_it(monkeypatch):
+    monkeypatch.setattr(graphs, "MIN_ROWS", 1)
+    monkeypatch.setattr(sys.modules[__name__], "N", 8)
+    ran, graphed = passes_run(monkeypatch), both("gpt2", answer=12, **PLANS["stops by a token"])[1]
+    for batch in range(4):
+        rolled(graphed, NOISE, 3, [4, 8, 6])
+        assert any(isinstance(passes, Move) for passes in ran) == (batch >= graphs.MIN_WANTED)
+
+
+@pytest.mark.parametrize(
+    ("left_P", "grid", "smaller"),
+    [
+        ([64] * 64, (64, 64), None),
+        ([64] * 33 + [0] * 31, (64, 64), None),  # 64 questions in powers of two
+        ([64] * 32 + [0] * 32, (64, 64), (32, 64)),
+        ([9] + [1] * 63, (64, 64), (64, 16)),
+        ([1, 0, 0, 0], (4, 4096), (1, 256)),
+        ([1] + [0] * 63, (64, 64), (4, 64)),  # as many rows as a GPU runs at once
+        ([1] * 10 + [0] * 10, (20, 20), None),  # 16 x 16
+        ([1] * 8 + [0] * 12, (20, 26), None),  # 13 x 20
+        ([1, 0], (2, 128), None),
+    ],
+)
+def test_a_smaller_grid_holds_all_that_go_on_in_at_most_half_of_the_rows(left_P, grid, smaller):
+    assert graphs.smaller_grid(left_P, grid) == smaller
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=40).filter(any), st.integers(1, 300))
+def test_so_does_every_other_one(left_P, fewest):
+    grid = len(left_P), 40
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "MIN_ROWS", fewest)
+        found = graphs.smaller_grid(left_P, grid)
+    if found is not None:
+        assert grid[0] >= found[0] >= sum(left > 0 for left in left_P)
+        assert grid[1] >= found[1] >= max(left_P)
+        assert fewest <= found[0] * found[1] <= grid[0] * grid[1] / 2
 
 
 def test_a_batch_is_recorded_when_another_one_of_its_sizes_comes():
@@ -335,10 +402,8 @@ def test_tensors_of_fixed_sizes_that_give_something_else_are_not_used(monkeypatc
 
 def test_finished_rows_are_noticed_one_pass_late(monkeypatch):
     _, graphed, _ = both(latents=40, answer=40, stop_id=11)
-    ran: list[object] = []
     monkeypatch.setattr(graphs._Bucket, "_record", lambda self, passes: None)
-    run = graphs.FixedRollouts.run
-    monkeypatch.setattr(graphs.FixedRollouts, "run", lambda self, passes: (ran.append(passes), run(self, passes)))
+    ran = passes_run(monkeypatch)
     rollouts = rolled(graphed, NOISE, 0, [9, 3])
     thinking, tokens = int(rollouts.steps_R.max()), max(map(len, rollouts.answer_ids))
     assert thinking < 35

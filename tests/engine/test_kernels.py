@@ -19,6 +19,9 @@ import torch, triton_interpreter
 from latent_tts.engine import attention, attention_kernel
 
 cpu, right = torch.device("cpu"), attention_kernel.attend_piece
+sizes = {attention_kernel.tile(torch.bfloat16, 64, rows * groups * tokens, questions * heads)[0]
+         for questions, rows, heads, groups, tokens, *_ in attention.KERNEL_CASES}
+assert sizes == {16, 64}
 for dtype in attention.KERNEL_DTYPES:
     for width in (16, 40):
         assert attention.kernel_agrees(right, cpu, dtype, width), (dtype, width)
@@ -100,7 +103,7 @@ of_dtype = "query", "prefix_keys", "prefix_values", "keys", "values", "out"
 aligned = *of_dtype, *[f"{a}_{b}" for a in ("query", "prefix", "suffix") for b in ("row", "head", "token", "slot")]
 names = kernels._attend.arg_names
 for (dtype, short), padded, count, generation in product(NAMES.items(), (64, 128), (1, 64), SHARED):
-    queries, tokens = kernels.tile(dtype, padded, count)
+    queries, tokens = kernels.tile(dtype, padded, count, kernels.MANY_TILES)
     valid = count > 1
     sizes = {"WIDTH": padded - 32, "PADDED": padded, "QUERIES": queries, "TOKENS": tokens, "HAS_VALID": valid}
     kinds = dict.fromkeys(names, "i32") | dict.fromkeys(of_dtype, "*" + short) | dict.fromkeys(sizes, "constexpr")

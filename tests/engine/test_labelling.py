@@ -10,7 +10,8 @@ from oracle import Oracle
 
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.engine.labelling import MAX_COMPLETIONS, LabelJob, label_batch
-from latent_tts.engine.rollout import Engine
+from latent_tts.engine.rollout import Engine, RolloutState
+from latent_tts.errors import RunError
 from latent_tts.random.draw import Draw
 from latent_tts.random.philox import key_of
 from latent_tts.sampler.dropout import Dropout
@@ -70,6 +71,23 @@ def test_labels_equal_the_oracle(family, sampler):
             assert entry.corrects_N[rollout] == is_right(row.answer_ids)
             np.testing.assert_allclose(entry.latents_NTD[rollout], row.latents_TD.float(), atol=1e-6)
     assert len({float(x) for entry in entries for x in entry.labels_NT.flatten()}) > 2
+
+
+@pytest.mark.parametrize("spoiled", [1, 2], ids=["rollouts", "completions"])
+def test_log_probabilities_that_are_not_finite_end_the_labelling(monkeypatch, spoiled):
+    decode, calls = RolloutState.decode_answers, []
+
+    def decode_one_wrong(self):
+        rollouts = decode(self)
+        calls.append(self)
+        if len(calls) == spoiled:
+            rollouts.answer_logprob_R[-1] = float("nan")
+        return rollouts
+
+    monkeypatch.setattr(RolloutState, "decode_answers", decode_one_wrong)
+    words = f"log-probabilities of answers of question {jobs()[-1].question_id} are not finite"
+    with pytest.raises(RunError, match=words):
+        label_batch(jobs(), Engine(tiny.reasoner("gpt2"), plan("gpt2")), SAMPLERS["gaussian"], labelling())
 
 
 @pytest.mark.every_other

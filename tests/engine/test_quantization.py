@@ -23,7 +23,7 @@ from latent_tts.errors import UsageError
 from latent_tts.pipeline.keys import rollout_key
 from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.random.draw import Draw
-from latent_tts.results.run_folder import LATENTS
+from latent_tts.results.run_folder import LATENTS, read_metrics
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
 from latent_tts.sampler.greedy import Greedy
@@ -136,6 +136,9 @@ def test_a_run_reports_what_int8_gives_and_keeps_it_apart(run):
     loaded, int8 = run("keep_latents=true"), run("engine.quantize=int8", "keep_latents=true")
     assert int8.code == 0, int8.err
     assert set(pd.read_csv(int8.last)["settings"]) == {"engine.quantize=int8,max_answer_tokens=4,task.limit=6"}
+    ours, theirs = (read_metrics(done.last).set_index("metric")["value"] for done in (int8, loaded))
+    assert ours["gbytes"] < theirs["gbytes"]
+    assert ours["gflops"] == theirs["gflops"]
     ours, theirs = (json.loads((done.last.parent / "run.json").read_text()) for done in (int8, loaded))
     assert ours["rollouts"]["drawn_now"] == theirs["rollouts"]["drawn_now"] == 24
     assert ours["cache"] != theirs["cache"]
@@ -152,7 +155,8 @@ def test_keys_of_runs_without_it_are_those_of_before():
         config={"model": {"_target_": "m"}, "sampler": {}, "search": {}},
         seed=0,
         max_answer_tokens=4,
-        search=SimpleNamespace(survivors=None),
+        search=None,
+        guided=False,
         schedule=SimpleNamespace(key="sequential"),
         draft=None,
         answers=SimpleNamespace(random=False),

@@ -2,6 +2,8 @@
 
 from hypothesis import strategies as st
 
+from latent_tts.results.statistics import picked_accuracies
+
 
 @st.composite
 def rollout_lists(draw, values):
@@ -13,3 +15,8 @@ def rollout_lists(draw, values):
         return draw(st.lists(row, min_size=questions, max_size=questions))
 
     return table(st.integers(-1, 3)), table(st.sampled_from(values))
+
+
+def picked_accuracy(aggregator, rollouts, n):
+    """`picked_accuracies` at one budget (Q,)."""
+    return picked_accuracies(aggregator, rollouts, [n])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -62,8 +63,13 @@ def write(
     chat: str | None = CHAT,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     without: str | None = None,
+    rotated: int | None = None,
+    more: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
-    """Write a model with a byte-level tokenizer; matrices of the blocks are quantised to `kind`, one is left out."""
+    """Write a model with a byte-level tokenizer; matrices of the blocks are quantised to `kind`, one is left out.
+
+    `rotated` is the width that positions rotate, of the head's; `more` adds to the file what it likes.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_block_count(LAYERS)
@@ -75,7 +81,7 @@ def write(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     width = 128 if architecture == "qwen3" else WIDTH // HEADS  # of a head
-    writer.add_rope_dimension_count(width)
+    writer.add_rope_dimension_count(rotated or width)
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_vocab_size(len(vocabulary()))
@@ -119,6 +125,7 @@ def write(
             writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, np.ascontiguousarray(value))
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,12 +10,13 @@ import pytest
 import tiny
 from marks import slow
 from safetensors.torch import load_file, save_file
+from tables import picked_accuracy
 
 from latent_tts.aggregator.likelihood import Likelihood
 from latent_tts.checkpoint.files import load_tokenizer
 from latent_tts.pipeline import models
-from latent_tts.results import statistics
 from latent_tts.results.run_folder import read_metrics
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Computation, RolloutArrays
 
@@ -64,6 +65,19 @@ def test_step_scores_that_are_not_finite_name_the_question(run, checkpoint, tmp_
     assert any(question in told for question in questions)
 
 
+@pytest.mark.parametrize("value", [np.nan, slow(np.inf)])
+def test_scores_of_a_scorer_that_are_not_finite_name_the_question(run, latent_rm, monkeypatch, value):
+    reduced = LatentRM.score_rollouts
+
+    def spoiled(self, step_scores):
+        return np.where(np.arange(len(step_scores)) == 5, value, reduced(self, step_scores))
+
+    monkeypatch.setattr(LatentRM, "score_rollouts", spoiled)
+    told = failure(run("scorer=latent_rm", f"scorer.checkpoint={latent_rm}"))
+    questions = list(dict.fromkeys(pd.read_parquet(run().last.parent / "rollouts.parquet")["question_id"]))
+    assert f"of question {questions[1]} the score {value:g}; scores must be finite" in told
+
+
 @pytest.fixture(scope="module")
 def thoughtless(tmp_path_factory) -> Path:
     """A CoLaR that stops at once, whatever it is asked: its hidden states are all the same, and nearest to `###`."""
@@ -100,6 +114,6 @@ def test_rollouts_without_latents_have_no_score_and_are_no_best_of_n(ltts, thoug
 def test_a_figure_that_is_missing_never_wins():
     correct = np.array([[True, False]])
     arrays = RolloutArrays(np.array([[0, 1]]), correct, np.array([[np.nan, -5.0]]), np.full((1, 2), np.nan))
-    assert statistics.picked_accuracy(Likelihood(), arrays, 2).tolist() == [0.0]
+    assert picked_accuracy(Likelihood(), arrays, 2).tolist() == [0.0]
     flipped = RolloutArrays(np.array([[1, 0]]), ~correct, arrays.answer_logprob_QD, arrays.score_QD)
-    assert statistics.picked_accuracy(Likelihood(), flipped, 2).tolist() == [1.0]
+    assert picked_accuracy(Likelihood(), flipped, 2).tolist() == [1.0]

@@ -52,7 +52,7 @@ def forget(*names: str) -> None:
     """What a new process does not know."""
     for name in [each for each in sys.modules if each.partition(".")[0] in names]:
         del sys.modules[name]
-    for function in (code.digest_of_package, code._digest_of_rooms, code._digest_of_file):
+    for function in (code.digest_of_package, code._digest_of_rooms, code._digest_of_file, code._installed):
         function.cache_clear()
 
 
@@ -112,6 +112,33 @@ def test_all_modules_of_an_installed_distribution_count_and_those_of_others_do_n
         assert (digest() != first) == counts
         (tmp_path / name).write_text("x = 1\n")
     forget("mine_a")
+
+
+def test_helpers_in_other_folders_of_the_path_and_classes_of_values_count(addon, tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "other")
+    (tmp_path / "other" / "noise_helper.py").write_text(
+        "def scale():\n    import noise_deep\n    return noise_deep.SCALE\n"
+    )
+    (addon / "noise_helper.py").unlink()
+    (addon / "noise_deep.py").write_text("SCALE = 1\n")
+    (addon / "noise_sampler.py").write_text("import noise_helper, torch\nclass Held:\n    pass\n")
+
+    def digests() -> dict[str, str]:
+        forget("noise_sampler", "noise_helper", "noise_deep")
+        held = importlib.import_module("noise_sampler").Held
+        scorer = LatentRM(".", None, "correct")
+        object.__setattr__(scorer, "heads", {"first": [held()]})
+        return code.code_digests([scorer], [], ())
+
+    first = digests()
+    assert set(first) == {"latent_tts", "noise_sampler"}
+    for path in (tmp_path / "other" / "noise_helper.py", addon / "noise_deep.py"):
+        text = path.read_text()
+        path.write_text(text + "EXTRA = 2\n")
+        assert digests() != first
+        path.write_text(text)
+    assert digests() == first
 
 
 def test_an_option_of_a_search_without_a_scorer_is_part_of_the_key(addon, run):

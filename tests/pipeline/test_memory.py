@@ -159,13 +159,13 @@ def test_what_fits_is_remembered_for_the_memory_of_the_worker_that_said_it(monke
     parts = [Part([], None, max_bytes=5, memory="small"), Part([], None, memory="large")]
     monkeypatch.setattr(drawing, "results_of", lambda *_: [([], parts)])
     monkeypatch.setattr(drawing, "latents_digest", lambda *_: "digest")
-    monkeypatch.setattr(Stage, "computations", None)
     stage = Stage.__new__(Stage)
     stage.spec = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
         executor=SimpleNamespace(in_process=False, fixed=False), budget=SimpleNamespace(adaptive=False), cache=tmp_path,
-        search=SimpleNamespace(guided=False), adapter=SimpleNamespace(latents=6),
+        guided=False, adapter=SimpleNamespace(latents=6),
     )  # fmt: skip
-    stage.workers = [SimpleNamespace(memory=name, rows=8, device="cpu") for name in ("large", "small")]  # pyright: ignore
+    common = {"rows": 8, "device": "cpu", "computations": None}
+    stage.workers = [SimpleNamespace(memory=name, **common) for name in ("large", "small")]  # pyright: ignore
     stage._pool, stage.timeline = None, []  # pyright: ignore[reportAttributeAccessIssue]
     bar = SimpleNamespace(advance=lambda rows: None)
     assert list(stage.parts([], Request(True, False), bar)) == parts  # pyright: ignore[reportArgumentType]

@@ -74,6 +74,8 @@ def test_live_picks_and_drawn_are_those_of_the_replay(ltts, lines, family, name)
     tables = [pd.read_parquet(result.last.with_name("budget.parquet")) for result in (live, replayed)]
     pd.testing.assert_frame_equal(*tables)
     table = tables[0]
+    settings = [read_metrics(result.last)["settings"].unique().tolist() for result in (live, replayed)]
+    assert ["scorer.range" in text for [text] in settings] == [name == "weighted"] * 2
     assert list(table) == BUDGET_COLUMNS
     assert (table["used"] <= table["drawn"]).all()
     assert table["drawn"].max() <= N

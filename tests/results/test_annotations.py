@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from latent_tts.errors import RunError, UsageError
 from latent_tts.results import annotations
 from latent_tts.results.annotations import FORMAT, INDEX, SETTINGS, AnnotationFolder
-from latent_tts.results.files import digest_named_file, file_digest
-from latent_tts.types import LabelledQuestion, UnmixedQuestion, written_ids
+from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.types import LabelledQuestion, UnmixedQuestion, file_digest, written_ids
 
 N, T, D, LATENT, END, PAD = 3, 4, 5, 90, 91, 0
 WANTED = {"reasoner": "abc", "n": N, "latents": T, "width": D, "latent_id": LATENT}
@@ -99,13 +100,16 @@ def test_the_layout_on_disk_is_the_official_one(path):
     assert tensors["0.corrects"].dtype == np.bool_
 
 
-def test_a_shard_without_its_part_of_the_index_is_not_there(path):
-    part_of(path, 1).unlink()
-    assert [got.index for got in AnnotationFolder(path).read()] == [0, 3]  # a reader removes nothing
-    assert (path / "1_on0.safetensors").is_file()
+def test_a_shard_without_its_part_of_the_index_is_not_there(path, caplog):
+    gone = part_of(path, 1)
+    gone.unlink()
+    with pytest.raises(UsageError, match=rf"{gone.name}: is missing; `ltts annotate`"):
+        AnnotationFolder(path)  # a finished folder has all of its parts
     folder = AnnotationFolder(path, WANTED)
-    assert folder.present() == {"q0", "q3", "q4"}
     assert not (path / "1_on0.safetensors").exists()
+    assert [got.index for got in AnnotationFolder(path).read()] == [0, 3]
+    assert f"parts are missing, such as {gone.name}" in caplog.text
+    assert folder.present() == {"q0", "q3", "q4"}
     folder.add([entry(1)])
     assert not folder.complete  # until it is finished again
     assert not json.loads((path / SETTINGS).read_text())["complete"]
@@ -195,8 +199,16 @@ def write_part(path: Path, number: int) -> None:
     part, shard = part_of(path, number), path / f"{number}_on0.safetensors"
     rows = [row | {"digest": file_digest(shard)} for row in pq.read_table(part).to_pylist()]
     part.unlink()
-    with digest_named_file(path, shard.stem, ".parquet") as partial:
+    with whole_file(shard.with_suffix(".parquet"), add_digest=True) as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema=annotations.PART_SCHEMA), partial)
+    seal(path, parts=sorted(each.name for each in path.glob("*_on0-*.parquet")))
+
+
+def seal(path: Path, **changed: object) -> None:
+    """Change the record of a folder, and its digest with it."""
+    record = json.loads((path / SETTINGS).read_text()) | changed
+    del record["digest"]
+    (path / SETTINGS).write_text(json.dumps(record | {"digest": settings_digest(record)}))
 
 
 @pytest.mark.parametrize(
@@ -274,6 +286,34 @@ def test_no_flipped_bit_passes_unseen_and_a_writer_sets_the_shard_aside(path, ki
     folder.add([entry(3), entry(0, steps=[4, 1, 2]), UnmixedQuestion("q4", 4, "all_wrong", N)])
     assert folder.finish() == {"kept": 3, "all_correct": 1, "all_wrong": 1}
     AnnotationFolder(path).check()
+
+
+def test_no_flipped_bit_of_the_record_passes_unseen(path):
+    good = (path / SETTINGS).read_bytes()
+    expected = AnnotationFolder(path)
+    for place in range(0, 8 * len(good), 29):
+        bits = bytearray(good)
+        bits[place // 8] ^= 1 << place % 8
+        (path / SETTINGS).write_bytes(bits)
+        with suppress(UsageError):
+            found = AnnotationFolder(path)
+            assert (found.settings, found.complete) == (expected.settings, expected.complete)
+
+
+def test_a_part_that_is_none_of_a_finished_folder(path, tmp_path):
+    other = AnnotationFolder(tmp_path / "other", WANTED)
+    other.add([entry(9)])
+    shutil.copyfile(other.path / "0_on0.safetensors", path / "2_on0.safetensors")
+    shutil.copyfile(part_of(other.path, 0), path / part_of(other.path, 0).name)
+    with pytest.raises(UsageError, match=r"0_on0-.*\.parquet: is no part of this folder"):
+        AnnotationFolder(path)
+
+
+def test_a_folder_that_lost_its_record_is_no_official_one(path):
+    (path / SETTINGS).unlink()
+    for settings in (None, WANTED):
+        with pytest.raises(UsageError, match=r"lacks annotations\.json, which was written with 0_on0-.*; restore it"):
+            AnnotationFolder(path, settings)
 
 
 def test_a_shard_that_is_gone(path):

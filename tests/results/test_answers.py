@@ -12,7 +12,7 @@ import pytest
 import tiny
 from hypothesis import given
 from refusal import check
-from tables import rollout_lists
+from tables import picked_accuracy, rollout_lists
 
 from latent_tts.aggregator import Picks
 from latent_tts.aggregator.best_of_n import BestOfN
@@ -56,7 +56,7 @@ def test_picks_are_those_that_accuracy_counts(aggregator, drawn):
     pick_Q, _ = statistics.supported_picks(aggregator, arrays)
     right_Q = [pick >= 0 and arrays.correct_QD[question, pick] for question, pick in enumerate(pick_Q)]
     n = arrays.prediction_QD.shape[1]
-    np.testing.assert_array_equal(right_Q, statistics.picked_accuracy(aggregator, arrays, n))
+    np.testing.assert_array_equal(right_Q, picked_accuracy(aggregator, arrays, n))
 
 
 @given(rollout_lists(VALUES))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import picked_accuracy
 
 from latent_tts.aggregator.majority import Majority
 from latent_tts.results import statistics as stats
@@ -113,7 +114,7 @@ def test_a_curve_has_no_step_where_n_reaches_what_was_drawn(spread):
     rollouts = RolloutArrays(correct.astype(int), correct, np.zeros(correct.shape), np.zeros(correct.shape))
     widths = {}
     for n in range(11, drawn + 1):  # even n have ties of two answers, so that they are compared with even ones
-        low, high = stats.interval(stats.picked_accuracy(Majority(), rollouts, n))
+        low, high = stats.interval(picked_accuracy(Majority(), rollouts, n))
         widths[n] = high - low
     # votes become more uniform within a question towards n = drawn: widths grow, at the same pace throughout
     steps = {n: widths[n] / widths[n - 1] - 1 for n in range(12, drawn + 1)}

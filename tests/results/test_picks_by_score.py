@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import rollout_lists
+from tables import picked_accuracy, rollout_lists
 
 from latent_tts.aggregator.best_of_n import BestOfN
 from latent_tts.aggregator.majority import Majority
@@ -65,23 +65,23 @@ def test_picks_equal_plain_python_on_the_same_subsets(aggregator, plain, table, 
     n = data.draw(st.sampled_from([drawn, data.draw(st.integers(1, drawn))]))
     subsets = np.concatenate(list(stats.subsets(drawn, n))).tolist()
     expected = [np.mean([plain(p, s, members) for members in subsets]) for p, s in zip(*table, strict=True)]
-    np.testing.assert_allclose(stats.picked_accuracy(aggregator, arrays(predictions, scores), n), expected)
+    np.testing.assert_allclose(picked_accuracy(aggregator, arrays(predictions, scores), n), expected)
 
 
 def test_an_unreadable_best_of_n_winner_is_wrong():
-    assert stats.picked_accuracy(BestOfN(), arrays([[GOLD, -1]], [[1.0, 2.0]]), 2) == [0]
-    assert stats.picked_accuracy(BestOfN(), arrays([[GOLD, -1]], [[2.0, 1.0]]), 2) == [1]
+    assert picked_accuracy(BestOfN(), arrays([[GOLD, -1]], [[1.0, 2.0]]), 2) == [0]
+    assert picked_accuracy(BestOfN(), arrays([[GOLD, -1]], [[2.0, 1.0]]), 2) == [1]
 
 
 def test_a_vote_ignores_an_unreadable_rollout_however_good_its_score():
-    assert stats.picked_accuracy(Weighted(1.0), arrays([[-1, 2, GOLD]], [[1000.0, 0.0, 0.1]]), 3) == [1]
+    assert picked_accuracy(Weighted(1.0), arrays([[-1, 2, GOLD]], [[1000.0, 0.0, 0.1]]), 3) == [1]
 
 
 def test_without_any_score_nothing_is_picked():
     unscored = arrays([[GOLD, GOLD]], [[np.nan, np.nan]])
-    assert stats.picked_accuracy(BestOfN(), unscored, 2) == [0]
-    assert stats.picked_accuracy(Weighted(1.0), unscored, 2) == [0]
-    coldest = stats.picked_accuracy(Weighted(1e-320), arrays([[2, GOLD, 2]], [[-1.0, 3.0, 2.9]]), 3)
+    assert picked_accuracy(BestOfN(), unscored, 2) == [0]
+    assert picked_accuracy(Weighted(1.0), unscored, 2) == [0]
+    coldest = picked_accuracy(Weighted(1e-320), arrays([[2, GOLD, 2]], [[-1.0, 3.0, 2.9]]), 3)
     assert coldest == [1]
 
 
@@ -92,7 +92,7 @@ def test_equal_scores_make_the_weighted_vote_a_majority_vote(table):
     equal = arrays(predictions, np.full(np.shape(predictions), 3.7))
     drawn = equal.correct_QD.shape[1]
     np.testing.assert_array_equal(
-        stats.picked_accuracy(Weighted(0.3), equal, drawn), stats.picked_accuracy(Majority(), equal, drawn)
+        picked_accuracy(Weighted(0.3), equal, drawn), picked_accuracy(Majority(), equal, drawn)
     )
 
 
@@ -108,7 +108,7 @@ def test_the_chosen_temperature_is_right_most_often():
     # scores that are noisy but good: neither the coldest nor the hottest vote is best
     scores = 2.0 * (predictions == GOLD) + generator.normal(0, 1.5, predictions.shape)
     rollouts = arrays(predictions, scores)
-    accuracy = {t: stats.picked_accuracy(Weighted(t), rollouts, 8).mean() for t in stats.TEMPERATURES}
+    accuracy = {t: picked_accuracy(Weighted(t), rollouts, 8).mean() for t in stats.TEMPERATURES}
     chosen = stats.best_temperature(rollouts)
     assert accuracy[chosen] == max(accuracy.values())
     assert accuracy[chosen] > max(accuracy[stats.TEMPERATURES[0]], accuracy[stats.TEMPERATURES[-1]])

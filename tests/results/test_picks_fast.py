@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 from quadratic import accuracy
+from tables import picked_accuracy
 
 from latent_tts.aggregator import Picks
 from latent_tts.aggregator.best_of_n import BestOfN
@@ -42,7 +43,7 @@ def test_votes_equal_the_comparison_of_all_pairs(aggregator, drawn, answers):
     for n, got in zip(budgets, together, strict=True):
         expected = accuracy(aggregator, rollouts, np.concatenate(list(stats.subsets(drawn, n))))
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12)
-        np.testing.assert_array_equal(stats.picked_accuracy(aggregator, rollouts, n), got)
+        np.testing.assert_array_equal(picked_accuracy(aggregator, rollouts, n), got)
 
 
 @pytest.mark.parametrize("aggregator", [BestOfN(), Likelihood()], ids=str)
@@ -50,7 +51,7 @@ def test_votes_equal_the_comparison_of_all_pairs(aggregator, drawn, answers):
 def test_ranks_equal_the_comparison_in_every_subset(aggregator, drawn, n):
     rollouts = random_rollouts(30, drawn, 4)
     expected = accuracy(aggregator, rollouts, np.concatenate(list(stats.subsets(drawn, n))))
-    np.testing.assert_allclose(stats.picked_accuracy(aggregator, rollouts, n), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(picked_accuracy(aggregator, rollouts, n), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("aggregator", [*VOTES, BestOfN(), Likelihood()], ids=str)
@@ -60,7 +61,7 @@ def test_at_one_rollout_each_figure_is_exact(aggregator, drawn):
     scored = ~np.isnan(rollouts.score_QD) if aggregator.needs_score else True
     readable = True if isinstance(aggregator, (BestOfN, Likelihood)) else rollouts.prediction_QD >= 0
     expected = (rollouts.correct_QD & scored & readable).mean(1)
-    np.testing.assert_allclose(stats.picked_accuracy(aggregator, rollouts, 1), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(picked_accuracy(aggregator, rollouts, 1), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("aggregator", VOTES, ids=str)
@@ -83,7 +84,7 @@ def test_a_cold_vote_does_not_underflow_in_subsets_without_the_best_rollout():
         for n in range(1, 7):
             members = np.concatenate(list(stats.subsets(6, n)))
             expected = accuracy(Weighted(1 / 64), rollouts, members)
-            assert stats.picked_accuracy(Weighted(1 / 64), rollouts, n) == pytest.approx(expected)
+            assert picked_accuracy(Weighted(1 / 64), rollouts, n) == pytest.approx(expected)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tables import rollout_lists
+from tables import picked_accuracy, rollout_lists
 
 from latent_tts.aggregator.likelihood import Likelihood
 from latent_tts.aggregator.majority import Majority
@@ -158,7 +158,7 @@ def test_a_pick_out_of_all_rollouts_equals_plain_python(aggregator, plain, table
     predictions, logprobs = table
     drawn = len(predictions[0])
     expected = [plain(p, lp, range(drawn)) for p, lp in zip(*table, strict=True)]
-    np.testing.assert_array_equal(stats.picked_accuracy(aggregator, arrays(predictions, logprobs), drawn), expected)
+    np.testing.assert_array_equal(picked_accuracy(aggregator, arrays(predictions, logprobs), drawn), expected)
 
 
 @quick
@@ -169,7 +169,7 @@ def test_votes_out_of_fewer_rollouts_equal_plain_python_on_the_same_subsets(tabl
     n = data.draw(st.integers(1, drawn))
     members = subsets_of(drawn, n).tolist()
     expected = [np.mean([plain_majority(p, lp, m) for m in members]) for p, lp in zip(*table, strict=True)]
-    np.testing.assert_allclose(stats.picked_accuracy(Majority(), arrays(predictions, logprobs), n), expected)
+    np.testing.assert_allclose(picked_accuracy(Majority(), arrays(predictions, logprobs), n), expected)
 
 
 @pytest.mark.parametrize(("drawn", "n"), [(8, 1), (8, 3), (8, 7), (11, 4)])  # 330 subsets are more than are taken
@@ -180,7 +180,7 @@ def test_picks_out_of_fewer_rollouts_are_means_over_all_subsets_or_close_to_them
     expected = [
         over_all_subsets(plain, p, lp, n) for p, lp in zip(predictions.tolist(), logprobs.tolist(), strict=True)
     ]
-    got = stats.picked_accuracy(aggregator, arrays(predictions, logprobs), n)
+    got = picked_accuracy(aggregator, arrays(predictions, logprobs), n)
     exact = drawn == 8 or isinstance(aggregator, Likelihood)
     error = 0 if exact else 0.5 / np.sqrt(stats.SUBSETS)
     np.testing.assert_allclose(got, expected, rtol=0, atol=4.5 * error + 1e-12)
@@ -191,8 +191,8 @@ def test_picks_out_of_fewer_rollouts_are_means_over_all_subsets_or_close_to_them
 def test_many_questions_are_the_same_as_one_at_a_time(aggregator, plain):
     generator = np.random.default_rng(0)
     rollouts = arrays(generator.integers(-1, 3, (300, 4)), generator.normal(size=(300, 4)))
-    together = stats.picked_accuracy(aggregator, rollouts, 3)
-    alone = [stats.picked_accuracy(aggregator, rollouts.questions(slice(i, i + 1)), 3)[0] for i in range(300)]
+    together = picked_accuracy(aggregator, rollouts, 3)
+    alone = [picked_accuracy(aggregator, rollouts.questions(slice(i, i + 1)), 3)[0] for i in range(300)]
     np.testing.assert_array_equal(together, alone)
 
 
@@ -207,7 +207,7 @@ def test_many_questions_are_the_same_as_one_at_a_time(aggregator, plain):
     ],
 )
 def test_majority_of_hand_worked_cases(predictions, right):
-    assert stats.picked_accuracy(Majority(), arrays([predictions]), len(predictions)) == [right]
+    assert picked_accuracy(Majority(), arrays([predictions]), len(predictions)) == [right]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_majority_of_hand_worked_cases(predictions, right):
     ],
 )
 def test_likelihood_of_hand_worked_cases(predictions, logprobs, right):
-    assert stats.picked_accuracy(Likelihood(), arrays([predictions], [logprobs]), len(predictions)) == [right]
+    assert picked_accuracy(Likelihood(), arrays([predictions], [logprobs]), len(predictions)) == [right]
 
 
 # Diversity

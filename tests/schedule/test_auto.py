@@ -61,6 +61,7 @@ def test_it_follows_a_plan_up_to_its_rows(write_plan, drawn):
     assert new == 0
     assert set(metrics["schedule"]) == {"speculative"}
     assert metrics["settings"].str.contains("schedule.tolerance=0.3").all()
+    assert record["settings"] == explicit[0]["settings"]  # from which `rescore` and `replay` take theirs
     assert metrics["run_id"].tolist() == explicit[1]["run_id"].tolist()
     assert record["config"]["schedule"] == explicit[0]["config"]["schedule"]
     assert set(drawn("n=3", "schedule=auto")[1]["schedule"]) == {"sequential"}
@@ -83,7 +84,7 @@ def test_a_run_is_read_back_without_the_plan(write_plan, run, ltts, place):
 
 def test_a_probe_writes_the_plan_that_it_follows(ltts, run, checkpoint, place):
     line = f"model.checkpoint={checkpoint}", "model.latents=4", "task.limit=3", "max_answer_tokens=4", "directions=1"
-    assert ltts("probe", *line, "tolerances=[0]", "output=found").code == 0
+    assert ltts("probe", *line, "tolerances=[0]", "guesses=[token]", "output=found").code == 0
     plan = Plan(**json.loads((place / "found" / "plan.json").read_text()))
     assert (plan.latents, plan.dtype, plan.device, plan.schedule) == (4, "float32", "cpu", None)
     result = run("model.latents=4", "schedule=auto", "schedule.probe=found", "n=2")
@@ -143,5 +144,5 @@ def test_the_rows_that_pay_end_where_it_is_slower(monkeypatch):
     monkeypatch.setattr(probing, "_roll", roll)
     ratios = probing.time_ratios(Timed("sequential"), Timed("parallel"), {"one": [1], "other": [2]})
     assert ratios == pytest.approx({1: 0.5, 4: 0.9, 16: 1.2})
-    assert Probe(pd.DataFrame(), np.zeros((1, 1)), [], ratios).max_rows == 4
+    assert Probe(pd.DataFrame(), np.zeros((1, 1)), [], ratios=ratios).max_rows == 4
     assert Probe(pd.DataFrame(), np.zeros((1, 1)), []).max_rows == 0

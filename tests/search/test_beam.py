@@ -15,6 +15,7 @@ from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.engine.packing import RolloutJob
 from latent_tts.engine.rollout import Engine
 from latent_tts.engine.scoring import LatentScorer
+from latent_tts.errors import RunError
 from latent_tts.random.draw import Draw
 from latent_tts.random.philox import key_of
 from latent_tts.sampler.dropout import Dropout
@@ -91,6 +92,23 @@ def test_the_search_equals_one_by_hand(family, sampler, diverse, reduce):
             row = question * beam.beams + place
             torch.testing.assert_close(found.latents_RTD[row], wanted.latents_TD, rtol=0, atol=1e-6)
             assert found.answer_ids[row] == wanted.answer_ids
+
+
+@pytest.mark.parametrize("value", [float("nan"), slow(float("inf"))])
+def test_a_step_score_that_is_not_finite_names_the_question_though_its_candidate_would_not_survive(monkeypatch, value):
+    engine, scorer = Engine(tiny.reasoner("gpt2"), tiny.plan(T)), LatentScorer(tiny.reward_model("gpt2"))
+    extend, steps = scorer.extend, []
+
+    def spoiled(state, latents_RSD):
+        scores_RS = extend(state, latents_RSD)
+        steps.append(len(scores_RS))
+        if len(steps) == 2:
+            scores_RS[-1] = value
+        return scores_RS
+
+    monkeypatch.setattr(scorer, "extend", spoiled)
+    with pytest.raises(RunError, match="step scores of question b are not finite"):
+        grow(Beam(2, 2, False), engine, scorer, "sum", tiny.prompts([5, 2]), ["a", "b"], NOISE)
 
 
 def test_questions_do_not_depend_on_their_batch():

@@ -44,6 +44,6 @@ def test_a_sampler_that_needs_a_donor_gets_its_greedy_latents(engine):
 
 
 def test_searches_say_what_a_batch_holds():
-    assert (Independent().guided, Independent().survivors, Independent().rows_per_survivor) == (False, None, 1)
+    assert (Independent().survivors, Independent().rows_per_survivor) == (None, 1)
     beam = Beam(3, 4, False)
-    assert (beam.guided, beam.survivors, beam.rows_per_survivor) == (True, 3, 4)
+    assert (beam.survivors, beam.rows_per_survivor) == (3, 4)

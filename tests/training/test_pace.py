@@ -63,6 +63,27 @@ def test_time_is_summed_over_resumes_and_later_updates_are_dropped(tmp_path, clo
     assert [row["update"] for row in read_log(tmp_path / "log")] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"place": 2.0', '"place": 3.0'),
+        ('"seconds": 6.0', '"seconds": 7.0'),
+        ('"update": 2', '"update": 3'),
+        ("{", "["),
+    ],
+)
+def test_a_changed_line_ends_the_log_and_is_not_followed(tmp_path, clock, old, new):
+    log = tmp_path / "log"
+    take(Timed(10, minutes=0.5, path=log), clock, 6.0, range(4))
+    lines = log.read_text().splitlines()
+    assert old in lines[2].replace("4.0", "2.0")
+    lines[2] = lines[2].replace("4.0", "2.0").replace(old, new)
+    log.write_text("\n".join(lines) + "\n")
+    assert len(read_log(log)) == Timed(10, minutes=0.5, path=log).known() == 2
+    with pytest.raises(UsageError, match=r"optimization\.follow=.*is damaged in line 3"):
+        pace_of(10, None, str(log), tmp_path)
+
+
 def test_states_are_due_every_minute(tmp_path, clock):
     pace = Timed(10, minutes=5, path=tmp_path / "log")
     due = []
@@ -124,6 +145,11 @@ def test_a_run_by_the_clock_is_repeated_bit_for_bit_by_its_log(ltts, place, monk
     one, other = (load_file(state / "model.safetensors") for state in states)
     assert states[0].name == states[1].name == f"checkpoint-{len(rows)}"
     assert all(one[name].equal(other[name]) for name in one)
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:5]))
+    again = ltts(*TINY, "output=timed", "optimization.minutes=0.025")
+    assert again.code == 0, again.err
+    told = "checkpoint-12 is of update 12, but updates.jsonl is whole to 5: it is now damaged-checkpoint-12"
+    assert told in again.err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

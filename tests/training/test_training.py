@@ -1,6 +1,8 @@
 """COCONUT's curriculum, the latent forward pass with gradients, and a loop that can stop and go on."""
 
 import json
+import os
+import pickle
 import re
 import shutil
 import signal
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from marks import slow
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
@@ -37,7 +39,7 @@ from latent_tts.training.reasoner.batch import (
 from latent_tts.training.reasoner.curriculum import Stage, written_text
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
-from latent_tts.training.states import last_state
+from latent_tts.training.states import last_state, write_digests
 from latent_tts.training.trainer import ResumableTrainer
 
 CPU = torch.device("cpu")
@@ -258,6 +260,31 @@ def test_a_damaged_state_is_named_and_set_aside(adapter, tmp_path, caplog, name)
     train(adapter, tmp_path / "whole")
     a, b = (weights(tmp_path / each) for each in ("stopped", "whole"))
     assert all(torch.equal(a[each], b[each]) for each in b)
+
+
+def no_pickle(state):
+    (state / "optimizer.pt").write_bytes(pickle.dumps(os.getcwd, protocol=2))
+
+
+def no_weights(state):
+    save_file(
+        {name: value[:1] for name, value in load_file(state / "model.safetensors").items()}, state / "model.safetensors"
+    )
+
+
+@pytest.mark.parametrize("spoil", [no_pickle, no_weights])
+def test_a_state_that_is_none_is_named_though_its_digests_fit(adapter, tmp_path, spoil):
+    def stop_at_5(done, figures):
+        if done == 5:
+            raise Crash
+
+    with pytest.raises(Crash):
+        train(adapter, tmp_path / "stopped", report=stop_at_5)
+    state = tmp_path / "stopped" / "checkpoint-4"
+    spoil(state)
+    write_digests(state)
+    with pytest.raises(UsageError, match=r"checkpoint-4: cannot be resumed from .*\nremove it to resume"):
+        train(adapter, tmp_path / "stopped")
 
 
 def test_a_finished_run_is_not_trained_again(adapter, tmp_path):

@@ -10,7 +10,7 @@ from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.text.answer import AnswerRule
 from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.validation import Validation, keep_if_best, read_best
+from latent_tts.training.reasoner.validation import Validation, best_weights, keep_if_best, read_best
 from latent_tts.types import Question
 
 RULE = AnswerRule("decimal")
@@ -47,6 +47,14 @@ def test_the_best_weights_are_kept_and_equal_ones_are_not_replaced(tmp_path):
     best = read_best(tmp_path)
     assert best is not None
     assert best["update"] == 5
+    for path in sorted(best_weights(tmp_path).iterdir()):
+        good = path.read_bytes()
+        for place in (len(good) // 2, len(good) - 3):
+            path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            with pytest.raises(UsageError, match=f"{path.name}: is (missing or )?damaged; train in another folder"):
+                best_weights(tmp_path)
+        path.write_bytes(good)
+    assert best_weights(tmp_path) == tmp_path / "best"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeGuard
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latent_tts.text.classes import shared_forms
-from latent_tts.types import Float64, Int64
+from latent_tts.types import Bools, Float64, Int64
 
 TIE = 1e-12  # relative; as in `results.statistics`: sums of equal weights differ by less, whatever their order
 NOT_CERTIFIED = "not certified"
@@ -70,8 +70,9 @@ class Tally:
         score_N: score of each rollout; NaN where it has none.
         equal: whether two answers are one vote; None where only equal strings are. Equality by value is not transitive,
             so that a later answer can regroup the earlier ones.
-        prompt_gflop: what the question costs once.
-        gflop_N: what each rollout costs.
+        prompt_gflop: what a round of the question costs, however many rollouts it has: the prompt is run in each.
+        gflop_N: what each rollout costs beyond that.
+        rounds: in which it got rollouts.
     """
 
     n: int
@@ -83,11 +84,17 @@ class Tally:
     equal: Callable[[str, str], bool] | None = None
     prompt_gflop: float = 0.0
     gflop_N: Float64 = field(default_factory=lambda: np.zeros(0))
+    rounds: int = 0
 
     @property
     def drawn(self) -> int:
         """The number of rollouts so far."""
         return len(self.answers)
+
+    @property
+    def gflop(self) -> float:
+        """What its rollouts cost, in the rounds that they were drawn in."""
+        return self.rounds * self.prompt_gflop + float(self.gflop_N.sum())
 
     @cached_property
     def weight_N(self) -> Float64:
@@ -149,7 +156,7 @@ class Tally:
         """The same after its first rollouts only."""
         return Tally(
             self.n, self.answers[:count], self.log_weight_N[:count], self.logprob_N[:count], self.score_N[:count],
-            self.max_log_weight, self.equal, self.prompt_gflop, self.gflop_N[:count],
+            self.max_log_weight, self.equal, self.prompt_gflop, self.gflop_N[:count], self.rounds,
         )  # fmt: skip
 
 
@@ -185,24 +192,27 @@ class Stop:
 
 
 class Rule(Protocol):
-    """When a question has enough rollouts; an option of the group `budget/rule`.
+    """When a question has enough rollouts; an option of the group `budget/rule`. Options inherit these defaults.
 
     Attributes:
         name: as shown in tables.
-        needs_score: whether it reads scores.
+        at_cap: the certificate of a question that reached n.
+        aggregator: name of the aggregator whose pick it stops for.
     """
 
     name: ClassVar[str]
+    at_cap: ClassVar[str] = ""
+    aggregator: str = "majority"
 
     @property
     def needs_score(self) -> bool:
         """Whether it reads scores."""
-        ...
+        return False
 
     @property
-    def aggregator(self) -> str:
-        """Name of the aggregator whose pick it stops for."""
-        ...
+    def certificate(self) -> str:
+        """What is known of the error of a question that it stopped."""
+        return ""
 
     def check(self, answer_rule: str) -> None:
         """Check that it can be applied to answers of a kind (`decimal`, `latex` or `words`).
@@ -210,22 +220,19 @@ class Rule(Protocol):
         Raises:
             UsageError: it cannot.
         """
+
+    def enough(self, tally: Tally) -> Bools:
+        """Whether there are enough (N,), after each of one or more rollouts; what comes later does not matter."""
         ...
 
     def stop(self, tally: Tally) -> Stop | None:
-        """The first rollout after which there are enough; None if there are not.
-
-        What it says of the first rollouts depends on nothing that comes after them.
-        """
-        ...
-
-    def at_cap(self) -> str:
-        """The certificate of a question that reached n."""
-        ...
+        """The first rollout after which there are enough; None if there are not."""
+        enough_N = self.enough(tally) if tally.drawn else np.zeros(0, dtype=bool)
+        return Stop(int(enough_N.argmax()) + 1, self.name, self.certificate) if enough_N.any() else None
 
 
 class Budget(Protocol):
-    """How many rollouts the questions of a run get.
+    """How many rollouts the questions of a run get. Options inherit these defaults.
 
     Attributes:
         name: of the option.
@@ -233,15 +240,17 @@ class Budget(Protocol):
     """
 
     name: ClassVar[str]
-    adaptive: ClassVar[bool]
+    adaptive: ClassVar[bool] = False
 
     def reported(self, n: int) -> list[int]:
         """The numbers of rollouts with rows in the metrics table: ascending, in [1, n], the last is n."""
-        ...
+        return [n]
 
 
 class AdaptiveBudget(Budget, Protocol):
-    """A budget that looks at what questions have so far."""
+    """A budget that looks at what questions have so far. So a smaller n is another run, and only n is reported."""
+
+    adaptive: ClassVar[bool] = True
 
     @property
     def label(self) -> str:
@@ -298,10 +307,11 @@ def play(
     Returns:
         What each question has at the end, and where it ended.
     """
-    drawn_Q = np.zeros(questions, dtype=np.int64)
+    drawn_Q, rounds_Q = np.zeros(questions, dtype=np.int64), np.zeros(questions, dtype=np.int64)
     while True:
-        tallies = tallies_after(drawn_Q)
+        after = zip(tallies_after(drawn_Q), rounds_Q, strict=True)
+        tallies = [replace(tally, rounds=int(rounds)) for tally, rounds in after]
         more_Q = budget.next(tallies)
         if not more_Q.any():
             return tallies, budget.stops(tallies)
-        drawn_Q = drawn_Q + more_Q
+        drawn_Q, rounds_Q = drawn_Q + more_Q, rounds_Q + (more_Q > 0)

@@ -11,8 +11,8 @@ from typing import ClassVar
 import numpy as np
 from scipy.special import betaln, gammaln, stdtr
 
-from latent_tts.budget import Stop, Tally
-from latent_tts.errors import bad_value, check_fields
+from latent_tts.budget import Budget, Stop, Tally
+from latent_tts.errors import check_fields, require
 from latent_tts.types import Float64, Int64
 
 AGGREGATORS = ("majority", "best_of_n")
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Shared:
+class Shared(Budget):
     """Spends one budget on all questions, in rounds.
 
     Every question first gets `first` rollouts. Then each round goes to the share `step` of the questions where rollouts
@@ -39,7 +39,7 @@ class Shared:
     with fewer rollouts is first, then the earlier one of the task, so that nothing depends on batches.
 
     Attributes:
-        total: the budget of the whole set, prompts included where it is in GFLOP.
+        total: the budget of the whole set; in GFLOP it includes the prompt, which every round runs again.
         unit: `rollouts` or `gflop`. In GFLOP a round is given while its expected cost, at the question's mean per
             rollout so far, is left; what is spent differs from the total by the error of that expectation. A total
             below the cost of the first rollouts is overspent, with a warning.
@@ -69,26 +69,22 @@ class Shared:
     def label(self) -> str:
         """The settings that tell it from others."""
         rounds = f"first={self.first} round={self.round} step={self.step:g}"
-        return f"shared {self.total:g} {self.unit} {self.aggregator} {rounds}"
+        return f"shared {self.total:.12g} {self.unit} {self.aggregator} {rounds}"
 
     @property
     def needs_score(self) -> bool:
         """Whether the pick is one of scores."""
         return self.aggregator == "best_of_n"
 
-    def reported(self, n: int) -> list[int]:
-        """Only n, the most that a question may get."""
-        return [n]
-
     def check(self, questions: int, n: int, answer_rule: str) -> None:
         """Check that the budget is enough for `first` rollouts of each question."""
-        del answer_rule
         needed = questions * min(self.first, n)
-        if self.unit == "rollouts" and self.total < needed:
-            raise bad_value(
-                "budget.total", f"{self.total:g}",
-                f"{questions} questions with budget.first={self.first} need {needed} rollouts or more",
-            )  # fmt: skip
+        require(
+            "budget.total",
+            f"{self.total:g}",
+            self.unit != "rollouts" or self.total >= needed,
+            f"{questions} questions with budget.first={self.first} need {needed} rollouts or more",
+        )
 
     def next(self, tallies: Sequence[Tally]) -> Int64:
         """The first rollouts of all questions, or a round for those where it is worth most."""
@@ -102,7 +98,7 @@ class Shared:
                 self.total, self.first, self.total - left, self.unit.upper(),
             )  # fmt: skip
         size_Q = np.array([min(self.round, tally.n - tally.drawn) for tally in tallies])
-        cost_Q = np.array([size * self._cost(tally) for size, tally in zip(size_Q, tallies, strict=True)])
+        cost_Q = np.array([self._cost(tally, int(size)) for size, tally in zip(size_Q, tallies, strict=True)])
         worth_Q = np.array([self._worth(tally, int(size)) for size, tally in zip(size_Q, tallies, strict=True)])
         rate_Q = np.divide(worth_Q, cost_Q, out=np.zeros_like(worth_Q), where=cost_Q > 0)
         drawn_Q = np.array([tally.drawn for tally in tallies])
@@ -115,7 +111,7 @@ class Shared:
                 size = min(size, int(left))
             elif cost_Q[place] > left:
                 size = 0
-            more_Q[place], left = size, left - size * self._cost(tallies[place])
+            more_Q[place], left = size, left - self._cost(tallies[place], size)
         return more_Q
 
     def stops(self, tallies: Sequence[Tally]) -> list[Stop]:
@@ -135,10 +131,13 @@ class Shared:
         return "total" if self._worth(tally, min(self.round, tally.n - tally.drawn)) > 0 else "worth"
 
     def _spent(self, tally: Tally) -> float:
-        return tally.drawn if self.unit == "rollouts" else tally.prompt_gflop + float(tally.gflop_N.sum())
+        return tally.drawn if self.unit == "rollouts" else tally.gflop
 
-    def _cost(self, tally: Tally) -> float:
-        return 1.0 if self.unit == "rollouts" else float(tally.gflop_N.mean())
+    def _cost(self, tally: Tally, size: int) -> float:
+        """The expected cost of a round of the question."""
+        if self.unit == "rollouts" or not size:
+            return size
+        return tally.prompt_gflop + size * float(tally.gflop_N.mean())
 
     def _worth(self, tally: Tally, size: int) -> float:
         if size == 0:

@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.checkpoint import files, joining
-from latent_tts.errors import UsageError, bad_value, is_whole
-from latent_tts.types import Question
+from latent_tts.errors import UsageError, is_whole, require
+from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -57,20 +58,26 @@ class CheckpointAdapter:
     question_end: ClassVar[str]  # written between the question and <|start-latent|>
 
     def __post_init__(self) -> None:
-        if not isinstance(self.checkpoint, str):
-            raise bad_value(
-                "model.checkpoint", self.checkpoint, f"must be a folder or hub id: model={self.name} has no default"
-            )
+        require(
+            "model.checkpoint",
+            self.checkpoint,
+            isinstance(self.checkpoint, str),
+            f"must be a folder or hub id: model={self.name} has no default",
+        )
         for key in ("name", "revision"):
             value = getattr(self, key)
-            if not isinstance(value, str | int | float | None):
-                raise bad_value(f"model.{key}", value, "must be text, or null")
+            require(f"model.{key}", value, isinstance(value, str | int | float | None), "must be text, or null")
         for key in ("trained_latents", "recommended"):
             value = getattr(self, key)
-            if not isinstance(value, Mapping | None):
-                raise bad_value(f"model.{key}", value, "must be a mapping, as in conf/model/*.yaml")
-        if not (is_whole(self.latents) and self.latents >= 0):
-            raise bad_value("model.latents", self.latents, "must be a number of latent thoughts, 0 or more")
+            require(
+                f"model.{key}", value, isinstance(value, Mapping | None), "must be a mapping, as in conf/model/*.yaml"
+            )
+        require(
+            "model.latents",
+            self.latents,
+            is_whole(self.latents) and self.latents >= 0,
+            "must be a number of latent thoughts, 0 or more",
+        )
 
     @property
     def prompt_recipe(self) -> str:
@@ -86,19 +93,21 @@ class CheckpointAdapter:
         """
         shapes = files.weight_shapes(self.folder)
         layout = files.training_layout(shapes)
-        if layout is not None:
-            raise bad_value(
-                "model.checkpoint", self.folder, f"is in {layout}'s training layout; {files.convert_hint(self.folder)}"
-            )
+        require(
+            "model.checkpoint",
+            self.folder,
+            layout is None,
+            f"is in {layout}'s training layout; {files.convert_hint(self.folder)}",
+        )
         found, prefix = files.family(shapes)
-        if not self.reads(found):
-            raise bad_value(
-                "model.checkpoint",
-                self.folder,
-                f"holds a {found} checkpoint ({'with' if prefix else 'without'} {prefix or self.own_tensors()}), "
-                f"and the {type(self).__name__} adapter reads {self.family} ones\n"
-                f"choose the model that reads it, or a {self.family} checkpoint",
-            )
+        require(
+            "model.checkpoint",
+            self.folder,
+            self.reads(found),
+            f"holds a {found} checkpoint ({'with' if prefix else 'without'} {prefix or self.own_tensors()}), "
+            f"and the {type(self).__name__} adapter reads {self.family} ones\n"
+            f"choose the model that reads it, or a {self.family} checkpoint",
+        )
         files.check_sizes(self.config, self.folder)
         files.check_shapes(self.config, shapes, self.folder)
         self.check_tensors(shapes)
@@ -109,6 +118,12 @@ class CheckpointAdapter:
         trained = self._trained_latents
         if trained is not None and trained != self.latents:
             log.warning("model.latents=%d: %s was trained with %d", self.latents, self.checkpoint, trained)
+
+    @cached_property
+    def latent_weights(self) -> int:
+        """Matrix entries of the family's own tensors."""
+        shapes, prefixes = files.weight_shapes(self.folder), tuple(files.FAMILIES)
+        return sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefixes) and len(shape) == 2)
 
     @property
     def has_spread(self) -> bool:
@@ -130,6 +145,21 @@ class CheckpointAdapter:
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check the names and shapes of the family's own tensors; raises UsageError."""
+
+    def require_tensors(
+        self, part: str, prefix: str, wanted: Mapping[str, list[int]], shapes: Mapping[str, list[int]]
+    ) -> None:
+        """Check that the checkpoint's `shapes` have those wanted of a part of the model, whose names lack a prefix.
+
+        Raises:
+            UsageError: a tensor is missing, or has another shape.
+        """
+        for name, shape in wanted.items():
+            found = shapes.get(prefix + name)
+            require("model.checkpoint", self.folder, found is not None, f"the {part} lacks {prefix}{name}")
+            allowed = f"with the backbone's width of {self.width} it must be {shape}"
+            why = f"{prefix}{name} has the shape {found}; {allowed}"
+            require("model.checkpoint", self.folder, found == shape, why)
 
     def check_tokens(self) -> None:
         """Check that the tokenizer has what prompts are made of; raises UsageError."""
@@ -213,13 +243,12 @@ class CheckpointAdapter:
         of_tokenizer = named["tokenizer_config.json"]
         of_config = named["config.json"]
         first = of_config if len(of_config) == 1 else of_tokenizer or of_config or named["generation_config.json"]
-        if not first:
-            raise bad_value(
-                "model.checkpoint",
-                self.folder,
-                f"none of {', '.join(named)} names the token that ends an answer\n"
-                "name it, as in model.eos='<|im_end|>'",
-            )
+        require(
+            "model.checkpoint",
+            self.folder,
+            bool(first),
+            f"none of {', '.join(named)} names the token that ends an answer\nname it, as in model.eos='<|im_end|>'",
+        )
         markers = {self.tokenizer.token_to_id(token) for token in files.LATENT_TOKENS}
         markers |= files.pad_ids(self.folder, self.config, self.tokenizer)
         everything = dict.fromkeys([first[0], *(token for ids in named.values() for token in ids)])
@@ -228,12 +257,10 @@ class CheckpointAdapter:
     def _chosen_eos(self, tokens: Sequence[Any]) -> tuple[int, ...]:
         ids = []
         allowed = f"must be a token of {self.checkpoint}, by its text or id, or a list of them"
-        if not tokens:
-            raise bad_value("model.eos", list(tokens), allowed)
+        require("model.eos", list(tokens), bool(tokens), allowed)
         for token in tokens:
             found = self.tokenizer.token_to_id(token) if isinstance(token, str) else token
-            if not files.is_token(found, self.tokenizer):
-                raise bad_value("model.eos", token, allowed)
+            require("model.eos", token, files.is_token(found, self.tokenizer), allowed)
             ids.append(found)
         return tuple(dict.fromkeys(ids))
 
@@ -284,6 +311,13 @@ class CheckpointAdapter:
     def _unknown_id(self) -> int | None:
         return self.tokenizer.token_to_id("<|unknown|>")
 
+    def load(self, *, device: str, dtype: str) -> Reasoner:
+        """Load the weights; latents are the final hidden states, unless a family says otherwise (imports torch)."""
+        from latent_tts.checkpoint import loading
+
+        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
+        return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)
+
     def forced_ids(self, text: str) -> list[int]:
         """Token ids of a text that every answer begins with (`answer.forced_prefix`).
 
@@ -291,10 +325,12 @@ class CheckpointAdapter:
             UsageError: the tokenizer cannot read it, or it ends the answer.
         """
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-        if self.answer_text(ids).strip() != text.strip() or set(self.eos_ids) & set(ids):
-            raise bad_value(
-                "answer.forced_prefix", text, f"text in the vocabulary of model={self.name}, without its eos"
-            )
+        require(
+            "answer.forced_prefix",
+            text,
+            self.answer_text(ids).strip() == text.strip() and not (set(self.eos_ids) & set(ids)),
+            f"text in the vocabulary of model={self.name}, without its eos",
+        )
         return ids
 
     def answer_text(self, answer_ids: list[int]) -> str:

@@ -31,6 +31,8 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.bin")
 ADAPTER = "adapter_config.json"  # of PEFT
 CHAT_TEMPLATE = "chat_template.jinja"
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+BESIDE_TOKENIZER = ("tokenizer_config.json", CHAT_TEMPLATE)  # special tokens by name, and how chats are written
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_*")
 # the tensors that tell the families apart; without any of them, a checkpoint is COCONUT's, a plain causal LM
 FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "prj.": "PCCoT", "classifier.": "LatentRM"}
@@ -99,6 +101,7 @@ IMPLEMENTATIONS = (
     *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
     *("grouped_mm", "batched_mm"),
 )
+MAX_LABELS = 1 << 20
 TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
 
 
@@ -137,10 +140,13 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
-    if folder.is_file():
-        raise bad_value(key, checkpoint, f"must be a folder; {convert_hint(folder, key)}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) or checkpoint.startswith("."):
-        raise bad_value(key, checkpoint, "no such folder, and not a hub id of the form owner/name")
+    require(key, checkpoint, not folder.is_file(), f"must be a folder; {convert_hint(folder, key)}")
+    require(
+        key,
+        checkpoint,
+        bool(re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint)) and not checkpoint.startswith("."),
+        "no such folder, and not a hub id of the form owner/name",
+    )
     from huggingface_hub import snapshot_download  # slow to import, and only hub ids need it
 
     try:
@@ -183,8 +189,12 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     Raises:
         UsageError: it is missing, empty or no JSON object.
     """
-    if (folder / name).is_file() and is_empty_json(folder / name):
-        raise bad_value(MODEL_KEY, folder, f"{name} is empty; copy the config.json of the model that was fine-tuned")
+    require(
+        MODEL_KEY,
+        folder,
+        not (folder / name).is_file() or not is_empty_json(folder / name),
+        f"{name} is empty; copy the config.json of the model that was fine-tuned",
+    )
     return read_json(folder, name)
 
 
@@ -234,15 +244,22 @@ def check_decoder(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_K
     """
     config = common_sizes(config)
     kind, why = str(config.get("model_type", "")), "latents are fed to decoders made of attention"
-    if config.get("is_encoder_decoder"):
-        raise bad_value(key, folder, f"a {kind} model has an encoder; {why}")
-    if kind in BIDIRECTIONAL and not config.get("is_decoder"):
-        raise bad_value(key, folder, f"in a {kind} model tokens attend to those after them; {why}")
+    require(key, folder, not config.get("is_encoder_decoder"), f"a {kind} model has an encoder; {why}")
+    require(
+        key,
+        folder,
+        kind not in BIDIRECTIONAL or bool(config.get("is_decoder")),
+        f"in a {kind} model tokens attend to those after them; {why}",
+    )
     layers = config.get("layer_types") or []
     other = sorted({str(layer) for layer in layers} - ATTENTION_LAYERS) if isinstance(layers, list) else []
     require(key, folder, kind not in WITHOUT_CACHE, f"a {kind} model keeps no keys and values of earlier tokens; {why}")
-    if all(config.get(name) for name in PER_LAYER_INPUTS):
-        raise bad_value(key, folder, f"in a {kind} model every layer looks a token's id up; latents have none")
+    require(
+        key,
+        folder,
+        not all(config.get(name) for name in PER_LAYER_INPUTS),
+        f"in a {kind} model every layer looks a token's id up; latents have none",
+    )
     heads = [config.get(name) for name in ("num_attention_heads", "num_key_value_heads")]
     if config.get("kv_lora_rank") and None not in heads and heads[0] != heads[1]:
         wanted = "with kv_lora_rank, keys have as many heads as queries"
@@ -273,7 +290,7 @@ def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY
 
 
 def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
-    """Check that a `config.json` asks for no code from elsewhere and for no quantised weights, at any depth.
+    """Check that a `config.json` asks for no code or weights from elsewhere and no quantised ones, at any depth.
 
     `auto_map`, which names code in the checkpoint, is left alone: it is never run. So are the names of transformers'
     own attention, which `loading` does not hand on.
@@ -296,6 +313,12 @@ def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
             if strange:
                 why = f"none of {', '.join(IMPLEMENTATIONS)}; code from a hub is never run"
                 raise bad_value(key, folder, f"config.json has {name}={json.dumps(strange[0])}: {why}")
+        if name == "transformers_weights" and value is not None:  # transformers would read them instead
+            raise bad_value(
+                key, folder, f"config.json has {name}; the weights must be {WEIGHTS} or the shards of {INDEX}"
+            )
+        if name == "num_labels" and is_whole(value) and value > MAX_LABELS:  # transformers makes a name for each
+            raise bad_value(key, folder, f"config.json has num_labels={value}; must be {MAX_LABELS} at most")
         check_settings(value, folder, key=key)
 
 
@@ -316,8 +339,12 @@ def check_shapes(
         value, found = config.get(name), next((t for t in shapes if t.endswith(suffixes)), None)
         if found is None or not is_whole(value) or (axis == 1 and any(other in config for other in NARROW_EMBEDDINGS)):
             continue
-        if len(shapes[found]) != 2 or value > (max(shapes[found]) if axis is None else shapes[found][axis]):
-            raise bad_value(key, folder, f"config.json has {name}={value}, but {found} is {shapes[found]}")
+        require(
+            key,
+            folder,
+            len(shapes[found]) == 2 and value <= (max(shapes[found]) if axis is None else shapes[found][axis]),
+            f"config.json has {name}={value}, but {found} is {shapes[found]}",
+        )
 
 
 def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
@@ -371,8 +398,12 @@ def _shards(folder: Path, key: str, index: str = INDEX) -> dict[str, set[str]]:
         raise bad_value(key, folder, f"{index} has no weight_map")
     shards: dict[str, set[str]] = {}
     for tensor, name in sorted(weight_map.items(), key=lambda item: (str(item[1]), item[0])):
-        if not isinstance(name, str) or Path(name).name != name:
-            raise bad_value(key, folder, f"{index} names {name!r}, which is no file of the folder")
+        require(
+            key,
+            folder,
+            isinstance(name, str) and Path(name).name == name,
+            f"{index} names {name!r}, which is no file of the folder",
+        )
         shards.setdefault(name, set()).add(tensor)
     return shards
 
@@ -422,13 +453,18 @@ def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
         raise bad_value(key, path, f"truncated or not safetensors ({error})") from error
 
 
+digested: dict[str, Path] = {}  # checkpoint folders that this process has read, by their digests
+
+
 def digest(folder: Path) -> str:
     """16 hex digits that stand for the weights, the shape and the tokenizer of a checkpoint."""
     sha = hashlib.sha256()
     for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
         with path.open("rb") as file:
             sha.update(hashlib.file_digest(file, "sha256").digest())
-    return sha.hexdigest()[:16]
+    found = sha.hexdigest()[:16]
+    digested[found] = folder
+    return found
 
 
 def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
@@ -444,6 +480,13 @@ def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     tokenizer.no_padding()  # a tokenizer keeps what it was last used with in training
     tokenizer.no_truncation()
     return tokenizer
+
+
+def copy_beside_tokenizer(source: Path, folder: Path) -> None:
+    """Copy what a checkpoint has beside `tokenizer.json`, on which prompts and end tokens depend."""
+    for name in BESIDE_TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def is_token(token: Any, tokenizer: Tokenizer) -> TypeGuard[int]:
@@ -485,7 +528,7 @@ def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     """A checkpoint's Jinja template of chats (None if it has none), and the special tokens that it may name."""
     config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     tokens = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for name in SPECIAL:
         token = config.get(name)
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):

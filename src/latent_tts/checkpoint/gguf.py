@@ -7,11 +7,11 @@ Weights are dequantised to float32, since products of two half-precision numbers
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,19 +19,34 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.types import file_digest
 
 log = logging.getLogger(__name__)
 PREFIX = "gguf:"
-VERSION = 1  # of what conversion writes; part of the folder's name
+VERSION = 2  # of what conversion writes; part of the folder's name
 PARTIAL, SOURCE = "partial-", "source.json"  # a folder that is being written; what a model was made from
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # decoders that transformers reads and the engine runs
+# What transformers reads of such a file, apart from the tokenizer; it drops any other field or weight without a word.
+# The value of a field that may be there all the same, since it changes nothing.
+FIELDS_READ = {
+    "context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size", "rope.freq_base",
+    "rope.dimension_count", "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
+    "attention.key_length", "attention.value_length",
+}  # fmt: skip
+NEUTRAL = {"rope.scaling.type": "none", "attention.causal": True, "expert_count": 0, "expert_used_count": 0}
+OF_TENSORS = {"tensor_data_layout", "rope.scaling.finetuned"}  # how the file was made
+HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+WEIGHTS_READ = re.compile(
+    r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output|q_norm|k_norm)|ffn_(norm|gate|up|down)))\.weight"
+)
+BIASES_READ = {"qwen2": re.compile(r"blk\.\d+\.attn_[qkv]\.bias")}
 # Files that a command of this project fetches
 FETCHED = {"SmolLM2-135M-Instruct.Q4_1.gguf": "make smollm2"}
 # How llama.cpp splits texts before merging: what it names, and whether each digit stands alone. transformers reads
 # merges and vocabulary, not this. Source: `llm_tokenizer_bpe` of llama.cpp's src/llama-vocab.cpp.
 SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
-AS_TRANSFORMERS = {"default", "gpt-2", "qwen2"}
+AS_TRANSFORMERS = {"default", "gpt-2", "qwen2", "llama-bpe"}
 
 
 def models_folder() -> Path:
@@ -54,12 +69,6 @@ def found(checkpoint: str, key: str) -> Path:
     return file
 
 
-def digest(file: Path) -> str:
-    """The digest of a GGUF file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-
-
 def converted(file: Path, key: str) -> Path:
     """The checkpoint folder of a GGUF file, which is made at the first call (imports torch and transformers).
 
@@ -70,10 +79,14 @@ def converted(file: Path, key: str) -> Path:
     Raises:
         UsageError: the file is damaged, or of an architecture that is not supported.
     """
-    folder = models_folder() / f"gguf{VERSION}-{digest(file)}"
+    folder = models_folder() / f"gguf{VERSION}-{file_digest(file)}"
     if not folder.is_dir():
-        if find_spec("gguf") is None:
-            raise bad_value(key, f"{PREFIX}{file}", "gguf is not installed: pip install '.[gguf]' in the clone")
+        require(
+            key,
+            f"{PREFIX}{file}",
+            find_spec("gguf") is not None,
+            "gguf is not installed: pip install '.[gguf]' in the clone",
+        )
         check(file, key)
         log.info("%s: converting it, once, to %s", file, folder)
         with whole_folder(folder, str(file)) as partial:
@@ -112,12 +125,33 @@ def check(file: Path, key: str) -> None:
     """Check the header of a GGUF file.
 
     Raises:
-        UsageError: it is damaged, or of an architecture that is not supported.
+        UsageError: it is damaged, of an architecture that is not supported, or has a field or weight that transformers
+            drops, so that another model would be computed.
     """
-    architecture = read_field(file, "general.architecture", key)
+    with _damage_named(file, key):
+        reader = _reader(file)
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        weights = [tensor.name for tensor in reader.tensors]
+    architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
         allowed = f"must be one of {', '.join(ARCHITECTURES)}"
         raise bad_value(key, f"{PREFIX}{file}", f"is a GGUF file of the architecture {architecture}; {allowed}")
+    start = f"{architecture}."
+    own = {name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}
+    dropped = [
+        f"{start}{name}={own[name]}" for name in own.keys() - FIELDS_READ - OF_TENSORS if own[name] != NEUTRAL.get(name)
+    ]
+    if len({own[name] for name in HEAD_WIDTHS if name in own}) > 1:
+        dropped.append(" ".join(f"{start}{name}={own[name]}" for name in HEAD_WIDTHS if name in own))
+    biases = BIASES_READ.get(architecture)
+    dropped += [
+        f"the weight {name}"
+        for name in weights
+        if not (WEIGHTS_READ.fullmatch(name) or (biases and biases.fullmatch(name)))
+    ]
+    if dropped:
+        reason = f"transformers does not read {min(dropped)}, so this would be another model"
+        raise bad_value(key, f"{PREFIX}{file}", f"{reason}; name the folder of the original")
 
 
 def read_field(file: Path, name: str, key: str) -> Any:
@@ -126,11 +160,23 @@ def read_field(file: Path, name: str, key: str) -> Any:
     Raises:
         UsageError: the file is damaged.
     """
+    with _damage_named(file, key):
+        field = _reader(file).get_field(name)
+        return None if field is None else field.contents()
+
+
+def _reader(file: Path) -> Any:
+    """The package's reader of a GGUF file."""
     from gguf import GGUFReader
 
+    return GGUFReader(file)
+
+
+@contextlib.contextmanager
+def _damage_named(file: Path, key: str) -> Iterator[None]:
+    """Whatever the package raises over a damaged file becomes one line."""
     try:
-        field = GGUFReader(file).get_field(name)
-        return None if field is None else field.contents()
+        yield
     except (ValueError, KeyError, IndexError, OverflowError, OSError, MemoryError) as error:
         reason = " ".join(str(error).split())[:120]
         raise bad_value(key, f"{PREFIX}{file}", f"truncated or not GGUF ({reason})") from error

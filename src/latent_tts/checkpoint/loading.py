@@ -12,14 +12,15 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from latent_tts.checkpoint import files
-from latent_tts.errors import bad_value
+from latent_tts.errors import bad_value, require
 
-IN_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*weight$")  # matrices, not the buffers of old checkpoints
+# matrices and biases of blocks, not the causal masks of old checkpoints
+IN_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*(weight|(?<!attn\.)(?<!attention\.)(?<!masked_)bias)$")
 
 
 def load_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -62,8 +63,7 @@ def read_pickle(pickle: Path) -> dict[str, Tensor]:
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if not tensors or len(tensors) != len(state):
-        raise bad_value("src", pickle, "does not hold a dict of tensors")
+    require("src", pickle, bool(tensors) and len(tensors) == len(state), "does not hold a dict of tensors")
     return tensors
 
 
@@ -85,6 +85,12 @@ def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrai
     return _load("AutoModel", folder, device, dtype, key)
 
 
+def filled(module: nn.Module, tensors: Mapping[str, Tensor], lm: PreTrainedModel) -> Any:
+    """A module with these weights, on the device and in the dtype of a model, in evaluation mode."""
+    module.load_state_dict(tensors)
+    return module.to(lm.device, lm.dtype).eval().requires_grad_(False)
+
+
 def compute_exactly() -> None:
     """Set torch so that a dtype means the same on every GPU, whatever the environment says.
 
@@ -104,8 +110,13 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
     settings = files.read_json(folder, "config.json", key=key)
     files.check_settings(settings, folder, key=key)
     files.check_shapes(settings, files.weight_shapes(folder, key=key), folder, key=key)
-    if (folder / files.ADAPTER).is_file():  # transformers would load the model that it names instead
-        raise bad_value(key, folder, f"holds an adapter ({files.ADAPTER}); {files.convert_hint(folder, key)}")
+    # transformers would load the model that it names instead
+    require(
+        key,
+        folder,
+        not (folder / files.ADAPTER).is_file(),
+        f"holds an adapter ({files.ADAPTER}); {files.convert_hint(folder, key)}",
+    )
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config._attn_implementation = config._experts_implementation = None
@@ -118,7 +129,10 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
             trust_remote_code=False,
         )
         model, info = loaded
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError, ImportError, StrictDataclassError) as error:
+    except (
+        *(RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError),
+        *(ImportError, StrictDataclassError),
+    ) as error:
         reason = f"transformers cannot load it: {' '.join(str(error).split())[:200]}"
         if "auto_map" in settings and "trust_remote_code" in str(error):
             reason = f"its model_type={settings.get('model_type')} needs code of its own (auto_map), which is never run"
@@ -128,7 +142,8 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
         raise bad_value(key, folder, f"weights are missing: {missing} ...")
     unused = sorted(name for name in info["unexpected_keys"] if IN_BLOCK.search(name))
     if unused:
-        raise bad_value(key, folder, f"config.json describes fewer layers than the weights have: {unused[0]} ...")
+        reason = f"config.json describes fewer layers or biases than the weights have: {unused[0]} ..."
+        raise bad_value(key, folder, reason)
     name_body(model)
     return model.to(device).eval().requires_grad_(False)
 

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from latent_tts.checkpoint import files
-from latent_tts.errors import bad_value
+from latent_tts.errors import bad_value, require
 
 MEAN = "mean"  # the initial value of new rows, unless it is the row of a token
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -42,8 +42,12 @@ def cut_to(tokenizer: Tokenizer, texts: Iterable[str], key: str) -> Tokenizer:
     """
     content = json.loads(tokenizer.to_str())
     model = content["model"]
-    if model.get("type") != "BPE" or '"ByteLevel"' not in json.dumps(content["pre_tokenizer"]):
-        raise bad_value(key, "used", f"needs a byte-level BPE tokenizer, and this one is {model.get('type')}")
+    require(
+        key,
+        "used",
+        model.get("type") == "BPE" and '"ByteLevel"' in json.dumps(content["pre_tokenizer"]),
+        f"needs a byte-level BPE tokenizer, and this one is {model.get('type')}",
+    )
     vocabulary: dict[str, int] = model["vocab"]
     merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
     parts: dict[str, set[str]] = {}
@@ -96,8 +100,12 @@ def fit_rows(
         UsageError: the model has no embedding that can be fitted, or fewer rows than its tokenizer has tokens.
     """
     names = [name for name in tensors if name.endswith((*files.EMBEDDINGS, *HEADS))]
-    if not any(name.endswith(files.EMBEDDINGS) for name in names):
-        raise bad_value(key, folder, f"has no embedding ({', '.join(files.EMBEDDINGS)}) to fit to new tokens")
+    require(
+        key,
+        folder,
+        any(name.endswith(files.EMBEDDINGS) for name in names),
+        f"has no embedding ({', '.join(files.EMBEDDINGS)}) to fit to new tokens",
+    )
     rows = int(tensors[names[0]].shape[0])
     ids = old.get_vocab(with_added_tokens=True)
     if max(ids.values()) >= rows:
@@ -128,5 +136,9 @@ def check_begin(begin: object, tokenizer: Tokenizer, key: str) -> None:
     Raises:
         UsageError: it is neither `mean` nor a token.
     """
-    if begin != MEAN and not (isinstance(begin, str) and tokenizer.token_to_id(begin) is not None):
-        raise bad_value(key, begin, f"must be {MEAN}, or a token of the model that training starts from")
+    require(
+        key,
+        begin,
+        begin == MEAN or (isinstance(begin, str) and tokenizer.token_to_id(begin) is not None),
+        f"must be {MEAN}, or a token of the model that training starts from",
+    )

@@ -9,8 +9,8 @@ from omegaconf import DictConfig
 
 from latent_tts.config.build import is_given
 from latent_tts.config.recorded import aggregator_builder
-from latent_tts.errors import UsageError, bad_value
-from latent_tts.pipeline.seeds import write_joined
+from latent_tts.errors import UsageError, require
+from latent_tts.pipeline.sweep import write_joined
 from latent_tts.results.run_folder import run_folders
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,7 @@ def main(cfg: DictConfig) -> None:
     chosen = [runs for runs in cfg.runs if is_given("runs") or Path(runs).expanduser().is_dir()] or list(cfg.runs)
     folders = [folder for runs in chosen for folder in run_folders(Path(runs).expanduser())]
     output = Path(cfg.output or "").expanduser()
-    if not cfg.output or output.is_dir():
-        raise bad_value("output", cfg.output, "must be the path of a CSV file")
+    require("output", cfg.output, bool(cfg.output) and not output.is_dir(), "must be the path of a CSV file")
     joined, left_out, means = write_joined(output, list(dict.fromkeys(folders)), aggregator_builder(cfg))
     completed = {job_config(folder) for folder in folders if folder not in left_out} - {None}
     for folder in left_out:

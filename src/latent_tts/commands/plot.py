@@ -46,8 +46,12 @@ def main(cfg: DictConfig) -> None:
         if len(frames) > 1:
             frames = [tell_apart(frame, str(table)) for frame, table in zip(frames, tables, strict=True)]
         output = Path(cfg.output).expanduser()
-        if output.suffix.removeprefix(".") not in plot.FORMATS:
-            raise bad_value("output", cfg.output, "must be a file that ends in .png, .svg or .pdf")
+        require(
+            "output",
+            cfg.output,
+            output.suffix.removeprefix(".") in plot.FORMATS,
+            "must be a file that ends in .png, .svg or .pdf",
+        )
         draw(tables, name_weights_once(pd.concat(frames, ignore_index=True)), [output], cfg.against)
         return
     for table in tables:

@@ -14,6 +14,7 @@ from latent_tts.config.build import build
 from latent_tts.config.requests import engine_settings
 from latent_tts.errors import check_fields, require
 from latent_tts.model import ModelAdapter
+from latent_tts.pipeline.probe_spec import chunks_to_try, schedules_to_try
 from latent_tts.pipeline.spec import encode_prompts, found_draft, reserved_positions
 from latent_tts.results import report, statistics
 from latent_tts.results.dependency_figure import draw_dependencies
@@ -42,13 +43,10 @@ def main(cfg: DictConfig) -> None:
     require("tolerances", "[]", len(cfg.tolerances) > 0, "must be a list of numbers in [0, 1)")
     why = "must be a model without sweeps of its own, such as PCCoT has"
     require("model", adapter.name, adapter.own_schedule is None, why)
-    guesses = ("token", "zero", "draft")
-    require("guess", cfg.guess, cfg.guess in guesses, "must be token, zero or draft: a probe has no sibling rollouts")
     adapter.check()
-    schedules = [Speculative(cfg.chunk, float(t), cfg.guess, cfg.draft, cfg.mixing) for t in cfg.tolerances]
-    for schedule in schedules:
-        schedule.check(adapter)
-    draft = found_draft(schedules[0], adapter)
+    schedules = schedules_to_try(cfg.guesses, cfg.tolerances, cfg.draft, cfg.mixing, adapter)
+    chunks = chunks_to_try(cfg.chunks, schedules[0], adapter)
+    draft = next((found_draft(schedule, adapter) for schedule in schedules if schedule.guess == "draft"), None)
     prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
     output = Path(cfg.output).expanduser()
     with locked_folder(output, "output"):
@@ -56,7 +54,7 @@ def main(cfg: DictConfig) -> None:
 
         found = probe(
             adapter, engine, prompts,
-            schedules=schedules, draft=draft, threshold=cfg.threshold, directions=cfg.directions,
+            schedules=schedules, chunks=chunks, draft=draft, threshold=cfg.threshold, directions=cfg.directions,
             max_answer_tokens=cfg.max_answer_tokens,
         )  # fmt: skip
         with whole_file(output / QUESTIONS) as path:
@@ -66,16 +64,16 @@ def main(cfg: DictConfig) -> None:
             pd.DataFrame(found.relative_TT, index=latents, columns=latents).to_csv(path, float_format="%.4g")
         title = f"{adapter.name} on {task.name}, {len(prompts)} questions"
         draw_dependencies(found.relative_TT, title, output / FIGURE)
-        chosen = next((each for each in schedules if each.tolerance == found.recommended), None)
+        chosen = found.recommended
         with whole_file(output / PLAN) as path:
             keys = None if chosen is None or found.max_rows == 0 else asdict(chosen)
             plan = Plan(adapter.digest, adapter.latents, engine.dtype, found.device, found.max_rows, keys)
             path.write_text(plan.text)
-    show(found, adapter.name, cfg.threshold, cfg.guess, chosen)
+    show(found, adapter.name, cfg.threshold)
     print(output / QUESTIONS)
 
 
-def show(found: Probe, model: str, threshold: float, guess: str, chosen: Speculative | None) -> None:
+def show(found: Probe, model: str, threshold: float) -> None:
     """Print dependencies, the graph's figures, sweeps for each tolerance, and what they recommend."""
     total = len(found.relative_TT)
     cells = [["" if not np.isfinite(v) or s >= t else f"{v:.2f}" for s, v in enumerate(row)] for t, row in
@@ -90,25 +88,29 @@ def show(found: Probe, model: str, threshold: float, guess: str, chosen: Specula
         f"growth rate {rows['growth'].mean():+.2f} per latent"
     )
     lines = []
-    for tolerance in found.tolerances:
-        sweeps_Q, equal_Q = rows[f"sweeps_{tolerance:g}"], rows[f"equal_{tolerance:g}"]
+    for schedule in [*found.schedules, *found.chunked]:
+        sweeps_Q, equal_Q = found.column("sweeps", schedule), found.column("equal", schedule)
         low, high = statistics.interval(sweeps_Q.to_numpy(dtype=np.float64), high=float(total))
-        explained = found.explained(tolerance)
+        explained = found.explained(schedule)
         lines.append(
             [
-                f"{tolerance:g}",
+                schedule.guess,
+                f"{schedule.tolerance:g}",
+                str(schedule.chunk or "all"),
                 f"{sweeps_Q.mean():.2f} [{low:.2f}, {high:.2f}]",
-                f"{found.commits_per_sweep(tolerance):.2f}",
+                f"{found.column('conflicts', schedule).mean():.1f}",
+                f"{found.commits_per_sweep(schedule):.2f}",
                 f"{100 * equal_Q.mean():.1f}",
                 "" if np.isnan(explained) else f"{explained:.2f}",
             ]
         )
-    columns = ["tolerance", "sweeps", "commits/sweep", "answers as sequential %", "R² of growth"]
-    report.print_table(f"{model}: schedule=speculative, guess={guess}", columns, lines)
+    columns = ["guess", "tolerance", "chunk", "sweeps", "conflicts", "commits/sweep", "answers as sequential %"]
+    report.print_table(f"{model}: schedule=speculative", [*columns, "R² of growth"], lines)
+    chosen = found.recommended
     if chosen is None:
         report.print_line(
-            "recommended: schedule=sequential: no tolerance commits more than 1.5 latents per sweep and leaves 99 % of "
-            "the answers as they are"
+            "recommended: schedule=sequential: no guess and tolerance commits more than 1.5 latents per sweep and "
+            "leaves 99 % of the answers as they are"
         )
     elif found.max_rows == 0:
         report.print_line(

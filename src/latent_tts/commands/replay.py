@@ -29,6 +29,8 @@ def main(cfg: DictConfig) -> None:
     """
     started, source = time.perf_counter(), Path(cfg.run).expanduser()
     record = replaying.read_record(source)
+    if cfg.scorer.range is not None:
+        record["settings"]["scorer.range"] = list(cfg.scorer.range)
     of_run = record["config"]["n"]
     require("n", cfg.n, cfg.n is None or 1 <= cfg.n <= of_run, f"must be 1 to {of_run}, which the run has, or null")
     spec = check_run(run_request(merged_config(cfg, record)))

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from latent_tts.checkpoint.draft import DraftRecord
 from latent_tts.config.requests import drawing_options, engine_settings
-from latent_tts.errors import LESS_MEMORY, bad_value, check_fields, check_seed, computing, require
+from latent_tts.errors import LESS_MEMORY, check_fields, check_seed, computing, require
 from latent_tts.pipeline.spec import encode_prompts, reserved_positions
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder, whole_file
@@ -31,8 +31,7 @@ def main(cfg: DictConfig) -> None:
     check_fields("", cfg, **counts, lr="a positive number")
     check_seed(cfg.seed)
     sampler, task, adapter = drawing_options(cfg)
-    if adapter.own_schedule is not None:
-        raise bad_value("model", adapter.name, "has its own sweeps, which take no draft")
+    require("model", adapter.name, adapter.own_schedule is None, "has its own sweeps, which take no draft")
     require("model.latents", adapter.latents, adapter.latents >= 2, "must be 2 or more: a draft predicts h_2 and later")
     if isinstance(task, Arith):
         found = training_questions(task, valid_questions=cfg.valid_questions, seed=cfg.seed, step_results=False)

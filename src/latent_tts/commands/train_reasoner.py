@@ -45,8 +45,12 @@ def train(cfg: DictConfig) -> None:
         config.build("optimization", cfg.optimization),
         config.build("validation", cfg.validation),
     )
-    if optimization.minutes is None and config.is_given("validation.share"):
-        raise bad_value("validation.share", validation.share, "needs optimization.minutes: it bounds runs by the clock")
+    require(
+        "validation.share",
+        validation.share,
+        optimization.minutes is not None or not config.is_given("validation.share"),
+        "needs optimization.minutes: it bounds runs by the clock",
+    )
     if adapter.family == "CoLaR":
         why = "must be null for CoLaR, whose exact match is drawn by the engine anyway"
         require("validation.every", validation.every, validation.every is None, why)
@@ -82,7 +86,10 @@ def train(cfg: DictConfig) -> None:
             report=lambda done, figures: bar.show(done, f"loss {figures['loss']:.3f}"),
         )
     if trained is not None:  # in the first process of a launch
-        log.info("%d updates, exact match on valid %.3f", trained.updates, trained.exact_match)
+        figures = [
+            f"{name.removeprefix('eval_').replace('_', ' ')} {value:.3f}" for name, value in trained.figures.items()
+        ]
+        log.info("weights of update %d of %d; on valid: %s", trained.chosen, trained.updates, ", ".join(figures))
         print(trained.checkpoint)
 
 

@@ -24,7 +24,7 @@ from latent_tts.config.reference import (
     read_command,
     read_option,
 )
-from latent_tts.errors import bad_value
+from latent_tts.errors import bad_value, require
 
 PLACES = (Path(conf_dir()),)
 ASKING = ("ask", "trace")  # commands that take a question
@@ -129,8 +129,12 @@ def check_choices(command: str, arguments: Sequence[str]) -> None:
         for value in _values(argument):
             several = isinstance(value, list)
             if key in known.lists:
-                if several and not all(isinstance(each, str | int | float) for each in value):
-                    raise bad_value(key, text, f"must be a list of {names}")
+                require(
+                    key,
+                    text,
+                    not several or all(isinstance(each, str | int | float) for each in value),
+                    f"must be a list of {names}",
+                )
             elif several or (isinstance(value, dict) and key in nested):
                 found = [str(each) for each in value if str(each) in option_names(key, places)]
                 sweep = f"; -m {key}={','.join(found)} runs a job for each" if len(found) > 1 else ""

@@ -133,10 +133,10 @@ class ProbeConfig:
     """Keys of `ltts probe`."""
 
     tolerances: list[float] = MISSING
-    guess: str = MISSING
+    guesses: list[str] | None = MISSING
     draft: str | None = MISSING
     mixing: int = MISSING
-    chunk: int | None = MISSING
+    chunks: list[int] | None = MISSING
     threshold: float = MISSING
     directions: int = MISSING
     max_answer_tokens: int = MISSING

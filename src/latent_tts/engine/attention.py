@@ -31,7 +31,12 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_TOLERANCE = 8  # roundings of half precision; values are of the order of 1
 KERNEL_TOLERANCE_32 = 1e-5
 # questions, siblings, key heads, query heads of each, tokens, slots used, prefix tokens, whether slots hold nothing
-KERNEL_CASES = [(2, 3, 2, 1, 1, 4, 20, False), (3, 40, 1, 2, 1, 0, 70, True), (2, 1, 2, 4, 3, 2, 5, True)]
+KERNEL_CASES = [
+    (2, 3, 2, 1, 1, 4, 20, False),
+    (3, 40, 1, 2, 1, 0, 70, True),
+    (2, 1, 2, 4, 3, 2, 5, True),
+    (32, 20, 4, 1, 1, 1, 35, False),  # enough for large tiles
+]
 SHORTEST = 16  # of what grows by powers of two
 MAX_NUMBER = 1 << 12  # of the slots that are counted without a kernel
 
@@ -302,8 +307,43 @@ class FixedCache(SharedPrefixCache):
         return min(power_of_two(slots), self.capacity)
 
     def fork(self, questions: Tensor, rows: Tensor) -> SharedPrefixCache:
-        """Not to be forked: rows stay where they are."""
+        """Not to be forked: rows stay where they are, or move to a cache `for_rows`."""
         raise NotImplementedError
+
+    def for_rows(self, questions: int, rollouts: int) -> FixedCache:
+        """A cache for fewer rows of fewer questions; `take` fills it."""
+        assert self.lengths_Q is not None
+        rows = questions * rollouts
+        return FixedCache(
+            rollouts, self.capacity, self.lengths_Q[:questions].clone(),
+            prefix=[[(keys[:questions].clone(), values[:questions].clone())] for [(keys, values)] in self.prefix],
+            suffix=[(keys[:rows].clone(), values[:rows].clone()) for keys, values in self.suffix],
+            valid_RC=None if self.valid_RC is None else self.valid_RC[:rows].clone(),
+            questions=questions, length=self.length,
+        )  # fmt: skip
+
+    def take(self, other: FixedCache, questions: Tensor, rows: Tensor) -> None:
+        """Copy prefixes and suffixes of a cache of the same capacity; see `SharedPrefixCache.fork`."""
+        owners = {0: questions, 1: questions, 2: rows, 3: rows}
+        assert self.lengths_Q is not None
+        assert other.lengths_Q is not None
+        self.lengths_Q.copy_(other.lengths_Q[questions])
+        for ours, theirs in zip(self._layers(), other._layers(), strict=True):
+            for place, (kept, part) in enumerate(zip(ours, theirs, strict=True)):
+                kept.copy_(part.index_select(0, owners[place]))
+        if self.valid_RC is not None:
+            assert other.valid_RC is not None
+            self.valid_RC.copy_(other.valid_RC[rows])
+
+    def _layers(self) -> list[list[Tensor]]:
+        """Per layer: keys and values of prefixes, then of suffixes."""
+        return [[*piece, *own] for [piece], own in zip(self.prefix, self.suffix, strict=True)]
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds so far."""
+        found = [part for pieces in self.prefix for piece in pieces for part in piece]
+        found += [part for piece in self.suffix for part in piece]
+        return [*found, *(each for each in (self.lengths_Q, self.valid_RC) if each is not None)]
 
     def _new_suffix(self, like: Tensor, rows: int) -> Tensor:
         return super()._new_suffix(like, rows).zero_()
@@ -340,7 +380,6 @@ def attend(
     Returns:
         The attended values (rows, S, heads, K), and None for the weights.
     """
-    del attention_mask, kwargs
     cache, layer = shared_prefix_cache, int(module.layer_idx)  # type: ignore[arg-type]
     groups = query.shape[1] // key.shape[1]
     if cache.fills_prefix:
@@ -438,7 +477,7 @@ def kernel_agrees(attend_piece: Any, device: torch.device, dtype: torch.dtype, w
     agree = True
     for questions, siblings, heads, groups, tokens, used, length, with_valid in KERNEL_CASES:
         rows, capacity = questions * siblings, used + tokens + 2
-        lengths_Q = torch.tensor([length - 3 * place for place in range(questions)], device=device).clamp(min=0)
+        lengths_Q = torch.tensor([length - 3 * (place % 3) for place in range(questions)], device=device).clamp(min=0)
         prefix, suffix = ([numbers(count, heads, size, width) for _ in range(2)] for count, size in
                           ((questions, length), (rows, capacity)))  # fmt: skip
         valid_RC = None

@@ -21,6 +21,7 @@ from torch import Tensor
 TILES = {16: (64, 64), 32: (64, 64), 64: (64, 64), 128: (64, 32), 256: (32, 32)}
 MAX_TILE_32 = 32  # in float32, whose products hold more in registers
 FEW_QUERIES = 16  # the smallest tile of queries that a product takes
+MANY_TILES = 128  # about as many as a GPU runs at once: with fewer large ones, most of it would wait
 WARPS, STAGES = 4, 2
 
 
@@ -50,7 +51,7 @@ def attend_piece(
     groups, siblings = heads // key_heads, rows // questions
     padded = max(16, triton.next_power_of_2(width))
     count = siblings * groups * tokens
-    queries, prefix_tokens = tile(query.dtype, padded, count)
+    queries, prefix_tokens = tile(query.dtype, padded, count, key_heads * questions)
     valid = used_1 if valid_RC is None else valid_RC.view(torch.uint8)
     with torch.cuda.device_of(out):
         _attend[triton.cdiv(count, queries), key_heads, questions](
@@ -61,12 +62,20 @@ def attend_piece(
         )  # fmt: skip
 
 
-def tile(dtype: torch.dtype, padded: int, count: int) -> tuple[int, int]:
-    """Queries and prefix tokens of a tile, for heads of a padded width and `count` queries of each question."""
+def tile(dtype: torch.dtype, padded: int, count: int, prefixes: int) -> tuple[int, int]:
+    """Queries and prefix tokens of a tile.
+
+    Args:
+        dtype: of queries, keys and values.
+        padded: width of heads.
+        count: queries of each prefix.
+        prefixes: of all questions and key heads.
+    """
     queries, prefix_tokens = TILES[padded]
     if dtype == torch.float32:
         queries, prefix_tokens = min(queries, MAX_TILE_32), min(prefix_tokens, MAX_TILE_32)
-    return (FEW_QUERIES if count <= FEW_QUERIES else queries), prefix_tokens
+    few = count <= FEW_QUERIES or prefixes * triton.cdiv(count, queries) < MANY_TILES
+    return (FEW_QUERIES if few else queries), prefix_tokens
 
 
 @triton.jit(do_not_specialize=["lengths", "used", "valid", "valid_row", "siblings", "tokens"])

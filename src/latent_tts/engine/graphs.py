@@ -11,9 +11,10 @@ A recording is trusted once a batch other than the recorded one gave what the sa
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from typing import Protocol, TypeAlias, cast
 
 import torch
@@ -21,7 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latent_tts.engine.attention import FixedCache, power_of_two
-from latent_tts.engine.device import free_bytes, reserved_bytes
+from latent_tts.engine.device import free_bytes, unreturnable_bytes
+from latent_tts.engine.head import Choice
+from latent_tts.engine.prompts import pad_prompts
 from latent_tts.engine.rollout import (
     Answers,
     Engine,
@@ -43,8 +46,13 @@ MEMORY_SHARE = 0.25  # of what is free once the model is loaded; batches take at
 _ROUNDING, _OTHER_ORDER = 0.25, 16.0  # see `agreement`: of the same passes, and of sums in another order
 _MOST, _HALF = 0.9, 0.5  # of the rollouts agree at least with those in tensors that grow, in float32 and half precision
 MAX_RECORDED = 256  # passes of a bucket; later answer tokens of a sampler that is random in answers are not recorded
+# tokens of prompts, padding included, up to which their pass is recorded: more of them take longer than launching
+PROMPT_TOKENS = 1 << 12
+MIN_ROWS = 256  # fewer rows take as long: a GPU then waits for weights
+MIN_WANTED = 2  # how many batches have wanted a smaller grid before rows move to it, since its passes are recorded anew
 
 Replay: TypeAlias = Callable[[], object]
+Grid: TypeAlias = tuple[int, int]  # prefixes, and rows of each
 
 
 class Recorder(Protocol):
@@ -68,14 +76,34 @@ class CudaRecorder:
 
     def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Replay:
         """See `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.device_of(tensors[0]),
-            # other threads write parts meanwhile
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
-            run()
+        device, graph = tensors[0].device, torch.cuda.CUDAGraph()
+        failed: Exception | None = None
+        try:
+            with (
+                torch.cuda.device(device),
+                torch.cuda.stream(torch.cuda.current_stream(device)),  # a recording that fails leaves its own stream
+                # other threads write parts meanwhile
+                torch.cuda.graph(graph, self._pool, _recording_stream(device), capture_error_mode="thread_local"),
+            ):
+                try:
+                    run()
+                except Exception as error:  # what ends the recording then fails too, and says less
+                    failed = error
+                    raise
+        except Exception as error:
+            raise (failed or error) from None
         return graph.replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where passes are recorded; one per device, since libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The pass over the prompts."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +129,121 @@ class NextToken:
         window: slots that it looks at.
         over: whether only an eos may still come.
         position: of the token in the answer; None where the device knows it, since no random number depends on it.
+        grid: of the rows that run.
     """
 
     window: int
     over: bool
     position: int | None
+    grid: Grid
 
 
-Passes: TypeAlias = Latents | FirstToken | NextToken
+@dataclass(frozen=True)
+class Move:
+    """The copy of the rows that go on to tensors for fewer rows."""
+
+    source: Grid
+    target: Grid
+
+
+Passes: TypeAlias = Prompts | Latents | FirstToken | NextToken | Move
+
+
+def smaller_grid(left_P: Sequence[int], grid: Grid) -> Grid | None:
+    """The grid that rows move to; None where too few of them have finished.
+
+    Its sizes are powers of two, so that few different ones are recorded, and it has at most half of the rows.
+
+    Args:
+        left_P: how many rows of each prefix go on, of one at least.
+        grid: that they are in.
+    """
+    prefixes, rollouts = (_at_least(number) for number in (sum(left > 0 for left in left_P), max(left_P)))
+    prefixes, rollouts = min(prefixes, grid[0]), min(rollouts, grid[1])
+    while prefixes * rollouts < MIN_ROWS and rollouts < grid[1]:
+        rollouts = min(2 * rollouts, grid[1])
+    while prefixes * rollouts < MIN_ROWS and prefixes < grid[0]:
+        prefixes = min(2 * prefixes, grid[0])
+    return (prefixes, rollouts) if 2 * prefixes * rollouts <= grid[0] * grid[1] else None
+
+
+def _at_least(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
+
+
+@dataclass
+class AnswerRows:
+    """What the answer tokens of some rows are made from, in tensors that stay where they are.
+
+    Attributes:
+        grid: P prefixes and N rows of each.
+        cache: keys and values.
+        state: the same, with the backbone.
+        draw: random numbers of the rows.
+        here_R: which of the batch's rows they are.
+        token_R: chosen last.
+        alive_R: which go on.
+        left_P: how many go on with each prefix.
+    """
+
+    grid: Grid
+    cache: FixedCache
+    state: KeyValueState
+    draw: Draw
+    here_R: Tensor
+    token_R: Tensor
+    alive_R: Tensor
+    left_P: Tensor
+
+    @classmethod
+    def of(cls, grid: Grid, cache: FixedCache, state: KeyValueState, draw: Draw) -> AnswerRows:
+        """Rows that all go on."""
+        here_R = torch.arange(grid[0] * grid[1], device=draw.rollouts_R.device)
+        left_P = torch.full((grid[0],), grid[1], device=here_R.device)
+        alive_R = torch.ones_like(here_R, dtype=torch.bool)
+        return cls(grid, cache, state, draw, here_R, torch.zeros_like(here_R), alive_R, left_P)
+
+    def smaller(self, grid: Grid) -> AnswerRows:
+        """Tensors for some of the rows."""
+        rows = grid[0] * grid[1]
+        cache = self.cache.for_rows(*grid)
+        draw = Draw(self.draw.keys_R2[:rows].clone(), self.draw.rollouts_R[:rows].clone(), self.draw.width,
+                    self.draw.blocks)  # fmt: skip
+        return AnswerRows.of(grid, cache, self.state.on(cache), draw)
+
+    def take(self, other: AnswerRows) -> None:
+        """Take over the rows of another grid that go on, and finished ones where there is room."""
+        (prefixes, rollouts), (_, all_rollouts) = self.grid, other.grid
+        alive_PN = other.alive_R.view(other.grid)
+        prefix_P = alive_PN.sum(1).argsort(descending=True, stable=True)[:prefixes]
+        inside_PN = alive_PN[prefix_P].int().argsort(dim=1, descending=True, stable=True)[:, :rollouts]
+        rows_R = (prefix_P[:, None] * all_rollouts + inside_PN).flatten()
+        self.cache.take(other.cache, prefix_P, rows_R)
+        self.draw.keys_R2.copy_(other.draw.keys_R2[rows_R])
+        self.draw.rollouts_R.copy_(other.draw.rollouts_R[rows_R])
+        self.here_R.copy_(other.here_R[rows_R])
+        self.keep(other.token_R[rows_R], other.alive_R[rows_R])
+
+    def keep(self, token_R: Tensor, alive_R: Tensor) -> None:
+        """Set what was chosen last, and which rows go on."""
+        self.token_R.copy_(token_R)
+        self.alive_R.copy_(alive_R)
+        self.left_P.copy_(self.alive_R.view(self.grid).sum(1))
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        own = [self.here_R, self.token_R, self.alive_R, self.left_P]
+        return [*self.cache.tensors(), self.draw.keys_R2, self.draw.rollouts_R, *own]
+
+
+@dataclass
+class _PromptTensors:
+    """Prompts as their recorded pass reads them: padded, tokens of each, and what each row of it begins with."""
+
+    ids_QL: Tensor
+    lengths_Q: Tensor
+    last_Q: Tensor
 
 
 class FixedRollouts(RolloutState):
@@ -126,86 +261,119 @@ class FixedRollouts(RolloutState):
         """
         rows, device = draw.rollouts_R.shape[0], engine.device
         layout = Layout.of(engine.plan, hooks.sampler, questions, rows)
-        self._cache = FixedCache(layout.siblings, layout.capacity, questions=rows // layout.siblings, length=length)
+        prefixes = rows // layout.siblings
+        cache = FixedCache(layout.siblings, layout.capacity, questions=prefixes, length=length)
         backbone = cast(PreTrainedModel, engine.lm.base_model)
-        state = KeyValueState(backbone, layout.siblings, layout.capacity, cache=self._cache)
+        state = KeyValueState(backbone, layout.siblings, layout.capacity, cache=cache)
         own = Draw(draw.keys_R2.clone(), draw.rollouts_R.clone(), draw.width, draw.blocks)
         if draw.donor_RTD is not None:
             own.donor_RTD = draw.donor_RTD.clone()
         super().__init__(engine, hooks, state, own, step=0, own_last=layout.own_last, **unstarted_rows(engine, rows))
+        self._all = AnswerRows.of((prefixes, layout.siblings), cache, state, own)
+        self._rows = {self._all.grid: self._all}
         self._answers = Answers(engine.plan, rows, device)
         self._ending = self._ending_ids()
         self._begin_RD = torch.zeros_like(self._embed(self._answers.lengths_R))
         self._thinking_R, self._steps_R = self.thinking_R, self.steps_R
-        self._here, self._token_R = torch.arange(rows, device=device), torch.zeros_like(own.rollouts_R)
-        self._alive_R = torch.ones_like(own.rollouts_R, dtype=torch.bool)
-        self._going = torch.ones((), dtype=torch.bool, device=device)
+        self._going = torch.ones(1, dtype=torch.long, device=device)
         self._position_1, self._at_1 = torch.zeros(2, 1, dtype=torch.long, device=device)
+        self._prompts: _PromptTensors | None = None
+        if prefixes * length <= PROMPT_TOKENS:
+            ids_QL = torch.zeros(questions, length, dtype=torch.long, device=device)
+            self._prompts = _PromptTensors(ids_QL, ids_QL[:, 0].clone(), ids_QL[:, 0].clone())
+        self.wanted: set[Grid] = set()
+        self._wanted_before: Counter[Grid] = Counter()
 
     def tensors(self) -> list[Tensor]:
         """All that differs between batches or between the passes of a batch."""
-        cache, answers, draw = self._cache, self._answers, self.draw
-        pieces = [part for layer in cache.prefix for piece in layer for part in piece]
-        pieces += [part for piece in cache.suffix for part in piece]
+        answers, prompts = self._answers, self._prompts
+        pieces = [part for rows in self._rows.values() for part in rows.tensors()]
         found = [
-            *pieces, cache.lengths_Q, cache.valid_RC, draw.keys_R2, draw.rollouts_R, draw.donor_RTD, self.latents_RTD,
-            self._begin_RD, self._thinking_R, self._steps_R, self._token_R, self._alive_R, self._going,
-            self._position_1, self._at_1, answers.ids_RA, answers.lengths_R, answers.logprob_R, answers.margin_R,
-            answers.stopped_R,
+            *pieces, self._all.draw.donor_RTD, self.latents_RTD, self._begin_RD, self._thinking_R, self._steps_R,
+            self._going, self._position_1, self._at_1, answers.ids_RA, answers.lengths_R, answers.logprob_R,
+            answers.margin_R, answers.stopped_R,
+            *([] if prompts is None else [prompts.ids_QL, prompts.lengths_Q, prompts.last_Q]),
         ]  # fmt: skip
         return [tensor for tensor in found if tensor is not None]
 
     def load(self, prompts: list[list[int]], draw: Draw, hooks: SiteHooks) -> None:
-        """Begin another batch of the same sizes: run its prompts."""
+        """Begin another batch of the same sizes."""
         self._hooks = hooks
         self.draw.keys_R2.copy_(draw.keys_R2)
         self.draw.rollouts_R.copy_(draw.rollouts_R)
         if draw.donor_RTD is not None:
             assert self.draw.donor_RTD is not None
             self.draw.donor_RTD.copy_(draw.donor_RTD)
-        self._cache.restart()
-        self.latents_RTD.zero_()
-        if self._thinking_R is not None:
-            self._thinking_R.fill_(True)
-            self._steps_R.zero_()
-        self._run_prompts(prompts)
-        begin_RD = self._pending_RSD[:, 0] if self._own_last and self._pending_RSD is not None else self._hidden_RD
-        assert begin_RD is not None
-        self._begin_RD.copy_(begin_RD)
+        if self._prompts is None:
+            self._restart()
+            self._run_prompts(prompts)
+            self._begin(self._pending_RSD[:, 0] if self._pending_RSD is not None else self._hidden_RD)
+            return
+        shared = [prompt[:-1] if self._own_last else prompt for prompt in prompts]
+        ids_QL, lengths_Q = pad_prompts(shared, torch.device("cpu"))
+        self._prompts.ids_QL[:, : ids_QL.shape[1]] = ids_QL
+        self._prompts.lengths_Q.copy_(lengths_Q)
+        self._prompts.last_Q.copy_(torch.tensor([prompt[-1] for prompt in prompts]))
+
+    def count_wanted(self) -> None:
+        """Count the grids that the batch wanted."""
+        self._wanted_before.update(self.wanted)
 
     def walk(self, run: Callable[[Passes], None], *, answers: bool) -> Rollouts:
         """Run all passes of the batch, and learn one pass late whether rows are left; returns the rollouts."""
         plan, total, made = self._plan, self._plan.latents, 0
+        if self._prompts is not None:
+            run(Prompts())
         stride = total if plan.stop_id is None else 1
-        left = _LateFlag(self._going)
-        while made < total and (self._thinking_R is None or left.before_last()):
+        left = _LateReading(self._going)
+        while made < total and (self._thinking_R is None or left.before_last() != [0]):
             run(Latents(made, min(made + stride, total)))
             made = min(made + stride, total)
             left.read()
-        if not answers:
-            return self._copied(self.without_answers())
-        left = _LateFlag(self._going)
+        if answers:
+            self._walk_answers(run, made)
+        return self._copied(self._with_answers(self._answers) if answers else self.without_answers())
+
+    def _walk_answers(self, run: Callable[[Passes], None], made: int) -> None:
+        plan, rows, random = self._plan, self._all, self._hooks.sampler.random_answers
+        left = _LateReading(rows.left_P)
+        self.wanted.clear()
         run(FirstToken(made))
         left.read()
         first, last = len(plan.forced_ids) + 1, plan.max_answer_tokens - (plan.eos_id is None)
         used = self._used_after(made) + len(self._ending) + bool(made)
         for position in range(first, last + 1):
-            if not left.before_last():
+            left_P = left.before_last()
+            if left_P is not None and not any(left_P):
                 break
-            window = self._cache.window_of(used + position - first + 1)
-            own = position if self._hooks.sampler.random_answers else None
-            run(NextToken(window, position == plan.max_answer_tokens, own))
+            # a move pays from the second pass on; where each position has a recording of its own, there would be many
+            grid = smaller_grid(left_P, rows.grid) if left_P and position < last and not random else None
+            if grid is not None:
+                self.wanted.add(grid)
+                if self._wanted_before[grid] >= MIN_WANTED:
+                    run(Move(rows.grid, grid))
+                    rows = self._rows[grid]
+                    left = _LateReading(rows.left_P)
+                    left.read()
+            window = rows.cache.window_of(used + position - first + 1)
+            own = position if random else None
+            run(NextToken(window, position == plan.max_answer_tokens, own, rows.grid))
             left.read()
-        return self._copied(self._with_answers(self._answers))
 
     def run(self, passes: Passes) -> None:
         """Run some passes, as they are recorded."""
-        if isinstance(passes, Latents):
+        if isinstance(passes, Prompts):
+            self._run_recorded_prompts()
+        elif isinstance(passes, Latents):
             self._run_latents(passes.first, passes.stop)
         elif isinstance(passes, FirstToken):
             self._run_first_token(passes.latents)
-        else:
+        elif isinstance(passes, NextToken):
             self._run_next_token(passes)
+        else:
+            if passes.target not in self._rows:
+                self._rows[passes.target] = self._all.smaller(passes.target)
+            self._rows[passes.target].take(self._rows[passes.source])
 
     def rewind(self) -> None:
         """Go back to where every pass has room, though what it computes there is of no use."""
@@ -219,12 +387,38 @@ class FixedRollouts(RolloutState):
     def _stand_after(self, latents: int) -> None:
         """Be where so many latents are made."""
         self.step, self.thinking_R, self.steps_R = latents, self._thinking_R, self._steps_R
-        self._cache.used, self._cache.at_1 = self._used_after(latents), None
+        self._all.cache.used, self._all.cache.at_1 = self._used_after(latents), None
         self._hidden_RD, self._pending_RSD = self._begin_RD, None
         if latents:
             self._pending_RSD = self.latents_RTD[:, latents - 1, None]
         elif self._own_last:
             self._pending_RSD = self._begin_RD[:, None]
+
+    def _restart(self) -> None:
+        """Forget the batch before."""
+        self._all.cache.restart()
+        self._pending_RSD = None
+        self.latents_RTD.zero_()
+        if self._thinking_R is not None:
+            self._thinking_R.fill_(True)
+            self._steps_R.zero_()
+
+    def _begin(self, begin_RD: Tensor | None) -> None:
+        """Set what the rows begin with: embeddings of their last prompt tokens where those are their own, or h_1."""
+        assert begin_RD is not None
+        self._begin_RD.copy_(begin_RD)
+
+    def _run_recorded_prompts(self) -> None:
+        assert self._prompts is not None
+        self._restart()
+        prompts, (prefixes, siblings) = self._prompts, self._all.grid
+        copies = prefixes // len(prompts.last_Q)
+        ids_PL, lengths_P = prompts.ids_QL.repeat_interleave(copies, 0), prompts.lengths_Q.repeat_interleave(copies)
+        _, last_PD = self._run_piece(ids_PL, lengths_P, self.draw)
+        if self._own_last:
+            self._begin(self._embed(prompts.last_Q.repeat_interleave(copies * siblings)))
+        else:
+            self._begin(last_PD.repeat_interleave(siblings, 0))
 
     def _run_latents(self, first: int, stop: int) -> None:
         self._stand_after(first)
@@ -239,26 +433,25 @@ class FixedRollouts(RolloutState):
     def _run_first_token(self, latents: int) -> None:
         self._stand_after(latents)
         self._answers.restart()
-        self._alive_R.fill_(True)
+        self._all.alive_R.fill_(True)
         embeddings_RSD, keep_first_R = self._before_answers(self._ending)
         position = len(self._plan.forced_ids)
         choice = self._choose(embeddings_RSD, self._plan.latents + position, keep_first_R)
         self._position_1.fill_(position)
-        self._at_1.fill_(self._cache.used)
-        over = position == self._plan.max_answer_tokens
-        self._keep(choice.token_R, self._answers.take(choice, self._here, self._alive_R, position, over=over))
+        self._at_1.fill_(self._all.cache.used)
+        self._take(self._all, choice, position, over=position == self._plan.max_answer_tokens)
 
     def _run_next_token(self, passes: NextToken) -> None:
-        self._cache.at_1, self._cache.window = self._at_1, passes.window
+        rows = self._rows[passes.grid]
+        rows.cache.at_1, rows.cache.window = self._at_1, passes.window
+        self._state, self.draw = rows.state, rows.draw
         step = self._plan.latents + (len(self._plan.forced_ids) + 1 if passes.position is None else passes.position)
-        choice = self._choose(self._embed(self._token_R)[:, None], step)
-        alive = self._answers.take(choice, self._here, self._alive_R, self._position_1, over=passes.over)
-        self._keep(choice.token_R, alive)
+        choice = self._choose(self._embed(rows.token_R)[:, None], step)
+        self._take(rows, choice, self._position_1, over=passes.over)
+        self._state, self.draw = self._all.state, self._all.draw
 
-    def _keep(self, token_R: Tensor, alive_R: Tensor) -> None:
-        self._token_R.copy_(token_R)
-        self._alive_R.copy_(alive_R)
-        self._going.copy_(alive_R.any())
+    def _take(self, rows: AnswerRows, choice: Choice, position: int | Tensor, *, over: bool) -> None:
+        rows.keep(choice.token_R, self._answers.take(choice, rows.here_R, rows.alive_R, position, over=over))
         self._position_1.add_(1)
 
     def _copied(self, rollouts: Rollouts) -> Rollouts:
@@ -267,31 +460,31 @@ class FixedRollouts(RolloutState):
         return replace(rollouts, **{name: x.clone() for name, x in values.items() if isinstance(x, Tensor)})
 
 
-class _LateFlag:
-    """A flag on the device that the host reads one pass late, through pinned memory, so that the device never waits."""
+class _LateReading:
+    """Numbers on the device, read one pass late and through pinned memory, so that the device never waits."""
 
-    def __init__(self, flag: Tensor) -> None:
-        self._flag, self._reads = flag, 0
-        pinned = flag.is_cuda
-        self._host = [torch.ones((), dtype=torch.bool, pin_memory=pinned) for _ in range(2)]
-        self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
+    def __init__(self, numbers: Tensor) -> None:
+        self._numbers, self._reads = numbers, 0
+        on_gpu = numbers.is_cuda
+        self._host = [torch.ones(numbers.shape, dtype=numbers.dtype, pin_memory=on_gpu) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)] if on_gpu else []
 
     def read(self) -> None:
-        """Read the flag as the passes so far leave it."""
+        """Read the numbers as the passes so far leave them."""
         place = self._reads % 2
-        self._host[place].copy_(self._flag, non_blocking=True)
+        self._host[place].copy_(self._numbers, non_blocking=True)
         if self._copied:
-            self._copied[place].record(torch.cuda.current_stream(self._flag.device))
+            self._copied[place].record(torch.cuda.current_stream(self._numbers.device))
         self._reads += 1
 
-    def before_last(self) -> bool:
-        """What the last but one reading found; True if there was none."""
+    def before_last(self) -> list[int] | None:
+        """What the last but one reading found; None if there was none."""
         if self._reads < 2:
-            return True
+            return None
         place = self._reads % 2
         if self._copied:
             self._copied[place].synchronize()
-        return bool(self._host[place])
+        return self._host[place].tolist()
 
 
 class _Bucket:
@@ -334,6 +527,7 @@ class _Bucket:
             if agreeing < 1:
                 raise RunError(f"{1 - agreeing:.1%} of the rollouts differ when they are replayed")
             self._trusted.update(recorded)
+        self.rollouts.count_wanted()
         new = [passes for passes in met if passes not in self._replays]
         for passes in new[: MAX_RECORDED - len(self._replays)]:
             self._record(passes)
@@ -342,9 +536,9 @@ class _Bucket:
     def _record(self, passes: Passes) -> None:
         self.rollouts.rewind()
         tensors, run = self.rollouts.tensors(), partial(self.rollouts.run, passes)
-        before = reserved_bytes(tensors[0].device)
+        before = unreturnable_bytes(tensors[0].device)
         self._replays[passes] = self._recorder.record(run, tensors)
-        self._pool_bytes += max(0, reserved_bytes(tensors[0].device) - before)
+        self._pool_bytes += max(0, unreturnable_bytes(tensors[0].device) - before)
 
 
 def agreement(found: Rollouts, wanted: Rollouts, roundings: float) -> float:

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_tts.engine.rollout import Engine, RolloutState
+from latent_tts.engine.packing import require_finite
+from latent_tts.engine.rollout import Engine, Rollouts, RolloutState
 from latent_tts.engine.sites import SiteHooks
 from latent_tts.random.draw import Draw
 from latent_tts.random.philox import key_of
@@ -68,7 +69,11 @@ class Labelling:
 def label_batch(
     jobs: Sequence[LabelJob], engine: Engine, sampler: Sampler, labelling: Labelling
 ) -> tuple[list[LabelledQuestion | UnmixedQuestion], int]:
-    """The records of some questions, and how many rollouts (completions included) they took."""
+    """The records of some questions, and how many rollouts (completions included) they took.
+
+    Raises:
+        RunError: a latent or a log-probability is not finite.
+    """
     n, device = labelling.rollouts, engine.device
     ids = [job.question_id for job in jobs]
     numbers_QN = torch.arange(n, device=device).expand(len(jobs), n)
@@ -76,6 +81,7 @@ def label_batch(
     with SiteHooks(engine.lm, sampler) as hooks:
         state = RolloutState.start(engine, [job.prompt for job in jobs], draw, hooks).make_latents()
         rollouts = state.decode_answers()
+        _require_finite(rollouts, jobs, np.arange(len(jobs)).repeat(n), engine.lm.dtype)
         corrects_QN = _are_right(jobs, np.arange(len(jobs)).repeat(n), rollouts.answer_ids).reshape(-1, n)
         mixed_Q = corrects_QN.any(1) & ~corrects_QN.all(1)
         kept = np.flatnonzero(mixed_Q | labelling.keep_all)
@@ -133,7 +139,9 @@ def _completed(
         numbers, engine = here % n * MAX_COMPLETIONS + completion, state.engine
         draw = Draw(keys[here // n], numbers, engine.width, engine.blocks)
         ended = state.fork(here, draw, step).make_latents().decode_answers()
-        right = _are_right(jobs, (here // n).cpu().numpy(), ended.answer_ids)
+        owners = (here // n).cpu().numpy()
+        _require_finite(ended, jobs, owners, engine.lm.dtype)
+        right = _are_right(jobs, owners, ended.answer_ids)
         shares[part] = right.reshape(-1, count).mean(1)
     return shares
 
@@ -143,6 +151,13 @@ def _parts(rows: np.ndarray, most: int, n: int) -> Iterator[slice]:
     size = most // n * n or most
     for start in range(0, len(rows), size):
         yield slice(start, start + size)
+
+
+def _require_finite(rollouts: Rollouts, jobs: Sequence[LabelJob], owners: np.ndarray, dtype: torch.dtype) -> None:
+    """Raise RunError unless latents and log-probabilities are finite: an answer of NaN reads like others."""
+    ids = (jobs[owner].question_id for owner in owners.tolist())
+    finite_R = rollouts.latents_RTD.flatten(1).isfinite().all(1).cpu() & rollouts.answer_logprob_R.isfinite().cpu()
+    require_finite("latents or log-probabilities of answers", finite_R, ids, dtype, "labelling rollouts")
 
 
 def _are_right(jobs: Sequence[LabelJob], owners: np.ndarray, answers: Sequence[list[int]]) -> Bools:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.device import free_bytes, is_gpu
+from latent_tts.errors import RunError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CPU_ROW_VALUES, CUDA_ROW_VALUES = 1 << 19, 1 << 22  # rows * width of a batch: see benchmarks/engine.py
 PROMPTS_SHARE = 8  # rows that run whole prompts are an eighth of the others: see docs/tuning.md
@@ -32,6 +38,23 @@ class RolloutJob:
     rollouts: Sequence[int]
     donor: list[int] | None = None
     position_offset: int = 0
+
+
+def question_ids(batch: Sequence[RolloutJob]) -> Iterator[str]:
+    """The question of each row of a batch."""
+    return (job.question_id for job in batch for _ in job.rollouts)
+
+
+def require_finite(what: str, finite_R: Tensor, ids: Iterable[str], dtype: torch.dtype, doing: str) -> None:
+    """Raise RunError unless all rows of a batch are finite; `ids` are those of the rows' questions."""
+    if finite_R.all():
+        return
+    first = list(ids)[int(finite_R.int().argmin())]
+    raise RunError(
+        f"{doing} failed: {what} of question {first} are not finite in {str(dtype).removeprefix('torch.')}\n"
+        "the weights, a very large sampler.sigma, or float16, whose range is small (engine.dtype=bfloat16 has that of "
+        "float32)"
+    )
 
 
 def default_rows(width: int, device: str, own_prompt: bool = False) -> int:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from latent_tts.engine.device import is_gpu
 from latent_tts.engine.sites import find_blocks
-from latent_tts.errors import bad_value
+from latent_tts.errors import bad_value, require
 
 KEY = "engine.quantize"
 FLOAT8_FROM = (8, 9)  # CUDA's compute capability
@@ -83,8 +83,12 @@ def _check_layers(blocks: nn.Module, kind: str) -> None:
     """Raises UsageError unless every matrix of the blocks is the weight of a linear layer of a supported shape."""
     for name, module in blocks.named_modules():
         shapes = [tuple(weight.shape) for weight in module.parameters(recurse=False) if weight.dim() > 1]
-        if shapes and type(module) is not nn.Linear:
-            raise bad_value(KEY, kind, f"block {name} is a {type(module).__name__}, which torchao does not quantise")
+        require(
+            KEY,
+            kind,
+            not shapes or type(module) is nn.Linear,
+            f"block {name} is a {type(module).__name__}, which torchao does not quantise",
+        )
         if kind == "float8" and any(width % FLOAT8_MULTIPLE for shape in shapes for width in shape):
             needed = f"takes layers whose widths are multiples of {FLOAT8_MULTIPLE}"
             raise bad_value(KEY, kind, f"{needed}, {name} has {shapes[0]}")

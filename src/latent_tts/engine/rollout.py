@@ -286,7 +286,7 @@ class Answers:
         if not over:
             self.ids_RA[here, position] = torch.where(alive, choice.token_R, self.ids_RA[here, position])
             self.lengths_R[here] += alive
-        self.logprob_R[here] += torch.where(counts, choice.logprob_R, 0.0)
+        self.logprob_R[here] += choice.logprob_R.masked_fill(~counts, 0.0)
         margin_R = self.margin_R[here]
         self.margin_R[here] = torch.where(counts, torch.minimum(margin_R, choice.margin_R), margin_R)
         self.stopped_R[here] |= stopping
@@ -379,11 +379,11 @@ class RolloutState:
         shared = [
             prompt[:-1] if self._own_last else prompt for prompt in prompts for _ in range(prefixes // len(prompts))
         ]
-        last_PD = self._prefill(shared, keep_states=keep_states)
-        if self._own_last:
-            ids = torch.tensor([prompt[-1] for prompt in prompts], device=last_PD.device)
+        if self._own_last:  # first, since a copy to a GPU waits for what runs there
+            ids = torch.tensor([prompt[-1] for prompt in prompts], device=self.engine.device)
             self._pending_RSD = self._embed(ids.repeat_interleave(rows // len(prompts)))[:, None]
-        else:
+        last_PD = self._prefill(shared, keep_states=keep_states)
+        if not self._own_last:
             self._hidden_RD = last_PD.repeat_interleave(self._state.rollouts, 0)
 
     def fork(self, rows: Tensor, draw: Draw, step: int | None = None) -> RolloutState:
@@ -639,13 +639,18 @@ class RolloutState:
             return self._state.prefill(self._embed(ids_QL), lengths_Q).sum(1)
         last = []
         for piece, longest in split_prompts(list(map(len, prompts)), lengths_Q.device.type):
-            self._hooks.set_pass(self.draw.rows(piece), Forward("prompt", 0, longest))
-            hidden_QLD = self._state.prefill(self._embed(ids_QL[piece, :longest]), lengths_Q[piece])
+            hidden_QLD, last_QD = self._run_piece(ids_QL[piece, :longest], lengths_Q[piece], self.draw.rows(piece))
             if self.prompt_states is not None:
                 self.prompt_states.hidden_QLD[piece, :longest] = hidden_QLD
-            ends = (lengths_Q[piece] - 1).clamp(min=0)
-            last.append(hidden_QLD[torch.arange(len(ends), device=ends.device), ends])
+            last.append(last_QD)
         return torch.cat(last)
+
+    def _run_piece(self, ids_QL: Tensor, lengths_Q: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Run prompts side by side; returns hidden states (q, L, D), and that of each one's last token (q, D)."""
+        self._hooks.set_pass(draw, Forward("prompt", 0, ids_QL.shape[1]))
+        hidden_QLD = self._state.prefill(self._embed(ids_QL), lengths_Q)
+        ends = (lengths_Q - 1).clamp(min=0)
+        return hidden_QLD, hidden_QLD[torch.arange(len(ends), device=ends.device), ends]
 
     def _run_pending(self, embeddings_RSD: Tensor, forward: Forward, keep_first_R: Tensor | None = None) -> Tensor:
         """Append what is pending to every row, and what follows it; returns the last token's hidden state (R, D).

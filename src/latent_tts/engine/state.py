@@ -183,11 +183,16 @@ class KeyValueState:
         questions, counts = owners.unique_consecutive(return_counts=True)
         if bool((counts != counts[0]).any()):
             questions = owners
-        forked = copy(self)
-        forked._cache = self._cache.fork(questions, rows)
+        forked = self.on(self._cache.fork(questions, rows))
         if self._position_offset_Q is not None:
             forked._position_offset_Q = self._position_offset_Q[questions]
         return forked
+
+    def on(self, cache: SharedPrefixCache) -> KeyValueState:
+        """The same backbone on other keys and values."""
+        other = copy(self)
+        other._cache = cache
+        return other
 
     def _run(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         return self._backbone(

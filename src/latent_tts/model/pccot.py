@@ -24,7 +24,7 @@ from functools import cached_property
 from typing import Any
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import bad_value, check_fields, is_whole
+from latent_tts.errors import check_fields, is_whole, require
 from latent_tts.schedule.jacobi import Jacobi
 from latent_tts.types import Reasoner
 
@@ -52,10 +52,18 @@ class Pccot(CheckpointAdapter):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields("model", self, sweeps="a positive integer", known_first="true or false")
-        if self.latents < 1:
-            raise bad_value("model.latents", self.latents, "must be an integer, 1 or more: the sweeps compute latents")
-        if not isinstance(self.answer_prompt, str):
-            raise bad_value("model.answer_prompt", self.answer_prompt, "must be a text, which may be empty")
+        require(
+            "model.latents",
+            self.latents,
+            self.latents >= 1,
+            "must be an integer, 1 or more: the sweeps compute latents",
+        )
+        require(
+            "model.answer_prompt",
+            self.answer_prompt,
+            isinstance(self.answer_prompt, str),
+            "must be a text, which may be empty",
+        )
 
     @property
     def prompt_recipe(self) -> str:
@@ -79,10 +87,12 @@ class Pccot(CheckpointAdapter):
             UsageError: a token is missing, or a word is not in the vocabulary.
         """
         super().check_tokens()
-        if self._unknown_id is not None and self._unknown_id in self.thinking_end_ids:
-            raise bad_value(
-                "model.answer_prompt", self.answer_prompt, f"must be words in the vocabulary of {self.checkpoint}"
-            )
+        require(
+            "model.answer_prompt",
+            self.answer_prompt,
+            self._unknown_id is None or self._unknown_id not in self.thinking_end_ids,
+            f"must be words in the vocabulary of {self.checkpoint}",
+        )
 
     @property
     def _recorded(self) -> Mapping[str, Any]:
@@ -121,17 +131,7 @@ class Pccot(CheckpointAdapter):
         width = [self.width]
         wanted = {f"{layer}.weight": width * 2 for layer in (0, 2)} | {"3.weight": width}
         wanted |= {f"{layer}.bias": width for layer in (0, 2, 3)}
-        for name, shape in wanted.items():
-            found = shapes.get(PROJECTION + name)
-            if found is None:
-                raise bad_value("model.checkpoint", self.folder, f"the projection lacks {PROJECTION}{name}")
-            if found != shape:
-                raise bad_value(
-                    "model.checkpoint",
-                    self.folder,
-                    f"{PROJECTION}{name} has the shape {found}; with the backbone's width of {self.width} "
-                    f"it must be {shape}",
-                )
+        self.require_tensors("projection", PROJECTION, wanted, shapes)
 
     def answer_span(self, answer_text: str) -> str:
         """The text after the last `#`, or the whole text after the forced prompt."""
@@ -139,16 +139,11 @@ class Pccot(CheckpointAdapter):
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""
-        import torch
-
         from latent_tts.checkpoint import loading
         from latent_tts.checkpoint.modules import pccot_projection
 
-        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
-        tensors = loading.load_tensors(self.folder, PROJECTION)
+        plain, tensors = super().load(device=device, dtype=dtype), loading.load_tensors(self.folder, PROJECTION)
         if not tensors:
-            return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)
-        projection = pccot_projection(self.width)
-        projection.load_state_dict(tensors)
-        projection.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-        return Reasoner(lm=lm, next_latent=projection)
+            return plain
+        projection = loading.filled(pccot_projection(self.width), tensors, plain.lm)
+        return Reasoner(lm=plain.lm, next_latent=projection)

@@ -11,8 +11,9 @@ import numpy as np
 
 from latent_tts.pipeline.running import RunResult
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results import report
+from latent_tts.results import report, statistics
 from latent_tts.results.cache import NOT_DECODED
+from latent_tts.results.metrics import answer_codes
 from latent_tts.results.trace import UNREADABLE
 from latent_tts.text.classes import shared_forms
 
@@ -59,7 +60,7 @@ def described_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
         predictions = own["prediction"][own["stop_reason"] != NOT_DECODED].tolist()
         votes = count_votes(predictions)
         costs = {"seconds": float(seconds_Q[line["index"]]), "gflops": float(done.tables.gflops_Q[line["index"]])}
-        agreement = max(votes.values(), default=0) / len(predictions)
+        agreement = float(statistics.agreement(answer_codes(predictions)[None], len(predictions))[0])
         counted = {"votes": votes, "unreadable": predictions.count(None), "agreement": agreement}
         lines.append(line | counted | costs)
     return lines

@@ -41,19 +41,35 @@ def calibrate_on_run(
     require(KEY, folder, is_complete(folder), f"must be the folder of a completed run; it has no {RUN_JSON}")
     needed = {f"config.{group}": dict for group in ("model", "sampler", "search", "answer", "scorer")}
     record = read_run_json(folder, {"checkpoint_digest": str, **needed})
-    if record["checkpoint_digest"] != digests["model"]:
-        raise bad_value(KEY, folder, "that run used another checkpoint; calibrate on a run of this one")
-    if record["config"]["answer"].get("decode") == "winners":
-        raise bad_value(KEY, folder, "its rollouts have no answers (answer.decode=winners)")
-    if read_budget(folder) is not None:
-        raise bad_value(KEY, folder, "its budget stopped questions early; calibrate on a run with all n rollouts")
+    require(
+        KEY,
+        folder,
+        record["checkpoint_digest"] == digests["model"],
+        "that run used another checkpoint; calibrate on a run of this one",
+    )
+    require(
+        KEY,
+        folder,
+        record["config"]["answer"].get("decode") != "winners",
+        "its rollouts have no answers (answer.decode=winners)",
+    )
+    require(
+        KEY,
+        folder,
+        read_budget(folder) is None,
+        "its budget stopped questions early; calibrate on a run with all n rollouts",
+    )
     groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
     for group in groups:
         if _settings(record["config"], group) != _settings(config, group):
             why = f"that run used another {group}, or other settings of it; calibrate on one of this"
             raise bad_value(KEY, folder, why)
-    if rule.needs_score and (record.get("scorer") or {}).get("digest") != digests["scorer"]:
-        raise bad_value(KEY, folder, "that run used another scorer; calibrate on a run with this one")
+    require(
+        KEY,
+        folder,
+        not rule.needs_score or (record.get("scorer") or {}).get("digest") == digests["scorer"],
+        "that run used another scorer; calibrate on a run with this one",
+    )
     rollouts = read_rollouts(folder)
     shared = set(rollouts["question_id"]) & set(questions)
     if shared:

@@ -11,10 +11,11 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dis import opmap
-from functools import cache
-from importlib.metadata import distributions, requires, version
+from functools import cache, cached_property
+from importlib.machinery import PathFinder
+from importlib.metadata import Distribution, distributions, requires, version
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 PACKAGE = "latent_tts"
@@ -33,11 +34,11 @@ def code_digests(objects: Iterable[object], configs: Iterable[Any], rooms: tuple
     """Digests of the code behind some objects, by the package that it lies in.
 
     Args:
-        objects: options as they were built; the classes that theirs inherit from count.
+        objects: options as they were built; the classes that theirs inherit from count, and those of their values.
         configs: their nodes; what is built for their arguments (`_target_`) counts.
         rooms: of this package, the rooms that are read whole, whichever option of them was chosen.
     """
-    modules = {kind.__module__ for option in objects for kind in type(option).__mro__}
+    modules = set(_modules_of(objects))
     modules |= {_module_of(target) for config in configs for target in _targets(config)}
     packages = {module.partition(".")[0] for module in modules} - {PACKAGE} - sys.stdlib_module_names
     return {PACKAGE: _digest_of_rooms(rooms)} | {package: digest_of_package(package) for package in sorted(packages)}
@@ -48,21 +49,40 @@ def digest_of_package(package: str) -> str:
     """The digest of a package that is not this one: all modules of its distribution, or of its folder."""
     if package in _own_libraries():  # too large to read, and not edited
         return version(package)
-    module = sys.modules.get(package)
-    if module is None:
-        return ""
-    file = getattr(module, "__file__", None)
-    roots = [Path(root) for root in getattr(module, "__path__", [file] if file else [])]
-    found = {path for root in roots for path in ([root] if root.is_file() else root.rglob("*.py"))}
-    parents = {root.parent for root in roots}
-    records = [(each, each.read_text("RECORD")) for parent in parents for each in distributions(path=[str(parent)])]
-    for distribution, record in records:
-        if record is not None and re.search(rf"^{package}(/|\.py,)", record, re.M):
-            found |= {Path(str(distribution.locate_file(each))) for each in distribution.files or ()}
-    if all(record is None for _, record in records):  # no folder of installed packages
-        found |= {sibling for parent in parents for sibling in _imported_siblings(found, parent)}
+    roots = _roots(package)
+    found = _files(roots)
+    for root in roots:
+        for distribution, record in _installed(root.parent):
+            if re.search(rf"^{package}(/|\.py,)", record, re.M):
+                found |= {Path(str(distribution.locate_file(each))) for each in distribution.files or ()}
+    if not any(map(_is_installed, roots)):
+        found |= _imported_files(found)
     sources = sorted(path for path in found if path.suffix == ".py" and path.is_file())
     return _digest(sources)
+
+
+def _roots(package: str) -> list[Path]:
+    """The folders of a package, or the file of a module; nothing is imported for it."""
+    found = sys.modules.get(package) or PathFinder.find_spec(package)
+    path = getattr(found, "__path__", None) or getattr(found, "submodule_search_locations", None)
+    file = getattr(found, "__file__", None) or getattr(found, "origin", None)
+    return [Path(root) for root in path or ([file] if file else [])]
+
+
+def _files(roots: Iterable[Path]) -> set[Path]:
+    return {path for root in roots for path in ([root] if root.is_file() else root.rglob("*.py"))}
+
+
+@cache
+def _installed(folder: Path) -> list[tuple[Distribution, str]]:
+    """The distributions that are installed in a folder, with their lists of files."""
+    found = [(each, each.read_text("RECORD")) for each in distributions(path=[str(folder)])]
+    return [(each, record) for each, record in found if record is not None]
+
+
+def _is_installed(root: Path) -> bool:
+    """Whether a package lies among installed ones, which are not edited."""
+    return root.parent.name in ("site-packages", "dist-packages") or bool(_installed(root.parent))
 
 
 @cache
@@ -111,16 +131,16 @@ def _without_docstring(instructions: bytes) -> bytes:
     return instructions
 
 
-def _imported_siblings(paths: Iterable[Path], folder: Path) -> set[Path]:
-    """The modules and packages in a folder that files import, directly or by others there."""
+def _imported_files(paths: Iterable[Path]) -> set[Path]:
+    """The files of modules and packages that files import, directly or by others; none of installed packages."""
     left, found = list(paths), set()
+    known = {PACKAGE, *sys.stdlib_module_names, *_own_libraries()}
     while left:
-        for name in _imported_names(left.pop()):
-            package = folder / name
-            files = {package.with_suffix(".py")} if package.with_suffix(".py").is_file() else package.rglob("*.py")
-            new = set(files) - found if name not in sys.stdlib_module_names and name != PACKAGE else set()
-            found |= new
-            left += new
+        names = set(_imported_names(left.pop())) - known
+        known |= names
+        new = _files(root for name in names for root in _roots(name) if not _is_installed(root)) - found
+        found |= new
+        left += [path for path in new if path.suffix == ".py"]
     return found
 
 
@@ -140,6 +160,32 @@ def _imported_names(path: Path) -> Iterator[str]:
 def _own_libraries() -> frozenset[str]:
     """The packages that this one needs itself."""
     return frozenset(re.split(r"[^\w-]", line)[0].replace("-", "_") for line in requires("latent-tts") or ())
+
+
+def computed_attributes(kind: type) -> set[str]:
+    """The attributes that an option computes from its others and from its checkpoint."""
+    return {name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, cached_property)}
+
+
+def _modules_of(options: Iterable[object]) -> Iterator[str]:
+    """The modules of the classes of options, and of the values that they hold."""
+    left, seen = list(options), set()
+    while left:
+        value = left.pop()
+        kind = type(value)
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield from (base.__module__ for base in kind.__mro__)
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple | set | frozenset):
+            left += value
+        elif isinstance(value, type | FunctionType):
+            yield value.__module__
+        elif kind.__module__.partition(".")[0] not in {*sys.stdlib_module_names, *_own_libraries()}:
+            fields = getattr(value, "__dict__", {})
+            left += [each for name, each in fields.items() if name not in computed_attributes(kind)]
 
 
 def _targets(config: Any) -> Iterator[str]:

@@ -36,11 +36,11 @@ def rollout_gflop(
     else:
         each_N = passes.rollout_flops(prompt, steps_N, tokens_N - len(spec.forced_ids))
     if spec.schedule.first_guess in OF_OTHERS:
-        shared += passes.thinking_flops(prompt, spec.adapter.latents)
+        shared += passes.guess_flops(prompt)
     if spec.draft is not None:
         each_N = each_N + spec.draft.record.flops(prompt)
     if conflicts_N is not None:  # with all latents before them, which is a little too many
-        each_N = each_N + conflicts_N * spec.shape.pass_flops(1, prompt + steps_N)
+        each_N = each_N + conflicts_N * passes.again_flops(prompt, steps_N)
     if scored and spec.scorer is not None:
         head = Shape.from_config(spec.scorer.sizes)
         shared, each_N = shared + head.prompt_flops(prompt), each_N + head.scoring_flops(prompt, steps_N)

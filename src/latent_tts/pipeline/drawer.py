@@ -26,31 +26,29 @@ from latent_tts.engine.device import (
     compute_in_batches,
     device_name,
     keep_freed_memory,
+    measured_rates,
     warn_of_halving,
 )
 from latent_tts.engine.diversity import DirectionSums
 from latent_tts.engine.draft import load_draft
-from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes
-from latent_tts.engine.rates import measured_rates
+from latent_tts.engine.packing import RolloutJob, batches, max_prompts, question_ids, require_finite, row_bytes
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import require
-from latent_tts.pipeline.batch_columns import (
+from latent_tts.pipeline.batch import (
+    BatchScorer,
     Columns,
     answer_columns,
     batch_table,
     begin_measuring,
     least_columns,
     measured_columns,
-    require_finite,
     score_table,
 )
-from latent_tts.pipeline.batch_scorer import BatchScorer
 from latent_tts.pipeline.code import DRAWING
-from latent_tts.pipeline.keys import chosen_by_scores, latents_key
+from latent_tts.pipeline.keys import latents_key
 from latent_tts.pipeline.models import (
     find_device,
     load_reasoner_of,
-    load_scorer_of,
     open_engine,
     refuse_graphs,
     rollout_plan,
@@ -160,8 +158,7 @@ class Description:
 
     Attributes:
         name: for people.
-        computation: how it computes the reasoner.
-        scoring: how it computes the scorer; None where it has none to compute.
+        computations: how it computes the reasoner, and the scorer; None where it has none to compute.
         device: that it computes on.
         threads: of a CPU.
         rows: most rows of a batch.
@@ -171,19 +168,13 @@ class Description:
     """
 
     name: str
-    computation: Computation
-    scoring: Computation | None
+    computations: tuple[Computation, Computation | None]
     device: str
     threads: int
     rows: int
     bytes_per_row: int
     rates: Rates
     memory: str
-
-    @property
-    def scoring_attention(self) -> str | None:
-        """The attention of the scorer; see `Computation`."""
-        return None if self.scoring is None else self.scoring.attention
 
 
 @dataclass(frozen=True)
@@ -234,12 +225,6 @@ class DrawingWork:
 # The worker
 
 
-def computations_here(spec: RunSpec) -> tuple[Computation, Computation | None]:
-    """How this process computes the models that determine a run's rollouts; see `keys.computations`. Loads them."""
-    scoring = load_scorer_of(spec).computation if chosen_by_scores(spec) else None
-    return load_reasoner_of(spec).computation, scoring
-
-
 def places_of(jobs: Iterable[RolloutJob]) -> list[Place]:
     """The (row key, rollout) of each rollout of some jobs."""
     return [(job.row_key, number) for job in jobs for number in job.rollouts]
@@ -259,13 +244,13 @@ def pack(spec: RunSpec, jobs: Sequence[RolloutJob], rows: int, device: str) -> I
     """Batches of at most `rows` rows, the runs of a question in order."""
     search = spec.search
     # prompts run in batches of their own size, unless each job brings many rows
-    prompts = None if search.guided else max_prompts(spec.shape.width, torch.device(device).type)
+    prompts = None if spec.guided else max_prompts(spec.shape.width, torch.device(device).type)
     return batches(jobs, max(search.survivors or 1, rows // search.rows_per_survivor), prompts)
 
 
 def grown(spec: RunSpec, job: RolloutJob) -> int:
     """How many rollouts a job grows; a guided search keeps fewer."""
-    return spec.n if spec.search.guided else len(job.rollouts)
+    return spec.n if spec.guided else len(job.rollouts)
 
 
 def max_flops(spec: RunSpec, job: RolloutJob, *, answers: bool) -> float:
@@ -282,7 +267,7 @@ def directions_key(latents: str, row_key: str) -> str:
 
 
 def latents_digest(spec: RunSpec, computations: tuple[Computation, Computation | None]) -> str:
-    """What determines the latents of a run whose models are computed so; see `keys.computations`."""
+    """What determines the latents of a run whose models are computed so; see `Description`."""
     return settings_digest(latents_key(spec, *computations))
 
 
@@ -338,7 +323,7 @@ class Drawer:
         kind = torch.device(self.device).type
         allowed = f"its plan was faster on {spec.planned_on}, and this run is on {kind}; ltts probe makes another"
         require("schedule", "auto", spec.planned_on in (None, kind), allowed)
-        if spec.search.guided:
+        if spec.guided:
             refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
         if not spec.schedule.stepwise or spec.schedule.early_exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
@@ -367,16 +352,20 @@ class Drawer:
         """The loaded scorer."""
         return BatchScorer(self.spec, self.device, self.rates)
 
+    @property
+    def _computations(self) -> tuple[Computation, Computation | None]:
+        scoring = self.scorer.model.model.computation if self._scored or self.spec.guided else None
+        return self.engine.reasoner.computation, scoring
+
     @cached_property
     def _latents(self) -> str:
-        return latents_digest(self.spec, computations_here(self.spec))
+        return latents_digest(self.spec, self._computations)
 
     def describe(self) -> Description:
         """What the driver has to know of this worker; loads its models."""
         return Description(
             name=f"{socket.gethostname()} {os.getpid()}",
-            computation=self.engine.reasoner.computation,
-            scoring=self.scorer.model.model.computation if self._scored or chosen_by_scores(self.spec) else None,
+            computations=self._computations,
             device=self.device,
             threads=torch.get_num_threads(),
             rows=self.rows,
@@ -434,17 +423,18 @@ class Drawer:
             RunError: latents or log-probabilities are not finite.
         """
         spec, scorer, reduction = self.spec, None, None
-        if spec.search.guided:
+        if spec.guided:
             assert spec.scorer is not None
             scorer, reduction = self.scorer.model, spec.scorer.reduction
         rollouts = spec.search.roll(
             self.engine, batch, self._sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers
         )
         finite_R = rollouts.latents_RTD.flatten(1).isfinite().all(1)
-        require_finite("latents", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+        require_finite("latents", finite_R, question_ids(batch), self.engine.lm.dtype, "drawing rollouts")
         if answers:
             finite_R = rollouts.answer_logprob_R.isfinite()
-            require_finite("log-probabilities of answers", finite_R, batch, self.engine.lm.dtype, "drawing rollouts")
+            what, ids = "log-probabilities of answers", question_ids(batch)
+            require_finite(what, finite_R, ids, self.engine.lm.dtype, "drawing rollouts")
         return rollouts
 
     def draw(self, batch: list[RolloutJob], shard: Shard) -> Part:
@@ -464,7 +454,7 @@ class Drawer:
 
         def table() -> pa.Table:
             columns = answer_columns(rollouts, answers=request.answers) | measured
-            if not self.spec.search.guided:  # what a search cannot do without is not counted
+            if not self.spec.guided:  # what a search cannot do without is not counted
                 columns |= self._least(batch, rollouts, answers=request.answers)
             columns["dissimilarity"] = compared
             if scored:
@@ -540,12 +530,12 @@ class Drawer:
         own = row_bytes(spec.shape, longest, suffix, number, self.own_prompt)
         if spec.draft is not None:
             own += 4 * longest * spec.shape.width  # its copy of the prompt's states
-        if not self._scored and not spec.search.guided:
+        if not self._scored and not spec.guided:
             return own
         assert spec.scorer is not None
         scorer = Shape.from_config(spec.scorer.sizes)
         scoring = row_bytes(scorer, longest, spec.adapter.latents, number, own_prompt=False)
-        return 2 * (own + scoring) if spec.search.guided else max(own, scoring)
+        return 2 * (own + scoring) if spec.guided else max(own, scoring)
 
     def _least(self, batch: Sequence[RolloutJob], rollouts: Rollouts, *, answers: bool) -> Columns:
         """Each row's share of the least time and bytes that drawing a batch takes."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from latent_tts.errors import bad_value
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.code import DRAWING, NO_PART, PACKAGE, SCORING, code_digests
+from latent_tts.pipeline.code import DRAWING, NO_PART, PACKAGE, SCORING, code_digests, computed_attributes
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer import Scorer
 from latent_tts.types import COMPUTATIONS, SCORING_COMPUTATIONS, Computation
@@ -31,7 +30,7 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     Args:
         spec: the run.
         computation: how the loaded model is computed.
-        scoring: how the loaded scorer is computed; None unless the rollouts are chosen by scores.
+        scoring: how the loaded scorer is computed; read only where it chooses the rollouts.
 
     Raises:
         UsageError: a field of the model has a value that cannot be told from another.
@@ -55,7 +54,7 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
         **({"forced_ids": spec.forced_ids} if spec.forced_ids else {}),
         **({"quantize": spec.engine.quantize} if spec.engine.quantize is not None else {}),
     }
-    if not chosen_by_scores(spec):
+    if not spec.guided:
         return key
     assert spec.scorer is not None
     assert scoring is not None
@@ -76,14 +75,9 @@ def latents_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     return {name: value for name, value in key.items() if name not in about_answers} | {"answers": "none"}
 
 
-def computations(spec: RunSpec) -> list[tuple[Computation, Computation | None]]:
+def possible_computations(spec: RunSpec) -> list[tuple[Computation, Computation | None]]:
     """The ways in which the models that determine a run's rollouts may be computed: the reasoner, a guiding scorer."""
-    return list(product(COMPUTATIONS, SCORING_COMPUTATIONS if chosen_by_scores(spec) else [None]))
-
-
-def chosen_by_scores(spec: RunSpec) -> bool:
-    """Whether a scorer has a say in which rollouts a run has."""
-    return spec.search.survivors is not None and spec.scorer is not None
+    return list(product(COMPUTATIONS, SCORING_COMPUTATIONS if spec.guided else [None]))
 
 
 def model_key(adapter: ModelAdapter) -> dict[str, Any]:
@@ -137,14 +131,9 @@ def own_fields(group: str, option: Any) -> dict[str, Any]:
     kind = type(option)
     names = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
     names |= set(getattr(option, "__dict__", ()))
-    names -= NO_PART[group] | set(computed_attributes(kind))
+    names -= NO_PART[group] | computed_attributes(kind)
     values = {name: getattr(option, name) for name in sorted(names)}
     return {name: _plain(f"{group}.{name}", value) for name, value in values.items() if not isinstance(value, Path)}
-
-
-def computed_attributes(kind: type) -> Iterable[str]:
-    """The attributes that an option computes from its others and from its checkpoint."""
-    return (name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, cached_property))
 
 
 def _plain(key: str, value: Any) -> Any:

@@ -25,7 +25,8 @@ from latent_tts.sampler.greedy import Greedy
 from latent_tts.schedule.speculative import Speculative
 
 MIN_COMMITS_PER_SWEEP = 1.5  # fewer do not pay for the latents that are computed again
-MIN_EQUAL = 0.99  # share of answers that a recommended tolerance leaves as they are
+MIN_EQUAL = 0.99  # share of answers that a recommended schedule leaves as they are
+MORE_SWEEPS = 1.05  # times as many as with all latents at once, for smaller chunks, which compute fewer latents again
 TIMED_ROWS, TIMED_QUESTIONS = (1, 4, 16, 64, 256), 9
 
 
@@ -35,9 +36,10 @@ class Probe:
 
     Attributes:
         questions: a row per question: `question_id`, `latents`, `critical_path`, `potential` (latents / critical path),
-            `growth`, and for each tolerance `sweeps_TOLERANCE` and `equal_TOLERANCE`.
+            `growth`, and for each schedule `sweeps_LABEL`, `conflicts_LABEL` and `equal_LABEL` (see `label`).
         relative_TT: mean over questions of the relative dependencies; NaN where no question has the latent.
-        tolerances: those tried.
+        schedules: those tried, each with all latents in one chunk.
+        chunked: the best of them in smaller chunks; empty where none pays.
         ratios: by rows of a batch, the time of the recommended schedule over that of `sequential`: the median over
             questions, answers included. Up to the first that is not below 1; empty where none is recommended.
         device: where times were measured, as in `cpu`.
@@ -45,7 +47,8 @@ class Probe:
 
     questions: pd.DataFrame
     relative_TT: np.ndarray
-    tolerances: Sequence[float]
+    schedules: Sequence[Speculative]
+    chunked: Sequence[Speculative] = ()
     ratios: Mapping[int, float] = field(default_factory=dict)
     device: str = "cpu"
 
@@ -54,27 +57,46 @@ class Probe:
         """The most rows for which the recommended schedule takes less time than `sequential`."""
         return max((rows for rows, ratio in self.ratios.items() if ratio < 1), default=0)
 
-    def commits_per_sweep(self, tolerance: float) -> float:
-        """Latents per sweep of all questions together."""
-        return self.questions["latents"].sum() / max(self.questions[f"sweeps_{tolerance:g}"].sum(), 1)
+    def column(self, figure: str, schedule: Speculative) -> pd.Series:
+        """`sweeps`, `conflicts` or `equal` of each question."""
+        return self.questions[f"{figure}_{label(schedule)}"]
 
-    def explained(self, tolerance: float) -> float:
+    def commits_per_sweep(self, schedule: Speculative) -> float:
+        """Latents per sweep of all questions together."""
+        return self.questions["latents"].sum() / max(self.column("sweeps", schedule).sum(), 1)
+
+    def explained(self, schedule: Speculative) -> float:
         """R squared of sweeps on growth over questions; NaN where one of them is the same for all."""
-        both = self.questions[["growth", f"sweeps_{tolerance:g}"]].dropna()
+        both = self.questions[["growth", f"sweeps_{label(schedule)}"]].dropna()
         if len(both) < 3 or (both.nunique() < 2).any():
             return float("nan")
         return float(np.corrcoef(both.to_numpy().T)[0, 1] ** 2)
 
+    def pays(self, schedule: Speculative) -> bool:
+        """Whether it commits enough latents per sweep and changes few answers."""
+        enough = self.commits_per_sweep(schedule) > MIN_COMMITS_PER_SWEEP
+        return enough and bool(self.column("equal", schedule).mean() >= MIN_EQUAL)
+
     @property
-    def recommended(self) -> float | None:
-        """The largest tolerance that commits enough latents per sweep and changes few answers; None: sequential."""
-        fits = [
-            tolerance
-            for tolerance in self.tolerances
-            if self.commits_per_sweep(tolerance) > MIN_COMMITS_PER_SWEEP
-            and self.questions[f"equal_{tolerance:g}"].mean() >= MIN_EQUAL
-        ]
-        return max(fits, default=None)
+    def best(self) -> Speculative | None:
+        """Of the schedules that pay, the one with the fewest sweeps; None: sequential."""
+        paying = filter(self.pays, self.schedules)
+        return min(paying, key=lambda each: (self.column("sweeps", each).mean(), each.tolerance), default=None)
+
+    @property
+    def recommended(self) -> Speculative | None:
+        """`best`, in the smallest chunks that take hardly more sweeps; None: sequential."""
+        if (best := self.best) is None:
+            return None
+        limit = MORE_SWEEPS * self.column("sweeps", best).mean()
+        few = [each for each in self.chunked if self.pays(each) and self.column("sweeps", each).mean() <= limit]
+        return min(few, key=lambda schedule: schedule.chunk or 0, default=best)
+
+
+def label(schedule: Speculative) -> str:
+    """What the columns of a schedule are called: GUESS_TOLERANCE, or GUESS_TOLERANCE_CHUNK."""
+    parts = [schedule.guess, f"{schedule.tolerance:g}", *([] if schedule.chunk is None else [str(schedule.chunk)])]
+    return "_".join(parts)
 
 
 def probe(
@@ -83,6 +105,7 @@ def probe(
     prompts: Mapping[str, list[int]],
     *,
     schedules: Sequence[Speculative],
+    chunks: Sequence[int],
     draft: DraftFile | None,
     threshold: float,
     directions: int,
@@ -94,7 +117,8 @@ def probe(
         adapter: the model.
         engine: how it is computed.
         prompts: token ids by question id.
-        schedules: those to try, with different tolerances.
+        schedules: those to try, each with all latents in one chunk.
+        chunks: to try of the best of them.
         draft: the file of their draft head; None without one.
         threshold: relative dependency from which one latent counts as depending on another.
         directions: random directions for each latent.
@@ -111,20 +135,27 @@ def probe(
     ):
         reasoner = load_reasoner(adapter, engine, device)
         head = None if draft is None else load_draft(draft.path, draft.record, reasoner.lm.device)
-        engines = {
-            schedule.tolerance: Engine(reasoner, rollout_plan(adapter, max_answer_tokens, schedule), head)
-            for schedule in schedules
-        }
+        engines: dict[Speculative, Engine] = {}
         sequential = Engine(reasoner, rollout_plan(adapter, max_answer_tokens))
         there = _roll(sequential, prompts)
         rows = [
             {"question_id": name, "latents": int(steps)} for name, steps in zip(prompts, there.steps_R, strict=True)
         ]
-        for tolerance, parallel in engines.items():
-            here = _roll(parallel, prompts)
+
+        def run(schedule: Speculative) -> None:
+            engines[schedule] = Engine(reasoner, rollout_plan(adapter, max_answer_tokens, schedule), head)
+            here = _roll(engines[schedule], prompts)
             for place, row in enumerate(rows):
-                row[f"sweeps_{tolerance:g}"] = int(here.sweeps_R[place])
-                row[f"equal_{tolerance:g}"] = here.answer_ids[place] == there.answer_ids[place]
+                row[f"sweeps_{label(schedule)}"] = int(here.sweeps_R[place])
+                row[f"conflicts_{label(schedule)}"] = int(here.conflicts_R[place])
+                row[f"equal_{label(schedule)}"] = here.answer_ids[place] == there.answer_ids[place]
+
+        for schedule in schedules:
+            run(schedule)
+        best = Probe(pd.DataFrame(rows), np.zeros((0, 0)), schedules).best
+        chunked = [] if best is None else [replace(best, chunk=chunk) for chunk in chunks]
+        for schedule in chunked:
+            run(schedule)
         plain = adapter.load(device=device, dtype=engine.dtype)
         use_own_attention(plain.lm, "eager")
         relative = np.full((len(prompts), adapter.latents, adapter.latents), np.nan)
@@ -136,10 +167,11 @@ def probe(
             path = len(found.critical_path(threshold))
             row |= {"critical_path": path, "potential": steps / max(path, 1), "growth": found.growth}
             bar.advance(1)
-        found = Probe(pd.DataFrame(rows), _mean(relative), list(engines), device=torch.device(device).type)
-        if found.recommended is None:
+        kind = torch.device(device).type
+        found = Probe(pd.DataFrame(rows), _mean(relative), schedules, chunked, device=kind)
+        if (recommended := found.recommended) is None:
             return found
-        return replace(found, ratios=time_ratios(sequential, engines[found.recommended], prompts))
+        return replace(found, ratios=time_ratios(sequential, engines[recommended], prompts))
 
 
 def _mean(relative_QTT: np.ndarray) -> np.ndarray:

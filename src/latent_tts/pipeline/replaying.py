@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from latent_tts.budget import is_adaptive, play
-from latent_tts.errors import RunError, bad_value, require
+from latent_tts.errors import RunError, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import CachedRollouts, entries
 from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, adaptive_figures, budget_table, with_counts
@@ -39,14 +39,18 @@ def read_record(source: Path) -> dict[str, Any]:
         UsageError: there is none, it is damaged, or its questions have unequally many rollouts.
     """
     record = rescoring.read_record(source)
-    if read_budget(source) is not None:
-        raise bad_value(
-            "run",
-            source,
-            "must be a run with all n rollouts of each question; its budget stopped earlier",
-        )
-    if not isinstance(record["config"].get("n"), int) or not isinstance(record.get("aggregators"), dict):
-        raise bad_value("run", source, "its run.json lacks n or aggregators; repeat the run with ltts run")
+    require(
+        "run",
+        source,
+        read_budget(source) is None,
+        "must be a run with all n rollouts of each question; its budget stopped earlier",
+    )
+    require(
+        "run",
+        source,
+        isinstance(record["config"].get("n"), int) and isinstance(record.get("aggregators"), dict),
+        "its run.json lacks n or aggregators; repeat the run with ltts run",
+    )
     return record
 
 
@@ -82,8 +86,12 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     rollouts = rollouts[rollouts["rollout"] < spec.n].reset_index(drop=True)
     score = rollouts["score"].to_numpy(dtype=np.float64, na_value=np.nan)
     if spec.budget.needs_score:
-        if np.isnan(score).all():
-            raise bad_value("budget", spec.budget.label, f"needs scores, and the rollouts of run={source} have none")
+        require(
+            "budget",
+            spec.budget.label,
+            not np.isnan(score).all(),
+            f"needs scores, and the rollouts of run={source} have none",
+        )
         assert spec.scorer is not None
         check_range(spec.scorer, score)
     tallying, questions = Tallying(spec, AnswerReader(spec).read), len(spec.questions)

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.errors import RunError, UsageError, require
 from latent_tts.pipeline.keys import rollout_key
-from latent_tts.pipeline.rollouts import CachedRollouts, RunRollouts, about, entries, gather_rollouts
+from latent_tts.pipeline.rollouts import CachedRollouts, RunRollouts, entries, entry_label, gather_rollouts
 from latent_tts.pipeline.scores import cached_scores, reduce_scores, score_positions, settle_scores
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results.cache import MEASURED, RolloutCache
-from latent_tts.results.run_folder import LATENTS, RUN_JSON, KeptLatents, is_complete, read_run_json
-from latent_tts.results.run_folder import (
-    read_rollouts as read_rollout_table,
-)
+from latent_tts.results.run_folder import LATENTS, RUN_JSON, KeptLatents, is_complete, read_rollouts, read_run_json
 from latent_tts.types import COMPUTATIONS, Computation
 
 if TYPE_CHECKING:
@@ -50,10 +47,12 @@ def read_record(source: Path) -> dict[str, Any]:
         UsageError: there is none, it is damaged, or its rollouts cannot be scored by another scorer.
     """
     record = read_run(source)
-    if record["config"]["answer"]["decode"] == "winners":
-        raise bad_value(
-            "run", source, "it decoded only the picks of its own scorer (answer.decode=winners); others have no answers"
-        )
+    require(
+        "run",
+        source,
+        record["config"]["answer"]["decode"] != "winners",
+        "it decoded only the picks of its own scorer (answer.decode=winners); others have no answers",
+    )
     return record
 
 
@@ -63,14 +62,19 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UsageError: a scorer is missing; a search or a budget chose the rollouts; or the checkpoint has changed.
     """
-    if spec.search.survivors is not None:
-        raise bad_value("run", source, f"its own scorer chose its rollouts (search={spec.search.name})")
-    if spec.budget.adaptive:
-        raise bad_value("run", source, f"its questions have different numbers of rollouts (budget={spec.budget.name})")
-    if spec.scorer is None:
-        raise bad_value(
-            "scorer", "auto", "the model's LatentRM was trained for other weights; choose one: scorer.checkpoint=FOLDER"
-        )
+    require("run", source, not spec.guided, f"its own scorer chose its rollouts (search={spec.search.name})")
+    require(
+        "run",
+        source,
+        not spec.budget.adaptive,
+        f"its questions have different numbers of rollouts (budget={spec.budget.name})",
+    )
+    require(
+        "scorer",
+        "auto",
+        spec.scorer is not None,
+        "the model's LatentRM was trained for other weights; choose one: scorer.checkpoint=FOLDER",
+    )
     check_weights(spec, source, record)
 
 
@@ -102,20 +106,21 @@ def rescore_rollouts(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> 
     wanted = spec.wanted()
     if any(CachedRollouts.read(spec, cache, wanted, scored=False).complete for cache in entries(spec)):
         return gather_rollouts(spec, rollout_key, wanted)
-    if not (source / LATENTS).is_file():
-        raise bad_value(
-            "run", source,
-            f"its rollouts are not in the cache {spec.cache}, and its latents are not in {LATENTS}\n"
-            "re-run the run's command to draw them again; keep_latents=true keeps latents in the run folder",
-        )  # fmt: skip
-    kept = read_rollout_table(source)
+    require(
+        "run",
+        source,
+        (source / LATENTS).is_file(),
+        f"its rollouts are not in the cache {spec.cache}, and its latents are not in {LATENTS}\n"
+        "re-run the run's command to draw them again; keep_latents=true keeps latents in the run folder",
+    )
+    kept = read_rollouts(source)
     ids = [question.id for question in spec.questions for _ in range(spec.n)]
     if list(kept["question_id"]) != ids:
         raise RunError(f"run={source}: the questions of its task have changed since that run")
     # a run folder does not have what was measured when rollouts were drawn
     found = kept.assign(row_key=wanted["row_key"], **dict.fromkeys(MEASURED, np.nan))
     way = next((each for each in COMPUTATIONS if each.way.items() <= record.items()), Computation())
-    cache = RolloutCache(spec.cache, rollout_key(spec, way, None), about(spec))
+    cache = RolloutCache(spec.cache, rollout_key(spec, way, None), entry_label(spec))
     return _score_kept(spec, cache, found, KeptLatents(source, len(kept)))
 
 

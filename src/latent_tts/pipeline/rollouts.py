@@ -13,7 +13,7 @@ import pandas as pd
 
 from latent_tts.budget import Tally, is_adaptive, play
 from latent_tts.errors import RunError
-from latent_tts.pipeline.keys import computations, latents_key, rollout_key
+from latent_tts.pipeline.keys import latents_key, possible_computations, rollout_key
 from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, with_counts
 from latent_tts.pipeline.scores import (
     CachedScores,
@@ -176,7 +176,8 @@ def gather_rollouts(
     else:
         from latent_tts.pipeline.drawing import find_computations
 
-        cache = RolloutCache(spec.cache, key_of(spec, *find_computations(spec)), about(spec))
+        ways = find_computations(spec, scored=spec.guided)
+        cache = RolloutCache(spec.cache, key_of(spec, *ways), entry_label(spec))
     cached = found.get(cache.folder) or CachedRollouts.read(spec, cache, wanted, scored=scored)
     cached.log_found()
     if latents is None:
@@ -232,10 +233,10 @@ class CachedRollouts:
         if not self.scores:
             return None
 
-        def computation() -> Computation:
-            from latent_tts.pipeline.drawing import find_scoring
+        def computation() -> Computation | None:
+            from latent_tts.pipeline.drawing import find_computations
 
-            return find_scoring(spec)
+            return find_computations(spec, scored=True)[1]
 
         self.scores = [settle_scores(self.scores, computation)]
         return self.scores[0]
@@ -280,7 +281,7 @@ class CachedRollouts:
             dissimilarity_RT=self.rows.padded("dissimilarity"),
             scores=None if scores is None else reduce_scores(spec, scores, rows, offsets, unscored),
             cache=self.cache,
-            drawn_now=missing["row_key"].nunique() * spec.n if spec.search.guided else len(missing),
+            drawn_now=missing["row_key"].nunique() * spec.n if spec.guided else len(missing),
             timeline=timeline,
         )
 
@@ -317,12 +318,12 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
 
 def entries(spec: RunSpec, key_of: KeyOf = rollout_key) -> Iterator[RolloutCache]:
     """The existing cache entries of a run's rollouts, one per way to compute them."""
-    for ways in computations(spec):
+    for ways in possible_computations(spec):
         key = key_of(spec, *ways)
         if (spec.cache / settings_digest(key)).is_dir():
-            yield RolloutCache(spec.cache, key, about(spec))
+            yield RolloutCache(spec.cache, key, entry_label(spec))
 
 
-def about(spec: RunSpec) -> dict[str, Any]:
+def entry_label(spec: RunSpec) -> dict[str, Any]:
     """What `ltts cache` says of a cache folder, without being part of its key."""
     return {"name": spec.adapter.name}

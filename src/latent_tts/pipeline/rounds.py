@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -17,9 +16,9 @@ from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Stop, Tally, is_adaptive
 from latent_tts.pipeline.costs import rollout_gflop
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED_SUMS
-from latent_tts.results.metrics import Figures, measured_figures
+from latent_tts.results.metrics import Figures, answer_codes, measured_figures
+from latent_tts.results.statistics import agreement, picks
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Float64, Floats, Int64, RolloutArrays
 
@@ -56,7 +55,6 @@ class AnswerReader:
 
     def take(self, places: Sequence[tuple[str, int]], answer_ids: Sequence[Sequence[int]]) -> None:
         """Take the answers of a batch; see `RunRequest.on_answers`."""
-        del places
         self._queue.put([tuple(ids) for ids in answer_ids])
 
     def read(self, ids: tuple[int, ...]) -> str | None:
@@ -200,19 +198,15 @@ def _picks(spec: RunSpec, outcome: Outcome) -> Int64:
     logprob_QD, score_QD = np.full(shape, np.nan), np.full(shape, np.nan)
     for place, (tally, stop) in enumerate(zip(outcome.tallies, outcome.stops, strict=True)):
         own = slice(stop.used)
-        equal = tally.equal or str.__eq__
-        forms, known = shared_forms(tally.answers[own], equal), dict[str | None, int]()
-        codes = [-1 if form is None else known.setdefault(form, len(known)) for form in forms]
-        prediction_QD[place, own] = codes
+        prediction_QD[place, own] = _used_answers(tally, stop)
         logprob_QD[place, own], score_QD[place, own] = tally.logprob_N[own], tally.score_N[own]
     chosen = next(each for each in spec.aggregators if each.name == spec.budget.aggregator)
-    return statistics.picks(chosen, RolloutArrays(prediction_QD, None, logprob_QD, score_QD))
+    return picks(chosen, RolloutArrays(prediction_QD, None, logprob_QD, score_QD))
 
 
-def _agreement(tally: Tally, stop: Stop) -> float:
-    """The share of the rollouts that were used which give the most frequent answer among them."""
-    forms = shared_forms(tally.answers[: stop.used], tally.equal or str.__eq__)
-    return max(Counter(form for form in forms if form is not None).values(), default=0) / stop.used
+def _used_answers(tally: Tally, stop: Stop) -> Int64:
+    """The answers of the rollouts that a question used, see `answer_codes`."""
+    return answer_codes(shared_forms(tally.answers[: stop.used], tally.equal or str.__eq__))
 
 
 def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, table: pd.DataFrame) -> list[Figures]:
@@ -220,6 +214,7 @@ def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, ta
     assert is_adaptive(spec.budget)
     questions, counts = len(spec.questions), np.array(outcome.counts)
     owner = np.repeat(np.arange(questions), counts)
+    used = zip(outcome.tallies, outcome.stops, strict=True)
 
     def summed(column: str) -> Float64:
         return np.bincount(owner, rollouts[column].to_numpy(dtype=np.float64), questions).astype(np.float64)
@@ -232,12 +227,12 @@ def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, ta
             values["accuracy", each.name] = right if each.name == spec.budget.aggregator else unknown
         values["coverage", ""] = unknown
     values |= {
-        ("agreement", ""): np.array([_agreement(*each) for each in zip(outcome.tallies, outcome.stops, strict=True)]),
+        ("agreement", ""): np.array([agreement(_used_answers(*each)[None], each[1].used)[0] for each in used]),
         ("rollouts_used", ""): table["used"].to_numpy(dtype=np.float64),
         ("rollouts_drawn", ""): counts.astype(np.float64),
         ("latent_steps", ""): summed("latent_steps"),
         ("answer_tokens", ""): summed("answer_tokens"),
-        ("gflops", ""): np.array([tally.prompt_gflop + tally.gflop_N.sum() for tally in outcome.tallies]),
+        ("gflops", ""): np.array([tally.gflop for tally in outcome.tallies]),
     }
     if rollouts[list(MEASURED_SUMS)].notna().all().all():
         measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, questions, float(counts.mean()))

@@ -85,7 +85,7 @@ def write_run_folder(
         folder,
         {
             "config": config,
-            "settings": dict(settings),
+            "settings": dict(settings) | spec.planned,
             "aggregators": {
                 aggregator.name: {"_target_": config["aggregator"][aggregator.name]["_target_"], **vars(aggregator)}
                 for aggregator in spec.aggregators

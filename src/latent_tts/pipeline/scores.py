@@ -85,7 +85,7 @@ def cached_scores(spec: RunSpec, rollouts: Path, wanted: pd.DataFrame) -> list[C
     return [CachedScores(spec, rollouts, wanted, computation) for computation in SCORING_COMPUTATIONS]
 
 
-def settle_scores(candidates: Sequence[CachedScores], computation: Callable[[], Computation]) -> CachedScores:
+def settle_scores(candidates: Sequence[CachedScores], computation: Callable[[], Computation | None]) -> CachedScores:
     """The scores that are complete, whichever way they were computed; else those of the way that serves now.
 
     Args:
@@ -96,7 +96,7 @@ def settle_scores(candidates: Sequence[CachedScores], computation: Callable[[], 
     if found is not None:
         return found
     way = computation()
-    return next(each for each in candidates if each.computation.attention == way.attention)
+    return next(each for each in candidates if way is not None and each.computation.attention == way.attention)
 
 
 def reduce_scores(
@@ -127,8 +127,23 @@ def reduce_scores(
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         scores.score[part] = spec.scorer.score_rollouts(scores.step_scores(part))
+    _check_finite(spec, rows, scores)
     check_range(spec.scorer, scores.score)
     return scores
+
+
+def _check_finite(spec: RunSpec, rows: pd.DataFrame, scores: Scores) -> None:
+    """Raise RunError unless rollouts with steps have finite scores, and those without have none."""
+    has_steps_R = ~np.isnan(scores.step_scores_RT).all(1)
+    wrong_R = np.where(has_steps_R, ~np.isfinite(scores.score), ~np.isnan(scores.score))
+    if wrong_R.any():
+        assert spec.scorer is not None
+        row = int(wrong_R.argmax())
+        question = next(each.id for each in spec.questions if spec.row_key(each) == rows["row_key"].iloc[row])
+        raise RunError(
+            f"scorer={spec.scorer.name}: it gives a rollout of question {question} the score {scores.score[row]:g}; "
+            f"{'scores must be finite' if has_steps_R[row] else 'a rollout without latents has the score NaN'}"
+        )
 
 
 def check_range(scorer: Scorer, score: Floats) -> None:

@@ -94,48 +94,58 @@ def full_dtype(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRequest:
-    """What the user asked for: the objects that the config describes, and its values.
+class DrawingRequest:
+    """What the user asked a command for that draws rollouts: the objects that the config describes, and its values.
 
     Attributes:
-        adapter, task, sampler, schedule, search, budget, aggregators: the chosen options.
-        scorer: the chosen scorer; `NoScorer` for none.
+        adapter, task, sampler, schedule: the chosen options.
         answers: how answer tokens are chosen.
-        decode: `all`, or `winners`: only best-of-n picks are decoded.
-        forced_prefix: text that every answer begins with.
         n: rollouts per question.
         seed: of every random number.
         max_answer_tokens: token limit of an answer.
         engine: how rollouts are computed.
-        cache: folder of cached rollouts.
-        refresh: whether to draw anew the rollouts that the cache has.
         config: the resolved config, as `run.json` keeps it.
         chosen: which of the keys `schedule`, `budget`, `aggregator` and `scorer.checkpoint` the user set. The others
             are defaults, which may be replaced by what the model or the search needs.
         executor: where rollouts are computed.
-        on_answers: called after each batch with the (row key, rollout) pairs and the answer ids.
     """
 
     adapter: ModelAdapter
     task: Task
     sampler: Sampler
     schedule: Schedule
-    search: Search
-    budget: Budget
-    scorer: Scorer | NoScorer | None
-    aggregators: list[Aggregator]
     answers: AnswerSampling
-    decode: str
-    forced_prefix: str
     n: int
     seed: int
     max_answer_tokens: int
     engine: EngineSettings
-    cache: Path
     config: Mapping[str, Any]
-    executor: Executor = field(default_factory=Local)
-    refresh: bool = False
     chosen: frozenset[str] = frozenset()
+    executor: Executor = field(default_factory=Local)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest(DrawingRequest):
+    """What the user asked `ltts run` for.
+
+    Attributes:
+        search, budget, aggregators: the chosen options.
+        scorer: the chosen scorer; `NoScorer` for none.
+        decode: `all`, or `winners`: only best-of-n picks are decoded.
+        forced_prefix: text that every answer begins with.
+        cache: folder of cached rollouts.
+        refresh: whether to draw anew the rollouts that the cache has.
+        on_answers: called after each batch with the (row key, rollout) pairs and the answer ids.
+    """
+
+    search: Search
+    budget: Budget
+    scorer: Scorer | NoScorer
+    aggregators: list[Aggregator]
+    decode: str
+    forced_prefix: str
+    cache: Path
+    refresh: bool = False
     on_answers: Callable[[Sequence[tuple[str, int]], Sequence[Sequence[int]]], None] | None = None
 
 
@@ -158,7 +168,7 @@ class RunSpec(RunRequest):
         counts: rollouts of each of `questions`; None if each has as many.
     """
 
-    scorer: Scorer | None
+    scorer: Scorer | None  # pyright: ignore[reportIncompatibleVariableOverride]
     draft: DraftFile | None
     planned: dict[str, Any]
     planned_on: str | None
@@ -171,7 +181,8 @@ class RunSpec(RunRequest):
     @cached_property
     def shape(self) -> Shape:
         """The sizes of the model."""
-        return Shape.from_config(self.adapter.sizes)
+        quantized = self.engine.quantize is not None
+        return replace(Shape.from_config(self.adapter.sizes), block_item=1 if quantized else None)
 
     @property
     def passes(self) -> RolloutCost:
@@ -181,12 +192,18 @@ class RunSpec(RunRequest):
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
         looked_at = None if self.schedule.early_exit is None else len(exit_ids(adapter, self.schedule))
         phases = self.sampler.random_phases
-        return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at)
+        made = adapter.latent_weights
+        return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at, made)
 
     @property
     def longest_sequence(self) -> int:
         """Tokens and latents of the longest sequence that the model may run."""
         return max(map(len, self.prompts.values())) + reserved_positions(self.adapter, self.max_answer_tokens)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the scorer decides which rollouts the run has."""
+        return self.search.survivors is not None
 
     @property
     def kept(self) -> int:
@@ -287,16 +304,20 @@ def check_sampler(sampler: Sampler, adapter: ModelAdapter) -> None:
         UsageError: the sampler reads a spread that the model does not predict, or acts on latents and the model has
             none.
     """
-    if sampler.needs_spread and not adapter.has_spread:
-        raise bad_value(
-            "sampler", sampler.name, f"the latent head of model={adapter.name} predicts no spread (one of CoLaR with "
-            "lt_head.log_std.* does)\nsampler=gaussian adds noise of a size that you choose",
-        )  # fmt: skip
-    if adapter.latents == 0 and sampler.only_latents:
-        raise bad_value(
-            "sampler", sampler.name, f"it acts on latents, and model={adapter.name} has no latents (model.latents=0)\n"
-            "sampler=greedy goes with it; answer.temperature above 0 makes its rollouts differ",
-        )  # fmt: skip
+    require(
+        "sampler",
+        sampler.name,
+        not sampler.needs_spread or bool(adapter.has_spread),
+        f"the latent head of model={adapter.name} predicts no spread (one of CoLaR with "
+        "lt_head.log_std.* does)\nsampler=gaussian adds noise of a size that you choose",
+    )
+    require(
+        "sampler",
+        sampler.name,
+        adapter.latents != 0 or not sampler.only_latents,
+        f"it acts on latents, and model={adapter.name} has no latents (model.latents=0)\n"
+        "sampler=greedy goes with it; answer.temperature above 0 makes its rollouts differ",
+    )
 
 
 def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) -> Schedule:
@@ -370,7 +391,6 @@ def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
         UsageError: the user chose a scorer that cannot score these rollouts.
     """
     scorer, adapter, sampler, config = request.scorer, request.adapter, request.sampler, request.config
-    assert scorer is not None
     if isinstance(scorer, NoScorer) and "scorer.checkpoint" in request.chosen:
         given = config["scorer"].get("checkpoint")
         raise bad_value("scorer.checkpoint", given, f"{scorer.reason}; is scorer=latent_rm meant?")
@@ -401,8 +421,7 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
     if isinstance(scorer, NoScorer):
         scored = [aggregator.name for aggregator in aggregators if aggregator.needs_score]
         why = "scorer=none" if scorer.reason is None else f"scorer=auto: {scorer.reason}"
-        if scored and chosen:
-            raise bad_value("aggregator", ",".join(scored), f"needs a scorer ({why})")
+        require("aggregator", ",".join(scored), not scored or not chosen, f"needs a scorer ({why})")
         if scorer.reason is not None:
             log.info("%s, so rollouts get no scores", why, extra={"once": True})
         aggregators = [aggregator for aggregator in aggregators if not aggregator.needs_score]
@@ -417,10 +436,12 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
         return aggregators
     if isinstance(scorer, NoScorer):
         raise bad_value("answer.decode", "winners", "needs a scorer, which finds the winners")
-    if scorer.positions == "official":
-        raise bad_value(
-            "scorer.positions", "official", "needs every answer, and answer.decode=winners decodes only the picks"
-        )
+    require(
+        "scorer.positions",
+        "official",
+        scorer.positions != "official",
+        "needs every answer, and answer.decode=winners decodes only the picks",
+    )
     best = [aggregator for aggregator in aggregators if aggregator.name == "best_of_n"]
     if not best or (len(best) < len(aggregators) and chosen):
         names = ",".join(aggregator.name for aggregator in aggregators)
@@ -434,9 +455,10 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     Raises:
         UsageError: it does not.
     """
-    search, decode = request.search, request.decode
+    search, decode, guided = request.search, request.decode, request.search.survivors is not None
+    require("search", search.name, scorer is not None or not guided, "needs a scorer, as in scorer=latent_rm")
     search.check(request.n, request.sampler, scorer)
-    if search.survivors is None:
+    if not guided:
         return
     require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
     allowed = f"must be null: search={search.name} grows rollouts of equally many latents"
@@ -506,11 +528,13 @@ def check_adaptive(
     if scorer.positions == "official":
         why = "gives scores only once all n answers are known, and the budget needs them earlier; use correct"
         raise bad_value("scorer.positions", "official", why)
-    if budget.aggregator == "weighted" and scorer.range is None:
-        raise bad_value(
-            "budget", budget.label, "bounds the weights of future votes, and scores have no declared range\n"
-            "scorer.range=[LOW,HIGH] declares one; a score beyond it is an error",
-        )  # fmt: skip
+    require(
+        "budget",
+        budget.label,
+        budget.aggregator != "weighted" or scorer.range is not None,
+        "bounds the weights of future votes, and scores have no declared range\n"
+        "scorer.range=[LOW,HIGH] declares one; a score beyond it is an error",
+    )
 
 
 def calibrated(
@@ -561,12 +585,14 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
     for part in (rope, *of_layers):
         kind = part.get("type") if part.get("type") in LENGTH_DEPENDENT_ROPE else part.get("rope_type")
         limit = part.get("original_max_position_embeddings", config.get("original_max_position_embeddings", positions))
-        if kind in LENGTH_DEPENDENT_ROPE and is_whole(limit) and longest > limit:
-            raise bad_value(
-                key, checkpoint, f"it scales positions by the longest sequence of the batch ({kind}) beyond {limit} "
-                f"tokens, so results would depend on the batch; this run may need {longest} tokens\n"
-                "use shorter questions or a smaller max_answer_tokens",
-            )  # fmt: skip
+        require(
+            key,
+            checkpoint,
+            kind not in LENGTH_DEPENDENT_ROPE or not is_whole(limit) or longest <= limit,
+            f"it scales positions by the longest sequence of the batch ({kind}) beyond {limit} "
+            f"tokens, so results would depend on the batch; this run may need {longest} tokens\n"
+            "use shorter questions or a smaller max_answer_tokens",
+        )
 
 
 def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[str, Sequence[int]]) -> None:
@@ -598,13 +624,13 @@ def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
     """
     require("max_answer_tokens", max_answer_tokens, max_answer_tokens >= 1, "must be 1 or more")
     needed = adapter.latents + len(adapter.thinking_end_ids) + max_answer_tokens
-    if needed >= adapter.positions:
-        raise bad_value(
-            "model.latents",
-            adapter.latents,
-            f"with max_answer_tokens={max_answer_tokens} a rollout needs {needed} positions beyond the prompt, "
-            f"and {adapter.name} has {adapter.positions} in all",
-        )
+    require(
+        "model.latents",
+        adapter.latents,
+        needed < adapter.positions,
+        f"with max_answer_tokens={max_answer_tokens} a rollout needs {needed} positions beyond the prompt, "
+        f"and {adapter.name} has {adapter.positions} in all",
+    )
     return needed
 
 
@@ -614,6 +640,7 @@ def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int
     Raises:
         UsageError: the tokenizer cannot read it, or it leaves no token to choose.
     """
+    require("answer.forced_prefix", prefix, isinstance(prefix, str), "must be a text")
     ids = adapter.forced_ids(prefix)
     if len(ids) >= max_answer_tokens:
         allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"

@@ -294,7 +294,7 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "sampler_value": "" if sampler.value is None else str(sampler.value),
         "settings": ",".join(f"{key}={value}" for key, value in sorted(shown.items())),
         "schedule": spec.schedule.name,
-        "search": "" if spec.search.survivors is None else spec.search.name,
+        "search": spec.search.name if spec.guided else "",
         "budget": spec.budget.label if is_adaptive(spec.budget) else spec.budget.name,
         "scorer": "" if scorer is None else scorer.name,
         "seed": str(spec.seed),

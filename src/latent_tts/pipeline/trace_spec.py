@@ -81,7 +81,7 @@ class TraceSpec:
 
     def with_counts(self, table: pd.DataFrame, budget: pd.DataFrame | None) -> TraceSpec:
         """The same once the rollouts are drawn: those that a budget used, which may be unequally many."""
-        if self.run.search.survivors is not None:
+        if self.run.guided:
             return self
         counts = table.groupby("question_index", sort=True).size().tolist()
         if budget is not None:
@@ -164,7 +164,7 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
         raise RunError(f"run={source}: the questions of its task have changed since that run: {gone[0]} is missing")
     chosen = [questions[name] for name in find_ids(wanted, list(counts.index), source)]
     has = [int(counts[question.id]) for question in chosen]
-    whole = spec.search.survivors is not None or (spec.scorer is not None and spec.scorer.positions == "official")
+    whole = spec.guided or (spec.scorer is not None and spec.scorer.positions == "official")
     if n is not None:
         require("n", n, 1 <= n <= min(has), f"must be 1 to {min(has)}, which the run has")
         require("n", n, not whole or n == max(has), "its rollouts were drawn or scored all together: n must be theirs")
@@ -230,7 +230,7 @@ def about(spec: TraceSpec) -> dict[str, str]:
         "rollouts": f"{rollouts[0]}" if len(rollouts) == 1 else f"{rollouts[0]} to {rollouts[-1]}",
         "latents": f"{'up to ' if run.adapter.stop_id is not None else ''}{run.adapter.latents}",
         "schedule": schedule_text(run.schedule.key),
-        "search": "" if run.search.survivors is None else run.search.name,
+        "search": run.search.name if run.guided else "",
         "scorer": "" if run.scorer is None else run.scorer.name.removeprefix("latent_rm:"),
         "seed": str(run.seed),
         "dtype": run.engine.dtype,

@@ -33,22 +33,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_tts.errors import RunError, UsageError, bad_value, require
-from latent_tts.results.files import (
-    bytes_digest,
-    digest_in_name,
-    digest_named_file,
-    file_digest,
-    set_aside,
-    settings_digest,
-    whole_file,
-)
-from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason
+from latent_tts.results.files import bytes_digest, digest_in_name, set_aside, settings_digest, whole_file
+from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason, file_digest
 
 log = logging.getLogger(__name__)
 # parts of format 1 have no gold answers, those of 2 no digests, settings of 3 do not say how the reasoner was computed,
 # so a writer does not resume them
 FORMAT, READABLE = 4, (1, 2, 3, 4)
 DAMAGED = "is damaged; `ltts annotate` with this folder as its output labels its questions again"
+MISSING = "is missing; `ltts annotate` with this folder as its output labels its questions again"
 SETTINGS, INDEX, COMPUTATION = "annotations.json", "index.parquet", "computation"
 MAX_OPEN = 64  # shards kept open
 NO_STEP = -100.0  # the label, on disk, of a step that a rollout does not have
@@ -102,12 +95,15 @@ class AnnotationFolder:
         self._opened: dict[Path, tuple[Any, set[str]]] = {}
         self._digests: dict[str, str] = {}  # of shards, as the index has them
         self._whole: set[Path] = set()  # shards whose digests were checked
-        if path.exists() and not path.is_dir():
-            raise bad_value(key, path, "must be a folder, this is a file")
+        require(key, path, not path.exists() or path.is_dir(), "must be a folder, this is a file")
         self.official = not (path / SETTINGS).is_file()
+        if self.official and self._parts():
+            raise bad_value(key, path, f"lacks {SETTINGS}, which was written with {self._parts()[0].name}; restore it")
         if settings is None:
             require(key, path, path.is_dir(), "no such folder; `ltts annotate` makes one")
             record = {"settings": {}, "complete": True} if self.official else self._read_settings()
+            if lost := self._lost_parts(record):
+                raise bad_value(key, path / lost, "is no part of this folder" if (path / lost).is_file() else MISSING)
             require(key, path, bool(self._shards()), "an empty folder: no shards of annotations (K_on0.safetensors)")
             self.settings, self.complete = record["settings"], bool(record["complete"])
             self.width: int | None = self.settings.get("width")
@@ -115,8 +111,7 @@ class AnnotationFolder:
         self.settings, self.complete = json.loads(json.dumps({"format": FORMAT, **settings})), False
         self.width = self.settings.get("width")
         if self.official:
-            if self._shards():
-                raise bad_value(key, path, f"holds shards but no {SETTINGS}; choose another folder")
+            require(key, path, not self._shards(), f"holds shards but no {SETTINGS}; choose another folder")
             path.mkdir(parents=True, exist_ok=True)
             self._write_settings({})
             self.official = False
@@ -126,6 +121,10 @@ class AnnotationFolder:
             if COMPUTATION in record["settings"]:
                 self.settings[COMPUTATION] = record["settings"][COMPUTATION]
             self.complete, self.rows = bool(record["complete"]), record["rows"]
+            if lost := self._lost_parts(record):
+                log.warning("%s: parts are missing, such as %s; their questions are labelled again", path, lost)
+                self.complete = False
+                self._write_settings({})
             self._set_damaged_aside()
             self._refuse_other_answers()
         parts = {_shard_of(part) for part in self._parts()}
@@ -197,7 +196,7 @@ class AnnotationFolder:
             save_file(tensors, partial, metadata={"settings": settings_digest(self.settings)})
         digest = file_digest(shard)
         part = pa.Table.from_pylist([row | {"digest": digest} for row in rows], schema=PART_SCHEMA)
-        with digest_named_file(self.path, shard.stem, ".parquet") as partial:
+        with whole_file(shard.with_suffix(".parquet"), add_digest=True) as partial:
             pq.write_table(part, partial.absolute())
 
     def finish(self) -> dict[str, int]:
@@ -292,10 +291,18 @@ class AnnotationFolder:
     def _part_rows(self) -> Iterator[dict[str, Any]]:
         for part in self._parts():
             for row in self._read_part(part):
-                if not SHARD_NAME.fullmatch(str(row["shard"])):
-                    raise bad_value(self._key, part, f"names {row['shard']!r}, which is no shard's name")
-                if not (self.path / row["shard"]).is_file():
-                    raise bad_value(self._key, self.path, f"the index names {row['shard']}, which does not exist")
+                require(
+                    self._key,
+                    part,
+                    bool(SHARD_NAME.fullmatch(str(row["shard"]))),
+                    f"names {row['shard']!r}, which is no shard's name",
+                )
+                require(
+                    self._key,
+                    self.path,
+                    (self.path / row["shard"]).is_file(),
+                    f"the index names {row['shard']}, which does not exist",
+                )
                 if row["digest"] is not None:
                     self._digests.setdefault(row["shard"], row["digest"])
                 yield row
@@ -304,8 +311,9 @@ class AnnotationFolder:
         """The rows of a part; a column that an earlier format lacks is empty."""
         try:
             content = part.read_bytes()
-            if self.settings["format"] >= 3 and bytes_digest(content) != digest_in_name(part):
-                raise bad_value(self._key, part, DAMAGED)
+            require(
+                self._key, part, self.settings["format"] < 3 or bytes_digest(content) == digest_in_name(part), DAMAGED
+            )
             return pq.read_table(pa.BufferReader(content), schema=PART_SCHEMA).to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise bad_value(self._key, part, f"cannot be read ({str(error).splitlines()[0]})") from error
@@ -354,8 +362,12 @@ class AnnotationFolder:
         except (SafetensorError, OSError) as error:
             raise bad_value(self._key, shard, f"cut off, or not safetensors ({error})") from error
         made_by = (opened.metadata() or {}).get("settings")
-        if not self.official and made_by != settings_digest(self.settings):
-            raise bad_value(self._key, shard, f"a shard of another run: its settings are not those of {SETTINGS}")
+        require(
+            self._key,
+            shard,
+            bool(self.official) or made_by == settings_digest(self.settings),
+            f"a shard of another run: its settings are not those of {SETTINGS}",
+        )
         return opened
 
     def _shards(self) -> list[Path]:
@@ -372,12 +384,25 @@ class AnnotationFolder:
             raise bad_value(self._key, path, f"is not the record of annotations ({error})") from error
         if (found := record["settings"].get("format")) not in READABLE:
             raise bad_value(self._key, path, f"format {found}, this version reads {READABLE[0]} to {FORMAT}")
-        return {"complete": False, "rows": None, **record}
+        digest = record.pop("digest", None)  # earlier versions wrote none
+        if digest not in (None, settings_digest(record)):
+            why = "is damaged; restore it, or annotate into another folder"
+            raise bad_value(self._key, path, why)
+        return {"complete": False, "rows": None, "parts": None, **record}
 
     def _write_settings(self, counts: Mapping[str, int]) -> None:
+        parts = [part.name for part in self._parts()] if self.complete else None
         record = {"settings": self.settings, "complete": self.complete, "rows": self.rows, "counts": counts}
+        record |= {"parts": parts}
         with whole_file(self.path / SETTINGS) as partial:
-            partial.write_text(json.dumps(record, indent=1) + "\n")
+            content = json.dumps(record | {"digest": settings_digest(record)}, indent=1)
+            partial.write_text(content + "\n")
+
+    def _lost_parts(self, record: Mapping[str, Any]) -> str | None:
+        """A part that a finished folder lacks, or has though it is none of its own; None if there is no such part."""
+        if not record["complete"] or record.get("parts") is None:
+            return None
+        return min(set(record["parts"]) ^ {part.name for part in self._parts()}, default=None)
 
     def _refuse_other_settings(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for name in [*wanted, *found]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -72,8 +72,6 @@ ROLLOUT_SCHEMA = pa.schema(
 class PartCache:
     """Rows (row key, rollout, ...) kept across runs: a folder with `key.json` and parts."""
 
-    schema: ClassVar[pa.Schema]
-
     def __init__(self, root: Path, key: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
         """Open (or make) the folder of a key.
 
@@ -102,19 +100,9 @@ class PartCache:
             yield table
         index.save()
 
-    def discard(self, wanted: pd.DataFrame) -> None:
-        """Remove rows (columns `row_key`, `rollout`), so that they are drawn again.
-
-        Raises:
-            RunError: a part cannot be read, or is damaged and cannot be set aside.
-        """
-        _discard(self.folder, self.schema, wanted)
-
 
 class RolloutCache(PartCache):
     """Rollouts, and the step scores of the scorer that read their latents where they were made."""
-
-    schema = ROLLOUT_SCHEMA
 
     def gather(self, rows: GatheredRows, scores: Mapping[str, GatheredRows] | None = None) -> None:
         """Gather the missing ones of some rows, and of those the step scores that were made with them.
@@ -137,16 +125,18 @@ class RolloutCache(PartCache):
                 scored.take(taken.rename_columns(SCORE_SCHEMA.names), by == digest)
 
     def discard(self, wanted: pd.DataFrame) -> None:
-        """Remove rows, and every scorer's scores of them."""
-        super().discard(wanted)
+        """Remove rows (columns `row_key`, `rollout`), so that they are drawn again, and every scorer's scores of them.
+
+        Raises:
+            RunError: a part cannot be read, or is damaged and cannot be set aside.
+        """
+        _discard(self.folder, ROLLOUT_SCHEMA, wanted)
         for scores in self.folder.glob(f"{SCORES_FOLDER}/*/"):
             _discard(scores, SCORE_SCHEMA, wanted)
 
 
 class ScoreCache(PartCache):
     """Step scores made after drawing, in the folder of their `RolloutCache`; they are reduced when they are read."""
-
-    schema = SCORE_SCHEMA
 
     def __init__(self, rollouts: Path, key: Mapping[str, Any]) -> None:
         """Open (or make) the folder of a scorer's key below the rollouts' own folder."""
@@ -223,7 +213,8 @@ class CacheEntry:
 
 def cache_entries(root: Path) -> list[CacheEntry]:
     """The entries of a cache, the one used last first; other folders and files are left out."""
-    folders = [path for path in root.glob("*/") if ENTRY_NAME.fullmatch(path.name) and (path / KEY_JSON).is_file()]
+    own = (path for path in root.glob("*/") if ENTRY_NAME.fullmatch(path.name) and not path.is_symlink())
+    folders = [path for path in own if (path / KEY_JSON).is_file()]
     return sorted(map(_entry, folders), key=lambda entry: (-entry.used, entry.folder.name))
 
 
@@ -236,5 +227,7 @@ def _entry(folder: Path) -> CacheEntry:
     key: Any = {}
     with suppress(ValueError, RecursionError):
         key = json.loads((folder / KEY_JSON).read_text())
+    if not isinstance(key, dict) or not all(isinstance(key.get(name) or {}, dict) for name in ("sampler", "code")):
+        key = {}
     sizes, times = [stat.st_size for _, stat in files], [stat.st_mtime for _, stat in files]
-    return CacheEntry(folder, key if isinstance(key, dict) else {}, rollouts, sum(sizes), max(times))
+    return CacheEntry(folder, key, rollouts, sum(sizes), max(times))

@@ -15,7 +15,7 @@ import pandas as pd
 from latent_tts.aggregator import Aggregator
 from latent_tts.errors import UsageError
 from latent_tts.results import statistics
-from latent_tts.results.metrics import rollout_arrays
+from latent_tts.results.metrics import answer_codes, rollout_arrays
 from latent_tts.results.run_folder import (
     ANSWERS,
     CURVE_COLUMNS,
@@ -124,7 +124,9 @@ class CompletedRun:
             UsageError: questions have unequal numbers of rollouts, or a rollout is missing or there twice.
         """
         if self.budget is not None and figure == "agreement":
-            return self._agreement_of_used(self.budget)
+            used = self.rollouts["question_id"].map(self.budget.set_index("question_id")["used"])
+            answers = self.rollouts[self.rollouts["rollout"] < used].groupby("question_id", sort=False)["prediction"]
+            return answers.agg(lambda own: statistics.agreement(answer_codes(own)[None], len(own))[0])
         if self.budget is not None:
             if figure not in self.figures:
                 raise UsageError(f"{self.folder}: its budget stopped for {self.figures[0]}; it has no {figure}")
@@ -140,14 +142,8 @@ class CompletedRun:
             assert arrays.correct_QD is not None, "coverage needs gold answers"
             values = statistics.coverage(arrays.correct_QD, n)
         else:
-            values = statistics.picked_accuracy(self.aggregators[figure], arrays, n)
+            (values,) = statistics.picked_accuracies(self.aggregators[figure], arrays, [n])
         return pd.Series(values, index=ids)
-
-    def _agreement_of_used(self, budget: pd.DataFrame) -> pd.Series:
-        """The agreement of the rollouts that each question used."""
-        used = self.rollouts["question_id"].map(dict(zip(budget["question_id"], budget["used"], strict=True)))
-        of_question = self.rollouts[self.rollouts["rollout"] < used].groupby("question_id", sort=False)["prediction"]
-        return of_question.agg(lambda answers: answers.value_counts().max() / len(answers)).fillna(0.0)
 
     @cached_property
     def _arrays(self) -> tuple[list[str], RolloutArrays]:

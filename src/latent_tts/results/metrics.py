@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from latent_tts.results import statistics
 from latent_tts.results.cache import MEASURED_SUMS
 from latent_tts.results.run_folder import FORMAT, METRIC_COLUMNS
 from latent_tts.results.statistics import Floats
-from latent_tts.types import RolloutArrays
+from latent_tts.types import Int64, RolloutArrays
 
 # the largest value of each metric that has an interval
 MAX_VALUE = {"accuracy": 1.0, "coverage": 1.0, "invalid_rate": 1.0, "agreement": 1.0, "diversity": 2.0}
@@ -37,18 +37,17 @@ class Figures:
     measured: dict[str, float] = field(default_factory=dict)
 
 
+def answer_codes(answers: Iterable[str | None]) -> Int64:
+    """Equal numbers for equal answers of a question; -1 for those that cannot be read."""
+    return pd.factorize(np.array(list(answers), dtype=object))[0]
+
+
 def rollout_arrays(rollouts: pd.DataFrame, drawn: int) -> RolloutArrays:
     """Arrays (Q, D) of a rollouts table that has `drawn` rows for each question, in order."""
     predictions = rollouts["prediction"].to_numpy(dtype=object).reshape(-1, drawn)
-    codes = np.full(predictions.shape, -1, dtype=np.int64)
-    for row, values in enumerate(predictions):
-        code_of: dict[str, int] = {}
-        for column, value in enumerate(values):
-            if value is not None and value == value:
-                codes[row, column] = code_of.setdefault(value, len(code_of))
     known = rollouts["correct"].notna().all()
     return RolloutArrays(
-        prediction_QD=codes,
+        prediction_QD=np.stack([answer_codes(answers) for answers in predictions]),
         correct_QD=rollouts["correct"].to_numpy(dtype=bool).reshape(-1, drawn) if known else None,
         answer_logprob_QD=rollouts["answer_logprob"].to_numpy(dtype=np.float64).reshape(-1, drawn),
         score_QD=rollouts["score"].to_numpy(dtype=np.float64, na_value=np.nan).reshape(-1, drawn),

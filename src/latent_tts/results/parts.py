@@ -24,13 +24,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from latent_tts.errors import RunError
-from latent_tts.results.files import SECONDS_BETWEEN_PARTS, bytes_digest, digest_in_name, digest_named_file, set_aside
+from latent_tts.results.files import SECONDS_BETWEEN_PARTS, bytes_digest, digest_in_name, set_aside, whole_file
 from latent_tts.types import Bools, Float32, Int64
 
 PART_SUFFIX, INDEX_SUFFIX = ".parquet", ".index"
 PART_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.parquet")
 MAX_PART_BYTES = 12 << 20  # in memory; on the disk a part is smaller, and never larger than 16 MB
 MAX_WAITING = 4  # tables that the writer has not taken yet
+SECONDS_TO_SAY = 10.0  # that the work has waited for the disk
 PLACE = ["row_key", "rollout"]  # what identifies a row
 FRACTIONS = pa.list_(pa.float32())
 INDEX_SCHEMA = pa.schema(
@@ -45,7 +46,7 @@ pa.set_memory_pool(pa.system_memory_pool())  # see `release_memory`
 
 def write_part(folder: Path, table: pa.Table) -> None:
     """Write one part."""
-    with digest_named_file(folder, uuid.uuid4().hex, PART_SUFFIX) as path:
+    with whole_file(folder / f"{uuid.uuid4().hex}{PART_SUFFIX}", add_digest=True) as path:
         # Arrow takes a relative path with a colon for a URI
         pq.write_table(table, path.absolute(), compression="zstd", compression_level=1)
 
@@ -63,6 +64,7 @@ class PartWriter:
         self._queue: queue.Queue[Callable[[], pa.Table] | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._write_all, name="part writer")
         self._error: BaseException | None = None
+        self._waited, self._wrote, self._said = 0.0, 0.0, False  # seconds; whether that was said
 
     def __enter__(self) -> PartWriter:
         self._thread.start()
@@ -72,7 +74,12 @@ class PartWriter:
         """Queue a table as the function that makes it; the thread calls it."""
         if self._error is not None:
             raise self._error
+        started = time.perf_counter()
         self._queue.put(make)
+        self._waited += time.perf_counter() - started
+        if not self._said and min(self._waited, self._wrote) > SECONDS_TO_SAY:
+            self._said = True
+            log.warning("%s: its file system is slower than the work, which waits for it", self._folder)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._queue.put(None)
@@ -85,30 +92,27 @@ class PartWriter:
 
     def _write_all(self) -> None:
         pending: list[pa.Table] = []
-        written = time.perf_counter()
-        while (make := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # no `put` may wait for a place in the queue
-            try:
+        queued, written = iter(self._queue.get, None), time.perf_counter()
+        try:
+            for make in queued:
                 pending.append(make())
                 late = time.perf_counter() - written > SECONDS_BETWEEN_PARTS
                 if late or sum(table.nbytes for table in pending) >= MAX_PART_BYTES:
-                    done, pending = pending, []
-                    self._write(done)
-                    written = time.perf_counter()
-            except BaseException as error:
-                self._error = error
-        if self._error is None and pending:
-            try:
+                    self._write(pending)
+                    pending, written = [], time.perf_counter()
+            if pending:
                 self._write(pending)
-            except BaseException as error:
-                self._error = error
+        except BaseException as error:
+            self._error = error
+            for _ in queued:  # no `put` may wait for a place in the queue
+                pass
 
     def _write(self, tables: Sequence[pa.Table]) -> None:
-        table = pa.concat_tables(tables)
+        table, started = pa.concat_tables(tables), time.perf_counter()
         rows = max(1, len(table) * MAX_PART_BYTES // max(table.nbytes, 1))
         for start in range(0, len(table), rows):
             write_part(self._folder, table.slice(start, rows))
+        self._wrote += time.perf_counter() - started
 
 
 # Reading
@@ -127,7 +131,7 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
     """
     for path in paths:
         try:
-            table = _read_table(path, columns)
+            table = whole_table(path, columns)
             if table is None:
                 log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, set_aside(path).name)
                 continue
@@ -138,7 +142,7 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
         yield path, table
 
 
-def _read_table(path: Path, columns: list[str]) -> pa.Table | None:
+def whole_table(path: Path, columns: list[str]) -> pa.Table | None:
     """Columns of a file; None for one whose bytes are not those that were written."""
     content = path.read_bytes()
     if bytes_digest(content) != digest_in_name(path):
@@ -184,7 +188,7 @@ class PartIndex:
         there = pa.array(sorted(self._paths), pa.string())
         table = self._table.filter(pc.call_function("is_in", [self._table["part"]], pc.SetLookupOptions(there)))
         with suppress(OSError):  # without it, the parts are read
-            with digest_named_file(self._folder, uuid.uuid4().hex, INDEX_SUFFIX) as path:
+            with whole_file(self._folder / f"{uuid.uuid4().hex}{INDEX_SUFFIX}", add_digest=True) as path:
                 pq.write_table(table, path.absolute(), compression="zstd")
             for path in self._files:
                 path.unlink(missing_ok=True)
@@ -192,7 +196,7 @@ class PartIndex:
 
 def _index_table(path: Path) -> pa.Table | None:
     try:
-        table = _read_table(path, INDEX_SCHEMA.names)
+        table = whole_table(path, INDEX_SCHEMA.names)
     except OSError:
         return None
     return table.cast(INDEX_SCHEMA) if table is not None else None

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
-from latent_tts.errors import UsageError, bad_value, require
-from latent_tts.results.files import file_digest, plain_cells, settings_digest, spreadsheet_cells, whole_file
+from latent_tts.errors import UsageError, require
+from latent_tts.results.files import plain_cells, settings_digest, spreadsheet_cells, whole_file
 from latent_tts.results.parts import runs_of
-from latent_tts.types import Float32
+from latent_tts.types import Float32, file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,36 +33,31 @@ SAFETENSORS_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 TABLES = (METRICS, ROLLOUTS, ANSWERS, BUDGET, LATENTS, SCORES)
 OUTPUT_FOLDERS = ("outputs", "multirun")  # `conf/hydra_folders.yaml`: COMMAND/TIME in each
 
-ROLLOUT_COLUMNS = [
-    "question_index",
-    "question_id",
-    "rollout",
-    "prediction",
-    "correct",
-    "score",
-    "answer_logprob",
-    "answer_margin",
-    "stop_reason",
-    "answer_text",
-    "answer_ids",
-    "answer_tokens",
-    "latent_steps",
-]
+KINDS: dict[str, Callable[[pa.DataType], bool]] = {
+    "texts": lambda kind: str(kind) in ("string", "large_string", "null"),
+    "integers": pa.types.is_integer,
+    "numbers": lambda kind: pa.types.is_floating(kind) or pa.types.is_null(kind),
+    "true or false": pa.types.is_boolean,
+    "lists of integers": lambda kind: pa.types.is_list(kind) and pa.types.is_integer(kind.value_type),
+}
+STORED_AS = {"texts": pa.string(), "lists of integers": pa.list_(pa.int64())}  # where values may all be missing
+ROLLOUT_COLUMNS = {  # the kind of each, and whether it has a value in every row
+    "question_index": ("integers", True),
+    "question_id": ("texts", True),
+    "rollout": ("integers", True),
+    "prediction": ("texts", False),
+    "correct": ("true or false", False),
+    "score": ("numbers", False),
+    "answer_logprob": ("numbers", False),
+    "answer_margin": ("numbers", False),
+    "stop_reason": ("texts", True),
+    "answer_text": ("texts", True),
+    "answer_ids": ("lists of integers", True),
+    "answer_tokens": ("integers", False),
+    "latent_steps": ("integers", False),
+}
 COUNT_COLUMNS = ["sweeps", "commits", "conflicts"]  # of the schedule; absent in older run folders
 BUDGET_COLUMNS = ["question_id", "used", "drawn", "why", "certificate", "pick", "answer", "correct"]
-COLUMN_KINDS: dict[str, tuple[Callable[[pa.DataType], bool], list[str]]] = {
-    "texts": (lambda kind: str(kind) in ("string", "large_string", "null"), [
-        "question_id", "prediction", "stop_reason", "answer_text",
-    ]),
-    "integers": (pa.types.is_integer, ["rollout", "answer_tokens", "latent_steps"]),
-    "numbers": (lambda kind: pa.types.is_floating(kind) or pa.types.is_null(kind), [
-        "score", "answer_logprob", "answer_margin",
-    ]),
-    "true or false": (pa.types.is_boolean, ["correct"]),
-    "lists of integers": (lambda kind: pa.types.is_list(kind) and pa.types.is_integer(kind.value_type), ["answer_ids"]),
-}  # fmt: skip
-OBJECT_COLUMNS = dict.fromkeys(COLUMN_KINDS["texts"][1], pa.string()) | {"answer_ids": pa.list_(pa.int64())}
-NEVER_NULL = ["question_id", "rollout", "stop_reason", "answer_text", "answer_ids"]
 METRIC_COLUMNS = [
     "run_id",
     "model",
@@ -110,8 +105,9 @@ def write_rollouts(folder: Path, rollouts: pd.DataFrame) -> None:
     with whole_file(folder / ROLLOUTS) as path:
         columns = [*ROLLOUT_COLUMNS, *(name for name in COUNT_COLUMNS if name in rollouts)]
         schema = pa.Schema.from_pandas(rollouts.iloc[:0][columns], preserve_index=False)
-        for name, kind in OBJECT_COLUMNS.items():  # their values do not say which kind where all are missing
-            schema = schema.set(schema.get_field_index(name), pa.field(name, kind))
+        for place, (name, (kind, _)) in enumerate(ROLLOUT_COLUMNS.items()):
+            if kind in STORED_AS:
+                schema = schema.set(place, pa.field(name, STORED_AS[kind]))
         with pq.ParquetWriter(path, schema, compression="snappy") as writer:
             for start in range(0, len(rollouts), ROWS_AT_ONCE):  # all rows once more would be large
                 part = rollouts.iloc[start : start + ROWS_AT_ONCE][columns]
@@ -132,12 +128,11 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
         missing = [name for name in own if name not in table.column_names]
         if missing or not len(table):
             raise ValueError(f"it has no {f'column {missing[0]}' if missing else 'rows'}")
-        for kind, (is_kind, names) in COLUMN_KINDS.items():
-            wrong = [name for name in names if name in table.column_names and not is_kind(table[name].type)]
-            if wrong:
-                raise ValueError(f"column {wrong[0]} must contain {kind}")
-        for name in NEVER_NULL:
-            if table[name].null_count:
+        for name in own:
+            kind, required = ROLLOUT_COLUMNS[name]
+            if not KINDS[kind](table[name].type):
+                raise ValueError(f"column {name} must contain {kind}")
+            if required and table[name].null_count:
                 raise ValueError(f"column {name} lacks a value")
         if table["correct"].null_count not in (0, len(table)):  # null in all rows without gold answers
             raise ValueError("column correct lacks a value")
@@ -434,8 +429,7 @@ def run_folders(path: Path, key: str = "runs") -> list[Path]:
     """
     require(key, path, path.is_dir(), "no such folder")
     found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir()]
-    if not found:
-        raise bad_value(key, path, "neither a run folder nor a folder of runs")
+    require(key, path, bool(found), "neither a run folder nor a folder of runs")
     return sorted(found, key=lambda folder: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in folder.parts])
 
 

@@ -49,11 +49,6 @@ def coverage(correct_QD: Bools, n: int) -> Floats:
     return 1.0 - _none_of(correct_QD.shape[1], n)[correct_QD.sum(1)]
 
 
-def picked_accuracy(aggregator: Aggregator, rollouts: RolloutArrays, n: int) -> Floats:
-    """`picked_accuracies` at one budget, per question (Q,)."""
-    return picked_accuracies(aggregator, rollouts, [n])[0]
-
-
 def picked_accuracies(aggregator: Aggregator, rollouts: RolloutArrays, budgets: Sequence[int]) -> Floats:
     """For each size, the share of subsets whose pick is right.
 
@@ -348,7 +343,7 @@ def best_temperature(rollouts: RolloutArrays, grid: Sequence[float] = TEMPERATUR
         The best one; of equally good ones the one nearest to 1 (in ratio), and of two equally near ones the lower.
     """
     drawn = rollouts.prediction_QD.shape[1]
-    right = {value: float(picked_accuracy(Weighted(value), rollouts, drawn).sum()) for value in grid}
+    right = {value: float(picked_accuracies(Weighted(value), rollouts, [drawn]).sum()) for value in grid}
     return min(grid, key=lambda value: (-right[value], round(abs(log2(value)), 9), value))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, check_fields
+from latent_tts.errors import check_fields, require
 from latent_tts.sampler import Sampler
 from latent_tts.types import PHASES, Forward, Phase, Site
 
@@ -50,23 +50,20 @@ class Dropout(Sampler):
 
     def __post_init__(self) -> None:
         check_fields("sampler", self, rate="a number in [0, 1)", site=SITES, mask=("fresh", "locked"))
-        if (
-            isinstance(self.where, str)
-            or not isinstance(self.where, Sequence)
-            or not self.where
-            or not all(phase in PHASES for phase in self.where)
-        ):
-            raise bad_value("sampler.where", self.where, f"must be a list of {', '.join(PHASES)}")
+        require(
+            "sampler.where",
+            self.where,
+            not isinstance(self.where, str)
+            and isinstance(self.where, Sequence)
+            and bool(self.where)
+            and all(phase in PHASES for phase in self.where),
+            f"must be a list of {', '.join(PHASES)}",
+        )
 
     @property
     def random_phases(self) -> frozenset[Phase]:
         """The phases in `where`; none if the rate is 0."""
         return frozenset(self.where) if self._threshold else frozenset()
-
-    @property
-    def only_latents(self) -> bool:
-        """Whether only the thoughts have dropout."""
-        return self.random_phases == {"thoughts"}
 
     @cached_property
     def _threshold(self) -> int:

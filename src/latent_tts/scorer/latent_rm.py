@@ -41,10 +41,12 @@ def check_settings(reduce: str | None, positions: str, bounds: Sequence[float] |
     Raises:
         UsageError: one of them is unknown.
     """
-    if reduce is not None and str(reduce) not in REDUCTIONS:
-        raise bad_value(
-            "scorer.reduce", reduce, f"must be one of {', '.join(REDUCTIONS)}, or null for the LatentRM's own"
-        )
+    require(
+        "scorer.reduce",
+        reduce,
+        reduce is None or str(reduce) in REDUCTIONS,
+        f"must be one of {', '.join(REDUCTIONS)}, or null for the LatentRM's own",
+    )
     require("scorer.positions", positions, str(positions) in POSITIONS, f"must be one of {', '.join(POSITIONS)}")
     if bounds is None:
         return
@@ -76,10 +78,12 @@ class LatentRM:
 
     def __post_init__(self) -> None:
         check_settings(self.reduce, self.positions, self.range)
-        if not isinstance(self.checkpoint, str):
-            raise bad_value(
-                KEY, self.checkpoint, "must be a folder, shipped:NAME or a hub id: this model names no LatentRM"
-            )
+        require(
+            KEY,
+            self.checkpoint,
+            isinstance(self.checkpoint, str),
+            "must be a folder, shipped:NAME or a hub id: this model names no LatentRM",
+        )
 
     @property
     def name(self) -> str:
@@ -145,22 +149,24 @@ class LatentRM:
         value = self.trained.get("temperature")
         if value is None:
             return 1.0
-        if not (is_number(value) and value > 0):
-            raise bad_value(
-                KEY, self.folder, f"config.json has latent_rm.temperature={value}; it must be a positive number"
-            )
+        require(
+            KEY,
+            self.folder,
+            is_number(value) and value > 0,
+            f"config.json has latent_rm.temperature={value}; it must be a positive number",
+        )
         return float(value)
 
     @property
     def reduction(self) -> str:
         """How step scores are reduced."""
         chosen = str(self.reduce or self.trained.get("reduce") or "sum")
-        if chosen not in REDUCTIONS:
-            raise bad_value(
-                KEY,
-                self.folder,
-                f"config.json has latent_rm.reduce={chosen}; it must be one of {', '.join(REDUCTIONS)}",
-            )
+        require(
+            KEY,
+            self.folder,
+            chosen in REDUCTIONS,
+            f"config.json has latent_rm.reduce={chosen}; it must be one of {', '.join(REDUCTIONS)}",
+        )
         return chosen
 
     @cached_property
@@ -196,8 +202,9 @@ class LatentRM:
                 KEY, self.checkpoint, f"not a LatentRM: its head must have one output for width {width}, found {found}"
             )
         wanted = _width(reasoner.sizes)
-        if width != wanted:
-            raise bad_value(KEY, self.checkpoint, f"its width is {width}; the latents of {reasoner.name} have {wanted}")
+        require(
+            KEY, self.checkpoint, width == wanted, f"its width is {width}; the latents of {reasoner.name} have {wanted}"
+        )
         if self.positions == "official":
             _ = self.tokenizer
         _ = self.reduction, self.temperature

@@ -19,15 +19,13 @@ class Search(Protocol):
 
     Attributes:
         name: as shown in tables.
-        guided: whether scores decide which prefixes are continued, so that `roll` needs a scorer.
     """
 
     name: ClassVar[str]
-    guided: ClassVar[bool]
 
     @property
     def survivors(self) -> int | None:
-        """Number of rollouts per question at the end; None for all n."""
+        """Number of rollouts per question at the end, chosen by scores; None where all n are kept, without any."""
         ...
 
     @property
@@ -61,8 +59,8 @@ class Search(Protocol):
             batch: questions, all with the same number of rollouts.
             sampler: how rollouts are made to differ.
             seed: of the run.
-            scorer: the loaded LatentRM, if the search is guided.
-            reduction: how step scores are reduced to the score of a prefix (`sum`, `mean` or `last`), if it is guided.
+            scorer: the loaded LatentRM, if there are `survivors`.
+            reduction: how step scores are reduced to the score of a prefix (`sum`, `mean` or `last`), with a scorer.
             answers: whether to decode answers; otherwise only latents are computed.
 
         Returns:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from latent_tts.errors import bad_value, check_fields
+from latent_tts.errors import bad_value, check_fields, require
 from latent_tts.random.philox import Stream, key_of, philox
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ class Beam:
     diverse: bool
 
     name: ClassVar[str] = "beam"
-    guided: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(
@@ -70,12 +69,10 @@ class Beam:
         """Check that the search works with n, the sampler and the scorer.
 
         Raises:
-            UsageError: there is no scorer or it needs answers, n is not beams * candidates, or the sampler gives all
-                continuations of a prefix the same latents.
+            UsageError: the scorer needs answers, n is not beams * candidates, or the sampler gives all continuations of
+                a prefix the same latents.
         """
-        if scorer is None:
-            raise bad_value("search", self.name, "needs a scorer, as in scorer=latent_rm")
-        if scorer.positions != "correct":
+        if scorer is not None and scorer.positions != "correct":
             raise bad_value(
                 "scorer.positions", scorer.positions, "must be correct: search=beam scores before there are answers"
             )
@@ -85,15 +82,19 @@ class Beam:
                 sampler.name,
                 "must make the continuations of a beam differ: gaussian, or dropout with thoughts in sampler.where",
             )
-        if getattr(sampler, "mask", "fresh") != "fresh":
-            raise bad_value(
-                "sampler.mask", "locked", "must be fresh: with locked masks all continuations of a beam are the same"
-            )
+        require(
+            "sampler.mask",
+            "locked",
+            getattr(sampler, "mask", "fresh") == "fresh",
+            "must be fresh: with locked masks all continuations of a beam are the same",
+        )
         product = self.beams * self.candidates
-        if product != n:
-            raise bad_value(
-                "n", n, f"must be search.beams * search.candidates = {self.beams} * {self.candidates} = {product}"
-            )
+        require(
+            "n",
+            n,
+            product == n,
+            f"must be search.beams * search.candidates = {self.beams} * {self.candidates} = {product}",
+        )
 
     def roll(
         self,
@@ -116,6 +117,9 @@ class Beam:
             scorer: the loaded LatentRM.
             reduction: how step scores are reduced to the score of a prefix: `sum`, `mean` or `last`.
             answers: whether the survivors decode their answers.
+
+        Raises:
+            RunError: a step score is not finite.
         """
         assert scorer is not None, "no scorer"
         assert reduction is not None, "no reduction"
@@ -123,6 +127,7 @@ class Beam:
         prompts = [job.prompt for job in batch]
         import torch
 
+        from latent_tts.engine.packing import require_finite
         from latent_tts.engine.rollout import RolloutState
         from latent_tts.engine.sites import SiteHooks
         from latent_tts.random.draw import Draw
@@ -141,12 +146,16 @@ class Beam:
             rollouts = RolloutState.start(engine, prompts, draw_of(lineages_QC), hooks)
             scores = scorer.open(prompts, n, latents)
             so_far_QCT = torch.full((len(prompts), n, latents), float("nan"), dtype=torch.float64, device=device)
+            finite_Q = torch.ones(len(prompts), dtype=torch.bool, device=device)
             for step in range(latents):
                 latent_RD = rollouts.advance()
                 step_score_QC = scorer.extend(scores, latent_RD[:, None]).view(len(prompts), n).to(device)
                 alive_QC = None if rollouts.thinking_R is None else rollouts.thinking_R.view(len(prompts), n)
+                finite_QC = step_score_QC.isfinite()
                 if alive_QC is not None:
+                    finite_QC |= ~alive_QC
                     step_score_QC = step_score_QC.masked_fill(~alive_QC, float("nan"))
+                finite_Q &= finite_QC.all(1)
                 so_far_QCT[..., step] = step_score_QC
                 rank_QC = prefix_scores(so_far_QCT, reduction)
                 if alive_QC is not None and step:
@@ -163,6 +172,9 @@ class Beam:
                 if not last:
                     scores = scores.fork(rows)
                     so_far_QCT = so_far_QCT.flatten(0, 1)[rows].view_as(so_far_QCT)
+            require_finite(
+                "step scores", finite_Q, [job.question_id for job in batch], scorer.backbone.dtype, "drawing rollouts"
+            )
             return rollouts.decode_answers() if answers else rollouts.without_answers()
 
     def _best(self, rank_QC: Tensor) -> Tensor:

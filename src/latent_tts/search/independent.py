@@ -23,7 +23,6 @@ class Independent:
     """Draws every rollout independently of the others."""
 
     name: ClassVar[str] = "independent"
-    guided: ClassVar[bool] = False
     survivors: ClassVar[int | None] = None
     rows_per_survivor: ClassVar[int] = 1
 
@@ -42,7 +41,6 @@ class Independent:
         answers: bool = True,
     ) -> Rollouts:
         """Draw the rollouts of a batch; see `Search.roll`."""
-        del scorer, reduction
         import torch
 
         from latent_tts.random.draw import Draw

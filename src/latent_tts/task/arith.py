@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import count, islice
 
-from latent_tts.errors import bad_value, check_fields
+from latent_tts.errors import check_fields, require
 from latent_tts.random.philox import Dice, Stream, key_of
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, text_digest
@@ -74,10 +74,13 @@ class Arith:
     def __post_init__(self) -> None:
         check_fields("task", self, split=SPLITS, limit="a positive integer, or null for the default")
         allowed = self._level.steps
-        if self.steps is not None and not (
-            isinstance(self.steps, list) and self.steps and all(step in allowed for step in self.steps)
-        ):
-            raise bad_value("task.steps", self.steps, f"must be a list of {list(allowed)} for task.split={self.split}")
+        require(
+            "task.steps",
+            self.steps,
+            self.steps is None
+            or bool(isinstance(self.steps, list) and self.steps and all(step in allowed for step in self.steps)),
+            f"must be a list of {list(allowed)} for task.split={self.split}",
+        )
 
     @property
     def _level(self) -> Level:

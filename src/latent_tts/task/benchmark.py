@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from latent_tts.errors import UsageError, bad_value, check_fields, hub_clients, require
+from latent_tts.errors import UsageError, check_fields, hub_clients, require
 from latent_tts.task.jsonl import Row, check_file, file_rows, is_file, read_questions
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question
@@ -130,8 +130,12 @@ class Benchmark:
         folder = os.environ.get(FOLDER_VARIABLE)
         if self.path is not None or not folder:
             return self.path
-        if not os.path.isdir(os.path.expanduser(folder)):
-            raise bad_value(FOLDER_VARIABLE, folder, "no such folder; it must be the folder with the evaluation files")
+        require(
+            FOLDER_VARIABLE,
+            folder,
+            bool(os.path.isdir(os.path.expanduser(folder))),
+            "no such folder; it must be the folder with the evaluation files",
+        )
         path = os.path.join(os.path.expanduser(folder), self._split.file)
         names = (path, f"{path}.gz", path.removesuffix("l"), f"{path.removesuffix('l')}.gz")
         return next((name for name in names if is_file(name)), None)

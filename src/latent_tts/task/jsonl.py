@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from latent_tts.errors import UsageError, bad_value, check_fields
+from latent_tts.errors import UsageError, bad_value, check_fields, require
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, text_digest
 
@@ -76,8 +76,9 @@ def check_file(path: object) -> None:
     Raises:
         UsageError: there is no such file.
     """
-    if not isinstance(path, str) or not is_file(path):
-        raise bad_value("task.path", path, "no such file; name one with task.path=FILE.jsonl")
+    require(
+        "task.path", path, isinstance(path, str) and is_file(path), "no such file; name one with task.path=FILE.jsonl"
+    )
 
 
 def is_file(path: str) -> bool:
@@ -103,8 +104,7 @@ def file_rows(path: str) -> Iterator[Row]:
                 text, number = file.readline(MAX_CHARACTERS + 1), number + 1
                 if not text:
                     return
-                if number > MAX_BLANK:
-                    raise bad_value("task.path", path, f"begins with more than {MAX_BLANK:,} blank lines")
+                require("task.path", path, number <= MAX_BLANK, f"begins with more than {MAX_BLANK:,} blank lines")
             blank = 0
             if text.lstrip().startswith("["):
                 yield from _list_rows(f"task.path={path}: row", file, text.lstrip()[1:])

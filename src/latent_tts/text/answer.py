@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from latent_tts.errors import bad_value, check_fields, require
+from latent_tts.errors import check_fields, require
 from latent_tts.text import latex
 from latent_tts.text.guard import Guard
 from latent_tts.text.number import MAX_LENGTH, canonical_number, close, tidy
@@ -41,8 +41,12 @@ class AnswerRule:
     def __post_init__(self) -> None:
         require("task.answer", self.name, self.name in RULES, f"must be one of {', '.join(RULES)}")
         check_fields("task", self, tolerance="a finite number, 0 or more, or null for exact")
-        if self.tolerance is not None and self.name != "decimal":
-            raise bad_value("task.tolerance", self.tolerance, "must be null: it applies only to task.answer=decimal")
+        require(
+            "task.tolerance",
+            self.tolerance,
+            self.tolerance is None or self.name == "decimal",
+            "must be null: it applies only to task.answer=decimal",
+        )
 
     @property
     def allowed(self) -> str:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from latent_tts.errors import bad_value
+from latent_tts.errors import require
 
 
 @contextmanager
@@ -43,8 +43,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         UsageError: it has none that transformers knows.
     """
     blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not blocks:
-        raise bad_value("optimization.gradient_checkpointing", True, "must be false: this model has no blocks for it")
+    require("optimization.gradient_checkpointing", True, bool(blocks), "must be false: this model has no blocks for it")
     return blocks
 
 

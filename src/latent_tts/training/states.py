@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import bad_value
-from latent_tts.results.files import file_digest, launch_rank, whole_file
+from latent_tts.errors import bad_value, is_whole, require
+from latent_tts.results.files import launch_rank, whole_file
+from latent_tts.types import file_digest
 
 SETTINGS, STATES, FINISHED = "settings.json", "states", "checkpoint"
 DIGESTS = "digests.json"  # of a state's files
@@ -32,13 +33,16 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
     if path.is_file():
         try:
             found = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise bad_value("output", output, f"{SETTINGS} cannot be read ({error})") from error
+        require("output", output, isinstance(found, dict), f"{SETTINGS} holds no settings")
         for key in [*wanted, *found]:
-            if found.get(key) != wanted.get(key):
-                raise bad_value(
-                    "output", output, f"contains a run with another {key}; choose another folder or remove this one"
-                )
+            require(
+                "output",
+                output,
+                found.get(key) == wanted.get(key),
+                f"contains a run with another {key}; choose another folder or remove this one",
+            )
         return
     output.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
@@ -48,9 +52,10 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
 def read_state(folder: Path) -> dict[str, Any]:
     """The `trainer_state.json` of a saved state; empty if the state is incomplete, since this file is written last."""
     try:
-        return json.loads((folder / "trainer_state.json").read_text())
-    except (OSError, ValueError):
+        state = json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return state if isinstance(state, dict) and is_whole(state.get("global_step")) else {}
 
 
 def last_state(states: Path) -> Path | None:
@@ -62,7 +67,8 @@ def last_state(states: Path) -> Path | None:
 def write_digests(state: Path) -> None:
     """Write the digests of a state's files beside them, as the last of its files."""
     # each process of a launch writes its own rng_state_RANK.pth, maybe later
-    names = sorted(path.name for path in state.iterdir() if path.is_file() and not path.name.startswith("rng_state_"))
+    own = (path.name for path in state.iterdir() if path.is_file() and path.name != DIGESTS)
+    names = sorted(name for name in own if not name.startswith("rng_state_"))
     with whole_file(state / DIGESTS) as partial:
         partial.write_text(json.dumps({name: file_digest(state / name) for name in names}, indent=1) + "\n")
 
@@ -97,5 +103,5 @@ def _is_damaged(state: Path) -> bool:
         return False
     try:
         return any(file_digest(state / name) != digest for name, digest in json.loads(path.read_text()).items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return True

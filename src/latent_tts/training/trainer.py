@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -26,10 +28,15 @@ from transformers.utils import logging as transformers_logging
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.loading import compute_exactly
 from latent_tts.engine.device import resolve_device
-from latent_tts.errors import RunError, bad_value
+from latent_tts.errors import RunError, UsageError, bad_value
 from latent_tts.training.optimization import Optimization
 from latent_tts.training.states import clean_states, last_state, write_digests
 
+# what reading a state that is none raises
+UNREADABLE = (
+    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, OSError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
 log = logging.getLogger(__name__)
 Report = Callable[[int, Mapping[str, float]], None]  # report(updates_done, figures), called after every update
 
@@ -154,7 +161,7 @@ class ResumableTrainer(Trainer):
         writer = SummaryWriter(str(states / "tensorboard")) if self.is_world_process_zero() else None
         board = TensorBoardCallback(writer)
         self.add_callback(board)
-        with self.updates.deferring_ctrl_c():
+        with self.updates.deferring_ctrl_c(), self._naming(last):
             self.train(resume_from_checkpoint=str(last) if last else None)
         self.remove_callback(board)
         if self.updates.interrupted:
@@ -162,6 +169,19 @@ class ResumableTrainer(Trainer):
             raise KeyboardInterrupt(
                 f"the state after update {update} of {total} is saved in {states}; re-run the command to resume"
             )
+
+    @contextmanager
+    def _naming(self, state: Path | None) -> Iterator[None]:
+        """Name the state that is resumed from in the error if it cannot be read."""
+        try:
+            yield
+        except UNREADABLE as error:
+            if state is None or self.updates.begun or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UsageError(
+                f"{state}: cannot be resumed from ({type(error).__name__}: {' '.join(str(error).split())[:100]})\n"
+                "remove it to resume from an earlier state or anew"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the trained weights; tied weights only once, as safetensors requires."""
@@ -195,6 +215,8 @@ def load_parameters(model: nn.Module, state: Path) -> None:
     weights = load_file(state / files.WEIGHTS)
     with torch.no_grad():
         for name, value in trained_parameters(model):
+            if weights[name].shape != value.shape:
+                raise ValueError(f"{name} is {list(weights[name].shape)}, must be {list(value.shape)}")
             value.copy_(weights[name])
 
 
@@ -203,10 +225,11 @@ class _UpdateCallback(TrainerCallback):
 
     Attributes:
         interrupted: whether Ctrl-C was pressed.
+        begun: whether an update has begun.
     """
 
     def __init__(self, trainer: ResumableTrainer, report: Report) -> None:
-        self.trainer, self.report, self.interrupted = trainer, report, False
+        self.trainer, self.report, self.interrupted, self.begun = trainer, report, False, False
         self.logged: dict[str, float] = {}
 
     @contextmanager
@@ -229,6 +252,9 @@ class _UpdateCallback(TrainerCallback):
             yield
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         self.logged |= logs or {}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-COPIED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+COPIED = ("generation_config.json", "special_tokens_map.json", *checkpoint.BESIDE_TOKENIZER)
 
 
 def convert_checkpoint(
@@ -51,8 +51,7 @@ def convert_checkpoint(
     own = scores or (src.is_dir() and joining.is_adapter(src))
     whole = src.is_dir() and (peft.is_adapter(src) or peft.is_pccot(src))
     beside, pickles = (src, {}) if own or whole else find_weights(src)
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise bad_value("dst", dst, "must be a new or empty folder")
+    require("dst", dst, not dst.exists() or (dst.is_dir() and not any(dst.iterdir())), "must be a new or empty folder")
     if own:  # of `train-reasoner` or `train-rm`
         given = {"tokenizer": tokenizer, "config": config, "base": base, "latents": latents}
         for key, value in given.items():
@@ -83,8 +82,7 @@ def convert_checkpoint(
         state = loading.read_pickles(pickles) if pickles else loading.load_tensors(beside, "")
         state = layouts.unwrap(state)
         family = checkpoint.training_layout(state)
-        if family is None and not pickles:
-            raise bad_value("src", src, "is already in the layout that `ltts run` reads")
+        require("src", src, family is not None or bool(pickles), "is already in the layout that `ltts run` reads")
         tensors, settings = convert(state, settings, words, family, lora_alpha)
     if latents is not None:
         settings["latent_tts"] = {**settings.get("latent_tts", {}), "latents": latents}

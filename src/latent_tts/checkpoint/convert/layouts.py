@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,10 +75,12 @@ def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> Backbone:
     tensors, rest = _below("codi.", state)
     tensors = merge_lora({name.removeprefix("base_model.model."): value for name, value in tensors.items()}, alpha)
     projector, rest = _below("prj.", rest)
-    if set(projector) != set(PROJECTOR):
-        raise bad_value(
-            "src", "prj.*", f"the projector has the tensors {sorted(projector)}; expected {sorted(PROJECTOR)}"
-        )
+    require(
+        "src",
+        "prj.*",
+        set(projector) == set(PROJECTOR),
+        f"the projector has the tensors {sorted(projector)}; expected {sorted(PROJECTOR)}",
+    )
     tensors |= {PROJECTOR[name]: value for name, value in projector.items()}
     return Backbone(tensors, _parts(rest))
 
@@ -100,10 +102,12 @@ def merge_lora(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
             left -= {down, up}
             delta = state[up].float() @ state[down].float() * (alpha / state[down].shape[0])
             delta = delta.T if module.endswith(TRANSPOSED) else delta
-            if delta.shape != weight.shape:
-                raise bad_value(
-                    "src", down, f"its product has the shape {list(delta.shape)}; {name} has {list(weight.shape)}"
-                )
+            require(
+                "src",
+                down,
+                delta.shape == weight.shape,
+                f"its product has the shape {list(delta.shape)}; {name} has {list(weight.shape)}",
+            )
             weight = weight.float() + delta
         merged[name.replace(".base_layer.", ".")] = weight
     if left:
@@ -142,14 +146,15 @@ def deduplicate_embeddings(backbone: Backbone, *, tied: bool) -> dict[str, Tenso
     elif HEAD not in tensors:
         raise bad_value("src", HEAD, "missing, and the config does not tie it to the input embedding")
     present = {name: value for name, value in copies.items() if value is not None}
-    if not present:
-        raise bad_value("src", place, "missing: the file contains no input embedding")
+    require("src", place, bool(present), "missing: the file contains no input embedding")
     first, *others = present
     for name in others:
-        if not present[first].equal(present[name]):
-            raise bad_value(
-                "src", name, f"differs from {first}, although the config ties them; check tie_word_embeddings"
-            )
+        require(
+            "src",
+            name,
+            present[first].equal(present[name]),
+            f"differs from {first}, although the config ties them; check tie_word_embeddings",
+        )
     return {**tensors, place: present[first]}
 
 

@@ -47,12 +47,20 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
     """
     from latent_tts.checkpoint import loading
 
-    if find_spec("peft") is None:
-        raise bad_value("src", folder, "a LoRA adapter needs PEFT, which is not installed: pip install peft")
+    require(
+        "src",
+        folder,
+        find_spec("peft") is not None,
+        "a LoRA adapter needs PEFT, which is not installed: pip install peft",
+    )
     settings = checkpoint.read_json(folder, checkpoint.ADAPTER, key="src")
     for name in ("megatron_config", "megatron_core"):  # PEFT imports the module that they name
-        if settings.get(name) not in (None, "megatron.core"):
-            raise bad_value("src", folder, f"{checkpoint.ADAPTER} has {name}, which is not supported")
+        require(
+            "src",
+            folder,
+            settings.get(name) in (None, "megatron.core"),
+            f"{checkpoint.ADAPTER} has {name}, which is not supported",
+        )
     require("src", folder, (folder / WEIGHTS).is_file(), f"lacks {WEIGHTS}")
     checkpoint.tensor_shapes(folder / WEIGHTS, key="src")
     own = settings.get("base_model_name_or_path")
@@ -128,8 +136,12 @@ def check_projection(folder: Path, tensors: Iterable[str]) -> None:
         UsageError: they do not.
     """
     wanted = checkpoint.read_json(folder, "config.json", key="src").get("use_projection")
-    if wanted and not any(name.startswith("prj.") for name in tensors):
-        raise bad_value("src", folder, "config.json has use_projection=true, but there are no weights prj.*")
+    require(
+        "src",
+        folder,
+        not wanted or any(name.startswith("prj.") for name in tensors),
+        "config.json has use_projection=true, but there are no weights prj.*",
+    )
 
 
 def rename_latent_tokens(

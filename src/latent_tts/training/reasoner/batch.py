@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import bad_value
+from latent_tts.errors import require
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.training.reasoner.curriculum import Stage, step_results, written_text
 from latent_tts.types import Question
@@ -76,12 +76,14 @@ class TokenBudget:
             UsageError: it has not.
         """
         needed = self.parts * sum(self.lengths(question))
-        if needed > self.tokens:
-            raise bad_value(
-                "optimization.batch_tokens", self.tokens, f"must be {needed} or more: question {question.quoted} with "
-                f"its steps and latents has {needed // self.parts} tokens, and an update has {self.parts} "
-                "micro-batches",
-            )  # fmt: skip
+        require(
+            "optimization.batch_tokens",
+            self.tokens,
+            needed <= self.tokens,
+            f"must be {needed} or more: question {question.quoted} with "
+            f"its steps and latents has {needed // self.parts} tokens, and an update has {self.parts} "
+            "micro-batches",
+        )
 
     def _cut(self, pool: list[Question], *, longest_first: bool) -> tuple[list[list[Question]], list[Question]]:
         """The batches of a pool, and the questions that are left."""

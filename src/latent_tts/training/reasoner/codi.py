@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from latent_tts.checkpoint import loading
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.modules import codi_projector
-from latent_tts.errors import bad_value
+from latent_tts.errors import require
 from latent_tts.model.codi import PROJECTOR
 from latent_tts.training.reasoner.batch import (
     Sequences,
@@ -49,10 +49,12 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
     torch.manual_seed(seed)
     projector = codi_projector(width, inner)
     if identity:
-        if inner < 2 * width:
-            raise bad_value(
-                "recipe.projector_hidden", inner, f"must be {2 * width} or more for projector_init=identity"
-            )
+        require(
+            "recipe.projector_hidden",
+            inner,
+            inner >= 2 * width,
+            f"must be {2 * width} or more for projector_init=identity",
+        )
         with torch.no_grad():  # any tokens: after the final norm all hidden states have about the same norm
             hidden_1SD = lm.base_model(torch.arange(SAMPLE_TOKENS)[None]).last_hidden_state
         set_identity(projector, width, float(hidden_1SD.std()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from latent_tts.errors import bad_value, check_fields
+from latent_tts.errors import bad_value, check_fields, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,12 +38,18 @@ class Lora:
         kinds = {"rank": "a positive integer", "alpha": "a positive number", "dropout": "a number in [0, 1)"}
         check_fields("lora", self, **kinds)
         names = self.targets
-        if names is not None and not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-            raise bad_value(
-                "lora.targets", names, "must be a list of names of layers, as in [q_proj,v_proj], or null for all"
-            )
-        if find_spec("peft") is None:
-            raise bad_value("lora.rank", self.rank, "peft is not installed: pip install '.[convert]' in the clone")
+        require(
+            "lora.targets",
+            names,
+            names is None or bool(isinstance(names, list) and names and all(isinstance(n, str) for n in names)),
+            "must be a list of names of layers, as in [q_proj,v_proj], or null for all",
+        )
+        require(
+            "lora.rank",
+            self.rank,
+            find_spec("peft") is not None,
+            "peft is not installed: pip install '.[convert]' in the clone",
+        )
 
     def attach(self, lm: PreTrainedModel, tokens: Sequence[int]) -> Any:
         """Put the adapter into a causal LM, in place; only it and the rows of `tokens` are trained.

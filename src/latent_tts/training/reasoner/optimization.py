@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from latent_tts.errors import bad_value, check_fields
+from latent_tts.errors import check_fields, require
 from latent_tts.training.optimization import Optimization
 
 
@@ -39,8 +39,12 @@ class ReasonerOptimization(Optimization):
             "optimization", self, cosine_updates="a positive integer", warmup="a positive integer",
             bf16="true or false", batch_tokens="a positive integer, or null", minutes="a positive number, or null",
         )  # fmt: skip
-        if self.follow is not None and (self.minutes is not None or not isinstance(self.follow, str)):
-            raise bad_value("optimization.follow", self.follow, "must be a file, with optimization.minutes=null")
+        require(
+            "optimization.follow",
+            self.follow,
+            self.follow is None or (self.minutes is None and isinstance(self.follow, str)),
+            "must be a file, with optimization.minutes=null",
+        )
 
     def lr_at(self, update: float) -> float:
         """The learning rate of update number `update`, from 0; between two updates where the clock decides."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import RunError, bad_value
-from latent_tts.results.files import whole_file
+from latent_tts.errors import RunError, is_number, require
+from latent_tts.results.files import settings_digest, whole_file
 
 log = logging.getLogger(__name__)
 LOG = "updates.jsonl"
@@ -59,6 +59,10 @@ class Pace:
 
     def log(self, update: int, figures: dict[str, Any]) -> None:
         """An update is over."""
+
+    def known(self) -> int:
+        """How many updates it knows the places of; no state of more can be resumed from."""
+        return self.limit
 
     def resume(self, done: int) -> None:
         """A run goes on after this many updates."""
@@ -165,9 +169,13 @@ class Timed(Pace):
 
     def log(self, update: int, figures: dict[str, Any]) -> None:
         """Append an update to the log."""
+        row = {"update": update, "place": self.places[update], "seconds": self.seconds[update], **figures}
         with self.path.open("a") as file:
-            file.write(json.dumps({"update": update, "place": self.places[update],
-                                   "seconds": self.seconds[update], **figures}) + "\n")  # fmt: skip
+            file.write(json.dumps(row | {"digest": settings_digest(row)}) + "\n")
+
+    def known(self) -> int:
+        """The updates in the log that are whole."""
+        return len(read_log(self.path))
 
     def resume(self, done: int) -> None:
         """Take the updates of the saved state from the log; drop later ones."""
@@ -202,17 +210,24 @@ class Timed(Pace):
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log, up to one that was cut off."""
+    """The rows of a log, up to one that was cut off or is damaged."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(row, dict) or not {"place", "seconds", "update"} <= row.keys() or row["update"] != len(rows):
+        if not isinstance(row, dict) or row.get("update") != len(rows) or not _is_whole(row):
             break
         rows.append(row)
     return rows
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row has its numbers, and is what its digest was made of; earlier versions wrote none."""
+    written = {name: value for name, value in row.items() if name != "digest"}
+    numbers = all(is_number(row.get(name)) and row[name] >= 0 for name in ("place", "seconds"))
+    return numbers and row.get("digest") in (None, settings_digest(written))
 
 
 def pace_of(updates: int, minutes: float | None, follow: str | None, states: Path, share: float = 1.0) -> Pace:
@@ -229,12 +244,16 @@ def pace_of(updates: int, minutes: float | None, follow: str | None, states: Pat
         UsageError: there is no such log.
     """
     if follow is not None:
-        rows = read_log(Path(follow).expanduser())
-        if not rows:
-            raise bad_value("optimization.follow", follow, f"no log of a run by the clock ({LOG} in its states)")
-        if rows[-1]["place"] > updates:
-            raise bad_value(
-                "optimization.follow", follow, f"the log of a longer recipe: this one has {updates} updates"
-            )
+        path = Path(follow).expanduser()
+        rows = read_log(path)
+        require("optimization.follow", follow, bool(rows), f"no log of a run by the clock ({LOG} in its states)")
+        whole = len(rows) == len(path.read_bytes().splitlines())
+        require("optimization.follow", follow, whole, f"is damaged in line {len(rows) + 1}")
+        require(
+            "optimization.follow",
+            follow,
+            rows[-1]["place"] <= updates,
+            f"the log of a longer recipe: this one has {updates} updates",
+        )
         return Followed(updates, [row["place"] for row in rows], [row.get("validated", True) for row in rows])
     return Pace(updates) if minutes is None else Timed(updates, minutes, states / LOG, share)

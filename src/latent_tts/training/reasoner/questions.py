@@ -17,7 +17,7 @@ from importlib.resources import files
 from itertools import count
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import UsageError, require
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task import Task, require_gold
 from latent_tts.task.arith import Arith, is_problem, split_of
@@ -113,17 +113,18 @@ def usable(questions: Sequence[Question], task: Task, *, step_results: bool) -> 
                 task.name, len(left_out), len(questions), why, left_out[0].quoted,
             )  # fmt: skip
     kept = [question for question, place in known.items() if not place and question.steps]
-    if not kept:
-        raise bad_value("task", task.name, "training needs written steps, and no question of it has any")
+    require("task", task.name, bool(kept), "training needs written steps, and no question of it has any")
     for question in kept:
         for number, step in enumerate(question.steps, start=1):
             if not step.strip():
                 raise UsageError(f"task={task.name}: question {question.quoted}: step {number} is empty")
-            if step_results and not re.search(r"=[^=]*\d[^=]*$", step):
-                raise bad_value(
-                    "recipe.step_loss", "above 0", f"must be 0: step {number} of question {question.quoted} names no "
-                    f"result, as <<48/2=24>> does: {step[:SHOWN]!r}",
-                )  # fmt: skip
+            require(
+                "recipe.step_loss",
+                "above 0",
+                not step_results or bool(re.search(r"=[^=]*\d[^=]*$", step)),
+                f"must be 0: step {number} of question {question.quoted} names no "
+                f"result, as <<48/2=24>> does: {step[:SHOWN]!r}",
+            )
     return kept
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files
-from latent_tts.errors import check_fields
+from latent_tts.errors import bad_value, check_fields
+from latent_tts.results.files import settings_digest
 from latent_tts.text.answer import AnswerRule
-from latent_tts.types import Question, Reasoner
+from latent_tts.types import Question, Reasoner, file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,13 +135,39 @@ def keep_if_best(states: Path, weights: Mapping[str, Tensor], update: int, figur
         return False
     with files.whole_folder(folder) as partial:
         save_file(dict(weights), partial / files.WEIGHTS)
-        (partial / RECORD).write_text(json.dumps({"update": update, "score": score, "figures": figures}) + "\n")
+        record = {"update": update, "score": score, "figures": figures, "weights": file_digest(partial / files.WEIGHTS)}
+        (partial / RECORD).write_text(json.dumps(record | {"digest": settings_digest(record)}) + "\n")
     return True
 
 
 def read_best(states: Path) -> dict[str, Any] | None:
-    """The record of the best weights so far; None if there are none."""
-    try:
-        return json.loads((states / BEST / RECORD).read_text())
-    except (OSError, ValueError):
+    """The record of the best weights so far; None if there are none.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    path = states / BEST / RECORD
+    if not path.is_file():
         return None
+    record = None
+    try:
+        record = json.loads(path.read_text())
+        whole = record.pop("digest", None) in (None, settings_digest(record))  # earlier versions wrote none
+    except (OSError, ValueError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise bad_value("output", path, "is damaged; train in another folder")
+    return record
+
+
+def best_weights(states: Path) -> Path:
+    """The folder of the best weights.
+
+    Raises:
+        UsageError: they are missing or damaged.
+    """
+    record, path = read_best(states), states / BEST / files.WEIGHTS
+    digest = file_digest(path) if path.is_file() else None
+    if record is None or digest != record.get("weights", digest):
+        raise bad_value("output", path, "is missing or damaged; train in another folder")
+    return states / BEST

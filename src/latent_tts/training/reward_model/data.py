@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from latent_tts.engine.cost import Shape
-from latent_tts.errors import UsageError, bad_value
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.model import ModelAdapter
 from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.results.files import settings_digest
@@ -41,14 +41,15 @@ class MixedQuestions:
         self.rows = [row for row in rows if row["kept"] and 0 < row["share_correct"] < 1]
         shares = [row["share_correct"] for row in rows]
         self.unmixed = None if folder.official else {"all_correct": shares.count(1.0), "all_wrong": shares.count(0.0)}
-        if max((row["rollouts"] for row in rows), default=2) == 1:
-            raise bad_value(
-                key,
-                folder.path,
-                "has one rollout per question; a LatentRM learns by comparing several (annotate with n=2 or more)",
-            )
-        if not self.rows:
-            raise bad_value(key, folder.path, f"none of its {len(rows)} questions has both right and wrong rollouts")
+        require(
+            key,
+            folder.path,
+            max((row["rollouts"] for row in rows), default=2) != 1,
+            "has one rollout per question; a LatentRM learns by comparing several (annotate with n=2 or more)",
+        )
+        require(
+            key, folder.path, bool(self.rows), f"none of its {len(rows)} questions has both right and wrong rollouts"
+        )
         self.folder, self.latent_id = folder, latent_id
         # official texts are padded on the left; in ours, a prompt may begin with the end token
         self.pad_id = adapter.eos_id if folder.official else None
@@ -89,12 +90,13 @@ class MixedQuestions:
         }
 
 
-def open_questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestions:
+def open_questions(path: Path, adapter: ModelAdapter, named: Mapping[str, Any], key: str) -> MixedQuestions:
     """Open the usable questions of an annotation folder; logs how many were dropped.
 
     Args:
         path: the folder.
         adapter: that of the reasoner for which LatentRM is trained.
+        named: what its rollouts depend on besides the weights, by the names of the model's options.
         key: config key of the folder, for errors.
 
     Raises:
@@ -110,16 +112,16 @@ def open_questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestion
         raise bad_value(
             key, path, f"annotated with the reasoner {of}; model.checkpoint is {adapter.name} ({adapter.digest})"
         )
-    found = folder.settings.get("latents", adapter.latents)
-    if found != adapter.latents:
-        raise bad_value(key, path, f"its rollouts were made with model.latents={found}, not {adapter.latents}; name it")
+    made = folder.settings | folder.settings.get("fields", {})
+    for name in (name for name in named if name in made):
+        wrong = f"its rollouts were made with model.{name}={made[name]}, not {named[name]}; name it"
+        require(key, path, made[name] == named[name], wrong)
     if not folder.complete:
         log.warning(
             "%s=%s: incomplete, because `ltts annotate` has not finished; the finished questions are used", key, path
         )
     latent_id = folder.settings.get("latent_id", getattr(adapter, "latent_id", None))
-    if latent_id is None:
-        raise bad_value(key, path, f"neither its settings nor model={adapter.name} has a latent_id")
+    require(key, path, latent_id is not None, f"neither its settings nor model={adapter.name} has a latent_id")
     folder.width = Shape.from_config(adapter.sizes).width
     mixed = MixedQuestions(folder, adapter, latent_id, key)
     if mixed.unmixed is None:
