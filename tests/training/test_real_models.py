@@ -176,6 +176,7 @@ def test_the_engine_validates_the_joined_weights_and_the_best_become_the_checkpo
     monkeypatch.setattr(Validation, "measure", scored)
     whole = train(*LORA, "validation.every=1", "validation.rollouts=3", "validation.max_answer_tokens=4", updates=5)
     assert whole.code == 0, whole.err
+    assert "weights of update 4 of 5; on valid: greedy accuracy 1.000, coverage at 3 0.000" in whole.err
     assert [latents for latents, _ in seen] == [0, 1, 2, 2, 2]
     record = json.loads((place / "out" / "states" / "best" / "best.json").read_text())
     assert record["update"] == 4
@@ -185,6 +186,12 @@ def test_the_engine_validates_the_joined_weights_and_the_best_become_the_checkpo
     assert written[f"base_model.model.{name}.weight"].equal(best[f"lm.{name}.default.weight"].bfloat16())
     state = json.loads((last_state(place / "out" / "states") / "trainer_state.json").read_text())
     assert any("eval_coverage_at_3" in entry for entry in state["log_history"])
+
+
+def test_the_last_stage_of_a_validated_training_may_have_no_updates(train):
+    done = train(*LORA, "validation.every=1", "validation.rollouts=3", "validation.max_answer_tokens=4", updates=2)
+    assert done.code == 0, done.err
+    assert "weights of update 2 of 2; on valid: greedy accuracy" in done.err
 
 
 def test_a_stream_has_no_vocabulary_of_its_own(ltts, place):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -117,6 +118,12 @@ class CheckpointAdapter:
         trained = self._trained_latents
         if trained is not None and trained != self.latents:
             log.warning("model.latents=%d: %s was trained with %d", self.latents, self.checkpoint, trained)
+
+    @cached_property
+    def latent_weights(self) -> int:
+        """Matrix entries of the family's own tensors."""
+        shapes, prefixes = files.weight_shapes(self.folder), tuple(files.FAMILIES)
+        return sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefixes) and len(shape) == 2)
 
     @property
     def has_spread(self) -> bool:

@@ -46,7 +46,7 @@ FETCHED = {"SmolLM2-135M-Instruct.Q4_1.gguf": "make smollm2"}
 # How llama.cpp splits texts before merging: what it names, and whether each digit stands alone. transformers reads
 # merges and vocabulary, not this. Source: `llm_tokenizer_bpe` of llama.cpp's src/llama-vocab.cpp.
 SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
-AS_TRANSFORMERS = {"default", "gpt-2", "qwen2"}
+AS_TRANSFORMERS = {"default", "gpt-2", "qwen2", "llama-bpe"}
 
 
 def models_folder() -> Path:

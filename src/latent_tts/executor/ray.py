@@ -26,7 +26,8 @@ from latent_tts.executor import Finished, Work, Worker
 log = logging.getLogger(__name__)
 CORES_PER_WORKER, MIN_WORKERS = 4, 2
 SECONDS_TO_ANSWER = 3.0  # of a cluster's address
-SECONDS_TO_PLACE = 300  # all workers; their processes may have to load a slow disk's libraries
+SECONDS_TO_PLACE = 300  # the first worker; its process may have to load a slow disk's libraries
+SECONDS_FOR_OTHERS = 60  # at least; otherwise as long again as the first one took
 RAY_STEPS, TINY = 10_000, 1e-6  # Ray counts resources in ten-thousandths
 MIN_STORE_BYTES, MAX_STORE_BYTES = 1 << 27, 1 << 31  # of what workers have sent and the driver has not yet written
 SHARDS = ("measured", "fixed")
@@ -270,7 +271,8 @@ def _connect(address: str | None) -> None:
             ray.init(address=address, **common)
             return
         store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
-        ray.init(num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
+        # without `local` it would be the cluster of this machine, or of RAY_ADDRESS
+        ray.init(address="local", num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
         _end_with([each for each in psutil.Process().children() if each.name() in NODE])
     except Exception as error:  # of any class: a node that is slow to start is a plain Exception
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
@@ -364,15 +366,21 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
         max_task_retries=executor.max_task_retries,
     )
     actors = [kind.remote(plan.threads) for _ in range(plan.workers)]
-    signs = [actor.is_placed.remote() for actor in actors]
-    placed, missing = ray.wait(signs, num_returns=len(signs), timeout=SECONDS_TO_PLACE)
-    if missing:
-        for actor in actors:
+    signs, began = [actor.is_placed.remote() for actor in actors], time.monotonic()
+    placed, missing = ray.wait(signs, num_returns=1, timeout=SECONDS_TO_PLACE)
+    if placed and missing:
+        seconds = max(SECONDS_FOR_OTHERS, time.monotonic() - began)
+        placed, missing = ray.wait(signs, num_returns=len(signs), timeout=seconds)
+    for actor, sign in zip(actors, signs, strict=True):
+        if sign in missing:
             ray.kill(actor)
-        allowed = f"only {len(placed)} of {len(signs)} workers started in {SECONDS_TO_PLACE} s: the rest of the "
-        allowed += f"cluster is in use; each worker takes {plan.cores:g} cores and {plan.gpus:g} GPUs"
+    each = f"each takes {plan.cores:g} cores and {plan.gpus:g} GPUs, and the rest of the cluster is in use"
+    if not placed:
+        allowed = f"no worker started in {SECONDS_TO_PLACE} s: {each}"
         raise bad_value("executor.workers", executor.workers, allowed)
-    return actors
+    if missing:
+        log.warning("executor=ray goes on with %d of %d workers: %s", len(placed), len(signs), each)
+    return [actor for actor, sign in zip(actors, signs, strict=True) if sign in placed]
 
 
 def _in_one_line(error: Exception) -> str:

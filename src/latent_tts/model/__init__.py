@@ -81,6 +81,11 @@ class ModelAdapter(AnswerFormat, Protocol):
         ...
 
     @property
+    def latent_weights(self) -> int:
+        """Matrix entries that a hidden state goes through to become a latent; 0 where it is one as it is."""
+        ...
+
+    @property
     def own_schedule(self) -> Schedule | None:
         """The schedule that is part of the model; None if the user chooses one."""
 

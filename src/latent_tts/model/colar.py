@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import TYPE_CHECKING
 
 from latent_tts.checkpoint import files
@@ -76,6 +77,12 @@ class Colar(CheckpointAdapter):
     def has_spread(self) -> bool:  # type: ignore[override]
         """Whether the latent head has a `log_std` beside its `mean`."""
         return f"{HEAD}log_std.weight" in files.weight_shapes(self.folder)
+
+    @cached_property
+    def latent_weights(self) -> int:
+        """Matrix entries of the head without `log_std`, which only `sampler=native` runs."""
+        spread = files.weight_shapes(self.folder)[f"{HEAD}log_std.weight"] if self.has_spread else [0]
+        return super().latent_weights - prod(spread)
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check that the latent head is complete and has the width of the backbone.

@@ -182,7 +182,8 @@ class RunSpec(RunRequest):
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
         looked_at = None if self.schedule.early_exit is None else len(exit_ids(adapter, self.schedule))
         phases = self.sampler.random_phases
-        return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at)
+        made = adapter.latent_weights
+        return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at, made)
 
     @property
     def longest_sequence(self) -> int:

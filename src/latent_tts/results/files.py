@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_PARTS = 2.0
 LOCK = ".lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+NO_SYNC = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of network file systems, often for folders
 FORMULA = re.compile("'*[=+\\-@\t\r]")
 log = logging.getLogger(__name__)
 _held: set[Path] = set()  # folders that this process holds
+_unsynced: set[int] = set()  # file systems of which it was said that they cannot flush
 
 
 T = TypeVar("T")
@@ -66,8 +68,11 @@ def whole_file(path: Path, *, add_digest: bool = False) -> Iterator[Path]:
     try:
         yield partial
         _sync(partial)
-        os.replace(partial, path.with_stem(f"{path.stem}-{file_digest(partial)}") if add_digest else path)
+        _rename(partial, path.with_stem(f"{path.stem}-{file_digest(partial)}") if add_digest else path)
         _sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path.parent if add_digest else path)  # Arrow's errors name no file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -116,18 +121,19 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
         allowed = f"process {_holder(folder / LOCK)} writes there; choose another folder, or wait until it has ended"
         raise bad_value(key, folder, allowed) from error
     except OSError as error:
-        if error.errno in NO_LOCKS:
-            log.warning("%s: its file system has no locks, so make sure that no other process writes there", folder)
-            yield
-            return
-        raise bad_value(key, folder, f"cannot be written to ({error.strerror})") from error
+        if error.errno not in NO_LOCKS:
+            raise bad_value(key, folder, f"cannot be written to ({error.strerror})") from error
+        log.warning("%s: its file system has no locks, so make sure that no other process writes there", folder)
+        descriptor = None
     _held.add(place)
     try:
         yield
     finally:
         _held.remove(place)
-        (place / LOCK).unlink(missing_ok=True)
-        os.close(descriptor)
+        with suppress(OSError):  # the work is done
+            (place / LOCK).unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
         for path in made:  # whatever was refused leaves nothing behind
             with suppress(OSError):
                 path.rmdir()
@@ -166,11 +172,28 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
+def _rename(partial: Path, path: Path) -> None:
+    number = partial.stat().st_ino
+    try:
+        os.replace(partial, path)
+    except FileNotFoundError:
+        # a network file system that sends a request twice says so of the second one
+        if not path.exists() or path.stat().st_ino != number:
+            raise
+
+
 def _sync(path: Path) -> None:
-    """Make the disk hold what a file or a folder holds."""
+    """Make the disk hold what a file or a folder holds, where the file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        system = os.fstat(descriptor).st_dev
+        if system not in _unsynced:
+            _unsynced.add(system)
+            log.warning("%s: its file system cannot flush files, so a power cut may damage the last ones", path.parent)
     finally:
         os.close(descriptor)
 
