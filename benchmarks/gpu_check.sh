@@ -82,7 +82,8 @@ fi
 started=$SECONDS
 echo "== tests"
 if [ "$device" = cuda ]; then
-    timeout -s INT 110 "$python" -m pytest -q -p no:cacheprovider -n 8 -m gpu tests 2>&1 | tail -25
+    timeout -s INT 110 "$python" -m pytest -q -p no:cacheprovider -n 8 -m gpu \
+        $(grep -rl --include='test_*.py' 'mark\.gpu' tests) 2>&1 | tail -25
 else
     timeout -s INT 110 "$python" -m pytest -q -p no:cacheprovider -n 0 tests/engine/test_graphs.py 2>&1 | tail -25
 fi
