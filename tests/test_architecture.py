@@ -195,7 +195,8 @@ def test_tests_lie_in_the_same_rooms_as_the_code():
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders <= rooms | {"helpers", "golden", "parity"}
     loose = {path.stem for path in (ROOT / "tests").glob("*.py")}
-    assert loose == {"conftest", "test_architecture", "test_benchmarks", "test_errors", "test_wheel"}
+    about = {"architecture", "benchmarks", "errors", "experiments", "wheel"}
+    assert loose == {"conftest", *(f"test_{what}" for what in about)}
 
 
 def test_tests_share_code_through_helpers_alone():

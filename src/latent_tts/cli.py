@@ -50,6 +50,7 @@ RESUMABLE = (
 )  # the others keep nothing of what they began
 MAX_LINES = 4
 KEPT = "finished work is kept; "
+OF_DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT}
 FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
 FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--config-dir", "-cn", "--config-name"]
 EXAMPLE = {"--example": ["task=arith", "task.limit=1"]}
@@ -235,8 +236,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         remove_record,
         stay_where_started,
     )
-    from latent_tts.config.failures import Failures
-    from latent_tts.config.folder_lock import FolderLock
+    from latent_tts.config.callbacks import Failures, FolderLock
 
     command = name.replace("-", "_")
     register_schemas()
@@ -371,7 +371,8 @@ def describe(error: Exception) -> tuple[list[str], int]:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         of_user = isinstance(error, FileExistsError | NotADirectoryError) or error.errno == errno.ENAMETOOLONG
-        return [f"{where}{error.strerror or error}"], 2 if of_user else 1
+        hint = [KEPT + "re-run the command to resume"] if error.errno in OF_DISK else []
+        return [f"{where}{error.strerror or error}", *hint], 2 if of_user else 1
     hint = KEPT + "set HYDRA_FULL_ERROR=1 to see the traceback"
     return [f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}", hint], 1
 

@@ -124,7 +124,7 @@ def check_device(key: str, device: object) -> None:
 
 def check_seed(seed: int) -> None:
     """Raise the usual error unless a seed is 0 or more."""
-    require("seed", seed, seed >= 0, "must be 0 or more")
+    require("seed", seed, is_whole(seed) and seed >= 0, "must be 0 or more")
 
 
 @contextmanager

@@ -34,6 +34,8 @@ def change(folder: Path, **settings) -> Path:
         ({"attn_implementation": {"": "owner/kernel@main:f"}}, ["attn_implementation", "never run"]),
         ({"_attn_implementation_internal": "owner/kernel"}, ["_attn_implementation_internal"]),
         ({"_experts_implementation": "owner/kernel"}, ["_experts_implementation"]),
+        ({"transformers_weights": "../other.safetensors"}, ["transformers_weights", "must be model.safetensors"]),
+        ({"id": {"num_labels": 10**9}}, ["num_labels=1000000000", "at most"]),
         ({"n_layer": 1000000}, ["n_layer=1000000", "the weights have 1 layers"]),
         ({"n_embd": 1000000}, ["n_embd=1000000", "wte.weight"]),
         ({"vocab_size": 1000000}, ["vocab_size=1000000", "wte.weight"]),
@@ -78,6 +80,11 @@ def test_code_of_a_checkpoint_is_never_run(refuse, folder, tmp_path):
     change(folder, model_type="own", auto_map=names)
     refuse(f"model.checkpoint={folder}", words=["auto_map", "never run", "model_type=own"])
     assert not (tmp_path / "pwned").exists()
+
+
+def test_a_dtype_that_torch_does_not_have_is_named(folder):
+    with pytest.raises(UsageError, match="transformers cannot load it: module 'torch' has no attribute '__import__'"):
+        loading.load_causal_lm(change(folder, dtype="__import__"), device="cpu", dtype="float32")
 
 
 def test_an_adapter_beside_the_weights_is_not_loaded_instead(refuse, folder):

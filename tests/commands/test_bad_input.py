@@ -191,7 +191,7 @@ def test_weights_of_another_shape_than_the_config_says(refuse, broken):
     (broken / "config.json").write_text(json.dumps(config | {"n_layer": 2}))
     refuse(f"model.checkpoint={broken}", words=["n_layer=2", "the weights have 1 layers"])
     (broken / "config.json").write_text(json.dumps(config | {"n_layer": 0}))
-    refuse(f"model.checkpoint={broken}", words=["fewer layers than the weights", ".h.0."])
+    refuse(f"model.checkpoint={broken}", words=["fewer layers or biases than the weights", ".h.0."])
 
 
 @pytest.mark.every_other

@@ -265,8 +265,13 @@ def test_collect_joins_what_is_complete_and_names_what_is_not(run, completed, lt
 
 
 def test_compare_pairs_two_runs(run, completed, ltts):
-    result = ltts("compare", completed, run("sampler.rate=0.5").last.parent)
+    other = run("sampler.rate=0.5").last.parent
+    result = ltts("compare", completed, other)
     assert result.code == 0, result.err
+    a, b = result.out.splitlines()[-2:]
+    assert a.startswith("A: sampler=dropout rate=0.05, ")
+    assert b.startswith("B: sampler=dropout rate=0.5, ")
+    assert b.endswith(str(other))
     assert "coverage" in result.out
     assert "6 questions, 1 seed\n" in result.out
     same = ltts("compare", completed, completed)

@@ -134,3 +134,27 @@ def test_an_interpolation_in_a_folder_is_refused_and_reads_nothing(finished, ltt
 @pytest.mark.parametrize("value", ["${oc.env:HOME}", r"\${a}", r"\\${a} b ${c", "plain", r"a\b", "$ {}", ["${a}"], 3])
 def test_text_of_data_is_never_an_interpolation(value):
     assert OmegaConf.to_container(OmegaConf.create({"key": literal(value)}), resolve=True) == {"key": value}
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "words"),
+    [
+        (["replay", "budget=adaptive"], lambda record: record["config"].update(seed=["x"]), "seed=['x']"),
+        (
+            ["replay", "budget=adaptive"],
+            lambda record: record["config"]["answer"].update(forced_prefix=1.5),
+            "answer.forced_prefix=1.5",
+        ),
+        (
+            ["compare"],
+            lambda record: record["aggregators"].update(
+                weighted={"_target_": "latent_tts.aggregator.weighted.Weighted"}
+            ),
+            "aggregator.weighted.temperature=null",
+        ),
+    ],
+)
+def test_values_that_no_run_records_are_refused_in_one_line(finished, command, change, words):
+    change_record(finished, change)
+    given = [f"a={finished}", f"b={finished}"] if command == ["compare"] else [f"run={finished}"]
+    check_refused(command[0], *given, *command[1:], words=[words])

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from transformers import (
 from latent_tts.checkpoint.files import check_shapes, check_sizes, sizes
 from latent_tts.engine.cost import BatchCost, Rates, RolloutCost, Shape, Work
 from latent_tts.engine.rollout import Engine, RolloutPlan
+from latent_tts.model.coconut import Coconut
+from latent_tts.model.codi import Codi
+from latent_tts.model.colar import Colar
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
@@ -252,6 +256,19 @@ def test_a_guess_made_of_another_rollout_costs_its_prompt_and_its_latents():
     counted = 2 * RolloutCost.of(shape, latents, 1, (), (), looks_for_stop=False).guess_flops(len(prompts[0]))
     masked = 2 * shape.layers * 4 * shape.attention * len(prompts[0]) * (len(prompts[0]) - 1) / 2
     assert flops["greedy"] - flops["zero"] == counted + masked
+
+
+@pytest.mark.parametrize(("family", "name"), [(Codi, "codi"), (Colar, "colar"), (Coconut, "coconut")])
+def test_what_a_family_does_to_a_hidden_state_is_counted(family, name):
+    adapter = family(name=name, checkpoint=f"shipped:{name}_arith", latents=6, recommended={})
+    next_latent = adapter.load(device="cpu", dtype="float32").next_latent
+    with FlopCounterMode(display=False) as counter:
+        next_latent(torch.zeros(3, adapter.width))
+    passes = RolloutCost(SHAPE, 3, 1, latent_weights=adapter.latent_weights)
+    assert counter.get_total_flops() == passes.making_flops(3)
+    assert (passes.making_flops(3) > 0) == (family is not Coconut)
+    again = replace(passes, latent_weights=0)
+    assert passes.thinking_flops(9, 3) - again.thinking_flops(9, 3) == passes.making_flops(3)
 
 
 def test_scoring_reads_the_weights_twice_and_each_prompt_once():

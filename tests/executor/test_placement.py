@@ -50,18 +50,21 @@ class SimulatedRay:
     exceptions = SimpleNamespace(RayError=OSError, RayTaskError=ArithmeticError)
 
     def __init__(self, placed):
-        self.placed, self.killed = placed, []
+        self.placed, self.killed, self.waited = placed, [], []
 
     def nodes(self):
         return [{"Alive": True, "Resources": {"CPU": 8.0}}, {"Alive": False, "Resources": {"CPU": 99.0}}]
 
     def remote(self, _):
-        actor = SimpleNamespace(is_placed=SimpleNamespace(remote=object))
-        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda threads: actor))
+        def start(threads):
+            return SimpleNamespace(is_placed=SimpleNamespace(remote=object))
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
 
     def wait(self, references, num_returns, timeout=None):
         if timeout is None:
             raise OSError("the node is gone\n\nand much more")
+        self.waited.append((num_returns, timeout))
         return references[: self.placed], references[self.placed :]
 
     def kill(self, actor):
@@ -74,14 +77,28 @@ class SimulatedRay:
         raise Exception("The current node timed out during startup.\nMore about it.")
 
 
-def test_workers_that_cannot_be_placed_are_counted_in_a_line(monkeypatch):
-    simulated = SimulatedRay(placed=1)
+def test_a_command_goes_on_with_the_workers_that_are_placed_and_says_so(monkeypatch, caplog):
+    simulated = SimulatedRay(placed=2)
     monkeypatch.setattr(executor, "_ray", lambda: simulated)
-    with pytest.raises(UsageError, match="only 1 of 2 workers started in 300 s"):
+    assert len(executor._start_actors(Ray(workers=3), on_gpus=False)) == 2
+    assert simulated.waited == [(1, 300), (3, 60)]
+    assert len(simulated.killed) == 1  # it does not start later, when nobody gives it work
+    assert (
+        "goes on with 2 of 3 workers: each takes 2 cores and 0 GPUs, and the rest of the cluster is in use"
+        in caplog.text
+    )
+    caplog.clear()
+    simulated.placed = 3
+    assert len(executor._start_actors(Ray(workers=3), on_gpus=False)) == 3
+    assert not caplog.text
+
+
+def test_without_a_worker_that_is_placed_one_line_says_what_each_takes(monkeypatch):
+    simulated = SimulatedRay(placed=0)
+    monkeypatch.setattr(executor, "_ray", lambda: simulated)
+    with pytest.raises(UsageError, match="workers=2: no worker started in 300 s: each takes 4 cores and 0 GPUs"):
         executor._start_actors(Ray(workers=2), on_gpus=False)
     assert len(simulated.killed) == 2
-    simulated.placed = 2
-    assert len(executor._start_actors(Ray(workers=2), on_gpus=False)) == 2
 
 
 @pytest.mark.parametrize(
@@ -101,6 +118,36 @@ def test_a_failure_of_waiting_loses_no_worker_and_is_one_line(monkeypatch):
     call = SimpleNamespace(call=SimpleNamespace(remote=lambda *_: object()))
     pool = RayPool([call, call], "work")  # pyright: ignore[reportArgumentType]
     pool.submit(0, "shard")
-    with pytest.raises(RunError, match=r"the node is gone\Z"):
+    with pytest.raises(RunError, match=r"the node is gone; re-run the command to resume\Z"):
         pool.next_finished()
     assert list(pool.workers) == [0, 1]
+
+
+OUT_OF_MEMORY = """1 worker(s) were killed due to the node running low on memory.
+Memory on the node (IP: 10.0.0.7, ID: 22) was 22.61GB used / 23.54GB limit (0.960262)
+OOM kill reason: Memory usage 24276168704B exceeded threshold of 24012687360B (95.0% of 25276514304B limit)
+"""
+
+
+def test_a_worker_that_ray_ends_for_memory_is_named_by_its_machine_with_what_needs_less(monkeypatch, caplog):
+    monkeypatch.setattr(executor, "_ray", lambda: SimulatedRay(0))
+    pool = RayPool([None, None], "work")  # pyright: ignore[reportArgumentType]
+    words = "because the memory of 10.0.0.7 is nearly full; fewer executor.workers or a smaller engine.rows need less"
+    assert pool._lose(0, OSError(OUT_OF_MEMORY)).lost
+    assert f"executor=ray lost worker 0, 1 are left: Ray ended the processes of workers {words}" in caplog.text
+    with pytest.raises(RunError, match=f"no worker of executor=ray is left: .*{words}; re-run the command to resume"):
+        pool._lose(1, OSError(OUT_OF_MEMORY))
+
+
+def test_a_cluster_that_asks_for_a_token_is_named(monkeypatch):
+    def refuse(**_):
+        raise ConnectionError("Failed to connect") from RuntimeError("RPC error: InvalidAuthToken: missing")
+
+    simulated = SimulatedRay(0)
+    monkeypatch.setattr(simulated, "init", refuse)
+    monkeypatch.setattr(executor, "_ray", lambda: simulated)
+    monkeypatch.setattr(executor, "_say_if_ended", lambda: None)
+    for name in executor.SILENT:
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(UsageError, match=r"10\.0\.0\.1:6379: the cluster asks for a token; set RAY_AUTH"):
+        executor._connect("10.0.0.1:6379")

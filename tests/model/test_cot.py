@@ -149,6 +149,15 @@ def test_prompt_template_and_end_tokens_determine_rollouts(chatting):
     assert before != adapter(chatting, prompt="chat").prompt_recipe
 
 
+def test_a_template_that_names_a_token_which_the_checkpoint_does_not_name_is_refused(chatting):
+    prompt = "{{bos_token}}{{question}}"
+    ids = adapter(chatting, prompt=prompt).encode(QUESTION)
+    assert ids[0] == 1
+    (chatting / "tokenizer_config.json").unlink()
+    with pytest.raises(UsageError, match=r"\Amodel\.prompt=.*names no bos_token in tokenizer_config\.json"):
+        adapter(chatting, prompt=prompt).check()
+
+
 @pytest.mark.parametrize("prompt", ["", "nonsense", "{{ questions }}", "{question}", 3])
 def test_a_template_without_a_place_for_the_question_is_refused(checkpoint, prompt):
     with pytest.raises(UsageError, match=r"\Amodel\.prompt=.*: must be plain, chat, or a Jinja template with") as error:

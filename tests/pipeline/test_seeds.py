@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from latent_tts.aggregator.majority import Majority
-from latent_tts.pipeline.seeds import means_over_seeds
+from latent_tts.pipeline.sweep import means_over_seeds
 from latent_tts.results import metrics, report
 from latent_tts.results import statistics as stats
 from latent_tts.results.cache import MEASURED

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from latent_tts.errors import RunError, UsageError
 from latent_tts.results import annotations
 from latent_tts.results.annotations import FORMAT, INDEX, SETTINGS, AnnotationFolder
-from latent_tts.results.files import file_digest, settings_digest, whole_file
-from latent_tts.types import LabelledQuestion, UnmixedQuestion, written_ids
+from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.types import LabelledQuestion, UnmixedQuestion, file_digest, written_ids
 
 N, T, D, LATENT, END, PAD = 3, 4, 5, 90, 91, 0
 WANTED = {"reasoner": "abc", "n": N, "latents": T, "width": D, "latent_id": LATENT}

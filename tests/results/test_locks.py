@@ -95,8 +95,9 @@ def test_where_there_are_no_locks_that_is_said(tmp_path, monkeypatch, caplog):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with locked_folder(tmp_path, "output"):
-        assert "has no locks" in caplog.text
+    with locked_folder(tmp_path, "output"), locked_folder(tmp_path, "hydra.run.dir"):
+        assert caplog.text.count("has no locks") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_second_run_in_a_folder_is_refused_and_changes_nothing(run, tmp_path):

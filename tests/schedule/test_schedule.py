@@ -227,6 +227,14 @@ def test_a_bad_value_is_named(key, value):
             ["schedule=jacobi", "schedule.sweeps=2", "schedule.guess=sibling", "model.latents=4"],
             ["schedule.guess=sibling", "schedule.sweeps=4 or more"],
         ),
+        (
+            ["schedule=jacobi", "schedule.sweeps=2", "schedule.chunk=5", "model.latents=4"],
+            ["schedule.chunk=5", "at most model.latents=4"],
+        ),
+        (
+            ["schedule=jacobi", "schedule.sweeps=2", "model=demo_colar", "model.checkpoint=shipped:colar_arith"],
+            ["schedule=jacobi", "sequential or speculative", "decides after each latent"],
+        ),
     ],
 )
 def test_a_run_refuses(refuse, overrides, words):

@@ -11,7 +11,9 @@ from refusal import check, check_refused
 from safetensors.torch import load_file
 
 from latent_tts.checkpoint import files
+from latent_tts.model.cot import Cot
 from latent_tts.training.states import last_state
+from latent_tts.types import Question
 
 ROWS = [
     {
@@ -178,6 +180,7 @@ def test_the_engine_validates_the_joined_weights_and_the_best_become_the_checkpo
     monkeypatch.setattr(Validation, "measure", scored)
     whole = train(*LORA, "validation.every=1", "validation.rollouts=3", "validation.max_answer_tokens=4", updates=5)
     assert whole.code == 0, whole.err
+    assert "weights of update 4 of 5; on valid: greedy accuracy 1.000, coverage at 3 0.000" in whole.err
     assert [latents for latents, _ in seen] == [0, 1, 2, 2, 2]
     record = json.loads((place / "out" / "states" / "best" / "best.json").read_text())
     assert record["update"] == 4
@@ -187,6 +190,24 @@ def test_the_engine_validates_the_joined_weights_and_the_best_become_the_checkpo
     assert written[f"base_model.model.{name}.weight"].equal(best[f"lm.{name}.default.weight"].bfloat16())
     state = json.loads((last_state(place / "out" / "states") / "trainer_state.json").read_text())
     assert any("eval_coverage_at_3" in entry for entry in state["log_history"])
+
+
+@pytest.mark.parametrize("how", [LORA, []], ids=["adapter", "whole"])
+def test_a_trained_chat_model_keeps_its_template_and_its_special_tokens(train, place, how):
+    done = train(*how, "model.prompt=chat", model="cot", updates=1)
+    assert done.code == 0, done.err
+    trained = Cot("own", str(done.last), 0, {}, prompt="chat")
+    begun = Cot("own", str(place / "out" / "initial"), 0, {}, prompt="chat")
+    question = Question("q", "2+2?", "4")
+    assert trained.encode(question) == begun.encode(question)
+    assert trained.prompt_recipe == begun.prompt_recipe
+    assert trained.eos_ids == begun.eos_ids
+
+
+def test_the_last_stage_of_a_validated_training_may_have_no_updates(train):
+    done = train(*LORA, "validation.every=1", "validation.rollouts=3", "validation.max_answer_tokens=4", updates=2)
+    assert done.code == 0, done.err
+    assert "weights of update 2 of 2; on valid: greedy accuracy" in done.err
 
 
 def test_a_stream_has_no_vocabulary_of_its_own(ltts, place):

@@ -460,6 +460,16 @@ def test_annotations_of_fewer_latents_are_refused(command):
     check(command("model.latents=5"), "annotations=", "made with model.latents=3, not 5")
 
 
+def test_annotations_of_another_option_of_the_model_are_refused(command, folders, tmp_path):
+    adapter = folders[0]
+    own = annotated.write(tmp_path / "own", adapter, 8, eos=[1], fields={"projected": True})
+    check(command(f"annotations={own}"), f"annotations={own}: its rollouts were made with model.eos=[1], not")
+    fields = annotated.write(tmp_path / "fields", adapter, 8, fields={"eos": 7})
+    check(
+        command(f"valid_annotations={fields}"), f"valid_annotations={fields}: its rollouts were made with model.eos=7"
+    )
+
+
 def test_no_mixed_outcome(command, checkpoint, tmp_path):
     adapter = annotated.adapter_of(checkpoint)
     folder = annotated.write(tmp_path / "none", adapter, 0)

@@ -17,6 +17,7 @@ from marks import slow
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.errors import RunError, UsageError
@@ -24,9 +25,10 @@ from latent_tts.model.coconut import Coconut
 from latent_tts.random.draw import Draw
 from latent_tts.recipe.coconut import Coconut as Recipe
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.task.arith import Arith
+from latent_tts.task.arith import Arith, words
 from latent_tts.training.reasoner import coconut
 from latent_tts.training.reasoner import train as training
+from latent_tts.training.reasoner.backbone import BackboneConfig
 from latent_tts.training.reasoner.batch import (
     TokenBudget,
     encode_batch,
@@ -36,6 +38,7 @@ from latent_tts.training.reasoner.batch import (
 )
 from latent_tts.training.reasoner.curriculum import Stage, written_text
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
+from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.states import last_state, write_digests
 from latent_tts.training.trainer import ResumableTrainer
 
@@ -44,6 +47,13 @@ RECIPE = Recipe(written_updates=3, stage_updates=[2, 2], final_updates=3, final_
 OPTIMIZATION = ReasonerOptimization(
     batch=4, accumulation=1, lr=1e-2, cosine_updates=10, warmup=2, weight_decay=0.01, clip=1.0, bf16=False
 )
+
+
+def test_a_new_backbone_is_written_without_a_bar_of_transformers(tmp_path, capfd):
+    logging.enable_progress_bar()
+    backbone = BackboneConfig(layers=1, width=16, heads=2, positions=32, dropout=0.0, number_scale=0.5)
+    backbone.create(word_level_tokenizer(words()), tmp_path, seed=3)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.fixture

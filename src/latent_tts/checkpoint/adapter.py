@@ -10,12 +10,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.checkpoint import files, joining
 from latent_tts.errors import UsageError, is_whole, require
-from latent_tts.types import Question
+from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -118,6 +119,12 @@ class CheckpointAdapter:
         if trained is not None and trained != self.latents:
             log.warning("model.latents=%d: %s was trained with %d", self.latents, self.checkpoint, trained)
 
+    @cached_property
+    def latent_weights(self) -> int:
+        """Matrix entries of the family's own tensors."""
+        shapes, prefixes = files.weight_shapes(self.folder), tuple(files.FAMILIES)
+        return sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefixes) and len(shape) == 2)
+
     @property
     def has_spread(self) -> bool:
         """Whether its latent head predicts a Gaussian."""
@@ -138,6 +145,21 @@ class CheckpointAdapter:
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check the names and shapes of the family's own tensors; raises UsageError."""
+
+    def require_tensors(
+        self, part: str, prefix: str, wanted: Mapping[str, list[int]], shapes: Mapping[str, list[int]]
+    ) -> None:
+        """Check that the checkpoint's `shapes` have those wanted of a part of the model, whose names lack a prefix.
+
+        Raises:
+            UsageError: a tensor is missing, or has another shape.
+        """
+        for name, shape in wanted.items():
+            found = shapes.get(prefix + name)
+            require("model.checkpoint", self.folder, found is not None, f"the {part} lacks {prefix}{name}")
+            allowed = f"with the backbone's width of {self.width} it must be {shape}"
+            why = f"{prefix}{name} has the shape {found}; {allowed}"
+            require("model.checkpoint", self.folder, found == shape, why)
 
     def check_tokens(self) -> None:
         """Check that the tokenizer has what prompts are made of; raises UsageError."""
@@ -288,6 +310,13 @@ class CheckpointAdapter:
     @cached_property
     def _unknown_id(self) -> int | None:
         return self.tokenizer.token_to_id("<|unknown|>")
+
+    def load(self, *, device: str, dtype: str) -> Reasoner:
+        """Load the weights; latents are the final hidden states, unless a family says otherwise (imports torch)."""
+        from latent_tts.checkpoint import loading
+
+        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
+        return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)
 
     def forced_ids(self, text: str) -> list[int]:
         """Token ids of a text that every answer begins with (`answer.forced_prefix`).

@@ -31,6 +31,8 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.bin")
 ADAPTER = "adapter_config.json"  # of PEFT
 CHAT_TEMPLATE = "chat_template.jinja"
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+BESIDE_TOKENIZER = ("tokenizer_config.json", CHAT_TEMPLATE)  # special tokens by name, and how chats are written
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_*")
 # the tensors that tell the families apart; without any of them, a checkpoint is COCONUT's, a plain causal LM
 FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "prj.": "PCCoT", "classifier.": "LatentRM"}
@@ -99,6 +101,7 @@ IMPLEMENTATIONS = (
     *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
     *("grouped_mm", "batched_mm"),
 )
+MAX_LABELS = 1 << 20
 TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
 
 
@@ -287,7 +290,7 @@ def check_sizes(config: Mapping[str, Any], folder: Path, *, key: str = MODEL_KEY
 
 
 def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
-    """Check that a `config.json` asks for no code from elsewhere and for no quantised weights, at any depth.
+    """Check that a `config.json` asks for no code or weights from elsewhere and no quantised ones, at any depth.
 
     `auto_map`, which names code in the checkpoint, is left alone: it is never run. So are the names of transformers'
     own attention, which `loading` does not hand on.
@@ -310,6 +313,12 @@ def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
             if strange:
                 why = f"none of {', '.join(IMPLEMENTATIONS)}; code from a hub is never run"
                 raise bad_value(key, folder, f"config.json has {name}={json.dumps(strange[0])}: {why}")
+        if name == "transformers_weights" and value is not None:  # transformers would read them instead
+            raise bad_value(
+                key, folder, f"config.json has {name}; the weights must be {WEIGHTS} or the shards of {INDEX}"
+            )
+        if name == "num_labels" and is_whole(value) and value > MAX_LABELS:  # transformers makes a name for each
+            raise bad_value(key, folder, f"config.json has num_labels={value}; must be {MAX_LABELS} at most")
         check_settings(value, folder, key=key)
 
 
@@ -444,13 +453,18 @@ def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
         raise bad_value(key, path, f"truncated or not safetensors ({error})") from error
 
 
+digested: dict[str, Path] = {}  # checkpoint folders that this process has read, by their digests
+
+
 def digest(folder: Path) -> str:
     """16 hex digits that stand for the weights, the shape and the tokenizer of a checkpoint."""
     sha = hashlib.sha256()
     for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
         with path.open("rb") as file:
             sha.update(hashlib.file_digest(file, "sha256").digest())
-    return sha.hexdigest()[:16]
+    found = sha.hexdigest()[:16]
+    digested[found] = folder
+    return found
 
 
 def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
@@ -466,6 +480,13 @@ def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     tokenizer.no_padding()  # a tokenizer keeps what it was last used with in training
     tokenizer.no_truncation()
     return tokenizer
+
+
+def copy_beside_tokenizer(source: Path, folder: Path) -> None:
+    """Copy what a checkpoint has beside `tokenizer.json`, on which prompts and end tokens depend."""
+    for name in BESIDE_TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def is_token(token: Any, tokenizer: Tokenizer) -> TypeGuard[int]:
@@ -507,7 +528,7 @@ def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     """A checkpoint's Jinja template of chats (None if it has none), and the special tokens that it may name."""
     config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     tokens = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for name in SPECIAL:
         token = config.get(name)
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):

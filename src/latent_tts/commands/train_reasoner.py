@@ -86,7 +86,10 @@ def train(cfg: DictConfig) -> None:
             report=lambda done, figures: bar.show(done, f"loss {figures['loss']:.3f}"),
         )
     if trained is not None:  # in the first process of a launch
-        log.info("%d updates, exact match on valid %.3f", trained.updates, trained.exact_match)
+        figures = [
+            f"{name.removeprefix('eval_').replace('_', ' ')} {value:.3f}" for name, value in trained.figures.items()
+        ]
+        log.info("weights of update %d of %d; on valid: %s", trained.chosen, trained.updates, ", ".join(figures))
         print(trained.checkpoint)
 
 

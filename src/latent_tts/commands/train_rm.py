@@ -15,6 +15,7 @@ from latent_tts.config.requests import annotated_run, default_annotation_spec, p
 from latent_tts.errors import check_device, check_fields, check_seed, computing, require
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation import annotate
+from latent_tts.pipeline.keys import model_key
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.temperature import choose_temperature, write_temperature
 from latent_tts.results import report
@@ -58,7 +59,9 @@ def train(cfg: DictConfig) -> None:
     adapter: ModelAdapter = config.build("model", cfg.model)
     adapter.check()
     keys = ("annotations", "valid_annotations")
-    data, valid = (open_questions(annotation_folder(cfg, key), adapter, key) for key in keys)
+    of_model = model_key(adapter)
+    named = {name: of_model[name] for name in ("latents", "eos", "prompt")} | of_model["fields"]
+    data, valid = (open_questions(annotation_folder(cfg, key), adapter, named, key) for key in keys)
     annotated = annotated_run(cfg, valid.folder)
     settings = plain(cfg)
     kept = {key: settings[key] for key in ("init", "seed", "bf16", "weights_dtype", "loss", "optimization", "lora")}

@@ -27,6 +27,7 @@ from latent_tts.task import Task
 from latent_tts.task.asked import Asked
 
 log = logging.getLogger(__name__)
+AS_ANNOTATED = {"temperature": 0.0, "top_p": 1.0, "decode": "all", "forced_prefix": ""}  # unless annotations say more
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?(e-?[0-9]+)?")
 
 
@@ -117,7 +118,7 @@ def annotation_spec(cfg: DictConfig) -> AnnotationSpec:
         max_answer_tokens=cfg.max_answer_tokens,
         output=Path(cfg.output).expanduser(),
         config=plain(cfg),
-        schedule_chosen=is_given("schedule"),
+        chosen=frozenset({"schedule"} if is_given("schedule") else ()),
     )
 
 
@@ -153,14 +154,14 @@ def annotated_run(cfg: DictConfig, valid: AnnotationFolder) -> DictConfig | None
     if "task" not in made:
         log.warning("%s: task unknown, so the temperature of the weighted vote stays 1", valid.path)
         return None
-    run = compose("run", ["scorer=latent_rm"])
+    run = compose("run", ["scorer=latent_rm", "search=independent", "budget=fixed"])  # whatever local/default.yaml says
     try:
         run.model = OmegaConf.to_container(cfg.model, resolve=True)
         run.task, run.sampler = recorded("task", made["task"], cfg), recorded("sampler", made["sampler"], cfg)
         run.task.limit = valid.index().num_rows
         run.n, run.seed, run.max_answer_tokens = made["n"], made["seed"], made["max_answer_tokens"]
         run.engine.dtype, run.engine.quantize = made["dtype"], made.get("quantize")
-        run.answer = OmegaConf.merge(run.answer, literal(made.get("answer", {})))
+        run.answer = OmegaConf.merge(run.answer, AS_ANNOTATED, literal(made.get("answer", {})))
     except (KeyError, TypeError, ValueError, OmegaConfBaseException) as error:
         reason = f"has no {error}" if type(error) is KeyError else str(error).splitlines()[0]
         raise bad_value("valid_annotations", valid.path / SETTINGS, reason) from error

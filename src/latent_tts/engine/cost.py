@@ -142,6 +142,7 @@ class RolloutCost:
         looks_for_stop: whether rows may stop early: the LM head runs before every latent, and once more in a row that
             stops before `latents`.
         exit_tokens: tokens run beside each latent but the last, to see whether it moves the answer; None: no check.
+        latent_weights: matrix entries between a hidden state and the latent that is made of it.
     """
 
     shape: Shape
@@ -152,6 +153,7 @@ class RolloutCost:
     repeated: Sequence[tuple[int, int]] = ()
     looks_for_stop: bool = False
     exit_tokens: int | None = None
+    latent_weights: int = 0
 
     @classmethod
     def of(
@@ -163,11 +165,12 @@ class RolloutCost:
         repeated: Sequence[tuple[int, int]],
         looks_for_stop: bool,
         exit_tokens: int | None = None,
+        latent_weights: int = 0,
     ) -> RolloutCost:
         """The cost of rollouts that are random in some phases."""
         own_prompt = "prompt" in random_phases
         own_last = latents > 0 and "thoughts" in random_phases and not own_prompt
-        return cls(shape, latents, forced, own_prompt, own_last, repeated, looks_for_stop, exit_tokens)
+        return cls(shape, latents, forced, own_prompt, own_last, repeated, looks_for_stop, exit_tokens, latent_weights)
 
     def shared_flops(self, prompt: int) -> float:
         """Operations that a question's rollouts share.
@@ -202,7 +205,16 @@ class RolloutCost:
     def guess_flops(self, prompt: int) -> float:
         """Operations of the rollout whose latents are the guesses of others: its prompt, then all T one by one."""
         checks = self.shape.head_flops(self.latents * self.looks_for_stop)
-        return self.shape.prompt_flops(prompt) + self.shape.pass_flops(self.latents - 1, prompt) + checks
+        made = self.shape.pass_flops(self.latents - 1, prompt) + self.making_flops(self.latents)
+        return self.shape.prompt_flops(prompt) + made + checks
+
+    def making_flops(self, latents: Count) -> Count:
+        """Operations between hidden states and the latents that are made of them."""
+        return 2.0 * self.latent_weights * latents
+
+    def again_flops(self, prompt: Count, latents: Count) -> Count:
+        """Operations of a latent that is computed once more after `latents` others."""
+        return self.shape.pass_flops(1, prompt + latents) + self.making_flops(1)
 
     def stop_checks(self, steps: Count) -> Count:
         """How often the LM head runs to see whether a rollout stops thinking."""
@@ -213,12 +225,14 @@ class RolloutCost:
         return np.minimum(steps, self.latents - 1) * (self.exit_tokens is not None)
 
     def _other_flops(self, prompt: Count, steps: Count) -> Count:
-        """Operations beside the suffix: own prompt or last prompt token, repeated sweeps, stop checks."""
+        """Operations beside the suffix: own prompt or last prompt token, latents, repeated sweeps, stop checks."""
         shape = self.shape
         own = shape.prompt_flops(prompt) if self.own_prompt else shape.pass_flops(self.own_last, prompt - self.own_last)
         checks = self._exit_checks(steps)  # at contexts of prompt + 1, prompt + 2, ... latents, so at their mean
         checking = checks * shape.pass_flops(self.exit_tokens or 0, prompt + (checks + 1) / 2)
-        return own + shape.repeated_flops(prompt, self.repeated) + checking + shape.head_flops(self.stop_checks(steps))
+        made = self.making_flops(steps + sum(tokens for tokens, _ in self.repeated))
+        repeated = shape.repeated_flops(prompt, self.repeated)
+        return own + made + repeated + checking + shape.head_flops(self.stop_checks(steps))
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ import logging
 import math
 import os
 import pickle
+import re
 import socket
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -26,14 +28,21 @@ from latent_tts.executor import Finished, Work, Worker
 log = logging.getLogger(__name__)
 CORES_PER_WORKER, MIN_WORKERS = 4, 2
 SECONDS_TO_ANSWER = 3.0  # of a cluster's address
-SECONDS_TO_PLACE = 300  # all workers; their processes may have to load a slow disk's libraries
+SECONDS_TO_PLACE = 300  # the first worker; its process may have to load a slow disk's libraries
+SECONDS_FOR_OTHERS = 60  # at least; otherwise as long again as the first one took
 RAY_STEPS, TINY = 10_000, 1e-6  # Ray counts resources in ten-thousandths
 MIN_STORE_BYTES, MAX_STORE_BYTES = 1 << 27, 1 << 31  # of what workers have sent and the driver has not yet written
 SHARDS = ("measured", "fixed")
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1.0, 5.0  # at the processes of the local Ray; without them
 # A Ray of this machine alone listens on its loopback address; the first variable says so on Linux, too.
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # stdout is the command's; what Ray prints there is discarded
+# stdout is the command's; what Ray prints there is discarded, and of what it writes to stderr the warnings
+SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_BACKEND_LOG_LEVEL": "error"}
+RESUME = "re-run the command to resume"
+OUT_OF_MEMORY = (
+    "Ray ended the processes of workers because the memory of {where} is nearly full; fewer executor.workers or a "
+    "smaller engine.rows need less"
+)
 NODE = ("gcs_server", "raylet")  # without these processes a local Ray is gone
 # Ray ends the process of a driver whose node is gone, without a word: a shell then says it in its place
 ENDED = "error: the command was killed, or ended by Ray because Ray's node is gone; re-run the command to resume"
@@ -154,7 +163,7 @@ class RayPool:
         try:
             (reference,), _ = ray.wait(list(self._running), num_returns=1)
         except ray.exceptions.RayError as error:
-            raise RunError(f"Ray is gone: {_in_one_line(error)}") from error
+            raise RunError(f"Ray is gone: {_in_one_line(error)}; {RESUME}") from error
         worker = self._running.pop(reference)
         try:
             result, seconds, warnings = ray.get(reference)
@@ -171,7 +180,7 @@ class RayPool:
         del self._actors[worker]
         why = _in_one_line(error)
         if not self._actors:
-            raise RunError(f"no worker of executor=ray is left: {why}") from error
+            raise RunError(f"no worker of executor=ray is left: {why}; {RESUME}") from error
         log.warning("executor=ray lost worker %d, %d are left: %s", worker, len(self._actors), why)
         return Finished(worker, None, 0.0, lost=True)
 
@@ -270,11 +279,15 @@ def _connect(address: str | None) -> None:
             ray.init(address=address, **common)
             return
         store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
-        ray.init(num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
+        # without `local` it would be the cluster of this machine, or of RAY_ADDRESS
+        ray.init(address="local", num_cpus=_cores(), include_dashboard=False, object_store_memory=store, **common)
         _end_with([each for each in psutil.Process().children() if each.name() in NODE])
     except Exception as error:  # of any class: a node that is slow to start is a plain Exception
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
-        raise bad_value(key, value, f"Ray cannot be started ({' '.join(str(error).split())[:200]})") from error
+        why = f"Ray cannot be started ({' '.join(str(error).split())[:200]})"
+        if "InvalidAuthToken" in "".join(traceback.format_exception(error)):
+            why = "the cluster asks for a token; set RAY_AUTH_MODE=token, and have its token on this machine, too"
+        raise bad_value(key, value, why) from error
 
 
 def _end_with(processes: Sequence[psutil.Process]) -> None:
@@ -364,20 +377,30 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
         max_task_retries=executor.max_task_retries,
     )
     actors = [kind.remote(plan.threads) for _ in range(plan.workers)]
-    signs = [actor.is_placed.remote() for actor in actors]
-    placed, missing = ray.wait(signs, num_returns=len(signs), timeout=SECONDS_TO_PLACE)
-    if missing:
-        for actor in actors:
+    signs, began = [actor.is_placed.remote() for actor in actors], time.monotonic()
+    placed, missing = ray.wait(signs, num_returns=1, timeout=SECONDS_TO_PLACE)
+    if placed and missing:
+        seconds = max(SECONDS_FOR_OTHERS, time.monotonic() - began)
+        placed, missing = ray.wait(signs, num_returns=len(signs), timeout=seconds)
+    for actor, sign in zip(actors, signs, strict=True):
+        if sign in missing:
             ray.kill(actor)
-        allowed = f"only {len(placed)} of {len(signs)} workers started in {SECONDS_TO_PLACE} s: the rest of the "
-        allowed += f"cluster is in use; each worker takes {plan.cores:g} cores and {plan.gpus:g} GPUs"
+    each = f"each takes {plan.cores:g} cores and {plan.gpus:g} GPUs, and the rest of the cluster is in use"
+    if not placed:
+        allowed = f"no worker started in {SECONDS_TO_PLACE} s: {each}"
         raise bad_value("executor.workers", executor.workers, allowed)
-    return actors
+    if missing:
+        log.warning("executor=ray goes on with %d of %d workers: %s", len(placed), len(signs), each)
+    return [actor for actor, sign in zip(actors, signs, strict=True) if sign in placed]
 
 
 def _in_one_line(error: Exception) -> str:
-    """The first paragraph of what Ray says."""
-    return " ".join(str(error).split("\n\n")[0].split())
+    """The first paragraph of what Ray says, without a full stop; of its memory monitor, what that means."""
+    text = " ".join(str(error).split("\n\n")[0].split()).removesuffix(".")
+    if "running low on memory" not in text:
+        return text
+    machine = re.search(r"IP: ([^,)]+)", text)
+    return OUT_OF_MEMORY.format(where=machine[1] if machine else "a machine")
 
 
 def _cores() -> int:

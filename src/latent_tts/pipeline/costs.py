@@ -40,7 +40,7 @@ def rollout_gflop(
     if spec.draft is not None:
         each_N = each_N + spec.draft.record.flops(prompt)
     if conflicts_N is not None:  # with all latents before them, which is a little too many
-        each_N = each_N + conflicts_N * spec.shape.pass_flops(1, prompt + steps_N)
+        each_N = each_N + conflicts_N * passes.again_flops(prompt, steps_N)
     if scored and spec.scorer is not None:
         head = Shape.from_config(spec.scorer.sizes)
         shared, each_N = shared + head.prompt_flops(prompt), each_N + head.scoring_flops(prompt, steps_N)

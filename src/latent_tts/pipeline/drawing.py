@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby, pairwise
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,8 +19,7 @@ from torch import Tensor
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts
 from latent_tts.errors import LESS_MEMORY, RunError, computing
-from latent_tts.pipeline.batch_columns import score_table
-from latent_tts.pipeline.batch_scorer import BatchScorer
+from latent_tts.pipeline.batch import BatchScorer, score_table
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.pipeline.drawer import (
     Description,
@@ -28,6 +28,8 @@ from latent_tts.pipeline.drawer import (
     Place,
     Request,
     Shard,
+    directions,
+    directions_key,
     grown,
     latents_digest,
     max_flops,
@@ -48,6 +50,7 @@ from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import RolloutCache, ScoreCache, known_to_fit, remember_what_fits
+from latent_tts.results.direction_sums import read_direction_sums, write_direction_sums
 from latent_tts.results.parts import PLACE, PartWriter, runs_of
 from latent_tts.results.run_folder import LatentsFile
 from latent_tts.results.timeline import Span
@@ -97,6 +100,7 @@ def draw(
     stage.log_work(jobs, answers=answers)
     write_computation(cache.folder, stage.workers[0].computations[0])
     if dissimilarity is None:
+        stage.read_direction_sums(jobs, cache.folder)
         stage.log_catching_up(jobs)
     request = Request(answers, scored, compares=dissimilarity is None, keeps=kept is not None)
     total, done = sum(len(job.rollouts) for job in jobs), 0
@@ -114,6 +118,10 @@ def draw(
     except KeyboardInterrupt:
         whole = "; those of an unfinished batch are not" if done < total else ""
         raise KeyboardInterrupt(f"{done} of {total} rollouts are kept{whole}; re-run the command to resume") from None
+    finally:
+        # rounds follow each other in one process; writing after each one would cost more than it saves
+        if dissimilarity is None and not is_adaptive(spec.budget):
+            stage.write_direction_sums(jobs, cache.folder)
     return stage.timeline
 
 
@@ -237,6 +245,11 @@ def divide(jobs: Sequence[RolloutJob], rows: int) -> tuple[list[RolloutJob], lis
     return first, rest
 
 
+def first_of_questions(jobs: Iterable[RolloutJob]) -> list[RolloutJob]:
+    """The first of the jobs of each question, which stand side by side."""
+    return [next(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
+
+
 class Stage:
     """The workers of a run's executor, which draw rollouts or recompute their latents.
 
@@ -270,6 +283,11 @@ class Stage:
         """The same for jobs that are known."""
         return cls(spec, max(len(job.prompt) for job in jobs), scored=scored)
 
+    @cached_property
+    def _latents(self) -> str:
+        """What determines the latents."""
+        return latents_digest(self.spec, self.workers[0].computations)
+
     @property
     def _rows(self) -> int:
         """Most rows of a batch that every worker takes."""
@@ -291,7 +309,7 @@ class Stage:
         units = self._units(jobs, request)
         here, fixed = self.spec.executor.in_process, self.spec.executor.fixed
         divided = request.compares and not here
-        latents = latents_digest(self.spec, self.workers[0].computations)
+        latents = self._latents
         early_parts = EarlyParts(latents)
         ends = {job.row_key: job.rollouts[-1] for job in jobs}
 
@@ -351,11 +369,24 @@ class Stage:
         )  # fmt: skip
         self._log_scoring(jobs)
 
+    def read_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
+        """Take in what the cache keeps of the rollouts before some jobs, where this process does not know them."""
+        before = not_compared(first_of_questions(jobs), self._latents)
+        unknown = {job.row_key: job.rollouts[-1] + 1 for job in before}
+        for key, sums_TD in read_direction_sums(folder, unknown).items() if unknown else ():
+            directions.put(directions_key(self._latents, key), unknown[key], torch.from_numpy(sums_TD))
+
+    def write_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
+        """Keep in the cache what is known of the rollouts of the jobs' questions."""
+        found = sums_of(first_of_questions(jobs), self._latents)
+        if found:
+            sums = {key: (count, sums_TD.cpu().numpy()) for key, (count, sums_TD) in found.items()}
+            write_direction_sums(folder, sums)
+
     def log_catching_up(self, jobs: Sequence[RolloutJob]) -> None:
         """Say of how many drawn rollouts latents are computed again, to be compared with those to come."""
         if self.spec.adapter.latents:
-            first = [next(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
-            before = not_compared(first, latents_digest(self.spec, self.workers[0].computations))
+            before = not_compared(first_of_questions(jobs), self._latents)
             if before:
                 self.log_recomputing(before, "diversity")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from latent_tts.errors import bad_value
+from latent_tts.types import file_digest, text_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_PARTS = 2.0
 LOCK = ".lock"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+NO_SYNC = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # of network file systems, often for folders
 FORMULA = re.compile("'*[=+\\-@\t\r]")
 log = logging.getLogger(__name__)
 _held: set[Path] = set()  # folders that this process holds
+_unsynced: set[int] = set()  # file systems of which it was said that they cannot flush
 
 
 T = TypeVar("T")
@@ -66,8 +69,11 @@ def whole_file(path: Path, *, add_digest: bool = False) -> Iterator[Path]:
     try:
         yield partial
         _sync(partial)
-        os.replace(partial, path.with_stem(f"{path.stem}-{file_digest(partial)}") if add_digest else path)
+        _rename(partial, path.with_stem(f"{path.stem}-{file_digest(partial)}") if add_digest else path)
         _sync(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path.parent if add_digest else path)  # Arrow's errors name no file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -116,18 +122,19 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
         allowed = f"process {_holder(folder / LOCK)} writes there; choose another folder, or wait until it has ended"
         raise bad_value(key, folder, allowed) from error
     except OSError as error:
-        if error.errno in NO_LOCKS:
-            log.warning("%s: its file system has no locks, so make sure that no other process writes there", folder)
-            yield
-            return
-        raise bad_value(key, folder, f"cannot be written to ({error.strerror})") from error
+        if error.errno not in NO_LOCKS:
+            raise bad_value(key, folder, f"cannot be written to ({error.strerror})") from error
+        log.warning("%s: its file system has no locks, so make sure that no other process writes there", folder)
+        descriptor = None
     _held.add(place)
     try:
         yield
     finally:
         _held.remove(place)
-        (place / LOCK).unlink(missing_ok=True)
-        os.close(descriptor)
+        with suppress(OSError):  # the work is done
+            (place / LOCK).unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
         for path in made:  # whatever was refused leaves nothing behind
             with suppress(OSError):
                 path.rmdir()
@@ -166,11 +173,28 @@ def set_aside(path: Path) -> Path:
     return aside
 
 
+def _rename(partial: Path, path: Path) -> None:
+    number = partial.stat().st_ino
+    try:
+        os.replace(partial, path)
+    except FileNotFoundError:
+        # a network file system that sends a request twice says so of the second one
+        if not path.exists() or path.stat().st_ino != number:
+            raise
+
+
 def _sync(path: Path) -> None:
-    """Make the disk hold what a file or a folder holds."""
+    """Make the disk hold what a file or a folder holds, where the file system can do that."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        system = os.fstat(descriptor).st_dev
+        if system not in _unsynced:
+            _unsynced.add(system)
+            log.warning("%s: its file system cannot flush files, so a power cut may damage the last ones", path.parent)
     finally:
         os.close(descriptor)
 
@@ -178,12 +202,6 @@ def _sync(path: Path) -> None:
 def bytes_digest(content: bytes) -> str:
     """16 hex digits that stand for the content of a file."""
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """The same, of a file that need not fit into memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def spreadsheet_cells(frame: pd.DataFrame) -> pd.DataFrame:
@@ -210,4 +228,4 @@ def _is_formula(cell: str) -> bool:
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """16 hex digits of a JSON-able mapping."""
-    return bytes_digest(json.dumps(settings, sort_keys=True).encode())
+    return text_digest(json.dumps(settings, sort_keys=True))

@@ -31,6 +31,7 @@ PART_SUFFIX, INDEX_SUFFIX = ".parquet", ".index"
 PART_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.parquet")
 MAX_PART_BYTES = 12 << 20  # in memory; on the disk a part is smaller, and never larger than 16 MB
 MAX_WAITING = 4  # tables that the writer has not taken yet
+SECONDS_TO_SAY = 10.0  # that the work has waited for the disk
 PLACE = ["row_key", "rollout"]  # what identifies a row
 FRACTIONS = pa.list_(pa.float32())
 INDEX_SCHEMA = pa.schema(
@@ -63,6 +64,7 @@ class PartWriter:
         self._queue: queue.Queue[Callable[[], pa.Table] | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._write_all, name="part writer")
         self._error: BaseException | None = None
+        self._waited, self._wrote, self._said = 0.0, 0.0, False  # seconds; whether that was said
 
     def __enter__(self) -> PartWriter:
         self._thread.start()
@@ -72,7 +74,12 @@ class PartWriter:
         """Queue a table as the function that makes it; the thread calls it."""
         if self._error is not None:
             raise self._error
+        started = time.perf_counter()
         self._queue.put(make)
+        self._waited += time.perf_counter() - started
+        if not self._said and min(self._waited, self._wrote) > SECONDS_TO_SAY:
+            self._said = True
+            log.warning("%s: its file system is slower than the work, which waits for it", self._folder)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._queue.put(None)
@@ -101,10 +108,11 @@ class PartWriter:
                 pass
 
     def _write(self, tables: Sequence[pa.Table]) -> None:
-        table = pa.concat_tables(tables)
+        table, started = pa.concat_tables(tables), time.perf_counter()
         rows = max(1, len(table) * MAX_PART_BYTES // max(table.nbytes, 1))
         for start in range(0, len(table), rows):
             write_part(self._folder, table.slice(start, rows))
+        self._wrote += time.perf_counter() - started
 
 
 # Reading
@@ -123,7 +131,7 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
     """
     for path in paths:
         try:
-            table = _read_table(path, columns)
+            table = whole_table(path, columns)
             if table is None:
                 log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, set_aside(path).name)
                 continue
@@ -134,7 +142,7 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
         yield path, table
 
 
-def _read_table(path: Path, columns: list[str]) -> pa.Table | None:
+def whole_table(path: Path, columns: list[str]) -> pa.Table | None:
     """Columns of a file; None for one whose bytes are not those that were written."""
     content = path.read_bytes()
     if bytes_digest(content) != digest_in_name(path):
@@ -188,7 +196,7 @@ class PartIndex:
 
 def _index_table(path: Path) -> pa.Table | None:
     try:
-        table = _read_table(path, INDEX_SCHEMA.names)
+        table = whole_table(path, INDEX_SCHEMA.names)
     except OSError:
         return None
     return table.cast(INDEX_SCHEMA) if table is not None else None

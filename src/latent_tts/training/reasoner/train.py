@@ -7,7 +7,7 @@ for each update.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -40,7 +40,7 @@ from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.pace import LOG, Pace, pace_of
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths, token_lengths
-from latent_tts.training.reasoner.validation import Validation, best_weights, joined_copy, keep_if_best
+from latent_tts.training.reasoner.validation import Validation, best_weights, joined_copy, keep_if_best, read_best
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.recompute import blocks_of, recomputing_blocks
 from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state, set_state_aside
@@ -68,12 +68,14 @@ class TrainedReasoner:
     Attributes:
         checkpoint: the checkpoint folder.
         updates: number of updates.
-        exact_match: share of the validation questions answered exactly.
+        chosen: the update that the weights in the checkpoint are of.
+        figures: what they reached on the validation questions.
     """
 
     checkpoint: Path
     updates: int
-    exact_match: float
+    chosen: int
+    figures: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -220,12 +222,12 @@ class ReasonerTrainer(ResumableTrainer):
         return figures
 
     def _draw(self, drawn: DrawnValidation, stage: Stage) -> dict[str, float]:
-        """Accuracy and coverage of the weights so far by the engine; the best ones of the last stage are kept."""
+        """Accuracy and coverage of the weights so far, by the engine; keeps the best of the last stage with updates."""
         self.module.eval()
         lm, next_latent = joined_copy(self.module, drawn.settings.dtype)
         figures = drawn.settings.measure(lm, next_latent, drawn.adapter, stage, self.valid, drawn.rule)
         self.module.train()
-        if stage == self.recipe.stages()[-1] and self.is_world_process_zero():
+        if stage == self.recipe.stage_at(self.recipe.updates - 1) and self.is_world_process_zero():
             weights = {name: value.detach().cpu() for name, value in trained_parameters(self.module)}
             keep_if_best(Path(str(self.args.output_dir)), weights, self.state.global_step, figures)
         return figures
@@ -358,8 +360,12 @@ def train_reasoner(
         module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
         load_parameters(module, chosen)
         export_adapter(module, recipe.trained_with(adapter), adapter, start.checkpoint, output / FINISHED)
+    updates = read_state(last)["global_step"]
+    best = None if validation.every is None else read_best(output / STATES)
+    if best is not None:
+        return TrainedReasoner(output / FINISHED, updates, best["update"], best["figures"])
     figures = [entry[METRIC] for entry in read_state(last)["log_history"] if METRIC in entry]
-    return TrainedReasoner(output / FINISHED, read_state(last)["global_step"], figures[-1])
+    return TrainedReasoner(output / FINISHED, updates, updates, {METRIC: figures[-1]})
 
 
 def trainer_arguments(
@@ -473,6 +479,7 @@ def export(recipe: Recipe, state: Path, adapter: CheckpointAdapter, folder: Path
     for prefix, own in objective.own.items():
         add_tensors(folder, f"{prefix}.", own.bfloat16())
     shutil.copyfile(adapter.folder / "tokenizer.json", folder / "tokenizer.json")
+    files.copy_beside_tokenizer(adapter.folder, folder)
 
 
 def lacking_tokens(start: Start | BackboneConfig, recipe: Recipe, adapter: CheckpointAdapter) -> list[int]:

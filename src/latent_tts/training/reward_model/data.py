@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -90,12 +90,13 @@ class MixedQuestions:
         }
 
 
-def open_questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestions:
+def open_questions(path: Path, adapter: ModelAdapter, named: Mapping[str, Any], key: str) -> MixedQuestions:
     """Open the usable questions of an annotation folder; logs how many were dropped.
 
     Args:
         path: the folder.
         adapter: that of the reasoner for which LatentRM is trained.
+        named: what its rollouts depend on besides the weights, by the names of the model's options.
         key: config key of the folder, for errors.
 
     Raises:
@@ -111,13 +112,10 @@ def open_questions(path: Path, adapter: ModelAdapter, key: str) -> MixedQuestion
         raise bad_value(
             key, path, f"annotated with the reasoner {of}; model.checkpoint is {adapter.name} ({adapter.digest})"
         )
-    found = folder.settings.get("latents", adapter.latents)
-    require(
-        key,
-        path,
-        found == adapter.latents,
-        f"its rollouts were made with model.latents={found}, not {adapter.latents}; name it",
-    )
+    made = folder.settings | folder.settings.get("fields", {})
+    for name in (name for name in named if name in made):
+        wrong = f"its rollouts were made with model.{name}={made[name]}, not {named[name]}; name it"
+        require(key, path, made[name] == named[name], wrong)
     if not folder.complete:
         log.warning(
             "%s=%s: incomplete, because `ltts annotate` has not finished; the finished questions are used", key, path

@@ -1,0 +1,76 @@
+"""Folders on file systems that lack something or fail on the way, as network file systems do."""
+
+import errno
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from refusal import check
+
+from latent_tts.results import files
+from latent_tts.results.files import whole_file
+
+
+def failing(name, number, monkeypatch, after=0):
+    """A function of `os` that fails from some call on."""
+    real, calls = getattr(os, name), []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) > after:
+            raise OSError(number, os.strerror(number))
+        return real(*arguments)
+
+    monkeypatch.setattr(os, name, fail)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_without_flushing_a_run_completes_and_says_so_once(run, monkeypatch, number):
+    monkeypatch.setattr(files, "_unsynced", set())
+    failing("fsync", number, monkeypatch)
+    result = run("hydra.run.dir=one")
+    assert result.code == 0
+    assert result.err.count("its file system cannot flush files, so a power cut may damage the last ones") == 1
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+@pytest.mark.parametrize(("number", "words"), [(errno.EIO, "Input/output error"), (errno.ESTALE, "Stale file handle")])
+def test_a_failure_on_the_way_is_one_line_and_the_same_command_completes(run, place, name, number, words):
+    assert run("hydra.run.dir=whole", "cache=off").code == 0
+    for after in range(2, 20, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            failing(name, number, patch, after)
+            result = run("hydra.run.dir=one", "paths.cache=mine")
+        if result.code == 0:
+            break
+        assert words in result.err
+        assert "Traceback" not in result.err
+        assert "re-run the command to resume" in result.err or "paths.cache=mine: cannot be written to" in result.err
+    else:
+        assert run("hydra.run.dir=one", "paths.cache=mine").code == 0
+    one, other = (pd.read_parquet(place / folder / "rollouts.parquet") for folder in ("whole", "one"))
+    pd.testing.assert_frame_equal(one, other)
+    assert not list(Path("mine").rglob("*.partial"))
+
+
+def test_a_rename_that_the_server_did_but_denies_is_done(tmp_path, monkeypatch):
+    real = os.replace
+
+    def sent_twice(source, target):
+        real(source, target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", sent_twice)
+    with whole_file(tmp_path / "a") as path:
+        path.write_text("new")
+    assert (tmp_path / "a").read_text() == "new"
+    monkeypatch.setattr(os, "replace", lambda source, target: real(tmp_path / "nothing", target))
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a") as path:
+        path.write_text("newer")
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_a_cache_that_cannot_be_written_to_is_refused_before_a_model_is_loaded(run, monkeypatch):
+    failing("replace", errno.EROFS, monkeypatch)
+    check(run("paths.cache=mine"), "paths.cache=mine: cannot be written to (Read-only file system)")
