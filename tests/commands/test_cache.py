@@ -19,7 +19,7 @@ from latent_tts.commands.cache import size, to_prune
 from latent_tts.pipeline.drawer import Drawer
 from latent_tts.results import report
 from latent_tts.results.cache import CacheEntry, cache_entries
-from latent_tts.results.files import file_digest
+from latent_tts.types import file_digest
 
 
 def drawn_now(result) -> int:

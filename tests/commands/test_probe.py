@@ -121,6 +121,7 @@ def test_growth_explains_sweeps_where_they_differ():
     assert np.isnan(found(token_1=(3, True)).explained(schedule))
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -28,6 +28,7 @@ def adapter(folder, **more):
 SAMPLERS = [Greedy(), *(Dropout(0.3, "residual", where, "fresh") for where in (["prompt"], ["answer"]))]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_rollouts_without_latents_or_end_tokens_equal_the_oracle(family, sampler):

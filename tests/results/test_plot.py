@@ -272,6 +272,7 @@ TITLES = [
 ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("columns", "title"), TITLES)
 def test_the_title_says_what_is_in_the_figure(columns, title):
     same = rows(questions_digest="a" * 16, sampler="gaussian")
@@ -360,7 +361,7 @@ def test_make_plots_draws_every_figure_that_ltts_plot_made():
 
 def test_plot_alone_draws_the_last_run_or_sweep(run, ltts, tmp_path):
     check(ltts("plot"), "no run in the folders outputs and multirun")
-    for arguments in (["n=2", "budget=ladder"], ["n=2", "seed=0,1", "budget=ladder", "-m"]):
+    for arguments in (["n=2"], ["n=2", "seed=0,1", "-m"]):
         done = run(*arguments)
         drawn = ltts("plot")
         assert drawn.code == 0, drawn.err

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.checkpoint import files, joining
 from latent_tts.errors import UsageError, is_whole, require
-from latent_tts.types import Question
+from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -147,6 +147,21 @@ class CheckpointAdapter:
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check the names and shapes of the family's own tensors; raises UsageError."""
+
+    def require_tensors(
+        self, part: str, prefix: str, wanted: Mapping[str, list[int]], shapes: Mapping[str, list[int]]
+    ) -> None:
+        """Check that the checkpoint's `shapes` have those wanted of a part of the model, whose names lack a prefix.
+
+        Raises:
+            UsageError: a tensor is missing, or has another shape.
+        """
+        for name, shape in wanted.items():
+            found = shapes.get(prefix + name)
+            require("model.checkpoint", self.folder, found is not None, f"the {part} lacks {prefix}{name}")
+            allowed = f"with the backbone's width of {self.width} it must be {shape}"
+            why = f"{prefix}{name} has the shape {found}; {allowed}"
+            require("model.checkpoint", self.folder, found == shape, why)
 
     def check_tokens(self) -> None:
         """Check that the tokenizer has what prompts are made of; raises UsageError."""
@@ -307,6 +322,13 @@ class CheckpointAdapter:
     @cached_property
     def _unknown_id(self) -> int | None:
         return self.tokenizer.token_to_id("<|unknown|>")
+
+    def load(self, *, device: str, dtype: str) -> Reasoner:
+        """Load the weights; latents are the final hidden states, unless a family says otherwise (imports torch)."""
+        from latent_tts.checkpoint import loading
+
+        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
+        return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)
 
     def forced_ids(self, text: str) -> list[int]:
         """Token ids of a text that every answer begins with (`answer.forced_prefix`).

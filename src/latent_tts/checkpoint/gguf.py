@@ -7,7 +7,6 @@ Weights are dequantised to float32, since products of two half-precision numbers
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.types import file_digest
 
 log = logging.getLogger(__name__)
 PREFIX = "gguf:"
@@ -69,12 +69,6 @@ def found(checkpoint: str, key: str) -> Path:
     return file
 
 
-def digest(file: Path) -> str:
-    """The digest of a GGUF file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-
-
 def converted(file: Path, key: str) -> Path:
     """The checkpoint folder of a GGUF file, which is made at the first call (imports torch and transformers).
 
@@ -85,7 +79,7 @@ def converted(file: Path, key: str) -> Path:
     Raises:
         UsageError: the file is damaged, or of an architecture that is not supported.
     """
-    folder = models_folder() / f"gguf{VERSION}-{digest(file)}"
+    folder = models_folder() / f"gguf{VERSION}-{file_digest(file)}"
     if not folder.is_dir():
         require(
             key,

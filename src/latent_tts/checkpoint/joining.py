@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, gguf
 from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.types import file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,7 @@ def base_digest(base: str, key: str) -> str:
         UsageError: there is no such base.
     """
     if base.startswith(gguf.PREFIX):
-        return gguf.digest(gguf.found(base, key))
+        return file_digest(gguf.found(base, key))
     return files.digest(base_folder(base, key))
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -83,6 +83,12 @@ def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrai
         UsageError: a weight is missing or has another shape than the config says.
     """
     return _load("AutoModel", folder, device, dtype, key)
+
+
+def filled(module: nn.Module, tensors: Mapping[str, Tensor], lm: PreTrainedModel) -> Any:
+    """A module with these weights, on the device and in the dtype of a model, in evaluation mode."""
+    module.load_state_dict(tensors)
+    return module.to(lm.device, lm.dtype).eval().requires_grad_(False)
 
 
 def compute_exactly() -> None:

@@ -17,7 +17,7 @@ from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.text.template import TemplateError, names_question, rendered
-from latent_tts.types import Question, Reasoner
+from latent_tts.types import Question
 
 PLAIN, CHAT = "plain", "chat"
 SHOWN = 60  # characters of a template that an error quotes
@@ -134,13 +134,6 @@ class Cot(CheckpointAdapter):
     def _end_of_chain(self, answer_text: str) -> str:
         """The text after the last `###`; all of it if there is none."""
         return MARKER.split(answer_text)[-1]
-
-    def load(self, *, device: str, dtype: str) -> Reasoner:
-        """Load the weights (imports torch)."""
-        from latent_tts.checkpoint import loading
-
-        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
-        return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)
 
 
 def _last_boxed(text: str) -> str | None:

@@ -104,8 +104,8 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
         metrics: a metrics table, or one of means over seeds; several runs make several curves. Where one curve has
             several rows at an n, those with the most rollouts drawn count. Runs of a metrics table that differ in the
             seed alone make one curve, of the means of their values and of their bounds.
-        against: n, a cost of each n, or `diversity`: then a curve is a sampler, with a point for each of its values, at the
-            largest n that all of them have.
+        against: n, a cost of each n, or `diversity`: then a curve is a sampler, with a point for each of its values at
+            the largest n that all of them have.
 
     Raises:
         UsageError: there is nothing to draw.

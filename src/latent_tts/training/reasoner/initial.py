@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,10 +16,8 @@ from transformers.utils import logging
 
 from latent_tts.checkpoint import files, loading
 from latent_tts.checkpoint.vocabulary import MEAN, check_begin, cut_to, fit_rows, with_tokens
+from latent_tts.training.reasoner.curriculum import Recipe
 from latent_tts.training.reasoner.vocabulary import UNKNOWN, word_level_tokenizer
-
-if TYPE_CHECKING:
-    from latent_tts.training.reasoner.curriculum import Recipe
 
 
 def load_trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
