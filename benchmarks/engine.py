@@ -46,10 +46,10 @@ from transformers.pytorch_utils import Conv1D
 
 import baseline
 from baseline import clock, seconds_of
+from latent_tts.engine.backbone import PackedLinear, can_be_packed
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.device import peak_bytes
 from latent_tts.engine.graphs import GraphEngine
-from latent_tts.engine.packed import PackedLinear, can_be_packed
 from latent_tts.engine.packing import RolloutJob, batches, default_rows, max_prompts
 from latent_tts.engine.quantization import quantize
 from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts

@@ -244,8 +244,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         remove_record,
         stay_where_started,
     )
-    from latent_tts.config.failures import Failures
-    from latent_tts.config.folder_lock import FolderLock
+    from latent_tts.config.callbacks import Failures, FolderLock
 
     command = name.replace("-", "_")
     register_schemas()

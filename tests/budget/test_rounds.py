@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tallies import tally_of
 
-from latent_tts.budget import Stop
+from latent_tts.budget import Rule, Stop
 from latent_tts.budget import play as play_rounds
 from latent_tts.budget.adaptive import Adaptive
 from latent_tts.budget.rule.confidence import Calibration, Confidence
@@ -59,19 +59,12 @@ def test_what_a_round_drew_beyond_the_stop_is_not_used():
 
 
 @dataclass(frozen=True)
-class Never:
+class Never(Rule):
     name: ClassVar[str] = "never"
-    needs_score: ClassVar[bool] = False
-    aggregator: ClassVar[str] = "majority"
+    at_cap: ClassVar[str] = "nothing known"
 
-    def check(self, answer_rule):
-        del answer_rule
-
-    def stop(self, tally):
-        del tally
-
-    def at_cap(self):
-        return "nothing known"
+    def enough(self, tally):
+        return np.zeros(tally.drawn, dtype=bool)
 
 
 def test_a_question_without_a_stop_has_n_and_says_so():

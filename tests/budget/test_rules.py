@@ -72,7 +72,7 @@ def test_certified_stops_at_the_first_rollout_with_every_ratio_above_the_thresho
 def test_certified_stops_unanimous_rollouts_where_the_field_says_it_does():
     assert Certified(0.05, answers=2).stop(tally_of(["7"] * 64)).used == 8
     assert Certified(0.05).stop(tally_of(["7"] * 64)).used == 16
-    assert Certified(0.05).at_cap() == NOT_CERTIFIED
+    assert Certified(0.05).at_cap == NOT_CERTIFIED
 
 
 def test_certified_names_more_answers_than_were_declared():

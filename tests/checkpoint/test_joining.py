@@ -1,7 +1,9 @@
 """Adapters as checkpoints: joined with their base, right or refused."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny_gguf
@@ -105,8 +107,11 @@ PLANTED = {
     "another scale": (lambda folder: change_json(folder / files.ADAPTER, lora_alpha=16), "computes something else"),
     "another order of rows": (lambda folder: change_weights(folder / WEIGHTS, swap_rows), "computes something else"),
     "another base, recorded": (unnoticed_other_base, "computes something else"),
-    "another base": (other_base, "an adapter of another base"),
-    "no base": (lambda folder: change_json(folder / RECORD, base="gguf:nosuch.gguf"), "which cannot be read: no such"),
+    "another base": (other_base, "an adapter of the base .* but that has the digest"),
+    "no base": (
+        lambda folder: change_json(folder / RECORD, base="gguf:nosuch.gguf", base_path="no/such.gguf"),
+        "cannot be read: .*; put the one with the digest [0-9a-f]{16} at .*/no/such.gguf or .*/nosuch.gguf",
+    ),
     "no record of a base": (lambda folder: change_json(folder / RECORD, base=None), "names no base"),
     "no probe": (lambda folder: (folder / PROBE).unlink(), "lacks probe.safetensors"),
     "a kind that is not supported": (
@@ -123,6 +128,22 @@ PLANTED = {
         "fits no weight",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_adapter_and_base_are_found_where_both_have_been_moved(made, tmp_path, beside):
+    folder, _ = made
+    before = whole(folder, KEY)
+    base = Path(json.loads((folder / RECORD).read_text())["base"].removeprefix("gguf:"))
+    change_json(folder / RECORD, base_path=os.path.relpath(base, folder))
+    if beside:
+        change_json(folder / RECORD, base_path="elsewhere.gguf")
+    moved = tmp_path / "elsewhere" / folder.relative_to(base.parent)
+    moved.parent.mkdir()
+    folder.rename(moved)
+    base.rename(tmp_path / "elsewhere" / base.name)
+    change_json(moved / RECORD, base="gguf:/no/such/" + base.name)
+    assert {path.name for path in whole(moved, KEY).iterdir()} == {path.name for path in before.iterdir()}
 
 
 @pytest.mark.every_other

@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from latent_tts.engine.backbone import prepare_backbone
-from latent_tts.engine.packed import PackedLinear, can_be_packed
+from latent_tts.engine.backbone import PackedLinear, can_be_packed, prepare_backbone
 
 HALF = torch.bfloat16
 

@@ -118,6 +118,36 @@ def test_a_failure_of_waiting_loses_no_worker_and_is_one_line(monkeypatch):
     call = SimpleNamespace(call=SimpleNamespace(remote=lambda *_: object()))
     pool = RayPool([call, call], "work")  # pyright: ignore[reportArgumentType]
     pool.submit(0, "shard")
-    with pytest.raises(RunError, match=r"the node is gone\Z"):
+    with pytest.raises(RunError, match=r"the node is gone; re-run the command to resume\Z"):
         pool.next_finished()
     assert list(pool.workers) == [0, 1]
+
+
+OUT_OF_MEMORY = """1 worker(s) were killed due to the node running low on memory.
+Memory on the node (IP: 10.0.0.7, ID: 22) was 22.61GB used / 23.54GB limit (0.960262)
+OOM kill reason: Memory usage 24276168704B exceeded threshold of 24012687360B (95.0% of 25276514304B limit)
+"""
+
+
+def test_a_worker_that_ray_ends_for_memory_is_named_by_its_machine_with_what_needs_less(monkeypatch, caplog):
+    monkeypatch.setattr(executor, "_ray", lambda: SimulatedRay(0))
+    pool = RayPool([None, None], "work")  # pyright: ignore[reportArgumentType]
+    words = "because the memory of 10.0.0.7 is nearly full; fewer executor.workers or a smaller engine.rows need less"
+    assert pool._lose(0, OSError(OUT_OF_MEMORY)).lost
+    assert f"executor=ray lost worker 0, 1 are left: Ray ended the processes of workers {words}" in caplog.text
+    with pytest.raises(RunError, match=f"no worker of executor=ray is left: .*{words}; re-run the command to resume"):
+        pool._lose(1, OSError(OUT_OF_MEMORY))
+
+
+def test_a_cluster_that_asks_for_a_token_is_named(monkeypatch):
+    def refuse(**_):
+        raise ConnectionError("Failed to connect") from RuntimeError("RPC error: InvalidAuthToken: missing")
+
+    simulated = SimulatedRay(0)
+    monkeypatch.setattr(simulated, "init", refuse)
+    monkeypatch.setattr(executor, "_ray", lambda: simulated)
+    monkeypatch.setattr(executor, "_say_if_ended", lambda: None)
+    for name in executor.SILENT:
+        monkeypatch.setenv(name, "0")
+    with pytest.raises(UsageError, match=r"10\.0\.0\.1:6379: the cluster asks for a token; set RAY_AUTH"):
+        executor._connect("10.0.0.1:6379")

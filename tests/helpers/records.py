@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from latent_tts.results.files import file_digest
 from latent_tts.results.run_folder import write_run_json
+from latent_tts.types import file_digest
 
 
 def change_record(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

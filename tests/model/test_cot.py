@@ -28,6 +28,7 @@ def adapter(folder, **more):
 SAMPLERS = [Greedy(), *(Dropout(0.3, "residual", where, "fresh") for where in (["prompt"], ["answer"]))]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_rollouts_without_latents_or_end_tokens_equal_the_oracle(family, sampler):
@@ -145,7 +146,23 @@ def test_prompt_template_and_end_tokens_determine_rollouts(chatting):
     (chatting / "chat_template.jinja").write_text(tiny_gguf.CHAT + " ")
     keys += [model_key(adapter(chatting, prompt="chat")), model_key(adapter(chatting, prompt="chat", eos=3))]
     assert len({json.dumps(key) for key in keys}) == len(keys)
+    identities = {adapter(chatting, prompt="chat").identity}
+    (chatting / "chat_template.jinja").write_text(tiny_gguf.CHAT)
+    identities.add(adapter(chatting, prompt="chat").identity)
+    (chatting / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    identities.add(adapter(chatting, prompt="chat").identity)
+    assert len(identities) == 3
+    (chatting / "chat_template.jinja").write_text(tiny_gguf.CHAT + " ")
     assert before != adapter(chatting, prompt="chat").prompt_recipe
+
+
+def test_a_template_that_names_a_token_which_the_checkpoint_does_not_name_is_refused(chatting):
+    prompt = "{{bos_token}}{{question}}"
+    ids = adapter(chatting, prompt=prompt).encode(QUESTION)
+    assert ids[0] == 1
+    (chatting / "tokenizer_config.json").unlink()
+    with pytest.raises(UsageError, match=r"\Amodel\.prompt=.*names no bos_token in tokenizer_config\.json"):
+        adapter(chatting, prompt=prompt).check()
 
 
 @pytest.mark.parametrize("prompt", ["", "nonsense", "{{ questions }}", "{question}", 3])

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from latent_tts.aggregator.majority import Majority
-from latent_tts.pipeline.seeds import means_over_seeds
+from latent_tts.pipeline.sweep import means_over_seeds
 from latent_tts.results import metrics, report
 from latent_tts.results import statistics as stats
 from latent_tts.results.cache import MEASURED
@@ -98,7 +98,7 @@ def test_a_table_of_means_is_read_as_it_was_written_and_shown(tmp_path, capsys):
     assert "mean ± sd of seeds 0,1" in capsys.readouterr().out
 
 
-def test_a_sweep_over_seeds_shows_and_writes_their_means(run, ltts, tmp_path):
+def test_a_sweep_over_seeds_shows_and_writes_their_means(run, ltts, tmp_path, no_figures):
     swept = run("seed=0,1", "budget=ladder", "n=2", "sampler.rate=0.5", "-m")
     assert swept.code == 0, swept.err
     folder = swept.last.parent

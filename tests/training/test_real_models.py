@@ -11,7 +11,9 @@ from refusal import check, check_refused
 from safetensors.torch import load_file
 
 from latent_tts.checkpoint import files
+from latent_tts.model.cot import Cot
 from latent_tts.training.states import last_state
+from latent_tts.types import Question
 
 ROWS = [
     {
@@ -119,6 +121,7 @@ def test_convert_joins_an_adapter_with_its_base(train, ltts, place):
     check(ltts("convert", adapter, "again", "latents=3"), "latents=3", "must be null", "latent_tts.json")
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_cut_vocabulary_is_joined_with_the_whole_base(train, ltts, place):
     done = train(*LORA, "init_vocabulary=used")
     assert done.code == 0, done.err
@@ -151,6 +154,7 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("more", "words"), BAD, ids=lambda value: value[0])
 def test_what_cannot_be_trained_is_refused(train, more, words, monkeypatch, place):
     (place / "data").mkdir()
@@ -186,6 +190,18 @@ def test_the_engine_validates_the_joined_weights_and_the_best_become_the_checkpo
     assert written[f"base_model.model.{name}.weight"].equal(best[f"lm.{name}.default.weight"].bfloat16())
     state = json.loads((last_state(place / "out" / "states") / "trainer_state.json").read_text())
     assert any("eval_coverage_at_3" in entry for entry in state["log_history"])
+
+
+@pytest.mark.parametrize("how", [LORA, []], ids=["adapter", "whole"])
+def test_a_trained_chat_model_keeps_its_template_and_its_special_tokens(train, place, how):
+    done = train(*how, "model.prompt=chat", model="cot", updates=1)
+    assert done.code == 0, done.err
+    trained = Cot("own", str(done.last), 0, {}, prompt="chat")
+    begun = Cot("own", str(place / "out" / "initial"), 0, {}, prompt="chat")
+    question = Question("q", "2+2?", "4")
+    assert trained.encode(question) == begun.encode(question)
+    assert trained.prompt_recipe == begun.prompt_recipe
+    assert trained.eos_ids == begun.eos_ids
 
 
 def test_the_last_stage_of_a_validated_training_may_have_no_updates(train):

@@ -8,9 +8,11 @@ import pandas as pd
 import pytest
 import tiny_gguf
 import torch
+from marks import slow
 from refusal import check
 from safetensors.torch import load_file, save_file
 
+from latent_tts.checkpoint import files
 from latent_tts.checkpoint.modules import LowRank
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.scoring import LatentScorer
@@ -68,7 +70,7 @@ def test_training_learns_and_writes_matrices_and_a_head_alone(trained, checkpoin
     assert record["reasoner"] == annotated.adapter_of(checkpoint).digest
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_scorer_and_reasoner_share_storage_and_score_as_with_weights_of_their_own(trained, checkpoint, dtype):
     adapter, scorer = annotated.adapter_of(checkpoint), scorer_of(trained)
     reasoner = adapter.load(device="cpu", dtype=dtype)
@@ -132,13 +134,42 @@ def test_the_digest_covers_every_file_and_the_reasoner(trained, place):
     assert len(digests) == 5
 
 
-def test_a_damaged_adapter_or_another_reasoner_is_refused(trained, checkpoint, place, ltts):
+@pytest.mark.parametrize("moved", ["together", "beside", "only the adapter"])
+def test_an_adapter_is_found_a_reasoner_that_was_moved(ltts, checkpoint, folders, place, monkeypatch, moved):
+    old, new = shutil.copytree(checkpoint, place / "old" / "reasoner"), place / "new"
+    trained = train(ltts, old, *folders, "output=old/out").last
+    before = drawn(ltts, old, trained, "before", "cache=off")
+    if moved == "together":
+        trained = (place / "old").rename(new) / "out" / "checkpoint"
+    else:
+        new.mkdir()
+        trained = trained.rename(new / "rm")
+        (place / "far").mkdir()
+        old.rename((new if moved == "beside" else place / "far") / "reasoner")
+    monkeypatch.setattr(files, "digested", {})  # those of a new process
+    if moved == "only the adapter":
+        digest = json.loads((trained / "config.json").read_text())["latent_rm"]["reasoner"]
+        words = (
+            "old/reasoner, which cannot be read: ",
+            f"put the one with the digest {digest} at",
+            "new/reasoner",
+        )
+        check(ltts("convert", trained, "joined"), *words, "or pass it as model.checkpoint")
+    else:
+        assert scorer_of(trained)._backbone_folder == new / "reasoner"
+    reasoner = (place / "far" if moved == "only the adapter" else new) / "reasoner"
+    assert (drawn(ltts, reasoner, trained, "after", "cache=off") == before).all()
+
+
+def test_a_damaged_adapter_or_another_reasoner_is_refused(trained, checkpoint, place, ltts, monkeypatch):
+    monkeypatch.setattr(files, "digested", {})
     adapter = annotated.adapter_of(checkpoint)
 
     def spoilt(name):
         return shutil.copytree(trained, place / name)
 
     def says(folder, words, *, load=False):
+        files.digested.clear()
         scorer = scorer_of(folder)
         with pytest.raises(UsageError, match=words):
             scorer.load(device="cpu", dtype="float32") if load else scorer.check(adapter, {})
@@ -146,8 +177,12 @@ def test_a_damaged_adapter_or_another_reasoner_is_refused(trained, checkpoint, p
     (spoilt("headless") / "own.safetensors").unlink()
     says(place / "headless", r"lacks own\.safetensors")
     for name, changes, words in (
-        ("gone", {"base": "/no/such/reasoner"}, r"an adapter of the reasoner /no/such/reasoner, which cannot be read"),
-        ("other", {"reasoner": "0" * 16}, r"an adapter of another reasoner: .* not 0{16}"),
+        (
+            "gone",
+            {"base": "/no/such/reasoner", "base_path": "no/such"},
+            r"of the reasoner /no/such/reasoner, which can",
+        ),
+        ("other", {"reasoner": "0" * 16}, r"an adapter of the reasoner .*, but that has the digest .* not 0{16}"),
     ):
         path = spoilt(name) / "config.json"
         content = json.loads(path.read_text())
@@ -159,10 +194,12 @@ def test_a_damaged_adapter_or_another_reasoner_is_refused(trained, checkpoint, p
     path = spoilt("misfit") / "adapter_model.safetensors"
     save_file({name.replace("h.0", "h.7"): value for name, value in load_file(path).items()}, path)
     says(place / "misfit", r"fits no layer of the reasoner", load=True)
+    files.digested.clear()
     check(ltts("convert", place / "gone", "new"), "which cannot be read")
     check(ltts("convert", trained, "new", "latents=3"), "latents=3", "must be null")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("more", "words"),
     [

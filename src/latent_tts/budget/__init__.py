@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latent_tts.text.classes import shared_forms
-from latent_tts.types import Float64, Int64
+from latent_tts.types import Bools, Float64, Int64
 
 TIE = 1e-12  # relative; as in `results.statistics`: sums of equal weights differ by less, whatever their order
 NOT_CERTIFIED = "not certified"
@@ -192,24 +192,27 @@ class Stop:
 
 
 class Rule(Protocol):
-    """When a question has enough rollouts; an option of the group `budget/rule`.
+    """When a question has enough rollouts; an option of the group `budget/rule`. Options inherit these defaults.
 
     Attributes:
         name: as shown in tables.
-        needs_score: whether it reads scores.
+        at_cap: the certificate of a question that reached n.
+        aggregator: name of the aggregator whose pick it stops for.
     """
 
     name: ClassVar[str]
+    at_cap: ClassVar[str] = ""
+    aggregator: str = "majority"
 
     @property
     def needs_score(self) -> bool:
         """Whether it reads scores."""
-        ...
+        return False
 
     @property
-    def aggregator(self) -> str:
-        """Name of the aggregator whose pick it stops for."""
-        ...
+    def certificate(self) -> str:
+        """What is known of the error of a question that it stopped."""
+        return ""
 
     def check(self, answer_rule: str) -> None:
         """Check that it can be applied to answers of a kind (`decimal`, `latex` or `words`).
@@ -217,22 +220,19 @@ class Rule(Protocol):
         Raises:
             UsageError: it cannot.
         """
+
+    def enough(self, tally: Tally) -> Bools:
+        """Whether there are enough (N,), after each of one or more rollouts; what comes later does not matter."""
         ...
 
     def stop(self, tally: Tally) -> Stop | None:
-        """The first rollout after which there are enough; None if there are not.
-
-        What it says of the first rollouts depends on nothing that comes after them.
-        """
-        ...
-
-    def at_cap(self) -> str:
-        """The certificate of a question that reached n."""
-        ...
+        """The first rollout after which there are enough; None if there are not."""
+        enough_N = self.enough(tally) if tally.drawn else np.zeros(0, dtype=bool)
+        return Stop(int(enough_N.argmax()) + 1, self.name, self.certificate) if enough_N.any() else None
 
 
 class Budget(Protocol):
-    """How many rollouts the questions of a run get.
+    """How many rollouts the questions of a run get. Options inherit these defaults.
 
     Attributes:
         name: of the option.
@@ -240,15 +240,17 @@ class Budget(Protocol):
     """
 
     name: ClassVar[str]
-    adaptive: ClassVar[bool]
+    adaptive: ClassVar[bool] = False
 
     def reported(self, n: int) -> list[int]:
         """The numbers of rollouts with rows in the metrics table: ascending, in [1, n], the last is n."""
-        ...
+        return [n]
 
 
 class AdaptiveBudget(Budget, Protocol):
-    """A budget that looks at what questions have so far."""
+    """A budget that looks at what questions have so far. So a smaller n is another run, and only n is reported."""
+
+    adaptive: ClassVar[bool] = True
 
     @property
     def label(self) -> str:

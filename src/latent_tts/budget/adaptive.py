@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from latent_tts.budget import Rule, Stop, Tally
+from latent_tts.budget import AdaptiveBudget, Rule, Stop, Tally
 from latent_tts.errors import check_fields
 from latent_tts.types import Int64
 
 
 @dataclass(frozen=True)
-class Adaptive:
+class Adaptive(AdaptiveBudget):
     """Gives each question a round of rollouts at a time, until its rule has enough.
 
     The rule is applied after every rollout, in their order. Rollouts of a round beyond the one at which it stopped are
@@ -31,7 +31,6 @@ class Adaptive:
     first: int | None = None
 
     name: ClassVar[str] = "adaptive"
-    adaptive: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields("budget", self, round="a positive integer", first="a positive integer, or null")
@@ -56,13 +55,8 @@ class Adaptive:
         """Whether the rule reads scores."""
         return self.rule.needs_score
 
-    def reported(self, n: int) -> list[int]:
-        """Only n: stopping depends on the rollouts, so a smaller n is another run."""
-        return [n]
-
     def check(self, questions: int, n: int, answer_rule: str) -> None:
         """Check that the rule can be applied; see `AdaptiveBudget.check`."""
-        del questions, n
         self.rule.check(answer_rule)
 
     def next(self, tallies: Sequence[Tally]) -> Int64:
@@ -71,7 +65,7 @@ class Adaptive:
 
     def stops(self, tallies: Sequence[Tally]) -> list[Stop]:
         """Where the rule stopped each question, or n."""
-        return [self.rule.stop(tally) or Stop(tally.drawn, "n", self.rule.at_cap()) for tally in tallies]
+        return [self.rule.stop(tally) or Stop(tally.drawn, "n", self.rule.at_cap) for tally in tallies]
 
     def _more(self, tally: Tally) -> int:
         if self.rule.stop(tally) is not None:

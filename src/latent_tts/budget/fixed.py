@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from latent_tts.budget import Budget
+
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Budget):
     """Reports at n alone."""
 
     name: ClassVar[str] = "fixed"
-    adaptive: ClassVar[bool] = False
-
-    def reported(self, n: int) -> list[int]:
-        """Only n."""
-        return [n]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from latent_tts.budget import Budget
+
 
 @dataclass(frozen=True)
-class Ladder:
+class Ladder(Budget):
     """Reports at 1, 2, 4, ..., n: a whole curve from one set of rollouts."""
 
     name: ClassVar[str] = "ladder"
-    adaptive: ClassVar[bool] = False
 
     def reported(self, n: int) -> list[int]:
         """1, 2, 4, ..., n."""

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 from scipy.special import betaln, gammaln, stdtr
 
-from latent_tts.budget import Stop, Tally
+from latent_tts.budget import Budget, Stop, Tally
 from latent_tts.errors import check_fields, require
 from latent_tts.types import Float64, Int64
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Shared:
+class Shared(Budget):
     """Spends one budget on all questions, in rounds.
 
     Every question first gets `first` rollouts. Then each round goes to the share `step` of the questions where rollouts
@@ -76,13 +76,8 @@ class Shared:
         """Whether the pick is one of scores."""
         return self.aggregator == "best_of_n"
 
-    def reported(self, n: int) -> list[int]:
-        """Only n, the most that a question may get."""
-        return [n]
-
     def check(self, questions: int, n: int, answer_rule: str) -> None:
         """Check that the budget is enough for `first` rollouts of each question."""
-        del answer_rule
         needed = questions * min(self.first, n)
         require(
             "budget.total",

@@ -5,6 +5,8 @@ A family adds its prompt recipe, its answer rule and what it does with a hidden 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.checkpoint import files, joining
 from latent_tts.errors import UsageError, is_whole, require
-from latent_tts.types import Question
+from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -146,6 +148,21 @@ class CheckpointAdapter:
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check the names and shapes of the family's own tensors; raises UsageError."""
 
+    def require_tensors(
+        self, part: str, prefix: str, wanted: Mapping[str, list[int]], shapes: Mapping[str, list[int]]
+    ) -> None:
+        """Check that the checkpoint's `shapes` have those wanted of a part of the model, whose names lack a prefix.
+
+        Raises:
+            UsageError: a tensor is missing, or has another shape.
+        """
+        for name, shape in wanted.items():
+            found = shapes.get(prefix + name)
+            require("model.checkpoint", self.folder, found is not None, f"the {part} lacks {prefix}{name}")
+            allowed = f"with the backbone's width of {self.width} it must be {shape}"
+            why = f"{prefix}{name} has the shape {found}; {allowed}"
+            require("model.checkpoint", self.folder, found == shape, why)
+
     def check_tokens(self) -> None:
         """Check that the tokenizer has what prompts are made of; raises UsageError."""
         _ = self.start_id, self.latent_id
@@ -166,6 +183,16 @@ class CheckpointAdapter:
     def digest(self) -> str:
         """What identifies the weights, shape and tokenizer."""
         return files.digest(self.folder)
+
+    @cached_property
+    def identity(self) -> str:
+        """`digest`, and a digest of prompts and end tokens where files that it leaves out say what they are."""
+        of_config = files.eos_ids(self.folder, self.config, self.tokenizer)["config.json"]
+        beside = any((self.folder / name).is_file() for name in files.BESIDE_TOKENIZER)
+        if not beside and set(self.eos_ids) == set(of_config):
+            return self.digest
+        read = json.dumps([self.prompt_recipe, sorted(self.eos_ids)])
+        return f"{self.digest}-{hashlib.sha256(read.encode()).hexdigest()[:6]}"
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -295,6 +322,13 @@ class CheckpointAdapter:
     @cached_property
     def _unknown_id(self) -> int | None:
         return self.tokenizer.token_to_id("<|unknown|>")
+
+    def load(self, *, device: str, dtype: str) -> Reasoner:
+        """Load the weights; latents are the final hidden states, unless a family says otherwise (imports torch)."""
+        from latent_tts.checkpoint import loading
+
+        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
+        return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)
 
     def forced_ids(self, text: str) -> list[int]:
         """Token ids of a text that every answer begins with (`answer.forced_prefix`).

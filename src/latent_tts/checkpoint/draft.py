@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from latent_tts.errors import bad_value, require
+from latent_tts.types import file_digest
 
 KEY = "schedule.draft"
 RECORD = "latent_tts.draft"  # in the file's metadata
@@ -78,10 +78,4 @@ def find_draft(path: str, reasoner: str, latents: int) -> DraftFile:
     require(KEY, path, record.reasoner == reasoner, "was trained for other weights than those of the model")
     require(KEY, path, record.latents == latents, f"was trained for model.latents={record.latents}, not {latents}")
     file = file.resolve()  # a worker may have another working directory
-    return DraftFile(file, draft_digest(file), record)
-
-
-def draft_digest(file: Path) -> str:
-    """16 hex digits that stand for a draft head's file; raises OSError."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+    return DraftFile(file, file_digest(file), record)

@@ -31,6 +31,8 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.bin")
 ADAPTER = "adapter_config.json"  # of PEFT
 CHAT_TEMPLATE = "chat_template.jinja"
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+BESIDE_TOKENIZER = ("tokenizer_config.json", CHAT_TEMPLATE)  # special tokens by name, and how chats are written
 PICKLES = ("pytorch_model.bin", "*.bin", "*.pt", "*.pth", "*.ckpt", "checkpoint_*")
 # the tensors that tell the families apart; without any of them, a checkpoint is COCONUT's, a plain causal LM
 FAMILIES = {"projector.": "CODI", "lt_head.": "CoLaR", "prj.": "PCCoT", "classifier.": "LatentRM"}
@@ -451,6 +453,9 @@ def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
         raise bad_value(key, path, f"truncated or not safetensors ({error})") from error
 
 
+digested: dict[str, Path] = {}  # checkpoint folders that this process has read, by their digests
+
+
 def digest(folder: Path) -> str:
     """16 hex digits that stand for the weights, the shape and the tokenizer of a checkpoint.
 
@@ -465,7 +470,9 @@ def digest(folder: Path) -> str:
         sha.update(of_file.digest())
         known[path.name] = of_file.hexdigest()[:16]
     gguf.check_kept(folder, known)
-    return sha.hexdigest()[:16]
+    found = sha.hexdigest()[:16]
+    digested[found] = folder
+    return found
 
 
 def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
@@ -481,6 +488,13 @@ def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     tokenizer.no_padding()  # a tokenizer keeps what it was last used with in training
     tokenizer.no_truncation()
     return tokenizer
+
+
+def copy_beside_tokenizer(source: Path, folder: Path) -> None:
+    """Copy what a checkpoint has beside `tokenizer.json`, on which prompts and end tokens depend."""
+    for name in BESIDE_TOKENIZER:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def is_token(token: Any, tokenizer: Tokenizer) -> TypeGuard[int]:
@@ -522,7 +536,7 @@ def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     """A checkpoint's Jinja template of chats (None if it has none), and the special tokens that it may name."""
     config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     tokens = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for name in SPECIAL:
         token = config.get(name)
         text = token.get("content") if isinstance(token, dict) else token
         if isinstance(text, str):

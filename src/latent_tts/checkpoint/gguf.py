@@ -7,7 +7,6 @@ Weights are dequantised to float32, since products of two half-precision numbers
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.types import file_digest
 
 log = logging.getLogger(__name__)
 PREFIX = "gguf:"
@@ -70,12 +70,6 @@ def found(checkpoint: str, key: str) -> Path:
     return file
 
 
-def digest(file: Path) -> str:
-    """The digest of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-
-
 def converted(file: Path, key: str) -> Path:
     """The checkpoint folder of a GGUF file, which is made at the first call (imports torch and transformers).
 
@@ -86,7 +80,7 @@ def converted(file: Path, key: str) -> Path:
     Raises:
         UsageError: the file is damaged, or of an architecture that is not supported.
     """
-    folder = models_folder() / f"gguf{VERSION}-{digest(file)}"
+    folder = models_folder() / f"gguf{VERSION}-{file_digest(file)}"
     set_cut_aside(folder)
     if not folder.is_dir():
         require(
@@ -116,7 +110,7 @@ def whole_folder(folder: Path, source: str) -> Iterator[Path]:
     try:
         yield partial
         paths = sorted(path for path in partial.iterdir() if path.is_file())
-        written = {path.name: (path.stat().st_size, digest(path)) for path in paths}
+        written = {path.name: (path.stat().st_size, file_digest(path)) for path in paths}
         (partial / SOURCE).write_text(json.dumps({"from": source, "files": written}) + "\n")
         partial.chmod(0o755)
         with contextlib.suppress(OSError):  # another process was first
@@ -147,7 +141,7 @@ def check_kept(folder: Path, known: Mapping[str, str]) -> None:
     written = _written(folder) if folder.parent == models_folder() else {}
     for name, (_, wanted) in written.items():
         path = folder / name
-        if (known.get(name) or (digest(path) if path.is_file() else None)) != wanted:
+        if (known.get(name) or (file_digest(path) if path.is_file() else None)) != wanted:
             aside = _set_aside(folder).name
             raise RunError(f"{path} is damaged: its folder is now {aside}; re-run the command to make it anew")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, gguf
 from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.types import file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +34,7 @@ PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "use_rslora": Fals
 PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}}
 TRANSPOSED = "gpt2"  # the kind of model whose layers keep their weights transposed
 TOLERANCE = 1e-3
-VERSION = 1  # of what joining writes; part of the folder's name
+VERSION = 2  # of what joining writes; part of the folder's name
 
 
 def is_adapter(folder: Path) -> bool:
@@ -47,7 +49,7 @@ def base_digest(base: str, key: str) -> str:
         UsageError: there is no such base.
     """
     if base.startswith(gguf.PREFIX):
-        return gguf.digest(gguf.found(base, key))
+        return file_digest(gguf.found(base, key))
     return files.digest(base_folder(base, key))
 
 
@@ -65,15 +67,8 @@ def whole(folder: Path, key: str) -> Path:
     if not is_adapter(folder):
         return folder
     record = files.read_json(folder, RECORD, key=key)
-    base, wanted = record.get("base"), record.get("base_digest")
-    if not isinstance(base, str):
-        raise bad_value(key, folder, f"{RECORD} names no base")
-    try:
-        found = base_digest(base, key)
-    except UsageError as error:
-        reason = str(error).splitlines()[0].partition(": ")[2]
-        raise bad_value(key, folder, f"an adapter of the base {base}, which cannot be read: {reason}") from error
-    require(key, folder, found == wanted, f"an adapter of another base: {base} has the digest {found}, not {wanted}")
+    found = record.get("base_digest")
+    base = find_base(folder, record, found, "base", key)
     sha = hashlib.sha256(str(found).encode())
     for name in (files.ADAPTER, RECORD, WEIGHTS, OWN, PROBE, "tokenizer.json"):
         path = folder / name
@@ -115,8 +110,8 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
     rows = next(value.shape[0] for name, value in tensors.items() if name.endswith(files.EMBEDDINGS))
     config |= {"vocab_size": int(rows), "dtype": "float32"}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in (folder / "tokenizer.json", *base.glob("tokenizer_config.json")):
-        shutil.copyfile(path, target / path.name)
+    shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
+    files.copy_beside_tokenizer(base, target)
     save_file({name: value.contiguous() for name, value in tensors.items()}, target / files.WEIGHTS,
               metadata={"format": "pt"})  # fmt: skip
     lm = loading.load_causal_lm(target, device="cpu", dtype="float32", key=key)
@@ -152,6 +147,49 @@ def lasting_name(checkpoint: str) -> str:
     kind = gguf.PREFIX if checkpoint.startswith(gguf.PREFIX) else ""
     local = Path(checkpoint.removeprefix(kind)).expanduser()
     return f"{kind}{local.resolve()}" if local.exists() else checkpoint
+
+
+def record_of_base(base: str, folder: Path) -> dict[str, str]:
+    """What the record of an adapter in a folder says of where its base is: its name, and its path from the folder."""
+    local = Path(base.removeprefix(gguf.PREFIX))
+    return {"base": base} | ({"base_path": os.path.relpath(local, folder.resolve())} if local.exists() else {})
+
+
+def find_base(folder: Path, record: Mapping[str, Any], wanted: object, kind: str, key: str) -> str:
+    """The base of an adapter, where it was or where it is now: both may have been moved.
+
+    It may be at the recorded path from the adapter, beside the adapter under its old name, or the model of the run.
+
+    Args:
+        folder: the adapter's.
+        record: see `record_of_base`.
+        wanted: the base's digest.
+        kind: what errors call the base.
+        key: the config key that errors name.
+
+    Raises:
+        UsageError: it is in none of these places, or another one is there.
+    """
+    base, path = record.get("base"), record.get("base_path")
+    if not isinstance(base, str):
+        raise bad_value(key, folder, f"its record names no {kind}")
+    prefix = gguf.PREFIX if base.startswith(gguf.PREFIX) else ""
+    moved = [Path(os.path.normpath(folder.resolve() / path))] if isinstance(path, str) else []
+    moved.append(folder.resolve().parent / Path(base.removeprefix(prefix)).name)
+    known = [str(each) for each in [files.digested.get(str(wanted))] if each is not None]
+    why = ""
+    for name in (base, *known, *(f"{prefix}{each}" for each in moved if each.exists())):
+        try:
+            found = base_digest(name, key)
+        except UsageError as error:
+            why = why or f"which cannot be read: {str(error).splitlines()[0].partition(': ')[2]}"
+            continue
+        if found == wanted:
+            return name
+        why = why or f"but that has the digest {found}, not {wanted}"
+    places = " or ".join(dict.fromkeys(map(str, moved)))
+    allowed = f"an adapter of the {kind} {base}, {why}; put the one with the digest {wanted} at {places}"
+    raise bad_value(key, folder, allowed + (", or pass it as model.checkpoint" if kind == "reasoner" else ""))
 
 
 def add_adapter(
@@ -244,7 +282,7 @@ def write_adapter(
     from safetensors.torch import save_file
 
     settings = {**settings, "base_model_name_or_path": base}
-    record = {"base": base, "base_digest": base_digest(base, key), "config": dict(config)}
+    record = record_of_base(base, folder) | {"base_digest": base_digest(base, key), "config": dict(config)}
     try:
         with files.whole_folder(folder) as partial:
             (partial / files.ADAPTER).write_text(json.dumps(settings, indent=2) + "\n")

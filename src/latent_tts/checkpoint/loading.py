@@ -12,14 +12,15 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from latent_tts.checkpoint import files
 from latent_tts.errors import bad_value, require
 
-IN_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*weight$")  # matrices, not the buffers of old checkpoints
+# matrices and biases of blocks, not the causal masks of old checkpoints
+IN_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*(weight|(?<!attn\.)(?<!attention\.)(?<!masked_)bias)$")
 
 
 def load_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -84,6 +85,12 @@ def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrai
     return _load("AutoModel", folder, device, dtype, key)
 
 
+def filled(module: nn.Module, tensors: Mapping[str, Tensor], lm: PreTrainedModel) -> Any:
+    """A module with these weights, on the device and in the dtype of a model, in evaluation mode."""
+    module.load_state_dict(tensors)
+    return module.to(lm.device, lm.dtype).eval().requires_grad_(False)
+
+
 def compute_exactly() -> None:
     """Set torch so that a dtype means the same on every GPU, whatever the environment says.
 
@@ -135,7 +142,8 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
         raise bad_value(key, folder, f"weights are missing: {missing} ...")
     unused = sorted(name for name in info["unexpected_keys"] if IN_BLOCK.search(name))
     if unused:
-        raise bad_value(key, folder, f"config.json describes fewer layers than the weights have: {unused[0]} ...")
+        reason = f"config.json describes fewer layers or biases than the weights have: {unused[0]} ..."
+        raise bad_value(key, folder, reason)
     name_body(model)
     return model.to(device).eval().requires_grad_(False)
 

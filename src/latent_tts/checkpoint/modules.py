@@ -36,7 +36,7 @@ class LowRank(nn.Module):
 
     Attributes:
         layer: the linear layer. One with `product` and `finish` computes more than a product; see
-            `engine.packed.PackedLinear`.
+            `engine.backbone.PackedLinear`.
         down_RD, up_DR: the matrices of rank R.
         scale: by which their product counts.
     """

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, joining
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import bad_value, require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -41,17 +41,7 @@ def base_folder(folder: Path, key: str) -> Path:
         UsageError: it is missing, or another one.
     """
     record = files.read_json(folder, "config.json", key=key).get("latent_rm") or {}
-    base, wanted = record.get("base"), record.get("reasoner")
-    try:
-        found = joining.base_folder(str(base), key)
-    except UsageError as error:
-        reason = str(error).splitlines()[0].partition(": ")[2]
-        raise bad_value(key, folder, f"an adapter of the reasoner {base}, which cannot be read: {reason}") from error
-    digest = files.digest(found)
-    require(
-        key, folder, digest == wanted, f"an adapter of another reasoner: {base} has the digest {digest}, not {wanted}"
-    )
-    return found
+    return joining.base_folder(joining.find_base(folder, record, record.get("reasoner"), "reasoner", key), key)
 
 
 def file_paths(folder: Path, key: str) -> list[Path]:
@@ -149,11 +139,12 @@ def write(
 
     folder.mkdir(parents=True, exist_ok=True)
     base = config["latent_rm"]["base"]
+    record = config["latent_rm"] | joining.record_of_base(base, folder)
     (folder / files.ADAPTER).write_text(json.dumps({**settings, "base_model_name_or_path": base}, indent=2) + "\n")
     save_file(dict(weights), folder / joining.WEIGHTS, metadata={"format": "pt"})
     save_file(dict(head), folder / joining.OWN, metadata={"format": "pt"})
     shutil.copyfile(reasoner / "tokenizer.json", folder / "tokenizer.json")
-    (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({**config, "latent_rm": record}, indent=2) + "\n")
 
 
 def join(folder: Path, target: Path, key: str) -> None:
@@ -177,6 +168,8 @@ def join(folder: Path, target: Path, key: str) -> None:
     target.mkdir(parents=True, exist_ok=True)
     save_file(kept, target / files.WEIGHTS, metadata={"format": "pt"})
     config = files.read_json(folder, "config.json", key=key)
-    config["latent_rm"] = {name: value for name, value in config["latent_rm"].items() if name != "base"}
+    config["latent_rm"] = {
+        name: value for name, value in config["latent_rm"].items() if name not in ("base", "base_path")
+    }
     (target / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")

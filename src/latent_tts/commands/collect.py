@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from latent_tts.config.build import is_given
 from latent_tts.config.recorded import aggregator_builder
 from latent_tts.errors import UsageError, require
-from latent_tts.pipeline.seeds import write_joined
+from latent_tts.pipeline.sweep import write_joined
 from latent_tts.results.run_folder import run_folders
 
 log = logging.getLogger(__name__)

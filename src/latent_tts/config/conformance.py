@@ -97,7 +97,6 @@ class Conformance(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Print expected and found accuracy, then the path of the metrics once more, since it ends every output."""
-        del kwargs
         if job_return.status is not JobStatus.COMPLETED:
             return
         path = Path(config.hydra.runtime.output_dir) / METRICS

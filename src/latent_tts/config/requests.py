@@ -118,7 +118,7 @@ def annotation_spec(cfg: DictConfig) -> AnnotationSpec:
         max_answer_tokens=cfg.max_answer_tokens,
         output=Path(cfg.output).expanduser(),
         config=plain(cfg),
-        schedule_chosen=is_given("schedule"),
+        chosen=frozenset({"schedule"} if is_given("schedule") else ()),
     )
 
 

@@ -380,7 +380,6 @@ def attend(
     Returns:
         The attended values (rows, S, heads, K), and None for the weights.
     """
-    del attention_mask, kwargs
     cache, layer = shared_prefix_cache, int(module.layer_idx)  # type: ignore[arg-type]
     groups = query.shape[1] // key.shape[1]
     if cache.fills_prefix:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from latent_tts.engine.attention import use_own_attention, use_shared_prefix_attention
-from latent_tts.engine.packed import PackedLinear, can_be_packed
 from latent_tts.engine.sites import find_blocks
 from latent_tts.types import Computation
 
 SHARED_PREFIX = Computation()
+ROWS = 256  # what oneDNN lays weights out for; any number of rows works
 
 
 def prepare_backbone(lm: PreTrainedModel, computation: Computation = SHARED_PREFIX) -> None:
@@ -35,3 +40,46 @@ def prepare_backbone(lm: PreTrainedModel, computation: Computation = SHARED_PREF
         for name, child in children.items():
             if can_be_packed(child):
                 setattr(parent, name, PackedLinear(child, gelu=child is in_front_of_gelu))
+
+
+def can_be_packed(layer: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    """Whether a layer is linear, in bfloat16 on a CPU that multiplies it, and not in training."""
+    if type(layer) not in (nn.Linear, Conv1D):
+        return False
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    on_cpu = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    # a quantised weight is a tensor of another class
+    suits = weight.dtype == torch.bfloat16 and not weight.requires_grad and type(weight.data) is Tensor
+    # operators that torch.compile's CPU code is made of, though not documented
+    there = hasattr(torch.ops.mkldnn, "_linear_pointwise") and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    return on_cpu and suits and there and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in bfloat16 on a CPU, and GPT-2's GELU of it if asked for; the given layer's weight is not kept.
+
+    Its weight is laid out once as oneDNN's products want it. Without that oneDNN rearranges it in every product, and
+    GELU goes over the widest activations once more.
+    """
+
+    def __init__(self, layer: nn.Linear | Conv1D, *, gelu: bool = False) -> None:
+        super().__init__()
+        weight = layer.weight.t() if type(layer) is Conv1D else layer.weight
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+        self.bias = layer.bias
+        self._after = ("gelu", [], "tanh") if gelu else ("none", [], "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, *self._after)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The output without GELU."""
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
+
+    def finish(self, product: Tensor) -> Tensor:
+        """GELU of a product, if asked for."""
+        return F.gelu(product, approximate="tanh") if self._after[0] == "gelu" else product

@@ -1,4 +1,4 @@
-"""What differs between CPUs and GPUs: free memory, clocks that wait for the device, peak memory, versions."""
+"""What differs between CPUs and GPUs: free memory, clocks that wait for the device, peak memory, rates, versions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
 import torch
 
+from latent_tts.engine.cost import Rates
 from latent_tts.errors import require
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,10 @@ Result = TypeVar("Result")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES, OLD_MAX_THRESHOLD = 1 << 30, 1 << 25  # glibc before 2.35 takes no larger one
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "could not create a memory")
+CPU_PRODUCT_ROWS, GPU_PRODUCT_ROWS = 512, 1 << 19  # of the timed products
+GPU_PRODUCT = 1 << 33  # maximum rows * width * width of a GPU's product, so that it has fewer rows from width 128 on
+CPU_COPIED, GPU_COPIED = 1 << 25, 1 << 30  # bytes
+GPU_CALLS = 20  # timed together, so that launching and waiting hardly count
 
 
 def is_gpu(device: torch.device | str) -> bool:
@@ -168,3 +174,27 @@ def gpu_versions() -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
     }
+
+
+@lru_cache(maxsize=8)
+def measured_rates(width: int, dtype: str, device: str) -> Rates:
+    """The best rates of a device: of a matrix product of a model's width, and of a copy too large for its caches."""
+    on_gpu, kind = is_gpu(device), getattr(torch, dtype)
+    rows = min(GPU_PRODUCT_ROWS, GPU_PRODUCT // width**2) if on_gpu else CPU_PRODUCT_ROWS
+    a = torch.ones(rows, width, dtype=kind, device=device)
+    b = torch.ones(width, 4 * width, dtype=kind, device=device)
+    source = torch.ones((GPU_COPIED if on_gpu else CPU_COPIED) // 4, device=device)
+    target = torch.empty_like(source)
+    calls = GPU_CALLS if on_gpu else 1
+
+    def best(call: Callable[[], torch.Tensor]) -> float:
+        seconds = []
+        for _ in range(5):
+            started = synchronized_seconds(source.device)
+            for _ in range(calls):
+                call()
+            seconds.append(synchronized_seconds(source.device) - started)
+        return min(seconds) / calls
+
+    product, copy = best(lambda: a @ b), best(lambda: target.copy_(source))
+    return Rates(flops=8.0 * rows * width * width / product, bytes=2.0 * source.nbytes / copy)

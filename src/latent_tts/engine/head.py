@@ -83,7 +83,6 @@ class _Output(ModelOutput):
 class _GivesBack(nn.Module):
     def forward(self, *args: object, inputs_embeds: Tensor, **kwargs: object) -> _Output:
         """The embeddings, as final hidden states."""
-        del args, kwargs
         return _Output(last_hidden_state=inputs_embeds)
 
 

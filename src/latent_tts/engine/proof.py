@@ -300,7 +300,6 @@ class _Observed:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
     ) -> tuple[Tensor, None]:
         """Stand in for an attention function."""
-        del key, attention_mask
         self.layers.add(int(cast(Any, module).layer_idx))
         self.arguments |= {name: given for name, given in arguments.items() if given is not None}
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None

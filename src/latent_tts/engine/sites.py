@@ -65,7 +65,6 @@ class SiteHooks:
         return module
 
     def _count_pass(self, module: nn.Module, args: tuple) -> None:
-        del module, args
         self._passes += 1
 
     def __enter__(self) -> SiteHooks:
@@ -125,14 +124,12 @@ class SiteHooks:
         return torch.cat(whole, dim=1)
 
     def _embedding(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        del module
         if args:
             return (self._apply("embedding", 0, args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": self._apply("embedding", 0, kwargs["hidden_states"])}
 
     def _hook(self, site: Site, layer: int):
         def hook(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
-            del module, args
             self._runs[site, layer] += 1
             if isinstance(output, tuple):
                 return (self._apply(site, layer, output[0]), *output[1:])

@@ -51,9 +51,7 @@ class Local:
 
     def check(self, device: str) -> None:
         """Accept every device: whether it exists is checked where something is computed."""
-        del device
 
     def open(self, work: Work, device: str) -> LocalPool:
         """Start the worker."""
-        del device
         return LocalPool(work)

@@ -8,10 +8,12 @@ import logging
 import math
 import os
 import pickle
+import re
 import socket
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,7 +36,13 @@ SHARDS = ("measured", "fixed")
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1.0, 5.0  # at the processes of the local Ray; without them
 # A Ray of this machine alone listens on its loopback address; the first variable says so on Linux, too.
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # stdout is the command's; what Ray prints there is discarded
+# stdout is the command's; what Ray prints there is discarded, and of what it writes to stderr the warnings
+SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_BACKEND_LOG_LEVEL": "error"}
+RESUME = "re-run the command to resume"
+OUT_OF_MEMORY = (
+    "Ray ended the processes of workers because the memory of {where} is nearly full; fewer executor.workers or a "
+    "smaller engine.rows need less"
+)
 NODE = ("gcs_server", "raylet")  # without these processes a local Ray is gone
 # Ray ends the process of a driver whose node is gone, without a word: a shell then says it in its place
 ENDED = "error: the command was killed, or ended by Ray because Ray's node is gone; re-run the command to resume"
@@ -155,7 +163,7 @@ class RayPool:
         try:
             (reference,), _ = ray.wait(list(self._running), num_returns=1)
         except ray.exceptions.RayError as error:
-            raise RunError(f"Ray is gone: {_in_one_line(error)}") from error
+            raise RunError(f"Ray is gone: {_in_one_line(error)}; {RESUME}") from error
         worker = self._running.pop(reference)
         try:
             result, seconds, warnings = ray.get(reference)
@@ -172,7 +180,7 @@ class RayPool:
         del self._actors[worker]
         why = _in_one_line(error)
         if not self._actors:
-            raise RunError(f"no worker of executor=ray is left: {why}") from error
+            raise RunError(f"no worker of executor=ray is left: {why}; {RESUME}") from error
         log.warning("executor=ray lost worker %d, %d are left: %s", worker, len(self._actors), why)
         return Finished(worker, None, 0.0, lost=True)
 
@@ -276,7 +284,10 @@ def _connect(address: str | None) -> None:
         _end_with([each for each in psutil.Process().children() if each.name() in NODE])
     except Exception as error:  # of any class: a node that is slow to start is a plain Exception
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
-        raise bad_value(key, value, f"Ray cannot be started ({' '.join(str(error).split())[:200]})") from error
+        why = f"Ray cannot be started ({' '.join(str(error).split())[:200]})"
+        if "InvalidAuthToken" in "".join(traceback.format_exception(error)):
+            why = "the cluster asks for a token; set RAY_AUTH_MODE=token, and have its token on this machine, too"
+        raise bad_value(key, value, why) from error
 
 
 def _end_with(processes: Sequence[psutil.Process]) -> None:
@@ -384,8 +395,12 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
 
 
 def _in_one_line(error: Exception) -> str:
-    """The first paragraph of what Ray says."""
-    return " ".join(str(error).split("\n\n")[0].split())
+    """The first paragraph of what Ray says, without a full stop; of its memory monitor, what that means."""
+    text = " ".join(str(error).split("\n\n")[0].split()).removesuffix(".")
+    if "running low on memory" not in text:
+        return text
+    machine = re.search(r"IP: ([^,)]+)", text)
+    return OUT_OF_MEMORY.format(where=machine[1] if machine else "a machine")
 
 
 def _cores() -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+from latent_tts.schedule import Schedule
 from latent_tts.text.answer import AnswerFormat
 from latent_tts.types import Question, Reasoner
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from latent_tts.schedule import Schedule
 
 
 class ModelAdapter(AnswerFormat, Protocol):
@@ -54,6 +51,11 @@ class ModelAdapter(AnswerFormat, Protocol):
     @property
     def digest(self) -> str:
         """A digest of weights, shape and tokenizer."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What tables call the model: `digest`, and prompts and end tokens where other files say what they are."""
         ...
 
     @property

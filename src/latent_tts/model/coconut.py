@@ -6,7 +6,6 @@ Source: Hao et al. 2024 (arXiv 2412.06769); checkpoint layout of ModalityDance/L
 from __future__ import annotations
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.types import Reasoner
 
 
 class Coconut(CheckpointAdapter):
@@ -18,10 +17,3 @@ class Coconut(CheckpointAdapter):
     def answer_span(self, answer_text: str) -> str:
         """The text after the last `#`."""
         return answer_text.rpartition("#")[2].strip()
-
-    def load(self, *, device: str, dtype: str) -> Reasoner:
-        """Load the weights (imports torch)."""
-        from latent_tts.checkpoint import loading
-
-        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
-        return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)

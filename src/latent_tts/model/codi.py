@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import require
 from latent_tts.types import Reasoner
-
-if TYPE_CHECKING:
-    from torch import nn
 
 PROJECTOR = "projector."
 
@@ -35,16 +30,7 @@ class Codi(CheckpointAdapter):
         hidden = shapes.get(f"{PROJECTOR}1.bias", [0])[0]
         wanted = {"1.weight": [hidden, self.width], "1.bias": [hidden], "3.weight": [self.width, hidden]}
         wanted |= {name: [self.width] for name in ("3.bias", "4.weight", "4.bias")}
-        for name, shape in wanted.items():
-            found = shapes.get(PROJECTOR + name)
-            require("model.checkpoint", self.folder, found is not None, f"the projector lacks {PROJECTOR}{name}")
-            require(
-                "model.checkpoint",
-                self.folder,
-                found == shape,
-                f"{PROJECTOR}{name} has the shape {found}; with the backbone's width of {self.width} "
-                f"it must be {shape}",
-            )
+        self.require_tensors("projector", PROJECTOR, wanted, shapes)
 
     def answer_span(self, answer_text: str) -> str:
         """The text after the last `answer is` (and a colon), or the whole text."""
@@ -61,17 +47,8 @@ class Codi(CheckpointAdapter):
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""
         from latent_tts.checkpoint import loading
-
-        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
-        return Reasoner(lm=lm, next_latent=self._projector(device, dtype))
-
-    def _projector(self, device: str, dtype: str) -> nn.Module:
-        import torch
-
-        from latent_tts.checkpoint import loading
         from latent_tts.checkpoint.modules import codi_projector
 
-        tensors = loading.load_tensors(self.folder, PROJECTOR)
+        lm, tensors = super().load(device=device, dtype=dtype).lm, loading.load_tensors(self.folder, PROJECTOR)
         projector = codi_projector(self.width, tensors["1.bias"].shape[0])
-        projector.load_state_dict(tensors)
-        return projector.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+        return Reasoner(lm=lm, next_latent=loading.filled(projector, tensors, lm))

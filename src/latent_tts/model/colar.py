@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import bad_value, check_fields, is_number, require
+from latent_tts.errors import bad_value, check_fields, is_number
 from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
@@ -96,15 +96,7 @@ class Colar(CheckpointAdapter):
         wanted = {"fc.0.weight": [hidden, self.width], "fc.2.weight": [hidden, hidden], **inner}
         for layer in ("mean", "log_std") if self.has_spread else ("mean",):
             wanted |= {f"{layer}.weight": [self.width, hidden], f"{layer}.bias": [self.width]}
-        for name, shape in wanted.items():
-            found = shapes.get(HEAD + name)
-            require("model.checkpoint", self.folder, found is not None, f"the latent head lacks {HEAD}{name}")
-            require(
-                "model.checkpoint",
-                self.folder,
-                found == shape,
-                f"{HEAD}{name} has the shape {found}; with the backbone's width of {self.width} it must be {shape}",
-            )
+        self.require_tensors("latent head", HEAD, wanted, shapes)
 
     def encode(self, question: Question) -> list[int]:
         """Token ids of the prompt, without a beginning-of-text token."""
@@ -124,20 +116,16 @@ class Colar(CheckpointAdapter):
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""
-        import torch
         from torch.nn.functional import linear
 
         from latent_tts.checkpoint import loading
         from latent_tts.checkpoint.modules import colar_head
 
-        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
-        tensors = loading.load_tensors(self.folder, HEAD)
-        kind = getattr(torch, dtype)
-        spread = {name: tensors.pop(name).to(device, kind) for name in list(tensors) if name.startswith("log_std.")}
-        hidden = tensors["fc.0.bias"].shape[0]
-        head = colar_head(self.width, hidden, spread=False)
-        head.load_state_dict(tensors)
-        head.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+        lm, tensors = super().load(device=device, dtype=dtype).lm, loading.load_tensors(self.folder, HEAD)
+        spread = {
+            name: tensors.pop(name).to(lm.device, lm.dtype) for name in list(tensors) if name.startswith("log_std.")
+        }
+        head = loading.filled(colar_head(self.width, tensors["fc.0.bias"].shape[0], spread=False), tensors, lm)
 
         def next_latent(hidden_RD: Tensor) -> Tensor:
             return head["mean"](head["fc"](hidden_RD)) * self.latent_std

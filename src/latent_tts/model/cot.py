@@ -17,7 +17,7 @@ from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.text.template import TemplateError, names_question, rendered
-from latent_tts.types import Question, Reasoner
+from latent_tts.types import Question
 
 PLAIN, CHAT = "plain", "chat"
 SHOWN = 60  # characters of a template that an error quotes
@@ -58,10 +58,14 @@ class Cot(CheckpointAdapter):
         """Check that there is a template if the prompt needs one: the tokens are any tokenizer's.
 
         Raises:
-            UsageError: the checkpoint has no chat template.
+            UsageError: the checkpoint has no chat template, or does not name a special token of a given template.
         """
-        if self.prompt != PLAIN:
-            _ = self._template
+        if self.prompt == PLAIN:
+            return
+        _ = self._template
+        unnamed = [name for name in files.SPECIAL if name in self.prompt and name not in self._tokens]
+        if unnamed:
+            raise self._bad_prompt(f"{self.checkpoint} names no {unnamed[0]} in tokenizer_config.json; write the token")
 
     @cached_property
     def _template(self) -> str:
@@ -130,13 +134,6 @@ class Cot(CheckpointAdapter):
     def _end_of_chain(self, answer_text: str) -> str:
         """The text after the last `###`; all of it if there is none."""
         return MARKER.split(answer_text)[-1]
-
-    def load(self, *, device: str, dtype: str) -> Reasoner:
-        """Load the weights (imports torch)."""
-        from latent_tts.checkpoint import loading
-
-        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
-        return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)
 
 
 def _last_boxed(text: str) -> str | None:

@@ -131,16 +131,7 @@ class Pccot(CheckpointAdapter):
         width = [self.width]
         wanted = {f"{layer}.weight": width * 2 for layer in (0, 2)} | {"3.weight": width}
         wanted |= {f"{layer}.bias": width for layer in (0, 2, 3)}
-        for name, shape in wanted.items():
-            found = shapes.get(PROJECTION + name)
-            require("model.checkpoint", self.folder, found is not None, f"the projection lacks {PROJECTION}{name}")
-            require(
-                "model.checkpoint",
-                self.folder,
-                found == shape,
-                f"{PROJECTION}{name} has the shape {found}; with the backbone's width of {self.width} "
-                f"it must be {shape}",
-            )
+        self.require_tensors("projection", PROJECTION, wanted, shapes)
 
     def answer_span(self, answer_text: str) -> str:
         """The text after the last `#`, or the whole text after the forced prompt."""
@@ -148,16 +139,11 @@ class Pccot(CheckpointAdapter):
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""
-        import torch
-
         from latent_tts.checkpoint import loading
         from latent_tts.checkpoint.modules import pccot_projection
 
-        lm = loading.load_causal_lm(self.folder, device=device, dtype=dtype)
-        tensors = loading.load_tensors(self.folder, PROJECTION)
+        plain, tensors = super().load(device=device, dtype=dtype), loading.load_tensors(self.folder, PROJECTION)
         if not tensors:
-            return Reasoner(lm=lm, next_latent=lambda hidden_RD: hidden_RD)
-        projection = pccot_projection(self.width)
-        projection.load_state_dict(tensors)
-        projection.to(device=device, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
-        return Reasoner(lm=lm, next_latent=projection)
+            return plain
+        projection = loading.filled(pccot_projection(self.width), tensors, plain.lm)
+        return Reasoner(lm=plain.lm, next_latent=projection)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latent_tts.engine.cost import Shape
-from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import bad_value, check_seed, require
-from latent_tts.executor import Executor
-from latent_tts.executor.local import Local
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import DRAWING, code_digests
 from latent_tts.pipeline.keys import ENGINE_SEMANTICS, own_fields
-from latent_tts.pipeline.spec import EngineSettings, check_sampler, refuse_early_exit, require_steps, settle_schedule
+from latent_tts.pipeline.spec import DrawingRequest, check_sampler, refuse_early_exit, require_steps, settle_schedule
 from latent_tts.results.annotations import FORMAT
-from latent_tts.sampler import Sampler
-from latent_tts.schedule import Schedule
-from latent_tts.task import Task
 from latent_tts.types import Question
 
 KEEP = ("mixed", "all")
@@ -42,39 +34,18 @@ class QuestionToLabel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnnotationSpec:
-    """What is to be labelled.
+class AnnotationSpec(DrawingRequest):
+    """What is to be labelled; answers of completions are chosen as those of rollouts.
 
     Attributes:
-        adapter, task, sampler, schedule: the chosen options.
-        answers: how answer tokens are chosen, of rollouts and completions alike.
-        n: rollouts of each question.
         completions: M, completions of each prefix.
         keep: `mixed` or `all`: which questions get labels.
-        seed: of every random number.
-        max_answer_tokens: token limit of an answer.
-        engine: how rollouts are computed.
         output: the annotation folder.
-        executor: where rollouts are computed.
-        config: the resolved config, for `sampler` and `task`.
-        schedule_chosen: whether the user chose the schedule.
     """
 
-    adapter: ModelAdapter
-    task: Task
-    sampler: Sampler
-    schedule: Schedule
-    answers: AnswerSampling
-    n: int
     completions: int
     keep: str
-    seed: int
-    max_answer_tokens: int
-    engine: EngineSettings
     output: Path
-    config: Mapping[str, Any]
-    executor: Executor = field(default_factory=Local)
-    schedule_chosen: bool = False
 
     def check(self) -> None:
         """Check everything that does not need torch or the questions.
@@ -95,7 +66,7 @@ class AnnotationSpec:
         adapter.check()
         require("model.latents", 0, adapter.latents != 0, "must be 1 or more: labels are of latents")
         check_sampler(sampler, adapter)
-        schedule = settle_schedule(self.schedule, adapter, chosen=self.schedule_chosen)
+        schedule = settle_schedule(self.schedule, adapter, chosen="schedule" in self.chosen)
         allowed = "must be null: labels are of rollouts that make all latents"
         refuse_early_exit(schedule, allowed)
         require_steps(schedule, adapter, "a label is of a prefix h_1..h_t, completed from there")

@@ -26,15 +26,16 @@ from latent_tts.engine.device import (
     compute_in_batches,
     device_name,
     keep_freed_memory,
+    measured_rates,
     warn_of_halving,
 )
 from latent_tts.engine.diversity import DirectionSums
 from latent_tts.engine.draft import load_draft
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts, question_ids, require_finite, row_bytes
-from latent_tts.engine.rates import measured_rates
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import require
-from latent_tts.pipeline.batch_columns import (
+from latent_tts.pipeline.batch import (
+    BatchScorer,
     Columns,
     answer_columns,
     batch_table,
@@ -43,7 +44,6 @@ from latent_tts.pipeline.batch_columns import (
     measured_columns,
     score_table,
 )
-from latent_tts.pipeline.batch_scorer import BatchScorer
 from latent_tts.pipeline.code import DRAWING
 from latent_tts.pipeline.keys import latents_key
 from latent_tts.pipeline.models import (

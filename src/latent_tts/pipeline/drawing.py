@@ -19,8 +19,7 @@ from torch import Tensor
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts
 from latent_tts.errors import LESS_MEMORY, RunError, computing
-from latent_tts.pipeline.batch_columns import score_table
-from latent_tts.pipeline.batch_scorer import BatchScorer
+from latent_tts.pipeline.batch import BatchScorer, score_table
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.pipeline.drawer import (
     Description,

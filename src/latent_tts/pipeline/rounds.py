@@ -55,7 +55,6 @@ class AnswerReader:
 
     def take(self, places: Sequence[tuple[str, int]], answer_ids: Sequence[Sequence[int]]) -> None:
         """Take the answers of a batch; see `RunRequest.on_answers`."""
-        del places
         self._queue.put([tuple(ids) for ids in answer_ids])
 
     def read(self, ids: tuple[int, ...]) -> str | None:

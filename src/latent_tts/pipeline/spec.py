@@ -94,48 +94,58 @@ def full_dtype(name: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunRequest:
-    """What the user asked for: the objects that the config describes, and its values.
+class DrawingRequest:
+    """What the user asked a command for that draws rollouts: the objects that the config describes, and its values.
 
     Attributes:
-        adapter, task, sampler, schedule, search, budget, aggregators: the chosen options.
-        scorer: the chosen scorer; `NoScorer` for none.
+        adapter, task, sampler, schedule: the chosen options.
         answers: how answer tokens are chosen.
-        decode: `all`, or `winners`: only best-of-n picks are decoded.
-        forced_prefix: text that every answer begins with.
         n: rollouts per question.
         seed: of every random number.
         max_answer_tokens: token limit of an answer.
         engine: how rollouts are computed.
-        cache: folder of cached rollouts.
-        refresh: whether to draw anew the rollouts that the cache has.
         config: the resolved config, as `run.json` keeps it.
         chosen: which of the keys `schedule`, `budget`, `aggregator` and `scorer.checkpoint` the user set. The others
             are defaults, which may be replaced by what the model or the search needs.
         executor: where rollouts are computed.
-        on_answers: called after each batch with the (row key, rollout) pairs and the answer ids.
     """
 
     adapter: ModelAdapter
     task: Task
     sampler: Sampler
     schedule: Schedule
-    search: Search
-    budget: Budget
-    scorer: Scorer | NoScorer
-    aggregators: list[Aggregator]
     answers: AnswerSampling
-    decode: str
-    forced_prefix: str
     n: int
     seed: int
     max_answer_tokens: int
     engine: EngineSettings
-    cache: Path
     config: Mapping[str, Any]
-    executor: Executor = field(default_factory=Local)
-    refresh: bool = False
     chosen: frozenset[str] = frozenset()
+    executor: Executor = field(default_factory=Local)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest(DrawingRequest):
+    """What the user asked `ltts run` for.
+
+    Attributes:
+        search, budget, aggregators: the chosen options.
+        scorer: the chosen scorer; `NoScorer` for none.
+        decode: `all`, or `winners`: only best-of-n picks are decoded.
+        forced_prefix: text that every answer begins with.
+        cache: folder of cached rollouts.
+        refresh: whether to draw anew the rollouts that the cache has.
+        on_answers: called after each batch with the (row key, rollout) pairs and the answer ids.
+    """
+
+    search: Search
+    budget: Budget
+    scorer: Scorer | NoScorer
+    aggregators: list[Aggregator]
+    decode: str
+    forced_prefix: str
+    cache: Path
+    refresh: bool = False
     on_answers: Callable[[Sequence[tuple[str, int]], Sequence[Sequence[int]]], None] | None = None
 
 
@@ -546,7 +556,7 @@ def calibrated(
     fitted = calibration.calibrate_on_run(
         budget.rule,
         request.config,
-        {"model": request.adapter.digest, "scorer": None if scorer is None else scorer.digest},
+        {"model": request.adapter.identity, "scorer": None if scorer is None else scorer.digest},
         [each.id for each in questions],
         temperature,
     )

@@ -8,12 +8,13 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-from latent_tts.checkpoint.draft import DraftFile, draft_digest
+from latent_tts.checkpoint.draft import DraftFile
 from latent_tts.errors import RunError
 from latent_tts.executor import Executor
 from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import PACKAGE, WHOLE, code_digests, computed_attributes, digest_of_package
 from latent_tts.scorer import Scorer
+from latent_tts.types import file_digest
 
 _checked: set[Hashable] = set()  # files of this machine that are the driver's
 
@@ -61,7 +62,7 @@ def check_draft(draft: DraftFile | None) -> None:
     if draft is None or draft in _checked:
         return
     try:
-        found = draft_digest(draft.path)
+        found = file_digest(draft.path)
     except OSError as error:
         raise RunError(f"{_this_worker()} cannot read the draft head {draft.path}: {error.strerror}") from error
     if found != draft.digest:

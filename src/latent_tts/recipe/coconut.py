@@ -6,14 +6,11 @@ Source: Hao et al. 2024 (arXiv 2412.06769), section 3; facebookresearch/coconut,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import check_fields
-from latent_tts.training.reasoner.curriculum import Staged
-
-if TYPE_CHECKING:
-    from latent_tts.checkpoint.adapter import CheckpointAdapter
-    from latent_tts.training.reasoner.coconut import CoconutObjective
+from latent_tts.training.reasoner.curriculum import Objective, Staged
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Coconut(Staged):
         check_fields("recipe", self, step_loss="a finite number, 0 or more")
         self.check_latents()
 
-    def objective(self, adapter: CheckpointAdapter) -> CoconutObjective:
+    def objective(self, adapter: CheckpointAdapter) -> Objective:
         """Create the model in training with its loss (imports torch)."""
         from latent_tts.training.reasoner.coconut import CoconutObjective
 

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import check_fields
-from latent_tts.training.reasoner.curriculum import Distilled
-
-if TYPE_CHECKING:
-    from latent_tts.checkpoint.adapter import CheckpointAdapter
-    from latent_tts.training.reasoner.codi import CodiObjective
+from latent_tts.training.reasoner.curriculum import Distilled, Objective
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Codi(Distilled):
 
         add_projector(folder, self.projector_hidden, seed, identity=self.projector_init == "identity")
 
-    def objective(self, adapter: CheckpointAdapter) -> CodiObjective:
+    def objective(self, adapter: CheckpointAdapter) -> Objective:
         """Create the model in training with its loss (imports torch)."""
         from latent_tts.training.reasoner.codi import CodiObjective
 

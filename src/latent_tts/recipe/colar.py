@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import VALUE_KINDS, check_fields, require
-from latent_tts.training.reasoner.curriculum import Recipe, Stage
-
-if TYPE_CHECKING:
-    from latent_tts.checkpoint.adapter import CheckpointAdapter
-    from latent_tts.training.reasoner.colar import ColarObjective
+from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
 
 PROMPT_WORDS = ("Question", ":", "Let", "'", "s", "think", "step", "by", "(", "Thinking", "speed", ")", "Answer")
 
@@ -73,7 +70,7 @@ class Colar(Recipe):
 
         add_head(folder, self.head_hidden, seed, spread=self.latent_loss == "nll")
 
-    def objective(self, adapter: CheckpointAdapter) -> ColarObjective:
+    def objective(self, adapter: CheckpointAdapter) -> Objective:
         """Create the model in training with its loss (imports torch)."""
         from latent_tts.model.colar import Colar as ColarAdapter
         from latent_tts.training.reasoner.colar import ColarObjective

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import check_fields
-from latent_tts.training.reasoner.curriculum import Recipe, Stage
-
-if TYPE_CHECKING:
-    from latent_tts.checkpoint.adapter import CheckpointAdapter
-    from latent_tts.training.reasoner.coconut import CoconutObjective
+from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Cot(Recipe):
         """The only stage."""
         return [Stage(self.written_updates, 0, 0)]
 
-    def objective(self, adapter: CheckpointAdapter) -> CoconutObjective:
+    def objective(self, adapter: CheckpointAdapter) -> Objective:
         """Create the model in training with its loss (imports torch)."""
         from latent_tts.training.reasoner.coconut import CoconutObjective
 

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import check_fields
-from latent_tts.training.reasoner.curriculum import Distilled
-
-if TYPE_CHECKING:
-    from latent_tts.checkpoint.adapter import CheckpointAdapter
-    from latent_tts.training.reasoner.pccot import PccotObjective
+from latent_tts.training.reasoner.curriculum import Distilled, Objective
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Pccot(Distilled):
 
         add_projection(folder, self.sweeps, seed, projection=self.projection, known_first=self.known_first)
 
-    def objective(self, adapter: CheckpointAdapter) -> PccotObjective:
+    def objective(self, adapter: CheckpointAdapter) -> Objective:
         """Create the model in training with its loss (imports torch)."""
         from latent_tts.training.reasoner.pccot import PccotObjective
 

@@ -33,15 +33,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_tts.errors import RunError, UsageError, bad_value, require
-from latent_tts.results.files import (
-    bytes_digest,
-    digest_in_name,
-    file_digest,
-    set_aside,
-    settings_digest,
-    whole_file,
-)
-from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason
+from latent_tts.results.files import bytes_digest, digest_in_name, set_aside, settings_digest, whole_file
+from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason, file_digest
 
 log = logging.getLogger(__name__)
 # parts of format 1 have no gold answers, those of 2 no digests, settings of 3 do not say how the reasoner was computed,

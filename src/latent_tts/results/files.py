@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from latent_tts.errors import bad_value
+from latent_tts.types import file_digest, text_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -203,12 +204,6 @@ def bytes_digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def file_digest(path: Path) -> str:
-    """The same, of a file that need not fit into memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
 def spreadsheet_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """A table whose texts no spreadsheet takes for a formula: those that could be one begin with an apostrophe."""
     return frame.map(lambda cell: f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell)
@@ -233,4 +228,4 @@ def _is_formula(cell: str) -> bool:
 
 def settings_digest(settings: Mapping[str, Any]) -> str:
     """16 hex digits of a JSON-able mapping."""
-    return bytes_digest(json.dumps(settings, sort_keys=True).encode())
+    return text_digest(json.dumps(settings, sort_keys=True))

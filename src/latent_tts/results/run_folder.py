@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, require
-from latent_tts.results.files import file_digest, plain_cells, settings_digest, spreadsheet_cells, whole_file
+from latent_tts.results.files import plain_cells, settings_digest, spreadsheet_cells, whole_file
 from latent_tts.results.parts import runs_of
-from latent_tts.types import Float32
+from latent_tts.types import Float32, file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor

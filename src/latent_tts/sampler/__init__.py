@@ -66,22 +66,18 @@ class Sampler(Protocol):
     @property
     def only_latents(self) -> bool:
         """Whether it changes only latents and the passes that compute them, so that it needs a model with latents."""
-        return False
+        return self.random_latents and self.random_phases <= {"thoughts"} and not self.chooses_tokens
 
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
         """The latent (R, D) that is fed back instead of the model's own `h_RD`; `step` counts from 0."""
-        del draw, step
         return h_RD
 
     def factors(self, site: Site, layer: int, draw: Draw, forward: Forward) -> Tensor | None:
         """Factors (R, S, D) that multiply the output of a site in a forward pass; None for all ones."""
-        del site, layer, draw, forward
 
     def dropout(self, site: Site, layer: int, forward: Forward) -> DropPlace | None:
         """What `factors` are if they are those of dropout: a GPU draws them where it multiplies; None otherwise."""
-        del site, layer, forward
 
     def token(self, logits_RV: Tensor, draw: Draw, step: int) -> Tensor:
         """Ids (R) of the next answer tokens; called only if `chooses_tokens`."""
-        del draw, step
         return logits_RV.argmax(-1)

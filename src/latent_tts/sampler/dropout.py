@@ -65,11 +65,6 @@ class Dropout(Sampler):
         """The phases in `where`; none if the rate is 0."""
         return frozenset(self.where) if self._threshold else frozenset()
 
-    @property
-    def only_latents(self) -> bool:
-        """Whether only the thoughts have dropout."""
-        return self.random_phases == {"thoughts"}
-
     @cached_property
     def _threshold(self) -> int:
         return min(round(self.rate * 65536), 65535)

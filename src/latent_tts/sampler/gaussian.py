@@ -40,11 +40,6 @@ class Gaussian(Sampler):
         """True unless sigma is 0."""
         return self.sigma > 0
 
-    @property
-    def only_latents(self) -> bool:
-        """True unless sigma is 0, which changes nothing."""
-        return self.random_latents
-
     def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
         """`h + sigma * eps`, added in float32."""
         if self.sigma == 0:

@@ -42,11 +42,6 @@ class Native(Sampler):
         return self.temperature > 0
 
     @property
-    def only_latents(self) -> bool:
-        """True unless the temperature is 0, which changes nothing."""
-        return self.random_latents
-
-    @property
     def needs_spread(self) -> bool:
         """True: the noise has the predicted standard deviations."""
         return True

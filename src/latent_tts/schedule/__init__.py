@@ -57,7 +57,7 @@ class Counts:
     """What a schedule counts per row (int64, R).
 
     Attributes:
-        sweeps_R: passes that computed latents of the row.
+        sweeps_R: passes after the prompt's that computed latents of the row.
         commits_R: latents found to be made from the latents that are final; 0 where a schedule does not check.
         conflicts_R: latents that were computed from others than those, and were computed again.
         timeline: the sweeps in order, that of the prompt's pass included; None unless asked for. Schedules
@@ -70,9 +70,9 @@ class Counts:
     timeline: list[Sweep] | None = None
 
     @classmethod
-    def of_steps(cls, steps_R: Tensor) -> Counts:
-        """Those of latents that are computed one after another."""
-        return cls(steps_R, steps_R, steps_R * 0)
+    def of_steps(cls, steps_R: Tensor, *, first_is_free: bool) -> Counts:
+        """Those of latents that are computed one after another, the first maybe by the prompt's pass."""
+        return cls((steps_R - int(first_is_free)).clamp(min=0), steps_R, steps_R * 0)
 
 
 class LatentSequence(Protocol):
@@ -209,7 +209,6 @@ class Schedule(Protocol):
 
         Those that depend on the rollout are left out; they are counted as its conflicts.
         """
-        del latents
         return []
 
 
@@ -217,48 +216,52 @@ OF_OTHERS = ("greedy", "sibling")  # guesses made of another rollout of the ques
 GUESSES = ("token", "zero", *OF_OTHERS, "draft")
 
 
-def check_parallel(name: str, chunk: int | None, guess: str, model: LatentModel) -> None:
-    """Check that a model's latents can be computed side by side.
+class ParallelSchedule(Schedule, Protocol):
+    """A schedule that computes latents side by side, from guesses.
 
-    Args:
-        name: of the schedule.
-        chunk: latents computed in parallel; None for all.
-        guess: what they begin with.
-        model: the model.
-
-    Raises:
-        UsageError: the model has no latents, or fewer than `chunk`, or has no token for the guess, or no latents to
-            draft.
+    Attributes:
+        chunk: C, the number of latents computed in parallel; None for all.
+        guess: the latents before the first sweep, see `LatentSequence.guess`.
+        draft: the file of a draft head, with `guess=draft`.
     """
-    require("schedule", name, model.latents != 0, f"must be sequential: model={model.name} has no latents")
-    require(
-        "schedule.chunk",
-        chunk,
-        chunk is None or chunk <= model.latents,
-        f"must be at most model.latents={model.latents}",
-    )
-    if guess == "token":
-        _ = model.latent_id
-    require(
-        "schedule.guess",
-        guess,
-        guess != "draft" or model.latents >= 2,
-        "a draft head predicts h_2 and later latents, and model.latents=1",
-    )
 
+    stepwise: ClassVar[bool] = False
+    chunk: int | None
+    guess: str
+    draft: str | None
 
-def check_chunk_and_guess(schedule: Any) -> None:
-    """Check the fields `chunk`, `guess` and `draft` of a schedule.
+    def __post_init__(self) -> None:
+        check_fields("schedule", self, chunk="a positive integer, or null for all latents", guess=GUESSES)
+        guess, draft = self.guess, self.draft
+        require(
+            "schedule.draft",
+            draft,
+            guess != "draft" or bool(isinstance(draft, str) and draft),
+            "must be the file of a draft head, which ltts train-draft writes",
+        )
+        require("schedule.draft", draft, guess == "draft" or draft is None, f"must be null with schedule.guess={guess}")
 
-    Raises:
-        UsageError: one of them is not usable.
-    """
-    check_fields("schedule", schedule, chunk="a positive integer, or null for all latents", guess=GUESSES)
-    guess, draft = schedule.guess, schedule.draft
-    require(
-        "schedule.draft",
-        draft,
-        guess != "draft" or bool(isinstance(draft, str) and draft),
-        "must be the file of a draft head, which ltts train-draft writes",
-    )
-    require("schedule.draft", draft, guess == "draft" or draft is None, f"must be null with schedule.guess={guess}")
+    @property
+    def draft_path(self) -> str | None:
+        """The file of the draft head that makes its guesses; None without one."""
+        return self.draft
+
+    @property
+    def first_guess(self) -> str:
+        """What latents are before they are computed."""
+        return self.guess
+
+    def check(self, model: LatentModel) -> None:
+        """Check that a model's latents can be computed side by side.
+
+        Raises:
+            UsageError: the model has no latents, or fewer than `chunk`, or has no token for the guess, or no latents to
+                draft.
+        """
+        most, chunk = model.latents, self.chunk
+        require("schedule", self.name, most != 0, f"must be sequential: model={model.name} has no latents")
+        require("schedule.chunk", chunk, chunk is None or chunk <= most, f"must be at most model.latents={most}")
+        if self.guess == "token":
+            _ = model.latent_id
+        allowed = "a draft head predicts h_2 and later latents, and model.latents=1"
+        require("schedule.guess", self.guess, self.guess != "draft" or most >= 2, allowed)

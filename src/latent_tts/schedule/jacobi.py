@@ -25,11 +25,11 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 from latent_tts.errors import bad_value, check_fields, require
-from latent_tts.schedule import LatentModel, LatentSequence, Schedule, Sweep, check_chunk_and_guess, check_parallel
+from latent_tts.schedule import LatentModel, LatentSequence, ParallelSchedule, Sweep
 
 
 @dataclass(frozen=True)
-class Jacobi(Schedule):
+class Jacobi(ParallelSchedule):
     """Parallel sweeps.
 
     Attributes:
@@ -49,27 +49,16 @@ class Jacobi(Schedule):
     known_first: bool = False
 
     name: ClassVar[str] = "jacobi"
-    stepwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields("schedule", self, sweeps="a positive integer", known_first="true or false")
-        check_chunk_and_guess(self)
+        super().__post_init__()
         require(
             "schedule.known_first",
             True,
             not self.known_first or self.guess != "draft",
             "must be false with schedule.guess=draft, which begins with h_1",
         )
-
-    @property
-    def draft_path(self) -> str | None:
-        """The file of the draft head that makes its guesses; None without one."""
-        return self.draft
-
-    @property
-    def first_guess(self) -> str:
-        """What latents are before they are computed."""
-        return self.guess
 
     @property
     def key(self) -> dict[str, Any]:
@@ -81,10 +70,10 @@ class Jacobi(Schedule):
         """Check that a model can use this schedule.
 
         Raises:
-            UsageError: as `check_parallel`, or the model decides the number of latents itself, or a rollout would
-                depend on the first one of its batch.
+            UsageError: as for every parallel schedule, or the model decides the number of latents itself, or a rollout
+                would depend on the first one of its batch.
         """
-        check_parallel(self.name, self.chunk, self.guess, model)
+        super().check(model)
         needed = self.chunk or model.latents - self.known_first
         if self.guess == "sibling" and self.sweeps < needed:
             why = f"needs schedule.sweeps={needed} or more: otherwise rollouts would depend on the batch"

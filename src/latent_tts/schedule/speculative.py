@@ -29,14 +29,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.errors import check_fields, require
-from latent_tts.schedule import LatentModel, LatentSequence, Schedule, Sweep, check_chunk_and_guess, check_parallel
+from latent_tts.schedule import LatentSequence, ParallelSchedule, Sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Speculative(Schedule):
+class Speculative(ParallelSchedule):
     """Sweeps over guesses, with versions, commits and conflicts.
 
     Attributes:
@@ -56,24 +56,13 @@ class Speculative(Schedule):
     verify: bool = False
 
     name: ClassVar[str] = "speculative"
-    stepwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_chunk_and_guess(self)
+        super().__post_init__()
         kinds = {"mixing": "an integer, 0 or more", "tolerance": "a number in [0, 1)", "verify": "true or false"}
         check_fields("schedule", self, **kinds)
         allowed = "needs schedule.tolerance=0: otherwise rollouts would depend on the batch"
         require("schedule.guess", self.guess, self.guess != "sibling" or self.tolerance == 0, allowed)
-
-    @property
-    def draft_path(self) -> str | None:
-        """The file of the draft head that makes its guesses; None without one."""
-        return self.draft
-
-    @property
-    def first_guess(self) -> str:
-        """What latents are before they are computed."""
-        return self.guess
 
     @property
     def verified(self) -> bool:
@@ -90,14 +79,6 @@ class Speculative(Schedule):
     def exact(self) -> bool:
         """Whether its latents are certain to be those of `sequential`, up to rounding."""
         return self.tolerance == 0
-
-    def check(self, model: LatentModel) -> None:
-        """Check that a model can use this schedule.
-
-        Raises:
-            UsageError: as `check_parallel`.
-        """
-        check_parallel(self.name, self.chunk, self.guess, model)
 
     def run(self, latents: LatentSequence) -> None:
         """Compute all latents."""

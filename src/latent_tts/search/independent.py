@@ -41,7 +41,6 @@ class Independent:
         answers: bool = True,
     ) -> Rollouts:
         """Draw the rollouts of a batch; see `Search.roll`."""
-        del scorer, reduction
         import torch
 
         from latent_tts.random.draw import Draw

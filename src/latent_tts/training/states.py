@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from latent_tts.errors import bad_value, is_whole, require
-from latent_tts.results.files import file_digest, launch_rank, whole_file
+from latent_tts.results.files import launch_rank, whole_file
+from latent_tts.types import file_digest
 
 SETTINGS, STATES, FINISHED = "settings.json", "states", "checkpoint"
 DIGESTS = "digests.json"  # of a state's files

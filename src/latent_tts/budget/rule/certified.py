@@ -9,13 +9,13 @@ from typing import ClassVar
 import numpy as np
 from scipy.special import betaln
 
-from latent_tts.budget import NOT_CERTIFIED, Stop, Tally
+from latent_tts.budget import NOT_CERTIFIED, Rule, Tally
 from latent_tts.errors import RunError, bad_value, check_fields, is_whole, require
-from latent_tts.types import Float64
+from latent_tts.types import Bools, Float64
 
 
 @dataclass(frozen=True)
-class Certified:
+class Certified(Rule):
     """PPR-1v1: the leader is the most probable answer of the model, with probability at least 1 - delta.
 
     With a votes for the leader and b for a rival, the rule stops when for every rival
@@ -56,8 +56,7 @@ class Certified:
     answers: int | None = None
 
     name: ClassVar[str] = "certified"
-    needs_score: ClassVar[bool] = False
-    aggregator: ClassVar[str] = "majority"
+    at_cap: ClassVar[str] = NOT_CERTIFIED
 
     def __post_init__(self) -> None:
         check_fields("budget.rule", self, delta="a number in (0, 1)")
@@ -70,10 +69,13 @@ class Certified:
             why = "certifies answers that are equal as strings; task.answer=latex compares values"
             raise bad_value("budget/rule", self.name, why)
 
-    def stop(self, tally: Tally) -> Stop | None:
-        """The first rollout after which the leader is certified."""
-        if tally.drawn == 0:
-            return None
+    @property
+    def certificate(self) -> str:
+        """The largest probability that the pick is not the mode."""
+        return f"error <= {self.delta:g}"
+
+    def enough(self, tally: Tally) -> Bools:
+        """Whether the leader is certified, after each rollout."""
         votes = tally.votes
         seen = int((votes.weight_NK[-1] > 0).sum())
         if self.answers is not None and seen > self.answers:
@@ -81,18 +83,8 @@ class Certified:
                 f"budget.rule.answers={self.answers}: a question has {seen} different answers\n"
                 "leave it out (null) where their number is not known"
             )
-        ratio_N, threshold = self._log_ratios(votes.lead_N, votes.second_N), log(self._threshold(tally.n))
-        enough_N = ratio_N >= threshold
-        if not enough_N.any():
-            return None
-        return Stop(int(enough_N.argmax()) + 1, self.name, f"error <= {self.delta:g}")
-
-    def at_cap(self) -> str:
-        """What is written beside an answer that got all its rollouts."""
-        return NOT_CERTIFIED
-
-    def _threshold(self, n: int) -> float:
-        return max(1, (n if self.answers is None else self.answers) - 1) / self.delta
+        threshold = max(1, (tally.n if self.answers is None else self.answers) - 1) / self.delta
+        return self._log_ratios(votes.lead_N, votes.second_N) >= log(threshold)
 
     def _log_ratios(self, lead_N: Float64, second_N: Float64) -> Float64:
         """Logarithm of R against the strongest rival; -inf where it says nothing for the leader."""

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from latent_tts.budget import Stop, Tally
+from latent_tts.budget import Rule, Tally
 from latent_tts.errors import check_fields, require
-from latent_tts.types import Float64, Int64
+from latent_tts.types import Bools, Float64, Int64
 
 SOURCES = ("likelihood", "score")
 AGGREGATORS = ("majority", "weighted")
@@ -43,7 +43,7 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Confidence:
+class Confidence(Rule):
     """Stops when the vote's pick has a posterior mass of `threshold` among all answers.
 
     Each rollout i has a confidence x_i: the log-probability of its answer, or its score. The posterior mass of an
@@ -87,19 +87,9 @@ class Confidence:
         """Whether confidences or votes are scores."""
         return self.by == "score" or self.aggregator == "weighted"
 
-    def check(self, answer_rule: str) -> None:
-        """Accept answers of any kind."""
-
-    def stop(self, tally: Tally) -> Stop | None:
-        """The first rollout after which the posterior mass is high enough."""
-        if tally.drawn == 0:
-            return None
-        enough_N = self.posterior(tally) >= self.threshold
-        return Stop(int(enough_N.argmax()) + 1, self.name) if enough_N.any() else None
-
-    def at_cap(self) -> str:
-        """No certificate."""
-        return ""
+    def enough(self, tally: Tally) -> Bools:
+        """Whether the posterior mass is high enough, after each rollout."""
+        return self.posterior(tally) >= self.threshold
 
     def posterior(self, tally: Tally) -> Float64:
         """The posterior mass (N,) of the vote's pick after each rollout; 0 before anything can be picked."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from latent_tts.budget import Stop, Tally, Votes
+from latent_tts.budget import Rule, Tally, Votes
 from latent_tts.errors import check_fields
 from latent_tts.types import Bools, Float64
 
@@ -16,7 +16,7 @@ AGGREGATORS = ("majority", "weighted")
 
 
 @dataclass(frozen=True)
-class Lockout:
+class Lockout(Rule):
     """The vote of n rollouts with fewer of them, always the same answer.
 
     After k rollouts the leader has the weight a, a rival b, and m = (n - k) w is the most that the n - k rollouts left
@@ -53,26 +53,16 @@ class Lockout:
         """Whether votes are weighted."""
         return self.aggregator == "weighted"
 
-    def check(self, answer_rule: str) -> None:
-        """Accept answers of any kind."""
-
-    def stop(self, tally: Tally) -> Stop | None:
-        """The first rollout after which the pick of n is known."""
+    def enough(self, tally: Tally) -> Bools:
+        """Whether the pick of n is known, after each rollout."""
         assert tally.max_log_weight is not None, "the largest weight is not known"
-        if tally.drawn == 0:
-            return None
         left_N = tally.n - np.arange(1, tally.drawn + 1.0)
         counted = bool(np.all(np.isin(tally.weight_N, (0.0, 1.0))))
         if tally.equal is None:
             locked_N = _locked(tally.votes, left_N, counted)
         else:
             locked_N = _locked_by_string(tally.string_votes, left_N, counted)
-        locked_N &= left_N > 0
-        return Stop(int(locked_N.argmax()) + 1, self.name) if locked_N.any() else None
-
-    def at_cap(self) -> str:
-        """No certificate: the pick is that of n by definition."""
-        return ""
+        return locked_N & (left_N > 0)
 
 
 def _locked(votes: Votes, left_N: Float64, counted: bool) -> Bools:

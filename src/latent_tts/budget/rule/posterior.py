@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 from scipy.special import betainc
 
-from latent_tts.budget import Stop, Tally
+from latent_tts.budget import Rule, Tally
 from latent_tts.errors import is_number, require
+from latent_tts.types import Bools
 
 
 @dataclass(frozen=True)
-class Posterior:
+class Posterior(Rule):
     """Stops when the leader is more probable than the runner-up with a posterior probability of `threshold`.
 
         P(p > 1/2 | a, b) = 1 - I_1/2(a+1, b+1) >= threshold
@@ -34,24 +34,11 @@ class Posterior:
     threshold: float = 0.95
 
     name: ClassVar[str] = "posterior"
-    needs_score: ClassVar[bool] = False
-    aggregator: ClassVar[str] = "majority"
 
     def __post_init__(self) -> None:
         ok = is_number(self.threshold) and 0.5 < self.threshold < 1
         require("budget.rule.threshold", self.threshold, ok, "must be a number in (0.5, 1)")
 
-    def check(self, answer_rule: str) -> None:
-        """Accept answers of any kind."""
-
-    def stop(self, tally: Tally) -> Stop | None:
-        """The first rollout after which the posterior probability is high enough."""
-        if tally.drawn == 0:
-            return None
-        votes = tally.votes
-        enough_N = 1 - betainc(votes.lead_N + 1, votes.second_N + 1, 0.5) >= self.threshold
-        return Stop(int(np.argmax(enough_N)) + 1, self.name) if enough_N.any() else None
-
-    def at_cap(self) -> str:
-        """No certificate."""
-        return ""
+    def enough(self, tally: Tally) -> Bools:
+        """Whether the posterior probability is high enough, after each rollout."""
+        return 1 - betainc(tally.votes.lead_N + 1, tally.votes.second_N + 1, 0.5) >= self.threshold

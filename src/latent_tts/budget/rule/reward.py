@@ -8,15 +8,15 @@ from typing import ClassVar
 import numpy as np
 from scipy.special import gammaln, stdtr
 
-from latent_tts.budget import Stop, Tally
+from latent_tts.budget import Rule, Tally
 from latent_tts.errors import check_fields
-from latent_tts.types import Float64
+from latent_tts.types import Bools, Float64
 
 MIN_SCORES = 3  # Student's t needs two degrees of freedom for an expected gain
 
 
 @dataclass(frozen=True)
-class Reward:
+class Reward(Rule):
     """Stops when one more rollout is expected to raise the best score by less than `cost`.
 
     Weitzman's rule: with known scores F and recall of the best one z so far, drawing on is worth its cost as long as
@@ -39,25 +39,19 @@ class Reward:
     cost: float = 0.1
 
     name: ClassVar[str] = "reward"
-    needs_score: ClassVar[bool] = True
-    aggregator: ClassVar[str] = "best_of_n"
+    aggregator = "best_of_n"
 
     def __post_init__(self) -> None:
         check_fields("budget.rule", self, cost="a positive number")
 
-    def check(self, answer_rule: str) -> None:
-        """Accept answers of any kind."""
+    @property
+    def needs_score(self) -> bool:
+        """True: it reads nothing else."""
+        return True
 
-    def stop(self, tally: Tally) -> Stop | None:
-        """The first rollout after which the expected gain is below the cost."""
-        if tally.drawn == 0:
-            return None
-        enough_N = expected_gains(tally.score_N) < self.cost
-        return Stop(int(enough_N.argmax()) + 1, self.name) if enough_N.any() else None
-
-    def at_cap(self) -> str:
-        """No certificate."""
-        return ""
+    def enough(self, tally: Tally) -> Bools:
+        """Whether the expected gain is below the cost, after each rollout."""
+        return expected_gains(tally.score_N) < self.cost
 
 
 def expected_gains(score_N: Float64) -> Float64:

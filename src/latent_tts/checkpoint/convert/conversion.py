@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-COPIED = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+COPIED = ("generation_config.json", "special_tokens_map.json", *checkpoint.BESIDE_TOKENIZER)
 
 
 def convert_checkpoint(

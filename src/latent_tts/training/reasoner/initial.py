@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,10 +16,8 @@ from transformers.utils import logging
 
 from latent_tts.checkpoint import files, loading
 from latent_tts.checkpoint.vocabulary import MEAN, check_begin, cut_to, fit_rows, with_tokens
+from latent_tts.training.reasoner.curriculum import Recipe
 from latent_tts.training.reasoner.vocabulary import UNKNOWN, word_level_tokenizer
-
-if TYPE_CHECKING:
-    from latent_tts.training.reasoner.curriculum import Recipe
 
 
 def load_trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -78,8 +75,7 @@ def copy_checkpoint(
     old = files.load_tokenizer(source, key="init")
     check_begin(begin, old, "recipe.new_tokens")
     files.weight_files(source, key="init")
-    for path in source.glob("tokenizer_config.json"):
-        shutil.copyfile(path, folder / path.name)
+    files.copy_beside_tokenizer(source, folder)
     config = files.read_config(source)
     files.check_sizes(config, source, key="init")
     config.pop("latent_tts", None)  # the new training may use other latents

@@ -479,6 +479,7 @@ def export(recipe: Recipe, state: Path, adapter: CheckpointAdapter, folder: Path
     for prefix, own in objective.own.items():
         add_tensors(folder, f"{prefix}.", own.bfloat16())
     shutil.copyfile(adapter.folder / "tokenizer.json", folder / "tokenizer.json")
+    files.copy_beside_tokenizer(adapter.folder, folder)
 
 
 def lacking_tokens(start: Start | BackboneConfig, recipe: Recipe, adapter: CheckpointAdapter) -> list[int]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files
 from latent_tts.errors import bad_value, check_fields
-from latent_tts.results.files import file_digest, settings_digest
+from latent_tts.results.files import settings_digest
 from latent_tts.text.answer import AnswerRule
-from latent_tts.types import Question, Reasoner
+from latent_tts.types import Question, Reasoner, file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,6 +149,7 @@ def read_best(states: Path) -> dict[str, Any] | None:
     path = states / BEST / RECORD
     if not path.is_file():
         return None
+    record = None
     try:
         record = json.loads(path.read_text())
         whole = record.pop("digest", None) in (None, settings_digest(record))  # earlier versions wrote none

@@ -1,18 +1,37 @@
-"""A lock on the folder of a command before Hydra writes its record there."""
+"""Hydra's callbacks: the error of a command's only job, and the lock on its folder before Hydra writes there."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.config.failures import Failures
 from latent_tts.errors import UsageError
 from latent_tts.results.files import locked_folder
+
+
+class Failures(Callback):
+    """Keeps the error of a command's only job for the dispatcher to print: Hydra would print lines of its own before.
+
+    Hydra notifies the callbacks of a config in reverse order, so others still see the job as failed.
+
+    Attributes:
+        kept: the errors of jobs outside of sweeps.
+    """
+
+    kept: ClassVar[list[Exception]] = []
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Take the error."""
+        if job_return.status is JobStatus.FAILED and HydraConfig.get().mode == RunMode.RUN:
+            self.kept.append(job_return._return_value)
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
 
 class FolderLock(Callback):
@@ -33,7 +52,7 @@ class FolderLock(Callback):
         self._hold(config, "hydra.sweep.dir")
 
     def _hold(self, config: DictConfig, key: str) -> None:
-        HydraConfig.instance().set_config(config)
+        HydraConfig.instance().cfg = cast(Any, config)  # for what the name interpolates; the job sets a copy
         try:
             self.held.enter_context(locked_folder(Path(OmegaConf.select(config, key)), key))
         except UsageError as error:
