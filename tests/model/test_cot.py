@@ -146,6 +146,13 @@ def test_prompt_template_and_end_tokens_determine_rollouts(chatting):
     (chatting / "chat_template.jinja").write_text(tiny_gguf.CHAT + " ")
     keys += [model_key(adapter(chatting, prompt="chat")), model_key(adapter(chatting, prompt="chat", eos=3))]
     assert len({json.dumps(key) for key in keys}) == len(keys)
+    identities = {adapter(chatting, prompt="chat").identity}
+    (chatting / "chat_template.jinja").write_text(tiny_gguf.CHAT)
+    identities.add(adapter(chatting, prompt="chat").identity)
+    (chatting / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    identities.add(adapter(chatting, prompt="chat").identity)
+    assert len(identities) == 3
+    (chatting / "chat_template.jinja").write_text(tiny_gguf.CHAT + " ")
     assert before != adapter(chatting, prompt="chat").prompt_recipe
 
 

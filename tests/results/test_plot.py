@@ -207,6 +207,9 @@ def test_a_figure_against_diversity_has_the_largest_n_and_a_point_per_value_of_t
     assert axis.get_xscale() == "linear"
     assert [text.get_text() for text in axis.texts] == ["0.1", "0.9"]
     assert [text.xy for text in axis.texts] == [pytest.approx((0.24, 0.54)), pytest.approx((0.44, 0.79))]
+    shorter = [row for row in table if (row["sampler_value"], row["n"]) != ("0.1", 4)]
+    (line,) = lines(figure_of(shorter, "diversity").axes[0])
+    assert line.get_xdata() == pytest.approx([0.22, 0.42])  # both at n = 2
 
 
 def with_figure(table: list[dict], metric: str, value: float) -> list[dict]:

@@ -245,6 +245,8 @@ def test_verify_compares_with_the_sequential_run(run):
     assert table["deviation"].between(0, 1e-5).all()
     assert not table["changed"].any()
     assert (rollouts["sweeps"] == 3).all()  # the prompt's pass makes the first of 4
+    sequential = run("model.latents=4", "sampler=gaussian", "n=2")
+    assert (pd.read_parquet(sequential.last.parent / "rollouts.parquet")["sweeps"] == 3).all()
     assert (rollouts["commits"] == 4).all()
     assert (rollouts["conflicts"] == 2 + 1).all()
     assert f"{rollouts['conflicts'].mean():.2f} conflicts" in result.out
