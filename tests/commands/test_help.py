@@ -192,13 +192,11 @@ def test_bash_completes(ltts_on_path):
         complete -p ltts
         tab "ltts resc"
         tab "ltts run sampler=ga"
-        tab "ltts run answer.de"
-        tab "ltts ask --j"
         tab "ltts ask --json --ex"
         tab "ltts run --info defaults-"
     """
     done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
-    wanted = ["rescore", "gaussian", "answer.decode=", "--json", "--example", "defaults-tree"]
+    wanted = ["rescore", "gaussian", "--example", "defaults-tree"]
     assert done.stdout.splitlines() == ["complete -o default -F _ltts ltts", *wanted]
 
 

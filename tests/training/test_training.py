@@ -127,6 +127,7 @@ def test_the_padded_batch_computes_what_the_engine_computes(adapter, latents):
     assert predicted == [ids[0] for ids in rollouts.answer_ids]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("scale", [1, 1000])  # numbers above 200 have several tokens
 @pytest.mark.parametrize("latents", [0, 1, 4])
 def test_passes_over_the_cache_lose_what_whole_passes_lose(adapter, latents, scale):
@@ -245,7 +246,8 @@ def test_a_stopped_run_resumes_to_the_same_weights(adapter, tmp_path, stop, save
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-10"]
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", slow("rng_state.pth"), slow("digests.json")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "digests.json"])
 def test_a_damaged_state_is_named_and_set_aside(adapter, tmp_path, caplog, name):
     def stop_at_5(done, figures):
         if done == 5:
@@ -357,7 +359,7 @@ def by_tokens(seed=0, parts=1, tokens=200, most=100):
     return TokenBudget(most, tokens, parts, lengths, seed).batches(Arith("train", None, None, 0).stream())
 
 
-@settings(derandomize=True, deadline=None, max_examples=20)
+@settings(derandomize=True, deadline=None, max_examples=10)
 @given(tokens=st.integers(250, 600), parts=st.integers(1, 3), most=st.integers(3, 20))
 def test_batches_by_tokens_stay_below_their_limits_and_lose_no_question(tokens, parts, most):
     batches = list(islice(by_tokens(0, parts, tokens, most), 50))
