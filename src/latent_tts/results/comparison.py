@@ -135,6 +135,7 @@ def _with_whole_sampler(curve: Mapping[str, str]) -> dict[str, str]:
 def write_differences(path: Path, found: Sequence[Difference]) -> None:
     """Write differences as a CSV, a row each."""
     columns = [field.name for field in fields(Difference)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         table = pd.DataFrame([astuple(difference) for difference in found], columns=columns)
         spreadsheet_cells(table).to_csv(partial, index=False, float_format="%.6g")
