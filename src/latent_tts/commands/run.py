@@ -8,7 +8,7 @@ from dataclasses import replace
 from omegaconf import DictConfig
 
 from latent_tts.config.build import in_sweep, output_dir
-from latent_tts.config.recorded import finish_sweep as finish_sweep
+from latent_tts.config.recorded import finish_sweep as finish_sweep  # hydra_plugins/tolerant_sweeper.py calls it
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import check_run

@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> None:
         run = check_run(replace(request, cache=cache))
         if source is not None:
             run = of_a_run(run, source, record, list(cfg.question), cfg.n if is_given("n") else None)
-        spec = check_trace(run, view, beside, n=request.n if source is None else max(run.drawn), source=source)
+        spec = check_trace(run, view, beside, n=request.n if source is None else max(run.table_counts), source=source)
         if source is None:
             done = complete_run(
                 folder, run, changed_settings(cfg),

@@ -22,7 +22,6 @@ def choose_temperature(spec: RunSpec) -> float:
     Raises:
         UsageError: the questions have no gold answers.
     """
-    assert spec.scorer is not None
     require_gold(spec.task, spec.questions, "the temperature of the weighted vote is chosen by accuracy")
     rollouts = rollout_table(spec, draw_rollouts(spec))
     return statistics.best_temperature(rollout_arrays(rollouts, spec.n))
