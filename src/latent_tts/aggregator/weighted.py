@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 from latent_tts.aggregator import Vote
-from latent_tts.errors import check_fields, require
+from latent_tts.errors import bad_value, check_fields
 from latent_tts.types import Float32, Float64, RolloutArrays
 
 MIN_TEMPERATURE = 1e-200  # below it, quotients of scores overflow; the highest score already has all the weight
@@ -36,11 +36,6 @@ class Weighted:
 
     def log_weights(self, score: T) -> T:
         """Logarithms of the weights of scores, up to a constant: score / temperature."""
-        # a record of a run that says less than the run did
-        require(
-            "aggregator.weighted.temperature",
-            None,
-            self.temperature is not None,
-            "must be a positive number where runs are read",
-        )
+        if self.temperature is None:  # a record of a run that says less than the run did
+            raise bad_value("aggregator.weighted.temperature", None, "must be a positive number where runs are read")
         return score / max(self.temperature, MIN_TEMPERATURE)

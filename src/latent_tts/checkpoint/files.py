@@ -313,20 +313,12 @@ def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
             if strange:
                 why = f"none of {', '.join(IMPLEMENTATIONS)}; code from a hub is never run"
                 raise bad_value(key, folder, f"config.json has {name}={json.dumps(strange[0])}: {why}")
-        # transformers would read them instead
-        require(
-            key,
-            folder,
-            name != "transformers_weights" or value is None,
-            f"config.json has {name}; the weights must be {WEIGHTS} or the shards of {INDEX}",
-        )
-        # transformers makes a name for each
-        require(
-            key,
-            folder,
-            name != "num_labels" or not is_whole(value) or value <= MAX_LABELS,
-            f"config.json has num_labels={value}; must be {MAX_LABELS} at most",
-        )
+        if name == "transformers_weights" and value is not None:  # transformers would read them instead
+            raise bad_value(
+                key, folder, f"config.json has {name}; the weights must be {WEIGHTS} or the shards of {INDEX}"
+            )
+        if name == "num_labels" and is_whole(value) and value > MAX_LABELS:  # transformers makes a name for each
+            raise bad_value(key, folder, f"config.json has num_labels={value}; must be {MAX_LABELS} at most")
         check_settings(value, folder, key=key)
 
 
