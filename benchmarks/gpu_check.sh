@@ -3,9 +3,14 @@
 #
 #     benchmarks/gpu_check.sh [--wheels FOLDER] [--device cuda|cpu] [--report FILE]
 #
-# The machine needs Python >= 3.11 with torch >= 2.11 and Triton >= 3.6. Packages that are missing are taken from FOLDER
-# (pip download -r <(benchmarks/gpu_check.sh --requirements) -d FOLDER) and kept apart from those of the machine. It
-# prints the tests, milliseconds of each case with CUDA graphs off and on, the kernels that take them, and a whole
+# The machine needs Python >= 3.11 with torch >= 2.11 and Triton >= 3.6. `--requirements` prints which packages it lacks.
+# Those, and what they need, are taken from FOLDER and kept apart from those of the machine. Fill it elsewhere, for the
+# machine's version of Python and without dependencies (one of them would bring torch):
+#
+#     pip download --no-deps --only-binary=:all: --python-version 3.12 -d FOLDER hydra-core omegaconf datasets ...
+#     pip wheel --no-deps -w FOLDER antlr4-python3-runtime==4.9.3
+#
+# It prints the tests, milliseconds of each case with CUDA graphs off and on, the kernels that take them, and a whole
 # `ltts run`. --device cpu runs the same on a model of two small layers, to see that the script works.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -28,6 +33,21 @@ for line in [*project["dependencies"], "pytest", "pytest-xdist", "hypothesis", "
             print(line)
 PYTHON
 }
+# files of a folder whose packages the machine lacks
+needed() {
+    "$python" - "$1" <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    name = path.name.split("-")[0] if path.suffix == ".whl" else path.name.rpartition("-")[0]
+    try:
+        version(name.replace("_", "-"))
+    except PackageNotFoundError:
+        print(path)
+PYTHON
+}
 while [ $# -gt 0 ]; do
     case "$1" in
         --wheels) wheels=$2; shift 2 ;;
@@ -47,29 +67,32 @@ trap 'rm -rf "$work"' EXIT
 missing=$(requirements)
 if [ -n "$missing" ]; then
     if [ -z "$wheels" ]; then echo "missing: $missing; give --wheels FOLDER"; exit 2; fi
-    # not --no-deps: what these need is in the folder too; torch is the machine's
-    "$python" -c 'import torch; print(f"torch=={torch.__version__}")' > "$work/constraints"
-    echo "$missing" > "$work/requirements"
-    "$python" -m pip install -q --no-index --find-links "$wheels" --target "$work/packages" -c "$work/constraints" \
-        -r "$work/requirements" || exit 1
-    rm -rf "$work"/packages/torch "$work"/packages/torch-* "$work"/packages/nvidia* "$work"/packages/triton*
+    mapfile -t files < <(needed "$wheels")
+    "$python" -m pip install -q --no-index --no-deps --no-build-isolation --no-compile --target "$work/packages" \
+        "${files[@]}" || exit 1
 fi
 export PYTHONPATH=$PWD/src:$work/packages LTTS_CACHE=$work/cache HF_HUB_OFFLINE=1
+"$python" -c 'import accelerate, datasets, hydra, math_verify, pytest, tensorboard, xdist' || exit 1
 small=() table=(--device "$device") line=(-m sampler=gaussian,dropout n=64 task.limit=1000)
 if [ "$device" = cpu ]; then
     small=(--layers 2 --width 64 --repeats 1)
     table+=(--case 1x64 1x1 --profile 1x64)
     line=(sampler=gaussian n=4 task.limit=8)
 fi
+# a command that may take so many seconds
+within() {
+    timeout -s INT -k 5 "$@" || echo "exit code $? (124: not done after $1 s)"
+}
 started=$SECONDS
 echo "== tests"
 if [ "$device" = cuda ]; then
-    timeout 110 "$python" -m pytest -q -p no:cacheprovider -n 8 -m gpu tests 2>&1 | tail -25
+    mapfile -t tests < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
+    within 110 "$python" -m pytest -q -p no:cacheprovider -n 8 -m gpu "${tests[@]}" 2>&1 | tail -25
 else
-    timeout 110 "$python" -m pytest -q -p no:cacheprovider -n 0 tests/engine/test_graphs.py 2>&1 | tail -25
+    within 110 "$python" -m pytest -q -p no:cacheprovider -n 0 tests/engine/test_graphs.py 2>&1 | tail -25
 fi
 echo "== milliseconds of a batch, $((SECONDS - started)) s after the start"
-timeout 110 "$python" benchmarks/gpu_table.py "${table[@]}" "${small[@]}"
+within 110 "$python" benchmarks/gpu_table.py "${table[@]}" "${small[@]}"
 echo "== a whole command, $((SECONDS - started)) s after the start"
-timeout 70 "$python" benchmarks/command.py -- "${line[@]}" "engine.device=$device"
+within 70 "$python" benchmarks/command.py -- "${line[@]}" "engine.device=$device"
 echo "== done, $((SECONDS - started)) s after the start"

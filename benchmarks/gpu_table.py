@@ -60,6 +60,8 @@ def milliseconds(call: Any, device: str) -> float:
 def measure(lm: Any, case: str, sampler: str, arguments: argparse.Namespace, graph: str) -> dict[str, Any]:
     """Median, minimum and maximum of a case, and what its first batch took."""
     run = case_of(lm, case, sampler, arguments, graph)
+    if arguments.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     first = [milliseconds(run, arguments.device) for _ in range(WARM_UPS)]
     taken = [milliseconds(run, arguments.device) for _ in range(arguments.repeats)]
     peak = torch.cuda.max_memory_allocated() if arguments.device == "cuda" else 0

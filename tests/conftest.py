@@ -6,13 +6,13 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
+from places import place_of_its_own
 
 from latent_tts import cli
 
@@ -20,8 +20,9 @@ from latent_tts import cli
 def pytest_configure(config: pytest.Config) -> None:
     """Only tests marked `gpu` see a GPU: the others are to compute the same everywhere."""
     gc.disable()  # imports make many objects that stay
-    settings.register_profile("patient", deadline=None)  # a busy machine or a measurement of coverage would miss one
-    settings.load_profile("patient")
+    # a busy machine or a measurement of coverage would miss a deadline
+    settings.register_profile("quick", deadline=None, max_examples=50)
+    settings.load_profile("quick")
     chosen = config.getoption("markexpr")
     if chosen and "gpu" not in chosen.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -46,15 +47,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What is imported by now stays: the garbage collector need not look at it again and again."""
     gc.freeze()
-    gc.set_threshold(10_000, 20, 100)
+    gc.set_threshold(20_000, 100, 100)
     gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def unsynced() -> Iterator[None]:
-    """Files are not forced to the disk: no test loses power, and waiting for the disk takes longer than a small run."""
+def without_waiting() -> Iterator[None]:
+    """Without what takes longer than a small run or a small training: disks and the Trainer's collection of garbage."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(os, "fsync", lambda descriptor: None)  # no test loses power
+        patch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=lambda: 0))
         yield
 
 
@@ -91,20 +93,6 @@ class Result:
     def last(self) -> Path:
         """The path on the last line of stdout."""
         return Path(self.out.splitlines()[-1])
-
-
-@contextmanager
-def place_of_its_own(folder: Path) -> Iterator[None]:
-    """An empty folder to run commands in, with a cache and a config folder of its own."""
-    handlers = logging.getLogger().handlers[:]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setenv("LTTS_CACHE", str(folder / "cache"))
-        patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
-        yield
-    for handler in set(logging.getLogger().handlers) - set(handlers):
-        handler.close()
-        logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture
@@ -171,6 +159,12 @@ def refuse(place: Path, checkpoint: Path) -> Callable[..., None]:
     from refusal import check_refused  # imports Hydra, which the process that starts the workers does not need
 
     return lambda *arguments, words: check_refused(*run_line(checkpoint, *arguments), words=words)
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and sweeps draw no figure, which takes longer than their tables."""
+    monkeypatch.setattr("latent_tts.results.plot.scaling_curve", lambda metrics, path: path)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Failures while computing."""
 
 import socket
+import sys
 import threading
 import weakref
 
@@ -8,7 +9,9 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from latent_tts import cli
 from latent_tts.errors import RunError, computing, hub_clients
 
 
@@ -71,3 +74,39 @@ def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch):
     assert within == [True, True]
     assert not asked.is_set()
     asked.set()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "no space left"),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), "File too large"),
+        (OSError("Error writing bytes to file. Detail: [errno 28] No space left on device"), "no space left"),
+        (OSError(122, "Disk quota exceeded", "out/a.csv"), "out/a.csv: Disk quota exceeded"),
+        (OSError("Cannot save file into a non-existent directory: 'out'"), "Cannot save file into"),
+    ],
+)
+def test_what_is_wrong_with_a_disk_is_named_whoever_wrote(error, words):
+    error.filename = getattr(error, "filename", None) or "out/a.csv"
+    lines, code = cli.describe(error)
+    assert code == 1
+    assert lines[0].startswith("out/a.csv: ")
+    assert words in lines[0]
+    assert "rror" not in lines[0]
+
+
+@pytest.mark.parametrize("line", [["help"], ["list", "models"], []])
+def test_a_disk_that_is_full_of_what_is_printed_is_named(monkeypatch, capfd, line):
+    monkeypatch.setattr(sys, "argv", ["ltts", *line])
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit, match="1"):
+            cli.entry()
+    assert capfd.readouterr().err.startswith("ltts: error: no space left on the disk")
+
+
+def test_a_command_whose_output_is_closed_ends_well(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ltts", "--version"])
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit, match="0"):
+        cli.entry()

@@ -1,7 +1,7 @@
 """Time of prompt, latents and answer, for reasoners side by side: writes latency.csv.
 
-python experiments/parallel_in_time/latency.py OUTPUT NAME=FAMILY:FOLDER:T:K..., as in seq=coconut:FOLDER:12:0
-FAMILY is coconut, pccot, or pccot-first where the sweeps begin with h_1.
+python experiments/parallel_in_time/latency.py OUTPUT NAME=FAMILY:FOLDER:T:K[:DTYPE]..., as in seq=coconut:FOLDER:12:0
+FAMILY is coconut, pccot, or pccot-first where the sweeps begin with h_1. DTYPE is float32 unless given.
 
 One question after another, the reasoners in turn, so that a busy machine meets all of them alike. Processor seconds of
 one thread: milliseconds per question, median and 95th percentile over questions. Where the machine has a counter of the
@@ -75,9 +75,9 @@ def main() -> None:
     engines = {}
     for item in given:
         name, _, where = item.rpartition("=")
-        family, folder, latents, sweeps = where.split(":")
+        family, folder, latents, sweeps, *dtype = where.split(":")
         adapter = adapter_of(family, folder, int(latents), int(sweeps))
-        reasoner = load_reasoner(adapter, EngineSettings("float32", "cpu", None), "cpu")
+        reasoner = load_reasoner(adapter, EngineSettings(dtype[0] if dtype else "float32", "cpu", None), "cpu")
         engines[name] = adapter, Engine(reasoner, rollout_plan(adapter, 16, adapter.own_schedule))
     questions = Arith(split="valid", limit=QUESTIONS + WARM_UP, seed=0, steps=None).questions()
     rows = []

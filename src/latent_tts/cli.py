@@ -12,6 +12,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from io import TextIOWrapper
 from pathlib import Path
@@ -128,6 +129,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def entry() -> None:
     """The console script."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the command
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an encoding may lack a character of a table or a name
@@ -138,6 +142,10 @@ def entry() -> None:
     except BrokenPipeError:  # the reader of stdout is gone, as with `| head`: end as other programs do
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
+    except OSError as error:  # stdout is on a disk that is full, say
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = say(error)
     except KeyboardInterrupt:  # before the command began
         print("interrupted: nothing was begun", file=sys.stderr)
         code = 128 + signal.SIGINT
@@ -358,9 +366,10 @@ def describe(error: Exception) -> tuple[list[str], int]:
     of_a_list = isinstance(error, TypeError) and "is not iterable" in str(error)  # of numbers, where Hydra wants names
     if "Config group override must be" in str(error) or (of_a_list and no_option(sys.argv[1:])):
         return [no_option(sys.argv[1:]) or str(error)], 2
-    if "No space left on device" in str(error):
-        where = getattr(error, "filename", None)
-        return [f"{f'{where}: ' if where else ''}no space left on the disk", KEPT + "free some space first"], 1
+    number, file = _errno_of(error), getattr(error, "filename", None)
+    where = f"{file}: " if file else ""
+    if number == errno.ENOSPC:
+        return [f"{where}no space left on the disk", KEPT + "free some space first"], 1
     if isinstance(error, UnicodeEncodeError) and "surrogates" in str(error):
         return [f"a name is not UTF-8: {error.object!r:.200}"], 2
     if isinstance(error, ValueError) and "embedded null" in str(error):
@@ -373,13 +382,22 @@ def describe(error: Exception) -> tuple[list[str], int]:
             f"out of memory{': ' if str(error) else ''}{error}",
             KEPT + "a smaller engine.rows needs less memory",
         ], 1
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        of_user = isinstance(error, FileExistsError | NotADirectoryError) or error.errno == errno.ENAMETOOLONG
-        hint = [KEPT + "re-run the command to resume"] if error.errno in OF_DISK else []
-        return [f"{where}{error.strerror or error}", *hint], 2 if of_user else 1
+    if isinstance(error, OSError) or number is not None:
+        of_user = isinstance(error, FileExistsError | NotADirectoryError) or number == errno.ENAMETOOLONG
+        hint = [KEPT + "re-run the command to resume"] if number in OF_DISK else []
+        what = getattr(error, "strerror", None) or (os.strerror(number) if number else (error.args or ("?",))[0])
+        return [f"{where}{what}", *hint], 2 if of_user else 1
     hint = KEPT + "set HYDRA_FULL_ERROR=1 to see the traceback"
     return [f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}", hint], 1
+
+
+def _errno_of(error: Exception) -> int | None:
+    """The error number of the system behind an error; libraries in machine code have it in the text alone."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    text = " ".join(map(str, error.args))
+    found = re.search(r"[\[(](?:errno|os error) (\d+)[\])]", text, re.IGNORECASE)
+    return int(found[1]) if found else None
 
 
 def is_refused(error: Exception) -> bool:

@@ -116,6 +116,13 @@ def test_a_weighted_lead_is_held_against_the_largest_weight_that_may_come():
     assert Lockout("weighted").stop(tally_of(["7"] * 4, 6, log_weights=scores, max_log_weight=2.0)) is None
 
 
+def test_a_weighted_tie_does_not_lock():
+    answers, log_weights = ["7", "12", "12", "3"], [0.0, 0.0, 0.0, -1.0]
+    assert Lockout("weighted").stop(tally_of(answers, 5, log_weights=log_weights)) is None
+    weights = [math.exp(value) for value in log_weights]
+    assert elected([*answers, "7"], weights=[*weights, 1.0]) == 0  # the rival that was voted for first
+
+
 def test_it_saves_what_the_field_says_it_does():
     """Simulated means at n=64 of answers .8/.1/.1, .95/.05 and .4/.35/.25."""
     generator = np.random.default_rng(0)

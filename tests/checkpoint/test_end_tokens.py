@@ -68,6 +68,7 @@ def test_files_that_differ_are_named_once(folder, caplog):
     assert "generation_config.json has [0, 5]" in message
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("eos", ["nonsense", 10**6, 10**30, -1, 1.5, "[]"])
 def test_a_token_that_is_not_there_is_refused(refuse, eos):
     refuse(f"model.eos={eos}", words=["model.eos=" if eos != "[]" else "model.eos"])

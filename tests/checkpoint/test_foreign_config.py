@@ -24,6 +24,7 @@ def change(folder: Path, **settings) -> Path:
     return folder
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -59,6 +60,7 @@ def test_sizes_of_llama_like_models(size):
     files.check_shapes({**config, "hidden_size": 16, "word_embed_proj_dim": 8}, shapes, Path("here"))
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     "settings", [{"_attn_implementation": "flash_attention_2"}, {"auto_map": {"AutoModel": "m.M"}}]
 )

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint import gguf as gguf_files
-from latent_tts.errors import UsageError
+from latent_tts.checkpoint.kept import kept_models
+from latent_tts.errors import RunError, UsageError
 
 TEXTS = ["a  12\n\n3.", "the 2026 heads", "\n\n", "é ☕"]
 
@@ -66,6 +67,22 @@ def test_a_second_start_converts_nothing_and_another_file_is_another_model(tmp_p
     monkeypatch.setattr(gguf_files, "convert", None)
     assert files.resolve(f"gguf:{file}") == second
     assert {path.name for path in first.parent.iterdir()} == {first.name, second.name}
+
+
+def test_a_damaged_model_is_set_aside_and_converted_again(tmp_path, caplog):
+    file = tiny_gguf.write(tmp_path / "model.gguf", tiny_gguf.model())
+    folder = files.resolve(f"gguf:{file}")
+    digest = files.digest(folder)
+    for name in ("model.safetensors", "tokenizer_config.json"):
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
+        with pytest.raises(RunError, match=f"{name} is damaged: its folder is now {folder.name}.damaged; re-run"):
+            files.digest(files.resolve(f"gguf:{file}"))
+        assert kept_models(tmp_path / "cache")[0].stale
+        assert files.digest(files.resolve(f"gguf:{file}")) == digest
+    (folder / "model.safetensors").write_bytes(good[:100])
+    assert files.digest(files.resolve(f"gguf:{file}")) == digest
+    assert "model.safetensors is damaged" in caplog.text
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):

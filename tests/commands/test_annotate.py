@@ -137,7 +137,7 @@ def test_a_labelled_question_whose_gold_answer_has_changed_is_named(annotate, tm
 
 
 def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):
-    few = ["annotate.annotations.limit=16", "annotate.valid_annotations.limit=12"]
+    few = ["annotate.annotations.limit=8", "annotate.valid_annotations.limit=6"]
     few += [f"annotate.{key}.{one}" for key in ("annotations", "valid_annotations") for one in ("n=4", "completions=1")]
     line = ["train-rm", f"output={tmp_path / 'rm'}", "optimization.epochs=1", "optimization.batch=4", *few]
     result = ltts(*line)

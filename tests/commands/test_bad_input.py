@@ -25,6 +25,7 @@ def test_an_argument_that_is_no_override(ltts):
     check(ltts("run", "gaussian"), "gaussian", "key=value")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -95,6 +96,7 @@ def test_a_bad_value(refuse, overrides, words):
     refuse(*overrides, words=words)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -109,6 +111,7 @@ def test_a_key_that_no_command_reads(ltts, line, words):
     check(ltts(*line), *words)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -191,6 +194,7 @@ def test_weights_of_another_shape_than_the_config_says(refuse, broken):
     refuse(f"model.checkpoint={broken}", words=["fewer layers or biases than the weights", ".h.0."])
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
@@ -245,6 +249,7 @@ def test_convert_refuses_what_is_no_pickle_of_tensors(ltts, broken, tmp_path):
     check(ltts("convert", broken, "full"), "dst=full", "empty folder")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -282,7 +287,7 @@ def test_a_cache_below_a_file(refuse, tmp_path):
     refuse("paths.cache=file/below", words=["paths.cache=file/below"])
 
 
-def test_in_a_sweep_the_other_jobs_still_run_and_refused_ones_leave_no_folder(run, ltts):
+def test_in_a_sweep_the_other_jobs_still_run_and_refused_ones_leave_no_folder(run, ltts, no_figures):
     swept = run("n=1,abc,0,2", "budget=fixed", "-m")
     assert swept.code == 2
     assert "n=abc" in swept.err
@@ -358,6 +363,7 @@ def commands_on(folder):
     yield "plot", f"runs=[{folder}]"
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_metrics_table(own_copy, damage):
     change, *words = DAMAGES[damage]
@@ -411,6 +417,7 @@ def test_rollouts_with_damaged_metadata(own_copy):
     check_refused("compare", f"a={own_copy}", f"b={own_copy}", words=[str(rollouts)])
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("content", ["{", "[1]\n", "{}\n", 50_000 * "["])
 def test_answers_of_elsewhere_that_are_none(own_copy, content):
     (own_copy / "answers.jsonl").write_text(content)
@@ -466,6 +473,7 @@ def test_training_refuses_bad_values(ltts, place, checkpoint):
     check_refused("train_reasoner", "output=file", words=["output=file"])
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("command", "override", "allowed"),
     [

@@ -205,6 +205,8 @@ def test_what_was_used_longest_ago_goes_first():
     assert to_prune(entries, **rules | {"older_than": 15.0}) == entries[1:]
     assert to_prune(entries, **rules | {"older_than": 25.0, "max_size": 1e9}) == entries[1:]
     assert to_prune(entries, **rules | {"max_size": 3e9}) == []
+    sizes = [CacheEntry(None, {}, 1, size, used=float(used)) for size, used in ((6, 50), (5, 40), (1, 30))]
+    assert to_prune(sizes, **rules | {"max_size": 8}) == sizes[1:]
     assert (size(0), size(1500), size(2.5e12)) == ("0 B", "1.5 KB", "2.5 TB")
     assert (report.age(3), report.age(7300), report.age(90000)) == ("0 m", "2 h", "1 d")
 

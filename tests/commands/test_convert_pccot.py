@@ -153,6 +153,7 @@ def test_without_peft_the_line_says_how_to_get_it(gpt2, ltts, monkeypatch):
     check(ltts("convert", "adapter", "new"), "not installed", "pip install peft")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("file", "changes", "words"),
     [

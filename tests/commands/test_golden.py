@@ -11,7 +11,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "metrics.csv"
 MEASURED = {"seconds", "floor_seconds", "gbytes", "rollouts_per_second", "peak_memory_bytes"}
 
 
-def test_the_smoke_experiment_gives_the_golden_table(ltts):
+def test_the_smoke_experiment_gives_the_golden_table(ltts, no_figures):
     result = ltts("run", "experiment=smoke")
     assert result.code == 0, result.err
     table = read_metrics(result.last)

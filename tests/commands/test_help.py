@@ -90,6 +90,16 @@ def test_texts_fit_the_terminal(ltts, monkeypatch, width):
     assert definitions([("a", "word " * 20)], width).count("\n") == (100 - 1) // (width - 5)
 
 
+def test_an_experiment_is_shown_where_it_can_be_chosen(ltts):
+    of_run, of_training = ltts("run", "--help").out, ltts("train-reasoner", "--help").out
+    assert "experiment=smoke" in of_run
+    assert "smollm2/" not in of_run
+    assert "experiment=smollm2/coconut" in of_training
+    assert "experiment=smoke" not in of_training
+    assert "smollm2/coconut" in ltts("list", "experiments").out
+    assert ltts("train-reasoner", "experiment=smollm2/coconut", "--cfg", "job").code == 0
+
+
 def test_a_group_and_all_options_are_listed(ltts):
     shown = ltts("help", "sampler").out
     assert "sampler.sigma" in shown
@@ -151,6 +161,7 @@ def test_what_a_line_can_go_on_with():
     assert offered("ltts run budget=adaptive budget/rule=posterior budget.rule.") == ["budget.rule.threshold="]
     assert offered("ltts run budget/") == []
     assert offered("ltts run +experiment=s") == ["+experiment=smoke"]
+    assert offered("ltts train-reasoner experiment=s") == ["experiment=smollm2/coconut", "experiment=smollm2/codi"]
     assert offered("ltts run aggregator=[ma") == ["aggregator=[majority"]
     assert offered("ltts run aggregator=[majority,li") == ["aggregator=[majority,likelihood"]
     assert offered("ltts run aggregator=[likelihood,li") == []
@@ -181,13 +192,11 @@ def test_bash_completes(ltts_on_path):
         complete -p ltts
         tab "ltts resc"
         tab "ltts run sampler=ga"
-        tab "ltts run answer.de"
-        tab "ltts ask --j"
         tab "ltts ask --json --ex"
         tab "ltts run --info defaults-"
     """
     done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
-    wanted = ["rescore", "gaussian", "answer.decode=", "--json", "--example", "defaults-tree"]
+    wanted = ["rescore", "gaussian", "--example", "defaults-tree"]
     assert done.stdout.splitlines() == ["complete -o default -F _ltts ltts", *wanted]
 
 

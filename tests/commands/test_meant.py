@@ -31,7 +31,7 @@ def test_a_sweep_over_n_names_its_folders_after_what_was_given(ltts, checkpoint)
     assert names == [f"n={n},sampler=greedy,task.limit=2" for n in (1, 2)]
 
 
-def test_paths_with_an_equals_sign(run, ltts, tmp_path):
+def test_paths_with_an_equals_sign(run, ltts, tmp_path, no_figures):
     subdir = "hydra.sweep.subdir=${hydra.job.override_dirname}"
     made = run("n=1,2", "sampler=gaussian", "-m", subdir, "hydra.sweep.dir=sw", "keep_latents=true")
     assert made.code == 0, made.err
@@ -52,6 +52,7 @@ def test_a_path_with_an_equals_sign_that_is_not_there(ltts):
     check(ltts("collect", "ouput=x"), "ouput: no such key; did you mean output?")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -19,7 +19,7 @@ from latent_tts.results.run_folder import read_metrics
 NAMES = ["[/]", "[bold]x[/bold]", "+x", "-x", "@x", "$x_", "'=x", "名前"]
 
 
-@pytest.mark.parametrize("name", ["[link=file:///etc]x", "=1+1", *map(slow, NAMES)])
+@pytest.mark.parametrize("name", ["=1+1", *map(slow, ["[link=file:///etc]x", *NAMES])])
 def test_a_models_name_is_shown_as_it_is(run, name):
     result = run(f"model.name='{name}'" if "'" not in name else f'model.name="{name}"', "budget=ladder")
     assert result.code == 0, result.err

@@ -40,6 +40,11 @@ def test_it_writes_what_it_finds(probe, tmp_path):
     assert "recommended: schedule=" in result.out
 
 
+def test_a_latent_per_sweep_is_one_commit_per_sweep():
+    found = Probe(pd.DataFrame({"latents": [4, 2], "sweeps_token_0": [3, 1]}), np.zeros((4, 4)), [])
+    assert found.commits_per_sweep(Speculative()) == 1
+
+
 def test_the_best_schedule_is_tried_in_chunks_too(probe, monkeypatch):
     monkeypatch.setattr(probing, "MIN_EQUAL", 0)
     monkeypatch.setattr(probing, "MIN_COMMITS_PER_SWEEP", 0)
@@ -116,6 +121,7 @@ def test_growth_explains_sweeps_where_they_differ():
     assert np.isnan(found(token_1=(3, True)).explained(schedule))
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

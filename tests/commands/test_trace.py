@@ -134,7 +134,7 @@ def test_a_run_whose_rollouts_are_gone_is_drawn_again(own_copy, ltts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "conflicts"), [("speculative", True), ("jacobi", False), slow("sequential", False)]
+    ("schedule", "conflicts"), [("speculative", True), slow("jacobi", False), slow("sequential", False)]
 )
 def test_the_timeline_adds_up_to_what_the_schedule_counts(trace, schedule, conflicts):
     more = ["schedule.sweeps=3", "schedule.chunk=4"] if schedule == "jacobi" else []
@@ -232,6 +232,7 @@ def test_it_refuses_questions_that_are_none(ltts):
 ASKED = f"question=['{QUESTION}']"
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -110,3 +110,18 @@ def test_it_fits_a_phone_light_and_dark(opened, dark):
     colours = page.run("[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]")
     brightness = [sum(map(int, colour[4:-1].split(", "))) for colour in colours]
     assert (brightness[0] < brightness[1]) == dark
+
+
+@needs_chromium
+def test_a_page_of_many_latents_fits_too(ltts, tmp_path):
+    assert PROGRAM is not None
+    made = ltts("trace", "--example", "model=demo_pccot24", "n=2", "scorer=none")
+    assert made.code == 0, made.err
+    with browser(PROGRAM, tmp_path / "profile") as page:
+        for width in (1280, 390):
+            page.open(made.last.resolve(), width, 900)
+            assert page.run("document.documentElement.scrollWidth") <= width
+            inside = "[...document.querySelectorAll('.controls button')].every((each) => each.scrollHeight < 40)"
+            assert page.run("document.querySelectorAll('.controls [data-step]').length") == 25
+            assert page.run(inside), "numbers are not broken into lines"
+        assert not page.complaints

@@ -65,6 +65,7 @@ def test_nodes_without_a_group_bind_too():
         bind(cfg[key])
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("family", ["coconut", "codi", "colar", "cot"])
 def test_a_model_takes_the_recipe_of_its_name_unless_told_another(family):
     assert compose("train_reasoner", overrides=[f"model={family}"]).recipe._target_.startswith(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.utils import create_config_search_path
 from hydra.core.utils import JobRuntime, setup_globals
 from hydra.types import RunMode
@@ -67,6 +68,22 @@ def test_a_file_that_changed_is_read_again(hydra_is_set_up, place):
     for value in ("first", "second one"):
         own.write_text(f"value: {value}\n")
         assert f"value: {value}\n" in composed_by(Loader, "sampler=own")[0]
+
+
+def test_a_file_is_read_once_for_all_choices_of_options(hydra_is_set_up, monkeypatch):
+    read, load = Counter(), ConfigRepository.load_config
+
+    def counted(self, config_path):
+        read.update([config_path])
+        return load(self, config_path)
+
+    monkeypatch.setattr(ConfigRepository, "load_config", counted)
+    monkeypatch.setattr("latent_tts.config.jobs._composed", {})
+    monkeypatch.setattr("latent_tts.config.jobs._read", {})
+    for sampler in ("greedy", "gaussian"):
+        assert f"sampler.{sampler}." in composed_by(Loader, f"sampler={sampler}")[0]
+    assert {"run", "sampler/greedy", "sampler/gaussian"} <= set(read)
+    assert set(read.values()) == {1}
 
 
 def test_a_sweep_composes_each_choice_of_options_once(run, monkeypatch):

@@ -122,6 +122,7 @@ def test_a_pass_after_earlier_tokens_costs_exactly_what_is_counted(lm):
     assert shape_of(lm).pass_flops(1, LENGTH) == blocks
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("lm", MODELS)
 def test_a_rollout_costs_its_passes_and_a_head_for_each_answer_token_and_the_eos(lm):
     shape = shape_of(lm)

@@ -47,6 +47,7 @@ def test_top_p_without_sampling_is_named():
         AnswerSampling(0, 0.9)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("top_p", [1.0, 0.8, 0.3])
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
 def test_frequencies_are_those_of_the_softmax_cut_to_its_nucleus(temperature, top_p):

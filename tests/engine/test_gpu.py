@@ -73,6 +73,15 @@ def test_a_run_in_float32_draws_the_rollouts_of_the_cpu(rollouts_of, sampler):
     assert list(there["answer_text"][clear]) == list(here["answer_text"][clear])
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=" ".join)
+def test_so_does_one_of_replayed_graphs(rollouts_of, sampler):
+    line = *sampler, "task.limit=40", "engine.rows=16"
+    here, there = rollouts_of("cpu", *line), rollouts_of(GPU.device, *line, "engine.graph=on")
+    clear = (here["answer_margin"] >= 1e-4) & (there["answer_margin"] >= 1e-4)
+    assert clear.mean() > 0.9
+    assert list(there["answer_text"][clear]) == list(here["answer_text"][clear])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=" ".join)
 def test_half_precision_gives_most_of_the_answers_of_float32(rollouts_of, dtype, sampler):

@@ -186,6 +186,7 @@ def test_half_precision_takes_the_same_way(family, dtype):
     assert (found.attention, found.logits) == (attention, logits)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wrong", ["scale", "order", "padding"])
 def test_an_attention_that_is_not_the_models_is_found(monkeypatch, dtype, wrong):

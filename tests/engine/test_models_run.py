@@ -81,6 +81,7 @@ def test_a_run_says_once_how_it_is_computed_and_keeps_that(ltts, other, tmp_path
     assert (tables[0]["answer_logprob"] - tables[1]["answer_logprob"]).abs().max() < 1e-4
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("config", "words"),
     [

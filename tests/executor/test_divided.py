@@ -90,6 +90,7 @@ def early_shards(pool):
 LINE = ("sampler=gaussian", "n=44", "engine.rows=8", "keep_latents=true", "budget=ladder", "sampler.sigma=0.7")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("shard", ["fixed", "measured"])
 @pytest.mark.parametrize(("questions", "workers", "dies"), [(1, 2, ()), (3, 4, ()), (2, 3, (2,))])
 def test_tables_equal_those_of_one_worker(run, place, pools, shard, questions, workers, dies):

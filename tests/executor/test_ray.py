@@ -101,6 +101,7 @@ BAD = [
 ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("arguments", "words"), BAD)
 def test_what_cannot_be_is_refused(refuse, arguments, words):
     refuse("executor=ray", *arguments, words=words)

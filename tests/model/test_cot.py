@@ -28,6 +28,7 @@ def adapter(folder, **more):
 SAMPLERS = [Greedy(), *(Dropout(0.3, "residual", where, "fresh") for where in (["prompt"], ["answer"]))]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
 def test_rollouts_without_latents_or_end_tokens_equal_the_oracle(family, sampler):
@@ -145,6 +146,13 @@ def test_prompt_template_and_end_tokens_determine_rollouts(chatting):
     (chatting / "chat_template.jinja").write_text(tiny_gguf.CHAT + " ")
     keys += [model_key(adapter(chatting, prompt="chat")), model_key(adapter(chatting, prompt="chat", eos=3))]
     assert len({json.dumps(key) for key in keys}) == len(keys)
+    identities = {adapter(chatting, prompt="chat").identity}
+    (chatting / "chat_template.jinja").write_text(tiny_gguf.CHAT)
+    identities.add(adapter(chatting, prompt="chat").identity)
+    (chatting / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    identities.add(adapter(chatting, prompt="chat").identity)
+    assert len(identities) == 3
+    (chatting / "chat_template.jinja").write_text(tiny_gguf.CHAT + " ")
     assert before != adapter(chatting, prompt="chat").prompt_recipe
 
 

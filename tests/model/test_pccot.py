@@ -55,6 +55,7 @@ def adapter(folder: Path, **more) -> Pccot:
     return Pccot(**fields | {"answer_prompt": "###"} | more)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("sweeps", "known_first"), [(1, False), (2, False), (4, False), (6, False), (1, True), (2, True)]
 )
@@ -159,6 +160,7 @@ def test_a_run_has_the_models_schedule_and_its_costs(ltts, line):
     assert "trained with" not in result.err
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("command", "overrides", "words"),
     [

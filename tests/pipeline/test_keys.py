@@ -275,15 +275,15 @@ def test_how_a_model_is_computed_is_part_of_the_key(run, monkeypatch):
     assert theirs["rollouts"]["drawn_now"] == 30
 
 
-@pytest.mark.parametrize("damage", ["", "{}", '{"attention": "head"', "[]", "\udc00", None])
-def test_a_damaged_word_on_how_rollouts_were_computed_is_set_aside(run, damage):
-    path = Path(json.loads((run().last.parent / "run.json").read_text())["cache"]) / "computation.json"
+def test_a_damaged_word_on_how_rollouts_were_computed_is_set_aside(run):
+    path = Path(record_of(run())["cache"]) / "computation.json"
     good = path.read_text()
-    path.write_bytes((good.replace("head", "heap") if damage is None else damage).encode(errors="surrogatepass"))
-    again = run()
-    assert again.code == 0, again.err
-    assert "computation.json is damaged" in again.err
-    assert "logits" not in json.loads((again.last.parent / "run.json").read_text())
+    for damage in ("", "{}", '{"attention": "head"', "[]", "\udc00", good.replace("head", "heap")):
+        path.write_bytes(damage.encode(errors="surrogatepass"))
+        again = run()
+        assert again.code == 0, again.err
+        assert "computation.json is damaged" in again.err, damage
+        assert "logits" not in record_of(again)
 
 
 def test_how_a_scorer_is_computed_is_part_of_the_key_of_its_scores(run, latent_rm, monkeypatch):

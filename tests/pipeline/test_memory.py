@@ -12,10 +12,13 @@ import pandas as pd
 import pytest
 import torch
 
+from latent_tts.engine.cost import Shape
 from latent_tts.engine.rollout import Engine, RolloutState
 from latent_tts.pipeline import drawing
 from latent_tts.pipeline.drawer import Part, Request, one_per_question
 from latent_tts.pipeline.drawing import Stage
+from latent_tts.pipeline.models import rows_per_batch
+from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.results.cache import known_to_fit
 from latent_tts.results.run_folder import ROLLOUT_COLUMNS
@@ -44,6 +47,15 @@ def seven_rows(monkeypatch):
 
     monkeypatch.setattr(Engine, "roll", roll_few)
     monkeypatch.setattr(RolloutState, "start", start_few)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_rows_that_do_not_fit_are_warned_about_where_they_were_asked_for(caplog):
+    shape = Shape(layers=2, width=64, vocabulary=600, attention=64, keys=32, block_weights=40_000)
+    for rows, warnings in ((None, 0), (4096, 1)):
+        settings = EngineSettings("float32", "cpu", rows)
+        assert rows_per_batch(settings, shape, 1 << 12, "cpu", own_prompt=False) == 128
+        assert caplog.text.count("4096 rows do not fit half of the free memory, 128 do") == warnings
 
 
 def rollouts(result):

@@ -9,8 +9,10 @@ import pytest
 import scripted
 import tiny
 from marks import slow
+from places import place_of_its_own
 from refusal import check_refused
 
+from latent_tts import cli
 from latent_tts.results.run_folder import BUDGET_COLUMNS, read_metrics
 from latent_tts.text.answer import AnswerRule
 
@@ -38,6 +40,15 @@ def lines(tmp_path_factory):
 @pytest.fixture(scope="module")
 def family(lines):
     return lines["coconut"]
+
+
+@pytest.fixture(scope="module")
+def full(family, tmp_path_factory):
+    """The folder of a run of all rollouts, which no test may change."""
+    folder = tmp_path_factory.mktemp("full")
+    with place_of_its_own(folder):
+        assert cli.main(["run", *family, "budget=fixed", "hydra.run.dir=full"]) == 0
+    return folder / "full"
 
 
 BUDGETS = {
@@ -101,16 +112,15 @@ def test_live_picks_and_drawn_are_those_of_the_replay(ltts, lines, family, name)
         assert record["rollouts"]["scored_now"] == table["drawn"].sum()
 
 
-def test_the_vote_of_lockout_is_that_of_all_rollouts_and_costs_fewer(ltts, family):
-    assert ltts("run", *family, "budget=fixed", "hydra.run.dir=full").code == 0
+def test_the_vote_of_lockout_is_that_of_all_rollouts_and_costs_fewer(ltts, family, full):
     assert ltts("run", *family, "budget=adaptive", "budget.round=1", "hydra.run.dir=live").code == 0
-    table, whole = pd.read_parquet("live/budget.parquet"), pd.read_parquet("full/rollouts.parquet")
+    table, whole = pd.read_parquet("live/budget.parquet"), pd.read_parquet(full / "rollouts.parquet")
     for question, answer in zip(table["question_id"], table["answer"], strict=True):
         votes = whole[whole["question_id"] == question]["prediction"].dropna().value_counts()
         assert votes[answer] == votes.max()
     assert table["used"].equals(table["drawn"])
     assert table["drawn"].sum() < N * len(table)
-    compared = ltts("compare", "live", "full")
+    compared = ltts("compare", "live", full)
     assert compared.code == 0, compared.err
     assert "majority" in compared.out
     assert "coverage" not in compared.out
@@ -130,19 +140,18 @@ def test_rounds_go_on_from_the_cache_and_a_refresh_draws_each_rollout_once(ltts,
     pd.testing.assert_frame_equal(tables[0], tables[2])
 
 
-def test_thresholds_make_a_curve_and_seeds_a_mean(ltts, family):
-    for seed in (0, 1):
-        assert ltts("run", *family, "budget=fixed", f"seed={seed}", f"hydra.run.dir=full/{seed}").code == 0
+def test_thresholds_make_a_curve_and_seeds_a_mean(ltts, family, full, no_figures):
+    assert ltts("run", *family, "budget=fixed", "seed=1", "hydra.run.dir=other").code == 0
     line = ["budget/rule=posterior", "budget.rule.threshold=0.6,0.9", "budget.round=1", "-m", "hydra.sweep.dir=curve"]
-    assert ltts("replay", "full/0", *line).code == 0
+    assert ltts("replay", full, *line).code == 0
     table = read_metrics_of("curve/metrics.csv")
     assert table["budget"].nunique() == 2
     drawn = table[table["metric"] == "rollouts_drawn"].set_index("budget")["value"].sort_index()
     assert drawn.is_monotonic_increasing
     assert "recorded_seconds" in set(table["metric"])
 
-    for seed in (0, 1):
-        assert ltts("replay", f"full/{seed}", f"hydra.run.dir=replayed/{seed}").code == 0
+    for seed, drawn in enumerate([full, "other"]):
+        assert ltts("replay", drawn, f"hydra.run.dir=replayed/{seed}").code == 0
     assert ltts("collect", "replayed", "output=collected.csv").code == 0
     means = read_metrics_of("collected_over_seeds.csv")
     majority = means[(means["metric"] == "accuracy") & (means["aggregator"] == "majority")].iloc[0]
@@ -191,6 +200,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_budget_cannot_look_at_is_named(refuse, case):
     overrides, words = REFUSED[case]
@@ -214,11 +224,10 @@ def test_certified_refuses_answers_that_are_compared_by_value(place, family, tmp
     check_refused("run", *family, *line, "budget/rule=certified", words=words)
 
 
-def test_a_calibration_on_the_questions_of_the_run_is_refused(ltts, family):
-    assert ltts("run", *family, "budget=fixed", "hydra.run.dir=full").code == 0
-    line = ["budget=adaptive", "budget/rule=confidence", "budget.rule.calibration=full"]
-    check_refused("run", *family, *line, words=["budget.rule.calibration=full", "5 of the questions"])
-    words = ["budget.rule.calibration=full", "another sampler"]
+def test_a_calibration_on_the_questions_of_the_run_is_refused(place, family, full):
+    line = ["budget=adaptive", "budget/rule=confidence", f"budget.rule.calibration={full}"]
+    check_refused("run", *family, *line, words=[f"budget.rule.calibration={full}", "5 of the questions"])
+    words = [f"budget.rule.calibration={full}", "another sampler"]
     check_refused("run", *family, "sampler.sigma=0.3", *line, words=words)
 
 
@@ -245,15 +254,14 @@ def test_a_calibration_on_other_rollouts_or_scores_is_refused(ltts, family):
     assert ltts(*line, "budget.rule.by=score").code == 0
 
 
-def test_a_replay_names_what_it_cannot_replay(ltts, family):
-    assert ltts("run", *family, "budget=fixed", "hydra.run.dir=full").code == 0
+def test_a_replay_names_what_it_cannot_replay(ltts, family, full):
     assert ltts("run", *family, "budget=adaptive", "hydra.run.dir=live").code == 0
     check_refused("replay", "run=nowhere", words=["run=nowhere", "run.json"])
     check_refused("replay", "run=live", words=["run=live", "all n rollouts"])
-    check_refused("replay", "run=full", "budget=fixed", words=["budget=fixed", "adaptive or shared"])
-    check_refused("replay", "run=full", "n=13", words=["n=13", "1 to 12"])
+    check_refused("replay", f"run={full}", "budget=fixed", words=["budget=fixed", "adaptive or shared"])
+    check_refused("replay", f"run={full}", "n=13", words=["n=13", "1 to 12"])
     check_refused("rescore", "run=live", "scorer=latent_rm", family[-1], words=["run=live", "budget=adaptive"])
-    half = ltts("replay", "full", "n=6", "hydra.run.dir=half")
+    half = ltts("replay", full, "n=6", "hydra.run.dir=half")
     assert half.code == 0
     assert pd.read_parquet("half/budget.parquet")["drawn"].max() <= 6
     assert np.isfinite(read_metrics(half.last)["n"]).all()

@@ -98,7 +98,7 @@ def test_a_table_of_means_is_read_as_it_was_written_and_shown(tmp_path, capsys):
     assert "mean ± sd of seeds 0,1" in capsys.readouterr().out
 
 
-def test_a_sweep_over_seeds_shows_and_writes_their_means(run, ltts, tmp_path):
+def test_a_sweep_over_seeds_shows_and_writes_their_means(run, ltts, tmp_path, no_figures):
     swept = run("seed=0,1", "budget=ladder", "n=2", "sampler.rate=0.5", "-m")
     assert swept.code == 0, swept.err
     folder = swept.last.parent

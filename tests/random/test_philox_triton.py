@@ -131,6 +131,7 @@ def test_where_they_are_usable_all_numbers_come_from_them(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("site", "where", "mask"),
     [

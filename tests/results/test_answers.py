@@ -215,6 +215,7 @@ def test_what_needs_gold_answers_refuses_questions_without(run, ltts, bare, chec
         choose_temperature(spec)  # type: ignore[arg-type]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("rows", "words"),
     [

@@ -207,6 +207,9 @@ def test_a_figure_against_diversity_has_the_largest_n_and_a_point_per_value_of_t
     assert axis.get_xscale() == "linear"
     assert [text.get_text() for text in axis.texts] == ["0.1", "0.9"]
     assert [text.xy for text in axis.texts] == [pytest.approx((0.24, 0.54)), pytest.approx((0.44, 0.79))]
+    shorter = [row for row in table if (row["sampler_value"], row["n"]) != ("0.1", 4)]
+    (line,) = lines(figure_of(shorter, "diversity").axes[0])
+    assert line.get_xdata() == pytest.approx([0.22, 0.42])  # both at n = 2
 
 
 def with_figure(table: list[dict], metric: str, value: float) -> list[dict]:
@@ -269,6 +272,7 @@ TITLES = [
 ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("columns", "title"), TITLES)
 def test_the_title_says_what_is_in_the_figure(columns, title):
     same = rows(questions_digest="a" * 16, sampler="gaussian")
@@ -357,7 +361,7 @@ def test_make_plots_draws_every_figure_that_ltts_plot_made():
 
 def test_plot_alone_draws_the_last_run_or_sweep(run, ltts, tmp_path):
     check(ltts("plot"), "no run in the folders outputs and multirun")
-    for arguments in (["n=2", "budget=ladder"], ["n=2", "seed=0,1", "budget=ladder", "-m"]):
+    for arguments in (["n=2"], ["n=2", "seed=0,1", "-m"]):
         done = run(*arguments)
         drawn = ltts("plot")
         assert drawn.code == 0, drawn.err

@@ -73,6 +73,7 @@ def test_the_heads_spread_is_that_of_the_original_code(folder):
     assert colar().load(device="cpu", dtype="float32").latent_spread is None
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("family", "more", "sampled"),
     [("gpt2", {}, False), ("llama", {"stop_id": 6}, True), ("qwen3", {"schedule": Jacobi(3, None, "zero")}, False)],

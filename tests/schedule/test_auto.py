@@ -96,6 +96,7 @@ def test_auto_before_probe_is_refused_by_name(refuse):
     refuse("schedule=auto", words=["schedule=auto", "ltts probe", "plan.json"])
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

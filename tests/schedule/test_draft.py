@@ -171,7 +171,7 @@ def test_a_draft_guesses_the_latents_of_another_question_too(write_draft, run):
     ],
 )
 def test_a_draft_of_another_model_is_refused(write_draft, checkpoint, overrides, words):
-    line = ["schedule=speculative", "schedule.guess=draft", f"schedule.draft={write_draft('draft')}"]
+    line = ["task.limit=2", "schedule=speculative", "schedule.guess=draft", f"schedule.draft={write_draft('draft')}"]
     own = [] if "model=demo_coconut" in overrides else [f"model.checkpoint={checkpoint}"]
     check_refused("run", *overrides, *own, *line, words=words)
 
@@ -192,6 +192,7 @@ def test_a_run_refuses(refuse, place, overrides, words):
     refuse("schedule=speculative", *overrides, words=words)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -29,6 +29,7 @@ BAD = [
 ]
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("arguments", "words"), BAD)
 def test_what_cannot_exit_is_refused(refuse, arguments, words):
     refuse(*arguments, words=words)

@@ -61,6 +61,7 @@ def test_as_many_sweeps_as_latents_equal_the_sequential_oracle(family, latents, 
     check_against_oracle(family, sampler, [1, 9], rollouts, jacobi)
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("chunk", "sampler"), [(1, NOISE), (2, IN_THOUGHTS), (3, NOISE), (3, IN_THOUGHTS)], ids=name)
 def test_as_many_sweeps_as_a_chunk_has_latents_equal_the_sequential_oracle(chunk, sampler):
     jacobi = plan(5, Jacobi(chunk, chunk, "zero"), eos_id=tiny.EOS_IDS["qwen3"], answer=3, end=0)

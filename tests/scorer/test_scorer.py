@@ -188,7 +188,7 @@ def test_the_head_stays_in_float32_under_bfloat16(latent_rm):
 # Winners
 
 
-def test_winners_are_the_picks_of_the_same_rollouts_and_nothing_else_is_decoded(scored, ltts, latent_rm):
+def test_winners_are_the_picks_of_the_same_rollouts_and_nothing_else_is_decoded(scored, ltts, latent_rm, no_figures):
     budget = ("budget=ladder", "max_answer_tokens=6")
     everything, all_metrics, _ = tables(scored(*budget, "paths.cache=other"))
     result = scored(*budget, "answer.decode=winners")
@@ -352,6 +352,7 @@ def test_rescoring_refuses_what_has_no_latents_or_no_scorer(run, ltts, latent_rm
 # Bad input
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

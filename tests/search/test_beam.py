@@ -77,7 +77,7 @@ class ByHand:
         slow("qwen3", EVERYWHERE, False, "mean"),
         slow("llama", NOISE, True, "sum"),
         slow("gpt2", AnswerSampling(1.5, 0.9).over(NOISE), False, "sum"),
-        ("mistral", NOISE, False, "sum"),  # these two through transformers' own attention and cache
+        slow("mistral", NOISE, False, "sum"),  # these two through transformers' own attention and cache
         slow("gpt_neo", EVERYWHERE, True, "mean"),
     ],
 )

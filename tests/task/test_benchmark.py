@@ -247,7 +247,7 @@ def test_rows_with_the_toolkits_names_keep_their_steps(tmp_path):
 
 
 def test_a_run_reads_the_file_and_writes_every_table(run, tmp_path):
-    result = run("task=gsm8k", f"task.path={write(tmp_path / 'mine.jsonl', ROWS)}", "task.split=valid", "budget=ladder")
+    result = run("task=gsm8k", f"task.path={write(tmp_path / 'mine.jsonl', ROWS)}", "task.split=valid")
     assert result.code == 0, result.err
     assert "2 questions from" in result.err
     rollouts = pd.read_parquet(result.last.parent / "rollouts.parquet")

@@ -25,11 +25,11 @@ def arith(split="test", *, limit=None, steps=None, seed=0):
 
 @pytest.fixture(scope="module")
 def splits():
-    limits = {"train": 20_000}
+    limits = {"train": 16_000}
     with pytest.MonkeyPatch.context() as patch:  # the splits are sieved out of the same problems: make each once
         patch.setattr(arith_room, "Dice", lambda *place: place)
         patch.setattr(arith_room, "make_problem", cache(lambda place, level: make_problem(Dice(*place), level)))
-        return {split: arith(split, limit=limits.get(split)).questions() for split in SPLITS}
+        return {split: list(islice(arith(split).stream(), limits.get(split, 2000))) for split in SPLITS}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,17 @@ def test_problems_are_the_same_each_time(splits):
     for split, questions in splits.items():
         assert arith(split, limit=50).questions() == questions[:50]
         assert list(islice(arith(split).stream(), 50)) == questions[:50]
+
+
+def test_questions_are_made_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(arith_room, "make_problem", lambda dice, level: made.append(1) or make_problem(dice, level))
+    first = arith("hard", limit=5, seed=7).questions()
+    assert len(made) == 5
+    first.clear()  # a caller's list is its own
+    again = arith("hard", limit=5, seed=7).questions()
+    assert len(made) == len(again) == 5
+    assert all(arith("hard", **other).questions() != again for other in ({"limit": 5}, {"limit": 6, "seed": 7}))
 
 
 def test_another_seed_gives_other_problems(splits):

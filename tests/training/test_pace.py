@@ -152,6 +152,7 @@ def test_a_run_by_the_clock_is_repeated_bit_for_bit_by_its_log(ltts, place, monk
     assert told in again.err.replace("\n", " ")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -121,6 +121,7 @@ def test_convert_joins_an_adapter_with_its_base(train, ltts, place):
     check(ltts("convert", adapter, "again", "latents=3"), "latents=3", "must be null", "latent_tts.json")
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_cut_vocabulary_is_joined_with_the_whole_base(train, ltts, place):
     done = train(*LORA, "init_vocabulary=used")
     assert done.code == 0, done.err
@@ -153,6 +154,7 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(("more", "words"), BAD, ids=lambda value: value[0])
 def test_what_cannot_be_trained_is_refused(train, more, words, monkeypatch, place):
     (place / "data").mkdir()

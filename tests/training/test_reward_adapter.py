@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import tiny_gguf
 import torch
+from marks import slow
 from refusal import check
 from safetensors.torch import load_file, save_file
 
@@ -69,7 +70,7 @@ def test_training_learns_and_writes_matrices_and_a_head_alone(trained, checkpoin
     assert record["reasoner"] == annotated.adapter_of(checkpoint).digest
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
 def test_scorer_and_reasoner_share_storage_and_score_as_with_weights_of_their_own(trained, checkpoint, dtype):
     adapter, scorer = annotated.adapter_of(checkpoint), scorer_of(trained)
     reasoner = adapter.load(device="cpu", dtype=dtype)
@@ -198,6 +199,7 @@ def test_a_damaged_adapter_or_another_reasoner_is_refused(trained, checkpoint, p
     check(ltts("convert", trained, "new", "latents=3"), "latents=3", "must be null")
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -5,6 +5,8 @@ A family adds its prompt recipe, its answer rule and what it does with a hidden 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -181,6 +183,16 @@ class CheckpointAdapter:
     def digest(self) -> str:
         """What identifies the weights, shape and tokenizer."""
         return files.digest(self.folder)
+
+    @cached_property
+    def identity(self) -> str:
+        """`digest`, and a digest of prompts and end tokens where files that it leaves out say what they are."""
+        of_config = files.eos_ids(self.folder, self.config, self.tokenizer)["config.json"]
+        beside = any((self.folder / name).is_file() for name in files.BESIDE_TOKENIZER)
+        if not beside and set(self.eos_ids) == set(of_config):
+            return self.digest
+        read = json.dumps([self.prompt_recipe, sorted(self.eos_ids)])
+        return f"{self.digest}-{hashlib.sha256(read.encode()).hexdigest()[:6]}"
 
     @cached_property
     def config(self) -> dict[str, Any]:

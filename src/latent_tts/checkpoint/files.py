@@ -457,11 +457,19 @@ digested: dict[str, Path] = {}  # checkpoint folders that this process has read,
 
 
 def digest(folder: Path) -> str:
-    """16 hex digits that stand for the weights, the shape and the tokenizer of a checkpoint."""
+    """16 hex digits that stand for the weights, the shape and the tokenizer of a checkpoint.
+
+    Raises:
+        RunError: it is a model that was made once and kept, and is damaged.
+    """
     sha = hashlib.sha256()
+    known = {}
     for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
         with path.open("rb") as file:
-            sha.update(hashlib.file_digest(file, "sha256").digest())
+            of_file = hashlib.file_digest(file, "sha256")
+        sha.update(of_file.digest())
+        known[path.name] = of_file.hexdigest()[:16]
+    gguf.check_kept(folder, known)
     found = sha.hexdigest()[:16]
     digested[found] = folder
     return found

@@ -14,18 +14,19 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import RunError, UsageError, bad_value, require
 from latent_tts.types import file_digest
 
 log = logging.getLogger(__name__)
 PREFIX = "gguf:"
 VERSION = 2  # of what conversion writes; part of the folder's name
 PARTIAL, SOURCE = "partial-", "source.json"  # a folder that is being written; what a model was made from
+DAMAGED = ".damaged"  # how the name of a kept model ends that is not what was written
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # decoders that transformers reads and the engine runs
 # What transformers reads of such a file, apart from the tokenizer; it drops any other field or weight without a word.
 # The value of a field that may be there all the same, since it changes nothing.
@@ -80,6 +81,7 @@ def converted(file: Path, key: str) -> Path:
         UsageError: the file is damaged, or of an architecture that is not supported.
     """
     folder = models_folder() / f"gguf{VERSION}-{file_digest(file)}"
+    set_cut_aside(folder)
     if not folder.is_dir():
         require(
             key,
@@ -107,12 +109,58 @@ def whole_folder(folder: Path, source: str) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=PARTIAL))
     try:
         yield partial
-        (partial / SOURCE).write_text(json.dumps({"from": source}) + "\n")
+        paths = sorted(path for path in partial.iterdir() if path.is_file())
+        written = {path.name: (path.stat().st_size, file_digest(path)) for path in paths}
+        (partial / SOURCE).write_text(json.dumps({"from": source, "files": written}) + "\n")
         partial.chmod(0o755)
         with contextlib.suppress(OSError):  # another process was first
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def set_cut_aside(folder: Path) -> None:
+    """Set a kept model aside, with a warning, if a file of it is missing or has another size than was written."""
+    for name, (size, _) in _written(folder).items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            log.warning("%s is damaged: its folder is now %s, and it is made anew", path, _set_aside(folder).name)
+            return
+
+
+def check_kept(folder: Path, known: Mapping[str, str]) -> None:
+    """Check that a kept model is what was written; a damaged one is set aside. Other folders are left alone.
+
+    Args:
+        folder: of a checkpoint.
+        known: digests of some of its files, as they are now.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    written = _written(folder) if folder.parent == models_folder() else {}
+    for name, (_, wanted) in written.items():
+        path = folder / name
+        if (known.get(name) or (file_digest(path) if path.is_file() else None)) != wanted:
+            aside = _set_aside(folder).name
+            raise RunError(f"{path} is damaged: its folder is now {aside}; re-run the command to make it anew")
+
+
+def _written(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and digest of each file of a kept model as it was written; those of earlier versions do not say."""
+    try:
+        files = json.loads((folder / SOURCE).read_text())["files"]
+        return {str(name): (int(size), str(digest)) for name, (size, digest) in files.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _set_aside(folder: Path) -> Path:
+    aside = folder.with_name(f"{folder.name}{DAMAGED}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another process was first
+        folder.rename(aside)
+    return aside
 
 
 def note_use(folder: Path) -> None:

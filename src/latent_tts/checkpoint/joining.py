@@ -77,6 +77,7 @@ def whole(folder: Path, key: str) -> Path:
         elif name != OWN:
             raise bad_value(key, folder, f"the folder lacks {name}")
     target = gguf.models_folder() / f"joined{VERSION}-{sha.hexdigest()[:16]}"
+    gguf.set_cut_aside(target)
     if not target.is_dir():
         log.info("%s: joining it with %s, once, in %s", folder, base, target)
         with gguf.whole_folder(target, str(folder)) as partial:

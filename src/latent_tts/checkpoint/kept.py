@@ -60,6 +60,8 @@ def _kept(folder: Path) -> KeptModel | None:
     elif folder.name.startswith(gguf.PARTIAL):
         newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
         kind, stale = UNFINISHED, time.time() - newest > UNFINISHED_SECONDS
+    elif folder.name.endswith(gguf.DAMAGED):
+        kind, stale = "damaged", True
     else:
         return None
     source = "?"

@@ -67,13 +67,13 @@ def to_prune(
         stale: whether to choose those that this version of the code does not read.
         now: in seconds since the epoch.
     """
-    gone, left = [], 0
+    gone, left, full = [], 0, False
     for each in kept:
-        too_old = older_than is not None and now - each.used > older_than
-        too_large = max_size is not None and left + each.size > max_size
         is_model = isinstance(each, KeptModel)
         unread = each.stale if is_model else not is_current(each.key)
-        if not (is_model and each.being_written) and (too_old or too_large or (stale and unread)):
+        chosen = (older_than is not None and now - each.used > older_than) or (stale and unread)
+        full = full or (not chosen and max_size is not None and left + each.size > max_size)
+        if not (is_model and each.being_written) and (chosen or full):
             gone.append(each)
         else:
             left += each.size

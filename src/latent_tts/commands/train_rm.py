@@ -137,7 +137,8 @@ def show(results: Mapping[str, Any]) -> None:
     if everything is not None:
         rows.append(["chosen by LatentRM, with the questions that leave no choice", percent(everything)])
     questions = f"{results['valid_questions']} questions with both right and wrong rollouts"
-    title = f"right on valid ({questions}), {results['updates']} updates"
+    chosen = results.get("chosen_update", "?")  # earlier versions did not write it
+    title = f"right on valid ({questions}), weights of update {chosen} of {results['updates']}"
     report.print_table(title, ["", "%"], rows)
 
 

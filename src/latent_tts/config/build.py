@@ -11,7 +11,6 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
@@ -22,6 +21,7 @@ from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from latent_tts.config.jobs import Loader
 from latent_tts.config.reference import conf_dir, nested_groups, option_names
 from latent_tts.config.schemas import SCHEMAS
 from latent_tts.errors import LatentTTSError, UsageError, bad_value, require, unknown_key
@@ -149,7 +149,7 @@ def _defaults(command: str, overrides: tuple[str, ...]) -> Mapping[str, Any]:
         places.append(provider, path)
     local = any("optional local" in entry for entry in defaults_of(command)) and option_names("local", [Path(conf)])
     without_local = ["~local"] if local else []  # a clone's conf/local is the user's
-    return _flat(compose(command, [*overrides, *without_local], ConfigLoaderImpl(places)))
+    return _flat(compose(command, [*overrides, *without_local], Loader(places)))
 
 
 def compose(command: str, overrides: Sequence[str] = (), loader: ConfigLoader | None = None) -> DictConfig:

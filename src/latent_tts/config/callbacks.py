@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -52,7 +52,7 @@ class FolderLock(Callback):
         self._hold(config, "hydra.sweep.dir")
 
     def _hold(self, config: DictConfig, key: str) -> None:
-        HydraConfig.instance().set_config(config)
+        HydraConfig.instance().cfg = cast(Any, config)  # for what the name interpolates; the job sets a copy
         try:
             self.held.enter_context(locked_folder(Path(OmegaConf.select(config, key)), key))
         except UsageError as error:

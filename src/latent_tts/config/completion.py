@@ -15,6 +15,7 @@ from latent_tts.config.reference import (
     keys_of,
     nested_groups,
     option_names,
+    options_of,
     options_with_nested,
     read_command,
     read_option,
@@ -132,7 +133,7 @@ def _nested(name: str, overrides: Sequence[str], places: Sequence[Path]) -> dict
 def _values(name: str, key: str, overrides: Sequence[str], places: Sequence[Path]) -> Sequence[str]:
     """The values that a key can have, if they are few."""
     if key in GROUPS or key in _nested(name, overrides, places):
-        return option_names(key, places)
+        return options_of(name.replace("-", "_"), key, places)
     if key in OWN_VALUES:
         return OWN_VALUES[key]
     kinds = {each.name: each.kind for each in _keys(name, overrides, places)}

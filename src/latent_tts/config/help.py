@@ -12,6 +12,7 @@ from latent_tts.config.reference import (
     chosen_options,
     nested_groups,
     option_names,
+    options_of,
     read_command,
     read_option,
     shown_default,
@@ -65,7 +66,7 @@ def command_help(name: str, about: str, positional: Sequence[str], overrides: Se
     command_file = name.replace("-", "_")
     command, width = read_command(command_file), max(50, width)
     arguments = [_positional(argument) for argument in positional]
-    groups = {group: option_names(group, places) for group in command.groups}
+    groups = {group: options_of(command_file, group, places) for group in command.groups}
     groups = {group: options for group, options in groups.items() if options and group != "local"}
     usage = ["usage: ltts", name, *arguments, "[KEY=VALUE ...]", *["[GROUP=OPTION ...] [-m]"] * bool(groups)]
     parts = [" ".join(usage), f"{about[0].upper()}{about[1:]}."]

@@ -1,7 +1,8 @@
-"""Jobs and sweeps as `hydra.main` runs them, except that files are composed once per choice of options."""
+"""Jobs and sweeps as `hydra.main` runs them, but files are read once, and composed once per choice of options."""
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 from collections.abc import Callable, Sequence
@@ -10,21 +11,46 @@ from typing import Any
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobRuntime
 from hydra.errors import ConfigCompositionException
-from hydra.plugins.config_source import ConfigSource
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 
-from latent_tts.config.build import conf_dir
+from latent_tts.config.reference import conf_dir
 
 MAX_COMPOSED = 256  # of 20 KB each
+MAX_READ = 16  # states of the config folders
+Stamps = tuple[tuple[str, int, int], ...]
 _composed: dict[tuple[Any, ...], bytes] = {}
+_read: dict[tuple[Stamps, ...], dict[str, bytes]] = {}
+
+
+class _Repository(ConfigRepository):
+    """Reads a config file only if a file changed: most of the time that composing takes goes into YAML."""
+
+    read: dict[str, bytes] | None = None  # what was read of these files; None to read all anew
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        if self.read is None:
+            return super().load_config(config_path)
+        if config_path not in self.read:
+            found = super().load_config(config_path)
+            try:
+                self.read[config_path] = pickle.dumps(found)
+            except pickle.PicklingError:  # Hydra imports the plugins of launchers twice, so their classes are not found
+                return found
+        return pickle.loads(self.read[config_path])
+
+    def __deepcopy__(self, memo: Any) -> _Repository:
+        return copy.copy(self)  # Hydra's copies get other sources, and none of their own
 
 
 class Loader(ConfigLoaderImpl):
@@ -33,23 +59,31 @@ class Loader(ConfigLoaderImpl):
     Composing files takes as long as a small run, and the jobs of a sweep often choose the same options.
     """
 
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self.repository = _Repository(config_search_path)
+
     def _load_configuration_impl(
         self, config_name: str | None, overrides: list[str], run_mode: RunMode, *arguments: Any, **more: Any
     ) -> DictConfig:
         parsed = OverridesParser.create().parse_overrides(overrides)
         options = [each for each in parsed if self._is_option(each)]
-        files = [_stamps(source) for source in self.get_sources()]
+        files = _stamps_of_all(self.get_sources())
         alters_search = any(each.is_sweep_override() or each.key_or_group == "hydra.searchpath" for each in parsed)
         compose = super()._load_configuration_impl
-        if None in files or alters_search:
+        if files is None or alters_search:
+            self.repository.read = None
             return compose(config_name, overrides, run_mode, *arguments, **more)
+        if files not in _read and len(_read) >= MAX_READ:
+            _read.clear()
+        self.repository.read = _read.setdefault(files, {})
         chosen = [str(each.input_line) for each in options]
-        key = (config_name, run_mode, JobRuntime().get("name"), version.getbase(), tuple(files), tuple(chosen))
+        key = (config_name, run_mode, JobRuntime().get("name"), version.getbase(), files, tuple(chosen))
         if key not in _composed:
             composed = compose(config_name, chosen, run_mode, *arguments, **more)
             try:
                 content = pickle.dumps(composed)
-            except pickle.PicklingError:  # Hydra imports the plugins of launchers twice, so their classes are not found
+            except pickle.PicklingError:  # as above
                 return compose(config_name, overrides, run_mode, *arguments, **more)
             while len(_composed) >= MAX_COMPOSED:
                 _composed.pop(next(iter(_composed)))
@@ -71,7 +105,12 @@ class Loader(ConfigLoaderImpl):
         return self.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
 
 
-def _stamps(source: ConfigSource) -> tuple[tuple[str, int, int], ...] | None:
+def _stamps_of_all(sources: Sequence[ConfigSource]) -> tuple[Stamps, ...] | None:
+    stamps = [_stamps(source) for source in sources]
+    return None if None in stamps else tuple(stamps)
+
+
+def _stamps(source: ConfigSource) -> Stamps | None:
     """The files of a source with their sizes and times of change; None if it is not known which files it has."""
     if source.scheme() == "structured" or source.path == "hydra.conf":
         return ()

@@ -130,14 +130,37 @@ def conf_dirs(extra: Iterable[str] = ()) -> list[Path]:
 
 
 def option_names(group: str, places: Sequence[Path]) -> list[str]:
-    """The names of a group's options."""
-    return sorted({path.stem for place in places for path in (place / group).glob("*.yaml")})
+    """The names of a group's options, those in folders too, as `smollm2/codi`."""
+    found = {path.relative_to(place / group) for place in places for path in (place / group).rglob("*.yaml")}
+    nested = {name.removeprefix(f"{group}/") for name in nested_groups(group, places)}
+    return sorted(path.with_suffix("").as_posix() for path in found if path.parts[0] not in nested)
+
+
+def options_of(command: str, group: str, places: Sequence[Path]) -> list[str]:
+    """The names of the options of a group that a command can take: experiments are made for some commands."""
+    names = option_names(group, places)
+    if group != "experiment":
+        return names
+    own = read_command(command)
+    known = {*own.groups, *(key.name.partition(".")[0] for key in own.keys)}
+    return [name for name in names if known >= _settings_of(read_option(group, name, places), places)]
+
+
+def _settings_of(option: Option, places: Sequence[Path]) -> set[str]:
+    """What an experiment sets: groups, and the first parts of keys."""
+    text = _option_path(option.group, option.name, places).read_text(errors="replace")
+    groups = re.findall(r"^ *- override /([a-z]+):", text, re.M)
+    return {*groups, *(key.name.partition(".")[0] for key in option.keys)}
+
+
+def _option_path(group: str, name: str, places: Sequence[Path]) -> Path:
+    return next(file for place in places if (file := place / group / f"{name}.yaml").is_file())
 
 
 def nested_groups(group: str, places: Sequence[Path]) -> list[str]:
     """The groups inside a group, as `budget/rule`."""
     folders = {path.name for place in places for path in (place / group).glob("*/") if any(path.glob("*.yaml"))}
-    return [f"{group}/{name}" for name in sorted(folders)]
+    return [name for folder in sorted(folders) if options_with_nested(name := f"{group}/{folder}", places)]
 
 
 def options_with_nested(nested: str, places: Sequence[Path]) -> dict[str, str]:
@@ -154,8 +177,7 @@ def options_with_nested(nested: str, places: Sequence[Path]) -> dict[str, str]:
 
 def read_option(group: str, name: str, places: Sequence[Path]) -> Option:
     """An option, as the first file of that name has it; its keys begin with the group."""
-    path = next(file for place in places if (file := place / group / f"{name}.yaml").is_file())
-    text = path.read_text(errors="replace")
+    text = _option_path(group, name, places).read_text(errors="replace")
     about = _top_comment(text)
     prefix = (
         ""

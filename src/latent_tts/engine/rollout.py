@@ -605,7 +605,8 @@ class RolloutState:
 
     def _finished(self, ids: list[list[int]], logprob_R: Tensor, margin_R: Tensor, stopped_R: Tensor) -> Rollouts:
         steps_R = self.steps_R.cpu()
-        counts = Counts.of_steps(steps_R) if self._plan.schedule.stepwise else self.counts
+        stepwise = self._plan.schedule.stepwise
+        counts = Counts.of_steps(steps_R, first_is_free=self.first_is_free) if stepwise else self.counts
         return Rollouts(
             self.latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
             counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(), counts.timeline or [],

@@ -36,8 +36,8 @@ SHARDS = ("measured", "fixed")
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1.0, 5.0  # at the processes of the local Ray; without them
 # A Ray of this machine alone listens on its loopback address; the first variable says so on Linux, too.
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-# stdout is the command's; what Ray prints there is discarded, and of what it writes to stderr the warnings
-SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_BACKEND_LOG_LEVEL": "error"}
+# stdout is the command's; what Ray prints there is discarded
+SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": "."}
 RESUME = "re-run the command to resume"
 OUT_OF_MEMORY = (
     "Ray ended the processes of workers because the memory of {where} is nearly full; fewer executor.workers or a "

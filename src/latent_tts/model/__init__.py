@@ -54,6 +54,11 @@ class ModelAdapter(AnswerFormat, Protocol):
         ...
 
     @property
+    def identity(self) -> str:
+        """What tables call the model: `digest`, and prompts and end tokens where other files say what they are."""
+        ...
+
+    @property
     def positions(self) -> int:
         """The maximum sequence length of the backbone, in tokens."""
         ...

@@ -10,10 +10,11 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dis import opmap
 from functools import cache, cached_property
 from importlib.machinery import PathFinder
-from importlib.metadata import Distribution, distributions, requires, version
+from importlib.metadata import Distribution, PackageNotFoundError, distributions, requires, version
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -159,7 +160,10 @@ def _imported_names(path: Path) -> Iterator[str]:
 @cache
 def _own_libraries() -> frozenset[str]:
     """The packages that this one needs itself."""
-    return frozenset(re.split(r"[^\w-]", line)[0].replace("-", "_") for line in requires("latent-tts") or ())
+    needed: list[str] = []
+    with suppress(PackageNotFoundError):  # a checkout can run without being installed
+        needed = requires("latent-tts") or []
+    return frozenset(re.split(r"[^\w-]", line)[0].replace("-", "_") for line in needed)
 
 
 def computed_attributes(kind: type) -> set[str]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,7 +18,16 @@ def versions(*, quantized: bool) -> Mapping[str, str]:
     names = ["latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core"]
     names += ["math-verify"] if find_spec("math_verify") is not None else []
     names += ["torchao"] if quantized else []
-    return {"python": platform.python_version(), **{name: version(name) for name in names}, **commit()}
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}, **commit()}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # a checkout can run without being installed
+        if name != "latent-tts":
+            raise
+        return "not installed"
 
 
 def machine() -> dict[str, str]:

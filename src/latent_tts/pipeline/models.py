@@ -158,10 +158,10 @@ def find_device(engine: EngineSettings) -> str:
 
 
 def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, device: str, *, own_prompt: bool) -> int:
-    """`engine.rows`, or what suits the model's width; fewer, with a warning, where they do not fit memory."""
+    """`engine.rows`, or what suits the model's width; fewer where they do not fit memory, the former with a warning."""
     wanted = engine.rows or default_rows(shape.width, device, own_prompt)
     rows = rows_that_fit(wanted, bytes_per_row, device)
-    if rows < wanted:
+    if engine.rows is not None and rows < wanted:
         log.warning("engine.rows: %d rows do not fit half of the free memory, %d do", wanted, rows)
     return rows
 

@@ -62,8 +62,8 @@ class Probe:
         return self.questions[f"{figure}_{label(schedule)}"]
 
     def commits_per_sweep(self, schedule: Speculative) -> float:
-        """Latents per sweep of all questions together."""
-        return self.questions["latents"].sum() / max(self.column("sweeps", schedule).sum(), 1)
+        """Latents per sweep of all questions together, without the first: the prompt's pass makes it."""
+        return (self.questions["latents"] - 1).sum() / max(self.column("sweeps", schedule).sum(), 1)
 
     def explained(self, schedule: Speculative) -> float:
         """R squared of sweeps on growth over questions; NaN where one of them is the same for all."""

@@ -84,10 +84,10 @@ def check_weights(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> Non
     Raises:
         UsageError: it has changed since.
     """
-    if spec.adapter.digest != record["checkpoint_digest"]:
+    if spec.adapter.identity != record["checkpoint_digest"]:
         raise UsageError(
             f"run={source}: model.checkpoint={spec.adapter.checkpoint} has changed since that run "
-            f"({record['checkpoint_digest']} then, {spec.adapter.digest} now)"
+            f"({record['checkpoint_digest']} then, {spec.adapter.identity} now)"
         )
 
 

@@ -85,7 +85,7 @@ def write_run_folder(
                 aggregator.name: {"_target_": config["aggregator"][aggregator.name]["_target_"], **vars(aggregator)}
                 for aggregator in spec.aggregators
             },
-            "checkpoint_digest": spec.adapter.digest,
+            "checkpoint_digest": spec.adapter.identity,
             "scorer": scored_by or None,
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),

@@ -562,7 +562,7 @@ def calibrated(
     fitted = calibration.calibrate_on_run(
         budget.rule,
         request.config,
-        {"model": request.adapter.digest, "scorer": None if scorer is None else scorer.digest},
+        {"model": request.adapter.identity, "scorer": None if scorer is None else scorer.digest},
         [each.id for each in questions],
         temperature,
     )

@@ -284,6 +284,7 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that say which run a metrics row belongs to."""
     sampler, scorer = spec.sampler, spec.scorer
     shown = {key: value for key, value in settings.items() if key != f"sampler.{sampler.param}"} | spec.planned
+    digests = [spec.adapter.identity, *(each.digest for each in (scorer, spec.draft) if each is not None)]
     columns = {
         "model": spec.adapter.name,
         "checkpoint": spec.adapter.checkpoint,
@@ -300,7 +301,7 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,
         "questions_digest": questions_digest(spec.questions),
-        "weights_digest": "+".join(each.digest for each in (spec.adapter, scorer, spec.draft) if each is not None),
+        "weights_digest": "+".join(digests),
     }
     paths = ("checkpoint", "scorer")  # the digest says whose weights, wherever they are
     identity = {name: value for name, value in columns.items() if name not in paths} | {"n": spec.n}

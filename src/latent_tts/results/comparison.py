@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -119,16 +119,23 @@ def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
 
 
 def described_sides(a: Side, b: Side) -> tuple[str, str]:
-    """What tells one side from the other, as in `sampler=dropout, `; empty where their settings are equal."""
-    curves = [next(iter(side.values())).curve for side in (a, b)]
+    """What tells one side from the other, as in `sampler=dropout rate=0.1, `; empty where their settings are equal."""
+    curves = [_with_whole_sampler(next(iter(side.values())).curve) for side in (a, b)]
     names = [name for name in curves[0] if curves[0][name] != curves[1][name] and not name.endswith("_digest")]
     first, second = ("".join(f"{name}={curve[name]}, " for name in names if curve[name]) for curve in curves)
     return first, second
 
 
+def _with_whole_sampler(curve: Mapping[str, str]) -> dict[str, str]:
+    """The columns of a curve, the sampler with its value in one: `gaussian sigma=0.4`."""
+    value = f" {curve['sampler_param']}={curve['sampler_value']}" if curve["sampler_value"] else ""
+    return {**curve, "sampler": curve["sampler"] + value, "sampler_param": "", "sampler_value": ""}
+
+
 def write_differences(path: Path, found: Sequence[Difference]) -> None:
     """Write differences as a CSV, a row each."""
     columns = [field.name for field in fields(Difference)]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         table = pd.DataFrame([astuple(difference) for difference in found], columns=columns)
         spreadsheet_cells(table).to_csv(partial, index=False, float_format="%.6g")

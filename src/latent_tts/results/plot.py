@@ -104,8 +104,8 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
         metrics: a metrics table, or one of means over seeds; several runs make several curves. Where one curve has
             several rows at an n, those with the most rollouts drawn count. Runs of a metrics table that differ in the
             seed alone make one curve, of the means of their values and of their bounds.
-        against: n, a cost of each n, or `diversity`: then a curve is a sampler at its largest n, with a point for each
-            of the sampler's values.
+        against: n, a cost of each n, or `diversity`: then a curve is a sampler, with a point for each of its values at
+            the largest n that all of them have.
 
     Raises:
         UsageError: there is nothing to draw.
@@ -176,8 +176,15 @@ def _points(metrics: pd.DataFrame, against: str) -> pd.DataFrame:
     )
     if against == "diversity":
         curve = [name for name in CURVE_COLUMNS if name != "sampler_value"]
-        points = points[points["n"] == points.groupby(curve, dropna=False)["n"].transform("max")]
+        points = pd.concat([_at_common_n(of) for _, of in points.groupby(curve, dropna=False)]).sort_index()
     return points
+
+
+def _at_common_n(points: pd.DataFrame) -> pd.DataFrame:
+    """The points of a sampler at the largest n that all its values have; where they share none, each at its own."""
+    by_value = points.groupby("sampler_value", dropna=False)["n"]
+    common = set.intersection(*(set(each) for _, each in by_value))
+    return points[points["n"] == (max(common) if common else by_value.transform("max"))]
 
 
 def _named_curves(

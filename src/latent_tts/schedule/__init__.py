@@ -57,7 +57,7 @@ class Counts:
     """What a schedule counts per row (int64, R).
 
     Attributes:
-        sweeps_R: passes that computed latents of the row.
+        sweeps_R: passes after the prompt's that computed latents of the row.
         commits_R: latents found to be made from the latents that are final; 0 where a schedule does not check.
         conflicts_R: latents that were computed from others than those, and were computed again.
         timeline: the sweeps in order, that of the prompt's pass included; None unless asked for. Schedules
@@ -70,9 +70,9 @@ class Counts:
     timeline: list[Sweep] | None = None
 
     @classmethod
-    def of_steps(cls, steps_R: Tensor) -> Counts:
-        """Those of latents that are computed one after another."""
-        return cls(steps_R, steps_R, steps_R * 0)
+    def of_steps(cls, steps_R: Tensor, *, first_is_free: bool) -> Counts:
+        """Those of latents that are computed one after another, the first maybe by the prompt's pass."""
+        return cls((steps_R - int(first_is_free)).clamp(min=0), steps_R, steps_R * 0)
 
 
 class LatentSequence(Protocol):

@@ -30,8 +30,8 @@ def auto(
     """
     check_settings(reduce, positions, range)
     if checkpoint is None or not checkpoint.startswith(SHIPPED_PREFIX):
-        hint = "; for the published LatentRM of this model use scorer=latent_rm" if checkpoint else ""
-        return NoScorer(f"this model has no built-in LatentRM{hint}")
+        hint = f" (scorer=latent_rm takes {checkpoint})" if checkpoint else ""
+        return NoScorer(f"there is no built-in LatentRM for this model{hint}")
     if latents == 0:
         return NoScorer("a LatentRM scores latents, and model.latents=0")
     return LatentRM(checkpoint, reduce, positions, range=range, only_own=True)

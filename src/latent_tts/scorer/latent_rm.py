@@ -188,6 +188,7 @@ class LatentRM:
             UsageError: a file is missing or truncated, the head does not have one output, or the width is not that of
                 the reasoner.
         """
+        _ = reasoner.digest  # so that an adapter finds its folder: see `joining.find_base`
         shapes = files.weight_shapes(self._backbone_folder, key=KEY)
         if not self._is_adapter:
             files.check_sizes(self.config, self.folder, key=KEY)

@@ -77,7 +77,7 @@ def _locked(votes: Votes, left_N: Float64, counted: bool) -> Bools:
         behind_NK = lead_N1 * (1 - ROUNDING) > reached_NK
         new_N = votes.lead_N * (1 - ROUNDING) > left_N
     np.put_along_axis(behind_NK, votes.leader_N[:, None], True, 1)
-    return behind_NK.all(1) & new_N & (votes.lead_N > 0)
+    return behind_NK.all(1) & new_N
 
 
 def _locked_by_string(votes: Votes, left_N: Float64, counted: bool) -> Bools:

@@ -33,6 +33,9 @@
     const span = high - low || 1;
     return (value) => from + ((value - low) / span) * (to - from);
   }
+  // numbers of all would overlap where there are many
+  const numbered = (latents) => latents.filter((latent) => latent % Math.ceil(latents.length / 13) === 0);
+
   function ticks(low, high, wanted = 5) {
     const rough = (high - low || 1) / wanted, power = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough);
@@ -260,7 +263,7 @@
         parts.push(line(PAD, y(value), WIDTH - 6, y(value), { class: "axis" }));
         parts.push(text(PAD - 6, y(value) + 4, short(value), { "text-anchor": "end" }));
       }
-      for (const step of range(this.latents)) parts.push(text(x(step + 1), height - 8, step + 1));
+      for (const step of numbered(range(this.latents))) parts.push(text(x(step + 1), height - 8, step + 1));
       const drawing = canvas(height, label, ...parts);
       return { drawing, point: (step, value) => [x(step + 1), y(value)] };
     }
@@ -329,7 +332,7 @@
       const latents = range(Math.max(this.latents, ...sweeps.map((sweep) => stop[this.rollout][sweep])));
       const size = Math.min(64, (WIDTH - 76) / Math.max(latents.length, 1)), row = 26;
       const height = 34 + sweeps.length * row, parts = [text(2, 16, "sweep", { "text-anchor": "start" })];
-      for (const latent of latents) parts.push(text(66 + (latent + 0.5) * size, 16, latent + 1));
+      for (const latent of numbered(latents)) parts.push(text(66 + (latent + 0.5) * size, 16, latent + 1));
       sweeps.forEach((sweep, place) => {
         const y = 24 + place * row, before = place ? final[this.rollout][sweeps[place - 1]] : 0;
         parts.push(text(44, y + row / 2 + 5, place + 1, { "text-anchor": "end" }));
@@ -371,7 +374,7 @@
       }
       arcs.sort((one, other) => one[0] - other[0]);
       const nodes = range(total).flatMap((latent) => [
-        shape("circle", { cx: x(latent), cy: base, r: 12, class: path.includes(latent) ? "node critical" : "node" }),
+        shape("circle", { cx: x(latent), cy: base, r: Math.min(12, unit), class: path.includes(latent) ? "node critical" : "node" }),
         text(x(latent), base + 4, latent + 1, { class: "strong" })]);
       this.figure("graph").replaceChildren(canvas(base + 24, "dependencies between latents", ...arcs.map(([, arc]) => arc), ...nodes));
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
 
 from latent_tts.errors import check_fields, require
 from latent_tts.training.reasoner.vocabulary import END_OF_TEXT
@@ -62,6 +63,7 @@ class BackboneConfig:
         for token, index in tokenizer.get_vocab().items():
             if token.isdigit():
                 embeddings[index] += self.number_scale * number_features(int(token), self.width)
+        logging.disable_progress_bar()
         lm.save_pretrained(folder)
         tokenizer.save(str(folder / "tokenizer.json"))
 
