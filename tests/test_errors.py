@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from latent_tts import cli
-from latent_tts.errors import RunError, computing, hub_clients
+from latent_tts.errors import RunError, computing, hub_clients, is_number
 
 
 def test_what_failed_leaves_no_tensors_behind_for_whoever_keeps_the_error():
@@ -110,3 +110,10 @@ def test_a_command_whose_output_is_closed_ends_well(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(SystemExit, match="0"):
         cli.entry()
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan"), True, "1", None])
+def test_no_number_is_beyond_those_of_floats(value):
+    assert not is_number(value)
+    assert is_number(10**300)
+    assert is_number(-0.5)
