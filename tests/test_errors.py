@@ -95,6 +95,13 @@ def test_what_is_wrong_with_a_disk_is_named_whoever_wrote(error, words):
     assert "rror" not in lines[0]
 
 
+def test_an_integer_that_is_no_float_is_named_by_its_key(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ltts run", f"answer.top_p=1{400 * '0'}"])
+    with pytest.raises(OverflowError) as raised:
+        float(10**400)
+    assert cli.describe(raised.value) == (["answer.top_p: a number that is beyond those of float64"], 2)
+
+
 @pytest.mark.parametrize("line", [["help"], ["list", "models"], []])
 def test_a_disk_that_is_full_of_what_is_printed_is_named(monkeypatch, capfd, line):
     monkeypatch.setattr(sys, "argv", ["ltts", *line])

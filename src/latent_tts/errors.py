@@ -84,8 +84,8 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 VALUE_KINDS: dict[str, Callable[[Any], bool]] = {  # of values, as errors call them
-    "a positive integer": lambda value: is_whole(value) and value > 0,
-    "an integer, 0 or more": lambda value: is_whole(value) and value >= 0,
+    "a positive integer": lambda value: is_whole(value) and 0 < value <= sys.maxsize,
+    "an integer, 0 or more": lambda value: is_whole(value) and 0 <= value <= sys.maxsize,
     "a positive number": lambda value: is_number(value) and value > 0,
     "a finite number, 0 or more": lambda value: is_number(value) and value >= 0,
     "a number in [0, 1)": lambda value: is_number(value) and 0 <= value < 1,
