@@ -1,13 +1,14 @@
 """`ltts annotate` through the command line, and `ltts train-rm` on what it makes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from refusal import check, check_refused
 
-from latent_tts.pipeline import labeller, models
+from latent_tts.pipeline import labeller, models, temperature
 from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.types import COMPUTATIONS
 
@@ -152,6 +153,22 @@ def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):
     assert scored.code == 0, scored.err
     assert "was trained" not in scored.err
     assert {"best_of_n", "weighted"} <= set(pd.read_csv(scored.last)["aggregator"])
+
+
+def test_the_temperature_is_chosen_on_the_questions_that_are_labelled(
+    annotate, ltts, checkpoint, tmp_path, monkeypatch
+):
+    whole = AnnotationFolder(annotate("keep=all").last)
+    settings = {name: value for name, value in whole.settings.items() if name != "format"}
+    stopped, mixed = AnnotationFolder(tmp_path / "stopped", settings), np.array([True, False, True, False])
+    kept = [replace(entry, corrects_N=mixed) for entry in whole.read() if entry.index in (2, 4)]
+    stopped.add(kept)  # `annotate` labels long prompts first, and was stopped
+    drawn, draw = [], temperature.draw_rollouts
+    monkeypatch.setattr(temperature, "draw_rollouts", lambda spec: drawn.extend(spec.questions) or draw(spec))
+    line = ["train-rm", f"model.checkpoint={checkpoint}", "optimization.epochs=0", "output=rm"]
+    result = ltts(*line, "annotations=stopped", "valid_annotations=stopped")
+    assert result.code == 0, result.err
+    assert [question.id for question in drawn] == [entry.question_id for entry in kept]
 
 
 @pytest.mark.usefixtures("little_memory")

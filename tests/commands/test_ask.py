@@ -55,6 +55,15 @@ def test_a_question_gets_votes_picks_agreement_and_costs(ask):
     assert "right answer" not in shown
 
 
+def test_costs_are_of_all_rollouts_that_were_drawn(ask):
+    budget = ["budget=adaptive", "budget/rule=posterior", "budget.rule.threshold=0.6", "budget.round=4"]
+    asked = ask(QUESTION, "n=8", "sampler=gaussian", "sampler.sigma=0.001", "scorer=none", *budget)
+    assert asked.code == 0, asked.err
+    [line] = map(json.loads, asked.last.read_text().splitlines())
+    assert line["rollouts"] < pd.read_parquet(asked.last.with_name("rollouts.parquet"))["rollout"].size
+    assert f"4 rollouts ({line['rollouts']} used): " in " ".join(asked.out.split())
+
+
 def test_standard_input_has_a_question_per_line_and_json_is_all_that_is_printed(ask, typed):
     typed(f"{QUESTION}\n\n  {OTHER}  \n")
     asked = ask("--json", "n=4")

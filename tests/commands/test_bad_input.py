@@ -330,7 +330,7 @@ def test_bad_folders_of_the_other_commands(ltts, run, own_copy):
     check_refused("collect", f"runs=[{own_copy}]", "output=null", words=["output=null"])
     (own_copy / "run.json").unlink()
     check_refused("compare", *sides, words=["did not complete"])
-    check_refused("collect", f"runs=[{own_copy}]", words=["none of 1 run folders is complete"])
+    check_refused("collect", f"runs=[{own_copy}]", words=[f"runs={own_copy}: no complete run in 1 run folder;"])
 
 
 def cut(path, left: int = -20) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from marks import slow
-from refusal import check_refused
+from refusal import check, check_refused
 
 from latent_tts.results.run_folder import COUNT_COLUMNS, METRIC_COLUMNS, ROLLOUT_COLUMNS
 
@@ -207,6 +207,15 @@ def test_settings_name_what_files_of_the_user_set(run, tmp_path):
         assert expected in settings
     # the fixture's own line wins over the file, as in any command
     assert "max_answer_tokens=4" in settings
+
+
+def test_defaults_of_run_are_not_those_of_other_commands(ltts, tmp_path):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "default.yaml").write_text("# @package _global_\nn: 64\nengine: {dtype: bfloat16}\n")
+    (tmp_path / "local" / "train_draft.yaml").write_text("# @package _global_\nupdates: -3\n")
+    for command, words in {"train-draft": "updates=-3", "train-rm": "seed=-1", "annotate": "completions=0"}.items():
+        more = [] if command == "train-draft" else [words]
+        check(ltts(command, f"--config-dir={tmp_path}", *more), words)
 
 
 def test_a_jsonl_file_is_a_task(run, tmp_path):

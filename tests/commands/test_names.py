@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,6 +17,7 @@ from latent_tts.results import report
 from latent_tts.results.files import plain_cells, spreadsheet_cells
 from latent_tts.results.run_folder import read_metrics
 
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["[/]", "[bold]x[/bold]", "+x", "-x", "@x", "$x_", "'=x", "名前"]
 
 
@@ -46,6 +48,13 @@ def test_cells_and_columns_hold_no_markup(capsys):
     out = capsys.readouterr().out
     assert "[red]column" in out
     assert r"[/]\x1b[1m" in out
+
+
+def test_every_csv_is_written_without_formulas():
+    lines = [line for path in (ROOT / "src").rglob("*.py") for line in path.read_text().splitlines()]
+    written = [line for line in lines if ".to_csv(" in line]
+    assert written
+    assert not [line for line in written if "spreadsheet_cells(" not in line]
 
 
 @given(st.lists(st.text("=+-@'\t a1.e"), min_size=1, max_size=8))

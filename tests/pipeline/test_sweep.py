@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from latent_tts.pipeline.sweep import SweepJob
+from latent_tts.results.run_folder import read_metrics
 
 
 def test_a_sweep_prints_one_table_and_each_warning_once(run, checkpoint, tmp_path):
@@ -30,6 +31,20 @@ def test_a_sweep_prints_one_table_and_each_warning_once(run, checkpoint, tmp_pat
     assert sorted(log.count("was trained on dropout 0.05") for log in logs) == [1, 1]
     alone = run("sampler=gaussian", "sampler.sigma=0.1", *scored)
     assert alone.err.count("WARNING scorer") == 2
+
+
+def test_jobs_that_are_one_run_have_a_row_each(run):
+    swept = run("engine.rows=1,4", "cache=off", "-m")
+    assert swept.code == 0, swept.err
+    rows = [line.split() for line in swept.out.splitlines() if line.startswith("rows=")]
+    assert [row[0] for row in rows] == ["rows=1", "rows=4"]
+    tables = [
+        read_metrics(path).set_index("metric")["value"] for path in sorted(swept.last.parent.glob("*/metrics.csv"))
+    ]
+    assert [float(row[-1].replace(",", "")) for row in rows] == pytest.approx(
+        [table["rollouts_per_second"] for table in tables], rel=0.1
+    )
+    assert "the same run as" in swept.err
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_what_needs_gold_answers_refuses_questions_without(run, ltts, bare, chec
     check(ltts("annotate", *line), "task=bare", "no gold answers")
     spec = SimpleNamespace(scorer=object(), task=SimpleNamespace(name="bare"), questions=[Question("a", "b", None)])
     with pytest.raises(UsageError, match=r"task=bare: .* no gold answers"):
-        choose_temperature(spec)  # type: ignore[arg-type]
+        choose_temperature(spec, ())  # type: ignore[arg-type]
 
 
 @pytest.mark.every_other

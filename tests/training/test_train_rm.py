@@ -416,6 +416,8 @@ def test_the_command_writes_the_published_layout(command, checkpoint, tmp_path):
     assert (tmp_path / "out/checkpoint/tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
     assert list((tmp_path / "out/states/tensorboard").glob("events*"))
     assert not (tmp_path / "runs").exists()
+    state = json.loads((last_state(tmp_path / "out/states") / "trainer_state.json").read_text())
+    assert f"weights of update {state['best_global_step']} of {state['global_step']}" in result.out
     again = command("weights_dtype=bfloat16")
     assert again.out == result.out  # finished: told again, not trained again
     other = command("weights_dtype=bfloat16", "seed=1")
@@ -428,7 +430,9 @@ def test_no_epochs_write_the_untrained_latent_rm(command, checkpoint, tmp_path):
     weights = load_file(tmp_path / "out/checkpoint/model.safetensors")
     lm = load_file(checkpoint / "model.safetensors")
     assert torch.equal(weights["transformer.wpe.weight"], lm["transformer.wpe.weight"])
-    assert json.loads((tmp_path / "out/train_rm.json").read_text())["updates"] == 0
+    figures = json.loads((tmp_path / "out/train_rm.json").read_text())
+    assert (figures["updates"], figures["chosen_update"]) == (0, 0)
+    assert "weights of update 0 of 0" in result.out
 
 
 @pytest.mark.every_other

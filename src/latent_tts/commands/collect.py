@@ -9,8 +9,9 @@ from omegaconf import DictConfig
 
 from latent_tts.config.build import is_given
 from latent_tts.config.recorded import aggregator_builder
-from latent_tts.errors import UsageError, require
+from latent_tts.errors import bad_value, require
 from latent_tts.pipeline.sweep import write_joined
+from latent_tts.results import report
 from latent_tts.results.run_folder import run_folders
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ def main(cfg: DictConfig) -> None:
         if job_config(folder) not in completed:
             log.warning("%s: incomplete, left out", folder)
     if joined.empty:
-        raise UsageError(f"runs={list(cfg.runs)}: none of {len(folders)} run folders is complete")
+        looked = report.counted(len(folders), "run folder")
+        raise bad_value("runs", ",".join(cfg.runs), f"no complete run in {looked}; re-run what was interrupted")
     log.info("%d of %d runs, %d rows", len(folders) - len(left_out), len(folders), len(joined))
     if means is not None:
         print(means)

@@ -18,7 +18,7 @@ from latent_tts.pipeline.probe_spec import chunks_to_try, schedules_to_try
 from latent_tts.pipeline.spec import encode_prompts, found_draft, reserved_positions
 from latent_tts.results import report, statistics
 from latent_tts.results.dependency_figure import draw_dependencies
-from latent_tts.results.files import locked_folder, whole_file
+from latent_tts.results.files import locked_folder, spreadsheet_cells, whole_file
 from latent_tts.schedule.auto import PLAN, Plan
 from latent_tts.schedule.speculative import Speculative
 from latent_tts.task import Task
@@ -58,10 +58,11 @@ def main(cfg: DictConfig) -> None:
             max_answer_tokens=cfg.max_answer_tokens,
         )  # fmt: skip
         with whole_file(output / QUESTIONS) as path:
-            found.questions.to_csv(path, index=False, float_format="%.6g")
+            spreadsheet_cells(found.questions).to_csv(path, index=False, float_format="%.6g")
         latents = [str(place + 1) for place in range(len(found.relative_TT))]
         with whole_file(output / DEPENDENCIES) as path:
-            pd.DataFrame(found.relative_TT, index=latents, columns=latents).to_csv(path, float_format="%.4g")
+            table = pd.DataFrame(found.relative_TT, index=latents, columns=latents)
+            spreadsheet_cells(table).to_csv(path, float_format="%.4g")
         title = f"{adapter.name} on {task.name}, {len(prompts)} questions"
         draw_dependencies(found.relative_TT, title, output / FIGURE)
         chosen = found.recommended

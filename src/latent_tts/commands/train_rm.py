@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def train(cfg: DictConfig) -> None:
                 weights_dtype=cfg.weights_dtype,
                 output=output,
                 set_temperature=lambda checkpoint: (
-                    None if annotated is None else set_temperature(annotated, checkpoint)
+                    None if annotated is None else set_temperature(annotated, checkpoint, valid.folder.present())
                 ),
                 report=lambda done, figures: bar.show(done, note(figures)),
             )
@@ -110,17 +110,16 @@ def annotation_folder(cfg: DictConfig, key: str) -> Path:
     return annotate(default_annotation_spec(cfg, key))
 
 
-def set_temperature(run: DictConfig | None, checkpoint: Path) -> float | None:
+def set_temperature(run: DictConfig, checkpoint: Path, ids: Collection[str]) -> float:
     """Choose the temperature of the weighted vote on a run, and write it into the `config.json` of a LatentRM.
 
     Args:
-        run: the run to choose on; None where it is not known.
+        run: the run to choose on.
         checkpoint: the LatentRM's folder.
+        ids: of the questions to choose on.
     """
-    if run is None:
-        return None
     run.scorer.checkpoint = str(checkpoint)
-    temperature = choose_temperature(check_run(run_request(run)))
+    temperature = choose_temperature(check_run(run_request(run)), ids)
     write_temperature(checkpoint, temperature)
     return temperature
 
@@ -139,7 +138,8 @@ def show(results: Mapping[str, Any]) -> None:
     if everything is not None:
         rows.append(["chosen by LatentRM, with the questions that leave no choice", percent(everything)])
     questions = f"{results['valid_questions']} questions with both right and wrong rollouts"
-    title = f"right on valid ({questions}), {results['updates']} updates"
+    chosen = results.get("chosen_update", "?")  # earlier versions did not write it
+    title = f"right on valid ({questions}), weights of update {chosen} of {results['updates']}"
     report.print_table(title, ["", "%"], rows)
 
 

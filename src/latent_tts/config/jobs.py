@@ -49,8 +49,12 @@ class _Repository(ConfigRepository):
                 return found
         return pickle.loads(self.read[config_path])
 
+    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        super().initialize_sources(config_search_path)
+        self.read = None  # which is of other sources
+
     def __deepcopy__(self, memo: Any) -> _Repository:
-        return copy.copy(self)  # Hydra's copies get other sources, and none of their own
+        return copy.copy(self)  # Hydra copies it for each config, and at most replaces the sources
 
 
 class Loader(ConfigLoaderImpl):
@@ -106,8 +110,9 @@ class Loader(ConfigLoaderImpl):
 
 
 def _stamps_of_all(sources: Sequence[ConfigSource]) -> tuple[Stamps, ...] | None:
-    stamps = [_stamps(source) for source in sources]
-    return None if None in stamps else tuple(stamps)
+    found = [_stamps(source) for source in sources]
+    stamps = tuple(each for each in found if each is not None)
+    return stamps if len(stamps) == len(found) else None
 
 
 def _stamps(source: ConfigSource) -> Stamps | None:

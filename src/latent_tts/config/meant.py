@@ -30,9 +30,17 @@ PLACES = (Path(conf_dir()),)
 ASKING = ("ask", "trace")  # commands that take a question
 
 
-def closest(word: str, known: list[str]) -> str | None:
+OUTPUT = ("output", "hydra.run.dir")
+OTHER_NAMES = {  # what other programs call a key: the first of these that a command has
+    "batch_size": ("engine.rows",), "max_gen_toks": ("max_answer_tokens",), "max_new_tokens": ("max_answer_tokens",),
+    "max_tokens": ("max_answer_tokens",), "num_rollouts": ("n",), "num_samples": ("n",), "output": OUTPUT,
+    "output_dir": OUTPUT, "output_path": OUTPUT, "pretrained": ("model.checkpoint",), "tasks": ("task",),
+}  # fmt: skip
+
+
+def closest(word: str, known: list[str], cutoff: float = 0.6) -> str | None:
     """The most similar of some words, if one is similar."""
-    return next(iter(get_close_matches(word, known, n=1, cutoff=0.6)), None)
+    return next(iter(get_close_matches(word, known, n=1, cutoff=cutoff)), None)
 
 
 def is_override(command: str, argument: str) -> bool:
@@ -60,8 +68,9 @@ def key_of_flag(command: str, flag: str, value: str | None) -> str | None:
     name = flag.lstrip("-").replace("-", "_").split("=")[0]
     value = flag.partition("=")[2] or value or "..."
     found = [key for key in _keys(command) if name in (key, key.rpartition(".")[2])]
+    found = [name] if name in _groups(command) else found or _known_elsewhere(command, name)
     if not found:
-        close = closest(name, [key.rpartition(".")[2] for key in _keys(command)])
+        close = closest(name, [key.rpartition(".")[2] for key in _keys(command)], cutoff=0.75)
         found = [key for key in _keys(command) if key.rpartition(".")[2] == close]
     return f"{min(found, key=lambda key: key.count('.'))}={value}" if found else None
 
@@ -81,9 +90,17 @@ def option_of(command: str, word: str) -> str | None:
 
 
 def nested_key(command: str, name: str) -> str | None:
-    """The key that ends with a name: `task.limit` for `limit`."""
+    """The key that ends with a name, `task.limit` for `limit`, or that other programs call so."""
     keys = _keys(command) if (PLACES[0] / f"{command}.yaml").is_file() else ()
-    return min((key for key in keys if key.endswith(f".{name}")), key=lambda key: key.count("."), default=None)
+    found = [key for key in keys if key.endswith(f".{name}")] or (_known_elsewhere(command, name) if keys else [])
+    return min(found, key=lambda key: key.count("."), default=None)
+
+
+def _known_elsewhere(command: str, name: str) -> list[str]:
+    """The key, in a list, that other programs call by this name; none where the command lacks it."""
+    writes_run = re.search(r"^  - (hydra_folders|run)$", (PLACES[0] / f"{command}.yaml").read_text(), re.M)
+    known = {*_keys(command), *_groups(command), *(["hydra.run.dir"] if writes_run else [])}
+    return [key for key in OTHER_NAMES.get(name, ()) if key in known][:1]
 
 
 def options_with(key: str) -> list[str]:

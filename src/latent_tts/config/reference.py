@@ -34,7 +34,7 @@ GROUPS = {
     "engine": "how rollouts are computed",
     "executor": "where rollouts are computed",
     "experiment": "settings that belong together",
-    "local": "your own defaults, in conf/local/default.yaml",
+    "local": "your own defaults, in conf/local/default.yaml (of other commands than run: conf/local/COMMAND.yaml)",
 }
 WORDS = {
     "int": "integer", "float": "number", "bool": "true or false", "str": "text", "None": "null",

@@ -239,7 +239,7 @@ class AnswerRows:
 
 @dataclass
 class _PromptTensors:
-    """Prompts as their recorded pass reads them: padded, tokens of each, and what each row of it begins with."""
+    """Prompts as their recorded pass reads them: padded ids, how many count, and each prompt's last token."""
 
     ids_QL: Tensor
     lengths_Q: Tensor

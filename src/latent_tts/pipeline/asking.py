@@ -47,7 +47,7 @@ def described_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
     Returns:
         Lines as of `tables.answer_lines`, with `votes` (how many rollouts gave each answer that can be read, the most
         frequent first), `unreadable` (how many gave none), `agreement` (share of rollouts with the most frequent
-        answer), `seconds` and `gflops`. Votes count the rollouts that were used and decoded.
+        answer), `rollouts_drawn`, and their `seconds` and `gflops`. Votes count those that were used and decoded.
     """
     rollouts = done.tables.rollouts
     seconds = rollouts["seconds"].to_numpy(dtype=float)
@@ -56,12 +56,14 @@ def described_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
     seconds_Q = np.bincount(rollouts["question_index"], seconds, len(spec.questions))
     lines = []
     for line in done.tables.answers:
-        own = rollouts[(rollouts["question_index"] == line["index"]) & (rollouts["rollout"] < line["rollouts"])]
+        drawn = rollouts[rollouts["question_index"] == line["index"]]
+        own = drawn[drawn["rollout"] < line["rollouts"]]
         predictions = own["prediction"][own["stop_reason"] != NOT_DECODED].tolist()
         votes = count_votes(predictions)
         costs = {"seconds": float(seconds_Q[line["index"]]), "gflops": float(done.tables.gflops_Q[line["index"]])}
         agreement = float(statistics.agreement(answer_codes(predictions)[None], len(predictions))[0])
         counted = {"votes": votes, "unreadable": predictions.count(None), "agreement": agreement}
+        counted["rollouts_drawn"] = len(drawn)
         lines.append(line | counted | costs)
     return lines
 
@@ -89,9 +91,12 @@ def print_answer(line: dict[str, Any]) -> None:
     ]
     if "gold" in line:
         columns.append(report.Column("correct", ["yes" if pick["correct"] else "no" for pick in rows]))
+    drawn = report.counted(line["rollouts_drawn"], "rollout")
+    if line["rollouts"] < line["rollouts_drawn"]:
+        drawn += f" ({line['rollouts']} used)"
     notes = [
         f"votes: {votes_text(line['votes'], line['unreadable'])}; agreement {100 * line['agreement']:.0f} %",
-        f"{report.counted(line['rollouts'], 'rollout')}: {line['seconds']:.2g} s, {line['gflops']:.3g} GFLOP",
+        f"{drawn}: {line['seconds']:.2g} s, {line['gflops']:.3g} GFLOP",
     ]
     if "gold" in line:
         notes.insert(0, f"right answer: {line['gold']}")

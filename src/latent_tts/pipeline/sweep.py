@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from latent_tts.results.run_folder import (
     write_metrics,
 )
 
+log = logging.getLogger(__name__)
 NOT_IN_LABELS = ("n", "seed", "budget")  # the table has a column or a mean for them
 # metrics that a rollouts table has for each question
 PER_QUESTION = ("accuracy", "coverage", "invalid_rate", "agreement")
@@ -51,6 +53,10 @@ def write_joined(
     joined, left_out = join_metrics(list(folders))
     if joined.empty:
         return joined, left_out, None
+    of_run = pd.Series({each: read_run_metrics(each)["run_id"].iloc[0] for each in folders if each not in left_out})
+    for repeat in of_run.index[of_run.duplicated()]:
+        first = of_run.index[of_run == of_run[repeat]][0]
+        log.info("%s: the same run as %s, but for what it cost; %s has the rows of that one", repeat, first, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_metrics(path, joined)
     means = path.with_name(f"{path.stem}_over_seeds.csv")
@@ -134,11 +140,16 @@ def finish(folder: Path, jobs: Sequence[SweepJob], build_aggregator: AggregatorB
     if joined.empty:
         return
     table = read_metrics(means or folder / METRICS)
-    label_of_run = {read_run_metrics(path)["run_id"].iloc[0]: job.label for path, job in completed.items()}
-    curves, runs = joined[CURVE_COLUMNS].itertuples(index=False), joined["run_id"]
-    label_of_curve = {tuple(curve): label_of_run[run] for curve, run in zip(curves, runs, strict=True)}
-    labels = [label_of_curve[tuple(curve)] for curve in table[CURVE_COLUMNS].itertuples(index=False)]
-    report.print_metrics(table, labels, [job.row for job in jobs if job.folder not in completed])
+    own = [(job.label, read_run_metrics(path)) for path, job in completed.items()]
+    if means is None:  # jobs that are one run, but for what it costs, have a row each
+        shown = name_weights_once(pd.concat([rows for _, rows in own], ignore_index=True))
+        labels = [label for label, rows in own for _ in rows.index]
+    else:
+        label_of_run = {rows["run_id"].iloc[0]: label for label, rows in reversed(own)}
+        curves, runs = joined[CURVE_COLUMNS].itertuples(index=False), joined["run_id"]
+        label_of_curve = {tuple(curve): label_of_run[run] for curve, run in zip(curves, runs, strict=True)}
+        shown, labels = table, [label_of_curve[tuple(curve)] for curve in table[CURVE_COLUMNS].itertuples(index=False)]
+    report.print_metrics(shown, labels, [job.row for job in jobs if job.folder not in completed])
     if means is not None:
         print(means)
     if has_curve(table):

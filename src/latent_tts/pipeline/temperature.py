@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
+from latent_tts.errors import require
 from latent_tts.pipeline.rollouts import draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import rollout_table
@@ -14,16 +17,23 @@ from latent_tts.results.metrics import rollout_arrays
 from latent_tts.task import require_gold
 
 
-def choose_temperature(spec: RunSpec) -> float:
+def choose_temperature(spec: RunSpec, ids: Collection[str]) -> float:
     """The temperature at which the vote of the run's rollouts, weighted by its scorer, is right most often.
 
     Rollouts are drawn where the cache lacks them: annotations say which are right, but a vote needs their predictions.
 
+    Args:
+        spec: the run.
+        ids: of its questions, those to choose on.
+
     Raises:
-        UsageError: the questions have no gold answers.
+        UsageError: the questions have no gold answers, or are none of the run.
     """
-    assert spec.scorer is not None
     require_gold(spec.task, spec.questions, "the temperature of the weighted vote is chosen by accuracy")
+    spec = replace(spec, questions=[question for question in spec.questions if question.id in ids])
+    require(
+        "valid_annotations", len(ids), bool(spec.questions), "its questions are none of its task; annotate them again"
+    )
     rollouts = rollout_table(spec, draw_rollouts(spec))
     return statistics.best_temperature(rollout_arrays(rollouts, spec.n))
 

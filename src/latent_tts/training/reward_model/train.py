@@ -97,6 +97,7 @@ def train_latent_rm(
     accuracy = figures[f"eval_{METRIC}"]
     results = {
         "updates": trainer.state.global_step,
+        "chosen_update": trainer.state.best_global_step or 0,
         "parameters": sum(p.numel() for p in model.parameters()),
         "questions": len(data),
         "valid_questions": len(valid),
