@@ -361,7 +361,7 @@ def check_file(folder: Path, name: str) -> None:
     """
     if not (folder / RUN_JSON).is_file():  # a table that lies alone
         return
-    record = read_run_json(folder, {})
+    record = _checked_record(folder / RUN_JSON)
     if not isinstance(files := record.get("files"), dict):  # of format 1
         return
     path = folder / name
@@ -385,18 +385,9 @@ def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
         UsageError: it cannot be read, is damaged, or lacks a value.
     """
     path = folder / RUN_JSON
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); draw that run again with ltts run") from error
-    record = record if isinstance(record, dict) else {}
-    digest, found = record.pop("digest", None), record.get("format", 1)
-    if not isinstance(found, int) or found > RECORD_FORMAT:
-        raise UsageError(f"{path}: format {found}, this version reads those up to {RECORD_FORMAT}")
-    if digest is None and found < RECORD_FORMAT:
-        _warn_without_digest(path, found)
-    elif digest != settings_digest(record):
-        raise UsageError(f"{path}: is damaged, its content is not what was written; draw that run again with ltts run")
+    record = _checked_record(path)
+    if record.get("format", 1) < RECORD_FORMAT:
+        _warn_without_digest(path, record.get("format", 1))
     missing = []
     for key, kind in needed.items():
         value = record
@@ -408,6 +399,21 @@ def read_run_json(folder: Path, needed: Mapping[str, type]) -> dict[str, Any]:
         raise UsageError(
             f"{path}: values missing or of the wrong type: {', '.join(missing[:5])}; repeat the run with ltts run"
         )
+    return record
+
+
+def _checked_record(path: Path) -> dict[str, Any]:
+    """A `run.json` without its digest, which is checked; raises UsageError."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); draw that run again with ltts run") from error
+    record = record if isinstance(record, dict) else {}
+    digest, found = record.pop("digest", None), record.get("format", 1)
+    if not isinstance(found, int) or found > RECORD_FORMAT:
+        raise UsageError(f"{path}: format {found}, this version reads those up to {RECORD_FORMAT}")
+    if digest != settings_digest(record) and not (digest is None and found < RECORD_FORMAT):
+        raise UsageError(f"{path}: is damaged, its content is not what was written; draw that run again with ltts run")
     return record
 
 
