@@ -372,6 +372,9 @@ def describe(error: Exception) -> tuple[list[str], int]:
         return [f"{where}no space left on the disk", KEPT + "free some space first"], 1
     if isinstance(error, UnicodeEncodeError) and "surrogates" in str(error):
         return [f"a name is not UTF-8: {error.object!r:.200}"], 2
+    if isinstance(error, OverflowError) and "too large to convert to float" in str(error):
+        named = next((each.partition("=")[0] for each in sys.argv[1:] if re.search(r"=[+-]?\d{300,}$", each)), "a key")
+        return [f"{named}: a number that is beyond those of float64"], 2
     if isinstance(error, ValueError) and "embedded null" in str(error):
         named = next((each.partition("=")[0] for each in sys.argv[1:] if "\0" in each), "a key")
         return [f"{named}: has the character NUL, which no path can have"], 2
