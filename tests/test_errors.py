@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from latent_tts import cli
-from latent_tts.errors import RunError, computing, hub_clients
+from latent_tts.errors import RunError, computing, hub_clients, is_number
 
 
 def test_what_failed_leaves_no_tensors_behind_for_whoever_keeps_the_error():
@@ -95,6 +95,13 @@ def test_what_is_wrong_with_a_disk_is_named_whoever_wrote(error, words):
     assert "rror" not in lines[0]
 
 
+def test_an_integer_that_is_no_float_is_named_by_its_key(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ltts run", f"answer.top_p=1{400 * '0'}"])
+    with pytest.raises(OverflowError) as raised:
+        float(10**400)
+    assert cli.describe(raised.value) == (["answer.top_p: a number that is beyond those of float64"], 2)
+
+
 @pytest.mark.parametrize("line", [["help"], ["list", "models"], []])
 def test_a_disk_that_is_full_of_what_is_printed_is_named(monkeypatch, capfd, line):
     monkeypatch.setattr(sys, "argv", ["ltts", *line])
@@ -110,3 +117,10 @@ def test_a_command_whose_output_is_closed_ends_well(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     with pytest.raises(SystemExit, match="0"):
         cli.entry()
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan"), True, "1", None])
+def test_no_number_is_beyond_those_of_floats(value):
+    assert not is_number(value)
+    assert is_number(10**300)
+    assert is_number(-0.5)

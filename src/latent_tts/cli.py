@@ -56,6 +56,11 @@ FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--res
 FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--config-dir", "-cn", "--config-name"]
 EXAMPLE = {"--example": ["task=arith", "task.limit=1"]}
 FLAGS_OF_COMMAND = {"ask": {"--json": ["json=true"], **EXAMPLE}, "trace": EXAMPLE}  # and their keys
+WRONG_VALUES = {  # what OmegaConf says of a value, and what it must be
+    r"Cannot convert '(?P<kind>\w+)' to string: '(?P<value>.*)'$": "text, not a {kind}",
+    r"Value '(?P<value>.*?)' of type '\w+' could not be converted to (?P<kind>\w+)": "of type {kind}",
+    r"Value '(?P<value>.*?)' is not a valid bool": "true or false",
+}
 FLAG_CHOICES = {
     **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
     **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
@@ -367,6 +372,9 @@ def describe(error: Exception) -> tuple[list[str], int]:
         return [f"{where}no space left on the disk", KEPT + "free some space first"], 1
     if isinstance(error, UnicodeEncodeError) and "surrogates" in str(error):
         return [f"a name is not UTF-8: {error.object!r:.200}"], 2
+    if isinstance(error, OverflowError) and "too large to convert to float" in str(error):
+        named = next((each.partition("=")[0] for each in sys.argv[1:] if re.search(r"=[+-]?\d{300,}$", each)), "a key")
+        return [f"{named}: a number that is beyond those of float64"], 2
     if isinstance(error, ValueError) and "embedded null" in str(error):
         named = next((each.partition("=")[0] for each in sys.argv[1:] if "\0" in each), "a key")
         return [f"{named}: has the character NUL, which no path can have"], 2
@@ -426,15 +434,9 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
         if given.startswith("{"):
             return [f"{key}={given}: must be a list, as in {key}=[A,B]"]
         return [f"{key}={given}: must be a mapping; set a key of it, as in {key}.KEY=VALUE"]
-    value = re.match(r"Cannot convert '(\w+)' to string: '(.*)'$", first)
-    if value:
-        return [f"{key}={value[2]}: must be text, not a {value[1]}"]
-    value = re.match(r"Value '(.*?)' of type '\w+' could not be converted to (\w+)", first)
-    if value:
-        return [f"{key}={value[1]}: must be of type {value[2].lower()}"]
-    value = re.match(r"Value '(.*?)' is not a valid bool", first)
-    if value:
-        return [f"{key}={value[1]}: must be true or false"]
+    for pattern, allowed in WRONG_VALUES.items():
+        if found := re.match(pattern, first):
+            return [f"{key}={found['value']}: must be {allowed.format(**found.groupdict()).lower()}"]
     if re.search(r"is not a ListConfig, list or tuple", first):
         return [f"{key}: must be a list, as in {key}=[A,B]"]
     missing = re.match(r"Missing mandatory value: (.+)|field '(.+)' is not Optional", first)

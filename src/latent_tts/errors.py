@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 import threading
@@ -74,7 +73,9 @@ def unknown_key(key: str, known: Iterable[str]) -> UsageError:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a config value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # `math.isfinite` raises for integers beyond it
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -83,8 +84,8 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 VALUE_KINDS: dict[str, Callable[[Any], bool]] = {  # of values, as errors call them
-    "a positive integer": lambda value: is_whole(value) and value > 0,
-    "an integer, 0 or more": lambda value: is_whole(value) and value >= 0,
+    "a positive integer": lambda value: is_whole(value) and 0 < value <= sys.maxsize,
+    "an integer, 0 or more": lambda value: is_whole(value) and 0 <= value <= sys.maxsize,
     "a positive number": lambda value: is_number(value) and value > 0,
     "a finite number, 0 or more": lambda value: is_number(value) and value >= 0,
     "a number in [0, 1)": lambda value: is_number(value) and 0 <= value < 1,

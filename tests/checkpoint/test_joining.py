@@ -117,6 +117,10 @@ PLANTED = {
     "a kind that is not supported": (
         lambda folder: change_json(folder / files.ADAPTER, use_rslora=True), "use_rslora=True, which is not supported"
     ),
+    "no rank": (lambda folder: change_json(folder / files.ADAPTER, r=0), "has r=0 and lora_alpha="),
+    "a scale that is no number": (
+        lambda folder: change_json(folder / files.ADAPTER, lora_alpha=[1]), r"lora_alpha=\[1\], must be"
+    ),
     "a tensor that fits nothing": (
         lambda folder: change_weights(folder / WEIGHTS, lambda found: found | {"x.lora_A.weight": torch.zeros(4, 4)}),
         "x.lora_A.weight fits no weight",

@@ -40,6 +40,7 @@ from latent_tts.types import Reasoner
 
 N = 2
 LENGTHS = [[9, 3], [2, 7], [1, 1], [4, 8]]
+FINISH_UNEQUALLY = [(0, [9, 3, 5]), (4, [4, 8, 6]), (3, [4, 8, 6]), (1, [9, 3, 5])]
 
 
 def _replaced(made: dict[int, object], value: object) -> object:
@@ -193,7 +194,7 @@ def test_a_graph_of_kernels_moves_rows(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "N", 8)
     plan = PLANS["stops by a token"]
     eager, graphed, _ = both("gpt2", device="cuda:0", recorder=CudaRecorder, answer=12, **plan)
-    for number, lengths in enumerate([[9, 3, 5], *[[4, 8, 6]] * 3], 2):
+    for number, lengths in FINISH_UNEQUALLY:
         found, wanted = (rolled(engine, NOISE, number, lengths) for engine in (graphed, eager))
         assert found.answer_ids == wanted.answer_ids
     (bucket,) = graphed._buckets.values()
@@ -272,14 +273,13 @@ def moves_soon(monkeypatch):
     [
         ("gpt2", "gaussian", "stops by a token"),
         slow("gpt2", "gaussian", "plain"),
-        slow("llama", "gaussian", "stops by a token"),
         slow("gpt2", "dropout everywhere but in answers", "stops by a token"),
     ],
 )
 def test_rows_that_go_on_move_to_smaller_tensors(monkeypatch, family, sampler, plan):
     monkeypatch.setattr(sys.modules[__name__], "N", 8)
     eager, graphed, _ = both(family, answer=12, **PLANS[plan])
-    for number, lengths in enumerate([[9, 3, 5], *[[4, 8, 6]] * 3], 2):
+    for number, lengths in FINISH_UNEQUALLY:
         found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
         assert_same(found, wanted)
     (bucket,) = graphed._buckets.values()

@@ -67,12 +67,13 @@ def test_runs_rounds_and_annotations_equal_those_of_local(checkpoint, tmp_path):
     key, new = "hydra.run.dir", "cache=off"
     lines = both("run", line_of(checkpoint, new, "n=12", "keep_latents=true"))  # a question is in two batches
     lines += both("rounds", line_of(checkpoint, new, "budget=adaptive", "budget.round=2", "n=6"))
+    lines += both("one", line_of(checkpoint, new, "n=200", "task.limit=1"))
     lines.append((*line_of(checkpoint, new, "n=12"), *RAY, f"{key}=measured"))
     key = "output"
     annotate = ("annotate", *line_of(checkpoint, "completions=2", "keep=all")[1:])
     lines += both("labels", [argument for argument in annotate if not argument.startswith("budget")])
     in_one_process(tmp_path, *lines)
-    for name in ("run", "rounds"):
+    for name in ("run", "rounds", "one"):
         check_equal(tmp_path / f"{name}_local", tmp_path / f"{name}_ray", exact=True)
     check_equal(tmp_path / "run_local", tmp_path / "measured", exact=False)
     ours, theirs = [(tmp_path / f"run_{name}" / "latents.safetensors").read_bytes() for name in ("local", "ray")]
@@ -85,6 +86,7 @@ def test_runs_rounds_and_annotations_equal_those_of_local(checkpoint, tmp_path):
     record = json.loads((tmp_path / "run_ray" / "run.json").read_text())
     assert record["executor"]["workers"] == 2
     assert record["executor"]["shards"] == 9  # of eight rows
+    assert set(pd.read_csv(tmp_path / "one_ray" / "timeline.csv")["worker"]) == {0, 1}
     timeline = pd.read_csv(tmp_path / "run_ray" / "timeline.csv")
     assert timeline["rollouts"].sum() == 6 * 12
     assert (tmp_path / "labels_ray" / "timeline.png").is_file()
@@ -125,7 +127,7 @@ class FakeRay:
         RayError = Gone
 
     def __init__(self, dead):
-        self._dead = dead
+        self._dead, self.warnings = dead, []
 
     def put(self, content):
         return content
@@ -136,7 +138,7 @@ class FakeRay:
     def get(self, reference):
         if reference[0] in self._dead:
             raise Gone("The actor died\nunexpectedly.\n\nMore about it.")
-        return reference[1], 1.0, []
+        return reference[1], 1.0, self.warnings
 
 
 class FakeActor:
@@ -160,3 +162,14 @@ def test_a_lost_workers_shard_goes_to_another_and_without_workers_one_line_says_
         RunError, match=r"^no worker .* is left: The actor died unexpectedly; re-run the command to resume$"
     ):
         list(results_of(pool, ShardQueue(units, 1, 1), lambda units, _: tuple(units), timeline))
+
+
+def test_what_several_workers_warn_of_is_said_once(monkeypatch, caplog):
+    fake = FakeRay(set())
+    fake.warnings = [("latent_tts", 30, "batches are halved")]
+    monkeypatch.setattr("latent_tts.executor.ray._ray", lambda: fake)
+    pool = RayPool([FakeActor(0), FakeActor(1)], "work")
+    for worker in pool.workers:
+        pool.submit(worker, None)
+        pool.next_finished()
+    assert caplog.text.count("batches are halved") == 1

@@ -1,3 +1,4 @@
+import threading
 import time
 from contextlib import suppress
 
@@ -334,6 +335,30 @@ def test_an_error_of_the_writer_ends_the_work_and_is_raised(cache, monkeypatch):
     with pytest.raises(OSError, match="No space left"), PartWriter(cache.folder) as writer:
         writer.put(lambda: pa.Table.from_pylist([row("a", 0)], ROLLOUT_SCHEMA))
     assert not partials(cache.folder)
+
+
+def test_work_that_waits_for_a_place_in_the_queue_goes_on_when_writing_fails(cache, monkeypatch):
+    def full(*arguments):
+        time.sleep(0.1)  # until the queue is full
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parts, "write_part", full)
+    monkeypatch.setattr(parts, "MAX_PART_BYTES", 1)
+    raised = []
+
+    def draw():
+        try:
+            with PartWriter(cache.folder) as writer:
+                for rollout in range(100):
+                    writer.put(lambda rollout=rollout: pa.Table.from_pylist([row("a", rollout)], ROLLOUT_SCHEMA))
+        except OSError as error:
+            raised.append(error)
+
+    work = threading.Thread(target=draw, daemon=True)
+    work.start()
+    work.join(timeout=60)
+    assert not work.is_alive()
+    assert len(raised) == 1
 
 
 def test_a_file_system_that_is_slower_than_the_work_is_named_once(cache, monkeypatch, caplog):

@@ -140,7 +140,15 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
     latents = torch.randn(6, 6, 16, generator=torch.Generator().manual_seed(1))
     engine = EngineSettings("float32", "cpu", None)
     spec: Any = SimpleNamespace(
-        adapter=adapter, questions=questions, prompts=prompts, n=3, scorer=scorer, engine=engine, kept=3, donors={}
+        adapter=adapter,
+        questions=questions,
+        prompts=prompts,
+        n=3,
+        scorer=scorer,
+        given_scorer=scorer,
+        engine=engine,
+        kept=3,
+        donors={},
     )
     spec.row_key, spec.guided = lambda question: question.id, False
     answer_ids = [adapter.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
@@ -155,7 +163,7 @@ def test_scores_of_a_table_equal_plain_forward_passes(checkpoint, latent_rm, tmp
         return latents[found], torch.full((len(found),), 6)
 
     score_kept(spec, cached.open(), cached.rows.missing(), offsets, read_latents)
-    cached.gather_later_ones()
+    cached.gather_rescored()
     scores = reduce_scores(spec, cached, rows, offsets, 6)
     assert scores.seconds > 0
     assert rows["seconds"].sum() == pytest.approx(6 + scores.seconds)

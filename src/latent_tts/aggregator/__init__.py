@@ -73,7 +73,7 @@ class Aggregator(Protocol):
     """
 
     name: ClassVar[str]
-    needs_score: ClassVar[bool]
+    needs_score: ClassVar[bool] = False
 
     def rule(self, rollouts: RolloutArrays) -> Rule:
         """The rule for these rollouts; it must not read `correct_QD`."""

@@ -7,16 +7,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from latent_tts.aggregator import Vote
+from latent_tts.aggregator import Aggregator, Vote
 from latent_tts.types import RolloutArrays
 
 
 @dataclass(frozen=True)
-class Majority:
+class Majority(Aggregator):
     """Each rollout with a readable answer has one vote; a tie goes to the lowest rollout number."""
 
     name: ClassVar[str] = "majority"
-    needs_score: ClassVar[bool] = False
 
     def rule(self, rollouts: RolloutArrays) -> Vote:
         """Give every vote the same weight."""

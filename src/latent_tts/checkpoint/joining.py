@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, gguf
-from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.errors import RunError, UsageError, bad_value, is_number, is_whole, require
 from latent_tts.types import file_digest
 
 if TYPE_CHECKING:
@@ -140,6 +140,10 @@ def check_plain(settings: Mapping[str, Any], folder: Path, key: str) -> None:
     for name, value in PLAIN.items():
         if settings.get(name, value) != value:
             raise bad_value(key, folder, f"{files.ADAPTER} has {name}={settings[name]}, which is not supported")
+    rank, scale = settings.get("r"), settings.get("lora_alpha")
+    if not is_whole(rank) or rank < 1 or not is_number(scale):
+        why = "must be a positive integer and a finite number"
+        raise bad_value(key, folder, f"{files.ADAPTER} has r={rank} and lora_alpha={scale}, {why}")
 
 
 def lasting_name(checkpoint: str) -> str:

@@ -66,12 +66,9 @@ def cut_to(tokenizer: Tokenizer, texts: Iterable[str], key: str) -> Tokenizer:
     ids = {token: place for place, token in enumerate([*order, *(token["content"] for token in beyond)])}
     model["vocab"] = {token: ids[token] for token in order}
     model["merges"] = [list(pair) for pair in merges if "".join(pair) in ids and ids.keys() >= set(pair)]
-    _renumber(content, {old: ids[token] for token, old in _all_ids(content, vocabulary).items() if token in ids}, ids)
+    old_ids = {**vocabulary, **{token["content"]: token["id"] for token in content["added_tokens"]}}
+    _renumber(content, {old: ids[token] for token, old in old_ids.items() if token in ids}, ids)
     return Tokenizer.from_str(json.dumps(content))
-
-
-def _all_ids(content: Mapping[str, Any], vocabulary: Mapping[str, int]) -> dict[str, int]:
-    return {**vocabulary, **{token["content"]: token["id"] for token in content["added_tokens"]}}
 
 
 def _renumber(content: dict[str, Any], new: Mapping[int, int], ids: Mapping[str, int]) -> None:

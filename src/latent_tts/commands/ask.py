@@ -15,7 +15,6 @@ from latent_tts.errors import UsageError
 from latent_tts.pipeline.asking import ArrivingVotes, described_answers, print_answer
 from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import check_run
-from latent_tts.pipeline.tables import schedule_lines
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
 from latent_tts.results.run_folder import ANSWERS
@@ -47,7 +46,7 @@ def main(cfg: DictConfig) -> None:
         else:
             print_answer(line)
     if not cfg.json:
-        for line in [*schedule_lines(spec, done.tables.rollouts), *done.verification_lines]:
+        for line in done.notes(spec):
             report.print_line(line)
         print(output_dir() / ANSWERS)
     if done.verification is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.config.build import compose, in_sweep, output_dir
-from latent_tts.config.recorded import finish_sweep as finish_sweep
+from latent_tts.config.recorded import finish_sweep as finish_sweep  # hydra_plugins/tolerant_sweeper.py calls it
 from latent_tts.config.recorded import recorded_run
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.errors import bad_value, check_fields

@@ -8,11 +8,10 @@ from dataclasses import replace
 from omegaconf import DictConfig
 
 from latent_tts.config.build import in_sweep, output_dir
-from latent_tts.config.recorded import finish_sweep as finish_sweep
+from latent_tts.config.recorded import finish_sweep as finish_sweep  # hydra_plugins/tolerant_sweeper.py calls it
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import check_run
-from latent_tts.pipeline.tables import schedule_lines
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
 from latent_tts.results.run_folder import METRICS
@@ -34,7 +33,7 @@ def main(cfg: DictConfig) -> None:
         )  # fmt: skip
     if not in_sweep():
         report.print_metrics(done.tables.metrics)
-        for line in [*schedule_lines(spec, done.tables.rollouts), *done.verification_lines]:
+        for line in done.notes(spec):
             report.print_line(line)
         print(output_dir() / METRICS)
     if done.verification is not None:

@@ -17,7 +17,6 @@ from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import draw_rollouts
 from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import check_run
-from latent_tts.pipeline.tables import schedule_lines
 from latent_tts.pipeline.trace_spec import View, check_trace, of_a_run, warn_of_differences
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
@@ -54,7 +53,7 @@ def main(cfg: DictConfig) -> None:
         run = check_run(replace(request, cache=cache))
         if source is not None:
             run = of_a_run(run, source, record, list(cfg.question), cfg.n if is_given("n") else None)
-        spec = check_trace(run, view, beside, n=request.n if source is None else max(run.drawn), source=source)
+        spec = check_trace(run, view, beside, n=request.n if source is None else max(run.table_counts), source=source)
         if source is None:
             done = complete_run(
                 folder, run, changed_settings(cfg),
@@ -63,7 +62,7 @@ def main(cfg: DictConfig) -> None:
             spec = spec.with_counts(done.tables.rollouts, done.tables.budget)
             as_drawn = run.decode == "all" and done.tables.budget is None
             rollouts = done.rollouts if as_drawn else draw_rollouts(spec.run)
-            lines = [*schedule_lines(run, done.tables.rollouts), *done.verification_lines]
+            lines = done.notes(run)
         else:
             done, rollouts = None, draw_rollouts(spec.run)
             warn_of_differences(spec.run, rollouts, source)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from latent_tts.checkpoint import files as checkpoint
 from latent_tts.checkpoint import joining
 from latent_tts.config import build as config
+from latent_tts.config.requests import plain
 from latent_tts.errors import UsageError, bad_value, check_device, check_fields, check_seed, computing, require
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
@@ -21,6 +22,7 @@ from latent_tts.training.reasoner.questions import training_questions
 from latent_tts.training.states import STATES
 
 log = logging.getLogger(__name__)
+MAY_CHANGE = ("output", "save_every", "device")  # keys that a resumed run need not share with the stopped one
 
 
 def main(cfg: DictConfig) -> None:
@@ -81,7 +83,7 @@ def train(cfg: DictConfig) -> None:
             seed=cfg.seed,
             device=cfg.device,
             output=output,
-            settings=resumed_settings(cfg),
+            settings={key: value for key, value in plain(cfg).items() if key not in MAY_CHANGE},
             save_every=cfg.save_every,
             report=lambda done, figures: bar.show(done, f"loss {figures['loss']:.3f}"),
         )
@@ -140,10 +142,3 @@ def build_recipe(cfg: DictConfig, output: Path) -> tuple[Any, Any]:
     require("recipe", name, recipe.family == adapter.family, why)
     recipe.check(adapter)
     return recipe, adapter
-
-
-def resumed_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The settings that a resumed run must share with the stopped one."""
-    settings = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(settings, dict)
-    return {str(key): value for key, value in settings.items() if key not in ("output", "save_every", "device")}

@@ -110,16 +110,14 @@ def annotation_folder(cfg: DictConfig, key: str) -> Path:
     return annotate(default_annotation_spec(cfg, key))
 
 
-def set_temperature(run: DictConfig | None, checkpoint: Path, ids: Collection[str]) -> float | None:
+def set_temperature(run: DictConfig, checkpoint: Path, ids: Collection[str]) -> float:
     """Choose the temperature of the weighted vote on a run, and write it into the `config.json` of a LatentRM.
 
     Args:
-        run: the run to choose on; None where it is not known.
+        run: the run to choose on.
         checkpoint: the LatentRM's folder.
         ids: of the questions to choose on.
     """
-    if run is None:
-        return None
     run.scorer.checkpoint = str(checkpoint)
     temperature = choose_temperature(check_run(run_request(run)), ids)
     write_temperature(checkpoint, temperature)

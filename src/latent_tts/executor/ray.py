@@ -125,6 +125,7 @@ class RayPool:
     def __init__(self, actors: list[Any], work: Work) -> None:
         self._actors = dict(enumerate(actors))
         self._running: dict[Any, int] = {}
+        self._said: set[str] = set()
         content = pickle.dumps(work)
         self._id = hashlib.sha256(content).hexdigest()
         self._content = _ray().put(content)
@@ -172,7 +173,9 @@ class RayPool:
         except ray.exceptions.RayError as error:
             return self._lose(worker, error)
         for name, level, text in warnings:
-            logging.getLogger(name).log(level, "%s", text, extra={"once": True})
+            if text not in self._said:  # by another worker
+                logging.getLogger(name).log(level, "%s", text, extra={"once": True})
+                self._said.add(text)
         return Finished(worker, result, seconds)
 
     def _lose(self, worker: int, error: Exception) -> Finished:

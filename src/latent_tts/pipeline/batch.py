@@ -86,9 +86,8 @@ class BatchScorer:
     """The run's scorer, loaded when it is first needed, over batches of latents."""
 
     def __init__(self, spec: RunSpec, device: str, rates: Rates | None = None) -> None:
-        assert spec.scorer is not None
-        self._spec, self._scorer, self._device = spec, spec.scorer, device
-        self.shape = Shape.from_config(spec.scorer.sizes)
+        self._spec, self._scorer, self._device = spec, spec.given_scorer, device
+        self.shape = Shape.from_config(self._scorer.sizes)
         self.rates = rates or measured_rates(self.shape.width, spec.engine.dtype, device)
 
     @cached_property

@@ -12,7 +12,7 @@ from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Tally
 from latent_tts.budget.rule.confidence import Calibration, Confidence, calibrate
 from latent_tts.errors import UsageError, bad_value, require
-from latent_tts.pipeline.code import NO_PART
+from latent_tts.pipeline.code import FIELDS_NOT_IN_KEY
 from latent_tts.results.run_folder import RUN_JSON, is_complete, read_budget, read_rollouts, read_run_json
 
 KEY = "budget.rule.calibration"
@@ -99,5 +99,5 @@ def calibrate_on_run(
 def _settings(config: Mapping[str, Any], group: str) -> Any:
     """What a config says of a group that changes rollouts or scores."""
     value = config.get(group)
-    no_part = NO_PART.get(group, set()) - {"reduce"}
-    return {key: each for key, each in value.items() if key not in no_part} if isinstance(value, Mapping) else value
+    not_in_key = FIELDS_NOT_IN_KEY.get(group, set()) - {"reduce"}
+    return {key: each for key, each in value.items() if key not in not_in_key} if isinstance(value, Mapping) else value

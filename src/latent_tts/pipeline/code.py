@@ -24,7 +24,7 @@ DRAWING = ("checkpoint", "engine", "model", "random", "sampler", "schedule", "se
 NOP, MAX_PREAMBLE = opmap["NOP"], 8  # instructions of a class body before its docstring, rather more than less
 SCORING = ("checkpoint", "engine", "scorer")
 # fields that change no rollout: where files are, what tables call them, what other options take as defaults
-NO_PART = {
+FIELDS_NOT_IN_KEY = {
     "model": {"name", "checkpoint", "revision", "recommended", "latent_rm", "trained_latents"},
     "scorer": {"checkpoint", "revision", "reduce", "range", "only_own"},
 }

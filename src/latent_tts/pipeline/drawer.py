@@ -100,7 +100,7 @@ class Shard:
     Attributes:
         jobs: questions, with a range of rollouts each.
         request: what is computed for them.
-        dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is not computed.
+        dissimilarity: of each rollout, where it is not computed; see `cache.ROLLOUT_FIELDS`.
         sums: of questions some of whose rollouts another worker has drawn.
         early: row keys of questions with rollouts that another worker is still drawing: those of the shard are not
             compared, and their latents come back.
@@ -248,7 +248,7 @@ def pack(spec: RunSpec, jobs: Sequence[RolloutJob], rows: int, device: str) -> I
     return batches(jobs, max(search.survivors or 1, rows // search.rows_per_survivor), prompts)
 
 
-def grown(spec: RunSpec, job: RolloutJob) -> int:
+def rollouts_to_grow(spec: RunSpec, job: RolloutJob) -> int:
     """How many rollouts a job grows; a guided search keeps fewer."""
     return spec.n if spec.guided else len(job.rollouts)
 
@@ -258,7 +258,7 @@ def max_flops(spec: RunSpec, job: RolloutJob, *, answers: bool) -> float:
     passes, latents, prompt = spec.passes, spec.adapter.latents, len(job.prompt)
     chosen = spec.max_answer_tokens - len(spec.forced_ids)
     per_rollout = passes.rollout_flops(prompt, latents, chosen) if answers else passes.thinking_flops(prompt, latents)
-    return passes.shared_flops(prompt) + grown(spec, job) * per_rollout
+    return passes.shared_flops(prompt) + rollouts_to_grow(spec, job) * per_rollout
 
 
 def directions_key(latents: str, row_key: str) -> str:
@@ -424,8 +424,7 @@ class Drawer:
         """
         spec, scorer, reduction = self.spec, None, None
         if spec.guided:
-            assert spec.scorer is not None
-            scorer, reduction = self.scorer.model, spec.scorer.reduction
+            scorer, reduction = self.scorer.model, spec.given_scorer.reduction
         rollouts = spec.search.roll(
             self.engine, batch, self._sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers
         )
@@ -455,7 +454,7 @@ class Drawer:
         def table() -> pa.Table:
             columns = answer_columns(rollouts, answers=request.answers) | measured
             if not self.spec.guided:  # what a search cannot do without is not counted
-                columns |= self._least(batch, rollouts, answers=request.answers)
+                columns |= self._minimum_work(batch, rollouts, answers=request.answers)
             columns["dissimilarity"] = compared
             if scored:
                 columns[SCORED_BY] = self.scorer.digest
@@ -532,12 +531,11 @@ class Drawer:
             own += 4 * longest * spec.shape.width  # its copy of the prompt's states
         if not self._scored and not spec.guided:
             return own
-        assert spec.scorer is not None
-        scorer = Shape.from_config(spec.scorer.sizes)
+        scorer = Shape.from_config(spec.given_scorer.sizes)
         scoring = row_bytes(scorer, longest, spec.adapter.latents, number, own_prompt=False)
         return 2 * (own + scoring) if spec.guided else max(own, scoring)
 
-    def _least(self, batch: Sequence[RolloutJob], rollouts: Rollouts, *, answers: bool) -> Columns:
+    def _minimum_work(self, batch: Sequence[RolloutJob], rollouts: Rollouts, *, answers: bool) -> Columns:
         """Each row's share of the least time and bytes that drawing a batch takes."""
         begun = len(self.spec.forced_ids)
         least = BatchCost(

@@ -30,12 +30,12 @@ from latent_tts.pipeline.drawer import (
     Shard,
     directions,
     directions_key,
-    grown,
     latents_digest,
     max_flops,
     not_compared,
     pack,
     places_of,
+    rollouts_to_grow,
     sums_of,
 )
 from latent_tts.pipeline.early_parts import EarlyParts
@@ -84,7 +84,7 @@ def draw(
         missing: which ones (columns `row_key`, `rollout`).
         answers: whether to decode the answers.
         scored: whether the run's scorer reads their latents.
-        dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is known; else it is computed.
+        dissimilarity: of each rollout, where it is known (see `cache.ROLLOUT_FIELDS`); else it is computed.
         kept: where latents go; None keeps none.
 
     Returns:
@@ -214,7 +214,7 @@ def jobs_of(spec: RunSpec, missing: pd.DataFrame) -> list[RolloutJob]:
     questions = {spec.row_key(question): question for question in spec.questions}
     jobs, whole = [], range(spec.kept)
     runs: Iterable[tuple[str, range]] = runs_of(missing)
-    if spec.guided:  # it grows all that it keeps, or none
+    if spec.guided:  # a guided search cannot draw a part of a question's rollouts
         runs = dict.fromkeys((key for key, _ in runs), whole).items()
     for key, numbers in runs:
         question = questions[key]
@@ -364,7 +364,7 @@ class Stage:
         weights = spec.shape.weight_bytes(spec.engine.bytes_per_number)
         log.info(
             "%d rollouts to draw: at most %.3g GFLOP%s; %.2g GB for weights and batches of %d rows",
-            sum(grown(spec, job) for job in jobs), work / 1e9, self._shortest_time(work),
+            sum(rollouts_to_grow(spec, job) for job in jobs), work / 1e9, self._shortest_time(work),
             (first.rows * first.bytes_per_row + weights) / 1e9, first.rows,
         )  # fmt: skip
         self._log_scoring(jobs)

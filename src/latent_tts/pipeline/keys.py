@@ -12,7 +12,7 @@ from typing import Any
 
 from latent_tts.errors import bad_value
 from latent_tts.model import ModelAdapter
-from latent_tts.pipeline.code import DRAWING, NO_PART, PACKAGE, SCORING, code_digests, computed_attributes
+from latent_tts.pipeline.code import DRAWING, FIELDS_NOT_IN_KEY, PACKAGE, SCORING, code_digests, computed_attributes
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer import Scorer
 from latent_tts.types import COMPUTATIONS, SCORING_COMPUTATIONS, Computation
@@ -56,10 +56,9 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     }
     if not spec.guided:
         return key
-    assert spec.scorer is not None
     assert scoring is not None
-    scored_by = score_key(spec.scorer, spec.engine.dtype, spec.n, scoring)
-    return key | {"scorer": scored_by, "reduce": spec.scorer.reduction}
+    scored_by = score_key(spec.given_scorer, spec.engine.dtype, spec.n, scoring)
+    return key | {"scorer": scored_by, "reduce": spec.given_scorer.reduction}
 
 
 def is_current(key: Mapping[str, Any]) -> bool:
@@ -131,7 +130,7 @@ def own_fields(group: str, option: Any) -> dict[str, Any]:
     kind = type(option)
     names = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
     names |= set(getattr(option, "__dict__", ()))
-    names -= NO_PART[group] | computed_attributes(kind)
+    names -= FIELDS_NOT_IN_KEY[group] | computed_attributes(kind)
     values = {name: getattr(option, name) for name in sorted(names)}
     return {name: _plain(f"{group}.{name}", value) for name, value in values.items() if not isinstance(value, Path)}
 

@@ -82,11 +82,10 @@ def load_reasoner_of(spec: RunSpec) -> Reasoner:
 
 def load_scorer_of(spec: RunSpec) -> RewardModel:
     """The scorer of a run, loaded, proven and kept. A LoRA scorer shares the weights of the loaded reasoner."""
-    assert spec.scorer is not None
     longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
-    shares = spec.scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
+    shares = spec.given_scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
     base = load_reasoner_of(spec) if shares else None
-    return load_scorer(spec.scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
+    return load_scorer(spec.given_scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
 
 
 def _kind(group: str, option: ModelAdapter | Scorer) -> str:

@@ -13,20 +13,15 @@ from latent_tts.errors import RunError, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import CachedRollouts, entries
 from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, adaptive_figures, budget_table, with_counts
-from latent_tts.pipeline.run_output import budget_summary
+from latent_tts.pipeline.run_output import write_tables
 from latent_tts.pipeline.scores import check_range
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import RunTables, answer_lines, run_columns
 from latent_tts.results.cache import MEASURED
 from latent_tts.results.metrics import metric_rows
 from latent_tts.results.run_folder import (
-    METRICS,
     read_budget,
     read_rollouts,
-    write_answers,
-    write_budget,
-    write_metrics,
-    write_rollouts,
     write_run_json,
 )
 from latent_tts.types import Floats
@@ -92,8 +87,7 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
             not np.isnan(score).all(),
             f"needs scores, and the rollouts of run={source} have none",
         )
-        assert spec.scorer is not None
-        check_range(spec.scorer, score)
+        check_range(spec.given_scorer, score)
     tallying, questions = Tallying(spec, AnswerReader(spec).read), len(spec.questions)
     tallying.add(rollouts, score if spec.budget.needs_score else None, [0] * questions, [spec.n] * questions)
     whole = tallying.tallies()
@@ -107,7 +101,7 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     drawn = rollouts[rollouts["rollout"] < np.repeat(outcome.counts, spec.n)].reset_index(drop=True)
     drawn = drawn.assign(**dict.fromkeys(MEASURED, np.nan))
     spec = with_counts(spec, outcome)
-    drawn["question_index"] = np.arange(len(spec.questions), dtype="int32").repeat(spec.drawn)
+    drawn["question_index"] = np.arange(len(spec.questions), dtype="int32").repeat(spec.table_counts)
     drawn["seconds"] = recorded_seconds(spec)
     budget = budget_table(spec, outcome, drawn)
     figures = adaptive_figures(spec, outcome, drawn, budget)
@@ -130,17 +124,12 @@ def write_folder(
     folder: Path, spec: RunSpec, tables: RunTables, record: Mapping[str, Any], source: Path, seconds: float
 ) -> None:
     """Write the folder of a replay; what is not of the budget is as in the run's own `run.json`."""
-    assert tables.budget is not None
-    write_rollouts(folder, tables.rollouts)
-    write_answers(folder, tables.answers)
-    write_metrics(folder / METRICS, tables.metrics)
-    write_budget(folder, tables.budget)
     kept = {key: value for key, value in record.items() if key not in ("files", "format", "rollouts", "seconds")}
     own = {
         "config": spec.config,
         "replayed": str(source),
-        "budget": budget_summary(tables.budget),
         "rollouts": {"total": len(tables.rollouts), "drawn_now": 0},
         "seconds": {"this_command": seconds},
+        **write_tables(folder, tables),
     }
     write_run_json(folder, kept | own)

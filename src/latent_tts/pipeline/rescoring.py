@@ -142,12 +142,12 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
 
     offsets, candidates = score_positions(spec, rows), cached_scores(spec, cache.folder, spec.wanted())
     for each in candidates:
-        each.gather_later_ones()
+        each.gather_rescored()
     scores = settle_scores(candidates, lambda: load_scorer_of(spec).computation)
     missing = scores.rows.missing()
     if len(missing):
         score_kept(spec, scores.open(), missing, offsets, read_latents)
-        scores.gather_later_ones()
+        scores.gather_rescored()
     compared = [DirectionSums().add([key], latents.rows(row, n), first=[0]).numpy() for key, row in first.items()]
     beyond_RT = np.arange(spec.adapter.latents) >= steps_R[:, None]
     dissimilarity_RT = np.where(beyond_RT, np.float32(np.nan), np.concatenate(compared))

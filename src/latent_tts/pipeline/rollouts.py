@@ -119,8 +119,10 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
             rounds += 1
             with report.in_round(rounds):
                 rollouts = gather_rollouts(part, rollout_key, new)
-            tallying.add(rollouts.rows, None if rollouts.scores is None else rollouts.scores.score, before, part.drawn)
-            drawn_now, before = drawn_now + rollouts.drawn_now, part.drawn
+            tallying.add(
+                rollouts.rows, None if rollouts.scores is None else rollouts.scores.score, before, part.table_counts
+            )
+            drawn_now, before = drawn_now + rollouts.drawn_now, part.table_counts
             scored_now += 0 if rollouts.scores is None else rollouts.scores.scored_now
             timeline.extend(rollouts.timeline)
         return tallying.tallies()
@@ -160,7 +162,7 @@ def gather_rollouts(
         wanted: which ones (columns `row_key`, `rollout`), those of a question side by side.
         answers: whether to decode the answers.
         scored: whether the run's scorer scores them.
-        dissimilarity: what `cache.ROLLOUT_FIELDS` says of each, where it is known.
+        dissimilarity: of each rollout, where it is known; see `cache.ROLLOUT_FIELDS`.
         latents: where to write the latents of all of them; None to keep none.
 
     Raises:
@@ -211,7 +213,7 @@ class CachedRollouts:
     def _read(self) -> None:
         self.cache.gather(self.rows, {scores.digest: scores.rows for scores in self.scores})
         for scores in self.scores:
-            scores.gather_later_ones()
+            scores.gather_rescored()
 
     @property
     def complete(self) -> bool:

@@ -133,8 +133,7 @@ class Tallying:
         if spec.budget.aggregator != "weighted":
             return np.zeros(len(score_N)), 0.0
         weighted = next(each for each in spec.aggregators if isinstance(each, Weighted))
-        assert spec.scorer is not None
-        bounds = spec.scorer.range
+        bounds = spec.given_scorer.range
         return weighted.log_weights(score_N), None if bounds is None else weighted.log_weights(bounds[1])
 
 

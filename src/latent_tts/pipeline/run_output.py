@@ -64,12 +64,7 @@ def write_run_folder(
         verification: also write `verification.csv`.
         **record: what else `run.json` says.
     """
-    write_rollouts(folder, tables.rollouts)
-    write_answers(folder, tables.answers)
-    write_metrics(folder / METRICS, tables.metrics)
-    if tables.budget is not None:
-        write_budget(folder, tables.budget)
-        record |= {"budget": budget_summary(tables.budget)}
+    record |= write_tables(folder, tables)
     if has_curve(tables.metrics):
         plot.scaling_curve(tables.metrics, folder / FIGURE)
     if verification is not None:
@@ -104,14 +99,22 @@ def write_run_folder(
     )
 
 
-def budget_summary(budget: pd.DataFrame) -> dict[str, Any]:
-    """What the questions got, and why no more."""
-    return {
+def write_tables(folder: Path, tables: RunTables) -> dict[str, Any]:
+    """Write the tables of a run; returns what `run.json` says of its budget: what questions got, and why no more."""
+    write_rollouts(folder, tables.rollouts)
+    write_answers(folder, tables.answers)
+    write_metrics(folder / METRICS, tables.metrics)
+    budget = tables.budget
+    if budget is None:
+        return {}
+    write_budget(folder, budget)
+    summary = {
         "used": int(budget["used"].sum()),
         "drawn": int(budget["drawn"].sum()),
         "why": budget["why"].value_counts().to_dict(),
         "certificates": budget["certificate"][budget["certificate"] != ""].value_counts().to_dict(),
     }
+    return {"budget": summary}
 
 
 def read_computation(folder: Path) -> Computation | None:

@@ -11,7 +11,7 @@ from typing import Any
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.run_output import clear_run_folder, write_run_folder
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.pipeline.tables import RunTables, make_tables
+from latent_tts.pipeline.tables import RunTables, make_tables, schedule_lines
 from latent_tts.pipeline.verification import Verification, verify
 from latent_tts.results.files import locked_folder
 from latent_tts.results.parts import release_memory
@@ -32,10 +32,9 @@ class RunResult:
     tables: RunTables
     verification: Verification | None
 
-    @property
-    def verification_lines(self) -> list[str]:
-        """What a person reads of the verification."""
-        return [] if self.verification is None else self.verification.lines
+    def notes(self, spec: RunSpec) -> list[str]:
+        """What a person reads below the run's table: what its schedule counted, and of the verification."""
+        return [*schedule_lines(spec, self.tables.rollouts), *(self.verification.lines if self.verification else ())]
 
 
 def complete_run(

@@ -65,16 +65,15 @@ class CachedScores:
             wanted: which ones (columns `row_key`, `rollout`).
             computation: the way.
         """
-        assert spec.scorer is not None
         self.computation, self.rows = computation, GatheredRows(wanted, SCORE_FIELDS)
-        self._rollouts, self._key = rollouts, score_key(spec.scorer, spec.engine.dtype, spec.n, computation)
+        self._rollouts, self._key = rollouts, score_key(spec.given_scorer, spec.engine.dtype, spec.n, computation)
         self.digest = settings_digest(self._key)
 
     def open(self) -> ScoreCache:
         """The cache of scores that are made later, below the folder of the rollouts."""
         return ScoreCache(self._rollouts, self._key)
 
-    def gather_later_ones(self) -> None:
+    def gather_rescored(self) -> None:
         """Gather what is missing from that cache, if it exists."""
         if (self._rollouts / SCORES_FOLDER / self.digest).is_dir():
             self.open().gather(self.rows)
@@ -115,7 +114,6 @@ def reduce_scores(
         offsets: see `score_positions`.
         scored_now: see `Scores`.
     """
-    assert spec.scorer is not None
     rows, step_scores_RT = cached.rows.frame(), cached.rows.padded("step_scores")
     distinct = [{offsets.get((spec.row_key(q), i), 0) for i in range(spec.n)} for q in spec.questions]
     prefills, attention = list(map(len, distinct)), cached.computation.attention
@@ -126,9 +124,9 @@ def reduce_scores(
     rollouts["peak_memory_bytes"] = np.maximum(*peaks)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
-        scores.score[part] = spec.scorer.score_rollouts(scores.step_scores(part))
+        scores.score[part] = spec.given_scorer.score_rollouts(scores.step_scores(part))
     _check_finite(spec, rows, scores)
-    check_range(spec.scorer, scores.score)
+    check_range(spec.given_scorer, scores.score)
     return scores
 
 
@@ -137,11 +135,11 @@ def _check_finite(spec: RunSpec, rows: pd.DataFrame, scores: Scores) -> None:
     has_steps_R = ~np.isnan(scores.step_scores_RT).all(1)
     wrong_R = np.where(has_steps_R, ~np.isfinite(scores.score), ~np.isnan(scores.score))
     if wrong_R.any():
-        assert spec.scorer is not None
         row = int(wrong_R.argmax())
         question = next(each.id for each in spec.questions if spec.row_key(each) == rows["row_key"].iloc[row])
         raise RunError(
-            f"scorer={spec.scorer.name}: it gives a rollout of question {question} the score {scores.score[row]:g}; "
+            f"scorer={spec.given_scorer.name}: it gives a rollout of question {question} the score "
+            f"{scores.score[row]:g}; "
             f"{'scores must be finite' if has_steps_R[row] else 'a rollout without latents has the score NaN'}"
         )
 
@@ -166,8 +164,7 @@ def score_positions(spec: RunSpec, rows: pd.DataFrame) -> dict[tuple[str, int], 
     Raises:
         RunError: a rollout's text is too long for the scorer.
     """
-    scorer, adapter, n = spec.scorer, spec.adapter, spec.n
-    assert scorer is not None
+    scorer, adapter, n = spec.given_scorer, spec.adapter, spec.n
     if scorer.positions != "official":
         return {}
     from latent_tts.engine.official_positions import position_offsets

@@ -201,6 +201,12 @@ class RunSpec(RunRequest):
         return max(map(len, self.prompts.values())) + reserved_positions(self.adapter, self.max_answer_tokens)
 
     @property
+    def given_scorer(self) -> Scorer:
+        """The scorer of a run that has one."""
+        assert self.scorer is not None, "no scorer"
+        return self.scorer
+
+    @property
     def guided(self) -> bool:
         """Whether the scorer decides which rollouts the run has."""
         return self.search.survivors is not None
@@ -211,7 +217,7 @@ class RunSpec(RunRequest):
         return self.n if self.search.survivors is None else self.search.survivors
 
     @property
-    def drawn(self) -> list[int]:
+    def table_counts(self) -> list[int]:
         """Rollouts of each question in the tables, in the order of `questions`."""
         return [self.kept] * len(self.questions) if self.counts is None else self.counts
 
@@ -233,10 +239,10 @@ class RunSpec(RunRequest):
         """
         keys = [self.row_key(question) for question in self.questions]
         first_Q = np.zeros(len(keys), dtype=np.int64) if after is None else np.array(after)
-        size_Q = np.array(self.drawn) - first_Q
+        size_Q = np.array(self.table_counts) - first_Q
         start_Q = np.concatenate([[0], size_Q.cumsum()[:-1]])
         numbers = np.arange(size_Q.sum()) + (first_Q - start_Q).repeat(size_Q)
-        codes = np.arange(len(keys)).repeat(size_Q)  # a text per row is large
+        codes = np.arange(len(keys)).repeat(size_Q)  # one str object per row would cost too much memory
         row_keys = pd.Categorical.from_codes(codes, dtype=pd.CategoricalDtype(keys))
         return pd.DataFrame({"row_key": row_keys, "rollout": numbers.astype(np.int32)})
 

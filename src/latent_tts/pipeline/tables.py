@@ -82,7 +82,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         )
     release_memory()
     metrics = metric_rows(figures, run_columns(spec, settings))
-    used = spec.drawn if drawn.outcome is None else [stop.used for stop in drawn.outcome.stops]
+    used = spec.table_counts if drawn.outcome is None else [stop.used for stop in drawn.outcome.stops]
     gflops_Q = max(figures, key=lambda each: each.n).per_question["gflops", ""]
     return RunTables(rollouts, answer_lines(spec, rollouts, used), metrics, gflops_Q, budget)
 
@@ -90,7 +90,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     """The rollouts table: cached rows with their scores, and answers read by the model's and the task's rules."""
     adapter, rule, rows = spec.adapter, spec.task.rule, drawn.rows
-    golds = np.array([question.answer for question in spec.questions], dtype=object).repeat(spec.drawn)
+    golds = np.array([question.answer for question in spec.questions], dtype=object).repeat(spec.table_counts)
     # many rollouts give the same answer: each is read once
     texts = _once_per_value(lambda *ids: adapter.answer_text(list(map(int, ids))), rows["answer_ids"], len(rows))
     answers = _once_per_value(
@@ -103,13 +103,13 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
         zip(answers, golds, strict=True),
         len(rows),
     )
-    for start, end in pairwise([0, *accumulate(spec.drawn)]):
+    for start, end in pairwise([0, *accumulate(spec.table_counts)]):
         # equal answers of a question get one form, so that they are one vote
         answers[start:end] = shared_forms(answers[start:end].tolist(), rule.equal)
-    ids = np.array([question.id for question in spec.questions], dtype=object).repeat(spec.drawn)
+    ids = np.array([question.id for question in spec.questions], dtype=object).repeat(spec.table_counts)
     return pd.DataFrame(
         {
-            "question_index": np.arange(len(spec.questions), dtype="int32").repeat(spec.drawn),
+            "question_index": np.arange(len(spec.questions), dtype="int32").repeat(spec.table_counts),
             "question_id": pd.Series(ids, dtype=object),  # pandas' own strings would take one object per row
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.Series(answers, dtype=object),
@@ -144,8 +144,8 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> 
         where only picks were decoded), and whether it is `correct` (None without gold).
     """
     used_Q = np.array(used)
-    if (used_Q < spec.drawn).any():  # without need, no copy of all rows
-        rollouts = rollouts[rollouts["rollout"].to_numpy() < np.repeat(used_Q, spec.drawn)]
+    if (used_Q < spec.table_counts).any():  # without need, no copy of all rows
+        rollouts = rollouts[rollouts["rollout"].to_numpy() < np.repeat(used_Q, spec.table_counts)]
     lines: list[dict[str, Any]] = [
         {"index": index, "id": question.id, "question": question.text}
         | ({} if question.answer is None else {"gold": question.answer})

@@ -29,7 +29,6 @@ def choose_temperature(spec: RunSpec, ids: Collection[str]) -> float:
     Raises:
         UsageError: the questions have no gold answers, or are none of the run.
     """
-    assert spec.scorer is not None
     require_gold(spec.task, spec.questions, "the temperature of the weighted vote is chosen by accuracy")
     spec = replace(spec, questions=[question for question in spec.questions if question.id in ids])
     require(

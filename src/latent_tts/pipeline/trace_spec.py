@@ -215,12 +215,12 @@ def find_ids(wanted: Sequence[str], ids: Sequence[str], source: Path) -> list[st
     return list(dict.fromkeys(found))
 
 
-def about(spec: TraceSpec) -> dict[str, str]:
+def shown_settings(spec: TraceSpec) -> dict[str, str]:
     """The settings, as people read them."""
     run, view = spec.run, spec.view
     sampled = sampler_text(run.sampler)
     place = "/".join(filter(None, [run.task.name, run.task.split]))
-    rollouts = sorted(set(run.drawn))
+    rollouts = sorted(set(run.table_counts))
     settings = {
         "model": run.adapter.name,
         "checkpoint": run.adapter.checkpoint,

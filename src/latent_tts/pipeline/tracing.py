@@ -24,7 +24,7 @@ from latent_tts.pipeline.models import find_device, refuse_graphs
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import answer_lines, rollout_table
-from latent_tts.pipeline.trace_spec import TraceSpec, about, sampler_text
+from latent_tts.pipeline.trace_spec import TraceSpec, sampler_text, shown_settings
 from latent_tts.results.cache import known_to_fit
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.results.trace import (
@@ -63,7 +63,7 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
             for spec, made in drawn
         ]
         graphs_Q = find_graphs(asked, samplers[-1])
-    answers = answer_lines(run, rollout_table(run, rollouts), run.drawn)
+    answers = answer_lines(run, rollout_table(run, rollouts), run.table_counts)
     questions = [
         TracedQuestion(
             id=question.id, text=question.text, gold=question.answer, steps=question.steps,
@@ -78,7 +78,7 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
     ids = np.unique(np.concatenate([own.lens.token_NTK.ravel() for each in questions for own in each.samplers]))
     scorer = run.scorer
     return Trace(
-        about=about(asked),
+        about=shown_settings(asked),
         schedule=run.schedule.name,
         vocabulary={int(token): run.adapter.answer_text([int(token)]) for token in ids if token >= 0},
         scorer=None if scorer is None else scorer.name,
@@ -167,7 +167,7 @@ def traced_rollouts(
     recomputed, table = recompute(spec), rollout_table(spec, rollouts)
     step_scores_RT = None if rollouts.scores is None else rollouts.scores.step_scores_RT
     traced, start = [], 0
-    for count, results in zip(spec.drawn, results_Q, strict=True):
+    for count, results in zip(spec.table_counts, results_Q, strict=True):
         own = slice(start, start := start + count)
         rows = table.iloc[own]
         latents_NTD, steps_N = recomputed.latents_RTD[own], recomputed.steps_R[own]

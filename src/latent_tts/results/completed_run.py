@@ -110,7 +110,7 @@ class CompletedRun:
 
     @property
     def reported(self) -> list[int]:
-        """The budgets n in the metrics table."""
+        """The n in the metrics table."""
         return [int(n) for n in self.metrics["n"].unique()]
 
     def per_question(self, figure: str, n: int) -> pd.Series:

@@ -36,7 +36,7 @@ def coverage(correct_QD: Bools, n: int) -> Floats:
 
     Args:
         correct_QD: which of the d rollouts are right.
-        n: budget, 1 <= n <= d.
+        n: size of a subset, 1 <= n <= d.
 
     Returns:
         (Q,), in [0, 1]; within 1e-12 for d up to 1,024 and 1e-9 up to 2**20.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Search(Protocol):
-    """How the rollouts of a question are searched for.
+    """How the rollouts of a question are searched for. Options inherit these defaults, under which all n are kept.
 
     Attributes:
         name: as shown in tables.
@@ -26,12 +26,12 @@ class Search(Protocol):
     @property
     def survivors(self) -> int | None:
         """Number of rollouts per question at the end, chosen by scores; None where all n are kept, without any."""
-        ...
+        return None
 
     @property
     def rows_per_survivor(self) -> int:
         """Number of rows of a batch per rollout at the end."""
-        ...
+        return 1
 
     def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
         """Check that the search works with n, the sampler and the scorer.
@@ -39,7 +39,6 @@ class Search(Protocol):
         Raises:
             UsageError: it does not.
         """
-        ...
 
     def roll(
         self,

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from latent_tts.errors import bad_value, check_fields, require
 from latent_tts.random.philox import Stream, key_of, philox
+from latent_tts.search import Search
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Beam:
+class Beam(Search):
     """Beam search over latents.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.scorer import Scorer
+from latent_tts.search import Search
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,15 +19,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Independent:
+class Independent(Search):
     """Draws every rollout independently of the others."""
 
     name: ClassVar[str] = "independent"
-    survivors: ClassVar[int | None] = None
-    rows_per_survivor: ClassVar[int] = 1
-
-    def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
-        """Accept any number of rollouts, sampler and scorer."""
 
     def roll(
         self,

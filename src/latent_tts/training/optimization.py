@@ -1,4 +1,4 @@
-"""How weights are updated: the settings that both trainings share, checked without torch."""
+"""How weights are updated: the settings that trainings share, checked without torch."""
 
 from __future__ import annotations
 

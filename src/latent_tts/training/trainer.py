@@ -1,4 +1,4 @@
-"""Shared by both trainings: devices, accumulation, saved states, resuming, Ctrl-C, and a stop at non-finite values.
+"""Shared by the trainings of reasoners and LatentRMs: devices, accumulation, states, resuming, Ctrl-C, finite values.
 
 It is built on transformers' Trainer, which adds mixed precision and, with `accelerate launch`, several processes.
 """
@@ -44,7 +44,7 @@ Report = Callable[[int, Mapping[str, float]], None]  # report(updates_done, figu
 def training_arguments(
     optimization: Optimization, states: Path, *, seed: int, bf16: bool, device: str, **more: Any
 ) -> TrainingArguments:
-    """The Trainer's settings that both trainings share.
+    """The Trainer's settings that both of these trainings share.
 
     Args:
         optimization: batch, accumulation, learning rate, clipping.

@@ -1,4 +1,4 @@
-"""`budget/rule=certified`: stop when the pick is the mode of the answers, but for an error of at most delta."""
+"""`budget/rule=certified`: stop when the pick is the mode of the answers, with an error probability up to delta."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Confidence(Rule):
     rollouts were independent given the right answer. They are not: a model repeats its mistakes. So `vote`, `slope` and
     `unseen` are fitted (by maximum likelihood, on prefixes of rollouts) to the answer that all n rollouts of a question
     elect: P is then the probability that drawing on changes nothing. They are fitted on the run that `calibration`
-    names, on questions of `valid`; a question that the run reports is refused there.
+    names, on questions of `valid`; it must not contain any question that the run reports.
 
     Source: CGES, confidence-guided early stopping (arXiv 2511.02603); the fit is this project's own.
 

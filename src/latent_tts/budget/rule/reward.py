@@ -26,7 +26,7 @@ class Reward(Rule):
 
         E[max(X - z, 0)] = s ( f(u) (k - 1 + u^2) / (k - 2) - u (1 - F(u)) ),
 
-    f and F its density and distribution. The first decision falls after three scored rollouts. A rollout without a
+    f and F its density and distribution. It first decides after three scored rollouts. A rollout without a
     score is one without a gain. With a distribution that is only estimated the rule is no longer proven to be optimal.
 
     Source: Weitzman 1979, Optimal search for the best alternative (Econometrica 47, 641); BEACON (arXiv 2510.15945)

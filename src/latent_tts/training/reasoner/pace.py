@@ -77,7 +77,7 @@ class Pace:
 
     @contextmanager
     def validating(self, agree: Callable[[float], float]) -> Iterator[None]:
-        """A validation; `agree` makes a number that of the first process in all."""
+        """A validation; `agree` gives every process the first one's number."""
         yield
 
 
