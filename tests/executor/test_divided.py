@@ -87,7 +87,7 @@ def early_shards(pool):
     return [shard for _, shard in pool.shards if shard.early]
 
 
-LINE = ("sampler=gaussian", "n=44", "engine.rows=8", "keep_latents=true", "budget=ladder", "sampler.sigma=0.7")
+LINE = ("sampler=gaussian", "n=44", "engine.rows=8", "keep_latents=true", "budget=fixed", "sampler.sigma=0.7")
 
 
 @pytest.mark.every_other
@@ -95,7 +95,7 @@ LINE = ("sampler=gaussian", "n=44", "engine.rows=8", "keep_latents=true", "budge
 @pytest.mark.parametrize(("questions", "workers", "dies"), [(1, 2, ()), (3, 4, ()), (2, 3, (2,))])
 def test_tables_equal_those_of_one_worker(run, place, pools, shard, questions, workers, dies):
     opened, wanted = pools
-    line = (*LINE, f"task.limit={questions}", "cache=off")
+    line = (*LINE, f"task.limit={questions}", "cache=off", "budget=ladder")
     assert run(*line, "hydra.run.dir=local").code == 0
     wanted |= {"count": workers, "dies": dies}
     assert run(*line, "executor=ray", f"executor.shard={shard}", "hydra.run.dir=ray").code == 0

@@ -38,7 +38,7 @@ def test_without_flushing_a_run_completes_and_says_so_once(run, monkeypatch, num
 @pytest.mark.parametrize(("number", "words"), [(errno.EIO, "Input/output error"), (errno.ESTALE, "Stale file handle")])
 def test_a_failure_on_the_way_is_one_line_and_the_same_command_completes(run, place, name, number, words):
     assert run("hydra.run.dir=whole", "cache=off").code == 0
-    for after in range(2, 20, 3):
+    for after in (2, 7, 13):
         with pytest.MonkeyPatch.context() as patch:
             failing(name, number, patch, after)
             result = run("hydra.run.dir=one", "paths.cache=mine")
