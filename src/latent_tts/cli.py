@@ -400,6 +400,8 @@ def _errno_of(error: Exception) -> int | None:
         return error.errno
     text = " ".join(map(str, error.args))
     found = re.search(r"[\[(](?:errno|os error) (\d+)[\])]", text, re.IGNORECASE)
+    if found is None and os.strerror(errno.ENOSPC) in text:
+        return errno.ENOSPC
     return int(found[1]) if found else None
 
 

@@ -1,6 +1,7 @@
 """`model=cot`: an explicit chain of thought, from prompt to costs, and its rollouts against the oracle."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -123,7 +124,8 @@ def test_samplers_that_act_elsewhere_run(run, override):
 def chatting(tmp_path, monkeypatch):
     """The checkpoint folder of a tiny model with a chat template."""
     monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
-    return files.resolve(f"gguf:{tiny_gguf.write(tmp_path / 'model.gguf', tiny_gguf.model())}")
+    kept = files.resolve(f"gguf:{tiny_gguf.write(tmp_path / 'model.gguf', tiny_gguf.model())}")
+    return shutil.copytree(kept, tmp_path / "model")  # to edit
 
 
 def test_an_instruct_model_gets_its_own_chat_template_with_its_own_tokens(chatting):

@@ -132,7 +132,7 @@ def reduce_scores(
 
 def _check_finite(spec: RunSpec, rows: pd.DataFrame, scores: Scores) -> None:
     """Raise RunError unless rollouts with steps have finite scores, and those without have none."""
-    has_steps_R = ~np.isnan(scores.step_scores_RT).all(1)
+    has_steps_R = np.asarray(~np.isnan(scores.step_scores_RT).all(1))
     wrong_R = np.where(has_steps_R, ~np.isfinite(scores.score), ~np.isnan(scores.score))
     if wrong_R.any():
         row = int(wrong_R.argmax())

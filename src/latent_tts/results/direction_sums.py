@@ -19,14 +19,16 @@ from latent_tts.results.parts import MAX_PART_BYTES, whole_table
 from latent_tts.types import Floats
 
 SUFFIX = ".sums"
-SCHEMA = pa.schema([("row_key", pa.string()), ("count", pa.int32()), ("latents", pa.int32()), ("sums", pa.binary())])
+SCHEMA = pa.schema(
+    [("row_key", pa.string()), ("count", pa.int32()), ("latents", pa.int32()), ("directions", pa.binary())]
+)
 
 
 def read_direction_sums(folder: Path, counts: Mapping[str, int]) -> dict[str, Floats]:
     """The sums (T, D) of questions, by their row keys, of which those of as many rollouts as `counts` says are kept."""
     rows = [row for path in _files(folder) for row in _rows(path)]
     return {
-        row["row_key"]: np.frombuffer(row["sums"], "<f4").reshape(row["latents"], -1).astype(np.float64)
+        row["row_key"]: np.frombuffer(row["directions"], "<f8").reshape(row["latents"], -1).copy()
         for row in rows
         if counts.get(row["row_key"]) == row["count"]
     }
@@ -41,11 +43,11 @@ def write_direction_sums(folder: Path, sums: Mapping[str, tuple[int, np.ndarray]
     """
     before = _files(folder)
     rows = [
-        {"row_key": key, "count": count, "latents": len(sums_TD), "sums": sums_TD.astype("<f4").tobytes()}
+        {"row_key": key, "count": count, "latents": len(sums_TD), "directions": sums_TD.astype("<f8").tobytes()}
         for key, (count, sums_TD) in sums.items()
     ]
     rows += [row for path in before for row in _rows(path) if row["row_key"] not in sums]
-    fitting = np.cumsum([len(row["sums"]) for row in rows]) <= MAX_PART_BYTES
+    fitting = np.cumsum([len(row["directions"]) for row in rows]) <= MAX_PART_BYTES
     table = pa.Table.from_pylist(rows[: int(fitting.sum())], SCHEMA)
     with suppress(OSError):
         with whole_file(folder / f"{uuid.uuid4().hex}{SUFFIX}", add_digest=True) as path:
