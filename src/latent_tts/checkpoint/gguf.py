@@ -29,12 +29,12 @@ PARTIAL, SOURCE = "partial-", "source.json"  # a folder that is being written; w
 DAMAGED = ".damaged"  # how the name of a kept model ends that is not what was written
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # decoders that transformers reads and the engine runs
 # What transformers reads of such a file, apart from the tokenizer; it drops any other field or weight without a word.
-# The value of a field that may be there all the same, since it changes nothing.
 FIELDS_READ = {
     "context_length", "block_count", "feed_forward_length", "embedding_length", "vocab_size", "rope.freq_base",
     "rope.dimension_count", "attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon",
     "attention.key_length", "attention.value_length",
 }  # fmt: skip
+# values with which a field that is dropped changes nothing
 NEUTRAL = {"rope.scaling.type": "none", "attention.causal": True, "expert_count": 0, "expert_used_count": 0}
 OF_TENSORS = {"tensor_data_layout", "rope.scaling.finetuned"}  # how the file was made
 HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
