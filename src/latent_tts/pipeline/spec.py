@@ -31,7 +31,6 @@ from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import Schedule
 from latent_tts.schedule.auto import Auto
-from latent_tts.scorer import Scorer
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
 from latent_tts.search import Search
@@ -140,7 +139,7 @@ class RunRequest(DrawingRequest):
 
     search: Search
     budget: Budget
-    scorer: Scorer | NoScorer
+    scorer: LatentRM | NoScorer
     aggregators: list[Aggregator]
     decode: str
     forced_prefix: str
@@ -168,7 +167,7 @@ class RunSpec(RunRequest):
         counts: rollouts of each of `questions`; None if each has as many.
     """
 
-    scorer: Scorer | None  # pyright: ignore[reportIncompatibleVariableOverride]
+    scorer: LatentRM | None  # pyright: ignore[reportIncompatibleVariableOverride]
     draft: DraftFile | None
     planned: dict[str, Any]
     planned_on: str | None
@@ -201,7 +200,7 @@ class RunSpec(RunRequest):
         return max(map(len, self.prompts.values())) + reserved_positions(self.adapter, self.max_answer_tokens)
 
     @property
-    def given_scorer(self) -> Scorer:
+    def given_scorer(self) -> LatentRM:
         """The scorer of a run that has one."""
         assert self.scorer is not None, "no scorer"
         return self.scorer
@@ -390,7 +389,7 @@ def require_steps(schedule: Schedule, adapter: CheckpointAdapter, why: str) -> N
     require(key, value, schedule.stepwise, f"{why}, and parallel sweeps make all latents at once")
 
 
-def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
+def settle_scorer(request: RunRequest) -> LatentRM | NoScorer:
     """The scorer of the run, or the reason why there is none. The scorer's warnings are logged.
 
     Raises:
@@ -415,7 +414,7 @@ def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
     return scorer
 
 
-def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[Aggregator]:
+def settle_aggregators(request: RunRequest, scorer: LatentRM | NoScorer) -> list[Aggregator]:
     """The aggregators that can be reported; those that need scores get their temperature from the scorer.
 
     Default aggregators that cannot be reported are left out.
@@ -455,7 +454,7 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
     return best
 
 
-def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None) -> None:
+def check_search(request: RunRequest, schedule: Schedule, scorer: LatentRM | None) -> None:
     """Check that the search goes with the schedule, the scorer and `answer.decode`.
 
     Raises:
@@ -496,7 +495,7 @@ def check_exit(schedule: Schedule, adapter: CheckpointAdapter, max_answer_tokens
     require("schedule.exit_prefix", schedule.early_exit.prefix, beyond <= max_answer_tokens, allowed)
 
 
-def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
+def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
     """The requested budget; `fixed` in place of the default if a search keeps few of its rollouts.
 
     Raises:
@@ -514,7 +513,7 @@ def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: S
 
 
 def check_adaptive(
-    budget: AdaptiveBudget, decode: str, scorer: Scorer | NoScorer, aggregators: Sequence[Aggregator]
+    budget: AdaptiveBudget, decode: str, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]
 ) -> None:
     """Check that a run has what its budget looks at: every answer, scores, the aggregator.
 
@@ -547,7 +546,7 @@ def calibrated(
     budget: AdaptiveBudget,
     request: RunRequest,
     aggregators: Sequence[Aggregator],
-    scorer: Scorer | None,
+    scorer: LatentRM | None,
     questions: Sequence[Question],
 ) -> AdaptiveBudget:
     """The budget, with its rule calibrated if it needs that; see `calibration.calibrate_on_run`.
@@ -601,7 +600,7 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
         )
 
 
-def check_scorer_reads(scorer: Scorer, adapter: CheckpointAdapter, prompts: Mapping[str, Sequence[int]]) -> None:
+def check_scorer_reads(scorer: LatentRM, adapter: CheckpointAdapter, prompts: Mapping[str, Sequence[int]]) -> None:
     """Check that a scorer has the positions and the vocabulary that the prompts need.
 
     Raises:
@@ -617,7 +616,7 @@ def check_scorer_reads(scorer: Scorer, adapter: CheckpointAdapter, prompts: Mapp
     require("scorer.checkpoint", checkpoint, highest < tokens, why)
 
 
-def scorer_positions(scorer: Scorer) -> int:
+def scorer_positions(scorer: LatentRM) -> int:
     """Tokens of the longest sequence that a scorer takes."""
     return int(scorer.sizes["n_positions" if "n_embd" in scorer.sizes else "max_position_embeddings"])
 
