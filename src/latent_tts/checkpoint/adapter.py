@@ -55,7 +55,6 @@ class CheckpointAdapter:
     latent_rm: str | None = None
     eos: str | int | Sequence[str | int] | None = None
 
-    stop_id: ClassVar[int | None] = None  # T latents, whatever the model would rather write
     family: ClassVar[str]
     question_end: ClassVar[str]  # written between the question and <|start-latent|>
 
@@ -82,8 +81,13 @@ class CheckpointAdapter:
         )
 
     @property
+    def stop_id(self) -> int | None:
+        """The token that ends a rollout's thinking when it is the most probable; None for T latents in any case."""
+        return None
+
+    @property
     def prompt_recipe(self) -> str:
-        """A text that stands for how prompts are made."""
+        """A text that stands for how prompts are made; part of every cache key."""
         return "{question}" + self.question_end.replace("\n", "\\n") + "<|start-latent|>"
 
     def check(self) -> None:
@@ -219,7 +223,7 @@ class CheckpointAdapter:
         """The longest sequence, in tokens and latents, that the backbone takes."""
         return int(self.sizes["n_positions" if "n_embd" in self.sizes else "max_position_embeddings"])
 
-    @cached_property
+    @property
     def latent_id(self) -> int:
         """Id of `<|latent|>`, the placeholder of a latent thought in written form."""
         return files.token_id(self.tokenizer, "<|latent|>", self.folder)

@@ -19,13 +19,13 @@ from latent_tts.budget import AdaptiveBudget, Budget, is_adaptive
 from latent_tts.budget.adaptive import Adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.budget.rule.confidence import Confidence
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, check_device, check_fields, check_seed, is_whole, require
 from latent_tts.executor import Executor
 from latent_tts.executor.local import Local
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
@@ -110,7 +110,7 @@ class DrawingRequest:
         executor: where rollouts are computed.
     """
 
-    adapter: ModelAdapter
+    adapter: CheckpointAdapter
     task: Task
     sampler: Sampler
     schedule: Schedule
@@ -303,7 +303,7 @@ def check_run(request: RunRequest) -> RunSpec:
     return spec
 
 
-def check_sampler(sampler: Sampler, adapter: ModelAdapter) -> None:
+def check_sampler(sampler: Sampler, adapter: CheckpointAdapter) -> None:
     """Check that a sampler can draw from a model.
 
     Raises:
@@ -326,7 +326,7 @@ def check_sampler(sampler: Sampler, adapter: ModelAdapter) -> None:
     )
 
 
-def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) -> Schedule:
+def settle_schedule(schedule: Schedule, adapter: CheckpointAdapter, *, chosen: bool) -> Schedule:
     """The schedule that was requested, or the model's own.
 
     Args:
@@ -374,7 +374,7 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
     return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown, device
 
 
-def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
+def found_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | None:
     """The draft head of a schedule; None where it has none.
 
     Raises:
@@ -384,7 +384,7 @@ def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
     return None if path is None else find_draft(path, adapter.digest, adapter.latents)
 
 
-def require_steps(schedule: Schedule, adapter: ModelAdapter, why: str) -> None:
+def require_steps(schedule: Schedule, adapter: CheckpointAdapter, why: str) -> None:
     """Raise UsageError with the reason `why` unless the schedule makes one latent after another."""
     key, value = ("schedule", schedule.name) if adapter.own_schedule is None else ("model", adapter.name)
     require(key, value, schedule.stepwise, f"{why}, and parallel sweeps make all latents at once")
@@ -483,7 +483,7 @@ def check_comparable(decode: str, budget: Budget) -> None:
     require("budget", budget.name, not is_adaptive(budget), why)
 
 
-def check_exit(schedule: Schedule, adapter: ModelAdapter, max_answer_tokens: int) -> None:
+def check_exit(schedule: Schedule, adapter: CheckpointAdapter, max_answer_tokens: int) -> None:
     """Check that what `schedule.exit` looks at is no longer than an answer.
 
     Raises:
@@ -601,7 +601,7 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
         )
 
 
-def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[str, Sequence[int]]) -> None:
+def check_scorer_reads(scorer: Scorer, adapter: CheckpointAdapter, prompts: Mapping[str, Sequence[int]]) -> None:
     """Check that a scorer has the positions and the vocabulary that the prompts need.
 
     Raises:
@@ -622,7 +622,7 @@ def scorer_positions(scorer: Scorer) -> int:
     return int(scorer.sizes["n_positions" if "n_embd" in scorer.sizes else "max_position_embeddings"])
 
 
-def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
+def reserved_positions(adapter: CheckpointAdapter, max_answer_tokens: int) -> int:
     """Positions that a rollout needs beyond its prompt.
 
     Raises:
@@ -640,7 +640,7 @@ def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
     return needed
 
 
-def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int) -> list[int]:
+def forced_answer_ids(adapter: CheckpointAdapter, prefix: str, max_answer_tokens: int) -> list[int]:
     """Token ids of `answer.forced_prefix`.
 
     Raises:
@@ -660,7 +660,7 @@ def refuse_early_exit(schedule: Schedule, allowed: str) -> None:
         raise bad_value("schedule.exit", schedule.early_exit.threshold, allowed)
 
 
-def exit_ids(adapter: ModelAdapter, schedule: Schedule) -> list[int]:
+def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
     """The tokens between a latent and the answer that `schedule.exit` is about, as if it were the last one.
 
     Raises:
@@ -674,7 +674,7 @@ def exit_ids(adapter: ModelAdapter, schedule: Schedule) -> list[int]:
         raise bad_value("schedule.exit_prefix", prefix, allowed) from error
 
 
-def encode_prompts(adapter: ModelAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:
+def encode_prompts(adapter: CheckpointAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:
     """Token ids of each question's prompt, by its id.
 
     Raises:

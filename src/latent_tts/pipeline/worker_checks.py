@@ -8,10 +8,10 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.draft import DraftFile
 from latent_tts.errors import RunError
 from latent_tts.executor import Executor
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import PACKAGE, WHOLE, code_digests, computed_attributes, digest_of_package
 from latent_tts.scorer import Scorer
 from latent_tts.types import file_digest
@@ -43,7 +43,7 @@ def check_code(code: Mapping[str, str]) -> None:
             raise RunError(f"{_this_worker()} has another version of {package} than the driver")
 
 
-def check_weights(*options: ModelAdapter | Scorer | None) -> None:
+def check_weights(*options: CheckpointAdapter | Scorer | None) -> None:
     """Raise RunError unless this machine has the driver's weights; options forget what they knew of its files."""
     for option in filter(None, options):
         computed, digest = computed_attributes(type(option)), option.digest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from latent_tts.model import ModelAdapter
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.types import Floats, Reasoner, RewardModel
 
 
@@ -52,7 +52,7 @@ class Scorer(Protocol):
         """The lowest and the highest score that a rollout can have; None if that is not known."""
         ...
 
-    def check(self, reasoner: ModelAdapter, sampler: Mapping[str, Any]) -> list[str]:
+    def check(self, reasoner: CheckpointAdapter, sampler: Mapping[str, Any]) -> list[str]:
         """Check every file, reading only the headers of the weights; return warnings.
 
         Raises:

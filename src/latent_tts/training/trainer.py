@@ -158,17 +158,26 @@ class ResumableTrainer(Trainer):
         last = last_state(states)
         if last is not None:
             log.info("resuming from %s", last)
-        writer = SummaryWriter(str(states / "tensorboard")) if self.is_world_process_zero() else None
-        board = TensorBoardCallback(writer)
-        self.add_callback(board)
-        with self.updates.deferring_ctrl_c(), self._naming(last):
+        with self.updates.deferring_ctrl_c(), self._naming(last), self._tensorboard(states / "tensorboard"):
             self.train(resume_from_checkpoint=str(last) if last else None)
-        self.remove_callback(board)
         if self.updates.interrupted:
             update, total = self.state.global_step, self.state.max_steps
             raise KeyboardInterrupt(
                 f"the state after update {update} of {total} is saved in {states}; re-run the command to resume"
             )
+
+    @contextmanager
+    def _tensorboard(self, folder: Path) -> Iterator[None]:
+        """Log to TensorBoard within the block; its writer's thread ends with the block."""
+        writer = SummaryWriter(str(folder)) if self.is_world_process_zero() else None
+        board = TensorBoardCallback(writer)
+        self.add_callback(board)
+        try:
+            yield
+        finally:
+            self.remove_callback(board)
+            if writer is not None:
+                writer.close()  # Trainer closes it only at the end of a training
 
     @contextmanager
     def _naming(self, state: Path | None) -> Iterator[None]:
