@@ -121,7 +121,7 @@ def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
 def described_sides(a: Side, b: Side) -> tuple[str, str]:
     """What tells one side from the other, as in `sampler=dropout rate=0.1, `; empty where their settings are equal."""
     both = name_once(pd.DataFrame([next(iter(side.values())).curve for side in (a, b)]))
-    curves = [_with_whole_sampler(curve.to_dict()) for _, curve in both.iterrows()]
+    curves = [_with_whole_sampler({str(name): value for name, value in row.items()}) for _, row in both.iterrows()]
     names = [name for name in curves[0] if curves[0][name] != curves[1][name] and not name.endswith("_digest")]
     first, second = ("".join(f"{name}={curve[name]}, " for name in names if curve[name]) for curve in curves)
     return first, second
