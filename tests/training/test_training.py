@@ -8,6 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -430,6 +431,23 @@ SMALL = (
     "recipe.written_updates=2", "recipe.stage_updates=[]", "recipe.final_updates=1", "backbone.layers=1",
     "backbone.width=16", "backbone.heads=2", "optimization.batch=4", "valid_questions=4",
 )  # fmt: skip
+
+
+def test_questions_that_a_run_resumes_with_are_told_from_their_texts(ltts, place, checkpoint):
+    def write(answer):
+        rows = [{"question": f"{n} + 1 ?", "steps": [f"{n} + 1 = {n + 1}"], "answer": n + answer} for n in range(20)]
+        Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(answer=1)
+    Path("link.jsonl").symlink_to("q.jsonl")
+    own = [word for word in SMALL if not word.startswith("backbone")]
+    line = ["train-reasoner", "output=out", *own, f"init={checkpoint}", "task=jsonl", "task.split=train"]
+    for path in ("q.jsonl", "link.jsonl", place / "q.jsonl"):
+        done = ltts(*line, f"task.path={path}")
+        assert done.code == 0, done.err
+    write(answer=2)
+    done = ltts(*line, "task.path=q.jsonl")
+    assert (done.code, "contains a run with another question_set" in done.err) == (2, True), done.err
 
 
 @pytest.mark.parametrize(

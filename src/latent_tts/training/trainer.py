@@ -201,6 +201,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a state, and the digests of its files."""
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.is_world_process_zero():
             write_digests(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
