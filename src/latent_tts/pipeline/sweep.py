@@ -22,7 +22,7 @@ from latent_tts.results.run_folder import (
     has_curve,
     is_complete,
     join_metrics,
-    name_weights_once,
+    name_once,
     read_metrics,
     read_run_metrics,
     write_metrics,
@@ -77,7 +77,7 @@ def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
         seeds; NaN where a rollouts table does not have the figure of each question, as with diversity.
     """
     rows = pd.concat([run.metrics.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
-    rows = name_weights_once(rows)
+    rows = name_once(rows)
     means = []
     for _, same in rows.groupby([*CURVE_COLUMNS, "aggregator", "n", "drawn", "metric"], sort=False, dropna=False):
         same = same.drop_duplicates("seed")
@@ -142,7 +142,7 @@ def finish(folder: Path, jobs: Sequence[SweepJob], build_aggregator: AggregatorB
     table = read_metrics(means or folder / METRICS)
     own = [(job.label, read_run_metrics(path)) for path, job in completed.items()]
     if means is None:  # jobs that are one run, but for what it costs, have a row each
-        shown = name_weights_once(pd.concat([rows for _, rows in own], ignore_index=True))
+        shown = name_once(pd.concat([rows for _, rows in own], ignore_index=True))
         labels = [label for label, rows in own for _ in rows.index]
     else:
         label_of_run = {rows["run_id"].iloc[0]: label for label, rows in reversed(own)}

@@ -319,12 +319,16 @@ def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:
     return metrics.assign(questions_digest=metrics["questions_digest"].where(known, f"{UNKNOWN}, of " + origin))
 
 
-def name_weights_once(metrics: pd.DataFrame) -> pd.DataFrame:
-    """A table in which the checkpoint and scorer of equal weights have one path, since folders are moved and copied."""
-    known, named = metrics["weights_digest"] != "", metrics.copy()
-    for name in ("checkpoint", "scorer"):
-        first = metrics.groupby(["model", "weights_digest"])[name].transform("first")
-        named[name] = metrics[name].mask(known, first)
+def name_once(metrics: pd.DataFrame) -> pd.DataFrame:
+    """A table in which equal weights and equal question sets have one name: files are moved, linked and copied."""
+    named = metrics.copy()
+    for digest, same, names in (
+        ("weights_digest", ["model", "weights_digest"], ("checkpoint", "scorer")),
+        ("questions_digest", ["questions_digest"], ("task", "split")),
+    ):
+        known = (metrics[digest] != "") & ~metrics[digest].str.startswith(UNKNOWN)
+        for name in names:
+            named[name] = metrics[name].mask(known, metrics.groupby(same)[name].transform("first"))
     return named
 
 
@@ -466,5 +470,5 @@ def join_metrics(folders: list[Path]) -> tuple[pd.DataFrame, list[Path]]:
     left_out = [folder for folder in folders if folder not in complete]
     if not complete:
         return pd.DataFrame(columns=METRIC_COLUMNS), left_out
-    joined = name_weights_once(pd.concat([read_run_metrics(folder) for folder in complete], ignore_index=True))
+    joined = name_once(pd.concat([read_run_metrics(folder) for folder in complete], ignore_index=True))
     return joined.drop_duplicates(["run_id", "aggregator", "n", "drawn", "metric"], ignore_index=True), left_out
