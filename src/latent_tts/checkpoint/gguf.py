@@ -264,14 +264,16 @@ def convert(file: Path, folder: Path, key: str) -> None:
 
 
 def _write_splitting(path: Path, splitting: str | None, file: Path) -> None:
-    """Add to a tokenizer how texts are split before merging, if transformers has left it out."""
+    """Write into a tokenizer how texts are split before merging, where transformers goes by the architecture alone."""
     if splitting in SINGLE_DIGITS:
         content = json.loads(path.read_text())
         own = content["pre_tokenizer"]
-        if own.get("type") != "ByteLevel":
+        parts = [part for part in own.get("pretokenizers", [own]) if part.get("type") == "ByteLevel"]
+        if not parts:
             raise UsageError(f"{PREFIX}{file}: a tokenizer of the kind {splitting} without byte-level tokens")
         digits = {"type": "Digits", "individual_digits": True}
-        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, own]}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, {**parts[0], "use_regex": True}]}
+        content["normalizer"] = None  # early versions of transformers 5 give some architectures one
         path.write_text(json.dumps(content, ensure_ascii=False))
     elif splitting is not None and splitting not in AS_TRANSFORMERS:
         log.warning("%s: texts are split as transformers does; the file asks for %r", file, splitting)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from latent_tts.results.files import spreadsheet_cells, whole_file
 from latent_tts.results.run_folder import UNKNOWN, is_complete, name_once, run_folders
 
 Side = dict[str, CompletedRun]  # by seed
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -107,12 +109,10 @@ def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
     """
     if set(a) != set(b):
         raise UsageError(f"a has the seeds {sorted(a)}, b has {sorted(b)}: both sides need the same seeds")
-    any_a, any_b = a[min(a)], b[min(b)]  # budgets and aggregators are the same for all seeds
-    found = [
-        _difference(a, b, figures, budgets, shared=selection.shared)
-        for figures in _figures(any_a, any_b, selection)
-        for budgets in _budgets(any_a, any_b, selection)
-    ]
+    pairs, budgets = list(_figures(a, b, selection)), _budgets(a, b, selection)
+    found = [_difference(a, b, figures, n, shared=selection.shared) for figures in pairs for n in budgets]
+    if not pairs:
+        raise UsageError("a and b have no figure in common; name one of each: a_figure=coverage b_figure=majority")
     if not found:
         raise UsageError("a and b report no n in common; run both with budget=ladder, or name them: a_n=64 b_n=1")
     return found
@@ -174,26 +174,34 @@ def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, 
     return Difference(*figures, *budgets, *means, mean, low, high, len(set(questions)), len(a))
 
 
-def _figures(a: CompletedRun, b: CompletedRun, selection: Selection) -> Iterator[tuple[str, str]]:
+def _figures(a: Side, b: Side, selection: Selection) -> Iterator[tuple[str, str]]:
     """Which figure of A is compared with which of B."""
+    in_a, in_b = (_in_all(run.figures for run in side.values()) for side in (a, b))
     if selection.a_figure is None and selection.b_figure is None:
-        both = sorted(set(a.figures) & set(b.figures), key=lambda name: (name != "coverage", name))
+        both = sorted(set(in_a) & set(in_b), key=lambda name: (name != "coverage", name))
         yield from zip(both, both, strict=True)
         return
     figure_a = str(selection.a_figure or selection.b_figure)
     figure_b = str(selection.b_figure or selection.a_figure)
-    for key, name, side in (("a_figure", figure_a, a), ("b_figure", figure_b, b)):
-        require(key, name, name in side.figures, f"must be one of {', '.join(side.figures)}")
+    for key, name, known in (("a_figure", figure_a, in_a), ("b_figure", figure_b, in_b)):
+        require(key, name, name in known, f"must be one of {', '.join(known)}")
     yield figure_a, figure_b
 
 
-def _budgets(a: CompletedRun, b: CompletedRun, selection: Selection) -> list[tuple[int, int]]:
+def _budgets(a: Side, b: Side, selection: Selection) -> list[tuple[int, int]]:
     """Which n of A is compared with which of B."""
+    in_a, in_b = (sorted(_in_all(run.reported for run in side.values())) for side in (a, b))
     if selection.a_n is None and selection.b_n is None:
-        return [(n, n) for n in sorted(set(a.reported) & set(b.reported))]
-    for key, n, side in (("a_n", selection.a_n, a), ("b_n", selection.b_n, b)):
-        known = ", ".join(map(str, sorted(side.reported)))
-        require(key, n, n is None or n in side.reported, f"must be one of {known}, which the run reports, or null")
-    ns_a = sorted(a.reported) if selection.a_n is None else [selection.a_n]
-    ns_b = sorted(b.reported) if selection.b_n is None else [selection.b_n]
+        return [(n, n) for n in in_a if n in in_b]
+    for key, n, known in (("a_n", selection.a_n, in_a), ("b_n", selection.b_n, in_b)):
+        allowed = f"must be one of {', '.join(map(str, known))}, which the run reports with every seed, or null"
+        require(key, n, n is None or n in known, allowed)
+    ns_a = in_a if selection.a_n is None else [selection.a_n]
+    ns_b = in_b if selection.b_n is None else [selection.b_n]
     return list(product(ns_a, ns_b))
+
+
+def _in_all(lists: Iterable[Sequence[T]]) -> list[T]:
+    """What all lists have, in the order of the first: seeds may differ in aggregators and in how many were drawn."""
+    first, *others = lists
+    return [each for each in first if all(each in other for other in others)]
