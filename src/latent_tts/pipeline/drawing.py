@@ -49,8 +49,14 @@ from latent_tts.pipeline.models import (
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
-from latent_tts.results.cache import RolloutCache, ScoreCache, known_to_fit, remember_what_fits
-from latent_tts.results.direction_sums import read_direction_sums, write_direction_sums
+from latent_tts.results.cache import (
+    RolloutCache,
+    ScoreCache,
+    known_to_fit,
+    read_direction_sums,
+    remember_what_fits,
+    write_direction_sums,
+)
 from latent_tts.results.parts import PLACE, PartWriter, runs_of
 from latent_tts.results.run_folder import LatentsFile
 from latent_tts.results.timeline import Span

@@ -181,7 +181,6 @@ def traced_rollouts(
                 ],
                 correct_N=None if rows["correct"].isna().all() else [bool(each) for each in rows["correct"]],
                 texts=rows["answer_text"].tolist(),
-                stop_reasons=rows["stop_reason"].tolist(),
                 answer_logprob_N=rows["answer_logprob"].to_numpy(dtype=np.float64),
                 step_scores_NT=None if step_scores_RT is None else step_scores_RT[own],
                 score_N=None if step_scores_RT is None else rows["score"].to_numpy(dtype=np.float64, na_value=np.nan),

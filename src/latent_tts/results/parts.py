@@ -160,7 +160,7 @@ class PartIndex:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-        tables = [table for path in self._files if (table := _index_table(path)) is not None]
+        tables = [table for path in self._files if (table := intact_table(path, INDEX_SCHEMA)) is not None]
         self._table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
         there = {path.name: path for path in part_files(folder)}
         known = set(self._table["part"].unique().to_pylist())
@@ -194,12 +194,12 @@ class PartIndex:
                 path.unlink(missing_ok=True)
 
 
-def _index_table(path: Path) -> pa.Table | None:
-    try:
-        table = whole_table(path, INDEX_SCHEMA.names)
-    except OSError:
-        return None
-    return table.cast(INDEX_SCHEMA) if table is not None else None
+def intact_table(path: Path, schema: pa.Schema) -> pa.Table | None:
+    """The columns of a schema out of a file; None for one that is damaged or cannot be read."""
+    table = None
+    with suppress(OSError):
+        table = whole_table(path, schema.names)
+    return None if table is None else table.cast(schema)
 
 
 def runs_of(places: pd.DataFrame) -> list[tuple[str, range]]:

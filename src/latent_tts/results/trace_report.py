@@ -203,12 +203,12 @@ def legend(question: TracedQuestion, drawn: LatentMap, signs: dict[str, str]) ->
 
 def timeline_lines(question: TracedQuestion, signs: dict[str, str]) -> Iterator[Text]:
     """The sweeps of a rollout, the one that best_of_n picks if there is one: a line per sweep."""
-    own, rollout = question.rollouts, question.picks.get("best_of_n", {}).get("rollout") or 0
+    timeline, rollout = question.rollouts.timeline, question.shown_rollout
     yield Text(
         f"sweeps of rollout {rollout}: {signs['commit']} final after it, {signs['conflict']} computed from a guess, "
         f"not final, {signs['kept']} final before"
     )
-    before, timeline = 0, own.timeline
+    before = 0
     for sweep, (first, stop, final) in enumerate(
         zip(timeline.first_NS[rollout], timeline.stop_NS[rollout], timeline.final_NS[rollout], strict=True)
     ):
