@@ -14,7 +14,7 @@ import pandas as pd
 from latent_tts.budget import Tally, is_adaptive, play
 from latent_tts.errors import RunError
 from latent_tts.pipeline.keys import latents_key, possible_computations, rollout_key
-from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, with_counts
+from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying
 from latent_tts.pipeline.scores import (
     CachedScores,
     Scores,
@@ -131,7 +131,7 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
         outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
     total = sum(outcome.counts)
     log.info("rounds: %d; rollouts: %d, %d of them drawn now", rounds, total, drawn_now)
-    ended = replace(with_counts(spec, outcome), refresh=False)
+    ended = replace(spec, counts=outcome.counts, refresh=False)
     with report.in_round(rounds + 1):
         rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
@@ -14,7 +14,6 @@ import pandas as pd
 
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Stop, Tally, is_adaptive
-from latent_tts.pipeline.costs import rollout_gflop
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results.cache import MEASURED_SUMS
 from latent_tts.results.metrics import Figures, answer_codes, measured_figures
@@ -110,7 +109,7 @@ class Tallying:
             score_N = np.array(drawn.score, dtype=np.float64)
             log_weight_N, most = self._log_weights(score_N)
             counts = (np.array(each, dtype=np.int64) for each in (drawn.steps, drawn.tokens, drawn.conflicts))
-            once, each_N = rollout_gflop(self.spec, question, *counts)
+            once, each_N = self.spec.rollout_gflop(question, *counts)
             tallies.append(
                 Tally(
                     n=self.spec.n,
@@ -153,11 +152,6 @@ class Outcome:
     def counts(self) -> list[int]:
         """Rollouts that were drawn."""
         return [tally.drawn for tally in self.tallies]
-
-
-def with_counts(spec: RunSpec, outcome: Outcome) -> RunSpec:
-    """The run with the rollouts that its questions ended with."""
-    return replace(spec, counts=outcome.counts)
 
 
 def budget_table(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame) -> pd.DataFrame:
