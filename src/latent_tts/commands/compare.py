@@ -31,8 +31,7 @@ def main(cfg: DictConfig) -> None:
         rows.append([figure, n, f"{100 * one.a:.1f}", f"{100 * one.b:.1f}", difference])
     last = found.iloc[-1]
     over = f"{report.counted(last.questions, 'question')}, {report.counted(last.seeds, 'seed')}"
-    title = f"A - B in percentage points: {over}"
-    report.print_table(title, ["figure", "n", "A %", "B %", "A - B"], rows)
+    report.print_table(f"A - B in percentage points: {over}", ["figure", "n", "A %", "B %", "A - B"], rows)
     for key, words in zip(("a", "b"), described_sides(a, b), strict=True):
         print(f"{key.upper()}: {words}{cfg[key]}")
     if cfg.output is not None:

@@ -92,8 +92,7 @@ def _label(
 
     adapter, executor = spec.adapter, spec.executor
     jobs = [QuestionToLabel(question, place, prompts[question.id]) for place, question in questions]
-    longest = max(len(job.prompt) for job in jobs)
-    pool = executor.open(LabellingWork.of(spec, longest), spec.engine.device)
+    pool = executor.open(LabellingWork.of(spec, max(len(job.prompt) for job in jobs)), spec.engine.device)
     workers = pool.describe()
     folder.rows = rows = min(each.rows for each in workers)
     for worker in workers:

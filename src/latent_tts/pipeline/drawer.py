@@ -376,8 +376,7 @@ class Drawer:
         """
         for key, (count, sums_TD) in shard.sums.items():
             directions.put(directions_key(self._latents, key), count, sums_TD)
-        part_of = partial(self._part, shard=shard)
-        found = compute_in_batches(shard.jobs, part_of, self.batches, self._halve, self.device)
+        found = compute_in_batches(shard.jobs, partial(self._part, shard=shard), self.batches, self._halve, self.device)
         return [part.packed() if self._packed else part for part in found]
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
@@ -504,9 +503,8 @@ class Drawer:
             places, jobs = map(list, zip(*here, strict=True))
             self.catch_up(jobs)
             rows_R = rows_JN[places].flatten()
-            first = [job.rollouts[0] for job in jobs]
             summed_RT[rows_R] = directions.add(
-                self._keys(jobs), latents_RTD[rows_R.to(latents_RTD.device)], first=first
+                self._keys(jobs), latents_RTD[rows_R.to(latents_RTD.device)], first=[job.rollouts[0] for job in jobs]
             )
         return summed_RT
 

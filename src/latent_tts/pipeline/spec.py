@@ -375,8 +375,7 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
     """
     own = adapter.own_schedule
     if own is not None:
-        allowed = f"must be null: model={adapter.name} has a schedule of its own, {own}"
-        refuse_early_exit(schedule, allowed)
+        refuse_early_exit(schedule, f"must be null: model={adapter.name} has a schedule of its own, {own}")
         require(
             "schedule", schedule.name, not chosen and schedule.stepwise,
             f"model={adapter.name} has its own, {own}: it is part of the model and cannot be chosen",
@@ -590,13 +589,12 @@ def calibrated(
     if not (isinstance(budget, Adaptive) and isinstance(budget.rule, Confidence)):
         return budget
     of_votes = (each.temperature for each in aggregators if isinstance(each, Weighted))
-    temperature = next(of_votes, None) if budget.aggregator == "weighted" else None
     fitted = calibration.calibrate_on_run(
         budget.rule,
         request.config,
         {"model": request.adapter.identity, "scorer": None if scorer is None else scorer.digest},
         [each.id for each in questions],
-        temperature,
+        next(of_votes, None) if budget.aggregator == "weighted" else None,
     )
     return replace(budget, rule=replace(budget.rule, fitted=fitted))
 

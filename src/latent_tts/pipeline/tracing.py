@@ -232,6 +232,5 @@ def find_graphs(asked: TraceSpec, deterministic: Sequence[TracedRollouts]) -> li
         latents_TD = torch.from_numpy(rollout.latents_NTD[0, :steps]).to(plain.lm.device, plain.lm.dtype)
         found = find_dependencies(PlainRecurrence(plain, run.prompts[question.id]), latents_TD, view.directions)
         relative_TT = found.relative_TT.double().cpu().numpy()
-        chain = found.critical_path(view.threshold)
-        graphs.append(DependencyGraph(relative_TT, view.threshold, chain, found.growth))
+        graphs.append(DependencyGraph(relative_TT, view.threshold, found.critical_path(view.threshold), found.growth))
     return graphs

@@ -351,8 +351,7 @@ def _draw_panel(
                 )
             elif index == 0:
                 end, others = line.tail(1), neighbours[label]
-                x = beside(end["x"], others.index(label) + 1, len(others))
-                _draw_bars(axis, x, end, style | {"marker": ""})
+                _draw_bars(axis, beside(end["x"], others.index(label) + 1, len(others)), end, style | {"marker": ""})
     _set_ticks(axis, part, against)
 
 

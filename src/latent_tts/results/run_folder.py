@@ -123,8 +123,7 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
     try:
         there = pq.read_schema(folder / ROLLOUTS).names
         own = [name for name in ROLLOUT_COLUMNS if name != "question_index"]  # which early runs do not have
-        columns = [*own, *(name for name in COUNT_COLUMNS if name in there)]
-        table = pq.read_table(folder / ROLLOUTS, columns=columns)
+        table = pq.read_table(folder / ROLLOUTS, columns=[*own, *(name for name in COUNT_COLUMNS if name in there)])
         missing = [name for name in own if name not in table.column_names]
         if missing or not len(table):
             raise ValueError(f"it has no {f'column {missing[0]}' if missing else 'rows'}")
@@ -322,8 +321,7 @@ def name_weights_once(metrics: pd.DataFrame) -> pd.DataFrame:
     """A table in which the checkpoint and scorer of equal weights have one path, since folders are moved and copied."""
     known, named = metrics["weights_digest"] != "", metrics.copy()
     for name in ("checkpoint", "scorer"):
-        first = metrics.groupby(["model", "weights_digest"])[name].transform("first")
-        named[name] = metrics[name].mask(known, first)
+        named[name] = metrics[name].mask(known, metrics.groupby(["model", "weights_digest"])[name].transform("first"))
     return named
 
 
