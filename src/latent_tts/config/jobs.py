@@ -140,8 +140,7 @@ class _Hydra(Hydra):
         try:
             cfg = super().compose_config(config_name, overrides, run_mode, *arguments, **more)
         except ConfigCompositionException as error:
-            several_values = str(error).startswith("Ambiguous value")
-            if several_values and self.get_mode(config_name, overrides) == RunMode.MULTIRUN:
+            if str(error).startswith("Ambiguous value") and self.get_mode(config_name, overrides) == RunMode.MULTIRUN:
                 raise _IsSweep from error
             raise
         if run_mode == RunMode.RUN and cfg.hydra.mode == RunMode.MULTIRUN:

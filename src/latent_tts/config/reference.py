@@ -235,8 +235,7 @@ def chosen_options(command: str, overrides: Iterable[str], places: Sequence[Path
         if group in chosen:
             chosen[group] = [name.strip() for name in value.strip("[]").split(",")]
     if chosen.get("recipe") == ["${model}"]:
-        family = chosen.get("model", [""])[-1]
-        chosen["recipe"] = [family.removeprefix("demo_")]
+        chosen["recipe"] = [chosen.get("model", [""])[-1].removeprefix("demo_")]
     return {group: [name for name in names if name in option_names(group, places)] for group, names in chosen.items()}
 
 

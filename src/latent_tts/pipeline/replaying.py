@@ -76,8 +76,7 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     assert is_adaptive(spec.budget)
     rollouts = read_rollouts(source)
     per_question = len(rollouts) // len(spec.questions)  # one, whatever n was, where nothing is random
-    expected = [question.id for question in spec.questions for _ in range(per_question)]
-    if list(rollouts["question_id"]) != expected:
+    if list(rollouts["question_id"]) != [question.id for question in spec.questions for _ in range(per_question)]:
         raise RunError(f"run={source}: the questions of its task have changed since that run")
     rollouts = rollouts[rollouts["rollout"] < spec.n].reset_index(drop=True)
     score = rollouts["score"].to_numpy(dtype=np.float64, na_value=np.nan)

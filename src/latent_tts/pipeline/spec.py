@@ -437,8 +437,7 @@ def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
     if isinstance(scorer, LatentRM):
         if scorer.only_own and scorer.trained.get("reasoner") != adapter.digest:
             return NoScorer(f"{scorer.checkpoint} was trained for other weights than {adapter.checkpoint}")
-        answers_differ = request.answers.random or sampler.random_answers
-        if request.n > 1 and answers_differ and not sampler.random_latents:
+        if request.n > 1 and (request.answers.random or sampler.random_answers) and not sampler.random_latents:
             why = f"sampler {sampler.name} gives all rollouts of a question the same latents, and so the same score"
             require("scorer", scorer.name, scorer.only_own, why)
             return NoScorer(why)

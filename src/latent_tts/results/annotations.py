@@ -361,11 +361,10 @@ class AnnotationFolder:
             opened.__enter__()
         except (SafetensorError, OSError) as error:
             raise bad_value(self._key, shard, f"cut off, or not safetensors ({error})") from error
-        made_by = (opened.metadata() or {}).get("settings")
         require(
             self._key,
             shard,
-            bool(self.official) or made_by == settings_digest(self.settings),
+            bool(self.official) or (opened.metadata() or {}).get("settings") == settings_digest(self.settings),
             f"a shard of another run: its settings are not those of {SETTINGS}",
         )
         return opened

@@ -46,8 +46,7 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
 
 def _require_one_curve(side: str, runs: Sequence[CompletedRun]) -> None:
     """Raise UsageError unless runs are seeds of each other."""
-    curves = name_weights_once(pd.DataFrame([run.curve for run in runs]))
-    for name, values in curves.items():
+    for name, values in name_weights_once(pd.DataFrame([run.curve for run in runs])).items():
         if values.nunique() > 1:
             one, other = 0, int((values != values[0]).argmax())
             raise UsageError(

@@ -280,8 +280,7 @@ class GatheredRows:
                 values = self._values(field)
                 # pandas would make a text of its own for every row
                 columns[field.name] = pd.Series(values, dtype=values.dtype, copy=False)
-        own = {name: places[name].array for name in PLACE}
-        return pd.DataFrame(own | columns, copy=False)
+        return pd.DataFrame({name: places[name].array for name in PLACE} | columns, copy=False)
 
     def padded(self, name: str) -> Float32:
         """A column of lists of fractions (rows, longest), NaN beyond a row's own."""

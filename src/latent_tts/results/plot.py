@@ -119,8 +119,7 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
     points, attributes, notes = _named_curves(points, against, in_rows=in_rows)
     parts = [points[points["model"] == model] for model in models] if in_rows else [points]
     looks, aggregators = _looks(attributes), [name for name in points["aggregator"].unique() if name]
-    accuracies = points[points["metric"] == "accuracy"]
-    lines = accuracies[["model"] * in_rows + ["label", "aggregator"]].drop_duplicates()
+    lines = points[points["metric"] == "accuracy"][["model"] * in_rows + ["label", "aggregator"]].drop_duplicates()
     lines = lines["model"].value_counts().max() if in_rows else len(lines)
     together = len(aggregators) > 1 and lines <= MAX_LINES_TOGETHER
     panels: list[tuple[str, Sequence[str]]] = [("coverage", [""]), ("agreement", [""])]
@@ -368,8 +367,7 @@ def _draw_bars(axis: Axes, x: pd.Series, line: pd.DataFrame, style: Mapping[str,
 
 def _write_values(axis: Axes, line: pd.DataFrame, look: Look, *, below: bool) -> None:
     """Write the sampler's value above or below the points of a curve; not at each where there are many."""
-    step = math.ceil(len(line) / MAX_VALUES)
-    for point in line.iloc[::step].itertuples():
+    for point in line.iloc[:: math.ceil(len(line) / MAX_VALUES)].itertuples():
         axis.annotate(
             str(point.sampler_value), (point.x, point.value), (0, -5 if below else 5), textcoords="offset points",
             ha="center", va="top" if below else "bottom", fontsize=7, color=look.color,

@@ -113,10 +113,9 @@ def spread_table(question: TracedQuestion) -> tuple[list[report.Column], list[re
         if np.isfinite(values_T).any()
     ]
     latents = max(each.latents for each in question.samplers)
-    columns = [
+    return [report.Column("latent", [name for name, _ in rows], left=True)], [
         report.Column(str(step + 1), [number(values_T[step]) for _, values_T in rows]) for step in range(latents)
     ]
-    return [report.Column("latent", [name for name, _ in rows], left=True)], columns
 
 
 def said(trace: Trace, rollouts: TracedRollouts, latent: int, rollout: int = 0) -> str:
