@@ -188,30 +188,29 @@ def command_help(name: str, about: str, positional: Sequence[str], overrides: Se
         keys = [key for option in options if option in chosen[group] for key in read_option(group, option, places).keys]
         if keys and group != "experiment":
             parts.append(definitions(map(_key_row, keys), width, indent=4))
-        parts += [_nested_help(nested, places, width) for nested in nested_groups(group, places)]
+        for nested in nested_groups(group, places):
+            described = _described_options(nested, places, width, indent=4)
+            parts.append("\n".join([f"  {nested}, where the option above has one:", *described]))
     flags = [row for row in FLAGS_TEXT if groups or row[0] not in ("-m, --multirun", "--config-dir FOLDER")]
     return _join([*parts, "Flags:", definitions(flags, width)], width)
 
 
-def _nested_help(group: str, places: Sequence[Path], width: int) -> str:
-    """The options of a group inside a group, with their keys, below those of the outer group."""
-    parts = [f"  {group}, where the option above has one:"]
-    for name in option_names(group, places):
-        option = read_option(group, name, places)
-        parts.append(definitions([(f"{group}={name}", option.about)], width, indent=4))
-        parts += [definitions(map(_key_row, option.keys), width, indent=6)] if option.keys else []
-    return "\n".join(parts)
-
-
 def group_help(group: str, places: Sequence[Path], width: int) -> str:
     """The options of a group with all their keys."""
-    parts = [f"{group}: {GROUPS.get(group, '')}".rstrip(": ")]
+    return _join(
+        [f"{group}: {GROUPS.get(group, '')}".rstrip(": "), *_described_options(group, places, width, 2)], width
+    )
+
+
+def _described_options(group: str, places: Sequence[Path], width: int, indent: int) -> list[str]:
+    """The options of a group, each with its keys below it."""
+    parts = []
     for name in option_names(group, places):
         option = read_option(group, name, places)
-        parts.append(definitions([(f"{group}={name}", option.about)], width))
+        parts.append(definitions([(f"{group}={name}", option.about)], width, indent=indent))
         if option.keys:
-            parts.append(definitions(map(_key_row, option.keys), width, indent=4))
-    return _join(parts, width)
+            parts.append(definitions(map(_key_row, option.keys), width, indent=indent + 2))
+    return parts
 
 
 def options_text(what: Sequence[str], places: Sequence[Path], width: int) -> str:

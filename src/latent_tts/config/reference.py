@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -257,13 +258,8 @@ def shown_default(default: str) -> str:
 
 def _top_comment(text: str) -> list[str]:
     """The comment that a file begins with, a text per line."""
-    lines = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        if "@package" not in line:
-            lines.append(line.removeprefix("#").removeprefix(" "))
-    return lines
+    lines = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return [line.removeprefix("#").removeprefix(" ") for line in lines if "@package" not in line]
 
 
 def _keys(node: yaml.Node | None, text: str, *, nested: bool, prefix: str = "") -> Iterator[Key]:

@@ -212,25 +212,25 @@ def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, ta
     def summed(column: str) -> Float64:
         return np.bincount(owner, rollouts[column].to_numpy(dtype=np.float64), questions).astype(np.float64)
 
-    unknown = np.full(questions, np.nan)
-    values: dict[tuple[str, str], Floats] = {}
-    if table["correct"].notna().all():
-        right = table["correct"].to_numpy(dtype=np.float64)
-        for each in spec.aggregators:
-            values["accuracy", each.name] = right if each.name == spec.budget.aggregator else unknown
-        values["coverage", ""] = unknown
-    values |= {
-        ("agreement", ""): np.array([agreement(_used_answers(*each)[None], each[1].used)[0] for each in used]),
-        ("rollouts_used", ""): table["used"].to_numpy(dtype=np.float64),
-        ("rollouts_drawn", ""): counts.astype(np.float64),
-        ("latent_steps", ""): summed("latent_steps"),
-        ("answer_tokens", ""): summed("answer_tokens"),
-        ("gflops", ""): np.array([tally.gflop for tally in outcome.tallies]),
-    }
+    unknown, judged = np.full(questions, np.nan), table["correct"].notna().all()
+    right = table["correct"].to_numpy(dtype=np.float64) if judged else unknown
     if rollouts[list(MEASURED_SUMS)].notna().all().all():
         measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, questions, float(counts.mean()))
     elif rollouts["seconds"].notna().all():  # a replay: they were drawn in the batches of another run
         measured = {"recorded_seconds": float(rollouts["seconds"].sum()) / questions}
     else:
         measured = {}
-    return [Figures(spec.n, spec.n, values, measured)]
+    figures = Figures.of(
+        spec.n, spec.n, measured,
+        accuracy={
+            each.name: right if each.name == spec.budget.aggregator else unknown for each in spec.aggregators if judged
+        },
+        coverage=unknown if judged else None,
+        agreement=np.array([agreement(_used_answers(*each)[None], each[1].used)[0] for each in used]),
+        rollouts_used=table["used"].to_numpy(dtype=np.float64),
+        rollouts_drawn=counts.astype(np.float64),
+        latent_steps=summed("latent_steps"),
+        answer_tokens=summed("answer_tokens"),
+        gflops=np.array([tally.gflop for tally in outcome.tallies]),
+    )  # fmt: skip
+    return [figures]

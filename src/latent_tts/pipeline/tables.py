@@ -212,23 +212,24 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             thinking = spec.rollout_gflop(question, steps_N, None, conflicts_N)
             decoding = spec.rollout_gflop(question, steps_N[own], tokens_1, conflicts_N[own], scored=False)
             gflops_Q.append(sum(shared + each_N.sum() for shared, each_N in (thinking, decoding)))
-        values: dict[tuple[str, str], statistics.Floats] = {}
-        if has_gold(spec.questions):
-            # a question none of whose rollouts has a score has no pick
-            right = picked["correct"].where(picked["score"].notna(), other=False)
-            values["accuracy", "best_of_n"] = np.array(right, dtype=np.float64)
-        values["invalid_rate", ""] = np.array(picked["prediction"].isna(), dtype=np.float64)
+        # a question none of whose rollouts has a score has no pick
+        right = picked["correct"].where(picked["score"].notna(), other=False)
         diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
-        if budget > 1 and all(value is not None for value in diversity_Q):
-            values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)
-        values["latent_steps", ""] = steps_QN[:, :budget].sum(1).astype(np.float64)
-        values["answer_tokens", ""] = picked["answer_tokens"].to_numpy(dtype=np.float64)
-        values["gflops", ""] = np.array(gflops_Q)
         measured = {}
         if budget == max(drawn.winners.picks):
             sums = pd.concat([rollouts[list(MEASURED_SUMS)], drawn.winners.decoding.iloc[places]])
             measured = measured_figures(sums, rollouts, len(pick_Q), budget)
-        figures.append(Figures(budget, budget, values, measured))
+        figures.append(
+            Figures.of(
+                budget, budget, measured,
+                accuracy={"best_of_n": np.array(right, dtype=np.float64)} if has_gold(spec.questions) else None,
+                invalid_rate=np.array(picked["prediction"].isna(), dtype=np.float64),
+                diversity=None if None in diversity_Q else np.array(diversity_Q, dtype=np.float64),
+                latent_steps=steps_QN[:, :budget].sum(1).astype(np.float64),
+                answer_tokens=picked["answer_tokens"].to_numpy(dtype=np.float64),
+                gflops=np.array(gflops_Q),
+            )
+        )  # fmt: skip
     return figures
 
 
