@@ -309,7 +309,9 @@ def check_run(request: RunRequest) -> RunSpec:
     scorer = None if isinstance(scorer, NoScorer) or (is_adaptive(budget) and not budget.needs_score) else scorer
     check_search(request, schedule, scorer)
     if schedule.verified:
-        check_comparable(decode, budget)
+        require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
+        why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
+        require("budget", budget.name, not is_adaptive(budget), why)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
     check_exit(schedule, adapter, request.max_answer_tokens)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
@@ -320,9 +322,12 @@ def check_run(request: RunRequest) -> RunSpec:
     if not has_gold(questions):
         name = request.task.name
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
-    settled = {"schedule": schedule, "budget": budget, "scorer": scorer, "aggregators": aggregators}
+    settled: dict[str, Any] = {
+        "schedule": schedule, "budget": budget, "scorer": scorer, "aggregators": aggregators,
+        "n": needed_rollouts(request),
+    }  # fmt: skip
     spec = RunSpec(
-        **vars(request) | settled | {"n": needed_rollouts(request)},
+        **vars(request) | settled,
         draft=found_draft(schedule, adapter),
         planned=planned,
         planned_on=planned_on,
@@ -501,17 +506,6 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
     refuse_early_exit(schedule, f"must be null: search={search.name} grows rollouts of equally many latents")
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
-
-
-def check_comparable(decode: str, budget: Budget) -> None:
-    """Check that every rollout can be compared, as `schedule.verify` does.
-
-    Raises:
-        UsageError: one cannot.
-    """
-    require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
-    why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
-    require("budget", budget.name, not is_adaptive(budget), why)
 
 
 def check_exit(schedule: Schedule, adapter: ModelAdapter, max_answer_tokens: int) -> None:
