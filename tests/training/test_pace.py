@@ -1,6 +1,7 @@
 """Runs by the clock: what counts, what is logged, and that a log repeats them."""
 
 import json
+import threading
 from itertools import count
 from types import SimpleNamespace
 
@@ -168,3 +169,9 @@ def test_a_run_by_the_clock_is_repeated_bit_for_bit_by_its_log(ltts, place, monk
 )
 def test_what_is_no_pace_is_refused(place, more, words):
     check_refused(*TINY, "output=out", *more, words=words)
+
+
+def test_a_training_that_is_refused_leaves_no_thread_that_writes(place):
+    before = set(threading.enumerate())
+    check_refused(*TINY, "output=out", "optimization.batch_tokens=20", words=["or more: question"])
+    assert set(threading.enumerate()) == before

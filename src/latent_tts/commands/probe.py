@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.config.build import build
 from latent_tts.config.requests import engine_settings
 from latent_tts.errors import check_fields, require
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.probe_spec import chunks_to_try, schedules_to_try
 from latent_tts.pipeline.spec import encode_prompts, found_draft, reserved_positions
 from latent_tts.results import report, statistics
@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     """
     engine = engine_settings(cfg.engine)
     task: Task = build("task", cfg.task)
-    adapter: ModelAdapter = build("model", cfg.model)
+    adapter: CheckpointAdapter = build("model", cfg.model)
     check_fields("", cfg, directions="a positive integer", threshold="a positive number")
     require("tolerances", "[]", len(cfg.tolerances) > 0, "must be a list of numbers in [0, 1)")
     why = "must be a model without sweeps of its own, such as PCCoT has"

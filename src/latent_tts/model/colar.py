@@ -53,8 +53,8 @@ class Colar(CheckpointAdapter):
         """`###`, the most probable token after the last latent, or forced."""
         return [files.token_id(self.tokenizer, "###", self.folder)]
 
-    @cached_property
-    def stop_id(self) -> int:  # type: ignore[override]
+    @property
+    def stop_id(self) -> int:
         """`###`: a row ends its thinking when it is the most probable token."""
         return self.thinking_end_ids[0]
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine import quantization
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.device import resolve_device
@@ -19,13 +20,12 @@ from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.errors import UsageError, bad_value, require
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, RunSpec, exit_ids
 from latent_tts.results.files import settings_digest, whole_file
 from latent_tts.schedule import Schedule
-from latent_tts.scorer import Scorer
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _loaded: dict[str, tuple[tuple[str | None, ...], Any]] = {}
 
 
 def load_reasoner(
-    adapter: ModelAdapter, engine: EngineSettings, device: str, *, longest: int | None = None
+    adapter: CheckpointAdapter, engine: EngineSettings, device: str, *, longest: int | None = None
 ) -> Reasoner:
     """The adapter's model, loaded, quantised and proven; the last one is kept, since jobs of a sweep mostly share it.
 
@@ -60,7 +60,9 @@ def load_reasoner(
     return _keep_proven("model", adapter.name, where, key, load, prove_reasoner, longest)
 
 
-def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int, base: Reasoner | None = None) -> RewardModel:
+def load_scorer(
+    scorer: LatentRM, dtype: str, device: str, *, longest: int, base: Reasoner | None = None
+) -> RewardModel:
     """The scorer's model, loaded and proven; the last one is kept. See `load_reasoner`.
 
     Args:
@@ -88,7 +90,7 @@ def load_scorer_of(spec: RunSpec) -> RewardModel:
     return load_scorer(spec.given_scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
 
 
-def _kind(group: str, option: ModelAdapter | Scorer) -> str:
+def _kind(group: str, option: CheckpointAdapter | LatentRM) -> str:
     """The class of an option, and the fields that its model may depend on; in this package models depend on none."""
     kind = type(option)
     name = f"{kind.__module__}.{kind.__qualname__}"
@@ -192,7 +194,7 @@ def refuse_graphs(settings: EngineSettings, why: str) -> None:
 
 
 def rollout_plan(
-    adapter: ModelAdapter, max_answer_tokens: int, schedule: Schedule | None = None, forced_ids: Sequence[int] = ()
+    adapter: CheckpointAdapter, max_answer_tokens: int, schedule: Schedule | None = None, forced_ids: Sequence[int] = ()
 ) -> RolloutPlan:
     """What a rollout of the adapter's model consists of; without a schedule one latent is made after another."""
     plan = RolloutPlan(

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.draft import DraftFile
 from latent_tts.engine.attention import use_own_attention
 from latent_tts.engine.dependencies import PlainRecurrence, find_dependencies
@@ -16,7 +17,6 @@ from latent_tts.engine.device import synchronized_seconds
 from latent_tts.engine.draft import load_draft
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import LESS_MEMORY, computing
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs, rollout_plan
 from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.random.draw import Draw
@@ -100,7 +100,7 @@ def label(schedule: Speculative) -> str:
 
 
 def probe(
-    adapter: ModelAdapter,
+    adapter: CheckpointAdapter,
     engine: EngineSettings,
     prompts: Mapping[str, list[int]],
     *,

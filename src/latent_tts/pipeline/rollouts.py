@@ -25,7 +25,7 @@ from latent_tts.pipeline.scores import (
 )
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
-from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, RolloutCache
+from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, RolloutCache, check_writable
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import LatentsFile
@@ -169,11 +169,13 @@ def gather_rollouts(
     found: dict[Path, CachedRollouts] = {}
     for cache in entries(spec, key_of):
         if spec.refresh:
+            cache.require_writable("cache=refresh draws its rollouts again")
             cache.discard(wanted)
         found[cache.folder] = CachedRollouts.read(spec, cache, wanted, scored=scored)
         if found[cache.folder].complete:
             break
     else:
+        check_writable(spec.cache)
         from latent_tts.pipeline.drawing import find_computations
 
         ways = find_computations(spec, scored=spec.guided)
@@ -250,7 +252,12 @@ class CachedRollouts:
         dissimilarity: Mapping[tuple[str, int], np.ndarray] | None,
     ) -> RunRollouts:
         """Draw and score what is missing; see `gather_rollouts`."""
-        missing, scores, unscored = self.rows.missing(), self._settled_scores(spec), 0
+        missing = self.rows.missing()
+        if len(missing):
+            self.cache.require_writable(f"{len(missing)} rollouts are missing from it")
+        elif self.scores and not any(scores.rows.missing().empty for scores in self.scores):
+            self.cache.require_writable("scores of its rollouts are missing from it")
+        scores, unscored = self._settled_scores(spec), 0
         timeline: list[Span] = []
         if scores is not None:
             unscored = len(scores.rows.missing())
@@ -273,7 +280,7 @@ class CachedRollouts:
         if len(to_score) or len(to_keep):
             from latent_tts.pipeline.drawing import recompute_latents
 
-            score_cache = scores.open() if scores is not None else None
+            score_cache = scores.open() if scores is not None and len(to_score) else None
             timeline += recompute_latents(spec, score_cache, to_score, offsets, to_keep, kept)
             self._read()
         return RunRollouts(

@@ -19,19 +19,18 @@ from latent_tts.budget import AdaptiveBudget, Budget, is_adaptive
 from latent_tts.budget.adaptive import Adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.budget.rule.confidence import Confidence
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, check_device, check_fields, check_seed, is_whole, require
 from latent_tts.executor import Executor
 from latent_tts.executor.local import Local
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
 from latent_tts.schedule import OF_OTHERS, Schedule
 from latent_tts.schedule.auto import Auto
-from latent_tts.scorer import Scorer
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
 from latent_tts.search import Search
@@ -110,7 +109,7 @@ class DrawingRequest:
         executor: where rollouts are computed.
     """
 
-    adapter: ModelAdapter
+    adapter: CheckpointAdapter
     task: Task
     sampler: Sampler
     schedule: Schedule
@@ -145,7 +144,7 @@ class RunRequest(DrawingRequest):
 
     search: Search
     budget: Budget
-    scorer: Scorer | NoScorer
+    scorer: LatentRM | NoScorer
     aggregators: list[Aggregator]
     decode: str
     forced_prefix: str
@@ -178,7 +177,7 @@ class RunSpec(RunRequest):
         counts: rollouts of each of `questions`; None if each has as many.
     """
 
-    scorer: Scorer | None  # pyright: ignore[reportIncompatibleVariableOverride]
+    scorer: LatentRM | None  # pyright: ignore[reportIncompatibleVariableOverride]
     draft: DraftFile | None
     planned: dict[str, Any]
     planned_on: str | None
@@ -211,7 +210,7 @@ class RunSpec(RunRequest):
         return max(map(len, self.prompts.values())) + reserved_positions(self.adapter, self.max_answer_tokens)
 
     @property
-    def given_scorer(self) -> Scorer:
+    def given_scorer(self) -> LatentRM:
         """The scorer of a run that has one."""
         assert self.scorer is not None, "no scorer"
         return self.scorer
@@ -344,7 +343,7 @@ def check_run(request: RunRequest) -> RunSpec:
     return spec
 
 
-def check_sampler(sampler: Sampler, adapter: ModelAdapter) -> None:
+def check_sampler(sampler: Sampler, adapter: CheckpointAdapter) -> None:
     """Check that a sampler can draw from a model.
 
     Raises:
@@ -367,7 +366,7 @@ def check_sampler(sampler: Sampler, adapter: ModelAdapter) -> None:
     )
 
 
-def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) -> Schedule:
+def settle_schedule(schedule: Schedule, adapter: CheckpointAdapter, *, chosen: bool) -> Schedule:
     """The schedule that was requested, or the model's own.
 
     Args:
@@ -413,7 +412,7 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
     return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown, device
 
 
-def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
+def found_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | None:
     """The draft head of a schedule; None where it has none.
 
     Raises:
@@ -423,13 +422,13 @@ def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
     return None if path is None else find_draft(path, adapter.digest, adapter.latents)
 
 
-def require_steps(schedule: Schedule, adapter: ModelAdapter, why: str) -> None:
+def require_steps(schedule: Schedule, adapter: CheckpointAdapter, why: str) -> None:
     """Raise UsageError with the reason `why` unless the schedule makes one latent after another."""
     key, value = ("schedule", schedule.name) if adapter.own_schedule is None else ("model", adapter.name)
     require(key, value, schedule.stepwise, f"{why}, and parallel sweeps make all latents at once")
 
 
-def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
+def settle_scorer(request: RunRequest) -> LatentRM | NoScorer:
     """The scorer of the run, or the reason why there is none. The scorer's warnings are logged.
 
     Raises:
@@ -453,7 +452,7 @@ def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
     return scorer
 
 
-def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[Aggregator]:
+def settle_aggregators(request: RunRequest, scorer: LatentRM | NoScorer) -> list[Aggregator]:
     """The aggregators that can be reported; those that need scores get their temperature from the scorer.
 
     Default aggregators that cannot be reported are left out.
@@ -492,7 +491,7 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
     return best
 
 
-def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None) -> None:
+def check_search(request: RunRequest, schedule: Schedule, scorer: LatentRM | None) -> None:
     """Check that the search goes with the schedule, the scorer and `answer.decode`.
 
     Raises:
@@ -508,7 +507,7 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None)
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
 
 
-def check_exit(schedule: Schedule, adapter: ModelAdapter, max_answer_tokens: int) -> None:
+def check_exit(schedule: Schedule, adapter: CheckpointAdapter, max_answer_tokens: int) -> None:
     """Check that what `schedule.exit` looks at is no longer than an answer.
 
     Raises:
@@ -521,7 +520,7 @@ def check_exit(schedule: Schedule, adapter: ModelAdapter, max_answer_tokens: int
     require("schedule.exit_prefix", schedule.early_exit.prefix, beyond <= max_answer_tokens, allowed)
 
 
-def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
+def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
     """The requested budget; `fixed` in place of the default if a search keeps few of its rollouts.
 
     Raises:
@@ -539,7 +538,7 @@ def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: S
 
 
 def check_adaptive(
-    budget: AdaptiveBudget, decode: str, scorer: Scorer | NoScorer, aggregators: Sequence[Aggregator]
+    budget: AdaptiveBudget, decode: str, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]
 ) -> None:
     """Check that a run has what its budget looks at: every answer, scores, the aggregator.
 
@@ -571,7 +570,7 @@ def calibrated(
     budget: AdaptiveBudget,
     request: RunRequest,
     aggregators: Sequence[Aggregator],
-    scorer: Scorer | None,
+    scorer: LatentRM | None,
     questions: Sequence[Question],
 ) -> AdaptiveBudget:
     """The budget, with its rule calibrated if it needs that; see `calibration.calibrate_on_run`.
@@ -624,7 +623,7 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
         )
 
 
-def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[str, Sequence[int]]) -> None:
+def check_scorer_reads(scorer: LatentRM, adapter: CheckpointAdapter, prompts: Mapping[str, Sequence[int]]) -> None:
     """Check that a scorer has the positions and the vocabulary that the prompts need.
 
     Raises:
@@ -640,12 +639,12 @@ def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[s
     require("scorer.checkpoint", checkpoint, highest < tokens, why)
 
 
-def scorer_positions(scorer: Scorer) -> int:
+def scorer_positions(scorer: LatentRM) -> int:
     """Tokens of the longest sequence that a scorer takes."""
     return int(scorer.sizes["n_positions" if "n_embd" in scorer.sizes else "max_position_embeddings"])
 
 
-def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
+def reserved_positions(adapter: CheckpointAdapter, max_answer_tokens: int) -> int:
     """Positions that a rollout needs beyond its prompt.
 
     Raises:
@@ -663,7 +662,7 @@ def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
     return needed
 
 
-def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int) -> list[int]:
+def forced_answer_ids(adapter: CheckpointAdapter, prefix: str, max_answer_tokens: int) -> list[int]:
     """Token ids of `answer.forced_prefix`.
 
     Raises:
@@ -683,7 +682,7 @@ def refuse_early_exit(schedule: Schedule, allowed: str) -> None:
         raise bad_value("schedule.exit", schedule.early_exit.threshold, allowed)
 
 
-def exit_ids(adapter: ModelAdapter, schedule: Schedule) -> list[int]:
+def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
     """The tokens between a latent and the answer that `schedule.exit` is about, as if it were the last one.
 
     Raises:
@@ -697,7 +696,7 @@ def exit_ids(adapter: ModelAdapter, schedule: Schedule) -> list[int]:
         raise bad_value("schedule.exit_prefix", prefix, allowed) from error
 
 
-def encode_prompts(adapter: ModelAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:
+def encode_prompts(adapter: CheckpointAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:
     """Token ids of each question's prompt, by its id.
 
     Raises:

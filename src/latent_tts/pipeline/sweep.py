@@ -21,7 +21,7 @@ from latent_tts.results.run_folder import (
     SEED_COLUMNS,
     has_curve,
     join_tables,
-    name_weights_once,
+    name_once,
     read_tables,
     write_metrics,
 )
@@ -77,7 +77,7 @@ def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
         seeds; NaN where a rollouts table does not have the figure of each question, as with diversity.
     """
     rows = pd.concat([run.metrics.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
-    rows = name_weights_once(rows)
+    rows = name_once(rows)
     means = []
     for _, same in rows.groupby([*CURVE_COLUMNS, "aggregator", "n", "drawn", "metric"], sort=False, dropna=False):
         same = same.drop_duplicates("seed")
@@ -142,7 +142,7 @@ def finish(folder: Path, jobs: Sequence[SweepJob], build_aggregator: AggregatorB
     joined, means = write_joined(path, tables, build_aggregator)
     label_of = {job.folder: job.label for job in jobs}
     if means is None:  # jobs that are one run, but for what it costs, have a row each
-        table, shown = joined, name_weights_once(pd.concat(tables.values(), ignore_index=True))
+        table, shown = joined, name_once(pd.concat(tables.values(), ignore_index=True))
         labels = [label_of[folder] for folder, rows in tables.items() for _ in rows.index]
     else:
         table = shown = means

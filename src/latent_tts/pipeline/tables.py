@@ -26,6 +26,7 @@ from latent_tts.results.metrics import Figures, measured_figures, metric_rows, r
 from latent_tts.results.parts import release_memory
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.task import has_gold
+from latent_tts.text.answer import AnswerRule
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Float32, Floats, Question, RolloutArrays
 
@@ -286,17 +287,25 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "scorer": "" if scorer is None else scorer.name,
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,
-        "questions_digest": questions_digest(spec.questions),
+        "questions_digest": questions_digest(spec.questions, spec.task.rule),
         "weights_digest": "+".join(digests),
     }
-    paths = ("checkpoint", "scorer")  # the digest says whose weights, wherever they are
-    identity = {name: value for name, value in columns.items() if name not in paths} | {"n": spec.n}
+    names = (
+        "checkpoint",
+        "scorer",
+        "task",
+        "split",
+    )  # digests say whose weights and which questions, whatever the name
+    identity = {name: value for name, value in columns.items() if name not in names} | {"n": spec.n}
     return {"run_id": settings_digest(identity)[:12], **columns}
 
 
-def questions_digest(questions: Sequence[Question]) -> str:
-    """What identifies a question set, whatever it is called and in whichever order it is."""
-    return settings_digest({"questions": sorted([question.id, question.answer] for question in questions)})
+def questions_digest(questions: Sequence[Question], rule: AnswerRule) -> str:
+    """What identifies a question set and how its answers are read, whatever its name, its file and its order."""
+    content: dict[str, Any] = {"questions": sorted([question.id, question.answer] for question in questions)}
+    if rule != AnswerRule("decimal"):
+        content["rule"] = [rule.name, rule.tolerance]
+    return settings_digest(content)
 
 
 def diversities(dissimilarity_RT: Float32, n: int, first: int) -> list[float | None]:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine.attention import use_own_attention
 from latent_tts.engine.dependencies import PlainRecurrence, find_dependencies
 from latent_tts.engine.lens import read_latents
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import LESS_MEMORY, UsageError, computing
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.drawer import Drawer, places_of
 from latent_tts.pipeline.drawing import jobs_of
 from latent_tts.pipeline.models import find_device, refuse_graphs
@@ -87,7 +87,7 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
     )
 
 
-def step_results(adapter: ModelAdapter, question: Question) -> list[tuple[int, str, int]]:
+def step_results(adapter: CheckpointAdapter, question: Question) -> list[tuple[int, str, int]]:
     """The results of a question's written steps that are one token: number of the step, text, id of the token."""
     found = []
     for number, step in enumerate(question.steps):

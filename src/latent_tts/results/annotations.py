@@ -117,6 +117,7 @@ class AnnotationFolder:
             self.official = False
         else:
             record = self._read_settings()
+            self.settings = _at_place_of(self.settings, record["settings"])
             self._refuse_other_settings(record["settings"], self.settings)
             if COMPUTATION in record["settings"]:
                 self.settings[COMPUTATION] = record["settings"][COMPUTATION]
@@ -126,7 +127,7 @@ class AnnotationFolder:
                 self.complete = False
                 self._write_settings({})
             self._set_damaged_aside()
-            self._refuse_other_answers()
+            self._refuse_other_questions()
         parts = {_shard_of(part) for part in self._parts()}
         for shard in self._shards():  # stopped between a shard and its part of the index
             if shard.name not in parts:
@@ -134,7 +135,8 @@ class AnnotationFolder:
 
     def made_with(self, settings: Mapping[str, Any]) -> bool:
         """Whether these are its settings, however the reasoner was computed."""
-        return {name: value for name, value in self.settings.items() if name != COMPUTATION} == settings
+        own = {name: value for name, value in self.settings.items() if name != COMPUTATION}
+        return own == _at_place_of(settings, own)
 
     def settle_computation(self, way: Mapping[str, str]) -> None:
         """Record how the reasoner is computed; to be called before `add`, once the reasoner is loaded.
@@ -411,14 +413,28 @@ class AnnotationFolder:
                     f"{name}: {json.dumps(theirs)} there, {json.dumps(ours)} now"
                 )
 
-    def _refuse_other_answers(self) -> None:
+    def _refuse_other_questions(self) -> None:
+        ids = list(self._answers)
         for row in self._part_rows():
+            if row["index"] < len(ids) and ids[row["index"]] != row["question_id"]:
+                raise UsageError(
+                    f"{self._key}={self.path}: was made with other questions; choose another folder or remove it\n"
+                    f"question {row['index'] + 1}: {row['question_id']} there, {ids[row['index']]} now"
+                )
             ours, theirs = self._answers.get(row["question_id"]), row["answer"]
             if ours is not None and ours != theirs:
                 raise UsageError(
                     f"{self._key}={self.path}: question {row['question_id']} was labelled by another gold answer; "
                     f"choose another folder or remove it\nanswer: {json.dumps(theirs)} there, {json.dumps(ours)} now"
                 )
+
+
+def _at_place_of(settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that name the task's file as others do: which questions it has is told from the questions."""
+    task, there = settings.get("task"), found.get("task")
+    if not (isinstance(task, Mapping) and isinstance(there, Mapping)) or not {"path"} <= task.keys() & there.keys():
+        return dict(settings)
+    return {**settings, "task": {**task, "path": there["path"]}}
 
 
 def _wrong_shapes(shapes: Sequence[tuple[int, ...]], wanted: int | None) -> str | None:

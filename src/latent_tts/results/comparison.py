@@ -13,7 +13,7 @@ import pandas as pd
 from latent_tts.errors import UsageError, require
 from latent_tts.results import statistics
 from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
-from latent_tts.results.run_folder import UNKNOWN, is_complete, name_weights_once, read_run_metrics, run_folders
+from latent_tts.results.run_folder import UNKNOWN, is_complete, name_once, read_run_metrics, run_folders
 
 Side = dict[str, CompletedRun]  # by seed
 
@@ -46,7 +46,7 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
 
 def _require_one_curve(side: str, runs: Sequence[CompletedRun]) -> None:
     """Raise UsageError unless runs are seeds of each other."""
-    for name, values in name_weights_once(pd.DataFrame([run.curve for run in runs])).items():
+    for name, values in name_once(pd.DataFrame([run.curve for run in runs])).items():
         if values.nunique() > 1:
             one, other = 0, int((values != values[0]).argmax())
             raise UsageError(
@@ -91,7 +91,8 @@ def differences(
 
 def described_sides(a: Side, b: Side) -> tuple[str, str]:
     """What tells one side from the other, as in `sampler=dropout rate=0.1, `; empty where their settings are equal."""
-    curves = [_with_whole_sampler(next(iter(side.values())).curve) for side in (a, b)]
+    both = name_once(pd.DataFrame([next(iter(side.values())).curve for side in (a, b)]))
+    curves = [_with_whole_sampler({str(name): value for name, value in row.items()}) for _, row in both.iterrows()]
     names = [name for name in curves[0] if curves[0][name] != curves[1][name] and not name.endswith("_digest")]
     first, second = ("".join(f"{name}={curve[name]}, " for name in names if curve[name]) for curve in curves)
     return first, second
@@ -121,9 +122,10 @@ def _difference(
         digest_a, digest_b = (side[seed].curve["questions_digest"] for side in (a, b))
         unknown = any(digest.startswith(UNKNOWN) for digest in (digest_a, digest_b))
         gold_a, gold_b = (side[seed].golds for side in (a, b))
-        equal = digest_a == digest_b or unknown
-        if differ:
-            equal = not (gold_a and gold_b) or all(gold_a[one] == gold_b[one] for one in common)
+        if gold_a and gold_b:  # else one of them is of an earlier version
+            equal = all(gold_a[one] == gold_b[one] for one in common)
+        else:
+            equal = differ or digest_a == digest_b or unknown
         if not equal:
             raise UsageError(f"a and b have different gold answers (seed {seed}); compare runs on the same questions")
         values_a.append(per_a[common])

@@ -317,11 +317,16 @@ def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:
     return metrics.assign(questions_digest=metrics["questions_digest"].where(known, f"{UNKNOWN}, of " + origin))
 
 
-def name_weights_once(metrics: pd.DataFrame) -> pd.DataFrame:
-    """A table in which the checkpoint and scorer of equal weights have one path, since folders are moved and copied."""
-    known, named = metrics["weights_digest"] != "", metrics.copy()
-    for name in ("checkpoint", "scorer"):
-        named[name] = metrics[name].mask(known, metrics.groupby(["model", "weights_digest"])[name].transform("first"))
+def name_once(metrics: pd.DataFrame) -> pd.DataFrame:
+    """A table in which equal weights and equal question sets have one name: files are moved, linked and copied."""
+    named = metrics.copy()
+    for digest, same, names in (
+        ("weights_digest", ["model", "weights_digest"], ("checkpoint", "scorer")),
+        ("questions_digest", ["questions_digest"], ("task", "split")),
+    ):
+        known = (metrics[digest] != "") & ~metrics[digest].str.startswith(UNKNOWN)
+        for name in names:
+            named[name] = metrics[name].mask(known, metrics.groupby(same)[name].transform("first"))
     return named
 
 
@@ -467,5 +472,5 @@ def read_tables(folders: Iterable[Path]) -> dict[Path, pd.DataFrame]:
 
 def join_tables(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """The metrics of several runs in one table without repeated rows."""
-    joined = name_weights_once(pd.concat(tables, ignore_index=True))
+    joined = name_once(pd.concat(tables, ignore_index=True))
     return joined.drop_duplicates(["run_id", "aggregator", "n", "drawn", "metric"], ignore_index=True)

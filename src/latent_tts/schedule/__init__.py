@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class LatentModel(Protocol):
-    """What a schedule needs to know about a model; every `ModelAdapter` is one."""
+    """What a schedule needs to know about a model; every `CheckpointAdapter` is one."""
 
     @property
     def name(self) -> str:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latent_tts.checkpoint import files, reward_adapter
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import bad_value, is_number, require
-from latent_tts.model import ModelAdapter
 from latent_tts.types import Floats, Reasoner, RewardModel
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class LatentRM:
         """Its tokenizer; only `positions=official` reads it."""
         return files.load_tokenizer(self.folder, key=KEY)
 
-    def check(self, reasoner: ModelAdapter, sampler: Mapping[str, Any]) -> list[str]:
+    def check(self, reasoner: CheckpointAdapter, sampler: Mapping[str, Any]) -> list[str]:
         """Check every file, reading only the headers of the weights.
 
         Args:
@@ -211,7 +211,7 @@ class LatentRM:
         _ = self.reduction, self.temperature
         return self._differences(reasoner, sampler)
 
-    def _differences(self, reasoner: ModelAdapter, sampler: Mapping[str, Any]) -> list[str]:
+    def _differences(self, reasoner: CheckpointAdapter, sampler: Mapping[str, Any]) -> list[str]:
         warnings = []
         digest = self.trained.get("reasoner")
         if digest is not None and digest != reasoner.digest:

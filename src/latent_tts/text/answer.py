@@ -16,7 +16,7 @@ RULES = {"decimal": "a number", "latex": "a LaTeX expression with a value", "wor
 
 
 class AnswerFormat(Protocol):
-    """Where a family of reasoners writes its answers; a part of `latent_tts.model.ModelAdapter`."""
+    """Where a family of reasoners writes its answers; a part of `latent_tts.checkpoint.adapter.CheckpointAdapter`."""
 
     def answer_span(self, answer_text: str) -> str | None:
         """The part of a generated text that contains the answer, unchanged; None if there is none."""

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -158,17 +159,26 @@ class ResumableTrainer(Trainer):
         last = last_state(states)
         if last is not None:
             log.info("resuming from %s", last)
-        writer = SummaryWriter(str(states / "tensorboard")) if self.is_world_process_zero() else None
-        board = TensorBoardCallback(writer)
-        self.add_callback(board)
-        with self.updates.deferring_ctrl_c(), self._naming(last):
+        with self.updates.deferring_ctrl_c(), self._naming(last), self._tensorboard(states / "tensorboard"):
             self.train(resume_from_checkpoint=str(last) if last else None)
-        self.remove_callback(board)
         if self.updates.interrupted:
             update, total = self.state.global_step, self.state.max_steps
             raise KeyboardInterrupt(
                 f"the state after update {update} of {total} is saved in {states}; re-run the command to resume"
             )
+
+    @contextmanager
+    def _tensorboard(self, folder: Path) -> Iterator[None]:
+        """Log to TensorBoard within the block; its writer's thread ends with the block."""
+        writer = SummaryWriter(str(folder)) if self.is_world_process_zero() else None
+        board = TensorBoardCallback(writer)
+        self.add_callback(board)
+        try:
+            yield
+        finally:
+            self.remove_callback(board)
+            if writer is not None:
+                writer.close()  # Trainer closes it only at the end of a training
 
     @contextmanager
     def _naming(self, state: Path | None) -> Iterator[None]:
@@ -191,6 +201,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a state, and the digests of its files."""
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.is_world_process_zero():
             write_digests(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
@@ -270,15 +281,6 @@ class _UpdateCallback(TrainerCallback):
             self.report(state.global_step, self.logged | {"loss": sum(losses) / len(losses)})
         except KeyboardInterrupt:
             self.interrupted = True
-        self.interrupted = _in_any_process(self.interrupted, args)
+        self.interrupted = any(gather_object([self.interrupted]))  # all processes act on it after the same update
         if self.interrupted:
             control.should_save = control.should_training_stop = True
-
-
-def _in_any_process(flag: bool, arguments: TrainingArguments) -> bool:
-    """Whether the flag is set in any process, so that all processes act on it after the same update."""
-    if arguments.world_size == 1:
-        return flag
-    flags = torch.tensor(int(flag), device=arguments.device)
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return bool(flags.item())

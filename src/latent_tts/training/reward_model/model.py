@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from latent_tts.checkpoint import reward_adapter
-from latent_tts.model import ModelAdapter
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.recompute import recomputing_blocks
 from latent_tts.training.trainer import trained_parameters
@@ -136,7 +136,7 @@ class LatentRMModule(nn.Module):
         for _, parameter in trained_parameters(self):
             parameter.copy_(parameter.to(dtype))
 
-    def write(self, folder: Path, adapter: ModelAdapter, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
+    def write(self, folder: Path, adapter: CheckpointAdapter, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
         """Write the checkpoint: weights, the reasoner's tokenizer, and its config with `latent_rm: record`.
 
         An adapter is written without the reasoner's weights; the record names its checkpoint as `base`.
