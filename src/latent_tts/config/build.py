@@ -51,8 +51,13 @@ def defaults_of(command: str) -> list[Any]:
 
 
 def output_dir() -> Path:
-    """The folder of the running job."""
-    return Path(HydraConfig.get().runtime.output_dir)
+    """The folder of the running job, as it is printed; see `from_here`."""
+    return from_here(Path(HydraConfig.get().runtime.output_dir))
+
+
+def from_here(path: Path) -> Path:
+    """A path, relative to the working folder if it lies in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def in_sweep() -> bool:
@@ -76,7 +81,7 @@ def remove_record() -> None:
         if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == folder.absolute():
             logging.getLogger().removeHandler(handler)
             handler.close()
-    if not any(folder.iterdir()) and folder != Path.cwd():
+    if not any(folder.iterdir()) and folder != Path():
         folder.rmdir()
 
 
