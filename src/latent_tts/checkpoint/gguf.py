@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.errors import RunError, UsageError, bad_value, is_whole, require
 from latent_tts.types import file_digest
 
 log = logging.getLogger(__name__)
@@ -259,6 +259,11 @@ def convert(file: Path, folder: Path, key: str) -> None:
     lm.hf_quantizer = None
     lm.is_quantized = False
     lm.save_pretrained(folder)
+    for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):  # transformers 5.17 takes wrong ones
+        token = read_field(file, f"tokenizer.ggml.{field}_token_id", key)
+        tokenizer.init_kwargs.pop(f"{name}_token_id", None)
+        if is_whole(token) and 0 <= token < len(tokenizer):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
     tokenizer.save_pretrained(folder)
     _write_splitting(folder / "tokenizer.json", read_field(file, "tokenizer.ggml.pre", key), file)
 

@@ -30,6 +30,9 @@ from latent_tts.config.schemas import SCHEMAS
 from latent_tts.errors import LatentTTSError, UsageError, bad_value, is_whole, require, unknown_key
 from latent_tts.results.files import LOCK
 
+# groups whose settings tell one curve from another; their modules import no torch
+IN_CURVES = {"aggregator", "budget", "model", "sampler", "schedule", "scorer", "search", "task"}
+
 
 @cache
 def register_schemas() -> None:
@@ -210,7 +213,9 @@ def spell_numbers_alike(cfg: DictConfig) -> None:
             if "float" in kinds and "int" not in kinds and repr(value) != repr(node[name]):
                 OmegaConf.update(cfg, f"{place}{name}", value)
 
-    walk("", values)
+    assert isinstance(values, dict)
+    for group in IN_CURVES & values.keys():
+        walk(f"{group}.", values[group])
 
 
 def _as_floats(value: Any) -> Any:
