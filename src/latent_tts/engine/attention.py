@@ -160,7 +160,9 @@ class SharedPrefixCache:
 
         def part(tensor: Tensor) -> Tensor:
             new = self._new_suffix(tensor, rows.shape[0])
-            new[:, :, : self.used] = tensor[:, :, : self.used].index_select(0, rows)
+            if self.used:
+                slots, new_slots = (each.permute(2, 0, 1, 3)[: self.used] for each in (tensor, new))
+                torch.index_select(slots, 1, rows, out=new_slots)
             return new
 
         return SharedPrefixCache(
@@ -174,8 +176,14 @@ class SharedPrefixCache:
         )
 
     def _new_suffix(self, like: Tensor, rows: int) -> Tensor:
-        """Memory for keys or values (rows, H, C, K)."""
+        """Memory for keys or values (rows, H, C, K), on a CPU slot by slot.
+
+        A pass then writes one piece of memory, and reads pieces from their beginning to their end. Row by row, what it
+        writes would lie in as many pages as there are rows.
+        """
         _, heads, _, width = like.shape
+        if like.device.type == "cpu":
+            return like.new_empty(self.capacity, rows, heads, width).permute(1, 2, 0, 3)
         return like.new_empty(rows, heads, self.capacity, width)
 
     def _prefixes_of(self, questions: Tensor) -> list[list[Piece]]:
@@ -206,7 +214,7 @@ class SharedPrefixCache:
         if part.device.type != "cpu" or part.element_size() > 2 or part.is_contiguous():
             return part
         if self._work is None:
-            self._work = torch.empty_like(self.suffix[0][0]).flatten()
+            self._work = part.new_empty(self.suffix[0][0].numel())
         return self._work[: part.numel()].view(part.shape).copy_(part)
 
 
