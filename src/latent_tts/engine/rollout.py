@@ -183,7 +183,7 @@ class Engine:
 
     def _drafts(self, prompts: list[list[int]], draw: Draw, sampler: Sampler) -> Tensor | None:
         """What the schedule's guesses are made of, where that is other rollouts of the questions: their latents."""
-        guess = self.plan.schedule.first_guess
+        guess = self.plan.schedule.guess
         if guess not in OF_OTHERS:
             return None
         rollouts = draw.rollouts_R.shape[0] // len(prompts)
