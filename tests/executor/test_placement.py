@@ -1,11 +1,14 @@
 """Where the workers of `executor=ray` are placed, and what it does when Ray fails; Ray itself is simulated."""
 
 import pickle
+import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -304,9 +307,19 @@ def test_a_worker_that_ray_ends_for_memory_is_named_by_its_machine_with_what_nee
         pool._lose(1, OSError(OUT_OF_MEMORY))
 
 
-def test_a_cluster_that_asks_for_a_token_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        ("RPC error: InvalidAuthToken: missing", "the cluster asks for a token; set RAY_AUTH"),
+        (
+            "No node info found matching attributes: '' when trying to resolve node to connect to.",
+            r"this machine does not belong to the cluster; `ray start --address=10\.0\.0\.1:6379` adds it",
+        ),
+    ],
+)
+def test_a_cluster_that_asks_for_a_token_or_is_that_of_other_machines_is_named(monkeypatch, cause, words):
     def refuse(**_):
-        raise ConnectionError("Failed to connect") from RuntimeError("RPC error: InvalidAuthToken: missing")
+        raise ConnectionError("Failed to connect") from RuntimeError(cause)
 
     simulated = SimulatedRay(0)
     monkeypatch.setattr(simulated, "init", refuse)
@@ -314,5 +327,31 @@ def test_a_cluster_that_asks_for_a_token_is_named(monkeypatch):
     monkeypatch.setattr(executor, "_say_if_ended", lambda: None)
     for name in executor.SILENT:
         monkeypatch.setenv(name, "0")
-    with pytest.raises(UsageError, match=r"10\.0\.0\.1:6379: the cluster asks for a token; set RAY_AUTH"):
+    with pytest.raises(UsageError, match=rf"10\.0\.0\.1:6379: {words}"):
         executor._connect("10.0.0.1:6379")
+
+
+def test_a_command_ends_soon_after_the_process_that_makes_its_machine_a_node_of_the_cluster(monkeypatch):
+    """Cut off from the cluster, Ray waits for ever."""
+    ended, simulated = threading.Event(), SimulatedRay(0)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        infos = [("raylet", ["raylet", "--node_id=ab12"]), ("raylet", ["raylet", "--node_id=other"]), ("sh", ["ab12"])]
+        found = [psutil.Process(process.pid), psutil.Process(), psutil.Process()]
+        for each, (name, cmdline) in zip(found, infos, strict=True):
+            each.info = {"name": name, "cmdline": cmdline}  # pyright: ignore[reportAttributeAccessIssue]
+        monkeypatch.setattr("psutil.process_iter", lambda attrs: found)
+        monkeypatch.setattr(simulated, "init", lambda **_: None)
+        monkeypatch.setattr(simulated, "is_initialized", lambda: not ended.is_set(), raising=False)
+        context = SimpleNamespace(get_node_id=lambda: "ab12")
+        monkeypatch.setattr(simulated, "get_runtime_context", lambda: context, raising=False)
+        monkeypatch.setattr(executor, "_ray", lambda: simulated)
+        monkeypatch.setattr(executor, "_say_if_ended", lambda: None)
+        monkeypatch.setattr(executor, "SECONDS_BETWEEN_LOOKS", 0.01)
+        monkeypatch.setattr(executor, "SECONDS_TO_END", 0.0)
+        monkeypatch.setattr("os._exit", lambda code: ended.set())
+        for name in executor.SILENT:
+            monkeypatch.setenv(name, "0")
+        executor._connect("10.0.0.1:6379")
+        assert not ended.wait(0.1)
+        process.kill()
+        assert ended.wait(10)

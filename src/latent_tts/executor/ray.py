@@ -44,7 +44,7 @@ OUT_OF_MEMORY = (
     "Ray ended the processes of workers because the memory of {where} is nearly full; fewer executor.workers or a "
     "smaller engine.rows need less"
 )
-NODE = ("gcs_server", "raylet")  # without these processes a local Ray is gone
+NODE = ("gcs_server", "raylet")  # the processes of a local Ray; a machine of a cluster has the latter
 # Ray ends the process of a driver whose node is gone, without a word: a shell then says it in its place
 ENDED = "error: the command was killed, or ended by Ray because Ray's node is gone; re-run the command to resume"
 WATCH = f'read -r end || echo "{ENDED}" >&2'
@@ -363,6 +363,7 @@ def _connect(address: str | None) -> None:
     try:
         if address is not None:
             ray.init(address=address, **common)
+            _end_with(_raylets(ray.get_runtime_context().get_node_id()))
             return
         store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
         # without `local` it would be the cluster of this machine, or of RAY_ADDRESS
@@ -371,13 +372,22 @@ def _connect(address: str | None) -> None:
     except Exception as error:  # of any class: a node that is slow to start is a plain Exception
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
         why = f"Ray cannot be started ({' '.join(str(error).split())[:200]})"
-        if "InvalidAuthToken" in "".join(traceback.format_exception(error)):
+        said = "".join(traceback.format_exception(error))
+        if "InvalidAuthToken" in said:
             why = "the cluster asks for a token; set RAY_AUTH_MODE=token, and have its token on this machine, too"
+        if "No node info found" in said:
+            why = f"this machine does not belong to the cluster; `ray start --address={address}` adds it"
         raise bad_value(key, value, why) from error
 
 
+def _raylets(node_id: str) -> list[psutil.Process]:
+    """The process on this machine that makes it a node of a cluster."""
+    found = psutil.process_iter(["name", "cmdline"])
+    return [each for each in found if each.info["name"] == NODE[1] and node_id in " ".join(each.info["cmdline"] or ())]
+
+
 def _end_with(processes: Sequence[psutil.Process]) -> None:
-    """Watch the processes of the local Ray: without them a driver waits for ever, so this one ends soon after."""
+    """Watch processes of Ray on this machine: without them a driver waits for ever, so this one ends soon after."""
 
     def is_gone(process: psutil.Process) -> bool:
         try:
