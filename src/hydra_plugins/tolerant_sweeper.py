@@ -31,6 +31,7 @@ class TolerantSweeper(BasicSweeper):
             JobsFailed: at least one job failed.
         """
         # Hydra imports this file for every command: what only sweeps need is imported here
+        from latent_tts.config.build import from_here
         from latent_tts.pipeline.sweep import SweepJob
         from latent_tts.results.report import warnings_once
 
@@ -57,7 +58,7 @@ class TolerantSweeper(BasicSweeper):
             own = [override for override in job if override not in common]
             return f"job {' '.join(own)}: " if own else ""
 
-        folder = Path(self.config.hydra.sweep.dir)
+        folder = from_here(Path(self.config.hydra.sweep.dir))
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         codes, log_file = [0], folder / f"{self.config.hydra.job.name}.log"
@@ -86,7 +87,7 @@ class TolerantSweeper(BasicSweeper):
                     report_failure(result._return_value, job)
                     refused = cli.is_refused(result._return_value)
                 if result.hydra_cfg is not None and not refused:
-                    ran = Path(result.hydra_cfg.hydra.runtime.output_dir)
+                    ran = from_here(Path(result.hydra_cfg.hydra.runtime.output_dir))
                     configs.append(result.cfg)
             finished.append(SweepJob([override for override in job if override not in common], ran))
         if hasattr(command, "finish_sweep"):

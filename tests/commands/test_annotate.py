@@ -137,6 +137,24 @@ def test_a_labelled_question_whose_gold_answer_has_changed_is_named(annotate, tm
     check(annotate(*line), f"question {entry.question_id}", 'answer: "7" there, "8" now')
 
 
+def test_questions_are_told_from_their_texts_not_from_the_path_of_their_file(annotate, tmp_path):
+    def write(name, *counts):
+        rows = [{"question": f"Ann has {n} pens. How many pens does Ann have?", "answer": n} for n in counts]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("q.jsonl", 3, 4)
+    write("other.jsonl", 5)
+    line = ("keep=all", "task=jsonl", "task.split=train", "task.limit=null")
+    first = annotate(*line, f"task.path={tmp_path / 'q.jsonl'}", "task.limit=1")
+    assert first.code == 0, first.err
+    (tmp_path / "link.jsonl").symlink_to("q.jsonl")
+    for path in ("q.jsonl", "./q.jsonl", "link.jsonl"):
+        again = annotate(*line, f"task.path={path}")
+        assert again.code == 0, again.err
+        assert f"{1 if path == 'q.jsonl' else 2} of 2 questions are in" in again.err
+    check(annotate(*line, "task.path=other.jsonl"), "was made with other questions", "question 1:")
+
+
 def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):
     few = ["annotate.annotations.limit=8", "annotate.valid_annotations.limit=6"]
     few += [f"annotate.{key}.{one}" for key in ("annotations", "valid_annotations") for one in ("n=4", "completions=1")]

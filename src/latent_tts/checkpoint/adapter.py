@@ -191,7 +191,7 @@ class CheckpointAdapter:
     @cached_property
     def identity(self) -> str:
         """`digest`, and a digest of prompts and end tokens where files that it leaves out say what they are."""
-        of_config = files.eos_ids(self.folder, self.config, self.tokenizer)["config.json"]
+        of_config = self._special_ids("eos")["config.json"]
         beside = any((self.folder / name).is_file() for name in files.BESIDE_TOKENIZER)
         if not beside and set(self.eos_ids) == set(of_config):
             return self.digest
@@ -255,7 +255,7 @@ class CheckpointAdapter:
         """
         if self.eos is not None:
             return self._chosen_eos(self.eos if isinstance(self.eos, list | tuple) else [self.eos])
-        named = files.eos_ids(self.folder, self.config, self.tokenizer)
+        named = self._special_ids("eos")
         of_tokenizer = named["tokenizer_config.json"]
         of_config = named["config.json"]
         first = of_config if len(of_config) == 1 else of_tokenizer or of_config or named["generation_config.json"]
@@ -266,9 +266,12 @@ class CheckpointAdapter:
             f"none of {', '.join(named)} names the token that ends an answer\nname it, as in model.eos='<|im_end|>'",
         )
         markers = {self.tokenizer.token_to_id(token) for token in files.LATENT_TOKENS}
-        markers |= files.pad_ids(self.folder, self.config, self.tokenizer)
+        markers.update(*self._special_ids("pad").values())
         everything = dict.fromkeys([first[0], *(token for ids in named.values() for token in ids)])
         return tuple(token for token in everything if token == first[0] or token not in markers)
+
+    def _special_ids(self, kind: str) -> dict[str, list[int]]:
+        return files.special_ids(kind, self.folder, self.config, self.tokenizer)
 
     def _chosen_eos(self, tokens: Sequence[Any]) -> tuple[int, ...]:
         ids = []
@@ -282,8 +285,7 @@ class CheckpointAdapter:
 
     def _warn_of_other_eos(self) -> None:
         """Warn once where the checkpoint's files name different end tokens."""
-        named = files.eos_ids(self.folder, self.config, self.tokenizer)
-        said = {name: set(ids) for name, ids in named.items() if ids}
+        said = {name: set(ids) for name, ids in self._special_ids("eos").items() if ids}
         if self.eos is None and any(ids != set(self.eos_ids) for ids in said.values()):
             listed = ", ".join(f"{name} has {sorted(ids)}" for name, ids in said.items())
             log.warning(
@@ -309,19 +311,15 @@ class CheckpointAdapter:
         unknown = self._unknown_id
         if unknown is not None and unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(unknown)]
+            known = [token for token in sorted(self.tokenizer.get_vocab()) if re.fullmatch(r"[A-Za-z]+", token)]
+            shown = [*known[:MAX_WORDS], *["..."] * (len(known) > MAX_WORDS)]
             raise UsageError(
                 f"question {question.quoted}: the word {text[start:end]!r} is not in the vocabulary of "
                 f"model={self.name}\na word-level model reads only the words of its own task: numbers and "
-                f"{' '.join(self._known_words)}\n`ltts ask --example` asks a question of the built-in reasoners; "
+                f"{' '.join(shown)}\n`ltts ask --example` asks a question of the built-in reasoners; "
                 "for other words use a checkpoint with a subword tokenizer"
             )
         return encoding.ids
-
-    @property
-    def _known_words(self) -> list[str]:
-        """The first words of the vocabulary, without numbers and special tokens."""
-        words = [token for token in sorted(self.tokenizer.get_vocab()) if re.fullmatch(r"[A-Za-z]+", token)]
-        return words if len(words) <= MAX_WORDS else [*words[:MAX_WORDS], "..."]
 
     @cached_property
     def _unknown_id(self) -> int | None:

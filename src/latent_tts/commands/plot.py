@@ -15,7 +15,7 @@ from latent_tts.results.run_folder import (
     METRICS_OVER_SEEDS,
     check_file,
     last_run,
-    name_weights_once,
+    name_once,
     read_metrics,
     tell_apart,
 )
@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
             output.suffix.removeprefix(".") in plot.FORMATS,
             "must be a file that ends in .png, .svg or .pdf",
         )
-        draw(tables, name_weights_once(pd.concat(frames, ignore_index=True)), [output], cfg.against)
+        draw(tables, name_once(pd.concat(frames, ignore_index=True)), [output], cfg.against)
         return
     for table in tables:
         name, against = "figure" if table.name == RESULTS else "scaling", cfg.against

@@ -48,8 +48,13 @@ def defaults_of(command: str) -> list[Any]:
 
 
 def output_dir() -> Path:
-    """The folder of the running job."""
-    return Path(HydraConfig.get().runtime.output_dir)
+    """The folder of the running job, as it is printed; see `from_here`."""
+    return from_here(Path(HydraConfig.get().runtime.output_dir))
+
+
+def from_here(path: Path) -> Path:
+    """A path, relative to the working folder if it lies in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def in_sweep() -> bool:
@@ -68,7 +73,7 @@ def remove_record() -> None:
     folder, own = output_dir(), {hydra_cfg.output_subdir, f"{hydra_cfg.job.name}.log", LOCK}
     if {path.name for path in folder.iterdir()} <= own:
         shutil.rmtree(folder / hydra_cfg.output_subdir)
-    if not any(folder.iterdir()) and folder != Path.cwd():
+    if not any(folder.iterdir()) and folder != Path():
         folder.rmdir()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from latent_tts.engine.head import rows_at_once
+
 TOKENS = 32  # that are distinguished; all others count as one
-LOGITS_AT_ONCE = 1 << 24
 
 
 class AnswerMovement:
@@ -29,7 +30,7 @@ class AnswerMovement:
             hidden_RD: final hidden states at the position before the answer's first token.
         """
         moved, token, share = [], [], []
-        at_once = max(1, LOGITS_AT_ONCE // self._vocabulary(hidden_RD))
+        at_once = rows_at_once(self._head, hidden_RD)
         for start in range(0, hidden_RD.shape[0], at_once):
             rows = slice(start, start + at_once)
             share_CV = self._head(hidden_RD[rows]).float().softmax(-1)
@@ -42,6 +43,3 @@ class AnswerMovement:
             share.append(found.values)
         self._token_RK, self._share_RK = torch.cat(token), torch.cat(share)
         return torch.cat(moved) if moved else None
-
-    def _vocabulary(self, hidden_RD: Tensor) -> int:
-        return int(self._head(hidden_RD[:1]).shape[1])

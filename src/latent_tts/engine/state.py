@@ -138,7 +138,7 @@ class KeyValueState:
 
     def prefill(self, embeddings_QLD: Tensor, lengths_Q: Tensor) -> Tensor:
         """Run prompts; each call adds questions. See `State.prefill`."""
-        start = 0 if self._cache.lengths_Q is None else len(self._cache.lengths_Q)
+        start = len(self._cache.lengths_Q)
         self._cache.add_questions(lengths_Q)
         questions, tokens, _ = embeddings_QLD.shape
         if tokens == 0:
@@ -157,7 +157,6 @@ class KeyValueState:
     def append(self, embeddings_RSD: Tensor, keep_first_R: Tensor | None = None) -> Tensor:
         """Append S tokens to every row; returns their final hidden states (R, S, D). See `State.append`."""
         cache, tokens = self._cache, embeddings_RSD.shape[1]
-        assert cache.lengths_Q is not None, "no prompts"
         cache.reserve(tokens, keep_first_R)
         positions_R1 = cache.lengths_Q.repeat_interleave(self.rollouts)[:, None]
         if self._position_offset_Q is not None:

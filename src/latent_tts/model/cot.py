@@ -16,6 +16,7 @@ from functools import cached_property
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.text.latex import closing
 from latent_tts.text.template import TemplateError, names_question, rendered
 from latent_tts.types import Question
 
@@ -138,12 +139,6 @@ class Cot(CheckpointAdapter):
 
 def _last_boxed(text: str) -> str | None:
     """What the last whole box of LaTeX in a text holds; None if there is none."""
-    start = text.rfind(BOXED)
-    if start < 0:
-        return None
-    depth, begin = 1, start + len(BOXED)
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[begin:place]
-    return None
+    begin = text.rfind(BOXED) + len(BOXED)
+    end = closing(text, begin - 1, "{", "}") if BOXED in text else None
+    return None if end is None else text[begin : end - 1]

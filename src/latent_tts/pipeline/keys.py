@@ -14,7 +14,7 @@ from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import bad_value
 from latent_tts.pipeline.code import DRAWING, FIELDS_NOT_IN_KEY, PACKAGE, SCORING, code_digests, computed_attributes
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.scorer import Scorer
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import COMPUTATIONS, SCORING_COMPUTATIONS, Computation
 
 FORMAT = 3  # of cache entries; those of others are not read
@@ -95,7 +95,7 @@ def model_key(adapter: CheckpointAdapter) -> dict[str, Any]:
     }
 
 
-def score_key(scorer: Scorer, dtype: str, n: int, computation: Computation) -> dict[str, Any]:
+def score_key(scorer: LatentRM, dtype: str, n: int, computation: Computation) -> dict[str, Any]:
     """Everything that determines a rollout's step scores besides the rollout.
 
     Args:

@@ -25,7 +25,7 @@ from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, RunSpec, exit_ids
 from latent_tts.results.files import settings_digest, whole_file
 from latent_tts.schedule import Schedule
-from latent_tts.scorer import Scorer
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,9 @@ def load_reasoner(
     return _keep_proven("model", adapter.name, where, key, load, prove_reasoner, longest)
 
 
-def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int, base: Reasoner | None = None) -> RewardModel:
+def load_scorer(
+    scorer: LatentRM, dtype: str, device: str, *, longest: int, base: Reasoner | None = None
+) -> RewardModel:
     """The scorer's model, loaded and proven; the last one is kept. See `load_reasoner`.
 
     Args:
@@ -88,7 +90,7 @@ def load_scorer_of(spec: RunSpec) -> RewardModel:
     return load_scorer(spec.given_scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
 
 
-def _kind(group: str, option: CheckpointAdapter | Scorer) -> str:
+def _kind(group: str, option: CheckpointAdapter | LatentRM) -> str:
     """The class of an option, and the fields that its model may depend on; in this package models depend on none."""
     kind = type(option)
     name = f"{kind.__module__}.{kind.__qualname__}"

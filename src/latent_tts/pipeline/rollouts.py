@@ -14,7 +14,7 @@ import pandas as pd
 from latent_tts.budget import Tally, is_adaptive, play
 from latent_tts.errors import RunError
 from latent_tts.pipeline.keys import latents_key, possible_computations, rollout_key
-from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, with_counts
+from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying
 from latent_tts.pipeline.scores import (
     CachedScores,
     Scores,
@@ -25,7 +25,7 @@ from latent_tts.pipeline.scores import (
 )
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
-from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, RolloutCache
+from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, RolloutCache, check_writable
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import LatentsFile
@@ -91,8 +91,7 @@ def draw_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
         RunError: a failure while drawing or scoring; what was computed stays in the cache.
     """
     if spec.decode == "winners":
-        thought = gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
-        return decode_winners(spec, thought)
+        return decode_winners(spec, gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents))
     if is_adaptive(spec.budget):
         return draw_in_rounds(spec, latents)
     return gather_rollouts(spec, rollout_key, spec.wanted(), latents=latents)
@@ -129,9 +128,8 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
 
     with reader:
         outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
-    total = sum(outcome.counts)
-    log.info("rounds: %d; rollouts: %d, %d of them drawn now", rounds, total, drawn_now)
-    ended = replace(with_counts(spec, outcome), refresh=False)
+    log.info("rounds: %d; rollouts: %d, %d of them drawn now", rounds, sum(outcome.counts), drawn_now)
+    ended = replace(spec, counts=outcome.counts, refresh=False)
     with report.in_round(rounds + 1):
         rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now
@@ -171,11 +169,13 @@ def gather_rollouts(
     found: dict[Path, CachedRollouts] = {}
     for cache in entries(spec, key_of):
         if spec.refresh:
+            cache.require_writable("cache=refresh draws its rollouts again")
             cache.discard(wanted)
         found[cache.folder] = CachedRollouts.read(spec, cache, wanted, scored=scored)
         if found[cache.folder].complete:
             break
     else:
+        check_writable(spec.cache)
         from latent_tts.pipeline.drawing import find_computations
 
         ways = find_computations(spec, scored=spec.guided)
@@ -252,7 +252,12 @@ class CachedRollouts:
         dissimilarity: Mapping[tuple[str, int], np.ndarray] | None,
     ) -> RunRollouts:
         """Draw and score what is missing; see `gather_rollouts`."""
-        missing, scores, unscored = self.rows.missing(), self._settled_scores(spec), 0
+        missing = self.rows.missing()
+        if len(missing):
+            self.cache.require_writable(f"{len(missing)} rollouts are missing from it")
+        elif self.scores and not any(scores.rows.missing().empty for scores in self.scores):
+            self.cache.require_writable("scores of its rollouts are missing from it")
+        scores, unscored = self._settled_scores(spec), 0
         timeline: list[Span] = []
         if scores is not None:
             unscored = len(scores.rows.missing())
@@ -275,7 +280,7 @@ class CachedRollouts:
         if len(to_score) or len(to_keep):
             from latent_tts.pipeline.drawing import recompute_latents
 
-            score_cache = scores.open() if scores is not None else None
+            score_cache = scores.open() if scores is not None and len(to_score) else None
             timeline += recompute_latents(spec, score_cache, to_score, offsets, to_keep, kept)
             self._read()
         return RunRollouts(

@@ -12,7 +12,7 @@ from latent_tts.checkpoint.draft import DraftFile
 from latent_tts.errors import RunError
 from latent_tts.executor import Executor
 from latent_tts.pipeline.code import PACKAGE, WHOLE, code_digests, computed_attributes, digest_of_package
-from latent_tts.scorer import Scorer
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import file_digest
 
 _checked: set[Hashable] = set()  # files of this machine that are the driver's
@@ -42,7 +42,7 @@ def check_code(code: Mapping[str, str]) -> None:
             raise RunError(f"it has another version of {package} than the driver")
 
 
-def check_weights(*options: CheckpointAdapter | Scorer | None) -> None:
+def check_weights(*options: CheckpointAdapter | LatentRM | None) -> None:
     """Raise RunError unless this machine has the driver's weights; options forget what they knew of its files."""
     for option in filter(None, options):
         computed, digest = computed_attributes(type(option)), option.digest

@@ -153,7 +153,7 @@ def _in_radians(text: str) -> str:
         start = function.end()
         if start < end:
             continue
-        stop = _closing(text, start)
+        stop = closing(text, start)
         if stop is None:
             number = IN_DEGREES.match(text, start)
             stop = number.end() if number else start
@@ -162,11 +162,11 @@ def _in_radians(text: str) -> str:
     return written + text[end:]
 
 
-def _closing(text: str, start: int) -> int | None:
-    """The end of the group that starts at a place of a text; None if there is none."""
+def closing(text: str, start: int, opening: str = "({", ending: str = ")}") -> int | None:
+    """The end of the group that a bracket at a place of a text starts; None if there is none."""
     depth = 0
-    for place in range(start, len(text) if text[start : start + 1] in ("(", "{") else start):
-        depth += (text[place] in "({") - (text[place] in ")}")
+    for place in range(start, len(text) if text[start : start + 1] in list(opening) else start):
+        depth += (text[place] in opening) - (text[place] in ending)
         if depth == 0:
             return place + 1
     return None

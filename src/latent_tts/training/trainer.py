@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -200,6 +201,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a state, and the digests of its files."""
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.is_world_process_zero():
             write_digests(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
@@ -279,15 +281,6 @@ class _UpdateCallback(TrainerCallback):
             self.report(state.global_step, self.logged | {"loss": sum(losses) / len(losses)})
         except KeyboardInterrupt:
             self.interrupted = True
-        self.interrupted = _in_any_process(self.interrupted, args)
+        self.interrupted = any(gather_object([self.interrupted]))  # all processes act on it after the same update
         if self.interrupted:
             control.should_save = control.should_training_stop = True
-
-
-def _in_any_process(flag: bool, arguments: TrainingArguments) -> bool:
-    """Whether the flag is set in any process, so that all processes act on it after the same update."""
-    if arguments.world_size == 1:
-        return flag
-    flags = torch.tensor(int(flag), device=arguments.device)
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return bool(flags.item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from itertools import count, islice
 
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import require
@@ -211,13 +211,9 @@ class Sequences:
 
     def fork(self) -> Sequences:
         """A copy that can be continued independently; it shares the keys and values so far."""
-        other = Sequences(self.lm)
-        other.mask = self.mask
-        for layer, part in enumerate(self.cache.layers):
-            assert isinstance(part, DynamicLayer)
-            assert part.keys is not None
-            assert part.values is not None
-            other.cache.update(part.keys, part.values, layer)
+        other = copy(self)
+        other.cache = copy(self.cache)
+        other.cache.layers = [copy(layer) for layer in self.cache.layers]  # they replace their tensors
         return other
 
 

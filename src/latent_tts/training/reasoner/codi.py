@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +63,9 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
 
 
 @torch.no_grad()
-def set_identity(projector: nn.Sequential, width: int, scale: float) -> None:
+def set_identity(projector: Any, width: int, scale: float) -> None:
     """Make the linear layers together the identity, since gelu(x) - gelu(-x) = x, and scale the output by `scale`."""
     first, second, norm = projector[1], projector[3], projector[4]
-    assert isinstance(first, nn.Linear)
-    assert isinstance(second, nn.Linear)
-    assert isinstance(norm, nn.LayerNorm)
     both = torch.cat([torch.eye(width), -torch.eye(width)])
     first.weight[: 2 * width], first.bias[: 2 * width] = both, 0.0
     second.weight.zero_()
@@ -106,23 +104,6 @@ class CodiObjective(CoconutObjective):
         projector.load_state_dict(tensors)
         self.own = nn.ModuleDict({PROJECTOR.removesuffix("."): projector.float().train()})
         self.next_latent = projector
-
-    def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
-        """Compute the latents.
-
-        Args:
-            rows: the prompts; all latents except the last are appended.
-            hidden_Q1D: final hidden state of each prompt's last token, from which the first latent is made.
-            latents: T.
-
-        Returns:
-            The latents (Q, S, D) that were not appended, here the last one (S = 1), and the hidden states (Q, T, D)
-            from which all latents were made.
-        """
-        thoughts = [hidden_Q1D]
-        for _ in range(latents - 1):
-            thoughts.append(rows.feed(self.next_latent(thoughts[-1])))
-        return self.next_latent(thoughts[-1]), torch.cat(thoughts, dim=1)
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
         """Without latents the teacher's cross-entropy, else the weighted sum of both cross-entropies and the distance.

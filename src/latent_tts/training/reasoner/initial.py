@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,16 +30,12 @@ def load_trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTr
 
 def embedding_table(lm: PreTrainedModel) -> Tensor:
     """The token embeddings (V, D), without gradients."""
-    layer = lm.get_input_embeddings()
-    assert isinstance(layer, nn.Embedding)
-    return layer.weight.detach()
+    return cast(nn.Embedding, lm.get_input_embeddings()).weight.detach()
 
 
 def lm_head(lm: PreTrainedModel) -> nn.Module:
     """The layer that makes logits of final hidden states."""
-    layer = lm.get_output_embeddings()
-    assert layer is not None
-    return layer
+    return cast(nn.Module, lm.get_output_embeddings())
 
 
 def write_initial_checkpoint(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:

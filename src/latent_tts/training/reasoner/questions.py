@@ -7,6 +7,7 @@ epoch, in an order that is keyed by (seed, epoch).
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import unicodedata
@@ -54,6 +55,12 @@ class TrainingQuestions:
         """Every text that training or validation may read, to find the vocabulary in use."""
         questions = [*self.finite, *self.valid]
         return [text for q in questions for text in (q.text, *(f"{step}\n" for step in q.steps), f"### {q.answer}")]
+
+    @property
+    def digest(self) -> str:
+        """What identifies the finite set and the validation questions, whatever their file and their order in it."""
+        parts = [sorted((q.id, q.answer, q.steps) for q in part) for part in (self.finite, self.valid)]
+        return text_digest(json.dumps(parts))
 
 
 def training_questions(task: Task, *, valid_questions: int, seed: int, step_results: bool) -> TrainingQuestions:
