@@ -251,8 +251,8 @@ def convert(file: Path, folder: Path, splitting: str | None, key: str) -> None:
     lm.hf_quantizer = None
     lm.is_quantized = False
     lm.save_pretrained(folder)
-    for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):  # transformers 5.17 takes wrong ones
-        token = read_field(file, f"tokenizer.ggml.{field}_token_id", key)
+    for name in ("bos", "eos", "pad"):  # transformers 5.17 gives the tokenizer others than the file has
+        token = getattr(lm.config, f"{name}_token_id")
         tokenizer.init_kwargs.pop(f"{name}_token_id", None)
         if is_whole(token) and 0 <= token < len(tokenizer):
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
