@@ -18,7 +18,7 @@ from latent_tts.pipeline.probe_spec import chunks_to_try, schedules_to_try
 from latent_tts.pipeline.spec import encode_prompts, found_draft, reserved_positions
 from latent_tts.results import report, statistics
 from latent_tts.results.dependency_figure import draw_dependencies
-from latent_tts.results.files import locked_folder, spreadsheet_cells, whole_file
+from latent_tts.results.files import locked_folder, whole_file, write_csv
 from latent_tts.schedule.auto import PLAN, Plan
 from latent_tts.schedule.speculative import Speculative
 from latent_tts.task import Task
@@ -57,12 +57,9 @@ def main(cfg: DictConfig) -> None:
             schedules=schedules, chunks=chunks, draft=draft, threshold=cfg.threshold, directions=cfg.directions,
             max_answer_tokens=cfg.max_answer_tokens,
         )  # fmt: skip
-        with whole_file(output / QUESTIONS) as path:
-            spreadsheet_cells(found.questions).to_csv(path, index=False, float_format="%.6g")
+        write_csv(output / QUESTIONS, found.questions, index=False, float_format="%.6g")
         latents = [str(place + 1) for place in range(len(found.relative_TT))]
-        with whole_file(output / DEPENDENCIES) as path:
-            table = pd.DataFrame(found.relative_TT, index=latents, columns=latents)
-            spreadsheet_cells(table).to_csv(path, float_format="%.4g")
+        write_csv(output / DEPENDENCIES, pd.DataFrame(found.relative_TT, latents, latents), float_format="%.4g")
         title = f"{adapter.name} on {task.name}, {len(prompts)} questions"
         draw_dependencies(found.relative_TT, title, output / FIGURE)
         chosen = found.recommended

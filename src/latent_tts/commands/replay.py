@@ -39,8 +39,7 @@ def main(cfg: DictConfig) -> None:
     with locked_folder(folder, "hydra.run.dir"):
         clear_run_folder(folder)
         tables = replaying.replay(spec, source, record)
-        seconds = time.perf_counter() - started
-        replaying.write_folder(folder, spec, tables, record, source, seconds)
+        replaying.write_folder(folder, spec, tables, record, source, time.perf_counter() - started)
     if not in_sweep():
         report.print_metrics(tables.metrics)
         print(folder / METRICS)

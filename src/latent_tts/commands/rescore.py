@@ -65,8 +65,7 @@ def main(cfg: DictConfig) -> None:
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     """The run's config with this command's scorer, aggregators, device, rows and cache in it."""
-    options = ("model", "task", "sampler", "schedule", "search", "budget")
-    merged = recorded_run(record, options, cfg)
+    merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "budget"), cfg)
     for key in ("scorer", "aggregator"):
         # unresolved, so that `${model...}` finds the run's model
         merged[key] = OmegaConf.create(OmegaConf.to_container(cfg[key], resolve=False))

@@ -49,8 +49,14 @@ from latent_tts.pipeline.models import (
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
-from latent_tts.results.cache import RolloutCache, ScoreCache, known_to_fit, remember_what_fits
-from latent_tts.results.direction_sums import read_direction_sums, write_direction_sums
+from latent_tts.results.cache import (
+    RolloutCache,
+    ScoreCache,
+    known_to_fit,
+    read_direction_sums,
+    remember_what_fits,
+    write_direction_sums,
+)
 from latent_tts.results.parts import PLACE, PartWriter, runs_of
 from latent_tts.results.run_folder import LatentsFile
 from latent_tts.results.timeline import Span
@@ -96,7 +102,7 @@ def draw(
         KeyboardInterrupt: with the number of rollouts that are kept.
     """
     jobs = jobs_of(spec, missing)
-    stage = Stage.of(spec, jobs, scored=scored)
+    stage = Stage(spec, max(len(job.prompt) for job in jobs), scored=scored)
     stage.log_work(jobs, answers=answers)
     write_computation(cache.folder, stage.workers[0].computations[0])
     if dissimilarity is None:
@@ -153,7 +159,7 @@ def recompute_latents(
     missing = pd.concat([unscored, unkept]).drop_duplicates().sort_index()
     jobs = shifted_jobs(jobs_of(spec, missing), offsets)
     scored = len(unscored) > 0
-    stage = Stage.of(spec, jobs, scored=scored)
+    stage = Stage(spec, max(len(job.prompt) for job in jobs), scored=scored)
     stage.log_recomputing(jobs, "scores" if scored else "latents.safetensors")
     to_score = set(unscored.itertuples(index=False, name=None))
     request = Request(answers=False, scored=scored, drawn=False, keeps=kept is not None)
@@ -277,11 +283,6 @@ class Stage:
         if len(ways) > 1:
             names = ", ".join(each.name for each in self.workers)
             raise RunError(f"the workers {names} compute the models in different ways, so their rollouts differ")
-
-    @classmethod
-    def of(cls, spec: RunSpec, jobs: Sequence[RolloutJob], *, scored: bool) -> Stage:
-        """The same for jobs that are known."""
-        return cls(spec, max(len(job.prompt) for job in jobs), scored=scored)
 
     @cached_property
     def _latents(self) -> str:

@@ -119,8 +119,7 @@ def rows_to_try(rollouts: int, bytes_per_row: int, device: str) -> Iterator[int]
 
 def _draw(engine: Engine, jobs: Sequence[RolloutJob], rows: int, sampler: Sampler, seed: int) -> Rollouts:
     """One batch."""
-    batch = next(batches(jobs, rows, max_prompts(engine.width, engine.device.type)))
-    return SEARCH.roll(engine, batch, sampler, seed)
+    return SEARCH.roll(engine, next(batches(jobs, rows, max_prompts(engine.width, engine.device.type))), sampler, seed)
 
 
 def _seconds(draw: Callable[[], Rollouts], deadline: float) -> tuple[float, Rollouts]:

@@ -167,8 +167,7 @@ def probe(
             path = len(found.critical_path(threshold))
             row |= {"critical_path": path, "potential": steps / max(path, 1), "growth": found.growth}
             bar.advance(1)
-        kind = torch.device(device).type
-        found = Probe(pd.DataFrame(rows), _mean(relative), schedules, chunked, device=kind)
+        found = Probe(pd.DataFrame(rows), _mean(relative), schedules, chunked, device=torch.device(device).type)
         if (recommended := found.recommended) is None:
             return found
         return replace(found, ratios=time_ratios(sequential, engines[recommended], prompts))

@@ -114,8 +114,7 @@ def rescore_rollouts(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> 
         "re-run the run's command to draw them again; keep_latents=true keeps latents in the run folder",
     )
     kept = read_rollouts(source)
-    ids = [question.id for question in spec.questions for _ in range(spec.n)]
-    if list(kept["question_id"]) != ids:
+    if list(kept["question_id"]) != [question.id for question in spec.questions for _ in range(spec.n)]:
         raise RunError(f"run={source}: the questions of its task have changed since that run")
     # a run folder does not have what was measured when rollouts were drawn
     found = kept.assign(row_key=wanted["row_key"], **dict.fromkeys(MEASURED, np.nan))

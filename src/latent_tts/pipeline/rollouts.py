@@ -14,7 +14,7 @@ import pandas as pd
 from latent_tts.budget import Tally, is_adaptive, play
 from latent_tts.errors import RunError
 from latent_tts.pipeline.keys import latents_key, possible_computations, rollout_key
-from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, with_counts
+from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying
 from latent_tts.pipeline.scores import (
     CachedScores,
     Scores,
@@ -91,8 +91,7 @@ def draw_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
         RunError: a failure while drawing or scoring; what was computed stays in the cache.
     """
     if spec.decode == "winners":
-        thought = gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
-        return decode_winners(spec, thought)
+        return decode_winners(spec, gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents))
     if is_adaptive(spec.budget):
         return draw_in_rounds(spec, latents)
     return gather_rollouts(spec, rollout_key, spec.wanted(), latents=latents)
@@ -129,9 +128,8 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
 
     with reader:
         outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
-    total = sum(outcome.counts)
-    log.info("rounds: %d; rollouts: %d, %d of them drawn now", rounds, total, drawn_now)
-    ended = replace(with_counts(spec, outcome), refresh=False)
+    log.info("rounds: %d; rollouts: %d, %d of them drawn now", rounds, sum(outcome.counts), drawn_now)
+    ended = replace(spec, counts=outcome.counts, refresh=False)
     with report.in_round(rounds + 1):
         rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now

@@ -10,13 +10,13 @@ from typing import Any
 
 import pandas as pd
 
-from latent_tts.pipeline import environment
+from latent_tts.pipeline import calibration, environment
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.spec import COMPUTATION, RunSpec
 from latent_tts.pipeline.tables import RunTables
-from latent_tts.pipeline.verification import VERIFICATION, Verification, write_verification
+from latent_tts.pipeline.verification import VERIFICATION, Verification
 from latent_tts.results import plot
-from latent_tts.results.files import set_aside, settings_digest
+from latent_tts.results.files import set_aside, settings_digest, write_csv
 from latent_tts.results.run_folder import (
     FIGURE,
     METRICS,
@@ -68,7 +68,7 @@ def write_run_folder(
     if has_curve(tables.metrics):
         plot.scaling_curve(tables.metrics, folder / FIGURE)
     if verification is not None:
-        write_verification(folder, verification)
+        write_csv(folder / VERIFICATION, verification.rows, index=False)
     if drawn.timeline and not spec.executor.in_process:
         write_timeline(folder, drawn.timeline, "rollouts")
         record |= {"executor": {"name": spec.executor.name, **describe_timeline(drawn.timeline)}}
@@ -87,6 +87,7 @@ def write_run_folder(
             },
             "checkpoint_digest": spec.adapter.identity,
             "scorer": scored_by or None,
+            "schedule": calibration.schedule_key(spec.schedule),
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
             "grading": {"given_up": spec.task.rule.given_up},

@@ -56,7 +56,7 @@ def complete_run(
     """
     with locked_folder(folder, "hydra.run.dir"):
         clear_run_folder(folder)
-        compared = spec.schedule.verified
+        compared = spec.schedule.verify
         rollouts = draw_rollouts(spec, folder / LATENTS if keep_latents or compared else None)
         release_memory()
         tables = make_tables(spec, rollouts, settings)

@@ -29,13 +29,13 @@ from latent_tts.executor.local import Local
 from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
-from latent_tts.schedule import Schedule
+from latent_tts.schedule import OF_OTHERS, Schedule
 from latent_tts.schedule.auto import Auto
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
 from latent_tts.search import Search
 from latent_tts.task import Task, has_gold
-from latent_tts.types import Question
+from latent_tts.types import Float64, Int64, Question
 
 log = logging.getLogger(__name__)
 COMPUTATION = "computation.json"  # beside cached rollouts: how they were computed
@@ -122,6 +122,11 @@ class DrawingRequest:
     chosen: frozenset[str] = frozenset()
     executor: Executor = field(default_factory=Local)
 
+    @property
+    def all_same(self) -> bool:
+        """Whether all rollouts of a question would be the same, so that one is drawn."""
+        return self.sampler.deterministic and not self.answers.random
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest(DrawingRequest):
@@ -146,6 +151,11 @@ class RunRequest(DrawingRequest):
     cache: Path
     refresh: bool = False
     on_answers: Callable[[Sequence[tuple[str, int]], Sequence[Sequence[int]]], None] | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the scorer decides which rollouts the run has: those that survive the search."""
+        return self.search.survivors is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,14 +216,9 @@ class RunSpec(RunRequest):
         return self.scorer
 
     @property
-    def guided(self) -> bool:
-        """Whether the scorer decides which rollouts the run has."""
-        return self.search.survivors is not None
-
-    @property
     def kept(self) -> int:
         """Rollouts of each question in the tables: all n, or those that the search keeps."""
-        return self.n if self.search.survivors is None else self.search.survivors
+        return self.search.survivors or self.n
 
     @property
     def table_counts(self) -> list[int]:
@@ -224,6 +229,42 @@ class RunSpec(RunRequest):
     def reported(self) -> list[int]:
         """The n that get rows in the metrics."""
         return self.budget.reported(self.n)
+
+    def rollout_gflop(
+        self,
+        question: Question,
+        steps_N: Int64,
+        tokens_N: Int64 | None,
+        conflicts_N: Int64 | None = None,
+        *,
+        scored: bool = True,
+    ) -> tuple[float, Float64]:
+        """The GFLOP that the rollouts of a question share, and what each of them adds (N).
+
+        Args:
+            question: whose rollouts they are.
+            steps_N: latents of each.
+            tokens_N: answer tokens of each, forced ones included; None where no answer is decoded.
+            conflicts_N: latents of each that were computed again; None for none.
+            scored: whether the run's scorer, if it has one, reads them.
+        """
+        passes, prompt = self.passes, len(self.prompts[question.id])
+        shared = passes.shared_flops(prompt)
+        each_N = (
+            passes.thinking_flops(prompt, steps_N)
+            if tokens_N is None
+            else passes.rollout_flops(prompt, steps_N, tokens_N - len(self.forced_ids))
+        )
+        if self.schedule.guess in OF_OTHERS:
+            shared += passes.guess_flops(prompt)
+        if self.draft is not None:
+            each_N = each_N + self.draft.record.flops(prompt)
+        if conflicts_N is not None:  # with all latents before them, which is a little too many
+            each_N = each_N + conflicts_N * passes.again_flops(prompt, steps_N)
+        if scored and self.scorer is not None:
+            head = Shape.from_config(self.scorer.sizes)
+            shared, each_N = shared + head.pass_flops(prompt), each_N + head.scoring_flops(prompt, steps_N)
+        return float(shared) / 1e9, np.asarray(each_N, dtype=np.float64) / 1e9
 
     def row_key(self, question: Question) -> str:
         """A question's name in the cache: its id, and the id of its donor if it has one."""
@@ -266,39 +307,39 @@ def check_run(request: RunRequest) -> RunSpec:
     budget = settle_budget(request, scorer, aggregators)
     scorer = None if isinstance(scorer, NoScorer) or (is_adaptive(budget) and not budget.needs_score) else scorer
     check_search(request, schedule, scorer)
-    if schedule.verified:
-        check_comparable(decode, budget)
+    if schedule.verify:
+        require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
+        why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
+        require("budget", budget.name, not is_adaptive(budget), why)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
     check_exit(schedule, adapter, request.max_answer_tokens)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
-        budget = calibrated(budget, request, aggregators, scorer, questions)
-    prompts = encode_prompts(adapter, questions, reserved)
+        budget = calibrated(budget, request, schedule, aggregators, scorer, questions)
     if not has_gold(questions):
         name = request.task.name
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
-    settled = {
-        "schedule": schedule,
-        "draft": found_draft(schedule, adapter),
-        "planned": planned,
-        "planned_on": planned_on,
-        "budget": budget,
-        "scorer": scorer,
-        "aggregators": aggregators,
+    settled: dict[str, Any] = {
+        "schedule": schedule, "budget": budget, "scorer": scorer, "aggregators": aggregators,
         "n": needed_rollouts(request),
-        "questions": questions,
-        "prompts": prompts,
-        "donors": donors_of(questions) if sampler.needs_donor else {},
-        "forced_ids": forced_ids,
-    }
-    spec = RunSpec(**vars(request) | settled)
+    }  # fmt: skip
+    spec = RunSpec(
+        **vars(request) | settled,
+        draft=found_draft(schedule, adapter),
+        planned=planned,
+        planned_on=planned_on,
+        questions=questions,
+        prompts=encode_prompts(adapter, questions, reserved),
+        donors=donors_of(questions) if sampler.needs_donor else {},
+        forced_ids=forced_ids,
+    )
     check_position_scaling(
         "model.checkpoint", adapter.checkpoint, adapter.config, adapter.positions, spec.longest_sequence
     )
     if scorer is not None:
-        check_scorer_reads(scorer, adapter, prompts)
+        check_scorer_reads(scorer, adapter, spec.prompts)
     return spec
 
 
@@ -338,8 +379,7 @@ def settle_schedule(schedule: Schedule, adapter: CheckpointAdapter, *, chosen: b
     """
     own = adapter.own_schedule
     if own is not None:
-        allowed = f"must be null: model={adapter.name} has a schedule of its own, {own}"
-        refuse_early_exit(schedule, allowed)
+        refuse_early_exit(schedule, f"must be null: model={adapter.name} has a schedule of its own, {own}")
         require(
             "schedule", schedule.name, not chosen and schedule.stepwise,
             f"model={adapter.name} has its own, {own}: it is part of the model and cannot be chosen",
@@ -361,8 +401,7 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
     schedule = request.schedule
     if not isinstance(schedule, Auto) or request.adapter.own_schedule is not None:
         return request, {}, None
-    same = request.sampler.deterministic and not request.answers.random  # then one rollout of a question is drawn
-    rows = len(request.task.questions()) * (1 if same else request.n)
+    rows = len(request.task.questions()) * (1 if request.all_same else request.n)
     plan = schedule.read(request.adapter, request.adapter.digest, request.engine.dtype)
     chosen = plan.choose(min(rows, request.engine.rows or rows))
     values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
@@ -379,7 +418,7 @@ def found_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | N
     Raises:
         UsageError: it does not exist, or is another model's.
     """
-    path = schedule.draft_path
+    path = schedule.draft
     return None if path is None else find_draft(path, adapter.digest, adapter.latents)
 
 
@@ -402,8 +441,7 @@ def settle_scorer(request: RunRequest) -> LatentRM | NoScorer:
     if isinstance(scorer, LatentRM):
         if scorer.only_own and scorer.trained.get("reasoner") != adapter.digest:
             return NoScorer(f"{scorer.checkpoint} was trained for other weights than {adapter.checkpoint}")
-        answers_differ = request.answers.random or sampler.random_answers
-        if request.n > 1 and answers_differ and not sampler.random_latents:
+        if request.n > 1 and (request.answers.random or sampler.random_answers) and not sampler.random_latents:
             why = f"sampler {sampler.name} gives all rollouts of a question the same latents, and so the same score"
             require("scorer", scorer.name, scorer.only_own, why)
             return NoScorer(why)
@@ -425,10 +463,9 @@ def settle_aggregators(request: RunRequest, scorer: LatentRM | NoScorer) -> list
     aggregators, chosen = request.aggregators, "aggregator" in request.chosen
     if isinstance(scorer, NoScorer):
         scored = [aggregator.name for aggregator in aggregators if aggregator.needs_score]
-        why = "scorer=none" if scorer.reason is None else f"scorer=auto: {scorer.reason}"
-        require("aggregator", ",".join(scored), not scored or not chosen, f"needs a scorer ({why})")
+        require("aggregator", ",".join(scored), not scored or not chosen, f"needs a scorer ({scorer})")
         if scorer.reason is not None:
-            log.info("%s, so rollouts get no scores", why, extra={"once": True})
+            log.info("%s, so rollouts get no scores", scorer, extra={"once": True})
         aggregators = [aggregator for aggregator in aggregators if not aggregator.needs_score]
     else:
         aggregators = [
@@ -460,26 +497,14 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: LatentRM | Non
     Raises:
         UsageError: it does not.
     """
-    search, decode, guided = request.search, request.decode, request.search.survivors is not None
-    require("search", search.name, scorer is not None or not guided, "needs a scorer, as in scorer=latent_rm")
+    search, decode = request.search, request.decode
+    require("search", search.name, scorer is not None or not request.guided, "needs a scorer, as in scorer=latent_rm")
     search.check(request.n, request.sampler, scorer)
-    if not guided:
+    if not request.guided:
         return
     require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
-    allowed = f"must be null: search={search.name} grows rollouts of equally many latents"
-    refuse_early_exit(schedule, allowed)
+    refuse_early_exit(schedule, f"must be null: search={search.name} grows rollouts of equally many latents")
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
-
-
-def check_comparable(decode: str, budget: Budget) -> None:
-    """Check that every rollout can be compared, as `schedule.verify` does.
-
-    Raises:
-        UsageError: one cannot.
-    """
-    require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
-    why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
-    require("budget", budget.name, not is_adaptive(budget), why)
 
 
 def check_exit(schedule: Schedule, adapter: CheckpointAdapter, max_answer_tokens: int) -> None:
@@ -503,7 +528,7 @@ def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators:
             budget looks at something that the run does not have.
     """
     budget, search = request.budget, request.search
-    if search.survivors is None:
+    if not request.guided:
         if is_adaptive(budget):
             check_adaptive(budget, request.decode, scorer, aggregators)
         return budget
@@ -522,8 +547,7 @@ def check_adaptive(
     """
     require("answer.decode", decode, decode == "all", f"must be all: budget={budget.name} looks at every answer")
     if budget.needs_score and isinstance(scorer, NoScorer):
-        why = "scorer=none" if scorer.reason is None else f"scorer=auto: {scorer.reason}"
-        raise bad_value("budget", budget.label, f"needs scores, and there is no scorer ({why})")
+        raise bad_value("budget", budget.label, f"needs scores, and there is no scorer ({scorer})")
     reported = [aggregator.name for aggregator in aggregators]
     allowed = f"looks at the pick of {budget.aggregator}, which is not reported: aggregator=[{','.join(reported)}]"
     require("budget", budget.label, budget.aggregator in reported, allowed)
@@ -545,6 +569,7 @@ def check_adaptive(
 def calibrated(
     budget: AdaptiveBudget,
     request: RunRequest,
+    schedule: Schedule,
     aggregators: Sequence[Aggregator],
     scorer: LatentRM | None,
     questions: Sequence[Question],
@@ -556,14 +581,14 @@ def calibrated(
     """
     if not (isinstance(budget, Adaptive) and isinstance(budget.rule, Confidence)):
         return budget
-    weighted = [each.temperature for each in aggregators if isinstance(each, Weighted)]
-    temperature = weighted[0] if weighted and budget.aggregator == "weighted" else None
+    of_votes = (each.temperature for each in aggregators if isinstance(each, Weighted))
     fitted = calibration.calibrate_on_run(
         budget.rule,
         request.config,
+        schedule,
         {"model": request.adapter.identity, "scorer": None if scorer is None else scorer.digest},
         [each.id for each in questions],
-        temperature,
+        next(of_votes, None) if budget.aggregator == "weighted" else None,
     )
     return replace(budget, rule=replace(budget.rule, fitted=fitted))
 
@@ -702,7 +727,7 @@ def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
 
 def needed_rollouts(request: RunRequest) -> int:
     """The requested n; 1, with a warning, if nothing random makes rollouts differ."""
-    if request.sampler.deterministic and not request.answers.random and request.n > 1:
+    if request.all_same and request.n > 1:
         log.warning(
             "n=%d: sampler %s gives the same rollout every time, so one is drawn", request.n, request.sampler.name
         )

@@ -34,8 +34,7 @@ def choose_temperature(spec: RunSpec, ids: Collection[str]) -> float:
     require(
         "valid_annotations", len(ids), bool(spec.questions), "its questions are none of its task; annotate them again"
     )
-    rollouts = rollout_table(spec, draw_rollouts(spec))
-    return statistics.best_temperature(rollout_arrays(rollouts, spec.n))
+    return statistics.best_temperature(rollout_arrays(rollout_table(spec, draw_rollouts(spec)), spec.n))
 
 
 def write_temperature(checkpoint: Path, temperature: float) -> None:

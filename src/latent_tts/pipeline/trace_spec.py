@@ -158,8 +158,7 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
     """
     rescoring.check_weights(spec, source, record)
     questions = {question.id: question for question in spec.questions}
-    table = read_rollouts(source)
-    counts = table.groupby("question_id", sort=False).size()
+    counts = read_rollouts(source).groupby("question_id", sort=False).size()
     if gone := [name for name in counts.index if name not in questions]:
         raise RunError(f"run={source}: the questions of its task have changed since that run: {gone[0]} is missing")
     chosen = [questions[name] for name in find_ids(wanted, list(counts.index), source)]

@@ -181,7 +181,6 @@ def traced_rollouts(
                 ],
                 correct_N=None if rows["correct"].isna().all() else [bool(each) for each in rows["correct"]],
                 texts=rows["answer_text"].tolist(),
-                stop_reasons=rows["stop_reason"].tolist(),
                 answer_logprob_N=rows["answer_logprob"].to_numpy(dtype=np.float64),
                 step_scores_NT=None if step_scores_RT is None else step_scores_RT[own],
                 score_N=None if step_scores_RT is None else rows["score"].to_numpy(dtype=np.float64, na_value=np.nan),
@@ -233,6 +232,5 @@ def find_graphs(asked: TraceSpec, deterministic: Sequence[TracedRollouts]) -> li
         latents_TD = torch.from_numpy(rollout.latents_NTD[0, :steps]).to(plain.lm.device, plain.lm.dtype)
         found = find_dependencies(PlainRecurrence(plain, run.prompts[question.id]), latents_TD, view.directions)
         relative_TT = found.relative_TT.double().cpu().numpy()
-        chain = found.critical_path(view.threshold)
-        graphs.append(DependencyGraph(relative_TT, view.threshold, chain, found.growth))
+        graphs.append(DependencyGraph(relative_TT, view.threshold, found.critical_path(view.threshold), found.growth))
     return graphs

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,13 +16,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.results.files import settings_digest, whole_file
-from latent_tts.results.parts import PLACE, GatheredRows, PartIndex, part_files, whole_parts, write_part
+from latent_tts.results.parts import (
+    MAX_PART_BYTES,
+    PLACE,
+    GatheredRows,
+    PartIndex,
+    intact_table,
+    part_files,
+    whole_parts,
+    write_part,
+)
+from latent_tts.types import Floats
 
 NOT_DECODED = "not_decoded"  # the stop reason of a rollout whose answer was not needed
 KEY_JSON, SCORES_FOLDER = "key.json", "scores"
@@ -62,6 +74,10 @@ SCORE_FIELDS = pa.schema([("step_scores", pa.list_(pa.float32())), *MEASURED.ite
 
 
 PLACE_FIELDS = [pa.field("row_key", pa.string()), pa.field("rollout", pa.int32())]
+SUMS_SUFFIX = ".sums"  # of the sums of directions beside rollouts
+SUMS_SCHEMA = pa.schema(
+    [("row_key", pa.string()), ("count", pa.int32()), ("latents", pa.int32()), ("directions", pa.binary())]
+)
 SCORED_BY = "scored_by"  # the digest of a scorer's key; null where rollouts were drawn without one
 SCORING = "scoring_"  # how score columns begin in a part of rollouts
 SCORE_SCHEMA = pa.schema([*PLACE_FIELDS, *SCORE_FIELDS])
@@ -185,6 +201,46 @@ def _discard(folder: Path, schema: pa.Schema, wanted: pd.DataFrame) -> None:
         if stays.any():
             write_part(folder, table.filter(pa.array(stays)))
         path.unlink(missing_ok=True)
+
+
+def read_direction_sums(folder: Path, counts: Mapping[str, int]) -> dict[str, Floats]:
+    """The sums (T, D) of questions, by their row keys, of which those of as many rollouts as `counts` says are kept."""
+    rows = [row for path in sorted(folder.glob(f"*{SUMS_SUFFIX}")) for row in _sums(path)]
+    return {
+        row["row_key"]: np.frombuffer(row["directions"], "<f8").reshape(row["latents"], -1).copy()
+        for row in rows
+        if counts.get(row["row_key"]) == row["count"]
+    }
+
+
+def write_direction_sums(folder: Path, sums: Mapping[str, tuple[int, np.ndarray]]) -> None:
+    """Keep sums, and as many of other questions' as there is room for; none where the folder cannot be written to.
+
+    They are what later rollouts of a question are compared with. Without them, latents of rollouts that are in the
+    cache are recomputed; so what is missing or damaged only costs time.
+
+    Args:
+        folder: of the rollouts.
+        sums: by row key: of how many rollouts, and the sums (T, D).
+    """
+    before = sorted(folder.glob(f"*{SUMS_SUFFIX}"))
+    rows = [
+        {"row_key": key, "count": count, "latents": len(sums_TD), "directions": sums_TD.astype("<f8").tobytes()}
+        for key, (count, sums_TD) in sums.items()
+    ]
+    rows += [row for path in before for row in _sums(path) if row["row_key"] not in sums]
+    fitting = np.cumsum([len(row["directions"]) for row in rows]) <= MAX_PART_BYTES
+    table = pa.Table.from_pylist(rows[: int(fitting.sum())], SUMS_SCHEMA)
+    with suppress(OSError):
+        with whole_file(folder / f"{uuid.uuid4().hex}{SUMS_SUFFIX}", add_digest=True) as path:
+            pq.write_table(table, path.absolute(), compression="zstd", compression_level=1)
+        for path in before:
+            path.unlink(missing_ok=True)
+
+
+def _sums(path: Path) -> list[dict[str, Any]]:
+    table = intact_table(path, SUMS_SCHEMA)
+    return [] if table is None else table.to_pylist()
 
 
 @contextmanager

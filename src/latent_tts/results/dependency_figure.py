@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from latent_tts.results.files import whole_file
+from latent_tts.results.plot import save_figure
 
 
 def draw_dependencies(relative_TT: np.ndarray, title: str, path: Path) -> None:
@@ -17,13 +17,12 @@ def draw_dependencies(relative_TT: np.ndarray, title: str, path: Path) -> None:
         title: above the grid.
         path: of the figure; its ending is the format.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     total = len(relative_TT)
-    figure, axes = plt.subplots(figsize=(1.5 + 0.45 * max(total, 6), 1.2 + 0.45 * max(total, 6)), layout="constrained")
+    side = 0.45 * max(total, 6)
+    figure = Figure(figsize=(1.5 + side, 1.2 + side), layout="constrained")
+    axes = figure.subplots()
     lower = np.where(np.tri(total, k=-1, dtype=bool), relative_TT, np.nan)
     image = axes.imshow(lower, cmap="viridis", vmin=0)
     for (row, column), value in np.ndenumerate(lower):
@@ -36,6 +35,4 @@ def draw_dependencies(relative_TT: np.ndarray, title: str, path: Path) -> None:
     axes.set_ylabel("latent that is made from it")
     axes.set_title(title.replace("$", r"\$"), fontsize=9)
     figure.colorbar(image, label="relative change per relative change", shrink=0.8)
-    with whole_file(path) as partial:
-        figure.savefig(partial, format=path.suffix.removeprefix("."), dpi=150)
-    plt.close(figure)
+    save_figure(figure, [path])

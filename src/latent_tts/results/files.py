@@ -204,6 +204,12 @@ def bytes_digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
+def write_csv(path: Path, frame: pd.DataFrame, **options: Any) -> None:
+    """Write a table; `options` are those of `DataFrame.to_csv`."""
+    with whole_file(path) as partial:
+        spreadsheet_cells(frame).to_csv(partial, **options)
+
+
 def spreadsheet_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """A table whose texts no spreadsheet takes for a formula: those that could be one begin with an apostrophe."""
     return frame.map(lambda cell: f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell)

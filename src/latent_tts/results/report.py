@@ -144,8 +144,7 @@ class ProgressBar:
     def show_part(self, count: float) -> None:
         """Show that, besides those that are done, others have progressed by as much as `count` whole ones."""
         completed = self._done + count
-        elapsed = self._progress.tasks[0].elapsed or 0
-        rate = completed / max(elapsed, 1e-9)
+        rate = completed / max(self._progress.tasks[0].elapsed or 0, 1e-9)
         self.show(completed, f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s" if completed else "")
 
     def show(self, done: float, note: str) -> None:

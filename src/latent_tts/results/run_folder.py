@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, require
-from latent_tts.results.files import plain_cells, settings_digest, spreadsheet_cells, whole_file
+from latent_tts.results.files import plain_cells, settings_digest, whole_file, write_csv
 from latent_tts.results.parts import runs_of
 from latent_tts.types import Float32, file_digest
 
@@ -123,8 +123,7 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
     try:
         there = pq.read_schema(folder / ROLLOUTS).names
         own = [name for name in ROLLOUT_COLUMNS if name != "question_index"]  # which early runs do not have
-        columns = [*own, *(name for name in COUNT_COLUMNS if name in there)]
-        table = pq.read_table(folder / ROLLOUTS, columns=columns)
+        table = pq.read_table(folder / ROLLOUTS, columns=[*own, *(name for name in COUNT_COLUMNS if name in there)])
         missing = [name for name in own if name not in table.column_names]
         if missing or not len(table):
             raise ValueError(f"it has no {f'column {missing[0]}' if missing else 'rows'}")
@@ -258,8 +257,7 @@ def write_metrics(path: Path, metrics: pd.DataFrame) -> None:
     """Write a metrics table (or one of means over seeds); missing figures are empty cells."""
     columns = METRIC_COLUMNS + [name for name in SEED_COLUMNS if name in metrics]
     metrics = metrics.assign(format=metrics["format"].fillna(FORMAT).astype(int))
-    with whole_file(path) as partial:
-        spreadsheet_cells(metrics[columns]).to_csv(partial, index=False, float_format="%.10g")
+    write_csv(path, metrics[columns], index=False, float_format="%.10g")
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
@@ -458,17 +456,21 @@ def last_run() -> Path:
     return Path(*max(tables, key=lambda table: table.stat().st_mtime).parts[:3])
 
 
-def _has_metrics(folder: Path) -> bool:
-    """Whether a run folder has a metrics table; raises UsageError if the table that it had is missing or damaged."""
-    check_file(folder, METRICS)
-    return (folder / METRICS).is_file()
+def read_tables(folders: Iterable[Path]) -> dict[Path, pd.DataFrame]:
+    """The metrics tables of the complete run folders among some.
+
+    Raises:
+        UsageError: a table is damaged, or the one that a run had is missing.
+    """
+    tables = {}
+    for folder in filter(is_complete, folders):
+        check_file(folder, METRICS)
+        if (folder / METRICS).is_file():
+            tables[folder] = read_run_metrics(folder)
+    return tables
 
 
-def join_metrics(folders: list[Path]) -> tuple[pd.DataFrame, list[Path]]:
-    """The metrics of the complete run folders in one table without repeated rows, and the folders left out."""
-    complete = [folder for folder in folders if is_complete(folder) and _has_metrics(folder)]
-    left_out = [folder for folder in folders if folder not in complete]
-    if not complete:
-        return pd.DataFrame(columns=METRIC_COLUMNS), left_out
-    joined = name_once(pd.concat([read_run_metrics(folder) for folder in complete], ignore_index=True))
-    return joined.drop_duplicates(["run_id", "aggregator", "n", "drawn", "metric"], ignore_index=True), left_out
+def join_tables(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """The metrics of several runs in one table without repeated rows."""
+    joined = name_once(pd.concat(tables, ignore_index=True))
+    return joined.drop_duplicates(["run_id", "aggregator", "n", "drawn", "metric"], ignore_index=True)
