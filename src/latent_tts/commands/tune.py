@@ -23,7 +23,7 @@ from latent_tts.pipeline.spec import (
     reserved_positions,
 )
 from latent_tts.results import report
-from latent_tts.results.files import whole_file
+from latent_tts.results.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -109,10 +109,10 @@ def writable(path: Path) -> Path:
 def write_settings(path: Path, engine: EngineSettings, dtype: str, rows: int, measured: str) -> None:
     """Write the option `engine=tuned`."""
     machine = environment.machine()
-    with whole_file(path) as partial:
-        partial.write_text(
-            f"# by `ltts tune` on {date.today()}, {machine.get('gpu', machine['processor'])}: {measured}\n"
-            "defaults: [default, _self_]\n"
-            f"dtype: {dtype}\ndevice: {engine.device}\nrows: {rows}\nquantize: {engine.quantize or 'null'}\n"
-            f'graph: "{engine.graph}"\n'
-        )
+    write_text(
+        path,
+        f"# by `ltts tune` on {date.today()}, {machine.get('gpu', machine['processor'])}: {measured}\n"
+        "defaults: [default, _self_]\n"
+        f"dtype: {dtype}\ndevice: {engine.device}\nrows: {rows}\nquantize: {engine.quantize or 'null'}\n"
+        f'graph: "{engine.graph}"\n',
+    )

@@ -44,7 +44,6 @@ from latent_tts.pipeline.models import (
     load_reasoner_of,
     load_scorer_of,
     rows_per_batch,
-    write_computation,
 )
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
@@ -104,7 +103,7 @@ def draw(
     jobs = jobs_of(spec, missing)
     stage = Stage(spec, max(len(job.prompt) for job in jobs), scored=scored)
     stage.log_work(jobs, answers=answers)
-    write_computation(cache.folder, stage.workers[0].computations[0])
+    cache.write_computation(stage.workers[0].computations[0])
     if dissimilarity is None:
         stage.read_direction_sums(jobs, cache.folder)
         stage.log_catching_up(jobs)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from latent_tts.pipeline import environment
 from latent_tts.pipeline.rollouts import RunRollouts
-from latent_tts.pipeline.spec import COMPUTATION, RunSpec
+from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import RunTables
 from latent_tts.pipeline.verification import VERIFICATION, Verification
 from latent_tts.results import plot
-from latent_tts.results.files import set_aside, settings_digest, write_csv
+from latent_tts.results.files import write_csv
 from latent_tts.results.run_folder import (
     FIGURE,
     METRICS,
@@ -30,9 +26,6 @@ from latent_tts.results.run_folder import (
     write_run_json,
 )
 from latent_tts.results.timeline import TIMELINE, TIMELINE_FIGURE, describe_timeline, write_timeline
-from latent_tts.types import Computation
-
-log = logging.getLogger(__name__)
 
 
 def clear_run_folder(folder: Path) -> None:
@@ -90,10 +83,7 @@ def write_run_folder(
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
             "grading": {"given_up": spec.task.rule.given_up},
-            **_computation(drawn.cache.folder),
-            **_where_drawn(drawn.rows),
-            "rollouts": _counts(drawn),
-            "seconds": _seconds(drawn) | {"this_command": seconds},
+            **describe_rollouts(drawn, seconds),
             **record,
         },
     )
@@ -117,51 +107,29 @@ def write_tables(folder: Path, tables: RunTables) -> dict[str, Any]:
     return {"budget": summary}
 
 
-def read_computation(folder: Path) -> Computation | None:
-    """How the rollouts of a cache entry were computed; None where that is not known. A damaged file is set aside."""
-    path = folder / COMPUTATION
-    try:
-        said = json.loads(path.read_text())
-        digest = said.pop("digest", None)  # earlier versions wrote none
-        if digest in (None, settings_digest(said)):
-            return Computation(said["attention"], said["logits"], said["reason"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        pass
-    log.warning("%s is damaged: it is now %s", path, set_aside(path).name)
-    return None
+def describe_rollouts(drawn: RunRollouts, this_command: float) -> dict[str, Any]:
+    """What `run.json` says of a run's rollouts.
 
+    Args:
+        drawn: the rollouts.
+        this_command: seconds that the command has taken.
 
-def _computation(folder: Path) -> dict[str, str]:
-    """How the rollouts were computed: which attention, whose logits, and why not the usual ones."""
-    computation = read_computation(folder)
-    if computation is None:
-        return {}
-    return computation.way | ({"computation_reason": computation.reason} if computation.reason else {})
-
-
-def _where_drawn(rows: pd.DataFrame) -> dict[str, list[Any]]:
-    """The devices and batch sizes that rollouts were drawn with; nothing where they come out of a run folder."""
-    if "device" not in rows:
-        return {}
-    return {"devices": sorted(set(rows["device"])), "rows": sorted({int(value) for value in rows["rows"]})}
-
-
-def _counts(drawn: RunRollouts) -> dict[str, int]:
-    counts = {"total": len(drawn.rows), "drawn_now": drawn.drawn_now}
-    if drawn.scores is not None:
-        counts["scored_now"] = drawn.scores.scored_now
-    if drawn.winners is not None:
-        counts["decoded_now"] = drawn.winners.decoded_now
-    return counts
-
-
-def _seconds(drawn: RunRollouts) -> dict[str, float]:
-    """What drawing, scoring and decoding took, whichever run that was."""
-    scoring = {} if drawn.scores is None else {"scoring": drawn.scores.seconds}
-    drawing = float(drawn.rows["seconds"].sum()) - sum(scoring.values())
-    seconds = {"drawing" if drawn.winners is None else "thinking": drawing} | scoring
-    if drawn.winners is not None:
-        seconds["decoding"] = float(drawn.winners.decoding["seconds"].sum())
-    return seconds
+    Returns:
+        How they were computed (which attention, whose logits, and why not the usual ones), where and in batches of
+        which sizes (nothing where they come out of a run folder), how many there are, and the seconds that drawing,
+        scoring and decoding took, whichever run that was.
+    """
+    rows, scores, winners = drawn.rows, drawn.scores, drawn.winners
+    computation, said = drawn.cache.read_computation(), dict[str, Any]()
+    if computation is not None:
+        said |= computation.way | ({"computation_reason": computation.reason} if computation.reason else {})
+    if "device" in rows:
+        said |= {"devices": sorted(set(rows["device"])), "rows": sorted({int(value) for value in rows["rows"]})}
+    counts = {"total": len(rows), "drawn_now": drawn.drawn_now}
+    seconds = {} if scores is None else {"scoring": scores.seconds}
+    seconds["drawing" if winners is None else "thinking"] = float(rows["seconds"].sum()) - sum(seconds.values())
+    if scores is not None:
+        counts["scored_now"] = scores.scored_now
+    if winners is not None:
+        counts["decoded_now"], seconds["decoding"] = winners.decoded_now, float(winners.decoding["seconds"].sum())
+    return said | {"rollouts": counts, "seconds": seconds | {"this_command": this_command}}

@@ -38,7 +38,6 @@ from latent_tts.task import Task, has_gold
 from latent_tts.types import Float64, Int64, Question
 
 log = logging.getLogger(__name__)
-COMPUTATION = "computation.json"  # beside cached rollouts: how they were computed
 MAX_ROLLOUTS = 1 << 20
 BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
