@@ -12,7 +12,7 @@ from typing import TypeVar
 from omegaconf import DictConfig
 
 from latent_tts.checkpoint.kept import KeptModel, kept_models
-from latent_tts.errors import UsageError, bad_value, is_number, require
+from latent_tts.errors import bad_value, is_number, require
 from latent_tts.pipeline.keys import is_current
 from latent_tts.results import report
 from latent_tts.results.cache import CacheEntry, cache_entries
@@ -39,8 +39,7 @@ def main(cfg: DictConfig) -> None:
         if models:
             show_models(root / "models", models)
         return
-    if not chosen:
-        raise UsageError("action=prune: say what to remove: older_than=30d, max_size=20GB or stale=true")
+    require("action", "prune", chosen, "say what to remove: older_than=30d, max_size=20GB or stale=true")
     everything = sorted([*entries, *models], key=lambda each: -each.used)
     gone = to_prune(everything, older_than=older_than, max_size=max_size, stale=cfg.stale, now=time.time())
     for each in gone:

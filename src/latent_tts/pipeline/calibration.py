@@ -11,7 +11,7 @@ import numpy as np
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Tally
 from latent_tts.budget.rule.confidence import Calibration, Confidence, calibrate
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import UsageError, require
 from latent_tts.pipeline.code import FIELDS_NOT_IN_KEY
 from latent_tts.results.run_folder import RUN_JSON, is_complete, read_budget, read_rollouts, read_run_json
 
@@ -61,9 +61,8 @@ def calibrate_on_run(
     )
     groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
     for group in groups:
-        if _settings(record["config"], group) != _settings(config, group):
-            why = f"that run used another {group}, or other settings of it; calibrate on one of this"
-            raise bad_value(KEY, folder, why)
+        same = _settings(record["config"], group) == _settings(config, group)
+        require(KEY, folder, same, f"that run used another {group}, or other settings of it; calibrate on one of this")
     require(
         KEY,
         folder,
@@ -72,11 +71,13 @@ def calibrate_on_run(
     )
     rollouts = read_rollouts(folder)
     shared = set(rollouts["question_id"]) & set(questions)
-    if shared:
-        raise bad_value(
-            KEY, folder, f"has {len(shared)} of the questions that this run reports, such as {min(shared)}\n"
-            "calibrate on others, as on task.split=valid",
-        )  # fmt: skip
+    require(
+        KEY,
+        folder,
+        not shared,
+        f"has {len(shared)} of the questions that this run reports, such as {min(shared, default='')}\n"
+        "calibrate on others, as on task.split=valid",
+    )
     tallies = []
     for _, rows in rollouts.sort_values("rollout", kind="stable").groupby("question_id", sort=False):
         score_N = rows["score"].to_numpy(dtype=np.float64, na_value=np.nan)

@@ -12,15 +12,15 @@ from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import RunTables
 from latent_tts.pipeline.verification import VERIFICATION, Verification
 from latent_tts.results import plot
-from latent_tts.results.files import write_csv
+from latent_tts.results.files import whole_file, write_csv
 from latent_tts.results.run_folder import (
+    BUDGET,
     FIGURE,
     METRICS,
     RUN_JSON,
     TABLES,
     has_curve,
     write_answers,
-    write_budget,
     write_metrics,
     write_rollouts,
     write_run_json,
@@ -97,7 +97,8 @@ def write_tables(folder: Path, tables: RunTables) -> dict[str, Any]:
     budget = tables.budget
     if budget is None:
         return {}
-    write_budget(folder, budget)
+    with whole_file(folder / BUDGET) as path:
+        budget.to_parquet(path, index=False)
     summary = {
         "used": int(budget["used"].sum()),
         "drawn": int(budget["drawn"].sum()),

@@ -224,11 +224,6 @@ class RunSpec(RunRequest):
         """Rollouts of each question in the tables, in the order of `questions`."""
         return [self.kept] * len(self.questions) if self.counts is None else self.counts
 
-    @property
-    def reported(self) -> list[int]:
-        """The n that get rows in the metrics."""
-        return self.budget.reported(self.n)
-
     def rollout_gflop(
         self,
         question: Question,

@@ -76,7 +76,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         figures = rollout_figures(
             rollouts,
             drawn=spec.kept,
-            reported=spec.reported,
+            reported=spec.budget.reported(spec.n),
             aggregators=spec.aggregators,
             diversity_Q=diversities(drawn.dissimilarity_RT, spec.kept, spec.kept),
             gflops=gflops(spec, rollouts, drawn.scores),

@@ -148,12 +148,6 @@ def write_answers(folder: Path, answers: Sequence[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
 
 
-def write_budget(folder: Path, budget: pd.DataFrame) -> None:
-    """Write `budget.parquet`: a row per question of a run whose budget looked at its rollouts."""
-    with whole_file(folder / BUDGET) as path:
-        budget.to_parquet(path, index=False)
-
-
 def read_budget(folder: Path) -> pd.DataFrame | None:
     """The `budget.parquet` of a run folder; None where every question got the same number of rollouts.
 
