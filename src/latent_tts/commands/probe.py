@@ -17,8 +17,8 @@ from latent_tts.errors import check_fields, require
 from latent_tts.pipeline.probe_spec import chunks_to_try, schedules_to_try
 from latent_tts.pipeline.spec import encode_prompts, found_draft, reserved_positions
 from latent_tts.results import report, statistics
-from latent_tts.results.dependency_figure import draw_dependencies
 from latent_tts.results.files import locked_folder, write_csv, write_text
+from latent_tts.results.plot import draw_dependencies
 from latent_tts.schedule.auto import PLAN, Plan
 from latent_tts.schedule.speculative import Speculative
 from latent_tts.task import Task

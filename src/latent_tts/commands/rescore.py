@@ -14,7 +14,7 @@ from latent_tts.config.recorded import recorded_run
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.errors import bad_value, check_fields
 from latent_tts.pipeline import rescoring
-from latent_tts.pipeline.run_output import clear_run_folder, write_run_folder
+from latent_tts.pipeline.running import clear_run_folder, write_run_folder
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import make_tables
 from latent_tts.results import report

@@ -90,7 +90,7 @@ def run(
     elif name == "completion":
         print(_completion(words, commands, flags, flag_choices))
     elif name == "list" and words[:1] == ["runs"]:
-        from latent_tts.results.run_list import print_runs
+        from latent_tts.results.report import print_runs
 
         print_runs([Path(word).expanduser() for word in words[1:]])
     elif name == "list":
