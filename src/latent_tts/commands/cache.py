@@ -81,10 +81,11 @@ def to_prune(
 
 def show_models(folder: Path, models: Sequence[KeptModel]) -> None:
     """The models as a table."""
-    rows = []
-    for model in models:
-        used = report.age(time.time() - model.used) + (", stale" if model.stale else "")
-        rows.append([model.folder.name, model.kind, model.source, size(model.size), used])
+    used = [report.age(time.time() - model.used) + (", stale" if model.stale else "") for model in models]
+    rows = [
+        [model.folder.name, model.kind, model.source, size(model.size), age]
+        for model, age in zip(models, used, strict=True)
+    ]
     total = size(sum(model.size for model in models))
     title = f"{folder}: {report.counted(len(models), 'model')}, {total}"
     report.print_table(title, ["folder", "made", "from", "size", "last used"], rows)

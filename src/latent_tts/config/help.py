@@ -180,10 +180,10 @@ def command_help(name: str, about: str, positional: Sequence[str], overrides: Se
         parts.append("Groups, with their options (* is the one chosen) and the keys of what is chosen:")
     for group, options in groups.items():
         parts.append(f"{group}: {GROUPS.get(group, '')}".rstrip(": "))
-        rows = []
-        for option in (read_option(group, option, places) for option in options):
-            mark = "*" if option.name in chosen[group] else " "
-            rows.append((f"{mark} {group}={option.name}", option.about))
+        rows = [
+            (f"{'*' if name in chosen[group] else ' '} {group}={name}", read_option(group, name, places).about)
+            for name in options
+        ]
         parts.append(definitions(rows, width))
         keys = [key for option in options if option in chosen[group] for key in read_option(group, option, places).keys]
         if keys and group != "experiment":

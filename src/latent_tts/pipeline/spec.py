@@ -600,9 +600,9 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
             sequence of this run may exceed it.
     """
     given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    rope: dict[str, Any] = {}
-    for settings in given:
-        rope |= settings if isinstance(settings, dict) else {}
+    rope: dict[str, Any] = {
+        key: value for settings in given if isinstance(settings, dict) for key, value in settings.items()
+    }
     of_layers = [value for value in rope.values() if isinstance(value, dict)]  # some have one per kind of layer
     for part in (rope, *of_layers):
         kind = part.get("type") if part.get("type") in LENGTH_DEPENDENT_ROPE else part.get("rope_type")

@@ -83,10 +83,8 @@ class TraceSpec:
         """The same once the rollouts are drawn: those that a budget used, which may be unequally many."""
         if self.run.guided:
             return self
-        counts = table.groupby("question_index", sort=True).size().tolist()
-        if budget is not None:
-            counts = budget["used"].tolist()
-        return replace(self, run=with_fixed_budget(self.run, counts))
+        counts = budget["used"] if budget is not None else table.groupby("question_index", sort=True).size()
+        return replace(self, run=with_fixed_budget(self.run, counts.tolist()))
 
     @property
     def no_dependencies(self) -> str:

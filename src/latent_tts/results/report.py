@@ -380,9 +380,7 @@ def figures_of(rows: pd.DataFrame) -> dict[str, str]:
     records = rows.to_dict("records")
     covered = any(row["metric"] == "coverage" for row in records)
     for metric in ("accuracy", "coverage") if covered else ("accuracy", "agreement"):
-        for row in records:
-            if row["metric"] == metric:
-                figures[f"{row['aggregator'] or metric} %"] = percent(row)
+        figures |= {f"{row['aggregator'] or metric} %": percent(row) for row in records if row["metric"] == metric}
     for metric, name, form in (("gflops", "GFLOP/question", ".3g"), ("rollouts_per_second", "rollouts/s", ".0f")):
         for row in records:
             if row["metric"] == metric:
