@@ -157,7 +157,7 @@ def test_every_word_of_problems_is_in_words(splits):
     for questions in splits.values():
         for question in questions[:2000]:
             assert set(re.findall(r"[A-Za-z]+|[^\sA-Za-z0-9]", question.text)) <= known
-    assert words() == sorted(known)
+    assert list(words()) == sorted(known)
 
 
 @pytest.mark.parametrize(

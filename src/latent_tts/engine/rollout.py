@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TypedDict, cast
 
 import torch
@@ -184,7 +183,7 @@ class Engine:
 
     def _drafts(self, prompts: list[list[int]], draw: Draw, sampler: Sampler) -> Tensor | None:
         """What the schedule's guesses are made of, where that is other rollouts of the questions: their latents."""
-        guess = self.plan.schedule.first_guess
+        guess = self.plan.schedule.guess
         if guess not in OF_OTHERS:
             return None
         rollouts = draw.rollouts_R.shape[0] // len(prompts)
@@ -596,8 +595,12 @@ class RolloutState:
     def _choose(self, embeddings_RSD: Tensor, step: int, keep_first_R: Tensor | None = None) -> Choice:
         """Run what stands before an answer token and choose it."""
         hidden_RD = self._run_pending(embeddings_RSD, Forward("answer", step, embeddings_RSD.shape[1]), keep_first_R)
-        chooses = self._hooks.sampler.chooses_tokens
-        return choose(self.engine.head, hidden_RD, partial(self._sampled_token, step) if chooses else None)
+        sampler, draw = self._hooks.sampler, self.draw
+        if not sampler.chooses_tokens:
+            return choose(self.engine.head, hidden_RD)
+        return choose(
+            self.engine.head, hidden_RD, lambda logits_CV, rows: sampler.token(logits_CV, draw.rows(rows), step)
+        )
 
     def _with_answers(self, answers: Answers) -> Rollouts:
         ids = [ids[:n] for ids, n in zip(answers.ids_RA.tolist(), answers.lengths_R.tolist(), strict=True)]
@@ -678,7 +681,3 @@ class RolloutState:
         if sampler.needs_spread and reasoner.latent_spread is not None:
             self.draw.spread_RD = reasoner.latent_spread(hidden_RD)
         return sampler.latent(reasoner.next_latent(hidden_RD), self.draw, step)
-
-    def _sampled_token(self, step: int, logits_CV: Tensor, rows: slice) -> Tensor:
-        """The sampler's choice in some of the rows."""
-        return self._hooks.sampler.token(logits_CV, self.draw.rows(rows), step)

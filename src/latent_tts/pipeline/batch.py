@@ -137,7 +137,7 @@ class BatchScorer:
     def max_flops(self, job: RolloutJob) -> float:
         """Operations of scoring a job."""
         prompt, latents = len(job.prompt), self._spec.adapter.latents
-        return self.shape.prompt_flops(prompt) + len(job.rollouts) * self.shape.scoring_flops(prompt, latents)
+        return self.shape.pass_flops(prompt) + len(job.rollouts) * self.shape.scoring_flops(prompt, latents)
 
     def log_work(self, jobs: Sequence[RolloutJob]) -> None:
         """Say how much there is to score, and what it takes."""

@@ -196,4 +196,4 @@ def rollout_plan(
         return replace(plan, exit=schedule.early_exit.threshold, exit_ids=exit_ids(adapter, schedule))
     if schedule is None or schedule.stepwise:
         return plan
-    return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.first_guess == "token" else None)
+    return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.guess == "token" else None)

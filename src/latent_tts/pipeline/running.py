@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from latent_tts.pipeline import environment
+from latent_tts.pipeline import calibration, environment
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import RunTables, make_tables, schedule_lines
@@ -70,7 +70,7 @@ def complete_run(
     """
     with locked_folder(folder, "hydra.run.dir"):
         clear_run_folder(folder)
-        compared = spec.schedule.verified
+        compared = spec.schedule.verify
         rollouts = draw_rollouts(spec, folder / LATENTS if keep_latents or compared else None)
         release_memory()
         tables = make_tables(spec, rollouts, settings)
@@ -136,6 +136,7 @@ def write_run_folder(
             },
             "checkpoint_digest": spec.adapter.identity,
             "scorer": scored_by or None,
+            "schedule": calibration.schedule_key(spec.schedule),
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
             "grading": {"given_up": spec.task.rule.given_up},

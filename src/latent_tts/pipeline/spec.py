@@ -249,7 +249,7 @@ class RunSpec(RunRequest):
             if tokens_N is None
             else passes.rollout_flops(prompt, steps_N, tokens_N - len(self.forced_ids))
         )
-        if self.schedule.first_guess in OF_OTHERS:
+        if self.schedule.guess in OF_OTHERS:
             shared += passes.guess_flops(prompt)
         if self.draft is not None:
             each_N = each_N + self.draft.record.flops(prompt)
@@ -257,7 +257,7 @@ class RunSpec(RunRequest):
             each_N = each_N + conflicts_N * passes.again_flops(prompt, steps_N)
         if scored and self.scorer is not None:
             head = Shape.from_config(self.scorer.sizes)
-            shared, each_N = shared + head.prompt_flops(prompt), each_N + head.scoring_flops(prompt, steps_N)
+            shared, each_N = shared + head.pass_flops(prompt), each_N + head.scoring_flops(prompt, steps_N)
         return float(shared) / 1e9, np.asarray(each_N, dtype=np.float64) / 1e9
 
     def row_key(self, question: Question) -> str:
@@ -301,7 +301,7 @@ def check_run(request: RunRequest) -> RunSpec:
     budget = settle_budget(request, scorer, aggregators)
     scorer = None if isinstance(scorer, NoScorer) or (is_adaptive(budget) and not budget.needs_score) else scorer
     check_search(request, schedule, scorer)
-    if schedule.verified:
+    if schedule.verify:
         require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
         why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
         require("budget", budget.name, not is_adaptive(budget), why)
@@ -311,7 +311,7 @@ def check_run(request: RunRequest) -> RunSpec:
     questions = request.task.questions()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
-        budget = calibrated(budget, request, aggregators, scorer, questions)
+        budget = calibrated(budget, request, schedule, aggregators, scorer, questions)
     if not has_gold(questions):
         name = request.task.name
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
@@ -412,7 +412,7 @@ def found_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | N
     Raises:
         UsageError: it does not exist, or is another model's.
     """
-    path = schedule.draft_path
+    path = schedule.draft
     return None if path is None else find_draft(path, adapter.digest, adapter.latents)
 
 
@@ -563,6 +563,7 @@ def check_adaptive(
 def calibrated(
     budget: AdaptiveBudget,
     request: RunRequest,
+    schedule: Schedule,
     aggregators: Sequence[Aggregator],
     scorer: LatentRM | None,
     questions: Sequence[Question],
@@ -578,6 +579,7 @@ def calibrated(
     fitted = calibration.calibrate_on_run(
         budget.rule,
         request.config,
+        schedule,
         {"model": request.adapter.identity, "scorer": None if scorer is None else scorer.digest},
         [each.id for each in questions],
         next(of_votes, None) if budget.aggregator == "weighted" else None,

@@ -244,7 +244,7 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
             each = float(grown_N.mean()) + (each - float(grown_N.mean())) * spec.kept / spec.n
         if scores is not None and spec.scorer is not None:
             # official positions need a prefill for each length of text: a cost of the rollouts, not of the question
-            prefill = Shape.from_config(spec.scorer.sizes).prompt_flops(len(spec.prompts[question.id]))
+            prefill = Shape.from_config(spec.scorer.sizes).pass_flops(len(spec.prompts[question.id]))
             each += (scores.prefills[place] - 1) * float(prefill) / 1e9 / spec.n
         pairs.append((shared, each))
     return pairs

@@ -1,7 +1,7 @@
 """Philox words of many rows as torch tensors, and the keep decisions of dropout made from them.
 
 Two implementations give the same integers: Triton kernels (on a GPU, if Triton works), and the operators of torch and
-NumPy (everywhere else). With kernels, dropout's decisions are made where they are used: see `drop`.
+NumPy (everywhere else). With kernels, dropout's decisions are made where they are used: see `triton_kernels.drop`.
 """
 
 from __future__ import annotations
@@ -70,25 +70,6 @@ def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, t
         decide_by_operators(keys_R2, rollouts_R, places_P, stream, threshold, kept)
 
 
-def drop(
-    output_RSD: Tensor, keys_R2: Tensor, rollouts_R: Tensor, place: int, stream: int, threshold: int, first: int | None
-) -> Tensor:
-    """Dropout: 0 where `decide` says so, else 65536 / (65536 - threshold) times as much, in the dtype of `output_RSD`.
-
-    Args:
-        output_RSD: in any dtype up to float32.
-        keys_R2: Philox keys (int64).
-        rollouts_R: the rows' rollout numbers (int64).
-        place: counter word of the masked place.
-        stream: counter word for the use of the numbers, a `Stream`.
-        threshold: see `decide`.
-        first: which of the tokens with decisions of their own the first one is; None gives all tokens those of one.
-    """
-    from latent_tts.random import triton_kernels
-
-    return triton_kernels.drop(output_RSD, keys_R2, rollouts_R, place, stream, threshold, first)
-
-
 def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int | Tensor, stream: int) -> Tensor:
     """`words` by torch's operators; `place` may differ by row (R, 1)."""
     counter = torch.arange(blocks, device=rollouts_R.device), place, rollouts_R[:, None], stream
@@ -121,7 +102,7 @@ def decide_by_operators(
 def drop_by_operators(
     output_RSD: Tensor, keys_R2: Tensor, rollouts_R: Tensor, place: int, stream: int, threshold: int, first: int | None
 ) -> Tensor:
-    """`drop` by torch's operators."""
+    """`triton_kernels.drop` by torch's operators."""
     rows, tokens, width = output_RSD.shape
     drawn = 1 if first is None else first + tokens
     kept = torch.empty(rows, 1, drawn, 2, -(-width // 8) * 4, dtype=torch.bool, device=output_RSD.device)

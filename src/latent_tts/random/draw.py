@@ -132,9 +132,11 @@ class Draw:
 
     def drop(self, output_RSD: Tensor, place: DropPlace, first: int = 0) -> Tensor:
         """A tensor of tokens `first`, `first` + 1, ... times the factors of a place."""
+        from latent_tts.random import triton_kernels
+
         word, one_mask = _place(place.layer, place.step), place.tokens == 1
         arguments = output_RSD, self.keys_R2, self.rollouts_R, word, int(Stream.DROPOUT), place.threshold
-        return bits.drop(*arguments, None if one_mask else first)
+        return triton_kernels.drop(*arguments, None if one_mask else first)
 
     def _decide(self, layers: Sequence[int], step: int, tokens: int, per_token: int, threshold: int) -> Tensor:
         """Keep decisions (R, len(layers), tokens, 8 * per_token) of several places."""

@@ -117,7 +117,11 @@ def file_rows(path: str) -> Iterator[Row]:
                 if blank > MAX_BLANK:
                     raise UsageError(f"{where}: there are more than {MAX_BLANK:,} blank lines before it")
                 if not blank:
-                    yield where, _json_object(where, text)
+                    try:
+                        row = json.loads(text)
+                    except (ValueError, RecursionError) as error:
+                        raise UsageError(f"{where} is not JSON ({error})") from error
+                    yield where, _is_object(where, row)
                 text, number = file.readline(MAX_CHARACTERS + 1), number + 1
     except UnicodeDecodeError as error:
         raise bad_value("task.path", path, f"is not UTF-8 ({error}); save it as UTF-8") from error
@@ -164,14 +168,6 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
 
 def _too_long(where: str) -> UsageError:
     return UsageError(f"{where} has more than {MAX_CHARACTERS:,} characters")
-
-
-def _json_object(where: str, line: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON ({error})") from error
-    return _is_object(where, row)
 
 
 def _is_object(where: str, row: Any) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -195,8 +195,8 @@ class ResumableTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the trained weights; tied weights only once, as safetensors requires."""
-        assert self.model is not None
-        super()._save(output_dir, {name: value.detach() for name, value in trained_parameters(self.model)})
+        trained = trained_parameters(cast(nn.Module, self.model))
+        super()._save(output_dir, {name: value.detach() for name, value in trained})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a state, and the digests of its files."""
@@ -207,13 +207,11 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the trained weights of a state."""
-        assert self.model is not None
-        load_parameters(self.model, Path(resume_from_checkpoint))
+        load_parameters(cast(nn.Module, self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Load the trained weights of the best state."""
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

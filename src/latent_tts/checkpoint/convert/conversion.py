@@ -80,7 +80,7 @@ def convert_checkpoint(
         settings = find_config(config, folders)
         checkpoint.check_settings(settings, beside, key="src")
         state = loading.read_pickles(pickles) if pickles else loading.load_tensors(beside, "")
-        state = layouts.unwrap(state)
+        state = {layouts.WRAPPERS.sub(r"\1", name): tensor for name, tensor in state.items()}
         family = checkpoint.training_layout(state)
         require("src", src, family is not None or bool(pickles), "is already in the layout that `ltts run` reads")
         tensors, settings = convert(state, settings, words, family, lora_alpha)

@@ -30,7 +30,7 @@ HEAD = "lm_head.weight"
 EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
 PROJECTOR = {f"{old}.{part}": f"projector.{new}.{part}" for old, new in (("1", "1"), ("3", "3"), ("ln", "4"))
              for part in ("weight", "bias")}  # fmt: skip
-WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)\.")
+WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)\.")  # of data-parallel and compiled modules
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # transformers computes them
 TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # GPT-2's Conv1D weights are (in, out), products of LoRA factors (out, in)
 
@@ -48,11 +48,6 @@ class Backbone:
     tensors: dict[str, Tensor]
     left_out: Mapping[str, int]
     embedding: Tensor | None = None
-
-
-def unwrap(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes of data-parallel and compiled modules from the names."""
-    return {WRAPPERS.sub(r"\1", name): tensor for name, tensor in state.items()}
 
 
 def coconut_backbone(state: Mapping[str, Tensor]) -> Backbone:
