@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from latent_tts.pipeline import environment
+from latent_tts.pipeline import calibration, environment
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.spec import COMPUTATION, RunSpec
 from latent_tts.pipeline.tables import RunTables
@@ -87,6 +87,7 @@ def write_run_folder(
             },
             "checkpoint_digest": spec.adapter.identity,
             "scorer": scored_by or None,
+            "schedule": calibration.schedule_key(spec.schedule),
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
             "grading": {"given_up": spec.task.rule.given_up},

@@ -317,7 +317,7 @@ def check_run(request: RunRequest) -> RunSpec:
     questions = request.task.questions()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
-        budget = calibrated(budget, request, aggregators, scorer, questions)
+        budget = calibrated(budget, request, schedule, aggregators, scorer, questions)
     if not has_gold(questions):
         name = request.task.name
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
@@ -569,6 +569,7 @@ def check_adaptive(
 def calibrated(
     budget: AdaptiveBudget,
     request: RunRequest,
+    schedule: Schedule,
     aggregators: Sequence[Aggregator],
     scorer: LatentRM | None,
     questions: Sequence[Question],
@@ -584,6 +585,7 @@ def calibrated(
     fitted = calibration.calibrate_on_run(
         budget.rule,
         request.config,
+        schedule,
         {"model": request.adapter.identity, "scorer": None if scorer is None else scorer.digest},
         [each.id for each in questions],
         next(of_votes, None) if budget.aggregator == "weighted" else None,

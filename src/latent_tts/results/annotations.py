@@ -117,10 +117,8 @@ class AnnotationFolder:
             self.official = False
         else:
             record = self._read_settings()
-            self.settings = _at_place_of(self.settings, record["settings"])
-            self._refuse_other_settings(record["settings"], self.settings)
-            if COMPUTATION in record["settings"]:
-                self.settings[COMPUTATION] = record["settings"][COMPUTATION]
+            self._refuse_other_settings(record["settings"], _at_place_of(self.settings, record["settings"]))
+            self.settings = record["settings"]
             self.complete, self.rows = bool(record["complete"]), record["rows"]
             if lost := self._lost_parts(record):
                 log.warning("%s: parts are missing, such as %s; their questions are labelled again", path, lost)
