@@ -12,12 +12,15 @@ from typing import Any
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine import quantization
 from latent_tts.engine.cost import Shape
-from latent_tts.engine.device import resolve_device
+from latent_tts.engine.device import is_gpu, resolve_device
 from latent_tts.engine.draft import DraftHead
+from latent_tts.engine.graph_scoring import GraphScorer
 from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
+from latent_tts.engine.recording import ROLLOUTS_SHARE, SCORES_SHARE, Recordings
 from latent_tts.engine.rollout import Engine, RolloutPlan
+from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
@@ -159,6 +162,13 @@ def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, dev
     return rows
 
 
+def open_recordings(settings: EngineSettings, device: str, share: float) -> Recordings | None:
+    """Where CUDA graphs are kept, in a share of the free memory; None on a CPU, and with `engine.graph=off`."""
+    if not is_gpu(device) or settings.graph == "off":
+        return None
+    return Recordings(device, needed=settings.graph == "on", share=share)
+
+
 def open_engine(
     reasoner: Reasoner, plan: RolloutPlan, settings: EngineSettings, draft: DraftHead | None = None
 ) -> Engine:
@@ -169,14 +179,20 @@ def open_engine(
     Raises:
         RunError: `engine.graph=on`, and the model cannot be replayed.
     """
-    if (
-        reasoner.lm.device.type != "cuda"
-        or settings.graph == "off"
-        or not plan.schedule.stepwise
-        or plan.exit is not None
-    ):
+    recordings = open_recordings(settings, str(reasoner.lm.device), ROLLOUTS_SHARE)
+    if recordings is None or not plan.schedule.stepwise or plan.exit is not None:
         return Engine(reasoner, plan, draft)
-    return GraphEngine(reasoner, plan, needed=settings.graph == "on")
+    return GraphEngine(reasoner, plan, recordings)
+
+
+def open_scorer(model: RewardModel, settings: EngineSettings) -> LatentScorer:
+    """A scorer that replays CUDA graphs where it can and `engine.graph` allows it.
+
+    Raises:
+        RunError: see `open_engine`.
+    """
+    recordings = open_recordings(settings, str(model.backbone.device), SCORES_SHARE)
+    return LatentScorer(model) if recordings is None else GraphScorer(model, recordings)
 
 
 def refuse_graphs(settings: EngineSettings, why: str) -> None:
