@@ -179,7 +179,13 @@ def compose(command: str, overrides: Sequence[str] = (), loader: ConfigLoader | 
 
 def given_keys() -> list[str]:
     """The groups and keys that the command line says something about."""
-    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+    return list(given_values())
+
+
+def given_values() -> dict[str, str]:
+    """What the command line says of groups and keys, as it was typed."""
+    pairs = (override.lstrip("+~").partition("=") for override in HydraConfig.get().overrides.task)
+    return {key: value for key, _, value in pairs}
 
 
 def name_after_checkpoint(cfg: DictConfig) -> None:
