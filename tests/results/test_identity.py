@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -96,6 +97,16 @@ def test_a_file_by_another_path_or_name_is_the_same_set_and_one_read_by_another_
     assert set(read_metrics(tmp_path / "mix_over_seeds.csv")["task"]) == {"test", "math500"}
     compared = ltts("compare", "mix/0", "mix/latex")
     assert compared.code == 0, compared.err
+
+
+def test_a_number_is_one_setting_however_it_is_written(seeded, latent_rm):
+    scored = ["scorer=latent_rm", f"scorer.checkpoint={latent_rm}", "sampler=gaussian"]
+    for name, one, low in (("int", "1", "-90"), ("float", "1.0", "-90.0"), ("power", "1e0", "-9e1")):
+        more = [f"sampler.sigma={one}", f"task.tolerance={one}", f"scorer.range=[{low},90]"]
+        seeded("a", 0, f"mix/{name}", *scored, *more, "paths.cache=mine")
+    tables = [read_metrics(path) for path in sorted(Path("mix").glob("*/metrics.csv"))]
+    assert len({table["run_id"][0] for table in tables}) == 1
+    assert len([path for path in Path("mine").iterdir() if path.is_dir()]) == 1
 
 
 def test_seeds_of_other_weights_are_not_averaged(seeded, ltts, checkpoint, tmp_path):

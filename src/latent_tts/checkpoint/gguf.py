@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.errors import RunError, UsageError, bad_value, is_whole, require
 from latent_tts.types import file_digest
 
 log = logging.getLogger(__name__)
@@ -251,19 +251,26 @@ def convert(file: Path, folder: Path, splitting: str | None, key: str) -> None:
     lm.hf_quantizer = None
     lm.is_quantized = False
     lm.save_pretrained(folder)
+    for name in ("bos", "eos", "pad"):  # transformers 5.17 gives the tokenizer others than the file has
+        token = getattr(lm.config, f"{name}_token_id")
+        tokenizer.init_kwargs.pop(f"{name}_token_id", None)
+        if is_whole(token) and 0 <= token < len(tokenizer):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
     tokenizer.save_pretrained(folder)
     _write_splitting(folder / "tokenizer.json", splitting, file)
 
 
 def _write_splitting(path: Path, splitting: str | None, file: Path) -> None:
-    """Add to a tokenizer how texts are split before merging, if transformers has left it out."""
+    """Write into a tokenizer how texts are split before merging, where transformers goes by the architecture alone."""
     if splitting in SINGLE_DIGITS:
         content = json.loads(path.read_text())
         own = content["pre_tokenizer"]
-        if own.get("type") != "ByteLevel":
+        parts = [part for part in own.get("pretokenizers", [own]) if part.get("type") == "ByteLevel"]
+        if not parts:
             raise UsageError(f"{PREFIX}{file}: a tokenizer of the kind {splitting} without byte-level tokens")
         digits = {"type": "Digits", "individual_digits": True}
-        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, own]}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, {**parts[0], "use_regex": True}]}
+        content["normalizer"] = None  # early versions of transformers 5 give some architectures one
         path.write_text(json.dumps(content, ensure_ascii=False))
     elif splitting is not None and splitting not in AS_TRANSFORMERS:
         log.warning("%s: texts are split as transformers does; the file asks for %r", file, splitting)

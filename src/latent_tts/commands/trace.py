@@ -20,7 +20,7 @@ from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.trace_spec import View, check_trace, of_a_run, warn_of_differences
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
-from latent_tts.results.files import locked_folder, whole_file
+from latent_tts.results.files import locked_folder, write_text
 from latent_tts.results.trace_page import render_page
 from latent_tts.results.trace_report import print_trace
 from latent_tts.task.asked import Asked
@@ -69,8 +69,7 @@ def main(cfg: DictConfig) -> None:
         from latent_tts.pipeline.tracing import trace
 
         shown = trace(spec, rollouts)
-    with whole_file(folder / PAGE) as path:
-        path.write_text(render_page(shown), encoding="utf-8")
+    write_text(folder / PAGE, render_page(shown))
     print_trace(shown)
     for line in lines:
         report.print_line(line)

@@ -67,6 +67,11 @@ class SharedPrefixCache:
     fills_prefix: bool = False
     _work: Tensor | None = None
 
+    @property
+    def questions_so_far(self) -> int:
+        """How many prefixes it has."""
+        return self.lengths_Q.shape[0]
+
     def add_questions(self, lengths_Q: Tensor) -> None:
         """Say how many tokens the prefixes that come next have."""
         self.lengths_Q = torch.cat([self.lengths_Q, lengths_Q]) if len(self.lengths_Q) else lengths_Q
@@ -243,6 +248,11 @@ class FixedCache(SharedPrefixCache):
         self.at_1 = None
         if self.valid_RC is not None:
             self.valid_RC.fill_(True)
+
+    @property
+    def questions_so_far(self) -> int:
+        """How many prefixes are set."""
+        return self._known
 
     def add_questions(self, lengths_Q: Tensor) -> None:
         """See `SharedPrefixCache`."""

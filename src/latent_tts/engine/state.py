@@ -138,17 +138,17 @@ class KeyValueState:
 
     def prefill(self, embeddings_QLD: Tensor, lengths_Q: Tensor) -> Tensor:
         """Run prompts; each call adds questions. See `State.prefill`."""
-        start = len(self._cache.lengths_Q)
+        start = self._cache.questions_so_far
         self._cache.add_questions(lengths_Q)
         questions, tokens, _ = embeddings_QLD.shape
         if tokens == 0:
             self._cache.add_empty_prefixes(embeddings_QLD, self._backbone.config.get_text_config())
             return embeddings_QLD
-        positions_QL = torch.arange(tokens, device=lengths_Q.device).expand(questions, -1)
+        # positions of padding stay within the model's
+        last_Q1 = (lengths_Q[:, None] - 1).clamp(min=0)
+        positions_QL = torch.minimum(torch.arange(tokens, device=lengths_Q.device).expand(questions, -1), last_Q1)
         if self._position_offset_Q is not None:
-            offset_Q1 = self._position_offset_Q[start : start + questions, None]
-            # positions of padding stay within the model's
-            positions_QL = torch.minimum(positions_QL + offset_Q1, offset_Q1 + lengths_Q[:, None] - 1)
+            positions_QL = positions_QL + self._position_offset_Q[start : start + questions, None]
         self._cache.fills_prefix = True
         hidden_QLD = self._run(embeddings_QLD, positions_QL)
         self._cache.fills_prefix = False

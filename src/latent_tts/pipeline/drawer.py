@@ -469,14 +469,11 @@ class Drawer:
         """Recompute the latents of a batch."""
         request = shard.request
         thought = self.roll(batch, answers=False)
-        make_table = None
-        if request.scored:
-            make_table = partial(score_table, batch, self.scorer.score(batch, thought.latents_RTD, thought.steps_R))
-        latents_RTD = to_host(thought.latents_RTD) if request.keeps else None
+        scores = self.scorer.score(batch, thought.latents_RTD, thought.steps_R) if request.scored else None
         return Part(
             places=places_of(batch),
-            make_table=make_table,
-            latents_RTD=latents_RTD,
+            make_table=None if scores is None else partial(score_table, batch, scores),
+            latents_RTD=to_host(thought.latents_RTD) if request.keeps else None,
             max_bytes=self._max_bytes,
             memory=self.memory,
         )

@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine import quantization
 from latent_tts.engine.cost import Shape
-from latent_tts.engine.device import resolve_device
+from latent_tts.engine.device import is_gpu, resolve_device
 from latent_tts.engine.draft import DraftHead
+from latent_tts.engine.graph_scoring import GraphScorer
 from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
+from latent_tts.engine.recording import ROLLOUTS_SHARE, SCORES_SHARE, Recordings
 from latent_tts.engine.rollout import Engine, RolloutPlan
+from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
-from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, RunSpec, exit_ids
-from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.pipeline.spec import EngineSettings, RunSpec, exit_ids
 from latent_tts.schedule import Schedule
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import Computation, Reasoner, RewardModel
@@ -121,13 +122,6 @@ def _keep_proven(
     return replace(model, computation=_keep(f"{kind}'s proof", proof, computation))
 
 
-def write_computation(folder: Path, computation: Computation) -> None:
-    """Write down, beside rollouts, how they were computed."""
-    with whole_file(folder / COMPUTATION) as path:
-        said = asdict(computation)
-        path.write_text(json.dumps(said | {"digest": settings_digest(said)}, indent=1) + "\n")
-
-
 def described(computation: Computation) -> str:
     """How a model is computed, for people."""
     attention = "shared-prefix attention"
@@ -168,6 +162,13 @@ def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, dev
     return rows
 
 
+def open_recordings(settings: EngineSettings, device: str, share: float) -> Recordings | None:
+    """Where CUDA graphs are kept, in a share of the free memory; None on a CPU, and with `engine.graph=off`."""
+    if not is_gpu(device) or settings.graph == "off":
+        return None
+    return Recordings(device, needed=settings.graph == "on", share=share)
+
+
 def open_engine(
     reasoner: Reasoner, plan: RolloutPlan, settings: EngineSettings, draft: DraftHead | None = None
 ) -> Engine:
@@ -178,14 +179,20 @@ def open_engine(
     Raises:
         RunError: `engine.graph=on`, and the model cannot be replayed.
     """
-    if (
-        reasoner.lm.device.type != "cuda"
-        or settings.graph == "off"
-        or not plan.schedule.stepwise
-        or plan.exit is not None
-    ):
+    recordings = open_recordings(settings, str(reasoner.lm.device), ROLLOUTS_SHARE)
+    if recordings is None or not plan.schedule.stepwise or plan.exit is not None:
         return Engine(reasoner, plan, draft)
-    return GraphEngine(reasoner, plan, needed=settings.graph == "on")
+    return GraphEngine(reasoner, plan, recordings)
+
+
+def open_scorer(model: RewardModel, settings: EngineSettings) -> LatentScorer:
+    """A scorer that replays CUDA graphs where it can and `engine.graph` allows it.
+
+    Raises:
+        RunError: see `open_engine`.
+    """
+    recordings = open_recordings(settings, str(model.backbone.device), SCORES_SHARE)
+    return LatentScorer(model) if recordings is None else GraphScorer(model, recordings)
 
 
 def refuse_graphs(settings: EngineSettings, why: str) -> None:

@@ -38,7 +38,6 @@ from latent_tts.task import Task, has_gold
 from latent_tts.types import Float64, Int64, Question
 
 log = logging.getLogger(__name__)
-COMPUTATION = "computation.json"  # beside cached rollouts: how they were computed
 MAX_ROLLOUTS = 1 << 20
 BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -225,11 +224,6 @@ class RunSpec(RunRequest):
         """Rollouts of each question in the tables, in the order of `questions`."""
         return [self.kept] * len(self.questions) if self.counts is None else self.counts
 
-    @property
-    def reported(self) -> list[int]:
-        """The n that get rows in the metrics."""
-        return self.budget.reported(self.n)
-
     def rollout_gflop(
         self,
         question: Question,
@@ -317,7 +311,7 @@ def check_run(request: RunRequest) -> RunSpec:
     questions = request.task.questions()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
-        budget = calibrated(budget, request, aggregators, scorer, questions)
+        budget = calibrated(budget, request, schedule, aggregators, scorer, questions)
     if not has_gold(questions):
         name = request.task.name
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
@@ -569,6 +563,7 @@ def check_adaptive(
 def calibrated(
     budget: AdaptiveBudget,
     request: RunRequest,
+    schedule: Schedule,
     aggregators: Sequence[Aggregator],
     scorer: LatentRM | None,
     questions: Sequence[Question],
@@ -584,6 +579,7 @@ def calibrated(
     fitted = calibration.calibrate_on_run(
         budget.rule,
         request.config,
+        schedule,
         {"model": request.adapter.identity, "scorer": None if scorer is None else scorer.digest},
         [each.id for each in questions],
         next(of_votes, None) if budget.aggregator == "weighted" else None,
@@ -606,9 +602,9 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
             sequence of this run may exceed it.
     """
     given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    rope: dict[str, Any] = {}
-    for settings in given:
-        rope |= settings if isinstance(settings, dict) else {}
+    rope: dict[str, Any] = {
+        key: value for settings in given if isinstance(settings, dict) for key, value in settings.items()
+    }
     of_layers = [value for value in rope.values() if isinstance(value, dict)]  # some have one per kind of layer
     for part in (rope, *of_layers):
         kind = part.get("type") if part.get("type") in LENGTH_DEPENDENT_ROPE else part.get("rope_type")

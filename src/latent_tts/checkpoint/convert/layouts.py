@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from latent_tts.checkpoint import joining
 from latent_tts.errors import UsageError, bad_value, require
 
 if TYPE_CHECKING:
@@ -68,7 +69,15 @@ def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> Backbone:
         UsageError: the projector is incomplete, or a LoRA factor fits no weight.
     """
     tensors, rest = _below("codi.", state)
-    tensors = merge_lora({name.removeprefix("base_model.model."): value for name, value in tensors.items()}, alpha)
+    factors = {name: value for name, value in tensors.items() if ".lora_" in name or ".modules_to_save." in name}
+    tensors = {name.removeprefix(joining.PREFIX).replace(".base_layer.", "."): value
+               for name, value in tensors.items() if name not in factors}  # fmt: skip
+    settings = {
+        "lora_alpha": alpha,
+        "transposed": any(f".{layer}.lora_" in name for name in factors for layer in TRANSPOSED),
+    }
+    factors = {name.replace(".default.", "."): value for name, value in factors.items()}
+    tensors = joining.add_adapter(tensors, factors, settings, "codi.*", "src")
     projector, rest = _below("prj.", rest)
     require(
         "src",
@@ -78,36 +87,6 @@ def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> Backbone:
     )
     tensors |= {PROJECTOR[name]: value for name, value in projector.items()}
     return Backbone(tensors, _parts(rest))
-
-
-def merge_lora(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Add the products of LoRA factors to their weights, in float32; weights without factors are not changed.
-
-    Raises:
-        UsageError: a factor fits no weight.
-    """
-    factors = {name for name in state if ".lora_" in name or ".modules_to_save." in name}
-    merged, left = {}, set(factors)
-    for name, weight in state.items():
-        if name in factors:
-            continue
-        module = name.removesuffix(".base_layer.weight")
-        down, up = (f"{module}.lora_{factor}.default.weight" for factor in "AB")
-        if name.endswith(".base_layer.weight") and down in state and up in state:
-            left -= {down, up}
-            delta = state[up].float() @ state[down].float() * (alpha / state[down].shape[0])
-            delta = delta.T if module.endswith(TRANSPOSED) else delta
-            require(
-                "src",
-                down,
-                delta.shape == weight.shape,
-                f"its product has the shape {list(delta.shape)}; {name} has {list(weight.shape)}",
-            )
-            weight = weight.float() + delta
-        merged[name.replace(".base_layer.", ".")] = weight
-    if left:
-        raise bad_value("src", min(left), f"{len(left)} tensors of PEFT fit no weight of the file")
-    return merged
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
