@@ -59,6 +59,7 @@ wheel-smoke: .venv/.installed ## build the wheel, install it in another venv, ru
 plots: .venv/.installed ## redraw the figures of docs/, and those of ltts plot in experiments/
 	$(BIN)/ltts plot experiments/main_curve experiments/latent_rm experiments/sampling format=svg
 	$(BIN)/ltts plot experiments/main_curve output=docs/scaling.png
+	$(BIN)/python experiments/budgets/figure.py
 	$(BIN)/python docs/draw_figures.py
 
 reasoner: .venv/.installed ## retrain the built-in COCONUT reasoner (half an hour to an hour on one core)
