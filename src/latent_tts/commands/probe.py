@@ -17,8 +17,8 @@ from latent_tts.errors import check_fields, require
 from latent_tts.pipeline.probe_spec import chunks_to_try, schedules_to_try
 from latent_tts.pipeline.spec import encode_prompts, found_draft, reserved_positions
 from latent_tts.results import report, statistics
-from latent_tts.results.dependency_figure import draw_dependencies
-from latent_tts.results.files import locked_folder, whole_file, write_csv
+from latent_tts.results.files import locked_folder, write_csv, write_text
+from latent_tts.results.plot import draw_dependencies
 from latent_tts.schedule.auto import PLAN, Plan
 from latent_tts.schedule.speculative import Speculative
 from latent_tts.task import Task
@@ -63,10 +63,9 @@ def main(cfg: DictConfig) -> None:
         title = f"{adapter.name} on {task.name}, {len(prompts)} questions"
         draw_dependencies(found.relative_TT, title, output / FIGURE)
         chosen = found.recommended
-        with whole_file(output / PLAN) as path:
-            keys = None if chosen is None or found.max_rows == 0 else asdict(chosen)
-            plan = Plan(adapter.digest, adapter.latents, engine.dtype, found.device, found.max_rows, keys)
-            path.write_text(plan.text)
+        keys = None if chosen is None or found.max_rows == 0 else asdict(chosen)
+        plan = Plan(adapter.digest, adapter.latents, engine.dtype, found.device, found.max_rows, keys)
+        write_text(output / PLAN, plan.text)
     show(found, adapter.name, cfg.threshold)
     print(output / QUESTIONS)
 

@@ -321,7 +321,7 @@ class Drawer:
         require("schedule", "auto", spec.planned_on in (None, kind), allowed)
         if spec.guided:
             refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
-        if not spec.schedule.stepwise or spec.schedule.early_exit is not None:
+        if not spec.schedule.stepwise or spec.schedule.exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
         self.bytes_per_row = self._bytes_per_row(longest)
@@ -469,14 +469,11 @@ class Drawer:
         """Recompute the latents of a batch."""
         request = shard.request
         thought = self.roll(batch, answers=False)
-        make_table = None
-        if request.scored:
-            make_table = partial(score_table, batch, self.scorer.score(batch, thought.latents_RTD, thought.steps_R))
-        latents_RTD = to_host(thought.latents_RTD) if request.keeps else None
+        scores = self.scorer.score(batch, thought.latents_RTD, thought.steps_R) if request.scored else None
         return Part(
             places=places_of(batch),
-            make_table=make_table,
-            latents_RTD=latents_RTD,
+            make_table=None if scores is None else partial(score_table, batch, scores),
+            latents_RTD=to_host(thought.latents_RTD) if request.keeps else None,
             max_bytes=self._max_bytes,
             memory=self.memory,
         )

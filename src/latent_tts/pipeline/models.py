@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
@@ -25,8 +24,7 @@ from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
-from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, RunSpec, exit_ids
-from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.pipeline.spec import EngineSettings, RunSpec, exit_ids
 from latent_tts.schedule import Schedule
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import Computation, Reasoner, RewardModel
@@ -124,13 +122,6 @@ def _keep_proven(
     return replace(model, computation=_keep(f"{kind}'s proof", proof, computation))
 
 
-def write_computation(folder: Path, computation: Computation) -> None:
-    """Write down, beside rollouts, how they were computed."""
-    with whole_file(folder / COMPUTATION) as path:
-        said = asdict(computation)
-        path.write_text(json.dumps(said | {"digest": settings_digest(said)}, indent=1) + "\n")
-
-
 def described(computation: Computation) -> str:
     """How a model is computed, for people."""
     attention = "shared-prefix attention"
@@ -217,8 +208,8 @@ def rollout_plan(
         adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
         forced_ids=list(forced_ids), other_eos_ids=adapter.eos_ids[1:],
     )  # fmt: skip
-    if schedule is not None and schedule.early_exit is not None:
-        return replace(plan, exit=schedule.early_exit.threshold, exit_ids=exit_ids(adapter, schedule))
+    if schedule is not None and schedule.exit is not None:
+        return replace(plan, exit=schedule.exit, exit_ids=exit_ids(adapter, schedule))
     if schedule is None or schedule.stepwise:
         return plan
     return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.guess == "token" else None)

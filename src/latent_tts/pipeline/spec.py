@@ -38,7 +38,6 @@ from latent_tts.task import Task, has_gold
 from latent_tts.types import Float64, Int64, Question
 
 log = logging.getLogger(__name__)
-COMPUTATION = "computation.json"  # beside cached rollouts: how they were computed
 MAX_ROLLOUTS = 1 << 20
 BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -199,7 +198,7 @@ class RunSpec(RunRequest):
         adapter = self.adapter
         forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
-        looked_at = None if self.schedule.early_exit is None else len(exit_ids(adapter, self.schedule))
+        looked_at = None if self.schedule.exit is None else len(exit_ids(adapter, self.schedule))
         phases = self.sampler.random_phases
         made = adapter.latent_weights
         return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at, made)
@@ -224,11 +223,6 @@ class RunSpec(RunRequest):
     def table_counts(self) -> list[int]:
         """Rollouts of each question in the tables, in the order of `questions`."""
         return [self.kept] * len(self.questions) if self.counts is None else self.counts
-
-    @property
-    def reported(self) -> list[int]:
-        """The n that get rows in the metrics."""
-        return self.budget.reported(self.n)
 
     def rollout_gflop(
         self,
@@ -513,11 +507,11 @@ def check_exit(schedule: Schedule, adapter: CheckpointAdapter, max_answer_tokens
     Raises:
         UsageError: it is.
     """
-    if schedule.early_exit is None:
+    if schedule.exit is None:
         return
     beyond = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
     allowed = f"must be at most max_answer_tokens={max_answer_tokens} tokens, it has {beyond}"
-    require("schedule.exit_prefix", schedule.early_exit.prefix, beyond <= max_answer_tokens, allowed)
+    require("schedule.exit_prefix", schedule.exit_prefix, beyond <= max_answer_tokens, allowed)
 
 
 def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
@@ -608,9 +602,9 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
             sequence of this run may exceed it.
     """
     given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    rope: dict[str, Any] = {}
-    for settings in given:
-        rope |= settings if isinstance(settings, dict) else {}
+    rope: dict[str, Any] = {
+        key: value for settings in given if isinstance(settings, dict) for key, value in settings.items()
+    }
     of_layers = [value for value in rope.values() if isinstance(value, dict)]  # some have one per kind of layer
     for part in (rope, *of_layers):
         kind = part.get("type") if part.get("type") in LENGTH_DEPENDENT_ROPE else part.get("rope_type")
@@ -680,8 +674,8 @@ def forced_answer_ids(adapter: CheckpointAdapter, prefix: str, max_answer_tokens
 
 def refuse_early_exit(schedule: Schedule, allowed: str) -> None:
     """Raise UsageError, which says what is `allowed`, if rollouts may stop thinking early."""
-    if schedule.early_exit is not None:
-        raise bad_value("schedule.exit", schedule.early_exit.threshold, allowed)
+    if schedule.exit is not None:
+        raise bad_value("schedule.exit", schedule.exit, allowed)
 
 
 def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
@@ -690,7 +684,7 @@ def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
     Raises:
         UsageError: the model cannot read `schedule.exit_prefix`.
     """
-    prefix = "" if schedule.early_exit is None else schedule.early_exit.prefix
+    prefix = "" if schedule.exit is None else schedule.exit_prefix or ""
     try:
         return [*adapter.thinking_end_ids, *adapter.forced_ids(prefix)]
     except UsageError as error:

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_tts.errors import RunError, UsageError, bad_value, require
-from latent_tts.results.files import bytes_digest, digest_in_name, set_aside, settings_digest, whole_file
+from latent_tts.results.files import bytes_digest, digest_in_name, set_aside, settings_digest, whole_file, write_text
 from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason, file_digest
 
 log = logging.getLogger(__name__)
@@ -393,8 +393,8 @@ class AnnotationFolder:
         record = {
             "settings": self.settings, "complete": self.complete, "rows": self.rows, "counts": counts, "parts": parts,
         }  # fmt: skip
-        with whole_file(self.path / SETTINGS) as partial:
-            partial.write_text(json.dumps(record | {"digest": settings_digest(record)}, indent=1) + "\n")
+        content = record | {"digest": settings_digest(record)}
+        write_text(self.path / SETTINGS, json.dumps(content, indent=1) + "\n")
 
     def _lost_parts(self, record: Mapping[str, Any]) -> str | None:
         """A part that a finished folder lacks, or has though it is none of its own; None if there is no such part."""

@@ -27,19 +27,13 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
     """
     runs: Side = {}
     for folder in run_folders(path, key):
-        if not is_complete(folder):
-            which = "the run" if folder == path else str(folder)
-            raise UsageError(f"{key}={path}: {which} did not complete; re-run its command")
+        which = "the run" if folder == path else str(folder)
+        require(key, path, is_complete(folder), f"{which} did not complete; re-run its command")
         run = CompletedRun.read(folder, read_run_metrics(folder), build_aggregator)
-        if not run.all_decoded:
-            raise UsageError(
-                f"{key}={path}: {folder} has answers only for its picks (answer.decode=winners), "
-                "so it cannot be compared"
-            )
-        if not run.has_gold:
-            raise UsageError(f"{key}={path}: the questions of {folder} have no gold answers, so there is no accuracy")
-        if run.seed in runs:
-            raise UsageError(f"{key}={path}: holds several runs of seed {run.seed}; name one run folder")
+        only_picks = f"{folder} has answers only for its picks (answer.decode=winners), so it cannot be compared"
+        require(key, path, run.all_decoded, only_picks)
+        require(key, path, run.has_gold, f"the questions of {folder} have no gold answers, so there is no accuracy")
+        require(key, path, run.seed not in runs, f"holds several runs of seed {run.seed}; name one run folder")
         runs[run.seed] = run
     _require_one_curve(f"{key}={path}", list(runs.values()))
     return runs

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, require
-from latent_tts.results.files import plain_cells, settings_digest, whole_file, write_csv
+from latent_tts.results.files import plain_cells, settings_digest, whole_file, write_csv, write_text
 from latent_tts.results.parts import runs_of
 from latent_tts.types import Float32, file_digest
 
@@ -146,12 +146,6 @@ def write_answers(folder: Path, answers: Sequence[Mapping[str, Any]]) -> None:
     """Write `answers.jsonl`: a line per question."""
     with whole_file(folder / ANSWERS) as path, path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-
-
-def write_budget(folder: Path, budget: pd.DataFrame) -> None:
-    """Write `budget.parquet`: a row per question of a run whose budget looked at its rollouts."""
-    with whole_file(folder / BUDGET) as path:
-        budget.to_parquet(path, index=False)
 
 
 def read_budget(folder: Path) -> pd.DataFrame | None:
@@ -351,8 +345,7 @@ def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
     files = {name: file_digest(folder / name) for name in TABLES if (folder / name).is_file()}
     content = json.loads(json.dumps({"format": RECORD_FORMAT, "files": files, **record}, default=str))
     content["digest"] = settings_digest(content)
-    with whole_file(folder / RUN_JSON) as path:
-        path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    write_text(folder / RUN_JSON, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def check_file(folder: Path, name: str) -> None:
