@@ -165,6 +165,7 @@ def refuse(place: Path, checkpoint: Path) -> Callable[..., None]:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs and sweeps draw no figure, which takes longer than their tables."""
     monkeypatch.setattr("latent_tts.results.plot.scaling_curve", lambda metrics, path: path)
+    monkeypatch.setattr("latent_tts.results.timeline.save_figure", lambda figure, path: path)
 
 
 @pytest.fixture
