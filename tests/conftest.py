@@ -142,6 +142,13 @@ def completed_with_latents(checkpoint: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
+def cached(completed: Path, place: Path) -> Path:
+    """That folder, whose rollouts are in the test's own cache: those that `run` without sampler and scorer draws."""
+    shutil.copytree(completed.parent / "cache", place / "cache")
+    return completed
+
+
+@pytest.fixture
 def own_copy(completed: Path, place: Path) -> Path:
     """A copy of that folder to be changed."""
     return shutil.copytree(completed, place / "completed")
