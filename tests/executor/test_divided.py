@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from marks import slow
 
 from latent_tts.engine.diversity import DirectionSums
 from latent_tts.executor import Finished
@@ -92,7 +93,7 @@ LINE = ("sampler=gaussian", "n=44", "engine.rows=8", "keep_latents=true", "budge
 
 @pytest.mark.every_other
 @pytest.mark.parametrize("shard", ["fixed", "measured"])
-@pytest.mark.parametrize(("questions", "workers", "dies"), [(1, 2, ()), (3, 4, ()), (2, 3, (2,))])
+@pytest.mark.parametrize(("questions", "workers", "dies"), [(1, 2, ()), slow(3, 4, ()), (2, 3, (2,))])
 @pytest.mark.usefixtures("no_figures")
 def test_tables_equal_those_of_one_worker(run, place, pools, shard, questions, workers, dies):
     opened, wanted = pools
