@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
-from places import place_of_its_own
+from places import place_of_its_own, run_line
 
 from latent_tts import cli
 
@@ -114,13 +114,6 @@ def ltts(place: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result
         return Result(code, captured.out, captured.err)
 
     return run
-
-
-def run_line(checkpoint: Path, *arguments: object) -> list[str]:
-    """`ltts run` on the tiny reasoner and a few questions; without a ladder of budgets, it draws no figure."""
-    budget = [] if any(str(argument).startswith("budget") for argument in arguments) else ["budget=fixed"]
-    few = ["task.limit=6", "n=4", "max_answer_tokens=4"]
-    return ["run", "model=demo_coconut", f"model.checkpoint={checkpoint}", *few, *budget, *map(str, arguments)]
 
 
 @pytest.fixture(scope="session")
