@@ -31,6 +31,7 @@ class TolerantSweeper(BasicSweeper):
             JobsFailed: at least one job failed.
         """
         # Hydra imports this file for every command: what only sweeps need is imported here
+        from latent_tts.config.build import from_here
         from latent_tts.pipeline.sweep import SweepJob
         from latent_tts.results.report import warnings_once
 
@@ -57,7 +58,7 @@ class TolerantSweeper(BasicSweeper):
             own = [override for override in job if override not in common]
             return f"job {' '.join(own)}: " if own else ""
 
-        folder = Path(self.config.hydra.sweep.dir)
+        folder = from_here(Path(self.config.hydra.sweep.dir))
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
         codes, log_file = [0], folder / f"{self.config.hydra.job.name}.log"
@@ -74,19 +75,29 @@ class TolerantSweeper(BasicSweeper):
                 launchable.append(job)
             except Exception as error:  # any error of composing a job is a failure of that job only
                 report_failure(error, job)
+        results: Sequence[Any] | None = []
         with warnings_once():
-            results = self.launcher.launch(launchable, initial_job_idx=0) if launchable else []
+            try:
+                results = self.launcher.launch(launchable, initial_job_idx=0) if launchable else []
+            except Exception as error:  # a launcher gives up on all jobs if one of their processes was killed
+                report_failure(error, [])
+                results = None
         finished, configs = [], []
         for job in jobs:
             ran = None
-            if job in launchable:
+            if job in launchable and results is None:
+                cfg = self.hydra_context.config_loader.load_sweep_config(self.config, job)
+                cfg.hydra.job.num = launchable.index(job)
+                ran = Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
+                configs.append(cfg)
+            elif job in launchable:
                 result = results[launchable.index(job)]
                 refused = False
                 if result.status is JobStatus.FAILED:
                     report_failure(result._return_value, job)
                     refused = cli.is_refused(result._return_value)
                 if result.hydra_cfg is not None and not refused:
-                    ran = Path(result.hydra_cfg.hydra.runtime.output_dir)
+                    ran = from_here(Path(result.hydra_cfg.hydra.runtime.output_dir))
                     configs.append(result.cfg)
             finished.append(SweepJob([override for override in job if override not in common], ran))
         if hasattr(command, "finish_sweep"):

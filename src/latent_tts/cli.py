@@ -7,19 +7,15 @@ import importlib
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
-import textwrap
-from collections.abc import Iterable
 from contextlib import suppress
-from difflib import get_close_matches
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from latent_tts.config.interrupts import INTERRUPTS
-from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, printable, unknown_key
+from latent_tts.errors import JobsFailed, LatentTTSError, UsageError, closest, did_you_mean, printable, unknown_key
 
 # name: (what it does, names of its positional arguments; a trailing * takes the rest, a trailing ? may be missing)
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -52,33 +48,39 @@ RESUMABLE = (
 MAX_LINES = 4
 KEPT = "finished work is kept; "
 OF_DISK = {errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ETIMEDOUT}
-FLAGS = ["-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
+MULTIRUN = ("-m", "--multirun")
+FLAGS = [*MULTIRUN, "-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run"]
 FLAGS_WITH_VALUE = ["-c", "--cfg", "-p", "--package", "-i", "--info", "-cd", "--config-dir", "-cn", "--config-name"]
 EXAMPLE = {"--example": ["task=arith", "task.limit=1"]}
 FLAGS_OF_COMMAND = {"ask": {"--json": ["json=true"], **EXAMPLE}, "trace": EXAMPLE}  # and their keys
-WRONG_VALUES = {  # what OmegaConf says of a value, and what it must be
-    r"Cannot convert '(?P<kind>\w+)' to string: '(?P<value>.*)'$": "text, not a {kind}",
-    r"Value '(?P<value>.*?)' of type '\w+' could not be converted to (?P<kind>\w+)": "of type {kind}",
-    r"Value '(?P<value>.*?)' is not a valid bool": "true or false",
+OF_VALUES = {  # what OmegaConf says of a value, and what is said here
+    r"Cannot convert '(?P<kind>\w+)' to string: '(?P<value>.*)'$": "{key}={value}: must be text, not a {kind}",
+    r"Value '(?P<value>.*?)' of type '\w+' could not be converted to (?P<kind>\w+)": (
+        "{key}={value}: must be of type {kind}"
+    ),
+    r"Value '(?P<value>.*?)' is not a valid bool": "{key}={value}: must be true or false",
+    r".*is not a ListConfig, list or tuple": "{key}: must be a list, as in {key}=[A,B]",
+    r"Missing mandatory value: (?P<name>.+)": "{name}: needs a value; null and an empty list are none",
+    r"field '(?P<name>.+)' is not Optional": "{name}: needs a value; null and an empty list are none",
+    r".*Error trying to access (?P<node>.+?)\.(?P<inner>\S+): node `(?P=node)` is not a container": (
+        "{node}: must be a mapping with {inner}"
+    ),
 }
+OF_ARGUMENTS = (  # errors of other libraries: kind, what they say, the argument's text, and what is said here
+    (UnicodeEncodeError, "surrogates", "", "a name is not UTF-8: {error.object!r:.200}"),
+    (
+        OverflowError,
+        "too large to convert to float",
+        r"=[+-]?\d{300,}$",
+        "{key}: a number that is beyond those of float64",
+    ),
+    (ValueError, "embedded null", "\0", "{key}: has the character NUL, which no path can have"),
+    (RuntimeError, "home directory", "", "~ in a path: that user has no home folder; write the path in full"),
+)
 FLAG_CHOICES = {
     **dict.fromkeys(("-c", "--cfg"), ("job", "hydra", "all")),
     **dict.fromkeys(("-i", "--info"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
 }
-
-
-def usage() -> str:
-    """The list of commands."""
-    from latent_tts.config import information
-    from latent_tts.config.help import definitions
-
-    width = shutil.get_terminal_size((100, 24)).columns
-    rows = [(name, what) for name, (what, _) in (COMMANDS | dict(information.COMMANDS)).items()]
-    notes = (
-        "`ltts COMMAND --help` (or `ltts help COMMAND`) lists the keys of a command; -m runs a job per combination of "
-        'comma-separated values; after `eval "$(ltts completion bash)"` Tab completes commands, keys and options.'
-    )
-    return f"usage: ltts COMMAND [KEY=VALUE ...] [-m]\n\n{definitions(rows, width)}\n\n{textwrap.fill(notes, width)}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,36 +92,15 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 1 for a failure while running, 2 for something wrong on the command line.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage())
-        return 0
-    if arguments[0] == "--version":
-        from importlib.metadata import version
+    from latent_tts.config import help as about
 
-        print(version("latent-tts"))
-        return 0
-    from latent_tts.config import information
-
-    name, *others = arguments
+    name, *others = (sys.argv[1:] if argv is None else argv) or ["--help"]
     own_flags = FLAGS_OF_COMMAND.get(name, {})
     others = [part for word in others for part in own_flags.get(word, [word])]
     try:
-        if name == "help" and (not others or others[0] in COMMANDS):
-            print(information.help_of(others[0], others[1:], COMMANDS) if others else usage())
-            return 0
-        if name in information.COMMANDS:
+        if name not in COMMANDS or {"-h", "--help"} & set(others):
             flags = {each: [*FLAGS_OF_COMMAND.get(each, ()), *FLAGS, *FLAGS_WITH_VALUE] for each in COMMANDS}
-            information.run(name, others, COMMANDS, flags, FLAG_CHOICES)
-            return 0
-        if name not in COMMANDS:
-            known = [*COMMANDS, *information.COMMANDS]
-            raise UsageError(
-                f"unknown command {name!r}; {_meant(name, known)}one of {', '.join(known)}\n"
-                "run `ltts --help` for a description of each"
-            )
-        if {"-h", "--help"} & set(others):
-            print(information.help_of(name, others, COMMANDS))
+            about.run(name, others, COMMANDS, flags, FLAG_CHOICES)
             return 0
         overrides = _overrides(name, others)
     except UsageError as error:
@@ -162,64 +143,57 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
     """
     from latent_tts.config import meant
 
-    multirun = [flag for flag in arguments if flag in ("-m", "--multirun")][:1]
-    command, names, positional, others = name.replace("-", "_"), list(COMMANDS[name][1]), {}, []
+    multirun = [flag for flag in arguments if flag in MULTIRUN]
+    arguments = [argument for argument in arguments if argument not in MULTIRUN]
+    command, names = name.replace("-", "_"), list(COMMANDS[name][1])
+    known_flags = [*FLAGS_OF_COMMAND.get(name, ()), *FLAGS, *FLAGS_WITH_VALUE]
     flags: list[str] = []
-    expects_value = False
-    for place, argument in enumerate(arguments):
-        if argument in ("-m", "--multirun"):
-            continue
-        if name in meant.ASKING and not expects_value and argument.startswith("-") and " " in argument:
+    others: list[str] = []
+    positional: dict[str, list[str]] = {}
+    for before, argument, after in zip(["", *arguments], arguments, [*arguments[1:], None], strict=False):
+        is_value = before in FLAGS_WITH_VALUE
+        is_flag = argument.startswith("-") and not is_value
+        if name in meant.ASKING and is_flag and " " in argument:
             others.append(f"question={meant.quoted(argument)}")  # `-3 + 4?`
             continue
         if not argument.isprintable() and (found := re.search("[\ud800-\udfff]", argument)):
             raise UsageError(
                 f"{argument}: the byte {ord(found[0]) & 0xFF:#04x} is not UTF-8; rename the file or folder"
             )
-        if argument.startswith("=") and not expects_value:
+        if argument.startswith("=") and not is_value:
             raise UsageError(f"{argument}: not of the form key=value; `ltts {name} --help` lists keys")
-        equals = "=" in argument
-        is_path = bool(names) and not argument.startswith("-") and _exists(argument)
-        if (
-            expects_value
-            or argument.startswith("-")
-            or (equals and not is_path and meant.is_override(command, argument))
-        ):
-            flag = argument.split("=")[0]
-            if not expects_value and argument.startswith("-") and flag not in FLAGS + FLAGS_WITH_VALUE:
-                following = arguments[place + 1] if place + 1 < len(arguments) else None
-                override = meant.key_of_flag(command, argument, following)
-                known = [*FLAGS_OF_COMMAND.get(name, ()), *FLAGS, *FLAGS_WITH_VALUE]
-                hint = f"did you mean {override}? " if override else _meant(argument, known)
-                hint = f"the file or folder is ./{argument}; " if names and _exists(argument) else hint
-                raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(known)}")
-            choices = FLAG_CHOICES.get(arguments[place - 1]) if expects_value else None
-            if choices is not None and argument not in choices:
-                raise UsageError(f"{arguments[place - 1]} {argument}: must be one of {', '.join(choices)}")
-            if argument in FLAG_CHOICES and place + 1 == len(arguments):
-                raise UsageError(f"{argument}: needs one of {', '.join(FLAG_CHOICES[argument])} after it")
-            (flags if expects_value or argument.startswith("-") else others).append(argument)
+        if is_flag and argument.split("=")[0] not in FLAGS + FLAGS_WITH_VALUE:
+            hint = did_you_mean(meant.key_of_flag(command, argument, after) or closest(argument, known_flags))
+            hint = f"the file or folder is ./{argument}; " if names and _exists(argument) else hint
+            raise UsageError(f"{argument}: no such flag; {hint}one of {', '.join(known_flags)}")
+        if is_value and argument not in FLAG_CHOICES.get(before, [argument]):
+            raise UsageError(f"{before} {argument}: must be one of {', '.join(FLAG_CHOICES[before])}")
+        if argument in FLAG_CHOICES and after is None:
+            raise UsageError(f"{argument}: needs one of {', '.join(FLAG_CHOICES[argument])} after it")
+        if is_flag or is_value:
+            flags.append(argument)
+        elif "=" in argument and not (names and _exists(argument)) and meant.is_override(command, argument):
+            others.append(argument)
         elif names:
             positional.setdefault(names[0].rstrip("*?"), []).append(meant.quoted(argument))
-            if not names[0].endswith("*"):
-                names.pop(0)
+            names = names if names[0].endswith("*") else names[1:]
         else:
-            option = meant.option_of(command, argument)
-            hint = f"did you mean {option}? " if option else ""
             raise UsageError(
-                f"ltts {name}: {argument!r} is not of the form key=value; {hint}`ltts {name} --help` lists keys"
+                f"ltts {name}: {argument!r} is not of the form key=value; "
+                f"{did_you_mean(meant.option_of(command, argument))}`ltts {name} --help` lists keys"
             )
-        expects_value = argument in FLAGS_WITH_VALUE
     given_keys = {argument.partition("=")[0] for argument in flags + others}
-    if names and not names[0].endswith(("*", "?")) and not (set(names) | {*FLAGS[2:], *FLAGS_WITH_VALUE}) & given_keys:
+    if names and not names[0].endswith(("*", "?")) and not {*names, *FLAGS[2:], *FLAGS_WITH_VALUE} & given_keys:
         usage = " ".join(["ltts", name, *(key.upper() for key in COMMANDS[name][1])])
         raise UsageError(
             f"usage: {usage} [key=value ...]; {names[0].upper()} is missing; `ltts {name} --help` lists keys"
         )
-    variadic = {f"{n.rstrip('*')}" for n in COMMANDS[name][1] if n.endswith("*")}
     meant.check_choices(command, others)
-    given = [f"{k}=[{','.join(v)}]" if k in variadic else f"{k}={v[0]}" for k, v in positional.items()]
-    return multirun + flags + others + given  # argparse wants what is no flag in one piece
+    given = [
+        f"{key}=[{','.join(values)}]" if f"{key}*" in COMMANDS[name][1] else f"{key}={values[0]}"
+        for key, values in positional.items()
+    ]
+    return multirun[:1] + flags + others + given  # argparse wants what is no flag in one piece
 
 
 def _exists(path: str) -> bool:
@@ -228,12 +202,6 @@ def _exists(path: str) -> bool:
         return Path(path).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # too long, no home, a null character
         return False
-
-
-def _meant(word: str, known: Iterable[str]) -> str:
-    """A hint at the most similar word."""
-    close = get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]}? " if close else ""
 
 
 def _run_hydra(name: str, arguments: list[str]) -> int:
@@ -247,6 +215,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         refuse_unknown_keys,
         register_schemas,
         remove_record,
+        spell_numbers_alike,
         stay_where_started,
     )
     from latent_tts.config.callbacks import Failures, FolderLock
@@ -263,6 +232,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         try:
             refuse_unknown_keys(cfg)
             name_after_checkpoint(cfg)
+            spell_numbers_alike(cfg)
             importlib.import_module(job.__module__).main(cfg)  # slow, and needless where the config is refused
         except Exception as error:
             if is_refused(error):
@@ -343,13 +313,15 @@ def describe(error: Exception) -> tuple[list[str], int]:
         hint = ["`ltts tune` makes it"] if (group, option) == ("engine", "tuned") else []
         if not group:
             return [f"--config-name {option}: no such config; one of {', '.join(options)}"], 2
-        return [f"{group}={option}: no such option; {_meant(option, options)}one of {', '.join(options)}", *hint], 2
+        return [
+            f"{group}={option}: no such option; {did_you_mean(closest(option, options))}one of {', '.join(options)}",
+            *hint,
+        ], 2
     if isinstance(error, OverrideParseException):
         fixed = quoted_override(error.override)
         hint = f"write {fixed}, with quotes around the value" if fixed else f"`{sys.argv[0]} --help` lists keys"
         return [f"{error.override}: {'cannot be read' if fixed else 'not of the form key=value'}; {hint}"], 2
-    ambiguous = re.match(r"Ambiguous value for argument '(.+?)'\n", str(error), re.S)
-    if ambiguous:
+    if ambiguous := re.match(r"Ambiguous value for argument '(.+?)'\n", str(error), re.S):
         key, _, value = ambiguous[1].partition("=")
         several = f"{ambiguous[1]}: several values; -m runs a job for each"
         command = sys.argv[0].partition(" ")[2].replace("-", "_")
@@ -358,8 +330,7 @@ def describe(error: Exception) -> tuple[list[str], int]:
     if isinstance(cause, OmegaConfBaseException):
         lines, file = _describe_omegaconf(error, cause), re.match(r"In '(.+?)': ", str(error))
         return [f"{file[1]}.yaml: {lines[0]}" if file else lines[0], *lines[1:]], 2
-    group = re.match(r"Could not override '(.+?)'\. No match in the defaults list", str(error))
-    if group:
+    if group := re.match(r"Could not override '(.+?)'\. No match in the defaults list", str(error)):
         return [f"{group[1]}: {sys.argv[0]} has no such group; `{sys.argv[0]} --help` lists its groups and keys"], 2
     if isinstance(error, HydraException):
         return [line for line in str(error).splitlines() if line.strip()], 2
@@ -370,16 +341,10 @@ def describe(error: Exception) -> tuple[list[str], int]:
     where = f"{file}: " if file else ""
     if number == errno.ENOSPC:
         return [f"{where}no space left on the disk", KEPT + "free some space first"], 1
-    if isinstance(error, UnicodeEncodeError) and "surrogates" in str(error):
-        return [f"a name is not UTF-8: {error.object!r:.200}"], 2
-    if isinstance(error, OverflowError) and "too large to convert to float" in str(error):
-        named = next((each.partition("=")[0] for each in sys.argv[1:] if re.search(r"=[+-]?\d{300,}$", each)), "a key")
-        return [f"{named}: a number that is beyond those of float64"], 2
-    if isinstance(error, ValueError) and "embedded null" in str(error):
-        named = next((each.partition("=")[0] for each in sys.argv[1:] if "\0" in each), "a key")
-        return [f"{named}: has the character NUL, which no path can have"], 2
-    if isinstance(error, RuntimeError) and "home directory" in str(error):
-        return ["~ in a path: that user has no home folder; write the path in full"], 2
+    for kind, words, pattern, said in OF_ARGUMENTS:
+        if isinstance(error, kind) and words in str(error):
+            key = next((each.partition("=")[0] for each in sys.argv[1:] if re.search(pattern, each)), "a key")
+            return [said.format(key=key, error=error)], 2
     if isinstance(error, MemoryError):
         return [
             f"out of memory{': ' if str(error) else ''}{error}",
@@ -412,14 +377,12 @@ def is_refused(error: Exception) -> bool:
 
 def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     """A wrong key or a wrong type."""
-    from latent_tts.config.meant import ASKING, closest, nested_key, options_with, quoted_override
+    from latent_tts.config.meant import ASKING, nested_key, options_with, quoted_override
 
     first = str(cause).splitlines()[0]
     key = cause.full_key or cause.key or ""
-    missing = re.match(r"Key '(.+?)' (?:is not in struct|not in )", first)
-    if missing:
-        parent = cause.parent_node
-        known = sorted(str(k) for k in parent) if parent is not None else []
+    if missing := re.match(r"Key '(.+?)' (?:is not in struct|not in )", first):
+        known = sorted(map(str, cause.parent_node or ()))
         key = key or missing[1]
         elsewhere = options_with(key)
         hint = [f"options with that key: {', '.join(elsewhere)}"] if elsewhere else []
@@ -430,22 +393,14 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
         if question and not closest(key, known):
             hint.append(f"to ask it: {sys.argv[0]} {quoted_override(f'question={question}')}")
         return [str(unknown_key(key, (k for k in known if k not in ("_target_", "hydra")))), *hint]
-    wrong = re.match(r"Cannot merge DictConfig with ListConfig|Invalid type assigned: .* is not a subclass of", first)
-    if wrong:
+    if re.match(r"Cannot merge DictConfig with ListConfig|Invalid type assigned: .* is not a subclass of", first):
         given = next((each.partition("=")[2] for each in sys.argv if each.lstrip("+").startswith(f"{key}=")), "")
         if given.startswith("{"):
             return [f"{key}={given}: must be a list, as in {key}=[A,B]"]
         return [f"{key}={given}: must be a mapping; set a key of it, as in {key}.KEY=VALUE"]
-    for pattern, allowed in WRONG_VALUES.items():
+    for pattern, said in OF_VALUES.items():
         if found := re.match(pattern, first):
-            return [f"{key}={found['value']}: must be {allowed.format(**found.groupdict()).lower()}"]
-    if re.search(r"is not a ListConfig, list or tuple", first):
-        return [f"{key}: must be a list, as in {key}=[A,B]"]
-    missing = re.match(r"Missing mandatory value: (.+)|field '(.+)' is not Optional", first)
-    if missing:
-        return [f"{key or missing[1] or missing[2]}: needs a value; null and an empty list are none"]
+            parts = {"kind": "", "name": ""} | found.groupdict()
+            return [said.format(**parts | {"key": key, "name": key or parts["name"], "kind": parts["kind"].lower()})]
     first = re.sub(r"^\w+ raised while resolving interpolation: ", "", first)
-    read = re.match(r"Error trying to access (.+?): node `(.+?)` is not a container", first)
-    if read:
-        return [f"{read[2]}: must be a mapping with {read[1].removeprefix(read[2] + '.')}"]
     return [f"{key}: {first}" if key and key not in first else first]

@@ -65,10 +65,19 @@ def require(key: str, value: object, ok: bool, allowed: str) -> None:
 def unknown_key(key: str, known: Iterable[str]) -> UsageError:
     """The error for a config key that does not exist."""
     names = list(known)
-    close = get_close_matches(key.rpartition(".")[2], names, n=1, cutoff=0.7)
-    meant = f"did you mean {close[0]}? " if close else ""
+    hint = did_you_mean(closest(key.rpartition(".")[2], names, cutoff=0.7))
     allowed = f"one of {', '.join(names)}" if names else "there are none"
-    return UsageError(f"{key}: no such key; {meant}{allowed}")
+    return UsageError(f"{key}: no such key; {hint}{allowed}")
+
+
+def closest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The most similar of some words, if one is similar."""
+    return next(iter(get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
+
+
+def did_you_mean(word: str | None) -> str:
+    """A hint at a word; empty for None."""
+    return f"did you mean {word}? " if word else ""
 
 
 def is_number(value: object) -> TypeGuard[float]:

@@ -23,10 +23,11 @@ def annotate(ltts, checkpoint, tmp_path):
     )
 
 
-def test_every_question_gets_labels_or_a_reason(annotate, tmp_path):
+def test_every_question_gets_labels_or_a_reason(annotate, ltts, tmp_path):
     result = annotate("keep=all")
     assert result.code == 0, result.err
     assert result.last == tmp_path / "labels"
+    assert "no run in outputs" in ltts("list", "runs").err
     assert "at most 264 rollouts" in result.err  # 6 * (4 + 4 * 5 * 2)
     folder = AnnotationFolder(result.last)
     assert folder.complete
@@ -135,6 +136,24 @@ def test_a_labelled_question_whose_gold_answer_has_changed_is_named(annotate, tm
     assert annotate(*line).code == 0
     questions.write_text(json.dumps(question | {"answer": 8}))
     check(annotate(*line), f"question {entry.question_id}", 'answer: "7" there, "8" now')
+
+
+def test_questions_are_told_from_their_texts_not_from_the_path_of_their_file(annotate, tmp_path):
+    def write(name, *counts):
+        rows = [{"question": f"Ann has {n} pens. How many pens does Ann have?", "answer": n} for n in counts]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("q.jsonl", 3, 4)
+    write("other.jsonl", 5)
+    line = ("keep=all", "task=jsonl", "task.split=train", "task.limit=null")
+    first = annotate(*line, f"task.path={tmp_path / 'q.jsonl'}", "task.limit=1")
+    assert first.code == 0, first.err
+    (tmp_path / "link.jsonl").symlink_to("q.jsonl")
+    for path in ("q.jsonl", "./q.jsonl", "link.jsonl"):
+        again = annotate(*line, f"task.path={path}")
+        assert again.code == 0, again.err
+        assert f"{1 if path == 'q.jsonl' else 2} of 2 questions are in" in again.err
+    check(annotate(*line, "task.path=other.jsonl"), "was made with other questions", "question 1:")
 
 
 def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):

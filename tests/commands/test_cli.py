@@ -288,6 +288,23 @@ def test_compare_pairs_two_runs(run, completed, ltts):
     assert same.out.count("0.0 [-39.0, 39.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
 
 
+def test_compare_takes_what_all_seeds_of_a_side_have(run, ltts):
+    """Seeds that drew more, or have more aggregators, as after a sweep that was extended."""
+    more, less = ["n=4"], ["n=2", "aggregator=[majority]"]
+    for folder, seeds in (("mix", (more, less)), ("xim", (less, more))):
+        for seed, settings in enumerate(seeds):
+            assert run("budget=ladder", f"seed={seed}", f"hydra.run.dir={folder}/{seed}", *settings).code == 0
+        result = ltts("compare", folder, folder, "output=all.csv")
+        assert result.code == 0, result.err
+        found = pd.read_csv("all.csv")[["a_figure", "a_n"]]
+        assert found.to_numpy().tolist() == [[figure, n] for figure in ("coverage", "majority") for n in (1, 2)]
+        check(ltts("compare", folder, folder, "a_n=4", "b_n=1"), "a_n=4: must be one of 1, 2, which the run reports")
+        check(ltts("compare", folder, folder, "a_figure=likelihood"), "a_figure=likelihood: must be one of coverage, m")
+    for seed, n in enumerate((3, 4)):
+        assert run("budget=fixed", f"n={n}", f"seed={seed}", f"hydra.run.dir=fixed/{seed}").code == 0
+    check(ltts("compare", "fixed", "fixed"), "no n in common")
+
+
 def test_compare_pairs_the_questions_that_both_sides_have(run, completed, ltts):
     fewer = run("task.limit=4").last.parent
     refused = ltts("compare", completed, fewer)

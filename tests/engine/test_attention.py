@@ -75,3 +75,10 @@ def test_forks_go_on_like_their_origins(questions, rows):
     fork = cache.fork(torch.tensor(questions), torch.tensor(rows))
     again = passes(fork, [[part[rows] for part in second]], HALF)
     torch.testing.assert_close(again, passes(cache, [second], HALF)[rows], rtol=0.03, atol=0.03)
+
+
+def test_a_slot_of_all_rows_lies_in_one_piece_of_memory_on_a_cpu():
+    cache = SharedPrefixCache(3, 10, torch.tensor([4, 2]), [[tuple(torch.zeros(2, 1, 4, 16) for _ in range(2))]])
+    passes(cache, [[torch.zeros(6, 1, 2, 16)] * 3], WIDE)
+    for each in (cache, cache.fork(torch.tensor([1]), torch.tensor([3, 5]))):
+        assert all(part[:, :, slot].is_contiguous() for part in each.suffix[0] for slot in range(10))

@@ -85,7 +85,7 @@ def test_the_distance_is_total_variation_and_no_batch_changes_it(monkeypatch):
     hidden = torch.randn(2, 9, 5, generator=generator)
     shares = [head(each).softmax(-1) for each in hidden]
     for at_once in (1 << 24, 1):
-        monkeypatch.setattr("latent_tts.engine.early_exit.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("latent_tts.engine.head.WHOLE_AT_ONCE", at_once)
         movement = AnswerMovement(head)
         assert movement.since_last(hidden[0]) is None
         found = movement.since_last(hidden[1])

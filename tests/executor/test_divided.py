@@ -17,7 +17,7 @@ from marks import slow
 from latent_tts.engine.diversity import DirectionSums
 from latent_tts.executor import Finished
 from latent_tts.executor.ray import Ray
-from latent_tts.pipeline import drawer, early_parts
+from latent_tts.pipeline import drawer, drawing
 from latent_tts.results.parts import part_files, write_part
 
 
@@ -63,7 +63,7 @@ def pools(monkeypatch):
 
     sums = DirectionSums()  # of the driver: not those of the runs before, which the same process drew
     monkeypatch.setattr(drawer, "directions", sums)
-    monkeypatch.setattr(early_parts, "directions", sums)
+    monkeypatch.setattr(drawing, "directions", sums)
     monkeypatch.setattr(Ray, "check", lambda executor, device: None)
     monkeypatch.setattr(Ray, "open", open_pool)
     return opened, wanted

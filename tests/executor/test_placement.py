@@ -1,7 +1,14 @@
 """Where the workers of `executor=ray` are placed, and what it does when Ray fails; Ray itself is simulated."""
 
+import pickle
+import subprocess
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,8 +80,84 @@ class SimulatedRay:
     def put(self, content):
         return content
 
+    def get(self, sign):
+        return True
+
     def init(self, **_):
         raise Exception("The current node timed out during startup.\nMore about it.")
+
+
+class SimulatedActor:
+    """Its references say what was asked of it."""
+
+    def __init__(self, number):
+        self.call = SimpleNamespace(options=lambda max_task_retries: self._method(max_task_retries == 0))
+        self.is_placed = self._method("placed")
+        self._number = number
+
+    def _method(self, what):
+        return SimpleNamespace(remote=lambda *arguments: (what, self._number, *arguments[3:]))
+
+
+class MortalRay(SimulatedRay):
+    """Actors that die over some of their first calls, some of them on machines that do not come back."""
+
+    def __init__(self, deaths, gone=()):
+        super().__init__(0)
+        self.deaths, self.gone, self.timeouts, self.sent = dict(deaths), gone, [], []
+
+    def wait(self, references, num_returns, timeout):
+        done = [each for each in references if each[0] is True or each[1] not in self.gone]
+        if not done:
+            self.timeouts.append(timeout)
+        return done[:1], []
+
+    def get(self, reference):
+        what, number, *shard = reference
+        if what is True:
+            self.sent.append((number, *shard))
+            if self.deaths.get(number, 0):
+                self.deaths[number] -= 1
+                raise OSError("The actor died.\n\nMore about it.")
+        return f"{number} {shard}", 1.0, []
+
+
+def mortal_pool(monkeypatch, deaths, gone=()):
+    mortal = MortalRay(deaths, gone)
+    monkeypatch.setattr(executor, "_ray", lambda: mortal)
+    actors = [SimulatedActor(0), SimulatedActor(1)]
+    pool = RayPool(actors, "work", retries=2)  # pyright: ignore[reportArgumentType]
+    pool.submit(0, "a")
+    pool.submit(1, "b")
+    return mortal, actors, pool
+
+
+def test_a_worker_that_died_gets_its_shard_again_once_it_is_there_again(monkeypatch):
+    mortal, actors, pool = mortal_pool(monkeypatch, {0: 2})
+    found = [pool.next_finished() for _ in range(2)]
+    assert sorted((each.worker, each.result, each.lost) for each in found) == [
+        (0, "0 ['a']", False),
+        (1, "1 ['b']", False),
+    ]
+    assert mortal.sent.count((0, "a")) == 3
+    assert len(actors) == 2
+
+
+def test_a_worker_that_dies_over_its_shard_again_and_again_is_lost(monkeypatch, caplog):
+    _, actors, pool = mortal_pool(monkeypatch, {0: 3})
+    found = [pool.next_finished() for _ in range(2)]
+    assert {each.worker: each.lost for each in found} == {0: True, 1: False}
+    assert "lost worker 0, 1 are left: The actor died\n" in caplog.text
+    assert actors == [pool._actors[1]]  # the next work of the command does not find the lost one
+
+
+def test_a_worker_whose_machine_is_gone_is_lost_while_ray_waits_for_another_machine(monkeypatch, caplog):
+    mortal, _, pool = mortal_pool(monkeypatch, {0: 1}, gone=[0])
+    assert pool.next_finished().worker == 1
+    assert pool.next_finished().lost
+    assert 0 < mortal.timeouts[0] <= executor.SECONDS_TO_RESTART
+    assert len(mortal.killed) == 1  # Ray does not start it later
+    assert "lost worker 0, 1 are left: it died, and in 120 s no machine started it again" in caplog.text
 
 
 def test_a_command_goes_on_with_the_workers_that_are_placed_and_says_so(monkeypatch, caplog):
@@ -115,12 +198,97 @@ def test_a_ray_that_is_too_slow_to_start_is_one_line(monkeypatch, address, key):
 
 def test_a_failure_of_waiting_loses_no_worker_and_is_one_line(monkeypatch):
     monkeypatch.setattr(executor, "_ray", lambda: SimulatedRay(0))
-    call = SimpleNamespace(call=SimpleNamespace(remote=lambda *_: object()))
-    pool = RayPool([call, call], "work")  # pyright: ignore[reportArgumentType]
+    pool = RayPool([SimulatedActor(0), SimulatedActor(1)], "work", retries=3)  # pyright: ignore[reportArgumentType]
     pool.submit(0, "shard")
     with pytest.raises(RunError, match=r"the node is gone; re-run the command to resume\Z"):
         pool.next_finished()
     assert list(pool.workers) == [0, 1]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Work whose workers read a file."""
+
+    path: str
+
+    def start(self):
+        return self
+
+    def compute(self, error):
+        if error is not None:
+            raise error
+        return Path(self.path).read_text()
+
+
+@pytest.fixture
+def actor(monkeypatch, tmp_path):
+    """Calls an actor on a machine h7, which has the command's folder if that exists."""
+    monkeypatch.setattr(executor, "_ray", lambda: SimpleNamespace(get=lambda content: content))
+    monkeypatch.setattr("socket.gethostname", lambda: "h7")
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    monkeypatch.setattr("logging.Logger.addHandler", lambda logger, handler: None)
+    monkeypatch.chdir(tmp_path)
+
+    def call(work, error=None, folder=tmp_path):
+        content = work if isinstance(work, bytes) else pickle.dumps(work)
+        return executor._Actor(1).call("id", [(content, str(folder))], "compute", error)[0]
+
+    return call
+
+
+def test_relative_paths_are_those_of_the_command_on_each_machine(actor, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file").write_text("content")
+    assert actor(Reading("file"), folder=tmp_path / "sub") == "content"
+
+
+LOST = tempfile.gettempdir() + "/not/here"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        ((Reading("/no/file"),), RunError, "the worker on h7: /no/file: No such file or directory"),
+        (
+            (Reading("file"), None, LOST),
+            RunError,
+            f"the worker on h7, which does not have the command's folder {LOST}: file: No such file or directory",
+        ),
+        ((Reading(""), UsageError("model.checkpoint=a: no such folder")), UsageError,
+         "the worker on h7: model.checkpoint=a: no such folder"),
+        ((Reading(""), RuntimeError("CUDA error\nand more")), RuntimeError, "the worker on h7: CUDA error"),
+        ((pickle.dumps(Reading("")).replace(b"Reading", b"Missing"),), RunError,
+         "the worker on h7: it does not have the driver's code: "),
+    ],
+)  # fmt: skip
+def test_what_a_worker_fails_with_names_its_machine(actor, arguments, kind, words):
+    with pytest.raises(kind, match=rf"\A{words}") as raised:
+        actor(*arguments)
+    assert type(raised.value) is kind
+    assert "\n" not in str(raised.value)
+
+
+NO_PACKAGE = """The actor died because of an error raised in its creation task, ray::_Actor() (ip=10.0.0.3)
+           ^^^^
+RuntimeError: The actor with name _Actor failed to import on the worker. This may be because needed library:
+
+ray::_Actor.__init__() (pid=9, ip=10.0.0.3)
+ModuleNotFoundError: No module named 'latent_tts'"""
+
+
+@pytest.mark.parametrize(
+    ("address", "key"), [(None, "executor=ray"), ("10.0.0.1:6379", "executor.address=10.0.0.1:6379")]
+)
+def test_a_machine_without_the_package_is_refused_by_its_address(monkeypatch, address, key):
+    def fail(sign):
+        raise OSError(NO_PACKAGE)
+
+    simulated = SimulatedRay(placed=2)
+    monkeypatch.setattr(simulated, "get", fail)
+    monkeypatch.setattr(executor, "_ray", lambda: simulated)
+    words = rf"\A{key}: the worker on 10\.0\.0\.3 cannot start: ModuleNotFoundError: No module named 'latent_tts'\Z"
+    with pytest.raises(UsageError, match=words):
+        executor._start_actors(Ray(workers=2, address=address), on_gpus=False)
 
 
 OUT_OF_MEMORY = """1 worker(s) were killed due to the node running low on memory.
@@ -131,7 +299,7 @@ OOM kill reason: Memory usage 24276168704B exceeded threshold of 24012687360B (9
 
 def test_a_worker_that_ray_ends_for_memory_is_named_by_its_machine_with_what_needs_less(monkeypatch, caplog):
     monkeypatch.setattr(executor, "_ray", lambda: SimulatedRay(0))
-    pool = RayPool([None, None], "work")  # pyright: ignore[reportArgumentType]
+    pool = RayPool([SimulatedActor(0), SimulatedActor(1)], "work", retries=3)  # pyright: ignore[reportArgumentType]
     words = "because the memory of 10.0.0.7 is nearly full; fewer executor.workers or a smaller engine.rows need less"
     assert pool._lose(0, OSError(OUT_OF_MEMORY)).lost
     assert f"executor=ray lost worker 0, 1 are left: Ray ended the processes of workers {words}" in caplog.text
@@ -139,9 +307,19 @@ def test_a_worker_that_ray_ends_for_memory_is_named_by_its_machine_with_what_nee
         pool._lose(1, OSError(OUT_OF_MEMORY))
 
 
-def test_a_cluster_that_asks_for_a_token_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        ("RPC error: InvalidAuthToken: missing", "the cluster asks for a token; set RAY_AUTH"),
+        (
+            "No node info found matching attributes: '' when trying to resolve node to connect to.",
+            r"this machine does not belong to the cluster; `ray start --address=10\.0\.0\.1:6379` adds it",
+        ),
+    ],
+)
+def test_a_cluster_that_asks_for_a_token_or_is_that_of_other_machines_is_named(monkeypatch, cause, words):
     def refuse(**_):
-        raise ConnectionError("Failed to connect") from RuntimeError("RPC error: InvalidAuthToken: missing")
+        raise ConnectionError("Failed to connect") from RuntimeError(cause)
 
     simulated = SimulatedRay(0)
     monkeypatch.setattr(simulated, "init", refuse)
@@ -149,5 +327,31 @@ def test_a_cluster_that_asks_for_a_token_is_named(monkeypatch):
     monkeypatch.setattr(executor, "_say_if_ended", lambda: None)
     for name in executor.SILENT:
         monkeypatch.setenv(name, "0")
-    with pytest.raises(UsageError, match=r"10\.0\.0\.1:6379: the cluster asks for a token; set RAY_AUTH"):
+    with pytest.raises(UsageError, match=rf"10\.0\.0\.1:6379: {words}"):
         executor._connect("10.0.0.1:6379")
+
+
+def test_a_command_ends_soon_after_the_process_that_makes_its_machine_a_node_of_the_cluster(monkeypatch):
+    """Cut off from the cluster, Ray waits for ever."""
+    ended, simulated = threading.Event(), SimulatedRay(0)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        infos = [("raylet", ["raylet", "--node_id=ab12"]), ("raylet", ["raylet", "--node_id=other"]), ("sh", ["ab12"])]
+        found = [psutil.Process(process.pid), psutil.Process(), psutil.Process()]
+        for each, (name, cmdline) in zip(found, infos, strict=True):
+            each.info = {"name": name, "cmdline": cmdline}  # pyright: ignore[reportAttributeAccessIssue]
+        monkeypatch.setattr("psutil.process_iter", lambda attrs: found)
+        monkeypatch.setattr(simulated, "init", lambda **_: None)
+        monkeypatch.setattr(simulated, "is_initialized", lambda: not ended.is_set(), raising=False)
+        context = SimpleNamespace(get_node_id=lambda: "ab12")
+        monkeypatch.setattr(simulated, "get_runtime_context", lambda: context, raising=False)
+        monkeypatch.setattr(executor, "_ray", lambda: simulated)
+        monkeypatch.setattr(executor, "_say_if_ended", lambda: None)
+        monkeypatch.setattr(executor, "SECONDS_BETWEEN_LOOKS", 0.01)
+        monkeypatch.setattr(executor, "SECONDS_TO_END", 0.0)
+        monkeypatch.setattr("os._exit", lambda code: ended.set())
+        for name in executor.SILENT:
+            monkeypatch.setenv(name, "0")
+        executor._connect("10.0.0.1:6379")
+        assert not ended.wait(0.1)
+        process.kill()
+        assert ended.wait(10)

@@ -21,7 +21,7 @@ def rollouts(name, count, *, scored=True, gold=True, seed=0):
         sampler=name, latents_NTD=latents_NTD, steps_N=steps_N,
         predictions=[str(number % 2) for number in range(count)],
         correct_N=[number % 2 == 0 for number in range(count)] if gold else None,
-        texts=[name] * count, stop_reasons=["eos"] * count, answer_logprob_N=np.linspace(-1, 0, count),
+        texts=[name] * count, answer_logprob_N=np.linspace(-1, 0, count),
         step_scores_NT=step_scores_NT if scored else None,
         score_N=np.arange(count, dtype=float) if scored else None,
         counts={"sweeps": steps_N.tolist(), "commits": steps_N.tolist(), "conflicts": [0] * count},

@@ -261,7 +261,14 @@ def test_a_calibration_on_other_rollouts_or_scores_is_refused(ltts, family):
     ]:  # fmt: skip
         check_refused(*line, other, words=["budget.rule.calibration=valid", f"another {group}, or other settings"])
     check_refused(*line, "budget.rule.by=score", "scorer.reduce=last", words=["another scorer, or other settings"])
-    assert ltts(*line, "budget.rule.by=score").code == 0
+    line.append("budget.rule.by=score")
+    assert ltts(*line).code == 0
+    words = ["the schedule sequential; calibrate on one of jacobi sweeps=1"]
+    check_refused(*line, "schedule=jacobi", "schedule.sweeps=1", words=words)
+    assert ltts(*line, "schedule=speculative").code == 0  # the same latents
+    other = ltts(*line, "engine.dtype=bfloat16")
+    assert other.code == 0, other.err
+    assert "that run used engine.dtype=float32, this one uses bfloat16" in other.err
 
 
 def test_a_replay_names_what_it_cannot_replay(ltts, family, full):
@@ -287,5 +294,5 @@ def test_answers_are_read_while_the_next_batch_is_drawn(ltts, family, monkeypatc
     monkeypatch.setattr(AnswerRule, "read", remember)
     result = ltts("run", *family, *BUDGETS["lockout"], "engine.rows=3", "hydra.run.dir=ahead")
     assert result.code == 0, result.err
-    assert "answer reader" in readers
-    assert readers.count("answer reader") < N * 5  # equal ones are read once
+    assert "answer reader_0" in readers
+    assert readers.count("answer reader_0") < N * 5  # equal ones are read once

@@ -137,7 +137,7 @@ def test_a_folder_of_other_settings_is_refused_by_the_first_that_differs(path, c
 def test_a_question_with_another_gold_answer_than_it_was_labelled_by_is_refused(tmp_path):
     path = tmp_path / "annotations"
     AnnotationFolder(path, WANTED, {"q0": "5", "q1": "7"}).add([entry(0), UnmixedQuestion("q1", 1, "all_wrong", N)])
-    assert AnnotationFolder(path, WANTED, {"q0": "5", "q2": "1"}).present() == {"q0", "q1"}
+    assert AnnotationFolder(path, WANTED, {"q0": "5", "q1": "7", "q2": "1"}).present() == {"q0", "q1"}
     with pytest.raises(UsageError, match=r'question q1 was labelled by another gold answer.*\n.*"7" there, "8" now'):
         AnnotationFolder(path, WANTED, {"q0": "5", "q1": "8"})
 

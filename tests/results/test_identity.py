@@ -94,6 +94,44 @@ def test_seeds_of_other_questions_are_not_averaged_and_a_figure_has_a_curve_of_e
     assert "means over" not in words
 
 
+def test_a_file_by_another_path_or_name_is_the_same_set_and_one_read_by_another_rule_is_not(
+    run, ltts, questions, tmp_path
+):
+    path = tmp_path / "a" / "test.jsonl"
+    (tmp_path / "link.jsonl").symlink_to(path)
+    shutil.copy(path, tmp_path / "copy.json")
+    for seed, name in enumerate(("a/test.jsonl", "./a/../link.jsonl", tmp_path / "copy.json", path)):
+        done = run(
+            "task=jsonl", f"task.path={name}", "task.limit=null", f"seed={seed % 3}", f"hydra.run.dir=mix/{seed}"
+        )
+        assert done.code == 0, done.err
+    assert ltts("collect", "mix", "output=mix.csv").out.split() == ["mix_over_seeds.csv", "mix.csv"]
+    means = read_metrics(tmp_path / "mix_over_seeds.csv")
+    assert (set(means["seed"]), set(means["task"])) == ({"0,1,2"}, {"test"})
+    joined = read_metrics(tmp_path / "mix.csv")
+    assert joined["run_id"].nunique() == 3  # mix/3 is the run in mix/0
+    assert ltts("plot", "mix.csv", "output=mix.svg").code == 0
+    assert "means over seeds 0, 1, 2" in (tmp_path / "mix.svg").read_text()
+    compared = ltts("compare", "mix/0", "mix/3")
+    assert compared.code == 0, compared.err
+    read = run("task=math500", f"task.path={path}", "task.limit=null", "hydra.run.dir=mix/latex")
+    assert read.code == 0, read.err
+    ltts("collect", "mix", "output=mix.csv")
+    assert set(read_metrics(tmp_path / "mix_over_seeds.csv")["task"]) == {"test", "math500"}
+    compared = ltts("compare", "mix/0", "mix/latex")
+    assert compared.code == 0, compared.err
+
+
+def test_a_number_is_one_setting_however_it_is_written(seeded, latent_rm):
+    scored = ["scorer=latent_rm", f"scorer.checkpoint={latent_rm}", "sampler=gaussian"]
+    for name, one, low in (("int", "1", "-90"), ("float", "1.0", "-90.0"), ("power", "1e0", "-9e1")):
+        more = [f"sampler.sigma={one}", f"task.tolerance={one}", f"scorer.range=[{low},90]"]
+        seeded("a", 0, f"mix/{name}", *scored, *more, "paths.cache=mine")
+    tables = [read_metrics(path) for path in sorted(Path("mix").glob("*/metrics.csv"))]
+    assert len({table["run_id"][0] for table in tables}) == 1
+    assert len([path for path in Path("mine").iterdir() if path.is_dir()]) == 1
+
+
 def test_seeds_of_other_weights_are_not_averaged(seeded, ltts, checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "model")
     seeded("a", 0, "mix/0", f"model.checkpoint={tmp_path / 'model'}")

@@ -9,7 +9,7 @@ import pytest
 from marks import slow
 from refusal import check
 
-from latent_tts.results import files
+from latent_tts.results import cache, files
 from latent_tts.results.files import whole_file
 
 
@@ -78,3 +78,42 @@ def test_a_rename_that_the_server_did_but_denies_is_done(tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_to_is_refused_before_a_model_is_loaded(run, monkeypatch):
     failing("replace", errno.EROFS, monkeypatch)
     check(run("paths.cache=mine"), "paths.cache=mine: cannot be written to (Read-only file system)")
+
+
+@pytest.fixture
+def read_only(monkeypatch):
+    """Make a folder one that cannot be written to; for root permissions would not."""
+
+    def make(folder):
+        real = os.replace
+
+        def refuse(source, target):
+            if Path(target).resolve().is_relative_to(Path(folder).resolve()):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            return real(source, target)
+
+        monkeypatch.setattr(os, "replace", refuse)
+
+    return make
+
+
+def test_a_cache_that_cannot_be_written_to_is_read(run, place, latent_rm, read_only):
+    scored = ("paths.cache=mine", "scorer=latent_rm", f"scorer.checkpoint={latent_rm}")
+    assert run("hydra.run.dir=one", "paths.cache=mine").code == 0
+    assert run("hydra.run.dir=scored", *scored).code == 0
+    before = sorted(Path("mine").rglob("*"))
+    read_only("mine")
+    for name, more in (("scored", scored), ("one", ["paths.cache=mine"])):
+        cache._warn_read_only.cache_clear()
+        again = run("hydra.run.dir=again", *more)
+        assert again.code == 0, again.err
+        assert again.err.count("cannot be written to") == 1
+        assert "mine cannot be written to (Read-only file system): what it has is read" in again.err
+        one, other = (pd.read_parquet(place / folder / "rollouts.parquet") for folder in (name, "again"))
+        pd.testing.assert_frame_equal(one, other)
+    assert sorted(Path("mine").rglob("*")) == before
+    words = "paths.cache=mine: cannot be written to (Read-only file system), and "
+    check(run("hydra.run.dir=more", "paths.cache=mine", "n=8"), words, "rollouts are missing from it")
+    check(run("hydra.run.dir=more", *scored, "scorer.positions=official"), words, "scores of its rollouts are missing")
+    check(run("hydra.run.dir=more", "paths.cache=mine", "cache=refresh"), words, "cache=refresh draws")
+    check(run("hydra.run.dir=more", "paths.cache=mine", "seed=3"), "paths.cache=mine: cannot be written to")

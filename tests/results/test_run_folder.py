@@ -34,9 +34,10 @@ from latent_tts.results.run_folder import (
     KeptLatents,
     LatentsFile,
     is_complete,
-    join_metrics,
+    join_tables,
     read_metrics,
     read_run_json,
+    read_tables,
     run_folders,
     write_metrics,
     write_rollouts,
@@ -546,26 +547,18 @@ def test_joining_leaves_out_runs_that_did_not_end(tmp_path):
     no_table = run_folder(tmp_path / "2")
     other = run_folder(tmp_path / "3", metrics_table("r3", ns=[2]))
     assert [is_complete(folder) for folder in (good, stopped)] == [True, False]
-    joined, left_out = join_metrics([good, stopped, no_table, other])
-    assert left_out == [stopped, no_table]
+    tables = read_tables([good, stopped, no_table, other])
+    assert list(tables) == [good, other]
+    joined = join_tables(tables.values())
     assert joined["run_id"].tolist() == ["r0"] * 4 + ["r3"] * 2
     assert list(joined.columns) == METRIC_COLUMNS
 
 
 def test_joining_drops_rows_that_are_there_twice(tmp_path):
     folders = [run_folder(tmp_path / str(i), metrics_table(ns=ns)) for i, ns in enumerate([[1, 2], [2, 4]])]
-    joined, left_out = join_metrics(folders)
-    assert not left_out
+    joined = join_tables(read_tables(folders).values())
     assert joined["n"].tolist() == [1, 1, 2, 2, 4, 4]
     assert joined.index.tolist() == list(range(6))
-
-
-def test_joining_nothing_gives_an_empty_table(tmp_path):
-    stopped = run_folder(tmp_path / "0", complete=False)
-    joined, left_out = join_metrics([stopped])
-    assert joined.empty
-    assert list(joined.columns) == METRIC_COLUMNS
-    assert left_out == [stopped]
 
 
 def test_no_changed_bit_of_a_record_passes_unseen(completed, tmp_path):

@@ -249,6 +249,7 @@ def test_two_processes_make_the_updates_of_one_with_two_micro_batches(train, pla
         for state in (one, two)
     ]
     assert one.name == two.name == "checkpoint-4"
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= json.loads((two / "digests.json").read_text()).keys()
     before = load_file(place / "alone" / "states" / one.name / "model.safetensors")
     after = load_file(two / "model.safetensors")
     assert before.keys() == after.keys()

@@ -8,6 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from hypothesis import strategies as st
 from marks import slow
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from latent_tts.engine.rollout import Engine, RolloutPlan
@@ -34,7 +34,7 @@ from latent_tts.training.reasoner.batch import (
     encode_batch,
     micro_batch,
     question_batches,
-    written_loss,
+    token_loss,
 )
 from latent_tts.training.reasoner.curriculum import Stage, written_text
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
@@ -114,10 +114,11 @@ def test_a_recipe_refuses_bad_values(wrong):
 def test_the_padded_batch_computes_what_the_engine_computes(adapter, latents):
     questions = Arith("valid", 5, None, 0).questions()
     stage = Stage(1, latents, None)
-    lm = AutoModelForCausalLM.from_pretrained(adapter.folder, dtype=torch.float32).eval()
+    objective = coconut.CoconutObjective(adapter, 0.0)
+    objective.lm.eval()
     batch = encode_batch(adapter, questions, stage, CPU)
     assert batch.prompt_mask_QL.sum(1).unique().numel() > 1  # prompts of unequal length
-    predicted = coconut.training_logits(lm, batch, latents)[0].argmax(-1)[:, 0].tolist()
+    predicted = objective.logits(batch, latents)[0].argmax(-1)[:, 0].tolist()
     engine = Engine(
         adapter.load(device="cpu", dtype="float32"),
         RolloutPlan(latents, adapter.thinking_end_ids, eos_id=-1, max_answer_tokens=1),
@@ -170,11 +171,11 @@ def test_passes_over_the_cache_lose_what_whole_passes_lose(adapter, latents, sca
 
 def test_gradients_reach_the_prompt_through_every_latent(adapter):
     questions = Arith("valid", 3, None, 0).questions()
-    lm = AutoModelForCausalLM.from_pretrained(adapter.folder, dtype=torch.float32)
+    objective = coconut.CoconutObjective(adapter, 0.0)
     batch = encode_batch(adapter, questions, Stage(1, 3, None), CPU)
-    written_loss(coconut.training_logits(lm, batch, 3)[0], batch).backward()
+    token_loss(objective.logits(batch, 3)[0], batch.targets_QA).backward()
     word = int(batch.prompt_QL[0, -3])
-    assert lm.transformer.wte.weight.grad[word].abs().sum() > 0
+    assert objective.lm.transformer.wte.weight.grad[word].abs().sum() > 0
 
 
 def test_each_latent_is_asked_for_its_steps_result_and_then_for_the_answer(adapter):
@@ -430,6 +431,23 @@ SMALL = (
     "recipe.written_updates=2", "recipe.stage_updates=[]", "recipe.final_updates=1", "backbone.layers=1",
     "backbone.width=16", "backbone.heads=2", "optimization.batch=4", "valid_questions=4",
 )  # fmt: skip
+
+
+def test_questions_that_a_run_resumes_with_are_told_from_their_texts(ltts, place, checkpoint):
+    def write(answer):
+        rows = [{"question": f"{n} + 1 ?", "steps": [f"{n} + 1 = {n + 1}"], "answer": n + answer} for n in range(20)]
+        Path("q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(answer=1)
+    Path("link.jsonl").symlink_to("q.jsonl")
+    own = [word for word in SMALL if not word.startswith("backbone")]
+    line = ["train-reasoner", "output=out", *own, f"init={checkpoint}", "task=jsonl", "task.split=train"]
+    for path in ("q.jsonl", "link.jsonl", place / "q.jsonl"):
+        done = ltts(*line, f"task.path={path}")
+        assert done.code == 0, done.err
+    write(answer=2)
+    done = ltts(*line, "task.path=q.jsonl")
+    assert (done.code, "contains a run with another question_set" in done.err) == (2, True), done.err
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,6 @@ class CheckpointAdapter:
     latent_rm: str | None = None
     eos: str | int | Sequence[str | int] | None = None
 
-    stop_id: ClassVar[int | None] = None  # T latents, whatever the model would rather write
     family: ClassVar[str]
     question_end: ClassVar[str]  # written between the question and <|start-latent|>
 
@@ -82,8 +81,13 @@ class CheckpointAdapter:
         )
 
     @property
+    def stop_id(self) -> int | None:
+        """The token that ends a rollout's thinking when it is the most probable; None for T latents in any case."""
+        return None
+
+    @property
     def prompt_recipe(self) -> str:
-        """A text that stands for how prompts are made."""
+        """A text that stands for how prompts are made; part of every cache key."""
         return "{question}" + self.question_end.replace("\n", "\\n") + "<|start-latent|>"
 
     def check(self) -> None:
@@ -102,11 +106,12 @@ class CheckpointAdapter:
             f"is in {layout}'s training layout; {files.convert_hint(self.folder)}",
         )
         found, prefix = files.family(shapes)
+        own = next((f"{prefix}*" for prefix, family in files.FAMILIES.items() if family == self.family), "")
         require(
             "model.checkpoint",
             self.folder,
             self.reads(found),
-            f"holds a {found} checkpoint ({'with' if prefix else 'without'} {prefix or self.own_tensors()}), "
+            f"holds a {found} checkpoint ({'with' if prefix else 'without'} {prefix or own}), "
             f"and the {type(self).__name__} adapter reads {self.family} ones\n"
             f"choose the model that reads it, or a {self.family} checkpoint",
         )
@@ -117,7 +122,8 @@ class CheckpointAdapter:
         files.check_vocabulary(self.tokenizer, shapes, self.config, self.folder)
         _ = self.thinking_end_ids, self.eos_ids, self.positions
         self._warn_of_other_eos()
-        trained = self._trained_latents
+        of_file = self.recorded.get("latents")
+        trained = of_file if is_whole(of_file) else (self.trained_latents or {}).get(self.checkpoint)
         if trained is not None and trained != self.latents:
             log.warning("model.latents=%d: %s was trained with %d", self.latents, self.checkpoint, trained)
 
@@ -140,10 +146,6 @@ class CheckpointAdapter:
     def reads(self, family: str) -> bool:
         """Whether it reads checkpoints of a family."""
         return family == self.family
-
-    def own_tensors(self) -> str:
-        """What marks the family's tensors, as in `projector.*`; empty if it has none of its own."""
-        return next((f"{prefix}*" for prefix, family in files.FAMILIES.items() if family == self.family), "")
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check the names and shapes of the family's own tensors; raises UsageError."""
@@ -168,11 +170,10 @@ class CheckpointAdapter:
         _ = self.start_id, self.latent_id
 
     @property
-    def _trained_latents(self) -> int | None:
-        own = self.config.get("latent_tts")
-        if isinstance(own, dict) and is_whole(own.get("latents")):
-            return own["latents"]
-        return (self.trained_latents or {}).get(self.checkpoint)
+    def recorded(self) -> Mapping[str, Any]:
+        """What the training recorded in `config.json`, as `latent_tts`; empty if nothing."""
+        recorded = self.config.get("latent_tts")
+        return recorded if isinstance(recorded, dict) else {}
 
     @cached_property
     def folder(self) -> Path:
@@ -187,7 +188,7 @@ class CheckpointAdapter:
     @cached_property
     def identity(self) -> str:
         """`digest`, and a digest of prompts and end tokens where files that it leaves out say what they are."""
-        of_config = files.eos_ids(self.folder, self.config, self.tokenizer)["config.json"]
+        of_config = self._special_ids("eos")["config.json"]
         beside = any((self.folder / name).is_file() for name in files.BESIDE_TOKENIZER)
         if not beside and set(self.eos_ids) == set(of_config):
             return self.digest
@@ -219,7 +220,7 @@ class CheckpointAdapter:
         """The longest sequence, in tokens and latents, that the backbone takes."""
         return int(self.sizes["n_positions" if "n_embd" in self.sizes else "max_position_embeddings"])
 
-    @cached_property
+    @property
     def latent_id(self) -> int:
         """Id of `<|latent|>`, the placeholder of a latent thought in written form."""
         return files.token_id(self.tokenizer, "<|latent|>", self.folder)
@@ -251,7 +252,7 @@ class CheckpointAdapter:
         """
         if self.eos is not None:
             return self._chosen_eos(self.eos if isinstance(self.eos, list | tuple) else [self.eos])
-        named = files.eos_ids(self.folder, self.config, self.tokenizer)
+        named = self._special_ids("eos")
         of_tokenizer = named["tokenizer_config.json"]
         of_config = named["config.json"]
         first = of_config if len(of_config) == 1 else of_tokenizer or of_config or named["generation_config.json"]
@@ -262,9 +263,12 @@ class CheckpointAdapter:
             f"none of {', '.join(named)} names the token that ends an answer\nname it, as in model.eos='<|im_end|>'",
         )
         markers = {self.tokenizer.token_to_id(token) for token in files.LATENT_TOKENS}
-        markers |= files.pad_ids(self.folder, self.config, self.tokenizer)
+        markers.update(*self._special_ids("pad").values())
         everything = dict.fromkeys([first[0], *(token for ids in named.values() for token in ids)])
         return tuple(token for token in everything if token == first[0] or token not in markers)
+
+    def _special_ids(self, kind: str) -> dict[str, list[int]]:
+        return files.special_ids(kind, self.folder, self.config, self.tokenizer)
 
     def _chosen_eos(self, tokens: Sequence[Any]) -> tuple[int, ...]:
         ids = []
@@ -278,8 +282,7 @@ class CheckpointAdapter:
 
     def _warn_of_other_eos(self) -> None:
         """Warn once where the checkpoint's files name different end tokens."""
-        named = files.eos_ids(self.folder, self.config, self.tokenizer)
-        said = {name: set(ids) for name, ids in named.items() if ids}
+        said = {name: set(ids) for name, ids in self._special_ids("eos").items() if ids}
         if self.eos is None and any(ids != set(self.eos_ids) for ids in said.values()):
             listed = ", ".join(f"{name} has {sorted(ids)}" for name, ids in said.items())
             log.warning(
@@ -305,19 +308,15 @@ class CheckpointAdapter:
         unknown = self._unknown_id
         if unknown is not None and unknown in encoding.ids:
             start, end = encoding.offsets[encoding.ids.index(unknown)]
+            known = [token for token in sorted(self.tokenizer.get_vocab()) if re.fullmatch(r"[A-Za-z]+", token)]
+            shown = [*known[:MAX_WORDS], *["..."] * (len(known) > MAX_WORDS)]
             raise UsageError(
                 f"question {question.quoted}: the word {text[start:end]!r} is not in the vocabulary of "
                 f"model={self.name}\na word-level model reads only the words of its own task: numbers and "
-                f"{' '.join(self._known_words)}\n`ltts ask --example` asks a question of the built-in reasoners; "
+                f"{' '.join(shown)}\n`ltts ask --example` asks a question of the built-in reasoners; "
                 "for other words use a checkpoint with a subword tokenizer"
             )
         return encoding.ids
-
-    @property
-    def _known_words(self) -> list[str]:
-        """The first words of the vocabulary, without numbers and special tokens."""
-        words = [token for token in sorted(self.tokenizer.get_vocab()) if re.fullmatch(r"[A-Za-z]+", token)]
-        return words if len(words) <= MAX_WORDS else [*words[:MAX_WORDS], "..."]
 
     @cached_property
     def _unknown_id(self) -> int | None:

@@ -17,8 +17,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from safetensors import SafetensorError, safe_open
+
 from latent_tts.checkpoint import gguf
-from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole, require
+from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole, reason, require
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,7 +67,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # models with another memory (recurrent states, convolutions), from which no latent could be taken back
 RECURRENT = (
     *("mamba", "falcon_mamba", "rwkv", "jamba", "zamba", "bamba", "recurrent_gemma", "xlstm", "falcon_h1"),
-    *("granitemoehybrid", "lfm2", "plamo2", "nemotron_h", "qwen3_next", "kimi_linear", "reformer"),
+    *("granitemoehybrid", "lfm2", "plamo2", "nemotron_h", "qwen3_next", "kimi_linear", "reformer", "zaya"),
 )
 # encoders, unless their config says `is_decoder`
 BIDIRECTIONAL = (
@@ -102,7 +104,7 @@ IMPLEMENTATIONS = (
     *("grouped_mm", "batched_mm"),
 )
 MAX_LABELS = 1 << 20
-TRAINING_LAYOUTS = {"base_causallm.": "COCONUT", "codi.": "CODI"}
+TRAINING_LAYOUTS = {"base_causallm": "COCONUT", "codi": "CODI"}  # by the first part of their tensors' names
 
 
 @contextmanager
@@ -153,9 +155,8 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
         with hub_clients():
             return Path(snapshot_download(checkpoint, revision=revision, allow_patterns=WANTED_FILES))
     except Exception as error:  # the hub client raises many kinds of errors; all mean that the download failed
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"{key}={checkpoint}: no such folder, and the download from the hub failed ({reason[:160]})\n"
+            f"{key}={checkpoint}: no such folder, and the download from the hub failed ({reason(error)[:160]})\n"
             f"fetch it where there is a network (`hf download {checkpoint} --local-dir FOLDER`), "
             f"then {key}=FOLDER"
         ) from error
@@ -416,40 +417,22 @@ def weight_shapes(folder: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]
 
 def family(names: Iterable[str]) -> tuple[str, str]:
     """The family of a checkpoint in transformers' layout, and what marks it, as in `projector.*` (empty: nothing)."""
-    names = list(names)
-    for prefix, name in FAMILIES.items():
-        if any(tensor.startswith(prefix) for tensor in names):
-            return name, f"{prefix}*"
-    return "COCONUT", ""
+    own = {prefix for name in names for prefix in FAMILIES if name.startswith(prefix)}
+    return next(((family, f"{prefix}*") for prefix, family in FAMILIES.items() if prefix in own), ("COCONUT", ""))
 
 
 def training_layout(names: Iterable[str]) -> str | None:
     """The family whose training code named these tensors, None for transformers' own names."""
-    names = list(names)
-    for prefix, name in TRAINING_LAYOUTS.items():
-        if any(tensor.startswith(prefix) for tensor in names):
-            return name
-    return None
+    starts = {name.partition(".")[0] for name in names}
+    return next((layout for start, layout in TRAINING_LAYOUTS.items() if start in starts), None)
 
 
 def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
     """Names and shapes of a safetensors file, from its header; checks that the file is as long as it says."""
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size:
-                raise ValueError("cut off in its header")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if size != 8 + length + end:
-            raise ValueError(f"has {size} bytes; its header describes {8 + length + end}")
-        shapes = {name: entry["shape"] for name, entry in header.items()}
-        if not all(isinstance(shape, list) and all(map(is_whole, shape)) for shape in shapes.values()):
-            raise ValueError("a shape is no list of numbers")
-        return shapes
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        with safe_open(path, "np") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+    except (SafetensorError, OSError) as error:
         raise bad_value(key, path, f"truncated or not safetensors ({error})") from error
 
 
@@ -502,17 +485,7 @@ def is_token(token: Any, tokenizer: Tokenizer) -> TypeGuard[int]:
     return is_whole(token) and 0 <= token < 1 << 31 and tokenizer.id_to_token(token) is not None
 
 
-def eos_ids(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[int]]:
-    """Ids of the end tokens that each of a checkpoint's files names."""
-    return _special_ids("eos", folder, config, tokenizer)
-
-
-def pad_ids(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> set[int]:
-    """Ids of the padding tokens that a checkpoint's files name."""
-    return {token for ids in _special_ids("pad", folder, config, tokenizer).values() for token in ids}
-
-
-def _special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[int]]:
+def special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, list[int]]:
     """Ids of a kind of special token (`eos`, `pad`) by the file that names them, without those of no token."""
 
     def ids_of(settings: Mapping[str, Any]) -> list[int]:
@@ -522,9 +495,8 @@ def _special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: 
     def optional(name: str) -> dict[str, Any]:
         return read_json(folder, name) if (folder / name).is_file() else {}
 
-    token = optional("tokenizer_config.json").get(f"{kind}_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    of_tokenizer = tokenizer.token_to_id(text) if isinstance(text, str) else None
+    text = _token_text(optional("tokenizer_config.json").get(f"{kind}_token"))
+    of_tokenizer = None if text is None else tokenizer.token_to_id(text)
     return {
         "config.json": ids_of(config),
         "generation_config.json": ids_of(optional("generation_config.json")),
@@ -535,12 +507,8 @@ def _special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: 
 def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     """A checkpoint's Jinja template of chats (None if it has none), and the special tokens that it may name."""
     config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    tokens = {}
-    for name in SPECIAL:
-        token = config.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            tokens[name] = text
+    texts = {name: _token_text(config.get(name)) for name in SPECIAL}
+    tokens = {name: text for name, text in texts.items() if text is not None}
     if (folder / CHAT_TEMPLATE).is_file():
         return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8"), tokens
     template = config.get("chat_template")
@@ -548,6 +516,12 @@ def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
         named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None, tokens
+
+
+def _token_text(token: Any) -> str | None:
+    """The text of a special token in `tokenizer_config.json`; None if it is none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def check_vocabulary(

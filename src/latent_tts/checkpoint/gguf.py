@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.errors import RunError, UsageError, bad_value, is_whole, require
 from latent_tts.types import file_digest
 
 log = logging.getLogger(__name__)
@@ -89,10 +89,10 @@ def converted(file: Path, key: str) -> Path:
             find_spec("gguf") is not None,
             "gguf is not installed: pip install '.[gguf]' in the clone",
         )
-        check(file, key)
+        splitting = check(file, key)
         log.info("%s: converting it, once, to %s", file, folder)
         with whole_folder(folder, str(file)) as partial:
-            convert(file, partial, key)
+            convert(file, partial, splitting, key)
     note_use(folder)
     return folder
 
@@ -169,15 +169,18 @@ def note_use(folder: Path) -> None:
         os.utime(folder)
 
 
-def check(file: Path, key: str) -> None:
-    """Check the header of a GGUF file.
+def check(file: Path, key: str) -> str | None:
+    """Check the header of a GGUF file; returns how texts are split before merging, if it says so.
 
     Raises:
         UsageError: it is damaged, of an architecture that is not supported, or has a field or weight that transformers
             drops, so that another model would be computed.
     """
+    from gguf import GGUFReader
+
     with _damage_named(file, key):
-        reader = _reader(file)
+        reader = GGUFReader(file)
+        splitting = reader.get_field("tokenizer.ggml.pre")
         fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
         weights = [tensor.name for tensor in reader.tensors]
     architecture = fields.get("general.architecture")
@@ -200,24 +203,7 @@ def check(file: Path, key: str) -> None:
     if dropped:
         reason = f"transformers does not read {min(dropped)}, so this would be another model"
         raise bad_value(key, f"{PREFIX}{file}", f"{reason}; name the folder of the original")
-
-
-def read_field(file: Path, name: str, key: str) -> Any:
-    """A field of a GGUF file; None if it has no such field.
-
-    Raises:
-        UsageError: the file is damaged.
-    """
-    with _damage_named(file, key):
-        field = _reader(file).get_field(name)
-        return None if field is None else field.contents()
-
-
-def _reader(file: Path) -> Any:
-    """The package's reader of a GGUF file."""
-    from gguf import GGUFReader
-
-    return GGUFReader(file)
+    return None if splitting is None else splitting.contents()
 
 
 @contextlib.contextmanager
@@ -230,8 +216,14 @@ def _damage_named(file: Path, key: str) -> Iterator[None]:
         raise bad_value(key, f"{PREFIX}{file}", f"truncated or not GGUF ({reason})") from error
 
 
-def convert(file: Path, folder: Path, key: str) -> None:
+def convert(file: Path, folder: Path, splitting: str | None, key: str) -> None:
     """Write a checkpoint folder with the weights (float32), tokenizer and chat template of a GGUF file.
+
+    Args:
+        file: the GGUF file.
+        folder: to write to.
+        splitting: how texts are split before merging, see `check`.
+        key: the config key that errors name.
 
     Raises:
         UsageError: transformers cannot read the file.
@@ -259,19 +251,26 @@ def convert(file: Path, folder: Path, key: str) -> None:
     lm.hf_quantizer = None
     lm.is_quantized = False
     lm.save_pretrained(folder)
+    for name in ("bos", "eos", "pad"):  # transformers 5.17 gives the tokenizer others than the file has
+        token = getattr(lm.config, f"{name}_token_id")
+        tokenizer.init_kwargs.pop(f"{name}_token_id", None)
+        if is_whole(token) and 0 <= token < len(tokenizer):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
     tokenizer.save_pretrained(folder)
-    _write_splitting(folder / "tokenizer.json", read_field(file, "tokenizer.ggml.pre", key), file)
+    _write_splitting(folder / "tokenizer.json", splitting, file)
 
 
 def _write_splitting(path: Path, splitting: str | None, file: Path) -> None:
-    """Add to a tokenizer how texts are split before merging, if transformers has left it out."""
+    """Write into a tokenizer how texts are split before merging, where transformers goes by the architecture alone."""
     if splitting in SINGLE_DIGITS:
         content = json.loads(path.read_text())
         own = content["pre_tokenizer"]
-        if own.get("type") != "ByteLevel":
+        parts = [part for part in own.get("pretokenizers", [own]) if part.get("type") == "ByteLevel"]
+        if not parts:
             raise UsageError(f"{PREFIX}{file}: a tokenizer of the kind {splitting} without byte-level tokens")
         digits = {"type": "Digits", "individual_digits": True}
-        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, own]}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, {**parts[0], "use_regex": True}]}
+        content["normalizer"] = None  # early versions of transformers 5 give some architectures one
         path.write_text(json.dumps(content, ensure_ascii=False))
     elif splitting is not None and splitting not in AS_TRANSFORMERS:
         log.warning("%s: texts are split as transformers does; the file asks for %r", file, splitting)

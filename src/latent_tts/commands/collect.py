@@ -9,10 +9,10 @@ from omegaconf import DictConfig
 
 from latent_tts.config.build import is_given
 from latent_tts.config.recorded import aggregator_builder
-from latent_tts.errors import bad_value, require
-from latent_tts.pipeline.sweep import write_joined
+from latent_tts.errors import require
+from latent_tts.pipeline.sweep import means_path, write_joined
 from latent_tts.results import report
-from latent_tts.results.run_folder import run_folders
+from latent_tts.results.run_folder import read_tables, run_folders
 
 log = logging.getLogger(__name__)
 
@@ -25,20 +25,20 @@ def main(cfg: DictConfig) -> None:
     """
     # a default folder may not exist yet
     chosen = [runs for runs in cfg.runs if is_given("runs") or Path(runs).expanduser().is_dir()] or list(cfg.runs)
-    folders = [folder for runs in chosen for folder in run_folders(Path(runs).expanduser())]
+    folders = list(dict.fromkeys(folder for runs in chosen for folder in run_folders(Path(runs).expanduser())))
     output = Path(cfg.output or "").expanduser()
     require("output", cfg.output, bool(cfg.output) and not output.is_dir(), "must be the path of a CSV file")
-    joined, left_out, means = write_joined(output, list(dict.fromkeys(folders)), aggregator_builder(cfg))
-    completed = {job_config(folder) for folder in folders if folder not in left_out} - {None}
-    for folder in left_out:
-        if job_config(folder) not in completed:
+    tables = read_tables(folders)
+    completed = {job_config(folder) for folder in tables} - {None}
+    for folder in folders:
+        if folder not in tables and job_config(folder) not in completed:
             log.warning("%s: incomplete, left out", folder)
-    if joined.empty:
-        looked = report.counted(len(folders), "run folder")
-        raise bad_value("runs", ",".join(cfg.runs), f"no complete run in {looked}; re-run what was interrupted")
-    log.info("%d of %d runs, %d rows", len(folders) - len(left_out), len(folders), len(joined))
+    looked = report.counted(len(folders), "run folder")
+    require("runs", ",".join(cfg.runs), bool(tables), f"no complete run in {looked}; re-run what was interrupted")
+    joined, means = write_joined(output, tables, aggregator_builder(cfg))
+    log.info("%d of %d runs, %d rows", len(tables), len(folders), len(joined))
     if means is not None:
-        print(means)
+        print(means_path(output))
     print(output)
 
 

@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 from latent_tts.config.recorded import aggregator_builder
 from latent_tts.errors import require
 from latent_tts.results import report
-from latent_tts.results.comparison import Selection, described_sides, differences, read_side, write_differences
+from latent_tts.results.comparison import described_sides, differences, read_side
+from latent_tts.results.files import write_csv
 
 
 def main(cfg: DictConfig) -> None:
@@ -20,20 +21,21 @@ def main(cfg: DictConfig) -> None:
     """
     require("questions", cfg.questions, cfg.questions in ("same", "shared"), "must be same or shared")
     a, b = (read_side(key, Path(cfg[key]).expanduser(), aggregator_builder(cfg)) for key in ("a", "b"))
-    found = differences(a, b, Selection(cfg.a_figure, cfg.b_figure, cfg.a_n, cfg.b_n, cfg.questions == "shared"))
+    figures, ns = (cfg.a_figure, cfg.b_figure), (cfg.a_n, cfg.b_n)
+    found = differences(a, b, figures, ns, shared=cfg.questions == "shared")
     rows = []
-    for one in found:
+    for _, one in found.iterrows():
         figure = one.a_figure if one.a_figure == one.b_figure else f"{one.a_figure} - {one.b_figure}"
         n = one.a_n if one.a_n == one.b_n else f"{one.a_n} - {one.b_n}"
-        shown = {"value": one.difference, "ci_low": one.ci_low, "ci_high": one.ci_high}
-        rows.append([figure, n, f"{100 * one.a:.1f}", f"{100 * one.b:.1f}", report.percent(shown)])
-    last = found[-1]
+        difference = report.percent({**one, "value": one.difference})
+        rows.append([figure, n, f"{100 * one.a:.1f}", f"{100 * one.b:.1f}", difference])
+    last = found.iloc[-1]
     over = f"{report.counted(last.questions, 'question')}, {report.counted(last.seeds, 'seed')}"
-    title = f"A - B in percentage points: {over}"
-    report.print_table(title, ["figure", "n", "A %", "B %", "A - B"], rows)
+    report.print_table(f"A - B in percentage points: {over}", ["figure", "n", "A %", "B %", "A - B"], rows)
     for key, words in zip(("a", "b"), described_sides(a, b), strict=True):
         print(f"{key.upper()}: {words}{cfg[key]}")
     if cfg.output is not None:
         output = Path(cfg.output).expanduser()
-        write_differences(output, found)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_csv(output, found, index=False, float_format="%.6g")
         print(output)

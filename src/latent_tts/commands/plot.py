@@ -15,7 +15,7 @@ from latent_tts.results.run_folder import (
     METRICS_OVER_SEEDS,
     check_file,
     last_run,
-    name_weights_once,
+    name_once,
     read_metrics,
     tell_apart,
 )
@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
             output.suffix.removeprefix(".") in plot.FORMATS,
             "must be a file that ends in .png, .svg or .pdf",
         )
-        draw(tables, name_weights_once(pd.concat(frames, ignore_index=True)), [output], cfg.against)
+        draw(tables, name_once(pd.concat(frames, ignore_index=True)), [output], cfg.against)
         return
     for table in tables:
         name, against = "figure" if table.name == RESULTS else "scaling", cfg.against
@@ -93,6 +93,5 @@ def find_tables(path: Path) -> list[Path]:
     found = own or sorted(table for name in names for table in path.rglob(name))
     # a sweep over seeds has both tables: that of the means has intervals over all seeds
     found = [table for table in found if table.name != METRICS or table.with_name(METRICS_OVER_SEEDS) not in found]
-    if not found:
-        raise UsageError(f"runs={path}: no {METRICS} or {RESULTS} at or below it")
+    require("runs", path, bool(found), f"no {METRICS} or {RESULTS} at or below it")
     return found

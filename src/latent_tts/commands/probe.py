@@ -10,15 +10,15 @@ import numpy as np
 import pandas as pd
 from omegaconf import DictConfig
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.config.build import build
 from latent_tts.config.requests import engine_settings
 from latent_tts.errors import check_fields, require
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.probe_spec import chunks_to_try, schedules_to_try
 from latent_tts.pipeline.spec import encode_prompts, found_draft, reserved_positions
 from latent_tts.results import report, statistics
-from latent_tts.results.dependency_figure import draw_dependencies
-from latent_tts.results.files import locked_folder, spreadsheet_cells, whole_file
+from latent_tts.results.files import locked_folder, write_csv, write_text
+from latent_tts.results.plot import draw_dependencies
 from latent_tts.schedule.auto import PLAN, Plan
 from latent_tts.schedule.speculative import Speculative
 from latent_tts.task import Task
@@ -38,7 +38,7 @@ def main(cfg: DictConfig) -> None:
     """
     engine = engine_settings(cfg.engine)
     task: Task = build("task", cfg.task)
-    adapter: ModelAdapter = build("model", cfg.model)
+    adapter: CheckpointAdapter = build("model", cfg.model)
     check_fields("", cfg, directions="a positive integer", threshold="a positive number")
     require("tolerances", "[]", len(cfg.tolerances) > 0, "must be a list of numbers in [0, 1)")
     why = "must be a model without sweeps of its own, such as PCCoT has"
@@ -57,19 +57,15 @@ def main(cfg: DictConfig) -> None:
             schedules=schedules, chunks=chunks, draft=draft, threshold=cfg.threshold, directions=cfg.directions,
             max_answer_tokens=cfg.max_answer_tokens,
         )  # fmt: skip
-        with whole_file(output / QUESTIONS) as path:
-            spreadsheet_cells(found.questions).to_csv(path, index=False, float_format="%.6g")
+        write_csv(output / QUESTIONS, found.questions, index=False, float_format="%.6g")
         latents = [str(place + 1) for place in range(len(found.relative_TT))]
-        with whole_file(output / DEPENDENCIES) as path:
-            table = pd.DataFrame(found.relative_TT, index=latents, columns=latents)
-            spreadsheet_cells(table).to_csv(path, float_format="%.4g")
+        write_csv(output / DEPENDENCIES, pd.DataFrame(found.relative_TT, latents, latents), float_format="%.4g")
         title = f"{adapter.name} on {task.name}, {len(prompts)} questions"
         draw_dependencies(found.relative_TT, title, output / FIGURE)
         chosen = found.recommended
-        with whole_file(output / PLAN) as path:
-            keys = None if chosen is None or found.max_rows == 0 else asdict(chosen)
-            plan = Plan(adapter.digest, adapter.latents, engine.dtype, found.device, found.max_rows, keys)
-            path.write_text(plan.text)
+        keys = None if chosen is None or found.max_rows == 0 else asdict(chosen)
+        plan = Plan(adapter.digest, adapter.latents, engine.dtype, found.device, found.max_rows, keys)
+        write_text(output / PLAN, plan.text)
     show(found, adapter.name, cfg.threshold)
     print(output / QUESTIONS)
 

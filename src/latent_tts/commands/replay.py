@@ -14,7 +14,7 @@ from latent_tts.config.recorded import recorded, recorded_run
 from latent_tts.config.requests import run_request
 from latent_tts.errors import require
 from latent_tts.pipeline import replaying
-from latent_tts.pipeline.run_output import clear_run_folder
+from latent_tts.pipeline.running import clear_run_folder
 from latent_tts.pipeline.spec import check_run
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
@@ -39,8 +39,7 @@ def main(cfg: DictConfig) -> None:
     with locked_folder(folder, "hydra.run.dir"):
         clear_run_folder(folder)
         tables = replaying.replay(spec, source, record)
-        seconds = time.perf_counter() - started
-        replaying.write_folder(folder, spec, tables, record, source, seconds)
+        replaying.write_folder(folder, spec, tables, record, source, time.perf_counter() - started)
     if not in_sweep():
         report.print_metrics(tables.metrics)
         print(folder / METRICS)

@@ -18,7 +18,7 @@ from latent_tts.results.files import locked_folder
 from latent_tts.task import Task
 from latent_tts.task.arith import Arith
 from latent_tts.training.reasoner.lora import Lora
-from latent_tts.training.reasoner.questions import training_questions
+from latent_tts.training.reasoner.questions import TrainingQuestions, training_questions
 from latent_tts.training.states import STATES
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def train(cfg: DictConfig) -> None:
             seed=cfg.seed,
             device=cfg.device,
             output=output,
-            settings={key: value for key, value in plain(cfg).items() if key not in MAY_CHANGE},
+            settings=shared_settings(cfg, questions),
             save_every=cfg.save_every,
             report=lambda done, figures: bar.show(done, f"loss {figures['loss']:.3f}"),
         )
@@ -93,6 +93,13 @@ def train(cfg: DictConfig) -> None:
         ]
         log.info("weights of update %d of %d; on valid: %s", trained.chosen, trained.updates, ", ".join(figures))
         print(trained.checkpoint)
+
+
+def shared_settings(cfg: DictConfig, questions: TrainingQuestions) -> dict[str, Any]:
+    """What a resumed run must share with the stopped one: its settings, and its questions wherever their file is."""
+    settings = {key: value for key, value in plain(cfg).items() if key not in MAY_CHANGE}
+    settings["task"] = {key: value for key, value in settings["task"].items() if key != "path"}
+    return settings | {"question_set": questions.digest}
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -117,8 +124,8 @@ def check_start(cfg: DictConfig, task: Task, lora: Lora) -> None:
     """
     if cfg.init:
         why = f"init={cfg.init} brings its own shape and weights; no backbone is made"
-        for key in config.given_keys():
-            require(key, OmegaConf.select(cfg, key), not key.startswith("backbone."), why)
+        for key, value in config.given_values().items():
+            require(key, value, not key.startswith("backbone."), why)
         return
     why = "must be arith without init=: a new backbone knows only its words"
     require("task", task.name, isinstance(task, Arith), why)

@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from latent_tts.checkpoint import joining
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.config import build as config
 from latent_tts.config.requests import annotated_run, default_annotation_spec, plain, run_request
 from latent_tts.errors import check_device, check_fields, check_seed, computing, require
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation import annotate
 from latent_tts.pipeline.keys import model_key
 from latent_tts.pipeline.spec import check_run
@@ -56,7 +56,7 @@ def train(cfg: DictConfig) -> None:
         why = "must be reasoner with lora.rank: an adapter shares the reasoner's weights"
         require("init", cfg.init, cfg.init == "reasoner", why)
         require("lora.dropout", lora.dropout, lora.dropout == 0, "must be 0: a LatentRM is trained without dropout")
-    adapter: ModelAdapter = config.build("model", cfg.model)
+    adapter: CheckpointAdapter = config.build("model", cfg.model)
     adapter.check()
     keys = ("annotations", "valid_annotations")
     of_model = model_key(adapter)

@@ -16,6 +16,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from latent_tts.config.build import from_here
 from latent_tts.errors import LatentTTSError, RunError
 from latent_tts.results import report
 from latent_tts.results.run_folder import METRICS, read_metrics
@@ -99,7 +100,7 @@ class Conformance(Callback):
         """Print expected and found accuracy, then the path of the metrics once more, since it ends every output."""
         if job_return.status is not JobStatus.COMPLETED:
             return
-        path = Path(config.hydra.runtime.output_dir) / METRICS
+        path = from_here(Path(config.hydra.runtime.output_dir)) / METRICS
         try:
             verdict = judge(read_metrics(path), self.known)
             show(verdict)

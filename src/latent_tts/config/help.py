@@ -1,15 +1,22 @@
-"""Texts of `ltts COMMAND --help`, `ltts help` and `ltts list`, at the width of the terminal."""
+"""The commands about commands: `ltts help`, `ltts list`, `ltts completion`. They need neither Hydra nor torch.
+
+Texts are as wide as the terminal.
+"""
 
 from __future__ import annotations
 
+import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
+from latent_tts.config.completion import CANDIDATES, FOLDER_FLAGS, SCRIPTS, candidates
 from latent_tts.config.reference import (
     GROUPS,
     Key,
     chosen_options,
+    conf_dirs,
     nested_groups,
     option_names,
     options_of,
@@ -17,7 +24,7 @@ from latent_tts.config.reference import (
     read_option,
     shown_default,
 )
-from latent_tts.errors import UsageError, printable
+from latent_tts.errors import UsageError, closest, did_you_mean, printable
 
 LEFT = 34  # largest width of the left column
 PLURALS = {
@@ -32,6 +39,98 @@ FLAGS_TEXT = (
     ("-h, --help", "this text; with GROUP=OPTION it lists the keys of that option"),
     ("--hydra-help", "flags of Hydra, which reads the command line"),
 )
+
+Commands = Mapping[str, tuple[str, tuple[str, ...]]]
+# name: (what it does, names of its positional arguments), as in `cli.COMMANDS`
+ABOUT_COMMANDS: Commands = {
+    "list": ("list models, tasks, samplers, ... (what each option is), or runs", ("what*",)),
+    "help": ("show the keys of a command, or the options of a group with their keys", ("command?",)),
+    "completion": ("print the completion script of a shell, bash or zsh", ("shell",)),
+}
+
+
+def usage(commands: Commands) -> str:
+    """The list of commands."""
+    width = terminal_width()
+    rows = [(name, what) for name, (what, _) in {**commands, **ABOUT_COMMANDS}.items()]
+    notes = (
+        "`ltts COMMAND --help` (or `ltts help COMMAND`) lists the keys of a command; -m runs a job per combination of "
+        'comma-separated values; after `eval "$(ltts completion bash)"` Tab completes commands, keys and options.'
+    )
+    return f"usage: ltts COMMAND [KEY=VALUE ...] [-m]\n\n{definitions(rows, width)}\n\n{textwrap.fill(notes, width)}"
+
+
+def terminal_width() -> int:
+    """Columns of the terminal; 100 where there is none."""
+    return shutil.get_terminal_size((100, 24)).columns
+
+
+def run(
+    name: str,
+    words: Sequence[str],
+    commands: Commands,
+    flags: Mapping[str, Sequence[str]],
+    flag_choices: Mapping[str, Sequence[str]],
+) -> None:
+    """Print what is asked for: about commands, or the help of a command with keys.
+
+    Args:
+        name: of the command, or a flag in its place.
+        words: what follows it.
+        commands: those with keys.
+        flags: of each of those.
+        flag_choices: the words that can follow a flag.
+
+    Raises:
+        UsageError: a word is unknown.
+    """
+    asked = words if name == "help" else [name, *words]
+    if name == "--version":
+        print(version("latent-tts"))
+    elif name == "completion":
+        print(_completion(words, commands, flags, flag_choices))
+    elif name == "list" and words[:1] == ["runs"]:
+        from latent_tts.results.report import print_runs
+
+        print_runs([Path(word).expanduser() for word in words[1:]])
+    elif name == "list":
+        print(options_text(words, conf_dirs(), terminal_width()))
+    elif not asked or asked[0] in ("-h", "--help"):
+        print(usage(commands))
+    elif asked[0] in commands:
+        print(help_of(asked[0], asked[1:], commands))
+    elif name != "help":
+        known = [*commands, *ABOUT_COMMANDS]
+        raise UsageError(
+            f"unknown command {name!r}; {did_you_mean(closest(name, known))}one of {', '.join(known)}\n"
+            "run `ltts --help` for a description of each"
+        )
+    elif asked[0] in GROUPS:
+        print(group_help(asked[0], conf_dirs(), terminal_width()))
+    else:
+        raise UsageError(f"ltts help: no command or group {asked[0]!r}; one of {', '.join([*commands, *GROUPS])}")
+
+
+def help_of(name: str, arguments: Sequence[str], commands: Commands) -> str:
+    """The help of a command with keys, as `ltts NAME ARGUMENTS... --help` shows it."""
+    folders = [arguments[place + 1] for place, word in enumerate(arguments[:-1]) if word in FOLDER_FLAGS]
+    folders += [word.partition("=")[2] for word in arguments if word.startswith("--config-dir=")]
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
+    return command_help(name, *commands[name], overrides, conf_dirs(folders), terminal_width())
+
+
+def _completion(
+    words: Sequence[str],
+    commands: Commands,
+    flags: Mapping[str, Sequence[str]],
+    flag_choices: Mapping[str, Sequence[str]],
+) -> str:
+    if words[:1] == [CANDIDATES]:
+        follow = {"list": [*PLURALS, "runs"], "help": [*commands, *GROUPS], "completion": list(SCRIPTS)}
+        return "\n".join(candidates(words[1] if words[1:] else "", commands, follow, flags, flag_choices))
+    if len(words) != 1 or words[0] not in SCRIPTS:
+        raise UsageError(f"usage: ltts completion {'|'.join(SCRIPTS)}; it prints a script, which says where it goes")
+    return SCRIPTS[words[0]].rstrip()
 
 
 def definitions(rows: Iterable[tuple[str, str]], width: int, indent: int = 2, longest: int = LEFT) -> str:
@@ -81,38 +180,37 @@ def command_help(name: str, about: str, positional: Sequence[str], overrides: Se
         parts.append("Groups, with their options (* is the one chosen) and the keys of what is chosen:")
     for group, options in groups.items():
         parts.append(f"{group}: {GROUPS.get(group, '')}".rstrip(": "))
-        rows = []
-        for option in (read_option(group, option, places) for option in options):
-            mark = "*" if option.name in chosen[group] else " "
-            rows.append((f"{mark} {group}={option.name}", option.about))
+        rows = [
+            (f"{'*' if name in chosen[group] else ' '} {group}={name}", read_option(group, name, places).about)
+            for name in options
+        ]
         parts.append(definitions(rows, width))
         keys = [key for option in options if option in chosen[group] for key in read_option(group, option, places).keys]
         if keys and group != "experiment":
             parts.append(definitions(map(_key_row, keys), width, indent=4))
-        parts += [_nested_help(nested, places, width) for nested in nested_groups(group, places)]
+        for nested in nested_groups(group, places):
+            described = _described_options(nested, places, width, indent=4)
+            parts.append("\n".join([f"  {nested}, where the option above has one:", *described]))
     flags = [row for row in FLAGS_TEXT if groups or row[0] not in ("-m, --multirun", "--config-dir FOLDER")]
     return _join([*parts, "Flags:", definitions(flags, width)], width)
 
 
-def _nested_help(group: str, places: Sequence[Path], width: int) -> str:
-    """The options of a group inside a group, with their keys, below those of the outer group."""
-    parts = [f"  {group}, where the option above has one:"]
-    for name in option_names(group, places):
-        option = read_option(group, name, places)
-        parts.append(definitions([(f"{group}={name}", option.about)], width, indent=4))
-        parts += [definitions(map(_key_row, option.keys), width, indent=6)] if option.keys else []
-    return "\n".join(parts)
-
-
 def group_help(group: str, places: Sequence[Path], width: int) -> str:
     """The options of a group with all their keys."""
-    parts = [f"{group}: {GROUPS.get(group, '')}".rstrip(": ")]
+    return _join(
+        [f"{group}: {GROUPS.get(group, '')}".rstrip(": "), *_described_options(group, places, width, 2)], width
+    )
+
+
+def _described_options(group: str, places: Sequence[Path], width: int, indent: int) -> list[str]:
+    """The options of a group, each with its keys below it."""
+    parts = []
     for name in option_names(group, places):
         option = read_option(group, name, places)
-        parts.append(definitions([(f"{group}={name}", option.about)], width))
+        parts.append(definitions([(f"{group}={name}", option.about)], width, indent=indent))
         if option.keys:
-            parts.append(definitions(map(_key_row, option.keys), width, indent=4))
-    return _join(parts, width)
+            parts.append(definitions(map(_key_row, option.keys), width, indent=indent + 2))
+    return parts
 
 
 def options_text(what: Sequence[str], places: Sequence[Path], width: int) -> str:

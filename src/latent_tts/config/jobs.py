@@ -72,10 +72,11 @@ class Loader(ConfigLoaderImpl):
     ) -> DictConfig:
         parsed = OverridesParser.create().parse_overrides(overrides)
         options = [each for each in parsed if self._is_option(each)]
-        files = _stamps_of_all(self.get_sources())
+        stamps = [_stamps(source) for source in self.get_sources()]
+        files = tuple(each for each in stamps if each is not None)
         alters_search = any(each.is_sweep_override() or each.key_or_group == "hydra.searchpath" for each in parsed)
         compose = super()._load_configuration_impl
-        if files is None or alters_search:
+        if len(files) < len(stamps) or alters_search:
             self.repository.read = None
             return compose(config_name, overrides, run_mode, *arguments, **more)
         if files not in _read and len(_read) >= MAX_READ:
@@ -109,12 +110,6 @@ class Loader(ConfigLoaderImpl):
         return self.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
 
 
-def _stamps_of_all(sources: Sequence[ConfigSource]) -> tuple[Stamps, ...] | None:
-    found = [_stamps(source) for source in sources]
-    stamps = tuple(each for each in found if each is not None)
-    return stamps if len(stamps) == len(found) else None
-
-
 def _stamps(source: ConfigSource) -> Stamps | None:
     """The files of a source with their sizes and times of change; None if it is not known which files it has."""
     if source.scheme() == "structured" or source.path == "hydra.conf":
@@ -140,8 +135,7 @@ class _Hydra(Hydra):
         try:
             cfg = super().compose_config(config_name, overrides, run_mode, *arguments, **more)
         except ConfigCompositionException as error:
-            several_values = str(error).startswith("Ambiguous value")
-            if several_values and self.get_mode(config_name, overrides) == RunMode.MULTIRUN:
+            if str(error).startswith("Ambiguous value") and self.get_mode(config_name, overrides) == RunMode.MULTIRUN:
                 raise _IsSweep from error
             raise
         if run_mode == RunMode.RUN and cfg.hydra.mode == RunMode.MULTIRUN:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from latent_tts.config.reference import (
     read_command,
     read_option,
 )
-from latent_tts.errors import bad_value, require
+from latent_tts.errors import bad_value, closest, require
 
 PLACES = (Path(conf_dir()),)
 ASKING = ("ask", "trace")  # commands that take a question
@@ -36,11 +35,6 @@ OTHER_NAMES = {  # what other programs call a key: the first of these that a com
     "max_tokens": ("max_answer_tokens",), "num_rollouts": ("n",), "num_samples": ("n",), "output": OUTPUT,
     "output_dir": OUTPUT, "output_path": OUTPUT, "pretrained": ("model.checkpoint",), "tasks": ("task",),
 }  # fmt: skip
-
-
-def closest(word: str, known: list[str], cutoff: float = 0.6) -> str | None:
-    """The most similar of some words, if one is similar."""
-    return next(iter(get_close_matches(word, known, n=1, cutoff=cutoff)), None)
 
 
 def is_override(command: str, argument: str) -> bool:
@@ -85,7 +79,7 @@ def option_of(command: str, word: str) -> str | None:
     if word in _groups(command):
         return f"{word}=NAME"
     groups = {option: group for group in _groups(command) for option in _options(group)}
-    close = closest(word, list(groups))
+    close = closest(word, groups)
     return f"{groups[close]}={close}" if close else None
 
 

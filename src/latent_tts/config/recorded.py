@@ -43,11 +43,9 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
         raise UsageError(f"{group}: not the record of an option, but {str(node)[:60]!r}")
     name = node.get(TARGET)
     known = _targets_of(group) | {target for cfg in given for target in _targets_of_config(cfg)}
-    if not isinstance(name, str) or name not in known:
-        raise _refusal(group, name)
-    for nested in _targets_in({key: value for key, value in node.items() if key != TARGET}):
-        if nested not in known:
-            raise _refusal(group, nested)
+    for target in (str(name), *_targets_in(node)):
+        if target not in known:
+            raise _refusal(group, target)
     for key in NEVER_RECORDED:
         if any(key == name for name, _ in _parts(node)):
             raise UsageError(f"{group}: {name} is recorded with {key}, which no option has")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +236,7 @@ def chosen_options(command: str, overrides: Iterable[str], places: Sequence[Path
         if group in chosen:
             chosen[group] = [name.strip() for name in value.strip("[]").split(",")]
     if chosen.get("recipe") == ["${model}"]:
-        family = chosen.get("model", [""])[-1]
-        chosen["recipe"] = [family.removeprefix("demo_")]
+        chosen["recipe"] = [chosen.get("model", [""])[-1].removeprefix("demo_")]
     return {group: [name for name in names if name in option_names(group, places)] for group, names in chosen.items()}
 
 
@@ -258,13 +258,8 @@ def shown_default(default: str) -> str:
 
 def _top_comment(text: str) -> list[str]:
     """The comment that a file begins with, a text per line."""
-    lines = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        if "@package" not in line:
-            lines.append(line.removeprefix("#").removeprefix(" "))
-    return lines
+    lines = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return [line.removeprefix("#").removeprefix(" ") for line in lines if "@package" not in line]
 
 
 def _keys(node: yaml.Node | None, text: str, *, nested: bool, prefix: str = "") -> Iterator[Key]:

@@ -13,11 +13,11 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.config.build import build, changed_keys, compose, is_default, is_given
 from latent_tts.config.recorded import TARGET, literal, recorded
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import bad_value, require
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.annotation_spec import AnnotationSpec
 from latent_tts.pipeline.spec import EngineSettings, RunRequest, check_sampler
 from latent_tts.results.annotations import SETTINGS, AnnotationFolder
@@ -83,7 +83,7 @@ def with_texts(request: RunRequest, texts: list[str]) -> RunRequest:
     return replace(request, task=replace(asked, texts=texts), config=config)
 
 
-def drawing_options(cfg: DictConfig) -> tuple[Sampler, Task, ModelAdapter]:
+def drawing_options(cfg: DictConfig) -> tuple[Sampler, Task, CheckpointAdapter]:
     """The options of a command that draws rollouts of a model on its own, not for a run.
 
     Raises:

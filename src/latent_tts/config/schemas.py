@@ -1,4 +1,7 @@
-"""Types of the commands' own keys; `conf/COMMAND.yaml` says what each means, groups are checked by their objects."""
+"""Types of the commands' own keys: a schema per command, see `SCHEMAS`.
+
+`conf/COMMAND.yaml` says what each key means. Groups are checked by the objects that they make.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ from omegaconf import MISSING
 
 @dataclass
 class EngineConfig:
-    """How rollouts are computed."""
-
     dtype: str = MISSING
     device: str = MISSING
     rows: int | None = MISSING
@@ -21,15 +22,11 @@ class EngineConfig:
 
 @dataclass
 class PathsConfig:
-    """Where things are kept."""
-
     cache: str = MISSING
 
 
 @dataclass
 class AnswerSamplingConfig:
-    """How answer tokens are chosen."""
-
     temperature: float = MISSING
     top_p: float = MISSING
 
@@ -44,8 +41,6 @@ class AnswerConfig(AnswerSamplingConfig):
 
 @dataclass
 class DrawingConfig:
-    """Keys of the commands that draw rollouts; the groups are checked by the objects they make."""
-
     n: int = MISSING
     seed: int = MISSING
     max_answer_tokens: int = MISSING
@@ -57,8 +52,6 @@ class DrawingConfig:
 
 @dataclass
 class RunConfig(DrawingConfig):
-    """Keys of `ltts run`."""
-
     keep_latents: bool = MISSING
     cache: str = MISSING
     answer: AnswerConfig = MISSING
@@ -73,16 +66,12 @@ class RunConfig(DrawingConfig):
 
 @dataclass
 class AskConfig(RunConfig):
-    """Keys of `ltts ask`: those of `ltts run`, the question, and how the answer is printed."""
-
     question: str | None = MISSING
     json: bool = MISSING
 
 
 @dataclass
 class TraceConfig(RunConfig):
-    """Keys of `ltts trace`: those of `ltts run`, the questions, and what is shown of their rollouts."""
-
     question: list[str] = MISSING
     run: str | None = MISSING
     beside: str | None = MISSING
@@ -102,15 +91,11 @@ class ScoringEngineConfig:
 
 @dataclass
 class OptionalPathsConfig:
-    """Where things are kept."""
-
     cache: str | None = MISSING
 
 
 @dataclass
 class AnnotateConfig(DrawingConfig):
-    """Keys of `ltts annotate`."""
-
     output: str = MISSING
     completions: int = MISSING
     keep: str = MISSING
@@ -121,8 +106,6 @@ class AnnotateConfig(DrawingConfig):
 
 @dataclass
 class TuneConfig(DrawingConfig):
-    """Keys of `ltts tune`."""
-
     seconds: float = MISSING
     dtypes: list[str] = MISSING
     output: str | None = MISSING
@@ -130,8 +113,6 @@ class TuneConfig(DrawingConfig):
 
 @dataclass
 class ProbeConfig:
-    """Keys of `ltts probe`."""
-
     tolerances: list[float] = MISSING
     guesses: list[str] | None = MISSING
     draft: str | None = MISSING
@@ -148,8 +129,6 @@ class ProbeConfig:
 
 @dataclass
 class RescoreConfig:
-    """Keys of `ltts rescore`."""
-
     run: str = MISSING
     engine: ScoringEngineConfig = MISSING
     paths: OptionalPathsConfig = MISSING
@@ -166,8 +145,6 @@ class ReplayScorerConfig:
 
 @dataclass
 class ReplayConfig:
-    """Keys of `ltts replay`."""
-
     run: str = MISSING
     n: int | None = MISSING
     scorer: ReplayScorerConfig = MISSING
@@ -176,8 +153,6 @@ class ReplayConfig:
 
 @dataclass
 class TrainReasonerConfig:
-    """Keys of `ltts train-reasoner`."""
-
     output: str = MISSING
     init: str | None = MISSING
     init_vocabulary: str = MISSING
@@ -196,8 +171,6 @@ class TrainReasonerConfig:
 
 @dataclass
 class TrainDraftConfig:
-    """Keys of `ltts train-draft`."""
-
     output: str = MISSING
     updates: int = MISSING
     batch: int = MISSING
@@ -230,8 +203,6 @@ class DefaultAnnotationsConfig:
 
 @dataclass
 class TrainRMConfig:
-    """Keys of `ltts train-rm`."""
-
     output: str = MISSING
     annotations: str | None = MISSING
     valid_annotations: str | None = MISSING
@@ -250,16 +221,12 @@ class TrainRMConfig:
 
 @dataclass
 class CollectConfig:
-    """Keys of `ltts collect`: run folders (or folders of them), and the table to write (null: to stdout)."""
-
     runs: list[str] = MISSING
     output: str | None = MISSING
 
 
 @dataclass
 class CompareConfig:
-    """Keys of `ltts compare`: two run folders (or folders of runs over seeds), what to hold together, a CSV."""
-
     a: str = MISSING
     b: str = MISSING
     a_figure: str | None = MISSING
@@ -272,8 +239,6 @@ class CompareConfig:
 
 @dataclass
 class PlotConfig:
-    """Keys of `ltts plot`: run folders or metrics tables, and the figure to write."""
-
     runs: list[str] = MISSING
     output: str | None = MISSING
     format: str | None = MISSING
@@ -282,8 +247,6 @@ class PlotConfig:
 
 @dataclass
 class CacheConfig:
-    """Keys of `ltts cache`."""
-
     action: str = MISSING
     older_than: str | None = MISSING
     max_size: str | None = MISSING
@@ -293,8 +256,6 @@ class CacheConfig:
 
 @dataclass
 class ConvertConfig:
-    """Keys of `ltts convert`."""
-
     src: str = MISSING
     dst: str = MISSING
     tokenizer: str | None = MISSING

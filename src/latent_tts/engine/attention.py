@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from latent_tts.engine.kernel_check import is_usable
+from latent_tts.random.kernel_check import is_usable
 
 Piece = tuple[Tensor, Tensor]
 NAME = "latent_tts_shared_prefix"
@@ -48,7 +48,7 @@ class SharedPrefixCache:
     Attributes:
         rollouts: N.
         capacity: C, most slots of a suffix.
-        lengths_Q: tokens of each prefix; None before the first.
+        lengths_Q: tokens of each prefix.
         prefix: per layer, keys and values (q, H, L, K) of pieces that together hold Q questions, right-padded.
         suffix: per layer, keys and values (R, H, C, K), allocated on first use.
         used: slots of every suffix so far.
@@ -59,7 +59,7 @@ class SharedPrefixCache:
 
     rollouts: int
     capacity: int
-    lengths_Q: Tensor | None = None
+    lengths_Q: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     prefix: list[list[Piece]] = field(default_factory=list)
     suffix: list[Piece] = field(default_factory=list)
     used: int = 0
@@ -67,9 +67,14 @@ class SharedPrefixCache:
     fills_prefix: bool = False
     _work: Tensor | None = None
 
+    @property
+    def questions_so_far(self) -> int:
+        """How many prefixes it has."""
+        return self.lengths_Q.shape[0]
+
     def add_questions(self, lengths_Q: Tensor) -> None:
         """Say how many tokens the prefixes that come next have."""
-        self.lengths_Q = lengths_Q if self.lengths_Q is None else torch.cat([self.lengths_Q, lengths_Q])
+        self.lengths_Q = torch.cat([self.lengths_Q, lengths_Q]) if len(self.lengths_Q) else lengths_Q
 
     def add_empty_prefixes(self, like_QLD: Tensor, config: Any) -> None:
         """Keep prefixes without tokens, which no pass makes."""
@@ -133,7 +138,6 @@ class SharedPrefixCache:
 
     def places(self, tokens: int) -> Tensor:
         """How many tokens stand before each of the next S in its suffix (S, or R x S)."""
-        assert self.lengths_Q is not None
         if self.valid_RC is None:
             return torch.arange(self.used, self.used + tokens, device=self.lengths_Q.device)
         counts_RS = self.valid_RC[:, : self.used + tokens].cumsum(1)[:, self.used :]
@@ -158,11 +162,12 @@ class SharedPrefixCache:
             questions: which prefixes; one may come several times.
             rows: suffixes, the same number for each of `questions`, question-major; a row may come several times.
         """
-        assert self.lengths_Q is not None
 
         def part(tensor: Tensor) -> Tensor:
             new = self._new_suffix(tensor, rows.shape[0])
-            new[:, :, : self.used] = tensor[:, :, : self.used].index_select(0, rows)
+            if self.used:
+                slots, new_slots = (each.permute(2, 0, 1, 3)[: self.used] for each in (tensor, new))
+                torch.index_select(slots, 1, rows, out=new_slots)
             return new
 
         return SharedPrefixCache(
@@ -176,13 +181,18 @@ class SharedPrefixCache:
         )
 
     def _new_suffix(self, like: Tensor, rows: int) -> Tensor:
-        """Memory for keys or values (rows, H, C, K)."""
+        """Memory for keys or values (rows, H, C, K), on a CPU slot by slot.
+
+        A pass then writes one piece of memory, and reads pieces from their beginning to their end. Row by row, what it
+        writes would lie in as many pages as there are rows.
+        """
         _, heads, _, width = like.shape
+        if like.device.type == "cpu":
+            return like.new_empty(self.capacity, rows, heads, width).permute(1, 2, 0, 3)
         return like.new_empty(rows, heads, self.capacity, width)
 
     def _prefixes_of(self, questions: Tensor) -> list[list[Piece]]:
         """The prefixes of some questions; neighbours out of one piece are one piece again."""
-        assert self.lengths_Q is not None
         numbers = questions.tolist()
         if numbers == list(range(self.lengths_Q.shape[0])):
             return self.prefix
@@ -209,7 +219,7 @@ class SharedPrefixCache:
         if part.device.type != "cpu" or part.element_size() > 2 or part.is_contiguous():
             return part
         if self._work is None:
-            self._work = torch.empty_like(self.suffix[0][0]).flatten()
+            self._work = part.new_empty(self.suffix[0][0].numel())
         return self._work[: part.numel()].view(part.shape).copy_(part)
 
 
@@ -239,9 +249,14 @@ class FixedCache(SharedPrefixCache):
         if self.valid_RC is not None:
             self.valid_RC.fill_(True)
 
+    @property
+    def questions_so_far(self) -> int:
+        """How many prefixes are set."""
+        return self._known
+
     def add_questions(self, lengths_Q: Tensor) -> None:
         """See `SharedPrefixCache`."""
-        if self.lengths_Q is None:
+        if not len(self.lengths_Q):
             self.lengths_Q = lengths_Q.new_zeros(self.questions)
         self._known += lengths_Q.shape[0]
         self.lengths_Q[self._known - lengths_Q.shape[0] : self._known] = lengths_Q
@@ -312,7 +327,6 @@ class FixedCache(SharedPrefixCache):
 
     def for_rows(self, questions: int, rollouts: int) -> FixedCache:
         """A cache for fewer rows of fewer questions; `take` fills it."""
-        assert self.lengths_Q is not None
         rows = questions * rollouts
         return FixedCache(
             rollouts, self.capacity, self.lengths_Q[:questions].clone(),
@@ -325,8 +339,6 @@ class FixedCache(SharedPrefixCache):
     def take(self, other: FixedCache, questions: Tensor, rows: Tensor) -> None:
         """Copy prefixes and suffixes of a cache of the same capacity; see `SharedPrefixCache.fork`."""
         owners = {0: questions, 1: questions, 2: rows, 3: rows}
-        assert self.lengths_Q is not None
-        assert other.lengths_Q is not None
         self.lengths_Q.copy_(other.lengths_Q[questions])
         for ours, theirs in zip(self._layers(), other._layers(), strict=True):
             for place, (kept, part) in enumerate(zip(ours, theirs, strict=True)):
@@ -343,7 +355,7 @@ class FixedCache(SharedPrefixCache):
         """All that it holds so far."""
         found = [part for pieces in self.prefix for piece in pieces for part in piece]
         found += [part for piece in self.suffix for part in piece]
-        return [*found, *(each for each in (self.lengths_Q, self.valid_RC) if each is not None)]
+        return [*found, self.lengths_Q, *([] if self.valid_RC is None else [self.valid_RC])]
 
     def _new_suffix(self, like: Tensor, rows: int) -> Tensor:
         return super()._new_suffix(like, rows).zero_()
@@ -407,7 +419,6 @@ def _attend_piece(
     cache: SharedPrefixCache, questions: slice, rows: slice, tokens: int, own: Tensor, prefix: Piece, suffix: Piece
 ) -> Tensor:
     """Attended values (r, H, G*S, K) of scaled queries of q questions, by their prefixes and the suffixes so far."""
-    assert cache.lengths_Q is not None
     (prefix_keys, prefix_values), (keys, values) = prefix, suffix
     count, _, length, _ = prefix_keys.shape
     siblings = own.unflatten(0, (count, cache.rollouts)).transpose(1, 2)
@@ -438,7 +449,6 @@ def _attend_by_kernel(cache: SharedPrefixCache, query: Tensor, layer: int, suffi
     """Attended values (R, S, heads, K)."""
     from latent_tts.engine.attention_kernel import attend_piece
 
-    assert cache.lengths_Q is not None
     out, used_1 = query.new_empty(*query.transpose(1, 2).shape), cache.used_1(query.device)
     for questions, rows, prefix in cache.pieces(layer):
         valid_RC = None if cache.valid_RC is None else cache.valid_RC[rows]

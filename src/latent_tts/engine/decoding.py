@@ -8,16 +8,15 @@ nearly equal logits. (A Gumbel draw would take a number for every entry of the v
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, cast
 
 from latent_tts.errors import check_fields, require
 from latent_tts.sampler import Sampler
-from latent_tts.types import Forward, Phase, Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latent_tts.random.draw import Draw, DropPlace
+    from latent_tts.random.draw import Draw
 
 
 @dataclass(frozen=True)
@@ -49,64 +48,25 @@ class AnswerSampling:
 
     def over(self, sampler: Sampler) -> Sampler:
         """The sampler, with answer tokens chosen in this way."""
-        return SampledAnswers(sampler, self) if self.random else sampler
+        return cast(Sampler, SampledAnswers(sampler, self)) if self.random else sampler
 
 
-@dataclass(frozen=True)
-class SampledAnswers(Sampler):
-    """A sampler whose answer tokens are drawn.
+class SampledAnswers:
+    """A sampler whose answer tokens are drawn; all else is as the sampler of latents says.
 
     Attributes:
         latents: makes the latents, and masks forward passes.
         sampling: how tokens are drawn.
     """
 
-    latents: Sampler
-    sampling: AnswerSampling
+    random_answers = chooses_tokens = True
+    deterministic = only_latents = False
 
-    name: ClassVar[str] = "sampled answers"
+    def __init__(self, latents: Sampler, sampling: AnswerSampling) -> None:
+        self.latents, self.sampling = latents, sampling
 
-    @property
-    def random_phases(self) -> frozenset[Phase]:
-        """Those of the sampler of latents."""
-        return self.latents.random_phases
-
-    @property
-    def random_latents(self) -> bool:
-        """As the sampler of latents says."""
-        return self.latents.random_latents
-
-    @property
-    def random_answers(self) -> bool:
-        """Answers from the same thoughts differ."""
-        return True
-
-    @property
-    def needs_donor(self) -> bool:
-        """As the sampler of latents does."""
-        return self.latents.needs_donor
-
-    @property
-    def needs_spread(self) -> bool:
-        """As the sampler of latents does."""
-        return self.latents.needs_spread
-
-    def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
-        """The latent that the sampler of latents makes."""
-        return self.latents.latent(h_RD, draw, step)
-
-    def factors(self, site: Site, layer: int, draw: Draw, forward: Forward) -> Tensor | None:
-        """The factors of the sampler of latents."""
-        return self.latents.factors(site, layer, draw, forward)
-
-    def dropout(self, site: Site, layer: int, forward: Forward) -> DropPlace | None:
-        """That of the sampler of latents."""
-        return self.latents.dropout(site, layer, forward)
-
-    @property
-    def chooses_tokens(self) -> bool:
-        """It draws them."""
-        return True
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.latents, name)
 
     def token(self, logits_RV: Tensor, draw: Draw, step: int) -> Tensor:
         """Ids (R) drawn from softmax(logits / temperature), cut to its nucleus.

@@ -11,19 +11,22 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from latent_tts.engine.kernel_check import is_usable
+from latent_tts.random.kernel_check import is_usable
 from latent_tts.types import Reasoner
 
 # tokens, how many eighths logits differ by at most, whether there is a bias
 KERNEL_CASES = [(4096, 4, False), (9001, 40, True), (300, 1000, False), (5000, 2, True), (2, 3, False)]
 BLOCK = 64  # the highest logit is looked for in blocks: maxima are vectorized, places of maxima are not
 VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits of a piece
+WHOLE_AT_ONCE = 1 << 24  # of whole rows that are read and dropped
 SORTED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}  # of whole rows; a sampler may need 50 bytes for each
 
 
@@ -46,9 +49,7 @@ def head_of(reasoner: Reasoner) -> nn.Module:
     """What makes logits of a model's final hidden states."""
     if reasoner.computation.logits == "model":
         return ModelLogits(reasoner.lm)
-    head = reasoner.lm.get_output_embeddings()
-    assert head is not None
-    return head
+    return cast(nn.Module, reasoner.lm.get_output_embeddings())
 
 
 class ModelLogits(nn.Module):
@@ -69,21 +70,21 @@ class ModelLogits(nn.Module):
 
 
 @dataclass
-class _Output(ModelOutput):
+class _Output(MoeModelOutputWithPast):
     """What bodies of transformers give to the models around them."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: None = None
-    hidden_states: None = None
-    attentions: None = None
     cross_attentions: None = None
-    router_logits: None = None
 
 
 class _GivesBack(nn.Module):
     def forward(self, *args: object, inputs_embeds: Tensor, **kwargs: object) -> _Output:
         """The embeddings, as final hidden states."""
         return _Output(last_hidden_state=inputs_embeds)
+
+
+def rows_at_once(head: nn.Module, hidden_RD: Tensor) -> int:
+    """How many rows of logits are made together where whole ones are needed."""
+    return max(1, WHOLE_AT_ONCE // head(hidden_RD[:1]).shape[1])
 
 
 def choose(head: nn.Module, hidden_RD: Tensor, token: Callable[[Tensor, slice], Tensor] | None = None) -> Choice:
@@ -106,17 +107,14 @@ def _highest(head: nn.Linear, hidden_RD: Tensor) -> Choice:
     rows, vocabulary = hidden_RD.shape[0], head.out_features
     whole = vocabulary // BLOCK * BLOCK
     at_once = max(1, VALUES_AT_ONCE[hidden_RD.device.type] // rows // BLOCK) * BLOCK
-    pieces = [slice(start, min(start + at_once, whole)) for start in range(0, whole, at_once)]
-    if whole < vocabulary:
-        pieces.append(slice(whole, vocabulary))
+    starts = [*range(0, whole, at_once), *([whole] if whole < vocabulary else [])]
     found = _Found(rows, hidden_RD.device)
     # all pieces share their memory: new pages for each would cost as much as the product
-    product_PR = hidden_RD.new_empty(max(map(_length, pieces)), rows)
-    for piece in pieces:
-        product = product_PR[: _length(piece)]
+    product_PR = hidden_RD.new_empty(min(at_once, vocabulary), rows)
+    for start, end in pairwise([*starts, vocabulary]):
         # in this order the product needs no rearranged copy of the weights, and places lie side by side for maxima
-        torch.mm(head.weight[piece], hidden_RD.t(), out=product)
-        found.visit(product, piece.start, None if head.bias is None else head.bias[piece])
+        product = torch.mm(head.weight[start:end], hidden_RD.t(), out=product_PR[: end - start])
+        found.visit(product, start, None if head.bias is None else head.bias[start:end])
     return _choice(head, hidden_RD, found)
 
 
@@ -234,10 +232,6 @@ def _first_two(logits_XR: Tensor, token_XR: Tensor) -> tuple[Tensor, Tensor]:
     return logits_XR[:2], token_XR.gather(0, order_XR[:2])
 
 
-def _length(piece: slice) -> int:
-    return piece.stop - piece.start
-
-
 def _highest_two(logits_PR: Tensor) -> tuple[Tensor, Tensor]:
     """The two highest of each column and their places, the first of equal highest; P is below BLOCK or a multiple."""
     logits_BKR = logits_PR.unflatten(0, (-1, min(BLOCK, logits_PR.shape[0])))
@@ -268,5 +262,4 @@ def _chosen(logits_RV: Tensor, token: Callable[[Tensor, slice], Tensor] | None) 
         highest_C2 = logits_CV.topk(2).values
         logprob_C = logits_CV.gather(1, token_C[:, None])[:, 0] - logits_CV.logsumexp(1)
         parts.append((token_C, logprob_C, highest_C2[:, 0] - highest_C2[:, 1]))
-    token_R, logprob_R, margin_R = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Choice(token_R, logprob_R, margin_R)
+    return Choice(*(torch.cat(part) for part in zip(*parts, strict=True)))

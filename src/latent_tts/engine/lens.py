@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-VALUES_AT_ONCE = 1 << 24  # logits
+from latent_tts.engine.head import rows_at_once
 
 
 @torch.inference_mode()
@@ -26,8 +26,7 @@ def read_latents(head: nn.Module, latents_RD: Tensor, top: int, token_ids: Seque
     """
     parts: list[tuple[Tensor, ...]] = []
     ids = torch.tensor(token_ids, dtype=torch.long, device=latents_RD.device)
-    rows = max(1, VALUES_AT_ONCE // _vocabulary(head, latents_RD))
-    for piece in latents_RD.split(rows):
+    for piece in latents_RD.split(rows_at_once(head, latents_RD)):
         logits_RV = head(piece).float()
         highest = logits_RV.topk(min(top, logits_RV.shape[1]), dim=1)
         probability_RK = (highest.values - logits_RV.logsumexp(1, keepdim=True)).exp()
@@ -35,7 +34,3 @@ def read_latents(head: nn.Module, latents_RD: Tensor, top: int, token_ids: Seque
         rank_RG = torch.stack(ranks, 1) if ranks else ids.new_zeros(len(piece), 0)
         parts.append((highest.indices, probability_RK, rank_RG))
     return tuple(torch.cat(each).cpu() for each in zip(*parts, strict=True))
-
-
-def _vocabulary(head: nn.Module, latents_RD: Tensor) -> int:
-    return head(latents_RD[:1]).shape[1]

@@ -111,11 +111,6 @@ class _Reference:
     logits_limit: float
     typical: bool
 
-    @property
-    def finite(self) -> bool:
-        """Whether all hidden states are finite."""
-        return bool(self.hidden_RPD.isfinite().all())
-
 
 def _settle(
     lm: PreTrainedModel, make_latent: Callable[[Tensor], Tensor], head: nn.Module | None, longest: int
@@ -139,7 +134,7 @@ def _settle(
                 wanted = _reference(lm, walk, with_logits=head is not None)
             except FAILURES as error:
                 raise UsageError(f"{type(lm).__name__}: its own forward pass {_failure(error)}") from error
-            if not wanted.finite:
+            if not wanted.hidden_RPD.isfinite().all():
                 dtype = str(lm.dtype).removeprefix("torch.")
                 raise RunError(f"the model's own forward pass gives values that are not finite in {dtype}")
             problem = _hidden_problem(walk, wanted)
@@ -201,7 +196,7 @@ def _reference(lm: PreTrainedModel, walk: _Walk, *, with_logits: bool) -> _Refer
         rounding = HALF_ROUNDINGS * torch.finfo(lm.dtype).eps
         wanted.hidden_limit = max(HALF * _distance(hidden_RPD, other_RPD, typical=wanted.typical), rounding)
         if logits_RAV is not None and other_RAV is not None:
-            apart = _typical_or_largest(_log(logits_RAV) - _log(other_RAV), typical=wanted.typical)
+            apart = _typical_or_largest(logits_RAV.log_softmax(-1) - other_RAV.log_softmax(-1), typical=wanted.typical)
             wanted.logits_limit = max(HALF * apart, rounding * max(1.0, float(logits_RAV.abs().max())))
     return wanted
 
@@ -248,17 +243,13 @@ def _logits_problem(computation: Computation, reasoner: Reasoner, hidden_RPD: Te
         raise
     except FAILURES as error:
         return f"{type(error).__name__}: {error}"
-    logprobs_RAV = _log(wanted.logits_RAV)
+    logprobs_RAV = wanted.logits_RAV.log_softmax(-1)
     token_RA = torch.stack([choice.token_R for choice in choices], 1)
     own_RA = logprobs_RAV.gather(2, token_RA[..., None])[..., 0]
     apart_RA = torch.stack([choice.logprob_R for choice in choices], 1) - own_RA
     behind_RA = logprobs_RAV.amax(2) - own_RA
     worst = _typical_or_largest(torch.stack([apart_RA, behind_RA]), typical=wanted.typical)
     return None if worst <= wanted.logits_limit else f"log-probabilities are off by {worst:.1g}"
-
-
-def _log(logits: Tensor) -> Tensor:
-    return logits.log_softmax(-1)
 
 
 def _distance(ours: Tensor, theirs: Tensor, *, typical: bool) -> float:

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NoReturn
 
 import psutil
 
-from latent_tts.errors import LatentTTSError, RunError, bad_value, check_fields, require
+from latent_tts.errors import LatentTTSError, RunError, bad_value, check_fields, reason, require
 from latent_tts.executor import Finished, Work, Worker
 
 log = logging.getLogger(__name__)
@@ -30,20 +30,21 @@ CORES_PER_WORKER, MIN_WORKERS = 4, 2
 SECONDS_TO_ANSWER = 3.0  # of a cluster's address
 SECONDS_TO_PLACE = 300  # the first worker; its process may have to load a slow disk's libraries
 SECONDS_FOR_OTHERS = 60  # at least; otherwise as long again as the first one took
+SECONDS_TO_RESTART = 120  # a worker that died, on its machine or on another one with room
 RAY_STEPS, TINY = 10_000, 1e-6  # Ray counts resources in ten-thousandths
 MIN_STORE_BYTES, MAX_STORE_BYTES = 1 << 27, 1 << 31  # of what workers have sent and the driver has not yet written
 SHARDS = ("measured", "fixed")
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1.0, 5.0  # at the processes of the local Ray; without them
 # A Ray of this machine alone listens on its loopback address; the first variable says so on Linux, too.
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-# stdout is the command's; what Ray prints there is discarded
-SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": "."}
+# stdout is the command's; what Ray prints there is discarded, and so are tracebacks of a second worker that fails
+SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
 RESUME = "re-run the command to resume"
 OUT_OF_MEMORY = (
     "Ray ended the processes of workers because the memory of {where} is nearly full; fewer executor.workers or a "
     "smaller engine.rows need less"
 )
-NODE = ("gcs_server", "raylet")  # without these processes a local Ray is gone
+NODE = ("gcs_server", "raylet")  # the processes of a local Ray; a machine of a cluster has the latter
 # Ray ends the process of a driver whose node is gone, without a word: a shell then says it in its place
 ENDED = "error: the command was killed, or ended by Ray because Ray's node is gone; re-run the command to resume"
 WATCH = f'read -r end || echo "{ENDED}" >&2'
@@ -116,19 +117,46 @@ class Ray:
         Raises:
             UsageError: Ray or its workers cannot be had.
         """
-        return RayPool(_actors(self, on_gpus=device != "cpu"), work)
+        return RayPool(_actors(self, on_gpus=device != "cpu"), work, self.max_task_retries)
+
+
+@dataclass
+class _Call:
+    """What a worker was asked for.
+
+    Attributes:
+        method: of the worker.
+        arguments: its arguments.
+        retries: how often the worker may still die over it.
+        back_by: when it must have been started again; None unless it has died.
+    """
+
+    method: str
+    arguments: tuple[Any, ...]
+    retries: int
+    back_by: float | None = None
 
 
 class RayPool:
     """Actors that have received the work."""
 
-    def __init__(self, actors: list[Any], work: Work) -> None:
+    def __init__(self, actors: list[Any], work: Work, retries: int) -> None:
+        """Send the work.
+
+        Args:
+            actors: of the workers; those that are lost are removed.
+            work: what they are to do.
+            retries: how often a worker gets a shard again that it has died over.
+        """
+        self._all, self._retries = actors, retries
         self._actors = dict(enumerate(actors))
-        self._running: dict[Any, int] = {}
+        self._calls: dict[int, _Call] = {}
+        self._running: dict[Any, int] = {}  # by reference, to the result of a call or to `is_placed`
         self._said: set[str] = set()
         content = pickle.dumps(work)
-        self._id = hashlib.sha256(content).hexdigest()
-        self._content = _ray().put(content)
+        folder = os.getcwd()
+        self._id = hashlib.sha256(content + os.fsencode(folder)).hexdigest()
+        self._content = _ray().put((content, folder))
 
     @property
     def workers(self) -> Sequence[int]:
@@ -150,8 +178,14 @@ class RayPool:
         self._call(worker, "compute", shard)
 
     def _call(self, worker: int, method: str, *arguments: Any) -> None:
+        self._calls[worker] = _Call(method, arguments, self._retries)
+        self._send(worker)
+
+    def _send(self, worker: int) -> None:
+        call = self._calls[worker]
         # in a list, so that a worker fetches the work only if it is new to it
-        reference = self._actors[worker].call.remote(self._id, [self._content], method, *arguments)
+        arguments = self._id, [self._content], call.method, *call.arguments
+        reference = self._actors[worker].call.options(max_task_retries=0).remote(*arguments)
         self._running[reference] = worker
 
     def next_finished(self) -> Finished:
@@ -161,26 +195,58 @@ class RayPool:
             RunError: no worker is left, or Ray is gone.
         """
         ray = _ray()
-        try:
-            (reference,), _ = ray.wait(list(self._running), num_returns=1)
-        except ray.exceptions.RayError as error:
-            raise RunError(f"Ray is gone: {_in_one_line(error)}; {RESUME}") from error
-        worker = self._running.pop(reference)
-        try:
-            result, seconds, warnings = ray.get(reference)
-        except ray.exceptions.RayTaskError as error:
-            _raise_cause(error)
-        except ray.exceptions.RayError as error:
-            return self._lose(worker, error)
+        while True:
+            reference = self._next_reference()
+            if reference is None:
+                return self._give_up_late_one()
+            worker = self._running.pop(reference)
+            call = self._calls[worker]
+            try:
+                result = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                _raise_cause(error)
+            except ray.exceptions.RayError as error:
+                if call.retries == 0:
+                    return self._lose(worker, error)
+                call.retries -= 1
+                # Ray would wait for ever for a machine with room: the shard is sent once the worker is there again
+                call.back_by = time.monotonic() + SECONDS_TO_RESTART
+                self._running[self._actors[worker].is_placed.remote()] = worker
+                continue
+            if call.back_by is None:
+                break
+            call.back_by = None
+            self._send(worker)
+        del self._calls[worker]
+        result, seconds, warnings = result
         for name, level, text in warnings:
             if text not in self._said:  # by another worker
                 logging.getLogger(name).log(level, "%s", text, extra={"once": True})
                 self._said.add(text)
         return Finished(worker, result, seconds)
 
+    def _next_reference(self) -> Any:
+        """That of the next thing that is done; None if a worker was not started again in time."""
+        ray, waits = _ray(), [call.back_by for call in self._calls.values() if call.back_by is not None]
+        timeout = max(0.0, min(waits) - time.monotonic()) if waits else None
+        try:
+            done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
+        except ray.exceptions.RayError as error:
+            raise RunError(f"Ray is gone: {_in_one_line(error)}; {RESUME}") from error
+        return done[0] if done else None
+
+    def _give_up_late_one(self) -> Finished:
+        late = {worker: call.back_by for worker, call in self._calls.items() if call.back_by is not None}
+        worker = min(late, key=lambda each: late[each])
+        _ray().kill(self._actors[worker])
+        reference = next(each for each, other in self._running.items() if other == worker)
+        del self._running[reference]
+        return self._lose(worker, RunError(f"it died, and in {SECONDS_TO_RESTART} s no machine started it again"))
+
     def _lose(self, worker: int, error: Exception) -> Finished:
         """Give up a worker that Ray does not start again."""
-        del self._actors[worker]
+        self._all.remove(self._actors.pop(worker))
+        self._calls.pop(worker, None)
         why = _in_one_line(error)
         if not self._actors:
             raise RunError(f"no worker of executor=ray is left: {why}; {RESUME}") from error
@@ -197,27 +263,44 @@ class _Actor:
         torch.set_num_threads(threads)
         self._warnings = _Warnings()
         logging.getLogger("latent_tts").addHandler(self._warnings)
-        self._id, self._worker = "", None
+        self._id, self._worker, self._where = "", None, f"the worker on {socket.gethostname()}"
 
     def is_placed(self) -> bool:
         """True: its process runs."""
         return True
 
     def call(self, work_id: str, content: list[Any], method: str, *arguments: Any) -> tuple[Any, float, list[Any]]:
-        """What a method of the worker gives, the seconds that it took, and the warnings that it logged."""
-        worker = self._ready(work_id, content)
-        started = time.perf_counter()
-        result = getattr(worker, method)(*arguments)
+        """What a method of the worker gives, the seconds that it took, and the warnings that it logged.
+
+        Raises:
+            LatentTTSError: the worker raised it or an OSError; it says on which machine.
+            RuntimeError: the same.
+        """
+        try:
+            worker = self._ready(work_id, content)
+            started = time.perf_counter()
+            result = getattr(worker, method)(*arguments)
+        except LatentTTSError as error:
+            raise type(error)(f"{self._where}: {error}") from error
+        except OSError as error:
+            file = "" if error.filename is None else f"{error.filename}: "
+            raise RunError(f"{self._where}: {file}{error.strerror or error}") from error
+        except RuntimeError as error:
+            raise RuntimeError(f"{self._where}: {reason(error)}") from error
         return result, time.perf_counter() - started, self._warnings.taken()
 
     def _ready(self, work_id: str, content: list[Any]) -> Worker:
         """The worker of a piece of work; one that was started again has forgotten it."""
         if self._worker is None or self._id != work_id:
+            pickled, folder = _ray().get(content[0])
             try:
-                work: Work = pickle.loads(_ray().get(content[0]))
-            except (ImportError, AttributeError) as error:
-                where = f"the worker on {socket.gethostname()}"
-                raise RunError(f"{where} does not have the driver's code: {error}") from error
+                os.chdir(folder)  # relative paths are those of the command
+            except OSError:
+                self._where = f"the worker on {socket.gethostname()}, which does not have the command's folder {folder}"
+            try:
+                work: Work = pickle.loads(pickled)
+            except Exception as error:  # of any class: another version of the code may raise whatever it likes
+                raise RunError(f"it does not have the driver's code: {reason(error)}") from error
             self._worker, self._id = work.start(), work_id
         return self._worker
 
@@ -251,13 +334,13 @@ def _ray() -> Any:
 def _actors(executor: Ray, *, on_gpus: bool) -> list[Any]:
     """The actors of an executor; those of another end."""
     key = executor, on_gpus
-    if key not in _started:
+    if not _started.get(key):  # or all of them are lost
         if _started:
             _started.clear()
             _ray().shutdown()
         _connect(executor.address)
         _started[key] = _start_actors(executor, on_gpus)
-    return list(_started[key])
+    return _started[key]
 
 
 @cache
@@ -280,6 +363,7 @@ def _connect(address: str | None) -> None:
     try:
         if address is not None:
             ray.init(address=address, **common)
+            _end_with(_raylets(ray.get_runtime_context().get_node_id()))
             return
         store = min(MAX_STORE_BYTES, max(MIN_STORE_BYTES, psutil.virtual_memory().available // 8))
         # without `local` it would be the cluster of this machine, or of RAY_ADDRESS
@@ -288,13 +372,22 @@ def _connect(address: str | None) -> None:
     except Exception as error:  # of any class: a node that is slow to start is a plain Exception
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
         why = f"Ray cannot be started ({' '.join(str(error).split())[:200]})"
-        if "InvalidAuthToken" in "".join(traceback.format_exception(error)):
+        said = "".join(traceback.format_exception(error))
+        if "InvalidAuthToken" in said:
             why = "the cluster asks for a token; set RAY_AUTH_MODE=token, and have its token on this machine, too"
+        if "No node info found" in said:
+            why = f"this machine does not belong to the cluster; `ray start --address={address}` adds it"
         raise bad_value(key, value, why) from error
 
 
+def _raylets(node_id: str) -> list[psutil.Process]:
+    """The process on this machine that makes it a node of a cluster."""
+    found = psutil.process_iter(["name", "cmdline"])
+    return [each for each in found if each.info["name"] == NODE[1] and node_id in " ".join(each.info["cmdline"] or ())]
+
+
 def _end_with(processes: Sequence[psutil.Process]) -> None:
-    """Watch the processes of the local Ray: without them a driver waits for ever, so this one ends soon after."""
+    """Watch processes of Ray on this machine: without them a driver waits for ever, so this one ends soon after."""
 
     def is_gone(process: psutil.Process) -> bool:
         try:
@@ -373,11 +466,9 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     machines = [Machine(each.get("CPU", 0.0), each.get("GPU", 0.0) if on_gpus else 0.0) for each in there]
     plan = WorkerPlan.of(machines, executor.workers)
+    # a call of `is_placed` waits until the actor is there; those of `call` are repeated by the pool
     kind = ray.remote(_Actor).options(
-        num_cpus=plan.cores,
-        num_gpus=plan.gpus,
-        max_restarts=executor.max_restarts,
-        max_task_retries=executor.max_task_retries,
+        num_cpus=plan.cores, num_gpus=plan.gpus, max_restarts=executor.max_restarts, max_task_retries=-1
     )
     actors = [kind.remote(plan.threads) for _ in range(plan.workers)]
     signs, began = [actor.is_placed.remote() for actor in actors], time.monotonic()
@@ -392,18 +483,33 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
     if not placed:
         allowed = f"no worker started in {SECONDS_TO_PLACE} s: {each}"
         raise bad_value("executor.workers", executor.workers, allowed)
+    _check_started(executor, placed)
     if missing:
         log.warning("executor=ray goes on with %d of %d workers: %s", len(placed), len(signs), each)
     return [actor for actor, sign in zip(actors, signs, strict=True) if sign in placed]
 
 
+def _check_started(executor: Ray, placed: Sequence[Any]) -> None:
+    """Raise UsageError if the machine of a worker cannot run this package."""
+    ray = _ray()
+    for sign in placed:
+        try:
+            ray.get(sign)
+        except ray.exceptions.RayError as error:
+            key, value = ("executor", "ray") if executor.address is None else ("executor.address", executor.address)
+            raise bad_value(key, value, _in_one_line(error)) from error
+
+
 def _in_one_line(error: Exception) -> str:
-    """The first paragraph of what Ray says, without a full stop; of its memory monitor, what that means."""
-    text = " ".join(str(error).split("\n\n")[0].split()).removesuffix(".")
-    if "running low on memory" not in text:
-        return text
-    machine = re.search(r"IP: ([^,)]+)", text)
-    return OUT_OF_MEMORY.format(where=machine[1] if machine else "a machine")
+    """The first paragraph of what Ray says, without a full stop; in words where what it means is known."""
+    text = str(error)
+    machine = re.search(r"(?:IP: |ip=)([^,)\s]+)", text)
+    where = machine[1] if machine else "a machine"
+    if "running low on memory" in text:
+        return OUT_OF_MEMORY.format(where=where)
+    if "its creation task" in text:
+        return f"the worker on {where} cannot start: {text.strip().splitlines()[-1]}"
+    return " ".join(text.split("\n\n")[0].split()).removesuffix(".")
 
 
 def _cores() -> int:
@@ -412,7 +518,5 @@ def _cores() -> int:
 
 def _raise_cause(error: Any) -> NoReturn:
     """Raise what a worker raised."""
-    cause = error.cause
-    if isinstance(cause, LatentTTSError | RuntimeError | MemoryError | OSError):
-        raise cause from None
-    raise error
+    known = isinstance(error.cause, LatentTTSError | RuntimeError | MemoryError)
+    raise error.cause from (None if known else error)

@@ -16,6 +16,8 @@ from functools import cached_property
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.text.latex import closing
+from latent_tts.text.number import MINUS
 from latent_tts.text.template import TemplateError, names_question, rendered
 from latent_tts.types import Question
 
@@ -128,7 +130,8 @@ class Cot(CheckpointAdapter):
         """The number in that text; for instruct models the last one, without commas, wherever it stands."""
         if self.prompt == PLAIN:
             return self.answer_span(answer_text)
-        numbers = NUMBER.findall(self._end_of_chain(answer_text)) or NUMBER.findall(answer_text)
+        text = MINUS.sub("-", answer_text)
+        numbers = NUMBER.findall(self._end_of_chain(text)) or NUMBER.findall(text)
         return numbers[-1].replace(",", "") if numbers else None
 
     def _end_of_chain(self, answer_text: str) -> str:
@@ -138,12 +141,6 @@ class Cot(CheckpointAdapter):
 
 def _last_boxed(text: str) -> str | None:
     """What the last whole box of LaTeX in a text holds; None if there is none."""
-    start = text.rfind(BOXED)
-    if start < 0:
-        return None
-    depth, begin = 1, start + len(BOXED)
-    for place in range(begin, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
-        if depth == 0:
-            return text[begin:place]
-    return None
+    begin = text.rfind(BOXED) + len(BOXED)
+    end = closing(text, begin - 1, "{", "}") if BOXED in text else None
+    return None if end is None else text[begin : end - 1]

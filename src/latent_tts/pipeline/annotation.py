@@ -40,28 +40,24 @@ def annotate(spec: AnnotationSpec) -> Path:
     questions = spec.task.questions()
     require_gold(spec.task, questions, "a label says how often completions are right")
     prompts = encode_prompts(spec.adapter, questions, reserved_positions(spec.adapter, spec.max_answer_tokens))
-    with locked_folder(spec.output, "output"):
-        return _annotate(spec, questions, prompts)
-
-
-def _annotate(spec: AnnotationSpec, questions: Sequence[Question], prompts: Mapping[str, list[int]]) -> Path:
     golds = {question.id: question.gold for question in questions}
-    if launch_rank() > 0:
-        _wait_for_first_process(spec, {question.id for question in questions})
-        return spec.output
-    folder = AnnotationFolder(spec.output, spec.settings, golds, key="output")
-    done = folder.present()
-    left = [(place, question) for place, question in enumerate(questions) if question.id not in done]
-    if len(left) < len(questions):
-        log.info("%d of %d questions are in %s", len(questions) - len(left), len(questions), folder.path)
-    if left:
-        _label(spec, folder, left, prompts)
-    counts = folder.finish()
-    log.info(
-        "%d questions labelled; dropped without a mixed outcome: %d all right, %d all wrong",
-        counts["kept"], counts["all_correct"], counts["all_wrong"],
-    )  # fmt: skip
-    return folder.path
+    with locked_folder(spec.output, "output"):
+        if launch_rank() > 0:
+            _wait_for_first_process(spec, set(golds))
+            return spec.output
+        folder = AnnotationFolder(spec.output, spec.settings, golds, key="output")
+        done = folder.present()
+        left = [(place, question) for place, question in enumerate(questions) if question.id not in done]
+        if len(left) < len(questions):
+            log.info("%d of %d questions are in %s", len(questions) - len(left), len(questions), folder.path)
+        if left:
+            _label(spec, folder, left, prompts)
+        counts = folder.finish()
+        log.info(
+            "%d questions labelled; dropped without a mixed outcome: %d all right, %d all wrong",
+            counts["kept"], counts["all_correct"], counts["all_wrong"],
+        )  # fmt: skip
+    return spec.output
 
 
 def _wait_for_first_process(spec: AnnotationSpec, wanted: set[str]) -> None:
@@ -92,8 +88,7 @@ def _label(
 
     adapter, executor = spec.adapter, spec.executor
     jobs = [QuestionToLabel(question, place, prompts[question.id]) for place, question in questions]
-    longest = max(len(job.prompt) for job in jobs)
-    pool = executor.open(LabellingWork.of(spec, longest), spec.engine.device)
+    pool = executor.open(LabellingWork.of(spec, max(len(job.prompt) for job in jobs)), spec.engine.device)
     workers = pool.describe()
     folder.rows = rows = min(each.rows for each in workers)
     for worker in workers:

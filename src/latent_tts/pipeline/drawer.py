@@ -127,7 +127,7 @@ class Part:
         early: see `Shard.early`.
         sums: of directions, if they are asked for.
         max_bytes: the estimate of a batch that fits, where one was too large.
-        memory: of its worker, see `Description.memory`.
+        memory: what `max_bytes` holds for: model, dtype and device.
     """
 
     places: list[Place]
@@ -160,21 +160,17 @@ class Description:
         name: for people.
         computations: how it computes the reasoner, and the scorer; None where it has none to compute.
         device: that it computes on.
-        threads: of a CPU.
         rows: most rows of a batch.
         bytes_per_row: upper estimate.
         rates: measured, of its device.
-        memory: what `max_bytes` of its parts holds for: model, dtype and device.
     """
 
     name: str
     computations: tuple[Computation, Computation | None]
     device: str
-    threads: int
     rows: int
     bytes_per_row: int
     rates: Rates
-    memory: str
 
 
 @dataclass(frozen=True)
@@ -185,7 +181,7 @@ class DrawingWork:
         spec: the run; without questions where the worker is in another process: shards bring theirs.
         longest: tokens of the longest prompt to come.
         scored: whether the run's scorer reads latents.
-        max_bytes: what is known to fit, by `Description.memory`.
+        max_bytes: what is known to fit, by `Part.memory`.
         code: see `worker_checks.code_of_driver`.
     """
 
@@ -325,7 +321,7 @@ class Drawer:
         require("schedule", "auto", spec.planned_on in (None, kind), allowed)
         if spec.guided:
             refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
-        if not spec.schedule.stepwise or spec.schedule.early_exit is not None:
+        if not spec.schedule.stepwise or spec.schedule.exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
         self.bytes_per_row = self._bytes_per_row(longest)
@@ -367,11 +363,9 @@ class Drawer:
             name=f"{socket.gethostname()} {os.getpid()}",
             computations=self._computations,
             device=self.device,
-            threads=torch.get_num_threads(),
             rows=self.rows,
             bytes_per_row=self.bytes_per_row,
             rates=self.rates,
-            memory=self.memory,
         )
 
     def compute(self, shard: Shard) -> list[Part]:
@@ -382,8 +376,7 @@ class Drawer:
         """
         for key, (count, sums_TD) in shard.sums.items():
             directions.put(directions_key(self._latents, key), count, sums_TD)
-        part_of = partial(self._part, shard=shard)
-        found = compute_in_batches(shard.jobs, part_of, self.batches, self._halve, self.device)
+        found = compute_in_batches(shard.jobs, partial(self._part, shard=shard), self.batches, self._halve, self.device)
         return [part.packed() if self._packed else part for part in found]
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
@@ -476,14 +469,11 @@ class Drawer:
         """Recompute the latents of a batch."""
         request = shard.request
         thought = self.roll(batch, answers=False)
-        make_table = None
-        if request.scored:
-            make_table = partial(score_table, batch, self.scorer.score(batch, thought.latents_RTD, thought.steps_R))
-        latents_RTD = to_host(thought.latents_RTD) if request.keeps else None
+        scores = self.scorer.score(batch, thought.latents_RTD, thought.steps_R) if request.scored else None
         return Part(
             places=places_of(batch),
-            make_table=make_table,
-            latents_RTD=latents_RTD,
+            make_table=None if scores is None else partial(score_table, batch, scores),
+            latents_RTD=to_host(thought.latents_RTD) if request.keeps else None,
             max_bytes=self._max_bytes,
             memory=self.memory,
         )
@@ -510,9 +500,8 @@ class Drawer:
             places, jobs = map(list, zip(*here, strict=True))
             self.catch_up(jobs)
             rows_R = rows_JN[places].flatten()
-            first = [job.rollouts[0] for job in jobs]
             summed_RT[rows_R] = directions.add(
-                self._keys(jobs), latents_RTD[rows_R.to(latents_RTD.device)], first=first
+                self._keys(jobs), latents_RTD[rows_R.to(latents_RTD.device)], first=[job.rollouts[0] for job in jobs]
             )
         return summed_RT
 

@@ -38,19 +38,23 @@ from latent_tts.pipeline.drawer import (
     rollouts_to_grow,
     sums_of,
 )
-from latent_tts.pipeline.early_parts import EarlyParts
 from latent_tts.pipeline.models import (
     find_device,
     load_reasoner_of,
     load_scorer_of,
     rows_per_batch,
-    write_computation,
 )
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
-from latent_tts.results.cache import RolloutCache, ScoreCache, known_to_fit, remember_what_fits
-from latent_tts.results.direction_sums import read_direction_sums, write_direction_sums
+from latent_tts.results.cache import (
+    RolloutCache,
+    ScoreCache,
+    known_to_fit,
+    read_direction_sums,
+    remember_what_fits,
+    write_direction_sums,
+)
 from latent_tts.results.parts import PLACE, PartWriter, runs_of
 from latent_tts.results.run_folder import LatentsFile
 from latent_tts.results.timeline import Span
@@ -96,9 +100,9 @@ def draw(
         KeyboardInterrupt: with the number of rollouts that are kept.
     """
     jobs = jobs_of(spec, missing)
-    stage = Stage.of(spec, jobs, scored=scored)
+    stage = Stage(spec, max(len(job.prompt) for job in jobs), scored=scored)
     stage.log_work(jobs, answers=answers)
-    write_computation(cache.folder, stage.workers[0].computations[0])
+    cache.write_computation(stage.workers[0].computations[0])
     if dissimilarity is None:
         stage.read_direction_sums(jobs, cache.folder)
         stage.log_catching_up(jobs)
@@ -153,7 +157,7 @@ def recompute_latents(
     missing = pd.concat([unscored, unkept]).drop_duplicates().sort_index()
     jobs = shifted_jobs(jobs_of(spec, missing), offsets)
     scored = len(unscored) > 0
-    stage = Stage.of(spec, jobs, scored=scored)
+    stage = Stage(spec, max(len(job.prompt) for job in jobs), scored=scored)
     stage.log_recomputing(jobs, "scores" if scored else "latents.safetensors")
     to_score = set(unscored.itertuples(index=False, name=None))
     request = Request(answers=False, scored=scored, drawn=False, keeps=kept is not None)
@@ -277,11 +281,6 @@ class Stage:
         if len(ways) > 1:
             names = ", ".join(each.name for each in self.workers)
             raise RunError(f"the workers {names} compute the models in different ways, so their rollouts differ")
-
-    @classmethod
-    def of(cls, spec: RunSpec, jobs: Sequence[RolloutJob], *, scored: bool) -> Stage:
-        """The same for jobs that are known."""
-        return cls(spec, max(len(job.prompt) for job in jobs), scored=scored)
 
     @cached_property
     def _latents(self) -> str:
@@ -409,3 +408,62 @@ class Stage:
         if self._scored:
             first = self.workers[0]
             BatchScorer(self.spec, first.device, first.rates).log_work(jobs)
+
+
+class EarlyParts:
+    """Rollouts that a worker drew while another one was drawing earlier rollouts of the same question.
+
+    Their latents come back with them, and are compared with the earlier ones once the sums of directions of those are
+    there.
+
+    Attributes:
+        keys: row keys of questions of which some worker has had early rollouts; their sums are not dropped.
+    """
+
+    def __init__(self, latents: str) -> None:
+        """Begin empty; `latents` is the digest of the run's latents, see `directions_key`."""
+        self._latents, self.keys = latents, set[str]()
+        self._waiting: list[Part] = []
+
+    def compared(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """Those of some parts, and of parts before, whose rollouts are compared with all those before them by now."""
+        for part in parts:
+            for key, (count, sums_TD) in part.sums.items():
+                directions.put(self._name(key), count, sums_TD, kept=self._kept)
+            if part.early:
+                self._waiting.append(part)
+            else:
+                yield part
+            while (index := next((i for i, each in enumerate(self._waiting) if self._is_next(each)), None)) is not None:
+                yield self._compare(self._waiting.pop(index))
+
+    @property
+    def _kept(self) -> set[str]:
+        return set(map(self._name, self.keys))
+
+    def _name(self, key: str) -> str:
+        return directions_key(self._latents, key)
+
+    def _is_next(self, part: Part) -> bool:
+        """Whether the sums of each of its early questions hold the rollouts before."""
+        return all(directions.counted(self._name(key)) == _rows_in(part, key)[1] for key in part.early)
+
+    def _compare(self, part: Part) -> Part:
+        assert part.make_table is not None
+        assert part.latents_RTD is not None
+        table = part.make_table()
+        column = table.column_names.index("dissimilarity")
+        compared = table[column].to_pylist()
+        for key in part.early:
+            rows, first = _rows_in(part, key)
+            summed_NT = directions.add([self._name(key)], part.latents_RTD[rows], first=[first], kept=self._kept)
+            for row, summed_T in zip(rows, summed_NT.tolist(), strict=True):
+                compared[row] = summed_T[: len(compared[row])]
+        field = table.schema.field(column)
+        return part.with_table(table.set_column(column, field, pa.array(compared, field.type)))
+
+
+def _rows_in(part: Part, key: str) -> tuple[list[int], int]:
+    """The rows of a question in a part, and the number of its first rollout there."""
+    rows = [row for row, (own, _) in enumerate(part.places) if own == key]
+    return rows, part.places[rows[0]][1]

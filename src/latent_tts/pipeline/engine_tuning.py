@@ -11,11 +11,11 @@ from functools import partial
 
 import torch
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts, row_bytes, rows_that_fit
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import computing
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.models import find_device, load_reasoner, open_engine, rollout_plan
 from latent_tts.pipeline.spec import EngineSettings, reserved_positions
 from latent_tts.sampler import Sampler
@@ -46,7 +46,7 @@ class Measurement:
 
 
 def measure(
-    adapter: ModelAdapter,
+    adapter: CheckpointAdapter,
     sampler: Sampler,
     prompts: Mapping[str, list[int]],
     settings: Sequence[EngineSettings],
@@ -119,8 +119,7 @@ def rows_to_try(rollouts: int, bytes_per_row: int, device: str) -> Iterator[int]
 
 def _draw(engine: Engine, jobs: Sequence[RolloutJob], rows: int, sampler: Sampler, seed: int) -> Rollouts:
     """One batch."""
-    batch = next(batches(jobs, rows, max_prompts(engine.width, engine.device.type)))
-    return SEARCH.roll(engine, batch, sampler, seed)
+    return SEARCH.roll(engine, next(batches(jobs, rows, max_prompts(engine.width, engine.device.type))), sampler, seed)
 
 
 def _seconds(draw: Callable[[], Rollouts], deadline: float) -> tuple[float, Rollouts]:

@@ -6,16 +6,15 @@ import hashlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import bad_value
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import DRAWING, FIELDS_NOT_IN_KEY, PACKAGE, SCORING, code_digests, computed_attributes
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.scorer import Scorer
-from latent_tts.types import COMPUTATIONS, SCORING_COMPUTATIONS, Computation
+from latent_tts.scorer.latent_rm import LatentRM
+from latent_tts.types import Computation
 
 FORMAT = 3  # of cache entries; those of others are not read
 # part of every cache key: raised when the same settings give other rollouts, for a reason that is not in their code
@@ -74,12 +73,7 @@ def latents_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     return {name: value for name, value in key.items() if name not in about_answers} | {"answers": "none"}
 
 
-def possible_computations(spec: RunSpec) -> list[tuple[Computation, Computation | None]]:
-    """The ways in which the models that determine a run's rollouts may be computed: the reasoner, a guiding scorer."""
-    return list(product(COMPUTATIONS, SCORING_COMPUTATIONS if spec.guided else [None]))
-
-
-def model_key(adapter: ModelAdapter) -> dict[str, Any]:
+def model_key(adapter: CheckpointAdapter) -> dict[str, Any]:
     """What a model contributes to a rollout, but for its code: weights, prompts, end tokens, and its own fields.
 
     Raises:
@@ -95,7 +89,7 @@ def model_key(adapter: ModelAdapter) -> dict[str, Any]:
     }
 
 
-def score_key(scorer: Scorer, dtype: str, n: int, computation: Computation) -> dict[str, Any]:
+def score_key(scorer: LatentRM, dtype: str, n: int, computation: Computation) -> dict[str, Any]:
     """Everything that determines a rollout's step scores besides the rollout.
 
     Args:

@@ -5,27 +5,28 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine import quantization
 from latent_tts.engine.cost import Shape
-from latent_tts.engine.device import resolve_device
+from latent_tts.engine.device import is_gpu, resolve_device
 from latent_tts.engine.draft import DraftHead
+from latent_tts.engine.graph_scoring import GraphScorer
 from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
+from latent_tts.engine.recording import ROLLOUTS_SHARE, SCORES_SHARE, Recordings
 from latent_tts.engine.rollout import Engine, RolloutPlan
+from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import UsageError, bad_value, require
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
-from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, RunSpec, exit_ids
-from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.pipeline.spec import EngineSettings, RunSpec, exit_ids
 from latent_tts.schedule import Schedule
-from latent_tts.scorer import Scorer
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import Computation, Reasoner, RewardModel
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _loaded: dict[str, tuple[tuple[str | None, ...], Any]] = {}
 
 
 def load_reasoner(
-    adapter: ModelAdapter, engine: EngineSettings, device: str, *, longest: int | None = None
+    adapter: CheckpointAdapter, engine: EngineSettings, device: str, *, longest: int | None = None
 ) -> Reasoner:
     """The adapter's model, loaded, quantised and proven; the last one is kept, since jobs of a sweep mostly share it.
 
@@ -60,7 +61,9 @@ def load_reasoner(
     return _keep_proven("model", adapter.name, where, key, load, prove_reasoner, longest)
 
 
-def load_scorer(scorer: Scorer, dtype: str, device: str, *, longest: int, base: Reasoner | None = None) -> RewardModel:
+def load_scorer(
+    scorer: LatentRM, dtype: str, device: str, *, longest: int, base: Reasoner | None = None
+) -> RewardModel:
     """The scorer's model, loaded and proven; the last one is kept. See `load_reasoner`.
 
     Args:
@@ -88,7 +91,7 @@ def load_scorer_of(spec: RunSpec) -> RewardModel:
     return load_scorer(spec.given_scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
 
 
-def _kind(group: str, option: ModelAdapter | Scorer) -> str:
+def _kind(group: str, option: CheckpointAdapter | LatentRM) -> str:
     """The class of an option, and the fields that its model may depend on; in this package models depend on none."""
     kind = type(option)
     name = f"{kind.__module__}.{kind.__qualname__}"
@@ -117,13 +120,6 @@ def _keep_proven(
         return found
 
     return replace(model, computation=_keep(f"{kind}'s proof", proof, computation))
-
-
-def write_computation(folder: Path, computation: Computation) -> None:
-    """Write down, beside rollouts, how they were computed."""
-    with whole_file(folder / COMPUTATION) as path:
-        said = asdict(computation)
-        path.write_text(json.dumps(said | {"digest": settings_digest(said)}, indent=1) + "\n")
 
 
 def described(computation: Computation) -> str:
@@ -166,6 +162,13 @@ def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, dev
     return rows
 
 
+def open_recordings(settings: EngineSettings, device: str, share: float) -> Recordings | None:
+    """Where CUDA graphs are kept, in a share of the free memory; None on a CPU, and with `engine.graph=off`."""
+    if not is_gpu(device) or settings.graph == "off":
+        return None
+    return Recordings(device, needed=settings.graph == "on", share=share)
+
+
 def open_engine(
     reasoner: Reasoner, plan: RolloutPlan, settings: EngineSettings, draft: DraftHead | None = None
 ) -> Engine:
@@ -176,14 +179,20 @@ def open_engine(
     Raises:
         RunError: `engine.graph=on`, and the model cannot be replayed.
     """
-    if (
-        reasoner.lm.device.type != "cuda"
-        or settings.graph == "off"
-        or not plan.schedule.stepwise
-        or plan.exit is not None
-    ):
+    recordings = open_recordings(settings, str(reasoner.lm.device), ROLLOUTS_SHARE)
+    if recordings is None or not plan.schedule.stepwise or plan.exit is not None:
         return Engine(reasoner, plan, draft)
-    return GraphEngine(reasoner, plan, needed=settings.graph == "on")
+    return GraphEngine(reasoner, plan, recordings)
+
+
+def open_scorer(model: RewardModel, settings: EngineSettings) -> LatentScorer:
+    """A scorer that replays CUDA graphs where it can and `engine.graph` allows it.
+
+    Raises:
+        RunError: see `open_engine`.
+    """
+    recordings = open_recordings(settings, str(model.backbone.device), SCORES_SHARE)
+    return LatentScorer(model) if recordings is None else GraphScorer(model, recordings)
 
 
 def refuse_graphs(settings: EngineSettings, why: str) -> None:
@@ -192,15 +201,15 @@ def refuse_graphs(settings: EngineSettings, why: str) -> None:
 
 
 def rollout_plan(
-    adapter: ModelAdapter, max_answer_tokens: int, schedule: Schedule | None = None, forced_ids: Sequence[int] = ()
+    adapter: CheckpointAdapter, max_answer_tokens: int, schedule: Schedule | None = None, forced_ids: Sequence[int] = ()
 ) -> RolloutPlan:
     """What a rollout of the adapter's model consists of; without a schedule one latent is made after another."""
     plan = RolloutPlan(
         adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
         forced_ids=list(forced_ids), other_eos_ids=adapter.eos_ids[1:],
     )  # fmt: skip
-    if schedule is not None and schedule.early_exit is not None:
-        return replace(plan, exit=schedule.early_exit.threshold, exit_ids=exit_ids(adapter, schedule))
+    if schedule is not None and schedule.exit is not None:
+        return replace(plan, exit=schedule.exit, exit_ids=exit_ids(adapter, schedule))
     if schedule is None or schedule.stepwise:
         return plan
-    return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.first_guess == "token" else None)
+    return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.guess == "token" else None)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, require
-from latent_tts.model import ModelAdapter
 from latent_tts.schedule.speculative import Speculative
 
 GUESSES = ("token", "zero", "draft")
 
 
 def schedules_to_try(
-    guesses: Sequence[str] | None, tolerances: Sequence[float], draft: str | None, mixing: int, adapter: ModelAdapter
+    guesses: Sequence[str] | None,
+    tolerances: Sequence[float],
+    draft: str | None,
+    mixing: int,
+    adapter: CheckpointAdapter,
 ) -> list[Speculative]:
     """Schedules with all latents in one chunk, one for each guess and tolerance.
 
@@ -37,7 +41,7 @@ def schedules_to_try(
     return schedules
 
 
-def chunks_to_try(chunks: Sequence[int] | None, schedule: Speculative, adapter: ModelAdapter) -> list[int]:
+def chunks_to_try(chunks: Sequence[int] | None, schedule: Speculative, adapter: CheckpointAdapter) -> list[int]:
     """Chunks to try with the best schedule: those given, or half and a quarter of the latents.
 
     Raises:
@@ -50,7 +54,7 @@ def chunks_to_try(chunks: Sequence[int] | None, schedule: Speculative, adapter: 
     return list(chunks)
 
 
-def chosen_guesses(given: Sequence[str] | None, draft: str | None, adapter: ModelAdapter) -> list[str]:
+def chosen_guesses(given: Sequence[str] | None, draft: str | None, adapter: CheckpointAdapter) -> list[str]:
     """The guesses given, or all that the model has a token or a draft head for.
 
     Raises:
@@ -66,7 +70,7 @@ def chosen_guesses(given: Sequence[str] | None, draft: str | None, adapter: Mode
     return list(dict.fromkeys(given))
 
 
-def _has_latent_token(adapter: ModelAdapter) -> bool:
+def _has_latent_token(adapter: CheckpointAdapter) -> bool:
     try:
         _ = adapter.latent_id
     except UsageError:

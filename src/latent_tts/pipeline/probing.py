@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.draft import DraftFile
 from latent_tts.engine.attention import use_own_attention
 from latent_tts.engine.dependencies import PlainRecurrence, find_dependencies
@@ -16,7 +17,6 @@ from latent_tts.engine.device import synchronized_seconds
 from latent_tts.engine.draft import load_draft
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import LESS_MEMORY, computing
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.models import find_device, load_reasoner, refuse_graphs, rollout_plan
 from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.random.draw import Draw
@@ -100,7 +100,7 @@ def label(schedule: Speculative) -> str:
 
 
 def probe(
-    adapter: ModelAdapter,
+    adapter: CheckpointAdapter,
     engine: EngineSettings,
     prompts: Mapping[str, list[int]],
     *,
@@ -167,8 +167,7 @@ def probe(
             path = len(found.critical_path(threshold))
             row |= {"critical_path": path, "potential": steps / max(path, 1), "growth": found.growth}
             bar.advance(1)
-        kind = torch.device(device).type
-        found = Probe(pd.DataFrame(rows), _mean(relative), schedules, chunked, device=kind)
+        found = Probe(pd.DataFrame(rows), _mean(relative), schedules, chunked, device=torch.device(device).type)
         if (recommended := found.recommended) is None:
             return found
         return replace(found, ratios=time_ratios(sequential, engines[recommended], prompts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from latent_tts.budget import is_adaptive, play
 from latent_tts.errors import RunError, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import CachedRollouts, entries
-from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, adaptive_figures, budget_table, with_counts
-from latent_tts.pipeline.run_output import write_tables
+from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, adaptive_figures, budget_table
+from latent_tts.pipeline.running import write_tables
 from latent_tts.pipeline.scores import check_range
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import RunTables, answer_lines, run_columns
@@ -75,8 +76,7 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     assert is_adaptive(spec.budget)
     rollouts = read_rollouts(source)
     per_question = len(rollouts) // len(spec.questions)  # one, whatever n was, where nothing is random
-    expected = [question.id for question in spec.questions for _ in range(per_question)]
-    if list(rollouts["question_id"]) != expected:
+    if list(rollouts["question_id"]) != [question.id for question in spec.questions for _ in range(per_question)]:
         raise RunError(f"run={source}: the questions of its task have changed since that run")
     rollouts = rollouts[rollouts["rollout"] < spec.n].reset_index(drop=True)
     score = rollouts["score"].to_numpy(dtype=np.float64, na_value=np.nan)
@@ -100,7 +100,7 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     )
     drawn = rollouts[rollouts["rollout"] < np.repeat(outcome.counts, spec.n)].reset_index(drop=True)
     drawn = drawn.assign(**dict.fromkeys(MEASURED, np.nan))
-    spec = with_counts(spec, outcome)
+    spec = replace(spec, counts=outcome.counts)
     drawn["question_index"] = np.arange(len(spec.questions), dtype="int32").repeat(spec.table_counts)
     drawn["seconds"] = recorded_seconds(spec)
     budget = budget_table(spec, outcome, drawn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,8 +14,8 @@ import pandas as pd
 
 from latent_tts.budget import Tally, is_adaptive, play
 from latent_tts.errors import RunError
-from latent_tts.pipeline.keys import latents_key, possible_computations, rollout_key
-from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, with_counts
+from latent_tts.pipeline.keys import latents_key, rollout_key
+from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying
 from latent_tts.pipeline.scores import (
     CachedScores,
     Scores,
@@ -25,12 +26,12 @@ from latent_tts.pipeline.scores import (
 )
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
-from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, RolloutCache
+from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, RolloutCache, check_writable
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import LatentsFile
 from latent_tts.results.timeline import Span
-from latent_tts.types import Computation, Float32, Int64
+from latent_tts.types import COMPUTATIONS, SCORING_COMPUTATIONS, Computation, Float32, Int64
 
 log = logging.getLogger(__name__)
 KeyOf: TypeAlias = Callable[[RunSpec, Computation, Computation | None], Mapping[str, Any]]
@@ -91,8 +92,7 @@ def draw_rollouts(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
         RunError: a failure while drawing or scoring; what was computed stays in the cache.
     """
     if spec.decode == "winners":
-        thought = gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents)
-        return decode_winners(spec, thought)
+        return decode_winners(spec, gather_rollouts(spec, latents_key, spec.wanted(), answers=False, latents=latents))
     if is_adaptive(spec.budget):
         return draw_in_rounds(spec, latents)
     return gather_rollouts(spec, rollout_key, spec.wanted(), latents=latents)
@@ -129,9 +129,8 @@ def draw_in_rounds(spec: RunSpec, latents: Path | None = None) -> RunRollouts:
 
     with reader:
         outcome = Outcome(*play(spec.budget, len(spec.questions), tallies_after))
-    total = sum(outcome.counts)
-    log.info("rounds: %d; rollouts: %d, %d of them drawn now", rounds, total, drawn_now)
-    ended = replace(with_counts(spec, outcome), refresh=False)
+    log.info("rounds: %d; rollouts: %d, %d of them drawn now", rounds, sum(outcome.counts), drawn_now)
+    ended = replace(spec, counts=outcome.counts, refresh=False)
     with report.in_round(rounds + 1):
         rollouts = gather_rollouts(ended, rollout_key, ended.wanted(), latents=latents)
     rollouts.outcome, rollouts.drawn_now = outcome, drawn_now
@@ -171,11 +170,13 @@ def gather_rollouts(
     found: dict[Path, CachedRollouts] = {}
     for cache in entries(spec, key_of):
         if spec.refresh:
+            cache.require_writable("cache=refresh draws its rollouts again")
             cache.discard(wanted)
         found[cache.folder] = CachedRollouts.read(spec, cache, wanted, scored=scored)
         if found[cache.folder].complete:
             break
     else:
+        check_writable(spec.cache)
         from latent_tts.pipeline.drawing import find_computations
 
         ways = find_computations(spec, scored=spec.guided)
@@ -252,7 +253,12 @@ class CachedRollouts:
         dissimilarity: Mapping[tuple[str, int], np.ndarray] | None,
     ) -> RunRollouts:
         """Draw and score what is missing; see `gather_rollouts`."""
-        missing, scores, unscored = self.rows.missing(), self._settled_scores(spec), 0
+        missing = self.rows.missing()
+        if len(missing):
+            self.cache.require_writable(f"{len(missing)} rollouts are missing from it")
+        elif self.scores and not any(scores.rows.missing().empty for scores in self.scores):
+            self.cache.require_writable("scores of its rollouts are missing from it")
+        scores, unscored = self._settled_scores(spec), 0
         timeline: list[Span] = []
         if scores is not None:
             unscored = len(scores.rows.missing())
@@ -275,7 +281,7 @@ class CachedRollouts:
         if len(to_score) or len(to_keep):
             from latent_tts.pipeline.drawing import recompute_latents
 
-            score_cache = scores.open() if scores is not None else None
+            score_cache = scores.open() if scores is not None and len(to_score) else None
             timeline += recompute_latents(spec, score_cache, to_score, offsets, to_keep, kept)
             self._read()
         return RunRollouts(
@@ -320,7 +326,8 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
 
 def entries(spec: RunSpec, key_of: KeyOf = rollout_key) -> Iterator[RolloutCache]:
     """The existing cache entries of a run's rollouts, one per way to compute them."""
-    for ways in possible_computations(spec):
+    # the ways in which the models that determine them may be computed: the reasoner, a guiding scorer
+    for ways in product(COMPUTATIONS, SCORING_COMPUTATIONS if spec.guided else [None]):
         key = key_of(spec, *ways)
         if (spec.cache / settings_digest(key)).is_dir():
             yield RolloutCache(spec.cache, key, entry_label(spec))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Stop, Tally, is_adaptive
-from latent_tts.pipeline.costs import rollout_gflop
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results.cache import MEASURED_SUMS
 from latent_tts.results.metrics import Figures, answer_codes, measured_figures
@@ -23,39 +23,24 @@ from latent_tts.text.classes import shared_forms
 from latent_tts.types import Float64, Floats, Int64, RolloutArrays
 
 
-@dataclass
-class _Drawn:
-    """The rollouts of a question so far, in order."""
-
-    answers: list[str | None] = field(default_factory=list)
-    logprob: list[float] = field(default_factory=list)
-    score: list[float] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    conflicts: list[int] = field(default_factory=list)
-
-
 class AnswerReader:
     """Reads answers, equal ones once, in a thread: those of a batch while the next one is drawn."""
 
     def __init__(self, spec: RunSpec) -> None:
         self._adapter, self._rule = spec.adapter, spec.task.rule
         self._read: dict[tuple[int, ...], str | None] = {}
-        self._queue: queue.SimpleQueue[list[tuple[int, ...]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._read_all, name="answer reader", daemon=True)
-        self._one_at_a_time = threading.Lock()  # grading may share a process of its own
+        self._thread = ThreadPoolExecutor(1, "answer reader")
+        self._one_at_a_time = Lock()  # grading may share a process of its own
 
     def __enter__(self) -> AnswerReader:
-        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        self._thread.shutdown(cancel_futures=True)
 
     def take(self, places: Sequence[tuple[str, int]], answer_ids: Sequence[Sequence[int]]) -> None:
         """Take the answers of a batch; see `RunRequest.on_answers`."""
-        self._queue.put([tuple(ids) for ids in answer_ids])
+        self._thread.submit(list, map(self.read, [tuple(ids) for ids in answer_ids]))  # `read` raises its error again
 
     def read(self, ids: tuple[int, ...]) -> str | None:
         """The answer in some ids; None if it cannot be read."""
@@ -64,12 +49,6 @@ class AnswerReader:
                 self._read[ids] = self._rule.read(self._adapter.answer_text(list(ids)), self._adapter)
             return self._read[ids]
 
-    def _read_all(self) -> None:
-        while (batch := self._queue.get()) is not None:
-            with suppress(Exception):  # `read` raises the error
-                for ids in batch:
-                    self.read(ids)
-
 
 class Tallying:
     """The tallies of a run's questions; rollouts are added as they come, and each answer is read once."""
@@ -77,7 +56,9 @@ class Tallying:
     def __init__(self, spec: RunSpec, read: Callable[[tuple[int, ...]], str | None]) -> None:
         """Begin without rollouts; `read` is `AnswerReader.read`."""
         self.spec, self._read = spec, read
-        self._drawn = [_Drawn() for _ in spec.questions]
+        self._drawn = [
+            defaultdict[str, list[Any]](list) for _ in spec.questions
+        ]  # of each question's rollouts, in order
         rule = spec.task.rule
         self._equal = cache(rule.equal) if rule.name == "latex" else None
 
@@ -90,33 +71,36 @@ class Tallying:
             before: how many each question had.
             counts: how many it has now.
         """
+        tokens = [tuple(int(token) for token in ids) for ids in rows["answer_ids"]]
+        columns: dict[str, list[Any]] = {
+            "answers": list(map(self._read, tokens)),
+            "tokens": list(map(len, tokens)),
+            "logprob": rows["answer_logprob"].tolist(),
+            "steps": rows["latent_steps"].tolist(),
+            "conflicts": rows["conflicts"].tolist() if "conflicts" in rows else [0] * len(rows),
+            # as in `rollouts.parquet`, so that equal scores there are equal here
+            "score": [np.nan] * len(rows) if score is None else score.astype(np.float32).tolist(),
+        }
         start = 0
         for drawn, was, now in zip(self._drawn, before, counts, strict=True):
             part = slice(start, start := start + now - was)
-            of = rows.iloc[part]
-            tokens = [tuple(int(token) for token in ids) for ids in of["answer_ids"]]
-            drawn.answers += map(self._read, tokens)
-            drawn.tokens += map(len, tokens)
-            drawn.logprob += of["answer_logprob"].tolist()
-            drawn.steps += of["latent_steps"].tolist()
-            drawn.conflicts += of["conflicts"].tolist() if "conflicts" in of else [0] * len(of)
-            # as in `rollouts.parquet`, so that equal scores there are equal here
-            drawn.score += [np.nan] * len(of) if score is None else score[part].astype(np.float32).tolist()
+            for name, values in columns.items():
+                drawn[name] += values[part]
 
     def tallies(self) -> list[Tally]:
         """What each question has."""
         tallies = []
         for question, drawn in zip(self.spec.questions, self._drawn, strict=True):
-            score_N = np.array(drawn.score, dtype=np.float64)
+            score_N = np.array(drawn["score"], dtype=np.float64)
             log_weight_N, most = self._log_weights(score_N)
-            counts = (np.array(each, dtype=np.int64) for each in (drawn.steps, drawn.tokens, drawn.conflicts))
-            once, each_N = rollout_gflop(self.spec, question, *counts)
+            counts = (np.array(drawn[name], dtype=np.int64) for name in ("steps", "tokens", "conflicts"))
+            once, each_N = self.spec.rollout_gflop(question, *counts)
             tallies.append(
                 Tally(
                     n=self.spec.n,
-                    answers=list(drawn.answers),
+                    answers=list(drawn["answers"]),
                     log_weight_N=log_weight_N,
-                    logprob_N=np.array(drawn.logprob, dtype=np.float64),
+                    logprob_N=np.array(drawn["logprob"], dtype=np.float64),
                     score_N=score_N,
                     max_log_weight=most,
                     equal=self._equal,
@@ -153,11 +137,6 @@ class Outcome:
     def counts(self) -> list[int]:
         """Rollouts that were drawn."""
         return [tally.drawn for tally in self.tallies]
-
-
-def with_counts(spec: RunSpec, outcome: Outcome) -> RunSpec:
-    """The run with the rollouts that its questions ended with."""
-    return replace(spec, counts=outcome.counts)
 
 
 def budget_table(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame) -> pd.DataFrame:
@@ -218,25 +197,25 @@ def adaptive_figures(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame, ta
     def summed(column: str) -> Float64:
         return np.bincount(owner, rollouts[column].to_numpy(dtype=np.float64), questions).astype(np.float64)
 
-    unknown = np.full(questions, np.nan)
-    values: dict[tuple[str, str], Floats] = {}
-    if table["correct"].notna().all():
-        right = table["correct"].to_numpy(dtype=np.float64)
-        for each in spec.aggregators:
-            values["accuracy", each.name] = right if each.name == spec.budget.aggregator else unknown
-        values["coverage", ""] = unknown
-    values |= {
-        ("agreement", ""): np.array([agreement(_used_answers(*each)[None], each[1].used)[0] for each in used]),
-        ("rollouts_used", ""): table["used"].to_numpy(dtype=np.float64),
-        ("rollouts_drawn", ""): counts.astype(np.float64),
-        ("latent_steps", ""): summed("latent_steps"),
-        ("answer_tokens", ""): summed("answer_tokens"),
-        ("gflops", ""): np.array([tally.gflop for tally in outcome.tallies]),
-    }
+    unknown, judged = np.full(questions, np.nan), table["correct"].notna().all()
+    right = table["correct"].to_numpy(dtype=np.float64) if judged else unknown
     if rollouts[list(MEASURED_SUMS)].notna().all().all():
         measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, questions, float(counts.mean()))
     elif rollouts["seconds"].notna().all():  # a replay: they were drawn in the batches of another run
         measured = {"recorded_seconds": float(rollouts["seconds"].sum()) / questions}
     else:
         measured = {}
-    return [Figures(spec.n, spec.n, values, measured)]
+    figures = Figures.of(
+        spec.n, spec.n, measured,
+        accuracy={
+            each.name: right if each.name == spec.budget.aggregator else unknown for each in spec.aggregators if judged
+        },
+        coverage=unknown if judged else None,
+        agreement=np.array([agreement(_used_answers(*each)[None], each[1].used)[0] for each in used]),
+        rollouts_used=table["used"].to_numpy(dtype=np.float64),
+        rollouts_drawn=counts.astype(np.float64),
+        latent_steps=summed("latent_steps"),
+        answer_tokens=summed("answer_tokens"),
+        gflops=np.array([tally.gflop for tally in outcome.tallies]),
+    )  # fmt: skip
+    return [figures]

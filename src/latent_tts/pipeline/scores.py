@@ -15,7 +15,7 @@ from latent_tts.pipeline.spec import RunSpec, scorer_positions
 from latent_tts.results.cache import MEASURED_SUMS, SCORE_FIELDS, SCORES_FOLDER, ScoreCache
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
-from latent_tts.scorer import Scorer
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import SCORING_COMPUTATIONS, Computation, Float32, Floats
 
 ROWS_AT_ONCE = 1 << 14
@@ -144,7 +144,7 @@ def _check_finite(spec: RunSpec, rows: pd.DataFrame, scores: Scores) -> None:
         )
 
 
-def check_range(scorer: Scorer, score: Floats) -> None:
+def check_range(scorer: LatentRM, score: Floats) -> None:
     """Raise RunError for a score beyond `scorer.range`."""
     if scorer.range is None:
         return

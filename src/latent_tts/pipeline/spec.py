@@ -19,27 +19,25 @@ from latent_tts.budget import AdaptiveBudget, Budget, is_adaptive
 from latent_tts.budget.adaptive import Adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.budget.rule.confidence import Confidence
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import UsageError, bad_value, check_device, check_fields, check_seed, is_whole, require
 from latent_tts.executor import Executor
 from latent_tts.executor.local import Local
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
-from latent_tts.schedule import Schedule
+from latent_tts.schedule import OF_OTHERS, Schedule
 from latent_tts.schedule.auto import Auto
-from latent_tts.scorer import Scorer
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
 from latent_tts.search import Search
 from latent_tts.task import Task, has_gold
-from latent_tts.types import Question
+from latent_tts.types import Float64, Int64, Question
 
 log = logging.getLogger(__name__)
-COMPUTATION = "computation.json"  # beside cached rollouts: how they were computed
 MAX_ROLLOUTS = 1 << 20
 BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -110,7 +108,7 @@ class DrawingRequest:
         executor: where rollouts are computed.
     """
 
-    adapter: ModelAdapter
+    adapter: CheckpointAdapter
     task: Task
     sampler: Sampler
     schedule: Schedule
@@ -122,6 +120,11 @@ class DrawingRequest:
     config: Mapping[str, Any]
     chosen: frozenset[str] = frozenset()
     executor: Executor = field(default_factory=Local)
+
+    @property
+    def all_same(self) -> bool:
+        """Whether all rollouts of a question would be the same, so that one is drawn."""
+        return self.sampler.deterministic and not self.answers.random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +143,18 @@ class RunRequest(DrawingRequest):
 
     search: Search
     budget: Budget
-    scorer: Scorer | NoScorer
+    scorer: LatentRM | NoScorer
     aggregators: list[Aggregator]
     decode: str
     forced_prefix: str
     cache: Path
     refresh: bool = False
     on_answers: Callable[[Sequence[tuple[str, int]], Sequence[Sequence[int]]], None] | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the scorer decides which rollouts the run has: those that survive the search."""
+        return self.search.survivors is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +176,7 @@ class RunSpec(RunRequest):
         counts: rollouts of each of `questions`; None if each has as many.
     """
 
-    scorer: Scorer | None  # pyright: ignore[reportIncompatibleVariableOverride]
+    scorer: LatentRM | None  # pyright: ignore[reportIncompatibleVariableOverride]
     draft: DraftFile | None
     planned: dict[str, Any]
     planned_on: str | None
@@ -190,7 +198,7 @@ class RunSpec(RunRequest):
         adapter = self.adapter
         forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
-        looked_at = None if self.schedule.early_exit is None else len(exit_ids(adapter, self.schedule))
+        looked_at = None if self.schedule.exit is None else len(exit_ids(adapter, self.schedule))
         phases = self.sampler.random_phases
         made = adapter.latent_weights
         return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at, made)
@@ -201,30 +209,56 @@ class RunSpec(RunRequest):
         return max(map(len, self.prompts.values())) + reserved_positions(self.adapter, self.max_answer_tokens)
 
     @property
-    def given_scorer(self) -> Scorer:
+    def given_scorer(self) -> LatentRM:
         """The scorer of a run that has one."""
         assert self.scorer is not None, "no scorer"
         return self.scorer
 
     @property
-    def guided(self) -> bool:
-        """Whether the scorer decides which rollouts the run has."""
-        return self.search.survivors is not None
-
-    @property
     def kept(self) -> int:
         """Rollouts of each question in the tables: all n, or those that the search keeps."""
-        return self.n if self.search.survivors is None else self.search.survivors
+        return self.search.survivors or self.n
 
     @property
     def table_counts(self) -> list[int]:
         """Rollouts of each question in the tables, in the order of `questions`."""
         return [self.kept] * len(self.questions) if self.counts is None else self.counts
 
-    @property
-    def reported(self) -> list[int]:
-        """The n that get rows in the metrics."""
-        return self.budget.reported(self.n)
+    def rollout_gflop(
+        self,
+        question: Question,
+        steps_N: Int64,
+        tokens_N: Int64 | None,
+        conflicts_N: Int64 | None = None,
+        *,
+        scored: bool = True,
+    ) -> tuple[float, Float64]:
+        """The GFLOP that the rollouts of a question share, and what each of them adds (N).
+
+        Args:
+            question: whose rollouts they are.
+            steps_N: latents of each.
+            tokens_N: answer tokens of each, forced ones included; None where no answer is decoded.
+            conflicts_N: latents of each that were computed again; None for none.
+            scored: whether the run's scorer, if it has one, reads them.
+        """
+        passes, prompt = self.passes, len(self.prompts[question.id])
+        shared = passes.shared_flops(prompt)
+        each_N = (
+            passes.thinking_flops(prompt, steps_N)
+            if tokens_N is None
+            else passes.rollout_flops(prompt, steps_N, tokens_N - len(self.forced_ids))
+        )
+        if self.schedule.guess in OF_OTHERS:
+            shared += passes.guess_flops(prompt)
+        if self.draft is not None:
+            each_N = each_N + self.draft.record.flops(prompt)
+        if conflicts_N is not None:  # with all latents before them, which is a little too many
+            each_N = each_N + conflicts_N * passes.again_flops(prompt, steps_N)
+        if scored and self.scorer is not None:
+            head = Shape.from_config(self.scorer.sizes)
+            shared, each_N = shared + head.pass_flops(prompt), each_N + head.scoring_flops(prompt, steps_N)
+        return float(shared) / 1e9, np.asarray(each_N, dtype=np.float64) / 1e9
 
     def row_key(self, question: Question) -> str:
         """A question's name in the cache: its id, and the id of its donor if it has one."""
@@ -267,43 +301,43 @@ def check_run(request: RunRequest) -> RunSpec:
     budget = settle_budget(request, scorer, aggregators)
     scorer = None if isinstance(scorer, NoScorer) or (is_adaptive(budget) and not budget.needs_score) else scorer
     check_search(request, schedule, scorer)
-    if schedule.verified:
-        check_comparable(decode, budget)
+    if schedule.verify:
+        require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
+        why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
+        require("budget", budget.name, not is_adaptive(budget), why)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
     check_exit(schedule, adapter, request.max_answer_tokens)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = request.task.questions()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
-        budget = calibrated(budget, request, aggregators, scorer, questions)
-    prompts = encode_prompts(adapter, questions, reserved)
+        budget = calibrated(budget, request, schedule, aggregators, scorer, questions)
     if not has_gold(questions):
         name = request.task.name
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
-    settled = {
-        "schedule": schedule,
-        "draft": found_draft(schedule, adapter),
-        "planned": planned,
-        "planned_on": planned_on,
-        "budget": budget,
-        "scorer": scorer,
-        "aggregators": aggregators,
+    settled: dict[str, Any] = {
+        "schedule": schedule, "budget": budget, "scorer": scorer, "aggregators": aggregators,
         "n": needed_rollouts(request),
-        "questions": questions,
-        "prompts": prompts,
-        "donors": donors_of(questions) if sampler.needs_donor else {},
-        "forced_ids": forced_ids,
-    }
-    spec = RunSpec(**vars(request) | settled)
+    }  # fmt: skip
+    spec = RunSpec(
+        **vars(request) | settled,
+        draft=found_draft(schedule, adapter),
+        planned=planned,
+        planned_on=planned_on,
+        questions=questions,
+        prompts=encode_prompts(adapter, questions, reserved),
+        donors=donors_of(questions) if sampler.needs_donor else {},
+        forced_ids=forced_ids,
+    )
     check_position_scaling(
         "model.checkpoint", adapter.checkpoint, adapter.config, adapter.positions, spec.longest_sequence
     )
     if scorer is not None:
-        check_scorer_reads(scorer, adapter, prompts)
+        check_scorer_reads(scorer, adapter, spec.prompts)
     return spec
 
 
-def check_sampler(sampler: Sampler, adapter: ModelAdapter) -> None:
+def check_sampler(sampler: Sampler, adapter: CheckpointAdapter) -> None:
     """Check that a sampler can draw from a model.
 
     Raises:
@@ -326,7 +360,7 @@ def check_sampler(sampler: Sampler, adapter: ModelAdapter) -> None:
     )
 
 
-def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) -> Schedule:
+def settle_schedule(schedule: Schedule, adapter: CheckpointAdapter, *, chosen: bool) -> Schedule:
     """The schedule that was requested, or the model's own.
 
     Args:
@@ -339,8 +373,7 @@ def settle_schedule(schedule: Schedule, adapter: ModelAdapter, *, chosen: bool) 
     """
     own = adapter.own_schedule
     if own is not None:
-        allowed = f"must be null: model={adapter.name} has a schedule of its own, {own}"
-        refuse_early_exit(schedule, allowed)
+        refuse_early_exit(schedule, f"must be null: model={adapter.name} has a schedule of its own, {own}")
         require(
             "schedule", schedule.name, not chosen and schedule.stepwise,
             f"model={adapter.name} has its own, {own}: it is part of the model and cannot be chosen",
@@ -362,8 +395,7 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
     schedule = request.schedule
     if not isinstance(schedule, Auto) or request.adapter.own_schedule is not None:
         return request, {}, None
-    same = request.sampler.deterministic and not request.answers.random  # then one rollout of a question is drawn
-    rows = len(request.task.questions()) * (1 if same else request.n)
+    rows = len(request.task.questions()) * (1 if request.all_same else request.n)
     plan = schedule.read(request.adapter, request.adapter.digest, request.engine.dtype)
     chosen = plan.choose(min(rows, request.engine.rows or rows))
     values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
@@ -374,23 +406,23 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
     return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown, device
 
 
-def found_draft(schedule: Schedule, adapter: ModelAdapter) -> DraftFile | None:
+def found_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | None:
     """The draft head of a schedule; None where it has none.
 
     Raises:
         UsageError: it does not exist, or is another model's.
     """
-    path = schedule.draft_path
+    path = schedule.draft
     return None if path is None else find_draft(path, adapter.digest, adapter.latents)
 
 
-def require_steps(schedule: Schedule, adapter: ModelAdapter, why: str) -> None:
+def require_steps(schedule: Schedule, adapter: CheckpointAdapter, why: str) -> None:
     """Raise UsageError with the reason `why` unless the schedule makes one latent after another."""
     key, value = ("schedule", schedule.name) if adapter.own_schedule is None else ("model", adapter.name)
     require(key, value, schedule.stepwise, f"{why}, and parallel sweeps make all latents at once")
 
 
-def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
+def settle_scorer(request: RunRequest) -> LatentRM | NoScorer:
     """The scorer of the run, or the reason why there is none. The scorer's warnings are logged.
 
     Raises:
@@ -403,8 +435,7 @@ def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
     if isinstance(scorer, LatentRM):
         if scorer.only_own and scorer.trained.get("reasoner") != adapter.digest:
             return NoScorer(f"{scorer.checkpoint} was trained for other weights than {adapter.checkpoint}")
-        answers_differ = request.answers.random or sampler.random_answers
-        if request.n > 1 and answers_differ and not sampler.random_latents:
+        if request.n > 1 and (request.answers.random or sampler.random_answers) and not sampler.random_latents:
             why = f"sampler {sampler.name} gives all rollouts of a question the same latents, and so the same score"
             require("scorer", scorer.name, scorer.only_own, why)
             return NoScorer(why)
@@ -415,7 +446,7 @@ def settle_scorer(request: RunRequest) -> Scorer | NoScorer:
     return scorer
 
 
-def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[Aggregator]:
+def settle_aggregators(request: RunRequest, scorer: LatentRM | NoScorer) -> list[Aggregator]:
     """The aggregators that can be reported; those that need scores get their temperature from the scorer.
 
     Default aggregators that cannot be reported are left out.
@@ -426,10 +457,9 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
     aggregators, chosen = request.aggregators, "aggregator" in request.chosen
     if isinstance(scorer, NoScorer):
         scored = [aggregator.name for aggregator in aggregators if aggregator.needs_score]
-        why = "scorer=none" if scorer.reason is None else f"scorer=auto: {scorer.reason}"
-        require("aggregator", ",".join(scored), not scored or not chosen, f"needs a scorer ({why})")
+        require("aggregator", ",".join(scored), not scored or not chosen, f"needs a scorer ({scorer})")
         if scorer.reason is not None:
-            log.info("%s, so rollouts get no scores", why, extra={"once": True})
+            log.info("%s, so rollouts get no scores", scorer, extra={"once": True})
         aggregators = [aggregator for aggregator in aggregators if not aggregator.needs_score]
     else:
         aggregators = [
@@ -455,48 +485,36 @@ def settle_aggregators(request: RunRequest, scorer: Scorer | NoScorer) -> list[A
     return best
 
 
-def check_search(request: RunRequest, schedule: Schedule, scorer: Scorer | None) -> None:
+def check_search(request: RunRequest, schedule: Schedule, scorer: LatentRM | None) -> None:
     """Check that the search goes with the schedule, the scorer and `answer.decode`.
 
     Raises:
         UsageError: it does not.
     """
-    search, decode, guided = request.search, request.decode, request.search.survivors is not None
-    require("search", search.name, scorer is not None or not guided, "needs a scorer, as in scorer=latent_rm")
+    search, decode = request.search, request.decode
+    require("search", search.name, scorer is not None or not request.guided, "needs a scorer, as in scorer=latent_rm")
     search.check(request.n, request.sampler, scorer)
-    if not guided:
+    if not request.guided:
         return
     require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
-    allowed = f"must be null: search={search.name} grows rollouts of equally many latents"
-    refuse_early_exit(schedule, allowed)
+    refuse_early_exit(schedule, f"must be null: search={search.name} grows rollouts of equally many latents")
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
 
 
-def check_comparable(decode: str, budget: Budget) -> None:
-    """Check that every rollout can be compared, as `schedule.verify` does.
-
-    Raises:
-        UsageError: one cannot.
-    """
-    require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
-    why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
-    require("budget", budget.name, not is_adaptive(budget), why)
-
-
-def check_exit(schedule: Schedule, adapter: ModelAdapter, max_answer_tokens: int) -> None:
+def check_exit(schedule: Schedule, adapter: CheckpointAdapter, max_answer_tokens: int) -> None:
     """Check that what `schedule.exit` looks at is no longer than an answer.
 
     Raises:
         UsageError: it is.
     """
-    if schedule.early_exit is None:
+    if schedule.exit is None:
         return
     beyond = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
     allowed = f"must be at most max_answer_tokens={max_answer_tokens} tokens, it has {beyond}"
-    require("schedule.exit_prefix", schedule.early_exit.prefix, beyond <= max_answer_tokens, allowed)
+    require("schedule.exit_prefix", schedule.exit_prefix, beyond <= max_answer_tokens, allowed)
 
 
-def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
+def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
     """The requested budget; `fixed` in place of the default if a search keeps few of its rollouts.
 
     Raises:
@@ -504,7 +522,7 @@ def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: S
             budget looks at something that the run does not have.
     """
     budget, search = request.budget, request.search
-    if search.survivors is None:
+    if not request.guided:
         if is_adaptive(budget):
             check_adaptive(budget, request.decode, scorer, aggregators)
         return budget
@@ -514,7 +532,7 @@ def settle_budget(request: RunRequest, scorer: Scorer | NoScorer, aggregators: S
 
 
 def check_adaptive(
-    budget: AdaptiveBudget, decode: str, scorer: Scorer | NoScorer, aggregators: Sequence[Aggregator]
+    budget: AdaptiveBudget, decode: str, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]
 ) -> None:
     """Check that a run has what its budget looks at: every answer, scores, the aggregator.
 
@@ -523,8 +541,7 @@ def check_adaptive(
     """
     require("answer.decode", decode, decode == "all", f"must be all: budget={budget.name} looks at every answer")
     if budget.needs_score and isinstance(scorer, NoScorer):
-        why = "scorer=none" if scorer.reason is None else f"scorer=auto: {scorer.reason}"
-        raise bad_value("budget", budget.label, f"needs scores, and there is no scorer ({why})")
+        raise bad_value("budget", budget.label, f"needs scores, and there is no scorer ({scorer})")
     reported = [aggregator.name for aggregator in aggregators]
     allowed = f"looks at the pick of {budget.aggregator}, which is not reported: aggregator=[{','.join(reported)}]"
     require("budget", budget.label, budget.aggregator in reported, allowed)
@@ -546,8 +563,9 @@ def check_adaptive(
 def calibrated(
     budget: AdaptiveBudget,
     request: RunRequest,
+    schedule: Schedule,
     aggregators: Sequence[Aggregator],
-    scorer: Scorer | None,
+    scorer: LatentRM | None,
     questions: Sequence[Question],
 ) -> AdaptiveBudget:
     """The budget, with its rule calibrated if it needs that; see `calibration.calibrate_on_run`.
@@ -557,14 +575,14 @@ def calibrated(
     """
     if not (isinstance(budget, Adaptive) and isinstance(budget.rule, Confidence)):
         return budget
-    weighted = [each.temperature for each in aggregators if isinstance(each, Weighted)]
-    temperature = weighted[0] if weighted and budget.aggregator == "weighted" else None
+    of_votes = (each.temperature for each in aggregators if isinstance(each, Weighted))
     fitted = calibration.calibrate_on_run(
         budget.rule,
         request.config,
+        schedule,
         {"model": request.adapter.identity, "scorer": None if scorer is None else scorer.digest},
         [each.id for each in questions],
-        temperature,
+        next(of_votes, None) if budget.aggregator == "weighted" else None,
     )
     return replace(budget, rule=replace(budget.rule, fitted=fitted))
 
@@ -584,9 +602,9 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
             sequence of this run may exceed it.
     """
     given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    rope: dict[str, Any] = {}
-    for settings in given:
-        rope |= settings if isinstance(settings, dict) else {}
+    rope: dict[str, Any] = {
+        key: value for settings in given if isinstance(settings, dict) for key, value in settings.items()
+    }
     of_layers = [value for value in rope.values() if isinstance(value, dict)]  # some have one per kind of layer
     for part in (rope, *of_layers):
         kind = part.get("type") if part.get("type") in LENGTH_DEPENDENT_ROPE else part.get("rope_type")
@@ -601,7 +619,7 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
         )
 
 
-def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[str, Sequence[int]]) -> None:
+def check_scorer_reads(scorer: LatentRM, adapter: CheckpointAdapter, prompts: Mapping[str, Sequence[int]]) -> None:
     """Check that a scorer has the positions and the vocabulary that the prompts need.
 
     Raises:
@@ -617,12 +635,12 @@ def check_scorer_reads(scorer: Scorer, adapter: ModelAdapter, prompts: Mapping[s
     require("scorer.checkpoint", checkpoint, highest < tokens, why)
 
 
-def scorer_positions(scorer: Scorer) -> int:
+def scorer_positions(scorer: LatentRM) -> int:
     """Tokens of the longest sequence that a scorer takes."""
     return int(scorer.sizes["n_positions" if "n_embd" in scorer.sizes else "max_position_embeddings"])
 
 
-def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
+def reserved_positions(adapter: CheckpointAdapter, max_answer_tokens: int) -> int:
     """Positions that a rollout needs beyond its prompt.
 
     Raises:
@@ -640,7 +658,7 @@ def reserved_positions(adapter: ModelAdapter, max_answer_tokens: int) -> int:
     return needed
 
 
-def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int) -> list[int]:
+def forced_answer_ids(adapter: CheckpointAdapter, prefix: str, max_answer_tokens: int) -> list[int]:
     """Token ids of `answer.forced_prefix`.
 
     Raises:
@@ -656,17 +674,17 @@ def forced_answer_ids(adapter: ModelAdapter, prefix: str, max_answer_tokens: int
 
 def refuse_early_exit(schedule: Schedule, allowed: str) -> None:
     """Raise UsageError, which says what is `allowed`, if rollouts may stop thinking early."""
-    if schedule.early_exit is not None:
-        raise bad_value("schedule.exit", schedule.early_exit.threshold, allowed)
+    if schedule.exit is not None:
+        raise bad_value("schedule.exit", schedule.exit, allowed)
 
 
-def exit_ids(adapter: ModelAdapter, schedule: Schedule) -> list[int]:
+def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
     """The tokens between a latent and the answer that `schedule.exit` is about, as if it were the last one.
 
     Raises:
         UsageError: the model cannot read `schedule.exit_prefix`.
     """
-    prefix = "" if schedule.early_exit is None else schedule.early_exit.prefix
+    prefix = "" if schedule.exit is None else schedule.exit_prefix or ""
     try:
         return [*adapter.thinking_end_ids, *adapter.forced_ids(prefix)]
     except UsageError as error:
@@ -674,7 +692,7 @@ def exit_ids(adapter: ModelAdapter, schedule: Schedule) -> list[int]:
         raise bad_value("schedule.exit_prefix", prefix, allowed) from error
 
 
-def encode_prompts(adapter: ModelAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:
+def encode_prompts(adapter: CheckpointAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:
     """Token ids of each question's prompt, by its id.
 
     Raises:
@@ -703,7 +721,7 @@ def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
 
 def needed_rollouts(request: RunRequest) -> int:
     """The requested n; 1, with a warning, if nothing random makes rollouts differ."""
-    if request.sampler.deterministic and not request.answers.random and request.n > 1:
+    if request.all_same and request.n > 1:
         log.warning(
             "n=%d: sampler %s gives the same rollout every time, so one is drawn", request.n, request.sampler.name
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,52 +20,53 @@ from latent_tts.results.run_folder import (
     METRICS,
     SEED_COLUMNS,
     has_curve,
-    is_complete,
-    join_metrics,
-    name_weights_once,
-    read_metrics,
-    read_run_metrics,
+    join_tables,
+    name_once,
+    read_tables,
     write_metrics,
 )
 
 log = logging.getLogger(__name__)
-NOT_IN_LABELS = ("n", "seed", "budget")  # the table has a column or a mean for them
+NOT_IN_LABELS = ("n", "seed")  # the table has a column or a mean for them
+PLAIN_BUDGETS = ("ladder", "fixed")  # of one run, they report the same figures
 # metrics that a rollouts table has for each question
 PER_QUESTION = ("accuracy", "coverage", "invalid_rate", "agreement")
 
 
 def write_joined(
-    path: Path, folders: Sequence[Path], build_aggregator: AggregatorBuilder
-) -> tuple[pd.DataFrame, list[Path], Path | None]:
-    """Join the complete runs among some folders into a table; with several seeds write their means beside it.
+    path: Path, tables: Mapping[Path, pd.DataFrame], build_aggregator: AggregatorBuilder
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    """Join the tables of runs; with several seeds write their means beside the joined table.
 
     Args:
-        path: of the table; the means are `<its stem>_over_seeds.csv`.
-        folders: of runs.
+        path: of the joined table; the means are at `means_path`.
+        tables: at least one, by run folder; see `read_tables`.
         build_aggregator: see `CompletedRun.read`.
 
     Returns:
-        The table, the folders left out, and where the means are; nothing is written if no run is complete.
+        The joined table, and the means; None where there is one seed.
 
     Raises:
         UsageError: a run folder is damaged.
     """
-    joined, left_out = join_metrics(list(folders))
-    if joined.empty:
-        return joined, left_out, None
-    of_run = pd.Series({each: read_run_metrics(each)["run_id"].iloc[0] for each in folders if each not in left_out})
-    for repeat in of_run.index[of_run.duplicated()]:
-        first = of_run.index[of_run == of_run[repeat]][0]
-        log.info("%s: the same run as %s, but for what it cost; %s has the rows of that one", repeat, first, path)
+    joined, first = join_tables(tables.values()), dict[str, Path]()
+    for folder, table in tables.items():
+        same = first.setdefault(table["run_id"].iloc[0], folder)
+        if same != folder:
+            log.info("%s: the same run as %s, but for what it cost; %s has the rows of that one", folder, same, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_metrics(path, joined)
-    means = path.with_name(f"{path.stem}_over_seeds.csv")
     if joined.groupby(CURVE_COLUMNS, dropna=False)["seed"].nunique().max() == 1:
-        means.unlink(missing_ok=True)
-        return joined, left_out, None
-    runs = [CompletedRun.read(folder, build_aggregator) for folder in folders if folder not in left_out]
-    write_metrics(means, means_over_seeds(runs))
-    return joined, left_out, means
+        means_path(path).unlink(missing_ok=True)
+        return joined, None
+    means = means_over_seeds([CompletedRun.read(*each, build_aggregator) for each in tables.items()])
+    write_metrics(means_path(path), means)
+    return joined, means
+
+
+def means_path(path: Path) -> Path:
+    """Where the means over seeds of a joined table are."""
+    return path.with_name(f"{path.stem}_over_seeds.csv")
 
 
 def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
@@ -77,7 +78,7 @@ def means_over_seeds(runs: Sequence[CompletedRun]) -> pd.DataFrame:
         seeds; NaN where a rollouts table does not have the figure of each question, as with diversity.
     """
     rows = pd.concat([run.metrics.assign(run=place) for place, run in enumerate(runs)], ignore_index=True)
-    rows = name_weights_once(rows)
+    rows = name_once(rows)
     means = []
     for _, same in rows.groupby([*CURVE_COLUMNS, "aggregator", "n", "drawn", "metric"], sort=False, dropna=False):
         same = same.drop_duplicates("seed")
@@ -116,8 +117,10 @@ class SweepJob:
     @property
     def label(self) -> str:
         """What its curve is called in the sweep's table: its overrides, without the names of groups."""
-        parts = [override.partition("=") for override in self.overrides]
-        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in parts if key not in NOT_IN_LABELS)
+        parts = [override.partition("=")[::2] for override in self.overrides]
+        told = [(key, value) for key, value in parts if key not in NOT_IN_LABELS]
+        shown = [pair for pair in told if pair not in {("budget", name) for name in PLAIN_BUDGETS}]
+        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in shown)
 
     @property
     def row(self) -> dict[str, str]:
@@ -135,24 +138,24 @@ def finish(folder: Path, jobs: Sequence[SweepJob], build_aggregator: AggregatorB
         jobs: in their order.
         build_aggregator: see `CompletedRun.read`.
     """
-    completed = {job.folder: job for job in jobs if job.folder is not None and is_complete(job.folder)}
-    joined, _, means = write_joined(folder / METRICS, list(completed), build_aggregator)
-    if joined.empty:
+    tables = read_tables([job.folder for job in jobs if job.folder is not None])
+    if not tables:
         return
-    table = read_metrics(means or folder / METRICS)
-    own = [(job.label, read_run_metrics(path)) for path, job in completed.items()]
+    path = folder / METRICS
+    joined, means = write_joined(path, tables, build_aggregator)
+    label_of = {job.folder: job.label for job in jobs}
     if means is None:  # jobs that are one run, but for what it costs, have a row each
-        shown = name_weights_once(pd.concat([rows for _, rows in own], ignore_index=True))
-        labels = [label for label, rows in own for _ in rows.index]
+        table, shown = joined, name_once(pd.concat(tables.values(), ignore_index=True))
+        labels = [label_of[folder] for folder, rows in tables.items() for _ in rows.index]
     else:
-        label_of_run = {rows["run_id"].iloc[0]: label for label, rows in reversed(own)}
+        table = shown = means
+        label_of_run = {rows["run_id"].iloc[0]: label_of[folder] for folder, rows in reversed(tables.items())}
         curves, runs = joined[CURVE_COLUMNS].itertuples(index=False), joined["run_id"]
         label_of_curve = {tuple(curve): label_of_run[run] for curve, run in zip(curves, runs, strict=True)}
-        shown, labels = table, [label_of_curve[tuple(curve)] for curve in table[CURVE_COLUMNS].itertuples(index=False)]
-    report.print_metrics(shown, labels, [job.row for job in jobs if job.folder not in completed])
+        labels = [label_of_curve[tuple(curve)] for curve in means[CURVE_COLUMNS].itertuples(index=False)]
+    report.print_metrics(shown, labels, [job.row for job in jobs if job.folder not in tables])
     if means is not None:
-        print(means)
+        print(means_path(path))
     if has_curve(table):
-        plot.scaling_curve(table, folder / FIGURE)
-        print(folder / FIGURE)
-    print(folder / METRICS)
+        print(plot.scaling_curve(table, folder / FIGURE))
+    print(path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -14,9 +15,8 @@ import pandas as pd
 from latent_tts.aggregator import Aggregator, Vote
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.cost import Shape
-from latent_tts.pipeline.costs import rollout_gflop
 from latent_tts.pipeline.rollouts import RunRollouts
-from latent_tts.pipeline.rounds import adaptive_figures, budget_table, with_counts
+from latent_tts.pipeline.rounds import adaptive_figures, budget_table
 from latent_tts.pipeline.scores import Scores
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import statistics
@@ -26,6 +26,7 @@ from latent_tts.results.metrics import Figures, measured_figures, metric_rows, r
 from latent_tts.results.parts import release_memory
 from latent_tts.results.run_folder import COUNT_COLUMNS
 from latent_tts.task import has_gold
+from latent_tts.text.answer import AnswerRule
 from latent_tts.text.classes import shared_forms
 from latent_tts.types import Float32, Floats, Question, RolloutArrays
 
@@ -62,7 +63,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
     """
     budget = None
     if drawn.outcome is not None:
-        spec = with_counts(spec, drawn.outcome)
+        spec = replace(spec, counts=drawn.outcome.counts)
     rollouts = rollout_table(spec, drawn)
     release_memory()
     _warn_of_useless_answers(rollouts)
@@ -75,7 +76,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         figures = rollout_figures(
             rollouts,
             drawn=spec.kept,
-            reported=spec.reported,
+            reported=spec.budget.reported(spec.n),
             aggregators=spec.aggregators,
             diversity_Q=diversities(drawn.dissimilarity_RT, spec.kept, spec.kept),
             gflops=gflops(spec, rollouts, drawn.scores),
@@ -92,20 +93,15 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     adapter, rule, rows = spec.adapter, spec.task.rule, drawn.rows
     golds = np.array([question.answer for question in spec.questions], dtype=object).repeat(spec.table_counts)
     # many rollouts give the same answer: each is read once
-    texts = _once_per_value(lambda *ids: adapter.answer_text(list(map(int, ids))), rows["answer_ids"], len(rows))
-    answers = _once_per_value(
-        lambda stop, text: None if stop == NOT_DECODED else rule.read(text, adapter),
-        zip(rows["stop_reason"], texts, strict=True),
-        len(rows),
-    )
-    right = _once_per_value(
-        lambda answer, gold: None not in (answer, gold) and rule.is_right(answer, gold),
-        zip(answers, golds, strict=True),
-        len(rows),
-    )
+    text_of = cache(lambda ids: adapter.answer_text(list(map(int, ids))))
+    answer_of = cache(lambda stop, text: None if stop == NOT_DECODED else rule.read(text, adapter))
+    is_right = cache(lambda answer, gold: None not in (answer, gold) and rule.is_right(answer, gold))
+    texts = [text_of(tuple(ids)) for ids in rows["answer_ids"]]
+    answers = list(map(answer_of, rows["stop_reason"], texts))
+    right = list(map(is_right, answers, golds))
     for start, end in pairwise([0, *accumulate(spec.table_counts)]):
         # equal answers of a question get one form, so that they are one vote
-        answers[start:end] = shared_forms(answers[start:end].tolist(), rule.equal)
+        answers[start:end] = shared_forms(answers[start:end], rule.equal)
     ids = np.array([question.id for question in spec.questions], dtype=object).repeat(spec.table_counts)
     return pd.DataFrame(
         {
@@ -113,7 +109,9 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
             "question_id": pd.Series(ids, dtype=object),  # pandas' own strings would take one object per row
             "rollout": rows["rollout"].astype("int32"),
             "prediction": pd.Series(answers, dtype=object),
-            "correct": right.astype(bool) if has_gold(spec.questions) else pd.array([None] * len(rows), "boolean"),
+            "correct": np.array(right, dtype=bool)
+            if has_gold(spec.questions)
+            else pd.array([None] * len(rows), "boolean"),
             "score": pd.array(np.full(len(rows), np.nan) if drawn.scores is None else drawn.scores.score, "Float32"),
             "answer_logprob": rows["answer_logprob"],
             "answer_margin": rows["answer_margin"],
@@ -173,30 +171,15 @@ def _picked(
     """What an aggregator picks for each question, see `answer_lines`; predictions (Q, D) are texts."""
     reason = "share" if isinstance(aggregator.rule(arrays), Vote) else "score"
     for question, (pick, support) in enumerate(zip(*statistics.supported_picks(aggregator, arrays), strict=True)):
-        code_N = arrays.prediction_QD[question]
+        code_N, known = arrays.prediction_QD[question], arrays.correct_QD
         code = code_N[pick] if pick >= 0 else -1
-        correct = None
-        if arrays.correct_QD is not None:
-            correct = bool(pick >= 0 and arrays.correct_QD[question, pick])
         yield {
             "answer": predictions[question, pick] if code >= 0 else None,
             "rollout": int(pick) if pick >= 0 else None,
             reason: None if np.isnan(support) else float(support),
             "agree": (int((code_N == code).sum()) if code >= 0 else 0) if all_decoded else None,
-            "correct": correct,
+            "correct": None if known is None else bool(pick >= 0 and known[question, pick]),
         }
-
-
-def _once_per_value(function: Callable[..., Any], values: Iterable[Iterable[Any]], count: int) -> np.ndarray:
-    """What a function makes of each of `count` tuples of arguments, called once for equal ones."""
-    made: dict[tuple[Any, ...], Any] = {}
-    results = np.empty(count, dtype=object)
-    for place, value in enumerate(values):
-        arguments = tuple(value)
-        if arguments not in made:
-            made[arguments] = function(*arguments)
-        results[place] = made[arguments]
-    return results
 
 
 def _warn_of_useless_answers(rollouts: pd.DataFrame) -> None:
@@ -224,26 +207,27 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
         for place, (question, pick) in enumerate(zip(spec.questions, pick_Q, strict=True)):
             steps_N, conflicts_N, own = steps_QN[place, :budget], conflicts_QN[place, :budget], slice(pick, pick + 1)
             tokens_1 = picked["answer_tokens"].to_numpy()[place : place + 1]
-            thinking = rollout_gflop(spec, question, steps_N, None, conflicts_N)
-            decoding = rollout_gflop(spec, question, steps_N[own], tokens_1, conflicts_N[own], scored=False)
+            thinking = spec.rollout_gflop(question, steps_N, None, conflicts_N)
+            decoding = spec.rollout_gflop(question, steps_N[own], tokens_1, conflicts_N[own], scored=False)
             gflops_Q.append(sum(shared + each_N.sum() for shared, each_N in (thinking, decoding)))
-        values: dict[tuple[str, str], statistics.Floats] = {}
-        if has_gold(spec.questions):
-            # a question none of whose rollouts has a score has no pick
-            right = picked["correct"].where(picked["score"].notna(), other=False)
-            values["accuracy", "best_of_n"] = np.array(right, dtype=np.float64)
-        values["invalid_rate", ""] = np.array(picked["prediction"].isna(), dtype=np.float64)
+        # a question none of whose rollouts has a score has no pick
+        right = picked["correct"].where(picked["score"].notna(), other=False)
         diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
-        if budget > 1 and all(value is not None for value in diversity_Q):
-            values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)
-        values["latent_steps", ""] = steps_QN[:, :budget].sum(1).astype(np.float64)
-        values["answer_tokens", ""] = picked["answer_tokens"].to_numpy(dtype=np.float64)
-        values["gflops", ""] = np.array(gflops_Q)
         measured = {}
         if budget == max(drawn.winners.picks):
             sums = pd.concat([rollouts[list(MEASURED_SUMS)], drawn.winners.decoding.iloc[places]])
             measured = measured_figures(sums, rollouts, len(pick_Q), budget)
-        figures.append(Figures(budget, budget, values, measured))
+        figures.append(
+            Figures.of(
+                budget, budget, measured,
+                accuracy={"best_of_n": np.array(right, dtype=np.float64)} if has_gold(spec.questions) else None,
+                invalid_rate=np.array(picked["prediction"].isna(), dtype=np.float64),
+                diversity=None if None in diversity_Q else np.array(diversity_Q, dtype=np.float64),
+                latent_steps=steps_QN[:, :budget].sum(1).astype(np.float64),
+                answer_tokens=picked["answer_tokens"].to_numpy(dtype=np.float64),
+                gflops=np.array(gflops_Q),
+            )
+        )  # fmt: skip
     return figures
 
 
@@ -253,14 +237,14 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
     columns = [rollouts[name].to_numpy().reshape(-1, spec.kept) for name in names]
     pairs = []
     for place, question in enumerate(spec.questions):
-        shared, each_N = rollout_gflop(spec, question, *(column_QN[place] for column_QN in columns))
+        shared, each_N = spec.rollout_gflop(question, *(column_QN[place] for column_QN in columns))
         each = float(each_N.mean())
         if spec.kept < spec.n:  # a search: n think, those kept answer
-            _, grown_N = rollout_gflop(spec, question, columns[0][place], None)
+            _, grown_N = spec.rollout_gflop(question, columns[0][place], None)
             each = float(grown_N.mean()) + (each - float(grown_N.mean())) * spec.kept / spec.n
         if scores is not None and spec.scorer is not None:
             # official positions need a prefill for each length of text: a cost of the rollouts, not of the question
-            prefill = Shape.from_config(spec.scorer.sizes).prompt_flops(len(spec.prompts[question.id]))
+            prefill = Shape.from_config(spec.scorer.sizes).pass_flops(len(spec.prompts[question.id]))
             each += (scores.prefills[place] - 1) * float(prefill) / 1e9 / spec.n
         pairs.append((shared, each))
     return pairs
@@ -268,10 +252,10 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
 
 def schedule_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[str]:
     """What a schedule has counted that does not compute all latents one after another, per rollout on average."""
-    if spec.schedule.early_exit is not None:
+    if spec.schedule.exit is not None:
         steps, most = rollouts["latent_steps"], spec.adapter.latents
         return [
-            f"schedule.exit={spec.schedule.early_exit.threshold:g}, per rollout: {steps.mean():.2f} of at most {most} "
+            f"schedule.exit={spec.schedule.exit:g}, per rollout: {steps.mean():.2f} of at most {most} "
             f"latents; {100 * (steps < most).mean():.0f} % have fewer"
         ]
     if spec.schedule.stepwise or not set(COUNT_COLUMNS) <= set(rollouts.columns):
@@ -300,17 +284,25 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "scorer": "" if scorer is None else scorer.name,
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,
-        "questions_digest": questions_digest(spec.questions),
+        "questions_digest": questions_digest(spec.questions, spec.task.rule),
         "weights_digest": "+".join(digests),
     }
-    paths = ("checkpoint", "scorer")  # the digest says whose weights, wherever they are
-    identity = {name: value for name, value in columns.items() if name not in paths} | {"n": spec.n}
+    names = (
+        "checkpoint",
+        "scorer",
+        "task",
+        "split",
+    )  # digests say whose weights and which questions, whatever the name
+    identity = {name: value for name, value in columns.items() if name not in names} | {"n": spec.n}
     return {"run_id": settings_digest(identity)[:12], **columns}
 
 
-def questions_digest(questions: Sequence[Question]) -> str:
-    """What identifies a question set, whatever it is called and in whichever order it is."""
-    return settings_digest({"questions": sorted([question.id, question.answer] for question in questions)})
+def questions_digest(questions: Sequence[Question], rule: AnswerRule) -> str:
+    """What identifies a question set and how its answers are read, whatever its name, its file and its order."""
+    content: dict[str, Any] = {"questions": sorted([question.id, question.answer] for question in questions)}
+    if rule != AnswerRule("decimal"):
+        content["rule"] = [rule.name, rule.tolerance]
+    return settings_digest(content)
 
 
 def diversities(dissimilarity_RT: Float32, n: int, first: int) -> list[float | None]:

@@ -16,6 +16,7 @@ from latent_tts.budget.fixed import Fixed
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import RunError, UsageError, bad_value, check_fields, is_number, require
 from latent_tts.pipeline import rescoring
+from latent_tts.pipeline.calibration import schedule_text
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.spec import RunSpec, check_sampler
 from latent_tts.pipeline.tables import rollout_table
@@ -83,10 +84,8 @@ class TraceSpec:
         """The same once the rollouts are drawn: those that a budget used, which may be unequally many."""
         if self.run.guided:
             return self
-        counts = table.groupby("question_index", sort=True).size().tolist()
-        if budget is not None:
-            counts = budget["used"].tolist()
-        return replace(self, run=with_fixed_budget(self.run, counts))
+        counts = budget["used"] if budget is not None else table.groupby("question_index", sort=True).size()
+        return replace(self, run=with_fixed_budget(self.run, counts.tolist()))
 
     @property
     def no_dependencies(self) -> str:
@@ -158,8 +157,7 @@ def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Seq
     """
     rescoring.check_weights(spec, source, record)
     questions = {question.id: question for question in spec.questions}
-    table = read_rollouts(source)
-    counts = table.groupby("question_id", sort=False).size()
+    counts = read_rollouts(source).groupby("question_id", sort=False).size()
     if gone := [name for name in counts.index if name not in questions]:
         raise RunError(f"run={source}: the questions of its task have changed since that run: {gone[0]} is missing")
     chosen = [questions[name] for name in find_ids(wanted, list(counts.index), source)]
@@ -250,11 +248,3 @@ def sampler_text(sampler: Sampler) -> str:
         if is_number(value)
         else f"{sampler.name} {value}"
     )
-
-
-def schedule_text(key: str | Mapping[str, Any]) -> str:
-    """A schedule with its settings: `speculative chunk=3 tolerance=0.01`."""
-    if isinstance(key, str):
-        return key
-    named = [f"{name}={value}" for name, value in key.items() if name != "name" and value is not None]
-    return " ".join([str(key["name"]), *named])

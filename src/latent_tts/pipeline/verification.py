@@ -13,7 +13,6 @@ from latent_tts.errors import RunError
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import rollout_table
-from latent_tts.results.files import spreadsheet_cells, whole_file
 from latent_tts.results.run_folder import LATENTS, KeptLatents
 from latent_tts.schedule.sequential import Sequential
 
@@ -110,12 +109,6 @@ def verify(spec: RunSpec, drawn: RunRollouts, folder: Path) -> Verification:
         changed=changed,
     )
     return Verification(table, exact=spec.schedule.exact and spec.engine.dtype == "float32")
-
-
-def write_verification(folder: Path, verification: Verification) -> None:
-    """Write `verification.csv` into a run folder."""
-    with whole_file(folder / VERIFICATION) as path:
-        spreadsheet_cells(verification.rows).to_csv(path, index=False)
 
 
 def _deviations(latents_RTD: np.ndarray, wanted_RTD: np.ndarray) -> np.ndarray:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.draft import DraftFile
 from latent_tts.errors import RunError
 from latent_tts.executor import Executor
-from latent_tts.model import ModelAdapter
 from latent_tts.pipeline.code import PACKAGE, WHOLE, code_digests, computed_attributes, digest_of_package
-from latent_tts.scorer import Scorer
+from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import file_digest
 
 _checked: set[Hashable] = set()  # files of this machine that are the driver's
@@ -40,10 +39,10 @@ def check_code(code: Mapping[str, str]) -> None:
                 import_module(package)
             own = digest_of_package(package)
         if own != digest:
-            raise RunError(f"{_this_worker()} has another version of {package} than the driver")
+            raise RunError(f"it has another version of {package} than the driver")
 
 
-def check_weights(*options: ModelAdapter | Scorer | None) -> None:
+def check_weights(*options: CheckpointAdapter | LatentRM | None) -> None:
     """Raise RunError unless this machine has the driver's weights; options forget what they knew of its files."""
     for option in filter(None, options):
         computed, digest = computed_attributes(type(option)), option.digest
@@ -53,7 +52,8 @@ def check_weights(*options: ModelAdapter | Scorer | None) -> None:
         for name in computed - known:
             vars(option).pop(name, None)  # this machine may have other files under the same paths
         if not known and option.digest != digest:
-            raise RunError(f"{_this_worker()} has other weights of {option.name} than the driver")
+            where = f": {option.folder}" if isinstance(option, CheckpointAdapter) else ""  # a scorer's name says it
+            raise RunError(f"it has other weights of {option.name} than the driver{where}")
         _checked.add(key)
 
 
@@ -64,11 +64,7 @@ def check_draft(draft: DraftFile | None) -> None:
     try:
         found = file_digest(draft.path)
     except OSError as error:
-        raise RunError(f"{_this_worker()} cannot read the draft head {draft.path}: {error.strerror}") from error
+        raise RunError(f"it cannot read the draft head {draft.path}: {error.strerror}") from error
     if found != draft.digest:
-        raise RunError(f"{_this_worker()} has another draft head than the driver: {draft.path}")
+        raise RunError(f"it has another draft head than the driver: {draft.path}")
     _checked.add(draft)
-
-
-def _this_worker() -> str:
-    return f"the worker on {socket.gethostname()}"

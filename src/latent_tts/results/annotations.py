@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_tts.errors import RunError, UsageError, bad_value, require
-from latent_tts.results.files import bytes_digest, digest_in_name, set_aside, settings_digest, whole_file
+from latent_tts.results.files import bytes_digest, digest_in_name, set_aside, settings_digest, whole_file, write_text
 from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason, file_digest
 
 log = logging.getLogger(__name__)
@@ -117,16 +117,15 @@ class AnnotationFolder:
             self.official = False
         else:
             record = self._read_settings()
-            self._refuse_other_settings(record["settings"], self.settings)
-            if COMPUTATION in record["settings"]:
-                self.settings[COMPUTATION] = record["settings"][COMPUTATION]
+            self._refuse_other_settings(record["settings"], _at_place_of(self.settings, record["settings"]))
+            self.settings = record["settings"]
             self.complete, self.rows = bool(record["complete"]), record["rows"]
             if lost := self._lost_parts(record):
                 log.warning("%s: parts are missing, such as %s; their questions are labelled again", path, lost)
                 self.complete = False
                 self._write_settings({})
             self._set_damaged_aside()
-            self._refuse_other_answers()
+            self._refuse_other_questions()
         parts = {_shard_of(part) for part in self._parts()}
         for shard in self._shards():  # stopped between a shard and its part of the index
             if shard.name not in parts:
@@ -134,7 +133,8 @@ class AnnotationFolder:
 
     def made_with(self, settings: Mapping[str, Any]) -> bool:
         """Whether these are its settings, however the reasoner was computed."""
-        return {name: value for name, value in self.settings.items() if name != COMPUTATION} == settings
+        own = {name: value for name, value in self.settings.items() if name != COMPUTATION}
+        return own == _at_place_of(settings, own)
 
     def settle_computation(self, way: Mapping[str, str]) -> None:
         """Record how the reasoner is computed; to be called before `add`, once the reasoner is loaded.
@@ -170,14 +170,16 @@ class AnnotationFolder:
         shard = self.path / f"{max(places, default=-1) + 1}_on0.safetensors"
         tensors, rows = {}, []
         for entry in entries:
-            row: dict[str, Any] = {"question_id": entry.question_id, "index": entry.index, "shard": shard.name}
-            row["answer"] = self._answers.get(entry.question_id)
+            row: dict[str, Any] = {
+                "question_id": entry.question_id, "index": entry.index, "shard": shard.name,
+                "answer": self._answers.get(entry.question_id), "kept": isinstance(entry, LabelledQuestion),
+            }  # fmt: skip
             if isinstance(entry, UnmixedQuestion):
                 if entry.reason not in get_args(UnmixedReason):
                     raise ValueError(f"question {entry.question_id}: no such reason {entry.reason!r}")
                 tensors[f"{entry.index}.input_ids"] = np.array(0, dtype=np.int64)
                 share = float(entry.reason == "all_correct")
-                row |= {"rollouts": entry.rollouts, "kept": False, "reason": entry.reason, "share_correct": share}
+                row |= {"rollouts": entry.rollouts, "reason": entry.reason, "share_correct": share}
             else:
                 arrays = (entry.input_ids_NL, entry.latents_NTD, entry.labels_NT, entry.corrects_N)
                 if wrong := _wrong_shapes([a.shape for a in arrays], self.width):
@@ -189,8 +191,7 @@ class AnnotationFolder:
                 labels_NT = np.where(np.isnan(entry.labels_NT), NO_STEP, entry.labels_NT)
                 tensors[f"{entry.index}.estimations"] = _plain(labels_NT, np.float32)
                 tensors[f"{entry.index}.corrects"] = _plain(entry.corrects_N, np.bool_)
-                share = float(entry.corrects_N.mean())
-                row |= {"rollouts": len(entry.corrects_N), "kept": True, "reason": None, "share_correct": share}
+                row |= {"rollouts": len(entry.corrects_N), "share_correct": float(entry.corrects_N.mean())}
             rows.append(row)
         with whole_file(shard) as partial:
             save_file(tensors, partial, metadata={"settings": settings_digest(self.settings)})
@@ -220,9 +221,8 @@ class AnnotationFolder:
         Raises:
             UsageError: a part cannot be read, or names a shard that does not exist.
         """
-        by_id: dict[str, dict[str, Any]] = {}
-        for row in self._official_rows() if self.official else self._part_rows():
-            by_id[row["question_id"]] = row
+        rows = self._official_rows() if self.official else self._part_rows()
+        by_id = {row["question_id"]: row for row in rows}
         return pa.Table.from_pylist(sorted(by_id.values(), key=lambda row: row["index"]), schema=INDEX_SCHEMA)
 
     def read(self) -> Iterator[LabelledQuestion]:
@@ -342,13 +342,13 @@ class AnnotationFolder:
                 index, _, part = name.rpartition(".")
                 if part != "input_ids" or not index.isdigit():
                     continue
-                row = {"question_id": index, "index": int(index), "shard": shard.name, "kept": False}
-                row |= {"rollouts": 0, "reason": "unknown", "share_correct": None}
-                if f"{index}.estimations" in names and f"{index}.corrects" in names:
-                    corrects = opened.get_tensor(f"{index}.corrects")
-                    row |= {"rollouts": corrects.size, "kept": True, "reason": None}
-                    row["share_correct"] = float(corrects.mean())
-                yield row
+                kept = {f"{index}.estimations", f"{index}.corrects"} <= names
+                corrects = opened.get_tensor(f"{index}.corrects") if kept else np.zeros(0)
+                yield {
+                    "question_id": index, "index": int(index), "shard": shard.name, "kept": kept,
+                    "rollouts": corrects.size, "reason": None if kept else "unknown",
+                    "share_correct": float(corrects.mean()) if kept else None,
+                }  # fmt: skip
 
     def _open(self, shard: Path) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -361,11 +361,10 @@ class AnnotationFolder:
             opened.__enter__()
         except (SafetensorError, OSError) as error:
             raise bad_value(self._key, shard, f"cut off, or not safetensors ({error})") from error
-        made_by = (opened.metadata() or {}).get("settings")
         require(
             self._key,
             shard,
-            bool(self.official) or made_by == settings_digest(self.settings),
+            bool(self.official) or (opened.metadata() or {}).get("settings") == settings_digest(self.settings),
             f"a shard of another run: its settings are not those of {SETTINGS}",
         )
         return opened
@@ -386,17 +385,16 @@ class AnnotationFolder:
             raise bad_value(self._key, path, f"format {found}, this version reads {READABLE[0]} to {FORMAT}")
         digest = record.pop("digest", None)  # earlier versions wrote none
         if digest not in (None, settings_digest(record)):
-            why = "is damaged; restore it, or annotate into another folder"
-            raise bad_value(self._key, path, why)
+            raise bad_value(self._key, path, "is damaged; restore it, or annotate into another folder")
         return {"complete": False, "rows": None, "parts": None, **record}
 
     def _write_settings(self, counts: Mapping[str, int]) -> None:
         parts = [part.name for part in self._parts()] if self.complete else None
-        record = {"settings": self.settings, "complete": self.complete, "rows": self.rows, "counts": counts}
-        record |= {"parts": parts}
-        with whole_file(self.path / SETTINGS) as partial:
-            content = json.dumps(record | {"digest": settings_digest(record)}, indent=1)
-            partial.write_text(content + "\n")
+        record = {
+            "settings": self.settings, "complete": self.complete, "rows": self.rows, "counts": counts, "parts": parts,
+        }  # fmt: skip
+        content = record | {"digest": settings_digest(record)}
+        write_text(self.path / SETTINGS, json.dumps(content, indent=1) + "\n")
 
     def _lost_parts(self, record: Mapping[str, Any]) -> str | None:
         """A part that a finished folder lacks, or has though it is none of its own; None if there is no such part."""
@@ -413,8 +411,14 @@ class AnnotationFolder:
                     f"{name}: {json.dumps(theirs)} there, {json.dumps(ours)} now"
                 )
 
-    def _refuse_other_answers(self) -> None:
+    def _refuse_other_questions(self) -> None:
+        ids = list(self._answers)
         for row in self._part_rows():
+            if row["index"] < len(ids) and ids[row["index"]] != row["question_id"]:
+                raise UsageError(
+                    f"{self._key}={self.path}: was made with other questions; choose another folder or remove it\n"
+                    f"question {row['index'] + 1}: {row['question_id']} there, {ids[row['index']]} now"
+                )
             ours, theirs = self._answers.get(row["question_id"]), row["answer"]
             if ours is not None and ours != theirs:
                 raise UsageError(
@@ -423,33 +427,39 @@ class AnnotationFolder:
                 )
 
 
+def _at_place_of(settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that name the task's file as others do: which questions it has is told from the questions."""
+    task, there = settings.get("task"), found.get("task")
+    if not (isinstance(task, Mapping) and isinstance(there, Mapping)) or not {"path"} <= task.keys() & there.keys():
+        return dict(settings)
+    return {**settings, "task": {**task, "path": there["path"]}}
+
+
 def _wrong_shapes(shapes: Sequence[tuple[int, ...]], wanted: int | None) -> str | None:
     """What is wrong with the shapes of an entry's ids, latents, labels and outcomes."""
     ids, latents, labels, corrects = shapes
     if len(latents) != 3 or 0 in latents:
         return f"latent_embeds is {latents}, must be (rollouts, latents, width)"
     n, steps, width = latents
-    if wanted not in (None, width):
-        return f"latent_embeds has width {width}, must be {wanted}"
-    if labels != (n, steps):
-        return f"estimations is {labels}, latent_embeds {latents}"
-    if corrects != (n,):
-        return f"corrects is {corrects}, for {n} rollouts"
-    if len(ids) != 2 or ids[0] != n:
-        return f"input_ids is {ids}, for {n} rollouts"
-    return None
+    problems = {
+        f"latent_embeds has width {width}, must be {wanted}": wanted not in (None, width),
+        f"estimations is {labels}, latent_embeds {latents}": labels != (n, steps),
+        f"corrects is {corrects}, for {n} rollouts": corrects != (n,),
+        f"input_ids is {ids}, for {n} rollouts": len(ids) != 2 or ids[0] != n,
+    }
+    return next((problem for problem, is_so in problems.items() if is_so), None)
 
 
 def _wrong_values(entry: LabelledQuestion) -> str | None:
     """What is wrong with the numbers of an entry."""
-    if not np.isfinite(entry.latents_NTD).all():
-        return "latent_embeds is not finite"
     has_step_NT = ~np.isnan(entry.labels_NT)
-    if (has_step_NT[:, 1:] & ~has_step_NT[:, :-1]).any():
-        return "estimations has a step after one that is missing"
-    if not ((entry.labels_NT >= 0) & (entry.labels_NT <= 1))[has_step_NT].all():
-        return "estimations has labels outside of [0, 1]"
-    return None
+    in_range_NT = (entry.labels_NT >= 0) & (entry.labels_NT <= 1)
+    problems = {
+        "latent_embeds is not finite": not np.isfinite(entry.latents_NTD).all(),
+        "estimations has a step after one that is missing": (has_step_NT[:, 1:] & ~has_step_NT[:, :-1]).any(),
+        "estimations has labels outside of [0, 1]": not in_range_NT[has_step_NT].all(),
+    }
+    return next((problem for problem, is_so in problems.items() if is_so), None)
 
 
 def _plain(array: np.ndarray, dtype: type) -> np.ndarray:

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
+import logging
+import os
 import re
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latent_tts.errors import bad_value
-from latent_tts.results.files import settings_digest, whole_file
-from latent_tts.results.parts import PLACE, GatheredRows, PartIndex, part_files, whole_parts, write_part
+from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.results.files import set_aside, settings_digest, whole_file, write_text
+from latent_tts.results.parts import (
+    MAX_PART_BYTES,
+    PLACE,
+    GatheredRows,
+    PartIndex,
+    intact_table,
+    part_files,
+    whole_parts,
+    write_part,
+)
+from latent_tts.types import Computation, Floats
 
 NOT_DECODED = "not_decoded"  # the stop reason of a rollout whose answer was not needed
 KEY_JSON, SCORES_FOLDER = "key.json", "scores"
+COMPUTATION = "computation.json"  # beside the rollouts: how they were computed
 MEMORY_JSON = "memory.json"  # beside the entries
 ENTRY_NAME = re.compile(r"[0-9a-f]{16}")
 
+NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 MODES = ("on", "refresh", "off")
+log = logging.getLogger(__name__)
 MEASURED_SUMS = {
     "seconds": pa.float64(),  # the row's share of its batch's wall-clock time
     "floor_seconds": pa.float64(),  # of the least time that the device needs for the batch: see cost.py
@@ -56,6 +75,10 @@ SCORE_FIELDS = pa.schema([("step_scores", pa.list_(pa.float32())), *MEASURED.ite
 
 
 PLACE_FIELDS = [pa.field("row_key", pa.string()), pa.field("rollout", pa.int32())]
+SUMS_SUFFIX = ".sums"  # of the sums of directions beside rollouts
+SUMS_SCHEMA = pa.schema(
+    [("row_key", pa.string()), ("count", pa.int32()), ("latents", pa.int32()), ("directions", pa.binary())]
+)
 SCORED_BY = "scored_by"  # the digest of a scorer's key; null where rollouts were drawn without one
 SCORING = "scoring_"  # how score columns begin in a part of rollouts
 SCORE_SCHEMA = pa.schema([*PLACE_FIELDS, *SCORE_FIELDS])
@@ -70,26 +93,42 @@ ROLLOUT_SCHEMA = pa.schema(
 
 
 class PartCache:
-    """Rows (row key, rollout, ...) kept across runs: a folder with `key.json` and parts."""
+    """Rows (row key, rollout, ...) kept across runs: a folder with `key.json` and parts.
 
-    def __init__(self, root: Path, key: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
+    One that cannot be written to is read all the same, as far as it is there.
+    """
+
+    def __init__(
+        self, root: Path, key: Mapping[str, Any], about: Mapping[str, Any] | None = None, below: str = ""
+    ) -> None:
         """Open (or make) the folder of a key.
 
         Args:
             root: of the cache.
             key: everything that determines the rows.
             about: what else `key.json` says, for people.
+            below: the folder within the cache that the key's folder is in.
 
         Raises:
             UsageError: the folder cannot be made.
         """
-        self.folder = root / settings_digest(key)
+        self.folder = root / below / settings_digest(key)
+        self._read_only: UsageError | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with whole_file(self.folder / KEY_JSON) as path:
-                path.write_text(json.dumps({**key, **(about or {})}, indent=1, sort_keys=True) + "\n")
+            # its time is when the entry was used last
+            write_text(self.folder / KEY_JSON, json.dumps({**key, **(about or {})}, indent=1, sort_keys=True) + "\n")
         except OSError as error:
-            raise bad_value("paths.cache", root, f"cannot be written to ({error.strerror})") from error
+            refusal = bad_value("paths.cache", root, f"cannot be written to ({error.strerror})")
+            if error.errno not in NOT_WRITABLE or not (self.folder / KEY_JSON).is_file():
+                raise refusal from error
+            self._read_only = refusal
+            _warn_read_only(root.resolve(), error.strerror)
+
+    def require_writable(self, what: str) -> None:
+        """Raise UsageError if the folder cannot be written to, which `what` says that something needs."""
+        if self._read_only is not None:
+            raise UsageError(f"{self._read_only}, and {what}")
 
     def _tables(self, rows: GatheredRows, columns: list[str]) -> Iterator[pa.Table]:
         """Columns of the parts that may hold rows which are still missing, one part after another."""
@@ -99,6 +138,11 @@ class PartCache:
                 index.add(path, table)
             yield table
         index.save()
+
+
+@functools.cache
+def _warn_read_only(root: Path, why: str) -> None:
+    log.warning("the cache %s cannot be written to (%s): what it has is read", root, why)
 
 
 class RolloutCache(PartCache):
@@ -134,13 +178,33 @@ class RolloutCache(PartCache):
         for scores in self.folder.glob(f"{SCORES_FOLDER}/*/"):
             _discard(scores, SCORE_SCHEMA, wanted)
 
+    def write_computation(self, computation: Computation) -> None:
+        """Write down, beside the rollouts, how they were computed."""
+        said = asdict(computation)
+        write_text(self.folder / COMPUTATION, json.dumps(said | {"digest": settings_digest(said)}, indent=1) + "\n")
+
+    def read_computation(self) -> Computation | None:
+        """How the rollouts were computed; None where that is not known. A damaged file is set aside."""
+        path = self.folder / COMPUTATION
+        try:
+            said = json.loads(path.read_text())
+            digest = said.pop("digest", None)  # earlier versions wrote none
+            if digest in (None, settings_digest(said)):
+                return Computation(said["attention"], said["logits"], said["reason"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            pass
+        log.warning("%s is damaged: it is now %s", path, set_aside(path).name)
+        return None
+
 
 class ScoreCache(PartCache):
     """Step scores made after drawing, in the folder of their `RolloutCache`; they are reduced when they are read."""
 
     def __init__(self, rollouts: Path, key: Mapping[str, Any]) -> None:
         """Open (or make) the folder of a scorer's key below the rollouts' own folder."""
-        super().__init__(rollouts / SCORES_FOLDER, key)
+        super().__init__(rollouts.parent, key, below=f"{rollouts.name}/{SCORES_FOLDER}")
 
     def gather(self, scores: GatheredRows) -> None:
         """Gather the missing ones of some rows, with columns of `SCORE_FIELDS`; see `RolloutCache.gather`."""
@@ -160,6 +224,46 @@ def _discard(folder: Path, schema: pa.Schema, wanted: pd.DataFrame) -> None:
         path.unlink(missing_ok=True)
 
 
+def read_direction_sums(folder: Path, counts: Mapping[str, int]) -> dict[str, Floats]:
+    """The sums (T, D) of questions, by their row keys, of which those of as many rollouts as `counts` says are kept."""
+    rows = [row for path in sorted(folder.glob(f"*{SUMS_SUFFIX}")) for row in _sums(path)]
+    return {
+        row["row_key"]: np.frombuffer(row["directions"], "<f8").reshape(row["latents"], -1).copy()
+        for row in rows
+        if counts.get(row["row_key"]) == row["count"]
+    }
+
+
+def write_direction_sums(folder: Path, sums: Mapping[str, tuple[int, np.ndarray]]) -> None:
+    """Keep sums, and as many of other questions' as there is room for; none where the folder cannot be written to.
+
+    They are what later rollouts of a question are compared with. Without them, latents of rollouts that are in the
+    cache are recomputed; so what is missing or damaged only costs time.
+
+    Args:
+        folder: of the rollouts.
+        sums: by row key: of how many rollouts, and the sums (T, D).
+    """
+    before = sorted(folder.glob(f"*{SUMS_SUFFIX}"))
+    rows = [
+        {"row_key": key, "count": count, "latents": len(sums_TD), "directions": sums_TD.astype("<f8").tobytes()}
+        for key, (count, sums_TD) in sums.items()
+    ]
+    rows += [row for path in before for row in _sums(path) if row["row_key"] not in sums]
+    fitting = np.cumsum([len(row["directions"]) for row in rows]) <= MAX_PART_BYTES
+    table = pa.Table.from_pylist(rows[: int(fitting.sum())], SUMS_SCHEMA)
+    with suppress(OSError):
+        with whole_file(folder / f"{uuid.uuid4().hex}{SUMS_SUFFIX}", add_digest=True) as path:
+            pq.write_table(table, path.absolute(), compression="zstd", compression_level=1)
+        for path in before:
+            path.unlink(missing_ok=True)
+
+
+def _sums(path: Path) -> list[dict[str, Any]]:
+    table = intact_table(path, SUMS_SCHEMA)
+    return [] if table is None else table.to_pylist()
+
+
 @contextmanager
 def cache_root(root: Path, mode: str) -> Iterator[Path]:
     """The folder of the cache; with `off` one that is gone afterwards."""
@@ -171,6 +275,13 @@ def cache_root(root: Path, mode: str) -> Iterator[Path]:
             yield Path(folder)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("nothing is kept, because of cache=off") from None
+
+
+def check_writable(root: Path) -> None:
+    """Raise UsageError if a cache cannot be made or written to, as far as that is known without a try."""
+    there = next(path for path in (root, *root.absolute().parents) if os.path.exists(path))
+    denied = there.is_dir() and not os.access(there, os.W_OK | os.X_OK)
+    require("paths.cache", root, not denied, "cannot be written to, and lacks rollouts of this run")
 
 
 def known_to_fit(root: Path) -> dict[str, int]:
@@ -188,8 +299,8 @@ def remember_what_fits(root: Path, key: str, size: int) -> None:
     known = known_to_fit(root)
     if known.get(key) == size:
         return
-    with suppress(OSError), whole_file(root / MEMORY_JSON) as path:
-        path.write_text(json.dumps(known | {key: size}, indent=1) + "\n")
+    with suppress(OSError):
+        write_text(root / MEMORY_JSON, json.dumps(known | {key: size}, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

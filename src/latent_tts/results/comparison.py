@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -13,52 +13,10 @@ import pandas as pd
 from latent_tts.errors import UsageError, require
 from latent_tts.results import statistics
 from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
-from latent_tts.results.files import spreadsheet_cells, whole_file
-from latent_tts.results.run_folder import UNKNOWN, is_complete, name_weights_once, run_folders
+from latent_tts.results.run_folder import UNKNOWN, is_complete, name_once, read_run_metrics, run_folders
 
 Side = dict[str, CompletedRun]  # by seed
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A figure of A at one n, compared with one of B.
-
-    Attributes:
-        a_figure, b_figure: coverage, or the aggregator whose accuracy is compared.
-        a_n, b_n: rollouts per question.
-        a, b: the figures, means over questions and seeds.
-        difference: a - b, with its 95 % interval.
-        questions, seeds: how many the figures are means over.
-    """
-
-    a_figure: str
-    b_figure: str
-    a_n: int
-    b_n: int
-    a: float
-    b: float
-    difference: float
-    ci_low: float
-    ci_high: float
-    questions: int
-    seeds: int
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What is compared with what; None is everything that both sides have in common.
-
-    Attributes:
-        a_figure, b_figure: coverage or an aggregator; one of them alone stands for both.
-        a_n, b_n: rollouts per question; one of them alone is compared with all of the other side.
-        shared: whether the questions that both sides have are compared where the sides have different ones.
-    """
-
-    a_figure: str | None = None
-    b_figure: str | None = None
-    a_n: int | None = None
-    b_n: int | None = None
-    shared: bool = False
+T = TypeVar("T")
 
 
 def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side:
@@ -69,19 +27,13 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
     """
     runs: Side = {}
     for folder in run_folders(path, key):
-        if not is_complete(folder):
-            which = "the run" if folder == path else str(folder)
-            raise UsageError(f"{key}={path}: {which} did not complete; re-run its command")
-        run = CompletedRun.read(folder, build_aggregator)
-        if not run.all_decoded:
-            raise UsageError(
-                f"{key}={path}: {folder} has answers only for its picks (answer.decode=winners), "
-                "so it cannot be compared"
-            )
-        if not run.has_gold:
-            raise UsageError(f"{key}={path}: the questions of {folder} have no gold answers, so there is no accuracy")
-        if run.seed in runs:
-            raise UsageError(f"{key}={path}: holds several runs of seed {run.seed}; name one run folder")
+        which = "the run" if folder == path else str(folder)
+        require(key, path, is_complete(folder), f"{which} did not complete; re-run its command")
+        run = CompletedRun.read(folder, read_run_metrics(folder), build_aggregator)
+        only_picks = f"{folder} has answers only for its picks (answer.decode=winners), so it cannot be compared"
+        require(key, path, run.all_decoded, only_picks)
+        require(key, path, run.has_gold, f"the questions of {folder} have no gold answers, so there is no accuracy")
+        require(key, path, run.seed not in runs, f"holds several runs of seed {run.seed}; name one run folder")
         runs[run.seed] = run
     _require_one_curve(f"{key}={path}", list(runs.values()))
     return runs
@@ -89,8 +41,7 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
 
 def _require_one_curve(side: str, runs: Sequence[CompletedRun]) -> None:
     """Raise UsageError unless runs are seeds of each other."""
-    curves = name_weights_once(pd.DataFrame([run.curve for run in runs]))
-    for name, values in curves.items():
+    for name, values in name_once(pd.DataFrame([run.curve for run in runs])).items():
         if values.nunique() > 1:
             one, other = 0, int((values != values[0]).argmax())
             raise UsageError(
@@ -99,28 +50,42 @@ def _require_one_curve(side: str, runs: Sequence[CompletedRun]) -> None:
             )
 
 
-def differences(a: Side, b: Side, selection: Selection) -> list[Difference]:
+def differences(
+    a: Side, b: Side, figures: tuple[str | None, str | None], ns: tuple[int | None, int | None], *, shared: bool
+) -> pd.DataFrame:
     """The differences of all figures and budgets that are selected.
+
+    Args:
+        a: one side.
+        b: the other.
+        figures: coverage or an aggregator of each side; one of them alone stands for both, None is all in common.
+        ns: rollouts per question of each side; one of them alone is compared with all of the other side, None is all
+            in common.
+        shared: whether the questions that both sides have are compared where the sides have different ones.
+
+    Returns:
+        A row per comparison: `a_figure`, `b_figure`, `a_n`, `b_n` as above; `a`, `b` (the figures, means over questions
+        and seeds); `difference` (a - b) with its 95 % interval `ci_low`, `ci_high`; `questions`, `seeds` (how many the
+        figures are means over).
 
     Raises:
         UsageError: the sides do not have the same questions and seeds, share no budget, or lack a figure.
     """
     if set(a) != set(b):
         raise UsageError(f"a has the seeds {sorted(a)}, b has {sorted(b)}: both sides need the same seeds")
-    any_a, any_b = a[min(a)], b[min(b)]  # budgets and aggregators are the same for all seeds
-    found = [
-        _difference(a, b, figures, budgets, shared=selection.shared)
-        for figures in _figures(any_a, any_b, selection)
-        for budgets in _budgets(any_a, any_b, selection)
-    ]
+    pairs, budgets = _figures(a, b, *figures), _budgets(a, b, *ns)
+    found = [_difference(a, b, pair, n, shared=shared) for pair in pairs for n in budgets]
+    if not pairs:
+        raise UsageError("a and b have no figure in common; name one of each: a_figure=coverage b_figure=majority")
     if not found:
         raise UsageError("a and b report no n in common; run both with budget=ladder, or name them: a_n=64 b_n=1")
-    return found
+    return pd.DataFrame(found)
 
 
 def described_sides(a: Side, b: Side) -> tuple[str, str]:
     """What tells one side from the other, as in `sampler=dropout rate=0.1, `; empty where their settings are equal."""
-    curves = [_with_whole_sampler(next(iter(side.values())).curve) for side in (a, b)]
+    both = name_once(pd.DataFrame([next(iter(side.values())).curve for side in (a, b)]))
+    curves = [_with_whole_sampler({str(name): value for name, value in row.items()}) for _, row in both.iterrows()]
     names = [name for name in curves[0] if curves[0][name] != curves[1][name] and not name.endswith("_digest")]
     first, second = ("".join(f"{name}={curve[name]}, " for name in names if curve[name]) for curve in curves)
     return first, second
@@ -132,16 +97,10 @@ def _with_whole_sampler(curve: Mapping[str, str]) -> dict[str, str]:
     return {**curve, "sampler": curve["sampler"] + value, "sampler_param": "", "sampler_value": ""}
 
 
-def write_differences(path: Path, found: Sequence[Difference]) -> None:
-    """Write differences as a CSV, a row each."""
-    columns = [field.name for field in fields(Difference)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        table = pd.DataFrame([astuple(difference) for difference in found], columns=columns)
-        spreadsheet_cells(table).to_csv(partial, index=False, float_format="%.6g")
-
-
-def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, int], *, shared: bool) -> Difference:
+def _difference(
+    a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, int], *, shared: bool
+) -> dict[str, Any]:
+    """A row of `differences`."""
     values_a, values_b, questions = [], [], []
     for seed in sorted(a):
         per_a, per_b = a[seed].per_question(figures[0], budgets[0]), b[seed].per_question(figures[1], budgets[1])
@@ -156,43 +115,49 @@ def _difference(a: Side, b: Side, figures: tuple[str, str], budgets: tuple[int, 
         digest_a, digest_b = (side[seed].curve["questions_digest"] for side in (a, b))
         unknown = any(digest.startswith(UNKNOWN) for digest in (digest_a, digest_b))
         gold_a, gold_b = (side[seed].golds for side in (a, b))
-        if differ:
-            equal = not (gold_a and gold_b) or all(gold_a[one] == gold_b[one] for one in common)
+        if gold_a and gold_b:  # else one of them is of an earlier version
+            equal = all(gold_a[one] == gold_b[one] for one in common)
         else:
-            equal = digest_a == digest_b or unknown
+            equal = differ or digest_a == digest_b or unknown
         if not equal:
             raise UsageError(f"a and b have different gold answers (seed {seed}); compare runs on the same questions")
-        per_a, per_b = per_a[common], per_b[common]
-        values_a.append(per_a)
-        values_b.append(per_b)
-        questions += list(per_a.index)
+        values_a.append(per_a[common])
+        values_b.append(per_b[common])
+        questions += list(common)
     clusters = np.unique(questions, return_inverse=True)[1]
     left, right = np.concatenate(values_a), np.concatenate(values_b)
     mean, low, high = statistics.paired_difference(left, right, clusters)
-    means = float(left.mean()), float(right.mean())
-    return Difference(*figures, *budgets, *means, mean, low, high, len(set(questions)), len(a))
+    return {
+        "a_figure": figures[0], "b_figure": figures[1], "a_n": budgets[0], "b_n": budgets[1],
+        "a": left.mean(), "b": right.mean(), "difference": mean, "ci_low": low, "ci_high": high,
+        "questions": len(set(questions)), "seeds": len(a),
+    }  # fmt: skip
 
 
-def _figures(a: CompletedRun, b: CompletedRun, selection: Selection) -> Iterator[tuple[str, str]]:
+def _figures(a: Side, b: Side, of_a: str | None, of_b: str | None) -> list[tuple[str, str]]:
     """Which figure of A is compared with which of B."""
-    if selection.a_figure is None and selection.b_figure is None:
-        both = sorted(set(a.figures) & set(b.figures), key=lambda name: (name != "coverage", name))
-        yield from zip(both, both, strict=True)
-        return
-    figure_a = str(selection.a_figure or selection.b_figure)
-    figure_b = str(selection.b_figure or selection.a_figure)
-    for key, name, side in (("a_figure", figure_a, a), ("b_figure", figure_b, b)):
-        require(key, name, name in side.figures, f"must be one of {', '.join(side.figures)}")
-    yield figure_a, figure_b
+    in_a, in_b = (_in_all(run.figures for run in side.values()) for side in (a, b))
+    if of_a is None and of_b is None:
+        both = sorted(set(in_a) & set(in_b), key=lambda name: (name != "coverage", name))
+        return [(name, name) for name in both]
+    chosen = str(of_a or of_b), str(of_b or of_a)
+    for key, name, known in zip(("a_figure", "b_figure"), chosen, (in_a, in_b), strict=True):
+        require(key, name, name in known, f"must be one of {', '.join(known)}")
+    return [chosen]
 
 
-def _budgets(a: CompletedRun, b: CompletedRun, selection: Selection) -> list[tuple[int, int]]:
+def _budgets(a: Side, b: Side, of_a: int | None, of_b: int | None) -> list[tuple[int, int]]:
     """Which n of A is compared with which of B."""
-    if selection.a_n is None and selection.b_n is None:
-        return [(n, n) for n in sorted(set(a.reported) & set(b.reported))]
-    for key, n, side in (("a_n", selection.a_n, a), ("b_n", selection.b_n, b)):
-        known = ", ".join(map(str, sorted(side.reported)))
-        require(key, n, n is None or n in side.reported, f"must be one of {known}, which the run reports, or null")
-    ns_a = sorted(a.reported) if selection.a_n is None else [selection.a_n]
-    ns_b = sorted(b.reported) if selection.b_n is None else [selection.b_n]
-    return list(product(ns_a, ns_b))
+    in_a, in_b = (sorted(_in_all(run.reported for run in side.values())) for side in (a, b))
+    if of_a is None and of_b is None:
+        return [(n, n) for n in in_a if n in in_b]
+    for key, n, known in (("a_n", of_a, in_a), ("b_n", of_b, in_b)):
+        allowed = f"must be one of {', '.join(map(str, known))}, which the run reports with every seed, or null"
+        require(key, n, n is None or n in known, allowed)
+    return list(product(in_a if of_a is None else [of_a], in_b if of_b is None else [of_b]))
+
+
+def _in_all(lists: Iterable[Sequence[T]]) -> list[T]:
+    """What all lists have, in the order of the first: seeds may differ in aggregators and in how many were drawn."""
+    first, *others = lists
+    return [each for each in first if all(each in other for other in others)]

@@ -24,7 +24,6 @@ from latent_tts.results.run_folder import (
     read_budget,
     read_rollouts,
     read_run_json,
-    read_run_metrics,
 )
 from latent_tts.types import RolloutArrays
 
@@ -52,11 +51,12 @@ class CompletedRun:
     budget: pd.DataFrame | None = None
 
     @classmethod
-    def read(cls, folder: Path, build_aggregator: AggregatorBuilder) -> CompletedRun:
+    def read(cls, folder: Path, metrics: pd.DataFrame, build_aggregator: AggregatorBuilder) -> CompletedRun:
         """Read a run folder.
 
         Args:
             folder: of a run that completed.
+            metrics: its metrics table, see `run_folder.read_run_metrics`.
             build_aggregator: makes an aggregator from its name and its config node.
 
         Raises:
@@ -65,7 +65,7 @@ class CompletedRun:
         record = read_run_json(folder, {"config.answer.decode": str, "aggregators": dict})
         return cls(
             folder,
-            read_run_metrics(folder),
+            metrics,
             read_rollouts(folder),
             {name: build_aggregator(name, node) for name, node in record["aggregators"].items()},
             record["config"]["answer"]["decode"] != "winners",
@@ -132,7 +132,8 @@ class CompletedRun:
                 raise UsageError(f"{self.folder}: its budget stopped for {self.figures[0]}; it has no {figure}")
             return pd.Series(self.budget["correct"].to_numpy(dtype=np.float64), index=self.budget["question_id"])
         ids, arrays = self._arrays
-        n = min(n, arrays.prediction_QD.shape[1])  # a search keeps fewer rollouts than it grew
+        if self.curve["search"]:  # it keeps fewer rollouts than it grew
+            n = min(n, arrays.prediction_QD.shape[1])
         values: np.ndarray
         if figure == "invalid_rate":
             values = (arrays.prediction_QD < 0).mean(1)

@@ -78,6 +78,12 @@ def whole_file(path: Path, *, add_digest: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def digest_in_name(path: Path) -> str | None:
     """The digest of its content that `whole_file` added to a name; None where there is none."""
     found = re.search(r"-([0-9a-f]{16})$", path.stem)
@@ -202,6 +208,12 @@ def _sync(path: Path) -> None:
 def bytes_digest(content: bytes) -> str:
     """16 hex digits that stand for the content of a file."""
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def write_csv(path: Path, frame: pd.DataFrame, **options: Any) -> None:
+    """Write a table; `options` are those of `DataFrame.to_csv`."""
+    with whole_file(path) as partial:
+        spreadsheet_cells(frame).to_csv(partial, **options)
 
 
 def spreadsheet_cells(frame: pd.DataFrame) -> pd.DataFrame:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,22 @@ class Figures:
     n: int
     drawn: int
     per_question: dict[tuple[str, str], Floats]
-    measured: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float]
+
+    @classmethod
+    def of(
+        cls, n: int, drawn: int, measured: dict[str, float], **metrics: Mapping[str, Floats] | Floats | None
+    ) -> Figures:
+        """Figures of metrics in table order: each a value (Q,), or one by aggregator; None where there is none."""
+        by_aggregator = {
+            metric: values if isinstance(values, Mapping) else {"": values}
+            for metric, values in metrics.items()
+            if values is not None
+        }
+        per_question = {
+            (metric, name): each for metric, values in by_aggregator.items() for name, each in values.items()
+        }
+        return cls(n, drawn, per_question, measured)
 
 
 def answer_codes(answers: Iterable[str | None]) -> Int64:
@@ -83,24 +98,25 @@ def rollout_figures(
     correct_QD, accuracies = arrays.correct_QD, {}
     if correct_QD is not None:
         accuracies = {one.name: statistics.picked_accuracies(one, arrays, sizes) for one in aggregators}
+    diverse_Q = None if None in diversity_Q else np.array(diversity_Q, dtype=np.float64)
     figures = []
     for place, (n, size) in enumerate(zip(reported, sizes, strict=True)):
-        values: dict[tuple[str, str], Floats] = {
-            ("accuracy", name): accuracy_BQ[place] for name, accuracy_BQ in accuracies.items()
-        }
-        if correct_QD is not None:
-            values["coverage", ""] = statistics.coverage(correct_QD, size)
-        values["invalid_rate", ""] = (arrays.prediction_QD < 0).mean(1)
-        if n >= drawn or correct_QD is None:  # beside accuracies, a curve of it would say nothing new
-            values["agreement", ""] = statistics.agreement(arrays.prediction_QD, size)
-        if size > 1 and all(value is not None for value in diversity_Q):
-            values["diversity", ""] = np.array(diversity_Q, dtype=np.float64)
-        values["latent_steps", ""] = n * per_rollout("latent_steps")
-        values["answer_tokens", ""] = size * per_rollout("answer_tokens")
-        values["gflops", ""] = shared_Q + n * each_Q
         # costs were measured in batches of the whole budget, so they are reported for that budget alone
         measured = measured_figures(rollouts[list(MEASURED_SUMS)], rollouts, len(shared_Q), n) if n >= drawn else {}
-        figures.append(Figures(n, max(n, drawn), values, measured))
+        told = n >= drawn or correct_QD is None  # beside accuracies, a curve of agreement would say nothing new
+        figures.append(
+            Figures.of(
+                n, max(n, drawn), measured,
+                accuracy={name: accuracy_BQ[place] for name, accuracy_BQ in accuracies.items()},
+                coverage=None if correct_QD is None else statistics.coverage(correct_QD, size),
+                invalid_rate=(arrays.prediction_QD < 0).mean(1),
+                agreement=statistics.agreement(arrays.prediction_QD, size) if told else None,
+                diversity=diverse_Q if size > 1 else None,
+                latent_steps=n * per_rollout("latent_steps"),
+                answer_tokens=size * per_rollout("answer_tokens"),
+                gflops=shared_Q + n * each_Q,
+            )
+        )  # fmt: skip
     return figures
 
 
@@ -138,9 +154,8 @@ def metric_rows(figures: Sequence[Figures], run: Mapping[str, Any]) -> pd.DataFr
     for at in figures:
         shared = {**run, "n": at.n, "drawn": at.drawn, "questions": questions}
         for (metric, aggregator), values_Q in at.per_question.items():
-            low, high = (None, None)
-            if metric in MAX_VALUE and not np.isnan(values_Q).any():
-                low, high = statistics.interval(values_Q, high=MAX_VALUE[metric])
+            bounded = metric in MAX_VALUE and not np.isnan(values_Q).any()
+            low, high = statistics.interval(values_Q, high=MAX_VALUE[metric]) if bounded else (None, None)
             row = {"metric": metric, "aggregator": aggregator, "value": values_Q.mean(), "ci_low": low, "ci_high": high}
             rows.append(shared | row)
         rows += [shared | {"metric": metric, "aggregator": "", "value": v} for metric, v in at.measured.items()]

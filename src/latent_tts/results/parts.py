@@ -133,14 +133,18 @@ def whole_parts(paths: Iterable[Path], columns: list[str]) -> Iterator[tuple[Pat
     for path in paths:
         try:
             table = whole_table(path, columns)
-            if table is None:
-                log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, set_aside(path).name)
-                continue
         except FileNotFoundError:  # pruned, or set aside by another process
             continue
         except OSError as error:
             raise RunError(f"{path} cannot be read ({error.strerror})") from error
-        yield path, table
+        if table is not None:
+            yield path, table
+            continue
+        try:
+            aside = set_aside(path)
+        except OSError as error:
+            raise RunError(f"{path} is damaged, and cannot be set aside ({error.strerror})") from error
+        log.warning("%s is damaged: it is now %s, and its rollouts are missing", path, aside.name)
 
 
 def whole_table(path: Path, columns: list[str]) -> pa.Table | None:
@@ -161,7 +165,7 @@ class PartIndex:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-        tables = [table for path in self._files if (table := _index_table(path)) is not None]
+        tables = [table for path in self._files if (table := intact_table(path, INDEX_SCHEMA)) is not None]
         self._table = pa.concat_tables([INDEX_SCHEMA.empty_table(), *tables])
         there = {path.name: path for path in part_files(folder)}
         known = set(self._table["part"].unique().to_pylist())
@@ -195,12 +199,12 @@ class PartIndex:
                 path.unlink(missing_ok=True)
 
 
-def _index_table(path: Path) -> pa.Table | None:
-    try:
-        table = whole_table(path, INDEX_SCHEMA.names)
-    except OSError:
-        return None
-    return table.cast(INDEX_SCHEMA) if table is not None else None
+def intact_table(path: Path, schema: pa.Schema) -> pa.Table | None:
+    """The columns of a schema out of a file; None for one that is damaged or cannot be read."""
+    table = None
+    with suppress(OSError):
+        table = whole_table(path, schema.names)
+    return None if table is None else table.cast(schema)
 
 
 def runs_of(places: pd.DataFrame) -> list[tuple[str, range]]:
@@ -281,8 +285,7 @@ class GatheredRows:
                 values = self._values(field)
                 # pandas would make a text of its own for every row
                 columns[field.name] = pd.Series(values, dtype=values.dtype, copy=False)
-        own = {name: places[name].array for name in PLACE}
-        return pd.DataFrame(own | columns, copy=False)
+        return pd.DataFrame({name: places[name].array for name in PLACE} | columns, copy=False)
 
     def padded(self, name: str) -> Float32:
         """A column of lists of fractions (rows, longest), NaN beyond a row's own."""

@@ -1,12 +1,12 @@
-"""Figures from metrics tables. Nothing is recomputed: what is drawn is what the CSV says."""
+"""Figures, most of them from metrics tables. Nothing is recomputed: what is drawn is what the CSV says."""
 
 from __future__ import annotations
 
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,14 +119,16 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
     points, attributes, notes = _named_curves(points, against, in_rows=in_rows)
     parts = [points[points["model"] == model] for model in models] if in_rows else [points]
     looks, aggregators = _looks(attributes), [name for name in points["aggregator"].unique() if name]
-    accuracies = points[points["metric"] == "accuracy"]
-    lines = accuracies[["model"] * in_rows + ["label", "aggregator"]].drop_duplicates()
+    lines = points[points["metric"] == "accuracy"][["model"] * in_rows + ["label", "aggregator"]].drop_duplicates()
     lines = lines["model"].value_counts().max() if in_rows else len(lines)
     together = len(aggregators) > 1 and lines <= MAX_LINES_TOGETHER
     panels: list[tuple[str, Sequence[str]]] = [("coverage", [""]), ("agreement", [""])]
     panels += [("accuracy", aggregators)] if together else [("accuracy", [name]) for name in aggregators]
     panels = [panel for panel in panels if (points["metric"] == panel[0]).any()]
-    marks = _aggregator_looks(aggregators, one_curve=len(looks) == 1) if together else {}
+    marks = {  # a colour of None is the curve's
+        name: Look(COLORS[(index + 1) % len(COLORS)] if len(looks) == 1 else None, *CYCLES[index % len(CYCLES)])
+        for index, name in enumerate(aggregators if together else ())
+    }
     columns = len(panels) if in_rows or len(panels) < 4 else math.ceil(len(panels) / 2)
     rows = len(parts) if in_rows else math.ceil(len(panels) / columns)
     with matplotlib.rc_context(STYLE):
@@ -163,9 +165,8 @@ def _points(metrics: pd.DataFrame, against: str) -> pd.DataFrame:
     points = points.assign(x=points["n"])
     if against != "n":
         same = ["run_id", "n", "drawn"]
-        beside = metrics[metrics["metric"] == against].drop_duplicates(same).set_index(same)["value"].rename("beside")
-        points = points.join(beside, on=same)
-        points = points.assign(x=points["beside"]).dropna(subset="x")
+        beside = metrics[metrics["metric"] == against].drop_duplicates(same).set_index(same)["value"].rename("x")
+        points = points.drop(columns="x").join(beside, on=same).dropna(subset="x")
     if points.empty:
         raise UsageError(f"nothing to draw: the table has no coverage, accuracy or agreement with {against} beside it")
     point = [*CURVE_COLUMNS, "aggregator", "n", "metric"]
@@ -221,7 +222,7 @@ def _named_curves(
             values = [_sampler_text(row) for _, row in rows.iterrows() if row["sampler_value"]]
             notes[str(model)] = f": {', '.join(values)}" if values else ""
         of_sampler = ["sampler"]
-    changed = [dict(_split(text)) for text in curves["settings"]]
+    changed = [_split(text) for text in curves["settings"]]
     common = set.intersection(*(set(each.items()) for each in changed))
     shared = _shared_sampler(points, against)
     labels, attributes = [], {}
@@ -245,12 +246,11 @@ def _shared_sampler(points: pd.DataFrame, against: str) -> tuple[str, ...]:
     return ("sampler",) if one and differ and against != "diversity" else ()
 
 
-def _split(settings: str) -> Iterable[tuple[str, str]]:
+def _split(settings: str) -> dict[str, str]:
     """Settings as tables have them, `key=value` by commas, by key."""
-    for setting in re.split(r",(?=[\w.]+=)", settings):
-        key, _, value = setting.partition("=")
-        if key:
-            yield key, value
+    return {
+        key: value for key, _, value in (each.partition("=") for each in re.split(r",(?=[\w.]+=)", settings)) if key
+    }
 
 
 def _sampler_text(told: Mapping[str, str] | pd.Series) -> str:
@@ -265,10 +265,10 @@ def _label(told: Mapping[str, str]) -> str:
     for name, value in told.items():
         if name in DIGEST_COLUMNS:
             parts.append(digest_label(name, value))
-        elif name in CURVE_COLUMNS and name != "budget":
-            parts += [] if name.startswith("sampler") else [value]
-        else:
+        elif name not in CURVE_COLUMNS or name == "budget":
             parts.append(f"{name}={value}" if value else name)
+        elif not name.startswith("sampler"):
+            parts.append(value)
     return printable(", ".join(parts))
 
 
@@ -299,29 +299,13 @@ def _sweep(attributes: dict[str, dict[str, str]]) -> list[list[str]] | None:
         groups: dict[tuple, list[tuple[float, str]]] = {}
         for label, told in attributes.items():
             rest = tuple(sorted((key, value) for key, value in told.items() if key != name))
-            groups.setdefault(rest, []).append((_number(told.get(name, "")), label))
+            groups.setdefault(rest, []).append((pd.to_numeric(told.get(name, ""), errors="coerce"), label))
         ordered = [sorted(group) for group in groups.values()]
         numeric = all(len(group) == 1 or not math.isnan(group[0][0] + group[-1][0]) for group in ordered)
         fits = len(ordered) < len(SEQUENTIAL)
         if numeric and fits and max(map(len, ordered)) > max([MIN_SWEPT - 1, *map(len, best)]):
             best = [[label for _, label in group] for group in ordered]
     return best or None
-
-
-def _number(text: str) -> float:
-    """The number that a text is; NaN for another text."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _aggregator_looks(aggregators: Sequence[str], *, one_curve: bool) -> dict[str, Look]:
-    """The look of each aggregator in a panel that has several; a colour of None is the curve's."""
-    return {
-        name: Look(COLORS[(index + 1) % len(COLORS)] if one_curve else None, *CYCLES[index % len(CYCLES)])
-        for index, name in enumerate(aggregators)
-    }
 
 
 def _draw_panel(
@@ -347,10 +331,8 @@ def _draw_panel(
     for label in labels:
         for index, aggregator in enumerate(aggregators):
             line = part[(part["label"] == label) & (part["aggregator"].fillna("") == aggregator)].sort_values("x")
-            look = looks[label]
-            if aggregator in marks:
-                own = marks[aggregator]
-                look = Look(own.color or look.color, own.marker, own.dash)
+            own = marks.get(aggregator, looks[label])
+            look = replace(own, color=own.color or looks[label].color)
             style: dict[str, Any] = look.marks() | thin | _ring(index)
             if label in singles:
                 others = [other for other in neighbours[label] if other in singles]
@@ -368,8 +350,7 @@ def _draw_panel(
                 )
             elif index == 0:
                 end, others = line.tail(1), neighbours[label]
-                x = beside(end["x"], others.index(label) + 1, len(others))
-                _draw_bars(axis, x, end, style | {"marker": ""})
+                _draw_bars(axis, beside(end["x"], others.index(label) + 1, len(others)), end, style | {"marker": ""})
     _set_ticks(axis, part, against)
 
 
@@ -386,8 +367,7 @@ def _draw_bars(axis: Axes, x: pd.Series, line: pd.DataFrame, style: Mapping[str,
 
 def _write_values(axis: Axes, line: pd.DataFrame, look: Look, *, below: bool) -> None:
     """Write the sampler's value above or below the points of a curve; not at each where there are many."""
-    step = math.ceil(len(line) / MAX_VALUES)
-    for point in line.iloc[::step].itertuples():
+    for point in line.iloc[:: math.ceil(len(line) / MAX_VALUES)].itertuples():
         axis.annotate(
             str(point.sampler_value), (point.x, point.value), (0, -5 if below else 5), textcoords="offset points",
             ha="center", va="top" if below else "bottom", fontsize=7, color=look.color,
@@ -452,21 +432,21 @@ def _spaced(numbers: Sequence[int]) -> list[int]:
 
 def _share_scale(axes: Sequence[Axes]) -> None:
     """Give the accuracies of different aggregators one scale."""
-    if axes:
-        limits = [axis.get_ylim() for axis in axes]
-        for axis in axes:
-            axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    limits = [limit for axis in axes for limit in axis.get_ylim()]
+    for axis in axes:
+        axis.set_ylim(min(limits), max(limits))
 
 
 def _legend(looks: dict[str, Look], marks: dict[str, Look]) -> list[Artist]:
     """The legend's entries: curves, then aggregators that share a panel."""
     from matplotlib.lines import Line2D
 
-    handles: list[Artist] = [Line2D([], [], label=label, **look.marks()) for label, look in looks.items()]
-    for index, (name, look) in enumerate(marks.items()):
-        style: dict[str, Any] = look.marks() | {"color": look.color or "0.3"} | _ring(index)
-        handles.append(Line2D([], [], label=name, **style))
-    return handles
+    curves = {label: look.marks() for label, look in looks.items()}
+    shared = {
+        name: look.marks() | {"color": look.color or "0.3"} | _ring(index)
+        for index, (name, look) in enumerate(marks.items())
+    }
+    return [Line2D([], [], label=name, **style) for name, style in [*curves.items(), *shared.items()]]
 
 
 def _interval_handle(parts: Sequence[pd.DataFrame], marks: dict[str, Look], *, averaged: bool) -> Artist:
@@ -477,10 +457,9 @@ def _interval_handle(parts: Sequence[pd.DataFrame], marks: dict[str, Look], *, a
     label = "mean of the seeds' 95% intervals" if averaged else "95% interval"
     crowded = all(part["label"].nunique() > MAX_BANDS for part in parts)
     single = all((part.groupby("label")["x"].nunique() == 1).all() for part in parts)
-    if single:
-        return Line2D([], [], color="0.5", marker="|", markersize=10, linestyle="", label=label)
-    label += " at the end" * crowded + (f" (accuracy: of {next(iter(marks))})" if marks else "")
-    if crowded:
+    if not single:
+        label += " at the end" * crowded + (f" (accuracy: of {next(iter(marks))})" if marks else "")
+    if single or crowded:
         return Line2D([], [], color="0.5", marker="|", markersize=10, linestyle="", label=label)
     return Patch(color="0.5", alpha=0.3, linewidth=0, label=label)
 
@@ -498,10 +477,10 @@ def _title(points: pd.DataFrame, against: str) -> str:
     parts = [" ".join(named), *sampler, questions]
     seeds = points["seed"].unique()
     counts = pd.Series([len(text.split(",")) for text in seeds])
-    if len(seeds) == 1:
-        parts.append(f"seed {seeds[0]}" if counts[0] == 1 else f"means over seeds {', '.join(seeds[0].split(','))}")
-    else:
-        parts.append("different seeds" if counts.max() == 1 else f"means over {_range(counts)} seeds")
+    one, several = f"seed {seeds[0]}", f"means over seeds {seeds[0].replace(',', ', ')}"
+    if len(seeds) > 1:
+        one, several = "different seeds", f"means over {_range(counts)} seeds"
+    parts.append(one if counts.max() == 1 else several)
     if against == "diversity" and points["n"].nunique() == 1:
         parts.append(f"n = {points['n'].iloc[0]}")
     return printable(", ".join(parts))
@@ -511,3 +490,32 @@ def _range(counts: pd.Series) -> str:
     """A number, or the lowest and the highest of several."""
     low, high = int(counts.min()), int(counts.max())
     return str(low) if low == high else f"{low} to {high}"
+
+
+def draw_dependencies(relative_TT: np.ndarray, title: str, path: Path) -> None:
+    """Draw relative dependencies as a grid, a row per latent; NaN stays white.
+
+    Args:
+        relative_TT: row t, column s: how much latent t depends on latent s.
+        title: above the grid.
+        path: of the figure; its ending is the format.
+    """
+    from matplotlib.figure import Figure
+
+    total = len(relative_TT)
+    side = 0.45 * max(total, 6)
+    figure = Figure(figsize=(1.5 + side, 1.2 + side), layout="constrained")
+    axes = figure.subplots()
+    lower = np.where(np.tri(total, k=-1, dtype=bool), relative_TT, np.nan)
+    image = axes.imshow(lower, cmap="viridis", vmin=0)
+    for (row, column), value in np.ndenumerate(lower):
+        if np.isfinite(value):
+            shade = "white" if value < 0.6 * np.nanmax(lower) else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
+    axes.set_xticks(range(total), [str(s + 1) for s in range(total)])
+    axes.set_yticks(range(total), [str(t + 1) for t in range(total)])
+    axes.set_xlabel("latent that is changed")
+    axes.set_ylabel("latent that is made from it")
+    axes.set_title(title.replace("$", r"\$"), fontsize=9)
+    figure.colorbar(image, label="relative change per relative change", shrink=0.8)
+    save_figure(figure, [path])

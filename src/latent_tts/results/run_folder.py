@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, require
-from latent_tts.results.files import plain_cells, settings_digest, spreadsheet_cells, whole_file
+from latent_tts.results.files import plain_cells, settings_digest, whole_file, write_csv, write_text
 from latent_tts.results.parts import runs_of
 from latent_tts.types import Float32, file_digest
 
@@ -93,6 +94,8 @@ RECORD_FORMAT = 3  # of `run.json`; since 2 it has digests of tables, since 3 on
 NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions", "format"]
 REQUIRED_COLUMNS = ["n", "drawn", "metric", "questions", "format"]  # have a value in every row
 RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]
+JOB_NAME = re.compile(r"^  job:\n(?:    .*\n)*?    name: (\w+)$", re.MULTILINE)  # in `.hydra/hydra.yaml`
+WITHOUT_RUN = ("annotate", "train_reasoner", "train_rm")
 UNKNOWN = "unknown"  # how the digest of a run's questions begins that does not say which they are
 DIGEST_COLUMNS = ["questions_digest", "weights_digest"]  # since format 2
 # what makes rows belong to one curve: names, settings, and the question set and weights behind the names
@@ -123,8 +126,7 @@ def read_rollouts(folder: Path) -> pd.DataFrame:
     try:
         there = pq.read_schema(folder / ROLLOUTS).names
         own = [name for name in ROLLOUT_COLUMNS if name != "question_index"]  # which early runs do not have
-        columns = [*own, *(name for name in COUNT_COLUMNS if name in there)]
-        table = pq.read_table(folder / ROLLOUTS, columns=columns)
+        table = pq.read_table(folder / ROLLOUTS, columns=[*own, *(name for name in COUNT_COLUMNS if name in there)])
         missing = [name for name in own if name not in table.column_names]
         if missing or not len(table):
             raise ValueError(f"it has no {f'column {missing[0]}' if missing else 'rows'}")
@@ -147,12 +149,6 @@ def write_answers(folder: Path, answers: Sequence[Mapping[str, Any]]) -> None:
     """Write `answers.jsonl`: a line per question."""
     with whole_file(folder / ANSWERS) as path, path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-
-
-def write_budget(folder: Path, budget: pd.DataFrame) -> None:
-    """Write `budget.parquet`: a row per question of a run whose budget looked at its rollouts."""
-    with whole_file(folder / BUDGET) as path:
-        budget.to_parquet(path, index=False)
 
 
 def read_budget(folder: Path) -> pd.DataFrame | None:
@@ -258,8 +254,7 @@ def write_metrics(path: Path, metrics: pd.DataFrame) -> None:
     """Write a metrics table (or one of means over seeds); missing figures are empty cells."""
     columns = METRIC_COLUMNS + [name for name in SEED_COLUMNS if name in metrics]
     metrics = metrics.assign(format=metrics["format"].fillna(FORMAT).astype(int))
-    with whole_file(path) as partial:
-        spreadsheet_cells(metrics[columns]).to_csv(partial, index=False, float_format="%.10g")
+    write_csv(path, metrics[columns], index=False, float_format="%.10g")
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
@@ -319,12 +314,16 @@ def tell_apart(metrics: pd.DataFrame, origin: str | pd.Series) -> pd.DataFrame:
     return metrics.assign(questions_digest=metrics["questions_digest"].where(known, f"{UNKNOWN}, of " + origin))
 
 
-def name_weights_once(metrics: pd.DataFrame) -> pd.DataFrame:
-    """A table in which the checkpoint and scorer of equal weights have one path, since folders are moved and copied."""
-    known, named = metrics["weights_digest"] != "", metrics.copy()
-    for name in ("checkpoint", "scorer"):
-        first = metrics.groupby(["model", "weights_digest"])[name].transform("first")
-        named[name] = metrics[name].mask(known, first)
+def name_once(metrics: pd.DataFrame) -> pd.DataFrame:
+    """A table in which equal weights and equal question sets have one name: files are moved, linked and copied."""
+    named = metrics.copy()
+    for digest, same, names in (
+        ("weights_digest", ["model", "weights_digest"], ("checkpoint", "scorer")),
+        ("questions_digest", ["questions_digest"], ("task", "split")),
+    ):
+        known = (metrics[digest] != "") & ~metrics[digest].str.startswith(UNKNOWN)
+        for name in names:
+            named[name] = metrics[name].mask(known, metrics.groupby(same)[name].transform("first"))
     return named
 
 
@@ -349,8 +348,7 @@ def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
     files = {name: file_digest(folder / name) for name in TABLES if (folder / name).is_file()}
     content = json.loads(json.dumps({"format": RECORD_FORMAT, "files": files, **record}, default=str))
     content["digest"] = settings_digest(content)
-    with whole_file(folder / RUN_JSON) as path:
-        path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    write_text(folder / RUN_JSON, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def check_file(folder: Path, name: str) -> None:
@@ -430,13 +428,24 @@ def is_complete(folder: Path) -> bool:
 def run_folders(path: Path, key: str = "runs") -> list[Path]:
     """The run folders at or below a folder: those with a `.hydra` record of a started run; in job order.
 
+    Folders of commands that make no run, as `annotate`, are left out.
+
     Raises:
         UsageError: there are none.
     """
     require(key, path, path.is_dir(), "no such folder")
-    found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir()]
+    found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir() and _command(hydra) not in WITHOUT_RUN]
     require(key, path, bool(found), "neither a run folder nor a folder of runs")
     return sorted(found, key=lambda folder: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in folder.parts])
+
+
+def _command(hydra: Path) -> str | None:
+    """The command that a `.hydra` folder is of; None where that cannot be read."""
+    try:
+        found = JOB_NAME.search((hydra / "hydra.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return None if found is None else found[1]
 
 
 def last_run() -> Path:
@@ -454,17 +463,21 @@ def last_run() -> Path:
     return Path(*max(tables, key=lambda table: table.stat().st_mtime).parts[:3])
 
 
-def _has_metrics(folder: Path) -> bool:
-    """Whether a run folder has a metrics table; raises UsageError if the table that it had is missing or damaged."""
-    check_file(folder, METRICS)
-    return (folder / METRICS).is_file()
+def read_tables(folders: Iterable[Path]) -> dict[Path, pd.DataFrame]:
+    """The metrics tables of the complete run folders among some.
+
+    Raises:
+        UsageError: a table is damaged, or the one that a run had is missing.
+    """
+    tables = {}
+    for folder in filter(is_complete, folders):
+        check_file(folder, METRICS)
+        if (folder / METRICS).is_file():
+            tables[folder] = read_run_metrics(folder)
+    return tables
 
 
-def join_metrics(folders: list[Path]) -> tuple[pd.DataFrame, list[Path]]:
-    """The metrics of the complete run folders in one table without repeated rows, and the folders left out."""
-    complete = [folder for folder in folders if is_complete(folder) and _has_metrics(folder)]
-    left_out = [folder for folder in folders if folder not in complete]
-    if not complete:
-        return pd.DataFrame(columns=METRIC_COLUMNS), left_out
-    joined = name_weights_once(pd.concat([read_run_metrics(folder) for folder in complete], ignore_index=True))
-    return joined.drop_duplicates(["run_id", "aggregator", "n", "drawn", "metric"], ignore_index=True), left_out
+def join_tables(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """The metrics of several runs in one table without repeated rows."""
+    joined = name_once(pd.concat(tables, ignore_index=True))
+    return joined.drop_duplicates(["run_id", "aggregator", "n", "drawn", "metric"], ignore_index=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from latent_tts.results.files import spreadsheet_cells, whole_file
+from latent_tts.results.files import write_csv
 from latent_tts.results.plot import save_figure
 
 TIMELINE, TIMELINE_FIGURE = "timeline.csv", "timeline.png"
@@ -60,8 +60,7 @@ def write_timeline(folder: Path, spans: Sequence[Span], unit: str) -> None:
     table = pd.DataFrame(spans).sort_values(["started", "worker"])
     start = table["started"].min()
     table = table.assign(started=table["started"] - start, ended=table["ended"] - start)
-    with whole_file(folder / TIMELINE) as path:
-        spreadsheet_cells(table.rename(columns={"rows": unit})).to_csv(path, index=False, float_format="%.4f")
+    write_csv(folder / TIMELINE, table.rename(columns={"rows": unit}), index=False, float_format="%.4f")
     _draw(folder / TIMELINE_FIGURE, table)
 
 

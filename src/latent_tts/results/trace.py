@@ -66,7 +66,6 @@ class TracedRollouts:
         predictions: None where the answer cannot be read, or was not decoded.
         correct_N: None without a gold answer.
         texts: what the model wrote.
-        stop_reasons: `eos`, `length` or `not_decoded`.
         answer_logprob_N: NaN where the answer was not decoded.
         step_scores_NT: None without a scorer; NaN beyond a rollout's latents.
         score_N: None without a scorer.
@@ -81,7 +80,6 @@ class TracedRollouts:
     predictions: list[str | None]
     correct_N: list[bool] | None
     texts: list[str]
-    stop_reasons: list[str]
     answer_logprob_N: Floats
     step_scores_NT: Float32 | None
     score_N: Floats | None
@@ -217,6 +215,11 @@ class TracedQuestion:
     def votes_text(self) -> str:
         """The votes as people read them: `8 (12), 9 (3), unreadable (1)`."""
         return ", ".join(f"{vote.answer} ({vote.count})" for vote in self.votes)
+
+    @property
+    def shown_rollout(self) -> int:
+        """The rollout that is shown first: the pick of best_of_n, or rollout 0."""
+        return self.picks.get("best_of_n", {}).get("rollout") or 0
 
     @property
     def listed(self) -> list[tuple[int, int, str]]:

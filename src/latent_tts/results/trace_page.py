@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from latent_tts.results.trace import DependencyGraph, LatentMap, Trace, TracedQuestion, TracedRollouts
+from latent_tts.results.trace import Trace, TracedQuestion, TracedRollouts
 
 TEMPLATES = Path(__file__).parent / "templates"
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -31,9 +31,15 @@ def render_page(trace: Trace) -> str:
     )  # fmt: skip
     templates.filters |= {"number": number, "percent": percent, "signed": signed}
     script = (TEMPLATES / "trace.js").read_text(encoding="utf-8")
+    data = {
+        "vocabulary": trace.vocabulary,
+        "scorer": trace.scorer,
+        "schedule": trace.schedule,
+        "questions": [question_data(question) for question in trace.questions],
+    }
     return templates.get_template("trace.html").render(
         trace=trace,
-        data=json_in_html(page_data(trace)),
+        data=json_in_html(data),
         style=(TEMPLATES / "trace.css").read_text(encoding="utf-8"),
         script=script,
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -46,31 +52,29 @@ def json_in_html(value: Any) -> str:
     return "".join(ESCAPED.get(sign, sign) for sign in text)
 
 
-def page_data(trace: Trace) -> dict[str, Any]:
-    """What the script of the page reads."""
-    return {
-        "vocabulary": trace.vocabulary,
-        "scorer": trace.scorer,
-        "schedule": trace.schedule,
-        "questions": [question_data(question) for question in trace.questions],
-    }
-
-
 def question_data(question: TracedQuestion) -> dict[str, Any]:
-    """What it reads of a question."""
-    best = question.picks.get("best_of_n", {}).get("rollout")
+    """What the script of the page reads of a question."""
+    graph = question.dependencies
     return {
         "gold": question.gold,
         "results": question.results,
-        "selected": best or 0,
+        "selected": question.shown_rollout,
         "samplers": [
             rollouts_data(each) | {"kinds": question.kinds(place)} for place, each in enumerate(question.samplers)
         ],
         "spread": [
             [plain(each) for each in question.drift_and_spread(place)] for place in range(len(question.samplers))
         ],
-        "maps": [map_data(each) for each in question.maps],
-        "graph": None if question.dependencies is None else graph_data(question.dependencies),
+        "maps": [
+            {
+                "method": each.method,
+                "step": each.step,
+                "points": [plain(points) for points in each.points],
+                "explained": each.explained,
+            }
+            for each in question.maps
+        ],
+        "graph": graph and {"relative": plain(graph.relative_TT), "threshold": graph.threshold, "path": graph.path},
     }
 
 
@@ -91,21 +95,6 @@ def rollouts_data(rollouts: TracedRollouts) -> dict[str, Any]:
         "tokens": plain(rollouts.lens.token_NTK),
         "probabilities": plain(rollouts.lens.probability_NTK),
         "ranks": plain(rollouts.lens.rank_NTG),
-    }
-
-
-def map_data(drawn: LatentMap) -> dict[str, Any]:
-    """What it reads of a map."""
-    points = [plain(each) for each in drawn.points]
-    return {"method": drawn.method, "step": drawn.step, "points": points, "explained": drawn.explained}
-
-
-def graph_data(dependencies: DependencyGraph) -> dict[str, Any]:
-    """What it reads of a dependency graph."""
-    return {
-        "relative": plain(dependencies.relative_TT),
-        "threshold": dependencies.threshold,
-        "path": dependencies.path,
     }
 
 

@@ -6,6 +6,7 @@ import string
 from collections.abc import Iterator
 
 import numpy as np
+import pandas as pd
 from rich.console import Console
 from rich.text import Text
 
@@ -94,7 +95,10 @@ def latents_table(trace: Trace, question: TracedQuestion) -> tuple[list[report.C
     if own.step_scores_NT is not None:
         kinds_N = np.array(question.kinds(0))
         for kind in dict.fromkeys(sorted(kinds_N, key=list(KINDS).index)):
-            means = [number(_mean(own.step_scores_NT[kinds_N == kind, latent]), 3) for latent in range(latents)]
+            means = [
+                number(pd.Series(own.step_scores_NT[kinds_N == kind, latent], dtype=float).mean(), 3)
+                for latent in range(latents)
+            ]
             columns.append(report.Column(f"score, {KINDS[kind]}", means, 1))
     if graph is not None:
         there = len(graph.relative_TT)
@@ -113,10 +117,9 @@ def spread_table(question: TracedQuestion) -> tuple[list[report.Column], list[re
         if np.isfinite(values_T).any()
     ]
     latents = max(each.latents for each in question.samplers)
-    columns = [
+    return [report.Column("latent", [name for name, _ in rows], left=True)], [
         report.Column(str(step + 1), [number(values_T[step]) for _, values_T in rows]) for step in range(latents)
     ]
-    return [report.Column("latent", [name for name, _ in rows], left=True)], columns
 
 
 def said(trace: Trace, rollouts: TracedRollouts, latent: int, rollout: int = 0) -> str:
@@ -203,12 +206,12 @@ def legend(question: TracedQuestion, drawn: LatentMap, signs: dict[str, str]) ->
 
 def timeline_lines(question: TracedQuestion, signs: dict[str, str]) -> Iterator[Text]:
     """The sweeps of a rollout, the one that best_of_n picks if there is one: a line per sweep."""
-    own, rollout = question.rollouts, question.picks.get("best_of_n", {}).get("rollout") or 0
+    timeline, rollout = question.rollouts.timeline, question.shown_rollout
     yield Text(
         f"sweeps of rollout {rollout}: {signs['commit']} final after it, {signs['conflict']} computed from a guess, "
         f"not final, {signs['kept']} final before"
     )
-    before, timeline = 0, own.timeline
+    before = 0
     for sweep, (first, stop, final) in enumerate(
         zip(timeline.first_NS[rollout], timeline.stop_NS[rollout], timeline.final_NS[rollout], strict=True)
     ):
@@ -230,7 +233,9 @@ def print_side_by_side(trace: Trace) -> None:
     if questions[0].gold is not None:
         columns.insert(0, report.Column("right answer", [str(each.gold) for each in questions]))
     for place, each in enumerate(questions[0].samplers[:-1]):
-        means = [[number(_mean(values)) for values in question.drift_and_spread(place)] for question in questions]
+        means = [
+            [number(pd.Series(values).mean()) for values in question.drift_and_spread(place)] for question in questions
+        ]
         columns.append(report.Column(f"drift of {each.sampler}", [drift for drift, _ in means], 2))
         columns.append(report.Column(f"spread of {each.sampler}", [spread for _, spread in means], 3))
     if not trace.no_dependencies:
@@ -248,9 +253,3 @@ def number(value: float | None, digits: int = 2) -> str:
     if value is None or not np.isfinite(value):
         return ""
     return f"{value:.{digits}g}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _mean(values: np.ndarray) -> float:
-    there = np.asarray(values, dtype=np.float64)
-    there = there[np.isfinite(there)]
-    return float(there.mean()) if len(there) else float("nan")

@@ -14,3 +14,7 @@ class NoScorer:
     """
 
     reason: str | None = None
+
+    def __str__(self) -> str:
+        """Which option it is, and why."""
+        return "scorer=none" if self.reason is None else f"scorer=auto: {self.reason}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from latent_tts.sampler import Sampler
-from latent_tts.scorer import Scorer
+from latent_tts.scorer.latent_rm import LatentRM
 
 if TYPE_CHECKING:
     from latent_tts.engine.packing import RolloutJob
@@ -33,7 +33,7 @@ class Search(Protocol):
         """Number of rows of a batch per rollout at the end."""
         return 1
 
-    def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
+    def check(self, n: int, sampler: Sampler, scorer: LatentRM | None) -> None:
         """Check that the search works with n, the sampler and the scorer.
 
         Raises:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from latent_tts.engine.rollout import Engine, Rollouts
     from latent_tts.engine.scoring import LatentScorer
     from latent_tts.sampler import Sampler
-    from latent_tts.scorer import Scorer
+    from latent_tts.scorer.latent_rm import LatentRM
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Beam(Search):
         """Number of candidates per beam."""
         return self.candidates
 
-    def check(self, n: int, sampler: Sampler, scorer: Scorer | None) -> None:
+    def check(self, n: int, sampler: Sampler, scorer: LatentRM | None) -> None:
         """Check that the search works with n, the sampler and the scorer.
 
         Raises:

@@ -12,11 +12,12 @@ from latent_tts.text import latex
 from latent_tts.text.guard import Guard
 from latent_tts.text.number import MAX_LENGTH, canonical_number, close, tidy
 
+QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 RULES = {"decimal": "a number", "latex": "a LaTeX expression with a value", "words": "a text"}
 
 
 class AnswerFormat(Protocol):
-    """Where a family of reasoners writes its answers; a part of `latent_tts.model.ModelAdapter`."""
+    """Where a family of reasoners writes its answers; a part of `latent_tts.checkpoint.adapter.CheckpointAdapter`."""
 
     def answer_span(self, answer_text: str) -> str | None:
         """The part of a generated text that contains the answer, unchanged; None if there is none."""
@@ -101,4 +102,4 @@ def canonical_words(raw: str | None) -> str | None:
     """
     if raw is None or len(raw) > MAX_LENGTH:
         return None
-    return " ".join(unicodedata.normalize("NFC", tidy(raw).casefold()).split()).rstrip(". ") or None
+    return " ".join(unicodedata.normalize("NFC", tidy(raw).casefold()).translate(QUOTES).split()).rstrip(". ") or None

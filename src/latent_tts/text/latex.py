@@ -35,6 +35,7 @@ WORDS = re.compile(r"(?=.*[A-Za-z]{4}|(?i:yes)\b)[A-Za-z]+(?: [A-Za-z]+)*")
 SHORT_ROOT = re.compile(rf"(\\sqrt\s*\[[^\[\]]*\])\s*(\d)(?!\d|{SPACE}\d)")
 ROOT_OF_BRACKETS = re.compile(r"(?:√|\\?\bsqrt)\s*\(([^()]*)\)")
 BRACKETS = {r"\langle": "(", r"\rangle": ")", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]"}
+BLACKBOARD = re.compile(r"\\mathbb\s*([A-Z])(?![A-Za-z])")
 BRACKET = re.compile(r"(\\[lr](?:angle|brace|brack))(?![A-Za-z])")
 DEGREES = re.compile(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])|\\textdegree(?![A-Za-z])")
 FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])\s*(?:\^\s*(?:\{[^{}]*\}|\w)\s*)?(?:\\left\s*)?")
@@ -122,6 +123,7 @@ def _expression(text: str) -> str | None:
     if text.count("$") == 1:  # money, not the start of mathematics
         text = text.replace("\\$", "").replace("$", "").strip()
     text = text.translate(SIGNS).replace(r"\varnothing", r"\emptyset")
+    text = BLACKBOARD.sub(r"\\mathbb{\1}", text)
     text = BRACKET.sub(lambda bracket: BRACKETS[bracket[1]], text)
     text = ROOT_OF_BRACKETS.sub(r"\\sqrt{\1}", text)
     text = re.sub(r"√\s*(\d+|\w|(?=[({]))", lambda root: rf"\sqrt{{{root[1]}}}" if root[1] else r"\sqrt", text)
@@ -153,7 +155,7 @@ def _in_radians(text: str) -> str:
         start = function.end()
         if start < end:
             continue
-        stop = _closing(text, start)
+        stop = closing(text, start)
         if stop is None:
             number = IN_DEGREES.match(text, start)
             stop = number.end() if number else start
@@ -162,11 +164,11 @@ def _in_radians(text: str) -> str:
     return written + text[end:]
 
 
-def _closing(text: str, start: int) -> int | None:
-    """The end of the group that starts at a place of a text; None if there is none."""
+def closing(text: str, start: int, opening: str = "({", ending: str = ")}") -> int | None:
+    """The end of the group that a bracket at a place of a text starts; None if there is none."""
     depth = 0
-    for place in range(start, len(text) if text[start : start + 1] in ("(", "{") else start):
-        depth += (text[place] in "({") - (text[place] in ")}")
+    for place in range(start, len(text) if text[start : start + 1] in list(opening) else start):
+        depth += (text[place] in opening) - (text[place] in ending)
         if depth == 0:
             return place + 1
     return None

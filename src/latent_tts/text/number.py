@@ -3,11 +3,13 @@ r"""Numbers as people write them, as exact fractions: `1,234.50`, `10\,000`, `3 
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+from decimal import Context, Decimal, Inexact
 from fractions import Fraction
 
 MAX_LENGTH = 500  # characters of an answer; the longest gold answer of MATH-500 has 53
 MAX_EXPONENT = 400  # beyond the range of floats; a larger one is not an answer
+# more digits than a finite decimal with MAX_LENGTH characters can have: 1/2**k has k, and 2**k has k * log10(2)
+EXACT = Context(prec=8 * MAX_LENGTH, traps=[Inexact])
 
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 # full-width forms, the ideographic full stop, the Arabic separators, the slash of fractions
@@ -135,12 +137,8 @@ def _decimal(found: re.Match[str]) -> Fraction | None:
         digits = digits.replace(found["separator"], "")
     exponent = (found["exponent"] or found["power"] or found["power_digit"] or "0").replace(" ", "")
     value = Decimal(f"{digits}e{exponent}")
-    return Fraction(value) if value == 0 or _exponent(value) <= MAX_EXPONENT else None
-
-
-def _exponent(value: Decimal) -> int:
-    """The number of decimal places before or after the point, whichever is larger."""
-    return max(abs(value.adjusted()), -int(value.as_tuple().exponent))
+    places = max(abs(value.adjusted()), -int(value.as_tuple().exponent))  # before or after the point
+    return Fraction(value) if value == 0 or places <= MAX_EXPONENT else None
 
 
 def canonical_number(raw: str | None) -> str | None:
@@ -156,17 +154,10 @@ def canonical_number(raw: str | None) -> str | None:
     value = None if raw is None or len(raw) > MAX_LENGTH else number(tidy(raw))
     if value is None:
         return None
-    rest, twos, fives = value.denominator, 0, 0
-    while rest % 2 == 0:
-        rest, twos = rest // 2, twos + 1
-    while rest % 5 == 0:
-        rest, fives = rest // 5, fives + 1
-    if rest != 1:
+    try:
+        return f"{EXACT.divide(Decimal(value.numerator), Decimal(value.denominator)):f}"
+    except Inexact:
         return None
-    places = max(twos, fives)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).zfill(places + 1)
-    written = f"{digits[:-places]}.{digits[-places:]}" if places else digits
-    return f"-{written}" if value < 0 else written
 
 
 def write_fraction(value: Fraction) -> str:

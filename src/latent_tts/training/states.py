@@ -66,9 +66,7 @@ def last_state(states: Path) -> Path | None:
 
 def write_digests(state: Path) -> None:
     """Write the digests of a state's files beside them, as the last of its files."""
-    # each process of a launch writes its own rng_state_RANK.pth, maybe later
-    own = (path.name for path in state.iterdir() if path.is_file() and path.name != DIGESTS)
-    names = sorted(name for name in own if not name.startswith("rng_state_"))
+    names = sorted(path.name for path in state.iterdir() if path.is_file() and path.name != DIGESTS)
     with whole_file(state / DIGESTS) as partial:
         partial.write_text(json.dumps({name: file_digest(state / name) for name in names}, indent=1) + "\n")
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -158,17 +159,26 @@ class ResumableTrainer(Trainer):
         last = last_state(states)
         if last is not None:
             log.info("resuming from %s", last)
-        writer = SummaryWriter(str(states / "tensorboard")) if self.is_world_process_zero() else None
-        board = TensorBoardCallback(writer)
-        self.add_callback(board)
-        with self.updates.deferring_ctrl_c(), self._naming(last):
+        with self.updates.deferring_ctrl_c(), self._naming(last), self._tensorboard(states / "tensorboard"):
             self.train(resume_from_checkpoint=str(last) if last else None)
-        self.remove_callback(board)
         if self.updates.interrupted:
             update, total = self.state.global_step, self.state.max_steps
             raise KeyboardInterrupt(
                 f"the state after update {update} of {total} is saved in {states}; re-run the command to resume"
             )
+
+    @contextmanager
+    def _tensorboard(self, folder: Path) -> Iterator[None]:
+        """Log to TensorBoard within the block; its writer's thread ends with the block."""
+        writer = SummaryWriter(str(folder)) if self.is_world_process_zero() else None
+        board = TensorBoardCallback(writer)
+        self.add_callback(board)
+        try:
+            yield
+        finally:
+            self.remove_callback(board)
+            if writer is not None:
+                writer.close()  # Trainer closes it only at the end of a training
 
     @contextmanager
     def _naming(self, state: Path | None) -> Iterator[None]:
@@ -185,24 +195,23 @@ class ResumableTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the trained weights; tied weights only once, as safetensors requires."""
-        assert self.model is not None
-        super()._save(output_dir, {name: value.detach() for name, value in trained_parameters(self.model)})
+        trained = trained_parameters(cast(nn.Module, self.model))
+        super()._save(output_dir, {name: value.detach() for name, value in trained})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a state, and the digests of its files."""
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
         if self.is_world_process_zero():
             write_digests(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the trained weights of a state."""
-        assert self.model is not None
-        load_parameters(self.model, Path(resume_from_checkpoint))
+        load_parameters(cast(nn.Module, self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Load the trained weights of the best state."""
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -270,15 +279,6 @@ class _UpdateCallback(TrainerCallback):
             self.report(state.global_step, self.logged | {"loss": sum(losses) / len(losses)})
         except KeyboardInterrupt:
             self.interrupted = True
-        self.interrupted = _in_any_process(self.interrupted, args)
+        self.interrupted = any(gather_object([self.interrupted]))  # all processes act on it after the same update
         if self.interrupted:
             control.should_save = control.should_training_stop = True
-
-
-def _in_any_process(flag: bool, arguments: TrainingArguments) -> bool:
-    """Whether the flag is set in any process, so that all processes act on it after the same update."""
-    if arguments.world_size == 1:
-        return flag
-    flags = torch.tensor(int(flag), device=arguments.device)
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return bool(flags.item())

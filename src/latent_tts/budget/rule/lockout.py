@@ -57,7 +57,7 @@ class Lockout(Rule):
         """Whether the pick of n is known, after each rollout."""
         assert tally.max_log_weight is not None, "the largest weight is not known"
         left_N = tally.n - np.arange(1, tally.drawn + 1.0)
-        counted = bool(np.all(np.isin(tally.weight_N, (0.0, 1.0))))
+        counted = self.aggregator == "majority"  # else weights may be 0 and 1 because the others underflow
         if tally.equal is None:
             locked_N = _locked(tally.votes, left_N, counted)
         else:

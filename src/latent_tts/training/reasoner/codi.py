@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,8 @@ from latent_tts.training.reasoner.batch import (
     Sequences,
     TokenBatch,
     encode_batch,
-    result_logits,
     step_results_loss,
-    written_loss,
+    token_loss,
 )
 from latent_tts.training.reasoner.coconut import CoconutObjective
 from latent_tts.training.reasoner.curriculum import Distilled, Stage, written_before_answer
@@ -62,12 +62,9 @@ def add_projector(folder: Path, hidden: int | None, seed: int, *, identity: bool
 
 
 @torch.no_grad()
-def set_identity(projector: nn.Sequential, width: int, scale: float) -> None:
+def set_identity(projector: Any, width: int, scale: float) -> None:
     """Make the linear layers together the identity, since gelu(x) - gelu(-x) = x, and scale the output by `scale`."""
     first, second, norm = projector[1], projector[3], projector[4]
-    assert isinstance(first, nn.Linear)
-    assert isinstance(second, nn.Linear)
-    assert isinstance(norm, nn.LayerNorm)
     both = torch.cat([torch.eye(width), -torch.eye(width)])
     first.weight[: 2 * width], first.bias[: 2 * width] = both, 0.0
     second.weight.zero_()
@@ -107,23 +104,6 @@ class CodiObjective(CoconutObjective):
         self.own = nn.ModuleDict({PROJECTOR.removesuffix("."): projector.float().train()})
         self.next_latent = projector
 
-    def think(self, rows: Sequences, hidden_Q1D: Tensor, latents: int) -> tuple[Tensor, Tensor]:
-        """Compute the latents.
-
-        Args:
-            rows: the prompts; all latents except the last are appended.
-            hidden_Q1D: final hidden state of each prompt's last token, from which the first latent is made.
-            latents: T.
-
-        Returns:
-            The latents (Q, S, D) that were not appended, here the last one (S = 1), and the hidden states (Q, T, D)
-            from which all latents were made.
-        """
-        thoughts = [hidden_Q1D]
-        for _ in range(latents - 1):
-            thoughts.append(rows.feed(self.next_latent(thoughts[-1])))
-        return self.next_latent(thoughts[-1]), torch.cat(thoughts, dim=1)
-
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
         """Without latents the teacher's cross-entropy, else the weighted sum of both cross-entropies and the distance.
 
@@ -151,13 +131,13 @@ class CodiObjective(CoconutObjective):
             distance = alignment(self._before_answer(layers, questions, stage), before, recipe.distill_loss)
             loss = loss + recipe.distill_weight * distance
         if recipe.step_loss:
-            results = result_logits(prompts, thoughts_QTD, self.next_latent, lm_head(self.lm), student)
-            loss = loss + recipe.step_loss * step_results_loss(results, student)
+            results = step_results_loss(prompts, thoughts_QTD, self.next_latent, lm_head(self.lm), student)
+            loss = loss + recipe.step_loss * results
         return loss
 
     def _written_loss(self, hidden_QAD: Tensor, batch: TokenBatch) -> Tensor:
         """The cross-entropy from the hidden states of all written tokens except the last."""
-        return written_loss(lm_head(self.lm)(hidden_QAD[:, batch.forced - 1 :]), batch)
+        return token_loss(lm_head(self.lm)(hidden_QAD[:, batch.forced - 1 :]), batch.targets_QA)
 
     def _before_answer(self, layers, questions: list[Question], stage: Stage) -> list[Tensor]:
         """Per layer, the hidden states (Q, D) at the token before the answer, selected from those of written tokens."""

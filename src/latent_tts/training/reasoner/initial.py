@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from latent_tts.checkpoint import files, loading
-from latent_tts.checkpoint.vocabulary import MEAN, check_begin, cut_to, fit_rows, with_tokens
+from latent_tts.checkpoint.vocabulary import MEAN, cut_to, fit_rows, with_tokens
+from latent_tts.errors import require
 from latent_tts.training.reasoner.curriculum import Recipe
 from latent_tts.training.reasoner.vocabulary import UNKNOWN, word_level_tokenizer
 
@@ -30,16 +31,12 @@ def load_trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTr
 
 def embedding_table(lm: PreTrainedModel) -> Tensor:
     """The token embeddings (V, D), without gradients."""
-    layer = lm.get_input_embeddings()
-    assert isinstance(layer, nn.Embedding)
-    return layer.weight.detach()
+    return cast(nn.Embedding, lm.get_input_embeddings()).weight.detach()
 
 
 def lm_head(lm: PreTrainedModel) -> nn.Module:
     """The layer that makes logits of final hidden states."""
-    layer = lm.get_output_embeddings()
-    assert layer is not None
-    return layer
+    return cast(nn.Module, lm.get_output_embeddings())
 
 
 def write_initial_checkpoint(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:
@@ -73,7 +70,12 @@ def copy_checkpoint(
         UsageError: a file is missing or truncated, or the model cannot be fitted.
     """
     old = files.load_tokenizer(source, key="init")
-    check_begin(begin, old, "recipe.new_tokens")
+    require(
+        "recipe.new_tokens",
+        begin,
+        begin == MEAN or (isinstance(begin, str) and old.token_to_id(begin) is not None),
+        f"must be {MEAN}, or a token of the model that training starts from",
+    )
     files.weight_files(source, key="init")
     files.copy_beside_tokenizer(source, folder)
     config = files.read_config(source)

@@ -7,18 +7,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from latent_tts.checkpoint import files, loading
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.modules import pccot_projection
 from latent_tts.model.pccot import PROJECTION
-from latent_tts.training.reasoner.batch import Sequences, encode_batch
+from latent_tts.training.reasoner.batch import Sequences
 from latent_tts.training.reasoner.coconut import CoconutObjective
 from latent_tts.training.reasoner.codi import CodiObjective
-from latent_tts.training.reasoner.curriculum import Distilled, Stage
-from latent_tts.training.reasoner.initial import add_tensors, has_tensors, lm_head, load_trainable_lm
-from latent_tts.types import Question
+from latent_tts.training.reasoner.curriculum import Distilled
+from latent_tts.training.reasoner.initial import add_tensors, has_tensors, load_trainable_lm
 
 
 def add_projection(folder: Path, sweeps: int, seed: int, *, projection: bool, known_first: bool) -> None:
@@ -82,17 +80,3 @@ class PccotObjective(CodiObjective):
             before_QTD = torch.cat([hidden_Q1D, rows.fork().feed(latents_QTD)[:, :-1]], dim=1)
             latents_QTD = self.next_latent(before_QTD)
         return latents_QTD, before_QTD
-
-    def exact_matches(self, questions: list[Question], stage: Stage) -> int:
-        """The number of questions whose written tokens are all predicted by the argmax, after K sweeps of latents."""
-        if not stage.latents:
-            return super().exact_matches(questions, stage)
-        embed, head = self.lm.get_input_embeddings(), lm_head(self.lm)
-        batch, rows = encode_batch(self.adapter, questions, stage, self.lm.device), Sequences(self.lm)
-        hidden_Q1D = rows.feed(embed(batch.prompt_QL), batch.prompt_mask_QL)[:, -1:]
-        latents_QSD, _ = self.think(rows, hidden_Q1D, stage.latents)
-        pending = latents_QSD.shape[1]
-        mask = F.pad(batch.written_mask_QA[:, :-1], (pending, 0), value=1)
-        hidden = rows.feed(torch.cat([latents_QSD, embed(batch.written_QA[:, :-1])], dim=1), mask)
-        predicted = head(hidden[:, pending + batch.forced - 1 :]).argmax(-1)
-        return int(((predicted == batch.targets_QA) | (batch.targets_QA == -100)).all(1).sum())

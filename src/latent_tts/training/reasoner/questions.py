@@ -7,6 +7,7 @@ epoch, in an order that is keyed by (seed, epoch).
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import unicodedata
@@ -55,6 +56,12 @@ class TrainingQuestions:
         questions = [*self.finite, *self.valid]
         return [text for q in questions for text in (q.text, *(f"{step}\n" for step in q.steps), f"### {q.answer}")]
 
+    @property
+    def digest(self) -> str:
+        """What identifies the finite set and the validation questions, whatever their file and their order in it."""
+        parts = [sorted((q.id, q.answer, q.steps) for q in part) for part in (self.finite, self.valid)]
+        return text_digest(json.dumps(parts))
+
 
 def training_questions(task: Task, *, valid_questions: int, seed: int, step_results: bool) -> TrainingQuestions:
     """The training questions of a task.
@@ -96,13 +103,11 @@ def usable(questions: Sequence[Question], task: Task, *, step_results: bool) -> 
         UsageError: a test question is among them, no question has steps, or a step is empty or names no result.
     """
     known = {question: known_set(question.text) for question in questions}
-    tests = [question for question, place in known.items() if place and place[1] == "test"]
+    tests = [(question, place[0]) for question, place in known.items() if place and place[1] == "test"]
     if tests:
-        place = known[tests[0]]
-        assert place is not None
         raise UsageError(
             f"task={task.name}: {len(tests)} of its {len(questions)} questions are test questions, which are never "
-            f"trained on; the first is of task={place[0]}: {tests[0].quoted}"
+            f"trained on; the first is of task={tests[0][1]}: {tests[0][0].quoted}"
         )
     valid = [question for question, place in known.items() if place]
     without = [question for question, place in known.items() if not place and not question.steps]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
@@ -152,11 +153,8 @@ class ReasonerModule(nn.Module):
         super().__init__()
         self.recompute = recompute
         self.lm, self.own, self.objective = objective.lm, objective.own, objective
-        adapted = None
-        if lora.rank is not None:
-            torch.manual_seed(seed)  # of the adapter's weights
-            adapted = lora.attach(objective.lm, new_tokens)
-        self.__dict__["adapted"] = adapted  # not registered as a module: it has the same weights
+        # not registered as a module: it has the same weights
+        self.__dict__["adapted"] = lora.attach(objective.lm, new_tokens, seed)
 
     def forward(self, questions: list[Question], stage: Stage) -> Tensor:
         """The loss of a batch."""
@@ -213,7 +211,7 @@ class ReasonerTrainer(ResumableTrainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Exact match on the validation questions, in the stage of the last update."""
         stage = self.recipe.stage_at(self.pace.planned(self.state.global_step - 1))
-        with self.pace.validating(lambda seconds: of_first_process(seconds, self.args)):
+        with self.pace.validating(of_first_process):
             figures = {METRIC: self.module.exact_match(self.valid, stage)}
             if self.drawn is not None:
                 figures |= self._draw(self.drawn, stage)
@@ -246,7 +244,7 @@ class _SaveCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.lr = kwargs["optimizer"].param_groups[0]["lr"]
-        self.pace.stop(state.global_step, lambda seconds: of_first_process(seconds, args))
+        self.pace.stop(state.global_step, of_first_process)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done, pace, recipe = state.global_step, self.pace, self.recipe
@@ -262,16 +260,12 @@ class _SaveCallback(TrainerCallback):
             figures = {"latents": stage.latents, "hidden_steps": stage.hidden_steps, "lr": self.lr}
             pace.log(done - 1, figures | {"validated": validates})
         control.should_evaluate = control.should_evaluate or validates
-        control.should_save = control.should_save or saves or bool(of_first_process(pace.wants_saving(), args))
+        control.should_save = control.should_save or saves or bool(of_first_process(pace.wants_saving()))
 
 
-def of_first_process(number: float, arguments: TrainingArguments) -> float:
+def of_first_process(number: float) -> float:
     """A number of the first process of a launch, in all processes."""
-    if arguments.world_size == 1:
-        return number
-    shared = torch.tensor(number, dtype=torch.float64, device=arguments.device)
-    torch.distributed.broadcast(shared, 0)
-    return float(shared.item())
+    return broadcast_object_list([number])[0]
 
 
 def train_reasoner(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,15 +150,11 @@ def read_best(states: Path) -> dict[str, Any] | None:
     path = states / BEST / RECORD
     if not path.is_file():
         return None
-    record = None
-    try:
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         record = json.loads(path.read_text())
-        whole = record.pop("digest", None) in (None, settings_digest(record))  # earlier versions wrote none
-    except (OSError, ValueError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise bad_value("output", path, "is damaged; train in another folder")
-    return record
+        if record.pop("digest", None) in (None, settings_digest(record)):  # earlier versions wrote none
+            return record
+    raise bad_value("output", path, "is damaged; train in another folder")
 
 
 def best_weights(states: Path) -> Path:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine.cost import Shape
 from latent_tts.errors import UsageError, bad_value, require
-from latent_tts.model import ModelAdapter
 from latent_tts.results.annotations import AnnotationFolder
 from latent_tts.results.files import settings_digest
 
@@ -30,7 +30,7 @@ class MixedQuestions:
         chance: mean share of right rollouts, the selection accuracy of a random choice.
     """
 
-    def __init__(self, folder: AnnotationFolder, adapter: ModelAdapter, latent_id: int, key: str) -> None:
+    def __init__(self, folder: AnnotationFolder, adapter: CheckpointAdapter, latent_id: int, key: str) -> None:
         """Check the shapes of every shard and select the questions.
 
         Raises:
@@ -90,7 +90,7 @@ class MixedQuestions:
         }
 
 
-def open_questions(path: Path, adapter: ModelAdapter, named: Mapping[str, Any], key: str) -> MixedQuestions:
+def open_questions(path: Path, adapter: CheckpointAdapter, named: Mapping[str, Any], key: str) -> MixedQuestions:
     """Open the usable questions of an annotation folder; logs how many were dropped.
 
     Args:

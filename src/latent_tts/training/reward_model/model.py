@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from latent_tts.checkpoint import reward_adapter
-from latent_tts.model import ModelAdapter
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.recompute import recomputing_blocks
 from latent_tts.training.trainer import trained_parameters
@@ -79,15 +79,11 @@ class LatentRMModule(nn.Module):
             lora: the low-rank adapter that is trained in place of the weights, if it has a rank.
         """
         super().__init__()
-        adapted = None
-        if lora.rank is not None:
-            torch.manual_seed(seed)
-            adapted = lora.attach(lm, [])
-        self.__dict__["adapted"] = adapted  # not registered as a module: it has the same weights
+        self.__dict__["adapted"] = lora.attach(lm, [], seed)  # not registered as a module: it has the same weights
         self.recompute = False
         lm.set_attn_implementation("sdpa")
         self.prefix = lm.base_model_prefix
-        self.backbone: Any = lm.base_model.requires_grad_(True) if adapted is None else lm.base_model
+        self.backbone: Any = lm.base_model.requires_grad_(True) if self.adapted is None else lm.base_model
         self.classifier = nn.Linear(lm.config.hidden_size, 1)
         generator = torch.Generator().manual_seed(seed)
         std = getattr(lm.config, "initializer_range", 0.02)
@@ -136,7 +132,7 @@ class LatentRMModule(nn.Module):
         for _, parameter in trained_parameters(self):
             parameter.copy_(parameter.to(dtype))
 
-    def write(self, folder: Path, adapter: ModelAdapter, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
+    def write(self, folder: Path, adapter: CheckpointAdapter, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
         """Write the checkpoint: weights, the reasoner's tokenizer, and its config with `latent_rm: record`.
 
         An adapter is written without the reasoner's weights; the record names its checkpoint as `base`.

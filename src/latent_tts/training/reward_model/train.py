@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainingAr
 from transformers.trainer_utils import EvalPrediction
 
 from latent_tts.checkpoint import files
-from latent_tts.model import ModelAdapter
+from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.results.files import whole_file
 from latent_tts.training.reasoner.lora import FULL, Lora
 from latent_tts.training.recompute import blocks_of
@@ -32,7 +32,7 @@ RESULTS = "train_rm.json"
 
 
 def train_latent_rm(
-    adapter: ModelAdapter,
+    adapter: CheckpointAdapter,
     data: MixedQuestions,
     valid: MixedQuestions,
     loss: RewardLoss,
@@ -119,7 +119,7 @@ def read_results(output: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def initial_model(adapter: ModelAdapter, init: str, seed: int, lora: Lora = FULL) -> LatentRMModule:
+def initial_model(adapter: CheckpointAdapter, init: str, seed: int, lora: Lora = FULL) -> LatentRMModule:
     """LatentRM before training, in float32: with the reasoner's weights, or with random ones if `init=random`."""
     lm = adapter.load(device="cpu", dtype="float32").lm
     if init == "random":
@@ -251,10 +251,7 @@ def selection_accuracy(score_QN: np.ndarray, correct_QN: np.ndarray) -> float:
 
 
 def _selection(prediction: EvalPrediction) -> dict[str, float]:
-    scores, corrects = prediction.predictions, prediction.label_ids
-    assert isinstance(scores, np.ndarray)
-    assert isinstance(corrects, np.ndarray)
-    return {METRIC: selection_accuracy(scores, corrects)}
+    return {METRIC: selection_accuracy(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))}
 
 
 def _best(last: Path) -> Path:
