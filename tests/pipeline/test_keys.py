@@ -16,8 +16,8 @@ from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.pipeline import code, keys, models
-from latent_tts.pipeline.run_output import read_computation
 from latent_tts.pipeline.spec import EngineSettings
+from latent_tts.results.cache import RolloutCache
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import COMPUTATIONS
 
@@ -272,12 +272,14 @@ def test_a_damaged_word_on_how_rollouts_were_computed_is_set_aside(run, cached):
     again = run()
     assert "computation.json is damaged" in again.err
     assert "logits" not in record_of(again)
+    cache = RolloutCache(Path("other"), {"seed": 0})
+    path = cache.folder / "computation.json"
     for damage in ("", "{}", '{"attention": "head"', "[]", "\udc00"):
         path.write_bytes(damage.encode(errors="surrogatepass"))
-        assert read_computation(path.parent) is None
+        assert cache.read_computation() is None
         assert not path.exists(), damage
     path.write_text(good)
-    assert read_computation(path.parent) is not None
+    assert cache.read_computation() is not None
 
 
 def test_how_a_scorer_is_computed_is_part_of_the_key_of_its_scores(run, latent_rm, monkeypatch):
