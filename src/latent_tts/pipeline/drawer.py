@@ -42,7 +42,6 @@ from latent_tts.pipeline.batch import (
     begin_measuring,
     least_columns,
     measured_columns,
-    score_table,
 )
 from latent_tts.pipeline.code import DRAWING
 from latent_tts.pipeline.keys import latents_key
@@ -58,7 +57,7 @@ from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
 from latent_tts.pipeline.worker_checks import check_code, check_draft, check_weights, code_of_driver
 from latent_tts.results import report
-from latent_tts.results.cache import ROLLOUT_SCHEMA, SCORED_BY, SCORING
+from latent_tts.results.cache import ROLLOUT_SCHEMA, SCORE_SCHEMA, SCORED_BY, SCORING
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
 from latent_tts.types import Computation
@@ -472,7 +471,7 @@ class Drawer:
         scores = self.scorer.score(batch, thought.latents_RTD, thought.steps_R) if request.scored else None
         return Part(
             places=places_of(batch),
-            make_table=None if scores is None else partial(score_table, batch, scores),
+            make_table=None if scores is None else partial(batch_table, SCORE_SCHEMA, batch, scores),
             latents_RTD=to_host(thought.latents_RTD) if request.keeps else None,
             max_bytes=self._max_bytes,
             memory=self.memory,

@@ -19,7 +19,7 @@ from torch import Tensor
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts
 from latent_tts.errors import LESS_MEMORY, RunError, computing
-from latent_tts.pipeline.batch import BatchScorer, score_table
+from latent_tts.pipeline.batch import BatchScorer, batch_table
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.pipeline.drawer import (
     Description,
@@ -48,6 +48,7 @@ from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import (
+    SCORE_SCHEMA,
     RolloutCache,
     ScoreCache,
     known_to_fit,
@@ -210,7 +211,7 @@ def score_kept(
                 latents_RTD, steps_R = read_latents(batch)
                 with progress.batch(batch):
                     columns = scorer.score(batch, latents_RTD, steps_R)
-                writer.put(partial(score_table, batch, columns))
+                writer.put(partial(batch_table, SCORE_SCHEMA, batch, columns))
 
 
 def jobs_of(spec: RunSpec, missing: pd.DataFrame) -> list[RolloutJob]:
