@@ -111,8 +111,8 @@ def show(found: Probe, model: str, threshold: float) -> None:
         )
     elif found.max_rows == 0:
         report.print_line(
-            f"recommended: schedule=sequential: {as_overrides(chosen)} takes {found.ratios[1]:.2f} times as long for one "
-            f"rollout on this {found.device}"
+            f"recommended: schedule=sequential: {as_overrides(chosen)} takes {found.ratios[1]:.2f} times as long for "
+            f"one rollout on this {found.device}"
         )
     else:
         report.print_line(f"recommended, for up to {found.max_rows} rows: schedule=speculative {as_overrides(chosen)}")
