@@ -67,7 +67,7 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # models with another memory (recurrent states, convolutions), from which no latent could be taken back
 RECURRENT = (
     *("mamba", "falcon_mamba", "rwkv", "jamba", "zamba", "bamba", "recurrent_gemma", "xlstm", "falcon_h1"),
-    *("granitemoehybrid", "lfm2", "plamo2", "nemotron_h", "qwen3_next", "kimi_linear", "reformer"),
+    *("granitemoehybrid", "lfm2", "plamo2", "nemotron_h", "qwen3_next", "kimi_linear", "reformer", "zaya"),
 )
 # encoders, unless their config says `is_decoder`
 BIDIRECTIONAL = (

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from latent_tts.config.build import given_keys, is_given, output_dir
+from latent_tts.config.build import given_values, is_given, output_dir
 from latent_tts.config.recorded import recorded, recorded_run
 from latent_tts.config.requests import beside_option, changed_settings, run_request, with_texts
 from latent_tts.errors import UsageError, require
@@ -84,9 +84,9 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     Raises:
         UsageError: a key was given that is the run's.
     """
-    for key in given_keys():
+    for key, value in given_values().items():
         allowed = f"run={cfg.run} has its own; with run, only these keys can be given: {', '.join(OWN_KEYS)}"
-        require(key, OmegaConf.select(cfg, key), key in OWN_KEYS or key.startswith("hydra"), allowed)
+        require(key, value, key in OWN_KEYS or key.startswith("hydra"), allowed)
     merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "scorer", "budget"), cfg)
     merged.aggregator = {name: recorded("aggregator", node, cfg) for name, node in record["aggregators"].items()}
     merged.cache, merged.engine.device, merged.engine.rows = "on", cfg.engine.device, cfg.engine.rows

@@ -124,8 +124,8 @@ def check_start(cfg: DictConfig, task: Task, lora: Lora) -> None:
     """
     if cfg.init:
         why = f"init={cfg.init} brings its own shape and weights; no backbone is made"
-        for key in config.given_keys():
-            require(key, OmegaConf.select(cfg, key), not key.startswith("backbone."), why)
+        for key, value in config.given_values().items():
+            require(key, value, not key.startswith("backbone."), why)
         return
     why = "must be arith without init=: a new backbone knows only its words"
     require("task", task.name, isinstance(task, Arith), why)

@@ -177,14 +177,15 @@ def compose(command: str, overrides: Sequence[str] = (), loader: ConfigLoader | 
     return cfg
 
 
-def given_keys() -> list[str]:
-    """The groups and keys that the command line says something about."""
-    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+def given_values() -> dict[str, str]:
+    """The groups and keys that the command line says something about, with what it says."""
+    parts = (override.lstrip("+~").partition("=") for override in HydraConfig.get().overrides.task)
+    return {key: value for key, _, value in parts}
 
 
 def name_after_checkpoint(cfg: DictConfig) -> None:
     """Name a model after its checkpoint where the command line gives that alone: the default's name is another's."""
-    given = set(given_keys())
+    given = set(given_values())
     if "model.checkpoint" in given and not given & {"model", "model.name"} and cfg.model.checkpoint:
         cfg.model.name = Path(str(cfg.model.checkpoint).rpartition(":")[2]).name
 
@@ -232,7 +233,7 @@ def stay_where_started() -> None:
 
 def is_given(group: str) -> bool:
     """Whether the command line chooses an option of a group."""
-    return group in given_keys()
+    return group in given_values()
 
 
 def is_default(group: str, cfg: DictConfig) -> bool:

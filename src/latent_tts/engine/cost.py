@@ -260,15 +260,12 @@ class BatchCost:
     def _rollouts(self) -> int:
         return len(self.steps_R) // len(self.prompts_Q)
 
-    def _prompts_R(self) -> Int64:
-        return self.prompts_Q.repeat(self._rollouts)
-
     def _read(self, tokens: float) -> float:
         return self.passes.shape.cache_bytes(1, self.item) * float(tokens)
 
     def _thoughts(self) -> Work:
         passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
-        prompts_R = self._prompts_R()
+        prompts_R = self.prompts_Q.repeat(self._rollouts)
         flops_R = passes.thinking_flops(prompts_R, self.steps_R) - passes.own_prompt * shape.pass_flops(prompts_R)
         fed_R = np.maximum(self.steps_R - 1, 0) + own
         suffixes = (fed_R * (fed_R + 1) / 2).sum()
@@ -281,7 +278,7 @@ class BatchCost:
 
     def _answers(self, answers_R: Int64) -> Work:
         passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
-        prompts_R = self._prompts_R()
+        prompts_R = self.prompts_Q.repeat(self._rollouts)
         flops_R = passes.rollout_flops(prompts_R, self.steps_R, answers_R)
         flops_R -= passes.thinking_flops(prompts_R, self.steps_R)
         first_R = own + self.steps_R + passes.forced

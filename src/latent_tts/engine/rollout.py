@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import TypedDict, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class RolloutPlan:
         forced_ids: what every answer begins with, fewer than `max_answer_tokens`; they run in the pass of the
             end-of-thinking tokens.
         other_eos_ids: further tokens that end an answer.
-        exit: see `schedule.EarlyExit.threshold`; None where no row stops by it.
+        exit: see `Schedule.exit`; None where no row stops by it.
         exit_ids: tokens between the last latent and the one whose distribution that is about.
     """
 
@@ -224,13 +224,7 @@ class Layout:
         return cls(rows, 1 if "prompt" in phases else rows // questions, own_last, capacity)
 
 
-class _Rows(TypedDict):
-    latents_RTD: Tensor
-    steps_R: Tensor
-    thinking_R: Tensor | None
-
-
-def unstarted_rows(engine: Engine, rows: int) -> _Rows:
+def unstarted_rows(engine: Engine, rows: int) -> dict[str, Any]:
     """The latents of R rows, their numbers, and which rows go on, before anything is made (see `RolloutState`)."""
     plan, device = engine.plan, engine.device
     return {

@@ -17,6 +17,7 @@ from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.text.latex import closing
+from latent_tts.text.number import MINUS
 from latent_tts.text.template import TemplateError, names_question, rendered
 from latent_tts.types import Question
 
@@ -129,7 +130,8 @@ class Cot(CheckpointAdapter):
         """The number in that text; for instruct models the last one, without commas, wherever it stands."""
         if self.prompt == PLAIN:
             return self.answer_span(answer_text)
-        numbers = NUMBER.findall(self._end_of_chain(answer_text)) or NUMBER.findall(answer_text)
+        text = MINUS.sub("-", answer_text)
+        numbers = NUMBER.findall(self._end_of_chain(text)) or NUMBER.findall(text)
         return numbers[-1].replace(",", "") if numbers else None
 
     def _end_of_chain(self, answer_text: str) -> str:

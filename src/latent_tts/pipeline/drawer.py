@@ -320,7 +320,7 @@ class Drawer:
         require("schedule", "auto", spec.planned_on in (None, kind), allowed)
         if spec.guided:
             refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
-        if not spec.schedule.stepwise or spec.schedule.early_exit is not None:
+        if not spec.schedule.stepwise or spec.schedule.exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
         self.bytes_per_row = self._bytes_per_row(longest)

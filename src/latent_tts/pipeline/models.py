@@ -208,8 +208,8 @@ def rollout_plan(
         adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
         forced_ids=list(forced_ids), other_eos_ids=adapter.eos_ids[1:],
     )  # fmt: skip
-    if schedule is not None and schedule.early_exit is not None:
-        return replace(plan, exit=schedule.early_exit.threshold, exit_ids=exit_ids(adapter, schedule))
+    if schedule is not None and schedule.exit is not None:
+        return replace(plan, exit=schedule.exit, exit_ids=exit_ids(adapter, schedule))
     if schedule is None or schedule.stepwise:
         return plan
     return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.guess == "token" else None)

@@ -198,7 +198,7 @@ class RunSpec(RunRequest):
         adapter = self.adapter
         forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
-        looked_at = None if self.schedule.early_exit is None else len(exit_ids(adapter, self.schedule))
+        looked_at = None if self.schedule.exit is None else len(exit_ids(adapter, self.schedule))
         phases = self.sampler.random_phases
         made = adapter.latent_weights
         return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at, made)
@@ -507,11 +507,11 @@ def check_exit(schedule: Schedule, adapter: CheckpointAdapter, max_answer_tokens
     Raises:
         UsageError: it is.
     """
-    if schedule.early_exit is None:
+    if schedule.exit is None:
         return
     beyond = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
     allowed = f"must be at most max_answer_tokens={max_answer_tokens} tokens, it has {beyond}"
-    require("schedule.exit_prefix", schedule.early_exit.prefix, beyond <= max_answer_tokens, allowed)
+    require("schedule.exit_prefix", schedule.exit_prefix, beyond <= max_answer_tokens, allowed)
 
 
 def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
@@ -674,8 +674,8 @@ def forced_answer_ids(adapter: CheckpointAdapter, prefix: str, max_answer_tokens
 
 def refuse_early_exit(schedule: Schedule, allowed: str) -> None:
     """Raise UsageError, which says what is `allowed`, if rollouts may stop thinking early."""
-    if schedule.early_exit is not None:
-        raise bad_value("schedule.exit", schedule.early_exit.threshold, allowed)
+    if schedule.exit is not None:
+        raise bad_value("schedule.exit", schedule.exit, allowed)
 
 
 def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
@@ -684,7 +684,7 @@ def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
     Raises:
         UsageError: the model cannot read `schedule.exit_prefix`.
     """
-    prefix = "" if schedule.early_exit is None else schedule.early_exit.prefix
+    prefix = "" if schedule.exit is None else schedule.exit_prefix or ""
     try:
         return [*adapter.thinking_end_ids, *adapter.forced_ids(prefix)]
     except UsageError as error:

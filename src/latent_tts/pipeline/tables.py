@@ -252,10 +252,10 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
 
 def schedule_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[str]:
     """What a schedule has counted that does not compute all latents one after another, per rollout on average."""
-    if spec.schedule.early_exit is not None:
+    if spec.schedule.exit is not None:
         steps, most = rollouts["latent_steps"], spec.adapter.latents
         return [
-            f"schedule.exit={spec.schedule.early_exit.threshold:g}, per rollout: {steps.mean():.2f} of at most {most} "
+            f"schedule.exit={spec.schedule.exit:g}, per rollout: {steps.mean():.2f} of at most {most} "
             f"latents; {100 * (steps < most).mean():.0f} % have fewer"
         ]
     if spec.schedule.stepwise or not set(COUNT_COLUMNS) <= set(rollouts.columns):

@@ -137,19 +137,6 @@ class LatentSequence(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class EarlyExit:
-    """A rollout stops thinking once a further latent no longer moves its answer.
-
-    Attributes:
-        threshold: total variation up to which the distribution of the answer's first token has not moved.
-        prefix: what the model writes before that token.
-    """
-
-    threshold: float
-    prefix: str
-
-
 class Schedule(Protocol):
     """The order in which the latents of a rollout are computed. Options inherit these defaults.
 
@@ -160,6 +147,9 @@ class Schedule(Protocol):
         guess: what latents are before they are computed, see `LatentSequence.guess`; empty where nothing is guessed.
         draft: the file of the draft head that makes its guesses; None without one.
         verify: whether the rollouts are to be compared with those of `sequential`.
+        exit: a rollout stops thinking once a further latent moves the distribution of its answer's first token by no
+            more than this (total variation, in [0, 1)); None: it makes all latents.
+        exit_prefix: what the model writes before that token.
     """
 
     name: ClassVar[str]
@@ -167,11 +157,8 @@ class Schedule(Protocol):
     guess: str = ""
     draft: str | None = None
     verify: bool = False
-
-    @property
-    def early_exit(self) -> EarlyExit | None:
-        """When a rollout makes fewer latents than it may; None: never, but for models with a token that stops them."""
-        return None
+    exit: float | None = None
+    exit_prefix: str | None = None
 
     @property
     def exact(self) -> bool:

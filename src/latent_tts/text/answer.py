@@ -12,6 +12,7 @@ from latent_tts.text import latex
 from latent_tts.text.guard import Guard
 from latent_tts.text.number import MAX_LENGTH, canonical_number, close, tidy
 
+QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 RULES = {"decimal": "a number", "latex": "a LaTeX expression with a value", "words": "a text"}
 
 
@@ -101,4 +102,4 @@ def canonical_words(raw: str | None) -> str | None:
     """
     if raw is None or len(raw) > MAX_LENGTH:
         return None
-    return " ".join(unicodedata.normalize("NFC", tidy(raw).casefold()).split()).rstrip(". ") or None
+    return " ".join(unicodedata.normalize("NFC", tidy(raw).casefold()).translate(QUOTES).split()).rstrip(". ") or None

@@ -35,6 +35,7 @@ WORDS = re.compile(r"(?=.*[A-Za-z]{4}|(?i:yes)\b)[A-Za-z]+(?: [A-Za-z]+)*")
 SHORT_ROOT = re.compile(rf"(\\sqrt\s*\[[^\[\]]*\])\s*(\d)(?!\d|{SPACE}\d)")
 ROOT_OF_BRACKETS = re.compile(r"(?:√|\\?\bsqrt)\s*\(([^()]*)\)")
 BRACKETS = {r"\langle": "(", r"\rangle": ")", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]"}
+BLACKBOARD = re.compile(r"\\mathbb\s*([A-Z])(?![A-Za-z])")
 BRACKET = re.compile(r"(\\[lr](?:angle|brace|brack))(?![A-Za-z])")
 DEGREES = re.compile(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])|\\textdegree(?![A-Za-z])")
 FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])\s*(?:\^\s*(?:\{[^{}]*\}|\w)\s*)?(?:\\left\s*)?")
@@ -122,6 +123,7 @@ def _expression(text: str) -> str | None:
     if text.count("$") == 1:  # money, not the start of mathematics
         text = text.replace("\\$", "").replace("$", "").strip()
     text = text.translate(SIGNS).replace(r"\varnothing", r"\emptyset")
+    text = BLACKBOARD.sub(r"\\mathbb{\1}", text)
     text = BRACKET.sub(lambda bracket: BRACKETS[bracket[1]], text)
     text = ROOT_OF_BRACKETS.sub(r"\\sqrt{\1}", text)
     text = re.sub(r"√\s*(\d+|\w|(?=[({]))", lambda root: rf"\sqrt{{{root[1]}}}" if root[1] else r"\sqrt", text)
