@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from latent_tts.engine import attention, kernel_check
+from latent_tts.engine import attention
+from latent_tts.random import kernel_check
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 AGREES = """
@@ -62,6 +63,7 @@ for rows in (1, 3):
 ROLLS = """
 import torch, triton_interpreter, tiny
 from latent_tts.engine import attention
+from latent_tts.random import kernel_check
 from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.recording import Recordings
 from latent_tts.engine.rollout import Engine

@@ -49,6 +49,13 @@ def test_jobs_that_are_one_run_have_a_row_each(run):
     assert "the same run as" in swept.err
 
 
+def test_a_sweep_over_budgets_has_a_row_of_each(run):
+    swept = run("budget=adaptive,ladder", "scorer=none", "-m")
+    assert swept.code == 0, swept.err
+    used = [line.split() for line in swept.out.splitlines() if "used)" in line]
+    assert [row[0] for row in used] == ["budget=adaptive"]
+
+
 def test_a_launcher_that_gives_up_on_all_jobs_leaves_a_row_of_each(run, place, monkeypatch):
     """As submitit does where one of them was killed."""
     real = Plugins.instantiate_launcher
@@ -87,6 +94,7 @@ def test_the_log_of_a_refused_job_is_closed(run):
         (["sampler=gaussian", "sampler.sigma=0.1"], "sampler=gaussian sigma=0.1", {"n": ""}),
         (["n=4", "seed=1", "model=codi"], "model=codi", {"label": "model=codi seed=1", "n": "4"}),
         (["n=4", "budget=fixed"], "", {"label": "", "n": "4"}),
+        (["budget=adaptive", "seed=1"], "budget=adaptive", {"label": "budget=adaptive seed=1", "n": ""}),
     ],
 )
 def test_a_job_is_called_by_what_only_it_has(overrides, label, row):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from latent_tts.engine.kernel_check import is_usable
+from latent_tts.random.kernel_check import is_usable
 
 Piece = tuple[Tensor, Tensor]
 NAME = "latent_tts_shared_prefix"

@@ -6,20 +6,18 @@ NumPy (everywhere else). With kernels, dropout's decisions are made where they a
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latent_tts.random.kernel_check import is_usable
 from latent_tts.random.philox import philox
 
-log = logging.getLogger(__name__)
 BLOCKS_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 22}  # on a CPU arrays of 128 KiB, which stay in the cache of a core
 
 
@@ -127,18 +125,13 @@ def _fill_in_pieces(fill: Callable[[slice], None], kept: Tensor) -> None:
 @cache
 def has_kernels(device: torch.device) -> bool:
     """Whether to use the Triton kernels: the device is a GPU, and they compile and agree with the operators."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    try:
+
+    def agrees() -> bool:
         from latent_tts.random import triton_kernels
 
-        if agree(triton_kernels, device):
-            return True
-        why = "its numbers differ from those of torch"
-    except Exception as error:  # a compiler, a driver or a missing C compiler may raise anything
-        why = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-    log.warning("Triton is not usable on %s (%s); torch draws the same random numbers more slowly", device, why)
-    return False
+        return agree(triton_kernels, device)
+
+    return device.type == "cuda" and is_usable("drawing of random numbers", str(device), agrees)
 
 
 def agree(kernels: Any, device: torch.device) -> bool:
