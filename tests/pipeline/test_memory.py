@@ -15,7 +15,7 @@ import torch
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.rollout import Engine, RolloutState
 from latent_tts.pipeline import drawing
-from latent_tts.pipeline.drawer import Part, Request, one_per_question
+from latent_tts.pipeline.drawer import Part, Request, split_by_question
 from latent_tts.pipeline.drawing import Stage
 from latent_tts.pipeline.models import rows_per_batch
 from latent_tts.pipeline.spec import EngineSettings
@@ -149,7 +149,7 @@ def test_a_cached_rollout_takes_at_most_300_bytes(tmp_path):
 
 def test_runs_of_a_question_with_a_gap_are_compared_one_after_another():
     jobs = [SimpleNamespace(row_key=key, number=number) for number, key in enumerate("abaca")]
-    assert [(places, [job.number for job in found]) for places, found in one_per_question(jobs)] == [
+    assert [(places, [job.number for job in found]) for places, found in split_by_question(jobs)] == [
         (places, places) for places in ([0, 1, 3], [2], [4])
     ]
 
