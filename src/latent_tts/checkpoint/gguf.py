@@ -36,6 +36,7 @@ FIELDS_READ = {
 }  # fmt: skip
 # values with which a field that is dropped changes nothing
 NEUTRAL = {"rope.scaling.type": "none", "attention.causal": True, "expert_count": 0, "expert_used_count": 0}
+SPLITTING = "tokenizer.ggml.pre"  # the only one of the tokenizer that is read here
 OF_TENSORS = {"tensor_data_layout", "rope.scaling.finetuned"}  # how the file was made
 HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 WEIGHTS_READ = re.compile(
@@ -178,11 +179,14 @@ def check(file: Path, key: str) -> str | None:
     """
     from gguf import GGUFReader
 
-    with _damage_named(file, key):
+    try:
         reader = GGUFReader(file)
-        splitting = reader.get_field("tokenizer.ggml.pre")
-        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        wanted = (name for name in reader.fields if not name.startswith("tokenizer.") or name == SPLITTING)
+        fields = {name: reader.fields[name].contents() for name in wanted}
         weights = [tensor.name for tensor in reader.tensors]
+    except (ValueError, KeyError, IndexError, OverflowError, OSError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise bad_value(key, f"{PREFIX}{file}", f"truncated or not GGUF ({reason})") from error
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
         allowed = f"must be one of {', '.join(ARCHITECTURES)}"
@@ -203,17 +207,7 @@ def check(file: Path, key: str) -> str | None:
     if dropped:
         reason = f"transformers does not read {min(dropped)}, so this would be another model"
         raise bad_value(key, f"{PREFIX}{file}", f"{reason}; name the folder of the original")
-    return None if splitting is None else splitting.contents()
-
-
-@contextlib.contextmanager
-def _damage_named(file: Path, key: str) -> Iterator[None]:
-    """Whatever the package raises over a damaged file becomes one line."""
-    try:
-        yield
-    except (ValueError, KeyError, IndexError, OverflowError, OSError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise bad_value(key, f"{PREFIX}{file}", f"truncated or not GGUF ({reason})") from error
+    return fields.get(SPLITTING)
 
 
 def convert(file: Path, folder: Path, splitting: str | None, key: str) -> None:
