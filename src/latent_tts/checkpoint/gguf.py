@@ -37,7 +37,7 @@ FIELDS_READ = {
 # values with which a field that is dropped changes nothing
 NEUTRAL = {"rope.scaling.type": "none", "attention.causal": True, "expert_count": 0, "expert_used_count": 0}
 SPLITTING = "tokenizer.ggml.pre"  # the only one of the tokenizer that is read here
-OF_TENSORS = {"tensor_data_layout", "rope.scaling.finetuned"}  # how the file was made
+TENSOR_FIELDS = {"tensor_data_layout", "rope.scaling.finetuned"}  # how the file was made
 HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 WEIGHTS_READ = re.compile(
     r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output|q_norm|k_norm)|ffn_(norm|gate|up|down)))\.weight"
@@ -48,7 +48,7 @@ FETCHED = {"SmolLM2-135M-Instruct.Q4_1.gguf": "make smollm2"}
 # How llama.cpp splits texts before merging: what it names, and whether each digit stands alone. transformers reads
 # merges and vocabulary, not this. Source: `llm_tokenizer_bpe` of llama.cpp's src/llama-vocab.cpp.
 SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
-AS_TRANSFORMERS = {"default", "gpt-2", "qwen2", "llama-bpe"}
+SPLITTINGS_OF_TRANSFORMERS = {"default", "gpt-2", "qwen2", "llama-bpe"}
 
 
 def models_folder() -> Path:
@@ -56,7 +56,7 @@ def models_folder() -> Path:
     return Path(os.environ.get("LTTS_CACHE") or ".cache/latent_tts").expanduser() / "models"
 
 
-def found(checkpoint: str, key: str) -> Path:
+def find_file(checkpoint: str, key: str) -> Path:
     """The file that `gguf:FILE` names; a name without a folder is also looked for among fetched models.
 
     Raises:
@@ -71,7 +71,7 @@ def found(checkpoint: str, key: str) -> Path:
     return file
 
 
-def converted(file: Path, key: str) -> Path:
+def convert_once(file: Path, key: str) -> Path:
     """The checkpoint folder of a GGUF file, which is made at the first call (imports torch and transformers).
 
     Args:
@@ -82,7 +82,7 @@ def converted(file: Path, key: str) -> Path:
         UsageError: the file is damaged, or of an architecture that is not supported.
     """
     folder = models_folder() / f"gguf{VERSION}-{file_digest(file)}"
-    set_cut_aside(folder)
+    set_truncated_aside(folder)
     if not folder.is_dir():
         require(
             key,
@@ -120,7 +120,7 @@ def whole_folder(folder: Path, source: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def set_cut_aside(folder: Path) -> None:
+def set_truncated_aside(folder: Path) -> None:
     """Set a kept model aside, with a warning, if a file of it is missing or has another size than was written."""
     for name, (size, _) in _written(folder).items():
         path = folder / name
@@ -194,7 +194,9 @@ def check(file: Path, key: str) -> str | None:
     start = f"{architecture}."
     own = {name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}
     dropped = [
-        f"{start}{name}={own[name]}" for name in own.keys() - FIELDS_READ - OF_TENSORS if own[name] != NEUTRAL.get(name)
+        f"{start}{name}={own[name]}"
+        for name in own.keys() - FIELDS_READ - TENSOR_FIELDS
+        if own[name] != NEUTRAL.get(name)
     ]
     if len({own[name] for name in HEAD_WIDTHS if name in own}) > 1:
         dropped.append(" ".join(f"{start}{name}={own[name]}" for name in HEAD_WIDTHS if name in own))
@@ -266,5 +268,5 @@ def _write_splitting(path: Path, splitting: str | None, file: Path) -> None:
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, {**parts[0], "use_regex": True}]}
         content["normalizer"] = None  # early versions of transformers 5 give some architectures one
         path.write_text(json.dumps(content, ensure_ascii=False))
-    elif splitting is not None and splitting not in AS_TRANSFORMERS:
+    elif splitting is not None and splitting not in SPLITTINGS_OF_TRANSFORMERS:
         log.warning("%s: texts are split as transformers does; the file asks for %r", file, splitting)

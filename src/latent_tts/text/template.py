@@ -30,7 +30,7 @@ def names_question(template: str) -> bool:
     return QUESTION.search(template) is not None
 
 
-def rendered(template: str, question: str, tokens: Mapping[str, str]) -> str:
+def render_prompt(template: str, question: str, tokens: Mapping[str, str]) -> str:
     """A question as a template writes it: as `question`, and as the only message, of the user, in `messages`.
 
     Args:
