@@ -23,14 +23,16 @@ KEY = "model.checkpoint"
 PROMPTS = torch.arange(16).reshape(4, 4) + 250
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def made(request, tmp_path, monkeypatch):
-    """An adapter's folder, and PEFT's model that it was written of."""
-    monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
-    file = tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.model(tied=request.param))
-    initial = tmp_path / "initial"
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def written(request, tmp_path_factory):
+    """A folder with a base and its adapter, which no test may change, and PEFT's model that both were written of."""
+    place = tmp_path_factory.mktemp("written")
+    file = tiny_gguf.write(place / "m.gguf", tiny_gguf.model(tied=request.param))
+    initial = place / "initial"
     initial.mkdir()
-    copy_checkpoint(files.resolve(f"gguf:{file}"), initial, files.LATENT_TOKENS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LTTS_CACHE", str(place / "cache"))
+        copy_checkpoint(files.resolve(f"gguf:{file}"), initial, files.LATENT_TOKENS)
     lm = AutoModelForCausalLM.from_pretrained(initial, dtype=torch.float32).eval()
     size = lm.config.vocab_size
     adapted = Lora(rank=4, alpha=8, targets=None, dropout=0.0).attach(lm, list(range(size - 3, size)), seed=0)
@@ -42,13 +44,22 @@ def made(request, tmp_path, monkeypatch):
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     settings = adapted.peft_config["default"].to_dict()
     settings = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
-    folder = tmp_path / "adapter"
     write_adapter(
-        folder, f"gguf:{file}", initial / "tokenizer.json",
+        place / "adapter", f"gguf:{file}", initial / "tokenizer.json",
         {name: value.bfloat16() for name, value in state.items()}, settings,
         {}, probe(lm, PROMPTS, 2), {"latent_tts": {"latents": 2}}, KEY,
     )  # fmt: skip
-    return folder, lm
+    return place, lm
+
+
+@pytest.fixture
+def made(written, tmp_path, monkeypatch):
+    """A copy of the adapter beside one of its base, and PEFT's model."""
+    place, lm = written
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
+    change_json(tmp_path / "adapter" / RECORD, base=f"gguf:{tmp_path / 'm.gguf'}")
+    return tmp_path / "adapter", lm
 
 
 def test_the_join_computes_what_the_adapter_did_beside_its_base_and_has_its_rows(made):

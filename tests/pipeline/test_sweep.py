@@ -11,7 +11,7 @@ from latent_tts.pipeline.sweep import SweepJob
 from latent_tts.results.run_folder import read_metrics
 
 
-def test_a_sweep_prints_one_table_and_each_warning_once(run, checkpoint, tmp_path):
+def test_a_sweep_prints_one_table_and_each_warning_once(run, checkpoint, tmp_path, no_figures):
     trained = {"reasoner": "0123", "sampler": {"_target_": "latent_tts.sampler.dropout.Dropout", "rate": 0.05}}
     latent_rm = tiny.write_latent_rm(tmp_path / "rm", checkpoint, trained)
     scored = ["scorer=latent_rm", f"scorer.checkpoint={latent_rm}"]
@@ -47,6 +47,13 @@ def test_jobs_that_are_one_run_have_a_row_each(run):
         [table["rollouts_per_second"] for table in tables], rel=0.1
     )
     assert "the same run as" in swept.err
+
+
+def test_a_sweep_over_budgets_has_a_row_of_each(run):
+    swept = run("budget=adaptive,ladder", "scorer=none", "-m")
+    assert swept.code == 0, swept.err
+    used = [line.split() for line in swept.out.splitlines() if "used)" in line]
+    assert [row[0] for row in used] == ["budget=adaptive"]
 
 
 def test_a_launcher_that_gives_up_on_all_jobs_leaves_a_row_of_each(run, place, monkeypatch):
@@ -87,6 +94,7 @@ def test_the_log_of_a_refused_job_is_closed(run):
         (["sampler=gaussian", "sampler.sigma=0.1"], "sampler=gaussian sigma=0.1", {"n": ""}),
         (["n=4", "seed=1", "model=codi"], "model=codi", {"label": "model=codi seed=1", "n": "4"}),
         (["n=4", "budget=fixed"], "", {"label": "", "n": "4"}),
+        (["budget=adaptive", "seed=1"], "budget=adaptive", {"label": "budget=adaptive seed=1", "n": ""}),
     ],
 )
 def test_a_job_is_called_by_what_only_it_has(overrides, label, row):
