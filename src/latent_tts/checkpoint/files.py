@@ -57,7 +57,7 @@ OTHER_NAMES = {
     "max_position_embeddings": ("max_seq_len", "seq_length", "model_max_length", "max_target_positions"),
 }
 # models whose config need not say how wide the inner layer is: four times the model, as transformers takes it
-FOUR_TIMES = ("gpt_neo", "bloom", "falcon", "gpt_neox_japanese", "mpt")
+INNER_IS_FOUR_TIMES_WIDTH = ("gpt_neo", "bloom", "falcon", "gpt_neox_japanese", "mpt")
 UNBOUNDED = {"bloom": 1 << 20}  # tokens of a sequence, where attention scores fall with distance and no limit is named
 # how many experts a mixture has, and how many of them a token goes through
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -139,7 +139,7 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
             raise bad_value(key, checkpoint, f"no such built-in checkpoint; one of {', '.join(shipped)}")
         return folder
     if checkpoint.startswith(gguf.PREFIX):
-        return gguf.converted(gguf.found(checkpoint, key), key)
+        return gguf.convert_once(gguf.find_file(checkpoint, key), key)
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
@@ -211,7 +211,7 @@ def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     common = {name: value for name, value in named.items() if value is not None} | config
     kind, width = config.get("model_type"), common.get("hidden_size")
-    if common.get("intermediate_size") is None and kind in FOUR_TIMES and is_whole(width):
+    if common.get("intermediate_size") is None and kind in INNER_IS_FOUR_TIMES_WIDTH and is_whole(width):
         common["intermediate_size"] = 4 * width
     if kind in UNBOUNDED:
         common.setdefault("max_position_embeddings", UNBOUNDED[kind])

@@ -20,17 +20,12 @@ from latent_tts.engine.scoring import LatentScorer
 from latent_tts.pipeline.keys import score_key
 from latent_tts.pipeline.models import load_scorer_of, open_scorer
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results.cache import MEASURED, NOT_DECODED, SCORE_SCHEMA
+from latent_tts.results.cache import MEASURED, NOT_DECODED
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
 
 log = logging.getLogger(__name__)
 Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
-
-
-def score_table(batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:
-    """The scores of a batch as a part of their cache has them."""
-    return batch_table(SCORE_SCHEMA, batch, columns)
 
 
 def batch_table(schema: pa.Schema, batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:

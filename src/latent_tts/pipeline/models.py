@@ -116,13 +116,13 @@ def _keep_proven(
         except UsageError as error:
             raise bad_value(*where, str(error)) from error
         if found.reason:
-            log.warning("%s: computed with %s: %s", name, described(found), found.reason)
+            log.warning("%s: computed with %s: %s", name, describe_computation(found), found.reason)
         return found
 
     return replace(model, computation=_keep(f"{kind}'s proof", proof, computation))
 
 
-def described(computation: Computation) -> str:
+def describe_computation(computation: Computation) -> str:
     """How a model is computed, for people."""
     attention = "shared-prefix attention"
     if computation.attention == "transformers":

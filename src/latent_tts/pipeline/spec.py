@@ -29,7 +29,7 @@ from latent_tts.executor.local import Local
 from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
-from latent_tts.schedule import OF_OTHERS, Schedule
+from latent_tts.schedule import GUESSES_OF_ROLLOUTS, Schedule
 from latent_tts.schedule.auto import Auto
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
@@ -249,7 +249,7 @@ class RunSpec(RunRequest):
             if tokens_N is None
             else passes.rollout_flops(prompt, steps_N, tokens_N - len(self.forced_ids))
         )
-        if self.schedule.guess in OF_OTHERS:
+        if self.schedule.guess in GUESSES_OF_ROLLOUTS:
             shared += passes.guess_flops(prompt)
         if self.draft is not None:
             each_N = each_N + self.draft.record.flops(prompt)
@@ -311,7 +311,7 @@ def check_run(request: RunRequest) -> RunSpec:
     questions = request.task.questions()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
-        budget = calibrated(budget, request, schedule, aggregators, scorer, questions)
+        budget = calibrate_budget(budget, request, schedule, aggregators, scorer, questions)
     if not has_gold(questions):
         name = request.task.name
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
@@ -321,7 +321,7 @@ def check_run(request: RunRequest) -> RunSpec:
     }  # fmt: skip
     spec = RunSpec(
         **vars(request) | settled,
-        draft=found_draft(schedule, adapter),
+        draft=find_schedule_draft(schedule, adapter),
         planned=planned,
         planned_on=planned_on,
         questions=questions,
@@ -406,7 +406,7 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
     return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown, device
 
 
-def found_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | None:
+def find_schedule_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | None:
     """The draft head of a schedule; None where it has none.
 
     Raises:
@@ -560,7 +560,7 @@ def check_adaptive(
     )
 
 
-def calibrated(
+def calibrate_budget(
     budget: AdaptiveBudget,
     request: RunRequest,
     schedule: Schedule,

@@ -128,11 +128,11 @@ def check_trace(
         why = "reads the latents of other questions, so it has no place on the map of one"
         require("beside", sampler.name, not sampler.needs_donor, why)
         check_sampler(sampler, run.adapter)
-        other = drawn_beside(run, sampler, config, 1 if sampler.deterministic else n)
-    return TraceSpec(run, other, drawn_beside(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
+        other = replace_sampler(run, sampler, config, 1 if sampler.deterministic else n)
+    return TraceSpec(run, other, replace_sampler(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
 
 
-def drawn_beside(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: int) -> RunSpec:
+def replace_sampler(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: int) -> RunSpec:
     """The same questions under another sampler, each rollout on its own and every answer the most probable one."""
     return replace(
         run, sampler=sampler, search=Independent(), budget=Fixed(), answers=AnswerSampling(), decode="all", counts=None,
@@ -140,7 +140,9 @@ def drawn_beside(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: i
     )  # fmt: skip
 
 
-def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Sequence[str], n: int | None) -> RunSpec:
+def select_questions(
+    spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Sequence[str], n: int | None
+) -> RunSpec:
     """Some questions of a completed run.
 
     Args:
