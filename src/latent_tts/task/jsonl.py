@@ -158,7 +158,6 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
     decode, at, number = DECODER.raw_decode, 0, 1
     while True:
         at = NOT_SPACE.search(text, at).start()  # type: ignore[union-attr]
-        piece = ""
         if at < len(text) and text[at] == "]":
             if (text[at + 1 :] + file.read(MAX_CHARACTERS)).strip():
                 raise UsageError(f"{where} {number}: there is text after the list")
