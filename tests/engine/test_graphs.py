@@ -237,7 +237,7 @@ def test_rows_that_go_on_move_to_smaller_tensors(monkeypatch, family, sampler, p
 
 def test_rows_move_once_other_batches_have_wanted_it(monkeypatch):
     monkeypatch.setattr(graphs, "MIN_ROWS", 1)
-    monkeypatch.setattr(sys.modules[__name__], "N", 8)
+    monkeypatch.setattr(sys.modules[__name__], "N", 4)
     ran, graphed = passes_run(monkeypatch), both("gpt2", answer=12, **PLANS["stops by a token"])[1]
     for batch in range(4):
         rolled(graphed, NOISE, 3, [4, 8, 6])

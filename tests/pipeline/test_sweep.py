@@ -11,7 +11,7 @@ from latent_tts.pipeline.sweep import SweepJob
 from latent_tts.results.run_folder import read_metrics
 
 
-def test_a_sweep_prints_one_table_and_each_warning_once(run, checkpoint, tmp_path):
+def test_a_sweep_prints_one_table_and_each_warning_once(run, checkpoint, tmp_path, no_figures):
     trained = {"reasoner": "0123", "sampler": {"_target_": "latent_tts.sampler.dropout.Dropout", "rate": 0.05}}
     latent_rm = tiny.write_latent_rm(tmp_path / "rm", checkpoint, trained)
     scored = ["scorer=latent_rm", f"scorer.checkpoint={latent_rm}"]

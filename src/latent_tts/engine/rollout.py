@@ -27,7 +27,7 @@ from latent_tts.engine.state import State, open_state
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.schedule import OF_OTHERS, Counts, Schedule, Sweep
+from latent_tts.schedule import GUESSES_OF_ROLLOUTS, Counts, Schedule, Sweep
 from latent_tts.schedule.sequential import Sequential
 from latent_tts.types import Forward, Reasoner
 
@@ -184,7 +184,7 @@ class Engine:
     def _drafts(self, prompts: list[list[int]], draw: Draw, sampler: Sampler) -> Tensor | None:
         """What the schedule's guesses are made of, where that is other rollouts of the questions: their latents."""
         guess = self.plan.schedule.guess
-        if guess not in OF_OTHERS:
+        if guess not in GUESSES_OF_ROLLOUTS:
             return None
         rollouts = draw.rollouts_R.shape[0] // len(prompts)
         first = torch.arange(0, draw.rollouts_R.shape[0], rollouts, device=draw.rollouts_R.device)

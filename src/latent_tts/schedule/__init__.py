@@ -190,8 +190,8 @@ class Schedule(Protocol):
         return []
 
 
-OF_OTHERS = ("greedy", "sibling")  # guesses made of another rollout of the question
-GUESSES = ("token", "zero", *OF_OTHERS, "draft")
+GUESSES_OF_ROLLOUTS = ("greedy", "sibling")  # guesses made of another rollout of the question
+GUESSES = ("token", "zero", *GUESSES_OF_ROLLOUTS, "draft")
 
 
 class ParallelSchedule(Schedule, Protocol):
