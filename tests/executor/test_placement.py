@@ -311,6 +311,7 @@ def test_a_worker_that_ray_ends_for_memory_is_named_by_its_machine_with_what_nee
     ("cause", "words"),
     [
         ("RPC error: InvalidAuthToken: missing", "the cluster asks for a token; set RAY_AUTH"),
+        ("Token authentication is enabled but no authentication token was found.", "the cluster asks for a token"),
         (
             "No node info found matching attributes: '' when trying to resolve node to connect to.",
             r"this machine does not belong to the cluster; `ray start --address=10\.0\.0\.1:6379` adds it",

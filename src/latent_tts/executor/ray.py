@@ -37,8 +37,10 @@ SHARDS = ("measured", "fixed")
 SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1.0, 5.0  # at the processes of the local Ray; without them
 # A Ray of this machine alone listens on its loopback address; the first variable says so on Linux, too.
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-# stdout is the command's; what Ray prints there is discarded, and so are tracebacks of a second worker that fails
-SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
+# stdout is the command's; what Ray prints there is discarded, and so are on stderr tracebacks of a second worker that
+# fails, and what Ray's libraries say of connections that fail; who wants to see it sets them
+SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_IGNORE_UNHANDLED_ERRORS": "1", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+NO_TOKEN = ("InvalidAuthToken", "no authentication token was found")
 RESUME = "re-run the command to resume"
 OUT_OF_MEMORY = (
     "Ray ended the processes of workers because the memory of {where} is nearly full; fewer executor.workers or a "
@@ -356,7 +358,7 @@ def _say_if_ended() -> None:
 
 def _connect(address: str | None) -> None:
     _say_if_ended()
-    os.environ |= SILENT | (LOOPBACK_ALONE if address is None else {})
+    os.environ |= (SILENT | os.environ) | (LOOPBACK_ALONE if address is None else {})
     ray = _ray()
     logging.getLogger("ray").setLevel(logging.ERROR)
     common: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
@@ -373,7 +375,7 @@ def _connect(address: str | None) -> None:
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
         why = f"Ray cannot be started ({' '.join(str(error).split())[:200]})"
         said = "".join(traceback.format_exception(error))
-        if "InvalidAuthToken" in said:
+        if any(words in said for words in NO_TOKEN):
             why = "the cluster asks for a token; set RAY_AUTH_MODE=token, and have its token on this machine, too"
         if "No node info found" in said:
             why = f"this machine does not belong to the cluster; `ray start --address={address}` adds it"
