@@ -56,9 +56,10 @@ golden: .venv/.installed ## rewrite the golden table of the tests (review its di
 wheel-smoke: .venv/.installed ## build the wheel, install it in another venv, run it there
 	$(BIN)/pytest -m slow tests/test_wheel.py
 
-plots: .venv/.installed ## redraw the figures of docs/ and experiments/
+plots: .venv/.installed ## redraw the figures of docs/, and those of ltts plot in experiments/
 	$(BIN)/ltts plot experiments/main_curve experiments/latent_rm experiments/sampling format=svg
 	$(BIN)/ltts plot experiments/main_curve output=docs/scaling.png
+	$(BIN)/python experiments/budgets/figure.py
 	$(BIN)/python docs/draw_figures.py
 
 reasoner: .venv/.installed ## retrain the built-in COCONUT reasoner (half an hour to an hour on one core)

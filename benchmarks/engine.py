@@ -52,6 +52,7 @@ from latent_tts.engine.device import peak_bytes
 from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import RolloutJob, batches, default_rows, max_prompts
 from latent_tts.engine.quantization import quantize
+from latent_tts.engine.recording import Recordings
 from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts
 from latent_tts.engine.sites import find_blocks
 from latent_tts.random.draw import Draw
@@ -236,7 +237,7 @@ def memory(device: str) -> tuple[int, int]:
 def new_engine(lm: PreTrainedModel, plan: RolloutPlan, graph: str) -> Engine:
     """An engine with or without CUDA graphs (`on`, `off`)."""
     reasoner = Reasoner(lm, lambda hidden: hidden)
-    return GraphEngine(reasoner, plan, needed=True) if graph == "on" else Engine(reasoner, plan)
+    return GraphEngine(reasoner, plan, Recordings(lm.device, needed=True)) if graph == "on" else Engine(reasoner, plan)
 
 
 def roll_batch(engine: Engine, batch: list[RolloutJob], sampler: Sampler) -> Rollouts:

@@ -3,7 +3,8 @@
 #
 #     benchmarks/gpu_check.sh [--wheels FOLDER] [--device cuda|cpu] [--report FILE]
 #
-# The machine needs Python >= 3.11 with torch >= 2.11 and Triton >= 3.6. `--requirements` prints which packages it lacks.
+# The machine needs Python >= 3.11 with torch >= 2.11 and Triton >= 3.6. `--requirements` prints which packages it lacks
+# or has in too old a version.
 # Those, and what they need, are taken from FOLDER and kept apart from those of the machine. Fill it elsewhere, for the
 # machine's version of Python and without dependencies (one of them would bring torch):
 #
@@ -21,30 +22,37 @@ requirements() {
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from re import match
+from pip._vendor.packaging.requirements import Requirement
 
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-for line in [*project["dependencies"], "pytest", "pytest-xdist", "hypothesis", "psutil"]:
-    name = match(r"[A-Za-z0-9_.-]+", line)[0]
+# the last one is Hydra's, which works with no other version
+for line in [*project["dependencies"], "pytest", "pytest-xdist", "hypothesis", "antlr4-python3-runtime==4.9.*"]:
+    wanted = Requirement(line)
     try:
-        version(name)
+        there = wanted.specifier.contains(version(wanted.name), prereleases=True)
     except PackageNotFoundError:
-        if name != "torch":
-            print(line)
+        there = False
+    if not there and wanted.name != "torch":
+        print(line)
 PYTHON
 }
-# files of a folder whose packages the machine lacks
+# files of a folder whose packages the machine lacks, or has in a version that is too old
 needed() {
-    "$python" - "$1" <<'PYTHON'
+    "$python" - "$@" <<'PYTHON'
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pip._vendor.packaging.requirements import Requirement
+from pip._vendor.packaging.utils import canonicalize_name
 
+missing = {canonicalize_name(Requirement(line).name) for line in sys.argv[2:]}
 for path in sorted(Path(sys.argv[1]).iterdir()):
-    name = path.name.split("-")[0] if path.suffix == ".whl" else path.name.rpartition("-")[0]
+    name = canonicalize_name(path.name.split("-")[0] if path.suffix == ".whl" else path.name.rpartition("-")[0])
     try:
-        version(name.replace("_", "-"))
+        version(name)
     except PackageNotFoundError:
+        missing.add(name)
+    if name in missing:
         print(path)
 PYTHON
 }
@@ -64,10 +72,10 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 [ -z "$report" ] || exec > >(tee "$report") 2>&1
-missing=$(requirements)
-if [ -n "$missing" ]; then
-    if [ -z "$wheels" ]; then echo "missing: $missing; give --wheels FOLDER"; exit 2; fi
-    mapfile -t files < <(needed "$wheels")
+mapfile -t missing < <(requirements)
+if [ ${#missing[@]} -gt 0 ]; then
+    if [ -z "$wheels" ]; then echo "missing: ${missing[*]}; give --wheels FOLDER"; exit 2; fi
+    mapfile -t files < <(needed "$wheels" "${missing[@]}")
     "$python" -m pip install -q --no-index --no-deps --no-build-isolation --no-compile --target "$work/packages" \
         "${files[@]}" || exit 1
 fi

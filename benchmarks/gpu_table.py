@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_table.py [--device cuda] [--repeats 5] [--profile 64x64] [--layers 12] [--width 768]
 
-A case is questions x rollouts in bf16, on random weights in the size of GPT-2 small or Llama-3.2-1B, as in `engine.py`.
-`before` is what one H200 took before there were graphs (docs/gpu.md); `first` is what the first batch took, which is
-recorded. On a CPU there are no graphs and no Llama: that only shows that this runs.
+A case is questions x rollouts in bf16, on random weights in the size of GPT-2 small or Llama-3.2-1B, as in `engine.py`;
+`scores` in place of a sampler times the step scores of as many rollouts by a LatentRM of that size. `before` is what
+one H200 took before there were graphs (docs/gpu.md); `first` is what the first batch took, which is recorded. On a CPU
+there are no graphs and no Llama: that only shows that this runs.
 
 Prints one line per case, then the kernels of one batch, then JSON as the last line.
 """
@@ -30,16 +31,23 @@ from engine import (
     new_model,
     roll_batch,
 )
-from latent_tts.engine.packing import batches, default_rows, max_prompts
+from latent_tts.engine.graph_scoring import GraphScorer
+from latent_tts.engine.packing import RolloutJob, batches, default_rows, max_prompts
+from latent_tts.engine.recording import SCORES_SHARE, Recordings
 from latent_tts.engine.rollout import RolloutPlan
+from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import RunError
+from latent_tts.types import RewardModel
 
+SCORES = "scores"
 # model, case, sampler, milliseconds before
 CASES = [
     ("gpt2", "64x64", "gaussian", 299),
     ("gpt2", "64x64", "dropout", None),
     ("gpt2", "64x64", "dropout_prompt", None),
+    ("gpt2", "64x64", SCORES, None),
     ("gpt2", "1x64", "gaussian", 219),
+    ("gpt2", "1x64", SCORES, None),
     ("gpt2", "1x1", "gaussian", 209),
     ("llama-1b", "32x64", "gaussian", 525),
     ("llama-1b", "1x64", "gaussian", 402),
@@ -75,12 +83,24 @@ def case_of(lm: Any, case: str, sampler: str, arguments: argparse.Namespace, gra
     """What draws a case."""
     questions, rollouts = map(int, case.split("x"))
     config = lm.config.get_text_config()
+    if sampler == SCORES:
+        return scoring_of(lm, jobs_of(questions, rollouts, config.vocab_size), graph)
     made, device = SAMPLERS[sampler], arguments.device
     rows = default_rows(config.hidden_size, device, "prompt" in made.random_phases)
     jobs = jobs_of(questions, rollouts, config.vocab_size)
     parts = list(batches(jobs, rows, max_prompts(config.hidden_size, device)))
     engine = new_engine(lm, RolloutPlan(LATENTS, [config.vocab_size - 1], None, ANSWER), graph)
     return lambda: [roll_batch(engine, part, made) for part in parts]
+
+
+def scoring_of(lm: Any, jobs: list[RolloutJob], graph: str) -> Callable[[], Any]:
+    """What scores latents of some jobs."""
+    model = RewardModel(lm.base_model, lambda hidden: hidden.float().mean(-1))
+    recordings = Recordings(lm.device, needed=True, share=SCORES_SHARE)
+    scorer = GraphScorer(model, recordings) if graph == "on" else LatentScorer(model)
+    rows = sum(len(job.rollouts) for job in jobs)
+    latents_RTD = torch.randn(rows, LATENTS, lm.config.get_text_config().hidden_size).to(lm.device, lm.dtype)
+    return lambda: scorer.score([job.prompt for job in jobs], latents_RTD)
 
 
 def kernels(lm: Any, case: str, arguments: argparse.Namespace, graph: str) -> list[dict[str, Any]]:

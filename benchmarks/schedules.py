@@ -63,7 +63,7 @@ def roll(engine: Engine, name: str, prompt: list[int], rows: int) -> tuple[float
 def chosen(sequential: Engine, parallel: Engine, prompts: Mapping[str, list[int]]) -> int:
     """The rows up to which auto takes the parallel schedule, as `ltts probe` finds them."""
     sweeps = np.mean([roll(parallel, name, prompt, 1)[1] for name, prompt in prompts.items()])
-    if parallel.plan.latents / sweeps <= probing.MIN_COMMITS_PER_SWEEP:
+    if (parallel.plan.latents - 1) / sweeps <= probing.MIN_COMMITS_PER_SWEEP:
         return 0
     ratios = probing.time_ratios(sequential, parallel, prompts)
     return max((rows for rows, ratio in ratios.items() if ratio < 1), default=0)

@@ -113,9 +113,9 @@ def test_the_benchmark_of_picks_sets_counting_beside_all_pairs(monkeypatch, caps
 @pytest.mark.slow
 def test_the_table_of_a_gpu_ends_on_a_cpu(engine_benchmark, capsys):
     table = importlib.import_module("gpu_table")
-    table.main(["--device=cpu", "--layers=1", "--width=32", "--repeats=1", "--case", "1x1", "--profile=1x1"])
+    table.main(["--device=cpu", "--layers=1", "--width=32", "--repeats=1", "--case", "1x64", "--profile=1x64"])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [(case["case"], case["graph"]) for case in results["cases"]] == [("1x1", "off")]
+    assert [(case["sampler"], case["graph"]) for case in results["cases"]] == [("gaussian", "off"), ("scores", "off")]
     assert results["kernels"]["off"][0]["ms"] > 0
 
 

@@ -51,7 +51,7 @@ def recorded(run: str) -> dict[str, Any]:
     return json.loads((Path(run) / "run.json").read_text())["config"]
 
 
-def read(run: str) -> list[Recorded]:
+def read(run: str, limit: int = QUESTIONS) -> list[Recorded]:
     """The first questions of a run."""
     table = pd.read_parquet(Path(run) / "rollouts.parquet")
     found = []
@@ -60,7 +60,7 @@ def read(run: str) -> list[Recorded]:
         scores = rows["score"].to_numpy(dtype=float, na_value=np.nan)
         tally = Tally(DRAWN, answers, np.zeros(DRAWN), rows["answer_logprob"].to_numpy(float), scores)
         found.append(Recorded(str(name), tally, rows["correct"].to_numpy(bool)))
-    return found[:QUESTIONS]
+    return found[:limit]
 
 
 def vote(tally: Tally, used: int) -> int:

@@ -75,12 +75,22 @@ class TolerantSweeper(BasicSweeper):
                 launchable.append(job)
             except Exception as error:  # any error of composing a job is a failure of that job only
                 report_failure(error, job)
+        results: Sequence[Any] | None = []
         with warnings_once():
-            results = self.launcher.launch(launchable, initial_job_idx=0) if launchable else []
+            try:
+                results = self.launcher.launch(launchable, initial_job_idx=0) if launchable else []
+            except Exception as error:  # a launcher gives up on all jobs if one of their processes was killed
+                report_failure(error, [])
+                results = None
         finished, configs = [], []
         for job in jobs:
             ran = None
-            if job in launchable:
+            if job in launchable and results is None:
+                cfg = self.hydra_context.config_loader.load_sweep_config(self.config, job)
+                cfg.hydra.job.num = launchable.index(job)
+                ran = Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
+                configs.append(cfg)
+            elif job in launchable:
                 result = results[launchable.index(job)]
                 refused = False
                 if result.status is JobStatus.FAILED:

@@ -215,6 +215,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         refuse_unknown_keys,
         register_schemas,
         remove_record,
+        spell_numbers_alike,
         stay_where_started,
     )
     from latent_tts.config.callbacks import Failures, FolderLock
@@ -231,6 +232,7 @@ def _run_hydra(name: str, arguments: list[str]) -> int:
         try:
             refuse_unknown_keys(cfg)
             name_after_checkpoint(cfg)
+            spell_numbers_alike(cfg)
             importlib.import_module(job.__module__).main(cfg)  # slow, and needless where the config is refused
         except Exception as error:
             if is_refused(error):

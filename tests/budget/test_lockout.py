@@ -9,9 +9,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tallies import elected, tally_of
 
+from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget.rule.lockout import Lockout
 from latent_tts.errors import UsageError
+from latent_tts.results import statistics
 from latent_tts.text.classes import shared_forms
+from latent_tts.types import RolloutArrays
 
 ANSWERS = st.lists(st.sampled_from(["7", "12", "3", "100", None]), min_size=1, max_size=14)
 
@@ -121,6 +124,17 @@ def test_a_weighted_tie_does_not_lock():
     assert Lockout("weighted").stop(tally_of(answers, 5, log_weights=log_weights)) is None
     weights = [math.exp(value) for value in log_weights]
     assert elected([*answers, "7"], weights=[*weights, 1.0]) == 0  # the rival that was voted for first
+
+
+def test_weights_that_underflow_are_no_counts():
+    # the last vote may be for "12", too: a tie, that the underflown weight of rollout 0 decides
+    log_weights = [-1000.0, 0.0]
+    tally = tally_of(["12", "7"], 3, log_weights=log_weights, max_log_weight=0.0)
+    assert tally.weight_N.tolist() == [0.0, 1.0]
+    assert Lockout("weighted").stop(tally) is None
+    scores_13 = np.array([[*log_weights, 0.0]])
+    arrays = RolloutArrays(np.array([[0, 1, 0]]), None, answer_logprob_QD=scores_13, score_QD=scores_13)
+    assert statistics.picks(Weighted(1.0), arrays).tolist() == [0]
 
 
 def test_it_saves_what_the_field_says_it_does():

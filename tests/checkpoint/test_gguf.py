@@ -30,7 +30,8 @@ def test_a_converted_model_computes_what_the_original_does(tmp_path, tied, archi
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, lm(ids).logits, rtol=1e-5, atol=1e-5)
-    assert files.eos_ids(folder, files.read_config(folder), files.load_tokenizer(folder))["config.json"] == [2]
+    eos_ids = files.special_ids("eos", folder, files.read_config(folder), files.load_tokenizer(folder))
+    assert eos_ids["config.json"] == [2]
 
 
 def test_quantised_weights_are_those_of_the_reference_dequantiser(tmp_path):
@@ -88,7 +89,7 @@ def test_a_damaged_model_is_set_aside_and_converted_again(tmp_path, caplog):
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
     file = tiny_gguf.write(tmp_path / "model.gguf", tiny_gguf.model())
 
-    def fail(file, folder, key):
+    def fail(file, folder, splitting, key):
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 

@@ -213,7 +213,7 @@ def test_defaults_of_run_are_not_those_of_other_commands(ltts, tmp_path):
     (tmp_path / "local").mkdir()
     (tmp_path / "local" / "default.yaml").write_text("# @package _global_\nn: 64\nengine: {dtype: bfloat16}\n")
     (tmp_path / "local" / "train_draft.yaml").write_text("# @package _global_\nupdates: -3\n")
-    for command, words in {"train-draft": "updates=-3", "train-rm": "seed=-1", "annotate": "completions=0"}.items():
+    for command, words in {"train-draft": "updates=-3", "annotate": "completions=0"}.items():
         more = [] if command == "train-draft" else [words]
         check(ltts(command, f"--config-dir={tmp_path}", *more), words)
 
@@ -233,9 +233,10 @@ def test_an_experiment_is_a_complete_setting(run):
     assert run("experiment=smoke", "n=2").code == 0
 
 
-def test_a_folder_used_again_holds_the_new_run_alone(run, tmp_path):
-    first = run("hydra.run.dir=mine", "keep_latents=true", "budget=ladder")
-    assert {"latents.safetensors", "scaling.png"} <= {path.name for path in first.last.parent.iterdir()}
+def test_a_folder_used_again_holds_the_new_run_alone(completed, run, tmp_path):
+    shutil.copytree(completed, "mine")
+    (tmp_path / "mine" / "latents.safetensors").touch()
+    assert (tmp_path / "mine" / "scaling.png").is_file()
     second = run("hydra.run.dir=mine", "seed=1")
     left = {path.name for path in second.last.parent.iterdir()} - {".hydra", "run.log"}
     assert left == {"answers.jsonl", "metrics.csv", "rollouts.parquet", "run.json"}
@@ -255,8 +256,8 @@ def test_collect_needs_no_sweeps_unless_they_are_named(completed, ltts, tmp_path
 
 
 def test_collect_names_no_interrupted_run_that_was_completed_elsewhere(run, ltts):
-    (run("seed=1").last.parent / "run.json").unlink()
-    assert run("seed=1").code == 0
+    done = run("seed=1").last.parent
+    (shutil.copytree(done, done.with_name("interrupted")) / "run.json").unlink()
     result = ltts("collect", "outputs/run", "output=all.csv")
     assert result.code == 0, result.err
     assert "incomplete" not in result.err
@@ -285,6 +286,23 @@ def test_compare_pairs_two_runs(run, completed, ltts):
     assert "6 questions, 1 seed\n" in result.out
     same = ltts("compare", completed, completed)
     assert same.out.count("0.0 [-39.0, 39.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
+
+
+def test_compare_takes_what_all_seeds_of_a_side_have(run, ltts):
+    """Seeds that drew more, or have more aggregators, as after a sweep that was extended."""
+    more, less = ["n=4"], ["n=2", "aggregator=[majority]"]
+    for folder, seeds in (("mix", (more, less)), ("xim", (less, more))):
+        for seed, settings in enumerate(seeds):
+            assert run("budget=ladder", f"seed={seed}", f"hydra.run.dir={folder}/{seed}", *settings).code == 0
+        result = ltts("compare", folder, folder, "output=all.csv")
+        assert result.code == 0, result.err
+        found = pd.read_csv("all.csv")[["a_figure", "a_n"]]
+        assert found.to_numpy().tolist() == [[figure, n] for figure in ("coverage", "majority") for n in (1, 2)]
+        check(ltts("compare", folder, folder, "a_n=4", "b_n=1"), "a_n=4: must be one of 1, 2, which the run reports")
+        check(ltts("compare", folder, folder, "a_figure=likelihood"), "a_figure=likelihood: must be one of coverage, m")
+    for seed, n in enumerate((3, 4)):
+        assert run("budget=fixed", f"n={n}", f"seed={seed}", f"hydra.run.dir=fixed/{seed}").code == 0
+    check(ltts("compare", "fixed", "fixed"), "no n in common")
 
 
 def test_compare_pairs_the_questions_that_both_sides_have(run, completed, ltts):

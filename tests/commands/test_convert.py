@@ -235,8 +235,8 @@ def broken_sources(state: State) -> dict[str, tuple[State, str]]:
     weight = up.replace("lora_B.default", "base_layer")
     head = "codi.base_model.model.lm_head.weight"
     return {
-        "half a LoRA pair": ({n: v for n, v in state.items() if n != up}, "fit no weight"),
-        "LoRA without its weight": ({n: v for n, v in state.items() if n != weight}, "fit no weight"),
+        "half a LoRA pair": ({n: v for n, v in state.items() if n != up}, "fits no weight"),
+        "LoRA without its weight": ({n: v for n, v in state.items() if n != weight}, "fits no weight"),
         "another LoRA": (state | {up: torch.ones(7, RANK)}, "shape"),
         "no LayerNorm": ({n: v for n, v in state.items() if not n.startswith("prj.ln")}, "prj.*"),
         "two embeddings": (state | {head: state[head] + 1}, "lm_head.weight"),

@@ -266,7 +266,7 @@ def test_it_refuses_what_a_run_does_not_have(completed, ltts, monkeypatch):
         ltts("trace", "0123456789abcdef", f"run={completed}"), "question=0123456789abcdef", "answers.jsonl", "such as"
     )
     check(ltts("trace", f"run={completed}", "n=9"), "n=9", "must be 1 to 4")
-    check(ltts("trace", f"run={completed}", "sampler=gaussian"), "sampler=", "has its own")
+    check(ltts("trace", f"run={completed}", "sampler=gaussian"), "sampler=gaussian: run=", "has its own")
     check(ltts("trace", f"run={completed}", "seed=1"), "seed=1", "has its own")
     check(ltts("trace", f"run={completed}", "question=[a,'']"), "question=a", "no question of this run")
 

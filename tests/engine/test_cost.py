@@ -92,7 +92,7 @@ def test_a_prefill_costs_what_is_counted_less_the_masked_half(lm):
     shape = shape_of(lm)
     blocks, head, _ = counted(lm, LENGTH)
     masked = shape.layers * 4 * shape.attention * LENGTH * (LENGTH - 1) / 2  # eager attention computes it nevertheless
-    assert shape.prompt_flops(LENGTH) == blocks - masked
+    assert shape.pass_flops(LENGTH) == blocks - masked
     assert head == 2 * LENGTH * shape.width * shape.vocabulary
 
 
@@ -274,6 +274,6 @@ def test_what_a_family_does_to_a_hidden_state_is_counted(family, name):
 def test_scoring_reads_the_weights_twice_and_each_prompt_once():
     prefill, steps = SHAPE.scoring_work([4, 2], np.array([3, 3, 1, 2]), item=4)
     blocks = SHAPE.layers * SHAPE.block_weights * 4
-    assert prefill == Work(SHAPE.prompt_flops(4) + SHAPE.prompt_flops(2), blocks + SHAPE.cache_bytes(6, 4))
+    assert prefill == Work(SHAPE.pass_flops(4) + SHAPE.pass_flops(2), blocks + SHAPE.cache_bytes(6, 4))
     rows = [(4, 3), (4, 3), (2, 1), (2, 2)]
     assert steps == Work(sum(SHAPE.scoring_flops(*row) for row in rows), blocks + SHAPE.cache_bytes(6 + 9, 4))

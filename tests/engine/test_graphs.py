@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any, ClassVar
 
@@ -21,16 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from marks import slow
 from recordable import FEW, PLANS, SAMPLERS
+from recorders import Recording, Tracer
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from latent_tts.engine import attention, graphs
-from latent_tts.engine.graphs import CudaRecorder, FirstToken, GraphEngine, Latents, Move, NextToken, Prompts
+from latent_tts.engine.graphs import FirstToken, GraphEngine, Latents, Move, NextToken
+from latent_tts.engine.recording import Bucket, CudaRecorder, Prompts, Recordings
 from latent_tts.engine.rollout import Engine
 from latent_tts.errors import RunError
-from latent_tts.pipeline import drawer
+from latent_tts.pipeline import models
 from latent_tts.random import bits
 from latent_tts.random.draw import Draw
 from latent_tts.results.run_folder import read_rollouts
@@ -41,58 +39,6 @@ from latent_tts.types import Reasoner
 N = 2
 LENGTHS = [[9, 3], [2, 7], [1, 1], [4, 8]]
 FINISH_UNEQUALLY = [(0, [9, 3, 5]), (4, [4, 8, 6]), (3, [4, 8, 6]), (1, [9, 3, 5])]
-
-
-def _replaced(made: dict[int, object], value: object) -> object:
-    return made.get(id(value), value)
-
-
-class Recording(TorchDispatchMode):
-    """Records the operators of a pass and the tensors that they are given, as a CUDA graph records kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-        self.recorded = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Callable[[], object]:
-        self.recorded += 1
-        before, self.calls = [tensor.clone() for tensor in tensors], []
-        with self:
-            run()
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor.copy_(value)  # a GPU runs nothing while it records
-        calls = self.calls
-
-        def replay() -> None:
-            made: dict[int, object] = {}
-            for func, args, kwargs, out in calls:
-                args, kwargs = tree_map(partial(_replaced, made), (args, kwargs))
-                result = func(*args, **kwargs)
-                made |= {id(old): new for old, new in zip(tree_leaves(out), tree_leaves(result), strict=True)}
-
-        return replay
-
-
-class Tracer(Recording):
-    """The same by `make_fx`, which is slower."""
-
-    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Callable[[], object]:
-        def traced(*tensors):
-            run()
-            return tensors
-
-        self.recorded += 1
-        before = [tensor.clone() for tensor in tensors]
-        module = make_fx(traced)(*tensors)
-        for tensor, value in zip(tensors, before, strict=True):
-            tensor.copy_(value)
-        return lambda: module(*tensors)
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +79,8 @@ def both(
         return recorders[-1]
 
     settings = {"needed": True, "max_bytes": 1e9} | known
-    return Engine(reasoner, plan), GraphEngine(reasoner, plan, new_recorder=new_recorder, **settings), recorders
+    recordings = Recordings(device, new_recorder=new_recorder, **settings)
+    return Engine(reasoner, plan), GraphEngine(reasoner, plan, recordings), recorders
 
 
 def rolled(engine: Engine, sampler: Sampler, number: int, lengths: list[int], *, answers: bool = True):
@@ -197,8 +144,8 @@ def test_a_graph_of_kernels_moves_rows(monkeypatch):
     for number, lengths in FINISH_UNEQUALLY:
         found, wanted = (rolled(engine, NOISE, number, lengths) for engine in (graphed, eager))
         assert found.answer_ids == wanted.answer_ids
-    (bucket,) = graphed._buckets.values()
-    assert any(isinstance(passes, Move) for passes in bucket._trusted)
+    (bucket,) = graphed._recordings.buckets.values()
+    assert any(isinstance(passes, Move) for passes in bucket.trusted)
 
 
 @pytest.mark.slow
@@ -219,7 +166,7 @@ def test_so_does_every_adapter(ltts, monkeypatch, tmp_path, model):
         runs.append(ltts(*line, f"paths.cache={tmp_path / way}"))
         assert runs[-1].code == 0, runs[-1].err
         monkeypatch.setattr(
-            drawer, "open_engine", lambda reasoner, plan, *_: GraphEngine(reasoner, plan, new_recorder=Recording)
+            models, "open_recordings", lambda settings, device, share: Recordings(device, new_recorder=Recording)
         )
     there, here = (read_rollouts(run.last.parent) for run in runs)
     assert "without CUDA graphs" not in runs[1].err
@@ -282,15 +229,15 @@ def test_rows_that_go_on_move_to_smaller_tensors(monkeypatch, family, sampler, p
     for number, lengths in FINISH_UNEQUALLY:
         found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
         assert_same(found, wanted)
-    (bucket,) = graphed._buckets.values()
-    moves = {passes for passes in bucket._trusted if isinstance(passes, Move)}  # replayed in more than one batch
+    (bucket,) = graphed._recordings.buckets.values()
+    moves = {passes for passes in bucket.trusted if isinstance(passes, Move)}  # replayed in more than one batch
     assert moves
     assert all(2 * move.target[0] * move.target[1] <= move.source[0] * move.source[1] for move in moves)
 
 
 def test_rows_move_once_other_batches_have_wanted_it(monkeypatch):
     monkeypatch.setattr(graphs, "MIN_ROWS", 1)
-    monkeypatch.setattr(sys.modules[__name__], "N", 8)
+    monkeypatch.setattr(sys.modules[__name__], "N", 4)
     ran, graphed = passes_run(monkeypatch), both("gpt2", answer=12, **PLANS["stops by a token"])[1]
     for batch in range(4):
         rolled(graphed, NOISE, 3, [4, 8, 6])
@@ -341,17 +288,19 @@ def test_the_oldest_batches_give_way(caplog):
     sizes = [[9, 3], [5], [1, 2, 3]]
     for number, lengths in enumerate(sizes[:2]):
         rolled(graphed, NOISE, number, lengths)
-    small = sum(bucket.bytes for bucket in graphed._buckets.values())
-    graphed._max_bytes = small + 1
+    small = sum(bucket.bytes for bucket in graphed._recordings.buckets.values())
+    graphed._recordings.max_bytes = small + 1
     rolled(graphed, NOISE, 2, [6])
-    assert len(graphed._buckets) == 2
+    assert len(graphed._recordings.buckets) == 2
     assert_same(rolled(graphed, NOISE, 2, sizes[2]), rolled(eager, NOISE, 2, sizes[2]))
-    assert len(graphed._buckets) == 1
-    graphed._max_bytes = 1
+    assert len(graphed._recordings.buckets) == 1
+    graphed._recordings.max_bytes = 1
     for number in range(3):
-        assert_same(rolled(graphed, NOISE, number, [9, 3]), rolled(eager, NOISE, number, [9, 3]))
-    assert not graphed._buckets
-    assert len(recorders) == 4  # what is too large is not tried again
+        assert_same(rolled(graphed, NOISE, number, sizes[2]), rolled(eager, NOISE, number, sizes[2]))
+    assert not graphed._recordings.buckets
+    for lengths in sizes:
+        assert_same(rolled(graphed, NOISE, 3, lengths), rolled(eager, NOISE, 3, lengths))
+    assert len(recorders) == 3  # what had to give way is not recorded again
 
 
 @dataclass(frozen=True)
@@ -378,6 +327,27 @@ def test_a_recording_that_gives_something_else_is_not_used(caplog):
         rolled(graphed, sampler, 1, [9, 3])
 
 
+class RecordsNothing(Recording):
+    def record(self, run, tensors):
+        return lambda: None
+
+
+def test_a_recording_of_nothing_is_not_used(caplog):
+    eager, graphed, _ = both(needed=False, recorder=RecordsNothing)
+    for number in range(4):
+        assert_same(rolled(graphed, NOISE, number, [9, 3]), rolled(eager, NOISE, number, [9, 3]))
+    assert "differ when they are replayed" in caplog.text
+
+
+@pytest.mark.parametrize(("family", "sampler", "plan"), [FEW[0], FEW[3]])
+def test_padding_stays_within_the_positions_of_the_model(family, sampler, plan):
+    eager, graphed, recorders = both(family, **PLANS[plan])
+    for number, lengths in enumerate([[66, 70], [72, 3], [1, 68]]):  # padded to 128 tokens; the model has 96 positions
+        found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
+        assert_same(found, wanted)
+    assert recorders[0].recorded >= 2
+
+
 class Fails(Recording):
     def record(self, run, tensors):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -385,7 +355,7 @@ class Fails(Recording):
 
 def test_what_cannot_be_recorded_runs_as_usual(caplog):
     eager, graphed, _ = both(needed=False)
-    graphed._new_recorder = Fails
+    graphed._recordings.new_recorder = Fails
     for number in range(3):
         assert_same(rolled(graphed, NOISE, number, [9, 3]), rolled(eager, NOISE, number, [9, 3]))
     (said,) = [record.message for record in caplog.records if "CUDA graphs" in record.message]
@@ -402,7 +372,7 @@ def test_tensors_of_fixed_sizes_that_give_something_else_are_not_used(monkeypatc
 
 def test_finished_rows_are_noticed_one_pass_late(monkeypatch):
     _, graphed, _ = both(latents=40, answer=40, stop_id=11)
-    monkeypatch.setattr(graphs._Bucket, "_record", lambda self, passes: None)
+    monkeypatch.setattr(Bucket, "_record", lambda self, passes: None)
     ran = passes_run(monkeypatch)
     rollouts = rolled(graphed, NOISE, 0, [9, 3])
     thinking, tokens = int(rollouts.steps_R.max()), max(map(len, rollouts.answer_ids))

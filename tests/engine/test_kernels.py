@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from latent_tts.engine import attention, kernel_check
+from latent_tts.engine import attention
+from latent_tts.random import kernel_check
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 AGREES = """
@@ -62,7 +63,9 @@ for rows in (1, 3):
 ROLLS = """
 import torch, triton_interpreter, tiny
 from latent_tts.engine import attention
+from latent_tts.random import kernel_check
 from latent_tts.engine.graphs import GraphEngine
+from latent_tts.engine.recording import Recordings
 from latent_tts.engine.rollout import Engine
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
@@ -82,7 +85,8 @@ for family, sampler, stop_id in (("llama", Gaussian(0.3, False), 6), ("gpt2", pr
         attention.has_kernel = lambda like, kernel=kernel: kernel
         engines = [Engine(reasoner, plan)]
         if kernel:
-            engines.append(GraphEngine(reasoner, plan, needed=True, new_recorder=Runs, max_bytes=1e9))
+            recordings = Recordings("cpu", needed=True, new_recorder=Runs, max_bytes=1e9)
+            engines.append(GraphEngine(reasoner, plan, recordings))
         for engine in engines:
             for _ in range(3 if engine is engines[-1] and kernel else 1):
                 found.append(engine.roll(prompts, tiny.draw(["a", "b"], range(2)), sampler))

@@ -6,7 +6,7 @@ Tensors of the device `meta` have no values: what asks for one fails. What comes
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from latent_tts.engine import attention, head, prompts
-from latent_tts.engine.graphs import FirstToken, FixedRollouts, Latents, Move, NextToken, Passes, Prompts
+from latent_tts.engine.graph_scoring import FixedScores, StepScores
+from latent_tts.engine.graphs import FirstToken, FixedRollouts, Latents, Move, NextToken, Passes
+from latent_tts.engine.recording import FixedTensors, Prompts
 from latent_tts.engine.rollout import Engine
+from latent_tts.engine.scoring import LatentScorer
 from latent_tts.engine.sites import SiteHooks
 from latent_tts.random import bits
 from latent_tts.random import draw as draws
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
-from latent_tts.types import Reasoner
+from latent_tts.types import Reasoner, RewardModel
 
 QUESTIONS, ROLLOUTS, LENGTH = 4, 4, 16
 OTHERS = [case for case in product(["llama_tied"], SAMPLERS, PLANS) if case not in FEW]
@@ -109,6 +112,16 @@ def passes_of(rollouts: FixedRollouts, sampler: Sampler) -> list[Passes]:
     return found
 
 
+def check_passes(fixed: FixedTensors[Any], found: Sequence[object]) -> None:
+    for passes in found:
+        fixed.run(passes)  # what is made once is made
+        with FromTheHost() as host, pytest.MonkeyPatch.context() as patch:
+            for name in ("tensor", "as_tensor"):
+                patch.setattr(torch, name, host.makes(name))
+            fixed.run(passes)
+        assert not host.found, f"{passes}: {host.found}"
+
+
 def check(family: str, sampler: Sampler, settings: dict[str, Any]) -> None:
     settings = {"latents": 2, "ends": True} | settings
     ends = tiny.EOS_IDS[family] if settings.pop("ends") else None
@@ -122,13 +135,7 @@ def check(family: str, sampler: Sampler, settings: dict[str, Any]) -> None:
             draw.donor_RTD = torch.zeros(numbers_QN.numel(), engine.plan.latents, tiny.WIDTH, device="meta").bfloat16()
         rollouts = FixedRollouts(engine, hooks, draw, QUESTIONS, LENGTH)
         rollouts.load(tiny.prompts([9, 3, 1, 5]), draw, hooks)
-        for passes in passes_of(rollouts, sampler):
-            rollouts.run(passes)  # what is made once is made
-            with FromTheHost() as host, pytest.MonkeyPatch.context() as patch:
-                for name in ("tensor", "as_tensor"):
-                    patch.setattr(torch, name, host.makes(name))
-                rollouts.run(passes)
-            assert not host.found, f"{passes}: {host.found}"
+        check_passes(rollouts, passes_of(rollouts, sampler))
 
 
 @pytest.mark.every_other
@@ -137,6 +144,18 @@ def test_recorded_passes_neither_wait_nor_copy(monkeypatch, family, sampler, pla
     if PLANS[plan].get("latents") == 0 and SAMPLERS[sampler].only_latents:
         pytest.skip("there are no latents to change")
     check(family, SAMPLERS[sampler], PLANS[plan])
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_neither_do_those_of_a_scorer(shifted):
+    model = tiny.reward_model("gpt2")
+    scorer = LatentScorer(RewardModel(model.backbone.bfloat16().to("meta"), lambda hidden: hidden[..., 0].float()))
+    latents_RTD = torch.zeros(QUESTIONS * ROLLOUTS, 3, tiny.WIDTH, device="meta")
+    offset_Q = torch.zeros(QUESTIONS, dtype=torch.long) if shifted else None
+    with torch.inference_mode():
+        scores = FixedScores(scorer, QUESTIONS, LENGTH, latents_RTD, shifted=shifted)
+        scores.load(tiny.prompts([9, 3, 1, 5]), latents_RTD, offset_Q)
+        check_passes(scores, [Prompts(), StepScores()])
 
 
 class Waits(Sampler):

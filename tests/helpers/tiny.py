@@ -113,6 +113,9 @@ OTHER_CONFIGS: dict[str, Callable[[], Any]] = {
     "gpt_bigcode": lambda: GPTBigCodeConfig(**GPT, **OWN_IDS),
 }  # fmt: skip
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = MOE | {"num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "head_dim": 8,
+                "qk_nope_head_dim": 8, "v_head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 4, "n_group": 1,
+                "topk_group": 1}  # fmt: skip
 GPT = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": POSITIONS, "vocab_size": VOCABULARY,
        "initializer_range": 0.3}  # fmt: skip
 # Llama-like ones, by transformers' name, with what they need besides
@@ -123,8 +126,20 @@ for _name, _more in {
     "granitemoe": MOE | {"num_local_experts": 4}, "helium": {"head_dim": 8}, "hunyuan_v1_dense": {"head_dim": 8},
     "minimax_m2": MOE | {"head_dim": 8, "num_local_experts": 4}, "nemotron": {}, "olmo": {}, "persimmon": {},
     "seed_oss": {"head_dim": 8}, "stablelm": {}, "starcoder2": {}, "xglm": {},
+    "afmoe": MOE | {"head_dim": 8, "num_experts": 4, "num_dense_layers": 1}, "codegen": GPT | {"rotary_dim": 4},
+    "cohere2": {"head_dim": 8, "sliding_window": WINDOW}, "ctrl": {}, "deepseek_v2": LATENT,
+    "cwm": {"head_dim": 8, "bos_token_id": 0, "eos_token_id": 0},
+    "diffllama": {"head_dim": 8}, "ernie4_5_moe": MOE | {"moe_num_experts": 4, "moe_k": 2},
+    "exaone_moe": MOE | {"num_experts": 4, "head_dim": 8}, "falcon": {}, "gemma": {"head_dim": 8},
+    "flex_olmo": MOE | {"num_experts": 4}, "glm4_moe": MOE | {"n_routed_experts": 4, "head_dim": 8},
+    "glm4_moe_lite": LATENT, "granitemoeshared": MOE | {"num_local_experts": 4, "shared_intermediate_size": 16},
+    "hunyuan_v1_moe": {"head_dim": 8, "num_experts": 4, "moe_topk": 2}, "internlm3": {"head_dim": 8},
+    "jetmoe": {"num_local_experts": 4, "kv_channels": 8}, "minicpm3": LATENT, "ministral": {"head_dim": 8},
+    "nanochat": {}, "olmo3": {"sliding_window": WINDOW}, "olmoe": MOE | {"num_experts": 4}, "phi": {},
+    "phimoe": MOE | {"num_local_experts": 4}, "qwen2_moe": MOE | {"num_experts": 4, "sliding_window": WINDOW},
+    "solar_open": MOE | {"n_routed_experts": 4, "head_dim": 8}, "vaultgemma": {"head_dim": 8}, "youtu": LATENT,
 }.items():  # fmt: skip
-    OTHER_CONFIGS[_name] = lambda kind=_name, more=_more: AutoConfig.for_model(kind, **SHAPE, **OWN_IDS, **more)
+    OTHER_CONFIGS[_name] = lambda kind=_name, more=_more: AutoConfig.for_model(kind, **SHAPE | OWN_IDS | more)
 
 
 def _build(family: str) -> PreTrainedModel:

@@ -190,6 +190,7 @@ def test_a_template_that_is_missing_or_fails_is_refused(checkpoint, prompt, word
         ("It costs $1,050.50 in all.", "1050.50", "It costs $1,050.50 in all."),
         ("### Answer\n\\boxed{\\frac{1}{2}} and more", "2", "\\frac{1}{2}"),
         ("7 apples\n### Answer", "7", "Answer"),
+        ("It falls to \u22125 degrees.", "-5", "It falls to \u22125 degrees."),
         ("\\boxed{1", "1", "\\boxed{1"),
         ("none\n", None, "none"),
         ("", None, None),

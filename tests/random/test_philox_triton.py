@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from latent_tts.engine.rollout import Engine
-from latent_tts.random import bits
+from latent_tts.random import bits, kernel_check
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.dropout import Dropout
 
@@ -78,7 +78,7 @@ def as_on_a_gpu(monkeypatch):
     """Ask `has_kernels` as on a GPU: of a device that says so and computes on the CPU."""
 
     def asked(kernels):
-        monkeypatch.setattr(bits, "find_spec", lambda name: name == "triton")
+        monkeypatch.setattr(kernel_check, "find_spec", lambda name: name == "triton")
         monkeypatch.setitem(sys.modules, "latent_tts.random.triton_kernels", kernels)
         monkeypatch.setattr("latent_tts.random.triton_kernels", kernels, raising=False)
         agree = bits.agree

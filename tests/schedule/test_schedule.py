@@ -1,6 +1,7 @@
 """Parallel sweeps against the sequential oracle and against an iteration by hand, and through the command line."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from oracle import Oracle
 from refusal import check_refused
 
-from latent_tts.engine.cost import Shape
+from latent_tts.engine.cost import RolloutCost, Shape
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.engine.rollout import Engine
 from latent_tts.errors import UsageError
@@ -194,7 +195,9 @@ def test_repeated_passes_cost_by_their_context():
     assert Jacobi(2, 2).repeated_passes(4) == [(1, 0), (1, 2)]
     assert Jacobi(9, 1).repeated_passes(4) == []
     wanted = shape.pass_flops(3, 7) + shape.pass_flops(2, 8) + shape.pass_flops(1, 9)
-    assert shape.repeated_flops(7, Jacobi(4).repeated_passes(4)) == wanted
+    sequential = RolloutCost(shape, 4, forced=0)
+    jacobi = replace(sequential, repeated=Jacobi(4).repeated_passes(4))
+    assert jacobi.thinking_flops(7, 4) - sequential.thinking_flops(7, 4) == wanted
 
 
 # --- runs

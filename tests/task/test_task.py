@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import islice, pairwise
 
+import pandas as pd
 import pytest
 
 from latent_tts.errors import UsageError
@@ -157,7 +158,7 @@ def test_every_word_of_problems_is_in_words(splits):
     for questions in splits.values():
         for question in questions[:2000]:
             assert set(re.findall(r"[A-Za-z]+|[^\sA-Za-z0-9]", question.text)) <= known
-    assert words() == sorted(known)
+    assert list(words()) == sorted(known)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +270,7 @@ def test_tolerance_decides_equality(write):
         ({"problem": "a", "answer": "1"}, "has no question; .* this one has 'problem', 'answer'"),
         ({"question": "a" * 1_000_000, "answer": "1"}, "has more than 1,000,000 characters"),
         ({"question": "a", "answer": "x" * 10_000}, "the answer 'x{99}\\.\\.\\. is not a number"),
+        ('{"question": "a", "answer": 1, "answer": 2}', "is not JSON .the key 'answer' is there twice"),
         ('{"question": "a", "answer": NaN}', "the answer 'nan' is not a number"),
     ],
 )
@@ -373,7 +375,17 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
     not_gzip.write_bytes(b'{"question": "a", "answer": 1}\n')
     cut.write_bytes(gzip.compress(b'{"question": "a", "answer": 1}\n' * 100)[:-12])
     not_text.write_bytes(b"\xff\xfe\x00{")
-    for path, why in ((not_gzip, "cannot be read"), (cut, "cannot be read"), (not_text, "is not UTF-8")):
+    others = {name: tmp_path / f"{name}.jsonl" for name in ("parquet", "excel", "compressed", "table")}
+    pd.DataFrame({"question": ["a"], "answer": [1]}).to_parquet(others["parquet"])
+    others["excel"].write_bytes(b"PK\x03\x04\x14\x00")
+    others["compressed"].write_bytes(gzip.compress(b'{"question": "a", "answer": 1}\n'))
+    others["table"].write_bytes(b"\xef\xbb\xbfquestion;answer\r\na;1\r\n")
+    for path, why in (
+        (not_gzip, "cannot be read"), (cut, "cannot be read"), (not_text, "is not UTF-8"),
+        (others["parquet"], "is a Parquet file; each line must be"), (others["excel"], "is a zip or Excel file"),
+        (others["compressed"], "is compressed, so its name must end in .gz"),
+        (others["table"], "line 1 is not JSON .*\neach line must be .*\npandas writes"),
+    ):  # fmt: skip
         with pytest.raises(UsageError, match=rf"^task\.path={re.escape(str(path))}: {why}"):
             jsonl(str(path)).questions()
 

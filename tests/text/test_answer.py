@@ -42,6 +42,7 @@ POLAR = r"\left( 3, \frac{\pi}{2} \right)"
         ("\ufeffyes\u200b", "yes"),
         ("STRASSE", "strasse"),
         ("Stra\u00dfe", "strasse"),
+        ("It\u2019s \u201cso\u201d", 'it\'s "so"'),
         ("...", None),
         (" ", None),
         ("", None),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from latent_tts.errors import RunError, UsageError
 from latent_tts.training.reasoner import pace as module
-from latent_tts.training.reasoner.pace import Followed, Pace, Timed, pace_of, read_log
+from latent_tts.training.reasoner.pace import Pace, Timed, pace_of, read_log
 from latent_tts.training.states import last_state
 
 TINY = [
@@ -121,7 +121,7 @@ def test_minutes_too_few_for_one_update_are_an_error(tmp_path, clock):
 def test_a_log_is_followed_to_its_end(tmp_path, clock):
     take(Timed(10, minutes=1, path=tmp_path / "log"), clock, 25.0, range(3))
     pace = pace_of(10, None, str(tmp_path / "log"), tmp_path)
-    assert isinstance(pace, Followed)
+    assert pace.followed == read_log(tmp_path / "log")
     assert [pace.place(update) for update in range(3)] == pytest.approx([0, 25 / 6, 50 / 6])
     assert pace.limit == 3
     with pytest.raises(UsageError, match=r"optimization\.follow=.*longer recipe"):

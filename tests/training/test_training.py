@@ -34,7 +34,7 @@ from latent_tts.training.reasoner.batch import (
     encode_batch,
     micro_batch,
     question_batches,
-    written_loss,
+    token_loss,
 )
 from latent_tts.training.reasoner.curriculum import Stage, written_text
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
@@ -173,7 +173,7 @@ def test_gradients_reach_the_prompt_through_every_latent(adapter):
     questions = Arith("valid", 3, None, 0).questions()
     objective = coconut.CoconutObjective(adapter, 0.0)
     batch = encode_batch(adapter, questions, Stage(1, 3, None), CPU)
-    written_loss(objective.logits(batch, 3)[0], batch).backward()
+    token_loss(objective.logits(batch, 3)[0], batch.targets_QA).backward()
     word = int(batch.prompt_QL[0, -3])
     assert objective.lm.transformer.wte.weight.grad[word].abs().sum() > 0
 

@@ -106,11 +106,12 @@ class CheckpointAdapter:
             f"is in {layout}'s training layout; {files.convert_hint(self.folder)}",
         )
         found, prefix = files.family(shapes)
+        own = next((f"{prefix}*" for prefix, family in files.FAMILIES.items() if family == self.family), "")
         require(
             "model.checkpoint",
             self.folder,
             self.reads(found),
-            f"holds a {found} checkpoint ({'with' if prefix else 'without'} {prefix or self.own_tensors()}), "
+            f"holds a {found} checkpoint ({'with' if prefix else 'without'} {prefix or own}), "
             f"and the {type(self).__name__} adapter reads {self.family} ones\n"
             f"choose the model that reads it, or a {self.family} checkpoint",
         )
@@ -121,7 +122,8 @@ class CheckpointAdapter:
         files.check_vocabulary(self.tokenizer, shapes, self.config, self.folder)
         _ = self.thinking_end_ids, self.eos_ids, self.positions
         self._warn_of_other_eos()
-        trained = self._trained_latents
+        of_file = self.recorded.get("latents")
+        trained = of_file if is_whole(of_file) else (self.trained_latents or {}).get(self.checkpoint)
         if trained is not None and trained != self.latents:
             log.warning("model.latents=%d: %s was trained with %d", self.latents, self.checkpoint, trained)
 
@@ -144,10 +146,6 @@ class CheckpointAdapter:
     def reads(self, family: str) -> bool:
         """Whether it reads checkpoints of a family."""
         return family == self.family
-
-    def own_tensors(self) -> str:
-        """What marks the family's tensors, as in `projector.*`; empty if it has none of its own."""
-        return next((f"{prefix}*" for prefix, family in files.FAMILIES.items() if family == self.family), "")
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check the names and shapes of the family's own tensors; raises UsageError."""
@@ -172,16 +170,15 @@ class CheckpointAdapter:
         _ = self.start_id, self.latent_id
 
     @property
-    def _trained_latents(self) -> int | None:
-        own = self.config.get("latent_tts")
-        if isinstance(own, dict) and is_whole(own.get("latents")):
-            return own["latents"]
-        return (self.trained_latents or {}).get(self.checkpoint)
+    def recorded(self) -> Mapping[str, Any]:
+        """What the training recorded in `config.json`, as `latent_tts`; empty if nothing."""
+        recorded = self.config.get("latent_tts")
+        return recorded if isinstance(recorded, dict) else {}
 
     @cached_property
     def folder(self) -> Path:
         """The local checkpoint folder."""
-        return joining.whole(files.resolve(self.checkpoint, self.revision), files.MODEL_KEY)
+        return joining.join_once(files.resolve(self.checkpoint, self.revision), files.MODEL_KEY)
 
     @cached_property
     def digest(self) -> str:

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,16 +49,16 @@ def base_digest(base: str, key: str) -> str:
         UsageError: there is no such base.
     """
     if base.startswith(gguf.PREFIX):
-        return file_digest(gguf.found(base, key))
+        return file_digest(gguf.find_file(base, key))
     return files.digest(base_folder(base, key))
 
 
 def base_folder(base: str, key: str) -> Path:
-    """The checkpoint folder of a base, which may be an adapter itself; raises as `whole` does."""
-    return whole(files.resolve(base, key=key), key)
+    """The checkpoint folder of a base, which may be an adapter itself; raises as `join_once` does."""
+    return join_once(files.resolve(base, key=key), key)
 
 
-def whole(folder: Path, key: str) -> Path:
+def join_once(folder: Path, key: str) -> Path:
     """The folder itself, or the join of the adapter in it (imports torch and transformers when it is made).
 
     Raises:
@@ -77,7 +77,7 @@ def whole(folder: Path, key: str) -> Path:
         elif name != OWN:
             raise bad_value(key, folder, f"the folder lacks {name}")
     target = gguf.models_folder() / f"joined{VERSION}-{sha.hexdigest()[:16]}"
-    gguf.set_cut_aside(target)
+    gguf.set_truncated_aside(target)
     if not target.is_dir():
         log.info("%s: joining it with %s, once, in %s", folder, base, target)
         with gguf.whole_folder(target, str(folder)) as partial:
@@ -197,14 +197,20 @@ def find_base(folder: Path, record: Mapping[str, Any], wanted: object, kind: str
 
 
 def add_adapter(
-    tensors: dict[str, Tensor], adapter: Mapping[str, Tensor], settings: Mapping[str, Any], folder: Path, key: str
+    tensors: dict[str, Tensor], adapter: Mapping[str, Tensor], settings: Mapping[str, Any], source: object, key: str
 ) -> dict[str, Tensor]:
     """The tensors of a base with alpha / rank times B A added to its weights, and the rows of the adapter in place.
+
+    Args:
+        tensors: of the base; a weight that something is added to becomes float32.
+        adapter: the factors and rows, by PEFT's names.
+        settings: PEFT's config; `transposed` says whether the base keeps its weights transposed.
+        source: where the adapter is, for errors.
+        key: the config key that errors name.
 
     Raises:
         UsageError: a tensor of the adapter fits no weight.
     """
-    scale = float(settings["lora_alpha"]) / int(settings["r"])
     tied, left = "lm_head.weight" not in tensors, set(adapter)
     rows = settings.get("trainable_token_indices") or {}
     for name, value in adapter.items():
@@ -212,7 +218,11 @@ def add_adapter(
         if module.endswith(ROWS):
             module = module.removesuffix(ROWS)
             weight, places = tensors.get(f"{module}.weight"), rows.get(module.rpartition(".")[2]) or []
-            if weight is not None and list(value.shape) == [len(places), weight.shape[1]] and fits(places, weight):
+            if (
+                weight is not None
+                and value.shape == (len(places), weight.shape[1])
+                and all(0 <= place < len(weight) for place in places)
+            ):
                 weight[places] = value.float()
                 left.discard(name)
             elif module == "lm_head" and tied:  # the embedding has them
@@ -220,19 +230,15 @@ def add_adapter(
         elif module.endswith(FACTORS[0]):
             weight_name, other = f"{module.removesuffix(FACTORS[0])}.weight", name.replace(*FACTORS)
             if weight_name in tensors and other in adapter:
-                delta = scale * (adapter[other].float() @ value.float())
+                delta = float(settings["lora_alpha"]) / len(value) * (adapter[other].float() @ value.float())
                 delta = delta.T if settings.get("transposed") else delta
                 if delta.shape == tensors[weight_name].shape:
                     tensors[weight_name] = tensors[weight_name] + delta
                     left -= {name, other}
     if left:
-        raise bad_value(key, folder, f"its tensor {min(left)} fits no weight of the base")
+        shape = list(adapter[min(left)].shape)
+        raise bad_value(key, source, f"its tensor {min(left)} fits no weight of the base; its shape is {shape}")
     return tensors
-
-
-def fits(places: Sequence[int], weight: Tensor) -> bool:
-    """Whether a matrix has these rows."""
-    return all(0 <= place < weight.shape[0] for place in places)
 
 
 def probe(lm: Any, prompts_PL: Tensor, latents: int) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle as pickles
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,47 +33,27 @@ def load_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
     return tensors
 
 
-def read_pickles(pickles: Mapping[Path, set[str]]) -> dict[str, Tensor]:
-    """A state dict from the shards of a pickle, given with the tensors that each must contain.
+def read_pickles(shards: Mapping[Path, set[str]]) -> dict[str, Tensor]:
+    """A state dict from the shards of a pickle, given with the tensors that each must contain; no code is unpickled.
 
     Raises:
         UsageError: a file is not a pickle of tensors, or lacks a tensor.
     """
     state: dict[str, Tensor] = {}
-    for path, wanted in pickles.items():
-        shard = read_pickle(path)
+    for path, wanted in shards.items():
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            why = f"not a pickle that contains only tensors ({str(error).splitlines()[0][:120]})"
+            raise bad_value("src", path, why) from error
+        shard = content.get("state_dict", content) if isinstance(content, dict) else {}
+        only_tensors = bool(shard) and all(isinstance(value, Tensor) for value in shard.values())
+        require("src", path, only_tensors, "does not hold a dict of tensors")
         lacking = wanted - set(shard)
         if lacking:
             raise bad_value("src", path, f"lacks the tensor {min(lacking)}, which {files.PICKLE_INDEX} lists for it")
         state |= shard
     return state
-
-
-def read_pickle(pickle: Path) -> dict[str, Tensor]:
-    """A state dict from a pickle (nothing but tensors is unpickled).
-
-    Raises:
-        UsageError: the file is not a pickle of tensors.
-    """
-    try:
-        state = torch.load(pickle, map_location="cpu", weights_only=True)
-    except (pickles.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise bad_value(
-            "src", pickle, f"not a pickle that contains only tensors ({str(error).splitlines()[0][:120]})"
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    require("src", pickle, bool(tensors) and len(tensors) == len(state), "does not hold a dict of tensors")
-    return tensors
-
-
-def load_causal_lm(folder: Path, *, device: str, dtype: str, key: str = files.MODEL_KEY) -> PreTrainedModel:
-    """The causal LM of a checkpoint in evaluation mode, its weights cast to `dtype` (`float32`, `bfloat16`, ...).
-
-    Raises:
-        UsageError: a weight is missing or has another shape than the config says.
-    """
-    return _load("AutoModelForCausalLM", folder, device, dtype, key)
 
 
 def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrainedModel:
@@ -82,10 +62,10 @@ def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrai
     Raises:
         UsageError: a weight is missing or has another shape than the config says.
     """
-    return _load("AutoModel", folder, device, dtype, key)
+    return load_causal_lm(folder, device=device, dtype=dtype, key=key, auto_class=transformers.AutoModel)
 
 
-def filled(module: nn.Module, tensors: Mapping[str, Tensor], lm: PreTrainedModel) -> Any:
+def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], lm: PreTrainedModel) -> Any:
     """A module with these weights, on the device and in the dtype of a model, in evaluation mode."""
     module.load_state_dict(tensors)
     return module.to(lm.device, lm.dtype).eval().requires_grad_(False)
@@ -103,7 +83,19 @@ def compute_exactly() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> PreTrainedModel:
+def load_causal_lm(
+    folder: Path,
+    *,
+    device: str,
+    dtype: str,
+    key: str = files.MODEL_KEY,
+    auto_class: Any = transformers.AutoModelForCausalLM,
+) -> PreTrainedModel:
+    """The causal LM of a checkpoint in evaluation mode, its weights cast to `dtype` (`float32`, `bfloat16`, ...).
+
+    Raises:
+        UsageError: a weight is missing or has another shape than the config says.
+    """
     compute_exactly()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -120,7 +112,7 @@ def _load(auto_class: str, folder: Path, device: str, dtype: str, key: str) -> P
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config._attn_implementation = config._experts_implementation = None
-        loaded: Any = getattr(transformers, auto_class).from_pretrained(
+        loaded: Any = auto_class.from_pretrained(
             folder,
             config=config,
             dtype=getattr(torch, dtype),

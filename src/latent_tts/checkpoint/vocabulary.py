@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
@@ -67,17 +66,12 @@ def cut_to(tokenizer: Tokenizer, texts: Iterable[str], key: str) -> Tokenizer:
     model["vocab"] = {token: ids[token] for token in order}
     model["merges"] = [list(pair) for pair in merges if "".join(pair) in ids and ids.keys() >= set(pair)]
     old_ids = {**vocabulary, **{token["content"]: token["id"] for token in content["added_tokens"]}}
-    _renumber(content, {old: ids[token] for token, old in old_ids.items() if token in ids}, ids)
-    return Tokenizer.from_str(json.dumps(content))
-
-
-def _renumber(content: dict[str, Any], new: Mapping[int, int], ids: Mapping[str, int]) -> None:
-    """Give added tokens, and the special tokens of a post-processor, their new ids."""
+    new_ids = {old: ids[token] for token, old in old_ids.items() if token in ids}
     for token in content["added_tokens"]:
         token["id"] = ids[token["content"]]
-    processor = content.get("post_processor") or {}
-    for special in (processor.get("special_tokens") or {}).values():
-        special["ids"] = [new[old] for old in special["ids"]]
+    for special in ((content.get("post_processor") or {}).get("special_tokens") or {}).values():
+        special["ids"] = [new_ids[old] for old in special["ids"]]
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def fit_rows(
@@ -125,17 +119,3 @@ def fit_rows(
         result[[row for row, place in enumerate(wanted) if place is None]] = start
         fitted[name] = result
     return fitted
-
-
-def check_begin(begin: object, tokenizer: Tokenizer, key: str) -> None:
-    """Check the initial value of the rows of new tokens.
-
-    Raises:
-        UsageError: it is neither `mean` nor a token.
-    """
-    require(
-        key,
-        begin,
-        begin == MEAN or (isinstance(begin, str) and tokenizer.token_to_id(begin) is not None),
-        f"must be {MEAN}, or a token of the model that training starts from",
-    )

@@ -12,7 +12,7 @@ from typing import TypeVar
 from omegaconf import DictConfig
 
 from latent_tts.checkpoint.kept import KeptModel, kept_models
-from latent_tts.errors import UsageError, bad_value, is_number, require
+from latent_tts.errors import bad_value, is_number, require
 from latent_tts.pipeline.keys import is_current
 from latent_tts.results import report
 from latent_tts.results.cache import CacheEntry, cache_entries
@@ -39,8 +39,7 @@ def main(cfg: DictConfig) -> None:
         if models:
             show_models(root / "models", models)
         return
-    if not chosen:
-        raise UsageError("action=prune: say what to remove: older_than=30d, max_size=20GB or stale=true")
+    require("action", "prune", chosen, "say what to remove: older_than=30d, max_size=20GB or stale=true")
     everything = sorted([*entries, *models], key=lambda each: -each.used)
     gone = to_prune(everything, older_than=older_than, max_size=max_size, stale=cfg.stale, now=time.time())
     for each in gone:
@@ -82,10 +81,11 @@ def to_prune(
 
 def show_models(folder: Path, models: Sequence[KeptModel]) -> None:
     """The models as a table."""
-    rows = []
-    for model in models:
-        used = report.age(time.time() - model.used) + (", stale" if model.stale else "")
-        rows.append([model.folder.name, model.kind, model.source, size(model.size), used])
+    used = [report.age(time.time() - model.used) + (", stale" if model.stale else "") for model in models]
+    rows = [
+        [model.folder.name, model.kind, model.source, size(model.size), age]
+        for model, age in zip(models, used, strict=True)
+    ]
     total = size(sum(model.size for model in models))
     title = f"{folder}: {report.counted(len(models), 'model')}, {total}"
     report.print_table(title, ["folder", "made", "from", "size", "last used"], rows)

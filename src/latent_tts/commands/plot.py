@@ -93,6 +93,5 @@ def find_tables(path: Path) -> list[Path]:
     found = own or sorted(table for name in names for table in path.rglob(name))
     # a sweep over seeds has both tables: that of the means has intervals over all seeds
     found = [table for table in found if table.name != METRICS or table.with_name(METRICS_OVER_SEEDS) not in found]
-    if not found:
-        raise UsageError(f"runs={path}: no {METRICS} or {RESULTS} at or below it")
+    require("runs", path, bool(found), f"no {METRICS} or {RESULTS} at or below it")
     return found

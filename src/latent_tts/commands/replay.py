@@ -14,7 +14,7 @@ from latent_tts.config.recorded import recorded, recorded_run
 from latent_tts.config.requests import run_request
 from latent_tts.errors import require
 from latent_tts.pipeline import replaying
-from latent_tts.pipeline.run_output import clear_run_folder
+from latent_tts.pipeline.running import clear_run_folder
 from latent_tts.pipeline.spec import check_run
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder

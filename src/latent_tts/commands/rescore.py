@@ -14,7 +14,7 @@ from latent_tts.config.recorded import recorded_run
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.errors import bad_value, check_fields
 from latent_tts.pipeline import rescoring
-from latent_tts.pipeline.run_output import clear_run_folder, write_run_folder
+from latent_tts.pipeline.running import clear_run_folder, write_run_folder
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import make_tables
 from latent_tts.results import report
@@ -46,7 +46,9 @@ def main(cfg: DictConfig) -> None:
         )  # fmt: skip
     spec = check_run(request)
     rescoring.check_spec(spec, source, record)
-    folder, settings = output_dir(), changed_scoring(cfg, record["settings"])
+    folder, own = output_dir(), changed_settings(cfg)
+    kept = {key: value for key, value in record["settings"].items() if not key.startswith(SCORING_KEYS)}
+    settings = kept | {key: value for key, value in own.items() if key.startswith(SCORING_KEYS)}
     with locked_folder(folder, "hydra.run.dir"):
         clear_run_folder(folder)
         rollouts = rescoring.rescore_rollouts(spec, source, record)
@@ -75,9 +77,3 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     kept = entry.parent if (entry / KEY_JSON).is_file() else compose("run").paths.cache  # a record names no new folder
     merged.cache, merged.paths.cache = "on", cfg.paths.cache or str(kept)
     return merged
-
-
-def changed_scoring(cfg: DictConfig, settings: dict[str, Any]) -> dict[str, Any]:
-    """The run's changed settings, with this command's about scoring in place of its own."""
-    kept = {key: value for key, value in settings.items() if not key.startswith(SCORING_KEYS)}
-    return kept | {key: value for key, value in changed_settings(cfg).items() if key.startswith(SCORING_KEYS)}

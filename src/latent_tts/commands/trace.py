@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from latent_tts.config.build import given_keys, is_given, output_dir
+from latent_tts.config.build import given_values, is_given, output_dir
 from latent_tts.config.recorded import recorded, recorded_run
 from latent_tts.config.requests import beside_option, changed_settings, run_request, with_texts
 from latent_tts.errors import UsageError, require
@@ -17,10 +17,10 @@ from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import draw_rollouts
 from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import check_run
-from latent_tts.pipeline.trace_spec import View, check_trace, of_a_run, warn_of_differences
+from latent_tts.pipeline.trace_spec import View, check_trace, select_questions, warn_of_differences
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
-from latent_tts.results.files import locked_folder, whole_file
+from latent_tts.results.files import locked_folder, write_text
 from latent_tts.results.trace_page import render_page
 from latent_tts.results.trace_report import print_trace
 from latent_tts.task.asked import Asked
@@ -52,7 +52,7 @@ def main(cfg: DictConfig) -> None:
     with cache_root(request.cache, merged.cache) as cache, locked_folder(folder, "hydra.run.dir"):
         run = check_run(replace(request, cache=cache))
         if source is not None:
-            run = of_a_run(run, source, record, list(cfg.question), cfg.n if is_given("n") else None)
+            run = select_questions(run, source, record, list(cfg.question), cfg.n if is_given("n") else None)
         spec = check_trace(run, view, beside, n=request.n if source is None else max(run.table_counts), source=source)
         if source is None:
             done = complete_run(
@@ -69,8 +69,7 @@ def main(cfg: DictConfig) -> None:
         from latent_tts.pipeline.tracing import trace
 
         shown = trace(spec, rollouts)
-    with whole_file(folder / PAGE) as path:
-        path.write_text(render_page(shown), encoding="utf-8")
+    write_text(folder / PAGE, render_page(shown))
     print_trace(shown)
     for line in lines:
         report.print_line(line)
@@ -85,9 +84,9 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     Raises:
         UsageError: a key was given that is the run's.
     """
-    for key in given_keys():
+    for key, value in given_values().items():
         allowed = f"run={cfg.run} has its own; with run, only these keys can be given: {', '.join(OWN_KEYS)}"
-        require(key, OmegaConf.select(cfg, key), key in OWN_KEYS or key.startswith("hydra"), allowed)
+        require(key, value, key in OWN_KEYS or key.startswith("hydra"), allowed)
     merged = recorded_run(record, ("model", "task", "sampler", "schedule", "search", "scorer", "budget"), cfg)
     merged.aggregator = {name: recorded("aggregator", node, cfg) for name, node in record["aggregators"].items()}
     merged.cache, merged.engine.device, merged.engine.rows = "on", cfg.engine.device, cfg.engine.rows

@@ -60,7 +60,7 @@ def train(cfg: DictConfig) -> None:
     questions = training_questions(task, valid_questions=cfg.valid_questions, seed=cfg.seed, step_results=step_results)
     if cfg.init_vocabulary == "used":
         require("init_vocabulary", "used", bool(questions.finite), f"must be all: task={task.name} is no finite set")
-    source = joining.whole(checkpoint.resolve(str(cfg.init), key="init"), "init") if cfg.init else None
+    source = joining.join_once(checkpoint.resolve(str(cfg.init), key="init"), "init") if cfg.init else None
     # these import torch: everything above has been checked without it
     backbone = config.build("backbone", cfg.backbone)
     from latent_tts.training.reasoner.train import Start, train_reasoner
@@ -124,8 +124,8 @@ def check_start(cfg: DictConfig, task: Task, lora: Lora) -> None:
     """
     if cfg.init:
         why = f"init={cfg.init} brings its own shape and weights; no backbone is made"
-        for key in config.given_keys():
-            require(key, OmegaConf.select(cfg, key), not key.startswith("backbone."), why)
+        for key, value in config.given_values().items():
+            require(key, value, not key.startswith("backbone."), why)
         return
     why = "must be arith without init=: a new backbone knows only its words"
     require("task", task.name, isinstance(task, Arith), why)

@@ -17,13 +17,12 @@ from latent_tts.errors import bad_value, check_fields, check_seed, require
 from latent_tts.pipeline import environment
 from latent_tts.pipeline.spec import (
     BYTES_PER_NUMBER,
-    EngineSettings,
     encode_prompts,
     full_dtype,
     reserved_positions,
 )
 from latent_tts.results import report
-from latent_tts.results.files import whole_file
+from latent_tts.results.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +56,14 @@ def main(cfg: DictConfig) -> None:
             best.dtype, engine.dtype, 100 * (1 - best.same), engine.dtype,
         )  # fmt: skip
     measured = f"{best.rate:.0f} rollouts/s with model {adapter.name}, sampler {sampler.name}, n={cfg.n}"
-    write_settings(path, engine, best.dtype, best.rows, measured)
+    machine = environment.machine()
+    write_text(
+        path,
+        f"# by `ltts tune` on {date.today()}, {machine.get('gpu', machine['processor'])}: {measured}\n"
+        "defaults: [default, _self_]\n"
+        f"dtype: {best.dtype}\ndevice: {engine.device}\nrows: {best.rows}\nquantize: {engine.quantize or 'null'}\n"
+        f'graph: "{engine.graph}"\n',
+    )
     print(path)
 
 
@@ -104,15 +110,3 @@ def writable(path: Path) -> Path:
             return path
     except OSError as error:
         raise bad_value("output", path, f"cannot be written ({error.strerror})") from error
-
-
-def write_settings(path: Path, engine: EngineSettings, dtype: str, rows: int, measured: str) -> None:
-    """Write the option `engine=tuned`."""
-    machine = environment.machine()
-    with whole_file(path) as partial:
-        partial.write_text(
-            f"# by `ltts tune` on {date.today()}, {machine.get('gpu', machine['processor'])}: {measured}\n"
-            "defaults: [default, _self_]\n"
-            f"dtype: {dtype}\ndevice: {engine.device}\nrows: {rows}\nquantize: {engine.quantize or 'null'}\n"
-            f'graph: "{engine.graph}"\n'
-        )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -20,12 +22,16 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from latent_tts.config.jobs import Loader
 from latent_tts.config.reference import conf_dir, nested_groups, option_names
 from latent_tts.config.schemas import SCHEMAS
-from latent_tts.errors import LatentTTSError, UsageError, bad_value, require, unknown_key
+from latent_tts.errors import LatentTTSError, UsageError, bad_value, is_whole, require, unknown_key
 from latent_tts.results.files import LOCK
+
+# groups whose settings tell one curve from another; their modules import no torch
+IN_CURVES = {"aggregator", "budget", "model", "sampler", "schedule", "scorer", "search", "task"}
 
 
 @cache
@@ -73,6 +79,11 @@ def remove_record() -> None:
     folder, own = output_dir(), {hydra_cfg.output_subdir, f"{hydra_cfg.job.name}.log", LOCK}
     if {path.name for path in folder.iterdir()} <= own:
         shutil.rmtree(folder / hydra_cfg.output_subdir)
+    # a launcher whose process goes on would log into a folder that is not there
+    for handler in logging.getLogger().handlers[:]:
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).parent == folder.absolute():
+            logging.getLogger().removeHandler(handler)
+            handler.close()
     if not any(folder.iterdir()) and folder != Path():
         folder.rmdir()
 
@@ -166,16 +177,53 @@ def compose(command: str, overrides: Sequence[str] = (), loader: ConfigLoader | 
     return cfg
 
 
-def given_keys() -> list[str]:
-    """The groups and keys that the command line says something about."""
-    return [override.lstrip("+~").partition("=")[0] for override in HydraConfig.get().overrides.task]
+def given_values() -> dict[str, str]:
+    """The groups and keys that the command line says something about, with what it says."""
+    parts = (override.lstrip("+~").partition("=") for override in HydraConfig.get().overrides.task)
+    return {key: value for key, _, value in parts}
 
 
 def name_after_checkpoint(cfg: DictConfig) -> None:
     """Name a model after its checkpoint where the command line gives that alone: the default's name is another's."""
-    given = set(given_keys())
+    given = set(given_values())
     if "model.checkpoint" in given and not given & {"model", "model.name"} and cfg.model.checkpoint:
         cfg.model.name = Path(str(cfg.model.checkpoint).rpartition(":")[2]).name
+
+
+def spell_numbers_alike(cfg: DictConfig) -> None:
+    """Make integers floats where an option takes floats: 1 and 1.0 are one setting, one curve, one cache entry."""
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException:  # the command says so where it reads that value
+        return
+
+    def walk(place: str, node: Any) -> None:
+        if not isinstance(node, dict):
+            return
+        for key, value in node.items():
+            walk(f"{place}{key}.", value)
+        if not isinstance(node.get("_target_"), str):
+            return
+        try:
+            parameters = inspect.signature(get_object(node["_target_"])).parameters
+        except Exception:  # whatever its module raises; building the option says so
+            return
+        for name in node.keys() & parameters.keys():
+            kinds = set(re.findall(r"\w+", str(parameters[name].annotation)))
+            value = _as_floats(node[name])
+            if "float" in kinds and "int" not in kinds and repr(value) != repr(node[name]):
+                OmegaConf.update(cfg, f"{place}{name}", value)
+
+    assert isinstance(values, dict)
+    for group in IN_CURVES & values.keys():
+        walk(f"{group}.", values[group])
+
+
+def _as_floats(value: Any) -> Any:
+    """An integer, or those of a list, as floats; anything else as it is."""
+    if isinstance(value, list):
+        return [_as_floats(each) for each in value]
+    return float(value) if is_whole(value) and abs(value) < 1 << 53 else value
 
 
 def stay_where_started() -> None:
@@ -185,7 +233,7 @@ def stay_where_started() -> None:
 
 def is_given(group: str) -> bool:
     """Whether the command line chooses an option of a group."""
-    return group in given_keys()
+    return group in given_values()
 
 
 def is_default(group: str, cfg: DictConfig) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 from latent_tts.config.reference import (
@@ -113,10 +113,12 @@ def candidates(
 
 def _keys(name: str, overrides: Sequence[str], places: Sequence[Path]) -> list[Key]:
     """The keys of a command and of the options that it has under some overrides."""
-    keys = keys_of(name.replace("-", "_"), overrides, places)
-    for group, option in _nested(name, overrides, places).items():
-        keys += read_option(group, option, places).keys if option in option_names(group, places) else ()
-    return keys
+    nested = [
+        read_option(group, option, places).keys
+        for group, option in _nested(name, overrides, places).items()
+        if option in option_names(group, places)
+    ]
+    return [*keys_of(name.replace("-", "_"), overrides, places), *chain(*nested)]
 
 
 def _nested(name: str, overrides: Sequence[str], places: Sequence[Path]) -> dict[str, str]:

@@ -90,7 +90,7 @@ def run(
     elif name == "completion":
         print(_completion(words, commands, flags, flag_choices))
     elif name == "list" and words[:1] == ["runs"]:
-        from latent_tts.results.run_list import print_runs
+        from latent_tts.results.report import print_runs
 
         print_runs([Path(word).expanduser() for word in words[1:]])
     elif name == "list":
@@ -180,10 +180,10 @@ def command_help(name: str, about: str, positional: Sequence[str], overrides: Se
         parts.append("Groups, with their options (* is the one chosen) and the keys of what is chosen:")
     for group, options in groups.items():
         parts.append(f"{group}: {GROUPS.get(group, '')}".rstrip(": "))
-        rows = []
-        for option in (read_option(group, option, places) for option in options):
-            mark = "*" if option.name in chosen[group] else " "
-            rows.append((f"{mark} {group}={option.name}", option.about))
+        rows = [
+            (f"{'*' if name in chosen[group] else ' '} {group}={name}", read_option(group, name, places).about)
+            for name in options
+        ]
         parts.append(definitions(rows, width))
         keys = [key for option in options if option in chosen[group] for key in read_option(group, option, places).keys]
         if keys and group != "experiment":

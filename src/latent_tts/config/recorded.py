@@ -43,11 +43,13 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
         raise UsageError(f"{group}: not the record of an option, but {str(node)[:60]!r}")
     name = node.get(TARGET)
     known = _targets_of(group) | {target for cfg in given for target in _targets_of_config(cfg)}
-    if not isinstance(name, str) or name not in known:
-        raise _refusal(group, name)
-    for nested in _targets_in({key: value for key, value in node.items() if key != TARGET}):
-        if nested not in known:
-            raise _refusal(group, nested)
+    for target in (str(name), *_targets_in(node)):
+        if target not in known:
+            raise UsageError(
+                f"{group}: the folder names {TARGET}={target[:100]}, which is no known option of the group; it was not "
+                f"imported\nif you trust it, name it in a config folder: --config-dir=DIR, with `{TARGET}: ...` in "
+                f"DIR/{group}/NAME.yaml"
+            )
     for key in NEVER_RECORDED:
         if any(key == name for name, _ in _parts(node)):
             raise UsageError(f"{group}: {name} is recorded with {key}, which no option has")
@@ -110,14 +112,6 @@ def _parts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for part in value:
             yield from _parts(part, key)
-
-
-def _refusal(group: str, target: object) -> UsageError:
-    return UsageError(
-        f"{group}: the folder names {TARGET}={str(target)[:100]}, which is no known option of the group; it was not "
-        f"imported\nif you trust it, name it in a config folder: --config-dir=DIR, with `{TARGET}: ...` in "
-        f"DIR/{group}/NAME.yaml"
-    )
 
 
 def _targets_of(group: str) -> frozenset[str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
-from latent_tts.engine.kernel_check import is_usable
+from latent_tts.random.kernel_check import is_usable
 
 Piece = tuple[Tensor, Tensor]
 NAME = "latent_tts_shared_prefix"
@@ -66,6 +66,11 @@ class SharedPrefixCache:
     valid_RC: Tensor | None = None
     fills_prefix: bool = False
     _work: Tensor | None = None
+
+    @property
+    def questions_so_far(self) -> int:
+        """How many prefixes it has."""
+        return self.lengths_Q.shape[0]
 
     def add_questions(self, lengths_Q: Tensor) -> None:
         """Say how many tokens the prefixes that come next have."""
@@ -243,6 +248,11 @@ class FixedCache(SharedPrefixCache):
         self.at_1 = None
         if self.valid_RC is not None:
             self.valid_RC.fill_(True)
+
+    @property
+    def questions_so_far(self) -> int:
+        """How many prefixes are set."""
+        return self._known
 
     def add_questions(self, lengths_Q: Tensor) -> None:
         """See `SharedPrefixCache`."""

@@ -77,18 +77,10 @@ class Shape:
             weights = width * (2 * attention + 2 * keys) + 3 * width * int(config["intermediate_size"])
         return cls(int(config["num_hidden_layers"]), width, int(config["vocab_size"]), attention, keys, weights)
 
-    def pass_flops(self, tokens: Count, context: Count) -> Count:
+    def pass_flops(self, tokens: Count, context: Count = 0) -> Count:
         """Operations of the blocks for `tokens` new tokens after `context` earlier ones (causal)."""
         attended = tokens * context + tokens * (tokens + 1) / 2
         return self.layers * (2.0 * tokens * self.block_weights + 4.0 * attended * self.attention)
-
-    def prompt_flops(self, prompt: Count) -> Count:
-        """Operations of one prefill."""
-        return self.pass_flops(prompt, 0)
-
-    def repeated_flops(self, prompt: Count, passes: Sequence[tuple[int, int]]) -> Count:
-        """Operations of the passes that a schedule repeats: each has (latents, latents before them)."""
-        return sum(self.pass_flops(tokens, prompt + before) for tokens, before in passes)
 
     def head_flops(self, tokens: Count) -> Count:
         """Operations of the LM head at `tokens` positions."""
@@ -117,7 +109,7 @@ class Shape:
     def prefill_work(self, prompts_Q: Sequence[int], copies: int, item: int) -> Work:
         """Work of running prompts in one pass, each `copies` times: weights are read once, keys and values written."""
         written = self.cache_bytes(sum(prompts_Q), item)
-        return Work(copies * sum(map(self.prompt_flops, prompts_Q)), self.block_bytes(item) + copies * written)
+        return Work(copies * sum(map(self.pass_flops, prompts_Q)), self.block_bytes(item) + copies * written)
 
     def scoring_work(self, prompts_Q: Sequence[int], steps_R: Int64, item: int) -> list[Work]:
         """The work of scoring: the prompts, then the latents of all rows (question-major) in one pass."""
@@ -138,7 +130,7 @@ class RolloutCost:
         own_prompt: whether the prompt runs once per rollout.
         own_last: whether only the last prompt token runs once per rollout: its pass makes h_1, and is random where
             thoughts are.
-        repeated: the passes that a schedule repeats, see `Shape.repeated_flops`.
+        repeated: the passes that a schedule repeats: each has (latents, latents before them).
         looks_for_stop: whether rows may stop early: the LM head runs before every latent, and once more in a row that
             stops before `latents`.
         exit_tokens: tokens run beside each latent but the last, to see whether it moves the answer; None: no check.
@@ -178,7 +170,7 @@ class RolloutCost:
         Args:
             prompt: L.
         """
-        return 0.0 if self.own_prompt else self.shape.pass_flops(prompt - self.own_last, 0)
+        return 0.0 if self.own_prompt else self.shape.pass_flops(prompt - self.own_last)
 
     def thinking_flops(self, prompt: Count, steps: Count) -> Count:
         """Operations of one rollout without an answer, and without the shared ones.
@@ -206,7 +198,7 @@ class RolloutCost:
         """Operations of the rollout whose latents are the guesses of others: its prompt, then all T one by one."""
         checks = self.shape.head_flops(self.latents * self.looks_for_stop)
         made = self.shape.pass_flops(self.latents - 1, prompt) + self.making_flops(self.latents)
-        return self.shape.prompt_flops(prompt) + made + checks
+        return self.shape.pass_flops(prompt) + made + checks
 
     def making_flops(self, latents: Count) -> Count:
         """Operations between hidden states and the latents that are made of them."""
@@ -227,11 +219,11 @@ class RolloutCost:
     def _other_flops(self, prompt: Count, steps: Count) -> Count:
         """Operations beside the suffix: own prompt or last prompt token, latents, repeated sweeps, stop checks."""
         shape = self.shape
-        own = shape.prompt_flops(prompt) if self.own_prompt else shape.pass_flops(self.own_last, prompt - self.own_last)
+        own = shape.pass_flops(prompt) if self.own_prompt else shape.pass_flops(self.own_last, prompt - self.own_last)
         checks = self._exit_checks(steps)  # at contexts of prompt + 1, prompt + 2, ... latents, so at their mean
         checking = checks * shape.pass_flops(self.exit_tokens or 0, prompt + (checks + 1) / 2)
         made = self.making_flops(steps + sum(tokens for tokens, _ in self.repeated))
-        repeated = shape.repeated_flops(prompt, self.repeated)
+        repeated = sum(shape.pass_flops(tokens, prompt + before) for tokens, before in self.repeated)
         return own + made + repeated + checking + shape.head_flops(self.stop_checks(steps))
 
 
@@ -268,16 +260,13 @@ class BatchCost:
     def _rollouts(self) -> int:
         return len(self.steps_R) // len(self.prompts_Q)
 
-    def _prompts_R(self) -> Int64:
-        return self.prompts_Q.repeat(self._rollouts)
-
     def _read(self, tokens: float) -> float:
         return self.passes.shape.cache_bytes(1, self.item) * float(tokens)
 
     def _thoughts(self) -> Work:
         passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
-        prompts_R = self._prompts_R()
-        flops_R = passes.thinking_flops(prompts_R, self.steps_R) - passes.own_prompt * shape.prompt_flops(prompts_R)
+        prompts_R = self.prompts_Q.repeat(self._rollouts)
+        flops_R = passes.thinking_flops(prompts_R, self.steps_R) - passes.own_prompt * shape.pass_flops(prompts_R)
         fed_R = np.maximum(self.steps_R - 1, 0) + own
         suffixes = (fed_R * (fed_R + 1) / 2).sum()
         suffixes += len(fed_R) * sum(before + tokens + own for tokens, before in passes.repeated)
@@ -289,7 +278,7 @@ class BatchCost:
 
     def _answers(self, answers_R: Int64) -> Work:
         passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
-        prompts_R = self._prompts_R()
+        prompts_R = self.prompts_Q.repeat(self._rollouts)
         flops_R = passes.rollout_flops(prompts_R, self.steps_R, answers_R)
         flops_R -= passes.thinking_flops(prompts_R, self.steps_R)
         first_R = own + self.steps_R + passes.forced

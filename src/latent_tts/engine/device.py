@@ -84,13 +84,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)
 
 
-def free_cached_memory(device: torch.device | str) -> None:
-    """Give back what is allocated and not used."""
-    gc.collect()
-    if is_gpu(device):
-        torch.cuda.empty_cache()
-
-
 def compute_in_batches(
     jobs: Sequence[Job],
     compute: Callable[[list[Job]], Result],
@@ -118,7 +111,9 @@ def compute_in_batches(
             else:
                 yield result
                 continue
-            free_cached_memory(device)
+            gc.collect()
+            if is_gpu(device):
+                torch.cuda.empty_cache()
             yield from compute_in_batches(piece, compute, divide, halve, device)
 
 

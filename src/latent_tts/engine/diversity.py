@@ -60,10 +60,12 @@ class DirectionSums:
         latents_QNTD = latents_RTD.unflatten(0, (len(keys), -1))
         questions, rollouts, steps, width = latents_QNTD.shape
         summed_QNT = torch.zeros(questions, rollouts, steps, dtype=torch.float32)
+        nothing_TD = torch.zeros(steps, width, dtype=torch.float64, device=latents_RTD.device)
         rows = max(1, MAX_WORKING_BYTES // max(8 * steps * width, 1))
         for part in _slices(questions, max(1, rows // rollouts)):
-            sums_QTD = torch.stack([self._sum_of(key, latents_QNTD) for key in keys[part]])
-            counts_Q = torch.tensor([self.counted(key) for key in keys[part]], dtype=torch.float64)
+            known = [self._sums.get(key, (0, nothing_TD)) for key in keys[part]]
+            sums_QTD = torch.stack([sums_TD.to(nothing_TD.device) for _, sums_TD in known])
+            counts_Q = torch.tensor([count for count, _ in known], dtype=torch.float64)
             for piece in _slices(rollouts, rows):
                 units_QNTD = torch.nn.functional.normalize(latents_QNTD[part, piece].double(), dim=-1, eps=1e-300)
                 before_QNTD = units_QNTD.cumsum(1) - units_QNTD + sums_QTD[:, None]
@@ -77,11 +79,6 @@ class DirectionSums:
                 self._sums[key] = count, sums_TD.clone()
         self._drop_oldest(kept)
         return summed_QNT.flatten(0, 1)
-
-    def _sum_of(self, key: str, like: Tensor) -> Tensor:
-        if key not in self._sums:
-            return torch.zeros(like.shape[2:], dtype=torch.float64, device=like.device)
-        return self._sums[key][1].to(like.device)
 
     def _drop_oldest(self, kept: Collection[str] = ()) -> None:
         held = sum(sums_TD.nbytes for _, sums_TD in self._sums.values())

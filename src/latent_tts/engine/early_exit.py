@@ -20,8 +20,7 @@ class AnswerMovement:
     def __init__(self, head: nn.Module) -> None:
         """Begin without a distribution; `head` is the LM head."""
         self._head = head
-        self._token_RK: Tensor | None = None
-        self._share_RK: Tensor | None = None
+        self._last: tuple[Tensor, Tensor] | None = None  # ids and shares (R, K) of the tokens of the last distribution
 
     def since_last(self, hidden_RD: Tensor) -> Tensor | None:
         """How far the distribution has moved (R), 0 to 1; None at the first call.
@@ -34,12 +33,13 @@ class AnswerMovement:
         for start in range(0, hidden_RD.shape[0], at_once):
             rows = slice(start, start + at_once)
             share_CV = self._head(hidden_RD[rows]).float().softmax(-1)
-            if self._token_RK is not None and self._share_RK is not None:
-                now_CK, before_CK = share_CV.gather(1, self._token_RK[rows]), self._share_RK[rows]
+            if self._last is not None:
+                token_CK, before_CK = (each[rows] for each in self._last)
+                now_CK = share_CV.gather(1, token_CK)
                 apart_C = (now_CK - before_CK).abs().sum(1) + (now_CK.sum(1) - before_CK.sum(1)).abs()
                 moved.append(apart_C / 2)
             found = share_CV.topk(min(TOKENS, share_CV.shape[1]))
             token.append(found.indices)
             share.append(found.values)
-        self._token_RK, self._share_RK = torch.cat(token), torch.cat(share)
+        self._last = torch.cat(token), torch.cat(share)
         return torch.cat(moved) if moved else None

@@ -1,30 +1,25 @@
 """Rollouts by CUDA graphs: the passes of a batch are recorded once and replayed for later batches of the same sizes.
 
-At small batches a GPU spends nine tenths of its time waiting for the next kernel to be launched; a graph launches all
-kernels of a pass at once. A recording runs the same code as `RolloutState`, on tensors that stay where they are. What
-differs between batches (random keys, prompts, donors) or between replays (the slot, the position in the answer) is read
-from the device. What is the same in all batches of a bucket is recorded as a number.
-
-A recording is trusted once a batch other than the recorded one gave what the same passes give without it.
+A recording runs the same code as `RolloutState`, on tensors that stay where they are. What differs between batches
+(random keys, prompts, donors) or between replays (the slot, the position in the answer) is read from the device. What
+is the same in all batches of a bucket is recorded as a number.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
-from typing import Protocol, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from latent_tts.engine.attention import FixedCache, power_of_two
-from latent_tts.engine.device import free_bytes, unreturnable_bytes
 from latent_tts.engine.head import Choice
 from latent_tts.engine.prompts import pad_prompts
+from latent_tts.engine.recording import PROMPT_TOKENS, Bucket, Prompts, Recordings
 from latent_tts.engine.rollout import (
     Answers,
     Engine,
@@ -36,74 +31,14 @@ from latent_tts.engine.rollout import (
 )
 from latent_tts.engine.sites import SiteHooks
 from latent_tts.engine.state import KeyValueState
-from latent_tts.errors import RunError
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.types import Reasoner
 
-log = logging.getLogger(__name__)
-MEMORY_SHARE = 0.25  # of what is free once the model is loaded; batches take at most half (`packing.MEMORY_SHARE`)
-_ROUNDING, _OTHER_ORDER = 0.25, 16.0  # see `agreement`: of the same passes, and of sums in another order
-_MOST, _HALF = 0.9, 0.5  # of the rollouts agree at least with those in tensors that grow, in float32 and half precision
-MAX_RECORDED = 256  # passes of a bucket; later answer tokens of a sampler that is random in answers are not recorded
-# tokens of prompts, padding included, up to which their pass is recorded: more of them take longer than launching
-PROMPT_TOKENS = 1 << 12
 MIN_ROWS = 256  # fewer rows take as long: a GPU then waits for weights
 MIN_WANTED = 2  # how many batches have wanted a smaller grid before rows move to it, since its passes are recorded anew
 
-Replay: TypeAlias = Callable[[], object]
 Grid: TypeAlias = tuple[int, int]  # prefixes, and rows of each
-
-
-class Recorder(Protocol):
-    """Records passes of one bucket."""
-
-    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Replay:
-        """Record a function that reads and writes tensors in place; returns what runs it again.
-
-        Args:
-            run: it was run before.
-            tensors: what differs between its runs.
-        """
-        ...
-
-
-class CudaRecorder:
-    """Records CUDA graphs, whose temporary tensors share their memory."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Replay:
-        """See `Recorder`."""
-        device, graph = tensors[0].device, torch.cuda.CUDAGraph()
-        failed: Exception | None = None
-        try:
-            with (
-                torch.cuda.device(device),
-                torch.cuda.stream(torch.cuda.current_stream(device)),  # a recording that fails leaves its own stream
-                # other threads write parts meanwhile
-                torch.cuda.graph(graph, self._pool, _recording_stream(device), capture_error_mode="thread_local"),
-            ):
-                try:
-                    run()
-                except Exception as error:  # what ends the recording then fails too, and says less
-                    failed = error
-                    raise
-        except Exception as error:
-            raise (failed or error) from None
-        return graph.replay
-
-
-@cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where passes are recorded; one per device, since libraries keep a workspace for each stream."""
-    return torch.cuda.Stream(device)
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The pass over the prompts."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +82,7 @@ class Move:
 
 
 Passes: TypeAlias = Prompts | Latents | FirstToken | NextToken | Move
+RolloutBucket: TypeAlias = Bucket[Passes, Rollouts]
 
 
 def smaller_grid(left_P: Sequence[int], grid: Grid) -> Grid | None:
@@ -487,60 +423,6 @@ class _LateReading:
         return self._host[place].tolist()
 
 
-class _Bucket:
-    """Batches of the same sizes: what is recorded of them, and whether it is trusted."""
-
-    def __init__(self, rollouts: FixedRollouts, recorder: Recorder) -> None:
-        self.rollouts, self._recorder = rollouts, recorder
-        self._replays: dict[Passes, Replay] = {}
-        self._trusted: set[Passes] = set()  # those whose replay was compared with the passes themselves
-        self._pool_bytes = 0
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it holds on its device."""
-        return self._pool_bytes + sum(tensor.nbytes for tensor in self.rollouts.tensors())
-
-    def roll(self, prompts: list[list[int]], draw: Draw, hooks: SiteHooks, *, answers: bool) -> Rollouts:
-        """The rollouts of a batch.
-
-        Raises:
-            RunError: replayed passes do not give what the same passes give when they are run.
-        """
-        met: dict[Passes, None] = {}  # in the order in which they were first run
-
-        def run_or_replay(passes: Passes) -> None:
-            if passes in self._trusted:
-                self._replays[passes]()
-            else:
-                met[passes] = None
-                self.rollouts.run(passes)
-
-        def replay(passes: Passes) -> None:
-            self._replays.get(passes, partial(self.rollouts.run, passes))()
-
-        self.rollouts.load(prompts, draw, hooks)
-        found = self.rollouts.walk(run_or_replay, answers=answers)
-        if recorded := [passes for passes in met if passes in self._replays]:
-            self.rollouts.load(prompts, draw, hooks)
-            agreeing = agreement(self.rollouts.walk(replay, answers=answers), found, _ROUNDING)
-            if agreeing < 1:
-                raise RunError(f"{1 - agreeing:.1%} of the rollouts differ when they are replayed")
-            self._trusted.update(recorded)
-        self.rollouts.count_wanted()
-        new = [passes for passes in met if passes not in self._replays]
-        for passes in new[: MAX_RECORDED - len(self._replays)]:
-            self._record(passes)
-        return found
-
-    def _record(self, passes: Passes) -> None:
-        self.rollouts.rewind()
-        tensors, run = self.rollouts.tensors(), partial(self.rollouts.run, passes)
-        before = unreturnable_bytes(tensors[0].device)
-        self._replays[passes] = self._recorder.record(run, tensors)
-        self._pool_bytes += max(0, unreturnable_bytes(tensors[0].device) - before)
-
-
 def agreement(found: Rollouts, wanted: Rollouts, roundings: float) -> float:
     """Share of rollouts that agree: latents and log-probabilities within rounding, steps and answers exactly.
 
@@ -561,44 +443,23 @@ def agreement(found: Rollouts, wanted: Rollouts, roundings: float) -> float:
 
 
 class GraphEngine(Engine):
-    """An engine that replays recordings where batches of the same sizes come again.
+    """An engine that replays recordings where batches of the same sizes come again."""
 
-    The first batch of a bucket runs as without graphs, since recording costs more than one batch saves. The second one
-    is recorded, the third one is compared, later ones are replayed.
-    """
-
-    def __init__(
-        self,
-        reasoner: Reasoner,
-        plan: RolloutPlan,
-        *,
-        needed: bool = False,
-        new_recorder: Callable[[], Recorder] = CudaRecorder,
-        max_bytes: float | None = None,
-    ) -> None:
+    def __init__(self, reasoner: Reasoner, plan: RolloutPlan, recordings: Recordings) -> None:
         """Record nothing yet.
 
         Args:
             reasoner: the model.
             plan: what a rollout consists of.
-            needed: record the first batch of a bucket already, and let a failure be an error; otherwise batches run
-                without graphs where they fail, and that is said.
-            new_recorder: makes what records the passes of a bucket.
-            max_bytes: that all buckets may hold; None for a share of the device's memory.
+            recordings: where they are kept.
 
         Raises:
             RunError: graphs are needed, and the model is computed in a way that cannot be recorded.
         """
         super().__init__(reasoner, plan)
-        self._needed, self._new_recorder = needed, new_recorder
-        self._max_bytes = MEMORY_SHARE * free_bytes(self.device) if max_bytes is None else max_bytes
-        self._buckets: dict[tuple, _Bucket] = {}  # the one that was made first comes first
-        self._met: set[tuple] = set()
-        self._refused: set[tuple] = set()
+        self._recordings = recordings
         self._samplers: dict[int, Sampler] = {}  # kept, since a bucket's key holds its sampler's identity
-        self._usable = reasoner.computation.attention == "shared-prefix" and plan.schedule.stepwise
-        if needed and not self._usable:
-            raise RunError(f"engine.graph=on: not with transformers' own attention ({reasoner.computation.reason})")
+        self._usable = recordings.usable(reasoner.computation) and plan.schedule.stepwise
 
     @torch.inference_mode()
     def roll(
@@ -616,56 +477,31 @@ class GraphEngine(Engine):
             return Engine.roll(self, prompts, draw, sampler, donor_RTD=donor_RTD, answers=answers)
 
         key = self._key(prompts, draw, sampler, answers=answers)
-        if key is None or key in self._refused:
+        if key is None:
             return usual()
-        if not self._needed and key not in self._met:
-            self._met.add(key)
-            return usual()
-        draw.donor_RTD = donor_RTD
-        try:
+
+        def fixed(bucket: RolloutBucket | None) -> tuple[RolloutBucket, Rollouts]:
+            draw.donor_RTD = donor_RTD
             with SiteHooks(self.lm, sampler) as hooks:
-                if key in self._buckets:
-                    found = self._buckets[key].roll(prompts, draw, hooks, answers=answers)
-                    self._evict(key)
-                    return found
-                bucket = self._new_bucket(len(prompts), key[2], draw, hooks)
-                found = bucket.roll(prompts, draw, hooks, answers=answers)
-            expected = usual()
-            agreeing = agreement(found, expected, _OTHER_ORDER)
-            if agreeing < (_MOST if self.lm.dtype.itemsize >= 4 else _HALF):
-                raise RunError(f"{1 - agreeing:.1%} of the rollouts differ in tensors of fixed sizes")
-            if agreeing < 1:
-                log.info("%.1f%% of the rollouts of a batch differ beyond rounding under graphs", 100 * (1 - agreeing))
-            self._buckets[key] = bucket
-            self._evict(key)
-            return expected
-        except Exception as error:  # recording may raise anything; what is wrong without it too is raised below
-            self._buckets.pop(key, None)
-            self._refused.add(key)
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if self._needed and not isinstance(error, torch.OutOfMemoryError):
-                raise RunError(f"engine.graph=on: {why}") from error
-            log.warning("batches like this one run without CUDA graphs, which is slower (%s)", why)
-        return usual()
+                if bucket is None:
+                    rollouts = FixedRollouts(self, hooks, draw, len(prompts), key[3])
+                    bucket = Bucket(rollouts, self._recordings.new_recorder(), agreement)
+                rollouts = cast(FixedRollouts, bucket.fixed)
+                found = bucket.compute(
+                    lambda: rollouts.load(prompts, draw, hooks), lambda run: rollouts.walk(run, answers=answers)
+                )
+                rollouts.count_wanted()
+            return bucket, found
 
-    def _new_bucket(self, questions: int, length: int, draw: Draw, hooks: SiteHooks) -> _Bucket:
-        rollouts = FixedRollouts(self, hooks, draw, questions, length)
-        return _Bucket(rollouts, self._new_recorder())
+        return self._recordings.compute(key, usual, fixed, agreement, self.lm.dtype)
 
-    def _evict(self, key: tuple) -> None:
-        """Drop the oldest buckets until the others hold no more than is allowed, at last the one that was used now."""
-        while self._buckets and sum(bucket.bytes for bucket in self._buckets.values()) > self._max_bytes:
-            oldest = next(iter(self._buckets))
-            del self._buckets[oldest]
-            if oldest == key:
-                self._refused.add(key)
-                log.info("batches of %d rows are too large to be recorded: they run without CUDA graphs", key[1])
-
-    def _key(self, prompts: list[list[int]], draw: Draw, sampler: Sampler, *, answers: bool) -> tuple | None:
+    def _key(
+        self, prompts: list[list[int]], draw: Draw, sampler: Sampler, *, answers: bool
+    ) -> tuple[str, int, int, int, int, bool] | None:
         """What a batch shares with the others of its bucket; None where it is not to be recorded."""
         tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
         longest = max(map(len, prompts)) - Layout.of(self.plan, sampler, len(prompts), len(prompts)).own_last
         if not self._usable or self.keeps_timeline or longest < 1 or (answers and tokens < 1):
             return None
         self._samplers[id(sampler)] = sampler
-        return len(prompts), draw.rollouts_R.shape[0], power_of_two(longest), id(sampler), answers
+        return "rollouts", len(prompts), draw.rollouts_R.shape[0], power_of_two(longest), id(sampler), answers

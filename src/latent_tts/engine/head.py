@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from latent_tts.engine.kernel_check import is_usable
+from latent_tts.random.kernel_check import is_usable
 from latent_tts.types import Reasoner
 
 # tokens, how many eighths logits differ by at most, whether there is a bias

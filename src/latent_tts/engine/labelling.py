@@ -9,7 +9,7 @@ Source: You et al. (arXiv 2510.07745), section 4; src/annotate_data.py of Modali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,7 +133,9 @@ def _completed(
     count, device, n = labelling.completions, state.latents_RTD.device, labelling.rollouts
     keys = torch.tensor([key_of(labelling.seed, f"{job.question_id} from {step}") for job in jobs], device=device)
     shares = np.empty(len(rows), dtype=np.float32)
-    for part in _parts(rows, max(1, labelling.rows // count), n):
+    most = max(1, labelling.rows // count)
+    size = most // n * n or most  # whole questions where they fit
+    for part in (slice(start, start + size) for start in range(0, len(rows), size)):
         here: Tensor = torch.from_numpy(rows[part]).to(device).repeat_interleave(count)
         completion = torch.arange(count, device=device).repeat(len(rows[part]))
         numbers, engine = here % n * MAX_COMPLETIONS + completion, state.engine
@@ -144,13 +146,6 @@ def _completed(
         right = _are_right(jobs, owners, ended.answer_ids)
         shares[part] = right.reshape(-1, count).mean(1)
     return shares
-
-
-def _parts(rows: np.ndarray, most: int, n: int) -> Iterator[slice]:
-    """Slices of at most `most` rows, whole questions where they fit."""
-    size = most // n * n or most
-    for start in range(0, len(rows), size):
-        yield slice(start, start + size)
 
 
 def _require_finite(rollouts: Rollouts, jobs: Sequence[LabelJob], owners: np.ndarray, dtype: torch.dtype) -> None:

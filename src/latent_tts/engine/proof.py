@@ -27,8 +27,9 @@ from latent_tts.engine.state import open_state
 from latent_tts.errors import LatentTTSError, RunError, UsageError
 from latent_tts.types import Computation, Reasoner, RewardModel
 
-PROMPTS, ROLLOUTS, FED = [[3, 1, 2], [5, 4, 2, 0, 1]], 2, 4  # token ids modulo the vocabulary; vectors fed to a row
-OTHER_WAY_ROUND = [1, 0, 3, 2]  # the rollouts of each question, swapped
+PROMPTS = [[3, 1, 2], [5, 4, 2, 0, 1]]  # token ids modulo the vocabulary
+ROLLOUTS, FED_VECTORS = 2, 4  # of each prompt; fed to a row
+SWAPPED_ROLLOUTS = [1, 0, 3, 2]  # the rollouts of each question, swapped
 LATENTS, LOG_PROBABILITIES = 2e-4, 1e-3  # of the largest value; absolute. In float32 and wider
 HALF = 2.0  # times the distance between the model's own two kinds of attention, in half precision
 HALF_REFUSED = 4.0  # times that where a difference would mean that the model cannot be run at all
@@ -111,11 +112,6 @@ class _Reference:
     logits_limit: float
     typical: bool
 
-    @property
-    def finite(self) -> bool:
-        """Whether all hidden states are finite."""
-        return bool(self.hidden_RPD.isfinite().all())
-
 
 def _settle(
     lm: PreTrainedModel, make_latent: Callable[[Tensor], Tensor], head: nn.Module | None, longest: int
@@ -129,7 +125,7 @@ def _settle(
     for way in cast(Any, ways):
         try:
             prepare_backbone(lm, Computation(way))
-            walk = _walked(lm, Computation(way), make_latent, head)
+            walk = _walk(lm, Computation(way), make_latent, head)
         except torch.OutOfMemoryError:
             raise
         except (LatentTTSError, *FAILURES) as error:
@@ -139,7 +135,7 @@ def _settle(
                 wanted = _reference(lm, walk, with_logits=head is not None)
             except FAILURES as error:
                 raise UsageError(f"{type(lm).__name__}: its own forward pass {_failure(error)}") from error
-            if not wanted.finite:
+            if not wanted.hidden_RPD.isfinite().all():
                 dtype = str(lm.dtype).removeprefix("torch.")
                 raise RunError(f"the model's own forward pass gives values that are not finite in {dtype}")
             problem = _hidden_problem(walk, wanted)
@@ -158,13 +154,13 @@ def _failure(error: Exception) -> str:
     return f"fails with {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
 
 
-def _walked(
+def _walk(
     lm: PreTrainedModel, computation: Computation, make_latent: Callable[[Tensor], Tensor], head: nn.Module | None
 ) -> _Walk:
     """Two latents and two tokens in a state; the second rollout of each question feeds smaller latents."""
     embed, tokens = lm.get_input_embeddings(), _known_tokens(lm)
     ids_QL, lengths_Q = pad_prompts([[token % tokens for token in prompt] for prompt in PROMPTS], lm.device)
-    state = open_state(cast(PreTrainedModel, lm.base_model), computation, ROLLOUTS, FED)
+    state = open_state(cast(PreTrainedModel, lm.base_model), computation, ROLLOUTS, FED_VECTORS)
     questions = torch.arange(len(PROMPTS), device=lm.device)
     hidden_RD = state.prefill(embed(ids_QL), lengths_Q)[questions, lengths_Q - 1].repeat_interleave(ROLLOUTS, 0)
     scale_R1 = torch.tensor([1.0, 0.75], device=lm.device, dtype=lm.dtype).repeat(len(PROMPTS))[:, None]
@@ -178,8 +174,8 @@ def _walked(
         token_R = choose(head, hidden[-1][:, -1]).token_R.clamp(max=tokens - 1)
     fed.append(embed(token_R)[:, None])
     hidden.append(state.append(fed[-1]))
-    state.rewind(FED - 1)
-    rows = torch.tensor(OTHER_WAY_ROUND, device=lm.device)
+    state.rewind(FED_VECTORS - 1)
+    rows = torch.tensor(SWAPPED_ROLLOUTS, device=lm.device)
     hidden.append(state.fork(rows).append(fed[-1][rows])[rows])
     return _Walk(torch.cat(fed, 1), torch.cat(hidden, 1))
 
@@ -201,7 +197,7 @@ def _reference(lm: PreTrainedModel, walk: _Walk, *, with_logits: bool) -> _Refer
         rounding = HALF_ROUNDINGS * torch.finfo(lm.dtype).eps
         wanted.hidden_limit = max(HALF * _distance(hidden_RPD, other_RPD, typical=wanted.typical), rounding)
         if logits_RAV is not None and other_RAV is not None:
-            apart = _typical_or_largest(_log(logits_RAV) - _log(other_RAV), typical=wanted.typical)
+            apart = _typical_or_largest(logits_RAV.log_softmax(-1) - other_RAV.log_softmax(-1), typical=wanted.typical)
             wanted.logits_limit = max(HALF * apart, rounding * max(1.0, float(logits_RAV.abs().max())))
     return wanted
 
@@ -243,22 +239,18 @@ def _logits_problem(computation: Computation, reasoner: Reasoner, hidden_RPD: Te
     try:
         head = head_of(Reasoner(reasoner.lm, reasoner.next_latent, computation=computation))
         # the tokens of the engine's passes over the last two of the fed vectors
-        choices = [choose(head, hidden_RPD[:, place]) for place in (FED - 1, FED)]
+        choices = [choose(head, hidden_RPD[:, place]) for place in (FED_VECTORS - 1, FED_VECTORS)]
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
         return f"{type(error).__name__}: {error}"
-    logprobs_RAV = _log(wanted.logits_RAV)
+    logprobs_RAV = wanted.logits_RAV.log_softmax(-1)
     token_RA = torch.stack([choice.token_R for choice in choices], 1)
     own_RA = logprobs_RAV.gather(2, token_RA[..., None])[..., 0]
     apart_RA = torch.stack([choice.logprob_R for choice in choices], 1) - own_RA
     behind_RA = logprobs_RAV.amax(2) - own_RA
     worst = _typical_or_largest(torch.stack([apart_RA, behind_RA]), typical=wanted.typical)
     return None if worst <= wanted.logits_limit else f"log-probabilities are off by {worst:.1g}"
-
-
-def _log(logits: Tensor) -> Tensor:
-    return logits.log_softmax(-1)
 
 
 def _distance(ours: Tensor, theirs: Tensor, *, typical: bool) -> float:
@@ -320,7 +312,7 @@ class _Observed:
 def _seen_problem(lm: PreTrainedModel, longest: int) -> str | None:
     """Why shared-prefix attention cannot be right, as far as can be seen without computing; None if nothing is seen."""
     layers = int(lm.config.get_text_config(decoder=True).num_hidden_layers)
-    observed = _Observed(max(longest, max(map(len, PROMPTS)) + FED))
+    observed = _Observed(max(longest, max(map(len, PROMPTS)) + FED_VECTORS))
     AttentionInterface.register(OBSERVED, observed.attend)
     AttentionMaskInterface.register(OBSERVED, observed.mask)
     body, embed = lm.base_model, lm.get_input_embeddings()

@@ -54,7 +54,13 @@ def quantize(lm: PreTrainedModel, kind: str) -> None:
         for name, child in parent.named_children():
             if type(child) is Conv1D:
                 setattr(parent, name, as_linear(child))
-    _check_layers(blocks, kind)
+    for name, module in blocks.named_modules():  # torchao would leave other matrices as they are, silently
+        shapes = [tuple(weight.shape) for weight in module.parameters(recurse=False) if weight.dim() > 1]
+        allowed = f"block {name} is a {type(module).__name__}, which torchao does not quantise"
+        require(KEY, kind, not shapes or type(module) is nn.Linear, allowed)
+        if kind == "float8" and any(width % FLOAT8_MULTIPLE for shape in shapes for width in shape):
+            needed = f"takes layers whose widths are multiples of {FLOAT8_MULTIPLE}"
+            raise bad_value(KEY, kind, f"{needed}, {name} has {shapes[0]}")
     from torchao import quantization as torchao
     from torchao.quantization.quantize_.common import KernelPreference
 
@@ -77,18 +83,3 @@ def as_linear(conv: Conv1D) -> nn.Linear:
     linear.weight = nn.Parameter(conv.weight.detach().t().contiguous(), requires_grad=conv.weight.requires_grad)
     linear.bias = conv.bias
     return linear
-
-
-def _check_layers(blocks: nn.Module, kind: str) -> None:
-    """Raises UsageError unless every matrix of the blocks is the weight of a linear layer of a supported shape."""
-    for name, module in blocks.named_modules():
-        shapes = [tuple(weight.shape) for weight in module.parameters(recurse=False) if weight.dim() > 1]
-        require(
-            KEY,
-            kind,
-            not shapes or type(module) is nn.Linear,
-            f"block {name} is a {type(module).__name__}, which torchao does not quantise",
-        )
-        if kind == "float8" and any(width % FLOAT8_MULTIPLE for shape in shapes for width in shape):
-            needed = f"takes layers whose widths are multiples of {FLOAT8_MULTIPLE}"
-            raise bad_value(KEY, kind, f"{needed}, {name} has {shapes[0]}")

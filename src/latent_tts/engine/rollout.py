@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TypedDict, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from latent_tts.engine.state import State, open_state
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.schedule import OF_OTHERS, Counts, Schedule, Sweep
+from latent_tts.schedule import GUESSES_OF_ROLLOUTS, Counts, Schedule, Sweep
 from latent_tts.schedule.sequential import Sequential
 from latent_tts.types import Forward, Reasoner
 
@@ -51,7 +50,7 @@ class RolloutPlan:
         forced_ids: what every answer begins with, fewer than `max_answer_tokens`; they run in the pass of the
             end-of-thinking tokens.
         other_eos_ids: further tokens that end an answer.
-        exit: see `schedule.EarlyExit.threshold`; None where no row stops by it.
+        exit: see `Schedule.exit`; None where no row stops by it.
         exit_ids: tokens between the last latent and the one whose distribution that is about.
     """
 
@@ -184,8 +183,8 @@ class Engine:
 
     def _drafts(self, prompts: list[list[int]], draw: Draw, sampler: Sampler) -> Tensor | None:
         """What the schedule's guesses are made of, where that is other rollouts of the questions: their latents."""
-        guess = self.plan.schedule.first_guess
-        if guess not in OF_OTHERS:
+        guess = self.plan.schedule.guess
+        if guess not in GUESSES_OF_ROLLOUTS:
             return None
         rollouts = draw.rollouts_R.shape[0] // len(prompts)
         first = torch.arange(0, draw.rollouts_R.shape[0], rollouts, device=draw.rollouts_R.device)
@@ -225,13 +224,7 @@ class Layout:
         return cls(rows, 1 if "prompt" in phases else rows // questions, own_last, capacity)
 
 
-class _Rows(TypedDict):
-    latents_RTD: Tensor
-    steps_R: Tensor
-    thinking_R: Tensor | None
-
-
-def unstarted_rows(engine: Engine, rows: int) -> _Rows:
+def unstarted_rows(engine: Engine, rows: int) -> dict[str, Any]:
     """The latents of R rows, their numbers, and which rows go on, before anything is made (see `RolloutState`)."""
     plan, device = engine.plan, engine.device
     return {
@@ -596,8 +589,12 @@ class RolloutState:
     def _choose(self, embeddings_RSD: Tensor, step: int, keep_first_R: Tensor | None = None) -> Choice:
         """Run what stands before an answer token and choose it."""
         hidden_RD = self._run_pending(embeddings_RSD, Forward("answer", step, embeddings_RSD.shape[1]), keep_first_R)
-        chooses = self._hooks.sampler.chooses_tokens
-        return choose(self.engine.head, hidden_RD, partial(self._sampled_token, step) if chooses else None)
+        sampler, draw = self._hooks.sampler, self.draw
+        if not sampler.chooses_tokens:
+            return choose(self.engine.head, hidden_RD)
+        return choose(
+            self.engine.head, hidden_RD, lambda logits_CV, rows: sampler.token(logits_CV, draw.rows(rows), step)
+        )
 
     def _with_answers(self, answers: Answers) -> Rollouts:
         ids = [ids[:n] for ids, n in zip(answers.ids_RA.tolist(), answers.lengths_R.tolist(), strict=True)]
@@ -678,7 +675,3 @@ class RolloutState:
         if sampler.needs_spread and reasoner.latent_spread is not None:
             self.draw.spread_RD = reasoner.latent_spread(hidden_RD)
         return sampler.latent(reasoner.next_latent(hidden_RD), self.draw, step)
-
-    def _sampled_token(self, step: int, logits_CV: Tensor, rows: slice) -> Tensor:
-        """The sampler's choice in some of the rows."""
-        return self._hooks.sampler.token(logits_CV, self.draw.rows(rows), step)

@@ -78,10 +78,14 @@ class LatentScorer:
         Returns:
             (R, T) as of `extend`; NaN beyond a row's own latents.
         """
-        rows, steps = latents_RTD.shape[:2]
-        state = self.open(prompts, rows // len(prompts), steps, position_offset_Q=position_offset_Q)
-        scores_RT = self.extend(state, latents_RTD)
+        scores_RT = self._score(prompts, latents_RTD, position_offset_Q)
         if steps_R is None:
             return scores_RT
-        beyond_RT = torch.arange(steps, device=scores_RT.device) >= steps_R.to(scores_RT.device)[:, None]
-        return scores_RT.masked_fill(beyond_RT, float("nan"))
+        steps = torch.arange(latents_RTD.shape[1], device=scores_RT.device)
+        return scores_RT.masked_fill(steps >= steps_R.to(scores_RT.device)[:, None], float("nan"))
+
+    def _score(self, prompts: list[list[int]], latents_RTD: Tensor, position_offset_Q: Tensor | None) -> Tensor:
+        """Step scores (R, T), also beyond a row's own latents."""
+        rows, steps = latents_RTD.shape[:2]
+        state = self.open(prompts, rows // len(prompts), steps, position_offset_Q=position_offset_Q)
+        return self.extend(state, latents_RTD)

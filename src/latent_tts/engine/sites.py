@@ -104,14 +104,11 @@ class SiteHooks:
         factors = self._side_by_side(parts, output)
         if factors.shape[1] > 1:
             factors = factors[:, self._part]
-        if output.dim() == 2:  # some mixtures of experts give the tokens of all rows one after another
-            return self._multiply(output.view(factors.shape[0], -1, output.shape[1]), factors).view_as(output)
-        return self._multiply(output, factors)
-
-    @staticmethod
-    def _multiply(output: Tensor, factors: Tensor) -> Tensor:
+        # some mixtures of experts give the tokens of all rows one after another
+        output_RSD = output.view(factors.shape[0], -1, output.shape[1]) if output.dim() == 2 else output
         # multiplied in float32 at least; widening first is twice as fast as a product of two dtypes
-        return (output.to(torch.promote_types(output.dtype, factors.dtype)) * factors).to(output.dtype)
+        product_RSD = output_RSD.to(torch.promote_types(output.dtype, factors.dtype)) * factors
+        return product_RSD.to(output.dtype).view_as(output)
 
     def _side_by_side(self, parts: list[Tensor | None], output: Tensor) -> Tensor:
         """The factors of all forward passes; ones where a pass has none."""

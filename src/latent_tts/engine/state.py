@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,83 +18,6 @@ from transformers import PreTrainedModel
 from latent_tts.engine.attention import SharedPrefixCache
 from latent_tts.engine.transformers_state import TransformersState
 from latent_tts.types import Computation
-
-
-class State(Protocol):
-    """Q prompts and R = Q*N rows that continue them."""
-
-    @property
-    def rollouts(self) -> int:
-        """N, rows per question."""
-        ...
-
-    @property
-    def used(self) -> int:
-        """Slots of every row so far; a slot may hold nothing in some of the rows."""
-        ...
-
-    def prefill(self, embeddings_QLD: Tensor, lengths_Q: Tensor) -> Tensor:
-        """Run prompts; each call adds questions.
-
-        Args:
-            embeddings_QLD: of prompts, padded on the right.
-            lengths_Q: tokens of each, at most L.
-
-        Returns:
-            Final hidden states (Q, L, D); those of padding mean nothing.
-        """
-        ...
-
-    def append(self, embeddings_RSD: Tensor, keep_first_R: Tensor | None = None) -> Tensor:
-        """Append S tokens to every row; returns their final hidden states (R, S, D).
-
-        Args:
-            embeddings_RSD: what is appended.
-            keep_first_R: False in rows whose first token is ignored: its slot stays empty, and no token attends to it.
-                None keeps all.
-        """
-        ...
-
-    def rewind(self, used: int) -> None:
-        """Forget all slots from `used` on."""
-        ...
-
-    def blank(self, first_R: Tensor) -> None:
-        """Let each row's slots from its own first one on hold nothing; they stay used."""
-        ...
-
-    def fork(self, rows: Tensor) -> State:
-        """A state of its own that continues some rows; this one stays as it is.
-
-        Args:
-            rows: which rows, those of a question side by side; a row may come several times. Cheapest if every question
-                has equally many.
-        """
-        ...
-
-
-def open_state(
-    backbone: PreTrainedModel,
-    computation: Computation,
-    rollouts: int,
-    capacity: int,
-    *,
-    position_offset_Q: Tensor | None = None,
-    before_part: Callable[[Tensor, slice], None] | None = None,
-) -> State:
-    """An empty state, of the kind that was proven to compute this model correctly.
-
-    Args:
-        backbone: a transformer that `prepare_backbone` has prepared, without its LM head.
-        computation: how it is computed.
-        rollouts: N.
-        capacity: most slots of a row.
-        position_offset_Q: added to the position ids of each question that will be prefilled; None adds nothing.
-        before_part: called with rows and tokens before a forward pass over part of what was asked for.
-    """
-    if computation.attention == "shared-prefix":
-        return KeyValueState(backbone, rollouts, capacity, position_offset_Q=position_offset_Q)
-    return TransformersState(backbone, rollouts, capacity, position_offset_Q=position_offset_Q, before_part=before_part)
 
 
 class KeyValueState:
@@ -137,25 +60,39 @@ class KeyValueState:
         return self._cache.used
 
     def prefill(self, embeddings_QLD: Tensor, lengths_Q: Tensor) -> Tensor:
-        """Run prompts; each call adds questions. See `State.prefill`."""
-        start = len(self._cache.lengths_Q)
+        """Run prompts; each call adds questions.
+
+        Args:
+            embeddings_QLD: of prompts, padded on the right.
+            lengths_Q: tokens of each, at most L.
+
+        Returns:
+            Final hidden states (Q, L, D); those of padding mean nothing.
+        """
+        start = self._cache.questions_so_far
         self._cache.add_questions(lengths_Q)
         questions, tokens, _ = embeddings_QLD.shape
         if tokens == 0:
             self._cache.add_empty_prefixes(embeddings_QLD, self._backbone.config.get_text_config())
             return embeddings_QLD
-        positions_QL = torch.arange(tokens, device=lengths_Q.device).expand(questions, -1)
+        # positions of padding stay within the model's
+        last_Q1 = (lengths_Q[:, None] - 1).clamp(min=0)
+        positions_QL = torch.minimum(torch.arange(tokens, device=lengths_Q.device).expand(questions, -1), last_Q1)
         if self._position_offset_Q is not None:
-            offset_Q1 = self._position_offset_Q[start : start + questions, None]
-            # positions of padding stay within the model's
-            positions_QL = torch.minimum(positions_QL + offset_Q1, offset_Q1 + lengths_Q[:, None] - 1)
+            positions_QL = positions_QL + self._position_offset_Q[start : start + questions, None]
         self._cache.fills_prefix = True
         hidden_QLD = self._run(embeddings_QLD, positions_QL)
         self._cache.fills_prefix = False
         return hidden_QLD
 
     def append(self, embeddings_RSD: Tensor, keep_first_R: Tensor | None = None) -> Tensor:
-        """Append S tokens to every row; returns their final hidden states (R, S, D). See `State.append`."""
+        """Append S tokens to every row; returns their final hidden states (R, S, D).
+
+        Args:
+            embeddings_RSD: what is appended.
+            keep_first_R: False in rows whose first token is ignored: its slot stays empty, and no token attends to it.
+                None keeps all.
+        """
         cache, tokens = self._cache, embeddings_RSD.shape[1]
         cache.reserve(tokens, keep_first_R)
         positions_R1 = cache.lengths_Q.repeat_interleave(self.rollouts)[:, None]
@@ -174,9 +111,11 @@ class KeyValueState:
         self._cache.blank(first_R)
 
     def fork(self, rows: Tensor) -> KeyValueState:
-        """A state of its own that continues some rows; this one stays as it is. See `State.fork`.
+        """A state of its own that continues some rows; this one stays as it is.
 
-        Unless every question has equally many rows, each row gets a copy of its prompt's keys and values.
+        Args:
+            rows: which rows, those of a question side by side; a row may come several times. Unless every question has
+                equally many, each row gets a copy of its prompt's keys and values.
         """
         owners = rows // self.rollouts
         questions, counts = owners.unique_consecutive(return_counts=True)
@@ -197,3 +136,30 @@ class KeyValueState:
         return self._backbone(
             inputs_embeds=embeddings, position_ids=positions, use_cache=False, shared_prefix_cache=self._cache
         ).last_hidden_state
+
+
+State: TypeAlias = KeyValueState | TransformersState
+
+
+def open_state(
+    backbone: PreTrainedModel,
+    computation: Computation,
+    rollouts: int,
+    capacity: int,
+    *,
+    position_offset_Q: Tensor | None = None,
+    before_part: Callable[[Tensor, slice], None] | None = None,
+) -> State:
+    """An empty state, of the kind that was proven to compute this model correctly.
+
+    Args:
+        backbone: a transformer that `prepare_backbone` has prepared, without its LM head.
+        computation: how it is computed.
+        rollouts: N.
+        capacity: most slots of a row.
+        position_offset_Q: added to the position ids of each question that will be prefilled; None adds nothing.
+        before_part: called with rows and tokens before a forward pass over part of what was asked for.
+    """
+    if computation.attention == "shared-prefix":
+        return KeyValueState(backbone, rollouts, capacity, position_offset_Q=position_offset_Q)
+    return TransformersState(backbone, rollouts, capacity, position_offset_Q=position_offset_Q, before_part=before_part)

@@ -59,7 +59,7 @@ class TransformersState:
         self._rows = 0
 
     def prefill(self, embeddings_QLD: Tensor, lengths_Q: Tensor) -> Tensor:
-        """Run prompts; each call adds questions. See `State.prefill`."""
+        """Run prompts; each call adds questions. See `KeyValueState.prefill`."""
         hidden_QLD = torch.zeros_like(embeddings_QLD)
         for length in lengths_Q.unique().tolist():
             prompts = (lengths_Q == length).nonzero()[:, 0]
@@ -77,7 +77,7 @@ class TransformersState:
         return hidden_QLD
 
     def append(self, embeddings_RSD: Tensor, keep_first_R: Tensor | None = None) -> Tensor:
-        """Append S tokens to every row; returns their final hidden states (R, S, D). See `State.append`."""
+        """Append S tokens to every row; returns their final hidden states (R, S, D). See `KeyValueState.append`."""
         tokens = embeddings_RSD.shape[1]
         if self.used + tokens > self._capacity:
             raise ValueError(f"{self.used} slots and {tokens} more exceed the capacity of {self._capacity}")
@@ -119,7 +119,7 @@ class TransformersState:
         self._groups = groups
 
     def fork(self, rows: Tensor) -> TransformersState:
-        """A state of its own that continues some rows; this one stays as it is. See `State.fork`."""
+        """A state of its own that continues some rows; this one stays as it is. See `KeyValueState.fork`."""
         _, counts = (rows // self.rollouts).unique_consecutive(return_counts=True)
         forked = copy(self)
         forked.rollouts = 1 if bool((counts != counts[0]).any()) else int(counts[0])

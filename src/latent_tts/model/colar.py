@@ -116,22 +116,17 @@ class Colar(CheckpointAdapter):
 
     def load(self, *, device: str, dtype: str) -> Reasoner:
         """Load the weights (imports torch)."""
-        from torch.nn.functional import linear
-
         from latent_tts.checkpoint import loading
         from latent_tts.checkpoint.modules import colar_head
 
         lm, tensors = super().load(device=device, dtype=dtype).lm, loading.load_tensors(self.folder, HEAD)
-        spread = {
-            name: tensors.pop(name).to(lm.device, lm.dtype) for name in list(tensors) if name.startswith("log_std.")
-        }
-        head = loading.filled(colar_head(self.width, tensors["fc.0.bias"].shape[0], spread=False), tensors, lm)
+        head = colar_head(self.width, tensors["fc.0.bias"].shape[0], spread=self.has_spread)
+        head = loading.fill_module(head, tensors, lm)
 
         def next_latent(hidden_RD: Tensor) -> Tensor:
             return head["mean"](head["fc"](hidden_RD)) * self.latent_std
 
         def latent_spread(hidden_RD: Tensor) -> Tensor:
-            log_std_RD = linear(head["fc"](hidden_RD), spread["log_std.weight"], spread["log_std.bias"])
-            return log_std_RD.float().exp() * self.latent_std
+            return head["log_std"](head["fc"](hidden_RD)).float().exp() * self.latent_std
 
-        return Reasoner(lm=lm, next_latent=next_latent, latent_spread=latent_spread if spread else None)
+        return Reasoner(lm=lm, next_latent=next_latent, latent_spread=latent_spread if self.has_spread else None)

@@ -21,7 +21,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import check_fields, is_whole, require
@@ -94,14 +93,9 @@ class Pccot(CheckpointAdapter):
             f"must be words in the vocabulary of {self.checkpoint}",
         )
 
-    @property
-    def _recorded(self) -> Mapping[str, Any]:
-        recorded = self.config.get("latent_tts")
-        return recorded if isinstance(recorded, dict) else {}
-
     def reads(self, family: str) -> bool:
         """Whether it reads checkpoints of a family: its own, or a plain causal LM whose config records sweeps."""
-        return family == self.family or (family == "COCONUT" and is_whole(self._recorded.get("sweeps")))
+        return family == self.family or (family == "COCONUT" and is_whole(self.recorded.get("sweeps")))
 
     def check(self) -> None:
         """Check every file; warn about latents and sweeps that the model was not trained with.
@@ -110,12 +104,12 @@ class Pccot(CheckpointAdapter):
             UsageError: as for every family.
         """
         super().check()
-        trained = self._recorded.get("sweeps")
+        trained = self.recorded.get("sweeps")
         if not is_whole(trained):
             return
         if trained != self.sweeps:
             log.warning("model.sweeps=%d: %s was trained with %d", self.sweeps, self.checkpoint, trained)
-        known = self._recorded.get("known_first", False)
+        known = self.recorded.get("known_first", False)
         if known != self.known_first:
             given = str(self.known_first).lower()
             log.warning("model.known_first=%s: %s was trained with %s", given, self.checkpoint, str(known).lower())
@@ -145,5 +139,5 @@ class Pccot(CheckpointAdapter):
         plain, tensors = super().load(device=device, dtype=dtype), loading.load_tensors(self.folder, PROJECTION)
         if not tensors:
             return plain
-        projection = loading.filled(pccot_projection(self.width), tensors, plain.lm)
+        projection = loading.fill_module(pccot_projection(self.width), tensors, plain.lm)
         return Reasoner(lm=plain.lm, next_latent=projection)

@@ -41,7 +41,7 @@ class ArrivingVotes:
             report.print_status(f"{text} {report.counted(len(answers), 'rollout')}: {votes}".lstrip())
 
 
-def described_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
+def describe_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
     """A line of `answers.jsonl` per question, with votes and costs.
 
     Returns:
@@ -80,7 +80,7 @@ def votes_text(votes: dict[str, int], unreadable: int) -> str:
 
 
 def print_answer(line: dict[str, Any]) -> None:
-    """Print a table of a question's picks, with votes and costs below it; see `described_answers`."""
+    """Print a table of a question's picks, with votes and costs below it; see `describe_answers`."""
     picks = line["picks"]
     rows = list(picks.values())
     names = report.Column("picked by", list(picks), left=True)

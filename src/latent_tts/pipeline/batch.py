@@ -18,19 +18,14 @@ from latent_tts.engine.packing import RolloutJob, question_ids, require_finite, 
 from latent_tts.engine.rollout import Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.pipeline.keys import score_key
-from latent_tts.pipeline.models import load_scorer_of
+from latent_tts.pipeline.models import load_scorer_of, open_scorer
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results.cache import MEASURED, NOT_DECODED, SCORE_SCHEMA
+from latent_tts.results.cache import MEASURED, NOT_DECODED
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
 
 log = logging.getLogger(__name__)
 Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
-
-
-def score_table(batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:
-    """The scores of a batch as a part of their cache has them."""
-    return batch_table(SCORE_SCHEMA, batch, columns)
 
 
 def batch_table(schema: pa.Schema, batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:
@@ -93,7 +88,7 @@ class BatchScorer:
     @cached_property
     def model(self) -> LatentScorer:
         """The loaded model."""
-        return LatentScorer(load_scorer_of(self._spec))
+        return open_scorer(load_scorer_of(self._spec), self._spec.engine)
 
     @cached_property
     def digest(self) -> str:
@@ -137,7 +132,7 @@ class BatchScorer:
     def max_flops(self, job: RolloutJob) -> float:
         """Operations of scoring a job."""
         prompt, latents = len(job.prompt), self._spec.adapter.latents
-        return self.shape.prompt_flops(prompt) + len(job.rollouts) * self.shape.scoring_flops(prompt, latents)
+        return self.shape.pass_flops(prompt) + len(job.rollouts) * self.shape.scoring_flops(prompt, latents)
 
     def log_work(self, jobs: Sequence[RolloutJob]) -> None:
         """Say how much there is to score, and what it takes."""

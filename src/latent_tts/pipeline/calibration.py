@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,19 @@ import numpy as np
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Tally
 from latent_tts.budget.rule.confidence import Calibration, Confidence, calibrate
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import UsageError, require
 from latent_tts.pipeline.code import FIELDS_NOT_IN_KEY
 from latent_tts.results.run_folder import RUN_JSON, is_complete, read_budget, read_rollouts, read_run_json
+from latent_tts.schedule import Schedule
 
+log = logging.getLogger(__name__)
 KEY = "budget.rule.calibration"
 
 
 def calibrate_on_run(
     rule: Confidence,
     config: Mapping[str, Any],
+    schedule: Schedule,
     digests: Mapping[str, str | None],
     questions: Sequence[str],
     temperature: float | None,
@@ -30,6 +35,7 @@ def calibrate_on_run(
     Args:
         rule: the rule.
         config: of the run that it is to be used in.
+        schedule: of that run.
         digests: of the weights there: `model`, and `scorer`, which may be None.
         questions: ids of the questions that it is to be used on.
         temperature: of the weighted vote, if it stops for that.
@@ -61,9 +67,20 @@ def calibrate_on_run(
     )
     groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
     for group in groups:
-        if _settings(record["config"], group) != _settings(config, group):
-            why = f"that run used another {group}, or other settings of it; calibrate on one of this"
-            raise bad_value(KEY, folder, why)
+        same = _settings(record["config"], group) == _settings(config, group)
+        require(KEY, folder, same, f"that run used another {group}, or other settings of it; calibrate on one of this")
+    theirs, ours = record.get("schedule"), json.loads(json.dumps(schedule_key(schedule)))
+    same = theirs in (None, ours)  # earlier versions do not say it
+    require(
+        KEY,
+        folder,
+        same,
+        f"that run used the schedule {schedule_text(theirs)}; calibrate on one of {schedule_text(ours)}",
+    )
+    for name in ("dtype", "quantize"):
+        pair = [(each.get("engine") or {}).get(name) for each in (record["config"], config)]
+        if pair[0] != pair[1]:
+            log.warning("%s=%s: that run used engine.%s=%s, this one uses %s", KEY, folder, name, *pair)
     require(
         KEY,
         folder,
@@ -72,11 +89,13 @@ def calibrate_on_run(
     )
     rollouts = read_rollouts(folder)
     shared = set(rollouts["question_id"]) & set(questions)
-    if shared:
-        raise bad_value(
-            KEY, folder, f"has {len(shared)} of the questions that this run reports, such as {min(shared)}\n"
-            "calibrate on others, as on task.split=valid",
-        )  # fmt: skip
+    require(
+        KEY,
+        folder,
+        not shared,
+        f"has {len(shared)} of the questions that this run reports, such as {min(shared, default='')}\n"
+        "calibrate on others, as on task.split=valid",
+    )
     tallies = []
     for _, rows in rollouts.sort_values("rollout", kind="stable").groupby("question_id", sort=False):
         score_N = rows["score"].to_numpy(dtype=np.float64, na_value=np.nan)
@@ -94,6 +113,19 @@ def calibrate_on_run(
         return calibrate(tallies, rule.by)
     except ValueError as error:
         raise UsageError(f"{KEY}={folder}: {error}") from error
+
+
+def schedule_key(schedule: Schedule) -> Any:
+    """What a schedule does to rollouts; those that give the latents of `sequential` are alike."""
+    return "sequential" if schedule.exact else schedule.key
+
+
+def schedule_text(key: Any) -> str:
+    """A `schedule_key`, for people: `speculative chunk=3 tolerance=0.01`."""
+    if not isinstance(key, Mapping):
+        return str(key)
+    named = [f"{name}={value}" for name, value in key.items() if name != "name" and value is not None]
+    return " ".join([str(key.get("name")), *named])
 
 
 def _settings(config: Mapping[str, Any], group: str) -> Any:

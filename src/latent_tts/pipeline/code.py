@@ -95,13 +95,12 @@ def _digest_of_rooms(rooms: tuple[str, ...]) -> str:
 def _digest(paths: Iterable[Path]) -> str:
     sha = hashlib.sha256()
     for path in paths:
-        sha.update(path.name.encode() + _digest_of_file(path))
+        sha.update(path.name.encode() + _digest_of_source(path.read_bytes()))
     return sha.hexdigest()[:16]
 
 
-@cache
-def _digest_of_file(path: Path) -> bytes:
-    source = path.read_bytes()
+@cache  # rooms are read in several sets
+def _digest_of_source(source: bytes) -> bytes:
     sha = hashlib.sha256()
     try:
         left: list[Any] = [compile(source, "", "exec", dont_inherit=True, optimize=2)]  # 2: without docstrings

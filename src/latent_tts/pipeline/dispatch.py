@@ -162,17 +162,13 @@ class ShardQueue(Generic[T]):
         self._workers -= 1
         self._total_speed -= self._speeds.pop(worker, 0.0)
         for unit in reversed(units):
-            later = (self._precedes(other, unit) for other in self._units)
+            later = (other.place < unit.place and not other.keys.isdisjoint(unit.keys) for other in self._units)
             self._units.insert(next((index for index, is_so in enumerate(later) if is_so), len(self._units)), unit)
         self._left += sum(unit.cost for unit in units)
 
     def joined(self) -> None:
         """A worker that was lost is there again; its speed is unknown."""
         self._workers += 1
-
-    @staticmethod
-    def _precedes(unit: Unit[T], other: Unit[T]) -> bool:
-        return unit.place < other.place and not unit.keys.isdisjoint(other.keys)
 
     def _release(self, units: Sequence[Unit[T]]) -> None:
         for unit in units:

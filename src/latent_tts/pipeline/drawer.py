@@ -42,7 +42,6 @@ from latent_tts.pipeline.batch import (
     begin_measuring,
     least_columns,
     measured_columns,
-    score_table,
 )
 from latent_tts.pipeline.code import DRAWING
 from latent_tts.pipeline.keys import latents_key
@@ -58,7 +57,7 @@ from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
 from latent_tts.pipeline.worker_checks import check_code, check_draft, check_weights, code_of_driver
 from latent_tts.results import report
-from latent_tts.results.cache import ROLLOUT_SCHEMA, SCORED_BY, SCORING
+from latent_tts.results.cache import ROLLOUT_SCHEMA, SCORE_SCHEMA, SCORED_BY, SCORING
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
 from latent_tts.types import Computation
@@ -273,7 +272,7 @@ def sums_of(jobs: Iterable[RolloutJob], latents: str) -> Sums:
     return {key: each for key, each in found.items() if each is not None}
 
 
-def one_per_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], list[RolloutJob]]]:
+def split_by_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], list[RolloutJob]]]:
     """Places and jobs: the first run of rollouts of each question, then its second one after a gap, and so on."""
     left = list(enumerate(jobs))
     while left:
@@ -284,7 +283,7 @@ def one_per_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], li
         left = [each for each in left if first[each[1].row_key][0] != each[0]]
 
 
-def not_compared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
+def find_uncompared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
     """Earlier rollouts of the same questions that `directions` lacks: never compared, or dropped since."""
     unknown = []
     for job in jobs:
@@ -321,7 +320,7 @@ class Drawer:
         require("schedule", "auto", spec.planned_on in (None, kind), allowed)
         if spec.guided:
             refuse_graphs(spec.engine, f"search={spec.search.name} forks its rollouts")
-        if not spec.schedule.stepwise or spec.schedule.early_exit is not None:
+        if not spec.schedule.stepwise or spec.schedule.exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
         self.bytes_per_row = self._bytes_per_row(longest)
@@ -396,7 +395,7 @@ class Drawer:
     def _part(self, batch: list[RolloutJob], shard: Shard) -> Part:
         request = shard.request
         if request.compares and (compared := [job for job in batch if job.row_key not in shard.early]):
-            self.catch_up(next(one_per_question(compared))[1])
+            self.catch_up(next(split_by_question(compared))[1])
         with self._shown(batch, shard):
             return self.draw(batch, shard) if request.drawn else self._recompute(batch, shard)
 
@@ -469,14 +468,11 @@ class Drawer:
         """Recompute the latents of a batch."""
         request = shard.request
         thought = self.roll(batch, answers=False)
-        make_table = None
-        if request.scored:
-            make_table = partial(score_table, batch, self.scorer.score(batch, thought.latents_RTD, thought.steps_R))
-        latents_RTD = to_host(thought.latents_RTD) if request.keeps else None
+        scores = self.scorer.score(batch, thought.latents_RTD, thought.steps_R) if request.scored else None
         return Part(
             places=places_of(batch),
-            make_table=make_table,
-            latents_RTD=latents_RTD,
+            make_table=None if scores is None else partial(batch_table, SCORE_SCHEMA, batch, scores),
+            latents_RTD=to_host(thought.latents_RTD) if request.keeps else None,
             max_bytes=self._max_bytes,
             memory=self.memory,
         )
@@ -486,7 +482,7 @@ class Drawer:
         if not self.spec.adapter.latents:
             return
         kept = self._keys(batch)
-        for earlier in self.batches(not_compared(batch, self._latents)):
+        for earlier in self.batches(find_uncompared(batch, self._latents)):
             latents_RTD = self.roll(earlier, answers=False).latents_RTD
             directions.add(self._keys(earlier), latents_RTD, first=[job.rollouts[0] for job in earlier], kept=kept)
 
@@ -496,7 +492,7 @@ class Drawer:
         rows_JN = torch.arange(len(latents_RTD)).view(len(batch), -1)
         if not self.spec.adapter.latents:
             return summed_RT
-        for found in one_per_question(batch):
+        for found in split_by_question(batch):
             here = [(place, job) for place, job in zip(*found, strict=True) if job.row_key not in early]
             if not here:
                 continue

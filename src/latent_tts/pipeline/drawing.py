@@ -19,7 +19,7 @@ from torch import Tensor
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts
 from latent_tts.errors import LESS_MEMORY, RunError, computing
-from latent_tts.pipeline.batch import BatchScorer, score_table
+from latent_tts.pipeline.batch import BatchScorer, batch_table
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.pipeline.drawer import (
     Description,
@@ -30,26 +30,25 @@ from latent_tts.pipeline.drawer import (
     Shard,
     directions,
     directions_key,
+    find_uncompared,
     latents_digest,
     max_flops,
-    not_compared,
     pack,
     places_of,
     rollouts_to_grow,
     sums_of,
 )
-from latent_tts.pipeline.early_parts import EarlyParts
 from latent_tts.pipeline.models import (
     find_device,
     load_reasoner_of,
     load_scorer_of,
     rows_per_batch,
-    write_computation,
 )
 from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import (
+    SCORE_SCHEMA,
     RolloutCache,
     ScoreCache,
     known_to_fit,
@@ -104,7 +103,7 @@ def draw(
     jobs = jobs_of(spec, missing)
     stage = Stage(spec, max(len(job.prompt) for job in jobs), scored=scored)
     stage.log_work(jobs, answers=answers)
-    write_computation(cache.folder, stage.workers[0].computations[0])
+    cache.write_computation(stage.workers[0].computations[0])
     if dissimilarity is None:
         stage.read_direction_sums(jobs, cache.folder)
         stage.log_catching_up(jobs)
@@ -157,7 +156,7 @@ def recompute_latents(
         OSError: the cache cannot be written to.
     """
     missing = pd.concat([unscored, unkept]).drop_duplicates().sort_index()
-    jobs = shifted_jobs(jobs_of(spec, missing), offsets)
+    jobs = split_by_offset(jobs_of(spec, missing), offsets)
     scored = len(unscored) > 0
     stage = Stage(spec, max(len(job.prompt) for job in jobs), scored=scored)
     stage.log_recomputing(jobs, "scores" if scored else "latents.safetensors")
@@ -201,7 +200,7 @@ def score_kept(
         RunError: a failure while scoring; what was scored stays in the cache.
         OSError: the cache cannot be written to.
     """
-    jobs, device = shifted_jobs(jobs_of(spec, missing), offsets), find_device(spec.engine)
+    jobs, device = split_by_offset(jobs_of(spec, missing), offsets), find_device(spec.engine)
     scorer = BatchScorer(spec, device)
     rows = rows_per_batch(spec.engine, scorer.shape, scorer.bytes_per_row(jobs), device, own_prompt=False)
     scorer.log_work(jobs)
@@ -212,7 +211,7 @@ def score_kept(
                 latents_RTD, steps_R = read_latents(batch)
                 with progress.batch(batch):
                     columns = scorer.score(batch, latents_RTD, steps_R)
-                writer.put(partial(score_table, batch, columns))
+                writer.put(partial(batch_table, SCORE_SCHEMA, batch, columns))
 
 
 def jobs_of(spec: RunSpec, missing: pd.DataFrame) -> list[RolloutJob]:
@@ -229,7 +228,7 @@ def jobs_of(spec: RunSpec, missing: pd.DataFrame) -> list[RolloutJob]:
     return jobs
 
 
-def shifted_jobs(jobs: Sequence[RolloutJob], offsets: Mapping[Place, int]) -> list[RolloutJob]:
+def split_by_offset(jobs: Sequence[RolloutJob], offsets: Mapping[Place, int]) -> list[RolloutJob]:
     """Jobs split by what is added to the positions of their rollouts."""
     if not offsets:
         return list(jobs)
@@ -372,7 +371,7 @@ class Stage:
 
     def read_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
         """Take in what the cache keeps of the rollouts before some jobs, where this process does not know them."""
-        before = not_compared(first_of_questions(jobs), self._latents)
+        before = find_uncompared(first_of_questions(jobs), self._latents)
         unknown = {job.row_key: job.rollouts[-1] + 1 for job in before}
         for key, sums_TD in read_direction_sums(folder, unknown).items() if unknown else ():
             directions.put(directions_key(self._latents, key), unknown[key], torch.from_numpy(sums_TD))
@@ -387,7 +386,7 @@ class Stage:
     def log_catching_up(self, jobs: Sequence[RolloutJob]) -> None:
         """Say of how many drawn rollouts latents are computed again, to be compared with those to come."""
         if self.spec.adapter.latents:
-            before = not_compared(first_of_questions(jobs), self._latents)
+            before = find_uncompared(first_of_questions(jobs), self._latents)
             if before:
                 self.log_recomputing(before, "diversity")
 
@@ -410,3 +409,62 @@ class Stage:
         if self._scored:
             first = self.workers[0]
             BatchScorer(self.spec, first.device, first.rates).log_work(jobs)
+
+
+class EarlyParts:
+    """Rollouts that a worker drew while another one was drawing earlier rollouts of the same question.
+
+    Their latents come back with them, and are compared with the earlier ones once the sums of directions of those are
+    there.
+
+    Attributes:
+        keys: row keys of questions of which some worker has had early rollouts; their sums are not dropped.
+    """
+
+    def __init__(self, latents: str) -> None:
+        """Begin empty; `latents` is the digest of the run's latents, see `directions_key`."""
+        self._latents, self.keys = latents, set[str]()
+        self._waiting: list[Part] = []
+
+    def compared(self, parts: Iterable[Part]) -> Iterator[Part]:
+        """Those of some parts, and of parts before, whose rollouts are compared with all those before them by now."""
+        for part in parts:
+            for key, (count, sums_TD) in part.sums.items():
+                directions.put(self._name(key), count, sums_TD, kept=self._kept)
+            if part.early:
+                self._waiting.append(part)
+            else:
+                yield part
+            while (index := next((i for i, each in enumerate(self._waiting) if self._is_next(each)), None)) is not None:
+                yield self._compare(self._waiting.pop(index))
+
+    @property
+    def _kept(self) -> set[str]:
+        return set(map(self._name, self.keys))
+
+    def _name(self, key: str) -> str:
+        return directions_key(self._latents, key)
+
+    def _is_next(self, part: Part) -> bool:
+        """Whether the sums of each of its early questions hold the rollouts before."""
+        return all(directions.counted(self._name(key)) == _rows_in(part, key)[1] for key in part.early)
+
+    def _compare(self, part: Part) -> Part:
+        assert part.make_table is not None
+        assert part.latents_RTD is not None
+        table = part.make_table()
+        column = table.column_names.index("dissimilarity")
+        compared = table[column].to_pylist()
+        for key in part.early:
+            rows, first = _rows_in(part, key)
+            summed_NT = directions.add([self._name(key)], part.latents_RTD[rows], first=[first], kept=self._kept)
+            for row, summed_T in zip(rows, summed_NT.tolist(), strict=True):
+                compared[row] = summed_T[: len(compared[row])]
+        field = table.schema.field(column)
+        return part.with_table(table.set_column(column, field, pa.array(compared, field.type)))
+
+
+def _rows_in(part: Part, key: str) -> tuple[list[int], int]:
+    """The rows of a question in a part, and the number of its first rollout there."""
+    rows = [row for row, (own, _) in enumerate(part.places) if own == key]
+    return rows, part.places[rows[0]][1]

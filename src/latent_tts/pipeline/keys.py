@@ -6,7 +6,6 @@ import hashlib
 import pickle
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from latent_tts.errors import bad_value
 from latent_tts.pipeline.code import DRAWING, FIELDS_NOT_IN_KEY, PACKAGE, SCORING, code_digests, computed_attributes
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.scorer.latent_rm import LatentRM
-from latent_tts.types import COMPUTATIONS, SCORING_COMPUTATIONS, Computation
+from latent_tts.types import Computation
 
 FORMAT = 3  # of cache entries; those of others are not read
 # part of every cache key: raised when the same settings give other rollouts, for a reason that is not in their code
@@ -72,11 +71,6 @@ def latents_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     about_answers = ("max_answer_tokens", "answer", "forced_ids")
     key = rollout_key(spec, computation, scoring)
     return {name: value for name, value in key.items() if name not in about_answers} | {"answers": "none"}
-
-
-def possible_computations(spec: RunSpec) -> list[tuple[Computation, Computation | None]]:
-    """The ways in which the models that determine a run's rollouts may be computed: the reasoner, a guiding scorer."""
-    return list(product(COMPUTATIONS, SCORING_COMPUTATIONS if spec.guided else [None]))
 
 
 def model_key(adapter: CheckpointAdapter) -> dict[str, Any]:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.engine import quantization
 from latent_tts.engine.cost import Shape
-from latent_tts.engine.device import resolve_device
+from latent_tts.engine.device import is_gpu, resolve_device
 from latent_tts.engine.draft import DraftHead
+from latent_tts.engine.graph_scoring import GraphScorer
 from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
+from latent_tts.engine.recording import ROLLOUTS_SHARE, SCORES_SHARE, Recordings
 from latent_tts.engine.rollout import Engine, RolloutPlan
+from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
-from latent_tts.pipeline.spec import COMPUTATION, EngineSettings, RunSpec, exit_ids
-from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.pipeline.spec import EngineSettings, RunSpec, exit_ids
 from latent_tts.schedule import Schedule
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import Computation, Reasoner, RewardModel
@@ -115,20 +116,13 @@ def _keep_proven(
         except UsageError as error:
             raise bad_value(*where, str(error)) from error
         if found.reason:
-            log.warning("%s: computed with %s: %s", name, described(found), found.reason)
+            log.warning("%s: computed with %s: %s", name, describe_computation(found), found.reason)
         return found
 
     return replace(model, computation=_keep(f"{kind}'s proof", proof, computation))
 
 
-def write_computation(folder: Path, computation: Computation) -> None:
-    """Write down, beside rollouts, how they were computed."""
-    with whole_file(folder / COMPUTATION) as path:
-        said = asdict(computation)
-        path.write_text(json.dumps(said | {"digest": settings_digest(said)}, indent=1) + "\n")
-
-
-def described(computation: Computation) -> str:
+def describe_computation(computation: Computation) -> str:
     """How a model is computed, for people."""
     attention = "shared-prefix attention"
     if computation.attention == "transformers":
@@ -168,6 +162,13 @@ def rows_per_batch(engine: EngineSettings, shape: Shape, bytes_per_row: int, dev
     return rows
 
 
+def open_recordings(settings: EngineSettings, device: str, share: float) -> Recordings | None:
+    """Where CUDA graphs are kept, in a share of the free memory; None on a CPU, and with `engine.graph=off`."""
+    if not is_gpu(device) or settings.graph == "off":
+        return None
+    return Recordings(device, needed=settings.graph == "on", share=share)
+
+
 def open_engine(
     reasoner: Reasoner, plan: RolloutPlan, settings: EngineSettings, draft: DraftHead | None = None
 ) -> Engine:
@@ -178,14 +179,20 @@ def open_engine(
     Raises:
         RunError: `engine.graph=on`, and the model cannot be replayed.
     """
-    if (
-        reasoner.lm.device.type != "cuda"
-        or settings.graph == "off"
-        or not plan.schedule.stepwise
-        or plan.exit is not None
-    ):
+    recordings = open_recordings(settings, str(reasoner.lm.device), ROLLOUTS_SHARE)
+    if recordings is None or not plan.schedule.stepwise or plan.exit is not None:
         return Engine(reasoner, plan, draft)
-    return GraphEngine(reasoner, plan, needed=settings.graph == "on")
+    return GraphEngine(reasoner, plan, recordings)
+
+
+def open_scorer(model: RewardModel, settings: EngineSettings) -> LatentScorer:
+    """A scorer that replays CUDA graphs where it can and `engine.graph` allows it.
+
+    Raises:
+        RunError: see `open_engine`.
+    """
+    recordings = open_recordings(settings, str(model.backbone.device), SCORES_SHARE)
+    return LatentScorer(model) if recordings is None else GraphScorer(model, recordings)
 
 
 def refuse_graphs(settings: EngineSettings, why: str) -> None:
@@ -201,8 +208,8 @@ def rollout_plan(
         adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
         forced_ids=list(forced_ids), other_eos_ids=adapter.eos_ids[1:],
     )  # fmt: skip
-    if schedule is not None and schedule.early_exit is not None:
-        return replace(plan, exit=schedule.early_exit.threshold, exit_ids=exit_ids(adapter, schedule))
+    if schedule is not None and schedule.exit is not None:
+        return replace(plan, exit=schedule.exit, exit_ids=exit_ids(adapter, schedule))
     if schedule is None or schedule.stepwise:
         return plan
-    return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.first_guess == "token" else None)
+    return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.guess == "token" else None)

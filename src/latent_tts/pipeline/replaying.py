@@ -14,7 +14,7 @@ from latent_tts.errors import RunError, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import CachedRollouts, entries
 from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, adaptive_figures, budget_table
-from latent_tts.pipeline.run_output import write_tables
+from latent_tts.pipeline.running import write_tables
 from latent_tts.pipeline.scores import check_range
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import RunTables, answer_lines, run_columns

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from latent_tts.errors import RunError, UsageError, require
+from latent_tts.errors import RunError, require
 from latent_tts.pipeline.keys import rollout_key
 from latent_tts.pipeline.rollouts import CachedRollouts, RunRollouts, entries, entry_label, gather_rollouts
 from latent_tts.pipeline.scores import cached_scores, reduce_scores, score_positions, settle_scores
@@ -84,11 +84,13 @@ def check_weights(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> Non
     Raises:
         UsageError: it has changed since.
     """
-    if spec.adapter.identity != record["checkpoint_digest"]:
-        raise UsageError(
-            f"run={source}: model.checkpoint={spec.adapter.checkpoint} has changed since that run "
-            f"({record['checkpoint_digest']} then, {spec.adapter.identity} now)"
-        )
+    require(
+        "run",
+        source,
+        spec.adapter.identity == record["checkpoint_digest"],
+        f"model.checkpoint={spec.adapter.checkpoint} has changed since that run ({record['checkpoint_digest']} then, "
+        f"{spec.adapter.identity} now)",
+    )
 
 
 def rescore_rollouts(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunRollouts:

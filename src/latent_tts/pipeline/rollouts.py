@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,7 +14,7 @@ import pandas as pd
 
 from latent_tts.budget import Tally, is_adaptive, play
 from latent_tts.errors import RunError
-from latent_tts.pipeline.keys import latents_key, possible_computations, rollout_key
+from latent_tts.pipeline.keys import latents_key, rollout_key
 from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying
 from latent_tts.pipeline.scores import (
     CachedScores,
@@ -30,7 +31,7 @@ from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
 from latent_tts.results.run_folder import LatentsFile
 from latent_tts.results.timeline import Span
-from latent_tts.types import Computation, Float32, Int64
+from latent_tts.types import COMPUTATIONS, SCORING_COMPUTATIONS, Computation, Float32, Int64
 
 log = logging.getLogger(__name__)
 KeyOf: TypeAlias = Callable[[RunSpec, Computation, Computation | None], Mapping[str, Any]]
@@ -325,7 +326,8 @@ def decode_winners(spec: RunSpec, thought: RunRollouts) -> RunRollouts:
 
 def entries(spec: RunSpec, key_of: KeyOf = rollout_key) -> Iterator[RolloutCache]:
     """The existing cache entries of a run's rollouts, one per way to compute them."""
-    for ways in possible_computations(spec):
+    # the ways in which the models that determine them may be computed: the reasoner, a guiding scorer
+    for ways in product(COMPUTATIONS, SCORING_COMPUTATIONS if spec.guided else [None]):
         key = key_of(spec, *ways)
         if (spec.cache / settings_digest(key)).is_dir():
             yield RolloutCache(spec.cache, key, entry_label(spec))

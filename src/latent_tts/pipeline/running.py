@@ -1,4 +1,4 @@
-"""A run from its specification to its folder: the stages one after another."""
+"""A run from its specification to its folder: the stages one after another, and the files that the last one writes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from latent_tts.pipeline import calibration, environment
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
-from latent_tts.pipeline.run_output import clear_run_folder, write_run_folder
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import RunTables, make_tables, schedule_lines
-from latent_tts.pipeline.verification import Verification, verify
-from latent_tts.results.files import locked_folder
+from latent_tts.pipeline.verification import VERIFICATION, Verification, verify
+from latent_tts.results import plot
+from latent_tts.results.files import locked_folder, whole_file, write_csv
 from latent_tts.results.parts import release_memory
-from latent_tts.results.run_folder import LATENTS
+from latent_tts.results.run_folder import (
+    BUDGET,
+    FIGURE,
+    LATENTS,
+    METRICS,
+    RUN_JSON,
+    TABLES,
+    has_curve,
+    write_answers,
+    write_metrics,
+    write_rollouts,
+    write_run_json,
+)
+from latent_tts.results.timeline import TIMELINE, TIMELINE_FIGURE, describe_timeline, write_timeline
 
 
 @dataclass(frozen=True)
@@ -56,7 +70,7 @@ def complete_run(
     """
     with locked_folder(folder, "hydra.run.dir"):
         clear_run_folder(folder)
-        compared = spec.schedule.verified
+        compared = spec.schedule.verify
         rollouts = draw_rollouts(spec, folder / LATENTS if keep_latents or compared else None)
         release_memory()
         tables = make_tables(spec, rollouts, settings)
@@ -68,3 +82,112 @@ def complete_run(
         kept = {"cache": str(rollouts.cache.folder.resolve())} if keep_cache else {}
         write_run_folder(folder, spec, rollouts, tables, settings, seconds=seconds, verification=verification, **kept)
     return RunResult(rollouts, tables, verification)
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
+    for name in (RUN_JSON, *TABLES, FIGURE, VERIFICATION, TIMELINE, TIMELINE_FIGURE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_run_folder(
+    folder: Path,
+    spec: RunSpec,
+    drawn: RunRollouts,
+    tables: RunTables,
+    settings: Mapping[str, Any],
+    *,
+    seconds: float,
+    verification: Verification | None = None,
+    **record: Any,
+) -> None:
+    """Write a run's files; `run.json` is last, since its presence means that the run is complete.
+
+    Args:
+        folder: where they go.
+        spec: the run.
+        drawn: its rollouts.
+        tables: its tables.
+        settings: see `make_tables`.
+        seconds: that the command has taken.
+        verification: also write `verification.csv`.
+        **record: what else `run.json` says.
+    """
+    record |= write_tables(folder, tables)
+    if has_curve(tables.metrics):
+        plot.scaling_curve(tables.metrics, folder / FIGURE)
+    if verification is not None:
+        write_csv(folder / VERIFICATION, verification.rows, index=False)
+    if drawn.timeline and not spec.executor.in_process:
+        write_timeline(folder, drawn.timeline, "rollouts")
+        record |= {"executor": {"name": spec.executor.name, **describe_timeline(drawn.timeline)}}
+    config = spec.config
+    scored_by = {} if spec.scorer is None else {"name": spec.scorer.name, "digest": spec.scorer.digest}
+    if drawn.scores is not None:
+        scored_by["attention"] = drawn.scores.attention
+    write_run_json(
+        folder,
+        {
+            "config": config,
+            "settings": dict(settings) | spec.planned,
+            "aggregators": {
+                aggregator.name: {"_target_": config["aggregator"][aggregator.name]["_target_"], **vars(aggregator)}
+                for aggregator in spec.aggregators
+            },
+            "checkpoint_digest": spec.adapter.identity,
+            "scorer": scored_by or None,
+            "schedule": calibration.schedule_key(spec.schedule),
+            "versions": environment.versions(quantized=spec.engine.quantize is not None),
+            "machine": environment.machine(),
+            "grading": {"given_up": spec.task.rule.given_up},
+            **describe_rollouts(drawn, seconds),
+            **record,
+        },
+    )
+
+
+def write_tables(folder: Path, tables: RunTables) -> dict[str, Any]:
+    """Write the tables of a run; returns what `run.json` says of its budget: what questions got, and why no more."""
+    write_rollouts(folder, tables.rollouts)
+    write_answers(folder, tables.answers)
+    write_metrics(folder / METRICS, tables.metrics)
+    budget = tables.budget
+    if budget is None:
+        return {}
+    with whole_file(folder / BUDGET) as path:
+        budget.to_parquet(path, index=False)
+    summary = {
+        "used": int(budget["used"].sum()),
+        "drawn": int(budget["drawn"].sum()),
+        "why": budget["why"].value_counts().to_dict(),
+        "certificates": budget["certificate"][budget["certificate"] != ""].value_counts().to_dict(),
+    }
+    return {"budget": summary}
+
+
+def describe_rollouts(drawn: RunRollouts, this_command: float) -> dict[str, Any]:
+    """What `run.json` says of a run's rollouts.
+
+    Args:
+        drawn: the rollouts.
+        this_command: seconds that the command has taken.
+
+    Returns:
+        How they were computed (which attention, whose logits, and why not the usual ones), where and in batches of
+        which sizes (nothing where they come out of a run folder), how many there are, and the seconds that drawing,
+        scoring and decoding took, whichever run that was.
+    """
+    rows, scores, winners = drawn.rows, drawn.scores, drawn.winners
+    computation, said = drawn.cache.read_computation(), dict[str, Any]()
+    if computation is not None:
+        said |= computation.way | ({"computation_reason": computation.reason} if computation.reason else {})
+    if "device" in rows:
+        said |= {"devices": sorted(set(rows["device"])), "rows": sorted({int(value) for value in rows["rows"]})}
+    counts = {"total": len(rows), "drawn_now": drawn.drawn_now}
+    seconds = {} if scores is None else {"scoring": scores.seconds}
+    seconds["drawing" if winners is None else "thinking"] = float(rows["seconds"].sum()) - sum(seconds.values())
+    if scores is not None:
+        counts["scored_now"] = scores.scored_now
+    if winners is not None:
+        counts["decoded_now"], seconds["decoding"] = winners.decoded_now, float(winners.decoding["seconds"].sum())
+    return said | {"rollouts": counts, "seconds": seconds | {"this_command": this_command}}

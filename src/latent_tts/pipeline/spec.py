@@ -29,7 +29,7 @@ from latent_tts.executor.local import Local
 from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
-from latent_tts.schedule import OF_OTHERS, Schedule
+from latent_tts.schedule import GUESSES_OF_ROLLOUTS, Schedule
 from latent_tts.schedule.auto import Auto
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
@@ -38,7 +38,6 @@ from latent_tts.task import Task, has_gold
 from latent_tts.types import Float64, Int64, Question
 
 log = logging.getLogger(__name__)
-COMPUTATION = "computation.json"  # beside cached rollouts: how they were computed
 MAX_ROLLOUTS = 1 << 20
 BYTES_PER_NUMBER = {"float32": 4, "bfloat16": 2, "float16": 2}
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -199,7 +198,7 @@ class RunSpec(RunRequest):
         adapter = self.adapter
         forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
         repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
-        looked_at = None if self.schedule.early_exit is None else len(exit_ids(adapter, self.schedule))
+        looked_at = None if self.schedule.exit is None else len(exit_ids(adapter, self.schedule))
         phases = self.sampler.random_phases
         made = adapter.latent_weights
         return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at, made)
@@ -224,11 +223,6 @@ class RunSpec(RunRequest):
     def table_counts(self) -> list[int]:
         """Rollouts of each question in the tables, in the order of `questions`."""
         return [self.kept] * len(self.questions) if self.counts is None else self.counts
-
-    @property
-    def reported(self) -> list[int]:
-        """The n that get rows in the metrics."""
-        return self.budget.reported(self.n)
 
     def rollout_gflop(
         self,
@@ -255,7 +249,7 @@ class RunSpec(RunRequest):
             if tokens_N is None
             else passes.rollout_flops(prompt, steps_N, tokens_N - len(self.forced_ids))
         )
-        if self.schedule.first_guess in OF_OTHERS:
+        if self.schedule.guess in GUESSES_OF_ROLLOUTS:
             shared += passes.guess_flops(prompt)
         if self.draft is not None:
             each_N = each_N + self.draft.record.flops(prompt)
@@ -263,7 +257,7 @@ class RunSpec(RunRequest):
             each_N = each_N + conflicts_N * passes.again_flops(prompt, steps_N)
         if scored and self.scorer is not None:
             head = Shape.from_config(self.scorer.sizes)
-            shared, each_N = shared + head.prompt_flops(prompt), each_N + head.scoring_flops(prompt, steps_N)
+            shared, each_N = shared + head.pass_flops(prompt), each_N + head.scoring_flops(prompt, steps_N)
         return float(shared) / 1e9, np.asarray(each_N, dtype=np.float64) / 1e9
 
     def row_key(self, question: Question) -> str:
@@ -307,7 +301,7 @@ def check_run(request: RunRequest) -> RunSpec:
     budget = settle_budget(request, scorer, aggregators)
     scorer = None if isinstance(scorer, NoScorer) or (is_adaptive(budget) and not budget.needs_score) else scorer
     check_search(request, schedule, scorer)
-    if schedule.verified:
+    if schedule.verify:
         require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
         why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
         require("budget", budget.name, not is_adaptive(budget), why)
@@ -317,7 +311,7 @@ def check_run(request: RunRequest) -> RunSpec:
     questions = request.task.questions()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
-        budget = calibrated(budget, request, aggregators, scorer, questions)
+        budget = calibrate_budget(budget, request, schedule, aggregators, scorer, questions)
     if not has_gold(questions):
         name = request.task.name
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
@@ -327,7 +321,7 @@ def check_run(request: RunRequest) -> RunSpec:
     }  # fmt: skip
     spec = RunSpec(
         **vars(request) | settled,
-        draft=found_draft(schedule, adapter),
+        draft=find_schedule_draft(schedule, adapter),
         planned=planned,
         planned_on=planned_on,
         questions=questions,
@@ -412,13 +406,13 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
     return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown, device
 
 
-def found_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | None:
+def find_schedule_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | None:
     """The draft head of a schedule; None where it has none.
 
     Raises:
         UsageError: it does not exist, or is another model's.
     """
-    path = schedule.draft_path
+    path = schedule.draft
     return None if path is None else find_draft(path, adapter.digest, adapter.latents)
 
 
@@ -513,11 +507,11 @@ def check_exit(schedule: Schedule, adapter: CheckpointAdapter, max_answer_tokens
     Raises:
         UsageError: it is.
     """
-    if schedule.early_exit is None:
+    if schedule.exit is None:
         return
     beyond = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
     allowed = f"must be at most max_answer_tokens={max_answer_tokens} tokens, it has {beyond}"
-    require("schedule.exit_prefix", schedule.early_exit.prefix, beyond <= max_answer_tokens, allowed)
+    require("schedule.exit_prefix", schedule.exit_prefix, beyond <= max_answer_tokens, allowed)
 
 
 def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
@@ -566,9 +560,10 @@ def check_adaptive(
     )
 
 
-def calibrated(
+def calibrate_budget(
     budget: AdaptiveBudget,
     request: RunRequest,
+    schedule: Schedule,
     aggregators: Sequence[Aggregator],
     scorer: LatentRM | None,
     questions: Sequence[Question],
@@ -584,6 +579,7 @@ def calibrated(
     fitted = calibration.calibrate_on_run(
         budget.rule,
         request.config,
+        schedule,
         {"model": request.adapter.identity, "scorer": None if scorer is None else scorer.digest},
         [each.id for each in questions],
         next(of_votes, None) if budget.aggregator == "weighted" else None,
@@ -606,9 +602,9 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
             sequence of this run may exceed it.
     """
     given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    rope: dict[str, Any] = {}
-    for settings in given:
-        rope |= settings if isinstance(settings, dict) else {}
+    rope: dict[str, Any] = {
+        key: value for settings in given if isinstance(settings, dict) for key, value in settings.items()
+    }
     of_layers = [value for value in rope.values() if isinstance(value, dict)]  # some have one per kind of layer
     for part in (rope, *of_layers):
         kind = part.get("type") if part.get("type") in LENGTH_DEPENDENT_ROPE else part.get("rope_type")
@@ -678,8 +674,8 @@ def forced_answer_ids(adapter: CheckpointAdapter, prefix: str, max_answer_tokens
 
 def refuse_early_exit(schedule: Schedule, allowed: str) -> None:
     """Raise UsageError, which says what is `allowed`, if rollouts may stop thinking early."""
-    if schedule.early_exit is not None:
-        raise bad_value("schedule.exit", schedule.early_exit.threshold, allowed)
+    if schedule.exit is not None:
+        raise bad_value("schedule.exit", schedule.exit, allowed)
 
 
 def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
@@ -688,7 +684,7 @@ def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
     Raises:
         UsageError: the model cannot read `schedule.exit_prefix`.
     """
-    prefix = "" if schedule.early_exit is None else schedule.early_exit.prefix
+    prefix = "" if schedule.exit is None else schedule.exit_prefix or ""
     try:
         return [*adapter.thinking_end_ids, *adapter.forced_ids(prefix)]
     except UsageError as error:

@@ -76,7 +76,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         figures = rollout_figures(
             rollouts,
             drawn=spec.kept,
-            reported=spec.reported,
+            reported=spec.budget.reported(spec.n),
             aggregators=spec.aggregators,
             diversity_Q=diversities(drawn.dissimilarity_RT, spec.kept, spec.kept),
             gflops=gflops(spec, rollouts, drawn.scores),
@@ -171,17 +171,14 @@ def _picked(
     """What an aggregator picks for each question, see `answer_lines`; predictions (Q, D) are texts."""
     reason = "share" if isinstance(aggregator.rule(arrays), Vote) else "score"
     for question, (pick, support) in enumerate(zip(*statistics.supported_picks(aggregator, arrays), strict=True)):
-        code_N = arrays.prediction_QD[question]
+        code_N, known = arrays.prediction_QD[question], arrays.correct_QD
         code = code_N[pick] if pick >= 0 else -1
-        correct = None
-        if arrays.correct_QD is not None:
-            correct = bool(pick >= 0 and arrays.correct_QD[question, pick])
         yield {
             "answer": predictions[question, pick] if code >= 0 else None,
             "rollout": int(pick) if pick >= 0 else None,
             reason: None if np.isnan(support) else float(support),
             "agree": (int((code_N == code).sum()) if code >= 0 else 0) if all_decoded else None,
-            "correct": correct,
+            "correct": None if known is None else bool(pick >= 0 and known[question, pick]),
         }
 
 
@@ -247,7 +244,7 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
             each = float(grown_N.mean()) + (each - float(grown_N.mean())) * spec.kept / spec.n
         if scores is not None and spec.scorer is not None:
             # official positions need a prefill for each length of text: a cost of the rollouts, not of the question
-            prefill = Shape.from_config(spec.scorer.sizes).prompt_flops(len(spec.prompts[question.id]))
+            prefill = Shape.from_config(spec.scorer.sizes).pass_flops(len(spec.prompts[question.id]))
             each += (scores.prefills[place] - 1) * float(prefill) / 1e9 / spec.n
         pairs.append((shared, each))
     return pairs
@@ -255,10 +252,10 @@ def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list
 
 def schedule_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[str]:
     """What a schedule has counted that does not compute all latents one after another, per rollout on average."""
-    if spec.schedule.early_exit is not None:
+    if spec.schedule.exit is not None:
         steps, most = rollouts["latent_steps"], spec.adapter.latents
         return [
-            f"schedule.exit={spec.schedule.early_exit.threshold:g}, per rollout: {steps.mean():.2f} of at most {most} "
+            f"schedule.exit={spec.schedule.exit:g}, per rollout: {steps.mean():.2f} of at most {most} "
             f"latents; {100 * (steps < most).mean():.0f} % have fewer"
         ]
     if spec.schedule.stepwise or not set(COUNT_COLUMNS) <= set(rollouts.columns):

@@ -12,7 +12,7 @@ from latent_tts.pipeline.rollouts import draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import rollout_table
 from latent_tts.results import statistics
-from latent_tts.results.files import whole_file
+from latent_tts.results.files import write_text
 from latent_tts.results.metrics import rollout_arrays
 from latent_tts.task import require_gold
 
@@ -42,5 +42,4 @@ def write_temperature(checkpoint: Path, temperature: float) -> None:
     path = checkpoint / "config.json"
     record = json.loads(path.read_text())
     record["latent_rm"]["temperature"] = temperature
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(path, json.dumps(record, indent=2) + "\n")

@@ -16,6 +16,7 @@ from latent_tts.budget.fixed import Fixed
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.errors import RunError, UsageError, bad_value, check_fields, is_number, require
 from latent_tts.pipeline import rescoring
+from latent_tts.pipeline.calibration import schedule_text
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.spec import RunSpec, check_sampler
 from latent_tts.pipeline.tables import rollout_table
@@ -83,10 +84,8 @@ class TraceSpec:
         """The same once the rollouts are drawn: those that a budget used, which may be unequally many."""
         if self.run.guided:
             return self
-        counts = table.groupby("question_index", sort=True).size().tolist()
-        if budget is not None:
-            counts = budget["used"].tolist()
-        return replace(self, run=with_fixed_budget(self.run, counts))
+        counts = budget["used"] if budget is not None else table.groupby("question_index", sort=True).size()
+        return replace(self, run=with_fixed_budget(self.run, counts.tolist()))
 
     @property
     def no_dependencies(self) -> str:
@@ -129,11 +128,11 @@ def check_trace(
         why = "reads the latents of other questions, so it has no place on the map of one"
         require("beside", sampler.name, not sampler.needs_donor, why)
         check_sampler(sampler, run.adapter)
-        other = drawn_beside(run, sampler, config, 1 if sampler.deterministic else n)
-    return TraceSpec(run, other, drawn_beside(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
+        other = replace_sampler(run, sampler, config, 1 if sampler.deterministic else n)
+    return TraceSpec(run, other, replace_sampler(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
 
 
-def drawn_beside(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: int) -> RunSpec:
+def replace_sampler(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: int) -> RunSpec:
     """The same questions under another sampler, each rollout on its own and every answer the most probable one."""
     return replace(
         run, sampler=sampler, search=Independent(), budget=Fixed(), answers=AnswerSampling(), decode="all", counts=None,
@@ -141,7 +140,9 @@ def drawn_beside(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: i
     )  # fmt: skip
 
 
-def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Sequence[str], n: int | None) -> RunSpec:
+def select_questions(
+    spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Sequence[str], n: int | None
+) -> RunSpec:
     """Some questions of a completed run.
 
     Args:
@@ -249,11 +250,3 @@ def sampler_text(sampler: Sampler) -> str:
         if is_number(value)
         else f"{sampler.name} {value}"
     )
-
-
-def schedule_text(key: str | Mapping[str, Any]) -> str:
-    """A schedule with its settings: `speculative chunk=3 tolerance=0.01`."""
-    if isinstance(key, str):
-        return key
-    named = [f"{name}={value}" for name, value in key.items() if name != "name" and value is not None]
-    return " ".join([str(key["name"]), *named])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -101,25 +100,13 @@ def step_results(adapter: CheckpointAdapter, question: Question) -> list[tuple[i
     return found
 
 
-@dataclass(frozen=True)
-class RecomputedLatents:
-    """The latents of a run's rollouts, R of them in the order of its tables, and the sweeps that made them.
+def recompute(spec: RunSpec) -> tuple[Engine, Float32, Int64, Int64]:
+    """Recompute the latents of a run's rollouts, R of them in the order of its tables.
 
-    Attributes:
-        engine: that made them.
-        latents_RTD: zeros beyond a rollout's own.
-        steps_R: how many each has.
-        timelines: first, stop and final latents of sweeps (3, R, S), see `results.trace.Timeline`.
+    Returns:
+        The engine, the latents (R, T, D; zeros beyond a rollout's own), how many each rollout has (R), and first, stop
+        and final latents of the sweeps that made them (3, R, S), see `results.trace.Timeline`.
     """
-
-    engine: Engine
-    latents_RTD: Float32
-    steps_R: Int64
-    timeline_3RS: Int64
-
-
-def recompute(spec: RunSpec) -> RecomputedLatents:
-    """Recompute the latents of a run's rollouts."""
     wanted = spec.wanted()
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
     jobs, total = jobs_of(spec, wanted), spec.adapter.latents
@@ -137,7 +124,7 @@ def recompute(spec: RunSpec) -> RecomputedLatents:
     timeline_3RS = np.repeat(steps_R[None, :, None], 3, 0).repeat(most, 2)
     for here, each in sweeps:
         timeline_3RS[:, here, : each.shape[2]] = each
-    return RecomputedLatents(drawer.engine, latents_RTD, steps_R, timeline_3RS)
+    return drawer.engine, latents_RTD, steps_R, timeline_3RS
 
 
 def sweeps_of(made: Rollouts) -> Int64:
@@ -164,13 +151,13 @@ def traced_rollouts(
         top: tokens of each latent.
         results_Q: of each question the tokens whose ranks are asked for.
     """
-    recomputed, table = recompute(spec), rollout_table(spec, rollouts)
+    (engine, latents_RTD, steps_R, timeline_3RS), table = recompute(spec), rollout_table(spec, rollouts)
     step_scores_RT = None if rollouts.scores is None else rollouts.scores.step_scores_RT
     traced, start = [], 0
     for count, results in zip(spec.table_counts, results_Q, strict=True):
         own = slice(start, start := start + count)
         rows = table.iloc[own]
-        latents_NTD, steps_N = recomputed.latents_RTD[own], recomputed.steps_R[own]
+        latents_NTD, steps_N = latents_RTD[own], steps_R[own]
         traced.append(
             TracedRollouts(
                 sampler=sampler_text(spec.sampler),
@@ -185,8 +172,8 @@ def traced_rollouts(
                 step_scores_NT=None if step_scores_RT is None else step_scores_RT[own],
                 score_N=None if step_scores_RT is None else rows["score"].to_numpy(dtype=np.float64, na_value=np.nan),
                 counts={name: rows[name].tolist() for name in COUNT_COLUMNS if name in rows},
-                timeline=Timeline(*recomputed.timeline_3RS[:, own]),
-                lens=read_lens(recomputed.engine, latents_NTD, steps_N, top, results),
+                timeline=Timeline(*timeline_3RS[:, own]),
+                lens=read_lens(engine, latents_NTD, steps_N, top, results),
             )
         )
     return traced

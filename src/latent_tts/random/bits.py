@@ -1,25 +1,23 @@
 """Philox words of many rows as torch tensors, and the keep decisions of dropout made from them.
 
 Two implementations give the same integers: Triton kernels (on a GPU, if Triton works), and the operators of torch and
-NumPy (everywhere else). With kernels, dropout's decisions are made where they are used: see `drop`.
+NumPy (everywhere else). With kernels, dropout's decisions are made where they are used: see `triton_kernels.drop`.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latent_tts.random.kernel_check import is_usable
 from latent_tts.random.philox import philox
 
-log = logging.getLogger(__name__)
 BLOCKS_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 22}  # on a CPU arrays of 128 KiB, which stay in the cache of a core
 
 
@@ -70,25 +68,6 @@ def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, t
         decide_by_operators(keys_R2, rollouts_R, places_P, stream, threshold, kept)
 
 
-def drop(
-    output_RSD: Tensor, keys_R2: Tensor, rollouts_R: Tensor, place: int, stream: int, threshold: int, first: int | None
-) -> Tensor:
-    """Dropout: 0 where `decide` says so, else 65536 / (65536 - threshold) times as much, in the dtype of `output_RSD`.
-
-    Args:
-        output_RSD: in any dtype up to float32.
-        keys_R2: Philox keys (int64).
-        rollouts_R: the rows' rollout numbers (int64).
-        place: counter word of the masked place.
-        stream: counter word for the use of the numbers, a `Stream`.
-        threshold: see `decide`.
-        first: which of the tokens with decisions of their own the first one is; None gives all tokens those of one.
-    """
-    from latent_tts.random import triton_kernels
-
-    return triton_kernels.drop(output_RSD, keys_R2, rollouts_R, place, stream, threshold, first)
-
-
 def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int | Tensor, stream: int) -> Tensor:
     """`words` by torch's operators; `place` may differ by row (R, 1)."""
     counter = torch.arange(blocks, device=rollouts_R.device), place, rollouts_R[:, None], stream
@@ -121,7 +100,7 @@ def decide_by_operators(
 def drop_by_operators(
     output_RSD: Tensor, keys_R2: Tensor, rollouts_R: Tensor, place: int, stream: int, threshold: int, first: int | None
 ) -> Tensor:
-    """`drop` by torch's operators."""
+    """`triton_kernels.drop` by torch's operators."""
     rows, tokens, width = output_RSD.shape
     drawn = 1 if first is None else first + tokens
     kept = torch.empty(rows, 1, drawn, 2, -(-width // 8) * 4, dtype=torch.bool, device=output_RSD.device)
@@ -146,18 +125,13 @@ def _fill_in_pieces(fill: Callable[[slice], None], kept: Tensor) -> None:
 @cache
 def has_kernels(device: torch.device) -> bool:
     """Whether to use the Triton kernels: the device is a GPU, and they compile and agree with the operators."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    try:
+
+    def agrees() -> bool:
         from latent_tts.random import triton_kernels
 
-        if agree(triton_kernels, device):
-            return True
-        why = "its numbers differ from those of torch"
-    except Exception as error:  # a compiler, a driver or a missing C compiler may raise anything
-        why = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-    log.warning("Triton is not usable on %s (%s); torch draws the same random numbers more slowly", device, why)
-    return False
+        return agree(triton_kernels, device)
+
+    return device.type == "cuda" and is_usable("drawing of random numbers", str(device), agrees)
 
 
 def agree(kernels: Any, device: torch.device) -> bool:

@@ -61,7 +61,6 @@ class Draw:
         self.keeps_normals = False
         self.steps = 0
         self._normals: dict[tuple[int, int], Tensor] = {}
-        self._layers: Sequence[int] = ()
         self._ahead: dict[tuple, Tensor] = {}
 
     @classmethod
@@ -101,11 +100,9 @@ class Draw:
         high, low, _, _ = words.squeeze(-1).unbind(1)
         return (high << 20 | low >> 12).to(torch.float64) * 2.0**-52
 
-    def expect_layers(self, layers: Sequence[int]) -> None:
-        """Announce the layer codes that a pass will give to `keep`, in order, so that small draws can be joined."""
-        self._layers = layers
-
-    def keep(self, layer: int, step: int, tokens: int, width: int, threshold: int) -> Tensor:
+    def keep(
+        self, layer: int, step: int, tokens: int, width: int, threshold: int, *, expected: Sequence[int] = ()
+    ) -> Tensor:
         """Keep decisions (R, tokens, width): True with probability 1 - threshold / 65536.
 
         Args:
@@ -114,13 +111,14 @@ class Draw:
             tokens: S of the pass.
             width: D.
             threshold: how many of the 65536 values of 16 random bits mean "drop", in [0, 65536).
+            expected: all layer codes that the pass will ask for, in order, so that small draws can be joined.
         """
         wanted = (layer, step, tokens, width, threshold)
         if wanted not in self._ahead:
             per_token = -(-width // DECISIONS_PER_BLOCK)
             group = max(1, BLOCKS_AHEAD[self.rollouts_R.device.type] // (self.rollouts_R.shape[0] * tokens * per_token))
-            start = list(self._layers).index(layer) if layer in self._layers else None
-            layers = [layer] if start is None else list(self._layers[start : start + group])
+            start = expected.index(layer) if layer in expected else None
+            layers = [layer] if start is None else list(expected[start : start + group])
             kept = self._decide(layers, step, tokens, per_token, threshold)[..., :width]
             # added to what is left, since a pass may ask for several steps at each place
             self._ahead |= {(code, *wanted[1:]): kept[:, i] for i, code in enumerate(layers)}
@@ -132,9 +130,11 @@ class Draw:
 
     def drop(self, output_RSD: Tensor, place: DropPlace, first: int = 0) -> Tensor:
         """A tensor of tokens `first`, `first` + 1, ... times the factors of a place."""
+        from latent_tts.random import triton_kernels
+
         word, one_mask = _place(place.layer, place.step), place.tokens == 1
         arguments = output_RSD, self.keys_R2, self.rollouts_R, word, int(Stream.DROPOUT), place.threshold
-        return bits.drop(*arguments, None if one_mask else first)
+        return triton_kernels.drop(*arguments, None if one_mask else first)
 
     def _decide(self, layers: Sequence[int], step: int, tokens: int, per_token: int, threshold: int) -> Tensor:
         """Keep decisions (R, len(layers), tokens, 8 * per_token) of several places."""

@@ -41,7 +41,17 @@ def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, t
 def drop(
     output_RSD: Tensor, keys_R2: Tensor, rollouts_R: Tensor, place: int, stream: int, threshold: int, first: int | None
 ) -> Tensor:
-    """`bits.drop` by one kernel."""
+    """Dropout: 0 where `decide` says so, else 65536 / (65536 - threshold) times as much, in the dtype of `output_RSD`.
+
+    Args:
+        output_RSD: in any dtype up to float32.
+        keys_R2: Philox keys (int64).
+        rollouts_R: the rows' rollout numbers (int64).
+        place: counter word of the masked place.
+        stream: counter word for the use of the numbers, a `Stream`.
+        threshold: see `bits.decide`.
+        first: which of the tokens with decisions of their own the first one is; None gives all tokens those of one.
+    """
     output_RSD = output_RSD.contiguous()
     made = torch.empty_like(output_RSD)
     rows, tokens, width = output_RSD.shape

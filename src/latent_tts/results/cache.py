@@ -11,7 +11,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from latent_tts.errors import UsageError, bad_value, require
-from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.results.files import set_aside, settings_digest, whole_file, write_text
 from latent_tts.results.parts import (
     MAX_PART_BYTES,
     PLACE,
@@ -33,10 +33,11 @@ from latent_tts.results.parts import (
     whole_parts,
     write_part,
 )
-from latent_tts.types import Floats
+from latent_tts.types import Computation, Floats
 
 NOT_DECODED = "not_decoded"  # the stop reason of a rollout whose answer was not needed
 KEY_JSON, SCORES_FOLDER = "key.json", "scores"
+COMPUTATION = "computation.json"  # beside the rollouts: how they were computed
 MEMORY_JSON = "memory.json"  # beside the entries
 ENTRY_NAME = re.compile(r"[0-9a-f]{16}")
 
@@ -115,8 +116,8 @@ class PartCache:
         self._read_only: UsageError | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with whole_file(self.folder / KEY_JSON) as path:  # its time is when the entry was used last
-                path.write_text(json.dumps({**key, **(about or {})}, indent=1, sort_keys=True) + "\n")
+            # its time is when the entry was used last
+            write_text(self.folder / KEY_JSON, json.dumps({**key, **(about or {})}, indent=1, sort_keys=True) + "\n")
         except OSError as error:
             refusal = bad_value("paths.cache", root, f"cannot be written to ({error.strerror})")
             if error.errno not in NOT_WRITABLE or not (self.folder / KEY_JSON).is_file():
@@ -176,6 +177,26 @@ class RolloutCache(PartCache):
         _discard(self.folder, ROLLOUT_SCHEMA, wanted)
         for scores in self.folder.glob(f"{SCORES_FOLDER}/*/"):
             _discard(scores, SCORE_SCHEMA, wanted)
+
+    def write_computation(self, computation: Computation) -> None:
+        """Write down, beside the rollouts, how they were computed."""
+        said = asdict(computation)
+        write_text(self.folder / COMPUTATION, json.dumps(said | {"digest": settings_digest(said)}, indent=1) + "\n")
+
+    def read_computation(self) -> Computation | None:
+        """How the rollouts were computed; None where that is not known. A damaged file is set aside."""
+        path = self.folder / COMPUTATION
+        try:
+            said = json.loads(path.read_text())
+            digest = said.pop("digest", None)  # earlier versions wrote none
+            if digest in (None, settings_digest(said)):
+                return Computation(said["attention"], said["logits"], said["reason"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            pass
+        log.warning("%s is damaged: it is now %s", path, set_aside(path).name)
+        return None
 
 
 class ScoreCache(PartCache):
@@ -278,8 +299,8 @@ def remember_what_fits(root: Path, key: str, size: int) -> None:
     known = known_to_fit(root)
     if known.get(key) == size:
         return
-    with suppress(OSError), whole_file(root / MEMORY_JSON) as path:
-        path.write_text(json.dumps(known | {key: size}, indent=1) + "\n")
+    with suppress(OSError):
+        write_text(root / MEMORY_JSON, json.dumps(known | {key: size}, indent=1) + "\n")
 
 
 @dataclass(frozen=True)

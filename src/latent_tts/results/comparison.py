@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
 from latent_tts.results.run_folder import UNKNOWN, is_complete, name_once, read_run_metrics, run_folders
 
 Side = dict[str, CompletedRun]  # by seed
+T = TypeVar("T")
 
 
 def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side:
@@ -26,19 +27,13 @@ def read_side(key: str, path: Path, build_aggregator: AggregatorBuilder) -> Side
     """
     runs: Side = {}
     for folder in run_folders(path, key):
-        if not is_complete(folder):
-            which = "the run" if folder == path else str(folder)
-            raise UsageError(f"{key}={path}: {which} did not complete; re-run its command")
+        which = "the run" if folder == path else str(folder)
+        require(key, path, is_complete(folder), f"{which} did not complete; re-run its command")
         run = CompletedRun.read(folder, read_run_metrics(folder), build_aggregator)
-        if not run.all_decoded:
-            raise UsageError(
-                f"{key}={path}: {folder} has answers only for its picks (answer.decode=winners), "
-                "so it cannot be compared"
-            )
-        if not run.has_gold:
-            raise UsageError(f"{key}={path}: the questions of {folder} have no gold answers, so there is no accuracy")
-        if run.seed in runs:
-            raise UsageError(f"{key}={path}: holds several runs of seed {run.seed}; name one run folder")
+        only_picks = f"{folder} has answers only for its picks (answer.decode=winners), so it cannot be compared"
+        require(key, path, run.all_decoded, only_picks)
+        require(key, path, run.has_gold, f"the questions of {folder} have no gold answers, so there is no accuracy")
+        require(key, path, run.seed not in runs, f"holds several runs of seed {run.seed}; name one run folder")
         runs[run.seed] = run
     _require_one_curve(f"{key}={path}", list(runs.values()))
     return runs
@@ -78,18 +73,16 @@ def differences(
     """
     if set(a) != set(b):
         raise UsageError(f"a has the seeds {sorted(a)}, b has {sorted(b)}: both sides need the same seeds")
-    any_a, any_b = a[min(a)], b[min(b)]  # budgets and aggregators are the same for all seeds
-    found = [
-        _difference(a, b, each, budgets, shared=shared)
-        for each in _figures(any_a, any_b, *figures)
-        for budgets in _budgets(any_a, any_b, *ns)
-    ]
+    pairs, budgets = _figures(a, b, *figures), _budgets(a, b, *ns)
+    found = [_difference(a, b, pair, n, shared=shared) for pair in pairs for n in budgets]
+    if not pairs:
+        raise UsageError("a and b have no figure in common; name one of each: a_figure=coverage b_figure=majority")
     if not found:
         raise UsageError("a and b report no n in common; run both with budget=ladder, or name them: a_n=64 b_n=1")
     return pd.DataFrame(found)
 
 
-def described_sides(a: Side, b: Side) -> tuple[str, str]:
+def describe_sides(a: Side, b: Side) -> tuple[str, str]:
     """What tells one side from the other, as in `sampler=dropout rate=0.1, `; empty where their settings are equal."""
     both = name_once(pd.DataFrame([next(iter(side.values())).curve for side in (a, b)]))
     curves = [_with_whole_sampler({str(name): value for name, value in row.items()}) for _, row in both.iterrows()]
@@ -141,24 +134,30 @@ def _difference(
     }  # fmt: skip
 
 
-def _figures(a: CompletedRun, b: CompletedRun, of_a: str | None, of_b: str | None) -> Iterable[tuple[str, str]]:
+def _figures(a: Side, b: Side, of_a: str | None, of_b: str | None) -> list[tuple[str, str]]:
     """Which figure of A is compared with which of B."""
+    in_a, in_b = (_in_all(run.figures for run in side.values()) for side in (a, b))
     if of_a is None and of_b is None:
-        return [
-            (name, name) for name in ("coverage", *sorted(a.aggregators)) if name in a.figures and name in b.figures
-        ]
+        both = sorted(set(in_a) & set(in_b), key=lambda name: (name != "coverage", name))
+        return [(name, name) for name in both]
     chosen = str(of_a or of_b), str(of_b or of_a)
-    for key, name, side in zip(("a_figure", "b_figure"), chosen, (a, b), strict=True):
-        require(key, name, name in side.figures, f"must be one of {', '.join(side.figures)}")
+    for key, name, known in zip(("a_figure", "b_figure"), chosen, (in_a, in_b), strict=True):
+        require(key, name, name in known, f"must be one of {', '.join(known)}")
     return [chosen]
 
 
-def _budgets(a: CompletedRun, b: CompletedRun, of_a: int | None, of_b: int | None) -> list[tuple[int, int]]:
+def _budgets(a: Side, b: Side, of_a: int | None, of_b: int | None) -> list[tuple[int, int]]:
     """Which n of A is compared with which of B."""
-    ns_a, ns_b = sorted(a.reported), sorted(b.reported)
+    in_a, in_b = (sorted(_in_all(run.reported for run in side.values())) for side in (a, b))
     if of_a is None and of_b is None:
-        return [(n, n) for n in ns_a if n in ns_b]
-    for key, n, ns in (("a_n", of_a, ns_a), ("b_n", of_b, ns_b)):
-        known = ", ".join(map(str, ns))
-        require(key, n, n is None or n in ns, f"must be one of {known}, which the run reports, or null")
-    return list(product(ns_a if of_a is None else [of_a], ns_b if of_b is None else [of_b]))
+        return [(n, n) for n in in_a if n in in_b]
+    for key, n, known in (("a_n", of_a, in_a), ("b_n", of_b, in_b)):
+        allowed = f"must be one of {', '.join(map(str, known))}, which the run reports with every seed, or null"
+        require(key, n, n is None or n in known, allowed)
+    return list(product(in_a if of_a is None else [of_a], in_b if of_b is None else [of_b]))
+
+
+def _in_all(lists: Iterable[Sequence[T]]) -> list[T]:
+    """What all lists have, in the order of the first: seeds may differ in aggregators and in how many were drawn."""
+    first, *others = lists
+    return [each for each in first if all(each in other for other in others)]

@@ -132,7 +132,8 @@ class CompletedRun:
                 raise UsageError(f"{self.folder}: its budget stopped for {self.figures[0]}; it has no {figure}")
             return pd.Series(self.budget["correct"].to_numpy(dtype=np.float64), index=self.budget["question_id"])
         ids, arrays = self._arrays
-        n = min(n, arrays.prediction_QD.shape[1])  # a search keeps fewer rollouts than it grew
+        if self.curve["search"]:  # it keeps fewer rollouts than it grew
+            n = min(n, arrays.prediction_QD.shape[1])
         values: np.ndarray
         if figure == "invalid_rate":
             values = (arrays.prediction_QD < 0).mean(1)

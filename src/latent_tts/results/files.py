@@ -79,6 +79,12 @@ def whole_file(path: Path, *, add_digest: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def digest_in_name(path: Path) -> str | None:
     """The digest of its content that `whole_file` added to a name; None where there is none."""
     found = re.search(r"-([0-9a-f]{16})$", path.stem)

@@ -154,9 +154,8 @@ def metric_rows(figures: Sequence[Figures], run: Mapping[str, Any]) -> pd.DataFr
     for at in figures:
         shared = {**run, "n": at.n, "drawn": at.drawn, "questions": questions}
         for (metric, aggregator), values_Q in at.per_question.items():
-            low, high = (None, None)
-            if metric in MAX_VALUE and not np.isnan(values_Q).any():
-                low, high = statistics.interval(values_Q, high=MAX_VALUE[metric])
+            bounded = metric in MAX_VALUE and not np.isnan(values_Q).any()
+            low, high = statistics.interval(values_Q, high=MAX_VALUE[metric]) if bounded else (None, None)
             row = {"metric": metric, "aggregator": aggregator, "value": values_Q.mean(), "ci_low": low, "ci_high": high}
             rows.append(shared | row)
         rows += [shared | {"metric": metric, "aggregator": "", "value": v} for metric, v in at.measured.items()]

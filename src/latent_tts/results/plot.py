@@ -1,4 +1,4 @@
-"""Figures from metrics tables. Nothing is recomputed: what is drawn is what the CSV says."""
+"""Figures, most of them from metrics tables. Nothing is recomputed: what is drawn is what the CSV says."""
 
 from __future__ import annotations
 
@@ -119,12 +119,13 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
     points, attributes, notes = _named_curves(points, against, in_rows=in_rows)
     parts = [points[points["model"] == model] for model in models] if in_rows else [points]
     looks, aggregators = _looks(attributes), [name for name in points["aggregator"].unique() if name]
-    lines = points[points["metric"] == "accuracy"][["model"] * in_rows + ["label", "aggregator"]].drop_duplicates()
-    lines = lines["model"].value_counts().max() if in_rows else len(lines)
+    lines = max(
+        len(part.loc[part["metric"] == "accuracy", ["label", "aggregator"]].drop_duplicates()) for part in parts
+    )
     together = len(aggregators) > 1 and lines <= MAX_LINES_TOGETHER
     panels: list[tuple[str, Sequence[str]]] = [("coverage", [""]), ("agreement", [""])]
-    panels += [("accuracy", aggregators)] if together else [("accuracy", [name]) for name in aggregators]
     panels = [panel for panel in panels if (points["metric"] == panel[0]).any()]
+    panels += [("accuracy", aggregators)] if together else [("accuracy", [name]) for name in aggregators]
     marks = {  # a colour of None is the curve's
         name: Look(COLORS[(index + 1) % len(COLORS)] if len(looks) == 1 else None, *CYCLES[index % len(CYCLES)])
         for index, name in enumerate(aggregators if together else ())
@@ -490,3 +491,32 @@ def _range(counts: pd.Series) -> str:
     """A number, or the lowest and the highest of several."""
     low, high = int(counts.min()), int(counts.max())
     return str(low) if low == high else f"{low} to {high}"
+
+
+def draw_dependencies(relative_TT: np.ndarray, title: str, path: Path) -> None:
+    """Draw relative dependencies as a grid, a row per latent; NaN stays white.
+
+    Args:
+        relative_TT: row t, column s: how much latent t depends on latent s.
+        title: above the grid.
+        path: of the figure; its ending is the format.
+    """
+    from matplotlib.figure import Figure
+
+    total = len(relative_TT)
+    side = 0.45 * max(total, 6)
+    figure = Figure(figsize=(1.5 + side, 1.2 + side), layout="constrained")
+    axes = figure.subplots()
+    lower = np.where(np.tri(total, k=-1, dtype=bool), relative_TT, np.nan)
+    image = axes.imshow(lower, cmap="viridis", vmin=0)
+    for (row, column), value in np.ndenumerate(lower):
+        if np.isfinite(value):
+            shade = "white" if value < 0.6 * np.nanmax(lower) else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=shade)
+    axes.set_xticks(range(total), [str(s + 1) for s in range(total)])
+    axes.set_yticks(range(total), [str(t + 1) for t in range(total)])
+    axes.set_xlabel("latent that is changed")
+    axes.set_ylabel("latent that is made from it")
+    axes.set_title(title.replace("$", r"\$"), fontsize=9)
+    figure.colorbar(image, label="relative change per relative change", shrink=0.8)
+    save_figure(figure, [path])

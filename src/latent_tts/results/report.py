@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from latent_tts.errors import printable
-from latent_tts.results.run_folder import CURVE_COLUMNS
+from latent_tts.errors import UsageError, printable
+from latent_tts.results.run_folder import CURVE_COLUMNS, OUTPUT_FOLDERS, is_complete, read_run_metrics, run_folders
 from latent_tts.types import text_digest
 
 STATISTICS = "docs/statistics.md"
@@ -30,6 +31,10 @@ GAP = 2  # spaces between columns
 UNLIMITED = 100_000  # columns of a pipe
 _round: ContextVar[int] = ContextVar("round", default=0)  # 0 outside of rounds
 SEEN_WARNINGS = "LTTS_SEEN_WARNINGS"  # environment variable of a sweep and its processes: a folder with a file for each
+RUN_LIST = {  # columns of `ltts list runs`: `Column.spare` (names of folders begin with the time) and `Column.left`
+    "folder": (0, True), "model": (0, True), "task": (1, True), "sampler": (0, True),
+    "seed": (3, False), "questions": (4, False), "n": (0, False), "age": (2, False),
+}  # fmt: skip
 JOB_LINE = re.compile(r"(?<=^INFO )\t#(\d+) : ")  # of Hydra's launchers
 
 
@@ -375,9 +380,7 @@ def figures_of(rows: pd.DataFrame) -> dict[str, str]:
     records = rows.to_dict("records")
     covered = any(row["metric"] == "coverage" for row in records)
     for metric in ("accuracy", "coverage") if covered else ("accuracy", "agreement"):
-        for row in records:
-            if row["metric"] == metric:
-                figures[f"{row['aggregator'] or metric} %"] = percent(row)
+        figures |= {f"{row['aggregator'] or metric} %": percent(row) for row in records if row["metric"] == metric}
     for metric, name, form in (("gflops", "GFLOP/question", ".3g"), ("rollouts_per_second", "rollouts/s", ".0f")):
         for row in records:
             if row["metric"] == metric:
@@ -413,3 +416,53 @@ def table_notes(metrics: pd.DataFrame) -> Iterator[str]:
         drawn = sorted(set(metrics["drawn"]))
         number = f"the {drawn[0]:g}" if len(drawn) == 1 else "the"
         yield f"n: mean over choices of n of {number} rollouts drawn ({STATISTICS})"
+
+
+# The list of runs
+
+
+def print_runs(paths: Sequence[Path]) -> None:
+    """Print a table of the run folders at or below some folders, the newest last.
+
+    Args:
+        paths: the folders; none for those that commands write to by default.
+
+    Raises:
+        UsageError: there are none.
+    """
+    chosen = list(paths) or [Path(name) for name in OUTPUT_FOLDERS if Path(name).is_dir()]
+    folders = []
+    for path in chosen:
+        try:
+            folders += run_folders(path, "runs")
+        except UsageError:
+            if paths:
+                raise
+    if not folders:
+        raise UsageError(f"no run in {' or '.join(OUTPUT_FOLDERS)}; `ltts list runs FOLDER` looks in FOLDER")
+    ages = {folder: time.time() - folder.stat().st_mtime for folder in dict.fromkeys(folders)}
+    rows = [
+        {"folder": str(folder), "age": age(seconds)} | _described_run(folder)
+        for folder, seconds in sorted(ages.items(), key=lambda item: -item[1])
+    ]
+    first, *others = [Column(name, [row.get(name, "") for row in rows], *look) for name, look in RUN_LIST.items()]
+    print_columns(counted(len(rows), "run"), [first], others)
+
+
+def _described_run(folder: Path) -> dict[str, str]:
+    """A run's cells; those of a run that did not complete say so."""
+    if not is_complete(folder):
+        return {"model": "incomplete"}
+    try:
+        table = read_run_metrics(folder)
+    except UsageError:
+        return {"model": "damaged"}
+    first = table.iloc[0]
+    return {
+        "model": first["model"],
+        "task": f"{first['task']}/{first['split']}".rstrip("/"),
+        "sampler": f"{first['sampler']} {first['sampler_value']}".strip(),
+        "seed": first["seed"],
+        "questions": str(int(first["questions"])),
+        "n": str(int(table["n"].max())),
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from io import BytesIO
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from pandas.api.types import is_numeric_dtype
 
 from latent_tts.errors import UsageError, require
-from latent_tts.results.files import plain_cells, settings_digest, whole_file, write_csv
+from latent_tts.results.files import plain_cells, settings_digest, whole_file, write_csv, write_text
 from latent_tts.results.parts import runs_of
 from latent_tts.types import Float32, file_digest
 
@@ -93,6 +94,8 @@ RECORD_FORMAT = 3  # of `run.json`; since 2 it has digests of tables, since 3 on
 NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions", "format"]
 REQUIRED_COLUMNS = ["n", "drawn", "metric", "questions", "format"]  # have a value in every row
 RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]
+JOB_NAME = re.compile(r"^  job:\n(?:    .*\n)*?    name: (\w+)$", re.MULTILINE)  # in `.hydra/hydra.yaml`
+WITHOUT_RUN = ("annotate", "train_reasoner", "train_rm")
 UNKNOWN = "unknown"  # how the digest of a run's questions begins that does not say which they are
 DIGEST_COLUMNS = ["questions_digest", "weights_digest"]  # since format 2
 # what makes rows belong to one curve: names, settings, and the question set and weights behind the names
@@ -146,12 +149,6 @@ def write_answers(folder: Path, answers: Sequence[Mapping[str, Any]]) -> None:
     """Write `answers.jsonl`: a line per question."""
     with whole_file(folder / ANSWERS) as path, path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-
-
-def write_budget(folder: Path, budget: pd.DataFrame) -> None:
-    """Write `budget.parquet`: a row per question of a run whose budget looked at its rollouts."""
-    with whole_file(folder / BUDGET) as path:
-        budget.to_parquet(path, index=False)
 
 
 def read_budget(folder: Path) -> pd.DataFrame | None:
@@ -351,8 +348,7 @@ def write_run_json(folder: Path, record: Mapping[str, Any]) -> None:
     files = {name: file_digest(folder / name) for name in TABLES if (folder / name).is_file()}
     content = json.loads(json.dumps({"format": RECORD_FORMAT, "files": files, **record}, default=str))
     content["digest"] = settings_digest(content)
-    with whole_file(folder / RUN_JSON) as path:
-        path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    write_text(folder / RUN_JSON, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def check_file(folder: Path, name: str) -> None:
@@ -432,13 +428,24 @@ def is_complete(folder: Path) -> bool:
 def run_folders(path: Path, key: str = "runs") -> list[Path]:
     """The run folders at or below a folder: those with a `.hydra` record of a started run; in job order.
 
+    Folders of commands that make no run, as `annotate`, are left out.
+
     Raises:
         UsageError: there are none.
     """
     require(key, path, path.is_dir(), "no such folder")
-    found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir()]
+    found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir() and _command(hydra) not in WITHOUT_RUN]
     require(key, path, bool(found), "neither a run folder nor a folder of runs")
     return sorted(found, key=lambda folder: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in folder.parts])
+
+
+def _command(hydra: Path) -> str | None:
+    """The command that a `.hydra` folder is of; None where that cannot be read."""
+    try:
+        found = JOB_NAME.search((hydra / "hydra.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return None if found is None else found[1]
 
 
 def last_run() -> Path:

@@ -87,8 +87,8 @@ class Dropout(Sampler):
             return None
         import torch
 
-        draw.expect_layers(masked_codes(self.site, draw.blocks))
-        kept = draw.keep(place.layer, place.step, place.tokens, draw.width, place.threshold)
+        expected = masked_codes(self.site, draw.blocks)
+        kept = draw.keep(place.layer, place.step, place.tokens, draw.width, place.threshold, expected=expected)
         # torch converts bytes to floats several times faster than booleans
         return kept.view(torch.uint8).to(torch.float32).mul_(place.scale)
 
@@ -101,8 +101,6 @@ def code_of(site: Site, layer: int) -> int:
 @cache
 def masked_codes(site: str, blocks: int) -> tuple[int, ...]:
     """The layer codes of all places that `site` stands for in a model of `blocks` blocks, in the order of a pass."""
-    sites = SITES[site]
-    places: list[tuple[Site, int]] = [
-        (name, layer) for layer in range(blocks) for name in sites if name != "embedding" or layer == 0
-    ]
-    return tuple(code_of(name, layer) for name, layer in places)
+    return tuple(
+        code_of(name, layer) for layer in range(blocks) for name in SITES[site] if name != "embedding" or layer == 0
+    )

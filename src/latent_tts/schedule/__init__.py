@@ -137,19 +137,6 @@ class LatentSequence(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class EarlyExit:
-    """A rollout stops thinking once a further latent no longer moves its answer.
-
-    Attributes:
-        threshold: total variation up to which the distribution of the answer's first token has not moved.
-        prefix: what the model writes before that token.
-    """
-
-    threshold: float
-    prefix: str
-
-
 class Schedule(Protocol):
     """The order in which the latents of a rollout are computed. Options inherit these defaults.
 
@@ -157,34 +144,25 @@ class Schedule(Protocol):
         name: as shown in tables.
         stepwise: whether latents are computed one after another, so that each prefix of them is the beginning of a
             rollout.
+        guess: what latents are before they are computed, see `LatentSequence.guess`; empty where nothing is guessed.
+        draft: the file of the draft head that makes its guesses; None without one.
+        verify: whether the rollouts are to be compared with those of `sequential`.
+        exit: a rollout stops thinking once a further latent moves the distribution of its answer's first token by no
+            more than this (total variation, in [0, 1)); None: it makes all latents.
+        exit_prefix: what the model writes before that token.
     """
 
     name: ClassVar[str]
     stepwise: ClassVar[bool]
-
-    @property
-    def first_guess(self) -> str | None:
-        """What latents are before they are computed, see `LatentSequence.guess`; None where nothing is guessed."""
-        return None
-
-    @property
-    def early_exit(self) -> EarlyExit | None:
-        """When a rollout makes fewer latents than it may; None: never, but for models with a token that stops them."""
-        return None
-
-    @property
-    def draft_path(self) -> str | None:
-        """The file of the draft head that makes its guesses; None without one."""
-        return None
+    guess: str = ""
+    draft: str | None = None
+    verify: bool = False
+    exit: float | None = None
+    exit_prefix: str | None = None
 
     @property
     def exact(self) -> bool:
         """Whether its latents are certain to be those of `sequential`, up to rounding."""
-        return False
-
-    @property
-    def verified(self) -> bool:
-        """Whether the rollouts are to be compared with those of `sequential`."""
         return False
 
     @property
@@ -212,8 +190,8 @@ class Schedule(Protocol):
         return []
 
 
-OF_OTHERS = ("greedy", "sibling")  # guesses made of another rollout of the question
-GUESSES = ("token", "zero", *OF_OTHERS, "draft")
+GUESSES_OF_ROLLOUTS = ("greedy", "sibling")  # guesses made of another rollout of the question
+GUESSES = ("token", "zero", *GUESSES_OF_ROLLOUTS, "draft")
 
 
 class ParallelSchedule(Schedule, Protocol):
@@ -221,14 +199,10 @@ class ParallelSchedule(Schedule, Protocol):
 
     Attributes:
         chunk: C, the number of latents computed in parallel; None for all.
-        guess: the latents before the first sweep, see `LatentSequence.guess`.
-        draft: the file of a draft head, with `guess=draft`.
     """
 
     stepwise: ClassVar[bool] = False
     chunk: int | None
-    guess: str
-    draft: str | None
 
     def __post_init__(self) -> None:
         check_fields("schedule", self, chunk="a positive integer, or null for all latents", guess=GUESSES)
@@ -240,16 +214,6 @@ class ParallelSchedule(Schedule, Protocol):
             "must be the file of a draft head, which ltts train-draft writes",
         )
         require("schedule.draft", draft, guess == "draft" or draft is None, f"must be null with schedule.guess={guess}")
-
-    @property
-    def draft_path(self) -> str | None:
-        """The file of the draft head that makes its guesses; None without one."""
-        return self.draft
-
-    @property
-    def first_guess(self) -> str:
-        """What latents are before they are computed."""
-        return self.guess
 
     def check(self, model: LatentModel) -> None:
         """Check that a model's latents can be computed side by side.

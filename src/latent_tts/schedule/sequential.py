@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from latent_tts.errors import check_fields, require
-from latent_tts.schedule import EarlyExit, LatentModel, LatentSequence, Schedule
+from latent_tts.schedule import LatentModel, LatentSequence, Schedule
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,6 @@ class Sequential(Schedule):
         )
         is_text = self.exit is None or isinstance(self.exit_prefix, str)
         require("schedule.exit_prefix", self.exit_prefix, is_text, allowed)
-
-    @property
-    def early_exit(self) -> EarlyExit | None:
-        """What `exit` and `exit_prefix` say."""
-        return None if self.exit is None else EarlyExit(float(self.exit), self.exit_prefix or "")
 
     @property
     def exact(self) -> bool:

@@ -65,11 +65,6 @@ class Speculative(ParallelSchedule):
         require("schedule.guess", self.guess, self.guess != "sibling" or self.tolerance == 0, allowed)
 
     @property
-    def verified(self) -> bool:
-        """Whether the rollouts are to be compared with those of `sequential`."""
-        return self.verify
-
-    @property
     def key(self) -> dict[str, Any]:
         """The schedule's part of the cache key; `verify` changes no rollout, and a draft's digest is added to it."""
         names = ("name", "chunk", "tolerance", "guess", "mixing")

@@ -196,16 +196,14 @@ class LatentRM:
         else:
             shapes |= reward_adapter.tensor_shapes(self.folder, KEY)
             reward_adapter.read_settings(self.folder, KEY)
-        width = _width(self.sizes)
+        width = self.sizes.get("n_embd", self.sizes.get("hidden_size"))
         if {name: shapes.get(name) for name in HEAD} != {"classifier.weight": [1, width], "classifier.bias": [1]}:
             found = ", ".join(f"{name} {shapes.get(name, 'missing')}" for name in sorted(HEAD))
             raise bad_value(
                 KEY, self.checkpoint, f"not a LatentRM: its head must have one output for width {width}, found {found}"
             )
-        wanted = _width(reasoner.sizes)
-        require(
-            KEY, self.checkpoint, width == wanted, f"its width is {width}; the latents of {reasoner.name} have {wanted}"
-        )
+        allowed = f"its width is {width}; the latents of {reasoner.name} have {reasoner.width}"
+        require(KEY, self.checkpoint, width == reasoner.width, allowed)
         if self.positions == "official":
             _ = self.tokenizer
         _ = self.reduction, self.temperature
@@ -285,8 +283,3 @@ def _sampler_text(sampler: Mapping[str, Any], keys: Sequence[str]) -> str:
     if "_target_" in keys:
         return " ".join([kind, *[f"{value:g}" for value in sampler.values() if is_number(value)][:1]])
     return " ".join([kind, *(f"{key}={sampler[key]}" for key in keys if key in sampler)])
-
-
-def _width(config: Mapping[str, Any]) -> int | None:
-    """D of GPT-2-like (`n_embd`) or Llama-like (`hidden_size`) configs."""
-    return config.get("n_embd", config.get("hidden_size"))

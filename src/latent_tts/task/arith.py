@@ -122,13 +122,8 @@ def split_of(question_id: str) -> str:
 
 def is_problem(text: str) -> bool:
     """Whether a text looks like a problem of this task: all its words are of its templates, the last ones too."""
-    vocabulary, last = _vocabulary(), CLOSING.partition("{")[0]
+    vocabulary, last = frozenset(words()), CLOSING.partition("{")[0]
     return last in text and all(word in vocabulary for word in re.findall(r"[A-Za-z]+", text))
-
-
-@cache
-def _vocabulary() -> frozenset[str]:
-    return frozenset(words())
 
 
 def make_problem(dice: Dice, level: Level) -> Question:
@@ -171,8 +166,10 @@ def _operation(dice: Dice, level: Level, value: int) -> tuple[str, int, int]:
             return operator, operand, result
 
 
-def words() -> list[str]:
+@cache
+def words() -> tuple[str, ...]:
     """Every word and sign that the text of a problem can contain, sorted, without numbers."""
     texts = [OPENING, CLOSING, *(t for group in (CHANGES, COMPARISONS) for ts in group.values() for t in ts)]
     texts += [*NAMES, *NAMES.values(), *(p.lower() for p in NAMES.values()), *ITEMS]
-    return sorted({w for text in texts for w in re.findall(r"[A-Za-z]+|[^\sA-Za-z]", re.sub(r"\{\w+\}", " ", text))})
+    found = {w for text in texts for w in re.findall(r"[A-Za-z]+|[^\sA-Za-z]", re.sub(r"\{\w+\}", " ", text))}
+    return tuple(sorted(found))

@@ -24,7 +24,26 @@ MAX_BLANK = 100_000  # lines in a row: a small .gz may hold very many
 MAX_SHOWN = 100  # characters of a row that an error quotes
 PIECE = 1 << 16  # characters of a JSON list read at once
 NOT_SPACE = re.compile(r"[^ \t\r\n]|\Z")
+OTHER_KINDS = {  # by how a file begins
+    b"PAR1": "a Parquet file",
+    b"PK\x03\x04": "a zip or Excel file",
+    b"\x1f\x8b": "compressed, so its name must end in .gz",
+}
+JSON_LINES = """each line must be {"question": ..., "answer": ...}
+pandas writes such files by to_json(FILE, orient="records", lines=True)"""
 Row = tuple[str, Mapping[str, Any]]  # (its place, for errors; its fields)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError if it has a key twice, of which one value would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {_short(repr(twice))} is there twice")
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 @dataclass(frozen=True)
@@ -97,6 +116,11 @@ def file_rows(path: str) -> Iterator[Row]:
     """
     file_path = Path(path).expanduser()
     try:
+        with file_path.open("rb") as file:
+            start = file.read(4)
+        found = next((what for sign, what in OTHER_KINDS.items() if start.startswith(sign)), None)
+        if found is not None and file_path.suffix != ".gz":
+            raise bad_value("task.path", path, f"is {found}; {JSON_LINES}")
         opened = gzip.open if file_path.suffix == ".gz" else open
         with opened(file_path, "rt", encoding="utf-8-sig") as file:
             text, number = "", 0
@@ -117,7 +141,12 @@ def file_rows(path: str) -> Iterator[Row]:
                 if blank > MAX_BLANK:
                     raise UsageError(f"{where}: there are more than {MAX_BLANK:,} blank lines before it")
                 if not blank:
-                    yield where, _json_object(where, text)
+                    try:
+                        row = DECODER.decode(text)
+                    except (ValueError, RecursionError) as error:
+                        hint = f"\n{JSON_LINES}" if number == 1 else ""
+                        raise UsageError(f"{where} is not JSON ({error}){hint}") from error
+                    yield where, _is_object(where, row)
                 text, number = file.readline(MAX_CHARACTERS + 1), number + 1
     except UnicodeDecodeError as error:
         raise bad_value("task.path", path, f"is not UTF-8 ({error}); save it as UTF-8") from error
@@ -133,7 +162,7 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
         file: the rest of the file, after `text`.
         text: the beginning of the file, after the opening bracket.
     """
-    decode, at, number = json.JSONDecoder().raw_decode, 0, 1
+    decode, at, number = DECODER.raw_decode, 0, 1
     while True:
         at = NOT_SPACE.search(text, at).start()  # type: ignore[union-attr]
         piece = ""
@@ -164,14 +193,6 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
 
 def _too_long(where: str) -> UsageError:
     return UsageError(f"{where} has more than {MAX_CHARACTERS:,} characters")
-
-
-def _json_object(where: str, line: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not JSON ({error})") from error
-    return _is_object(where, row)
 
 
 def _is_object(where: str, row: Any) -> Mapping[str, Any]:

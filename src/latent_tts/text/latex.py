@@ -12,7 +12,7 @@ import re
 from fractions import Fraction
 
 from latent_tts.text.guard import Guard
-from latent_tts.text.number import MAGNITUDE, MAX_LENGTH, OTHER_VALUE, SPACE, number, tidy, unwrapped, write_fraction
+from latent_tts.text.number import MAGNITUDE, MAX_LENGTH, OTHER_VALUE, SPACE, parse_number, tidy, unwrap, write_fraction
 
 EXPRESSIONS = "latent_tts.text.expressions"
 MIN_UNIT_LETTERS = 3  # of a unit after a number; shorter words may be variables
@@ -35,6 +35,7 @@ WORDS = re.compile(r"(?=.*[A-Za-z]{4}|(?i:yes)\b)[A-Za-z]+(?: [A-Za-z]+)*")
 SHORT_ROOT = re.compile(rf"(\\sqrt\s*\[[^\[\]]*\])\s*(\d)(?!\d|{SPACE}\d)")
 ROOT_OF_BRACKETS = re.compile(r"(?:√|\\?\bsqrt)\s*\(([^()]*)\)")
 BRACKETS = {r"\langle": "(", r"\rangle": ")", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]"}
+BLACKBOARD = re.compile(r"\\mathbb\s*([A-Z])(?![A-Za-z])")
 BRACKET = re.compile(r"(\\[lr](?:angle|brace|brack))(?![A-Za-z])")
 DEGREES = re.compile(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])|\\textdegree(?![A-Za-z])")
 FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])\s*(?:\^\s*(?:\{[^{}]*\}|\w)\s*)?(?:\\left\s*)?")
@@ -64,10 +65,10 @@ def canonical_latex(raw: str | None, guard: Guard | None = None) -> str | None:
     if raw is None or len(raw) > MAX_LENGTH:
         return None
     text = tidy(raw)
-    value = number(text, min_unit_letters=MIN_UNIT_LETTERS)
+    value = parse_number(text, min_unit_letters=MIN_UNIT_LETTERS)
     if value is not None:
         canonical = write_fraction(value)
-    elif (canonical := _other_form(unwrapped(text))) is None and (expression := _expression(text)) is not None:
+    elif (canonical := _other_form(unwrap(text))) is None and (expression := _expression(text)) is not None:
         canonical = (guard or Guard(EXPRESSIONS)).call("canonical", expression, otherwise=None)
     return canonical if canonical is None or len(canonical) <= MAX_LENGTH else None
 
@@ -114,7 +115,7 @@ def _other_form(text: str) -> str | None:
 def _expression(text: str) -> str | None:
     """The text prepared for math-verify; None if it would misread the text.
 
-    It misreads two numbers side by side (it multiplies them) and numbers with an exponent too large for `number`.
+    It misreads two numbers side by side (it multiplies them) and numbers with an exponent too large for `parse_number`.
     """
     if MAGNITUDE.search(text) and re.search(r"\d", text):
         return None
@@ -122,6 +123,7 @@ def _expression(text: str) -> str | None:
     if text.count("$") == 1:  # money, not the start of mathematics
         text = text.replace("\\$", "").replace("$", "").strip()
     text = text.translate(SIGNS).replace(r"\varnothing", r"\emptyset")
+    text = BLACKBOARD.sub(r"\\mathbb{\1}", text)
     text = BRACKET.sub(lambda bracket: BRACKETS[bracket[1]], text)
     text = ROOT_OF_BRACKETS.sub(r"\\sqrt{\1}", text)
     text = re.sub(r"√\s*(\d+|\w|(?=[({]))", lambda root: rf"\sqrt{{{root[1]}}}" if root[1] else r"\sqrt", text)

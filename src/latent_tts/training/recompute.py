@@ -82,7 +82,11 @@ def _recomputed(block: nn.Module) -> Callable[..., Any]:
 
         output, content = checkpoint(compute, hidden, use_reentrant=False)
         if cache is not None and content is not None:
-            _fill(cache, place, content)
+            if past is None:
+                cache.update(*content, place)
+            else:
+                layer: Any = cache.layers[place]
+                layer.keys, layer.values = content
         return output
 
     return forward
@@ -92,12 +96,3 @@ def _content(cache: Cache, place: int) -> tuple[Tensor, Tensor] | None:
     """The keys and values of a block so far."""
     layer: Any = cache.layers[place] if place < len(cache.layers) else None
     return None if layer is None or layer.keys is None else (layer.keys, layer.values)
-
-
-def _fill(cache: Cache, place: int, content: tuple[Tensor, Tensor]) -> None:
-    """Set the keys and values of a block."""
-    if _content(cache, place) is None:
-        cache.update(*content, place)
-    else:
-        layer: Any = cache.layers[place]
-        layer.keys, layer.values = content

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -80,7 +80,11 @@ def training_arguments(
     )
     processes = arguments.world_size
     if target.type == "cuda" and processes == 1:
-        _use_one_gpu(arguments, target)
+        # the Trainer would use the first GPU, or DataParallel on all
+        torch.cuda.set_device(target)
+        arguments._n_gpu = 1
+        arguments.distributed_state.device = target  # pyright: ignore[reportOptionalMemberAccess]
+        arguments.__dict__["_setup_devices"] = target
     elif ":" in device:
         raise bad_value(
             "device", device, f"must be auto, cpu or cuda: each of the {processes} processes uses its own device"
@@ -92,14 +96,6 @@ def training_arguments(
     arguments.per_device_train_batch_size = optimization.batch // shares
     arguments.per_device_eval_batch_size = optimization.batch
     return arguments
-
-
-def _use_one_gpu(arguments: TrainingArguments, device: torch.device) -> None:
-    """Train on this GPU only; the Trainer would use the first one, or DataParallel on all."""
-    torch.cuda.set_device(device)
-    arguments._n_gpu = 1
-    arguments.distributed_state.device = device  # pyright: ignore[reportOptionalMemberAccess]
-    arguments.__dict__["_setup_devices"] = device
 
 
 class ResumableTrainer(Trainer):
@@ -159,8 +155,16 @@ class ResumableTrainer(Trainer):
         last = last_state(states)
         if last is not None:
             log.info("resuming from %s", last)
-        with self.updates.deferring_ctrl_c(), self._naming(last), self._tensorboard(states / "tensorboard"):
-            self.train(resume_from_checkpoint=str(last) if last else None)
+        try:
+            with self.updates.deferring_ctrl_c(), self._tensorboard(states / "tensorboard"):
+                self.train(resume_from_checkpoint=str(last) if last else None)
+        except UNREADABLE as error:
+            if last is None or self.updates.begun or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UsageError(
+                f"{last}: cannot be resumed from ({type(error).__name__}: {' '.join(str(error).split())[:100]})\n"
+                "remove it to resume from an earlier state or anew"
+            ) from error
         if self.updates.interrupted:
             update, total = self.state.global_step, self.state.max_steps
             raise KeyboardInterrupt(
@@ -180,23 +184,10 @@ class ResumableTrainer(Trainer):
             if writer is not None:
                 writer.close()  # Trainer closes it only at the end of a training
 
-    @contextmanager
-    def _naming(self, state: Path | None) -> Iterator[None]:
-        """Name the state that is resumed from in the error if it cannot be read."""
-        try:
-            yield
-        except UNREADABLE as error:
-            if state is None or self.updates.begun or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise UsageError(
-                f"{state}: cannot be resumed from ({type(error).__name__}: {' '.join(str(error).split())[:100]})\n"
-                "remove it to resume from an earlier state or anew"
-            ) from error
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the trained weights; tied weights only once, as safetensors requires."""
-        assert self.model is not None
-        super()._save(output_dir, {name: value.detach() for name, value in trained_parameters(self.model)})
+        trained = trained_parameters(cast(nn.Module, self.model))
+        super()._save(output_dir, {name: value.detach() for name, value in trained})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a state, and the digests of its files."""
@@ -207,13 +198,11 @@ class ResumableTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the trained weights of a state."""
-        assert self.model is not None
-        load_parameters(self.model, Path(resume_from_checkpoint))
+        load_parameters(cast(nn.Module, self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Load the trained weights of the best state."""
-        assert self.state.best_model_checkpoint is not None
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
 
 def trained_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from scipy.special import log_softmax
 
 from latent_tts.budget import Rule, Tally
 from latent_tts.errors import check_fields, require
@@ -16,7 +17,7 @@ from latent_tts.types import Bools, Float64, Int64
 SOURCES = ("likelihood", "score")
 AGGREGATORS = ("majority", "weighted")
 PREFIXES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48)  # the rollouts that a fit looks at
-RIDGE, STEPS = 1e-3, 100  # of Newton's method; the ridge keeps separable examples finite
+RIDGE, TOLERANCE = 1e-3, 1e-9  # of a fit; the ridge keeps separable examples finite
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,9 @@ def _class_of(tally: Tally, answer: str | None) -> int:
 
 
 def _fit(rows: Sequence[Float64], elected_E: Int64) -> tuple[float, float, float]:
-    """Vote, slope and unseen of the most likely softmax, by Newton's method; E examples of K classes each."""
+    """Vote, slope and unseen of the most likely softmax; E examples of K classes each."""
+    from scipy.optimize import minimize  # needless but for a calibration, and slow to import
+
     width = max(map(len, rows))
     # the last column is an answer that nobody has given yet
     feature_EKF = np.zeros((len(rows), width + 1, 3))
@@ -174,29 +177,20 @@ def _fit(rows: Sequence[Float64], elected_E: Int64) -> tuple[float, float, float
     target_E = np.where(elected_E < 0, width, elected_E)
     wanted_EF = np.take_along_axis(feature_EKF, target_E[:, None, None], 1)[:, 0]
 
-    def loss(weight_F: Float64) -> tuple[float, Float64]:
-        logit_EK = np.where(there_EK, feature_EKF @ weight_F, -np.inf)
-        logit_EK -= logit_EK.max(1, keepdims=True)
-        log_total_E = np.log(np.exp(logit_EK).sum(1))
-        chosen_E = np.take_along_axis(logit_EK, target_E[:, None], 1)[:, 0]
-        return float((log_total_E - chosen_E).mean() + RIDGE / 2 * weight_F @ weight_F), logit_EK
+    def log_mass(weight_F: Float64) -> Float64:
+        return log_softmax(np.where(there_EK, feature_EKF @ weight_F, -np.inf), axis=1)
 
-    weight_F = np.zeros(3)
-    value, logit_EK = loss(weight_F)
-    for _ in range(STEPS):
-        mass_EK = np.exp(logit_EK)
-        mass_EK /= mass_EK.sum(1, keepdims=True)
+    def loss(weight_F: Float64) -> tuple[float, Float64]:
+        log_mass_EK = log_mass(weight_F)
+        chosen_E = np.take_along_axis(log_mass_EK, target_E[:, None], 1)[:, 0]
+        mean_EF = np.einsum("ek,ekf->ef", np.exp(log_mass_EK), feature_EKF)
+        return RIDGE / 2 * weight_F @ weight_F - chosen_E.mean(), (mean_EF - wanted_EF).mean(0) + RIDGE * weight_F
+
+    def curvature(weight_F: Float64) -> Float64:
+        mass_EK = np.exp(log_mass(weight_F))
         mean_EF = np.einsum("ek,ekf->ef", mass_EK, feature_EKF)
-        gradient_F = (mean_EF - wanted_EF).mean(0) + RIDGE * weight_F
-        second_FF = np.einsum("ek,ekf,ekg->fg", mass_EK, feature_EKF, feature_EKF) / len(rows)
-        second_FF += RIDGE * np.eye(3) - mean_EF.T @ mean_EF / len(rows)
-        step_F, size = np.linalg.solve(second_FF, gradient_F), 1.0
-        lower, logit_EK = loss(weight_F - step_F)
-        while lower > value and size > 1e-6:
-            size /= 2
-            lower, logit_EK = loss(weight_F - size * step_F)
-        weight_F = weight_F - size * step_F
-        if value - lower < 1e-12:
-            break
-        value = lower
-    return float(weight_F[0]), float(weight_F[1]), float(weight_F[2])
+        second_FF = np.einsum("ek,ekf,ekg->fg", mass_EK, feature_EKF, feature_EKF)
+        return (second_FF - mean_EF.T @ mean_EF) / len(rows) + RIDGE * np.eye(3)
+
+    found = minimize(loss, np.zeros(3), jac=True, hess=curvature, method="trust-exact", options={"gtol": TOLERANCE})
+    return float(found.x[0]), float(found.x[1]), float(found.x[2])

@@ -57,7 +57,7 @@ class Lockout(Rule):
         """Whether the pick of n is known, after each rollout."""
         assert tally.max_log_weight is not None, "the largest weight is not known"
         left_N = tally.n - np.arange(1, tally.drawn + 1.0)
-        counted = bool(np.all(np.isin(tally.weight_N, (0.0, 1.0))))
+        counted = self.aggregator == "majority"  # else weights may be 0 and 1 because the others underflow
         if tally.equal is None:
             locked_N = _locked(tally.votes, left_N, counted)
         else:
@@ -82,7 +82,7 @@ def _locked(votes: Votes, left_N: Float64, counted: bool) -> Bools:
 
 def _locked_by_string(votes: Votes, left_N: Float64, counted: bool) -> Bools:
     """Whether the most frequent string alone outweighs all other strings and rollouts to come."""
-    others_N = votes.total_N - votes.lead_N + left_N
+    others_N = votes.weight_NK.sum(1) - votes.lead_N + left_N
     if not counted:
         return votes.lead_N * (1 - ROUNDING) > others_N
     first_N = np.take_along_axis(votes.first_NK, votes.leader_N[:, None], 1)[:, 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,9 @@ def convert_checkpoint(
         if scores:
             reward_adapter.join(src, dst, "src")
             return
-        shutil.copytree(joining.whole(src, "src"), dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(gguf.SOURCE))
+        shutil.copytree(
+            joining.join_once(src, "src"), dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(gguf.SOURCE)
+        )
         return
     folders = [tokenizer, beside] if tokenizer is not None else [beside]
     if not (folders[0] / "tokenizer.json").is_file():
@@ -80,7 +83,7 @@ def convert_checkpoint(
         settings = find_config(config, folders)
         checkpoint.check_settings(settings, beside, key="src")
         state = loading.read_pickles(pickles) if pickles else loading.load_tensors(beside, "")
-        state = layouts.unwrap(state)
+        state = {layouts.WRAPPERS.sub(r"\1", name): tensor for name, tensor in state.items()}
         family = checkpoint.training_layout(state)
         require("src", src, family is not None or bool(pickles), "is already in the layout that `ltts run` reads")
         tensors, settings = convert(state, settings, words, family, lora_alpha)
@@ -153,14 +156,14 @@ def convert(
     Raises:
         UsageError: the tensors, the config and the tokenizer do not fit together.
     """
-    backbone = layouts.Backbone(state, {})
+    backbone, rest = state, {}
     if family == "CODI":
-        backbone = layouts.codi_backbone(state, lora_alpha)
+        backbone, rest = layouts.codi_backbone(state, lora_alpha)
     elif family == "COCONUT":
-        backbone = layouts.coconut_backbone(state)
+        backbone, rest = layouts.coconut_backbone(state)
     if not settings:
         raise UsageError(
-            f"config.json is missing or empty; it must be that of {layouts.describe(backbone.tensors)}\n"
+            f"config.json is missing or empty; it must be that of {layouts.describe(backbone)}\n"
             "give it as config=FOLDER/config.json"
         )
     if family is None:
@@ -176,8 +179,9 @@ def convert(
     layouts.check_config(settings, tensors)
     rows = next(tensors[name].shape[0] for name in layouts.EMBEDDINGS if name in tensors)
     layouts.name_latent_tokens(tokenizer, family, rows=rows, vocabulary=settings.get("vocab_size"))
-    if backbone.left_out:
-        parts = ", ".join(f"{name}.* ({count})" for name, count in sorted(backbone.left_out.items()))
+    if rest:
+        left_out = Counter(name.partition(".")[0] for name in rest)
+        parts = ", ".join(f"{name}.* ({count})" for name, count in sorted(left_out.items()))
         log.info("left out, because inference does not use them: %s", parts)
     log.info("converted a %s checkpoint with %d tensors: run it with model=%s", family, len(tensors), family.lower())
     return tensors, settings | {"vocab_size": rows}
@@ -209,7 +213,7 @@ def convert_folder(
         tokenizer, renamed = peft.rename_latent_tokens(src, arguments, tokenizer)
     if peft.is_adapter(src):
         tensors, settings = peft.merge(src, base, tokenizer.get_vocab_size(with_added_tokens=True))
-        tensors = layouts.deduplicate_embeddings(layouts.Backbone(tensors, {}), tied=settings["tie_word_embeddings"])
+        tensors = layouts.deduplicate_embeddings(tensors, tied=settings["tie_word_embeddings"])
     else:
         tensors, settings = loading.load_tensors(src, ""), checkpoint.read_config(src)
         settings["model_type"] = str(settings.get("model_type")).removeprefix("pccot-")

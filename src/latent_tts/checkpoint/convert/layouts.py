@@ -10,11 +10,10 @@ Source: facebookresearch/coconut `coconut.py`, `run.py`; zhenyi4/codi `src/model
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from latent_tts.checkpoint import joining
 from latent_tts.errors import UsageError, bad_value, require
 
 if TYPE_CHECKING:
@@ -28,42 +27,24 @@ TOKEN_ORDER = {
 }
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
+EMBEDDING_COPY = "embedding.weight"  # in files of COCONUT's training code
 PROJECTOR = {f"{old}.{part}": f"projector.{new}.{part}" for old, new in (("1", "1"), ("3", "3"), ("ln", "4"))
              for part in ("weight", "bias")}  # fmt: skip
-WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)\.")
+WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)\.")  # of data-parallel and compiled modules
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # transformers computes them
 TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # GPT-2's Conv1D weights are (in, out), products of LoRA factors (out, in)
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """The causal LM in a training layout, and the other parts of the file.
-
-    Attributes:
-        tensors: by the names of transformers.
-        left_out: number of tensors of each other part; inference does not use them.
-        embedding: another copy of the input embedding, if the file has one.
-    """
-
-    tensors: dict[str, Tensor]
-    left_out: Mapping[str, int]
-    embedding: Tensor | None = None
-
-
-def unwrap(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes of data-parallel and compiled modules from the names."""
-    return {WRAPPERS.sub(r"\1", name): tensor for name, tensor in state.items()}
-
-
-def coconut_backbone(state: Mapping[str, Tensor]) -> Backbone:
-    """The backbone in a state dict of COCONUT's, or SIM-CoT's, training code."""
+def coconut_backbone(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The backbone in a state dict of COCONUT's, or SIM-CoT's, training code, and what inference does not use."""
     tensors, rest = _below("base_causallm.", state)
-    embedding = rest.pop("embedding.weight", None)
-    return Backbone(tensors, _parts(rest), embedding)
+    if EMBEDDING_COPY in rest:
+        tensors[EMBEDDING_COPY] = rest.pop(EMBEDDING_COPY)
+    return tensors, rest
 
 
-def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> Backbone:
-    """The backbone, LoRA merged, and the projector in a state dict of CODI's, or SIM-CoT's, training code.
+def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same of CODI's, or SIM-CoT's, training code: with LoRA merged, and with the projector.
 
     Args:
         state: tensors by the names of the training code.
@@ -73,7 +54,15 @@ def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> Backbone:
         UsageError: the projector is incomplete, or a LoRA factor fits no weight.
     """
     tensors, rest = _below("codi.", state)
-    tensors = merge_lora({name.removeprefix("base_model.model."): value for name, value in tensors.items()}, alpha)
+    factors = {name: value for name, value in tensors.items() if ".lora_" in name or ".modules_to_save." in name}
+    tensors = {name.removeprefix(joining.PREFIX).replace(".base_layer.", "."): value
+               for name, value in tensors.items() if name not in factors}  # fmt: skip
+    settings = {
+        "lora_alpha": alpha,
+        "transposed": any(f".{layer}.lora_" in name for name in factors for layer in TRANSPOSED),
+    }
+    factors = {name.replace(".default.", "."): value for name, value in factors.items()}
+    tensors = joining.add_adapter(tensors, factors, settings, "codi.*", "src")
     projector, rest = _below("prj.", rest)
     require(
         "src",
@@ -82,37 +71,7 @@ def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> Backbone:
         f"the projector has the tensors {sorted(projector)}; expected {sorted(PROJECTOR)}",
     )
     tensors |= {PROJECTOR[name]: value for name, value in projector.items()}
-    return Backbone(tensors, _parts(rest))
-
-
-def merge_lora(state: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Add the products of LoRA factors to their weights, in float32; weights without factors are not changed.
-
-    Raises:
-        UsageError: a factor fits no weight.
-    """
-    factors = {name for name in state if ".lora_" in name or ".modules_to_save." in name}
-    merged, left = {}, set(factors)
-    for name, weight in state.items():
-        if name in factors:
-            continue
-        module = name.removesuffix(".base_layer.weight")
-        down, up = (f"{module}.lora_{factor}.default.weight" for factor in "AB")
-        if name.endswith(".base_layer.weight") and down in state and up in state:
-            left -= {down, up}
-            delta = state[up].float() @ state[down].float() * (alpha / state[down].shape[0])
-            delta = delta.T if module.endswith(TRANSPOSED) else delta
-            require(
-                "src",
-                down,
-                delta.shape == weight.shape,
-                f"its product has the shape {list(delta.shape)}; {name} has {list(weight.shape)}",
-            )
-            weight = weight.float() + delta
-        merged[name.replace(".base_layer.", ".")] = weight
-    if left:
-        raise bad_value("src", min(left), f"{len(left)} tensors of PEFT fit no weight of the file")
-    return merged
+    return tensors, rest
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -122,11 +81,7 @@ def _below(prefix: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
     return {name: value for name, value in found.items() if not BUFFERS.search(name)}, others
 
 
-def _parts(rest: Mapping[str, Tensor]) -> Counter[str]:
-    return Counter(name.split(".")[0] for name in rest)
-
-
-def deduplicate_embeddings(backbone: Backbone, *, tied: bool) -> dict[str, Tensor]:
+def deduplicate_embeddings(backbone: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
     """The backbone's tensors with one copy of each matrix, as transformers expects.
 
     Args:
@@ -136,11 +91,11 @@ def deduplicate_embeddings(backbone: Backbone, *, tied: bool) -> dict[str, Tenso
     Raises:
         UsageError: no copy is there, or copies of one matrix differ.
     """
-    tensors = dict(backbone.tensors)
+    tensors = dict(backbone)
     place = next((name for name in EMBEDDINGS if name in tensors), None)
     if place is None:
         place = EMBEDDINGS[any(name.startswith("model.") for name in tensors)]
-    copies = {place: tensors.get(place), "embedding.weight": backbone.embedding}
+    copies = {place: tensors.get(place), EMBEDDING_COPY: tensors.pop(EMBEDDING_COPY, None)}
     if tied:
         copies[HEAD] = tensors.pop(HEAD, None)
     elif HEAD not in tensors:

@@ -162,19 +162,9 @@ def encode_batch(
     return TokenBatch(prompt_QL, prompt_mask_QL, written_QA, written_mask_QA, len(end), results_QTR)
 
 
-def written_loss(logits_QAV: Tensor, batch: TokenBatch) -> Tensor:
-    """Mean cross-entropy of the written tokens, without the forced ones."""
-    return F.cross_entropy(logits_QAV.float().flatten(0, 1), batch.targets_QA.flatten(), ignore_index=-100)
-
-
-def step_results_loss(logits_QTRV: Tensor, batch: TokenBatch) -> Tensor:
-    """Mean cross-entropy of the tokens of the result of each latent's step.
-
-    Each latent must predict the result of the step that it replaces; inference does not use this prediction. It is a
-    light form of the step-level supervision of SIM-CoT (Wei et al. 2025, arXiv 2509.20317), with the model's own head
-    as decoder.
-    """
-    return F.cross_entropy(logits_QTRV.float().flatten(0, 2), batch.results_QTR.flatten(), ignore_index=-100)
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of tokens (...) by their logits (..., V); -100 stands for none."""
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=-100)
 
 
 class Sequences:
@@ -217,17 +207,19 @@ class Sequences:
         return other
 
 
-def result_logits(
+def step_results_loss(
     prompts: Sequences,
     thoughts_QTD: Tensor,
     next_latent: Callable[[Tensor], Tensor],
     head: Callable[[Tensor], Tensor],
     batch: TokenBatch,
 ) -> Tensor:
-    """Logits (Q, T, R, V) of the tokens of the result of each latent's step.
+    """Mean cross-entropy of the tokens of the result of each latent's step.
 
-    A latent's hidden state predicts the first token, as if the result were written in the latent's place; the others
-    follow from the prompt, the latents before and the tokens before.
+    Each latent must predict the result of the step that it replaces; inference does not use this prediction. It is a
+    light form of the step-level supervision of SIM-CoT (Wei et al. 2025, arXiv 2509.20317), with the model's own head
+    as decoder. A latent's hidden state predicts the first token, as if the result were written in the latent's place;
+    the others follow from the prompt, the latents before and the tokens before.
 
     Args:
         prompts: rows that end with the prompts; not changed.
@@ -236,14 +228,14 @@ def result_logits(
         head: the LM head.
         batch: with the results.
     """
-    logits_QTV = head(thoughts_QTD)
     steps, length = batch.results_QTR.shape[1:]
+    logits_QTRV = head(thoughts_QTD)[:, :, None]
     if length == 1:
-        return logits_QTV[:, :, None]
+        return token_loss(logits_QTRV, batch.results_QTR)
     embed, latents_QTD, rest = prompts.lm.get_input_embeddings(), next_latent(thoughts_QTD), []
     for step in range(steps):
         ids_QS = batch.results_QTR[:, step, :-1]
         mask_QS = F.pad((ids_QS != -100).long(), (step, 0), value=1)
         inputs_QSD = torch.cat([latents_QTD[:, :step], embed(ids_QS.clamp(min=0))], dim=1)
         rest.append(head(prompts.fork().feed(inputs_QSD, mask_QS)[:, step:]))
-    return torch.cat([logits_QTV[:, :, None], torch.stack(rest, dim=1)], dim=2)
+    return token_loss(torch.cat([logits_QTRV, torch.stack(rest, dim=1)], dim=2), batch.results_QTR)

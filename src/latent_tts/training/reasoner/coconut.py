@@ -12,9 +12,8 @@ from latent_tts.training.reasoner.batch import (
     Sequences,
     TokenBatch,
     encode_batch,
-    result_logits,
     step_results_loss,
-    written_loss,
+    token_loss,
 )
 from latent_tts.training.reasoner.curriculum import Stage
 from latent_tts.training.reasoner.initial import lm_head, load_trainable_lm
@@ -78,13 +77,13 @@ class CoconutObjective:
         return lm_head(self.lm)(hidden_QSD[:, -written:]), thoughts_QTD, prompts
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
-        """`written_loss`, plus `step_loss` times `step_results_loss` if there are latents."""
+        """The cross-entropy of the written tokens, plus `step_loss` times `step_results_loss` if there are latents."""
         batch = encode_batch(self.adapter, questions, stage, self.lm.device)
         written, thoughts_QTD, prompts = self.logits(batch, stage.latents)
-        loss = written_loss(written, batch)
+        loss = token_loss(written, batch.targets_QA)
         if stage.latents and self.step_loss:
-            results = result_logits(prompts, thoughts_QTD, self.next_latent, lm_head(self.lm), batch)
-            loss = loss + self.step_loss * step_results_loss(results, batch)
+            results = step_results_loss(prompts, thoughts_QTD, self.next_latent, lm_head(self.lm), batch)
+            loss = loss + self.step_loss * results
         return loss
 
     def exact_matches(self, questions: list[Question], stage: Stage) -> int:

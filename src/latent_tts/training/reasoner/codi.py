@@ -18,9 +18,8 @@ from latent_tts.training.reasoner.batch import (
     Sequences,
     TokenBatch,
     encode_batch,
-    result_logits,
     step_results_loss,
-    written_loss,
+    token_loss,
 )
 from latent_tts.training.reasoner.coconut import CoconutObjective
 from latent_tts.training.reasoner.curriculum import Distilled, Stage, written_before_answer
@@ -132,13 +131,13 @@ class CodiObjective(CoconutObjective):
             distance = alignment(self._before_answer(layers, questions, stage), before, recipe.distill_loss)
             loss = loss + recipe.distill_weight * distance
         if recipe.step_loss:
-            results = result_logits(prompts, thoughts_QTD, self.next_latent, lm_head(self.lm), student)
-            loss = loss + recipe.step_loss * step_results_loss(results, student)
+            results = step_results_loss(prompts, thoughts_QTD, self.next_latent, lm_head(self.lm), student)
+            loss = loss + recipe.step_loss * results
         return loss
 
     def _written_loss(self, hidden_QAD: Tensor, batch: TokenBatch) -> Tensor:
         """The cross-entropy from the hidden states of all written tokens except the last."""
-        return written_loss(lm_head(self.lm)(hidden_QAD[:, batch.forced - 1 :]), batch)
+        return token_loss(lm_head(self.lm)(hidden_QAD[:, batch.forced - 1 :]), batch.targets_QA)
 
     def _before_answer(self, layers, questions: list[Question], stage: Stage) -> list[Tensor]:
         """Per layer, the hidden states (Q, D) at the token before the answer, selected from those of written tokens."""

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from latent_tts.checkpoint import files, loading
-from latent_tts.checkpoint.vocabulary import MEAN, check_begin, cut_to, fit_rows, with_tokens
+from latent_tts.checkpoint.vocabulary import MEAN, cut_to, fit_rows, with_tokens
+from latent_tts.errors import require
 from latent_tts.training.reasoner.curriculum import Recipe
 from latent_tts.training.reasoner.vocabulary import UNKNOWN, word_level_tokenizer
 
@@ -69,7 +70,12 @@ def copy_checkpoint(
         UsageError: a file is missing or truncated, or the model cannot be fitted.
     """
     old = files.load_tokenizer(source, key="init")
-    check_begin(begin, old, "recipe.new_tokens")
+    require(
+        "recipe.new_tokens",
+        begin,
+        begin == MEAN or (isinstance(begin, str) and old.token_to_id(begin) is not None),
+        f"must be {MEAN}, or a token of the model that training starts from",
+    )
     files.weight_files(source, key="init")
     files.copy_beside_tokenizer(source, folder)
     config = files.read_config(source)

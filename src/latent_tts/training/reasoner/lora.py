@@ -51,15 +51,23 @@ class Lora:
             "peft is not installed: pip install '.[convert]' in the clone",
         )
 
-    def attach(self, lm: PreTrainedModel, tokens: Sequence[int]) -> Any:
+    def attach(self, lm: PreTrainedModel, tokens: Sequence[int], seed: int) -> Any:
         """Put the adapter into a causal LM, in place; only it and the rows of `tokens` are trained.
 
+        Args:
+            lm: the model.
+            tokens: ids of new tokens.
+            seed: of the adapter's weights.
+
         Returns:
-            PEFT's model around it.
+            PEFT's model around it; None without a rank: then all weights are trained.
 
         Raises:
             UsageError: the model has no such layer.
         """
+        if self.rank is None:
+            return None
+        import torch
         from peft import LoraConfig, get_peft_model
         from transformers.pytorch_utils import Conv1D
 
@@ -72,13 +80,14 @@ class Lora:
         transposed = any(isinstance(module, Conv1D) for module in lm.modules())
         config = LoraConfig(
             fan_in_fan_out=transposed,
-            r=self.rank or 0,
+            r=self.rank,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.dropout,
             target_modules=ALL_LINEAR if self.targets is None else list(self.targets),
             trainable_token_indices=rows or None,
             task_type="CAUSAL_LM",
         )
+        torch.manual_seed(seed)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # PEFT uses deprecated names of transformers

@@ -26,22 +26,24 @@ SAVE_SECONDS = 60.0  # between two saved states of such a run
 
 @dataclass
 class Pace:
-    """The place of every update in the recipe; this one counts updates.
+    """The place of every update in the recipe: its number, or what another run's log says.
 
     Attributes:
         updates: of the recipe.
+        followed: the rows of the other run's log; empty for none.
     """
 
     updates: int
+    followed: list[dict[str, Any]] = field(default_factory=list, kw_only=True)
 
     @property
     def limit(self) -> int:
         """Most updates of the run."""
-        return self.updates
+        return len(self.followed) or self.updates
 
     def place(self, update: int) -> float:
         """The place of an update in the recipe: an update number, with a fraction where time decides."""
-        return float(update)
+        return self.followed[min(update, self.limit - 1)]["place"] if self.followed else float(update)
 
     def planned(self, update: int) -> int:
         """The update of the recipe whose stage an update has."""
@@ -73,38 +75,12 @@ class Pace:
 
     def may_validate(self, update: int) -> bool:
         """Whether the validation that is due after an update takes place."""
-        return True
+        return not self.followed or self.followed[update].get("validated", True)
 
     @contextmanager
     def validating(self, agree: Callable[[float], float]) -> Iterator[None]:
         """A validation; `agree` gives every process the first one's number."""
         yield
-
-
-@dataclass
-class Followed(Pace):
-    """As another run's log says, to its last update.
-
-    Attributes:
-        places: of each update.
-        validated: whether a validation followed each update.
-    """
-
-    places: list[float]
-    validated: list[bool]
-
-    @property
-    def limit(self) -> int:
-        """The updates of the other run."""
-        return len(self.places)
-
-    def place(self, update: int) -> float:
-        """As logged."""
-        return self.places[min(update, len(self.places) - 1)]
-
-    def may_validate(self, update: int) -> bool:
-        """As logged."""
-        return self.validated[update]
 
 
 @dataclass
@@ -217,17 +193,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not isinstance(row, dict) or row.get("update") != len(rows) or not _is_whole(row):
+        if not isinstance(row, dict) or row.get("update") != len(rows):
+            break
+        written = {name: value for name, value in row.items() if name != "digest"}
+        numbers = all(is_number(row.get(name)) and row[name] >= 0 for name in ("place", "seconds"))
+        if not numbers or row.get("digest") not in (None, settings_digest(written)):  # earlier versions wrote none
             break
         rows.append(row)
     return rows
-
-
-def _is_whole(row: dict[str, Any]) -> bool:
-    """Whether a row has its numbers, and is what its digest was made of; earlier versions wrote none."""
-    written = {name: value for name, value in row.items() if name != "digest"}
-    numbers = all(is_number(row.get(name)) and row[name] >= 0 for name in ("place", "seconds"))
-    return numbers and row.get("digest") in (None, settings_digest(written))
 
 
 def pace_of(updates: int, minutes: float | None, follow: str | None, states: Path, share: float = 1.0) -> Pace:
@@ -255,5 +228,5 @@ def pace_of(updates: int, minutes: float | None, follow: str | None, states: Pat
             rows[-1]["place"] <= updates,
             f"the log of a longer recipe: this one has {updates} updates",
         )
-        return Followed(updates, [row["place"] for row in rows], [row.get("validated", True) for row in rows])
+        return Pace(updates, followed=rows)
     return Pace(updates) if minutes is None else Timed(updates, minutes, states / LOG, share)

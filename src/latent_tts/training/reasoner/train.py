@@ -153,11 +153,8 @@ class ReasonerModule(nn.Module):
         super().__init__()
         self.recompute = recompute
         self.lm, self.own, self.objective = objective.lm, objective.own, objective
-        adapted = None
-        if lora.rank is not None:
-            torch.manual_seed(seed)  # of the adapter's weights
-            adapted = lora.attach(objective.lm, new_tokens)
-        self.__dict__["adapted"] = adapted  # not registered as a module: it has the same weights
+        # not registered as a module: it has the same weights
+        self.__dict__["adapted"] = lora.attach(objective.lm, new_tokens, seed)
 
     def forward(self, questions: list[Question], stage: Stage) -> Tensor:
         """The loss of a batch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from latent_tts.training.reasoner.curriculum import Stage
 
 BEST, RECORD = "best", "best.json"
-AT_ONCE = 64  # questions that run together
+QUESTIONS_AT_ONCE = 64  # questions that run together
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Validation:
         shares = []
         for sampler, rollouts in ((Greedy(), 1), (noisy, self.rollouts)):
             solved = 0
-            for start in range(0, len(questions), AT_ONCE):
-                part = questions[start : start + AT_ONCE]
+            for start in range(0, len(questions), QUESTIONS_AT_ONCE):
+                part = questions[start : start + QUESTIONS_AT_ONCE]
                 numbers_QN = torch.arange(rollouts, device=lm.device).repeat(len(part), 1)
                 draw = Draw.of(0, [question.id for question in part], numbers_QN, engine.width)
                 rolled = engine.roll([adapter.encode(question) for question in part], draw, sampler)
@@ -149,15 +150,11 @@ def read_best(states: Path) -> dict[str, Any] | None:
     path = states / BEST / RECORD
     if not path.is_file():
         return None
-    record = None
-    try:
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         record = json.loads(path.read_text())
-        whole = record.pop("digest", None) in (None, settings_digest(record))  # earlier versions wrote none
-    except (OSError, ValueError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise bad_value("output", path, "is damaged; train in another folder")
-    return record
+        if record.pop("digest", None) in (None, settings_digest(record)):  # earlier versions wrote none
+            return record
+    raise bad_value("output", path, "is damaged; train in another folder")
 
 
 def best_weights(states: Path) -> Path:

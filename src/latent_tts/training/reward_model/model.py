@@ -79,15 +79,11 @@ class LatentRMModule(nn.Module):
             lora: the low-rank adapter that is trained in place of the weights, if it has a rank.
         """
         super().__init__()
-        adapted = None
-        if lora.rank is not None:
-            torch.manual_seed(seed)
-            adapted = lora.attach(lm, [])
-        self.__dict__["adapted"] = adapted  # not registered as a module: it has the same weights
+        self.__dict__["adapted"] = lora.attach(lm, [], seed)  # not registered as a module: it has the same weights
         self.recompute = False
         lm.set_attn_implementation("sdpa")
         self.prefix = lm.base_model_prefix
-        self.backbone: Any = lm.base_model.requires_grad_(True) if adapted is None else lm.base_model
+        self.backbone: Any = lm.base_model.requires_grad_(True) if self.adapted is None else lm.base_model
         self.classifier = nn.Linear(lm.config.hidden_size, 1)
         generator = torch.Generator().manual_seed(seed)
         std = getattr(lm.config, "initializer_range", 0.02)

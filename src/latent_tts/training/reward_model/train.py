@@ -251,10 +251,7 @@ def selection_accuracy(score_QN: np.ndarray, correct_QN: np.ndarray) -> float:
 
 
 def _selection(prediction: EvalPrediction) -> dict[str, float]:
-    scores, corrects = prediction.predictions, prediction.label_ids
-    assert isinstance(scores, np.ndarray)
-    assert isinstance(corrects, np.ndarray)
-    return {METRIC: selection_accuracy(scores, corrects)}
+    return {METRIC: selection_accuracy(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))}
 
 
 def _best(last: Path) -> Path:

@@ -1,0 +1,140 @@
+"""Step scores by CUDA graphs: see `recording`. Prompts are one graph, and all latents another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from latent_tts.engine.attention import FixedCache, power_of_two
+from latent_tts.engine.prompts import pad_prompts
+from latent_tts.engine.recording import PROMPT_TOKENS, Bucket, Prompts, Recordings
+from latent_tts.engine.scoring import LatentScorer
+from latent_tts.engine.state import KeyValueState
+from latent_tts.types import RewardModel
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """The pass over all latents."""
+
+
+ScorePasses: TypeAlias = Prompts | StepScores
+ScoreBucket: TypeAlias = Bucket[ScorePasses, Tensor]
+
+
+class FixedScores:
+    """The scores of R rows in tensors that stay where they are, for one batch after another."""
+
+    def __init__(
+        self, scorer: LatentScorer, questions: int, length: int, latents_RTD: Tensor, *, shifted: bool
+    ) -> None:
+        """Make the tensors.
+
+        Args:
+            scorer: the model.
+            questions: Q.
+            length: most tokens of a prompt.
+            latents_RTD: of a batch, as an example.
+            shifted: whether positions are.
+        """
+        self._scorer, device = scorer, scorer.device
+        rows, steps, width = latents_RTD.shape
+        self._ids_QL = torch.zeros(questions, length, dtype=torch.long, device=device)
+        self._lengths_Q = self._ids_QL[:, 0].clone()
+        self._offset_Q = self._lengths_Q.clone() if shifted else None
+        self._latents_RTD = torch.zeros(rows, steps, width, dtype=scorer.backbone.dtype, device=device)
+        precise = torch.promote_types(scorer.backbone.dtype, torch.float32)
+        self._scores_RT = torch.zeros(rows, steps, dtype=precise, device=device)
+        self._cache = FixedCache(rows // questions, steps, questions=questions, length=length)
+        self._state = KeyValueState(
+            scorer.backbone, rows // questions, steps, position_offset_Q=self._offset_Q, cache=self._cache
+        )
+        self._records_prompts = questions * length <= PROMPT_TOKENS
+
+    def tensors(self) -> list[Tensor]:
+        """All that differs between batches or between the passes of a batch."""
+        own = [self._ids_QL, self._lengths_Q, self._latents_RTD, self._scores_RT]
+        return [*own, *([] if self._offset_Q is None else [self._offset_Q]), *self._cache.tensors()]
+
+    def load(self, prompts: list[list[int]], latents_RTD: Tensor, position_offset_Q: Tensor | None) -> None:
+        """Begin another batch of the same sizes."""
+        ids_QL, lengths_Q = pad_prompts(prompts, torch.device("cpu"))
+        self._ids_QL[:, : ids_QL.shape[1]] = ids_QL
+        self._lengths_Q.copy_(lengths_Q)
+        self._latents_RTD.copy_(latents_RTD)
+        if self._offset_Q is not None:
+            self._offset_Q.copy_(cast(Tensor, position_offset_Q))
+        if not self._records_prompts:
+            self._run_prompts(ids_QL.shape[1])
+
+    def run(self, passes: ScorePasses) -> None:
+        """Run some passes, as they are recorded."""
+        if isinstance(passes, Prompts):
+            self._run_prompts(self._ids_QL.shape[1])
+        else:
+            self._state.rewind(0)
+            self._scores_RT.copy_(self._scorer.extend(self._state, self._latents_RTD))
+
+    def _run_prompts(self, length: int) -> None:
+        self._cache.restart()
+        embed = self._scorer.backbone.get_input_embeddings()
+        self._state.prefill(embed(self._ids_QL[:, :length]), self._lengths_Q)
+
+    def rewind(self) -> None:
+        """See `FixedTensors`: there is always room."""
+
+    def walk(self, run: Callable[[ScorePasses], None]) -> Tensor:
+        """Run all passes of the batch; returns its scores."""
+        if self._records_prompts:
+            run(Prompts())
+        run(StepScores())
+        return self._scores_RT.clone()
+
+
+class GraphScorer(LatentScorer):
+    """A scorer that replays recordings where batches of the same sizes come again."""
+
+    def __init__(self, model: RewardModel, recordings: Recordings) -> None:
+        """Record nothing yet.
+
+        Args:
+            model: the scorer's.
+            recordings: where they are kept.
+
+        Raises:
+            RunError: graphs are needed, and the model is computed in a way that cannot be recorded.
+        """
+        super().__init__(model)
+        self._recordings = recordings
+        self._usable = recordings.usable(model.computation)
+
+    @torch.inference_mode()
+    def _score(self, prompts: list[list[int]], latents_RTD: Tensor, position_offset_Q: Tensor | None) -> Tensor:
+        """See `LatentScorer`."""
+
+        def usual() -> Tensor:
+            return LatentScorer._score(self, prompts, latents_RTD, position_offset_Q)
+
+        if not self._usable:
+            return usual()
+        length, shifted = power_of_two(max(map(len, prompts))), position_offset_Q is not None
+
+        def fixed(bucket: ScoreBucket | None) -> tuple[ScoreBucket, Tensor]:
+            if bucket is None:
+                made = FixedScores(self, len(prompts), length, latents_RTD, shifted=shifted)
+                bucket = Bucket(made, self._recordings.new_recorder(), self._agreement)
+            scores = cast(FixedScores, bucket.fixed)
+            return bucket, bucket.compute(lambda: scores.load(prompts, latents_RTD, position_offset_Q), scores.walk)
+
+        key = "scores", len(prompts), *latents_RTD.shape[:2], length, shifted
+        return self._recordings.compute(key, usual, fixed, self._agreement, self.backbone.dtype)
+
+    def _agreement(self, found_RT: Tensor, wanted_RT: Tensor, roundings: float) -> float:
+        """Share of rows whose mean difference is at most some roundings of the mean score of all rows."""
+        limit = roundings * max(torch.finfo(dtype).eps for dtype in (self.backbone.dtype, torch.float32))
+        differences_R = (found_RT - wanted_RT).abs().mean(1)
+        return float((differences_R <= limit * wanted_RT.abs().mean()).double().mean())

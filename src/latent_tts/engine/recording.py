@@ -1,0 +1,289 @@
+"""Passes recorded once, as CUDA graphs, and replayed for later batches of the same sizes.
+
+At small batches a GPU spends nine tenths of its time waiting for the next kernel to be launched; a graph launches all
+kernels of a pass at once. Batches that share their sizes share a bucket: tensors that stay where they are, and passes
+that read and write them. A recording is trusted once a batch other than the recorded one gave what the same passes give
+without it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from latent_tts.engine.device import free_bytes, unreturnable_bytes
+from latent_tts.errors import RunError
+from latent_tts.types import Computation
+
+log = logging.getLogger(__name__)
+# of what is free once models are loaded; batches take at most half of it (`packing.MEMORY_SHARE`)
+ROLLOUTS_SHARE, SCORES_SHARE = 0.25, 0.0625
+_ROUNDING, _OTHER_ORDER = 0.25, 16.0  # roundings of the same passes, and of sums in another order
+_MOST, _HALF = 0.9, 0.5  # of the rollouts agree at least with those in tensors that grow, in float32 and half precision
+MAX_RECORDED = 256  # passes of a bucket; later answer tokens of a sampler that is random in answers are not recorded
+# tokens of prompts, padding included, up to which their pass is recorded: more of them take longer than launching
+PROMPT_TOKENS = 1 << 12
+
+Replay: TypeAlias = Callable[[], object]
+Pass = TypeVar("Pass", bound=Hashable)
+Runnable = TypeVar("Runnable", contravariant=True)
+Found = TypeVar("Found")
+Agreement: TypeAlias = Callable[[Found, Found, float], float]  # of what is found and what is wanted, see `Bucket`
+
+
+class Recorder(Protocol):
+    """Records passes of one bucket."""
+
+    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Replay:
+        """Record a function that reads and writes tensors in place; returns what runs it again.
+
+        Args:
+            run: it was run before.
+            tensors: what differs between its runs.
+        """
+        ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs, whose temporary tensors share their memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Replay:
+        """See `Recorder`."""
+        device, graph = tensors[0].device, torch.cuda.CUDAGraph()
+        failed: Exception | None = None
+        try:
+            with (
+                torch.cuda.device(device),
+                torch.cuda.stream(torch.cuda.current_stream(device)),  # a recording that fails leaves its own stream
+                # other threads write parts meanwhile
+                torch.cuda.graph(graph, self._pool, _recording_stream(device), capture_error_mode="thread_local"),
+            ):
+                try:
+                    run()
+                except Exception as error:  # what ends the recording then fails too, and says less
+                    failed = error
+                    raise
+        except Exception as error:
+            raise (failed or error) from None
+        return graph.replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where passes are recorded; one per device, since libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The pass over the prompts."""
+
+
+class FixedTensors(Protocol[Runnable]):
+    """Tensors that stay where they are, and the passes that read and write them."""
+
+    def tensors(self) -> list[Tensor]:
+        """All that differs between batches or between the passes of a batch."""
+        ...
+
+    def run(self, passes: Runnable, /) -> None:
+        """Run some passes, as they are recorded."""
+        ...
+
+    def rewind(self) -> None:
+        """Go back to where every pass has room, though what it computes there is of no use."""
+        ...
+
+
+class Bucket(Generic[Pass, Found]):
+    """Batches of the same sizes: their tensors, what is recorded, and whether it is trusted.
+
+    Attributes:
+        fixed: the tensors.
+    """
+
+    def __init__(self, fixed: FixedTensors[Pass], recorder: Recorder, agreement: Agreement[Found]) -> None:
+        """Record nothing yet.
+
+        Args:
+            fixed: see above.
+            recorder: for this bucket alone.
+            agreement: the share of rollouts that agree within some roundings.
+        """
+        self.fixed, self._recorder, self._agreement = fixed, recorder, agreement
+        self._replays: dict[Pass, Replay] = {}
+        self.trusted: set[Pass] = set()  # those whose replay was compared with the passes themselves
+        self._pool_bytes = 0
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it holds on its device."""
+        return self._pool_bytes + sum(tensor.nbytes for tensor in self.fixed.tensors())
+
+    def compute(self, load: Callable[[], None], walk: Callable[[Callable[[Pass], None]], Found]) -> Found:
+        """What a batch gives; its passes are recorded, compared or replayed.
+
+        Args:
+            load: sets the tensors to the batch.
+            walk: runs its passes by what it is given, and returns a copy of what they gave.
+
+        Raises:
+            RunError: replayed passes do not give what the same passes give when they are run.
+        """
+        met: dict[Pass, None] = {}  # in the order in which they were first run
+
+        def run_or_replay(passes: Pass) -> None:
+            if passes in self.trusted:
+                self._replays[passes]()
+            else:
+                met[passes] = None
+                self.fixed.run(passes)
+
+        def replay(passes: Pass) -> None:
+            self._replays.get(passes, partial(self.fixed.run, passes))()
+
+        load()
+        found = walk(run_or_replay)
+        if recorded := [passes for passes in met if passes in self._replays]:
+            for tensor in self.fixed.tensors():
+                if tensor.is_floating_point():
+                    tensor.zero_()  # a recording that writes nothing would find what was run
+            load()
+            agreeing = self._agreement(walk(replay), found, _ROUNDING)
+            if agreeing < 1:
+                raise RunError(f"{1 - agreeing:.1%} of the rollouts differ when they are replayed")
+            self.trusted.update(recorded)
+        new = [passes for passes in met if passes not in self._replays]
+        for passes in new[: MAX_RECORDED - len(self._replays)]:
+            self._record(passes)
+        return found
+
+    def _record(self, passes: Pass) -> None:
+        self.fixed.rewind()
+        tensors, run = self.fixed.tensors(), partial(self.fixed.run, passes)
+        before = unreturnable_bytes(tensors[0].device)
+        self._replays[passes] = self._recorder.record(run, tensors)
+        self._pool_bytes += max(0, unreturnable_bytes(tensors[0].device) - before)
+
+
+class Recordings:
+    """The buckets of a device, within a share of its memory.
+
+    The first batch of a bucket runs as without graphs, since recording costs more than one batch saves. The second one
+    is recorded, the third one is compared, later ones are replayed.
+
+    Attributes:
+        new_recorder: makes what records the passes of a bucket.
+        buckets: by what their batches share; the one that was made first comes first.
+        max_bytes: that all of them may hold; None until the first of them is made.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        *,
+        needed: bool = False,
+        share: float = ROLLOUTS_SHARE,
+        new_recorder: Callable[[], Recorder] = CudaRecorder,
+        max_bytes: float | None = None,
+    ) -> None:
+        """Record nothing yet.
+
+        Args:
+            device: where.
+            needed: record the first batch of a bucket already, and let a failure be an error; otherwise batches run
+                without graphs where they fail, and that is said.
+            share: of what is free when the first bucket is made, for all of them.
+            new_recorder: see above.
+            max_bytes: in place of `share`.
+        """
+        self._device, self._needed, self._share = device, needed, share
+        self.new_recorder, self.max_bytes = new_recorder, max_bytes
+        self.buckets: dict[Hashable, Bucket[Any, Any]] = {}
+        self._met: set[Hashable] = set()
+        self._refused: set[Hashable] = set()
+
+    def usable(self, computation: Computation) -> bool:
+        """Whether a model that is computed so can be recorded.
+
+        Raises:
+            RunError: it cannot, and graphs are needed.
+        """
+        if computation.attention == "shared-prefix":
+            return True
+        if self._needed:
+            raise RunError(f"engine.graph=on: not with transformers' own attention ({computation.reason})")
+        return False
+
+    def compute(
+        self,
+        key: Hashable,
+        usual: Callable[[], Found],
+        fixed: Callable[[Bucket[Pass, Found] | None], tuple[Bucket[Pass, Found], Found]],
+        agreement: Agreement[Found],
+        dtype: torch.dtype,
+    ) -> Found:
+        """What a batch gives.
+
+        Args:
+            key: what it shares with the others of its bucket.
+            usual: computes it without graphs.
+            fixed: computes it in a bucket; None makes one.
+            agreement: see `Bucket`.
+            dtype: of the model.
+
+        Raises:
+            RunError: graphs are needed, and it cannot be recorded or gives something else.
+        """
+        if key in self._refused:
+            return usual()
+        if not self._needed and key not in self._met:
+            self._met.add(key)
+            return usual()
+        if self.max_bytes is None:
+            self.max_bytes = self._share * free_bytes(self._device)
+        try:
+            known = self.buckets.get(key)
+            bucket, found = fixed(known)
+            if known is not None:
+                self._evict(key)
+                return found
+            expected = usual()
+            agreeing = agreement(found, expected, _OTHER_ORDER)
+            if agreeing < (_MOST if dtype.itemsize >= 4 else _HALF):
+                raise RunError(f"{1 - agreeing:.1%} of the rollouts differ in tensors of fixed sizes")
+            if agreeing < 1:
+                log.info("%.1f%% of the rollouts of a batch differ beyond rounding under graphs", 100 * (1 - agreeing))
+            self.buckets[key] = bucket
+            self._evict(key)
+            return expected
+        except Exception as error:  # recording may raise anything; what is wrong without it too is raised below
+            self.buckets.pop(key, None)
+            self._refused.add(key)
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if self._needed and not isinstance(error, torch.OutOfMemoryError):
+                raise RunError(f"engine.graph=on: {why}") from error
+            log.warning("batches like this one run without CUDA graphs, which is slower (%s)", why)
+        return usual()
+
+    def _evict(self, key: Hashable) -> None:
+        """Drop the oldest buckets until the others hold no more than is allowed, at last the one that was used now.
+
+        What is dropped is not recorded again: sizes that come in turn would drop each other each time.
+        """
+        assert self.max_bytes is not None
+        while self.buckets and sum(bucket.bytes for bucket in self.buckets.values()) > self.max_bytes:
+            oldest = next(iter(self.buckets))
+            del self.buckets[oldest]
+            self._refused.add(oldest)
+            if oldest == key:
+                log.info("batches of these sizes are too large to be recorded and run without CUDA graphs: %s", key)
