@@ -78,6 +78,7 @@ BIDIRECTIONAL = (
 # sizes of what each layer looks up for a token's id; a latent has none
 PER_LAYER_INPUTS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
 WITHOUT_CACHE = ("openai-gpt", "xlnet", "xlm", "flaubert")  # in transformers
+PLAIN_DTYPES = ("F64", "F32", "BF16", "F16")
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight")
@@ -428,12 +429,22 @@ def training_layout(names: Iterable[str]) -> str | None:
 
 
 def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
-    """Names and shapes of a safetensors file, from its header; checks that the file is as long as it says."""
+    """Names and shapes of a safetensors file, from its header.
+
+    Raises:
+        UsageError: the file is not as long as it says, or has weights that are no plain numbers.
+    """
     try:
         with safe_open(path, "np") as file:
-            return {name: list(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+            found = {name: file.get_slice(name) for name in file.offset_keys()}
+            kinds = {name: tensor.get_dtype() for name, tensor in found.items()}
+            shapes = {name: list(tensor.get_shape()) for name, tensor in found.items()}
     except (SafetensorError, OSError) as error:
         raise bad_value(key, path, f"truncated or not safetensors ({error})") from error
+    for name, kind in kinds.items():  # masks and counters may be integers
+        why = f"{name} is {kind}, must be one of {', '.join(PLAIN_DTYPES)}; use a checkpoint of plain weights"
+        require(key, path, not name.endswith("weight") or kind in PLAIN_DTYPES, why)
+    return shapes
 
 
 digested: dict[str, Path] = {}  # checkpoint folders that this process has read, by their digests
