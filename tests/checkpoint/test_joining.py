@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from latent_tts.checkpoint import files, joining
-from latent_tts.checkpoint.joining import PROBE, RECORD, WEIGHTS, probe, whole, write_adapter
+from latent_tts.checkpoint.joining import PROBE, RECORD, WEIGHTS, join_once, probe, write_adapter
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.training.reasoner.initial import copy_checkpoint
@@ -64,7 +64,7 @@ def made(written, tmp_path, monkeypatch):
 
 def test_the_join_computes_what_the_adapter_did_beside_its_base_and_has_its_rows(made):
     folder, lm = made
-    joined = AutoModelForCausalLM.from_pretrained(whole(folder, KEY), dtype=torch.float32).eval()
+    joined = AutoModelForCausalLM.from_pretrained(join_once(folder, KEY), dtype=torch.float32).eval()
     ids = torch.arange(240, 266)[None]
     with torch.no_grad():
         torch.testing.assert_close(joined(ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-4)
@@ -85,7 +85,7 @@ def test_it_is_run_as_any_checkpoint_and_made_once(made, monkeypatch):
     assert exact[name].dtype == torch.float32
     assert torch.equal(lm.state_dict()[name], exact[name].bfloat16())  # cast once
     monkeypatch.setattr(joining, "join", None)
-    assert whole(folder, KEY) == adapter.folder
+    assert join_once(folder, KEY) == adapter.folder
 
 
 def change_json(path, **more):
@@ -148,7 +148,7 @@ PLANTED = {
 @pytest.mark.parametrize("beside", [False, True])
 def test_adapter_and_base_are_found_where_both_have_been_moved(made, tmp_path, beside):
     folder, _ = made
-    before = whole(folder, KEY)
+    before = join_once(folder, KEY)
     base = Path(json.loads((folder / RECORD).read_text())["base"].removeprefix("gguf:"))
     change_json(folder / RECORD, base_path=os.path.relpath(base, folder))
     if beside:
@@ -158,7 +158,7 @@ def test_adapter_and_base_are_found_where_both_have_been_moved(made, tmp_path, b
     folder.rename(moved)
     base.rename(tmp_path / "elsewhere" / base.name)
     change_json(moved / RECORD, base="gguf:/no/such/" + base.name)
-    assert {path.name for path in whole(moved, KEY).iterdir()} == {path.name for path in before.iterdir()}
+    assert {path.name for path in join_once(moved, KEY).iterdir()} == {path.name for path in before.iterdir()}
 
 
 @pytest.mark.every_other
@@ -168,7 +168,7 @@ def test_an_adapter_that_is_not_what_was_written_is_refused_and_leaves_no_join(m
     change, words = PLANTED[fault]
     change(folder)
     with pytest.raises(UsageError, match=rf"\A{KEY}={folder}: .*{words}"):
-        whole(folder, KEY)
+        join_once(folder, KEY)
     assert not list((folder.parent / "cache" / "models").glob("joined*"))
     assert not list((folder.parent / "cache" / "models").glob("partial*"))
 
@@ -178,4 +178,4 @@ def test_the_digest_covers_the_adapter(made):
     folder, _ = made
     copy = shutil.copytree(folder, folder.parent / "copy")
     change_weights(copy / WEIGHTS, lambda found: {name: value.float() * (1 + 1e-6) for name, value in found.items()})
-    assert files.digest(whole(folder, KEY)) != files.digest(whole(copy, KEY))
+    assert files.digest(join_once(folder, KEY)) != files.digest(join_once(copy, KEY))

@@ -143,8 +143,7 @@ class FakeRay:
 
 class FakeActor:
     def __init__(self, number):
-        call = SimpleNamespace(remote=lambda _id, _content, _method, shard=None: (number, shard))
-        self.call = SimpleNamespace(options=lambda max_task_retries: call)
+        self.call = SimpleNamespace(remote=lambda _id, _content, _method, shard=None: (number, shard))
 
 
 def test_a_lost_workers_shard_goes_to_another_and_without_workers_one_line_says_why(monkeypatch, caplog):

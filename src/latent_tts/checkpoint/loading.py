@@ -65,7 +65,7 @@ def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrai
     return load_causal_lm(folder, device=device, dtype=dtype, key=key, auto_class=transformers.AutoModel)
 
 
-def filled(module: nn.Module, tensors: Mapping[str, Tensor], lm: PreTrainedModel) -> Any:
+def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], lm: PreTrainedModel) -> Any:
     """A module with these weights, on the device and in the dtype of a model, in evaluation mode."""
     module.load_state_dict(tensors)
     return module.to(lm.device, lm.dtype).eval().requires_grad_(False)

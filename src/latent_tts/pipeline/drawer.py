@@ -420,12 +420,11 @@ class Drawer:
         rollouts = spec.search.roll(
             self.engine, batch, self._sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers
         )
-        finite_R = rollouts.latents_RTD.flatten(1).isfinite().all(1)
-        require_finite("latents", finite_R, question_ids(batch), self.engine.lm.dtype, "drawing rollouts")
+        finite = {"latents": rollouts.latents_RTD.flatten(1).isfinite().all(1)}
         if answers:
-            finite_R = rollouts.answer_logprob_R.isfinite()
-            what, ids = "log-probabilities of answers", question_ids(batch)
-            require_finite(what, finite_R, ids, self.engine.lm.dtype, "drawing rollouts")
+            finite["log-probabilities of answers"] = rollouts.answer_logprob_R.isfinite()
+        for what, finite_R in finite.items():
+            require_finite(what, finite_R, question_ids(batch), self.engine.lm.dtype, "drawing rollouts")
         return rollouts
 
     def draw(self, batch: list[RolloutJob], shard: Shard) -> Part:

@@ -29,7 +29,7 @@ from latent_tts.executor.local import Local
 from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
-from latent_tts.schedule import OF_OTHERS, Schedule
+from latent_tts.schedule import GUESSES_OF_ROLLOUTS, Schedule
 from latent_tts.schedule.auto import Auto
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
@@ -249,7 +249,7 @@ class RunSpec(RunRequest):
             if tokens_N is None
             else passes.rollout_flops(prompt, steps_N, tokens_N - len(self.forced_ids))
         )
-        if self.schedule.guess in OF_OTHERS:
+        if self.schedule.guess in GUESSES_OF_ROLLOUTS:
             shared += passes.guess_flops(prompt)
         if self.draft is not None:
             each_N = each_N + self.draft.record.flops(prompt)
