@@ -37,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     cases: Counter[str] = Counter()
     for item in items:
+        if " at 0x" in item.name:
+            raise pytest.UsageError(f"{item.nodeid}: an address, so its name differs between processes")
         if item.get_closest_marker("every_other"):
             name = item.nodeid.partition("[")[0]
             if cases[name].bit_count() % 2:
