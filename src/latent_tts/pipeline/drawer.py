@@ -7,7 +7,6 @@ are the same. Answers are left alone.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,7 +61,6 @@ from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
 from latent_tts.types import Computation
 
-log = logging.getLogger(__name__)
 Place: TypeAlias = tuple[str, int]
 Sums: TypeAlias = dict[str, tuple[int, Tensor]]  # by row key: see `DirectionSums`
 directions = DirectionSums()  # of the questions drawn last, for their next round and the next job of a sweep
