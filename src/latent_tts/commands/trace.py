@@ -94,6 +94,4 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     merged.cache, merged.engine.device, merged.engine.rows = "on", cfg.engine.device, cfg.engine.rows
     if is_given("paths.cache"):
         merged.paths.cache = cfg.paths.cache
-    elif "cache" in record:
-        merged.paths.cache = str(Path(record["cache"]).parent)
     return merged
