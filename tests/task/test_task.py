@@ -391,7 +391,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "words"), [("", "begins with"), ('{"question": "a", "answer": 1}', "line 100002: ")]
+    ("before", "words"), [("", "line 100001: "), ('{"question": "a", "answer": 1}', "line 100002: ")]
 )
 def test_blank_lines_without_end_are_refused(tmp_path, before, words):
     path = tmp_path / "blank.jsonl.gz"

@@ -122,6 +122,8 @@ def show(found: Probe, model: str, threshold: float) -> None:
 
 def as_overrides(schedule: Speculative) -> str:
     """Its keys as the command line takes them."""
-    keys = {"tolerance": f"{schedule.tolerance:g}", "guess": schedule.guess, "chunk": schedule.chunk}
-    keys |= {"draft": schedule.draft, "mixing": schedule.mixing or None}
+    keys = {
+        "tolerance": f"{schedule.tolerance:g}", "guess": schedule.guess, "chunk": schedule.chunk,
+        "draft": schedule.draft, "mixing": schedule.mixing or None,
+    }  # fmt: skip
     return " ".join(f"schedule.{key}={value}" for key, value in keys.items() if value is not None)

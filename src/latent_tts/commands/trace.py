@@ -27,8 +27,10 @@ from latent_tts.task.asked import Asked
 
 PAGE = "trace.html"
 # the only keys that can be given with `run`: the others are the run's
-OWN_KEYS = ("run", "question", "n", "beside", "maps", "top", "threshold", "directions", "paths.cache")
-OWN_KEYS += ("engine.device", "engine.rows")
+OWN_KEYS = (
+    "run", "question", "n", "beside", "maps", "top", "threshold", "directions", "paths.cache", "engine.device",
+    "engine.rows",
+)  # fmt: skip
 
 
 def main(cfg: DictConfig) -> None:
@@ -92,6 +94,4 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     merged.cache, merged.engine.device, merged.engine.rows = "on", cfg.engine.device, cfg.engine.rows
     if is_given("paths.cache"):
         merged.paths.cache = cfg.paths.cache
-    elif "cache" in record:
-        merged.paths.cache = str(Path(record["cache"]).parent)
     return merged

@@ -482,14 +482,10 @@ class RolloutState:
                 self.drafts_RTD = self._predict_latents()
             assert self.drafts_RTD is not None
             own_noise = what != "sibling" and not self._hooks.sampler.needs_spread
-            if what == "draft" and start == 0:
-                self.latents_RTD[:, 0] = self.drafts_RTD[:, 0]
-                start = 1
             for step in range(start, stop):
+                noisy = own_noise and (what, step) != ("draft", 0)  # h_1 was made with its noise
                 draft_RD = self.drafts_RTD[:, step]
-                self.latents_RTD[:, step] = (
-                    self._hooks.sampler.latent(draft_RD, self.draw, step) if own_noise else draft_RD
-                )
+                self.latents_RTD[:, step] = self._hooks.sampler.latent(draft_RD, self.draw, step) if noisy else draft_RD
 
     def _predict_latents(self) -> Tensor:
         """h_1, with its noise, and what the draft head predicts of the others (R, T, D)."""

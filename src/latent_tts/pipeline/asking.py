@@ -24,7 +24,6 @@ class ArrivingVotes:
     """Shows the votes of a question after each batch that has brought some, above the progress bar."""
 
     def __init__(self, spec: RunSpec) -> None:
-        """Begin without votes."""
         self._spec = spec
         self._questions = {spec.row_key(question): question for question in spec.questions}
         self._answers: dict[str, list[str | None]] = {key: [] for key in self._questions}

@@ -119,9 +119,11 @@ class BatchScorer:
         measured = measured_columns(started, scorer.device, len(latents_RTD))
         prompts = [len(job.prompt) for job in batch]
         least = self.shape.scoring_work(prompts, steps_R.numpy(), scorer.backbone.dtype.itemsize)
-        columns = {"step_scores": ragged(scores_RT.float().numpy(), steps_R.numpy())}
-        columns |= {name: measured[name] for name in MEASURED if name in measured}
-        return columns | least_columns(least, self.rates, len(latents_RTD))
+        return {
+            "step_scores": ragged(scores_RT.float().numpy(), steps_R.numpy()),
+            **{name: measured[name] for name in MEASURED if name in measured},
+            **least_columns(least, self.rates, len(latents_RTD)),
+        }
 
     def bytes_per_row(self, jobs: Sequence[RolloutJob]) -> int:
         """Upper estimate of a row's bytes; a batch may hold one row per prompt."""

@@ -39,8 +39,7 @@ def code_digests(objects: Iterable[object], configs: Iterable[Any], rooms: tuple
         configs: their nodes; what is built for their arguments (`_target_`) counts.
         rooms: of this package, the rooms that are read whole, whichever option of them was chosen.
     """
-    modules = set(_modules_of(objects))
-    modules |= {_module_of(target) for config in configs for target in _targets(config)}
+    modules = {*_modules_of(objects), *(_module_of(target) for config in configs for target in _targets(config))}
     packages = {module.partition(".")[0] for module in modules} - {PACKAGE} - sys.stdlib_module_names
     return {PACKAGE: _digest_of_rooms(rooms)} | {package: digest_of_package(package) for package in sorted(packages)}
 

@@ -168,7 +168,7 @@ class Schedule(Protocol):
     @property
     def key(self) -> str | dict[str, Any]:
         """The schedule's part of the cache key."""
-        ...
+        return self.name
 
     def check(self, model: LatentModel) -> None:
         """Check that a model can use this schedule.

@@ -123,18 +123,12 @@ def file_rows(path: str) -> Iterator[Row]:
             raise bad_value("task.path", path, f"is {found}; {JSON_LINES}")
         opened = gzip.open if file_path.suffix == ".gz" else open
         with opened(file_path, "rt", encoding="utf-8-sig") as file:
-            text, number = "", 0
-            while not text.strip():  # find the first row
-                text, number = file.readline(MAX_CHARACTERS + 1), number + 1
-                if not text:
-                    return
-                require("task.path", path, number <= MAX_BLANK, f"begins with more than {MAX_BLANK:,} blank lines")
-            blank = 0
-            if text.lstrip().startswith("["):
-                yield from _list_rows(f"task.path={path}: row", file, text.lstrip()[1:])
-                return
-            while text:
+            blank, lines = 0, iter(lambda: file.readline(MAX_CHARACTERS + 1), "")
+            for number, text in enumerate(lines, 1):
                 where = f"task.path={path}: line {number}"
+                if blank == number - 1 and text.lstrip().startswith("["):  # the first one that is not blank
+                    yield from _list_rows(f"task.path={path}: row", file, text.lstrip()[1:])
+                    return
                 if len(text) > MAX_CHARACTERS:
                     raise _too_long(where)
                 blank = 0 if text.strip() else blank + 1
@@ -147,7 +141,6 @@ def file_rows(path: str) -> Iterator[Row]:
                         hint = f"\n{JSON_LINES}" if number == 1 else ""
                         raise UsageError(f"{where} is not JSON ({error}){hint}") from error
                     yield where, _is_object(where, row)
-                text, number = file.readline(MAX_CHARACTERS + 1), number + 1
     except UnicodeDecodeError as error:
         raise bad_value("task.path", path, f"is not UTF-8 ({error}); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -165,7 +158,6 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
     decode, at, number = DECODER.raw_decode, 0, 1
     while True:
         at = NOT_SPACE.search(text, at).start()  # type: ignore[union-attr]
-        piece = ""
         if at < len(text) and text[at] == "]":
             if (text[at + 1 :] + file.read(MAX_CHARACTERS)).strip():
                 raise UsageError(f"{where} {number}: there is text after the list")

@@ -20,13 +20,13 @@ from latent_tts.errors import require
 
 
 @contextmanager
-def recomputing_blocks(model: nn.Module) -> Iterator[None]:
-    """Let the blocks of a model keep only their input for the backward pass, in passes within the block.
+def recomputing_blocks(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Let the blocks of a model keep only their input for the backward pass, in passes within the block, if wanted.
 
     Raises:
         UsageError: the model has no blocks that transformers knows.
     """
-    blocks = blocks_of(model)
+    blocks = blocks_of(model) if wanted else []
     try:
         for block in blocks:
             block.forward = _recomputed(block)
