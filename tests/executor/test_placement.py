@@ -279,6 +279,22 @@ def test_what_a_worker_fails_with_names_its_machine(actor, arguments, kind, word
     assert "\n" not in str(raised.value)
 
 
+def test_what_a_worker_did_not_expect_is_raised_as_it_was(monkeypatch):
+    def fail(_):
+        error = ArithmeticError("\x1b[36mray::_Actor.call()\x1b[39m (pid=860) and a traceback")
+        error.cause = ValueError("of the worker")  # pyright: ignore[reportAttributeAccessIssue]
+        raise error
+
+    mortal = MortalRay({})
+    monkeypatch.setattr(mortal, "get", fail)
+    monkeypatch.setattr(executor, "_ray", lambda: mortal)
+    pool = RayPool(dict.fromkeys([SimulatedActor(0)]), "work", retries=3)  # pyright: ignore[reportArgumentType]
+    pool.submit(0, "shard")
+    with pytest.raises(ValueError, match=r"\Aof the worker\Z") as raised:
+        pool.next_finished()
+    assert "traceback" in str(raised.value.__cause__)
+
+
 NO_PACKAGE = """The actor died because of an error raised in its creation task, ray::_Actor() (ip=10.0.0.3)
            ^^^^
 RuntimeError: The actor with name _Actor failed to import on the worker. This may be because needed library:
