@@ -243,8 +243,8 @@ def test_a_folder_used_again_holds_the_new_run_alone(completed, run, tmp_path):
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["seed"] == 1
 
 
-def test_a_sweep_joins_its_own_jobs_alone(run, tmp_path):
-    assert run("hydra.sweep.dir=mine", "n=1", "-m").code == 0
+def test_a_sweep_joins_its_own_jobs_alone(completed, run, tmp_path):
+    shutil.copytree(completed, tmp_path / "mine" / "1")
     again = run("hydra.sweep.dir=mine", "n=2", "seed=1", "-m")
     assert set(pd.read_csv(again.last)["seed"]) == {1}
 

@@ -191,7 +191,7 @@ def test_the_window_grows_with_what_is_used(monkeypatch):
     assert recorders[0].recorded == 5  # prompts, latents, the first token, and the others in windows of 4 and 8
 
 
-@pytest.mark.parametrize(("family", "sampler", "plan"), [FEW[0], FEW[3]])
+@pytest.mark.parametrize(("family", "sampler", "plan"), [FEW[0], slow(*FEW[3])])
 def test_long_prompts_are_not_recorded(monkeypatch, family, sampler, plan):
     monkeypatch.setattr(graphs, "PROMPT_TOKENS", 0)
     ran = passes_run(monkeypatch)

@@ -44,7 +44,7 @@ def test_jobs_that_are_one_run_have_a_row_each(run):
         read_metrics(path).set_index("metric")["value"] for path in sorted(swept.last.parent.glob("*/metrics.csv"))
     ]
     assert [float(row[-1].replace(",", "")) for row in rows] == pytest.approx(
-        [table["rollouts_per_second"] for table in tables], rel=0.1, abs=0.5
+        [table["rollouts_per_second"] for table in tables], abs=0.51
     )
     assert "the same run as" in swept.err
 

@@ -67,6 +67,7 @@ def forget_identity(folder) -> None:
     write_old_record(folder, "files")
 
 
+@pytest.mark.slow  # `ltts collect` tells the same files apart below
 def test_a_sweep_over_two_files_of_one_name_has_means_of_each(run, ltts, questions, tmp_path):
     paths = ",".join(str(questions / name / "test.jsonl") for name in "ba")
     swept = run("-m", "task=jsonl", f"task.path={paths}", "task.limit=null", "seed=0,1", "n=2", "hydra.sweep.dir=swept")

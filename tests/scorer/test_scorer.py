@@ -267,6 +267,7 @@ def test_latents_are_thought_again_for_another_scorer_and_to_be_kept(run, cached
     pd.testing.assert_frame_equal(tables(again)[0], rollouts)
 
 
+@pytest.mark.slow  # the next test grows n too
 def test_each_n_of_a_sweep_gives_the_diversity_that_it_gives_alone(run, monkeypatch):
     monkeypatch.setattr(drawer.directions, "_sums", {})
     run("n=2", "sampler=gaussian", "scorer=none", "engine.rows=7")
@@ -280,7 +281,7 @@ def test_each_n_of_a_sweep_gives_the_diversity_that_it_gives_alone(run, monkeypa
         assert found == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x")])
+@pytest.mark.parametrize("damage", [slow(Path.unlink), lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x")])
 def test_sums_of_directions_that_are_lost_are_computed_again(run, monkeypatch, damage):
     line = "sampler=gaussian", "scorer=none"
     whole = run(*line, "n=6", "paths.cache=alone")

@@ -205,7 +205,7 @@ def test_the_engine_validates_the_joined_weights_and_the_best_become_the_checkpo
     assert any("eval_coverage_at_3" in entry for entry in state["log_history"])
 
 
-@pytest.mark.parametrize("how", [LORA, []], ids=["adapter", "whole"])
+@pytest.mark.parametrize("how", [LORA, pytest.param([], marks=SLOW)], ids=["adapter", "whole"])
 def test_a_trained_chat_model_keeps_its_template_and_its_special_tokens(train, place, how):
     done = train(*how, "model.prompt=chat", model="cot", updates=1)
     assert done.code == 0, done.err

@@ -144,7 +144,7 @@ def test_the_digest_covers_every_file_and_the_reasoner(trained, place):
     assert len(digests) == 5
 
 
-@pytest.mark.parametrize("moved", ["together", "beside", "only the adapter"])
+@pytest.mark.parametrize("moved", [slow("together"), "beside", "only the adapter"])
 def test_an_adapter_is_found_a_reasoner_that_was_moved(old, ltts, place, monkeypatch, moved):
     old, new = shutil.copytree(old, place / "old") / "reasoner", place / "new"
     trained = place / "old" / "out" / "checkpoint"
