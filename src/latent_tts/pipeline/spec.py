@@ -76,9 +76,8 @@ class EngineSettings:
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
         fitting = QUANTIZED_FROM[self.quantize]
         require("engine.quantize", self.quantize, self.dtype in fitting, f"takes engine.dtype={' or '.join(fitting)}")
-        if find_spec("torchao") is None:
-            why = "torchao is not installed: pip install '.[quant]' in the clone"
-            raise bad_value("engine.quantize", self.quantize, why)
+        why = "torchao is not installed: pip install '.[quant]' in the clone"
+        require("engine.quantize", self.quantize, find_spec("torchao") is not None, why)
 
     @property
     def bytes_per_number(self) -> int:
@@ -663,16 +662,14 @@ def forced_answer_ids(adapter: CheckpointAdapter, prefix: str, max_answer_tokens
     """
     require("answer.forced_prefix", prefix, isinstance(prefix, str), "must be a text")
     ids = adapter.forced_ids(prefix)
-    if len(ids) >= max_answer_tokens:
-        allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
-        raise bad_value("answer.forced_prefix", prefix, allowed)
+    allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
+    require("answer.forced_prefix", prefix, len(ids) < max_answer_tokens, allowed)
     return ids
 
 
 def refuse_early_exit(schedule: Schedule, allowed: str) -> None:
     """Raise UsageError, which says what is `allowed`, if rollouts may stop thinking early."""
-    if schedule.exit is not None:
-        raise bad_value("schedule.exit", schedule.exit, allowed)
+    require("schedule.exit", schedule.exit, schedule.exit is None, allowed)
 
 
 def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
