@@ -228,7 +228,8 @@ def test_weights_that_give_no_numbers(run, broken):
     save_file(weights | {name: weights[name] * float("nan")}, broken / "model.safetensors", {"format": "pt"})
     result = run(f"model.checkpoint={broken}")
     assert result.code == 1
-    assert "are not finite in float32" in result.err
+    assert f"model.checkpoint={broken}: the model's own forward pass gives values that are not finite" in result.err
+    assert f": its {name} is not" in result.err
     assert "metrics.csv" not in result.out
 
 

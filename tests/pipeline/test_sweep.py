@@ -72,6 +72,14 @@ def test_a_launcher_that_gives_up_on_all_jobs_leaves_a_row_of_each(run, place, m
         launcher.launch = launch
         return launcher
 
+    def refuse(*arguments, **more):
+        raise RuntimeError("no such queue")
+
+    def refusing(self, **arguments):
+        launcher = real(self, **arguments)
+        launcher.launch = refuse
+        return launcher
+
     monkeypatch.setattr(Plugins, "instantiate_launcher", instantiate)
     swept = run("sampler=gaussian", "sampler.sigma=0.1,0.2", "hydra.sweep.dir=swept", "-m")
     assert swept.code == 1
@@ -79,6 +87,10 @@ def test_a_launcher_that_gives_up_on_all_jobs_leaves_a_row_of_each(run, place, m
     rows = [line.split() for line in swept.out.splitlines() if line.startswith("sigma=")]
     assert [(row[0], "failed" in row) for row in rows] == [("sigma=0.1", False), ("sigma=0.2", True)]
     assert "job 1 was killed" in (place / "swept/run.log").read_text()
+    monkeypatch.setattr(Plugins, "instantiate_launcher", refusing)
+    other = run("sampler=gaussian", "sampler.sigma=0.3,0.2", "hydra.sweep.dir=swept", "-m")
+    assert (other.code, other.out) == (1, ""), other.out
+    assert "no such queue" in other.err
 
 
 def test_the_log_of_a_refused_job_is_closed(run):

@@ -137,7 +137,9 @@ def _settle(
                 raise UsageError(f"{type(lm).__name__}: its own forward pass {_failure(error)}") from error
             if not wanted.hidden_RPD.isfinite().all():
                 dtype = str(lm.dtype).removeprefix("torch.")
-                raise RunError(f"the model's own forward pass gives values that are not finite in {dtype}")
+                weights = (name for name, value in lm.named_parameters() if not value.isfinite().all())
+                why = f": its {name} is not" if (name := next(weights, None)) else ""
+                raise RunError(f"the model's own forward pass gives values that are not finite in {dtype}{why}")
             problem = _hidden_problem(walk, wanted)
             if problem is None:
                 prepare_backbone(lm, Computation(way))

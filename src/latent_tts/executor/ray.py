@@ -125,11 +125,12 @@ class Ray:
 class RayPool:
     """Actors that have received the work."""
 
-    def __init__(self, actors: list[Any], work: Work, retries: int) -> None:
+    def __init__(self, actors: dict[Any, float | None], work: Work, retries: int) -> None:
         """Send the work.
 
         Args:
-            actors: of the workers; those that are lost are removed.
+            actors: of the workers, each with the time when it must be there again if it has died; kept up to date, and
+                those that are lost are removed.
             work: what they are to do.
             retries: how often in a row a worker may die and gets another shard.
         """
@@ -137,7 +138,6 @@ class RayPool:
         self._actors = dict(enumerate(actors))
         self._running: dict[Any, int] = {}  # by reference, to the result of a call or to `is_placed`
         self._deaths: dict[int, int] = {}  # since the last call that ended well
-        self._back_by: dict[int, float] = {}  # when workers that died must have been started again
         self._said: set[str] = set()
         content = pickle.dumps(work)
         folder = os.getcwd()
@@ -146,15 +146,18 @@ class RayPool:
 
     @property
     def workers(self) -> Sequence[int]:
-        """Those that are not lost."""
-        return list(self._actors)
+        """Those that are there."""
+        return [worker for worker, actor in self._actors.items() if self._all[actor] is None]
 
     def describe(self) -> list[Any]:
-        """What each worker says of itself."""
+        """What each worker that is there says of itself."""
         found: dict[int, Any] = {}
-        for worker in self.workers:
-            self._call(worker, "describe")
-        while self._running:
+        for worker, actor in self._actors.items():
+            if self._all[actor] is None:
+                self._call(worker, "describe")
+            else:
+                self._running[_sign_of(actor)] = worker
+        while not found or set(self.workers) - found.keys():
             done = self.next_finished()
             if done.back:
                 self._call(done.worker, "describe")
@@ -182,7 +185,8 @@ class RayPool:
         if reference is None:
             return self._give_up_late_one()
         worker = self._running.pop(reference)
-        returns = self._back_by.pop(worker, None) is not None
+        actor = self._actors[worker]
+        returns = self._all[actor] is not None
         try:
             result = ray.get(reference)
         except ray.exceptions.RayTaskError as error:
@@ -191,8 +195,10 @@ class RayPool:
             self._deaths[worker] = self._deaths.get(worker, 0) + 1
             if returns or self._deaths[worker] > self._retries:
                 return self._lose(worker, error)
+            log.info("executor=ray: worker %d died, others take its shard: %s", worker, _in_one_line(error))
             return self._await(worker)
         if returns:
+            self._all[actor] = None
             return Finished(worker, None, 0.0, back=True)
         self._deaths.pop(worker, None)
         result, seconds, warnings = result
@@ -204,15 +210,17 @@ class RayPool:
 
     def _await(self, worker: int) -> Finished:
         """Wait, for a while, until Ray has started a worker again; if no machine has room, Ray would wait for ever."""
-        self._back_by[worker] = time.monotonic() + SECONDS_TO_RESTART
-        self._running[_sign_of(self._actors[worker])] = worker
+        actor = self._actors[worker]
+        self._all[actor] = time.monotonic() + SECONDS_TO_RESTART
+        self._running[_sign_of(actor)] = worker
         return Finished(worker, None, 0.0, lost=True)
 
     def _next_reference(self) -> Any:
         """That of the next thing that is done; None if a worker was not started again in time."""
         ray, timeout = _ray(), None
-        if self._back_by:
-            timeout = max(0.0, min(self._back_by.values()) - time.monotonic())
+        late = [until for until in self._all.values() if until is not None]
+        if late:
+            timeout = max(0.0, min(late) - time.monotonic())
         try:
             done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
         except ray.exceptions.RayError as error:
@@ -220,15 +228,15 @@ class RayPool:
         return done[0] if done else None
 
     def _give_up_late_one(self) -> Finished:
-        worker = min(self._back_by, key=lambda each: self._back_by[each])
-        del self._back_by[worker]
+        until = {worker: self._all[actor] or math.inf for worker, actor in self._actors.items()}
+        worker = min(until, key=lambda each: until[each])
         self._running = {reference: other for reference, other in self._running.items() if other != worker}
         _ray().kill(self._actors[worker])
         return self._lose(worker, RunError(f"it died, and in {SECONDS_TO_RESTART} s no machine started it again"))
 
     def _lose(self, worker: int, error: Exception) -> Finished:
         """Give up a worker that Ray does not start again."""
-        self._all.remove(self._actors.pop(worker))
+        del self._all[self._actors.pop(worker)]
         why = _in_one_line(error)
         if not self._actors:
             raise RunError(f"no worker of executor=ray is left: {why}; {RESUME}") from error
@@ -304,7 +312,7 @@ class _Warnings(logging.Handler):
         return records
 
 
-_started: dict[tuple[Ray, bool], list[Any]] = {}  # the actors of this process
+_started: dict[tuple[Ray, bool], dict[Any, float | None]] = {}  # the actors of this process; see `RayPool`
 
 
 def _ray() -> Any:
@@ -313,7 +321,7 @@ def _ray() -> Any:
     return ray
 
 
-def _actors(executor: Ray, *, on_gpus: bool) -> list[Any]:
+def _actors(executor: Ray, *, on_gpus: bool) -> dict[Any, float | None]:
     """The actors of an executor; those of another end."""
     key = executor, on_gpus
     if not _started.get(key):  # or all of them are lost
@@ -321,7 +329,7 @@ def _actors(executor: Ray, *, on_gpus: bool) -> list[Any]:
             _started.clear()
             _ray().shutdown()
         _connect(executor.address)
-        _started[key] = _start_actors(executor, on_gpus)
+        _started[key] = dict.fromkeys(_start_actors(executor, on_gpus))
     return _started[key]
 
 

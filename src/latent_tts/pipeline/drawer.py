@@ -7,7 +7,6 @@ are the same. Answers are left alone.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -62,7 +61,6 @@ from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
 from latent_tts.types import Computation
 
-log = logging.getLogger(__name__)
 Place: TypeAlias = tuple[str, int]
 Sums: TypeAlias = dict[str, tuple[int, Tensor]]  # by row key: see `DirectionSums`
 directions = DirectionSums()  # of the questions drawn last, for their next round and the next job of a sweep
@@ -181,20 +179,20 @@ class DrawingWork:
         longest: tokens of the longest prompt to come.
         scored: whether the run's scorer reads latents.
         max_bytes: what is known to fit, by `Part.memory`.
-        code: see `worker_checks.code_of_driver`.
+        code: see `worker_checks.code_of_driver`; None where the worker is in the driver's process.
     """
 
     spec: RunSpec
     longest: int
     scored: bool
     max_bytes: Mapping[str, int]
-    code: Mapping[str, str] | None
+    code: Mapping[str, str] | None = None
 
     @classmethod
     def of(cls, spec: RunSpec, longest: int, *, scored: bool, max_bytes: Mapping[str, int]) -> DrawingWork:
         """Work of a run's own executor."""
         if spec.executor.in_process:
-            return cls(spec, longest, scored, max_bytes, None)
+            return cls(spec, longest, scored, max_bytes)
         prompt = max(spec.prompts.items(), key=lambda item: len(item[1]))
         lean = replace(
             spec, questions=[], prompts=dict([prompt]), donors={}, counts=None, refresh=False, on_answers=None
@@ -213,8 +211,7 @@ class DrawingWork:
             check_code(self.code)
             check_weights(self.spec.adapter, self.spec.scorer)
             check_draft(self.spec.draft)
-        packed = self.code is not None
-        return Drawer(self.spec, self.longest, scored=self.scored, max_bytes=self.max_bytes, packed=packed)
+        return Drawer(self)
 
 
 # The worker
@@ -300,19 +297,9 @@ def find_uncompared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob
 class Drawer:
     """Rolls batches of a run's rollouts, and scores and compares their latents where they are made."""
 
-    def __init__(
-        self, spec: RunSpec, longest: int, *, scored: bool, max_bytes: Mapping[str, int], packed: bool = False
-    ) -> None:
-        """Measure the machine; models are loaded when they are first needed.
-
-        Args:
-            spec: the run.
-            longest: tokens of the longest prompt that will be rolled.
-            scored: whether the run's scorer reads latents.
-            max_bytes: see `DrawingWork`.
-            packed: whether parts go to another process.
-        """
-        self.spec, self._scored, self._packed = spec, scored, packed
+    def __init__(self, work: DrawingWork) -> None:
+        """Measure the machine; models are loaded when they are first needed."""
+        self._work, self.spec = work, (spec := work.spec)
         self.device = find_device(spec.engine)
         keep_freed_memory()
         kind = torch.device(self.device).type
@@ -323,10 +310,10 @@ class Drawer:
         if not spec.schedule.stepwise or spec.schedule.exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
-        self.bytes_per_row = self._bytes_per_row(longest)
+        self.bytes_per_row = self._bytes_per_row(work.longest)
         self.rows = rows_per_batch(spec.engine, spec.shape, self.bytes_per_row, self.device, own_prompt=self.own_prompt)
         self.memory = f"{spec.adapter.digest} {spec.engine.dtype} {device_name(self.device)}"
-        self._max_bytes = max_bytes.get(self.memory)
+        self._max_bytes = work.max_bytes.get(self.memory)
         while self._max_bytes is not None and self.rows > 1 and self.rows * self.bytes_per_row > self._max_bytes:
             self.rows //= 2
         self.rates = measured_rates(spec.shape.width, spec.engine.dtype, self.device)
@@ -349,7 +336,7 @@ class Drawer:
 
     @property
     def _computations(self) -> tuple[Computation, Computation | None]:
-        scoring = self.scorer.model.model.computation if self._scored or self.spec.guided else None
+        scoring = self.scorer.model.model.computation if self._work.scored or self.spec.guided else None
         return self.engine.reasoner.computation, scoring
 
     @cached_property
@@ -376,7 +363,7 @@ class Drawer:
         for key, (count, sums_TD) in shard.sums.items():
             directions.put(directions_key(self._latents, key), count, sums_TD)
         found = compute_in_batches(shard.jobs, partial(self._part, shard=shard), self.batches, self._halve, self.device)
-        return [part.packed() if self._packed else part for part in found]
+        return [part if self._work.code is None else part.packed() for part in found]
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
         """Pack jobs into batches."""
@@ -516,7 +503,7 @@ class Drawer:
         own = row_bytes(spec.shape, longest, suffix, number, self.own_prompt)
         if spec.draft is not None:
             own += 4 * longest * spec.shape.width  # its copy of the prompt's states
-        if not self._scored and not spec.guided:
+        if not self._work.scored and not spec.guided:
             return own
         scorer = Shape.from_config(spec.given_scorer.sizes)
         scoring = row_bytes(scorer, longest, spec.adapter.latents, number, own_prompt=False)

@@ -21,7 +21,7 @@ from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.recording import ROLLOUTS_SHARE, SCORES_SHARE, Recordings
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.engine.scoring import LatentScorer
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import RunError, UsageError, bad_value, require
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import EngineSettings, RunSpec, exit_ids
@@ -104,6 +104,8 @@ def _keep_proven(
             found = prove(model, longest)
         except UsageError as error:
             raise bad_value(*where, str(error)) from error
+        except RunError as error:
+            raise RunError(f"{where[0]}={where[1]}: {error}") from error
         if found.reason:
             log.warning("%s: computed with %s: %s", name, describe_computation(found), found.reason)
         return found

@@ -14,7 +14,7 @@ import pandas as pd
 from latent_tts.budget import is_adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import RunError, UsageError, bad_value, check_fields, is_number, require
+from latent_tts.errors import RunError, UsageError, check_fields, is_number, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.calibration import schedule_text
 from latent_tts.pipeline.rollouts import RunRollouts
@@ -53,11 +53,11 @@ class View:
 
     def __post_init__(self) -> None:
         known = [name for name in self.maps if name in MAPS]
+        shown = f"[{','.join(self.maps)}]"
         allowed = f"must be a list of {' and '.join(MAPS)}, as in maps=[{','.join(MAPS)}]"
-        require("maps", f"[{','.join(self.maps)}]", bool(known) and known == list(dict.fromkeys(self.maps)), allowed)
-        if "tsne" in self.maps and find_spec("sklearn") is None:
-            why = "scikit-learn is not installed: pip install '.[trace]' in the clone"
-            raise bad_value("maps", f"[{','.join(self.maps)}]", why)
+        require("maps", shown, bool(known) and known == list(dict.fromkeys(self.maps)), allowed)
+        why = "scikit-learn is not installed: pip install '.[trace]' in the clone"
+        require("maps", shown, "tsne" not in self.maps or find_spec("sklearn") is not None, why)
         require("top", self.top, 1 <= self.top <= MAX_TOKENS, f"must be 1 to {MAX_TOKENS}")
         check_fields("", self, threshold="a positive number", directions="an integer, 0 or more")
 

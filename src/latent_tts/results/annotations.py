@@ -379,9 +379,8 @@ class AnnotationFolder:
             raise bad_value(self._key, path, f"is not the record of annotations ({error})") from error
         if (found := record["settings"].get("format")) not in READABLE:
             raise bad_value(self._key, path, f"format {found}, this version reads {READABLE[0]} to {FORMAT}")
-        digest = record.pop("digest", None)  # earlier versions wrote none
-        if digest not in (None, settings_digest(record)):
-            raise bad_value(self._key, path, "is damaged; restore it, or annotate into another folder")
+        is_whole = record.pop("digest", None) in (None, settings_digest(record))  # earlier versions wrote none
+        require(self._key, path, is_whole, "is damaged; restore it, or annotate into another folder")
         return {"complete": False, "rows": None, "parts": None, **record}
 
     def _write_settings(self, counts: Mapping[str, int] | None = None, *, complete: bool = False) -> None:

@@ -34,16 +34,25 @@ pandas writes such files by to_json(FILE, orient="records", lines=True)"""
 Row = tuple[str, Mapping[str, Any]]  # (its place, for errors; its fields)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raises ValueError if it has a key twice, of which one value would be lost."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {_short(repr(twice))} is there twice")
-    return made
+class _Object(dict[str, Any]):
+    """A JSON object that knows which key it had twice.
+
+    Attributes:
+        twice: the first such key; None where there is none.
+    """
+
+    twice: str | None = None
+
+    @classmethod
+    def of(cls, pairs: list[tuple[str, Any]]) -> _Object:
+        """The object of some pairs of keys and values."""
+        made = cls(pairs)
+        if len(made) < len(pairs):
+            made.twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return made
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object)
+DECODER = json.JSONDecoder(object_pairs_hook=_Object.of)
 
 
 @dataclass(frozen=True)
@@ -188,8 +197,10 @@ def _too_long(where: str) -> UsageError:
 
 
 def _is_object(where: str, row: Any) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
+    if not isinstance(row, _Object):
         raise UsageError(f"{where} is not a JSON object with a question")
+    if row.twice is not None:
+        raise UsageError(f"{where} has the key {_short(repr(row.twice))} twice")
     return row
 
 

@@ -27,7 +27,7 @@ SHORT_FRACTION = re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)(?!\d)")
 THOUSANDS = re.compile(rf"(?<![\w.,^])[1-9]\d{{0,2}}(?:(?:{SPACE}|\{{,\}}|,\s*\\!\s*)\d{{3}})+(?![\w.,]*\d)")
 MIXED = re.compile(rf"(?<![\w.,^/])(\d+){SPACE}(\d+)\s*/\s*(\d+)(?![\d.])")
 FLOAT = re.compile(r"[+-]?\s*(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
-SIDE_BY_SIDE = re.compile(rf"(?<!_)\d{SPACE}\.?\d")  # in `\log_2 8` they are not
+SIDE_BY_SIDE = re.compile(rf"(?<!_)\d{SPACE}\.?\d|\d\.\d+\.\d")  # not in `\log_2 8`, but in `1.234.567`
 REPEATING = re.compile(
     r"(\d*)\.(\d*)\s*\\(?:overline\s*\{\s*(\d+)\s*\}|dot\s*\{?(\d)\}?(?:(\d*)\s*\\dot\s*\{?(\d)\}?)?)"
 )
