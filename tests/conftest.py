@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
-from places import place_of_its_own
+from places import place_of_its_own, run_line
 
 from latent_tts import cli
 
@@ -20,8 +20,8 @@ from latent_tts import cli
 def pytest_configure(config: pytest.Config) -> None:
     """Only tests marked `gpu` see a GPU: the others are to compute the same everywhere."""
     gc.disable()  # imports make many objects that stay
-    # a busy machine or a measurement of coverage would miss a deadline
-    settings.register_profile("quick", deadline=None, max_examples=50)
+    # a busy machine or a measurement of coverage would miss a deadline; the same cases in each run
+    settings.register_profile("quick", deadline=None, max_examples=50, derandomize=True)
     settings.load_profile("quick")
     chosen = config.getoption("markexpr")
     if chosen and "gpu" not in chosen.replace("not gpu", ""):
@@ -37,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     cases: Counter[str] = Counter()
     for item in items:
+        if " at 0x" in item.name:
+            raise pytest.UsageError(f"{item.nodeid}: an address, so its name differs between processes")
         if item.get_closest_marker("every_other"):
             name = item.nodeid.partition("[")[0]
             if cases[name].bit_count() % 2:
@@ -116,13 +118,6 @@ def ltts(place: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result
     return run
 
 
-def run_line(checkpoint: Path, *arguments: object) -> list[str]:
-    """`ltts run` on the tiny reasoner and a few questions; without a ladder of budgets, it draws no figure."""
-    budget = [] if any(str(argument).startswith("budget") for argument in arguments) else ["budget=fixed"]
-    few = ["task.limit=6", "n=4", "max_answer_tokens=4"]
-    return ["run", "model=demo_coconut", f"model.checkpoint={checkpoint}", *few, *budget, *map(str, arguments)]
-
-
 @pytest.fixture(scope="session")
 def completed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of such a run with a ladder of budgets, which no test may change."""
@@ -139,6 +134,13 @@ def completed_with_latents(checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     with place_of_its_own(folder):
         assert cli.main(run_line(checkpoint, "scorer=none", "keep_latents=true", "hydra.run.dir=run")) == 0
     return folder / "run"
+
+
+@pytest.fixture
+def cached(completed: Path, place: Path) -> Path:
+    """That folder, whose rollouts are in the test's own cache: those that `run` without sampler and scorer draws."""
+    shutil.copytree(completed.parent / "cache", place / "cache")
+    return completed
 
 
 @pytest.fixture
@@ -165,6 +167,7 @@ def refuse(place: Path, checkpoint: Path) -> Callable[..., None]:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs and sweeps draw no figure, which takes longer than their tables."""
     monkeypatch.setattr("latent_tts.results.plot.scaling_curve", lambda metrics, path: path)
+    monkeypatch.setattr("latent_tts.results.timeline.save_figure", lambda figure, path: path)
 
 
 @pytest.fixture

@@ -2,9 +2,10 @@
 
 python experiments/scale/simulate.py [SEEDS]
 
-Workers have speeds drawn evenly from 1 to 4, fail once per 6 hours on average, and are back 120 s later to begin their
-shard anew. The driver is busy 2 ms with every shard. Work is GSM8K-Aug's 385,620 prompts with costs spread like prompt
-lengths, as much as 1,000 workers do in two hours. Static ways divide the prompts beforehand.
+Workers have speeds drawn evenly from 1 to 4, fail once per 6 hours on average, and are back 120 s later. Another one
+begins their shard anew; with static shares, they do so themselves. The driver is busy 2 ms with every shard. Work is
+GSM8K-Aug's 385,620 prompts with costs spread like prompt lengths, as much as 1,000 workers do in two hours. Static ways
+divide the prompts beforehand.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Machines:
     def __init__(self, speeds: np.ndarray, costs: np.ndarray, seed: int) -> None:
         self.now, self._speeds, self._costs = 0.0, speeds, costs
         self._random = np.random.default_rng(seed)
-        self._ends: list[tuple[float, int, float]] = []
+        self._ends: list[tuple[float, int, Finished]] = []
         self.failures = 0
 
     @property
@@ -52,10 +53,12 @@ class Machines:
     def submit(self, worker: int, shard: np.ndarray) -> None:
         """Let a worker compute some prompts."""
         needed = float(self._costs[shard].sum() / self._speeds[worker])
-        heapq.heappush(self._ends, (self.now + self.took(needed), worker, needed))
+        alive = float(self._random.exponential(SECONDS_BETWEEN_FAILURES))
+        done = Finished(worker, (), needed) if alive >= needed else Finished(worker, None, 0.0, lost=True)
+        heapq.heappush(self._ends, (self.now + min(alive, needed), worker, done))
 
     def took(self, needed: float) -> float:
-        """Seconds until a shard that needs some is done, whatever fails on the way."""
+        """Seconds until work that needs some is done by one worker, whatever fails on the way."""
         spent = 0.0
         while (alive := float(self._random.exponential(SECONDS_BETWEEN_FAILURES))) < needed:
             spent += alive + SECONDS_TO_RESTART
@@ -63,10 +66,13 @@ class Machines:
         return spent + needed
 
     def next_finished(self) -> Finished:
-        """The worker that is done next; the driver takes what it sent."""
-        ended, worker, needed = heapq.heappop(self._ends)
+        """The worker that is done next, fails or is back; the driver takes what it sent."""
+        ended, worker, done = heapq.heappop(self._ends)
         self.now = max(self.now, ended) + SECONDS_OF_DRIVER
-        return Finished(worker, (), needed)
+        if done.lost:
+            self.failures += 1
+            heapq.heappush(self._ends, (ended + SECONDS_TO_RESTART, worker, Finished(worker, None, 0.0, back=True)))
+        return done
 
 
 def queued(speeds: np.ndarray, costs: np.ndarray, seed: int, units: list[Unit[int]]) -> dict[str, float]:

@@ -168,11 +168,11 @@ def try_batches(file: Path, folder: Path, device: str, seconds: float) -> list[T
     from latent_tts.checkpoint import files, joining
     from latent_tts.training.reasoner import train as training
     from latent_tts.training.reasoner.initial import copy_checkpoint, write_initial_checkpoint
-    from latent_tts.training.reasoner.questions import epochs, usable
+    from latent_tts.training.reasoner.questions import epochs, select_usable
     from latent_tts.training.trainer import resolve_device, trained_parameters
 
     recipe, lora, task = built("recipe"), built("lora"), built("task", ["task.split=train"])
-    source = joining.whole(files.resolve(f"gguf:{file}", key="init"), "init")
+    source = joining.join_once(files.resolve(f"gguf:{file}", key="init"), "init")
     tokens = recipe.tokens, recipe.new_tokens
     write_initial_checkpoint(lambda to: copy_checkpoint(source, to, *tokens), folder, recipe, 0)
     adapter = built("model", [f"model.checkpoint={folder}"])
@@ -180,7 +180,7 @@ def try_batches(file: Path, folder: Path, device: str, seconds: float) -> list[T
     place = torch.device(resolve_device("--device", device))
     module = training.ReasonerModule(recipe.objective(adapter), lora, new_tokens).to(place)
     optimizer = torch.optim.AdamW([parameter for _, parameter in trained_parameters(module)], lr=1e-5)
-    questions = epochs(usable(task.questions(), task, step_results=False), seed=0)
+    questions = epochs(select_usable(task.questions(), task, step_results=False), seed=0)
     stages = recipe.stages()[0], recipe.stages()[-1]
     memory = torch.cuda.get_device_properties(place).total_memory if place.type == "cuda" else 0
     trials: list[Trial] = []

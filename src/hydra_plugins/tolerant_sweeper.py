@@ -89,8 +89,10 @@ class TolerantSweeper(BasicSweeper):
                 cfg = self.hydra_context.config_loader.load_sweep_config(self.config, job)
                 cfg.hydra.job.num = launchable.index(job)
                 ran = Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
+                if not _was_asked(ran, list(cfg.hydra.overrides.task)):  # an earlier sweep's
+                    ran = None
                 configs.append(cfg)
-            elif job in launchable:
+            elif job in launchable and results is not None:
                 result = results[launchable.index(job)]
                 refused = False
                 if result.status is JobStatus.FAILED:
@@ -105,3 +107,9 @@ class TolerantSweeper(BasicSweeper):
         if max(codes):
             raise JobsFailed(max(codes))
         return results
+
+
+def _was_asked(folder: Path, overrides: list[str]) -> bool:
+    """Whether the job that a folder is of had these overrides."""
+    record = folder / ".hydra" / "overrides.yaml"
+    return record.is_file() and OmegaConf.load(record) == overrides

@@ -32,7 +32,7 @@ def test_budgets_ascend_from_at_least_one_to_n(budget):
     ("overrides", "reported"),
     [
         (["n=6"], [1, 2, 4, 6]),
-        (["n=6", "budget=fixed"], [6]),
+        slow(["n=6", "budget=fixed"], [6]),
         (["n=2,6", "-m"], [2, 6]),
         slow(["n=2,6", "budget=ladder", "-m"], [1, 2, 4, 6]),
         slow(["n=6", "seed=0,1", "-m"], [1, 2, 4, 6]),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from latent_tts.checkpoint import files, joining
-from latent_tts.checkpoint.joining import PROBE, RECORD, WEIGHTS, probe, whole, write_adapter
+from latent_tts.checkpoint.joining import PROBE, RECORD, WEIGHTS, join_once, probe, write_adapter
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.training.reasoner.initial import copy_checkpoint
@@ -23,14 +23,16 @@ KEY = "model.checkpoint"
 PROMPTS = torch.arange(16).reshape(4, 4) + 250
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def made(request, tmp_path, monkeypatch):
-    """An adapter's folder, and PEFT's model that it was written of."""
-    monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
-    file = tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.model(tied=request.param))
-    initial = tmp_path / "initial"
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def written(request, tmp_path_factory):
+    """A folder with a base and its adapter, which no test may change, and PEFT's model that both were written of."""
+    place = tmp_path_factory.mktemp("written")
+    file = tiny_gguf.write(place / "m.gguf", tiny_gguf.model(tied=request.param))
+    initial = place / "initial"
     initial.mkdir()
-    copy_checkpoint(files.resolve(f"gguf:{file}"), initial, files.LATENT_TOKENS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LTTS_CACHE", str(place / "cache"))
+        copy_checkpoint(files.resolve(f"gguf:{file}"), initial, files.LATENT_TOKENS)
     lm = AutoModelForCausalLM.from_pretrained(initial, dtype=torch.float32).eval()
     size = lm.config.vocab_size
     adapted = Lora(rank=4, alpha=8, targets=None, dropout=0.0).attach(lm, list(range(size - 3, size)), seed=0)
@@ -42,18 +44,27 @@ def made(request, tmp_path, monkeypatch):
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     settings = adapted.peft_config["default"].to_dict()
     settings = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
-    folder = tmp_path / "adapter"
     write_adapter(
-        folder, f"gguf:{file}", initial / "tokenizer.json",
+        place / "adapter", f"gguf:{file}", initial / "tokenizer.json",
         {name: value.bfloat16() for name, value in state.items()}, settings,
         {}, probe(lm, PROMPTS, 2), {"latent_tts": {"latents": 2}}, KEY,
     )  # fmt: skip
-    return folder, lm
+    return place, lm
+
+
+@pytest.fixture
+def made(written, tmp_path, monkeypatch):
+    """A copy of the adapter beside one of its base, and PEFT's model."""
+    place, lm = written
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("LTTS_CACHE", str(tmp_path / "cache"))
+    change_json(tmp_path / "adapter" / RECORD, base=f"gguf:{tmp_path / 'm.gguf'}")
+    return tmp_path / "adapter", lm
 
 
 def test_the_join_computes_what_the_adapter_did_beside_its_base_and_has_its_rows(made):
     folder, lm = made
-    joined = AutoModelForCausalLM.from_pretrained(whole(folder, KEY), dtype=torch.float32).eval()
+    joined = AutoModelForCausalLM.from_pretrained(join_once(folder, KEY), dtype=torch.float32).eval()
     ids = torch.arange(240, 266)[None]
     with torch.no_grad():
         torch.testing.assert_close(joined(ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-4)
@@ -74,7 +85,7 @@ def test_it_is_run_as_any_checkpoint_and_made_once(made, monkeypatch):
     assert exact[name].dtype == torch.float32
     assert torch.equal(lm.state_dict()[name], exact[name].bfloat16())  # cast once
     monkeypatch.setattr(joining, "join", None)
-    assert whole(folder, KEY) == adapter.folder
+    assert join_once(folder, KEY) == adapter.folder
 
 
 def change_json(path, **more):
@@ -137,7 +148,7 @@ PLANTED = {
 @pytest.mark.parametrize("beside", [False, True])
 def test_adapter_and_base_are_found_where_both_have_been_moved(made, tmp_path, beside):
     folder, _ = made
-    before = whole(folder, KEY)
+    before = join_once(folder, KEY)
     base = Path(json.loads((folder / RECORD).read_text())["base"].removeprefix("gguf:"))
     change_json(folder / RECORD, base_path=os.path.relpath(base, folder))
     if beside:
@@ -147,7 +158,7 @@ def test_adapter_and_base_are_found_where_both_have_been_moved(made, tmp_path, b
     folder.rename(moved)
     base.rename(tmp_path / "elsewhere" / base.name)
     change_json(moved / RECORD, base="gguf:/no/such/" + base.name)
-    assert {path.name for path in whole(moved, KEY).iterdir()} == {path.name for path in before.iterdir()}
+    assert {path.name for path in join_once(moved, KEY).iterdir()} == {path.name for path in before.iterdir()}
 
 
 @pytest.mark.every_other
@@ -157,7 +168,7 @@ def test_an_adapter_that_is_not_what_was_written_is_refused_and_leaves_no_join(m
     change, words = PLANTED[fault]
     change(folder)
     with pytest.raises(UsageError, match=rf"\A{KEY}={folder}: .*{words}"):
-        whole(folder, KEY)
+        join_once(folder, KEY)
     assert not list((folder.parent / "cache" / "models").glob("joined*"))
     assert not list((folder.parent / "cache" / "models").glob("partial*"))
 
@@ -167,4 +178,4 @@ def test_the_digest_covers_the_adapter(made):
     folder, _ = made
     copy = shutil.copytree(folder, folder.parent / "copy")
     change_weights(copy / WEIGHTS, lambda found: {name: value.float() * (1 + 1e-6) for name, value in found.items()})
-    assert files.digest(whole(folder, KEY)) != files.digest(whole(copy, KEY))
+    assert files.digest(join_once(folder, KEY)) != files.digest(join_once(copy, KEY))

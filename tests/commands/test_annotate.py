@@ -23,10 +23,11 @@ def annotate(ltts, checkpoint, tmp_path):
     )
 
 
-def test_every_question_gets_labels_or_a_reason(annotate, tmp_path):
+def test_every_question_gets_labels_or_a_reason(annotate, ltts, tmp_path):
     result = annotate("keep=all")
     assert result.code == 0, result.err
     assert result.last == tmp_path / "labels"
+    assert "no run in outputs" in ltts("list", "runs").err
     assert "at most 264 rollouts" in result.err  # 6 * (4 + 4 * 5 * 2)
     folder = AnnotationFolder(result.last)
     assert folder.complete

@@ -194,6 +194,13 @@ def test_weights_of_another_shape_than_the_config_says(refuse, broken):
     refuse(f"model.checkpoint={broken}", words=["fewer layers or biases than the weights", ".h.0."])
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_that_are_no_plain_numbers(refuse, broken, dtype):
+    weights, name = load_file(broken / "model.safetensors"), "transformer.h.0.mlp.c_fc.weight"
+    save_file(weights | {name: weights[name].to(dtype)}, broken / "model.safetensors")
+    refuse(f"model.checkpoint={broken}", words=[f"{name} is ", "must be one of F64, F32, BF16, F16"])
+
+
 @pytest.mark.every_other
 @pytest.mark.parametrize(
     ("name", "value", "words"),
@@ -221,7 +228,8 @@ def test_weights_that_give_no_numbers(run, broken):
     save_file(weights | {name: weights[name] * float("nan")}, broken / "model.safetensors", {"format": "pt"})
     result = run(f"model.checkpoint={broken}")
     assert result.code == 1
-    assert "are not finite in float32" in result.err
+    assert f"model.checkpoint={broken}: the model's own forward pass gives values that are not finite" in result.err
+    assert f": its {name} is not" in result.err
     assert "metrics.csv" not in result.out
 
 

@@ -45,12 +45,16 @@ def spoil(folder) -> None:
 
 def logprobs(result) -> list:
     assert result.code == 0, result.err
-    return pd.read_parquet(result.last.parent / "rollouts.parquet")["answer_logprob"].tolist()
+    return logprobs_in(result.last.parent)
+
+
+def logprobs_in(folder) -> list:
+    return pd.read_parquet(folder / "rollouts.parquet")["answer_logprob"].tolist()
 
 
 @pytest.mark.parametrize("columns", [slow([]), ["row_key", "rollout"]])
-def test_a_part_without_its_columns_is_set_aside_and_drawn_again(run, tmp_path, columns):
-    true = logprobs(run())
+def test_a_part_without_its_columns_is_set_aside_and_drawn_again(run, cached, tmp_path, columns):
+    true = logprobs_in(cached)
     (path,) = (tmp_path / "cache").glob("*/*.parquet")
     pq.write_table(pq.read_table(path).select(columns), path)
     named = path.with_name(f"{path.stem.rpartition('-')[0]}-{file_digest(path)}.parquet")
@@ -79,8 +83,8 @@ def test_refresh_draws_again_and_replaces_what_is_there_and_nothing_else(run, ch
     assert not rows.duplicated(["row_key", "rollout"]).any()
 
 
-def test_off_reads_nothing_and_leaves_nothing(run, ltts, tmp_path, monkeypatch):
-    true = logprobs(run())
+def test_off_reads_nothing_and_leaves_nothing(run, cached, tmp_path, monkeypatch):
+    true = logprobs_in(cached)
     spoil(tmp_path / "cache")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     (tmp_path / "temporary").mkdir()
@@ -126,7 +130,7 @@ def test_a_disk_that_is_full_ends_the_run_and_names_it(run, monkeypatch):
     assert "no space left on the disk\nfinished work is kept" in result.err
 
 
-def test_ctrl_c_keeps_every_batch_that_was_drawn(run, monkeypatch):
+def test_ctrl_c_keeps_every_batch_that_was_drawn(run, completed, monkeypatch):
     drawn, draw = [], Drawer.draw
 
     def interrupted(self, batch, shard):
@@ -143,7 +147,7 @@ def test_ctrl_c_keeps_every_batch_that_was_drawn(run, monkeypatch):
     monkeypatch.undo()
     again = run("engine.rows=4")
     assert drawn_now(again) == 12
-    assert logprobs(again) == pytest.approx(logprobs(run("paths.cache=whole")), abs=1e-5)
+    assert logprobs(again) == pytest.approx(logprobs_in(completed), abs=1e-5)
 
 
 @pytest.mark.parametrize("value", ["maybe", "true", "null"])
@@ -151,8 +155,8 @@ def test_another_mode_is_refused(refuse, value):
     refuse(f"cache={value}", words=["cache"])
 
 
+@pytest.mark.usefixtures("cached")
 def test_what_the_cache_holds_is_listed_and_pruned_by_age(run, ltts, tmp_path):
-    run()
     run("seed=7", "sampler=gaussian", "sampler.sigma=0.25")
     (tmp_path / "cache" / "of_somebody_else").mkdir()
     listed = ltts("cache")
@@ -173,8 +177,8 @@ def test_what_the_cache_holds_is_listed_and_pruned_by_age(run, ltts, tmp_path):
     assert drawn_now(run()) == 24
 
 
-def test_what_the_code_no_longer_reads_is_stale(run, ltts, tmp_path, monkeypatch):
-    run()
+@pytest.mark.usefixtures("cached")
+def test_what_the_code_no_longer_reads_is_stale(run, ltts, tmp_path):
     (entry,) = cache_entries(tmp_path / "cache")
     os.rename(entry.folder, entry.folder.with_name("0123456789abcdef"))
     (tmp_path / "cache" / "0123456789abcdef" / "key.json").write_text('{"seed": 0}')

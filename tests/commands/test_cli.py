@@ -213,7 +213,7 @@ def test_defaults_of_run_are_not_those_of_other_commands(ltts, tmp_path):
     (tmp_path / "local").mkdir()
     (tmp_path / "local" / "default.yaml").write_text("# @package _global_\nn: 64\nengine: {dtype: bfloat16}\n")
     (tmp_path / "local" / "train_draft.yaml").write_text("# @package _global_\nupdates: -3\n")
-    for command, words in {"train-draft": "updates=-3", "train-rm": "seed=-1", "annotate": "completions=0"}.items():
+    for command, words in {"train-draft": "updates=-3", "annotate": "completions=0"}.items():
         more = [] if command == "train-draft" else [words]
         check(ltts(command, f"--config-dir={tmp_path}", *more), words)
 
@@ -233,17 +233,18 @@ def test_an_experiment_is_a_complete_setting(run):
     assert run("experiment=smoke", "n=2").code == 0
 
 
-def test_a_folder_used_again_holds_the_new_run_alone(run, tmp_path):
-    first = run("hydra.run.dir=mine", "keep_latents=true", "budget=ladder")
-    assert {"latents.safetensors", "scaling.png"} <= {path.name for path in first.last.parent.iterdir()}
+def test_a_folder_used_again_holds_the_new_run_alone(completed, run, tmp_path):
+    shutil.copytree(completed, "mine")
+    (tmp_path / "mine" / "latents.safetensors").touch()
+    assert (tmp_path / "mine" / "scaling.png").is_file()
     second = run("hydra.run.dir=mine", "seed=1")
     left = {path.name for path in second.last.parent.iterdir()} - {".hydra", "run.log"}
     assert left == {"answers.jsonl", "metrics.csv", "rollouts.parquet", "run.json"}
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["config"]["seed"] == 1
 
 
-def test_a_sweep_joins_its_own_jobs_alone(run, tmp_path):
-    assert run("hydra.sweep.dir=mine", "n=1", "-m").code == 0
+def test_a_sweep_joins_its_own_jobs_alone(completed, run, tmp_path):
+    shutil.copytree(completed, tmp_path / "mine" / "1")
     again = run("hydra.sweep.dir=mine", "n=2", "seed=1", "-m")
     assert set(pd.read_csv(again.last)["seed"]) == {1}
 
@@ -255,8 +256,8 @@ def test_collect_needs_no_sweeps_unless_they_are_named(completed, ltts, tmp_path
 
 
 def test_collect_names_no_interrupted_run_that_was_completed_elsewhere(run, ltts):
-    (run("seed=1").last.parent / "run.json").unlink()
-    assert run("seed=1").code == 0
+    done = run("seed=1").last.parent
+    (shutil.copytree(done, done.with_name("interrupted")) / "run.json").unlink()
     result = ltts("collect", "outputs/run", "output=all.csv")
     assert result.code == 0, result.err
     assert "incomplete" not in result.err

@@ -119,7 +119,7 @@ def fuzzing(draws: int):
     return decorate
 
 
-@fuzzing(20)
+@fuzzing(12)
 def test_no_line_ends_in_a_raw_exception(ltts, checkpoint, folder, line, damaged, content):
     fuzz(ltts, checkpoint, folder, line, damaged, content)
 

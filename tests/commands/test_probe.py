@@ -62,6 +62,7 @@ def test_what_it_finds_is_the_same_again(probe):
     pd.testing.assert_frame_equal(*tables)
 
 
+@pytest.mark.slow  # `ltts trace` measures the same of such a model
 def test_a_model_that_decides_how_many_latents_it_needs(place, ltts):
     result = ltts("probe", "model=demo_colar", "task.limit=4", "directions=1", "tolerances=[0.1]")
     assert result.code == 0, result.err

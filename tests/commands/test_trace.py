@@ -79,6 +79,7 @@ def test_maps_tokens_and_scores_are_the_engines_own(ltts, tmp_path):
     assert own["correct"] == table["correct"].tolist()
 
 
+@pytest.mark.slow  # tests/results/test_trace.py has the axes
 def test_the_first_map_is_the_plane_of_largest_variance(trace):
     data = data_of(trace(QUESTION, "keep_latents=true", "hydra.run.dir=traced", "beside=null", "sampler=gaussian"))
     points = data["questions"][0]["maps"]

@@ -43,7 +43,9 @@ def oracle_predictions() -> list[str | None]:
     return predictions
 
 
-def test_a_run_is_compared_with_the_figure_known_of_it(ltts, tmp_path):
+@pytest.fixture
+def compared(ltts, tmp_path):
+    """A run on questions that the oracle answers with a known accuracy, beside what is said to be known of it."""
     predictions = oracle_predictions()
     readable = [number for number, text in enumerate(predictions) if text is not None]
     golds = ["7"] * len(TEXTS)
@@ -62,6 +64,11 @@ def test_a_run_is_compared_with_the_figure_known_of_it(ltts, tmp_path):
             f"hydra.callbacks.conformance.known=[{{{figure},source:oracle}}]", *more,
         )  # fmt: skip
 
+    return accuracy, run
+
+
+def test_a_run_is_compared_with_the_figure_known_of_it(compared):
+    accuracy, run = compared
     right = run(accuracy)
     assert right.code == 0, right.err
     assert re.search(rf"{100 * accuracy:.2f} .* 1\.00 .* {100 * accuracy:.2f} .* conforms", right.out)
@@ -72,7 +79,12 @@ def test_a_run_is_compared_with_the_figure_known_of_it(ltts, tmp_path):
     assert f"codi on pens/test is at {100 * accuracy:.2f} %, expected is {100 * accuracy + 2:.2f} +- 1.00" in wrong.err
     assert (wrong.last.parent / "0" / "run.json").is_file()
     assert "Traceback" not in wrong.err
-    unknown = run(accuracy, "model.name=mine,codi")  # each job of a sweep is judged on its own
+
+
+@pytest.mark.slow
+def test_each_job_of_a_sweep_is_judged_on_its_own(compared):
+    accuracy, run = compared
+    unknown = run(accuracy, "model.name=mine,codi")
     assert unknown.code == 1
     assert "no figure is known of mine on pens/test" in unknown.err
     assert unknown.out.count("conforms") == 1

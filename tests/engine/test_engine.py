@@ -110,7 +110,7 @@ def test_the_engine_equals_the_oracle_without_end_of_thinking_tokens():
 def test_the_engine_equals_the_oracle_where_rows_stop_thinking_by_a_token(family, sampler):
     stop_id = STOP_IDS[family]
     plan = tiny.plan(6, eos_id=tiny.EOS_IDS[family], answer=3, stop_id=stop_id)
-    result = check_against_oracle(family, sampler, [1, 9, 14], 4, plan)
+    result = check_against_oracle(family, sampler, [1, 9, 14], 4, plan, check_every=3)
     assert len(set(result.steps_R.tolist())) > 1, "nothing to tell a fixed number of steps from"
 
 
@@ -169,10 +169,10 @@ def test_an_eos_right_after_the_last_allowed_token_counts_as_stopped():
     ids=name,
 )
 def test_results_do_not_depend_on_the_batch_or_its_order(family, sampler):
-    reasoner, prompts, rollouts = tiny.reasoner(family), tiny.prompts([1, 9, 4, 23]), 3
+    reasoner, prompts, rollouts = tiny.reasoner(family), tiny.prompts([1, 9, 23]), 3
     engine = Engine(reasoner, tiny.plan(3, eos_id=tiny.EOS_IDS[family]))
     whole = roll(engine, prompts, range(rollouts), sampler)
-    order = [3, 0, 2, 1]
+    order = [2, 0, 1]
     permuted = roll(engine, [prompts[question] for question in order], range(rollouts), sampler)
     for place, question in enumerate(order):
         alone = roll(engine, [prompts[question]], range(rollouts), sampler)

@@ -191,7 +191,7 @@ def test_the_window_grows_with_what_is_used(monkeypatch):
     assert recorders[0].recorded == 5  # prompts, latents, the first token, and the others in windows of 4 and 8
 
 
-@pytest.mark.parametrize(("family", "sampler", "plan"), [FEW[0], FEW[3]])
+@pytest.mark.parametrize(("family", "sampler", "plan"), [FEW[0], slow(*FEW[3])])
 def test_long_prompts_are_not_recorded(monkeypatch, family, sampler, plan):
     monkeypatch.setattr(graphs, "PROMPT_TOKENS", 0)
     ran = passes_run(monkeypatch)
@@ -237,7 +237,7 @@ def test_rows_that_go_on_move_to_smaller_tensors(monkeypatch, family, sampler, p
 
 def test_rows_move_once_other_batches_have_wanted_it(monkeypatch):
     monkeypatch.setattr(graphs, "MIN_ROWS", 1)
-    monkeypatch.setattr(sys.modules[__name__], "N", 8)
+    monkeypatch.setattr(sys.modules[__name__], "N", 4)
     ran, graphed = passes_run(monkeypatch), both("gpt2", answer=12, **PLANS["stops by a token"])[1]
     for batch in range(4):
         rolled(graphed, NOISE, 3, [4, 8, 6])

@@ -67,7 +67,7 @@ def checked_append(state, sequences, seed, tokens, first_valid):
 
 
 @torch.inference_mode()
-@settings(derandomize=True, deadline=None, max_examples=30)
+@settings(derandomize=True, deadline=None, max_examples=20)
 @given(
     family=st.sampled_from(sorted(BACKBONES)),
     way=st.sampled_from(WAYS),

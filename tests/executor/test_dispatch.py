@@ -14,10 +14,14 @@ from latent_tts.pipeline.dispatch import MAX_SECONDS, MIN_SECONDS, TOO_LARGE, Sh
 
 
 class Machines:
-    """A pool of workers that need `cost / speed` seconds for a shard; those that `die` do so in their nth shard."""
+    """A pool of workers that need `cost / speed` seconds for a shard; those that `die` do so in their nth shard.
 
-    def __init__(self, speeds, costs, die=None):
+    Those that return are there again after a second, with the same speed.
+    """
+
+    def __init__(self, speeds, costs, die=None, returning=()):
         self.now, self._speeds, self._costs, self._die = 0.0, dict(enumerate(speeds)), costs, dict(die or {})
+        self._returning = set(returning)
         self._ends, self.running, self.computed = [], {}, []
 
     @property
@@ -32,9 +36,15 @@ class Machines:
 
     def next_finished(self):
         self.now, worker, seconds = heapq.heappop(self._ends)
+        if worker not in self.running:
+            return Finished(worker, None, 0.0, back=True)
         shard = self.running.pop(worker)
         if worker in self._die:
             self._die[worker] -= 1
+            if self._die[worker] < 0 and worker in self._returning:
+                del self._die[worker]
+                heapq.heappush(self._ends, (self.now + 1.0, worker, 1.0))
+                return Finished(worker, None, 0.0, lost=True)
             if self._die[worker] < 0:
                 del self._speeds[worker]
                 if not self._speeds:
@@ -44,9 +54,9 @@ class Machines:
         return Finished(worker, shard, seconds)
 
 
-def compute(speeds, costs, first_rows=4, keys=None, die=None):
+def compute(speeds, costs, first_rows=4, keys=None, die=None, returning=()):
     units = [Unit(number, cost, 1, (keys or {}).get(number, frozenset())) for number, cost in enumerate(costs)]
-    machines, timeline = Machines(speeds, costs, die), []
+    machines, timeline = Machines(speeds, costs, die, returning), []
     results = list(results_of(
         machines, ShardQueue(units, len(speeds), first_rows), lambda contents, early: contents, timeline,
         clock=lambda: machines.now,
@@ -104,10 +114,11 @@ def ends(timeline):
     st.lists(st.floats(0.1, 10), min_size=1, max_size=5),
     st.lists(st.floats(0.01, 100), min_size=1, max_size=30),
     st.one_of(st.none(), st.integers(1, 10)),
-    st.dictionaries(st.integers(1, 4), st.integers(0, 3)),
+    st.dictionaries(st.integers(0, 4), st.integers(0, 3)),
+    st.sets(st.integers(1, 4)),
 )
-def test_everything_is_computed_once_whoever_dies(speeds, costs, first_rows, die):
-    machines, timeline, results = compute(speeds, costs, first_rows, die=die)  # worker 0 lives
+def test_everything_is_computed_once_whoever_dies(speeds, costs, first_rows, die, returning):
+    machines, timeline, results = compute(speeds, costs, first_rows, die=die, returning={0, *returning})
     assert sorted(machines.computed) == list(range(len(costs)))
     assert [unit for content, _ in results for unit in content] == machines.computed
     assert sum(span.rows for span in timeline) == len(costs)
@@ -202,6 +213,18 @@ def test_units_of_one_question_are_computed_one_after_another_in_order():
     for question in range(3):
         own = [unit for unit in machines.computed if unit % 3 == question]
         assert own == sorted(own)
+
+
+def test_the_shard_of_a_worker_that_died_waits_for_nobody_and_the_worker_takes_others_when_it_is_there_again():
+    machines, timeline, _ = compute([1.0, 1.0], [1.0] * 100, die={1: 2}, returning={1})
+    assert sorted(machines.computed) == list(range(100))
+    own = sorted((span.started, span.ended) for span in timeline if span.worker == 1)
+    gaps = [after[0] - before[1] for before, after in itertools.pairwise(own)]
+    assert [gap for gap in gaps if gap > 1e-9] == [pytest.approx(1.0)]
+    first, last = sorted(ends(timeline).values())
+    assert last - first <= MIN_SECONDS + 1
+    _, timeline, _ = compute([1.0, 1.0], [1.0, 1.0], die={1: 0}, returning={1})  # nothing is left when it is back
+    assert [span.worker for span in timeline if span.rows] == [0, 0]
 
 
 def test_without_a_worker_the_error_is_raised():

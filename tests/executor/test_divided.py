@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from marks import slow
 
 from latent_tts.engine.diversity import DirectionSums
 from latent_tts.executor import Finished
@@ -92,7 +93,8 @@ LINE = ("sampler=gaussian", "n=44", "engine.rows=8", "keep_latents=true", "budge
 
 @pytest.mark.every_other
 @pytest.mark.parametrize("shard", ["fixed", "measured"])
-@pytest.mark.parametrize(("questions", "workers", "dies"), [(1, 2, ()), (3, 4, ()), (2, 3, (2,))])
+@pytest.mark.parametrize(("questions", "workers", "dies"), [(1, 2, ()), slow(3, 4, ()), (2, 3, (2,))])
+@pytest.mark.usefixtures("no_figures")
 def test_tables_equal_those_of_one_worker(run, place, pools, shard, questions, workers, dies):
     opened, wanted = pools
     line = (*LINE, f"task.limit={questions}", "cache=off", "budget=ladder")
@@ -110,6 +112,7 @@ def test_tables_equal_those_of_one_worker(run, place, pools, shard, questions, w
     assert record["executor"]["lost"] == len(dies)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_what_comes_after_cached_rollouts_is_compared_with_them(run, place, pools):
     opened, _ = pools
     line = (*LINE, "task.limit=1", "executor=ray", "executor.shard=measured")
@@ -121,6 +124,7 @@ def test_what_comes_after_cached_rollouts_is_compared_with_them(run, place, pool
     check_equal(place / "whole", place / "second", exact=False)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_what_comes_after_a_gap_is_drawn_by_one_worker(run, place, pools):
     opened, _ = pools
     line = (*LINE, "keep_latents=false", "task.limit=1", "executor=ray")
@@ -138,6 +142,7 @@ def test_what_comes_after_a_gap_is_drawn_by_one_worker(run, place, pools):
     check_equal(place / "whole", place / "again", exact=False)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_workers_recompute_latents_of_one_question_together(run, place, pools):
     opened, _ = pools
     line = (*LINE, "task.limit=1", "executor=ray")
@@ -156,6 +161,8 @@ def test_workers_recompute_latents_of_one_question_together(run, place, pools):
 def test_a_guided_search_divides_no_question(run, place, pools, latent_rm):
     opened, _ = pools
     scorer = ("scorer=latent_rm", f"scorer.checkpoint={latent_rm}")
-    assert run("sampler=gaussian", "n=16", "search=beam", *scorer, "task.limit=1", "executor=ray").code == 0
+    result = run("sampler=gaussian", "n=16", "search=beam", *scorer, "task.limit=1", "executor=ray")
+    assert result.code == 0, result.err
     (pool,) = (pool for pool in opened if pool.shards)
     assert len(pool.shards) == 1
+    assert (result.last.parent / "timeline.png").is_file()

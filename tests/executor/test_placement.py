@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from latent_tts.errors import RunError, UsageError
 from latent_tts.executor import ray as executor
 from latent_tts.executor.ray import Machine, Ray, RayPool, WorkerPlan
+from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,8 @@ class SimulatedRay:
 
     def remote(self, _):
         def start(threads):
-            return SimpleNamespace(is_placed=SimpleNamespace(remote=object))
+            placed = SimpleNamespace(remote=object)
+            return SimpleNamespace(is_placed=SimpleNamespace(options=lambda max_task_retries: placed))
 
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
 
@@ -91,73 +93,82 @@ class SimulatedActor:
     """Its references say what was asked of it."""
 
     def __init__(self, number):
-        self.call = SimpleNamespace(options=lambda max_task_retries: self._method(max_task_retries == 0))
-        self.is_placed = self._method("placed")
-        self._number = number
-
-    def _method(self, what):
-        return SimpleNamespace(remote=lambda *arguments: (what, self._number, *arguments[3:]))
+        self.call = SimpleNamespace(remote=lambda _id, _content, *asked: ("call", number, *asked))
+        placed = SimpleNamespace(remote=lambda: ("placed", number))
+        self.is_placed = SimpleNamespace(options=lambda max_task_retries: placed)
 
 
 class MortalRay(SimulatedRay):
-    """Actors that die over some of their first calls, some of them on machines that do not come back."""
+    """Actors that die over some of their calls (numbers from 1), some of them on machines that do not come back."""
 
     def __init__(self, deaths, gone=()):
         super().__init__(0)
-        self.deaths, self.gone, self.timeouts, self.sent = dict(deaths), gone, [], []
+        self.deaths, self.gone, self.timeouts, self.sent = deaths, gone, [], []
 
-    def wait(self, references, num_returns, timeout):
-        done = [each for each in references if each[0] is True or each[1] not in self.gone]
+    def wait(self, references, num_returns, timeout=None):
+        assert references
+        done = [each for each in references if each[0] == "call" or each[1] not in self.gone]
         if not done:
             self.timeouts.append(timeout)
         return done[:1], []
 
     def get(self, reference):
-        what, number, *shard = reference
-        if what is True:
-            self.sent.append((number, *shard))
-            if self.deaths.get(number, 0):
-                self.deaths[number] -= 1
+        what, number, *asked = reference
+        if what == "call":
+            self.sent.append((number, asked[-1]))
+            if [worker for worker, _ in self.sent].count(number) in self.deaths.get(number, ()):
                 raise OSError("The actor died.\n\nMore about it.")
-        return f"{number} {shard}", 1.0, []
+        return f"{number} {asked}", 1.0, []
 
 
-def mortal_pool(monkeypatch, deaths, gone=()):
+def compute_on_mortals(monkeypatch, deaths, gone=()):
+    """Have two workers describe themselves and compute ten shards."""
     mortal = MortalRay(deaths, gone)
     monkeypatch.setattr(executor, "_ray", lambda: mortal)
-    actors = [SimulatedActor(0), SimulatedActor(1)]
+    actors = dict.fromkeys([SimulatedActor(0), SimulatedActor(1)])
     pool = RayPool(actors, "work", retries=2)  # pyright: ignore[reportArgumentType]
-    pool.submit(0, "a")
-    pool.submit(1, "b")
-    return mortal, actors, pool
+    described = pool.describe()
+    queue = ShardQueue([Unit(number, 1.0, 1) for number in range(10)], len(described), 1)
+    shards = [shard for shard, _ in results_of(pool, queue, lambda units, _: tuple(units), [])]
+    assert sorted(unit for shard in shards for unit in shard) == list(range(10))
+    return mortal, actors, described
 
 
-def test_a_worker_that_died_gets_its_shard_again_once_it_is_there_again(monkeypatch):
-    mortal, actors, pool = mortal_pool(monkeypatch, {0: 2})
-    found = [pool.next_finished() for _ in range(2)]
-    assert sorted((each.worker, each.result, each.lost) for each in found) == [
-        (0, "0 ['a']", False),
-        (1, "1 ['b']", False),
-    ]
-    assert mortal.sent.count((0, "a")) == 3
-    assert len(actors) == 2
+def test_a_worker_that_died_takes_shards_again_once_it_is_there_again(monkeypatch, caplog):
+    mortal, actors, described = compute_on_mortals(monkeypatch, {0: [1, 3]})
+    assert len(described) == 1  # it waits for none that is not there
+    assert list(actors.values()) == [None, None]
+    own = [shard for number, shard in mortal.sent if number == 0]
+    assert own[0] == "describe"
+    assert len(own) > 3  # it died over two
+    assert "lost" not in caplog.text
 
 
-def test_a_worker_that_dies_over_its_shard_again_and_again_is_lost(monkeypatch, caplog):
-    _, actors, pool = mortal_pool(monkeypatch, {0: 3})
-    found = [pool.next_finished() for _ in range(2)]
-    assert {each.worker: each.lost for each in found} == {0: True, 1: False}
+def test_a_worker_that_dies_again_and_again_is_lost(monkeypatch, caplog):
+    mortal, actors, _ = compute_on_mortals(monkeypatch, {0: [3, 4, 5]})
+    assert [number for number, _ in mortal.sent].count(0) == 5
     assert "lost worker 0, 1 are left: The actor died\n" in caplog.text
-    assert actors == [pool._actors[1]]  # the next work of the command does not find the lost one
+    assert len(actors) == 1  # the next work of the command does not find the lost one
 
 
 def test_a_worker_whose_machine_is_gone_is_lost_while_ray_waits_for_another_machine(monkeypatch, caplog):
-    mortal, _, pool = mortal_pool(monkeypatch, {0: 1}, gone=[0])
-    assert pool.next_finished().worker == 1
+    mortal, actors, described = compute_on_mortals(monkeypatch, {0: [2], 1: [7, 8]}, gone=[0])
+    assert len(described) == 2
+    assert len(actors) == 2
+    pool = RayPool(actors, "work", retries=2)  # of the next round
+    assert len(pool.describe()) == 1
+    assert pool.workers == [1]
+    mortal.timeouts.clear()
     assert pool.next_finished().lost
+    assert len(actors) == 1
     assert 0 < mortal.timeouts[0] <= executor.SECONDS_TO_RESTART
     assert len(mortal.killed) == 1  # Ray does not start it later
     assert "lost worker 0, 1 are left: it died, and in 120 s no machine started it again" in caplog.text
+
+
+def test_without_a_machine_for_any_worker_the_command_ends(monkeypatch):
+    with pytest.raises(RunError, match="no worker of executor=ray is left: it died, and in 120 s"):
+        compute_on_mortals(monkeypatch, {0: [3], 1: [3]}, gone=[0, 1])
 
 
 def test_a_command_goes_on_with_the_workers_that_are_placed_and_says_so(monkeypatch, caplog):
@@ -198,7 +209,7 @@ def test_a_ray_that_is_too_slow_to_start_is_one_line(monkeypatch, address, key):
 
 def test_a_failure_of_waiting_loses_no_worker_and_is_one_line(monkeypatch):
     monkeypatch.setattr(executor, "_ray", lambda: SimulatedRay(0))
-    pool = RayPool([SimulatedActor(0), SimulatedActor(1)], "work", retries=3)  # pyright: ignore[reportArgumentType]
+    pool = RayPool(dict.fromkeys([SimulatedActor(0), SimulatedActor(1)]), "work", retries=3)  # pyright: ignore[reportArgumentType]
     pool.submit(0, "shard")
     with pytest.raises(RunError, match=r"the node is gone; re-run the command to resume\Z"):
         pool.next_finished()
@@ -268,6 +279,22 @@ def test_what_a_worker_fails_with_names_its_machine(actor, arguments, kind, word
     assert "\n" not in str(raised.value)
 
 
+def test_what_a_worker_did_not_expect_is_raised_as_it_was(monkeypatch):
+    def fail(_):
+        error = ArithmeticError("\x1b[36mray::_Actor.call()\x1b[39m (pid=860) and a traceback")
+        error.cause = ValueError("of the worker")  # pyright: ignore[reportAttributeAccessIssue]
+        raise error
+
+    mortal = MortalRay({})
+    monkeypatch.setattr(mortal, "get", fail)
+    monkeypatch.setattr(executor, "_ray", lambda: mortal)
+    pool = RayPool(dict.fromkeys([SimulatedActor(0)]), "work", retries=3)  # pyright: ignore[reportArgumentType]
+    pool.submit(0, "shard")
+    with pytest.raises(ValueError, match=r"\Aof the worker\Z") as raised:
+        pool.next_finished()
+    assert "traceback" in str(raised.value.__cause__)
+
+
 NO_PACKAGE = """The actor died because of an error raised in its creation task, ray::_Actor() (ip=10.0.0.3)
            ^^^^
 RuntimeError: The actor with name _Actor failed to import on the worker. This may be because needed library:
@@ -299,7 +326,7 @@ OOM kill reason: Memory usage 24276168704B exceeded threshold of 24012687360B (9
 
 def test_a_worker_that_ray_ends_for_memory_is_named_by_its_machine_with_what_needs_less(monkeypatch, caplog):
     monkeypatch.setattr(executor, "_ray", lambda: SimulatedRay(0))
-    pool = RayPool([SimulatedActor(0), SimulatedActor(1)], "work", retries=3)  # pyright: ignore[reportArgumentType]
+    pool = RayPool(dict.fromkeys([SimulatedActor(0), SimulatedActor(1)]), "work", retries=3)  # pyright: ignore[reportArgumentType]
     words = "because the memory of 10.0.0.7 is nearly full; fewer executor.workers or a smaller engine.rows need less"
     assert pool._lose(0, OSError(OUT_OF_MEMORY)).lost
     assert f"executor=ray lost worker 0, 1 are left: Ray ended the processes of workers {words}" in caplog.text
@@ -311,6 +338,7 @@ def test_a_worker_that_ray_ends_for_memory_is_named_by_its_machine_with_what_nee
     ("cause", "words"),
     [
         ("RPC error: InvalidAuthToken: missing", "the cluster asks for a token; set RAY_AUTH"),
+        ("Token authentication is enabled but no authentication token was found.", "the cluster asks for a token"),
         (
             "No node info found matching attributes: '' when trying to resolve node to connect to.",
             r"this machine does not belong to the cluster; `ray start --address=10\.0\.0\.1:6379` adds it",

@@ -1,4 +1,4 @@
-"""Folders to run commands in."""
+"""Folders to run commands in, and the line of a small run."""
 
 import logging
 from collections.abc import Iterator
@@ -20,3 +20,10 @@ def place_of_its_own(folder: Path) -> Iterator[None]:
     for handler in set(logging.getLogger().handlers) - set(handlers):
         handler.close()
         logging.getLogger().removeHandler(handler)
+
+
+def run_line(checkpoint: Path, *arguments: object) -> list[str]:
+    """`ltts run` on the tiny reasoner and a few questions; without a ladder of budgets, it draws no figure."""
+    budget = [] if any(str(argument).startswith("budget") for argument in arguments) else ["budget=fixed"]
+    few = ["task.limit=6", "n=4", "max_answer_tokens=4"]
+    return ["run", "model=demo_coconut", f"model.checkpoint={checkpoint}", *few, *budget, *map(str, arguments)]

@@ -10,12 +10,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from own_adapter import Soft
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.pipeline import code, keys, models
 from latent_tts.pipeline.spec import EngineSettings
+from latent_tts.results.cache import RolloutCache
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.types import COMPUTATIONS
 
@@ -52,7 +54,7 @@ def forget(*names: str) -> None:
     """What a new process does not know."""
     for name in [each for each in sys.modules if each.partition(".")[0] in names]:
         del sys.modules[name]
-    for function in (code.digest_of_package, code._digest_of_rooms, code._digest_of_file, code._installed):
+    for function in (code.digest_of_package, code._digest_of_rooms, code._installed):
         function.cache_clear()
 
 
@@ -176,13 +178,9 @@ def test_what_this_package_draws_and_scores_with_is_part_of_the_key(monkeypatch,
     forget()
 
 
-def test_layout_comments_and_docstrings_do_not_count_and_all_else_does(tmp_path):
-    path = tmp_path / "module.py"
-
+def test_layout_comments_and_docstrings_do_not_count_and_all_else_does():
     def digest(text: str) -> bytes:
-        forget()
-        path.write_text(text)
-        return code._digest_of_file(path)
+        return code._digest_of_source(text.encode())
 
     bare = "class A(B):\n    x: int = 1\n\n    def f(self):\n        return {'a', 'b', 'c'}\n\n\ny = 0.5\n"
     told = '"""M."""\n# c\n\nclass A(B):\n    """A."""\n\n    x: int = 1  # d\n\n\n    def f(self):\n        """F."""\n'
@@ -202,14 +200,6 @@ def test_a_process_reads_the_code_once(monkeypatch):
     first = code.code_digests([], [], code.DRAWING)
     monkeypatch.delattr(Path, "read_bytes")
     assert code.code_digests([], [], code.DRAWING) == first
-
-
-@dataclass(frozen=True)
-class Soft(Coconut):
-    """An adapter with a field of its own, and one that JSON does not know."""
-
-    softness: float = 0.5
-    table: object = None
 
 
 def test_a_model_is_loaded_again_for_another_value_of_an_added_field(checkpoint):
@@ -258,14 +248,14 @@ def test_a_base_class_of_another_package_counts_and_a_library_counts_by_its_vers
     digests = code.code_digests(
         [soft(".")], [{"_target_": "torch.nn.Linear", "inner": [{"_target_": "math.prod"}]}], ()
     )
-    assert set(digests) == {"latent_tts", __name__.partition(".")[0], "torch"}
+    assert set(digests) == {"latent_tts", "own_adapter", "torch"}
     assert digests["torch"] == code.version("torch")
     assert issubclass(Soft, CheckpointAdapter)
 
 
-def test_how_a_model_is_computed_is_part_of_the_key(run, monkeypatch):
+def test_how_a_model_is_computed_is_part_of_the_key(run, cached, monkeypatch):
     first = run()
-    assert run().err.count("in the cache") == 1
+    assert first.err.count("in the cache") == 1
     monkeypatch.setattr(models, "_loaded", {})
     monkeypatch.setattr(models, "prove_reasoner", lambda reasoner, longest: COMPUTATIONS[2])
     other = run("n=5")  # transformers was updated, say, and the engine's attention is no more right
@@ -275,15 +265,21 @@ def test_how_a_model_is_computed_is_part_of_the_key(run, monkeypatch):
     assert theirs["rollouts"]["drawn_now"] == 30
 
 
-def test_a_damaged_word_on_how_rollouts_were_computed_is_set_aside(run):
-    path = Path(record_of(run())["cache"]) / "computation.json"
+def test_a_damaged_word_on_how_rollouts_were_computed_is_set_aside(run, cached):
+    (path,) = Path("cache").rglob("computation.json")
     good = path.read_text()
-    for damage in ("", "{}", '{"attention": "head"', "[]", "\udc00", good.replace("head", "heap")):
+    path.write_text(good.replace("head", "heap"))
+    again = run()
+    assert "computation.json is damaged" in again.err
+    assert "logits" not in record_of(again)
+    cache = RolloutCache(Path("other"), {"seed": 0})
+    path = cache.folder / "computation.json"
+    for damage in ("", "{}", '{"attention": "head"', "[]", "\udc00"):
         path.write_bytes(damage.encode(errors="surrogatepass"))
-        again = run()
-        assert again.code == 0, again.err
-        assert "computation.json is damaged" in again.err, damage
-        assert "logits" not in record_of(again)
+        assert cache.read_computation() is None
+        assert not path.exists(), damage
+    path.write_text(good)
+    assert cache.read_computation() is not None
 
 
 def test_how_a_scorer_is_computed_is_part_of_the_key_of_its_scores(run, latent_rm, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.rollout import Engine, RolloutState
 from latent_tts.pipeline import drawing
-from latent_tts.pipeline.drawer import Part, Request, one_per_question
+from latent_tts.pipeline.drawer import Part, Request, split_by_question
 from latent_tts.pipeline.drawing import Stage
 from latent_tts.pipeline.models import rows_per_batch
 from latent_tts.pipeline.spec import EngineSettings
@@ -69,17 +69,16 @@ def check_equal(one, other):
     pd.testing.assert_frame_equal(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_batch_that_does_not_fit_is_halved_said_once_and_remembered(run, request, tmp_path):
-    whole = rollouts(run("sampler=gaussian", "engine.rows=16", "paths.cache=whole"))
-    request.getfixturevalue("seven_rows")
-    halved = run("sampler=gaussian", "engine.rows=16")
-    check_equal(rollouts(halved), whole)
+@pytest.mark.usefixtures("seven_rows")
+def test_a_batch_that_does_not_fit_is_halved_said_once_and_remembered(run, completed, tmp_path):
+    halved = run("engine.rows=16")
+    check_equal(rollouts(halved), pd.read_parquet(completed / "rollouts.parquet"))
     assert halved.err.count(HALVED) == 1
     assert halved.err.count("8 rows do not fit the memory of cpu, so batches are halved to 4") == 1
     assert halved.err.count("do not fit") == 2
     (key,) = json.loads((tmp_path / "cache" / "memory.json").read_text())
     assert key.endswith(" float32 cpu")
-    again = run("sampler=gaussian", "engine.rows=16", "seed=1")
+    again = run("engine.rows=16", "seed=1")
     assert again.code == 0
     assert "halved" not in again.err
 
@@ -150,7 +149,7 @@ def test_a_cached_rollout_takes_at_most_300_bytes(tmp_path):
 
 def test_runs_of_a_question_with_a_gap_are_compared_one_after_another():
     jobs = [SimpleNamespace(row_key=key, number=number) for number, key in enumerate("abaca")]
-    assert [(places, [job.number for job in found]) for places, found in one_per_question(jobs)] == [
+    assert [(places, [job.number for job in found]) for places, found in split_by_question(jobs)] == [
         (places, places) for places in ([0, 1, 3], [2], [4])
     ]
 

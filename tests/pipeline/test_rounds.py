@@ -2,6 +2,8 @@
 
 import json
 import threading
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -43,12 +45,22 @@ def family(lines):
 
 
 @pytest.fixture(scope="module")
-def full(family, tmp_path_factory):
-    """The folder of a run of all rollouts, which no test may change."""
-    folder = tmp_path_factory.mktemp("full")
-    with place_of_its_own(folder):
-        assert cli.main(["run", *family, "budget=fixed", "hydra.run.dir=full"]) == 0
-    return folder / "full"
+def full_of(lines, tmp_path_factory):
+    """The folder of a family's run of all rollouts, which no test may change."""
+
+    @cache
+    def full(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("full")
+        with place_of_its_own(folder):
+            assert cli.main(["run", *lines[family], "budget=fixed", "hydra.run.dir=full"]) == 0
+        return folder / "full"
+
+    return full
+
+
+@pytest.fixture(scope="module")
+def full(full_of):
+    return full_of("coconut")
 
 
 BUDGETS = {
@@ -69,18 +81,16 @@ QUICK = {("coconut", "lockout"), ("codi", "shared")}
 
 
 @pytest.mark.parametrize(("family", "name"), [case if case in QUICK else slow(*case) for case in CASES])
-def test_live_picks_and_drawn_are_those_of_the_replay(ltts, lines, family, name):
-    family = lines[family]
+def test_live_picks_and_drawn_are_those_of_the_replay(ltts, lines, full_of, family, name):
+    full, family = full_of(family), lines[family]
     budget = list(BUDGETS[name])
     if name == "confidence":
         assert ltts("run", *family, "budget=fixed", "task.split=valid", "hydra.run.dir=valid").code == 0
         budget.append("budget.rule.calibration=valid")
-    full = ltts("run", *family, "budget=fixed", "hydra.run.dir=full")
-    assert full.code == 0, full.err
-    live = ltts("run", *family, *budget, "hydra.run.dir=live", "paths.cache=another")
+    live = ltts("run", *family, *budget, "hydra.run.dir=live")
     assert live.code == 0, live.err
     assert live.err.count("rollouts to draw") == live.err.count("INFO rounds: ") == 1
-    replayed = ltts("replay", "full", *budget, "hydra.run.dir=replayed")
+    replayed = ltts("replay", full, *budget, "hydra.run.dir=replayed")
     assert replayed.code == 0, replayed.err
     tables = [pd.read_parquet(result.last.with_name("budget.parquet")) for result in (live, replayed)]
     pd.testing.assert_frame_equal(*tables)
@@ -91,7 +101,7 @@ def test_live_picks_and_drawn_are_those_of_the_replay(ltts, lines, family, name)
     assert (table["used"] <= table["drawn"]).all()
     assert table["drawn"].max() <= N
 
-    rows, whole = (pd.read_parquet(f"{folder}/rollouts.parquet") for folder in ("live", "full"))
+    rows, whole = (pd.read_parquet(folder / "rollouts.parquet") for folder in (Path("live"), full))
     assert rows.groupby("question_id", sort=False).size().tolist() == table["drawn"].tolist()
     same = [name for name in rows if name != "score"]
     prefix = whole.merge(rows[["question_id", "rollout"]], on=["question_id", "rollout"])

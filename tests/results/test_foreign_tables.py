@@ -58,6 +58,18 @@ def test_a_record_makes_no_folder_elsewhere(run, ltts, checkpoint, tmp_path, cac
         record["cache"], record["config"]["paths"]["cache"] = cache, str(tmp_path / "elsewhere")
 
     change_record(tmp_path / "one", elsewhere)
-    rescored = ltts("rescore", "one", "scorer=latent_rm", "scorer.checkpoint=rm")
-    assert rescored.code == 0, rescored.err
-    assert not (tmp_path / "elsewhere").exists()
+    for line in (
+        ["rescore", "one", "scorer=latent_rm", "scorer.checkpoint=rm"],
+        ["replay", "one", "budget=adaptive"],
+        ["trace", "run=one"],
+    ):
+        done = ltts(*line)
+        assert done.code == 0, done.err
+        assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("key", ["n", "max_answer_tokens"])
+def test_a_record_without_a_number_that_a_run_has(own_copy, key):
+    change_record(own_copy, lambda record: record["config"].update({key: {"a": 1}}))
+    for command in ("rescore", "replay", "trace"):
+        check_refused(command, f"run={own_copy}", words=[f"wrong type: config.{key}"])

@@ -7,22 +7,45 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import tiny
+from places import place_of_its_own, run_line
 from records import change_record, write_old_record
 from refusal import check_refused
 
+from latent_tts import cli
 from latent_tts.results.run_folder import DIGEST_COLUMNS, read_metrics
 from latent_tts.task.arith import Arith
 
 
-@pytest.fixture
-def questions(tmp_path):
+def write_questions(place):
     """Two files of one name."""
     known = Arith("test", 6, None, 0).questions()
     for name, part in (("a", known[:3]), ("b", known[3:])):
         rows = [{"question": question.text, "answer": question.answer} for question in part]
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return lambda name: f"task.path={tmp_path / name / 'test.jsonl'}"
+        (place / name).mkdir()
+        (place / name / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def line_of(place, name, seed, folder):
+    path = place / name / "test.jsonl"
+    return ["task=jsonl", f"task.path={path}", "task.limit=null", f"seed={seed}", f"hydra.run.dir={folder}"]
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoint, tmp_path_factory):
+    """Runs on the files with two seeds, in folders such as `a0`, which no test may change."""
+    place = tmp_path_factory.mktemp("runs")
+    write_questions(place)
+    with place_of_its_own(place):
+        for name, seed in (("a", 0), ("a", 1), ("b", 1)):
+            assert cli.main(run_line(checkpoint, *line_of(place, name, seed, f"{name}{seed}"))) == 0
+    return place
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """The folder that the two files are in."""
+    write_questions(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture
@@ -30,7 +53,7 @@ def seeded(run, questions):
     """A run on a file, in a folder."""
 
     def one(name, seed, folder, *more):
-        done = run("task=jsonl", questions(name), "task.limit=null", f"seed={seed}", f"hydra.run.dir={folder}", *more)
+        done = run(*line_of(questions, name, seed, folder), *more)
         assert done.code == 0, done.err
         return done.last.parent
 
@@ -44,8 +67,9 @@ def forget_identity(folder) -> None:
     write_old_record(folder, "files")
 
 
+@pytest.mark.slow  # `ltts collect` tells the same files apart below
 def test_a_sweep_over_two_files_of_one_name_has_means_of_each(run, ltts, questions, tmp_path):
-    paths = ",".join(questions(name).removeprefix("task.path=") for name in "ba")
+    paths = ",".join(str(questions / name / "test.jsonl") for name in "ba")
     swept = run("-m", "task=jsonl", f"task.path={paths}", "task.limit=null", "seed=0,1", "n=2", "hydra.sweep.dir=swept")
     assert swept.code == 0, swept.err
     means = read_metrics(tmp_path / "swept" / "metrics_over_seeds.csv")
@@ -59,14 +83,14 @@ def test_a_sweep_over_two_files_of_one_name_has_means_of_each(run, ltts, questio
     assert all(f"path={path}" in swept.out for path in paths.split(","))
 
 
-def test_seeds_of_other_questions_are_not_averaged_and_a_figure_has_a_curve_of_each(seeded, ltts, tmp_path):
-    a, b = seeded("a", 0, "mix/a"), seeded("b", 1, "mix/b")
+def test_seeds_of_other_questions_are_not_averaged_and_a_figure_has_a_curve_of_each(runs, ltts, tmp_path):
+    folders = [Path(shutil.copytree(runs / name, f"mix/{name}")) for name in ("a0", "b1")]
     collected = ltts("collect", "mix", "output=mix.csv")
     assert collected.out.split() == ["mix.csv"]
     drawn = ltts("plot", "mix.csv", "output=mix.svg")
     assert drawn.code == 0, drawn.err
     words = (tmp_path / "mix.svg").read_text()
-    for folder in (a, b):
+    for folder in folders:
         assert f"questions {read_metrics(folder / 'metrics.csv')['questions_digest'][0][:8]}" in words
     assert "means over" not in words
 
@@ -148,13 +172,13 @@ def test_the_weights_of_a_scorer_are_part_of_a_curve(seeded, ltts, checkpoint, t
     assert ltts("collect", "mix", "output=mix.csv").out.split() == ["mix.csv"]
 
 
-def test_compare_takes_no_side_of_two_curves_and_no_other_gold_answers(seeded, questions, tmp_path):
-    seeded("a", 0, "mix/0")
-    seeded("b", 1, "mix/1")
+def test_compare_takes_no_side_of_two_curves_and_no_other_gold_answers(runs, seeded, tmp_path):
+    for number, name in enumerate(("a0", "b1")):
+        shutil.copytree(runs / name, f"mix/{number}")
     others = "holds runs that are not seeds of each other"
     check_refused("compare", "a=mix", "b=mix", words=[f"a=mix: {others}", "questions_digest"])
     seeded("a", 1, "sampler/0", "sampler.rate=0.5")
-    seeded("a", 0, "sampler/1")
+    shutil.copytree(runs / "a0", "sampler/1")
     check_refused("compare", "a=sampler", "b=sampler", words=["sampler_value: 0.5 in sampler/0"])
     path = tmp_path / "a" / "test.jsonl"
     first, *others = path.read_text().splitlines(keepends=True)
@@ -163,8 +187,8 @@ def test_compare_takes_no_side_of_two_curves_and_no_other_gold_answers(seeded, q
     check_refused("compare", "a=mix/0", "b=golds", words=["a and b have different gold answers (seed 0)"])
 
 
-def test_tables_that_do_not_say_what_they_are_of_are_read_and_not_averaged_with_others(seeded, ltts, tmp_path):
-    folders = [seeded("a", seed, f"old/{seed}", "n=2") for seed in (0, 1)]
+def test_tables_that_do_not_say_what_they_are_of_are_read_and_not_averaged_with_others(runs, ltts, tmp_path):
+    folders = [Path(shutil.copytree(runs / f"a{seed}", f"old/{seed}")) for seed in (0, 1)]
     for folder in folders:
         forget_identity(folder)
     assert ltts("collect", "old", "output=old.csv").out.split() == ["old.csv"]
@@ -184,8 +208,8 @@ def test_tables_that_do_not_say_what_they_are_of_are_read_and_not_averaged_with_
     assert "questions unknown, of old/0/metrics.csv" in words
 
 
-def test_a_later_format_is_refused_by_name(seeded, ltts):
-    folder = seeded("a", 0, "later")
+def test_a_later_format_is_refused_by_name(runs, place):
+    folder = Path(shutil.copytree(runs / "a0", "later"))
     table = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False).assign(format="3")
     table.to_csv("later.csv", index=False)
     check_refused("plot", "runs=[later.csv]", words=["later.csv: format 3, this version reads those up to 2"])

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,18 +57,19 @@ def held_by_another(folder: Path) -> Iterator[int]:
 
 
 def test_a_lock_names_its_process_and_dies_with_it(tmp_path):
+    here = socket.gethostname()  # folders may be shared
     holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "held"], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UsageError, match=rf"^output=.*held: process {holder.pid} writes there"):
+        with pytest.raises(UsageError, match=rf"^output=.*held: process {holder.pid} on {here} writes there"):
             locked_folder(tmp_path / "held", "output").__enter__()
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         holder.stdout.close()
     with locked_folder(tmp_path / "held", "output"):
-        assert (tmp_path / "held" / LOCK).read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / "held" / LOCK).read_text() == f"{os.getpid()} on {here}\n"
     assert not (tmp_path / "held").exists() or not list((tmp_path / "held").iterdir())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from marks import slow
 from refusal import check
 
 from latent_tts.results import cache, files
@@ -25,7 +26,7 @@ def failing(name, number, monkeypatch, after=0):
     monkeypatch.setattr(os, name, fail)
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.EINVAL, slow(errno.EOPNOTSUPP)])
 def test_without_flushing_a_run_completes_and_says_so_once(run, monkeypatch, number):
     monkeypatch.setattr(files, "_unsynced", set())
     failing("fsync", number, monkeypatch)
@@ -34,10 +35,13 @@ def test_without_flushing_a_run_completes_and_says_so_once(run, monkeypatch, num
     assert result.err.count("its file system cannot flush files, so a power cut may damage the last ones") == 1
 
 
-@pytest.mark.parametrize("name", ["fsync", "replace"])
-@pytest.mark.parametrize(("number", "words"), [(errno.EIO, "Input/output error"), (errno.ESTALE, "Stale file handle")])
-def test_a_failure_on_the_way_is_one_line_and_the_same_command_completes(run, place, name, number, words):
-    assert run("hydra.run.dir=whole", "cache=off").code == 0
+IO, STALE = (errno.EIO, "Input/output error"), (errno.ESTALE, "Stale file handle")
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "words"), [("fsync", *IO), ("replace", *STALE), slow("fsync", *STALE), slow("replace", *IO)]
+)
+def test_a_failure_on_the_way_is_one_line_and_the_same_command_completes(run, completed, name, number, words):
     for after in (2, 7, 13):
         with pytest.MonkeyPatch.context() as patch:
             failing(name, number, patch, after)
@@ -49,7 +53,7 @@ def test_a_failure_on_the_way_is_one_line_and_the_same_command_completes(run, pl
         assert "re-run the command to resume" in result.err or "paths.cache=mine: cannot be written to" in result.err
     else:
         assert run("hydra.run.dir=one", "paths.cache=mine").code == 0
-    one, other = (pd.read_parquet(place / folder / "rollouts.parquet") for folder in ("whole", "one"))
+    one, other = (pd.read_parquet(folder / "rollouts.parquet") for folder in (Path("one"), completed))
     pd.testing.assert_frame_equal(one, other)
     assert not list(Path("mine").rglob("*.partial"))
 

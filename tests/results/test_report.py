@@ -201,7 +201,11 @@ for text in ("n=4: the same", "n=8: the same", "another"):
     with report.warnings_once():
         assert written() == "WARNING n=4: the same\nWARNING another\n"
         assert written() == ""
-    assert written().count("WARNING") == 3
+    logger = logging.Logger("afterwards")
+    logger.addHandler(report.log_handler())
+    for text in ("n=4: the same", "n=8: the same", "another"):
+        logger.warning(text)
+    assert capsys.readouterr().err.count("WARNING") == 3
 
 
 def test_a_sweep_names_its_curves_and_failures_in_rows(shown):

@@ -270,13 +270,22 @@ def test_tolerance_decides_equality(write):
         ({"problem": "a", "answer": "1"}, "has no question; .* this one has 'problem', 'answer'"),
         ({"question": "a" * 1_000_000, "answer": "1"}, "has more than 1,000,000 characters"),
         ({"question": "a", "answer": "x" * 10_000}, "the answer 'x{99}\\.\\.\\. is not a number"),
-        ('{"question": "a", "answer": 1, "answer": 2}', "is not JSON .the key 'answer' is there twice"),
+        ('{"question": "a", "answer": 1, "answer": 2}', "has the key 'answer' twice"),
         ('{"question": "a", "answer": NaN}', "the answer 'nan' is not a number"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(write, bad, message):
     path = write(ROWS[0], "", bad)
     with pytest.raises(UsageError, match=rf"^task\.path={re.escape(path)}: line 3:? {message}"):
+        jsonl(path).questions()
+
+
+def test_a_key_twice_is_refused_at_once_in_a_long_list_and_left_alone_in_what_nobody_reads(write):
+    row = '{"question": "a", "answer": 1, "about": {"x": 1, "x": 2}}'
+    assert len(jsonl(write(f"[{row}]", name="list.json")).questions()) == 1
+    rest = ", ".join([row] * 40_000)  # more than a row may have
+    path = write(f'[{{"question": "a", "answer": 1, "answer": 2}}, {rest}]', name="list.json")
+    with pytest.raises(UsageError, match="row 1 has the key 'answer' twice"):
         jsonl(path).questions()
 
 
@@ -391,7 +400,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "words"), [("", "begins with"), ('{"question": "a", "answer": 1}', "line 100002: ")]
+    ("before", "words"), [("", "line 100001: "), ('{"question": "a", "answer": 1}', "line 100002: ")]
 )
 def test_blank_lines_without_end_are_refused(tmp_path, before, words):
     path = tmp_path / "blank.jsonl.gz"

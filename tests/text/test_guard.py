@@ -109,19 +109,6 @@ def test_it_works_in_threads(calls):
     assert results == {n: f"A{n}" for n in range(8)}
 
 
-def test_without_fork_and_clocks_the_process_itself_is_killed_and_started_anew(calls, monkeypatch):
-    monkeypatch.setattr(guard, "CAN_FORK", False)
-    monkeypatch.setattr(guard, "SECONDS", 60.0)  # by the clock on the wall, on a machine that may be busy
-    assert calls.call("upper", "a", otherwise=None) == "A"
-    first = calls.call("parent", "a", otherwise=None)
-    assert first == os.getpid()
-    with monkeypatch.context() as brief:
-        brief.setattr(guard, "SECONDS", 0.2)
-        assert calls.call("endless", "x", otherwise=0) == 0
-    assert calls.call("broken", "x", otherwise=0) == 0
-    assert calls.call("upper", "b", otherwise=None) == "B"
-
-
 def test_a_process_that_somebody_kills_is_started_anew(calls):
     os.kill(calls.call("parent", "a", otherwise=None), signal.SIGKILL)
     guard._processes[calls.module]._running.wait()

@@ -110,7 +110,7 @@ def test_other_values_are_not_equal(prediction, gold):
         None, "", "  ", ".", "$", "$$", "()", "+", "#", r"\frac{1", "(((((", "1/0", "0/0", "\x00",
         "9^{9^{9}}", "9^{9^{9^9}}", "((9^{999})^{999})^{999}", "100000!", "x^{10^{9}}", "1e999", "(a+b+c)^{1000}",
         "1" * 501, "3 4", "1 2 3", r"3\,4", "1/2 1/3", "2^3 4", "4 10/3", "(3 4, 5)", r"\sqrt 3 4", "18 million",
-        r"18\text{ million}", "2 dozen",
+        r"18\text{ million}", "2 dozen", "1.234.567", "0.1.2",
     ],
 )  # fmt: skip
 def test_what_has_no_value_or_one_too_large_is_not_read(raw):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_tts.text.number import MAX_LENGTH, canonical_number, close, number, tidy
+from latent_tts.text.number import MAX_LENGTH, canonical_number, is_close, parse_number, tidy
 
 quick = settings(derandomize=True, deadline=None, max_examples=100)
 SAME = {
@@ -69,7 +69,7 @@ def test_a_canonical_form_is_its_own_canonical_form_and_a_number(raw):
     canonical = canonical_number(raw)
     if canonical is not None:
         assert canonical_number(canonical) == canonical
-        assert Fraction(canonical) == number(tidy(raw))
+        assert Fraction(canonical) == parse_number(tidy(raw))
 
 
 @quick
@@ -90,8 +90,8 @@ def test_whole_numbers_lose_nothing_but_separators_and_zeros(value, zeros, separ
 def test_mixed_numbers_have_their_value(whole, upper, lower):
     expected = None if upper >= lower else whole + Fraction(upper, lower)
     for text in (f"{whole} {upper}/{lower}", rf"{whole}\frac{{{upper}}}{{{lower}}}"):
-        assert number(text) == expected
-        assert number(f"-{text}") == (None if expected is None else -expected)
+        assert parse_number(text) == expected
+        assert parse_number(f"-{text}") == (None if expected is None else -expected)
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,11 @@ def test_mixed_numbers_have_their_value(whole, upper, lower):
     ],
 )
 def test_equality_is_exact_or_within_the_tolerance(prediction, gold, tolerance, equal):
-    assert close(prediction, gold, tolerance) is equal
+    assert is_close(prediction, gold, tolerance) is equal
 
 
 @quick
 @given(st.decimals(-(10**9), 10**9, places=3), st.decimals(-1, 1, places=4))
 def test_no_tolerance_and_tolerance_0_are_the_same(value, change):
     prediction, gold = canonical_number(str(value)), canonical_number(str(value + change))
-    assert close(prediction, gold, None) == close(prediction, gold, 0) == (change == 0)
+    assert is_close(prediction, gold, None) == is_close(prediction, gold, 0) == (change == 0)

@@ -3,7 +3,7 @@
 import pytest
 
 from latent_tts.text import template
-from latent_tts.text.template import MAX_CHARACTERS, TemplateError, names_question, rendered
+from latent_tts.text.template import MAX_CHARACTERS, TemplateError, names_question, render_prompt
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from latent_tts.text.template import MAX_CHARACTERS, TemplateError, names_questi
     ],
 )
 def test_a_template_sees_the_question_and_the_special_tokens(source, text):
-    assert rendered(source, "1+1?", {"bos_token": "<s>"}) == text
+    assert render_prompt(source, "1+1?", {"bos_token": "<s>"}) == text
 
 
 @pytest.mark.parametrize(
@@ -34,15 +34,15 @@ def test_a_template_sees_the_question_and_the_special_tokens(source, text):
 )
 def test_a_template_that_fails_says_why(source, words):
     with pytest.raises(TemplateError, match=words):
-        rendered(source, "1+1?", {})
+        render_prompt(source, "1+1?", {})
 
 
 def test_a_template_without_end_is_stopped(monkeypatch):
     monkeypatch.setattr(template, "SECONDS", 0.2)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TemplateError, match=r"more than 0\.2 s"):
-        rendered(endless, "1+1?", {})
-    assert rendered("{{question}}", "next", {}) == "next"
+        render_prompt(endless, "1+1?", {})
+    assert render_prompt("{{question}}", "next", {}) == "next"
 
 
 @pytest.mark.parametrize(

@@ -174,4 +174,4 @@ def test_what_is_no_pace_is_refused(place, more, words):
 def test_a_training_that_is_refused_leaves_no_thread_that_writes(place):
     before = set(threading.enumerate())
     check_refused(*TINY, "output=out", "optimization.batch_tokens=20", words=["or more: question"])
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before

@@ -1,12 +1,14 @@
 """Training on any causal LM, whole or by an adapter, from the command line; tiny models prove mechanics only."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import tiny_gguf
 import torch
+from places import place_of_its_own
 from refusal import check, check_refused
 from safetensors.torch import load_file
 
@@ -27,11 +29,22 @@ ROWS = [
 LORA = ["lora.rank=4", "lora.alpha=8"]
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A folder with a tiny GGUF model, and a cache with the checkpoint that it was converted into."""
+    folder = tmp_path_factory.mktemp("converted")
+    file = tiny_gguf.write(folder / "m.gguf", tiny_gguf.model())
+    with place_of_its_own(folder):
+        files.resolve(f"gguf:{file}")
+    return folder
+
+
 @pytest.fixture
-def train(ltts, place):
+def train(ltts, place, converted):
     """`ltts train-reasoner` from a tiny GGUF model on twenty questions."""
     (place / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    file = tiny_gguf.write(place / "m.gguf", tiny_gguf.model())
+    shutil.copytree(converted, place, dirs_exist_ok=True)
+    file = place / "m.gguf"
 
     def line(*more, model="coconut", init=f"gguf:{file}", updates=4):
         stages = {
@@ -192,7 +205,7 @@ def test_the_engine_validates_the_joined_weights_and_the_best_become_the_checkpo
     assert any("eval_coverage_at_3" in entry for entry in state["log_history"])
 
 
-@pytest.mark.parametrize("how", [LORA, []], ids=["adapter", "whole"])
+@pytest.mark.parametrize("how", [LORA, pytest.param([], marks=SLOW)], ids=["adapter", "whole"])
 def test_a_trained_chat_model_keeps_its_template_and_its_special_tokens(train, place, how):
     done = train(*how, "model.prompt=chat", model="cot", updates=1)
     assert done.code == 0, done.err

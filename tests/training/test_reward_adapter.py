@@ -9,9 +9,11 @@ import pytest
 import tiny_gguf
 import torch
 from marks import slow
+from places import place_of_its_own
 from refusal import check
 from safetensors.torch import load_file, save_file
 
+from latent_tts import cli
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.modules import LowRank
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
@@ -24,12 +26,12 @@ LORA = ["lora.rank=3", "lora.alpha=12"]
 FILES = {"adapter_config.json", "adapter_model.safetensors", "own.safetensors", "config.json", "tokenizer.json"}
 
 
-def train(ltts, checkpoint, train_path, valid_path, *more):
-    return ltts(
+def train_line(checkpoint, train_path, valid_path, *more):
+    return [
         "train-rm", f"model.checkpoint={checkpoint}", f"model.latents={annotated.T}", "output=out",
         f"annotations={train_path}", f"valid_annotations={valid_path}", "optimization.batch=8", "device=cpu",
         "optimization.epochs=2", "optimization.lr=2e-2", *LORA, *more,
-    )  # fmt: skip
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +40,20 @@ def folders(checkpoint, tmp_path_factory):
     return annotated.write(path / "train", adapter, 32), annotated.write(path / "valid", adapter, 24, seed=1)
 
 
+@pytest.fixture(scope="module")
+def old(checkpoint, folders, tmp_path_factory):
+    """The folder of a copy of the tiny reasoner and of a LatentRM trained on it, which no test may change."""
+    place = tmp_path_factory.mktemp("trained")
+    shutil.copytree(checkpoint, place / "reasoner")
+    with place_of_its_own(place):
+        assert cli.main(train_line(place / "reasoner", *folders)) == 0
+    return place
+
+
 @pytest.fixture
-def trained(ltts, checkpoint, folders):
-    """A LatentRM on the tiny reasoner."""
-    result = train(ltts, checkpoint, *folders)
-    assert result.code == 0, result.err
-    return result.last
+def trained(old):
+    """The checkpoint of the LatentRM."""
+    return old / "out" / "checkpoint"
 
 
 def scorer_of(folder):
@@ -59,15 +69,15 @@ def drawn(ltts, checkpoint, folder, name, *more):
     return pd.read_parquet(f"{name}/rollouts.parquet").sort_values(["question_id", "rollout"]).score.to_numpy()
 
 
-def test_training_learns_and_writes_matrices_and_a_head_alone(trained, checkpoint, place):
+def test_training_learns_and_writes_matrices_and_a_head_alone(old, trained):
     assert {path.name for path in trained.iterdir()} == FILES
-    figures = json.loads((place / "out" / "train_rm.json").read_text())
+    figures = json.loads((old / "out" / "train_rm.json").read_text())
     assert figures["valid_selection_accuracy"] > figures["valid_chance"] + 0.2
     names = set(load_file(trained / "adapter_model.safetensors"))
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
     record = json.loads((trained / "config.json").read_text())["latent_rm"]
-    assert record["base"] == str(checkpoint)
-    assert record["reasoner"] == annotated.adapter_of(checkpoint).digest
+    assert record["base"] == str(old / "reasoner")
+    assert record["reasoner"] == annotated.adapter_of(old / "reasoner").digest
 
 
 @pytest.mark.parametrize("dtype", [slow("float32"), "bfloat16"])
@@ -134,10 +144,13 @@ def test_the_digest_covers_every_file_and_the_reasoner(trained, place):
     assert len(digests) == 5
 
 
-@pytest.mark.parametrize("moved", ["together", "beside", "only the adapter"])
-def test_an_adapter_is_found_a_reasoner_that_was_moved(ltts, checkpoint, folders, place, monkeypatch, moved):
-    old, new = shutil.copytree(checkpoint, place / "old" / "reasoner"), place / "new"
-    trained = train(ltts, old, *folders, "output=old/out").last
+@pytest.mark.parametrize("moved", [slow("together"), "beside", "only the adapter"])
+def test_an_adapter_is_found_a_reasoner_that_was_moved(old, ltts, place, monkeypatch, moved):
+    old, new = shutil.copytree(old, place / "old") / "reasoner", place / "new"
+    trained = place / "old" / "out" / "checkpoint"
+    config = trained / "config.json"
+    record = json.loads(config.read_text())["latent_rm"] | {"base": str(old)}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"latent_rm": record}))
     before = drawn(ltts, old, trained, "before", "cache=off")
     if moved == "together":
         trained = (place / "old").rename(new) / "out" / "checkpoint"
@@ -210,7 +223,7 @@ def test_a_damaged_adapter_or_another_reasoner_is_refused(trained, checkpoint, p
     ],
 )
 def test_what_cannot_be_trained_is_refused(ltts, checkpoint, folders, more, words):
-    check(train(ltts, checkpoint, *folders, *more), *words)
+    check(ltts(*train_line(checkpoint, *folders, *more)), *words)
 
 
 @pytest.mark.slow
@@ -229,7 +242,7 @@ def test_a_latent_rm_on_a_reasoner_that_is_an_adapter_itself(ltts, place):
 
     adapter = Coconut(name="tiny", checkpoint=str(place / reasoner.last), latents=3, recommended={})
     folders = (annotated.write(place / name, adapter, 16, seed=seed) for seed, name in enumerate(("train", "valid")))
-    result = train(ltts, place / reasoner.last, *folders, "model=coconut")
+    result = ltts(*train_line(place / reasoner.last, *folders, "model=coconut"))
     assert result.code == 0, result.err
     scores = drawn(ltts, place / reasoner.last, result.last, "run", "model=coconut", "task=jsonl",
                    "task.path=rows.jsonl", "sampler=gaussian")  # fmt: skip

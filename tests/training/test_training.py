@@ -203,6 +203,7 @@ def test_updates_are_those_of_the_loop_before_it_was_shared_by_families(adapter,
     assert losses == pytest.approx(published, rel=1e-3)
 
 
+@pytest.mark.slow  # the losses of the test above are exact
 def test_the_loss_falls(adapter, tmp_path):
     long = Recipe(written_updates=60, stage_updates=[], final_updates=0, final_dropout=None, latents=3, step_loss=0.0)
     losses = []

@@ -51,11 +51,6 @@ class Votes:
         np.put_along_axis(rivals_NK, self.leader_N[:, None], 0.0, 1)
         return rivals_NK.max(1)
 
-    @property
-    def total_N(self) -> Float64:
-        """The weight of all votes."""
-        return self.weight_NK.sum(1)
-
 
 @dataclass(frozen=True)
 class Tally:

@@ -178,7 +178,7 @@ class CheckpointAdapter:
     @cached_property
     def folder(self) -> Path:
         """The local checkpoint folder."""
-        return joining.whole(files.resolve(self.checkpoint, self.revision), files.MODEL_KEY)
+        return joining.join_once(files.resolve(self.checkpoint, self.revision), files.MODEL_KEY)
 
     @cached_property
     def digest(self) -> str:

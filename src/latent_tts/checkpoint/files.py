@@ -57,7 +57,7 @@ OTHER_NAMES = {
     "max_position_embeddings": ("max_seq_len", "seq_length", "model_max_length", "max_target_positions"),
 }
 # models whose config need not say how wide the inner layer is: four times the model, as transformers takes it
-FOUR_TIMES = ("gpt_neo", "bloom", "falcon", "gpt_neox_japanese", "mpt")
+INNER_IS_FOUR_TIMES_WIDTH = ("gpt_neo", "bloom", "falcon", "gpt_neox_japanese", "mpt")
 UNBOUNDED = {"bloom": 1 << 20}  # tokens of a sequence, where attention scores fall with distance and no limit is named
 # how many experts a mixture has, and how many of them a token goes through
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -78,6 +78,7 @@ BIDIRECTIONAL = (
 # sizes of what each layer looks up for a token's id; a latent has none
 PER_LAYER_INPUTS = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
 WITHOUT_CACHE = ("openai-gpt", "xlnet", "xlm", "flaubert")  # in transformers
+PLAIN_DTYPES = ("F64", "F32", "BF16", "F16")
 OPTIONAL_SIZES = {"n_head", "n_inner", "num_key_value_heads", "head_dim"}  # missing or null: transformers' own
 LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
 EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "embed_in.weight", "word_embeddings.weight")
@@ -138,7 +139,7 @@ def resolve(checkpoint: str, revision: str | None = None, *, key: str = MODEL_KE
             raise bad_value(key, checkpoint, f"no such built-in checkpoint; one of {', '.join(shipped)}")
         return folder
     if checkpoint.startswith(gguf.PREFIX):
-        return gguf.converted(gguf.found(checkpoint, key), key)
+        return gguf.convert_once(gguf.find_file(checkpoint, key), key)
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return folder
@@ -210,7 +211,7 @@ def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     common = {name: value for name, value in named.items() if value is not None} | config
     kind, width = config.get("model_type"), common.get("hidden_size")
-    if common.get("intermediate_size") is None and kind in FOUR_TIMES and is_whole(width):
+    if common.get("intermediate_size") is None and kind in INNER_IS_FOUR_TIMES_WIDTH and is_whole(width):
         common["intermediate_size"] = 4 * width
     if kind in UNBOUNDED:
         common.setdefault("max_position_embeddings", UNBOUNDED[kind])
@@ -428,12 +429,22 @@ def training_layout(names: Iterable[str]) -> str | None:
 
 
 def tensor_shapes(path: Path, *, key: str = MODEL_KEY) -> dict[str, list[int]]:
-    """Names and shapes of a safetensors file, from its header; checks that the file is as long as it says."""
+    """Names and shapes of a safetensors file, from its header.
+
+    Raises:
+        UsageError: the file is not as long as it says, or has weights that are no plain numbers.
+    """
     try:
         with safe_open(path, "np") as file:
-            return {name: list(file.get_slice(name).get_shape()) for name in file.offset_keys()}
+            found = {name: file.get_slice(name) for name in file.offset_keys()}
+            kinds = {name: tensor.get_dtype() for name, tensor in found.items()}
+            shapes = {name: list(tensor.get_shape()) for name, tensor in found.items()}
     except (SafetensorError, OSError) as error:
         raise bad_value(key, path, f"truncated or not safetensors ({error})") from error
+    for name, kind in kinds.items():  # masks and counters may be integers
+        why = f"{name} is {kind}, must be one of {', '.join(PLAIN_DTYPES)}; use a checkpoint of plain weights"
+        require(key, path, not name.endswith("weight") or kind in PLAIN_DTYPES, why)
+    return shapes
 
 
 digested: dict[str, Path] = {}  # checkpoint folders that this process has read, by their digests

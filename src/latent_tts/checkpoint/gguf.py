@@ -36,7 +36,8 @@ FIELDS_READ = {
 }  # fmt: skip
 # values with which a field that is dropped changes nothing
 NEUTRAL = {"rope.scaling.type": "none", "attention.causal": True, "expert_count": 0, "expert_used_count": 0}
-OF_TENSORS = {"tensor_data_layout", "rope.scaling.finetuned"}  # how the file was made
+SPLITTING = "tokenizer.ggml.pre"  # the only one of the tokenizer that is read here
+TENSOR_FIELDS = {"tensor_data_layout", "rope.scaling.finetuned"}  # how the file was made
 HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 WEIGHTS_READ = re.compile(
     r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output|q_norm|k_norm)|ffn_(norm|gate|up|down)))\.weight"
@@ -47,7 +48,7 @@ FETCHED = {"SmolLM2-135M-Instruct.Q4_1.gguf": "make smollm2"}
 # How llama.cpp splits texts before merging: what it names, and whether each digit stands alone. transformers reads
 # merges and vocabulary, not this. Source: `llm_tokenizer_bpe` of llama.cpp's src/llama-vocab.cpp.
 SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r"}
-AS_TRANSFORMERS = {"default", "gpt-2", "qwen2", "llama-bpe"}
+SPLITTINGS_OF_TRANSFORMERS = {"default", "gpt-2", "qwen2", "llama-bpe"}
 
 
 def models_folder() -> Path:
@@ -55,7 +56,7 @@ def models_folder() -> Path:
     return Path(os.environ.get("LTTS_CACHE") or ".cache/latent_tts").expanduser() / "models"
 
 
-def found(checkpoint: str, key: str) -> Path:
+def find_file(checkpoint: str, key: str) -> Path:
     """The file that `gguf:FILE` names; a name without a folder is also looked for among fetched models.
 
     Raises:
@@ -70,7 +71,7 @@ def found(checkpoint: str, key: str) -> Path:
     return file
 
 
-def converted(file: Path, key: str) -> Path:
+def convert_once(file: Path, key: str) -> Path:
     """The checkpoint folder of a GGUF file, which is made at the first call (imports torch and transformers).
 
     Args:
@@ -81,7 +82,7 @@ def converted(file: Path, key: str) -> Path:
         UsageError: the file is damaged, or of an architecture that is not supported.
     """
     folder = models_folder() / f"gguf{VERSION}-{file_digest(file)}"
-    set_cut_aside(folder)
+    set_truncated_aside(folder)
     if not folder.is_dir():
         require(
             key,
@@ -119,7 +120,7 @@ def whole_folder(folder: Path, source: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def set_cut_aside(folder: Path) -> None:
+def set_truncated_aside(folder: Path) -> None:
     """Set a kept model aside, with a warning, if a file of it is missing or has another size than was written."""
     for name, (size, _) in _written(folder).items():
         path = folder / name
@@ -178,11 +179,14 @@ def check(file: Path, key: str) -> str | None:
     """
     from gguf import GGUFReader
 
-    with _damage_named(file, key):
+    try:
         reader = GGUFReader(file)
-        splitting = reader.get_field("tokenizer.ggml.pre")
-        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        wanted = (name for name in reader.fields if not name.startswith("tokenizer.") or name == SPLITTING)
+        fields = {name: reader.fields[name].contents() for name in wanted}
         weights = [tensor.name for tensor in reader.tensors]
+    except (ValueError, KeyError, IndexError, OverflowError, OSError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise bad_value(key, f"{PREFIX}{file}", f"truncated or not GGUF ({reason})") from error
     architecture = fields.get("general.architecture")
     if architecture not in ARCHITECTURES:
         allowed = f"must be one of {', '.join(ARCHITECTURES)}"
@@ -190,7 +194,9 @@ def check(file: Path, key: str) -> str | None:
     start = f"{architecture}."
     own = {name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}
     dropped = [
-        f"{start}{name}={own[name]}" for name in own.keys() - FIELDS_READ - OF_TENSORS if own[name] != NEUTRAL.get(name)
+        f"{start}{name}={own[name]}"
+        for name in own.keys() - FIELDS_READ - TENSOR_FIELDS
+        if own[name] != NEUTRAL.get(name)
     ]
     if len({own[name] for name in HEAD_WIDTHS if name in own}) > 1:
         dropped.append(" ".join(f"{start}{name}={own[name]}" for name in HEAD_WIDTHS if name in own))
@@ -203,17 +209,7 @@ def check(file: Path, key: str) -> str | None:
     if dropped:
         reason = f"transformers does not read {min(dropped)}, so this would be another model"
         raise bad_value(key, f"{PREFIX}{file}", f"{reason}; name the folder of the original")
-    return None if splitting is None else splitting.contents()
-
-
-@contextlib.contextmanager
-def _damage_named(file: Path, key: str) -> Iterator[None]:
-    """Whatever the package raises over a damaged file becomes one line."""
-    try:
-        yield
-    except (ValueError, KeyError, IndexError, OverflowError, OSError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise bad_value(key, f"{PREFIX}{file}", f"truncated or not GGUF ({reason})") from error
+    return fields.get(SPLITTING)
 
 
 def convert(file: Path, folder: Path, splitting: str | None, key: str) -> None:
@@ -272,5 +268,5 @@ def _write_splitting(path: Path, splitting: str | None, file: Path) -> None:
         content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, {**parts[0], "use_regex": True}]}
         content["normalizer"] = None  # early versions of transformers 5 give some architectures one
         path.write_text(json.dumps(content, ensure_ascii=False))
-    elif splitting is not None and splitting not in AS_TRANSFORMERS:
+    elif splitting is not None and splitting not in SPLITTINGS_OF_TRANSFORMERS:
         log.warning("%s: texts are split as transformers does; the file asks for %r", file, splitting)

@@ -49,16 +49,16 @@ def base_digest(base: str, key: str) -> str:
         UsageError: there is no such base.
     """
     if base.startswith(gguf.PREFIX):
-        return file_digest(gguf.found(base, key))
+        return file_digest(gguf.find_file(base, key))
     return files.digest(base_folder(base, key))
 
 
 def base_folder(base: str, key: str) -> Path:
-    """The checkpoint folder of a base, which may be an adapter itself; raises as `whole` does."""
-    return whole(files.resolve(base, key=key), key)
+    """The checkpoint folder of a base, which may be an adapter itself; raises as `join_once` does."""
+    return join_once(files.resolve(base, key=key), key)
 
 
-def whole(folder: Path, key: str) -> Path:
+def join_once(folder: Path, key: str) -> Path:
     """The folder itself, or the join of the adapter in it (imports torch and transformers when it is made).
 
     Raises:
@@ -77,7 +77,7 @@ def whole(folder: Path, key: str) -> Path:
         elif name != OWN:
             raise bad_value(key, folder, f"the folder lacks {name}")
     target = gguf.models_folder() / f"joined{VERSION}-{sha.hexdigest()[:16]}"
-    gguf.set_cut_aside(target)
+    gguf.set_truncated_aside(target)
     if not target.is_dir():
         log.info("%s: joining it with %s, once, in %s", folder, base, target)
         with gguf.whole_folder(target, str(folder)) as partial:

@@ -23,13 +23,13 @@ from latent_tts.errors import bad_value, require
 IN_BLOCK = re.compile(r"(^|\.)(h|layers)\.\d+\..*(weight|(?<!attn\.)(?<!attention\.)(?<!masked_)bias)$")
 
 
-def load_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, which is dropped from their names."""
+def load_tensors(folder: Path, prefix: str, *, keep_prefix: bool = False) -> dict[str, Tensor]:
+    """The tensors under a prefix, which is dropped from their names unless it is to be kept."""
     tensors = {}
     for path in files.weight_files(folder):
         wanted = [name for name in files.tensor_shapes(path) if name.startswith(prefix)]
         with safe_open(path, "pt") as file:
-            tensors |= {name.removeprefix(prefix): file.get_tensor(name) for name in wanted}
+            tensors |= {name if keep_prefix else name.removeprefix(prefix): file.get_tensor(name) for name in wanted}
     return tensors
 
 
@@ -65,7 +65,7 @@ def load_backbone(folder: Path, *, device: str, dtype: str, key: str) -> PreTrai
     return load_causal_lm(folder, device=device, dtype=dtype, key=key, auto_class=transformers.AutoModel)
 
 
-def filled(module: nn.Module, tensors: Mapping[str, Tensor], lm: PreTrainedModel) -> Any:
+def fill_module(module: nn.Module, tensors: Mapping[str, Tensor], lm: PreTrainedModel) -> Any:
     """A module with these weights, on the device and in the dtype of a model, in evaluation mode."""
     module.load_state_dict(tensors)
     return module.to(lm.device, lm.dtype).eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from latent_tts.config.build import in_sweep, output_dir
 from latent_tts.config.requests import changed_settings, run_request, with_texts
 from latent_tts.errors import UsageError
-from latent_tts.pipeline.asking import ArrivingVotes, described_answers, print_answer
+from latent_tts.pipeline.asking import ArrivingVotes, describe_answers, print_answer
 from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import check_run
 from latent_tts.results import report
@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
             output_dir(), spec, changed_settings(cfg),
             started=started, keep_latents=cfg.keep_latents, keep_cache=cfg.cache != "off",
         )  # fmt: skip
-    for line in described_answers(spec, done):
+    for line in describe_answers(spec, done):
         if cfg.json:
             print(json.dumps(line))
         else:

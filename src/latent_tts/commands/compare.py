@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from latent_tts.config.recorded import aggregator_builder
 from latent_tts.errors import require
 from latent_tts.results import report
-from latent_tts.results.comparison import described_sides, differences, read_side
+from latent_tts.results.comparison import describe_sides, differences, read_side
 from latent_tts.results.files import write_csv
 
 
@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> None:
     last = found.iloc[-1]
     over = f"{report.counted(last.questions, 'question')}, {report.counted(last.seeds, 'seed')}"
     report.print_table(f"A - B in percentage points: {over}", ["figure", "n", "A %", "B %", "A - B"], rows)
-    for key, words in zip(("a", "b"), described_sides(a, b), strict=True):
+    for key, words in zip(("a", "b"), describe_sides(a, b), strict=True):
         print(f"{key.upper()}: {words}{cfg[key]}")
     if cfg.output is not None:
         output = Path(cfg.output).expanduser()

@@ -15,7 +15,7 @@ from latent_tts.config.build import build
 from latent_tts.config.requests import engine_settings
 from latent_tts.errors import check_fields, require
 from latent_tts.pipeline.probe_spec import chunks_to_try, schedules_to_try
-from latent_tts.pipeline.spec import encode_prompts, found_draft, reserved_positions
+from latent_tts.pipeline.spec import encode_prompts, find_schedule_draft, reserved_positions
 from latent_tts.results import report, statistics
 from latent_tts.results.files import locked_folder, write_csv, write_text
 from latent_tts.results.plot import draw_dependencies
@@ -46,7 +46,7 @@ def main(cfg: DictConfig) -> None:
     adapter.check()
     schedules = schedules_to_try(cfg.guesses, cfg.tolerances, cfg.draft, cfg.mixing, adapter)
     chunks = chunks_to_try(cfg.chunks, schedules[0], adapter)
-    draft = next((found_draft(schedule, adapter) for schedule in schedules if schedule.guess == "draft"), None)
+    draft = next((find_schedule_draft(schedule, adapter) for schedule in schedules if schedule.guess == "draft"), None)
     prompts = encode_prompts(adapter, task.questions(), reserved_positions(adapter, cfg.max_answer_tokens))
     output = Path(cfg.output).expanduser()
     with locked_folder(output, "output"):
@@ -111,17 +111,19 @@ def show(found: Probe, model: str, threshold: float) -> None:
         )
     elif found.max_rows == 0:
         report.print_line(
-            f"recommended: schedule=sequential: {described(chosen)} takes {found.ratios[1]:.2f} times as long for one "
-            f"rollout on this {found.device}"
+            f"recommended: schedule=sequential: {as_overrides(chosen)} takes {found.ratios[1]:.2f} times as long for "
+            f"one rollout on this {found.device}"
         )
     else:
-        report.print_line(f"recommended, for up to {found.max_rows} rows: schedule=speculative {described(chosen)}")
+        report.print_line(f"recommended, for up to {found.max_rows} rows: schedule=speculative {as_overrides(chosen)}")
         times = ", ".join(f"{rows}: {ratio:.2f}" for rows, ratio in found.ratios.items())
         report.print_line(f"time of it over schedule=sequential on this {found.device}, by rows: {times}")
 
 
-def described(schedule: Speculative) -> str:
+def as_overrides(schedule: Speculative) -> str:
     """Its keys as the command line takes them."""
-    keys = {"tolerance": f"{schedule.tolerance:g}", "guess": schedule.guess, "chunk": schedule.chunk}
-    keys |= {"draft": schedule.draft, "mixing": schedule.mixing or None}
+    keys = {
+        "tolerance": f"{schedule.tolerance:g}", "guess": schedule.guess, "chunk": schedule.chunk,
+        "draft": schedule.draft, "mixing": schedule.mixing or None,
+    }  # fmt: skip
     return " ".join(f"schedule.{key}={value}" for key, value in keys.items() if value is not None)

@@ -51,8 +51,6 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     merged.aggregator = {name: recorded("aggregator", node, cfg) for name, node in record["aggregators"].items()}
     merged.budget = OmegaConf.create(OmegaConf.to_container(cfg.budget, resolve=False))
     merged.n = cfg.n or merged.n
-    if "cache" in record:
-        merged.paths.cache = str(Path(record["cache"]).parent)
     if cfg.scorer.range is not None:
         merged.scorer.range = list(cfg.scorer.range)
     return merged

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from latent_tts.config.build import compose, in_sweep, output_dir
+from latent_tts.config.build import in_sweep, output_dir
 from latent_tts.config.recorded import finish_sweep as finish_sweep  # hydra_plugins/tolerant_sweeper.py calls it
 from latent_tts.config.recorded import recorded_run
 from latent_tts.config.requests import changed_settings, run_request
@@ -18,7 +18,6 @@ from latent_tts.pipeline.running import clear_run_folder, write_run_folder
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import make_tables
 from latent_tts.results import report
-from latent_tts.results.cache import KEY_JSON
 from latent_tts.results.files import locked_folder
 from latent_tts.results.run_folder import METRICS, write_scores
 from latent_tts.scorer.none import NoScorer
@@ -73,7 +72,5 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
         merged[key] = OmegaConf.create(OmegaConf.to_container(cfg[key], resolve=False))
     merged.engine.device, merged.engine.rows = cfg.engine.device, cfg.engine.rows
     # a run without a cache kept its latents, and scores need a folder
-    entry = Path(str(record.get("cache", "")))
-    kept = entry.parent if (entry / KEY_JSON).is_file() else compose("run").paths.cache  # a record names no new folder
-    merged.cache, merged.paths.cache = "on", cfg.paths.cache or str(kept)
+    merged.cache, merged.paths.cache = "on", cfg.paths.cache or merged.paths.cache
     return merged

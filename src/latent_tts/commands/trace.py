@@ -17,7 +17,7 @@ from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import draw_rollouts
 from latent_tts.pipeline.running import complete_run
 from latent_tts.pipeline.spec import check_run
-from latent_tts.pipeline.trace_spec import View, check_trace, of_a_run, warn_of_differences
+from latent_tts.pipeline.trace_spec import View, check_trace, select_questions, warn_of_differences
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
 from latent_tts.results.files import locked_folder, write_text
@@ -27,8 +27,10 @@ from latent_tts.task.asked import Asked
 
 PAGE = "trace.html"
 # the only keys that can be given with `run`: the others are the run's
-OWN_KEYS = ("run", "question", "n", "beside", "maps", "top", "threshold", "directions", "paths.cache")
-OWN_KEYS += ("engine.device", "engine.rows")
+OWN_KEYS = (
+    "run", "question", "n", "beside", "maps", "top", "threshold", "directions", "paths.cache", "engine.device",
+    "engine.rows",
+)  # fmt: skip
 
 
 def main(cfg: DictConfig) -> None:
@@ -52,7 +54,7 @@ def main(cfg: DictConfig) -> None:
     with cache_root(request.cache, merged.cache) as cache, locked_folder(folder, "hydra.run.dir"):
         run = check_run(replace(request, cache=cache))
         if source is not None:
-            run = of_a_run(run, source, record, list(cfg.question), cfg.n if is_given("n") else None)
+            run = select_questions(run, source, record, list(cfg.question), cfg.n if is_given("n") else None)
         spec = check_trace(run, view, beside, n=request.n if source is None else max(run.table_counts), source=source)
         if source is None:
             done = complete_run(
@@ -92,6 +94,4 @@ def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:
     merged.cache, merged.engine.device, merged.engine.rows = "on", cfg.engine.device, cfg.engine.rows
     if is_given("paths.cache"):
         merged.paths.cache = cfg.paths.cache
-    elif "cache" in record:
-        merged.paths.cache = str(Path(record["cache"]).parent)
     return merged

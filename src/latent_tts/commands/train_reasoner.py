@@ -60,7 +60,7 @@ def train(cfg: DictConfig) -> None:
     questions = training_questions(task, valid_questions=cfg.valid_questions, seed=cfg.seed, step_results=step_results)
     if cfg.init_vocabulary == "used":
         require("init_vocabulary", "used", bool(questions.finite), f"must be all: task={task.name} is no finite set")
-    source = joining.whole(checkpoint.resolve(str(cfg.init), key="init"), "init") if cfg.init else None
+    source = joining.join_once(checkpoint.resolve(str(cfg.init), key="init"), "init") if cfg.init else None
     # these import torch: everything above has been checked without it
     backbone = config.build("backbone", cfg.backbone)
     from latent_tts.training.reasoner.train import Start, train_reasoner

@@ -132,8 +132,10 @@ def note(figures: Mapping[str, float]) -> str:
 
 def show(results: Mapping[str, Any]) -> None:
     """Print the figures on the validation questions as a table."""
-    rows = [["chosen by LatentRM", percent(results["valid_selection_accuracy"])]]
-    rows.append(["random choice", percent(results["valid_chance"])])
+    rows = [
+        ["chosen by LatentRM", percent(results["valid_selection_accuracy"])],
+        ["random choice", percent(results["valid_chance"])],
+    ]
     everything = results["valid_selection_accuracy_of_all"]
     if everything is not None:
         rows.append(["chosen by LatentRM, with the questions that leave no choice", percent(everything)])

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from latent_tts.config.jobs import Loader
 from latent_tts.config.reference import conf_dir, nested_groups, option_names
 from latent_tts.config.schemas import SCHEMAS
-from latent_tts.errors import LatentTTSError, UsageError, bad_value, is_whole, require, unknown_key
+from latent_tts.errors import LatentTTSError, UsageError, is_whole, require, unknown_key
 from latent_tts.results.files import LOCK
 
 # groups whose settings tell one curve from another; their modules import no torch
@@ -97,8 +97,8 @@ def build(group: str, node: Any) -> Any:
     require(group, node, OmegaConf.is_dict(node), f"must be an option of the group, as in `{group}=NAME`")
     for nested in nested_groups(group, [Path(conf_dir())]):  # looking for other packages takes as long as all of build
         name = nested.rpartition("/")[2]
-        if name in node and not OmegaConf.is_dict(node[name]):
-            raise bad_value(nested.replace("/", "."), node[name], f"must be an option, as in `{nested}=NAME`")
+        fits = name not in node or OmegaConf.is_dict(node[name])
+        require(nested.replace("/", "."), node.get(name), fits, f"must be an option, as in `{nested}=NAME`")
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:

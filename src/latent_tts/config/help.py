@@ -9,6 +9,7 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 from latent_tts.config.completion import CANDIDATES, FOLDER_FLAGS, SCRIPTS, candidates
@@ -113,8 +114,10 @@ def run(
 
 def help_of(name: str, arguments: Sequence[str], commands: Commands) -> str:
     """The help of a command with keys, as `ltts NAME ARGUMENTS... --help` shows it."""
-    folders = [arguments[place + 1] for place, word in enumerate(arguments[:-1]) if word in FOLDER_FLAGS]
-    folders += [word.partition("=")[2] for word in arguments if word.startswith("--config-dir=")]
+    folders = [
+        *(after for word, after in pairwise(arguments) if word in FOLDER_FLAGS),
+        *(word.partition("=")[2] for word in arguments if word.startswith("--config-dir=")),
+    ]
     overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
     return command_help(name, *commands[name], overrides, conf_dirs(folders), terminal_width())
 
@@ -226,8 +229,8 @@ def options_text(what: Sequence[str], places: Sequence[Path], width: int) -> str
     for word in what or PLURALS:
         group = PLURALS[word]
         options = [read_option(group, name, places) for name in option_names(group, places)]
-        parts += [f"{word} ({group}=NAME): {GROUPS[group]}"]
-        parts += [definitions([(option.name, option.about) for option in options], width)]
+        described = definitions([(option.name, option.about) for option in options], width)
+        parts += [f"{word} ({group}=NAME): {GROUPS[group]}", described]
     return _join(parts, width)
 
 

@@ -19,10 +19,11 @@ from hydra.plugins.config_source import ConfigSource
 from omegaconf import DictConfig, OmegaConf
 
 from latent_tts.aggregator import Aggregator
-from latent_tts.config.build import build
+from latent_tts.config.build import build, compose
 from latent_tts.config.reference import conf_dir
 from latent_tts.errors import UsageError
 from latent_tts.pipeline import sweep
+from latent_tts.results.cache import KEY_JSON
 
 TARGET = "_target_"
 NEVER_RECORDED = ("_args_", "_partial_")  # no option has them
@@ -45,7 +46,11 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
     known = _targets_of(group) | {target for cfg in given for target in _targets_of_config(cfg)}
     for target in (str(name), *_targets_in(node)):
         if target not in known:
-            raise _refusal(group, target)
+            raise UsageError(
+                f"{group}: the folder names {TARGET}={target[:100]}, which is no known option of the group; it was not "
+                f"imported\nif you trust it, name it in a config folder: --config-dir=DIR, with `{TARGET}: ...` in "
+                f"DIR/{group}/NAME.yaml"
+            )
     for key in NEVER_RECORDED:
         if any(key == name for name, _ in _parts(node)):
             raise UsageError(f"{group}: {name} is recorded with {key}, which no option has")
@@ -60,12 +65,17 @@ def recorded(group: str, node: object, *given: DictConfig) -> DictConfig:
 def recorded_run(record: Mapping[str, Any], groups: Iterable[str], *given: DictConfig) -> Any:
     """The config of a run as its `run.json` has it, the options of some groups safe to `build`; the others are text.
 
+    Its cache is the run's, where that is there, or else that of a run today.
+
     Args:
         record: the `run.json`.
         groups: of the options.
         given: as in `recorded`.
     """
     merged: Any = OmegaConf.create(literal(record["config"]))
+    # a record names no new folder, only one that has the run's rollouts
+    entry = Path(str(record.get("cache", "")))
+    merged.paths = {"cache": str(entry.parent if (entry / KEY_JSON).is_file() else compose("run").paths.cache)}
     for group in groups:
         if group in merged:
             merged[group] = recorded(group, record["config"][group], *given)
@@ -108,14 +118,6 @@ def _parts(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for part in value:
             yield from _parts(part, key)
-
-
-def _refusal(group: str, target: object) -> UsageError:
-    return UsageError(
-        f"{group}: the folder names {TARGET}={str(target)[:100]}, which is no known option of the group; it was not "
-        f"imported\nif you trust it, name it in a config folder: --config-dir=DIR, with `{TARGET}: ...` in "
-        f"DIR/{group}/NAME.yaml"
-    )
 
 
 def _targets_of(group: str) -> frozenset[str]:

@@ -355,7 +355,7 @@ class FixedCache(SharedPrefixCache):
         """All that it holds so far."""
         found = [part for pieces in self.prefix for piece in pieces for part in piece]
         found += [part for piece in self.suffix for part in piece]
-        return [*found, self.lengths_Q, *([] if self.valid_RC is None else [self.valid_RC])]
+        return [*found, *(each for each in (self.lengths_Q, self.valid_RC) if each is not None and len(each))]
 
     def _new_suffix(self, like: Tensor, rows: int) -> Tensor:
         return super()._new_suffix(like, rows).zero_()

@@ -68,6 +68,9 @@ class SampledAnswers:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.latents, name)
 
+    def __repr__(self) -> str:
+        return f"{self.sampling} over {self.latents}"
+
     def token(self, logits_RV: Tensor, draw: Draw, step: int) -> Tensor:
         """Ids (R) drawn from softmax(logits / temperature), cut to its nucleus.
 

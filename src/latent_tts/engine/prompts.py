@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 TOKENS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 20}  # padding counts: see docs/tuning.md
 PADDING = {"cpu": 1 << 7, "cuda": 1 << 14}  # tokens of it that cost as much as a pass of its own
@@ -13,11 +14,8 @@ PADDING = {"cpu": 1 << 7, "cuda": 1 << 14}  # tokens of it that cost as much as 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids (Q, L) of prompts, padded on the right with 0, and their lengths (Q)."""
-    lengths = [len(prompt) for prompt in prompts]
-    ids_QL = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids_QL[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-    return ids_QL.to(device), torch.tensor(lengths, device=device)
+    ids_QL = pad_sequence([torch.tensor(prompt, dtype=torch.long) for prompt in prompts], batch_first=True)
+    return ids_QL.to(device), torch.tensor(list(map(len, prompts)), device=device)
 
 
 def split_prompts(lengths: Sequence[int], device: str) -> Iterator[tuple[slice, int]]:

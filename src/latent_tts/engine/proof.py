@@ -27,8 +27,9 @@ from latent_tts.engine.state import open_state
 from latent_tts.errors import LatentTTSError, RunError, UsageError
 from latent_tts.types import Computation, Reasoner, RewardModel
 
-PROMPTS, ROLLOUTS, FED = [[3, 1, 2], [5, 4, 2, 0, 1]], 2, 4  # token ids modulo the vocabulary; vectors fed to a row
-OTHER_WAY_ROUND = [1, 0, 3, 2]  # the rollouts of each question, swapped
+PROMPTS = [[3, 1, 2], [5, 4, 2, 0, 1]]  # token ids modulo the vocabulary
+ROLLOUTS, FED_VECTORS = 2, 4  # of each prompt; fed to a row
+SWAPPED_ROLLOUTS = [1, 0, 3, 2]  # the rollouts of each question, swapped
 LATENTS, LOG_PROBABILITIES = 2e-4, 1e-3  # of the largest value; absolute. In float32 and wider
 HALF = 2.0  # times the distance between the model's own two kinds of attention, in half precision
 HALF_REFUSED = 4.0  # times that where a difference would mean that the model cannot be run at all
@@ -124,7 +125,7 @@ def _settle(
     for way in cast(Any, ways):
         try:
             prepare_backbone(lm, Computation(way))
-            walk = _walked(lm, Computation(way), make_latent, head)
+            walk = _walk(lm, Computation(way), make_latent, head)
         except torch.OutOfMemoryError:
             raise
         except (LatentTTSError, *FAILURES) as error:
@@ -136,7 +137,9 @@ def _settle(
                 raise UsageError(f"{type(lm).__name__}: its own forward pass {_failure(error)}") from error
             if not wanted.hidden_RPD.isfinite().all():
                 dtype = str(lm.dtype).removeprefix("torch.")
-                raise RunError(f"the model's own forward pass gives values that are not finite in {dtype}")
+                weights = (name for name, value in lm.named_parameters() if not value.isfinite().all())
+                why = f": its {name} is not" if (name := next(weights, None)) else ""
+                raise RunError(f"the model's own forward pass gives values that are not finite in {dtype}{why}")
             problem = _hidden_problem(walk, wanted)
             if problem is None:
                 prepare_backbone(lm, Computation(way))
@@ -153,13 +156,13 @@ def _failure(error: Exception) -> str:
     return f"fails with {type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
 
 
-def _walked(
+def _walk(
     lm: PreTrainedModel, computation: Computation, make_latent: Callable[[Tensor], Tensor], head: nn.Module | None
 ) -> _Walk:
     """Two latents and two tokens in a state; the second rollout of each question feeds smaller latents."""
     embed, tokens = lm.get_input_embeddings(), _known_tokens(lm)
     ids_QL, lengths_Q = pad_prompts([[token % tokens for token in prompt] for prompt in PROMPTS], lm.device)
-    state = open_state(cast(PreTrainedModel, lm.base_model), computation, ROLLOUTS, FED)
+    state = open_state(cast(PreTrainedModel, lm.base_model), computation, ROLLOUTS, FED_VECTORS)
     questions = torch.arange(len(PROMPTS), device=lm.device)
     hidden_RD = state.prefill(embed(ids_QL), lengths_Q)[questions, lengths_Q - 1].repeat_interleave(ROLLOUTS, 0)
     scale_R1 = torch.tensor([1.0, 0.75], device=lm.device, dtype=lm.dtype).repeat(len(PROMPTS))[:, None]
@@ -173,8 +176,8 @@ def _walked(
         token_R = choose(head, hidden[-1][:, -1]).token_R.clamp(max=tokens - 1)
     fed.append(embed(token_R)[:, None])
     hidden.append(state.append(fed[-1]))
-    state.rewind(FED - 1)
-    rows = torch.tensor(OTHER_WAY_ROUND, device=lm.device)
+    state.rewind(FED_VECTORS - 1)
+    rows = torch.tensor(SWAPPED_ROLLOUTS, device=lm.device)
     hidden.append(state.fork(rows).append(fed[-1][rows])[rows])
     return _Walk(torch.cat(fed, 1), torch.cat(hidden, 1))
 
@@ -238,7 +241,7 @@ def _logits_problem(computation: Computation, reasoner: Reasoner, hidden_RPD: Te
     try:
         head = head_of(Reasoner(reasoner.lm, reasoner.next_latent, computation=computation))
         # the tokens of the engine's passes over the last two of the fed vectors
-        choices = [choose(head, hidden_RPD[:, place]) for place in (FED - 1, FED)]
+        choices = [choose(head, hidden_RPD[:, place]) for place in (FED_VECTORS - 1, FED_VECTORS)]
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
@@ -311,7 +314,7 @@ class _Observed:
 def _seen_problem(lm: PreTrainedModel, longest: int) -> str | None:
     """Why shared-prefix attention cannot be right, as far as can be seen without computing; None if nothing is seen."""
     layers = int(lm.config.get_text_config(decoder=True).num_hidden_layers)
-    observed = _Observed(max(longest, max(map(len, PROMPTS)) + FED))
+    observed = _Observed(max(longest, max(map(len, PROMPTS)) + FED_VECTORS))
     AttentionInterface.register(OBSERVED, observed.attend)
     AttentionMaskInterface.register(OBSERVED, observed.mask)
     body, embed = lm.base_model, lm.get_input_embeddings()

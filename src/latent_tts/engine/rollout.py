@@ -27,7 +27,7 @@ from latent_tts.engine.state import State, open_state
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.schedule import OF_OTHERS, Counts, Schedule, Sweep
+from latent_tts.schedule import GUESSES_OF_ROLLOUTS, Counts, Schedule, Sweep
 from latent_tts.schedule.sequential import Sequential
 from latent_tts.types import Forward, Reasoner
 
@@ -184,7 +184,7 @@ class Engine:
     def _drafts(self, prompts: list[list[int]], draw: Draw, sampler: Sampler) -> Tensor | None:
         """What the schedule's guesses are made of, where that is other rollouts of the questions: their latents."""
         guess = self.plan.schedule.guess
-        if guess not in OF_OTHERS:
+        if guess not in GUESSES_OF_ROLLOUTS:
             return None
         rollouts = draw.rollouts_R.shape[0] // len(prompts)
         first = torch.arange(0, draw.rollouts_R.shape[0], rollouts, device=draw.rollouts_R.device)
@@ -482,14 +482,10 @@ class RolloutState:
                 self.drafts_RTD = self._predict_latents()
             assert self.drafts_RTD is not None
             own_noise = what != "sibling" and not self._hooks.sampler.needs_spread
-            if what == "draft" and start == 0:
-                self.latents_RTD[:, 0] = self.drafts_RTD[:, 0]
-                start = 1
             for step in range(start, stop):
+                noisy = own_noise and (what, step) != ("draft", 0)  # h_1 was made with its noise
                 draft_RD = self.drafts_RTD[:, step]
-                self.latents_RTD[:, step] = (
-                    self._hooks.sampler.latent(draft_RD, self.draw, step) if own_noise else draft_RD
-                )
+                self.latents_RTD[:, step] = self._hooks.sampler.latent(draft_RD, self.draw, step) if noisy else draft_RD
 
     def _predict_latents(self) -> Tensor:
         """h_1, with its noise, and what the draft head predicts of the others (R, T, D)."""

@@ -33,19 +33,21 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard that a worker is done with.
+    """A shard that a worker is done with, or a worker that is there again.
 
     Attributes:
         worker: which one.
-        result: what it computed; None if the worker was lost.
+        result: what it computed; None if the worker died.
         seconds: that it computed.
-        lost: whether the worker is gone for good, and the shard has to be computed by another.
+        lost: whether the worker has died, and any other has to compute its shard, if it had one.
+        back: whether it is one that had died and takes shards again.
     """
 
     worker: int
     result: Any
     seconds: float
     lost: bool = False
+    back: bool = False
 
 
 class Pool(Protocol):
@@ -65,7 +67,7 @@ class Pool(Protocol):
         ...
 
     def next_finished(self) -> Finished:
-        """Wait until some worker is done with its shard.
+        """Wait until some worker is done with its shard, has died over it, or is there again.
 
         Raises:
             RunError: no worker is left.

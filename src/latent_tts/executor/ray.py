@@ -39,6 +39,7 @@ SECONDS_BETWEEN_LOOKS, SECONDS_TO_END = 1.0, 5.0  # at the processes of the loca
 LOOPBACK_ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 # stdout is the command's; what Ray prints there is discarded, and so are tracebacks of a second worker that fails
 SILENT = {"RAY_DEDUP_LOGS_SKIP_REGEX": ".", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
+NO_TOKEN = ("InvalidAuthToken", "no authentication token was found")
 RESUME = "re-run the command to resume"
 OUT_OF_MEMORY = (
     "Ray ended the processes of workers because the memory of {where} is nearly full; fewer executor.workers or a "
@@ -59,7 +60,8 @@ class Ray:
         address: of a cluster's head, HOST:PORT; None starts Ray on this machine alone.
         shard: `measured` or `fixed`, see `Executor.fixed`.
         max_restarts: how often Ray starts a dead worker again.
-        max_task_retries: how often it gives the worker its shard again.
+        max_task_retries: how often in a row a worker may die and, once it is started again, gets another shard. The one
+            that it had goes to any worker.
     """
 
     workers: int | None = None
@@ -120,38 +122,22 @@ class Ray:
         return RayPool(_actors(self, on_gpus=device != "cpu"), work, self.max_task_retries)
 
 
-@dataclass
-class _Call:
-    """What a worker was asked for.
-
-    Attributes:
-        method: of the worker.
-        arguments: its arguments.
-        retries: how often the worker may still die over it.
-        back_by: when it must have been started again; None unless it has died.
-    """
-
-    method: str
-    arguments: tuple[Any, ...]
-    retries: int
-    back_by: float | None = None
-
-
 class RayPool:
     """Actors that have received the work."""
 
-    def __init__(self, actors: list[Any], work: Work, retries: int) -> None:
+    def __init__(self, actors: dict[Any, float | None], work: Work, retries: int) -> None:
         """Send the work.
 
         Args:
-            actors: of the workers; those that are lost are removed.
+            actors: of the workers, each with the time when it must be there again if it has died; kept up to date, and
+                those that are lost are removed.
             work: what they are to do.
-            retries: how often a worker gets a shard again that it has died over.
+            retries: how often in a row a worker may die and gets another shard.
         """
         self._all, self._retries = actors, retries
         self._actors = dict(enumerate(actors))
-        self._calls: dict[int, _Call] = {}
         self._running: dict[Any, int] = {}  # by reference, to the result of a call or to `is_placed`
+        self._deaths: dict[int, int] = {}  # since the last call that ended well
         self._said: set[str] = set()
         content = pickle.dumps(work)
         folder = os.getcwd()
@@ -160,64 +146,61 @@ class RayPool:
 
     @property
     def workers(self) -> Sequence[int]:
-        """Those that are not lost."""
-        return list(self._actors)
+        """Those that are there."""
+        return [worker for worker, actor in self._actors.items() if self._all[actor] is None]
 
     def describe(self) -> list[Any]:
-        """What each worker says of itself."""
-        return [found.result for found in self._describe()]
-
-    def _describe(self) -> list[Finished]:
-        for worker in self.workers:
-            self._call(worker, "describe")
-        found = [self.next_finished() for _ in self.workers]
-        return sorted((each for each in found if not each.lost), key=lambda each: each.worker)
+        """What each worker that is there says of itself."""
+        found: dict[int, Any] = {}
+        for worker, actor in self._actors.items():
+            if self._all[actor] is None:
+                self._call(worker, "describe")
+            else:
+                self._running[_sign_of(actor)] = worker
+        while not found or set(self.workers) - found.keys():
+            done = self.next_finished()
+            if done.back:
+                self._call(done.worker, "describe")
+            elif not done.lost:
+                found[done.worker] = done.result
+        return [found[worker] for worker in sorted(found)]
 
     def submit(self, worker: int, shard: Any) -> None:
         """Give an idle worker a shard."""
         self._call(worker, "compute", shard)
 
     def _call(self, worker: int, method: str, *arguments: Any) -> None:
-        self._calls[worker] = _Call(method, arguments, self._retries)
-        self._send(worker)
-
-    def _send(self, worker: int) -> None:
-        call = self._calls[worker]
         # in a list, so that a worker fetches the work only if it is new to it
-        arguments = self._id, [self._content], call.method, *call.arguments
-        reference = self._actors[worker].call.options(max_task_retries=0).remote(*arguments)
+        reference = self._actors[worker].call.remote(self._id, [self._content], method, *arguments)
         self._running[reference] = worker
 
     def next_finished(self) -> Finished:
-        """Wait until some worker is done with its shard.
+        """Wait until some worker is done with its shard, has died, or has been started again.
 
         Raises:
             RunError: no worker is left, or Ray is gone.
         """
         ray = _ray()
-        while True:
-            reference = self._next_reference()
-            if reference is None:
-                return self._give_up_late_one()
-            worker = self._running.pop(reference)
-            call = self._calls[worker]
-            try:
-                result = ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                _raise_cause(error)
-            except ray.exceptions.RayError as error:
-                if call.retries == 0:
-                    return self._lose(worker, error)
-                call.retries -= 1
-                # Ray would wait for ever for a machine with room: the shard is sent once the worker is there again
-                call.back_by = time.monotonic() + SECONDS_TO_RESTART
-                self._running[self._actors[worker].is_placed.remote()] = worker
-                continue
-            if call.back_by is None:
-                break
-            call.back_by = None
-            self._send(worker)
-        del self._calls[worker]
+        reference = self._next_reference()
+        if reference is None:
+            return self._give_up_late_one()
+        worker = self._running.pop(reference)
+        actor = self._actors[worker]
+        returns = self._all[actor] is not None
+        try:
+            result = ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            _raise_cause(error)
+        except ray.exceptions.RayError as error:
+            self._deaths[worker] = self._deaths.get(worker, 0) + 1
+            if returns or self._deaths[worker] > self._retries:
+                return self._lose(worker, error)
+            log.info("executor=ray: worker %d died, others take its shard: %s", worker, _in_one_line(error))
+            return self._await(worker)
+        if returns:
+            self._all[actor] = None
+            return Finished(worker, None, 0.0, back=True)
+        self._deaths.pop(worker, None)
         result, seconds, warnings = result
         for name, level, text in warnings:
             if text not in self._said:  # by another worker
@@ -225,10 +208,19 @@ class RayPool:
                 self._said.add(text)
         return Finished(worker, result, seconds)
 
+    def _await(self, worker: int) -> Finished:
+        """Wait, for a while, until Ray has started a worker again; if no machine has room, Ray would wait for ever."""
+        actor = self._actors[worker]
+        self._all[actor] = time.monotonic() + SECONDS_TO_RESTART
+        self._running[_sign_of(actor)] = worker
+        return Finished(worker, None, 0.0, lost=True)
+
     def _next_reference(self) -> Any:
         """That of the next thing that is done; None if a worker was not started again in time."""
-        ray, waits = _ray(), [call.back_by for call in self._calls.values() if call.back_by is not None]
-        timeout = max(0.0, min(waits) - time.monotonic()) if waits else None
+        ray, timeout = _ray(), None
+        late = [until for until in self._all.values() if until is not None]
+        if late:
+            timeout = max(0.0, min(late) - time.monotonic())
         try:
             done, _ = ray.wait(list(self._running), num_returns=1, timeout=timeout)
         except ray.exceptions.RayError as error:
@@ -236,17 +228,15 @@ class RayPool:
         return done[0] if done else None
 
     def _give_up_late_one(self) -> Finished:
-        late = {worker: call.back_by for worker, call in self._calls.items() if call.back_by is not None}
-        worker = min(late, key=lambda each: late[each])
+        until = {worker: self._all[actor] or math.inf for worker, actor in self._actors.items()}
+        worker = min(until, key=lambda each: until[each])
+        self._running = {reference: other for reference, other in self._running.items() if other != worker}
         _ray().kill(self._actors[worker])
-        reference = next(each for each, other in self._running.items() if other == worker)
-        del self._running[reference]
         return self._lose(worker, RunError(f"it died, and in {SECONDS_TO_RESTART} s no machine started it again"))
 
     def _lose(self, worker: int, error: Exception) -> Finished:
         """Give up a worker that Ray does not start again."""
-        self._all.remove(self._actors.pop(worker))
-        self._calls.pop(worker, None)
+        del self._all[self._actors.pop(worker)]
         why = _in_one_line(error)
         if not self._actors:
             raise RunError(f"no worker of executor=ray is left: {why}; {RESUME}") from error
@@ -322,7 +312,7 @@ class _Warnings(logging.Handler):
         return records
 
 
-_started: dict[tuple[Ray, bool], list[Any]] = {}  # the actors of this process
+_started: dict[tuple[Ray, bool], dict[Any, float | None]] = {}  # the actors of this process; see `RayPool`
 
 
 def _ray() -> Any:
@@ -331,7 +321,7 @@ def _ray() -> Any:
     return ray
 
 
-def _actors(executor: Ray, *, on_gpus: bool) -> list[Any]:
+def _actors(executor: Ray, *, on_gpus: bool) -> dict[Any, float | None]:
     """The actors of an executor; those of another end."""
     key = executor, on_gpus
     if not _started.get(key):  # or all of them are lost
@@ -339,7 +329,7 @@ def _actors(executor: Ray, *, on_gpus: bool) -> list[Any]:
             _started.clear()
             _ray().shutdown()
         _connect(executor.address)
-        _started[key] = _start_actors(executor, on_gpus)
+        _started[key] = dict.fromkeys(_start_actors(executor, on_gpus))
     return _started[key]
 
 
@@ -373,7 +363,7 @@ def _connect(address: str | None) -> None:
         key, value = ("executor", "ray") if address is None else ("executor.address", address)
         why = f"Ray cannot be started ({' '.join(str(error).split())[:200]})"
         said = "".join(traceback.format_exception(error))
-        if "InvalidAuthToken" in said:
+        if any(words in said for words in NO_TOKEN):
             why = "the cluster asks for a token; set RAY_AUTH_MODE=token, and have its token on this machine, too"
         if "No node info found" in said:
             why = f"this machine does not belong to the cluster; `ray start --address={address}` adds it"
@@ -466,12 +456,11 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
     there = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     machines = [Machine(each.get("CPU", 0.0), each.get("GPU", 0.0) if on_gpus else 0.0) for each in there]
     plan = WorkerPlan.of(machines, executor.workers)
-    # a call of `is_placed` waits until the actor is there; those of `call` are repeated by the pool
     kind = ray.remote(_Actor).options(
-        num_cpus=plan.cores, num_gpus=plan.gpus, max_restarts=executor.max_restarts, max_task_retries=-1
+        num_cpus=plan.cores, num_gpus=plan.gpus, max_restarts=executor.max_restarts, max_task_retries=0
     )
     actors = [kind.remote(plan.threads) for _ in range(plan.workers)]
-    signs, began = [actor.is_placed.remote() for actor in actors], time.monotonic()
+    signs, began = [_sign_of(actor) for actor in actors], time.monotonic()
     placed, missing = ray.wait(signs, num_returns=1, timeout=SECONDS_TO_PLACE)
     if placed and missing:
         seconds = max(SECONDS_FOR_OTHERS, time.monotonic() - began)
@@ -487,6 +476,11 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
     if missing:
         log.warning("executor=ray goes on with %d of %d workers: %s", len(placed), len(signs), each)
     return [actor for actor, sign in zip(actors, signs, strict=True) if sign in placed]
+
+
+def _sign_of(actor: Any) -> Any:
+    """What is there once an actor is, even if that dies before; a call of anything else would fail."""
+    return actor.is_placed.options(max_task_retries=-1).remote()
 
 
 def _check_started(executor: Ray, placed: Sequence[Any]) -> None:

@@ -51,4 +51,4 @@ class Codi(CheckpointAdapter):
 
         lm, tensors = super().load(device=device, dtype=dtype).lm, loading.load_tensors(self.folder, PROJECTOR)
         projector = codi_projector(self.width, tensors["1.bias"].shape[0])
-        return Reasoner(lm=lm, next_latent=loading.filled(projector, tensors, lm))
+        return Reasoner(lm=lm, next_latent=loading.fill_module(projector, tensors, lm))

@@ -121,7 +121,7 @@ class Colar(CheckpointAdapter):
 
         lm, tensors = super().load(device=device, dtype=dtype).lm, loading.load_tensors(self.folder, HEAD)
         head = colar_head(self.width, tensors["fc.0.bias"].shape[0], spread=self.has_spread)
-        head = loading.filled(head, tensors, lm)
+        head = loading.fill_module(head, tensors, lm)
 
         def next_latent(hidden_RD: Tensor) -> Tensor:
             return head["mean"](head["fc"](hidden_RD)) * self.latent_std

@@ -18,11 +18,11 @@ from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.text.latex import closing
 from latent_tts.text.number import MINUS
-from latent_tts.text.template import TemplateError, names_question, rendered
+from latent_tts.text.template import TemplateError, names_question, render_prompt
 from latent_tts.types import Question
 
 PLAIN, CHAT = "plain", "chat"
-SHOWN = 60  # characters of a template that an error quotes
+MAX_SHOWN = 60  # characters of a template that an error quotes
 MARKER = re.compile(r"#{3,}")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 BOXED = "\\boxed{"
@@ -86,7 +86,7 @@ class Cot(CheckpointAdapter):
 
     def _bad_prompt(self, why: str) -> UsageError:
         text = str(self.prompt)
-        return bad_value("model.prompt", repr(text[:SHOWN])[1:-1] + "..." * (len(text) > SHOWN), why)
+        return bad_value("model.prompt", repr(text[:MAX_SHOWN])[1:-1] + "..." * (len(text) > MAX_SHOWN), why)
 
     @cached_property
     def thinking_end_ids(self) -> list[int]:
@@ -103,7 +103,7 @@ class Cot(CheckpointAdapter):
             ids = self.text_ids(question, question.text + self.question_end)
         else:
             try:
-                text = rendered(self._template, question.text, self._tokens)
+                text = render_prompt(self._template, question.text, self._tokens)
             except TemplateError as error:
                 raise self._bad_prompt(f"question {question.quoted} cannot be written: {error}") from error
             ids = self.text_ids(question, text, special=self.prompt != CHAT)  # a chat template writes them itself

@@ -139,5 +139,5 @@ class Pccot(CheckpointAdapter):
         plain, tensors = super().load(device=device, dtype=dtype), loading.load_tensors(self.folder, PROJECTION)
         if not tensors:
             return plain
-        projection = loading.filled(pccot_projection(self.width), tensors, plain.lm)
+        projection = loading.fill_module(pccot_projection(self.width), tensors, plain.lm)
         return Reasoner(lm=plain.lm, next_latent=projection)

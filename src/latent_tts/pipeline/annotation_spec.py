@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from latent_tts.engine.cost import Shape
-from latent_tts.errors import bad_value, check_seed, require
+from latent_tts.errors import check_seed, require
 from latent_tts.pipeline.code import DRAWING, code_digests
 from latent_tts.pipeline.keys import ENGINE_SEMANTICS, own_fields
 from latent_tts.pipeline.spec import DrawingRequest, check_sampler, refuse_early_exit, require_steps, settle_schedule
@@ -60,15 +60,13 @@ class AnnotationSpec(DrawingRequest):
         allowed = f"must be 1 or more, less than {MAX_LABELLED}"
         require("completions", self.completions, 1 <= self.completions < MAX_LABELLED, allowed)
         require("keep", self.keep, self.keep in KEEP, f"must be one of {', '.join(KEEP)}")
-        if not sampler.random_latents:
-            allowed = "must be one whose latents differ: gaussian, or dropout in prompt or thoughts"
-            raise bad_value("sampler", sampler.name, allowed)
+        allowed = "must be one whose latents differ: gaussian, or dropout in prompt or thoughts"
+        require("sampler", sampler.name, bool(sampler.random_latents), allowed)
         adapter.check()
         require("model.latents", 0, adapter.latents != 0, "must be 1 or more: labels are of latents")
         check_sampler(sampler, adapter)
         schedule = settle_schedule(self.schedule, adapter, chosen="schedule" in self.chosen)
-        allowed = "must be null: labels are of rollouts that make all latents"
-        refuse_early_exit(schedule, allowed)
+        refuse_early_exit(schedule, "must be null: labels are of rollouts that make all latents")
         require_steps(schedule, adapter, "a label is of a prefix h_1..h_t, completed from there")
 
     @property

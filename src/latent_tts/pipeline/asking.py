@@ -24,7 +24,6 @@ class ArrivingVotes:
     """Shows the votes of a question after each batch that has brought some, above the progress bar."""
 
     def __init__(self, spec: RunSpec) -> None:
-        """Begin without votes."""
         self._spec = spec
         self._questions = {spec.row_key(question): question for question in spec.questions}
         self._answers: dict[str, list[str | None]] = {key: [] for key in self._questions}
@@ -41,7 +40,7 @@ class ArrivingVotes:
             report.print_status(f"{text} {report.counted(len(answers), 'rollout')}: {votes}".lstrip())
 
 
-def described_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
+def describe_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
     """A line of `answers.jsonl` per question, with votes and costs.
 
     Returns:
@@ -80,7 +79,7 @@ def votes_text(votes: dict[str, int], unreadable: int) -> str:
 
 
 def print_answer(line: dict[str, Any]) -> None:
-    """Print a table of a question's picks, with votes and costs below it; see `described_answers`."""
+    """Print a table of a question's picks, with votes and costs below it; see `describe_answers`."""
     picks = line["picks"]
     rows = list(picks.values())
     names = report.Column("picked by", list(picks), left=True)

@@ -20,17 +20,12 @@ from latent_tts.engine.scoring import LatentScorer
 from latent_tts.pipeline.keys import score_key
 from latent_tts.pipeline.models import load_scorer_of, open_scorer
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.results.cache import MEASURED, NOT_DECODED, SCORE_SCHEMA
+from latent_tts.results.cache import MEASURED, NOT_DECODED
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
 
 log = logging.getLogger(__name__)
 Columns: TypeAlias = dict[str, Any]  # by name: an Arrow array, or one value for all rows
-
-
-def score_table(batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:
-    """The scores of a batch as a part of their cache has them."""
-    return batch_table(SCORE_SCHEMA, batch, columns)
 
 
 def batch_table(schema: pa.Schema, batch: Sequence[RolloutJob], columns: Columns) -> pa.Table:
@@ -124,9 +119,11 @@ class BatchScorer:
         measured = measured_columns(started, scorer.device, len(latents_RTD))
         prompts = [len(job.prompt) for job in batch]
         least = self.shape.scoring_work(prompts, steps_R.numpy(), scorer.backbone.dtype.itemsize)
-        columns = {"step_scores": ragged(scores_RT.float().numpy(), steps_R.numpy())}
-        columns |= {name: measured[name] for name in MEASURED if name in measured}
-        return columns | least_columns(least, self.rates, len(latents_RTD))
+        return {
+            "step_scores": ragged(scores_RT.float().numpy(), steps_R.numpy()),
+            **{name: measured[name] for name in MEASURED if name in measured},
+            **least_columns(least, self.rates, len(latents_RTD)),
+        }
 
     def bytes_per_row(self, jobs: Sequence[RolloutJob]) -> int:
         """Upper estimate of a row's bytes; a batch may hold one row per prompt."""

@@ -39,8 +39,7 @@ def code_digests(objects: Iterable[object], configs: Iterable[Any], rooms: tuple
         configs: their nodes; what is built for their arguments (`_target_`) counts.
         rooms: of this package, the rooms that are read whole, whichever option of them was chosen.
     """
-    modules = set(_modules_of(objects))
-    modules |= {_module_of(target) for config in configs for target in _targets(config)}
+    modules = {*_modules_of(objects), *(_module_of(target) for config in configs for target in _targets(config))}
     packages = {module.partition(".")[0] for module in modules} - {PACKAGE} - sys.stdlib_module_names
     return {PACKAGE: _digest_of_rooms(rooms)} | {package: digest_of_package(package) for package in sorted(packages)}
 
@@ -95,13 +94,12 @@ def _digest_of_rooms(rooms: tuple[str, ...]) -> str:
 def _digest(paths: Iterable[Path]) -> str:
     sha = hashlib.sha256()
     for path in paths:
-        sha.update(path.name.encode() + _digest_of_file(path))
+        sha.update(path.name.encode() + _digest_of_source(path.read_bytes()))
     return sha.hexdigest()[:16]
 
 
-@cache
-def _digest_of_file(path: Path) -> bytes:
-    source = path.read_bytes()
+@cache  # rooms are read in several sets
+def _digest_of_source(source: bytes) -> bytes:
     sha = hashlib.sha256()
     try:
         left: list[Any] = [compile(source, "", "exec", dont_inherit=True, optimize=2)]  # 2: without docstrings

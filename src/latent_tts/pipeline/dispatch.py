@@ -166,6 +166,10 @@ class ShardQueue(Generic[T]):
             self._units.insert(next((index for index, is_so in enumerate(later) if is_so), len(self._units)), unit)
         self._left += sum(unit.cost for unit in units)
 
+    def joined(self) -> None:
+        """A worker that was lost is there again; its speed is unknown."""
+        self._workers += 1
+
     def _release(self, units: Sequence[Unit[T]]) -> None:
         for unit in units:
             for key in unit.keys:
@@ -206,9 +210,14 @@ def results_of(
                 continue
             pool.submit(worker, make_shard([unit.content for unit in units], queue.early_keys(units)))
             taken[worker] = units, clock()
-        if not taken:
+        if not taken and not queue:
             return
         done = pool.next_finished()
+        if done.back:
+            queue.joined()
+            idle.append(done.worker)
+        if done.worker not in taken:
+            continue
         units, started = taken.pop(done.worker)
         rows = 0 if done.lost else sum(unit.rows for unit in units)
         timeline.append(Span(done.worker, started, clock(), rows))

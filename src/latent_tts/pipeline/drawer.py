@@ -7,7 +7,6 @@ are the same. Answers are left alone.
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +41,6 @@ from latent_tts.pipeline.batch import (
     begin_measuring,
     least_columns,
     measured_columns,
-    score_table,
 )
 from latent_tts.pipeline.code import DRAWING
 from latent_tts.pipeline.keys import latents_key
@@ -58,12 +56,11 @@ from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
 from latent_tts.pipeline.worker_checks import check_code, check_draft, check_weights, code_of_driver
 from latent_tts.results import report
-from latent_tts.results.cache import ROLLOUT_SCHEMA, SCORED_BY, SCORING
+from latent_tts.results.cache import ROLLOUT_SCHEMA, SCORE_SCHEMA, SCORED_BY, SCORING
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import ragged
 from latent_tts.types import Computation
 
-log = logging.getLogger(__name__)
 Place: TypeAlias = tuple[str, int]
 Sums: TypeAlias = dict[str, tuple[int, Tensor]]  # by row key: see `DirectionSums`
 directions = DirectionSums()  # of the questions drawn last, for their next round and the next job of a sweep
@@ -182,20 +179,20 @@ class DrawingWork:
         longest: tokens of the longest prompt to come.
         scored: whether the run's scorer reads latents.
         max_bytes: what is known to fit, by `Part.memory`.
-        code: see `worker_checks.code_of_driver`.
+        code: see `worker_checks.code_of_driver`; None where the worker is in the driver's process.
     """
 
     spec: RunSpec
     longest: int
     scored: bool
     max_bytes: Mapping[str, int]
-    code: Mapping[str, str] | None
+    code: Mapping[str, str] | None = None
 
     @classmethod
     def of(cls, spec: RunSpec, longest: int, *, scored: bool, max_bytes: Mapping[str, int]) -> DrawingWork:
         """Work of a run's own executor."""
         if spec.executor.in_process:
-            return cls(spec, longest, scored, max_bytes, None)
+            return cls(spec, longest, scored, max_bytes)
         prompt = max(spec.prompts.items(), key=lambda item: len(item[1]))
         lean = replace(
             spec, questions=[], prompts=dict([prompt]), donors={}, counts=None, refresh=False, on_answers=None
@@ -214,8 +211,7 @@ class DrawingWork:
             check_code(self.code)
             check_weights(self.spec.adapter, self.spec.scorer)
             check_draft(self.spec.draft)
-        packed = self.code is not None
-        return Drawer(self.spec, self.longest, scored=self.scored, max_bytes=self.max_bytes, packed=packed)
+        return Drawer(self)
 
 
 # The worker
@@ -273,7 +269,7 @@ def sums_of(jobs: Iterable[RolloutJob], latents: str) -> Sums:
     return {key: each for key, each in found.items() if each is not None}
 
 
-def one_per_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], list[RolloutJob]]]:
+def split_by_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], list[RolloutJob]]]:
     """Places and jobs: the first run of rollouts of each question, then its second one after a gap, and so on."""
     left = list(enumerate(jobs))
     while left:
@@ -284,7 +280,7 @@ def one_per_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], li
         left = [each for each in left if first[each[1].row_key][0] != each[0]]
 
 
-def not_compared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
+def find_uncompared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
     """Earlier rollouts of the same questions that `directions` lacks: never compared, or dropped since."""
     unknown = []
     for job in jobs:
@@ -301,19 +297,9 @@ def not_compared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
 class Drawer:
     """Rolls batches of a run's rollouts, and scores and compares their latents where they are made."""
 
-    def __init__(
-        self, spec: RunSpec, longest: int, *, scored: bool, max_bytes: Mapping[str, int], packed: bool = False
-    ) -> None:
-        """Measure the machine; models are loaded when they are first needed.
-
-        Args:
-            spec: the run.
-            longest: tokens of the longest prompt that will be rolled.
-            scored: whether the run's scorer reads latents.
-            max_bytes: see `DrawingWork`.
-            packed: whether parts go to another process.
-        """
-        self.spec, self._scored, self._packed = spec, scored, packed
+    def __init__(self, work: DrawingWork) -> None:
+        """Measure the machine; models are loaded when they are first needed."""
+        self._work, self.spec = work, (spec := work.spec)
         self.device = find_device(spec.engine)
         keep_freed_memory()
         kind = torch.device(self.device).type
@@ -324,10 +310,10 @@ class Drawer:
         if not spec.schedule.stepwise or spec.schedule.exit is not None:
             refuse_graphs(spec.engine, f"schedule={spec.schedule.name} decides on the way what it computes")
         self.own_prompt = "prompt" in spec.sampler.random_phases
-        self.bytes_per_row = self._bytes_per_row(longest)
+        self.bytes_per_row = self._bytes_per_row(work.longest)
         self.rows = rows_per_batch(spec.engine, spec.shape, self.bytes_per_row, self.device, own_prompt=self.own_prompt)
         self.memory = f"{spec.adapter.digest} {spec.engine.dtype} {device_name(self.device)}"
-        self._max_bytes = max_bytes.get(self.memory)
+        self._max_bytes = work.max_bytes.get(self.memory)
         while self._max_bytes is not None and self.rows > 1 and self.rows * self.bytes_per_row > self._max_bytes:
             self.rows //= 2
         self.rates = measured_rates(spec.shape.width, spec.engine.dtype, self.device)
@@ -350,7 +336,7 @@ class Drawer:
 
     @property
     def _computations(self) -> tuple[Computation, Computation | None]:
-        scoring = self.scorer.model.model.computation if self._scored or self.spec.guided else None
+        scoring = self.scorer.model.model.computation if self._work.scored or self.spec.guided else None
         return self.engine.reasoner.computation, scoring
 
     @cached_property
@@ -377,7 +363,7 @@ class Drawer:
         for key, (count, sums_TD) in shard.sums.items():
             directions.put(directions_key(self._latents, key), count, sums_TD)
         found = compute_in_batches(shard.jobs, partial(self._part, shard=shard), self.batches, self._halve, self.device)
-        return [part.packed() if self._packed else part for part in found]
+        return [part if self._work.code is None else part.packed() for part in found]
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
         """Pack jobs into batches."""
@@ -396,7 +382,7 @@ class Drawer:
     def _part(self, batch: list[RolloutJob], shard: Shard) -> Part:
         request = shard.request
         if request.compares and (compared := [job for job in batch if job.row_key not in shard.early]):
-            self.catch_up(next(one_per_question(compared))[1])
+            self.catch_up(next(split_by_question(compared))[1])
         with self._shown(batch, shard):
             return self.draw(batch, shard) if request.drawn else self._recompute(batch, shard)
 
@@ -421,12 +407,11 @@ class Drawer:
         rollouts = spec.search.roll(
             self.engine, batch, self._sampler, spec.seed, scorer=scorer, reduction=reduction, answers=answers
         )
-        finite_R = rollouts.latents_RTD.flatten(1).isfinite().all(1)
-        require_finite("latents", finite_R, question_ids(batch), self.engine.lm.dtype, "drawing rollouts")
+        finite = {"latents": rollouts.latents_RTD.flatten(1).isfinite().all(1)}
         if answers:
-            finite_R = rollouts.answer_logprob_R.isfinite()
-            what, ids = "log-probabilities of answers", question_ids(batch)
-            require_finite(what, finite_R, ids, self.engine.lm.dtype, "drawing rollouts")
+            finite["log-probabilities of answers"] = rollouts.answer_logprob_R.isfinite()
+        for what, finite_R in finite.items():
+            require_finite(what, finite_R, question_ids(batch), self.engine.lm.dtype, "drawing rollouts")
         return rollouts
 
     def draw(self, batch: list[RolloutJob], shard: Shard) -> Part:
@@ -472,7 +457,7 @@ class Drawer:
         scores = self.scorer.score(batch, thought.latents_RTD, thought.steps_R) if request.scored else None
         return Part(
             places=places_of(batch),
-            make_table=None if scores is None else partial(score_table, batch, scores),
+            make_table=None if scores is None else partial(batch_table, SCORE_SCHEMA, batch, scores),
             latents_RTD=to_host(thought.latents_RTD) if request.keeps else None,
             max_bytes=self._max_bytes,
             memory=self.memory,
@@ -483,7 +468,7 @@ class Drawer:
         if not self.spec.adapter.latents:
             return
         kept = self._keys(batch)
-        for earlier in self.batches(not_compared(batch, self._latents)):
+        for earlier in self.batches(find_uncompared(batch, self._latents)):
             latents_RTD = self.roll(earlier, answers=False).latents_RTD
             directions.add(self._keys(earlier), latents_RTD, first=[job.rollouts[0] for job in earlier], kept=kept)
 
@@ -493,7 +478,7 @@ class Drawer:
         rows_JN = torch.arange(len(latents_RTD)).view(len(batch), -1)
         if not self.spec.adapter.latents:
             return summed_RT
-        for found in one_per_question(batch):
+        for found in split_by_question(batch):
             here = [(place, job) for place, job in zip(*found, strict=True) if job.row_key not in early]
             if not here:
                 continue
@@ -518,7 +503,7 @@ class Drawer:
         own = row_bytes(spec.shape, longest, suffix, number, self.own_prompt)
         if spec.draft is not None:
             own += 4 * longest * spec.shape.width  # its copy of the prompt's states
-        if not self._scored and not spec.guided:
+        if not self._work.scored and not spec.guided:
             return own
         scorer = Shape.from_config(spec.given_scorer.sizes)
         scoring = row_bytes(scorer, longest, spec.adapter.latents, number, own_prompt=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 from latent_tts.budget import is_adaptive
 from latent_tts.engine.packing import RolloutJob, batches, max_prompts
 from latent_tts.errors import LESS_MEMORY, RunError, computing
-from latent_tts.pipeline.batch import BatchScorer, score_table
+from latent_tts.pipeline.batch import BatchScorer, batch_table
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.pipeline.drawer import (
     Description,
@@ -30,9 +30,9 @@ from latent_tts.pipeline.drawer import (
     Shard,
     directions,
     directions_key,
+    find_uncompared,
     latents_digest,
     max_flops,
-    not_compared,
     pack,
     places_of,
     rollouts_to_grow,
@@ -48,6 +48,7 @@ from latent_tts.pipeline.progress import BatchProgress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import (
+    SCORE_SCHEMA,
     RolloutCache,
     ScoreCache,
     known_to_fit,
@@ -155,7 +156,7 @@ def recompute_latents(
         OSError: the cache cannot be written to.
     """
     missing = pd.concat([unscored, unkept]).drop_duplicates().sort_index()
-    jobs = shifted_jobs(jobs_of(spec, missing), offsets)
+    jobs = split_by_offset(jobs_of(spec, missing), offsets)
     scored = len(unscored) > 0
     stage = Stage(spec, max(len(job.prompt) for job in jobs), scored=scored)
     stage.log_recomputing(jobs, "scores" if scored else "latents.safetensors")
@@ -199,7 +200,7 @@ def score_kept(
         RunError: a failure while scoring; what was scored stays in the cache.
         OSError: the cache cannot be written to.
     """
-    jobs, device = shifted_jobs(jobs_of(spec, missing), offsets), find_device(spec.engine)
+    jobs, device = split_by_offset(jobs_of(spec, missing), offsets), find_device(spec.engine)
     scorer = BatchScorer(spec, device)
     rows = rows_per_batch(spec.engine, scorer.shape, scorer.bytes_per_row(jobs), device, own_prompt=False)
     scorer.log_work(jobs)
@@ -210,7 +211,7 @@ def score_kept(
                 latents_RTD, steps_R = read_latents(batch)
                 with progress.batch(batch):
                     columns = scorer.score(batch, latents_RTD, steps_R)
-                writer.put(partial(score_table, batch, columns))
+                writer.put(partial(batch_table, SCORE_SCHEMA, batch, columns))
 
 
 def jobs_of(spec: RunSpec, missing: pd.DataFrame) -> list[RolloutJob]:
@@ -227,7 +228,7 @@ def jobs_of(spec: RunSpec, missing: pd.DataFrame) -> list[RolloutJob]:
     return jobs
 
 
-def shifted_jobs(jobs: Sequence[RolloutJob], offsets: Mapping[Place, int]) -> list[RolloutJob]:
+def split_by_offset(jobs: Sequence[RolloutJob], offsets: Mapping[Place, int]) -> list[RolloutJob]:
     """Jobs split by what is added to the positions of their rollouts."""
     if not offsets:
         return list(jobs)
@@ -370,7 +371,7 @@ class Stage:
 
     def read_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
         """Take in what the cache keeps of the rollouts before some jobs, where this process does not know them."""
-        before = not_compared(first_of_questions(jobs), self._latents)
+        before = find_uncompared(first_of_questions(jobs), self._latents)
         unknown = {job.row_key: job.rollouts[-1] + 1 for job in before}
         for key, sums_TD in read_direction_sums(folder, unknown).items() if unknown else ():
             directions.put(directions_key(self._latents, key), unknown[key], torch.from_numpy(sums_TD))
@@ -385,7 +386,7 @@ class Stage:
     def log_catching_up(self, jobs: Sequence[RolloutJob]) -> None:
         """Say of how many drawn rollouts latents are computed again, to be compared with those to come."""
         if self.spec.adapter.latents:
-            before = not_compared(first_of_questions(jobs), self._latents)
+            before = find_uncompared(first_of_questions(jobs), self._latents)
             if before:
                 self.log_recomputing(before, "diversity")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 def versions(*, quantized: bool) -> Mapping[str, str]:
     """Versions of what a result depends on, and the commit where there is one, as they were at the first call."""
     names = ["latent-tts", "torch", "transformers", "tokenizers", "numpy", "pandas", "hydra-core"]
-    names += ["math-verify"] if find_spec("math_verify") is not None else []
-    names += ["torchao"] if quantized else []
+    optional = {"math-verify": find_spec("math_verify") is not None, "torchao": quantized}
+    names += [name for name, is_used in optional.items() if is_used]
     return {"python": platform.python_version(), **{name: _version(name) for name in names}, **commit()}
 
 

@@ -21,7 +21,7 @@ from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.recording import ROLLOUTS_SHARE, SCORES_SHARE, Recordings
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.engine.scoring import LatentScorer
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import RunError, UsageError, bad_value, require
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import EngineSettings, RunSpec, exit_ids
@@ -61,34 +61,23 @@ def load_reasoner(
     return _keep_proven("model", adapter.name, where, key, load, prove_reasoner, longest)
 
 
-def load_scorer(
-    scorer: LatentRM, dtype: str, device: str, *, longest: int, base: Reasoner | None = None
-) -> RewardModel:
-    """The scorer's model, loaded and proven; the last one is kept. See `load_reasoner`.
-
-    Args:
-        scorer: the scorer.
-        dtype: that it is computed in.
-        device: where.
-        longest: tokens of the longest sequence that it will run.
-        base: the loaded reasoner whose weights it shares.
-    """
-    key = (_kind("scorer", scorer), scorer.digest, device, dtype, None if base is None else str(id(base.lm)))
-    load = partial(scorer.load, device=device, dtype=dtype, base=base)
-    return _keep_proven("scorer", scorer.name, ("scorer", scorer.name), key, load, prove_reward_model, longest)
-
-
 def load_reasoner_of(spec: RunSpec) -> Reasoner:
     """The model of a run, loaded and proven; it is kept for the next call."""
     return load_reasoner(spec.adapter, spec.engine, find_device(spec.engine), longest=spec.longest_sequence)
 
 
 def load_scorer_of(spec: RunSpec) -> RewardModel:
-    """The scorer of a run, loaded, proven and kept. A LoRA scorer shares the weights of the loaded reasoner."""
+    """The scorer of a run, loaded and proven; the last one is kept, see `load_reasoner`.
+
+    A LoRA scorer shares the weights of the loaded reasoner.
+    """
+    scorer, dtype, device = spec.given_scorer, spec.engine.dtype, find_device(spec.engine)
     longest = max(map(len, spec.prompts.values())) + spec.adapter.latents
-    shares = spec.given_scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
+    shares = scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
     base = load_reasoner_of(spec) if shares else None
-    return load_scorer(spec.given_scorer, spec.engine.dtype, find_device(spec.engine), longest=longest, base=base)
+    key = (_kind("scorer", scorer), scorer.digest, device, dtype, None if base is None else str(id(base.lm)))
+    load = partial(scorer.load, device=device, dtype=dtype, base=base)
+    return _keep_proven("scorer", scorer.name, ("scorer", scorer.name), key, load, prove_reward_model, longest)
 
 
 def _kind(group: str, option: CheckpointAdapter | LatentRM) -> str:
@@ -115,14 +104,16 @@ def _keep_proven(
             found = prove(model, longest)
         except UsageError as error:
             raise bad_value(*where, str(error)) from error
+        except RunError as error:
+            raise RunError(f"{where[0]}={where[1]}: {error}") from error
         if found.reason:
-            log.warning("%s: computed with %s: %s", name, described(found), found.reason)
+            log.warning("%s: computed with %s: %s", name, describe_computation(found), found.reason)
         return found
 
     return replace(model, computation=_keep(f"{kind}'s proof", proof, computation))
 
 
-def described(computation: Computation) -> str:
+def describe_computation(computation: Computation) -> str:
     """How a model is computed, for people."""
     attention = "shared-prefix attention"
     if computation.attention == "transformers":

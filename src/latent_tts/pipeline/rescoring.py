@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 NEEDED = {
     **dict.fromkeys(("config.model", "config.task", "config.sampler", "config.search", "config.budget"), dict),
     **dict.fromkeys(("config.answer", "config.engine", "config.paths", "settings"), dict),
+    **dict.fromkeys(("config.n", "config.max_answer_tokens"), int),
     **dict.fromkeys(("config.answer.decode", "config.paths.cache", "checkpoint_digest"), str),
 }
 

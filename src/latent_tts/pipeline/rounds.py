@@ -155,16 +155,11 @@ def budget_table(spec: RunSpec, outcome: Outcome, rollouts: pd.DataFrame) -> pd.
             "certificate": [stop.certificate for stop in outcome.stops],
             "pick": pick_Q.astype(np.int32),
             "answer": pd.array(np.where(pick_Q >= 0, answers, None), dtype=object),
-            "correct": _right(rollouts, places, pick_Q),
+            "correct": np.full(len(pick_Q), None, dtype=object)  # without gold answers
+            if rollouts["correct"].isna().any()
+            else rollouts["correct"].to_numpy(dtype=bool)[places] & (pick_Q >= 0),
         }
     )
-
-
-def _right(rollouts: pd.DataFrame, places: Int64, pick_Q: Int64) -> np.ndarray:
-    """Whether each question's pick is right; None without gold answers."""
-    if rollouts["correct"].isna().any():
-        return np.full(len(pick_Q), None, dtype=object)
-    return rollouts["correct"].to_numpy(dtype=bool)[places] & (pick_Q >= 0)
 
 
 def _picks(spec: RunSpec, outcome: Outcome) -> Int64:

@@ -29,7 +29,7 @@ from latent_tts.executor.local import Local
 from latent_tts.pipeline import calibration
 from latent_tts.results.run_folder import ANSWERS
 from latent_tts.sampler import Sampler
-from latent_tts.schedule import OF_OTHERS, Schedule
+from latent_tts.schedule import GUESSES_OF_ROLLOUTS, Schedule
 from latent_tts.schedule.auto import Auto
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
@@ -76,9 +76,8 @@ class EngineSettings:
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
         fitting = QUANTIZED_FROM[self.quantize]
         require("engine.quantize", self.quantize, self.dtype in fitting, f"takes engine.dtype={' or '.join(fitting)}")
-        if find_spec("torchao") is None:
-            why = "torchao is not installed: pip install '.[quant]' in the clone"
-            raise bad_value("engine.quantize", self.quantize, why)
+        why = "torchao is not installed: pip install '.[quant]' in the clone"
+        require("engine.quantize", self.quantize, find_spec("torchao") is not None, why)
 
     @property
     def bytes_per_number(self) -> int:
@@ -249,7 +248,7 @@ class RunSpec(RunRequest):
             if tokens_N is None
             else passes.rollout_flops(prompt, steps_N, tokens_N - len(self.forced_ids))
         )
-        if self.schedule.guess in OF_OTHERS:
+        if self.schedule.guess in GUESSES_OF_ROLLOUTS:
             shared += passes.guess_flops(prompt)
         if self.draft is not None:
             each_N = each_N + self.draft.record.flops(prompt)
@@ -311,7 +310,7 @@ def check_run(request: RunRequest) -> RunSpec:
     questions = request.task.questions()
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
-        budget = calibrated(budget, request, schedule, aggregators, scorer, questions)
+        budget = calibrate_budget(budget, request, schedule, aggregators, scorer, questions)
     if not has_gold(questions):
         name = request.task.name
         log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
@@ -321,7 +320,7 @@ def check_run(request: RunRequest) -> RunSpec:
     }  # fmt: skip
     spec = RunSpec(
         **vars(request) | settled,
-        draft=found_draft(schedule, adapter),
+        draft=find_schedule_draft(schedule, adapter),
         planned=planned,
         planned_on=planned_on,
         questions=questions,
@@ -400,13 +399,14 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
     chosen = plan.choose(min(rows, request.engine.rows or rows))
     values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
     node = {"_target_": f"{type(chosen).__module__}.{type(chosen).__qualname__}", **values}
-    changed = {f"schedule.{field.name}" for field in fields(chosen) if values[field.name] != field.default}
-    shown = {key: value for name, value in values.items() if (key := f"schedule.{name}") in changed}
+    shown = {
+        f"schedule.{field.name}": values[field.name] for field in fields(chosen) if values[field.name] != field.default
+    }
     device = None if chosen.stepwise else plan.device
     return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown, device
 
 
-def found_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | None:
+def find_schedule_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | None:
     """The draft head of a schedule; None where it has none.
 
     Raises:
@@ -439,7 +439,6 @@ def settle_scorer(request: RunRequest) -> LatentRM | NoScorer:
             why = f"sampler {sampler.name} gives all rollouts of a question the same latents, and so the same score"
             require("scorer", scorer.name, scorer.only_own, why)
             return NoScorer(why)
-    if not isinstance(scorer, NoScorer):
         require("scorer", scorer.name, adapter.latents != 0, "a scorer scores latents, and model.latents=0")
         for warning in scorer.check(adapter, config["sampler"]):
             log.warning("%s", warning)
@@ -479,9 +478,9 @@ def settle_aggregators(request: RunRequest, scorer: LatentRM | NoScorer) -> list
         "needs every answer, and answer.decode=winners decodes only the picks",
     )
     best = [aggregator for aggregator in aggregators if aggregator.name == "best_of_n"]
-    if not best or (len(best) < len(aggregators) and chosen):
-        names = ",".join(aggregator.name for aggregator in aggregators)
-        raise bad_value("aggregator", names, "answer.decode=winners goes with best_of_n alone; votes need every answer")
+    alone = bool(best) and (len(best) == len(aggregators) or not chosen)
+    names = ",".join(aggregator.name for aggregator in aggregators)
+    require("aggregator", names, alone, "answer.decode=winners goes with best_of_n alone; votes need every answer")
     return best
 
 
@@ -540,27 +539,24 @@ def check_adaptive(
         UsageError: something is missing.
     """
     require("answer.decode", decode, decode == "all", f"must be all: budget={budget.name} looks at every answer")
-    if budget.needs_score and isinstance(scorer, NoScorer):
-        raise bad_value("budget", budget.label, f"needs scores, and there is no scorer ({scorer})")
+    if budget.needs_score:
+        if isinstance(scorer, NoScorer):
+            raise bad_value("budget", budget.label, f"needs scores, and there is no scorer ({scorer})")
+        why = "gives scores only once all n answers are known, and the budget needs them earlier; use correct"
+        require("scorer.positions", scorer.positions, scorer.positions != "official", why)
+        require(
+            "budget",
+            budget.label,
+            budget.aggregator != "weighted" or scorer.range is not None,
+            "bounds the weights of future votes, and scores have no declared range\n"
+            "scorer.range=[LOW,HIGH] declares one; a score beyond it is an error",
+        )
     reported = [aggregator.name for aggregator in aggregators]
     allowed = f"looks at the pick of {budget.aggregator}, which is not reported: aggregator=[{','.join(reported)}]"
     require("budget", budget.label, budget.aggregator in reported, allowed)
-    if not budget.needs_score:
-        return
-    assert not isinstance(scorer, NoScorer)
-    if scorer.positions == "official":
-        why = "gives scores only once all n answers are known, and the budget needs them earlier; use correct"
-        raise bad_value("scorer.positions", "official", why)
-    require(
-        "budget",
-        budget.label,
-        budget.aggregator != "weighted" or scorer.range is not None,
-        "bounds the weights of future votes, and scores have no declared range\n"
-        "scorer.range=[LOW,HIGH] declares one; a score beyond it is an error",
-    )
 
 
-def calibrated(
+def calibrate_budget(
     budget: AdaptiveBudget,
     request: RunRequest,
     schedule: Schedule,
@@ -666,16 +662,14 @@ def forced_answer_ids(adapter: CheckpointAdapter, prefix: str, max_answer_tokens
     """
     require("answer.forced_prefix", prefix, isinstance(prefix, str), "must be a text")
     ids = adapter.forced_ids(prefix)
-    if len(ids) >= max_answer_tokens:
-        allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
-        raise bad_value("answer.forced_prefix", prefix, allowed)
+    allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
+    require("answer.forced_prefix", prefix, len(ids) < max_answer_tokens, allowed)
     return ids
 
 
 def refuse_early_exit(schedule: Schedule, allowed: str) -> None:
     """Raise UsageError, which says what is `allowed`, if rollouts may stop thinking early."""
-    if schedule.exit is not None:
-        raise bad_value("schedule.exit", schedule.exit, allowed)
+    require("schedule.exit", schedule.exit, schedule.exit is None, allowed)
 
 
 def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:

@@ -27,7 +27,8 @@ from latent_tts.results.run_folder import (
 )
 
 log = logging.getLogger(__name__)
-NOT_IN_LABELS = ("n", "seed", "budget")  # the table has a column or a mean for them
+NOT_IN_LABELS = ("n", "seed")  # the table has a column or a mean for them
+PLAIN_BUDGETS = ("ladder", "fixed")  # of one run, they report the same figures
 # metrics that a rollouts table has for each question
 PER_QUESTION = ("accuracy", "coverage", "invalid_rate", "agreement")
 
@@ -116,8 +117,10 @@ class SweepJob:
     @property
     def label(self) -> str:
         """What its curve is called in the sweep's table: its overrides, without the names of groups."""
-        parts = [override.partition("=") for override in self.overrides]
-        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, _, value in parts if key not in NOT_IN_LABELS)
+        parts = [override.partition("=")[::2] for override in self.overrides]
+        told = [(key, value) for key, value in parts if key not in NOT_IN_LABELS]
+        shown = [pair for pair in told if pair not in {("budget", name) for name in PLAIN_BUDGETS}]
+        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in shown)
 
     @property
     def row(self) -> dict[str, str]:

@@ -287,12 +287,7 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "questions_digest": questions_digest(spec.questions, spec.task.rule),
         "weights_digest": "+".join(digests),
     }
-    names = (
-        "checkpoint",
-        "scorer",
-        "task",
-        "split",
-    )  # digests say whose weights and which questions, whatever the name
+    names = ("checkpoint", "scorer", "task", "split")  # digests say whose weights and which questions
     identity = {name: value for name, value in columns.items() if name not in names} | {"n": spec.n}
     return {"run_id": settings_digest(identity)[:12], **columns}
 

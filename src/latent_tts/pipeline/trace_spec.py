@@ -14,7 +14,7 @@ import pandas as pd
 from latent_tts.budget import is_adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.engine.decoding import AnswerSampling
-from latent_tts.errors import RunError, UsageError, bad_value, check_fields, is_number, require
+from latent_tts.errors import RunError, UsageError, check_fields, is_number, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.calibration import schedule_text
 from latent_tts.pipeline.rollouts import RunRollouts
@@ -53,11 +53,11 @@ class View:
 
     def __post_init__(self) -> None:
         known = [name for name in self.maps if name in MAPS]
+        shown = f"[{','.join(self.maps)}]"
         allowed = f"must be a list of {' and '.join(MAPS)}, as in maps=[{','.join(MAPS)}]"
-        require("maps", f"[{','.join(self.maps)}]", bool(known) and known == list(dict.fromkeys(self.maps)), allowed)
-        if "tsne" in self.maps and find_spec("sklearn") is None:
-            why = "scikit-learn is not installed: pip install '.[trace]' in the clone"
-            raise bad_value("maps", f"[{','.join(self.maps)}]", why)
+        require("maps", shown, bool(known) and known == list(dict.fromkeys(self.maps)), allowed)
+        why = "scikit-learn is not installed: pip install '.[trace]' in the clone"
+        require("maps", shown, "tsne" not in self.maps or find_spec("sklearn") is not None, why)
         require("top", self.top, 1 <= self.top <= MAX_TOKENS, f"must be 1 to {MAX_TOKENS}")
         check_fields("", self, threshold="a positive number", directions="an integer, 0 or more")
 
@@ -128,11 +128,11 @@ def check_trace(
         why = "reads the latents of other questions, so it has no place on the map of one"
         require("beside", sampler.name, not sampler.needs_donor, why)
         check_sampler(sampler, run.adapter)
-        other = drawn_beside(run, sampler, config, 1 if sampler.deterministic else n)
-    return TraceSpec(run, other, drawn_beside(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
+        other = replace_sampler(run, sampler, config, 1 if sampler.deterministic else n)
+    return TraceSpec(run, other, replace_sampler(run, Greedy(), {"_target_": GREEDY}, 1), view, source)
 
 
-def drawn_beside(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: int) -> RunSpec:
+def replace_sampler(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: int) -> RunSpec:
     """The same questions under another sampler, each rollout on its own and every answer the most probable one."""
     return replace(
         run, sampler=sampler, search=Independent(), budget=Fixed(), answers=AnswerSampling(), decode="all", counts=None,
@@ -140,7 +140,9 @@ def drawn_beside(run: RunSpec, sampler: Sampler, config: Mapping[str, Any], n: i
     )  # fmt: skip
 
 
-def of_a_run(spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Sequence[str], n: int | None) -> RunSpec:
+def select_questions(
+    spec: RunSpec, source: Path, record: Mapping[str, Any], wanted: Sequence[str], n: int | None
+) -> RunSpec:
     """Some questions of a completed run.
 
     Args:

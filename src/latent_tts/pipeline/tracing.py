@@ -17,7 +17,7 @@ from latent_tts.engine.dependencies import PlainRecurrence, find_dependencies
 from latent_tts.engine.lens import read_latents
 from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import LESS_MEMORY, UsageError, computing
-from latent_tts.pipeline.drawer import Drawer, places_of
+from latent_tts.pipeline.drawer import Drawer, DrawingWork, places_of
 from latent_tts.pipeline.drawing import jobs_of
 from latent_tts.pipeline.models import find_device, refuse_graphs
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
@@ -111,7 +111,7 @@ def recompute(spec: RunSpec) -> tuple[Engine, Float32, Int64, Int64]:
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
     jobs, total = jobs_of(spec, wanted), spec.adapter.latents
     refuse_graphs(spec.engine, "the host reads what each sweep did")
-    drawer = Drawer(spec, max(len(job.prompt) for job in jobs), scored=False, max_bytes=known_to_fit(spec.cache))
+    drawer = Drawer(DrawingWork(spec, max(len(job.prompt) for job in jobs), False, known_to_fit(spec.cache)))
     drawer.engine.keeps_timeline = True
     latents_RTD = np.zeros((len(rows), total, drawer.engine.width), dtype=np.float32)
     steps_R, sweeps = np.zeros(len(rows), dtype=np.int64), []

@@ -51,12 +51,12 @@ class Verification:
         lines = [
             f"verified against schedule=sequential: {len(rows)} rollouts, largest deviation of a latent "
             f"{largest['deviation']:.2g} (question {largest['question_id']}, rollout {largest['rollout']}), "
-            f"{len(changed)} changed answers, {close} of them with a margin below {MIN_MARGIN:g}"
-        ]
-        lines += [
-            f"question {row.question_id}, rollout {row.rollout}: {row.prediction} instead of {row.sequential} "
-            f"(margin {row.margin:.2g})"
-            for row in changed.head(MAX_CHANGED).itertuples()
+            f"{len(changed)} changed answers, {close} of them with a margin below {MIN_MARGIN:g}",
+            *(
+                f"question {row.question_id}, rollout {row.rollout}: {row.prediction} instead of {row.sequential} "
+                f"(margin {row.margin:.2g})"
+                for row in changed.head(MAX_CHANGED).itertuples()
+            ),
         ]
         left = len(changed) - MAX_CHANGED
         return lines + [f"and {left} more, in {VERIFICATION}"] * (left > 0)

@@ -21,29 +21,23 @@ from latent_tts.random.philox import philox
 BLOCKS_AT_ONCE = {"cpu": 1 << 14, "cuda": 1 << 22}  # on a CPU arrays of 128 KiB, which stay in the cache of a core
 
 
-def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
-    """Words 0 to 3 (R, 4, B), in [0, 2**32) as int64, of blocks 0 to B-1 of each row.
+def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, places: Sequence[int], stream: int) -> Tensor:
+    """Words 0 to 3 (P*R, 4, B), in [0, 2**32) as int64, of blocks 0 to B-1 of each row, place by place.
 
     Args:
         keys_R2: Philox keys (int64).
         rollouts_R: the rows' rollout numbers (int64).
         blocks: B.
-        place: counter word for the place in a rollout (layer and step).
+        places: counter words of P places in a rollout (layer and step).
         stream: counter word for the use of the numbers, a `Stream`.
     """
     if has_kernels(rollouts_R.device):
         from latent_tts.random import triton_kernels
 
-        return triton_kernels.words(keys_R2, rollouts_R, blocks, place, stream)
-    return words_by_operators(keys_R2, rollouts_R, blocks, place, stream)
-
-
-def words_of_places(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, places: Sequence[int], stream: int) -> Tensor:
-    """`words` of several places (P*R, 4, B), place by place."""
+        found = [triton_kernels.words(keys_R2, rollouts_R, blocks, place, stream) for place in places]
+        return torch.cat(found) if len(found) > 1 else found[0]
     if len(places) == 1:
-        return words(keys_R2, rollouts_R, blocks, places[0], stream)
-    if has_kernels(rollouts_R.device):
-        return torch.cat([words(keys_R2, rollouts_R, blocks, place, stream) for place in places])
+        return words_by_operators(keys_R2, rollouts_R, blocks, places[0], stream)
     place_R1 = torch.tensor(places, device=rollouts_R.device).repeat_interleave(len(rollouts_R))[:, None]
     return words_by_operators(keys_R2.repeat(len(places), 1), rollouts_R.repeat(len(places)), blocks, place_R1, stream)
 
@@ -69,7 +63,7 @@ def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, t
 
 
 def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int | Tensor, stream: int) -> Tensor:
-    """`words` by torch's operators; `place` may differ by row (R, 1)."""
+    """`words` of one place by torch's operators; it may differ by row (R, 1)."""
     counter = torch.arange(blocks, device=rollouts_R.device), place, rollouts_R[:, None], stream
     return torch.stack(philox(counter, (keys_R2[:, :1], keys_R2[:, 1:])), dim=1)
 

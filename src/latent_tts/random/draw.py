@@ -87,7 +87,7 @@ class Draw:
     def _draw(self, steps: range, width: int) -> Sequence[Tensor]:
         """Normals (R, width) of each step."""
         places, stream = [_place(0, step) for step in steps], int(Stream.LATENT_NOISE)
-        words = bits.words_of_places(self.keys_R2, self.rollouts_R, -(-width // 4), places, stream)
+        words = bits.words(self.keys_R2, self.rollouts_R, -(-width // 4), places, stream)
         uniform = (words.flatten(1).to(torch.float64) + 0.5) * 2.0**-32
         radius, angle = uniform.chunk(2, dim=-1)
         radius, angle = torch.sqrt(-2.0 * torch.log(radius)), angle * (2.0 * math.pi)
@@ -96,7 +96,7 @@ class Draw:
 
     def uniform(self, step: int) -> Tensor:
         """Uniform numbers (R) in [0, 1), in float64 with 52 random bits, to draw one token per row."""
-        words = bits.words(self.keys_R2, self.rollouts_R, 1, _place(0, step), int(Stream.TOKEN))
+        words = bits.words(self.keys_R2, self.rollouts_R, 1, [_place(0, step)], int(Stream.TOKEN))
         high, low, _, _ = words.squeeze(-1).unbind(1)
         return (high << 20 | low >> 12).to(torch.float64) * 2.0**-52
 

@@ -18,7 +18,7 @@ LANES, DROP_LANES = 256, 128
 
 
 def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: int) -> Tensor:
-    """`bits.words` by one kernel."""
+    """`bits.words` of one place by one kernel."""
     out = torch.empty(len(rollouts_R), 4, blocks, dtype=torch.long, device=rollouts_R.device)
     grid = len(rollouts_R), triton.cdiv(blocks, LANES)
     with torch.cuda.device_of(out):

@@ -44,6 +44,7 @@ DAMAGED = "is damaged; `ltts annotate` with this folder as its output labels its
 MISSING = "is missing; `ltts annotate` with this folder as its output labels its questions again"
 SETTINGS, INDEX, COMPUTATION = "annotations.json", "index.parquet", "computation"
 MAX_OPEN = 64  # shards kept open
+TENSORS = ("input_ids", "latent_embeds", "estimations", "corrects")
 NO_STEP = -100.0  # the label, on disk, of a step that a rollout does not have
 SHARD_NAME = re.compile(r"(\d+)_on(\d+)\.safetensors")
 INDEX_SCHEMA = pa.schema(
@@ -113,7 +114,7 @@ class AnnotationFolder:
         if self.official:
             require(key, path, not self._shards(), f"holds shards but no {SETTINGS}; choose another folder")
             path.mkdir(parents=True, exist_ok=True)
-            self._write_settings({})
+            self._write_settings()
             self.official = False
         else:
             record = self._read_settings()
@@ -122,8 +123,7 @@ class AnnotationFolder:
             self.complete, self.rows = bool(record["complete"]), record["rows"]
             if lost := self._lost_parts(record):
                 log.warning("%s: parts are missing, such as %s; their questions are labelled again", path, lost)
-                self.complete = False
-                self._write_settings({})
+                self._write_settings()
             self._set_damaged_aside()
             self._refuse_other_questions()
         parts = {_shard_of(part) for part in self._parts()}
@@ -146,7 +146,7 @@ class AnnotationFolder:
             self._refuse_other_settings(self.settings, {**self.settings, COMPUTATION: dict(way)})
             return
         self.settings[COMPUTATION] = dict(way)
-        self._write_settings({})
+        self._write_settings(complete=self.complete)
 
     def present(self) -> set[str]:
         """Ids of the questions that are done, kept or dropped."""
@@ -164,8 +164,7 @@ class AnnotationFolder:
         if not entries:
             return
         if self.complete:  # more questions than the run that finished it had
-            self.complete = False
-            self._write_settings({})
+            self._write_settings()
         places = [int(match[1]) for shard in self._shards() if (match := SHARD_NAME.fullmatch(shard.name))]
         shard = self.path / f"{max(places, default=-1) + 1}_on0.safetensors"
         tensors, rows = {}, []
@@ -181,16 +180,15 @@ class AnnotationFolder:
                 share = float(entry.reason == "all_correct")
                 row |= {"rollouts": entry.rollouts, "reason": entry.reason, "share_correct": share}
             else:
-                arrays = (entry.input_ids_NL, entry.latents_NTD, entry.labels_NT, entry.corrects_N)
+                labels_NT = np.where(np.isnan(entry.labels_NT), NO_STEP, entry.labels_NT)
+                arrays = (entry.input_ids_NL, entry.latents_NTD, labels_NT, entry.corrects_N)
                 if wrong := _wrong_shapes([a.shape for a in arrays], self.width):
                     raise ValueError(f"question {entry.question_id}: {wrong}")
                 if wrong := _wrong_values(entry):
                     raise RunError(f"labelling failed: question {entry.question_id}: {wrong}")
-                tensors[f"{entry.index}.input_ids"] = _plain(entry.input_ids_NL, np.int64)
-                tensors[f"{entry.index}.latent_embeds"] = _plain(entry.latents_NTD, np.float32)
-                labels_NT = np.where(np.isnan(entry.labels_NT), NO_STEP, entry.labels_NT)
-                tensors[f"{entry.index}.estimations"] = _plain(labels_NT, np.float32)
-                tensors[f"{entry.index}.corrects"] = _plain(entry.corrects_N, np.bool_)
+                kinds = (np.int64, np.float32, np.float32, np.bool_)
+                for name, array, kind in zip(TENSORS, arrays, kinds, strict=True):
+                    tensors[f"{entry.index}.{name}"] = np.ascontiguousarray(array, dtype=kind)
                 row |= {"rollouts": len(entry.corrects_N), "share_correct": float(entry.corrects_N.mean())}
             rows.append(row)
         with whole_file(shard) as partial:
@@ -205,8 +203,7 @@ class AnnotationFolder:
         counts = self.counts()
         with whole_file(self.path / INDEX) as partial:
             pq.write_table(self.index(), partial.absolute())
-        self.complete = True
-        self._write_settings(counts)
+        self._write_settings(counts, complete=True)
         return counts
 
     def counts(self) -> dict[str, int]:
@@ -272,7 +269,7 @@ class AnnotationFolder:
             opened = self._open(path)
             self._opened[path] = opened, set(opened.keys())
         opened, known = self._opened[path]
-        names = [f"{index}.{part}" for part in ("input_ids", "latent_embeds", "estimations", "corrects")]
+        names = [f"{index}.{part}" for part in TENSORS]
         if missing := [name for name in names if name not in known]:
             raise self._misfit(row, f"lacks the tensor {missing[0]}")
         ids, latents, labels, corrects = (tuple(opened.get_slice(name).get_shape()) for name in names)
@@ -331,8 +328,7 @@ class AnnotationFolder:
             log.warning("%s or its part of the index is damaged: both are set aside, as *.damaged", shard)
             for path in (part, shard):
                 set_aside(path)
-            self.complete = False
-            self._write_settings({})
+            self._write_settings()
 
     def _official_rows(self) -> Iterator[dict[str, Any]]:
         for shard in self._shards():
@@ -383,15 +379,15 @@ class AnnotationFolder:
             raise bad_value(self._key, path, f"is not the record of annotations ({error})") from error
         if (found := record["settings"].get("format")) not in READABLE:
             raise bad_value(self._key, path, f"format {found}, this version reads {READABLE[0]} to {FORMAT}")
-        digest = record.pop("digest", None)  # earlier versions wrote none
-        if digest not in (None, settings_digest(record)):
-            raise bad_value(self._key, path, "is damaged; restore it, or annotate into another folder")
+        is_whole = record.pop("digest", None) in (None, settings_digest(record))  # earlier versions wrote none
+        require(self._key, path, is_whole, "is damaged; restore it, or annotate into another folder")
         return {"complete": False, "rows": None, "parts": None, **record}
 
-    def _write_settings(self, counts: Mapping[str, int]) -> None:
-        parts = [part.name for part in self._parts()] if self.complete else None
+    def _write_settings(self, counts: Mapping[str, int] | None = None, *, complete: bool = False) -> None:
+        self.complete = complete
         record = {
-            "settings": self.settings, "complete": self.complete, "rows": self.rows, "counts": counts, "parts": parts,
+            "settings": self.settings, "complete": complete, "rows": self.rows, "counts": counts or {},
+            "parts": [part.name for part in self._parts()] if complete else None,
         }  # fmt: skip
         content = record | {"digest": settings_digest(record)}
         write_text(self.path / SETTINGS, json.dumps(content, indent=1) + "\n")
@@ -460,10 +456,6 @@ def _wrong_values(entry: LabelledQuestion) -> str | None:
         "estimations has labels outside of [0, 1]": not in_range_NT[has_step_NT].all(),
     }
     return next((problem for problem, is_so in problems.items() if is_so), None)
-
-
-def _plain(array: np.ndarray, dtype: type) -> np.ndarray:
-    return np.ascontiguousarray(array, dtype=dtype)
 
 
 def _shard_of(part: Path) -> str:

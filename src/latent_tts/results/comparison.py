@@ -82,7 +82,7 @@ def differences(
     return pd.DataFrame(found)
 
 
-def described_sides(a: Side, b: Side) -> tuple[str, str]:
+def describe_sides(a: Side, b: Side) -> tuple[str, str]:
     """What tells one side from the other, as in `sampler=dropout rate=0.1, `; empty where their settings are equal."""
     both = name_once(pd.DataFrame([next(iter(side.values())).curve for side in (a, b)]))
     curves = [_with_whole_sampler({str(name): value for name, value in row.items()}) for _, row in both.iterrows()]

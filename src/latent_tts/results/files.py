@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -147,7 +148,7 @@ def locked_folder(folder: Path, key: str) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str:
-    """The process that holds a lock; `?` where it has not said so yet, or has just ended."""
+    """The process that holds a lock, and its machine; `?` where it has not said so yet, or has just ended."""
     try:
         return path.read_text().strip() or "?"
     except OSError:
@@ -163,7 +164,7 @@ def _lock(path: Path) -> int:
             with suppress(FileNotFoundError):
                 if os.fstat(descriptor).st_ino == path.stat().st_ino:  # else its last holder has just removed it
                     os.truncate(descriptor, 0)
-                    os.write(descriptor, f"{os.getpid()}\n".encode())
+                    os.write(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode())
                     return descriptor
         except BaseException:
             os.close(descriptor)

@@ -30,6 +30,7 @@ from latent_tts.types import Bools, Float32, Int64
 PART_SUFFIX, INDEX_SUFFIX = ".parquet", ".index"
 PART_NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{16}\.parquet")
 MAX_PART_BYTES = 12 << 20  # in memory; on the disk a part is smaller, and never larger than 16 MB
+MIN_RELEASED_BYTES = 1 << 20  # giving back less takes longer than reading it
 MAX_WAITING = 4  # tables that the writer has not taken yet
 SECONDS_TO_SAY = 10.0  # that the work has waited for the disk
 PLACE = ["row_key", "rollout"]  # what identifies a row
@@ -314,7 +315,8 @@ class GatheredRows:
         columns = [table[name].combine_chunks() for _, table in self._pieces]
         self._pieces = [(places, table.drop_columns(name)) for places, table in self._pieces]
         ranks = None if self._found.all() else self._found.cumsum() - 1
-        release_memory()
+        if sum(column.nbytes for column in columns) >= MIN_RELEASED_BYTES:
+            release_memory()
         return [
             (places if ranks is None else ranks[places], column)
             for (places, _), column in zip(self._pieces, columns, strict=True)

@@ -119,12 +119,13 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
     points, attributes, notes = _named_curves(points, against, in_rows=in_rows)
     parts = [points[points["model"] == model] for model in models] if in_rows else [points]
     looks, aggregators = _looks(attributes), [name for name in points["aggregator"].unique() if name]
-    lines = points[points["metric"] == "accuracy"][["model"] * in_rows + ["label", "aggregator"]].drop_duplicates()
-    lines = lines["model"].value_counts().max() if in_rows else len(lines)
+    lines = max(
+        len(part.loc[part["metric"] == "accuracy", ["label", "aggregator"]].drop_duplicates()) for part in parts
+    )
     together = len(aggregators) > 1 and lines <= MAX_LINES_TOGETHER
     panels: list[tuple[str, Sequence[str]]] = [("coverage", [""]), ("agreement", [""])]
-    panels += [("accuracy", aggregators)] if together else [("accuracy", [name]) for name in aggregators]
     panels = [panel for panel in panels if (points["metric"] == panel[0]).any()]
+    panels += [("accuracy", aggregators)] if together else [("accuracy", [name]) for name in aggregators]
     marks = {  # a colour of None is the curve's
         name: Look(COLORS[(index + 1) % len(COLORS)] if len(looks) == 1 else None, *CYCLES[index % len(CYCLES)])
         for index, name in enumerate(aggregators if together else ())

@@ -131,7 +131,6 @@ class ProgressBar:
     """A bar on stderr with rate, time spent and time left; silent where stderr is no terminal."""
 
     def __init__(self, progress: Progress, total: int, unit: str) -> None:
-        """Add the bar to a display."""
         self._progress = progress
         self._task = progress.add_task(unit, total=total, note="")
         self._done = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from io import BytesIO
@@ -93,6 +94,8 @@ RECORD_FORMAT = 3  # of `run.json`; since 2 it has digests of tables, since 3 on
 NUMBER_COLUMNS = ["n", "drawn", "value", "ci_low", "ci_high", "questions", "format"]
 REQUIRED_COLUMNS = ["n", "drawn", "metric", "questions", "format"]  # have a value in every row
 RUN_COLUMNS = METRIC_COLUMNS[: METRIC_COLUMNS.index("n")]
+JOB_NAME = re.compile(r"^  job:\n(?:    .*\n)*?    name: (\w+)$", re.MULTILINE)  # in `.hydra/hydra.yaml`
+WITHOUT_RUN = ("annotate", "train_reasoner", "train_rm")
 UNKNOWN = "unknown"  # how the digest of a run's questions begins that does not say which they are
 DIGEST_COLUMNS = ["questions_digest", "weights_digest"]  # since format 2
 # what makes rows belong to one curve: names, settings, and the question set and weights behind the names
@@ -425,13 +428,24 @@ def is_complete(folder: Path) -> bool:
 def run_folders(path: Path, key: str = "runs") -> list[Path]:
     """The run folders at or below a folder: those with a `.hydra` record of a started run; in job order.
 
+    Folders of commands that make no run, as `annotate`, are left out.
+
     Raises:
         UsageError: there are none.
     """
     require(key, path, path.is_dir(), "no such folder")
-    found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir()]
+    found = [hydra.parent for hydra in path.rglob(".hydra") if hydra.is_dir() and _command(hydra) not in WITHOUT_RUN]
     require(key, path, bool(found), "neither a run folder nor a folder of runs")
     return sorted(found, key=lambda folder: [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in folder.parts])
+
+
+def _command(hydra: Path) -> str | None:
+    """The command that a `.hydra` folder is of; None where that cannot be read."""
+    try:
+        found = JOB_NAME.search((hydra / "hydra.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return None if found is None else found[1]
 
 
 def last_run() -> Path:

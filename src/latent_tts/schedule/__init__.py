@@ -168,7 +168,7 @@ class Schedule(Protocol):
     @property
     def key(self) -> str | dict[str, Any]:
         """The schedule's part of the cache key."""
-        ...
+        return self.name
 
     def check(self, model: LatentModel) -> None:
         """Check that a model can use this schedule.
@@ -190,8 +190,8 @@ class Schedule(Protocol):
         return []
 
 
-OF_OTHERS = ("greedy", "sibling")  # guesses made of another rollout of the question
-GUESSES = ("token", "zero", *OF_OTHERS, "draft")
+GUESSES_OF_ROLLOUTS = ("greedy", "sibling")  # guesses made of another rollout of the question
+GUESSES = ("token", "zero", *GUESSES_OF_ROLLOUTS, "draft")
 
 
 class ParallelSchedule(Schedule, Protocol):

@@ -72,11 +72,6 @@ class Auto(Schedule):
     name: ClassVar[str] = "auto"
     stepwise: ClassVar[bool] = False
 
-    @property
-    def key(self) -> str:
-        """Never part of a key: the chosen schedule's is."""
-        return self.name
-
     def check(self, model: LatentModel) -> None:
         """Refuse to be used unsettled.
 

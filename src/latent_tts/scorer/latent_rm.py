@@ -252,7 +252,7 @@ class LatentRM:
                 with the same scores as without it.
         """
         import torch
-        from safetensors import safe_open
+        from safetensors.torch import load_file
         from torch.nn import functional as F
 
         from latent_tts.checkpoint import joining, loading
@@ -261,17 +261,16 @@ class LatentRM:
             backbone = loading.load_backbone(self._backbone_folder, device=device, dtype=dtype, key=KEY)
         else:
             backbone = reward_adapter.sharing_copy(base.lm.base_model)
-        paths = files.weight_files(self.folder, key=KEY) if not self._is_adapter else [self.folder / joining.OWN]
         if self._is_adapter:
             reward_adapter.attach(backbone, backbone.base_model_prefix, self.folder, KEY)
+            head = load_file(self.folder / joining.OWN)
+        else:
+            head = loading.load_tensors(self.folder, "classifier.", keep_prefix=True)
         precise = torch.promote_types(backbone.dtype, torch.float32)
-        head: dict[str, Tensor] = {}
-        for path in paths:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                head |= {name: file.get_tensor(name).to(device, precise) for name in HEAD & set(file.keys())}
+        weight, bias = (head[name].to(device, precise) for name in reward_adapter.HEAD)
 
         def classifier(hidden: Tensor) -> Tensor:
-            return F.linear(hidden.to(precise), head["classifier.weight"], head["classifier.bias"])[..., 0]
+            return F.linear(hidden.to(precise), weight, bias)[..., 0]
 
         return RewardModel(backbone, classifier)
 

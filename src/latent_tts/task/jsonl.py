@@ -34,16 +34,25 @@ pandas writes such files by to_json(FILE, orient="records", lines=True)"""
 Row = tuple[str, Mapping[str, Any]]  # (its place, for errors; its fields)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raises ValueError if it has a key twice, of which one value would be lost."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {_short(repr(twice))} is there twice")
-    return made
+class _Object(dict[str, Any]):
+    """A JSON object that knows which key it had twice.
+
+    Attributes:
+        twice: the first such key; None where there is none.
+    """
+
+    twice: str | None = None
+
+    @classmethod
+    def of(cls, pairs: list[tuple[str, Any]]) -> _Object:
+        """The object of some pairs of keys and values."""
+        made = cls(pairs)
+        if len(made) < len(pairs):
+            made.twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return made
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object)
+DECODER = json.JSONDecoder(object_pairs_hook=_Object.of)
 
 
 @dataclass(frozen=True)
@@ -123,18 +132,12 @@ def file_rows(path: str) -> Iterator[Row]:
             raise bad_value("task.path", path, f"is {found}; {JSON_LINES}")
         opened = gzip.open if file_path.suffix == ".gz" else open
         with opened(file_path, "rt", encoding="utf-8-sig") as file:
-            text, number = "", 0
-            while not text.strip():  # find the first row
-                text, number = file.readline(MAX_CHARACTERS + 1), number + 1
-                if not text:
-                    return
-                require("task.path", path, number <= MAX_BLANK, f"begins with more than {MAX_BLANK:,} blank lines")
-            blank = 0
-            if text.lstrip().startswith("["):
-                yield from _list_rows(f"task.path={path}: row", file, text.lstrip()[1:])
-                return
-            while text:
+            blank, lines = 0, iter(lambda: file.readline(MAX_CHARACTERS + 1), "")
+            for number, text in enumerate(lines, 1):
                 where = f"task.path={path}: line {number}"
+                if blank == number - 1 and text.lstrip().startswith("["):  # the first one that is not blank
+                    yield from _list_rows(f"task.path={path}: row", file, text.lstrip()[1:])
+                    return
                 if len(text) > MAX_CHARACTERS:
                     raise _too_long(where)
                 blank = 0 if text.strip() else blank + 1
@@ -147,7 +150,6 @@ def file_rows(path: str) -> Iterator[Row]:
                         hint = f"\n{JSON_LINES}" if number == 1 else ""
                         raise UsageError(f"{where} is not JSON ({error}){hint}") from error
                     yield where, _is_object(where, row)
-                text, number = file.readline(MAX_CHARACTERS + 1), number + 1
     except UnicodeDecodeError as error:
         raise bad_value("task.path", path, f"is not UTF-8 ({error}); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -165,7 +167,6 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
     decode, at, number = DECODER.raw_decode, 0, 1
     while True:
         at = NOT_SPACE.search(text, at).start()  # type: ignore[union-attr]
-        piece = ""
         if at < len(text) and text[at] == "]":
             if (text[at + 1 :] + file.read(MAX_CHARACTERS)).strip():
                 raise UsageError(f"{where} {number}: there is text after the list")
@@ -196,8 +197,10 @@ def _too_long(where: str) -> UsageError:
 
 
 def _is_object(where: str, row: Any) -> Mapping[str, Any]:
-    if not isinstance(row, dict):
+    if not isinstance(row, _Object):
         raise UsageError(f"{where} is not a JSON object with a question")
+    if row.twice is not None:
+        raise UsageError(f"{where} has the key {_short(repr(row.twice))} twice")
     return row
 
 

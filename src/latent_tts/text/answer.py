@@ -10,7 +10,7 @@ from typing import Protocol
 from latent_tts.errors import check_fields, require
 from latent_tts.text import latex
 from latent_tts.text.guard import Guard
-from latent_tts.text.number import MAX_LENGTH, canonical_number, close, tidy
+from latent_tts.text.number import MAX_LENGTH, canonical_number, is_close, tidy
 
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 RULES = {"decimal": "a number", "latex": "a LaTeX expression with a value", "words": "a text"}
@@ -82,7 +82,7 @@ class AnswerRule:
         """Whether a canonical prediction is right."""
         if self.name == "latex":
             return latex.equal_latex(prediction, gold, self.guard)
-        return close(prediction, gold, self.tolerance)
+        return is_close(prediction, gold, self.tolerance)
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two canonical answers are one vote: they have exactly the same value, compared in both directions."""

@@ -1,11 +1,10 @@
 """Calls of third-party code in a process that can be killed.
 
 The first call starts the process, which serves all runs of the command. It imports the code once and answers calls in
-a fork, so a call that must be killed costs only milliseconds. Without `fork`, the process itself is killed and started
-again.
+a fork, so a call that must be killed costs only milliseconds.
 
-Time limits are in processor seconds where the system has such timers, so that a busy machine does not change results; a
-slow processor may still give up a call that a fast one answers. Calls that were given up are logged and counted
+Time limits are in processor seconds, so that a busy machine does not change results; a slow processor may still give up
+a call that a fast one answers. Calls that were given up are logged and counted
 (`Guard.given_up`), and stay given up for the rest of the run.
 """
 
@@ -18,6 +17,7 @@ import json
 import logging
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -38,12 +38,10 @@ MEMORY = 4 << 30  # bytes of address space
 MAX_KEPT = 1 << 17  # results in memory
 START_SECONDS = 120.0  # limit of the start, which imports sympy or transformers
 PATIENCE, MIN_PATIENCE = 20.0, 30.0  # wall-clock limit: the larger of PATIENCE * limit and these seconds
-CAN_FORK = hasattr(os, "fork") and hasattr(signal, "setitimer")
-
 LOST = {"lost": True}
 START = (
-    "import json, sys; path, module, fork = json.loads(sys.argv[1]); sys.path[:] = path; "
-    "from latent_tts.text import guard; guard.serve(module, fork)"
+    "import json, sys; path, module = json.loads(sys.argv[1]); sys.path[:] = path; "
+    "from latent_tts.text import guard; guard.serve(module)"
 )
 
 
@@ -141,7 +139,7 @@ class _Process:
                 assert running.stdin is not None
                 running.stdin.write(request.encode())
                 running.stdin.flush()
-                line = self._replies.get(timeout=max(MIN_PATIENCE, PATIENCE * limit) if CAN_FORK else limit)
+                line = self._replies.get(timeout=max(MIN_PATIENCE, PATIENCE * limit))
             except (OSError, queue.Empty):
                 line = b""
             if not line:  # the process hangs or was killed
@@ -161,7 +159,7 @@ class _Process:
         replies = self._replies = queue.SimpleQueue()
         with tempfile.TemporaryFile() as errors:
             running = subprocess.Popen(
-                [sys.executable, "-c", START, json.dumps([sys.path, self.module, CAN_FORK])],
+                [sys.executable, "-c", START, json.dumps([sys.path, self.module])],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                 env={**os.environ, "PYTHONHASHSEED": "0"},  # results of sympy depend on the order of sets
                 start_new_session=True,
@@ -187,7 +185,7 @@ class _Process:
             return
         self._stopped = True
         with contextlib.suppress(OSError):
-            os.killpg(running.pid, signal.SIGKILL) if hasattr(os, "killpg") else running.kill()
+            os.killpg(running.pid, signal.SIGKILL)
         running.wait()
         assert running.stdin is not None
         with contextlib.suppress(OSError):
@@ -213,45 +211,36 @@ def _read(pipe: BinaryIO, replies: queue.SimpleQueue[bytes]) -> None:
     replies.put(b"")
 
 
-def serve(module: str, fork: bool) -> None:
+def serve(module: str) -> None:
     """Answer calls from stdin on stdout until stdin ends; the main function of the process."""
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # stdout is only for replies
     functions = importlib.import_module(module)
     functions.warm_up()
-    _limit_memory()
+    with contextlib.suppress(ValueError, OSError):  # not every system has such limits
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard < 0 else min(MEMORY, hard), hard))
     replies.write(b"ready\n")
     requests = os.fdopen(0, "rb", buffering=0)  # unbuffered, so that the next fork reads the next request
-    while fork:
+    while True:
         child = os.fork()
         if child == 0:
-            _answer(functions, requests, replies, clock=True)
+            _answer(functions, requests, replies)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
             return
         replies.write(json.dumps(LOST).encode() + b"\n")
-    _answer(functions, requests, replies, clock=False)
 
 
-def _answer(functions: Any, requests: Any, replies: Any, *, clock: bool) -> None:
+def _answer(functions: Any, requests: Any, replies: Any) -> None:
     while line := requests.readline():
         request = json.loads(line)
         function, *texts = request["call"]
         started = time.process_time()
-        if clock:  # the signal kills the fork even inside C code
-            signal.setitimer(signal.ITIMER_PROF, request["limit"])
+        signal.setitimer(signal.ITIMER_PROF, request["limit"])  # the signal kills the fork even inside C code
         result = getattr(functions, function)(*texts)
-        if clock:
-            signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         reply = {"result": result, "seconds": time.process_time() - started}
         replies.write(json.dumps(reply).encode() + b"\n")
-
-
-def _limit_memory() -> None:
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not every system has such limits
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if hard < 0 else min(MEMORY, hard), hard))

@@ -12,7 +12,7 @@ import re
 from fractions import Fraction
 
 from latent_tts.text.guard import Guard
-from latent_tts.text.number import MAGNITUDE, MAX_LENGTH, OTHER_VALUE, SPACE, number, tidy, unwrapped, write_fraction
+from latent_tts.text.number import MAGNITUDE, MAX_LENGTH, OTHER_VALUE, SPACE, parse_number, tidy, unwrap, write_fraction
 
 EXPRESSIONS = "latent_tts.text.expressions"
 MIN_UNIT_LETTERS = 3  # of a unit after a number; shorter words may be variables
@@ -27,7 +27,7 @@ SHORT_FRACTION = re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)(?!\d)")
 THOUSANDS = re.compile(rf"(?<![\w.,^])[1-9]\d{{0,2}}(?:(?:{SPACE}|\{{,\}}|,\s*\\!\s*)\d{{3}})+(?![\w.,]*\d)")
 MIXED = re.compile(rf"(?<![\w.,^/])(\d+){SPACE}(\d+)\s*/\s*(\d+)(?![\d.])")
 FLOAT = re.compile(r"[+-]?\s*(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
-SIDE_BY_SIDE = re.compile(rf"(?<!_)\d{SPACE}\.?\d")  # in `\log_2 8` they are not
+SIDE_BY_SIDE = re.compile(rf"(?<!_)\d{SPACE}\.?\d|\d\.\d+\.\d")  # not in `\log_2 8`, but in `1.234.567`
 REPEATING = re.compile(
     r"(\d*)\.(\d*)\s*\\(?:overline\s*\{\s*(\d+)\s*\}|dot\s*\{?(\d)\}?(?:(\d*)\s*\\dot\s*\{?(\d)\}?)?)"
 )
@@ -65,10 +65,10 @@ def canonical_latex(raw: str | None, guard: Guard | None = None) -> str | None:
     if raw is None or len(raw) > MAX_LENGTH:
         return None
     text = tidy(raw)
-    value = number(text, min_unit_letters=MIN_UNIT_LETTERS)
+    value = parse_number(text, min_unit_letters=MIN_UNIT_LETTERS)
     if value is not None:
         canonical = write_fraction(value)
-    elif (canonical := _other_form(unwrapped(text))) is None and (expression := _expression(text)) is not None:
+    elif (canonical := _other_form(unwrap(text))) is None and (expression := _expression(text)) is not None:
         canonical = (guard or Guard(EXPRESSIONS)).call("canonical", expression, otherwise=None)
     return canonical if canonical is None or len(canonical) <= MAX_LENGTH else None
 
@@ -115,7 +115,7 @@ def _other_form(text: str) -> str | None:
 def _expression(text: str) -> str | None:
     """The text prepared for math-verify; None if it would misread the text.
 
-    It misreads two numbers side by side (it multiplies them) and numbers with an exponent too large for `number`.
+    It misreads two numbers side by side (it multiplies them) and numbers with an exponent too large for `parse_number`.
     """
     if MAGNITUDE.search(text) and re.search(r"\d", text):
         return None

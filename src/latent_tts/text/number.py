@@ -73,7 +73,7 @@ def tidy(raw: str) -> str:
     return " ".join(DASH.sub(r"\1-", " ".join(text.split())).split())
 
 
-def number(text: str, *, min_unit_letters: int = 1) -> Fraction | None:
+def parse_number(text: str, *, min_unit_letters: int = 1) -> Fraction | None:
     r"""The value of a text that is one number, with or without currency, per cent, degrees or a unit.
 
     Currency and units are ignored, as in graders of GSM8K and MATH: `50%` is 50, `$29.00` is 29. A comma, space, `\,`,
@@ -89,14 +89,14 @@ def number(text: str, *, min_unit_letters: int = 1) -> Fraction | None:
     """
     if len(text) > MAX_LENGTH:
         return None
-    found = NUMBER.fullmatch(UNIT_TEXT.sub(r" \1", unwrapped(text)))
+    found = NUMBER.fullmatch(UNIT_TEXT.sub(r" \1", unwrap(text)))
     if found is None or (found["sign"] and found["inner_sign"]) or not _is_unit(found["unit"] or "", min_unit_letters):
         return None
     value = _fraction(found) if found["fraction"] else _decimal(found)
     return -value if value is not None and "-" in (found["sign"], found["inner_sign"]) else value
 
 
-def unwrapped(text: str) -> str:
+def unwrap(text: str) -> str:
     r"""The text without a final dot and without enclosing marks such as `$...$` or `\boxed{...}`."""
     before = None
     while text != before:
@@ -151,7 +151,7 @@ def canonical_number(raw: str | None) -> str | None:
         Plain decimal digits without exponent or trailing zeros; None if `raw` is not one number, or its decimals are
         infinite.
     """
-    value = None if raw is None or len(raw) > MAX_LENGTH else number(tidy(raw))
+    value = None if raw is None or len(raw) > MAX_LENGTH else parse_number(tidy(raw))
     if value is None:
         return None
     try:
@@ -168,7 +168,7 @@ def write_fraction(value: Fraction) -> str:
     return rf"{sign}\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"
 
 
-def close(prediction: str, gold: str, tolerance: float | None) -> bool:
+def is_close(prediction: str, gold: str, tolerance: float | None) -> bool:
     """Whether two canonical numbers are equal, or differ by at most `tolerance`."""
     if tolerance is None:
         return prediction == gold

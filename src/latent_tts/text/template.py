@@ -10,22 +10,15 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 from latent_tts.text.guard import call_once
 
 MAX_CHARACTERS = 1 << 20  # of a rendered prompt
 SECONDS = 2.0
+TODAY = datetime(2024, 7, 26)  # for templates that write the date: a prompt must be the same tomorrow. Llama's default
 QUESTION = re.compile(r"\{\{-?\s*question\b")
-
-
-class Standstill:
-    """A clock for templates that write today's date (Llama's own default): a prompt must be the same tomorrow."""
-
-    @staticmethod
-    def now() -> datetime:
-        """July 26th, 2024."""
-        return datetime(2024, 7, 26)
 
 
 class TemplateError(Exception):
@@ -37,7 +30,7 @@ def names_question(template: str) -> bool:
     return QUESTION.search(template) is not None
 
 
-def rendered(template: str, question: str, tokens: Mapping[str, str]) -> str:
+def render_prompt(template: str, question: str, tokens: Mapping[str, str]) -> str:
     """A question as a template writes it: as `question`, and as the only message, of the user, in `messages`.
 
     Args:
@@ -61,7 +54,8 @@ def warm_up() -> None:
     """Import what `render` needs and stop its clock, in the process that renders."""
     from transformers.utils import chat_template_utils
 
-    chat_template_utils.datetime = Standstill  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
+    utils: Any = chat_template_utils
+    utils.datetime = SimpleNamespace(now=lambda: TODAY)
 
 
 def render(template: str, question: str, tokens: str) -> dict[str, Any]:

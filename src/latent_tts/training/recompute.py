@@ -20,13 +20,13 @@ from latent_tts.errors import require
 
 
 @contextmanager
-def recomputing_blocks(model: nn.Module) -> Iterator[None]:
-    """Let the blocks of a model keep only their input for the backward pass, in passes within the block.
+def recomputing_blocks(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Let the blocks of a model keep only their input for the backward pass, in passes within the block, if wanted.
 
     Raises:
         UsageError: the model has no blocks that transformers knows.
     """
-    blocks = blocks_of(model)
+    blocks = blocks_of(model) if wanted else []
     try:
         for block in blocks:
             block.forward = _recomputed(block)
@@ -82,7 +82,11 @@ def _recomputed(block: nn.Module) -> Callable[..., Any]:
 
         output, content = checkpoint(compute, hidden, use_reentrant=False)
         if cache is not None and content is not None:
-            _fill(cache, place, content)
+            if past is None:
+                cache.update(*content, place)
+            else:
+                layer: Any = cache.layers[place]
+                layer.keys, layer.values = content
         return output
 
     return forward
@@ -92,12 +96,3 @@ def _content(cache: Cache, place: int) -> tuple[Tensor, Tensor] | None:
     """The keys and values of a block so far."""
     layer: Any = cache.layers[place] if place < len(cache.layers) else None
     return None if layer is None or layer.keys is None else (layer.keys, layer.values)
-
-
-def _fill(cache: Cache, place: int, content: tuple[Tensor, Tensor]) -> None:
-    """Set the keys and values of a block."""
-    if _content(cache, place) is None:
-        cache.update(*content, place)
-    else:
-        layer: Any = cache.layers[place]
-        layer.keys, layer.values = content

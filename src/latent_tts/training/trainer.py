@@ -80,7 +80,11 @@ def training_arguments(
     )
     processes = arguments.world_size
     if target.type == "cuda" and processes == 1:
-        _use_one_gpu(arguments, target)
+        # the Trainer would use the first GPU, or DataParallel on all
+        torch.cuda.set_device(target)
+        arguments._n_gpu = 1
+        arguments.distributed_state.device = target  # pyright: ignore[reportOptionalMemberAccess]
+        arguments.__dict__["_setup_devices"] = target
     elif ":" in device:
         raise bad_value(
             "device", device, f"must be auto, cpu or cuda: each of the {processes} processes uses its own device"
@@ -92,14 +96,6 @@ def training_arguments(
     arguments.per_device_train_batch_size = optimization.batch // shares
     arguments.per_device_eval_batch_size = optimization.batch
     return arguments
-
-
-def _use_one_gpu(arguments: TrainingArguments, device: torch.device) -> None:
-    """Train on this GPU only; the Trainer would use the first one, or DataParallel on all."""
-    torch.cuda.set_device(device)
-    arguments._n_gpu = 1
-    arguments.distributed_state.device = device  # pyright: ignore[reportOptionalMemberAccess]
-    arguments.__dict__["_setup_devices"] = device
 
 
 class ResumableTrainer(Trainer):
@@ -159,8 +155,16 @@ class ResumableTrainer(Trainer):
         last = last_state(states)
         if last is not None:
             log.info("resuming from %s", last)
-        with self.updates.deferring_ctrl_c(), self._naming(last), self._tensorboard(states / "tensorboard"):
-            self.train(resume_from_checkpoint=str(last) if last else None)
+        try:
+            with self.updates.deferring_ctrl_c(), self._tensorboard(states / "tensorboard"):
+                self.train(resume_from_checkpoint=str(last) if last else None)
+        except UNREADABLE as error:
+            if last is None or self.updates.begun or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise UsageError(
+                f"{last}: cannot be resumed from ({type(error).__name__}: {' '.join(str(error).split())[:100]})\n"
+                "remove it to resume from an earlier state or anew"
+            ) from error
         if self.updates.interrupted:
             update, total = self.state.global_step, self.state.max_steps
             raise KeyboardInterrupt(
@@ -179,19 +183,6 @@ class ResumableTrainer(Trainer):
             self.remove_callback(board)
             if writer is not None:
                 writer.close()  # Trainer closes it only at the end of a training
-
-    @contextmanager
-    def _naming(self, state: Path | None) -> Iterator[None]:
-        """Name the state that is resumed from in the error if it cannot be read."""
-        try:
-            yield
-        except UNREADABLE as error:
-            if state is None or self.updates.begun or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise UsageError(
-                f"{state}: cannot be resumed from ({type(error).__name__}: {' '.join(str(error).split())[:100]})\n"
-                "remove it to resume from an earlier state or anew"
-            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save the trained weights; tied weights only once, as safetensors requires."""

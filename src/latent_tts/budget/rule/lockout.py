@@ -82,7 +82,7 @@ def _locked(votes: Votes, left_N: Float64, counted: bool) -> Bools:
 
 def _locked_by_string(votes: Votes, left_N: Float64, counted: bool) -> Bools:
     """Whether the most frequent string alone outweighs all other strings and rollouts to come."""
-    others_N = votes.total_N - votes.lead_N + left_N
+    others_N = votes.weight_NK.sum(1) - votes.lead_N + left_N
     if not counted:
         return votes.lead_N * (1 - ROUNDING) > others_N
     first_N = np.take_along_axis(votes.first_NK, votes.leader_N[:, None], 1)[:, 0]

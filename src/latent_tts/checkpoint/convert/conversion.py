@@ -61,7 +61,9 @@ def convert_checkpoint(
         if scores:
             reward_adapter.join(src, dst, "src")
             return
-        shutil.copytree(joining.whole(src, "src"), dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(gguf.SOURCE))
+        shutil.copytree(
+            joining.join_once(src, "src"), dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(gguf.SOURCE)
+        )
         return
     folders = [tokenizer, beside] if tokenizer is not None else [beside]
     if not (folders[0] / "tokenizer.json").is_file():

@@ -10,6 +10,7 @@ from itertools import count, islice
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
@@ -110,12 +111,10 @@ def micro_batch(batch: list[Question], part: int, parts: int) -> list[Question]:
 
 def pad_rows(rows: list[list[int]], pad_id: int, device: torch.device, *, left: bool) -> tuple[Tensor, Tensor]:
     """Pad rows on the left or the right; returns ids and mask (rows, longest), both int64, mask 1 on real tokens."""
-    width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), pad_id), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, place], mask[i, place] = torch.tensor(row, dtype=torch.long), 1
-    return ids.to(device), mask.to(device)
+    side, ids = "left" if left else "right", [torch.tensor(row, dtype=torch.long) for row in rows]
+    padded = pad_sequence(ids, batch_first=True, padding_value=pad_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
+    return padded.to(device), mask.to(device)
 
 
 @dataclass(frozen=True)

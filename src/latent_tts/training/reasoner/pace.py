@@ -193,17 +193,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             break
-        if not isinstance(row, dict) or row.get("update") != len(rows) or not _is_whole(row):
+        if not isinstance(row, dict) or row.get("update") != len(rows):
+            break
+        written = {name: value for name, value in row.items() if name != "digest"}
+        numbers = all(is_number(row.get(name)) and row[name] >= 0 for name in ("place", "seconds"))
+        if not numbers or row.get("digest") not in (None, settings_digest(written)):  # earlier versions wrote none
             break
         rows.append(row)
     return rows
-
-
-def _is_whole(row: dict[str, Any]) -> bool:
-    """Whether a row has its numbers, and is what its digest was made of; earlier versions wrote none."""
-    written = {name: value for name, value in row.items() if name != "digest"}
-    numbers = all(is_number(row.get(name)) and row[name] >= 0 for name in ("place", "seconds"))
-    return numbers and row.get("digest") in (None, settings_digest(written))
 
 
 def pace_of(updates: int, minutes: float | None, follow: str | None, states: Path, share: float = 1.0) -> Pace:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 DIGITS = 12  # hex digits of a digest in `known_questions.txt`
 QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "`": "'"})
 HELD_OUT_SHARE = 0.1  # of a set without a split `valid`, at most
-SHOWN = 60
+MAX_SHOWN = 60
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def training_questions(task: Task, *, valid_questions: int, seed: int, step_resu
         )  # fmt: skip
     questions = task.questions()
     require_gold(task, questions, "training needs them")
-    questions = usable(questions, task, step_results=step_results)
+    questions = select_usable(questions, task, step_results=step_results)
     valid = _split_valid(task, valid_questions)
     if valid is None:
         questions, valid = hold_out(questions, valid_questions)
@@ -96,13 +96,13 @@ def training_questions(task: Task, *, valid_questions: int, seed: int, step_resu
     return TrainingQuestions(lambda: epochs(questions, seed), valid, task.rule, questions)
 
 
-def usable(questions: Sequence[Question], task: Task, *, step_results: bool) -> list[Question]:
+def select_usable(questions: Sequence[Question], task: Task, *, step_results: bool) -> list[Question]:
     """The questions with written steps that may be trained on; others are counted and named in the log.
 
     Raises:
         UsageError: a test question is among them, no question has steps, or a step is empty or names no result.
     """
-    known = {question: known_set(question.text) for question in questions}
+    known = {question: find_known_set(question.text) for question in questions}
     tests = [(question, place[0]) for question, place in known.items() if place and place[1] == "test"]
     if tests:
         raise UsageError(
@@ -128,7 +128,7 @@ def usable(questions: Sequence[Question], task: Task, *, step_results: bool) -> 
                 "above 0",
                 not step_results or bool(re.search(r"=[^=]*\d[^=]*$", step)),
                 f"must be 0: step {number} of question {question.quoted} names no "
-                f"result, as <<48/2=24>> does: {step[:SHOWN]!r}",
+                f"result, as <<48/2=24>> does: {step[:MAX_SHOWN]!r}",
             )
     return kept
 
@@ -192,17 +192,17 @@ def check_lengths(questions: Sequence[Question], adapter: CheckpointAdapter, lat
             )
 
 
-def normalised(text: str) -> str:
+def normalise(text: str) -> str:
     """A text without what copies of a set differ in: case, spaces and quotes."""
     return " ".join(unicodedata.normalize("NFKC", text).translate(QUOTES).casefold().split())
 
 
 def digest_of(text: str) -> str:
     """What stands for a question in `known_questions.txt`."""
-    return hashlib.sha256(normalised(text).encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256(normalise(text).encode()).hexdigest()[:DIGITS]
 
 
-def known_set(text: str) -> tuple[str, str] | None:
+def find_known_set(text: str) -> tuple[str, str] | None:
     """The built-in set and split (`test` or `valid`) that a question belongs to; None if it is in no set."""
     if is_problem(text):
         split = split_of(text_digest(text))

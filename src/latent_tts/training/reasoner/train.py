@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -158,7 +157,7 @@ class ReasonerModule(nn.Module):
 
     def forward(self, questions: list[Question], stage: Stage) -> Tensor:
         """The loss of a batch."""
-        with recomputing_blocks(self.lm) if self.recompute else nullcontext():
+        with recomputing_blocks(self.lm, self.recompute):
             return self.objective.loss(questions, stage)
 
     def set_dropout(self, rate: float) -> None:

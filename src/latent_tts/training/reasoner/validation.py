@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from latent_tts.training.reasoner.curriculum import Stage
 
 BEST, RECORD = "best", "best.json"
-AT_ONCE = 64  # questions that run together
+QUESTIONS_AT_ONCE = 64  # questions that run together
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ class Validation:
         shares = []
         for sampler, rollouts in ((Greedy(), 1), (noisy, self.rollouts)):
             solved = 0
-            for start in range(0, len(questions), AT_ONCE):
-                part = questions[start : start + AT_ONCE]
+            for start in range(0, len(questions), QUESTIONS_AT_ONCE):
+                part = questions[start : start + QUESTIONS_AT_ONCE]
                 numbers_QN = torch.arange(rollouts, device=lm.device).repeat(len(part), 1)
                 draw = Draw.of(0, [question.id for question in part], numbers_QN, engine.width)
                 rolled = engine.roll([adapter.encode(question) for question in part], draw, sampler)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ class LatentRMModule(nn.Module):
         additive_Q1SS = torch.zeros_like(mask_Q1SS, dtype=prompt_QLD.dtype).masked_fill(
             ~mask_Q1SS, torch.finfo(prompt_QLD.dtype).min
         )
-        with recomputing_blocks(self.backbone) if self.recompute else nullcontext():
+        with recomputing_blocks(self.backbone, self.recompute):
             hidden_QSD = self.backbone(
                 inputs_embeds=torch.cat([prompt_QLD, latents_QRD], dim=1),
                 attention_mask=additive_Q1SS,
