@@ -78,18 +78,22 @@ def way(request, monkeypatch):
     for module in (attention, head):
         monkeypatch.setattr(module, "has_kernel", lambda like: True)
     monkeypatch.setattr(bits, "has_kernels", lambda device: True)
-    monkeypatch.setattr(bits, "drop", lambda output_RSD, *rest: output_RSD.clone())
-    monkeypatch.setattr(
-        bits, "words", lambda keys_R2, rollouts_R, blocks, *rest: rollouts_R.new_empty(len(rollouts_R), 4, blocks)
-    )
 
     def look(logits_RP, bias_P):
         highest_2R = torch.empty(2, len(logits_RP), device="meta")
         return highest_2R, highest_2R.long(), highest_2R[0]
 
-    stubs = {"attention": {"attend_piece": lambda *rest: None}, "head": {"look": look}}
+    def words(keys_R2, rollouts_R, blocks, *rest):
+        return rollouts_R.new_empty(len(rollouts_R), 4, blocks)
+
+    drawing = {"words": words, "decide": lambda *rest: None, "drop": lambda output_RSD, *rest: output_RSD.clone()}
+    stubs = {
+        "engine.attention_kernel": {"attend_piece": lambda *rest: None},
+        "engine.head_kernel": {"look": look},
+        "random.triton_kernels": drawing,
+    }
     for name, functions in stubs.items():
-        monkeypatch.setitem(sys.modules, f"latent_tts.engine.{name}_kernel", SimpleNamespace(**functions))
+        monkeypatch.setitem(sys.modules, f"latent_tts.{name}", SimpleNamespace(**functions))
 
 
 def passes_of(rollouts: FixedRollouts, sampler: Sampler) -> list[Passes]:
