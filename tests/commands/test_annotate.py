@@ -154,6 +154,7 @@ def test_questions_are_told_from_their_texts_not_from_the_path_of_their_file(ann
         assert again.code == 0, again.err
         assert f"{1 if path == 'q.jsonl' else 2} of 2 questions are in" in again.err
     check(annotate(*line, "task.path=other.jsonl"), "was made with other questions", "question 1:")
+    assert AnnotationFolder(tmp_path / "labels").task["path"] == "link.jsonl"
 
 
 def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):

@@ -24,7 +24,7 @@ from latent_tts.types import file_digest
 
 log = logging.getLogger(__name__)
 PREFIX = "gguf:"
-VERSION = 2  # of what conversion writes; part of the folder's name
+VERSION = 3  # of what conversion writes; part of the folder's name
 PARTIAL, SOURCE = "partial-", "source.json"  # a folder that is being written; what a model was made from
 DAMAGED = ".damaged"  # how the name of a kept model ends that is not what was written
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # decoders that transformers reads and the engine runs

@@ -151,13 +151,13 @@ def annotated_run(cfg: DictConfig, valid: AnnotationFolder) -> DictConfig | None
         UsageError: the settings of the annotations describe no run.
     """
     made = valid.settings
-    if "task" not in made:
+    if valid.task is None:
         log.warning("%s: task unknown, so the temperature of the weighted vote stays 1", valid.path)
         return None
     run = compose("run", ["scorer=latent_rm", "search=independent", "budget=fixed"])  # whatever local/default.yaml says
     try:
         run.model = OmegaConf.to_container(cfg.model, resolve=True)
-        run.task, run.sampler = recorded("task", made["task"], cfg), recorded("sampler", made["sampler"], cfg)
+        run.task, run.sampler = recorded("task", valid.task, cfg), recorded("sampler", made["sampler"], cfg)
         run.task.limit = 1 + max(valid.index()["index"].to_pylist())  # not all of them, where `annotate` was stopped
         run.n, run.seed, run.max_answer_tokens = made["n"], made["seed"], made["max_answer_tokens"]
         run.engine.dtype, run.engine.quantize = made["dtype"], made.get("quantize")

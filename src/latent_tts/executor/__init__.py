@@ -55,11 +55,11 @@ class Pool(Protocol):
 
     @property
     def workers(self) -> Sequence[int]:
-        """Those that are not lost."""
+        """Those that are there: not lost, and not dead and about to be started again."""
         ...
 
     def describe(self) -> list[Any]:
-        """What each worker says of itself."""
+        """What each worker that is there says of itself."""
         ...
 
     def submit(self, worker: int, shard: Any) -> None:

@@ -70,6 +70,7 @@ class AnnotationFolder:
         complete, rows: whether `finish` was called; most rows of a batch of the last run, None if not known.
         official: there is no `annotations.json`: question ids are the indices as text.
         width: of every latent, from the settings; a reader of official shards may set it.
+        task_path: where the file of the questions is now, if not where the settings say.
     """
 
     rows: int | None = None
@@ -108,9 +109,10 @@ class AnnotationFolder:
             require(key, path, bool(self._shards()), "an empty folder: no shards of annotations (K_on0.safetensors)")
             self.settings, self.complete = record["settings"], bool(record["complete"])
             self.width: int | None = self.settings.get("width")
+            self.task_path: str | None = record.get("task_path")
             return
         self.settings, self.complete = json.loads(json.dumps({"format": FORMAT, **settings})), False
-        self.width = self.settings.get("width")
+        self.width, self.task_path = self.settings.get("width"), None
         if self.official:
             require(key, path, not self._shards(), f"holds shards but no {SETTINGS}; choose another folder")
             path.mkdir(parents=True, exist_ok=True)
@@ -119,6 +121,7 @@ class AnnotationFolder:
         else:
             record = self._read_settings()
             self._refuse_other_settings(record["settings"], _at_place_of(self.settings, record["settings"]))
+            self.task_path = _task_path(self.settings)
             self.settings = record["settings"]
             self.complete, self.rows = bool(record["complete"]), record["rows"]
             if lost := self._lost_parts(record):
@@ -130,6 +133,12 @@ class AnnotationFolder:
         for shard in self._shards():  # stopped between a shard and its part of the index
             if shard.name not in parts:
                 shard.unlink()
+
+    @property
+    def task(self) -> dict[str, Any] | None:
+        """The task of its questions, with the path that their file has now; None if it is not known."""
+        task = self.settings.get("task")
+        return task if task is None or self.task_path is None else task | {"path": self.task_path}
 
     def made_with(self, settings: Mapping[str, Any]) -> bool:
         """Whether these are its settings, however the reasoner was computed."""
@@ -387,6 +396,7 @@ class AnnotationFolder:
         self.complete = complete
         record = {
             "settings": self.settings, "complete": complete, "rows": self.rows, "counts": counts or {},
+            "task_path": self.task_path,
             "parts": [part.name for part in self._parts()] if complete else None,
         }  # fmt: skip
         content = record | {"digest": settings_digest(record)}
@@ -423,12 +433,16 @@ class AnnotationFolder:
                 )
 
 
+def _task_path(settings: Mapping[str, Any]) -> str | None:
+    task = settings.get("task")
+    return task.get("path") if isinstance(task, Mapping) else None
+
+
 def _at_place_of(settings: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that name the task's file as others do: which questions it has is told from the questions."""
-    task, there = settings.get("task"), found.get("task")
-    if not (isinstance(task, Mapping) and isinstance(there, Mapping)) or not {"path"} <= task.keys() & there.keys():
+    if None in (_task_path(settings), there := _task_path(found)):
         return dict(settings)
-    return {**settings, "task": {**task, "path": there["path"]}}
+    return {**settings, "task": {**settings["task"], "path": there}}
 
 
 def _wrong_shapes(shapes: Sequence[tuple[int, ...]], wanted: int | None) -> str | None:
