@@ -25,6 +25,7 @@ from transformers import (
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.convert.conversion import convert
+from latent_tts.checkpoint.convert.layouts import PROJECTOR, codi_backbone
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
@@ -181,6 +182,19 @@ def test_the_lora_scale_is_a_key(ltts, base, tmp_path):
     down, up = (source.state[f"codi.base_model.model.{module}.lora_{factor}.default.weight"] for factor in "AB")
     added = load_file("new/model.safetensors")[f"{module}.weight"] - source.lm.state_dict()[f"{module}.weight"]
     torch.testing.assert_close(added, (up @ down).T * 64 / RANK, rtol=1e-4, atol=1e-5)
+
+
+def test_only_layers_of_the_kind_conv1d_are_transposed():
+    factors = {"lora_A.default.weight": torch.randn(2, 8), "lora_B.default.weight": torch.randn(8, 2)}
+    state = {}
+    for module in ("a.c_proj", "lm_head"):
+        tensors = {"base_layer.weight": torch.zeros(8, 8), **factors}
+        state |= {f"codi.base_model.model.{module}.{name}": value for name, value in tensors.items()}
+    state |= {f"prj.{name}": torch.zeros(8) for name in PROJECTOR}
+    tensors, _ = codi_backbone(state, alpha=2)
+    product = factors["lora_B.default.weight"] @ factors["lora_A.default.weight"]
+    assert tensors["a.c_proj.weight"].equal(product.T)
+    assert tensors["lm_head.weight"].equal(product)
 
 
 # --- SIM-CoT: the same with a decoder that inference does not use, an empty config.json, shards

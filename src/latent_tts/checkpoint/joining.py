@@ -32,7 +32,8 @@ ROWS, FACTORS = ".token_adapter.trainable_tokens_delta", (".lora_A.weight", ".lo
 # options of PEFT that a product alpha / rank * B A does not cover
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False}
 PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}}
-TRANSPOSED = "gpt2"  # the kind of model whose layers keep their weights transposed
+TRANSPOSED = "gpt2"  # the kind of model with layers that keep their weights transposed (Conv1D): these
+TRANSPOSED_LAYERS = ("c_attn", "c_proj", "c_fc")
 TOLERANCE = 1e-3
 VERSION = 2  # of what joining writes; part of the folder's name
 
@@ -204,7 +205,7 @@ def add_adapter(
     Args:
         tensors: of the base; a weight that something is added to becomes float32.
         adapter: the factors and rows, by PEFT's names.
-        settings: PEFT's config; `transposed` says whether the base keeps its weights transposed.
+        settings: PEFT's config; `transposed` says whether `TRANSPOSED_LAYERS` keep their weights transposed.
         source: where the adapter is, for errors.
         key: the config key that errors name.
 
@@ -228,10 +229,11 @@ def add_adapter(
             elif module == "lm_head" and tied:  # the embedding has them
                 left.discard(name)
         elif module.endswith(FACTORS[0]):
-            weight_name, other = f"{module.removesuffix(FACTORS[0])}.weight", name.replace(*FACTORS)
+            module, other = module.removesuffix(FACTORS[0]), name.replace(*FACTORS)
+            weight_name = f"{module}.weight"
             if weight_name in tensors and other in adapter:
                 delta = float(settings["lora_alpha"]) / len(value) * (adapter[other].float() @ value.float())
-                delta = delta.T if settings.get("transposed") else delta
+                delta = delta.T if settings.get("transposed") and module.endswith(TRANSPOSED_LAYERS) else delta
                 if delta.shape == tensors[weight_name].shape:
                     tensors[weight_name] = tensors[weight_name] + delta
                     left -= {name, other}

@@ -32,7 +32,6 @@ PROJECTOR = {f"{old}.{part}": f"projector.{new}.{part}" for old, new in (("1", "
              for part in ("weight", "bias")}  # fmt: skip
 WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod|_fsdp_wrapped_module)\.")  # of data-parallel and compiled modules
 BUFFERS = re.compile(r"\.attn\.(masked_)?bias$|\.rotary_emb\.inv_freq$")  # transformers computes them
-TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # GPT-2's Conv1D weights are (in, out), products of LoRA factors (out, in)
 
 
 def coconut_backbone(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -57,10 +56,7 @@ def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> tuple[dict[str, 
     factors = {name: value for name, value in tensors.items() if ".lora_" in name or ".modules_to_save." in name}
     tensors = {name.removeprefix(joining.PREFIX).replace(".base_layer.", "."): value
                for name, value in tensors.items() if name not in factors}  # fmt: skip
-    settings = {
-        "lora_alpha": alpha,
-        "transposed": any(f".{layer}.lora_" in name for name in factors for layer in TRANSPOSED),
-    }
+    settings = {"lora_alpha": alpha, "transposed": True}
     factors = {name.replace(".default.", "."): value for name, value in factors.items()}
     tensors = joining.add_adapter(tensors, factors, settings, "codi.*", "src")
     projector, rest = _below("prj.", rest)
