@@ -178,6 +178,15 @@ def test_what_the_cache_holds_is_listed_and_pruned_by_age(run, ltts, tmp_path):
 
 
 @pytest.mark.usefixtures("cached")
+def test_a_cache_that_cannot_be_pruned_is_named(ltts, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path / "part.parquet"))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    check(ltts("cache", "prune", "older_than=0d"), "paths.cache=", "cannot be written to (Permission denied)")
+
+
+@pytest.mark.usefixtures("cached")
 def test_what_the_code_no_longer_reads_is_stale(run, ltts, tmp_path):
     (entry,) = cache_entries(tmp_path / "cache")
     os.rename(entry.folder, entry.folder.with_name("0123456789abcdef"))

@@ -25,7 +25,7 @@ def main(cfg: DictConfig) -> None:
     """List the entries, or remove those that the keys choose and say what was freed.
 
     Raises:
-        UsageError: a value is not usable, or `prune` lacks a condition.
+        UsageError: a value is not usable, `prune` lacks a condition, or the cache cannot be written to.
     """
     require("action", cfg.action, cfg.action in ("list", "prune"), "must be list or prune")
     older_than = quantity("older_than", cfg.older_than, SECONDS, "must be an age, as in 30d, 12h or 90m")
@@ -43,7 +43,10 @@ def main(cfg: DictConfig) -> None:
     everything = sorted([*entries, *models], key=lambda each: -each.used)
     gone = to_prune(everything, older_than=older_than, max_size=max_size, stale=cfg.stale, now=time.time())
     for each in gone:
-        shutil.rmtree(each.folder)
+        try:
+            shutil.rmtree(each.folder)
+        except OSError as error:
+            raise bad_value("paths.cache", root, f"cannot be written to ({error.strerror})") from error
     freed, total = (sum(each.size for each in every) for every in (gone, everything))
     count = sum(isinstance(each, KeptModel) for each in gone)
     removed = f"{len(gone) - count} of {report.counted(len(entries), 'entry', 'entries')}"
