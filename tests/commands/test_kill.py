@@ -98,9 +98,9 @@ def killed(start, tmp_path, seed):
 
 def test_a_killed_run_started_again_gives_equal_tables(command, tmp_path):
     line = ["run", "task.limit=150", "n=32", "sampler=gaussian", "engine.rows=256", "budget=ladder"]
-    whole = Path(finish(command(*line, cache="whole"), tmp_path)).parent
+    whole = (tmp_path / finish(command(*line, cache="whole"), tmp_path)).parent
     for table in killed(lambda name: command(*line, cache=name), tmp_path, 1):
-        again = Path(table).parent
+        again = (tmp_path / table).parent
         assert json.loads((again / "run.json").read_text())["rollouts"]["drawn_now"] < 150 * 32
         tables = [pd.read_csv(folder / "metrics.csv") for folder in (whole, again)]
         kept = [table[~table["metric"].isin(MEASURED)].reset_index(drop=True) for table in tables]

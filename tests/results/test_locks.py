@@ -175,7 +175,7 @@ def test_two_runs_that_race_for_a_folder_never_mix(checkpoint, tmp_path):
         assert codes in ([0, 2], [0, 0])  # 0, 0: one after the other
         if codes == [0, 2]:
             first, second = sorted(runs, key=lambda run: run.returncode)
-            assert f"process {first.pid} writes there" in told[second.pid]
+            assert f"process {first.pid} on {socket.gethostname()} writes there" in told[second.pid]
         seed = str(json.loads((folder / "run.json").read_text())["config"]["seed"])
         assert set(read_run_metrics(folder)["seed"]) == {seed}
         assert len(read_rollouts(folder)) == 8
