@@ -49,6 +49,7 @@ def test_a_run_reports_its_curve_and_a_sweep_over_n_each_n_once(ltts, checkpoint
     assert (result.last.parent / "scaling.png").is_file() == (len(reported) > 1)
 
 
+@pytest.mark.slow
 def test_a_budget_of_a_file_is_kept_in_a_sweep_over_n(ltts, checkpoint, place, no_figures):
     (place / "mine/experiment").mkdir(parents=True)
     (place / "mine/experiment/few.yaml").write_text("# @package _global_\ndefaults:\n  - override /budget: other\n")

@@ -157,6 +157,7 @@ def test_questions_are_told_from_their_texts_not_from_the_path_of_their_file(ann
     assert AnnotationFolder(tmp_path / "labels").task["path"] == "link.jsonl"
 
 
+@pytest.mark.slow
 def test_plain_train_rm_annotates_trains_and_calibrates(ltts, tmp_path):
     few = ["annotate.annotations.limit=8", "annotate.valid_annotations.limit=6"]
     few += [f"annotate.{key}.{one}" for key in ("annotations", "valid_annotations") for one in ("n=4", "completions=1")]

@@ -288,6 +288,7 @@ def test_compare_pairs_two_runs(run, completed, ltts):
     assert same.out.count("0.0 [-39.0, 39.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_compare_takes_what_all_seeds_of_a_side_have(run, ltts):
     """Seeds that drew more, or have more aggregators, as after a sweep that was extended."""
     more, less = ["n=4"], ["n=2", "aggregator=[majority]"]
@@ -334,6 +335,7 @@ def test_compare_holds_the_vote_against_one_greedy_rollout(run, completed, ltts,
     assert all(f"{n} - 1" in every.out for n in (2, 4))
 
 
+@pytest.mark.slow
 def test_plot_draws_from_the_table_alone(completed, ltts, tmp_path):
     table = completed / "metrics.csv"
     (tmp_path / "results.csv").write_bytes(table.read_bytes())

@@ -171,6 +171,7 @@ def test_a_model_that_decides_how_many_latents_it_needs(ltts):
         assert len(question["graph"]["relative"]) == greedy
 
 
+@pytest.mark.slow
 def test_every_answer_is_shown_where_a_run_decodes_only_its_picks(ltts):
     line = ["--example", "n=4", "answer.decode=winners", "beside=null", "directions=0", "hydra.run.dir=traced"]
     drawn = data_of(ltts("trace", *line))["questions"][0]["samplers"][0]

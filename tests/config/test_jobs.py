@@ -116,6 +116,7 @@ def test_a_job_is_composed_once(run, monkeypatch):
     assert sum("n=2" in overrides for overrides in names) == 1
 
 
+@pytest.mark.slow
 def test_a_mode_of_hydra_is_a_sweep_without_a_flag(run):
     swept = run("hydra.mode=MULTIRUN", "seed=3,4", "n=1")
     assert swept.code == 0, swept.err

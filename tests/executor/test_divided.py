@@ -124,6 +124,7 @@ def test_what_comes_after_cached_rollouts_is_compared_with_them(run, place, pool
     check_equal(place / "whole", place / "second", exact=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_what_comes_after_a_gap_is_drawn_by_one_worker(run, place, pools):
     opened, _ = pools

@@ -150,6 +150,7 @@ def test_rounds_go_on_from_the_cache_and_a_refresh_draws_each_rollout_once(ltts,
     pd.testing.assert_frame_equal(tables[0], tables[2])
 
 
+@pytest.mark.slow
 def test_thresholds_make_a_curve_and_seeds_a_mean(ltts, family, full, no_figures):
     assert ltts("run", *family, "budget=fixed", "seed=1", "hydra.run.dir=other").code == 0
     line = ["budget/rule=posterior", "budget.rule.threshold=0.6,0.9", "budget.round=1", "-m", "hydra.sweep.dir=curve"]

@@ -35,6 +35,7 @@ def test_a_sweep_prints_one_table_and_each_warning_once(run, checkpoint, tmp_pat
     assert alone.err.count("WARNING scorer") == 2
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_jobs_that_are_one_run_have_a_row_each(run):
     swept = run("engine.rows=1,4", "cache=off", "-m")
     assert swept.code == 0, swept.err
@@ -49,6 +50,7 @@ def test_jobs_that_are_one_run_have_a_row_each(run):
     assert "the same run as" in swept.err
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_sweep_over_budgets_has_a_row_of_each(run):
     swept = run("budget=adaptive,ladder", "scorer=none", "-m")
     assert swept.code == 0, swept.err
@@ -56,6 +58,7 @@ def test_a_sweep_over_budgets_has_a_row_of_each(run):
     assert [row[0] for row in used] == ["budget=adaptive"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_launcher_that_gives_up_on_all_jobs_leaves_a_row_of_each(run, place, monkeypatch):
     """As submitit does where one of them was killed."""
     real = Plugins.instantiate_launcher

@@ -90,6 +90,7 @@ def flat(text):
     return " ".join(STYLE.sub("", text).split())
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", [*TABLES, "compare"])
 def test_every_line_fits_and_no_figure_is_cut(shown, width, name):
@@ -186,6 +187,7 @@ def test_bars_of_rounds_leave_the_screen_and_later_rounds_log_warnings_alone(cap
     assert said == ["drawing of round 1", "trouble in round 1", "trouble in round 2", "after the rounds"]
 
 
+@pytest.mark.slow
 def test_a_warning_of_a_sweep_is_written_once_by_all_its_processes(capsys):
     code = """
 import logging

@@ -159,6 +159,7 @@ def test_what_a_row_commits_does_not_depend_on_its_batch(tolerance):
     assert int(alone.sweeps_R) == int(whole.sweeps_R[5])
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=12)
 @given(
     st.sampled_from(sorted(REASONERS)), st.sampled_from([Greedy(), IN_THOUGHTS]), st.none() | st.integers(1, 5),

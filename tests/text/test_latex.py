@@ -58,6 +58,7 @@ SAME = [
 ]  # fmt: skip
 
 
+@pytest.mark.every_other
 @pytest.mark.parametrize("answers", SAME, ids=lambda answers: answers[0])
 def test_equal_values_are_one_vote(answers):
     assert {canonical_latex(answer) for answer in answers} == {answers[0]}

@@ -128,6 +128,7 @@ def test_a_log_is_followed_to_its_end(tmp_path, clock):
         pace_of(5, None, str(tmp_path / "log"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_by_the_clock_is_repeated_bit_for_bit_by_its_log(ltts, place, monkeypatch):
     ticks = count()  # every look at the clock is an eighth of a second after the last one
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 8, monotonic=lambda: 0.0))
