@@ -88,9 +88,8 @@ class TolerantSweeper(BasicSweeper):
             if job in launchable and results is None:
                 cfg = self.hydra_context.config_loader.load_sweep_config(self.config, job)
                 cfg.hydra.job.num = launchable.index(job)
-                ran = Path(cfg.hydra.sweep.dir) / str(cfg.hydra.sweep.subdir)
-                if not _was_asked(ran, list(cfg.hydra.overrides.task)):  # an earlier sweep's
-                    ran = None
+                place = folder / str(cfg.hydra.sweep.subdir)
+                ran = place if _was_asked(place, list(cfg.hydra.overrides.task)) else None  # else an earlier sweep's
                 configs.append(cfg)
             elif job in launchable and results is not None:
                 result = results[launchable.index(job)]

@@ -13,7 +13,7 @@ import numpy as np
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Tally
 from latent_tts.budget.rule.confidence import Calibration, Confidence, calibrate
-from latent_tts.errors import UsageError, require
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.pipeline.code import FIELDS_NOT_IN_KEY
 from latent_tts.results.run_folder import RUN_JSON, is_complete, read_budget, read_rollouts, read_run_json
 from latent_tts.schedule import Schedule
@@ -89,13 +89,9 @@ def calibrate_on_run(
     )
     rollouts = read_rollouts(folder)
     shared = set(rollouts["question_id"]) & set(questions)
-    require(
-        KEY,
-        folder,
-        not shared,
-        f"has {len(shared)} of the questions that this run reports, such as {min(shared, default='')}\n"
-        "calibrate on others, as on task.split=valid",
-    )
+    if shared:
+        why = f"has {len(shared)} of the questions that this run reports, such as {min(shared)}"
+        raise bad_value(KEY, folder, f"{why}\ncalibrate on others, as on task.split=valid")
     tallies = []
     for _, rows in rollouts.sort_values("rollout", kind="stable").groupby("question_id", sort=False):
         score_N = rows["score"].to_numpy(dtype=np.float64, na_value=np.nan)
