@@ -24,13 +24,14 @@ from latent_tts.results.run_folder import ROLLOUT_COLUMNS
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
 KILLS = int(os.environ.get("LTTS_KILLS", "20"))  # over the three victims
-SECONDS_TO_START, SECONDS_TO_SAY, SECONDS_TO_WRITE = 600, 30, 5
+SECONDS_TO_START, SECONDS_TO_SAY, SECONDS_TO_WRITE, SECONDS_PER_SHARD = 600, 30, 5, 0.25
 VICTIMS = ["driver", "node", "worker"]  # of one round; without a worker the command goes on to its end
 SHARDS = ["fixed", "measured"]  # in turns
 WORKERS, STARTS = 2, 3
 ROUNDED = ["answer_logprob", "answer_margin", "score"]
-QUESTIONS, ROLLOUTS = 1200, 16
-# Python runs this before everything else, in Ray's workers too: each shard is written down as it begins and ends
+QUESTIONS, ROLLOUTS = 600, 16
+# Python runs this before everything else, in Ray's workers too: each shard is written down as it begins and ends, and
+# lasts long enough for the run to be under way when it is killed, on a quick machine as on a slow one
 RECORDER = """
 import importlib.abc, importlib.util, json, os, sys, time
 
@@ -55,6 +56,7 @@ def record(drawer):
         number += 1
         runs = [[job.row_key, job.rollouts[0], len(job.rollouts)] for job in shard.jobs]
         say(shard=number, runs=runs)
+        time.sleep(float(os.environ["SECONDS_PER_SHARD"]))
         parts = compute(self, shard)
         say(shard=number, runs=None)
         return parts
@@ -85,11 +87,11 @@ def start(tmp_path, checkpoint):
     site.mkdir()
     (site / "sitecustomize.py").write_text(RECORDER)
 
-    def run(cache, *arguments):
+    def run(cache, *arguments, seconds_per_shard=SECONDS_PER_SHARD):
         environment = os.environ | {
             "OMP_NUM_THREADS": "1", "LTTS_CACHE": str(tmp_path / cache), "XDG_CONFIG_HOME": str(tmp_path / "config"),
             "PYTHONPATH": os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])]),
-            "SHARDS": str(tmp_path / f"{cache}.jsonl"),
+            "SHARDS": str(tmp_path / f"{cache}.jsonl"), "SECONDS_PER_SHARD": str(seconds_per_shard),
         }  # fmt: skip
         line = [
             "run", "model=demo_coconut", f"model.checkpoint={checkpoint}", f"task.limit={QUESTIONS}", f"n={ROLLOUTS}",
@@ -117,7 +119,8 @@ def processes(driver, victim):
 def shards_of(log: Path, after: int) -> list[Drawn]:
     """The shards that began in a log after its first lines; a worker that was left over may end one later."""
     begun: dict[tuple[int, int], Drawn] = {}
-    for line in log.read_text().splitlines()[after:]:
+    whole_lines, _, _ = log.read_text().rpartition("\n")
+    for line in whole_lines.splitlines()[after:]:
         said = json.loads(line)
         key = said["pid"], said["shard"]
         if said["runs"] is not None:
@@ -128,12 +131,13 @@ def shards_of(log: Path, after: int) -> list[Drawn]:
     return list(begun.values())
 
 
-def wait_for_work(driver, log, lines, moments):
-    """Return at a random moment after a worker has begun to draw."""
+def wait_for_work(driver, log, lines, moments, written):
+    """Return at a random moment after a worker has begun to draw, or after some of its shards are surely written."""
     until = time.monotonic() + SECONDS_TO_START
     while driver.poll() is None and time.monotonic() < until:
-        if len(log.read_text().splitlines()) > lines:
-            time.sleep(moments.uniform(0, 10))
+        shards = shards_of(log, lines)
+        if surely_written(shards, time.monotonic()) if written else shards:
+            time.sleep(moments.uniform(0, 5))
             return
         time.sleep(0.05)
 
@@ -149,9 +153,9 @@ def table(folder):
     return pd.read_parquet(folder / "rollouts.parquet")
 
 
-def kill_somewhen(command, victim, log, lines, moments):
+def kill_somewhen(command, victim, *when):
     """Kill a process of a kind while the command draws; says whether there was one to kill."""
-    wait_for_work(command, log, lines, moments)
+    wait_for_work(command, *when)
     found = processes(command, victim)[:1] if command.poll() is None else []
     for process in found:
         process.send_signal(signal.SIGKILL)
@@ -166,7 +170,7 @@ def surely_written(shards, stopped):
 
 
 def test_killed_again_and_again_the_same_line_gives_equal_tables(start, tmp_path):
-    whole = start("whole")
+    whole = start("whole", seconds_per_shard=0)
     assert whole.wait() == 0, (tmp_path / "whole.txt").read_text()
     one = table(tmp_path / "whole_run")
     moments, codes, checked = random.Random(1), [], 0
@@ -176,11 +180,12 @@ def test_killed_again_and_again_the_same_line_gives_equal_tables(start, tmp_path
         log, text = folder.with_suffix(".jsonl"), folder.with_suffix(".txt")
         log.touch()
         computed = lost = largest = 0
+        late = VICTIMS[first // len(VICTIMS) % 2]  # killed when some shards must be written: the command, Ray's node
         for victim in [*VICTIMS[: KILLS - first], None]:
             kept, lines = kept_in(folder), len(log.read_text().splitlines())
             for _ in range(STARTS):
                 command = start(name, *line)
-                killed = victim is not None and kill_somewhen(command, victim, log, lines, moments)
+                killed = victim is not None and kill_somewhen(command, victim, log, lines, moments, victim == late)
                 code, stopped = command.wait(), time.monotonic()
                 if "Ray cannot be started" not in text.read_text():  # on a machine that is too busy
                     break
