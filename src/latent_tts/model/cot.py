@@ -66,6 +66,8 @@ class Cot(CheckpointAdapter):
         Raises:
             UsageError: the checkpoint has no chat template, or does not name a special token of a given template.
         """
+        if self.prompt != CHAT:
+            self._warn_of_tokens_around()
         if self.prompt == PLAIN:
             return
         _ = self._template
