@@ -21,8 +21,8 @@ QUESTIONS = [Question(str(place), f"Question {place}?", str(17 + place % 4)) for
 def measured(tmp_path, *texts, latents=2, settings=SETTINGS):
     folder = scripted.make(tmp_path / "model", "coconut", *texts)
     adapter = Coconut(name="own", checkpoint=str(folder), latents=latents, recommended={})
-    lm = adapter.load(device="cpu", dtype=settings.dtype).lm
-    return settings.measure(lm, lambda hidden: hidden, adapter, Stage(1, latents, None), QUESTIONS, RULE)
+    reasoner = adapter.load(device="cpu", dtype=settings.dtype)
+    return settings.measure(reasoner, adapter, Stage(1, latents, None), QUESTIONS, RULE)
 
 
 def test_accuracy_is_the_share_of_questions_that_greedy_decoding_answers(tmp_path):

@@ -6,9 +6,10 @@ for each update.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from transformers import TrainerCallback, TrainingArguments
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.joining import probe, write_adapter
-from latent_tts.errors import require
+from latent_tts.engine.proof import prove_reasoner
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import words
 from latent_tts.text.answer import AnswerRule
@@ -51,7 +53,7 @@ from latent_tts.training.trainer import (
     trained_parameters,
     training_arguments,
 )
-from latent_tts.types import Question
+from latent_tts.types import Computation, Question
 
 VALID_BATCH = 250
 METRIC = "eval_exact_match"
@@ -59,6 +61,7 @@ INITIAL = "initial"
 OLD_STATE = "state.safetensors"
 PROBES, PROBE_TOKENS = 4, 12
 LENGTHS_KEPT = 100_000  # of questions; sorting asks for each several times
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,23 @@ class DrawnValidation:
     settings: Validation
     adapter: CheckpointAdapter
     rule: AnswerRule
+
+    def prove(self, module: ReasonerModule, questions: Sequence[Question]) -> Computation:
+        """How the engine has to compute the model, which depends on its architecture and on the longest sequence.
+
+        Raises:
+            UsageError: the engine computes it in no way as it computes itself.
+        """
+        adapter = self.adapter
+        after = adapter.latents + len(adapter.thinking_end_ids) + self.settings.max_answer_tokens
+        longest = max(len(adapter.encode(question)) for question in questions) + after
+        try:
+            found = prove_reasoner(joined_copy(module, "float32"), longest)
+        except UsageError as error:
+            raise bad_value("validation.every", self.settings.every, f"must be null: {error}") from error
+        if found.reason:
+            log.warning("validation takes longer: %s", found.reason)
+        return found
 
 
 class MicroBatches(Dataset):
@@ -195,7 +215,9 @@ class ReasonerTrainer(ResumableTrainer):
         every = None if drawn is None else drawn.settings.every
         super().__init__(model=module, callbacks=[_SaveCallback(recipe, pace, save_every, every)], **more)
         self.recipe, self.module, self.valid, self.key = recipe, module, valid, key_of(seed, "training")
-        self.pace, self.drawn = pace, drawn
+        self.pace, self.drawn, self.computation = pace, drawn, Computation()
+        if drawn is not None:
+            self.computation = drawn.prove(module, valid)
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """The loss in the stage of the current update."""
@@ -221,8 +243,8 @@ class ReasonerTrainer(ResumableTrainer):
     def _draw(self, drawn: DrawnValidation, stage: Stage) -> dict[str, float]:
         """Accuracy and coverage of the weights so far, by the engine; keeps the best of the last stage with updates."""
         self.module.eval()
-        lm, next_latent = joined_copy(self.module, drawn.settings.dtype)
-        figures = drawn.settings.measure(lm, next_latent, drawn.adapter, stage, self.valid, drawn.rule)
+        reasoner = replace(joined_copy(self.module, drawn.settings.dtype), computation=self.computation)
+        figures = drawn.settings.measure(reasoner, drawn.adapter, stage, self.valid, drawn.rule)
         self.module.train()
         if stage == self.recipe.stage_at(self.recipe.updates - 1) and self.is_world_process_zero():
             weights = {name: value.detach().cpu() for name, value in trained_parameters(self.module)}
