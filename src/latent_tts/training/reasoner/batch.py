@@ -224,7 +224,8 @@ def find_head(lm: PreTrainedModel) -> Callable[[PreTrainedModel], nn.Module]:
         UsageError: hidden states or logits differ.
     """
     lm.eval()
-    embed, vocabulary = lm.get_input_embeddings(), lm.get_input_embeddings().weight.shape[0]
+    embed = cast(nn.Embedding, lm.get_input_embeddings())
+    vocabulary = embed.weight.shape[0]
     prompt_QL, mask_QL = pad_rows(
         [[token % vocabulary for token in ids] for ids in PROOF_PROMPTS], 0, lm.device, left=True
     )

@@ -40,9 +40,16 @@ from latent_tts.training.reasoner.initial import (
 )
 from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
-from latent_tts.training.reasoner.pace import LOG, Pace, pace_of
+from latent_tts.training.reasoner.pace import LOG, Pace, Timed, pace_of
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths, token_lengths
-from latent_tts.training.reasoner.validation import Validation, best_weights, joined_copy, keep_if_best, read_best
+from latent_tts.training.reasoner.validation import (
+    Validation,
+    best_weights,
+    forget_best_after,
+    joined_copy,
+    keep_if_best,
+    read_best,
+)
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.recompute import blocks_of, recomputing_blocks
 from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state, set_state_aside
@@ -55,7 +62,7 @@ from latent_tts.training.trainer import (
 )
 from latent_tts.types import Computation, Question
 
-VALID_BATCH = 250
+MAX_VALID_BATCH, VALID_MICRO_BATCHES = 250, 4  # questions; so many micro-batches need less memory without gradients
 METRIC = "eval_exact_match"
 INITIAL = "initial"
 OLD_STATE = "state.safetensors"
@@ -187,11 +194,11 @@ class ReasonerModule(nn.Module):
                 module.p = rate
 
     @torch.no_grad()
-    def exact_match(self, questions: list[Question], stage: Stage) -> float:
-        """Share of questions answered exactly, without dropout."""
+    def exact_match(self, questions: list[Question], stage: Stage, batch: int) -> float:
+        """Share of questions answered exactly, without dropout, so many at once."""
         self.eval()
-        starts = range(0, len(questions), VALID_BATCH)
-        hits = sum(self.objective.exact_matches(questions[start : start + VALID_BATCH], stage) for start in starts)
+        starts = range(0, len(questions), batch)
+        hits = sum(self.objective.exact_matches(questions[start : start + batch], stage) for start in starts)
         self.train()
         return hits / len(questions)
 
@@ -209,13 +216,18 @@ class ReasonerTrainer(ResumableTrainer):
         drawn: DrawnValidation | None,
         seed: int,
         save_every: int,
+        valid_batch: int,
         **more: Any,
     ) -> None:
-        """Create a trainer from recipe, module, validation, pace, seed of dropout, and updates between states."""
+        """Create a trainer from recipe, module, validation, pace, seed of dropout, and updates between states.
+
+        `valid_batch` questions are compared with their exact answers at once.
+        """
         every = None if drawn is None else drawn.settings.every
         super().__init__(model=module, callbacks=[_SaveCallback(recipe, pace, save_every, every)], **more)
         self.recipe, self.module, self.valid, self.key = recipe, module, valid, key_of(seed, "training")
         self.pace, self.drawn, self.computation = pace, drawn, Computation()
+        self.valid_batch = valid_batch
         if drawn is not None:
             self.computation = drawn.prove(module, valid)
 
@@ -233,7 +245,7 @@ class ReasonerTrainer(ResumableTrainer):
         """Exact match on the validation questions, in the stage of the last update."""
         stage = self.recipe.stage_at(self.pace.planned(self.state.global_step - 1))
         with self.pace.validating(of_first_process):
-            figures = {METRIC: self.module.exact_match(self.valid, stage)}
+            figures = {METRIC: self.module.exact_match(self.valid, stage, self.valid_batch)}
             if self.drawn is not None:
                 figures |= self._draw(self.drawn, stage)
         self.log(figures)
@@ -345,6 +357,8 @@ def train_reasoner(
             set_state_aside(
                 last, f"is of update {read_state(last)['global_step']}, but {LOG} is whole to {pace.known()}"
             )
+        if arguments.process_index == 0 and isinstance(pace, Timed):
+            forget_best_after(output / STATES, 0 if last is None else read_state(last)["global_step"])
         if arguments.process_index == 0 and last_state(output / STATES) is None:
 
             def make(folder: Path) -> None:
@@ -473,6 +487,7 @@ def train(
         drawn=drawn,
         seed=seed,
         save_every=save_every,
+        valid_batch=min(MAX_VALID_BATCH, VALID_MICRO_BATCHES * max(1, optimization.batch // parts)),
         report=lambda done, figures: report(pace.planned(done - 1) + 1, figures),
         args=arguments,
         train_dataset=MicroBatches(batches, parts, pace.limit),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 BEST, RECORD = "best", "best.json"
 QUESTIONS_AT_ONCE = 64  # questions that run together
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,19 @@ def read_best(states: Path) -> dict[str, Any] | None:
         if record.pop("digest", None) in (None, settings_digest(record)):  # earlier versions wrote none
             return record
     raise bad_value("output", path, "is damaged; train in another folder")
+
+
+def forget_best_after(states: Path, done: int) -> None:
+    """Remove the best weights if they are of an update that is made anew, and differently: as in a run by the clock.
+
+    Args:
+        states: folder of the saved states.
+        done: updates of the state that the run resumes from.
+    """
+    best = read_best(states)
+    if best is not None and best["update"] > done:
+        log.warning("the best weights so far are of update %d, which is made anew; they are removed", best["update"])
+        shutil.rmtree(states / BEST)
 
 
 def best_weights(states: Path) -> Path:
