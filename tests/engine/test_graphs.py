@@ -9,9 +9,11 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -25,7 +27,7 @@ from recordable import FEW, PLANS, SAMPLERS
 from recorders import Recording, Tracer
 from torch import Tensor
 
-from latent_tts.engine import attention, graphs
+from latent_tts.engine import attention, graphs, head, recording
 from latent_tts.engine.graphs import FirstToken, GraphEngine, Latents, Move, NextToken
 from latent_tts.engine.recording import Bucket, CudaRecorder, Prompts, Recordings
 from latent_tts.engine.rollout import Engine, Rollouts
@@ -67,10 +69,11 @@ def both(
     answer: int = 3,
     latents: int = 2,
     recorder: Callable[[], Any] = Recording,
+    dtype: torch.dtype = torch.float64,
     **settings,
 ):
     """An engine, one that records, and the recorders that it has made."""
-    made = tiny.reasoner(family, next_latent=lambda hidden: hidden.tanh())
+    made = tiny.reasoner(family, dtype, next_latent=lambda hidden: hidden.tanh())
     reasoner = Reasoner(made.lm.to(device), made.next_latent, lambda hidden: hidden.square())
     known = {name: settings.pop(name) for name in ("needed", "max_bytes") if name in settings}
     plan = tiny.plan(latents, eos_id=tiny.EOS_IDS[family] if ends else None, answer=answer, **settings)
@@ -135,6 +138,64 @@ def test_so_does_a_graph_of_kernels(family, sampler, plan):
         torch.testing.assert_close(found.latents_RTD, wanted.latents_RTD, rtol=0, atol=1e-3)  # noise is float32
         assert found.answer_ids == wanted.answer_ids
     assert len(recorders) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("sampler", "plan"),
+    [("gaussian", "stops by a token"), ("dropout everywhere", "no end"), ("drawn answers", "forced beginning")],
+)
+def test_so_does_a_graph_of_the_kernels_of_triton(monkeypatch, dtype, sampler, plan):
+    """In float64, and with heads as narrow as elsewhere here, operators compute."""
+    monkeypatch.setattr(sys.modules[__name__], "N", 8)
+    eager, graphed, _ = both("qwen3", device="cuda:0", dtype=dtype, recorder=CudaRecorder, **PLANS[plan])
+    assert attention.has_kernel(torch.empty(16, dtype=dtype, device="cuda:0"))
+    assert head.has_kernel(torch.empty(16, dtype=dtype, device="cuda:0"))
+    roundings, most = recording._OTHER_ORDER if dtype.itemsize == 4 else recording._OTHER_ORDER_HALF
+    for number, lengths in enumerate(LENGTHS):
+        found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
+        assert graphs.agreement(found, wanted, roundings) >= most
+    (bucket,) = graphed._recordings.buckets.values()
+    assert len(bucket.trusted) >= 3
+
+
+@pytest.mark.gpu
+def test_what_waits_for_a_gpu_is_not_recorded_and_others_are(caplog):
+    eager, graphed, recorders = both(needed=False, device="cuda:0", recorder=CudaRecorder)
+    held = torch.cuda.memory_reserved()
+    for number in range(3):
+        found, wanted = (rolled(engine, ReadsOnTheHost(), number, [9, 3]) for engine in (graphed, eager))
+        assert found.answer_ids == wanted.answer_ids
+    assert len(recorders) == 1
+    assert "run without CUDA graphs" in caplog.text
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= held + (1 << 26)  # of libraries
+    test_so_does_a_graph_of_kernels("gpt2", "gaussian", "plain")
+
+
+def test_a_recording_that_a_gpu_breaks_off_gives_its_memory_back(monkeypatch):
+    done = []
+
+    class BreaksOff(nullcontext):
+        def __exit__(self, *exception):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name in ("CUDAGraph", "Stream", "current_stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: (0, 7))
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *given, **named: BreaksOff())
+    monkeypatch.setattr(recording, "_recording_stream", lambda device: None)
+    for name in ("endAllocateToPool", "releasePool"):
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", lambda *given, name=name: done.append((name, *given)))
+
+    def run():
+        raise ValueError("operation not permitted when stream is capturing")
+
+    with pytest.raises(ValueError, match="not permitted"):
+        CudaRecorder().record(run, [SimpleNamespace(device=torch.device("cuda", 0))])
+    assert done == [("endAllocateToPool", 0, (0, 7)), ("releasePool", 0, (0, 7))]
 
 
 @pytest.mark.gpu
