@@ -20,10 +20,11 @@ ROWS = 256  # what oneDNN lays weights out for; any number of rows works
 
 
 def prepare_backbone(lm: PreTrainedModel, computation: Computation = SHARED_PREFIX) -> None:
-    """Make a model's layers read shared prefixes, run GPT-2's activation and, on a GPU, Llama's norms as one kernel each.
+    """Make a model's layers read shared prefixes, and join operations: none of it changes the function.
 
-    Layers that can be packed are. None of it changes the function; in half precision the activation rounds once instead
-    of after each of its eight operations, and so do norms. A model that is computed by transformers gets its own attention back, and nothing else changes.
+    GPT-2's activation is one kernel, on a GPU Llama's norms are one each, and layers that can be packed are. In half
+    precision activation and norms round once instead of several times. A model that is computed by transformers gets
+    its own attention back, and nothing else changes.
     """
     if computation.attention == "transformers":
         use_own_attention(lm)
