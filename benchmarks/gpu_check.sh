@@ -87,7 +87,7 @@ if [ "$device" = cpu ]; then
     small=(--layers 2 --width 64 --repeats 1)
     table+=(--case 1x64 1x1 --profile 1x64)
     line=(sampler=gaussian n=4 task.limit=8)
-    times=4  # the limits are for a GPU, and here nothing waits for the end
+    times=10  # the limits are for a GPU, and here nothing waits for the end
 fi
 # a command that may take so many seconds
 within() {

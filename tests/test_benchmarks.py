@@ -142,8 +142,9 @@ def test_every_case_of_that_table_is_replayed(engine_benchmark, monkeypatch):
     lm = engine_benchmark.new_model(arguments)
     for sampler in dict.fromkeys(sampler for _, _, sampler, _ in table.CASES):
         run = table.case_of(lm, "2x2", sampler, arguments, "on")
-        for _ in range(table.WARM_UPS):
-            found = run()
+        for _ in range(table.WARM_UPS - 1):
+            run()
+        found = run()
         if sampler == table.SCORES:
             assert found.abs().mean() > 0.1  # so that rounding is small beside it
         (bucket,) = opened.pop().buckets.values()

@@ -193,8 +193,9 @@ def test_a_recording_that_a_gpu_breaks_off_gives_its_memory_back(monkeypatch):
     def run():
         raise ValueError("operation not permitted when stream is capturing")
 
+    tensor: Any = SimpleNamespace(device=torch.device("cuda", 0))
     with pytest.raises(ValueError, match="not permitted"):
-        CudaRecorder().record(run, [SimpleNamespace(device=torch.device("cuda", 0))])
+        CudaRecorder().record(run, [tensor])
     assert done == [("endAllocateToPool", 0, (0, 7)), ("releasePool", 0, (0, 7))]
 
 
@@ -487,7 +488,8 @@ def test_either_answer_will_do_where_the_two_most_probable_tokens_are_as_near_as
     margins_R = torch.tensor([1e-3, 1e-3, 1.0])
 
     def rollouts(ids):
-        return Rollouts(latents_RTD, nothing_R, ids, -margins_R, margins_R, nothing_R > 0, *[nothing_R] * 3)
+        counts = nothing_R, nothing_R, nothing_R
+        return Rollouts(latents_RTD, nothing_R, ids, -margins_R, margins_R, nothing_R > 0, *counts)
 
     wanted = rollouts([[1], [2], [3]])
     assert graphs.agreement(rollouts([[1], [4], [5]]), wanted, roundings=1) == pytest.approx(2 / 3)
