@@ -240,7 +240,7 @@ def test_two_processes_make_the_updates_of_one_with_two_micro_batches(train, pla
     # as `accelerate launch` starts processes; its own --cpu --num_processes 2 starts one
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
     line = [*train.line(*more), "validation.every=2", "validation.max_answer_tokens=4"]
-    done = subprocess.run([*launch, "latent_tts", *line], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run([*launch, "latent_tts", *line], capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["out/checkpoint"]
     one, two = (last_state(place / name / "states") for name in ("alone", "out"))

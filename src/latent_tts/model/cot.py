@@ -17,14 +17,18 @@ from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.text.latex import closing
-from latent_tts.text.number import MINUS
+from latent_tts.text.number import MINUS, canonical_number
 from latent_tts.text.template import TemplateError, names_question, render_prompt
 from latent_tts.types import Question
 
 PLAIN, CHAT = "plain", "chat"
 MAX_SHOWN = 60  # characters of a template that an error quotes
 MARKER = re.compile(r"#{3,}")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+SEPARATOR = r"(?:,|\{,\}|\\,|,\\!)"  # of thousands
+NUMBER = re.compile(  # not the exponent of `10 cm^2`; the sign of `x-3` is not that of a number
+    r"(?<![\d.^_])(?<!\^\{)(?<!\^-)(?<!\^\{-)(?:(?<![\w)])-)?"
+    rf"(?:\d{{1,3}}(?:{SEPARATOR}\d{{3}})+(?!\d|{SEPARATOR}\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+"
+)
 BOXED = "\\boxed{"
 
 
@@ -127,12 +131,16 @@ class Cot(CheckpointAdapter):
         return boxed if boxed is not None else lines[-1] if lines else None
 
     def decimal_answer(self, answer_text: str) -> str | None:
-        """The number in that text; for instruct models the last one, without commas, wherever it stands."""
+        """The number in that text; for instruct models that of the last box, or else the last one of the text."""
         if self.prompt == PLAIN:
             return self.answer_span(answer_text)
         text = MINUS.sub("-", answer_text)
-        numbers = NUMBER.findall(self._end_of_chain(text)) or NUMBER.findall(text)
-        return numbers[-1].replace(",", "") if numbers else None
+        end = self._end_of_chain(text)
+        boxed = _last_boxed(end)
+        if canonical_number(boxed) is not None:
+            return boxed
+        numbers = NUMBER.findall(end) or NUMBER.findall(text)
+        return re.sub(SEPARATOR, "", numbers[-1]) if numbers else None
 
     def _end_of_chain(self, answer_text: str) -> str:
         """The text after the last `###`; all of it if there is none."""

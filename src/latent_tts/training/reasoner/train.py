@@ -67,12 +67,14 @@ class TrainedReasoner:
 
     Attributes:
         checkpoint: the checkpoint folder.
+        weights: the folder of the weights that were chosen for it.
         updates: number of updates.
         chosen: the update that the weights in the checkpoint are of.
         figures: what they reached on the validation questions.
     """
 
     checkpoint: Path
+    weights: Path
     updates: int
     chosen: int
     figures: Mapping[str, float]
@@ -311,18 +313,7 @@ def train_reasoner(
     pace = pace_of(recipe.updates, optimization.minutes, optimization.follow, output / STATES, validation.share)
     arguments = trainer_arguments(recipe, optimization, output / STATES, seed=seed, device=device, max_steps=pace.limit)
     with arguments.main_process_first():
-        require(
-            "output",
-            output,
-            not (output / OLD_STATE).is_file(),
-            f"contains a {OLD_STATE} of an earlier version; choose another folder",
-        )
-        claim(output, settings)
-        clean_states(output / STATES)
-        while (last := last_state(output / STATES)) is not None and read_state(last)["global_step"] > pace.known():
-            set_state_aside(
-                last, f"is of update {read_state(last)['global_step']}, but {LOG} is whole to {pace.known()}"
-            )
+        claim_folder(output, settings, pace)
         if arguments.process_index == 0 and last_state(output / STATES) is None:
 
             def make(folder: Path) -> None:
@@ -341,24 +332,44 @@ def train_reasoner(
         lora=lora, new_tokens=new_tokens, seed=seed, save_every=save_every, report=report, pace=pace,
         drawn=None if validation.every is None else DrawnValidation(validation, adapter, questions.rule),
     )  # fmt: skip
-    last = last_state(output / STATES)
-    assert last is not None
     if not trainer.is_world_process_zero():
         return None
-    chosen = last if validation.every is None else best_weights(output / STATES)
+    trained = chosen_state(output, drawn=validation.every is not None)
     if lora.rank is None:
-        export(recipe, chosen, adapter, output / FINISHED)
+        export(recipe, trained.weights, adapter, trained.checkpoint)
     else:
         assert isinstance(start, Start)
         module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
-        load_parameters(module, chosen)
-        export_adapter(module, recipe.trained_with(adapter), adapter, start.checkpoint, output / FINISHED)
-    updates = read_state(last)["global_step"]
-    best = None if validation.every is None else read_best(output / STATES)
+        load_parameters(module, trained.weights)
+        export_adapter(module, recipe.trained_with(adapter), adapter, start.checkpoint, trained.checkpoint)
+    return trained
+
+
+def claim_folder(output: Path, settings: dict, pace: Pace) -> None:
+    """Claim a folder, and set aside the states in it that no training can resume from.
+
+    Raises:
+        UsageError: it contains another run.
+    """
+    allowed = f"contains a {OLD_STATE} of an earlier version; choose another folder"
+    require("output", output, not (output / OLD_STATE).is_file(), allowed)
+    claim(output, settings)
+    clean_states(output / STATES)
+    while (last := last_state(output / STATES)) is not None and read_state(last)["global_step"] > pace.known():
+        why = f"is of update {read_state(last)['global_step']}, but {LOG} is whole to {pace.known()}"
+        set_state_aside(last, why)
+
+
+def chosen_state(output: Path, *, drawn: bool) -> TrainedReasoner:
+    """The weights that become the checkpoint: of the last state, or the best that a drawn validation found."""
+    last = last_state(output / STATES)
+    assert last is not None
+    updates, best = read_state(last)["global_step"], read_best(output / STATES) if drawn else None
+    weights = best_weights(output / STATES) if drawn else last
     if best is not None:
-        return TrainedReasoner(output / FINISHED, updates, best["update"], best["figures"])
+        return TrainedReasoner(output / FINISHED, weights, updates, best["update"], best["figures"])
     figures = [entry[METRIC] for entry in read_state(last)["log_history"] if METRIC in entry]
-    return TrainedReasoner(output / FINISHED, updates, updates, {METRIC: figures[-1]})
+    return TrainedReasoner(output / FINISHED, weights, updates, updates, {METRIC: figures[-1]})
 
 
 def trainer_arguments(
