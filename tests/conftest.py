@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 from places import place_of_its_own, run_line
 
 from latent_tts import cli
@@ -21,8 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Only tests marked `gpu` see a GPU: the others are to compute the same everywhere."""
     gc.disable()  # imports make many objects that stay
     # a busy machine or a measurement of coverage would miss a deadline; the same cases in each run
-    settings.register_profile("quick", deadline=None, max_examples=50, derandomize=True)
+    unhurried = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("quick", max_examples=50, derandomize=True, **unhurried)
     settings.load_profile("quick")
+    # otherwise Hypothesis also draws constants of the modules that earlier tests of the process have imported
+    no_constants = providers.Constants()
+    providers._get_local_constants = lambda: no_constants
     chosen = config.getoption("markexpr")
     if chosen and "gpu" not in chosen.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -51,6 +57,23 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 100, 100)
     gc.enable()
+
+
+def _seed_torch() -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(0)  # `torch.manual_seed` also writes down its stack for CUDA
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    """Torch's random numbers do not depend on which tests ran before in the process."""
+    _seed_torch()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call() -> None:
+    """Nor on which fixtures were there already."""
+    _seed_torch()
 
 
 @pytest.fixture(scope="session", autouse=True)

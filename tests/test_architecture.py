@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -11,7 +12,10 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from latent_tts.cli import COMMANDS
 
@@ -208,6 +212,28 @@ def test_tests_lie_in_the_same_rooms_as_the_code():
 def test_tests_share_code_through_helpers_alone():
     importing = re.compile(r"^\s*(from|import) test_", re.MULTILINE)
     assert not [str(path) for path in (ROOT / "tests").rglob("*.py") if importing.search(path.read_text())]
+
+
+def test_property_tests_draw_the_same_cases_whatever_is_imported(tmp_path, monkeypatch):
+    drawn: list[int] = []
+
+    @given(st.integers())
+    def draw(number):
+        drawn.append(number)
+
+    draw()
+    first = drawn[:]
+    drawn.clear()
+    (tmp_path / "numbers_of_its_own.py").write_text(f"NUMBERS = {list(range(10**9, 10**9 + 99))}")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("numbers_of_its_own")
+    draw()
+    assert drawn == first
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_torch_draws_the_same_numbers_whatever_ran_before(turn, checkpoint):
+    assert torch.rand(9).equal(torch.rand(9, generator=torch.Generator().manual_seed(0)))
 
 
 def test_the_page_has_the_order_of_rooms_and_names_every_file_of_large_rooms():

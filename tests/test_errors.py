@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from latent_tts import cli
+from latent_tts.config.error_text import describe
 from latent_tts.errors import RunError, computing, hub_clients, is_number
 
 
@@ -88,7 +89,7 @@ def test_a_name_that_is_looked_up_for_ever_is_given_up(monkeypatch):
 )
 def test_what_is_wrong_with_a_disk_is_named_whoever_wrote(error, words):
     error.filename = getattr(error, "filename", None) or "out/a.csv"
-    lines, code = cli.describe(error)
+    lines, code = describe(error)
     assert code == 1
     assert lines[0].startswith("out/a.csv: ")
     assert words in lines[0]
@@ -99,7 +100,7 @@ def test_an_integer_that_is_no_float_is_named_by_its_key(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ltts run", f"answer.top_p=1{400 * '0'}"])
     with pytest.raises(OverflowError) as raised:
         float(10**400)
-    assert cli.describe(raised.value) == (["answer.top_p: a number that is beyond those of float64"], 2)
+    assert describe(raised.value) == (["answer.top_p: a number that is beyond those of float64"], 2)
 
 
 @pytest.mark.parametrize("line", [["help"], ["list", "models"], []])

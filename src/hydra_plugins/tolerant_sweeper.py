@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobStatus
 from omegaconf import OmegaConf
 
-from latent_tts import cli
+from latent_tts.config.error_text import describe, is_refused, say
 from latent_tts.errors import JobsFailed
 
 
@@ -64,9 +64,9 @@ class TolerantSweeper(BasicSweeper):
         codes, log_file = [0], folder / f"{self.config.hydra.job.name}.log"
 
         def report_failure(error: Exception, job: Sequence[str]) -> None:
-            codes.append(cli.say(error, name(job)))
+            codes.append(say(error, name(job)))
             with log_file.open("a") as file:
-                file.write(name(job) + "\n".join(cli.describe(error)[0]) + "\n")
+                file.write(name(job) + "\n".join(describe(error)[0]) + "\n")
 
         launchable = []
         for job in jobs:
@@ -96,7 +96,7 @@ class TolerantSweeper(BasicSweeper):
                 refused = False
                 if result.status is JobStatus.FAILED:
                     report_failure(result._return_value, job)
-                    refused = cli.is_refused(result._return_value)
+                    refused = is_refused(result._return_value)
                 if result.hydra_cfg is not None and not refused:
                     ran = from_here(Path(result.hydra_cfg.hydra.runtime.output_dir))
                     configs.append(result.cfg)

@@ -53,6 +53,11 @@ def test_a_bad_override_on_the_command_line(run, overrides, words):
     check(run(*overrides), *words)
 
 
+def test_a_refusal_shows_the_number_that_was_typed(run):
+    for typed in ("-1", "-1.0", "-1e0"):
+        check(run("sampler=gaussian", f"sampler.sigma={typed}"), f"sampler.sigma={typed}: must be a finite number")
+
+
 @pytest.mark.every_other
 @pytest.mark.parametrize(
     ("overrides", "words"),

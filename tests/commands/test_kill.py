@@ -22,11 +22,14 @@ MEASURED = ["seconds", "floor_seconds", "rollouts_per_second", "peak_memory_byte
 ROUNDED = ["answer_logprob", "answer_margin", "score"]
 ANNOTATE = ["annotate", "task.limit=60", "n=4", "completions=2", "sampler=gaussian", "engine.rows=8"]
 RESULTS = (".parquet", ".safetensors")
-WITHOUT_CLOCK = """
+SAVES_OFTEN_AND_SLOWLY = """
+import sys, time
 from latent_tts.cli import entry
 from latent_tts.results import files
 
-files.SECONDS_BETWEEN_PARTS = 0.0  # every batch is saved, on a quick machine as on a slow one
+# every batch is saved, on a quick machine as on a slow one, and there is time to see that before the last one is
+files.SECONDS_BETWEEN_PARTS = 0.0
+sys.addaudithook(lambda event, _: time.sleep(0.05) if event == "os.rename" else None)
 entry()
 """
 
@@ -43,7 +46,7 @@ def command(tmp_path):
         }
         with (tmp_path / "stderr.txt").open("w") as log:
             return subprocess.Popen(
-                [sys.executable, "-c", WITHOUT_CLOCK, *map(str, arguments)],
+                [sys.executable, "-c", SAVES_OFTEN_AND_SLOWLY, *map(str, arguments)],
                 cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
 

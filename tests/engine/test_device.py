@@ -33,11 +33,15 @@ import numpy as np, psutil
 from latent_tts.engine.device import keep_freed_memory
 from latent_tts.results.parts import release_memory
 
+def own_bytes():
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared  # pages of files come and go
+
 def held_bytes():
-    return psutil.Process().memory_info().rss - before
+    return own_bytes() - before
 
 keep_freed_memory()
-before = psutil.Process().memory_info().rss
+before = own_bytes()
 pieces = [np.ones(1 << 23, dtype=np.uint8) for _ in range(16)]
 del pieces
 assert held_bytes() > 15 << 23, held_bytes()

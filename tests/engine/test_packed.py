@@ -13,9 +13,9 @@ HALF = torch.bfloat16
 
 def layer(kind, inputs=24, outputs=40, dtype=HALF, **options):
     made = kind(outputs, inputs) if kind is Conv1D else kind(inputs, outputs, **options)
-    nn.init.normal_(made.weight)
-    if made.bias is not None:
-        nn.init.normal_(made.bias)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, generator=generator)
     return made.to(dtype).requires_grad_(False)
 
 

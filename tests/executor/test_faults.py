@@ -10,13 +10,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
 import pytest
+from processes import is_running
 
 from latent_tts.results.files import SECONDS_BETWEEN_PARTS
 from latent_tts.results.parts import part_files
@@ -34,6 +37,8 @@ QUESTIONS, ROLLOUTS = 600, 16
 # lasts long enough for the run to be under way when it is killed, on a quick machine as on a slow one
 RECORDER = """
 import importlib.abc, importlib.util, json, os, sys, time
+
+os.fsync = lambda descriptor: None  # no test loses power, and a busy disk takes seconds
 
 class Recorder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -108,20 +113,32 @@ def start(tmp_path, checkpoint):
 
 def processes(driver, victim):
     """The processes of a kind that a command has started."""
-    family = psutil.Process(driver.pid).children(recursive=True)
     if victim == "driver":
         return [psutil.Process(driver.pid)]
-    if victim == "node":
-        return [each for each in family if each.name() == "raylet"]
-    return [each for each in family if each.name().startswith("ray::_Actor")]
+    name, found = "raylet" if victim == "node" else "ray::_Actor", []
+    for each in psutil.Process(driver.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            found += [each] if each.name().startswith(name) else []
+    return found
+
+
+def said_in(log: Path) -> list[dict[str, Any]]:
+    """What workers have written down; the last line may not be whole yet."""
+    whole_lines, _, _ = log.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole_lines.splitlines()]
+
+
+def wait_for_end_of_workers(log: Path):
+    """Wait for those that a command has left over: what they say later would count for the next one."""
+    workers, until = {said["pid"] for said in said_in(log)}, time.monotonic() + SECONDS_TO_SAY
+    while any(map(is_running, workers)) and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def shards_of(log: Path, after: int) -> list[Drawn]:
     """The shards that began in a log after its first lines; a worker that was left over may end one later."""
     begun: dict[tuple[int, int], Drawn] = {}
-    whole_lines, _, _ = log.read_text().rpartition("\n")
-    for line in whole_lines.splitlines()[after:]:
-        said = json.loads(line)
+    for said in said_in(log)[after:]:
         key = said["pid"], said["shard"]
         if said["runs"] is not None:
             places = {(row, first + place) for row, first, count in said["runs"] for place in range(count)}
@@ -158,7 +175,8 @@ def kill_somewhen(command, victim, *when):
     wait_for_work(command, *when)
     found = processes(command, victim)[:1] if command.poll() is None else []
     for process in found:
-        process.send_signal(signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
     return bool(found)
 
 
@@ -182,13 +200,14 @@ def test_killed_again_and_again_the_same_line_gives_equal_tables(start, tmp_path
         computed = lost = largest = 0
         late = VICTIMS[first // len(VICTIMS) % 2]  # killed when some shards must be written: the command, Ray's node
         for victim in [*VICTIMS[: KILLS - first], None]:
-            kept, lines = kept_in(folder), len(log.read_text().splitlines())
+            kept, lines = kept_in(folder), len(said_in(log))
             for _ in range(STARTS):
                 command = start(name, *line)
                 killed = victim is not None and kill_somewhen(command, victim, log, lines, moments, victim == late)
                 code, stopped = command.wait(), time.monotonic()
                 if "Ray cannot be started" not in text.read_text():  # on a machine that is too busy
                     break
+            wait_for_end_of_workers(log)
             # the line comes from another process, after the command is gone
             while code != 0 and "re-run" not in text.read_text() and time.monotonic() < stopped + SECONDS_TO_SAY:
                 time.sleep(0.05)

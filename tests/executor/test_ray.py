@@ -19,6 +19,7 @@ from latent_tts.results.annotations import AnnotationFolder
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
 MEASURED_METRICS = ("seconds", "floor_seconds", "rollouts_per_second", "peak_memory_bytes", "gbytes")
 RAY = ("executor=ray", "executor.workers=2")
+STARTS = 3
 COMMANDS = """
 import sys
 from latent_tts import cli
@@ -34,9 +35,12 @@ def in_one_process(folder, *lines):
         "OMP_NUM_THREADS": "1", "LTTS_CACHE": str(folder / "cache"), "XDG_CONFIG_HOME": str(folder / "config"),
     }  # fmt: skip
     text = "\n".join(" ".join(map(str, line)) for line in lines)
-    done = subprocess.run(
-        [sys.executable, "-c", COMMANDS, text], cwd=folder, env=environment, capture_output=True, text=True
-    )
+    for _ in range(STARTS):
+        done = subprocess.run(
+            [sys.executable, "-c", COMMANDS, text], cwd=folder, env=environment, capture_output=True, text=True
+        )
+        if "Ray cannot be started" not in done.stderr:  # on a machine that is too busy
+            break
     assert done.returncode == 0, done.stderr
     return done.stderr
 

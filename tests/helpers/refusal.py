@@ -13,8 +13,8 @@ from hydra.core.utils import JobRuntime
 from hydra.types import RunMode
 from omegaconf import open_dict
 
-from latent_tts import cli
 from latent_tts.config.build import conf_dir, register_schemas
+from latent_tts.config.error_text import describe
 from latent_tts.config.jobs import Loader
 
 
@@ -43,7 +43,7 @@ def check_refused(command: str, *overrides: object, words: list[str]) -> None:
             del cfg["hydra"]
         importlib.import_module(f"latent_tts.commands.{name}").main(cfg)
     except Exception as error:
-        lines, code = cli.describe(error)
+        lines, code = describe(error)
     else:
         raise AssertionError(f"{given} is not refused")
     finally:

@@ -126,10 +126,11 @@ def test_a_file_by_another_path_or_name_is_the_same_set_and_one_read_by_another_
 def test_a_number_is_one_setting_however_it_is_written(seeded, latent_rm):
     scored = ["scorer=latent_rm", f"scorer.checkpoint={latent_rm}", "sampler=gaussian"]
     for name, one, low in (("int", "1", "-90"), ("float", "1.0", "-90.0"), ("power", "1e0", "-9e1")):
-        more = [f"sampler.sigma={one}", f"task.tolerance={one}", f"scorer.range=[{low},90]"]
-        seeded("a", 0, f"mix/{name}", *scored, *more, "paths.cache=mine")
+        more = [f"sampler.sigma={one}", f"model.recommended.sigma={one}", f"task.tolerance={one}"]
+        seeded("a", 0, f"mix/{name}", *scored, *more, f"scorer.range=[{low},90]", "paths.cache=mine")
     tables = [read_metrics(path) for path in sorted(Path("mix").glob("*/metrics.csv"))]
     assert len({table["run_id"][0] for table in tables}) == 1
+    assert {"model.recommended.sigma=1.0" in table["settings"][0] for table in tables} == {True}
     assert len([path for path in Path("mine").iterdir() if path.is_dir()]) == 1
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -175,7 +176,8 @@ def test_two_runs_that_race_for_a_folder_never_mix(checkpoint, tmp_path):
         assert codes in ([0, 2], [0, 0])  # 0, 0: one after the other
         if codes == [0, 2]:
             first, second = sorted(runs, key=lambda run: run.returncode)
-            assert f"process {first.pid} on {socket.gethostname()} writes there" in told[second.pid]
+            # the second one may look before the first one has said who it is
+            assert re.search(rf"process ({first.pid} on {socket.gethostname()}|\?) writes there", told[second.pid])
         seed = str(json.loads((folder / "run.json").read_text())["config"]["seed"])
         assert set(read_run_metrics(folder)["seed"]) == {seed}
         assert len(read_rollouts(folder)) == 8

@@ -117,3 +117,7 @@ def test_a_cache_that_cannot_be_written_to_is_read(run, place, latent_rm, read_o
     check(run("hydra.run.dir=more", *scored, "scorer.positions=official"), words, "scores of its rollouts are missing")
     check(run("hydra.run.dir=more", "paths.cache=mine", "cache=refresh"), words, "cache=refresh draws")
     check(run("hydra.run.dir=more", "paths.cache=mine", "seed=3"), "paths.cache=mine: cannot be written to")
+    kept = {path.name: path.read_bytes() for path in Path("one").iterdir() if path.suffix != ".log" and path.is_file()}
+    check(run("hydra.run.dir=one", "paths.cache=mine", "n=8"), words)
+    assert {name: Path("one", name).read_bytes() for name in kept} == kept
+    assert sorted(path.name for path in Path("one").iterdir() if path.is_dir()) == [".hydra"]

@@ -1,3 +1,4 @@
+import math
 import threading
 import time
 from contextlib import suppress
@@ -376,6 +377,7 @@ def test_a_file_system_that_is_slower_than_the_work_is_named_once(cache, monkeyp
 
 def test_work_that_is_slower_than_its_file_system_is_not_said_to_wait(cache, monkeypatch, caplog):
     monkeypatch.setattr(parts, "SECONDS_TO_SAY", 0.0)
+    monkeypatch.setattr(parts, "SECONDS_BETWEEN_PARTS", math.inf)  # nothing is written before the end
     with PartWriter(cache.folder) as writer:
         for rollout in range(3):
             writer.put(lambda rollout=rollout: pa.Table.from_pylist([row("a", rollout)], ROLLOUT_SCHEMA))

@@ -37,6 +37,7 @@ def nowhere(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", no_network)
     monkeypatch.setattr("latent_tts.errors._answers", lambda *_: False)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
 
 
 @pytest.fixture

@@ -203,8 +203,8 @@ def write(tmp_path):
     return write
 
 
-def jsonl(path, *, limit=None, tolerance=None):
-    return Jsonl(path, None, limit, tolerance)
+def jsonl(path, *, limit=None, tolerance=None, answer="decimal"):
+    return Jsonl(path, None, limit, tolerance, answer)
 
 
 ROWS = [
@@ -272,12 +272,37 @@ def test_tolerance_decides_equality(write):
         ({"question": "a", "answer": "x" * 10_000}, "the answer 'x{99}\\.\\.\\. is not a number"),
         ('{"question": "a", "answer": 1, "answer": 2}', "has the key 'answer' twice"),
         ('{"question": "a", "answer": NaN}', "the answer 'nan' is not a number"),
+        ('{"question": "a", "answer": "\\frac{1}{2}"}', r"answer .* has lost a backslash; JSON needs two"),
+        ('{"question": "x \\times 3", "answer": "1"}', r"question .* has lost a backslash; JSON needs two"),
+        ({"question": "a", "correct": "B"}, r"has no answer; did you mean answer by 'correct'\?"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(write, bad, message):
     path = write(ROWS[0], "", bad)
     with pytest.raises(UsageError, match=rf"^task\.path={re.escape(path)}: line 3:? {message}"):
         jsonl(path).questions()
+
+
+@pytest.mark.parametrize("rule", ["latex", "words"])
+@pytest.mark.parametrize("answer", ["NaN", "Infinity", "-Infinity"])
+def test_a_number_that_is_none_is_no_answer_by_any_rule(write, answer, rule):
+    path = write(f'{{"question": "a", "answer": {answer}}}')
+    with pytest.raises(UsageError, match=r"line 1: the answer .-?(nan|inf). is not a"):
+        jsonl(path, answer=rule).questions()
+
+
+@pytest.mark.parametrize(
+    ("answer", "rule", "gold"),
+    [
+        ("0.1234567890123456789", "decimal", "0.1234567890123456789"),
+        ("12345678901234567891.0", "decimal", "12345678901234567891"),
+        ("18.0", "words", "18"),
+        ("1e2", "words", "100"),
+    ],
+)
+def test_a_number_keeps_its_digits_and_is_its_value_by_every_rule(write, answer, rule, gold):
+    path = write(f'{{"question": "a", "answer": {answer}}}')
+    assert [question.answer for question in jsonl(path, answer=rule).questions()] == [gold]
 
 
 def test_a_key_twice_is_refused_at_once_in_a_long_list_and_left_alone_in_what_nobody_reads(write):

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from processes import is_running
 
 from latent_tts.errors import RunError
 from latent_tts.text import guard
@@ -147,14 +148,10 @@ def test_the_process_ends_with_its_owner(tmp_path):
     process = int(owner.stdout.readline())
     owner.kill()
     owner.communicate()
-    ended = time.perf_counter() + 60
-    while time.perf_counter() < ended:
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return
+    until = time.monotonic() + 60
+    while is_running(process):
+        assert time.monotonic() < until, "the process is still there"
         time.sleep(0.1)
-    pytest.fail("the process is still there")
 
 
 def test_decimals_and_words_start_no_process_and_import_no_sympy():

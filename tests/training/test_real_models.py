@@ -182,11 +182,11 @@ def test_the_engine_validates_the_joined_weights_and_the_best_become_the_checkpo
 
     measure, seen = Validation.measure, []
 
-    def scored(self, lm, *rest):
-        figures = measure(self, lm, *rest)
-        assert not any("lora" in name for name, _ in lm.named_parameters())
-        assert lm.dtype == torch.bfloat16
-        seen.append((rest[2].latents, figures))
+    def scored(self, reasoner, adapter, stage, *rest):
+        figures = measure(self, reasoner, adapter, stage, *rest)
+        assert not any("lora" in name for name, _ in reasoner.lm.named_parameters())
+        assert reasoner.lm.dtype == torch.bfloat16
+        seen.append((stage.latents, figures))
         best = {"eval_greedy_accuracy": 1.0 if len(seen) == 4 else 0.0, "eval_coverage_at_3": 0.0}
         return figures | best
 
@@ -240,7 +240,7 @@ def test_two_processes_make_the_updates_of_one_with_two_micro_batches(train, pla
     # as `accelerate launch` starts processes; its own --cpu --num_processes 2 starts one
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m"]
     line = [*train.line(*more), "validation.every=2", "validation.max_answer_tokens=4"]
-    done = subprocess.run([*launch, "latent_tts", *line], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run([*launch, "latent_tts", *line], capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["out/checkpoint"]
     one, two = (last_state(place / name / "states") for name in ("alone", "out"))

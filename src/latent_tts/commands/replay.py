@@ -14,7 +14,7 @@ from latent_tts.config.recorded import recorded, recorded_run
 from latent_tts.config.requests import run_request
 from latent_tts.errors import require
 from latent_tts.pipeline import replaying
-from latent_tts.pipeline.running import clear_run_folder
+from latent_tts.pipeline.running import replacing_run
 from latent_tts.pipeline.spec import check_run
 from latent_tts.results import report
 from latent_tts.results.files import locked_folder
@@ -36,8 +36,7 @@ def main(cfg: DictConfig) -> None:
     spec = check_run(run_request(merged_config(cfg, record)))
     replaying.check_spec(spec, source, record)
     folder = output_dir()
-    with locked_folder(folder, "hydra.run.dir"):
-        clear_run_folder(folder)
+    with locked_folder(folder, "hydra.run.dir"), replacing_run(folder):
         tables = replaying.replay(spec, source, record)
         replaying.write_folder(folder, spec, tables, record, source, time.perf_counter() - started)
     if not in_sweep():

@@ -14,7 +14,7 @@ from latent_tts.config.recorded import recorded_run
 from latent_tts.config.requests import changed_settings, run_request
 from latent_tts.errors import bad_value, check_fields
 from latent_tts.pipeline import rescoring
-from latent_tts.pipeline.running import clear_run_folder, write_run_folder
+from latent_tts.pipeline.running import replacing_run, write_run_folder
 from latent_tts.pipeline.spec import check_run
 from latent_tts.pipeline.tables import make_tables
 from latent_tts.results import report
@@ -48,8 +48,7 @@ def main(cfg: DictConfig) -> None:
     folder, own = output_dir(), changed_settings(cfg)
     kept = {key: value for key, value in record["settings"].items() if not key.startswith(SCORING_KEYS)}
     settings = kept | {key: value for key, value in own.items() if key.startswith(SCORING_KEYS)}
-    with locked_folder(folder, "hydra.run.dir"):
-        clear_run_folder(folder)
+    with locked_folder(folder, "hydra.run.dir"), replacing_run(folder):
         rollouts = rescoring.rescore_rollouts(spec, source, record)
         tables = make_tables(spec, rollouts, settings)
         seconds = time.perf_counter() - started

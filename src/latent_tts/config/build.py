@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import logging
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -106,13 +108,24 @@ def build(group: str, node: Any) -> Any:
         while cause is not None and not isinstance(cause, LatentTTSError):
             cause = cause.__cause__
         if cause is not None:
-            raise cause from None
+            raise _as_typed(cause) from None
         if isinstance(error.__cause__, TypeError):
             _refuse_unknown_arguments(group, node)
         reason = " ".join(str(error.__cause__ or error).split())[:200].rstrip(":")
         if isinstance(error.__cause__, AttributeError | TypeError | ValueError | KeyError):
             reason = f"a value is of a wrong type ({reason})"
         raise UsageError(f"{group}: {reason}") from error
+
+
+def _as_typed(error: LatentTTSError) -> LatentTTSError:
+    """A refusal with the number that the command line has, which `spell_numbers_alike` may have made a float."""
+    key, _, rest = str(error).partition("=")
+    shown, _, why = rest.partition(": ")
+    with suppress(ValueError, SyntaxError):  # no number; no command line
+        typed = given_values().get(key, "")
+        if ast.literal_eval(typed) == ast.literal_eval(shown):
+            return type(error)(f"{key}={typed}: {why}")
+    return error
 
 
 def _refuse_unknown_arguments(group: str, node: DictConfig) -> None:
@@ -202,21 +215,28 @@ def spell_numbers_alike(cfg: DictConfig) -> None:
             return
         for key, value in node.items():
             walk(f"{place}{key}.", value)
-        if not isinstance(node.get("_target_"), str):
-            return
-        try:
-            parameters = inspect.signature(get_object(node["_target_"])).parameters
-        except Exception:  # whatever its module raises; building the option says so
-            return
-        for name in node.keys() & parameters.keys():
-            kinds = set(re.findall(r"\w+", str(parameters[name].annotation)))
+        for name in node.keys() & _float_keys(place, node):
             value = _as_floats(node[name])
-            if "float" in kinds and "int" not in kinds and repr(value) != repr(node[name]):
+            if repr(value) != repr(node[name]):
                 OmegaConf.update(cfg, f"{place}{name}", value)
 
     assert isinstance(values, dict)
     for group in IN_CURVES & values.keys():
         walk(f"{group}.", values[group])
+
+
+def _float_keys(place: str, node: Mapping[str, Any]) -> set[str]:
+    """The keys of a node that an option takes floats for."""
+    if place == "model.recommended.":
+        return {"sigma", "rate"}  # of samplers
+    if not isinstance(node.get("_target_"), str):
+        return set()
+    try:
+        parameters = inspect.signature(get_object(node["_target_"])).parameters
+    except Exception:  # whatever its module raises; building the option says so
+        return set()
+    kinds = {name: set(re.findall(r"\w+", str(parameter.annotation))) for name, parameter in parameters.items()}
+    return {name for name, words in kinds.items() if "float" in words and "int" not in words}
 
 
 def _as_floats(value: Any) -> Any:

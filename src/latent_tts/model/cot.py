@@ -17,14 +17,19 @@ from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.text.latex import closing
-from latent_tts.text.number import MINUS
+from latent_tts.text.number import MINUS, canonical_number
 from latent_tts.text.template import TemplateError, names_question, render_prompt
 from latent_tts.types import Question
 
 PLAIN, CHAT = "plain", "chat"
 MAX_SHOWN = 60  # characters of a template that an error quotes
 MARKER = re.compile(r"#{3,}")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+SEPARATOR = r"(?:,|\{,\}|\\,|,\\!)"  # of thousands
+NUMBER = re.compile(  # not the exponent of `10 cm^2`; the sign of `x-3` is not that of a number
+    r"(?<![\d.^_])(?<!\^\{)(?<!\^-)(?<!\^\{-)(?:(?<![\w)])-)?"
+    rf"(?:\d{{1,3}}(?:{SEPARATOR}\d{{3}})+(?!\d|{SEPARATOR}\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+"
+)
+LEAD = re.compile(r"^.*\banswer\b(?:\s+is)?[*\s]*:?[*\s]*(?=[^\s*.])", re.IGNORECASE)  # of a line that says what it is
 BOXED = "\\boxed{"
 
 
@@ -62,6 +67,8 @@ class Cot(CheckpointAdapter):
         Raises:
             UsageError: the checkpoint has no chat template, or does not name a special token of a given template.
         """
+        if self.prompt != CHAT:
+            self._warn_of_tokens_around()
         if self.prompt == PLAIN:
             return
         _ = self._template
@@ -116,7 +123,8 @@ class Cot(CheckpointAdapter):
     def answer_span(self, answer_text: str) -> str | None:
         """The text after the last `#`; None if a plain chain contains no `#`.
 
-        Instruct models end in many ways: for them it is what the last box of LaTeX holds, or the last line.
+        Instruct models end in many ways: for them it is what the last box of LaTeX holds, or the last line without
+        `The answer is` and its like.
         """
         if self.prompt == PLAIN:
             _, sign, answer = answer_text.rpartition("#")
@@ -124,15 +132,19 @@ class Cot(CheckpointAdapter):
         end = self._end_of_chain(answer_text)
         boxed = _last_boxed(end)
         lines = [line.strip() for line in end.splitlines() if line.strip()]
-        return boxed if boxed is not None else lines[-1] if lines else None
+        return boxed if boxed is not None else LEAD.sub("", lines[-1]).strip("*") if lines else None
 
     def decimal_answer(self, answer_text: str) -> str | None:
-        """The number in that text; for instruct models the last one, without commas, wherever it stands."""
+        """The number in that text; for instruct models that of the last box, or else the last one of the text."""
         if self.prompt == PLAIN:
             return self.answer_span(answer_text)
         text = MINUS.sub("-", answer_text)
-        numbers = NUMBER.findall(self._end_of_chain(text)) or NUMBER.findall(text)
-        return numbers[-1].replace(",", "") if numbers else None
+        end = self._end_of_chain(text)
+        boxed = _last_boxed(end)
+        if canonical_number(boxed) is not None:
+            return boxed
+        numbers = NUMBER.findall(end) or NUMBER.findall(text)
+        return re.sub(SEPARATOR, "", numbers[-1]) if numbers else None
 
     def _end_of_chain(self, answer_text: str) -> str:
         """The text after the last `###`; all of it if there is none."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from latent_tts.errors import UsageError
 from latent_tts.pipeline import calibration, environment
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
@@ -30,6 +33,8 @@ from latent_tts.results.run_folder import (
     write_run_json,
 )
 from latent_tts.results.timeline import TIMELINE, TIMELINE_FIGURE, describe_timeline, write_timeline
+
+EARLIER = ".earlier"  # where a folder keeps the files of its last run until those of a new one can be made
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,7 @@ def complete_run(
         UsageError: another command uses the folder.
         RunError: a failure while drawing; what was drawn stays in the cache.
     """
-    with locked_folder(folder, "hydra.run.dir"):
-        clear_run_folder(folder)
+    with locked_folder(folder, "hydra.run.dir"), replacing_run(folder):
         compared = spec.schedule.verify
         rollouts = draw_rollouts(spec, folder / LATENTS if keep_latents or compared else None)
         release_memory()
@@ -84,10 +88,33 @@ def complete_run(
     return RunResult(rollouts, tables, verification)
 
 
-def clear_run_folder(folder: Path) -> None:
-    """Remove what an earlier run left in a folder of the user's choice; first what says that it is complete."""
-    for name in (RUN_JSON, *TABLES, FIGURE, VERIFICATION, TIMELINE, TIMELINE_FIGURE):
-        (folder / name).unlink(missing_ok=True)
+@contextmanager
+def replacing_run(folder: Path) -> Iterator[None]:
+    """Remove what an earlier run left in a folder of the user's choice; if the new one is refused, put it back.
+
+    Raises:
+        UsageError: what the new run is refused with.
+    """
+    aside = folder / EARLIER
+    shutil.rmtree(aside, ignore_errors=True)
+    # first what says that the run is complete; it is put back last
+    names = [
+        name
+        for name in (RUN_JSON, *TABLES, FIGURE, VERIFICATION, TIMELINE, TIMELINE_FIGURE)
+        if (folder / name).is_file()
+    ]
+    if names:
+        aside.mkdir()
+    for name in names:
+        (folder / name).replace(aside / name)
+    try:
+        yield
+    except UsageError:
+        for name in reversed(names):
+            (aside / name).replace(folder / name)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_run_folder(

@@ -19,6 +19,7 @@ from latent_tts.budget import AdaptiveBudget, Budget, is_adaptive
 from latent_tts.budget.adaptive import Adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.budget.rule.confidence import Confidence
+from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
@@ -599,6 +600,7 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
         UsageError: the model scales positions by the longest sequence of the batch once that exceeds a limit, and a
             sequence of this run may exceed it.
     """
+    config = files.common_sizes(config)  # of a model that sees, too
     given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
     rope: dict[str, Any] = {
         key: value for settings in given if isinstance(settings, dict) for key, value in settings.items()

@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from difflib import get_close_matches
 from functools import cached_property
 from itertools import islice
@@ -17,12 +18,18 @@ from typing import Any, TextIO
 
 from latent_tts.errors import UsageError, bad_value, check_fields, require
 from latent_tts.text.answer import AnswerRule
+from latent_tts.text.number import canonical_number
 from latent_tts.types import Question, text_digest
 
 MAX_CHARACTERS = 1_000_000  # per row; the longest row of the published sets has 7,000
 MAX_BLANK = 100_000  # lines in a row: a small .gz may hold very many
 MAX_SHOWN = 100  # characters of a row that an error quotes
 PIECE = 1 << 16  # characters of a JSON list read at once
+ANSWER_NAMES = ("answer", "target", "gold", "solution", "correct", "ground_truth")
+# what JSON makes of `"\frac"`, `"\binom"`, `"\text"` and `"\right"`
+LOST_BACKSLASH = re.compile(
+    r"\f(?=rac|lo)|\x08(?=inom|egin|oxed|eta|ar\b)|\t(?=ext|imes|heta|frac|riangle)|\r(?=ight|angle)"
+)
 NOT_SPACE = re.compile(r"[^ \t\r\n]|\Z")
 OTHER_KINDS = {  # by how a file begins
     b"PAR1": "a Parquet file",
@@ -52,7 +59,7 @@ class _Object(dict[str, Any]):
         return made
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_Object.of)
+DECODER = json.JSONDecoder(object_pairs_hook=_Object.of, parse_float=Decimal)  # a float would lose digits
 
 
 @dataclass(frozen=True)
@@ -246,6 +253,8 @@ def _question(where: str, row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]
     text, steps = row["question"], row.get("steps") or []
     if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:  # a lone surrogate
         raise UsageError(f"{where}: question must be a text")
+    if LOST_BACKSLASH.search(text):
+        raise _lost_backslash(where, "question", text)
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         raise UsageError(f"{where}: steps must be a list of texts")
     return text, tuple(steps)
@@ -256,12 +265,17 @@ def _gold(where: str, row: Mapping[str, Any], rule: AnswerRule) -> str | None:
     answer = row.get("answer")
     if _is_blank(answer):
         similar = {key.casefold(): key for key in row if key != "answer"}
-        if meant := get_close_matches("answer", similar, n=1, cutoff=0.65):
+        others = [name for name in ANSWER_NAMES if name in similar]
+        if meant := others or get_close_matches("answer", similar, n=1, cutoff=0.65):
             raise UsageError(f"{where} has no answer; did you mean answer by {_short(repr(similar[meant[0]]))}?")
         return None
-    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+    is_number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
+    if not is_number and not isinstance(answer, str):
         raise UsageError(f"{where}: answer must be a text or a number")
-    gold = rule.parse(str(answer))
+    if LOST_BACKSLASH.search(str(answer)):
+        raise _lost_backslash(where, "answer", str(answer))
+    # a number is its value, also where answers are words: 18.0 is 18, and NaN is none
+    gold = rule.parse(canonical_number(str(answer)) if is_number else str(answer))
     if gold is None:
         hint = "; task=gsm8k reads rows with the answer after ####" if "####" in str(answer) else ""
         raise UsageError(f"{where}: the answer {_short(repr(str(answer)))} is not {rule.allowed}{hint}")
@@ -270,6 +284,10 @@ def _gold(where: str, row: Mapping[str, Any], rule: AnswerRule) -> str | None:
 
 def _is_blank(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _lost_backslash(where: str, field: str, text: str) -> UsageError:
+    return UsageError(f'{where}: {field} {_short(repr(text))} has lost a backslash; JSON needs two, as in "\\\\frac"')
 
 
 def _fields_of(row: Mapping[str, Any]) -> str:

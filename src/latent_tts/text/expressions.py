@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -75,7 +76,10 @@ def _expression(text: str) -> Any:
     from math_verify import LatexExtractionConfig, parse
 
     inside = text if DELIMITER.search(text) else f"${text}$"
-    found = parse(inside, [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=0)
+    config = LatexExtractionConfig()
+    # its list of units has letters that are variables: `3t` would be 3
+    rules = replace(config, normalization_config=replace(config.normalization_config, units=False))
+    found = parse(inside, [rules], fallback_mode="no_fallback", parsing_timeout=0)
     if found and isinstance(found[0], sympy.Eq) and found[0].rhs.is_Symbol and not found[0].lhs.free_symbols:
         return sympy.Eq(found[0].rhs, found[0].lhs, evaluate=False)  # `18 = x`
     return found[0] if found else None

@@ -129,9 +129,11 @@ class _Process:
     def ask(self, key: tuple[str, ...], limit: float) -> tuple[dict[str, Any], float]:
         """The reply to a call (`LOST` if there is none), and its seconds, including those of a restart."""
         with self._lock:
-            started, again = time.perf_counter(), self._running is not None or self._stopped
-            running = self._start()
-            extra = time.perf_counter() - started if again else 0.0
+            running, extra = self._running, 0.0
+            if running is None or running.poll() is not None:
+                started, again = time.perf_counter(), running is not None or self._stopped
+                running = self._start()
+                extra = time.perf_counter() - started if again else 0.0
             while not self._replies.empty():  # left over from a process that was killed
                 self._replies.get()
             request = json.dumps({"call": key, "limit": limit}) + "\n"
@@ -153,8 +155,6 @@ class _Process:
             return reply, min(limit, reply.get("seconds", limit)) + extra
 
     def _start(self) -> subprocess.Popen[bytes]:
-        if self._running is not None and self._running.poll() is None:
-            return self._running
         self.stop()
         replies = self._replies = queue.SimpleQueue()
         with tempfile.TemporaryFile() as errors:

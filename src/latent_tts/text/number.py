@@ -22,6 +22,10 @@ VULGAR = {sign: rf"\frac{{{upper}}}{{{lower}}}" for sign, upper, lower in zip(
     "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True
 )}  # fmt: skip
 
+RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n", strict=True))
+LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
+SCRIPT = re.compile(f"(?P<raised>[{''.join(RAISED)}]+)|[{''.join(LOWERED)}]+")
+
 SPACE = r"(?:\s|~|\\[,;:! ])+"
 SEPARATOR = rf"(?:{SPACE}|,(?:\s*\\!\s*)?|\{{,\}}|[_'\u2019])"
 TIMES = r"\s*(?:[xX*\u00d7\u00b7]|\\times(?![A-Za-z])|\\cdot(?![A-Za-z]))\s*"
@@ -38,36 +42,59 @@ FRACTION = (
 )
 MIXED = rf"(?:(?P<whole>\d+)(?:{SPACE}|(?=\\)))?{FRACTION}"
 CURRENCY = (
-    r"(?:(?:US|AU|CA|NZ|HK|A|C)?\\?\$|[€£¥₹₩₽₪₫₱฿₦¢]|\\pounds|\\euro|(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?=[\s\d]))"
+    r"(?:(?:US|AU|CA|NZ|HK|[ACRS])?\\?\$|[£¥¢฿\u20a0-\u20cf]|\\pounds|\\euro"
+    r"|(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?=[\s\d]))"
 )
 SIGN = r"[+-]?"
-SQUARE = r"\s*\^\s*\{\s*[23]\s*\}|\^?[23²³]"
+RAISED_UNIT = r"\^\s*\{\s*-?[1-3]\s*\}|\^\s*-?[1-3]|(?<=[a-z])[23](?![A-Za-z])"  # the power of `cm^2`, `s^{-1}`, `m2`
 NUMBER = re.compile(
     rf"(?P<sign>{SIGN})\s*{CURRENCY}?\s*(?P<inner_sign>{SIGN})\s*(?:(?P<fraction>{MIXED})|(?P<plain>{PLAIN}))"
-    rf"(?:{SPACE})?(?P<tail>(?:{CURRENCY}|\\?%|°|\^\s*\\circ|\^\s*\{{\s*\\circ\s*\}})?(?P<unit>[^\d\\]*?(?:{SQUARE})?))"
+    rf"(?:{SPACE})?(?P<tail>(?:{CURRENCY}|\\?%|(?P<degrees>°|\^\s*\\circ(?![A-Za-z])|\^\s*\{{\s*\\circ\s*\}})(?:{SPACE})?)?(?P<unit>(?:[^\d\\]|{RAISED_UNIT})*))"
 )
-WORD = re.compile(rf"(?P<letters>\D+?)\.?(?:{SQUARE})?")
+UNIT_POWER = re.compile(rf"(?<=[^\W\d_])\.?\s*(?:{RAISED_UNIT})")
 WRAPPERS = [("**", "**"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("{", "}")]
 WRAPPERS += [(rf"\{name}{{", "}") for name in ("boxed", "text", "textbf", "mathrm", "mathbf", "mbox")]
+STATED = re.compile(r"^(?:=|≈|\\approx(?![A-Za-z]))\s*(?=\S)")
 STYLE = re.compile(r"\\(?:displaystyle|textstyle|bf|rm|it)(?![A-Za-z])")
-UNIT_TEXT = re.compile(r"\\(?:text|textrm|textit|mathrm|mathit|mbox|rm)\s*\{([^{}\\\d$]*)\}")
+UNIT_TEXT = re.compile(
+    rf"\\(?:text|textrm|textit|mathrm|mathit|mbox|rm)\s*\{{([^{{}}\\\d$]*)\$?((?:{RAISED_UNIT})?)\$?\}}"
+)
+# units that are shorter than other words, for texts with variables; `ab` and `st` are not among them
+UNIT_NAMES = frozenset(
+    re.split(
+        r"\s+",
+        """nm um µm μm mm cm dm km ft in yd yds mi sq cu ha cc ml mL cl cL dl dL kl kL oz lb lbs mg kg gm ms
+        min mins sec secs hr hrs yr yrs mph kph kmh Hz kHz MHz kW MW kWh kJ kN Pa kPa eV rad deg rpm pt pts qt gal cal
+        cups feet""",
+    )
+)
+SHORT_UNITS = frozenset("mglLsh")  # in `km/h` and `m/s`; alone they may be variables
+SCALES = ("C", "F", "K")
+GREEK = re.compile("[\u0370-\u03ff](?<![\u03a9\u03bc])")  # all but those of ohms and micrometres are variables
 # words after a number that change its value or continue a sentence, so they are not units
 OTHER_VALUE = frozenset(
     re.split(
         r"\s+",
         """and or to than minus plus times over by half third quarter point squared cubed factorial not
         hundred thousand million billion trillion dozen score hundreds thousands millions billions dozens k b bn mn
+        hundredth hundredths thousandth thousandths millionth millionths tenth tenths halves thirds fifths sixths
+        eighths trillions jan feb mar apr jun jul aug sep sept oct nov dec january february march april may june july
+        august september october november december
         x y z n i e inf nan pi sin cos tan cot sec csc log ln exp sqrt mod deg alpha beta theta infty
         百 千 万 亿 萬 億 半""",
     )
 )
+MILLIONS = "M"  # `m` are metres
 MAX_UNIT_WORDS = 4
+GLUED_LETTERS = 2  # more letters that a unit needs right after a digit, where letters may be variables
+CDOT = re.compile(r"\s*\\cdot\s*(?=[^\W\d_])")
 MAGNITUDE = re.compile(r"(?<![A-Za-z])(?:hundred|thousand|million|billion|trillion|dozen)s?(?![A-Za-z])", re.I)
 
 
 def tidy(raw: str) -> str:
-    """The text on one line: ASCII digits and minus signs, single spaces, fractions written out, nothing invisible."""
+    """The text on one line in ASCII digits and minus signs: single spaces, fractions and scripts written out."""
     text = MINUS.sub("-", INVISIBLE.sub("", raw).translate(PLAIN_FORMS))
+    text = SCRIPT.sub(_plain_script, text)
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)
     text = "".join(f" {VULGAR[sign]}" if sign in VULGAR else sign for sign in text)
     return " ".join(DASH.sub(r"\1-", " ".join(text.split())).split())
@@ -82,45 +109,81 @@ def parse_number(text: str, *, min_unit_letters: int = 1) -> Fraction | None:
 
     Args:
         text: the result of `tidy`.
-        min_unit_letters: a word with fewer letters is not a unit; more than 1 if letters may be variables.
+        min_unit_letters: a word with fewer letters is no unit, but for `cm` and its like; more than 1 if letters may
+            be variables.
 
     Returns:
         The value; None if the text is not one number.
     """
     if len(text) > MAX_LENGTH:
         return None
-    found = NUMBER.fullmatch(UNIT_TEXT.sub(r" \1", unwrap(text)))
-    if found is None or (found["sign"] and found["inner_sign"]) or not _is_unit(found["unit"] or "", min_unit_letters):
+    found = NUMBER.fullmatch(CDOT.sub("·", UNIT_TEXT.sub(r" \1\2", unwrap(text))))
+    if found is None or (found["sign"] and found["inner_sign"]):
+        return None
+    glued = found.start("unit") > 0 and found.string[found.start("unit") - 1].isalnum()
+    unit = found["unit"] or ""
+    if not (found["degrees"] and unit in SCALES) and not is_unit(unit, min_unit_letters, glued=glued):
         return None
     value = _fraction(found) if found["fraction"] else _decimal(found)
     return -value if value is not None and "-" in (found["sign"], found["inner_sign"]) else value
 
 
 def unwrap(text: str) -> str:
-    r"""The text without a final dot and without enclosing marks such as `$...$` or `\boxed{...}`."""
+    r"""The text without a final dot, `=` in front and enclosing marks such as `$...$` or `\boxed{...}`."""
     before = None
     while text != before:
         before = text
-        text = STYLE.sub("", text).strip().removesuffix(".").rstrip()
+        text = STATED.sub("", STYLE.sub("", text).strip()).removesuffix(".").rstrip()
         for left, right in WRAPPERS:
             if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
-                text = text[len(left) : -len(right)].strip()
+                inside = text[len(left) : -len(right)].strip()
+                text = inside if right != "}" or _is_balanced(inside) else text
     return text
 
 
-def _is_unit(text: str, min_letters: int) -> bool:
-    text = text.strip(" .")
-    words = re.split(r"[\s/*·-]+", re.sub(r"^/(?=[^\W\d_]{3})", "", text)) if text else []  # `$5/hour`
-    if len(words) > MAX_UNIT_WORDS:
-        return False
-    for word in words:
-        found = WORD.fullmatch(word)
-        if found is None or word.casefold() in OTHER_VALUE:
-            return False
-        name = found["letters"].replace(".", "").lstrip("°")
-        if not name.isalpha() or len(name) < min_letters or name.casefold() in OTHER_VALUE:
+def _is_balanced(text: str) -> bool:
+    """Whether no brace closes one that opens before the text."""
+    depth = 0
+    for sign in text:
+        depth += (sign == "{") - (sign == "}")
+        if depth < 0:
             return False
     return True
+
+
+def is_unit(text: str, min_letters: int, *, glued: bool = False) -> bool:
+    """Whether a text after a number is nothing, or a unit: `cm^2`, `km/h`, `red apples`, `(apples)`.
+
+    Args:
+        text: what follows the number.
+        min_letters: as `min_unit_letters` of `parse_number`.
+        glued: whether it follows a digit without a space, as the variables of `6xyz` do.
+    """
+    is_rate = "/" in text or re.search(r"\^\s*\{?-", text) is not None
+    text = UNIT_POWER.sub("", text).strip(" .")
+    if text.startswith("(") and text.endswith(")"):
+        text = text[1:-1].strip()
+    if (found := re.match(r"/([^\W\d_]+)", text)) and (len(found[1]) > 2 or found[1] in UNIT_NAMES):
+        text = text[1:]  # `$5/hour`
+    words = re.split(r"[\s/*·-]+", text) if text else []
+    if len(words) > MAX_UNIT_WORDS:
+        return False
+    is_rate = is_rate and bool(words) and words[0] in UNIT_NAMES | SHORT_UNITS
+    for place, word in enumerate(words):
+        name = word.replace(".", "").lstrip("°")
+        if not name.isalpha() or name == MILLIONS or GREEK.search(name):
+            return False
+        if word.casefold() in OTHER_VALUE or name.casefold() in OTHER_VALUE:
+            return False
+        letters = min_letters + (GLUED_LETTERS if glued and place == 0 and min_letters > 1 else 0)
+        if not (len(name) >= letters or name in UNIT_NAMES or (is_rate and name in SHORT_UNITS)):
+            return False
+    return True
+
+
+def _plain_script(found: re.Match[str]) -> str:
+    mark, signs = ("^", RAISED) if found["raised"] else ("_", LOWERED)
+    return f"{mark}{{{''.join(signs[sign] for sign in found[0])}}}"
 
 
 def _fraction(found: re.Match[str]) -> Fraction | None:
