@@ -182,11 +182,11 @@ def test_the_engine_validates_the_joined_weights_and_the_best_become_the_checkpo
 
     measure, seen = Validation.measure, []
 
-    def scored(self, lm, *rest):
-        figures = measure(self, lm, *rest)
-        assert not any("lora" in name for name, _ in lm.named_parameters())
-        assert lm.dtype == torch.bfloat16
-        seen.append((rest[2].latents, figures))
+    def scored(self, reasoner, adapter, stage, *rest):
+        figures = measure(self, reasoner, adapter, stage, *rest)
+        assert not any("lora" in name for name, _ in reasoner.lm.named_parameters())
+        assert reasoner.lm.dtype == torch.bfloat16
+        seen.append((stage.latents, figures))
         best = {"eval_greedy_accuracy": 1.0 if len(seen) == 4 else 0.0, "eval_coverage_at_3": 0.0}
         return figures | best
 

@@ -511,6 +511,23 @@ def special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: T
     }
 
 
+def tokens_around(tokenizer: Tokenizer) -> dict[str, bool]:
+    """Whether a tokenizer puts a token before a text (`bos_token`), and after it (`eos_token`)."""
+    mask = tokenizer.encode("1").special_tokens_mask
+    return {"bos_token": bool(mask and mask[0]), "eos_token": bool(mask and mask[-1] and not all(mask))}
+
+
+def asked_around(folder: Path, tokenizer: Tokenizer) -> dict[str, bool | None]:
+    """What `tokenizer_config.json` says of the same; None where it says nothing, or names no such token."""
+    config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    asked: dict[str, bool | None] = {}
+    for name in ("bos_token", "eos_token"):
+        flag, text = config.get(f"add_{name}"), _token_text(config.get(name))
+        known = text is not None and tokenizer.token_to_id(text) is not None
+        asked[name] = flag if isinstance(flag, bool) and known else None
+    return asked
+
+
 def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     """A checkpoint's Jinja template of chats (None if it has none), and the special tokens that it may name."""
     config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}

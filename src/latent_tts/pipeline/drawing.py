@@ -159,7 +159,7 @@ def recompute_latents(
     jobs = split_by_offset(jobs_of(spec, missing), offsets)
     scored = len(unscored) > 0
     driver = Driver(spec, max(len(job.prompt) for job in jobs), scored=scored)
-    driver.log_recomputing(jobs, "scores" if scored else "latents.safetensors")
+    driver.log_recomputing(jobs, "scores" if scored else "")
     to_score = set(unscored.itertuples(index=False, name=None))
     request = Request(answers=False, scored=scored, drawn=False, keeps=kept is not None)
     writer = PartWriter(scores.folder) if scored and scores is not None else None
@@ -390,12 +390,12 @@ class Driver:
             if before:
                 self.log_recomputing(before, "diversity")
 
-    def log_recomputing(self, jobs: Sequence[RolloutJob], why: str) -> None:
+    def log_recomputing(self, jobs: Sequence[RolloutJob], why: str = "") -> None:
         """Say that latents of drawn rollouts are computed again, and what it takes."""
         work = sum(max_flops(self.spec, job, answers=False) for job in jobs)
         log.info(
-            "latents of %d cached rollouts to compute again, for %s: at most %.3g GFLOP%s",
-            sum(len(job.rollouts) for job in jobs), why, work / 1e9, self._shortest_time(work),
+            "latents of %d cached rollouts to compute again%s: at most %.3g GFLOP%s",
+            sum(len(job.rollouts) for job in jobs), why and f", for {why}", work / 1e9, self._shortest_time(work),
         )  # fmt: skip
         self._log_scoring(jobs)
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from latent_tts.checkpoint import files, reward_adapter
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import bad_value, is_number, require
+from latent_tts.errors import as_typed, bad_value, is_number, require
 from latent_tts.types import Floats, Reasoner, RewardModel, file_sha256
 
 if TYPE_CHECKING:
@@ -278,4 +278,4 @@ def _sampler_text(sampler: Mapping[str, Any], keys: Sequence[str]) -> str:
     kind = str(sampler.get("_target_", "rollouts")).split(".")[-2:][0]
     if "_target_" in keys:
         return " ".join([kind, *[f"{value:g}" for value in sampler.values() if is_number(value)][:1]])
-    return " ".join([kind, *(f"{key}={sampler[key]}" for key in keys if key in sampler)])
+    return " ".join([kind, *(f"{key}={as_typed(sampler[key])}" for key in keys if key in sampler)])
