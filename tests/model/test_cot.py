@@ -118,6 +118,8 @@ def test_a_sampler_of_latents_needs_latents(refuse, overrides, words):
 def test_samplers_that_act_elsewhere_run(run, override):
     result = run("model=cot", *override.split())
     assert result.code == 0, result.err
+    same = "gives the same rollout every time, so one is drawn: model=" in result.err
+    assert same == ("gaussian" in override)  # for want of latents, which the line says
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from latent_tts.checkpoint import gguf
 from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole, reason, require
+from latent_tts.types import file_sha256
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -456,15 +457,10 @@ def digest(folder: Path) -> str:
     Raises:
         RunError: it is a model that was made once and kept, and is damaged.
     """
-    sha = hashlib.sha256()
-    known = {}
-    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
-        with path.open("rb") as file:
-            of_file = hashlib.file_digest(file, "sha256")
-        sha.update(of_file.digest())
-        known[path.name] = of_file.hexdigest()[:16]
-    gguf.check_kept(folder, known)
-    found = sha.hexdigest()[:16]
+    paths = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
+    known = {path.name: file_sha256(path) for path in paths}
+    gguf.check_kept(folder, {name: sha.hex()[:16] for name, sha in known.items()})
+    found = hashlib.sha256(b"".join(known.values())).hexdigest()[:16]
     digested[found] = folder
     return found
 

@@ -153,7 +153,7 @@ def _errno_of(error: Exception) -> int | None:
 
 def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     """A wrong key or a wrong type."""
-    from latent_tts.config.meant import ASKING, nested_key, options_with, quoted_override
+    from latent_tts.config.meant import ASKING, key_of_option, nested_key, options_with, quoted_override
 
     first = str(cause).splitlines()[0]
     key = cause.full_key or cause.key or ""
@@ -165,6 +165,8 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
         command = sys.argv[0].partition(" ")[2].replace("-", "_")  # as `_run_hydra` sets it
         if "." not in key and (nested := nested_key(command, key)):
             return [f"{key}: no such key; did you mean {nested}? `{sys.argv[0]} --help` lists keys"]
+        if "." not in key and not closest(key, known, cutoff=0.7) and (other := key_of_option(command, key)):
+            return [f"{key}: no such key; did you mean {other[0]}? It goes with {' or '.join(other[1])}"]
         question = next((each for each in sys.argv if command in ASKING and each.startswith(f"{key}=")), None)
         if question and not closest(key, known):
             hint.append(f"to ask it: {sys.argv[0]} {quoted_override(f'question={question}')}")
