@@ -163,14 +163,11 @@ def test_so_does_a_graph_of_the_kernels_of_triton(monkeypatch, dtype, sampler, p
 @pytest.mark.gpu
 def test_what_waits_for_a_gpu_is_not_recorded_and_others_are(caplog):
     eager, graphed, recorders = both(needed=False, device="cuda:0", recorder=CudaRecorder)
-    held = torch.cuda.memory_reserved()
     for number in range(3):
         found, wanted = (rolled(engine, ReadsOnTheHost(), number, [9, 3]) for engine in (graphed, eager))
         assert found.answer_ids == wanted.answer_ids
     assert len(recorders) == 1
     assert "run without CUDA graphs" in caplog.text
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= held + (1 << 26)  # of libraries
     test_so_does_a_graph_of_kernels("gpt2", "gaussian", "plain")
 
 
