@@ -395,6 +395,34 @@ def test_a_recording_that_gives_something_else_is_not_used(caplog):
         rolled(graphed, sampler, 1, [9, 3])
 
 
+class Differs(Recording):
+    """Its replays differ, as by kernels that sum in another order."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def record(self, run, tensors):
+        replay = super().record(run, tensors)
+        vectors = [tensor for tensor in tensors if tensor.dim() == 3 and tensor.shape[-1] == tiny.WIDTH]
+
+        def differ() -> None:
+            replay()
+            for tensor in vectors:
+                tensor.mul_(1 + self.by)
+
+        return differ
+
+
+@pytest.mark.parametrize(("by", "used"), [(1e-7, True), (1e-3, False)])
+def test_replays_may_differ_by_rounding(caplog, by, used):
+    _, graphed, _ = both(needed=False, recorder=partial(Differs, by))
+    for number in range(3):
+        rolled(graphed, NOISE, number, [9, 3])
+    assert [bool(bucket.trusted) for bucket in graphed._recordings.buckets.values()] == [True] * used
+    assert ("differ when they are replayed" in caplog.text) != used
+
+
 class RecordsNothing(Recording):
     def record(self, run, tensors):
         return lambda: None

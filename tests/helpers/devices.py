@@ -127,7 +127,7 @@ def _replayed(family: str, plan: RolloutPlan, sampler: Any) -> Case:
             rollouts_QN = torch.arange(batch, batch + 4).repeat(3, 1).to(place.device)
             donor_RTD = None
             if sampler.needs_donor:
-                donor_RTD = torch.full((12, plan.latents, tiny.WIDTH), 1.0 + batch, dtype=torch.float64).to(place.device)
+                donor_RTD = torch.full((12, plan.latents, tiny.WIDTH), 1.0 + batch).double().to(place.device)
             draw = Draw.of(batch, ["a", "b", "c"], rollouts_QN, tiny.WIDTH, engine.blocks)
             prompts = tiny.prompts([1 + batch, 9, 4])
             for answers in (True, False):
