@@ -153,7 +153,7 @@ class CheckpointAdapter:
     def require_tensors(
         self, part: str, prefix: str, wanted: Mapping[str, list[int]], shapes: Mapping[str, list[int]]
     ) -> None:
-        """Check that the checkpoint's `shapes` have those wanted of a part of the model, whose names lack a prefix.
+        """Check that the checkpoint has all tensors of a part of the model, in the right shapes.
 
         Raises:
             UsageError: a tensor is missing, or has another shape.
