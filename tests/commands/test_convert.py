@@ -191,10 +191,11 @@ def test_only_layers_of_the_kind_conv1d_are_transposed():
         tensors = {"base_layer.weight": torch.zeros(8, 8), **factors}
         state |= {f"codi.base_model.model.{module}.{name}": value for name, value in tensors.items()}
     state |= {f"prj.{name}": torch.zeros(8) for name in PROJECTOR}
-    tensors, _ = codi_backbone(state, alpha=2)
     product = factors["lora_B.default.weight"] @ factors["lora_A.default.weight"]
-    assert tensors["a.c_proj.weight"].equal(product.T)
-    assert tensors["lm_head.weight"].equal(product)
+    for kind, c_proj in (("gpt2", product.T), ("starcoder2", product)):  # whose layers of that name are not transposed
+        tensors, _ = codi_backbone(state, alpha=2, kind=kind)
+        assert tensors["a.c_proj.weight"].equal(c_proj)
+        assert tensors["lm_head.weight"].equal(product)
 
 
 # --- SIM-CoT: the same with a decoder that inference does not use, an empty config.json, shards

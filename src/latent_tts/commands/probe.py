@@ -44,6 +44,7 @@ def main(cfg: DictConfig) -> None:
     why = "must be a model without sweeps of its own, such as PCCoT has"
     require("model", adapter.name, adapter.own_schedule is None, why)
     adapter.check()
+    require("model", adapter.name, adapter.latents > 0, "has no latents to probe")
     schedules = schedules_to_try(cfg.guesses, cfg.tolerances, cfg.draft, cfg.mixing, adapter)
     chunks = chunks_to_try(cfg.chunks, schedules[0], adapter)
     draft = next((find_schedule_draft(schedule, adapter) for schedule in schedules if schedule.guess == "draft"), None)
@@ -99,7 +100,7 @@ def show_schedules(found: Probe, model: str) -> None:
     lines, total = [], len(found.relative_TT)
     for schedule in [*found.schedules, *found.chunked]:
         sweeps_Q, equal_Q = found.column("sweeps", schedule), found.column("equal", schedule)
-        low, high = statistics.interval(sweeps_Q.to_numpy(dtype=np.float64), high=float(total))
+        low, high = statistics.interval(sweeps_Q.to_numpy(dtype=np.float64), high=max(total - 1.0, 1.0))
         explained = found.explained(schedule)
         lines.append(
             [

@@ -14,7 +14,7 @@ import pandas as pd
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Tally
 from latent_tts.budget.rule.confidence import Calibration, Confidence, calibrate
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import UsageError, as_typed, bad_value, require
 from latent_tts.pipeline.code import FIELDS_NOT_IN_KEY
 from latent_tts.results.run_folder import RUN_JSON, is_complete, read_budget, read_rollouts, read_run_json
 from latent_tts.schedule import Schedule
@@ -118,7 +118,7 @@ def schedule_text(key: Any) -> str:
     """A `schedule_key`, for people: `speculative chunk=3 tolerance=0.01`."""
     if not isinstance(key, Mapping):
         return str(key)
-    named = [f"{name}={value}" for name, value in key.items() if name != "name" and value is not None]
+    named = [f"{name}={as_typed(value)}" for name, value in key.items() if name != "name" and value is not None]
     return " ".join([str(key.get("name")), *named])
 
 

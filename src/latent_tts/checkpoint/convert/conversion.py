@@ -169,7 +169,8 @@ def convert_state(
     """
     backbone, rest = state, {}
     if family == "CODI":
-        backbone, rest = layouts.codi_backbone(state, lora_alpha)
+        kind = settings.get("model_type", joining.TRANSPOSED)  # without settings the error below says what is missing
+        backbone, rest = layouts.codi_backbone(state, lora_alpha, kind)
     elif family == "COCONUT":
         backbone, rest = layouts.coconut_backbone(state)
     if not settings:
