@@ -95,7 +95,8 @@ def case_of(lm: Any, case: str, sampler: str, arguments: argparse.Namespace, gra
 
 def scoring_of(lm: Any, jobs: list[RolloutJob], graph: str) -> Callable[[], Any]:
     """What scores latents of some jobs."""
-    model = RewardModel(lm.base_model, lambda hidden: hidden.float().mean(-1))
+    # the mean of a normalized state is 0 but for rounding, and could not be compared
+    model = RewardModel(lm.base_model, lambda hidden: hidden[..., 0].float())
     recordings = Recordings(lm.device, needed=True, share=SCORES_SHARE)
     scorer = GraphScorer(model, recordings) if graph == "on" else LatentScorer(model)
     rows = sum(len(job.rollouts) for job in jobs)

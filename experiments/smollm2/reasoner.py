@@ -20,11 +20,11 @@ import hashlib
 import importlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -37,6 +37,16 @@ MB = 10**6
 PIECE_MB, BACK_MB, BACK_TOTAL_MB = 35, 15, 60
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RECORD = "base.json"
+EXTRAS = ("convert", "gguf")
+# all that the commands below import, so that nothing turns out to be missing after the training
+IMPORTED = (
+    "matplotlib.pyplot",
+    "peft",
+    "gguf",
+    "hydra",
+    "latent_tts.training.reasoner.train",
+    "latent_tts.pipeline.running",
+)
 BATCHES = (32, 64, 128, 256)
 MIN_UPDATES = 400  # in the whole training; a larger batch that allows fewer is not taken
 MEMORY_SHARE = 0.8  # of the device
@@ -92,21 +102,44 @@ def join(folder: Path, models: Path) -> Path:
     return file
 
 
+def lacking() -> dict[str, str]:
+    """The required packages that this Python lacks or has in another version: their requirements by their names."""
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.utils import canonicalize_name
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for name in EXTRAS for line in project["optional-dependencies"][name])]
+    found = {}
+    for line in [*lines, "antlr4-python3-runtime==4.9.*"]:  # Hydra works with no other one
+        wanted = Requirement(line)
+        try:
+            met = wanted.specifier.contains(metadata.version(wanted.name), prereleases=True)
+        except metadata.PackageNotFoundError:
+            met = False
+        if not met:
+            found[canonicalize_name(wanted.name)] = line
+    return found
+
+
 def install(wheels: Path, site: Path) -> None:
-    """Install the packages of a folder of wheels that this Python lacks."""
-    names = {path: re.sub(r"[-_.]+", "-", path.name.split("-")[0]).lower() for path in sorted(wheels.glob("*.whl"))}
-    have = {re.sub(r"[-_.]+", "-", each.name or "").lower() for each in metadata.distributions()}
+    """Install the packages of a folder of wheels that this Python lacks or has in another version than is required."""
+    from pip._vendor.packaging.utils import canonicalize_name
+
+    names = {path: canonicalize_name(path.name.split("-")[0]) for path in sorted(wheels.glob("*.whl"))}
+    have = {canonicalize_name(each.name or "") for each in metadata.distributions()} - lacking().keys()
     missing = [str(path) for path, name in names.items() if name not in have]
     if missing:
         line = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
         check(subprocess.run([*line, *missing], check=False).returncode == 0, f"pip cannot install {missing}")
-    sys.path.append(str(site))
+    sys.path.insert(0, str(site))
     importlib.invalidate_caches()
 
 
 def check_machine(device: str, questions: int, out: Path) -> str:
     """Check packages, device, data and space before anything takes long; returns the device's name."""
-    for name in ("torch", "transformers", "peft", "gguf", "hydra", "latent_tts"):
+    missing = ", ".join(lacking().values())
+    check(not missing, f"these packages are missing: {missing}; --wheels takes a folder of wheels")
+    for name in IMPORTED:
         try:
             importlib.import_module(name)
         except ImportError as error:

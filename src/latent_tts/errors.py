@@ -53,7 +53,14 @@ class RunError(LatentTTSError):
 
 def bad_value(key: str, value: object, allowed: str) -> UsageError:
     """The error for a config value out of its range."""
-    return UsageError(f"{key}={'null' if value is None else value}: {allowed}")
+    return UsageError(f"{key}={as_typed(value)}: {allowed}")
+
+
+def as_typed(value: object) -> str:
+    """A value as the command line takes it: `null`, `true`, `[a,b]`."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(as_typed, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def require(key: str, value: object, ok: bool, allowed: str) -> None:

@@ -170,6 +170,9 @@ def test_a_total_that_no_round_is_worth_is_named(caplog):
     assert shared.next(tallies).tolist() == [0, 0]
     assert [stop.why for stop in shared.stops(tallies)] == ["worth", "n"]
     assert "budget.total=100: 8 spent; the next 2 rollouts" in caplog.text
+    caplog.clear()
+    assert [stop.why for stop in Shared(total=8.0, first=4, round=2).stops(tallies)] == ["worth", "n"]
+    assert not caplog.text  # nothing of the total is left
     assert [stop.why for stop in Shared(total=9.0).stops([tally_of("aabb", n=16)])] == ["total"]
 
 

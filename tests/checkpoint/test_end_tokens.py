@@ -6,6 +6,7 @@ import shutil
 import pytest
 from refusal import check
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
@@ -66,6 +67,20 @@ def test_files_that_differ_are_named_once(folder, caplog):
     (message,) = caplog.messages
     assert "config.json has [0]" in message
     assert "generation_config.json has [0, 5]" in message
+
+
+@pytest.mark.parametrize(("asked", "adds"), [(True, True), (True, False), (False, True), (False, False), (None, True)])
+def test_a_tokenizer_that_does_not_add_what_its_config_asks_for_is_named(folder, caplog, asked, adds):
+    apples = adapter(folder).tokenizer.token_to_id("apples")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if adds:
+        tokenizer.post_processor = TemplateProcessing(single="apples $A", special_tokens=[("apples", apples)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write(folder, "tokenizer_config.json", bos_token="apples", **({} if asked is None else {"add_bos_token": asked}))
+    adapter(folder).check()
+    said = [message for message in caplog.messages if "add_bos_token" in message]
+    assert len(said) == (asked is not None and asked != adds)
+    assert all("prompts are made by tokenizer.json" in message for message in said)
 
 
 @pytest.mark.every_other

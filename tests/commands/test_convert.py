@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.checkpoint.convert.conversion import convert
+from latent_tts.checkpoint.convert.conversion import convert_state
 from latent_tts.checkpoint.convert.layouts import PROJECTOR, codi_backbone
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.errors import UsageError
@@ -191,10 +191,11 @@ def test_only_layers_of_the_kind_conv1d_are_transposed():
         tensors = {"base_layer.weight": torch.zeros(8, 8), **factors}
         state |= {f"codi.base_model.model.{module}.{name}": value for name, value in tensors.items()}
     state |= {f"prj.{name}": torch.zeros(8) for name in PROJECTOR}
-    tensors, _ = codi_backbone(state, alpha=2)
     product = factors["lora_B.default.weight"] @ factors["lora_A.default.weight"]
-    assert tensors["a.c_proj.weight"].equal(product.T)
-    assert tensors["lm_head.weight"].equal(product)
+    for kind, c_proj in (("gpt2", product.T), ("starcoder2", product)):  # whose layers of that name are not transposed
+        tensors, _ = codi_backbone(state, alpha=2, kind=kind)
+        assert tensors["a.c_proj.weight"].equal(c_proj)
+        assert tensors["lm_head.weight"].equal(product)
 
 
 # --- SIM-CoT: the same with a decoder that inference does not use, an empty config.json, shards
@@ -264,7 +265,7 @@ def test_a_training_checkpoint_that_is_not_whole(fault):
     source = WithLora(backbone("gpt2"))
     state, word = broken_sources(source.state)[fault]
     with pytest.raises(UsageError, match=re.escape(word)):
-        convert(state, source.lm.config.to_dict(), Tokenizer.from_file(str(FIXTURE)), "CODI", ALPHA)
+        convert_state(state, source.lm.config.to_dict(), Tokenizer.from_file(str(FIXTURE)), "CODI", ALPHA)
 
 
 def test_a_tokenizer_or_config_of_another_model(ltts, base, tmp_path):
@@ -272,13 +273,13 @@ def test_a_tokenizer_or_config_of_another_model(ltts, base, tmp_path):
     settings = lm.config.to_dict()
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     with pytest.raises(UsageError, match="3 layers of width 32; the weights have 2 layers of width 32"):
-        convert(coconut_state(lm), settings | {"n_layer": 3}, tokenizer, "COCONUT", ALPHA)
+        convert_state(coconut_state(lm), settings | {"n_layer": 3}, tokenizer, "COCONUT", ALPHA)
     tokenizer.add_tokens(["<|one-more|>"])
     with pytest.raises(UsageError, match=r"has 601 tokens.* 603 rows"):
-        convert(coconut_state(lm), settings, tokenizer, "COCONUT", ALPHA)
+        convert_state(coconut_state(lm), settings, tokenizer, "COCONUT", ALPHA)
     tokenizer.add_tokens(["<|latent|>"])
     with pytest.raises(UsageError, match=r"the ids \[None, None, 601\]"):
-        convert(coconut_state(lm), settings, tokenizer, "COCONUT", ALPHA)
+        convert_state(coconut_state(lm), settings, tokenizer, "COCONUT", ALPHA)
     torch.save(coconut_state(lm), tmp_path / "old.pt")
     check(ltts("convert", "old.pt", "new"), "lacks tokenizer.json", "tokenizer=FOLDER")
     check(ltts("convert", "old.pt", "new", f"tokenizer={base}", "config=nosuch.json"), "config=nosuch.json")

@@ -136,7 +136,7 @@ def test_growth_explains_sweeps_where_they_differ():
         (["guesses=[zero]", "draft=head.safetensors"], ["draft=head.safetensors", "guesses"]),
         (["threshold=0"], ["threshold=0", "a positive number"]),
         (["directions=0"], ["directions=0", "a positive integer"]),
-        (["model.latents=0"], ["no latents"]),
+        (["model.latents=0"], ["model=", "has no latents to probe"]),
         (["model=demo_pccot"], ["model=demo_pccot", "without sweeps of its own"]),
     ],
 )

@@ -271,6 +271,7 @@ def test_it_refuses_what_a_run_does_not_have(completed, ltts, monkeypatch):
     check(ltts("trace", f"run={completed}", "sampler=gaussian"), "sampler=gaussian: run=", "has its own")
     check(ltts("trace", f"run={completed}", "seed=1"), "seed=1", "has its own")
     check(ltts("trace", f"run={completed}", "question=[a,'']"), "question=a", "no question of this run")
+    check(ltts("trace", completed), f"question={completed}: is a run's folder; ltts trace run={completed} shows")
 
 
 def test_tsne_without_scikit_learn_is_refused_by_its_extra(ltts, monkeypatch):

@@ -7,9 +7,13 @@ the recorded batch.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -23,10 +27,10 @@ from recordable import FEW, PLANS, SAMPLERS
 from recorders import Recording, Tracer
 from torch import Tensor
 
-from latent_tts.engine import attention, graphs
+from latent_tts.engine import attention, graphs, head, recording
 from latent_tts.engine.graphs import FirstToken, GraphEngine, Latents, Move, NextToken
 from latent_tts.engine.recording import Bucket, CudaRecorder, Prompts, Recordings
-from latent_tts.engine.rollout import Engine
+from latent_tts.engine.rollout import Engine, Rollouts
 from latent_tts.errors import RunError
 from latent_tts.pipeline import models
 from latent_tts.random import bits
@@ -65,10 +69,11 @@ def both(
     answer: int = 3,
     latents: int = 2,
     recorder: Callable[[], Any] = Recording,
+    dtype: torch.dtype = torch.float64,
     **settings,
 ):
     """An engine, one that records, and the recorders that it has made."""
-    made = tiny.reasoner(family, next_latent=lambda hidden: hidden.tanh())
+    made = tiny.reasoner(family, dtype, next_latent=lambda hidden: hidden.tanh())
     reasoner = Reasoner(made.lm.to(device), made.next_latent, lambda hidden: hidden.square())
     known = {name: settings.pop(name) for name in ("needed", "max_bytes") if name in settings}
     plan = tiny.plan(latents, eos_id=tiny.EOS_IDS[family] if ends else None, answer=answer, **settings)
@@ -136,6 +141,62 @@ def test_so_does_a_graph_of_kernels(family, sampler, plan):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("sampler", "plan"),
+    [("gaussian", "stops by a token"), ("dropout everywhere", "no end"), ("drawn answers", "forced beginning")],
+)
+def test_so_does_a_graph_of_the_kernels_of_triton(monkeypatch, dtype, sampler, plan):
+    """In float64, and with heads as narrow as elsewhere here, operators compute."""
+    monkeypatch.setattr(sys.modules[__name__], "N", 8)
+    eager, graphed, _ = both("qwen3", device="cuda:0", dtype=dtype, recorder=CudaRecorder, **PLANS[plan])
+    assert attention.has_kernel(torch.empty(16, dtype=dtype, device="cuda:0"))
+    assert head.has_kernel(torch.empty(16, dtype=dtype, device="cuda:0"))
+    roundings, most = recording._OTHER_ORDER if dtype.itemsize == 4 else recording._OTHER_ORDER_HALF
+    for number, lengths in enumerate(LENGTHS):
+        found, wanted = (rolled(engine, SAMPLERS[sampler], number, lengths) for engine in (graphed, eager))
+        assert graphs.agreement(found, wanted, roundings) >= most
+    (bucket,) = graphed._recordings.buckets.values()
+    assert len(bucket.trusted) >= 3
+
+
+@pytest.mark.gpu
+def test_what_waits_for_a_gpu_is_not_recorded_and_others_are(caplog):
+    eager, graphed, recorders = both(needed=False, device="cuda:0", recorder=CudaRecorder)
+    for number in range(3):
+        found, wanted = (rolled(engine, ReadsOnTheHost(), number, [9, 3]) for engine in (graphed, eager))
+        assert found.answer_ids == wanted.answer_ids
+    assert len(recorders) == 1
+    assert "run without CUDA graphs" in caplog.text
+    test_so_does_a_graph_of_kernels("gpt2", "gaussian", "plain")
+
+
+def test_a_recording_that_a_gpu_breaks_off_gives_its_memory_back(monkeypatch):
+    done = []
+
+    class BreaksOff(nullcontext):
+        def __exit__(self, *exception):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name in ("CUDAGraph", "Stream", "current_stream", "graph_pool_handle"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: (0, 7))
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *given, **named: BreaksOff())
+    monkeypatch.setattr(recording, "_recording_stream", lambda device: None)
+    for name in ("endAllocateToPool", "releasePool"):
+        monkeypatch.setattr(torch._C, f"_cuda_{name}", lambda *given, name=name: done.append((name, *given)))
+
+    def run():
+        raise ValueError("operation not permitted when stream is capturing")
+
+    tensor: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="not permitted"):
+        CudaRecorder().record(run, [tensor])
+    assert done == [("endAllocateToPool", 0, (0, 7)), ("releasePool", 0, (0, 7))]
+
+
+@pytest.mark.gpu
 @pytest.mark.usefixtures("moves_soon")
 def test_a_graph_of_kernels_moves_rows(monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "N", 8)
@@ -181,6 +242,13 @@ def test_latents_are_made_without_answers():
         torch.testing.assert_close(found.latents_RTD, wanted.latents_RTD, rtol=0, atol=1e-9)
         assert found.answer_ids == [[]] * 4
     assert recorders[0].recorded == 2  # prompts and latents
+
+
+def test_without_answers_each_batch_has_its_own_numbers_of_latents():
+    eager, graphed, _ = both(latents=4, stop_id=11)
+    for number, lengths in enumerate([*LENGTHS, [5, 5], [7, 2]]):
+        found, wanted = (rolled(engine, NOISE, number, lengths, answers=False) for engine in (graphed, eager))
+        assert found.steps_R.tolist() == wanted.steps_R.tolist()
 
 
 def test_the_window_grows_with_what_is_used(monkeypatch):
@@ -327,6 +395,34 @@ def test_a_recording_that_gives_something_else_is_not_used(caplog):
         rolled(graphed, sampler, 1, [9, 3])
 
 
+class Differs(Recording):
+    """Its replays differ, as by kernels that sum in another order."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by = by
+
+    def record(self, run, tensors):
+        replay = super().record(run, tensors)
+        vectors = [tensor for tensor in tensors if tensor.dim() == 3 and tensor.shape[-1] == tiny.WIDTH]
+
+        def differ() -> None:
+            replay()
+            for tensor in vectors:
+                tensor.mul_(1 + self.by)
+
+        return differ
+
+
+@pytest.mark.parametrize(("by", "used"), [(1e-7, True), (1e-3, False)])
+def test_replays_may_differ_by_rounding(caplog, by, used):
+    _, graphed, _ = both(needed=False, recorder=partial(Differs, by))
+    for number in range(3):
+        rolled(graphed, NOISE, number, [9, 3])
+    assert [bool(bucket.trusted) for bucket in graphed._recordings.buckets.values()] == [True] * used
+    assert ("differ when they are replayed" in caplog.text) != used
+
+
 class RecordsNothing(Recording):
     def record(self, run, tensors):
         return lambda: None
@@ -362,12 +458,67 @@ def test_what_cannot_be_recorded_runs_as_usual(caplog):
     assert said.endswith("slower (operation not permitted when stream is capturing)")
 
 
+def test_nothing_else_is_recorded_then_but_where_memory_was_short(caplog):
+    for error, tried in ((RuntimeError("operation not permitted"), 1), (torch.OutOfMemoryError("out of memory"), 2)):
+        eager, graphed, recorders = both(needed=False, recorder=partial(Raises, error))
+        for number, lengths in enumerate([[9, 3], [2, 7], [5], [6]]):
+            assert_same(rolled(graphed, NOISE, number, lengths), rolled(eager, NOISE, number, lengths))
+        assert len(recorders) == tried
+        assert len([record for record in caplog.records if error.args[0] in record.message]) == tried
+
+
+class Raises(Recording):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def record(self, run, tensors):
+        raise self.error
+
+
+def test_what_could_not_be_recorded_has_given_its_memory_back_when_the_batch_runs_again(monkeypatch):
+    _, graphed, _ = both(needed=False, recorder=partial(Raises, torch.OutOfMemoryError("out of memory")))
+    rolled(graphed, NOISE, 0, [9, 3])
+    made, held = [], []
+    fixed, roll = graphs.FixedRollouts.__init__, Engine.roll
+    monkeypatch.setattr(
+        graphs.FixedRollouts, "__init__", lambda self, *rest: (fixed(self, *rest), made.append(weakref.ref(self)))[0]
+    )
+    monkeypatch.setattr(
+        Engine, "roll", lambda *given, **named: (held.append([each() for each in made]), roll(*given, **named))[1]
+    )
+    rolled(graphed, NOISE, 1, [9, 3])
+    assert held == [[None]]
+
+
 def test_tensors_of_fixed_sizes_that_give_something_else_are_not_used(monkeypatch, caplog):
     eager, graphed, _ = both(needed=False)
     monkeypatch.setattr(graphs.FixedCache, "places", lambda self, tokens: torch.zeros(tokens, dtype=torch.long))
     for number in range(3):
         assert_same(rolled(graphed, NOISE, number, [9, 3]), rolled(eager, NOISE, number, [9, 3]))
     assert "in tensors of fixed sizes" in caplog.text
+
+
+def test_what_is_recorded_goes_with_its_engine():
+    _, graphed, _ = both()
+    rolled(graphed, NOISE, 0, [9, 3])
+    (bucket,) = map(weakref.ref, graphed._recordings.buckets.values())
+    assert bucket() is not None
+    del graphed
+    assert bucket() is None
+
+
+def test_either_answer_will_do_where_the_two_most_probable_tokens_are_as_near_as_rounding():
+    latents_RTD, nothing_R = torch.ones(3, 1, 2, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.long)
+    margins_R = torch.tensor([1e-3, 1e-3, 1.0])
+
+    def rollouts(ids):
+        counts = nothing_R, nothing_R, nothing_R
+        return Rollouts(latents_RTD, nothing_R, ids, -margins_R, margins_R, nothing_R > 0, *counts)
+
+    wanted = rollouts([[1], [2], [3]])
+    assert graphs.agreement(rollouts([[1], [4], [5]]), wanted, roundings=1) == pytest.approx(2 / 3)
+    assert graphs.agreement(rollouts([[1], [4], [5]]), wanted, roundings=0.01) == pytest.approx(1 / 3)
 
 
 def test_finished_rows_are_noticed_one_pass_late(monkeypatch):

@@ -34,6 +34,18 @@ def wrong(*arguments, by):
 
 for by in (3, 4):
     assert not attention.kernel_agrees(lambda *given: wrong(*given, by=by), cpu, torch.float32, 16)
+
+class Launched:
+    def __getitem__(self, grid):
+        self.grid = grid
+        return lambda *given, **named: None
+
+attention_kernel._attend = Launched()  # as for beams, where each row has a prompt of its own
+rows = 70_000
+part, out = torch.zeros(rows, 1, 1, 16), torch.zeros(rows, 1, 1, 16)
+lengths = torch.ones(rows, dtype=torch.long)
+right(part, (part, part), (part, part), lengths, lengths[:1], None, 1.0, out)
+assert attention_kernel._attend.grid[0] == rows and max(attention_kernel._attend.grid[1:]) < 2**16
 """
 LOOKS = """
 import torch, triton_interpreter

@@ -99,6 +99,10 @@ def test_a_run_says_once_how_it_is_computed_and_keeps_that(ltts, other, tmp_path
             {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 20}},
             ["beyond 20 tokens", "longrope", "depend on the batch"],
         ),
+        (
+            {"text_config": {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 20}}},
+            ["beyond 20 tokens", "longrope", "depend on the batch"],
+        ),
     ],
 )
 def test_models_that_cannot_be_run_latent_by_latent_are_refused_before_they_are_loaded(place, other, config, words):

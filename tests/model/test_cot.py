@@ -118,6 +118,8 @@ def test_a_sampler_of_latents_needs_latents(refuse, overrides, words):
 def test_samplers_that_act_elsewhere_run(run, override):
     result = run("model=cot", *override.split())
     assert result.code == 0, result.err
+    same = "gives the same rollout every time, so one is drawn: model=" in result.err
+    assert same == ("gaussian" in override)  # for want of latents, which the line says
 
 
 @pytest.fixture
@@ -199,6 +201,10 @@ def test_a_template_that_is_missing_or_fails_is_refused(checkpoint, prompt, word
         ("20-5", "5", "20-5"),
         ("10^-3", "10", "10^-3"),
         ("7 apples\n### Answer", "7", "Answer"),
+        ("7 + 1.\nThe answer is 8.", "8", "8."),
+        ("So.\n**Answer:** yes", None, "yes"),
+        ("Final answer: **Paris**", None, "Paris"),
+        ("I do not know the answer.", None, "I do not know the answer."),
         ("It falls to \u22125 degrees.", "-5", "It falls to \u22125 degrees."),
         ("\\boxed{1", "1", "\\boxed{1"),
         ("none\n", None, "none"),

@@ -165,7 +165,7 @@ def test_a_run_has_the_models_schedule_and_its_costs(ltts, line):
     ("command", "overrides", "words"),
     [
         ("run", ["schedule=sequential"], ["schedule=sequential", "model=pccot", "its own"]),
-        ("run", ["schedule=jacobi"], ["schedule=jacobi", "model=pccot", "its own"]),
+        ("run", ["schedule=jacobi"], ["schedule=jacobi", "model=pccot", "its own (jacobi sweeps="]),
         ("annotate", ["output=labels"], ["model=pccot", "prefix"]),
         ("run", ["model.sweeps=0"], ["model.sweeps=0", "positive integer"]),
     ],

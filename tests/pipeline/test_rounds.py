@@ -178,14 +178,14 @@ def read_metrics_of(path: str) -> pd.DataFrame:
 REFUSED = {
     "reward without a scorer": (
         ["budget=adaptive", "budget/rule=reward", "aggregator=[majority]"],
-        ["budget=reward", "needs scores", "no scorer"],
+        ["budget/rule=reward: needs scores", "no scorer"],
     ),
     "an aggregator that is not reported": (
         ["budget=adaptive", "aggregator=[likelihood]"],
-        ["budget=lockout", "looks at the pick of majority, which is not reported", "[likelihood]"],
+        ["budget/rule=lockout: looks at the pick of majority, which is not reported", "[likelihood]"],
     ),
     "winners": (["budget=adaptive", "answer.decode=winners"], ["answer.decode=winners"]),
-    "a beam": (["budget=adaptive", "search=beam", "n=16"], ["budget=adaptive", "must be fixed", "search=beam"]),
+    "a beam": (["budget=adaptive", "search=beam", "n=16"], ["budget=adaptive: must be fixed", "search=beam depend on"]),
     "delta of 0": (
         ["budget=adaptive", "budget/rule=certified", "budget.rule.delta=0"],
         ["budget.rule.delta=0", "(0, 1)"],
@@ -206,7 +206,7 @@ REFUSED = {
     ),
     "a range upside down": (
         ["scorer.range=[2,1]"],
-        ["scorer.range=[2, 1]", "ascending order"],
+        ["scorer.range=[2,1]", "ascending order"],
     ),
 }  # fmt: skip
 
@@ -220,7 +220,7 @@ def test_what_a_budget_cannot_look_at_is_named(refuse, case):
 
 def test_a_weighted_lead_without_a_range_is_refused_and_a_score_beyond_it_an_error(ltts, family):
     line = ["run", *family, "budget=adaptive", "budget.rule.aggregator=weighted"]
-    check_refused(*line, words=["budget=lockout aggregator=weighted", "no declared range", "scorer.range"])
+    check_refused(*line, words=["budget/rule=lockout: bounds", "no declared range", "scorer.range"])
     result = ltts(*line, "scorer.range=[0,1e-9]")
     assert result.code == 1
     assert "scorer.range=[0,1e-09]: a rollout has the score" in result.err

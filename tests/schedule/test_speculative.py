@@ -256,6 +256,16 @@ def test_verify_compares_with_the_sequential_run(run):
     assert record["rollouts"] == {"total": 12, "drawn_now": 0}
 
 
+def test_a_sweep_says_of_each_job_what_verify_found(run, no_figures):
+    line = "schedule=speculative", "schedule.verify=true", "model.latents=3", "sampler=gaussian", "n=2", "task.limit=2"
+    result = run(*line, "schedule.chunk=1,3", "-m")
+    assert result.code == 0, result.err
+    first, second = result.err.split("job 1: ")
+    for job in (first, second):
+        assert "INFO schedule=speculative, per rollout: 2.00 sweeps" in job
+        assert "INFO verified against schedule=sequential: 4 rollouts, largest deviation" in job
+
+
 def test_a_tolerance_is_stated_in_the_tables_and_its_changed_answers_are_named(place, ltts):
     line = "schedule=speculative", "schedule.tolerance=0.9", "schedule.verify=true", "task.limit=20", "scorer=none"
     result = ltts("run", *line, "n=2", "budget=fixed")

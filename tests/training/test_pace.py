@@ -1,6 +1,8 @@
 """Runs by the clock: what counts, what is logged, and that a log repeats them."""
 
 import json
+import re
+import signal
 import threading
 from itertools import count
 from types import SimpleNamespace
@@ -12,7 +14,9 @@ from safetensors.torch import load_file
 from latent_tts.errors import RunError, UsageError
 from latent_tts.training.reasoner import pace as module
 from latent_tts.training.reasoner.pace import Pace, Timed, pace_of, read_log
+from latent_tts.training.reasoner.validation import keep_if_best
 from latent_tts.training.states import last_state
+from latent_tts.training.trainer import ResumableTrainer
 
 TINY = [
     "train-reasoner", "backbone.layers=1", "backbone.width=16", "backbone.heads=2", "backbone.positions=128",
@@ -152,6 +156,31 @@ def test_a_run_by_the_clock_is_repeated_bit_for_bit_by_its_log(ltts, place, monk
     assert again.code == 0, again.err
     told = "checkpoint-12 is of update 12, but updates.jsonl is whole to 5: it is now damaged-checkpoint-12"
     assert told in again.err.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_best_weights_of_dropped_updates_do_not_become_the_checkpoint(ltts, place, monkeypatch):
+    line = [*TINY, "output=timed", "optimization.minutes=0.05", "validation.every=1", "validation.max_answer_tokens=2"]
+    compute_loss, calls = ResumableTrainer.compute_loss, []
+
+    def interrupted(*arguments, **more):
+        calls.append(arguments)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return compute_loss(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableTrainer, "compute_loss", interrupted)
+        stopped = ltts(*line)
+    assert stopped.code == 130, stopped.err
+    assert "interrupted: the state after update 3 is saved in timed/states; re-run the command" in stopped.err
+    states = place / "timed" / "states"
+    weights = load_file(last_state(states) / "model.safetensors")
+    assert keep_if_best(states, weights, 500, {"eval_greedy_accuracy": 1.0, "eval_coverage_at_8": 1.0})
+    done = ltts(*line)
+    assert done.code == 0, done.err
+    assert "the best weights so far are of update 500, which is made anew; they are removed" in done.err
+    assert re.search(r"weights of update \d\d? of \d\d; on valid", done.err), done.err
 
 
 @pytest.mark.every_other

@@ -72,5 +72,5 @@ def test_passes_over_a_growing_cache_of_several_blocks_are_equal():
 
 
 def test_a_model_without_known_blocks_is_refused():
-    with pytest.raises(UsageError, match=r"optimization\.gradient_checkpointing=True: must be false"):
+    with pytest.raises(UsageError, match=r"optimization\.gradient_checkpointing=true: must be false"):
         blocks_of(torch.nn.Linear(2, 2))

@@ -502,3 +502,15 @@ def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_weights(ltts, mon
     assert 1 <= int(found[1]) < 11
     a, b = (weights(tmp_path / name / "states") for name in ("stopped", "whole"))
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_what_accelerate_is_configured_for_does_not_change_a_training(monkeypatch, tmp_path):
+    def arguments(**more):
+        return training.trainer_arguments(RECIPE, replace(OPTIMIZATION, **more), tmp_path, seed=0, device="cpu")
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert arguments().mixed_precision == "no"
+    assert arguments(bf16=True).mixed_precision == "bf16"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match="accelerate launch with FSDP: each process has to hold the whole model"):
+        arguments()

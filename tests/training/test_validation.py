@@ -10,7 +10,13 @@ from latent_tts.errors import UsageError
 from latent_tts.model.coconut import Coconut
 from latent_tts.text.answer import AnswerRule
 from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.validation import Validation, best_weights, keep_if_best, read_best
+from latent_tts.training.reasoner.validation import (
+    Validation,
+    best_weights,
+    forget_best_after,
+    keep_if_best,
+    read_best,
+)
 from latent_tts.types import Question
 
 RULE = AnswerRule("decimal")
@@ -21,8 +27,8 @@ QUESTIONS = [Question(str(place), f"Question {place}?", str(17 + place % 4)) for
 def measured(tmp_path, *texts, latents=2, settings=SETTINGS):
     folder = scripted.make(tmp_path / "model", "coconut", *texts)
     adapter = Coconut(name="own", checkpoint=str(folder), latents=latents, recommended={})
-    lm = adapter.load(device="cpu", dtype=settings.dtype).lm
-    return settings.measure(lm, lambda hidden: hidden, adapter, Stage(1, latents, None), QUESTIONS, RULE)
+    reasoner = adapter.load(device="cpu", dtype=settings.dtype)
+    return settings.measure(reasoner, adapter, Stage(1, latents, None), QUESTIONS, RULE)
 
 
 def test_accuracy_is_the_share_of_questions_that_greedy_decoding_answers(tmp_path):
@@ -69,3 +75,12 @@ def test_the_best_weights_are_kept_and_equal_ones_are_not_replaced(tmp_path):
 def test_values_that_mean_nothing_are_refused(values, words):
     with pytest.raises(UsageError, match=words):
         Validation(**vars(SETTINGS) | values)
+
+
+def test_best_weights_of_updates_that_are_made_anew_are_removed(tmp_path):
+    keep_if_best(tmp_path, {"w": torch.zeros(1)}, 7, {"accuracy": 0.5, "coverage": 0.5})
+    forget_best_after(tmp_path, 7)
+    assert read_best(tmp_path) is not None
+    forget_best_after(tmp_path, 6)
+    assert read_best(tmp_path) is None
+    forget_best_after(tmp_path, 6)

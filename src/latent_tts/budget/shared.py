@@ -73,7 +73,7 @@ class Shared(Budget):
 
     @property
     def needs_score(self) -> bool:
-        """Whether the pick is one of scores."""
+        """Whether it looks at scores."""
         return self.aggregator == "best_of_n"
 
     def check(self, questions: int, n: int, answer_rule: str) -> None:
@@ -117,11 +117,11 @@ class Shared(Budget):
     def stops(self, tallies: Sequence[Tally]) -> list[Stop]:
         """All that was drawn is used. Where every other question is at `n` or `worth`, part of the total is left."""
         stops = [Stop(tally.drawn, self._why(tally)) for tally in tallies]
-        kinds = {stop.why for stop in stops}
-        if "worth" in kinds and "total" not in kinds:
+        kinds, spent = {stop.why for stop in stops}, sum(map(self._spent, tallies))
+        if "worth" in kinds and "total" not in kinds and spent < self.total:
             log.warning(
                 "budget.total=%g: %.4g spent; the next %d rollouts of a question can change no pick",
-                self.total, sum(map(self._spent, tallies)), self.round,
+                self.total, spent, self.round,
             )  # fmt: skip
         return stops
 

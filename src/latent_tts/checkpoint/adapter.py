@@ -154,7 +154,7 @@ class CheckpointAdapter:
     def require_tensors(
         self, part: str, prefix: str, wanted: Mapping[str, list[int]], shapes: Mapping[str, list[int]]
     ) -> None:
-        """Check that the checkpoint's `shapes` have those wanted of a part of the model, whose names lack a prefix.
+        """Check that the checkpoint has all tensors of a part of the model, in the right shapes.
 
         Raises:
             UsageError: a tensor is missing, or has another shape.
@@ -169,6 +169,7 @@ class CheckpointAdapter:
     def check_tokens(self) -> None:
         """Check that the tokenizer has what prompts are made of; raises UsageError."""
         _ = self.start_id, self.latent_id
+        self._warn_of_tokens_around()
 
     @property
     def recorded(self) -> Mapping[str, Any]:
@@ -290,6 +291,16 @@ class CheckpointAdapter:
                 "%s: its files name different end tokens (%s); an answer ends at any of %s; model.eos chooses others",
                 self.checkpoint, listed, [self.tokenizer.id_to_token(token) for token in self.eos_ids],
             )  # fmt: skip
+
+    def _warn_of_tokens_around(self) -> None:
+        """Warn where `tokenizer_config.json` asks for a token around texts that `tokenizer.json` does not add."""
+        added = files.tokens_around(self.tokenizer)
+        for name, asked in files.asked_around(self.folder, self.tokenizer).items():
+            if asked is not None and asked != added[name]:
+                log.warning(
+                    "%s: tokenizer_config.json has add_%s=%s, tokenizer.json %s such a token; prompts are made by "
+                    "tokenizer.json", self.checkpoint, name, str(asked).lower(), "adds" if added[name] else "adds no",
+                )  # fmt: skip
 
     def encode(self, question: Question) -> list[int]:
         """Token ids of the prompt: the question, the recipe's ending, `<|start-latent|>`.

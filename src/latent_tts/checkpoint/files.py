@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from latent_tts.checkpoint import gguf
 from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole, reason, require
+from latent_tts.types import file_sha256
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -462,15 +463,10 @@ def digest(folder: Path) -> str:
     Raises:
         RunError: it is a model that was made once and kept, and is damaged.
     """
-    sha = hashlib.sha256()
-    known = {}
-    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
-        with path.open("rb") as file:
-            of_file = hashlib.file_digest(file, "sha256")
-        sha.update(of_file.digest())
-        known[path.name] = of_file.hexdigest()[:16]
-    gguf.check_kept(folder, known)
-    found = sha.hexdigest()[:16]
+    paths = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
+    known = {path.name: file_sha256(path) for path in paths}
+    gguf.check_kept(folder, {name: sha.hex()[:16] for name, sha in known.items()})
+    found = hashlib.sha256(b"".join(known.values())).hexdigest()[:16]
     digested[found] = folder
     return found
 
@@ -519,6 +515,23 @@ def special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: T
         "generation_config.json": ids_of(optional("generation_config.json")),
         "tokenizer_config.json": [] if of_tokenizer is None else [of_tokenizer],
     }
+
+
+def tokens_around(tokenizer: Tokenizer) -> dict[str, bool]:
+    """Whether a tokenizer puts a token before a text (`bos_token`), and after it (`eos_token`)."""
+    mask = tokenizer.encode("1").special_tokens_mask
+    return {"bos_token": bool(mask and mask[0]), "eos_token": bool(mask and mask[-1] and not all(mask))}
+
+
+def asked_around(folder: Path, tokenizer: Tokenizer) -> dict[str, bool | None]:
+    """What `tokenizer_config.json` says of the same; None where it says nothing, or names no such token."""
+    config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    asked: dict[str, bool | None] = {}
+    for name in ("bos_token", "eos_token"):
+        flag, text = config.get(f"add_{name}"), _token_text(config.get(name))
+        known = text is not None and tokenizer.token_to_id(text) is not None
+        asked[name] = flag if isinstance(flag, bool) and known else None
+    return asked
 
 
 def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:

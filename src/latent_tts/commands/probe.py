@@ -44,6 +44,7 @@ def main(cfg: DictConfig) -> None:
     why = "must be a model without sweeps of its own, such as PCCoT has"
     require("model", adapter.name, adapter.own_schedule is None, why)
     adapter.check()
+    require("model", adapter.name, adapter.latents > 0, "has no latents to probe")
     schedules = schedules_to_try(cfg.guesses, cfg.tolerances, cfg.draft, cfg.mixing, adapter)
     chunks = chunks_to_try(cfg.chunks, schedules[0], adapter)
     draft = next((find_schedule_draft(schedule, adapter) for schedule in schedules if schedule.guess == "draft"), None)
@@ -72,6 +73,14 @@ def main(cfg: DictConfig) -> None:
 
 def show(found: Probe, model: str, threshold: float) -> None:
     """Print dependencies, the graph's figures, sweeps for each tolerance, and what they recommend."""
+    show_dependencies(found, model, threshold)
+    show_schedules(found, model)
+    for line in recommendation(found):
+        report.print_line(line)
+
+
+def show_dependencies(found: Probe, model: str, threshold: float) -> None:
+    """Print how latents depend on each other, and the graph's figures."""
     total = len(found.relative_TT)
     cells = [["" if not np.isfinite(v) or s >= t else f"{v:.2f}" for s, v in enumerate(row)] for t, row in
              enumerate(found.relative_TT)]  # fmt: skip
@@ -84,10 +93,14 @@ def show(found: Probe, model: str, threshold: float) -> None:
         f"critical path {rows['critical_path'].mean():.2f}, parallel potential {rows['potential'].mean():.2f}; "
         f"growth rate {rows['growth'].mean():+.2f} per latent"
     )
-    lines = []
+
+
+def show_schedules(found: Probe, model: str) -> None:
+    """Print what each schedule took, and how many answers it left as they are."""
+    lines, total = [], len(found.relative_TT)
     for schedule in [*found.schedules, *found.chunked]:
         sweeps_Q, equal_Q = found.column("sweeps", schedule), found.column("equal", schedule)
-        low, high = statistics.interval(sweeps_Q.to_numpy(dtype=np.float64), high=float(total))
+        low, high = statistics.interval(sweeps_Q.to_numpy(dtype=np.float64), high=max(total - 1.0, 1.0))
         explained = found.explained(schedule)
         lines.append(
             [
@@ -103,21 +116,26 @@ def show(found: Probe, model: str, threshold: float) -> None:
         )
     columns = ["guess", "tolerance", "chunk", "sweeps", "conflicts", "commits/sweep", "answers as sequential %"]
     report.print_table(f"{model}: schedule=speculative", [*columns, "R² of growth"], lines)
+
+
+def recommendation(found: Probe) -> list[str]:
+    """The schedule that the figures recommend, and why."""
     chosen = found.recommended
     if chosen is None:
-        report.print_line(
+        return [
             "recommended: schedule=sequential: no guess and tolerance commits more than 1.5 latents per sweep and "
             "leaves 99 % of the answers as they are"
-        )
-    elif found.max_rows == 0:
-        report.print_line(
+        ]
+    if found.max_rows == 0:
+        return [
             f"recommended: schedule=sequential: {as_overrides(chosen)} takes {found.ratios[1]:.2f} times as long for "
             f"one rollout on this {found.device}"
-        )
-    else:
-        report.print_line(f"recommended, for up to {found.max_rows} rows: schedule=speculative {as_overrides(chosen)}")
-        times = ", ".join(f"{rows}: {ratio:.2f}" for rows, ratio in found.ratios.items())
-        report.print_line(f"time of it over schedule=sequential on this {found.device}, by rows: {times}")
+        ]
+    times = ", ".join(f"{rows}: {ratio:.2f}" for rows, ratio in found.ratios.items())
+    return [
+        f"recommended, for up to {found.max_rows} rows: schedule=speculative {as_overrides(chosen)}",
+        f"time of it over schedule=sequential on this {found.device}, by rows: {times}",
+    ]
 
 
 def as_overrides(schedule: Speculative) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from latent_tts.pipeline.spec import check_run
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
 from latent_tts.results.run_folder import METRICS
+
+log = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> None:
@@ -36,6 +39,9 @@ def main(cfg: DictConfig) -> None:
         for line in done.notes(spec):
             report.print_line(line)
         print(output_dir() / METRICS)
+    else:
+        for line in done.notes(spec):
+            log.info("%s", line)
     if done.verification is not None:
         done.verification.check()
 

@@ -21,6 +21,7 @@ from latent_tts.pipeline.trace_spec import View, check_trace, select_questions, 
 from latent_tts.results import report
 from latent_tts.results.cache import cache_root
 from latent_tts.results.files import locked_folder, write_text
+from latent_tts.results.run_folder import is_complete
 from latent_tts.results.trace_page import render_page
 from latent_tts.results.trace_report import print_trace
 from latent_tts.task.asked import Asked
@@ -47,6 +48,9 @@ def main(cfg: DictConfig) -> None:
     merged = cfg if source is None else merged_config(cfg, record)
     request, folder, lines = run_request(merged), output_dir(), []
     if source is None:
+        for text in map(str, cfg.question):
+            why = f"is a run's folder; ltts trace run={text} shows its first question, ltts trace ID run={text} one"
+            require("question", text, not is_run(text), why)
         request = with_texts(request, list(cfg.question))
         if isinstance(request.task, Asked) and not request.task.texts:
             raise UsageError('no question; ltts trace "QUESTION", ltts trace ID run=FOLDER, or ltts trace --example')
@@ -78,6 +82,14 @@ def main(cfg: DictConfig) -> None:
     print(folder / PAGE)
     if done is not None and done.verification is not None:
         done.verification.check()
+
+
+def is_run(text: str) -> bool:
+    """Whether a text is the folder of a completed run."""
+    try:
+        return is_complete(Path(text).expanduser())
+    except (OSError, RuntimeError, ValueError):  # too long, no home, a null character
+        return False
 
 
 def merged_config(cfg: DictConfig, record: dict[str, Any]) -> DictConfig:

@@ -72,7 +72,7 @@ def describe(error: Exception) -> tuple[list[str], int]:
 
 
 def _describe_config(error: Exception) -> list[str]:
-    """Of a config that Hydra or OmegaConf cannot compose; nothing for other errors."""
+    """The lines for a config that Hydra or OmegaConf cannot compose; none for other errors."""
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -112,7 +112,7 @@ def _describe_config(error: Exception) -> list[str]:
 
 
 def _describe_argument(error: Exception) -> list[str]:
-    """Of a value that another library cannot take; nothing for other errors."""
+    """The line for a value that another library cannot take; none for other errors."""
     for kind, words, pattern, said in OF_ARGUMENTS:
         if isinstance(error, kind) and words in str(error):
             key = next((each.partition("=")[0] for each in sys.argv[1:] if re.search(pattern, each)), "a key")
@@ -121,7 +121,7 @@ def _describe_argument(error: Exception) -> list[str]:
 
 
 def _describe_failure(error: Exception) -> tuple[list[str], int]:
-    """Of a disk, of memory, and of what nobody thought of."""
+    """Lines and exit code for a full disk, missing memory, and whatever else goes wrong."""
     number, file = _errno_of(error), getattr(error, "filename", None)
     where = f"{file}: " if file else ""
     if number == errno.ENOSPC:
@@ -153,7 +153,7 @@ def _errno_of(error: Exception) -> int | None:
 
 def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
     """A wrong key or a wrong type."""
-    from latent_tts.config.meant import ASKING, nested_key, options_with, quoted_override
+    from latent_tts.config.meant import ASKING, key_of_option, nested_key, options_with, quoted_override
 
     first = str(cause).splitlines()[0]
     key = cause.full_key or cause.key or ""
@@ -165,6 +165,8 @@ def _describe_omegaconf(error: Exception, cause: Any) -> list[str]:
         command = sys.argv[0].partition(" ")[2].replace("-", "_")  # as `_run_hydra` sets it
         if "." not in key and (nested := nested_key(command, key)):
             return [f"{key}: no such key; did you mean {nested}? `{sys.argv[0]} --help` lists keys"]
+        if "." not in key and not closest(key, known, cutoff=0.7) and (other := key_of_option(command, key)):
+            return [f"{key}: no such key; did you mean {other[0]}? It goes with {' or '.join(other[1])}"]
         question = next((each for each in sys.argv if command in ASKING and each.startswith(f"{key}=")), None)
         if question and not closest(key, known):
             hint.append(f"to ask it: {sys.argv[0]} {quoted_override(f'question={question}')}")

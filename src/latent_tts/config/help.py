@@ -30,7 +30,7 @@ from latent_tts.errors import UsageError, closest, did_you_mean, printable
 LEFT = 34  # largest width of the left column
 PLURALS = {
     "models": "model", "tasks": "task", "samplers": "sampler", "schedules": "schedule", "searches": "search",
-    "budgets": "budget", "scorers": "scorer", "aggregators": "aggregator", "recipes": "recipe",
+    "budgets": "budget", "rules": "budget/rule", "scorers": "scorer", "aggregators": "aggregator", "recipes": "recipe",
     "engines": "engine", "executors": "executor", "experiments": "experiment",
 }  # fmt: skip
 FLAGS_TEXT = (
@@ -45,7 +45,7 @@ Commands = Mapping[str, tuple[str, tuple[str, ...]]]
 # name: (what it does, names of its positional arguments), as in `cli.COMMANDS`
 ABOUT_COMMANDS: Commands = {
     "list": ("list models, tasks, samplers, ... (what each option is), or runs", ("what*",)),
-    "help": ("show the keys of a command, or the options of a group with their keys", ("command?",)),
+    "help": ("show the keys of a command, the options of a group with their keys, or a key", ("what?",)),
     "completion": ("print the completion script of a shell, bash or zsh", ("shell",)),
 }
 
@@ -106,10 +106,10 @@ def run(
             f"unknown command {name!r}; {did_you_mean(closest(name, known))}one of {', '.join(known)}\n"
             "run `ltts --help` for a description of each"
         )
-    elif asked[0] in GROUPS:
-        print(group_help(asked[0], conf_dirs(), terminal_width()))
+    elif group := PLURALS.get(asked[0]) or next((each for each in GROUPS if f"/{each}".endswith(f"/{asked[0]}")), None):
+        print(group_help(group, conf_dirs(), terminal_width()))
     else:
-        raise UsageError(f"ltts help: no command or group {asked[0]!r}; one of {', '.join([*commands, *GROUPS])}")
+        print(key_help(asked[0], commands, conf_dirs(), terminal_width()))
 
 
 def help_of(name: str, arguments: Sequence[str], commands: Commands) -> str:
@@ -205,6 +205,33 @@ def group_help(group: str, places: Sequence[Path], width: int) -> str:
     )
 
 
+def key_help(name: str, commands: Iterable[str], places: Sequence[Path], width: int) -> str:
+    """The keys of a name, in full (`sampler.sigma`) or its end (`sigma`), with the commands and options that have them.
+
+    Raises:
+        UsageError: there is none, and no command or group of that name.
+    """
+    every: list[tuple[Key, str]] = []
+    for command in commands:
+        every += [(key, f"ltts {command}") for key in read_command(command.replace("-", "_")).keys]
+    for group in GROUPS:
+        options = [read_option(group, option, places) for option in option_names(group, places)]
+        # an experiment sets keys of others
+        every += [(key, f"{group}={option.name}") for option in options for key in option.keys if group != "experiment"]
+    owners: dict[tuple[str, str], list[str]] = {}
+    for key, owner in every:
+        if key.name == name or key.name.endswith(f".{name}"):
+            owners.setdefault(_key_row(key), []).append(owner)
+    if not owners:
+        known = [*commands, *GROUPS]
+        of_keys = [part for key, _ in every for part in (key.name, key.name.rpartition(".")[2])]
+        names = dict.fromkeys([*known, *PLURALS, *of_keys])
+        hint = did_you_mean(closest(name, names, cutoff=0.7))
+        raise UsageError(f"ltts help: no command, group or key {name!r}; {hint}one of {', '.join(known)}, or a key")
+    parts = [(f"{', '.join(names)}:", definitions([row], width)) for row, names in owners.items()]
+    return _join([part for pair in parts for part in pair], width)
+
+
 def _described_options(group: str, places: Sequence[Path], width: int, indent: int) -> list[str]:
     """The options of a group, each with its keys below it."""
     parts = []
@@ -224,7 +251,9 @@ def options_text(what: Sequence[str], places: Sequence[Path], width: int) -> str
     """
     for word in what:
         if word not in PLURALS:
-            raise UsageError(f"ltts list: nothing is called {word!r}; one of {', '.join(PLURALS)}, runs")
+            known = [*PLURALS, "runs"]
+            hint = did_you_mean(closest(word, known))
+            raise UsageError(f"ltts list: nothing is called {word!r}; {hint}one of {', '.join(known)}")
     parts = []
     for word in what or PLURALS:
         group = PLURALS[word]

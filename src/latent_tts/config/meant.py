@@ -99,9 +99,26 @@ def _known_elsewhere(command: str, name: str) -> list[str]:
 
 def options_with(key: str) -> list[str]:
     """The options of a key's group that have the key: `task=jsonl` for `task.path`."""
-    group = key.partition(".")[0]
-    options = [read_option(group, name, PLACES) for name in _options(group)]
-    return [f"{group}={option.name}" for option in options if key in (each.name for each in option.keys)]
+    return _owners(key.partition(".")[0]).get(key, [])
+
+
+def key_of_option(command: str, name: str) -> tuple[str, list[str]] | None:
+    """The first key that ends with a name, and the options that have it: `sampler.sigma` of `sampler=gaussian`."""
+    for group in _groups(command) if (PLACES[0] / f"{command}.yaml").is_file() else ():
+        for key, options in _owners(group).items():
+            if key.endswith(f".{name}"):
+                return key, options
+    return None
+
+
+def _owners(group: str) -> dict[str, list[str]]:
+    """The keys of a group and of those inside it, each with the options that have it."""
+    owners: dict[str, list[str]] = {}
+    for each in [group, *nested_groups(group, PLACES)]:
+        for option in _options(each):
+            for key in read_option(each, option, PLACES).keys:
+                owners.setdefault(key.name, []).append(f"{each}={option}")
+    return owners
 
 
 def quoted(text: str) -> str:

@@ -34,6 +34,7 @@ GROUPS = {
     "recipe": "how a family is trained",
     "engine": "how rollouts are computed",
     "executor": "where rollouts are computed",
+    "budget/rule": "when a question of budget=adaptive has enough rollouts",
     "experiment": "settings that belong together",
     "local": "your own defaults, in conf/local/default.yaml (of other commands than run: conf/local/COMMAND.yaml)",
 }

@@ -54,7 +54,8 @@ def attend_piece(
     queries, prefix_tokens = tile(query.dtype, padded, count, key_heads * questions)
     valid = used_1 if valid_RC is None else valid_RC.view(torch.uint8)
     with torch.cuda.device_of(out):
-        _attend[triton.cdiv(count, queries), key_heads, questions](
+        # only the first of a grid's three numbers may exceed 65,535
+        _attend[questions * triton.cdiv(count, queries), key_heads](
             query, *prefix, *suffix, out, lengths_Q, used_1, valid,
             *query.stride()[:3], *prefix[0].stride()[:3], *suffix[0].stride()[:3], valid.stride(0),
             siblings, tokens, groups, scale, WIDTH=width, PADDED=padded, QUERIES=queries, TOKENS=prefix_tokens,
@@ -85,9 +86,10 @@ def _attend(
     suffix_row, suffix_head, suffix_slot, valid_row, siblings, tokens, groups, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, TOKENS: tl.constexpr, HAS_VALID: tl.constexpr,
 ):  # fmt: skip
-    place = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    key_head, question = tl.program_id(1), tl.program_id(2).to(tl.int64)
     per_row = groups * tokens
+    tiles, key_head = tl.cdiv(siblings * per_row, QUERIES), tl.program_id(1)
+    question = (tl.program_id(0) // tiles).to(tl.int64)
+    place = tl.program_id(0) % tiles * QUERIES + tl.arange(0, QUERIES)
     inside = place < siblings * per_row
     row = question * siblings + place // per_row
     head, token = key_head * groups + place % per_row // tokens, place % tokens

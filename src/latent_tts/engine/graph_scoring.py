@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, cast
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -122,19 +124,28 @@ class GraphScorer(LatentScorer):
         if not self._usable:
             return usual()
         length, shifted = power_of_two(max(map(len, prompts))), position_offset_Q is not None
+        agree = partial(agreement, dtype=self.backbone.dtype)
 
         def fixed(bucket: ScoreBucket | None) -> tuple[ScoreBucket, Tensor]:
             if bucket is None:
-                made = FixedScores(self, len(prompts), length, latents_RTD, shifted=shifted)
-                bucket = Bucket(made, self._recordings.new_recorder(), self._agreement)
+                made = FixedScores(proxy(self), len(prompts), length, latents_RTD, shifted=shifted)
+                bucket = Bucket(made, self._recordings.new_recorder(), agree, self.backbone.dtype)
             scores = cast(FixedScores, bucket.fixed)
             return bucket, bucket.compute(lambda: scores.load(prompts, latents_RTD, position_offset_Q), scores.walk)
 
         key = "scores", len(prompts), *latents_RTD.shape[:2], length, shifted
-        return self._recordings.compute(key, usual, fixed, self._agreement, self.backbone.dtype)
+        return self._recordings.compute(key, usual, fixed, agree, self.backbone.dtype)
 
-    def _agreement(self, found_RT: Tensor, wanted_RT: Tensor, roundings: float) -> float:
-        """Share of rows whose mean difference is at most some roundings of the mean score of all rows."""
-        limit = roundings * max(torch.finfo(dtype).eps for dtype in (self.backbone.dtype, torch.float32))
-        differences_R = (found_RT - wanted_RT).abs().mean(1)
-        return float((differences_R <= limit * wanted_RT.abs().mean()).double().mean())
+
+def agreement(found_RT: Tensor, wanted_RT: Tensor, roundings: float, *, dtype: torch.dtype) -> float:
+    """Share of rows whose mean difference is at most some roundings of the mean score of all rows.
+
+    Args:
+        found_RT: scores of some rows.
+        wanted_RT: the same, computed otherwise.
+        roundings: of the dtype, or of float32, if it is wider.
+        dtype: of the model.
+    """
+    limit = roundings * max(torch.finfo(each).eps for each in (dtype, torch.float32))
+    differences_R = (found_RT - wanted_RT).abs().mean(1)
+    return float((differences_R <= limit * wanted_RT.abs().mean()).double().mean())

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TypeAlias, cast
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -317,11 +318,11 @@ class FixedRollouts(RolloutState):
         self._position_1.zero_()
 
     def _used_after(self, latents: int) -> int:
-        """Slots used once so many latents are made: the last of them is not run yet."""
+        """Slots in use after a number of latents: the last latent is not run yet."""
         return max(latents - 1, 0) + (self._own_last and latents > 0)
 
     def _stand_after(self, latents: int) -> None:
-        """Be where so many latents are made."""
+        """Set the state to where a number of latents are made."""
         self.step, self.thinking_R, self.steps_R = latents, self._thinking_R, self._steps_R
         self._all.cache.used, self._all.cache.at_1 = self._used_after(latents), None
         self._hidden_RD, self._pending_RSD = self._begin_RD, None
@@ -365,6 +366,8 @@ class FixedRollouts(RolloutState):
             self._thinking_R.copy_(self.thinking_R)
             self._steps_R.copy_(self.steps_R)
             self._going.copy_(self.thinking_R.any())
+            # a replay binds no names: what a recording made itself would be read for later batches
+            self.thinking_R, self.steps_R = self._thinking_R, self._steps_R
 
     def _run_first_token(self, latents: int) -> None:
         self._stand_after(latents)
@@ -426,16 +429,20 @@ class _LateReading:
 def agreement(found: Rollouts, wanted: Rollouts, roundings: float) -> float:
     """Share of rollouts that agree: latents and log-probabilities within rounding, steps and answers exactly.
 
+    Where the two most probable tokens of an answer are as near each other as rounding, either answer will do.
+
     Args:
         found: some rollouts.
         wanted: the same, computed otherwise.
         roundings: how many roundings of the dtype (of float32, if it is wider) their mean difference may be.
     """
     limit = roundings * max(torch.finfo(dtype).eps for dtype in (wanted.latents_RTD.dtype, torch.float32))
-    agree_R = (found.steps_R == wanted.steps_R) & torch.isclose(
+    pairs = zip(found.answer_ids, wanted.answer_ids, strict=True)
+    same_R = torch.tensor([ours == theirs for ours, theirs in pairs]) & torch.isclose(
         found.answer_logprob_R, wanted.answer_logprob_R, rtol=10 * limit, atol=10 * limit, equal_nan=True
     )
-    agree_R &= torch.tensor([ours == theirs for ours, theirs in zip(found.answer_ids, wanted.answer_ids, strict=True)])
+    near_R = torch.minimum(found.answer_margin_R, wanted.answer_margin_R) <= limit
+    agree_R = (found.steps_R == wanted.steps_R) & (same_R | near_R)
     if wanted.latents_RTD.shape[1]:
         ours_RX, theirs_RX = (each.latents_RTD.flatten(1).double() for each in (found, wanted))
         agree_R &= ((ours_RX - theirs_RX).abs().mean(1) <= limit * theirs_RX.abs().mean(1)).cpu()
@@ -484,8 +491,9 @@ class GraphEngine(Engine):
             draw.donor_RTD = donor_RTD
             with SiteHooks(self.lm, sampler) as hooks:
                 if bucket is None:
-                    rollouts = FixedRollouts(self, hooks, draw, len(prompts), key[3])
-                    bucket = Bucket(rollouts, self._recordings.new_recorder(), agreement)
+                    # without a circle of references, buckets go with their engine and not when garbage is collected
+                    rollouts = FixedRollouts(proxy(self), hooks, draw, len(prompts), key[3])
+                    bucket = Bucket(rollouts, self._recordings.new_recorder(), agreement, self.lm.dtype)
                 rollouts = cast(FixedRollouts, bucket.fixed)
                 found = bucket.compute(
                     lambda: rollouts.load(prompts, draw, hooks), lambda run: rollouts.walk(run, answers=answers)

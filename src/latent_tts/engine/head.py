@@ -64,9 +64,11 @@ class ModelLogits(nn.Module):
         shell._modules = {**lm._modules, lm.base_model_prefix: _GivesBack()}
         self._shell = [shell]  # in a list, since it is no module of this one
 
-    def forward(self, hidden_RD: Tensor) -> Tensor:
-        """Logits (R, V)."""
-        return self._shell[0](inputs_embeds=hidden_RD[:, None], use_cache=False).logits[:, 0]
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits (R, V) or (Q, S, V) of hidden states (R, D) or (Q, S, D)."""
+        if hidden.dim() == 2:
+            return self(hidden[:, None])[:, 0]
+        return self._shell[0](inputs_embeds=hidden, use_cache=False).logits
 
 
 @dataclass

@@ -119,7 +119,7 @@ def _settle(
     """The attention that computes a model right, why it is not shared-prefix attention, and the walk that proves it."""
     if getattr(lm, "_is_stateful", False):
         raise UsageError(f"{type(lm).__name__} keeps a running state, which cannot be rewound or forked")
-    reason, ways, problem = _seen_problem(lm, longest), ["transformers"], ""
+    reason, ways, problem = find_attention_problem(lm, longest), ["transformers"], ""
     if reason is None:
         ways.insert(0, "shared-prefix")
     for way in cast(Any, ways):
@@ -311,7 +311,7 @@ class _Observed:
             self.not_causal |= int(mask.sum()) != visible
 
 
-def _seen_problem(lm: PreTrainedModel, longest: int) -> str | None:
+def find_attention_problem(lm: PreTrainedModel, longest: int) -> str | None:
     """Why shared-prefix attention cannot be right, as far as can be seen without computing; None if nothing is seen."""
     layers = int(lm.config.get_text_config(decoder=True).num_hidden_layers)
     observed = _Observed(max(longest, max(map(len, PROMPTS)) + FED_VECTORS))

@@ -9,7 +9,9 @@ without it.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
@@ -17,15 +19,16 @@ from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from latent_tts.engine.device import free_bytes, unreturnable_bytes
+from latent_tts.engine.device import free_bytes, is_out_of_memory, unreturnable_bytes
 from latent_tts.errors import RunError
 from latent_tts.types import Computation
 
 log = logging.getLogger(__name__)
 # of what is free once models are loaded; batches take at most half of it (`packing.MEMORY_SHARE`)
 ROLLOUTS_SHARE, SCORES_SHARE = 0.25, 0.0625
-_ROUNDING, _OTHER_ORDER = 0.25, 16.0  # roundings of the same passes, and of sums in another order
-_MOST, _HALF = 0.9, 0.5  # of the rollouts agree at least with those in tensors that grow, in float32 and half precision
+# roundings within which rollouts agree, and how many of them agree at least, in float32 and in half precision:
+_REPLAYED, _REPLAYED_HALF = (16.0, 0.9), (2.0, 0.9)  # replayed, for which a library may choose other kernels
+_OTHER_ORDER, _OTHER_ORDER_HALF = (256.0, 0.9), (16.0, 0.5)  # in tensors of other sizes, so summed in another order
 MAX_RECORDED = 256  # passes of a bucket; later answer tokens of a sampler that is random in answers are not recorded
 # tokens of prompts, padding included, up to which their pass is recorded: more of them take longer than launching
 PROMPT_TOKENS = 1 << 12
@@ -73,8 +76,19 @@ class CudaRecorder:
                     failed = error
                     raise
         except Exception as error:
+            _end_allocation(device, self._pool)
             raise (failed or error) from None
         return graph.replay
+
+
+def _end_allocation(device: torch.device, pool: tuple[int, int]) -> None:
+    """Give up what a recording allocates from, where CUDA has broken it off: torch then leaves that undone.
+
+    It would hold the memory for good, and give nothing back when memory runs out.
+    """
+    with suppress(RuntimeError):  # it was done, where CUDA went on until the recording ended
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+        torch._C._cuda_releasePool(device.index, pool)
 
 
 @cache
@@ -111,15 +125,18 @@ class Bucket(Generic[Pass, Found]):
         fixed: the tensors.
     """
 
-    def __init__(self, fixed: FixedTensors[Pass], recorder: Recorder, agreement: Agreement[Found]) -> None:
+    def __init__(
+        self, fixed: FixedTensors[Pass], recorder: Recorder, agreement: Agreement[Found], dtype: torch.dtype
+    ) -> None:
         """Record nothing yet.
 
         Args:
             fixed: see above.
             recorder: for this bucket alone.
             agreement: the share of rollouts that agree within some roundings.
+            dtype: of the model.
         """
-        self.fixed, self._recorder, self._agreement = fixed, recorder, agreement
+        self.fixed, self._recorder, self._agreement, self._dtype = fixed, recorder, agreement, dtype
         self._replays: dict[Pass, Replay] = {}
         self.trusted: set[Pass] = set()  # those whose replay was compared with the passes themselves
         self._pool_bytes = 0
@@ -158,8 +175,9 @@ class Bucket(Generic[Pass, Found]):
                 if tensor.is_floating_point():
                     tensor.zero_()  # a recording that writes nothing would find what was run
             load()
-            agreeing = self._agreement(walk(replay), found, _ROUNDING)
-            if agreeing < 1:
+            roundings, most = _REPLAYED if self._dtype.itemsize >= 4 else _REPLAYED_HALF
+            agreeing = self._agreement(walk(replay), found, roundings)
+            if agreeing < most:
                 raise RunError(f"{1 - agreeing:.1%} of the rollouts differ when they are replayed")
             self.trusted.update(recorded)
         new = [passes for passes in met if passes not in self._replays]
@@ -211,6 +229,7 @@ class Recordings:
         self.buckets: dict[Hashable, Bucket[Any, Any]] = {}
         self._met: set[Hashable] = set()
         self._refused: set[Hashable] = set()
+        self._failed = False  # for another reason than memory, so that other batches would fail too
 
     def usable(self, computation: Computation) -> bool:
         """Whether a model that is computed so can be recorded.
@@ -244,7 +263,7 @@ class Recordings:
         Raises:
             RunError: graphs are needed, and it cannot be recorded or gives something else.
         """
-        if key in self._refused:
+        if self._failed or key in self._refused:
             return usual()
         if not self._needed and key not in self._met:
             self._met.add(key)
@@ -252,28 +271,42 @@ class Recordings:
         if self.max_bytes is None:
             self.max_bytes = self._share * free_bytes(self._device)
         try:
-            known = self.buckets.get(key)
-            bucket, found = fixed(known)
-            if known is not None:
-                self._evict(key)
-                return found
-            expected = usual()
-            agreeing = agreement(found, expected, _OTHER_ORDER)
-            if agreeing < (_MOST if dtype.itemsize >= 4 else _HALF):
-                raise RunError(f"{1 - agreeing:.1%} of the rollouts differ in tensors of fixed sizes")
-            if agreeing < 1:
-                log.info("%.1f%% of the rollouts of a batch differ beyond rounding under graphs", 100 * (1 - agreeing))
-            self.buckets[key] = bucket
-            self._evict(key)
-            return expected
+            return self._compute_fixed(key, usual, fixed, agreement, dtype)
         except Exception as error:  # recording may raise anything; what is wrong without it too is raised below
             self.buckets.pop(key, None)
             self._refused.add(key)
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if self._needed and not isinstance(error, torch.OutOfMemoryError):
+            why, no_memory = str(error).splitlines()[0] if str(error) else type(error).__name__, is_out_of_memory(error)
+            if self._needed and not no_memory:
                 raise RunError(f"engine.graph=on: {why}") from error
-            log.warning("batches like this one run without CUDA graphs, which is slower (%s)", why)
+            self._failed = not no_memory
+            which = "batches like this one" if no_memory else "batches"
+            log.warning("%s run without CUDA graphs, which is slower (%s)", which, why)
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the bucket
         return usual()
+
+    def _compute_fixed(
+        self,
+        key: Hashable,
+        usual: Callable[[], Found],
+        fixed: Callable[[Bucket[Pass, Found] | None], tuple[Bucket[Pass, Found], Found]],
+        agreement: Agreement[Found],
+        dtype: torch.dtype,
+    ) -> Found:
+        known = self.buckets.get(key)
+        bucket, found = fixed(known)
+        if known is not None:
+            self._evict(key)
+            return found
+        expected = usual()
+        roundings, most = _OTHER_ORDER if dtype.itemsize >= 4 else _OTHER_ORDER_HALF
+        agreeing = agreement(found, expected, roundings)
+        if agreeing < most:
+            raise RunError(f"{1 - agreeing:.1%} of the rollouts differ in tensors of fixed sizes")
+        if agreeing < 1:
+            log.info("%.1f%% of the rollouts of a batch differ beyond rounding under graphs", 100 * (1 - agreeing))
+        self.buckets[key] = bucket
+        self._evict(key)
+        return expected
 
     def _evict(self, key: Hashable) -> None:
         """Drop the oldest buckets until the others hold no more than is allowed, at last the one that was used now.

@@ -29,6 +29,7 @@ NUMBER = re.compile(  # not the exponent of `10 cm^2`; the sign of `x-3` is not 
     r"(?<![\d.^_])(?<!\^\{)(?<!\^-)(?<!\^\{-)(?:(?<![\w)])-)?"
     rf"(?:\d{{1,3}}(?:{SEPARATOR}\d{{3}})+(?!\d|{SEPARATOR}\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+"
 )
+LEAD = re.compile(r"^.*\banswer\b(?:\s+is)?[*\s]*:?[*\s]*(?=[^\s*.])", re.IGNORECASE)  # of a line that says what it is
 BOXED = "\\boxed{"
 
 
@@ -66,6 +67,8 @@ class Cot(CheckpointAdapter):
         Raises:
             UsageError: the checkpoint has no chat template, or does not name a special token of a given template.
         """
+        if self.prompt != CHAT:
+            self._warn_of_tokens_around()
         if self.prompt == PLAIN:
             return
         _ = self._template
@@ -120,7 +123,8 @@ class Cot(CheckpointAdapter):
     def answer_span(self, answer_text: str) -> str | None:
         """The text after the last `#`; None if a plain chain contains no `#`.
 
-        Instruct models end in many ways: for them it is what the last box of LaTeX holds, or the last line.
+        Instruct models end in many ways: for them it is what the last box of LaTeX holds, or the last line without
+        `The answer is` and its like.
         """
         if self.prompt == PLAIN:
             _, sign, answer = answer_text.rpartition("#")
@@ -128,7 +132,7 @@ class Cot(CheckpointAdapter):
         end = self._end_of_chain(answer_text)
         boxed = _last_boxed(end)
         lines = [line.strip() for line in end.splitlines() if line.strip()]
-        return boxed if boxed is not None else lines[-1] if lines else None
+        return boxed if boxed is not None else LEAD.sub("", lines[-1]).strip("*") if lines else None
 
     def decimal_answer(self, answer_text: str) -> str | None:
         """The number in that text; for instruct models that of the last box, or else the last one of the text."""

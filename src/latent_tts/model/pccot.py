@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import check_fields, is_whole, require
+from latent_tts.errors import as_typed, check_fields, is_whole, require
 from latent_tts.schedule.jacobi import Jacobi
 from latent_tts.types import Reasoner
 
@@ -111,8 +111,8 @@ class Pccot(CheckpointAdapter):
             log.warning("model.sweeps=%d: %s was trained with %d", self.sweeps, self.checkpoint, trained)
         known = self.recorded.get("known_first", False)
         if known != self.known_first:
-            given = str(self.known_first).lower()
-            log.warning("model.known_first=%s: %s was trained with %s", given, self.checkpoint, str(known).lower())
+            given, trained = as_typed(self.known_first), as_typed(known)
+            log.warning("model.known_first=%s: %s was trained with %s", given, self.checkpoint, trained)
 
     def check_tensors(self, shapes: Mapping[str, list[int]]) -> None:
         """Check that the projection, if there is one, is complete and has the width of the backbone.

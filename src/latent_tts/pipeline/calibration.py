@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from latent_tts.aggregator.weighted import Weighted
 from latent_tts.budget import Tally
 from latent_tts.budget.rule.confidence import Calibration, Confidence, calibrate
-from latent_tts.errors import UsageError, bad_value, require
+from latent_tts.errors import UsageError, as_typed, bad_value, require
 from latent_tts.pipeline.code import FIELDS_NOT_IN_KEY
 from latent_tts.results.run_folder import RUN_JSON, is_complete, read_budget, read_rollouts, read_run_json
 from latent_tts.schedule import Schedule
@@ -47,68 +48,65 @@ def calibrate_on_run(
     require(KEY, folder, is_complete(folder), f"must be the folder of a completed run; it has no {RUN_JSON}")
     needed = {f"config.{group}": dict for group in ("model", "sampler", "search", "answer", "scorer")}
     record = read_run_json(folder, {"checkpoint_digest": str, **needed})
-    require(
-        KEY,
-        folder,
-        record["checkpoint_digest"] == digests["model"],
-        "that run used another checkpoint; calibrate on a run of this one",
-    )
-    require(
-        KEY,
-        folder,
-        record["config"]["answer"].get("decode") != "winners",
-        "its rollouts have no answers (answer.decode=winners)",
-    )
-    require(
-        KEY,
-        folder,
-        read_budget(folder) is None,
-        "its budget stopped questions early; calibrate on a run with all n rollouts",
-    )
-    groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
-    for group in groups:
-        same = _settings(record["config"], group) == _settings(config, group)
-        require(KEY, folder, same, f"that run used another {group}, or other settings of it; calibrate on one of this")
-    theirs, ours = record.get("schedule"), json.loads(json.dumps(schedule_key(schedule)))
-    same = theirs in (None, ours)  # earlier versions do not say it
-    require(
-        KEY,
-        folder,
-        same,
-        f"that run used the schedule {schedule_text(theirs)}; calibrate on one of {schedule_text(ours)}",
-    )
-    for name in ("dtype", "quantize"):
-        pair = [(each.get("engine") or {}).get(name) for each in (record["config"], config)]
-        if pair[0] != pair[1]:
-            log.warning("%s=%s: that run used engine.%s=%s, this one uses %s", KEY, folder, name, *pair)
-    require(
-        KEY,
-        folder,
-        not rule.needs_score or (record.get("scorer") or {}).get("digest") == digests["scorer"],
-        "that run used another scorer; calibrate on a run with this one",
-    )
+    _check_run(rule, folder, record, config, schedule, digests)
     rollouts = read_rollouts(folder)
     shared = set(rollouts["question_id"]) & set(questions)
     if shared:
         why = f"has {len(shared)} of the questions that this run reports, such as {min(shared)}"
         raise bad_value(KEY, folder, f"{why}\ncalibrate on others, as on task.split=valid")
-    tallies = []
-    for _, rows in rollouts.sort_values("rollout", kind="stable").groupby("question_id", sort=False):
-        score_N = rows["score"].to_numpy(dtype=np.float64, na_value=np.nan)
-        tallies.append(
-            Tally(
-                n=len(rows),
-                answers=[answer if isinstance(answer, str) else None for answer in rows["prediction"]],
-                log_weight_N=np.zeros(len(rows)) if temperature is None else Weighted(temperature).log_weights(score_N),
-                max_log_weight=0.0 if temperature is None else None,
-                logprob_N=rows["answer_logprob"].to_numpy(dtype=np.float64),
-                score_N=score_N,
-            )
-        )
+    groups = rollouts.sort_values("rollout", kind="stable").groupby("question_id", sort=False)
     try:
-        return calibrate(tallies, rule.by)
+        return calibrate([_tally(rows, temperature) for _, rows in groups], rule.by)
     except ValueError as error:
         raise UsageError(f"{KEY}={folder}: {error}") from error
+
+
+def _check_run(
+    rule: Confidence,
+    folder: Path,
+    record: Mapping[str, Any],
+    config: Mapping[str, Any],
+    schedule: Schedule,
+    digests: Mapping[str, str | None],
+) -> None:
+    """Check that a run's rollouts and scores are of the kind that the rule will see; see `calibrate_on_run`."""
+    scored = (record.get("scorer") or {}).get("digest")
+    problems = {
+        "that run used another checkpoint; calibrate on a run of this one": (
+            record["checkpoint_digest"] != digests["model"]
+        ),
+        "its rollouts have no answers (answer.decode=winners)": record["config"]["answer"].get("decode") == "winners",
+        "its budget stopped questions early; calibrate on a run with all n rollouts": read_budget(folder) is not None,
+    }
+    groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
+    for group in groups:
+        problem = f"that run used another {group}, or other settings of it; calibrate on one of this"
+        problems[problem] = _settings(record["config"], group) != _settings(config, group)
+    theirs, ours = record.get("schedule"), json.loads(json.dumps(schedule_key(schedule)))
+    problem = f"that run used the schedule {schedule_text(theirs)}; calibrate on one of {schedule_text(ours)}"
+    problems[problem] = theirs not in (None, ours)  # earlier versions do not say it
+    problems["that run used another scorer; calibrate on a run with this one"] = (
+        rule.needs_score and scored != digests["scorer"]
+    )
+    for problem, is_so in problems.items():
+        require(KEY, folder, not is_so, problem)
+    for name in ("dtype", "quantize"):
+        pair = [(each.get("engine") or {}).get(name) for each in (record["config"], config)]
+        if pair[0] != pair[1]:
+            log.warning("%s=%s: that run used engine.%s=%s, this one uses %s", KEY, folder, name, *pair)
+
+
+def _tally(rows: pd.DataFrame, temperature: float | None) -> Tally:
+    """What a rule sees of a question: its rollouts in their order."""
+    score_N = rows["score"].to_numpy(dtype=np.float64, na_value=np.nan)
+    return Tally(
+        n=len(rows),
+        answers=[answer if isinstance(answer, str) else None for answer in rows["prediction"]],
+        log_weight_N=np.zeros(len(rows)) if temperature is None else Weighted(temperature).log_weights(score_N),
+        max_log_weight=0.0 if temperature is None else None,
+        logprob_N=rows["answer_logprob"].to_numpy(dtype=np.float64),
+        score_N=score_N,
+    )
 
 
 def schedule_key(schedule: Schedule) -> Any:
@@ -120,7 +118,7 @@ def schedule_text(key: Any) -> str:
     """A `schedule_key`, for people: `speculative chunk=3 tolerance=0.01`."""
     if not isinstance(key, Mapping):
         return str(key)
-    named = [f"{name}={value}" for name, value in key.items() if name != "name" and value is not None]
+    named = [f"{name}={as_typed(value)}" for name, value in key.items() if name != "name" and value is not None]
     return " ".join([str(key.get("name")), *named])
 
 

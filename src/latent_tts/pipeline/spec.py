@@ -19,6 +19,7 @@ from latent_tts.budget import AdaptiveBudget, Budget, is_adaptive
 from latent_tts.budget.adaptive import Adaptive
 from latent_tts.budget.fixed import Fixed
 from latent_tts.budget.rule.confidence import Confidence
+from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.draft import DraftFile, find_draft
 from latent_tts.engine.cost import RolloutCost, Shape
@@ -372,10 +373,11 @@ def settle_schedule(schedule: Schedule, adapter: CheckpointAdapter, *, chosen: b
     """
     own = adapter.own_schedule
     if own is not None:
-        refuse_early_exit(schedule, f"must be null: model={adapter.name} has a schedule of its own, {own}")
+        text = calibration.schedule_text(own.key)
+        refuse_early_exit(schedule, f"must be null: model={adapter.name} has a schedule of its own ({text})")
         require(
             "schedule", schedule.name, not chosen and schedule.stepwise,
-            f"model={adapter.name} has its own, {own}: it is part of the model and cannot be chosen",
+            f"model={adapter.name} has its own ({text}): it is part of the model and cannot be chosen",
         )  # fmt: skip
         schedule = own
     schedule.check(adapter)
@@ -518,7 +520,7 @@ def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators:
 
     Raises:
         UsageError: the search has no figures at a smaller n, and the user chose a budget that reports them; or the
-            budget looks at something that the run does not have.
+            budget comes in rounds, and the search has none; or it looks at something that the run does not have.
     """
     budget, search = request.budget, request.search
     if not request.guided:
@@ -526,7 +528,8 @@ def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators:
             check_adaptive(budget, request.decode, scorer, aggregators)
         return budget
     fits = budget.name == "fixed" or "budget" not in request.chosen
-    require("budget", budget.name, fits, f"must be fixed: search={search.name} has no figures at a smaller n")
+    why = "depend on each other, so they cannot come in rounds" if budget.adaptive else "have no figures at a smaller n"
+    require("budget", budget.name, fits, f"must be fixed: rollouts of search={search.name} {why}")
     return Fixed()
 
 
@@ -539,21 +542,21 @@ def check_adaptive(
         UsageError: something is missing.
     """
     require("answer.decode", decode, decode == "all", f"must be all: budget={budget.name} looks at every answer")
+    chosen = ("budget/rule", budget.rule.name) if isinstance(budget, Adaptive) else ("budget", budget.name)
     if budget.needs_score:
         if isinstance(scorer, NoScorer):
-            raise bad_value("budget", budget.label, f"needs scores, and there is no scorer ({scorer})")
+            raise bad_value(*chosen, f"needs scores, and there is no scorer ({scorer})")
         why = "gives scores only once all n answers are known, and the budget needs them earlier; use correct"
         require("scorer.positions", scorer.positions, scorer.positions != "official", why)
         require(
-            "budget",
-            budget.label,
+            *chosen,
             budget.aggregator != "weighted" or scorer.range is not None,
             "bounds the weights of future votes, and scores have no declared range\n"
             "scorer.range=[LOW,HIGH] declares one; a score beyond it is an error",
         )
     reported = [aggregator.name for aggregator in aggregators]
     allowed = f"looks at the pick of {budget.aggregator}, which is not reported: aggregator=[{','.join(reported)}]"
-    require("budget", budget.label, budget.aggregator in reported, allowed)
+    require(*chosen, budget.aggregator in reported, allowed)
 
 
 def calibrate_budget(
@@ -597,6 +600,7 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
         UsageError: the model scales positions by the longest sequence of the batch once that exceeds a limit, and a
             sequence of this run may exceed it.
     """
+    config = files.common_sizes(config)  # of a model that sees, too
     given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
     rope: dict[str, Any] = {
         key: value for settings in given if isinstance(settings, dict) for key, value in settings.items()
@@ -716,8 +720,8 @@ def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
 def needed_rollouts(request: RunRequest) -> int:
     """The requested n; 1, with a warning, if nothing random makes rollouts differ."""
     if request.all_same and request.n > 1:
-        log.warning(
-            "n=%d: sampler %s gives the same rollout every time, so one is drawn", request.n, request.sampler.name
-        )
+        adapter, sampler = request.adapter, request.sampler.name
+        why = "" if adapter.latents else f": model={adapter.name} has no latents"
+        log.warning("n=%d: sampler %s gives the same rollout every time, so one is drawn%s", request.n, sampler, why)
         return 1
     return request.n

@@ -111,36 +111,24 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
         UsageError: there is nothing to draw.
     """
     import matplotlib
-    from matplotlib.figure import Figure
 
     points = _points(metrics, against)
     models = list(points["model"].unique())
     in_rows = len(models) > MAX_MODELS_TOGETHER
     points, attributes, notes = _named_curves(points, against, in_rows=in_rows)
     parts = [points[points["model"] == model] for model in models] if in_rows else [points]
-    looks, aggregators = _looks(attributes), [name for name in points["aggregator"].unique() if name]
-    lines = max(
-        len(part.loc[part["metric"] == "accuracy", ["label", "aggregator"]].drop_duplicates()) for part in parts
-    )
-    together = len(aggregators) > 1 and lines <= MAX_LINES_TOGETHER
-    panels: list[tuple[str, Sequence[str]]] = [("coverage", [""]), ("agreement", [""])]
-    panels = [panel for panel in panels if (points["metric"] == panel[0]).any()]
-    panels += [("accuracy", aggregators)] if together else [("accuracy", [name]) for name in aggregators]
+    looks, panels = _looks(attributes), _panels(points, parts)
+    together = max((names for _, names in panels), key=len)
     marks = {  # a colour of None is the curve's
         name: Look(COLORS[(index + 1) % len(COLORS)] if len(looks) == 1 else None, *CYCLES[index % len(CYCLES)])
-        for index, name in enumerate(aggregators if together else ())
+        for index, name in enumerate(together if len(together) > 1 else ())
     }
     columns = len(panels) if in_rows or len(panels) < 4 else math.ceil(len(panels) / 2)
     rows = len(parts) if in_rows else math.ceil(len(panels) / columns)
     with matplotlib.rc_context(STYLE):
         averaged = "seeds" not in metrics and bool(points["seed"].str.contains(",").any())
         handles = [*_legend(looks, marks), _interval_handle(parts, marks, averaged=averaged)]
-        width = max(MIN_COLUMNS, columns) * (PANEL_WIDTH if columns < 3 else 0.8 * PANEL_WIDTH)
-        letters = max(len(str(handle.get_label())) for handle in handles)
-        ncols = max(1, min(len(handles), int(width / (LETTER * letters + 0.6))))
-        height = rows * (PANEL_HEIGHT if rows == 1 else 0.85 * PANEL_HEIGHT)
-        height += LEGEND_LINE * math.ceil(len(handles) / ncols) + 0.5
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = _figure_with_legend(rows, columns, handles)
         grid = figure.subplots(rows, columns, squeeze=False)
         for index, part in enumerate(parts):
             axes = list(grid[index] if in_rows else grid.flat)
@@ -155,8 +143,32 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
         lowest = rows * columns if in_rows else len(panels)
         for axis in grid.flat[lowest - columns : lowest]:
             axis.set_xlabel(AGAINST[against])
-        figure.legend(handles=handles, loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
         figure.suptitle(_title(points, against), fontsize=10)
+    return figure
+
+
+def _panels(points: pd.DataFrame, parts: Sequence[pd.DataFrame]) -> list[tuple[str, Sequence[str]]]:
+    """The metric of each panel, and the aggregators in it: all of them where their lines are few."""
+    aggregators = [name for name in points["aggregator"].unique() if name]
+    accuracy = [part.loc[part["metric"] == "accuracy", ["label", "aggregator"]] for part in parts]
+    together = max(len(lines.drop_duplicates()) for lines in accuracy) <= MAX_LINES_TOGETHER
+    panels: list[tuple[str, Sequence[str]]] = [("coverage", [""]), ("agreement", [""])]
+    panels = [panel for panel in panels if (points["metric"] == panel[0]).any()]
+    shown = [aggregators] if together and aggregators else [[name] for name in aggregators]
+    return [*panels, *(("accuracy", names) for names in shown)]
+
+
+def _figure_with_legend(rows: int, columns: int, handles: Sequence[Artist]) -> Figure:
+    """An empty figure with room for panels and the legend below them."""
+    from matplotlib.figure import Figure
+
+    width = max(MIN_COLUMNS, columns) * (PANEL_WIDTH if columns < 3 else 0.8 * PANEL_WIDTH)
+    letters = max(len(str(handle.get_label())) for handle in handles)
+    ncols = max(1, min(len(handles), int(width / (LETTER * letters + 0.6))))
+    height = rows * (PANEL_HEIGHT if rows == 1 else 0.85 * PANEL_HEIGHT)
+    height += LEGEND_LINE * math.ceil(len(handles) / ncols) + 0.5
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
     return figure
 
 

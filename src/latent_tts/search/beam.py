@@ -158,10 +158,7 @@ class Beam(Search):
                     step_score_QC = step_score_QC.masked_fill(~alive_QC, float("nan"))
                 finite_Q &= finite_QC.all(1)
                 so_far_QCT[..., step] = step_score_QC
-                rank_QC = prefix_scores(so_far_QCT, reduction)
-                if alive_QC is not None and step:
-                    rank_QC = rank_QC.masked_fill(copies(~alive_QC, self.candidates), float("-inf"))
-                kept_QB = self._best(rank_QC)
+                kept_QB = self._best(prefix_scores(so_far_QCT, reduction), alive_QC if step else None)
                 last = step == latents - 1
                 chosen_QC = kept_QB if last else kept_QB.repeat_interleave(self.candidates, 1)
                 rows = (owner * n + chosen_QC).flatten()
@@ -178,8 +175,15 @@ class Beam(Search):
             )
             return rollouts.decode_answers() if answers else rollouts.without_answers()
 
-    def _best(self, rank_QC: Tensor) -> Tensor:
-        """Indices of the surviving candidates (Q, beams), best first; a tie goes to the lower index."""
+    def _best(self, rank_QC: Tensor, alive_QC: Tensor | None) -> Tensor:
+        """Indices of the surviving candidates (Q, beams), best first; a tie goes to the lower index.
+
+        Args:
+            rank_QC: their scores (Q, C).
+            alive_QC: whether they still think (Q, C); None where no two of a beam are the same.
+        """
+        if alive_QC is not None:
+            rank_QC = rank_QC.masked_fill(copies(~alive_QC, self.candidates), float("-inf"))
         if not self.diverse:
             return rank_QC.argsort(dim=1, descending=True, stable=True)[:, : self.beams]
         import torch

@@ -18,6 +18,7 @@ from latent_tts.text.number import (
     OTHER_VALUE,
     RAISED_UNIT,
     SPACE,
+    STATED,
     is_unit,
     parse_number,
     tidy,
@@ -70,8 +71,11 @@ UNIT_AT_END = re.compile(
 )
 IN_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
 SEVERAL_UNITS = re.compile(r"\d\s*(?!(?:and|or|to)\b)([A-Za-z]+)\.?(?:,?\s+(?:and\s+)?|,)\d[\d.]*\s*([A-Za-z]+)\.?$")
-COMMAND = re.compile(r"\\(?:text\w*|mbox|math\w+|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
-WORD = re.compile(rf"(?<![A-Za-z])(?:[A-Za-z][a-z]{{{MIN_WORD_LETTERS - 1},}}|[A-Z][a-z]{{2,}})(?![A-Za-z])")
+KNOWN_NAME = re.compile(rf"{NAME.pattern}|(?<![A-Za-z])(?:sqrt|infinity|percent)(?![A-Za-z])")
+WORD = re.compile(
+    rf"(?<![A-Za-z])(?:[A-Za-z][a-z]{{{MIN_WORD_LETTERS - 1},}}|[A-Z][a-z]{{2,}}"
+    r"|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)(?![A-Za-z])"
+)
 NOT_PLAIN = re.compile(r"[\\{}$=<>^_]")
 DATE = re.compile(r"[12]\d{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])|\d{1,2}/\d{1,2}/(?:1\d|20)\d\d")
 WORDS = re.compile(r"(?=.*[A-Za-z]{4}|(?i:yes|no|odd|all|red|one|two|six|ten)\b)[A-Za-z]+(?: [A-Za-z]+)*")
@@ -119,8 +123,12 @@ def canonical_latex(raw: str | None, guard: Guard | None = None) -> str | None:
     value = parse_number(text, min_unit_letters=MIN_UNIT_LETTERS)
     if value is not None:
         canonical = write_fraction(value)
-    elif (canonical := _other_form(unwrap(text))) is None and (expression := _expression(text)) is not None:
+    elif (canonical := _other_form(unwrap(text), is_text=text.startswith(r"\text{"))) is None and (
+        expression := _expression(text)
+    ) is not None:
         canonical = (guard or Guard(EXPRESSIONS)).call("canonical", expression, otherwise=None)
+        if canonical is not None and len(canonical) > MAX_LENGTH:  # `2^{2000}`
+            canonical = expression
     return canonical if canonical is None or len(canonical) <= MAX_LENGTH else None
 
 
@@ -157,8 +165,11 @@ def _without_unit(found: re.Match[str]) -> str:
     return write_fraction(Fraction(int(f"{sign}{whole or upper or 1}"), int(lower or 1)))
 
 
-def _other_form(text: str) -> str | None:
-    """The canonical form of a date, a time, a ratio of three parts or more, or a number in another base; else None."""
+def _other_form(text: str, *, is_text: bool) -> str | None:
+    """The canonical form of what math-verify would misread; None for anything else.
+
+    These are dates, times, ratios of three or more parts, numbers in another base, and phrases with numbers.
+    """
     if DATE.fullmatch(text):
         return rf"\text{{{text}}}"
     if (found := TIME.fullmatch(text)) and (found[3] or (found[2] or "").startswith("0")):
@@ -173,7 +184,7 @@ def _other_form(text: str) -> str | None:
         with contextlib.suppress(ValueError):  # not digits of such a base
             int(digits, base)
             return digits if base == 10 else f"{digits}_{{{base}}}"
-    return None
+    return _phrase(text, is_text=is_text)
 
 
 def _expression(text: str) -> str | None:
@@ -184,10 +195,13 @@ def _expression(text: str) -> str | None:
     if MAGNITUDE.search(text) and re.search(r"\d", text):
         return None
     text = re.sub(r"\\?%(?=\s*(?:[,;)\]}]|$))", "", re.sub(r"(?:[. ]|\\\\)+$", "", text)).rstrip()
-    text = CHOICE.sub(r"\1", FEET.sub(r"\1 feet \2 inches", TO.sub(":", CHOOSE.sub(r"\\binom{\1}{\2}", text))))
+    text = CHOICE.sub(r"\1", TO.sub(":", CHOOSE.sub(r"\\binom{\1}{\2}", text)))
     text = METRES.sub(r" m^{\1}", ORDINAL.sub("", LETTER.sub(r" \1\2", text).strip()))
     if text.count("$") == 1:  # money, not the start of mathematics
         text = text.replace("\\$", "").replace("$", "").strip()
+    text = STATED.sub("", text)
+    if re.fullmatch(r"-?\d*\.\d*\(\d+\)", text):  # `0.1(6)`
+        text = text.replace("(", r"\overline{").replace(")", "}")
     text = text.translate(SIGNS).replace(r"\varnothing", r"\emptyset")
     text = BLACKBOARD.sub(r"\\mathbb{\1}", text)
     text = BRACKET.sub(lambda bracket: BRACKETS[bracket[1]], text)
@@ -196,7 +210,7 @@ def _expression(text: str) -> str | None:
     if WORDS.fullmatch(text) and not OTHER_VALUE.issuperset(text.casefold().split()):
         text = rf"\text{{{text}}}"  # not a product of variables
     else:
-        text = _read_words(text)
+        text = _read_words(_without_units(text))
     text = re.sub(r"\*\*\s*(-?\d+)", r"^{\1}", text).replace("**", "^")
     text = REPEATING.sub(_repeating, re.sub(r"\\(?:nice|s)frac(?![A-Za-z])", r"\\frac", text))
     text = SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
@@ -208,29 +222,45 @@ def _expression(text: str) -> str | None:
     return None if not text or SIDE_BY_SIDE.search(text) or FLOAT.fullmatch(text) else " ".join(text.split())
 
 
-def _read_words(text: str) -> str:
-    """The text without a unit at its end, with names of functions as commands and, if other words are left, as a text.
+def _phrase(text: str, *, is_text: bool) -> str | None:
+    r"""The canonical form of words with numbers, as `July 4`; None for anything else.
 
-    Otherwise `July 4` would be a product of variables, equal to `4 July` and to any other order of its letters.
+    Letters that `\text` says are a text need not look like a word. math-verify would read a product of variables, which
+    is equal to `4 July` and to any other order of its letters.
     """
-    joined = IN_TEXT.sub(r"\1", text)
-    if (found := SEVERAL_UNITS.search(joined)) and not NOT_PLAIN.search(joined):
-        if found[1] == found[2]:  # `5 cm and 6 cm`
-            return re.sub(rf"\s*\b{found[1]}\b\.?", "", re.sub(rf"(?<=\d){found[1]}\b", "", joined))
-        return rf"\text{{{re.sub(r'(?<=[A-Za-z])[.,]', '', joined)}}}"
-    bare = "" if "=" in text or "\\text" in text else text
+    text = IN_TEXT.sub(r"\1", FEET.sub(r"\1 feet \2 inches", text))
+    if NOT_PLAIN.search(text) or MAGNITUDE.search(text) or not re.search(r"\d.*[a-z]{2}|[a-z]{2}.*\d", text, re.I):
+        return None
+    several = SEVERAL_UNITS.search(text)
+    if (several and several[1] == several[2]) or not (several or is_text or _has_words(_without_units(text))):
+        return None
+    words = re.sub(r"(?<=[A-Za-z0-9])[.,](?=\s|$)", " ", text).casefold().split()
+    return rf"\text{{{' '.join(words)}}}"
+
+
+def _without_units(text: str) -> str:
+    """The text without units at its end, and without those of two numbers in the same one (`5 cm and 6 cm`)."""
+    plain = IN_TEXT.sub(r"\1", text)
+    if (several := SEVERAL_UNITS.search(plain)) and several[1] == several[2]:
+        return re.sub(rf"\s*(?<![A-Za-z]){several[1]}(?![A-Za-z])\.?", "", plain)
     while found := TEXT_AT_END.fullmatch(text):
         text = found["value"]
     found = UNIT_AT_END.fullmatch(text)
-    if found and is_unit(found["unit"], MIN_WORD_LETTERS, glued=not found["gap"]):
-        text = found["value"]
+    return found["value"] if found and is_unit(found["unit"], MIN_WORD_LETTERS, glued=not found["gap"]) else text
+
+
+def _read_words(text: str) -> str:
+    """The text with names of functions as commands, and words as texts, which are not products of variables."""
     if "\\text" not in text:
         text = NAME.sub(r"\\\1 ", BARE_ROOT.sub(r"\\sqrt{\1}", text))
-    if not WORD.search(COMMAND.sub(" ", text)) or NOT_PLAIN.search(bare):
+    if NOT_PLAIN.search(text) or not _has_words(text):
         return text
-    if re.search(r"\d", bare):
-        return rf"\text{{{bare}}}" if bare else text
-    return ",".join(rf"\text{{{part.strip()}}}" if WORD.search(part) else part for part in text.split(","))
+    parts = (part.strip(" .") for part in text.split(","))
+    return ",".join(rf"\text{{{part}}}" if _has_words(part) else part for part in parts)
+
+
+def _has_words(text: str) -> bool:
+    return WORD.search(KNOWN_NAME.sub(" ", text)) is not None
 
 
 def _join_groups(text: str) -> str:

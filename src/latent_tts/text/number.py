@@ -54,6 +54,7 @@ NUMBER = re.compile(
 UNIT_POWER = re.compile(rf"(?<=[^\W\d_])\.?\s*(?:{RAISED_UNIT})")
 WRAPPERS = [("**", "**"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("{", "}")]
 WRAPPERS += [(rf"\{name}{{", "}") for name in ("boxed", "text", "textbf", "mathrm", "mathbf", "mbox")]
+STATED = re.compile(r"^(?:=|≈|\\approx(?![A-Za-z]))\s*(?=\S)")
 STYLE = re.compile(r"\\(?:displaystyle|textstyle|bf|rm|it)(?![A-Za-z])")
 UNIT_TEXT = re.compile(
     rf"\\(?:text|textrm|textit|mathrm|mathit|mbox|rm)\s*\{{([^{{}}\\\d$]*)\$?((?:{RAISED_UNIT})?)\$?\}}"
@@ -128,11 +129,11 @@ def parse_number(text: str, *, min_unit_letters: int = 1) -> Fraction | None:
 
 
 def unwrap(text: str) -> str:
-    r"""The text without a final dot and without enclosing marks such as `$...$` or `\boxed{...}`."""
+    r"""The text without a final dot, `=` in front and enclosing marks such as `$...$` or `\boxed{...}`."""
     before = None
     while text != before:
         before = text
-        text = STYLE.sub("", text).strip().removesuffix(".").rstrip()
+        text = STATED.sub("", STYLE.sub("", text).strip()).removesuffix(".").rstrip()
         for left, right in WRAPPERS:
             if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
                 inside = text[len(left) : -len(right)].strip()

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from latent_tts.errors import check_fields, require
 
+NO_LIMIT = 10**7  # updates of a run that the clock ends
+
 
 @dataclass(frozen=True)
 class Optimization:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import pickle
 import signal
 import threading
@@ -30,7 +31,7 @@ from latent_tts.checkpoint import files
 from latent_tts.checkpoint.loading import compute_exactly
 from latent_tts.engine.device import resolve_device
 from latent_tts.errors import RunError, UsageError, bad_value
-from latent_tts.training.optimization import Optimization
+from latent_tts.training.optimization import NO_LIMIT, Optimization
 from latent_tts.training.states import clean_states, last_state, write_digests
 
 # what reading a state that is none raises
@@ -38,6 +39,7 @@ UNREADABLE = (
     *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, OSError),
     *(pickle.UnpicklingError, SafetensorError),
 )
+SHARDING = ("DEEPSPEED", "FSDP", "MEGATRON_LM")  # as in the variables of `accelerate launch`
 log = logging.getLogger(__name__)
 Report = Callable[[int, Mapping[str, float]], None]  # report(updates_done, figures), called after every update
 
@@ -56,8 +58,14 @@ def training_arguments(
         more: further settings.
 
     Raises:
-        UsageError: the machine does not have the device, or the batch cannot be divided among the processes.
+        UsageError: the machine does not have the device, the batch cannot be divided among the processes, or they are
+            launched to share a model's weights.
     """
+    for kind in SHARDING:
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true":
+            raise UsageError(
+                f"accelerate launch with {kind}: each process has to hold the whole model; choose --multi_gpu"
+            )
     transformers_logging.set_verbosity_error()
     compute_exactly()
     target = torch.device(resolve_device("device", device))
@@ -78,6 +86,7 @@ def training_arguments(
         dataloader_pin_memory=target.type == "cuda",
         **more,
     )
+    arguments.mixed_precision = "bf16" if bf16 else "no"  # not what `accelerate config` says
     processes = arguments.world_size
     if target.type == "cuda" and processes == 1:
         # the Trainer would use the first GPU, or DataParallel on all
@@ -167,8 +176,9 @@ class ResumableTrainer(Trainer):
             ) from error
         if self.updates.interrupted:
             update, total = self.state.global_step, self.state.max_steps
+            of = f" of {total}" if total < NO_LIMIT else ""
             raise KeyboardInterrupt(
-                f"the state after update {update} of {total} is saved in {states}; re-run the command to resume"
+                f"the state after update {update}{of} is saved in {states}; re-run the command to resume"
             )
 
     @contextmanager

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,31 +48,17 @@ def convert_checkpoint(
     Raises:
         UsageError: the weights, a config or the tokenizer is missing, or the new folder is in use.
     """
-    scores = src.is_dir() and reward_adapter.is_reward_adapter(src)
-    own = scores or (src.is_dir() and joining.is_adapter(src))
-    whole = src.is_dir() and (peft.is_adapter(src) or peft.is_pccot(src))
-    beside, pickles = (src, {}) if own or whole else find_weights(src)
     require("dst", dst, not dst.exists() or (dst.is_dir() and not any(dst.iterdir())), "must be a new or empty folder")
-    if own:  # of `train-reasoner` or `train-rm`
-        given = {"tokenizer": tokenizer, "config": config, "base": base, "latents": latents}
-        for key, value in given.items():
-            record = src / ("config.json" if scores else joining.RECORD)
-            require(key, value, value is None, f"must be null: {record} gives it")
-        if scores:
-            reward_adapter.join(src, dst, "src")
-            return
-        shutil.copytree(
-            joining.join_once(src, "src"), dst, dirs_exist_ok=True, ignore=shutil.ignore_patterns(gguf.SOURCE)
-        )
+    given = {"tokenizer": tokenizer, "config": config, "base": base, "latents": latents}
+    if src.is_dir() and join_own_adapter(src, dst, given):
         return
+    whole = src.is_dir() and (peft.is_adapter(src) or peft.is_pccot(src))
+    beside, pickles = (src, {}) if whole else find_weights(src)
     folders = [tokenizer, beside] if tokenizer is not None else [beside]
     if not (folders[0] / "tokenizer.json").is_file():
         key, value = ("tokenizer", folders[0]) if tokenizer is not None else ("src", src)
-        raise bad_value(
-            key,
-            value,
-            f"{folders[0]} lacks tokenizer.json\ngive the folder of the base model's tokenizer as tokenizer=FOLDER",
-        )
+        why = f"{folders[0]} lacks tokenizer.json\ngive the folder of the base model's tokenizer as tokenizer=FOLDER"
+        raise bad_value(key, value, why)
     words = checkpoint.load_tokenizer(folders[0])
     renamed: Mapping[str, str] = {}
     if whole:
@@ -86,10 +72,35 @@ def convert_checkpoint(
         state = {layouts.WRAPPERS.sub(r"\1", name): tensor for name, tensor in state.items()}
         family = checkpoint.training_layout(state)
         require("src", src, family is not None or bool(pickles), "is already in the layout that `ltts run` reads")
-        tensors, settings = convert(state, settings, words, family, lora_alpha)
+        tensors, settings = convert_state(state, settings, words, family, lora_alpha)
     if latents is not None:
         settings["latent_tts"] = {**settings.get("latent_tts", {}), "latents": latents}
     write_folder(dst, tensors, settings, words)
+    copy_texts(folders, dst, renamed)
+
+
+def join_own_adapter(src: Path, dst: Path, given: Mapping[str, Any]) -> bool:
+    """Join an adapter of `train-reasoner` or `train-rm` with its base; returns whether the folder holds one.
+
+    Raises:
+        UsageError: it does not fit its base, or a key says what its record says.
+    """
+    scores = reward_adapter.is_reward_adapter(src)
+    if not scores and not joining.is_adapter(src):
+        return False
+    for key, value in given.items():
+        record = src / ("config.json" if scores else joining.RECORD)
+        require(key, value, value is None, f"must be null: {record} gives it")
+    if scores:
+        reward_adapter.join(src, dst, "src")
+    else:
+        ignored = shutil.ignore_patterns(gguf.SOURCE)
+        shutil.copytree(joining.join_once(src, "src"), dst, dirs_exist_ok=True, ignore=ignored)
+    return True
+
+
+def copy_texts(folders: Sequence[Path], dst: Path, renamed: Mapping[str, str]) -> None:
+    """Copy small files from the first folder that has them, with the new names of tokens."""
     for name in COPIED:
         found = [folder / name for folder in folders if (folder / name).is_file()]
         if found:
@@ -141,7 +152,7 @@ def find_config(given: str | None, folders: list[Path]) -> dict[str, Any]:
     return {}
 
 
-def convert(
+def convert_state(
     state: dict[str, Tensor], settings: dict[str, Any], tokenizer: Tokenizer, family: str | None, lora_alpha: float
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Convert tensors and config, and add missing latent tokens to the tokenizer.
@@ -158,7 +169,8 @@ def convert(
     """
     backbone, rest = state, {}
     if family == "CODI":
-        backbone, rest = layouts.codi_backbone(state, lora_alpha)
+        kind = settings.get("model_type", joining.TRANSPOSED)  # without settings the error below says what is missing
+        backbone, rest = layouts.codi_backbone(state, lora_alpha, kind)
     elif family == "COCONUT":
         backbone, rest = layouts.coconut_backbone(state)
     if not settings:

@@ -42,12 +42,15 @@ def coconut_backbone(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     return tensors, rest
 
 
-def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def codi_backbone(
+    state: Mapping[str, Tensor], alpha: float, kind: str = joining.TRANSPOSED
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same of CODI's, or SIM-CoT's, training code: with LoRA merged, and with the projector.
 
     Args:
         state: tensors by the names of the training code.
         alpha: LoRA's scale, which is not in the file; a pair of factors adds alpha / rank times its product.
+        kind: `model_type` of the backbone.
 
     Raises:
         UsageError: the projector is incomplete, or a LoRA factor fits no weight.
@@ -56,7 +59,7 @@ def codi_backbone(state: Mapping[str, Tensor], alpha: float) -> tuple[dict[str, 
     factors = {name: value for name, value in tensors.items() if ".lora_" in name or ".modules_to_save." in name}
     tensors = {name.removeprefix(joining.PREFIX).replace(".base_layer.", "."): value
                for name, value in tensors.items() if name not in factors}  # fmt: skip
-    settings = {"lora_alpha": alpha, "transposed": True}
+    settings = {"lora_alpha": alpha, "transposed": kind == joining.TRANSPOSED}
     factors = {name.replace(".default.", "."): value for name, value in factors.items()}
     tensors = joining.add_adapter(tensors, factors, settings, "codi.*", "src")
     projector, rest = _below("prj.", rest)

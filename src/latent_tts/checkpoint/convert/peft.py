@@ -22,6 +22,7 @@ from latent_tts.errors import UsageError, bad_value, is_whole, require
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
 HUB_IDS = {"gpt2": "openai-community/gpt2"}  # names without an owner, which the hub still accepts
@@ -47,32 +48,15 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
     """
     from latent_tts.checkpoint import loading
 
-    require(
-        "src",
-        folder,
-        find_spec("peft") is not None,
-        "a LoRA adapter needs PEFT, which is not installed: pip install peft",
-    )
-    settings = checkpoint.read_json(folder, checkpoint.ADAPTER, key="src")
-    for name in ("megatron_config", "megatron_core"):  # PEFT imports the module that they name
-        require(
-            "src",
-            folder,
-            settings.get(name) in (None, "megatron.core"),
-            f"{checkpoint.ADAPTER} has {name}, which is not supported",
-        )
-    require("src", folder, (folder / WEIGHTS).is_file(), f"lacks {WEIGHTS}")
-    checkpoint.tensor_shapes(folder / WEIGHTS, key="src")
+    why = "a LoRA adapter needs PEFT, which is not installed: pip install peft"
+    require("src", folder, find_spec("peft") is not None, why)
+    settings = read_settings(folder)
     own = settings.get("base_model_name_or_path")
     named = base or HUB_IDS.get(str(own), own)
     if not named:
-        raise bad_value(
-            "base", "null", f"{checkpoint.ADAPTER} does not name the base model; give it as base=FOLDER_OR_HUB_ID"
-        )
+        why = f"{checkpoint.ADAPTER} does not name the base model; give it as base=FOLDER_OR_HUB_ID"
+        raise bad_value("base", "null", why)
     lm: Any = loading.load_causal_lm(checkpoint.resolve(named, key="base"), device="cpu", dtype="float32", key="base")
-    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
-    from safetensors.torch import load_file
-
     if tokens > lm.get_input_embeddings().weight.shape[0]:
         lm.resize_token_embeddings(tokens, mean_resizing=False)
     if "prj" in (settings.get("modules_to_save") or ()):
@@ -81,29 +65,53 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
         lm.prj = pccot_projection(lm.config.hidden_size)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT uses deprecated names of transformers
-        try:
-            adapter = PeftConfig.from_pretrained(str(folder))
-            adapter.base_model_name_or_path = None  # otherwise PEFT warns that the base model was moved
-            model = get_peft_model(lm, adapter)
-            weights = load_file(folder / WEIGHTS)
-            loaded = set_peft_model_state_dict(model, weights)
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise bad_value("src", folder, f"the adapter does not fit base={named}: {reason[:200]}") from error
-        # a tied head shares rows with the embedding: PEFT keeps them once, but its files may contain them twice
-        state, used = model.state_dict(), [weights[name] for name in weights.keys() - loaded.unexpected_keys]
-        read = {value.data_ptr() for name, value in state.items() if name not in loaded.missing_keys}
-        wanted = [name for name in loaded.missing_keys if "lora_" in name or "trainable_tokens" in name]
-        unmatched = [name for name in wanted if state[name].data_ptr() not in read]
-        unmatched += [name for name in loaded.unexpected_keys if not any(map(weights[name].equal, used))]
-        if unmatched:
-            raise bad_value(
-                "src",
-                folder,
-                f"the adapter does not fit base={named}: tensor {min(unmatched)} exists only in one of them",
-            )
-        merged: Any = model.merge_and_unload()
+        merged: Any = attach(lm, folder, named).merge_and_unload()
     return dict(merged.state_dict()), merged.config.to_dict()
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter whose weights can be read.
+
+    Raises:
+        UsageError: they cannot be read, or name code that would be imported.
+    """
+    settings = checkpoint.read_json(folder, checkpoint.ADAPTER, key="src")
+    for name in ("megatron_config", "megatron_core"):  # PEFT imports the module that they name
+        plain = settings.get(name) in (None, "megatron.core")
+        require("src", folder, plain, f"{checkpoint.ADAPTER} has {name}, which is not supported")
+    require("src", folder, (folder / WEIGHTS).is_file(), f"lacks {WEIGHTS}")
+    checkpoint.tensor_shapes(folder / WEIGHTS, key="src")
+    return settings
+
+
+def attach(lm: PreTrainedModel, folder: Path, named: str) -> Any:
+    """Attach an adapter to its base model, by PEFT.
+
+    Raises:
+        UsageError: it does not fit, or has tensors that belong nowhere.
+    """
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    try:
+        adapter = PeftConfig.from_pretrained(str(folder))
+        adapter.base_model_name_or_path = None  # otherwise PEFT warns that the base model was moved
+        model: Any = get_peft_model(lm, adapter)
+        weights = load_file(folder / WEIGHTS)
+        loaded = set_peft_model_state_dict(model, weights)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise bad_value("src", folder, f"the adapter does not fit base={named}: {reason[:200]}") from error
+    # a tied head shares rows with the embedding: PEFT keeps them once, but its files may contain them twice
+    state, used = model.state_dict(), [weights[name] for name in weights.keys() - loaded.unexpected_keys]
+    read = {value.data_ptr() for name, value in state.items() if name not in loaded.missing_keys}
+    wanted = [name for name in loaded.missing_keys if "lora_" in name or "trainable_tokens" in name]
+    unmatched = [name for name in wanted if state[name].data_ptr() not in read]
+    unmatched += [name for name in loaded.unexpected_keys if not any(map(weights[name].equal, used))]
+    if unmatched:
+        why = f"the adapter does not fit base={named}: tensor {min(unmatched)} exists only in one of them"
+        raise bad_value("src", folder, why)
+    return model
 
 
 def is_pccot(folder: Path) -> bool:

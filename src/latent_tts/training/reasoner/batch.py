@@ -6,19 +6,23 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
 from itertools import count, islice
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.errors import require
+from latent_tts.engine.head import ModelLogits
+from latent_tts.engine.proof import LATENTS, LOG_PROBABILITIES
+from latent_tts.errors import bad_value, require
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.training.reasoner.curriculum import Stage, step_results, written_text
 from latent_tts.types import Question
 
+PROOF_PROMPTS, PROOF_TOKENS = [[3, 1, 2], [5, 4, 2, 0, 1]], [[8, 9], [6, 7]]  # token ids modulo the vocabulary
 BATCHES_PER_POOL = 8  # sorted by length together, so that batches have little padding
 
 
@@ -204,6 +208,56 @@ class Sequences:
         other.cache = copy(self.cache)
         other.cache.layers = [copy(layer) for layer in self.cache.layers]  # they replace their tensors
         return other
+
+
+@torch.no_grad()
+def find_head(lm: PreTrainedModel) -> Callable[[PreTrainedModel], nn.Module]:
+    """What gives the module that makes logits of a model's final hidden states.
+
+    That is the LM head, or all that the model does to logits where that is more. It is not looked up but tried: two
+    padded prompts, a latent and two tokens go through `Sequences` and through the model's own forward pass.
+
+    Args:
+        lm: in float32 on a CPU, in training mode.
+
+    Raises:
+        UsageError: hidden states or logits differ.
+    """
+    lm.eval()
+    embed = cast(nn.Embedding, lm.get_input_embeddings())
+    vocabulary = embed.weight.shape[0]
+    prompt_QL, mask_QL = pad_rows(
+        [[token % vocabulary for token in ids] for ids in PROOF_PROMPTS], 0, lm.device, left=True
+    )
+    rows = Sequences(lm)
+    latent_Q1D = rows.feed(embed(prompt_QL), mask_QL)[:, -1:]
+    fed_QSD = torch.cat([latent_Q1D, embed(torch.tensor(PROOF_TOKENS) % vocabulary)], dim=1)
+    hidden_QSD = torch.cat([rows.feed(latent_Q1D), rows.feed(fed_QSD[:, 1:])], dim=1)
+    seen: list[Any] = []
+    hook = lm.base_model.register_forward_hook(lambda _module, _args, output: seen.append(output.last_hidden_state))
+    try:
+        logits = []
+        for prompt_L, real_L, fed_SD in zip(embed(prompt_QL), mask_QL == 1, fed_QSD, strict=True):
+            vectors_1SD = torch.cat([prompt_L[real_L], fed_SD])[None]
+            logits.append(lm(inputs_embeds=vectors_1SD, use_cache=False).logits[:, -fed_QSD.shape[1] :])
+    finally:
+        hook.remove()
+        lm.train()
+    own_QSD = torch.cat([each[:, -fed_QSD.shape[1] :] for each in seen])
+    apart = float((hidden_QSD - own_QSD).abs().max() / own_QSD.abs().max())
+    problem = "" if apart <= LATENTS else f"hidden states are off by {apart:.1g} of their largest value"
+    logprobs_QSV = torch.cat(logits).log_softmax(-1)
+    for head_of in (own_head, ModelLogits):
+        apart = float((head_of(lm)(hidden_QSD).log_softmax(-1) - logprobs_QSV).abs().max())
+        if not problem and apart <= LOG_PROBABILITIES:
+            return head_of
+    why = problem or f"log-probabilities are off by {apart:.1g}"
+    raise bad_value("init", type(lm).__name__, f"training does not compute this model as it computes itself: {why}")
+
+
+def own_head(lm: PreTrainedModel) -> nn.Module:
+    """The LM head."""
+    return cast(nn.Module, lm.get_output_embeddings())
 
 
 def step_results_loss(

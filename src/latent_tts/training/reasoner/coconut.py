@@ -12,11 +12,12 @@ from latent_tts.training.reasoner.batch import (
     Sequences,
     TokenBatch,
     encode_batch,
+    find_head,
     step_results_loss,
     token_loss,
 )
 from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.initial import lm_head, load_trainable_lm
+from latent_tts.training.reasoner.initial import load_trainable_lm
 from latent_tts.types import Question
 
 
@@ -27,11 +28,13 @@ class CoconutObjective:
         lm: the causal LM in training.
         own: empty, since COCONUT adds no modules.
         next_latent: turns a final hidden state into the next latent.
+        head_of: what makes logits of final hidden states, see `find_head`.
     """
 
     def __init__(self, adapter: CheckpointAdapter, step_loss: float) -> None:
         self.adapter, self.step_loss = adapter, step_loss
         self.lm = load_trainable_lm(adapter.folder)
+        self.head_of = find_head(self.lm)
         self.own = nn.ModuleDict()
         self.next_latent: Callable[[Tensor], Tensor] = lambda hidden: hidden
 
@@ -74,7 +77,7 @@ class CoconutObjective:
         embeddings_QSD = torch.cat([before_QSD, embed(batch.written_QA[:, :-1])], dim=1)
         hidden_QSD = rows.feed(embeddings_QSD, torch.cat([mask_QS, batch.written_mask_QA[:, :-1]], dim=1))
         written = batch.written_QA.shape[1] - batch.forced
-        return lm_head(self.lm)(hidden_QSD[:, -written:]), thoughts_QTD, prompts
+        return self.head_of(self.lm)(hidden_QSD[:, -written:]), thoughts_QTD, prompts
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
         """The cross-entropy of the written tokens, plus `step_loss` times `step_results_loss` if there are latents."""
@@ -82,7 +85,7 @@ class CoconutObjective:
         written, thoughts_QTD, prompts = self.logits(batch, stage.latents)
         loss = token_loss(written, batch.targets_QA)
         if stage.latents and self.step_loss:
-            results = step_results_loss(prompts, thoughts_QTD, self.next_latent, lm_head(self.lm), batch)
+            results = step_results_loss(prompts, thoughts_QTD, self.next_latent, self.head_of(self.lm), batch)
             loss = loss + self.step_loss * results
         return loss
 

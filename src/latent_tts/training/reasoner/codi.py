@@ -23,7 +23,7 @@ from latent_tts.training.reasoner.batch import (
 )
 from latent_tts.training.reasoner.coconut import CoconutObjective
 from latent_tts.training.reasoner.curriculum import Distilled, Stage, written_before_answer
-from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, lm_head, load_trainable_lm
+from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, load_trainable_lm
 from latent_tts.types import Question
 
 SAMPLE_TOKENS = 32
@@ -131,13 +131,13 @@ class CodiObjective(CoconutObjective):
             distance = alignment(self._before_answer(layers, questions, stage), before, recipe.distill_loss)
             loss = loss + recipe.distill_weight * distance
         if recipe.step_loss:
-            results = step_results_loss(prompts, thoughts_QTD, self.next_latent, lm_head(self.lm), student)
+            results = step_results_loss(prompts, thoughts_QTD, self.next_latent, self.head_of(self.lm), student)
             loss = loss + recipe.step_loss * results
         return loss
 
     def _written_loss(self, hidden_QAD: Tensor, batch: TokenBatch) -> Tensor:
         """The cross-entropy from the hidden states of all written tokens except the last."""
-        return token_loss(lm_head(self.lm)(hidden_QAD[:, batch.forced - 1 :]), batch.targets_QA)
+        return token_loss(self.head_of(self.lm)(hidden_QAD[:, batch.forced - 1 :]), batch.targets_QA)
 
     def _before_answer(self, layers, questions: list[Question], stage: Stage) -> list[Tensor]:
         """Per layer, the hidden states (Q, D) at the token before the answer, selected from those of written tokens."""

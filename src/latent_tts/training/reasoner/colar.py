@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from latent_tts.checkpoint import files, loading
 from latent_tts.checkpoint.modules import colar_head
+from latent_tts.engine.proof import prove_reasoner
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.model.colar import HEAD, Colar
 from latent_tts.random.draw import Draw
 from latent_tts.sampler.greedy import Greedy
-from latent_tts.training.reasoner.batch import Sequences, pad_rows
+from latent_tts.training.reasoner.batch import Sequences, find_head, pad_rows
 from latent_tts.training.reasoner.curriculum import Stage
-from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, lm_head, load_trainable_lm
-from latent_tts.types import Question, Reasoner
+from latent_tts.training.reasoner.initial import add_tensors, embedding_table, has_tensors, load_trainable_lm
+from latent_tts.types import Computation, Question, Reasoner
 
 
 def add_head(folder: Path, hidden: int | None, seed: int, *, spread: bool) -> None:
@@ -115,16 +116,20 @@ class ColarObjective:
     Attributes:
         lm: the causal LM in training.
         own: the latent head.
+        head_of: what makes logits of final hidden states, see `find_head`.
+        computation: how the engine computes the model; None before it has.
         latent_weight, latent_noise: as in the recipe.
     """
 
     def __init__(self, adapter: Colar, latent_weight: float, latent_noise: float) -> None:
         self.adapter, self.latent_weight, self.latent_noise = adapter, latent_weight, latent_noise
         self.lm = load_trainable_lm(adapter.folder)
+        self.head_of = find_head(self.lm)
         tensors = loading.load_tensors(adapter.folder, HEAD)
         self.head = colar_head(adapter.width, tensors["fc.0.bias"].shape[0], spread="log_std.bias" in tensors)
         self.head.load_state_dict(tensors)
         self.own = nn.ModuleDict({HEAD.removesuffix("."): self.head.float().train()})
+        self.computation: Computation | None = None
 
     def loss(self, questions: list[Question], stage: Stage) -> Tensor:
         """Cross-entropy of all slots, plus `latent_weight` times the loss of the latent head on the next latent.
@@ -145,7 +150,7 @@ class ColarObjective:
         embeddings = torch.cat([embed(prompt_QL), fed_QSD[:, :-1]], dim=1)
         hidden = rows.feed(embeddings, torch.cat([prompt_mask_QL, slots.mask_QS[:, :-1]], dim=1))
         hidden_QSD = hidden[:, prompt_QL.shape[1] - 1 :]
-        loss = bag_cross_entropy(lm_head(self.lm)(hidden_QSD), slots)
+        loss = bag_cross_entropy(self.head_of(self.lm)(hidden_QSD), slots)
         if self.latent_weight:
             features = self.head["fc"](hidden_QSD[slots.latent_QS])
             gap = self.head["mean"](features).float() - gold_QSD[slots.latent_QS].detach().float() / std
@@ -172,7 +177,9 @@ class ColarObjective:
 
         longest = max(len(adapter.tokenizer.encode(f"Answer:{q.gold}").ids) for q in questions)
         plan = RolloutPlan(stage.latents, adapter.thinking_end_ids, adapter.eos_id, longest + 1, adapter.stop_id)
-        engine = Engine(Reasoner(self.lm, next_latent), plan)
+        reasoner = Reasoner(self.lm, next_latent)
+        self.computation = self.computation or prove_reasoner(reasoner, adapter.positions)
+        engine = Engine(replace(reasoner, computation=self.computation), plan)
         rollouts_QN = torch.zeros(len(questions), 1, dtype=torch.long, device=self.lm.device)
         draw = Draw.of(0, [q.id for q in questions], rollouts_QN, engine.width)
         rollouts = engine.roll([adapter.encode(q) for q in questions], draw, Greedy())

@@ -26,17 +26,14 @@ def load_trainable_lm(folder: Path, dtype: torch.dtype = torch.float32) -> PreTr
     logging.set_verbosity_error()  # transformers would warn about tensors that the family adds
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).train()
+    lm = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).train()
+    loading.name_body(lm)
+    return lm
 
 
 def embedding_table(lm: PreTrainedModel) -> Tensor:
     """The token embeddings (V, D), without gradients."""
     return cast(nn.Embedding, lm.get_input_embeddings()).weight.detach()
-
-
-def lm_head(lm: PreTrainedModel) -> nn.Module:
-    """The layer that makes logits of final hidden states."""
-    return cast(nn.Module, lm.get_output_embeddings())
 
 
 def write_initial_checkpoint(make: Callable[[Path], None], folder: Path, recipe: Recipe, seed: int) -> None:

@@ -17,10 +17,10 @@ from typing import Any
 
 from latent_tts.errors import RunError, is_number, require
 from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.training.optimization import NO_LIMIT
 
 log = logging.getLogger(__name__)
 LOG = "updates.jsonl"
-NO_LIMIT = 10**7  # updates of a run that the clock ends
 SAVE_SECONDS = 60.0  # between two saved states of such a run
 
 

@@ -6,9 +6,10 @@ for each update.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from transformers import TrainerCallback, TrainingArguments
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.joining import probe, write_adapter
-from latent_tts.errors import require
+from latent_tts.engine.proof import prove_reasoner
+from latent_tts.errors import UsageError, bad_value, require
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import words
 from latent_tts.text.answer import AnswerRule
@@ -38,9 +40,16 @@ from latent_tts.training.reasoner.initial import (
 )
 from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.reasoner.optimization import ReasonerOptimization
-from latent_tts.training.reasoner.pace import LOG, Pace, pace_of
+from latent_tts.training.reasoner.pace import LOG, Pace, Timed, pace_of
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths, token_lengths
-from latent_tts.training.reasoner.validation import Validation, best_weights, joined_copy, keep_if_best, read_best
+from latent_tts.training.reasoner.validation import (
+    Validation,
+    best_weights,
+    forget_best_after,
+    joined_copy,
+    keep_if_best,
+    read_best,
+)
 from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.recompute import blocks_of, recomputing_blocks
 from latent_tts.training.states import FINISHED, STATES, claim, clean_states, last_state, read_state, set_state_aside
@@ -51,14 +60,15 @@ from latent_tts.training.trainer import (
     trained_parameters,
     training_arguments,
 )
-from latent_tts.types import Question
+from latent_tts.types import Computation, Question
 
-VALID_BATCH = 250
+MAX_VALID_BATCH, VALID_MICRO_BATCHES = 250, 4  # questions; so many micro-batches need less memory without gradients
 METRIC = "eval_exact_match"
 INITIAL = "initial"
 OLD_STATE = "state.safetensors"
 PROBES, PROBE_TOKENS = 4, 12
 LENGTHS_KEPT = 100_000  # of questions; sorting asks for each several times
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,12 +77,14 @@ class TrainedReasoner:
 
     Attributes:
         checkpoint: the checkpoint folder.
+        weights: the folder of the weights that were chosen for it.
         updates: number of updates.
         chosen: the update that the weights in the checkpoint are of.
         figures: what they reached on the validation questions.
     """
 
     checkpoint: Path
+    weights: Path
     updates: int
     chosen: int
     figures: Mapping[str, float]
@@ -106,6 +118,23 @@ class DrawnValidation:
     settings: Validation
     adapter: CheckpointAdapter
     rule: AnswerRule
+
+    def prove(self, module: ReasonerModule, questions: Sequence[Question]) -> Computation:
+        """How the engine has to compute the model, which depends on its architecture and on the longest sequence.
+
+        Raises:
+            UsageError: the engine computes it in no way as it computes itself.
+        """
+        adapter = self.adapter
+        after = adapter.latents + len(adapter.thinking_end_ids) + self.settings.max_answer_tokens
+        longest = max(len(adapter.encode(question)) for question in questions) + after
+        try:
+            found = prove_reasoner(joined_copy(module, "float32"), longest)
+        except UsageError as error:
+            raise bad_value("validation.every", self.settings.every, f"must be null: {error}") from error
+        if found.reason:
+            log.warning("validation takes longer: %s", found.reason)
+        return found
 
 
 class MicroBatches(Dataset):
@@ -167,11 +196,11 @@ class ReasonerModule(nn.Module):
                 module.p = rate
 
     @torch.no_grad()
-    def exact_match(self, questions: list[Question], stage: Stage) -> float:
-        """Share of questions answered exactly, without dropout."""
+    def exact_match(self, questions: list[Question], stage: Stage, batch: int) -> float:
+        """Share of questions answered exactly, without dropout, so many at once."""
         self.eval()
-        starts = range(0, len(questions), VALID_BATCH)
-        hits = sum(self.objective.exact_matches(questions[start : start + VALID_BATCH], stage) for start in starts)
+        starts = range(0, len(questions), batch)
+        hits = sum(self.objective.exact_matches(questions[start : start + batch], stage) for start in starts)
         self.train()
         return hits / len(questions)
 
@@ -189,13 +218,20 @@ class ReasonerTrainer(ResumableTrainer):
         drawn: DrawnValidation | None,
         seed: int,
         save_every: int,
+        valid_batch: int,
         **more: Any,
     ) -> None:
-        """Create a trainer from recipe, module, validation, pace, seed of dropout, and updates between states."""
+        """Create a trainer from recipe, module, validation, pace, seed of dropout, and updates between states.
+
+        `valid_batch` questions are compared with their exact answers at once.
+        """
         every = None if drawn is None else drawn.settings.every
         super().__init__(model=module, callbacks=[_SaveCallback(recipe, pace, save_every, every)], **more)
         self.recipe, self.module, self.valid, self.key = recipe, module, valid, key_of(seed, "training")
-        self.pace, self.drawn = pace, drawn
+        self.pace, self.drawn, self.computation = pace, drawn, Computation()
+        self.valid_batch = valid_batch
+        if drawn is not None:
+            self.computation = drawn.prove(module, valid)
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, None]:
         """The loss in the stage of the current update."""
@@ -211,7 +247,7 @@ class ReasonerTrainer(ResumableTrainer):
         """Exact match on the validation questions, in the stage of the last update."""
         stage = self.recipe.stage_at(self.pace.planned(self.state.global_step - 1))
         with self.pace.validating(of_first_process):
-            figures = {METRIC: self.module.exact_match(self.valid, stage)}
+            figures = {METRIC: self.module.exact_match(self.valid, stage, self.valid_batch)}
             if self.drawn is not None:
                 figures |= self._draw(self.drawn, stage)
         self.log(figures)
@@ -221,8 +257,8 @@ class ReasonerTrainer(ResumableTrainer):
     def _draw(self, drawn: DrawnValidation, stage: Stage) -> dict[str, float]:
         """Accuracy and coverage of the weights so far, by the engine; keeps the best of the last stage with updates."""
         self.module.eval()
-        lm, next_latent = joined_copy(self.module, drawn.settings.dtype)
-        figures = drawn.settings.measure(lm, next_latent, drawn.adapter, stage, self.valid, drawn.rule)
+        reasoner = replace(joined_copy(self.module, drawn.settings.dtype), computation=self.computation)
+        figures = drawn.settings.measure(reasoner, drawn.adapter, stage, self.valid, drawn.rule)
         self.module.train()
         if stage == self.recipe.stage_at(self.recipe.updates - 1) and self.is_world_process_zero():
             weights = {name: value.detach().cpu() for name, value in trained_parameters(self.module)}
@@ -311,18 +347,7 @@ def train_reasoner(
     pace = pace_of(recipe.updates, optimization.minutes, optimization.follow, output / STATES, validation.share)
     arguments = trainer_arguments(recipe, optimization, output / STATES, seed=seed, device=device, max_steps=pace.limit)
     with arguments.main_process_first():
-        require(
-            "output",
-            output,
-            not (output / OLD_STATE).is_file(),
-            f"contains a {OLD_STATE} of an earlier version; choose another folder",
-        )
-        claim(output, settings)
-        clean_states(output / STATES)
-        while (last := last_state(output / STATES)) is not None and read_state(last)["global_step"] > pace.known():
-            set_state_aside(
-                last, f"is of update {read_state(last)['global_step']}, but {LOG} is whole to {pace.known()}"
-            )
+        claim_folder(output, settings, pace)
         if arguments.process_index == 0 and last_state(output / STATES) is None:
 
             def make(folder: Path) -> None:
@@ -341,24 +366,47 @@ def train_reasoner(
         lora=lora, new_tokens=new_tokens, seed=seed, save_every=save_every, report=report, pace=pace,
         drawn=None if validation.every is None else DrawnValidation(validation, adapter, questions.rule),
     )  # fmt: skip
-    last = last_state(output / STATES)
-    assert last is not None
     if not trainer.is_world_process_zero():
         return None
-    chosen = last if validation.every is None else best_weights(output / STATES)
+    trained = chosen_state(output, drawn=validation.every is not None)
     if lora.rank is None:
-        export(recipe, chosen, adapter, output / FINISHED)
+        export(recipe, trained.weights, adapter, trained.checkpoint)
     else:
         assert isinstance(start, Start)
         module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
-        load_parameters(module, chosen)
-        export_adapter(module, recipe.trained_with(adapter), adapter, start.checkpoint, output / FINISHED)
-    updates = read_state(last)["global_step"]
-    best = None if validation.every is None else read_best(output / STATES)
+        load_parameters(module, trained.weights)
+        trained_with = recipe.trained_with(adapter)
+        export_adapter(module, trained_with, adapter, new_tokens, start.checkpoint, trained.checkpoint)
+    return trained
+
+
+def claim_folder(output: Path, settings: dict, pace: Pace) -> None:
+    """Claim a folder, and set aside the states in it that no training can resume from; processes do so in turn.
+
+    Raises:
+        UsageError: it contains another run.
+    """
+    allowed = f"contains a {OLD_STATE} of an earlier version; choose another folder"
+    require("output", output, not (output / OLD_STATE).is_file(), allowed)
+    claim(output, settings)
+    clean_states(output / STATES)
+    while (last := last_state(output / STATES)) is not None and read_state(last)["global_step"] > pace.known():
+        why = f"is of update {read_state(last)['global_step']}, but {LOG} is whole to {pace.known()}"
+        set_state_aside(last, why)
+    if isinstance(pace, Timed):
+        forget_best_after(output / STATES, 0 if last is None else read_state(last)["global_step"])
+
+
+def chosen_state(output: Path, *, drawn: bool) -> TrainedReasoner:
+    """The weights that become the checkpoint: of the last state, or the best that a drawn validation found."""
+    last = last_state(output / STATES)
+    assert last is not None
+    updates, best = read_state(last)["global_step"], read_best(output / STATES) if drawn else None
+    weights = best_weights(output / STATES) if drawn else last
     if best is not None:
-        return TrainedReasoner(output / FINISHED, updates, best["update"], best["figures"])
+        return TrainedReasoner(output / FINISHED, weights, updates, best["update"], best["figures"])
     figures = [entry[METRIC] for entry in read_state(last)["log_history"] if METRIC in entry]
-    return TrainedReasoner(output / FINISHED, updates, updates, {METRIC: figures[-1]})
+    return TrainedReasoner(output / FINISHED, weights, updates, updates, {METRIC: figures[-1]})
 
 
 def trainer_arguments(
@@ -451,6 +499,7 @@ def train(
         drawn=drawn,
         seed=seed,
         save_every=save_every,
+        valid_batch=min(MAX_VALID_BATCH, VALID_MICRO_BATCHES * max(1, optimization.batch // parts)),
         report=lambda done, figures: report(pace.planned(done - 1) + 1, figures),
         args=arguments,
         train_dataset=MicroBatches(batches, parts, pace.limit),
@@ -486,9 +535,17 @@ def lacking_tokens(start: Start | BackboneConfig, recipe: Recipe, adapter: Check
 
 @torch.no_grad()
 def export_adapter(
-    module: ReasonerModule, trained_with: dict[str, Any], adapter: CheckpointAdapter, base: str, folder: Path
+    module: ReasonerModule,
+    trained_with: dict[str, Any],
+    adapter: CheckpointAdapter,
+    new_tokens: Sequence[int],
+    base: str,
+    folder: Path,
 ) -> None:
-    """Write a trained low-rank adapter in bfloat16, with the probe of the model as its rounded weights make it."""
+    """Write a trained low-rank adapter in bfloat16, with the probe of the model as its rounded weights make it.
+
+    The probe reads and writes the new tokens, so that it finds rows in another order.
+    """
     from peft import get_peft_model_state_dict
 
     for _, parameter in trained_parameters(module):
@@ -500,8 +557,9 @@ def export_adapter(
         own |= checkpoint_tensors(f"{prefix}.", part)
     vocabulary = int(module.lm.config.vocab_size)
     prompts_PL = torch.arange(PROBES * PROBE_TOKENS).reshape(PROBES, PROBE_TOKENS) * 7919 % vocabulary
-    prompts_PL[:, -3:] = torch.tensor([vocabulary - 1, vocabulary - 2, vocabulary - 3])  # new tokens among them
-    found = probe(module.lm.cpu(), prompts_PL, max(1, adapter.latents))
+    if new_tokens:
+        prompts_PL[:, -len(new_tokens) :] = torch.tensor(new_tokens)
+    found = probe(module.lm.cpu(), prompts_PL, max(1, adapter.latents), prompts_PL.unique())
     of_projector = ("projector", "projector_hidden_size") if any(name.startswith("projector.") for name in own) else ()
     config = {"latent_tts": trained_with} | {
         name: value for name, value in adapter.config.items() if name.endswith("_token_id") or name in of_projector

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 BEST, RECORD = "best", "best.json"
 QUESTIONS_AT_ONCE = 64  # questions that run together
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,7 @@ class Validation:
 
     def measure(
         self,
-        lm: Any,
-        next_latent: Any,
+        reasoner: Reasoner,
         adapter: CheckpointAdapter,
         stage: Stage,
         questions: Sequence[Question],
@@ -68,8 +70,7 @@ class Validation:
         """Greedy accuracy, and coverage of `rollouts` noisy rollouts, of a model that nobody else uses.
 
         Args:
-            lm: the causal LM, whole; it is cast and changed.
-            next_latent: what turns its hidden states into latents, in the same dtype.
+            reasoner: the model, which is changed.
             adapter: how prompts are written and answers read.
             stage: whose number of latents is thought.
             questions: to answer.
@@ -88,7 +89,7 @@ class Validation:
             schedule=adapter.own_schedule or SEQUENTIAL, other_eos_ids=adapter.eos_ids[1:],
             latent_id=None if adapter.own_schedule is None else adapter.latent_id,
         )  # fmt: skip
-        engine = Engine(Reasoner(lm, next_latent), plan)
+        engine = Engine(reasoner, plan)
         noisy = AnswerSampling(self.temperature).over(Greedy())
         if stage.latents:
             noisy = Gaussian(self.sigma, relative=False)
@@ -97,7 +98,7 @@ class Validation:
             solved = 0
             for start in range(0, len(questions), QUESTIONS_AT_ONCE):
                 part = questions[start : start + QUESTIONS_AT_ONCE]
-                numbers_QN = torch.arange(rollouts, device=lm.device).repeat(len(part), 1)
+                numbers_QN = torch.arange(rollouts, device=engine.device).repeat(len(part), 1)
                 draw = Draw.of(0, [question.id for question in part], numbers_QN, engine.width)
                 rolled = engine.roll([adapter.encode(question) for question in part], draw, sampler)
                 texts = [adapter.answer_text(ids) for ids in rolled.answer_ids]
@@ -108,19 +109,18 @@ class Validation:
         return {"eval_greedy_accuracy": shares[0], f"eval_coverage_at_{self.rollouts}": shares[1]}
 
 
-def joined_copy(module: Any, dtype: str) -> tuple[Any, Any]:
-    """A copy of a model in training, with its adapter joined in float32 and cast once, and of its latents' module."""
+def joined_copy(module: Any, dtype: str) -> Reasoner:
+    """A copy of a model in training, with its adapter joined in float32 and cast once."""
     import torch
     from torch import nn
 
     kind = getattr(torch, dtype)
     lm = copy.deepcopy(module.objective.lm if module.adapted is None else module.adapted)
     lm = lm if module.adapted is None else lm.merge_and_unload()
-    lm.set_attn_implementation("sdpa")
     next_latent = module.objective.next_latent
     if isinstance(next_latent, nn.Module):
         next_latent = copy.deepcopy(next_latent).to(kind).eval()
-    return lm.to(kind).eval().requires_grad_(False), next_latent
+    return Reasoner(lm.to(kind).eval().requires_grad_(False), next_latent)
 
 
 def keep_if_best(states: Path, weights: Mapping[str, Tensor], update: int, figures: dict[str, float]) -> bool:
@@ -155,6 +155,19 @@ def read_best(states: Path) -> dict[str, Any] | None:
         if record.pop("digest", None) in (None, settings_digest(record)):  # earlier versions wrote none
             return record
     raise bad_value("output", path, "is damaged; train in another folder")
+
+
+def forget_best_after(states: Path, done: int) -> None:
+    """Remove the best weights if they are of an update that is made anew, and differently: as in a run by the clock.
+
+    Args:
+        states: folder of the saved states.
+        done: updates of the state that the run resumes from.
+    """
+    best = read_best(states)
+    if best is not None and best["update"] > done:
+        log.warning("the best weights so far are of update %d, which is made anew; they are removed", best["update"])
+        shutil.rmtree(states / BEST)
 
 
 def best_weights(states: Path) -> Path:

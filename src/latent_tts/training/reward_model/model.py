@@ -1,4 +1,4 @@
-"""LatentRM in training: the reasoner's backbone with a scalar head; all rollouts of a question are one row.
+"""LatentRM in training: the reasoner's backbone with a scalar head; all rollouts of a question are mostly one row.
 
 Source: You et al. 2025 (arXiv 2510.07745), section 5; checkpoint layout of ModalityDance/latent-tts-rm.
 """
@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 
 from latent_tts.checkpoint import reward_adapter
 from latent_tts.checkpoint.adapter import CheckpointAdapter
+from latent_tts.engine.attention import use_own_attention
+from latent_tts.engine.proof import find_attention_problem
 from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
 from latent_tts.training.recompute import recomputing_blocks
 from latent_tts.training.trainer import trained_parameters
@@ -80,7 +82,8 @@ class LatentRMModule(nn.Module):
         super().__init__()
         self.__dict__["adapted"] = lora.attach(lm, [], seed)  # not registered as a module: it has the same weights
         self.recompute = False
-        lm.set_attn_implementation("sdpa")
+        self._packs: dict[int, bool] = {}
+        use_own_attention(lm)
         self.prefix = lm.base_model_prefix
         self.backbone: Any = lm.base_model.requires_grad_(True) if self.adapted is None else lm.base_model
         self.classifier = nn.Linear(lm.config.hidden_size, 1)
@@ -105,6 +108,26 @@ class LatentRMModule(nn.Module):
             lengths_Q: number of tokens of each prompt.
             latents_QNTD: latents of the rollouts.
         """
+        rows = self._packed if self.packs(prompt_QL.shape[1] + latents_QNTD.shape[2]) else self._plain
+        hidden_QND = rows(prompt_QL, lengths_Q, latents_QNTD)
+        weight, bias = self.classifier.weight, self.classifier.bias
+        with torch.autocast(hidden_QND.device.type, enabled=False):
+            logits_QN1 = F.linear(hidden_QND.to(weight.dtype), weight, bias)
+        return logits_QN1.view(latents_QNTD.shape[:3])
+
+    def packs(self, longest: int) -> bool:
+        """Whether the rollouts of a question can be one row: not where tokens see only some of those before them.
+
+        Args:
+            longest: tokens and latents of the longest rollout.
+        """
+        if longest not in self._packs:
+            with torch.no_grad():
+                self._packs[longest] = find_attention_problem(self.backbone, longest) is None
+        return self._packs[longest]
+
+    def _packed(self, prompt_QL: Tensor, lengths_Q: Tensor, latents_QNTD: Tensor) -> Tensor:
+        """Final hidden states (Q, N*T, D) of the latents; all rollouts of a question are one row."""
         questions, rollouts, latents, width = latents_QNTD.shape
         prompt_QLD = self.backbone.get_input_embeddings()(prompt_QL)
         latents_QRD = latents_QNTD.reshape(questions, rollouts * latents, width).to(prompt_QLD.dtype)
@@ -120,10 +143,26 @@ class LatentRMModule(nn.Module):
                 position_ids=positions_QS,
                 use_cache=False,
             ).last_hidden_state
-        weight, bias = self.classifier.weight, self.classifier.bias
-        with torch.autocast(hidden_QSD.device.type, enabled=False):
-            logits_QR1 = F.linear(hidden_QSD[:, prompt_QL.shape[1] :].to(weight.dtype), weight, bias)
-        return logits_QR1.view(questions, rollouts, latents)
+        return hidden_QSD[:, prompt_QL.shape[1] :]
+
+    def _plain(self, prompt_QL: Tensor, lengths_Q: Tensor, latents_QNTD: Tensor) -> Tensor:
+        """Final hidden states (Q, N*T, D) of the latents; each rollout is a row, with padding on the left."""
+        questions, rollouts, _, width = latents_QNTD.shape
+        place_L = torch.arange(prompt_QL.shape[1], device=prompt_QL.device)
+        padding_Q1 = prompt_QL.shape[1] - lengths_Q[:, None]
+        moved_QL = prompt_QL.gather(1, (place_L - padding_Q1) % prompt_QL.shape[1])
+        prompt_RLD = self.backbone.get_input_embeddings()(moved_QL).repeat_interleave(rollouts, 0)
+        latents_RTD = latents_QNTD.flatten(0, 1).to(prompt_RLD.dtype)
+        real_RL = (place_L >= padding_Q1).repeat_interleave(rollouts, 0)
+        mask_RS = torch.cat([real_RL, real_RL.new_ones(latents_RTD.shape[:2])], 1).long()
+        with recomputing_blocks(self.backbone, self.recompute):
+            hidden_RSD = self.backbone(
+                inputs_embeds=torch.cat([prompt_RLD, latents_RTD], 1),
+                attention_mask=mask_RS,
+                position_ids=(mask_RS.cumsum(1) - 1).clamp(min=0),
+                use_cache=False,
+            ).last_hidden_state
+        return hidden_RSD[:, prompt_QL.shape[1] :].reshape(questions, -1, width)
 
     @torch.no_grad()
     def round_to(self, dtype: torch.dtype) -> None:
