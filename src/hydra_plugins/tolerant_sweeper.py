@@ -37,26 +37,12 @@ class TolerantSweeper(BasicSweeper):
 
         assert self.config is not None
         assert self.launcher is not None
-        assert self.hydra_context is not None
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        given = {argument.lstrip("+~").partition("=")[0] for argument in arguments}
-        own = [param for param in self._parse_config() if param.partition("=")[0] not in given]
-        overrides = parser.parse_overrides([*own, *arguments])
         command = importlib.import_module(f"latent_tts.commands.{self.config.hydra.job.name}")
-        own_overrides = []
-        if hasattr(command, "sweep_overrides"):
-            swept = {str(one.key_or_group) for one in overrides if one.is_sweep_override()}
-            own_overrides = command.sweep_overrides(self.config, swept)
-        if own_overrides:  # folders are named after what the user gave
-            names = self.config.hydra.job.config.override_dirname
-            excluded = [*names.exclude_keys, *(one.partition("=")[0] for one in own_overrides)]
-            own_overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(excluded)}]")
-        jobs = [[*job, *own_overrides] for job in self.split_arguments(overrides, None)[0]]
+        jobs = self._jobs(arguments, command)
         common = set.intersection(*map(set, jobs))
 
-        def name(job: Sequence[str]) -> str:
-            own = [override for override in job if override not in common]
-            return f"job {' '.join(own)}: " if own else ""
+        def own(job: Sequence[str]) -> list[str]:
+            return [override for override in job if override not in common]
 
         folder = from_here(Path(self.config.hydra.sweep.dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,9 +50,10 @@ class TolerantSweeper(BasicSweeper):
         codes, log_file = [0], folder / f"{self.config.hydra.job.name}.log"
 
         def report_failure(error: Exception, job: Sequence[str]) -> None:
-            codes.append(say(error, name(job)))
+            name = f"job {' '.join(own(job))}: " if own(job) else ""
+            codes.append(say(error, name))
             with log_file.open("a") as file:
-                file.write(name(job) + "\n".join(describe(error)[0]) + "\n")
+                file.write(name + "\n".join(describe(error)[0]) + "\n")
 
         launchable = []
         for job in jobs:
@@ -84,28 +71,52 @@ class TolerantSweeper(BasicSweeper):
                 results = None
         finished, configs = [], []
         for job in jobs:
-            ran = None
+            cfg = ran = None
             if job in launchable and results is None:
-                cfg = self.hydra_context.config_loader.load_sweep_config(self.config, job)
-                cfg.hydra.job.num = launchable.index(job)
-                place = folder / str(cfg.hydra.sweep.subdir)
-                ran = place if _was_asked(place, list(cfg.hydra.overrides.task)) else None  # else an earlier sweep's
-                configs.append(cfg)
+                cfg, ran = self._find_job(job, launchable.index(job), folder)
             elif job in launchable and results is not None:
                 result = results[launchable.index(job)]
-                refused = False
                 if result.status is JobStatus.FAILED:
                     report_failure(result._return_value, job)
-                    refused = is_refused(result._return_value)
+                refused = result.status is JobStatus.FAILED and is_refused(result._return_value)
                 if result.hydra_cfg is not None and not refused:
-                    ran = from_here(Path(result.hydra_cfg.hydra.runtime.output_dir))
-                    configs.append(result.cfg)
-            finished.append(SweepJob([override for override in job if override not in common], ran))
+                    cfg, ran = result.cfg, from_here(Path(result.hydra_cfg.hydra.runtime.output_dir))
+            if cfg is not None:
+                configs.append(cfg)
+            finished.append(SweepJob(own(job), ran))
         if hasattr(command, "finish_sweep"):
             command.finish_sweep(folder, finished, configs)
         if max(codes):
             raise JobsFailed(max(codes))
         return results
+
+    def _jobs(self, arguments: Sequence[str], command: Any) -> list[list[str]]:
+        """The overrides of each job: the user's, and those that the command has for sweeps."""
+        assert self.config is not None
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        given = {argument.lstrip("+~").partition("=")[0] for argument in arguments}
+        own = [param for param in self._parse_config() if param.partition("=")[0] not in given]
+        overrides = parser.parse_overrides([*own, *arguments])
+        more = []
+        if hasattr(command, "sweep_overrides"):
+            swept = {str(one.key_or_group) for one in overrides if one.is_sweep_override()}
+            more = command.sweep_overrides(self.config, swept)
+        if more:  # folders are named after what the user gave
+            names = self.config.hydra.job.config.override_dirname
+            excluded = [*names.exclude_keys, *(one.partition("=")[0] for one in more)]
+            more.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(excluded)}]")
+        return [[*job, *more] for job in self.split_arguments(overrides, None)[0]]
+
+    def _find_job(self, job: list[str], number: int, folder: Path) -> tuple[Any, Path | None]:
+        """The config of a job that no launcher tells of, and its folder if it was begun in this sweep."""
+        assert self.config is not None
+        assert self.hydra_context is not None
+        cfg = self.hydra_context.config_loader.load_sweep_config(self.config, job)
+        cfg.hydra.job.num = number
+        place = folder / str(cfg.hydra.sweep.subdir)
+        # else it is of an earlier sweep
+        return cfg, place if _was_asked(place, list(cfg.hydra.overrides.task)) else None
 
 
 def _was_asked(folder: Path, overrides: list[str]) -> bool:

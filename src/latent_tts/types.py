@@ -9,10 +9,11 @@ Shape legend (the name of a tensor ends in the letters of its axes):
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +42,22 @@ def text_digest(text: str) -> str:
 
 def file_digest(path: Path) -> str:
     """The same of a file, which need not fit into memory; raises OSError."""
+    return file_sha256(path).hex()[:16]
+
+
+def file_sha256(path: Path) -> bytes:
+    """The sha256 of a file, whole; raises OSError."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where the file is missing, damaged or holds something else."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from latent_tts.checkpoint.files import check_shapes, check_sizes, sizes
-from latent_tts.engine.cost import BatchCost, Rates, RolloutCost, Shape, Work
+from latent_tts.engine.cost import BatchCost, PassCost, Rates, RolloutCost, Shape
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.model.coconut import Coconut
 from latent_tts.model.codi import Codi
@@ -172,7 +172,7 @@ def test_gpt2_costs_two_operations_a_weight_and_token():
 
 
 def test_the_floor_waits_for_operations_or_for_bytes():
-    assert Rates(flops=10.0, bytes=2.0).floor_seconds([Work(30.0, 4.0), Work(5.0, 8.0)]) == 3.0 + 4.0
+    assert Rates(flops=10.0, bytes=2.0).floor_seconds([PassCost(30.0, 4.0), PassCost(5.0, 8.0)]) == 3.0 + 4.0
 
 
 @settings(derandomize=True, deadline=None)
@@ -213,11 +213,11 @@ def test_a_batch_needs_what_its_passes_need(data, own, forced, stop):
         suffixes = sum(own_last + steps_R[row] + forced + written for row in going)
         answers += blocks + head + one * (prefixes(going) + suffixes)
     prefill = blocks + one * prefixes(everything)
-    assert [work.bytes for work in batch.work()] == pytest.approx([prefill, thoughts, answers])
+    assert [work.bytes for work in batch.parts()] == pytest.approx([prefill, thoughts, answers])
 
     once = sum(map(passes.shared_flops, prompts_Q))
     each = sum(passes.rollout_flops(*row) for row in zip(prompts_R, steps_R, answers_R, strict=True))
-    assert sum(work.flops for work in batch.work()) == pytest.approx(once + each)
+    assert sum(work.flops for work in batch.parts()) == pytest.approx(once + each)
 
 
 SAMPLERS = [Gaussian(0.1, False), Dropout(0.3, "ffn", ["thoughts"], "fresh"), Dropout(0.3, "ffn", ["prompt"], "fresh")]
@@ -234,7 +234,7 @@ def test_the_engine_does_the_operations_of_its_batch(sampler):
         engine.roll(prompts, draw, sampler)
     # the token limit, not an eos, ends these answers: the last token is chosen and not run
     passes = RolloutCost.of(shape, latents, 1, sampler.random_phases, (), looks_for_stop=False)
-    least = BatchCost(passes, 4, np.full(2, 5), np.full(6, latents), np.full(6, answer - 1)).work()
+    least = BatchCost(passes, 4, np.full(2, 5), np.full(6, latents), np.full(6, answer - 1)).parts()
     alone = len(prompts[0]) - bool(sampler.random_phases)  # tokens that run without the rollouts, or without the last
     copies = 6 if passes.own_prompt else 2
     masked_in_prefill = copies * shape.layers * 4 * shape.attention * alone * (alone - 1) / 2
@@ -272,8 +272,8 @@ def test_what_a_family_does_to_a_hidden_state_is_counted(family, name):
 
 
 def test_scoring_reads_the_weights_twice_and_each_prompt_once():
-    prefill, steps = SHAPE.scoring_work([4, 2], np.array([3, 3, 1, 2]), item=4)
+    prefill, steps = SHAPE.scoring_cost([4, 2], np.array([3, 3, 1, 2]), item=4)
     blocks = SHAPE.layers * SHAPE.block_weights * 4
-    assert prefill == Work(SHAPE.pass_flops(4) + SHAPE.pass_flops(2), blocks + SHAPE.cache_bytes(6, 4))
+    assert prefill == PassCost(SHAPE.pass_flops(4) + SHAPE.pass_flops(2), blocks + SHAPE.cache_bytes(6, 4))
     rows = [(4, 3), (4, 3), (2, 1), (2, 2)]
-    assert steps == Work(sum(SHAPE.scoring_flops(*row) for row in rows), blocks + SHAPE.cache_bytes(6 + 9, 4))
+    assert steps == PassCost(sum(SHAPE.scoring_flops(*row) for row in rows), blocks + SHAPE.cache_bytes(6 + 9, 4))

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from latent_tts.engine.quantization import as_linear, check_device, quantize
+from latent_tts.engine.quantization import as_linear, check_products, quantize
 from latent_tts.engine.rollout import Engine
 from latent_tts.engine.sites import find_blocks
 from latent_tts.errors import UsageError
@@ -120,7 +120,7 @@ def convs(lm):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kind", "dtype"), [("int8", torch.float32), ("float8", torch.bfloat16)])
 def test_a_gpu_draws_quantised_rollouts(kind, dtype):
-    check_device(kind, "cuda:0")
+    check_products(kind, "cuda:0")
     loaded, reasoner = tiny.reasoner("gpt2", dtype), tiny.reasoner("gpt2", dtype)
     loaded.lm.cuda()
     quantize(reasoner.lm.cuda(), kind)

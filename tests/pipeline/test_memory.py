@@ -16,7 +16,7 @@ from latent_tts.engine.cost import Shape
 from latent_tts.engine.rollout import Engine, RolloutState
 from latent_tts.pipeline import drawing
 from latent_tts.pipeline.drawer import Part, Request, split_by_question
-from latent_tts.pipeline.drawing import Stage
+from latent_tts.pipeline.drawing import Driver
 from latent_tts.pipeline.models import rows_per_batch
 from latent_tts.pipeline.spec import EngineSettings
 from latent_tts.results.annotations import AnnotationFolder
@@ -158,14 +158,14 @@ def test_what_fits_is_remembered_for_the_memory_of_the_worker_that_said_it(monke
     parts = [Part([], None, max_bytes=5, memory="small"), Part([], None, memory="large")]
     monkeypatch.setattr(drawing, "results_of", lambda *_: [([], parts)])
     monkeypatch.setattr(drawing, "latents_digest", lambda *_: "digest")
-    stage = Stage.__new__(Stage)
-    stage.spec = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
+    driver = Driver.__new__(Driver)
+    driver.spec = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
         executor=SimpleNamespace(in_process=False, fixed=False), budget=SimpleNamespace(adaptive=False), cache=tmp_path,
         guided=False, adapter=SimpleNamespace(latents=6),
     )  # fmt: skip
     common = {"rows": 8, "device": "cpu", "computations": None}
-    stage.workers = [SimpleNamespace(memory=name, **common) for name in ("large", "small")]  # pyright: ignore
-    stage._pool, stage.timeline = None, []  # pyright: ignore[reportAttributeAccessIssue]
+    driver.workers = [SimpleNamespace(memory=name, **common) for name in ("large", "small")]  # pyright: ignore
+    driver._pool, driver.timeline = None, []  # pyright: ignore[reportAttributeAccessIssue]
     bar = SimpleNamespace(advance=lambda rows: None)
-    assert list(stage.parts([], Request(True, False), bar)) == parts  # pyright: ignore[reportArgumentType]
+    assert list(driver.parts([], Request(True, False), bar)) == parts  # pyright: ignore[reportArgumentType]
     assert known_to_fit(tmp_path) == {"small": 5}

@@ -10,7 +10,8 @@ import tiny_gguf
 import torch
 from places import place_of_its_own
 from refusal import check, check_refused
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from latent_tts.checkpoint import files
 from latent_tts.model.cot import Cot
@@ -150,6 +151,26 @@ def test_training_goes_on_from_an_adapter(train, ltts, place):
     second = train(*LORA, init=place / "first" / "checkpoint")
     assert (first.code, second.code) == (0, 0), second.err
     assert draw(ltts, "coconut", second.last).code == 0
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", pytest.param("lm_head", marks=SLOW)])
+def test_wrong_rows_are_found_where_new_tokens_have_rows_among_others(train, ltts, place, part):
+    base = place / "base"
+    vocabulary = len(tiny_gguf.vocabulary())
+    config = tiny_gguf.model(tied=False).config
+    config.vocab_size = vocabulary + 3000  # rows without a token
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    tiny_gguf.tokenizer().save(str(base / "tokenizer.json"))
+    done = train(*LORA, init=base)
+    assert done.code == 0, done.err
+    settings = json.loads((done.last / files.ADAPTER).read_text())
+    assert settings["trainable_token_indices"][part] == [vocabulary, vocabulary + 1, vocabulary + 2]
+    path = done.last / "adapter_model.safetensors"
+    rows = load_file(path)
+    name = next(name for name in rows if "trainable_tokens" in name and part in name)
+    save_file(rows | {name: -rows[name]}, path)
+    check(draw(ltts, "coconut", done.last), "it computes something else than the trained model did")
 
 
 BAD = [

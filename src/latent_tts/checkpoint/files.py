@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from latent_tts.checkpoint import gguf
 from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole, reason, require
+from latent_tts.types import file_sha256
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -324,6 +325,12 @@ def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
         check_settings(value, folder, key=key)
 
 
+def check_for_adapter(folder: Path, *, key: str = MODEL_KEY) -> None:
+    """Raise UsageError if there is an adapter beside the weights: transformers would load the model that it names."""
+    allowed = f"holds an adapter ({ADAPTER}); {convert_hint(folder, key)}"
+    require(key, folder, not (folder / ADAPTER).is_file(), allowed)
+
+
 def check_shapes(
     config: Mapping[str, Any], shapes: Mapping[str, list[int]], folder: Path, *, key: str = MODEL_KEY
 ) -> None:
@@ -456,15 +463,10 @@ def digest(folder: Path) -> str:
     Raises:
         RunError: it is a model that was made once and kept, and is damaged.
     """
-    sha = hashlib.sha256()
-    known = {}
-    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
-        with path.open("rb") as file:
-            of_file = hashlib.file_digest(file, "sha256")
-        sha.update(of_file.digest())
-        known[path.name] = of_file.hexdigest()[:16]
-    gguf.check_kept(folder, known)
-    found = sha.hexdigest()[:16]
+    paths = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
+    known = {path.name: file_sha256(path) for path in paths}
+    gguf.check_kept(folder, {name: sha.hex()[:16] for name, sha in known.items()})
+    found = hashlib.sha256(b"".join(known.values())).hexdigest()[:16]
     digested[found] = folder
     return found
 

@@ -117,7 +117,7 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
               metadata={"format": "pt"})  # fmt: skip
     lm = loading.load_causal_lm(target, device="cpu", dtype="float32", key=key)
     wanted = load_file(folder / PROBE)
-    found = probe(lm, wanted["prompts_PL"], int(wanted["latents_PTD"].shape[1]))
+    found = probe(lm, wanted["prompts_PL"], int(wanted["latents_PTD"].shape[1]), wanted.get("tokens_A"))
     for name in ("latents_PTD", "logprobs_PA"):
         require(
             key, folder, wanted[name].shape == found[name].shape, f"its probe has {name} of {list(wanted[name].shape)}"
@@ -243,16 +243,17 @@ def add_adapter(
     return tensors
 
 
-def probe(lm: Any, prompts_PL: Tensor, latents: int) -> dict[str, Tensor]:
+def probe(lm: Any, prompts_PL: Tensor, latents: int, tokens_A: Tensor | None = None) -> dict[str, Tensor]:
     """What a causal LM computes from prompts by its own forward pass in float32, with latents fed back unchanged.
 
     Args:
         lm: the model, in evaluation mode.
         prompts_PL: token ids of P prompts of the same length.
         latents: T; 1 or more.
+        tokens_A: ids whose log-probabilities are compared; None for some of all, as earlier versions did.
 
     Returns:
-        The prompts, the latents (P, T, D), and the log-probabilities (P, A) of some tokens after the last one.
+        The prompts, the ids, the latents (P, T, D), and the log-probabilities (P, A) of the ids after the last one.
     """
     import torch
 
@@ -265,10 +266,12 @@ def probe(lm: Any, prompts_PL: Tensor, latents: int) -> dict[str, Tensor]:
             inputs_PLD = torch.cat([inputs_PLD, hidden_PLD[:, -1:]], dim=1)
         logits_PV = lm(inputs_embeds=inputs_PLD, use_cache=False).logits[:, -1].float()
         logprobs_PV = logits_PV.log_softmax(-1)
-        some = torch.linspace(0, logprobs_PV.shape[1] - 1, min(64, logprobs_PV.shape[1])).long()
-        some = torch.cat([some, torch.arange(max(0, logprobs_PV.shape[1] - 8), logprobs_PV.shape[1])])
-        found = {"latents_PTD": torch.stack(latents_PTD, 1).float(), "logprobs_PA": logprobs_PV[:, some]}
-    return {"prompts_PL": prompts_PL} | {name: value.clone().contiguous() for name, value in found.items()}
+        if tokens_A is None:
+            tokens_A = torch.linspace(0, logprobs_PV.shape[1] - 1, min(64, logprobs_PV.shape[1])).long()
+            tokens_A = torch.cat([tokens_A, torch.arange(max(0, logprobs_PV.shape[1] - 8), logprobs_PV.shape[1])])
+        found = {"latents_PTD": torch.stack(latents_PTD, 1).float(), "logprobs_PA": logprobs_PV[:, tokens_A]}
+    asked = {"prompts_PL": prompts_PL, "tokens_A": tokens_A}
+    return asked | {name: value.clone().contiguous() for name, value in found.items()}
 
 
 def write_adapter(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from latent_tts.checkpoint import gguf, joining
+from latent_tts.types import read_object
 
 KINDS: Mapping[str, tuple[str, int]] = {
     "gguf": ("converted from GGUF", gguf.VERSION),
@@ -64,8 +63,6 @@ def _kept(folder: Path) -> KeptModel | None:
         kind, stale = "damaged", True
     else:
         return None
-    source = "?"
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        source = str(json.loads((folder / gguf.SOURCE).read_text())["from"])
+    source = str(read_object(folder / gguf.SOURCE).get("from", "?"))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return KeptModel(folder, kind, source, size, folder.stat().st_mtime, stale)

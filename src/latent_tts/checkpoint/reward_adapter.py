@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, joining
 from latent_tts.errors import bad_value, require
+from latent_tts.types import read_object
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,10 +28,7 @@ def is_reward_adapter(folder: Path) -> bool:
     """Whether a folder holds a LatentRM that is an adapter."""
     if not (folder / files.ADAPTER).is_file() or joining.is_adapter(folder):
         return False
-    try:
-        record = json.loads((folder / "config.json").read_text()).get("latent_rm")
-    except (OSError, ValueError, AttributeError):
-        return False
+    record = read_object(folder / "config.json").get("latent_rm")
     return isinstance(record, dict) and "base" in record
 
 

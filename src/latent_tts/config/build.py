@@ -108,7 +108,7 @@ def build(group: str, node: Any) -> Any:
         while cause is not None and not isinstance(cause, LatentTTSError):
             cause = cause.__cause__
         if cause is not None:
-            raise _as_typed(cause) from None
+            raise _with_typed_number(cause) from None
         if isinstance(error.__cause__, TypeError):
             _refuse_unknown_arguments(group, node)
         reason = " ".join(str(error.__cause__ or error).split())[:200].rstrip(":")
@@ -117,7 +117,7 @@ def build(group: str, node: Any) -> Any:
         raise UsageError(f"{group}: {reason}") from error
 
 
-def _as_typed(error: LatentTTSError) -> LatentTTSError:
+def _with_typed_number(error: LatentTTSError) -> LatentTTSError:
     """A refusal with the number that the command line has, which `spell_numbers_alike` may have made a float."""
     key, _, rest = str(error).partition("=")
     shown, _, why = rest.partition(": ")

@@ -18,7 +18,7 @@ Count = Any  # a number, or an array with one per rollout
 
 
 @dataclass(frozen=True)
-class Work:
+class PassCost:
     """The operations that a part of a computation needs, and the bytes it must read or write."""
 
     flops: float
@@ -32,7 +32,7 @@ class Rates:
     flops: float
     bytes: float
 
-    def floor_seconds(self, parts: Sequence[Work]) -> float:
+    def floor_seconds(self, parts: Sequence[PassCost]) -> float:
         """The least seconds that any implementation takes: each part waits for its operations or for its bytes."""
         return sum(max(work.flops / self.flops, work.bytes / self.bytes) for work in parts)
 
@@ -106,17 +106,17 @@ class Shape:
         """Bytes of the LM head's matrix."""
         return self.width * self.vocabulary * item
 
-    def prefill_work(self, prompts_Q: Sequence[int], copies: int, item: int) -> Work:
-        """Work of running prompts in one pass, each `copies` times: weights are read once, keys and values written."""
+    def prefill_cost(self, prompts_Q: Sequence[int], copies: int, item: int) -> PassCost:
+        """Cost of running prompts in one pass, each `copies` times: weights are read once, keys and values written."""
         written = self.cache_bytes(sum(prompts_Q), item)
-        return Work(copies * sum(map(self.pass_flops, prompts_Q)), self.block_bytes(item) + copies * written)
+        return PassCost(copies * sum(map(self.pass_flops, prompts_Q)), self.block_bytes(item) + copies * written)
 
-    def scoring_work(self, prompts_Q: Sequence[int], steps_R: Int64, item: int) -> list[Work]:
-        """The work of scoring: the prompts, then the latents of all rows (question-major) in one pass."""
+    def scoring_cost(self, prompts_Q: Sequence[int], steps_R: Int64, item: int) -> list[PassCost]:
+        """Cost of scoring: the prompts, then the latents of all rows (question-major) in one pass."""
         prompts_R = np.repeat(prompts_Q, len(steps_R) // len(prompts_Q))
         read = self.block_bytes(item) + self.cache_bytes(sum(prompts_Q) + int(steps_R.sum()), item)
         flops = float(self.scoring_flops(prompts_R, steps_R).sum())
-        return [self.prefill_work(prompts_Q, 1, item), Work(flops, read)]
+        return [self.prefill_cost(prompts_Q, 1, item), PassCost(flops, read)]
 
 
 @dataclass(frozen=True)
@@ -245,15 +245,15 @@ class BatchCost:
     steps_R: Int64
     answers_R: Int64 | None
 
-    def work(self) -> list[Work]:
-        """The work of prefill, thoughts and answers. In each, every pass reads the weights once for all rows.
+    def parts(self) -> list[PassCost]:
+        """Prefill, thoughts and answers. In each, every pass reads the weights once for all rows.
 
         A pass reads a prompt's keys and values once per question (once per row if each row has its own), and those of
         the suffix once per row. Activations, embeddings and logits are left out: they can stay in a cache.
         """
         shape, own_prompt = self.passes.shape, self.passes.own_prompt
         shared_Q = (self.prompts_Q - self.passes.own_last).tolist()
-        parts = [shape.prefill_work(shared_Q, self._rollouts if own_prompt else 1, self.item), self._thoughts()]
+        parts = [shape.prefill_cost(shared_Q, self._rollouts if own_prompt else 1, self.item), self._thoughts()]
         return parts if self.answers_R is None else [*parts, self._answers(self.answers_R)]
 
     @property
@@ -263,7 +263,7 @@ class BatchCost:
     def _read(self, tokens: float) -> float:
         return self.passes.shape.cache_bytes(1, self.item) * float(tokens)
 
-    def _thoughts(self) -> Work:
+    def _thoughts(self) -> PassCost:
         passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
         prompts_R = self.prompts_Q.repeat(self._rollouts)
         flops_R = passes.thinking_flops(prompts_R, self.steps_R) - passes.own_prompt * shape.pass_flops(prompts_R)
@@ -274,9 +274,9 @@ class BatchCost:
         prefix = self._read((prompts - own).sum())  # as one pass reads it
         read = (int(fed_R.max()) + len(passes.repeated)) * (shape.block_bytes(self.item) + prefix)
         heads = int(passes.stop_checks(self.steps_R).max()) * shape.head_bytes(self.item)
-        return Work(float(flops_R.sum()), read + self._read(suffixes) + heads)
+        return PassCost(float(flops_R.sum()), read + self._read(suffixes) + heads)
 
-    def _answers(self, answers_R: Int64) -> Work:
+    def _answers(self, answers_R: Int64) -> PassCost:
         passes, shape, own = self.passes, self.passes.shape, self.passes.own_last
         prompts_R = self.prompts_Q.repeat(self._rollouts)
         flops_R = passes.rollout_flops(prompts_R, self.steps_R, answers_R)
@@ -288,4 +288,4 @@ class BatchCost:
         else:  # read until the last of its rollouts ends
             prefixes = ((answers_R.reshape(-1, self._rollouts).max(1) + 1) * (self.prompts_Q - own)).sum()
         weights = (int(answers_R.max()) + 1) * shape.weight_bytes(self.item)
-        return Work(float(flops_R.sum()), weights + self._read(prefixes + suffixes))
+        return PassCost(float(flops_R.sum()), weights + self._read(prefixes + suffixes))

@@ -22,7 +22,7 @@ FLOAT8_FROM = (8, 9)  # CUDA's compute capability
 FLOAT8_MULTIPLE = 16  # of a layer's two widths; torchao silently leaves others as they are
 
 
-def check_device(kind: str, device: str) -> None:
+def check_products(kind: str, device: str) -> None:
     """Check that a device can do what `quantize` will ask of it.
 
     Args:
@@ -43,7 +43,7 @@ def quantize(lm: PreTrainedModel, kind: str) -> None:
     """Quantise the linear layers of a causal LM's blocks in place; GPT-2's `Conv1D` become `nn.Linear` before.
 
     Args:
-        lm: on a device that passed `check_device`, in bfloat16 or (`int8`) float32.
+        lm: on a device that passed `check_products`, in bfloat16 or (`int8`) float32.
         kind: `int8` or `float8`.
 
     Raises:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from latent_tts.engine.cost import Rates, Shape, Work
+from latent_tts.engine.cost import PassCost, Rates, Shape
 from latent_tts.engine.device import measured_rates, peak_bytes, reset_peak_bytes, synchronized_seconds
 from latent_tts.engine.packing import RolloutJob, question_ids, require_finite, row_bytes
 from latent_tts.engine.rollout import Rollouts
@@ -72,7 +72,7 @@ def measured_columns(started: float, device: torch.device, rows: int) -> Columns
     return {"seconds": seconds, "peak_memory_bytes": peak_bytes(device), "device": device.type, "rows": rows}
 
 
-def least_columns(parts: Sequence[Work], rates: Rates, rows: int) -> Columns:
+def least_columns(parts: Sequence[PassCost], rates: Rates, rows: int) -> Columns:
     """A row's share of a batch's least seconds, and of the bytes that it must read or write."""
     return {"floor_seconds": rates.floor_seconds(parts) / rows, "bytes": sum(work.bytes for work in parts) / rows}
 
@@ -118,7 +118,7 @@ class BatchScorer:
             require_finite("step scores", finite_R, question_ids(batch), scorer.backbone.dtype, "scoring rollouts")
         measured = measured_columns(started, scorer.device, len(latents_RTD))
         prompts = [len(job.prompt) for job in batch]
-        least = self.shape.scoring_work(prompts, steps_R.numpy(), scorer.backbone.dtype.itemsize)
+        least = self.shape.scoring_cost(prompts, steps_R.numpy(), scorer.backbone.dtype.itemsize)
         return {
             "step_scores": ragged(scores_RT.float().numpy(), steps_R.numpy()),
             **{name: measured[name] for name in MEASURED if name in measured},

@@ -519,4 +519,4 @@ class Drawer:
             steps_R=rollouts.steps_R.numpy(),
             answers_R=np.array([len(ids) - begun for ids in rollouts.answer_ids]) if answers else None,
         )
-        return least_columns(least.work(), self.rates, len(rollouts.answer_ids))
+        return least_columns(least.parts(), self.rates, len(rollouts.answer_ids))

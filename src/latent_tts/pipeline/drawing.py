@@ -68,7 +68,7 @@ def find_computations(spec: RunSpec, *, scored: bool) -> tuple[Computation, Comp
     """How the workers compute the run's reasoner and, where it is `scored`, its scorer. Loads them."""
     if spec.executor.in_process:
         return load_reasoner_of(spec).computation, load_scorer_of(spec).computation if scored else None
-    return Stage(spec, max(map(len, spec.prompts.values())), scored=scored).workers[0].computations
+    return Driver(spec, max(map(len, spec.prompts.values())), scored=scored).workers[0].computations
 
 
 def draw(
@@ -101,18 +101,18 @@ def draw(
         KeyboardInterrupt: with the number of rollouts that are kept.
     """
     jobs = jobs_of(spec, missing)
-    stage = Stage(spec, max(len(job.prompt) for job in jobs), scored=scored)
-    stage.log_work(jobs, answers=answers)
-    cache.write_computation(stage.workers[0].computations[0])
+    driver = Driver(spec, max(len(job.prompt) for job in jobs), scored=scored)
+    driver.log_work(jobs, answers=answers)
+    cache.write_computation(driver.workers[0].computations[0])
     if dissimilarity is None:
-        stage.read_direction_sums(jobs, cache.folder)
-        stage.log_catching_up(jobs)
+        driver.read_direction_sums(jobs, cache.folder)
+        driver.log_catching_up(jobs)
     request = Request(answers, scored, compares=dissimilarity is None, keeps=kept is not None)
     total, done = sum(len(job.rollouts) for job in jobs), 0
     try:
         with report.progress_bar(total, "rollouts") as bar, PartWriter(cache.folder) as writer:
             with computing("drawing rollouts", f"what was drawn is in {cache.folder}", LESS_MEMORY):
-                for part in stage.parts(jobs, request, bar, dissimilarity):
+                for part in driver.parts(jobs, request, bar, dissimilarity):
                     if kept is not None and part.latents_RTD is not None:
                         kept.put(part.places, part.latents_RTD)
                     if spec.on_answers is not None and part.answer_ids is not None:
@@ -126,8 +126,8 @@ def draw(
     finally:
         # rounds follow each other in one process; writing after each one would cost more than it saves
         if dissimilarity is None and not is_adaptive(spec.budget):
-            stage.write_direction_sums(jobs, cache.folder)
-    return stage.timeline
+            driver.write_direction_sums(jobs, cache.folder)
+    return driver.timeline
 
 
 def recompute_latents(
@@ -158,19 +158,19 @@ def recompute_latents(
     missing = pd.concat([unscored, unkept]).drop_duplicates().sort_index()
     jobs = split_by_offset(jobs_of(spec, missing), offsets)
     scored = len(unscored) > 0
-    stage = Stage(spec, max(len(job.prompt) for job in jobs), scored=scored)
-    stage.log_recomputing(jobs, "scores" if scored else "")
+    driver = Driver(spec, max(len(job.prompt) for job in jobs), scored=scored)
+    driver.log_recomputing(jobs, "scores" if scored else "")
     to_score = set(unscored.itertuples(index=False, name=None))
     request = Request(answers=False, scored=scored, drawn=False, keeps=kept is not None)
     writer = PartWriter(scores.folder) if scored and scores is not None else None
     with report.progress_bar(len(missing), "rollouts") as bar, writer or nullcontext():
         with computing("recomputing latents", "what was scored is in the cache", LESS_MEMORY):
-            for part in stage.parts(jobs, request, bar):
+            for part in driver.parts(jobs, request, bar):
                 if kept is not None and part.latents_RTD is not None:
                     kept.put(part.places, part.latents_RTD)
                 if writer is not None and part.make_table is not None:
                     writer.put(partial(_rows_of, part.make_table, to_score))
-    return stage.timeline
+    return driver.timeline
 
 
 def _rows_of(make_table: Callable[[], pa.Table], wanted: set[Place]) -> pa.Table:
@@ -255,8 +255,8 @@ def first_of_questions(jobs: Iterable[RolloutJob]) -> list[RolloutJob]:
     return [next(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
 
 
-class Stage:
-    """The workers of a run's executor, which draw rollouts or recompute their latents.
+class Driver:
+    """Drives the workers of a run's executor, which draw rollouts or recompute their latents.
 
     Attributes:
         timeline: which worker was busy when.
@@ -384,7 +384,7 @@ class Stage:
             write_direction_sums(folder, sums)
 
     def log_catching_up(self, jobs: Sequence[RolloutJob]) -> None:
-        """Say of how many drawn rollouts latents are computed again, to be compared with those to come."""
+        """Log how many drawn rollouts have their latents computed again, to compare new ones with."""
         if self.spec.adapter.latents:
             before = find_uncompared(first_of_questions(jobs), self._latents)
             if before:
@@ -427,7 +427,7 @@ class EarlyParts:
         self._waiting: list[Part] = []
 
     def compared(self, parts: Iterable[Part]) -> Iterator[Part]:
-        """Those of some parts, and of parts before, whose rollouts are compared with all those before them by now."""
+        """The parts that are now compared with all earlier rollouts: some of these, and some that waited."""
         for part in parts:
             for key, (count, sums_TD) in part.sums.items():
                 directions.put(self._name(key), count, sums_TD, kept=self._kept)

@@ -140,7 +140,7 @@ def find_device(engine: EngineSettings) -> str:
         "engine.graph", engine.graph, on_gpu or engine.graph != "on", f"graphs need CUDA, this is {device}: auto or off"
     )
     if engine.quantize is not None:
-        quantization.check_device(engine.quantize, device)
+        quantization.check_products(engine.quantize, device)
     return device
 
 

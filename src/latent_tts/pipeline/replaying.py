@@ -58,7 +58,7 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     """
     allowed = "must be adaptive or shared: those look at rollouts; the run's own table has the figures of the others"
     require("budget", spec.budget.name, is_adaptive(spec.budget), allowed)
-    rescoring.check_weights(spec, source, record)
+    rescoring.require_same_weights(spec, source, record)
 
 
 def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:

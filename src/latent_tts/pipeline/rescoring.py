@@ -42,7 +42,7 @@ def read_run(source: Path, needed: Mapping[str, type] = NEEDED) -> dict[str, Any
 
 
 def read_record(source: Path) -> dict[str, Any]:
-    """The `run.json` of a run folder whose rollouts can be scored by others.
+    """The `run.json` of a run folder whose rollouts another scorer can score.
 
     Raises:
         UsageError: there is none, it is damaged, or its rollouts cannot be scored by another scorer.
@@ -76,10 +76,10 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
         spec.scorer is not None,
         "the model's LatentRM was trained for other weights; choose one: scorer.checkpoint=FOLDER",
     )
-    check_weights(spec, source, record)
+    require_same_weights(spec, source, record)
 
 
-def check_weights(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
+def require_same_weights(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     """Check that the checkpoint is the one that drew a run.
 
     Raises:

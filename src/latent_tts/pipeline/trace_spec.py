@@ -27,8 +27,8 @@ from latent_tts.sampler import Sampler
 from latent_tts.sampler.greedy import Greedy
 from latent_tts.search.independent import Independent
 
-MAX_QUESTIONS = 8  # side by side
-MAX_ROLLOUTS = 64  # of a run that has more
+MAX_TRACED_QUESTIONS = 8  # side by side
+MAX_TRACED_ROLLOUTS = 64  # of a run that has more
 MAX_TOKENS = 20  # of a lens
 SHOWN_IDS = 3  # in an error
 GREEDY = f"{Greedy.__module__}.{Greedy.__qualname__}"
@@ -118,8 +118,10 @@ def check_trace(
     Raises:
         UsageError: there are too many questions, or nothing to see.
     """
-    few = len(run.questions) <= MAX_QUESTIONS
-    require("task.limit", len(run.questions), few, f"a trace shows at most {MAX_QUESTIONS} questions side by side")
+    few = len(run.questions) <= MAX_TRACED_QUESTIONS
+    require(
+        "task.limit", len(run.questions), few, f"a trace shows at most {MAX_TRACED_QUESTIONS} questions side by side"
+    )
     require("model.latents", run.adapter.latents, run.adapter.latents > 0, "must be 1 or more: a trace shows latents")
     run = replace(run, decode="all")  # a trace shows every answer
     other = None
@@ -151,13 +153,13 @@ def select_questions(
         record: its `run.json`.
         wanted: ids of questions, or beginnings of ids; none for the first question.
         n: how many of a question's first rollouts to show; None for all that the run's budget used, at most
-            `MAX_ROLLOUTS`.
+            `MAX_TRACED_ROLLOUTS`.
 
     Raises:
         UsageError: a question is not in the run, it has fewer rollouts, or its checkpoint has changed.
         RunError: the questions of its task have changed since that run.
     """
-    rescoring.check_weights(spec, source, record)
+    rescoring.require_same_weights(spec, source, record)
     questions = {question.id: question for question in spec.questions}
     counts = read_rollouts(source).groupby("question_id", sort=False).size()
     if gone := [name for name in counts.index if name not in questions]:
@@ -168,7 +170,7 @@ def select_questions(
     if n is not None:
         require("n", n, 1 <= n <= min(has), f"must be 1 to {min(has)}, which the run has")
         require("n", n, not whole or n == max(has), "its rollouts were drawn or scored all together: n must be theirs")
-    limit = n or MAX_ROLLOUTS
+    limit = n or MAX_TRACED_ROLLOUTS
     budget = read_budget(source)
     if budget is not None and n is None:
         used = dict(zip(budget["question_id"], budget["used"], strict=True))

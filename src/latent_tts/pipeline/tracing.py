@@ -56,7 +56,7 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
     beside = [spec for spec in (asked.beside, asked.deterministic) if spec is not None]
     drawn = [(run, rollouts), *((spec, draw_rollouts(spec)) for spec in beside)]
     with computing("tracing", "what was drawn is in the cache", LESS_MEMORY):
-        results_Q = [step_results(run.adapter, question) for question in run.questions]
+        results_Q = [result_tokens(run.adapter, question) for question in run.questions]
         samplers = [
             traced_rollouts(spec, made, view.top, [[token for _, _, token in each] for each in results_Q])
             for spec, made in drawn
@@ -86,7 +86,7 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
     )
 
 
-def step_results(adapter: CheckpointAdapter, question: Question) -> list[tuple[int, str, int]]:
+def result_tokens(adapter: CheckpointAdapter, question: Question) -> list[tuple[int, str, int]]:
     """The results of a question's written steps that are one token: number of the step, text, id of the token."""
     found = []
     for number, step in enumerate(question.steps):

@@ -33,7 +33,7 @@ from latent_tts.results.parts import (
     whole_parts,
     write_part,
 )
-from latent_tts.types import Computation, Floats
+from latent_tts.types import Computation, Floats, read_object
 
 NOT_DECODED = "not_decoded"  # the stop reason of a rollout whose answer was not needed
 KEY_JSON, SCORES_FOLDER = "key.json", "scores"
@@ -186,15 +186,12 @@ class RolloutCache(PartCache):
     def read_computation(self) -> Computation | None:
         """How the rollouts were computed; None where that is not known. A damaged file is set aside."""
         path = self.folder / COMPUTATION
-        try:
-            said = json.loads(path.read_text())
-            digest = said.pop("digest", None)  # earlier versions wrote none
-            if digest in (None, settings_digest(said)):
-                return Computation(said["attention"], said["logits"], said["reason"])
-        except FileNotFoundError:
+        if not path.is_file():
             return None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            pass
+        said = read_object(path)
+        digest = said.pop("digest", None)  # earlier versions wrote none
+        if digest in (None, settings_digest(said)) and {"attention", "logits", "reason"} <= said.keys():
+            return Computation(said["attention"], said["logits"], said["reason"])
         log.warning("%s is damaged: it is now %s", path, set_aside(path).name)
         return None
 
@@ -213,7 +210,7 @@ class ScoreCache(PartCache):
 
 
 def _discard(folder: Path, schema: pa.Schema, wanted: pd.DataFrame) -> None:
-    """Remove rows from the parts of a folder; rows that stay are written before their old part goes."""
+    """Remove rows from the parts of a folder; those that stay are in a new part before the old one is removed."""
     gone = GatheredRows(wanted, schema)
     for path, table in whole_parts(part_files(folder), schema.names):
         stays = ~gone.contains(table)
@@ -286,16 +283,11 @@ def check_writable(root: Path) -> None:
 
 def known_to_fit(root: Path) -> dict[str, int]:
     """Estimated bytes of the largest batches that fit, by model, dtype and device, where larger ones did not."""
-    try:
-        found = json.loads((root / MEMORY_JSON).read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    known = found.items() if isinstance(found, dict) else ()
-    return {key: size for key, size in known if isinstance(size, int)}
+    return {key: size for key, size in read_object(root / MEMORY_JSON).items() if isinstance(size, int)}
 
 
 def remember_what_fits(root: Path, key: str, size: int) -> None:
-    """Remember it for later commands, if the folder can be written to."""
+    """Remember for later commands what fits, if the folder can be written to."""
     known = known_to_fit(root)
     if known.get(key) == size:
         return
@@ -335,10 +327,8 @@ def _entry(folder: Path) -> CacheEntry:
     for path in part_files(folder):
         with suppress(OSError, pa.ArrowException):  # damaged: what reads its rows says so
             rollouts += pq.read_metadata(path).num_rows
-    key: Any = {}
-    with suppress(ValueError, RecursionError):
-        key = json.loads((folder / KEY_JSON).read_text())
-    if not isinstance(key, dict) or not all(isinstance(key.get(name) or {}, dict) for name in ("sampler", "code")):
+    key = read_object(folder / KEY_JSON)
+    if not all(isinstance(key.get(name) or {}, dict) for name in ("sampler", "code")):
         key = {}
     sizes, times = [stat.st_size for _, stat in files], [stat.st_mtime for _, stat in files]
     return CacheEntry(folder, key, rollouts, sum(sizes), max(times))

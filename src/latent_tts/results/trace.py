@@ -102,7 +102,7 @@ class TracedRollouts:
 
 
 @dataclass(frozen=True)
-class Vote:
+class AnswerCount:
     """An answer with the number of rollouts that gave it.
 
     Attributes:
@@ -196,13 +196,13 @@ class TracedQuestion:
         return counts.most_common(1)[0][0] if counts else None
 
     @property
-    def votes(self) -> list[Vote]:
+    def votes(self) -> list[AnswerCount]:
         """How many rollouts gave each answer, the most frequent first, unreadable ones last."""
         kinds = dict(zip(self.rollouts.predictions, self.kinds(0), strict=True))
         counts = Counter(self.rollouts.predictions)
         unreadable = counts.pop(None, 0)
-        votes = [Vote(str(answer), count, kinds[answer]) for answer, count in counts.most_common()]
-        return votes + ([Vote(UNREADABLE, unreadable, kinds[None])] if unreadable else [])
+        votes = [AnswerCount(str(answer), count, kinds[answer]) for answer, count in counts.most_common()]
+        return votes + ([AnswerCount(UNREADABLE, unreadable, kinds[None])] if unreadable else [])
 
     def kinds(self, place: int) -> list[str]:
         """The kind of each rollout of `samplers[place]`, see `KINDS`."""

@@ -23,7 +23,7 @@ import numpy as np
 from latent_tts.checkpoint import files, reward_adapter
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import as_typed, bad_value, is_number, require
-from latent_tts.types import Floats, Reasoner, RewardModel
+from latent_tts.types import Floats, Reasoner, RewardModel, file_sha256
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -132,16 +132,13 @@ class LatentRM:
 
         The config of an adapter has the digest of its reasoner.
         """
-        sha = hashlib.sha256()
         tokenizer = [path for path in [self.folder / "tokenizer.json"] if path.is_file()]
         if self._is_adapter:
             weights = reward_adapter.file_paths(self.folder, KEY)
         else:
             weights = files.weight_files(self.folder, key=KEY)
-        for path in [self.folder / "config.json", *tokenizer, *weights]:
-            with path.open("rb") as file:
-                sha.update(hashlib.file_digest(file, "sha256").digest())
-        return sha.hexdigest()[:16]
+        paths = [self.folder / "config.json", *tokenizer, *weights]
+        return hashlib.sha256(b"".join(map(file_sha256, paths))).hexdigest()[:16]
 
     @property
     def temperature(self) -> float:

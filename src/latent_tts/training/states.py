@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from latent_tts.errors import bad_value, is_whole, require
-from latent_tts.results.files import launch_rank, whole_file
-from latent_tts.types import file_digest
+from latent_tts.results.files import launch_rank, write_text
+from latent_tts.types import file_digest, read_object
 
 SETTINGS, STATES, FINISHED = "settings.json", "states", "checkpoint"
 DIGESTS = "digests.json"  # of a state's files
@@ -45,17 +45,13 @@ def claim(output: Path, settings: Mapping[str, Any]) -> None:
             )
         return
     output.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(wanted, indent=1) + "\n")
+    write_text(path, json.dumps(wanted, indent=1) + "\n")
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The `trainer_state.json` of a saved state; empty if the state is incomplete, since this file is written last."""
-    try:
-        state = json.loads((folder / "trainer_state.json").read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return state if isinstance(state, dict) and is_whole(state.get("global_step")) else {}
+    state = read_object(folder / "trainer_state.json")
+    return state if is_whole(state.get("global_step")) else {}
 
 
 def last_state(states: Path) -> Path | None:
@@ -67,8 +63,7 @@ def last_state(states: Path) -> Path | None:
 def write_digests(state: Path) -> None:
     """Write the digests of a state's files beside them, as the last of its files."""
     names = sorted(path.name for path in state.iterdir() if path.is_file() and path.name != DIGESTS)
-    with whole_file(state / DIGESTS) as partial:
-        partial.write_text(json.dumps({name: file_digest(state / name) for name in names}, indent=1) + "\n")
+    write_text(state / DIGESTS, json.dumps({name: file_digest(state / name) for name in names}, indent=1) + "\n")
 
 
 def clean_states(states: Path) -> None:

@@ -375,7 +375,8 @@ def train_reasoner(
         assert isinstance(start, Start)
         module = ReasonerModule(recipe.objective(adapter), lora, new_tokens, seed)
         load_parameters(module, trained.weights)
-        export_adapter(module, recipe.trained_with(adapter), adapter, start.checkpoint, trained.checkpoint)
+        trained_with = recipe.trained_with(adapter)
+        export_adapter(module, trained_with, adapter, new_tokens, start.checkpoint, trained.checkpoint)
     return trained
 
 
@@ -534,9 +535,17 @@ def lacking_tokens(start: Start | BackboneConfig, recipe: Recipe, adapter: Check
 
 @torch.no_grad()
 def export_adapter(
-    module: ReasonerModule, trained_with: dict[str, Any], adapter: CheckpointAdapter, base: str, folder: Path
+    module: ReasonerModule,
+    trained_with: dict[str, Any],
+    adapter: CheckpointAdapter,
+    new_tokens: Sequence[int],
+    base: str,
+    folder: Path,
 ) -> None:
-    """Write a trained low-rank adapter in bfloat16, with the probe of the model as its rounded weights make it."""
+    """Write a trained low-rank adapter in bfloat16, with the probe of the model as its rounded weights make it.
+
+    The probe reads and writes the new tokens, so that it finds rows in another order.
+    """
     from peft import get_peft_model_state_dict
 
     for _, parameter in trained_parameters(module):
@@ -548,8 +557,9 @@ def export_adapter(
         own |= checkpoint_tensors(f"{prefix}.", part)
     vocabulary = int(module.lm.config.vocab_size)
     prompts_PL = torch.arange(PROBES * PROBE_TOKENS).reshape(PROBES, PROBE_TOKENS) * 7919 % vocabulary
-    prompts_PL[:, -3:] = torch.tensor([vocabulary - 1, vocabulary - 2, vocabulary - 3])  # new tokens among them
-    found = probe(module.lm.cpu(), prompts_PL, max(1, adapter.latents))
+    if new_tokens:
+        prompts_PL[:, -len(new_tokens) :] = torch.tensor(new_tokens)
+    found = probe(module.lm.cpu(), prompts_PL, max(1, adapter.latents), prompts_PL.unique())
     of_projector = ("projector", "projector_hidden_size") if any(name.startswith("projector.") for name in own) else ()
     config = {"latent_tts": trained_with} | {
         name: value for name, value in adapter.config.items() if name.endswith("_token_id") or name in of_projector

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from latent_tts.checkpoint.files import LATENT_TOKENS
+
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unknown|>"
-LATENT_TOKENS = ("<|latent|>", "<|start-latent|>", "<|end-latent|>")
 SIGNS = ("<<", ">>", "###", "\n", "+", "-", "*", "/", "=", ",")
 LARGEST_NUMBER = 200
 

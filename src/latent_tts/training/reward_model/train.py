@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
-from latent_tts.results.files import whole_file
+from latent_tts.results.files import write_text
 from latent_tts.training.reasoner.lora import FULL, Lora
 from latent_tts.training.recompute import blocks_of
 from latent_tts.training.reward_model.data import MixedQuestions, collate
@@ -108,8 +108,8 @@ def train_latent_rm(
         "valid_selection_accuracy_of_all": valid.accuracy_of_all(accuracy),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    with whole_file(output / RESULTS) as partial:  # written last: the training is finished if it exists
-        partial.write_text(json.dumps(results, indent=1) + "\n")
+    # written last: the training is finished if it exists
+    write_text(output / RESULTS, json.dumps(results, indent=1) + "\n")
     return results
 
 
