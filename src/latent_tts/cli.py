@@ -157,7 +157,7 @@ def _overrides(name: str, arguments: list[str]) -> list[str]:
 
 
 def _check_argument(name: str, before: str, argument: str, after: str | None) -> None:
-    """Refuse an argument of a command that can be nothing, by itself or between those before and after it.
+    """Refuse an argument that cannot be read.
 
     Raises:
         UsageError: no text, no key, an unknown flag, or a flag with another value than it takes.

@@ -73,7 +73,7 @@ class Shared(Budget):
 
     @property
     def needs_score(self) -> bool:
-        """Whether the pick is one of scores."""
+        """Whether it looks at scores."""
         return self.aggregator == "best_of_n"
 
     def check(self, questions: int, n: int, answer_rule: str) -> None:

@@ -115,6 +115,7 @@ class CheckpointAdapter:
             f"and the {type(self).__name__} adapter reads {self.family} ones\n"
             f"choose the model that reads it, or a {self.family} checkpoint",
         )
+        files.check_for_adapter(self.folder)
         files.check_sizes(self.config, self.folder)
         files.check_shapes(self.config, shapes, self.folder)
         self.check_tensors(shapes)
@@ -153,7 +154,7 @@ class CheckpointAdapter:
     def require_tensors(
         self, part: str, prefix: str, wanted: Mapping[str, list[int]], shapes: Mapping[str, list[int]]
     ) -> None:
-        """Check that the checkpoint's `shapes` have those wanted of a part of the model, whose names lack a prefix.
+        """Check that the checkpoint has all tensors of a part of the model, in the right shapes.
 
         Raises:
             UsageError: a tensor is missing, or has another shape.

@@ -72,7 +72,7 @@ def describe(error: Exception) -> tuple[list[str], int]:
 
 
 def _describe_config(error: Exception) -> list[str]:
-    """Of a config that Hydra or OmegaConf cannot compose; nothing for other errors."""
+    """The lines for a config that Hydra or OmegaConf cannot compose; none for other errors."""
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -112,7 +112,7 @@ def _describe_config(error: Exception) -> list[str]:
 
 
 def _describe_argument(error: Exception) -> list[str]:
-    """Of a value that another library cannot take; nothing for other errors."""
+    """The line for a value that another library cannot take; none for other errors."""
     for kind, words, pattern, said in OF_ARGUMENTS:
         if isinstance(error, kind) and words in str(error):
             key = next((each.partition("=")[0] for each in sys.argv[1:] if re.search(pattern, each)), "a key")
@@ -121,7 +121,7 @@ def _describe_argument(error: Exception) -> list[str]:
 
 
 def _describe_failure(error: Exception) -> tuple[list[str], int]:
-    """Of a disk, of memory, and of what nobody thought of."""
+    """Lines and exit code for a full disk, missing memory, and whatever else goes wrong."""
     number, file = _errno_of(error), getattr(error, "filename", None)
     where = f"{file}: " if file else ""
     if number == errno.ENOSPC:

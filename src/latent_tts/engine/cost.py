@@ -112,7 +112,7 @@ class Shape:
         return PassCost(copies * sum(map(self.pass_flops, prompts_Q)), self.block_bytes(item) + copies * written)
 
     def scoring_cost(self, prompts_Q: Sequence[int], steps_R: Int64, item: int) -> list[PassCost]:
-        """The work of scoring: the prompts, then the latents of all rows (question-major) in one pass."""
+        """Cost of scoring: the prompts, then the latents of all rows (question-major) in one pass."""
         prompts_R = np.repeat(prompts_Q, len(steps_R) // len(prompts_Q))
         read = self.block_bytes(item) + self.cache_bytes(sum(prompts_Q) + int(steps_R.sum()), item)
         flops = float(self.scoring_flops(prompts_R, steps_R).sum())

@@ -318,11 +318,11 @@ class FixedRollouts(RolloutState):
         self._position_1.zero_()
 
     def _used_after(self, latents: int) -> int:
-        """Slots used once so many latents are made: the last of them is not run yet."""
+        """Slots in use after a number of latents: the last latent is not run yet."""
         return max(latents - 1, 0) + (self._own_last and latents > 0)
 
     def _stand_after(self, latents: int) -> None:
-        """Be where so many latents are made."""
+        """Set the state to where a number of latents are made."""
         self.step, self.thinking_R, self.steps_R = latents, self._thinking_R, self._steps_R
         self._all.cache.used, self._all.cache.at_1 = self._used_after(latents), None
         self._hidden_RD, self._pending_RSD = self._begin_RD, None
@@ -493,7 +493,7 @@ class GraphEngine(Engine):
                 if bucket is None:
                     # without a circle of references, buckets go with their engine and not when garbage is collected
                     rollouts = FixedRollouts(proxy(self), hooks, draw, len(prompts), key[3])
-                    bucket = Bucket(rollouts, self._recordings.new_recorder(), agreement)
+                    bucket = Bucket(rollouts, self._recordings.new_recorder(), agreement, self.lm.dtype)
                 rollouts = cast(FixedRollouts, bucket.fixed)
                 found = bucket.compute(
                     lambda: rollouts.load(prompts, draw, hooks), lambda run: rollouts.walk(run, answers=answers)

@@ -216,7 +216,7 @@ class RayPool:
         return Finished(worker, None, 0.0, lost=True)
 
     def _next_reference(self) -> Any:
-        """That of the next thing that is done; None if a worker was not started again in time."""
+        """The reference of the next call that has ended; None if a worker was not started again in time."""
         ray, timeout = _ray(), None
         late = [until for until in self._all.values() if until is not None]
         if late:
@@ -280,7 +280,7 @@ class _Actor:
         return result, time.perf_counter() - started, self._warnings.taken()
 
     def _ready(self, work_id: str, content: list[Any]) -> Worker:
-        """The worker of a piece of work; one that was started again has forgotten it."""
+        """The worker for a piece of work; a process that was started again makes it anew."""
         if self._worker is None or self._id != work_id:
             pickled, folder = _ray().get(content[0])
             try:
@@ -335,7 +335,7 @@ def _actors(executor: Ray, *, on_gpus: bool) -> dict[Any, float | None]:
 
 @cache
 def _say_if_ended() -> None:
-    """Have a line printed, by another process, if this one is ended before it gets to its end."""
+    """Have another process print a line if this one is killed."""
     watch = subprocess.Popen(["/bin/sh", "-c", WATCH], stdin=subprocess.PIPE, start_new_session=True)
 
     def end() -> None:
@@ -419,7 +419,7 @@ class WorkerPlan:
 
     @property
     def threads(self) -> int:
-        """Of each worker."""
+        """Threads of each worker."""
         return max(1, int(self.cores))
 
     def fits(self, machines: Sequence[Machine]) -> bool:
@@ -479,7 +479,7 @@ def _start_actors(executor: Ray, on_gpus: bool) -> list[Any]:
 
 
 def _sign_of(actor: Any) -> Any:
-    """What is there once an actor is, even if that dies before; a call of anything else would fail."""
+    """A reference that is ready once an actor runs; if the actor dies before, Ray tries again, unlike other calls."""
     return actor.is_placed.options(max_task_retries=-1).remote()
 
 

@@ -384,7 +384,7 @@ class Driver:
             write_direction_sums(folder, sums)
 
     def log_catching_up(self, jobs: Sequence[RolloutJob]) -> None:
-        """Say of how many drawn rollouts latents are computed again, to be compared with those to come."""
+        """Log how many drawn rollouts have their latents computed again, to compare new ones with."""
         if self.spec.adapter.latents:
             before = find_uncompared(first_of_questions(jobs), self._latents)
             if before:
@@ -427,7 +427,7 @@ class EarlyParts:
         self._waiting: list[Part] = []
 
     def compared(self, parts: Iterable[Part]) -> Iterator[Part]:
-        """Those of some parts, and of parts before, whose rollouts are compared with all those before them by now."""
+        """The parts that are now compared with all earlier rollouts: some of these, and some that waited."""
         for part in parts:
             for key, (count, sums_TD) in part.sums.items():
                 directions.put(self._name(key), count, sums_TD, kept=self._kept)

@@ -109,7 +109,7 @@ def measure(
 
 
 def rows_to_try(rollouts: int, bytes_per_row: int, device: str) -> Iterator[int]:
-    """Rows, doubled each time; the first in any case, then as many as there are rollouts for and memory has room."""
+    """Numbers of rows to measure, doubled each time, as long as there are rollouts and memory for them."""
     rows = MIN_ROWS
     yield rows
     while 2 * rows <= rollouts and rows_that_fit(2 * rows, bytes_per_row, device) == 2 * rows:

@@ -67,7 +67,7 @@ def is_current(key: Mapping[str, Any]) -> bool:
 
 
 def latents_key(spec: RunSpec, computation: Computation, scoring: Computation | None) -> dict[str, Any]:
-    """The same for latents without answers, which nothing about answers determines."""
+    """The key of latents alone: without what determines answers."""
     about_answers = ("max_answer_tokens", "answer", "forced_ids")
     key = rollout_key(spec, computation, scoring)
     return {name: value for name, value in key.items() if name not in about_answers} | {"answers": "none"}

@@ -42,7 +42,7 @@ def read_run(source: Path, needed: Mapping[str, type] = NEEDED) -> dict[str, Any
 
 
 def read_record(source: Path) -> dict[str, Any]:
-    """The `run.json` of a run folder whose rollouts can be scored by others.
+    """The `run.json` of a run folder whose rollouts another scorer can score.
 
     Raises:
         UsageError: there is none, it is damaged, or its rollouts cannot be scored by another scorer.

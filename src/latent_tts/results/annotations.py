@@ -222,7 +222,7 @@ class AnnotationFolder:
         return {"kept": reasons[None], **{name: reasons[name] for name in names}}
 
     def index(self) -> pa.Table:
-        """The index (columns of `INDEX_SCHEMA`) by ascending index, one row a question; the last shard wins.
+        """The index (columns of `INDEX_SCHEMA`) by ascending index, a row per question; the last shard wins.
 
         Raises:
             UsageError: a part cannot be read, or names a shard that does not exist.

@@ -210,7 +210,7 @@ class ScoreCache(PartCache):
 
 
 def _discard(folder: Path, schema: pa.Schema, wanted: pd.DataFrame) -> None:
-    """Remove rows from the parts of a folder; rows that stay are written before their old part goes."""
+    """Remove rows from the parts of a folder; those that stay are in a new part before the old one is removed."""
     gone = GatheredRows(wanted, schema)
     for path, table in whole_parts(part_files(folder), schema.names):
         stays = ~gone.contains(table)
@@ -287,7 +287,7 @@ def known_to_fit(root: Path) -> dict[str, int]:
 
 
 def remember_what_fits(root: Path, key: str, size: int) -> None:
-    """Remember it for later commands, if the folder can be written to."""
+    """Remember for later commands what fits, if the folder can be written to."""
     known = known_to_fit(root)
     if known.get(key) == size:
         return

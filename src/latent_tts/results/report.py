@@ -146,7 +146,7 @@ class ProgressBar:
         self.show_part(0)
 
     def show_part(self, count: float) -> None:
-        """Show that, besides those that are done, others have progressed by as much as `count` whole ones."""
+        """Show progress within a batch: as much as `count` whole ones beyond those that are done."""
         completed = self._done + count
         rate = completed / max(self._progress.tasks[0].elapsed or 0, 1e-9)
         self.show(completed, f"{rate:.0f}/s" if rate >= 10 else f"{rate:.2g}/s" if completed else "")

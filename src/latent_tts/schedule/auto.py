@@ -73,7 +73,7 @@ class Auto(Schedule):
     stepwise: ClassVar[bool] = False
 
     def check(self, model: LatentModel) -> None:
-        """Refuse to be used unsettled.
+        """Refuse: by now another schedule should have been chosen.
 
         Raises:
             UsageError: always.

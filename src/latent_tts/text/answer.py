@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,10 @@ from latent_tts.text.guard import Guard
 from latent_tts.text.number import MAX_LENGTH, canonical_number, is_close, tidy
 
 QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+AROUND = re.compile(
+    r"(?P<mark>\*\*|[\"'`$*])(?P<text>(?:(?!(?P=mark)).)+)(?P=mark)|\\(?:boxed|text|textbf|mathrm)\{(?P<braced>[^{}]+)\}"
+)
+CHOICE = re.compile(r"\A\(?([a-z])[):]\Z")
 RULES = {"decimal": "a number", "latex": "a LaTeX expression with a value", "words": "a text"}
 
 
@@ -98,8 +103,12 @@ def canonical_words(raw: str | None) -> str | None:
         raw: the text of an answer; None for no answer.
 
     Returns:
-        The text in one case, with single spaces and without final dots; None if it is empty or too long.
+        The text in one case, with single spaces, without final dots and marks around the whole: `**B**` and `(B)` are
+        `b`; None if it is empty or too long.
     """
     if raw is None or len(raw) > MAX_LENGTH:
         return None
-    return " ".join(unicodedata.normalize("NFC", tidy(raw).casefold()).translate(QUOTES).split()).rstrip(". ") or None
+    text = " ".join(unicodedata.normalize("NFC", tidy(raw).casefold()).translate(QUOTES).split()).rstrip(". ")
+    while found := AROUND.fullmatch(text):
+        text = (found["text"] or found["braced"]).strip(". ")
+    return CHOICE.sub(r"\1", text) or None

@@ -46,7 +46,7 @@ class Reward(Rule):
 
     @property
     def needs_score(self) -> bool:
-        """True: it reads nothing else."""
+        """True: the rule reads scores alone."""
         return True
 
     def enough(self, tally: Tally) -> Bools:
