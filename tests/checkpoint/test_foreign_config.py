@@ -87,7 +87,8 @@ def test_a_dtype_that_torch_does_not_have_is_named(folder):
         loading.load_causal_lm(change(folder, dtype="__import__"), device="cpu", dtype="float32")
 
 
-def test_an_adapter_beside_the_weights_is_not_loaded_instead(refuse, folder):
+def test_an_adapter_beside_the_weights_is_not_loaded_instead(run, refuse, folder):
+    assert run("task.limit=1", "n=1").code == 0  # the same weights are kept for the next run of the process
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/other"}')
     refuse(f"model.checkpoint={folder}", words=["adapter_config.json", "ltts convert"])
 

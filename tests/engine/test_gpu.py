@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from latent_tts.engine.recording import CudaRecorder
 from latent_tts.random import bits
 from latent_tts.random.draw import Draw
 from latent_tts.results.run_folder import read_metrics, read_rollouts
 
 pytestmark = pytest.mark.gpu
-GPU = devices.Place(torch.device("cuda:0"), lambda module: module.to("cuda:0"))
+GPU = devices.Place(torch.device("cuda:0"), lambda module: module.to("cuda:0"), recorder=CudaRecorder)
 CASES = dict(devices.cases())
 FEW = ["task.limit=6", "n=4"]
 SAMPLERS = [["sampler=gaussian"], ["sampler=dropout", "sampler.where=[prompt,thoughts,answer]"]]

@@ -12,8 +12,11 @@ from label_jobs import jobs, labelling
 from torch import Tensor, nn
 
 from latent_tts.engine.decoding import AnswerSampling
+from latent_tts.engine.graph_scoring import GraphScorer
+from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.labelling import label_batch
 from latent_tts.engine.packing import RolloutJob
+from latent_tts.engine.recording import Recorder, Recordings
 from latent_tts.engine.rollout import Engine, RolloutPlan, Rollouts
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.random.draw import Draw
@@ -26,12 +29,20 @@ from latent_tts.search.beam import Beam
 from latent_tts.types import Reasoner, RewardModel
 
 
+class Runs:
+    """Runs passes again in place of replaying them."""
+
+    def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Callable[[], object]:
+        return run
+
+
 class Place(NamedTuple):
-    """A device: how to move a model to it, and the context manager in which it computes."""
+    """A device: how to move a model to it, the context manager in which it computes, and what records its passes."""
 
     device: torch.device
     moved: Callable[[nn.Module], Any]
     computing: Callable[[], AbstractContextManager] = nullcontext
+    recorder: Callable[[], Recorder] = Runs
 
     def reasoner(self, family: str) -> Reasoner:
         made = tiny.reasoner(family)
@@ -58,7 +69,7 @@ def check_same(case: Case, place: Place, tolerance: float) -> None:
 
 
 def cases() -> Iterator[tuple[str, Case]]:
-    """All samplers and schedules, scores, labels and beams, in three families."""
+    """All samplers and schedules, scores, labels and beams, in three families, and what is replayed in one."""
     noise, masks = Gaussian(0.5, False), Dropout(0.3, "residual", ["thoughts"], "fresh")
     everywhere = Dropout(0.3, "residual_embedding", ["prompt", "thoughts", "answer"], "locked")
     samplers = [Greedy(), noise, masks, everywhere, AnswerSampling(1.5, 0.9).over(noise), Control("shuffle")]
@@ -77,6 +88,10 @@ def cases() -> Iterator[tuple[str, Case]]:
         for sampler in (noise, masks):
             yield f"{family}, labels, {sampler}", _labelled(family, sampler)
             yield f"{family}, beams, {sampler}", _searched(family, sampler)
+    plan = tiny.plan(3, eos_id=tiny.EOS_IDS["gpt2"], stop_id=11)
+    for sampler in samplers[1:]:
+        yield f"gpt2, stops by a token, {sampler}, replayed", _replayed("gpt2", plan, sampler)
+    yield "gpt2, scores, replayed", _scored_again("gpt2")
 
 
 def _values(rollouts: Rollouts) -> Values:
@@ -94,6 +109,44 @@ def _rolled(family: str, plan: RolloutPlan, sampler: Any) -> Case:
             donor_RTD = torch.ones(12, plan.latents, tiny.WIDTH, dtype=torch.float64).to(place.device)
         draw = Draw.of(0, ids, rollouts_QN, tiny.WIDTH, engine.blocks)
         return _values(engine.roll(prompts, draw, sampler, donor_RTD=donor_RTD))
+
+    return values
+
+
+def _recordings(place: Place) -> Recordings:
+    return Recordings(place.device, needed=True, new_recorder=place.recorder, max_bytes=1e9)
+
+
+def _replayed(family: str, plan: RolloutPlan, sampler: Any) -> Case:
+    """Batches of the same sizes, which the CPU draws as usual."""
+
+    def values(place: Place) -> Values:
+        reasoner, found = place.reasoner(family), []
+        engine = Engine(reasoner, plan) if place == CPU else GraphEngine(reasoner, plan, _recordings(place))
+        for batch in range(3):  # recorded, compared, replayed
+            rollouts_QN = torch.arange(batch, batch + 4).repeat(3, 1).to(place.device)
+            donor_RTD = None
+            if sampler.needs_donor:
+                donor_RTD = torch.full((12, plan.latents, tiny.WIDTH), 1.0 + batch).double().to(place.device)
+            draw = Draw.of(batch, ["a", "b", "c"], rollouts_QN, tiny.WIDTH, engine.blocks)
+            prompts = tiny.prompts([1 + batch, 9, 4])
+            for answers in (True, False):
+                found += _values(engine.roll(prompts, draw, sampler, donor_RTD=donor_RTD, answers=answers))
+        return found
+
+    return values
+
+
+def _scored_again(family: str) -> Case:
+    def values(place: Place) -> Values:
+        scorer, found = place.scorer(family), []
+        if place != CPU:
+            scorer = GraphScorer(scorer.model, _recordings(place))
+        for batch in range(3):
+            latents_RTD = torch.randn(9, 5, tiny.WIDTH, generator=torch.Generator().manual_seed(batch)).double()
+            prompts, steps_R = tiny.prompts([9 - batch, 4, 6]), 1 + (torch.arange(9) + batch) % 5
+            found.append(scorer.score(prompts, latents_RTD.to(place.device), steps_R=steps_R).cpu())
+        return found
 
     return values
 

@@ -10,12 +10,13 @@ import pytest
 
 @contextmanager
 def place_of_its_own(folder: Path) -> Iterator[None]:
-    """An empty folder to run commands in, with a cache and a config folder of its own."""
+    """An empty folder to run commands in, with a cache and a config folder of its own, and no narrow terminal."""
     handlers = logging.getLogger().handlers[:]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("LTTS_CACHE", str(folder / "cache"))
         patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+        patch.delenv("COLUMNS", raising=False)  # of the terminal that the tests run in
         yield
     for handler in set(logging.getLogger().handlers) - set(handlers):
         handler.close()

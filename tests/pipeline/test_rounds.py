@@ -97,6 +97,11 @@ def test_live_picks_and_drawn_are_those_of_the_replay(ltts, lines, full_of, fami
     table = tables[0]
     settings = [read_metrics(result.last)["settings"].unique().tolist() for result in (live, replayed)]
     assert ["scorer.range" in text for [text] in settings] == [name == "weighted"] * 2
+    for result in (live, replayed):
+        lines_of = pd.read_json(result.last.with_name("answers.jsonl"), lines=True, dtype=False)
+        assert lines_of["why"].tolist() == table["why"].tolist()
+        certificates = lines_of.get("certificate", table["why"].map(lambda _: None))
+        assert certificates.fillna("").tolist() == table["certificate"].tolist()
     assert list(table) == BUDGET_COLUMNS
     assert (table["used"] <= table["drawn"]).all()
     assert table["drawn"].max() <= N

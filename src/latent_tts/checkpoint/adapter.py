@@ -115,6 +115,7 @@ class CheckpointAdapter:
             f"and the {type(self).__name__} adapter reads {self.family} ones\n"
             f"choose the model that reads it, or a {self.family} checkpoint",
         )
+        files.check_for_adapter(self.folder)
         files.check_sizes(self.config, self.folder)
         files.check_shapes(self.config, shapes, self.folder)
         self.check_tensors(shapes)

@@ -325,6 +325,12 @@ def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
         check_settings(value, folder, key=key)
 
 
+def check_for_adapter(folder: Path, *, key: str = MODEL_KEY) -> None:
+    """Raise UsageError if there is an adapter beside the weights: transformers would load the model that it names."""
+    allowed = f"holds an adapter ({ADAPTER}); {convert_hint(folder, key)}"
+    require(key, folder, not (folder / ADAPTER).is_file(), allowed)
+
+
 def check_shapes(
     config: Mapping[str, Any], shapes: Mapping[str, list[int]], folder: Path, *, key: str = MODEL_KEY
 ) -> None:

@@ -41,13 +41,15 @@ def prepare_backbone(lm: PreTrainedModel, computation: Computation = SHARED_PREF
         for name, child in children.items():
             if can_be_packed(child):
                 setattr(parent, name, PackedLinear(child, gelu=child is in_front_of_gelu))
-            elif hasattr(child, "variance_epsilon") and child.weight.is_cuda and is_rms_norm(child):
+            elif hasattr(child, "variance_epsilon") and child.weight.is_cuda and can_be_fused(child):
                 setattr(parent, name, FusedRMSNorm(child))
 
 
-def is_rms_norm(module: nn.Module) -> bool:
-    """Whether a norm of transformers is what `FusedRMSNorm` computes: by values, since some families' are not."""
+def can_be_fused(module: nn.Module) -> bool:
+    """Whether a norm of transformers is not in training and what `FusedRMSNorm` computes: some families' are not."""
     weight: Any = module.weight
+    if weight.requires_grad:
+        return False
     x = torch.linspace(-3, 2, weight.shape[-1], dtype=weight.dtype, device=weight.device)[None]
     wanted, found = (norm(x).double() for norm in (module, FusedRMSNorm(module)))
     return torch.allclose(found, wanted, rtol=4 * torch.finfo(weight.dtype).eps, atol=0)

@@ -129,7 +129,7 @@ class GraphScorer(LatentScorer):
         def fixed(bucket: ScoreBucket | None) -> tuple[ScoreBucket, Tensor]:
             if bucket is None:
                 made = FixedScores(proxy(self), len(prompts), length, latents_RTD, shifted=shifted)
-                bucket = Bucket(made, self._recordings.new_recorder(), agree)
+                bucket = Bucket(made, self._recordings.new_recorder(), agree, self.backbone.dtype)
             scores = cast(FixedScores, bucket.fixed)
             return bucket, bucket.compute(lambda: scores.load(prompts, latents_RTD, position_offset_Q), scores.walk)
 

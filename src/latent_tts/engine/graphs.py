@@ -493,7 +493,7 @@ class GraphEngine(Engine):
                 if bucket is None:
                     # without a circle of references, buckets go with their engine and not when garbage is collected
                     rollouts = FixedRollouts(proxy(self), hooks, draw, len(prompts), key[3])
-                    bucket = Bucket(rollouts, self._recordings.new_recorder(), agreement)
+                    bucket = Bucket(rollouts, self._recordings.new_recorder(), agreement, self.lm.dtype)
                 rollouts = cast(FixedRollouts, bucket.fixed)
                 found = bucket.compute(
                     lambda: rollouts.load(prompts, draw, hooks), lambda run: rollouts.walk(run, answers=answers)

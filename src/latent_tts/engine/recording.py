@@ -26,9 +26,9 @@ from latent_tts.types import Computation
 log = logging.getLogger(__name__)
 # of what is free once models are loaded; batches take at most half of it (`packing.MEMORY_SHARE`)
 ROLLOUTS_SHARE, SCORES_SHARE = 0.25, 0.0625
-_ROUNDING = 0.25  # roundings by which the same passes may differ
-# roundings by which sums in another order may, and how many of the rollouts agree at least
-_OTHER_ORDER, _OTHER_ORDER_HALF = (256.0, 0.9), (16.0, 0.5)  # in float32 and in half precision
+# roundings within which rollouts agree, and how many of them agree at least, in float32 and in half precision:
+_REPLAYED, _REPLAYED_HALF = (16.0, 0.9), (2.0, 0.9)  # replayed, for which a library may choose other kernels
+_OTHER_ORDER, _OTHER_ORDER_HALF = (256.0, 0.9), (16.0, 0.5)  # in tensors of other sizes, so summed in another order
 MAX_RECORDED = 256  # passes of a bucket; later answer tokens of a sampler that is random in answers are not recorded
 # tokens of prompts, padding included, up to which their pass is recorded: more of them take longer than launching
 PROMPT_TOKENS = 1 << 12
@@ -125,15 +125,18 @@ class Bucket(Generic[Pass, Found]):
         fixed: the tensors.
     """
 
-    def __init__(self, fixed: FixedTensors[Pass], recorder: Recorder, agreement: Agreement[Found]) -> None:
+    def __init__(
+        self, fixed: FixedTensors[Pass], recorder: Recorder, agreement: Agreement[Found], dtype: torch.dtype
+    ) -> None:
         """Record nothing yet.
 
         Args:
             fixed: see above.
             recorder: for this bucket alone.
             agreement: the share of rollouts that agree within some roundings.
+            dtype: of the model.
         """
-        self.fixed, self._recorder, self._agreement = fixed, recorder, agreement
+        self.fixed, self._recorder, self._agreement, self._dtype = fixed, recorder, agreement, dtype
         self._replays: dict[Pass, Replay] = {}
         self.trusted: set[Pass] = set()  # those whose replay was compared with the passes themselves
         self._pool_bytes = 0
@@ -172,8 +175,9 @@ class Bucket(Generic[Pass, Found]):
                 if tensor.is_floating_point():
                     tensor.zero_()  # a recording that writes nothing would find what was run
             load()
-            agreeing = self._agreement(walk(replay), found, _ROUNDING)
-            if agreeing < 1:
+            roundings, most = _REPLAYED if self._dtype.itemsize >= 4 else _REPLAYED_HALF
+            agreeing = self._agreement(walk(replay), found, roundings)
+            if agreeing < most:
                 raise RunError(f"{1 - agreeing:.1%} of the rollouts differ when they are replayed")
             self.trusted.update(recorded)
         new = [passes for passes in met if passes not in self._replays]
