@@ -62,6 +62,18 @@ def test_costs_are_of_all_rollouts_that_were_drawn(ask):
     [line] = map(json.loads, asked.last.read_text().splitlines())
     assert line["rollouts"] < pd.read_parquet(asked.last.with_name("rollouts.parquet"))["rollout"].size
     assert f"4 rollouts ({line['rollouts']} used): " in " ".join(asked.out.split())
+    assert line["why"] == "posterior"
+    assert "certificate" not in line
+    assert "certificate" not in asked.out
+
+
+def test_a_certificate_stands_beside_its_answer(ask):
+    rule = ["budget=adaptive", "budget/rule=certified", "sampler=gaussian", "sampler.sigma=0.001", "scorer=none"]
+    for n, certificate in ((2, "not certified"), (32, "error <= 0.5")):
+        asked = ask(QUESTION, f"n={n}", *rule, "budget.rule.delta=0.5")
+        [line] = map(json.loads, asked.last.read_text().splitlines())
+        assert line["certificate"] == certificate
+        assert f"certificate: {certificate}\n" in asked.out
 
 
 def test_standard_input_has_a_question_per_line_and_json_is_all_that_is_printed(ask, typed):
@@ -120,7 +132,9 @@ def test_only_picks_are_decoded_and_counted_where_only_they_are_asked_for(ltts):
     [line] = lines_of(ltts("ask", QUESTION, "--json", "n=4", "answer.decode=winners"))
     assert sum(line["votes"].values()) + line["unreadable"] == 1
     assert line["picks"]["best_of_n"]["agree"] is None
+    assert line["agreement"] is None
     assert line["seconds"] > 0
+    assert "votes" not in ltts("ask", QUESTION, "n=4", "answer.decode=winners").out
 
 
 def test_a_question_may_look_like_a_key_or_an_interpolation(ask, typed):

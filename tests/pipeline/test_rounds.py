@@ -97,6 +97,11 @@ def test_live_picks_and_drawn_are_those_of_the_replay(ltts, lines, full_of, fami
     table = tables[0]
     settings = [read_metrics(result.last)["settings"].unique().tolist() for result in (live, replayed)]
     assert ["scorer.range" in text for [text] in settings] == [name == "weighted"] * 2
+    for result in (live, replayed):
+        lines_of = pd.read_json(result.last.with_name("answers.jsonl"), lines=True, dtype=False)
+        assert lines_of["why"].tolist() == table["why"].tolist()
+        certificates = lines_of.get("certificate", table["why"].map(lambda _: None))
+        assert certificates.fillna("").tolist() == table["certificate"].tolist()
     assert list(table) == BUDGET_COLUMNS
     assert (table["used"] <= table["drawn"]).all()
     assert table["drawn"].max() <= N
@@ -226,6 +231,13 @@ def test_a_weighted_lead_without_a_range_is_refused_and_a_score_beyond_it_an_err
     assert "scorer.range=[0,1e-09]: a rollout has the score" in result.err
     official = ["scorer.range=[-9,9]", "scorer.positions=official"]
     check_refused(*line, *official, words=["scorer.positions=official", "correct"])
+
+
+def test_a_scorer_that_a_budget_does_not_read_is_not_warned_of(ltts):
+    refused = "run", "sampler=gaussian", "max_answer_tokens=0"  # after the scorer was checked
+    assert "scores gaussian" in ltts(*refused).err
+    assert "scores gaussian" in ltts(*refused, "budget=adaptive", "budget/rule=reward").err
+    assert "scores gaussian" not in ltts(*refused, "budget=adaptive").err
 
 
 def test_certified_refuses_answers_that_are_compared_by_value(place, family, tmp_path):

@@ -292,6 +292,27 @@ def test_seeds_of_a_curve_are_averaged_and_those_of_a_table_of_means_have_interv
     assert entries(figure)[-1] == "95% interval"
 
 
+def stopped(threshold: float, drawn: float, rule="posterior") -> list[dict]:
+    """A run whose budget drew so many rollouts on average."""
+    accuracy = rows(ns=(16,), budget=f"{rule} threshold={threshold} round=1", run_id=f"{rule}{threshold}")[1:]
+    mean = accuracy[0] | {"metric": "rollouts_drawn", "aggregator": "", "value": drawn}
+    return [*accuracy, mean]
+
+
+def test_thresholds_of_a_budget_have_a_sequential_palette_at_the_rollouts_that_they_drew():
+    swept = [row for threshold, drawn in ((0.8, 4.0), (0.9, 5.5), (0.95, 7.0)) for row in stopped(threshold, drawn)]
+    figure = figure_of(swept, "rollouts")
+    assert entries(figure)[:3] == ["threshold=0.8", "threshold=0.9", "threshold=0.95"]
+    assert same_color(handles(figure)["threshold=0.95"].get_color(), colormaps["viridis_r"](1.0))
+    assert figure.get_suptitle() == "m on t/test, budget=posterior, 100 questions, seed 0"
+    assert sorted(places_of_bars(figure.axes[0])) == [4.0, 5.5, 7.0]
+    beside = figure_of(swept + rows(budget="ladder", run_id="whole"), "rollouts")
+    assert entries(beside)[0] == "budget=posterior, threshold=0.8, round=1"
+    whole = next(line for line in beside.axes[1].lines if len(line.get_xdata()) == 4)
+    assert list(whole.get_xdata()) == [1, 2, 4, 16]
+    assert "budget" not in beside.get_suptitle()
+
+
 def test_a_label_says_what_differs_and_no_more():
     table = [row for where in ("[prompt]", "[prompt,thoughts]") for row in rows(
         settings=f"sampler.where={where},task.limit=500", budget="ladder")]  # fmt: skip

@@ -7,12 +7,13 @@ import tiny
 import tiny_gguf
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config
 
 from latent_tts.checkpoint.loading import name_body
 from latent_tts.errors import UsageError
 from latent_tts.training.reasoner.batch import Sequences, find_head, pad_rows
-from latent_tts.training.reasoner.initial import load_trainable_lm
+from latent_tts.training.reasoner.initial import copy_checkpoint, load_trainable_lm
+from latent_tts.training.reasoner.lora import Lora
 from latent_tts.training.reward_model.model import LatentRMModule
 
 PROMPTS = [[3, 1, 2], [5, 4, 2, 0, 1, 7, 8]]
@@ -79,6 +80,35 @@ def test_scores_in_training_are_those_of_plain_rows(family):
             torch.testing.assert_close(logits_QNT[question, rollout], wanted_T, rtol=0, atol=1e-4)
     gradients = torch.autograd.grad(logits_QNT.sum(), module.classifier.weight)
     assert gradients[0].abs().max() > 0
+
+
+@pytest.mark.every_other
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("llama4", r"Llama4ForCausalLM cannot be run with it \(.*\); .*q_proj"),
+        ("qwen3_moe", r"PEFT would set alpha_pattern=.*q_proj"),
+    ],
+)
+def test_an_adapter_that_could_not_be_joined_is_refused_before_training(family, words):
+    with pytest.raises(UsageError, match=rf"lora\.targets=null: {words}"):
+        Lora(rank=2, alpha=4, targets=None, dropout=0.0).attach(random_lm(family), [], 0)
+    targets = ["q_proj", "v_proj"]
+    assert Lora(rank=2, alpha=4, targets=targets, dropout=0.0).attach(random_lm(family), [], 0) is not None
+
+
+def test_biases_of_an_lm_head_grow_with_it(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "new").mkdir()
+    vocabulary = len(tiny_gguf.vocabulary())
+    config = AutoConfig.for_model("phi", **tiny.SHAPE | tiny.OWN_IDS | {"vocab_size": vocabulary})
+    before = AutoModelForCausalLM.from_config(config)
+    nn.init.normal_(before.lm_head.bias)
+    before.save_pretrained(tmp_path / "old")
+    tiny_gguf.tokenizer().save(str(tmp_path / "old" / "tokenizer.json"))
+    copy_checkpoint(tmp_path / "old", tmp_path / "new", ["<a>", "<b>"], "<|im_start|>")
+    bias_V = load_trainable_lm(tmp_path / "new").lm_head.bias.detach()
+    torch.testing.assert_close(bias_V, torch.cat([before.lm_head.bias, before.lm_head.bias.mean().expand(2)]))
 
 
 def test_the_engine_validates_a_model_with_caps_as_it_computes_itself(ltts, place):

@@ -264,6 +264,7 @@ def test_two_processes_make_the_updates_of_one_with_two_micro_batches(train, pla
     done = subprocess.run([*launch, "latent_tts", *line], capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["out/checkpoint"]
+    assert done.stderr.count("2 questions are held out") == 1
     one, two = (last_state(place / name / "states") for name in ("alone", "out"))
     losses = [
         [row["loss"] for row in json.loads((state / "trainer_state.json").read_text())["log_history"] if "loss" in row]

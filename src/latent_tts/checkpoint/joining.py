@@ -31,7 +31,7 @@ PREFIX = "base_model.model."  # of PEFT's names
 ROWS, FACTORS = ".token_adapter.trainable_tokens_delta", (".lora_A.weight", ".lora_B.weight")
 # options of PEFT that a product alpha / rank * B A does not cover
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "use_rslora": False, "use_dora": False}
-PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}}
+PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}, "target_parameters": None}
 TRANSPOSED = "gpt2"  # the kind of model with layers that keep their weights transposed (Conv1D): these
 TRANSPOSED_LAYERS = ("c_attn", "c_proj", "c_fc")
 TOLERANCE = 1e-3
@@ -132,15 +132,21 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
         )
 
 
+def find_unsupported(settings: Mapping[str, Any]) -> str | None:
+    """The first of PEFT's settings that a product does not cover, as `NAME=VALUE`; None if there is none."""
+    differing = (name for name, value in PLAIN.items() if (settings.get(name, value) or None) != (value or None))
+    name = next(differing, None)
+    return None if name is None else f"{name}={settings[name]}"
+
+
 def check_plain(settings: Mapping[str, Any], folder: Path, key: str) -> None:
     """Check that an adapter is nothing but a product that is added to weights.
 
     Raises:
         UsageError: PEFT's settings say more.
     """
-    for name, value in PLAIN.items():
-        if settings.get(name, value) != value:
-            raise bad_value(key, folder, f"{files.ADAPTER} has {name}={settings[name]}, which is not supported")
+    unsupported = find_unsupported(settings)
+    require(key, folder, unsupported is None, f"{files.ADAPTER} has {unsupported}, which is not supported")
     rank, scale = settings.get("r"), settings.get("lora_alpha")
     if not is_whole(rank) or rank < 1 or not is_number(scale):
         why = "must be a positive integer and a finite number"

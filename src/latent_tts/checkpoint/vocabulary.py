@@ -14,7 +14,7 @@ from latent_tts.checkpoint import files
 from latent_tts.errors import bad_value, require
 
 MEAN = "mean"  # the initial value of new rows, unless it is the row of a token
-HEADS = ("lm_head.weight", "embed_out.weight")
+HEADS = ("lm_head.weight", "embed_out.weight", "lm_head.bias")
 
 
 def with_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
@@ -83,7 +83,8 @@ def fit_rows(
         tensors: of the model.
         old: its tokenizer.
         new: the other one: more tokens, or fewer.
-        begin: initial value of the rows of new tokens: `mean`, the mean of all rows, or a token, whose row is copied.
+        begin: initial value of the rows of new tokens: `mean`, the mean of all rows, or a token, whose row is copied;
+            their biases, where the LM head has some, are the mean.
         folder: of the model, for errors.
         key: the config key that errors name.
 
@@ -114,7 +115,9 @@ def fit_rows(
     fitted = dict(tensors)
     for name in names:
         table = tensors[name]
-        start = table.float().mean(0).to(table.dtype) if begin == MEAN else table[ids[begin]]
+        # an adapter has the rows of new tokens, and no biases
+        is_mean = begin == MEAN or table.dim() == 1
+        start = table.float().mean(0).to(table.dtype) if is_mean else table[ids[begin]]
         result = table[[0 if place is None else place for place in wanted]].clone()
         result[[row for row, place in enumerate(wanted) if place is None]] = start
         fitted[name] = result

@@ -19,7 +19,7 @@ from latent_tts.task import Task
 from latent_tts.task.arith import Arith
 from latent_tts.training.reasoner.lora import Lora
 from latent_tts.training.reasoner.questions import TrainingQuestions, training_questions
-from latent_tts.training.states import STATES
+from latent_tts.training.states import STATES, log_once_per_launch
 
 log = logging.getLogger(__name__)
 MAY_CHANGE = ("output", "save_every", "device")  # keys that a resumed run need not share with the stopped one
@@ -38,6 +38,7 @@ def main(cfg: DictConfig) -> None:
 
 def train(cfg: DictConfig) -> None:
     """The command, in a folder that no other process writes to."""
+    log_once_per_launch()
     check_values(cfg)
     task, lora = config.build("task", cfg.task), config.build("lora", cfg.lora)
     check_start(cfg, task, lora)

@@ -23,7 +23,7 @@ from latent_tts.results.files import locked_folder
 from latent_tts.training.reward_model.data import open_questions
 from latent_tts.training.reward_model.loss import RewardLoss
 from latent_tts.training.reward_model.optimization import RewardOptimization
-from latent_tts.training.states import FINISHED, STATES, claim
+from latent_tts.training.states import FINISHED, STATES, claim, log_once_per_launch
 
 log = logging.getLogger(__name__)
 INITS = ("reasoner", "random")
@@ -62,6 +62,7 @@ def train(cfg: DictConfig) -> None:
     of_model = model_key(adapter)
     named = {name: of_model[name] for name in ("latents", "eos", "prompt")} | of_model["fields"]
     data, valid = (open_questions(annotation_folder(cfg, key), adapter, named, key) for key in keys)
+    log_once_per_launch()  # from here on: while the first process annotates, the others say that they wait
     annotated = annotated_run(cfg, valid.folder)
     settings = plain(cfg)
     kept = {key: settings[key] for key in ("init", "seed", "bf16", "weights_dtype", "loss", "optimization", "lora")}

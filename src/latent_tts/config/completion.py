@@ -30,7 +30,7 @@ OWN_VALUES = {
     "engine.graph": ("auto", "on", "off"),
     "cache": ("on", "refresh", "off"),
     "answer.decode": ("all", "winners"),
-    "against": ("n", "gflops", "seconds", "diversity"),
+    "against": ("n", "rollouts", "gflops", "seconds", "recorded_seconds", "diversity"),
     "beside": ("auto", "dropout", "gaussian", "null"),
     "maps": ("[pca]", "[pca,tsne]"),
     "format": ("png", "svg", "pdf"),

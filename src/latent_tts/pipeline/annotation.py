@@ -21,7 +21,7 @@ from latent_tts.results import report
 from latent_tts.results.annotations import SETTINGS, AnnotationFolder
 from latent_tts.results.files import launch_rank, locked_folder, written_in_parts
 from latent_tts.results.timeline import Span, write_timeline
-from latent_tts.task import require_gold
+from latent_tts.task import questions_of, require_gold
 from latent_tts.types import Question
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def annotate(spec: AnnotationSpec) -> Path:
         RunError: a failure while drawing; the finished questions are kept.
     """
     spec.check()
-    questions = spec.task.questions()
+    questions = questions_of(spec.task)
     require_gold(spec.task, questions, "a label says how often completions are right")
     prompts = encode_prompts(spec.adapter, questions, reserved_positions(spec.adapter, spec.max_answer_tokens))
     golds = {question.id: question.gold for question in questions}

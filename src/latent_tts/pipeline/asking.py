@@ -46,7 +46,8 @@ def describe_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
     Returns:
         Lines as of `tables.answer_lines`, with `votes` (how many rollouts gave each answer that can be read, the most
         frequent first), `unreadable` (how many gave none), `agreement` (share of rollouts with the most frequent
-        answer), `rollouts_drawn`, and their `seconds` and `gflops`. Votes count those that were used and decoded.
+        answer; None where only picks were decoded), `rollouts_drawn`, and their `seconds` and `gflops`. Votes count
+        those that were used and decoded.
     """
     rollouts = done.tables.rollouts
     seconds = rollouts["seconds"].to_numpy(dtype=float)
@@ -60,7 +61,9 @@ def describe_answers(spec: RunSpec, done: RunResult) -> list[dict[str, Any]]:
         predictions = own["prediction"][own["stop_reason"] != NOT_DECODED].tolist()
         votes = count_votes(predictions)
         costs = {"seconds": float(seconds_Q[line["index"]]), "gflops": float(done.tables.gflops_Q[line["index"]])}
-        agreement = float(statistics.agreement(answer_codes(predictions)[None], len(predictions))[0])
+        agreement = None
+        if spec.decode == "all":
+            agreement = float(statistics.agreement(answer_codes(predictions)[None], len(predictions))[0])
         counted = {"votes": votes, "unreadable": predictions.count(None), "agreement": agreement}
         counted["rollouts_drawn"] = len(drawn)
         lines.append(line | counted | costs)
@@ -93,12 +96,13 @@ def print_answer(line: dict[str, Any]) -> None:
     drawn = report.counted(line["rollouts_drawn"], "rollout")
     if line["rollouts"] < line["rollouts_drawn"]:
         drawn += f" ({line['rollouts']} used)"
-    notes = [
-        f"votes: {votes_text(line['votes'], line['unreadable'])}; agreement {100 * line['agreement']:.0f} %",
-        f"{drawn}: {line['seconds']:.2g} s, {line['gflops']:.3g} GFLOP",
-    ]
-    if "gold" in line:
-        notes.insert(0, f"right answer: {line['gold']}")
+    notes = [f"right answer: {line['gold']}"] if "gold" in line else []
+    if line["agreement"] is not None:
+        votes = votes_text(line["votes"], line["unreadable"])
+        notes.append(f"votes: {votes}; agreement {100 * line['agreement']:.0f} %")
+    if "certificate" in line:
+        notes.append(f"certificate: {line['certificate']}")
+    notes.append(f"{drawn}: {line['seconds']:.2g} s, {line['gflops']:.3g} GFLOP")
     report.print_columns(line["question"], [names], columns, notes)
 
 

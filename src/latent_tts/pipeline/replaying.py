@@ -17,7 +17,7 @@ from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, adaptive
 from latent_tts.pipeline.running import write_tables
 from latent_tts.pipeline.scores import check_range
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.pipeline.tables import RunTables, answer_lines, run_columns
+from latent_tts.pipeline.tables import RunTables, run_columns, stopped_answer_lines
 from latent_tts.results.cache import MEASURED
 from latent_tts.results.metrics import metric_rows
 from latent_tts.results.run_folder import (
@@ -105,7 +105,7 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     drawn["seconds"] = recorded_seconds(spec)
     budget = budget_table(spec, outcome, drawn)
     figures = adaptive_figures(spec, outcome, drawn, budget)
-    answers = answer_lines(spec, drawn, [stop.used for stop in outcome.stops])
+    answers = stopped_answer_lines(spec, drawn, outcome.stops)
     metrics = metric_rows(figures, run_columns(spec, record["settings"]))
     return RunTables(drawn, answers, metrics, figures[0].per_question["gflops", ""], budget)
 

@@ -35,7 +35,7 @@ from latent_tts.schedule.auto import Auto
 from latent_tts.scorer.latent_rm import LatentRM
 from latent_tts.scorer.none import NoScorer
 from latent_tts.search import Search
-from latent_tts.task import Task, has_gold
+from latent_tts.task import Task, has_gold, questions_of
 from latent_tts.types import Float64, Int64, Question
 
 log = logging.getLogger(__name__)
@@ -308,7 +308,7 @@ def check_run(request: RunRequest) -> RunSpec:
     reserved = reserved_positions(adapter, request.max_answer_tokens)
     check_exit(schedule, adapter, request.max_answer_tokens)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
-    questions = request.task.questions()
+    questions = questions_of(request.task)
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
         budget = calibrate_budget(budget, request, schedule, aggregators, scorer, questions)
@@ -442,7 +442,8 @@ def settle_scorer(request: RunRequest) -> LatentRM | NoScorer:
             require("scorer", scorer.name, scorer.only_own, why)
             return NoScorer(why)
         require("scorer", scorer.name, adapter.latents != 0, "a scorer scores latents, and model.latents=0")
-        for warning in scorer.check(adapter, config["sampler"]):
+        warnings, budget = scorer.check(adapter, config["sampler"]), request.budget
+        for warning in () if is_adaptive(budget) and not budget.needs_score else warnings:  # else it scores nothing
             log.warning("%s", warning)
     return scorer
 

@@ -18,6 +18,7 @@ from latent_tts.results.run_folder import (
     FIGURE,
     METRIC_COLUMNS,
     METRICS,
+    PLAIN_BUDGETS,
     SEED_COLUMNS,
     has_curve,
     join_tables,
@@ -28,7 +29,6 @@ from latent_tts.results.run_folder import (
 
 log = logging.getLogger(__name__)
 NOT_IN_LABELS = ("n", "seed")  # the table has a column or a mean for them
-PLAIN_BUDGETS = ("ladder", "fixed")  # of one run, they report the same figures
 # metrics that a rollouts table has for each question
 PER_QUESTION = ("accuracy", "coverage", "invalid_rate", "agreement")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from latent_tts.aggregator import Aggregator, Vote
-from latent_tts.budget import is_adaptive
+from latent_tts.budget import Stop, is_adaptive
 from latent_tts.engine.cost import Shape
 from latent_tts.pipeline.rollouts import RunRollouts
 from latent_tts.pipeline.rounds import adaptive_figures, budget_table
@@ -83,9 +83,12 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         )
     release_memory()
     metrics = metric_rows(figures, run_columns(spec, settings))
-    used = spec.table_counts if drawn.outcome is None else [stop.used for stop in drawn.outcome.stops]
     gflops_Q = max(figures, key=lambda each: each.n).per_question["gflops", ""]
-    return RunTables(rollouts, answer_lines(spec, rollouts, used), metrics, gflops_Q, budget)
+    if drawn.outcome is None:
+        answers = answer_lines(spec, rollouts, spec.table_counts)
+    else:
+        answers = stopped_answer_lines(spec, rollouts, drawn.outcome.stops)
+    return RunTables(rollouts, answers, metrics, gflops_Q, budget)
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
@@ -163,6 +166,15 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> 
             for index, pick in zip(np.flatnonzero(used_Q == number), picked, strict=True):
                 lines[index]["picks"][aggregator.name] = pick
     return lines
+
+
+def stopped_answer_lines(spec: RunSpec, rollouts: pd.DataFrame, stops: Sequence[Stop]) -> list[dict[str, Any]]:
+    """`answer_lines` of a run whose budget stopped questions, each with `why` and, if there is one, a `certificate`."""
+    lines = answer_lines(spec, rollouts, [stop.used for stop in stops])
+    return [
+        line | {"why": stop.why} | ({"certificate": stop.certificate} if stop.certificate else {})
+        for line, stop in zip(lines, stops, strict=True)
+    ]
 
 
 def _picked(

@@ -16,7 +16,14 @@ import pandas as pd
 
 from latent_tts.errors import UsageError, printable
 from latent_tts.results.files import whole_file
-from latent_tts.results.run_folder import CURVE_COLUMNS, DIGEST_COLUMNS, UNKNOWN, digest_label, figures_drawn
+from latent_tts.results.run_folder import (
+    CURVE_COLUMNS,
+    DIGEST_COLUMNS,
+    PLAIN_BUDGETS,
+    UNKNOWN,
+    digest_label,
+    figures_drawn,
+)
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -25,8 +32,10 @@ if TYPE_CHECKING:
 
 AGAINST = {
     "n": "rollouts per question (n)",
+    "rollouts": "rollouts drawn per question (mean)",
     "gflops": "GFLOP per question",
     "seconds": "seconds per question",
+    "recorded_seconds": "recorded seconds per question",
     "diversity": "diversity of latents\n(mean pairwise cosine dissimilarity)",
 }
 FORMATS = ("png", "svg", "pdf")
@@ -104,8 +113,8 @@ def scaling_figure(metrics: pd.DataFrame, against: str = "n") -> Figure:
         metrics: a metrics table, or one of means over seeds; several runs make several curves. Where one curve has
             several rows at an n, those with the most rollouts drawn count. Runs of a metrics table that differ in the
             seed alone make one curve, of the means of their values and of their bounds.
-        against: n, a cost of each n, or `diversity`: then a curve is a sampler, with a point for each of its values at
-            the largest n that all of them have.
+        against: n, `rollouts` (n, or the mean that a budget in rounds drew), a cost of each n, or `diversity`: then a
+            curve is a sampler, with a point for each of its values at the largest n that all of them have.
 
     Raises:
         UsageError: there is nothing to draw.
@@ -177,9 +186,12 @@ def _points(metrics: pd.DataFrame, against: str) -> pd.DataFrame:
     points = metrics[metrics["metric"].isin(figures_drawn(metrics))].dropna(subset="value")
     points = points.assign(x=points["n"])
     if against != "n":
-        same = ["run_id", "n", "drawn"]
-        beside = metrics[metrics["metric"] == against].drop_duplicates(same).set_index(same)["value"].rename("x")
-        points = points.drop(columns="x").join(beside, on=same).dropna(subset="x")
+        same, metric = ["run_id", "n", "drawn"], "rollouts_drawn" if against == "rollouts" else against
+        beside = metrics[metrics["metric"] == metric].drop_duplicates(same).set_index(same)["value"].rename("x")
+        points = points.drop(columns="x").join(beside, on=same)
+        if against == "rollouts":  # a budget that draws as many of each question has no mean
+            points["x"] = points["x"].fillna(points["n"].astype(float))
+        points = points.dropna(subset="x")
     if points.empty:
         raise UsageError(f"nothing to draw: the table has no coverage, accuracy or agreement with {against} beside it")
     point = [*CURVE_COLUMNS, "aggregator", "n", "metric"]
@@ -237,12 +249,16 @@ def _named_curves(
         of_sampler = ["sampler"]
     changed = [_split(text) for text in curves["settings"]]
     common = set.intersection(*(set(each.items()) for each in changed))
+    alike = set.intersection(*(set(_split_budget(text).items()) for text in curves["budget"]))
     shared = _shared_sampler(points, against)
     labels, attributes = [], {}
     for (_, curve), settings in zip(curves.iterrows(), changed, strict=True):
         told = {name: curve[name] for name in varying if not name.startswith(("sampler", "settings")) and curve[name]}
         if "settings" in varying:
             told |= {key: value for key, value in settings.items() if (key, value) not in common}
+        if "budget" in told:
+            del told["budget"]
+            told |= {key: value for key, value in _split_budget(curve["budget"]).items() if (key, value) not in alike}
         if not told or any(name in of_sampler for name in varying):
             told |= {name: curve[name] for name in of_sampler if curve[name] and name not in shared}
         told = told or {"sampler": curve["sampler"]}
@@ -264,6 +280,13 @@ def _split(settings: str) -> dict[str, str]:
     return {
         key: value for key, _, value in (each.partition("=") for each in re.split(r",(?=[\w.]+=)", settings)) if key
     }
+
+
+def _split_budget(label: str) -> dict[str, str]:
+    """A budget as tables have it, `posterior threshold=0.9 round=1`, by key; what has no key is under `budget`."""
+    parts = [word.partition("=") for word in label.split()]
+    name = " ".join(word for word, equals, _ in parts if not equals)
+    return {"budget": name} | {key: value for key, equals, value in parts if equals}
 
 
 def _sampler_text(told: Mapping[str, str] | pd.Series) -> str:
@@ -487,7 +510,9 @@ def _title(points: pd.DataFrame, against: str) -> str:
     questions = f"{_range(points['questions'])} questions"
     if len(digests) > len(tasks):
         questions = f"{len(digests)} different sets of {questions}"
-    parts = [" ".join(named), *sampler, questions]
+    budgets = {_split_budget(str(text))["budget"] for text in points["budget"].fillna("").unique()}
+    rounds = [f"budget={name}" for name in budgets if len(budgets) == 1 and name not in ("", *PLAIN_BUDGETS)]
+    parts = [" ".join(named), *sampler, *rounds, questions]
     seeds = points["seed"].unique()
     counts = pd.Series([len(text.split(",")) for text in seeds])
     one, several = f"seed {seeds[0]}", f"means over seeds {seeds[0].replace(',', ', ')}"

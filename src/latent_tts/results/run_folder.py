@@ -99,6 +99,7 @@ WITHOUT_RUN = ("annotate", "train_reasoner", "train_rm")
 UNKNOWN = "unknown"  # how the digest of a run's questions begins that does not say which they are
 DIGEST_COLUMNS = ["questions_digest", "weights_digest"]  # since format 2
 # what makes rows belong to one curve: names, settings, and the question set and weights behind the names
+PLAIN_BUDGETS = ("ladder", "fixed")  # of one run, they report the same figures
 CURVE_COLUMNS = [name for name in RUN_COLUMNS if name not in ("run_id", "aggregator", "seed")]
 SEED_COLUMNS = ["seeds", "seed_sd"]  # beside the others in a table of means over seeds
 

@@ -16,7 +16,14 @@ from latent_tts.types import file_digest, read_object
 
 SETTINGS, STATES, FINISHED = "settings.json", "states", "checkpoint"
 DIGESTS = "digests.json"  # of a state's files
+PACKAGE = __name__.partition(".")[0]
 log = logging.getLogger(__name__)
+
+
+def log_once_per_launch() -> None:
+    """Let all processes of a launch but the first log nothing but warnings."""
+    if launch_rank() > 0:
+        logging.getLogger(PACKAGE).setLevel(logging.WARNING)
 
 
 def claim(output: Path, settings: Mapping[str, Any]) -> None:

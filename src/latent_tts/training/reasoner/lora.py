@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from latent_tts.checkpoint.joining import find_unsupported
 from latent_tts.errors import bad_value, check_fields, require
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Lora:
             PEFT's model around it; None without a rank: then all weights are trained.
 
         Raises:
-            UsageError: the model has no such layer.
+            UsageError: the model has no such layer, or PEFT adapts it by more than products of two matrices.
         """
         if self.rank is None:
             return None
@@ -78,6 +79,9 @@ class Lora:
             head = lm.get_output_embeddings()
             rows[next(name for name, module in lm.named_modules() if module is head)] = list(tokens)
         transposed = any(isinstance(module, Conv1D) for module in lm.modules())
+        layers = [name for name, module in lm.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+        adaptable = ",".join(sorted({name.rpartition(".")[2] for name in layers} - {"lm_head", "embed_out"}))
+        others = f"choose among its linear layers, as in [{adaptable}]"
         config = LoraConfig(
             fan_in_fan_out=transposed,
             r=self.rank,
@@ -91,9 +95,17 @@ class Lora:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # PEFT uses deprecated names of transformers
-                return get_peft_model(lm, config)
+                adapted = get_peft_model(lm, config)
+            with torch.no_grad():
+                lm(input_ids=torch.zeros(1, 1, dtype=torch.long))
         except ValueError as error:
             raise bad_value("lora.targets", self.targets, " ".join(str(error).split())[:160]) from error
+        except (RuntimeError, TypeError, AttributeError, LookupError) as error:
+            why = f"{type(lm).__name__} cannot be run with it ({str(error).splitlines()[0][:120]}); {others}"
+            raise bad_value("lora.targets", self.targets, why) from error
+        unsupported = find_unsupported(plain_settings(adapted))  # as where PEFT adapts all experts of a mixture at once
+        require("lora.targets", self.targets, unsupported is None, f"PEFT would set {unsupported}; {others}")
+        return adapted
 
 
 FULL = Lora(rank=None, alpha=1.0, targets=None, dropout=0.0)  # no adapter: all weights are trained
