@@ -27,9 +27,13 @@ import sys, time
 from latent_tts.cli import entry
 from latent_tts.results import files
 
+def take_time(event, arguments):
+    if event == "os.rename" and not str(arguments[1]).endswith(".pyc"):
+        time.sleep(0.05)
+
 # every batch is saved, on a quick machine as on a slow one, and there is time to see that before the last one is
 files.SECONDS_BETWEEN_PARTS = 0.0
-sys.addaudithook(lambda event, _: time.sleep(0.05) if event == "os.rename" else None)
+sys.addaudithook(take_time)
 entry()
 """
 

@@ -233,6 +233,13 @@ def test_a_weighted_lead_without_a_range_is_refused_and_a_score_beyond_it_an_err
     check_refused(*line, *official, words=["scorer.positions=official", "correct"])
 
 
+def test_a_scorer_that_a_budget_does_not_read_is_not_warned_of(ltts):
+    refused = "run", "sampler=gaussian", "max_answer_tokens=0"  # after the scorer was checked
+    assert "scores gaussian" in ltts(*refused).err
+    assert "scores gaussian" in ltts(*refused, "budget=adaptive", "budget/rule=reward").err
+    assert "scores gaussian" not in ltts(*refused, "budget=adaptive").err
+
+
 def test_certified_refuses_answers_that_are_compared_by_value(place, family, tmp_path):
     (tmp_path / "task.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
     line = ["task=jsonl", f"task.path={tmp_path / 'task.jsonl'}", "task.answer=latex", "budget=adaptive"]

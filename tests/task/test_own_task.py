@@ -1,6 +1,7 @@
 """Tasks of other packages: what the cache and the tables need to know about their questions."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ from latent_tts.task import questions_of
 from latent_tts.text.answer import AnswerRule
 from latent_tts.types import Question, text_digest
 
+NUMBER: Any = 1
 ONE, TWO = text_digest("one"), text_digest("two")
 
 
@@ -34,7 +36,8 @@ def test_ids_that_stand_for_texts_are_taken():
     [
         ([], "it has no questions"),
         ([Question("q1", "one", "1")], f"question 'one' has the id 'q1'; it must be '{ONE}'"),
-        ([Question(1, "one", "1")], "has the id 1; it must be"),
+        ([Question(NUMBER, "one", "1")], "has the id 1; it must be"),
+        ([Question(ONE, "one", "1"), Question(TWO, "two", None)], "some of its questions have gold answers"),
         ([Question(TWO, "one", "1")], f"has the id '{TWO}'; it must be '{ONE}'"),  # the text was edited
         ([Question(ONE, "one", "1"), Question(ONE, "one", "1")], "is appended in repeats"),
         ([Question(ONE, "one", "18.0")], r"has the answer '18\.0'; it must be in the form .*: '18'"),

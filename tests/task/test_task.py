@@ -168,7 +168,7 @@ def test_every_word_of_problems_is_in_words(splits):
         ({"split": None}, r"^task\.split=null: "),
         ({"limit": 0}, r"^task\.limit=0: must be a positive integer"),
         ({"limit": 2.5}, r"^task\.limit=2\.5: "),
-        ({"limit": True}, r"^task\.limit=True: "),
+        ({"limit": True}, r"^task\.limit=true: "),
         ({"limit": "many"}, r"^task\.limit=many: "),
         ({"steps": [1]}, r"^task\.steps=\[1\]: must be a list of \[2, 3, 4, 5\] for task\.split=test"),
         ({"steps": []}, r"^task\.steps=\[\]: "),

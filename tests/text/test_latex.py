@@ -87,6 +87,7 @@ SAME = [
     [r"\text{18 is the answer}", "18 is the answer.", r"\text{18 is the Answer}"],
     [r"\text{6 feet 2 inches}", "6 feet, 2 inches", "6 feet 2 inches", "6'2\"", r"6\text{ feet }2\text{ inches}"],
     [r"\text{10:00am}", "10 AM", "10:00 a.m."],
+    [r"\text{7 r 2}", "7 R 2", "7r2", "7 remainder 2"],
     ["a", "A)", "(A)", r"\text{(A)}"],
     [r"\left\{5, 6\right\}", "5 cm and 6 cm", "5 and 6"],
 ]  # fmt: skip
@@ -164,6 +165,7 @@ def test_math_verify_decides_equality_where_forms_differ(prediction, gold):
         ("2013", "2020-03-04"),
         ("2/2/2000", "1/1/2000"),
         ("3 to 2", "2 to 3"),
+        ("2 R 7", "7 R 2"),
         ("x=17", "18=x"),
     ],
 )

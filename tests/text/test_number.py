@@ -42,7 +42,7 @@ UNREADABLE = {
     "words that change the value": ["2 dozen", "5 million", "5k", "18 and a half", "3 hundred", "18 times", "18 x",
                                     "3\u4e07", "18 not", r"3\text{ million}", "5M", "5 tenths", "2 thousandths",
                                     "5 January", "5 May"],
-    "variables": ["12\u03c0", "12\u03c0 cm\u00b2", "4\u03c0r\u00b2", "2\u03b8", "5C2"],
+    "variables": ["12\u03c0", "12\u03c0 cm\u00b2", "4\u03c0r\u00b2", "2\u03b8", "5C2", "7r2"],
     "powers and signs": ["18^2", "18\u00b2", "18!", "--1", "+-1", "-$-5", "18%%", "x=18", "2x", "18e", "1.2.3", "10^3",
                          "10\u2075"],
     "no number": ["", "  ", ".", "$", "%", "apples", "eighteen", "nan", "sNaN", "inf", "-Infinity", "#", "\ufeff",

@@ -25,11 +25,13 @@ PLAIN, CHAT = "plain", "chat"
 MAX_SHOWN = 60  # characters of a template that an error quotes
 MARKER = re.compile(r"#{3,}")
 SEPARATOR = r"(?:,|\{,\}|\\,|,\\!)"  # of thousands
+FRACTION = r"(?:\d+ +)?\d+/\d+(?![\d/]|[.,]\d)|(?:\d+ *)?\\[dt]?frac\{\d+\}\{\d+\}"
 NUMBER = re.compile(  # not the exponent of `10 cm^2`; the sign of `x-3` is not that of a number
     r"(?<![\d.^_])(?<!\^\{)(?<!\^-)(?<!\^\{-)(?:(?<![\w)])-)?"
-    rf"(?:\d{{1,3}}(?:{SEPARATOR}\d{{3}})+(?!\d|{SEPARATOR}\d)|\d+)(?:\.\d+)?|(?<![\w.])-?\.\d+"
+    rf"(?:{FRACTION}|(?:\d{{1,3}}(?:{SEPARATOR}\d{{3}})+(?!\d|{SEPARATOR}\d)|\d+)(?:\.\d+)?)|(?<![\w.])-?\.\d+"
 )
 LEAD = re.compile(r"^.*\banswer\b(?:\s+is)?[*\s]*:?[*\s]*(?=[^\s*.])", re.IGNORECASE)  # of a line that says what it is
+DASH = re.compile(r"(?<=[A-Za-z:=]\s)[\u2012-\u2014](?=\d)")  # of a number, not between two
 BOXED = "\\boxed{"
 
 
@@ -138,7 +140,7 @@ class Cot(CheckpointAdapter):
         """The number in that text; for instruct models that of the last box, or else the last one of the text."""
         if self.prompt == PLAIN:
             return self.answer_span(answer_text)
-        text = MINUS.sub("-", answer_text)
+        text = DASH.sub("-", MINUS.sub("-", answer_text))
         end = self._end_of_chain(text)
         boxed = _last_boxed(end)
         if canonical_number(boxed) is not None:

@@ -442,7 +442,8 @@ def settle_scorer(request: RunRequest) -> LatentRM | NoScorer:
             require("scorer", scorer.name, scorer.only_own, why)
             return NoScorer(why)
         require("scorer", scorer.name, adapter.latents != 0, "a scorer scores latents, and model.latents=0")
-        for warning in scorer.check(adapter, config["sampler"]):
+        warnings, budget = scorer.check(adapter, config["sampler"]), request.budget
+        for warning in () if is_adaptive(budget) and not budget.needs_score else warnings:  # else it scores nothing
             log.warning("%s", warning)
     return scorer
 

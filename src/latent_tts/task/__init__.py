@@ -46,6 +46,8 @@ def questions_of(task: Task) -> list[Question]:
         raise UsageError(f"task={task.name}: it has no questions")
     if type(task).__module__.partition(".")[0] == PACKAGE:
         return questions
+    if len({question.answer is None for question in questions}) > 1:
+        raise UsageError(f"task={task.name}: some of its questions have gold answers and some have none")
     seen: set[str] = set()
     for question in questions:
         digest = text_digest(question.text)

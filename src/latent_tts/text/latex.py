@@ -89,6 +89,7 @@ FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])\s*(?:\^\s*(?:\
 IN_DEGREES = re.compile(rf"(\d+(?:\.\d*)?|\.\d+)\s*(?:{DEGREES.pattern})")
 # answers whose parts math-verify would divide by one another, or drop
 TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?\s*(?:(?:\\text\s*\{)?\s*([ap])\.?\s*m\b\.?\s*\}?)?", re.IGNORECASE)
+REMAINDER = re.compile(r"(\d+)\s*(?:r|R|rem|[Rr]emainder)\.?\s*(\d+)")
 RATIO = re.compile(r"\d+(?:\s*:\s*\d+){2,}")
 BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 BASES |= {"eleven": 11, "twelve": 12, "sixteen": 16}
@@ -168,7 +169,8 @@ def _without_unit(found: re.Match[str]) -> str:
 def _other_form(text: str, *, is_text: bool) -> str | None:
     """The canonical form of what math-verify would misread; None for anything else.
 
-    These are dates, times, ratios of three or more parts, numbers in another base, and phrases with numbers.
+    These are dates, times, ratios of three or more parts, numbers in another base, quotients with a remainder, and
+    phrases with numbers.
     """
     if DATE.fullmatch(text):
         return rf"\text{{{text}}}"
@@ -184,6 +186,8 @@ def _other_form(text: str, *, is_text: bool) -> str | None:
         with contextlib.suppress(ValueError):  # not digits of such a base
             int(digits, base)
             return digits if base == 10 else f"{digits}_{{{base}}}"
+    if found := REMAINDER.fullmatch(text):
+        return rf"\text{{{int(found[1])} r {int(found[2])}}}"
     return _phrase(text, is_text=is_text)
 
 

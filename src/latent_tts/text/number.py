@@ -46,7 +46,7 @@ CURRENCY = (
     r"|(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?=[\s\d]))"
 )
 SIGN = r"[+-]?"
-RAISED_UNIT = r"\^\s*\{\s*-?[1-3]\s*\}|\^\s*-?[1-3]|(?<=[a-z])[23](?![A-Za-z])"  # the power of `cm^2`, `s^{-1}`, `m2`
+RAISED_UNIT = r"\^\s*\{\s*-?[1-3]\s*\}|\^\s*-?[1-3]|(?<=[mtnd])[23](?![A-Za-z])"  # the power of `cm^2`, `s^{-1}`, `m2`
 NUMBER = re.compile(
     rf"(?P<sign>{SIGN})\s*{CURRENCY}?\s*(?P<inner_sign>{SIGN})\s*(?:(?P<fraction>{MIXED})|(?P<plain>{PLAIN}))"
     rf"(?:{SPACE})?(?P<tail>(?:{CURRENCY}|\\?%|(?P<degrees>°|\^\s*\\circ(?![A-Za-z])|\^\s*\{{\s*\\circ\s*\}})(?:{SPACE})?)?(?P<unit>(?:[^\d\\]|{RAISED_UNIT})*))"
