@@ -423,6 +423,23 @@ def test_replays_may_differ_by_rounding(caplog, by, used):
     assert ("differ when they are replayed" in caplog.text) != used
 
 
+class Remembers(Gaussian):
+    """Keeps a tensor that a pass made, in memory that other recorded passes write to."""
+
+    def latent(self, h_RD: Tensor, draw: Draw, step: int) -> Tensor:
+        if step == 0:
+            draw.spread_RD = torch.full_like(h_RD, 0.5)
+        assert draw.spread_RD is not None
+        return h_RD + draw.spread_RD
+
+
+def test_what_a_pass_made_is_not_there_for_the_next_one():
+    (_, graphed, _), sampler = both(stop_id=11), Remembers(0.3, False)  # each latent is a pass
+    rolled(graphed, sampler, 0, [9, 3])
+    with pytest.raises(RunError, match="differ when they are replayed"):
+        rolled(graphed, sampler, 1, [9, 3])
+
+
 class RecordsNothing(Recording):
     def record(self, run, tensors):
         return lambda: None

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+
+def _memory_of(value: object) -> set[int]:
+    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
 
 
 def _replaced(made: dict[int, object], value: object) -> object:
@@ -22,17 +27,30 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.calls: list[tuple] = []
         self.recorded = 0
+        self.given: set[int] = set()  # memory that is not the recording's own
+        self.own: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.given |= _memory_of((args, kwargs)) - self.own
         out = func(*args, **(kwargs or {}))
+        self.own |= _memory_of(out) - self.given
         self.calls.append((func, args, kwargs or {}, out))
         return out
+
+    def overwrite(self) -> None:
+        """Overwrite what the recording made: others share its memory, so nothing may be read after it."""
+        for *_, out in self.calls:
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor) and _memory_of(tensor) <= self.own:
+                    torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).fill_(1)
 
     def record(self, run: Callable[[], None], tensors: list[Tensor]) -> Callable[[], object]:
         self.recorded += 1
         before, self.calls = [tensor.clone() for tensor in tensors], []
+        self.given, self.own = _memory_of(tensors), set()
         with self:
             run()
+        self.overwrite()
         for tensor, value in zip(tensors, before, strict=True):
             tensor.copy_(value)  # a GPU runs nothing while it records
         calls = self.calls

@@ -14,18 +14,24 @@ from latent_tts.errors import UsageError
 from latent_tts.training.reasoner.batch import Sequences, find_head, pad_rows
 from latent_tts.training.reasoner.initial import copy_checkpoint, load_trainable_lm
 from latent_tts.training.reasoner.lora import Lora
+from latent_tts.training.recompute import blocks_of, recomputing_blocks
 from latent_tts.training.reward_model.model import LatentRMModule
 
 PROMPTS = [[3, 1, 2], [5, 4, 2, 0, 1, 7, 8]]
 QUICK = ("granite", "gemma2", "llama4")
 FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in tiny.OTHER_CONFIGS]
+RECOMPUTED = [
+    pytest.param(name, marks=() if name == "gemma3" else pytest.mark.slow)
+    for name in tiny.OTHER_CONFIGS
+    if name not in ("ctrl", "gpt_neo")
+]
 REWARD_QUICK = ("mistral", "gemma2")
 REWARD = [name if name in REWARD_QUICK else pytest.param(name, marks=pytest.mark.slow) for name in tiny.OTHER_CONFIGS]
 
 
-def random_lm(family):
+def random_lm(family, **more):
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(tiny.OTHER_CONFIGS[family]()).float()
+    lm = AutoModelForCausalLM.from_config(tiny.OTHER_CONFIGS[family](), **more).float()
     name_body(lm)
     return lm
 
@@ -49,7 +55,11 @@ def test_logits_after_latents_are_the_models_own(family, tmp_path):
     latents_QTD = [rows.feed(embed(prompt_QL), mask_QL)[:, -1:]]
     latents_QTD.append(rows.feed(latents_QTD[0]))
     tokens_QAD = embed(torch.tensor([[9, 8, 7], [6, 5, 4]]))
-    logits_QAV = head_of(lm)(rows.feed(torch.cat([latents_QTD[1], tokens_QAD], 1)))
+    vectors_QSD = torch.cat([latents_QTD[1], tokens_QAD], 1)
+    layers = rows.fork().feed_all_layers(vectors_QSD)
+    hidden_QSD = rows.feed(vectors_QSD)
+    torch.testing.assert_close(layers[-1], hidden_QSD)
+    logits_QAV = head_of(lm)(hidden_QSD)
     for question, prompt in enumerate(PROMPTS):
         fed = [each[question] for each in (*latents_QTD, tokens_QAD)]
         vectors_1SD = torch.cat([embed(torch.tensor(prompt)), *fed])[None]
@@ -64,9 +74,33 @@ def test_a_model_that_training_does_not_compute_is_refused(tmp_path):
         find_head(lm)
 
 
+@pytest.mark.parametrize("family", RECOMPUTED)
+def test_gradients_are_equal_when_activations_are_computed_again(family):
+    lm, gradients = random_lm(family, attn_implementation="eager").eval(), []
+    embed = lm.get_input_embeddings()
+    prompt_QL, mask_QL = pad_rows(PROMPTS, 0, torch.device("cpu"), left=True)
+    for wanted in (False, True):
+        lm.zero_grad()
+        with recomputing_blocks(lm, wanted):
+            rows = Sequences(lm)
+            latent_Q1D = rows.feed(embed(prompt_QL), mask_QL)[:, -1:]
+            other = rows.fork().feed(embed(torch.tensor([[9, 8], [6, 5]])))
+            hidden_Q1D = rows.feed(rows.feed(latent_Q1D))
+            (hidden_Q1D.square().mean() + other.square().mean()).backward()
+        gradients.append({name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_blocks_that_do_not_know_their_place_in_the_cache_are_refused():
+    with pytest.raises(UsageError, match=r"optimization\.gradient_checkpointing=true: must be false"):
+        blocks_of(random_lm("gpt_neo"))
+
+
 @pytest.mark.parametrize("family", REWARD)
 def test_scores_in_training_are_those_of_plain_rows(family):
-    module = LatentRMModule(random_lm(family), seed=0)
+    module = LatentRMModule(random_lm(family), seed=0).train()
     lengths_Q = torch.tensor([len(prompt) for prompt in PROMPTS])
     prompt_QL = pad_rows(PROMPTS, 0, torch.device("cpu"), left=False)[0]
     latents_QNTD = torch.randn(2, 3, 2, tiny.WIDTH)

@@ -92,14 +92,14 @@ def convert_once(file: Path, key: str) -> Path:
         )
         splitting = check(file, key)
         log.info("%s: converting it, once, to %s", file, folder)
-        with whole_folder(folder, str(file)) as partial:
+        with kept_folder(folder, str(file)) as partial:
             convert(file, partial, splitting, key)
     note_use(folder)
     return folder
 
 
 @contextlib.contextmanager
-def whole_folder(folder: Path, source: str) -> Iterator[Path]:
+def kept_folder(folder: Path, source: str) -> Iterator[Path]:
     """A folder to write into, which gets its name once everything is written; a failure leaves nothing.
 
     Args:

@@ -38,7 +38,7 @@ TOLERANCE = 1e-3
 VERSION = 2  # of what joining writes; part of the folder's name
 
 
-def is_adapter(folder: Path) -> bool:
+def is_own_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter that names its base, as `train-reasoner` writes it."""
     return (folder / files.ADAPTER).is_file() and (folder / RECORD).is_file()
 
@@ -65,7 +65,7 @@ def join_once(folder: Path, key: str) -> Path:
     Raises:
         UsageError: the adapter is damaged, its base is missing or has changed, or the probe differs.
     """
-    if not is_adapter(folder):
+    if not is_own_adapter(folder):
         return folder
     record = files.read_json(folder, RECORD, key=key)
     found = record.get("base_digest")
@@ -81,7 +81,7 @@ def join_once(folder: Path, key: str) -> Path:
     gguf.set_truncated_aside(target)
     if not target.is_dir():
         log.info("%s: joining it with %s, once, in %s", folder, base, target)
-        with gguf.whole_folder(target, str(folder)) as partial:
+        with gguf.kept_folder(target, str(folder)) as partial:
             join(folder, base_folder(base, key), partial, record, key)
     gguf.note_use(target)
     return target

@@ -26,7 +26,7 @@ HEAD = ("classifier.weight", "classifier.bias")
 
 def is_reward_adapter(folder: Path) -> bool:
     """Whether a folder holds a LatentRM that is an adapter."""
-    if not (folder / files.ADAPTER).is_file() or joining.is_adapter(folder):
+    if not (folder / files.ADAPTER).is_file() or joining.is_own_adapter(folder):
         return False
     record = read_object(folder / "config.json").get("latent_rm")
     return isinstance(record, dict) and "base" in record

@@ -13,7 +13,7 @@ import pandas as pd
 from latent_tts.errors import UsageError, require
 from latent_tts.results import statistics
 from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
-from latent_tts.results.run_folder import UNKNOWN, is_complete, name_once, read_run_metrics, run_folders
+from latent_tts.results.run_folder import UNKNOWN, is_complete, name_once, read_run_metrics, run_folders, sampler_label
 
 Side = dict[str, CompletedRun]  # by seed
 T = TypeVar("T")
@@ -93,8 +93,7 @@ def describe_sides(a: Side, b: Side) -> tuple[str, str]:
 
 def _with_whole_sampler(curve: Mapping[str, str]) -> dict[str, str]:
     """The columns of a curve, the sampler with its value in one: `gaussian sigma=0.4`."""
-    value = f" {curve['sampler_param']}={curve['sampler_value']}" if curve["sampler_value"] else ""
-    return {**curve, "sampler": curve["sampler"] + value, "sampler_param": "", "sampler_value": ""}
+    return {**curve, "sampler": sampler_label(curve), "sampler_param": "", "sampler_value": ""}
 
 
 def _difference(

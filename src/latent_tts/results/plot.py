@@ -23,6 +23,7 @@ from latent_tts.results.run_folder import (
     UNKNOWN,
     digest_label,
     figures_drawn,
+    sampler_label,
 )
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ def _named_curves(
     value_per_model = in_rows and "sampler_value" in columns and not samplers.duplicated(["model", "sampler"]).any()
     if value_per_model and samplers[of_sampler].drop_duplicates().duplicated("sampler").any():
         for model, rows in samplers.groupby("model"):
-            values = [_sampler_text(row) for _, row in rows.iterrows() if row["sampler_value"]]
+            values = [sampler_label(row) for _, row in rows.iterrows() if row["sampler_value"]]
             notes[str(model)] = f": {', '.join(values)}" if values else ""
         of_sampler = ["sampler"]
     changed = [_split(text) for text in curves["settings"]]
@@ -289,15 +290,9 @@ def _split_budget(label: str) -> dict[str, str]:
     return {"budget": name} | {key: value for key, equals, value in parts if equals}
 
 
-def _sampler_text(told: Mapping[str, str] | pd.Series) -> str:
-    """A sampler with its value, as in `gaussian sigma=0.4`; without the name of a sampler that all curves share."""
-    text, name, value = (str(told.get(key, "")) for key in ("sampler", "sampler_param", "sampler_value"))
-    return f"{text} {name}={value}".strip() if name and value else text
-
-
 def _label(told: Mapping[str, str]) -> str:
     """What tells a curve from others, as a legend says it: `gaussian sigma=0.4, float32`."""
-    parts = [_sampler_text(told)] if "sampler" in told or "sampler_value" in told else []
+    parts = [sampler_label(told)] if "sampler" in told or "sampler_value" in told else []
     for name, value in told.items():
         if name in DIGEST_COLUMNS:
             parts.append(digest_label(name, value))

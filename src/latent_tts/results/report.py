@@ -23,7 +23,14 @@ from rich.table import Table
 from rich.text import Text
 
 from latent_tts.errors import UsageError, printable
-from latent_tts.results.run_folder import CURVE_COLUMNS, OUTPUT_FOLDERS, is_complete, read_run_metrics, run_folders
+from latent_tts.results.run_folder import (
+    CURVE_COLUMNS,
+    OUTPUT_FOLDERS,
+    is_complete,
+    read_run_metrics,
+    run_folders,
+    sampler_label,
+)
 from latent_tts.types import text_digest
 
 STATISTICS = "docs/statistics.md"
@@ -396,8 +403,8 @@ def curve_title(metrics: pd.DataFrame) -> str:
 
     place = "/".join(filter(None, [common("task"), common("split")]))
     where = " on ".join(filter(None, [common("model"), place]))
-    parameter = f" {common('sampler_param')}={common('sampler_value')}" if common("sampler_value") else ""
-    what = f"{common('sampler')}{parameter}" if common("sampler") else ""
+    sampler = {name: common(name) for name in ("sampler", "sampler_param", "sampler_value")}
+    what = sampler_label(sampler) if sampler["sampler"] else ""
     seeds = f"{'mean ± sd of seeds' if ',' in common('seed') else 'seed'} {common('seed')}" if common("seed") else ""
     questions = f"{float(common('questions')):g} questions" if common("questions") else ""
     if questions and common("settings"):

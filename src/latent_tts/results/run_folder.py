@@ -328,6 +328,12 @@ def name_once(metrics: pd.DataFrame) -> pd.DataFrame:
     return named
 
 
+def sampler_label(columns: Mapping[str, str] | pd.Series) -> str:
+    """A sampler with its value, as in `gaussian sigma=0.4`, from columns of a table; what they lack is left out."""
+    text, name, value = (str(columns.get(key, "")) for key in ("sampler", "sampler_param", "sampler_value"))
+    return f"{text} {name}={value}".strip() if name and value else text
+
+
 def digest_label(column: str, digest: str) -> str:
     """How people are shown one of `DIGEST_COLUMNS`, as in `questions 1a2b3c4d`."""
     short = digest if digest.startswith(UNKNOWN) else "+".join(part[:8] for part in digest.split("+"))

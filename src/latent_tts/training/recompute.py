@@ -40,11 +40,18 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The transformer blocks of a model.
 
     Raises:
-        UsageError: it has none that transformers knows.
+        UsageError: it has none that transformers knows, or they do not know their place in the cache.
     """
     blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    require("optimization.gradient_checkpointing", True, bool(blocks), "must be false: this model has no blocks for it")
+    fit = bool(blocks) and all(_place_of(block) is not None for block in blocks)
+    require("optimization.gradient_checkpointing", True, fit, "must be false: this model has no blocks for it")
     return blocks
+
+
+def _place_of(block: nn.Module) -> int | None:
+    """The number of a block in the cache."""
+    numbers = (getattr(module, "layer_idx", None) for module in block.modules())
+    return next((number for number in numbers if number is not None), None)
 
 
 class _BlockCache(Cache):
@@ -67,8 +74,7 @@ class _BlockCache(Cache):
 def _recomputed(block: nn.Module) -> Callable[..., Any]:
     """The forward pass of a block with gradient checkpointing; the cache is filled as without."""
     plain = type(block).forward
-    numbers = (getattr(module, "layer_idx", None) for module in block.modules())
-    place: Any = next((number for number in numbers if number is not None), None)
+    place: Any = _place_of(block)
 
     def forward(hidden: Tensor, *inputs: Any, **named: Any) -> Any:
         cache = next((value for value in (*inputs, *named.values()) if isinstance(value, Cache)), None)

@@ -86,7 +86,7 @@ def join_own_adapter(src: Path, dst: Path, given: Mapping[str, Any]) -> bool:
         UsageError: it does not fit its base, or a key says what its record says.
     """
     scores = reward_adapter.is_reward_adapter(src)
-    if not scores and not joining.is_adapter(src):
+    if not scores and not joining.is_own_adapter(src):
         return False
     for key, value in given.items():
         record = src / ("config.json" if scores else joining.RECORD)

@@ -95,6 +95,7 @@ class Lora:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # PEFT uses deprecated names of transformers
+                warnings.simplefilter("ignore", RuntimeWarning)  # of patterns, which are refused below
                 adapted = get_peft_model(lm, config)
             with torch.no_grad():
                 lm(input_ids=torch.zeros(1, 1, dtype=torch.long))
