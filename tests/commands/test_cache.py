@@ -224,6 +224,7 @@ def test_what_was_used_longest_ago_goes_first():
     assert (report.age(3), report.age(7300), report.age(90000)) == ("0 m", "2 h", "1 d")
 
 
+@pytest.mark.slow
 def test_models_that_were_converted_or_joined_are_listed_and_pruned(ltts, place):
     file = tiny_gguf.write(place / "mine.gguf", tiny_gguf.model())
     line = ["run", "model=cot", "task.limit=2", "n=1", "sampler=greedy", "max_answer_tokens=2"]

@@ -288,6 +288,7 @@ def test_compare_pairs_two_runs(run, completed, ltts):
     assert same.out.count("0.0 [-39.0, 39.0]") == 9  # coverage and two aggregators at n = 1, 2, 4
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_compare_takes_what_all_seeds_of_a_side_have(run, ltts):
     """Seeds that drew more, or have more aggregators, as after a sweep that was extended."""

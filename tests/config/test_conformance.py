@@ -67,6 +67,7 @@ def compared(ltts, tmp_path):
     return accuracy, run
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_with_the_figure_known_of_it(compared):
     accuracy, run = compared
     right = run(accuracy)

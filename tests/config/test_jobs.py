@@ -86,6 +86,7 @@ def test_a_file_is_read_once_for_all_choices_of_options(hydra_is_set_up, monkeyp
     assert set(read.values()) == {1}
 
 
+@pytest.mark.slow
 def test_a_sweep_composes_each_choice_of_options_once(run, monkeypatch):
     composed, compose = Counter(), ConfigLoaderImpl._compose_config_from_defaults_list
 

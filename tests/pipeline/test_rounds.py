@@ -262,6 +262,7 @@ def test_a_run_without_randomness_has_one_rollout_to_replay(ltts, family):
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_a_calibration_on_other_rollouts_or_scores_is_refused(ltts, family):
     valid = ["task.split=valid", "budget=fixed"]
     assert ltts("run", *family, *valid, "hydra.run.dir=valid").code == 0

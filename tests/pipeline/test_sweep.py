@@ -35,6 +35,7 @@ def test_a_sweep_prints_one_table_and_each_warning_once(run, checkpoint, tmp_pat
     assert alone.err.count("WARNING scorer") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_jobs_that_are_one_run_have_a_row_each(run):
     swept = run("engine.rows=1,4", "cache=off", "-m")

@@ -95,6 +95,7 @@ def test_seeds_of_other_questions_are_not_averaged_and_a_figure_has_a_curve_of_e
     assert "means over" not in words
 
 
+@pytest.mark.slow
 def test_a_file_by_another_path_or_name_is_the_same_set_and_one_read_by_another_rule_is_not(
     run, ltts, questions, tmp_path
 ):
@@ -148,6 +149,7 @@ def test_seeds_of_other_weights_are_not_averaged(seeded, ltts, checkpoint, tmp_p
     assert set(means["seed"]) == {"0", "1,2"}
 
 
+@pytest.mark.slow
 def test_a_moved_checkpoint_and_a_moved_scorer_stay_on_one_curve(seeded, ltts, checkpoint, tmp_path):
     scorer = tiny.write_latent_rm(tmp_path / "rm", checkpoint)
     for seed in (0, 1):

@@ -381,6 +381,7 @@ def test_make_plots_draws_every_figure_that_ltts_plot_made():
     }
 
 
+@pytest.mark.slow
 def test_plot_alone_draws_the_last_run_or_sweep(completed, run, ltts, tmp_path):
     check(ltts("plot"), "no run in the folders outputs and multirun")
     shutil.copytree(completed, "outputs/run/first")
