@@ -70,7 +70,7 @@ def test_a_refusal_shows_the_number_that_was_typed(run):
         (["sampler=gaussian", "sampler.sigma=nan"], ["sampler.sigma=nan", "finite"]),
         (["sampler.rate=1"], ["sampler.rate=1", "[0, 1)"]),
         (["sampler.site=nosuch"], ["sampler.site=nosuch", "ffn, residual"]),
-        (["sampler.where=[nowhere]"], ["sampler.where=['nowhere']", "prompt, thoughts, answer"]),
+        (["sampler.where=[nowhere]"], ["sampler.where=[nowhere]", "prompt, thoughts, answer"]),
         (["sampler=control", "sampler.mode=none"], ["sampler.mode=none", "zero, repeat, shuffle"]),
         (["sampler=control", "sampler.mode=shuffle", "task.limit=1"], ["sampler.mode=shuffle", "two questions"]),
         (["task.split=exam"], ["task.split=exam", "train, valid, test, hard"]),

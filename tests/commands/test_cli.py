@@ -350,7 +350,7 @@ def test_plot_draws_from_the_table_alone(completed, ltts, tmp_path):
     (tmp_path / "results_by_gflops.csv").write_bytes(table.read_bytes())
     assert ltts("plot", "results_by_gflops.csv", "format=svg").last.name == "figure_by_gflops.svg"
     check_refused(
-        "plot", f"runs=[{table}]", "against=luck", words=["against=luck: must be one of n, gflops, seconds, diversity"]
+        "plot", f"runs=[{table}]", "against=luck", words=["against=luck: must be one of n, rollouts, gflops, seconds"]
     )
 
 

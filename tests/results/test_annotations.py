@@ -18,6 +18,7 @@ from latent_tts.errors import RunError, UsageError
 from latent_tts.results import annotations
 from latent_tts.results.annotations import FORMAT, INDEX, SETTINGS, AnnotationFolder
 from latent_tts.results.files import settings_digest, whole_file
+from latent_tts.results.parts import parquet_table
 from latent_tts.types import LabelledQuestion, UnmixedQuestion, file_digest, written_ids
 
 N, T, D, LATENT, END, PAD = 3, 4, 5, 90, 91, 0
@@ -347,3 +348,18 @@ def test_what_is_no_annotation_folder(path, tmp_path):
     part_of(path, 0).write_bytes(b"PAR1")
     with pytest.raises(UsageError, match=r"0_on0-.*\.parquet: is damaged"):
         AnnotationFolder(path).index()
+
+
+def test_threads_of_arrow_hold_no_object_of_python(tmp_path, monkeypatch):
+    """At exit, one that lets go of such an object aborts the process."""
+    pq.write_table(pa.table({"a": [1, 2]}), tmp_path / "part.parquet")
+    content, read, addresses = (tmp_path / "part.parquet").read_bytes(), pq.read_table, []
+
+    def watched(source, **options):
+        addresses.append(source.read_buffer().address)
+        source.seek(0)
+        return read(source, **options)
+
+    monkeypatch.setattr(pq, "read_table", watched)
+    assert parquet_table(content, columns=["a"]).to_pydict() == {"a": [1, 2]}
+    assert addresses != [pa.py_buffer(content).address]

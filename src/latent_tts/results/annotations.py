@@ -34,6 +34,7 @@ import pyarrow.parquet as pq
 
 from latent_tts.errors import RunError, UsageError, bad_value, require
 from latent_tts.results.files import bytes_digest, digest_in_name, set_aside, settings_digest, whole_file, write_text
+from latent_tts.results.parts import parquet_table
 from latent_tts.types import LabelledQuestion, UnmixedQuestion, UnmixedReason, file_digest
 
 log = logging.getLogger(__name__)
@@ -320,7 +321,7 @@ class AnnotationFolder:
             require(
                 self._key, part, self.settings["format"] < 3 or bytes_digest(content) == digest_in_name(part), DAMAGED
             )
-            return pq.read_table(pa.BufferReader(content), schema=PART_SCHEMA).to_pylist()
+            return parquet_table(content, schema=PART_SCHEMA).to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise bad_value(self._key, part, f"cannot be read ({str(error).splitlines()[0]})") from error
 

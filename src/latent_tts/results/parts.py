@@ -153,10 +153,25 @@ def whole_table(path: Path, columns: list[str]) -> pa.Table | None:
     if bytes_digest(content) != digest_in_name(path):
         return None
     try:
-        table = pq.read_table(pa.BufferReader(content), columns=columns)
+        table = parquet_table(content, columns=columns)
     except pa.ArrowException:
         return None
     return table if set(columns) <= set(table.column_names) else None
+
+
+def parquet_table(content: bytes, **options: Any) -> pa.Table:
+    """The table in the content of a Parquet file; raises pa.ArrowException.
+
+    Arrow reads a copy of its own. Its threads let go of what they read a little later: of an object of Python, when
+    Python may be ending, which aborts the process.
+
+    Args:
+        content: of the file.
+        **options: of `pq.read_table`.
+    """
+    copy = pa.BufferOutputStream()
+    copy.write(content)
+    return pq.read_table(pa.BufferReader(copy.getvalue()), **options)
 
 
 class PartIndex:

@@ -162,7 +162,7 @@ def read_budget(folder: Path) -> pd.DataFrame | None:
     if not (folder / BUDGET).is_file():
         return None
     try:
-        budget = pd.read_parquet(folder / BUDGET, columns=BUDGET_COLUMNS)
+        budget = pq.read_table(folder / BUDGET, columns=BUDGET_COLUMNS).to_pandas()
     except UNREADABLE as error:
         raise UsageError(f"{folder / BUDGET}: cannot be read ({str(error).splitlines()[0]})") from error
     return budget
