@@ -181,7 +181,8 @@ def test_best_weights_of_dropped_updates_do_not_become_the_checkpoint(ltts, plac
     assert done.code == 0, done.err
     assert "the best weights so far are of update 1000000, which is made anew; they are removed" in done.err
     chosen = re.search(r"weights of update (\d+) of (\d+); on valid", done.err)
-    assert chosen and int(chosen[1]) <= int(chosen[2]) < 10**6, done.err
+    assert chosen, done.err
+    assert int(chosen[1]) <= int(chosen[2]) < 10**6
 
 
 @pytest.mark.every_other
