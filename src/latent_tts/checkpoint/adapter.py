@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from latent_tts.checkpoint import files, joining
-from latent_tts.errors import UsageError, is_whole, require
+from latent_tts.errors import UsageError, as_typed, is_whole, require
 from latent_tts.types import Question, Reasoner
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ class CheckpointAdapter:
             if asked is not None and asked != added[name]:
                 log.warning(
                     "%s: tokenizer_config.json has add_%s=%s, tokenizer.json %s such a token; prompts are made by "
-                    "tokenizer.json", self.checkpoint, name, str(asked).lower(), "adds" if added[name] else "adds no",
+                    "tokenizer.json", self.checkpoint, name, as_typed(asked), "adds" if added[name] else "adds no",
                 )  # fmt: skip
 
     def encode(self, question: Question) -> list[int]:

@@ -505,14 +505,11 @@ def special_ids(kind: str, folder: Path, config: Mapping[str, Any], tokenizer: T
         value = settings.get(f"{kind}_token_id")
         return [token for token in (value if isinstance(value, list) else [value]) if is_token(token, tokenizer)]
 
-    def optional(name: str) -> dict[str, Any]:
-        return read_json(folder, name) if (folder / name).is_file() else {}
-
-    text = _token_text(optional("tokenizer_config.json").get(f"{kind}_token"))
+    text = _token_text(_read_optional(folder, "tokenizer_config.json").get(f"{kind}_token"))
     of_tokenizer = None if text is None else tokenizer.token_to_id(text)
     return {
         "config.json": ids_of(config),
-        "generation_config.json": ids_of(optional("generation_config.json")),
+        "generation_config.json": ids_of(_read_optional(folder, "generation_config.json")),
         "tokenizer_config.json": [] if of_tokenizer is None else [of_tokenizer],
     }
 
@@ -525,7 +522,7 @@ def tokens_around(tokenizer: Tokenizer) -> dict[str, bool]:
 
 def asked_around(folder: Path, tokenizer: Tokenizer) -> dict[str, bool | None]:
     """What `tokenizer_config.json` says of the same; None where it says nothing, or names no such token."""
-    config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    config = _read_optional(folder, "tokenizer_config.json")
     asked: dict[str, bool | None] = {}
     for name in ("bos_token", "eos_token"):
         flag, text = config.get(f"add_{name}"), _token_text(config.get(name))
@@ -536,7 +533,7 @@ def asked_around(folder: Path, tokenizer: Tokenizer) -> dict[str, bool | None]:
 
 def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
     """A checkpoint's Jinja template of chats (None if it has none), and the special tokens that it may name."""
-    config = read_json(folder, "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    config = _read_optional(folder, "tokenizer_config.json")
     texts = {name: _token_text(config.get(name)) for name in SPECIAL}
     tokens = {name: text for name, text in texts.items() if text is not None}
     if (folder / CHAT_TEMPLATE).is_file():
@@ -546,6 +543,11 @@ def chat_template(folder: Path) -> tuple[str | None, dict[str, str]]:
         named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None, tokens
+
+
+def _read_optional(folder: Path, name: str) -> dict[str, Any]:
+    """The object in a JSON file that a checkpoint may lack; raises UsageError if it is damaged."""
+    return read_json(folder, name) if (folder / name).is_file() else {}
 
 
 def _token_text(token: Any) -> str | None:

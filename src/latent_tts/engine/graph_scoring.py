@@ -124,17 +124,17 @@ class GraphScorer(LatentScorer):
         if not self._usable:
             return usual()
         length, shifted = power_of_two(max(map(len, prompts))), position_offset_Q is not None
-        agree = partial(agreement, dtype=self.backbone.dtype)
 
         def fixed(bucket: ScoreBucket | None) -> tuple[ScoreBucket, Tensor]:
             if bucket is None:
                 made = FixedScores(proxy(self), len(prompts), length, latents_RTD, shifted=shifted)
+                agree = partial(agreement, dtype=self.backbone.dtype)
                 bucket = Bucket(made, self._recordings.new_recorder(), agree, self.backbone.dtype)
             scores = cast(FixedScores, bucket.fixed)
             return bucket, bucket.compute(lambda: scores.load(prompts, latents_RTD, position_offset_Q), scores.walk)
 
         key = "scores", len(prompts), *latents_RTD.shape[:2], length, shifted
-        return self._recordings.compute(key, usual, fixed, agree, self.backbone.dtype)
+        return self._recordings.compute(key, usual, fixed)
 
 
 def agreement(found_RT: Tensor, wanted_RT: Tensor, roundings: float, *, dtype: torch.dtype) -> float:

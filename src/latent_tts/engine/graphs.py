@@ -501,7 +501,7 @@ class GraphEngine(Engine):
                 rollouts.count_wanted()
             return bucket, found
 
-        return self._recordings.compute(key, usual, fixed, agreement, self.lm.dtype)
+        return self._recordings.compute(key, usual, fixed)
 
     def _key(
         self, prompts: list[list[int]], draw: Draw, sampler: Sampler, *, answers: bool

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 # of what is free once models are loaded; batches take at most half of it (`packing.MEMORY_SHARE`)
 ROLLOUTS_SHARE, SCORES_SHARE = 0.25, 0.0625
 # roundings within which rollouts agree, and how many of them agree at least, in float32 and in half precision:
-_REPLAYED, _REPLAYED_HALF = (16.0, 0.9), (2.0, 0.9)  # replayed, for which a library may choose other kernels
-_OTHER_ORDER, _OTHER_ORDER_HALF = (256.0, 0.9), (16.0, 0.5)  # in tensors of other sizes, so summed in another order
+_REPLAYED = (16.0, 0.9), (2.0, 0.9)  # replayed, for which a library may choose other kernels
+_OTHER_ORDER = (256.0, 0.9), (16.0, 0.5)  # in tensors of other sizes, so summed in another order
 MAX_RECORDED = 256  # passes of a bucket; later answer tokens of a sampler that is random in answers are not recorded
 # tokens of prompts, padding included, up to which their pass is recorded: more of them take longer than launching
 PROMPT_TOKENS = 1 << 12
@@ -175,15 +175,30 @@ class Bucket(Generic[Pass, Found]):
                 if tensor.is_floating_point():
                     tensor.zero_()  # a recording that writes nothing would find what was run
             load()
-            roundings, most = _REPLAYED if self._dtype.itemsize >= 4 else _REPLAYED_HALF
-            agreeing = self._agreement(walk(replay), found, roundings)
-            if agreeing < most:
-                raise RunError(f"{1 - agreeing:.1%} of the rollouts differ when they are replayed")
+            self.check(walk(replay), found, _REPLAYED, "when they are replayed")
             self.trusted.update(recorded)
         new = [passes for passes in met if passes not in self._replays]
         for passes in new[: MAX_RECORDED - len(self._replays)]:
             self._record(passes)
         return found
+
+    def check(self, found: Found, wanted: Found, limits: Sequence[tuple[float, float]], where: str) -> float:
+        """The share of a batch's rollouts that agree.
+
+        Args:
+            found: the batch.
+            wanted: the same, computed otherwise.
+            limits: roundings, and the least share, in float32 and in half precision.
+            where: rollouts differ, in the error.
+
+        Raises:
+            RunError: the share is less.
+        """
+        roundings, least = limits[self._dtype.itemsize < 4]
+        agreeing = self._agreement(found, wanted, roundings)
+        if agreeing < least:
+            raise RunError(f"{1 - agreeing:.1%} of the rollouts differ {where}")
+        return agreeing
 
     def _record(self, passes: Pass) -> None:
         self.fixed.rewind()
@@ -248,8 +263,6 @@ class Recordings:
         key: Hashable,
         usual: Callable[[], Found],
         fixed: Callable[[Bucket[Pass, Found] | None], tuple[Bucket[Pass, Found], Found]],
-        agreement: Agreement[Found],
-        dtype: torch.dtype,
     ) -> Found:
         """What a batch gives.
 
@@ -257,8 +270,6 @@ class Recordings:
             key: what it shares with the others of its bucket.
             usual: computes it without graphs.
             fixed: computes it in a bucket; None makes one.
-            agreement: see `Bucket`.
-            dtype: of the model.
 
         Raises:
             RunError: graphs are needed, and it cannot be recorded or gives something else.
@@ -271,7 +282,7 @@ class Recordings:
         if self.max_bytes is None:
             self.max_bytes = self._share * free_bytes(self._device)
         try:
-            return self._compute_fixed(key, usual, fixed, agreement, dtype)
+            return self._compute_fixed(key, usual, fixed)
         except Exception as error:  # recording may raise anything; what is wrong without it too is raised below
             self.buckets.pop(key, None)
             self._refused.add(key)
@@ -289,8 +300,6 @@ class Recordings:
         key: Hashable,
         usual: Callable[[], Found],
         fixed: Callable[[Bucket[Pass, Found] | None], tuple[Bucket[Pass, Found], Found]],
-        agreement: Agreement[Found],
-        dtype: torch.dtype,
     ) -> Found:
         known = self.buckets.get(key)
         bucket, found = fixed(known)
@@ -298,10 +307,7 @@ class Recordings:
             self._evict(key)
             return found
         expected = usual()
-        roundings, most = _OTHER_ORDER if dtype.itemsize >= 4 else _OTHER_ORDER_HALF
-        agreeing = agreement(found, expected, roundings)
-        if agreeing < most:
-            raise RunError(f"{1 - agreeing:.1%} of the rollouts differ in tensors of fixed sizes")
+        agreeing = bucket.check(found, expected, _OTHER_ORDER, "in tensors of fixed sizes")
         if agreeing < 1:
             log.info("%.1f%% of the rollouts of a batch differ beyond rounding under graphs", 100 * (1 - agreeing))
         self.buckets[key] = bucket
