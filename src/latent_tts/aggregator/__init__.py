@@ -77,3 +77,4 @@ class Aggregator(Protocol):
 
     def rule(self, rollouts: RolloutArrays) -> Rule:
         """The rule for these rollouts; it must not read `correct_QD`."""
+        ...

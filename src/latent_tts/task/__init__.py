@@ -18,6 +18,7 @@ class Task(Protocol):
     @property
     def name(self) -> str:
         """The name of the task in tables."""
+        ...
 
     @property
     def split(self) -> str | None:
@@ -25,10 +26,12 @@ class Task(Protocol):
 
     def questions(self) -> list[Question]:
         """The questions, in file order; the id of each is the `text_digest` of its text, repeats get `-2`, `-3`, ..."""
+        ...
 
     @property
     def rule(self) -> AnswerRule:
         """How answers are read and compared."""
+        ...
 
 
 def questions_of(task: Task) -> list[Question]:

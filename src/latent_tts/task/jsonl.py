@@ -159,7 +159,7 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
     """
     number = 1
     while not (text := text.lstrip()).startswith("]"):
-        found, problem = None, "a comma or the end of the list must follow it"
+        found, row, problem = None, None, "a comma or the end of the list must follow it"
         try:
             row, end = DECODER.raw_decode(text)
             found = AFTER_ROW.match(text, end)

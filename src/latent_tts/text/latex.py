@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from latent_tts.text.guard import Guard
@@ -149,7 +149,8 @@ def equal_latex(prediction: str, gold: str, guard: Guard | None = None) -> bool:
     if all(bases) or all(rationals) or any(map(RATIO.fullmatch, pair)):  # these have one canonical form
         return False
     if any(bases):
-        return equal_latex(*(found[1] if found else text for found, text in zip(bases, pair, strict=True)), guard)
+        prediction, gold = (found[1] if found else text for found, text in zip(bases, pair, strict=True))
+        return equal_latex(prediction, gold, guard)
     rational, other = pair if rationals[0] else pair[::-1]
     if any(rationals) and (found := IN_SHORT_UNIT.fullmatch(other)):
         sign, whole, upper, lower = found.groups()
@@ -214,7 +215,7 @@ def _expression(text: str) -> str | None:
     return None if not text or MISREAD.search(text) else text
 
 
-def _rewrite(text: str, rules: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]]) -> str:
+def _rewrite(text: str, rules: Sequence[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]]) -> str:
     for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
     return text.strip()
