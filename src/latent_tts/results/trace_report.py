@@ -30,7 +30,7 @@ STEPS = string.digits[1:] + string.ascii_letters  # what marks the latents of th
 def print_trace(trace: Trace) -> None:
     """Print what is to be seen of each question, and a table that holds them side by side."""
     console = Console(highlight=False)
-    signs = SIGNS if report.encodes(console, "".join(SIGNS.values())) else ASCII
+    signs = ASCII if console.options.ascii_only else SIGNS
     report.print_line(", ".join(f"{key} {value}" for key, value in trace.about.items()))
     for question in trace.questions:
         print()
