@@ -86,7 +86,7 @@ def way(request, monkeypatch):
     def words(keys_R2, rollouts_R, blocks, *rest):
         return rollouts_R.new_empty(len(rollouts_R), 4, blocks)
 
-    drawing = {"words": words, "decide": lambda *rest: None, "drop": lambda output_RSD, *rest: output_RSD.clone()}
+    drawing = {"words": words, "drop": lambda output_RSD, *rest: output_RSD.clone()}
     stubs = {
         "engine.attention_kernel": {"attend_piece": lambda *rest: None},
         "engine.head_kernel": {"look": look},

@@ -459,26 +459,16 @@ def _attend_by_kernel(cache: SharedPrefixCache, query: Tensor, layer: int, suffi
 
 def has_kernel(like: Tensor) -> bool:
     """Whether Triton's kernel attends with heads like these (..., K)."""
-    return like.is_cuda and _has_kernel(like.device, like.dtype, like.shape[-1])
+    has_one = like.is_cuda and like.dtype in KERNEL_DTYPES
+    return has_one and is_usable("attention", kernel_agrees, like.device, like.dtype, like.shape[-1])
 
 
-@cache
-def _has_kernel(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    if dtype not in KERNEL_DTYPES:
-        return False
-
-    def agrees() -> bool:
-        if width not in KERNEL_WIDTHS:
-            raise ValueError(f"heads of width {width}, not {KERNEL_WIDTHS[0]} to {KERNEL_WIDTHS[-1]}")
-        from latent_tts.engine.attention_kernel import attend_piece
-
-        return kernel_agrees(attend_piece, device, dtype, width)
-
-    return is_usable("attention", f"{device} in {dtype}", agrees)
-
-
-def kernel_agrees(attend_piece: Any, device: torch.device, dtype: torch.dtype, width: int) -> bool:
+def kernel_agrees(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether the kernel gives what the operators give, for ragged prompts, grouped heads and unused slots."""
+    if width not in KERNEL_WIDTHS:
+        raise ValueError(f"heads of width {width}, not {KERNEL_WIDTHS[0]} to {KERNEL_WIDTHS[-1]}")
+    from latent_tts.engine.attention_kernel import attend_piece
+
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:

@@ -351,7 +351,7 @@ class FixedRollouts(RolloutState):
         prompts, (prefixes, siblings) = self._prompts, self._all.grid
         copies = prefixes // len(prompts.last_Q)
         ids_PL, lengths_P = prompts.ids_QL.repeat_interleave(copies, 0), prompts.lengths_Q.repeat_interleave(copies)
-        _, last_PD = self._run_piece(ids_PL, lengths_P, self.draw)
+        _, last_PD = self._run_piece(ids_PL, lengths_P, self.draw.rows(slice(prefixes)))
         if self._own_last:
             self._begin(self._embed(prompts.last_Q.repeat_interleave(copies * siblings)))
         else:

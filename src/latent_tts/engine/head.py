@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import cast
 
@@ -148,21 +147,14 @@ def _choice(head: nn.Linear, hidden_RD: Tensor, found: _Found) -> Choice:
 
 def has_kernel(hidden_RD: Tensor) -> bool:
     """Whether Triton's kernel looks at the logits of hidden states like these."""
-    return hidden_RD.is_cuda and hidden_RD.dtype != torch.float64 and _has_kernel(hidden_RD.device, hidden_RD.dtype)
+    has_one = hidden_RD.is_cuda and hidden_RD.dtype != torch.float64
+    return has_one and is_usable("visit to logits", kernel_agrees, hidden_RD.device, hidden_RD.dtype)
 
 
-@cache
-def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    def agrees() -> bool:
-        from latent_tts.engine.head_kernel import look
-
-        return kernel_agrees(look, device, dtype)
-
-    return is_usable("visit to logits", f"{device} in {dtype}", agrees)
-
-
-def kernel_agrees(look: Callable[..., tuple[Tensor, Tensor, Tensor]], device: torch.device, dtype: torch.dtype) -> bool:
+def kernel_agrees(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel finds what the operators find, also among equal logits and beyond a whole number of blocks."""
+    from latent_tts.engine.head_kernel import look
+
     generator, agree = torch.Generator().manual_seed(0), True
     for tokens, levels, with_bias in KERNEL_CASES:
         drawn = torch.randint(-levels, levels, (5, tokens), generator=generator)

@@ -336,7 +336,6 @@ class RolloutState:
         self._pending_steps = range(0)  # the latents that all but the last of the pending ones would make
         self._hidden_RD: Tensor | None = None  # of what was run last
         draw.history_RTD = latents_RTD
-        draw.keeps_normals = not engine.plan.schedule.stepwise  # each sweep asks for a latent's noise again
 
     @classmethod
     def start(
