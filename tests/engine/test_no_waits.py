@@ -100,7 +100,7 @@ def passes_of(rollouts: FixedRollouts, sampler: Sampler) -> list[Passes]:
     """Every kind of pass of a bucket."""
     total, plan = rollouts.total, rollouts.engine.plan
     stride = total if plan.stop_id is None else 1
-    found: list[Passes] = [Prompts()] if rollouts._prompts is not None else []
+    found: list[Passes] = [Prompts()] if rollouts._records_prompts else []
     found += [Latents(first, first + stride) for first in range(0, total, max(stride, 1))]
     found.append(FirstToken(total))
     first = len(plan.forced_ids) + 1
@@ -112,7 +112,7 @@ def passes_of(rollouts: FixedRollouts, sampler: Sampler) -> list[Passes]:
         for position in range(first, plan.max_answer_tokens + 1):
             own = position if sampler.random_answers else None
             grid = grid if grid == (2, 2) else rollouts._all.grid
-            found.append(NextToken(rollouts._all.cache.capacity, position == plan.max_answer_tokens, own, grid))
+            found.append(NextToken(rollouts._all.state.capacity, position == plan.max_answer_tokens, own, grid))
     return found
 
 

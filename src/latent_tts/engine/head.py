@@ -25,7 +25,6 @@ from latent_tts.types import Reasoner
 KERNEL_CASES = [(4096, 4, False), (9001, 40, True), (300, 1000, False), (5000, 2, True), (2, 3, False)]
 BLOCK = 64  # the highest logit is looked for in blocks: maxima are vectorized, places of maxima are not
 VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits of a piece
-WHOLE_AT_ONCE = 1 << 24  # of whole rows that are read and dropped
 SORTED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}  # of whole rows; a sampler may need 50 bytes for each
 
 
@@ -81,11 +80,6 @@ class _GivesBack(nn.Module):
     def forward(self, *args: object, inputs_embeds: Tensor, **kwargs: object) -> _Output:
         """The embeddings, as final hidden states."""
         return _Output(last_hidden_state=inputs_embeds)
-
-
-def rows_at_once(head: nn.Module, hidden_RD: Tensor) -> int:
-    """How many rows of logits are made together where whole ones are needed."""
-    return max(1, WHOLE_AT_ONCE // head(hidden_RD[:1]).shape[1])
 
 
 def choose(head: nn.Module, hidden_RD: Tensor, token: Callable[[Tensor, slice], Tensor] | None = None) -> Choice:
