@@ -64,7 +64,7 @@ def rollouts(result):
 
 
 def check_equal(one, other):
-    exact = [name for name in ROLLOUT_COLUMNS if name not in ROUNDED]
+    exact = [name for name in ROLLOUT_COLUMNS.names if name not in ROUNDED]
     pd.testing.assert_frame_equal(one[exact], other[exact])
     pd.testing.assert_frame_equal(one, other, rtol=1e-4, atol=1e-5)
 

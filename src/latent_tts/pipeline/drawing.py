@@ -57,7 +57,7 @@ from latent_tts.results.cache import (
     write_direction_sums,
 )
 from latent_tts.results.parts import PLACE, PartWriter, runs_of
-from latent_tts.results.run_folder import LatentsFile
+from latent_tts.results.run_folder import KeepLatents
 from latent_tts.results.timeline import Span
 from latent_tts.types import Computation
 
@@ -79,7 +79,7 @@ def draw(
     answers: bool = True,
     scored: bool = False,
     dissimilarity: Mapping[Place, np.ndarray] | None = None,
-    kept: LatentsFile | None = None,
+    keep: KeepLatents | None = None,
 ) -> list[Span]:
     """Draw rollouts into a cache; what was drawn before a failure or an interruption is kept.
 
@@ -90,7 +90,7 @@ def draw(
         answers: whether to decode the answers.
         scored: whether the run's scorer reads their latents.
         dissimilarity: of each rollout, where it is known (see `cache.ROLLOUT_FIELDS`); else it is computed.
-        kept: where latents go; None keeps none.
+        keep: takes latents; None keeps none.
 
     Returns:
         Which worker was busy when.
@@ -107,14 +107,14 @@ def draw(
     if dissimilarity is None:
         driver.read_direction_sums(jobs, cache.folder)
         driver.log_catching_up(jobs)
-    request = Request(answers, scored, compares=dissimilarity is None, keeps=kept is not None)
+    request = Request(answers, scored, compares=dissimilarity is None, keeps=keep is not None)
     total, done = sum(len(job.rollouts) for job in jobs), 0
     try:
         with report.progress_bar(total, "rollouts") as bar, PartWriter(cache.folder) as writer:
             with computing("drawing rollouts", f"what was drawn is in {cache.folder}", LESS_MEMORY):
                 for part in driver.parts(jobs, request, bar, dissimilarity):
-                    if kept is not None and part.latents_RTD is not None:
-                        kept.put(part.places, part.latents_RTD)
+                    if keep is not None and part.latents_RTD is not None:
+                        keep(part.places, part.latents_RTD)
                     if spec.on_answers is not None and part.answer_ids is not None:
                         spec.on_answers(part.places, part.answer_ids)
                     assert part.make_table is not None
@@ -136,7 +136,7 @@ def recompute_latents(
     unscored: pd.DataFrame,
     offsets: Mapping[Place, int],
     unkept: pd.DataFrame,
-    kept: LatentsFile | None,
+    keep: KeepLatents | None,
 ) -> list[Span]:
     """Recompute the latents of drawn rollouts, to score or to keep them; answers and recorded scores stay.
 
@@ -146,7 +146,7 @@ def recompute_latents(
         unscored: which rollouts to score (columns `row_key`, `rollout`).
         offsets: what is added to the scorer's positions of each; 0 where it is not named.
         unkept: the rollouts whose latents are to be kept.
-        kept: where they go.
+        keep: takes them.
 
     Returns:
         Which worker was busy when.
@@ -161,13 +161,13 @@ def recompute_latents(
     driver = Driver(spec, max(len(job.prompt) for job in jobs), scored=scored)
     driver.log_recomputing(jobs, "scores" if scored else "")
     to_score = set(unscored.itertuples(index=False, name=None))
-    request = Request(answers=False, scored=scored, drawn=False, keeps=kept is not None)
+    request = Request(answers=False, scored=scored, drawn=False, keeps=keep is not None)
     writer = PartWriter(scores.folder) if scored and scores is not None else None
     with report.progress_bar(len(missing), "rollouts") as bar, writer or nullcontext():
         with computing("recomputing latents", "what was scored is in the cache", LESS_MEMORY):
             for part in driver.parts(jobs, request, bar):
-                if kept is not None and part.latents_RTD is not None:
-                    kept.put(part.places, part.latents_RTD)
+                if keep is not None and part.latents_RTD is not None:
+                    keep(part.places, part.latents_RTD)
                 if writer is not None and part.make_table is not None:
                     writer.put(partial(_rows_of, part.make_table, to_score))
     return driver.timeline
