@@ -32,10 +32,10 @@ from latent_tts.results.run_folder import (
     METRICS,
     ROLLOUT_COLUMNS,
     ROLLOUTS,
-    KeptLatents,
-    LatentsFile,
     is_complete,
     join_tables,
+    latents_file,
+    open_latents,
     read_metrics,
     read_run_json,
     read_tables,
@@ -443,14 +443,16 @@ def test_a_cache_that_cannot_be_made_is_a_usage_error(tmp_path):
 
 
 def test_rollouts_are_written_with_their_columns_in_order(tmp_path):
-    values = {name: [0.5, np.nan] for name in reversed([*ROLLOUT_COLUMNS, "seconds"])}
+    values = {name: [1, 2] for name in reversed([*ROLLOUT_COLUMNS.names, "seconds"])}
     texts = {name: ["x", "y"] for name in ("question_id", "stop_reason", "answer_text")}
-    table = pd.DataFrame(values | texts | {"answer_ids": [[1, 2], []], "prediction": [None, None]})
+    missing = {"prediction": [None, None], "correct": [None, None], "score": [0.5, np.nan]}
+    table = pd.DataFrame(values | texts | missing | {"answer_ids": [[1, 2], []]})
     write_rollouts(tmp_path, table)
     assert pq.read_schema(tmp_path / ROLLOUTS).field("prediction").type == pa.string()  # as if one could be read
     table = pd.read_parquet(tmp_path / ROLLOUTS)
-    assert list(table.columns) == list(ROLLOUT_COLUMNS)
-    assert table["prediction"].isna().all()
+    assert list(table.columns) == ROLLOUT_COLUMNS.names
+    assert table[["prediction", "correct"]].isna().all(axis=None)
+    assert table["score"].isna().tolist() == [False, True]
     assert list(map(list, table["answer_ids"])) == [[1, 2], []]
 
 
@@ -458,22 +460,22 @@ def test_rollouts_are_written_with_their_columns_in_order(tmp_path):
 def test_latents_are_kept_in_the_order_of_the_table_and_in_their_dtype(tmp_path, dtype):
     pairs = [("b", 0), ("b", 1), ("a", 0), ("a", 1)]
     latents = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
-    with LatentsFile(tmp_path / LATENTS, wanted(*pairs), (3, 5), dtype) as file:
-        file.put(pairs[2:], latents[2:])
-        file.put([pairs[1]], latents[1:2])
+    with latents_file(tmp_path / LATENTS, wanted(*pairs), (3, 5), dtype) as keep:
+        keep(pairs[2:], latents[2:])
+        keep([pairs[1]], latents[1:2])
         assert not (tmp_path / LATENTS).exists()
     tensors = load_file(tmp_path / LATENTS)
     assert list(tensors) == ["latents_RTD"]
     assert tensors["latents_RTD"].dtype == latents.dtype
     assert not tensors["latents_RTD"][0].any()
     assert torch.equal(tensors["latents_RTD"][1:], latents[1:])
-    assert torch.equal(KeptLatents(tmp_path, 4).rows(1, 2), latents[1:3])
+    assert torch.equal(open_latents(tmp_path, 4)[1:3], latents[1:3])
     with pytest.raises(UsageError, match="4 rows, but 5"):
-        KeptLatents(tmp_path, 5)
+        open_latents(tmp_path, 5)
 
 
 def test_an_error_leaves_no_latents_behind(tmp_path):
-    with pytest.raises(RuntimeError), LatentsFile(tmp_path / LATENTS, wanted(("a", 0)), (1, 2), "float32"):
+    with pytest.raises(RuntimeError), latents_file(tmp_path / LATENTS, wanted(("a", 0)), (1, 2), "float32"):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
 
