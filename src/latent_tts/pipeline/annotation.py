@@ -105,7 +105,7 @@ def _label(
             with written_in_parts(folder.add) as write:
                 first_rows = None if executor.fixed else max(1, rows // spec.n)
                 queue = ShardQueue(units_of(jobs, spec, rows), len(pool.workers), first_rows)
-                results = results_of(pool, queue, lambda contents, _: list(chain(*contents)), timeline)
+                results = results_of(pool, queue, lambda contents: list(chain(*contents)), timeline)
                 for _, (entries, rollouts) in results:
                     write(entries)
                     done, drawn = done + len(entries), drawn + rollouts
