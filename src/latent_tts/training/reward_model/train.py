@@ -18,7 +18,6 @@ from transformers.trainer_utils import EvalPrediction
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.results.files import write_text
 from latent_tts.training.reasoner.lora import FULL, Lora
-from latent_tts.training.recompute import blocks_of
 from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
 from latent_tts.training.reward_model.model import LatentRMModule
@@ -157,8 +156,6 @@ def train(
         KeyboardInterrupt: Ctrl-C was pressed; the state is saved.
     """
     model.recompute = optimization.gradient_checkpointing
-    if model.recompute:
-        blocks_of(model.backbone)
     trainer = RewardTrainer(
         loss,
         max(data.rollouts, valid.rollouts),
