@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 
 import annotated
@@ -278,7 +279,9 @@ class Crash(Exception):
 @pytest.mark.parametrize(("stop", "saved"), [slow(Crash, 4), (KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
 def test_a_stopped_run_resumes_to_the_same_weights(folders, tmp_path, stop, saved):
     def stop_at_5(done, figures):
-        if done == 5:
+        if done == 5 and stop is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+        elif done == 5:
             raise stop
 
     with pytest.raises(stop):

@@ -211,7 +211,9 @@ class Crash(Exception):
 @pytest.mark.parametrize(("stop", "saved"), [(Crash, 4), slow(KeyboardInterrupt, 5)], ids=["crash", "ctrl-c"])
 def test_a_stopped_run_resumes_to_the_same_weights(adapter, tmp_path, stop, saved):
     def stop_at_5(done, figures):
-        if done == 5:
+        if done == 5 and stop is KeyboardInterrupt:
+            signal.raise_signal(signal.SIGINT)
+        elif done == 5:
             raise stop
 
     with pytest.raises(stop) as stopped:

@@ -231,7 +231,6 @@ def trainer_arguments(
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=True,
         metric_for_best_model=METRIC,
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,
