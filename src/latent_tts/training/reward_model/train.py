@@ -164,14 +164,15 @@ def train(
         train_dataset=cast(Dataset, data),
         eval_dataset=cast(Dataset, valid),
         data_collator=collate,
-        compute_metrics=_selection,
+        compute_metrics=selection_accuracy,
         callbacks=[EarlyStoppingCallback(optimization.patience)],
         report=report,
     )
     if not optimization.epochs:
         return trainer
     states = Path(str(arguments.output_dir))
-    last = resumable_state(states)
+    with arguments.main_process_first():
+        last = resumable_state(states)
     if last is None or not _has_ended(last, optimization):
         trainer.fit(last)
         last = last_state(states)
@@ -239,13 +240,10 @@ def trainer_arguments(
     )
 
 
-def selection_accuracy(score_QN: np.ndarray, correct_QN: np.ndarray) -> float:
+def selection_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of questions whose rollout with the highest score is right; the lowest rollout number wins a tie."""
-    return float(np.take_along_axis(correct_QN, score_QN.argmax(1)[:, None], 1).mean())
-
-
-def _selection(prediction: EvalPrediction) -> dict[str, float]:
-    return {METRIC: selection_accuracy(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))}
+    chosen_Q1 = np.asarray(prediction.predictions).argmax(1)[:, None]
+    return {METRIC: float(np.take_along_axis(np.asarray(prediction.label_ids), chosen_Q1, 1).mean())}
 
 
 def _has_ended(folder: Path, optimization: RewardOptimization) -> bool:
