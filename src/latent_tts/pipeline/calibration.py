@@ -71,23 +71,27 @@ def _check_run(
 ) -> None:
     """Check that a run's rollouts and scores are of the kind that the rule will see; see `calibrate_on_run`."""
     scored = (record.get("scorer") or {}).get("digest")
+    theirs, ours = record.get("schedule"), json.loads(json.dumps(schedule_key(schedule)))
+    groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
     problems = {
         "that run used another checkpoint; calibrate on a run of this one": (
             record["checkpoint_digest"] != digests["model"]
         ),
         "its rollouts have no answers (answer.decode=winners)": record["config"]["answer"].get("decode") == "winners",
         "its budget stopped questions early; calibrate on a run with all n rollouts": read_budget(folder) is not None,
+        **{
+            f"that run used another {group}, or other settings of it; calibrate on one of this": (
+                _settings(record["config"], group) != _settings(config, group)
+            )
+            for group in groups
+        },
+        f"that run used the schedule {schedule_text(theirs)}; calibrate on one of {schedule_text(ours)}": (
+            theirs != ours
+        ),
+        "that run used another scorer; calibrate on a run with this one": (
+            rule.needs_score and scored != digests["scorer"]
+        ),
     }
-    groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
-    for group in groups:
-        problem = f"that run used another {group}, or other settings of it; calibrate on one of this"
-        problems[problem] = _settings(record["config"], group) != _settings(config, group)
-    theirs, ours = record.get("schedule"), json.loads(json.dumps(schedule_key(schedule)))
-    problem = f"that run used the schedule {schedule_text(theirs)}; calibrate on one of {schedule_text(ours)}"
-    problems[problem] = theirs not in (None, ours)  # earlier versions do not say it
-    problems["that run used another scorer; calibrate on a run with this one"] = (
-        rule.needs_score and scored != digests["scorer"]
-    )
     for problem, is_so in problems.items():
         require(KEY, folder, not is_so, problem)
     for name in ("dtype", "quantize"):

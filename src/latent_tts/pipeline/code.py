@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache, cached_property
 from importlib.machinery import PathFinder
-from importlib.metadata import PackageNotFoundError, distributions, requires, version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -117,9 +117,8 @@ def _digest_of_source(source: bytes) -> bytes:
 @cache
 def _own_libraries() -> frozenset[str]:
     """The packages that this one needs itself."""
-    needed: list[str] = []
-    with suppress(PackageNotFoundError):  # a checkout can run without being installed
-        needed = requires("latent-tts") or []
+    # none if a checkout runs without being installed
+    needed = [line for each in distributions(name="latent-tts") for line in each.requires or ()]
     return frozenset(re.split(r"[^\w-]", line)[0].replace("-", "_") for line in needed)
 
 

@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 MIN_ROWS = 64
 MAX_REPEATS = 3
 WORSE, MAX_WORSE = 0.97, 2  # rates below this share of the best count as worse; so many in a row end a dtype
-SEARCH = Independent()
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,8 @@ def rows_to_try(rollouts: int, bytes_per_row: int, device: str) -> Iterator[int]
 
 def _draw(engine: Engine, jobs: Sequence[RolloutJob], rows: int, sampler: Sampler, seed: int) -> Rollouts:
     """One batch."""
-    return SEARCH.roll(engine, next(batches(jobs, rows, max_prompts(engine.width, engine.device.type))), sampler, seed)
+    batch = next(batches(jobs, rows, max_prompts(engine.width, engine.device.type)))
+    return Independent().roll(engine, batch, sampler, seed)
 
 
 def _seconds(draw: Callable[[], Rollouts], deadline: float) -> tuple[float, Rollouts]:

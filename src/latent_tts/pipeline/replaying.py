@@ -13,18 +13,13 @@ from latent_tts.budget import is_adaptive, play
 from latent_tts.errors import RunError, require
 from latent_tts.pipeline import rescoring
 from latent_tts.pipeline.rollouts import CachedRollouts, entries
-from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying, adaptive_figures, budget_table
+from latent_tts.pipeline.rounds import AnswerReader, Outcome, Tallying
 from latent_tts.pipeline.running import write_tables
 from latent_tts.pipeline.scores import check_range
 from latent_tts.pipeline.spec import RunSpec
-from latent_tts.pipeline.tables import RunTables, run_columns, stopped_answer_lines
+from latent_tts.pipeline.tables import RunTables, make_outcome_tables
 from latent_tts.results.cache import MEASURED
-from latent_tts.results.metrics import metric_rows
-from latent_tts.results.run_folder import (
-    read_budget,
-    read_rollouts,
-    write_run_json,
-)
+from latent_tts.results.run_folder import read_budget, read_rollouts, write_run_json
 from latent_tts.types import Floats
 
 
@@ -35,18 +30,8 @@ def read_record(source: Path) -> dict[str, Any]:
         UsageError: there is none, it is damaged, or its questions have unequally many rollouts.
     """
     record = rescoring.read_record(source)
-    require(
-        "run",
-        source,
-        read_budget(source) is None,
-        "must be a run with all n rollouts of each question; its budget stopped earlier",
-    )
-    require(
-        "run",
-        source,
-        isinstance(record["config"].get("n"), int) and isinstance(record.get("aggregators"), dict),
-        "its run.json lacks n or aggregators; repeat the run with ltts run",
-    )
+    allowed = "must be a run with all n rollouts of each question; its budget stopped earlier"
+    require("run", source, read_budget(source) is None, allowed)
     return record
 
 
@@ -103,11 +88,7 @@ def replay(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> RunTables:
     spec = replace(spec, counts=outcome.counts)
     drawn["question_index"] = np.arange(len(spec.questions), dtype="int32").repeat(spec.table_counts)
     drawn["seconds"] = recorded_seconds(spec)
-    budget = budget_table(spec, outcome, drawn)
-    figures = adaptive_figures(spec, outcome, drawn, budget)
-    answers = stopped_answer_lines(spec, drawn, outcome.stops)
-    metrics = metric_rows(figures, run_columns(spec, record["settings"]))
-    return RunTables(drawn, answers, metrics, figures[0].per_question["gflops", ""], budget)
+    return make_outcome_tables(spec, drawn, outcome, record["settings"])
 
 
 def recorded_seconds(spec: RunSpec) -> Floats | float:

@@ -66,12 +66,10 @@ class EngineSettings:
     graph: str = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", full_dtype(self.dtype))
-        allowed = f"must be one of {', '.join(BYTES_PER_NUMBER)} ({', '.join(SHORT_DTYPES)})"
-        require("engine.dtype", self.dtype, self.dtype in BYTES_PER_NUMBER, allowed)
-        check_device("engine.device", self.device)
+        object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))
         rows = "a positive integer, or null to let the model decide"
-        check_fields("engine", self, rows=rows, graph=("auto", "on", "off"))
+        check_fields("engine", self, dtype=BYTES_PER_NUMBER, rows=rows, graph=("auto", "on", "off"))
+        check_device("engine.device", self.device)
         if self.quantize is None:
             return
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
@@ -84,11 +82,6 @@ class EngineSettings:
     def bytes_per_number(self) -> int:
         """Bytes per number of `dtype`."""
         return BYTES_PER_NUMBER[self.dtype]
-
-
-def full_dtype(name: str) -> str:
-    """The long name of a dtype: `bfloat16` for `bf16`."""
-    return SHORT_DTYPES.get(name, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,19 +182,23 @@ class RunSpec(RunRequest):
     @cached_property
     def shape(self) -> Shape:
         """The sizes of the model."""
-        quantized = self.engine.quantize is not None
-        return replace(Shape.from_config(self.adapter.sizes), block_item=1 if quantized else None)
+        block_item = None if self.engine.quantize is None else 1
+        return replace(Shape.from_config(self.adapter.sizes), block_item=block_item)
 
     @property
     def passes(self) -> RolloutCost:
         """The passes of a rollout, and their cost."""
-        adapter = self.adapter
-        forced = len(adapter.thinking_end_ids) + len(self.forced_ids)
-        repeated, stops = self.schedule.repeated_passes(adapter.latents), adapter.stop_id is not None
-        looked_at = None if self.schedule.exit is None else len(exit_ids(adapter, self.schedule))
-        phases = self.sampler.random_phases
-        made = adapter.latent_weights
-        return RolloutCost.of(self.shape, adapter.latents, forced, phases, repeated, stops, looked_at, made)
+        adapter, schedule = self.adapter, self.schedule
+        return RolloutCost.of(
+            self.shape,
+            adapter.latents,
+            forced=len(adapter.thinking_end_ids) + len(self.forced_ids),
+            random_phases=self.sampler.random_phases,
+            repeated=schedule.repeated_passes(adapter.latents),
+            looks_for_stop=adapter.stop_id is not None,
+            exit_tokens=None if schedule.exit is None else len(exit_ids(adapter, schedule)),
+            latent_weights=adapter.latent_weights,
+        )
 
     @property
     def longest_sequence(self) -> int:
@@ -306,7 +303,9 @@ def check_run(request: RunRequest) -> RunSpec:
         why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
         require("budget", budget.name, not is_adaptive(budget), why)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
-    check_exit(schedule, adapter, request.max_answer_tokens)
+    looked_at = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
+    allowed = f"must be at most max_answer_tokens={request.max_answer_tokens} tokens, it has {looked_at}"
+    require("schedule.exit_prefix", schedule.exit_prefix, looked_at <= request.max_answer_tokens, allowed)
     forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
     questions = questions_of(request.task)
     if is_adaptive(budget):
@@ -321,7 +320,7 @@ def check_run(request: RunRequest) -> RunSpec:
     }  # fmt: skip
     spec = RunSpec(
         **vars(request) | settled,
-        draft=find_schedule_draft(schedule, adapter),
+        draft=None if schedule.draft is None else find_draft(schedule.draft, adapter.digest, adapter.latents),
         planned=planned,
         planned_on=planned_on,
         questions=questions,
@@ -408,16 +407,6 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
     return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown, device
 
 
-def find_schedule_draft(schedule: Schedule, adapter: CheckpointAdapter) -> DraftFile | None:
-    """The draft head of a schedule; None where it has none.
-
-    Raises:
-        UsageError: it does not exist, or is another model's.
-    """
-    path = schedule.draft
-    return None if path is None else find_draft(path, adapter.digest, adapter.latents)
-
-
 def require_steps(schedule: Schedule, adapter: CheckpointAdapter, why: str) -> None:
     """Raise UsageError with the reason `why` unless the schedule makes one latent after another."""
     key, value = ("schedule", schedule.name) if adapter.own_schedule is None else ("model", adapter.name)
@@ -431,20 +420,20 @@ def settle_scorer(request: RunRequest) -> LatentRM | NoScorer:
         UsageError: the user chose a scorer that cannot score these rollouts.
     """
     scorer, adapter, sampler, config = request.scorer, request.adapter, request.sampler, request.config
-    if isinstance(scorer, NoScorer) and "scorer.checkpoint" in request.chosen:
-        given = config["scorer"].get("checkpoint")
-        raise bad_value("scorer.checkpoint", given, f"{scorer.reason}; is scorer=latent_rm meant?")
-    if isinstance(scorer, LatentRM):
-        if scorer.only_own and scorer.trained.get("reasoner") != adapter.digest:
-            return NoScorer(f"{scorer.checkpoint} was trained for other weights than {adapter.checkpoint}")
-        if request.n > 1 and (request.answers.random or sampler.random_answers) and not sampler.random_latents:
-            why = f"sampler {sampler.name} gives all rollouts of a question the same latents, and so the same score"
-            require("scorer", scorer.name, scorer.only_own, why)
-            return NoScorer(why)
-        require("scorer", scorer.name, adapter.latents != 0, "a scorer scores latents, and model.latents=0")
-        warnings, budget = scorer.check(adapter, config["sampler"]), request.budget
-        for warning in () if is_adaptive(budget) and not budget.needs_score else warnings:  # else it scores nothing
-            log.warning("%s", warning)
+    if isinstance(scorer, NoScorer):
+        why = f"{scorer.reason}; is scorer=latent_rm meant?"
+        require("scorer.checkpoint", config["scorer"].get("checkpoint"), "scorer.checkpoint" not in request.chosen, why)
+        return scorer
+    if scorer.only_own and scorer.trained.get("reasoner") != adapter.digest:
+        return NoScorer(f"{scorer.checkpoint} was trained for other weights than {adapter.checkpoint}")
+    if request.n > 1 and (request.answers.random or sampler.random_answers) and not sampler.random_latents:
+        why = f"sampler {sampler.name} gives all rollouts of a question the same latents, and so the same score"
+        require("scorer", scorer.name, scorer.only_own, why)
+        return NoScorer(why)
+    require("scorer", scorer.name, adapter.latents != 0, "a scorer scores latents, and model.latents=0")
+    warnings, budget = scorer.check(adapter, config["sampler"]), request.budget
+    for warning in () if is_adaptive(budget) and not budget.needs_score else warnings:  # else it scores nothing
+        log.warning("%s", warning)
     return scorer
 
 
@@ -460,20 +449,18 @@ def settle_aggregators(request: RunRequest, scorer: LatentRM | NoScorer) -> list
     if isinstance(scorer, NoScorer):
         scored = [aggregator.name for aggregator in aggregators if aggregator.needs_score]
         require("aggregator", ",".join(scored), not scored or not chosen, f"needs a scorer ({scorer})")
+        require("answer.decode", "winners", request.decode == "all", "needs a scorer, which finds the winners")
         if scorer.reason is not None:
             log.info("%s, so rollouts get no scores", scorer, extra={"once": True})
-        aggregators = [aggregator for aggregator in aggregators if not aggregator.needs_score]
-    else:
-        aggregators = [
-            replace(aggregator, temperature=scorer.temperature)
-            if isinstance(aggregator, Weighted) and aggregator.temperature is None
-            else aggregator
-            for aggregator in aggregators
-        ]
+        return [aggregator for aggregator in aggregators if not aggregator.needs_score]
+    aggregators = [
+        replace(aggregator, temperature=scorer.temperature)
+        if isinstance(aggregator, Weighted) and aggregator.temperature is None
+        else aggregator
+        for aggregator in aggregators
+    ]
     if request.decode == "all":
         return aggregators
-    if isinstance(scorer, NoScorer):
-        raise bad_value("answer.decode", "winners", "needs a scorer, which finds the winners")
     require(
         "scorer.positions",
         "official",
@@ -501,19 +488,6 @@ def check_search(request: RunRequest, schedule: Schedule, scorer: LatentRM | Non
     require_steps(schedule, request.adapter, f"search={search.name} grows rollouts latent by latent")
     refuse_early_exit(schedule, f"must be null: search={search.name} grows rollouts of equally many latents")
     require("answer.decode", decode, decode == "all", f"must be all: search={search.name} decodes the beams it keeps")
-
-
-def check_exit(schedule: Schedule, adapter: CheckpointAdapter, max_answer_tokens: int) -> None:
-    """Check that what `schedule.exit` looks at is no longer than an answer.
-
-    Raises:
-        UsageError: it is.
-    """
-    if schedule.exit is None:
-        return
-    beyond = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
-    allowed = f"must be at most max_answer_tokens={max_answer_tokens} tokens, it has {beyond}"
-    require("schedule.exit_prefix", schedule.exit_prefix, beyond <= max_answer_tokens, allowed)
 
 
 def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]) -> Budget:
@@ -602,12 +576,9 @@ def check_position_scaling(key: str, checkpoint: str, config: Mapping[str, Any],
             sequence of this run may exceed it.
     """
     config = files.common_sizes(config)  # of a model that sees, too
-    given = [config.get(name) for name in ("rope_parameters", "rope_scaling")]
-    rope: dict[str, Any] = {
-        key: value for settings in given if isinstance(settings, dict) for key, value in settings.items()
-    }
-    of_layers = [value for value in rope.values() if isinstance(value, dict)]  # some have one per kind of layer
-    for part in (rope, *of_layers):
+    given = [part for part in map(config.get, ("rope_parameters", "rope_scaling")) if isinstance(part, dict)]
+    of_layers = [part for each in given for part in each.values() if isinstance(part, dict)]  # one per kind of layer
+    for part in [*given, *of_layers]:
         kind = part.get("type") if part.get("type") in LENGTH_DEPENDENT_ROPE else part.get("rope_type")
         limit = part.get("original_max_position_embeddings", config.get("original_max_position_embeddings", positions))
         require(
@@ -665,7 +636,6 @@ def forced_answer_ids(adapter: CheckpointAdapter, prefix: str, max_answer_tokens
     Raises:
         UsageError: the tokenizer cannot read it, or it leaves no token to choose.
     """
-    require("answer.forced_prefix", prefix, isinstance(prefix, str), "must be a text")
     ids = adapter.forced_ids(prefix)
     allowed = f"must be fewer tokens than max_answer_tokens={max_answer_tokens}, it has {len(ids)}"
     require("answer.forced_prefix", prefix, len(ids) < max_answer_tokens, allowed)
@@ -721,8 +691,8 @@ def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
 def needed_rollouts(request: RunRequest) -> int:
     """The requested n; 1, with a warning, if nothing random makes rollouts differ."""
     if request.all_same and request.n > 1:
-        adapter, sampler = request.adapter, request.sampler.name
-        why = "" if adapter.latents else f": model={adapter.name} has no latents"
-        log.warning("n=%d: sampler %s gives the same rollout every time, so one is drawn%s", request.n, sampler, why)
+        why = "" if request.adapter.latents else f": model={request.adapter.name} has no latents"
+        message = "n=%d: sampler %s gives the same rollout every time, so one is drawn%s"
+        log.warning(message, request.n, request.sampler.name, why)
         return 1
     return request.n

@@ -16,7 +16,7 @@ from latent_tts.aggregator import Aggregator, Vote
 from latent_tts.budget import Stop, is_adaptive
 from latent_tts.engine.cost import Shape
 from latent_tts.pipeline.rollouts import RunRollouts
-from latent_tts.pipeline.rounds import adaptive_figures, budget_table
+from latent_tts.pipeline.rounds import Outcome, adaptive_figures, budget_table
 from latent_tts.pipeline.scores import Scores
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import statistics
@@ -61,16 +61,15 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         drawn: its rollouts.
         settings: keys that differ from their defaults and have no column of their own.
     """
-    budget = None
-    if drawn.outcome is not None:
-        spec = replace(spec, counts=drawn.outcome.counts)
+    outcome = drawn.outcome
+    if outcome is not None:
+        spec = replace(spec, counts=outcome.counts)
     rollouts = rollout_table(spec, drawn)
     release_memory()
     _warn_of_useless_answers(rollouts)
-    if drawn.outcome is not None:
-        budget = budget_table(spec, drawn.outcome, rollouts)
-        figures = adaptive_figures(spec, drawn.outcome, rollouts, budget)
-    elif drawn.winners is not None:
+    if outcome is not None:
+        return make_outcome_tables(spec, rollouts, outcome, settings)
+    if drawn.winners is not None:
         figures = winner_figures(spec, drawn, rollouts)
     else:
         figures = rollout_figures(
@@ -84,11 +83,18 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
     release_memory()
     metrics = metric_rows(figures, run_columns(spec, settings))
     gflops_Q = max(figures, key=lambda each: each.n).per_question["gflops", ""]
-    if drawn.outcome is None:
-        answers = answer_lines(spec, rollouts, spec.table_counts)
-    else:
-        answers = stopped_answer_lines(spec, rollouts, drawn.outcome.stops)
-    return RunTables(rollouts, answers, metrics, gflops_Q, budget)
+    return RunTables(rollouts, answer_lines(spec, rollouts), metrics, gflops_Q)
+
+
+def make_outcome_tables(
+    spec: RunSpec, rollouts: pd.DataFrame, outcome: Outcome, settings: Mapping[str, Any]
+) -> RunTables:
+    """The tables of a run whose budget stopped questions; see `make_tables`."""
+    budget = budget_table(spec, outcome, rollouts)
+    figures = adaptive_figures(spec, outcome, rollouts, budget)
+    metrics = metric_rows(figures, run_columns(spec, settings))
+    answers = answer_lines(spec, rollouts, outcome.stops)
+    return RunTables(rollouts, answers, metrics, figures[0].per_question["gflops", ""], budget)
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
@@ -130,21 +136,22 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
     )
 
 
-def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> list[dict[str, Any]]:
+def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, stops: Sequence[Stop] | None = None) -> list[dict[str, Any]]:
     """What each question was answered.
 
     Args:
         spec: the run.
         rollouts: its rollouts table.
-        used: from how many of its rollouts each question's answer is picked: all, unless the budget stopped earlier.
+        stops: from how many of its rollouts each question's answer is picked, if the budget said so; None: from all.
 
     Returns:
         For each question `index` (from 0), `id`, `question`, `gold` if it is known, `rollouts` (their number) and
         `picks`: by aggregator the `answer` (None if it cannot be read, or nothing is picked), the number of the
         `rollout`, the `share` of the votes or the `score` it was picked by, how many rollouts `agree` with it (None
-        where only picks were decoded), and whether it is `correct` (None without gold).
+        where only picks were decoded), and whether it is `correct` (None without gold). With `stops` also `why` there
+        are no more, and a `certificate` if there is one.
     """
-    used_Q = np.array(used)
+    used_Q = np.array(spec.table_counts if stops is None else [stop.used for stop in stops])
     if (used_Q < spec.table_counts).any():  # without need, no copy of all rows
         rollouts = rollouts[rollouts["rollout"].to_numpy() < np.repeat(used_Q, spec.table_counts)]
     lines: list[dict[str, Any]] = [
@@ -165,16 +172,9 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, used: Sequence[int]) -> 
             picked = _picked(aggregator, arrays, predictions, all_decoded=spec.decode == "all")
             for index, pick in zip(np.flatnonzero(used_Q == number), picked, strict=True):
                 lines[index]["picks"][aggregator.name] = pick
+    for line, stop in zip(lines, stops or (), strict=stops is not None):
+        line |= {"why": stop.why} | ({"certificate": stop.certificate} if stop.certificate else {})
     return lines
-
-
-def stopped_answer_lines(spec: RunSpec, rollouts: pd.DataFrame, stops: Sequence[Stop]) -> list[dict[str, Any]]:
-    """`answer_lines` of a run whose budget stopped questions, each with `why` and, if there is one, a `certificate`."""
-    lines = answer_lines(spec, rollouts, [stop.used for stop in stops])
-    return [
-        line | {"why": stop.why} | ({"certificate": stop.certificate} if stop.certificate else {})
-        for line, stop in zip(lines, stops, strict=True)
-    ]
 
 
 def _picked(

@@ -62,7 +62,7 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
             for spec, made in drawn
         ]
         graphs_Q = find_graphs(asked, samplers[-1])
-    answers = answer_lines(run, rollout_table(run, rollouts), run.table_counts)
+    answers = answer_lines(run, rollout_table(run, rollouts))
     questions = [
         TracedQuestion(
             id=question.id, text=question.text, gold=question.answer, steps=question.steps,
@@ -109,11 +109,11 @@ def recompute(spec: RunSpec) -> tuple[Engine, Float32, Int64, Int64]:
     """
     wanted = spec.wanted()
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
-    jobs, total = jobs_of(spec, wanted), spec.adapter.latents
+    jobs = jobs_of(spec, wanted)
     refuse_graphs(spec.engine, "the host reads what each sweep did")
     drawer = Drawer(DrawingWork(spec, max(len(job.prompt) for job in jobs), False, known_to_fit(spec.cache)))
     drawer.engine.keeps_timeline = True
-    latents_RTD = np.zeros((len(rows), total, drawer.engine.width), dtype=np.float32)
+    latents_RTD = np.zeros((len(rows), spec.adapter.latents, drawer.engine.width), dtype=np.float32)
     steps_R, sweeps = np.zeros(len(rows), dtype=np.int64), []
     for batch in drawer.batches(jobs):
         made, here = drawer.roll(batch, answers=False), [rows[place] for place in places_of(batch)]
@@ -131,10 +131,8 @@ def sweeps_of(made: Rollouts) -> Int64:
     """First, stop and final latents (3, R, S) of each sweep; where a schedule keeps none, a sweep made each latent."""
     steps_R = made.steps_R.numpy()
     if made.timeline:
-        names = ("first_R", "stop_R", "final_R")
-        return np.stack([
-            np.stack([getattr(sweep, name).cpu().numpy() for sweep in made.timeline], 1) for name in names
-        ])  # fmt: skip
+        sweeps = [torch.stack([sweep.first_R, sweep.stop_R, sweep.final_R]) for sweep in made.timeline]
+        return torch.stack(sweeps, 2).cpu().numpy()
     place_S = np.arange(steps_R.max(initial=0))
     ends = np.stack([place_S, place_S + 1, place_S + 1])
     return np.minimum(ends[:, None], steps_R[:, None])
