@@ -88,7 +88,6 @@ def print_answer(line: dict[str, Any]) -> None:
     """Print a table of a question's picks, with votes and costs below it; see `describe_answers`."""
     picks = line["picks"]
     rows = list(picks.values())
-    names = report.Column("picked by", list(picks), left=True)
     columns = [
         report.Column("answer", [UNREADABLE if pick["answer"] is None else pick["answer"] for pick in rows]),
         report.Column("share or score", [_support(pick) for pick in rows]),
@@ -106,7 +105,7 @@ def print_answer(line: dict[str, Any]) -> None:
     if "certificate" in line:
         notes.append(f"certificate: {line['certificate']}")
     notes.append(f"{drawn}: {line['seconds']:.2g} s, {line['gflops']:.3g} GFLOP")
-    report.print_columns(line["question"], [names], columns, notes)
+    report.print_columns(line["question"], [report.Column("picked by", list(picks), left=True)], columns, notes)
 
 
 def _support(pick: dict[str, Any]) -> str:

@@ -46,8 +46,8 @@ def calibrate_on_run(
     """
     folder = Path(str(rule.calibration)).expanduser()
     require(KEY, folder, is_complete(folder), f"must be the folder of a completed run; it has no {RUN_JSON}")
-    needed = {f"config.{group}": dict for group in ("model", "sampler", "search", "answer", "scorer")}
-    record = read_run_json(folder, {"checkpoint_digest": str, **needed})
+    groups = ("config.model", "config.sampler", "config.search", "config.answer", "config.scorer")
+    record = read_run_json(folder, {"checkpoint_digest": str, **dict.fromkeys(groups, dict)})
     _check_run(rule, folder, record, config, schedule, digests)
     rollouts = read_rollouts(folder)
     shared = set(rollouts["question_id"]) & set(questions)

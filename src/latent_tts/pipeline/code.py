@@ -39,8 +39,7 @@ def code_digests(objects: Iterable[object], configs: Iterable[Any], rooms: tuple
         configs: their nodes; what is built for their arguments (`_target_`) counts.
         rooms: of this package, the rooms that are read whole, whichever option of them was chosen.
     """
-    modules = [*_modules_of(objects), *(target for config in configs for target in _targets(config))]
-    left = {module.partition(".")[0] for module in modules}
+    left = {module.partition(".")[0] for module in _modules_of([*objects, *configs])}
     digests = {PACKAGE: _digest_of_rooms(rooms)}
     while left := left - digests.keys() - sys.stdlib_module_names:
         package = left.pop()
@@ -127,9 +126,9 @@ def computed_attributes(kind: type) -> set[str]:
     return {name for base in kind.__mro__ for name, value in vars(base).items() if isinstance(value, cached_property)}
 
 
-def _modules_of(options: Iterable[object]) -> Iterator[str]:
-    """The modules of the classes of options, and of the values that they hold."""
-    left, seen = list(options), set()
+def _modules_of(objects: Iterable[object]) -> Iterator[str]:
+    """The modules of the classes of objects, of the values that they hold, and of `_target_` in config nodes."""
+    left, seen = list(objects), set()
     while left:
         value = left.pop()
         if id(value) in seen:
@@ -138,6 +137,8 @@ def _modules_of(options: Iterable[object]) -> Iterator[str]:
         kind = type(value)
         yield from (base.__module__ for base in kind.__mro__)
         if isinstance(value, Mapping):
+            if "_target_" in value:
+                yield str(value["_target_"])
             left += value.values()
         elif isinstance(value, list | tuple | set | frozenset):
             left += value
@@ -146,13 +147,3 @@ def _modules_of(options: Iterable[object]) -> Iterator[str]:
         elif kind.__module__.partition(".")[0] not in sys.stdlib_module_names | _own_libraries():
             fields = getattr(value, "__dict__", {})
             left += [each for name, each in fields.items() if name not in computed_attributes(kind)]
-
-
-def _targets(config: Any) -> Iterator[str]:
-    if isinstance(config, Mapping):
-        if isinstance(config.get("_target_"), str):
-            yield config["_target_"]
-        config = list(config.values())
-    if isinstance(config, list):
-        for each in config:
-            yield from _targets(each)

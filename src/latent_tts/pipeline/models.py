@@ -62,8 +62,8 @@ def load_reasoner(
             quantization.quantize(reasoner.lm, engine.quantize)
         return reasoner
 
-    longest = adapter.positions if longest is None else longest
     where = ("model.checkpoint", adapter.checkpoint)
+    longest = adapter.positions if longest is None else longest
     return _keep_proven("model", adapter.name, where, key, load, prove_reasoner, longest)
 
 

@@ -71,8 +71,8 @@ class Probe:
 
     def pays(self, schedule: Speculative) -> bool:
         """Whether it commits enough latents per sweep and changes few answers."""
-        enough = self.commits_per_sweep(schedule) > MIN_COMMITS_PER_SWEEP
-        return enough and bool(self.column("equal", schedule).mean() >= MIN_EQUAL)
+        equal = float(self.column("equal", schedule).mean())
+        return self.commits_per_sweep(schedule) > MIN_COMMITS_PER_SWEEP and equal >= MIN_EQUAL
 
     @property
     def best(self) -> Speculative | None:

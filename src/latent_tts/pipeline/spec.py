@@ -301,7 +301,7 @@ def check_run(request: RunRequest) -> RunSpec:
     if schedule.verify:
         require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
         why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
-        require("budget", budget.name, not is_adaptive(budget), why)
+        require("budget", budget.name, not budget.adaptive, why)
     reserved = reserved_positions(adapter, request.max_answer_tokens)
     looked_at = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
     allowed = f"must be at most max_answer_tokens={request.max_answer_tokens} tokens, it has {looked_at}"
@@ -312,8 +312,8 @@ def check_run(request: RunRequest) -> RunSpec:
         budget.check(len(questions), request.n, request.task.rule.name)
         budget = calibrate_budget(budget, request, schedule, aggregators, scorer, questions)
     if not has_gold(questions):
-        name = request.task.name
-        log.info("task=%s: no gold answers, so no accuracies; answers are in %s", name, ANSWERS, extra={"once": True})
+        message = "task=%s: no gold answers, so no accuracies; answers are in %s"
+        log.info(message, request.task.name, ANSWERS, extra={"once": True})
     settled: dict[str, Any] = {
         "schedule": schedule, "budget": budget, "scorer": scorer, "aggregators": aggregators,
         "n": needed_rollouts(request),
@@ -398,13 +398,10 @@ def follow_plan(request: RunRequest) -> tuple[RunRequest, dict[str, Any], str | 
     rows = len(request.task.questions()) * (1 if request.all_same else request.n)
     plan = schedule.read(request.adapter, request.adapter.digest, request.engine.dtype)
     chosen = plan.choose(min(rows, request.engine.rows or rows))
-    values = {field.name: getattr(chosen, field.name) for field in fields(chosen)}
-    node = {"_target_": f"{type(chosen).__module__}.{type(chosen).__qualname__}", **values}
-    shown = {
-        f"schedule.{field.name}": values[field.name] for field in fields(chosen) if values[field.name] != field.default
-    }
-    device = None if chosen.stepwise else plan.device
-    return replace(request, schedule=chosen, config={**request.config, "schedule": node}), shown, device
+    node = {"_target_": f"{type(chosen).__module__}.{type(chosen).__qualname__}", **vars(chosen)}
+    shown = {f"schedule.{each.name}": node[each.name] for each in fields(chosen) if node[each.name] != each.default}
+    request = replace(request, schedule=chosen, config={**request.config, "schedule": node})
+    return request, shown, None if chosen.stepwise else plan.device
 
 
 def require_steps(schedule: Schedule, adapter: CheckpointAdapter, why: str) -> None:
@@ -468,9 +465,12 @@ def settle_aggregators(request: RunRequest, scorer: LatentRM | NoScorer) -> list
         "needs every answer, and answer.decode=winners decodes only the picks",
     )
     best = [aggregator for aggregator in aggregators if aggregator.name == "best_of_n"]
-    alone = bool(best) and (len(best) == len(aggregators) or not chosen)
-    names = ",".join(aggregator.name for aggregator in aggregators)
-    require("aggregator", names, alone, "answer.decode=winners goes with best_of_n alone; votes need every answer")
+    require(
+        "aggregator",
+        ",".join(aggregator.name for aggregator in aggregators),
+        bool(best) and (best == aggregators or not chosen),
+        "answer.decode=winners goes with best_of_n alone; votes need every answer",
+    )
     return best
 
 
@@ -521,8 +521,12 @@ def check_adaptive(
     if budget.needs_score:
         if isinstance(scorer, NoScorer):
             raise bad_value(*chosen, f"needs scores, and there is no scorer ({scorer})")
-        why = "gives scores only once all n answers are known, and the budget needs them earlier; use correct"
-        require("scorer.positions", scorer.positions, scorer.positions != "official", why)
+        require(
+            "scorer.positions",
+            scorer.positions,
+            scorer.positions != "official",
+            "gives scores only once all n answers are known, and the budget needs them earlier; use correct",
+        )
         require(
             *chosen,
             budget.aggregator != "weighted" or scorer.range is not None,

@@ -32,6 +32,7 @@ from latent_tts.types import Float32, Floats, Question, RolloutArrays
 
 log = logging.getLogger(__name__)
 MAX_USELESS = 0.95  # share of answers
+NAMES = ("checkpoint", "scorer", "task", "split")  # not in a run's identity: digests say whose weights, which questions
 
 
 @dataclass
@@ -82,8 +83,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
         )
     release_memory()
     metrics = metric_rows(figures, run_columns(spec, settings))
-    gflops_Q = max(figures, key=lambda each: each.n).per_question["gflops", ""]
-    return RunTables(rollouts, answer_lines(spec, rollouts), metrics, gflops_Q)
+    return RunTables(rollouts, answer_lines(spec, rollouts), metrics, figures[-1].per_question["gflops", ""])
 
 
 def make_outcome_tables(
@@ -94,7 +94,7 @@ def make_outcome_tables(
     figures = adaptive_figures(spec, outcome, rollouts, budget)
     metrics = metric_rows(figures, run_columns(spec, settings))
     answers = answer_lines(spec, rollouts, outcome.stops)
-    return RunTables(rollouts, answers, metrics, figures[0].per_question["gflops", ""], budget)
+    return RunTables(rollouts, answers, metrics, figures[-1].per_question["gflops", ""], budget)
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
@@ -170,7 +170,7 @@ def answer_lines(spec: RunSpec, rollouts: pd.DataFrame, stops: Sequence[Stop] | 
         predictions = alike["prediction"].to_numpy(dtype=object).reshape(-1, number)
         for aggregator in reported:
             picked = _picked(aggregator, arrays, predictions, all_decoded=spec.decode == "all")
-            for index, pick in zip(np.flatnonzero(used_Q == number), picked, strict=True):
+            for index, pick in zip(np.flatnonzero(chosen_Q), picked, strict=True):
                 lines[index]["picks"][aggregator.name] = pick
     for line, stop in zip(lines, stops or (), strict=stops is not None):
         line |= {"why": stop.why} | ({"certificate": stop.certificate} if stop.certificate else {})
@@ -280,7 +280,6 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that say which run a metrics row belongs to."""
     sampler, scorer = spec.sampler, spec.scorer
     shown = {key: value for key, value in settings.items() if key != f"sampler.{sampler.param}"} | spec.planned
-    digests = [spec.adapter.identity, *(each.digest for each in (scorer, spec.draft) if each is not None)]
     columns = {
         "model": spec.adapter.name,
         "checkpoint": spec.adapter.checkpoint,
@@ -297,10 +296,11 @@ def run_columns(spec: RunSpec, settings: Mapping[str, Any]) -> dict[str, Any]:
         "seed": str(spec.seed),
         "dtype": spec.engine.dtype,
         "questions_digest": questions_digest(spec.questions, spec.task.rule),
-        "weights_digest": "+".join(digests),
+        "weights_digest": "+".join(
+            [spec.adapter.identity, *(each.digest for each in (scorer, spec.draft) if each is not None)]
+        ),
     }
-    names = ("checkpoint", "scorer", "task", "split")  # digests say whose weights and which questions
-    identity = {name: value for name, value in columns.items() if name not in names} | {"n": spec.n}
+    identity = {name: value for name, value in columns.items() if name not in NAMES} | {"n": spec.n}
     return {"run_id": settings_digest(identity)[:12], **columns}
 
 

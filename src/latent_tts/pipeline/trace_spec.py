@@ -156,13 +156,12 @@ def select_questions(
     if n is not None:
         require("n", n, 1 <= n <= min(has), f"must be 1 to {min(has)}, which the run has")
         require("n", n, not whole or n == max(has), "its rollouts were drawn or scored all together: n must be theirs")
-    limit = n or MAX_TRACED_ROLLOUTS
     budget = read_budget(source)
     if budget is not None and n is None:
         used = budget.set_index("question_id")["used"]
         has = used[[question.id for question in chosen]].tolist()
-    counted = None if whole else [min(limit, count) for count in has]
-    return with_fixed_budget(replace(spec, questions=chosen), counted)
+    counts = None if whole else [min(n or MAX_TRACED_ROLLOUTS, count) for count in has]
+    return with_fixed_budget(replace(spec, questions=chosen), counts)
 
 
 def with_fixed_budget(run: RunSpec, counts: list[int] | None) -> RunSpec:

@@ -53,8 +53,8 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
         RunError: a failure while drawing or computing.
     """
     run, view = asked.run, asked.view
-    beside = [spec for spec in (asked.beside, asked.deterministic) if spec is not None]
-    drawn = [(run, rollouts), *((spec, draw_rollouts(spec)) for spec in beside)]
+    others = (spec for spec in (asked.beside, asked.deterministic) if spec is not None)
+    drawn = [(run, rollouts), *((spec, draw_rollouts(spec)) for spec in others)]
     with computing("tracing", "what was drawn is in the cache", LESS_MEMORY):
         results_Q = [result_tokens(run.adapter, question) for question in run.questions]
         samplers = [
@@ -75,12 +75,11 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
         for place, question in enumerate(run.questions)
     ]  # fmt: skip
     ids = np.unique(np.concatenate([own.lens.token_NTK.ravel() for each in questions for own in each.samplers]))
-    scorer = run.scorer
     return Trace(
         about=shown_settings(asked),
         schedule=run.schedule.name,
         vocabulary={int(token): run.adapter.answer_text([int(token)]) for token in ids if token >= 0},
-        scorer=None if scorer is None else scorer.name,
+        scorer=None if run.scorer is None else run.scorer.name,
         no_dependencies=asked.no_dependencies,
         questions=questions,
     )
