@@ -72,7 +72,7 @@ def check_values(cfg: DictConfig) -> Sequence[str]:
     check_seed(cfg.seed)
     allowed = f"must be a list out of {', '.join(BYTES_PER_NUMBER)}"
     require("dtypes", "[]", len(cfg.dtypes) > 0, allowed)
-    dtypes = [SHORT_DTYPES.get(dtype, dtype) for dtype in cfg.dtypes]
+    dtypes = [SHORT_DTYPES.get(dtype, dtype) for dtype in map(str, cfg.dtypes)]
     for dtype in dtypes:
         require("dtypes", dtype, dtype in BYTES_PER_NUMBER, allowed)
     return dtypes

@@ -100,8 +100,8 @@ def print_answer(line: dict[str, Any]) -> None:
         drawn += f" ({line['rollouts']} used)"
     notes = [f"right answer: {line['gold']}"] if "gold" in line else []
     if line["agreement"] is not None:
-        votes = votes_text(line["votes"], line["unreadable"])
-        notes.append(f"votes: {votes}; agreement {100 * line['agreement']:.0f} %")
+        counts = votes_text(line["votes"], line["unreadable"])
+        notes.append(f"votes: {counts}; agreement {100 * line['agreement']:.0f} %")
     if "certificate" in line:
         notes.append(f"certificate: {line['certificate']}")
     notes.append(f"{drawn}: {line['seconds']:.2g} s, {line['gflops']:.3g} GFLOP")

@@ -52,8 +52,10 @@ def calibrate_on_run(
     rollouts = read_rollouts(folder)
     shared = set(rollouts["question_id"]) & set(questions)
     if shared:
-        why = f"has {len(shared)} of the questions that this run reports, such as {min(shared)}"
-        raise bad_value(KEY, folder, f"{why}\ncalibrate on others, as on task.split=valid")
+        raise bad_value(
+            KEY, folder, f"has {len(shared)} of the questions that this run reports, such as {min(shared)}\n"
+            "calibrate on others, as on task.split=valid",
+        )  # fmt: skip
     groups = rollouts.sort_values("rollout", kind="stable").groupby("question_id", sort=False)
     try:
         return calibrate([_tally(rows, temperature) for _, rows in groups], rule.by)
@@ -70,7 +72,6 @@ def _check_run(
     digests: Mapping[str, str | None],
 ) -> None:
     """Check that a run's rollouts and scores are of the kind that the rule will see; see `calibrate_on_run`."""
-    scored = (record.get("scorer") or {}).get("digest")
     theirs, ours = record.get("schedule"), json.loads(json.dumps(schedule_key(schedule)))
     groups = ["model", "sampler", "search", "answer", "max_answer_tokens", *(["scorer"] if rule.needs_score else [])]
     problems = {
@@ -89,7 +90,7 @@ def _check_run(
             theirs != ours
         ),
         "that run used another scorer; calibrate on a run with this one": (
-            rule.needs_score and scored != digests["scorer"]
+            rule.needs_score and (record.get("scorer") or {}).get("digest") != digests["scorer"]
         ),
     }
     for problem, is_so in problems.items():

@@ -103,11 +103,13 @@ def _digest(paths: Iterable[Path]) -> str:
 
 @cache  # rooms are read in several sets
 def _digest_of_source(source: bytes) -> bytes:
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     with suppress(SyntaxError, ValueError, RecursionError):  # a template, or a file of another Python: all of it counts
         tree = ast.parse(source)
         for node in ast.walk(tree):
-            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            if (
+                isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+                and ast.get_docstring(node, clean=False) is not None
+            ):
                 del node.body[0]
         source = ast.dump(tree).encode()
     return hashlib.sha256(source).digest()

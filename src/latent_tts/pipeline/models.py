@@ -112,8 +112,7 @@ def _keep_proven(
         except RunError as error:
             raise RunError(f"{where[0]}={where[1]}: {error}") from error
         if found.reason:
-            way = WORDS[found.attention] + WORDS[found.logits]
-            log.warning("%s: computed with %s: %s", name, way, found.reason)
+            log.warning("%s: computed with %s%s: %s", name, WORDS[found.attention], WORDS[found.logits], found.reason)
         return found
 
     return replace(model, computation=_keep(f"{kind}'s proof", (*key, str(longest)), computation))
@@ -133,8 +132,8 @@ def find_device(engine: EngineSettings) -> str:
         UsageError: there is no such device, or it cannot do `engine.quantize`.
     """
     device = resolve_device("engine.device", engine.device)
-    possible = is_gpu(device) or engine.graph != "on"
-    require("engine.graph", engine.graph, possible, f"graphs need CUDA, this is {device}: auto or off")
+    if not is_gpu(device):
+        refuse_graphs(engine, f"graphs need CUDA, this is {device}")
     if engine.quantize is not None:
         quantization.check_products(engine.quantize, device)
     return device

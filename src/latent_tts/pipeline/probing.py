@@ -67,7 +67,8 @@ class Probe:
 
     def explained(self, schedule: Speculative) -> float:
         """R squared of sweeps on growth over questions; NaN where one of them is the same for all."""
-        return self.questions[["growth", f"sweeps_{label(schedule)}"]].corr(min_periods=3).iloc[0, 1] ** 2
+        both = self.questions[["growth", f"sweeps_{label(schedule)}"]]
+        return float(both.corr(min_periods=3).to_numpy()[0, 1] ** 2)
 
     def pays(self, schedule: Speculative) -> bool:
         """Whether it commits enough latents per sweep and changes few answers."""

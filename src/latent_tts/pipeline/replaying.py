@@ -30,8 +30,12 @@ def read_record(source: Path) -> dict[str, Any]:
         UsageError: there is none, it is damaged, or its questions have unequally many rollouts.
     """
     record = rescoring.read_record(source)
-    allowed = "must be a run with all n rollouts of each question; its budget stopped earlier"
-    require("run", source, read_budget(source) is None, allowed)
+    require(
+        "run",
+        source,
+        read_budget(source) is None,
+        "must be a run with all n rollouts of each question; its budget stopped earlier",
+    )
     return record
 
 
@@ -41,8 +45,12 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     Raises:
         UsageError: it does not look at rollouts, or the checkpoint has changed since the run.
     """
-    allowed = "must be adaptive or shared: those look at rollouts; the run's own table has the figures of the others"
-    require("budget", spec.budget.name, is_adaptive(spec.budget), allowed)
+    require(
+        "budget",
+        spec.budget.name,
+        spec.budget.adaptive,
+        "must be adaptive or shared: those look at rollouts; the run's own table has the figures of the others",
+    )
     rescoring.require_same_weights(spec, source, record)
 
 
@@ -105,7 +113,6 @@ def write_folder(
     folder: Path, spec: RunSpec, tables: RunTables, record: Mapping[str, Any], source: Path, seconds: float
 ) -> None:
     """Write the folder of a replay; what is not of the budget is as in the run's own `run.json`."""
-    kept = {key: value for key, value in record.items() if key not in ("files", "format", "rollouts", "seconds")}
     own = {
         "config": spec.config,
         "replayed": str(source),
@@ -113,4 +120,4 @@ def write_folder(
         "seconds": {"this_command": seconds},
         **write_tables(folder, tables),
     }
-    write_run_json(folder, kept | own)
+    write_run_json(folder, {key: record[key] for key in record if key not in ("files", "format")} | own)

@@ -67,16 +67,25 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", SHORT_DTYPES.get(self.dtype, self.dtype))
-        rows = "a positive integer, or null to let the model decide"
-        check_fields("engine", self, dtype=BYTES_PER_NUMBER, rows=rows, graph=("auto", "on", "off"))
+        check_fields(
+            "engine",
+            self,
+            dtype=BYTES_PER_NUMBER,
+            rows="a positive integer, or null to let the model decide",
+            graph=("auto", "on", "off"),
+        )
         check_device("engine.device", self.device)
         if self.quantize is None:
             return
         require("engine.quantize", self.quantize, self.quantize in QUANTIZED_FROM, "must be null, int8 or float8")
         fitting = QUANTIZED_FROM[self.quantize]
         require("engine.quantize", self.quantize, self.dtype in fitting, f"takes engine.dtype={' or '.join(fitting)}")
-        why = "torchao is not installed: pip install '.[quant]' in the clone"
-        require("engine.quantize", self.quantize, find_spec("torchao") is not None, why)
+        require(
+            "engine.quantize",
+            self.quantize,
+            find_spec("torchao") is not None,
+            "torchao is not installed: pip install '.[quant]' in the clone",
+        )
 
     @property
     def bytes_per_number(self) -> int:
@@ -182,8 +191,7 @@ class RunSpec(RunRequest):
     @cached_property
     def shape(self) -> Shape:
         """The sizes of the model."""
-        block_item = None if self.engine.quantize is None else 1
-        return replace(Shape.from_config(self.adapter.sizes), block_item=block_item)
+        return replace(Shape.from_config(self.adapter.sizes), block_item=None if self.engine.quantize is None else 1)
 
     @property
     def passes(self) -> RolloutCost:
@@ -300,20 +308,28 @@ def check_run(request: RunRequest) -> RunSpec:
     check_search(request, schedule, scorer)
     if schedule.verify:
         require("answer.decode", decode, decode == "all", "must be all: schedule.verify compares every answer")
-        why = "must be ladder or fixed: schedule.verify compares equally many rollouts of each question"
-        require("budget", budget.name, not budget.adaptive, why)
-    reserved = reserved_positions(adapter, request.max_answer_tokens)
+        require(
+            "budget",
+            budget.name,
+            not budget.adaptive,
+            "must be ladder or fixed: schedule.verify compares equally many rollouts of each question",
+        )
     looked_at = len(exit_ids(adapter, schedule)) - len(adapter.thinking_end_ids)
-    allowed = f"must be at most max_answer_tokens={request.max_answer_tokens} tokens, it has {looked_at}"
-    require("schedule.exit_prefix", schedule.exit_prefix, looked_at <= request.max_answer_tokens, allowed)
-    forced_ids = forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens)
+    require(
+        "schedule.exit_prefix",
+        schedule.exit_prefix,
+        looked_at <= request.max_answer_tokens,
+        f"must be at most max_answer_tokens={request.max_answer_tokens} tokens, it has {looked_at}",
+    )
     questions = questions_of(request.task)
     if is_adaptive(budget):
         budget.check(len(questions), request.n, request.task.rule.name)
         budget = calibrate_budget(budget, request, schedule, aggregators, scorer, questions)
     if not has_gold(questions):
-        message = "task=%s: no gold answers, so no accuracies; answers are in %s"
-        log.info(message, request.task.name, ANSWERS, extra={"once": True})
+        log.info(
+            "task=%s: no gold answers, so no accuracies; answers are in %s",
+            request.task.name, ANSWERS, extra={"once": True},
+        )  # fmt: skip
     settled: dict[str, Any] = {
         "schedule": schedule, "budget": budget, "scorer": scorer, "aggregators": aggregators,
         "n": needed_rollouts(request),
@@ -324,9 +340,9 @@ def check_run(request: RunRequest) -> RunSpec:
         planned=planned,
         planned_on=planned_on,
         questions=questions,
-        prompts=encode_prompts(adapter, questions, reserved),
+        prompts=encode_prompts(adapter, questions, reserved_positions(adapter, request.max_answer_tokens)),
         donors=donors_of(questions) if sampler.needs_donor else {},
-        forced_ids=forced_ids,
+        forced_ids=forced_answer_ids(adapter, request.forced_prefix, request.max_answer_tokens),
     )
     check_position_scaling(
         "model.checkpoint", adapter.checkpoint, adapter.config, adapter.positions, spec.longest_sequence
@@ -497,25 +513,19 @@ def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators:
         UsageError: the search has no figures at a smaller n, and the user chose a budget that reports them; or the
             budget comes in rounds, and the search has none; or it looks at something that the run does not have.
     """
-    budget, search = request.budget, request.search
-    if not request.guided:
-        if is_adaptive(budget):
-            check_adaptive(budget, request.decode, scorer, aggregators)
+    budget, decode = request.budget, request.decode
+    if request.guided:
+        why = "depend on each other, so they cannot come in rounds"
+        require(
+            "budget",
+            budget.name,
+            budget.name == "fixed" or "budget" not in request.chosen,
+            f"must be fixed: rollouts of search={request.search.name} "
+            f"{why if budget.adaptive else 'have no figures at a smaller n'}",
+        )
+        return Fixed()
+    if not is_adaptive(budget):
         return budget
-    fits = budget.name == "fixed" or "budget" not in request.chosen
-    why = "depend on each other, so they cannot come in rounds" if budget.adaptive else "have no figures at a smaller n"
-    require("budget", budget.name, fits, f"must be fixed: rollouts of search={search.name} {why}")
-    return Fixed()
-
-
-def check_adaptive(
-    budget: AdaptiveBudget, decode: str, scorer: LatentRM | NoScorer, aggregators: Sequence[Aggregator]
-) -> None:
-    """Check that a run has what its budget looks at: every answer, scores, the aggregator.
-
-    Raises:
-        UsageError: something is missing.
-    """
     require("answer.decode", decode, decode == "all", f"must be all: budget={budget.name} looks at every answer")
     chosen = ("budget/rule", budget.rule.name) if isinstance(budget, Adaptive) else ("budget", budget.name)
     if budget.needs_score:
@@ -536,6 +546,7 @@ def check_adaptive(
     reported = [aggregator.name for aggregator in aggregators]
     allowed = f"looks at the pick of {budget.aggregator}, which is not reported: aggregator=[{','.join(reported)}]"
     require(*chosen, budget.aggregator in reported, allowed)
+    return budget
 
 
 def calibrate_budget(
@@ -661,8 +672,9 @@ def exit_ids(adapter: CheckpointAdapter, schedule: Schedule) -> list[int]:
     try:
         return [*adapter.thinking_end_ids, *adapter.forced_ids(prefix)]
     except UsageError as error:
-        allowed = f"must be text in the vocabulary of model={adapter.name}, without its eos"
-        raise bad_value("schedule.exit_prefix", prefix, allowed) from error
+        raise bad_value(
+            "schedule.exit_prefix", prefix, f"must be text in the vocabulary of model={adapter.name}, without its eos"
+        ) from error
 
 
 def encode_prompts(adapter: CheckpointAdapter, questions: Sequence[Question], reserved: int) -> dict[str, list[int]]:
@@ -696,7 +708,9 @@ def needed_rollouts(request: RunRequest) -> int:
     """The requested n; 1, with a warning, if nothing random makes rollouts differ."""
     if request.all_same and request.n > 1:
         why = "" if request.adapter.latents else f": model={request.adapter.name} has no latents"
-        message = "n=%d: sampler %s gives the same rollout every time, so one is drawn%s"
-        log.warning(message, request.n, request.sampler.name, why)
+        log.warning(
+            "n=%d: sampler %s gives the same rollout every time, so one is drawn%s",
+            request.n, request.sampler.name, why,
+        )  # fmt: skip
         return 1
     return request.n

@@ -97,8 +97,7 @@ def _interval(runs: Sequence[CompletedRun], metric: str, aggregator: str, n: int
     known = metric in PER_QUESTION and all(run.all_decoded for run in runs)
     if not known or any(run.budget is not None and figure not in ("agreement", *run.figures) for run in runs):
         return np.nan, np.nan
-    seeds = pd.concat([run.per_question(figure, n) for run in runs], axis=1)
-    return statistics.interval(seeds.mean(axis=1).to_numpy())
+    return statistics.interval(pd.concat([run.per_question(figure, n) for run in runs], axis=1).mean(axis=1).to_numpy())
 
 
 @dataclass(frozen=True)

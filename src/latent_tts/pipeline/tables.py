@@ -222,8 +222,6 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             thinking = spec.rollout_gflop(question, steps_N, None, conflicts_N)
             decoding = spec.rollout_gflop(question, steps_N[own], tokens_1, conflicts_N[own], scored=False)
             gflops_Q.append(sum(shared + each_N.sum() for shared, each_N in (thinking, decoding)))
-        # a question none of whose rollouts has a score has no pick
-        right = picked["correct"].where(picked["score"].notna(), other=False)
         diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
         measured = {}
         if budget == max(drawn.winners.picks):
@@ -232,7 +230,12 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
         figures.append(
             Figures.of(
                 budget, budget, measured,
-                accuracy={"best_of_n": np.array(right, dtype=np.float64)} if has_gold(spec.questions) else None,
+                # a question none of whose rollouts has a score has no pick
+                accuracy={
+                    "best_of_n": picked["correct"].where(picked["score"].notna(), other=False).to_numpy(np.float64)
+                }
+                if has_gold(spec.questions)
+                else None,
                 invalid_rate=np.array(picked["prediction"].isna(), dtype=np.float64),
                 diversity=None if None in diversity_Q else np.array(diversity_Q, dtype=np.float64),
                 latent_steps=steps_QN[:, :budget].sum(1).astype(np.float64),

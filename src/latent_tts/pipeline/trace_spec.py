@@ -53,8 +53,12 @@ class View:
         known = [name for name in self.maps if name in MAPS]
         allowed = f"must be a list of {' and '.join(MAPS)}, as in maps=[{','.join(MAPS)}]"
         require("maps", self.maps, bool(known) and known == list(dict.fromkeys(self.maps)), allowed)
-        why = "scikit-learn is not installed: pip install '.[trace]' in the clone"
-        require("maps", self.maps, "tsne" not in self.maps or find_spec("sklearn") is not None, why)
+        require(
+            "maps",
+            self.maps,
+            "tsne" not in self.maps or find_spec("sklearn") is not None,
+            "scikit-learn is not installed: pip install '.[trace]' in the clone",
+        )
         require("top", self.top, 1 <= self.top <= MAX_TOKENS, f"must be 1 to {MAX_TOKENS}")
         check_fields("", self, threshold="a positive number", directions="an integer, 0 or more")
 
@@ -106,15 +110,23 @@ def check_trace(
     Raises:
         UsageError: there are too many questions, or nothing to see.
     """
-    allowed = f"a trace shows at most {MAX_TRACED_QUESTIONS} questions side by side"
-    require("task.limit", len(run.questions), len(run.questions) <= MAX_TRACED_QUESTIONS, allowed)
+    require(
+        "task.limit",
+        len(run.questions),
+        len(run.questions) <= MAX_TRACED_QUESTIONS,
+        f"a trace shows at most {MAX_TRACED_QUESTIONS} questions side by side",
+    )
     require("model.latents", run.adapter.latents, run.adapter.latents > 0, "must be 1 or more: a trace shows latents")
     run = replace(run, decode="all")  # a trace shows every answer
     other = None
     if beside is not None:
         sampler, config = beside
-        why = "reads the latents of other questions, so it has no place on the map of one"
-        require("beside", sampler.name, not sampler.needs_donor, why)
+        require(
+            "beside",
+            sampler.name,
+            not sampler.needs_donor,
+            "reads the latents of other questions, so it has no place on the map of one",
+        )
         check_sampler(sampler, run.adapter)
         other = replace_sampler(run, sampler, config, 1 if sampler.deterministic else n)
     return TraceSpec(run, other, replace_sampler(run, Greedy(), {"_target_": GREEDY}, 1), view, source)

@@ -180,16 +180,11 @@ def read_lens(engine: Engine, latents_NTD: Float32, steps_N: Int64, top: int, re
     """Read rollouts' latents through the LM head."""
     own_NT = own_latents(steps_N, latents_NTD.shape[1])
     values_XD = torch.from_numpy(latents_NTD[own_NT]).to(engine.device, engine.lm.dtype)
-    read = [each.numpy() for each in read_latents(engine.head, values_XD, top, results)]
-    tokens = read[0].shape[1]
-    lens = Lens(
-        token_NTK=np.full((*own_NT.shape, tokens), -1, dtype=np.int64),
-        probability_NTK=np.full((*own_NT.shape, tokens), np.nan, dtype=np.float32),
-        rank_NTG=np.full((*own_NT.shape, len(results)), -1, dtype=np.int64),
-    )
-    for whole, part in zip((lens.token_NTK, lens.probability_NTK, lens.rank_NTG), read, strict=True):
-        whole[own_NT] = part
-    return lens
+    arrays = []
+    for read, beyond in zip(read_latents(engine.head, values_XD, top, results), (-1, np.nan, -1), strict=True):
+        arrays.append(np.full((*own_NT.shape, read.shape[1]), beyond, read.numpy().dtype))
+        arrays[-1][own_NT] = read.numpy()
+    return Lens(*arrays)
 
 
 def draw_maps(methods: Sequence[str], samplers: Sequence[TracedRollouts]) -> list[LatentMap]:
@@ -215,6 +210,12 @@ def find_graphs(asked: TraceSpec, deterministic: Sequence[TracedRollouts]) -> li
             continue
         latents_TD = torch.from_numpy(rollout.latents_NTD[0, :steps]).to(plain.lm.device, plain.lm.dtype)
         found = find_dependencies(PlainRecurrence(plain, run.prompts[question.id]), latents_TD, view.directions)
-        relative_TT = found.relative_TT.double().cpu().numpy()
-        graphs.append(DependencyGraph(relative_TT, view.threshold, found.critical_path(view.threshold), found.growth))
+        graphs.append(
+            DependencyGraph(
+                found.relative_TT.double().cpu().numpy(),
+                view.threshold,
+                found.critical_path(view.threshold),
+                found.growth,
+            )
+        )
     return graphs
