@@ -161,7 +161,7 @@ def write_run_folder(
             "schedule": calibration.schedule_key(spec.schedule),
             "versions": environment.versions(quantized=spec.engine.quantize is not None),
             "machine": environment.machine(),
-            "grading": {"given_up": spec.task.rule.given_up},
+            "grading": {"given_up": len(spec.task.rule.guard.given_up)},
             **describe_rollouts(drawn, time.perf_counter() - started),
             **record,
         },

@@ -30,7 +30,6 @@ from latent_tts.results.trace import (
     DependencyGraph,
     LatentMap,
     Lens,
-    Timeline,
     Trace,
     TracedQuestion,
     TracedRollouts,
@@ -104,7 +103,7 @@ def recompute(spec: RunSpec) -> tuple[Engine, Float32, Int64, Int64]:
 
     Returns:
         The engine, the latents (R, T, D; zeros beyond a rollout's own), how many each rollout has (R), and first, stop
-        and final latents of the sweeps that made them (3, R, S), see `results.trace.Timeline`.
+        and final latents of the sweeps that made them (3, R, S), see `results.trace.TracedRollouts`.
     """
     wanted = spec.wanted()
     rows = {place: row for row, place in enumerate(wanted.itertuples(index=False, name=None))}
@@ -169,7 +168,7 @@ def traced_rollouts(
                 step_scores_NT=None if step_scores_RT is None else step_scores_RT[own],
                 score_N=None if step_scores_RT is None else rows["score"].to_numpy(dtype=np.float64, na_value=np.nan),
                 counts={name: rows[name].tolist() for name in COUNT_COLUMNS if name in rows},
-                timeline=Timeline(*timeline_3RS[:, own]),
+                sweeps_3NS=timeline_3RS[:, own],
                 lens=read_lens(engine, latents_NTD, steps_N, top, results),
             )
         )

@@ -13,7 +13,7 @@ from latent_tts.errors import RunError
 from latent_tts.pipeline.rollouts import RunRollouts, draw_rollouts
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.pipeline.tables import rollout_table
-from latent_tts.results.run_folder import LATENTS, KeptLatents
+from latent_tts.results.run_folder import LATENTS, open_latents
 from latent_tts.schedule.sequential import Sequential
 
 VERIFICATION = "verification.csv"
@@ -93,9 +93,9 @@ def verify(spec: RunSpec, drawn: RunRollouts, folder: Path) -> Verification:
     sequential = replace(spec, schedule=Sequential(), draft=None, scorer=None)
     with TemporaryDirectory(prefix="latent_tts_") as elsewhere:
         other = draw_rollouts(sequential, Path(elsewhere) / LATENTS)
-        kept = [KeptLatents(each, len(drawn.rows)) for each in (folder, Path(elsewhere))]
+        kept = [open_latents(each, len(drawn.rows)) for each in (folder, Path(elsewhere))]
         deviation = np.concatenate(
-            [_deviations(*(latents.rows(row, ROWS_AT_ONCE).double().numpy() for latents in kept))
+            [_deviations(*(latents_RTD[row : row + ROWS_AT_ONCE].double().numpy() for latents_RTD in kept))
              for row in range(0, len(drawn.rows), ROWS_AT_ONCE)]
         )  # fmt: skip
     deviation[(drawn.rows["latent_steps"] != other.rows["latent_steps"]).to_numpy()] = np.inf
