@@ -157,7 +157,7 @@ class Stopwatch:
 
     def _before_pass(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         del module, args
-        if self._phase == "prefill" and not kwargs["shared_prefix_cache"].fills_prefix:
+        if self._phase == "prefill" and not kwargs["shared_prefix_state"].fills_prefix:
             self._enter("latents")
 
     def factors(self, *place: Any) -> Tensor | None:

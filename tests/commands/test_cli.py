@@ -13,7 +13,7 @@ import pytest
 from marks import slow
 from refusal import check, check_refused
 
-from latent_tts.results.run_folder import COUNT_COLUMNS, METRIC_COLUMNS, ROLLOUT_COLUMNS
+from latent_tts.results.run_folder import METRIC_COLUMNS, ROLLOUT_COLUMNS
 
 
 def test_help_lists_every_command_and_imports_nothing_slow():
@@ -99,7 +99,7 @@ def test_a_run_ends_with_the_path_of_its_metrics_and_writes_every_table(run):
     assert result.last.name == "metrics.csv"
     folder = result.last.parent
     rollouts = pd.read_parquet(folder / "rollouts.parquet")
-    assert list(rollouts.columns) == [*ROLLOUT_COLUMNS, *COUNT_COLUMNS]
+    assert list(rollouts.columns) == ROLLOUT_COLUMNS.names
     assert len(rollouts) == 24
     assert list(rollouts["rollout"][:5]) == [0, 1, 2, 3, 0]
     metrics = pd.read_csv(folder / "metrics.csv")

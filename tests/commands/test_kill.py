@@ -113,7 +113,7 @@ def test_a_killed_run_started_again_gives_equal_tables(command, tmp_path):
         kept = [table[~table["metric"].isin(MEASURED)].reset_index(drop=True) for table in tables]
         pd.testing.assert_frame_equal(*kept, rtol=1e-5)
         frames = [pd.read_parquet(folder / "rollouts.parquet") for folder in (whole, again)]
-        exact = [name for name in ROLLOUT_COLUMNS if name not in ROUNDED]
+        exact = [name for name in ROLLOUT_COLUMNS.names if name not in ROUNDED]
         pd.testing.assert_frame_equal(frames[0][exact], frames[1][exact])
         pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-3, atol=1e-4)
 

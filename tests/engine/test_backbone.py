@@ -61,4 +61,4 @@ def test_prompts_are_padded_on_the_right():
     ids_QL, lengths_Q = pad_prompts([[5, 6, 7], [], [8]], torch.device("cpu"))
     assert ids_QL.tolist() == [[5, 6, 7], [0, 0, 0], [8, 0, 0]]
     assert lengths_Q.tolist() == [3, 0, 1]
-    assert pad_prompts([[], []], torch.device("cpu"))[0].shape == (2, 0)
+    assert pad_prompts([[], []], torch.device("cpu"))[0].shape == (2, 1)

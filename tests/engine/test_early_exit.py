@@ -78,16 +78,14 @@ def test_where_nothing_settles_all_latents_are_made_and_rollouts_are_those_witho
     torch.testing.assert_close(result.latents_RTD, whole.latents_RTD, rtol=0, atol=1e-9)
 
 
-def test_the_distance_is_total_variation_and_no_batch_changes_it(monkeypatch):
+def test_the_distance_is_total_variation():
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(5, TOKENS, bias=False)
     torch.nn.init.normal_(head.weight, std=2.0, generator=generator)
     hidden = torch.randn(2, 9, 5, generator=generator)
     shares = [head(each).softmax(-1) for each in hidden]
-    for at_once in (1 << 24, 1):
-        monkeypatch.setattr("latent_tts.engine.head.WHOLE_AT_ONCE", at_once)
-        movement = AnswerMovement(head)
-        assert movement.since_last(hidden[0]) is None
-        found = movement.since_last(hidden[1])
-        torch.testing.assert_close(found, (shares[1] - shares[0]).abs().sum(1) / 2)
-        assert (movement.since_last(hidden[1]) == 0).all()
+    movement = AnswerMovement(head)
+    assert movement.since_last(hidden[0]) is None
+    found = movement.since_last(hidden[1])
+    torch.testing.assert_close(found, (shares[1] - shares[0]).abs().sum(1) / 2)
+    assert (movement.since_last(hidden[1]) == 0).all()

@@ -31,6 +31,7 @@ from latent_tts.engine import attention, graphs, head, recording
 from latent_tts.engine.graphs import FirstToken, GraphEngine, Latents, Move, NextToken
 from latent_tts.engine.recording import Bucket, CudaRecorder, Prompts, Recordings
 from latent_tts.engine.rollout import Engine, Rollouts
+from latent_tts.engine.state import FixedState
 from latent_tts.errors import RunError
 from latent_tts.pipeline import models
 from latent_tts.random import bits
@@ -252,7 +253,7 @@ def test_without_answers_each_batch_has_its_own_numbers_of_latents():
 
 
 def test_the_window_grows_with_what_is_used(monkeypatch):
-    monkeypatch.setattr(attention, "SHORTEST", 4)
+    monkeypatch.setattr(graphs, "MIN_LENGTH", 4)
     eager, graphed, recorders = both(answer=5, ends=False)
     for number, lengths in enumerate([[9, 13], [12, 9], [15, 7]]):
         assert_same(rolled(graphed, NOISE, number, lengths), rolled(eager, NOISE, number, lengths))
@@ -510,7 +511,8 @@ def test_what_could_not_be_recorded_has_given_its_memory_back_when_the_batch_run
 
 def test_tensors_of_fixed_sizes_that_give_something_else_are_not_used(monkeypatch, caplog):
     eager, graphed, _ = both(needed=False)
-    monkeypatch.setattr(graphs.FixedCache, "places", lambda self, tokens: torch.zeros(tokens, dtype=torch.long))
+    run = FixedState._run
+    monkeypatch.setattr(FixedState, "_run", lambda self, embeddings, positions: run(self, embeddings, positions * 0))
     for number in range(3):
         assert_same(rolled(graphed, NOISE, number, [9, 3]), rolled(eager, NOISE, number, [9, 3]))
     assert "in tensors of fixed sizes" in caplog.text

@@ -16,6 +16,7 @@ from latent_tts.random import kernel_check
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 AGREES = """
+from functools import partial
 import torch, triton_interpreter
 from latent_tts.engine import attention, attention_kernel
 
@@ -25,7 +26,7 @@ sizes = {attention_kernel.tile(torch.bfloat16, 64, rows * groups * tokens, quest
 assert sizes == {16, 64}
 for dtype in attention.KERNEL_DTYPES:
     for width in (16, 40):
-        assert attention.kernel_agrees(right, cpu, dtype, width), (dtype, width)
+        assert attention.kernel_agrees(cpu, dtype, width), (dtype, width)
 
 def wrong(*arguments, by):
     arguments = list(arguments)
@@ -33,7 +34,8 @@ def wrong(*arguments, by):
     right(*arguments)
 
 for by in (3, 4):
-    assert not attention.kernel_agrees(lambda *given: wrong(*given, by=by), cpu, torch.float32, 16)
+    attention_kernel.attend_piece = partial(wrong, by=by)
+    assert not attention.kernel_agrees(cpu, torch.float32, 16)
 
 class Launched:
     def __getitem__(self, grid):
@@ -53,13 +55,15 @@ from latent_tts.engine import head, head_kernel
 
 cpu, right = torch.device("cpu"), head_kernel.look
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
-    assert head.kernel_agrees(right, cpu, dtype), dtype
+    assert head.kernel_agrees(cpu, dtype), dtype
 for place in range(3):
     def wrong(*given):
         found = [part.clone() for part in right(*given)]
         found[place].flatten()[-1] += 1
         return found
-    assert not head.kernel_agrees(wrong, cpu, torch.float32), place
+    head_kernel.look = wrong
+    assert not head.kernel_agrees(cpu, torch.float32), place
+head_kernel.look = right
 
 layer = torch.nn.Linear(8, 777).requires_grad_(False)
 for rows in (1, 3):
@@ -184,26 +188,20 @@ def raising(*arguments):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Ask `has_kernel` as on a GPU: of a device that says so and computes on the CPU."""
+    """Ask whether a kernel is usable, on the CPU."""
 
-    def ask(attend_piece, width=32, dtype=torch.float32):
+    def ask(attend_piece, width=32):
         kernel = SimpleNamespace(attend_piece=attend_piece)
         monkeypatch.setitem(sys.modules, "latent_tts.engine.attention_kernel", kernel)
         monkeypatch.setattr(kernel_check, "find_spec", lambda name: name == "triton")
-        agrees = attention.kernel_agrees
-        monkeypatch.setattr(
-            attention,
-            "kernel_agrees",
-            lambda kernel, _, dtype, width: agrees(kernel, torch.device("cpu"), dtype, width),
-        )
-        return attention._has_kernel.__wrapped__(torch.device("cuda", 0), dtype, width)
+        where = torch.device("cpu"), torch.float32, width
+        return kernel_check.is_usable.__wrapped__("attention", attention.kernel_agrees, *where)
 
     return ask
 
 
 def test_a_kernel_that_agrees_is_used(asked, caplog):
     assert asked(by_operators)
-    assert not asked(by_operators, dtype=torch.float64)
     assert not caplog.records
 
 

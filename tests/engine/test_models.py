@@ -13,12 +13,12 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM, OPTConfig, OPTForCausalLM
 
 from latent_tts.engine import proof
-from latent_tts.engine.attention import SharedPrefixCache
 from latent_tts.engine.decoding import AnswerSampling
 from latent_tts.engine.head import ModelLogits
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.rollout import Engine
 from latent_tts.engine.scoring import LatentScorer
+from latent_tts.engine.state import KeyValueState
 from latent_tts.errors import RunError, UsageError
 from latent_tts.sampler.dropout import Dropout
 from latent_tts.sampler.gaussian import Gaussian
@@ -191,7 +191,7 @@ def test_half_precision_takes_the_same_way(family, dtype):
 @pytest.mark.parametrize("wrong", ["scale", "order", "padding"])
 def test_an_attention_that_is_not_the_models_is_found(monkeypatch, dtype, wrong):
     """The proof itself: each of these changes numbers on some rows alone, and must not pass."""
-    right = SharedPrefixCache.append
+    right = KeyValueState.write_suffix
 
     def append(self, layer, key, value):
         if wrong == "scale":
@@ -200,11 +200,11 @@ def test_an_attention_that_is_not_the_models_is_found(monkeypatch, dtype, wrong)
             key = key.flip(0)
         return right(self, layer, key, value)
 
-    monkeypatch.setattr(SharedPrefixCache, "append", append)
+    monkeypatch.setattr(KeyValueState, "write_suffix", append)
     if wrong == "padding":
-        lengths = SharedPrefixCache.add_questions
+        lengths = KeyValueState._add_questions
         monkeypatch.setattr(
-            SharedPrefixCache, "add_questions", lambda self, n: lengths(self, torch.full_like(n, int(n.max())))
+            KeyValueState, "_add_questions", lambda self, n: lengths(self, torch.full_like(n, int(n.max())))
         )
     found = prove_reasoner(tiny.reasoner("llama", dtype), 20)
     assert found.attention == SLOW

@@ -86,7 +86,7 @@ def way(request, monkeypatch):
     def words(keys_R2, rollouts_R, blocks, *rest):
         return rollouts_R.new_empty(len(rollouts_R), 4, blocks)
 
-    drawing = {"words": words, "decide": lambda *rest: None, "drop": lambda output_RSD, *rest: output_RSD.clone()}
+    drawing = {"words": words, "drop": lambda output_RSD, *rest: output_RSD.clone()}
     stubs = {
         "engine.attention_kernel": {"attend_piece": lambda *rest: None},
         "engine.head_kernel": {"look": look},
@@ -100,7 +100,7 @@ def passes_of(rollouts: FixedRollouts, sampler: Sampler) -> list[Passes]:
     """Every kind of pass of a bucket."""
     total, plan = rollouts.total, rollouts.engine.plan
     stride = total if plan.stop_id is None else 1
-    found: list[Passes] = [Prompts()] if rollouts._prompts is not None else []
+    found: list[Passes] = [Prompts()] if rollouts._records_prompts else []
     found += [Latents(first, first + stride) for first in range(0, total, max(stride, 1))]
     found.append(FirstToken(total))
     first = len(plan.forced_ids) + 1
@@ -112,7 +112,7 @@ def passes_of(rollouts: FixedRollouts, sampler: Sampler) -> list[Passes]:
         for position in range(first, plan.max_answer_tokens + 1):
             own = position if sampler.random_answers else None
             grid = grid if grid == (2, 2) else rollouts._all.grid
-            found.append(NextToken(rollouts._all.cache.capacity, position == plan.max_answer_tokens, own, grid))
+            found.append(NextToken(rollouts._all.state.capacity, position == plan.max_answer_tokens, own, grid))
     return found
 
 

@@ -231,7 +231,7 @@ def test_killed_again_and_again_the_same_line_gives_equal_tables(start, tmp_path
         # a worker may be killed after the end of a shard and before its answer
         assert 0 <= computed - lost - QUESTIONS * ROLLOUTS <= largest
         other = table(tmp_path / f"{name}_run")
-        exact = [name for name in ROLLOUT_COLUMNS if name not in ROUNDED]
+        exact = [name for name in ROLLOUT_COLUMNS.names if name not in ROUNDED]
         pd.testing.assert_frame_equal(one[exact], other[exact])
         pd.testing.assert_frame_equal(one, other, rtol=1e-3, atol=1e-4)
         run = json.loads((tmp_path / f"{name}_run" / "run.json").read_text())

@@ -129,7 +129,7 @@ def compute_on_mortals(monkeypatch, deaths, gone=()):
     pool = RayPool(actors, "work", retries=2)  # pyright: ignore[reportArgumentType]
     described = pool.describe()
     queue = ShardQueue([Unit(number, 1.0, 1) for number in range(10)], len(described), 1)
-    shards = [shard for shard, _ in results_of(pool, queue, lambda units, _: tuple(units), [])]
+    shards = [shard for shard, _ in results_of(pool, queue, tuple, [])]
     assert sorted(unit for shard in shards for unit in shard) == list(range(10))
     return mortal, actors, described
 

@@ -156,7 +156,7 @@ def test_a_lost_workers_shard_goes_to_another_and_without_workers_one_line_says_
     pool = RayPool(dict.fromkeys([FakeActor(0), FakeActor(1)]), "work", retries=0)
     units = [Unit(number, 1.0, 1) for number in range(20)]
     timeline = []
-    results = [part for _, part in results_of(pool, ShardQueue(units, 2, 1), lambda units, _: tuple(units), timeline)]
+    results = [part for _, part in results_of(pool, ShardQueue(units, 2, 1), tuple, timeline)]
     assert sorted(unit for part in results for unit in part) == list(range(20))
     assert pool.workers == [0]
     assert [span.worker for span in timeline if not span.rows] == [1]
@@ -165,7 +165,7 @@ def test_a_lost_workers_shard_goes_to_another_and_without_workers_one_line_says_
     with pytest.raises(
         RunError, match=r"^no worker .* is left: The actor died unexpectedly; re-run the command to resume$"
     ):
-        list(results_of(pool, ShardQueue(units, 1, 1), lambda units, _: tuple(units), timeline))
+        list(results_of(pool, ShardQueue(units, 1, 1), tuple, timeline))
 
 
 def test_what_several_workers_warn_of_is_said_once(monkeypatch, caplog):

@@ -19,10 +19,3 @@ def change_record(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 def sign(folder: Path, name: str) -> None:
     """Make `run.json` hold the digest of a changed file."""
     change_record(folder, lambda record: record["files"].update({name: file_digest(folder / name)}))
-
-
-def write_old_record(folder: Path, *without: str, number: int = 1) -> None:
-    """Make a `run.json` one of an older format, without some keys and without a digest."""
-    record = json.loads((folder / "run.json").read_text()) | {"format": number}
-    left_out = {"digest", *without}
-    (folder / "run.json").write_text(json.dumps({k: v for k, v in record.items() if k not in left_out}))

@@ -32,15 +32,11 @@ found = [
 ]
 assert found[0] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], found
 assert found[1] == list(philox((0, ones, ones, ones), (ones, ones))), found
-assert bits.agree(kernels, cpu)
+assert bits.kernels_agree(cpu)
 
-for name in ("decide", "drop"):
-    right = getattr(kernels, name)
-    place = 4 if name == "decide" else 5  # of the threshold
-    wrong = lambda *arguments: right(*arguments[:place], arguments[place] + 300, *arguments[place + 1:])
-    setattr(kernels, name, wrong)
-    assert not bits.agree(kernels, cpu), name
-    setattr(kernels, name, right)
+right, place = kernels.drop, 5  # of the threshold
+kernels.drop = lambda *arguments: right(*arguments[:place], arguments[place] + 300, *arguments[place + 1:])
+assert not bits.kernels_agree(cpu)
 """
 COMPILED = """
 import triton
@@ -49,10 +45,10 @@ from triton.compiler import ASTSource
 from latent_tts.random import triton_kernels as kernels
 
 numbers = dict.fromkeys(("blocks", "tokens", "stream", "threshold", "width", "first"), "i32") | {"scale": "fp32"}
-pointers = {"keys": "*i64", "rollouts": "*i64", "places": "*i64", "out": "*i64", "kept": "*i32"}
+pointers = {"keys": "*i64", "rollouts": "*i64", "out": "*i64"}
 pointers |= {"output": "*bf16", "made": "*bf16"}
 for kernel, constants in (
-    (kernels._words, {"LANES": 256}), (kernels._decide, {"LANES": 256}),
+    (kernels._words, {"LANES": 256}),
     (kernels._drop, {"LANES": 128, "ONE_MASK": True}), (kernels._drop, {"LANES": 128, "ONE_MASK": False}),
 ):
     for place in ("i32", "i64"):  # a place beyond 2**31 is passed as the latter
@@ -75,20 +71,18 @@ def test_kernels_are_philox_and_compile_for_gpus(tmp_path, code, interpret):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Ask `has_kernels` as on a GPU: of a device that says so and computes on the CPU."""
+    """Ask whether kernels are usable, on the CPU."""
 
     def asked(kernels):
         monkeypatch.setattr(kernel_check, "find_spec", lambda name: name == "triton")
         monkeypatch.setitem(sys.modules, "latent_tts.random.triton_kernels", kernels)
         monkeypatch.setattr("latent_tts.random.triton_kernels", kernels, raising=False)
-        agree = bits.agree
-        monkeypatch.setattr(bits, "agree", lambda kernels, device: agree(kernels, torch.device("cpu")))
-        return bits.has_kernels.__wrapped__(torch.device("cuda", 0))
+        return kernel_check.is_usable.__wrapped__("drawing", bits.kernels_agree, torch.device("cpu"))
 
     return asked
 
 
-OPERATORS = SimpleNamespace(words=bits.words_by_operators, decide=bits.decide_by_operators, drop=bits.drop_by_operators)
+OPERATORS = SimpleNamespace(words=bits.words_by_operators, drop=bits.drop_by_operators)
 
 
 def test_kernels_that_agree_are_used(as_on_a_gpu, caplog):
@@ -109,25 +103,21 @@ def raising(*arguments):
 )
 def test_kernels_that_fail_or_differ_are_not_used_and_that_is_said_once(as_on_a_gpu, caplog, words, why):
     with caplog.at_level(logging.WARNING):
-        assert not as_on_a_gpu(SimpleNamespace(words=words, decide=OPERATORS.decide, drop=OPERATORS.drop))
+        assert not as_on_a_gpu(SimpleNamespace(words=words, drop=OPERATORS.drop))
     assert [why in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_where_they_are_usable_all_numbers_come_from_them(monkeypatch):
+def test_where_they_are_usable_all_words_come_from_them(monkeypatch):
     taken = []
-
-    def kernel(name):
-        return lambda *arguments: (taken.append(name), getattr(OPERATORS, name)(*arguments))[1]
-
-    kernels = SimpleNamespace(words=kernel("words"), decide=kernel("decide"))
+    kernels = SimpleNamespace(words=lambda *arguments: (taken.append(arguments), OPERATORS.words(*arguments))[1])
     monkeypatch.setitem(sys.modules, "latent_tts.random.triton_kernels", kernels)
     monkeypatch.setattr("latent_tts.random.triton_kernels", kernels, raising=False)
     draw = Draw.of(0, ["question"], torch.arange(2)[None], 8)
-    expected = draw.normal(0, 8), draw.uniform(0), draw.keep(0, 0, 1, 8, 30_000)
+    expected = draw.normal(0, 8), draw.uniform(0)
     assert not taken
     monkeypatch.setattr(bits, "has_kernels", lambda device: True)
-    found = draw.normal(0, 8), draw.uniform(0), draw.keep(0, 0, 1, 8, 30_000)
-    assert taken == ["words", "words", "decide"]
+    found = draw.normal(0, 8), draw.uniform(0)
+    assert len(taken) == 2
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

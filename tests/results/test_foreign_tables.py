@@ -1,6 +1,8 @@
 """Tables of someone else's run folder, whose digests fit: what is no table of a run is refused in one line."""
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 from marks import slow
@@ -17,24 +19,32 @@ def compare_refused(folder, *words):
 @pytest.mark.parametrize(
     ("column", "value", "words"),
     [
-        ("prediction", [1], "column prediction must contain texts"),
-        ("rollout", "0", "column rollout must contain integers"),
-        ("rollout", None, "column rollout must contain integers"),
-        ("correct", 1, "column correct must contain true or false"),
-        ("answer_logprob", "low", "column answer_logprob must contain numbers"),
-        ("question_id", None, "column question_id lacks a value"),
+        ("prediction", [1], "column prediction must contain string"),
+        ("rollout", "0", "column rollout must contain int32"),
+        ("rollout", None, "column rollout must contain int32"),
+        ("correct", 1, "column correct must contain bool"),
+        ("answer_logprob", "low", "column answer_logprob must contain float"),
+        ("question_id", None, "column question_id must contain string"),
     ],
 )
 def test_rollouts_of_wrong_types(own_copy, column, value, words):
-    table = pd.read_parquet(own_copy / ROLLOUTS)
-    table[column] = pd.Series([value] * len(table), dtype=object)
-    table.to_parquet(own_copy / ROLLOUTS, index=False)
+    table = pq.read_table(own_copy / ROLLOUTS)
+    changed = table.set_column(table.column_names.index(column), column, pa.array([value] * len(table)))
+    pq.write_table(changed, own_copy / ROLLOUTS)
     sign(own_copy, ROLLOUTS)
     compare_refused(own_copy, f"{ROLLOUTS}: cannot be read", words)
 
 
+def test_rollouts_without_a_value(own_copy):
+    table = pq.read_table(own_copy / ROLLOUTS)
+    ids = pa.array([None, *table["question_id"].to_pylist()[1:]])
+    pq.write_table(table.set_column(1, "question_id", ids), own_copy / ROLLOUTS)
+    sign(own_copy, ROLLOUTS)
+    compare_refused(own_copy, f"{ROLLOUTS}: cannot be read", "column question_id lacks a value")
+
+
 def test_rollouts_without_rows(own_copy):
-    pd.read_parquet(own_copy / ROLLOUTS).iloc[:0].to_parquet(own_copy / ROLLOUTS, index=False)
+    pq.write_table(pq.read_table(own_copy / ROLLOUTS)[:0], own_copy / ROLLOUTS)
     sign(own_copy, ROLLOUTS)
     compare_refused(own_copy, f"{ROLLOUTS}: cannot be read", "it has no rows")
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tiny
 from places import place_of_its_own, run_line
-from records import change_record, write_old_record
+from records import change_record
 from refusal import check_refused
 
 from latent_tts import cli
@@ -58,13 +58,6 @@ def seeded(run, questions):
         return done.last.parent
 
     return one
-
-
-def forget_identity(folder) -> None:
-    """Make a run folder one of format 1."""
-    table = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)
-    table.drop(columns=[*DIGEST_COLUMNS, "format"]).to_csv(folder / "metrics.csv", index=False)
-    write_old_record(folder, "files")
 
 
 @pytest.mark.slow  # `ltts collect` tells the same files apart below
@@ -190,32 +183,15 @@ def test_compare_takes_no_side_of_two_curves_and_no_other_gold_answers(runs, see
     check_refused("compare", "a=mix/0", "b=golds", words=["a and b have different gold answers (seed 0)"])
 
 
-def test_tables_that_do_not_say_what_they_are_of_are_read_and_not_averaged_with_others(runs, ltts, tmp_path):
-    folders = [Path(shutil.copytree(runs / f"a{seed}", f"old/{seed}")) for seed in (0, 1)]
-    for folder in folders:
-        forget_identity(folder)
-    assert ltts("collect", "old", "output=old.csv").out.split() == ["old.csv"]
-    assert set(read_metrics(tmp_path / "old.csv")["format"]) == {1}
-    words = ["a=old: holds runs that are not seeds of each other", "unknown, of "]
-    check_refused("compare", "a=old", "b=old", words=words)
-    assert ltts("compare", "old/0", "old/0").code == 0
-    tables = [pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False) for folder in folders]
-    pd.concat(tables).to_csv("one.csv", index=False)
-    drawn = ltts("plot", "one.csv", "output=one.svg")
-    assert drawn.code == 0, drawn.err
-    assert "means over seeds 0, 1" in (tmp_path / "one.svg").read_text()  # of one table, names are believed
-    drawn = ltts("plot", "old", "output=two.svg")
-    assert drawn.code == 0, drawn.err
-    words = (tmp_path / "two.svg").read_text()
-    assert "means over" not in words
-    assert "questions unknown, of old/0/metrics.csv" in words
-
-
-def test_a_later_format_is_refused_by_name(runs, place):
-    folder = Path(shutil.copytree(runs / "a0", "later"))
-    table = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False).assign(format="3")
-    table.to_csv("later.csv", index=False)
-    check_refused("plot", "runs=[later.csv]", words=["later.csv: format 3, this version reads those up to 2"])
-    change_record(folder, lambda record: record.update(format=4))
-    words = ["run.json: format 4, this version reads those up to 3"]
-    check_refused("compare", "a=later", "b=later", words=words)
+def test_another_format_is_refused_by_name(runs, place):
+    folder = Path(shutil.copytree(runs / "a0", "other"))
+    table = pd.read_csv(folder / "metrics.csv", dtype=str, keep_default_na=False)
+    for number in ("1", "3"):
+        table.assign(format=number).to_csv("other.csv", index=False)
+        check_refused("plot", "runs=[other.csv]", words=[f"other.csv: format {number}, this version reads 2"])
+    table.drop(columns=[*DIGEST_COLUMNS, "format"]).to_csv("old.csv", index=False)
+    check_refused("plot", "runs=[old.csv]", words=["old.csv: not a metrics table of this version: columns missing"])
+    for number in (2, 4):
+        change_record(folder, lambda record, number=number: record.update(format=number))
+        words = [f"run.json: format {number}, this version reads 3; draw that run again"]
+        check_refused("compare", "a=other", "b=other", words=words)

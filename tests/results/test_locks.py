@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from latent_tts.errors import UsageError
 from latent_tts.results.files import LOCK, locked_folder
-from latent_tts.results.run_folder import KeptLatents, read_rollouts, read_run_metrics
+from latent_tts.results.run_folder import open_latents, read_rollouts, read_run_metrics
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -181,4 +181,4 @@ def test_two_runs_that_race_for_a_folder_never_mix(checkpoint, tmp_path):
         seed = str(json.loads((folder / "run.json").read_text())["config"]["seed"])
         assert set(read_run_metrics(folder)["seed"]) == {seed}
         assert len(read_rollouts(folder)) == 8
-        KeptLatents(folder, rows=8)  # checks them
+        open_latents(folder, rows=8)  # checks them

@@ -17,7 +17,6 @@ from latent_tts.results.run_folder import (
     last_run,
     name_once,
     read_metrics,
-    tell_apart,
 )
 
 RESULTS = "results.csv"
@@ -43,8 +42,6 @@ def main(cfg: DictConfig) -> None:
             check_file(table.parent, METRICS)
     if cfg.output is not None:
         frames = [read_metrics(table) for table in tables]
-        if len(frames) > 1:
-            frames = [tell_apart(frame, str(table)) for frame, table in zip(frames, tables, strict=True)]
         output = Path(cfg.output).expanduser()
         require(
             "output",

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-
-from latent_tts.engine.head import rows_at_once
 
 TOKENS = 32  # that are distinguished; all others count as one
 
@@ -28,18 +25,12 @@ class AnswerMovement:
         Args:
             hidden_RD: final hidden states at the position before the answer's first token.
         """
-        moved, token, share = [], [], []
-        at_once = rows_at_once(self._head, hidden_RD)
-        for start in range(0, hidden_RD.shape[0], at_once):
-            rows = slice(start, start + at_once)
-            share_CV = self._head(hidden_RD[rows]).float().softmax(-1)
-            if self._last is not None:
-                token_CK, before_CK = (each[rows] for each in self._last)
-                now_CK = share_CV.gather(1, token_CK)
-                apart_C = (now_CK - before_CK).abs().sum(1) + (now_CK.sum(1) - before_CK.sum(1)).abs()
-                moved.append(apart_C / 2)
-            found = share_CV.topk(min(TOKENS, share_CV.shape[1]))
-            token.append(found.indices)
-            share.append(found.values)
-        self._last = torch.cat(token), torch.cat(share)
-        return torch.cat(moved) if moved else None
+        share_RV = self._head(hidden_RD).float().softmax(-1)
+        moved_R = None
+        if self._last is not None:
+            token_RK, before_RK = self._last
+            now_RK = share_RV.gather(1, token_RK)
+            moved_R = ((now_RK - before_RK).abs().sum(1) + (now_RK.sum(1) - before_RK.sum(1)).abs()) / 2
+        found = share_RV.topk(min(TOKENS, share_RV.shape[1]))
+        self._last = found.indices, found.values
+        return moved_R

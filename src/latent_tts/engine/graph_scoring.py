@@ -11,11 +11,10 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
-from latent_tts.engine.attention import FixedCache, power_of_two
 from latent_tts.engine.prompts import pad_prompts
-from latent_tts.engine.recording import PROMPT_TOKENS, Bucket, Prompts, Recordings
+from latent_tts.engine.recording import MIN_LENGTH, PROMPT_TOKENS, Bucket, Prompts, Recordings, power_of_two
 from latent_tts.engine.scoring import LatentScorer
-from latent_tts.engine.state import KeyValueState
+from latent_tts.engine.state import FixedState
 from latent_tts.types import RewardModel
 
 
@@ -51,16 +50,16 @@ class FixedScores:
         self._latents_RTD = torch.zeros(rows, steps, width, dtype=scorer.backbone.dtype, device=device)
         precise = torch.promote_types(scorer.backbone.dtype, torch.float32)
         self._scores_RT = torch.zeros(rows, steps, dtype=precise, device=device)
-        self._cache = FixedCache(rows // questions, steps, questions=questions, length=length)
-        self._state = KeyValueState(
-            scorer.backbone, rows // questions, steps, position_offset_Q=self._offset_Q, cache=self._cache
-        )
+        self._state = FixedState(
+            scorer.backbone, rows // questions, steps, questions=questions, length=length,
+            position_offset_Q=self._offset_Q,
+        )  # fmt: skip
         self._records_prompts = questions * length <= PROMPT_TOKENS
 
     def tensors(self) -> list[Tensor]:
         """All that differs between batches or between the passes of a batch."""
         own = [self._ids_QL, self._lengths_Q, self._latents_RTD, self._scores_RT]
-        return [*own, *([] if self._offset_Q is None else [self._offset_Q]), *self._cache.tensors()]
+        return [*own, *([] if self._offset_Q is None else [self._offset_Q]), *self._state.tensors()]
 
     def load(self, prompts: list[list[int]], latents_RTD: Tensor, position_offset_Q: Tensor | None) -> None:
         """Begin another batch of the same sizes."""
@@ -82,7 +81,7 @@ class FixedScores:
             self._scores_RT.copy_(self._scorer.extend(self._state, self._latents_RTD))
 
     def _run_prompts(self, length: int) -> None:
-        self._cache.restart()
+        self._state.restart()
         embed = self._scorer.backbone.get_input_embeddings()
         self._state.prefill(embed(self._ids_QL[:, :length]), self._lengths_Q)
 
@@ -123,7 +122,7 @@ class GraphScorer(LatentScorer):
 
         if not self._usable:
             return usual()
-        length, shifted = power_of_two(max(map(len, prompts))), position_offset_Q is not None
+        length, shifted = power_of_two(max(map(len, prompts)), MIN_LENGTH), position_offset_Q is not None
 
         def fixed(bucket: ScoreBucket | None) -> tuple[ScoreBucket, Tensor]:
             if bucket is None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import TypeAlias, cast
 from weakref import proxy
 
@@ -17,24 +18,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from latent_tts.engine.attention import FixedCache, power_of_two
+from latent_tts.engine.attention import has_kernel
 from latent_tts.engine.head import Choice
 from latent_tts.engine.prompts import pad_prompts
-from latent_tts.engine.recording import PROMPT_TOKENS, Bucket, Prompts, Recordings
-from latent_tts.engine.rollout import (
-    Answers,
-    Engine,
-    Layout,
-    RolloutPlan,
-    Rollouts,
-    RolloutState,
-    unstarted_rows,
-)
+from latent_tts.engine.recording import MIN_LENGTH, PROMPT_TOKENS, Bucket, Prompts, Recordings, power_of_two
+from latent_tts.engine.rollout import Answers, Engine, RolloutPlan, Rollouts, RolloutState
 from latent_tts.engine.sites import SiteHooks
-from latent_tts.engine.state import KeyValueState
+from latent_tts.engine.state import FixedState
 from latent_tts.random.draw import Draw
 from latent_tts.sampler import Sampler
-from latent_tts.types import Reasoner
+from latent_tts.types import Forward, Reasoner
 
 MIN_ROWS = 256  # fewer rows take as long: a GPU then waits for weights
 MIN_WANTED = 2  # how many batches have wanted a smaller grid before rows move to it, since its passes are recorded anew
@@ -95,7 +88,7 @@ def smaller_grid(left_P: Sequence[int], grid: Grid) -> Grid | None:
         left_P: how many rows of each prefix go on, of one at least.
         grid: that they are in.
     """
-    prefixes, rollouts = (_at_least(number) for number in (sum(left > 0 for left in left_P), max(left_P)))
+    prefixes, rollouts = (power_of_two(number) for number in (sum(left > 0 for left in left_P), max(left_P)))
     prefixes, rollouts = min(prefixes, grid[0]), min(rollouts, grid[1])
     while prefixes * rollouts < MIN_ROWS and rollouts < grid[1]:
         rollouts = min(2 * rollouts, grid[1])
@@ -104,19 +97,12 @@ def smaller_grid(left_P: Sequence[int], grid: Grid) -> Grid | None:
     return (prefixes, rollouts) if 2 * prefixes * rollouts <= grid[0] * grid[1] else None
 
 
-def _at_least(number: int) -> int:
-    """The next power of two."""
-    return 1 << (number - 1).bit_length()
-
-
-@dataclass
 class AnswerRows:
     """What the answer tokens of some rows are made from, in tensors that stay where they are.
 
     Attributes:
         grid: P prefixes and N rows of each.
-        cache: keys and values.
-        state: the same, with the backbone.
+        state: keys and values.
         draw: random numbers of the rows.
         here_R: which of the batch's rows they are.
         token_R: chosen last.
@@ -124,30 +110,17 @@ class AnswerRows:
         left_P: how many go on with each prefix.
     """
 
-    grid: Grid
-    cache: FixedCache
-    state: KeyValueState
-    draw: Draw
-    here_R: Tensor
-    token_R: Tensor
-    alive_R: Tensor
-    left_P: Tensor
-
-    @classmethod
-    def of(cls, grid: Grid, cache: FixedCache, state: KeyValueState, draw: Draw) -> AnswerRows:
-        """Rows that all go on."""
-        here_R = torch.arange(grid[0] * grid[1], device=draw.rollouts_R.device)
-        left_P = torch.full((grid[0],), grid[1], device=here_R.device)
-        alive_R = torch.ones_like(here_R, dtype=torch.bool)
-        return cls(grid, cache, state, draw, here_R, torch.zeros_like(here_R), alive_R, left_P)
+    def __init__(self, grid: Grid, state: FixedState, draw: Draw) -> None:
+        """Let all rows go on."""
+        self.grid, self.state, self.draw = grid, state, draw
+        self.here_R = torch.arange(grid[0] * grid[1], device=draw.rollouts_R.device)
+        self.token_R = torch.zeros_like(self.here_R)
+        self.alive_R = torch.ones_like(self.here_R, dtype=torch.bool)
+        self.left_P = torch.full((grid[0],), grid[1], device=self.here_R.device)
 
     def smaller(self, grid: Grid) -> AnswerRows:
         """Tensors for some of the rows."""
-        rows = grid[0] * grid[1]
-        cache = self.cache.for_rows(*grid)
-        draw = Draw(self.draw.keys_R2[:rows].clone(), self.draw.rollouts_R[:rows].clone(), self.draw.width,
-                    self.draw.blocks)  # fmt: skip
-        return AnswerRows.of(grid, cache, self.state.on(cache), draw)
+        return AnswerRows(grid, self.state.for_rows(*grid), copied_draw(self.draw.rows(slice(grid[0] * grid[1]))))
 
     def take(self, other: AnswerRows) -> None:
         """Take over the rows of another grid that go on, and finished ones where there is room."""
@@ -156,7 +129,7 @@ class AnswerRows:
         prefix_P = alive_PN.sum(1).argsort(descending=True, stable=True)[:prefixes]
         inside_PN = alive_PN[prefix_P].int().argsort(dim=1, descending=True, stable=True)[:, :rollouts]
         rows_R = (prefix_P[:, None] * all_rollouts + inside_PN).flatten()
-        self.cache.take(other.cache, prefix_P, rows_R)
+        self.state.take(other.state, prefix_P, rows_R)
         self.draw.keys_R2.copy_(other.draw.keys_R2[rows_R])
         self.draw.rollouts_R.copy_(other.draw.rollouts_R[rows_R])
         self.here_R.copy_(other.here_R[rows_R])
@@ -171,16 +144,12 @@ class AnswerRows:
     def tensors(self) -> list[Tensor]:
         """All of them."""
         own = [self.here_R, self.token_R, self.alive_R, self.left_P]
-        return [*self.cache.tensors(), self.draw.keys_R2, self.draw.rollouts_R, *own]
+        return [*self.state.tensors(), self.draw.keys_R2, self.draw.rollouts_R, *own]
 
 
-@dataclass
-class _PromptTensors:
-    """Prompts as their recorded pass reads them: padded ids, how many count, and each prompt's last token."""
-
-    ids_QL: Tensor
-    lengths_Q: Tensor
-    last_Q: Tensor
+def copied_draw(draw: Draw) -> Draw:
+    """The same random numbers, from keys in memory of their own."""
+    return Draw(draw.keys_R2.clone(), draw.rollouts_R.clone(), draw.width, draw.blocks)
 
 
 class FixedRollouts(RolloutState):
@@ -196,40 +165,37 @@ class FixedRollouts(RolloutState):
             questions: Q.
             length: most tokens of a prefix.
         """
-        rows, device = draw.rollouts_R.shape[0], engine.device
-        layout = Layout.of(engine.plan, hooks.sampler, questions, rows)
-        prefixes = rows // layout.siblings
-        cache = FixedCache(layout.siblings, layout.capacity, questions=prefixes, length=length)
-        backbone = cast(PreTrainedModel, engine.lm.base_model)
-        state = KeyValueState(backbone, layout.siblings, layout.capacity, cache=cache)
-        own = Draw(draw.keys_R2.clone(), draw.rollouts_R.clone(), draw.width, draw.blocks)
+        rows, device, plan = draw.rollouts_R.shape[0], engine.device, engine.plan
+        prefixes = rows if "prompt" in hooks.sampler.random_phases else questions
+        backbone, grid = cast(PreTrainedModel, engine.lm.base_model), (prefixes, rows // prefixes)
+        state = FixedState(backbone, grid[1], plan.capacity(hooks.sampler), questions=prefixes, length=length)
+        own = copied_draw(draw)
         if draw.donor_RTD is not None:
             own.donor_RTD = draw.donor_RTD.clone()
-        super().__init__(engine, hooks, state, own, step=0, own_last=layout.own_last, **unstarted_rows(engine, rows))
-        self._all = AnswerRows.of((prefixes, layout.siblings), cache, state, own)
-        self._rows = {self._all.grid: self._all}
-        self._answers = Answers(engine.plan, rows, device)
+        super().__init__(engine, hooks, state, own)
+        self._all = AnswerRows(grid, state, own)
+        self._rows = {grid: self._all}
+        self._answers = Answers(plan, rows, device)
         self._ending = self._ending_ids()
         self._begin_RD = torch.zeros_like(self._embed(self._answers.lengths_R))
         self._thinking_R, self._steps_R = self.thinking_R, self.steps_R
         self._going = torch.ones(1, dtype=torch.long, device=device)
         self._position_1, self._at_1 = torch.zeros(2, 1, dtype=torch.long, device=device)
-        self._prompts: _PromptTensors | None = None
-        if prefixes * length <= PROMPT_TOKENS:
-            ids_QL = torch.zeros(questions, length, dtype=torch.long, device=device)
-            self._prompts = _PromptTensors(ids_QL, ids_QL[:, 0].clone(), ids_QL[:, 0].clone())
+        # prompts as their recorded pass reads them
+        self._ids_QL = torch.zeros(questions, length, dtype=torch.long, device=device)
+        self._lengths_Q, self._last_Q = torch.zeros(2, questions, dtype=torch.long, device=device)
+        self._records_prompts = prefixes * length <= PROMPT_TOKENS
         self.wanted: set[Grid] = set()
         self._wanted_before: Counter[Grid] = Counter()
 
     def tensors(self) -> list[Tensor]:
         """All that differs between batches or between the passes of a batch."""
-        answers, prompts = self._answers, self._prompts
+        answers = self._answers
         pieces = [part for rows in self._rows.values() for part in rows.tensors()]
         found = [
             *pieces, self._all.draw.donor_RTD, self.latents_RTD, self._begin_RD, self._thinking_R, self._steps_R,
             self._going, self._position_1, self._at_1, answers.ids_RA, answers.lengths_R, answers.logprob_R,
-            answers.margin_R, answers.stopped_R,
-            *([] if prompts is None else [prompts.ids_QL, prompts.lengths_Q, prompts.last_Q]),
+            answers.margin_R, answers.stopped_R, self._ids_QL, self._lengths_Q, self._last_Q,
         ]  # fmt: skip
         return [tensor for tensor in found if tensor is not None]
 
@@ -238,19 +204,18 @@ class FixedRollouts(RolloutState):
         self._hooks = hooks
         self.draw.keys_R2.copy_(draw.keys_R2)
         self.draw.rollouts_R.copy_(draw.rollouts_R)
-        if draw.donor_RTD is not None:
-            assert self.draw.donor_RTD is not None
-            self.draw.donor_RTD.copy_(draw.donor_RTD)
-        if self._prompts is None:
-            self._restart()
-            self._run_prompts(prompts)
-            self._begin(self._pending_RSD[:, 0] if self._pending_RSD is not None else self._hidden_RD)
+        if self.draw.donor_RTD is not None:
+            self.draw.donor_RTD.copy_(cast(Tensor, draw.donor_RTD))
+        if self._records_prompts:
+            shared = [prompt if self.first_is_free else prompt[:-1] for prompt in prompts]
+            ids_QL, lengths_Q = pad_prompts(shared, torch.device("cpu"))
+            self._ids_QL[:, : ids_QL.shape[1]] = ids_QL
+            self._lengths_Q.copy_(lengths_Q)
+            self._last_Q.copy_(torch.tensor([prompt[-1] for prompt in prompts]))
             return
-        shared = [prompt[:-1] if self._own_last else prompt for prompt in prompts]
-        ids_QL, lengths_Q = pad_prompts(shared, torch.device("cpu"))
-        self._prompts.ids_QL[:, : ids_QL.shape[1]] = ids_QL
-        self._prompts.lengths_Q.copy_(lengths_Q)
-        self._prompts.last_Q.copy_(torch.tensor([prompt[-1] for prompt in prompts]))
+        self._restart()
+        self._run_prompts(prompts)
+        self._begin_RD.copy_(cast(Tensor, self._hidden_RD if self._pending_RSD is None else self._pending_RSD[:, 0]))
 
     def count_wanted(self) -> None:
         """Count the grids that the batch wanted."""
@@ -258,8 +223,8 @@ class FixedRollouts(RolloutState):
 
     def walk(self, run: Callable[[Passes], None], *, answers: bool) -> Rollouts:
         """Run all passes of the batch, and learn one pass late whether rows are left; returns the rollouts."""
-        plan, total, made = self._plan, self._plan.latents, 0
-        if self._prompts is not None:
+        plan, total, made = self._plan, self.total, 0
+        if self._records_prompts:
             run(Prompts())
         stride = total if plan.stop_id is None else 1
         left = _LateReading(self._going)
@@ -269,7 +234,7 @@ class FixedRollouts(RolloutState):
             left.read()
         if answers:
             self._walk_answers(run, made)
-        return self._copied(self._with_answers(self._answers) if answers else self.without_answers())
+        return deepcopy(self.finish(self._answers if answers else None))
 
     def _walk_answers(self, run: Callable[[Passes], None], made: int) -> None:
         plan, rows, random = self._plan, self._all, self._hooks.sampler.random_answers
@@ -292,25 +257,36 @@ class FixedRollouts(RolloutState):
                     rows = self._rows[grid]
                     left = _LateReading(rows.left_P)
                     left.read()
-            window = rows.cache.window_of(used + position - first + 1)
+            window = self._window_of(used + position - first + 1)
             own = position if random else None
             run(NextToken(window, position == plan.max_answer_tokens, own, rows.grid))
             left.read()
 
+    def _window_of(self, slots: int) -> int:
+        """How many slots a pass that sees some looks at: one recording serves several passes of the same window.
+
+        The kernel reads from the device how many there are; operators look at all, so that their windows grow.
+        """
+        state = self._all.state
+        if state.suffix and has_kernel(state.suffix[0][0]):
+            return state.capacity
+        return min(power_of_two(slots, MIN_LENGTH), state.capacity)
+
     def run(self, passes: Passes) -> None:
         """Run some passes, as they are recorded."""
-        if isinstance(passes, Prompts):
-            self._run_recorded_prompts()
-        elif isinstance(passes, Latents):
-            self._run_latents(passes.first, passes.stop)
-        elif isinstance(passes, FirstToken):
-            self._run_first_token(passes.latents)
-        elif isinstance(passes, NextToken):
-            self._run_next_token(passes)
-        else:
-            if passes.target not in self._rows:
-                self._rows[passes.target] = self._all.smaller(passes.target)
-            self._rows[passes.target].take(self._rows[passes.source])
+        match passes:
+            case Prompts():
+                self._run_recorded_prompts()
+            case Latents():
+                self._run_latents(passes.first, passes.stop)
+            case FirstToken():
+                self._run_first_token(passes.latents)
+            case NextToken():
+                self._run_next_token(passes)
+            case Move():
+                if passes.target not in self._rows:
+                    self._rows[passes.target] = self._all.smaller(passes.target)
+                self._rows[passes.target].take(self._rows[passes.source])
 
     def rewind(self) -> None:
         """Go back to where every pass has room, though what it computes there is of no use."""
@@ -319,43 +295,37 @@ class FixedRollouts(RolloutState):
 
     def _used_after(self, latents: int) -> int:
         """Slots in use after a number of latents: the last latent is not run yet."""
-        return max(latents - 1, 0) + (self._own_last and latents > 0)
+        return latents - self.first_is_free if latents else 0
 
     def _stand_after(self, latents: int) -> None:
         """Set the state to where a number of latents are made."""
         self.step, self.thinking_R, self.steps_R = latents, self._thinking_R, self._steps_R
-        self._all.cache.used, self._all.cache.at_1 = self._used_after(latents), None
+        self._all.state.used = self._used_after(latents)
         self._hidden_RD, self._pending_RSD = self._begin_RD, None
         if latents:
             self._pending_RSD = self.latents_RTD[:, latents - 1, None]
-        elif self._own_last:
+        elif not self.first_is_free:
             self._pending_RSD = self._begin_RD[:, None]
 
     def _restart(self) -> None:
         """Forget the batch before."""
-        self._all.cache.restart()
+        self._all.state.restart()
         self._pending_RSD = None
         self.latents_RTD.zero_()
         if self._thinking_R is not None:
             self._thinking_R.fill_(True)
             self._steps_R.zero_()
 
-    def _begin(self, begin_RD: Tensor | None) -> None:
-        """Set what the rows begin with: embeddings of their last prompt tokens where those are their own, or h_1."""
-        assert begin_RD is not None
-        self._begin_RD.copy_(begin_RD)
-
     def _run_recorded_prompts(self) -> None:
-        assert self._prompts is not None
+        """Run the prompts; rows begin with embeddings of their last prompt tokens where those are their own, or h_1."""
         self._restart()
-        prompts, (prefixes, siblings) = self._prompts, self._all.grid
-        copies = prefixes // len(prompts.last_Q)
-        ids_PL, lengths_P = prompts.ids_QL.repeat_interleave(copies, 0), prompts.lengths_Q.repeat_interleave(copies)
-        _, last_PD = self._run_piece(ids_PL, lengths_P, self.draw)
-        if self._own_last:
-            self._begin(self._embed(prompts.last_Q.repeat_interleave(copies * siblings)))
-        else:
-            self._begin(last_PD.repeat_interleave(siblings, 0))
+        prefixes, siblings = self._all.grid
+        copies = prefixes // len(self._last_Q)
+        ids_PL, lengths_P = self._ids_QL.repeat_interleave(copies, 0), self._lengths_Q.repeat_interleave(copies)
+        _, begin_PD = self._run_piece(ids_PL, lengths_P, self.draw.rows(slice(prefixes)))
+        if not self.first_is_free:
+            begin_PD = self._embed(self._last_Q.repeat_interleave(copies))
+        self._begin_RD.copy_(begin_PD.repeat_interleave(siblings, 0))
 
     def _run_latents(self, first: int, stop: int) -> None:
         self._stand_after(first)
@@ -377,26 +347,20 @@ class FixedRollouts(RolloutState):
         position = len(self._plan.forced_ids)
         choice = self._choose(embeddings_RSD, self._plan.latents + position, keep_first_R)
         self._position_1.fill_(position)
-        self._at_1.fill_(self._all.cache.used)
+        self._at_1.fill_(self._all.state.used)
         self._take(self._all, choice, position, over=position == self._plan.max_answer_tokens)
 
     def _run_next_token(self, passes: NextToken) -> None:
         rows = self._rows[passes.grid]
-        rows.cache.at_1, rows.cache.window = self._at_1, passes.window
-        self._state, self.draw = rows.state, rows.draw
         step = self._plan.latents + (len(self._plan.forced_ids) + 1 if passes.position is None else passes.position)
-        choice = self._choose(self._embed(rows.token_R)[:, None], step)
+        self._hooks.set_pass(rows.draw, Forward("answer", step, 1))
+        hidden_R1D = rows.state.append_at(self._embed(rows.token_R)[:, None], self._at_1, passes.window)
+        choice = self._token_after(hidden_R1D[:, 0], rows.draw, step)
         self._take(rows, choice, self._position_1, over=passes.over)
-        self._state, self.draw = self._all.state, self._all.draw
 
     def _take(self, rows: AnswerRows, choice: Choice, position: int | Tensor, *, over: bool) -> None:
         rows.keep(choice.token_R, self._answers.take(choice, rows.here_R, rows.alive_R, position, over=over))
         self._position_1.add_(1)
-
-    def _copied(self, rollouts: Rollouts) -> Rollouts:
-        """The rollouts in memory of their own."""
-        values = {each.name: getattr(rollouts, each.name) for each in fields(rollouts)}
-        return replace(rollouts, **{name: x.clone() for name, x in values.items() if isinstance(x, Tensor)})
 
 
 class _LateReading:
@@ -508,8 +472,9 @@ class GraphEngine(Engine):
     ) -> tuple[str, int, int, int, int, bool] | None:
         """What a batch shares with the others of its bucket; None where it is not to be recorded."""
         tokens = self.plan.max_answer_tokens + (self.plan.eos_id is not None) - len(self.plan.forced_ids)
-        longest = max(map(len, prompts)) - Layout.of(self.plan, sampler, len(prompts), len(prompts)).own_last
+        longest = max(map(len, prompts)) - self.plan.owns_last(sampler)
+        length = power_of_two(longest, MIN_LENGTH)
         if not self._usable or self.keeps_timeline or longest < 1 or (answers and tokens < 1):
             return None
         self._samplers[id(sampler)] = sampler
-        return "rollouts", len(prompts), draw.rollouts_R.shape[0], power_of_two(longest), id(sampler), answers
+        return "rollouts", len(prompts), draw.rollouts_R.shape[0], length, id(sampler), answers

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import cast
 
@@ -26,7 +25,6 @@ from latent_tts.types import Reasoner
 KERNEL_CASES = [(4096, 4, False), (9001, 40, True), (300, 1000, False), (5000, 2, True), (2, 3, False)]
 BLOCK = 64  # the highest logit is looked for in blocks: maxima are vectorized, places of maxima are not
 VALUES_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 28}  # logits of a piece
-WHOLE_AT_ONCE = 1 << 24  # of whole rows that are read and dropped
 SORTED_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 25}  # of whole rows; a sampler may need 50 bytes for each
 
 
@@ -82,11 +80,6 @@ class _GivesBack(nn.Module):
     def forward(self, *args: object, inputs_embeds: Tensor, **kwargs: object) -> _Output:
         """The embeddings, as final hidden states."""
         return _Output(last_hidden_state=inputs_embeds)
-
-
-def rows_at_once(head: nn.Module, hidden_RD: Tensor) -> int:
-    """How many rows of logits are made together where whole ones are needed."""
-    return max(1, WHOLE_AT_ONCE // head(hidden_RD[:1]).shape[1])
 
 
 def choose(head: nn.Module, hidden_RD: Tensor, token: Callable[[Tensor, slice], Tensor] | None = None) -> Choice:
@@ -148,21 +141,14 @@ def _choice(head: nn.Linear, hidden_RD: Tensor, found: _Found) -> Choice:
 
 def has_kernel(hidden_RD: Tensor) -> bool:
     """Whether Triton's kernel looks at the logits of hidden states like these."""
-    return hidden_RD.is_cuda and hidden_RD.dtype != torch.float64 and _has_kernel(hidden_RD.device, hidden_RD.dtype)
+    has_one = hidden_RD.is_cuda and hidden_RD.dtype != torch.float64
+    return has_one and is_usable("visit to logits", kernel_agrees, hidden_RD.device, hidden_RD.dtype)
 
 
-@cache
-def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    def agrees() -> bool:
-        from latent_tts.engine.head_kernel import look
-
-        return kernel_agrees(look, device, dtype)
-
-    return is_usable("visit to logits", f"{device} in {dtype}", agrees)
-
-
-def kernel_agrees(look: Callable[..., tuple[Tensor, Tensor, Tensor]], device: torch.device, dtype: torch.dtype) -> bool:
+def kernel_agrees(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel finds what the operators find, also among equal logits and beyond a whole number of blocks."""
+    from latent_tts.engine.head_kernel import look
+
     generator, agree = torch.Generator().manual_seed(0), True
     for tokens, levels, with_bias in KERNEL_CASES:
         drawn = torch.randint(-levels, levels, (5, tokens), generator=generator)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from latent_tts.engine.head import rows_at_once
+ROWS_AT_ONCE = 256  # rows of logits that are made together
 
 
 @torch.inference_mode()
@@ -26,7 +26,7 @@ def read_latents(head: nn.Module, latents_RD: Tensor, top: int, token_ids: Seque
     """
     parts: list[tuple[Tensor, ...]] = []
     ids = torch.tensor(token_ids, dtype=torch.long, device=latents_RD.device)
-    for piece in latents_RD.split(rows_at_once(head, latents_RD)):
+    for piece in latents_RD.split(ROWS_AT_ONCE):
         logits_RV = head(piece).float()
         highest = logits_RV.topk(min(top, logits_RV.shape[1]), dim=1)
         probability_RK = (highest.values - logits_RV.logsumexp(1, keepdim=True)).exp()

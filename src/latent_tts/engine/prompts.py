@@ -13,9 +13,9 @@ PADDING = {"cpu": 1 << 7, "cuda": 1 << 14}  # tokens of it that cost as much as 
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids (Q, L) of prompts, padded on the right with 0, and their lengths (Q)."""
-    ids_QL = pad_sequence([torch.tensor(prompt, dtype=torch.long) for prompt in prompts], batch_first=True)
-    return ids_QL.to(device), torch.tensor(list(map(len, prompts)), device=device)
+    """Ids (Q, L) of prompts, padded on the right with 0 to one token at least, and their lengths (Q)."""
+    ids = [torch.tensor(prompt or [0], dtype=torch.long) for prompt in prompts]
+    return pad_sequence(ids, batch_first=True).to(device), torch.tensor(list(map(len, prompts)), device=device)
 
 
 def split_prompts(lengths: Sequence[int], device: str) -> Iterator[tuple[slice, int]]:

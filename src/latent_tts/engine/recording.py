@@ -32,6 +32,7 @@ _OTHER_ORDER = (256.0, 0.9), (16.0, 0.5)  # in tensors of other sizes, so summed
 MAX_RECORDED = 256  # passes of a bucket; later answer tokens of a sampler that is random in answers are not recorded
 # tokens of prompts, padding included, up to which their pass is recorded: more of them take longer than launching
 PROMPT_TOKENS = 1 << 12
+MIN_LENGTH = 16  # of prompts, and slots that a pass looks at: both grow by powers of two
 
 Replay: TypeAlias = Callable[[], object]
 Pass = TypeVar("Pass", bound=Hashable)
@@ -95,6 +96,11 @@ def _end_allocation(device: torch.device, pool: tuple[int, int]) -> None:
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     """Where passes are recorded; one per device, since libraries keep a workspace for each stream."""
     return torch.cuda.Stream(device)
+
+
+def power_of_two(number: int, least: int = 1) -> int:
+    """The next power of two, and no less than another one."""
+    return max(least, 1 << (number - 1).bit_length())
 
 
 @dataclass(frozen=True)

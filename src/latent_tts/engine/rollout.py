@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -76,6 +76,14 @@ class RolloutPlan:
         """All tokens that end an answer."""
         return [] if self.eos_id is None else [self.eos_id, *self.other_eos_ids]
 
+    def owns_last(self, sampler: Sampler) -> bool:
+        """Whether the last prompt token belongs to each row, since its pass makes h_1 and is random."""
+        return self.latents > 0 and bool(sampler.random_phases & {"prompt", "thoughts"})
+
+    def capacity(self, sampler: Sampler) -> int:
+        """Most slots of a row."""
+        return self.latents + self.owns_last(sampler) + len(self.thinking_end_ids) + self.max_answer_tokens
+
 
 @dataclass
 class Rollouts:
@@ -105,24 +113,6 @@ class Rollouts:
     commits_R: Tensor
     conflicts_R: Tensor
     timeline: list[Sweep] = field(default_factory=list)
-
-
-@dataclass
-class PromptStates:
-    """Final hidden states of prompts, for a draft head.
-
-    Attributes:
-        hidden_QLD: of their tokens; of questions, or of rows whose prompts are their own.
-        lengths_Q: how many of them count: all but each prompt's last token, which makes h_1.
-    """
-
-    hidden_QLD: Tensor
-    lengths_Q: Tensor
-
-    def of_rows(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Hidden states (R, L, D) and their numbers (R), a row per rollout."""
-        copies = rows // len(self.lengths_Q)
-        return self.hidden_QLD.repeat_interleave(copies, 0), self.lengths_Q.repeat_interleave(copies)
 
 
 class Engine:
@@ -179,7 +169,7 @@ class Engine:
             rollouts.drafts_RTD = drafts_RTD
             rollouts.counts.timeline = [] if self.keeps_timeline else None
             rollouts.make_latents()
-            return rollouts.decode_answers() if answers else rollouts.without_answers()
+            return rollouts.decode_answers() if answers else rollouts.finish()
 
     def _drafts(self, prompts: list[list[int]], draw: Draw, sampler: Sampler) -> Tensor | None:
         """What the schedule's guesses are made of, where that is other rollouts of the questions: their latents."""
@@ -197,41 +187,6 @@ class Engine:
         with SiteHooks(self.lm, source) as hooks:
             made_QTD = RolloutState.start(sequential, prompts, own, hooks).make_latents().latents_RTD
         return made_QTD.repeat_interleave(rollouts, 0)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The sizes of a batch of rollouts.
-
-    Attributes:
-        rows: R.
-        siblings: rows that share a prefix: N, or 1 where each runs its own prompt.
-        own_last: whether the last prompt token belongs to each row, since its pass makes h_1 and is random.
-        capacity: most slots of a row.
-    """
-
-    rows: int
-    siblings: int
-    own_last: bool
-    capacity: int
-
-    @classmethod
-    def of(cls, plan: RolloutPlan, sampler: Sampler, questions: int, rows: int) -> Layout:
-        """The layout of rows of a number of questions."""
-        phases = sampler.random_phases
-        own_last = plan.latents > 0 and bool(phases & {"prompt", "thoughts"})
-        capacity = plan.latents + own_last + len(plan.thinking_end_ids) + plan.max_answer_tokens
-        return cls(rows, 1 if "prompt" in phases else rows // questions, own_last, capacity)
-
-
-def unstarted_rows(engine: Engine, rows: int) -> dict[str, Any]:
-    """The latents of R rows, their numbers, and which rows go on, before anything is made (see `RolloutState`)."""
-    plan, device = engine.plan, engine.device
-    return {
-        "latents_RTD": torch.zeros(rows, plan.latents, engine.width, dtype=engine.lm.dtype, device=device),
-        "steps_R": torch.full((rows,), 0 if plan.ragged else plan.latents, device=device),
-        "thinking_R": torch.ones(rows, dtype=torch.bool, device=device) if plan.ragged else None,
-    }
 
 
 class Answers:
@@ -300,43 +255,35 @@ class RolloutState:
         engine: the model and the plan.
         draw: random numbers of the rows.
         latents_RTD: the latents so far, zeros elsewhere.
+        total: T.
+        first_is_free: whether the prompt's pass made the first latent; otherwise rows have a last prompt token each.
         step: how many latents have been made (by the rows that still think).
         thinking_R: rows that have not stopped by the token; None for a fixed T.
         steps_R: latents of each row.
         counts: what the schedule has counted so far.
         drafts_RTD: latents that guesses are made of, where the schedule's are.
-        prompt_states: see `PromptStates`; None where they are not kept.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        hooks: SiteHooks,
-        state: State,
-        draw: Draw,
-        latents_RTD: Tensor,
-        steps_R: Tensor,
-        *,
-        step: int,
-        thinking_R: Tensor | None,
-        own_last: bool,
-    ) -> None:
-        """Take what `start` or `fork` has prepared; `own_last` says whether the last prompt token is each row's own."""
-        self.engine, self.draw, self.latents_RTD, self.steps_R = engine, draw, latents_RTD, steps_R
-        self.step, self.thinking_R = step, thinking_R
-        self.counts = Counts(torch.zeros_like(steps_R), torch.zeros_like(steps_R), torch.zeros_like(steps_R))
+    def __init__(self, engine: Engine, hooks: SiteHooks, state: State, draw: Draw) -> None:
+        """Take the rows of a draw, none with a latent; `state` is to hold their prompts."""
+        self.engine, self.draw, plan = engine, draw, engine.plan
+        rows, device = draw.rollouts_R.shape[0], engine.device
+        self.latents_RTD = torch.zeros(rows, plan.latents, engine.width, dtype=engine.lm.dtype, device=device)
+        self.steps_R = torch.full((rows,), 0 if plan.ragged else plan.latents, device=device)
+        self.thinking_R = torch.ones(rows, dtype=torch.bool, device=device) if plan.ragged else None
+        self.total, self.step, self.first_is_free = plan.latents, 0, not plan.owns_last(hooks.sampler)
+        nothing_R = torch.zeros_like(self.steps_R)
+        self.counts = Counts(nothing_R, nothing_R.clone(), nothing_R.clone())
         self.drafts_RTD: Tensor | None = None
-        self.prompt_states: PromptStates | None = None
-        self._plan, self._lm, self._hooks, self._state = engine.plan, engine.lm, hooks, state
-        self._embed: Callable[[Tensor], Tensor] = self._lm.get_input_embeddings()
-        self._own_last = own_last
+        self._plan, self._hooks, self._state = plan, hooks, state
+        self._embed: Callable[[Tensor], Tensor] = engine.lm.get_input_embeddings()
         self._movement = AnswerMovement(engine.head)
+        self._prompt_states: tuple[Tensor, Tensor] | None = None
         # what is not run yet: the last latent; after parallel sweeps also those before it that may have changed
-        self._pending_RSD: Tensor | None = latents_RTD[:, step - 1, None] if step else None
+        self._pending_RSD: Tensor | None = None
         self._pending_steps = range(0)  # the latents that all but the last of the pending ones would make
         self._hidden_RD: Tensor | None = None  # of what was run last
-        draw.history_RTD = latents_RTD
-        draw.keeps_normals = not engine.plan.schedule.stepwise  # each sweep asks for a latent's noise again
+        draw.history_RTD = self.latents_RTD
 
     @classmethod
     def start(
@@ -351,16 +298,16 @@ class RolloutState:
             hooks: the sampler's.
             keep_states: whether `prompt_states` are kept.
         """
-        layout = Layout.of(engine.plan, hooks.sampler, len(prompts), draw.rollouts_R.shape[0])
+        sampler = hooks.sampler
+        siblings = 1 if "prompt" in sampler.random_phases else draw.rollouts_R.shape[0] // len(prompts)
         state = open_state(
             cast(PreTrainedModel, engine.lm.base_model),
             engine.reasoner.computation,
-            layout.siblings,
-            layout.capacity,
+            siblings,
+            engine.plan.capacity(sampler),
             before_part=hooks.select_part,
         )
-        rows = unstarted_rows(engine, layout.rows)
-        self = cls(engine, hooks, state, draw, step=0, own_last=layout.own_last, **rows)
+        self = cls(engine, hooks, state, draw)
         draw.steps = engine.plan.latents
         self._run_prompts(prompts, keep_states=keep_states)
         return self
@@ -368,15 +315,13 @@ class RolloutState:
     def _run_prompts(self, prompts: list[list[int]], *, keep_states: bool = False) -> None:
         """Run the prompts, all but the last token of each where that is each row's own."""
         rows = self.latents_RTD.shape[0]
-        prefixes = rows // self._state.rollouts
-        shared = [
-            prompt[:-1] if self._own_last else prompt for prompt in prompts for _ in range(prefixes // len(prompts))
-        ]
-        if self._own_last:  # first, since a copy to a GPU waits for what runs there
+        copies = rows // self._state.rollouts // len(prompts)
+        shared = [prompt if self.first_is_free else prompt[:-1] for prompt in prompts for _ in range(copies)]
+        if not self.first_is_free:  # first, since a copy to a GPU waits for what runs there
             ids = torch.tensor([prompt[-1] for prompt in prompts], device=self.engine.device)
             self._pending_RSD = self._embed(ids.repeat_interleave(rows // len(prompts)))[:, None]
         last_PD = self._prefill(shared, keep_states=keep_states)
-        if not self._own_last:
+        if self.first_is_free:
             self._hidden_RD = last_PD.repeat_interleave(self._state.rollouts, 0)
 
     def fork(self, rows: Tensor, draw: Draw, step: int | None = None) -> RolloutState:
@@ -389,42 +334,29 @@ class RolloutState:
         """
         step = self.step if step is None else step
         state = self._state.fork(rows)
-        state.rewind(step - 1 + self._own_last)
-        latents_RTD = torch.zeros_like(self.latents_RTD[:1]).repeat(rows.shape[0], 1, 1)
-        latents_RTD[:, :step] = self.latents_RTD[rows, :step]
-        thinking_R, steps_R = self.thinking_R, self.steps_R[rows]
-        if thinking_R is not None:
-            thinking_R, steps_R = steps_R >= step, steps_R.clamp(max=step)
+        state.rewind(step - self.first_is_free)
         if self.draw.donor_RTD is not None:
             draw.donor_RTD = self.draw.donor_RTD[rows]
-        return RolloutState(
-            self.engine,
-            self._hooks,
-            state,
-            draw,
-            latents_RTD,
-            steps_R,
-            step=step,
-            thinking_R=thinking_R,
-            own_last=self._own_last,
-        )
+        forked = RolloutState(self.engine, self._hooks, state, draw)
+        forked.step, forked.latents_RTD[:, :step] = step, self.latents_RTD[rows, :step]
+        forked._pending_RSD = forked.latents_RTD[:, step - 1, None]
+        if self.thinking_R is not None:
+            forked.thinking_R, forked.steps_R = self.steps_R[rows] >= step, self.steps_R[rows].clamp(max=step)
+        return forked
+
+    def prompt_states(self) -> tuple[Tensor, Tensor]:
+        """Final hidden states (R, L, D) of each row's prompt, and how many count: not its last, which makes h_1."""
+        assert self._prompt_states is not None, "they were not kept"
+        hidden_QLD, lengths_Q = self._prompt_states
+        copies = len(self.steps_R) // len(lengths_Q)
+        return hidden_QLD.repeat_interleave(copies, 0), lengths_Q.repeat_interleave(copies)
 
     # --- latents, as a schedule asks for them
-
-    @property
-    def total(self) -> int:
-        """T."""
-        return self._plan.latents
 
     @property
     def unfinished(self) -> bool:
         """Whether a row still lacks latents."""
         return self.step < self._plan.latents and (self.thinking_R is None or bool(self.thinking_R.any()))
-
-    @property
-    def first_is_free(self) -> bool:
-        """Whether the prompt's pass made the first latent."""
-        return not self._own_last
 
     def make_latents(self) -> RolloutState:
         """Make all latents that are still missing; returns itself."""
@@ -490,27 +422,25 @@ class RolloutState:
     def _predict_latents(self) -> Tensor:
         """h_1, with its noise, and what the draft head predicts of the others (R, T, D)."""
         assert self.engine.draft is not None
-        assert self.prompt_states is not None
         first_R1D, _ = self.compute(0, 1)
         if not self.first_is_free:
             self.counts.sweeps_R += 1
             if self.counts.timeline is not None:
                 start_R = torch.zeros_like(self.counts.sweeps_R)
                 self.counts.timeline.append(Sweep(start_R, start_R + 1, start_R))
-        prompt_RLD, lengths_R = self.prompt_states.of_rows(len(first_R1D))
-        predicted = self.engine.draft(first_R1D[:, 0], prompt_RLD, lengths_R)
+        predicted = self.engine.draft(first_R1D[:, 0], *self.prompt_states())
         return torch.cat([first_R1D, predicted.to(first_R1D.dtype)], 1)
 
     def compute(self, first: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Make latents first..stop-1 from those before them as they are now. See `LatentSequence.compute`."""
-        steps = range(first or int(not self._own_last), stop)  # the prompt's pass may have made h_1
+        steps = range(first or int(self.first_is_free), stop)  # the prompt's pass may have made h_1
         hidden_RSD = self._hidden_RD[:, None] if self._hidden_RD is not None and first == 0 else None
         if steps:
             inputs = [self.latents_RTD[:, max(steps[0] - 1, 0) : stop - 1]]
             if steps[0] == 0:
                 assert self._pending_RSD is not None
                 inputs.insert(0, self._pending_RSD)
-            self._state.rewind(steps[0] - (not self._own_last))
+            self._state.rewind(steps[0] - self.first_is_free)
             run_RSD = self._run(torch.cat(inputs, 1), [Forward("thoughts", step, 1) for step in steps])
             hidden_RSD = run_RSD if steps[0] == first else torch.cat([cast(Tensor, hidden_RSD), run_RSD], 1)
         assert hidden_RSD is not None
@@ -523,7 +453,7 @@ class RolloutState:
     def commit(self, first: int) -> None:
         """All latents are made. See `LatentSequence.commit`."""
         self.step = self._plan.latents
-        self._state.rewind(first - (not self._own_last))
+        self._state.rewind(first - self.first_is_free)
         self._pending_RSD = self.latents_RTD[:, first - 1 :]
         self._pending_steps = range(first, self._plan.latents)
 
@@ -536,17 +466,11 @@ class RolloutState:
         self.step = min(int(steps_R.max()) + 1, self._plan.latents)
         self.thinking_R = steps_R >= self.step
         self.latents_RTD *= (torch.arange(self.total, device=steps_R.device) < steps_R[:, None])[..., None]
-        self._state.rewind(self.step - 1 + self._own_last)
-        self._state.blank(steps_R + self._own_last)
+        self._state.rewind(self.step - self.first_is_free)
+        self._state.blank(steps_R + (not self.first_is_free))
         self._pending_RSD = self.latents_RTD[:, self.step - 1, None]
 
     # --- answers
-
-    def without_answers(self) -> Rollouts:
-        """The rollouts as they are, no answer decoded."""
-        rows = len(self.steps_R)
-        nothing_R = torch.full((rows,), float("nan"))
-        return self._finished([[] for _ in range(rows)], nothing_R, nothing_R, torch.zeros(rows, dtype=torch.bool))
 
     def decode_answers(self) -> Rollouts:
         """Decode the answers; rows that finish leave the batch. Afterwards `fork` works, and nothing else."""
@@ -568,7 +492,22 @@ class RolloutState:
             embeddings_RSD = self._embed(token)[:, None]
         self._state, used, self.draw = kept
         self._state.rewind(used)
-        return self._with_answers(answers)
+        return self.finish(answers)
+
+    def finish(self, answers: Answers | None = None) -> Rollouts:
+        """The rollouts as they are, maybe without answers."""
+        steps_R = self.steps_R.cpu()
+        ids, logprob_R, stopped_R = [[] for _ in steps_R], torch.full(steps_R.shape, float("nan")), steps_R < 0
+        margin_R = logprob_R
+        if answers is not None:
+            ids = [ids[:n] for ids, n in zip(answers.ids_RA.tolist(), answers.lengths_R.tolist(), strict=True)]
+            logprob_R, margin_R, stopped_R = answers.logprob_R.cpu(), answers.margin_R.cpu(), answers.stopped_R.cpu()
+        stepwise = self._plan.schedule.stepwise
+        counts = Counts.of_steps(steps_R, first_is_free=self.first_is_free) if stepwise else self.counts
+        return Rollouts(
+            self.latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
+            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(), counts.timeline or [],
+        )  # fmt: skip
 
     def _ending_ids(self) -> Tensor:
         """What is fed after the last latent."""
@@ -585,25 +524,16 @@ class RolloutState:
     def _choose(self, embeddings_RSD: Tensor, step: int, keep_first_R: Tensor | None = None) -> Choice:
         """Run what stands before an answer token and choose it."""
         hidden_RD = self._run_pending(embeddings_RSD, Forward("answer", step, embeddings_RSD.shape[1]), keep_first_R)
-        sampler, draw = self._hooks.sampler, self.draw
+        return self._token_after(hidden_RD, self.draw, step)
+
+    def _token_after(self, hidden_RD: Tensor, draw: Draw, step: int) -> Choice:
+        """The token that model and sampler choose after hidden states."""
+        sampler = self._hooks.sampler
         if not sampler.chooses_tokens:
             return choose(self.engine.head, hidden_RD)
         return choose(
             self.engine.head, hidden_RD, lambda logits_CV, rows: sampler.token(logits_CV, draw.rows(rows), step)
         )
-
-    def _with_answers(self, answers: Answers) -> Rollouts:
-        ids = [ids[:n] for ids, n in zip(answers.ids_RA.tolist(), answers.lengths_R.tolist(), strict=True)]
-        return self._finished(ids, answers.logprob_R.cpu(), answers.margin_R.cpu(), answers.stopped_R.cpu())
-
-    def _finished(self, ids: list[list[int]], logprob_R: Tensor, margin_R: Tensor, stopped_R: Tensor) -> Rollouts:
-        steps_R = self.steps_R.cpu()
-        stepwise = self._plan.schedule.stepwise
-        counts = Counts.of_steps(steps_R, first_is_free=self.first_is_free) if stepwise else self.counts
-        return Rollouts(
-            self.latents_RTD, steps_R, ids, logprob_R, margin_R, stopped_R,
-            counts.sweeps_R.cpu(), counts.commits_R.cpu(), counts.conflicts_R.cpu(), counts.timeline or [],
-        )  # fmt: skip
 
     def _drop_finished(
         self, token: Tensor, here: Tensor, alive: Tensor, left_Q: list[int]
@@ -628,14 +558,12 @@ class RolloutState:
         ids_QL, lengths_Q = pad_prompts(prompts, self.engine.device)
         if keep_states:
             kept_QLD = self.latents_RTD.new_zeros(*ids_QL.shape, self.engine.width)
-            self.prompt_states = PromptStates(kept_QLD, lengths_Q if self._own_last else lengths_Q - 1)
-        if ids_QL.shape[1] == 0:  # prompts of one token that belongs to the rollouts
-            return self._state.prefill(self._embed(ids_QL), lengths_Q).sum(1)
+            self._prompt_states = kept_QLD, lengths_Q - int(self.first_is_free)
         last = []
         for piece, longest in split_prompts(list(map(len, prompts)), lengths_Q.device.type):
             hidden_QLD, last_QD = self._run_piece(ids_QL[piece, :longest], lengths_Q[piece], self.draw.rows(piece))
-            if self.prompt_states is not None:
-                self.prompt_states.hidden_QLD[piece, :longest] = hidden_QLD
+            if self._prompt_states is not None:
+                self._prompt_states[0][piece, :longest] = hidden_QLD
             last.append(last_QD)
         return torch.cat(last)
 

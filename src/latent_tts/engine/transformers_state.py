@@ -8,7 +8,7 @@ values.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 
 import torch
@@ -84,13 +84,13 @@ class TransformersState:
         parts = [(group, True) for group in self._groups]
         if keep_first_R is not None:
             parts = [part for group in self._groups for part in group.split(keep_first_R)]
-            self._groups = [group for group, _ in parts]
+        self._groups = [group for group, _ in parts]
         hidden_RSD = torch.zeros_like(embeddings_RSD)
         for group, first_valid in parts:
             part = slice(int(not first_valid), tokens)
             if part.start < tokens:
                 hidden_RSD[group.rows, part] = self._run(group, embeddings_RSD[group.rows, part], group.rows, part)
-            group.holds = [*group.holds, first_valid, *[True] * (tokens - 1)]
+            group.holds += [bool(first_valid), *[True] * (tokens - 1)]
         self.used += tokens
         return hidden_RSD
 
@@ -98,25 +98,16 @@ class TransformersState:
         """Forget all slots from `used` on."""
         assert 0 <= used <= self.used, f"{used} of {self.used} slots"
         for group in self._groups:
-            forgotten = sum(group.holds[used:])
-            group.holds = group.holds[:used]
-            if forgotten:
-                group.cache.crop(-forgotten)
+            group.forget(used)
         self.used = used
 
     def blank(self, first_R: Tensor) -> None:
         """Let each row's slots from its own first one on hold nothing; they stay used."""
-        groups = []
-        for group in self._groups:
-            own = first_R[group.rows].clamp(max=self.used)
-            for first in own.unique().tolist():
-                part = group.select((own == first).nonzero()[:, 0])
-                forgotten = sum(part.holds[first:])
-                part.holds = [*part.holds[:first], *[False] * (self.used - first)]
-                if forgotten:
-                    part.cache.crop(-forgotten)
-                groups.append(part)
-        self._groups = groups
+        parts = [part for group in self._groups for part in group.split(first_R.clamp(max=self.used))]
+        for group, first in parts:
+            group.forget(first)
+            group.holds += [False] * (self.used - first)
+        self._groups = [group for group, _ in parts]
 
     def fork(self, rows: Tensor) -> TransformersState:
         """A state of its own that continues some rows; this one stays as it is. See `KeyValueState.fork`."""
@@ -174,14 +165,17 @@ class _Group:
         cache = copy(self.cache)
         cache.layers = [copy(layer) for layer in cache.layers]  # which replace their tensors and never write into them
         cache.batch_select_indices(places)
-        return _Group(self.rows[places], cache, self.prompt, self.holds)
+        return _Group(self.rows[places], cache, self.prompt, list(self.holds))
 
-    def split(self, keep_first_R: Tensor) -> list[tuple[_Group, bool]]:
-        """The rows for which a flag holds, and the others."""
-        flags = keep_first_R[self.rows]
-        parts = [((flags == flag).nonzero()[:, 0], flag) for flag in (True, False)]
-        return [
-            (self if len(places) == len(self.rows) else self.select(places), flag)
-            for places, flag in parts
-            if len(places)
-        ]
+    def split(self, values_R: Tensor) -> Iterator[tuple[_Group, int]]:
+        """The rows of each value that they have."""
+        own = values_R[self.rows]
+        for value in own.unique().tolist():
+            places = (own == value).nonzero()[:, 0]
+            yield (self if len(places) == len(own) else self.select(places)), value
+
+    def forget(self, first: int) -> None:
+        """Drop all slots from one on."""
+        if forgotten := sum(self.holds[first:]):
+            self.cache.crop(-forgotten)
+        self.holds = self.holds[:first]

@@ -15,7 +15,7 @@ from latent_tts.pipeline.rollouts import CachedRollouts, RunRollouts, entries, e
 from latent_tts.pipeline.scores import cached_scores, reduce_scores, score_positions, settle_scores
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results.cache import MEASURED, RolloutCache
-from latent_tts.results.run_folder import LATENTS, RUN_JSON, KeptLatents, is_complete, read_rollouts, read_run_json
+from latent_tts.results.run_folder import LATENTS, RUN_JSON, is_complete, open_latents, read_rollouts, read_run_json
 from latent_tts.types import COMPUTATIONS, Computation
 
 if TYPE_CHECKING:
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 NEEDED = {
     **dict.fromkeys(("config.model", "config.task", "config.sampler", "config.search", "config.budget"), dict),
-    **dict.fromkeys(("config.answer", "config.engine", "config.paths", "settings"), dict),
+    **dict.fromkeys(("config.answer", "config.engine", "config.paths", "settings", "aggregators"), dict),
     **dict.fromkeys(("config.n", "config.max_answer_tokens"), int),
     **dict.fromkeys(("config.answer.decode", "config.paths.cache", "checkpoint_digest"), str),
 }
 
 
-def read_run(source: Path, needed: Mapping[str, type] = NEEDED) -> dict[str, Any]:
-    """The `run.json` of a run folder, which has some values, see `read_run_json`.
+def read_run(source: Path) -> dict[str, Any]:
+    """The `run.json` of a run folder, which has the values `NEEDED`.
 
     Raises:
         UsageError: there is none, or it is damaged.
     """
     require("run", source, is_complete(source), f"must be the folder of a completed run, which has a {RUN_JSON}")
-    return read_run_json(source, needed)
+    return read_run_json(source, NEEDED)
 
 
 def read_record(source: Path) -> dict[str, Any]:
@@ -123,10 +123,10 @@ def rescore_rollouts(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> 
     found = kept.assign(row_key=wanted["row_key"], **dict.fromkeys(MEASURED, np.nan))
     way = next((each for each in COMPUTATIONS if each.way.items() <= record.items()), Computation())
     cache = RolloutCache(spec.cache, rollout_key(spec, way, None), entry_label(spec))
-    return _score_kept(spec, cache, found, KeptLatents(source, len(kept)))
+    return _score_kept(spec, cache, found, open_latents(source, len(kept)))
 
 
-def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents: KeptLatents) -> RunRollouts:
+def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents_RTD: Any) -> RunRollouts:
     """Rollouts of a run folder, scored from the latents beside them."""
     import torch
 
@@ -140,7 +140,7 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
     def read_latents(batch: Sequence[RolloutJob]) -> tuple[torch.Tensor, torch.Tensor]:
         begins = [(first[job.row_key] + job.rollouts[0], len(job.rollouts)) for job in batch]
         steps = np.concatenate([steps_R[row : row + count] for row, count in begins])
-        return torch.cat([latents.rows(row, count) for row, count in begins]), torch.from_numpy(steps)
+        return torch.cat([latents_RTD[row : row + count] for row, count in begins]), torch.from_numpy(steps)
 
     offsets, candidates = score_positions(spec, rows), cached_scores(spec, cache.folder, spec.wanted())
     for each in candidates:
@@ -150,7 +150,7 @@ def _score_kept(spec: RunSpec, cache: RolloutCache, rows: pd.DataFrame, latents:
     if len(missing):
         score_kept(spec, scores.open(), missing, offsets, read_latents)
         scores.gather_rescored()
-    compared = [DirectionSums().add([key], latents.rows(row, n), first=[0]).numpy() for key, row in first.items()]
+    compared = [DirectionSums().add([key], latents_RTD[row : row + n], first=[0]).numpy() for key, row in first.items()]
     beyond_RT = np.arange(spec.adapter.latents) >= steps_R[:, None]
     dissimilarity_RT = np.where(beyond_RT, np.float32(np.nan), np.concatenate(compared))
     reduced = reduce_scores(spec, scores, rows, offsets, len(missing))

@@ -29,7 +29,7 @@ from latent_tts.results import report
 from latent_tts.results.cache import MEASURED_SUMS, ROLLOUT_FIELDS, RolloutCache, check_writable
 from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import GatheredRows
-from latent_tts.results.run_folder import LatentsFile
+from latent_tts.results.run_folder import KeepLatents, latents_file
 from latent_tts.results.timeline import Span
 from latent_tts.types import COMPUTATIONS, SCORING_COMPUTATIONS, Computation, Float32, Int64
 
@@ -185,8 +185,8 @@ def gather_rollouts(
     cached.log_found()
     if latents is None:
         return cached.complete_with(spec, None, answers=answers, dissimilarity=dissimilarity)
-    with LatentsFile(latents, wanted, (spec.adapter.latents, spec.shape.width), spec.engine.dtype) as kept:
-        return cached.complete_with(spec, kept, answers=answers, dissimilarity=dissimilarity)
+    with latents_file(latents, wanted, (spec.adapter.latents, spec.shape.width), spec.engine.dtype) as keep:
+        return cached.complete_with(spec, keep, answers=answers, dissimilarity=dissimilarity)
 
 
 @dataclass
@@ -247,7 +247,7 @@ class CachedRollouts:
     def complete_with(
         self,
         spec: RunSpec,
-        kept: LatentsFile | None,
+        keep: KeepLatents | None,
         *,
         answers: bool,
         dissimilarity: Mapping[tuple[str, int], np.ndarray] | None,
@@ -268,7 +268,7 @@ class CachedRollouts:
             # official positions need all answers first
             at_once = scores is not None and spec.scorer is not None and spec.scorer.positions == "correct"
             timeline += draw(
-                spec, self.cache, missing, answers=answers, scored=at_once, dissimilarity=dissimilarity, kept=kept
+                spec, self.cache, missing, answers=answers, scored=at_once, dissimilarity=dissimilarity, keep=keep
             )
             self._read()
         if len(gone := self.rows.missing()):
@@ -277,12 +277,12 @@ class CachedRollouts:
         rows = self.rows.frame()
         offsets = {} if scores is None else score_positions(spec, rows)
         to_score = scores.rows.missing() if scores is not None else missing.iloc[:0]
-        to_keep = self.rows.wanted.drop(missing.index) if kept is not None else missing.iloc[:0]
+        to_keep = self.rows.wanted.drop(missing.index) if keep is not None else missing.iloc[:0]
         if len(to_score) or len(to_keep):
             from latent_tts.pipeline.drawing import recompute_latents
 
             score_cache = scores.open() if scores is not None and len(to_score) else None
-            timeline += recompute_latents(spec, score_cache, to_score, offsets, to_keep, kept)
+            timeline += recompute_latents(spec, score_cache, to_score, offsets, to_keep, keep)
             self._read()
         return RunRollouts(
             rows=rows,

@@ -1,12 +1,12 @@
 """Philox words of many rows as torch tensors, and the keep decisions of dropout made from them.
 
 Two implementations give the same integers: Triton kernels (on a GPU, if Triton works), and the operators of torch and
-NumPy (everywhere else). With kernels, dropout's decisions are made where they are used: see `triton_kernels.drop`.
+NumPy (everywhere else). A kernel makes dropout's decisions where they are used: see `triton_kernels.drop`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -43,7 +43,7 @@ def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, places: Sequence[int
 
 
 def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor) -> None:
-    """Fill `kept` with the keep decisions of dropout.
+    """Fill `kept` with the keep decisions of dropout: by torch's operators, or on a CPU by NumPy's, which are faster.
 
     Args:
         keys_R2: Philox keys (int64).
@@ -54,25 +54,7 @@ def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, t
         kept: output (R, P, S, 2, 4B), bool, contiguous: the decisions from words 0 and 1, then from words 2 and 3, of
             the B blocks of each of S tokens.
     """
-    if has_kernels(kept.device):
-        from latent_tts.random import triton_kernels
-
-        triton_kernels.decide(keys_R2, rollouts_R, places_P, stream, threshold, kept)
-    else:
-        decide_by_operators(keys_R2, rollouts_R, places_P, stream, threshold, kept)
-
-
-def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int | Tensor, stream: int) -> Tensor:
-    """`words` of one place by torch's operators; it may differ by row (R, 1)."""
-    counter = torch.arange(blocks, device=rollouts_R.device), place, rollouts_R[:, None], stream
-    return torch.stack(philox(counter, (keys_R2[:, :1], keys_R2[:, 1:])), dim=1)
-
-
-def decide_by_operators(
-    keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor
-) -> None:
-    """`decide` by torch's operators, or on a CPU by NumPy's, which multiply faster and have less overhead."""
-    _, _, tokens, _, per_token = kept.shape
+    rows, places, tokens, _, per_token = kept.shape
     on_cpu, blocks = kept.device.type == "cpu", tokens * per_token // 4
     inputs = torch.arange(blocks, device=kept.device), places_P[None, :, None], rollouts_R[:, None, None]
     element, place, rollout, keys, out = ((x.numpy() if on_cpu else x) for x in (*inputs, keys_R2, kept))
@@ -88,7 +70,20 @@ def decide_by_operators(
             pair |= upper << 32
             out[piece, :, :, half] = pair.view(word16).reshape(out[piece, :, :, half].shape) >= threshold - 32768
 
-    _fill_in_pieces(fill, kept)
+    # rows that fit in the cache of a core; NumPy releases the interpreter's lock while it computes
+    at_once = max(1, BLOCKS_AT_ONCE["cpu" if on_cpu else "cuda"] // (places * blocks))
+    pieces = [slice(start, start + at_once) for start in range(0, rows, at_once)]
+    if on_cpu and len(pieces) > 1 and torch.get_num_threads() > 1:
+        list(_workers(torch.get_num_threads()).map(fill, pieces))
+    else:
+        for piece in pieces:
+            fill(piece)
+
+
+def words_by_operators(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int | Tensor, stream: int) -> Tensor:
+    """`words` of one place by torch's operators; it may differ by row (R, 1)."""
+    counter = torch.arange(blocks, device=rollouts_R.device), place, rollouts_R[:, None], stream
+    return torch.stack(philox(counter, (keys_R2[:, :1], keys_R2[:, 1:])), dim=1)
 
 
 def drop_by_operators(
@@ -98,54 +93,32 @@ def drop_by_operators(
     rows, tokens, width = output_RSD.shape
     drawn = 1 if first is None else first + tokens
     kept = torch.empty(rows, 1, drawn, 2, -(-width // 8) * 4, dtype=torch.bool, device=output_RSD.device)
-    decide_by_operators(keys_R2, rollouts_R, torch.tensor([place], device=kept.device), stream, threshold, kept)
+    decide(keys_R2, rollouts_R, torch.tensor([place], device=kept.device), stream, threshold, kept)
     factors = kept[:, 0].flatten(2)[..., :width].float() * (65536 / (65536 - threshold))
     return (output_RSD.float() * factors[:, first or 0 :]).to(output_RSD.dtype)
 
 
-def _fill_in_pieces(fill: Callable[[slice], None], kept: Tensor) -> None:
-    """Call `fill` on slices of rows that fit in the cache of a core; on a CPU in as many threads as torch uses."""
-    rows, places, tokens, _, per_token = kept.shape
-    on_cpu = kept.device.type == "cpu"
-    count = max(1, BLOCKS_AT_ONCE["cpu" if on_cpu else "cuda"] // (places * tokens * per_token // 4))
-    pieces = [slice(start, start + count) for start in range(0, rows, count)]
-    if on_cpu and len(pieces) > 1 and torch.get_num_threads() > 1:
-        list(_workers(torch.get_num_threads()).map(fill, pieces))
-    else:
-        for piece in pieces:
-            fill(piece)
-
-
-@cache
 def has_kernels(device: torch.device) -> bool:
     """Whether to use the Triton kernels: the device is a GPU, and they compile and agree with the operators."""
-
-    def agrees() -> bool:
-        from latent_tts.random import triton_kernels
-
-        return agree(triton_kernels, device)
-
-    return device.type == "cuda" and is_usable("drawing of random numbers", str(device), agrees)
+    return device.type == "cuda" and is_usable("drawing of random numbers", kernels_agree, device)
 
 
-def agree(kernels: Any, device: torch.device) -> bool:
+def kernels_agree(device: torch.device) -> bool:
     """Whether kernels and operators give the same numbers, for a few rows of large and small words."""
+    from latent_tts.random import triton_kernels
+
     keys_R2 = torch.tensor([[0, 0], [2**32 - 1, 1], [7, 2**31]], device=device)
     rollouts_R = torch.tensor([0, 2**32 - 1, 5], device=device)
-    places_P = torch.tensor([0, 3 << 16 | 5, 2**32 - 1], device=device)
     numbers = keys_R2, rollouts_R, 300, 2**31 + 1, 2
-    made = [torch.zeros(3, 3, 5, 2, 4 * 77, dtype=torch.bool, device=device) for _ in range(2)]
-    for function, kept in zip((kernels.decide, decide_by_operators), made, strict=True):
-        function(keys_R2, rollouts_R, places_P, 1, 20_000, kept)
-    same = torch.equal(*made) and torch.equal(kernels.words(*numbers), words_by_operators(*numbers))
+    same = torch.equal(triton_kernels.words(*numbers), words_by_operators(*numbers))
     for dtype, width, first in ((torch.float32, 300, 2), (torch.bfloat16, 8, None), (torch.float16, 1100, 0)):
         values = (torch.arange(3 * 2 * width, device=device) % 97 - 48).view(3, 2, width).to(dtype) / 8
         arguments = values, keys_R2, rollouts_R, 3 << 16 | 5, 1, 20_000, first
-        same &= torch.equal(kernels.drop(*arguments), drop_by_operators(*arguments))
+        same &= torch.equal(triton_kernels.drop(*arguments), drop_by_operators(*arguments))
     return same
 
 
 @cache
 def _workers(threads: int) -> ThreadPoolExecutor:
-    """Threads that draw; NumPy releases the interpreter's lock while it computes."""
+    """Threads that draw."""
     return ThreadPoolExecutor(threads)

@@ -32,11 +32,6 @@ class DropPlace:
     tokens: int
     threshold: int
 
-    @property
-    def scale(self) -> float:
-        """The factor of what is kept."""
-        return 65536 / (65536 - self.threshold)
-
 
 class Draw:
     """The random numbers of R rows.
@@ -49,8 +44,7 @@ class Draw:
         history_RTD: the latents of the rows so far, for samplers that read them; set by the engine.
         donor_RTD: the latents of another question, for samplers with `needs_donor`; set by the engine.
         spread_RD: standard deviations that the model predicts for the current latent; set by the engine.
-        keeps_normals: whether normals are kept, because they will be asked for again; set by the engine.
-        steps: how many steps will ask for normals, so that few rows draw them together; set by the engine.
+        steps: how many steps will ask for normals, so that few rows draw them together, once; set by the engine.
     """
 
     def __init__(self, keys_R2: Tensor, rollouts_R: Tensor, width: int, blocks: int = 0) -> None:
@@ -58,9 +52,8 @@ class Draw:
         self.history_RTD: Tensor | None = None
         self.donor_RTD: Tensor | None = None
         self.spread_RD: Tensor | None = None
-        self.keeps_normals = False
         self.steps = 0
-        self._normals: dict[tuple[int, int], Tensor] = {}
+        self._normals: dict[int, Sequence[Tensor]] = {}  # of all steps, by width
         self._ahead: dict[tuple, Tensor] = {}
 
     @classmethod
@@ -75,14 +68,11 @@ class Draw:
 
     def normal(self, step: int, width: int) -> Tensor:
         """Standard normals (R, width) in float32, by Box-Muller in float64, so that devices agree."""
-        if (step, width) not in self._normals:
-            together = range(step, max(step + 1, self.steps))
-            if len(together) * self.rollouts_R.shape[0] * width > NORMALS_AHEAD:
-                together = range(step, step + 1)
-            self._normals |= {
-                (each, width): found for each, found in zip(together, self._draw(together, width), strict=True)
-            }
-        return self._normals[step, width] if self.keeps_normals else self._normals.pop((step, width))
+        if step >= self.steps or self.steps * self.rollouts_R.shape[0] * width > NORMALS_AHEAD:
+            return self._draw(range(step, step + 1), width)[0]
+        if width not in self._normals:
+            self._normals[width] = self._draw(range(self.steps), width)
+        return self._normals[width][step]
 
     def _draw(self, steps: range, width: int) -> Sequence[Tensor]:
         """Normals (R, width) of each step."""

@@ -26,22 +26,10 @@ def words(keys_R2: Tensor, rollouts_R: Tensor, blocks: int, place: int, stream: 
     return out
 
 
-def decide(keys_R2: Tensor, rollouts_R: Tensor, places_P: Tensor, stream: int, threshold: int, kept: Tensor) -> None:
-    """`bits.decide` by one kernel."""
-    rows, places, tokens, _, per_token = kept.shape
-    blocks = per_token // 4
-    grid = rows, places, triton.cdiv(tokens * blocks, LANES)
-    with torch.cuda.device_of(kept):
-        _decide[grid](
-            keys_R2.contiguous(), rollouts_R.contiguous(), places_P, kept.view(torch.int32), tokens, blocks, stream,
-            threshold, LANES=LANES,
-        )  # fmt: skip
-
-
 def drop(
     output_RSD: Tensor, keys_R2: Tensor, rollouts_R: Tensor, place: int, stream: int, threshold: int, first: int | None
 ) -> Tensor:
-    """Dropout: 0 where `decide` says so, else 65536 / (65536 - threshold) times as much, in the dtype of `output_RSD`.
+    """Dropout: 0 where `bits.decide` says so, else 65536 / (65536 - threshold) times as much, in the same dtype.
 
     Args:
         output_RSD: in any dtype up to float32.
@@ -75,16 +63,6 @@ def _words(keys, rollouts, out, blocks, place, stream, LANES: tl.constexpr):
     tl.store(at + 3 * blocks, c3.to(tl.int64), inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "blocks", "stream", "threshold"])
-def _decide(keys, rollouts, places, kept, tokens, blocks, stream, threshold, LANES: tl.constexpr):
-    row, place, block = tl.program_id(0), tl.program_id(1), tl.program_id(2) * LANES + tl.arange(0, LANES)
-    c0, c1, c2, c3 = _philox(keys, rollouts, row, block, tl.load(places + place), stream)
-    first = (row.to(tl.int64) * tl.num_programs(1) + place) * 2 * tokens * blocks
-    at, inside = kept + first + block // blocks * 2 * blocks + block % blocks, block < tokens * blocks
-    tl.store(at, _four(c0, c1, threshold), inside)
-    tl.store(at + blocks, _four(c2, c3, threshold), inside)
-
-
 @triton.jit(do_not_specialize=["tokens", "width", "blocks", "place", "stream", "threshold", "scale", "first"])
 def _drop(
     output, made, keys, rollouts, tokens, width, blocks, place, stream, threshold, scale, first,
@@ -101,7 +79,7 @@ def _drop(
 
 @triton.jit
 def _drop_half(output, made, low, high, element, width, inside, threshold, scale):
-    """Four values of each lane times the factors of two words; see `_four`."""
+    """Four values of each lane times the factors of two words; a 16-bit half is kept if it reaches the threshold."""
     quarter = tl.arange(0, 4)[None, :]
     word = tl.where(quarter < 2, low[:, None], high[:, None])
     half = (word >> (quarter % 2 * 16).to(word.dtype)) & 0xFFFF
@@ -118,12 +96,3 @@ def _philox(keys, rollouts, row, block, place, stream):
     none = tl.zeros_like(block)
     rollout = none + tl.load(rollouts + row).to(tl.int32)
     return tl.philox(key, block, none + tl.cast(place, tl.int32), rollout, none + tl.cast(stream, tl.int32))
-
-
-@triton.jit
-def _four(low, high, threshold):
-    """The four decisions of two words, one byte each: a 16-bit half is kept if it reaches the threshold."""
-    decisions = (((low & 0xFFFF) ^ 0x8000) >= threshold).to(tl.int32)
-    decisions |= (((low >> 16) ^ 0x8000) >= threshold).to(tl.int32) << 8
-    decisions |= (((high & 0xFFFF) ^ 0x8000) >= threshold).to(tl.int32) << 16
-    return decisions | ((((high >> 16) ^ 0x8000) >= threshold).to(tl.int32) << 24)

@@ -13,7 +13,7 @@ import pandas as pd
 from latent_tts.errors import UsageError, require
 from latent_tts.results import statistics
 from latent_tts.results.completed_run import AggregatorBuilder, CompletedRun
-from latent_tts.results.run_folder import UNKNOWN, is_complete, name_once, read_run_metrics, run_folders, sampler_label
+from latent_tts.results.run_folder import is_complete, name_once, read_run_metrics, run_folders, sampler_label
 
 Side = dict[str, CompletedRun]  # by seed
 T = TypeVar("T")
@@ -104,21 +104,13 @@ def _difference(
     for seed in sorted(a):
         per_a, per_b = a[seed].per_question(figures[0], budgets[0]), b[seed].per_question(figures[1], budgets[1])
         common = per_a.index[per_a.index.isin(per_b.index)]
-        differ = len(common) < max(len(per_a), len(per_b))
-        if differ and not (shared and len(common)):
+        if len(common) < max(len(per_a), len(per_b)) and not (shared and len(common)):
             hint = "; questions=shared compares those" if len(common) else ""
             raise UsageError(
                 f"a and b have different questions (seed {seed}): {len(common)} of {len(per_a)} and {len(per_b)} are "
                 f"shared{hint}"
             )
-        digest_a, digest_b = (side[seed].curve["questions_digest"] for side in (a, b))
-        unknown = any(digest.startswith(UNKNOWN) for digest in (digest_a, digest_b))
-        gold_a, gold_b = (side[seed].golds for side in (a, b))
-        if gold_a and gold_b:  # else one of them is of an earlier version
-            equal = all(gold_a[one] == gold_b[one] for one in common)
-        else:
-            equal = differ or digest_a == digest_b or unknown
-        if not equal:
+        if any(a[seed].golds.get(one) != b[seed].golds.get(one) for one in common):
             raise UsageError(f"a and b have different gold answers (seed {seed}); compare runs on the same questions")
         values_a.append(per_a[common])
         values_b.append(per_b[common])

@@ -84,11 +84,9 @@ class CompletedRun:
 
     @cached_property
     def golds(self) -> dict[str, str | None]:
-        """The gold answer of each question, by its id; empty for runs older than `answers.jsonl`."""
+        """The gold answer of each question, by its id."""
         path = self.folder / ANSWERS
         check_file(self.folder, ANSWERS)
-        if not path.is_file():
-            return {}
         try:
             lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
             return {line["id"]: line.get("gold") for line in lines}

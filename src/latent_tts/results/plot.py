@@ -20,8 +20,6 @@ from latent_tts.results.run_folder import (
     CURVE_COLUMNS,
     DIGEST_COLUMNS,
     PLAIN_BUDGETS,
-    UNKNOWN,
-    digest_label,
     figures_drawn,
     sampler_label,
 )
@@ -295,7 +293,7 @@ def _label(told: Mapping[str, str]) -> str:
     parts = [sampler_label(told)] if "sampler" in told or "sampler_value" in told else []
     for name, value in told.items():
         if name in DIGEST_COLUMNS:
-            parts.append(digest_label(name, value))
+            parts.append(f"{name.removesuffix('_digest')} {'+'.join(part[:8] for part in value.split('+'))}")
         elif name not in CURVE_COLUMNS or name == "budget":
             parts.append(f"{name}={value}" if value else name)
         elif not name.startswith("sampler"):
@@ -501,7 +499,7 @@ def _title(points: pd.DataFrame, against: str) -> str:
     named = [str(models[0]) if len(models) == 1 else f"{len(models)} models"]
     named.append(f"on {', '.join(tasks) if len(tasks) <= 3 else f'{len(tasks)} tasks'}")
     sampler = [str(points["sampler"].iloc[0])] if _shared_sampler(points, against) else []
-    digests = [digest for digest in points["questions_digest"].unique() if digest and not digest.startswith(UNKNOWN)]
+    digests = points["questions_digest"].unique()
     questions = f"{_range(points['questions'])} questions"
     if len(digests) > len(tasks):
         questions = f"{len(digests)} different sets of {questions}"

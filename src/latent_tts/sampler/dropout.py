@@ -90,7 +90,7 @@ class Dropout(Sampler):
         expected = masked_codes(self.site, draw.blocks)
         kept = draw.keep(place.layer, place.step, place.tokens, draw.width, place.threshold, expected=expected)
         # torch converts bytes to floats several times faster than booleans
-        return kept.view(torch.uint8).to(torch.float32).mul_(place.scale)
+        return kept.view(torch.uint8).to(torch.float32).mul_(65536 / (65536 - place.threshold))
 
 
 def code_of(site: Site, layer: int) -> int:

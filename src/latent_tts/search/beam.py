@@ -173,7 +173,7 @@ class Beam(Search):
             require_finite(
                 "step scores", finite_Q, [job.question_id for job in batch], scorer.backbone.dtype, "drawing rollouts"
             )
-            return rollouts.decode_answers() if answers else rollouts.without_answers()
+            return rollouts.decode_answers() if answers else rollouts.finish()
 
     def _best(self, rank_QC: Tensor, alive_QC: Tensor | None) -> Tensor:
         """Indices of the surviving candidates (Q, beams), best first; a tie goes to the lower index.

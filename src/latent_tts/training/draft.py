@@ -65,8 +65,7 @@ class Thinker:
         with SiteHooks(engine.lm, self.sampler) as hooks:
             state = RolloutState.start(engine, list(map(self.encode, questions)), draw, hooks, keep_states=True)
             state.make_latents()
-        assert state.prompt_states is not None
-        return Thoughts(state.latents_RTD, state.steps_R, *state.prompt_states.of_rows(len(questions)))
+        return Thoughts(state.latents_RTD, state.steps_R, *state.prompt_states())
 
 
 def train_draft(
