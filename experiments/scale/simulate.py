@@ -79,7 +79,7 @@ def queued(speeds: np.ndarray, costs: np.ndarray, seed: int, units: list[Unit[in
     """The queue as it is."""
     machines, timeline = Machines(speeds, costs, seed), []
     queue = ShardQueue(units, len(speeds), first_rows=1)
-    for _ in results_of(machines, queue, lambda units, _: np.array(units), timeline, clock=lambda: machines.now):
+    for _ in results_of(machines, queue, np.array, timeline, clock=lambda: machines.now):
         pass
     return {"seconds": machines.now, "shards": len(timeline), "failures": machines.failures}
 

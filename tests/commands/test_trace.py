@@ -142,7 +142,7 @@ def test_the_timeline_adds_up_to_what_the_schedule_counts(trace, schedule, confl
     own = data_of(trace(QUESTION, f"schedule={schedule}", *more, "beside=null", "directions=0"))["questions"][0][
         "samplers"
     ][0]
-    first, stop, final = (np.array(own[name]) for name in ("first", "stop", "final"))
+    first, stop, final = (np.array(own["sweeps"][name]) for name in ("first", "stop", "final"))
     assert (final[:, -1] == 6).all()
     assert (np.diff(final, axis=1) >= 0).all()
     computed = stop - first

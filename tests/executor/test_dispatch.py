@@ -54,11 +54,11 @@ class Machines:
         return Finished(worker, shard, seconds)
 
 
-def compute(speeds, costs, first_rows=4, keys=None, die=None, returning=()):
-    units = [Unit(number, cost, 1, (keys or {}).get(number, frozenset())) for number, cost in enumerate(costs)]
+def compute(speeds, costs, first_rows=4, die=None, returning=()):
+    units = [Unit(number, cost, 1) for number, cost in enumerate(costs)]
     machines, timeline = Machines(speeds, costs, die, returning), []
     results = list(results_of(
-        machines, ShardQueue(units, len(speeds), first_rows), lambda contents, early: contents, timeline,
+        machines, ShardQueue(units, len(speeds), first_rows), list, timeline,
         clock=lambda: machines.now,
     ))  # fmt: skip
     return machines, timeline, results
@@ -68,15 +68,10 @@ class Questions(Machines):
     """The same for contents (question, range of rollouts), of which one costs `costs[question]`."""
 
     def submit(self, worker, shard):
-        contents, early = shard
-        for question, rollouts in contents:
-            elsewhere = [range_ for others, _ in self.running.values() for own, range_ in others if own == question]
-            before = any(other.start < rollouts.start for other in elsewhere)
-            assert (question in early) == before or any(
-                own == question and other.start < rollouts.start for own, other in contents
-            )
+        questions = [question for question, _ in shard]
+        assert len(set(questions)) == len(questions), "two pieces of a question in a shard"
         self.running[worker] = shard
-        seconds = sum(self._costs[question] * len(rollouts) for question, rollouts in contents) / self._speeds[worker]
+        seconds = sum(self._costs[question] * len(rollouts) for question, rollouts in shard) / self._speeds[worker]
         heapq.heappush(self._ends, (self.now + seconds, worker, seconds))
 
 
@@ -88,15 +83,14 @@ def cut(content, rows):
 def compute_questions(speeds, questions, first_rows=4, die=None, divisible=True):
     """Draw rollouts of questions, each with a number and a cost of one."""
     units = [
-        Unit((str(question), range(count)), cost * count, count, frozenset([str(question)]), divisible)
-        for question, (count, cost) in enumerate(questions)
+        Unit((str(question), range(count)), cost * count, count) for question, (count, cost) in enumerate(questions)
     ]
     costs = {str(question): cost for question, (_, cost) in enumerate(questions)}
     machines, timeline = Questions(speeds, costs, die), []
-    queue = ShardQueue(units, len(speeds), first_rows, cut)
+    queue = ShardQueue(units, len(speeds), first_rows, cut if divisible else None)
     contents = [
         content
-        for shard, _ in results_of(machines, queue, lambda *shard: shard, timeline, clock=lambda: machines.now)
+        for shard, _ in results_of(machines, queue, list, timeline, clock=lambda: machines.now)
         for content in shard
     ]
     return contents, timeline
@@ -162,10 +156,7 @@ def test_each_rollout_of_divided_questions_is_drawn_once_whoever_dies(speeds, qu
     )
 
 
-def test_a_question_is_divided_among_workers_only_where_there_is_no_other():
-    contents, _ = compute_questions([1.0, 1.0], [(1000, 1.0)] * 4, first_rows=100)
-    begun = [next(place for place, content in enumerate(contents) if content[0] == str(each)) for each in range(4)]
-    assert sorted(begun)[1] == 1  # the second worker begins with another question
+def test_questions_that_cannot_be_divided_are_not():
     whole, _ = compute_questions([1.0, 1.0], [(1000, 1.0)] * 4, first_rows=100, divisible=False)
     assert [len(rollouts) for _, rollouts in whole] == [1000] * 4
 
@@ -178,7 +169,7 @@ def test_a_worker_that_becomes_slow_gets_less():
 
     machines, timeline = Slowing([9.0, 9.0], [1.0] * 20000), []
     queue = ShardQueue([Unit(number, 1.0, 1) for number in range(20000)], 2, 4)
-    list(results_of(machines, queue, lambda contents, early: contents, timeline, clock=lambda: machines.now))
+    list(results_of(machines, queue, list, timeline, clock=lambda: machines.now))
     first, last = sorted(ends(timeline).values())
     assert last - first <= MIN_SECONDS + 1
 
@@ -205,14 +196,6 @@ def test_fixed_shards_are_single_units_in_their_order():
     _, timeline, results = compute([1.0, 1.0], [3.0, 1.0, 2.0, 5.0], first_rows=None)
     assert sorted(content for content, _ in results) == [[0], [1], [2], [3]]
     assert [span.rows for span in timeline] == [1] * 4
-
-
-def test_units_of_one_question_are_computed_one_after_another_in_order():
-    keys = {number: frozenset(f"question {number % 3}") for number in range(30)}
-    machines, _, _ = compute([1.0, 2.0, 3.0, 5.0], [1.0 + number % 4 for number in range(30)], None, keys)
-    for question in range(3):
-        own = [unit for unit in machines.computed if unit % 3 == question]
-        assert own == sorted(own)
 
 
 def test_the_shard_of_a_worker_that_died_waits_for_nobody_and_the_worker_takes_others_when_it_is_there_again():

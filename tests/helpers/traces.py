@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from latent_tts.results.trace import DependencyGraph, Lens, Timeline, Trace, TracedQuestion, TracedRollouts, draw_map
+from latent_tts.results.trace import DependencyGraph, Lens, Trace, TracedQuestion, TracedRollouts, draw_map
 
 LATENTS, WIDTH = 3, 4
 
@@ -25,7 +25,7 @@ def rollouts(name, count, *, scored=True, gold=True, seed=0):
         step_scores_NT=step_scores_NT if scored else None,
         score_N=np.arange(count, dtype=float) if scored else None,
         counts={"sweeps": steps_N.tolist(), "commits": steps_N.tolist(), "conflicts": [0] * count},
-        timeline=Timeline(first_NS, stop_NS, stop_NS),
+        sweeps_3NS=np.stack([first_NS, stop_NS, stop_NS]),
         lens=Lens(
             token_NTK=np.where(own_NT[..., None], [0, 1], -1),
             probability_NTK=np.where(own_NT[..., None], [0.75, 0.25], np.nan).astype(np.float32),

@@ -15,7 +15,7 @@ import torch
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.rollout import Engine, RolloutState
 from latent_tts.pipeline import drawing
-from latent_tts.pipeline.drawer import Part, Request, split_by_question
+from latent_tts.pipeline.drawer import Computed, Part, Request
 from latent_tts.pipeline.drawing import Driver
 from latent_tts.pipeline.models import rows_per_batch
 from latent_tts.pipeline.spec import EngineSettings
@@ -147,17 +147,10 @@ def test_a_cached_rollout_takes_at_most_300_bytes(tmp_path):
     assert many - few < 20 * (20_000 - 500) * 300 / 1e6
 
 
-def test_runs_of_a_question_with_a_gap_are_compared_one_after_another():
-    jobs = [SimpleNamespace(row_key=key, number=number) for number, key in enumerate("abaca")]
-    assert [(places, [job.number for job in found]) for places, found in split_by_question(jobs)] == [
-        (places, places) for places in ([0, 1, 3], [2], [4])
-    ]
-
-
 def test_what_fits_is_remembered_for_the_memory_of_the_worker_that_said_it(monkeypatch, tmp_path):
-    parts = [Part([], None, max_bytes=5, memory="small"), Part([], None, memory="large")]
-    monkeypatch.setattr(drawing, "results_of", lambda *_: [([], parts)])
-    monkeypatch.setattr(drawing, "latents_digest", lambda *_: "digest")
+    parts = [Part([], None), Part([], None)]
+    done = [Computed(parts[:1], fits={"small": 5}), Computed(parts[1:])]
+    monkeypatch.setattr(drawing, "results_of", lambda *_: [([], each) for each in done])
     driver = Driver.__new__(Driver)
     driver.spec = SimpleNamespace(  # pyright: ignore[reportAttributeAccessIssue]
         executor=SimpleNamespace(in_process=False, fixed=False), budget=SimpleNamespace(adaptive=False), cache=tmp_path,
@@ -166,6 +159,7 @@ def test_what_fits_is_remembered_for_the_memory_of_the_worker_that_said_it(monke
     common = {"rows": 8, "device": "cpu", "computations": None}
     driver.workers = [SimpleNamespace(memory=name, **common) for name in ("large", "small")]  # pyright: ignore
     driver._pool, driver.timeline = None, []  # pyright: ignore[reportAttributeAccessIssue]
+    driver._latents, driver._rows = "digest", 8
     bar = SimpleNamespace(advance=lambda rows: None)
     assert list(driver.parts([], Request(True, False), bar)) == parts  # pyright: ignore[reportArgumentType]
     assert known_to_fit(tmp_path) == {"small": 5}

@@ -15,7 +15,7 @@ from torch import nn
 
 from latent_tts.engine.cost import Shape
 from latent_tts.engine.packing import RolloutJob
-from latent_tts.pipeline.progress import MAX_SHARE, BatchProgress
+from latent_tts.pipeline.progress import MAX_SHARE, batch_progress
 from latent_tts.results import report
 
 SECONDS_TO_END = 600
@@ -43,14 +43,13 @@ def job(rollouts: int) -> RolloutJob:
     return RolloutJob("key", "question", [1, 2, 3], list(range(rollouts)))
 
 
-def test_a_batch_is_measured_by_its_passes_and_the_next_by_what_it_took():
+def test_a_batch_is_measured_by_its_passes():
     bar, model = Bar(), Blocks()
-    progress = BatchProgress(bar, model, SHAPE, lambda job: 20.0 * len(job.rollouts))
-    with progress.batch([job(2), job(2)]):
+    with batch_progress(bar, model, SHAPE, [job(2), job(2)], 80.0):
         for _ in range(5):
             model(torch.zeros(4, 1, 3))  # four positions: 8 of at most 80 operations
     assert bar.shown == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 4])
-    with progress.batch([job(4)]):
+    with batch_progress(bar, model, SHAPE, [job(4)], 40.0):
         for _ in range(6):
             model(torch.zeros(4, 1, 3))
     assert bar.shown[6:] == pytest.approx([4.8, 5.6, 6.4, 7.2, 4 + 4 * MAX_SHARE, 4 + 4 * MAX_SHARE, 8])
@@ -60,8 +59,7 @@ def test_a_batch_is_measured_by_its_passes_and_the_next_by_what_it_took():
 
 def test_without_a_terminal_no_pass_is_counted():
     bar, model = Bar(visible=False), Blocks()
-    progress = BatchProgress(bar, model, SHAPE, lambda job: 1.0)
-    with progress.batch([job(3)]):
+    with batch_progress(bar, model, SHAPE, [job(3)], 1.0):
         assert not model._forward_hooks
         model(torch.zeros(1, 1, 1))
     assert bar.shown == [3]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeAlias
@@ -52,7 +52,7 @@ from latent_tts.pipeline.models import (
     rollout_plan,
     rows_per_batch,
 )
-from latent_tts.pipeline.progress import BatchProgress
+from latent_tts.pipeline.progress import batch_progress
 from latent_tts.pipeline.spec import RunSpec, reserved_positions
 from latent_tts.pipeline.worker_checks import check_code, check_draft, check_weights, code_of_driver
 from latent_tts.results import report
@@ -79,7 +79,6 @@ class Request:
         drawn: whether they are new; otherwise latents are recomputed, for scores or to be kept.
         compares: whether they are compared with those before them.
         keeps: whether latents come back.
-        sums: whether the sums of directions come back, for the next rollouts of their questions.
     """
 
     answers: bool
@@ -87,7 +86,6 @@ class Request:
     drawn: bool = True
     compares: bool = False
     keeps: bool = False
-    sums: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,18 +95,16 @@ class Shard:
     Attributes:
         jobs: questions, with a range of rollouts each.
         request: what is computed for them.
-        dissimilarity: of each rollout, where it is not computed; see `cache.ROLLOUT_FIELDS`.
-        sums: of questions some of whose rollouts another worker has drawn.
-        early: row keys of questions with rollouts that another worker is still drawing: those of the shard are not
+        early: row keys of questions whose earlier rollouts other workers draw or have drawn: those of the shard are not
             compared, and their latents come back.
+        sums: whether the sums of directions of the other questions come back, for their next rollouts.
         bar: of the driver's process, which a worker in it moves.
     """
 
     jobs: list[RolloutJob]
     request: Request
-    dissimilarity: Mapping[Place, np.ndarray] = field(default_factory=dict)
-    sums: Sums = field(default_factory=dict)
     early: frozenset[str] = frozenset()
+    sums: bool = False
     bar: report.ProgressBar | None = None
 
 
@@ -122,9 +118,6 @@ class Part:
         answer_ids: of each row; None where answers were not decoded.
         latents_RTD: on the host, if they are asked for or some rows are early.
         early: see `Shard.early`.
-        sums: of directions, if they are asked for.
-        max_bytes: the estimate of a batch that fits, where one was too large.
-        memory: what `max_bytes` holds for: model, dtype and device.
     """
 
     places: list[Place]
@@ -132,21 +125,29 @@ class Part:
     answer_ids: list[list[int]] | None = None
     latents_RTD: Tensor | None = None
     early: frozenset[str] = frozenset()
-    sums: Sums = field(default_factory=dict)
-    max_bytes: int | None = None
-    memory: str = ""
-
-    def packed(self) -> Part:
-        """The same for another process: with the table instead of the function that makes it."""
-        return self if self.make_table is None else self.with_table(self.make_table())
 
     def with_table(self, table: pa.Table) -> Part:
-        """The same with a table."""
+        """The same with a table, which can be pickled, instead of a function that makes one."""
         return replace(self, make_table=partial(_same, table))
 
 
 def _same(table: pa.Table) -> pa.Table:
     return table
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a worker sends back for a shard.
+
+    Attributes:
+        parts: its batches.
+        sums: of directions, if they are asked for.
+        fits: estimated bytes of a batch that fits, by model, dtype and device; empty where none was too large.
+    """
+
+    parts: list[Part]
+    sums: Sums = field(default_factory=dict)
+    fits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class DrawingWork:
         spec: the run; without questions where the worker is in another process: shards bring theirs.
         longest: tokens of the longest prompt to come.
         scored: whether the run's scorer reads latents.
-        max_bytes: what is known to fit, by `Part.memory`.
+        max_bytes: what is known to fit, see `Computed.fits`.
         code: see `worker_checks.code_of_driver`; None where the worker is in the driver's process.
     """
 
@@ -269,17 +270,6 @@ def sums_of(jobs: Iterable[RolloutJob], latents: str) -> Sums:
     return {key: each for key, each in found.items() if each is not None}
 
 
-def split_by_question(jobs: Sequence[RolloutJob]) -> Iterator[tuple[list[int], list[RolloutJob]]]:
-    """Places and jobs: the first run of rollouts of each question, then its second one after a gap, and so on."""
-    left = list(enumerate(jobs))
-    while left:
-        first: dict[str, tuple[int, RolloutJob]] = {}
-        for place, job in left:
-            first.setdefault(job.row_key, (place, job))
-        yield [place for place, _ in first.values()], [job for _, job in first.values()]
-        left = [each for each in left if first[each[1].row_key][0] != each[0]]
-
-
 def find_uncompared(jobs: Iterable[RolloutJob], latents: str) -> list[RolloutJob]:
     """Earlier rollouts of the same questions that `directions` lacks: never compared, or dropped since."""
     unknown = []
@@ -318,7 +308,6 @@ class Drawer:
             self.rows //= 2
         self.rates = measured_rates(spec.shape.width, spec.engine.dtype, self.device)
         self._sampler = spec.answers.over(spec.sampler)
-        self._progress: tuple[report.ProgressBar, BatchProgress] | None = None
 
     @cached_property
     def engine(self) -> Engine:
@@ -354,16 +343,21 @@ class Drawer:
             rates=self.rates,
         )
 
-    def compute(self, shard: Shard) -> list[Part]:
+    def compute(self, shard: Shard) -> Computed:
         """Compute a shard batch by batch. Where one does not fit memory, it is split, and those after it are smaller.
 
         Raises:
             RunError: latents, log-probabilities or scores are not finite.
         """
-        for key, (count, sums_TD) in shard.sums.items():
-            directions.put(directions_key(self._latents, key), count, sums_TD)
-        found = compute_in_batches(shard.jobs, partial(self._part, shard=shard), self.batches, self._halve, self.device)
-        return [part if self._work.code is None else part.packed() for part in found]
+        part = partial(self._part, shard=shard)
+        parts = list(compute_in_batches(shard.jobs, part, self.batches, self._halve, self.device))
+        if self._work.code is not None:
+            parts = [part if part.make_table is None else part.with_table(part.make_table()) for part in parts]
+        found = {}
+        if shard.sums:
+            found = sums_of((job for job in shard.jobs if job.row_key not in shard.early), self._latents)
+        sums = {key: (count, sums_TD.cpu()) for key, (count, sums_TD) in found.items()}
+        return Computed(parts, sums, {} if self._max_bytes is None else {self.memory: self._max_bytes})
 
     def batches(self, jobs: Sequence[RolloutJob]) -> Iterator[list[RolloutJob]]:
         """Pack jobs into batches."""
@@ -380,20 +374,14 @@ class Drawer:
         return True
 
     def _part(self, batch: list[RolloutJob], shard: Shard) -> Part:
-        request = shard.request
-        if request.compares and (compared := [job for job in batch if job.row_key not in shard.early]):
-            self.catch_up(next(split_by_question(compared))[1])
-        with self._shown(batch, shard):
+        request, shown = shard.request, nullcontext()
+        if request.compares:
+            self.catch_up([job for job in batch if job.row_key not in shard.early])
+        if shard.bar is not None:
+            most = sum(max_flops(self.spec, job, answers=request.answers) for job in batch)
+            shown = batch_progress(shard.bar, self.engine.lm.base_model, self.spec.shape, batch, most)
+        with shown:
             return self.draw(batch, shard) if request.drawn else self._recompute(batch, shard)
-
-    def _shown(self, batch: list[RolloutJob], shard: Shard) -> AbstractContextManager[None]:
-        """What moves the driver's bar while a batch is computed."""
-        if shard.bar is None:
-            return nullcontext()
-        if self._progress is None or self._progress[0] is not shard.bar:
-            most = partial(max_flops, self.spec, answers=shard.request.answers)
-            self._progress = shard.bar, BatchProgress(shard.bar, self.engine.lm.base_model, self.spec.shape, most)
-        return self._progress[1].batch(batch)
 
     def roll(self, batch: Sequence[RolloutJob], *, answers: bool) -> Rollouts:
         """Draw a batch.
@@ -424,16 +412,15 @@ class Drawer:
         rollouts.latents_RTD = latents_RTD.new_empty(0)  # the table does not hold them
         scored = self.scorer.score(batch, latents_RTD, rollouts.steps_R) if request.scored else {}
         early = shard.early.intersection(job.row_key for job in batch)
+        compared_RT = torch.zeros(latents_RTD.shape[:2])
         if request.compares:
-            compared = ragged(self._compare(batch, latents_RTD, early).numpy(), steps_R)
-        else:
-            compared = pa.array([shard.dissimilarity[place] for place in places], pa.list_(pa.float32()))
+            self._compare(batch, latents_RTD, early, compared_RT)
 
         def table() -> pa.Table:
             columns = answer_columns(rollouts, answers=request.answers) | measured
             if not self.spec.guided:  # what a search cannot do without is not counted
                 columns |= self._minimum_work(batch, rollouts, answers=request.answers)
-            columns["dissimilarity"] = compared
+            columns["dissimilarity"] = ragged(compared_RT.numpy(), steps_R)
             if scored:
                 columns[SCORED_BY] = self.scorer.digest
                 columns |= {SCORING + name: column for name, column in scored.items()}
@@ -445,9 +432,6 @@ class Drawer:
             answer_ids=rollouts.answer_ids if request.answers else None,
             latents_RTD=to_host(latents_RTD) if request.keeps or early else None,
             early=early,
-            sums=self._sums([job for job in batch if job.row_key not in early]) if request.sums else {},
-            max_bytes=self._max_bytes,
-            memory=self.memory,
         )
 
     def _recompute(self, batch: list[RolloutJob], shard: Shard) -> Part:
@@ -459,42 +443,30 @@ class Drawer:
             places=places_of(batch),
             make_table=None if scores is None else partial(batch_table, SCORE_SCHEMA, batch, scores),
             latents_RTD=to_host(thought.latents_RTD) if request.keeps else None,
-            max_bytes=self._max_bytes,
-            memory=self.memory,
         )
 
     def catch_up(self, batch: Sequence[RolloutJob]) -> None:
         """Recompute the earlier rollouts that a batch has to be compared with and whose sums are not known."""
-        if not self.spec.adapter.latents:
-            return
         kept = self._keys(batch)
         for earlier in self.batches(find_uncompared(batch, self._latents)):
             latents_RTD = self.roll(earlier, answers=False).latents_RTD
             directions.add(self._keys(earlier), latents_RTD, first=[job.rollouts[0] for job in earlier], kept=kept)
 
-    def _compare(self, batch: list[RolloutJob], latents_RTD: Tensor, early: frozenset[str]) -> Tensor:
-        """How far the rollouts of a batch are from those before them, see `DirectionSums.add`; 0 for early ones."""
-        summed_RT = torch.zeros(latents_RTD.shape[:2])
-        rows_JN = torch.arange(len(latents_RTD)).view(len(batch), -1)
-        if not self.spec.adapter.latents:
-            return summed_RT
-        for found in split_by_question(batch):
-            here = [(place, job) for place, job in zip(*found, strict=True) if job.row_key not in early]
-            if not here:
-                continue
-            places, jobs = map(list, zip(*here, strict=True))
-            self.catch_up(jobs)
-            rows_R = rows_JN[places].flatten()
-            summed_RT[rows_R] = directions.add(
-                self._keys(jobs), latents_RTD[rows_R.to(latents_RTD.device)], first=[job.rollouts[0] for job in jobs]
-            )
-        return summed_RT
+    def _compare(
+        self, batch: list[RolloutJob], latents_RTD: Tensor, early: frozenset[str], compared_RT: Tensor
+    ) -> None:
+        """Set how far rollouts are from those before them, see `DirectionSums.add`; not those of early questions."""
+        places = [place for place, job in enumerate(batch) if job.row_key not in early]
+        if not places:
+            return
+        jobs = [batch[place] for place in places]
+        rows_R = torch.arange(len(latents_RTD)).view(len(batch), -1)[places].flatten()
+        compared_RT[rows_R] = directions.add(
+            self._keys(jobs), latents_RTD[rows_R.to(latents_RTD.device)], first=[job.rollouts[0] for job in jobs]
+        )
 
     def _keys(self, batch: Sequence[RolloutJob]) -> list[str]:
         return [directions_key(self._latents, job.row_key) for job in batch]
-
-    def _sums(self, batch: Sequence[RolloutJob]) -> Sums:
-        return {key: (count, sums_TD.cpu()) for key, (count, sums_TD) in sums_of(batch, self._latents).items()}
 
     def _bytes_per_row(self, longest: int) -> int:
         """Upper estimate of a row's bytes; a guided search holds the rows of two steps, in reasoner and scorer."""

@@ -6,9 +6,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property, partial
-from itertools import groupby, pairwise
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from latent_tts.errors import LESS_MEMORY, RunError, computing
 from latent_tts.pipeline.batch import BatchScorer, batch_table
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.pipeline.drawer import (
+    Computed,
     Description,
     DrawingWork,
     Part,
@@ -34,7 +36,6 @@ from latent_tts.pipeline.drawer import (
     latents_digest,
     max_flops,
     pack,
-    places_of,
     rollouts_to_grow,
     sums_of,
 )
@@ -44,7 +45,7 @@ from latent_tts.pipeline.models import (
     load_scorer_of,
     rows_per_batch,
 )
-from latent_tts.pipeline.progress import BatchProgress
+from latent_tts.pipeline.progress import batch_progress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import (
@@ -56,7 +57,7 @@ from latent_tts.results.cache import (
     remember_what_fits,
     write_direction_sums,
 )
-from latent_tts.results.parts import PLACE, PartWriter, runs_of
+from latent_tts.results.parts import PartWriter, runs_of
 from latent_tts.results.run_folder import KeepLatents
 from latent_tts.results.timeline import Span
 from latent_tts.types import Computation
@@ -100,24 +101,27 @@ def draw(
         OSError: the cache cannot be written to.
         KeyboardInterrupt: with the number of rollouts that are kept.
     """
-    jobs = jobs_of(spec, missing)
+    compares = dissimilarity is None and spec.adapter.latents > 0
+    jobs = jobs_of(spec, missing, compared=compares)
     driver = Driver(spec, max(len(job.prompt) for job in jobs), scored=scored)
     driver.log_work(jobs, answers=answers)
+    driver.log_scoring(jobs)
     cache.write_computation(driver.workers[0].computations[0])
-    if dissimilarity is None:
+    if compares:
         driver.read_direction_sums(jobs, cache.folder)
-        driver.log_catching_up(jobs)
-    request = Request(answers, scored, compares=dissimilarity is None, keeps=keep is not None)
+    request = Request(answers, scored, compares=compares, keeps=keep is not None)
     total, done = sum(len(job.rollouts) for job in jobs), 0
     try:
         with report.progress_bar(total, "rollouts") as bar, PartWriter(cache.folder) as writer:
             with computing("drawing rollouts", f"what was drawn is in {cache.folder}", LESS_MEMORY):
-                for part in driver.parts(jobs, request, bar, dissimilarity):
+                for part in driver.parts(jobs, request, bar):
                     if keep is not None and part.latents_RTD is not None:
                         keep(part.places, part.latents_RTD)
                     if spec.on_answers is not None and part.answer_ids is not None:
                         spec.on_answers(part.places, part.answer_ids)
                     assert part.make_table is not None
+                    if dissimilarity is not None:
+                        part = _with_dissimilarity(part, [dissimilarity[place] for place in part.places])
                     writer.put(part.make_table)
                     done += len(part.places)
     except KeyboardInterrupt:
@@ -125,7 +129,7 @@ def draw(
         raise KeyboardInterrupt(f"{done} of {total} rollouts are kept{whole}; re-run the command to resume") from None
     finally:
         # rounds follow each other in one process; writing after each one would cost more than it saves
-        if dissimilarity is None and not is_adaptive(spec.budget):
+        if compares and not is_adaptive(spec.budget):
             driver.write_direction_sums(jobs, cache.folder)
     return driver.timeline
 
@@ -160,7 +164,7 @@ def recompute_latents(
     scored = len(unscored) > 0
     driver = Driver(spec, max(len(job.prompt) for job in jobs), scored=scored)
     driver.log_recomputing(jobs, "scores" if scored else "")
-    to_score = set(unscored.itertuples(index=False, name=None))
+    driver.log_scoring(jobs)
     request = Request(answers=False, scored=scored, drawn=False, keeps=keep is not None)
     writer = PartWriter(scores.folder) if scored and scores is not None else None
     with report.progress_bar(len(missing), "rollouts") as bar, writer or nullcontext():
@@ -169,15 +173,8 @@ def recompute_latents(
                 if keep is not None and part.latents_RTD is not None:
                     keep(part.places, part.latents_RTD)
                 if writer is not None and part.make_table is not None:
-                    writer.put(partial(_rows_of, part.make_table, to_score))
+                    writer.put(part.make_table)
     return driver.timeline
-
-
-def _rows_of(make_table: Callable[[], pa.Table], wanted: set[Place]) -> pa.Table:
-    """The rows of a table at some places."""
-    table = make_table()
-    places = zip(*(table[name].to_pylist() for name in PLACE), strict=True)
-    return table.filter(pa.array([place in wanted for place in places]))
 
 
 def score_kept(
@@ -206,21 +203,26 @@ def score_kept(
     scorer.log_work(jobs)
     with report.progress_bar(len(missing), "scores") as bar, PartWriter(scores.folder) as writer:
         with computing("scoring rollouts", f"what was scored is in {scores.folder}", LESS_MEMORY):
-            progress = BatchProgress(bar, scorer.model.backbone, scorer.shape, scorer.max_flops)
             for batch in batches(jobs, rows, max_prompts(scorer.shape.width, torch.device(device).type)):
                 latents_RTD, steps_R = read_latents(batch)
-                with progress.batch(batch):
+                most = sum(map(scorer.max_flops, batch))
+                with batch_progress(bar, scorer.model.backbone, scorer.shape, batch, most):
                     columns = scorer.score(batch, latents_RTD, steps_R)
                 writer.put(partial(batch_table, SCORE_SCHEMA, batch, columns))
 
 
-def jobs_of(spec: RunSpec, missing: pd.DataFrame) -> list[RolloutJob]:
-    """Jobs for some rollouts (columns `row_key`, `rollout`), one per run of consecutive numbers of a question."""
+def jobs_of(spec: RunSpec, missing: pd.DataFrame, *, compared: bool = False) -> list[RolloutJob]:
+    """Jobs for some rollouts (columns `row_key`, `rollout`), one per run of consecutive numbers of a question.
+
+    Where they are `compared` with those before, a question has one job, from its first missing rollout to the last.
+    """
     questions = {spec.row_key(question): question for question in spec.questions}
-    jobs, whole = [], range(spec.kept)
-    runs: Iterable[tuple[str, range]] = runs_of(missing)
+    jobs, runs = [], runs_of(missing)
+    first, last = dict(reversed(runs)), dict(runs)
     if spec.guided:  # a guided search cannot draw a part of a question's rollouts
-        runs = dict.fromkeys((key for key, _ in runs), whole).items()
+        runs = [(key, range(spec.kept)) for key in last]
+    elif compared:
+        runs = [(key, range(first[key].start, last[key].stop)) for key in last]
     for key, numbers in runs:
         question = questions[key]
         donor = spec.prompts[spec.donors[question.id].id] if spec.donors else None
@@ -230,12 +232,10 @@ def jobs_of(spec: RunSpec, missing: pd.DataFrame) -> list[RolloutJob]:
 
 def split_by_offset(jobs: Sequence[RolloutJob], offsets: Mapping[Place, int]) -> list[RolloutJob]:
     """Jobs split by what is added to the positions of their rollouts."""
-    if not offsets:
-        return list(jobs)
     return [
         replace(job, rollouts=list(numbers), position_offset=shift)
         for job in jobs
-        for shift, numbers in groupby(job.rollouts, key=lambda number, job=job: offsets[job.row_key, number])
+        for shift, numbers in groupby(job.rollouts, key=lambda number, job=job: offsets.get((job.row_key, number), 0))
     ]
 
 
@@ -248,11 +248,6 @@ def divide(jobs: Sequence[RolloutJob], rows: int) -> tuple[list[RolloutJob], lis
                 part.append(replace(job, rollouts=rollouts))
         rows = max(0, rows - len(job.rollouts))
     return first, rest
-
-
-def first_of_questions(jobs: Iterable[RolloutJob]) -> list[RolloutJob]:
-    """The first of the jobs of each question, which stand side by side."""
-    return [next(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
 
 
 class Driver:
@@ -282,165 +277,123 @@ class Driver:
         if len(ways) > 1:
             names = ", ".join(each.name for each in self.workers)
             raise RunError(f"the workers {names} compute the models in different ways, so their rollouts differ")
+        self._latents = latents_digest(spec, self.workers[0].computations)
+        self._rows = min(each.rows for each in self.workers)  # of a batch that every worker takes
 
-    @cached_property
-    def _latents(self) -> str:
-        """What determines the latents."""
-        return latents_digest(self.spec, self.workers[0].computations)
-
-    @property
-    def _rows(self) -> int:
-        """Most rows of a batch that every worker takes."""
-        return min(each.rows for each in self.workers)
-
-    @property
-    def _flops(self) -> float:
-        """Operations per second of all workers."""
-        return sum(each.rates.flops for each in self.workers)
-
-    def parts(
-        self,
-        jobs: Sequence[RolloutJob],
-        request: Request,
-        bar: report.ProgressBar,
-        dissimilarity: Mapping[Place, np.ndarray] | None = None,
-    ) -> Iterator[Part]:
+    def parts(self, jobs: Sequence[RolloutJob], request: Request, bar: report.ProgressBar) -> Iterator[Part]:
         """Have jobs computed; their parts as they come."""
-        units = self._units(jobs, request)
-        here, fixed = self.spec.executor.in_process, self.spec.executor.fixed
-        divided = request.compares and not here
-        latents = self._latents
-        early_parts = EarlyParts(latents)
-        ends = {job.row_key: job.rollouts[-1] for job in jobs}
+        spec, here = self.spec, self.spec.executor.in_process
+        in_rounds = is_adaptive(spec.budget)
+        early_parts = EarlyParts(jobs, self._latents)
 
-        def make_shard(contents: list[list[RolloutJob]], early: frozenset[str]) -> Shard:
-            own = [job for content in contents for job in content]
-            known = {} if dissimilarity is None else {place: dissimilarity[place] for place in places_of(own)}
-            early_parts.keys |= early
-            # where a question's rollouts are in several shards, the sums that they are compared by go between workers
-            goes_on = is_adaptive(self.spec.budget) or fixed or any(job.rollouts[-1] < ends[job.row_key] for job in own)
-            asked = replace(request, sums=divided and goes_on)
-            sums = sums_of((job for job in own if job.row_key not in early), latents) if divided else {}
-            return Shard(own, asked, known, sums, early, bar if here else None)
+        def make_shard(contents: list[list[RolloutJob]]) -> Shard:
+            own = list(chain(*contents))
+            if here or not request.compares:
+                return Shard(own, request, bar=bar if here else None)
+            early, goes_on = early_parts.begin(own)
+            return Shard(own, request, early, sums=goes_on or in_rounds)
 
-        queue = ShardQueue(units, len(self.workers), None if fixed else self._rows, divide)
-        for contents, parts in results_of(self._pool, queue, make_shard, self.timeline):
-            for part in early_parts.compared(parts):
-                if part.max_bytes is not None:
-                    remember_what_fits(self.spec.cache, part.memory, part.max_bytes)
-                yield part
+        queue = ShardQueue(
+            self._units(jobs, request),
+            len(self.workers),
+            None if spec.executor.fixed else self._rows,
+            None if spec.guided else divide,
+        )
+        for contents, done in results_of(self._pool, queue, make_shard, self.timeline):
+            for memory, size in done.fits.items():
+                remember_what_fits(spec.cache, memory, size)
+            yield from early_parts.compared(done)
             if not here:
-                bar.advance(sum(len(job.rollouts) for content in contents for job in content))
+                bar.advance(sum(len(job.rollouts) for job in chain(*contents)))
 
-    def _units(self, jobs: Sequence[RolloutJob], request: Request) -> list[Unit[list[RolloutJob]]]:
-        """Batches, or the jobs of each question, as the executor shares them out.
-
-        The driver compares on the CPU what workers could not compare. It rounds as CPUs do, and lacks what is drawn
-        again before a gap in a question's rollouts.
-        """
-        fixed, device = self.spec.executor.fixed, self.workers[0].device
-        if fixed:
-            contents = list(pack(self.spec, jobs, self._rows, device))
-        else:
-            contents = [list(same) for _, same in groupby(jobs, key=lambda job: job.row_key)]
-        compares = request.compares and self.spec.adapter.latents > 0
-        gaps = {before.row_key for before, after in pairwise(jobs) if before.row_key == after.row_key}
-        divisible = not self.spec.guided and not (compares and fixed and device != "cpu")
-        return [
-            Unit(
-                content,
-                cost=sum(max_flops(self.spec, job, answers=request.answers) for job in content),
-                rows=sum(len(job.rollouts) for job in content),
-                keys=frozenset(job.row_key for job in content) if compares else frozenset(),
-                divisible=divisible and not (compares and any(job.row_key in gaps for job in content)),
-            )
-            for content in contents
-        ]
+    def _units(self, jobs: Sequence[RolloutJob], request: Request) -> Iterator[Unit[list[RolloutJob]]]:
+        """Batches, or the jobs of each question, as the executor shares them out."""
+        contents: Iterable[Iterable[RolloutJob]] = (same for _, same in groupby(jobs, key=lambda job: job.row_key))
+        if self.spec.executor.fixed:
+            contents = pack(self.spec, jobs, self._rows, self.workers[0].device)
+        for content in map(list, contents):
+            cost = sum(max_flops(self.spec, job, answers=request.answers) for job in content)
+            yield Unit(content, cost, sum(len(job.rollouts) for job in content))
 
     def log_work(self, jobs: Sequence[RolloutJob], *, answers: bool) -> None:
-        """Log how much there is to draw and to score, and what it costs."""
+        """Log how much there is to draw, and what it costs."""
         spec, first = self.spec, self.workers[0]
-        work = sum(max_flops(spec, job, answers=answers) for job in jobs)
-        weights = spec.shape.weight_bytes(spec.engine.bytes_per_number)
-        log.info(
-            "%d rollouts to draw: at most %.3g GFLOP%s; %.2g GB for weights and batches of %d rows",
-            sum(rollouts_to_grow(spec, job) for job in jobs), work / 1e9, self._shortest_time(work),
-            (first.rows * first.bytes_per_row + weights) / 1e9, first.rows,
-        )  # fmt: skip
-        self._log_scoring(jobs)
-
-    def read_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
-        """Take in what the cache keeps of the rollouts before some jobs, where this process does not know them."""
-        before = find_uncompared(first_of_questions(jobs), self._latents)
-        unknown = {job.row_key: job.rollouts[-1] + 1 for job in before}
-        for key, sums_TD in read_direction_sums(folder, unknown).items() if unknown else ():
-            directions.put(directions_key(self._latents, key), unknown[key], torch.from_numpy(sums_TD))
-
-    def write_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
-        """Keep in the cache what is known of the rollouts of the jobs' questions."""
-        found = sums_of(first_of_questions(jobs), self._latents)
-        if found:
-            sums = {key: (count, sums_TD.cpu().numpy()) for key, (count, sums_TD) in found.items()}
-            write_direction_sums(folder, sums)
-
-    def log_catching_up(self, jobs: Sequence[RolloutJob]) -> None:
-        """Log how many drawn rollouts have their latents computed again, to compare new ones with."""
-        if self.spec.adapter.latents:
-            before = find_uncompared(first_of_questions(jobs), self._latents)
-            if before:
-                self.log_recomputing(before, "diversity")
+        count = sum(rollouts_to_grow(spec, job) for job in jobs)
+        held = first.rows * first.bytes_per_row + spec.shape.weight_bytes(spec.engine.bytes_per_number)
+        memory = f"; {held / 1e9:.2g} GB for weights and batches of {first.rows} rows"
+        self._log(f"{count} rollouts to draw", sum(max_flops(spec, job, answers=answers) for job in jobs), memory)
 
     def log_recomputing(self, jobs: Sequence[RolloutJob], why: str = "") -> None:
-        """Say that latents of drawn rollouts are computed again, and what it takes."""
-        work = sum(max_flops(self.spec, job, answers=False) for job in jobs)
-        log.info(
-            "latents of %d cached rollouts to compute again%s: at most %.3g GFLOP%s",
-            sum(len(job.rollouts) for job in jobs), why and f", for {why}", work / 1e9, self._shortest_time(work),
-        )  # fmt: skip
-        self._log_scoring(jobs)
+        """Log that latents of drawn rollouts are computed again, and what it costs."""
+        count = sum(len(job.rollouts) for job in jobs)
+        what = f"latents of {count} cached rollouts to compute again{why and f', for {why}'}"
+        self._log(what, sum(max_flops(self.spec, job, answers=False) for job in jobs))
 
-    def _shortest_time(self, work: float) -> str:
-        """The seconds that operations take at the speed of the device's matrix products; empty for less than one."""
+    def _log(self, what: str, work: float, memory: str = "") -> None:
+        """Log operations, and their time at the speed of the device's matrix products if that is a second or more."""
+        flops = sum(each.rates.flops for each in self.workers)
         where = "this device" if len(self.workers) == 1 else f"{len(self.workers)} workers"
-        seconds = work / self._flops
-        return f" ({seconds:.0f} s at the {self._flops / 1e9:.3g} GFLOP/s of {where})" if seconds >= 1 else ""
+        seconds = f" ({work / flops:.0f} s at the {flops / 1e9:.3g} GFLOP/s of {where})" if work >= flops else ""
+        log.info("%s: at most %.3g GFLOP%s%s", what, work / 1e9, seconds, memory)
 
-    def _log_scoring(self, jobs: Sequence[RolloutJob]) -> None:
+    def log_scoring(self, jobs: Sequence[RolloutJob]) -> None:
+        """Log how much there is to score."""
         if self._scored:
             first = self.workers[0]
             BatchScorer(self.spec, first.device, first.rates).log_work(jobs)
 
+    def read_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
+        """Take in what the cache keeps of the rollouts before some jobs; log how many latents are computed again."""
+        unknown = {job.row_key: job.rollouts[-1] + 1 for job in find_uncompared(jobs, self._latents)}
+        for key, sums_TD in read_direction_sums(folder, unknown).items() if unknown else ():
+            directions.put(directions_key(self._latents, key), unknown[key], torch.from_numpy(sums_TD))
+        if before := find_uncompared(jobs, self._latents):
+            self.log_recomputing(before, "diversity")
+
+    def write_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
+        """Keep in the cache what is known of the rollouts of the jobs' questions."""
+        found = sums_of(jobs, self._latents)
+        if found:
+            sums = {key: (count, sums_TD.cpu().numpy()) for key, (count, sums_TD) in found.items()}
+            write_direction_sums(folder, sums)
+
 
 class EarlyParts:
-    """Rollouts that a worker drew while another one was drawing earlier rollouts of the same question.
+    """Ranges of a question's rollouts that are drawn by other workers than those before them.
 
     Their latents come back with them, and are compared with the earlier ones once the sums of directions of those are
-    there.
-
-    Attributes:
-        keys: row keys of questions of which some worker has had early rollouts; their sums are not dropped.
+    there. They are compared on the CPU.
     """
 
-    def __init__(self, latents: str) -> None:
-        """Begin empty; `latents` is the digest of the run's latents, see `directions_key`."""
-        self._latents, self.keys = latents, set[str]()
+    def __init__(self, jobs: Iterable[RolloutJob], latents: str) -> None:
+        """Begin without parts.
+
+        Args:
+            jobs: one per question: the rollouts to be drawn.
+            latents: the digest of the run's latents, see `directions_key`.
+        """
+        self._latents, self._whole = latents, {job.row_key: job.rollouts for job in jobs}
+        counted = {key: directions.counted(self._name(key)) for key in self._whole}
+        self._known = {key for key, rollouts in self._whole.items() if 0 < counted[key] == rollouts[0]}
+        self._kept = set(map(self._name, self._known))  # names of sums that are not dropped
         self._waiting: list[Part] = []
 
-    def compared(self, parts: Iterable[Part]) -> Iterator[Part]:
-        """The parts that are now compared with all earlier rollouts: some of these, and some that waited."""
-        for part in parts:
-            for key, (count, sums_TD) in part.sums.items():
-                directions.put(self._name(key), count, sums_TD, kept=self._kept)
-            if part.early:
-                self._waiting.append(part)
-            else:
-                yield part
-            while (index := next((i for i, each in enumerate(self._waiting) if self._is_next(each)), None)) is not None:
-                yield self._compare(self._waiting.pop(index))
+    def begin(self, jobs: Sequence[RolloutJob]) -> tuple[frozenset[str], bool]:
+        """The row keys of a shard's jobs that are early, and whether later rollouts of any are in other shards."""
+        goes_on = {self._name(job.row_key) for job in jobs if job.rollouts[-1] < self._whole[job.row_key][-1]}
+        self._kept |= goes_on
+        keys = (
+            job.row_key for job in jobs if job.row_key in self._known or job.rollouts[0] > self._whole[job.row_key][0]
+        )
+        return frozenset(keys), bool(goes_on)
 
-    @property
-    def _kept(self) -> set[str]:
-        return set(map(self._name, self.keys))
+    def compared(self, done: Computed) -> Iterator[Part]:
+        """The parts that are now compared with all earlier rollouts: some of these, and some that waited."""
+        for key, (count, sums_TD) in done.sums.items():
+            directions.put(self._name(key), count, sums_TD, kept=self._kept)
+        self._waiting += done.parts
+        while (index := next((i for i, each in enumerate(self._waiting) if self._is_next(each)), None)) is not None:
+            yield self._compare(self._waiting.pop(index))
 
     def _name(self, key: str) -> str:
         return directions_key(self._latents, key)
@@ -450,21 +403,29 @@ class EarlyParts:
         return all(directions.counted(self._name(key)) == _rows_in(part, key)[1] for key in part.early)
 
     def _compare(self, part: Part) -> Part:
+        if not part.early:
+            return part
         assert part.make_table is not None
         assert part.latents_RTD is not None
-        table = part.make_table()
-        column = table.column_names.index("dissimilarity")
-        compared = table[column].to_pylist()
+        compared = part.make_table()["dissimilarity"].to_pylist()
         for key in part.early:
             rows, first = _rows_in(part, key)
             summed_NT = directions.add([self._name(key)], part.latents_RTD[rows], first=[first], kept=self._kept)
             for row, summed_T in zip(rows, summed_NT.tolist(), strict=True):
                 compared[row] = summed_T[: len(compared[row])]
-        field = table.schema.field(column)
-        return part.with_table(table.set_column(column, field, pa.array(compared, field.type)))
+        return _with_dissimilarity(part, compared)
 
 
 def _rows_in(part: Part, key: str) -> tuple[list[int], int]:
     """The rows of a question in a part, and the number of its first rollout there."""
     rows = [row for row, (own, _) in enumerate(part.places) if own == key]
     return rows, part.places[rows[0]][1]
+
+
+def _with_dissimilarity(part: Part, values: Sequence[Any]) -> Part:
+    """A part whose rows have other values of that column."""
+    assert part.make_table is not None
+    table = part.make_table()
+    column = table.column_names.index("dissimilarity")
+    field = table.schema.field(column)
+    return part.with_table(table.set_column(column, field, pa.array(values, field.type)))

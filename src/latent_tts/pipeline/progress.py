@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,46 +15,31 @@ from latent_tts.results.report import ProgressBar
 MAX_SHARE = 0.98  # of a batch that is not done yet
 
 
-class BatchProgress:
-    """Moves a bar after each forward pass of a model.
+@contextmanager
+def batch_progress(
+    bar: ProgressBar, model: nn.Module, shape: Shape, jobs: Sequence[RolloutJob], max_flops: float
+) -> Iterator[None]:
+    """Move a bar after each forward pass of a model while a batch is computed, and past the batch afterwards.
 
-    A pass counts by the operations of its blocks. What a batch takes is estimated at first as if every answer were as
-    long as allowed, then by what the batches before it took.
+    A pass counts by the operations of its blocks.
+
+    Args:
+        bar: its total is the number of rollouts.
+        model: whose passes count.
+        shape: of the model.
+        jobs: the batch.
+        max_flops: operations that it takes at most.
     """
+    rows, flops = sum(len(job.rollouts) for job in jobs), 0.0
 
-    def __init__(
-        self, bar: ProgressBar, model: nn.Module, shape: Shape, max_flops: Callable[[RolloutJob], float]
-    ) -> None:
-        """Prepare the bar of a stage.
+    def count(_module: nn.Module, _arguments: Any, output: Any) -> None:
+        nonlocal flops
+        flops += output[0].shape[0] * output[0].shape[1] * shape.pass_flops(1, 0)
+        bar.show_part(rows * min(MAX_SHARE, flops / max_flops))
 
-        Args:
-            bar: its total is the number of rollouts.
-            model: whose passes count.
-            shape: of the model.
-            max_flops: operations that a job takes at most.
-        """
-        self._bar, self._model, self._shape, self._max_flops = bar, model, shape, max_flops
-        self._ratio = 1.0  # of what a batch took to what it takes at most
-        self._flops = 0.0  # of the batch so far
-
-    @contextmanager
-    def batch(self, jobs: Sequence[RolloutJob]) -> Iterator[None]:
-        """Move the bar while a batch is computed, and to its end afterwards."""
-        rows, most = sum(len(job.rollouts) for job in jobs), sum(map(self._max_flops, jobs))
-        self._flops = 0.0
-
-        def count(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            positions = output[0].shape[0] * output[0].shape[1]
-            self._flops += positions * self._shape.pass_flops(1, 0)
-            self._bar.show_part(rows * min(MAX_SHARE, self._flops / (most * self._ratio)))
-
-        if not self._bar.visible:
+    if bar.visible:
+        with model.register_forward_hook(count):
             yield
-        else:
-            hook = self._model.register_forward_hook(count)
-            try:
-                yield
-            finally:
-                hook.remove()
-            self._ratio = self._flops / most or 1.0
-        self._bar.advance(rows)
+    else:
+        yield
+    bar.advance(rows)

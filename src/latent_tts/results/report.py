@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -57,52 +57,44 @@ def stderr_console() -> Console:
 def log_handler() -> logging.Handler:
     """The console handler of Hydra's logging configs."""
     handler = LineHandler()
-    handler.setFormatter(PrintableFormatter("%(levelname)s %(message)s"))
-    handler.addFilter(OncePerSweep())
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    handler.addFilter(is_new_in_sweep)
     return handler
 
 
 class LineHandler(logging.Handler):
-    """Writes records to stderr as they are: no line is broken, and nothing but the level of a warning has a colour."""
+    """Writes records to stderr: no line is broken, and nothing but the level of a warning has a colour.
+
+    Control characters are written out. Jobs of a sweep, which Hydra sets off by a tab, are named.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
-        text = Text(self.format(record))
+        text = Text(printable(JOB_LINE.sub(r"job \1: ", self.format(record))))
         if record.levelno >= logging.WARNING:
             text.stylize("yellow", 0, len(record.levelname))
         stderr_console().print(text, soft_wrap=True)
 
 
-class PrintableFormatter(logging.Formatter):
-    """Writes control characters out, and names the jobs of a sweep, which Hydra sets off by a tab."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
-        return printable(JOB_LINE.sub(r"job \1: ", super().format(record)))
-
-
-class OncePerSweep(logging.Filter):
-    """Lets a warning of a sweep's jobs through once; one that differs only in numbers is the same.
+def is_new_in_sweep(record: logging.LogRecord) -> bool:
+    """Whether a record is no warning that a job of the sweep has written; one that differs only in numbers is the same.
 
     A record with the attribute `once` is treated like a warning.
     """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is to be written."""
-        seen = os.environ.get(SEEN_WARNINGS)
-        if seen is None or not (record.levelno >= logging.WARNING or getattr(record, "once", False)):
-            return True
-        words = re.sub(r"[0-9][0-9.e+-]*", "#", record.getMessage())
-        try:
-            Path(seen, text_digest(words)).touch(exist_ok=False)
-        except OSError as error:  # others than this one where a job on another machine does not see the folder
-            return not isinstance(error, FileExistsError)
+    seen = os.environ.get(SEEN_WARNINGS)
+    if seen is None or not (record.levelno >= logging.WARNING or getattr(record, "once", False)):
         return True
+    words = re.sub(r"[0-9][0-9.e+-]*", "#", record.getMessage())
+    try:
+        Path(seen, text_digest(words)).touch(exist_ok=False)
+    except OSError as error:  # others than this one where a job on another machine does not see the folder
+        return not isinstance(error, FileExistsError)
+    return True
 
 
 @contextmanager
 def warnings_once() -> Iterator[None]:
-    """Within this context each warning is written once, by whichever process comes first; see `OncePerSweep`."""
+    """Within this context each warning is written once, by whichever process comes first; see `is_new_in_sweep`."""
     with TemporaryDirectory(prefix="latent_tts_") as folder:
         os.environ[SEEN_WARNINGS] = folder
         try:
@@ -251,9 +243,9 @@ def print_columns(title: str, keys: Sequence[Column], columns: Sequence[Column],
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=UNLIMITED)
-    ruled = console.is_terminal and encodes(console, "─")
+    ruled = console.is_terminal and not console.options.ascii_only
     tables, narrow = fitting_tables(keys, columns, console.width)
-    console.print(_text(title.replace("\n", "\\n"), console, "bold" if console.is_terminal else ""))
+    console.print(_text(title.replace("\n", "\\n"), console, "bold"))
     for table in tables:
         grid = Table(
             box=box.SIMPLE_HEAD if ruled else None, show_edge=False, pad_edge=False,
@@ -268,7 +260,7 @@ def print_columns(title: str, keys: Sequence[Column], columns: Sequence[Column],
             console.print(grid)
         print("\n".join(line.rstrip() for line in captured.get().splitlines()), flush=True)
     for note in notes:
-        console.print(_text(note, console, "dim" if console.is_terminal else ""), soft_wrap=True)
+        console.print(_text(note, console, "dim"), soft_wrap=True)
 
 
 def fitting_tables(keys: Sequence[Column], columns: Sequence[Column], width: int) -> tuple[list[list[Column]], bool]:
@@ -279,36 +271,19 @@ def fitting_tables(keys: Sequence[Column], columns: Sequence[Column], width: int
         return sum(column.width(narrow=narrow) + GAP for column in shown) - GAP <= width
 
     left = list(columns)
-    while True:
-        for narrow in (False, True):
-            if fits(left, narrow=narrow):
-                return [[*keys, *left]], narrow
-        spare = max(left, key=lambda column: column.spare, default=None)
-        if spare is None or spare.spare == 0:
-            break
-        left.remove(spare)
+    while not fits(left, narrow=True) and any(column.spare for column in left):
+        left.remove(max(left, key=lambda column: column.spare))
     tables: list[list[Column]] = [[]]
     for column in left:
         if tables[-1] and not fits([*tables[-1], column], narrow=True):
             tables.append([])
         tables[-1].append(column)
-    return [[*keys, *table] for table in tables], True
+    return [[*keys, *table] for table in tables], not fits(left, narrow=False)
 
 
 def _text(text: str, console: Console, style: str = "") -> Text:
-    """A text without control characters, in ASCII where the console's encoding lacks the sign ±."""
-    if not encodes(console, "±"):
-        text = text.replace("±", "+-")
-    return Text(printable(text), style)
-
-
-def encodes(console: Console, signs: str) -> bool:
-    """Whether a console can show some signs."""
-    try:
-        signs.encode(console.encoding)
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
+    """A text without control characters, its sign ± in ASCII where the console's encoding is not of Unicode."""
+    return Text(printable(text.replace("±", "+-") if console.options.ascii_only else text), style)
 
 
 def print_line(text: str) -> None:
@@ -436,14 +411,10 @@ def print_runs(paths: Sequence[Path]) -> None:
     Raises:
         UsageError: there are none.
     """
-    chosen = list(paths) or [Path(name) for name in OUTPUT_FOLDERS if Path(name).is_dir()]
     folders = []
-    for path in chosen:
-        try:
-            folders += run_folders(path, "runs")
-        except UsageError:
-            if paths:
-                raise
+    for path in paths or map(Path, OUTPUT_FOLDERS):
+        with nullcontext() if paths else suppress(UsageError):
+            folders += run_folders(path)
     if not folders:
         raise UsageError(f"no run in {' or '.join(OUTPUT_FOLDERS)}; `ltts list runs FOLDER` looks in FOLDER")
     ages = {folder: time.time() - folder.stat().st_mtime for folder in dict.fromkeys(folders)}

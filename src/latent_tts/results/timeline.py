@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from latent_tts.results.files import write_csv
@@ -42,15 +43,15 @@ def describe_timeline(spans: Sequence[Span]) -> dict[str, Any]:
         the last worker).
     """
     table = pd.DataFrame(spans)
-    first, last = table["started"].min(), table["ended"].max()
-    per_worker = table.assign(busy=table["ended"] - table["started"]).groupby("worker")
-    ends = per_worker["ended"].max()
+    seconds = float(table["ended"].max() - table["started"].min())
+    ends = table.groupby("worker")["ended"].max()
+    busy = (table["ended"] - table["started"]).groupby(table["worker"]).sum()
     return {
         "workers": len(ends),
         "shards": len(table),
         "lost": int((table["rows"] == 0).sum()),
-        "seconds": float(last - first),
-        "busy": [float(share) for share in per_worker["busy"].sum() / max(last - first, 1e-9)],
+        "seconds": seconds,
+        "busy": (busy / max(seconds, 1e-9)).tolist(),
         "ended_apart": float(ends.max() - ends.min()),
     }
 
@@ -69,20 +70,18 @@ def _draw(path: Path, table: pd.DataFrame) -> None:
     from matplotlib.figure import Figure
 
     workers = sorted(table["worker"].unique())[:MAX_DRAWN_WORKERS]
+    drawn = table[table["worker"].isin(workers)]
+    lost = drawn["rows"] == 0
+    blue = np.where(drawn.groupby("worker").cumcount() % 2, "#56b4e9", "#0072b2")
     figure = Figure(figsize=(9, min(MAX_HEIGHT, 1.2 + 0.3 * len(workers))), layout="constrained")
     axes = figure.subplots()
-    for place, worker in enumerate(workers):
-        own = table[table["worker"] == worker]
-        for lost, rows in own.groupby(own["rows"] == 0):
-            spans = list(zip(rows["started"], rows["ended"] - rows["started"], strict=True))
-            face = "none" if lost else [("#0072b2", "#56b4e9")[index % 2] for index in range(len(spans))]
-            axes.broken_barh(spans, (place - 0.4, 0.8), facecolors=face, edgecolor="#d55e00" if lost else "none")
-    axes.set_yticks(range(len(workers)), [str(worker) for worker in workers])
-    axes.set_xlim(0, table["ended"].max())
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
-    axes.set_ylabel("worker")
+    axes.barh(
+        drawn["worker"].map(workers.index), drawn["ended"] - drawn["started"], left=drawn["started"],
+        color=np.where(lost, "none", blue), edgecolor=np.where(lost, "#d55e00", "none"),
+    )  # fmt: skip
     count = table["worker"].nunique()
     shown = "" if count == len(workers) else f", of which {len(workers)} are shown"
     axes.set_title(f"{len(table)} shards on {count} workers{shown}", fontsize=9)
+    axes.set_yticks(range(len(workers)), workers)
+    axes.set(xlabel="seconds", ylabel="worker", xlim=(0, table["ended"].max()), ylim=(len(workers) - 0.5, -0.5))
     save_figure(figure, [path])

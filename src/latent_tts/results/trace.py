@@ -42,20 +42,6 @@ class Lens:
 
 
 @dataclass(frozen=True)
-class Timeline:
-    """What the sweeps of a schedule did, S of them (`schedule.Sweep`).
-
-    Attributes:
-        first_NS, stop_NS: latents first..stop-1, counted from 0, were computed; none where both are equal.
-        final_NS: how many latents were final afterwards.
-    """
-
-    first_NS: Int64
-    stop_NS: Int64
-    final_NS: Int64
-
-
-@dataclass(frozen=True)
 class TracedRollouts:
     """Rollouts of a question under one sampler.
 
@@ -70,7 +56,9 @@ class TracedRollouts:
         step_scores_NT: None without a scorer; NaN beyond a rollout's latents.
         score_N: None without a scorer.
         counts: `sweeps`, `commits` and `conflicts` of each rollout.
-        timeline: of the schedule.
+        sweeps_3NS: `first`, `stop` and `final` of the sweeps of the schedule, S of them (`schedule.Sweep`): the
+            latents first..stop-1, counted from 0, were computed, none where both are equal; afterwards so many latents
+            were final.
         lens: of the latents.
     """
 
@@ -84,7 +72,7 @@ class TracedRollouts:
     step_scores_NT: Float32 | None
     score_N: Floats | None
     counts: dict[str, list[int]]
-    timeline: Timeline
+    sweeps_3NS: Int64
     lens: Lens
 
     @property
@@ -95,25 +83,8 @@ class TracedRollouts:
     @property
     def spelled_TG(self) -> Float64:
         """Share of the rollouts that have a latent in which it says the result of a step; NaN where none has it."""
-        own_NT = own_latents(self.steps_N, self.latents_NTD.shape[1])
-        count_T = own_NT.sum(0)
-        spelled_TG = self.lens.spells_NTG.sum(0).astype(np.float64)
-        return np.divide(spelled_TG, count_T[:, None], where=count_T[:, None] > 0, out=np.full_like(spelled_TG, np.nan))
-
-
-@dataclass(frozen=True)
-class AnswerCount:
-    """An answer with the number of rollouts that gave it.
-
-    Attributes:
-        answer: `unreadable` for None.
-        count: of rollouts.
-        kind: see `KINDS`.
-    """
-
-    answer: str
-    count: int
-    kind: str
+        with np.errstate(invalid="ignore"):
+            return self.lens.spells_NTG.sum(0) / own_latents(self.steps_N, self.latents_NTD.shape[1]).sum(0)[:, None]
 
 
 @dataclass(frozen=True)
@@ -124,13 +95,13 @@ class LatentMap:
         method: one of `MAPS`.
         step: the latent whose values are on the map, from 0; None for all latents.
         points: for each sampler (N, T, 2), or (N, 1, 2) with one step; NaN beyond a rollout's latents.
-        explained: shares of the variance along both axes; None for t-SNE.
+        explained_2: shares of the variance along both axes; None for t-SNE.
     """
 
     method: str
     step: int | None
     points: list[Float64]
-    explained: tuple[float, float] | None
+    explained_2: Float64 | None
 
 
 @dataclass(frozen=True)
@@ -190,31 +161,25 @@ class TracedQuestion:
         return self.samplers[-1]
 
     @property
-    def voted(self) -> str | None:
-        """The most frequent answer, the first of equally frequent ones; None where none can be read."""
-        counts = Counter(answer for answer in self.rollouts.predictions if answer is not None)
-        return counts.most_common(1)[0][0] if counts else None
-
-    @property
-    def votes(self) -> list[AnswerCount]:
-        """How many rollouts gave each answer, the most frequent first, unreadable ones last."""
+    def votes(self) -> list[tuple[str, int, str]]:
+        """Each answer, how many rollouts gave it, and its kind; the most frequent first, `unreadable` last."""
         kinds = dict(zip(self.rollouts.predictions, self.kinds(0), strict=True))
-        counts = Counter(self.rollouts.predictions)
-        unreadable = counts.pop(None, 0)
-        votes = [AnswerCount(str(answer), count, kinds[answer]) for answer, count in counts.most_common()]
-        return votes + ([AnswerCount(UNREADABLE, unreadable, kinds[None])] if unreadable else [])
+        counts = sorted(Counter(self.rollouts.predictions).most_common(), key=lambda each: each[0] is None)
+        return [(UNREADABLE if answer is None else answer, count, kinds[answer]) for answer, count in counts]
 
     def kinds(self, place: int) -> list[str]:
         """The kind of each rollout of `samplers[place]`, see `KINDS`."""
         own = self.samplers[place]
         if own.correct_N is not None:
             return ["right" if correct else "wrong" for correct in own.correct_N]
-        return ["voted" if answer is not None and answer == self.voted else "other" for answer in own.predictions]
+        counts = Counter(answer for answer in self.rollouts.predictions if answer is not None)
+        voted = [answer for answer, _ in counts.most_common(1)]  # the first of equally frequent ones
+        return ["voted" if answer in voted else "other" for answer in own.predictions]
 
     @property
     def votes_text(self) -> str:
         """The votes as people read them: `8 (12), 9 (3), unreadable (1)`."""
-        return ", ".join(f"{vote.answer} ({vote.count})" for vote in self.votes)
+        return ", ".join(f"{answer} ({count})" for answer, count, _ in self.votes)
 
     @property
     def shown_rollout(self) -> int:
@@ -244,8 +209,8 @@ class TracedQuestion:
 
     def drift_and_spread(self, place: int) -> tuple[Float64, Float64]:
         """Of the rollouts of `samplers[place]`; see `drift_and_spread`."""
-        chosen, anchor = self.samplers[place], self.deterministic
-        return drift_and_spread(chosen.latents_NTD, chosen.steps_N, anchor.latents_NTD[0], int(anchor.steps_N[0]))
+        chosen = self.samplers[place]
+        return drift_and_spread(chosen.latents_NTD, chosen.steps_N, self.deterministic.latents_NTD[0])
 
 
 @dataclass(frozen=True)
@@ -277,20 +242,18 @@ def own_latents(steps_N: Int64, latents: int) -> Bools:
     return np.arange(latents) < np.asarray(steps_N)[:, None]
 
 
-def principal_axes(values_XD: Floats) -> tuple[Float64, Float64, tuple[float, float]]:
-    """The mean (D), the two axes (2, D) of largest variance, and the shares of it that they have.
+def principal_components(values_XD: Floats) -> tuple[Float64, Float64]:
+    """Values on the two axes of largest variance (X, 2), from their mean, and the shares of the variance (2).
 
     The largest component of an axis is positive, so that a map is not mirrored by rounding.
     """
-    values_XD = np.asarray(values_XD, dtype=np.float64)
-    mean_D = values_XD.mean(0)
-    _, size, axes = np.linalg.svd(values_XD - mean_D, full_matrices=False)
-    axes_2D, size_2 = np.zeros((2, values_XD.shape[1])), np.zeros(2)
-    axes_2D[: len(axes)], size_2[: len(size)] = axes[:2], size[:2]
+    centred_XD = values_XD - np.mean(values_XD, axis=0, dtype=np.float64)
+    axes = np.linalg.svd(centred_XD, full_matrices=False)[2][:2]
+    axes_2D = np.pad(axes, ((0, 2 - len(axes)), (0, 0)))
     axes_2D *= np.sign(np.take_along_axis(axes_2D, np.abs(axes_2D).argmax(1)[:, None], 1) + 1e-300)
-    total = float(np.square(size).sum())
-    first, second = (float(value) for value in (np.square(size_2) / total if total else size_2))
-    return mean_D, axes_2D, (first, second)
+    points_X2 = centred_XD @ axes_2D.T
+    total = np.square(centred_XD).sum()
+    return points_X2, np.square(points_X2).sum(0) / (total or 1.0)
 
 
 def draw_map(method: str, samplers: Sequence[TracedRollouts], step: int | None = None) -> LatentMap:
@@ -300,43 +263,30 @@ def draw_map(method: str, samplers: Sequence[TracedRollouts], step: int | None =
         ImportError: `tsne` without scikit-learn.
     """
     chosen = slice(None) if step is None else slice(step, step + 1)
-    own = [own_latents(each.steps_N, each.latents_NTD.shape[1])[:, chosen] for each in samplers]
-    values_XD = np.concatenate(
-        [each.latents_NTD[:, chosen][there] for each, there in zip(samplers, own, strict=True)]
-    ).astype(np.float64)
-    explained = None
-    if method == "pca":
-        mean_D, axes_2D, explained = principal_axes(values_XD)
-        points_X2 = (values_XD - mean_D) @ axes_2D.T
-    else:
-        points_X2 = neighbour_embedding(values_XD)
-    points, start = [], 0
-    for there in own:
-        points_NT2 = np.full((*there.shape, 2), np.nan)
-        points_NT2[there] = points_X2[start : start + there.sum()]
-        points.append(points_NT2)
-        start += int(there.sum())
-    return LatentMap(method, step, points, explained)
+    latents_XTD = np.concatenate([each.latents_NTD for each in samplers])[:, chosen]
+    steps_X = np.concatenate([each.steps_N for each in samplers])
+    own_XT = own_latents(steps_X, samplers[0].latents_NTD.shape[1])[:, chosen]
+    points_X2, explained = principal_components(latents_XTD[own_XT])
+    points_XT2 = np.full((*own_XT.shape, 2), np.nan)
+    points_XT2[own_XT] = points_X2 if method == "pca" else neighbour_embedding(latents_XTD[own_XT], points_X2)
+    ends = np.cumsum([len(each.steps_N) for each in samplers])
+    return LatentMap(method, step, np.split(points_XT2, ends[:-1]), explained if method == "pca" else None)
 
 
-def neighbour_embedding(values_XD: Float64) -> Float64:
+def neighbour_embedding(values_XD: Float32, start_X2: Float64) -> Float64:
     """t-SNE (X, 2), begun at the principal components, so that nothing of it is random; zeros for fewer than four."""
     from sklearn.manifold import TSNE
 
-    count = len(values_XD)
-    if count < 4 or not np.ptp(values_XD, axis=0).any():
+    count, width = len(values_XD), start_X2[:, 0].std()
+    if count < 4 or not width:
         return np.zeros((count, 2))
+    start: Any = (1e-4 / width * start_X2).astype(np.float32)
     perplexity = min(MAX_PERPLEXITY, (count - 1) / 3)
-    mean_D, axes_2D, _ = principal_axes(values_XD)
-    start_X2 = (values_XD - mean_D) @ axes_2D.T
-    start_X2 *= 1e-4 / start_X2[:, 0].std()
-    made = TSNE(perplexity=perplexity, init=start_X2.astype(np.float32), method="exact", random_state=0)
-    return made.fit_transform(values_XD.astype(np.float32)).astype(np.float64)
+    made = TSNE(perplexity=perplexity, init=start, method="exact", random_state=0)
+    return made.fit_transform(values_XD).astype(np.float64)
 
 
-def drift_and_spread(
-    latents_NTD: Floats, steps_N: Int64, deterministic_TD: Floats, deterministic_steps: int
-) -> tuple[Float64, Float64]:
+def drift_and_spread(latents_NTD: Floats, steps_N: Int64, deterministic_TD: Floats) -> tuple[Float64, Float64]:
     """How far rollouts are from the deterministic one, per latent, in multiples of the deterministic latent's norm.
 
     The mean of a few rollouts is off by chance; the part that their spread explains is subtracted, which makes the
@@ -345,24 +295,25 @@ def drift_and_spread(
     Args:
         latents_NTD: of the rollouts.
         steps_N: how many each has.
-        deterministic_TD: the latents without randomness.
-        deterministic_steps: how many there are.
+        deterministic_TD: the latents without randomness, zeros beyond its own.
 
     Returns:
         The drift (T): distance of the rollouts' mean from the deterministic latent, 0 where chance explains it. The
         spread (T): root mean square distance of rollouts from their mean. NaN where fewer than two rollouts, or the
         deterministic one, have no such latent.
     """
-    latents = deterministic_TD.shape[0]
-    own_NT = own_latents(steps_N, latents)
-    drift_T, spread_T = np.full(latents, np.nan), np.full(latents, np.nan)
-    for step in range(deterministic_steps):
-        values_ND = np.asarray(latents_NTD[own_NT[:, step], step], dtype=np.float64)
-        anchor_D = np.asarray(deterministic_TD[step], dtype=np.float64)
-        count, size = len(values_ND), np.linalg.norm(anchor_D)
-        if count > 1 and size:
-            mean_D = values_ND.mean(0)
-            variance = np.square(values_ND - mean_D).sum() / (count - 1)
-            drift_T[step] = np.sqrt(max(np.square(mean_D - anchor_D).sum() - variance / count, 0.0)) / size
-            spread_T[step] = np.sqrt(variance) / size
-    return drift_T, spread_T
+    own_NT, anchor_TD = own_latents(steps_N, len(deterministic_TD)), deterministic_TD.astype(np.float64)
+    size_T1 = np.linalg.norm(anchor_TD, axis=1, keepdims=True)
+    offset_NTD = np.where(own_NT[..., None], (latents_NTD - anchor_TD) / np.where(size_T1, size_T1, np.nan), 0.0)
+    count_T = np.where(own_NT.sum(0) > 1, own_NT.sum(0), np.nan)
+    mean_TD = offset_NTD.sum(0) / count_T[:, None]
+    variance_T = (np.square(offset_NTD - mean_TD).sum(2) * own_NT).sum(0) / (count_T - 1)
+    drift_T = np.sqrt(np.maximum(np.square(mean_TD).sum(1) - variance_T / count_T, 0))
+    return drift_T, np.sqrt(variance_T)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number in a table; empty for none."""
+    if value is None or not np.isfinite(value):
+        return ""
+    return f"{value:.{digits}g}" if abs(value) < 10 else f"{value:.1f}"

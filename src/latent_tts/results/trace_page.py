@@ -10,13 +10,14 @@ import base64
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from latent_tts.results.trace import Trace, TracedQuestion, TracedRollouts
+from latent_tts.results.trace import Trace, TracedQuestion, TracedRollouts, number
 
 TEMPLATES = Path(__file__).parent / "templates"
 ESCAPED = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
@@ -29,7 +30,7 @@ def render_page(trace: Trace) -> str:
         loader=FileSystemLoader(TEMPLATES, encoding="utf-8"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    templates.filters |= {"number": number, "percent": percent, "signed": signed}
+    templates.filters["number"] = partial(number, digits=3)
     script = (TEMPLATES / "trace.js").read_text(encoding="utf-8")
     data = {
         "vocabulary": trace.vocabulary,
@@ -70,7 +71,7 @@ def question_data(question: TracedQuestion) -> dict[str, Any]:
                 "method": each.method,
                 "step": each.step,
                 "points": [plain(points) for points in each.points],
-                "explained": each.explained,
+                "explained": plain(each.explained_2),
             }
             for each in question.maps
         ],
@@ -80,7 +81,6 @@ def question_data(question: TracedQuestion) -> dict[str, Any]:
 
 def rollouts_data(rollouts: TracedRollouts) -> dict[str, Any]:
     """What it reads of the rollouts of a sampler."""
-    timeline = rollouts.timeline
     return {
         "name": rollouts.sampler,
         "steps": plain(rollouts.steps_N),
@@ -89,9 +89,7 @@ def rollouts_data(rollouts: TracedRollouts) -> dict[str, Any]:
         "scores": plain(rollouts.score_N),
         "stepScores": plain(rollouts.step_scores_NT),
         "counts": rollouts.counts,
-        "first": plain(timeline.first_NS),
-        "stop": plain(timeline.stop_NS),
-        "final": plain(timeline.final_NS),
+        "sweeps": dict(zip(("first", "stop", "final"), plain(rollouts.sweeps_3NS), strict=True)),
         "tokens": plain(rollouts.lens.token_NTK),
         "probabilities": plain(rollouts.lens.probability_NTK),
         "ranks": plain(rollouts.lens.rank_NTG),
@@ -100,26 +98,8 @@ def rollouts_data(rollouts: TracedRollouts) -> dict[str, Any]:
 
 def plain(values: Any) -> Any:
     """An array as lists of numbers with few digits; None for NaN, and for None."""
-    if values is None:
-        return None
-    if isinstance(values, np.ndarray | list):
+    if isinstance(values, np.ndarray):
         return [plain(each) for each in values]
-    value = float(values)
-    if not math.isfinite(value):
+    if values is None or not math.isfinite(values):
         return None
-    return int(value) if value.is_integer() else float(f"{value:.{DIGITS}g}")
-
-
-def number(value: float | None) -> str:
-    """A number in a table; empty for none."""
-    return "" if value is None or not math.isfinite(value) else f"{value:.3g}"
-
-
-def signed(value: float) -> str:
-    """A number with its sign."""
-    return f"{value:+.2f}"
-
-
-def percent(value: float) -> str:
-    """A share in percent; empty for none."""
-    return "" if not math.isfinite(value) else f"{100 * value:.0f}"
+    return int(values) if values == int(values) else float(f"{values:.{DIGITS}g}")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from latent_tts.errors import printable
 from latent_tts.results import report
-from latent_tts.results.trace import KINDS, LatentMap, Trace, TracedQuestion, TracedRollouts
+from latent_tts.results.trace import KINDS, UNREADABLE, LatentMap, Trace, TracedQuestion, TracedRollouts, number
 from latent_tts.types import Float64
 
 MAP_WIDTH, MAP_HEIGHT = 96, 18
@@ -30,7 +30,7 @@ STEPS = string.digits[1:] + string.ascii_letters  # what marks the latents of th
 def print_trace(trace: Trace) -> None:
     """Print what is to be seen of each question, and a table that holds them side by side."""
     console = Console(highlight=False)
-    signs = SIGNS if report.encodes(console, "".join(SIGNS.values())) else ASCII
+    signs = ASCII if console.options.ascii_only else SIGNS
     report.print_line(", ".join(f"{key} {value}" for key, value in trace.about.items()))
     for question in trace.questions:
         print()
@@ -53,7 +53,9 @@ def print_question(trace: Trace, question: TracedQuestion, console: Console, sig
         print()
         report.print_columns("drift from the deterministic latents, and spread, in norms of those", keys, columns)
     print()
-    report.print_columns(f"rollouts of {question.rollouts.sampler}", *rollouts_table(trace, question))
+    more = len(question.listed) - MAX_ROWS - 1
+    left_out = [f"{report.counted(more, 'more rollout')} on the page"] if more > 0 else []
+    report.print_columns(f"rollouts of {question.rollouts.sampler}", *rollouts_table(trace, question), notes=left_out)
     if trace.schedule != "sequential":
         print()
         for line in timeline_lines(question, signs):
@@ -146,38 +148,34 @@ def depends_on(relative_T: Float64, threshold: float) -> str:
 
 def rollouts_table(trace: Trace, question: TracedQuestion) -> tuple[list[report.Column], list[report.Column]]:
     """A row per rollout: answer, score, what its latents say, counts of the schedule."""
-    listed, left_out = question.listed[: MAX_ROWS + 1], len(question.listed) - MAX_ROWS - 1
-    rows = [(question.samplers[place], number, label) for place, number, label in listed]
-    more = [f"... {left_out} more"] if left_out > 0 else []
-
-    def column(name: str, cells: list[str], spare: int = 0, *, left: bool = False) -> report.Column:
-        return report.Column(name, cells + [""] * len(more), spare, left=left)
-
-    columns = [column("answer", ["unreadable" if (text := own.predictions[i]) is None else text for own, i, _ in rows])]
+    listed = question.listed[: MAX_ROWS + 1]
+    rows = [(question.samplers[place], rollout) for place, rollout, _ in listed]
+    answers = [own.predictions[i] for own, i in rows]
+    columns = [report.Column("answer", [UNREADABLE if answer is None else answer for answer in answers])]
     if question.gold is not None:
-        columns.append(column("right", ["yes" if own.correct_N and own.correct_N[i] else "no" for own, i, _ in rows]))
+        right = ["yes" if own.correct_N and own.correct_N[i] else "no" for own, i in rows]
+        columns.append(report.Column("right", right))
     if question.rollouts.score_N is not None:
-        columns.append(column("score", [number(None if own.score_N is None else own.score_N[i]) for own, i, _ in rows]))
-    says = [" ".join(said(trace, own, latent, i) for latent in range(own.steps_N[i])) for own, i, _ in rows]
-    columns.append(column("latents say", says, left=True))
+        scores = [number(None if own.score_N is None else own.score_N[i]) for own, i in rows]
+        columns.append(report.Column("score", scores))
+    says = [" ".join(said(trace, own, latent, i) for latent in range(own.steps_N[i])) for own, i in rows]
+    columns.append(report.Column("latents say", says, left=True))
     for name in question.rollouts.counts if trace.schedule != "sequential" else ():
-        columns.append(column(name, [str(own.counts[name][i]) for own, i, _ in rows], 1))
-    return [report.Column("rollout", [label for *_, label in rows] + more, left=True)], columns
+        columns.append(report.Column(name, [str(own.counts[name][i]) for own, i in rows], 1))
+    return [report.Column("rollout", [label for *_, label in listed], left=True)], columns
 
 
 def map_lines(question: TracedQuestion, drawn: LatentMap, width: int, signs: dict[str, str]) -> Iterator[Text]:
     """A map as lines of text: what comes later lies above."""
     points = [each.reshape(-1, 2) for each in drawn.points]
-    flat = np.concatenate(points)
-    flat = flat[np.isfinite(flat).all(1)]
-    low_2, high_2 = flat.min(0), flat.max(0)
+    low_2, high_2 = (bound(np.concatenate(points), axis=0) for bound in (np.nanmin, np.nanmax))
     span_2 = np.where(high_2 > low_2, high_2 - low_2, 1.0)
-    cells: dict[tuple[int, int], tuple[str, str]] = {}
+    cells = [[(" ", "")] * width for _ in range(MAP_HEIGHT)]
 
     def put(point_2: Float64, sign: str, style: str) -> None:
         if np.isfinite(point_2).all():
             across, up = (point_2 - low_2) / span_2
-            cells[round((1 - up) * (MAP_HEIGHT - 1)), round(across * (width - 1))] = sign, style
+            cells[round((1 - up) * (MAP_HEIGHT - 1))][round(across * (width - 1))] = sign, style
 
     anchor = len(drawn.points) - 1
     for point_2 in points[1] if anchor > 1 else ():
@@ -187,17 +185,16 @@ def map_lines(question: TracedQuestion, drawn: LatentMap, width: int, signs: dic
             put(point_2, signs[kind], STYLES[kind])
     for latent, point_2 in enumerate(points[anchor]):
         put(point_2, STEPS[(drawn.step or latent) % len(STEPS)], STYLES["deterministic"])
-    for row in range(MAP_HEIGHT):
-        line, filled = Text(), [column for at, column in cells if at == row]
-        for column in range(max(filled, default=-1) + 1):
-            line.append(*cells.get((row, column), (" ", "")))
+    for row in cells:
+        line = Text.assemble(*row)
+        line.rstrip()
         yield line
 
 
 def legend(question: TracedQuestion, drawn: LatentMap, signs: dict[str, str]) -> str:
     """What the marks of a map mean."""
     own = question.rollouts
-    axes = "t-SNE" if drawn.explained is None else f"PCA, {100 * sum(drawn.explained):.0f} % of the variance"
+    axes = "t-SNE" if drawn.explained_2 is None else f"PCA, {100 * sum(drawn.explained_2):.0f} % of the variance"
     kinds = ("voted", "other") if own.correct_N is None else ("right", "wrong")
     marks = [f"{signs[kind]} {own.sampler}, {KINDS[kind]}" for kind in kinds]
     marks += [f"{signs['beside']} {question.samplers[1].sampler}"] * (len(question.samplers) > 2)
@@ -206,24 +203,21 @@ def legend(question: TracedQuestion, drawn: LatentMap, signs: dict[str, str]) ->
 
 def timeline_lines(question: TracedQuestion, signs: dict[str, str]) -> Iterator[Text]:
     """The sweeps of a rollout, the one that best_of_n picks if there is one: a line per sweep."""
-    timeline, rollout = question.rollouts.timeline, question.shown_rollout
+    rollout, before = question.shown_rollout, 0
+    sweeps_S3 = question.rollouts.sweeps_3NS[:, rollout].T
     yield Text(
         f"sweeps of rollout {rollout}: {signs['commit']} final after it, {signs['conflict']} computed from a guess, "
         f"not final, {signs['kept']} final before"
     )
-    before = 0
-    for sweep, (first, stop, final) in enumerate(
-        zip(timeline.first_NS[rollout], timeline.stop_NS[rollout], timeline.final_NS[rollout], strict=True)
-    ):
-        if first == stop:
-            continue
-        line = Text(f"{sweep + 1:>4}  ")
-        for latent in range(timeline.stop_NS[rollout].max()):
-            kind = "kept" if latent < before else "free" if not first <= latent < stop else "commit"
-            kind = "conflict" if kind == "commit" and latent >= final else kind
-            line.append(signs[kind] + " ", STYLES.get(kind, "dim"))
-        yield line
-        before = final
+    for sweep, (first, stop, final) in enumerate(sweeps_S3):
+        if first < stop:
+            line = Text(f"{sweep + 1:>4}  ")
+            for latent in range(sweeps_S3[:, 1].max()):
+                made = "commit" if latent < final else "conflict"
+                kind = "kept" if latent < before else made if first <= latent < stop else "free"
+                line.append(signs[kind] + " ", STYLES.get(kind, "dim"))
+            yield line
+            before = final
 
 
 def print_side_by_side(trace: Trace) -> None:
@@ -246,10 +240,3 @@ def print_side_by_side(trace: Trace) -> None:
     report.print_columns(
         "side by side", [report.Column("question", [each.id for each in questions], left=True)], columns
     )
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A number in a table; empty for none."""
-    if value is None or not np.isfinite(value):
-        return ""
-    return f"{value:.{digits}g}" if abs(value) < 10 else f"{value:.1f}"

@@ -327,7 +327,7 @@
     }
 
     drawTimeline() {
-      const { first, stop, final, counts } = this.chosen;
+      const { counts, sweeps: { first, stop, final } } = this.chosen;
       const sweeps = range(first[this.rollout].length).filter((sweep) => stop[this.rollout][sweep] > first[this.rollout][sweep]);
       const latents = range(Math.max(this.latents, ...sweeps.map((sweep) => stop[this.rollout][sweep])));
       const size = Math.min(64, (WIDTH - 76) / Math.max(latents.length, 1)), row = 26;
