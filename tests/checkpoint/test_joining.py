@@ -47,7 +47,7 @@ def written(request, tmp_path_factory):
     write_adapter(
         place / "adapter", f"gguf:{file}", initial / "tokenizer.json",
         {name: value.bfloat16() for name, value in state.items()}, settings,
-        {}, probe(lm, PROMPTS, 2), {"latent_tts": {"latents": 2}}, KEY,
+        {}, probe(lm, PROMPTS, 2, torch.arange(size)), {"latent_tts": {"latents": 2}}, KEY,
     )  # fmt: skip
     return place, lm
 

@@ -3,7 +3,7 @@
 import pytest
 
 from latent_tts.text import template
-from latent_tts.text.template import MAX_CHARACTERS, TemplateError, names_question, render_prompt
+from latent_tts.text.template import MAX_CHARACTERS, QUESTION, TemplateError, render_prompt
 
 
 @pytest.mark.parametrize(
@@ -50,4 +50,4 @@ def test_a_template_without_end_is_stopped(monkeypatch):
     [("{{question}}", True), ("{{- question | trim }}", True), ("{{ questions }}", False), ("question", False)],
 )
 def test_the_place_of_the_question_is_found(text, named):
-    assert names_question(text) is named
+    assert bool(QUESTION.search(text)) is named

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import resumed
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,18 +62,8 @@ def adapter(checkpoint):
     return Coconut(name="tiny", checkpoint=str(checkpoint), latents=3, recommended={})
 
 
-def train(adapter, output, recipe=RECIPE, optimization=OPTIMIZATION, save_every=2, report=lambda *a: None):
-    return training.train(
-        recipe,
-        adapter,
-        Arith("train", None, None, 0).stream(),
-        Arith("valid", 8, None, 0).questions(),
-        optimization,
-        training.trainer_arguments(recipe, optimization, output, seed=0, device="cpu"),
-        seed=0,
-        save_every=save_every,
-        report=report,
-    )
+def train(adapter, output, recipe=RECIPE, optimization=OPTIMIZATION, **more):
+    return resumed.train(recipe, adapter, output, optimization, **more)
 
 
 def weights(states):
@@ -468,14 +459,6 @@ def test_what_cannot_be_trained_is_refused(ltts, tmp_path, wrong, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_state_of_an_earlier_version_is_refused(ltts, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/state.safetensors").touch()
-    result = ltts("train-reasoner", "output=out", *SMALL)
-    assert result.code == 2
-    assert "output=out: contains a state.safetensors of an earlier version" in result.err
-
-
 def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_weights(ltts, monkeypatch, tmp_path):
     def command(output):
         return ltts("train-reasoner", *SMALL, "recipe.written_updates=10", f"output={output}", "device=cpu")
@@ -506,7 +489,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes_to_the_same_weights(ltts, mon
 
 def test_what_accelerate_is_configured_for_does_not_change_a_training(monkeypatch, tmp_path):
     def arguments(**more):
-        return training.trainer_arguments(RECIPE, replace(OPTIMIZATION, **more), tmp_path, seed=0, device="cpu")
+        return training.trainer_arguments(replace(OPTIMIZATION, **more), tmp_path, seed=0, device="cpu")
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     assert arguments().mixed_precision == "no"

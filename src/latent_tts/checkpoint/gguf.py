@@ -14,17 +14,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from latent_tts.errors import RunError, UsageError, bad_value, is_whole, require
-from latent_tts.types import file_digest
+from latent_tts.errors import UsageError, bad_value, is_whole, require
+from latent_tts.types import file_digest, read_object
 
 log = logging.getLogger(__name__)
 PREFIX = "gguf:"
-VERSION = 3  # of what conversion writes; part of the folder's name
+VERSION = 4  # of what conversion writes; part of the folder's name
 PARTIAL, SOURCE = "partial-", "source.json"  # a folder that is being written; what a model was made from
 DAMAGED = ".damaged"  # how the name of a kept model ends that is not what was written
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # decoders that transformers reads and the engine runs
@@ -39,10 +39,10 @@ NEUTRAL = {"rope.scaling.type": "none", "attention.causal": True, "expert_count"
 SPLITTING = "tokenizer.ggml.pre"  # the only one of the tokenizer that is read here
 TENSOR_FIELDS = {"tensor_data_layout", "rope.scaling.finetuned"}  # how the file was made
 HEAD_WIDTHS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
-WEIGHTS_READ = re.compile(
-    r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output|q_norm|k_norm)|ffn_(norm|gate|up|down)))\.weight"
+WEIGHTS_READ = (
+    r"(token_embd|output_norm|output|blk\.\d+\.(attn_(q|k|v|output|(q_|k_)?norm)|ffn_(norm|gate|up|down)))\.weight"
 )
-BIASES_READ = {"qwen2": re.compile(r"blk\.\d+\.attn_[qkv]\.bias")}
+BIASES_READ = r"blk\.\d+\.attn_[qkv]\.bias"  # of qwen2
 # Files that a command of this project fetches
 FETCHED = {"SmolLM2-135M-Instruct.Q4_1.gguf": "make smollm2"}
 # How llama.cpp splits texts before merging: what it names, and whether each digit stands alone. transformers reads
@@ -82,101 +82,56 @@ def convert_once(file: Path, key: str) -> Path:
         UsageError: the file is damaged, or of an architecture that is not supported.
     """
     folder = models_folder() / f"gguf{VERSION}-{file_digest(file)}"
-    set_truncated_aside(folder)
-    if not folder.is_dir():
-        require(
-            key,
-            f"{PREFIX}{file}",
-            find_spec("gguf") is not None,
-            "gguf is not installed: pip install '.[gguf]' in the clone",
-        )
-        splitting = check(file, key)
-        log.info("%s: converting it, once, to %s", file, folder)
-        with kept_folder(folder, str(file)) as partial:
-            convert(file, partial, splitting, key)
-    note_use(folder)
-    return folder
+    return make_once(folder, str(file), lambda new: convert(file, new, key))
 
 
-@contextlib.contextmanager
-def kept_folder(folder: Path, source: str) -> Iterator[Path]:
-    """A folder to write into, which gets its name once everything is written; a failure leaves nothing.
+def make_once(folder: Path, source: str, make: Callable[[Path], None]) -> Path:
+    """The folder of a kept model, which is made unless it is there, and made anew if a file of it is damaged.
 
     Args:
-        folder: the name.
-        source: what the model in it is made from, for `ltts cache`.
+        folder: of the model.
+        source: what it is made of, for `ltts cache`.
+        make: writes it to a folder; if it fails, nothing is left.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=PARTIAL))
-    try:
-        yield partial
-        paths = sorted(path for path in partial.iterdir() if path.is_file())
-        written = {path.name: (path.stat().st_size, file_digest(path)) for path in paths}
-        (partial / SOURCE).write_text(json.dumps({"from": source, "files": written}) + "\n")
-        partial.chmod(0o755)
+    written = read_object(folder / SOURCE).get("files") or {}
+    damaged = [
+        name
+        for name, digest in written.items()
+        if not (folder / name).is_file() or file_digest(folder / name) != digest
+    ]
+    if damaged:
+        aside = folder.with_name(f"{folder.name}{DAMAGED}")
+        shutil.rmtree(aside, ignore_errors=True)
         with contextlib.suppress(OSError):  # another process was first
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def set_truncated_aside(folder: Path) -> None:
-    """Set a kept model aside, with a warning, if a file of it is missing or has another size than was written."""
-    for name, (size, _) in _written(folder).items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            log.warning("%s is damaged: its folder is now %s, and it is made anew", path, _set_aside(folder).name)
-            return
-
-
-def check_kept(folder: Path, known: Mapping[str, str]) -> None:
-    """Check that a kept model is what was written; a damaged one is set aside. Other folders are left alone.
-
-    Args:
-        folder: of a checkpoint.
-        known: digests of some of its files, as they are now.
-
-    Raises:
-        RunError: it is damaged.
-    """
-    written = _written(folder) if folder.parent == models_folder() else {}
-    for name, (_, wanted) in written.items():
-        path = folder / name
-        if (known.get(name) or (file_digest(path) if path.is_file() else None)) != wanted:
-            aside = _set_aside(folder).name
-            raise RunError(f"{path} is damaged: its folder is now {aside}; re-run the command to make it anew")
-
-
-def _written(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and digest of each file of a kept model as it was written; those of earlier versions do not say."""
-    try:
-        files = json.loads((folder / SOURCE).read_text())["files"]
-        return {str(name): (int(size), str(digest)) for name, (size, digest) in files.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}
-
-
-def _set_aside(folder: Path) -> Path:
-    aside = folder.with_name(f"{folder.name}{DAMAGED}")
-    shutil.rmtree(aside, ignore_errors=True)
-    with contextlib.suppress(OSError):  # another process was first
-        folder.rename(aside)
-    return aside
-
-
-def note_use(folder: Path) -> None:
-    """Say that a kept model was used now, by the time of its folder."""
+            folder.rename(aside)
+        log.warning("%s is damaged: its folder is now %s, and it is made anew", folder / damaged[0], aside.name)
+    if not folder.is_dir():
+        log.info("%s: converting it, once, to %s", source, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=PARTIAL))
+        try:
+            make(partial)
+            digests = {path.name: file_digest(path) for path in sorted(partial.iterdir()) if path.is_file()}
+            (partial / SOURCE).write_text(json.dumps({"from": source, "files": digests}) + "\n")
+            partial.chmod(0o755)
+            with contextlib.suppress(OSError):  # another process was first
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     with contextlib.suppress(OSError):  # a cache that others own
-        os.utime(folder)
+        os.utime(folder)  # when it was last used
+    return folder
 
 
 def check(file: Path, key: str) -> str | None:
     """Check the header of a GGUF file; returns how texts are split before merging, if it says so.
 
     Raises:
-        UsageError: it is damaged, of an architecture that is not supported, or has a field or weight that transformers
-            drops, so that another model would be computed.
+        UsageError: gguf is not installed, or the file is damaged, of an architecture that is not supported, or has a
+            field or weight that transformers drops, so that another model would be computed.
     """
+    why = "gguf is not installed: pip install '.[gguf]' in the clone"
+    require(key, f"{PREFIX}{file}", find_spec("gguf") is not None, why)
     from gguf import GGUFReader
 
     try:
@@ -185,12 +140,12 @@ def check(file: Path, key: str) -> str | None:
         fields = {name: reader.fields[name].contents() for name in wanted}
         weights = [tensor.name for tensor in reader.tensors]
     except (ValueError, KeyError, IndexError, OverflowError, OSError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise bad_value(key, f"{PREFIX}{file}", f"truncated or not GGUF ({reason})") from error
+        raise bad_value(
+            key, f"{PREFIX}{file}", f"truncated or not GGUF ({' '.join(str(error).split())[:120]})"
+        ) from error
     architecture = fields.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        allowed = f"must be one of {', '.join(ARCHITECTURES)}"
-        raise bad_value(key, f"{PREFIX}{file}", f"is a GGUF file of the architecture {architecture}; {allowed}")
+    why = f"is a GGUF file of the architecture {architecture}; must be one of {', '.join(ARCHITECTURES)}"
+    require(key, f"{PREFIX}{file}", architecture in ARCHITECTURES, why)
     start = f"{architecture}."
     own = {name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}
     dropped = [
@@ -200,52 +155,46 @@ def check(file: Path, key: str) -> str | None:
     ]
     if len({own[name] for name in HEAD_WIDTHS if name in own}) > 1:
         dropped.append(" ".join(f"{start}{name}={own[name]}" for name in HEAD_WIDTHS if name in own))
-    biases = BIASES_READ.get(architecture)
-    dropped += [
-        f"the weight {name}"
-        for name in weights
-        if not (WEIGHTS_READ.fullmatch(name) or (biases and biases.fullmatch(name)))
-    ]
+    read = re.compile(rf"{WEIGHTS_READ}|{BIASES_READ}" if architecture == "qwen2" else WEIGHTS_READ)
+    dropped += [f"the weight {name}" for name in weights if not read.fullmatch(name)]
     if dropped:
         reason = f"transformers does not read {min(dropped)}, so this would be another model"
         raise bad_value(key, f"{PREFIX}{file}", f"{reason}; name the folder of the original")
     return fields.get(SPLITTING)
 
 
-def convert(file: Path, folder: Path, splitting: str | None, key: str) -> None:
+def convert(file: Path, folder: Path, key: str) -> None:
     """Write a checkpoint folder with the weights (float32), tokenizer and chat template of a GGUF file.
 
     Args:
         file: the GGUF file.
         folder: to write to.
-        splitting: how texts are split before merging, see `check`.
         key: the config key that errors name.
 
     Raises:
-        UsageError: transformers cannot read the file.
+        UsageError: as `check`, or transformers cannot read the file.
     """
+    splitting = check(file, key)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    where, name = str(file.resolve().parent), file.name
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that `disable_progress_bar` does not reach
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                where, gguf_file=name, dtype=torch.float32, output_loading_info=True
+                file.resolve().parent, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
             )
-            tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=name)
+            tokenizer: Any = AutoTokenizer.from_pretrained(file.resolve().parent, gguf_file=file.name)
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, ImportError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise bad_value(key, f"{PREFIX}{file}", f"transformers cannot read it: {reason}") from error
+        why = f"transformers cannot read it: {' '.join(str(error).split())[:200]}"
+        raise bad_value(key, f"{PREFIX}{file}", why) from error
     lm, info = loaded
-    if info["missing_keys"]:
-        raise bad_value(key, f"{PREFIX}{file}", f"lacks the weight {min(info['missing_keys'])}")
+    missing = min(info["missing_keys"], default=None)
+    require(key, f"{PREFIX}{file}", missing is None, f"lacks the weight {missing}")
     del lm.config.quantization_config  # the weights are plain now, and with a record `save_pretrained` refuses
-    lm.hf_quantizer = None
-    lm.is_quantized = False
+    lm.hf_quantizer, lm.is_quantized = None, False
     lm.save_pretrained(folder)
     for name in ("bos", "eos", "pad"):  # transformers 5.17 gives the tokenizer others than the file has
         token = getattr(lm.config, f"{name}_token_id")
@@ -253,20 +202,20 @@ def convert(file: Path, folder: Path, splitting: str | None, key: str) -> None:
         if is_whole(token) and 0 <= token < len(tokenizer):
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
     tokenizer.save_pretrained(folder)
-    _write_splitting(folder / "tokenizer.json", splitting, file)
-
-
-def _write_splitting(path: Path, splitting: str | None, file: Path) -> None:
-    """Write into a tokenizer how texts are split before merging, where transformers goes by the architecture alone."""
     if splitting in SINGLE_DIGITS:
-        content = json.loads(path.read_text())
-        own = content["pre_tokenizer"]
-        parts = [part for part in own.get("pretokenizers", [own]) if part.get("type") == "ByteLevel"]
-        if not parts:
-            raise UsageError(f"{PREFIX}{file}: a tokenizer of the kind {splitting} without byte-level tokens")
-        digits = {"type": "Digits", "individual_digits": True}
-        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, {**parts[0], "use_regex": True}]}
-        content["normalizer"] = None  # early versions of transformers 5 give some architectures one
-        path.write_text(json.dumps(content, ensure_ascii=False))
+        _split_digits(folder / "tokenizer.json", file, splitting)
     elif splitting is not None and splitting not in SPLITTINGS_OF_TRANSFORMERS:
         log.warning("%s: texts are split as transformers does; the file asks for %r", file, splitting)
+
+
+def _split_digits(path: Path, file: Path, splitting: str | None) -> None:
+    """Let digits stand alone in a tokenizer, where transformers goes by the architecture alone."""
+    content = json.loads(path.read_text())
+    own = content["pre_tokenizer"]
+    parts = [part for part in own.get("pretokenizers", [own]) if part.get("type") == "ByteLevel"]
+    if not parts:
+        raise UsageError(f"{PREFIX}{file}: a tokenizer of the kind {splitting} without byte-level tokens")
+    digits = {"type": "Digits", "individual_digits": True}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, {**parts[0], "use_regex": True}]}
+    content["normalizer"] = None  # early versions of transformers 5 give some architectures one
+    path.write_text(json.dumps(content, ensure_ascii=False))

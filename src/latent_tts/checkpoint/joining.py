@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from latent_tts.checkpoint import files, gguf
 from latent_tts.errors import RunError, UsageError, bad_value, is_number, is_whole, require
-from latent_tts.types import file_digest
+from latent_tts.types import file_digest, file_sha256
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-log = logging.getLogger(__name__)
 RECORD, WEIGHTS, OWN, PROBE = "latent_tts.json", "adapter_model.safetensors", "own.safetensors", "probe.safetensors"
 PREFIX = "base_model.model."  # of PEFT's names
 ROWS, FACTORS = ".token_adapter.trainable_tokens_delta", (".lora_A.weight", ".lora_B.weight")
@@ -35,7 +33,7 @@ PLAIN |= {"alpha_pattern": {}, "rank_pattern": {}, "target_parameters": None}
 TRANSPOSED = "gpt2"  # the kind of model with layers that keep their weights transposed (Conv1D): these
 TRANSPOSED_LAYERS = ("c_attn", "c_proj", "c_fc")
 TOLERANCE = 1e-3
-VERSION = 2  # of what joining writes; part of the folder's name
+VERSION = 3  # of what joining writes; part of the folder's name
 
 
 def is_own_adapter(folder: Path) -> bool:
@@ -68,23 +66,15 @@ def join_once(folder: Path, key: str) -> Path:
     if not is_own_adapter(folder):
         return folder
     record = files.read_json(folder, RECORD, key=key)
-    found = record.get("base_digest")
-    base = find_base(folder, record, found, "base", key)
-    sha = hashlib.sha256(str(found).encode())
+    base = find_base(folder, record, record.get("base_digest"), "base", key)
+    sha = hashlib.sha256(str(record["base_digest"]).encode())
     for name in (files.ADAPTER, RECORD, WEIGHTS, OWN, PROBE, "tokenizer.json"):
         path = folder / name
+        require(key, folder, path.is_file() or name == OWN, f"the folder lacks {name}")
         if path.is_file():
-            sha.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        elif name != OWN:
-            raise bad_value(key, folder, f"the folder lacks {name}")
+            sha.update(name.encode() + file_sha256(path))
     target = gguf.models_folder() / f"joined{VERSION}-{sha.hexdigest()[:16]}"
-    gguf.set_truncated_aside(target)
-    if not target.is_dir():
-        log.info("%s: joining it with %s, once, in %s", folder, base, target)
-        with gguf.kept_folder(target, str(folder)) as partial:
-            join(folder, base_folder(base, key), partial, record, key)
-    gguf.note_use(target)
-    return target
+    return gguf.make_once(target, str(folder), lambda new: join(folder, base_folder(base, key), new, record, key))
 
 
 def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key: str) -> None:
@@ -98,18 +88,16 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
     from latent_tts.checkpoint import loading
     from latent_tts.checkpoint.vocabulary import MEAN, fit_rows
 
-    settings = files.read_json(folder, files.ADAPTER, key=key)
-    check_plain(settings, folder, key)
+    settings = read_settings(folder, key)
     old, new = files.load_tokenizer(base, key=key), files.load_tokenizer(folder, key=key)
     tensors = fit_rows(loading.load_tensors(base, ""), old, new, MEAN, base, key)
+    config = files.read_config(base)
     tensors = add_adapter({name: value.float() for name, value in tensors.items()}, load_file(folder / WEIGHTS),
-                          settings | {"transposed": files.read_config(base).get("model_type") == TRANSPOSED},
-                          folder, key)  # fmt: skip
+                          settings | {"transposed": config.get("model_type") == TRANSPOSED}, folder, key)  # fmt: skip
     if (folder / OWN).is_file():
         tensors |= {name: value.float() for name, value in load_file(folder / OWN).items()}
-    config = files.read_config(base) | (record.get("config") or {})
     rows = next(value.shape[0] for name, value in tensors.items() if name.endswith(files.EMBEDDINGS))
-    config |= {"vocab_size": int(rows), "dtype": "float32"}
+    config |= {**(record.get("config") or {}), "vocab_size": int(rows), "dtype": "float32"}
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
     files.copy_beside_tokenizer(base, target)
@@ -117,7 +105,9 @@ def join(folder: Path, base: Path, target: Path, record: Mapping[str, Any], key:
               metadata={"format": "pt"})  # fmt: skip
     lm = loading.load_causal_lm(target, device="cpu", dtype="float32", key=key)
     wanted = load_file(folder / PROBE)
-    found = probe(lm, wanted["prompts_PL"], int(wanted["latents_PTD"].shape[1]), wanted.get("tokens_A"))
+    why = f"{PROBE} is none that this version writes: train the adapter again"
+    require(key, folder, wanted.keys() == {"prompts_PL", "tokens_A", "latents_PTD", "logprobs_PA"}, why)
+    found = probe(lm, wanted["prompts_PL"], int(wanted["latents_PTD"].shape[1]), wanted["tokens_A"])
     for name in ("latents_PTD", "logprobs_PA"):
         require(
             key, folder, wanted[name].shape == found[name].shape, f"its probe has {name} of {list(wanted[name].shape)}"
@@ -139,18 +129,19 @@ def find_unsupported(settings: Mapping[str, Any]) -> str | None:
     return None if name is None else f"{name}={settings[name]}"
 
 
-def check_plain(settings: Mapping[str, Any], folder: Path, key: str) -> None:
-    """Check that an adapter is nothing but a product that is added to weights.
+def read_settings(folder: Path, key: str) -> dict[str, Any]:
+    """The settings of an adapter that is nothing but a product that is added to weights.
 
     Raises:
         UsageError: PEFT's settings say more.
     """
+    settings = files.read_json(folder, files.ADAPTER, key=key)
     unsupported = find_unsupported(settings)
     require(key, folder, unsupported is None, f"{files.ADAPTER} has {unsupported}, which is not supported")
     rank, scale = settings.get("r"), settings.get("lora_alpha")
-    if not is_whole(rank) or rank < 1 or not is_number(scale):
-        why = "must be a positive integer and a finite number"
-        raise bad_value(key, folder, f"{files.ADAPTER} has r={rank} and lora_alpha={scale}, {why}")
+    why = f"{files.ADAPTER} has r={rank} and lora_alpha={scale}, must be a positive integer and a finite number"
+    require(key, folder, is_whole(rank) and rank > 0 and is_number(scale), why)
+    return settings
 
 
 def lasting_name(checkpoint: str) -> str:
@@ -181,24 +172,23 @@ def find_base(folder: Path, record: Mapping[str, Any], wanted: object, kind: str
     Raises:
         UsageError: it is in none of these places, or another one is there.
     """
-    base, path = record.get("base"), record.get("base_path")
+    base = record.get("base")
     if not isinstance(base, str):
         raise bad_value(key, folder, f"its record names no {kind}")
     prefix = gguf.PREFIX if base.startswith(gguf.PREFIX) else ""
-    moved = [Path(os.path.normpath(folder.resolve() / path))] if isinstance(path, str) else []
-    moved.append(folder.resolve().parent / Path(base.removeprefix(prefix)).name)
-    known = [str(each) for each in [files.digested.get(str(wanted))] if each is not None]
+    beside = os.path.join("..", os.path.basename(base.removeprefix(prefix)))
+    moved = [os.path.normpath(folder.resolve() / str(path)) for path in (record.get("base_path") or beside, beside)]
     why = ""
-    for name in (base, *known, *(f"{prefix}{each}" for each in moved if each.exists())):
+    for name in (base, str(files.digested.get(str(wanted), base)), *(f"{prefix}{path}" for path in moved)):
         try:
             found = base_digest(name, key)
+            problem = f"but that has the digest {found}, not {wanted}"
         except UsageError as error:
-            why = why or f"which cannot be read: {str(error).splitlines()[0].partition(': ')[2]}"
-            continue
+            found, problem = "", f"which cannot be read: {str(error).splitlines()[0].partition(': ')[2]}"
         if found == wanted:
             return name
-        why = why or f"but that has the digest {found}, not {wanted}"
-    places = " or ".join(dict.fromkeys(map(str, moved)))
+        why = why or problem
+    places = " or ".join(dict.fromkeys(moved))
     allowed = f"an adapter of the {kind} {base}, {why}; put the one with the digest {wanted} at {places}"
     raise bad_value(key, folder, allowed + (", or pass it as model.checkpoint" if kind == "reasoner" else ""))
 
@@ -249,14 +239,14 @@ def add_adapter(
     return tensors
 
 
-def probe(lm: Any, prompts_PL: Tensor, latents: int, tokens_A: Tensor | None = None) -> dict[str, Tensor]:
+def probe(lm: Any, prompts_PL: Tensor, latents: int, tokens_A: Tensor) -> dict[str, Tensor]:
     """What a causal LM computes from prompts by its own forward pass in float32, with latents fed back unchanged.
 
     Args:
         lm: the model, in evaluation mode.
         prompts_PL: token ids of P prompts of the same length.
         latents: T; 1 or more.
-        tokens_A: ids whose log-probabilities are compared; None for some of all, as earlier versions did.
+        tokens_A: ids whose log-probabilities are compared.
 
     Returns:
         The prompts, the ids, the latents (P, T, D), and the log-probabilities (P, A) of the ids after the last one.
@@ -271,11 +261,8 @@ def probe(lm: Any, prompts_PL: Tensor, latents: int, tokens_A: Tensor | None = N
             latents_PTD.append(hidden_PLD[:, -1])
             inputs_PLD = torch.cat([inputs_PLD, hidden_PLD[:, -1:]], dim=1)
         logits_PV = lm(inputs_embeds=inputs_PLD, use_cache=False).logits[:, -1].float()
-        logprobs_PV = logits_PV.log_softmax(-1)
-        if tokens_A is None:
-            tokens_A = torch.linspace(0, logprobs_PV.shape[1] - 1, min(64, logprobs_PV.shape[1])).long()
-            tokens_A = torch.cat([tokens_A, torch.arange(max(0, logprobs_PV.shape[1] - 8), logprobs_PV.shape[1])])
-        found = {"latents_PTD": torch.stack(latents_PTD, 1).float(), "logprobs_PA": logprobs_PV[:, tokens_A]}
+        logprobs_PA = logits_PV.log_softmax(-1)[:, tokens_A]
+    found = {"latents_PTD": torch.stack(latents_PTD, 1).float(), "logprobs_PA": logprobs_PA}
     asked = {"prompts_PL": prompts_PL, "tokens_A": tokens_A}
     return asked | {name: value.clone().contiguous() for name, value in found.items()}
 

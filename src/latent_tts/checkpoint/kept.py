@@ -15,8 +15,8 @@ KINDS: Mapping[str, tuple[str, int]] = {
     "gguf": ("converted from GGUF", gguf.VERSION),
     "joined": ("adapter joined with its base", joining.VERSION),
 }
-NAME = re.compile(r"([a-z]+)(\d+)-[0-9a-f]{16}")
-UNFINISHED, UNFINISHED_SECONDS = "unfinished", 3600.0  # since its last change; then its writer is gone
+NAME = re.compile(rf"({'|'.join(KINDS)})(\d+)-[0-9a-f]{{16}}")
+UNFINISHED_SECONDS = 3600.0  # since the last change of a model that is being written; then its writer is gone
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class KeptModel:
         size: bytes.
         used: when it was last loaded, in seconds since the epoch.
         stale: whether this version does not read it.
+        being_written: whether another process may be making it.
     """
 
     folder: Path
@@ -38,11 +39,7 @@ class KeptModel:
     size: int
     used: float
     stale: bool
-
-    @property
-    def being_written(self) -> bool:
-        """Whether another process may be making it."""
-        return self.kind == UNFINISHED and not self.stale
+    being_written: bool
 
 
 def kept_models(cache: Path) -> list[KeptModel]:
@@ -52,17 +49,16 @@ def kept_models(cache: Path) -> list[KeptModel]:
 
 
 def _kept(folder: Path) -> KeptModel | None:
-    parts = NAME.fullmatch(folder.name)
-    if parts is not None and parts[1] in KINDS:
+    kind, stale, being_written = "damaged", True, False
+    if parts := NAME.fullmatch(folder.name):
         kind, version = KINDS[parts[1]]
         stale = int(parts[2]) != version
     elif folder.name.startswith(gguf.PARTIAL):
         newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-        kind, stale = UNFINISHED, time.time() - newest > UNFINISHED_SECONDS
-    elif folder.name.endswith(gguf.DAMAGED):
-        kind, stale = "damaged", True
-    else:
+        being_written = time.time() - newest <= UNFINISHED_SECONDS
+        kind, stale = "unfinished", not being_written
+    elif not folder.name.endswith(gguf.DAMAGED):
         return None
     source = str(read_object(folder / gguf.SOURCE).get("from", "?"))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return KeptModel(folder, kind, source, size, folder.stat().st_mtime, stale)
+    return KeptModel(folder, kind, source, size, folder.stat().st_mtime, stale, being_written)

@@ -101,8 +101,7 @@ def read_settings(folder: Path, key: str) -> dict[str, Any]:
     Raises:
         UsageError: they ask for more than a product.
     """
-    settings = files.read_json(folder, files.ADAPTER, key=key)
-    joining.check_plain(settings, folder, key)
+    settings = joining.read_settings(folder, key)
     return settings | {"scale": float(settings["lora_alpha"]) / int(settings["r"])}
 
 

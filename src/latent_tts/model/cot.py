@@ -16,9 +16,8 @@ from functools import cached_property
 from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.errors import UsageError, bad_value, require
-from latent_tts.text.latex import closing
-from latent_tts.text.number import MINUS, canonical_number
-from latent_tts.text.template import TemplateError, names_question, render_prompt
+from latent_tts.text.number import MINUS, canonical_number, closing
+from latent_tts.text.template import QUESTION, TemplateError, render_prompt
 from latent_tts.types import Question
 
 PLAIN, CHAT = "plain", "chat"
@@ -54,8 +53,7 @@ class Cot(CheckpointAdapter):
         require(
             "model.latents", self.latents, self.latents == 0, "must be 0: an explicit chain of thought has no latents"
         )
-        known = isinstance(self.prompt, str) and (self.prompt in (PLAIN, CHAT) or names_question(self.prompt))
-        if not known:
+        if not (isinstance(self.prompt, str) and (self.prompt in (PLAIN, CHAT) or QUESTION.search(self.prompt))):
             raise self._bad_prompt("must be plain, chat, or a Jinja template with {{question}}")
 
     @property
@@ -156,5 +154,5 @@ class Cot(CheckpointAdapter):
 def _last_boxed(text: str) -> str | None:
     """What the last whole box of LaTeX in a text holds; None if there is none."""
     begin = text.rfind(BOXED) + len(BOXED)
-    end = closing(text, begin - 1, "{", "}") if BOXED in text else None
+    end = closing(text, begin - 1) if BOXED in text else None
     return None if end is None else text[begin : end - 1]

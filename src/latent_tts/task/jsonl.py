@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from latent_tts.errors import UsageError, bad_value, check_fields, require
-from latent_tts.text.answer import AnswerRule
+from latent_tts.text.answer import RULES, AnswerRule
 from latent_tts.text.number import canonical_number
 from latent_tts.types import Question, text_digest
 
 MAX_CHARACTERS = 1_000_000  # per row; the longest row of the published sets has 7,000
-MAX_BLANK = 100_000  # lines in a row: a small .gz may hold very many
 MAX_SHOWN = 100  # characters of a row that an error quotes
 PIECE = 1 << 16  # characters of a JSON list read at once
 ANSWER_NAMES = ("answer", "target", "gold", "solution", "correct", "ground_truth")
@@ -30,7 +29,7 @@ ANSWER_NAMES = ("answer", "target", "gold", "solution", "correct", "ground_truth
 LOST_BACKSLASH = re.compile(
     r"\f(?=rac|lo)|\x08(?=inom|egin|oxed|eta|ar\b)|\t(?=ext|imes|heta|frac|riangle)|\r(?=ight|angle)"
 )
-NOT_SPACE = re.compile(r"[^ \t\r\n]|\Z")
+AFTER_ROW = re.compile(r"\s*(?:,|(?=\]))")  # of a list
 OTHER_KINDS = {  # by how a file begins
     b"PAR1": "a Parquet file",
     b"PK\x03\x04": "a zip or Excel file",
@@ -42,24 +41,14 @@ Row = tuple[str, Mapping[str, Any]]  # (its place, for errors; its fields)
 
 
 class _Object(dict[str, Any]):
-    """A JSON object that knows which key it had twice.
+    """A JSON object that knows which key it had twice (None: none)."""
 
-    Attributes:
-        twice: the first such key; None where there is none.
-    """
-
-    twice: str | None = None
-
-    @classmethod
-    def of(cls, pairs: list[tuple[str, Any]]) -> _Object:
-        """The object of some pairs of keys and values."""
-        made = cls(pairs)
-        if len(made) < len(pairs):
-            made.twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        return made
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.twice = next((key for key, count in Counter(key for key, _ in pairs).items() if count > 1), None)
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_Object.of, parse_float=Decimal)  # a float would lose digits
+DECODER = json.JSONDecoder(object_pairs_hook=_Object, parse_float=Decimal)  # a float would lose digits
 
 
 @dataclass(frozen=True)
@@ -139,24 +128,21 @@ def file_rows(path: str) -> Iterator[Row]:
             raise bad_value("task.path", path, f"is {found}; {JSON_LINES}")
         opened = gzip.open if file_path.suffix == ".gz" else open
         with opened(file_path, "rt", encoding="utf-8-sig") as file:
-            blank, lines = 0, iter(lambda: file.readline(MAX_CHARACTERS + 1), "")
-            for number, text in enumerate(lines, 1):
+            if (text := file.read(PIECE).lstrip()).startswith("["):
+                yield from _list_rows(f"task.path={path}: row", file, text[1:])
+                return
+            file.seek(0)
+            for number, text in enumerate(iter(lambda: file.readline(MAX_CHARACTERS + 1), ""), 1):
                 where = f"task.path={path}: line {number}"
-                if blank == number - 1 and text.lstrip().startswith("["):  # the first one that is not blank
-                    yield from _list_rows(f"task.path={path}: row", file, text.lstrip()[1:])
-                    return
                 if len(text) > MAX_CHARACTERS:
                     raise _too_long(where)
-                blank = 0 if text.strip() else blank + 1
-                if blank > MAX_BLANK:
-                    raise UsageError(f"{where}: there are more than {MAX_BLANK:,} blank lines before it")
-                if not blank:
+                if text.strip():
                     try:
                         row = DECODER.decode(text)
                     except (ValueError, RecursionError) as error:
                         hint = f"\n{JSON_LINES}" if number == 1 else ""
                         raise UsageError(f"{where} is not JSON ({error}){hint}") from error
-                    yield where, _is_object(where, row)
+                    yield where, _checked(where, row)
     except UnicodeDecodeError as error:
         raise bad_value("task.path", path, f"is not UTF-8 ({error}); save it as UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
@@ -171,39 +157,32 @@ def _list_rows(where: str, file: TextIO, text: str) -> Iterator[Row]:
         file: the rest of the file, after `text`.
         text: the beginning of the file, after the opening bracket.
     """
-    decode, at, number = DECODER.raw_decode, 0, 1
-    while True:
-        at = NOT_SPACE.search(text, at).start()  # type: ignore[union-attr]
-        if at < len(text) and text[at] == "]":
-            if (text[at + 1 :] + file.read(MAX_CHARACTERS)).strip():
-                raise UsageError(f"{where} {number}: there is text after the list")
-            return
-        if at < len(text):
-            try:
-                row, end = decode(text, at)
-                end = NOT_SPACE.search(text, end).start()  # type: ignore[union-attr]
-                if text[end : end + 1] in (",", "]"):
-                    yield f"{where} {number}", _is_object(f"{where} {number}", row)
-                    at, number = end + (text[end] == ","), number + 1
-                    continue
-                problem = ValueError("a comma or the end of the list must follow it")
-            except (ValueError, RecursionError) as error:
-                problem = error
-        else:
-            problem = ValueError("the closing bracket is missing")
-        if len(text) - at > MAX_CHARACTERS:
+    number = 1
+    while not (text := text.lstrip()).startswith("]"):
+        found, row, problem = None, None, "a comma or the end of the list must follow it"
+        try:
+            row, end = DECODER.raw_decode(text)
+            found = AFTER_ROW.match(text, end)
+        except (ValueError, RecursionError) as error:
+            problem = str(error)
+        if found:
+            yield f"{where} {number}", _checked(f"{where} {number}", row)
+            text, number = text[found.end() :], number + 1
+        elif len(text) > MAX_CHARACTERS:
             raise _too_long(f"{where} {number}")
-        piece = file.read(PIECE)
-        if not piece:
-            raise UsageError(f"{where} {number} is not JSON ({problem})") from problem
-        text, at = text[at:] + piece, 0
+        elif piece := file.read(PIECE):
+            text += piece
+        else:
+            raise UsageError(f"{where} {number} is not JSON ({problem})")
+    if (text[1:] + file.read(MAX_CHARACTERS)).strip():
+        raise UsageError(f"{where} {number}: there is text after the list")
 
 
 def _too_long(where: str) -> UsageError:
     return UsageError(f"{where} has more than {MAX_CHARACTERS:,} characters")
 
 
-def _is_object(where: str, row: Any) -> Mapping[str, Any]:
+def _checked(where: str, row: Any) -> Mapping[str, Any]:
     if not isinstance(row, _Object):
         raise UsageError(f"{where} is not a JSON object with a question")
     if row.twice is not None:
@@ -229,6 +208,10 @@ def read_questions(
     seen: Counter[str] = Counter()
     questions = []
     for where, row in islice(rows, limit):
+        for field in ("question", "answer"):
+            if LOST_BACKSLASH.search(value := str(row.get(field))):
+                why = 'has lost a backslash; JSON needs two, as in "\\\\frac"'
+                raise UsageError(f"{where}: {field} {_short(repr(value))} {why}")
         text, steps = _question(where, row)
         gold = _gold(where, row, rule)
         if gold is None and not gold_optional:
@@ -236,10 +219,9 @@ def read_questions(
         if questions and (gold is None) != (questions[0].answer is None):
             here, before = ("no answer", "one") if gold is None else ("an answer", "none")
             raise UsageError(f"{where} has {here}, the rows before it have {before}: give all rows an answer, or none")
-        question_id = text_digest(text)
-        seen[question_id] += 1
-        if seen[question_id] > 1:
-            question_id += f"-{seen[question_id]}"
+        digest = text_digest(text)
+        seen[digest] += 1
+        question_id = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
         questions.append(Question(question_id, text, gold, steps))
     if not questions:
         raise UsageError(f"{source}: contains no questions")
@@ -253,8 +235,6 @@ def _question(where: str, row: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]
     text, steps = row["question"], row.get("steps") or []
     if not isinstance(text, str) or text.encode("utf-8", "ignore").decode() != text:  # a lone surrogate
         raise UsageError(f"{where}: question must be a text")
-    if LOST_BACKSLASH.search(text):
-        raise _lost_backslash(where, "question", text)
     if not isinstance(steps, list) or not all(isinstance(step, str) for step in steps):
         raise UsageError(f"{where}: steps must be a list of texts")
     return text, tuple(steps)
@@ -272,22 +252,16 @@ def _gold(where: str, row: Mapping[str, Any], rule: AnswerRule) -> str | None:
     is_number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
     if not is_number and not isinstance(answer, str):
         raise UsageError(f"{where}: answer must be a text or a number")
-    if LOST_BACKSLASH.search(str(answer)):
-        raise _lost_backslash(where, "answer", str(answer))
     # a number is its value, also where answers are words: 18.0 is 18, and NaN is none
     gold = rule.parse(canonical_number(str(answer)) if is_number else str(answer))
     if gold is None:
         hint = "; task=gsm8k reads rows with the answer after ####" if "####" in str(answer) else ""
-        raise UsageError(f"{where}: the answer {_short(repr(str(answer)))} is not {rule.allowed}{hint}")
+        raise UsageError(f"{where}: the answer {_short(repr(str(answer)))} is not {RULES[rule.name]}{hint}")
     return gold
 
 
 def _is_blank(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _lost_backslash(where: str, field: str, text: str) -> UsageError:
-    return UsageError(f'{where}: {field} {_short(repr(text))} has lost a backslash; JSON needs two, as in "\\\\frac"')
 
 
 def _fields_of(row: Mapping[str, Any]) -> str:

@@ -54,20 +54,10 @@ class AnswerRule:
             "must be null: it applies only to task.answer=decimal",
         )
 
-    @property
-    def allowed(self) -> str:
-        """What an answer must be, for errors."""
-        return RULES[self.name]
-
     @cached_property
     def guard(self) -> Guard:
         """The process that runs third-party grading code; only `latex` needs it."""
         return Guard(latex.EXPRESSIONS)
-
-    @property
-    def given_up(self) -> int:
-        """Number of answers and comparisons without a result within the time limits; they are unreadable or wrong."""
-        return len(self.guard.given_up)
 
     def read(self, answer_text: str, family: AnswerFormat) -> str | None:
         """The canonical form of the answer in a generated text; None if it cannot be read.

@@ -14,6 +14,10 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
+import sympy
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy.functions.combinatorial.factorials import CombinatorialFunction
+
 from latent_tts.text.number import write_fraction
 
 MAX_BITS = 10_000  # of a number that is written out
@@ -24,7 +28,7 @@ DELIMITER = re.compile(r"(?<!\\)(\$|\\\(|\\\[)")
 
 
 def warm_up() -> None:
-    """Import the libraries and build the tables of the grammar."""
+    """Build the tables of the grammar."""
     # silences the warning that parse and verify run without a time limit: the caller has one
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     equal(r"\frac{x}{2}", r"\frac{x}{2} + 0")
@@ -36,19 +40,16 @@ def canonical(text: str) -> str | None:
     Returns:
         None if math-verify cannot read the text, or its value is not finite or too large to be written out.
     """
+    readable = False
     try:
-        if _expression(text) is None:
-            return None
-    except Exception:
-        return None
-    try:
-        value = _value(text)
+        readable = _expression(text) is not None
+        value = _value(text) if readable else None
         if value is None:
             return None
         written = _print(value)
         return written if _value(written) == value else text
     except Exception:
-        return text
+        return text if readable else None
 
 
 def equal(prediction: str, gold: str) -> bool:
@@ -56,8 +57,6 @@ def equal(prediction: str, gold: str) -> bool:
 
     Source: math-verify `verify`, with its default settings (decimals are compared to 6 places).
     """
-    from math_verify import verify
-
     try:
         if _are_far_apart(_value(prediction), _value(gold)):
             return False
@@ -72,9 +71,6 @@ def equal(prediction: str, gold: str) -> bool:
 @lru_cache(maxsize=1 << 12)
 def _expression(text: str) -> Any:
     """The sympy expression that math-verify reads; None if it cannot read the text."""
-    import sympy
-    from math_verify import LatexExtractionConfig, parse
-
     inside = text if DELIMITER.search(text) else f"${text}$"
     config = LatexExtractionConfig()
     # its list of units has letters that are variables: `3t` would be 3
@@ -88,18 +84,14 @@ def _expression(text: str) -> Any:
 @lru_cache(maxsize=1 << 12)
 def _value(text: str) -> Any:
     """The evaluated expression of a text; None if its value cannot be written out."""
-    import sympy
-
     found = _expression(text)
     if isinstance(found, sympy.Eq) and not found.free_symbols:
         found = found.rhs  # `9 + 9 = 18` states 18
     try:
         value = None if found is None else _evaluated(found)
     except OverflowError:
-        return None
-    if value is None or value.has(sympy.zoo, sympy.nan):
-        return None
-    if _terms(value) > MAX_TERMS:
+        value = None
+    if value is None or value.has(sympy.zoo, sympy.nan) or _terms(value) > MAX_TERMS:
         return None
     if isinstance(value, sympy.Expr):
         value = sympy.expand(value)
@@ -114,29 +106,24 @@ def _evaluated(expression: Any) -> Any:
     Raises:
         OverflowError: a number is too large to be written out.
     """
-    import sympy
-    from sympy.functions.combinatorial.factorials import CombinatorialFunction
-
     if isinstance(expression, sympy.MatrixBase):
         return sympy.ImmutableMatrix(expression.applyfunc(_evaluated))
     if isinstance(expression, sympy.Float):
         return sympy.Rational(str(expression))
-    if (
-        isinstance(expression, sympy.Symbol) and expression.name == "i"
-    ):  # math-verify reads it as a symbol or not, depending on spaces
+    if isinstance(expression, sympy.Symbol) and expression.name == "i":  # a symbol or not, depending on spaces
         return sympy.I
     if not expression.args:
         if _bits(expression) > MAX_BITS:
             raise OverflowError
         return expression
     arguments = [_evaluated(argument) for argument in expression.args]
+    is_large = isinstance(expression, CombinatorialFunction | sympy.gamma) and any(
+        argument.is_real and abs(argument) > MAX_BITS // 10 for argument in arguments if argument.is_number
+    )
     if isinstance(expression, sympy.Pow):
         base, exponent = arguments
-        if exponent.is_Rational and abs(exponent) * _bits(base) > MAX_BITS:
-            raise OverflowError
-    if isinstance(expression, CombinatorialFunction | sympy.gamma) and any(
-        argument.is_real and abs(argument) > MAX_BITS // 10 for argument in arguments if argument.is_number
-    ):
+        is_large = exponent.is_Rational and abs(exponent) * _bits(base) > MAX_BITS
+    if is_large:
         raise OverflowError
     return expression.func(*arguments)
 
@@ -148,8 +135,6 @@ def _bits(number: Any) -> int:
 
 def _terms(expression: Any) -> int:
     """Upper bound of the number of terms of an expression after expansion."""
-    import sympy
-
     terms = [_terms(argument) for argument in expression.args]
     if isinstance(expression, sympy.Add):
         return sum(terms)
@@ -163,8 +148,6 @@ def _terms(expression: Any) -> int:
 
 def _are_far_apart(one: Any, other: Any) -> bool:
     """Whether both are numbers that clearly differ."""
-    import sympy
-
     if not all(isinstance(value, sympy.Expr) and value.is_number for value in (one, other)):
         return False
     one, other = complex(one), complex(other)
@@ -172,8 +155,6 @@ def _are_far_apart(one: Any, other: Any) -> bool:
 
 
 def _print(value: Any) -> str:
-    import sympy
-
     if value.is_Rational:
         return write_fraction(Fraction(int(value.p), int(value.q)))
     words = {symbol: rf"\text{{{symbol}}}" for symbol in value.free_symbols if len(symbol.name) > 1}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from latent_tts.text.guard import Guard
@@ -28,46 +29,48 @@ from latent_tts.text.number import (
 
 EXPRESSIONS = "latent_tts.text.expressions"
 MIN_UNIT_LETTERS = 3  # of a unit after a number; shorter words may be variables
+MIN_WORD_LETTERS = 4  # of a unit after an expression, and of a bare word in one
 RATIONAL = re.compile(r"-?(\d+|\\frac\{\d+\}\{\d+\})")
 
+# how expressions are written, and how math-verify reads them: before units are dropped and words are read
 SIGNS = str.maketrans(
     {"\u00d7": r"\times ", "·": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "≤": r"\le ",
      "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "\u222a": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ",
      "°": r"^\circ "}
 )  # fmt: skip
-MIN_WORD_LETTERS = 4  # of a unit after an expression, and of a bare word in one
-SHORT_FRACTION = re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)(?!\d)")
-RAISED_FRACTION = re.compile(r"\^\s*(\\[dtc]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d))")
-COMMA_GROUPS = re.compile(r"(?<![\w.,^])[1-9]\d{0,2}(?:,\d{3})+(?![\w.]*\d)(?!,\d)")
-THOUSANDS = re.compile(rf"(?<![\w.,^])[1-9]\d{{0,2}}(?:(?:{SPACE}|\{{,\}}|,\s*\\!\s*)\d{{3}})+(?![\w.,]*\d)")
-MIXED = re.compile(rf"(?<![\w.,^/])(\d+){SPACE}(\d+)\s*/\s*(\d+)(?![\d.])")
-FLOAT = re.compile(r"[+-]?\s*(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
-APART = r"(?:\s|\\q?quad(?![A-Za-z])|\\[lc]?dots(?![A-Za-z]))+"
-SIDE_BY_SIDE = re.compile(  # not in `\log_2 8`, but in `1.234.567`
-    rf"(?<!_)\d(?:{SPACE}|{APART})\.?\d|\d\.\d+\.\d|!!"
-)
-REPEATING = re.compile(
-    r"(\d*)\.(\d*)\s*\\(?:overline\s*\{\s*(\d+)\s*\}|dot\s*\{?(\d)\}?(?:(\d*)\s*\\dot\s*\{?(\d)\}?)?)"
-)
-ORDINAL = re.compile(r"(?<=\d)(?:\s*\^\s*\{?)?(?:\s*\\(?:text|mathrm|rm)\s*)?\{?\s*(?:st|nd|rd|th)[\s}]*$")
-CHOICE = re.compile(r"^\(?([A-Z])[).:]$")
-CHOOSE = re.compile(r"(?<!\w)(\d+)C(\d+)(?!\w)")
-FEET = re.compile(r"(?<!\w)(\d+)\s*'\s*(\d+)\s*(?:''|\")?")
-TO = re.compile(r"(?<=\d)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*(?=\d)")
-METRES = re.compile(r"(?<=\d)\s*m([23])(?!\w)")
-LETTER = re.compile(r"\\math(?:rm|it|bf|sf)\s*\{\s*([A-Za-z])\s*\}|\\text(?:rm|it|bf)?\{([ie])\}")
+BRACKETS = {r"\langle": "(", r"\rangle": ")", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]"}
+NOTATION = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"(?:[. ]|\\\\)+$", ""),
+    (r"\\?%(?=\s*(?:[,;)\]}]|$))", ""),
+    (r"(?<!\w)(\d+)C(\d+)(?!\w)", r"\\binom{\1}{\2}"),
+    (r"(?<=\d)\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*(?=\d)", ":"),
+    (r"^\(?([A-Z])[).:]\s*$", r"\1"),  # a choice
+    (r"\\math(?:rm|it|bf|sf)\s*\{\s*([A-Za-z])\s*\}|\\text(?:rm|it|bf)?\{([ie])\}", r" \1\2"),
+    (r"(?<=\d)(?:\s*\^\s*\{?)?(?:\s*\\(?:text|mathrm|rm)\s*)?\{?\s*(?:st|nd|rd|th)[\s}]*$", ""),
+    (r"(?<=\d)\s*m([23])(?!\w)", r" m^{\1}"),
+    (r"^([^$]*?)\\?\$([^$]*)$", r"\1\2"),  # money, not the start of mathematics
+    (STATED, ""),
+    (r"^\s*(-?\d*\.\d*)\((\d+)\)\s*$", r"\1\\overline{\2}"),  # `0.1(6)`
+    (r"\\varnothing", r"\\emptyset"),
+    (r"\\mathbb\s*([A-Z])(?![A-Za-z])", r"\\mathbb{\1}"),
+    (r"(\\[lr](?:angle|brace|brack))(?![A-Za-z])", lambda bracket: BRACKETS[bracket[1]]),
+    (r"(?:√|\\?\bsqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"√\s*(\d+|\w)", r"\\sqrt{\1}"),
+    (r"√\s*(?=[({])", r"\\sqrt"),
+)]  # fmt: skip
+
 NAME = re.compile(
     r"(?<![\\A-Za-z])(arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|pi|theta|alpha|beta|gamma"
     r"|phi|omega|lambda)(?![A-Za-z])"
 )
 BARE_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\s*(\d+|[A-Za-z](?![A-Za-z]))")
+UNIT_AT_END = re.compile(
+    rf"(?P<value>.*(?:[\d)}}\]]|\\pi))(?P<gap>(?:{SPACE})?)(?P<unit>[^\W\d_](?:[^\d\\]|{RAISED_UNIT})*)"
+)
 TEXT_AT_END = re.compile(
     rf"(?P<value>.*[^\s=<>+*/,(\[{{^_~-])(?:\s|~|\\[,;:! ]|/|\\cdot|·)*"
     rf"\\(?:text|textrm|textit|textnormal|mathrm|mathit|mbox)\s*\{{[^{{}}_]*(?:\{{[^{{}}]*\}}[^{{}}]*)*\}}\s*"
     rf"(?:{RAISED_UNIT})?"
-)
-UNIT_AT_END = re.compile(
-    rf"(?P<value>.*(?:[\d)}}\]]|\\pi))(?P<gap>(?:{SPACE})?)(?P<unit>[^\W\d_](?:[^\d\\]|{RAISED_UNIT})*)"
 )
 IN_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
 SEVERAL_UNITS = re.compile(r"\d\s*(?!(?:and|or|to)\b)([A-Za-z]+)\.?(?:,?\s+(?:and\s+)?|,)\d[\d.]*\s*([A-Za-z]+)\.?$")
@@ -76,18 +79,10 @@ WORD = re.compile(
     rf"(?<![A-Za-z])(?:[A-Za-z][a-z]{{{MIN_WORD_LETTERS - 1},}}|[A-Z][a-z]{{2,}}"
     r"|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)(?![A-Za-z])"
 )
-NOT_PLAIN = re.compile(r"[\\{}$=<>^_]")
-DATE = re.compile(r"[12]\d{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])|\d{1,2}/\d{1,2}/(?:1\d|20)\d\d")
 WORDS = re.compile(r"(?=.*[A-Za-z]{4}|(?i:yes|no|odd|all|red|one|two|six|ten)\b)[A-Za-z]+(?: [A-Za-z]+)*")
-SHORT_ROOT = re.compile(rf"(\\sqrt\s*\[[^\[\]]*\])\s*(\d)(?!\d|{SPACE}\d)")
-ROOT_OF_BRACKETS = re.compile(r"(?:√|\\?\bsqrt)\s*\(([^()]*)\)")
-BRACKETS = {r"\langle": "(", r"\rangle": ")", r"\lbrace": r"\{", r"\rbrace": r"\}", r"\lbrack": "[", r"\rbrack": "]"}
-BLACKBOARD = re.compile(r"\\mathbb\s*([A-Z])(?![A-Za-z])")
-BRACKET = re.compile(r"(\\[lr](?:angle|brace|brack))(?![A-Za-z])")
-DEGREES = re.compile(r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\degree(?![A-Za-z])|\\textdegree(?![A-Za-z])")
-FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])\s*(?:\^\s*(?:\{[^{}]*\}|\w)\s*)?(?:\\left\s*)?")
-IN_DEGREES = re.compile(rf"(\d+(?:\.\d*)?|\.\d+)\s*(?:{DEGREES.pattern})")
+NOT_PLAIN = re.compile(r"[\\{}$=<>^_]")
 # answers whose parts math-verify would divide by one another, or drop
+DATE = re.compile(r"[12]\d{3}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])|\d{1,2}/\d{1,2}/(?:1\d|20)\d\d")
 TIME = re.compile(r"(\d{1,2})(?::([0-5]\d))?\s*(?:(?:\\text\s*\{)?\s*([ap])\.?\s*m\b\.?\s*\}?)?", re.IGNORECASE)
 REMAINDER = re.compile(r"(\d+)\s*(?:r|R|rem|[Rr]emainder)\.?\s*(\d+)")
 RATIO = re.compile(r"\d+(?:\s*:\s*\d+){2,}")
@@ -98,8 +93,13 @@ IN_BASE = re.compile(
     rf"(?:{DIGITS}|\({DIGITS}\)|\\(?:text|mathrm)\{{{DIGITS}\}})"
     rf"_(?:\{{(\d+)\}}|(\d{{1,2}})|\{{?(?:\\(?:text|mathrm)\s*)?\{{?({'|'.join(BASES)})\}}*)"
 )
+FEET = re.compile(r"(?<!\w)(\d+)\s*'\s*(\d+)\s*(?:''|\")?")
 SHORT_UNIT = r"[mgshl](?:\^\{[23]\})?"  # as sympy prints them
 IN_SHORT_UNIT = re.compile(rf"(-?)\s*(?:(\d+) {SHORT_UNIT}|\\frac\{{(?:(\d+) )?{SHORT_UNIT}\}}\{{(\d+)\}})")
+APART = r"(?:\s|\\q?quad(?![A-Za-z])|\\[lc]?dots(?![A-Za-z]))+"
+MISREAD = re.compile(  # not `\log_2 8`, but `1.234.567`, and exponents too large for `parse_number`
+    rf"(?<!_)\d(?:{SPACE}|{APART})\.?\d|\d\.\d+\.\d|!!|\A[+-]?\s*(?:\d+\.?\d*|\.\d+)[eE][+-]?\d+\Z"
+)
 
 
 def canonical_latex(raw: str | None, guard: Guard | None = None) -> str | None:
@@ -144,26 +144,18 @@ def equal_latex(prediction: str, gold: str, guard: Guard | None = None) -> bool:
     """
     if prediction == gold:
         return True
-    if RATIONAL.fullmatch(prediction) and RATIONAL.fullmatch(gold):  # rationals have one canonical form
+    pair = (prediction, gold)
+    bases, rationals = ([pattern.fullmatch(text) for text in pair] for pattern in (IN_BASE, RATIONAL))
+    if all(bases) or all(rationals) or any(map(RATIO.fullmatch, pair)):  # these have one canonical form
         return False
-    if RATIO.fullmatch(prediction) or RATIO.fullmatch(gold):
-        return False
-    bases = IN_BASE.fullmatch(prediction), IN_BASE.fullmatch(gold)
-    if all(bases):
-        return False
-    if bases[0] or bases[1]:
-        prediction, gold = (found[1] if found else text for found, text in zip(bases, (prediction, gold), strict=True))
+    if any(bases):
+        prediction, gold = (found[1] if found else text for found, text in zip(bases, pair, strict=True))
         return equal_latex(prediction, gold, guard)
-    if RATIONAL.fullmatch(gold) and (found := IN_SHORT_UNIT.fullmatch(prediction)):
-        return _without_unit(found) == gold
-    if RATIONAL.fullmatch(prediction) and (found := IN_SHORT_UNIT.fullmatch(gold)):
-        return _without_unit(found) == prediction
+    rational, other = pair if rationals[0] else pair[::-1]
+    if any(rationals) and (found := IN_SHORT_UNIT.fullmatch(other)):
+        sign, whole, upper, lower = found.groups()
+        return rational == write_fraction(Fraction(int(f"{sign}{whole or upper or 1}"), int(lower or 1)))
     return (guard or Guard(EXPRESSIONS)).call("equal", prediction, gold, otherwise=False)
-
-
-def _without_unit(found: re.Match[str]) -> str:
-    sign, whole, upper, lower = found.groups()
-    return write_fraction(Fraction(int(f"{sign}{whole or upper or 1}"), int(lower or 1)))
 
 
 def _other_form(text: str, *, is_text: bool) -> str | None:
@@ -191,41 +183,6 @@ def _other_form(text: str, *, is_text: bool) -> str | None:
     return _phrase(text, is_text=is_text)
 
 
-def _expression(text: str) -> str | None:
-    """The text prepared for math-verify; None if it would misread the text.
-
-    It misreads two numbers side by side (it multiplies them) and numbers with an exponent too large for `parse_number`.
-    """
-    if MAGNITUDE.search(text) and re.search(r"\d", text):
-        return None
-    text = re.sub(r"\\?%(?=\s*(?:[,;)\]}]|$))", "", re.sub(r"(?:[. ]|\\\\)+$", "", text)).rstrip()
-    text = CHOICE.sub(r"\1", TO.sub(":", CHOOSE.sub(r"\\binom{\1}{\2}", text)))
-    text = METRES.sub(r" m^{\1}", ORDINAL.sub("", LETTER.sub(r" \1\2", text).strip()))
-    if text.count("$") == 1:  # money, not the start of mathematics
-        text = text.replace("\\$", "").replace("$", "").strip()
-    text = STATED.sub("", text)
-    if re.fullmatch(r"-?\d*\.\d*\(\d+\)", text):  # `0.1(6)`
-        text = text.replace("(", r"\overline{").replace(")", "}")
-    text = text.translate(SIGNS).replace(r"\varnothing", r"\emptyset")
-    text = BLACKBOARD.sub(r"\\mathbb{\1}", text)
-    text = BRACKET.sub(lambda bracket: BRACKETS[bracket[1]], text)
-    text = ROOT_OF_BRACKETS.sub(r"\\sqrt{\1}", text)
-    text = re.sub(r"√\s*(\d+|\w|(?=[({]))", lambda root: rf"\sqrt{{{root[1]}}}" if root[1] else r"\sqrt", text)
-    if WORDS.fullmatch(text) and not OTHER_VALUE.issuperset(text.casefold().split()):
-        text = rf"\text{{{text}}}"  # not a product of variables
-    else:
-        text = _read_words(_without_units(text))
-    text = re.sub(r"\*\*\s*(-?\d+)", r"^{\1}", text).replace("**", "^")
-    text = REPEATING.sub(_repeating, re.sub(r"\\(?:nice|s)frac(?![A-Za-z])", r"\\frac", text))
-    text = SHORT_FRACTION.sub(r"\\frac{\1}{\2}", text)
-    text = RAISED_FRACTION.sub(r"^{\1}", SHORT_ROOT.sub(r"\1{\2}", text))
-    text = DEGREES.sub(r"^\\circ", _in_radians(text))
-    text = THOUSANDS.sub(lambda found: re.sub(r"\D", "", found[0]), _join_groups(text))
-    text = MIXED.sub(_mixed, text)
-    text = re.sub(r"(?<=\d)\s*x\s*(?=\d)", r"\\times ", text)
-    return None if not text or SIDE_BY_SIDE.search(text) or FLOAT.fullmatch(text) else " ".join(text.split())
-
-
 def _phrase(text: str, *, is_text: bool) -> str | None:
     r"""The canonical form of words with numbers, as `July 4`; None for anything else.
 
@@ -240,6 +197,28 @@ def _phrase(text: str, *, is_text: bool) -> str | None:
         return None
     words = re.sub(r"(?<=[A-Za-z0-9])[.,](?=\s|$)", " ", text).casefold().split()
     return rf"\text{{{' '.join(words)}}}"
+
+
+def _expression(text: str) -> str | None:
+    """The text prepared for math-verify; None if it would misread the text.
+
+    It misreads two numbers side by side (it multiplies them) and numbers with an exponent too large for `parse_number`.
+    """
+    if MAGNITUDE.search(text) and re.search(r"\d", text):
+        return None
+    text = _rewrite(text.translate(SIGNS), NOTATION)
+    if WORDS.fullmatch(text) and not OTHER_VALUE.issuperset(text.casefold().split()):
+        text = rf"\text{{{text}}}"  # not a product of variables
+    else:
+        text = _read_words(_without_units(text))
+    text = " ".join(_rewrite(text, VALUES).split())
+    return None if not text or MISREAD.search(text) else text
+
+
+def _rewrite(text: str, rules: Sequence[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]]) -> str:
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    return text.strip()
 
 
 def _without_units(text: str) -> str:
@@ -267,70 +246,50 @@ def _has_words(text: str) -> bool:
     return WORD.search(KNOWN_NAME.sub(" ", text)) is not None
 
 
-def _join_groups(text: str) -> str:
-    r"""The text without commas that separate thousands.
-
-    Within brackets they separate elements, as in `(100,200)`, unless elements are separated by a comma and a space, as
-    in `(1,000, 2,000)`, or a group is `000`.
-    """
-
-    def join(found: re.Match[str]) -> str:
-        start, end = _enclosing(text, found.start())
-        inside = start >= 0
-        spaced = bool(re.search(rf",(?:{SPACE})", text[max(start, 0) : end]))
-        return found[0].replace(",", "") if not inside or spaced or ",000" in found[0] else found[0]
-
-    return COMMA_GROUPS.sub(join, text)
-
-
-def _enclosing(text: str, place: int) -> tuple[int, int]:
-    """The innermost brackets around a place, braces of a set included; (-1, length) if there are none."""
-    opened: list[int] = []
-    for found in re.finditer(r"\\[{}]|[()\[\]]", text):
-        if found[0] in ("(", "[", r"\{"):
-            opened.append(found.start())
-        elif opened:
-            start = opened.pop()
-            if start < place < found.start():
-                return start, found.start()
-    return -1, len(text)
-
-
 def _repeating(found: re.Match[str]) -> str:
     """The fraction of a repeating decimal."""
-    whole, first, again = found[1], found[2], found[3] or "".join(filter(None, found.group(4, 5, 6)))
-    value = Fraction(
-        int((whole + first + again) or 0) - int((whole + first) or 0), 10 ** len(first) * (10 ** len(again) - 1)
-    )
-    return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
-
-
-def _in_radians(text: str) -> str:
-    r"""The text with degrees in arguments of functions as radians; math-verify drops the degrees of `\sin 30^\circ`."""
-    written, end = "", 0
-    for function in FUNCTION.finditer(text):
-        start = function.end()
-        if start < end:
-            continue
-        stop = closing(text, start)
-        if stop is None:
-            number = IN_DEGREES.match(text, start)
-            stop = number.end() if number else start
-        written += text[end:start] + IN_DEGREES.sub(r"{(\\frac{\1\\pi}{180})}", text[start:stop])
-        end = stop
-    return written + text[end:]
-
-
-def closing(text: str, start: int, opening: str = "({", ending: str = ")}") -> int | None:
-    """The end of the group that a bracket at a place of a text starts; None if there is none."""
-    depth = 0
-    for place in range(start, len(text) if text[start : start + 1] in list(opening) else start):
-        depth += (text[place] in opening) - (text[place] in ending)
-        if depth == 0:
-            return place + 1
-    return None
+    whole, first, again = found.groups()
+    digits = int(f"{whole}{first}{again}") - int(f"0{whole}{first}")
+    return write_fraction(Fraction(digits, 10 ** len(first) * (10 ** len(again) - 1)))
 
 
 def _mixed(found: re.Match[str]) -> str:
     whole, upper, lower = found.groups()
     return rf"({whole}+\frac{{{upper}}}{{{lower}}})" if int(upper) < int(lower) else found[0]
+
+
+DEGREES = r"(?:\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})|\\(?:text)?degree(?![A-Za-z]))"
+IN_DEGREES = rf"(\d+(?:\.\d*)?|\.\d+)\s*{DEGREES}"
+FUNCTION = r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])\s*(?:\^\s*(?:\{[^{}]*\}|\w)\s*)?(?:\\left\s*)?"
+IN_BRACKETS = r"\((?:[^()]|\([^()]*\))*\)|\{(?:[^{}]|\{[^{}]*\})*\}"
+FRACTION = r"\\[dtc]?frac\s*"
+DIGIT = r"\{?(\d)\}?"  # with a dot over it
+# brackets in which commas separate elements, as in `(100,200)`, not `(1,000, 2,000)`
+ELEMENTS = rf"(?:\\\{{|[(\[])(?:(?!,(?:{SPACE})|,000)[^()\[\]])*(?:\\\}}|[)\]])"
+# the same as `NOTATION`, where units and words have been read
+VALUES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\*\*\s*(-?\d+)", r"^{\1}"),
+    (r"\*\*", "^"),
+    (r"\\(?:nice|s)frac(?![A-Za-z])", r"\\frac"),
+    (rf"(?<=[.\d])\s*\\dot\s*{DIGIT}(\d*)\s*\\dot\s*{DIGIT}", r"\\overline{\1\2\3}"),
+    (rf"(?<=[.\d])\s*\\dot\s*{DIGIT}", r"\\overline{\1}"),
+    (r"(\d*)\.(\d*)\s*\\overline\s*\{\s*(\d+)\s*\}", _repeating),
+    (rf"{FRACTION}(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
+    (rf"(\\sqrt\s*\[[^\[\]]*\])\s*(\d)(?!\d|{SPACE}\d)", r"\1{\2}"),
+    (rf"\^\s*({FRACTION}(?:\{{[^{{}}]*\}}|\d)\s*(?:\{{[^{{}}]*\}}|\d))", r"^{\1}"),
+    (  # math-verify drops the degrees of `\sin 30^\circ`
+        rf"({FUNCTION})({IN_BRACKETS}|{IN_DEGREES})",
+        lambda found: found[1] + re.sub(IN_DEGREES, r"{(\\frac{\1\\pi}{180})}", found[2]),
+    ),
+    (DEGREES, r"^\\circ"),
+    (
+        rf"({ELEMENTS})|(?<![\w.,^])[1-9]\d{{0,2}}(?:,\d{{3}})+(?![\w.]*\d)(?!,\d)",
+        lambda found: found[1] or found[0].replace(",", ""),
+    ),
+    (
+        rf"(?<![\w.,^])[1-9]\d{{0,2}}(?:(?:{SPACE}|\{{,\}}|,\s*\\!\s*)\d{{3}})+(?![\w.,]*\d)",
+        lambda found: re.sub(r"\D", "", found[0]),
+    ),
+    (rf"(?<![\w.,^/])(\d+){SPACE}(\d+)\s*/\s*(\d+)(?![\d.])", _mixed),
+    (r"(?<=\d)\s*x\s*(?=\d)", r"\\times "),
+)]  # fmt: skip

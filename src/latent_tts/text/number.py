@@ -3,6 +3,7 @@ r"""Numbers as people write them, as exact fractions: `1,234.50`, `10\,000`, `3 
 from __future__ import annotations
 
 import re
+import unicodedata
 from decimal import Context, Decimal, Inexact
 from fractions import Fraction
 
@@ -12,16 +13,12 @@ MAX_EXPONENT = 400  # beyond the range of floats; a larger one is not an answer
 EXACT = Context(prec=8 * MAX_LENGTH, traps=[Inexact])
 
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
-# full-width forms, the ideographic full stop, the Arabic separators, the slash of fractions
-PLAIN_FORMS = {0xFF01 + place: 0x21 + place for place in range(94)}
-PLAIN_FORMS |= str.maketrans("\u3002\u066a\u066b\u066c\u2044\u2215", ".%.,//")
+# what NFKC leaves: the ideographic full stop, the Arabic separators, the slashes of fractions
+PLAIN_FORMS = str.maketrans("\u3002\u066a\u066b\u066c\u2044\u2215", ".%.,//")
+VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")  # fractions of one sign
 # the minus sign and hyphens always mean minus; a dash between two values may mean a range
 MINUS = re.compile("[\u02d7\u2010\u2011\u2212\u2796\ufe63]")
 DASH = re.compile(r"(^|[(\[{,;:=<>$])\s*[\u2012-\u2015\ufe58]\s*(?=[\d.$\\])")
-VULGAR = {sign: rf"\frac{{{upper}}}{{{lower}}}" for sign, upper, lower in zip(
-    "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888", strict=True
-)}  # fmt: skip
-
 RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n", strict=True))
 LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎", "0123456789+-()", strict=True))
 SCRIPT = re.compile(f"(?P<raised>[{''.join(RAISED)}]+)|[{''.join(LOWERED)}]+")
@@ -30,17 +27,9 @@ SPACE = r"(?:\s|~|\\[,;:! ])+"
 SEPARATOR = rf"(?:{SPACE}|,(?:\s*\\!\s*)?|\{{,\}}|[_'\u2019])"
 TIMES = r"\s*(?:[xX*\u00d7\u00b7]|\\times(?![A-Za-z])|\\cdot(?![A-Za-z]))\s*"
 DIGITS = rf"(?:[1-9]\d{{0,2}}(?P<separator>{SEPARATOR})\d{{3}}(?:(?P=separator)\d{{3}})*|\d+)"
-POWER = (
-    rf"[eE](?P<exponent>[+-]?\d{{1,9}})|{TIMES}10\s*\^\s*"
-    r"(?:\{\s*(?P<power>[+-]?\s*\d{1,9})\s*\}|(?P<power_digit>\d(?!\d)))"
-)
-PLAIN = rf"(?:(?P<digits>{DIGITS}(?:\.\d*)?|\.\d+)(?:{POWER})?)"
-ARGUMENT = r"(?:\{{\s*(?P<{0}>\d+)\s*\}}|(?P<{0}_digit>\d))"
-FRACTION = (
-    r"(?:(?P<upper>\d+)\s*/\s*(?P<lower>\d+)"
-    rf"|\\[dtc]?frac\s*{ARGUMENT.format('numerator')}\s*{ARGUMENT.format('denominator')})"
-)
-MIXED = rf"(?:(?P<whole>\d+)(?:{SPACE}|(?=\\)))?{FRACTION}"
+PLAIN = rf"(?:(?P<digits>{DIGITS}(?:\.\d*)?|\.\d+)(?:[eE](?P<exponent>[+-]?\d{{1,9}}))?)"
+ARGUMENT = r"\s*(?:\{\s*(\d+)\s*\}|(\d))"
+MIXED = rf"(?:(?P<whole>\d+){SPACE})?(?P<upper>\d+)\s*/\s*(?P<lower>\d+)"
 CURRENCY = (
     r"(?:(?:US|AU|CA|NZ|HK|[ACRS])?\\?\$|[£¥¢฿\u20a0-\u20cf]|\\pounds|\\euro"
     r"|(?:USD|EUR|GBP|JPY|CNY|INR|Rs\.?)(?=[\s\d]))"
@@ -48,17 +37,21 @@ CURRENCY = (
 SIGN = r"[+-]?"
 RAISED_UNIT = r"\^\s*\{\s*-?[1-3]\s*\}|\^\s*-?[1-3]|(?<=[mtnd])[23](?![A-Za-z])"  # the power of `cm^2`, `s^{-1}`, `m2`
 NUMBER = re.compile(
-    rf"(?P<sign>{SIGN})\s*{CURRENCY}?\s*(?P<inner_sign>{SIGN})\s*(?:(?P<fraction>{MIXED})|(?P<plain>{PLAIN}))"
+    rf"(?P<sign>{SIGN})\s*{CURRENCY}?\s*(?P<inner_sign>{SIGN})\s*(?:{MIXED}|{PLAIN})"
     rf"(?:{SPACE})?(?P<tail>(?:{CURRENCY}|\\?%|(?P<degrees>°|\^\s*\\circ(?![A-Za-z])|\^\s*\{{\s*\\circ\s*\}})(?:{SPACE})?)?(?P<unit>(?:[^\d\\]|{RAISED_UNIT})*))"
 )
 UNIT_POWER = re.compile(rf"(?<=[^\W\d_])\.?\s*(?:{RAISED_UNIT})")
 WRAPPERS = [("**", "**"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("{", "}")]
 WRAPPERS += [(rf"\{name}{{", "}") for name in ("boxed", "text", "textbf", "mathrm", "mathbf", "mbox")]
-STATED = re.compile(r"^(?:=|≈|\\approx(?![A-Za-z]))\s*(?=\S)")
+STATED = re.compile(r"^\s*(?:=|≈|\\approx(?![A-Za-z]))\s*(?=\S)")
 STYLE = re.compile(r"\\(?:displaystyle|textstyle|bf|rm|it)(?![A-Za-z])")
-UNIT_TEXT = re.compile(
-    rf"\\(?:text|textrm|textit|mathrm|mathit|mbox|rm)\s*\{{([^{{}}\\\d$]*)\$?((?:{RAISED_UNIT})?)\$?\}}"
-)
+# how some parts of a number are written, and how `NUMBER` reads them
+PLAIN_WRITING = [(re.compile(pattern), plain) for pattern, plain in (
+    (rf"\\(?:text|textrm|textit|mathrm|mathit|mbox|rm)\s*\{{([^{{}}\\\d$]*)\$?((?:{RAISED_UNIT})?)\$?\}}", r" \1\2"),
+    (r"\s*\\cdot\s*(?=[^\W\d_])", "\u00b7"),
+    (rf"\\[dtc]?frac{ARGUMENT}{ARGUMENT}(?!\s*\d)", r" \1\2/\3\4"),
+    (rf"(?<=[\d.]){TIMES}10\s*\^\s*(?:\{{\s*([+-]?)\s*(\d{{1,9}})\s*\}}|(\d)(?!\d))", r"e\1\2\3"),
+)]  # fmt: skip
 # units that are shorter than other words, for texts with variables; `ab` and `st` are not among them
 UNIT_NAMES = frozenset(
     re.split(
@@ -87,16 +80,14 @@ OTHER_VALUE = frozenset(
 MILLIONS = "M"  # `m` are metres
 MAX_UNIT_WORDS = 4
 GLUED_LETTERS = 2  # more letters that a unit needs right after a digit, where letters may be variables
-CDOT = re.compile(r"\s*\\cdot\s*(?=[^\W\d_])")
 MAGNITUDE = re.compile(r"(?<![A-Za-z])(?:hundred|thousand|million|billion|trillion|dozen)s?(?![A-Za-z])", re.I)
 
 
 def tidy(raw: str) -> str:
     """The text on one line in ASCII digits and minus signs: single spaces, fractions and scripts written out."""
-    text = MINUS.sub("-", INVISIBLE.sub("", raw).translate(PLAIN_FORMS))
-    text = SCRIPT.sub(_plain_script, text)
+    text = VULGAR.sub(_plain_fraction, SCRIPT.sub(_plain_script, INVISIBLE.sub("", raw)))
+    text = MINUS.sub("-", unicodedata.normalize("NFKC", text).translate(PLAIN_FORMS))
     text = re.sub(r"\d", lambda digit: str(int(digit[0])), text)
-    text = "".join(f" {VULGAR[sign]}" if sign in VULGAR else sign for sign in text)
     return " ".join(DASH.sub(r"\1-", " ".join(text.split())).split())
 
 
@@ -117,15 +108,28 @@ def parse_number(text: str, *, min_unit_letters: int = 1) -> Fraction | None:
     """
     if len(text) > MAX_LENGTH:
         return None
-    found = NUMBER.fullmatch(CDOT.sub("·", UNIT_TEXT.sub(r" \1\2", unwrap(text))))
+    text = unwrap(text)
+    for pattern, plain in PLAIN_WRITING:
+        text = pattern.sub(plain, text)
+    found = NUMBER.fullmatch(text.strip())
     if found is None or (found["sign"] and found["inner_sign"]):
         return None
     glued = found.start("unit") > 0 and found.string[found.start("unit") - 1].isalnum()
     unit = found["unit"] or ""
     if not (found["degrees"] and unit in SCALES) and not is_unit(unit, min_unit_letters, glued=glued):
         return None
-    value = _fraction(found) if found["fraction"] else _decimal(found)
-    return -value if value is not None and "-" in (found["sign"], found["inner_sign"]) else value
+    if found["upper"]:
+        whole, upper, lower = (int(found[part] or 0) for part in ("whole", "upper", "lower"))
+        if lower == 0 or (found["whole"] and upper >= lower):
+            return None
+        value = whole + Fraction(upper, lower)
+    else:
+        decimal = Decimal(f"{re.sub(r'[^0-9.]', '', found['digits'])}e{found['exponent'] or 0}")
+        places = max(abs(decimal.adjusted()), -int(decimal.as_tuple().exponent))  # before or after the point
+        if decimal and places > MAX_EXPONENT:
+            return None
+        value = Fraction(decimal)
+    return -value if "-" in (found["sign"], found["inner_sign"]) else value
 
 
 def unwrap(text: str) -> str:
@@ -137,18 +141,18 @@ def unwrap(text: str) -> str:
         for left, right in WRAPPERS:
             if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
                 inside = text[len(left) : -len(right)].strip()
-                text = inside if right != "}" or _is_balanced(inside) else text
+                text = inside if right != "}" or closing(text, len(left) - 1) == len(text) else text
     return text
 
 
-def _is_balanced(text: str) -> bool:
-    """Whether no brace closes one that opens before the text."""
+def closing(text: str, start: int) -> int | None:
+    """The end of the group that the brace at a place of a text starts; None if there is none."""
     depth = 0
-    for sign in text:
-        depth += (sign == "{") - (sign == "}")
-        if depth < 0:
-            return False
-    return True
+    for place in range(start, len(text)):
+        depth += (text[place] == "{") - (text[place] == "}")
+        if depth == 0:
+            return place + 1
+    return None
 
 
 def is_unit(text: str, min_letters: int, *, glued: bool = False) -> bool:
@@ -181,27 +185,14 @@ def is_unit(text: str, min_letters: int, *, glued: bool = False) -> bool:
     return True
 
 
+def _plain_fraction(found: re.Match[str]) -> str:
+    upper, _, lower = unicodedata.normalize("NFKC", found[0]).partition("\u2044")
+    return rf" \frac{{{upper}}}{{{lower}}}"
+
+
 def _plain_script(found: re.Match[str]) -> str:
     mark, signs = ("^", RAISED) if found["raised"] else ("_", LOWERED)
     return f"{mark}{{{''.join(signs[sign] for sign in found[0])}}}"
-
-
-def _fraction(found: re.Match[str]) -> Fraction | None:
-    upper = int(found["upper"] or found["numerator"] or found["numerator_digit"])
-    lower = int(found["lower"] or found["denominator"] or found["denominator_digit"])
-    if lower == 0 or (found["whole"] is not None and upper >= lower):
-        return None
-    return int(found["whole"] or 0) + Fraction(upper, lower)
-
-
-def _decimal(found: re.Match[str]) -> Fraction | None:
-    digits = found["digits"]
-    if found["separator"]:
-        digits = digits.replace(found["separator"], "")
-    exponent = (found["exponent"] or found["power"] or found["power_digit"] or "0").replace(" ", "")
-    value = Decimal(f"{digits}e{exponent}")
-    places = max(abs(value.adjusted()), -int(value.as_tuple().exponent))  # before or after the point
-    return Fraction(value) if value == 0 or places <= MAX_EXPONENT else None
 
 
 def canonical_number(raw: str | None) -> str | None:
@@ -225,10 +216,9 @@ def canonical_number(raw: str | None) -> str | None:
 
 def write_fraction(value: Fraction) -> str:
     r"""LaTeX of a fraction, as `-\frac{1}{2}`, or of an integer, as `-3`."""
-    sign = "-" if value < 0 else ""
     if value.denominator == 1:
-        return f"{sign}{abs(value.numerator)}"
-    return rf"{sign}\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"
+        return str(value.numerator)
+    return rf"{'-' * (value < 0)}\frac{{{abs(value.numerator)}}}{{{value.denominator}}}"
 
 
 def is_close(prediction: str, gold: str, tolerance: float | None) -> bool:

@@ -13,21 +13,16 @@ from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
-from latent_tts.text.guard import call_once
+from latent_tts.text.guard import process_of
 
 MAX_CHARACTERS = 1 << 20  # of a rendered prompt
 SECONDS = 2.0
 TODAY = datetime(2024, 7, 26)  # for templates that write the date: a prompt must be the same tomorrow. Llama's default
-QUESTION = re.compile(r"\{\{-?\s*question\b")
+QUESTION = re.compile(r"\{\{-?\s*question\b")  # the place of the question
 
 
 class TemplateError(Exception):
     """A template has no result: the message says why."""
-
-
-def names_question(template: str) -> bool:
-    """Whether a template has a place for the question, `{{question}}`."""
-    return QUESTION.search(template) is not None
 
 
 def render_prompt(template: str, question: str, tokens: Mapping[str, str]) -> str:
@@ -41,13 +36,11 @@ def render_prompt(template: str, question: str, tokens: Mapping[str, str]) -> st
     Raises:
         TemplateError: it is no template, it refuses the question, or the result takes too long or is too long.
     """
-    try:
-        reply = call_once(__name__, "render", template, question, json.dumps(dict(tokens)), limit=SECONDS)
-    except TimeoutError:
-        raise TemplateError(f"it takes more than {SECONDS:g} s") from None
-    if "error" in reply:
-        raise TemplateError(reply["error"])
-    return reply["text"]
+    reply = process_of(__name__).ask(("render", template, question, json.dumps(dict(tokens))), SECONDS)
+    result = reply.get("result", {"error": f"it takes more than {SECONDS:g} s"})
+    if "error" in result:
+        raise TemplateError(result["error"])
+    return result["text"]
 
 
 def warm_up() -> None:

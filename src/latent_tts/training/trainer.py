@@ -32,7 +32,7 @@ from latent_tts.checkpoint.loading import compute_exactly
 from latent_tts.engine.device import resolve_device
 from latent_tts.errors import RunError, UsageError, bad_value
 from latent_tts.training.optimization import NO_LIMIT, Optimization
-from latent_tts.training.states import clean_states, last_state, write_digests
+from latent_tts.training.states import last_state, write_digests
 
 # what reading a state that is none raises
 UNREADABLE = (
@@ -78,7 +78,6 @@ def training_arguments(
         learning_rate=optimization.lr,
         weight_decay=optimization.weight_decay,
         max_grad_norm=optimization.clip,
-        restore_callback_states_from_checkpoint=True,
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
@@ -152,7 +151,7 @@ class ResumableTrainer(Trainer):
             "try a smaller optimization.lr or bf16=false, in another output folder"
         )
 
-    def fit(self) -> None:
+    def fit(self, last: Path | None) -> None:
         """Train to the end, from the last saved state if there is one.
 
         Raises:
@@ -160,8 +159,6 @@ class ResumableTrainer(Trainer):
             KeyboardInterrupt: Ctrl-C was pressed. The state is saved first, unless Ctrl-C is pressed again.
         """
         states = Path(str(self.args.output_dir))
-        clean_states(states)
-        last = last_state(states)
         if last is not None:
             log.info("resuming from %s", last)
         try:

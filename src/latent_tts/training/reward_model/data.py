@@ -36,8 +36,7 @@ class MixedQuestions:
         Raises:
             UsageError: a shard does not fit, no question has both right and wrong rollouts, or a prompt is too long.
         """
-        folder.check()
-        rows = folder.index().to_pylist()
+        rows = folder.index()
         self.rows = [row for row in rows if row["kept"] and 0 < row["share_correct"] < 1]
         shares = [row["share_correct"] for row in rows]
         self.unmixed = None if folder.official else {"all_correct": shares.count(1.0), "all_wrong": shares.count(0.0)}

@@ -15,7 +15,6 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
-from latent_tts.checkpoint import files
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.results.files import write_text
 from latent_tts.training.reasoner.lora import FULL, Lora
@@ -24,7 +23,7 @@ from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
 from latent_tts.training.reward_model.model import LatentRMModule
 from latent_tts.training.reward_model.optimization import RewardOptimization
-from latent_tts.training.states import FINISHED, STATES, clean_states, last_state, read_state, set_state_aside
+from latent_tts.training.states import FINISHED, STATES, best_state, last_state, read_state, resumable_state
 from latent_tts.training.trainer import Report, ResumableTrainer, load_parameters, training_arguments
 
 METRIC = "selection_accuracy"
@@ -175,14 +174,12 @@ def train(
     if not optimization.epochs:
         return trainer
     states = Path(str(arguments.output_dir))
-    clean_states(states)
-    while (last := last_state(states)) is not None and not (_best(last) / files.WEIGHTS).is_file():
-        set_state_aside(last, f"needs {_best(last).name}, the best state so far, which is missing")
+    last = resumable_state(states)
     if last is None or not _has_ended(last, optimization):
-        trainer.fit()
+        trainer.fit(last)
         last = last_state(states)
     assert last is not None
-    load_parameters(model, _best(last))
+    load_parameters(model, best_state(last))
     return trainer
 
 
@@ -240,6 +237,7 @@ def trainer_arguments(
         load_best_model_at_end=True,
         metric_for_best_model=METRIC,
         greater_is_better=True,
+        restore_callback_states_from_checkpoint=True,
         logging_steps=min(every, 10),
         label_names=["labels_QNT"],
     )
@@ -252,11 +250,6 @@ def selection_accuracy(score_QN: np.ndarray, correct_QN: np.ndarray) -> float:
 
 def _selection(prediction: EvalPrediction) -> dict[str, float]:
     return {METRIC: selection_accuracy(np.asarray(prediction.predictions), np.asarray(prediction.label_ids))}
-
-
-def _best(last: Path) -> Path:
-    """The best state so far when a state was saved; it may be that state."""
-    return last.with_name(f"checkpoint-{read_state(last).get('best_global_step')}")
 
 
 def _has_ended(folder: Path, optimization: RewardOptimization) -> bool:
