@@ -23,8 +23,8 @@ from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.checkpoint.joining import probe, write_adapter
 from latent_tts.random.philox import Stream, key_of, philox
 from latent_tts.task.arith import words
-from latent_tts.training.optimization import NO_LIMIT
-from latent_tts.training.reasoner.backbone import BackboneConfig
+from latent_tts.training.optimization import NO_LIMIT, ReasonerOptimization
+from latent_tts.training.reasoner.backbone import BackboneConfig, word_level_tokenizer
 from latent_tts.training.reasoner.batch import question_batches, token_batches
 from latent_tts.training.reasoner.curriculum import Objective, Recipe, Stage
 from latent_tts.training.reasoner.initial import (
@@ -34,11 +34,9 @@ from latent_tts.training.reasoner.initial import (
     write_initial_checkpoint,
 )
 from latent_tts.training.reasoner.lora import FULL, Lora, plain_settings
-from latent_tts.training.reasoner.optimization import ReasonerOptimization
 from latent_tts.training.reasoner.pace import LOG, Pace, Timed, of_first_process, read_log
 from latent_tts.training.reasoner.questions import TrainingQuestions, check_lengths, token_lengths
 from latent_tts.training.reasoner.validation import COVERAGE, GREEDY, Validation, joined_copy
-from latent_tts.training.reasoner.vocabulary import word_level_tokenizer
 from latent_tts.training.recompute import recomputing_blocks
 from latent_tts.training.states import FINISHED, STATES, best_state, claim, last_state, read_state, resumable_state
 from latent_tts.training.trainer import (

@@ -17,11 +17,11 @@ from transformers.trainer_utils import EvalPrediction
 
 from latent_tts.checkpoint.adapter import CheckpointAdapter
 from latent_tts.results.files import write_text
+from latent_tts.training.optimization import RewardOptimization
 from latent_tts.training.reasoner.lora import FULL, Lora
 from latent_tts.training.reward_model.data import MixedQuestions, collate
 from latent_tts.training.reward_model.loss import RewardLoss, rollout_scores
 from latent_tts.training.reward_model.model import LatentRMModule
-from latent_tts.training.reward_model.optimization import RewardOptimization
 from latent_tts.training.states import FINISHED, STATES, best_state, last_state, read_state, resumable_state
 from latent_tts.training.trainer import Report, ResumableTrainer, load_parameters, training_arguments
 
