@@ -36,7 +36,7 @@ def add_head(folder: Path, hidden: int | None, seed: int, *, spread: bool) -> No
     width = embedding.embedding_dim
     torch.manual_seed(seed)
     if not has_tensors(folder, HEAD):
-        inner, std = hidden or 2 * width, round(float(embedding.weight.std()), 4)
+        inner, std = hidden or 2 * width, round(float(embedding.weight.detach().std()), 4)
         head = colar_head(width, inner, spread=False)
         add_tensors(folder, HEAD, head, latent_embedding_std=std, latent_intermediate_size=inner)
     if spread and not has_tensors(folder, f"{HEAD}log_std."):

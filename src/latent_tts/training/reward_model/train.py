@@ -193,8 +193,8 @@ class RewardTrainer(ResumableTrainer):
         """The micro-batches of an update, each with its weight: the last one of an epoch may have fewer questions."""
         batches, items = super().get_batch_samples(*arguments, **more)
         sizes = [len(batch["lengths_Q"]) for batch in batches]
-        weights = [size * len(sizes) / sum(sizes) for size in sizes]
-        return [batch | {"weight": weight} for batch, weight in zip(batches, weights, strict=True)], items
+        weighted = zip(batches, sizes, strict=True)
+        return [batch | {"weight": size * len(sizes) / sum(sizes)} for batch, size in weighted], items
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and the scores (Q, N) of its rollouts."""
