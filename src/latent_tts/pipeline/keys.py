@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +115,8 @@ def own_fields(group: str, option: Any) -> dict[str, Any]:
     Raises:
         UsageError: a value cannot be told from another.
     """
-    kind = type(option)
-    names = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
-    names |= set(getattr(option, "__dict__", ()))
-    names -= FIELDS_NOT_IN_KEY[group] | computed_attributes(kind)
+    names = {field.name for field in fields(option)} | vars(option).keys()
+    names -= FIELDS_NOT_IN_KEY[group] | computed_attributes(type(option))
     return {
         name: _plain(f"{group}.{name}", getattr(option, name))
         for name in sorted(names)

@@ -21,7 +21,7 @@ from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.recording import ROLLOUTS_SHARE, SCORES_SHARE, Recordings
 from latent_tts.engine.rollout import Engine, RolloutPlan
 from latent_tts.engine.scoring import LatentScorer
-from latent_tts.errors import RunError, UsageError, bad_value, require
+from latent_tts.errors import RunError, UsageError, require
 from latent_tts.pipeline.code import PACKAGE
 from latent_tts.pipeline.keys import own_fields
 from latent_tts.pipeline.spec import EngineSettings, RunSpec, exit_ids
@@ -62,9 +62,8 @@ def load_reasoner(
             quantization.quantize(reasoner.lm, engine.quantize)
         return reasoner
 
-    where = ("model.checkpoint", adapter.checkpoint)
     longest = adapter.positions if longest is None else longest
-    return _keep_proven("model", adapter.name, where, key, load, prove_reasoner, longest)
+    return _keep_proven("model", f"model.checkpoint={adapter.checkpoint}", key, load, prove_reasoner, longest)
 
 
 def load_reasoner_of(spec: RunSpec) -> Reasoner:
@@ -83,7 +82,7 @@ def load_scorer_of(spec: RunSpec) -> RewardModel:
     base = load_reasoner_of(spec) if shares else None
     key = (_kind("scorer", scorer), scorer.digest, device, dtype, None if base is None else str(id(base.lm)))
     load = partial(scorer.load, device=device, dtype=dtype, base=base)
-    return _keep_proven("scorer", scorer.name, ("scorer", scorer.name), key, load, prove_reward_model, longest)
+    return _keep_proven("scorer", f"scorer={scorer.name}", key, load, prove_reward_model, longest)
 
 
 def _kind(group: str, option: CheckpointAdapter | LatentRM) -> str:
@@ -95,8 +94,7 @@ def _kind(group: str, option: CheckpointAdapter | LatentRM) -> str:
 
 def _keep_proven(
     kind: str,
-    name: str,
-    where: tuple[str, str],
+    where: str,
     key: tuple[str | None, ...],
     load: Callable[[], Any],
     prove: Callable[[Any, int], Computation],
@@ -107,12 +105,10 @@ def _keep_proven(
     def computation() -> Computation:
         try:
             found = prove(model, longest)
-        except UsageError as error:
-            raise bad_value(*where, str(error)) from error
-        except RunError as error:
-            raise RunError(f"{where[0]}={where[1]}: {error}") from error
+        except (UsageError, RunError) as error:
+            raise type(error)(f"{where}: {error}") from error
         if found.reason:
-            log.warning("%s: computed with %s%s: %s", name, WORDS[found.attention], WORDS[found.logits], found.reason)
+            log.warning("%s: computed with %s%s: %s", where, WORDS[found.attention], WORDS[found.logits], found.reason)
         return found
 
     return replace(model, computation=_keep(f"{kind}'s proof", (*key, str(longest)), computation))

@@ -129,7 +129,7 @@ def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
             "answer_ids": rows["answer_ids"],
             "answer_tokens": rows["answer_ids"].map(len),
             "latent_steps": rows["latent_steps"].astype("int32"),
-            **{name: rows[name].astype("int32") for name in COUNT_COLUMNS if name in rows},
+            **{name: rows[name].astype("int32") for name in COUNT_COLUMNS},
             **{name: rows[name] for name in MEASURED},
         },
         copy=False,
@@ -202,8 +202,10 @@ def _warn_of_useless_answers(rollouts: pd.DataFrame) -> None:
         (rollouts["stop_reason"] == "length", "are cut off at max_answer_tokens"),
     ):
         if decoded.any() and useless.sum() >= MAX_USELESS * decoded.sum():
-            example = rollouts["answer_text"].iloc[useless.argmax()]
-            log.warning("%.0f %% of the answers %s, as in %r", 100 * useless.sum() / decoded.sum(), what, example[-80:])
+            log.warning(
+                "%.0f %% of the answers %s, as in %r",
+                100 * useless.sum() / decoded.sum(), what, rollouts["answer_text"].iloc[useless.argmax()][-80:],
+            )  # fmt: skip
 
 
 def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
@@ -248,8 +250,9 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
 
 def gflops(spec: RunSpec, rollouts: pd.DataFrame, scores: Scores | None) -> list[tuple[float, float]]:
     """For each question, the GFLOP that its rollouts share, and the GFLOP that each of them adds on average."""
-    names = ["latent_steps", "answer_tokens", *(["conflicts"] if "conflicts" in rollouts else [])]
-    columns = [rollouts[name].to_numpy().reshape(-1, spec.kept) for name in names]
+    columns = [
+        rollouts[name].to_numpy().reshape(-1, spec.kept) for name in ("latent_steps", "answer_tokens", "conflicts")
+    ]
     pairs = []
     for place, question in enumerate(spec.questions):
         shared, each_N = spec.rollout_gflop(question, *(column_QN[place] for column_QN in columns))
@@ -273,7 +276,7 @@ def schedule_lines(spec: RunSpec, rollouts: pd.DataFrame) -> list[str]:
             f"schedule.exit={spec.schedule.exit:g}, per rollout: {steps.mean():.2f} of at most {most} "
             f"latents; {100 * (steps < most).mean():.0f} % have fewer"
         ]
-    if spec.schedule.stepwise or not set(COUNT_COLUMNS) <= set(rollouts.columns):
+    if spec.schedule.stepwise:
         return []
     counts = [f"{rollouts[name].mean():.2f} {name}" for name in COUNT_COLUMNS if rollouts[name].any()]
     return [f"schedule={spec.schedule.name}, per rollout: {', '.join(counts)}"]
