@@ -14,7 +14,6 @@ from latent_tts.pipeline.spec import DrawingRequest, check_sampler, require_step
 from latent_tts.results.annotations import FORMAT
 from latent_tts.types import Question
 
-KEEP = ("mixed", "all")
 MAX_LABELLED = 1 << 16  # rollout number and completion number share a 32-bit counter word
 
 
@@ -63,7 +62,7 @@ class AnnotationSpec(DrawingRequest):
             1 <= self.completions < MAX_LABELLED,
             f"must be 1 or more, less than {MAX_LABELLED}",
         )
-        check_fields("", self, keep=KEEP)
+        check_fields("", self, keep=("mixed", "all"))
         require(
             "sampler",
             sampler.name,

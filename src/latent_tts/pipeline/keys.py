@@ -32,12 +32,13 @@ def rollout_key(spec: RunSpec, computation: Computation, scoring: Computation | 
     Raises:
         UsageError: a field of the model has a value that cannot be told from another.
     """
-    options = (spec.adapter, spec.sampler, spec.schedule, spec.search)
     key = {
         "format": FORMAT,
         **model_key(spec.adapter),
         "computation": computation.way,
-        "code": code_digests(options, [spec.config.get(name) for name in DRAWING], DRAWING),
+        "code": code_digests(
+            (spec.adapter, spec.sampler, spec.schedule, spec.search), map(spec.config.get, DRAWING), DRAWING
+        ),
         "sampler": spec.config["sampler"],
         "seed": spec.seed,
         "schedule": spec.schedule.key,

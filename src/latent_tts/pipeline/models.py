@@ -19,7 +19,7 @@ from latent_tts.engine.graphs import GraphEngine
 from latent_tts.engine.packing import default_rows, rows_that_fit
 from latent_tts.engine.proof import prove_reasoner, prove_reward_model
 from latent_tts.engine.recording import ROLLOUTS_SHARE, SCORES_SHARE, Recordings
-from latent_tts.engine.rollout import Engine, RolloutPlan
+from latent_tts.engine.rollout import SEQUENTIAL, Engine, RolloutPlan
 from latent_tts.engine.scoring import LatentScorer
 from latent_tts.errors import RunError, UsageError, require
 from latent_tts.pipeline.code import PACKAGE
@@ -81,8 +81,14 @@ def load_scorer_of(spec: RunSpec) -> RewardModel:
     shares = scorer.base_digest == spec.adapter.digest and spec.engine.quantize is None
     base = load_reasoner_of(spec) if shares else None
     key = (_kind("scorer", scorer), scorer.digest, device, dtype, None if base is None else str(id(base.lm)))
-    load = partial(scorer.load, device=device, dtype=dtype, base=base)
-    return _keep_proven("scorer", f"scorer={scorer.name}", key, load, prove_reward_model, longest)
+    return _keep_proven(
+        "scorer",
+        f"scorer={scorer.name}",
+        key,
+        partial(scorer.load, device=device, dtype=dtype, base=base),
+        prove_reward_model,
+        longest,
+    )
 
 
 def _kind(group: str, option: CheckpointAdapter | LatentRM) -> str:
@@ -186,12 +192,10 @@ def rollout_plan(
     adapter: CheckpointAdapter, max_answer_tokens: int, schedule: Schedule | None = None, forced_ids: Sequence[int] = ()
 ) -> RolloutPlan:
     """What a rollout of the adapter's model consists of; without a schedule one latent is made after another."""
-    plan = RolloutPlan(
+    schedule = schedule or SEQUENTIAL
+    return RolloutPlan(
         adapter.latents, adapter.thinking_end_ids, adapter.eos_id, max_answer_tokens, adapter.stop_id,
+        latent_id=adapter.latent_id if schedule.guess == "token" else None, schedule=schedule,
         forced_ids=list(forced_ids), other_eos_ids=adapter.eos_ids[1:],
+        exit=schedule.exit, exit_ids=exit_ids(adapter, schedule),
     )  # fmt: skip
-    if schedule is not None and schedule.exit is not None:
-        return replace(plan, exit=schedule.exit, exit_ids=exit_ids(adapter, schedule))
-    if schedule is None or schedule.stepwise:
-        return plan
-    return replace(plan, schedule=schedule, latent_id=adapter.latent_id if schedule.guess == "token" else None)

@@ -72,8 +72,8 @@ class Probe:
 
     def pays(self, schedule: Speculative) -> bool:
         """Whether it commits enough latents per sweep and changes few answers."""
-        equal = float(self.column("equal", schedule).mean())
-        return self.commits_per_sweep(schedule) > MIN_COMMITS_PER_SWEEP and equal >= MIN_EQUAL
+        enough = self.commits_per_sweep(schedule) > MIN_COMMITS_PER_SWEEP
+        return enough and float(self.column("equal", schedule).mean()) >= MIN_EQUAL
 
     @property
     def best(self) -> Speculative | None:
@@ -96,8 +96,7 @@ class Probe:
 
 def label(schedule: Speculative) -> str:
     """What the columns of a schedule are called: GUESS_TOLERANCE, or GUESS_TOLERANCE_CHUNK."""
-    chunk = [] if schedule.chunk is None else [str(schedule.chunk)]
-    return "_".join([schedule.guess, f"{schedule.tolerance:g}", *chunk])
+    return f"{schedule.guess}_{schedule.tolerance:g}" + ("" if schedule.chunk is None else f"_{schedule.chunk}")
 
 
 def probe(

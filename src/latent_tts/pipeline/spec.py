@@ -329,9 +329,12 @@ def check_run(request: RunRequest) -> RunSpec:
             "task=%s: no gold answers, so no accuracies; answers are in %s",
             request.task.name, ANSWERS, extra={"once": True},
         )  # fmt: skip
-    given = replace(request, schedule=schedule, budget=budget, aggregators=aggregators, n=needed_rollouts(request))
+    settled: dict[str, Any] = {
+        "schedule": schedule, "budget": budget, "scorer": scorer, "aggregators": aggregators,
+        "n": needed_rollouts(request),
+    }  # fmt: skip
     spec = RunSpec(
-        **vars(given) | {"scorer": scorer},
+        **vars(request) | settled,
         draft=None if schedule.draft is None else find_draft(schedule.draft, adapter.digest, adapter.latents),
         planned=planned,
         planned_on=planned_on,
@@ -520,13 +523,12 @@ def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators:
     """
     budget, decode = request.budget, request.decode
     if request.guided:
-        why = "depend on each other, so they cannot come in rounds"
         require(
             "budget",
             budget.name,
             budget.name == "fixed" or "budget" not in request.chosen,
-            f"must be fixed: rollouts of search={request.search.name} "
-            f"{why if budget.adaptive else 'have no figures at a smaller n'}",
+            f"must be fixed: rollouts of search={request.search.name} depend on each other, so they cannot come in "
+            "rounds, and have no figures at a smaller n",
         )
         return Fixed()
     if not is_adaptive(budget):
@@ -722,10 +724,11 @@ def donors_of(questions: Sequence[Question]) -> dict[str, Question]:
 def needed_rollouts(request: RunRequest) -> int:
     """The requested n; 1, with a warning, if nothing random makes rollouts differ."""
     if request.all_same and request.n > 1:
-        why = "" if request.adapter.latents else f": model={request.adapter.name} has no latents"
         log.warning(
             "n=%d: sampler %s gives the same rollout every time, so one is drawn%s",
-            request.n, request.sampler.name, why,
-        )  # fmt: skip
+            request.n,
+            request.sampler.name,
+            "" if request.adapter.latents else f": model={request.adapter.name} has no latents",
+        )
         return 1
     return request.n

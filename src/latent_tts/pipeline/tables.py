@@ -15,7 +15,7 @@ import pandas as pd
 from latent_tts.aggregator import Aggregator, Vote
 from latent_tts.budget import Stop, is_adaptive
 from latent_tts.engine.cost import Shape
-from latent_tts.pipeline.rollouts import RunRollouts
+from latent_tts.pipeline.rollouts import RunRollouts, Winners
 from latent_tts.pipeline.rounds import Outcome, adaptive_figures, budget_table
 from latent_tts.pipeline.scores import Scores
 from latent_tts.pipeline.spec import RunSpec
@@ -71,7 +71,7 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
     if outcome is not None:
         return make_outcome_tables(spec, rollouts, outcome, settings)
     if drawn.winners is not None:
-        figures = winner_figures(spec, drawn, rollouts)
+        figures = winner_figures(spec, drawn, drawn.winners, rollouts)
     else:
         figures = rollout_figures(
             rollouts,
@@ -82,8 +82,12 @@ def make_tables(spec: RunSpec, drawn: RunRollouts, settings: Mapping[str, Any]) 
             gflops=gflops(spec, rollouts, drawn.scores),
         )
     release_memory()
-    metrics = metric_rows(figures, run_columns(spec, settings))
-    return RunTables(rollouts, answer_lines(spec, rollouts), metrics, figures[-1].per_question["gflops", ""])
+    return RunTables(
+        rollouts,
+        answers=answer_lines(spec, rollouts),
+        metrics=metric_rows(figures, run_columns(spec, settings)),
+        gflops_Q=figures[-1].per_question["gflops", ""],
+    )
 
 
 def make_outcome_tables(
@@ -92,9 +96,13 @@ def make_outcome_tables(
     """The tables of a run whose budget stopped questions; see `make_tables`."""
     budget = budget_table(spec, outcome, rollouts)
     figures = adaptive_figures(spec, outcome, rollouts, budget)
-    metrics = metric_rows(figures, run_columns(spec, settings))
-    answers = answer_lines(spec, rollouts, outcome.stops)
-    return RunTables(rollouts, answers, metrics, figures[-1].per_question["gflops", ""], budget)
+    return RunTables(
+        rollouts,
+        answers=answer_lines(spec, rollouts, outcome.stops),
+        metrics=metric_rows(figures, run_columns(spec, settings)),
+        gflops_Q=figures[-1].per_question["gflops", ""],
+        budget=budget,
+    )
 
 
 def rollout_table(spec: RunSpec, drawn: RunRollouts) -> pd.DataFrame:
@@ -208,13 +216,12 @@ def _warn_of_useless_answers(rollouts: pd.DataFrame) -> None:
             )  # fmt: skip
 
 
-def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) -> list[Figures]:
+def winner_figures(spec: RunSpec, drawn: RunRollouts, winners: Winners, rollouts: pd.DataFrame) -> list[Figures]:
     """The figures of each reported n where only its picks were decoded, each n as if it were the only one."""
-    assert drawn.winners is not None
     n = spec.n
     steps_QN, conflicts_QN = (rollouts[name].to_numpy().reshape(-1, n) for name in ("latent_steps", "conflicts"))
     figures = []
-    for budget, pick_Q in drawn.winners.picks.items():
+    for budget, pick_Q in winners.picks.items():
         places = np.arange(len(pick_Q)) * n + pick_Q
         picked = rollouts.iloc[places]
         gflops_Q = []
@@ -226,8 +233,8 @@ def winner_figures(spec: RunSpec, drawn: RunRollouts, rollouts: pd.DataFrame) ->
             gflops_Q.append(sum(shared + each_N.sum() for shared, each_N in (thinking, decoding)))
         diversity_Q = diversities(drawn.dissimilarity_RT, n, budget)
         measured = {}
-        if budget == max(drawn.winners.picks):
-            sums = pd.concat([rollouts[list(MEASURED_SUMS)], drawn.winners.decoding.iloc[places]])
+        if budget == max(winners.picks):
+            sums = pd.concat([rollouts[list(MEASURED_SUMS)], winners.decoding.iloc[places]])
             measured = measured_figures(sums, rollouts, len(pick_Q), budget)
         figures.append(
             Figures.of(

@@ -90,8 +90,9 @@ class TraceSpec:
         """Why there is no dependency graph; empty where there is one."""
         if self.view.directions == 0:
             return "left out by directions=0"
-        own_sweeps = f"model={self.run.adapter.name} makes its latents in sweeps of its own"
-        return "" if self.run.adapter.own_schedule is None else own_sweeps
+        if self.run.adapter.own_schedule is None:
+            return ""
+        return f"model={self.run.adapter.name} makes its latents in sweeps of its own"
 
 
 def check_trace(

@@ -53,8 +53,10 @@ def trace(asked: TraceSpec, rollouts: RunRollouts) -> Trace:
         RunError: a failure while drawing or computing.
     """
     run, view = asked.run, asked.view
-    others = (spec for spec in (asked.beside, asked.deterministic) if spec is not None)
-    drawn = [(run, rollouts), *((spec, draw_rollouts(spec)) for spec in others)]
+    drawn = [
+        (run, rollouts),
+        *((spec, draw_rollouts(spec)) for spec in (asked.beside, asked.deterministic) if spec is not None),
+    ]
     with computing("tracing", "what was drawn is in the cache", LESS_MEMORY):
         results_Q = [result_tokens(run.adapter, question) for question in run.questions]
         samplers = [
