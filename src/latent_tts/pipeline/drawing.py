@@ -25,26 +25,21 @@ from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.pipeline.drawer import (
     Computed,
     Description,
-    DrawingWork,
     Part,
     Place,
     Request,
     Shard,
     directions,
     directions_key,
+    drawing_work,
     find_uncompared,
-    latents_digest,
     max_flops,
     pack,
     rollouts_to_grow,
     sums_of,
 )
-from latent_tts.pipeline.models import (
-    find_device,
-    load_reasoner_of,
-    load_scorer_of,
-    rows_per_batch,
-)
+from latent_tts.pipeline.keys import latents_key
+from latent_tts.pipeline.models import find_device, load_reasoner_of, load_scorer_of, rows_per_batch
 from latent_tts.pipeline.progress import batch_progress
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
@@ -57,6 +52,7 @@ from latent_tts.results.cache import (
     remember_what_fits,
     write_direction_sums,
 )
+from latent_tts.results.files import settings_digest
 from latent_tts.results.parts import PartWriter, runs_of
 from latent_tts.results.run_folder import KeepLatents
 from latent_tts.results.timeline import Span
@@ -165,6 +161,7 @@ def recompute_latents(
     driver = Driver(spec, max(len(job.prompt) for job in jobs), scored=scored)
     driver.log_recomputing(jobs, "scores" if scored else "")
     driver.log_scoring(jobs)
+    to_score = set(unscored.itertuples(index=False, name=None))
     request = Request(answers=False, scored=scored, drawn=False, keeps=keep is not None)
     writer = PartWriter(scores.folder) if scored and scores is not None else None
     with report.progress_bar(len(missing), "rollouts") as bar, writer or nullcontext():
@@ -173,7 +170,8 @@ def recompute_latents(
                 if keep is not None and part.latents_RTD is not None:
                     keep(part.places, part.latents_RTD)
                 if writer is not None and part.make_table is not None:
-                    writer.put(part.make_table)
+                    rows = pa.array([place in to_score for place in part.places])
+                    writer.put(partial(part.make_table().filter, rows))
     return driver.timeline
 
 
@@ -270,14 +268,14 @@ class Driver:
             RunError: they compute the model in different ways.
         """
         self.spec, self._scored, self.timeline = spec, scored, list[Span]()
-        work = DrawingWork.of(spec, longest, scored=scored, max_bytes=known_to_fit(spec.cache))
+        work = drawing_work(spec, longest, scored=scored, max_bytes=known_to_fit(spec.cache))
         self._pool = spec.executor.open(work, spec.engine.device)
         self.workers: list[Description] = self._pool.describe()
         ways = {tuple(one and tuple(one.way.values()) for one in each.computations) for each in self.workers}
         if len(ways) > 1:
             names = ", ".join(each.name for each in self.workers)
             raise RunError(f"the workers {names} compute the models in different ways, so their rollouts differ")
-        self._latents = latents_digest(spec, self.workers[0].computations)
+        self._latents = settings_digest(latents_key(spec, *self.workers[0].computations))
         self._rows = min(each.rows for each in self.workers)  # of a batch that every worker takes
 
     def parts(self, jobs: Sequence[RolloutJob], request: Request, bar: report.ProgressBar) -> Iterator[Part]:
