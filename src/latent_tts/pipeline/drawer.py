@@ -295,7 +295,7 @@ class Drawer:
     @cached_property
     def scorer(self) -> BatchScorer:
         """The loaded scorer."""
-        return BatchScorer(self.spec, self.device, self.rates)
+        return BatchScorer(self.spec, self.rates)
 
     @property
     def _computations(self) -> tuple[Computation, Computation | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,12 +15,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from latent_tts.budget import is_adaptive
-from latent_tts.engine.packing import RolloutJob, batches, max_prompts
+from latent_tts.engine.cost import Shape
+from latent_tts.engine.packing import RolloutJob
 from latent_tts.errors import LESS_MEMORY, RunError, computing
-from latent_tts.pipeline.batch import BatchScorer, batch_table
 from latent_tts.pipeline.dispatch import ShardQueue, Unit, results_of
 from latent_tts.pipeline.drawer import (
     Computed,
@@ -39,12 +38,10 @@ from latent_tts.pipeline.drawer import (
     sums_of,
 )
 from latent_tts.pipeline.keys import latents_key
-from latent_tts.pipeline.models import find_device, load_reasoner_of, load_scorer_of, rows_per_batch
-from latent_tts.pipeline.progress import batch_progress
+from latent_tts.pipeline.models import load_reasoner_of, load_scorer_of
 from latent_tts.pipeline.spec import RunSpec
 from latent_tts.results import report
 from latent_tts.results.cache import (
-    SCORE_SCHEMA,
     RolloutCache,
     ScoreCache,
     known_to_fit,
@@ -175,40 +172,6 @@ def recompute_latents(
     return driver.timeline
 
 
-def score_kept(
-    spec: RunSpec,
-    scores: ScoreCache,
-    missing: pd.DataFrame,
-    offsets: Mapping[Place, int],
-    read_latents: Callable[[Sequence[RolloutJob]], tuple[Tensor, Tensor]],
-) -> None:
-    """Score rollouts whose latents are in a file.
-
-    Args:
-        spec: the run.
-        scores: where step scores go.
-        missing: which ones to score (columns `row_key`, `rollout`).
-        offsets: see `recompute_latents`.
-        read_latents: makes the latents (R, T, D) of a batch, zeros where a row has none, and their numbers (R).
-
-    Raises:
-        RunError: a failure while scoring; what was scored stays in the cache.
-        OSError: the cache cannot be written to.
-    """
-    jobs, device = split_by_offset(jobs_of(spec, missing), offsets), find_device(spec.engine)
-    scorer = BatchScorer(spec, device)
-    rows = rows_per_batch(spec.engine, scorer.shape, scorer.bytes_per_row(jobs), device, own_prompt=False)
-    scorer.log_work(jobs)
-    with report.progress_bar(len(missing), "scores") as bar, PartWriter(scores.folder) as writer:
-        with computing("scoring rollouts", f"what was scored is in {scores.folder}", LESS_MEMORY):
-            for batch in batches(jobs, rows, max_prompts(scorer.shape.width, torch.device(device).type)):
-                latents_RTD, steps_R = read_latents(batch)
-                most = sum(map(scorer.max_flops, batch))
-                with batch_progress(bar, scorer.model.backbone, scorer.shape, batch, most):
-                    columns = scorer.score(batch, latents_RTD, steps_R)
-                writer.put(partial(batch_table, SCORE_SCHEMA, batch, columns))
-
-
 def jobs_of(spec: RunSpec, missing: pd.DataFrame, *, compared: bool = False) -> list[RolloutJob]:
     """Jobs for some rollouts (columns `row_key`, `rollout`), one per run of consecutive numbers of a question.
 
@@ -337,8 +300,13 @@ class Driver:
     def log_scoring(self, jobs: Sequence[RolloutJob]) -> None:
         """Log how much there is to score."""
         if self._scored:
-            first = self.workers[0]
-            BatchScorer(self.spec, first.device, first.rates).log_work(jobs)
+            scorer, latents = self.spec.given_scorer, self.spec.adapter.latents
+            shape, count = Shape.from_config(scorer.sizes), sum(len(job.rollouts) for job in jobs)
+            work = sum(
+                shape.pass_flops(len(job.prompt)) + len(job.rollouts) * shape.scoring_flops(len(job.prompt), latents)
+                for job in jobs
+            )
+            log.info("%d rollouts to score with %s: at most %.3g GFLOP", count, scorer.name, work / 1e9)
 
     def read_direction_sums(self, jobs: Sequence[RolloutJob], folder: Path) -> None:
         """Take in what the cache keeps of the rollouts before some jobs; log how many latents are computed again."""
