@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from latent_tts.budget import is_adaptive
 from latent_tts.errors import RunError, require
 from latent_tts.pipeline.keys import rollout_key
 from latent_tts.pipeline.rollouts import CachedRollouts, RunRollouts, entries, entry_label, gather_rollouts
@@ -67,7 +68,7 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     require(
         "run",
         source,
-        not spec.budget.adaptive,
+        not is_adaptive(spec.budget),
         f"its questions have different numbers of rollouts (budget={spec.budget.name})",
     )
     require(

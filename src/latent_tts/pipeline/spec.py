@@ -529,7 +529,11 @@ def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators:
             check_adaptive(budget, request.decode, scorer, aggregators)
         return budget
     fits = budget.name == "fixed" or "budget" not in request.chosen
-    why = "depend on each other, so they cannot come in rounds" if budget.adaptive else "have no figures at a smaller n"
+    why = (
+        "depend on each other, so they cannot come in rounds"
+        if is_adaptive(budget)
+        else "have no figures at a smaller n"
+    )
     require("budget", budget.name, fits, f"must be fixed: rollouts of search={search.name} {why}")
     return Fixed()
 
