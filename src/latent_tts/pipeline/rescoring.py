@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 NEEDED = {
     **dict.fromkeys(("config.model", "config.task", "config.sampler", "config.search", "config.budget"), dict),
-    **dict.fromkeys(("config.answer", "config.engine", "config.paths", "settings"), dict),
+    **dict.fromkeys(("config.answer", "config.engine", "config.paths", "settings", "aggregators"), dict),
     **dict.fromkeys(("config.n", "config.max_answer_tokens"), int),
     **dict.fromkeys(("config.answer.decode", "config.paths.cache", "checkpoint_digest"), str),
 }
 
 
-def read_run(source: Path, needed: Mapping[str, type] = NEEDED) -> dict[str, Any]:
-    """The `run.json` of a run folder, which has some values, see `read_run_json`.
+def read_run(source: Path) -> dict[str, Any]:
+    """The `run.json` of a run folder, which has the values `NEEDED`.
 
     Raises:
         UsageError: there is none, or it is damaged.
     """
     require("run", source, is_complete(source), f"must be the folder of a completed run, which has a {RUN_JSON}")
-    return read_run_json(source, needed)
+    return read_run_json(source, NEEDED)
 
 
 def read_record(source: Path) -> dict[str, Any]:
