@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from latent_tts.budget import is_adaptive
 from latent_tts.errors import require
 from latent_tts.pipeline.keys import rollout_key
 from latent_tts.pipeline.rollouts import CachedRollouts, RunRollouts, entries, gather_rollouts
@@ -56,7 +57,7 @@ def check_spec(spec: RunSpec, source: Path, record: Mapping[str, Any]) -> None:
     require(
         "run",
         source,
-        not spec.budget.adaptive,
+        not is_adaptive(spec.budget),
         f"its questions have different numbers of rollouts (budget={spec.budget.name})",
     )
     require(

@@ -521,7 +521,7 @@ def settle_budget(request: RunRequest, scorer: LatentRM | NoScorer, aggregators:
             budget.name,
             budget.name == "fixed" or "budget" not in request.chosen,
             f"must be fixed: rollouts of search={request.search.name} "
-            f"{why if budget.adaptive else 'have no figures at a smaller n'}",
+            f"{why if is_adaptive(budget) else 'have no figures at a smaller n'}",
         )
         return Fixed()
     if not is_adaptive(budget):
