@@ -294,13 +294,11 @@ class CheckpointAdapter:
 
     def _warn_of_tokens_around(self) -> None:
         """Warn where `tokenizer_config.json` asks for a token around texts that `tokenizer.json` does not add."""
-        added = files.tokens_around(self.tokenizer)
-        for name, asked in files.asked_around(self.folder, self.tokenizer).items():
-            if asked is not None and asked != added[name]:
-                log.warning(
-                    "%s: tokenizer_config.json has add_%s=%s, tokenizer.json %s such a token; prompts are made by "
-                    "tokenizer.json", self.checkpoint, name, as_typed(asked), "adds" if added[name] else "adds no",
-                )  # fmt: skip
+        for name, asked in files.tokens_around(self.folder, self.tokenizer).items():
+            log.warning(
+                "%s: tokenizer_config.json has %s=%s, tokenizer.json %s such a token; prompts are made by "
+                "tokenizer.json", self.checkpoint, name, as_typed(asked), "adds no" if asked else "adds",
+            )  # fmt: skip
 
     def encode(self, question: Question) -> list[int]:
         """Token ids of the prompt: the question, the recipe's ending, `<|start-latent|>`.

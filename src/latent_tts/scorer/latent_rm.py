@@ -251,11 +251,13 @@ class LatentRM:
         import torch
         from safetensors.torch import load_file
         from torch.nn import functional as F
+        from transformers import AutoModel
 
         from latent_tts.checkpoint import joining, loading
 
         if base is None:
-            backbone = loading.load_backbone(self._backbone_folder, device=device, dtype=dtype, key=KEY)
+            backbone = loading.load_causal_lm(self._backbone_folder, device=device, dtype=dtype, key=KEY,
+                                              auto_class=AutoModel)  # fmt: skip
         else:
             backbone = reward_adapter.sharing_copy(base.lm.base_model)
         if self._is_adapter:
