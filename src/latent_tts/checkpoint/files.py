@@ -15,16 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from latent_tts.checkpoint import gguf
 from latent_tts.errors import UsageError, bad_value, hub_clients, is_whole, reason, require
 from latent_tts.types import file_sha256
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 MODEL_KEY = "model.checkpoint"  # the config key that errors name, unless a caller says another
 SHIPPED_PREFIX = "shipped:"
@@ -58,7 +56,6 @@ OTHER_NAMES = {
 }
 # models whose config need not say how wide the inner layer is: four times the model, as transformers takes it
 INNER_IS_FOUR_TIMES_WIDTH = ("gpt_neo", "bloom", "falcon", "gpt_neox_japanese", "mpt")
-UNBOUNDED = {"bloom": 1 << 20}  # tokens of a sequence, where attention scores fall with distance and no limit is named
 # how many experts a mixture has, and how many of them a token goes through
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 CHOSEN_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k")
@@ -98,7 +95,6 @@ LIMITS = (
 )
 NARROW_EMBEDDINGS = ("word_embed_proj_dim", "embedding_size")  # of models whose embedding is narrower than their blocks
 LAYER = re.compile(r"(?:^|\.)(?:h|layers?|blocks?)\.(\d+)\.")
-EXPERT = re.compile(r"(?:^|\.)experts\.")
 # implementations in transformers itself; for any other name it would fetch code from the hub
 IMPLEMENTATIONS = (
     *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"),
@@ -215,8 +211,8 @@ def common_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     kind, width = config.get("model_type"), common.get("hidden_size")
     if common.get("intermediate_size") is None and kind in INNER_IS_FOUR_TIMES_WIDTH and is_whole(width):
         common["intermediate_size"] = 4 * width
-    if kind in UNBOUNDED:
-        common.setdefault("max_position_embeddings", UNBOUNDED[kind])
+    if kind == "bloom":  # attention scores fall with distance, and no limit is named
+        common.setdefault("max_position_embeddings", 1 << 20)
     return common
 
 
@@ -235,8 +231,10 @@ def sizes(config: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> dict[st
         found = LAYER.search(name)
         if found is None or len(shape) not in (2, 3) or name.endswith("bias"):
             continue
-        of_experts = experts and (EXPERT.search(name) or (len(shape) == 3 and shape[0] == experts))
-        blocks[found[1]] = blocks.get(found[1], 0.0) + math.prod(shape) * (chosen / experts if of_experts else 1.0)
+        in_expert = re.search(r"(?:^|\.)experts\.", name) or (len(shape) == 3 and shape[0] == experts)
+        blocks[found[1]] = blocks.get(found[1], 0.0) + math.prod(shape) * (
+            chosen / experts if experts and in_expert else 1.0
+        )
     return common | ({"block_weights": sum(blocks.values()) / len(blocks)} if blocks else {})
 
 
@@ -312,12 +310,6 @@ def check_settings(config: Any, folder: Path, *, key: str = MODEL_KEY) -> None:
         check_settings(value, folder, key=key)
 
 
-def check_for_adapter(folder: Path, *, key: str = MODEL_KEY) -> None:
-    """Raise UsageError if there is an adapter beside the weights: transformers would load the model that it names."""
-    allowed = f"holds an adapter ({ADAPTER}); {convert_hint(folder, key)}"
-    require(key, folder, not (folder / ADAPTER).is_file(), allowed)
-
-
 def check_shapes(
     config: Mapping[str, Any], shapes: Mapping[str, list[int]], folder: Path, *, key: str = MODEL_KEY
 ) -> None:
@@ -329,8 +321,9 @@ def check_shapes(
     config = common_sizes(config)
     name = "n_layer" if "n_embd" in config else "num_hidden_layers"
     layers = len({found[1] for tensor in shapes if (found := LAYER.search(tensor))})
-    if is_whole(config.get(name)) and config[name] > layers:
-        raise bad_value(key, folder, f"config.json has {name}={config[name]}, the weights have {layers} layers")
+    depth = config.get(name)
+    why = f"config.json has {name}={depth}, the weights have {layers} layers"
+    require(key, folder, not is_whole(depth) or depth <= layers, why)
     for name, suffixes, axis in LIMITS:
         value, found = config.get(name), next((t for t in shapes if t.endswith(suffixes)), None)
         if found is None or not is_whole(value) or (axis == 1 and any(other in config for other in NARROW_EMBEDDINGS)):
@@ -347,13 +340,16 @@ def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
     """The safetensors files of a checkpoint, in order. Each is whole, and shards hold the tensors that the index lists.
 
     Raises:
-        UsageError: there are none, one is missing or cut off, or there is only a pickle.
+        UsageError: there are none, one is missing or cut off, there is only a pickle, or an adapter is beside them:
+            transformers would load the model that it names.
     """
+    why = f"holds an adapter ({ADAPTER}); {convert_hint(folder, key)}"
+    require(key, folder, not (folder / ADAPTER).is_file(), why)
     shards: dict[str, set[str]] = {}
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():  # the order of transformers
         shards[WEIGHTS] = set()
     else:
-        weight_map = read_json(folder, INDEX, key=key).get("weight_map")
+        weight_map = read_json(folder, INDEX, key=key).get("weight_map", {})
         require(key, folder, isinstance(weight_map, dict) and bool(weight_map), f"{INDEX} has no weight_map")
         for tensor, name in sorted(weight_map.items(), key=lambda item: (str(item[1]), item[0])):
             why = f"{INDEX} names {name!r}, which is no file of the folder"
@@ -362,10 +358,10 @@ def weight_files(folder: Path, *, key: str = MODEL_KEY) -> list[Path]:
     for name, tensors in shards.items():
         path = folder / name
         if not path.is_file():
-            found = (each for pattern in (ADAPTER, *PICKLES) for each in sorted(folder.glob(pattern)) if each.is_file())
-            foreign = next(found, None)
-            whole = foreign is None or foreign.name == ADAPTER or PICKLE_SHARD.fullmatch(foreign.name)
-            hint = convert_hint(folder if whole else foreign, key) if foreign else "no pickle either"
+            found = (each for pattern in PICKLES for each in sorted(folder.glob(pattern)) if each.is_file())
+            pickle = next(found, None)
+            whole = pickle is None or PICKLE_SHARD.fullmatch(pickle.name)
+            hint = convert_hint(folder if whole else pickle, key) if pickle else "no pickle either"
             raise bad_value(key, folder, f"the folder lacks {name}; {hint}")
         lacking = min(tensors - set(tensor_shapes(path, key=key)), default=None)
         require(key, path, lacking is None, f"lacks the tensor {lacking}, which {INDEX} lists for this file")
@@ -422,8 +418,6 @@ def digest(folder: Path) -> str:
 
 def load_tokenizer(folder: Path, *, key: str = MODEL_KEY) -> Tokenizer:
     """The fast tokenizer of a checkpoint, without transformers."""
-    from tokenizers import Tokenizer
-
     path = folder / "tokenizer.json"
     require(key, folder, path.is_file(), "the folder lacks tokenizer.json")
     try:
@@ -512,12 +506,9 @@ def check_vocabulary(
         (shape[0] for name, shape in shapes.items() if name.endswith(EMBEDDINGS)), common_sizes(config)["vocab_size"]
     )
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
-    if beyond:
-        token = min(beyond, key=lambda name: (name not in LATENT_TOKENS, beyond[name]))
-        raise bad_value(
-            MODEL_KEY, folder, f"its tokenizer gives {token} the id {beyond[token]}, the embedding has {rows} rows "
-            "(was resize_token_embeddings forgotten?)",
-        )  # fmt: skip
+    token = min(beyond, key=lambda name: (name not in LATENT_TOKENS, beyond[name]), default="")
+    why = f"its tokenizer gives {token} the id {beyond.get(token)}, the embedding has {rows} rows"
+    require(MODEL_KEY, folder, not beyond, f"{why} (was resize_token_embeddings forgotten?)")
 
 
 def token_id(tokenizer: Tokenizer, token: str, folder: Path) -> int:

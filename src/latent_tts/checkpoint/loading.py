@@ -92,7 +92,6 @@ def load_causal_lm(
     settings = files.read_json(folder, "config.json", key=key)
     files.check_settings(settings, folder, key=key)
     files.check_shapes(settings, files.weight_shapes(folder, key=key), folder, key=key)
-    files.check_for_adapter(folder, key=key)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         config._attn_implementation = config._experts_implementation = None

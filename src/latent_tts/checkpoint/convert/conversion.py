@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_tts.checkpoint import files as checkpoint
-from latent_tts.checkpoint import gguf, joining, reward_adapter
+from latent_tts.checkpoint import files, joining, reward_adapter
 from latent_tts.checkpoint.convert import layouts, peft
+from latent_tts.checkpoint.kept import SOURCE
 from latent_tts.errors import bad_value, require
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-COPIED = ("generation_config.json", "special_tokens_map.json", *checkpoint.BESIDE_TOKENIZER)
+COPIED = ("generation_config.json", "special_tokens_map.json", *files.BESIDE_TOKENIZER)
 
 
 def convert_checkpoint(
@@ -58,16 +58,16 @@ def convert_checkpoint(
         if scores:
             reward_adapter.join(src, dst, "src")
         else:
-            ignored = shutil.ignore_patterns(gguf.SOURCE)
+            ignored = shutil.ignore_patterns(SOURCE)
             shutil.copytree(joining.join_once(src, "src"), dst, dirs_exist_ok=True, ignore=ignored)
         return
-    whole = src.is_dir() and any((src / name).is_file() for name in (checkpoint.ADAPTER, peft.PCCOT_ARGUMENTS))
+    whole = src.is_dir() and any((src / name).is_file() for name in (files.ADAPTER, peft.PCCOT_ARGUMENTS))
     beside, pickles = (src, []) if whole else find_weights(src)
     folders = [tokenizer, beside] if tokenizer is not None else [beside]
     key, value = ("tokenizer", folders[0]) if tokenizer is not None else ("src", src)
     why = f"{folders[0]} lacks tokenizer.json\ngive the folder of the base model's tokenizer as tokenizer=FOLDER"
     require(key, value, (folders[0] / "tokenizer.json").is_file(), why)
-    words = checkpoint.load_tokenizer(folders[0])
+    words = files.load_tokenizer(folders[0])
     renamed: Mapping[str, str] = {}
     if whole:
         tensors, settings, words, renamed = convert_folder(src, base, words)
@@ -75,10 +75,10 @@ def convert_checkpoint(
         from latent_tts.checkpoint import loading
 
         settings = find_config(config, folders)
-        checkpoint.check_settings(settings, beside, key="src")
+        files.check_settings(settings, beside, key="src")
         state = loading.read_pickles(pickles) if pickles else loading.load_tensors(beside, "")
         state = {layouts.WRAPPERS.sub(r"\1", name): tensor for name, tensor in state.items()}
-        family = checkpoint.training_layout(state)
+        family = files.training_layout(state)
         require("src", src, family is not None or bool(pickles), "is already in the layout that `ltts run` reads")
         tensors, settings = convert_state(state, settings, words, family, lora_alpha)
     if latents is not None:
@@ -100,17 +100,17 @@ def find_weights(src: Path) -> tuple[Path, list[Path]]:
         UsageError: there are no weights, several pickles, or only some shards.
     """
     if src.is_file():
-        shard = checkpoint.PICKLE_SHARD.fullmatch(src.name)
+        shard = files.PICKLE_SHARD.fullmatch(src.name)
         count = int(shard[2]) if shard else 1
         require("src", src, count == 1, f"is one of {count} shards; name their folder: src={src.parent}")
         require("src", src, src.suffix != ".safetensors", f"name the folder of safetensors: src={src.parent}")
         return src.parent, [src]
     require("src", src, src.is_dir(), "no such file or folder")
-    if any((src / name).is_file() for name in (checkpoint.WEIGHTS, checkpoint.INDEX)):
+    if any((src / name).is_file() for name in (files.WEIGHTS, files.INDEX)):
         return src, []
-    found = sorted({path for pattern in checkpoint.PICKLES for path in src.glob(pattern) if path.is_file()})
-    usual = [path for path in found if path.name == checkpoint.PICKLES[0]]
-    shards = {path: int(shard[2]) for path in found if (shard := checkpoint.PICKLE_SHARD.fullmatch(path.name))}
+    found = sorted({path for pattern in files.PICKLES for path in src.glob(pattern) if path.is_file()})
+    usual = [path for path in found if path.name == files.PICKLES[0]]
+    shards = {path: int(shard[2]) for path in found if (shard := files.PICKLE_SHARD.fullmatch(path.name))}
     if shards and not usual:
         names, count = ", ".join(path.name for path in shards), max(shards.values())
         require("src", src, len(shards) == count, f"has {len(shards)} of {count} shards ({names})")
@@ -130,10 +130,10 @@ def find_config(given: str | None, folders: list[Path]) -> dict[str, Any]:
     if given is not None:
         path = Path(given).expanduser()
         require("config", given, path.is_file(), "no such file; it must be a config.json")
-        return checkpoint.read_config(path.parent, path.name)
+        return files.read_config(path.parent, path.name)
     paths = (folder / "config.json" for folder in folders)
-    found = next((path for path in paths if path.is_file() and not checkpoint.is_empty_json(path)), None)
-    return {} if found is None else checkpoint.read_config(found.parent)
+    found = next((path for path in paths if path.is_file() and not files.is_empty_json(path)), None)
+    return {} if found is None else files.read_config(found.parent)
 
 
 def convert_state(
@@ -200,14 +200,14 @@ def convert_folder(
     is_pccot = (src / peft.PCCOT_ARGUMENTS).is_file()
     if is_pccot:  # check what is cheap before reading weights
         recorded, tokenizer, renamed = peft.read_pccot(src, tokenizer)
-    if (src / checkpoint.ADAPTER).is_file():
+    if (src / files.ADAPTER).is_file():
         tensors, settings = peft.merge(src, base, tokenizer.get_vocab_size(with_added_tokens=True))
         tensors = layouts.deduplicate_embeddings(tensors, tied=settings["tie_word_embeddings"])
         log.info("merged a LoRA adapter of PEFT into its base model")
     else:
-        tensors, settings = loading.load_tensors(src, ""), checkpoint.read_config(src)
+        tensors, settings = loading.load_tensors(src, ""), files.read_config(src)
         settings["model_type"] = str(settings.get("model_type")).removeprefix("pccot-")
-    wanted = is_pccot and checkpoint.read_json(src, "config.json", key="src").get("use_projection")
+    wanted = is_pccot and files.read_json(src, "config.json", key="src").get("use_projection")
     why = "config.json has use_projection=true, but there are no weights prj.*"
     require("src", src, not wanted or any(name.startswith("prj.") for name in tensors), why)
     return tensors, settings | recorded, tokenizer, renamed
@@ -223,6 +223,6 @@ def write_folder(dst: Path, tensors: dict[str, Tensor], settings: dict[str, Any]
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in written else tensor.contiguous()
         written.add(storage)
-    save_file(tensors, dst / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, dst / files.WEIGHTS, metadata={"format": "pt"})
     (dst / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     tokenizer.save(str(dst / "tokenizer.json"))

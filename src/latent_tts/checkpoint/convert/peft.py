@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from latent_tts.checkpoint import files as checkpoint
+from latent_tts.checkpoint import files
 from latent_tts.errors import bad_value, is_whole, require
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ def merge(folder: Path, base: str | None, tokens: int) -> tuple[dict[str, Tensor
     require("src", folder, find_spec("peft") is not None, why)
     settings = read_settings(folder)
     own = settings.get("base_model_name_or_path")
-    named = base or HUB_IDS.get(str(own), own)
-    why = f"{checkpoint.ADAPTER} does not name the base model; give it as base=FOLDER_OR_HUB_ID"
+    named = base or HUB_IDS.get(str(own), own) or ""
+    why = f"{files.ADAPTER} does not name the base model; give it as base=FOLDER_OR_HUB_ID"
     require("base", None, bool(named), why)
-    lm: Any = loading.load_causal_lm(checkpoint.resolve(named, key="base"), device="cpu", dtype="float32", key="base")
+    lm: Any = loading.load_causal_lm(files.resolve(named, key="base"), device="cpu", dtype="float32", key="base")
     if tokens > lm.get_input_embeddings().weight.shape[0]:
         lm.resize_token_embeddings(tokens, mean_resizing=False)
     if "prj" in (settings.get("modules_to_save") or ()):
@@ -72,12 +72,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         UsageError: they cannot be read, or name code that would be imported.
     """
-    settings = checkpoint.read_json(folder, checkpoint.ADAPTER, key="src")
+    settings = files.read_json(folder, files.ADAPTER, key="src")
     for name in ("megatron_config", "megatron_core"):  # PEFT imports the module that they name
         plain = settings.get(name) in (None, "megatron.core")
-        require("src", folder, plain, f"{checkpoint.ADAPTER} has {name}, which is not supported")
+        require("src", folder, plain, f"{files.ADAPTER} has {name}, which is not supported")
     require("src", folder, (folder / WEIGHTS).is_file(), f"lacks {WEIGHTS}")
-    checkpoint.tensor_shapes(folder / WEIGHTS, key="src")
+    files.tensor_shapes(folder / WEIGHTS, key="src")
     return settings
 
 
@@ -124,8 +124,8 @@ def read_pccot(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, Any], Toke
     Raises:
         UsageError: a number is missing, or the tokenizer does not have the tokens.
     """
-    arguments = checkpoint.read_json(folder, PCCOT_ARGUMENTS, key="src")
-    sweeps = checkpoint.read_json(folder, "config.json", key="src").get("num_iterations")
+    arguments = files.read_json(folder, PCCOT_ARGUMENTS, key="src")
+    sweeps = files.read_json(folder, "config.json", key="src").get("num_iterations")
     recorded = {"latents": arguments.get("num_latent_tokens"), "sweeps": sweeps}
     for name, value in recorded.items():
         why = f"{PCCOT_ARGUMENTS} and config.json do not contain the number of {name}"
