@@ -91,7 +91,7 @@ def test_a_gold_answer_that_a_family_writes_in_its_format_is_right(family, name,
     ],
 )
 def test_numbers_are_read_as_the_family_says(family, text, number):
-    assert RULE["decimal"].read(text, FAMILIES[family][0]) == number
+    assert FAMILIES[family][0].read_answer(text, RULE["decimal"]) == number
 
 
 def test_a_text_without_an_answer_is_unreadable():
